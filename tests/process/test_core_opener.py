@@ -140,6 +140,23 @@ def test_what_a_vm_process_has(bystander: Bystander) -> None:
     assert held >= machine
 
 
+def test_a_vm_process_in_reserve_has_an_empty_machine(vmd: Daemon) -> None:
+    """KVM takes its time to make one, and no start waits for that: the next VM has this one."""
+
+    def machines(title: str) -> list[str]:
+        names = open_files(vmd.processes()[title]).values()
+        return [name for name in names if name in ("anon_inode:kvm-vm", "/dev/kvm")]
+
+    wait_for(lambda: "vmd: vm" in vmd.processes() and len(machines("vmd: vm")) == 2, vmd)
+    pid = vmd.processes()["vmd: vm"]
+
+    vmd.must("start", "other")
+
+    assert vmd.processes()["vmd: vm/other"] == pid
+    assert machines("vmd: vm/other") == ["anon_inode:kvm-vm"]
+    vmd.must("stop", "-fw", "other")
+
+
 @pytest.mark.deep
 def test_a_disk_that_does_not_open_is_named(vmd: Daemon, file: FuseFile) -> None:
     """After a while its start is given up."""

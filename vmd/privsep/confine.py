@@ -267,8 +267,10 @@ PRIV = Confinement(
 )
 
 
-def confine(confinement: Confinement) -> list[str]:
+def confine(confinement: Confinement, program: bytes | None = None) -> list[str]:
     """Give up everything else; returns a sentence for each kernel feature that is missing.
+
+    `program` is what `filter_of` has returned, if somebody has had the time to ask before.
 
     Raises:
         HostError: a restriction that must hold could not be put in place; the process has to end.
@@ -277,32 +279,44 @@ def confine(confinement: Confinement) -> list[str]:
     if _thread._count():
         raise RuntimeError("confine must be called before the first thread is started")
     prime()
-    syscalls = confinement.syscalls
-    refused = seccomp.RET_KILL_PROCESS if confinement.deadly is None else seccomp.RET_EPERM
-    if refused == seccomp.RET_KILL_PROCESS and is_debugged():
-        refused = seccomp.RET_TRAP
-        syscalls |= DEBUGGING
+    if confinement.deadly is None and is_debugged():
         show_refused_calls()
     limit_resources(confinement.open_files, writes_files=confinement.writes_files)
     give_up_capabilities(confinement.capabilities)
     linux.prctl("set no_new_privs", linux.PR_SET_NO_NEW_PRIVS, 1)
     linux.prctl("forbid being traced", linux.PR_SET_DUMPABLE, 0)
     warnings = [] if confinement.sees_others else landlock.restrict(confinement.files, confinement.scopes)
-    program = seccomp.assemble(
+    seccomp.install(program or filter_of(confinement), logged=confinement.deadly is not None)
+    return warnings
+
+
+def filter_of(confinement: Confinement) -> bytes:
+    """Return the filter that `confine` installs in this process."""
+    syscalls = confinement.syscalls
+    refused = seccomp.RET_KILL_PROCESS if confinement.deadly is None else seccomp.RET_EPERM
+    if refused == seccomp.RET_KILL_PROCESS and is_debugged():
+        refused = seccomp.RET_TRAP
+        syscalls |= DEBUGGING
+    return seccomp.assemble(
         syscalls,
         ioctls=confinement.ioctls,
         pid=os.getpid(),
         refused=refused,
         deadly=confinement.deadly or (),
     )
-    seccomp.install(program, logged=confinement.deadly is not None)
-    return warnings
 
 
-def narrow_requests(ioctls: tuple[int, ...]) -> None:
-    """Of all requests that are left to this process, keep these, make no memory files, and let nothing change that."""
-    refused = seccomp.RET_TRAP if is_debugged() else seccomp.RET_KILL_PROCESS
-    seccomp.install(seccomp.assemble_requests(ioctls, refused))
+def narrow_requests(ioctls: tuple[int, ...], program: bytes | None = None) -> None:
+    """Of all requests that are left to this process, keep these, make no memory files, and let nothing change that.
+
+    `program` is as for `confine`, of `filter_of_requests`.
+    """
+    seccomp.install(program or filter_of_requests(ioctls))
+
+
+def filter_of_requests(ioctls: tuple[int, ...]) -> bytes:
+    """Return the filter that `narrow_requests` installs."""
+    return seccomp.assemble_requests(ioctls, seccomp.RET_TRAP if is_debugged() else seccomp.RET_KILL_PROCESS)
 
 
 def prime() -> None:

@@ -290,7 +290,7 @@ def dsdt_terms(memory_bytes: int, vcpus: int) -> bytes:
                 aml.dword_memory(layout.pci_window_start(memory_bytes), layout.PCI_WINDOW_END - 1),
             ),
         ),
-        aml.name("_PRT", _interrupt_routing()),
+        aml.name("_PRT", INTERRUPT_ROUTING),
         *isa_devices,
     )
     # The PM registers belong to nobody's driver, but nobody else may be put there.
@@ -337,3 +337,6 @@ def _interrupt_routing() -> bytes:
             for pin in (1, 2, 3, 4)
         )
     )
+
+
+INTERRUPT_ROUTING = _interrupt_routing()  # once: it is half of the work, and the same in every machine

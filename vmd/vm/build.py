@@ -38,15 +38,17 @@ if TYPE_CHECKING:
             """Set devices and vCPUs; returns how the machine stands still, or can."""
 
 
-def build(source: "Source", config: "VmConfig", slots: "Sequence[Slot]", outside: Outside) -> Pause:
-    """Return a machine that only has to be started; what its devices were given is theirs.
+def build(
+    host: Host, source: "Source", config: "VmConfig", slots: "Sequence[Slot]", outside: Outside
+) -> Pause:
+    """Return a machine that only has to be started; what its devices were given is theirs, as `host` is.
 
     Raises:
         OperatorError: what was received is no such machine.
         ImageError: a boot image cannot be used.
         HostError, PeerError, OSError: the host, KVM or a device refuses.
     """
-    host = Host()  # first, so that /dev/kvm is closed before a boot image is read
+    host.close()  # first: a boot image is read by who can make no other VM
     machine = source.machine(host, config, slots, outside)
     source.fill(machine)
     machine.plug_devices()

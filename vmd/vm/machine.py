@@ -72,22 +72,36 @@ class Outside(Record):
 
 
 class Host:
-    """What a machine has of /dev/kvm, which is closed: an empty VM with its interrupt controllers and PIT.
+    """What every machine has of KVM: an empty VM with its interrupt controllers, their lines, and PIT.
 
-    Raises OSError.
+    A process in reserve has it: while a VM of KVM's is young, the kernel takes up to 10 ms for its first memory.
+    /dev/kvm stays open until `close`.  Raises OSError.
     """
 
     def __init__(self) -> None:
-        with System(KVM_FD) as system:
-            self.kvm = system.create_vm()
-            self.cpuid = system.supported_cpuid()
-            self.msr_indices = system.msr_indices()
-            self.tsc_deadline = bool(system.check_extension(abi.KVM_CAP_TSC_DEADLINE_TIMER))
+        self._system = system = System(KVM_FD)
+        self.kvm = system.create_vm()
+        self.cpuid = system.supported_cpuid()
+        self.msr_indices = system.msr_indices()
+        self.tsc_deadline = bool(system.check_extension(abi.KVM_CAP_TSC_DEADLINE_TIMER))
         # All of it before the first vCPU (api.rst 4.30, 4.54, 4.24).
         self.kvm.set_tss_addr(layout.KVM_TSS)
         self.kvm.set_identity_map_addr(layout.KVM_IDENTITY_MAP)
         self.kvm.create_irqchip()
         self.kvm.create_pit2()
+        self.routing = Routing(self.kvm)
+        self._set_level_triggered((*layout.PCI_IRQS, layout.IRQ_SCI))
+
+    def close(self) -> None:
+        """Close /dev/kvm: the VM lives on."""
+        self._system.close()
+
+    def _set_level_triggered(self, irqs: tuple[int, ...]) -> None:
+        """Set the ELCR bits of these lines, as firmware would; they say how the 8259s see them."""
+        for chip_id, first in ((abi.KVM_IRQCHIP_PIC_MASTER, 0), (abi.KVM_IRQCHIP_PIC_SLAVE, 8)):
+            chip = self.kvm.get_irqchip(chip_id)
+            chip.chip.pic.elcr |= sum(1 << irq - first for irq in irqs if first <= irq < first + 8)
+            self.kvm.set_irqchip(chip)
 
 
 class Machine:
@@ -122,8 +136,7 @@ class Machine:
         self.cpuid = cpuid or host.cpuid
         self.msr_indices = host.msr_indices
         self.tsc_deadline = host.tsc_deadline
-        self.routing = Routing(self.kvm)
-        self._set_level_triggered((*layout.PCI_IRQS, layout.IRQ_SCI))
+        self.routing = host.routing
 
         for region in memory.kvm_slots():
             self.kvm.set_memory_region(*region)
@@ -157,17 +170,7 @@ class Machine:
         self.announced = False  # by the guest, that it goes
         self.keyboard = I8042(self._on_reset)
         self.port_a = SystemControlA(self._on_reset)
-        self.fwcfg = fwcfg.FwCfg(self.memory)
-        to_boot, others = boot_paths(slots, config.boot_device)
-        fwcfg.for_seabios(
-            self.fwcfg,
-            memory_bytes=config.memory_bytes,
-            vcpus=config.vcpus,
-            firmware_bytes=firmware_bytes or layout.FIRMWARE_BYTES,
-            boot_paths=to_boot,
-            other_paths=others,
-            files=acpi.firmware_files(config.memory_bytes, config.vcpus),
-        )
+        self.fwcfg = fwcfg.FwCfg(self.memory, self._fill_fwcfg)
         bus.add_pio(layout.PORT_COM1, 8, self.uart)
         bus.add_pio(layout.PORT_RTC_INDEX, 2, self.rtc)
         bus.add_pio(layout.PORT_ACPI_PM, AcpiPm.PORTS, self.pm)
@@ -179,6 +182,19 @@ class Machine:
         self.virtio: list[VirtioFunction] = []
         self.vcpus: list[VcpuThread] = []
         self.tsc_khz = 0
+
+    def _fill_fwcfg(self, items: fwcfg.FwCfg) -> None:
+        config = self.config
+        to_boot, others = boot_paths(self.slots, config.boot_device)
+        fwcfg.for_seabios(
+            items,
+            memory_bytes=config.memory_bytes,
+            vcpus=config.vcpus,
+            firmware_bytes=self.firmware_bytes or layout.FIRMWARE_BYTES,
+            boot_paths=to_boot,
+            other_paths=others,
+            files=acpi.firmware_files(config.memory_bytes, config.vcpus),
+        )
 
     def chips(self) -> "dict[str, Chip]":
         """Return the chips that a stream has the state of, by name."""
@@ -302,13 +318,6 @@ class Machine:
     def _line(self, gsi: int) -> "Callable[[bool], None]":
         irq_line = self.kvm.irq_line
         return lambda level: irq_line(gsi, level)
-
-    def _set_level_triggered(self, irqs: tuple[int, ...]) -> None:
-        """Set the ELCR bits of these lines, as firmware would; they say how the 8259s see them."""
-        for chip_id, first in ((abi.KVM_IRQCHIP_PIC_MASTER, 0), (abi.KVM_IRQCHIP_PIC_SLAVE, 8)):
-            chip = self.kvm.get_irqchip(chip_id)
-            chip.chip.pic.elcr |= sum(1 << irq - first for irq in irqs if first <= irq < first + 8)
-            self.kvm.set_irqchip(chip)
 
     def _fail(self, text: str) -> None:
         self.end(Outcome.FAILED, text)

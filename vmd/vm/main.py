@@ -3,12 +3,13 @@
 Runs as  an id of its own, in vmm's cell; narrowed to KVM requests and its open descriptors before it reads what the
          guest begins with, and to the requests of a running VM before the guest runs
 Peers    vmm; its device processes, which it starts
-Holds    /dev/kvm until the VM is made; KVM's VM and vCPU fds, guest memory, both sides of the console's pty;
+Holds    /dev/kvm until it is told what it is; KVM's VM and vCPU fds, guest memory, both sides of the console's pty;
          disks and the disc only until their processes have them
 Threads  event: the main thread; vcpu<n>: one for each vCPU; send, receive and hashers while it is sent or received;
          for a moment one that closes the VM with which it has asked KVM whether it can be received
 
-It is started before there is a VM for it, imports what a VM needs, and waits (vmm keeps one in reserve).
+It is started before there is a VM for it, imports what a VM needs, has KVM make an empty one, and waits (vmm keeps one
+in reserve).
 """
 
 import gc
@@ -66,7 +67,16 @@ from vmd.kvmapi import abi
 from vmd.kvmapi.vcpu import install_kick_handler
 from vmd.log import RateLimit, log
 from vmd.memfile import fill_file
-from vmd.privsep.confine import VM, VM_BUILDING, confine, limit_memory, limit_open_files, narrow_requests
+from vmd.privsep.confine import (
+    VM,
+    VM_BUILDING,
+    confine,
+    filter_of,
+    filter_of_requests,
+    limit_memory,
+    limit_open_files,
+    narrow_requests,
+)
 from vmd.privsep.landlock import keep_signals_inside
 from vmd.privsep.title import EVENT, name_thread, set_title
 from vmd.vm import changes, vmmci
@@ -81,7 +91,7 @@ from vmd.vm.kinds import Given
 from vmd.vm.lending import Lending
 from vmd.vm.life import Life, State
 from vmd.vm.lockwatch import Locks
-from vmd.vm.machine import Outside
+from vmd.vm.machine import Host, Outside
 from vmd.vm.shutdown import ask_to_shut_down
 from vmd.vm.slots import plan
 
@@ -114,7 +124,7 @@ IOCTLS = (  # of a VM that runs
     abi.KVM_GET_REGS, abi.KVM_GET_SREGS, abi.KVM_TRANSLATE,  # what a vCPU that KVM gave up on looked like
     *VM.ioctls,
 )  # fmt: skip
-BUILDING_IOCTLS = (  # besides, before that; /dev/kvm itself is closed as soon as there is a VM
+BUILDING_IOCTLS = (  # besides, before that; /dev/kvm itself is closed before anything is built
     abi.KVM_GET_API_VERSION, abi.KVM_CHECK_EXTENSION, abi.KVM_GET_VCPU_MMAP_SIZE, abi.KVM_GET_SUPPORTED_CPUID,
     abi.KVM_GET_MSR_INDEX_LIST, abi.KVM_CREATE_VM,
     abi.KVM_SET_TSS_ADDR, abi.KVM_SET_IDENTITY_MAP_ADDR, abi.KVM_CREATE_IRQCHIP, abi.KVM_CREATE_PIT2,
@@ -127,6 +137,9 @@ SWITCH_INTERVAL_S = 0.0005  # a busy event thread must not keep a vCPU waiting f
 LAST_WORDS_TIMEOUT_S = 1.0
 MEMORY_BESIDES_BYTES, STACK_BYTES = 1 << 30, 16 << 20  # that a VM process may have mapped beside its guest's
 RESOLVERS_TIMEOUT_S = 1.0  # a guest that waits for its DHCP server asks again after some seconds
+
+
+BUILDING = VM_BUILDING.replace(ioctls=IOCTLS + BUILDING_IOCTLS)
 
 
 class VmProcess(Process):
@@ -148,6 +161,16 @@ class VmProcess(Process):
         self.locks = Locks(self.devices)
         self.console: Console | None = None
         self.seed: int | None = None  # of a VM that arrives: an empty file for it
+        self.host: Host | None = None
+        self.filters = filter_of(BUILDING), filter_of_requests(IOCTLS)
+
+    def prepare(self) -> None:
+        """Have what every VM has, before there is one."""
+        self.devices.fill_reserve()
+        try:
+            self.host = Host()
+        except OSError as error:
+            log.debug(sentence(error))  # the VM tries again, and fails if it has to
 
     def on_start_vm(self, message: StartVm, envelope: Envelope, channel: Channel) -> None:
         """Be a new VM."""
@@ -184,7 +207,7 @@ class VmProcess(Process):
         """
         self.devices.spawn(devices)
         # What this kernel lacks was said by vmm, at the start of the daemon.
-        confine(VM_BUILDING.replace(ioctls=IOCTLS + BUILDING_IOCTLS))
+        confine(BUILDING, self.filters[0])
 
     def begin(self, source: "Source", config: "VmConfig", slots: "Sequence[Slot]", *, paused: bool = False) -> None:
         """Build the VM, give up what only building needs, and let the guest execute."""
@@ -199,9 +222,9 @@ class VmProcess(Process):
             report=self.report_event,
         )
         try:
-            pause = build(source, config, slots, outside)
+            pause = build(self.host or Host(), source, config, slots, outside)
             changes.limit(pause.machine, self.limits or config)
-            narrow_requests(IOCTLS)
+            narrow_requests(IOCTLS, self.filters[1])
             self.pause = pause
             # The guest's clock then needs a look at the real-time clock.
             ClockWatch(self.loop, lambda: pause.machine.vmmci.ask(vmmci.SYNCRTC))
@@ -656,7 +679,7 @@ def main() -> int:
     install_kick_handler()
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     keep_signals_inside()  # and only then start processes, which die with this one
-    process.devices.fill_reserve()
+    process.prepare()
     gc.collect()
     gc.freeze()
     process.loop.run()

@@ -4,7 +4,8 @@ A numbered item is selected at port 510h and read byte by byte from 511h or, by 
 item 19h lists the items that have names.  `for_seabios` makes the set that SeaBIOS reads in its
 src/fw/paravirt.c; a bootorder names devices as its src/boot.c does.
 
-Everything is read-only and made before the first vCPU runs.
+Everything is read-only, and made when the guest selects an item for the first time: a kernel that is booted directly
+may never do that, and its start does not wait for it.
 """
 
 import struct
@@ -15,7 +16,7 @@ from vmd.vm import layout
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from typing import Protocol
 
     class Memory(Protocol):
@@ -68,8 +69,10 @@ class FwCfg:
 
     PORTS = 12
 
-    def __init__(self, memory: "Memory") -> None:
+    def __init__(self, memory: "Memory", fill: "Callable[[FwCfg], None] | None" = None) -> None:
+        """`fill(self)` is called before the first item is selected, on a vCPU's thread."""
         self._memory = memory
+        self._fill: Callable[[FwCfg], None] | None = None
         self._items: dict[int, memoryview] = {}
         self._files: dict[str, bytes] = {}
         self._lock = threading.Lock()  # selecting and reading are one state for all vCPUs
@@ -81,6 +84,7 @@ class FwCfg:
         self.add_item(ID, struct.pack("<I", ID_TRADITIONAL | ID_DMA))
         self._list_files()
         self._select(SIGNATURE)
+        self._fill = fill
 
     # ---- contents
 
@@ -154,6 +158,9 @@ class FwCfg:
     # ---- inside
 
     def _select(self, key: int) -> None:
+        if self._fill is not None:
+            fill, self._fill = self._fill, None
+            fill(self)
         self._key = key
         self._item = self._items.get(key & ~KEY_WRITE, NOTHING)
         self._offset = 0

@@ -363,3 +363,22 @@ def test_no_descriptor_breaks_anything(descriptors: list[bytes], gpa: int) -> No
         firmware.start(gpa)
         assert not inside or int.from_bytes(firmware.ram.read(gpa, 4), "big") in (0, DMA_ERROR)
     assert firmware.files() == {"file": bytes(range(60))}
+
+
+def test_items_are_made_when_the_first_one_is_selected() -> None:
+    """Once, whichever it is; the signature is there before anybody selects anything."""
+    made: list[FwCfg] = []
+
+    def fill(fwcfg: FwCfg) -> None:
+        made.append(fwcfg)
+        fwcfg.add_file("etc/late", b"late")
+
+    fwcfg = FwCfg(Ram(), fill)
+
+    assert bytes(fwcfg.pio_read(DATA, 1) for _ in range(4)) == b"QEMU"
+    assert made == []
+    for _ in range(2):
+        fwcfg.pio_write(SELECTOR, 2, FILE_DIR)
+        directory = bytes(fwcfg.pio_read(DATA, 1) for _ in range(4 + 64))
+        assert directory[:8] == struct.pack(">II", 1, 4)
+    assert made == [fwcfg]
