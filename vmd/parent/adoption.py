@@ -171,7 +171,8 @@ class Adoption:
             self.generations.of.pop(known.vmid, None)
             vm = self.core.vms.find(known.vmid, "")
             if known.taps is not None:
-                self.network.left.append(known.taps.known)
+                self.network.left[known.vmid] = known.taps.known
+            self.core.changed(known.vmid)
             if vm is not None and vm.alive:
                 self.later.append(lambda vm=vm: self.end_unseen(vm))  # type: ignore[misc]
         log.info(f"goes on with {self.adopted} VMs that an earlier vmd has started")
@@ -220,7 +221,7 @@ class Adoption:
         except (VmdError, OSError) as error:
             log.error(f"vm {vm.name} is not wholly adopted, and runs on: {sentence(error)}")
         self.adopted += 1
-        self.core.changed()
+        self.core.changed(vm.vmid)
         self.on_taken(vm)
         if generation.awaited is not None:
             generation.awaited.discard(vm.vmid)

@@ -32,6 +32,7 @@ class Core:
         self.on_change: Callable[[], None] = lambda: None  # another parent is to know it
         self.watchers: list[Callable[[], None]] = []  # who else looks when something has changed
         self.write: Callable[[], None] = lambda: None  # ... before what follows can happen
+        self.touched: set[int] = set()  # VMs, by id, of which something has changed since this was emptied
         self._config = config
         self.verbosity = verbosity
         self.vms = VmTable(identities)
@@ -55,8 +56,10 @@ class Core:
         self._config = config
         self.changed()
 
-    def changed(self) -> None:
-        """Something has changed that another parent is to know."""
+    def changed(self, vmid: int = 0) -> None:
+        """Something has changed that another parent is to know: of a VM, or with 0 of what is no VM's."""
+        if vmid:
+            self.touched.add(vmid)
         self.on_change()
         for watcher in self.watchers:
             watcher()

@@ -76,7 +76,7 @@ class Generations:
 
     def __init__(self) -> None:
         self.on_over: Callable[[Generation], None] = lambda generation: None  # it was sent away, with its last VM
-        self.on_change: Callable[[], None] = lambda: None
+        self.on_change: Callable[[int], None] = lambda _vmid: None  # another vmm has this VM, or none; 0: is there
         self.all: dict[int, Generation] = {}
         self.newest: Generation | None = None  # new VMs are given to it
         self.of: dict[int, Generation] = {}  # by vmid, of VMs that have a process, or whose end is not settled
@@ -89,7 +89,7 @@ class Generations:
         """Have one more; the one with the highest number is the newest."""
         self.all[generation.number] = generation
         self.newest = self.all[max(self.all)]
-        self.on_change()
+        self.on_change(0)
 
     def remove(self, generation: Generation) -> list[int]:
         """Forget one that has ended; return the VMs that it had."""
@@ -99,16 +99,18 @@ class Generations:
         lost = [vmid for vmid, each in self.of.items() if each is generation]
         for vmid in lost:
             del self.of[vmid]
-        self.on_change()
+            self.on_change(vmid)
+        self.on_change(0)
         return lost
 
     def find(self, channel: "Channel") -> Generation | None:
         """Return the one that a channel leads to."""
         return next((generation for generation in self if generation.channel is channel), None)
 
-    def numbers(self) -> dict[int, int]:
-        """Return the number of the vmm of each VM that has a process."""
-        return {vmid: generation.number for vmid, generation in self.of.items()}
+    def number(self, vmid: int) -> int:
+        """Return the number of the vmm of a VM; 0 if it has no process."""
+        generation = self.of.get(vmid)
+        return generation.number if generation is not None else 0
 
     def vms(self, generation: Generation) -> list[int]:
         """Return the VMs of one."""
@@ -160,7 +162,7 @@ class Generations:
         before = self.of.get(message.vmid)
         newest.line.send(message, fds=fds)
         self.of[message.vmid] = newest
-        self.on_change()
+        self.on_change(message.vmid)
         if before is not None and before is not newest:
             before.line.send(EndTaken(vmid=message.vmid))
             self.retire(before)
@@ -177,7 +179,7 @@ class Generations:
         generation = self.of.pop(vmid, None)
         if generation is not None:
             generation.line.send(EndTaken(vmid=vmid))
-            self.on_change()
+            self.on_change(vmid)
             self.retire(generation)
 
     def retire(self, generation: Generation) -> None:

@@ -25,7 +25,7 @@ from vmd.log import log
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator
+    from collections.abc import Callable, Collection, Iterable, Iterator
     from typing import Any
 
     Key = tuple[str, int]  # name of a VM, and uid of its owner
@@ -59,14 +59,23 @@ class Identities:
         self.known: dict[Key, Identity] = {}
         self.ula: Prefix | None = None  # of the local interfaces of this host (RFC 4193)
         self.on_change: Callable[[], None] = lambda: None
+        self.touched: set[Key] = set()  # what has changed since somebody has emptied this
+        self._ids: set[int] = set()  # that are taken
+        self._lowest = 1  # no lower one is free
+
+    def changed(self, *keys: "Key") -> None:
+        """The identities of these have changed, or all."""
+        self.touched.update(keys or self.known)
+        self.on_change()
 
     def of(self, key: "Key") -> Identity:
         """Return the identity of a VM, which is a new one if it has none."""
         identity = self.known.setdefault(key, Identity())
         if not identity.vmid:
-            taken = {other.vmid for other in self.known.values()}
-            identity.vmid = next(number for number in itertools.count(1) if number not in taken)
-            self.on_change()
+            identity.vmid = next(number for number in itertools.count(self._lowest) if number not in self._ids)
+            self._lowest = identity.vmid + 1
+            self._ids.add(identity.vmid)
+            self.changed(key)
         return identity
 
     def leave(self, key: "Key", present: "Callable[[], set[Key]]") -> None:
@@ -79,13 +88,22 @@ class Identities:
             return
         self.known[key] = identity
         kind = identity.configured
+        if len(self.known) > ABSENT_MAX[kind]:
+            self._forget(kind, present)
+        self.changed(key)
+
+    def _forget(self, kind: bool, present: "Callable[[], set[Key]]") -> None:
+        """Forget the oldest ones of a kind if too many are not there."""
         alike = [other for other, each in self.known.items() if each.configured is kind]
-        if len(alike) > ABSENT_MAX[kind]:
-            there = present()
-            absent = [other for other in alike if other not in there]
-            for oldest in absent[: max(0, len(absent) - ABSENT_MAX[kind])]:
-                del self.known[oldest]
-        self.on_change()
+        if len(alike) <= ABSENT_MAX[kind]:
+            return
+        there = present()
+        absent = [other for other in alike if other not in there]
+        for oldest in absent[: max(0, len(absent) - ABSENT_MAX[kind])]:
+            vmid = self.known.pop(oldest).vmid
+            self._ids.discard(vmid)
+            self._lowest = min(self._lowest, vmid or self._lowest)
+            self.touched.add(oldest)
 
     def choose_number(
         self, key: "Key", end: int, free: "Callable[[int], bool]", present: "Collection[Key]"
@@ -104,6 +122,7 @@ class Identities:
                 if number not in reserved and free(number):
                     if number in others:
                         self.known[others[number]].number = 0
+                        self.changed(others[number])
                     return number
         return 0
 
@@ -120,23 +139,15 @@ class Identities:
         """Have ids count from 1 again; addresses stay."""
         for identity in self.known.values():
             identity.vmid = 0
-        self.on_change()
+        self._ids.clear()
+        self._lowest = 1
+        self.changed()
 
     # --- as bytes ----------------------------------------------------------------------------------------
 
     def encode(self) -> bytes:
         """Return what the file says."""
-        rows = [
-            {
-                "name": name,
-                "owner": uid,
-                "configured": identity.configured,
-                "id": identity.vmid,
-                "number": identity.number,
-                "lladdrs": {str(index): lladdr.hex(":") for index, lladdr in identity.lladdrs.items()},
-            }
-            for (name, uid), identity in self.known.items()
-        ]
+        rows = [row_of(key, identity) for key, identity in self.known.items()]
         head = {"version": VERSION, "ula": prefix_text(self.ula)}
         lines = ",\n".join(json.dumps(row) for row in rows)
         return f'{json.dumps(head)[:-1]}, "vms": [\n{lines}\n]}}\n'.encode()
@@ -167,6 +178,41 @@ class Identities:
             ids.update({identity.vmid} - {0})
             known[key] = identity
         self.known, self.ula = known, ula
+        self._ids, self._lowest = ids, 1
+
+    def encode_touched(self) -> bytes:
+        """Return what has changed since somebody has emptied `touched`, for `folded`."""
+        rows = [row_of(key, self.known[key]) for key in self.touched if key in self.known]
+        gone = [key for key in self.touched if key not in self.known]
+        return json.dumps({"ula": prefix_text(self.ula), "vms": rows, "gone": gone}).encode()
+
+
+def folded(raw: bytes, changes: "Iterable[bytes]") -> bytes:
+    """Return what a file would say after some changes (`Identities.encode_touched`).  Raises ValueError."""
+    try:
+        found = json.loads(raw)
+        rows = {(row["name"], row["owner"]): row for row in found["vms"]}
+        for change in map(json.loads, changes):
+            found["ula"] = change["ula"]
+            for name, owner in change["gone"]:
+                rows.pop((name, owner), None)
+            rows |= {(row["name"], row["owner"]): row for row in change["vms"]}
+    except (RecursionError, KeyError, TypeError) as error:
+        raise ValueError(f"{type(error).__name__} {error}") from error
+    return json.dumps({**found, "vms": list(rows.values())}).encode()
+
+
+def row_of(key: "Key", identity: Identity) -> "dict[str, Any]":
+    """Return one VM of the file."""
+    name, uid = key
+    return {
+        "name": name,
+        "owner": uid,
+        "configured": identity.configured,
+        "id": identity.vmid,
+        "number": identity.number,
+        "lladdrs": {str(index): lladdr.hex(":") for index, lladdr in identity.lladdrs.items()},
+    }
 
 
 def candidates(end: int) -> "Iterator[int]":

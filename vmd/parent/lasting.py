@@ -5,6 +5,8 @@ That one is started in our place after a crash, a restart or an upgrade.  The de
 change, before the next message is looked at.
 """
 
+import time
+
 from vmd.errors import HostError, VmdError
 from vmd.log import log
 from vmd.parent.statemem import StateMemory
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from vmd.parent.store import Store
     from vmd.parent.truth import Truth, VmKnown
 
+SAVE_REST = 10  # times as long as it has taken, between two times that the file of identities is written
+
 
 class Lasting:
     """The room of what outlives us."""
@@ -33,6 +37,7 @@ class Lasting:
         self._file = file
         self._writer: Writer | None = None  # between `keep` and `forget`
         self._saving: Timer | None = None
+        self._saved_s = self._save_took_s = 0.0
         self._writing: Timer | None = None
         if file is not None:
             file.load(core.vms.identities)
@@ -66,7 +71,8 @@ class Lasting:
         self.generations = generations
         self.network = network
         self._writer = Writer(memory, self.core)
-        self.core.on_change = generations.on_change = self.write_soon
+        self.core.on_change = self.write_soon
+        generations.on_change = self.core.changed
         self.core.write = self.write
         self.write_soon()
 
@@ -85,20 +91,25 @@ class Lasting:
         if self._writing is None and self._writer is not None:
             self._writing = self.core.loop.call_later(0, self.write)
 
-    def write(self) -> None:
-        """Write what another parent is to know."""
+    def write(self, *, plain: bool = False) -> None:
+        """Write what another parent is to know; `plain` if that may be one of another version."""
         if self._writing is not None:
             self._writing.cancel()
             self._writing = None
         if self._writer is not None:
             generations = [generation.known() for generation in self.generations]
-            self._writer.write(self.network.taps, self.network.left, generations, self.generations.numbers())
+            network = self.network
+            self._writer.write(network.taps, network.left, generations, self.generations.number, plain=plain)
 
     def save_soon(self) -> None:
-        """Have identities written before the next message is looked at; many changes are written once."""
+        """Have identities written before the next message is looked at; many changes are written once.
+
+        The file is written as a whole: not all the time, where that takes some.
+        """
         self.write_soon()
         if self._saving is None:
-            self._saving = self.core.loop.call_later(0, self._save)
+            rest_s = self._saved_s + SAVE_REST * self._save_took_s - time.monotonic()
+            self._saving = self.core.loop.call_later(max(0.0, rest_s), self._save)
 
     def save_now(self) -> None:
         """Write what waits for it."""
@@ -109,7 +120,10 @@ class Lasting:
     def _save(self) -> None:
         self._saving = None
         if self._file is not None:
+            began_s = time.monotonic()
             self._file.save(self.core.vms.identities)
+            self._saved_s = time.monotonic()
+            self._save_took_s = self._saved_s - began_s
 
     def forget(self) -> None:
         """This daemon ends, and its guests with it: nobody is to take its place."""

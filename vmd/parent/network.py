@@ -107,7 +107,7 @@ class Network:
         self.tickets = 0
         self.launches: dict[int, Launch] = {}  # by ticket
         self.taps: dict[int, Taps] = {}  # by vmid
-        self.left: list[AdoptNics] = []  # interfaces that are to be removed, and are not yet
+        self.left: dict[int, AdoptNics] = {}  # by vmid: interfaces that are to be removed, and are not yet
         self.plans = Plans(core, self.taps)
         self.unresolved_s = 0  # since when guests cannot be told a name server, in seconds since 1970; 0: they can
 
@@ -115,14 +115,14 @@ class Network:
 
     def begin(self) -> None:
         """Tell a priv that has just started what there is, and ask it again for what its predecessor did not answer."""
-        for known in (*self.left, *(taps.known for taps in self.taps.values())):
+        for known in (*self.left.values(), *(taps.known for taps in self.taps.values())):
             self.priv.send(known)
         self._tell(self.core.config)
         self.priv.up = True
         if not self.core.serving:
             self._warn(self.core.config)
-        for known in self.left:
-            self.priv.ask(RemoveNics(vmid=known.vmid))
+        for vmid in self.left:
+            self.priv.ask(RemoveNics(vmid=vmid))
         for ticket in list(self.launches):
             self._ask(ticket)
 
@@ -283,7 +283,7 @@ class Network:
         links = describe(config, plan, message.nics, launch.switches, self.name_servers())
         known = AdoptNics(vmid=vm.vmid, nics=launch.requests, made=message.nics)
         taps = self.taps[vm.vmid] = Taps(config.nics, plan, launch.lacking, links, fds, known)
-        self.core.changed()
+        self.core.changed(vm.vmid)
         for index, what in launch.lacking.items():
             self.core.events.add("trouble", vm, text=what, device=f"interface{index}")
         log.debug(f"vm {vm.name}: {', '.join(link.name for link in links)}")
@@ -451,8 +451,8 @@ class Network:
         taps = self.taps.pop(vmid, None)
         if taps is not None:
             taps.close()
-            self.left.append(taps.known)
-            self.core.changed()
+            self.left[vmid] = taps.known
+            self.core.changed(vmid)
             self._remove(vmid)
 
     def _remove(self, vmid: int) -> None:
@@ -463,10 +463,8 @@ class Network:
     def on_removed(self, message: NicsRemoved, _envelope: Envelope) -> None:
         """They are gone."""
         self.priv.answered()
-        done = next((known for known in self.left if known.vmid == message.vmid), None)
-        if done is not None:
-            self.left.remove(done)
-            self.core.changed()
+        if self.left.pop(message.vmid, None) is not None:
+            self.core.changed(message.vmid)
 
     def on_priv_lost(self, *, for_good: bool) -> None:
         """Nobody answers until priv was started again, or, `for_good`, any more."""

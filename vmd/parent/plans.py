@@ -90,7 +90,7 @@ class Plans:
         identities = self.core.vms.identities
         if identities.ula is None:
             identities.ula = random_ula()
-            identities.on_change()
+            identities.changed()
         return identities.ula
 
     def plan_of(self, vm: Vm, config: VmConfig) -> Plan:
@@ -153,7 +153,7 @@ class Plans:
             log.info(f"vm {config.name}: its local interfaces have other addresses than before, which are not free")
         if identity.number != chosen:
             identity.number = chosen
-            identities.on_change()
+            identities.changed(key)
         return chosen
 
     def check(self, vm: Vm, config: VmConfig) -> Plan:

@@ -1,8 +1,9 @@
 """What the parent knows, in a form that outlives it: for a parent that takes its place, of this version or another.
 
 It is in a memory file (`statemem`), which the service manager keeps, and is written whenever something has changed,
-before the next message is looked at.  What vmm knows better is not in here, or does not count: which VMs run and which
-are paused, and all descriptors (`vmd.ipc.messages.vmm.VmHeld`).
+before the next message is looked at: now and then all of it, and behind it what has changed since.  What vmm knows
+better is not in here, or does not count: which VMs run and which are paused, and all descriptors
+(`vmd.ipc.messages.vmm.VmHeld`).
 """
 
 from vmd.config.model import Config, NicConfig, VmConfig
@@ -13,6 +14,7 @@ from vmd.ipc.messages.priv import AdoptNics
 from vmd.ipc.messages.shared import DiskImages
 from vmd.ipc.messages.vm import NicLink
 from vmd.log import log
+from vmd.parent import identity
 from vmd.parent.addresses import Plan
 from vmd.parent.plans import Taps
 from vmd.parent.statemem import StateMemory
@@ -22,7 +24,7 @@ from vmd.version import VERSION
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from vmd.parent.core import Core
 
@@ -114,6 +116,25 @@ class Truth(Part):
     left: tuple[AdoptNics, ...] = ()
     generations: tuple[GenerationKnown, ...] = ()
     planned: bool = False  # the parent was told to end for another one
+    vmids: tuple[int, ...] = ()  # of `vms`
+
+
+class VmChange(Record):
+    """What is of a VM, by its id, instead of what there was."""
+
+    vmid: int
+    vm: bytes = b""  # a VmKnown; "": there is no such VM
+    left: AdoptNics | None = None
+
+
+class Change(Part):
+    """What has changed since the truth, or the change before; the rest is always said, for it is short."""
+
+    vms: tuple[VmChange, ...] = ()
+    config: bytes = b""  # "": as it was
+    identities: bytes = b""  # "": as they were; else `Identities.encode_touched`
+    verbosity: int = 0
+    generations: tuple[GenerationKnown, ...] = ()
 
 
 SAME = (
@@ -175,12 +196,37 @@ def taps_of(known: TapsKnown, fds: list[int]) -> Taps:
 def read(memory: StateMemory) -> Truth:
     """Return what an earlier parent knew.  Raises VmdError."""
     try:
-        raw = memory.read()
-        if raw is None:
+        found = memory.read()
+        if not found:
             raise VmdError("the state of the vmd before this one is empty, or damaged")
-        return unpack(Truth, raw)
+        return folded(unpack(Truth, found[0]), [unpack(Change, each) for each in found[1:]])
     except (OSError, ValueError) as error:
         raise VmdError(f"the state of the vmd before this one cannot be used: {error}") from error
+
+
+def folded(truth: Truth, changes: "list[Change]") -> Truth:
+    """Return the truth after these changes.  Raises ValueError."""
+    if not changes:
+        return truth
+    vms = dict(zip(truth.vmids, truth.vms, strict=True))
+    left = {known.vmid: known for known in truth.left}
+    for change in changes:
+        for each in change.vms:
+            vms[each.vmid] = each.vm
+            left.pop(each.vmid, None)
+            if each.left is not None:
+                left[each.vmid] = each.left
+    there = {vmid: vms[vmid] for vmid in sorted(vms) if vms[vmid]}
+    identities = [change.identities for change in changes if change.identities]
+    return truth.replace(
+        config=next((change.config for change in reversed(changes) if change.config), truth.config),
+        verbosity=changes[-1].verbosity,
+        identities=identity.folded(truth.identities, identities) if identities else truth.identities,
+        vms=tuple(there.values()),
+        vmids=tuple(there),
+        left=tuple(left.values()),
+        generations=changes[-1].generations,
+    )
 
 
 def config_of(truth: Truth) -> Config:
@@ -206,50 +252,80 @@ def vms_of(truth: Truth) -> list[VmKnown]:
 
 
 class Writer:
-    """Writes the truth, packing anew only what has changed."""
+    """Writes the truth: what has changed, and all of it when that is no less."""
 
     def __init__(self, memory: StateMemory, core: "Core") -> None:
         self.memory = memory
         self.core = core
         self.failed = False
         self.planned = False
-        self._config: tuple[Config, bytes] | None = None
+        self._config: tuple[Config, bytes] | None = None  # that was written last
         self._vms: dict[Vm, tuple[int, int, Taps | None, bytes]] = {}
 
     def write(
         self,
         taps: "Mapping[int, Taps]",
-        left: "Iterable[AdoptNics]",
+        left: "Mapping[int, AdoptNics]",
         generations: "Iterable[GenerationKnown]",
-        generation_of: "Mapping[int, int]",
+        generation_of: "Callable[[int], int]",
+        *,
+        plain: bool = False,
     ) -> None:
-        """Write what is true now; `generation_of` has the number of the vmm of each VM that has a process."""
-        core = self.core
-        if self._config is None or self._config[0] is not core.config:
-            self._config = core.config, pack(core.config)
-        vms = {vm: self._vm(vm, generation_of.get(vm.vmid, 0), taps.get(vm.vmid)) for vm in core.vms}
-        self._vms = vms
-        truth = Truth(
-            program=VERSION,
-            config=self._config[1],
-            verbosity=core.verbosity,
-            identities=core.vms.identities.encode(),
-            vms=tuple(packed for *_, packed in vms.values()),
-            left=tuple(left),
-            generations=tuple(generations),
-            planned=self.planned,
-        )
+        """Write what is true now; `generation_of` returns the number of the vmm of a VM, 0 if it has no process.
+
+        `plain`: in the form that every version reads.
+        """
+        core, identities = self.core, self.core.vms.identities
+        config = self._config
+        if config is None or config[0] is not core.config:
+            config = core.config, pack(core.config)
+
+        def packed(vm: Vm) -> bytes:
+            return self._vm(vm, generation_of(vm.vmid), taps.get(vm.vmid))
+
         try:
-            self.memory.write(pack(truth))
+            if plain or self.planned or not self.memory.takes_changes:
+                vms = {vm: packed(vm) for vm in core.vms}
+                self._vms = {vm: self._vms[vm] for vm in vms}
+                truth = Truth(
+                    program=VERSION,
+                    config=config[1],
+                    verbosity=core.verbosity,
+                    identities=identities.encode(),
+                    vms=tuple(vms.values()),
+                    left=tuple(left.values()),
+                    generations=tuple(generations),
+                    planned=self.planned,
+                    vmids=tuple(vm.vmid for vm in vms),
+                )
+                self.memory.write(pack(truth), followed=not (plain or self.planned))
+            else:
+                change = Change(
+                    vms=tuple(self._change(vmid, packed, left.get(vmid)) for vmid in sorted(core.touched)),
+                    config=b"" if config is self._config else config[1],
+                    verbosity=core.verbosity,
+                    identities=identities.encode_touched() if identities.touched else b"",
+                    generations=tuple(generations),
+                )
+                self.memory.add(pack(change))
         except OSError as error:
             if not self.failed:
                 log.error(f"the state for the next vmd cannot be written: {error.strerror}: what changes is lost")
             self.failed = True
             return
+        self._config = config
+        core.touched.clear()
+        identities.touched.clear()
         self.failed = False
 
-    def _vm(self, vm: Vm, generation: int, taps: Taps | None) -> tuple[int, int, Taps | None, bytes]:
+    def _change(self, vmid: int, packed: "Callable[[Vm], bytes]", left: AdoptNics | None) -> VmChange:
+        vm = self.core.vms.find(vmid, "")
+        return VmChange(vmid=vmid, vm=b"" if vm is None else packed(vm), left=left)
+
+    def _vm(self, vm: Vm, generation: int, taps: Taps | None) -> bytes:
+        """Return a VM, packed, and not again if nothing of it has changed."""
+        state = vm.changes, generation, taps
         before = self._vms.get(vm)
-        if before is not None and before[:2] == (vm.changes, generation) and before[2] is taps:
-            return before
-        return vm.changes, generation, taps, pack(vm_known(vm, generation, taps))
+        if before is None or before[:2] != state[:2] or before[2] is not taps:
+            self._vms[vm] = before = (*state, pack(vm_known(vm, generation, taps)))
+        return before[3]

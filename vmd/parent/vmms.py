@@ -94,7 +94,7 @@ class Vmms:
             if generation is not newest or other:
                 self.core.slots.use(generation.groups, newest=False)
         if truth is not None:
-            self.network.left += truth.left
+            self.network.left |= {known.vmid: known for known in truth.left}
             self.adoption.expect(list(self.adoption.known.values()), there)
 
     def adopt(self, known: "GenerationKnown") -> Generation | None:

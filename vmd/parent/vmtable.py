@@ -1,5 +1,6 @@
 """Every VM the daemon knows, and the state it is in (*cat. 4.1, 4.2*)."""
 
+import contextlib
 import errno
 import time
 from collections.abc import Iterator
@@ -113,7 +114,7 @@ class Vm:
     """
 
     changes = 0
-    on_change: "Callable[[], None]" = staticmethod(lambda: None)
+    on_change: "Callable[[Vm], None]" = staticmethod(lambda _vm: None)
     on_event: "Callable[[Vm, str, str, str], None]" = staticmethod(lambda _vm, _what, _text, _how: None)
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -182,7 +183,7 @@ class Vm:
     def changed(self) -> None:
         """Something has changed that another object has for this VM."""
         self.changes += 1
-        self.on_change()
+        self.on_change(self)
 
     def be_in(self, state: State, since_s: float | None = None) -> None:
         """Be in a state that an earlier parent, or vmm, says it is in."""
@@ -530,9 +531,11 @@ class VmTable:
 
     def __init__(self, identities: Identities | None = None) -> None:
         self.identities = identities or Identities()
-        self.on_change: Callable[[], None] = lambda: None
+        self.on_change: Callable[[int], None] = lambda _vmid: None
         self.on_event: Callable[[Vm, str, str, str], None] = lambda _vm, _what, _text, _how: None
         self._by_name: dict[str, Vm] = {}
+        self._by_id: dict[int, Vm] = {}
+        self._lladdrs: set[bytes] | None = None  # that somebody has, or has had; None: nobody has collected them yet
 
     def __iter__(self) -> Iterator[Vm]:
         """All VMs, by id."""
@@ -548,7 +551,7 @@ class VmTable:
         identity = self.identities.of((config.name, config.owner.uid))
         if from_config and not identity.configured:
             identity.configured = True
-            self.identities.on_change()
+            self.identities.changed((config.name, config.owner.uid))
         config = self.named(config)
         vm = Vm(identity.vmid, config, from_config=from_config)
         self.take(vm)
@@ -557,30 +560,46 @@ class VmTable:
     def take(self, vm: Vm) -> None:
         """Have a VM that somebody else has described."""
         self._by_name[vm.name] = vm
+        self._by_id.setdefault(vm.vmid, vm)
+        if self._lladdrs is not None:
+            self._lladdrs.update(nic.lladdr for nic in vm.config.nics)
         vm.on_change = self.changed
         vm.on_event = self.on_event
-        self.changed()
+        self.changed(vm)
 
-    def changed(self) -> None:
-        """Something of some VM has changed."""
-        self.on_change()
+    def changed(self, vm: Vm) -> None:
+        """Something of a VM has changed."""
+        self.on_change(vm.vmid)
 
     def named(self, config: VmConfig) -> VmConfig:
         """Return a VM whose interfaces all have link-layer addresses, each time the same and no other VM's."""
         if all(nic.lladdr for nic in config.nics):
             return config
-        taken = {nic.lladdr for vm in self._by_name.values() for nic in vm.config.nics}
-        taken.update(self.identities.lladdrs())
-        ours = self.identities.of((config.name, config.owner.uid)).lladdrs
+        key = config.name, config.owner.uid
+        ours = self.identities.of(key).lladdrs
         nics = []
         for index, nic in enumerate(config.nics):
             if not nic.lladdr:
                 if index not in ours:
-                    ours[index] = random_lladdr(index, taken)
-                    self.identities.on_change()
+                    ours[index] = self._free_lladdr(index)
+                    self.identities.changed(key)
                 nic = nic.replace(lladdr=ours[index])
             nics.append(nic)
         return config.replace(nics=tuple(nics))
+
+    def _free_lladdr(self, index: int) -> bytes:
+        """Return an address that nobody has, for the interface of this number.  Raises OperatorError."""
+        if self._lladdrs is not None:
+            with contextlib.suppress(OperatorError):  # some of these may not be anybody's any more
+                lladdr = random_lladdr(index, self._lladdrs)
+                self._lladdrs.add(lladdr)
+                return lladdr
+        # Once for all VMs of a configuration that is read for the first time.
+        self._lladdrs = {nic.lladdr for vm in self._by_name.values() for nic in vm.config.nics}
+        self._lladdrs.update(self.identities.lladdrs())
+        lladdr = random_lladdr(index, self._lladdrs)
+        self._lladdrs.add(lladdr)
+        return lladdr
 
     def adopt(self, vm: Vm, config: VmConfig, prefix4: Prefix) -> None:
         """A VM that came from elsewhere goes on: what its guest knows is its own from now on, if nobody else has it.
@@ -596,19 +615,23 @@ class VmTable:
         for index, nic in enumerate(config.nics):
             if index not in given and nic.lladdr not in taken:
                 identity.lladdrs[index] = nic.lladdr
+        if self._lladdrs is not None:
+            self._lladdrs.update(identity.lladdrs.values())
         vm.config = with_lladdrs(vm.config, before, identity.lladdrs)
         vm.next_config = vm.next_config and with_lladdrs(vm.next_config, before, identity.lladdrs)
         numbers = {other.number for other in self.identities.others(vm.key)}
         if config.plan_id and config.plan_prefix4 == prefix4 and config.plan_id not in numbers:
             identity.number = config.plan_id
-        self.identities.on_change()
+        self.identities.changed(vm.key)
 
     def remove(self, vm: Vm) -> None:
         """Forget a VM, but not whose its id and its addresses are."""
         vm.drop_pty()
         vm.drop_files()
         self._by_name.pop(vm.name, None)
-        self.changed()
+        if self._by_id.get(vm.vmid) is vm:
+            del self._by_id[vm.vmid]
+        self.changed(vm)
         self.identities.leave(vm.key, self.present)
 
     def present(self) -> "set[tuple[str, int]]":
@@ -625,7 +648,7 @@ class VmTable:
         named = self._by_name.get(name)
         if not vmid or (named is not None and name.isdigit()):
             return named
-        return next((vm for vm in self._by_name.values() if vm.vmid == vmid), None)
+        return self._by_id.get(vmid)
 
     def get(self, vmid: int, name: str = "") -> Vm:
         """Return the VM, or raise OperatorError(ENOENT) naming what was asked for."""

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from vmd.parent import statemem
-from vmd.parent.statemem import FIRST, HEADER, StateMemory
+from vmd.parent.statemem import CHANGE, FIRST, HEADER, StateMemory
 
 ROUNDS_OF_KILLS = 40
 
@@ -52,7 +52,7 @@ def write_and_be_killed(memory: StateMemory, content: bytes, after: int, monkeyp
 
 def test_an_empty_one_has_nothing(memory: StateMemory) -> None:
     """A daemon that was killed before it wrote anything has left no state."""
-    assert memory.read() is None
+    assert memory.read() == []
 
 
 def test_the_last_content_counts(memory: StateMemory) -> None:
@@ -61,7 +61,7 @@ def test_the_last_content_counts(memory: StateMemory) -> None:
     for number in range(200):
         content = bytes([number]) * sizes.choice((0, 1, 100, FIRST, 3 * FIRST + 7))
         memory.write(content)
-        assert memory.read() == content
+        assert memory.read() == [content]
 
 
 def test_the_file_does_not_grow_with_each_write(memory: StateMemory) -> None:
@@ -82,9 +82,9 @@ def test_a_write_that_is_cut_anywhere_leaves_the_old_or_the_new(
         total = len(after) + HEADER.size
         for cut in range(total):
             assert not write_and_be_killed(memory, after, cut, monkeypatch)
-            assert memory.read() == before, cut
+            assert memory.read() == [before], cut
         assert write_and_be_killed(memory, after, total, monkeypatch)
-        assert memory.read() == after
+        assert memory.read() == [after]
 
 
 @pytest.mark.parametrize("byte", [*range(HEADER.size), FIRST, FIRST + 39])
@@ -96,14 +96,75 @@ def test_a_byte_that_is_not_what_was_written_takes_its_slot_out(memory: StateMem
     at = byte
     was = os.pread(memory.fd, 1, at)
     os.pwrite(memory.fd, bytes([was[0] ^ 0x40]), at)
-    assert memory.read() == b"new" * 20
+    assert memory.read() == [b"new" * 20]
 
 
 def test_a_length_that_cannot_be_is_not_read(memory: StateMemory) -> None:
     """A damaged header leads to no allocation, and to no content."""
     for length in (1 << 29, 1 << 63):
         os.pwrite(memory.fd, HEADER.pack(statemem.MAGIC, 9, FIRST, length, bytes(32)), 0)
-        assert memory.read() is None
+        assert memory.read() == []
+
+
+def test_changes_are_found_behind_the_content(memory: StateMemory) -> None:
+    """By another program, too; a content has none of those before it, whatever is left there of them."""
+    chance = random.Random(2)
+    expected: list[bytes] = []
+    for number in range(400):
+        if not memory.takes_changes:
+            expected = [bytes([number % 251]) * chance.choice((10, 700, 5000))]
+            memory.write(expected[0], followed=True)
+        else:
+            expected.append(bytes([number % 249]) * chance.choice((0, 1, 300)))
+            memory.add(expected[-1])
+        assert memory.read() == expected
+        assert os.fstat(memory.fd).st_size < FIRST + 8 * 5300
+    another = StateMemory(os.dup(memory.fd))
+    assert another.read() == expected
+    assert not another.takes_changes  # before it has written a content of its own
+    another.write(b"its own", followed=True)
+    another.add(b"and more")
+    assert memory.read() == [b"its own", b"and more"]
+    another.close()
+
+
+def test_a_content_that_is_cut_leaves_the_changes_before_it(
+    memory: StateMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a program that takes over, and has not written any of them."""
+    expected = [b"a" * 50, b"b" * 30, b"c" * 20]
+    memory.write(expected[0], followed=True)
+    for change in expected[1:]:
+        memory.add(change)
+    for cut in range(60 + HEADER.size):
+        another = StateMemory(os.dup(memory.fd))
+        assert not write_and_be_killed(another, b"d" * 60, cut, monkeypatch)
+        assert memory.read() == expected, cut
+        another.close()
+
+
+def test_a_change_that_is_cut_is_none(memory: StateMemory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At each byte; the next one takes its place."""
+    memory.write(b"a" * 500, followed=True)
+    memory.add(b"first")
+    for cut in range(CHANGE.size + 7):
+        with monkeypatch.context() as patched:
+            patched.setattr(memory, "write", memory.add)
+            assert not write_and_be_killed(memory, b"second!", cut, monkeypatch)
+        assert memory.read() == [b"a" * 500, b"first"], cut
+    memory.add(b"third")
+    assert memory.read() == [b"a" * 500, b"first", b"third"]
+
+
+def test_who_knows_of_no_changes_does_not_take_a_content_without_them(memory: StateMemory) -> None:
+    """Earlier versions look for one magic only; what they are to read has no changes."""
+    memory.write(b"plain")
+    assert os.pread(memory.fd, 8, 0) == statemem.MAGIC
+    memory.write(b"with changes", followed=True)
+    assert os.pread(memory.fd, 8, HEADER.size) == statemem.FOLLOWED != statemem.MAGIC
+    memory.write(b"plain again")
+    assert not memory.takes_changes
+    assert os.pread(memory.fd, 8, 0) == statemem.MAGIC
 
 
 WRITER = """
@@ -113,7 +174,9 @@ memory, number = StateMemory(int(sys.argv[1])), 0
 print("ready", flush=True)
 while True:
     number += 1
-    memory.write(b"%d " % number * (number * 7919 % 20000))
+    memory.write(b"%d " % number * (number * 7919 % 20000), followed=True)
+    while memory.takes_changes:
+        memory.add(b"%d " % number * 300)
 """
 
 
@@ -128,9 +191,9 @@ def test_whoever_reads_after_a_kill_finds_something_whole(memory: StateMemory) -
             assert writer.stdout is not None
             assert writer.stdout.readline() == b"ready\n"
             for _ in range(random.Random(writer.pid).randrange(1, 40)):
-                found = memory.read()  # while it writes this may be torn, and is not taken then
+                memory.read()  # while it writes this may be torn, and is not taken then
             writer.send_signal(signal.SIGKILL)
         found = memory.read()
-        assert found is not None
-        words = found.split()
+        assert found
+        words = b" ".join(found).split()
         assert len(set(words)) <= 1, "two contents are mixed"

@@ -1,6 +1,10 @@
 """What a parent knows comes back as it was, in this version and in later ones."""
 
+import errno
+import json
 import lzma
+import os
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -130,7 +134,7 @@ def test_what_a_transfer_was_comes_back(core: Core) -> None:
 
 def write(writer: Writer, interfaces: dict[int, Taps] | None = None) -> None:
     """Write what there is."""
-    writer.write(interfaces or {}, (), [GenerationKnown(number=1, version="1")], {1: 1})
+    writer.write(interfaces or {}, {}, [GenerationKnown(number=1, version="1")], lambda vmid: int(vmid == 1))
 
 
 def test_all_is_written_and_read(core: Core, memory: StateMemory) -> None:
@@ -160,6 +164,7 @@ def test_what_changes_is_written_anew(core: Core, memory: StateMemory) -> None:
     vm.text = "something else"
     write(writer)
     assert vms_of(read(memory))[0].text == "something else"
+    core.changed(vm.vmid)
     write(writer, {1: taps()})
     assert vms_of(read(memory))[0].taps is not None
     core.config = CONFIG.replace(switches=())
@@ -191,6 +196,82 @@ def test_every_change_of_a_vm_is_heard(core: Core) -> None:
         before = heard
         change()
         assert heard > before
+
+
+def test_changes_lead_to_what_all_of_it_would_be(core: Core, memory: StateMemory) -> None:
+    """Whatever changes, in any order: the next parent finds what it would if everything were written each time."""
+    chance, writer, whole = random.Random(3), Writer(memory, core), StateMemory.create()
+    interfaces: dict[int, Taps] = {}
+    left: dict[int, AdoptNics] = {}
+    followed = 0
+    generations = [GenerationKnown(number=1, version="1")]
+
+    def touch(vm: Vm) -> None:
+        chance.choice((vm.changed, lambda: setattr(vm, "text", str(chance.random())), vm.drop_seed))()
+
+    def give_taps(vm: Vm) -> None:
+        interfaces[vm.vmid] = taps()
+        core.changed(vm.vmid)
+
+    def leave(vm: Vm) -> None:
+        interfaces.pop(vm.vmid, None)
+        left[vm.vmid] = AdoptNics(vmid=vm.vmid, nics=(), made=())
+        core.changed(vm.vmid)
+
+    def forget(vm: Vm) -> None:
+        left.pop(vm.vmid, None)
+        core.changed(vm.vmid)
+
+    def number(vm: Vm) -> None:
+        core.vms.identities.of(vm.key).number = chance.randrange(99)
+        core.vms.identities.changed(vm.key)
+
+    def configure(vm: Vm) -> None:
+        core.config = CONFIG.replace(vms=(vm.config,) * chance.randrange(3))
+
+    def add(_vm: Vm) -> None:
+        name = f"vm{chance.randrange(200)}"
+        if core.vms.find(0, name) is None:
+            core.vms.add(VmConfig(name=name, nics=(NicConfig(),)), from_config=chance.random() < 0.5)
+
+    def forget_ids(_vm: Vm) -> None:
+        core.verbosity = chance.randrange(3)
+        generations[0] = GenerationKnown(number=1, version=str(core.verbosity))
+
+    core.vms.add(VmConfig(name="first"), from_config=True)
+    for _ in range(600):
+        vm = chance.choice(list(core.vms))
+        removes = [core.vms.remove] if len(core.vms) > 1 else []
+        chance.choice([touch, give_taps, leave, forget, number, configure, add, add, forget_ids, *removes])(vm)
+        writer.write(interfaces, left, generations, lambda vmid: vmid % 2)
+        Writer(whole, core).write(interfaces, left, generations, lambda vmid: vmid % 2, plain=True)
+        followed += len(memory.read()) > 1
+        found, expected = read(memory), read(whole)
+        assert json.loads(expected.identities)["vms"] != []
+        for truth in (found, expected):
+            rows = {row["name"]: row for row in json.loads(truth.identities)["vms"]}
+            object.__setattr__(truth, "identities", rows)
+            object.__setattr__(truth, "left", {each.vmid: each for each in truth.left})
+        assert found == expected
+    assert followed > 300
+    whole.close()
+
+
+def test_a_failed_write_is_made_up_for(core: Core, memory: StateMemory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the next one: of a content, and of a change."""
+    vm = full(core)
+    writer = Writer(memory, core)
+    for number in range(4):
+        vm.text, core.verbosity = f"text {number}", number
+        core.config = CONFIG.replace(vms=(VmConfig(name=f"n{number}"),))
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "pwrite", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "no room")))
+            write(writer)
+            found = [writer.failed]
+        write(writer)
+        assert [*found, writer.failed] == [True, False]
+        truth = read(memory)
+        assert (vms_of(truth)[0].text, config_of(truth), truth.verbosity) == (vm.text, core.config, number)
 
 
 def test_a_vm_that_cannot_be_read_is_left_out(core: Core, memory: StateMemory) -> None:
