@@ -28,13 +28,13 @@ class Bounds:
 
     def __init__(self, peers: "Peers") -> None:
         self.peers = peers
-        self.on_limits: Callable[[], None] = lambda: None  # called when a VM that runs may have limits
+        self.on_limits: Callable[[Vm], None] = lambda _vm: None  # called when a VM that runs may have limits
         self._said: set[str] = set()  # sentences that are in the log already
 
     def begin(self, vm: "Vm") -> list[str]:
         """A VM begins to run: limit its control group.  Its devices know theirs.  Returns what is not limited."""
         limits = (vm.running_config or vm.config).limit
-        self.on_limits()
+        self.on_limits(vm)
         return self._limit(vm, limits) if vm.pid and limits != VmLimits() else []
 
     def change(self, vm: "Vm", wanted: "VmConfig") -> list[str]:
@@ -51,7 +51,7 @@ class Bounds:
             return []
         # Secrets are taken out of the configuration on its way (`Generations.send`).
         self.peers.send(Proc.VMM, LimitVm(vmid=vm.vmid, config=now))
-        self.on_limits()
+        self.on_limits(vm)
         notes = self._limit(vm, now.limit) if now.limit != before.limit and vm.pid else []
         return [f"vm {vm.name}: its new limits count from now on", *(f"vm {vm.name}: {note}" for note in notes)]
 

@@ -55,7 +55,7 @@ class Figures:
     def __init__(self, core: "Core", network: "Network") -> None:
         self.core = core
         self.network = network
-        self._vcpus: dict[int, dict[int, int]] = {}  # by process: its threads that are vCPUs, by number
+        self._vcpus: dict[int, tuple[int, dict[int, int]]] = {}  # by vmid: process, and its threads that are vCPUs
 
     def serve(self, message: FiguresRequest, caller: Caller, envelope: "Envelope") -> None:
         """Answer with one VM, or all; whoever may see the list may see them."""
@@ -77,7 +77,8 @@ class Figures:
     def of(self, vms: "list[Vm]", caller: Caller) -> list[VmFigures]:
         """Return the figures of these VMs, as far as the caller may know them."""
         mounts = read("/proc/self/mountinfo")
-        self._vcpus = {vm.pid: self._vcpus[vm.pid] for vm in self.core.vms if vm.pid in self._vcpus}
+        if len(self._vcpus) > 2 * len(self.core.vms):
+            self._vcpus.clear()
         return [self._of(vm, mounts, caller) for vm in vms]
 
     def _of(self, vm: "Vm", mounts: str, caller: Caller) -> VmFigures:
@@ -105,7 +106,7 @@ class Figures:
             guest_bytes=guest_bytes(vm.memory) if vm.pid else 0,
             process_bytes=sum(map(private_bytes, processes)),
             cpu_ns=sum(map(cpu_ns, processes)),
-            vcpus=self._vcpus_of(vm.pid, config.vcpus),
+            vcpus=self._vcpus_of(vm, config.vcpus),
             disks=tuple(
                 DiskFigures(
                     path=brief(disk.path, PATH_BYTES_MAX) if known else "",
@@ -122,15 +123,17 @@ class Figures:
             limit=LimitFigures(**config.limit.as_dict()),
         )
 
-    def _vcpus_of(self, pid: int, count: int) -> tuple[VcpuFigures, ...]:
+    def _vcpus_of(self, vm: "Vm", count: int) -> tuple[VcpuFigures, ...]:
         """Return what each vCPU has had; its thread is known by the name that its process has given it."""
+        pid = vm.pid
         if not pid:
+            self._vcpus.pop(vm.vmid, None)
             return tuple(VcpuFigures(index=index) for index in range(count))
-        tasks = self._vcpus.get(pid, {})
-        if len(tasks) < count:
+        known, tasks = self._vcpus.get(vm.vmid, (0, {}))
+        if known != pid or len(tasks) < count:
             names = threads(pid)
             tasks = {index: names[f"vcpu{index}"] for index in range(count) if f"vcpu{index}" in names}
-            self._vcpus[pid] = tasks
+            self._vcpus[vm.vmid] = pid, tasks
         return tuple(
             VcpuFigures(index=index, cpu_ns=thread_ns(pid, tasks[index]) if index in tasks else 0)
             for index in range(count)

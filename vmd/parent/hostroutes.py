@@ -19,7 +19,7 @@ READ_MAX = 1 << 20  # bytes; a router of the internet has more
 RTF_UP, RTF_REJECT, RTF_ANYCAST, RTF_LOCAL = 0x0001, 0x0200, 0x0010_0000, 0x8000_0000
 EVERYBODYS = (ipaddress.IPv6Network("fe80::/10"), ipaddress.IPv6Network("ff00::/8"))
 TAP = re.compile(r"tap[0-9]+")
-TAP_LENGTHS = (31, 64)  # of the networks on taps of ours, which their VMs answer for
+ON_TAP4, ON_TAP6 = "FEFFFFFF", "40"  # 31 and 64: of the networks on taps of ours, which their VMs answer for
 
 IpNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -37,7 +37,6 @@ def host_routes(path4: str = ROUTES4, path6: str = ROUTES6) -> list[HostRoute]:
         route
         for route in (*parsed(path4, parse4), *parsed(path6, parse6))
         if route.network.prefixlen > DEFAULT_ROUTES[len(route.network.network_address.packed)]
-        if not (TAP.fullmatch(route.interface) and route.network.prefixlen in TAP_LENGTHS)
     ]
 
 
@@ -60,6 +59,8 @@ def parsed(path: str, parse: "Callable[[Sequence[str]], HostRoute | None]") -> "
 def parse4(words: "Sequence[str]") -> HostRoute | None:
     """Return what a line of /proc/net/route says.  Raises ValueError or IndexError if that is nothing."""
     interface, destination, _gateway, flags = words[:4]
+    if words[7] == ON_TAP4 and TAP.fullmatch(interface):  # as most are, where there are many VMs
+        return None
     address, mask = (int(word, 16).to_bytes(4, "little") for word in (destination, words[7]))
     if int(flags, 16) & (RTF_UP | RTF_REJECT) != RTF_UP:
         return None
@@ -70,6 +71,8 @@ def parse4(words: "Sequence[str]") -> HostRoute | None:
 def parse6(words: "Sequence[str]") -> HostRoute | None:
     """Return what a line of /proc/net/ipv6_route says.  Raises ValueError or IndexError if that is nothing."""
     flags, interface = int(words[8], 16), words[9]
+    if words[1] == ON_TAP6 and TAP.fullmatch(interface):
+        return None
     network = ipaddress.IPv6Network((bytes.fromhex(words[0]), int(words[1], 16)))
     if flags & (RTF_UP | RTF_REJECT | RTF_ANYCAST | RTF_LOCAL) != RTF_UP or interface == "lo":
         return None

@@ -106,7 +106,7 @@ class Identities:
             self.touched.add(oldest)
 
     def choose_number(
-        self, key: "Key", end: int, free: "Callable[[int], bool]", present: "Collection[Key]"
+        self, key: "Key", end: int, free: "Callable[[int], bool]", present: "Callable[[], Collection[Key]]"
     ) -> int:
         """Return a number from 1 to `end` - 1 for the local interfaces of a VM; 0 if none is left.
 
@@ -117,13 +117,16 @@ class Identities:
         if 0 < own < end and free(own):
             return own
         others = {each.number: other for other, each in self.known.items() if each.number and other != key}
-        for reserved in (set(others), {number for number, other in others.items() if other in present}):
+        reserved = set(others)
+        for _ in range(2):
             for number in candidates(end):
                 if number not in reserved and free(number):
                     if number in others:
                         self.known[others[number]].number = 0
                         self.changed(others[number])
                     return number
+            there = present()
+            reserved = {number for number, other in others.items() if other in there}
         return 0
 
     def others(self, key: "Key") -> "Iterator[Identity]":

@@ -45,7 +45,7 @@ def require_room(config: VmConfig, running: "Iterable[VmConfig]", settings: Glob
     EAGAIN for their number or that of their vCPUs, ENOMEM for their memory.  What runs already stays as it is,
     whatever the limits have become.
     """
-    others = list(running)
+    others = tuple(running)
     if len(others) >= settings.limit_vms:
         raise OperatorError(
             errno.EAGAIN, f"vm {config.name}: {len(others)} VMs are running, and there is a limit of "
@@ -87,7 +87,7 @@ def require_files() -> None:
     """Raise OperatorError(EMFILE) if descriptors are about to run out: then even messages would lose theirs."""
     most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
-        count = len(os.listdir(OPEN_FILES))
+        count = os.stat(OPEN_FILES).st_size or len(os.listdir(OPEN_FILES))  # the size is their number since Linux 6.2
     except OSError:  # there is not even one to look with
         count = most
     if count + FILES_TO_START > most:

@@ -39,9 +39,9 @@ from vmd.parent.addresses import Plan
 from vmd.parent.askpriv import AskPriv
 from vmd.parent.forpriv import open_tables, open_tuns
 from vmd.parent.hostroutes import host_routes, prefix_warnings
-from vmd.parent.plans import AUTOMATIC, Plans, Taps
+from vmd.parent.plans import Plans, Taps
 from vmd.parent.resources import copy_all
-from vmd.parent.vmtable import Vm
+from vmd.parent.vmtable import AUTOMATIC, Vm
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -244,7 +244,7 @@ class Network:
         except OperatorError as error:
             self._fail(ticket, error.number, str(error))
             return
-        reserved = {nic.tap for other in self.core.vms for nic in other.nics() if nic.tap not in AUTOMATIC}
+        reserved = {nic.tap for other in self.core.vms for nic in other.claims}.difference(AUTOMATIC)
         self.priv.ask(
             MakeNics(
                 vmid=launch.vm.vmid,

@@ -7,7 +7,6 @@ import time
 
 from vmd.closing import close
 from vmd.config.model import NicConfig, Prefix, VmConfig
-from vmd.config.rules import same_network
 from vmd.errors import OperatorError
 from vmd.ipc.messages.priv import AdoptNics
 from vmd.ipc.messages.vm import NicLink
@@ -15,7 +14,7 @@ from vmd.log import log
 from vmd.parent import hostports
 from vmd.parent.addresses import Plan, random_ula, room
 from vmd.parent.hostroutes import covering, host_routes, network_of, overlapping
-from vmd.parent.vmtable import Vm
+from vmd.parent.vmtable import AUTOMATIC, Vm
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from vmd.parent.core import Core
     from vmd.parent.hostroutes import HostRoute, IpNetwork
 
-AUTOMATIC = ("", "tap")  # any name will do
 TUNGETIFF, IFREQ_BYTES = 0x800454D2, 40  # <linux/if_tun.h>
 
 
@@ -49,6 +47,10 @@ class Taps:
         self.links = links
         self.fds = fds
         self.known = known  # what a priv that is started again has to know
+        self.ranges4 = [(*range_of(link.host4, link.length4), link) for link in links if link.host4]
+        self.first4 = min((first for first, _, _ in self.ranges4), default=1)  # of all of them, or of none
+        self.last4 = max((last for _, last, _ in self.ranges4), default=0)
+        self.networks6 = {link.prefix6: link for link in links if link.prefix6}
 
     def serve(self, nics: tuple[NicConfig, ...], plan: Plan, lacking: "Mapping[int, str]") -> bool:
         """Return whether a guest that boots again goes on with these.
@@ -62,6 +64,12 @@ class Taps:
         """Let go of our descriptors."""
         while self.fds:
             close(self.fds.pop())
+
+
+def range_of(address: bytes, length: int) -> tuple[int, int]:
+    """Return the first and the last address of a network, as numbers."""
+    number, size = int.from_bytes(address, "big"), 1 << 8 * len(address) - length
+    return number & -size, number | size - 1
 
 
 def has_interface(tap: int) -> bool:
@@ -132,7 +140,7 @@ class Plans:
         reserved = [
             network_of(nic.address.address, nic.address.length)
             for other in self.core.vms
-            for nic in other.nics()
+            for nic in other.claims
             if other is not vm and nic.address is not None
         ]
 
@@ -145,7 +153,7 @@ class Plans:
                 return False
             return not self.user_of(vm, ours, candidate) and not self.route_to(ours, candidate, routes)
 
-        chosen = identities.choose_number(key, room(plan.prefix4, plan.prefix6), free, self.core.vms.present())
+        chosen = identities.choose_number(key, room(plan.prefix4, plan.prefix6), free, self.core.vms.present)
         if not chosen:
             text = "no addresses are left for its local interfaces; see `local prefix` and `local inet6 prefix`"
             raise OperatorError(errno.ERANGE, f"vm {config.name}: {text}")
@@ -164,11 +172,11 @@ class Plans:
         held = self.taps.get(vm.vmid)
         if held is None or forwards_of(held.nics) != forwards_of(config.nics):
             self.check_forwards(vm, config)
-        used = {link.name: vmid for vmid, taps in self.taps.items() if vmid != vm.vmid for link in taps.links}
-        for nic in config.nics:
-            if nic.tap not in AUTOMATIC and nic.tap in used:
-                what = f"interface {nic.tap} is in use by vm {self.name_of(used[nic.tap])}"
-                raise OperatorError(errno.EBUSY, f"vm {config.name}: {what}")
+        for tap in {nic.tap for nic in config.nics}.difference(AUTOMATIC):
+            for vmid, taps in self.taps.items():
+                if vmid != vm.vmid and any(link.name == tap for link in taps.links):
+                    what = f"interface {tap} is in use by vm {self.name_of(vmid)}"
+                    raise OperatorError(errno.EBUSY, f"vm {config.name}: {what}")
         return plan
 
     def holds(self, vm: Vm, plan: Plan) -> bool:
@@ -216,16 +224,19 @@ class Plans:
         Raises OperatorError if the addresses do not exist.
         """
         indices = [index for index, nic in enumerate(config.nics) if nic.local]
-        wanted4 = [(plan.host4(index), plan.length4(index)) for index in indices]
+        wanted4 = [range_of(plan.host4(index), plan.length4(index)) for index in indices]
         wanted6 = {plan.network6(index) for index in indices} - {b""}
-        for vmid, taps in self.taps.items():
-            for link in taps.links if vmid != vm.vmid else ():
-                theirs = Prefix(address=link.host4, length=link.length4)
-                for address, length in wanted4:
-                    if link.host4 and same_network(Prefix(address=address, length=length), theirs):
+        for lowest, highest in wanted4:
+            # All but a few of hundreds are somewhere else.
+            near = [each for each in self.taps.items() if each[1].first4 <= highest and lowest <= each[1].last4]
+            for vmid, taps in near:
+                for first, last, link in taps.ranges4:
+                    if vmid != vm.vmid and first <= highest and lowest <= last:
                         return vmid, str(ipaddress.ip_address(link.host4))
-                if link.prefix6 in wanted6:
-                    return vmid, str(ipaddress.ip_address(link.prefix6))
+        for vmid, taps in self.taps.items() if wanted6 else ():
+            for network in wanted6.intersection(taps.networks6):
+                if vmid != vm.vmid:
+                    return vmid, str(ipaddress.ip_address(network))
         return None
 
     def check_forwards(self, vm: Vm, config: VmConfig) -> None:

@@ -39,9 +39,10 @@ class Throttles:
         self._looked_s = 0.0
         self._looking = False  # there is a next look
 
-    def begin(self) -> None:
-        """Some VM may have limits: look every now and then, as long as one has."""
-        if not self._looking and any(vm.pid and limited(vm.running_config or vm.config) for vm in self.core.vms):
+    def begin(self, only: "Vm | None" = None) -> None:
+        """Some VM may have limits, or this one: look every now and then, as long as one has."""
+        vms = (only,) if only is not None else self.core.vms
+        if not self._looking and any(vm.pid and limited(vm.running_config or vm.config) for vm in vms):
             self._look()
 
     def _look(self) -> None:

@@ -47,6 +47,8 @@ class State(Enum):
 
 
 SEE = "`vmctl unpause -f`"
+AUTOMATIC = ("", "tap")  # names of interfaces: any will do
+CONFIGS = ("config", "running_config", "next_config")  # of a Vm
 LOCKS_LINGER_S = 1.0
 SHOWN_MAX = 1 << 48  # a number that a VM process has made up must not be too large for its next life
 ALIVE = tuple(state for state in State if state not in (State.STOPPED, State.WAITING))  # states with a VM process
@@ -113,12 +115,19 @@ class Vm:
     `on_event` is called with each change of its state: what has happened, why, and how it ended if it has.
     """
 
+    config: VmConfig
+    running_config: VmConfig | None = None  # of a VM that is or was received, once it has been judged
+    next_config: VmConfig | None = None  # takes effect when this life is over
+    claims: tuple[NicConfig, ...]  # interfaces with names or addresses that no other VM can have
     changes = 0
     on_change: "Callable[[Vm], None]" = staticmethod(lambda _vm: None)
     on_event: "Callable[[Vm, str, str, str], None]" = staticmethod(lambda _vm, _what, _text, _how: None)
 
     def __setattr__(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
+        if name in CONFIGS:
+            claims = tuple(nic for nic in self.nics() if nic.address is not None or nic.tap not in AUTOMATIC)
+            object.__setattr__(self, "claims", claims)
         if name not in ("changes", "on_change", "on_event"):
             self.changed()
 
@@ -146,12 +155,12 @@ class Vm:
         self.code = errno.EIO  # ... as an errno
         self.memory_lack = ""  # which memory its process has lacked that has just ended (`groups.memory_lack`)
         self.ended_s = -LOCKS_LINGER_S
-        self.next_config: VmConfig | None = None  # takes effect when this life is over
+        self.next_config = None
         self.resetting = False  # `vmctl reset` has killed it: as good as forgotten
         self.successor: VmConfig | None = None  # ... and what has its name when it is gone
         self.files: Files = {}  # its images and its disc
         self.disks: tuple[DiskImages, ...] = ()  # of what images they are made; running
-        self.running_config: VmConfig | None = None  # of a VM that is or was received, once it has been judged
+        self.running_config = None
         self.sending: Sending | None = None
         self.going_back = False  # its disks may be those of a snapshot already
         self.revive: Callable[[], None] | None = None  # what is done instead when its process has ended
@@ -535,11 +544,14 @@ class VmTable:
         self.on_event: Callable[[Vm, str, str, str], None] = lambda _vm, _what, _text, _how: None
         self._by_name: dict[str, Vm] = {}
         self._by_id: dict[int, Vm] = {}
+        self._sorted: tuple[Vm, ...] | None = None  # None: VMs have come or gone
         self._lladdrs: set[bytes] | None = None  # that somebody has, or has had; None: nobody has collected them yet
 
     def __iter__(self) -> Iterator[Vm]:
         """All VMs, by id."""
-        return iter(sorted(self._by_name.values(), key=lambda vm: vm.vmid))
+        if self._sorted is None:
+            self._sorted = tuple(sorted(self._by_name.values(), key=lambda vm: vm.vmid))
+        return iter(self._sorted)
 
     def __len__(self) -> int:
         return len(self._by_name)
@@ -560,6 +572,7 @@ class VmTable:
     def take(self, vm: Vm) -> None:
         """Have a VM that somebody else has described."""
         self._by_name[vm.name] = vm
+        self._sorted = None
         self._by_id.setdefault(vm.vmid, vm)
         if self._lladdrs is not None:
             self._lladdrs.update(nic.lladdr for nic in vm.config.nics)
@@ -629,6 +642,7 @@ class VmTable:
         vm.drop_pty()
         vm.drop_files()
         self._by_name.pop(vm.name, None)
+        self._sorted = None
         if self._by_id.get(vm.vmid) is vm:
             del self._by_id[vm.vmid]
         self.changed(vm)

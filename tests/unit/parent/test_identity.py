@@ -222,17 +222,17 @@ def test_numbers_are_chosen_where_nobody_has_one() -> None:
         identities.of(key).number = number
 
     anything = lambda _number: True  # noqa: E731
-    assert identities.choose_number(keys[0], 4, anything, keys) == 1
-    assert identities.choose_number(keys[2], 4, anything, keys) == 3
-    assert identities.choose_number(keys[0], 4, lambda number: number != 1, keys) == 3
-    assert identities.choose_number(("d", 0), 3, anything, keys) == 0
-    assert identities.choose_number(("d", 0), 3, anything, keys[1:]) == 1
+    assert identities.choose_number(keys[0], 4, anything, lambda: keys) == 1
+    assert identities.choose_number(keys[2], 4, anything, lambda: keys) == 3
+    assert identities.choose_number(keys[0], 4, lambda number: number != 1, lambda: keys) == 3
+    assert identities.choose_number(("d", 0), 3, anything, lambda: keys) == 0
+    assert identities.choose_number(("d", 0), 3, anything, lambda: keys[1:]) == 1
     assert identities.of(keys[0]).number == 0
 
 
 def test_two_hosts_seldom_choose_the_same_number() -> None:
     """Their VMs could not be sent to one another."""
-    numbers = [Identities().choose_number(("a", 0), 16384, lambda _number: True, ()) for _ in range(50)]
+    numbers = [Identities().choose_number(("a", 0), 16384, lambda _number: True, set) for _ in range(50)]
     assert len(set(numbers)) > 40
 
 

@@ -108,10 +108,10 @@ def test_not_even_a_descriptor_to_count_them_with(monkeypatch: pytest.MonkeyPatc
     """That is a refusal as well, of this start and of nothing else."""
     require_files()
 
-    def listdir(path: str) -> list[str]:
+    def stat(path: str) -> os.stat_result:
         raise OSError(errno.EMFILE, "Too many open files", path)
 
-    monkeypatch.setattr(os, "listdir", listdir)
+    monkeypatch.setattr(os, "stat", stat)
     with pytest.raises(OperatorError, match="no room for another vm") as refused:
         require_files()
     assert refused.value.number == errno.EMFILE

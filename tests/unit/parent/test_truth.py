@@ -43,7 +43,7 @@ CONFIG = Config(switches=(SwitchConfig(name="uplink", interface="br0"),))
 NOT_KEPT = {  # what vmm knows, what belongs to clients of this parent, and what is not worth keeping
     "pid", "pty", "backlog", "memory", "figures", "kept", "restarts", "ended_s", "sent", "sending", "receiving",
     "disk_work", "revive", "on_change", "on_event", "changes", "_state", "vmid", "key", "config", "files",
-    "memory_lack",
+    "memory_lack", "claims",
 }  # fmt: skip
 
 
@@ -239,7 +239,7 @@ def test_changes_lead_to_what_all_of_it_would_be(core: Core, memory: StateMemory
         generations[0] = GenerationKnown(number=1, version=str(core.verbosity))
 
     core.vms.add(VmConfig(name="first"), from_config=True)
-    for _ in range(600):
+    for _ in range(250):
         vm = chance.choice(list(core.vms))
         removes = [core.vms.remove] if len(core.vms) > 1 else []
         chance.choice([touch, give_taps, leave, forget, number, configure, add, add, forget_ids, *removes])(vm)
@@ -253,7 +253,7 @@ def test_changes_lead_to_what_all_of_it_would_be(core: Core, memory: StateMemory
             object.__setattr__(truth, "identities", rows)
             object.__setattr__(truth, "left", {each.vmid: each for each in truth.left})
         assert found == expected
-    assert followed > 300
+    assert followed > 100
     whole.close()
 
 
