@@ -54,6 +54,9 @@ def describe(vm_name: str, nic: NicInfo) -> list[str]:
         words.append(f"mtu {nic.mtu}")
     if not nic.up:
         words.append("down")
+    figures = dict(zip(COUNTER_NAMES, nic.counters, strict=False))
+    if nic.vhost:
+        words.append("vhost" if figures.get("vhost") else "vhost not in use")
     lines = [", ".join(words)]
     addresses = address_words(nic)
     if addresses:
@@ -61,7 +64,6 @@ def describe(vm_name: str, nic: NicInfo) -> list[str]:
     lines += [f"    forward {forward_words(forward)}" for forward in nic.forwards]
     if not nic.tap:
         return lines
-    figures = dict(zip(COUNTER_NAMES, nic.counters, strict=False))
     if not figures:
         return [*lines, "    no counters: its process has not answered"]
     if nic.local:
@@ -130,6 +132,7 @@ def as_json(nic: NicInfo) -> dict[str, object]:
         "up": nic.up,
         "locked": nic.locked,
         "local": nic.local,
+        "vhost": nic.vhost,
         "mtu": nic.mtu or None,
         "guest4": text4(nic.guest4) or None,
         "host4": text4(nic.host4) or None,

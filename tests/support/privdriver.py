@@ -13,6 +13,7 @@ from tests.support.packets import LLADDR
 from vmd.ipc.imsg import MAX_MESSAGE, Envelope, decode, encode
 from vmd.ipc.messages.children import Quit, Ready
 from vmd.ipc.messages.priv import (
+    AdoptNics,
     ConfigureNetwork,
     MakeNics,
     NetworkConfigured,
@@ -97,7 +98,10 @@ class Grouped(Poor):
 class Priv:
     """A running priv; a context manager that tells it to quit and reaps it."""
 
-    def __init__(self, network: Network, place: cell.Network | None = None) -> None:
+    def __init__(
+        self, network: Network, place: cell.Network | None = None, adopted: AdoptNics | None = None
+    ) -> None:
+        """`adopted` are interfaces that a priv before this one has made for a VM that runs."""
         RUN_DIRECTORY.parent.mkdir(exist_ok=True)
         self.network = network
         self.log_file = tempfile.TemporaryFile()  # noqa: SIM115 - closed in __exit__
@@ -115,7 +119,9 @@ class Priv:
         theirs.close()
         self.status: int | None = None
         self.receive(Ready)
-        self.configure()
+        if adopted is not None:
+            self.send(adopted)
+        self.configure(again=adopted is not None)
 
     def __enter__(self) -> Self:
         return self
@@ -181,9 +187,9 @@ class Priv:
         assert isinstance(message, kind), message
         return message
 
-    def configure(self, *switches: SwitchRequest, nat: bool = True) -> tuple[str, ...]:
+    def configure(self, *switches: SwitchRequest, nat: bool = True, again: bool = False) -> tuple[str, ...]:
         """Configure; return what could not be done."""
-        self.send(ConfigureNetwork(nat=nat, switches=switches))
+        self.send(ConfigureNetwork(nat=nat, switches=switches, again=again))
         return self.receive(NetworkConfigured).problems
 
     def ask(

@@ -836,6 +836,10 @@ class Grammar:
         """nic_option : LIMIT rate"""
         self.nic["rate_limit"] = p[2]
 
+    def p_nic_vhost(self, p: Production) -> None:
+        """nic_option : VHOST"""
+        self.nic["vhost"] = True
+
     def p_nic_address(self, p: Production) -> None:
         """nic_option : ADDRESS string"""
         if self.first_of_nic("address"):

@@ -48,9 +48,9 @@ SEED_WORDS = frozenset({
 # In a block they count only where no string can stand, that is not behind one of STRING_FOLLOWS ...
 BLOCK_WORDS = frozenset({
     "vcpus", "virtio", "initrd", "cmdline", "serial", "console", "log", "keep", "limit", "cpu", "weight", "iops",
-    "rate", "address", "dns", "forward", "hostname", "seed",
+    "rate", "address", "dns", "forward", "hostname", "seed", "vhost",
 }) | SEED_WORDS  # fmt: skip
-NIC_WORDS = frozenset({"address", "dns", "forward", "hostname", "limit"})
+NIC_WORDS = frozenset({"address", "dns", "forward", "hostname", "limit", "vhost"})
 # ... except that these end the strings of a statement, or a part of one, that begins so ...
 ENDING_WORDS = {
     "boot": frozenset({"initrd", "cmdline"}),

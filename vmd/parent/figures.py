@@ -151,7 +151,7 @@ class Figures:
                 switch=nic.switch,
                 lladdr=nic.lladdr,
                 rate_limit=rates.get(index, 0),
-                **of(index),
+                **self.network.counted(vm.vmid, index, of(index)),
             )
             for index, nic in enumerate(nics)
         )

@@ -14,7 +14,7 @@ from vmd.config.model import without_secrets
 from vmd.errors import OperatorError
 from vmd.ipc.channel import NO_FDS
 from vmd.ipc.messages.children import Quit
-from vmd.ipc.messages.vm import ReceiveVm, StartVm
+from vmd.ipc.messages.vm import ReceiveVm, ResumeReceived, StartVm
 from vmd.ipc.messages.vmm import EndTaken, KvmFd, Retire, VmSlot
 from vmd.parent.store import VMM
 from vmd.parent.truth import GenerationKnown
@@ -22,6 +22,7 @@ from vmd.parent.truth import GenerationKnown
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
+    from typing import TypeVar
 
     from vmd.config.model import VmConfig
     from vmd.ipc.channel import Channel
@@ -30,8 +31,9 @@ if TYPE_CHECKING:
     from vmd.privsep.spawn import Child
     from vmd.record import Record
 
+    M = TypeVar("M", StartVm, ResumeReceived)
 
-WITHOUT_SEEDS = "0.1."  # versions whose vmm knows of none
+WITHOUT_SEEDS = WITHOUT_VHOST = "0.1."  # versions whose vmm knows of none
 
 
 class Generation:
@@ -138,6 +140,8 @@ class Generations:
             found = [self.of[vmid]] if vmid in self.of else []
         else:
             found = list(self)
+        if found and isinstance(message, ResumeReceived):
+            message, fds = as_known(message, fds, found[0].version)
         for generation in found:
             generation.line.send(message, peerid=peerid, fds=fds)
         if not found:
@@ -159,6 +163,8 @@ class Generations:
                 raise OperatorError(errno.ENOTSUP, what)
             fds = dict(fds)
             close_all(fds.pop("seed"))
+        if isinstance(message, StartVm):
+            message, fds = as_known(message, fds, newest.version)
         before = self.of.get(message.vmid)
         newest.line.send(message, fds=fds)
         self.of[message.vmid] = newest
@@ -191,3 +197,14 @@ class Generations:
         else:
             generation.line.send(Quit())
             self.on_over(generation)
+
+
+def as_known(
+    message: "M", fds: "Mapping[str, Sequence[int]]", version: str
+) -> "tuple[M, Mapping[str, Sequence[int]]]":
+    """Return a message as a vmm of some version understands it; what it does not know of is closed."""
+    if not version.startswith(WITHOUT_VHOST) or not fds.get("vhosts"):
+        return message, fds
+    fds = dict(fds)
+    close_all(fds.pop("vhosts"))
+    return message.replace(nics=tuple(nic.replace(vhost=False) for nic in message.nics)), fds

@@ -74,6 +74,7 @@ from vmd.ipc.messages.opener import FilesOpened, NotOpened, OpenerAt
 from vmd.ipc.messages.priv import (
     DropsReported,
     ForwardsSet,
+    FramesDropped,
     NetworkConfigured,
     NetworkTrouble,
     NicsFailed,
@@ -568,6 +569,7 @@ class Parent(Process):
         **handles(Proc.VMM, ConsoleSnapshotEnd, on(Consoles, Consoles.on_snapshot_end)),
         **handles(Proc.PRIV, NetworkConfigured, on_network_configured),
         **handles(Proc.PRIV, DropsReported, on(Status, Status.on_drops)),
+        **handles(Proc.PRIV, FramesDropped, on(Network, Network.on_dropped)),
         **handles(Proc.PRIV, NetworkTrouble, on(Network, Network.on_trouble)),
         **handles(Proc.PRIV, NicsMade, on(Network, Network.on_made)),
         **handles(Proc.PRIV, NicsFailed, on(Network, Network.on_failed)),

@@ -18,6 +18,7 @@ from vmd.ipc.messages.priv import (
     AdoptNics,
     ConfigureNetwork,
     ForwardsSet,
+    FramesDropped,
     MakeNics,
     NetworkConfigured,
     NetworkTrouble,
@@ -34,18 +35,20 @@ from vmd.ipc.messages.shared import Trouble, brief
 from vmd.ipc.messages.vm import AskResolvers, LimitVm, NicLink, Resolvers, ResumeReceived, StartVm
 from vmd.ipc.routes import Proc
 from vmd.log import log
-from vmd.parent import nameservers
+from vmd.parent import nameservers, vhost
 from vmd.parent.addresses import Plan
 from vmd.parent.askpriv import AskPriv
 from vmd.parent.forpriv import open_tables, open_tuns
 from vmd.parent.hostroutes import host_routes, prefix_warnings
 from vmd.parent.plans import Plans, Taps
 from vmd.parent.resources import copy_all
+from vmd.parent.tapstats import TapStats
 from vmd.parent.vmtable import AUTOMATIC, Vm
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
+    from typing import Any
 
     from vmd.ipc.loop import Timer
     from vmd.parent.core import Core
@@ -57,6 +60,7 @@ RESERVED_MAX = 512  # names that fit one message
 SWITCHES_MAX = 40  # as well
 LAUNCH_S = 60.0  # for all that priv may need, the start of another one included
 TRIES_MAX = 3
+BY_PROCESS = "vhost: a process moves its frames, not the kernel"
 SILENT = "its interfaces cannot be made: priv does not answer"
 ENDED = f"its interfaces cannot be made: priv has ended {TRIES_MAX} times while it made them"
 
@@ -82,6 +86,7 @@ class Launch:
         self.plan: Plan | None = None
         self.switches: list[SwitchConfig | None] = []
         self.lacking: dict[int, str] = {}
+        self.no_vhost = ""  # why the kernel of this host moves no frames, if it was asked for
 
     def close(self) -> None:
         """Close everything that was to go along."""
@@ -109,6 +114,7 @@ class Network:
         self.taps: dict[int, Taps] = {}  # by vmid
         self.left: dict[int, AdoptNics] = {}  # by vmid: interfaces that are to be removed, and are not yet
         self.plans = Plans(core, self.taps)
+        self.tap_stats = TapStats()
         self.unresolved_s = 0  # since when guests cannot be told a name server, in seconds since 1970; 0: they can
 
     # --- the configuration -------------------------------------------------------------------------------
@@ -220,6 +226,7 @@ class Network:
                 return
             launch.plan = plan
             launch.switches = [self.switch_of(nic) for nic in config.nics]
+            launch.no_vhost = vhost.lacking() if any(nic.vhost for nic in config.nics) else ""
             launch.requests = tuple(request(vm, launch, index) for index in range(len(config.nics)))
             close_all(open_tuns(1))  # a host without taps is known to be one at once
         except (OperatorError, HostError):
@@ -287,7 +294,8 @@ class Network:
         for index, what in launch.lacking.items():
             self.core.events.add("trouble", vm, text=what, device=f"interface{index}")
         log.debug(f"vm {vm.name}: {', '.join(link.name for link in links)}")
-        for text in dict.fromkeys(self.name_server_problems(taps).values()):
+        without = without_vhost(config.nics, message.nics, launch.no_vhost)
+        for text in dict.fromkeys((*self.name_server_problems(taps).values(), *without)):
             log.warn(f"vm {vm.name}: {text}")
             vm.notes = (*vm.notes, brief(text))
         try:
@@ -315,7 +323,10 @@ class Network:
                 config = config.replace(
                     plan_id=plan.number, plan_prefix4=plan.prefix4, plan_prefix6=plan.prefix6
                 )
-            message = message.replace(nics=taps.links, config=config)
+            links, vhosts = self.for_kernel(vm, taps)
+            message = message.replace(nics=links, config=config)
+            if vhosts:
+                launch.fds["vhosts"] = vhosts
             launch.fds["taps"] = copy_all(taps.fds, f"hand over the interfaces of vm {vm.name}")
         if isinstance(message, StartVm):
             self.core.slots.give()
@@ -328,6 +339,20 @@ class Network:
         if vm.receiving is not None:
             vm.receiving.resumed = True
         self.on_sent(vm)
+
+    def for_kernel(self, vm: Vm, taps: Taps) -> tuple[tuple[NicLink, ...], list[int]]:
+        """Open what the kernel needs to move frames; an interface for which that cannot be goes on without."""
+        links: list[NicLink] = []
+        fds: list[int] = []
+        for link, made in zip(taps.links, taps.known.made, strict=True):
+            if link.vhost:
+                try:
+                    fds += vhost.open_for(link, made.index)
+                except OperatorError as error:
+                    log.warn(f"vm {vm.name}: interface {len(links)}: {BY_PROCESS}: {error}")
+                    link = link.replace(vhost=False)
+            links.append(link)
+        return tuple(links), fds
 
     # --- ports of the host -------------------------------------------------------------------------------
 
@@ -409,6 +434,25 @@ class Network:
             self.core.events.add("trouble" if text else "mended", vm, text=text, device=f"interface{index}")
         return problems
 
+    def on_dropped(self, message: FramesDropped, _envelope: Envelope) -> None:
+        """The filters on a tap have dropped more than before."""
+        taps = self.taps.get(message.vmid)
+        if taps is not None:
+            taps.dropped[message.index] = message.spoofed, message.unwanted
+
+    def counted(self, vmid: int, index: int, figures: "dict[str, Any]") -> "dict[str, Any]":
+        """Return the figures of an interface, of which its process knows a part only if the kernel moves the frames.
+
+        What has passed is then what the tap has counted since it was made, whoever has moved it.
+        """
+        taps = self.taps.get(vmid)
+        if "rx_packets" not in figures or taps is None or index >= len(taps.links) or not taps.links[index].vhost:
+            return figures
+        figures = figures | self.tap_stats.of(taps.known.made[index].index)
+        for name, more in zip(("tx_spoofed", "rx_filtered"), taps.dropped.get(index, (0, 0)), strict=True):
+            figures[name] = figures.get(name, 0) + more
+        return figures
+
     def on_trouble(self, message: NetworkTrouble, _envelope: Envelope) -> None:
         """Something is wrong with interfaces, or nothing any more, as priv has found."""
         vm = self.core.vms.find(message.vmid, "")
@@ -481,6 +525,7 @@ class Network:
             taps.close()
         self.launches.clear()
         self.taps.clear()
+        self.tap_stats.close()
 
 
 def enabled_switches(config: Config) -> Iterable[SwitchConfig]:
@@ -512,7 +557,18 @@ def request(vm: Vm, launch: Launch, index: int) -> NicRequest:
         length4=plan.length4(index),
         guest4=plan.guest4(index) if nic.local else b"",
         forwards=nic.forwards,
+        locked=nic.locked or bool(switch and switch.locked),
+        vhost=nic.vhost and not launch.no_vhost,
     )
+
+
+def without_vhost(nics: "Sequence[NicConfig]", made: "Sequence[NicMade]", why: str) -> list[str]:
+    """Return a sentence for each interface whose frames the kernel should move, and cannot; `why` counts for all."""
+    return [
+        f"interface {index}: {BY_PROCESS}: {why or tap.without}"
+        for index, (nic, tap) in enumerate(zip(nics, made, strict=True))
+        if nic.vhost and not tap.vhost
+    ]
 
 
 def is_operators(vm: Vm, tap: str) -> bool:
@@ -555,6 +611,7 @@ def describe(
             local=nic.local,
             mtu=tap.mtu,
             pxe=index == 0 and config.boot_device is BootDevice.NET,
+            vhost=tap.vhost,
         )
         if nic.local:
             prefix6 = plan.network6(index)

@@ -51,6 +51,7 @@ class Taps:
         self.first4 = min((first for first, _, _ in self.ranges4), default=1)  # of all of them, or of none
         self.last4 = max((last for _, last, _ in self.ranges4), default=0)
         self.networks6 = {link.prefix6: link for link in links if link.prefix6}
+        self.dropped: dict[int, tuple[int, int]] = {}  # by filters (`FramesDropped`), by number of the interface
 
     def serve(self, nics: tuple[NicConfig, ...], plan: Plan, lacking: "Mapping[int, str]") -> bool:
         """Return whether a guest that boots again goes on with these.

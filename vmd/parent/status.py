@@ -141,7 +141,8 @@ class Status:
         names = host_names(vm.figures) if vm.figures is not None else {}
         for info in self.infos(vm):
             values = counted[info.index].values if info.index < len(counted) else ()
-            values = tuple(figures.get(("vionet", info.index), {}).values()) or values
+            found = figures.get(("vionet", info.index), {})
+            values = tuple(self.network.counted(vmid, info.index, found).values()) or values
             known = COUNTERS_LEAST <= len(values) <= len(COUNTER_NAMES)
             plausible = known and all(0 <= value < 1 << 64 for value in values)
             if info.tap and plausible:
@@ -159,7 +160,7 @@ class Status:
         for index, nic in enumerate(taps.nics if taps else (vm.running_config or vm.config).nics):
             info = NicInfo(
                 index=index, tap="", switch=nic.switch, lladdr=nic.lladdr, up=nic.up, locked=nic.locked,
-                local=nic.local, forwards=nic.forwards,
+                local=nic.local, forwards=nic.forwards, vhost=nic.vhost,
             )  # fmt: skip
             if taps is not None:
                 link = taps.links[index]

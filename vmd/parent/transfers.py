@@ -39,7 +39,7 @@ from vmd.parent.clients import For
 from vmd.parent.limits import require_files
 from vmd.parent.migrations import Migrations
 from vmd.parent.report import brief_notes
-from vmd.parent.requests import check_paths, checked_request, require_leave
+from vmd.parent.requests import check_paths, checked_request, require_leave, with_leave
 from vmd.parent.vmtable import Receiving, State, Vm
 
 TYPE_CHECKING = False
@@ -269,6 +269,7 @@ class Transfers:
             config = checked_request(config, bootable=True)
             if receiving.config is None:
                 require_leave(vm, config)
+                config = with_leave(vm, config)
             self.life.require_room(vm, config)
             self.network.require_switches(config)
             self.network.plans.check(vm, config)

@@ -43,7 +43,7 @@ class Damages:
         if not self.network.nics:
             return
         self._lasting.clear()
-        for attempt in (self._bridges, self._settings, self._taps, self._forwarding, self._rules):
+        for attempt in (self._bridges, self._settings, self._taps, self._forwarding, self._rules, self._filters):
             try:
                 attempt()
             except (OperatorError, HostError) as error:
@@ -168,3 +168,8 @@ class Damages:
             return  # it was there for a firewall that is gone as well
         network.take_rules_as_they_are()
         self._note(text, {nic.link.name for nic in network.all_nics()})
+
+    def _filters(self) -> None:
+        """Filters on taps."""
+        for tap in self.network.filters.repair():
+            self._note(f"filters on {tap} were removed {BY_WHOM}: they were laid again", {tap})

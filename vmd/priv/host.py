@@ -19,10 +19,11 @@ from vmd.config import rules as rules_of_vms
 from vmd.config.model import DEFAULT_ROUTES, FIXED_LENGTHS, MAX_NICS, MAX_RDOMAIN
 from vmd.config.rules import HOST_TABLES, bridge_name, group_name, tap_name
 from vmd.errors import HostError, OperatorError
-from vmd.ipc.messages.priv import AddressGiven, TapBefore
+from vmd.ipc.messages.priv import AddressGiven, FramesDropped, TapBefore
 from vmd.log import log
 from vmd.priv import drops, groups, legacy, rules, sysctl, tap
 from vmd.priv.damage import Damage, Damages
+from vmd.priv.filters import Filters, needed
 from vmd.priv.firewalls import Chain, Guests, advice
 from vmd.priv.ifconfig import UNFINISHED, Links
 from vmd.priv.lists import Link
@@ -74,6 +75,8 @@ class Nic:
         self.rdomain = request.rdomain
         self.up = request.up
         self.link_local = b""
+        self.vhost = False  # the kernel may move its frames
+        self.without = ""  # why not, though it was asked for
 
     def settings(self) -> list[tuple[str, str]]:
         """Return what the kernel has to do with its packets, as settings below /proc/sys/net; some may not exist."""
@@ -163,6 +166,7 @@ class Network:
         self.loaded = legacy.Loaded()
         self.shape: dict[str, int] = {}  # of our table, as we have written it
         self.damage = Damages(self)
+        self.filters = Filters(self.nft)
         self.adopting = False  # what a priv before us has made stays
 
     # --- ours, or another daemon's -----------------------------------------------------------------------
@@ -209,6 +213,7 @@ class Network:
             if not self.adopting and self.nft.has_table():
                 self.nft.delete_table()
                 removed.append(f"table {rules.TABLE}")
+            removed += self.filters.remove_others()
         except (OperatorError, HostError) as error:
             log.warn(f"what an earlier vmd has left could not be removed: {error}")
         if removed:
@@ -377,11 +382,15 @@ class Network:
     def adopt(self, message: "AdoptNics") -> None:
         """Go on with the interfaces of a VM that a priv before us has made."""
         check_request(message)
-        if len(message.made) != len(message.nics) or message.vmid in self.nics:
+        named = all(is_tap_name(made.name) for made in message.made)
+        if len(message.made) != len(message.nics) or message.vmid in self.nics or not named:
             raise refuse(f"to adopt {len(message.made)} interfaces of vm {message.vmid}")
-        self.nics[message.vmid] = [
+        self.nics[message.vmid] = nics = [
             adopted(message.vmid, request, made) for request, made in zip(message.nics, message.made, strict=True)
         ]
+        for nic, request in zip(nics, message.nics, strict=True):
+            if nic.vhost:
+                self.filters.adopt(nic.link.name, request)
 
     def forward_ports(self, message: "SetForwards") -> None:
         """Have these ports, and no others, be forwarded to the interfaces of a VM."""
@@ -442,10 +451,12 @@ class Network:
             self.links.set_lladdr(link, opposite(request.lladdr))
             link = self.links.get(name)
             nic = Nic(vmid, link, fd, request)
+            self.filter(nic, request)
             self.configure_tap(nic, request, bridge)
             nic.link = self.links.get(name)
         except (OperatorError, HostError):
             close(fd)  # and with it the tap is gone
+            self.unfilter(name)
             raise
         return nic
 
@@ -458,13 +469,38 @@ class Network:
         tap.attach(tuns[0], link.name)
         nic = Attached(vmid, link, tuns.pop(0), request)
         try:
+            self.filter(nic, request)
             self.configure_attached(nic, request, bridge)
             nic.link = self.links.get(link.name)
         except (OperatorError, HostError):
             nic.close()
             self.give_back(nic)
+            self.unfilter(link.name)
             raise
         return nic
+
+    def filter(self, nic: Nic, request: "NicRequest") -> None:
+        """Have a tap filter what its process does not see when the kernel moves the frames.
+
+        Without filters that it needs the kernel moves none.
+        """
+        self.unfilter(nic.link.name)  # those of another VM, whose tap of that name somebody has deleted
+        if not request.vhost:
+            return
+        try:
+            if needed(request):
+                self.filters.lay(nic.link.name, request)
+        except OperatorError as error:
+            nic.without = f"there can be no filters on {nic.link.name}: {error}"
+        else:
+            nic.vhost = True
+
+    def unfilter(self, tap: str) -> None:
+        """Remove the filters of a tap; failures are logged."""
+        try:
+            self.filters.remove(tap)
+        except OperatorError as error:
+            log.error(f"the filters of {tap} were not removed: {error}")
 
     def configure_attached(self, nic: Attached, request: "NicRequest", bridge: Link | None) -> None:
         """Change of a tap that is there what the request says, and nothing else."""
@@ -607,13 +643,18 @@ class Network:
             nic.close()
             if isinstance(nic, Attached):
                 self.give_back(nic)
-                continue
-            try:
-                link = self.links.find(nic.link.name)
-                if link is not None and link.index == nic.link.index and is_tap(link):
-                    self.links.delete(link)
-            except HostError as error:
-                log.error(str(error))
+            else:
+                self.delete_tap(nic)
+            self.unfilter(nic.link.name)
+
+    def delete_tap(self, nic: Nic) -> None:
+        """Delete a tap of ours; failures are logged."""
+        try:
+            link = self.links.find(nic.link.name)
+            if link is not None and link.index == nic.link.index and is_tap(link):
+                self.links.delete(link)
+        except HostError as error:
+            log.error(str(error))
 
     # --- damage ------------------------------------------------------------------------------------------
 
@@ -658,6 +699,19 @@ class Network:
         """Return what was damaged of a VM's interfaces not long ago, each with the number of the interface."""
         return [
             (index, damage) for index, nic in enumerate(self.nics.get(vmid, ())) for damage in self.damage.of(nic)
+        ]
+
+    def frames_dropped(self) -> list[FramesDropped]:
+        """Return what filters of taps have dropped, where that is more than was said before."""
+        try:
+            news = self.filters.news()
+        except OperatorError:
+            return []  # they are gone, which is damage
+        return [
+            FramesDropped(vmid=vmid, index=index, **news[nic.link.name].as_dict())
+            for vmid, nics in (self.nics.items() if news else ())
+            for index, nic in enumerate(nics)
+            if nic.link.name in news
         ]
 
     # --- rules -------------------------------------------------------------------------------------------
@@ -1007,6 +1061,7 @@ def adopted(vmid: int, request: "NicRequest", made: "NicMade") -> Nic:
         nic = lent = Attached(vmid, was, -1, request)
         lent.link, lent.added = link, list(before.added)
     nic.link_local = made.link_local
+    nic.vhost = made.vhost
     return nic
 
 

@@ -110,6 +110,7 @@ class Priv(Process):
             self.network.look()
         except (OperatorError, HostError) as error:
             log.warn(str(error))
+        self.tell_dropped()
         self.tell()
 
     def tell(self) -> None:
@@ -123,6 +124,11 @@ class Priv(Process):
         for vmid, device in set(before.values()) - set(self.wrong.values()):
             if not vmid or vmid in self.network.nics:
                 self.parent.send(NetworkTrouble(vmid=vmid, device=device))
+
+    def tell_dropped(self) -> None:
+        """Tell the parent what filters have dropped since it was told."""
+        for message in self.network.frames_dropped():
+            self.parent.send(message)
 
     def on_configure_network(self, message: ConfigureNetwork, _envelope: Envelope, channel: Channel) -> None:
         """Make the bridges of switches, once all of them are known."""
@@ -186,6 +192,8 @@ class Priv(Process):
                 mtu=nic.link.mtu,
                 index=nic.link.index,
                 before=nic.as_it_was(),
+                vhost=nic.vhost,
+                without=brief(nic.without),
             )
             for nic in nics
         )
@@ -235,6 +243,8 @@ class Priv(Process):
             )
         except (OperatorError, HostError) as error:
             log.warn(str(error))
+        if again:
+            self.tell_dropped()  # first, for it is shown with this
         channel.send(DropsReported(vmid=message.vmid, troubles=troubles))
         if again:
             self.tell()

@@ -230,11 +230,19 @@ class Nft:
 
     def has_table(self) -> bool:
         """Return whether there is a table of our name."""
-        return self.path is not None and f"table {TABLE}" in self._run("list", "tables").splitlines()
+        return f"table {TABLE}" in self.tables()
 
-    def delete_table(self) -> None:
-        """Delete our table."""
-        self.apply(f"add table {TABLE}\ndelete table {TABLE}\n")
+    def tables(self) -> list[str]:
+        """Return all tables there are, a line for each."""
+        return self._run("list", "tables").splitlines() if self.path is not None else []
+
+    def delete_table(self, name: str = TABLE) -> None:
+        """Delete a table, which need not be there."""
+        self.apply(f"add table {name}\ndelete table {name}\n")
+
+    def listing(self, *what: str) -> str:
+        """Return what there is of something, as JSON."""
+        return self._run("-j", "list", *what)
 
     def chains(self) -> "list[Chain]":
         """Return the chains of others."""

@@ -1074,6 +1074,21 @@ def test_limit_of_an_interface(conf: Loader, text: str) -> None:
     assert nic.rate_limit == MIB
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "interface tap vhost", "interface tap7 vhost", "interface { vhost }", "local interface {\nvhost\n}",
+        "interface { switch lan vhost }", "interface switch lan, vhost, group x", "interface { vhost limit rate 1M }",
+        "interface { locked lladdr, vhost }", "local interface { hostname a vhost dns 192.0.2.1 }",
+    ],
+)  # fmt: skip
+def test_an_interface_whose_frames_the_kernel_moves(conf: Loader, text: str) -> None:
+    """A word among its other options, of any interface."""
+    (nic,) = conf.load(f"switch lan {{ interface br0 }}\nvm a {{\n{text}\n}}\n").vms[0].nics
+
+    assert nic.vhost
+
+
 @pytest.mark.parametrize("mode", VirtioMode)
 def test_virtio_mode(conf: Loader, mode: VirtioMode) -> None:
     """One of which is a keyword otherwise."""

@@ -65,6 +65,10 @@ class Network:
 
     taps: dict[int, object] = {}
 
+    def counted(self, _vmid: int, _index: int, figures: dict[str, Any]) -> dict[str, Any]:
+        """Return what its process has counted."""
+        return figures
+
 
 class Parent:
     """As much of the parent as the room needs, with VMs a and b that do not run."""

@@ -239,22 +239,22 @@ def test_the_configuration_may_name_another_owner() -> None:
 
 
 def test_what_only_one_can_have_of_a_local_interface_is_not_inherited() -> None:
-    """An address, ports of the host and a host name; name servers are."""
+    """An address, ports of the host and a host name; name servers are, and that the kernel moves the frames."""
     told = NicConfig(
         local=True, address=Prefix(address=bytes((10, 9, 0, 2)), length=31), forwards=(Forward(port=8022, to=22),),
-        host_name="www", dns=(bytes((9, 9, 9, 9)),),
+        host_name="www", dns=(bytes((9, 9, 9, 9)),), vhost=True,
     )  # fmt: skip
     template = TEMPLATE.replace(nics=(told,))
 
     (nic,) = derive(template, VmConfig(name="i"), None).nics
-    assert nic == NicConfig(local=True, dns=told.dns)
+    assert nic == NicConfig(local=True, dns=told.dns, vhost=True)
 
 
 def test_what_only_vm_conf_gives_a_local_interface() -> None:
     """A client's description has none of it, whoever the client is."""
     told = NicConfig(
         local=True, address=Prefix(address=bytes((10, 9, 0, 2)), length=31), forwards=(Forward(port=8022, to=22),),
-        host_name="www", dns=(bytes((9, 9, 9, 9)),), rate_limit=1 << 20,
+        host_name="www", dns=(bytes((9, 9, 9, 9)),), rate_limit=1 << 20, vhost=True,
     )  # fmt: skip
     request = StartRequest(name="i", config=VmConfig(name="i", nics=(told,)))
 

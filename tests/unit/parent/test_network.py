@@ -46,7 +46,7 @@ from vmd.parent.core import Core
 from vmd.parent.forpriv import open_tuns
 from vmd.parent.hostroutes import HostRoute
 from vmd.parent.network import Network, alias
-from vmd.parent.requests import checked_request, require_leave
+from vmd.parent.requests import checked_request, require_leave, with_leave
 from vmd.parent.status import TROUBLES_MAX, Status
 from vmd.parent.vmtable import Vm
 from vmd.record import Record
@@ -675,6 +675,8 @@ def test_what_only_vm_conf_gives_a_vm_from_elsewhere(
     else:
         require_leave(vm, there)
     require_leave(vm, web())
+    kernel = with_leave(vm, web(vhost=True))
+    assert [nic.vhost for nic in kernel.nics] == [not refused]
 
 
 def received(plan_id: int, **fields: object) -> VmConfig:

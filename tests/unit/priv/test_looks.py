@@ -139,6 +139,7 @@ def test_one_look_is_for_all_vms_of_a_list(monkeypatch: pytest.MonkeyPatch) -> N
     loaded = type("", (), {"take": lambda _self, _family, _fd: None})()
     nothing: dict[str, Any] = {name: lambda _self, _vmid: [] for name in ("losses", "damages")}
     nothing["wrong"] = lambda _self: {}
+    nothing["frames_dropped"] = lambda _self: []
     priv.network = type("", (), {"loaded": loaded, "look": lambda _self: looks.append(now_s), **nothing})()
     channel: Any = type("", (), {"send": lambda _self, message: answers.append(message)})()
 

@@ -9,6 +9,7 @@ import pytest
 from vmd.ipc.messages.priv import AskDrops, NicMade, NicRequest
 from vmd.priv import rules, sysctl
 from vmd.priv.drops import Watch
+from vmd.priv.filters import Filters
 from vmd.priv.host import Network, Nic, adopted
 from vmd.priv.lists import Link
 from vmd.priv.main import REST, Priv
@@ -91,6 +92,7 @@ def network_of(nics: Sequence[Nic]) -> Network:
     network.nat, network.counts, network.has_table = True, True, False
     network.groups_seen, network.watched, network.judged, network.said = set(), set(), set(), set()
     network.switches, network.shape = {"br0": None}, {}
+    network.filters = Filters(network.nft)
     network.damage = type("", (), {"forget": lambda _self, _names: None})()
     network.nics = {each.vmid: [each] for each in nics}
     network.links.there = {each.link.name: each.link for each in nics}
@@ -154,7 +156,7 @@ def test_asking_about_each_vm_does_not_look_each_time(monkeypatch: pytest.Monkey
 
     priv: Any = Priv.__new__(Priv)
     priv.told, priv.looked_s, priv.look_took_s, priv.wrong = set(), -1.0, 0.0, {}
-    nothing: dict[str, Any] = {name: lambda _self, _vmid: [] for name in ("losses", "damages")}
+    nothing: dict[str, Any] = {name: lambda _self, *_: [] for name in ("losses", "damages", "frames_dropped")}
     loaded = type("", (), {"take": lambda _self, _family, _fd: None})()
     priv.network = type("", (), {"look": look, "loaded": loaded, "wrong": lambda _self: {}, **nothing})()
     channel: Any = type("", (), {"send": lambda _self, _message: None})()

@@ -418,6 +418,7 @@ class NicInfo(Record):
     length4: int = 31  # of the network that `guest4` and `host4` are in
     forwards: tuple[Forward, ...] = ()
     lease_name: str = ""  # the host name with which the guest has asked for its address
+    vhost: bool = False  # vm.conf says so; the counter `vhost` says whether the kernel moves the frames now
 
 
 class DiskFile(Record):

@@ -31,6 +31,8 @@ class NicRequest(Record):
     length4: int = 31  # of the network of `host4`
     guest4: bytes = b""  # the guest's address; "": that beside `host4`
     forwards: tuple[Forward, ...] = ()  # to `guest4`
+    locked: bool = False  # the guest sends from `lladdr` only, and is sent what is for that
+    vhost: bool = False  # the kernel may move its frames: filters on the tap keep what its process keeps otherwise
 
 
 class AddressGiven(Record):
@@ -59,6 +61,8 @@ class NicMade(Record):
     mtu: int
     index: int = 0  # the kernel's number for it
     before: TapBefore | None = None  # it was there
+    vhost: bool = False  # the kernel may move its frames: the tap has the filters that this takes
+    without: str = ""  # why not, though it was asked for
 
 
 @message(0x80, (Proc.PARENT, Proc.PRIV), answered_by=("NetworkConfigured",))
@@ -166,6 +170,16 @@ class DropsReported(Record):
 
     vmid: int
     troubles: tuple[Trouble, ...] = ()
+
+
+@message(0x8F, (Proc.PRIV, Proc.PARENT))
+class FramesDropped(Record):
+    """What the filters of an interface have dropped until now, in frames."""
+
+    vmid: int
+    index: int
+    spoofed: int  # from another address than the guest's
+    unwanted: int  # to another one
 
 
 @message(0x8E, (Proc.PRIV, Proc.PARENT))

@@ -1,0 +1,166 @@
+"""Filters on taps whose frames the kernel moves (vhost-net): they do what the process of the interface does otherwise.
+
+One table of nftables for each tap that needs it, written and deleted whole, `netdev vmd_<tap>`:
+
+    chain sent       what the guest sends.  With a locked address: nothing from another one.  Of a `local` interface:
+                     no DHCP and no router solicitation gets to the host; the process hears them by its packet socket
+    chain received   what the guest is sent.  With a locked address: nothing to another one, but for groups
+    counter spoofed, unwanted
+                     what was dropped so, in frames
+
+Linux has the former hook since 4.2, and the latter since 5.16.
+"""
+
+import errno
+import json
+
+from vmd.errors import OperatorError
+from vmd.priv.rules import BEFORE
+from vmd.record import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from vmd.ipc.messages.priv import NicRequest
+    from vmd.priv.rules import Nft
+
+PREFIX = "vmd_"
+SPOOFED, UNWANTED = "spoofed", "unwanted"
+# Offsets and lengths are bits.  `ether daddr` and its like would match nothing on the way out: nft asks first for the
+# type of the interface that a frame has come in by.
+SOURCE, DESTINATION, GROUP, ETHERTYPE = "@ll,48,48", "@ll,0,48", "@ll,7,1", "@ll,96,16"
+DHCP = f"{ETHERTYPE} 0x0800 @nh,50,14 0 udp sport 68 udp dport 67"  # in one piece
+SOLICITATION = f"{ETHERTYPE} 0x86dd @nh,48,8 58 @nh,320,8 133"  # without headers of extensions, as they are sent
+
+
+class Dropped(Record):
+    """What the filters of a tap have dropped, in frames."""
+
+    spoofed: int = 0
+    unwanted: int = 0
+
+
+def table(tap: str) -> str:
+    """Return the table of a tap, as nft names it."""
+    return f"netdev {PREFIX}{tap}"
+
+
+def needed(request: "NicRequest") -> bool:
+    """Return whether an interface has filters."""
+    return request.vhost and bool(request.locked or request.host4)
+
+
+def ruleset(tap: str, request: "NicRequest") -> str:
+    """Return what nft is told so that a tap has its filters, in one transaction."""
+    return "\n".join((f"add table {table(tap)}", f"delete table {table(tap)}", *_lines(tap, request))) + "\n"
+
+
+def _lines(tap: str, request: "NicRequest") -> "Iterator[str]":
+    ours, lladdr = table(tap), f"0x{request.lladdr.hex()}"
+    yield f"add table {ours}"
+    for counter in (SPOOFED, UNWANTED):
+        yield f"add counter {ours} {counter}"
+    for chain, hook in (("sent", "ingress"), ("received", "egress")):
+        if chain == "sent" or request.locked:
+            hooked = f"type filter hook {hook} device {tap} priority {BEFORE}; policy accept;"
+            yield f"add chain {ours} {chain} {{ {hooked} }}"
+    if request.locked:
+        yield f"add rule {ours} sent {SOURCE} != {lladdr} counter name {SPOOFED} drop"
+        yield f"add rule {ours} received {GROUP} 0 {DESTINATION} != {lladdr} counter name {UNWANTED} drop"
+    if request.host4:
+        yield f"add rule {ours} sent {DHCP} drop"
+    if request.prefix6:
+        yield f"add rule {ours} sent {SOLICITATION} drop"
+
+
+def shape(ruleset: str) -> dict[str, int]:
+    """Return how many rules each chain of a ruleset has, by its name with that of its table."""
+    found: dict[str, int] = {}
+    for verb, what, family, ours, *rest in (line.split(" ", 5) for line in ruleset.splitlines()):
+        if (verb, what) == ("add", "chain"):
+            found.setdefault(f"{family} {ours} {rest[0]}", 0)
+        elif (verb, what) == ("add", "rule"):
+            found[f"{family} {ours} {rest[0]}"] += 1
+    return found
+
+
+class Filters:
+    """The filters of all taps.  Methods raise OperatorError."""
+
+    def __init__(self, nft: "Nft") -> None:
+        self.nft = nft
+        self.laid: dict[str, str] = {}  # rulesets, by tap
+        self._told: dict[str, Dropped] = {}
+
+    def lay(self, tap: str, request: "NicRequest") -> None:
+        """Give a tap the filters that it needs, before any frame passes."""
+        text = ruleset(tap, request)
+        if self.nft.path is None:
+            raise OperatorError(errno.ENOENT, "nft was not found: install nftables")
+        self.nft.apply(text)
+        self.laid[tap] = text
+
+    def adopt(self, tap: str, request: "NicRequest") -> None:
+        """Take over what a priv before us has laid; if it is gone, that is damage."""
+        if needed(request):
+            self.laid[tap] = ruleset(tap, request)
+
+    def remove(self, tap: str) -> None:
+        """Remove the filters of a tap, which may be gone; harmless if it has none."""
+        if self.laid.pop(tap, None) is not None:
+            self._told.pop(tap, None)
+            self.nft.delete_table(table(tap))
+
+    def remove_others(self) -> list[str]:
+        """Remove what a daemon before us has left; return what that was."""
+        tables = (line.removeprefix("table ") for line in self.nft.tables())
+        left = [name for name in tables if name.startswith(table("tap")) and name not in map(table, self.laid)]
+        for name in left:
+            self.nft.delete_table(name)
+        return [f"table {name}" for name in left]
+
+    def repair(self) -> list[str]:
+        """Lay again what somebody has removed; return from which taps."""
+        there = self._shapes() if self.laid else None
+        if there is None:
+            return []
+        lost = []
+        for tap, text in self.laid.items():
+            if any(there.get(name, -1) < count for name, count in shape(text).items()):
+                self.nft.apply(text)
+                lost.append(tap)
+        return lost
+
+    def _shapes(self) -> dict[str, int] | None:
+        """Return what `shape` does, of all filters there are; None if this version of nft does not say."""
+        found: dict[str, int] = {}
+        try:
+            for entry in json.loads(self.nft.listing("ruleset", "netdev"))["nftables"]:
+                for what, name in (("chain", "name"), ("rule", "chain")):
+                    if what in entry:
+                        key = f"netdev {entry[what]['table']} {entry[what][name]}"
+                        found[key] = found.get(key, 0) + (what == "rule")
+        except (ValueError, KeyError, TypeError):
+            return None
+        return found
+
+    def news(self) -> dict[str, Dropped]:
+        """Return what has been dropped until now, by tap, where that is more than was said before."""
+        now = self._dropped() if self.laid else {}
+        told, nothing = self._told, Dropped()
+        news = {tap: each for tap, each in now.items() if tap in self.laid and each != told.get(tap, nothing)}
+        self._told |= news
+        return news
+
+    def _dropped(self) -> dict[str, Dropped]:
+        found: dict[str, dict[str, int]] = {}
+        try:
+            for entry in json.loads(self.nft.listing("counters", "netdev"))["nftables"]:
+                counter = entry.get("counter")
+                if counter is not None and counter["name"] in Dropped.fields:
+                    tap = counter["table"].removeprefix(PREFIX)
+                    found.setdefault(tap, {})[counter["name"]] = int(counter["packets"])
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return {}  # a version of nft that speaks otherwise
+        return {tap: Dropped(**counts) for tap, counts in found.items()}
