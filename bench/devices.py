@@ -3,9 +3,7 @@
 Alone, without a VM around them; in a VM they start beside one another, and before it needs them.
 """
 
-import contextlib
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from bench.table import Row
@@ -23,10 +21,10 @@ def measure(directory: Path, _guest: Callable[[str], Path]) -> list[Row]:
     with image.open("wb") as file:
         file.truncate(IMAGE_BYTES)
     rows = []
-    for kind, queues, with_image in (("vioblk", 1, True), ("vioscsi", 3, True), ("viornd", 1, False)):
+    for kind, queues in (("vioblk", 1), ("vioscsi", 3)):
         times, sizes = [], []
         for _ in range(ROUNDS):
-            with opened(image if with_image else None) as resources, Device(kind, resources, queues=queues) as device:
+            with image.open("rb+") as disk, Device(kind, [disk.fileno()], queues=queues) as device:
                 device.start()
                 times.append(device.ready_ms)
                 sizes.append(device.pss_kib() / 1024)
@@ -39,16 +37,3 @@ def measure(directory: Path, _guest: Callable[[str], Path]) -> list[Row]:
                 times.append(device.ready_ms)
                 sizes.append(device.pss_kib() / 1024)
     return [*rows, Row("vionet, spawned to ready", "ms", times), Row("vionet, memory (pss)", "MiB", sizes)]
-
-
-@contextlib.contextmanager
-def opened(path: Path | None) -> Iterator[tuple[int, ...]]:
-    """Give the descriptors of a device's host resource."""
-    if path is None:
-        yield ()
-        return
-    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    try:
-        yield (fd,)
-    finally:
-        os.close(fd)

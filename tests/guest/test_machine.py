@@ -8,8 +8,10 @@ import pytest
 from vmd.backlog import Backlog, BacklogWriter
 from vmd.config.model import VmConfig
 from vmd.guestmem import GuestMemory
+from vmd.ipc.devmsg import FIGURES_BYTES
 from vmd.ipc.loop import Loop
 from vmd.kvmapi import abi
+from vmd.memfile import sealed_file
 from vmd.vm import layout
 from vmd.vm import machine as machine_module
 from vmd.vm.console import Console
@@ -40,6 +42,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
     monkeypatch.setattr(machine_module, "KVM_FD", os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC))
     outside = Outside(
         devices=DeviceProcesses(),
+        figures_fd=sealed_file("figures", FIGURES_BYTES),
         console=Console(master, slave, BacklogWriter(Backlog.create().fd), loop),
         loop=loop,
         end=lambda _outcome, text: pytest.fail(text),

@@ -84,7 +84,7 @@ def test_a_paused_machine_does_nothing(tmp_path: Path) -> None:
         vmd.must("pause", "busy")
         disk = (tmp_path / "disk").read_bytes()
         pids = [pid for title, pid in vmd.processes().items() if title.startswith("vmd: vm/busy")]
-        assert len(pids) == 3  # with the disk's and the entropy's
+        assert len(pids) == 2  # with the disk's
         console.type("\r")
         before = [ticks(pid) for pid in pids]
         for _ in range(3):
@@ -207,9 +207,7 @@ def test_a_daemon_that_ends_lets_paused_machines_shut_down(demo: Daemon) -> None
     assert "terminated vm 1: powered off by the guest" in demo.log
 
 
-@pytest.mark.parametrize("victim", [
-    "vm/busy", *(pytest.param(f"vm/busy/{device}", marks=pytest.mark.deep) for device in ("vioblk0", "viornd0")),
-])  # fmt: skip
+@pytest.mark.parametrize("victim", ["vm/busy", pytest.param("vm/busy/vioblk0", marks=pytest.mark.deep)])
 def test_death_while_paused(tmp_path: Path, victim: str) -> None:
     """The VM is over, with the reason; whoever unpauses it is told, and it can be started again."""
     with busy(tmp_path, "smp", "vcpus 2") as (vmd, _console):

@@ -841,7 +841,7 @@ def wait_gone(pids: list[int]) -> None:
 
 
 @pytest.mark.parametrize(("command", "victim"), [
-    ("send", "vm/a"), ("send", "vm/a/vioblk0"), ("send", "vm/a/viornd0"), ("receive", "vm/c"),
+    ("send", "vm/a"), ("send", "vm/a/vioblk0"), ("receive", "vm/c"),
 ])  # fmt: skip
 def test_death_meanwhile(busy: Daemon, command: str, victim: str) -> None:
     """The client is told, the VM is over, and all the others live."""

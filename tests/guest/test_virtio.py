@@ -1,4 +1,4 @@
-"""Virtio functions and KVM's own word on them: real-mode guests, a real device process (hostile-input 4-10).
+"""Virtio functions and KVM's own word on them: real-mode guests, real devices (hostile-input 4-10).
 
 A guest here only does what has to be done on its processor: notify, take interrupts, read ISR.  The rest of the
 driver is the test, whose accesses reach the same registers as another vCPU's would.
@@ -6,6 +6,9 @@ driver is the test, whose accesses reach the same registers as another vCPU's wo
 
 import os
 import signal
+import struct
+import tempfile
+import threading
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -30,14 +33,17 @@ from tests.support.virtiopci import (
     act,
 )
 from vmd.ipc import devmsg
+from vmd.ipc.loop import Loop
 from vmd.kvmapi import abi
 from vmd.kvmapi.exits import Exit, PioIn, PioOut
 from vmd.kvmapi.system import System
 from vmd.kvmapi.vcpu import KICK_SIGNAL, install_kick_handler
 from vmd.memfile import sealed_file
+from vmd.virtio import spec
 from vmd.vm import virtio
 from vmd.vm.devproc import DeviceProcess
-from vmd.vm.kinds import ENTROPY
+from vmd.vm.entropy import Entropy
+from vmd.vm.kinds import DISK, ENTROPY
 from vmd.vm.slots import Slot
 
 pytestmark = [
@@ -48,9 +54,8 @@ pytestmark = [
 NOTIFY, ISR = MODERN + virtio.NOTIFY, MODERN + virtio.ISR
 SAW, TOLD = 0x500, 0x502  # ports on which a guest says what ISR was, and that it has an interrupt
 MAY_READ_ISR = 0x2000  # a byte in its memory
-RINGS, LEGACY_USED = 0x4000, 0x5000
-(SIZE,) = ENTROPY.queues
-BUFFER = 0x6000
+RINGS = 0x4000
+BUFFER, HEADER = 0x9000, 0x9800
 END_TIMEOUT_S = 20.0
 IRQ10_VECTOR = 0x2A
 
@@ -104,19 +109,28 @@ def guest(system: System) -> Iterator[Guest]:
     made.close()
 
 
-class Rng:
-    """An entropy device in slot 1, with its process, in a VM with one vCPU; the driver's half of its queue."""
+class Subject:
+    """A device in slot 1 of a VM with one vCPU; the driver's half of its queue.  What serves it is a class below."""
+
+    process: DeviceProcess | Entropy
+    size: int  # of its queue
+    answer_bytes: int  # that a request is given back with
 
     def __init__(self, guest: Guest) -> None:
         self.guest = guest
-        self.process = DeviceProcess(ENTROPY)
-        figures = sealed_file("figures", devmsg.FIGURES_BYTES)
-        self.process.begin("vm/test", Slot(kind=ENTROPY, index=0, number=1), guest.memory, figures, 0)
-        os.close(figures)
-        self.process.wait_ready()
+        self.figures_fd = sealed_file("figures", devmsg.FIGURES_BYTES)
+        self.open()
         self.machine = Machine(guest.vm, self.process)
-        self.ring = Ring(guest.memory, SIZE, RINGS)
-        self.ring.used = LEGACY_USED
+        self.renew()
+
+    def open(self) -> None:
+        """Make what serves the device."""
+        raise NotImplementedError
+
+    def renew(self) -> None:
+        """Have a new ring, as a driver of old lays it out."""
+        self.ring = Ring(self.guest.memory, self.size, RINGS)
+        self.ring.used = self.ring.avail + 6 + 2 * self.size + 0xFFF & ~0xFFF
 
     def come_up(self) -> None:
         """Be a driver of old, up to DRIVER_OK."""
@@ -126,12 +140,17 @@ class Rng:
 
     def offer(self) -> None:
         """Ask for some bytes, without notifying."""
-        self.guest.memory.write(BUFFER, bytes(64))
-        self.ring.add([Desc(BUFFER, 64, WRITE)])
+        self.guest.memory.write(BUFFER, bytes(512))
+        self.ring.add(self.request())
+
+    def request(self) -> list[Desc]:
+        """Return a request for bytes at BUFFER."""
+        raise NotImplementedError
 
     def filled(self) -> bool:
         """Return whether they have come."""
-        return self.ring.reap() == [(self.ring.free - 1, 64)] and self.guest.memory.read(BUFFER, 64) != bytes(64)
+        ((_, length),) = self.ring.reap()
+        return length == self.answer_bytes and self.guest.memory.read(BUFFER, 64) != bytes(64)
 
     def run(self, enough: Callable[[list[int]], bool]) -> list[Exit]:
         """Let the guest run, with the bus behind it, until it has said enough on SAW and TOLD; return its exits."""
@@ -149,24 +168,90 @@ class Rng:
         return Runner(self.guest.vcpu, proceed).join()
 
     def close(self) -> None:
-        """End the process."""
-        self.process.shut_down()
-        self.process.reap(END_TIMEOUT_S)
+        """Let go of everything."""
         function = self.machine.function
         self.process.interrupts._words.release()
-        for fd in (*self.process.kicks, *self.process.calls, self.process.resample, self.process.interrupts.fd,
-                   function.config_call, function.config_resample):  # fmt: skip
+        for fd in (*self.process.kicks, *self.process.calls, function.config_call, function.config_resample,
+                   self.figures_fd):  # fmt: skip
             os.close(fd)
-        for channel in (self.process._sync, self.process._async):
-            channel.close()
         assert self.machine.failures == []
-        assert self.process.status == 0
 
 
-@pytest.fixture
-def rng(guest: Guest) -> Iterator[Rng]:
-    """The device, which ends well."""
-    made = Rng(guest)
+class Disk(Subject):
+    """A disk with its process."""
+
+    (size,) = DISK.queues
+    answer_bytes = 512 + 1
+
+    def open(self) -> None:
+        """Start the process."""
+        with tempfile.TemporaryFile() as image:
+            image.write(b"sector!!" * 64)
+            image.flush()
+            self.process = self.disk = DeviceProcess(DISK)
+            slot = Slot(kind=DISK, index=0, number=1, fds=(image.fileno(),), notes=(0,), names=("image",))
+            self.disk.begin("vm/test", slot, self.guest.memory, self.figures_fd, 0)
+        self.disk.wait_ready()
+
+    def request(self) -> list[Desc]:
+        """Read the first sector."""
+        self.guest.memory.write(HEADER, struct.pack("<IIQ", spec.VIRTIO_BLK_T_IN, 0, 0))
+        return [Desc(HEADER, 16), Desc(BUFFER, 512, WRITE), Desc(HEADER + 16, 1, WRITE)]
+
+    def close(self) -> None:
+        """End the process."""
+        self.disk.shut_down()
+        self.disk.reap(END_TIMEOUT_S)
+        os.close(self.disk.resample)
+        os.close(self.disk.page)
+        for channel in (self.disk._sync, self.disk._async):
+            channel.close()
+        assert self.disk.status == 0
+        super().close()
+
+
+class Rng(Subject):
+    """The entropy device, with an event thread."""
+
+    (size,) = ENTROPY.queues
+    answer_bytes = 64
+
+    def open(self) -> None:
+        """Make the device; it is heard as soon as there is its function."""
+        slot = Slot(kind=ENTROPY, index=0, number=1)
+        self.process = self.rng = Entropy(slot, self.guest.memory, self.figures_fd, 0)
+
+    def __init__(self, guest: Guest) -> None:
+        super().__init__(guest)
+        function = self.machine.function
+        self.loop = Loop()
+        self.loop.add(function.config_resample, function.on_config_resample)
+        self.rng.serve(
+            self.loop,
+            on_interrupt=function.on_interrupt,
+            on_needs_reset=function.on_needs_reset,
+            on_event=lambda _what, _text: None,
+        )
+        self.events = threading.Thread(target=self.loop.run)
+        self.events.start()
+
+    def request(self) -> list[Desc]:
+        """Ask for some bytes."""
+        return [Desc(BUFFER, 64, WRITE)]
+
+    def close(self) -> None:
+        """End the event thread."""
+        self.loop.call_from_thread(self.loop.stop)
+        self.events.join(END_TIMEOUT_S)
+        self.loop.close()
+        self.rng.command(devmsg.RESET)  # which lets go of memory
+        super().close()
+
+
+@pytest.fixture(params=[Disk, Rng])
+def subject(request: pytest.FixtureRequest, guest: Guest) -> Iterator[Subject]:
+    """A device of either kind, which ends well."""
+    made = request.param(guest)
     yield made
     made.close()
 
@@ -177,85 +262,84 @@ def handle(guest: Guest, vector: int, code: bytes, at: int = HANDLER) -> None:
     guest.memory.write(vector * 4, at.to_bytes(4, "little"))
 
 
-def test_notification_and_line_interrupt(rng: Rng) -> None:
+def test_notification_and_line_interrupt(subject: Subject) -> None:
     """The guest sees the interrupt once the device has answered; neither of the two passed through us."""
-    handle(rng.guest, IRQ10_VECTOR, LINE_HANDLER)
-    rng.guest.memory.write(MAY_READ_ISR, b"\1")
-    rng.come_up()
-    rng.offer()
-    rng.guest.load(PIC_SETUP + out(NOTIFY, 0, 2) + HALT_FOR_EVER)
+    handle(subject.guest, IRQ10_VECTOR, LINE_HANDLER)
+    subject.guest.memory.write(MAY_READ_ISR, b"\1")
+    subject.come_up()
+    subject.offer()
+    subject.guest.load(PIC_SETUP + out(NOTIFY, 0, 2) + HALT_FOR_EVER)
 
-    exits = rng.run(lambda said: SAW in said)
+    exits = subject.run(lambda said: SAW in said)
 
     assert exits == [PioOut(TOLD, 1, 1, b"\1"), PioIn(ISR, 1, 1), PioOut(SAW, 1, 1, b"\1")]
-    assert rng.filled()
+    assert subject.filled()
 
 
-def test_interrupt_that_was_not_read_comes_again(rng: Rng) -> None:
-    """The end of the interrupt wakes the device process, which finds that ISR has not been read."""
-    handle(rng.guest, IRQ10_VECTOR, LINE_HANDLER)
-    rng.come_up()
-    rng.offer()
-    rng.guest.load(PIC_SETUP + out(NOTIFY, 0, 2) + HALT_FOR_EVER)
+def test_interrupt_that_was_not_read_comes_again(subject: Subject) -> None:
+    """The end of the interrupt wakes what serves the device, which finds that ISR has not been read."""
+    handle(subject.guest, IRQ10_VECTOR, LINE_HANDLER)
+    subject.come_up()
+    subject.offer()
+    subject.guest.load(PIC_SETUP + out(NOTIFY, 0, 2) + HALT_FOR_EVER)
 
     def enough(said: list[int]) -> bool:
         if said.count(TOLD) == 5:
-            rng.guest.memory.write(MAY_READ_ISR, b"\1")
+            subject.guest.memory.write(MAY_READ_ISR, b"\1")
         return SAW in said
 
-    exits = rng.run(enough)
+    exits = subject.run(enough)
 
     assert exits.count(PioOut(TOLD, 1, 1, b"\1")) >= 5
     assert exits[-1] == PioOut(SAW, 1, 1, b"\1")
-    assert not rng.process.interrupts.pending(0)
+    assert not subject.process.interrupts.pending(0)
 
 
-def test_masked_message_waits_and_follows_its_vector_9(rng: Rng) -> None:
+def test_masked_message_waits_and_follows_its_vector_9(subject: Subject) -> None:
     """Hostile input 9: what came while the vector was masked is delivered once, as the message that it has then."""
-    lapic = bytearray(rng.guest.vcpu.get_lapic())
+    lapic = bytearray(subject.guest.vcpu.get_lapic())
     lapic[0xF0:0xF4] = (0x1FF).to_bytes(4, "little")  # switched on, in the spurious vector register
-    rng.guest.vcpu.set_lapic(bytes(lapic))
-    handle(rng.guest, 0x4A, out(SAW, 0x4A) + b"\xcf")
-    handle(rng.guest, 0x5A, out(SAW, 0x5A) + b"\xcf", HANDLER + 0x40)
-    machine = rng.machine
+    subject.guest.vcpu.set_lapic(bytes(lapic))
+    handle(subject.guest, 0x4A, out(SAW, 0x4A) + b"\xcf")
+    handle(subject.guest, 0x5A, out(SAW, 0x5A) + b"\xcf", HANDLER + 0x40)
+    machine = subject.machine
     machine.enable_msix()
     machine.set_vector(0, 0x4A, masked=True)
-    rng.come_up()
+    subject.come_up()
     machine.write(QUEUE_MSIX, 2, 0)
-    rng.offer()
-    rng.guest.load(b"\xfb" + out(NOTIFY, 0, 2) + out(TOLD, 1) + HALT_FOR_EVER)
-    assert rng.run(lambda said: TOLD in said) == [PioOut(TOLD, 1, 1, b"\1")]
+    subject.offer()
+    subject.guest.load(b"\xfb" + out(NOTIFY, 0, 2) + out(TOLD, 1) + HALT_FOR_EVER)
+    assert subject.run(lambda said: TOLD in said) == [PioOut(TOLD, 1, 1, b"\1")]
     wait_until(lambda: machine.pending() == 1)
-    assert rng.filled()
+    assert subject.filled()
     machine.set_vector(0, 0x5A)
 
-    assert rng.run(lambda said: SAW in said) == [PioOut(SAW, 1, 1, b"\x5a")]
+    assert subject.run(lambda said: SAW in said) == [PioOut(SAW, 1, 1, b"\x5a")]
     assert machine.pending() == 0
 
 
-def test_reset_while_notifications_come_6_7(rng: Rng) -> None:
+def test_reset_while_notifications_come_6_7(subject: Subject) -> None:
     """Hostile input 6, 7: the guest notifies for all it is worth while the device is reset and set up again."""
-    rng.guest.load(out(NOTIFY, 0, 2) + out(TOLD, 1) + b"\xeb\xf1")  # and again; the port exits when nobody listens
+    subject.guest.load(out(NOTIFY, 0, 2) + out(TOLD, 1) + b"\xeb\xf1")  # and again; the port exits when nobody listens
     rounds = 0
 
     def enough(said: list[int]) -> bool:
         nonlocal rounds
         if said[-1] == TOLD:
             rounds += 1
-            rng.come_up() if rounds % 2 else rng.machine.write(STATUS, 1, 0)
+            subject.come_up() if rounds % 2 else subject.machine.write(STATUS, 1, 0)
         return rounds == 200
 
-    exits = rng.run(enough)
+    exits = subject.run(enough)
 
     assert PioOut(NOTIFY, 2, 1, b"\0\0") in exits
-    assert rng.process.activations == 100
-    rng.ring = Ring(rng.guest.memory, SIZE, RINGS)
-    rng.ring.used = LEGACY_USED
-    rng.come_up()
-    rng.offer()
-    rng.machine.bus.pio_write(NOTIFY, 2, 0)  # as through the window
-    wait_until(lambda: rng.process.interrupts.pending(0))
-    assert rng.filled()
+    assert subject.process.activations == 100
+    subject.renew()
+    subject.come_up()
+    subject.offer()
+    subject.machine.bus.pio_write(NOTIFY, 2, 0)  # as through the window
+    wait_until(lambda: subject.process.interrupts.pending(0))
+    assert subject.filled()
 
 
 def test_notify_port_moves_with_its_bar_8(guest: Guest) -> None:

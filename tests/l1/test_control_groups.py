@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.bystander import vm_block
+from tests.support.bystander import DRIVE, vm_block
 from tests.support.daemon import Daemon
 from vmd.parent.groups import PREFIX, directory_of
 from vmd.privsep.ids import TASKS_MAX
@@ -14,10 +14,10 @@ pytestmark = [pytest.mark.l1, pytest.mark.deep, pytest.mark.timeout(400)]
 
 def test_tasks_of_a_vm_are_limited(tmp_path: Path) -> None:
     """With those of its devices, in a group of its own; the daemon itself makes way for that."""
-    with Daemon(tmp_path, vm_block("a")) as vmd:
+    with Daemon(tmp_path, vm_block("a", DRIVE)) as vmd:
         vmd.must("start", "a")
         processes = vmd.processes()
-        vm, device, vmm = (Path(directory_of(processes[f"vmd: {title}"])) for title in ("vm/a", "vm/a/viornd0", "vmm"))
+        vm, device, vmm = (Path(directory_of(processes[f"vmd: {title}"])) for title in ("vm/a", "vm/a/vioscsi0", "vmm"))
 
         assert (vm / "pids.max").read_text() == f"{TASKS_MAX}\n"
         assert device == vm

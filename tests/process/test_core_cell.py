@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.process.insider import DATA_FD
-from tests.support.bystander import Bystander, vm_block
+from tests.support.bystander import DRIVE, Bystander, vm_block
 from tests.support.cells import insider_cell
 from tests.support.daemon import DEADLINE_S, Daemon
 from tests.support.descriptors import open_files
@@ -195,33 +195,32 @@ def test_an_id_that_has_a_process_is_not_given_again() -> None:
 @pytest.mark.kvm
 def test_who_is_who_on_the_host(tmp_path: Path) -> None:
     """Every VM has an id of its own, which its devices share; nothing that lasts but parent and opener is root."""
-    conf = f"ids {FIRST_ID}\n" + vm_block("a") + vm_block("b")
+    conf = f"ids {FIRST_ID}\n" + vm_block("a", DRIVE) + vm_block("b", DRIVE)
     # In /run/vmd is what priv has to put back, of all daemons of a host; for those of other tests it has another id.
     own_run = ("unshare", "--mount", "sh", "-ec", 'mkdir -p /run/vmd; mount -t tmpfs run /run/vmd; exec "$@"', "sh")
     with Daemon(tmp_path, conf, prefix=own_run) as vmd:
         vmd.must("start", "a")
         vmd.must("start", "b")
-        wait_for(lambda: {"vmd: vm", "vmd: viornd", "vmd: opener"} <= vmd.processes().keys())
+        wait_for(lambda: {"vmd: vm", "vmd: opener"} <= vmd.processes().keys())
         wait_for(lambda: field(vmd.processes()["vmd: opener"], "Seccomp") == FILTERED)  # it has just been started
         processes = {title.removeprefix("vmd: "): pid for title, pid in vmd.processes().items()}
         users = {title: {*field(pid, "Uid").split(), *field(pid, "Gid").split()} for title, pid in processes.items()}
         capabilities = {title: int(field(pid, "CapPrm"), 16) for title, pid in processes.items()}
         namespaces = {title: os.readlink(f"/proc/{pid}/ns/user") for title, pid in processes.items()}
         apart = {title: namespaces_of(pid) - namespaces_of(vmd.pid) for title, pid in processes.items()}
-        limits = Path(f"/proc/{processes['vm/a/viornd0']}/limits").read_text()
+        limits = Path(f"/proc/{processes['vm/a/vioscsi0']}/limits").read_text()
         filters = {title: field(pid, "Seccomp") for title, pid in processes.items()}
         parent = [int(field(vmd.pid, name), 16) for name in ("CapEff", "CapPrm", "CapBnd")]
         log = vmd.log
 
     ids = {title: int(user) for title, (user,) in ((title, tuple(found)) for title, found in users.items())}
-    assert set(ids) >= {"priv", "control", "vmm", "vm", "vm/a", "vm/b", "vm/a/viornd0", "vm/b/viornd0"}
+    assert set(ids) >= {"priv", "control", "vmm", "vm", "vm/a", "vm/b", "vm/a/vioscsi0", "vm/b/vioscsi0"}
     assert ids.pop("priv") == FIRST_ID + IDS
     assert ids.pop("opener") == 0  # in reserve; test_core_opener.py says what it can do
     assert all(FIRST_ID <= uid < FIRST_ID + IDS for uid in ids.values())
     assert len({ids[title] for title in ("control", "vmm", "vm", "vm/a", "vm/b")}) == 5
     for name in ("a", "b"):
-        assert ids[f"vm/{name}"] == ids[f"vm/{name}/viornd0"]
-    assert ids["vm"] == ids["viornd"]
+        assert ids[f"vm/{name}"] == ids[f"vm/{name}/vioscsi0"]
     assert capabilities.pop("vmm") == 1 << linux.CAP_KILL | 1 << linux.CAP_SETUID | 1 << linux.CAP_SETGID
     assert capabilities.pop("priv") == 1 << linux.CAP_NET_ADMIN | 1 << linux.CAP_NET_RAW
     assert capabilities.pop("opener") == OPENER.capabilities
@@ -247,14 +246,14 @@ def test_who_is_ended_first_when_memory_runs_out(tmp_path: Path) -> None:
     more = {"vmd/parent/oom.py": "CORE_SCORE = 100\n", "vmd/privsep/spawn.py": "LEAF_SCORE = 300\n"}
     high = "echo 500 >/proc/self/oom_score_adj; exec \"$@\""
     code = changed_program(tmp_path / "code", more)
-    with Daemon(tmp_path, vm_block("a"), code=code, prefix=("sh", "-c", high, "sh")) as vmd:
+    with Daemon(tmp_path, vm_block("a", DRIVE), code=code, prefix=("sh", "-c", high, "sh")) as vmd:
         vmd.must("start", "a")
-        wait_for(lambda: {"vmd: vm", "vmd: viornd", "vmd: opener"} <= vmd.processes().keys())
+        wait_for(lambda: {"vmd: vm", "vmd: opener"} <= vmd.processes().keys())
         scores = {title.removeprefix("vmd: "): score(pid) for title, pid in vmd.processes().items()}
         assert score(vmd.pid) == 100
 
-    assert {title for title, found in scores.items() if found == 100} == {"vmm", "priv", "vm", "viornd"}
-    assert {title for title, found in scores.items() if found == 500} == {"vm/a", "vm/a/viornd0"}
+    assert {title for title, found in scores.items() if found == 100} == {"vmm", "priv", "vm"}
+    assert {title for title, found in scores.items() if found == 500} == {"vm/a", "vm/a/vioscsi0"}
     assert {found for found in scores.values() if found not in (100, 500)} == {300}
     assert {title for title, found in scores.items() if found == 300} >= {"control", "log", "opener"}
 
@@ -262,23 +261,23 @@ def test_who_is_ended_first_when_memory_runs_out(tmp_path: Path) -> None:
 @pytest.mark.kvm
 def test_a_host_without_user_namespaces(tmp_path: Path) -> None:
     """One warning, and all VMs run as `_vmd`, as ever."""
-    with Daemon(tmp_path, vm_block("a"), prefix=(sys.executable, "-c", NO_USER_NAMESPACES)) as vmd:
+    with Daemon(tmp_path, vm_block("a", DRIVE), prefix=(sys.executable, "-c", NO_USER_NAMESPACES)) as vmd:
         vmd.must("start", "a")
         processes = vmd.processes()
         user = pwd.getpwnam("_vmd").pw_uid
 
         assert vmd.log.count("make a user namespace: ") == 1
-        for title in ("vmm", "vm/a", "vm/a/viornd0", "control"):
+        for title in ("vmm", "vm/a", "vm/a/vioscsi0", "control"):
             assert field(processes[f"vmd: {title}"], "Uid").split() == [str(user)] * 4
 
 
 @pytest.mark.kvm
 def test_what_a_vm_leaves_behind_is_buried(tmp_path: Path) -> None:
     """vmm is pid 1 of its pid namespace; a VM is known to the host by the host's pid, and leaves no zombies."""
-    with Daemon(tmp_path, vm_block("a") + vm_block("b")) as vmd, Bystander(vmd, "b"):
+    with Daemon(tmp_path, vm_block("a", DRIVE) + vm_block("b", DRIVE)) as vmd, Bystander(vmd, "b"):
         vmd.must("start", "a")
         processes = vmd.processes()
-        vmm, victim, device = (processes[f"vmd: {title}"] for title in ("vmm", "vm/a", "vm/a/viornd0"))
+        vmm, victim, device = (processes[f"vmd: {title}"] for title in ("vmm", "vm/a", "vm/a/vioscsi0"))
 
         assert field(vmm, "NSpid").split() == [str(vmm), "1"]
         assert vmd.status("a")["pid"] == victim
@@ -296,24 +295,24 @@ def test_what_a_vm_leaves_behind_is_buried(tmp_path: Path) -> None:
 @pytest.mark.kvm
 def test_every_vm_has_a_control_group(tmp_path: Path) -> None:
     """Its devices are in it, and nothing else; what is left in it ends with the VM, and so does the group."""
-    with Daemon(tmp_path, vm_block("a") + vm_block("b")) as vmd:
+    with Daemon(tmp_path, vm_block("a", DRIVE) + vm_block("b", DRIVE)) as vmd:
         vmd.must("start", "a")
         vmd.must("start", "b")
-        wait_for(lambda: {"vmd: vm", "vmd: viornd"} <= vmd.processes().keys())
+        wait_for(lambda: {"vmd: vm"} <= vmd.processes().keys())
         processes = {title.removeprefix("vmd: "): pid for title, pid in vmd.processes().items()}
         group = {title: Path(groups.directory_of(pid)) for title, pid in processes.items()}
         top = group["vmm"].parent
         assert len({group["vmm"], group["vm/a"], group["vm/b"], group["control"]}) == 4
-        assert group["vm/a/viornd0"] == group["vm/a"]
+        assert group["vm/a/vioscsi0"] == group["vm/a"]
         assert group["vm/a"].parent == top
-        for title in ("vmm", "vm/a", "vm/a/viornd0", "vm", "viornd"):  # vmm only has the way into that of the reserve
+        for title in ("vmm", "vm/a", "vm/a/vioscsi0", "vm"):  # vmm only has the way into that of the reserve
             files = open_files(processes[title]).values()
             assert len([file for file in files if "cgroup" in file]) == (title == "vmm")
         assert groups.CONTROLLER not in (top / "cgroup.controllers").read_text() or (
             (group["vm/a"] / "pids.max").read_text() == f"{TASKS_MAX}\n"
         )
 
-        for title in ("vm", "vm/a", "vm/a/viornd0"):  # the first has read nothing so far
+        for title in ("vm", "vm/a", "vm/a/vioscsi0"):  # the first has read nothing so far
             assert not any("cgroup" in file for file in open_files(processes[title]).values())
 
         with subprocess.Popen(["sleep", "infinity"]) as left:

@@ -1,6 +1,6 @@
 """The log: a reader that does not read, and processes that have been taken over, cost nobody else their lines.
 
-The attacker has VM `bad`, or its entropy device; the bystander is another VM.
+The attacker has VM `bad`, or its drive; the bystander is another VM.
 """
 
 import os
@@ -15,14 +15,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.bystander import NAME, Bystander, vm_block
+from tests.support.bystander import DRIVE, NAME, Bystander, vm_block
 from tests.support.daemon import DEADLINE_S, Daemon
 from tests.support.descriptors import open_files
 from tests.support.logreader import LogReader, borrowed
 
 pytestmark = [pytest.mark.root, pytest.mark.kvm]
 
-CONF = vm_block(NAME) + vm_block("bad")
+CONF = vm_block(NAME, DRIVE) + vm_block("bad", DRIVE)
 ERRORS = 99  # of one configuration; each of them is a line of the log
 BROKEN = "nonsense\n" * ERRORS
 # A journal of the test's own, for a daemon that does not log to standard error.
@@ -91,13 +91,13 @@ def test_a_device_can_only_shut_down_the_log_of_its_own_vm(vmd: Daemon, reader: 
     """shutdown(2) on what it writes its lines to: all others are heard as before, and the log says so."""
     vmd.must("start", "bad")
 
-    with last_words(vmd, "vmd: vm/bad/viornd0") as taken:
+    with last_words(vmd, "vmd: vm/bad/vioscsi0") as taken:
         taken.shutdown(socket.SHUT_RDWR)
 
-    for title in (f"vmd: vm/{NAME}", f"vmd: vm/{NAME}/viornd0", "vmd: vmm", "vmd: control", "vmd: priv"):
+    for title in (f"vmd: vm/{NAME}", f"vmd: vm/{NAME}/vioscsi0", "vmd: vmm", "vmd: control", "vmd: priv"):
         with last_words(vmd, title) as own:
             own.send(b"<6>" + title.removeprefix("vmd: ").encode() + b": is heard")
-    for title in (f"vm/{NAME}", f"vm/{NAME}/viornd0", "vmm", "control", "priv"):
+    for title in (f"vm/{NAME}", f"vm/{NAME}/vioscsi0", "vmm", "control", "priv"):
         reader.wait(f"{title}: is heard")
     reader.wait("vm bad: one of its processes has shut down its log")
     vmd.must("stop", "-fw", "bad")  # which nothing of this hinders
@@ -119,7 +119,7 @@ def test_every_line_of_a_vm_bears_its_name(vmd: Daemon, reader: LogReader) -> No
         b"<6>vm/bad/a b: forged l", b"vmd: forged m" + b"m" * 5000, b"<6>vmd: " + b"n" * 5000, b"\nthe last\n",
     ]  # fmt: skip
 
-    with last_words(vmd, "vmd: vm/bad/viornd0") as taken:
+    with last_words(vmd, "vmd: vm/bad/vioscsi0") as taken:
         for packet in forged:
             taken.send(packet)
 
@@ -136,11 +136,11 @@ def test_a_vm_that_writes_without_end_is_held_back(vmd: Daemon, reader: LogReade
     """Another VM's line arrives meanwhile, and the log says who writes too much."""
     vmd.must("start", "bad")
     heard = False
-    with last_words(vmd, "vmd: vm/bad/viornd0") as taken, last_words(vmd, f"vmd: vm/{NAME}") as own:
+    with last_words(vmd, "vmd: vm/bad/vioscsi0") as taken, last_words(vmd, f"vmd: vm/{NAME}") as own:
         deadline = time.monotonic() + DEADLINE_S
         for number in range(1 << 30):
             try:
-                taken.send(b"<6>vm/bad/viornd0: again and again", socket.MSG_DONTWAIT)
+                taken.send(b"<6>vm/bad/vioscsi0: again and again", socket.MSG_DONTWAIT)
             except BlockingIOError:
                 select.select([], [taken], [], 0.01)
             if number == 2000:
@@ -180,8 +180,8 @@ def test_lines_of_a_vm_have_fields_in_the_journal(tmp_path: Path, reader: LogRea
         entries.settimeout(DEADLINE_S)
         with Daemon(tmp_path, CONF, prefix=prefix) as vmd:
             vmd.must("start", NAME)
-            with last_words(vmd, f"vmd: vm/{NAME}/viornd0") as own:
-                own.send(f"<4>vm/{NAME}/viornd0: hears\nVM_NAME=bad".encode())
+            with last_words(vmd, f"vmd: vm/{NAME}/vioscsi0") as own:
+                own.send(f"<4>vm/{NAME}/vioscsi0: hears\nVM_NAME=bad".encode())
             pid, vmid = vmd.processes()[f"vmd: vm/{NAME}"], vmd.status(NAME)["id"]
             found: list[dict[str, str]] = []
             while not any("hears" in entry["MESSAGE"] for entry in found):
@@ -194,7 +194,7 @@ def test_lines_of_a_vm_have_fields_in_the_journal(tmp_path: Path, reader: LogRea
     assert heard.pop("SYSLOG_PID") == str(os.getpid()) != str(pid)  # the test has written it
     assert heard == {
         "PRIORITY": "4", "SYSLOG_FACILITY": "3", "SYSLOG_IDENTIFIER": "vmd", "VM_NAME": NAME, "VM_ID": str(vmid),
-        "MESSAGE": f"vm/{NAME}/viornd0: hears\\x0aVM_NAME=bad",
+        "MESSAGE": f"vm/{NAME}/vioscsi0: hears\\x0aVM_NAME=bad",
     }  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.bystander import Bystander, vm_block
+from tests.support.bystander import DRIVE, Bystander, vm_block
 from tests.support.daemon import Daemon
 from tests.support.program import changed_program
 from vmd.devices.process import MEMORY_BESIDES_BYTES
@@ -30,8 +30,8 @@ def _take_all():
 DEVICE = """
 import mmap
 from vmd.log import log
-_make = Viornd
-def Viornd(services):
+_make = make
+def make(services):
     _take_all()
     return _make(services)
 """
@@ -47,13 +47,13 @@ VmProcess.HANDLERS[(Proc.VMM, SetVerbosity)] = _taken_over
 @pytest.mark.deep
 def test_memory_that_is_mapped(tmp_path: Path) -> None:
     """A device has half a gibibyte beside the guest's, a VM process one; whoever wants more does not get it."""
-    more = {"vmd/devices/viornd/main.py": GREEDY + DEVICE, "vmd/vm/main.py": GREEDY + VM}
+    more = {"vmd/devices/vioscsi/main.py": GREEDY + DEVICE, "vmd/vm/main.py": GREEDY + VM}
     code = changed_program(tmp_path / "code", more)
-    with Daemon(tmp_path, vm_block("a") + vm_block("b"), code=code) as vmd, Bystander(vmd, "a"):
+    with Daemon(tmp_path, vm_block("a") + vm_block("b", DRIVE), code=code) as vmd, Bystander(vmd, "a"):
         vmd.must("start", "b")
         vmd.must("log", "verbose")
         for title, most_bytes in (
-            ("vm/b/viornd0", MEMORY_BESIDES_BYTES),
+            ("vm/b/vioscsi0", MEMORY_BESIDES_BYTES),
             ("vm/b", vm.MEMORY_BESIDES_BYTES + vm.STACK_BYTES),
         ):
             vmd.wait_log(f"{title}: has taken ")

@@ -125,7 +125,7 @@ def check_nothing_came_of_it(vmd: Daemon, what: str, errors: str, processes: dic
 def with_reserve(vmd: Daemon) -> dict[str, int]:
     """Return what runs once the processes in reserve do."""
     deadline_s = time.monotonic() + DEADLINE_S
-    while not {"vmd: vm", "vmd: viornd", "vmd: opener"} <= (found := vmd.processes()).keys():
+    while not {"vmd: vm", "vmd: opener"} <= (found := vmd.processes()).keys():
         assert time.monotonic() < deadline_s
         select.select([], [], [], 0.02)
     return {title: pid for title, pid in found.items() if not title.startswith("vmd: opener/")}
@@ -208,8 +208,8 @@ def test_code_that_looks_at_a_boot_image_makes_no_vm(vmd: Daemon, tmp_path: Path
 
 def test_a_stopped_device_does_not_outlive_its_vm(vmd: Daemon) -> None:
     """The signal at the death of its parent reaches it, though both are confined."""
-    vmd.must("start", "-m", "32M", "-b", guest("demo"), "a")
-    device = vmd.processes()["vmd: vm/a/viornd0"]
+    vmd.must("start", "-m", "32M", "-b", guest("demo"), "-r", guest("demo"), "a")
+    device = vmd.processes()["vmd: vm/a/vioscsi0"]
     gone = os.pidfd_open(device)
     os.kill(device, signal.SIGSTOP)
 

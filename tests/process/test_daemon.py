@@ -592,4 +592,4 @@ def test_started_without_descriptors(tmp_path: Path) -> None:
     assert {number for _, number in others} == {2}
     assert {title for title, _ in others}.isdisjoint({"vmd", "vmd: log"})
     assert all(what.startswith("socket:") for what in others.values())
-    assert len(held) >= 3 * len(("vmd", "priv", "control", "vmm", "vm/demo", "vm/demo/viornd0"))
+    assert len(held) >= 3 * len(("vmd", "priv", "control", "vmm", "vm/demo", "vm/demo/vioscsi0"))

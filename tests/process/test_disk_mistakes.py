@@ -287,9 +287,9 @@ def test_status_tells_of_disks(vmd: Daemon, tmp_path: Path) -> None:
     vmd.must("start", "-m", "32M", "-b", guest("demo"), "-d", disk, "-r", disc, "full")
 
     names = {title for title in vmd.processes() if "vm/full/" in title}
-    assert names == {f"vmd: vm/full/{device}" for device in ("viornd0", "vioblk0", "vioscsi0")}
+    assert names == {f"vmd: vm/full/{device}" for device in ("vioblk0", "vioscsi0")}
     assert json.loads(vmd.must("status", "--json", "full"))["vms"][0]["state"] == "running"
     assert threads_of(vmd, "vm/full") == {"event", "vcpu0"}
     assert threads_of(vmd, "vm/full/vioblk0") == {"event", "io", "lock"}
-    assert threads_of(vmd, "vm/full/viornd0") == {"vm/full/viornd0"[-15:]}
+    assert threads_of(vmd, "vm/full/vioscsi0") == {"vm/full/vioscsi0"[-15:]}
     vmd.must("stop", "-fw", "full")

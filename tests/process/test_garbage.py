@@ -126,7 +126,6 @@ KINDS: dict[str, tuple[str, tuple[int, ...], Callable[[Path], int] | None, int]]
     "raw-write-through": ("vioblk", (256,), raw_disk, 0),
     "qcow2": ("vioblk", (256,), qcow2_disk, BLK_FEATURES),
     "cdrom": ("vioscsi", (128, 128, 128), raw_disk, 0),
-    "entropy": ("viornd", (64,), None, 0),
 }
 
 

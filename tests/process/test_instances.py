@@ -179,7 +179,7 @@ def test_an_instance_has_what_its_template_has_but_no_disk(vmd: UsersDaemon, pla
     vmd.must_as(INES, "start", "-t", "template", "i")
     row = vmd.status("i")
     assert (row["memory_bytes"], row["vcpus"], row["owner"]) == (40 * MIB, 2, INES)
-    assert devices(vmd, "i") == {"vioscsi0", "vionet0", "viornd0"}
+    assert devices(vmd, "i") == {"vioscsi0", "vionet0"}
     assert str(place.root / "disc") in open_files(vmd, "i")
     (nic,) = vmd.interfaces("i")
     assert nic["tap"] != "tap5"
@@ -212,7 +212,7 @@ def test_what_is_given_wins(vmd: UsersDaemon, place: Place) -> None:
         place.home.chmod(0o755)
     row = vmd.status("i")
     assert (row["memory_bytes"], row["vcpus"]) == (24 * MIB, 1)
-    assert devices(vmd, "i") == {"vioblk0", "vioscsi0", "vionet0", "vionet1", "viornd0"}
+    assert devices(vmd, "i") == {"vioblk0", "vioscsi0", "vionet0", "vionet1"}
     assert {str(disk), str(disc)} <= open_files(vmd, "i")
     with vmd.console("i") as console:
         assert "small monitor" not in console.expect(PROMPT, DEADLINE_S)

@@ -40,12 +40,12 @@ from tests.support.packets import (
 from tests.support.privdriver import DEADLINE_S, Poor, Priv, nic, switch
 from tests.support.throughhost import GUEST4, HOST4, PREFIX6
 from tests.support.waiting import pause
-from vmd.devices.figures import unseen
 from vmd.devices.vionet.addresses import Addresses
 from vmd.devices.vionet.interface import Interface
 from vmd.devices.vionet.local import LocalNetwork
 from vmd.devices.vionet.packets import Packets
 from vmd.ipc import devmsg
+from vmd.ipc.devfigures import unseen
 from vmd.ipc.messages.priv import AdoptNics, AskDrops, DropsReported, FramesDropped
 from vmd.parent.tapstats import TapStats
 from vmd.parent.vhost import packet_socket

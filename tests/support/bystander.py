@@ -16,6 +16,9 @@ NAME = "bystander"
 GUEST_S = 30.0
 
 
+DRIVE = f'cdrom "{guest("demo")}"'  # a statement for a VM that is to have a device with a process; any file will do
+
+
 def vm_block(name: str, *more: str) -> str:
     """Return a VM of a configuration that runs the demo guest; `more` are statements of it."""
     statements = ["disable", "memory 32M", f'boot "{guest("demo")}"', *more]

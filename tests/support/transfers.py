@@ -175,7 +175,7 @@ def open_files(pid: int) -> int:
     return len(os.listdir(f"/proc/{pid}/fd"))
 
 
-RESERVE = {"vmd: vm", "vmd: viornd", "vmd: opener", "vmd: imgprobe", "vmd: control/reserve"}
+RESERVE = {"vmd: vm", "vmd: opener", "vmd: imgprobe", "vmd: control/reserve"}
 
 
 def is_settled(processes: Collection[str]) -> bool:

@@ -120,7 +120,7 @@ class Process:
         self.kicks = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in QUEUES]
         self.calls = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in QUEUES]
         self.resample = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self.interrupts = Interrupts()
+        self.interrupts = Interrupts(memoryview(bytearray(8 * devmsg.QUEUES_MAX)).cast("I"))
         self.activations = 0
         self.lives: list[tuple[int, list[tuple[int, ...]]]] = []  # features and rows of each ACTIVATE
         self.resets = 0
@@ -171,14 +171,12 @@ class Process:
 
     def raise_queue(self, queue: int) -> None:
         """Interrupt as the device process does."""
-        words = self.interrupts._words
-        words[queue] = words[queue] + 1 & 0xFFFFFFFF
+        self.interrupts.add(queue)
         os.eventfd_write(self.calls[queue], 1)
 
     def close(self) -> None:
         """Let go of everything."""
-        self.interrupts._words.release()
-        for fd in (*self.kicks, *self.calls, self.resample, self.interrupts.fd):
+        for fd in (*self.kicks, *self.calls, self.resample):
             os.close(fd)
 
 
@@ -439,7 +437,7 @@ class BothHalves:
         self.process.interrupts._words.release()
         for channel in (self.process._sync, self.process._async):
             channel.close()
-        for fd in (*self.process.kicks, *self.process.calls, self.process.resample, self.process.interrupts.fd):
+        for fd in (*self.process.kicks, *self.process.calls, self.process.resample, self.process.page):
             os.close(fd)
         os.close(self.machine.function.config_call)
         os.close(self.machine.function.config_resample)

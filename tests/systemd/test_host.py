@@ -93,7 +93,7 @@ def test_who_is_who(seen: dict[str, Any]) -> None:
     assert tasks_max == str(TASKS_MAX)
     assert group not in {process["group"] for title, process in processes.items() if title not in whole}
     scores = {title: process["score"] for title, process in processes.items()}
-    assert {seen["score"], *(scores.pop(title) for title in ("vmm", "priv", "vm", "viornd"))} == {CORE_SCORE}
+    assert {seen["score"], *(scores.pop(title) for title in ("vmm", "priv", "vm"))} == {CORE_SCORE}
     assert {*scores.values(), opener["score"]} == {0}
 
 

@@ -15,15 +15,14 @@ import sys
 import time
 from _queue import Empty, SimpleQueue
 
-from vmd.devices.figures import take_slot
 from vmd.errors import GuestError, HostError, PeerError, VmdError, sentence
 from vmd.guestmem import GuestMemory, Region
 from vmd.ipc import devmsg
+from vmd.ipc.devfigures import take_slot
 from vmd.log import FORMS, RateLimit, log
 from vmd.privsep.confine import Confinement, confine, limit_memory
 from vmd.privsep.title import set_title
-from vmd.virtio import spec
-from vmd.virtio.queue import Queue
+from vmd.virtio.queue import FEATURES, Queue
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -81,12 +80,6 @@ if TYPE_CHECKING:
 
 
 VM = "vm process"  # whom a sentence about the channels is about
-RING_FEATURES = (
-    1 << spec.VIRTIO_F_RING_INDIRECT_DESC
-    | 1 << spec.VIRTIO_F_RING_EVENT_IDX
-    | 1 << spec.VIRTIO_F_ANY_LAYOUT
-    | 1 << spec.VIRTIO_F_NOTIFY_ON_EMPTY
-)
 MEMORY_BESIDES_BYTES = 512 << 20  # beside the guest's, which is mapped: stacks of 16 threads are 128 MiB of it
 QUIESCE_TIMEOUT_S = 9.0  # the VM waits for devmsg.ANSWER_TIMEOUT_S; a sentence beats its time-out
 
@@ -316,7 +309,7 @@ class Process:
     def ready(self) -> bytes:
         """Return READY with what the device is now."""
         device = self.device
-        features = device.features | RING_FEATURES
+        features = device.features | FEATURES
         return devmsg.READY_HEAD.pack(devmsg.READY, features, len(device.config)) + device.config
 
     def on_inform(self) -> None:

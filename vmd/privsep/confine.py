@@ -130,8 +130,8 @@ class Confinement(Record):
         seccomp.allowed_calls(self.syscalls, self.ioctls, 0)
 
 
-LEAF = Confinement(syscalls=BASE | CHANNEL | LIMITS, writes_files=False)  # viornd
-VIOBLK = Confinement(syscalls=BASE | CHANNEL | LIMITS | BLOCK)
+LEAF = Confinement(syscalls=BASE | CHANNEL | LIMITS, writes_files=False)  # what every device needs
+VIOBLK = LEAF.replace(syscalls=LEAF.syscalls | BLOCK, writes_files=True)
 VIOSCSI = VIOBLK.replace(writes_files=False)  # an ISO is a disk image that is only read
 IMGWRITER = Confinement(syscalls=BASE | CHANNEL | LIMITS | BLOCK, open_files=64)  # snapshots
 IMGPROBE = Confinement(syscalls=BASE | CHANNEL | {"pread64", "preadv2"}, open_files=64)
@@ -150,7 +150,7 @@ LOCKHOLDER = IMGPROBE.replace(
     writes_files=False,
     sees_others=True,
 )
-VIONET = Confinement(syscalls=BASE | CHANNEL | LIMITS | NET, ioctls=TUN_IOCTLS, writes_files=False)
+VIONET = LEAF.replace(syscalls=LEAF.syscalls | NET, ioctls=TUN_IOCTLS)
 VIONET_KERNEL = VIONET.replace(ioctls=TUN_IOCTLS + VHOST_IOCTLS)
 LOG = Confinement(syscalls=BASE | CHANNEL, open_files=CORE_FILES)  # a socket for each VM
 AGENTX = Confinement(syscalls=BASE | CHANNEL, open_files=64, writes_files=False)

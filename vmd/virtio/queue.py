@@ -14,6 +14,7 @@ from vmd.errors import GuestError
 from vmd.virtio.fence import full_fence
 from vmd.virtio.spec import (
     DESC_BYTES,
+    VIRTIO_F_ANY_LAYOUT,
     VIRTIO_F_NOTIFY_ON_EMPTY,
     VIRTIO_F_RING_EVENT_IDX,
     VIRTIO_F_RING_INDIRECT_DESC,
@@ -28,6 +29,12 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from vmd.guestmem import GuestMemory
 
+FEATURES = (  # of rings, which all devices offer
+    1 << VIRTIO_F_RING_INDIRECT_DESC
+    | 1 << VIRTIO_F_RING_EVENT_IDX
+    | 1 << VIRTIO_F_ANY_LAYOUT
+    | 1 << VIRTIO_F_NOTIFY_ON_EMPTY
+)
 DESC = Struct("<QIHH")
 U16 = Struct("<H")
 CHAIN_BYTES_MAX = 1 << 32  # one chain may not describe more (2.7.5.2: lengths add up to 2^32 at most)

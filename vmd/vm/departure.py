@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from vmd.ipc.channel import Channel
     from vmd.ipc.loop import Loop
     from vmd.ipc.messages.vm import SendVm
-    from vmd.vm.devproc import DeviceProcess
     from vmd.vm.pause import Pause
     from vmd.vm.stream import Pipe
 
@@ -178,7 +177,7 @@ class Departure:
 
     def let_disks_go(self) -> str:
         """Let go of the locks of all disks; returns why not, and then has them all.  Raises PeerError."""
-        for disk in self._disks():
+        for disk in self._pause.machine.disks():
             if not disk.let_go():
                 self.take_disks_back()
                 return f"{disk.label}: cannot be handed over; the log says why"
@@ -187,7 +186,7 @@ class Departure:
 
     def take_disks_back(self) -> tuple[TakenBack, str]:
         """Take the locks of all disks, or none; returns what became of that, and a sentence.  Raises PeerError."""
-        for disk in self._disks():
+        for disk in self._pause.machine.disks():
             status = disk.take_back()
             if status not in devmsg.HAVE:
                 outcome, text = NOT_TAKEN.get(status, NOT_TAKEN[devmsg.TAKEN_FAILED])
@@ -195,7 +194,3 @@ class Departure:
                 return outcome, f"{disk.label} {text}"
         self.disks_gone = False
         return TakenBack.DONE, ""
-
-    def _disks(self) -> "list[DeviceProcess]":
-        processes = (function.process for function in self._pause.machine.virtio)
-        return [process for process in processes if process.kind.settles]

@@ -3,12 +3,9 @@
 import array
 import errno
 import mmap
-import os
-import select
 import threading
 import time
 
-from vmd.closing import close
 from vmd.errors import HostError, OperatorError, PeerError, VmdError, sentence
 from vmd.guestmem import PAGE
 from vmd.ipc import devmsg
@@ -19,7 +16,8 @@ from vmd.log import FORMS, log
 from vmd.memfile import sealed_file
 from vmd.privsep.spawn import spawn
 from vmd.signals import name_of
-from vmd.vm.kinds import INTERFACE, KERNEL, KINDS, MAIN
+from vmd.vm.eventfd import eventfd
+from vmd.vm.kinds import INTERFACE, KERNEL, MAIN
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -44,11 +42,15 @@ def are_addresses(raw: bytes) -> bool:
 
 
 class Interrupts:
-    """The page of counters that says which queue's INTx interrupt the guest has not seen (`devmsg`)."""
+    """The counters that say which queue's INTx interrupt the guest has not seen (`devmsg`)."""
 
-    def __init__(self) -> None:
-        self.fd = sealed_file("interrupts", PAGE)
-        self._words = memoryview(mmap.mmap(self.fd, PAGE)).cast("I")
+    def __init__(self, words: memoryview) -> None:
+        """`words` are u32: of a device with a process, the page that both have."""
+        self._words = words
+
+    def add(self, queue: int) -> None:
+        """Let a queue have one more; this is for whoever serves it."""
+        self._words[queue] = self._words[queue] + 1 & 0xFFFFFFFF
 
     def pending(self, queue: int) -> bool:
         """Return whether the guest has yet to read ISR for this queue."""
@@ -86,10 +88,11 @@ class DeviceProcess:
         self.title = self.name = self.label = kind.process
         self.troubles: dict[str, int] = {}  # what the device says is wrong with it, and since when (seconds since 1970)
         queues = len(kind.queues)
-        self.kicks = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(queues)]
-        self.calls = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(queues)]
-        self.resample = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self.interrupts = Interrupts()
+        self.kicks = [eventfd() for _ in range(queues)]
+        self.calls = [eventfd() for _ in range(queues)]
+        self.resample = eventfd()
+        self.page = sealed_file("interrupts", PAGE)
+        self.interrupts = Interrupts(memoryview(mmap.mmap(self.page, PAGE)).cast("I"))
         self.features = 0
         self.arrived_with = b""  # addresses that the guest of an interface had at another place
         self.activations = 0
@@ -111,7 +114,7 @@ class DeviceProcess:
         self._on_changed: Callable[[int, str], None] | None = None  # while RESIZE or DISC is not answered
         self._sync, their_sync = socketpair()
         self._async, their_async = socketpair()
-        fds = {devmsg.FD_ASYNC: their_async.fileno(), devmsg.FD_INTERRUPTS: self.interrupts.fd}
+        fds = {devmsg.FD_ASYNC: their_async.fileno(), devmsg.FD_INTERRUPTS: self.page}
         fds[devmsg.FD_RESAMPLE] = self.resample
         fds |= dict(enumerate((*self.kicks, *self.calls), devmsg.FD_FIRST_QUEUE))
         try:
@@ -499,35 +502,20 @@ class DeviceProcesses:
     """All device processes of a VM: they start in parallel, and end in parallel."""
 
     def __init__(self) -> None:
-        self.reserve: list[DeviceProcess] = []
         self.running: list[DeviceProcess] = []
-        self.figures_fd: int | None = None  # where they leave what they count
-
-    def fill_reserve(self) -> None:
-        """Start what every VM has, before there is one; the kernel has these processes wait with ours."""
-        try:
-            self.reserve = [DeviceProcess(kind) for kind in KINDS if kind.spare]
-        except (HostError, OSError) as error:
-            log.debug(sentence(error))  # the VM tries again, and fails if it has to
 
     def spawn(self, devices: "Iterable[tuple[Kind, str]]") -> None:
         """Have a process for each device, by kind and module, which is told later what it is.  Raises HostError."""
-        for kind, module in devices:
-            spare = next((each for each in self.reserve if each.kind is kind and not each.has_ended()), None)
-            if spare is not None:
-                self.reserve.remove(spare)
-            self.running.append(spare or DeviceProcess(kind, module))
+        self.running += [DeviceProcess(kind, module) for kind, module in devices if not kind.inside]
 
-    def begin(self, vm_title: str, slots: "Sequence[Slot]", memory: "GuestMemory") -> None:
-        """Tell each what it is; `wait_ready` of each comes later.  Raises PeerError, HostError or OSError."""
-        fd, self.figures_fd = self.figures_fd, None
-        if fd is None:  # nobody reads them
-            fd = sealed_file("figures", devmsg.FIGURES_BYTES)
-        try:
-            for place, (process, slot) in enumerate(zip(self.running, slots, strict=True)):
-                process.begin(vm_title, slot, memory, fd, place)
-        finally:
-            close(fd)
+    def begin(self, vm_title: str, slots: "Sequence[Slot]", memory: "GuestMemory", figures_fd: int) -> None:
+        """Tell each what it is; `wait_ready` of each comes later.  Raises PeerError, HostError or OSError.
+
+        `figures_fd`, the file in which each slot of `slots` has the place of the same number, stays the caller's.
+        """
+        places = [(place, slot) for place, slot in enumerate(slots) if not slot.kind.inside]
+        for process, (place, slot) in zip(self.running, places, strict=True):
+            process.begin(vm_title, slot, memory, figures_fd, place)
 
     def set_verbosity(self, verbosity: int) -> None:
         """Let all log more or less."""
@@ -536,16 +524,8 @@ class DeviceProcesses:
 
     def end(self) -> None:
         """Have all finish what they do and wait until they are gone: only then are their files free."""
-        processes = [*self.running, *self.reserve]
-        for process in processes:
+        for process in self.running:
             process.shut_down()
-        for process in processes:
+        for process in self.running:
             process.reap(END_TIMEOUT_S)
-        self.running, self.reserve = [], []
-
-
-def readable(fd: int) -> bool:
-    """Return whether an eventfd has something, without taking it."""
-    poll = select.poll()
-    poll.register(fd, select.POLLIN)
-    return bool(poll.poll(0))
+        self.running = []

@@ -1,7 +1,8 @@
 """The kinds of virtio devices: a row of `KINDS` is all that the VM process knows of one.
 
 To add a kind, add a row here, its package `vmd/devices/<process>` with a `main`, and that process's system calls in
-`vmd/privsep/confine.py`.  If it has a host resource, `ipc/messages/vm.py` says how StartVm brings it.
+`vmd/privsep/confine.py`.  If it has a host resource, `ipc/messages/vm.py` says how StartVm brings it.  One that the VM
+process serves itself has a class in `vmd/vm` instead, and `vmd/vm/machine.py` makes it.
 """
 
 import hashlib
@@ -43,7 +44,7 @@ class Kind(Record):
     """One kind.  Class codes and ids are those of PCI (virtio 1.2, 4.1.2 and 5)."""
 
     name: str  # in streams
-    process: str  # its package in vmd.devices, and with a number the name of its process, such as vioblk0
+    process: str  # with a number its name, such as vioblk0, and that of its process, whose package is in vmd.devices
     word: str  # what users call it
     queues: tuple[int, ...]  # their sizes
     device_type: int
@@ -51,7 +52,7 @@ class Kind(Record):
     class_code: int
     count: "Callable[[VmConfig], int]"  # how many a configuration has
     resources: "Callable[[Given], Iterator[dict[str, Any]]]"  # for each, the fields of its Slot that are its own
-    spare: bool = False  # every VM has one: its process starts before there is a VM
+    inside: bool = False  # has no process: the VM process serves it
     config_may_differ: bool = False  # between hosts: drivers expect that to change
     settles: bool = False  # is brought to stable storage before its VM goes on elsewhere
     widest: str = MAIN  # the module for a device of which nothing else is known yet
@@ -176,7 +177,7 @@ ENTROPY = Kind(
     class_code=0x00FF00,
     count=lambda _config: 1,
     resources=entropy,
-    spare=True,
+    inside=True,
 )
 INTERFACE = Kind(
     name="net",

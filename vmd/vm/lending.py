@@ -51,7 +51,7 @@ class Lending:
         self._one_shot = message.one_shot
         self._pause, self._vmm, self._done = pause, vmm, done
         self._courier, self._stream = courier_fd, stream
-        self._disks = [function.process for function in pause.machine.virtio if function.process.kind.settles]
+        self._disks = pause.machine.disks()
         self._cancelled = threading.Event()
         self._sender: Sender | None = None
 

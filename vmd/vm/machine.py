@@ -6,6 +6,7 @@ of the process, which is what a failure leads to.
 
 import time
 
+from vmd.closing import close
 from vmd.guestmem import RegionSpec
 from vmd.ipc.loop import Timer
 from vmd.ipc.messages.shared import Trouble
@@ -24,6 +25,8 @@ from vmd.vm.chips.ns8250 import Uart
 from vmd.vm.chips.resetport import ResetPort, SystemControlA
 from vmd.vm.clocks import MachineClock
 from vmd.vm.cpuid import for_vcpu
+from vmd.vm.devproc import DeviceProcess
+from vmd.vm.entropy import Entropy
 from vmd.vm.kinds import INTERFACE
 from vmd.vm.pci import HostBridge, PciBus
 from vmd.vm.routing import Routing
@@ -42,7 +45,7 @@ if TYPE_CHECKING:
     from vmd.guestmem import GuestMemory
     from vmd.ipc.loop import Loop
     from vmd.vm.console import Console
-    from vmd.vm.devproc import DeviceProcess, DeviceProcesses
+    from vmd.vm.devproc import DeviceProcesses
     from vmd.vm.slots import Slot
 
     class Chip(Protocol):
@@ -63,6 +66,7 @@ class Outside(Record):
     """What a machine is connected to."""
 
     devices: "DeviceProcesses"
+    figures_fd: int  # the file for what devices count, the machine's to close
     console: "Console"
     loop: "Loop"
     end: "Callable[[Outcome, str], None]"  # told from any thread when the guest's life is over
@@ -140,7 +144,13 @@ class Machine:
 
         for region in memory.kvm_slots():
             self.kvm.set_memory_region(*region)
-        outside.devices.begin(log.title, slots, memory)  # while the rest is built
+        outside.devices.begin(log.title, slots, memory, outside.figures_fd)  # while the rest is built
+        processes = iter(outside.devices.running)
+        self.devices = [
+            Entropy(slot, memory, outside.figures_fd, place) if slot.kind.inside else next(processes)
+            for place, slot in enumerate(slots)
+        ]
+        close(outside.figures_fd)
 
         self.bus = bus = Bus()
         self.uart = Uart(self._line(layout.IRQ_COM1), outside.console.send, outside.console.resume_input)
@@ -241,14 +251,17 @@ class Machine:
         left = [thread.join() for thread in self.vcpus]
         return all(left)
 
+    def disks(self) -> "list[DeviceProcess]":
+        """Return the devices that are brought to stable storage before the VM goes on elsewhere."""
+        return [device for device in self.outside.devices.running if device.kind.settles]
+
     def sign_disks(self) -> None:
         """Have the place that the guest has come from know that it has run here.  Raises PeerError.
 
         Where a disk cannot be written to, its guest will not leave anything on it either.
         """
-        for device in self.outside.devices.running:
-            if device.kind.settles:
-                device.sign()
+        for disk in self.disks():
+            disk.sign()
 
     def announce(self) -> None:
         """Have the network learn that the guest goes on here, and was somewhere else before."""
@@ -272,9 +285,10 @@ class Machine:
         ]
 
     def plug_devices(self) -> None:
-        """Wait for the device processes, and put each into its slot."""
-        for slot, device in zip(self.slots, self.outside.devices.running, strict=True):
-            device.wait_ready()
+        """Wait for the device processes, and put each device into its slot."""
+        for slot, device in zip(self.slots, self.devices, strict=True):
+            if isinstance(device, DeviceProcess):
+                device.wait_ready()
             function = VirtioFunction(
                 device,
                 self.kvm,
@@ -283,6 +297,25 @@ class Machine:
                 self._fail,
                 slot.layout,
             )
+            self._serve(device, function, slot.label)
+            self.outside.loop.add(function.config_resample, function.on_config_resample)
+            self.virtio.append(function)
+            self.pci.add(slot.number, function)
+
+    def _serve(self, device: "DeviceProcess | Entropy", function: VirtioFunction, label: str) -> None:
+        """Have a device heard on the event thread."""
+
+        def on_event(what: str, text: str) -> None:
+            self.outside.report(what, label, text)
+
+        if isinstance(device, Entropy):
+            device.serve(
+                self.outside.loop,
+                on_interrupt=function.on_interrupt,
+                on_needs_reset=function.on_needs_reset,
+                on_event=on_event,
+            )
+        else:
             device.serve(
                 self.outside.loop,
                 on_failed=self._fail,
@@ -290,13 +323,8 @@ class Machine:
                 on_config=function.on_config,
                 on_ask_resolvers=self.outside.ask_resolvers,
                 on_lock_lost=self.outside.lock_lost,
-                on_event=lambda what, text, label=device.label: self.outside.report(  # type: ignore[misc]
-                    what, label, text
-                ),
+                on_event=on_event,
             )
-            self.outside.loop.add(function.config_resample, function.on_config_resample)
-            self.virtio.append(function)
-            self.pci.add(slot.number, function)
 
     def listen(self) -> None:
         """Take input of the console again."""

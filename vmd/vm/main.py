@@ -19,6 +19,7 @@ from vmd.backlog import BacklogWriter
 from vmd.closing import close
 from vmd.errors import PeerError, VmdError, number, sentence
 from vmd.ipc.channel import Channel
+from vmd.ipc.devmsg import FIGURES_BYTES
 from vmd.ipc.imsg import Envelope
 from vmd.ipc.messages.children import Quit, SetVerbosity
 from vmd.ipc.messages.shared import brief
@@ -66,7 +67,7 @@ from vmd.ipc.routes import Proc
 from vmd.kvmapi import abi
 from vmd.kvmapi.vcpu import install_kick_handler
 from vmd.log import RateLimit, log
-from vmd.memfile import fill_file
+from vmd.memfile import fill_file, sealed_file
 from vmd.privsep.confine import (
     VM,
     VM_BUILDING,
@@ -160,13 +161,13 @@ class VmProcess(Process):
         self.devices = DeviceProcesses()
         self.locks = Locks(self.devices)
         self.console: Console | None = None
+        self.figures: int | None = None  # the file for what devices count, until they have it
         self.seed: int | None = None  # of a VM that arrives: an empty file for it
         self.host: Host | None = None
         self.filters = filter_of(BUILDING), filter_of_requests(IOCTLS)
 
     def prepare(self) -> None:
         """Have what every VM has, before there is one."""
-        self.devices.fill_reserve()
         try:
             self.host = Host()
         except OSError as error:
@@ -178,7 +179,7 @@ class VmProcess(Process):
             raise PeerError(channel.label, "unexpected StartVm")
         self.be_called(message.vmid, message.config.name, message.verbosity)
         self.open_console(envelope)
-        self.devices.figures_fd = envelope.take_fd("figures")
+        self.figures = envelope.take_fd("figures")
         try:
             fetch_files(envelope)
             boot, initrd, memory = (envelope.take_fd(name) for name in ("boot", "initrd", "memory"))
@@ -212,8 +213,12 @@ class VmProcess(Process):
     def begin(self, source: "Source", config: "VmConfig", slots: "Sequence[Slot]", *, paused: bool = False) -> None:
         """Build the VM, give up what only building needs, and let the guest execute."""
         assert self.console is not None
+        figures_fd, self.figures = self.figures, None
+        if figures_fd is None:  # nobody reads them
+            figures_fd = sealed_file("figures", FIGURES_BYTES)
         outside = Outside(
             devices=self.devices,
+            figures_fd=figures_fd,
             console=self.console,
             loop=self.loop,
             end=self.end_from_thread,
@@ -470,7 +475,7 @@ class VmProcess(Process):
         assert memory is not None
         self.seed = envelope.take_fd("seed")
         self.open_console(envelope)
-        self.devices.figures_fd = envelope.take_fd("figures")
+        self.figures = envelope.take_fd("figures")
         fetch_stream(self.loop, courier, lambda stream: self.arrive(stream, memory))
 
     def arrive(self, stream: int | None, memory: int) -> None:
@@ -678,7 +683,7 @@ def main() -> int:
     process.ignore_terminal_signals()
     install_kick_handler()
     sys.setswitchinterval(SWITCH_INTERVAL_S)
-    keep_signals_inside()  # and only then start processes, which die with this one
+    keep_signals_inside()  # before its devices are started, which die with this one
     process.prepare()
     gc.collect()
     gc.freeze()

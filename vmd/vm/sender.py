@@ -54,7 +54,7 @@ class Sender:
             self._header = pack(state.header(machine, one_shot=one_shot))
         if clocks is not None:
             self.freeze(clocks)
-        self._disks = [function.process for function in machine.virtio if function.process.kind.settles]
+        self._disks = machine.disks()
         self._loop = loop
         self._done = done
         self._cancelled = threading.Event()

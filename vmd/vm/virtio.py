@@ -4,6 +4,9 @@ Notifications and interrupts of a running queue pass this process by (arch. 5): 
 port signals the queue's kick eventfd in the kernel, and the process's write to its call eventfd interrupts the
 guest there.  This module only keeps those two registrations in step with what the guest programs.
 
+A device that this process serves itself (`vm/entropy.py`) has both eventfds, too.  It differs in one thing only: where
+KVM tells of the end of each interrupt on a line of INTx, whosever that was, is `config_resample`, which we listen to.
+
     BAR 0   i/o, 128 bytes   legacy register block    (with `virtio transitional` or `legacy`)
     BAR 1   memory, 4 KiB    MSI-X table and pending bits
     BAR 2   i/o, 256 bytes   virtio 1.x structures    (with `virtio transitional` or `modern`)
@@ -32,17 +35,21 @@ from vmd.record import Part, Record
 from vmd.virtio import spec
 from vmd.virtio.transport import Transport
 from vmd.vm import layout
-from vmd.vm.devproc import DeviceProcess, are_addresses, readable
+from vmd.vm.devproc import are_addresses
+from vmd.vm.eventfd import drain, eventfd, readable
 from vmd.vm.kinds import INTERFACE
 from vmd.vm.pci import COMMAND_INTX_DISABLE, Msix, PciFunction
 from vmd.vm.slots import LAYOUT, LAYOUT_FIRST
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
+    from typing import Protocol
 
     from vmd.kvmapi.vm import Vm
     from vmd.virtio.transport import QueueRegisters
+    from vmd.vm.devproc import Interrupts
+    from vmd.vm.kinds import Kind
     from vmd.vm.routing import Routing
 
 BAR_LEGACY, BAR_MSIX, BAR_MODERN, BAR_MEMORY = 0, 1, 2, 4
@@ -76,6 +83,45 @@ REGISTERS = {
 
 if TYPE_CHECKING:
     NotifyAddress = tuple[int, int, int | None, bool]  # port or address, width or 0 for any, value or any, is a port
+
+    class Server(Protocol):
+        """What serves the rings of a device: a `DeviceProcess`, whose methods say more, or this process."""
+
+        kind: Kind
+        title: str
+        name: str
+        features: int
+        config: bytes
+        kicks: list[int]
+        calls: list[int]
+        interrupts: Interrupts
+        activations: int
+        arrived_with: bytes
+
+        @property
+        def resample(self) -> int | None:
+            """The eventfd that it hears of ends of INTx interrupts by; None: it is in this process."""
+
+        def activate(self, features: int, queues: Sequence[tuple[int, bool, int, int, int, int, int]]) -> bool:
+            """Take the rings."""
+
+        def command(self, kind: int) -> bool:
+            """Do RESET, PAUSE, RESUME, MARK or UNMARK."""
+
+        def write_config(self, offset: int, data: bytes) -> bytes:
+            """Take a write of the driver to configuration space."""
+
+        def export(self) -> tuple[list[tuple[int, int]], bytes]:
+            """Say how far it is in its rings."""
+
+        def restore(self, own: bytes) -> bool:
+            """Take what its like has kept besides."""
+
+        def addresses(self) -> bytes:
+            """Of an interface: say which addresses its guest has told its neighbours."""
+
+        def tell_direct(self, direct: bool) -> None:
+            """Of an interface: hear whether each queue has a vector."""
 
 
 class QueueState(Record):
@@ -120,7 +166,7 @@ class VirtioFunction(PciFunction):
 
     def __init__(
         self,
-        process: DeviceProcess,
+        process: "Server",
         kvm: "Vm",
         routing: "Routing",
         mode: VirtioMode,
@@ -149,8 +195,8 @@ class VirtioFunction(PciFunction):
         vectors = len(kind.queues) + 1
         apart = mode is VirtioMode.MEMORY
         self.transport = Transport(process.features, kind.queues, process.config, vectors, self, notify_apart=apart)
-        self.config_call = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self.config_resample = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.config_call = eventfd()
+        self.config_resample = eventfd()
         self.config_pending = False
         self.detached = False  # while the machine stands still
         self.first_gsi = routing.allocate(vectors)
@@ -264,9 +310,12 @@ class VirtioFunction(PciFunction):
                 if vector < self.msix.vectors and not self.msix.message(vector)[2]:
                     wanted[fd] = (self.first_gsi + vector, False)
         elif self.slot > 0 and not self.command & COMMAND_INTX_DISABLE:
-            gsi = layout.pci_irq(self.slot, 1)
-            wanted = dict.fromkeys(self.process.calls, (gsi, True))
-            # Only as long as it is needed: every end of an interrupt on this line, whosever, wakes our event thread.
+            # Ours only as long as they are needed: every end of an interrupt on this line, whosever, wakes our event
+            # thread then.
+            gsi, pending = layout.pci_irq(self.slot, 1), self.process.interrupts.pending
+            for queue, fd in enumerate(self.process.calls):
+                if self.process.resample is not None or pending(queue):
+                    wanted[fd] = (gsi, True)
             if self.config_pending:
                 wanted[self.config_call] = (gsi, True)
         for fd, (gsi, _) in list(self.irqfds.items()):
@@ -275,7 +324,8 @@ class VirtioFunction(PciFunction):
                 del self.irqfds[fd]
         for fd, (gsi, level) in wanted.items():
             if fd not in self.irqfds:
-                resample = self.config_resample if fd == self.config_call else self.process.resample
+                ours = fd == self.config_call or self.process.resample is None
+                resample = self.config_resample if ours else self.process.resample
                 self.kvm.assign_irqfd(fd, gsi, resample if level else None)
                 self.irqfds[fd] = (gsi, level)
 
@@ -325,11 +375,10 @@ class VirtioFunction(PciFunction):
         )
 
     def on_config_resample(self, _events: int) -> None:
-        """The guest ended an INTx interrupt: raise it again if the configuration bit is still unread."""
+        """The guest ended an INTx interrupt: raise it again if ISR is still unread."""
         drain(self.config_resample)
         with self.lock:
-            if self.config_pending and not self.transport.msix_enabled:
-                os.eventfd_write(self.config_call, 1)
+            self._raise_unseen()
 
     # --- notifications ---------------------------------------------------------------------------------------
 
@@ -404,8 +453,12 @@ class VirtioFunction(PciFunction):
         """Return and clear ISR."""
         queue = self.process.interrupts.take(len(self.transport.queues))
         config, self.config_pending = self.config_pending, False
-        if config and not self.transport.msix_enabled:
-            drain(self.config_call)  # in case it was not let through
+        ours = [self.config_call] if config else []
+        if queue and self.process.resample is None:
+            ours += self.process.calls
+        if ours and not self.transport.msix_enabled:
+            for fd in ours:
+                drain(fd)  # in case it was not let through
             self._place_interrupts()
         return (spec.ISR_QUEUE if queue else 0) | (spec.ISR_CONFIG if config else 0)
 
@@ -518,7 +571,16 @@ class VirtioFunction(PciFunction):
             if state.config_called:
                 os.eventfd_write(self.config_call, 1)
 
-    # --- from the device process, on the event thread ----------------------------------------------------------
+    # --- from whoever serves the rings, on the event thread ------------------------------------------------------
+
+    def on_interrupt(self) -> None:
+        """A device that this process serves has counted an interrupt of its one queue: tell the guest."""
+        with self.lock:
+            if self.transport.msix_enabled:
+                os.eventfd_write(self.process.calls[0], 1)
+            else:
+                self._place_interrupts()
+                self._raise_unseen()
 
     def on_needs_reset(self, text: str, life: int) -> None:
         """The driver broke a ring of this life of the device, or of one before it."""
@@ -601,11 +663,3 @@ def _check_widths(state: VirtioState | QueueState, widths: dict[str, int]) -> No
     for name, bits in widths.items():
         if not 0 <= getattr(state, name) < 1 << bits:
             raise ValueError(f"{getattr(state, name)} in the {bits} bits of {name}")
-
-
-def drain(fd: int) -> None:
-    """Take what an eventfd has, if anything; another process or KVM may be quicker."""
-    try:
-        os.eventfd_read(fd)
-    except BlockingIOError:
-        return

@@ -12,7 +12,6 @@ from tests.support.packets import any_frame
 from tests.support.packettap import PacketTap
 from vmd.devices import bucket
 from vmd.devices.bucket import KEPT_S, Bucket
-from vmd.devices.figures import unseen
 from vmd.devices.vioblk.device import ROUND, Vioblk, Workers
 from vmd.devices.vionet.receive import Receiver
 from vmd.devices.vionet.transmit import Transmitter
@@ -20,6 +19,7 @@ from vmd.devices.vionet.worker import NEVER
 from vmd.guestmem import GuestMemory
 from vmd.images.raw import RawImage
 from vmd.ipc import devmsg
+from vmd.ipc.devfigures import unseen
 from vmd.virtio import spec
 from vmd.virtio.queue import Queue
 

@@ -27,7 +27,6 @@ from tests.support.fakedriver import (
     Desc,
     Ring,
 )
-from vmd.devices.figures import unseen
 from vmd.devices.vioblk.device import ROUND, Vioblk, Workers
 from vmd.devices.vioblk.request import Limits, carry_out, parse
 from vmd.errors import GuestError
@@ -35,6 +34,7 @@ from vmd.guestmem import GuestMemory
 from vmd.images.hostfile import FlushFailed
 from vmd.images.raw import RawImage
 from vmd.ipc import devmsg
+from vmd.ipc.devfigures import unseen
 from vmd.virtio import spec
 from vmd.virtio.queue import Queue
 

@@ -30,7 +30,6 @@ from tests.support.fakedriver import (
 from tests.support.packets import GUEST4, HOST4, HOST_LLADDR, LLADDR, any_frame
 from tests.support.packets import dhcp as dhcp_request
 from tests.support.packettap import PacketTap
-from vmd.devices.figures import unseen
 from vmd.devices.vionet.interface import Interface
 from vmd.devices.vionet.local import LocalNetwork
 from vmd.devices.vionet.receive import RUN, STOCK, Receiver
@@ -39,6 +38,7 @@ from vmd.devices.vionet.worker import GSO_FRAME_MAX, NEVER
 from vmd.errors import GuestError
 from vmd.guestmem import GuestMemory
 from vmd.ipc import devmsg
+from vmd.ipc.devfigures import unseen
 from vmd.virtio.queue import Queue
 
 # (gpa or the next free place, length, flags, next or the following) each; in a table of its own

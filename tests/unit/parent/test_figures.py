@@ -20,10 +20,10 @@ from vmd.config.model import (
     Owner,
     VmConfig,
 )
-from vmd.devices.figures import take_slot
 from vmd.devices.vionet.local import NAME_AT
 from vmd.errors import OperatorError
 from vmd.ipc import devmsg
+from vmd.ipc.devfigures import take_slot
 from vmd.ipc.figures import (
     CdromFigures,
     DiskFigures,

@@ -17,6 +17,7 @@ from vmd.ipc.loop import Loop
 from vmd.log import log
 from vmd.vm import devproc
 from vmd.vm.devproc import DeviceProcess, start_packet
+from vmd.vm.eventfd import readable
 from vmd.vm.kinds import DISK, INTERFACE
 from vmd.vm.slots import Slot
 
@@ -101,7 +102,7 @@ def process(impostor: Impostor) -> Iterator[DeviceProcess]:
     yield made
     made._sync.close()
     made._async.close()
-    for fd in (*made.kicks, *made.calls, made.resample, made.interrupts.fd):
+    for fd in (*made.kicks, *made.calls, made.resample, made.page):
         os.close(fd)
 
 
@@ -142,7 +143,7 @@ class Ears:
 
     def listen(self) -> None:
         """Hear what there is."""
-        while not self.failures and devproc.readable(self.channel):
+        while not self.failures and readable(self.channel):
             self.loop.call_from_thread(self.loop.stop)
             self.loop.run()
 
@@ -184,7 +185,7 @@ def test_a_process_that_cannot_be_told_what_it_is_ends_at_once(impostor: Imposto
 
     assert impostor.sync.recv(1) == b""
     made._async.close()
-    for fd in (*made.kicks, *made.calls, made.resample, made.interrupts.fd):
+    for fd in (*made.kicks, *made.calls, made.resample, made.page):
         os.close(fd)
 
 
@@ -260,7 +261,7 @@ def test_device_that_cannot_start_says_why(impostor: Impostor, process: DevicePr
 def test_what_a_device_shares_with_its_vm_keeps_its_size(process: DeviceProcess, size: int) -> None:
     """Else the VM process would be ended by SIGBUS for looking at the page of interrupts."""
     with pytest.raises(PermissionError):
-        os.ftruncate(process.interrupts.fd, size)
+        os.ftruncate(process.page, size)
     assert not process.interrupts.pending(0)
 
 

@@ -74,6 +74,10 @@ class Machine:
         self.entropy = Device(ENTROPY)
         self.virtio = [SimpleNamespace(process=self.entropy), SimpleNamespace(process=self.disk)]
 
+    def disks(self) -> list[Device]:
+        """Return its one disk."""
+        return [self.disk]
+
     def store(self, page: int, data: bytes) -> None:
         """Be a processor."""
         self.memory.load(page * PAGE if page < 16 else HIGH + (page - 16) * PAGE, data)

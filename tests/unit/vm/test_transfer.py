@@ -5,7 +5,7 @@ import random
 import select
 import threading
 from collections.abc import Iterator
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import pytest
 
@@ -18,7 +18,7 @@ from vmd.ipc.loop import Loop
 from vmd.vm import state, streamprobe
 from vmd.vm.arrival import Receiver
 from vmd.vm.header import read_header
-from vmd.vm.kinds import DISK, ENTROPY
+from vmd.vm.kinds import DISK
 from vmd.vm.sender import Sender
 from vmd.vm.state import MachineState
 from vmd.vm.stream import STILL, VERSION, Pipe, StreamWriter
@@ -63,25 +63,16 @@ class Disk:
         return self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
 
 
-class Entropy:
-    """A process that nobody may ask this."""
-
-    kind = ENTROPY
-
-
-class Function(NamedTuple):
-    """A device of the machine."""
-
-    process: Any
-
-
 class Machine:
     """What a sender needs of a machine."""
 
     def __init__(self, memory: GuestMemory) -> None:
         self.memory = memory
         self.disk = Disk(devmsg.SETTLED)
-        self.virtio = [Function(Entropy()), Function(self.disk)]
+
+    def disks(self) -> list[Disk]:
+        """Return its one disk."""
+        return [self.disk]
 
 
 @pytest.fixture

@@ -1,0 +1,429 @@
+"""The entropy device against a driver that does not care (hostile-input 11-14, 16, 18, 44)."""
+
+import os
+import random
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.support.fakedriver import (
+    DATA,
+    DEADLINE_S,
+    EXTRA,
+    EXTRA_END,
+    FIGURES_SLOT,
+    INDIRECT_DESC,
+    KIB,
+    LAYOUT,
+    MIB,
+    NEXT,
+    RAM_END,
+    RING_BASE,
+    ROM,
+    WRITE,
+    Desc,
+    Ring,
+)  # fmt: skip
+from tests.support.marks import pages_that_differ
+from tests.support.virtiopci import (
+    ACKNOWLEDGE,
+    AVAIL,
+    DESC,
+    DRIVER,
+    DRIVER_OK,
+    FEATURES_OK,
+    IRQ,
+    MODERN,
+    QUEUE_ENABLE,
+    QUEUE_MSIX,
+    QUEUE_SELECT,
+    STATUS,
+    USED,
+    VERSION_1,
+    Kvm,
+    Machine,
+)  # fmt: skip
+from vmd.guestmem import GuestMemory
+from vmd.ipc import devmsg
+from vmd.ipc.loop import Loop
+from vmd.memfile import sealed_file
+from vmd.parent.figures import slots
+from vmd.vm import entropy as module
+from vmd.vm import virtio
+from vmd.vm.entropy import BURST_BYTES, REQUEST_MAX, TURN_REQUESTS, Entropy
+from vmd.vm.eventfd import readable
+from vmd.vm.kinds import ENTROPY
+from vmd.vm.slots import Slot
+
+(SIZE,) = ENTROPY.queues
+ISR = virtio.ISR
+NEEDS_RESET = 0x40
+
+
+class Driver:
+    """A driver and its half of the ring; the device is on a bus whose KVM only notes, and has an event thread: ours."""
+
+    def __init__(self) -> None:
+        self.memory = GuestMemory.create(LAYOUT)
+        self.figures_fd = sealed_file("figures", devmsg.FIGURES_BYTES)
+        slot = Slot(kind=ENTROPY, index=0, number=1)
+        self.device = Entropy(slot, self.memory, self.figures_fd, FIGURES_SLOT)
+        self.kvm = Kvm()
+        self.machine = Machine(self.kvm, self.device)
+        self.function = self.machine.function
+        self.loop = Loop()
+        self.loop.add(self.function.config_resample, self.function.on_config_resample)
+        self.events: list[tuple[str, str]] = []
+        self.device.serve(
+            self.loop,
+            on_interrupt=self.on_interrupt,
+            on_needs_reset=self.function.on_needs_reset,
+            on_event=self.on_event,
+        )
+        self.interrupts = 0
+        self.renew()
+
+    def on_interrupt(self) -> None:
+        """Take note, and look whether that is enough."""
+        self.interrupts += 1
+        self.function.on_interrupt()
+        self.kvm.deliver()
+        self.loop.stop()
+
+    def on_event(self, what: str, text: str) -> None:
+        """Take note."""
+        self.events.append((what, text))
+        self.loop.stop()
+
+    def renew(self, features: int = VERSION_1) -> None:
+        """Reset, and start with a new ring."""
+        self.machine.write(STATUS, 1, 0)
+        self.ring = Ring(self.memory, SIZE)
+        self.machine.negotiate(features)
+        self.machine.write(QUEUE_SELECT, 2, 0)
+        for offset, gpa in ((DESC, self.ring.desc), (AVAIL, self.ring.avail), (USED, self.ring.used)):
+            self.machine.write(offset, 4, gpa)
+        self.machine.write(QUEUE_ENABLE, 2, 1)
+        self.machine.write(STATUS, 1, ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK)
+
+    def run(self, enough: Callable[[], bool]) -> None:
+        """Be the event thread until something is so, which an interrupt or a fault has made so."""
+        watchdog = self.loop.call_later(DEADLINE_S, lambda: pytest.fail("nothing happened"))
+        while not enough():
+            self.loop.run()
+        watchdog.cancel()
+
+    def run_once(self) -> None:
+        """Do what is to be done now, and no more."""
+        self.loop.call_later(0, lambda: self.loop.call_from_thread(self.loop.stop))
+        self.loop.run()
+
+    def collect(self, count: int) -> list[tuple[int, int]]:
+        """Notify, and return (head, length) of `count` used elements."""
+        found: list[tuple[int, int]] = []
+
+        def enough() -> bool:
+            found.extend(self.ring.reap())
+            return len(found) >= count
+
+        self.machine.notify(0)
+        self.run(enough)
+        return found
+
+    def works(self) -> bool:
+        """Reset, and see whether a good request is served."""
+        self.renew()
+        self.memory.load(DATA, bytes(64))
+        self.ring.add([Desc(DATA, 64, WRITE)])
+        return self.collect(1)[0][1] == 64 and any(self.memory.read(DATA, 64))
+
+    def needs_reset(self) -> str:
+        """Notify, and return why the device wants a reset."""
+        self.events.clear()
+        self.machine.notify(0)
+        self.run(lambda: bool(self.events))
+        assert self.machine.status & NEEDS_RESET
+        ((what, text),) = self.events
+        assert what == "fault"
+        return text
+
+    def figures(self) -> dict[str, int]:
+        """Return what the device has counted."""
+        return slots(self.figures_fd)["viornd", 0]
+
+    def close(self) -> None:
+        """Let go of everything."""
+        assert self.machine.failures == []
+        self.loop.close()
+        for fd in (*self.device.kicks, *self.device.calls, self.figures_fd,
+                   self.function.config_call, self.function.config_resample):  # fmt: skip
+            os.close(fd)
+
+
+@pytest.fixture
+def driver() -> Iterator[Driver]:
+    """Give a device that runs."""
+    made = Driver()
+    yield made
+    made.close()
+
+
+def test_chain_is_filled_and_nothing_beside_it(driver: Driver) -> None:
+    """Every buffer to its last byte; two requests differ; both are counted."""
+    driver.ring.add([Desc(DATA, 100, WRITE), Desc(DATA + 200, 0, WRITE), Desc(DATA + 300, 33, WRITE)])
+    driver.ring.add([Desc(DATA + 4096, 100, WRITE)])
+
+    assert [length for _, length in driver.collect(2)] == [133, 100]
+    raw = driver.memory.read(DATA, 8192)
+    assert raw[100:300] == bytes(200)
+    assert raw[333:4096] == bytes(3763)
+    assert len({raw[:33], raw[300:333], raw[4096:4129], bytes(33)}) == 4
+    assert driver.figures() == {"requests": 2, "bytes": 233, "delayed": 0}
+
+
+@pytest.mark.parametrize("length", [REQUEST_MAX + 1, 8 * MIB])
+def test_huge_request_gets_what_one_request_may_44(driver: Driver, length: int) -> None:
+    """Hostile input 44: no length is fatal, nor served in full."""
+    driver.ring.add([Desc(DATA, length, WRITE)])
+
+    assert driver.collect(1)[0][1] == REQUEST_MAX
+    assert driver.works()
+
+
+def test_others_have_their_turn(driver: Driver) -> None:
+    """After some requests, or a lot of bytes, the event thread does what else there is."""
+    done: list[int] = []
+    for length, at_once in ((8, TURN_REQUESTS), (REQUEST_MAX, 1)):
+        driver.renew()
+        for _ in range(2 * TURN_REQUESTS):
+            driver.ring.add([Desc(DATA, length, WRITE)])
+        driver.machine.notify(0)
+        driver.run(lambda: driver.ring.device_idx > 0)
+        done.append(driver.ring.device_idx)
+        assert done[-1] == at_once
+        driver.run(lambda: driver.ring.device_idx == 2 * TURN_REQUESTS)
+
+
+def test_flood_is_slowed_down_44(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hostile input 44: whoever has had its share waits, and is not even heard; the rest comes by and by."""
+    monkeypatch.setattr(module, "REST_S", 0.2)
+    driver.ring.describe(0, [Desc(DATA, REQUEST_MAX, WRITE)])
+    for _ in range(SIZE):
+        driver.ring.offer(0)
+    driver.machine.notify(0)
+    driver.run(lambda: driver.figures()["delayed"] > 0)
+    served = driver.figures()["bytes"]
+    driver.machine.notify(0)
+    driver.run_once()
+    assert served >= BURST_BYTES
+    assert driver.figures()["bytes"] == served
+    assert readable(driver.device.kicks[0])
+
+    driver.device.command(devmsg.PAUSE)  # which does not wait for those that do
+    driver.device.command(devmsg.RESUME)
+    driver.run(lambda: driver.ring.device_idx == SIZE)
+    assert driver.ring.reap() == [(0, REQUEST_MAX)] * SIZE
+    assert driver.works()
+
+
+def test_rings_that_come_during_a_pause_wait_for_its_end(driver: Driver) -> None:
+    """As those of a machine that was received: nothing is touched before the machine goes on."""
+    ring = Ring(driver.memory, SIZE)
+    ring.add([Desc(DATA, 64, WRITE)])
+    driver.device.command(devmsg.RESET)
+    driver.device.command(devmsg.PAUSE)
+
+    assert driver.device.activate(VERSION_1, [(SIZE, True, ring.desc, ring.avail, ring.used, 0, 0)])
+    driver.run_once()
+    assert driver.device.export() == ([(0, 0)], b"")
+    assert ring.device_idx == 0
+
+    driver.device.command(devmsg.RESUME)
+    driver.run(lambda: ring.reap() == [(0, 64)])
+    assert driver.works()
+
+
+@pytest.mark.parametrize("kind", [devmsg.PAUSE, devmsg.RESET, devmsg.MARK])
+def test_a_request_at_hand_is_waited_for(driver: Driver, monkeypatch: pytest.MonkeyPatch, kind: int) -> None:
+    """Whoever has told the device to stand still can rely on it, from whatever thread."""
+    seen: list[int] = []
+
+    def tell() -> None:
+        driver.device.command(kind)
+        seen.append(driver.ring.device_idx)
+
+    teller = threading.Thread(target=tell)
+
+    def slow(count: int) -> bytes:
+        if teller.ident is None:
+            teller.start()
+            teller.join(0.05)
+        return bytes(count)
+
+    monkeypatch.setattr(os, "urandom", slow)
+    driver.ring.add([Desc(DATA, 64, WRITE)])
+    driver.machine.notify(0)
+    driver.run(lambda: driver.ring.device_idx == 1)
+    teller.join(DEADLINE_S)
+
+    assert seen == [1]
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        pytest.param([Desc(DATA, 16, NEXT, SIZE)], id="13"),
+        pytest.param([Desc(DATA, 16, NEXT | WRITE, 0)], id="14"),
+        pytest.param([Desc(RAM_END * 4, 16, WRITE)], id="16-nowhere"),
+        pytest.param([Desc((1 << 64) - 8, 16, WRITE)], id="16-wrapping"),
+        pytest.param([Desc(EXTRA_END - 8, 16, WRITE)], id="16-across-the-end"),
+        pytest.param([Desc(ROM, 16, WRITE)], id="16-read-only"),
+        pytest.param([Desc(DATA, 16)], id="18-for-reading"),
+        pytest.param([Desc(DATA, 0xFFFFFFFF, WRITE | NEXT, 1), Desc(DATA, 2, WRITE)], id="44-more-than-4-gib"),
+    ],
+)
+def test_broken_request_asks_for_a_reset(driver: Driver, parts: list[Desc]) -> None:
+    """Hostile input 13, 14, 16, 18, 44; the number is in the case's name."""
+    driver.ring.describe(0, parts)
+    driver.ring.offer(0)
+
+    assert driver.needs_reset()
+    driver.device.command(devmsg.PAUSE)
+    driver.device.command(devmsg.RESUME)  # which does not mend it
+    driver.run_once()
+    assert driver.ring.device_idx == 0
+    assert driver.works()
+
+
+def test_broken_indices_ask_for_a_reset_11_12(driver: Driver) -> None:
+    """Hostile input 11, 12."""
+    driver.ring.set_avail_idx(SIZE + 1)
+    assert "ahead" in driver.needs_reset()
+    driver.renew()
+    driver.ring.offer(SIZE)
+    assert "outside" in driver.needs_reset()
+    assert driver.works()
+
+
+def test_any_garbage_in_any_place_11_to_18(driver: Driver) -> None:
+    """Hostile input 11-18: served or refused, and the next driver is served."""
+    choice = random.Random(44)
+    faults = 0
+    for _ in range(100):
+        driver.renew(VERSION_1 | choice.choice((0, INDIRECT_DESC)))
+        end = driver.ring.used + 6 + 8 * SIZE
+        driver.memory.load(RING_BASE, choice.randbytes(end - RING_BASE))
+        for index in range(SIZE):  # some of which may be used
+            parts = Desc(choice.choice((DATA, ROM, EXTRA_END - 8)), choice.randrange(64), choice.randrange(8), index)
+            driver.ring.describe(index, [parts])
+        driver.ring.set_avail_idx(choice.randrange(SIZE + 2))
+        driver.machine.notify(0)
+        driver.run_once()
+        faults += bool(driver.machine.status & NEEDS_RESET)
+    assert faults > 50  # else it was too harmless to mean anything
+    assert driver.works()
+
+
+def test_a_ring_that_cannot_be_used(driver: Driver) -> None:
+    """The device says so, and the next one is taken."""
+    assert not driver.device.activate(VERSION_1, [(SIZE, True, RAM_END * 4, 0x1000, 0x2000, 0, 0)])
+    assert driver.device.export() == ([], b"")
+    assert driver.works()
+
+
+def test_what_is_changed_is_marked(driver: Driver) -> None:
+    """Buffers of direct and indirect chains, across regions; the ring when the device is paused, or reset."""
+    driver.renew(VERSION_1 | INDIRECT_DESC)
+    driver.ring.add([Desc(DATA + 100, 3 * 4 * KIB, WRITE), Desc(EXTRA - 10, 20, WRITE)])
+    driver.ring.add_indirect([Desc(DATA + MIB, 5, WRITE)], 0x80000)
+    before = bytearray(driver.memory.memory)
+    driver.memory.marking = True
+    driver.device.command(devmsg.MARK)
+    driver.collect(2)
+    driver.device.command(devmsg.PAUSE)
+
+    changed = pages_that_differ(driver.memory.memory, before)
+    marked = {page for page, mark in enumerate(driver.memory.marks) if mark}
+    assert changed == marked
+
+    driver.memory.marks[:] = bytes(len(driver.memory.marks))
+    driver.device.command(devmsg.RESET)
+    marked = {page for page, mark in enumerate(driver.memory.marks) if mark}
+    assert marked == {driver.memory.offset(driver.ring.used, 1) >> 12}
+
+
+def test_line_is_ours_only_while_the_guest_has_not_seen(driver: Driver) -> None:
+    """Else each end of somebody else's interrupt on this line would wake the event thread."""
+    assert driver.kvm.irqfds == {}
+    driver.ring.add([Desc(DATA, 64, WRITE)])
+    driver.collect(1)
+    assert driver.kvm.irqfds == {driver.device.calls[0]: (IRQ, driver.function.config_resample)}
+    assert driver.kvm.injected == [IRQ]
+
+    os.eventfd_write(driver.function.config_resample, 1)  # the guest ends it without a look at ISR
+    driver.run_once()
+    driver.kvm.deliver()
+    assert driver.kvm.injected == [IRQ, IRQ]
+
+    assert driver.machine.read(ISR, 1) == 1
+    assert driver.kvm.irqfds == {}
+    assert driver.machine.read(ISR, 1) == 0
+    assert not readable(driver.device.calls[0])
+
+
+def test_line_that_is_switched_off_is_raised_later(driver: Driver) -> None:
+    """What the guest has not seen is raised when it has the line on again."""
+    driver.machine.config_write(4, 2, 0x407)
+    driver.ring.add([Desc(DATA, 64, WRITE)])
+    driver.collect(1)
+    assert driver.kvm.injected == []
+    driver.machine.config_write(4, 2, 7)
+    driver.kvm.deliver()
+    assert set(driver.kvm.injected) == {IRQ}
+
+
+def test_masked_message_waits_9(driver: Driver) -> None:
+    """Hostile input 9: what comes while the vector is masked is delivered once, later."""
+    driver.machine.enable_msix()
+    driver.machine.set_vector(0, 0x4A, masked=True)
+    driver.machine.write(QUEUE_MSIX, 2, 0)
+    driver.ring.add([Desc(DATA, 64, WRITE)])
+    driver.collect(1)
+    assert driver.machine.pending() == 1
+    driver.machine.set_vector(0, 0x5A)
+    driver.kvm.deliver()
+    assert driver.kvm.injected == [driver.function.first_gsi]
+    assert driver.machine.pending() == 0
+
+
+def test_saved_in_the_middle_and_restored(driver: Driver) -> None:
+    """Another one goes on with the next request, and with an interrupt that the guest has not seen."""
+    driver.ring.add([Desc(DATA, 64, WRITE)])
+    driver.collect(1)
+    driver.ring.add([Desc(DATA + 4096, 64, WRITE)])
+    driver.device.command(devmsg.PAUSE)
+    state = driver.function.save()
+    other = Driver()
+    other.machine.write(STATUS, 1, 0)
+    start, end = RING_BASE, driver.ring.used + 6 + 8 * SIZE
+    other.memory.load(start, driver.memory.read(start, end - start))
+    other.ring.used_idx = driver.ring.used_idx
+
+    other.function.check_registers(state, driver.device.features)
+    other.function.restore_registers(state)
+    other.function.restore_rings(state)
+    other.run_once()
+    assert other.ring.device_idx == 1
+    other.function.attach_interrupts()
+    other.device.command(devmsg.RESUME)
+    other.kvm.deliver()
+    assert other.kvm.injected == [IRQ]
+    other.run(lambda: other.ring.device_idx == 2)
+    assert other.ring.reap() == [(1, 64)]
+    other.close()
+
+
+def test_notify_port_is_where_the_guest_kicks(driver: Driver) -> None:
+    """A notification passes the registers by, as those of other devices do."""
+    assert driver.kvm.ioeventfds[MODERN + virtio.NOTIFY, 2, 0] == driver.device.kicks[0]
