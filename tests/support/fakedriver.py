@@ -184,7 +184,7 @@ class Device:
         # As a VM does it: a disk with one image, which is raw, has a process for such disks, and so has such a network
         # interface.
         is_raw = kind == "vioblk" and len(self.notes) == 1 and not self.notes[0] & devmsg.RESOURCE_QCOW2
-        vhost = bool(net) and devmsg.NET.unpack(net)[2] & devmsg.NET_VHOST
+        vhost = len(net) == devmsg.NET.size and devmsg.NET.unpack(net)[2] & devmsg.NET_VHOST
         entry = f"vmd.devices.{kind}.{RAW if is_raw else KERNEL if vhost else MAIN}:main"
         self.spawned_s = time.monotonic()
         self.child: Child = spawn(f"vm/test/{kind}0", channel=their_sync, fds=fds, entry=entry, log_fd=log_end)
