@@ -180,7 +180,8 @@ class Rig:
         """Have nobody touch memory any more."""
         self.kernel.refuses = ""
         self.device.quiesce(forget=True)
-        self.device.queues, self.device.receiver.chains = [], []
+        self.device.queues = []
+        self.device.receiver.begin()
         for end in (self.network, self.guest_side):
             end.close()
         for fd in (self.tap.fd, self.device.packets.fd, self.device.vhost.failed):

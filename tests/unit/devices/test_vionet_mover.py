@@ -93,7 +93,7 @@ class Moved:
     def __init__(self, services: Services) -> None:
         self.host, self.tap = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.kicks = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(2)]
-        self.workers = [Recorder(services, number, kick) for number, kick in enumerate(self.kicks)]
+        self.workers = Recorder(services, 0, self.kicks[0]), Recorder(services, 1, self.kicks[1])
         self.mover = Mover(services, self.tap.fileno(), self.workers)
         self.mover.start()
 

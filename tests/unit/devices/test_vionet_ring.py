@@ -30,9 +30,11 @@ from tests.support.fakedriver import (
 from tests.support.packets import GUEST4, HOST4, HOST_LLADDR, LLADDR, any_frame
 from tests.support.packets import dhcp as dhcp_request
 from tests.support.packettap import PacketTap
+from vmd.devices.vionet import receive
+from vmd.devices.vionet.buffers import RUN, STOCK
 from vmd.devices.vionet.interface import Interface
 from vmd.devices.vionet.local import LocalNetwork
-from vmd.devices.vionet.receive import RUN, STOCK, Receiver
+from vmd.devices.vionet.receive import Receiver
 from vmd.devices.vionet.transmit import FRAME_MAX, Transmitter
 from vmd.devices.vionet.worker import GSO_FRAME_MAX, NEVER
 from vmd.errors import GuestError
@@ -441,7 +443,7 @@ def test_receive_loop_does_what_the_walk_does(
                 content = [bytes(placed(memory, ring, head, length)) for head, length in used]
             # Of a broken ring, how far it was read does not matter: only a reset follows.
             outcomes.append((error, error or used, content, error or no_room))
-            assert len(worker.chains) <= STOCK
+            assert len(worker.chains.known) <= STOCK
             assert len(worker.run.ends) <= RUN
             worker.begin()
             close(worker)
@@ -544,6 +546,55 @@ def test_run_of_buffers_is_filled_round_after_round(ends: Ends, kind: str, shuff
                 del used[:count]
             assert [frame[12:] for frame in sent[: len(arrived)]] == [frame[12:] for frame in arrived]
         assert (worker.packets, worker.no_room) == (len(arrived), 0)
+        worker.begin()
+        close(worker)
+        release(queue)
+        del queue, worker
+
+
+def test_a_single_frame_is_given_before_the_next_is_looked_for(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody waits for it; of many in one turn, all are given together."""
+    seen: list[int] = []
+    with GuestMemory.create(LAYOUT) as memory:
+        ring = Ring(memory, SIZE)
+        queue = queue_of(memory, ring)
+        worker = ends.receiver(mergeable=True)
+        for head in range(SIZE):
+            ring.describe(head, [Desc(DATA + 4096 * head, 4096, WRITE)])
+            ring.offer(head)
+        read = os.readv
+
+        def look_and_read(fd: int, views: Sequence[bytearray | memoryview]) -> int:
+            seen.append(ring.device_idx)
+            return read(fd, views)
+
+        monkeypatch.setattr(posix, "readv", look_and_read)
+        for frames in (1, 6, 6):
+            for _ in range(frames):
+                ends.host.send(bytes(12) + any_frame(60))
+            worker.serve(queue)
+        assert seen == [0, 1] + [1] + [2] * 6 + [7] * 7
+        assert ring.device_idx == 13
+        worker.begin()
+        close(worker)
+        release(queue)
+        del queue, worker
+
+
+def test_large_frames_leave_the_other_queue_its_turn(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After so many bytes a turn is over; what is left comes in the next one, at once."""
+    monkeypatch.setattr(receive, "TURN_BYTES", 100_000)
+    with GuestMemory.create(LAYOUT) as memory:
+        ring = Ring(memory, SIZE)
+        queue = queue_of(memory, ring)
+        worker = ends.receiver(mergeable=True)
+        ring.describe(0, [Desc(DATA, 1 << 20, WRITE)])
+        for _ in range(SIZE):
+            ring.offer(0)
+        for _ in range(8):
+            ends.host.send(bytes(12) + any_frame(60_000))
+        turns = [(worker.serve(queue), ring.device_idx) for _ in range(3)]
+        assert turns == [(True, 3), (True, 6), (False, 8)]
         worker.begin()
         close(worker)
         release(queue)

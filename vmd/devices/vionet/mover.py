@@ -22,24 +22,23 @@ from vmd.tasks import start_thread
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from vmd.devices.vionet.worker import Services, Worker
 
 NAME = "frames"
 # Of an eventfd each write is news, whether or not anybody has read what was written before.  So nobody does.
 BELL = select.EPOLLIN | select.EPOLLET
+EVENTS_MAX = 8  # there are no more descriptors
 
 
 class Mover:
     """The thread.  `_run` and what it calls run on it; all else is the main thread's."""
 
-    def __init__(self, services: "Services", tap: int, workers: "Sequence[Worker]") -> None:
+    def __init__(self, services: "Services", tap: int, workers: "tuple[Worker, Worker]") -> None:
         """Wait for a tap and for what rings for each worker; stand until `go`."""
         self.services = services
         self.tap = tap
         self.tap_events = 0
-        self.workers = tuple(workers)
+        self.workers = workers
         self.wanted = False
         self.begun = False  # since `go`
         self.serving = _thread.allocate_lock()
@@ -48,7 +47,7 @@ class Mover:
         self.standing.register(self.control, BELL)
         self.epoll = select.epoll()
         self.epoll.register(self.control, BELL)
-        self.wakes = {self.control: self.workers}
+        self.wakes: dict[int, tuple[Worker, ...]] = {self.control: workers}
         for worker in workers:
             for bell in worker.bells:
                 self.epoll.register(bell, BELL)
@@ -105,15 +104,18 @@ class Mover:
     def _move(self) -> None:
         """Serve both queues until told to stand, or a ring is broken."""
         poll, serving, wakes = self.epoll.poll, self.serving, self.wakes
+        first, second = self.workers
         while self.wanted:
-            for fd, _ in poll(self._timeout_s()):
+            for fd, _ in poll(0.0 if first.more or second.more else self._timeout_s(), EVENTS_MAX):
                 for worker in wakes[fd]:
                     worker.more = True
             with serving:
-                self._turn()
-            self._watch_tap()
+                self._turn(first, second)
+            events = first.tap_events | second.tap_events
+            if events != self.tap_events:
+                self._watch_tap(events)
 
-    def _turn(self) -> None:
+    def _turn(self, first: "Worker", second: "Worker") -> None:
         """Serve each queue that has something to do, if it is still wanted; holding the lock."""
         if not self.wanted:
             return
@@ -123,20 +125,18 @@ class Mover:
                 worker.begin()
                 worker.more = True
         try:
-            for worker in self.workers:
-                if worker.more:
-                    worker.turn()
+            if first.more:
+                first.turn()
+            if second.more:
+                second.turn()
         except GuestError as error:
             self.wanted = False
             self.services.broke(str(error))
 
     def _timeout_s(self) -> float:
         """Return how long to wait for events; a worker whose time has come has more to do."""
-        until_s = NEVER
-        for worker in self.workers:
-            if worker.more:
-                return 0.0
-            until_s = min(until_s, worker.until_s)
+        first, second = self.workers
+        until_s = min(first.until_s, second.until_s)
         if until_s == NEVER:
             return -1.0
         now_s = time.monotonic()
@@ -144,13 +144,8 @@ class Mover:
             worker.more = worker.until_s <= now_s
         return max(0.0, until_s - now_s)
 
-    def _watch_tap(self) -> None:
-        """Wait for what the workers want of the tap: a descriptor that nobody waits for would say that it is gone."""
-        events = 0
-        for worker in self.workers:
-            events |= worker.tap_events
-        if events == self.tap_events:
-            return
+    def _watch_tap(self, events: int) -> None:
+        """Wait for what the workers want of the tap, but not for nothing: it would still say that it is gone."""
         if not self.tap_events:
             self.epoll.register(self.tap, events)
         elif events:
