@@ -81,6 +81,7 @@ class Vmm(Process):
         self.slots: list[Slot] = []  # for the next VM processes, each once
         self.reserve: VmChild | None = None
         self.running: dict[int, VmChild] = {}  # by vmid
+        self.by_channel: dict[Channel, VmChild] = {}  # all that there are
         self.reaper = Reaper(self.loop, self.on_vm_gone)
         self.stuck: set[VmChild] = set()  # killed, given up, and not gone
         self.over: dict[int, VmChild] = {}  # by vmid: ended, and the parent has not taken notice of that
@@ -147,6 +148,7 @@ class Vmm(Process):
                     raise
         del self.slots[0]
         child = VmChild(started.pid, started.pidfd, self.attach_vm(ours), lines, slot)
+        self.by_channel[child.channel] = child
         self.reaper.watch(child)
         return child
 
@@ -288,14 +290,14 @@ class Vmm(Process):
 
     def child_of(self, channel: Channel) -> VmChild:
         """Return the running VM on a channel; PeerError if it is none, such as one in reserve."""
-        for child in self.running.values():
-            if child.channel is channel:
-                return child
+        child = self.by_channel.get(channel)
+        if child is not None and self.running.get(child.vmid) is child:
+            return child
         raise PeerError(channel.label, "speaks before it was given a VM")
 
     def on_vm_lost(self, channel: Channel, error: PeerError | None) -> None:
         """A VM process closed its channel or broke the protocol: it ends, if it has not yet."""
-        child = next((child for child in self.children() if child.channel is channel), None)
+        child = self.by_channel.get(channel)
         if child is None:
             return
         if error is not None:
@@ -307,6 +309,7 @@ class Vmm(Process):
     def on_vm_gone(self, child: VmChild, outcome: Outcome, text: str) -> None:
         """A VM process is reaped: tell the parent how it went."""
         child.channel.drain()  # its last words may have come after its death was noticed
+        self.by_channel.pop(child.channel, None)
         self.stuck.discard(child)
         if child is self.reserve:
             self.reserve = None
@@ -421,8 +424,9 @@ class Vmm(Process):
         """Everything is for a VM; one in reserve is none yet."""
         if channel.peer is not Proc.VM:
             return super().source_of(envelope, channel)
-        vmid = next((child.vmid for child in self.running.values() if child.channel is channel), 0)
-        return (Proc.VM, vmid) if vmid else None
+        child = self.by_channel.get(channel)
+        known = child is not None and self.running.get(child.vmid) is child
+        return (Proc.VM, child.vmid) if child is not None and known else None
 
     def give_up(self, envelope: Envelope, channel: Channel) -> None:
         """End the VM whose message is lost: somebody would wait for what follows from it for ever."""
