@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from vmd.config import rules
 from vmd.config.grammar import Grammar
 from vmd.config.lexer import Lexer
-from vmd.config.model import IDS, ROOT, WHEEL, Config, Globals, NicConfig, SwitchConfig, VmConfig
+from vmd.config.model import FIXED_LENGTHS, IDS, ROOT, WHEEL, Config, Globals, NicConfig, SwitchConfig, VmConfig
 from vmd.errors import VmdError, sentence
 from vmd.nearest import meant
 from vmd.scaled import fmt_scaled
@@ -23,6 +23,7 @@ RANGES = ("/etc/subuid", "/etc/subgid")
 USERS = ("/etc/passwd", "/etc/group", *RANGES)
 
 Warn = Callable[[str], None]
+Claim = tuple[str, int, int]  # a port of the host, or a network
 
 
 class ConfigErrors(VmdError):
@@ -267,9 +268,14 @@ def check_limit(vm: VmConfig, settings: Globals, warn: Warn) -> None:
 def check_locals(vms: Iterable[VmConfig], warn: Warn) -> None:
     """Warn of VMs that want a port of the host, or a fixed address, that another one wants too."""
     seen: list[tuple[VmConfig, NicConfig]] = []
+    had_by: dict[Claim, list[int]] = {}  # by what they have, those of `seen`
     for vm in vms:
         for nic in vm.nics:
-            for other, theirs in ((other, each) for other, each in seen if other is not vm):
+            has, meets = claims(nic)
+            for index in sorted({index for claim in meets for index in had_by.get(claim, ())}):
+                other, theirs = seen[index]
+                if other is vm:
+                    continue
                 for forward, taken in ((ours, each) for ours in nic.forwards for each in theirs.forwards):
                     if forward.overlaps(taken):
                         what = f'forward {forward}: vm "{other.name}" has {taken}'
@@ -278,8 +284,27 @@ def check_locals(vms: Iterable[VmConfig], warn: Warn) -> None:
                 if ours is not None and fixed is not None and rules.same_network(ours, fixed):
                     what = f'address {rules.shown_prefix(ours)}: vm "{other.name}" has {rules.shown_prefix(fixed)}'
                     warn(f'{vm.origin}: vm "{vm.name}": {what}: only one of them can run')
-            if nic.forwards or nic.address is not None:
+            for claim in has:
+                had_by.setdefault(claim, []).append(len(seen))
+            if has:
                 seen.append((vm, nic))
+
+
+def claims(nic: NicConfig) -> tuple[list[Claim], list[Claim]]:
+    """Return what an interface has that only one can have, and what of another one would be in its way.
+
+    Of an address each network that it is in, and that in which it is alone.
+    """
+    has: list[Claim] = [(forward.protocol, port, 0) for forward in nic.forwards for port in forward.ports]
+    meets = list(has)
+    if nic.address is not None:
+        number, length = int.from_bytes(nic.address.address, "big"), nic.address.length
+        networks = [(each, number >> 32 - each) for each in range(FIXED_LENGTHS.start, length + 1)]
+        has += [("in", *each) for each in networks]
+        has.append(("is", *networks[-1]))
+        meets.append(("in", *networks[-1]))
+        meets += [("is", *each) for each in networks[:-1]]
+    return has, meets
 
 
 def check_secret(vm: VmConfig, warn: Warn) -> None:

@@ -1,28 +1,34 @@
 """Loading files, and the rules that span objects."""
 
 import grp
+import itertools
 import os
 import pwd
+import random
 import re
 from pathlib import Path
 from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
 from tests.unit.config.conftest import Loader
-from vmd.config.check import ConfigErrors, load, parse_macro_definition
+from vmd.config.check import ConfigErrors, claims, load, parse_macro_definition
 from vmd.config.model import (
+    FIXED_LENGTHS,
     IDS,
     NAME_MAX,
     AllowInstance,
     Config,
+    Forward,
     Globals,
     NicConfig,
     Owner,
+    Prefix,
     SwitchConfig,
     VmFlag,
 )
-from vmd.config.rules import vm_name
+from vmd.config.rules import same_network, vm_name
 from vmd.errors import ConfigError, VmdError
 from vmd.parent import instances
 
@@ -134,6 +140,28 @@ def test_what_two_vms_cannot_have_at_a_time(conf: Loader) -> None:
         "only one of them can run",
         f'{conf.path}:3: vm "c": address 10.0.0.77/31: vm "a" has 10.0.0.2/24: only one of them can run',
     ]
+
+
+def test_what_two_interfaces_have_in_common() -> None:
+    """It is found without comparing each with each: exactly what a comparison would find."""
+    chance = random.Random(4)
+
+    def interface() -> NicConfig:
+        number = (10 << 24) + chance.randrange(1 << 18)
+        address = Prefix(address=number.to_bytes(4, "big"), length=chance.choice(FIXED_LENGTHS))
+        forward = Forward(port=chance.randrange(90), to=1, count=chance.randrange(1, 4), udp=chance.random() < 0.3)
+        return NicConfig(address=chance.choice((None, address)), forwards=chance.choice(((), (forward,))))
+
+    interfaces = [interface() for _ in range(150)]
+    found = 0
+    for one, other in itertools.combinations(interfaces, 2):
+        ports = any(ours.overlaps(theirs) for ours in one.forwards for theirs in other.forwards)
+        both = one.address is not None and other.address is not None
+        networks = both and same_network(cast("Prefix", one.address), cast("Prefix", other.address))
+        (_, meets), (has, _) = claims(one), claims(other)
+        assert bool({*meets} & {*has}) is (ports or networks)
+        found += ports or networks
+    assert 100 < found < 10000
 
 
 def test_forwards_without_nat(conf: Loader) -> None:
