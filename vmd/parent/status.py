@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 
 COUNT_TIMEOUT_S = 5.0
+BATCH = 64  # VMs
 SHOWN = ("locked", "mtu", "guest4", "host4", "length4", "prefix6")  # of NicLink
 TROUBLES_MAX = 32  # of the devices of a VM, as far as they are shown
 
@@ -55,9 +56,18 @@ class Status:
 
     def serve_list(self, _message: ListRequest, caller: Caller, envelope: "Envelope") -> None:
         """Describe every VM; whoever may open the socket sees them all (*cat. 3.3*)."""
-        for vm in self.core.vms:
-            self.core.clients.answer(envelope.peerid, describe(vm, self.infos(vm), caller))
-        self.core.clients.answer(envelope.peerid, End())
+        self._list(list(self.core.vms), caller, envelope.peerid)
+
+    def _list(self, vms: list[Vm], caller: Caller, client: int) -> None:
+        """Describe some VMs at a time, so that others are served meanwhile."""
+        for vm in vms[:BATCH]:
+            if self.core.vms.find(vm.vmid, "") is vm:
+                self.core.clients.answer(client, describe(vm, self.infos(vm), caller))
+        left = vms[BATCH:]
+        if left:
+            self.core.loop.call_later(0, lambda: self._list(left, caller, client))
+        else:
+            self.core.clients.answer(client, End())
 
     def serve_switches(self, _message: SwitchesRequest, _caller: Caller, envelope: "Envelope") -> None:
         """Name every switch; whoever may open the socket sees them all."""
