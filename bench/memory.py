@@ -39,9 +39,9 @@ def measure(directory: Path, guest: Callable[[str], Path]) -> list[Row]:
     ]
 
 
-def make_images(directory: Path) -> list[Path]:
+def make_images(directory: Path, count: int = VMS) -> list[Path]:
     """Make an empty disk for each VM."""
-    images = [directory / f"image{number}" for number in range(VMS)]
+    images = [directory / f"image{number}" for number in range(count)]
     for image in images:
         with image.open("wb") as file:
             file.truncate(DISK_BYTES)

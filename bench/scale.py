@@ -1,0 +1,126 @@
+"""What the daemon's own processes cost for each idle VM, among few and among many: it should be the same.
+
+Processor time is counted, not how long something takes: the parent, control, vmm, priv, log, and what they start and
+reap, such as nft.  Each VM has a disk and a `local` interface, which is the one that costs most.
+"""
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from bench.memory import make_images
+from bench.table import Row
+from tests.support.hostnet import NetDaemon
+from tests.support.network import Network
+from vmd.client import Client
+
+STEPS = (100, 200, 500)
+MEMORY_MIB = 16
+NEEDED_MIB = 28  # of the host for each VM, its processes included
+SAME = 1.25  # times what it is among the fewest: more is growth
+DEADLINE_S = 500.0
+SETTLE_S = 3.0  # for what is put off, such as a look at whether the network is as it should be
+TICK_NS = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
+OF_VMS, VMM = "vmd: vm/", "vmd: vmm"
+MORE = "more"  # the VM that is started among the others
+
+
+def measure(directory: Path, guest: Callable[[str], Path]) -> list[Row]:
+    """Measure among each number of VMs that this host has memory for."""
+    steps = [count for count in STEPS if count * NEEDED_MIB <= available_mib()]
+    found = {}
+    for count in steps:
+        place = directory / str(count)
+        place.mkdir()
+        found[count] = costs(place, guest("tick"), count)
+        print(f"{count}: {found[count]}", file=sys.stderr)
+    first, last = steps[0], steps[-1]
+    rows = []
+    for what in found[first]:
+        each = [found[count][what] for count in steps]
+        ratio = each[-1] / each[0]
+        rows.append(Row(f"{what}, {last} VMs", "ms", each[-1:]))
+        rows.append(Row(f"{what}, {last} / {first} VMs", "times", [ratio], limit=SAME))
+    return rows
+
+
+def available_mib() -> int:
+    """Return how much memory this host has to give."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) >> 10 for line in lines if line.startswith("MemAvailable:"))
+
+
+def configuration(kernel: Path, images: list[Path]) -> str:
+    """Return a vm.conf with a VM for each image, all of which start at once but the last."""
+    names = [*(f"n{number}" for number in range(len(images) - 1)), MORE]
+    return f"staggered start parallel {len(images)} delay 1\nlimit vms 4000\nlimit vcpus 4000\n" + "".join(
+        f'vm "{name}" {{\n{" disable" if name == MORE else ""} memory {MEMORY_MIB}M\n'
+        f' boot "{kernel}" cmdline "idle"\n disk "{image}"\n local interface\n}}\n'
+        for name, image in zip(names, images, strict=True)
+    )
+
+
+def costs(directory: Path, kernel: Path, count: int) -> dict[str, float]:
+    """Return the milliseconds of processor time that things take among so many VMs, for each VM or for one."""
+    conf = configuration(kernel, make_images(directory, count + 1))
+    found: dict[str, float] = {}
+    with Network() as network, NetDaemon(directory, network, conf) as vmd:
+        began_ns = cpu_ns(vmd)
+
+        def note(what: str, times: int, call: Callable[[], object]) -> None:
+            before_ns = cpu_ns(vmd)
+            call()
+            time.sleep(SETTLE_S)
+            found[what] = (cpu_ns(vmd) - before_ns) / 1e6 / times
+
+        while sum(row["state"] == "running" for row in vmd.rows()) < count:
+            time.sleep(SETTLE_S)
+        time.sleep(SETTLE_S)
+        found["start of all, each"] = (cpu_ns(vmd) - began_ns) / 1e6 / count
+        with Client(str(vmd.socket), timeout_s=DEADLINE_S) as client:
+
+            def look_closely() -> None:
+                for vm in client.list_vms():
+                    client.list_devices(vm.vmid)
+                client.figures()
+
+            note("status, each", count, client.list_vms)
+            note("status -v, each", count, look_closely)
+            note("metrics, each", count, client.figures)
+        note("reload, each", count, lambda: vmd.must("reload", timeout_s=DEADLINE_S))
+        note("idle for a minute / 6, each", count, lambda: time.sleep(10 - SETTLE_S))
+        note("start of one more", 1, lambda: vmd.must("start", MORE))
+        note("end of one", 1, lambda: vmd.must("stop", "-fw", MORE))
+        note("restart of the daemon, each", count, lambda: upgraded(vmd, count))
+        note("stop of all, each", count, lambda: vmd.must("stop", "-afw", timeout_s=DEADLINE_S))
+    return found
+
+
+def upgraded(vmd: NetDaemon, count: int) -> None:
+    """Have the same program take over all VMs."""
+    vmd.must("upgrade", timeout_s=DEADLINE_S)
+    assert sum(row["state"] == "running" for row in vmd.rows()) == count
+
+
+def cpu_ns(vmd: NetDaemon) -> int:
+    """Return how long the processes of the daemon itself have run, with what they have reaped but for VMs."""
+    return sum(each_ns(vmd).values())
+
+
+def each_ns(vmd: NetDaemon) -> dict[str, int]:
+    """Return how long each process of the daemon itself has run."""
+    found: dict[str, int] = {}
+    for title, pid in {"vmd": vmd.pid, **vmd.processes()}.items():
+        if title.startswith(OF_VMS):
+            continue
+        total = 0
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+            for thread in Path(f"/proc/{pid}/task").iterdir():
+                total += int((thread / "schedstat").read_text().split()[0])
+            words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            total += (int(words[13]) + int(words[14])) * TICK_NS if title != VMM else 0
+        found[title] = total
+    return found
