@@ -4,8 +4,9 @@ import errno
 import os
 import resource
 import time
+from collections import Counter
 
-from vmd.config.model import Globals, VmConfig
+from vmd.config.model import Config, Globals, VmConfig
 from vmd.errors import OperatorError
 from vmd.log import log
 from vmd.scaled import fmt_scaled
@@ -20,6 +21,15 @@ OVERCOMMIT = 2  # guests rarely use all that they have; more is almost certainly
 # files of its user's needs, times the VMs that may run, and some for clients.
 FILES_PER_VM = 16
 FILES_BESIDES = 1024
+# What of the kernel's a VM takes at most, or a little more: a file below /proc/sys, how much, and what that is.  They
+# are for all programs of the host, and not changed by us.
+KERNEL_LIMITS = (
+    ("kernel/pty/max", 1, "a terminal"),
+    ("kernel/pid_max", 16, "16 processes and threads"),
+    ("kernel/threads-max", 16, "16 processes and threads"),
+)
+NEIGHBOURS = "net/ipv4/neigh/default/gc_thresh3"  # one for each `local` interface
+PORTS_MAX = 1023  # of a bridge of Linux (BR_MAX_PORTS)
 FILES_TO_START = 64  # open for a moment, disks with all they are based on; and room for what comes with messages
 OPEN_FILES = "/proc/self/fd"
 RESTART_WINDOW_S = 6.0
@@ -81,6 +91,35 @@ def raise_file_limit(limit_vms: int) -> None:
         if number < wanted:
             log.warn(f"{number} open files at most, which may not be enough for {limit_vms} VMs")
         return
+
+
+def host_warnings(config: Config, root: str = "/proc/sys") -> list[str]:
+    """Return a sentence for each limit of this host's kernel that the VMs of a configuration may come to."""
+    found = []
+    vms = config.settings.limit_vms
+    for name, each, what in KERNEL_LIMITS:
+        most = number_in(f"{root}/{name}")
+        if most and most < vms * each:
+            sysctl = name.replace("/", ".")
+            found.append(f"limit vms {vms}: a VM takes {what}, and this host has {most}: raise sysctl {sysctl}")
+    nics = [nic for vm in config.vms for nic in vm.nics]
+    locals_, most = sum(nic.local for nic in nics), number_in(f"{root}/{NEIGHBOURS}")
+    if most and most < locals_:
+        what = f"{locals_} local interfaces, and this host remembers {most} neighbours"
+        found.append(f"{what}: raise sysctl {NEIGHBOURS.replace('/', '.')}")
+    for switch, ports in Counter(nic.switch for nic in nics if nic.switch).items():
+        if ports > PORTS_MAX:
+            found.append(f'switch "{switch}": {ports} interfaces, and a bridge of Linux has {PORTS_MAX} at most')
+    return found
+
+
+def number_in(path: str) -> int:
+    """Return the number in a file; 0 if there is none."""
+    try:
+        with open(path, encoding="ascii") as file:
+            return int(file.read())
+    except (OSError, ValueError):
+        return 0
 
 
 def require_files() -> None:

@@ -17,7 +17,7 @@ from vmd.parent.examine import check_vms
 from vmd.parent.hostroutes import host_routes, prefix_warnings
 from vmd.parent.identity import StateFile, state_directory
 from vmd.parent.lifelock import LifeLock
-from vmd.parent.limits import raise_file_limit
+from vmd.parent.limits import host_warnings, raise_file_limit
 from vmd.parent.main import Parent
 from vmd.parent.oom import OomScores
 from vmd.parent.options import Options, Shown, UsageError, parse
@@ -52,7 +52,7 @@ def run(arguments: list[str]) -> int:
     try:
         if options.check_only:
             config = read_config(options)
-            for sentence in prefix_warnings(config, host_routes()):
+            for sentence in (*prefix_warnings(config, host_routes()), *host_warnings(config)):
                 log.warn(as_warning(sentence))
             check_vms(config, lambda sentence: log.warn(as_warning(sentence)))
             say("configuration OK\n")
@@ -157,6 +157,8 @@ def serve(options: Options, program: Program, stored: Mapping[str, int]) -> int:
         config = read_config(options, starting=True)  # first: a mistake is to be heard of at once
     kvm_fd = open_kvm(options, adopts=truth is not None)
     raise_file_limit(config.settings.limit_vms)
+    for warning in host_warnings(config):
+        log.warn(as_warning(warning))
     service.make_run_directory()
     lock = LifeLock(options.socket_path)
     if truth is None:

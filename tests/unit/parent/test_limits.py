@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from vmd.config.model import GIB, Globals, VmConfig
+from vmd.config.model import GIB, Config, Globals, NicConfig, VmConfig
 from vmd.errors import OperatorError
 from vmd.parent import limits
-from vmd.parent.limits import host_memory_bytes, raise_file_limit, require_files, require_room
+from vmd.parent.limits import host_memory_bytes, host_warnings, raise_file_limit, require_files, require_room
 
 MIB = 1 << 20
 SMALL = VmConfig(name="small", memory_bytes=MIB)
@@ -102,6 +102,32 @@ def test_descriptors(
     raise_file_limit(512)
     assert chosen == [(wanted, wanted)]
     assert ("may not be enough for 512 VMs" in capfd.readouterr().err) == warned
+
+
+def test_limits_of_the_kernel_are_named(tmp_path: Path) -> None:
+    """With the sysctl that raises each; as many as VMs may run, and none that this kernel does not have."""
+    local, switched = NicConfig(local=True), NicConfig(switch="lan")
+
+    def config(vms: int, *nics: NicConfig) -> Config:
+        vm = VmConfig(name="a", nics=nics)
+        return Config(vms=(vm,) * vms, settings=Globals(limit_vms=vms))
+
+    assert host_warnings(config(2000, local), str(tmp_path)) == []
+    for name, most in (
+        ("kernel/pty/max", 1999), ("kernel/pid_max", 32768), ("kernel/threads-max", 31999),
+        ("net/ipv4/neigh/default/gc_thresh3", 1024),
+    ):  # fmt: skip
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"{most}\n")
+
+    assert host_warnings(config(1023, local, switched), str(tmp_path)) == []
+    assert host_warnings(config(2000, local, switched), str(tmp_path)) == [
+        "limit vms 2000: a VM takes a terminal, and this host has 1999: raise sysctl kernel.pty.max",
+        "limit vms 2000: a VM takes 16 processes and threads, and this host has 31999: raise sysctl kernel.threads-max",
+        "2000 local interfaces, and this host remembers 1024 neighbours: raise sysctl "
+        "net.ipv4.neigh.default.gc_thresh3",
+        'switch "lan": 2000 interfaces, and a bridge of Linux has 1023 at most',
+    ]
 
 
 def test_not_even_a_descriptor_to_count_them_with(monkeypatch: pytest.MonkeyPatch) -> None:
