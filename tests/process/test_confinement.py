@@ -220,10 +220,10 @@ def test_identity_in_the_cell(cell: Cell) -> None:
 # --- filters: what kills, what fails, what works ------------------------------------------------------------------
 
 KILLS = (
-    "connect_inet", "connect_unix", "raw_packets", "execute", "fork", "fork_by_vfork", "clone_namespace", "trace_me",
-    "read_other_memory", "io_uring", "bpf", "userfault", "foreign_ioctl", "kvm_ioctl", "executable_mmap",
-    "executable_mprotect", "mount", "change_root", "become_root", "unshare_net", "unshare_user", "kill_parent",
-    "tgkill_other", "x32", "another_filter", "become_traceable", "limit_others", "more_descriptors",
+    "connect_inet", "connect_unix", "raw_packets", "send_elsewhere", "execute", "fork", "fork_by_vfork",
+    "clone_namespace", "trace_me", "read_other_memory", "io_uring", "bpf", "userfault", "foreign_ioctl", "kvm_ioctl",
+    "executable_mmap", "executable_mprotect", "mount", "change_root", "become_root", "unshare_net", "unshare_user",
+    "kill_parent", "tgkill_other", "x32", "another_filter", "become_traceable", "limit_others", "more_descriptors",
 )  # fmt: skip
 VMM_KILLS = (
     "connect_inet", "connect_unix", "raw_packets", "clone_namespace", "trace_me", "read_other_memory", "io_uring",
@@ -243,6 +243,13 @@ def test_forbidden_call_kills(cell: Cell, kind: str) -> None:
         fates["more_descriptors"] = NOT_RAISED
 
     assert try_each(cell, kind, KILLS) == fates
+
+
+def test_a_packet_socket_leads_to_one_interface_only(cell: Cell) -> None:
+    """It could be told to send to others, by an address, or to join them, by an option."""
+    attempts = ("send_elsewhere", "send_with_an_address", "set_an_option")
+
+    assert try_each(cell, "VIONET_KERNEL", attempts) == dict.fromkeys(attempts, KILLED_AT_ONCE)
 
 
 def test_forbidden_call_kills_a_vm_that_is_built(cell: Cell) -> None:

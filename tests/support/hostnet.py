@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import signal
+import stat
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -39,9 +40,14 @@ class NetDaemon(Daemon):
         *,
         name_servers: Sequence[str] = (),
         numbers: Mapping[str, int] | None = None,
+        vhost_net: bool = False,
     ) -> None:
-        """`numbers` are those that local addresses of root's VMs follow from, as if an earlier daemon had left them."""
-        super().__init__(directory, conf, prefix=with_name_servers(directory, name_servers) if name_servers else ())
+        """`numbers` are those that local addresses of root's VMs follow from, as if an earlier daemon had left them.
+
+        `vhost_net`: there is a /dev/vhost-net, which knows no request.
+        """
+        prefix = with_name_servers(directory, name_servers) if name_servers else []
+        super().__init__(directory, conf, prefix=with_vhost_net(directory) if vhost_net else prefix)
         self.network = network
         if numbers:
             identities = Identities()
@@ -82,6 +88,20 @@ def with_name_servers(directory: Path, servers: Sequence[str]) -> list[str]:
     (etc / "resolv.conf").write_text("".join(f"nameserver {server}\n" for server in servers))
     mount = f"mount -t overlay -o lowerdir={shlex.quote(str(etc))}:/etc overlay /etc"
     return ["unshare", "--mount", "sh", "-c", f'{mount} && exec "$0" "$@"']
+
+
+def with_vhost_net(directory: Path) -> list[str]:
+    """Return a prefix for a program that is to find a /dev/vhost-net, which is /dev/null."""
+    over, real = directory / "dev", directory / "real-dev"
+    for each in (over, real):
+        each.mkdir()
+    os.mknod(over / "vhost-net", stat.S_IFCHR | 0o600, os.makedev(1, 3))
+    steps = [
+        f"mount --rbind /dev {shlex.quote(str(real))}",
+        f"mount -t overlay -o lowerdir={shlex.quote(str(over))}:/dev overlay /dev",
+        *(f"mount --rbind {shlex.quote(str(real / name))} /dev/{name}" for name in ("pts", "shm")),
+    ]
+    return ["unshare", "--mount", "sh", "-c", " && ".join([*steps, 'exec "$0" "$@"'])]
 
 
 def links(network: Network) -> dict[str, dict[str, Any]]:

@@ -151,7 +151,10 @@ LOCKHOLDER = IMGPROBE.replace(
     sees_others=True,
 )
 VIONET = LEAF.replace(syscalls=LEAF.syscalls | NET, ioctls=TUN_IOCTLS)
-VIONET_KERNEL = VIONET.replace(ioctls=TUN_IOCTLS + VHOST_IOCTLS)
+VIONET_KERNEL = VIONET.replace(  # its packet socket could send to any interface of the host, by an address
+    syscalls=VIONET.syscalls - {"sendmsg", "setsockopt"},
+    ioctls=TUN_IOCTLS + VHOST_IOCTLS,
+)
 LOG = Confinement(syscalls=BASE | CHANNEL, open_files=CORE_FILES)  # a socket for each VM
 AGENTX = Confinement(syscalls=BASE | CHANNEL, open_files=64, writes_files=False)
 CONSOLELOG = Confinement(syscalls=BASE | CHANNEL | {"pread64"}, open_files=CORE_FILES)  # a backlog and a file for each
@@ -243,7 +246,7 @@ PRIV = Confinement(
     | CHANNEL
     | STARTUP
     | SPAWN  # nft
-    | {"socket+network", "bind", "recvmmsg", "sendmmsg", "readv", "writev"}  # netlink; no connect()
+    | {"socket+network", "bind", "sendto+any", "recvmmsg", "sendmmsg", "readv", "writev"}  # netlink; no connect()
     | {"flock", "ftruncate", "pwrite64", "unlink"}  # its file of settings
     | {"statfs", "fstatfs", "chdir", "kill", "select", "pselect6", "pause"}
     | {"getrlimit", "getrusage", "gettimeofday", "time", "times", "getpgrp", "getpgid", "getgroups"}

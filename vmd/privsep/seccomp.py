@@ -103,6 +103,7 @@ CONDITIONS: "Mapping[str, tuple[Condition, ...]]" = {
     "clone+process": (("none-of", 0, CLONE_NEW_ANYTHING),),
     "prlimit64": (("is", 0, 0),),  # our own limits only
     "socketpair": (("is", 0, AF_UNIX),),
+    "sendto": (("is", 5, 0),),  # to nobody else than a socket is connected with, or bound to: no address
     "socket+network": tuple(("is", 0, family) for family in (AF_NETLINK, AF_INET, AF_INET6)),  # no named sockets
     "openat+reading": (("none-of", 2, os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC),),
     "newfstatat": (("any-of", 3, AT_EMPTY_PATH),),  # what glibc's fstat() is; path variants fail softly
@@ -127,6 +128,7 @@ UNCONDITIONAL = {
     "mprotect+exec": "mprotect",
     "newfstatat+path": "newfstatat",
     "tgkill+any": "tgkill",
+    "sendto+any": "sendto",
 }
 
 # Filter programs: <linux/bpf_common.h>, <linux/seccomp.h>

@@ -50,15 +50,14 @@ def build(
     """
     host.close()  # first: a boot image is read by who can make no other VM
     machine = source.machine(host, config, slots, outside)
+    machine.seed = seed_of(slots)
+    for slot in slots:  # its devices have these now: who reads a boot image has no file, tap or packet socket
+        for fd in slot.fds:
+            close(fd)
     source.fill(machine)
     machine.plug_devices()
     machine.create_vcpus()
-    pause = source.finish(machine)
-    machine.seed = seed_of(slots)
-    for slot in slots:
-        for fd in slot.fds:
-            close(fd)
-    return pause
+    return source.finish(machine)
 
 
 def seed_of(slots: "Sequence[Slot]") -> bytes:

@@ -99,6 +99,21 @@ def raw_packets() -> object:
     return _socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
 
 
+def send_elsewhere() -> object:
+    ours, _ = _socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    return ours.sendto(b"x", "/nowhere")
+
+
+def send_with_an_address() -> object:
+    ours, _ = _socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    return ours.sendmsg([b"x"], (), 0, "/nowhere")
+
+
+def set_an_option() -> object:
+    ours, _ = _socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    return ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+
+
 def execute() -> object:
     return os.execv(sys.executable, [sys.executable, "-c", ""])
 

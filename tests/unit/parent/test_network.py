@@ -30,6 +30,7 @@ from vmd.ipc.messages.priv import (
     AskDrops,
     ConfigureNetwork,
     DropsReported,
+    FramesDropped,
     MakeNics,
     NetworkTrouble,
     NicMade,
@@ -41,6 +42,7 @@ from vmd.ipc.messages.priv import (
 from vmd.ipc.messages.shared import Trouble
 from vmd.ipc.messages.vm import AskDevices, AskResolvers, DevicesReported, LimitVm, NicCounters, Resolvers, StartVm
 from vmd.ipc.routes import Proc
+from vmd.parent import vhost
 from vmd.parent.consolelogs import ConsoleLogs
 from vmd.parent.core import Core
 from vmd.parent.forpriv import open_tuns
@@ -137,14 +139,17 @@ def launch(parent: FakeParent, config: VmConfig) -> tuple[Vm, list[tuple[int, st
     return vm, failures
 
 
-def made(parent: FakeParent, *, mtu: int = 1500) -> None:
-    """Answer the last request as priv would."""
+def made(parent: FakeParent, *, mtu: int = 1500, without: str = "") -> None:
+    """Answer the last request as priv would; `without` is why there can be no filters."""
     request = parent.peers[Proc.PRIV].sent[-1]
     assert isinstance(request, MakeNics)
     nics = tuple(
-        NicMade(name=nic.name or f"tap{index}", lladdr=MAC, link_local=b"", mtu=mtu)
+        NicMade(
+            name=nic.name or f"tap{index}", lladdr=MAC, link_local=b"", mtu=mtu, index=70 + index,
+            vhost=nic.vhost and not without, without=without if nic.vhost else "",
+        )
         for index, nic in enumerate(request.nics)
-    )
+    )  # fmt: skip
     message = NicsMade(vmid=request.vmid, ticket=request.ticket, nics=nics)
     fds = [os.open("/dev/null", os.O_RDONLY) for _ in nics]
     parent.network.on_made(message, Envelope(message, 0, 0, {"taps": fds}))
@@ -236,6 +241,86 @@ def test_what_a_vm_is_told(parent: FakeParent, monkeypatch: pytest.MonkeyPatch) 
     assert (on_switch.host4, on_switch.dns4) == (b"", ())
     assert (message.config.plan_id, message.config.plan_prefix6) == (1, prefix6)
     assert parent.peers[Proc.VMM].fds[-1] == {"boot": 1, "taps": 3}
+
+
+class KernelOfHost:
+    """A host with vhost-net, or without; what is opened there is nothing."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, path: str = "/dev/null") -> None:
+        self.asked: list[tuple[str, int, bool]] = []
+        monkeypatch.setattr(vhost, "VHOST_NET", path)
+        monkeypatch.setattr(vhost, "packet_socket", self.packet_socket)
+
+    def packet_socket(self, tap: str, index: int, *, local: bool) -> int:
+        """Note for which tap it is."""
+        self.asked.append((tap, index, local))
+        return os.open("/dev/null", os.O_RDONLY)
+
+
+VHOST_NICS = (NicConfig(vhost=True, locked=True), NicConfig(local=True), NicConfig(local=True, vhost=True))
+
+
+def test_what_the_kernel_needs_to_move_frames(parent: FakeParent, monkeypatch: pytest.MonkeyPatch) -> None:
+    """priv is told what filters have to know; each life of the guest gets two descriptors for such an interface."""
+    host = KernelOfHost(monkeypatch)
+    vm, _ = launch(parent, VmConfig(name="a", nics=VHOST_NICS))
+    request = parent.peers[Proc.PRIV].sent[-1]
+    assert isinstance(request, MakeNics)
+    assert [(nic.vhost, nic.locked) for nic in request.nics] == [(True, True), (False, False), (True, False)]
+    made(parent)
+
+    assert [nic.vhost for nic in started(parent).nics] == [True, False, True]
+    assert parent.peers[Proc.VMM].fds[-1] == {"boot": 1, "taps": 3, "vhosts": 4}
+    launch(parent, vm.config)
+    assert parent.peers[Proc.VMM].fds[-1] == {"boot": 1, "taps": 3, "vhosts": 4}
+    assert host.asked == [("tap0", 70, False), ("tap2", 72, True)] * 2
+    assert not any("vhost" in note for note in vm.notes)
+
+
+@pytest.mark.parametrize(("path", "without"), [("/nowhere", ""), ("/dev/null", "there can be no filters on tap0: no")])
+def test_a_process_moves_the_frames_where_the_kernel_cannot(
+    parent: FakeParent, monkeypatch: pytest.MonkeyPatch, path: str, without: str
+) -> None:
+    """Whoever starts the VM is told why, once for each interface; nothing is opened or filtered in vain."""
+    host = KernelOfHost(monkeypatch, path)
+    vm, _ = launch(parent, VmConfig(name="a", nics=VHOST_NICS))
+    made(parent, without=without)
+
+    why = without or "/nowhere: No such file or directory: load the kernel module vhost_net"
+    notes = [note for note in vm.notes if "vhost" in note]
+    assert notes == [f"interface {n}: vhost: a process moves its frames, not the kernel: {why}" for n in (0, 2)]
+    assert not any(nic.vhost for nic in started(parent).nics)
+    assert parent.peers[Proc.VMM].fds[-1] == {"boot": 1, "taps": 3}
+    assert host.asked == []
+
+
+def test_what_cannot_be_opened_later_is_done_without(parent: FakeParent, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A guest that resets itself goes on."""
+    KernelOfHost(monkeypatch)
+    vm, _ = launch(parent, VmConfig(name="a", nics=VHOST_NICS))
+    made(parent)
+    monkeypatch.setattr(vhost, "VHOST_NET", "/nowhere")
+    launch(parent, vm.config)
+
+    assert not any(nic.vhost for nic in started(parent).nics)
+    assert parent.peers[Proc.VMM].fds[-1] == {"boot": 1, "taps": 3}
+
+
+def test_figures_of_frames_that_the_kernel_moves(parent: FakeParent, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are those of the tap, and what its filters have dropped; the rest is what its process has counted."""
+    KernelOfHost(monkeypatch)
+    vm, _ = launch(parent, VmConfig(name="a", nics=VHOST_NICS))
+    made(parent)
+    monkeypatch.setattr(parent.network.tap_stats, "of", lambda index: {"rx_packets": index, "tx_bytes": 5})
+    parent.network.on_dropped(FramesDropped(vmid=vm.vmid, index=0, spoofed=3, unwanted=4), UNUSED)
+    parent.network.on_dropped(FramesDropped(vmid=99, index=0, spoofed=3, unwanted=4), UNUSED)
+    counted = dict.fromkeys(COUNTER_NAMES, 1)
+
+    first, second, third = (parent.network.counted(vm.vmid, index, counted) for index in range(3))
+    assert first == counted | {"rx_packets": 70, "tx_bytes": 5, "tx_spoofed": 4, "rx_filtered": 5}
+    assert second == counted
+    assert third == counted | {"rx_packets": 72, "tx_bytes": 5}
+    assert parent.network.counted(vm.vmid, 0, {"index": 0}) == {"index": 0}  # its process does not count
 
 
 def test_name_servers_of_ipv6_are_for_ipv6(parent: FakeParent, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -191,6 +191,15 @@ def test_signals_reach_only_ourselves() -> None:
     assert verdict(assemble({"tgkill", "tgkill+any"}, pid=77), NUMBERS["tgkill"], 76, 76, 9) == RET_ALLOW
 
 
+def test_what_is_sent_goes_where_the_socket_leads() -> None:
+    """An address has a length; without one the kernel takes none."""
+    number, length = NUMBERS["sendto"], 20
+
+    assert verdict(assemble({"sendto"}), number, 3, 4096, 10, 0, 0, 0) == RET_ALLOW
+    assert verdict(assemble({"sendto"}), number, 3, 4096, 10, 0, 8192, length) == RET_KILL_PROCESS
+    assert verdict(assemble({"sendto", "sendto+any"}), number, 3, 4096, 10, 0, 8192, length) == RET_ALLOW
+
+
 def test_trap_instead_of_kill() -> None:
     """For developers a refusal raises SIGSYS, except where the numbers mean something else."""
     program = assemble({"mmap"}, refused=seccomp.RET_TRAP)

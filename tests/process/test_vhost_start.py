@@ -1,0 +1,75 @@
+"""A VM whose vm.conf says `vhost`: what it is given, what its users are told, and what is left of it.
+
+Here no kernel moves frames: a /dev/vhost-net that knows no request stands for one, and a process moves them after all.
+"""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.process.test_network import PROMPT, SWITCH, block
+from tests.process.test_vhost_taps import tables, until
+from tests.support.daemon import DEADLINE_S
+from tests.support.descriptors import open_files
+from tests.support.hostnet import NetDaemon, links
+from tests.support.network import Network
+
+pytestmark = [pytest.mark.root, pytest.mark.kvm]
+
+
+def packet_sockets(network: Network) -> set[str]:
+    """Return the packet sockets of a host, as they are called in /proc."""
+    rows = network.run("cat", "/proc/thread-self/net/packet").splitlines()[1:]
+    return {f"socket:[{row.split()[-1]}]" for row in rows}
+
+
+def holders(vmd: NetDaemon, files: set[str]) -> set[str]:
+    """Return the processes of a daemon that have one of these open."""
+    return {title for title, pid in vmd.processes().items() if files & set(open_files(pid).values())}
+
+
+@pytest.mark.deep
+@pytest.mark.skipif(os.path.exists("/dev/vhost-net"), reason="this host has vhost-net")
+def test_a_host_without_vhost_net(network: Network, tmp_path: Path) -> None:
+    """The VM starts, its process moves the frames, and who starts it is told why."""
+    with NetDaemon(tmp_path, network, block("db1", "interface { vhost }", "local interface")) as vmd:
+        said = vmd.must("start", "db1")
+        why = "/dev/vhost-net: No such file or directory: load the kernel module vhost_net"
+        assert f"interface 0: vhost: a process moves its frames, not the kernel: {why}" in said
+        assert [nic["vhost"] for nic in vmd.interfaces("db1")] == [True, False]
+        assert "vhost not in use" in vmd.must("status", "-v")
+        assert (packet_sockets(network), tables(network)) == (set(), [])
+
+
+@pytest.mark.deep
+def test_what_the_kernel_needs_is_given_anew_for_each_life_and_kept_by_nobody(network: Network, tmp_path: Path) -> None:
+    """A packet socket is open in the process of its interface and nowhere else; filters are there as long as the VM."""
+    nics = "local interface { vhost }", 'interface { switch "lan", vhost }', "interface { vhost, limit rate 1M }"
+    with NetDaemon(tmp_path, network, SWITCH + block("db1", *nics), vhost_net=True) as vmd:
+        assert "vhost" not in vmd.must("start", "db1")
+        processes = {f"vmd: vm/db1/vionet{index}" for index in range(3)}
+        first = packet_sockets(network)
+        assert (len(first), holders(vmd, first)) == (3, processes)
+        assert tables(network) == ["vmd_tap0", "vmd_tap1"]  # a plain one has nothing to filter
+
+        with vmd.console("db1") as console:
+            console.expect(PROMPT, DEADLINE_S)
+            console.answer("reset", PROMPT)
+        second = packet_sockets(network)
+        assert (len(second), holders(vmd, second)) == (3, processes)
+        assert not first & second
+
+        priv = vmd.processes()["vmd: priv"]
+        os.kill(priv, signal.SIGKILL)
+        until(lambda: vmd.processes().get("vmd: priv", priv) != priv, "priv is not there again")
+        vmd.must("reload")
+        assert tables(network) == ["vmd_tap0", "vmd_tap1"]
+        counters = vmd.interfaces("db1")[1]["counters"]
+        assert (counters["vhost"], counters["tx_spoofed"]) == (0, 0)
+
+        vmd.must("stop", "-fw", "db1")
+        until(lambda: tables(network) == [], "filters are left")
+        assert packet_sockets(network) == set()
+    assert set(links(network)) == {"lo"}

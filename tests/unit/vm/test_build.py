@@ -1,0 +1,58 @@
+"""In which order a machine is built."""
+
+import os
+from types import SimpleNamespace
+from typing import Any
+
+from vmd.config.model import VmConfig
+from vmd.vm.build import build
+from vmd.vm.kinds import INTERFACE, SEED
+from vmd.vm.slots import Slot
+
+
+def is_open(fd: int) -> bool:
+    """Return whether there is such a descriptor."""
+    try:
+        os.fstat(fd)
+    except OSError:
+        return False
+    return True
+
+
+class Source:
+    """What a machine begins with, which looks at what is open while it is read."""
+
+    def __init__(self, *fds: int) -> None:
+        self.fds = fds
+        self.open: dict[str, list[bool]] = {}
+
+    def _look(self, when: str) -> None:
+        self.open[when] = [is_open(fd) for fd in self.fds]
+
+    def machine(self, *_: object) -> SimpleNamespace:
+        """Give descriptors to the devices."""
+        self._look("machine")
+        return SimpleNamespace(plug_devices=lambda: None, create_vcpus=lambda: None)
+
+    def fill(self, _machine: object) -> None:
+        """Read what comes from outside."""
+        self._look("fill")
+
+    def finish(self, machine: SimpleNamespace) -> SimpleNamespace:
+        """Be done."""
+        return machine
+
+
+def test_who_reads_a_boot_image_has_no_descriptor_of_a_device() -> None:
+    """Neither a tap nor a packet socket; its devices have been given theirs, and what a seed holds is known."""
+    tap, packets = os.pipe()
+    seed = os.memfd_create("seed")
+    os.write(seed, b"cidata")
+    source: Any = Source(tap, packets, seed)
+    host: Any = SimpleNamespace(close=lambda: None)
+    nic = Slot(kind=INTERFACE, index=0, number=2, fds=(tap, packets))
+
+    built: Any = build(host, source, VmConfig(name="a"), [nic, Slot(kind=SEED, index=4, number=31, fds=(seed,))], host)
+
+    assert source.open == {"machine": [True] * 3, "fill": [False] * 3}
+    assert built.seed == b"cidata"
