@@ -283,6 +283,16 @@ def test_two_causes_are_two(rig: Rig) -> None:
                 assert rig.kernel.serves(), (one, other)
 
 
+def test_what_was_notified_of_before_is_looked_at(rig: Rig) -> None:
+    """The kernel has not heard it: it is rung for once more, when it listens."""
+    for kick in rig.services.host.kicks:
+        os.eventfd_read(kick)
+    rig.device.set_direct(False)
+    rig.device.set_direct(True)
+
+    assert [os.eventfd_read(kick) for kick in rig.services.host.kicks] == [1, 1]
+
+
 @pytest.mark.parametrize("missing", [spec.VIRTIO_NET_F_MRG_RXBUF, spec.VIRTIO_NET_F_GUEST_CSUM])
 def test_a_driver_whose_headers_need_a_look_is_not_the_kernels(rig: Rig, missing: int) -> None:
     """It would show what such a driver has not agreed to."""
@@ -399,6 +409,16 @@ def test_a_used_index_that_a_driver_has_changed_is_not_handed_over(rig: Rig, cap
     assert f"used index of queue 1 is 7, and was left at {START}" in capfd.readouterr().err
 
 
+def test_what_the_kernel_gave_back_is_not_marked_by_the_process(rig: Rig) -> None:
+    """Where it goes on it has published all there is: it walks no chains that others have used."""
+    rig.send(1)
+    rig.wait(TX, 1)
+    of_marks(rig.device, True)
+
+    assert [queue.published for queue in rig.queues] == [queue.next_used for queue in rig.queues]
+    of_marks(rig.device, False)
+
+
 def test_memory_that_devices_must_not_write_is_no_memory_of_the_kernels(rig: Rig) -> None:
     """It knows of no such thing as read-only memory."""
     wanted = [(each.gpa, each.size, rig.memory.base + each.offset, 0) for each in rig.memory.regions if each.gpa != ROM]
@@ -451,7 +471,7 @@ def test_dhcp_is_answered_through_the_packet_socket(local: Rig, missing: bool) -
 
 @pytest.mark.parametrize("local", [{"locked": True}], indirect=True)
 def test_a_locked_guest_is_heard_with_its_own_address_only(local: Rig) -> None:
-    """The filters on the tap come behind the packet socket."""
+    """The filters on the tap come behind the packet socket; the answers know whose they are."""
     request = bytearray(dhcp(DISCOVER))
     request[6:12] = b"\x02spoof"
     heard(local, bytes(request))

@@ -69,9 +69,8 @@ class KernelVionet(Vionet):
         self.queues: list[Queue | None] = []
         super().__init__(interface, tap, host.kicks, services)
         self.packets = Packets(
-            packet_fd, services, self.local, self.addresses, self.transmitter.count_answered, self._look_at_tap,
-            locked=interface.locked,
-        )  # fmt: skip
+            packet_fd, services, self.local, self.addresses, self.transmitter.count_answered, self._look_at_tap
+        )
         services.watch(self.vhost.failed, self._on_puzzled)
 
     # --- who has the rings -----------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ tells an address of the guest.  What is sent there goes to the guest.  All of th
 import posix as os
 
 from vmd.devices.vionet.addresses import LOOK_BYTES
-from vmd.devices.vionet.ethernet import SOURCE
 from vmd.virtio import spec
 
 TYPE_CHECKING = False
@@ -47,20 +46,14 @@ class Packets:
         addresses: "Addresses",
         answered: "Callable[[], None]",
         failed: "Callable[[], None]",
-        *,
-        locked: bool = False,
     ) -> None:
-        """`answered` is called for each frame that was for us, `failed` when the tap may be down or gone.
-
-        A guest that is `locked` is heard with its own link-layer address only: what filters drop they drop behind us.
-        """
+        """`answered` is called for each frame that was for us, `failed` when the tap may be down or gone."""
         self.fd = fd
         self.services = services
         self.local = local
         self.addresses = addresses
         self.answered = answered
         self.failed = failed
-        self.locked = locked
         self.serving = False
         os.set_blocking(fd, False)
 
@@ -99,8 +92,6 @@ class Packets:
             if packet is None:
                 return
             frame = packet[HEADER:]
-            if self.locked and frame[SOURCE] != self.addresses.lladdr:
-                continue
             if self.local is None:
                 self.addresses.learn(frame[:LOOK_BYTES])
             elif (

@@ -1,0 +1,216 @@
+"""Interfaces whose frames the kernel moves, with a kernel that does: the emulated machine has vhost-net."""
+
+import os
+import random
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.process.test_vionet_vhost import direct, packet_socket
+from tests.support.fakedriver import DEADLINE_S, EVENT_IDX, INDIRECT_DESC, MODERN, Desc
+from tests.support.hostnet import load_modules
+from tests.support.netdriver import (
+    ALL,
+    GUEST_TSO,
+    MRG,
+    OFFLOADS,
+    RX_BASE,
+    TX,
+    NetDriver,
+    Nic,
+    net_start,
+)
+from tests.support.network import Network, TapInterface
+from tests.support.packets import LLADDR, any_frame
+from vmd.guestmem import PAGE
+from vmd.ipc import devmsg
+
+pytestmark = [pytest.mark.l1, pytest.mark.root, pytest.mark.timeout(900)]
+
+VHOST = "/dev/vhost-net"
+KERNELS = (MODERN | MRG | GUEST_TSO, MODERN | MRG | OFFLOADS | EVENT_IDX, MRG | OFFLOADS | INDIRECT_DESC, ALL)
+ROUNDS, FLIGHT = 40, 16
+PROCESSES = (MODERN, MODERN | MRG, MODERN | OFFLOADS, 0)
+
+
+@pytest.fixture
+def nic() -> Iterator[Nic]:
+    """Give an interface whose rings the kernel has."""
+    load_modules()
+    net = net_start(flags=devmsg.NET_VHOST)
+    with Network() as network, TapInterface(network) as tap, packet_socket(tap) as ear, open(VHOST, "rb+", 0) as vhost:
+        made = Nic(tap, NetDriver(tap, net, more=(vhost.fileno(), ear.fileno())))
+        vhost.close()
+        direct(made, on=True)
+        assert in_kernel(made)
+        yield made
+        print(made.device.read_log())
+        made.close()
+
+
+def in_kernel(nic: Nic) -> bool:
+    """Return whether the kernel has the rings."""
+    return bool(nic.device.figures()["vhost"])
+
+
+def threads_of_kernel(pid: int) -> list[str]:
+    """Return the names of kernel threads that work for a process (named after it)."""
+    names = [path.read_text().strip() for path in Path("/proc").glob("[0-9]*/comm")]
+    return [name for name in names if name == f"vhost-{pid}"]
+
+
+@pytest.mark.parametrize("features", [*KERNELS, *PROCESSES], ids=hex)
+def test_frames_of_any_length_go_both_ways(nic: Nic, features: int) -> None:
+    """By the kernel where it knows all that was agreed on, and by the process elsewhere."""
+    nic.driver.renew(features)
+    assert in_kernel(nic) == (features in KERNELS)
+    nic.driver.post(8)
+
+    for seed, length in enumerate((60, 61, 1513, 1514, 60, 200)):
+        nic.sends(any_frame(length, seed))
+        nic.gets(any_frame(length, seed, destination=LLADDR))
+    assert in_kernel(nic) == (features in KERNELS)
+
+
+def of_limit(nic: Nic, on: bool) -> None:
+    """Limit it, or no more; so high that nothing has to wait for it."""
+    nic.device.informs.send(devmsg.LIMIT_BODY.pack(devmsg.LIMIT, 0, 1 << 40 if on else 0))
+    nic.driver.settle()
+
+
+def of_marks(nic: Nic, on: bool) -> None:
+    """Have it mark what it changes, or no more."""
+    nic.device.command(devmsg.MARK if on else devmsg.UNMARK)
+
+
+def of_pause(nic: Nic, on: bool) -> None:
+    """Pause it, or let it go on."""
+    nic.device.command(devmsg.PAUSE if on else devmsg.RESUME)
+
+
+CAUSES: tuple[Callable[[Nic, bool], None], ...] = (
+    lambda nic, on: direct(nic, on=not on),
+    of_limit,
+    of_marks,
+    of_pause,
+)
+PAUSE = CAUSES.index(of_pause)
+
+
+@pytest.mark.parametrize("features", [ALL, ALL & ~EVENT_IDX], ids=hex)
+def test_no_frame_is_lost_or_twice_there_while_rings_change_hands(nic: Nic, features: int) -> None:
+    """Both ways, in order, while rings go round several times."""
+    random_ = random.Random(features)
+    driver = nic.driver
+    driver.renew(features)
+    driver.post(64)
+    on = [False] * len(CAUSES)
+    changes = 0
+    for first in range(0, ROUNDS * FLIGHT, FLIGHT):
+        for number in range(first, first + FLIGHT):
+            driver.submit(any_frame(60 + number, number))
+            nic.device.kick(TX)
+            nic.host.send(any_frame(60 + number, number, destination=LLADDR))
+            if random_.random() < 0.3:
+                which = on.index(True) if any(on) and random_.random() < 0.8 else random_.randrange(len(CAUSES))
+                before = in_kernel(nic)
+                on[which] = not on[which]
+                CAUSES[which](nic, on[which])
+                changes += before != in_kernel(nic)
+        if on[PAUSE]:
+            on[PAUSE] = False
+            of_pause(nic, on=False)
+        for number in range(first, first + FLIGHT):
+            assert driver.receive().frame == any_frame(60 + number, number, destination=LLADDR)
+            assert nic.host.receive() == any_frame(60 + number, number)
+        nic.device.collect(driver.tx, FLIGHT, TX)
+    assert changes > ROUNDS
+    assert nic.host.try_receive() is None
+    assert driver.try_receive() is None
+
+
+def test_a_pause_leaves_the_rings_alone(nic: Nic) -> None:
+    """Frames wait, and the indices of EXPORT are those of the rings."""
+    nic.driver.post(8)
+    for number in range(3):
+        nic.sends(any_frame(60, number))
+        nic.gets(any_frame(60, number, destination=LLADDR))
+    nic.device.command(devmsg.PAUSE)
+    nic.driver.submit(any_frame(60, 9))
+    nic.device.kick(TX)
+    nic.host.send(any_frame(60, 9, destination=LLADDR))
+    assert nic.device.export() == [(3, 3), (3, 3)]
+    assert nic.driver.tx.device_idx == 3
+    assert nic.no_frame()
+
+    nic.device.command(devmsg.RESUME)
+    assert nic.host.receive() == any_frame(60, 9)
+    assert nic.driver.receive().frame == any_frame(60, 9, destination=LLADDR)
+    assert in_kernel(nic)
+
+
+def test_what_is_received_while_marks_are_kept_is_marked(nic: Nic) -> None:
+    """The kernel marks nothing, so it has no rings then."""
+    nic.driver.post(4)
+    nic.gets(any_frame(60, 1, destination=LLADDR))
+    nic.device.command(devmsg.MARK)
+    nic.memory.marks[:] = bytes(len(nic.memory.marks))
+    nic.gets(any_frame(60, 2, destination=LLADDR))
+    assert any(nic.memory.marks[RX_BASE // PAGE : RX_BASE // PAGE + 2])
+    nic.device.command(devmsg.UNMARK)
+    assert in_kernel(nic)
+    nic.gets(any_frame(60, 3, destination=LLADDR))
+
+
+def test_a_ring_that_the_kernel_does_not_take(nic: Nic) -> None:
+    """The process says what is wrong with it; the next driver has the kernel again."""
+    nic.driver.tx.describe(0, [Desc(1 << 40, 60)])
+    nic.driver.tx.offer(0)
+    nic.device.kick(TX)
+    assert "0x10000000000" in nic.device.needs_reset()
+    assert not in_kernel(nic)
+
+    assert nic.works()
+    assert in_kernel(nic)
+
+
+def test_a_tap_that_goes_down_and_comes_up(nic: Nic) -> None:
+    """The guest has no link, and then has one, and the kernel its rings."""
+    nic.driver.post(4)
+    for _ in range(2):
+        nic.sends(any_frame(60, 1))
+        nic.tap.set("down")
+        assert nic.driver.link() is False
+        assert not in_kernel(nic)
+        nic.driver.send(any_frame(60, 2))
+        nic.tap.set("up")
+        assert nic.driver.link() is True
+        assert in_kernel(nic)
+        nic.forget()  # and that the network was down
+        nic.gets(any_frame(60, 3, destination=LLADDR))
+
+
+def test_a_tap_that_is_removed(nic: Nic) -> None:
+    """The interface has no link any more; the process goes on, for a driver may still send."""
+    nic.tap.remove()
+
+    assert nic.driver.link() is False
+    assert not in_kernel(nic)
+    nic.driver.send(any_frame(60, 1))
+    assert nic.driver.counter("tx_link_down", 1) == 1
+
+
+def test_the_kernel_lets_go_of_the_tap_when_the_process_is_killed(nic: Nic) -> None:
+    """Its thread is gone with it, and the tap is another's."""
+    pid = nic.device.child.pid
+    os.close(nic.device.resources.pop(1))  # our own /dev/vhost-net
+    nic.sends(any_frame(60, 1))
+    assert threads_of_kernel(pid)
+    nic.device.child.kill()
+    nic.device.child.reap(DEADLINE_S)
+    deadline_s = time.monotonic() + DEADLINE_S
+    while threads_of_kernel(pid):
+        assert time.monotonic() < deadline_s
+        os.sched_yield()
