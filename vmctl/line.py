@@ -15,6 +15,12 @@ from vmd.enums import Enum
 from vmd.errors import VMD_CONSOLE_TAKEN, sentence
 from vmd.ipc.messages.clients import ConsoleAttached, ConsoleBreak, Failed
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vmd.record import Record
+
 READ_MAX = 16384
 # What waits for a guest that does not read; beyond it we do not read the operator either.  Large, since an
 # escape behind it would not be seen: who has pasted a book into a hung guest must still be able to leave.
@@ -66,6 +72,7 @@ class Relay:
         self.typed = bytearray()  # not yet taken by the line
         self.leaving = False
         self.last_words = ""  # of the daemon
+        self.on_message: Callable[[Record], None] = lambda _message: None  # ... what it says besides
 
     def run(self) -> Ending:
         """Relay until the operator leaves, the VM has ended or the daemon is gone."""
@@ -101,6 +108,7 @@ class Relay:
             if message.code == VMD_CONSOLE_TAKEN:
                 return Ending.TAKEN
             self.terminal.say(f"\n[{clean(self.last_words)}]\n")
+        self.on_message(message)
         return None
 
     def _on_output(self) -> bool:

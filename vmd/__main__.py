@@ -11,11 +11,11 @@ PROCESSES = ("agentx", "consolelog", "control", "imgwriter", "log", "metrics", "
 
 
 def main() -> int:
-    """Run vmd(8), or, started by ourselves, one of its processes: `NAME LOG-FORM VERBOSITY`."""
+    """Run vmd(8), or, started by ourselves, one of its processes: `NAME LOG-FORM VERBOSITY`, and what only it knows."""
     stdio.fill()
     arguments = sys.argv[1:]
-    if len(arguments) == 3 and arguments[0] in PROCESSES:
-        name, form, verbosity = arguments
+    if len(arguments) >= 3 and arguments[0] in PROCESSES:
+        name, form, verbosity = arguments[:3]
         log.setup(name, form, int(verbosity))
         return run_process(name)
     from vmd.parent.startup import run

@@ -43,6 +43,7 @@ from vmd.ipc.messages.clients import (
     ConsoleBreak,
     ConsoleLogAt,
     ConsoleLogRequest,
+    ConsoleReady,
     ConsoleRequest,
     ConsoleWatch,
     ConsoleWatched,
@@ -449,7 +450,9 @@ class Client:
         )
         boots = (("kernel", kernel), ("initrd", initrd), ("seed", seed))
         files = {name: [fd] for name, fd in boots if isinstance(fd, int)}
-        return self.ask(request, VmStarted, fds=files, meanwhile=meanwhile)
+        started = self.ask(request, VmStarted, ConsoleReady, fds=files, meanwhile=meanwhile)
+        assert isinstance(started, VmStarted)
+        return started
 
     def stop(self, vm: "AnyVm", *, force: bool = False) -> StopAccepted | VmTerminated:
         """Ask the guest to shut down, or with `force` kill the VM; VmTerminated if it only waited for its start."""

@@ -133,7 +133,7 @@ def test_what_a_vm_process_has(bystander: Bystander) -> None:
     """Its guest, its console, and channels: no file, and no way to make another VM."""
     pid = bystander.pid
     held = {re.sub(r"[0-9]+", "N", name) for name in open_files(pid).values()}
-    memory = {f"/memfd:{name} (deleted)" for name in ("guest-memory", "console", "interrupts")}
+    memory = {f"/memfd:{name} (deleted)" for name in ("guest-memory", "console", "interrupts", "figures")}
     events = {f"anon_inode:[{kind}]" for kind in ("eventfd", "eventpoll", "pidfd", "timerfd")}
     machine = {"anon_inode:kvm-vm", "anon_inode:kvm-vcpu:N"}
     assert held <= {"/dev/null", "/dev/ptmx", "/dev/pts/N", "socket:[N]"} | memory | events | machine
@@ -155,6 +155,31 @@ def test_a_vm_process_in_reserve_has_an_empty_machine(vmd: Daemon) -> None:
     assert vmd.processes()["vmd: vm/other"] == pid
     assert machines("vmd: vm/other") == ["anon_inode:kvm-vm"]
     vmd.must("stop", "-fw", "other")
+
+
+def test_processes_of_devices_are_in_reserve(vmd: Daemon) -> None:
+    """As many disks as the last VM had, and what a VM does not need ends."""
+    devices = "vmd: vm/several/vioblk0", "vmd: vm/several/vioblk1"
+
+    def children(title: str) -> set[int] | None:
+        pid = vmd.processes().get(title)
+        return {int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()} if pid else None
+
+    def spares(count: int) -> bool:
+        return len(children("vmd: vm") or ()) == count
+
+    vmd.must("start", "several")
+    wait_for(lambda: spares(2), vmd)
+    before = children("vmd: vm")
+    vmd.must("stop", "-fw", "several")
+    vmd.must("start", "several")
+    assert {vmd.processes()[title] for title in devices} == before
+    wait_for(lambda: spares(2), vmd)
+    vmd.must("start", "other")
+    wait_for(lambda: children("vmd: vm/other") == set(), vmd)
+    wait_for(lambda: children("vmd: vm") == set(), vmd)
+    for name in ("several", "other"):
+        vmd.must("stop", "-fw", name)
 
 
 @pytest.mark.deep

@@ -176,6 +176,7 @@ def open_files(pid: int) -> int:
 
 
 RESERVE = {"vmd: vm", "vmd: opener", "vmd: imgprobe", "vmd: control/reserve"}
+OF_THE_NEXT_VM = {"vmd: vionet", "vmd: vioblk"}  # such as the last one had
 
 
 def is_settled(processes: Collection[str]) -> bool:
@@ -192,7 +193,7 @@ class Footprint:
             assert time.monotonic() < deadline, processes
             pause()
         vmd.must("status")  # whatever was asked before has been done
-        self.titles = sorted(processes)
+        self.titles = sorted(set(processes) - OF_THE_NEXT_VM)
         lasting = ("vmd: priv", "vmd: control", "vmd: vmm")
         self.files = {title: open_files(processes[title]) for title in lasting} | {"parent": open_files(vmd.pid)}
 

@@ -17,6 +17,7 @@ from vmd.ipc.messages.clients import (
     REQUESTS,
     ConsoleAttached,
     ConsoleOutput,
+    ConsoleReady,
     ConsoleRequest,
     End,
     Event,
@@ -123,7 +124,7 @@ def test_all_that_is_promised_is_there_and_described() -> None:
         assert hasattr(vmd.client, name)
     answers = {answer for request in REQUESTS for answer in BY_CLASS[request].answers}
     shown = {getattr(vmd.client, name) for name in vmd.client.__all__}
-    assert answers - shown == {ConsoleOutput, End, EventsSeen, Failed}
+    assert answers - shown == {ConsoleOutput, ConsoleReady, End, EventsSeen, Failed}
 
 
 @pytest.mark.parametrize(

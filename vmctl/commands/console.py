@@ -6,25 +6,36 @@ reaches the guest although a Linux pty carries none, and two operators do not re
 
 import errno
 import os
+import select
 
 from vmctl.errors import ArgumentError, CommandError, NoSuchVm, UsageError, refused
 from vmctl.keptlog import KeptLog
 from vmctl.line import Ending, Relay, open_line
 from vmctl.options import Given
-from vmctl.output import clean, put_json, warn
+from vmctl.output import clean, notice, put_json, warn
 from vmctl.screen import Screen
 from vmctl.session import Session
 from vmctl.terminal import RawTerminal
 from vmctl.vmref import VmRef, parse_vmref
 from vmctl.watch import Watch
-from vmd.client import Client, NoDaemon, Refused
+from vmd.client import LOOK_UP_MS, Client, NoDaemon, Refused
 from vmd.errors import VMD_CONSOLE_TAKEN
 from vmd.ipc.messages.clients import (
     ConsoleAttached,
     ConsoleOutput,
+    ConsoleReady,
     ConsoleRequest,
+    VmStarted,
 )
 from vmd.stdio import STDIN
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vmd.record import Record
+
+    Notice = Callable[[str], None]
 
 SPEED = 115200
 
@@ -92,17 +103,60 @@ def attach(client: Client, ref: VmRef, *, force: bool = False) -> int:
         return 0
     line = open_line(attached.tty)
     try:
-        with RawTerminal(STDIN) as terminal:
-            relay = Relay(client, attached, line, terminal)
-            terminal.say(f"Connected to {clean(attached.tty)} (speed {SPEED})\n")
-            if terminal.is_tty:
-                terminal.say("Type ~. at the start of a line to leave, ~? for help.\n")
-            terminal.screen.replay(backlog)
-            ending = relay.run()
-            terminal.screen.put_back()
-            terminal.say("\n[EOT]\n")
+        return relay(client, attached, line, backlog)
     finally:
         os.close(line)
+
+
+def attach_to_start(client: Client, ready: ConsoleReady, say_started: "Callable[[VmStarted, Notice], None]") -> int:
+    """Relay from the first byte of a VM on that is being started; the console is ours already.
+
+    `say_started` is called when the daemon says that it runs.  Until then, or until its guest shows something, the
+    terminal stays as it is.  Raises Refused if the VM is not started, and CommandError.
+    """
+    try:
+        line = open_line(ready.tty)
+    except CommandError:
+        say_started(client.answer(VmStarted), notice)  # or it is not started: then there is no line any more
+        raise
+    try:
+        attached = ConsoleAttached(vmid=ready.vmid, name=ready.name, tty=ready.tty)
+        first = select.poll()
+        for fd in (client.fileno(), line):
+            first.register(fd, select.POLLIN)
+        while not (events := dict(first.poll(LOOK_UP_MS))):
+            continue
+        if client.fileno() in events or events[line] & select.POLLHUP:
+            say_started(client.answer(VmStarted), notice)
+            return relay(client, attached, line)
+        return relay(client, attached, line, say_started=say_started)
+    finally:
+        os.close(line)
+
+
+def relay(
+    client: Client,
+    attached: ConsoleAttached,
+    line: int,
+    backlog: bytes = b"",
+    say_started: "Callable[[VmStarted, Notice], None] | None" = None,
+) -> int:
+    """Relay on a console that is ours until there is an end; return the exit status.  Raises CommandError."""
+    with RawTerminal(STDIN) as terminal:
+        relay = Relay(client, attached, line, terminal)
+        terminal.say(f"Connected to {clean(attached.tty)} (speed {SPEED})\n")
+        if terminal.is_tty:
+            terminal.say("Type ~. at the start of a line to leave, ~? for help.\n")
+        terminal.screen.replay(backlog)
+
+        def hear(message: "Record") -> None:
+            if isinstance(message, VmStarted) and say_started is not None:
+                say_started(message, terminal.say)
+
+        relay.on_message = hear
+        ending = relay.run()
+        terminal.screen.put_back()
+        terminal.say("\n[EOT]\n")
     if ending is Ending.TAKEN:
         raise CommandError(relay.last_words, VMD_CONSOLE_TAKEN)
     return tell_end(ending, attached.name)

@@ -12,7 +12,7 @@ import stat
 from vmctl.errors import ArgumentError, CommandError, NoSuchVm
 from vmctl.numbers import count
 from vmctl.options import Given, meant
-from vmctl.output import clean, put_json, warn
+from vmctl.output import clean, notice, put_json, warn
 from vmctl.session import Session
 from vmctl.vmref import VmRef, parse_vmref
 from vmd.client import Refused
@@ -38,7 +38,7 @@ from vmd.errors import (
     sentence,
 )
 from vmd.ipc.foreign import typed_format
-from vmd.ipc.messages.clients import StartRequest, VmStarted
+from vmd.ipc.messages.clients import ConsoleReady, StartRequest, VmStarted
 from vmd.scaled import fmt_scaled, scan_scaled
 
 TYPE_CHECKING = False
@@ -332,8 +332,8 @@ def load_console() -> None:
     importlib.import_module("vmctl.commands.console")
 
 
-def start(session: Session, wanted: Wanted, ref: VmRef) -> VmStarted:
-    """Open the boot files, send the request and return the answer.  Raises CommandError."""
+def start(session: Session, wanted: Wanted, ref: VmRef) -> "tuple[StartRequest, VmStarted | ConsoleReady]":
+    """Open the boot files, send the request and return it and the first answer.  Raises CommandError."""
     fds: dict[str, list[int]] = {}
     try:
         for name, path in (("kernel", wanted.kernel), ("initrd", wanted.initrd)):
@@ -342,13 +342,25 @@ def start(session: Session, wanted: Wanted, ref: VmRef) -> VmStarted:
         request = request_for(session, wanted, ref)
         if wanted.seed is not None:
             fds["seed"] = [wanted.seed.file(request.name)]
+        if wanted.console and session.client.daemon is not None:  # one without a Hello knows nothing of that
+            request = request.replace(console=True)
+        meanwhile = load_console if wanted.console else None
         try:
-            return session.client.ask(request, VmStarted, fds=fds, meanwhile=load_console if wanted.console else None)
+            answer = session.client.ask(request, VmStarted, ConsoleReady, fds=fds, meanwhile=meanwhile)
         except Refused as error:
             raise refusal(session, error, ref, request) from None
+        assert isinstance(answer, VmStarted | ConsoleReady)
+        return request, answer
     finally:
         for opened in fds.values():
             os.close(opened[0])
+
+
+def say_started(started: VmStarted, say: "Callable[[str], None]" = notice) -> None:
+    """Say that a VM runs, and what else the daemon has to say of its start."""
+    for note in started.notes:
+        say(f"vmctl: warning: {clean(note)}\n")
+    say(f"vmctl: started vm {started.vmid} successfully, tty {clean(started.tty)}\n")
 
 
 def run(session: Session, given: Given) -> int:
@@ -359,10 +371,16 @@ def run(session: Session, given: Given) -> int:
         wanted.take(option, value)
     if session.json and wanted.console:
         raise ArgumentError("--json and -c cannot be used together")
-    started = start(session, wanted, ref)
-    for note in started.notes:
-        warn(f"warning: {note}")
-    warn(f"started vm {started.vmid} successfully, tty {started.tty}")
+    request, answer = start(session, wanted, ref)
+    if isinstance(answer, ConsoleReady):
+        from vmctl.commands.console import attach_to_start
+
+        try:
+            return attach_to_start(session.client, answer, say_started)
+        except Refused as error:
+            raise refusal(session, error, ref, request) from None
+    started = answer
+    say_started(started)
     if session.json:
         put_json({
             "id": started.vmid,

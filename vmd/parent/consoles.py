@@ -14,6 +14,7 @@ from vmd.ipc.messages.clients import (
     ConsoleAttached,
     ConsoleBreak,
     ConsoleOutput,
+    ConsoleReady,
     ConsoleRequest,
     ConsoleWatch,
     ConsoleWatched,
@@ -115,7 +116,7 @@ class Consoles:
         if isinstance(vm, Kept):
             self._send(client, vm.output.data)
             raise OperatorError(errno.ESRCH, f"vm {vm.name} is not running")
-        user = f"{owner_text(caller.uid, None)} (pid {caller.pid})"
+        user = user_text(caller)
         if clients.waiting(For.CONSOLE, vm.vmid) and not message.force:
             raise OperatorError(errno.EBUSY, f"the console of vm {vm.name} is in use by {vm.console_user}")
         if len(clients.waiting(For.SNAPSHOT, vm.vmid)) >= PENDING_MAX:
@@ -125,6 +126,14 @@ class Consoles:
         for what in (For.CONSOLE, For.SNAPSHOT):
             clients.wait(client, what, vm.vmid)
         self.core.peers.send(Proc.VMM, ConsoleSnapshot(vmid=vm.vmid), peerid=vm.vmid, fds=fds)
+
+    def give(self, vm: "Vm", caller: "Caller", client: int) -> None:
+        """Hand the console of a VM that is being started to who has started it, who sees it from the first byte on."""
+        if vm.pty is None or self.core.clients.waiting(For.CONSOLE, vm.vmid):
+            return
+        vm.console_user = user_text(caller)
+        self.core.clients.wait(client, For.CONSOLE, vm.vmid)
+        self.core.clients.answer(client, ConsoleReady(vmid=vm.vmid, name=vm.name, tty=vm.pty.path))
 
     def _take_over(self, vm: "Vm", user: str) -> dict[str, list[int]]:
         """Take a console from whoever has it, by moving it to another pty; return that for the VM process.
@@ -303,3 +312,8 @@ class Consoles:
     def _send(self, client: int, data: bytes) -> None:
         for start in range(0, len(data), PIECE_BYTES):
             self.core.clients.answer(client, ConsoleOutput(data=data[start : start + PIECE_BYTES]))
+
+
+def user_text(caller: "Caller") -> str:
+    """Return what others are told of who has a console."""
+    return f"{owner_text(caller.uid, None)} (pid {caller.pid})"

@@ -122,6 +122,8 @@ class Life:
             raise
         vm.restarts.started_by_user()
         self.clients.wait(envelope.peerid, For.START, vm.vmid)
+        if message.console:
+            self.consoles.give(vm, caller, envelope.peerid)
 
     def _described(self, message: StartRequest, caller: Caller) -> Vm:
         """Register the VM that a client describes.  Raises OperatorError."""

@@ -84,6 +84,7 @@ class DeviceProcess:
     def __init__(self, kind: "Kind", module: str = MAIN) -> None:
         """`module` of its package is what it begins with."""
         self.kind = kind
+        self.module = module
         self.begun = False
         self.title = self.name = self.label = kind.process
         self.troubles: dict[str, int] = {}  # what the device says is wrong with it, and since when (seconds since 1970)
@@ -502,11 +503,37 @@ class DeviceProcesses:
     """All device processes of a VM: they start in parallel, and end in parallel."""
 
     def __init__(self) -> None:
+        self.reserve: list[DeviceProcess] = []
         self.running: list[DeviceProcess] = []
+
+    def fill_reserve(self, devices: "Iterable[tuple[Kind, str]]") -> None:
+        """Start what a VM is likely to have, before there is one; the kernel has these processes wait with ours."""
+        try:
+            for kind, module in devices:
+                self.reserve.append(DeviceProcess(kind, module))
+        except (HostError, OSError) as error:
+            log.debug(sentence(error))  # the VM tries again, and fails if it has to
+
+    def drop_reserve(self) -> None:
+        """End those that the VM does not need; called again until there are none."""
+        self.reserve = [each for each in self.reserve if not each.has_ended()]
+        for process in self.reserve:
+            process.shut_down()
 
     def spawn(self, devices: "Iterable[tuple[Kind, str]]") -> None:
         """Have a process for each device, by kind and module, which is told later what it is.  Raises HostError."""
-        self.running += [DeviceProcess(kind, module) for kind, module in devices if not kind.inside]
+        for kind, module in devices:
+            if not kind.inside:
+                process = self._take_spare(kind, module) or DeviceProcess(kind, module)
+                process.kind = kind
+                self.running.append(process)
+
+    def _take_spare(self, kind: "Kind", module: str) -> DeviceProcess | None:
+        for spare in self.reserve:
+            if (spare.kind.process, spare.module) == (kind.process, module) and not spare.has_ended():
+                self.reserve.remove(spare)
+                return spare
+        return None
 
     def begin(self, vm_title: str, slots: "Sequence[Slot]", memory: "GuestMemory", figures_fd: int) -> None:
         """Tell each what it is; `wait_ready` of each comes later.  Raises PeerError, HostError or OSError.
@@ -524,8 +551,9 @@ class DeviceProcesses:
 
     def end(self) -> None:
         """Have all finish what they do and wait until they are gone: only then are their files free."""
-        for process in self.running:
+        processes = [*self.running, *self.reserve]
+        for process in processes:
             process.shut_down()
-        for process in self.running:
+        for process in processes:
             process.reap(END_TIMEOUT_S)
-        self.running = []
+        self.running, self.reserve = [], []

@@ -13,7 +13,7 @@ from vmd.virtio import spec
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from typing import Any
 
     from vmd.config.model import VmConfig
@@ -232,3 +232,12 @@ KINDS = (ENTROPY, INTERFACE, DISK, CDROM, SEED)  # in the order of their slots, 
 def kinds(config: "VmConfig") -> list[Kind]:
     """Return the kind of each device of a configuration, in the order of their slots."""
     return [kind for kind in KINDS for _ in range(kind.count(config))]
+
+
+def spares(words: "Sequence[str]") -> "list[tuple[Kind, str]]":
+    """Return kinds and modules of processes that a VM is likely to need, as vmm calls them: `vioblk.raw`, for one."""
+    found: list[tuple[Kind, str]] = []
+    for word in words:
+        process, _, module = word.partition(".")
+        found += [(kind, module) for kind in (INTERFACE, DISK) if kind.process == process]
+    return found

@@ -88,7 +88,7 @@ from vmd.vm.console import Console
 from vmd.vm.departure import Departure
 from vmd.vm.devproc import DeviceProcesses
 from vmd.vm.fetch import fetch_files, fetch_stream
-from vmd.vm.kinds import Given
+from vmd.vm.kinds import Given, spares
 from vmd.vm.lending import Lending
 from vmd.vm.life import Life, State
 from vmd.vm.lockwatch import Locks
@@ -136,6 +136,7 @@ BUILDING_IOCTLS = (  # besides, before that; /dev/kvm itself is closed before an
 
 SWITCH_INTERVAL_S = 0.0005  # a busy event thread must not keep a vCPU waiting for the interpreter
 LAST_WORDS_TIMEOUT_S = 1.0
+SPARES_END_S = 0.1
 MEMORY_BESIDES_BYTES, STACK_BYTES = 1 << 30, 16 << 20  # that a VM process may have mapped beside its guest's
 RESOLVERS_TIMEOUT_S = 1.0  # a guest that waits for its DHCP server asks again after some seconds
 
@@ -166,8 +167,9 @@ class VmProcess(Process):
         self.host: Host | None = None
         self.filters = filter_of(BUILDING), filter_of_requests(IOCTLS)
 
-    def prepare(self) -> None:
-        """Have what every VM has, before there is one."""
+    def prepare(self, words: "Sequence[str]") -> None:
+        """Have what every VM has, before there is one, and processes for the devices in `words` (`kinds.spares`)."""
+        self.devices.fill_reserve(spares(words))
         try:
             self.host = Host()
         except OSError as error:
@@ -248,7 +250,18 @@ class VmProcess(Process):
     def report_running(self, *, paused: bool) -> None:
         """Say that the guest executes, or waits to be unpaused."""
         name_thread(EVENT)
+        self.drop_spares()
         self.vmm.send(VmRunning(vmid=self.vmid, paused=paused))
+
+    def drop_spares(self) -> None:
+        """End the processes that no device has needed, a little later: now the guest needs the processor."""
+        if self.devices.reserve and not self.life.is_in(State.ENDED):
+            self.loop.call_later(SPARES_END_S, self.end_spares)
+
+    def end_spares(self) -> None:
+        """Do so, and look again until they are gone."""
+        self.devices.drop_reserve()
+        self.drop_spares()
 
     def fail(self, error: Exception) -> None:
         """Report that there will be no VM, and end."""
@@ -683,8 +696,8 @@ def main() -> int:
     process.ignore_terminal_signals()
     install_kick_handler()
     sys.setswitchinterval(SWITCH_INTERVAL_S)
-    keep_signals_inside()  # before its devices are started, which die with this one
-    process.prepare()
+    keep_signals_inside()  # and only then start processes, which die with this one
+    process.prepare(sys.argv[4:])
     gc.collect()
     gc.freeze()
     process.loop.run()

@@ -30,6 +30,7 @@ from vmd.ipc.messages.vm import (
     SendDone,
     SendUndone,
     SendVm,
+    StartVm,
     StopVm,
     TakeDisksBack,
     TakenBack,
@@ -57,7 +58,16 @@ BUDGETS: "dict[type[Any], tuple[int, float]]" = {
 # What another parent is given, if there has to be one: copies stay here as long as the VM is known.
 KEPT = ("tty", "tty_slave", "shown", "memory", "log", "boot", "initrd", "taps", "figures", "seed")
 OF_A_CLIENT = (BY_CLASS[ConsoleSnapshot].answers, (DevicesReported,))  # answers that only one who has left waits for
+SPARES_MAX = 4  # processes of devices that are started before their VM is known
+MOST_HAVE = ["vionet.main", "vioblk.raw"]
 UNASKED = 64, 16.0  # ... of all this and last words together; a process that says more is cut off
+
+
+def device_words(message: StartVm) -> list[str]:
+    """Return which processes the devices of a VM have (`vm/kinds.py`), for the next one may have the same."""
+    nics = ["vionet.kernel" if nic.vhost else "vionet.main" for nic in message.nics]
+    formats = [[image.format for image in disk.images] for disk in message.disks]
+    return [*nics, *("vioblk.raw" if each == ["raw"] else "vioblk.main" for each in formats)][:SPARES_MAX]
 
 
 class Slot:

@@ -9,7 +9,8 @@ It does not end with the parent.  Another one may have its channel from the serv
 (`on_ask_vms`).  Guests whose parent is gone, and whom nobody goes on with, are asked to shut
 down; vmm ends with the last of them, or when their time is over.
 
-A started interpreter with our modules imported takes 50 ms to have, so one VM process waits in reserve.
+A started interpreter with our modules imported takes 50 ms to have, so one VM process waits in reserve, and with it
+processes for such devices as the last VM had.
 """
 
 import errno
@@ -48,7 +49,7 @@ from vmd.privsep.confine import VMM, confine
 from vmd.privsep.spawn import spawn
 from vmd.record import Record
 from vmd.version import VERSION
-from vmd.vmm.children import KEPT, Reaper, Slot, VmChild, end_all
+from vmd.vmm.children import KEPT, MOST_HAVE, Reaper, Slot, VmChild, device_words, end_all
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ class Vmm(Process):
         self.kvm_fd = -1
         self.slots: list[Slot] = []  # for the next VM processes, each once
         self.reserve: VmChild | None = None
+        self.devices = MOST_HAVE  # of the VM that was started last
         self.running: dict[int, VmChild] = {}  # by vmid
         self.by_channel: dict[Channel, VmChild] = {}  # all that there are
         self.reaper = Reaper(self.loop, self.on_vm_gone)
@@ -135,7 +137,8 @@ class Vmm(Process):
                 ours.close()
                 raise HostError("make a log for a vm", error) from error
             with writer:
-                arguments, fds, group = ["vm", log.form, str(log.verbosity)], {KVM_FD: self.kvm_fd}, -1
+                arguments = ["vm", log.form, str(log.verbosity), *self.devices]
+                fds, group = {KVM_FD: self.kvm_fd}, -1
                 if slot.group_fd >= 0:
                     fds[GROUP_FD], group = slot.group_fd, GROUP_FD
                 try:
@@ -166,6 +169,8 @@ class Vmm(Process):
 
     def begin(self, message: StartVm | ReceiveVm, name: str, envelope: Envelope) -> None:
         """Give a VM process its VM."""
+        if isinstance(message, StartVm):
+            self.devices = device_words(message)
         try:
             self.require_files()
             child, self.reserve = self.reserve or self.spawn_vm(), None

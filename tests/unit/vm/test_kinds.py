@@ -6,9 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from vmd.config.model import DiskConfig, VmConfig
 from vmd.devices import process
+from vmd.ipc.messages.shared import DiskImages, ImageLink
+from vmd.ipc.messages.vm import NicLink, StartVm
 from vmd.privsep.confine import VMM, Confinement
-from vmd.vm.kinds import KINDS, SEED, Kind
+from vmd.vm.kinds import KINDS, SEED, Given, Kind, spares
+from vmd.vm.slots import plan
+from vmd.vmm.children import SPARES_MAX, device_words
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -46,6 +51,28 @@ def test_a_device_process_may_do_nothing_that_vmm_may_not(
     assert VMM.syscalls is not None
     assert mine.syscalls <= VMM.syscalls
     assert set(mine.ioctls) <= set(VMM.ioctls)
+
+
+def test_what_vmm_calls_the_processes_of_a_vm_is_what_it_has() -> None:
+    """A process in reserve that is another one is of no use, and nobody would notice but by the clock."""
+    raw, qcow2 = (ImageLink(path=f"/{kind}", format=kind) for kind in ("raw", "qcow2"))
+    disks = [DiskImages(images=images, read_only=False) for images in ((raw,), (qcow2,), (qcow2, raw))]
+    nic = NicLink(name="tap0", lladdr=bytes(6), host_mac=bytes(6), locked=False, local=False, mtu=1500)
+    for some, nics in ((disks[:2], (nic, nic.replace(vhost=True))), (disks, ()), ([], (nic,))):
+        config = VmConfig(name="a", disks=(DiskConfig(path="/d"),) * 3)
+        start = StartVm(vmid=1, config=config, boot_name="", disks=tuple(some), nics=nics, verbosity=0)
+        given = Given(
+            config=start.config,
+            disks=start.disks,
+            disk_fds=(0,) * 4,
+            nics=nics,
+            tap_fds=(0,) * len(nics),
+            vhost_fds=(0,) * 2,
+        )
+        slots = [(slot.kind, slot.module) for slot in plan(given) if not slot.kind.inside]
+
+        assert spares(device_words(start)) == slots
+        assert len(device_words(start.replace(nics=(nic,) * 8))) == SPARES_MAX
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("vmd/vm/*.py")), ids=lambda path: path.stem)

@@ -23,6 +23,7 @@ from vmd.ipc.messages.clients import (
     ConsoleAttached,
     ConsoleBreak,
     ConsoleOutput,
+    ConsoleReady,
     ConsoleRequest,
     ConsoleWatch,
     ConsoleWatched,
@@ -610,7 +611,7 @@ def test_line_that_cannot_be_opened(vmctl: Vmctl, daemon: FakeDaemon, tmp_path: 
 
 
 def test_start_and_console(daemon: FakeDaemon, line: Line) -> None:
-    """`start -c` goes on to the console of what it started."""
+    """`start -c` goes on to the console of what it started, also where an older daemon says nothing of that before."""
     started = VmStarted(vmid=3, name="web", pid=77, tty=line.path)
     daemon.script = lambda request: (started,) if isinstance(request, StartRequest) else line.answers
     operator = Operator(daemon, "start", "-c", "web")
@@ -619,6 +620,57 @@ def test_start_and_console(daemon: FakeDaemon, line: Line) -> None:
         operator.sees("ready")
         operator.types(b"~.")
         assert operator.ended() == 0
-        assert daemon.requests == [StartRequest(name="web"), ConsoleRequest(vmid=3, name="web")]
+        assert daemon.requests == [StartRequest(name="web", console=True), ConsoleRequest(vmid=3, name="web")]
+    finally:
+        operator.close()
+
+
+def test_start_and_console_from_the_first_byte(daemon: FakeDaemon, line: Line) -> None:
+    """What the guest says before the daemon says that it runs is shown at once, and nothing else is asked."""
+    daemon.answers(ConsoleReady(vmid=3, name="web", tty=line.path))
+    operator = Operator(daemon, "start", "-c", "web")
+    try:
+        assert daemon.requested() == StartRequest(name="web", console=True)
+        line.prints(b"early")
+        operator.sees("early")
+        daemon.send(VmStarted(vmid=3, name="web", pid=77, tty=line.path, notes=("slow",)))
+        operator.sees(f"vmctl: warning: slow\r\nvmctl: started vm 3 successfully, tty {line.path}\r\n")
+        operator.types(b"hello")
+        line.gets("hello")
+        operator.types(b"\r~.")
+        assert operator.ended() == 0
+        assert operator.mode() == operator.before
+        assert daemon.requests == [StartRequest(name="web", console=True)]
+    finally:
+        operator.close()
+
+
+def test_start_and_console_of_a_guest_that_is_silent(daemon: FakeDaemon, line: Line) -> None:
+    """The operator hears that it runs, and then has the console."""
+    started = VmStarted(vmid=3, name="web", pid=77, tty=line.path)
+    daemon.answers(ConsoleReady(vmid=3, name="web", tty=line.path), started)
+    operator = Operator(daemon, "start", "-c", "web")
+    try:
+        operator.sees(f"vmctl: started vm 3 successfully, tty {line.path}\r\nConnected to {line.path}")
+        operator.types(b"\r~.")
+        assert operator.ended() == 0
+    finally:
+        operator.close()
+
+
+@pytest.mark.parametrize("ends", [False, True], ids=["line stays", "line ends first"])
+def test_start_and_console_of_what_cannot_be_started(daemon: FakeDaemon, line: Line, ends: bool) -> None:
+    """The sentence and the status are those of a start, and the terminal was never raw."""
+    daemon.answers(ConsoleReady(vmid=3, name="web", tty=line.path))
+    operator = Operator(daemon, "start", "-c", "web")
+    try:
+        daemon.requested()
+        if ends:
+            line.end()
+        daemon.send(Failed(code=errno.ENOENT, text="vm web: disk /d: No such file or directory"))
+        operator.sees("vmctl: start vm command failed: vm web: disk /d: No such file or directory\r\n")
+        assert operator.ended() == 1
+        assert operator.mode() == operator.before
+        assert "Connected" not in operator.screen.said.decode()
     finally:
         operator.close()

@@ -49,7 +49,7 @@ class VmRequest(Request):
     name: str = ""
 
 
-@request(0x10, Who.OWNER, "VmStarted", fds=("kernel?", "initrd?", "seed?"))
+@request(0x10, Who.OWNER, "ConsoleReady", "VmStarted", fds=("kernel?", "initrd?", "seed?"))
 class StartRequest(VmRequest):
     """Start a VM: a known one (`config` None), or the one described.
 
@@ -58,6 +58,8 @@ class StartRequest(VmRequest):
     (`vmd.seed`).  Control keeps them until `PassFiles`, and says in
     `files` which there are; what a client says there counts for nothing.
     `kernel` and `initrd`, too, are for one boot of a known VM: DiskFiles in words, which are on its own disks.
+    With `console` the client has the console, as after a ConsoleRequest, from before the guest's first byte:
+    ConsoleReady comes first then, if nobody else has it.
     """
 
     config: VmConfig | None = None
@@ -67,6 +69,7 @@ class StartRequest(VmRequest):
     files: tuple[str, ...] = ()
     kernel: str = ""
     initrd: str = ""
+    console: bool = False
 
 
 @request(0x11, Who.OWNER, "StopAccepted", "VmTerminated")
@@ -355,6 +358,15 @@ class ConsoleOutput(Record):
     """A piece of what a console showed last."""
 
     data: bytes
+
+
+@message(0x44, ANSWER, partial=True)
+class ConsoleReady(Record):
+    """The console of a VM that is being started is the client's, and `tty` may be opened: nothing was shown yet."""
+
+    vmid: int
+    name: str
+    tty: str
 
 
 @message(0x38, ANSWER)
