@@ -20,6 +20,7 @@ from vmd.memfile import sealed_file
 from vmd.parent.figures import slots
 from vmd.privsep.spawn import Child, spawn
 from vmd.virtio import spec
+from vmd.virtio.queue import Queue
 from vmd.vm.kinds import KERNEL, MAIN, RAW
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -136,6 +137,13 @@ class Ring:
             found.append(struct.unpack("<II", raw))
             self.used_idx = self.used_idx + 1 & 0xFFFF
         return found
+
+
+def release(queue: Queue) -> None:
+    """Have the device's side of a ring let go of guest memory."""
+    for value in vars(queue).values():
+        if isinstance(value, memoryview):
+            value.release()
 
 
 class Device:

@@ -8,7 +8,7 @@ Reads go through one bound `Struct.unpack_from`, which copies: what was checked 
 through cast views only, because `struct.pack_into` would show the guest a zero in between.
 """
 
-from struct import Struct
+from struct import Struct, pack
 
 from vmd.errors import GuestError
 from vmd.virtio.fence import full_fence
@@ -82,8 +82,11 @@ class Queue:
         self.avail = memory.offset(avail, 6 + 2 * size)
         self.used = memory.offset(used, 6 + 8 * size, write=True)
         raw = memory.memory
+        self.table = raw[self.desc : self.desc + DESC_BYTES * size]
+        self.avail_ring = raw[self.avail + 4 : self.avail + 4 + 2 * size].cast("H")
         # Stores: `id | len << 32` of an element in one go, then the index that announces it.
         self.used_ring = raw[self.used + 4 : self.used + 4 + 8 * size].cast("Q")
+        self.used_bytes = raw[self.used + 4 : self.used + 4 + 8 * size]
         self._used_idx = raw[self.used + 2 : self.used + 4].cast("H")
         self._avail_event = raw[self.used + 4 + 8 * size : self.used + 6 + 8 * size].cast("H")
         self.next_avail = next_avail & 0xFFFF
@@ -122,6 +125,14 @@ class Queue:
         chain = self.walk(head)
         self.next_avail = self.next_avail + 1 & 0xFFFF
         return chain
+
+    def heads(self, count: int) -> list[int]:
+        """Return the heads of the next chains, of which so many wait; they are not checked."""
+        first = self.next_avail & self.mask
+        heads: list[int] = self.avail_ring[first : first + count].tolist()
+        if len(heads) < count:
+            heads += self.avail_ring[: count - len(heads)].tolist()
+        return heads
 
     def walk(self, head: int) -> Chain:
         """Follow a chain from its head (2.7.5), indirect or not."""
@@ -167,6 +178,18 @@ class Queue:
         """Give a chain back, with the number of bytes written into it; `publish` makes it known."""
         self.used_ring[self.next_used & self.mask] = head | written << 32
         self.next_used = self.next_used + 1 & 0xFFFF
+
+    def lay(self, heads: list[int]) -> None:
+        """Store the elements of the next chains to be given back, into which nothing is written, ahead of time.
+
+        Nobody looks at them before the index says so; to give them back is to let `next_used` go on.
+        """
+        elements = pack(f"<{len(heads)}Q", *heads)
+        first = 8 * (self.next_used & self.mask)
+        room = 8 * self.size - first
+        self.used_bytes[first : first + len(elements)] = elements[:room]
+        if len(elements) > room:
+            self.used_bytes[: len(elements) - room] = elements[room:]
 
     def publish(self) -> None:
         """Let the guest see everything that was put."""

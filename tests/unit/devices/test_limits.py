@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.support.fakedriver import DATA, EVENT_IDX, LAYOUT, NEXT, WRITE, Desc, Ring
+from tests.support.fakedriver import DATA, EVENT_IDX, LAYOUT, NEXT, WRITE, Desc, Ring, release
 from tests.support.packets import any_frame
 from tests.support.packettap import PacketTap
 from vmd.devices import bucket
@@ -50,12 +50,6 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
     monkeypatch.setattr(bucket, "time", made)
     return made
-
-
-def release(queue: Queue) -> None:
-    """Let go of guest memory."""
-    for view in (queue.used_ring, queue._used_idx, queue._avail_event):
-        view.release()
 
 
 # --- disks -----------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from tests.support.fakedriver import (
     WRITE,
     Desc,
     Ring,
+    release,
 )
 from vmd.devices.vioblk.device import ROUND, Vioblk, Workers
 from vmd.devices.vioblk.request import Limits, carry_out, parse
@@ -317,8 +318,7 @@ def rings(requests: Requests, features: int) -> Iterator[tuple[GuestMemory, Ring
         try:
             yield memory, ring, queue
         finally:
-            for view in (queue.used_ring, queue._used_idx, queue._avail_event):
-                view.release()
+            release(queue)
 
 
 def reference(queue: Queue, disk: Disk, features: int) -> str:

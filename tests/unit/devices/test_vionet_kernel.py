@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.fakedriver import DATA, DEADLINE_S, LAYOUT, MODERN, ROM, WRITE, Desc, Ring
+from tests.support.fakedriver import DATA, DEADLINE_S, LAYOUT, MODERN, ROM, WRITE, Desc, Ring, release
 from tests.support.fakevhost import RX, TX, FakeVhost
 from tests.support.packets import DISCOVER, GUEST4, HOST4, HOST_LLADDR, LLADDR, OFFER, Answer, any_frame, dhcp
 from tests.support.packettap import PacketTap
@@ -187,8 +187,7 @@ class Rig:
         for fd in (self.tap.fd, self.device.packets.fd, self.device.vhost.failed):
             os.close(fd)
         for queue in self.queues:
-            for view in (queue.used_ring, queue._used_idx, queue._avail_event):
-                view.release()
+            release(queue)
 
 
 def pair() -> tuple[socket.socket, socket.socket]:

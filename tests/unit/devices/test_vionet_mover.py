@@ -9,7 +9,7 @@ from queue import SimpleQueue
 
 import pytest
 
-from tests.support.fakedriver import DEADLINE_S, LAYOUT, Ring
+from tests.support.fakedriver import DEADLINE_S, LAYOUT, Ring, release
 from vmd.devices.vionet import mover as movers
 from vmd.devices.vionet.mover import Mover
 from vmd.devices.vionet.worker import Worker
@@ -124,8 +124,7 @@ def queues() -> Iterator[list[Queue]]:
             made.append(Queue(memory, 0, size, ring.desc, ring.avail, ring.used))
         yield made
         for queue in made:
-            for view in (queue.used_ring, queue._used_idx, queue._avail_event):
-                view.release()
+            release(queue)
         made.clear()
 
 

@@ -26,7 +26,9 @@ from tests.support.fakedriver import (
     WRITE,
     Desc,
     Ring,
+    release,
 )
+from tests.support.netdriver import GSO_TCPV4
 from tests.support.packets import GUEST4, HOST4, HOST_LLADDR, LLADDR, any_frame
 from tests.support.packets import dhcp as dhcp_request
 from tests.support.packettap import PacketTap
@@ -35,10 +37,10 @@ from vmd.devices.vionet.buffers import RUN, STOCK
 from vmd.devices.vionet.interface import Interface
 from vmd.devices.vionet.local import LocalNetwork
 from vmd.devices.vionet.receive import Receiver
-from vmd.devices.vionet.transmit import FRAME_MAX, Transmitter
+from vmd.devices.vionet.transmit import FRAME_MAX, PAGES_MAX, Transmitter
 from vmd.devices.vionet.worker import GSO_FRAME_MAX, NEVER
 from vmd.errors import GuestError
-from vmd.guestmem import GuestMemory
+from vmd.guestmem import PAGE, GuestMemory, RegionSpec
 from vmd.ipc import devmsg
 from vmd.ipc.devfigures import unseen
 from vmd.virtio.queue import Queue
@@ -49,7 +51,7 @@ Chains = list[tuple[Parts, bool]]
 
 SIZE = 16
 FEATURES = INDIRECT_DESC | EVENT_IDX
-TABLES = DATA - 0x4000
+TABLES, TABLE_BYTES = DATA - 0x4000, 512
 GAPS = (0, 0, 64)  # behind descriptors of some lengths: others are adjacent to the next
 LOCAL = Interface(lladdr=LLADDR, host_lladdr=HOST_LLADDR, local=True, guest4=GUEST4, host4=HOST4)
 PLACES = 1 << 20  # bytes from DATA on that chains lie in
@@ -151,6 +153,34 @@ def chains(usual_flags: int, other_flags: list[int]) -> st.SearchStrategy[Chains
     return st.tuples(good, last).map(lambda both: both[0] + both[1])
 
 
+ODD: st.SearchStrategy[tuple[int | None, int, int, int | None]] = st.tuples(
+    st.sampled_from([None, DATA, EXTRA - 5, 1 << 40]),
+    st.sampled_from([0, 12, PAGE - 1, PAGE]),
+    st.sampled_from([0, NEXT, NEXT | WRITE, INDIRECT]),
+    NEXTS,
+)
+
+
+def of_pages(
+    first: int, numbers: list[int], last: int, odd: list[tuple[int, tuple[int | None, int, int, int | None]]]
+) -> Parts:
+    """Return a frame of pages, with another descriptor in place of some."""
+    parts: Parts = [(None, first, NEXT, None)]
+    parts += [(DATA + PAGE * number, PAGE, NEXT, None) for number in numbers]
+    parts.append((None, last, 0, None))
+    for place, other in odd:
+        parts[place % len(parts)] = other
+    return parts
+
+
+def pages() -> st.SearchStrategy[Chains]:
+    """Return a strategy for frames in many pages, of which some are in several."""
+    numbers = st.lists(st.integers(0, 30), min_size=5, max_size=15)
+    odd = st.lists(st.tuples(st.integers(0, 30), ODD), max_size=1)
+    frame = st.builds(of_pages, st.sampled_from([12, 66, 78]), numbers, st.sampled_from([1, 60, PAGE]), odd)
+    return st.lists(st.tuples(frame, st.just(True)), min_size=1, max_size=10)
+
+
 def build(memory: GuestMemory, rings: Chains) -> Ring:
     """Lay chains out; no two descriptors share memory, except where they are wrong."""
     ring = Ring(memory, SIZE)
@@ -164,8 +194,8 @@ def build(memory: GuestMemory, rings: Chains) -> Ring:
             place += min(length, 70_000) + GAPS[length % len(GAPS)]
             rows += struct.pack("<QIHH", where, length, flags, first + position + 1 if following is None else following)
         if indirect:
-            memory.load(TABLES + 256 * number, rows)
-            rows = struct.pack("<QIHH", TABLES + 256 * number, len(rows), INDIRECT, 0)
+            memory.load(TABLES + TABLE_BYTES * number, rows)
+            rows = struct.pack("<QIHH", TABLES + TABLE_BYTES * number, len(rows), INDIRECT, 0)
         if at + len(rows) // 16 > SIZE:
             break
         memory.load(ring.desc + 16 * at, rows)
@@ -177,12 +207,6 @@ def build(memory: GuestMemory, rings: Chains) -> Ring:
 def queue_of(memory: GuestMemory, ring: Ring) -> Queue:
     """Return the device's side."""
     return Queue(memory, FEATURES, SIZE, ring.desc, ring.avail, ring.used)
-
-
-def release(queue: Queue) -> None:
-    """Let go of guest memory."""
-    for view in (queue.used_ring, queue._used_idx, queue._avail_event):
-        view.release()
 
 
 # --- transmitting ------------------------------------------------------------------------------------------------
@@ -211,7 +235,7 @@ def send_obviously(queue: Queue, header: int) -> tuple[str, list[bytes]]:
 
 
 @settings(max_examples=300)
-@given(chains(0, [WRITE, INDIRECT, INDIRECT | NEXT, 8, 8 | NEXT]), st.sampled_from([10, 12]))
+@given(st.one_of(chains(0, [WRITE, INDIRECT, INDIRECT | NEXT, 8, 8 | NEXT]), pages()), st.sampled_from([10, 12]))
 def test_transmit_loop_does_what_the_walk_does(rings: Chains, header: int) -> None:
     """The same frames, used elements and sentence."""
     outcomes = []
@@ -286,6 +310,34 @@ def test_tap_that_takes_nothing_is_waited_for_43(ends: Ends, monkeypatch: pytest
         close(worker)
         release(queue)
         del queue
+
+
+def test_windows_that_are_kept_are_few(ends: Ends) -> None:
+    """Whatever pages, and tables of whatever length, a guest makes its frames of; and each frame is what it is."""
+    header, count = bytes((0, GSO_TCPV4)).ljust(12, b"\0"), 3000
+    layout = (RegionSpec(gpa=0, size=DATA + PAGE * count, name="ram"),)
+    with GuestMemory.create(layout) as memory:
+        ring = Ring(memory, SIZE)
+        queue = queue_of(memory, ring)
+        worker = ends.transmitter()
+        for number in range(count):
+            memory.load(DATA + PAGE * number, number.to_bytes(8, "little") * (PAGE // 8))
+        memory.load(TABLES - PAGE, header)
+        used = 0
+        for middle in [*range(1, 16), *[14] * (count // 14)]:
+            used %= count - 20
+            whole = [Desc(DATA + PAGE * (used + number), PAGE) for number in range(middle)]
+            parts = [Desc(TABLES - PAGE, 12), *whole, Desc(DATA, 8)]
+            used += middle
+            ring.add_indirect(parts, TABLES)
+            worker.serve(queue)
+            wanted = header + b"".join(memory.read(part.gpa, part.length) for part in parts[1:])
+            assert ends.frames() == [wanted]
+            assert len(worker.pages) <= PAGES_MAX
+        assert worker.pages  # so this was about them
+        close(worker)
+        release(queue)
+        del queue, worker
 
 
 class NoServices:

@@ -203,6 +203,26 @@ def test_indices_wrap_around() -> None:
     assert pair.queue.take() is None
 
 
+@pytest.mark.parametrize("start", [0, SIZE - 3, 0xFFFF])
+def test_many_are_taken_and_given_back_as_one_by_one(start: int) -> None:
+    """Across the ring's end and the indices' own; and none is given back before the index says so."""
+    pair = Pair(start=start)
+    heads = [(7 * number) % SIZE for number in range(SIZE)]
+    for head in heads:
+        pair.ring.offer(head)
+
+    pair.ring.used_idx = start
+    assert pair.queue.heads(SIZE) == heads
+    assert pair.queue.heads(3) == heads[:3]
+    pair.queue.lay(heads)
+    pair.queue.publish()
+    assert pair.ring.reap() == []
+
+    pair.queue.next_used = start + SIZE & 0xFFFF
+    pair.queue.publish()
+    assert pair.ring.reap() == [(head, 0) for head in heads]
+
+
 def test_nothing_is_seen_before_it_is_published() -> None:
     """An element whose index does not stand yet is the device's."""
     pair = Pair()

@@ -8,12 +8,15 @@ kernel reads that once, checks it, and refuses what does not fit the frame.  Onl
 import posix as os
 import select
 import time
+from struct import Struct
+from struct import error as StructError
 
 from vmd.devices.vionet.addresses import LENGTHS, LOOK_BYTES
 from vmd.devices.vionet.ethernet import HEADER_BYTES, SOURCE
 from vmd.devices.vionet.tap import DOWN, GONE
 from vmd.devices.vionet.worker import GSO_FRAME_MAX, Worker
 from vmd.errors import GuestError
+from vmd.guestmem import PAGE
 from vmd.ipc import devmsg
 from vmd.log import RateLimit
 from vmd.virtio import spec
@@ -46,6 +49,9 @@ NUMBER = 1  # of the queue
 BUDGET = 256  # frames of one turn: all that a ring holds; what arrives meanwhile waits in the tap
 GIVE_BYTES = 256 << 10  # so much is given back at a time: the guest makes new frames while others are sent
 IOV_MAX = 1024
+STEPS = range(IOV_MAX - 1)  # pieces of a chain; one more may be put in front
+PAGES_TABLES = range(8 * 16, 64 * 16 + 1)  # bytes of tables that may list pages
+PAGES_MAX = 1024  # windows that are kept, of about 300 bytes each
 FRAME_MAX = 16384 + HEADER_BYTES  # as long as a tap of OpenBSD's takes (*cat. 6.5*)
 GSO_TYPE = 1  # offset in the header
 BUSY_S = 1.0  # a tap that takes nothing for so long loses the frame
@@ -53,6 +59,17 @@ BUSY_S = 1.0  # a tap that takes nothing for so long loses the frame
 PACKETS, BYTES = (devmsg.COUNTER_NAMES.index(name) for name in ("tx_packets", "tx_bytes"))
 
 NEXT, WRITE, INDIRECT = spec.VIRTQ_DESC_F_NEXT, spec.VIRTQ_DESC_F_WRITE, spec.VIRTQ_DESC_F_INDIRECT
+FIRST = NEXT | 1 << 16  # flags and following of a table's first descriptor
+
+
+class Pages:
+    """How to read a table of so many descriptors in one go: `whole` is what `others` are if all but two are pages."""
+
+    def __init__(self, count: int) -> None:
+        self.places = Struct("<" + "Q8x" * count).unpack
+        self.others = Struct("<" + "8xQ" * count).unpack  # length, flags, following
+        self.whole = tuple(PAGE | NEXT << 32 | following << 48 for following in range(2, count))
+        self.bytes = PAGE * len(self.whole)
 
 
 class Transmitter(Worker):
@@ -69,6 +86,9 @@ class Transmitter(Worker):
         self.addresses: Addresses | None = None  # what learns the guest's
         self.busy_until_s = 0.0  # the tap takes nothing at the moment, and is waited for; 0: it takes what comes
         self.complaints = RateLimit()
+        self.region = (0, 0, 0)  # that was met last: from, to, and the way from its addresses to places in memory
+        self.pages: dict[int, memoryview] = {}  # windows, by their address
+        self.forms: dict[int, Pages] = {}  # by number of descriptors
         self.others: tuple[int, ...] = ()  # figures that were shown last
         self.packets = 0
         self.short = self.long = self.spoofed = self.refused = self.no_link = self.dropped_busy = self.answered = 0
@@ -112,123 +132,158 @@ class Transmitter(Worker):
     def _drain(self, queue: "Queue") -> bool:
         """Take frames and send them; return whether some are left.
 
-        The hot loop.  It knows chains as drivers lay them out, and makes one window of descriptors whose memory is
-        adjacent, if that lies in one region; anything else is left to `Queue.walk`.
+        The hot loop.  A frame that nothing is to be found out about goes out from here.  Its locals:
+
+            heads                of the chains of this turn; so many are `done`, of which some are `lost`
+            table, descriptor    where each begins: gpa, length, flags, following
+            low, high, delta     the region that was met last, and the way from its addresses to places in `raw`
+            shortest, longest    frames that are sent as they are, but for lengths in `telling`
+            largest              ... if they are to be segmented
+            total, limit         bytes that were sent, and when the guest gets back what is done
         """
-        memory = queue.memory
-        raw, ranges = memory.memory, memory.ranges
-        table, mask, table_size = queue.desc, queue.mask, queue.size
-        heads = raw[queue.avail + 4 : queue.avail + 4 + 2 * table_size].cast("H")
-        indirect, header, tap = queue.indirect, self.header, self.tap.fd
-        descriptor, descriptors, write, writev = DESC.unpack_from, DESC.iter_unpack, os.write, os.writev
-        used_ring, next_avail, next_used = queue.used_ring, queue.next_avail, queue.next_used
-        low = high = delta = 0  # the region that was met last, and the way from its addresses to places in `raw`
-        least, most = header + HEADER_BYTES, header + FRAME_MAX
-        look = bool(self.allowed) or self.answers is not None
-        telling = () if self.addresses is None else tuple(header + length for length in LENGTHS)
+        raw, table, tap, header = queue.memory.memory, queue.table, self.tap.fd, self.header
+        descriptor, pieces, write, writev = DESC.unpack_from, self._pieces, os.write, os.writev
+        low, high, delta = self.region
+        plain = self.link_up and not self.looks
+        shortest = header + HEADER_BYTES
+        longest, largest = (header + FRAME_MAX, header + GSO_FRAME_MAX) if plain else (0, 0)
+        telling = () if self.addresses is None else [header + length for length in LENGTHS]
         waiting = queue.available()
-        left = min(waiting, self.budget)
-        more = waiting > left
-        packets = total = 0
+        heads = queue.heads(min(waiting, self.budget))
+        queue.lay(heads)
+        next_avail, next_used = queue.next_avail, queue.next_used
+        done = lost = total = 0
         limit = GIVE_BYTES
         try:
-            while left:
-                left -= 1
-                head = heads[next_avail & mask]
-                if head >= table_size:
-                    queue.walk(head)  # says so
-                gpa, length, flags, following = descriptor(raw, table + 16 * head)
-                if not flags and low <= gpa and gpa + length <= high:
-                    gpa += delta
-                    views = [raw[gpa : gpa + length]]
-                else:
-                    base, size, following = table, table_size, head
-                    if flags == INDIRECT and indirect and 0 < length < 16 * IOV_MAX and not length & 15:
-                        if low <= gpa and gpa + length <= high:
-                            base, size, following = gpa + delta, length >> 4, 0
-                        else:
-                            for start, stop, offset, _ in ranges:
-                                if start <= gpa and gpa + length <= stop:
-                                    low, high, delta = start, stop, offset - start
-                                    base, size, following = gpa + delta, length >> 4, 0
-                                    break
-                    views = []
-                    length = begin = end = 0  # the latter two: of what is adjacent
-                    steps = IOV_MAX - 1  # one more piece may be put in front; below 0: is of no usual form
-                    while following < size and steps > 0:
-                        position = following
-                        for gpa, part, flags, following in descriptors(raw[base + 16 * position : base + 16 * size]):
-                            steps -= 1
-                            position += 1
-                            if gpa != end:
-                                if begin != end:
-                                    if begin < low or end > high:
-                                        for start, stop, offset, _ in ranges:
-                                            if start <= begin and end <= stop:
-                                                low, high, delta = start, stop, offset - start
-                                                break
-                                        else:
-                                            steps = -1
-                                            break
-                                    views.append(raw[begin + delta : end + delta])
-                                    length += end - begin
-                                begin = end = gpa
-                            end += part
-                            if flags != NEXT or following != position:  # most chains lie in a table in order
-                                break
-                        if flags != NEXT:
-                            break
-                    if begin < low or end > high:
-                        for start, stop, offset, _ in ranges:
-                            if start <= begin and end <= stop:
-                                low, high, delta = start, stop, offset - start
-                                break
-                        else:
-                            if begin != end:  # nothing may lie anywhere
-                                steps = -1
-                    if begin != end and steps >= 0:
-                        views.append(raw[begin + delta : end + delta])
-                        length += end - begin
-                    if flags or steps < 0 or length > CHAIN_BYTES_MAX:
-                        views, length = self._gather(queue, head)
-                if length < least:
-                    if length < header:
-                        raise GuestError(f"frame without a header: {length} of {header} bytes")
-                    self.short += 1
-                elif length > most and not (length <= header + GSO_FRAME_MAX and peek(views, GSO_TYPE)):
-                    self.long += 1
-                elif not self.link_up:
-                    self.no_link += 1
-                else:
-                    chosen: Sequence[memoryview | bytes] = views
-                    if length in telling:
-                        self._learn(views)
-                    if look:
-                        chosen = self._look(views, length - header)
-                    if chosen:
-                        try:
-                            if len(chosen) == 1:
-                                write(tap, chosen[0])
-                            else:
-                                writev(tap, chosen)
-                        except OSError as error:
-                            if not self._not_sent(error, packets):
-                                return False
-                        else:
-                            packets += 1
+            for head in heads:
+                try:
+                    gpa, length, flags, following = descriptor(table, head << 4)
+                except StructError:
+                    queue.walk(head)  # says that it is outside the table
+                    raise
+                try:
+                    if (
+                        not flags and low <= gpa and gpa + length <= high
+                        and shortest <= length <= longest and length not in telling
+                    ):  # fmt: skip
+                        gpa += delta
+                        write(tap, raw[gpa : gpa + length])
+                        total += length
+                    else:
+                        views, length = pieces(queue, head, gpa, length, flags, following)
+                        low, high, delta = self.region
+                        if (
+                            (shortest <= length <= longest and length not in telling)
+                            or (longest < length <= largest and len(views[0]) > GSO_TYPE and views[0][GSO_TYPE])
+                        ):  # fmt: skip
+                            writev(tap, views)
                             total += length
-                used_ring[next_used & mask] = head
-                next_used += 1
-                next_avail += 1
+                        elif chosen := self._judge(views, length - header):
+                            writev(tap, chosen)
+                            total += length
+                        else:
+                            lost += 1
+                except OSError as error:
+                    if not self._not_sent(error, done - lost):
+                        return False
+                    lost += 1
+                    if not self.link_up:
+                        longest = largest = 0
+                done += 1
                 if total >= limit:
                     limit = total + GIVE_BYTES
-                    queue.next_avail, queue.next_used = next_avail & 0xFFFF, next_used & 0xFFFF
+                    queue.next_avail, queue.next_used = next_avail + done & 0xFFFF, next_used + done & 0xFFFF
                     self.give(queue)
-            return more
+            return waiting > done
         finally:
-            queue.next_avail, queue.next_used = next_avail & 0xFFFF, next_used & 0xFFFF
-            self.packets += packets
-            self.bytes += total - packets * header
+            queue.next_avail, queue.next_used = next_avail + done & 0xFFFF, next_used + done & 0xFFFF
+            self.packets += done - lost
+            self.bytes += total - (done - lost) * header
+
+    def _pieces(
+        self, queue: "Queue", head: int, gpa: int, length: int, flags: int, following: int
+    ) -> "tuple[list[memoryview], int]":
+        """Return windows on the pieces of a chain, whose first descriptor was read, and how long they are together."""
+        raw, table, descriptor = queue.memory.memory, queue.table, DESC.unpack_from
+        low, high, delta = self.region
+        views: list[memoryview] = []
+        append = views.append
+        total = 0
+        try:
+            if flags == INDIRECT and queue.indirect and length and not length & 15:
+                if gpa < low or gpa + length > high:
+                    self._meet(queue, gpa, length)
+                    low, high, delta = self.region
+                table = raw[gpa + delta : gpa + delta + length]
+                if length in PAGES_TABLES and (found := self._pages(queue, table)):
+                    return found
+                gpa, length, flags, following = descriptor(table)
+            begin = end = gpa  # of pieces that lie side by side
+            for _ in STEPS:
+                if gpa != end:
+                    if begin < low or end > high:
+                        self._meet(queue, begin, end - begin)
+                        low, high, delta = self.region
+                    append(raw[begin + delta : end + delta])
+                    total += end - begin
+                    begin = end = gpa
+                end += length
+                if flags != NEXT:
+                    break
+                gpa, length, flags, following = descriptor(table, following << 4)
+            if begin < low or end > high:
+                self._meet(queue, begin, end - begin)
+                low, high, delta = self.region
+            append(raw[begin + delta : end + delta])
+            total += end - begin
+            if not flags and total <= CHAIN_BYTES_MAX:
+                return views, total
+        except (StructError, GuestError):
+            pass
+        return self._gather(queue, head)  # which takes every form, and says what is wrong
+
+    def _meet(self, queue: "Queue", gpa: int, length: int) -> None:
+        """Take the region that a piece lies in.  Raises GuestError if it lies in none."""
+        for start, stop, offset, _ in queue.memory.ranges:
+            if start <= gpa and gpa + length <= stop:
+                self.region = start, stop, offset - start
+                return
+        raise GuestError(f"guest address {gpa:#x}: not {length} bytes in one region")
+
+    def _pages(self, queue: "Queue", table: memoryview) -> "tuple[list[memoryview], int] | None":
+        """Return what `_pieces` does, of a table that lists in order whole pages between its first and its last piece.
+
+        So large frames are of files and of programs that write much.  Pages are used again and again: to find a window
+        of before costs a third of a new one.
+        """
+        count = len(table) >> 4
+        if (form := self.forms.get(count)) is None:
+            form = self.forms[count] = Pages(count)
+        others = form.others(table)
+        first, last = others[0], others[-1]
+        if others[1:-1] != form.whole or first >> 32 != FIRST or last >> 32 & 0xFFFF:
+            return None
+        first &= 0xFFFF_FFFF
+        last &= 0xFFFF_FFFF
+        raw, pages = queue.memory.memory, self.pages
+        gpas = form.places(table)
+        try:
+            views = [*map(pages.__getitem__, gpas[1:-1])]
+        except KeyError:
+            if len(pages) + count > PAGES_MAX:
+                pages.clear()
+            for gpa in gpas[1:-1]:
+                self._meet(queue, gpa, PAGE)
+                place = gpa + self.region[2]
+                pages[gpa] = raw[place : place + PAGE]
+            views = [*map(pages.__getitem__, gpas[1:-1])]
+        for gpa, length, at in ((gpas[0], first, 0), (gpas[-1], last, count - 1)):
+            low, high, delta = self.region
+            if gpa < low or gpa + length > high:
+                self._meet(queue, gpa, length)
+                low, high, delta = self.region
+            views.insert(at, raw[gpa + delta : gpa + delta + length])
+        return views, form.bytes + first + last
 
     def _gather(self, queue: "Queue", head: int) -> "tuple[list[memoryview], int]":
         """Look at a chain of any form, the obvious way."""
@@ -263,6 +318,27 @@ class Transmitter(Worker):
             self.refused += 1
             self.complaints.warn(f"{self.tap.name}: frame refused: {error.strerror}")
         return True
+
+    def _judge(self, views: list[memoryview], length: int) -> "Sequence[memoryview | bytes]":
+        """Return what of a frame is to be sent, if anything; `length` is without a header."""
+        if length < HEADER_BYTES:
+            if length < 0:
+                raise GuestError(f"frame without a header: {self.header + length} of {self.header} bytes")
+            self.short += 1
+        elif length > FRAME_MAX and not (length <= GSO_FRAME_MAX and peek(views, GSO_TYPE)):
+            self.long += 1
+        elif not self.link_up:
+            self.no_link += 1
+        else:
+            if self.addresses is not None and length in LENGTHS:
+                self._learn(views)
+            return self._look(views, length) if self.looks else views
+        return ()
+
+    @property
+    def looks(self) -> bool:
+        """Whether each frame is looked at."""
+        return bool(self.allowed) or self.answers is not None
 
     def _learn(self, views: list[memoryview]) -> None:
         """See whether a frame tells an address of the guest."""
