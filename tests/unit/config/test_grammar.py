@@ -3,6 +3,7 @@
 import os
 import pwd
 import random
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from ply import yacc
 
 from tests.unit.config.conftest import Loader
-from vmd.config import rules
+from vmd.config import lexer, rules
 from vmd.config.check import check
 from vmd.config.grammar import Grammar
 from vmd.config.lexer import ENDING_WORDS, RESERVED, Lexer
@@ -935,10 +936,19 @@ def test_options_of_a_local_interface(conf: Loader, options: str, fields: dict[s
 
 # what is ours must not get in the way
 
-OUR_WORDS = [
-    "vcpus", "virtio", "initrd", "cmdline", "serial", "nat", "dns", "ids", "limit", "vms", "legacy", "modern",
-    "transitional", "metrics", "listen", "cpu", "weight", "iops", "rate", "address", "forward", "hostname",
-]  # fmt: skip
+ALL_OF_OURS = lexer.BLOCK_WORDS | lexer.LOCAL_WORDS | lexer.LINE_WORDS | lexer.LIMITED_WORDS | lexer.METRICS_WORDS
+OUR_WORDS = sorted(word for word in ALL_OF_OURS | {"legacy", "modern", "transitional"} if word.isalpha())
+# What stands behind these begins with a digit, or is no statement of a vm block.
+NO_WORD_FOLLOWS = {"CONTEXT", "CPU", "INCLUDE", "INSTANCE", "PATH", "RATE", "VM"}
+
+
+def test_behind_a_keyword_that_takes_a_string_no_word_is_one_of_ours() -> None:
+    """A keyword that a production has before a string is in STRING_FOLLOWS."""
+    productions = [method.__doc__ or "" for name, method in vars(Grammar).items() if name.startswith("p_")]
+    before = set(re.findall(r"\b([A-Z][A-Z_0-9]*) (?:strings?|optional_string)\b", "\n".join(productions)))
+    ours = {lexer.kind_of(word) for word in lexer.BLOCK_WORDS | lexer.RESERVED}
+
+    assert before & ours - lexer.STRING_FOLLOWS == NO_WORD_FOLLOWS
 
 
 @pytest.mark.parametrize("word", OUR_WORDS)

@@ -190,6 +190,18 @@ LIMITS = {
 ASK_THEMSELVES = {"vmd/priv/host.py": {"MAX_RDOMAIN"}}  # ... which must not trust who asks it, nor say more than that
 
 
+# Flags, and what only vm.conf says.
+WITHOUT_A_RULE = {"allow", "console_log", "enabled", "given", "origin", "parent", "virtio"}
+
+
+def test_each_field_of_a_vm_has_a_rule() -> None:
+    """Else a stream or client could say what vm.conf may not.  A new field is looked at in rules.py, or named here."""
+    source = ast.parse(Path(rules.__file__).read_text())
+    looked_at = {node.attr for node in ast.walk(source) if isinstance(node, ast.Attribute)}
+
+    assert set(VmConfig.fields) - looked_at == WITHOUT_A_RULE
+
+
 def test_limits_are_compared_in_one_place() -> None:
     """Whoever else wants to know whether a VM may be so asks a rule, and has its sentence."""
     root = Path(__file__).resolve().parents[3]

@@ -1,5 +1,7 @@
 """What an instance has of its template, what of its own, and what it may not (*cat. 2.6*)."""
 
+import ast
+import inspect
 from pathlib import Path
 
 import pytest
@@ -104,6 +106,19 @@ def test_vm_conf_and_root_give_an_instance_limits_of_its_own(caller: Caller | No
     assert made.limit == VmLimits(memory_bytes=1 << 30, cpu_percent=400, weight=7)
     assert [(disk.iops_limit, disk.rate_limit) for disk in made.disks] == [(5000, 1 << 20), (6, 0)]
     assert [nic.rate_limit for nic in made.nics] == [9 << 20, 2 << 20]
+
+
+# What an instance never has of its template: its name, where it stands, its addresses, what its own disc says.
+OF_ITS_OWN = {"drive", "enabled", "given", "name", "origin", "plan_id", "plan_prefix4", "plan_prefix6"}
+
+
+def test_of_each_field_it_is_known_whether_it_is_inherited() -> None:
+    """A new field of a VM is in `derive`, or named here."""
+    source = ast.parse(inspect.getsource(derive))
+    words = {node.value for node in ast.walk(source) if isinstance(node, ast.Constant)}
+    decided = words | {node.arg for node in ast.walk(source) if isinstance(node, ast.keyword)}
+
+    assert set(VmConfig.fields) - decided == OF_ITS_OWN
 
 
 def test_what_is_given_wins() -> None:
