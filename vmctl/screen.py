@@ -1,6 +1,5 @@
 """Standard output while it shows a console; if it is a terminal, it is given back as it was."""
 
-import contextlib
 import os
 import select
 import sys
@@ -64,17 +63,21 @@ class Screen:
         self._given_back = True
         undo = (GIVE_UP if self._parser.in_sequence else b"") + self._modes.undo()
         awaited = self._modes.reports or time.monotonic() < self._asked_s + ASKED_S
-        with contextlib.suppress(OSError):  # a terminal that hung up has no modes
+        try:
             write_all(STDOUT, undo)
             if awaited and self._keyboard is not None:
                 self._take_answers(self._keyboard)
+        except OSError:  # a terminal that hung up has no modes
+            return
 
     def again(self) -> None:
         """Make the terminal what the guest had made it, after `put_back`."""
         self._given_back = False
         if self.is_tty:
-            with contextlib.suppress(OSError):
+            try:
                 write_all(STDOUT, self._modes.again())
+            except OSError:
+                return
 
     def _take_answers(self, keyboard: int) -> None:
         """Ask the terminal something: when it answers, it has answered everything before."""

@@ -1,6 +1,5 @@
 """The operator's terminal while it is a console: raw, and always given back as it was."""
 
-import contextlib
 import os
 import termios
 import tty
@@ -74,8 +73,10 @@ class RawTerminal:
     def _restore(self) -> None:
         self.screen.put_back()
         if self.is_tty:
-            with contextlib.suppress(termios.error):  # a terminal that hung up has no mode to restore
+            try:
                 termios.tcsetattr(self.fd, termios.TCSADRAIN, self._saved)
+            except termios.error:  # a terminal that hung up has no mode to restore
+                return
 
     def _give_back(self) -> None:
         self._restore()

@@ -5,7 +5,6 @@ the daemon is asked first what it knows.  -I, -k and -p are ours.
 """
 
 import errno
-import importlib
 import os
 import stat
 
@@ -329,7 +328,7 @@ def refusal(session: Session, error: Refused, ref: VmRef, request: StartRequest)
 
 def load_console() -> None:
     """Import what is needed once the VM runs, and takes almost as long as starting it."""
-    importlib.import_module("vmctl.commands.console")
+    import vmctl.commands.console  # noqa: F401
 
 
 def start(session: Session, wanted: Wanted, ref: VmRef) -> "tuple[StartRequest, VmStarted | ConsoleReady]":

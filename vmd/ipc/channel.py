@@ -1,6 +1,5 @@
 """One peer: a SOCK_SEQPACKET socket on a loop, sending without ever blocking."""
 
-import array
 import errno
 import os
 import types
@@ -11,6 +10,7 @@ from vmd.errors import PeerError
 from vmd.ipc import sockets as socket
 from vmd.ipc.imsg import MAX_FDS, MAX_MESSAGE, Envelope, Form, UnknownMessage, decode, encode
 from vmd.ipc.loop import HANG_UP, READ, WRITE
+from vmd.ipc.rights import FD, fds_of, rights_of
 from vmd.ipc.routes import BY_CLASS, NAMED, TRUSTED, Proc
 from vmd.log import log
 
@@ -26,7 +26,7 @@ OUTSIDE = (Proc.VM, Proc.CLIENT)  # peers that are cut off whatever is wrong wit
 HANG_UPS = (errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN)
 BATCH = 32  # messages taken from one peer before the others get their turn
 DRAIN_BATCHES = 32  # more does not wait for us when a peer has exited, but for what its child sends
-FD_SPACE = socket.CMSG_SPACE(MAX_FDS * array.array("i").itemsize)
+FD_SPACE = socket.CMSG_SPACE(MAX_FDS * FD.size)
 
 
 def socketpair() -> tuple[socket.socket, socket.socket]:
@@ -197,8 +197,7 @@ class Channel:
         self._loop.call_later(0, lambda: self._lose(error))  # not while our caller is still sending
 
     def _sendmsg(self, packet: bytes, fds: list[int]) -> None:
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
-        self._sock.sendmsg([packet], rights, socket.MSG_NOSIGNAL)
+        self._sock.sendmsg([packet], rights_of(fds), socket.MSG_NOSIGNAL)
 
     def _flush(self) -> None:
         while self._queue:
@@ -277,7 +276,7 @@ class Channel:
             except OSError:
                 self._lose(None)
                 return
-            fds = _rights_to_fds(rights)
+            fds = fds_of(rights)
             if not packet:
                 close_all(fds)
                 self._lose(None)
@@ -301,11 +300,3 @@ class Channel:
                 else:
                     close_all(fds)
                     self._refuse(PeerError(self.label, f"may not send {type(envelope.message).__name__}", packet))
-
-
-def _rights_to_fds(rights: "list[tuple[int, int, bytes]]") -> list[int]:
-    fds = array.array("i")
-    for level, kind, data in rights:
-        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
-    return list(fds)

@@ -8,14 +8,13 @@ nothing is on its way, and from then on its receiver holds that end.
 The files travel in one packet, which names each: `files boot disks disks cdrom`.
 """
 
-import array
 import select
 import time
 
 from vmd.closing import close_all
 from vmd.errors import HostError
 from vmd.ipc import sockets as socket
-from vmd.ipc.rights import receive, refuse_files
+from vmd.ipc.rights import receive, refuse_files, rights_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -53,8 +52,7 @@ def give(sock: socket.socket, files: "Mapping[str, Sequence[int]]") -> bool:
 def send(sock: socket.socket, files: "Mapping[str, Sequence[int]]") -> None:
     """Send files to who has asked.  Raises OSError."""
     names = " ".join((HEAD, *(name for name, fds in files.items() for _ in fds)))
-    fds = array.array("i", (fd for each in files.values() for fd in each))
-    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)] if fds else []
+    rights = rights_of(fd for each in files.values() for fd in each)
     sock.sendmsg([names.encode()], rights, socket.MSG_NOSIGNAL)
 
 

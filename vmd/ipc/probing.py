@@ -4,14 +4,13 @@ A question is a packet of arguments, each with a NUL behind it; its files ride a
 one line of `ipc/probemsg.py`.
 """
 
-import array
 import select
 import time
 
 from vmd.closing import close_all
 from vmd.ipc import sockets as socket
 from vmd.ipc.probemsg import ANSWER_MAX
-from vmd.ipc.rights import receive
+from vmd.ipc.rights import receive, rights_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -51,8 +50,7 @@ def ask(sock: socket.socket, arguments: "Sequence[str]", files: "Sequence[int]",
 def send_question(sock: socket.socket, arguments: "Sequence[str]", files: "Sequence[int]") -> None:
     """Ask a probe.  Raises OSError."""
     question = "".join(f"{each}\0" for each in arguments).encode("utf-8", "surrogateescape") or b"\0"
-    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", files))]
-    sock.sendmsg([question], rights, socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
+    sock.sendmsg([question], rights_of(files), socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
 
 
 def wait_for_answer(sock: socket.socket, timeout_s: float) -> bytes | None:

@@ -8,7 +8,6 @@ Holds    what it opens, until that has left or is not wanted any more
 Storage may keep it for ever: then the parent goes on without it.
 """
 
-import contextlib
 import errno
 import os
 import resource
@@ -85,9 +84,9 @@ class Opener(Process):
         except (OperatorError, HostError, OSError, ValueError) as error:  # a path with a NUL is a ValueError
             self.parent.send(NotOpened(code=number(error), text=brief(sentence(error))))
         else:
-            with socket.socket(fileno=fd) as ours, contextlib.suppress(OSError):  # nobody wants them any more
+            with socket.socket(fileno=fd) as ours:
                 if files is not None:
-                    courier.give(ours, files)
+                    hand_over(ours, files)
         self.parent.flush_blocking(LAST_WORDS_S)
 
     def do(self, message: OpenFiles, envelope: Envelope) -> tuple[dict[str, list[int]] | None, FilesOpened]:
@@ -249,6 +248,14 @@ class Opener(Process):
         self.say(what)
 
     HANDLERS: "Handlers" = {**handles(Proc.PARENT, OpenFiles, on_open)}
+
+
+def hand_over(ours: socket.socket, files: dict[str, list[int]]) -> None:
+    """Give files to the VM process, or keep them until we end, if nobody wants them any more."""
+    try:
+        courier.give(ours, files)
+    except OSError:
+        return
 
 
 def limit_copies(bytes_max: int) -> None:

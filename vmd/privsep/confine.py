@@ -125,10 +125,6 @@ class Confinement(Record):
     writes_files: bool = True  # else none can be written, even if it comes as a descriptor that may be
     sees_others: bool = False  # looks at processes of others, which Landlock keeps everybody from
 
-    def check(self) -> None:
-        """Refuse rules that mean nothing."""
-        seccomp.allowed_calls(self.syscalls, self.ioctls, 0)
-
 
 LEAF = Confinement(syscalls=BASE | CHANNEL | LIMITS, writes_files=False)  # what every device needs
 VIOBLK = LEAF.replace(syscalls=LEAF.syscalls | BLOCK, writes_files=True)

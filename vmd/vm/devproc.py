@@ -1,6 +1,5 @@
 """A device process as its VM sees it: started, asked, believed only within limits, ended."""
 
-import array
 import errno
 import mmap
 import threading
@@ -9,9 +8,8 @@ import time
 from vmd.errors import HostError, OperatorError, PeerError, VmdError, sentence
 from vmd.guestmem import PAGE
 from vmd.ipc import devmsg
-from vmd.ipc import sockets as socket
 from vmd.ipc.channel import socketpair
-from vmd.ipc.rights import receive
+from vmd.ipc.rights import receive, rights_of
 from vmd.log import FORMS, log
 from vmd.memfile import sealed_file
 from vmd.privsep.spawn import spawn
@@ -132,10 +130,9 @@ class DeviceProcess:
         """
         self.name, self.label = slot.name, slot.label
         self.title = f"{vm_title}/{slot.name}"
-        fds = array.array("i", (memory.fd, figures_fd, *slot.fds))
         try:
             packet = start_packet(self.title, slot, memory, figures_slot)
-            self._sync.sendmsg([packet], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)])
+            self._sync.sendmsg([packet], rights_of((memory.fd, figures_fd, *slot.fds)))
         except ConnectionError:
             raise PeerError(self.title, f"{self._how_it_ended()} before it was needed") from None
         except OSError as error:
@@ -345,9 +342,8 @@ class DeviceProcess:
         if self._on_changed is not None:
             then(errno.EBUSY, "another change is under way")
             return
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         try:
-            self._async.sendmsg([packet], rights)
+            self._async.sendmsg([packet], rights_of(fds))
         except OSError as error:
             then(error.errno or errno.EIO, sentence(error))
         else:

@@ -211,9 +211,18 @@ def test_trap_instead_of_kill() -> None:
 
 @pytest.mark.parametrize("rule", ["opennat", "read+write", "+exec"])
 def test_misspelt_rules_are_errors(rule: str) -> None:
-    """A rule that means nothing is found when the confinement is written down."""
+    """A rule that means nothing is found when the filter is made."""
     with pytest.raises(ValueError, match="no such system call rule"):
-        confine.Confinement(syscalls=frozenset({rule}))
+        confine.filter_of(confine.Confinement(syscalls=frozenset({rule})))
+
+
+def test_every_filter_can_be_made() -> None:
+    """Not only when its process starts, which may be rare."""
+    written = {name: value for name, value in vars(confine).items() if isinstance(value, confine.Confinement)}
+
+    assert len(written) > 20
+    for name, confinement in written.items():
+        assert confine.filter_of(confinement), name
 
 
 def test_requests_can_be_narrowed_later() -> None:
