@@ -5,13 +5,15 @@ Here no kernel moves frames: a /dev/vhost-net that knows no request stands for o
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests.process.test_network import PROMPT, SWITCH, block
 from tests.process.test_vhost_taps import tables, until
-from tests.support.daemon import DEADLINE_S
+from tests.support.daemon import DEADLINE_S, ROOT
 from tests.support.descriptors import open_files
 from tests.support.hostnet import NetDaemon, links
 from tests.support.network import Network
@@ -39,6 +41,9 @@ def test_a_host_without_vhost_net(network: Network, tmp_path: Path) -> None:
         why = "/dev/vhost-net: No such file or directory: load the kernel module vhost_net"
         assert f"interface 0: vhost: a process moves its frames, not the kernel: {why}" in said
         assert [nic["vhost"] for nic in vmd.interfaces("db1")] == [True, False]
+        command = [sys.executable, "-m", "vmd", "-n", "-f", str(vmd.conf)]
+        checked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        assert f'{vmd.conf}:1: vm "db1": interface 0: vhost: a process moves its frames' in checked.stderr
         assert "vhost not in use" in vmd.must("status", "-v")
         assert (packet_sockets(network), tables(network)) == (set(), [])
 

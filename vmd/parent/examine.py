@@ -21,7 +21,7 @@ from vmd.files.diskboot import FromDisks, NothingToStart
 from vmd.files.images import Use, open_cdrom, open_disk
 from vmd.files.prober import END_TIMEOUT_S, ImageProber, start_probe
 from vmd.memfile import bounded_file
-from vmd.parent import hostports, hostroutes, instances, service
+from vmd.parent import hostports, hostroutes, instances, service, vhost
 from vmd.parent.limits import require_room
 from vmd.parent.opening import BOOT_FILE_MAX, IMGBOOT_ENTRY, firmware_needs_disk
 from vmd.privsep.cell import Cell
@@ -105,6 +105,7 @@ class Examination:
             yield what
         yield from self.of_rdomains(vm)
         yield from self.of_local_options(vm)
+        yield from of_vhost(vm)
         yield from self.of_boot_files(vm)
         if vm.seed is not None:
             yield from of_seed(vm.seed)
@@ -232,6 +233,14 @@ class Examination:
 
 
 @functools.cache
+def of_vhost(vm: "VmConfig") -> "Iterator[str]":
+    """Give why the kernel of this host moves no frames, for each interface that wants it; only root can know."""
+    why = vhost.lacking() if any(nic.vhost for nic in vm.nics) and os.geteuid() == 0 else ""
+    for index, nic in enumerate(vm.nics if why else ()):
+        if nic.vhost:
+            yield f"interface {index}: {vhost.BY_PROCESS}: {why}"
+
+
 def has_vrfs() -> bool:
     """Return whether this host can have a VRF; True if only root can know.
 

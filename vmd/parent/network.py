@@ -60,7 +60,6 @@ RESERVED_MAX = 512  # names that fit one message
 SWITCHES_MAX = 40  # as well
 LAUNCH_S = 60.0  # for all that priv may need, the start of another one included
 TRIES_MAX = 3
-BY_PROCESS = "vhost: a process moves its frames, not the kernel"
 SILENT = "its interfaces cannot be made: priv does not answer"
 ENDED = f"its interfaces cannot be made: priv has ended {TRIES_MAX} times while it made them"
 
@@ -349,7 +348,7 @@ class Network:
                 try:
                     fds += vhost.open_for(link, made.index)
                 except OperatorError as error:
-                    log.warn(f"vm {vm.name}: interface {len(links)}: {BY_PROCESS}: {error}")
+                    log.warn(f"vm {vm.name}: interface {len(links)}: {vhost.BY_PROCESS}: {error}")
                     link = link.replace(vhost=False)
             links.append(link)
         return tuple(links), fds
@@ -565,7 +564,7 @@ def request(vm: Vm, launch: Launch, index: int) -> NicRequest:
 def without_vhost(nics: "Sequence[NicConfig]", made: "Sequence[NicMade]", why: str) -> list[str]:
     """Return a sentence for each interface whose frames the kernel should move, and cannot; `why` counts for all."""
     return [
-        f"interface {index}: {BY_PROCESS}: {why or tap.without}"
+        f"interface {index}: {vhost.BY_PROCESS}: {why or tap.without}"
         for index, (nic, tap) in enumerate(zip(nics, made, strict=True))
         if nic.vhost and not tap.vhost
     ]

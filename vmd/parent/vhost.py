@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from vmd.ipc.messages.vm import NicLink
 
 VHOST_NET = "/dev/vhost-net"
+BY_PROCESS = "vhost: a process moves its frames, not the kernel"
 SO_ATTACH_FILTER, SO_LOCK_FILTER = 26, 44  # asm-generic/socket.h
 SOL_PACKET, PACKET_VNET_HDR, PACKET_IGNORE_OUTGOING = 263, 15, 23  # linux/if_packet.h
 PACKET_OUTGOING = 4

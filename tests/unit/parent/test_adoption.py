@@ -11,7 +11,18 @@ from vmd.config.model import SeedConfig, VmConfig
 from vmd.errors import OperatorError, PeerError
 from vmd.ipc.imsg import Envelope
 from vmd.ipc.messages.children import Quit
-from vmd.ipc.messages.vm import CancelTransfer, EndSend, Outcome, PauseDone, ReceiveVm, StartVm, StopVm, TakeDisksBack
+from vmd.ipc.messages.vm import (
+    CancelTransfer,
+    EndSend,
+    NicLink,
+    Outcome,
+    PauseDone,
+    ReceiveVm,
+    ResumeReceived,
+    StartVm,
+    StopVm,
+    TakeDisksBack,
+)
 from vmd.ipc.messages.vmm import AskVms, EndTaken, Retire, VmExited, VmHeld, VmsHeld, VmSlotOver
 from vmd.ipc.routes import BY_CLASS, Proc
 from vmd.parent.adoption import INTERRUPTED, UNSEEN, Adoption
@@ -406,6 +417,26 @@ def test_a_message_about_no_vm_reaches_nobody(core: Core, room: Room) -> None:
     assert line.sent == []
     with pytest.raises(OSError, match="Bad file"):
         os.fstat(fd)
+
+
+@pytest.mark.parametrize("version", ["0.1.0", VERSION])
+def test_a_vmm_of_the_first_release_knows_of_no_vhost(core: Core, room: Room, version: str) -> None:
+    """It would take the message for nonsense; with its VMs a process moves the frames."""
+    made, (line,) = adoption(core, room, 1, version=version)
+    plain = NicLink(name="tap0", lladdr=bytes(6), host_mac=bytes(6), locked=False, local=False, mtu=1500)
+    nics = plain.replace(vhost=True), plain
+    for message in (
+        StartVm(vmid=1, config=VmConfig(name="a"), boot_name="", verbosity=0, nics=nics),
+        ResumeReceived(vmid=1, config=VmConfig(name="a"), paused=False, nics=nics),
+    ):
+        fds = [os.memfd_create("vhost"), os.memfd_create("packets")]
+        made.generations.send(message, fds={"vhosts": fds})
+        sent: Any = line.sent[-1]
+        assert type(sent) is type(message)
+        assert [nic.vhost for nic in sent.nics] == [version == VERSION, False]
+        for fd in fds:  # it is closed, or has gone with the message
+            with pytest.raises(OSError, match="Bad file"):
+                os.fstat(fd)
 
 
 def test_a_vmm_of_the_first_release_gets_no_seed(core: Core, room: Room) -> None:
