@@ -2,7 +2,7 @@
 
 Runs as  an ordinary user of its own, with CAP_NET_ADMIN and CAP_NET_RAW; sees nft and /proc/sys/net, not /run
 Peers    parent
-Holds    a netlink socket; a tap, which the parent opened, only until it is handed over
+Holds    netlink sockets; a tap, which the parent opened, only until it is handed over
 Parses   what nft and the kernel say
 
 Whatever cannot be done is an answer, never the end of this process: with it would go the whole daemon.
@@ -57,7 +57,7 @@ DROPS_MAX, DROP_MAX = 8, 1500  # sentences in one message, and characters of one
 REPAIR_S = 0.5  # from a change to a look at what may be damaged
 LOOK_S = 30.0  # between two looks at what other firewalls drop
 SWEEP_S = 0.25  # one look is enough for all VMs that are asked about within so long
-REST = 10  # times as long as a look has taken: with hundreds of interfaces it must not be all that is done here
+REST = 10  # times as long as a look has taken, before the next one
 
 
 class Priv(Process):
@@ -219,35 +219,52 @@ class Priv(Process):
             log.error(said := str(error))
         channel.send(ForwardsSet(vmid=message.vmid, text=brief(said)))
 
-    def on_ask_drops(self, message: AskDrops, envelope: Envelope, channel: Channel) -> None:
-        """Say what is dropped now of a VM's packets."""
+    def on_ask_drops(self, message: AskDrops, envelope: Envelope, _channel: Channel) -> None:
+        """Say what is dropped now of a VM's packets.
+
+        Whoever asks again wants to know anew, and waits where a look takes long: it must not be all that is done here.
+        """
         self.take_tables(envelope)
-        troubles: tuple[Trouble, ...] = ()
-        now_s = time.monotonic()
-        since_s = now_s - self.looked_s
-        again = since_s >= REST * self.look_took_s and (message.vmid in self.told or since_s > SWEEP_S)
-        try:
-            if again:
-                self.told.clear()
+        vmid, now_s, rest_s = message.vmid, time.monotonic(), REST * self.look_took_s
+        if vmid not in self.told and now_s - self.looked_s <= max(SWEEP_S, rest_s):
+            self.answer_drops(vmid)
+        elif now_s - self.looked_s < rest_s:
+            self.loop.call_later(self.looked_s + rest_s - now_s, lambda: self.look_for(vmid, now_s))
+        else:
+            self.look_for(vmid, now_s)
+
+    def look_for(self, vmid: int, asked_s: float) -> None:
+        """Answer by a look that was begun after the question."""
+        looks = self.looked_s <= asked_s
+        if looks:
+            began_s = time.monotonic()
+            self.told.clear()
+            try:
                 self.network.look()
-                self.looked_s = time.monotonic()
-                self.look_took_s = self.looked_s - now_s
-            self.told.add(message.vmid)
+            except (OperatorError, HostError) as error:
+                log.warn(str(error))
+            self.looked_s = time.monotonic()
+            self.look_took_s = self.looked_s - began_s
+        self.answer_drops(vmid)
+        if looks:
+            self.tell()
+
+    def answer_drops(self, vmid: int) -> None:
+        """Say what the last look has found of a VM."""
+        self.told.add(vmid)
+        troubles: tuple[Trouble, ...] = ()
+        try:
             troubles = tuple(
                 Trouble(device=f"interface{index}", text=self.network.sentence(loss)[:DROP_MAX], since_s=loss.since_s)
-                for index, loss in self.network.losses(message.vmid)[:DROPS_MAX]
+                for index, loss in self.network.losses(vmid)[:DROPS_MAX]
             )
             troubles += tuple(
                 Trouble(device=f"interface{index}", text=damage.text[:DROP_MAX], since_s=damage.since_s)
-                for index, damage in self.network.damages(message.vmid)[:DROPS_MAX]
+                for index, damage in self.network.damages(vmid)[:DROPS_MAX]
             )
         except (OperatorError, HostError) as error:
             log.warn(str(error))
-        if again:
-            self.tell_dropped()  # first, for it is shown with this
-        channel.send(DropsReported(vmid=message.vmid, troubles=troubles))
-        if again:
-            self.tell()
+        self.parent.send(DropsReported(vmid=vmid, troubles=troubles))
 
     def give_up(self, envelope: Envelope, channel: Channel) -> None:
         """Answer for a handler that has failed."""

@@ -28,12 +28,12 @@ from vmd.parent.opening import Opened
 from vmd.parent.options import Options
 from vmd.parent.plans import Taps
 from vmd.parent.statemem import StateMemory
-from vmd.parent.truth import Writer
+from vmd.parent.truth import Writer, read, vm_of, vms_of
 from vmd.parent.vmtable import Vm
 from vmd.record import Record
 
-FEW, MANY = 10, 300
-MORE = 1.2  # times what it is with few: the cost of one thing is not to grow with their number
+FEW, MANY = 40, 240
+MORE = 1.02  # times what it is with few: the cost of one thing is not to grow with their number
 EACH = 80  # instructions of a start for each VM that runs: what they have together is compared, and added up
 NO_PROCESS = 1 << 22  # a pid that no process has
 ROOT, CLIENT = Caller(uid=0, gid=0, pid=1), 7
@@ -190,6 +190,7 @@ def costs(directory: Path, count: int) -> dict[str, float]:
         "figures": instructions(lambda: host.ask(FiguresRequest())) / count,
         "metrics": instructions(scrape) / count,
         "reload": instructions(lambda: host.ask(ReloadRequest())) / count,
+        "restart": instructions(lambda: [vm_of(known) for known in vms_of(read(host.memory))]) / count,
         "stop all": instructions(host.stop_all) / count,
     }
     host.close()

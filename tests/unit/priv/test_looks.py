@@ -142,6 +142,7 @@ def test_one_look_is_for_all_vms_of_a_list(monkeypatch: pytest.MonkeyPatch) -> N
     nothing["frames_dropped"] = lambda _self: []
     priv.network = type("", (), {"loaded": loaded, "look": lambda _self: looks.append(now_s), **nothing})()
     channel: Any = type("", (), {"send": lambda _self, message: answers.append(message)})()
+    priv.parent = channel
 
     for vmid in range(1, 101):
         priv.on_ask_drops(AskDrops(vmid=vmid), Envelope(AskDrops(vmid=0), 0, 0, {}), channel)
