@@ -48,6 +48,7 @@ def run_command(session: Session, command: Command, words: list[str]) -> int:
             name = f"vmctl.commands.{command.module}"
             __import__(name)  # `importlib` itself is one more to load
             module = sys.modules[name]
+            gc.freeze()  # what is imported is no garbage, at the end either
             gc.enable()
             status: int = module.run(session, given)
             return status

@@ -20,13 +20,14 @@ def main() -> int:
         return run_process(name)
     from vmd.parent.startup import run
 
+    gc.freeze()
     gc.enable()
     return run(arguments)
 
 
 def run_process(name: str) -> int:
     """Import and run one process: what it does not import, it cannot be made to run."""
-    gc.disable()  # nothing that is imported is garbage
+    gc.disable()  # nothing that is imported is garbage, and nobody has to look at it again, at the end either
     match name:
         case "agentx":
             from vmd.agentx.main import main as process_main
@@ -48,6 +49,7 @@ def run_process(name: str) -> int:
             from vmd.vmm.main import main as process_main
         case _:
             from vmd.vm.main import main as process_main
+    gc.freeze()
     gc.enable()
     try:
         return process_main()

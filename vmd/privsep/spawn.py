@@ -43,9 +43,9 @@ if TYPE_CHECKING:
 # -I: no environment variables, no user site; -S: no site-packages, so that what can be imported is what we say.  Our
 # path comes last: it may be a directory of the distribution's, where nothing is to hide the standard library.
 LAUNCH = (
-    "import sys; sys.path += {path!r}; "
+    "import gc, sys; gc.disable(); sys.path += {path!r}; "
     "from vmd.privsep.start import begin; begin({title!r}, {parent}, {uid}, {group}); "
-    "from {module} import {function}; sys.exit({function}())"
+    "from {module} import {function}; gc.freeze(); gc.enable(); sys.exit({function}())"
 )
 ENTRY = "vmd.__main__:main"
 OWN_PATH = (os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))),)
