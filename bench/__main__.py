@@ -8,13 +8,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bench import devices, disk, memory, migrate, net, network, scale, serial, start, transfer
+from bench import devices, disk, memory, migrate, net, network, scale, serial, start, transfer, vhost
 from bench.table import Row, show
 from tests.support.guests import guest
 
 MEASUREMENTS = {
     module.__name__.rpartition(".")[2]: module.measure
-    for module in (start, serial, devices, network, net, disk, transfer, migrate, memory, scale)
+    for module in (start, serial, devices, network, net, vhost, disk, transfer, migrate, memory, scale)
 }
 
 

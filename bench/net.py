@@ -217,11 +217,11 @@ def vmd_side(directory: Path, kernel: Path, network: Network, peer: Path) -> Ite
 
 
 @contextlib.contextmanager
-def qemu_side(kernel: Path, network: Network, peer: Path) -> Iterator[NetSide]:
-    """Run the guest under QEMU."""
+def qemu_side(kernel: Path, network: Network, peer: Path, *, vhost: bool = False) -> Iterator[NetSide]:
+    """Run the guest under QEMU; with `vhost` the kernel moves its frames."""
     tap = Interface(network, "qemu0")
     devices = (
-        "-netdev", f"tap,id=net,ifname={tap.name},script=no,downscript=no,vhost=off",
+        "-netdev", f"tap,id=net,ifname={tap.name},script=no,downscript=no,vhost={'on' if vhost else 'off'}",
         "-device", "virtio-net-pci,netdev=net,romfile=",
     )  # fmt: skip
     with contextlib.ExitStack() as stack:

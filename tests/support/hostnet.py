@@ -19,7 +19,7 @@ from vmd.priv.sysctl import state_path
 
 MODULES = (
     "vrf", "tun", "bridge", "veth", "overlay", "nf_tables", "nft_chain_nat", "nft_masq", "nft_fib_inet", "nft_nat",
-    "vhost_net",
+    "nft_objref", "vhost_net",
 )  # fmt: skip
 ALIAS = re.compile(r"vm\d+-if\d+-|switch\d+-|rdomain\d+$")
 
