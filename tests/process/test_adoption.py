@@ -99,8 +99,9 @@ def test_guests_go_on_when_the_daemon_is_killed(vmd: KeptDaemon) -> None:
 def test_interfaces_disks_and_owner_go_on(network: Network, tmp_path: Path) -> None:
     """Taps, addresses and rules are as before; a guest that resets itself has the same ones, and its disk."""
     disk = Disk(tmp_path / "disk.raw")
-    conf = block("a", "interface", "local interface", f"disk {disk.path}", "owner nobody")
-    with NetKeptDaemon(tmp_path, network, conf) as vmd:
+    kernel = "local interface { locked lladdr, vhost }"  # filters on its tap are among the rules
+    conf = block("a", "interface", "local interface", kernel, f"disk {disk.path}", "owner nobody")
+    with NetKeptDaemon(tmp_path, network, conf, vhost_net=True) as vmd:
         vmd.must("start", "a")
         with vmd.console("a") as console:
             console.expect(PROMPT, DEADLINE_S)
@@ -108,6 +109,7 @@ def test_interfaces_disks_and_owner_go_on(network: Network, tmp_path: Path) -> N
             row = vmd.status("a")
             again(vmd)
             assert vmd.interfaces("a") == before
+            assert "table netdev vmd_tap2" in shown
             assert network.run("ip", "address") + network.run("nft", "list", "ruleset") == shown
             assert vmd.status("a") == row
 

@@ -233,9 +233,11 @@ def interface(nic: "NicInfo", limited: str) -> str:
     options = [f'switch "{nic.switch}"'] if nic.switch else []
     if nic.locked:
         options.append("locked lladdr")
+    if nic.vhost:
+        options.append("vhost")
     if limited:
         options.append(limited)
-    return f"{words} {{ {' '.join(options)} }}" if options else words
+    return f"{words} {{ {', '.join(options)} }}" if options else words
 
 
 def quoted(path: str) -> str:

@@ -1,10 +1,14 @@
 """The block that vmctl clone prints."""
 
+import itertools
+from pathlib import Path
+
 import pytest
 
 from tests.unit.vmctl.fake import vm_info
-from vmctl.commands.clone import Limits, block
-from vmd.config.model import Forward
+from vmctl.commands.clone import Limits, block, interface
+from vmd.config.check import load
+from vmd.config.model import Forward, NicConfig
 from vmd.ipc.figures import DiskFigures, LimitFigures, NicFigures
 from vmd.ipc.messages.clients import NicInfo, VmFiles, VmInfo
 from vmd.ipc.messages.figures import VmFigures
@@ -38,6 +42,24 @@ def test_limits_are_those_of_the_old_vm(figures: list[VmFigures], lines: list[st
     assert block(old, "new", [("/a", "raw")], Limits(figures)) == [
         'vm "new" {', "    memory 512M", *(f"    {line}" for line in lines), "}"
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", list(itertools.product((False, True), repeat=5)), ids=str)
+def test_interfaces_are_as_vm_conf_has_them(tmp_path: Path, options: tuple[bool, ...]) -> None:
+    """Whatever options come together: what is printed is read as the same interface."""
+    local, on_switch, locked, kernel, limited = options
+    nic = NicInfo(
+        index=0, tap="", switch="lan" if on_switch else "", lladdr=b"", up=True, locked=locked, local=local,
+        vhost=kernel,
+    )  # fmt: skip
+    conf = tmp_path / "vm.conf"
+    line = interface(nic, "limit rate 1M" if limited else "")
+    conf.write_text(f'switch "lan" {{ interface br0 }}\nvm "a" {{\ndisable\n{line}\n}}\n')
+
+    (read,) = load(str(conf), warn=print).vms[0].nics
+
+    wanted = NicConfig(local=local, switch=nic.switch, locked=locked, vhost=kernel, rate_limit=limited << 20)
+    assert read == wanted
 
 
 def test_forwards_are_not_forgotten() -> None:
