@@ -2,13 +2,11 @@
 
 import errno
 import os
-import types
-from collections import deque
 
 from vmd.closing import close_all
 from vmd.errors import PeerError
 from vmd.ipc import sockets as socket
-from vmd.ipc.imsg import MAX_FDS, MAX_MESSAGE, Envelope, Form, UnknownMessage, decode, encode
+from vmd.ipc.imsg import MAX_FDS, MAX_MESSAGE, NO_FDS, Envelope, Form, UnknownMessage, decode, encode
 from vmd.ipc.loop import HANG_UP, READ, WRITE
 from vmd.ipc.rights import FD, fds_of, rights_of
 from vmd.ipc.routes import BY_CLASS, NAMED, TRUSTED, Proc
@@ -16,12 +14,14 @@ from vmd.log import log
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections import deque
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from vmd.ipc.loop import Loop
     from vmd.record import Record
+else:
+    from _collections import deque
 
-NO_FDS: "Mapping[str, Sequence[int]]" = types.MappingProxyType({})
 OUTSIDE = (Proc.VM, Proc.CLIENT)  # peers that are cut off whatever is wrong with them
 HANG_UPS = (errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN)
 BATCH = 32  # messages taken from one peer before the others get their turn
@@ -267,7 +267,7 @@ class Channel:
             if not self._reads:
                 return
             try:
-                packet, rights, flags, _ = self._sock.recvmsg(MAX_MESSAGE, FD_SPACE, socket.MSG_CMSG_CLOEXEC)
+                packet, ancillary, flags, _ = self._sock.recvmsg(MAX_MESSAGE, FD_SPACE, socket.MSG_CMSG_CLOEXEC)
             except (BlockingIOError, InterruptedError):
                 self._read_all = True
                 return
@@ -276,7 +276,7 @@ class Channel:
             except OSError:
                 self._lose(None)
                 return
-            fds = fds_of(rights)
+            fds = fds_of(ancillary)
             if not packet:
                 close_all(fds)
                 self._lose(None)

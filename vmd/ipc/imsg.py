@@ -14,7 +14,6 @@ What outlives this process, or leaves this host, has no header and carries its f
 """
 
 import struct
-import types
 
 from vmd.enums import Enum
 from vmd.errors import PeerError
@@ -26,11 +25,15 @@ from vmd.record import Record, RecordType
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
+    from types import GenericAlias, MappingProxyType, UnionType
     from typing import Any, TypeVar
 
     R = TypeVar("R", bound=Record)
     ReadRecord = Callable[[RecordType, Any, str], Record]
+else:  # without a module that makes all the others, too
+    GenericAlias, MappingProxyType, UnionType = type(list[int]), type(vars(object)), type(int | None)
 
+NO_FDS: "Mapping[str, Sequence[int]]" = MappingProxyType({})
 HEADER = struct.Struct("<IHHII")
 MAX_MESSAGE = 16384
 MAX_FDS = 64
@@ -83,7 +86,7 @@ def encode(
     *,
     peerid: int = 0,
     pid: int = 0,
-    fds: "Mapping[str, Sequence[int]]" = types.MappingProxyType({}),
+    fds: "Mapping[str, Sequence[int]]" = NO_FDS,
     form: Form = Form.INSIDE,
 ) -> "tuple[bytes, list[int]]":
     """Return the packet of a message and its descriptors in the order in which they must ride along.
@@ -259,10 +262,10 @@ _decoders: "dict[Any, Callable[[Any, str, ReadRecord], Any]]" = {}
 
 
 def _decoder(declared: "Any") -> "Callable[[Any, str, ReadRecord], Any]":
-    if isinstance(declared, types.UnionType):
-        (inner,) = (arg for arg in declared.__args__ if arg is not types.NoneType)
+    if isinstance(declared, UnionType):
+        (inner,) = (arg for arg in declared.__args__ if arg is not type(None))
         return lambda value, where, record: None if value is None else _checked(inner, value, where, record)
-    if isinstance(declared, types.GenericAlias) and declared.__origin__ is tuple:
+    if isinstance(declared, GenericAlias) and declared.__origin__ is tuple:
         item = declared.__args__[0]
 
         def decode_tuple(value: "Any", where: str, record: "ReadRecord") -> "Any":

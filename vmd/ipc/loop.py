@@ -1,9 +1,9 @@
 """The event loop of every process but the device leaves: descriptors, timers, signals, calls from threads."""
 
-import heapq
 import os
 import select
 import time
+from _heapq import heappop, heappush
 
 from vmd import signals as signal
 from vmd.closing import close
@@ -85,13 +85,13 @@ class Loop:
     def call_later(self, delay_s: float, callback: "Callable[[], None]", source: "Source | None" = None) -> Timer:
         """Call once, `delay_s` seconds from now."""
         timer = Timer(time.monotonic() + delay_s, callback, source)
-        heapq.heappush(self._timers, timer)
+        heappush(self._timers, timer)
         return timer
 
     def schedule(self, delay_s: float, callback: "Callable[[], None]") -> Timer:
         """Do as `call_later`, from any thread."""
         timer = Timer(time.monotonic() + delay_s, callback)
-        self.call_from_thread(lambda: heapq.heappush(self._timers, timer))
+        self.call_from_thread(lambda: heappush(self._timers, timer))
         return timer
 
     def call_from_thread(self, callback: "Callable[[], None]") -> None:
@@ -163,7 +163,7 @@ class Loop:
 
     def _timeout_s(self) -> float:
         while self._timers and self._timers[0].callback is None:
-            heapq.heappop(self._timers)
+            heappop(self._timers)
         if not self._timers:
             return -1
         return max(0.0, self._timers[0].due_s - time.monotonic())
@@ -171,7 +171,7 @@ class Loop:
     def _run_timers(self) -> None:
         now_s = time.monotonic()
         while self._timers and self._timers[0].due_s <= now_s:
-            timer = heapq.heappop(self._timers)
+            timer = heappop(self._timers)
             callback, timer.callback = timer.callback, None
             if callback is not None:
                 self._call(callback, callback, timer.source)

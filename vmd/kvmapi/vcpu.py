@@ -17,11 +17,11 @@ set, and every run returns Interrupted, until `clear_kick`.  So the stopper firs
 thread first clears the kick, then looks why.
 """
 
+import _thread
 import errno
 import fcntl
 import mmap
 import os
-import threading
 
 from vmd import native
 from vmd import signals as signal
@@ -87,7 +87,7 @@ class Vcpu:
         self._ring = memoryview(self._page)[_RING : _RING + _RING_HEADER].cast("I")
         self._pending = (0, 0)  # where the answer to the last exit goes, and its length
         self._thread: int | None = None
-        self._thread_lock = threading.Lock()
+        self._thread_lock = _thread.allocate_lock()
         self.exits = 0  # how often KVM_RUN came back with something to do, which is what a guest costs us
         self.xsave_bytes = xsave_bytes
 
@@ -202,7 +202,7 @@ class Vcpu:
     def bind_thread(self) -> None:
         """Make the calling thread the one that kicks go to; first thing it does."""
         with self._thread_lock:
-            self._thread = threading.get_ident()
+            self._thread = _thread.get_ident()
 
     def unbind_thread(self) -> None:
         """Send no more signals; last thing the thread does, as its id means nothing afterwards."""

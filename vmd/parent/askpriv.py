@@ -6,8 +6,7 @@ is first told of these taps (`Network.begin`), and only after that of anything e
 
 import socket
 
-from vmd.ipc.channel import NO_FDS
-from vmd.ipc.imsg import MAX_MESSAGE, encode
+from vmd.ipc.imsg import MAX_MESSAGE, NO_FDS, encode
 from vmd.ipc.messages.children import Quit
 from vmd.ipc.messages.priv import ConfigureNetwork
 from vmd.ipc.routes import Proc

@@ -5,7 +5,7 @@ vmm waits.  So behind a message goes a question whether vmm is there, and those 
 not answer.
 """
 
-from vmd.ipc.channel import NO_FDS
+from vmd.ipc.imsg import NO_FDS
 from vmd.ipc.messages.children import Ping
 from vmd.log import log
 

@@ -27,8 +27,7 @@ import time
 
 from vmd.closing import close, close_all
 from vmd.errors import HostError, PeerError, VmdError, sentence
-from vmd.ipc.channel import NO_FDS
-from vmd.ipc.imsg import Form, encode
+from vmd.ipc.imsg import NO_FDS, Form, encode
 from vmd.ipc.messages.children import Ping, Quit
 from vmd.ipc.messages.clients import Caller, Failed
 from vmd.ipc.messages.control import NO_CLIENT, NewClient, ServeUser

@@ -12,7 +12,7 @@ import errno
 from vmd.closing import close_all
 from vmd.config.model import without_secrets
 from vmd.errors import OperatorError
-from vmd.ipc.channel import NO_FDS
+from vmd.ipc.imsg import NO_FDS
 from vmd.ipc.messages.children import Quit
 from vmd.ipc.messages.vm import ReceiveVm, ResumeReceived, StartVm
 from vmd.ipc.messages.vmm import EndTaken, KvmFd, Retire, VmSlot

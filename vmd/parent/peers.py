@@ -1,7 +1,7 @@
 """The channels to the parent's own processes: controls, vmm and priv."""
 
 from vmd.closing import close_all
-from vmd.ipc.channel import NO_FDS
+from vmd.ipc.imsg import NO_FDS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

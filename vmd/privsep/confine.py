@@ -27,11 +27,11 @@ from vmd.privsep import landlock, linux, seccomp
 from vmd.record import Record
 
 DEBUG = b"VMD_DEBUG_SECCOMP"  # in the environment: name a system call that is refused, before it kills
-DEBUGGING = frozenset({"statfs"})  # of libffi, when a process below vmm prepares to do that
+DEBUGGING = ("statfs",)  # of libffi, when a process below vmm prepares to do that
 CODECS = ("ascii", "latin-1", "utf-8")  # that every process has; others are files, and too late once it is confined
 
 # What any running interpreter does, whatever the program.
-BASE = frozenset({
+BASE = (
     "read", "write", "close", "lseek", "fstat", "newfstatat",  # os.read and friends; file objects on descriptors
     "fcntl", "ioctl", "dup", "dup2", "dup3",                   # descriptor flags; no device's requests
     "mmap", "munmap", "mremap", "mprotect", "madvise", "brk",  # allocators; no executable memory
@@ -43,47 +43,47 @@ BASE = frozenset({
     "getuid", "geteuid", "getgid", "getegid", "getppid", "uname", "umask",  # harmless, asked by libraries
     "prctl",                                                   # thread names
     "exit", "exit_group",
-})  # fmt: skip
+)  # fmt: skip
 
 # Waiting for descriptors and talking over those one holds.
-CHANNEL = frozenset({
+CHANNEL = (
     "sendmsg", "recvmsg", "sendto", "recvfrom", "shutdown",    # no socket(): only sockets that were given
     "getsockname", "getpeername", "getsockopt", "setsockopt",  # socket objects ask what they were made from
     "poll", "ppoll", "epoll_create1", "epoll_ctl", "epoll_wait", "epoll_pwait", "epoll_pwait2",
     "eventfd2", "pipe2", "socketpair",                         # wake-ups between threads; all unnamed
-})  # fmt: skip
+)  # fmt: skip
 
 # An interpreter from execve to its last import.
-STARTUP = frozenset({
+STARTUP = (
     "openat", "open", "newfstatat+path", "stat", "lstat", "statx", "readlink", "readlinkat", "getdents64",  # import
     "access", "faccessat", "faccessat2", "getcwd", "pread64",  # the dynamic loader and site-less path set-up
     "mmap+exec", "mprotect+exec",                              # shared objects
     "arch_prctl", "set_tid_address", "prlimit64", "sysinfo",   # the C library's own start
     "close_range",                                             # what was inherited stays with us
-})  # fmt: skip
+)  # fmt: skip
 
 # From the last import to being confined.
-NARROW = frozenset({
+NARROW = (
     "seccomp", "landlock_create_ruleset", "landlock_add_rule", "landlock_restrict_self",
     "capget", "prlimit64",                                     # a look at what we have; limits
     "prctl+confine",                                           # no_new_privs, not dumpable, die with the parent
-})  # fmt: skip
+)  # fmt: skip
 
 # Starting processes of ours, and outliving them.
-SPAWN = frozenset({
+SPAWN = (
     "clone+process", "vfork", "execve", "setsid",              # no new namespaces
     "pidfd_open", "pidfd_send_signal", "waitid", "wait4",
     "tgkill+any",                                              # inherited; each VM narrows it to itself
-})  # fmt: skip
+)  # fmt: skip
 
 # Files and devices behind descriptors.
-BLOCK = frozenset({
+BLOCK = (
     "preadv", "preadv2", "pwritev", "pwritev2", "pread64", "pwrite64",  # CPython's os.preadv is preadv2
     "fsync", "fdatasync", "fallocate", "fadvise64",                     # flush, discard
     "ftruncate",                                                        # a disk that becomes larger
-})  # fmt: skip
-LIMITS = frozenset({"prlimit64"})  # of its own, and only to lower them: memory, once the guest's is known
-NET = frozenset({"readv", "writev"})  # whole frames, straight from and to guest memory
+)  # fmt: skip
+LIMITS = ("prlimit64",)  # of its own, and only to lower them: memory, once the guest's is known
+NET = ("readv", "writev")  # whole frames, straight from and to guest memory
 TUN_IOCTLS = (0x400454D0, 0x400454D8)  # TUNSETOFFLOAD, TUNSETVNETHDRSZ
 
 # /dev/vhost-net: an owner, features, memory, rings and their eventfds, a tap to move frames from and to.  Neither a log
@@ -96,14 +96,14 @@ VHOST_IOCTLS = (
 TTY_IOCTLS = (0x540B,)  # TCFLSH: a console's backlog replaces what waits in it
 
 # The machine: guest memory, KVM's descriptors, vCPU threads; and a running VM's way out and in (vmctl send).
-MACHINE = frozenset({
+MACHINE = (
     "memfd_create", "ftruncate",                               # guest memory and shared pages
     "readv", "writev", "pread64", "pwrite64", "preadv2", "pwritev2",  # boot images into it, state out of it
     "sendfile", "splice",                                      # memory runs leave without being copied
     "tgkill",                                                  # kicks a vCPU thread out of KVM_RUN
     "waitid", "wait4",                                         # its devices, which end with it
     "timerfd_create", "timerfd_settime",                       # notices that the host has slept
-})  # fmt: skip
+)  # fmt: skip
 
 # How many descriptors a process may have open, and of all descriptors that processes of its uid have on their way to
 # others.  Beyond that it can pass none on.  So whoever may be taken over has less than those who must go on: a VM that
@@ -114,9 +114,9 @@ CORE_FILES, BUILDING_FILES, RUNNING_FILES = 16384, 8192, 4096
 class Confinement(Record):
     """What is left to a process."""
 
-    syscalls: frozenset[str]
+    syscalls: tuple[str, ...]  # rules of `seccomp`; every process has all of these records, and a set is large
     # None: every refused call ends the process.  Otherwise only these do: others fail, and the kernel logs them.
-    deadly: frozenset[str] | None = None
+    deadly: tuple[str, ...] | None = None
     ioctls: tuple[int, ...] = ()  # requests, beside those of every descriptor; needs the rule "ioctl"
     files: tuple[tuple[str, int], ...] = ()  # (path, rights of `landlock`)
     scopes: int = landlock.SCOPE_ALL
@@ -126,47 +126,47 @@ class Confinement(Record):
     sees_others: bool = False  # looks at processes of others, which Landlock keeps everybody from
 
 
-LEAF = Confinement(syscalls=BASE | CHANNEL | LIMITS, writes_files=False)  # what every device needs
-VIOBLK = LEAF.replace(syscalls=LEAF.syscalls | BLOCK, writes_files=True)
+LEAF = Confinement(syscalls=BASE + CHANNEL + LIMITS, writes_files=False)  # what every device needs
+VIOBLK = LEAF.replace(syscalls=LEAF.syscalls + BLOCK, writes_files=True)
 VIOSCSI = VIOBLK.replace(writes_files=False)  # an ISO is a disk image that is only read
-IMGWRITER = Confinement(syscalls=BASE | CHANNEL | LIMITS | BLOCK, open_files=64)  # snapshots
-IMGPROBE = Confinement(syscalls=BASE | CHANNEL | {"pread64", "preadv2"}, open_files=64)
+IMGWRITER = Confinement(syscalls=BASE + CHANNEL + LIMITS + BLOCK, open_files=64)  # snapshots
+IMGPROBE = Confinement(syscalls=BASE + CHANNEL + ("pread64", "preadv2"), open_files=64)
 BOOTPROBE = IMGPROBE.replace(  # reads what vm processes load
-    syscalls=BASE | CHANNEL | {"pread64", "preadv2", "memfd_create"}
+    syscalls=BASE + CHANNEL + ("pread64", "preadv2", "memfd_create")
 )
 IMGBOOT = IMGPROBE.replace(  # copies a kernel out of a disk
-    syscalls=BASE | CHANNEL | LIMITS | {"pread64", "preadv2", "pwrite64", "ftruncate"}
+    syscalls=BASE + CHANNEL + LIMITS + ("pread64", "preadv2", "pwrite64", "ftruncate")
 )
-IMGRESIZE = IMGPROBE.replace(syscalls=BASE | CHANNEL | BLOCK)
-SEEDER = IMGPROBE.replace(syscalls=BASE | CHANNEL | {"pread64"})  # two memory files, which it writes and seals
-STREAMPROBE = IMGPROBE.replace(syscalls=BASE | CHANNEL | {"readv"})
+IMGRESIZE = IMGPROBE.replace(syscalls=BASE + CHANNEL + BLOCK)
+SEEDER = IMGPROBE.replace(syscalls=BASE + CHANNEL + ("pread64",))  # two memory files, which it writes and seals
+STREAMPROBE = IMGPROBE.replace(syscalls=BASE + CHANNEL + ("readv",))
 LOCKHOLDER = IMGPROBE.replace(
-    syscalls=BASE | CHANNEL | {"openat+reading", "getdents64"},
+    syscalls=BASE + CHANNEL + ("openat+reading", "getdents64"),
     capabilities=1 << linux.CAP_SYS_PTRACE,
     writes_files=False,
     sees_others=True,
 )
-VIONET = LEAF.replace(syscalls=LEAF.syscalls | NET, ioctls=TUN_IOCTLS)
+VIONET = LEAF.replace(syscalls=LEAF.syscalls + NET, ioctls=TUN_IOCTLS)
 VIONET_KERNEL = VIONET.replace(  # its packet socket could send to any interface of the host, by an address
-    syscalls=VIONET.syscalls - {"sendmsg", "setsockopt"},
+    syscalls=tuple(call for call in VIONET.syscalls if call not in ("sendmsg", "setsockopt")),
     ioctls=TUN_IOCTLS + VHOST_IOCTLS,
 )
-LOG = Confinement(syscalls=BASE | CHANNEL, open_files=CORE_FILES)  # a socket for each VM
-AGENTX = Confinement(syscalls=BASE | CHANNEL, open_files=64, writes_files=False)
-CONSOLELOG = Confinement(syscalls=BASE | CHANNEL | {"pread64"}, open_files=CORE_FILES)  # a backlog and a file for each
+LOG = Confinement(syscalls=BASE + CHANNEL, open_files=CORE_FILES)  # a socket for each VM
+AGENTX = Confinement(syscalls=BASE + CHANNEL, open_files=64, writes_files=False)
+CONSOLELOG = Confinement(syscalls=BASE + CHANNEL + ("pread64",), open_files=CORE_FILES)  # a backlog and a file for each
 LOGFILE = Confinement(  # and what it may do with the names in one directory
-    syscalls=BASE | CHANNEL | {"openat", "newfstatat+path", "renameat", "unlinkat", "flock"},
+    syscalls=BASE + CHANNEL + ("openat", "newfstatat+path", "renameat", "unlinkat", "flock"),
     capabilities=1 << linux.CAP_DAC_OVERRIDE,
     open_files=64,
 )
-METRICS = Confinement(syscalls=BASE | CHANNEL | {"accept4"}, writes_files=False)  # it accepts its clients itself
-CONTROL = Confinement(syscalls=BASE | CHANNEL, open_files=CORE_FILES)  # a socket for each vmctl; the parent accepts
+METRICS = Confinement(syscalls=BASE + CHANNEL + ("accept4",), writes_files=False)  # it accepts its clients itself
+CONTROL = Confinement(syscalls=BASE + CHANNEL, open_files=CORE_FILES)  # a socket for each vmctl; the parent accepts
 
 OPENER = Confinement(
     syscalls=BASE
-    | CHANNEL
-    | {"openat", "openat2", "newfstatat+path", "readlink", "fstatfs", "pread64"}  # nothing is made, renamed or removed
-    | {"setgroups", "setresgid", "setresuid", "prlimit64"},
+    + CHANNEL
+    + ("openat", "openat2", "newfstatat+path", "readlink", "fstatfs", "pread64")  # nothing is made, renamed or removed
+    + ("setgroups", "setresgid", "setresuid", "prlimit64"),
     # No program is run, and nothing listed.  What a device process may do with a file later is decided now.
     files=(("/", landlock.READ_FILE | landlock.WRITE_FILE | landlock.TRUNCATE | landlock.IOCTL_DEV),),
     capabilities=1 << linux.CAP_DAC_OVERRIDE
@@ -176,7 +176,7 @@ OPENER = Confinement(
 )
 
 VM = Confinement(  # and the KVM requests that the process names
-    syscalls=BASE | CHANNEL | MACHINE,
+    syscalls=BASE + CHANNEL + MACHINE,
     ioctls=TTY_IOCTLS,
     # Signals are kept inside before it starts its devices: here it would be shut off from them, and they would not die
     # with it.
@@ -184,21 +184,21 @@ VM = Confinement(  # and the KVM requests that the process names
     open_files=RUNNING_FILES,
 )
 VM_BUILDING = VM.replace(  # until `narrow_requests` and `limit_open_files`
-    syscalls=BASE | CHANNEL | MACHINE | {"seccomp", "prlimit64"}, open_files=BUILDING_FILES
+    syscalls=BASE + CHANNEL + MACHINE + ("seccomp", "prlimit64"), open_files=BUILDING_FILES
 )
 
 VMM = Confinement(
     syscalls=BASE
-    | CHANNEL
-    | SPAWN
+    + CHANNEL
+    + SPAWN
     # ... and all that any process below it will ever do:
-    | STARTUP
-    | NARROW
-    | MACHINE
-    | BLOCK
-    | NET
-    | {"ioctl+kvm"}
-    | {"setgroups", "setresgid", "setresuid", "capset"},  # each VM process becomes another user
+    + STARTUP
+    + NARROW
+    + MACHINE
+    + BLOCK
+    + NET
+    + ("ioctl+kvm",)
+    + ("setgroups", "setresgid", "setresuid", "capset"),  # each VM process becomes another user
     ioctls=TUN_IOCTLS + VHOST_IOCTLS + TTY_IOCTLS,
     files=(("/", landlock.RUN),),  # the cell: interpreter, libraries, our code
     capabilities=1 << linux.CAP_SETUID | 1 << linux.CAP_SETGID | 1 << linux.CAP_KILL,  # over ids of VMs; see `VmmCell`
@@ -207,7 +207,7 @@ VMM = Confinement(
 
 # nft and its libraries come from the host and differ between distributions: a call that is missing here must not end
 # them.  No honest version of them makes one of these.
-NO_PROGRAM_DOES = frozenset({
+NO_PROGRAM_DOES = (
     "ptrace", "process_vm_readv", "process_vm_writev", "kcmp", "pidfd_getfd",  # other processes
     "mount", "umount2", "pivot_root", "chroot", "open_tree", "move_mount", "fsopen", "fsconfig", "fsmount", "fspick",
     "mount_setattr", "unshare", "setns", "open_by_handle_at",                  # another view of the host
@@ -215,7 +215,7 @@ NO_PROGRAM_DOES = frozenset({
     "acct", "iopl", "ioperm", "modify_ldt",                                    # the host itself
     "bpf", "perf_event_open", "userfaultfd", "io_uring_setup", "io_uring_enter", "io_uring_register",
     "add_key", "request_key", "keyctl",                                        # large, and often attacked
-})  # fmt: skip
+)  # fmt: skip
 
 PARENT_CAPABILITIES = (  # docs/security.md says what for
     linux.CAP_CHOWN,
@@ -239,15 +239,15 @@ SIOCGIFNAME, SIOCGIFCONF, SIOCGIFFLAGS, SIOCGIFMTU, SIOCGIFINDEX = 0x8910, 0x891
 
 PRIV = Confinement(
     syscalls=BASE
-    | CHANNEL
-    | STARTUP
-    | SPAWN  # nft
-    | {"socket+network", "bind", "sendto+any", "recvmmsg", "sendmmsg", "readv", "writev"}  # netlink; no connect()
-    | {"flock", "ftruncate", "pwrite64", "unlink"}  # its file of settings
-    | {"statfs", "fstatfs", "chdir", "kill", "select", "pselect6", "pause"}
-    | {"getrlimit", "getrusage", "gettimeofday", "time", "times", "getpgrp", "getpgid", "getgroups"}
-    | {"getresuid", "getresgid", "capget", "membarrier", "mincore"}
-    | {"rt_sigpending", "rt_sigtimedwait", "rt_sigsuspend"},
+    + CHANNEL
+    + STARTUP
+    + SPAWN  # nft
+    + ("socket+network", "bind", "sendto+any", "recvmmsg", "sendmmsg", "readv", "writev")  # netlink; no connect()
+    + ("flock", "ftruncate", "pwrite64", "unlink")  # its file of settings
+    + ("statfs", "fstatfs", "chdir", "kill", "select", "pselect6", "pause")
+    + ("getrlimit", "getrusage", "gettimeofday", "time", "times", "getpgrp", "getpgid", "getgroups")
+    + ("getresuid", "getresgid", "capget", "membarrier", "mincore")
+    + ("rt_sigpending", "rt_sigtimedwait", "rt_sigsuspend"),
     deadly=NO_PROGRAM_DOES,
     ioctls=(TUNSETIFF, SIOCGIFNAME, SIOCGIFCONF, SIOCGIFFLAGS, SIOCGIFMTU, SIOCGIFINDEX),
     capabilities=1 << linux.CAP_NET_ADMIN | 1 << linux.CAP_NET_RAW,
@@ -295,7 +295,7 @@ def filter_of(confinement: Confinement) -> bytes:
     refused = seccomp.RET_KILL_PROCESS if confinement.deadly is None else seccomp.RET_EPERM
     if refused == seccomp.RET_KILL_PROCESS and is_debugged():
         refused = seccomp.RET_TRAP
-        syscalls |= DEBUGGING
+        syscalls += DEBUGGING
     return seccomp.assemble(
         syscalls,
         ioctls=confinement.ioctls,

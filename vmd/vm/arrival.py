@@ -3,9 +3,9 @@
 import errno
 import os
 import select
-import threading
 import time
 
+from vmd import threads
 from vmd.closing import close
 from vmd.enums import Enum
 from vmd.errors import GuestError, HostError, OperatorError, PeerError, VmdError, sentence
@@ -72,7 +72,7 @@ def check_host(header: "Header") -> None:
 def close_aside(kvm: "Vm") -> None:
     """Close a VM on a thread of its own: the kernel takes its time for that, and somebody waits for our answer."""
     try:
-        start_thread("closer", threading.Thread(target=kvm.close, name="closer", daemon=True).start)
+        start_thread("closer", threads.Thread(target=kvm.close, name="closer", daemon=True).start)
     except HostError:
         kvm.close()
 
@@ -142,7 +142,7 @@ class Receiver:
         self._memory = memory
         self._next_offset = 0
         self._machine: state.MachineState | None = None
-        self._thread = threading.Thread(target=self._run, name="receive", daemon=True)
+        self._thread = threads.Thread(target=self._run, name="receive", daemon=True)
 
     def start(self) -> None:
         """Begin.  Raises HostError."""

@@ -5,8 +5,7 @@ one moves a BAR.  Nothing a guest does here ends the VM: an address that nobody 
 swallows writes, as a PC's bus does (unlike vmd, for which string I/O or unmapped memory is fatal).
 """
 
-import threading
-
+from vmd import threads
 from vmd.errors import GuestError
 from vmd.log import RateLimit, log
 
@@ -58,7 +57,7 @@ class Bus:
 
     def __init__(self) -> None:
         self.unclaimed = 0  # bytes that nobody answered; may miss some, as threads count without a lock
-        self._lock = threading.Lock()  # serialises changes of the tables
+        self._lock = threads.Lock()  # serialises changes of the tables
         self._pio_ranges: tuple[Range, ...] = ()
         self._mmio_ranges: tuple[Range, ...] = ()
         self._ports: dict[int, Range] = {}

@@ -9,9 +9,9 @@ viewer's pty.
 import os
 import select
 import termios
-import threading
 import time
 
+from vmd import threads
 from vmd.closing import close
 
 TYPE_CHECKING = False
@@ -40,7 +40,7 @@ class Console:
         self._master = master
         self._slave = slave
         self._loop = loop
-        self._lock = threading.Lock()
+        self._lock = threads.Lock()
         self._backlog = backlog
         self._input = b""  # waits for room in the UART
         self._receive: Callable[[bytes], int] = len

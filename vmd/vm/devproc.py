@@ -2,9 +2,9 @@
 
 import errno
 import mmap
-import threading
 import time
 
+from vmd import threads
 from vmd.errors import HostError, OperatorError, PeerError, VmdError, sentence
 from vmd.guestmem import PAGE
 from vmd.ipc import devmsg
@@ -101,8 +101,8 @@ class DeviceProcess:
         self.config = b""
         self.status: int | None = None  # with which the process ended
         self._late = 0  # answers that have not come yet, and nobody waits for
-        self._lock = threading.Lock()
-        self._reaping = threading.Lock()
+        self._lock = threads.Lock()
+        self._reaping = threads.Lock()
         self._on_failed: Callable[[str], None] = log.error
         self._on_needs_reset: Callable[[str, int], None] = lambda text, _life: log.warn(text)
         self._on_config: Callable[[bytes], object] = len

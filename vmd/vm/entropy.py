@@ -11,9 +11,9 @@ Unlike vmd (*cat. 6.3*) it takes the request it has not seen yet, honours chains
 """
 
 import os
-import threading
 import time
 
+from vmd import threads
 from vmd.errors import GuestError
 from vmd.ipc import devmsg
 from vmd.ipc.devfigures import take_slot
@@ -66,7 +66,7 @@ class Entropy:
         self._memory = memory
         self._figures = take_slot(figures_fd, figures_slot, slot.kind.process, slot.index)
         self._complaints = RateLimit()
-        self._lock = threading.Lock()  # of the ring and what is known of it; never taken before a function's
+        self._lock = threads.Lock()  # of the ring and what is known of it; never taken before a function's
         self._queue: Queue | None = None
         self._paused = False
         self._broken = False  # by the driver, until the next life of the device

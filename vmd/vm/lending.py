@@ -9,8 +9,7 @@ Whoever has them may also be told, through a pipe, what the machine is: for a sn
 It goes on when the disks come back, which the parent says: their processes then look at them anew.
 """
 
-import threading
-
+from vmd import threads
 from vmd.closing import close, close_all
 from vmd.errors import VmdError, sentence
 from vmd.ipc import courier
@@ -52,7 +51,7 @@ class Lending:
         self._pause, self._vmm, self._done = pause, vmm, done
         self._courier, self._stream = courier_fd, stream
         self._disks = pause.machine.disks()
-        self._cancelled = threading.Event()
+        self._cancelled = threads.Event()
         self._sender: Sender | None = None
 
     def begin(self) -> None:
@@ -78,7 +77,7 @@ class Lending:
         try:
             if text:
                 raise VmdError(text)
-            start_thread("lend", threading.Thread(target=self._run, name="lend", daemon=True).start)
+            start_thread("lend", threads.Thread(target=self._run, name="lend", daemon=True).start)
         except VmdError as error:
             close(self._courier)
             self._finish(str(error))

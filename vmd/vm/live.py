@@ -5,9 +5,9 @@ written within the time that the guest may stand still, or enough rounds were ma
 follows with its state.
 """
 
-import threading
 import time
 
+from vmd import threads
 from vmd.errors import PeerError, VmdError, sentence
 from vmd.guestmem import PAGE
 from vmd.ipc import devmsg
@@ -119,7 +119,7 @@ class LiveSender(Sender):
 
     def _have_it_stand_still(self) -> None:
         """Wait until the machine stands still and its state is read.  Raises VmdError."""
-        still = threading.Event()
+        still = threads.Event()
         failures: list[VmdError] = [VmdError("internal error while its state was read")]
 
         def on_still(text: str) -> None:

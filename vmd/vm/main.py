@@ -216,19 +216,19 @@ class VmProcess(Process):
         """Build the VM, give up what only building needs, and let the guest execute."""
         assert self.console is not None
         figures_fd, self.figures = self.figures, None
-        if figures_fd is None:  # nobody reads them
-            figures_fd = sealed_file("figures", FIGURES_BYTES)
-        outside = Outside(
-            devices=self.devices,
-            figures_fd=figures_fd,
-            console=self.console,
-            loop=self.loop,
-            end=self.end_from_thread,
-            ask_resolvers=self.ask_resolvers,
-            lock_lost=self.on_lock_lost,
-            report=self.report_event,
-        )
         try:
+            if figures_fd is None:  # nobody reads them
+                figures_fd = sealed_file("figures", FIGURES_BYTES)
+            outside = Outside(
+                devices=self.devices,
+                figures_fd=figures_fd,
+                console=self.console,
+                loop=self.loop,
+                end=self.end_from_thread,
+                ask_resolvers=self.ask_resolvers,
+                lock_lost=self.on_lock_lost,
+                report=self.report_event,
+            )
             pause = build(self.host or Host(), source, config, slots, outside)
             changes.limit(pause.machine, self.limits or config)
             narrow_requests(IOCTLS, self.filters[1])

@@ -8,8 +8,7 @@ function's `lock` (its registers), then whatever its owner has.  A function may 
 that moves its BARs waits for it then, never one that reads another function's configuration.
 """
 
-import threading
-
+from vmd import threads
 from vmd.log import RateLimit
 from vmd.vm import layout
 
@@ -130,7 +129,7 @@ class Msix:
         self.on_change = on_change
         self.pending = pending
         self.on_enable = on_enable
-        self.lock = threading.RLock()  # the function's own, once it has one
+        self.lock = threads.RLock()  # the function's own, once it has one
         self.enabled = False
         self.function_masked = False
         table_bytes = vectors * MSIX_ENTRY_BYTES
@@ -219,7 +218,7 @@ class PciFunction:
         revision: int = 0,
         interrupt_pin: int = 0,
     ) -> None:
-        self.lock = threading.RLock()  # serialises register access from several vCPUs
+        self.lock = threads.RLock()  # serialises register access from several vCPUs
         self.slot = -1
         self.address_bus: Bus | None = None
         self.bars: dict[int, Bar] = {}
@@ -467,7 +466,7 @@ class PciBus:
         self.byte_ports = dict(byte_ports or {})
         self.address = 0
         self.slots: list[PciFunction | None] = [None] * SLOTS
-        self.placement = threading.RLock()
+        self.placement = threads.RLock()
         self.complaints = RateLimit()
 
     def add(self, slot: int, function: PciFunction) -> None:

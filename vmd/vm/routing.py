@@ -1,7 +1,6 @@
 """Which interrupt line goes where: KVM's GSI routing table, which is always replaced as a whole (api.rst 4.52)."""
 
-import threading
-
+from vmd import threads
 from vmd.kvmapi import abi
 from vmd.kvmapi.vm import chip_route, msi_route
 
@@ -34,7 +33,7 @@ class Routing:
 
     def __init__(self, vm: "Vm") -> None:
         self._vm = vm
-        self._lock = threading.Lock()
+        self._lock = threads.Lock()
         self._messages: dict[int, tuple[int, int]] = {}  # gsi -> address, data
         self._next_gsi = IOAPIC_PINS
         self._commit()

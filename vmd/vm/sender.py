@@ -1,8 +1,8 @@
 """Writing what a machine is, on a thread of its own, while the event thread goes on serving."""
 
 import select
-import threading
 
+from vmd import threads
 from vmd.errors import VmdError, sentence
 from vmd.ipc import devmsg
 from vmd.ipc.imsg import pack
@@ -57,13 +57,13 @@ class Sender:
         self._disks = machine.disks()
         self._loop = loop
         self._done = done
-        self._cancelled = threading.Event()
+        self._cancelled = threads.Event()
         self._on_header = on_header
-        self._goes_on = threading.Event()
+        self._goes_on = threads.Event()
         self.pipe = Pipe(fd, select.POLLOUT)
         self.over = False
         self.total_bytes = len(self._header) + len(self._state) + machine.memory.resident_bytes()
-        self._thread = threading.Thread(target=self._run, name="send", daemon=True)
+        self._thread = threads.Thread(target=self._run, name="send", daemon=True)
 
     def freeze(self, clocks: "Clocks") -> None:
         """Read the state of the machine, which stands still.  Raises as the constructor does."""
@@ -142,7 +142,7 @@ class Sender:
         settle(self._disks, self._cancelled)
 
 
-def settle(disks: "Sequence[DeviceProcess]", cancelled: threading.Event) -> None:
+def settle(disks: "Sequence[DeviceProcess]", cancelled: threads.Event) -> None:
     """Wait until disks hold what the guest has written.  Raises VmdError; Cancelled."""
     for disk in disks:
         look_s = SETTLE_FIRST_LOOK_S  # most have next to nothing left to do, and the guest waits

@@ -28,10 +28,10 @@ import hashlib
 import os
 import select
 import stat
-import threading
-from collections import deque
+from _queue import SimpleQueue
 from struct import Struct
 
+from vmd import threads
 from vmd.errors import VmdError, sentence
 from vmd.ipc.streams import MAGIC
 from vmd.privsep.title import name_thread
@@ -39,7 +39,10 @@ from vmd.tasks import start_thread
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections import deque
     from collections.abc import Callable, Iterator, Sequence
+else:
+    from _collections import deque
 
 VERSION = 4
 STILL = 3  # the version of a machine that stands still
@@ -77,8 +80,9 @@ class Hasher:
         """Raises HostError."""
         self._work: Callable[[], None] | None = None
         self._digest = b""
-        self._go, self._done = threading.Semaphore(0), threading.Semaphore(0)
-        self._thread = threading.Thread(target=self._run, name="hasher", daemon=True)
+        self._go: SimpleQueue[None] = SimpleQueue()
+        self._done: SimpleQueue[None] = SimpleQueue()
+        self._thread = threads.Thread(target=self._run, name="hasher", daemon=True)
         start_thread("hasher", self._thread.start)
 
     def begin(self, parts: "Sequence[bytes | memoryview]") -> None:
@@ -91,28 +95,28 @@ class Hasher:
             self._digest = digest.digest()
 
         self._work = work
-        self._go.release()
+        self._go.put(None)
 
     def result(self) -> bytes:
         """Return the digest of what was begun last."""
-        self._done.acquire()
+        self._done.get()
         return self._digest
 
     def close(self) -> None:
         """End the thread."""
         self._work = None
-        self._go.release()
+        self._go.put(None)
         self._thread.join()
 
     def _run(self) -> None:
         name_thread("hasher")
         while True:
-            self._go.acquire()
+            self._go.get()
             work = self._work
             if work is None:
                 return
             work()
-            self._done.release()
+            self._done.put(None)
 
 
 class Pipe:

@@ -5,9 +5,9 @@ What ends the VM is reported once, through `end`, from whichever thread finds it
 stops all vCPUs.
 """
 
-import threading
 import time
 
+from vmd import threads
 from vmd.errors import GuestError
 from vmd.ipc.messages.vm import Outcome
 from vmd.kvmapi import abi
@@ -98,11 +98,11 @@ class VcpuThread:
         self._bus = bus
         self._memory = memory
         self._end = end
-        self._stopping = threading.Event()
-        self._parking = threading.Condition()
+        self._stopping = threads.Event()
+        self._parking = threads.Condition()
         self._on_parked: Callable[[], None] | None = None  # while it is to stand still, or does
         self.left_ns = 0  # by CLOCK_MONOTONIC: when it left the guest to stand still
-        self._thread = threading.Thread(target=self._run, name=f"vcpu{number}", daemon=True)
+        self._thread = threads.Thread(target=self._run, name=f"vcpu{number}", daemon=True)
 
     def start(self) -> None:
         """Let the guest execute.  Raises HostError."""

@@ -276,6 +276,7 @@ def test_a_disk_that_fails_when_the_machine_stands_still(pause: Pause) -> None:
 def test_cancelled_at_any_step(pause: Pause, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the first round, in a later one, while a disk takes its time, and when the machine stands still."""
     cancel = LiveSender.cancel
+    at_work: list[LiveSender] = []
     write_pages, have_it = LiveSender._write_pages, LiveSender._have_it_stand_still
     for step in range(4):
         pause.clocks = None
@@ -283,6 +284,7 @@ def test_cancelled_at_any_step(pause: Pause, monkeypatch: pytest.MonkeyPatch) ->
         pause.machine.disk.answers = [devmsg.SETTLED, devmsg.SETTLED_NOT_YET] if step == 2 else [devmsg.SETTLED]
 
         def write(sender: LiveSender, writer: Any, pages: bytes, step: int = step) -> None:  # noqa: ANN401
+            at_work.append(sender)
             if sender.round == step + 1:
                 cancel(sender)
             pause.machine.store(4, b"y")
@@ -296,12 +298,7 @@ def test_cancelled_at_any_step(pause: Pause, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(LiveSender, "_write_pages", write)
         monkeypatch.setattr(LiveSender, "_have_it_stand_still", stand)
         if step == 2:
-            pause.loop.call_later(0.1, lambda: threads_sender().cancel())
+            pause.loop.call_later(0.1, lambda: at_work[-1].cancel())
         assert Sending(pause, goal(still_ms=0 if step == 1 else 1_000_000)).told == ["sending was interrupted"], step
         assert (pause.clocks is None) == (step != 3), step
 
-
-def threads_sender() -> LiveSender:
-    """Return the sender whose thread is at work."""
-    (thread,) = [each for each in threading.enumerate() if each.name == "send"]
-    return thread._target.__self__  # type: ignore[attr-defined,no-any-return]

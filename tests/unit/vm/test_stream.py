@@ -1,5 +1,6 @@
 """The form of a sent VM, and everything that can be wrong with it (hostile-input 55)."""
 
+import _thread
 import errno
 import hashlib
 import os
@@ -7,6 +8,7 @@ import random
 import select
 import socket
 import threading
+import time
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.waiting import pause
 from vmd.errors import HostError
 from vmd.ipc.streams import MAGIC
 from vmd.vm import stream
@@ -498,16 +501,24 @@ def test_a_descriptor_of_the_wrong_kind(tmp_path: Path) -> None:
 
 def test_digests_do_not_pile_up_threads() -> None:
     """Each reader and writer ends those it has, in good times and in bad."""
-    before = threading.active_count()
+    before = _thread._count()
     read(written())
     with pytest.raises(StreamError):
         read(written()[:-DIGEST_BYTES])
-    assert threading.active_count() == before
+    wait_for_threads(before)
+
+
+def wait_for_threads(count: int) -> None:
+    """Wait until there are so many: one that was joined is still there for a moment."""
+    deadline = time.monotonic() + DEADLINE_S
+    while _thread._count() != count:
+        assert time.monotonic() < deadline
+        pause()
 
 
 def test_a_host_without_room_for_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever it has none for: a sentence, and those that there were have ended."""
-    before = threading.active_count()
+    before = _thread._count()
     for there_are in range(HASHERS):
         started: list[str] = []
 
@@ -523,7 +534,7 @@ def test_a_host_without_room_for_threads(monkeypatch: pytest.MonkeyPatch) -> Non
             with pytest.raises(HostError, match="start thread hasher"):
                 read(raw)
 
-        assert threading.active_count() == before
+        wait_for_threads(before)
 
 
 def test_memory_is_read_while_as_much_is_hashed_as_can_be(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 import os
 import random
 import select
-import threading
+import sys
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -251,9 +251,9 @@ def test_a_mistake_of_ours_is_told_too(
     def broken(_writer: StreamWriter, _body: bytes, _version: int) -> None:
         raise RuntimeError("a mistake")
 
-    shown: list[threading.ExceptHookArgs] = []
+    shown: list[sys.UnraisableHookArgs] = []
     monkeypatch.setattr(StreamWriter, "header", broken)
-    monkeypatch.setattr(threading, "excepthook", shown.append)
+    monkeypatch.setattr(sys, "unraisablehook", shown.append)
     reading, writing = os.pipe2(os.O_CLOEXEC)
 
     sender, told = send(loop, machine, writing)

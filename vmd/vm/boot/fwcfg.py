@@ -9,8 +9,8 @@ may never do that, and its start does not wait for it.
 """
 
 import struct
-import threading
 
+from vmd import threads
 from vmd.errors import GuestError
 from vmd.vm import layout
 
@@ -75,7 +75,7 @@ class FwCfg:
         self._fill: Callable[[FwCfg], None] | None = None
         self._items: dict[int, memoryview] = {}
         self._files: dict[str, bytes] = {}
-        self._lock = threading.Lock()  # selecting and reading are one state for all vCPUs
+        self._lock = threads.Lock()  # selecting and reading are one state for all vCPUs
         self._key = SIGNATURE
         self._item = memoryview(b"")
         self._offset = 0

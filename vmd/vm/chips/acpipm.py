@@ -11,9 +11,9 @@ There is no general-purpose event block (FADT GPE0_BLK_LEN 0) and no SMI command
 Upstream vmd has no ACPI; its guests learn of a shutdown from vmmci alone.
 """
 
-import threading
 import time
 
+from vmd import threads
 from vmd.vm.chips.wakeup import Wakeup
 
 TYPE_CHECKING = False
@@ -69,7 +69,7 @@ class AcpiPm:
         self._irq = irq
         self._power_off = power_off
         self._monotonic = monotonic
-        self._lock = threading.Lock()
+        self._lock = threads.Lock()
         self._status = 0
         self._enable = 0
         self._control = CNT_SCI_EN

@@ -16,9 +16,9 @@ Section names are those of the MC146818A data sheet.
 Unlike vmd: binary and 12-hour mode, alarm and update-ended interrupts, and the clock can be set.
 """
 
-import threading
 import time
 
+from vmd import threads
 from vmd.vm import layout
 from vmd.vm.chips.wakeup import Wakeup
 
@@ -107,7 +107,7 @@ class Mc146818:
         self._irq = irq
         self._now = now
         self._monotonic = monotonic
-        self._lock = threading.Lock()
+        self._lock = threads.Lock()
         self._index = 0
         self._offset_s = 0.0  # guest time minus host time
         self._held_s = 0.0  # host time minus machine time, when the guest took hold of the clock

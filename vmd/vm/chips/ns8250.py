@@ -8,7 +8,7 @@ Unlike vmd, whose ns8250 has no FIFO, because a driver that knows one costs a si
 OUT2, which gates the interrupt on a PC's board, does not here (nor in vmd).
 """
 
-import threading
+from vmd import threads
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ class Uart:
         self._irq = irq
         self._transmit = transmit
         self._on_room = on_room
-        self._lock = threading.Lock()
+        self._lock = threads.Lock()
 
     # ---- the guest's side
 

@@ -5,7 +5,7 @@ change its mind a million times must not fill memory with those, so an outstandi
 is left alone, whatever it was for: the chip looks, finds nothing to do, and asks again.
 """
 
-import threading
+from vmd import threads
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class Wakeup:
         self,
         schedule: "Schedule",
         monotonic: "Callable[[], float]",
-        lock: threading.Lock,
+        lock: threads.Lock,
         look: "Callable[[], None]",
     ) -> None:
         self._schedule = schedule
