@@ -18,7 +18,7 @@ import pytest
 from tests.process.test_daemon import demo, wait_gone
 from tests.process.test_network import block
 from tests.support.blkdisk import Disk
-from tests.support.daemon import DEADLINE_S, ROOT
+from tests.support.daemon import DEADLINE_S, ROOT, Daemon
 from tests.support.guests import guest
 from tests.support.hostnet import NetDaemon
 from tests.support.keeper import KeptDaemon
@@ -43,6 +43,11 @@ def vmd(tmp_path: Path) -> Iterator[KeptDaemon]:
     """Give a daemon with a keeper that knows two stopped VMs."""
     with KeptDaemon(tmp_path, demo("a") + demo("b")) as daemon:
         yield daemon
+
+
+def lasting(vmd: Daemon) -> dict[str, Any]:
+    """Return what the status of the VM says, but for its memory: processes in reserve that it did not need may end."""
+    return {key: value for key, value in vmd.status("a").items() if key != "resident_bytes"}
 
 
 def again(vmd: KeptDaemon) -> None:
@@ -106,12 +111,12 @@ def test_interfaces_disks_and_owner_go_on(network: Network, tmp_path: Path) -> N
         with vmd.console("a") as console:
             console.expect(PROMPT, DEADLINE_S)
             before, shown = vmd.interfaces("a"), network.run("ip", "address") + network.run("nft", "list", "ruleset")
-            row = vmd.status("a")
+            row = lasting(vmd)
             again(vmd)
             assert vmd.interfaces("a") == before
             assert "table netdev vmd_tap2" in shown
             assert network.run("ip", "address") + network.run("nft", "list", "ruleset") == shown
-            assert vmd.status("a") == row
+            assert lasting(vmd) == row
 
             console.answer("reset", PROMPT)
             vmd.wait_log("a: rebooting (vm 1)")
@@ -227,16 +232,16 @@ def test_without_its_vmm_nothing_goes_on(vmd: KeptDaemon) -> None:
 def test_a_broken_vm_conf_ends_nobody(vmd: KeptDaemon) -> None:
     """After a crash it is not even read; after a restart its mistakes are said, and what was in force stays so."""
     vmd.must("start", "a")
-    row = vmd.status("a")
+    row = lasting(vmd)
     vmd.conf.write_text(demo("a") + "nonsense\n")
     again(vmd)
-    assert vmd.status("a") == row
+    assert lasting(vmd) == row
     assert "syntax error" not in vmd.log
     vmd.wait_log("the configuration is that of the vmd before this one")
 
     vmd.restart()
     vmd.wait_log("configuration unchanged")
-    assert vmd.status("a") == row
+    assert lasting(vmd) == row
     assert [each["name"] for each in vmd.rows()] == ["a", "b"]
     assert vmd.vmctl("reload").returncode != 0
 
@@ -282,7 +287,7 @@ def test_a_daemon_that_cannot_go_on_leaves_guests_to_the_next(tmp_path: Path) ->
     code = copy(tmp_path)
     with KeptDaemon(tmp_path, demo("a")) as vmd:
         vmd.must("start", "a")
-        row = vmd.status("a")
+        row = lasting(vmd)
         (code / "vmd/priv/main.py").write_text("raise SystemExit(1)\n")
         with vmd.console("a") as console:
             console.expect(PROMPT, DEADLINE_S)
@@ -294,9 +299,9 @@ def test_a_daemon_that_cannot_go_on_leaves_guests_to_the_next(tmp_path: Path) ->
             vmd.code = ROOT
             vmd.start()
             assert console.answer("echo still here", "still here\r\n" + PROMPT)
-        assert vmd.status("a") == row
+        assert lasting(vmd) == row
         again(vmd)
-        assert vmd.status("a") == row
+        assert lasting(vmd) == row
         vmd.must("stop", "-fw", "a")
 
 
