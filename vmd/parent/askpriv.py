@@ -30,6 +30,7 @@ class AskPriv:
         self.core = core
         self.up = False  # it knows what there is
         self.owed = 0  # answers
+        self.heard = 0  # answers so far
         self.timer: Timer | None = None
         self.on_silent: Callable[[], None] = lambda: None  # called when it owes an answer and gives none
 
@@ -46,6 +47,7 @@ class AskPriv:
 
     def answered(self) -> None:
         """It has given an answer."""
+        self.heard += 1
         self.owed = max(0, self.owed - 1)
         self._watch()
 

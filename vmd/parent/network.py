@@ -58,7 +58,7 @@ LLADDR_BYTES = 6
 MTU_MAX = 0xFFFF  # what virtio has room for
 RESERVED_MAX = 512  # names that fit one message
 SWITCHES_MAX = 40  # as well
-LAUNCH_S = 60.0  # for all that priv may need, the start of another one included
+LAUNCH_S = 60.0  # for all that priv may need, the start of another one included, from its last answer to anybody
 TRIES_MAX = 3
 SILENT = "its interfaces cannot be made: priv does not answer"
 ENDED = f"its interfaces cannot be made: priv has ended {TRIES_MAX} times while it made them"
@@ -80,6 +80,7 @@ class Launch:
         self.on_failed = on_failed
         self.tries = 0  # how often priv was asked: it may end over it
         self.deadline: Timer | None = None
+        self.heard = 0  # answers of priv when that began
         # What priv is asked for; by the time of its answer the configuration may be another.
         self.requests: tuple[NicRequest, ...] = ()
         self.plan: Plan | None = None
@@ -234,9 +235,25 @@ class Network:
         self.tickets += 1
         ticket = self.tickets
         self.launches[ticket] = launch
-        launch.deadline = self.core.loop.call_later(LAUNCH_S, lambda: self._fail(ticket, errno.ETIMEDOUT, SILENT))
+        self._watch(ticket)
         if self.priv.up:
             self._ask(ticket)
+
+    def _watch(self, ticket: int) -> None:
+        """Give up a VM that waits for its interfaces when priv has not answered anybody for too long.
+
+        Hundreds that start at a time wait for one another.
+        """
+        launch = self.launches[ticket]
+        launch.heard = self.priv.heard
+        launch.deadline = self.core.loop.call_later(LAUNCH_S, lambda: self._look_after(ticket))
+
+    def _look_after(self, ticket: int) -> None:
+        launch = self.launches.get(ticket)
+        if launch is not None and launch.heard != self.priv.heard:
+            self._watch(ticket)
+        else:
+            self._fail(ticket, errno.ETIMEDOUT, SILENT)
 
     def _ask(self, ticket: int) -> None:
         """Ask priv for the interfaces of a VM."""

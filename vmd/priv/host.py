@@ -13,6 +13,7 @@ import ipaddress
 import os
 import re
 import time
+from collections import Counter
 
 from vmd.closing import close
 from vmd.config import rules as rules_of_vms
@@ -31,7 +32,7 @@ from vmd.priv.rules import Member, Nft
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
+    from collections.abc import Callable, Collection, Iterator, Sequence
 
     from vmd.config.model import Forward
     from vmd.ipc.messages.priv import (
@@ -163,6 +164,7 @@ class Network:
         self.counts = True
         self.watched: set[str] = set()  # the interfaces and bridges whose packets are counted
         self.judged: set[str] = set()  # ... of these, the bridges
+        self.held: Counter[tuple[str, str]] = Counter()  # elements of sets, and how many have each
         self.loaded = legacy.Loaded()
         self.shape: dict[str, int] = {}  # of our table, as we have written it
         self.damage = Damages(self)
@@ -736,28 +738,36 @@ class Network:
         Hundreds of other interfaces are in these sets, and their counters go on.
         """
         bridges = self.judged_bridges()
-        found = [[pair for nic in nics for pair in self.elements(nic)] for nics in (gone, new)]
-        if bridges == self.judged and not any(found):
+        less, more = (Counter(pair for nic in nics for pair in self.elements(nic)) for nics in (gone, new))
+        if bridges == self.judged and not less and not more:
             return
         if bridges != self.judged or not self.only_sets_change(gone, new):
             self.write_rules()
             return
+        # A tap may have the name of another one that is gone, and whose VM has not been forgotten yet.
+        over = [pair for pair in less if self.held[pair] <= less[pair]]
+        first = [pair for pair in more if not self.held[pair]]
         try:
-            self.nft.apply(rules.difference(*found))
+            self.nft.apply(rules.difference(over, first))
         except OperatorError:  # something in the table is not as we have left it
             self.write_rules()
             return
-        for change, pairs in zip((-1, 1), found, strict=True):
+        self.held.update(more)
+        self.held.subtract(less)
+        for pair in over:
+            del self.held[pair]
+        for change, pairs in ((-1, over), (1, first)):
             for name, _ in pairs:
                 if f"set {name}" in self.shape:
                     self.shape[f"set {name}"] += change
-        self.watched -= {nic.link.name for nic in gone}
-        self.watched |= {nic.link.name for nic in new if nic.networks and self.nat}
+        for nic in (*gone, *new):
+            is_watched = ("local", f'"{nic.link.name}"') in self.held
+            (self.watched.add if is_watched else self.watched.discard)(nic.link.name)
         self.watch.keep(self.watched)
 
-    def elements(self, nic: Nic) -> list[tuple[str, str]]:
+    def elements(self, nic: Nic) -> "Iterator[tuple[str, str]]":
         """Return what an interface has in the sets of our table."""
-        return list(rules.elements(self.member(nic), counted=self.counts))
+        return rules.elements(self.member(nic), counted=self.counts)
 
     def only_sets_change(self, gone: "Sequence[Nic]", new: "Sequence[Nic]") -> bool:
         """Return whether the chains of our table, and which sets there are, do not depend on these interfaces."""
@@ -795,6 +805,7 @@ class Network:
                 self.say_once(f"groups have no sets in nftables: {error}")
             return
         self.has_table = True
+        self.held = Counter(pair for nic in self.all_nics() for pair in self.elements(nic))
         self.groups_seen.update(group for member in members for group in member.groups)
 
     def apply(self, members: "Sequence[Member]", bridges: "Collection[str]") -> None:

@@ -33,7 +33,7 @@ from vmd.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Sequence
 
     from vmd.config.model import Forward
 
@@ -81,20 +81,21 @@ def ruleset(
     Sets of `kept_groups` stay, empty: a rule of the administrator's may name them.  Packets between the ports of
     `bridges` are counted.  Without `counted` nothing is: sets have counters since Linux 5.7 and nftables 0.9.5.
     """
-    found: dict[str, list[str]] = {f"vmd_{group}": [] for group in kept_groups}
+    # Each once: of two interfaces with the same name one is gone, and its VM is about to be forgotten.
+    found: dict[str, dict[str, None]] = {f"vmd_{group}": {} for group in kept_groups}
     for member in members:
         for name, element in elements(member, counted=counted):
-            found.setdefault(name, []).append(element)
+            found.setdefault(name, {})[element] = None
     nat = [member for member in members if member.networks]
     lines = [f"add table {TABLE}"]
     for name in sorted(name for name in found if name.startswith("vmd_")):
         lines += of_set(name, "ifname", found[name])
     for name, kind in SETS:
-        lines += of_set(name, kind, found.get(name, []))
+        lines += of_set(name, kind, found.get(name, ()))
     pairs = [f'"{bridge}" . "{bridge}"' for bridge in sorted(bridges)]
     for ending in ENDINGS if counted else ():  # in the order in which they are to be read
         for place in PLACES:
-            lines += of_set(place + ending, "ifname; counter", found.get(place + ending, []))
+            lines += of_set(place + ending, "ifname; counter", found.get(place + ending, ()))
         lines += of_set(drops.SWITCH + ending, "ifname . ifname; counter", pairs)
     for chain, kind, hook, priority in (
         ("forward", "filter", "forward", BEFORE),
@@ -200,7 +201,7 @@ def shape(ruleset: str) -> dict[str, int]:
     return found
 
 
-def of_set(name: str, kind: str, elements: list[str]) -> list[str]:
+def of_set(name: str, kind: str, elements: "Collection[str]") -> list[str]:
     """Return the lines that make a set hold these elements and no others."""
     lines = [f"add set {TABLE} {name} {{ type {kind}; }}", f"flush set {TABLE} {name}"]
     if elements:

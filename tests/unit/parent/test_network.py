@@ -526,6 +526,23 @@ def test_a_start_waits_for_priv_no_longer_than_its_deadline(parent: FakeParent) 
     assert (parent.peers[Proc.VMM].sent, parent.network.taps) == ([], {})
 
 
+def test_many_that_start_at_a_time_wait_for_one_another(parent: FakeParent) -> None:
+    """As long as priv makes interfaces for any of them; none is given up because there are hundreds."""
+    vms = [launch(parent, VmConfig(name=f"n{number}", nics=(NicConfig(),))) for number in range(3)]
+    deadlines = [launch.deadline for launch in parent.network.launches.values()]
+    made(parent)  # the last one's
+    for deadline in deadlines:
+        assert deadline is not None
+        cast("Any", deadline).callback()
+    assert [failures for _, failures in vms] == [[], [], []]
+
+    for launched in list(parent.network.launches.values()):
+        assert launched.deadline is not None
+        cast("Any", launched.deadline).callback()
+    silent = (errno.ETIMEDOUT, "its interfaces cannot be made: priv does not answer")
+    assert [failures for _, failures in vms] == [[silent], [silent], []]
+
+
 def test_priv_is_silent_when_it_owes_an_answer_for_too_long(parent: FakeParent) -> None:
     """Each answer gives it as much time again; who owes nothing may be silent for ever."""
     silent: list[bool] = []

@@ -1,6 +1,7 @@
 """What a VM that comes or goes costs priv does not depend on how many others there are; no netlink, and no nft."""
 
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -91,7 +92,7 @@ def network_of(nics: Sequence[Nic]) -> Network:
     network.nft, network.links, network.watch = Nft(), Links(), Watch()
     network.nat, network.counts, network.has_table = True, True, False
     network.groups_seen, network.watched, network.judged, network.said = set(), set(), set(), set()
-    network.switches, network.shape = {"br0": None}, {}
+    network.switches, network.shape, network.held = {"br0": None}, {}, Counter()
     network.filters = Filters(network.nft)
     network.damage = type("", (), {"forget": lambda _self, _names: None})()
     network.nics = {each.vmid: [each] for each in nics}
@@ -143,6 +144,23 @@ def test_sets_are_what_they_would_be_if_written_as_a_whole() -> None:
         assert network.nft.sets == whole.sets
         assert network.shape == rules.shape(text)
         assert network.watched == {each.link.name for each in network.all_nics() if each.networks}
+
+
+def test_a_name_that_two_interfaces_have_for_a_moment() -> None:
+    """A tap that is gone may leave its name to the next one before its VM is forgotten: that one keeps its elements."""
+    network: Any = network_of([nic(1), nic(2)])
+    other = nic(3)
+    other.link = other.link.replace(name="tap1")
+    network.nics[3] = [other]
+    network.change_rules(new=[other])
+    network.remove_nics(1)
+    assert '"tap1"' in network.nft.sets["local"]
+    whole = Nft()
+    text = rules.ruleset(network.members())
+    whole.apply(text)
+    assert (network.nft.sets, network.shape) == (whole.sets, rules.shape(text))
+    network.remove_nics(3)
+    assert network.nft.sets["local"] == {'"tap2"'}
 
 
 def test_asking_about_each_vm_does_not_look_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
