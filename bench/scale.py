@@ -22,7 +22,8 @@ MEMORY_MIB = 16
 NEEDED_MIB = 28  # of the host for each VM, its processes included
 SAME = 1.25  # times what it is among the fewest: more is growth
 DEADLINE_S = 500.0
-SETTLE_S = 3.0  # for what is put off, such as a look at whether the network is as it should be
+PARALLEL = 16  # that start at a time, every second
+SETTLE_S = 1.5  # for what is put off, such as a look at whether the network is as it should be
 TICK_NS = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
 OF_VMS, VMM = "vmd: vm/", "vmd: vmm"
 MORE = "more"  # the VM that is started among the others
@@ -54,9 +55,9 @@ def available_mib() -> int:
 
 
 def configuration(kernel: Path, images: list[Path]) -> str:
-    """Return a vm.conf with a VM for each image, all of which start at once but the last."""
+    """Return a vm.conf with a VM for each image, all of which start with the daemon but the last."""
     names = [*(f"n{number}" for number in range(len(images) - 1)), MORE]
-    return f"staggered start parallel {len(images)} delay 1\nlimit vms 4000\nlimit vcpus 4000\n" + "".join(
+    return f"staggered start parallel {PARALLEL} delay 1\nlimit vms 4000\nlimit vcpus 4000\n" + "".join(
         f'vm "{name}" {{\n{" disable" if name == MORE else ""} memory {MEMORY_MIB}M\n'
         f' boot "{kernel}" cmdline "idle"\n disk "{image}"\n local interface\n}}\n'
         for name, image in zip(names, images, strict=True)
@@ -91,7 +92,7 @@ def costs(directory: Path, kernel: Path, count: int) -> dict[str, float]:
             note("status -v, each", count, look_closely)
             note("metrics, each", count, client.figures)
         note("reload, each", count, lambda: vmd.must("reload", timeout_s=DEADLINE_S))
-        note("idle for a minute / 6, each", count, lambda: time.sleep(10 - SETTLE_S))
+        note("six seconds of nothing, each", count, lambda: time.sleep(6 - SETTLE_S))
         note("start of one more", 1, lambda: vmd.must("start", MORE))
         note("end of one", 1, lambda: vmd.must("stop", "-fw", MORE))
         note("restart of the daemon, each", count, lambda: upgraded(vmd, count))
