@@ -126,9 +126,9 @@ class Queue:
         self.next_avail = self.next_avail + 1 & 0xFFFF
         return chain
 
-    def heads(self, count: int) -> list[int]:
-        """Return the heads of the next chains, of which so many wait; they are not checked."""
-        first = self.next_avail & self.mask
+    def heads(self, count: int, behind: int = 0) -> list[int]:
+        """Return the heads of chains, not checked: so many that wait, behind those that are known already."""
+        first = self.next_avail + behind & self.mask
         heads: list[int] = self.avail_ring[first : first + count].tolist()
         if len(heads) < count:
             heads += self.avail_ring[: count - len(heads)].tolist()

@@ -70,6 +70,7 @@ class Recorder(Worker):
         self.gate = Gate()
         self.failure: Exception | None = None
         self.wishes: list[tuple[int, float]] = []  # tap_events and until_s for after the next turns
+        self.shares: list[bool] = []
 
     def begin(self) -> None:
         """Write it down."""
@@ -79,6 +80,7 @@ class Recorder(Worker):
     def serve(self, queue: Queue) -> bool:
         """Write it down, and wait."""
         self.notes.append(f"serve {queue.size}")
+        self.shares.append(self.shared)
         self.gate.pass_through()
         if self.failure is not None:
             raise self.failure
@@ -169,6 +171,21 @@ def test_each_notification_is_news_for_its_queue(moved: Moved, queues: list[Queu
     assert [worker.notes for worker in moved.workers] == [
         ["begin"] + [f"serve {size}"] * 3 for size in (8, 16)
     ]
+
+
+def test_a_queue_knows_that_the_other_waits(moved: Moved, queues: list[Queue]) -> None:
+    """So that its turn may be short."""
+    for worker, queue in zip(moved.workers, queues, strict=True):
+        worker.queue = queue
+    moved.mover.go()
+    for worker in moved.workers:
+        worker.gate.wait()
+        worker.gate.open()
+    os.eventfd_write(moved.kicks[0], 1)
+    moved.workers[0].gate.wait()
+    moved.workers[0].gate.open()
+    moved.mover.stop()
+    assert moved.workers[0].shares == [True, False]
 
 
 def test_the_tap_is_waited_for_by_who_wants_it(moved: Moved, queues: list[Queue]) -> None:

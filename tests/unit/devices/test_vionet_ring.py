@@ -634,8 +634,9 @@ def test_a_single_frame_is_given_before_the_next_is_looked_for(ends: Ends, monke
 
 
 def test_large_frames_leave_the_other_queue_its_turn(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After so many bytes a turn is over; what is left comes in the next one, at once."""
-    monkeypatch.setattr(receive, "TURN_BYTES", 100_000)
+    """After so many bytes a turn is over, soon if that queue waits; what is left comes in the next one, at once."""
+    monkeypatch.setattr(receive, "ALONE", (SIZE, 100_000))
+    monkeypatch.setattr(receive, "SHARED", (SIZE, 1))
     with GuestMemory.create(LAYOUT) as memory:
         ring = Ring(memory, SIZE)
         queue = queue_of(memory, ring)
@@ -645,8 +646,10 @@ def test_large_frames_leave_the_other_queue_its_turn(ends: Ends, monkeypatch: py
             ring.offer(0)
         for _ in range(8):
             ends.host.send(bytes(12) + any_frame(60_000))
-        turns = [(worker.serve(queue), ring.device_idx) for _ in range(3)]
-        assert turns == [(True, 3), (True, 6), (False, 8)]
+        turns = []
+        for worker.shared in (False, True, False, False):
+            turns.append((worker.serve(queue), ring.device_idx))
+        assert turns == [(True, 3), (True, 4), (True, 7), (False, 8)]
         worker.begin()
         close(worker)
         release(queue)

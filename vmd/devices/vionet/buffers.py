@@ -31,12 +31,9 @@ class Columns:
     """A queue's memory as columns: one kind of number of each descriptor, or of each element of a ring."""
 
     def __init__(self, queue: "Queue") -> None:
-        raw, size = queue.memory.memory, queue.size
-        table = raw[queue.desc : queue.desc + 16 * size]
-        self.gpas = table.cast("Q")[::2]
-        self.lengths = table.cast("I")[2::4]
-        self.flags = table.cast("H")[6::8]
-        self.offered = raw[queue.avail + 4 : queue.avail + 4 + 2 * size].cast("H")
+        self.gpas = queue.table.cast("Q")[::2]
+        self.lengths = queue.table.cast("I")[2::4]
+        self.flags = queue.table.cast("H")[6::8]
         words = queue.used_ring.cast("B").cast("I")
         self.used_heads, self.used_lengths = words[::2], words[1::2]
 
@@ -92,7 +89,7 @@ class Run:
         if self.queue is not queue or self.columns is None:
             self.queue, self.columns = queue, Columns(queue)
         columns = self.columns
-        heads = cut(columns.offered, queue.next_avail + known & queue.mask, waiting)
+        heads = queue.heads(waiting, known)
         try:
             flags = pick(columns.flags, heads)
             lengths = pick(columns.lengths, heads)
@@ -245,16 +242,8 @@ class Chains:
         return used
 
 
-def cut(ring: memoryview, first: int, count: int) -> list[int]:
-    """Return what stands in a ring from a place on, where it may go on at the ring's beginning."""
-    found: list[int] = ring[first : first + count].tolist()
-    if len(found) < count:
-        found += ring[: count - len(found)].tolist()
-    return found
-
-
 def store(ring: memoryview, first: int, values: list[int]) -> None:
-    """Store into a ring of words from a place on, in the same way."""
+    """Store into a ring of words from a place on; it may go on at the ring's beginning."""
     words = memoryview(pack(f"{len(values)}I", *values)).cast("I")
     behind = min(len(values), len(ring) - first)
     ring[first : first + behind] = words[:behind]

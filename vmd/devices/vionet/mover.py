@@ -126,6 +126,7 @@ class Mover:
                 worker.more = True
         try:
             if first.more:
+                first.shared = second.more
                 first.turn()
             if second.more:
                 second.turn()

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from vmd.virtio.queue import Queue
 
 NUMBER = 0  # of the queue
-BUDGET = 64  # frames of one turn
-TURN_BYTES = 1 << 20  # ... and bytes, about
+ALONE = 128, 1 << 20  # frames and bytes, about, of one turn
+SHARED = 64, 256 << 10  # ... if the guest has something to send: what arrives meanwhile waits in the tap
 GIVE_BYTES = 64 << 10  # so much is given at a time: the guest looks at it, and offers new buffers, meanwhile
 FEW = 4  # frames: after a turn of fewer the next one's first is given at once, for somebody waits for it
 FRAME_MAX = 65536 + 64  # of the kernel, unsegmented, with its headers
@@ -61,7 +61,7 @@ class Receiver(Worker):
 
     def __init__(self, services: "Services", kick: int, tap: "Tap", failed: "Callable[[OSError], None]") -> None:
         """`failed` is called, on the thread that serves, when the tap is gone or down."""
-        super().__init__(services, NUMBER, kick, BUDGET)
+        super().__init__(services, NUMBER, kick, ALONE[0])
         self.tap = tap
         self.failed = failed
         self.configure(spec.NET_HDR_BYTES_LEGACY, mergeable=False, sums=False)
@@ -70,6 +70,7 @@ class Receiver(Worker):
         self.run = Run()
         self.chains = Chains(self.spill)  # none are known as long as some of `run` are
         self.placed = False  # chains were looked at for a frame that was in our own memory: they may make a run
+        self.turn_frames, self.turn_bytes = ALONE  # that may pass in this turn
         self.few = True  # frames came in the last turn
         self.large = 0
         self.held = bytearray()  # a frame, with its header, that waits for buffers
@@ -145,6 +146,8 @@ class Receiver(Worker):
 
     def serve(self, queue: "Queue") -> bool:
         """Give frames to the guest as long as there are some, and buffers for them."""
+        frames, self.turn_bytes = SHARED if self.shared else ALONE
+        self.turn_frames = min(frames, self.budget)
         before = self.packets
         try:
             ended = self._fill(queue)
@@ -276,7 +279,7 @@ class Receiver(Worker):
 
     def _receive(self, queue: "Queue") -> Ended:
         """Read frames into what was offered, whatever its form."""
-        for _ in range(self.budget):
+        for _ in range(self.turn_frames):
             if self.placed:
                 self.placed = False
                 self.chains.forget()
@@ -305,7 +308,7 @@ class Receiver(Worker):
         packets = total = 0
         limit = 1 if self.few else GIVE_BYTES
         try:
-            for _ in range(self.budget):
+            for _ in range(self.turn_frames):
                 if at == len(ends) or (large and ends[-1] - base < FRAME_MAX):
                     run.use(at, piece)
                     queue.next_avail, queue.next_used = next_avail & 0xFFFF, next_used & 0xFFFF
@@ -368,7 +371,7 @@ class Receiver(Worker):
                     limit = total + GIVE_BYTES
                     queue.next_avail, queue.next_used = next_avail & 0xFFFF, next_used & 0xFFFF
                     self.give(queue)
-                    if total >= TURN_BYTES:
+                    if total >= self.turn_bytes:
                         return Ended.SPENT
             else:
                 return Ended.SPENT
@@ -436,7 +439,7 @@ class Receiver(Worker):
         """Read frames into our own memory, and give the guest those that are for it."""
         spill, header, accepted = self.spill, self.header, self.accepted
         least = header + HEADER_BYTES
-        for _ in range(self.budget):
+        for _ in range(self.turn_frames):
             if not self._stock(queue, STOCK):
                 return Ended.STARVED
             try:

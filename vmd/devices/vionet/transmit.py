@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 
 NUMBER = 1  # of the queue
-BUDGET = 256  # frames of one turn: all that a ring holds; what arrives meanwhile waits in the tap
+BUDGET = 128  # frames of one turn
 GIVE_BYTES = 256 << 10  # so much is given back at a time: the guest makes new frames while others are sent
 IOV_MAX = 1024
 STEPS = range(IOV_MAX - 1)  # pieces of a chain; one more may be put in front

@@ -38,7 +38,7 @@ class Worker:
     """
 
     def __init__(self, services: "Services", number: int, kick: int, budget: int) -> None:
-        """`budget` is how many frames may pass in one turn, before the other queue has its own."""
+        """`budget` is how many frames may pass in one turn, before the other queue may have its own."""
         self.services = services
         self.figures = services.figures
         self.number = number
@@ -50,6 +50,7 @@ class Worker:
         self.until_s = NEVER  # look again then, whatever happens
         self.bytes = 0  # of frames that have passed
         self.budget = self.most = budget
+        self.shared = False  # this turn, as the other queue has something to do, too
         self.bucket: Bucket | None = None  # where there is a limit
         self.throttled = Throttled(services.figures, devmsg.COUNTER_NAMES.index(f"{WAYS[number]}_throttled"))
 
