@@ -5,7 +5,7 @@ other of two ways, is to forget them.  What drivers offer whose buffers can be m
 side by side in memory, is a `Run`; everything else is `Chains`.
 """
 
-from _operator import add
+from _operator import add, sub
 from itertools import accumulate
 from struct import pack
 
@@ -15,6 +15,8 @@ from vmd.virtio.queue import CHAIN_BYTES_MAX, DESC, U16
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from vmd.virtio.queue import Queue
 
     # head, windows on its buffers with the spill behind them, bytes in the former
@@ -42,9 +44,9 @@ class Run:
     """Chains of one buffer each that were looked at: what they hold together is a stream of bytes, cut into buffers.
 
         base      ends[0]   ends[1]   ends[2]       places in the stream
-        |  heads[0]  |  heads[1]  |  heads[2]  |
-        |  windows[0]             | windows[1] |    what lies in one piece of memory
-                            stops[0]    stops[1]
+        |   chain    |   chain    |   chain    |
+        |  a piece of memory      |  another   |
+                            stops[0]     stops[1]
 
     What is at a place of the stream, in piece N, is in memory at that place + shifts[N].  The elements of all of them
     are in the used ring already, as if they were full: nobody looks at them before the index says so.
@@ -53,10 +55,8 @@ class Run:
     def __init__(self) -> None:
         self.base = 0
         self.ends: list[int] = []
-        self.heads: list[int] = []
         self.stops: list[int] = []
         self.shifts: list[int] = []
-        self.windows: list[memoryview] = []
         self.queue: Queue | None = None  # that `columns` is of
         self.columns: Columns | None = None
 
@@ -68,7 +68,7 @@ class Run:
     def forget(self) -> None:
         """Know of no chains."""
         self.base = 0
-        for known in (self.ends, self.heads, self.stops, self.shifts, self.windows):
+        for known in (self.ends, self.stops, self.shifts):
             known.clear()
 
     def use(self, count: int, piece: int) -> None:
@@ -77,8 +77,16 @@ class Run:
             self.forget()
         elif count:
             self.base = self.ends[count - 1]
-            del self.ends[:count], self.heads[:count]
-            del self.stops[:piece], self.shifts[:piece], self.windows[:piece]
+            del self.ends[:count], self.stops[:piece], self.shifts[:piece]
+
+    def _columns(self, queue: "Queue") -> Columns:
+        if self.queue is not queue or self.columns is None:
+            self.queue, self.columns = queue, Columns(queue)
+        return self.columns
+
+    def used_lengths(self, queue: "Queue") -> memoryview:
+        """Return the used ring's lengths: that of a frame's last chain, which it does not fill, is to be corrected."""
+        return self._columns(queue).used_lengths
 
     def stock(self, queue: "Queue", least: int) -> bool:
         """Look at waiting chains ahead; False if not all of them are such, of so many bytes at least."""
@@ -86,9 +94,7 @@ class Run:
         waiting = min(queue.available(), RUN) - known
         if waiting <= 0:
             return True
-        if self.queue is not queue or self.columns is None:
-            self.queue, self.columns = queue, Columns(queue)
-        columns = self.columns
+        columns = self._columns(queue)
         heads = queue.heads(waiting, known)
         try:
             flags = pick(columns.flags, heads)
@@ -106,30 +112,24 @@ class Run:
         store(columns.used_lengths, slot, lengths)
         lengths[0] += begin
         self.ends += accumulate(lengths)
-        self.heads += heads
         return True
 
     def _find(self, queue: "Queue", place: int, begins: list[int], ends: list[int]) -> bool:
         """Find the memory of buffers, which go on at a place of the stream; False if some have none to write to."""
         if begins[1:] == ends[:-1]:
-            pieces = [(begins[0], ends[-1])]
+            begins, ends = begins[:1], ends[-1:]
         else:
-            cuts = [at for at, begin in enumerate(begins[1:], 1) if begin != ends[at - 1]]
-            pieces = [(begins[at], ends[last - 1]) for at, last in zip([0, *cuts], [*cuts, len(ends)], strict=True)]
-        raw, ranges = queue.memory.memory, queue.memory.ranges
-        low = high = delta = 0  # the region that was met last, and the way from its addresses to places in `raw`
-        for begin, end in pieces:
-            if begin < low or end > high:
-                for start, stop, offset, writable in ranges:
-                    if start <= begin and end <= stop and writable:
-                        low, high, delta = start, stop, offset - start
-                        break
-                else:
-                    return False
-            self.windows.append(raw[begin + delta : end + delta])
-            place += end - begin
-            self.stops.append(place)
-            self.shifts.append(end + delta - place)
+            cuts = [at for at, (begin, end) in enumerate(zip(begins[1:], ends, strict=False), 1) if begin != end]
+            begins = begins[:1] + [begins[at] for at in cuts]
+            ends = [ends[at - 1] for at in cuts] + ends[-1:]
+        deltas = find(queue.memory.ranges, [min(begins)], [max(ends)]) * len(ends)
+        if not deltas:
+            deltas = find(queue.memory.ranges, begins, ends)
+        if len(deltas) != len(ends):
+            return False
+        stops = list(accumulate(map(sub, ends, begins), initial=place))[1:]
+        self.shifts += [end + delta - stop for end, delta, stop in zip(ends, deltas, stops, strict=True)]
+        self.stops += stops
         return True
 
 
@@ -240,6 +240,21 @@ class Chains:
         queue.next_avail = queue.next_avail + used & 0xFFFF
         self.at += used
         return used
+
+
+def find(
+    ranges: "Sequence[tuple[int, int, int, bool]]", begins: "Sequence[int]", ends: "Sequence[int]"
+) -> list[int]:
+    """Return the ways from addresses of the guest to places in its memory, up to a range that may not be written to."""
+    deltas = []
+    for begin, end in zip(begins, ends, strict=True):
+        for start, stop, offset, writable in ranges:
+            if start <= begin and end <= stop and writable:
+                deltas.append(offset - start)
+                break
+        else:
+            break
+    return deltas
 
 
 def store(ring: memoryview, first: int, values: list[int]) -> None:

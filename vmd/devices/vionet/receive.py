@@ -293,33 +293,37 @@ class Receiver(Worker):
 
         The hot loop; its locals, where the run's stream is cut into buffers and lies in pieces of memory:
 
-            heads       | at - 1 |    at    | at + 1 |  ...           cut at `ends`
+            chains      | at - 1 |    at    | at + 1 |  ...           cut at `ends`
             stream               base       end
-            pieces  ... piece                    |  piece + 1  |      cut at `stops`, with `windows` on the memory
+            pieces  ... piece                   stop  piece + 1  |    cut at `stops`, in memory by `shifts` further on
             frame                |length -->
             views                [ the buffer, or the rest of the piece, or pieces enough for all frames ] [ spill ]
         """
         tap, header, sums, mergeable, spill = self.tap.fd, self.header, self.sums, self.mergeable, self.spill
         least, counted = header + HEADER_BYTES, header == spec.NET_HDR_BYTES
         readv, raw, run = os.readv, queue.memory.memory, self.run
-        used_ring, mask, next_avail, next_used = queue.used_ring, queue.mask, queue.next_avail, queue.next_used
-        ends, heads, stops, shifts, windows = run.ends, run.heads, run.stops, run.shifts, run.windows
+        used_lengths, mask = run.used_lengths(queue), queue.mask
+        next_avail, next_used = queue.next_avail, queue.next_used  # ... of the chain that is the run's first
+        ends, stops, shifts = run.ends, run.stops, run.shifts
         large, base, at, piece = self.large, run.base, 0, 0
+        stop, shift = (stops[0], shifts[0]) if stops else (0, 0)
         packets = total = 0
         limit = 1 if self.few else GIVE_BYTES
         try:
             for _ in range(self.turn_frames):
                 if at == len(ends) or (large and ends[-1] - base < FRAME_MAX):
                     run.use(at, piece)
-                    queue.next_avail, queue.next_used = next_avail & 0xFFFF, next_used & 0xFFFF
+                    queue.next_avail = next_avail = next_avail + at & 0xFFFF
+                    queue.next_used = next_used = next_used + at & 0xFFFF
                     base, at, piece = run.base, 0, 0
                     if not run.stock(queue, self.room_least):
                         return Ended.ELSEWHERE if self._stock(queue, STOCK) else Ended.STARVED
                     if not ends:
                         return Ended.STARVED
+                    stop, shift = stops[0], shifts[0]
                 end = ends[at]
-                room = stops[piece] - base
-                place = base + shifts[piece]
+                room = stop - base
+                place = base + shift
                 if not mergeable:
                     room = end - base
                     views = [raw[place : place + room], spill]
@@ -327,8 +331,13 @@ class Receiver(Worker):
                     views = [raw[place : place + room], spill]
                 else:
                     behind = bisect_left(stops, base + FRAME_MAX, piece) + 1
-                    views = [raw[place : place + room], *windows[piece + 1 : behind], spill]
-                    room = stops[min(behind, len(stops)) - 1] - base
+                    views = [raw[place : place + room]]
+                    for further in range(piece + 1, min(behind, len(stops))):
+                        begin, stop, shift = stop, stops[further], shifts[further]
+                        views.append(raw[begin + shift : stop + shift])
+                    views.append(spill)
+                    room = stop - base
+                    stop, shift = stops[piece], shifts[piece]
                 try:
                     length = readv(tap, views)
                 except OSError as error:
@@ -344,32 +353,32 @@ class Receiver(Worker):
                     self._drop(length, least)
                     continue
                 if base + length <= end:
-                    count = 1
+                    used_lengths[next_used + at & mask] = length
+                    at += 1
+                    if counted:
+                        raw[place + NUM_BUFFERS] = 1
+                        raw[place + NUM_BUFFERS + 1] = 0
                     if large:
                         large -= 1
-                    used_ring[next_used & mask] = heads[at] | length << 32
                 else:
                     last = bisect_left(ends, base + length, at)
-                    count = last + 1 - at
+                    used_lengths[next_used + last & mask] = base + length - ends[last - 1]
                     end = ends[last]
+                    raw[place + NUM_BUFFERS] = last + 1 - at & 0xFF
+                    raw[place + NUM_BUFFERS + 1] = last + 1 - at >> 8
+                    at = last + 1
                     large = LARGE_READS
-                    used_ring[next_used + last - at & mask] = heads[last] | base + length - ends[last - 1] << 32
-                if counted:
-                    raw[place + NUM_BUFFERS] = count & 0xFF
-                    raw[place + NUM_BUFFERS + 1] = count >> 8
                 if not sums:
                     raw[place] = 0
-                next_avail += count
-                next_used += count
-                at += count
                 base = end
-                if end >= stops[piece]:
+                if end >= stop and at < len(ends):
                     piece = bisect_right(stops, end, piece)
+                    stop, shift = stops[piece], shifts[piece]
                 packets += 1
                 total += length
                 if total >= limit:
                     limit = total + GIVE_BYTES
-                    queue.next_avail, queue.next_used = next_avail & 0xFFFF, next_used & 0xFFFF
+                    queue.next_avail, queue.next_used = next_avail + at & 0xFFFF, next_used + at & 0xFFFF
                     self.give(queue)
                     if total >= self.turn_bytes:
                         return Ended.SPENT
@@ -377,7 +386,7 @@ class Receiver(Worker):
                 return Ended.SPENT
         finally:
             run.use(at, piece)
-            queue.next_avail, queue.next_used = next_avail & 0xFFFF, next_used & 0xFFFF
+            queue.next_avail, queue.next_used = next_avail + at & 0xFFFF, next_used + at & 0xFFFF
             self.large = large
             self.packets += packets
             self.bytes += total - packets * header
