@@ -231,6 +231,8 @@ class Transmitter(Worker):
                 if flags != NEXT:
                     break
                 gpa, length, flags, following = descriptor(table, following << 4)
+            else:
+                flags = NEXT  # there is a further piece, which was not taken
             if begin < low or end > high:
                 self._meet(queue, begin, end - begin)
                 low, high, delta = self.region
