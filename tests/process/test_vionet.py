@@ -1083,7 +1083,7 @@ def test_pause_stands_still_and_resume_goes_on(nic: Nic) -> None:
 
 
 def test_rings_that_come_during_a_pause_wait_for_its_end(nic: Nic) -> None:
-    """As those of a machine that was received: both threads stand until it goes on."""
+    """As those of a machine that was received: both queues stand until it goes on."""
     nic.driver.post(8)
     nic.device.command(devmsg.PAUSE)
     rows = [ring.row() for ring in (nic.driver.rx, nic.driver.tx)]
@@ -1341,7 +1341,7 @@ def test_unseen_interrupt_is_raised_again(nic: Nic, queue: int) -> None:
 
 
 def test_driver_that_polls_gets_no_interrupts(nic: Nic) -> None:
-    """VIRTQ_AVAIL_F_NO_INTERRUPT, which both threads heed."""
+    """VIRTQ_AVAIL_F_NO_INTERRUPT, which both queues heed."""
     nic.driver.renew(MODERN)
     for ring in (nic.driver.rx, nic.driver.tx):
         ring.set_flags(spec.VIRTQ_AVAIL_F_NO_INTERRUPT)

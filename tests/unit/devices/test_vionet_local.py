@@ -36,7 +36,7 @@ class Services:
 
 @pytest.mark.parametrize("reset", [False, True])
 def test_request_is_answered_unless_its_driver_is_gone(reset: bool) -> None:
-    """The main thread may hear of a reset before it comes to what the transmit thread has posted."""
+    """The main thread may hear of a reset before it comes to what the other thread has posted."""
     services, told, injected = Services(), list[bytes](), list[bytes]()
     local = LocalNetwork(INTERFACE, injected.append, services, told.append)
     local.begin()

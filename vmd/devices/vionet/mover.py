@@ -3,9 +3,9 @@
 One thread serves both queues: two would hand the interpreter's lock to and fro with each system call, which costs more
 than a second processor gives.
 
-It holds `serving` while it may touch a ring.  The main thread, which takes rings away and brings new ones, first clears
-`wanted`, which the thread looks at each time it has taken the lock, and then takes the lock once: from there until `go`
-the thread touches no ring.
+It holds `serving` while it may touch a ring, or change what it waits for.  The main thread, which takes rings away and
+brings new ones, first clears `wanted`, which the thread looks at each time it has taken the lock, and then takes the
+lock once: from there until `go` the thread touches no ring.
 """
 
 import _thread
@@ -111,9 +111,9 @@ class Mover:
                     worker.more = True
             with serving:
                 self._turn(first, second)
-            events = first.tap_events | second.tap_events
-            if events != self.tap_events:
-                self._watch_tap(events)
+                events = first.tap_events | second.tap_events
+                if events != self.tap_events:
+                    self._watch_tap(events)
 
     def _turn(self, first: "Worker", second: "Worker") -> None:
         """Serve each queue that has something to do, if it is still wanted; holding the lock."""
