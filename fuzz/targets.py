@@ -222,23 +222,25 @@ def ring(data: bytes) -> None:
         memory.load(AVAIL, struct.pack("<HH", 0, RING_SIZE))
         memory.load(AVAIL + 4, data[16 * RING_SIZE : 16 * RING_SIZE + 2 * RING_SIZE])
         memory.load(DATA, data[18 * RING_SIZE : 18 * RING_SIZE + 4096])
-        queue = Queue(memory, (1 << 28) | (1 << 29) | (1 << 32), RING_SIZE, DESC, AVAIL, USED)
-        served = 0
-        try:
-            while (chain := queue.take()) is not None:
-                parse(chain, memory, Limits(MIB, writable=True, discard=True, write_zeroes=True))
-                queue.put(chain.head, 0)
-                served += 1
-        except GuestError as error:
-            said(error)
-        if not served:
-            said(ValueError("no request"))
-        queue.publish()
-        queue.used_ring.release()
-        queue._used_idx.release()
-        queue._avail_event.release()
+        serve_ring(memory)
     finally:
         memory.close()
+
+
+def serve_ring(memory: GuestMemory) -> None:
+    """Do so with what is there; the queue's views of memory go with it."""
+    queue = Queue(memory, (1 << 28) | (1 << 29) | (1 << 32), RING_SIZE, DESC, AVAIL, USED)
+    served = 0
+    try:
+        while (chain := queue.take()) is not None:
+            parse(chain, memory, Limits(MIB, writable=True, discard=True, write_zeroes=True))
+            queue.put(chain.head, 0)
+            served += 1
+    except GuestError as error:
+        said(error)
+    if not served:
+        said(ValueError("no request"))
+    queue.publish()
 
 
 def command_block(data: bytes) -> None:
