@@ -453,7 +453,7 @@ class Network:
     def on_dropped(self, message: FramesDropped, _envelope: Envelope) -> None:
         """The filters on a tap have dropped more than before."""
         taps = self.taps.get(message.vmid)
-        if taps is not None:
+        if taps is not None and 0 <= message.index < len(taps.links):
             taps.dropped[message.index] = message.spoofed, message.unwanted
 
     def counted(self, vmid: int, index: int, figures: "dict[str, Any]") -> "dict[str, Any]":

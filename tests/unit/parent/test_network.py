@@ -313,7 +313,9 @@ def test_figures_of_frames_that_the_kernel_moves(parent: FakeParent, monkeypatch
     made(parent)
     monkeypatch.setattr(parent.network.tap_stats, "of", lambda index: {"rx_packets": index, "tx_bytes": 5})
     parent.network.on_dropped(FramesDropped(vmid=vm.vmid, index=0, spoofed=3, unwanted=4), UNUSED)
-    parent.network.on_dropped(FramesDropped(vmid=99, index=0, spoofed=3, unwanted=4), UNUSED)
+    for vmid, index in ((99, 0), (vm.vmid, 3), (vm.vmid, -1)):  # there are no such interfaces
+        parent.network.on_dropped(FramesDropped(vmid=vmid, index=index, spoofed=3, unwanted=4), UNUSED)
+    assert parent.network.taps[vm.vmid].dropped == {0: (3, 4)}
     counted = dict.fromkeys(COUNTER_NAMES, 1)
 
     first, second, third = (parent.network.counted(vm.vmid, index, counted) for index in range(3))
