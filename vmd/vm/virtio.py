@@ -311,10 +311,12 @@ class VirtioFunction(PciFunction):
                     wanted[fd] = (self.first_gsi + vector, False)
         elif self.slot > 0 and not self.command & COMMAND_INTX_DISABLE:
             # Ours only as long as they are needed: every end of an interrupt on this line, whosever, wakes our event
-            # thread then.
+            # thread then.  Those of a process once it has rings: each takes the kernel a millisecond, and most drivers
+            # enable MSI-X before.
             gsi, pending = layout.pci_irq(self.slot, 1), self.process.interrupts.pending
+            serves = self.process.resample is not None and self.transport.active
             for queue, fd in enumerate(self.process.calls):
-                if self.process.resample is not None or pending(queue):
+                if serves or pending(queue):
                     wanted[fd] = (gsi, True)
             if self.config_pending:
                 wanted[self.config_call] = (gsi, True)
@@ -425,6 +427,7 @@ class VirtioFunction(PciFunction):
             self.fail(str(error))
             return False
         self._place_notifications()
+        self._place_interrupts()
         return usable
 
     def reset(self) -> None:
@@ -437,6 +440,7 @@ class VirtioFunction(PciFunction):
             self.fail(str(error))
         for fd in (*self.process.kicks, *self.process.calls, self.config_call):
             drain(fd)
+        self._place_interrupts()
 
     def write_config(self, offset: int, data: bytes) -> bytes:
         """Pass a write to device configuration on."""

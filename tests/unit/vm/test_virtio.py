@@ -280,6 +280,8 @@ def test_window_reaches_memory(mode: VirtioMode, bar: int) -> None:
 
 def test_driver_of_virtio_1_comes_up(machine: Machine) -> None:
     """The process gets the rings; KVM gets the ports, and the interrupt line with its end signalled."""
+    assert machine.kvm.irqfds == {}  # it may be a driver that enables MSI-X before
+
     machine.start()
 
     assert machine.process.lives == [(VERSION_1, ROWS)]
@@ -559,7 +561,7 @@ def test_reset_storm_7(machine: Machine) -> None:
             machine.legacy_write(LEGACY_STATUS, 1, 0)
         machine.write(STATUS, 1, 0)
         assert machine.kvm.ioeventfds == {}
-        assert len(machine.kvm.irqfds) == 2
+        assert machine.kvm.irqfds == {}
         assert machine.status == machine.read(virtio.ISR, 1) == 0
 
     assert machine.process.resets == len(machine.process.lives) == 200
@@ -976,7 +978,8 @@ def check(machine: Machine) -> None:
         for vector in open_:
             assert kvm.messages[function.first_gsi + vector] == msix.message(vector)[:2]
     else:
-        raising = [*process.calls, *([function.config_call] if function.config_pending else [])]
+        raising = [fd for fd in process.calls if process.running or fd in kvm.irqfds]  # without rings it raises nothing
+        raising += [function.config_call] if function.config_pending else []
         wanted = {} if function.command & 0x400 else dict.fromkeys(raising, IRQ)
     assert {fd: gsi for fd, (gsi, _) in kvm.irqfds.items()} == wanted
     assert all((resample is None) == msix.enabled for _, resample in kvm.irqfds.values())
