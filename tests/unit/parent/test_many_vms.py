@@ -33,8 +33,8 @@ from vmd.parent.vmtable import Vm
 from vmd.record import Record
 
 FEW, MANY = 40, 240
-MORE = 1.02  # times what it is with few: the cost of one thing is not to grow with their number
-EACH = 80  # instructions of a start for each VM that runs: what they have together is compared, and added up
+MORE = 1.05  # times what it is with few: the cost of one thing is not to grow with their number
+EACH = 90  # instructions of a start for each VM that runs: what they have together is compared, and added up
 NO_PROCESS = 1 << 22  # a pid that no process has
 ROOT, CLIENT = Caller(uid=0, gid=0, pid=1), 7
 MAC = b"\2\0\0\0\0\1"
