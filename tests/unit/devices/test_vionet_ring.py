@@ -37,7 +37,7 @@ from vmd.devices.vionet.buffers import RUN, STOCK
 from vmd.devices.vionet.interface import Interface
 from vmd.devices.vionet.local import LocalNetwork
 from vmd.devices.vionet.receive import Receiver
-from vmd.devices.vionet.transmit import FRAME_MAX, PAGES_MAX, Transmitter
+from vmd.devices.vionet.transmit import FRAME_MAX, WINDOWS_MAX, Transmitter
 from vmd.devices.vionet.worker import GSO_FRAME_MAX, NEVER
 from vmd.errors import GuestError
 from vmd.guestmem import PAGE, GuestMemory, RegionSpec
@@ -324,17 +324,17 @@ def test_windows_that_are_kept_are_few(ends: Ends) -> None:
             memory.load(DATA + PAGE * number, number.to_bytes(8, "little") * (PAGE // 8))
         memory.load(TABLES - PAGE, header)
         used = 0
-        for middle in [*range(1, 16), *[14] * (count // 14)]:
-            used %= count - 20
-            whole = [Desc(DATA + PAGE * (used + number), PAGE) for number in range(middle)]
+        for middle in [*range(1, 16), *[14] * (count // 28)]:
+            used %= count - 40
+            whole = [Desc(DATA + PAGE * (used + number), PAGE) for number in range(0, 2 * middle, 2)]
             parts = [Desc(TABLES - PAGE, 12), *whole, Desc(DATA, 8)]
-            used += middle
+            used += 2 * middle
             ring.add_indirect(parts, TABLES)
             worker.serve(queue)
             wanted = header + b"".join(memory.read(part.gpa, part.length) for part in parts[1:])
             assert ends.frames() == [wanted]
-            assert len(worker.pages) <= PAGES_MAX
-        assert worker.pages  # so this was about them
+            assert sum(len(views) for views, _ in worker.tables.values()) == worker.windows <= WINDOWS_MAX
+        assert worker.windows  # so this was about them
         close(worker)
         release(queue)
         del queue, worker

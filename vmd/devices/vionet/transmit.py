@@ -8,7 +8,6 @@ kernel reads that once, checks it, and refuses what does not fit the frame.  Onl
 import posix as os
 import select
 import time
-from struct import Struct
 from struct import error as StructError
 
 from vmd.devices.vionet.addresses import LENGTHS, LOOK_BYTES
@@ -16,7 +15,6 @@ from vmd.devices.vionet.ethernet import HEADER_BYTES, SOURCE
 from vmd.devices.vionet.tap import DOWN, GONE
 from vmd.devices.vionet.worker import GSO_FRAME_MAX, Worker
 from vmd.errors import GuestError
-from vmd.guestmem import PAGE
 from vmd.ipc import devmsg
 from vmd.log import RateLimit
 from vmd.virtio import spec
@@ -50,8 +48,8 @@ BUDGET = 128  # frames of one turn
 GIVE_BYTES = 256 << 10  # so much is given back at a time: the guest makes new frames while others are sent
 IOV_MAX = 1024
 STEPS = range(IOV_MAX - 1)  # pieces of a chain; one more may be put in front
-PAGES_TABLES = range(8 * 16, 64 * 16 + 1)  # bytes of tables that may list pages
-PAGES_MAX = 1024  # windows that are kept, of about 300 bytes each
+KEPT_TABLES = range(8 * DESC.size, 64 * DESC.size + 1)  # bytes of tables that are remembered
+WINDOWS_MAX = 1024  # on what these describe; about 200 bytes each
 FRAME_MAX = 16384 + HEADER_BYTES  # as long as a tap of OpenBSD's takes (*cat. 6.5*)
 GSO_TYPE = 1  # offset in the header
 BUSY_S = 1.0  # a tap that takes nothing for so long loses the frame
@@ -59,17 +57,6 @@ BUSY_S = 1.0  # a tap that takes nothing for so long loses the frame
 PACKETS, BYTES = (devmsg.COUNTER_NAMES.index(name) for name in ("tx_packets", "tx_bytes"))
 
 NEXT, WRITE, INDIRECT = spec.VIRTQ_DESC_F_NEXT, spec.VIRTQ_DESC_F_WRITE, spec.VIRTQ_DESC_F_INDIRECT
-FIRST = NEXT | 1 << 16  # flags and following of a table's first descriptor
-
-
-class Pages:
-    """How to read a table of so many descriptors in one go: `whole` is what `others` are if all but two are pages."""
-
-    def __init__(self, count: int) -> None:
-        self.places = Struct("<" + "Q8x" * count).unpack
-        self.others = Struct("<" + "8xQ" * count).unpack  # length, flags, following
-        self.whole = tuple(PAGE | NEXT << 32 | following << 48 for following in range(2, count))
-        self.bytes = PAGE * len(self.whole)
 
 
 class Transmitter(Worker):
@@ -87,8 +74,8 @@ class Transmitter(Worker):
         self.busy_until_s = 0.0  # the tap takes nothing at the moment, and is waited for; 0: it takes what comes
         self.complaints = RateLimit()
         self.region = (0, 0, 0)  # that was met last: from, to, and the way from its addresses to places in memory
-        self.pages: dict[int, memoryview] = {}  # windows, by their address
-        self.forms: dict[int, Pages] = {}  # by number of descriptors
+        self.tables: dict[bytes, tuple[list[memoryview], int]] = {}  # without their first descriptors
+        self.windows = 0  # that these have together
         self.others: tuple[int, ...] = ()  # figures that were shown last
         self.packets = 0
         self.short = self.long = self.spoofed = self.refused = self.no_link = self.dropped_busy = self.answered = 0
@@ -204,88 +191,84 @@ class Transmitter(Worker):
         self, queue: "Queue", head: int, gpa: int, length: int, flags: int, following: int
     ) -> "tuple[list[memoryview], int]":
         """Return windows on the pieces of a chain, whose first descriptor was read, and how long they are together."""
-        raw, table, descriptor = queue.memory.memory, queue.table, DESC.unpack_from
+        try:
+            table: memoryview | bytes = queue.table
+            if flags == INDIRECT and queue.indirect and length and not length & 15:
+                low, high, delta = self.region
+                if gpa < low or gpa + length > high:
+                    low, high, delta = self._meet(queue, gpa, length)
+                table = queue.memory.memory[gpa + delta : gpa + delta + length]
+                if length in KEPT_TABLES:
+                    return self._kept(queue, table)
+                gpa, length, flags, following = DESC.unpack_from(table)
+            return self._follow(queue, table, gpa, length, flags, following)
+        except (StructError, GuestError):
+            return self._gather(queue, head)  # which takes every form, and says what is wrong
+
+    def _follow(
+        self, queue: "Queue", table: memoryview | bytes, gpa: int, length: int, flags: int, following: int
+    ) -> "tuple[list[memoryview], int]":
+        """Do it from a descriptor on, which was read.  Raises GuestError or struct.error at what is left to `_gather`.
+
+        Pieces that lie side by side have one window.
+        """
+        raw, descriptor = queue.memory.memory, DESC.unpack_from
         low, high, delta = self.region
         views: list[memoryview] = []
-        append = views.append
         total = 0
-        try:
-            if flags == INDIRECT and queue.indirect and length and not length & 15:
-                if gpa < low or gpa + length > high:
-                    self._meet(queue, gpa, length)
-                    low, high, delta = self.region
-                table = raw[gpa + delta : gpa + delta + length]
-                if length in PAGES_TABLES and (found := self._pages(queue, table)):
-                    return found
-                gpa, length, flags, following = descriptor(table)
-            begin = end = gpa  # of pieces that lie side by side
-            for _ in STEPS:
-                if gpa != end:
-                    if begin < low or end > high:
-                        self._meet(queue, begin, end - begin)
-                        low, high, delta = self.region
-                    append(raw[begin + delta : end + delta])
-                    total += end - begin
-                    begin = end = gpa
-                end += length
-                if flags != NEXT:
-                    break
-                gpa, length, flags, following = descriptor(table, following << 4)
-            else:
-                flags = NEXT  # there is a further piece, which was not taken
-            if begin < low or end > high:
-                self._meet(queue, begin, end - begin)
-                low, high, delta = self.region
-            append(raw[begin + delta : end + delta])
-            total += end - begin
-            if not flags and total <= CHAIN_BYTES_MAX:
-                return views, total
-        except (StructError, GuestError):
-            pass
-        return self._gather(queue, head)  # which takes every form, and says what is wrong
+        begin = end = gpa
+        for _ in STEPS:
+            if gpa != end:
+                if begin < low or end > high:
+                    low, high, delta = self._meet(queue, begin, end - begin)
+                views.append(raw[begin + delta : end + delta])
+                total += end - begin
+                begin = end = gpa
+            end += length
+            if flags != NEXT:
+                break
+            gpa, length, flags, following = descriptor(table, following << 4)
+        if begin < low or end > high:
+            low, high, delta = self._meet(queue, begin, end - begin)
+        views.append(raw[begin + delta : end + delta])
+        total += end - begin
+        if flags or total > CHAIN_BYTES_MAX:
+            raise GuestError("a chain that is unusual, or broken")
+        return views, total
 
-    def _meet(self, queue: "Queue", gpa: int, length: int) -> None:
-        """Take the region that a piece lies in.  Raises GuestError if it lies in none."""
+    def _meet(self, queue: "Queue", gpa: int, length: int) -> tuple[int, int, int]:
+        """Return the region that a piece lies in, and remember it.  Raises GuestError if it lies in none."""
         for start, stop, offset, _ in queue.memory.ranges:
             if start <= gpa and gpa + length <= stop:
                 self.region = start, stop, offset - start
-                return
+                return self.region
         raise GuestError(f"guest address {gpa:#x}: not {length} bytes in one region")
 
-    def _pages(self, queue: "Queue", table: memoryview) -> "tuple[list[memoryview], int] | None":
-        """Return what `_pieces` does, of a table that lists in order whole pages between its first and its last piece.
+    def _kept(self, queue: "Queue", table: memoryview) -> "tuple[list[memoryview], int]":
+        """Do what `_pieces` does with a table of many descriptors; raise as `_follow`.
 
-        So large frames are of files and of programs that write much.  Pages are used again and again: to find a window
-        of before costs a third of a new one.
+        Such frames are made of pages of a file, or of a program's memory.  When that is sent again, so is all of its
+        table but the first descriptor, which is of the headers.
         """
-        count = len(table) >> 4
-        if (form := self.forms.get(count)) is None:
-            form = self.forms[count] = Pages(count)
-        others = form.others(table)
-        first, last = others[0], others[-1]
-        if others[1:-1] != form.whole or first >> 32 != FIRST or last >> 32 & 0xFFFF:
-            return None
-        first &= 0xFFFF_FFFF
-        last &= 0xFFFF_FFFF
-        raw, pages = queue.memory.memory, self.pages
-        gpas = form.places(table)
-        try:
-            views = [*map(pages.__getitem__, gpas[1:-1])]
-        except KeyError:
-            if len(pages) + count > PAGES_MAX:
-                pages.clear()
-            for gpa in gpas[1:-1]:
-                self._meet(queue, gpa, PAGE)
-                place = gpa + self.region[2]
-                pages[gpa] = raw[place : place + PAGE]
-            views = [*map(pages.__getitem__, gpas[1:-1])]
-        for gpa, length, at in ((gpas[0], first, 0), (gpas[-1], last, count - 1)):
-            low, high, delta = self.region
-            if gpa < low or gpa + length > high:
-                self._meet(queue, gpa, length)
-                low, high, delta = self.region
-            views.insert(at, raw[gpa + delta : gpa + delta + length])
-        return views, form.bytes + first + last
+        copy = bytes(table)
+        gpa, length, flags, following = DESC.unpack_from(copy)
+        # If that leads to the second, the rest says all else: a chain that comes back to the first never ends.
+        if flags != NEXT or following != 1:
+            return self._follow(queue, copy, gpa, length, flags, following)
+        rest = copy[DESC.size :]
+        known = self.tables.get(rest)
+        if known is None:
+            known = self._follow(queue, copy, *DESC.unpack_from(copy, DESC.size))
+            self.windows += len(known[0])
+            if self.windows > WINDOWS_MAX:
+                self.tables.clear()
+                self.windows = len(known[0])
+            self.tables[rest] = known
+        low, high, delta = self.region
+        if gpa < low or gpa + length > high:
+            low, high, delta = self._meet(queue, gpa, length)
+        views, total = known
+        return [queue.memory.memory[gpa + delta : gpa + delta + length], *views], length + total
 
     def _gather(self, queue: "Queue", head: int) -> "tuple[list[memoryview], int]":
         """Look at a chain of any form, the obvious way."""
