@@ -6,10 +6,14 @@ peer on the host (`peer.c`), on a tap of each side's own in a network of its own
 and is counted there.  What is received the peer sends as fast as the tap's queue takes it.  Large frames are TCP
 segments of 64 KiB, which both sides pass on whole.
 
-Both VMs run all the time; while one works, the other is asleep.  Each load runs twice: once the guest sleeps until an
-interrupt comes, as guests do; once it polls, which takes what interrupts cost on this host out of the comparison, and a
-processor away from what serves the interface.  The cost is that of the first: all processor time of all processes of
-that side, the guest's own included, the peer's not.
+Both VMs run all the time; while one works, the other is asleep.  What runs a guest has a processor of the host to
+itself, everything else of the VM has the others.  Left alone, the scheduler has both on one processor for some runs and
+apart for others, which halves or doubles what passes, for either side.  No two pieces of a large frame lie side by
+side: nor do they where programs write them, or files have them.
+
+Each load runs twice: once the guest sleeps until an interrupt comes, as guests do; once it polls, which takes what
+interrupts cost on this host out of the comparison, and a processor away from what serves the interface.  The cost is
+that of the first: all processor time of all processes of that side, the guest's own included, the peer's not.
 """
 
 import contextlib
@@ -37,6 +41,7 @@ GSO_BYTES = 65_160 + 54  # 45 segments and their headers
 SEND_PIECE, PAGE = 32 * KIB, 4 * KIB  # bytes that lie together: what a program has written, and what lies in a file
 LARGE_BUFFERS = 4 * KIB  # a driver's, when it has seen large frames
 PLAIN_BYTES = 1514
+VCPUS = ("vcpu", "CPU ")  # what names of threads that run a guest begin with, ours and QEMU's
 
 SMALL, LARGE, SCATTERED, BOTH_WAYS = 0.9, 1.0, 0.9, 0.7  # goals of rates
 ASLEEP, POLLED, HIGH = 1.5, 1.3, 1.5  # of times
@@ -99,8 +104,17 @@ class NetSide(Side):
         self, console: Console, send: Callable[[bytes], object], pids: list[int], tap: Interface, peer: Path
     ) -> None:
         super().__init__(console, send, pids)
+        self.place()
         self.tap = tap
         self.peer = peer
+
+    def place(self) -> None:
+        """Have what runs the guest on the last processor, everything else on the others."""
+        *others, last = sorted(os.sched_getaffinity(0))
+        for pid in self.pids:
+            for thread in Path(f"/proc/{pid}/task").iterdir():
+                runs_guest = (thread / "comm").read_text().startswith(VCPUS)
+                os.sched_setaffinity(int(thread.name), {last} if runs_guest or not others else others)
 
     def run(self, load: Load, hertz: float, *, asleep: bool) -> Passed:
         """Have frames pass.  Raises RuntimeError if some did not get there, or were not what was sent."""
@@ -221,6 +235,7 @@ def qemu_side(kernel: Path, network: Network, peer: Path, *, vhost: bool = False
     """Run the guest under QEMU; with `vhost` the kernel moves its frames."""
     tap = Interface(network, "qemu0")
     devices = (
+        "-name", "net,debug-threads=on",
         "-netdev", f"tap,id=net,ifname={tap.name},script=no,downscript=no,vhost={'on' if vhost else 'off'}",
         "-device", "virtio-net-pci,netdev=net,romfile=",
     )  # fmt: skip

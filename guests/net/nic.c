@@ -193,6 +193,7 @@ bool send_slot(struct slot *slot)
     struct segment pieces[2 + 17];
     uint8_t *header = slot->frame - nic.header;
     uint32_t first = slot->piece ? slot->head : slot->length;
+    uint32_t whole = slot->piece ? (slot->length - first) / slot->piece : 0;
     unsigned count = 0;
 
     memcpy(header, &slot->header, nic.header);
@@ -202,9 +203,12 @@ bool send_slot(struct slot *slot)
     } else {
         pieces[count++] = (struct segment){header, nic.header + first, false};
     }
-    for (uint32_t at = first; at < slot->length; at += slot->piece)
+    /* The last one first, so that no two lie side by side: nor do pages of a file, or of a program. */
+    if (first + whole * slot->piece < slot->length)
         pieces[count++] = (struct segment){
-            slot->frame + at, slot->length - at < slot->piece ? slot->length - at : slot->piece, false};
+            slot->frame + first + whole * slot->piece, slot->length - first - whole * slot->piece, false};
+    while (whole--)
+        pieces[count++] = (struct segment){slot->frame + first + whole * slot->piece, slot->piece, false};
     if (!queue_add(&nic.tx, pieces, count, slot, nic.indirect && count > 1)) {
         slot->next = free_slots[slot->large];
         free_slots[slot->large] = slot;
