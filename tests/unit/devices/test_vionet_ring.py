@@ -37,7 +37,7 @@ from vmd.devices.vionet.buffers import RUN, STOCK
 from vmd.devices.vionet.interface import Interface
 from vmd.devices.vionet.local import LocalNetwork
 from vmd.devices.vionet.receive import Receiver
-from vmd.devices.vionet.transmit import FRAME_MAX, WINDOWS_MAX, Transmitter
+from vmd.devices.vionet.transmit import FRAME_MAX, IOV_MAX, WINDOWS_MAX, Transmitter
 from vmd.devices.vionet.worker import GSO_FRAME_MAX, NEVER
 from vmd.errors import GuestError
 from vmd.guestmem import PAGE, GuestMemory, RegionSpec
@@ -310,6 +310,27 @@ def test_tap_that_takes_nothing_is_waited_for_43(ends: Ends, monkeypatch: pytest
         close(worker)
         release(queue)
         del queue
+
+
+@pytest.mark.parametrize("count", [7, 8, 64, 65, IOV_MAX - 2, IOV_MAX - 1, IOV_MAX])
+@pytest.mark.parametrize("apart", [0, 1])
+def test_frame_is_whole_in_however_many_pieces(ends: Ends, count: int, apart: int) -> None:
+    """Side by side or apart, and the second time, too."""
+    with GuestMemory.create(LAYOUT) as memory:
+        ring = Ring(memory, SIZE)
+        queue = queue_of(memory, ring)
+        worker = ends.transmitter()
+        memory.load(DATA, random.Random(count).randbytes(1 << 16))
+        memory.load(DATA, bytes(12))
+        parts = [Desc(DATA, 26), *(Desc(DATA + 32 + (1 + apart) * number, 1) for number in range(count - 1))]
+        wanted = b"".join(memory.read(part.gpa, part.length) for part in parts)
+        for _ in range(2):
+            ring.add_indirect(parts, DATA + (1 << 16))
+            worker.serve(queue)
+            assert ends.frames() == [wanted]
+        close(worker)
+        release(queue)
+        del queue, worker
 
 
 def test_windows_that_are_kept_are_few(ends: Ends) -> None:

@@ -86,18 +86,20 @@ class Transmitter(Worker):
         self.busy_until_s = 0.0
 
     def serve(self, queue: "Queue") -> bool:
-        """Send what waits, up to a budget."""
+        """Send what waits, and what comes meanwhile, up to a budget."""
         queue.suppress()
         self.tap_events = 0
-        try:
-            more = self._drain(queue)
-        finally:  # of a ring that breaks half-way, too
-            self.show()
-            self.give(queue)
-        if self.tap_events:
-            return False
+        left = self.budget
+        while left > 0 and (waiting := queue.available()):
+            try:
+                left -= self._drain(queue, min(waiting, left))
+            finally:  # of a ring that breaks half-way, too
+                self.show()
+                self.give(queue)
+            if self.tap_events:
+                return False
         self.busy_until_s = 0.0
-        return more or queue.rearm()
+        return queue.rearm()
 
     def count_answered(self) -> None:
         """Count a frame that was answered elsewhere, while this thread stands."""
@@ -116,8 +118,8 @@ class Transmitter(Worker):
             for place, value in enumerate(others, BYTES + 1):
                 self.figures[place] = value
 
-    def _drain(self, queue: "Queue") -> bool:
-        """Take frames and send them; return whether some are left.
+    def _drain(self, queue: "Queue", waiting: int) -> int:
+        """Send frames that wait; return how many are through: all, unless the tap is full.
 
         The hot loop.  A frame that nothing is to be found out about goes out from here.  Its locals:
 
@@ -135,8 +137,7 @@ class Transmitter(Worker):
         shortest = header + HEADER_BYTES
         longest, largest = (header + FRAME_MAX, header + GSO_FRAME_MAX) if plain else (0, 0)
         telling = () if self.addresses is None else [header + length for length in LENGTHS]
-        waiting = queue.available()
-        heads = queue.heads(min(waiting, self.budget))
+        heads = queue.heads(waiting)
         queue.lay(heads)
         next_avail, next_used = queue.next_avail, queue.next_used
         done = lost = total = 0
@@ -172,7 +173,7 @@ class Transmitter(Worker):
                             lost += 1
                 except OSError as error:
                     if not self._not_sent(error, done - lost):
-                        return False
+                        break
                     lost += 1
                     if not self.link_up:
                         longest = largest = 0
@@ -181,11 +182,11 @@ class Transmitter(Worker):
                     limit = total + GIVE_BYTES
                     queue.next_avail, queue.next_used = next_avail + done & 0xFFFF, next_used + done & 0xFFFF
                     self.give(queue)
-            return waiting > done
         finally:
             queue.next_avail, queue.next_used = next_avail + done & 0xFFFF, next_used + done & 0xFFFF
             self.packets += done - lost
             self.bytes += total - (done - lost) * header
+        return done
 
     def _pieces(
         self, queue: "Queue", head: int, gpa: int, length: int, flags: int, following: int
@@ -228,6 +229,8 @@ class Transmitter(Worker):
             if flags != NEXT:
                 break
             gpa, length, flags, following = descriptor(table, following << 4)
+        else:
+            raise GuestError(f"more than {len(STEPS)} pieces")
         if begin < low or end > high:
             low, high, delta = self._meet(queue, begin, end - begin)
         views.append(raw[begin + delta : end + delta])
