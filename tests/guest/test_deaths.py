@@ -17,7 +17,6 @@ import pytest
 from tests.support.daemon import DEADLINE_S, Daemon
 from tests.support.guests import guest
 from tests.support.logreader import borrowed
-from tests.support.program import changed_program
 from tests.support.transfers import Footprint, ended, vmctl
 from vmd.privsep.start import CHANNEL_FD
 
@@ -57,10 +56,13 @@ def vmd(tmp_path: Path, disk: Path) -> Iterator[Daemon]:
 
 
 @contextmanager
-def starting(vmd: Daemon) -> Iterator[tuple[Client, int]]:
-    """Have a VM start that cannot, because the process that waits for it has been stopped."""
+def starting(vmd: Daemon, held: str = "vm") -> Iterator[tuple[Client, int]]:
+    """Have a VM start that cannot, because a process that waits for it has been stopped."""
     Footprint(vmd)  # the processes in reserve are there
-    pid = vmd.processes()["vmd: vm"]
+    deadline = time.monotonic() + DEADLINE_S
+    while (pid := vmd.processes().get(f"vmd: {held}", 0)) == 0:
+        assert time.monotonic() < deadline
+        select.select([], [], [], 0.02)
     os.kill(pid, signal.SIGSTOP)
     client = vmctl(vmd, "start", "a")
     vmd.wait_state("a", "starting")
@@ -95,10 +97,11 @@ def check_usable(vmd: Daemon, before: Footprint) -> None:
     before.check(vmd)
 
 
-def test_death_while_starting(vmd: Daemon) -> None:
-    """Of the VM's process: the start fails, and says how that process ended."""
+@pytest.mark.parametrize("victim", ["vm", "vioblk"])
+def test_death_while_starting(vmd: Daemon, victim: str) -> None:
+    """Of the VM's process, or of a device's: the start fails, and says how that process ended."""
     before = Footprint(vmd)
-    with starting(vmd) as (client, pid):
+    with starting(vmd, victim) as (client, pid):
         os.kill(pid, signal.SIGKILL)
         status, errors = ended(client)
     print(errors)
@@ -106,26 +109,6 @@ def test_death_while_starting(vmd: Daemon) -> None:
     assert "SIGKILL" in errors
     assert "SIGKILL" in vmd.wait_state("a", "stopped")["text"]
     check_usable(vmd, before)
-
-
-def test_death_of_a_device_while_starting(tmp_path: Path, disk: Path) -> None:
-    """The same; the device's process stops itself before it is ready."""
-    stops = {"vmd/devices/vioblk/raw.py": "import signal\nsignal.raise_signal(signal.SIGSTOP)\n"}
-    code = changed_program(tmp_path / "code", stops)
-    with Daemon(tmp_path, configuration(disk), code=code) as vmd:
-        before = Footprint(vmd)
-        client = vmctl(vmd, "start", "a")
-        deadline = time.monotonic() + DEADLINE_S
-        while "vmd: vioblk" not in (found := vmd.processes()):
-            assert time.monotonic() < deadline
-            select.select([], [], [], 0.02)
-        os.kill(found["vmd: vioblk"], signal.SIGKILL)
-        status, errors = ended(client)
-        print(errors)
-        assert status == 1
-        assert "SIGKILL" in errors
-        assert "SIGKILL" in vmd.wait_state("a", "stopped")["text"]
-        before.check(vmd)
 
 
 def test_death_in_reserve(vmd: Daemon) -> None:
