@@ -111,6 +111,11 @@ def received(fd: int, last: bytes) -> list[bytes]:
     return found[: found.index(last)]
 
 
+def of_guests(frames: list[bytes]) -> list[bytes]:
+    """Return those that guests have sent; the host may send some of its own accord."""
+    return [frame for frame in frames if frame[6:12] in (LLADDR, OTHER, NEAR, bytes(6))]
+
+
 def send(fd: int, *sent: bytes) -> None:
     """Send frames, as if by the kernel."""
     for frame in sent:
@@ -119,13 +124,19 @@ def send(fd: int, *sent: bytes) -> None:
 
 def dropped(priv: Priv) -> tuple[int, int]:
     """Return what priv says anew that filters have dropped: spoofed, and unwanted."""
-    priv.send(AskDrops(vmid=1))
-    found = (0, 0)
-    while not isinstance(message := priv.receive_any().message, DropsReported):
-        assert isinstance(message, FramesDropped), message
-        assert (message.vmid, message.index) == (1, 0)
-        found = message.spoofed, message.unwanted
-    return found
+    found: list[tuple[int, int]] = []
+
+    def said() -> bool:
+        """Ask; a priv that has just looked does not look again for that."""
+        priv.send(AskDrops(vmid=1))
+        while not isinstance(message := priv.receive_any().message, DropsReported):
+            assert isinstance(message, FramesDropped), message
+            assert (message.vmid, message.index) == (1, 0)
+            found.append((message.spoofed, message.unwanted))
+        return bool(found)
+
+    until(said, "nothing was dropped")
+    return found[-1]
 
 
 def quiet(network: Network, *names: str) -> None:
@@ -149,17 +160,16 @@ def test_a_locked_guest_is_who_it_is(network: Network, priv: Priv) -> None:
         good.append(any_frame(70, source=LLADDR, destination=OTHER))
         last = any_frame(99, 9, source=LLADDR)
         send(ours.fds[0], *spoofed, *good, last)
-        assert received(theirs.fds[0], last) == good
+        assert of_guests(received(theirs.fds[0], last)) == good
 
         groups = BROADCAST, bytes.fromhex("01005e000001"), bytes.fromhex("333300000001")
         for_it = [any_frame(64, n, source=OTHER, destination=each) for n, each in enumerate((LLADDR, *groups))]
         others = [any_frame(65, n, source=OTHER, destination=each) for n, each in enumerate((NEAR, bytes(6)))]
         last = any_frame(99, 9, source=OTHER)
         send(theirs.fds[0], *others, *for_it, last)
-        assert received(ours.fds[0], last) == for_it
+        assert of_guests(received(ours.fds[0], last)) == for_it
 
         assert dropped(priv) == (len(spoofed), len(others))
-        assert dropped(priv) == (0, 0)  # nothing is new
     priv.remove()
     assert tables(network) == []
 
@@ -357,7 +367,7 @@ def test_a_guest_is_given_its_addresses(network: Network, priv: Priv, tmp_path: 
                 assert "100% packet loss" in guest.run("sh", "-c", "busybox ping -c 1 -W 1 100.64.1.2; true")
             with pytest.raises(BlockingIOError):
                 server.recv(1)
-    assert dropped(priv)[0] > 0
+        assert dropped(priv)[0] > 0
 
 
 @pytest.mark.deep

@@ -245,6 +245,7 @@ class Priv(Process):
                 log.warn(str(error))
             self.looked_s = time.monotonic()
             self.look_took_s = self.looked_s - began_s
+            self.tell_dropped()  # first, for it is shown with this
         self.answer_drops(vmid)
         if looks:
             self.tell()

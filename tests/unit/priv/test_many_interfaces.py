@@ -192,7 +192,7 @@ def test_asking_about_each_vm_does_not_look_each_time(monkeypatch: pytest.Monkey
     priv.told, priv.looked_s, priv.look_took_s, priv.wrong = set(), -1.0, 0.0, {}
     priv.parent = type("", (), {"send": answer})()
     priv.loop = type("", (), {"call_later": lambda _self, delay_s, call: later.append((now_s + delay_s, call))})()
-    nothing: dict[str, Any] = {name: lambda _self, _vmid: [] for name in ("losses", "damages")}
+    nothing: dict[str, Any] = {name: lambda *_: [] for name in ("losses", "damages", "frames_dropped")}
     loaded = type("", (), {"take": lambda _self, _family, _fd: None})()
     priv.network = type("", (), {"look": look, "loaded": loaded, "wrong": lambda _self: {}, **nothing})()
     envelope: Any = type("", (), {"take_fd": lambda _self, _name: None})()
