@@ -393,7 +393,9 @@ def test_vmm_reads_its_cell_and_writes_nothing(cell: Cell) -> None:
 @pytest.mark.parametrize("kind", [*NARROWED, "VMM"])
 def test_ordinary_work_goes_on(cell: Cell, kind: str) -> None:
     """Threads, wake-ups, timers, passing descriptors and exceptions work in every confinement."""
-    attempts = ("threads", "events", "pass_descriptor", "formatted_traceback")
+    attempts = ["threads", "events", "pass_descriptor", "formatted_traceback"]
+    if kind == "VIONET_KERNEL":  # has none to pass, and could send by an address in the same call
+        attempts.remove("pass_descriptor")
 
     run = try_inside(cell, kind, *attempts)
 
