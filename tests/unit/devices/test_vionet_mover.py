@@ -224,6 +224,24 @@ def test_a_time_comes_without_a_notification(moved: Moved, queues: list[Queue]) 
     assert worker.notes == ["begin"] + ["serve 16"] * 2
 
 
+@pytest.mark.parametrize("greedy", [0, 1])
+def test_a_time_comes_though_the_other_queue_always_has_more(
+    moved: Moved, queues: list[Queue], greedy: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a limit, or a frame that waits for buffers, ends in time whatever passes the other way."""
+    always, timed = moved.workers[greedy], moved.workers[1 - greedy]
+    for worker, queue in zip(moved.workers, queues, strict=True):
+        worker.queue = queue
+    monkeypatch.setattr(always, "serve", lambda _: True)
+    timed.wishes = [(0, time.monotonic())]
+    moved.mover.go()
+    for _ in range(2):
+        timed.gate.wait()
+        timed.gate.open()
+    moved.mover.stop()
+    assert timed.notes == ["begin"] + [f"serve {queues[1 - greedy].size}"] * 2
+
+
 def test_stop_waits_until_the_ring_is_left(
     moved: Moved, queues: list[Queue], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -106,7 +106,7 @@ class Mover:
         poll, serving, wakes = self.epoll.poll, self.serving, self.wakes
         first, second = self.workers
         while self.wanted:
-            for fd, _ in poll(0.0 if first.more or second.more else self._timeout_s(), EVENTS_MAX):
+            for fd, _ in poll(self._timeout_s(), EVENTS_MAX):
                 for worker in wakes[fd]:
                     worker.more = True
             with serving:
@@ -135,15 +135,16 @@ class Mover:
             self.services.broke(str(error))
 
     def _timeout_s(self) -> float:
-        """Return how long to wait for events; a worker whose time has come has more to do."""
+        """Return how long to wait for events; a worker whose time has come has more to do, whatever the other has."""
         first, second = self.workers
         until_s = min(first.until_s, second.until_s)
-        if until_s == NEVER:
-            return -1.0
-        now_s = time.monotonic()
-        for worker in self.workers:
-            worker.more = worker.until_s <= now_s
-        return max(0.0, until_s - now_s)
+        left_s = -1.0
+        if until_s != NEVER:
+            now_s = time.monotonic()
+            left_s = max(0.0, until_s - now_s)
+            for worker in self.workers:
+                worker.more |= worker.until_s <= now_s
+        return 0.0 if first.more or second.more else left_s
 
     def _watch_tap(self, events: int) -> None:
         """Wait for what the workers want of the tap, but not for nothing: it would still say that it is gone."""
