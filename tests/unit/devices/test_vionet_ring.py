@@ -32,7 +32,7 @@ from tests.support.netdriver import GSO_TCPV4
 from tests.support.packets import GUEST4, HOST4, HOST_LLADDR, LLADDR, any_frame
 from tests.support.packets import dhcp as dhcp_request
 from tests.support.packettap import PacketTap
-from vmd.devices.vionet import receive
+from vmd.devices.vionet import buffers, receive
 from vmd.devices.vionet.buffers import RUN, STOCK
 from vmd.devices.vionet.interface import Interface
 from vmd.devices.vionet.local import LocalNetwork
@@ -43,7 +43,7 @@ from vmd.errors import GuestError
 from vmd.guestmem import PAGE, GuestMemory, RegionSpec
 from vmd.ipc import devmsg
 from vmd.ipc.devfigures import unseen
-from vmd.virtio.queue import Queue
+from vmd.virtio.queue import DESC, Queue
 
 # (gpa or the next free place, length, flags, next or the following) each; in a table of its own
 Parts = list[tuple[int | None, int, int, int | None]]
@@ -648,6 +648,36 @@ def test_a_single_frame_is_given_before_the_next_is_looked_for(ends: Ends, monke
             worker.serve(queue)
         assert seen == [0, 1] + [1] + [2] * 6 + [7] * 7
         assert ring.device_idx == 13
+        worker.begin()
+        close(worker)
+        release(queue)
+        del queue, worker
+
+
+def test_no_buffer_is_looked_at_for_each_frame_again(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though frames go through our own memory: a turn is short, however many pieces buffers have."""
+    pieces, looks = 20, 0
+
+    class Counting:
+        def unpack_from(self, buffer: memoryview, offset: int) -> tuple[int, ...]:
+            nonlocal looks
+            looks += 1
+            return DESC.unpack_from(buffer, offset)
+
+    monkeypatch.setattr(buffers, "DESC", Counting())
+    monkeypatch.setattr(buffers, "IOV_MAX", pieces + 2)  # a frame for two buffers is for our own memory first
+    with GuestMemory.create(LAYOUT) as memory:
+        ring = Ring(memory, SIZE)
+        queue = queue_of(memory, ring)
+        worker = ends.receiver(mergeable=True)
+        for number in range(SIZE):
+            parts = [Desc(DATA + 4096 * number + 100 * place, 2, WRITE) for place in range(pieces)]
+            ring.add_indirect(parts, TABLES + TABLE_BYTES * number)
+        for _ in range(SIZE // 2):
+            ends.host.send(bytes(12) + any_frame(60))
+        worker.serve(queue)
+        assert ring.device_idx == SIZE
+        assert looks == SIZE * (1 + pieces)
         worker.begin()
         close(worker)
         release(queue)

@@ -151,6 +151,11 @@ class Chains:
         """Return how many are not used."""
         return len(self.known) - self.at
 
+    @property
+    def are_simple(self) -> bool:
+        """Return whether those that are left have one buffer each; else it costs much to look at them again."""
+        return all(len(views) == 2 for _, views, _ in self.known[self.at :])
+
     def stock(self, queue: "Queue", most: int, least: int) -> bool:
         """Look at waiting chains, up to `most` ahead; return whether there are any.
 

@@ -282,7 +282,8 @@ class Receiver(Worker):
         for _ in range(self.turn_frames):
             if self.placed:
                 self.placed = False
-                self.chains.forget()
+                if self.chains.are_simple:
+                    self.chains.forget()
             ended = self._read_chains(queue) if self.chains.left else self._read_run(queue)
             if ended is not Ended.ELSEWHERE:
                 return ended
