@@ -550,6 +550,28 @@ def test_a_tap_that_goes_down_or_away(rig: Rig, gone: bool, monkeypatch: pytest.
     assert len(rig.services.told) == 1 + (not gone)
 
 
+def test_a_tap_that_goes_away_while_it_goes_down(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was down, and when the rings are back it is gone."""
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENETDOWN, "down")
+
+    looks = iter([False])
+
+    def look(_: Tap) -> bool:
+        for up in looks:
+            return up
+        raise HostError("tap0", errno.ENODEV)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("vmd.devices.vionet.packets.os", FailingReads(fail))
+        patch.setattr(FakeTap, "is_up", look)
+        rig.services.handlers[rig.device.packets.fd]()
+    assert not rig.kernel.serves()
+    assert rig.device.gone
+    assert set(rig.services.handlers) == {rig.device.vhost.failed}
+
+
 class FailingReads:
     """`posix` for which every read fails."""
 

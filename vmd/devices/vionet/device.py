@@ -220,8 +220,8 @@ class Vionet:
             self._lose_tap(f"{self.tap.name}: {error.strerror}")
         elif self.tap_up and not self.gone:
             self.tap_up = False
+            self._watch_tap()  # before: where rings change hands then, the tap may turn out to be gone
             self._change_links()
-            self._watch_tap()
 
     def _lose_tap(self, text: str) -> None:
         """Go on without the tap, for good."""
