@@ -38,7 +38,7 @@ TURN_REQUESTS = 16  # after so many requests, or so many bytes, others have thei
 TURN_BYTES = 64 << 10
 BYTES_PER_S = 4 << 20  # a guest that does nothing but ask must not keep a processor busy
 BURST_BYTES = 1 << 20
-REQUEST_COST = 256  # a request of one byte is not free either
+COST = 256  # bytes: a notification without a request, or a piece of one byte, is not free either
 REST_S = 0.01  # at least, when a guest has to wait
 REQUESTS, BYTES, DELAYED = range(len(devmsg.FIGURES[ENTROPY.process]))
 
@@ -183,7 +183,7 @@ class Entropy:
     def _turn(self, queue: Queue) -> bool:
         """Serve some requests, as far as the allowance goes; return whether there is more.  Raises GuestError."""
         now_s = time.monotonic()
-        self._allowance = min(BURST_BYTES, self._allowance + (now_s - self._filled_s) * BYTES_PER_S)
+        self._allowance = min(BURST_BYTES, self._allowance + (now_s - self._filled_s) * BYTES_PER_S) - COST
         self._filled_s = now_s
         served = 0
         for _ in range(TURN_REQUESTS):
@@ -199,7 +199,7 @@ class Entropy:
             queue.put(chain.head, written)
             self._figures[REQUESTS] += 1
             self._figures[BYTES] += written
-            self._allowance -= written + REQUEST_COST
+            self._allowance -= written + COST * len(chain.writable)
             served += written
         return True
 

@@ -2,6 +2,7 @@
 
 import os
 import random
+import struct
 import threading
 from collections.abc import Callable, Iterator
 
@@ -13,6 +14,7 @@ from tests.support.fakedriver import (
     EXTRA,
     EXTRA_END,
     FIGURES_SLOT,
+    INDIRECT,
     INDIRECT_DESC,
     KIB,
     LAYOUT,
@@ -24,6 +26,7 @@ from tests.support.fakedriver import (
     WRITE,
     Desc,
     Ring,
+    chained,
 )  # fmt: skip
 from tests.support.marks import pages_that_differ
 from tests.support.virtiopci import (
@@ -49,9 +52,10 @@ from vmd.ipc import devmsg
 from vmd.ipc.loop import Loop
 from vmd.memfile import sealed_file
 from vmd.parent.figures import slots
+from vmd.virtio.queue import CHAIN_MAX
 from vmd.vm import entropy as module
 from vmd.vm import virtio
-from vmd.vm.entropy import BURST_BYTES, REQUEST_MAX, TURN_REQUESTS, Entropy
+from vmd.vm.entropy import BURST_BYTES, COST, REQUEST_MAX, TURN_REQUESTS, Entropy
 from vmd.vm.eventfd import readable
 from vmd.vm.kinds import ENTROPY
 from vmd.vm.slots import Slot
@@ -224,6 +228,34 @@ def test_flood_is_slowed_down_44(driver: Driver, monkeypatch: pytest.MonkeyPatch
     driver.device.command(devmsg.RESUME)
     driver.run(lambda: driver.ring.device_idx == SIZE)
     assert driver.ring.reap() == [(0, REQUEST_MAX)] * SIZE
+    assert driver.works()
+
+
+@pytest.mark.parametrize("length", [0, 1])
+def test_a_flood_of_pieces_is_slowed_down_44(driver: Driver, monkeypatch: pytest.MonkeyPatch, length: int) -> None:
+    """Hostile input 44: what takes time is what is paid for, not only bytes."""
+    monkeypatch.setattr(module, "BYTES_PER_S", 10 * COST)  # a slow host does not catch up
+    driver.renew(VERSION_1 | INDIRECT_DESC)
+    pieces = chained([Desc(DATA, length, WRITE)] * CHAIN_MAX)
+    driver.memory.load(EXTRA, b"".join(struct.pack("<QIHH", *piece) for piece in pieces))
+    driver.ring.describe(0, [Desc(EXTRA, 16 * CHAIN_MAX, INDIRECT)])
+    for _ in range(SIZE):
+        driver.ring.offer(0)
+    driver.machine.notify(0)
+    driver.run(lambda: driver.figures()["delayed"] > 0)
+    assert driver.figures()["requests"] <= 2 * TURN_REQUESTS
+
+
+def test_a_flood_of_notifications_is_slowed_down_44(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hostile input 44: without any request, too."""
+    monkeypatch.setattr(module, "BYTES_PER_S", 10 * COST)
+    monkeypatch.setattr(module, "REST_S", 0.2)  # in which more than a notification is paid for
+    for _ in range(2 * BURST_BYTES // COST):
+        driver.machine.notify(0)
+        driver.run_once()
+        if driver.figures()["delayed"]:
+            break
+    assert driver.figures() == {"requests": 0, "bytes": 0, "delayed": 1}
     assert driver.works()
 
 
