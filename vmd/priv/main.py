@@ -58,6 +58,7 @@ REPAIR_S = 0.5  # from a change to a look at what may be damaged
 LOOK_S = 30.0  # between two looks at what other firewalls drop
 SWEEP_S = 0.25  # one look is enough for all VMs that are asked about within so long
 REST = 10  # times as long as a look has taken, before the next one
+REST_MAX_S = 4.0  # ... at most: whoever asks waits a little longer, and takes a priv that owes answers for dead
 
 
 class Priv(Process):
@@ -225,7 +226,8 @@ class Priv(Process):
         Whoever asks again wants to know anew, and waits where a look takes long: it must not be all that is done here.
         """
         self.take_tables(envelope)
-        vmid, now_s, rest_s = message.vmid, time.monotonic(), REST * self.look_took_s
+        vmid, now_s = message.vmid, time.monotonic()
+        rest_s = min(REST_MAX_S, REST * self.look_took_s)
         if vmid not in self.told and now_s - self.looked_s <= max(SWEEP_S, rest_s):
             self.answer_drops(vmid)
         elif now_s - self.looked_s < rest_s:
