@@ -81,7 +81,7 @@ else:
         __repr__, __str__ = Enum.__repr__, int.__repr__
 
     class FlagType(EnumType):
-        """Sets of bits: each is made once, when it is first asked for."""
+        """Sets of bits: those without a name of their own are made when they are asked for."""
 
         def _other(cls, value):  # noqa: ANN001, ANN202
             """Return a set of bits that has no name of its own; a negative number is one of all bits but some."""
