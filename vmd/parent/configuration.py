@@ -67,6 +67,7 @@ class Configuration:
     def serve_log(self, message: LogRequest, _caller: Caller, envelope: "Envelope") -> None:
         """Change the verbosity of every process, now and for those to come."""
         self.core.verbosity = log.verbosity = max(0, min(2, message.verbosity))
+        self.core.changed()
         self.core.peers.send_all(SetVerbosity(verbosity=self.core.verbosity))
         self.core.clients.answer(envelope.peerid, Ok())
 

@@ -59,14 +59,19 @@ class Identities:
         self.known: dict[Key, Identity] = {}
         self.ula: Prefix | None = None  # of the local interfaces of this host (RFC 4193)
         self.on_change: Callable[[], None] = lambda: None
-        self.touched: set[Key] = set()  # what has changed since somebody has emptied this
+        self.touched: dict[Key, None] = {}  # what has changed since somebody has emptied this, the last one last
         self._ids: set[int] = set()  # that are taken
         self._lowest = 1  # no lower one is free
 
     def changed(self, *keys: "Key") -> None:
         """The identities of these have changed, or all."""
-        self.touched.update(keys or self.known)
+        for key in keys or self.known:
+            self._touch(key)
         self.on_change()
+
+    def _touch(self, key: "Key") -> None:
+        self.touched.pop(key, None)
+        self.touched[key] = None
 
     def of(self, key: "Key") -> Identity:
         """Return the identity of a VM, which is a new one if it has none."""
@@ -103,7 +108,7 @@ class Identities:
             vmid = self.known.pop(oldest).vmid
             self._ids.discard(vmid)
             self._lowest = min(self._lowest, vmid or self._lowest)
-            self.touched.add(oldest)
+            self._touch(oldest)
 
     def choose_number(
         self, key: "Key", end: int, free: "Callable[[int], bool]", present: "Callable[[], Collection[Key]]"
@@ -199,7 +204,9 @@ def folded(raw: bytes, changes: "Iterable[bytes]") -> bytes:
             found["ula"] = change["ula"]
             for name, owner in change["gone"]:
                 rows.pop((name, owner), None)
-            rows |= {(row["name"], row["owner"]): row for row in change["vms"]}
+            for row in change["vms"]:
+                rows.pop((row["name"], row["owner"]), None)  # the one that was used last is the last
+                rows[row["name"], row["owner"]] = row
     except (RecursionError, KeyError, TypeError) as error:
         raise ValueError(f"{type(error).__name__} {error}") from error
     return json.dumps({**found, "vms": list(rows.values())}).encode()

@@ -101,6 +101,22 @@ class Lasting:
             network = self.network
             self._writer.write(network.taps, network.left, generations, self.generations.number, plain=plain)
 
+    def copy(self) -> int:
+        """Return a memory file with what we know now, the caller's, for a program of any version.  Raises OSError.
+
+        What changes while it is read is written to the other one.
+        """
+        self.write(plain=True)
+        copy, ours = StateMemory.create(), StateMemory(self.store.duplicate("state"))
+        try:
+            copy.write(b"".join(ours.read()[:1]))
+        except BaseException:
+            copy.close()
+            raise
+        finally:
+            ours.close()
+        return copy.fd
+
     def save_soon(self) -> None:
         """Have identities written before the next message is looked at; many changes are written once.
 

@@ -393,7 +393,7 @@ class Network:
         requests = zip(taps.known.nics, forwards, strict=True)
         taps.nics = now.nics
         taps.known = taps.known.replace(nics=tuple(nic.replace(forwards=each) for nic, each in requests))
-        self.core.changed()
+        self.core.changed(vm.vmid)
         if self.priv.up:
             self.priv.ask(SetForwards(vmid=vm.vmid, forwards=forwards))
         self.core.peers.send(Proc.VMM, LimitVm(vmid=vm.vmid, config=now))

@@ -78,6 +78,8 @@ class StateMemory:
         self._written = None
         write_all(self.fd, content, offset)
         self._put(index, header(sequence, offset, content, FOLLOWED if followed else MAGIC))
+        if followed:  # nor may they take what was written before it
+            self._put((index + 1) % SLOTS, bytes(HEADER.size))
         end = offset + len(content)
         os.ftruncate(self.fd, max(end, before.end if before is not None else 0))
         self._written = Slot(index, sequence, offset, end, followed=followed)

@@ -116,8 +116,10 @@ class Upgrade:
             raise OperatorError(errno.EBUSY, "an upgrade is under way")
         assert self.program is not None
         done = self._on_rehearsed if message.rehearse_only else self._take_place
-        self._lasting.write(plain=True)
-        state_fd = self._lasting.store.duplicate("state")
+        try:
+            state_fd = self._lasting.copy()
+        except OSError as error:
+            raise HostError("copy the state for the new program", error) from error
         try:
             self._rehearsal = Rehearsal(self.core.loop, self.program, state_fd, done)
         finally:

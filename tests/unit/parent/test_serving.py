@@ -13,12 +13,15 @@ import pytest
 from vmd.config.model import CMDLINE_MAX, Config, SwitchConfig, VmConfig
 from vmd.ipc.imsg import Envelope
 from vmd.ipc.messages.children import Ready
-from vmd.ipc.messages.clients import REQUESTS, Caller, Failed, Request, StartRequest, Step
+from vmd.ipc.messages.clients import REQUESTS, Caller, Failed, LogRequest, Request, StartRequest, Step
 from vmd.ipc.messages.priv import ConfigureNetwork, NetworkConfigured
 from vmd.ipc.routes import BY_CLASS, Proc, Who
-from vmd.parent import main
+from vmd.log import log
+from vmd.parent import main, statemem
 from vmd.parent.main import Parent
 from vmd.parent.options import Options
+from vmd.parent.statemem import StateMemory
+from vmd.parent.truth import read, vms_of
 from vmd.record import Record
 
 
@@ -142,6 +145,34 @@ def test_what_comes_with_a_start_that_is_refused(parent: Parent, controls: Conne
 
     assert told(parent, Proc.CONTROL) == [Failed] * len(requests)
     assert [vm.name for vm in parent.core.vms] == ["a"]
+
+
+def test_whoever_rehearses_has_a_state_of_its_own(parent: Parent) -> None:
+    """In the form that every version reads, however much has changed by the time that it has come so far."""
+    parent.core.vms.add(VmConfig(name="there"), from_config=True)
+    parent.lasting.keep(parent.generations, parent.network)
+    copy = StateMemory(parent.lasting.copy())
+    for number in range(20):
+        parent.core.vms.add(VmConfig(name=f"later{number}"), from_config=True)
+        parent.lasting.write()
+    assert os.pread(copy.fd, len(statemem.MAGIC), 0) == statemem.MAGIC
+    assert [known.name for known in vms_of(read(copy))] == ["there"]
+    copy.close()
+
+
+def test_how_much_is_logged_is_for_the_next_parent_to_know(parent: Parent, controls: Connections) -> None:
+    """Of all that is not in a VM nor in vm.conf."""
+    heard: list[int] = []
+    parent.core.on_change = lambda: heard.append(parent.core.verbosity)
+    before = log.verbosity
+    try:
+        request = LogRequest(verbosity=2)
+        Parent.HANDLERS[Proc.CONTROL, LogRequest](
+            parent, request, Envelope(request, 7, 0, {}), cast("Any", controls)
+        )
+    finally:
+        log.verbosity = before
+    assert heard == [2]
 
 
 def test_the_way_of_a_start() -> None:

@@ -162,6 +162,7 @@ def test_who_knows_of_no_changes_does_not_take_a_content_without_them(memory: St
     assert os.pread(memory.fd, 8, 0) == statemem.MAGIC
     memory.write(b"with changes", followed=True)
     assert os.pread(memory.fd, 8, HEADER.size) == statemem.FOLLOWED != statemem.MAGIC
+    assert os.pread(memory.fd, 8, 0) != statemem.MAGIC  # nor do they take what was true before it
     memory.write(b"plain again")
     assert not memory.takes_changes
     assert os.pread(memory.fd, 8, 0) == statemem.MAGIC

@@ -257,6 +257,23 @@ def test_changes_lead_to_what_all_of_it_would_be(core: Core, memory: StateMemory
     whole.close()
 
 
+def test_the_identity_that_was_used_last_is_the_last(core: Core, memory: StateMemory) -> None:
+    """By changes, too: those that were left first are forgotten first, by whatever parent."""
+    writer = Writer(memory, core)
+    core.vms.add(VmConfig(name="stays", owner=Owner(uid=7)), from_config=True)
+    names = [f"vm{number}" for number in range(20)]
+    for name in names:
+        core.vms.remove(core.vms.add(VmConfig(name=name), from_config=False))
+    write(writer)
+    used = random.Random(4).sample(names, 10)
+    for name in used:
+        core.vms.remove(core.vms.add(VmConfig(name=name), from_config=False))
+    write(writer)
+    assert len(memory.read()) > 1
+    assert json.loads(read(memory).identities) == json.loads(core.vms.identities.encode())
+    assert [row["name"] for row in json.loads(read(memory).identities)["vms"]][-10:] == used
+
+
 def test_a_failed_write_is_made_up_for(core: Core, memory: StateMemory, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the next one: of a content, and of a change."""
     vm = full(core)
