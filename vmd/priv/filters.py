@@ -120,17 +120,22 @@ class Filters:
             self.nft.delete_table(name)
         return [f"table {name}" for name in left]
 
-    def repair(self) -> list[str]:
-        """Lay again what somebody has removed; return from which taps."""
+    def repair(self) -> "Iterator[str]":
+        """Lay again what somebody has removed, and yield from which taps; one that is gone is no reason to stop."""
         there = self._shapes() if self.laid else None
+        failed: OperatorError | None = None
         if there is None:
-            return []
-        lost = []
+            return
         for tap, text in self.laid.items():
             if any(there.get(name, -1) < count for name, count in shape(text).items()):
-                self.nft.apply(text)
-                lost.append(tap)
-        return lost
+                try:
+                    self.nft.apply(text)
+                except OperatorError as error:
+                    failed = error
+                else:
+                    yield tap
+        if failed is not None:
+            raise failed
 
     def _shapes(self) -> dict[str, int] | None:
         """Return what `shape` does, of all filters there are; None if this version of nft does not say."""
