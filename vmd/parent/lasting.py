@@ -15,6 +15,7 @@ from vmd.parent.truth import Writer, vm_of, vms_of
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import socket
+    from collections.abc import Callable, Mapping
 
     from vmd.ipc.loop import Timer
     from vmd.parent.core import Core
@@ -34,6 +35,7 @@ class Lasting:
         """`file`, if there is one, is where identities are kept; ours from here on."""
         self.core = core
         self.store = store
+        self.untold: Callable[[], Mapping[int, VmKnown]] = dict  # VMs that no vmm has told us of yet (`adoption`)
         self._file = file
         self._writer: Writer | None = None  # between `keep` and `forget`
         self._saving: Timer | None = None
@@ -49,6 +51,7 @@ class Lasting:
         if truth.identities:
             try:
                 core.vms.identities.decode(truth.identities)
+                self.save_soon()  # the file may be behind
             except (VmdError, ValueError) as error:
                 log.error(f"ids and addresses of the vmd before this one cannot be used: {error}")
         found = []
@@ -70,7 +73,7 @@ class Lasting:
             raise HostError("have a memory file for the state", error) from error
         self.generations = generations
         self.network = network
-        self._writer = Writer(memory, self.core)
+        self._writer = Writer(memory, self.core, self.untold)
         self.core.on_change = self.write_soon
         generations.on_change = self.core.changed
         self.core.write = self.write

@@ -236,6 +236,7 @@ class Parent(Process):
         self.life.on_settled = self.generations.settle
         self.adoption = Adoption(core, self.generations, self.life, self.transfers, self.network, self.logs)
         self.adoption.known = {each.vmid: each for each in known}
+        self.lasting.untold = lambda: self.adoption.known
         self.adoption.on_process = lambda _generation, child: self.children.adopt(child)
         self.adoption.on_settled = self.on_settled
         self.adoption.on_taken = self.console_logs.look

@@ -254,9 +254,13 @@ def vms_of(truth: Truth) -> list[VmKnown]:
 class Writer:
     """Writes the truth: what has changed, and all of it when that is no less."""
 
-    def __init__(self, memory: StateMemory, core: "Core") -> None:
+    def __init__(
+        self, memory: StateMemory, core: "Core", untold: "Callable[[], Mapping[int, VmKnown]]" = dict
+    ) -> None:
+        """`untold` returns what the parent before us knew of VMs that no vmm has told us of yet, by id."""
         self.memory = memory
         self.core = core
+        self.untold = untold
         self.failed = False
         self.planned = False
         self._config: tuple[Config, bytes] | None = None  # that was written last
@@ -280,13 +284,20 @@ class Writer:
         if config is None or config[0] is not core.config:
             config = core.config, pack(core.config)
 
+        untold = self.untold()
+
         def packed(vm: Vm) -> bytes:
-            return self._vm(vm, generation_of(vm.vmid), taps.get(vm.vmid))
+            generation, known = generation_of(vm.vmid), untold.get(vm.vmid)
+            if known is None:
+                return self._vm(vm, generation, taps.get(vm.vmid))
+            # What vmm has not handed over is not here, and may be wanted by a parent after us.
+            now = vm_known(vm, generation, None)
+            return pack(now.replace(taps=known.taps, kept=known.kept, transfer=known.transfer))
 
         try:
             if plain or self.planned or not self.memory.takes_changes:
                 vms = {vm: packed(vm) for vm in core.vms}
-                self._vms = {vm: self._vms[vm] for vm in vms}
+                self._vms = {vm: self._vms[vm] for vm in vms if vm in self._vms}
                 truth = Truth(
                     program=VERSION,
                     config=config[1],

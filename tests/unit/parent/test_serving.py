@@ -10,18 +10,22 @@ from typing import Any, cast
 
 import pytest
 
-from vmd.config.model import CMDLINE_MAX, Config, SwitchConfig, VmConfig
+from vmd.config.model import CMDLINE_MAX, Config, NicConfig, SwitchConfig, VmConfig
 from vmd.ipc.imsg import Envelope
 from vmd.ipc.messages.children import Ready
 from vmd.ipc.messages.clients import REQUESTS, Caller, Failed, LogRequest, Request, StartRequest, Step
-from vmd.ipc.messages.priv import ConfigureNetwork, NetworkConfigured
+from vmd.ipc.messages.priv import AdoptNics, ConfigureNetwork, NetworkConfigured
 from vmd.ipc.routes import BY_CLASS, Proc, Who
 from vmd.log import log
 from vmd.parent import main, statemem
+from vmd.parent.addresses import Plan
+from vmd.parent.identity import Identities, StateFile
 from vmd.parent.main import Parent
 from vmd.parent.options import Options
+from vmd.parent.plans import Taps
 from vmd.parent.statemem import StateMemory
-from vmd.parent.truth import read, vms_of
+from vmd.parent.truth import Truth, read, vms_of
+from vmd.parent.vmtable import Sending, State
 from vmd.record import Record
 
 
@@ -158,6 +162,45 @@ def test_whoever_rehearses_has_a_state_of_its_own(parent: Parent) -> None:
     assert os.pread(copy.fd, len(statemem.MAGIC), 0) == statemem.MAGIC
     assert [known.name for known in vms_of(read(copy))] == ["there"]
     copy.close()
+
+
+def test_a_parent_that_is_killed_before_it_was_told_of_a_vm(parent: Parent) -> None:
+    """Loses nothing of what the one before it knew: interfaces, what it boots from, and that it is sent."""
+    vm = parent.core.vms.add(VmConfig(name="a", nics=(NicConfig(),)), from_config=True)
+    parent.network.taps[vm.vmid] = Taps(
+        vm.config.nics, Plan(number=7, prefix4=Config().settings.local_prefix), {}, (), [],
+        AdoptNics(vmid=vm.vmid, nics=(), made=()),
+    )  # fmt: skip
+    vm.kept = {"kernel": -1}
+    vm.sending = Sending(keep=False, state=State.RUNNING, carried=True)
+    parent.lasting.keep(parent.generations, parent.network)
+    before = StateMemory(parent.lasting.copy())
+    for _ in range(2):
+        truth = read(before)
+        before.close()
+        (known,) = vms_of(truth)
+        assert known.taps is not None
+        assert known.transfer is not None
+        assert (known.taps.plan.number, known.kept, known.transfer.carried) == (7, ("kernel",), True)
+        after = Parent(Options(), Config(), cast("Any", None), truth=truth)
+        after.lasting.keep(after.generations, after.network)
+        after.lasting.write()
+        before = StateMemory(after.lasting.copy())
+        after.loop.close()
+    before.close()
+
+
+def test_identities_that_a_killed_parent_had_not_saved_reach_the_file(tmp_path: Path) -> None:
+    """Nothing else may change until the host is switched off."""
+    there = Identities()
+    there.of(("a", 0)).number = 77
+    truth = Truth(program="1", config=b"", identities=there.encode())
+    parent = Parent(Options(), Config(), cast("Any", None), StateFile(str(tmp_path)), truth=truth)
+    parent.lasting.close()
+    parent.loop.close()
+    found = Identities()
+    StateFile(str(tmp_path)).load(found)
+    assert found.of(("a", 0)).number == 77
 
 
 def test_how_much_is_logged_is_for_the_next_parent_to_know(parent: Parent, controls: Connections) -> None:
