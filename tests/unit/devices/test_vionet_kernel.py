@@ -398,6 +398,17 @@ def test_what_the_kernel_does_not_take_is_for_the_process_until_the_next_driver(
     assert rig.kernel.serves()
 
 
+def test_what_the_kernel_did_not_take_of_a_driver_before_is_not_this_ones(rig: Rig) -> None:
+    """It may be heard of when that one is gone, and its rings."""
+    rig.send(1)
+    rig.kernel.complain(TX)
+    rig.device.quiesce(forget=True)
+    rig.begin()
+    rig.device.resume()
+    rig.services.handlers[rig.device.vhost.failed]()
+    assert rig.kernel.serves()
+
+
 def test_a_used_index_that_a_driver_has_changed_is_not_handed_over(rig: Rig, capfd: pytest.CaptureFixture[str]) -> None:
     """The kernel would take it for true; the process has its own."""
     rig.device.quiesce(forget=False)

@@ -137,8 +137,7 @@ class KernelVionet(Vionet):
 
     def _on_puzzled(self) -> None:
         """The kernel stands before something that it does not take: what is wrong with it, our own thread finds."""
-        self.vhost.take_failure()
-        if self.in_kernel:
+        if self.vhost.take_failure() and self.in_kernel:
             self.puzzled = True
             text = "the kernel does not take what is in a ring; the process moves the frames"
             self.complaints.warn(f"{self.tap.name}: {text}")

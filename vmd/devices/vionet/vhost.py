@@ -83,6 +83,7 @@ class Vhost:
         for number, queue in enumerate(queues):
             if queue.visible != queue.next_used:
                 raise GuestError(f"used index of queue {number} is {queue.visible}, and was left at {queue.next_used}")
+        self.take_failure()  # of another driver's rings
         try:
             if not self.owned:
                 self._begin()
@@ -120,12 +121,13 @@ class Vhost:
         except OSError as error:
             raise HostError("take rings back from /dev/vhost-net", error) from error
 
-    def take_failure(self) -> None:
-        """Take what `failed` has."""
+    def take_failure(self) -> bool:
+        """Take what `failed` has; return whether it had anything."""
         try:
             os.eventfd_read(self.failed)
         except BlockingIOError:
-            return
+            return False
+        return True
 
     def _begin(self) -> None:
         """Say what stays as it is.  Raises OSError."""
