@@ -127,7 +127,7 @@ def test_interfaces_disks_and_owner_go_on(network: Network, tmp_path: Path) -> N
             console.answer("reset", PROMPT)
             assert vmd.interfaces("a") == before
         vmd.must("stop", "-fw", "a")
-        assert "tap" not in network.run("ip", "link")
+        until(lambda: "tap" not in network.run("ip", "link"))  # the answer does not wait for that
     disk.check_untouched()
 
 
