@@ -5,6 +5,7 @@ this takes 0.02 ms.
 """
 
 import errno
+import os
 import socket
 import struct
 
@@ -117,9 +118,10 @@ class Lists:
         while True:
             for message, its_flags, body in messages(self._sock.recv(PIECE), self._sequence):
                 interrupted |= bool(its_flags & NLM_F_DUMP_INTR)
-                if message == NLMSG_ERROR:
+                if message in (NLMSG_ERROR, NLMSG_DONE):  # the latter says whether the list is whole
                     code = -int.from_bytes(body[:4], "little", signed=True)
-                    raise OSError(code, "netlink")
+                    if code > 0:
+                        raise OSError(code, os.strerror(code))
                 if message == NLMSG_DONE:
                     if interrupted:
                         raise Interrupted
