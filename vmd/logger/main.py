@@ -1,6 +1,6 @@
 """log: takes the lines of all other processes and writes them, so that nobody else ever waits for a reader of the log.
 
-Runs as  _vmd, in the cell, without files
+Runs as  an id of its own, in the cell, without files
 Peers    parent; every process that writes lines, on one socket for each VM and each process of the daemon
 Holds    those sockets; standard error, or what leads to the journal or to syslog
 

@@ -951,6 +951,14 @@ def test_behind_a_keyword_that_takes_a_string_no_word_is_one_of_ours() -> None:
     assert before & ours - lexer.STRING_FOLLOWS == NO_WORD_FOLLOWS
 
 
+def test_each_word_of_a_production_is_one_of_the_lexer_s() -> None:
+    """Else ply makes no parser, and does not say why."""
+    productions = [method.__doc__ or "" for name, method in vars(Grammar).items() if name.startswith("p_")]
+    words = {word for text in productions for word in re.findall(r"\b[A-Z][A-Z_0-9]*\b", text.partition(":")[2])}
+
+    assert words - set(lexer.TOKENS) == set(), "productions have these words, and lexer.py does not"
+
+
 @pytest.mark.parametrize("word", OUR_WORDS)
 def test_our_words_are_still_words(conf: Loader, word: str) -> None:
     """Wherever upstream takes a word, it may be one of our keywords."""

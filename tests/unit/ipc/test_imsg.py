@@ -15,7 +15,7 @@ from vmd.ipc import first
 from vmd.ipc.imsg import HEADER, MAX_MESSAGE, Form, decode, encode
 from vmd.ipc.messages.clients import ANSWERS, REQUESTS, Caller, Failed, Ok, StartRequest, VmStarted, VmTerminated
 from vmd.ipc.messages.vm import StartVm, StopVm
-from vmd.ipc.routes import Proc
+from vmd.ipc.routes import BY_CODE, Proc
 from vmd.record import Record
 
 CONFIG = VmConfig(
@@ -29,6 +29,7 @@ CONFIG = VmConfig(
     owner=Owner(uid=1000, gid=None),
     allow=AllowInstance(flags=VmFlag.DISK, owner=Owner(uid=5, gid=6)),
 )
+GONE = {0x6A, 0x91, 0x92}  # numbers of messages that there were
 START = StartRequest(caller=Caller(uid=1, gid=2, pid=3), name="db1", config=CONFIG)
 
 
@@ -131,6 +132,11 @@ def test_protocol_1_had_every_first_field_that_has_no_default() -> None:
     for name, count in first.FIELDS.items():
         cls = messages.get(name)
         assert cls is None or cls.least <= count <= len(cls.fields), name
+
+
+def test_no_number_is_used_again() -> None:
+    """A vmm or vmctl of an earlier version would take one message for another.  Numbers that go are added to GONE."""
+    assert GONE & set(BY_CODE) == set(), "these numbers were those of other messages"
 
 
 def test_every_message_has_a_route_and_a_docstring() -> None:

@@ -1,5 +1,6 @@
 """What clients are told VMs have done: as much as fits a message, and files only of those that they may control."""
 
+import json
 import os
 import random
 import struct
@@ -196,6 +197,16 @@ def test_what_a_device_counts_has_a_field() -> None:
         assert own == set(names), kind
         assert devmsg.FIGURES_HEAD + len(names) <= devmsg.FIGURES_SLOT_BYTES // 8
     assert MAX_DISKS + MAX_NICS + 2 <= devmsg.FIGURES_SLOTS
+
+
+def test_figures_keep_their_places() -> None:
+    """A VM of an earlier version has them where they were then: kinds, and figures of a kind, are added last."""
+    golden = Path(__file__).parents[2] / "golden"
+    now, before = devmsg.FIGURES, json.loads((golden / "figures-1.json").read_text())
+
+    assert list(now)[: len(before)] == list(before), "a kind that is not the last one is new, or gone"
+    for kind, names in before.items():
+        assert list(now[kind])[: len(names)] == names, f"{kind}: a figure that is not the last one is new, or gone"
 
 
 @pytest.fixture

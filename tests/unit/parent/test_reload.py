@@ -3,11 +3,23 @@
 import pytest
 
 from vmd.config.model import ConsoleLog, Owner, VmConfig
-from vmd.parent.reload import replace_all
+from vmd.parent.reload import AT_ONCE, replace_all
 from vmd.parent.vmtable import Vm, VmTable
 
 USER = Owner(uid=1000)
 LOG = ConsoleLog(path="/var/log/web")
+# What a VM that runs has from its next start on: the guest's, and who it belongs to.  Of `disks`, `nics` and `limit`
+# the limits, and of `nics` the forwards, count at once as well (`with_limits`, `with_forwards`).
+WAITS = {
+    "allow", "boot_device", "cdrom", "cmdline", "disks", "drive", "enabled", "fault", "given", "initrd", "kernel",
+    "limit", "memory_bytes", "name", "nics", "origin", "owner", "parent", "plan_id", "plan_prefix4", "plan_prefix6",
+    "rights", "seed", "sev", "sev_es", "vcpus", "virtio",
+}  # fmt: skip
+
+
+def test_of_each_field_it_is_known_when_it_counts() -> None:
+    """A new field of a VM is in AT_ONCE, or named here."""
+    assert set(VmConfig.fields) - set(AT_ONCE) == WAITS, "a field is neither in AT_ONCE of reload.py nor in WAITS"
 
 
 @pytest.mark.parametrize(("owner", "is_its_own"), [(Owner(), True), (USER, False)])

@@ -3,7 +3,11 @@
 import ast
 from pathlib import Path
 
+from vmd.vm.stream import VERSION
+
 ROOT = Path(__file__).resolve().parents[3]
+# The chips of a stream, by its version.  A stream of before has no state of a new chip, and `vm/state.py` refuses it.
+CHIPS = {4: ["uart", "rtc", "pm", "reset", "keyboard", "port 92", "fw_cfg"]}
 MACHINE = ast.parse((ROOT / "vmd/vm/machine.py").read_text())
 
 
@@ -28,9 +32,38 @@ def with_registers() -> set[str]:
     return found
 
 
+def on_the_bus() -> set[str]:
+    """Return the attributes of a Machine that its bus, or the PCI bus, is given."""
+    found = set()
+    for node in ast.walk(MACHINE):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("bus.add_pio", "PciBus"):
+            found |= {each.attr for part in node.args for each in ast.walk(part) if isinstance(each, ast.Attribute)}
+    return found
+
+
+def test_a_guest_finds_every_chip() -> None:
+    """One that travels is also on a bus."""
+    held = {value.removeprefix("self.") for value in table("chips").values()}
+
+    assert held - on_the_bus() == set(), "Machine puts these on no bus"
+
+
+def test_every_chip_has_tests() -> None:
+    """As drivers use it, and as a guest that means harm does."""
+    chips = {path.stem for path in ROOT.glob("vmd/vm/chips/*.py")} - {"__init__"}
+    tested = {path.stem.removeprefix("test_") for path in ROOT.glob("tests/unit/vm/chips/test_*.py")}
+
+    assert chips - tested == set(), "tests/unit/vm/chips has no test of these"
+
+
 def test_a_chip_has_a_row_in_each_table() -> None:
     """Under the same name and in the same order: the state of one is tried on the other."""
     assert list(table("chips")) == list(table("spare_chips"))
+
+
+def test_a_stream_has_the_chips_of_its_version() -> None:
+    """With another chip there is another version, and streams of earlier ones are given its state as they are read."""
+    assert list(table("chips")) == CHIPS.get(VERSION), f"a stream of version {VERSION} has other chips"
 
 
 def test_every_chip_with_registers_travels() -> None:
@@ -38,4 +71,4 @@ def test_every_chip_with_registers_travels() -> None:
     made = {value.partition("(")[0].rpartition(".")[2] for value in table("spare_chips").values()}
 
     assert with_registers()
-    assert with_registers() - made == set()
+    assert with_registers() - made == set(), "`chips` and `spare_chips` of Machine do not have these"

@@ -21,7 +21,22 @@ ROOT = Path(__file__).resolve().parents[3]
 def test_every_device_process_is_a_kind() -> None:
     """A package in vmd/devices has a row, and a row has a package, unless the VM process serves it."""
     packages = {main.parent.name for main in ROOT.glob("vmd/devices/*/main.py")}
-    assert packages == {kind.process for kind in KINDS if not kind.inside}
+    rows = {kind.process for kind in KINDS if not kind.inside}
+    assert packages - rows == set(), "KINDS has no row for these packages"
+    assert rows - packages == set(), "vmd/devices has no package for these rows"
+
+
+@pytest.mark.parametrize("process", sorted({kind.process for kind in KINDS if not kind.inside}))
+def test_a_device_process_is_described_and_attacked(process: str) -> None:
+    """Each document that lists them names it, and a test is its VM, and a driver that means harm."""
+    for document, start, end in (
+        ("README.md", "## How it is built", "Every process is"),
+        ("docs/architecture.md", "## 5. ", "## 6. "),
+        ("docs/security.md", "## The process of a device", "Who has taken over"),
+    ):
+        part = (ROOT / document).read_text().partition(start)[2].partition(end)[0]
+        assert process in part, f"{document}, from {start!r} on, does not name {process}"
+    assert list(ROOT.glob(f"tests/process/test_{process}*.py")), f"tests/process has no test of {process}"
 
 
 def test_kinds_are_told_apart() -> None:

@@ -24,6 +24,7 @@ def test_the_version_is_that_of_the_description() -> None:
 @every_command
 def test_every_command_is_described(command: Command) -> None:
     """A new command needs a definition of its own name in docs/vmctl.schema.json."""
+    assert command.name in schema.SCHEMA["$defs"], f"docs/vmctl.schema.json has no definition of {command.name}"
     assert schema.definition(command.name)
     assert parse(command, ["--json", "--help"]).has("--json")
 
