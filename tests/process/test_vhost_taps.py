@@ -416,6 +416,18 @@ def test_filters_that_others_remove_are_laid_again(network: Network, priv: Priv)
         until(lambda: network.run("nft", "list", "table", "netdev", "vmd_tap0") == before, "not laid again")
 
 
+def test_what_was_dropped_is_not_forgotten_with_the_filters(network: Network, priv: Priv) -> None:
+    """Who counts would take it for another interface."""
+    with priv.make(nic("tap0", **LOCKED)) as made:
+        spoofed = any_frame(60, source=OTHER)
+        send(made.fds[0], spoofed)
+        assert dropped(priv) == (1, 0)
+        network.run("nft", "flush", "ruleset")
+        assert "laid again" in priv.hear().text
+        send(made.fds[0], spoofed)
+        assert dropped(priv) == (2, 0)
+
+
 @pytest.mark.deep
 def test_filters_are_not_those_of_the_next_tap_of_that_name(network: Network, priv: Priv) -> None:
     """A tap that somebody deletes leaves its name to another VM, whose guest has another address."""

@@ -85,6 +85,13 @@ def shape(ruleset: str) -> dict[str, int]:
     return found
 
 
+def counting_on(ruleset: str, dropped: Dropped) -> str:
+    """Return a ruleset whose counters do not begin at 0."""
+    for name, frames in dropped.as_dict().items():
+        ruleset = ruleset.replace(f" {name}\n", f" {name} {{ packets {frames} bytes 0 ; }}\n")
+    return ruleset
+
+
 class Filters:
     """The filters of all taps.  Methods raise OperatorError."""
 
@@ -129,7 +136,7 @@ class Filters:
         for tap, text in self.laid.items():
             if any(there.get(name, -1) < count for name, count in shape(text).items()):
                 try:
-                    self.nft.apply(text)
+                    self.nft.apply(counting_on(text, self._told.get(tap, Dropped())))
                 except OperatorError as error:
                     failed = error
                 else:
