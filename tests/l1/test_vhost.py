@@ -24,6 +24,7 @@ from tests.support.netdriver import (
 )
 from tests.support.network import Network, TapInterface
 from tests.support.packets import LLADDR, any_frame
+from tests.support.waiting import pause
 from vmd.guestmem import PAGE
 from vmd.ipc import devmsg
 
@@ -53,6 +54,14 @@ def nic() -> Iterator[Nic]:
 def in_kernel(nic: Nic) -> bool:
     """Return whether the kernel has the rings."""
     return bool(nic.device.figures()["vhost"])
+
+
+def wait_in_kernel(nic: Nic, *, wanted: bool) -> None:
+    """Wait until the kernel has the rings, or has them no more: the process is told of a tap, and tells of it first."""
+    deadline_s = time.monotonic() + DEADLINE_S
+    while in_kernel(nic) != wanted:
+        assert time.monotonic() < deadline_s
+        pause()
 
 
 def threads_of_kernel(pid: int) -> list[str]:
@@ -183,11 +192,11 @@ def test_a_tap_that_goes_down_and_comes_up(nic: Nic) -> None:
         nic.sends(any_frame(60, 1))
         nic.tap.set("down")
         assert nic.driver.link() is False
-        assert not in_kernel(nic)
+        wait_in_kernel(nic, wanted=False)
         nic.driver.send(any_frame(60, 2))
         nic.tap.set("up")
         assert nic.driver.link() is True
-        assert in_kernel(nic)
+        wait_in_kernel(nic, wanted=True)
         nic.forget()  # and that the network was down
         nic.gets(any_frame(60, 3, destination=LLADDR))
 
@@ -197,7 +206,7 @@ def test_a_tap_that_is_removed(nic: Nic) -> None:
     nic.tap.remove()
 
     assert nic.driver.link() is False
-    assert not in_kernel(nic)
+    wait_in_kernel(nic, wanted=False)
     nic.driver.send(any_frame(60, 1))
     assert nic.driver.counter("tx_link_down", 1) == 1
 

@@ -93,7 +93,7 @@ def test_a_file_that_cannot_be_used_changes_nothing(vmd: Daemon) -> None:
             assert done.returncode == 1, what
             error, summary = done.stderr.splitlines()
             assert error.startswith(f"vmctl: {vmd.conf}:"), what
-            assert error.removeprefix("vmctl: ") in vmd.log
+            vmd.wait_log(error.removeprefix("vmctl: "))
             assert summary == "vmctl: 1 error, configuration unchanged", what
         after = vmd.rows()
         assert [{**row, "resident_bytes": 0} for row in after] == [{**row, "resident_bytes": 0} for row in before], what
@@ -124,6 +124,7 @@ def test_every_error_has_its_line(vmd: Daemon) -> None:
     assert where == [f"vmctl: {vmd.conf}:{number}" for number in range(1, 41)]
     assert lines[-1] == "vmctl: 99 errors, configuration unchanged"
     assert "\\x" not in done.stderr
+    vmd.wait_log(f"vmd: {vmd.conf}:99: syntax error")
     assert [f"vmd: {vmd.conf}:{number}: syntax error" in vmd.log for number in range(1, 100)] == [True] * 99
 
 
@@ -435,7 +436,7 @@ def test_a_name_that_is_a_number(tmp_path: Path) -> None:
     with Daemon(tmp_path, block("2") + block("b") + block("c")) as vmd:
         ids = {row["name"]: row["id"] for row in vmd.rows()}
         assert ids == {"2": 1, "b": 2, "c": 3}
-        assert f'vmd: warning: {vmd.conf}:1: vm "2": a name that is a number' in vmd.log
+        vmd.wait_log(f'vmd: warning: {vmd.conf}:1: vm "2": a name that is a number')
         for name in ("2", "b", "3"):  # the last is an id: nobody is called so
             vmd.must("start", name)
         assert states(vmd) == {"2": "running", "b": "running", "c": "running"}
