@@ -34,32 +34,7 @@ if TYPE_CHECKING:
         valid_signals,
     )
 else:
-    from _signal import (
-        NSIG,
-        SIG_BLOCK,
-        SIG_DFL,
-        SIG_IGN,
-        SIG_SETMASK,
-        SIGCHLD,
-        SIGHUP,
-        SIGINT,
-        SIGKILL,
-        SIGPIPE,
-        SIGQUIT,
-        SIGSYS,
-        SIGTERM,
-        SIGTSTP,
-        SIGUSR1,
-        SIGUSR2,
-        alarm,
-        getsignal,
-        pidfd_send_signal,
-        pthread_kill,
-        pthread_sigmask,
-        set_wakeup_fd,
-        signal,
-        valid_signals,
-    )
+    from _signal import *  # noqa: F403 - of it others get what `__all__` names
 
 
 def name_of(signum: int) -> str:
