@@ -295,10 +295,15 @@ class Vmm(Process):
 
     def child_of(self, channel: Channel) -> VmChild:
         """Return the running VM on a channel; PeerError if it is none, such as one in reserve."""
+        child = self.running_on(channel)
+        if child is None:
+            raise PeerError(channel.label, "speaks before it was given a VM")
+        return child
+
+    def running_on(self, channel: Channel) -> VmChild | None:
+        """Return the running VM on a channel, if there is one."""
         child = self.by_channel.get(channel)
-        if child is not None and self.running.get(child.vmid) is child:
-            return child
-        raise PeerError(channel.label, "speaks before it was given a VM")
+        return child if child is not None and self.running.get(child.vmid) is child else None
 
     def on_vm_lost(self, channel: Channel, error: PeerError | None) -> None:
         """A VM process closed its channel or broke the protocol: it ends, if it has not yet."""
@@ -429,9 +434,8 @@ class Vmm(Process):
         """Everything is for a VM; one in reserve is none yet."""
         if channel.peer is not Proc.VM:
             return super().source_of(envelope, channel)
-        child = self.by_channel.get(channel)
-        known = child is not None and self.running.get(child.vmid) is child
-        return (Proc.VM, child.vmid) if child is not None and known else None
+        child = self.running_on(channel)
+        return (Proc.VM, child.vmid) if child is not None else None
 
     def give_up(self, envelope: Envelope, channel: Channel) -> None:
         """End the VM whose message is lost: somebody would wait for what follows from it for ever."""
