@@ -3,10 +3,10 @@
 import socket
 from struct import Struct
 
-NLMSGHDR = Struct("=IHHII")  # length, type, flags, sequence number, port
+from vmd.netlink import NLM_F_REQUEST, NLMSGHDR, RTATTR
+
 IF_STATS_MSG = Struct("=BxxxII")  # family, index of the interface, which statistics
-RTATTR = Struct("=HH")  # length, type
-RTM_NEWSTATS, RTM_GETSTATS, NLM_F_REQUEST = 92, 94, 1
+RTM_NEWSTATS, RTM_GETSTATS = 92, 94
 IFLA_STATS_LINK_64 = 1
 STATS = Struct("=QQQQ")  # rtnl_link_stats64 begins so: packets received, sent, bytes received, sent
 ANSWER_MAX = 8192

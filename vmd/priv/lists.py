@@ -10,6 +10,7 @@ import socket
 import struct
 
 from vmd.errors import HostError
+from vmd.netlink import NLM_F_REQUEST, NLMSGHDR, RTATTR
 from vmd.record import Record
 
 TYPE_CHECKING = False
@@ -18,12 +19,10 @@ if TYPE_CHECKING:
 
 NETLINK_ROUTE = 0
 NLMSG_ERROR, NLMSG_DONE = 2, 3
-NLM_F_REQUEST, NLM_F_DUMP_INTR, NLM_F_DUMP = 0x1, 0x10, 0x300
+NLM_F_DUMP_INTR, NLM_F_DUMP = 0x10, 0x300
 RTM_NEWLINK, RTM_GETLINK, RTM_NEWADDR, RTM_GETADDR = 16, 18, 20, 22
-HEADER = struct.Struct("=IHHII")  # nlmsghdr: length, type, flags, sequence number, port
 LINK = struct.Struct("=BxHiII")  # ifinfomsg: family, type, index, flags, change
 ADDRESS = struct.Struct("=BBBBI")  # ifaddrmsg: family, prefix length, flags, scope, index
-ATTRIBUTE = struct.Struct("=HH")  # rtattr: length, type
 NUMBER = struct.Struct("=I")
 NESTED = 0x7FFF  # the bits of an attribute's type that say what it is
 IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_MASTER, IFLA_LINKINFO = 1, 3, 4, 10, 18
@@ -112,7 +111,7 @@ class Lists:
     def _ask(self, kind: int, answer: int, request: bytes, flags: int) -> "Iterator[bytes]":
         """Ask, and yield the bodies of all messages of the answer.  Raises OSError, Interrupted."""
         self._sequence += 1
-        header = HEADER.pack(HEADER.size + len(request), kind, NLM_F_REQUEST | flags, self._sequence, 0)
+        header = NLMSGHDR.pack(NLMSGHDR.size + len(request), kind, NLM_F_REQUEST | flags, self._sequence, 0)
         self._sock.send(header + request)
         interrupted = False
         while True:
@@ -135,31 +134,31 @@ class Lists:
 def messages(raw: bytes, sequence: int) -> "Iterator[tuple[int, int, bytes]]":
     """Yield type, flags and body of the messages of a piece that belong to a question."""
     start = 0
-    while start + HEADER.size <= len(raw):
-        length, kind, flags, whose, _ = HEADER.unpack_from(raw, start)
-        if length < HEADER.size:
+    while start + NLMSGHDR.size <= len(raw):
+        length, kind, flags, whose, _ = NLMSGHDR.unpack_from(raw, start)
+        if length < NLMSGHDR.size:
             return
         if whose == sequence:
-            yield kind, flags, raw[start + HEADER.size : start + length]
+            yield kind, flags, raw[start + NLMSGHDR.size : start + length]
         start += aligned(length)
 
 
 def attributes(raw: bytes, start: int) -> dict[int, bytes]:
     """Return the attributes that begin there, by what they are."""
     found = {}
-    while start + ATTRIBUTE.size <= len(raw):
-        length, kind = ATTRIBUTE.unpack_from(raw, start)
-        if length < ATTRIBUTE.size:
+    while start + RTATTR.size <= len(raw):
+        length, kind = RTATTR.unpack_from(raw, start)
+        if length < RTATTR.size:
             break
-        found[kind & NESTED] = raw[start + ATTRIBUTE.size : start + length]
+        found[kind & NESTED] = raw[start + RTATTR.size : start + length]
         start += aligned(length)
     return found
 
 
 def attribute(kind: int, value: bytes) -> bytes:
     """Return an attribute as it is sent."""
-    length = ATTRIBUTE.size + len(value)
-    return (ATTRIBUTE.pack(length, kind) + value).ljust(aligned(length), b"\0")
+    length = RTATTR.size + len(value)
+    return (RTATTR.pack(length, kind) + value).ljust(aligned(length), b"\0")
 
 
 def aligned(length: int) -> int:

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from vmd.errors import HostError
-from vmd.priv.lists import HEADER, LINK, NLMSG_DONE, NLMSG_ERROR, RTM_NEWLINK, Lists
+from vmd.netlink import NLMSGHDR
+from vmd.priv.lists import LINK, NLMSG_DONE, NLMSG_ERROR, RTM_NEWLINK, Lists
 
 
 class Kernel:
@@ -17,12 +18,12 @@ class Kernel:
 
     def send(self, question: bytes) -> None:
         """Take a question."""
-        _, _, _, self.sequence, _ = HEADER.unpack_from(question)
+        _, _, _, self.sequence, _ = NLMSGHDR.unpack_from(question)
 
     def recv(self, _length: int) -> bytes:
         """Return all of the answer."""
         return b"".join(
-            HEADER.pack(HEADER.size + len(body), kind, 0, self.sequence, 0) + body for kind, body in self.answers
+            NLMSGHDR.pack(NLMSGHDR.size + len(body), kind, 0, self.sequence, 0) + body for kind, body in self.answers
         )
 
 
