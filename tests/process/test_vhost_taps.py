@@ -305,10 +305,7 @@ class KernelGuest:
     def __init__(self, network: Network, tap: int, answers: Answers) -> None:
         self.network, self.tap, self.answers = network, tap, answers
         self.card = TapInterface(network, "eth0", ipv6=True)
-        self.card.set("down")
-        self.card.set("address", LLADDR.hex(":"))
-        network.write("/proc/sys/net/ipv6/conf/eth0/accept_dad", "0")
-        self.card.set("up")
+        self.card.be_a_card(LLADDR)
 
     def pump(self) -> None:
         """Carry what waits, both ways, and answer."""

@@ -414,10 +414,7 @@ class KernelGuest:
         self.network = network
         # Its packets are finished before they get here: a tap offers nothing else by itself.
         self.card = TapInterface(network, "eth0", ipv6=True)
-        self.card.set("down")
-        self.card.set("address", LLADDR.hex(":"))
-        network.write("/proc/sys/net/ipv6/conf/eth0/accept_dad", "0")
-        self.card.set("up")
+        self.card.be_a_card(LLADDR)
 
     def pump(self) -> None:
         """Carry what waits, both ways."""

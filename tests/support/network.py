@@ -111,6 +111,13 @@ class TapInterface(Interface):
             network.run("ip", "link", "set", name, "mtu", str(mtu))
         self.set("up")
 
+    def be_a_card(self, lladdr: bytes) -> None:
+        """Have a guest's address, and those of IPv6 that follow from it at once."""
+        self.set("down")
+        self.set("address", lladdr.hex(":"))
+        self.network.write(f"/proc/sys/net/ipv6/conf/{self.name}/accept_dad", "0")
+        self.set("up")
+
     def __enter__(self) -> Self:
         return self
 

@@ -304,6 +304,15 @@ class Machine:
             self.write(DRIVER_FEATURE, 4, half)
         self.write(STATUS, 1, ACKNOWLEDGE | DRIVER | FEATURES_OK)
 
+    def come_up(self, ring: Ring, features: int = VERSION_1) -> None:
+        """Come up with one queue."""
+        self.negotiate(features)
+        self.write(QUEUE_SELECT, 2, 0)
+        for offset, gpa in ((DESC, ring.desc), (AVAIL, ring.avail), (USED, ring.used)):
+            self.write(offset, 4, gpa)
+        self.write(QUEUE_ENABLE, 2, 1)
+        self.write(STATUS, 1, ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK)
+
     def place_queue(self, queue: int, base: int, size: int = 0) -> None:
         """Say where a queue is, and enable it."""
         self.write(QUEUE_SELECT, 2, queue)
@@ -423,12 +432,7 @@ class BothHalves:
 
     def start(self, features: int = VERSION_1) -> None:
         """Come up with one queue."""
-        self.machine.negotiate(features)
-        self.machine.write(QUEUE_SELECT, 2, 0)
-        for offset, gpa in ((DESC, self.ring.desc), (AVAIL, self.ring.avail), (USED, self.ring.used)):
-            self.machine.write(offset, 4, gpa)
-        self.machine.write(QUEUE_ENABLE, 2, 1)
-        self.machine.write(STATUS, 1, ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK)
+        self.machine.come_up(self.ring, features)
 
     def close(self) -> None:
         """End the process, however it is."""

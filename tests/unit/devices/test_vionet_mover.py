@@ -99,6 +99,15 @@ class Moved:
         self.mover = Mover(services, self.tap.fileno(), self.workers)
         self.mover.start()
 
+    def go(self, queues: list[Queue]) -> None:
+        """Have both queues served once."""
+        for worker, queue in zip(self.workers, queues, strict=True):
+            worker.queue = queue
+        self.mover.go()
+        for worker in self.workers:
+            worker.gate.wait()
+            worker.gate.open()
+
     def close(self) -> None:
         """Have the thread stand for ever: it cannot be ended."""
         for worker in self.workers:
@@ -154,12 +163,7 @@ def test_thread_that_stands_serves_nothing(moved: Moved, queues: list[Queue]) ->
 
 def test_each_notification_is_news_for_its_queue(moved: Moved, queues: list[Queue]) -> None:
     """Though nobody reads what rings, and also while the queue is served; the other queue does not hear of it."""
-    for worker, queue in zip(moved.workers, queues, strict=True):
-        worker.queue = queue
-    moved.mover.go()
-    for worker in moved.workers:
-        worker.gate.wait()
-        worker.gate.open()
+    moved.go(queues)
     for kick, worker in zip(moved.kicks, moved.workers, strict=True):
         os.eventfd_write(kick, 1)
         worker.gate.wait()
@@ -175,12 +179,7 @@ def test_each_notification_is_news_for_its_queue(moved: Moved, queues: list[Queu
 
 def test_a_queue_knows_that_the_other_waits(moved: Moved, queues: list[Queue]) -> None:
     """So that its turn may be short."""
-    for worker, queue in zip(moved.workers, queues, strict=True):
-        worker.queue = queue
-    moved.mover.go()
-    for worker in moved.workers:
-        worker.gate.wait()
-        worker.gate.open()
+    moved.go(queues)
     os.eventfd_write(moved.kicks[0], 1)
     moved.workers[0].gate.wait()
     moved.workers[0].gate.open()

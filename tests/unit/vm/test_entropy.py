@@ -30,19 +30,10 @@ from tests.support.fakedriver import (
 )  # fmt: skip
 from tests.support.marks import pages_that_differ
 from tests.support.virtiopci import (
-    ACKNOWLEDGE,
-    AVAIL,
-    DESC,
-    DRIVER,
-    DRIVER_OK,
-    FEATURES_OK,
     IRQ,
     MODERN,
-    QUEUE_ENABLE,
     QUEUE_MSIX,
-    QUEUE_SELECT,
     STATUS,
-    USED,
     VERSION_1,
     Kvm,
     Machine,
@@ -104,12 +95,7 @@ class Driver:
         """Reset, and start with a new ring."""
         self.machine.write(STATUS, 1, 0)
         self.ring = Ring(self.memory, SIZE)
-        self.machine.negotiate(features)
-        self.machine.write(QUEUE_SELECT, 2, 0)
-        for offset, gpa in ((DESC, self.ring.desc), (AVAIL, self.ring.avail), (USED, self.ring.used)):
-            self.machine.write(offset, 4, gpa)
-        self.machine.write(QUEUE_ENABLE, 2, 1)
-        self.machine.write(STATUS, 1, ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK)
+        self.machine.come_up(self.ring, features)
 
     def run(self, enough: Callable[[], bool]) -> None:
         """Be the event thread until something is so, which an interrupt or a fault has made so."""
