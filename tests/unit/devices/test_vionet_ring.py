@@ -32,7 +32,7 @@ from tests.support.netdriver import GSO_TCPV4
 from tests.support.packets import GUEST4, HOST4, HOST_LLADDR, LLADDR, any_frame
 from tests.support.packets import dhcp as dhcp_request
 from tests.support.packettap import PacketTap
-from vmd.devices.vionet import buffers, receive
+from vmd.devices.vionet import buffers, receive, transmit
 from vmd.devices.vionet.buffers import RUN, STOCK
 from vmd.devices.vionet.interface import Interface
 from vmd.devices.vionet.local import LocalNetwork
@@ -328,6 +328,33 @@ def test_frame_is_whole_in_however_many_pieces(ends: Ends, count: int, apart: in
             ring.add_indirect(parts, DATA + (1 << 16))
             worker.serve(queue)
             assert ends.frames() == [wanted]
+        close(worker)
+        release(queue)
+        del queue, worker
+
+
+def test_what_is_given_back_within_a_turn_is_counted(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the guest hears of it: whoever asks then is told of it."""
+    seen: list[int] = []
+    with GuestMemory.create(LAYOUT) as memory:
+        ring = Ring(memory, SIZE)
+        queue = queue_of(memory, ring)
+        worker = ends.transmitter()
+        figures = worker.figures
+        memory.write(DATA, bytes((0, 1)) + bytes(10) + any_frame(60_000))
+        ring.describe(0, [Desc(DATA, 12 + 60_000)])
+        for _ in range(SIZE):
+            ring.offer(0)
+
+        def look(_fd: int, views: Sequence[bytes | memoryview]) -> int:
+            seen.append(ring.device_idx)
+            assert figures[transmit.PACKETS] == ring.device_idx
+            return sum(map(len, views))
+
+        monkeypatch.setattr(posix, "writev", look)
+        worker.serve(queue)
+        assert sorted(set(seen)) == [0, 5, 10, 15]
+        assert ring.device_idx == figures[transmit.PACKETS] == SIZE
         close(worker)
         release(queue)
         del queue, worker
@@ -632,6 +659,7 @@ def test_a_single_frame_is_given_before_the_next_is_looked_for(ends: Ends, monke
         ring = Ring(memory, SIZE)
         queue = queue_of(memory, ring)
         worker = ends.receiver(mergeable=True)
+        figures = worker.figures
         for head in range(SIZE):
             ring.describe(head, [Desc(DATA + 4096 * head, 4096, WRITE)])
             ring.offer(head)
@@ -639,6 +667,7 @@ def test_a_single_frame_is_given_before_the_next_is_looked_for(ends: Ends, monke
 
         def look_and_read(fd: int, views: Sequence[bytearray | memoryview]) -> int:
             seen.append(ring.device_idx)
+            assert figures[receive.PACKETS] == ring.device_idx  # counted before the guest hears of it
             return read(fd, views)
 
         monkeypatch.setattr(posix, "readv", look_and_read)

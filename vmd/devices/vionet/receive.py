@@ -380,6 +380,8 @@ class Receiver(Worker):
                 if total >= limit:
                     limit = total + GIVE_BYTES
                     queue.next_avail, queue.next_used = next_avail + at & 0xFFFF, next_used + at & 0xFFFF
+                    self.figures[PACKETS] = self.packets + packets
+                    self.figures[BYTES] = self.bytes + total - packets * header
                     self.give(queue)
                     if total >= self.turn_bytes:
                         return Ended.SPENT

@@ -181,6 +181,8 @@ class Transmitter(Worker):
                 if total >= limit:
                     limit = total + GIVE_BYTES
                     queue.next_avail, queue.next_used = next_avail + done & 0xFFFF, next_used + done & 0xFFFF
+                    self.figures[PACKETS] = self.packets + done - lost
+                    self.figures[BYTES] = self.bytes + total - (done - lost) * header
                     self.give(queue)
         finally:
             queue.next_avail, queue.next_used = next_avail + done & 0xFFFF, next_used + done & 0xFFFF

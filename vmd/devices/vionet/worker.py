@@ -64,7 +64,10 @@ class Worker:
         raise NotImplementedError
 
     def show(self) -> None:
-        """Store what has been counted where others see it; called after each `serve`, before the guest hears of it."""
+        """Store what has been counted where others see it; called after each `serve`, before the guest hears of it.
+
+        What has passed is there before each `give`, also within a turn.
+        """
         raise NotImplementedError
 
     def begin(self) -> None:
