@@ -1,4 +1,4 @@
-"""The configuration in force: read at the start, read anew, added to, and thrown away (*cat. 2.8*)."""
+"""The configuration in force: how it is loaded, reloaded and reset (*cat. 2.8*)."""
 
 from collections.abc import Callable
 
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from vmd.parent.network import Network
     from vmd.parent.vmtable import Vm
 
-    # (path, what is known, whom to warn) -> the file as a configuration; None is the main file, read for itself
+    # (path, known configuration, callback for warnings) -> configuration of the file.
+    # Path None is the main file; it is read without a known configuration.
     Load = Callable[[str | None, Config | None, Callable[[str], None]], Config]
 
 
@@ -32,7 +33,7 @@ class Configuration:
         self.life = life
         self.network = network
         self.load_config = load
-        self.on_effect: Callable[[], None] = lambda: None  # other settings count from now on
+        self.on_effect: Callable[[], None] = lambda: None  # called when other settings are in force
         self.socket_path = socket_path
         if not core.adopts:
             self.register(core.config)
@@ -40,7 +41,7 @@ class Configuration:
     # --- requests ----------------------------------------------------------------------------------------
 
     def serve_load(self, message: LoadRequest, _caller: Caller, envelope: "Envelope") -> None:
-        """Read a further file; VMs it names again are left as they are."""
+        """Read a further file.  VMs that are known already stay as they are."""
         loaded, notes = self.load(message.path, self.core.config)
         config = loaded.replace(switches=(*self.core.config.switches, *loaded.switches))
         notes += self.network.configure(config)
@@ -49,30 +50,30 @@ class Configuration:
         self.core.clients.answer(envelope.peerid, Ok(notes=brief_notes(notes)))
 
     def serve_reload(self, _message: ReloadRequest, _caller: Caller, envelope: "Envelope") -> None:
-        """Read the main file anew."""
+        """Read the main file again."""
         self.core.clients.answer(envelope.peerid, Ok(notes=brief_notes(self.reload())))
 
     def serve_reset(self, message: ResetRequest, _caller: Caller, envelope: "Envelope") -> None:
-        """Terminate and forget VMs, forget switches."""
+        """Kill and forget all VMs, or forget all switches, or both."""
         if message.switches:
             self.core.config = self.core.config.replace(switches=())
             self.network.configure(self.core.config)
         if message.vms:
             self.reset_vms()
         if any(vm.resetting for vm in self.core.vms):
-            self.core.clients.wait(envelope.peerid, For.RESET)  # a reload that follows finds all of them gone
+            self.core.clients.wait(envelope.peerid, For.RESET)  # so that a reload after the answer finds no VM
         else:
             self.core.clients.answer(envelope.peerid, Ok())
 
     def serve_log(self, message: LogRequest, _caller: Caller, envelope: "Envelope") -> None:
-        """Change the verbosity of every process, now and for those to come."""
+        """Change the verbosity of all processes, including those that start later."""
         self.core.verbosity = log.verbosity = max(0, min(2, message.verbosity))
         self.core.changed()
         self.core.peers.send_all(SetVerbosity(verbosity=self.core.verbosity))
         self.core.clients.answer(envelope.peerid, Ok())
 
     def on_hangup(self) -> None:
-        """SIGHUP reloads."""
+        """SIGHUP: reload the configuration."""
         try:
             self.reload()
         except ConfigErrors as errors:
@@ -80,12 +81,12 @@ class Configuration:
         except VmdError as error:
             log.error(f"configuration not reloaded: {error}")
 
-    # --- what they do ------------------------------------------------------------------------------------
+    # --- steps of requests ------------------------------------------------------------------------------------
 
     def register(self, config: Config) -> list[str]:
-        """Add the VMs of a configuration; names already known are left alone (*cat. 2.5*).
+        """Add the VMs of a configuration.  VMs whose names are known already stay as they are (*cat. 2.5*).
 
-        Returns what is worth telling the operator.
+        Returns notes for the operator.
         """
         vms, problems = self.resolved(config)
         for note in reload.register(self.core.vms, vms):
@@ -93,16 +94,16 @@ class Configuration:
         return problems
 
     def resolved(self, config: Config) -> tuple[list[VmConfig], list[str]]:
-        """Return the VMs of a configuration with what instances inherit, and why some cannot be."""
+        """Return the VMs of a configuration with what instances inherit, and the reasons why some cannot exist."""
         vms, problems = instances.resolve(config.vms, self.core.vms.template)
         for problem in problems:
             log.error(problem)
         return vms, problems
 
     def reload(self) -> list[str]:
-        """Read the main file anew; a file that does not parse changes nothing.
+        """Read the main file again.  A file with errors changes nothing.
 
-        Returns what is worth telling the operator.  Raises ConfigErrors.
+        Returns notes for the operator.  Raises ConfigErrors.
         """
         config, warnings = self.load(None, None)
         warnings += self.network.configure(config)
@@ -120,11 +121,11 @@ class Configuration:
         return warnings + problems + notes
 
     def change_at_once(self, vm: "Vm", wanted: VmConfig) -> list[str]:
-        """Let a VM that runs have what does not wait for its next start.  Returns what is worth telling of that."""
+        """Apply to a running VM the changes that do not wait for its next start.  Returns notes for the operator."""
         return self.life.bounds.change(vm, wanted) + self.network.change_forwards(vm, wanted)
 
     def load(self, path: str | None, known: Config | None) -> tuple[Config, list[str]]:
-        """Return what a file says, and what is odd about it, which is logged, too.  Raises ConfigErrors."""
+        """Return the configuration of a file, and warnings, which are also logged.  Raises ConfigErrors."""
         warnings: list[str] = []
 
         def warn(text: str) -> None:
@@ -139,7 +140,7 @@ class Configuration:
         return config, warnings
 
     def take_effect(self, config: Config) -> None:
-        """Let the global settings of a configuration count, and start what waits."""
+        """Put the global settings of a configuration in force, and start the VMs that wait to be started."""
         self.core.config = config
         for vm in self.core.vms:
             self.life.consoles.on_change(vm)
@@ -148,7 +149,7 @@ class Configuration:
         self.life.start_batch_in_time()
 
     def reset_vms(self) -> None:
-        """Forget every VM, as soon as it has ended where it runs."""
+        """Kill all VMs that run.  Forget each VM, a killed one when it has ended."""
         for vm in self.core.vms:
             vm.from_config, vm.next_config, vm.successor = False, None, None
             vm.resetting = vm.alive

@@ -1,11 +1,11 @@
-"""The console logs of VMs: who has one, and that it is written (`vmd/consolelog`) to a file of the VM's owner.
+"""The console logs of VMs, which the process `consolelog` writes (`vmd/consolelog`).
 
-One process "consolelog" writes all of them.  It gets the backlog of each VM, and a file.  A process "logfile" opens the
-file with the owner's rights: when the log begins, when the file is full, and when it was removed.  The file goes over
-a courier; nothing here waits for its storage.
+One process `consolelog` writes all console logs.  For each VM it gets the backlog and an open file.  A process
+`logfile` opens the file with the rights of the VM's owner: when the log begins, when the file is full, and when it was
+removed.  The descriptor goes over a courier, so the parent never waits for the file's storage.
 
-A log that cannot be written costs no VM its start.  It is said once, in the log and in `vmctl status -v`, and tried
-again.
+A VM starts even if its console log cannot be written.  The reason is logged once and shown by `vmctl status -v`, and
+opening is tried again.
 """
 
 import errno
@@ -43,11 +43,11 @@ if TYPE_CHECKING:
     from vmd.parent.vmtable import Vm
     from vmd.privsep.spawn import Child
 
-ANSWER_S = 30.0  # for a file to be opened
-AGAIN_S = 10.0  # until that is tried again; one that does not end is waited for
-AT_A_TIME = 4  # files that are opened
-SAY_AGAIN_S = 60.0  # the same of one log
-PING_S, PINGS_MAX = 5.0, 3
+ANSWER_S = 30.0  # a logfile must answer within this time
+AGAIN_S = 10.0  # from a failed opening to the next try
+AT_A_TIME = 4  # files are opened at the same time
+SAY_AGAIN_S = 60.0  # the same trouble of one log is logged again only after this time
+PING_S, PINGS_MAX = 5.0, 3  # between two pings; so many without an answer, and the process is replaced
 RESTART_S = 2.0  # between two starts of the process
 ANSWER_MAX = 1 << 12
 SILENT = "its storage does not answer"
@@ -64,31 +64,31 @@ class Kept:
         self.owner = vm.config.owner
         self.start = backlog.start
         self.backlog = backlog  # the VM's
-        self.shown = os.dup(backlog.fd)  # ... and what is left of it when the VM has ended
+        self.shown = os.dup(backlog.fd)  # remains readable when the VM has ended
         self.wanted = wanted
-        self.opening = False  # until the process has the file
-        self.files = 0  # that it has had
-        self.opener: Child | None = None
-        self.stuck: Child | None = None  # an opener that was killed and may not have ended
-        self.reader = -1  # for what the opener answers
+        self.opening = False  # a file was asked for, and consolelog has not got it yet
+        self.files = 0  # how many files consolelog has had for it
+        self.opener: Child | None = None  # a logfile
+        self.stuck: Child | None = None  # a logfile that was killed and may not have ended
+        self.reader = -1  # the pipe with the answer of the logfile; -1: none is running
         self.deadline: Timer | None = None
         self.again: Timer | None = None
-        self.unopened = ""  # why there is no file, or no other one
-        self.unwritten = ""  # why the process cannot write
-        self.since_s = 0.0
-        self.said, self.said_s = "", 0.0  # the last of that in the log
-        self.says_end = False  # when it is put right
-        self.lost = self.lost_before = 0  # by this process, and by those before it
+        self.unopened = ""  # why the file, or the next one, cannot be opened
+        self.unwritten = ""  # why consolelog cannot write
+        self.since_s = 0.0  # when the trouble began
+        self.said, self.said_s = "", 0.0  # the trouble that was logged last, and when
+        self.says_end = False  # the trouble was logged, so its end will be
+        self.lost = self.lost_before = 0  # bytes lost by this consolelog, and by the ones before it
         self.over = False  # its VM has ended
 
     @property
     def path(self) -> str:
-        """Where it is."""
+        """The path of the file."""
         return self.wanted.path_of(self.name)
 
     @property
     def text(self) -> str:
-        """What is wrong with it."""
+        """Why the log is not written; empty if it is."""
         return self.unopened or self.unwritten
 
 
@@ -99,22 +99,22 @@ class ConsoleLogs:
         self.core = core
         self.loop = core.loop
         self.attach = attach
-        self.kept: dict[int, Kept] = {}  # by number; those of lives that are over, until they are written
+        self.kept: dict[int, Kept] = {}  # by number; the log of an ended VM stays until the rest is written
         self.number = 0
         self.channel: Channel | None = None
         self.child: Child | None = None
         self.pings = 0  # not answered
-        self.waiting: list[Kept] = []  # for a file to be opened
-        self.restarts = False  # in a moment
+        self.waiting: list[Kept] = []  # for their turn to have a file opened
+        self.restarts = False  # a timer will start the process again
         self.children: Children | None = None
         self.open_log: Callable[[str], socket.socket]
 
     def start(self, children: "Children", open_log: "Callable[[str], socket.socket]") -> None:
-        """Know how processes are started; `open_log` makes what one writes its lines to."""
+        """Processes can be started from now on.  `open_log` makes the socket that a process logs to."""
         self.children, self.open_log = children, open_log
 
     def close(self) -> None:
-        """The daemon ends: what there is is written, for a moment."""
+        """The daemon ends: tell consolelog to write what is left and to end."""
         self.children = None
         if self.channel is not None:
             self.channel.send(Quit())
@@ -123,7 +123,7 @@ class ConsoleLogs:
     # --- requests ----------------------------------------------------------------------------------------
 
     def serve(self, message: ConsoleLogRequest, caller: "Caller", envelope: "Envelope") -> None:
-        """Say where the console log of a VM is; who has asked reads it with their own rights."""
+        """Answer with the path of a VM's console log.  The client opens the file with its own rights."""
         vm = self.core.vms.get(message.vmid, message.name)
         vm.require_control(caller, "read the console log of")
         wanted = vm.config.console_log
@@ -135,16 +135,16 @@ class ConsoleLogs:
         )
 
     def troubles(self, vmid: int) -> "Iterator[Trouble]":
-        """Give what is wrong with the log of a VM."""
+        """Yield what is wrong with the console log of a VM."""
         for kept in self.kept.values():
             if kept.vmid == vmid and kept.text and not kept.over:
                 lost = f"; {kept.lost_before + kept.lost} bytes are lost" if kept.lost_before + kept.lost else ""
                 yield Trouble(device=DEVICE, text=f"{kept.path}: {kept.text}{lost}", since_s=int(kept.since_s))
 
-    # --- which there are ---------------------------------------------------------------------------------
+    # --- logs of VMs ---------------------------------------------------------------------------------
 
     def look(self, vm: "Vm") -> None:
-        """Begin, change or end the log of a VM, as it is now and as its configuration says."""
+        """Begin, change or end the log of a VM, as its state and its configuration ask for."""
         present = next((kept for kept in self.kept.values() if kept.vmid == vm.vmid and not kept.over), None)
         wanted = vm.config.console_log if vm.alive else None
         if present is not None and (wanted is None or present.backlog is not vm.backlog):
@@ -175,9 +175,9 @@ class ConsoleLogs:
             self._hand_over(kept)
 
     def _end(self, kept: Kept) -> None:
-        """The life is over: what there is is written, if it can be."""
+        """The VM has ended: have the rest written, if possible."""
         kept.over = True
-        if kept not in self.waiting:  # else when that is over
+        if kept not in self.waiting:  # else `_open_next` sends it
             self._send(DropConsole(number=kept.number))
         if self.channel is None:
             self._forget(kept)
@@ -199,7 +199,7 @@ class ConsoleLogs:
     # --- the process -------------------------------------------------------------------------------------
 
     def _start(self) -> None:
-        """Start the process, and give it every log there is; where that fails, try again."""
+        """Start the process and give it all logs.  If the start fails, try again later."""
         self.restarts = False
         if self.children is None or not self.kept or self.channel is not None:
             return
@@ -221,7 +221,7 @@ class ConsoleLogs:
             self.loop.call_later(RESTART_S, self._start)
 
     def _hand_over(self, kept: Kept) -> None:
-        """Have a log written, and a file opened for it."""
+        """Give a log to the process, and have a file opened for it."""
         try:
             copy = os.dup(kept.shown)
         except OSError as error:
@@ -239,13 +239,14 @@ class ConsoleLogs:
             close_all(fd for each in fds.values() for fd in each)
 
     def _on_lost(self, channel: "Channel", error: "PeerError | None") -> None:
-        """The process has ended, which it should only when we do; the next one goes on where it was."""
+        """The process has ended too early, or broke the protocol.  The next one continues where this one stopped."""
         if channel is not self.channel:
             return
         log.error(f"{error or 'process consolelog has ended'}; starting another one")
         self._lose()
 
     def _lose(self) -> None:
+        """Kill the process, and start another one soon."""
         assert self.channel is not None
         self.channel.close()
         self.channel = None
@@ -259,7 +260,7 @@ class ConsoleLogs:
         self._start_soon()
 
     def _ping(self, channel: "Channel") -> None:
-        """See whether the process works.  One that was stopped, or is stuck, is replaced."""
+        """Ping the process.  A process that is stopped or stuck does not answer, and is replaced."""
         if channel is not self.channel:
             return
         self.loop.call_later(PING_S, lambda: self._ping(channel))
@@ -271,11 +272,11 @@ class ConsoleLogs:
         channel.send(Ping())
 
     def on_pong(self, _message: Pong, _envelope: "Envelope") -> None:
-        """It works."""
+        """The process has answered a ping."""
         self.pings = 0
 
     def on_kept(self, message: ConsoleKept, _envelope: "Envelope") -> None:
-        """A log is written, or not; or it needs another file, or is over."""
+        """The process reports on a log: whether it can be written, needs a file, or has ended."""
         kept = self.kept.get(message.number)
         if kept is None:
             return
@@ -289,7 +290,10 @@ class ConsoleLogs:
             self._open(kept)
 
     def _fare(self, kept: Kept, unopened: str, unwritten: str) -> None:
-        """Say once that a log cannot be written, and why; and that it can again.  Not without end, if that changes."""
+        """Note why a log cannot be written, or that it can again, and log it once.
+
+        Trouble that comes and goes is logged at most every SAY_AGAIN_S.
+        """
         before = kept.text
         kept.unopened, kept.unwritten = unopened, unwritten
         if kept.text == before:
@@ -308,7 +312,7 @@ class ConsoleLogs:
     # --- files -------------------------------------------------------------------------------------------
 
     def _open(self, kept: Kept) -> None:
-        """Have a file opened, as soon as it is its turn."""
+        """Have a file opened for a log when it is its turn."""
         self._end_opening(kept)
         kept.opening = True
         if kept not in self.waiting:
@@ -328,7 +332,7 @@ class ConsoleLogs:
                 self._send(DropConsole(number=kept.number))
 
     def _begin_opening(self, kept: Kept) -> None:
-        """Start a logfile.  Raises VmdError, OSError."""
+        """Start a logfile.  Raises VmdError, OSError or ValueError."""
         assert self.children is not None
         stuck, kept.stuck = kept.stuck, None
         if stuck is not None and stuck.pidfd >= 0 and stuck.reap() is None:
@@ -368,7 +372,7 @@ class ConsoleLogs:
         self._open_next()
 
     def _give_up(self, kept: Kept) -> None:
-        """A logfile does not answer."""
+        """A logfile has not answered in time: kill it."""
         self._end_opening(kept)
         kept.stuck = kept.opener
         self._not_opened(kept, SILENT)
@@ -386,7 +390,7 @@ class ConsoleLogs:
             kept.opener.kill()
 
     def _not_opened(self, kept: Kept, why: str) -> None:
-        """Say why there is no file, and try again later; of a life that is over the rest is lost."""
+        """Note why there is no file, and try again later, unless the VM has ended: then the rest is lost."""
         self._fare(kept, why, kept.unwritten)
 
         def again() -> None:
@@ -398,7 +402,7 @@ class ConsoleLogs:
 
 
 def file_of(path: str, wanted: "ConsoleLog", owner: "Owner") -> LogFile:
-    """Return the file of a log, as the owner of the VM opens it; a group that vm.conf names may read it."""
+    """Return how the owner of a VM opens its console log.  The group of `owner` in vm.conf may read the file."""
     gid = owner.gid if owner.gid is not None else primary_group(owner.uid)
     groups = tuple(groups_of(owner.uid, gid)) if owner.uid else ()
     return LogFile(
@@ -413,7 +417,7 @@ def file_of(path: str, wanted: "ConsoleLog", owner: "Owner") -> LogFile:
 
 
 def primary_group(uid: int) -> int:
-    """Return the group of a user; of one that this host does not know, nobody's."""
+    """Return the primary group of a user; NOGROUP if this host does not know the user."""
     if not uid:
         return 0
     try:

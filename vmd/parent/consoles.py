@@ -1,9 +1,9 @@
-"""The consoles of all VMs: who has one, who looks at one, and what is left of one when its VM has ended.
+"""The consoles of all VMs: the client that holds one, the clients that watch one, and the output of ended VMs.
 
-A console belongs to one client, who reads and types on its pty.  What it showed last is in its backlog (vmd.backlog)
-and is sent to that client first.  Others may look: they are sent the backlog, and then ask again and again for what
-has come since.  When a VM has ended, its viewer is handed what the pty had no room for, and the backlog is kept until
-the VM's next start.
+One client holds a console: it reads and writes the pty.  The backlog (vmd.backlog) has the latest output, and is sent
+to that client first.  Other clients may watch.  They are sent the backlog, and then ask repeatedly for newer output.
+When a VM has ended, the rest of its output that did not fit into the pty is written there for the holder.  The backlog
+is kept until the VM's next start.
 """
 
 import errno
@@ -41,16 +41,16 @@ if TYPE_CHECKING:
 
 PIECE_BYTES = 8192  # of output in one message
 ROUND_S = 0.02  # between two looks at a pty whose VM has ended
-QUIET_ROUNDS = 3  # what is on its way within the kernel's pty is not counted for a moment
-PATIENCE_S = 1.0  # without a byte read; for a viewer that nobody knows of
-VIEWER_PATIENCE_S = 60.0  # ... and for one that is connected
-WATCH_ROUND_S = 0.05  # between two looks for those who watch
+QUIET_ROUNDS = 3  # the kernel's count of unread bytes leaves out, for a moment, those on their way inside the pty
+PATIENCE_S = 1.0  # a pty is closed when nobody has read a byte for so long; for a reader that is no client of ours
+VIEWER_PATIENCE_S = 60.0  # ... and for a client that is connected
+WATCH_ROUND_S = 0.05  # between two looks for new output for clients that watch
 PENDING_MAX = 16  # requests for one console that its VM process has not answered
-FORGOTTEN_MAX = 16  # VMs that are not known any more, and whose last output is
+FORGOTTEN_MAX = 16  # VMs that are not known any more and whose last output is kept
 
 
 class Kept:
-    """What the console of a VM showed last that does not run now, and who may see it."""
+    """The last output of a VM that has ended, and who may see it."""
 
     def __init__(self, vm: "Vm", output: "Output") -> None:
         self.vmid = vm.vmid
@@ -61,14 +61,14 @@ class Kept:
 
 
 class Leaving:
-    """A pty without a VM: closed when its viewer has read all there is, or does not read."""
+    """The pty of an ended VM.  It is closed when its viewer has read everything, or has stopped reading."""
 
     def __init__(self, consoles: "Consoles", vmid: int, pty: Pty, rest: bytes, client: int) -> None:
         self.client = client
         self._source = Proc.VM, vmid
         self._consoles = consoles
         self._pty = pty
-        self._rest = rest  # what has found no room in the pty yet
+        self._rest = rest  # output that did not fit into the pty yet
         self._unread = -1
         self._quiet = 0
         self._progress_s = time.monotonic()
@@ -97,20 +97,20 @@ class Consoles:
         self.call_later = core.loop.call_later
         self.kept: dict[str, Kept] = {}  # by name, oldest first
         self.leaving: set[Leaving] = set()
-        self._taken: dict[int, Pty] = {}  # vmid -> the pty that its console had before
+        self._taken: dict[int, Pty] = {}  # vmid -> the pty that its console had before it was taken over
         self._watch_timer: Timer | None = None
         self._on_left: Callable[[], None] = lambda: None
-        self.on_change: Callable[[Vm], None] = lambda _vm: None  # there is another console, or none any more
+        self.on_change: Callable[[Vm], None] = lambda _vm: None  # the VM has another console, or none
 
     @property
     def ending(self) -> bool:
-        """Whether the daemon is, and waits for viewers no longer than it has to."""
+        """Whether the daemon is ending.  It then waits for viewers only briefly."""
         return self.core.ending
 
     # --- requests ----------------------------------------------------------------------------------------
 
     def serve(self, message: ConsoleRequest, caller: "Caller", envelope: "Envelope") -> None:
-        """Hand the console to a client; what a VM showed that does not run is only shown.  Raises OperatorError."""
+        """Give the console to a client.  For a VM that has ended, send its last output.  Raises OperatorError."""
         client, clients = envelope.peerid, self.core.clients
         vm = self._running_or_kept(message, caller, "attach to")
         if isinstance(vm, Kept):
@@ -128,7 +128,7 @@ class Consoles:
         self.core.peers.send(Proc.VMM, ConsoleSnapshot(vmid=vm.vmid), peerid=vm.vmid, fds=fds)
 
     def give(self, vm: "Vm", caller: "Caller", client: int) -> None:
-        """Hand the console of a VM that is being started to who has started it, who sees it from the first byte on."""
+        """Give the console of a VM that is starting to the client that started it, which sees all output."""
         if vm.pty is None or self.core.clients.waiting(For.CONSOLE, vm.vmid):
             return
         vm.console_user = user_text(caller)
@@ -136,14 +136,14 @@ class Consoles:
         self.core.clients.answer(client, ConsoleReady(vmid=vm.vmid, name=vm.name, tty=vm.pty.path))
 
     def _take_over(self, vm: "Vm", user: str) -> dict[str, list[int]]:
-        """Take a console from whoever has it, by moving it to another pty; return that for the VM process.
+        """Take a console from its holder by moving it to a new pty.  Return the descriptors for the VM process.
 
-        So it is also taken from who has opened the pty without asking us.  Raises HostError.
+        A program that has opened the old pty without asking the daemon loses the console too.  Raises HostError.
         """
         assert vm.pty is not None
         fds: dict[str, list[int]] = {}
         old = None
-        if vm.pid:  # else its process may still be on its way, with the old pty
+        if vm.pid:  # else the VM process is still starting, and has been given the old pty
             pty = Pty()
             try:
                 pty.give_to(vm.uid, vm.config.owner.gid)
@@ -160,7 +160,7 @@ class Consoles:
         return fds
 
     def _close_later(self, vmid: int, pty: Pty) -> None:
-        """Close a pty that was taken from its viewer, who is to read first why; one of a VM at a time."""
+        """Close a pty that was taken from its holder, who is told why first.  At most one a VM waits."""
         before = self._taken.pop(vmid, None)
         if before is not None:
             before.close()
@@ -174,7 +174,7 @@ class Consoles:
         self.call_later(PATIENCE_S, close, (Proc.VM, vmid))
 
     def serve_watch(self, message: ConsoleWatch, caller: "Caller", envelope: "Envelope") -> None:
-        """Show a console to somebody who does not have it.  Raises OperatorError."""
+        """Send the output of a console to a client that does not hold it.  Raises OperatorError."""
         client = envelope.peerid
         vm = self._running_or_kept(message, caller, "watch")
         if isinstance(vm, Kept):
@@ -188,7 +188,7 @@ class Consoles:
         self._look_later()
 
     def serve_break(self, message: ConsoleBreak, _caller: "Caller", envelope: "Envelope") -> None:
-        """Send a BREAK, if the client holds the console.  Raises OperatorError."""
+        """Send a BREAK to the guest.  Raises OperatorError if the client does not hold the console."""
         client = envelope.peerid
         vm = self.core.vms.get(message.vmid, message.name)
         if not self.core.clients.waits(client, For.CONSOLE, vm.vmid):
@@ -197,9 +197,9 @@ class Consoles:
         self.core.clients.answer(client, Ok())
 
     def _running_or_kept(self, message: ConsoleRequest | ConsoleWatch, caller: "Caller", what: str) -> "Vm | Kept":
-        """Return the VM, or what is left of the console of one that does not run.
+        """Return the VM, or the last output of a VM that has ended.
 
-        Raises OperatorError if there is neither, or the caller may not do this.
+        Raises OperatorError if there is neither, or if the caller may not see it.
         """
         vm = self.core.vms.find(message.vmid, message.name)
         if vm is None or not vm.alive:
@@ -216,12 +216,15 @@ class Consoles:
     # --- what VM processes say ---------------------------------------------------------------------------
 
     def repeat_snapshots(self, vm: "Vm") -> None:
-        """Ask again for what viewers want to see: they came before the VM had a process, or its last one has ended."""
+        """Ask the VM process for the snapshots that clients wait for.
+
+        They asked before the VM had a process, or the process that they asked has ended.
+        """
         for _ in self.core.clients.waiting(For.SNAPSHOT, vm.vmid):
             self.core.peers.send(Proc.VMM, ConsoleSnapshot(vmid=vm.vmid), peerid=vm.vmid)
 
     def on_snapshot_end(self, message: ConsoleSnapshotEnd, envelope: "Envelope") -> None:
-        """All further output comes down the pty: the client is sent what was before, and may open it."""
+        """All further output goes to the pty: send the client what came before, and let it open the pty."""
         vm = self.core.vms.find(envelope.peerid, "")
         if vm is not None and vm.pty is not None and vm.backlog is not None:
             client = self.core.clients.take_first(For.SNAPSHOT, vm.vmid)
@@ -231,7 +234,7 @@ class Consoles:
             self.core.clients.answer(client, ConsoleAttached(vmid=vm.vmid, name=vm.name, tty=vm.pty.path))
 
     def on_ended(self, vm: "Vm") -> None:
-        """A VM has ended: its viewers get the rest, and everybody may see the last of it later."""
+        """A VM has ended: send its viewers the rest of the output, and keep the last of it for later."""
         clients = self.core.clients
         holder = clients.take_first(For.CONSOLE, vm.vmid)
         ran = bool(vm.pid)
@@ -253,7 +256,7 @@ class Consoles:
             self._answer_watch(watcher.client, vm.vmid, vm.name, output, watcher.since, running=False)
 
     def _forget(self) -> None:
-        """Keep what was shown by few of the VMs that are not known any more."""
+        """Keep the last output of only FORGOTTEN_MAX VMs that are not known any more."""
         forgotten = [name for name in self.kept if self.core.vms.find(0, name) is None]
         for name in forgotten[:-FORGOTTEN_MAX]:
             del self.kept[name]
@@ -261,19 +264,19 @@ class Consoles:
     # --- clients -----------------------------------------------------------------------------------------
 
     def on_client_gone(self, client: int) -> None:
-        """A client has disconnected: nothing has to wait for it."""
+        """A client has disconnected: no pty stays open for it."""
         for leaving in self.leaving:
             if leaving.client == client:
                 leaving.client = NO_CLIENT
 
     def has_left(self, leaving: Leaving) -> None:
-        """A pty without a VM is closed."""
+        """The pty of an ended VM is closed."""
         self.leaving.discard(leaving)
         if not self.leaving:
             self._on_left()
 
     def when_left(self, callback: "Callable[[], None]", timeout_s: float) -> None:
-        """Call when viewers have seen how their VMs ended, or do not look."""
+        """Call `callback` when no pty of an ended VM is open, and also after `timeout_s`."""
         if not self.leaving:
             callback()
             return
@@ -281,7 +284,7 @@ class Consoles:
         self.call_later(timeout_s, callback)
 
     def close(self) -> None:
-        """End: what is not read by now is lost."""
+        """Close all ptys.  Output that was not read is lost."""
         for vm in self.core.vms:
             vm.drop_pty()
 
@@ -291,7 +294,7 @@ class Consoles:
             self._watch_timer = self.call_later(WATCH_ROUND_S, self._look)
 
     def _look(self) -> None:
-        """Answer those for whom there is more to see."""
+        """Answer the clients that wait for output and for which there is some."""
         for watcher in self.core.clients.waiting_anywhere(For.OUTPUT):
             vm = self.core.vms.find(watcher.vmid, "")
             if vm is not None and vm.backlog is not None and vm.backlog.shown() > watcher.since:
@@ -315,5 +318,5 @@ class Consoles:
 
 
 def user_text(caller: "Caller") -> str:
-    """Return what others are told of who has a console."""
+    """Return the holder of a console as it is shown to others."""
     return f"{owner_text(caller.uid, None)} (pid {caller.pid})"

@@ -12,12 +12,12 @@ from vmd.ipc.messages.children import Quit
 from vmd.ipc.messages.clients import Caller, Failed, VmInfo
 from vmd.parent import connections as rooms
 from vmd.parent.connections import (
-    DOORMAN,
     MAX_CLIENTS,
     MAX_CLIENTS_OF_ROOT,
     MAX_CLIENTS_PER_USER,
     MAX_UNANSWERED,
     MAX_USERS,
+    REFUSED,
     ROOT,
     STUCK_MAX,
     TURN,
@@ -162,11 +162,11 @@ def test_the_shares_of_each_user_and_of_all(connections: Connections) -> None:
 
 
 def test_as_many_users_as_there_are(connections: Connections) -> None:
-    """Each costs a process, so that only so many have one at a time; root and the doorman are none of them."""
+    """Each costs a process, so that only so many have one at a time; root and the refused are not counted."""
     control = connections.known[CLIENT].control
-    connections.controls |= dict.fromkeys((ROOT, DOORMAN, *range(2000, 2000 + MAX_USERS - 1)), control)
+    connections.controls |= dict.fromkeys((ROOT, REFUSED, *range(2000, 2000 + MAX_USERS - 1)), control)
     assert refused(connections, 5000) == ""
     connections.controls[5000] = control
-    assert refused(connections, 5001) == f"too many users of vmd at a time ({MAX_USERS})"
+    assert refused(connections, 5001) == f"too many users are connected to vmd ({MAX_USERS})"
     assert refused(connections, 5000) == ""
     assert refused(connections, ROOT) == ""
