@@ -297,7 +297,7 @@ def test_vms_that_cannot_run_together(tmp_path: Path) -> None:
 
     assert (status, lines[-1]) == (0, "configuration OK")
     assert lines[:-1] == [
-        f'vmd: warning: {conf}:7: vm "b": disk {tmp_path}/disk.raw is used by vm a as well: only one of them can run',
+        f'vmd: warning: {conf}:7: vm "b": disk {tmp_path}/disk.raw is also used by vm a: only one of them can run',
         f'vmd: warning: {conf}:12: vm "c": not started with those before it: with its 1 there would be 5 vcpus, and '
         "there is a limit of 4 (limit vcpus)",
     ]

@@ -66,7 +66,7 @@ def one_sentence(done: subprocess.CompletedProcess[str], *words: str, status: in
             69,
             ("/dev/kvm", "No such file or directory", "load the module"),
         ),
-        (f"mount --bind /dev/null /dev/kvm; {VMD}", 69, ("/dev/kvm", "this is something else")),
+        (f"mount --bind /dev/null /dev/kvm; {VMD}", 69, ("/dev/kvm", "this is not a KVM device")),
         (
             "grep -v ^_vmd /etc/passwd > $DIR/passwd; mount --bind $DIR/passwd /etc/passwd;" + VMD,
             1,

@@ -104,7 +104,7 @@ def test_a_lock_that_cannot_be_had_is_said(tmp_path: Path) -> None:
     """Where /run/vmd cannot be written the daemon runs, without it."""
     hide = 'mkdir -p /run/vmd && mount -t tmpfs -o ro tmpfs /run/vmd && exec "$@"'
     with Daemon(tmp_path, prefix=("unshare", "--mount", "sh", "-c", hide, "sh")) as vmd:
-        assert "a daemon that is killed is not known to the next one" in vmd.log
+        assert "if this vmd is killed, the next one will not wait for its guests" in vmd.log
 
 
 @pytest.mark.deep

@@ -1,4 +1,4 @@
-"""Who may do what (*cat. 4.8*); decided in the parent only, on ids that the kernel vouches for."""
+"""Who may do what (*cat. 4.8*).  Only the parent decides that, by user ids that come from the kernel."""
 
 import errno
 import grp
@@ -14,7 +14,7 @@ NOGROUP = 65534
 
 
 def in_group(uid: int, gid: int) -> bool:
-    """Return whether a user is in a group, by primary gid or by the group's member list."""
+    """Return whether a user is in a group, by their primary gid or by the member list of the group."""
     try:
         user = pwd.getpwuid(uid)
     except KeyError:
@@ -35,30 +35,36 @@ def may_control(caller: Caller, owner_uid: int, owner_gid: int | None) -> bool:
 
 
 def not_allowed(caller: Caller, what: str, owner_uid: int, owner_gid: int | None) -> OperatorError:
-    """Return the refusal of what only root and an owner may do."""
+    """Return the error for a request that only root and the owner may make."""
     owner = owner_text(owner_uid, owner_gid)
     return OperatorError(errno.EPERM, f"{owner_text(caller.uid, None)} may not {what}: its owner is {owner}")
 
 
 def require_allowed(request: Request, caller: Caller) -> None:
-    """Raise OperatorError(EPERM) for a request that is declared to be root's; owners are asked for with their VM."""
+    """Raise OperatorError(EPERM) if only root may make this request, and the caller is not root.
+
+    Requests for owners are checked where their VM is looked up.
+    """
     if BY_CLASS[type(request)].who is Who.ROOT:
         require_root(caller, f"ask for a {type(request).__name__}")
 
 
 def require_root(caller: Caller, what: str) -> None:
-    """Raise OperatorError(EPERM) unless root asks."""
+    """Raise OperatorError(EPERM) unless the caller is root."""
     if caller.uid != 0:
         raise OperatorError(errno.EPERM, f"only root may {what}")
 
 
 def rights_of(caller: Caller | None) -> Owner | None:
-    """Return with whose rights files are opened that somebody has named; None, as for the configuration, is root."""
+    """Return with whose rights the files that a caller has named are opened.
+
+    None is root: for root, and for vm.conf, where there is no caller.
+    """
     return Owner(uid=caller.uid, gid=caller.gid) if caller is not None and caller.uid else None
 
 
 def groups_of(uid: int, gid: int) -> list[int]:
-    """Return the groups that a user has by the user database, with the one he came with."""
+    """Return the groups of a user in the user database, and `gid`, the group of their connection."""
     try:
         return os.getgrouplist(pwd.getpwuid(uid).pw_name, gid)
     except KeyError:
@@ -66,7 +72,7 @@ def groups_of(uid: int, gid: int) -> list[int]:
 
 
 def owner_text(uid: int, gid: int | None) -> str:
-    """Return `user` or `user:group`, numeric where there is no name."""
+    """Return `user` or `user:group`.  An id without a name is shown as a number."""
     try:
         text = pwd.getpwuid(uid).pw_name
     except KeyError:

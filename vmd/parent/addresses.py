@@ -1,4 +1,4 @@
-"""Addresses of VMs' interfaces (*cat. 2.5, 7.2*)."""
+"""Addresses of the interfaces of VMs (*cat. 2.5, 7.2*)."""
 
 import errno
 import os
@@ -9,34 +9,34 @@ from vmd.errors import OperatorError
 from vmd.record import Record
 
 LLADDR_START = bytes.fromhex("fee1bb")
-LLADDR_NIC = 0xD0  # | number of the interface, from 1
-PLAN_NICS = 127  # addresses of one VM: 256, two for each interface, and the first two are left out
-PAIR = 31  # the length of a network of two
-SUBNET_BITS = 64  # of an IPv6 address, the rest is the interface's
-ULA = 0xFD
+LLADDR_NIC = 0xD0  # ORed with the number of the interface, from 1
+PLAN_NICS = 127  # a VM has 256 addresses: two for each interface; the first two are not used
+PAIR = 31  # prefix length of a network of two addresses
+SUBNET_BITS = 64  # prefix length of an interface's IPv6 network
+ULA = 0xFD  # first byte of a unique local IPv6 address (RFC 4193)
 
 
 class Plan(Record):
-    """What the addresses of a VM's `local` interfaces follow from."""
+    """What the addresses of a VM's `local` interfaces are computed from."""
 
     number: int  # of the VM, among those that have such interfaces
     prefix4: Prefix
     prefix6: Prefix | None = None
-    fixed: tuple[Prefix | None, ...] = ()  # addresses of guests that the operator has chosen, by interface
+    fixed: tuple[Prefix | None, ...] = ()  # the guest's addresses that the operator has chosen, by interface
 
     def chosen4(self, nic: int) -> Prefix | None:
-        """Return the address of a guest that the operator has chosen for interface `nic`, if any."""
+        """Return the guest's address that the operator has chosen for interface `nic`, if any."""
         return self.fixed[nic] if nic < len(self.fixed) else None
 
     def length4(self, nic: int) -> int:
-        """Return the length of the network of interface `nic`."""
+        """Return the prefix length of the IPv4 network of interface `nic`."""
         chosen = self.chosen4(nic)
         return PAIR if chosen is None else chosen.length
 
     def host4(self, nic: int) -> bytes:
-        """Return the host's address on interface `nic`, from 0; the guest's is the next one.
+        """Return the host's address on interface `nic`, from 0.  The guest's address is the next one.
 
-        With an address that was chosen for the guest it is the first one of that network that is free.
+        If the operator has chosen the guest's address, the host's is the first other address of that network.
 
         Raises:
             OperatorError: the prefix has no room for this VM.
@@ -62,9 +62,10 @@ class Plan(Record):
         return (int.from_bytes(self.host4(nic), "big") + 1).to_bytes(4, "big")
 
     def network6(self, nic: int) -> bytes:
-        """Return the /64 of interface `nic`, as an address; empty without IPv6.
+        """Return the first address of the /64 of interface `nic`; empty without IPv6.
 
-        Unlike vmd, whose guests share the first 64 bits: they could not configure themselves.
+        Unlike vmd: each guest has its own /64.  In vmd guests share the first 64 bits, so they could not configure
+        their addresses themselves.
 
         Raises:
             OperatorError: the prefix has no room for this VM.
@@ -79,7 +80,7 @@ class Plan(Record):
 
 
 def room(prefix4: Prefix, prefix6: Prefix | None) -> int:
-    """Return one more than the highest number that a VM can have; the lowest is 1."""
+    """Return the highest number that a VM can have with these prefixes, plus 1.  The lowest number is 1."""
     end = 1 << (32 - 8 - prefix4.length)
     if prefix6 is not None:
         end = min(end, (1 << (SUBNET_BITS - prefix6.length)) // MAX_NICS)
@@ -87,12 +88,12 @@ def room(prefix4: Prefix, prefix6: Prefix | None) -> int:
 
 
 def random_ula() -> Prefix:
-    """Return a /48 of our own (RFC 4193, 3.2)."""
+    """Return a random unique local /48 (RFC 4193, 3.2)."""
     return Prefix(address=bytes((ULA,)) + os.urandom(5) + bytes(10), length=48)
 
 
 def random_lladdr(index: int, taken: Collection[bytes]) -> bytes:
-    """Return an address that is not `taken` for the interface of this number, from 0: fe:e1:bb:d<n>:xx:xx.
+    """Return a link-layer address that is not `taken`: fe:e1:bb:d<n>:xx:xx.  `index` is the interface, from 0.
 
     Raises:
         OperatorError: all of them are taken.

@@ -1,8 +1,8 @@
-"""VMs as an SNMP agent is told of them: what the process `agentx` is given, and asks for.
+"""The process `agentx`, which tells an SNMP agent about the VMs: its start, its socket and its data.
 
-The parent opens the agent's socket, which vm.conf names, and passes on what is connected; the process speaks on it.
-An agent that is not there, or leaves, is tried again and again, ever less often.  The log says when one is there, and
-once that none is.
+The parent connects to the agent's socket, which vm.conf names, and passes the connection to the process.  If the agent
+is missing or leaves, the parent tries again, each time after a longer delay.  The log says when the agent is
+connected, and once that it is missing.
 """
 
 import os
@@ -46,13 +46,13 @@ if TYPE_CHECKING:
     from vmd.parent.vmtable import Vm
 
 FIRST_S, LONGEST_S = 0.5, 10.0  # between two tries to reach the agent
-ANSWER_EVERY_S = 0.5  # to the process, whatever it asks
-QUEUE_MAX = 8192  # messages: as many VMs as there can be, and what happens to them meanwhile
-CRASHED, MIGRATING = "crashed", "migrating"  # what is a state there, and none here
+ANSWER_EVERY_S = 0.5  # the process is answered no more often than this
+QUEUE_MAX = 8192  # messages: one for each VM there can be, and the changes meanwhile
+CRASHED, MIGRATING = "crashed", "migrating"  # states for SNMP that are none of `State`
 
 
 class Agentx:
-    """The room of the SNMP agent.  `attach` is the parent's, for the channel."""
+    """The room of the SNMP agent.  `attach` is the parent's `Process.attach`."""
 
     def __init__(self, core: "Core", figures: "Figures", attach: "Callable[..., Channel]") -> None:
         self.core = core
@@ -62,42 +62,42 @@ class Agentx:
         self._children: Children | None = None
         self._open_log: Callable[[str], socket.socket]
         self._channel: Channel | None = None
-        self._delay = Delay()  # of another process
+        self._delay = Delay()  # before the process is started again
         self._wait_s = FIRST_S  # before the next try to reach the agent
         self._try: Timer | None = None
-        self._number = 0  # of connections
+        self._number = 0  # of the latest connection to the agent
         self._told_missing = False
         self._answered_s = 0.0
         self._answer: Timer | None = None
         self._look: Timer | None = None
-        self._known: dict[int, tuple[Vm, str]] = {}  # by id: VMs, and the states of which the process was told
+        self._known: dict[int, tuple[Vm, str]] = {}  # by id: each VM, and the state that the process was told last
         self._began_ns = self._changed_ns = time.monotonic_ns()
 
     def start(self, children: "Children", open_log: "Callable[[str], socket.socket]") -> None:
-        """Begin, if vm.conf says so; `open_log` makes what a process writes its lines to."""
+        """Start the process if vm.conf asks for it.  `open_log` makes the socket that a process logs to."""
         self._children, self._open_log = children, open_log
         self.core.watchers.append(self._look_soon)
         self._look_now()
         self.configure()
 
     def close(self) -> None:
-        """The daemon ends."""
+        """The daemon ends: end the process."""
         self._config = None
         self._end_process()
 
     def configure(self) -> None:
-        """Do as the configuration in force says."""
+        """Start or end the process as the configuration in force asks for."""
         config = self.core.config.settings.agentx
         if config == self._config or self._children is None:
             return
         self._config, self._told_missing = config, False
-        self._end_process()  # it would stay with the agent that it has, while there is none where to look now
+        self._end_process()  # else it would keep the old agent for as long as the new path has none
         self._start_process()
 
     # --- the process -----------------------------------------------------------------------------------------
 
     def _start_process(self) -> None:
-        """Start the process, if it is of use; later again where that fails."""
+        """Start the process if vm.conf asks for it.  If the start fails, try again later."""
         assert self._children is not None
         if self._config is None or self._channel is not None:
             return
@@ -115,7 +115,7 @@ class Agentx:
         self.core.loop.call_later(self._delay.next_s(), self._start_process)
 
     def _end_process(self) -> None:
-        """Have the process take leave of the agent, and end."""
+        """Tell the process to close its session with the agent, and to end."""
         channel = self._channel
         self._forget_process()
         if channel is not None:
@@ -124,7 +124,7 @@ class Agentx:
             channel.finish()
 
     def _forget_process(self) -> None:
-        """Tell it nothing more, and find it no agent."""
+        """Drop the channel to the process, and stop looking for an agent."""
         self._channel = None
         self._stop_trying()
         if self._answer is not None:
@@ -132,7 +132,7 @@ class Agentx:
             self._answer = None
 
     def _on_lost(self, _channel: "Channel", error: PeerError | None) -> None:
-        """The process has ended, or cannot be trusted: another one is started."""
+        """The process has ended, or broke the protocol: start another one."""
         assert self._children is not None
         self._children.kill(Proc.AGENTX)
         self._forget_process()
@@ -148,7 +148,7 @@ class Agentx:
             self._try = None
 
     def _connect(self) -> None:
-        """Open the agent's socket, and have the process go on; try again later if that cannot be."""
+        """Connect to the agent's socket and pass it to the process.  If that fails, try again later."""
         self._stop_trying()
         config = self._config
         if config is None or self._channel is None:
@@ -160,7 +160,7 @@ class Agentx:
             sock.close()
             if not self._told_missing:
                 self._told_missing = True
-                log.warn(f"agentx: no SNMP agent at {config.path}: {sentence(error)}; it is tried again and again")
+                log.warn(f"agentx: no SNMP agent at {config.path}: {sentence(error)}; trying again")
             self._connect_later()
             return
         self._number += 1
@@ -173,20 +173,20 @@ class Agentx:
         self._wait_s = min(2 * self._wait_s, LONGEST_S)
 
     def on_up(self, message: AgentxUp, _envelope: Envelope) -> None:
-        """The agent has taken us in."""
+        """The agent has accepted the process."""
         if message.number == self._number:
             self._told_missing = False
             self._wait_s = FIRST_S
 
     def on_gone(self, message: AgentxLost, _envelope: Envelope) -> None:
-        """The agent has left, or has not taken us in, of which the process has told the log."""
+        """The agent has left, or has not accepted the process.  The process has logged the reason."""
         if message.number == self._number:
             self._connect_later()
 
-    # --- what there is ---------------------------------------------------------------------------------------
+    # --- answers ---------------------------------------------------------------------------------------
 
     def on_ask(self, _message: AskAgentxVms, _envelope: Envelope) -> None:
-        """Say what there is; not more often than anybody needs to know it."""
+        """The process asks for all VMs.  Answer at most every ANSWER_EVERY_S."""
         if self._answer is None:
             left_s = self._answered_s + ANSWER_EVERY_S - time.monotonic()
             self._answer = self.core.loop.call_later(max(0.0, left_s), self._tell)
@@ -196,7 +196,7 @@ class Agentx:
         self._tell_of([vm for vm in self.core.vms if vm.vmid in self._known])
 
     def _tell_of(self, vms: "list[Vm]") -> None:
-        """Tell of some VMs at a time, so that others are served meanwhile."""
+        """Send VMs in batches, so that other messages are served in between."""
         assert self._channel is not None
         switches = {switch.name: switch.interface for switch in self.core.config.switches}
         there = [vm for vm in vms[:BATCH] if self.core.vms.find(vm.vmid, "") is vm]
@@ -210,10 +210,10 @@ class Agentx:
         self._answer = None
         self._channel.send(AgentxVms(began_ns=self._began_ns, changed_ns=self._changed_ns))
 
-    # --- what happens ----------------------------------------------------------------------------------------
+    # --- changes ----------------------------------------------------------------------------------------
 
     def _look_soon(self) -> None:
-        """Something of some VM has changed: look when all has that changes with it."""
+        """A VM has changed.  Look after this turn of the loop, when all changes of the turn have been made."""
         if self._look is None:
             self._look = self.core.loop.call_later(0, self._look_now)
 
@@ -224,8 +224,8 @@ class Agentx:
             now = vms.get(vmid)
             if now is vm:
                 continue
-            self._know(vm, state)  # as it ended
-            if now is not None and now.name == vm.name:  # vm.conf was read anew
+            self._know(vm, state)  # its last state
+            if now is not None and now.name == vm.name:  # vm.conf was reloaded
                 self._known[vmid] = now, state_of(now)
                 continue
             self._say(vm, deleted=True)
@@ -239,7 +239,7 @@ class Agentx:
                 self._changed_ns = time.monotonic_ns()
 
     def _know(self, vm: "Vm", before: str) -> None:
-        """Tell of a state that is another one than before."""
+        """Tell the process of a VM's state if it has changed."""
         state = state_of(vm)
         if state != before:
             self._known[vm.vmid] = vm, state
@@ -255,7 +255,7 @@ class Agentx:
 
 
 def state_of(vm: "Vm") -> str:
-    """Return the state of a VM as the process is told it."""
+    """Return the state of a VM as SNMP knows it."""
     if vm.state is State.STOPPED and vm.last_end is not None and vm.last_end.how == FAILED:
         return CRASHED
     way = vm.sending if vm.state is State.SENDING else vm.receiving if vm.state is State.RECEIVING else None
@@ -263,7 +263,7 @@ def state_of(vm: "Vm") -> str:
 
 
 def described(vm: "Vm", figures: "VmFigures", switches: dict[str, str]) -> AgentxVm:
-    """Return all that is told of a VM; `switches` are the names of interfaces by those of switches."""
+    """Return the description of a VM for the process.  `switches` has the interface of each switch by its name."""
     config = vm.running_config or vm.config
     return AgentxVm(
         vmid=vm.vmid,
@@ -288,7 +288,7 @@ def described(vm: "Vm", figures: "VmFigures", switches: dict[str, str]) -> Agent
 
 
 def index_of(interface: str) -> int:
-    """Return the number of an interface of the host; 0: there is none of that name."""
+    """Return the index of an interface of the host; 0 if there is none of that name."""
     try:
         return socket.if_nametoindex(interface) if interface else 0
     except OSError:

@@ -1,6 +1,6 @@
-"""The limits of a VM that runs: those of its control group, which the kernel keeps, and those that its devices keep.
+"""The limits of a running VM: the kernel enforces those of its control group, and its devices enforce the others.
 
-A limit of `vmd.config.model` that becomes another one while its VM runs counts at once.
+A changed limit (`vmd.config.model`) counts for a running VM at once.
 """
 
 import os
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from vmd.parent.peers import Peers
     from vmd.parent.vmtable import Vm
 
-NO_GROUPS = "its VMs have no control groups of their own"
+NO_GROUPS = "VMs have no control groups of their own"
 
 
 class Bounds:
@@ -28,19 +28,23 @@ class Bounds:
 
     def __init__(self, peers: "Peers") -> None:
         self.peers = peers
-        self.on_limits: Callable[[Vm], None] = lambda _vm: None  # called when a VM that runs may have limits
-        self._said: set[str] = set()  # sentences that are in the log already
+        # Called when the limits of a running VM may have changed.
+        self.on_limits: Callable[[Vm], None] = lambda _vm: None
+        self._said: set[str] = set()  # sentences that were logged already
 
     def begin(self, vm: "Vm") -> list[str]:
-        """A VM begins to run: limit its control group.  Its devices know theirs.  Returns what is not limited."""
+        """A VM begins to run: limit its control group.  Returns sentences about limits without effect.
+
+        Its devices have got their limits already.
+        """
         limits = (vm.running_config or vm.config).limit
         self.on_limits(vm)
         return self._limit(vm, limits) if vm.pid and limits != VmLimits() else []
 
     def change(self, vm: "Vm", wanted: "VmConfig") -> list[str]:
-        """Let a VM that runs have the limits of a configuration.
+        """Give a running VM the limits of a configuration.
 
-        Returns sentences about what has changed, and about what is not limited.
+        Returns sentences about the change, and about limits without effect.
         """
         before = vm.running_config or vm.config
         vm.config = with_limits(vm.config, wanted)
@@ -49,14 +53,14 @@ class Bounds:
         now = vm.running_config or vm.config
         if now == before:
             return []
-        # Secrets are taken out of the configuration on its way (`Generations.send`).
+        # `Generations.send` removes secrets from the configuration.
         self.peers.send(Proc.VMM, LimitVm(vmid=vm.vmid, config=now))
         self.on_limits(vm)
         notes = self._limit(vm, now.limit) if now.limit != before.limit and vm.pid else []
         return [f"vm {vm.name}: its new limits count from now on", *(f"vm {vm.name}: {note}" for note in notes)]
 
     def _limit(self, vm: "Vm", limits: VmLimits) -> list[str]:
-        """Limit the control group of a VM.  Returns what is not limited, and why."""
+        """Limit the control group of a VM.  Returns sentences about limits without effect."""
         try:
             group = groups.directory_of(vm.pid)
             if not os.path.basename(group).startswith(groups.GROUP):
@@ -66,12 +70,15 @@ class Bounds:
             log.warn(f"vm {vm.name}: {error}")
             return [f"not limited: {error}"]
         return self._without_effect(
-            {f"it has no controller {controller} for their groups": words for controller, words in missing.items()}
+            {f"control groups of VMs have no controller {controller}": words for controller, words in missing.items()}
         )
 
     def _without_effect(self, found: dict[str, list[str]]) -> list[str]:
-        """Say what this host cannot limit, by why: in the log once, and to each who is concerned."""
-        notes = [f"limit {' and '.join(words)}: this host cannot limit VMs so: {why}" for why, words in found.items()]
+        """Return sentences about the limits that this host does not have, and log each sentence once.
+
+        `found` has the limits by the reason.
+        """
+        notes = [f"limit {' and '.join(words)}: without effect on this host: {why}" for why, words in found.items()]
         for note in notes:
             if note not in self._said:
                 self._said.add(note)

@@ -1,4 +1,4 @@
-"""The parent's children, each in the place it belongs to."""
+"""The parent's children: how each is started, where it runs, and how it is reaped."""
 
 import os
 import socket
@@ -30,24 +30,24 @@ if TYPE_CHECKING:
 
 
 SEND_NO_FILES = (Proc.CONTROL, Proc.OPENER, Proc.IMGWRITER, Proc.AGENTX, Proc.CONSOLELOG, Proc.METRICS)  # to us
-OUTLIVE_US = (Proc.VMM, Proc.CONSOLELOG)
+OUTLIVE_US = (Proc.VMM, Proc.CONSOLELOG)  # not killed with the parent
 LOGFILE_ENTRY = "vmd.logfile.main:main"
-CALM_S = 60.0  # what has run for so long may end again
-FIRST_S, LONGEST_S = 0.25, 15.0
-PRIV_ENDS_S = 20.0  # from being told to end
-LOCK_FD = 4  # where vmm has the lock that says that it lives
-LATE_S, LATEST_S = 1.0, 60.0  # between looks at what is to end, and has not
+CALM_S = 60.0  # a process that has run for so long is started again without a delay
+FIRST_S, LONGEST_S = 0.25, 15.0  # delays of repeated starts
+PRIV_ENDS_S = 20.0  # how long priv may take to end
+LOCK_FD = 4  # vmm's descriptor of the lock that shows that it lives
+LATE_S, LATEST_S = 1.0, 60.0  # between looks at killed processes that have not ended
 
 
 class Delay:
-    """How long to wait before a process is started again: not at all, but for one that ends again and again."""
+    """How long to wait before a process is started again: only one that ends repeatedly has to wait."""
 
     def __init__(self) -> None:
         self.last_s = -CALM_S
         self.delay_s = 0.0
 
     def next_s(self) -> float:
-        """Return the delay of a start that is asked for now, in seconds."""
+        """Return the delay of the start that is asked for now, in seconds."""
         now_s = time.monotonic()
         quiet = now_s - self.last_s >= CALM_S
         self.delay_s = 0.0 if quiet else min(max(FIRST_S, 2 * self.delay_s), LONGEST_S)
@@ -56,17 +56,19 @@ class Delay:
 
 
 class Children:
-    """Starts and finally reaps controls, openers and probes, vmm and priv."""
+    """Starts and reaps all child processes of the parent."""
 
     def __init__(self, uid: int, gid: int, first_id: int, lock: "LifeLock | None" = None) -> None:
-        """`lock` is what each vmm has a share in.
+        """Each vmm shares `lock`.
 
-        Children have ids from `first_id` on; where the host has no user namespaces, all but priv are that user."""
+        Children have the user ids from `first_id` on.  Where the host has no user namespaces, all of them except priv
+        run as that one user.
+        """
         self._uid = uid
         self._lock = lock
         self._own_ids = range(first_id, first_id + IDS + 1)
         priv = Network(first_id + IDS)
-        self._left = usage.children(os.getpid())  # by the program that was this process before
+        self._left = usage.children(os.getpid())  # pids of children of the program that ran in this process before
         self._groups_place = group_place()
         self.cell = cell = Cell.build(uid, gid)
         vmm = vmm_place(cell, first_id)
@@ -76,21 +78,21 @@ class Children:
             Proc.IMGWRITER: cell, Proc.AGENTX: cell, Proc.CONSOLELOG: cell, Proc.METRICS: cell,
         }  # fmt: skip
         self._present: dict[Proc, Child] = {}
-        self._children: list[Child] = []  # with those that were killed and may not have ended yet
+        self._children: list[Child] = []  # includes processes that were killed and may not have ended yet
         self._loop: Loop | None = None
-        self._late_s = 0.0  # until the next look; 0: there is none
+        self._late_s = 0.0  # delay of the next look at processes that end late; 0: no look is planned
 
     def begin(self, loop: "Loop") -> None:
-        """Reap what an earlier program in this process has left; from now on also what is killed and ends late."""
+        """Reap the children of the earlier program in this process, and from now on killed children that end late."""
         self._loop = loop
         self.bury()
 
     def start(
         self, proc: Proc, open_log: "Callable[[str], socket.socket]", title: str = ""
     ) -> tuple[Child, socket.socket]:
-        """Start one child; return it, and our end of its channel.  Raises HostError or VmdError.
+        """Start one child.  Return it and our end of its channel.  Raises HostError or VmdError.
 
-        `open_log` makes what a process of that name writes its lines to.
+        `open_log` makes the socket that a process of that name logs to.
         """
         self.bury()
         name = proc.name.lower()
@@ -120,17 +122,17 @@ class Children:
             raise
         finally:
             close_all(fds.values())
-        if proc is not Proc.VMM:  # of which there may be several
+        if proc is not Proc.VMM:  # there may be several vmms
             self._present[proc] = child
         self._children.append(child)
         return child, ours
 
     def adopt(self, child: Child) -> None:
-        """Have a process that an earlier daemon has started, and that is to end with us."""
+        """Take over a process that an earlier daemon has started, and that has to end with this one."""
         self._children.append(child)
 
     def make_groups(self, vmm: int) -> "groups.Groups | None":
-        """Return control groups for VMs of a vmm; None where that is not possible."""
+        """Return the control groups for the VMs of a vmm, or None where the host has none."""
         if self._groups_place is None:
             return None
         try:
@@ -139,13 +141,13 @@ class Children:
             warn_of_groups(error)
             return None
         if not made.limited:
-            # The limit of a user id holds instead.
+            # The limit on the processes of a user id (RLIMIT_NPROC) holds instead.
             say = log.info if self.ids is not None else log.warn
             say(f"{made.top}: has no controller {groups.CONTROLLER}: tasks of VMs are not limited by it")
         return made
 
     def adopt_groups(self, top: str, *, limited: bool) -> "groups.Groups | None":
-        """Return those that an earlier daemon has made; None if there are none."""
+        """Return the control groups that an earlier daemon has made; None if there are none."""
         if not top or self._groups_place is None:
             return None
         self._groups_place.adopt(top)
@@ -154,7 +156,7 @@ class Children:
     def start_probe(
         self, open_log: "Callable[[str], socket.socket]", *, entry: str = IMGPROBE_ENTRY, title: str = "imgprobe"
     ) -> tuple[Child, socket.socket]:
-        """Start an imgprobe, or its like; return it, and our end of its socket.  Raises HostError or VmdError."""
+        """Start an imgprobe or another probe.  Return it and our end of its socket.  Raises HostError or VmdError."""
         self.bury()
         with open_log(title) as writer:
             child, ours = start_probe(self.cell, writer.fileno(), entry=entry, title=title)
@@ -164,7 +166,7 @@ class Children:
     def start_log_file(
         self, open_log: "Callable[[str], socket.socket]", name: str, arguments: "Sequence[str]", fds: "dict[int, int]"
     ) -> Child:
-        """Start a logfile for the VM of that name; the descriptors stay the caller's.  Raises HostError or VmdError."""
+        """Start a logfile for the VM `name`.  The caller keeps the descriptors.  Raises HostError or VmdError."""
         self.bury()
         title, place = f"logfile/{name}", self._places[Proc.OPENER]
         with open_log(title) as writer:
@@ -173,7 +175,7 @@ class Children:
         return child
 
     def bury(self) -> None:
-        """Reap those that have ended, and others that are to end as soon as they have."""
+        """Reap the children that have ended.  Look again later for killed ones that have not."""
         self._left = [pid for pid in self._left if is_left(pid)]
         self._children = [child for child in self._children if child.reap() is None]
         if self._loop is not None and not self._late_s and self._is_late():
@@ -183,7 +185,7 @@ class Children:
         return bool(self._left) or any(child.killed for child in self._children)
 
     def _look_again(self, loop: "Loop", delay_s: float) -> None:
-        """Storage, or a busy host, may keep a process for long: each look is later than the one before."""
+        """Plan another look.  Storage or a busy host may delay a process for long, so the delay doubles each time."""
 
         def look() -> None:
             self.bury()
@@ -195,25 +197,25 @@ class Children:
         loop.call_later(delay_s, look)
 
     def kill(self, proc: Proc) -> None:
-        """Kill a child, if it lives."""
+        """Kill the child of a kind, if there is one."""
         child = self._present.pop(proc, None)
         if child is not None:
             child.kill()
 
     def ended_well(self, proc: Proc) -> bool:
-        """Return whether the last child of a kind has ended as it was told to."""
+        """Return whether the last child of a kind has ended with status 0."""
         child = self._present.get(proc)
         return child is not None and child.status == 0
 
     def are_ours(self, caller: Caller) -> bool:
-        """Return whether a client is a process of the daemon's own: those have another way to talk to us."""
+        """Return whether a client is one of the daemon's own processes, which may not use the control socket."""
         ours = caller.uid == self._uid or caller.uid in self._own_ids
         return ours or any(child.pid == caller.pid for child in self._children)
 
     def reap(self, timeout_s: float) -> None:
-        """Wait for the children to end, all together so long; kill the ones that do not, and wait once more.
+        """Wait up to `timeout_s` for all children to end.  Kill the rest, and wait once more.
 
-        priv has work to do before it ends, the more the more VMs there were; on a busy host that takes its time.
+        priv gets PRIV_ENDS_S: it removes the interfaces of every VM before it ends.
         """
         began_s = time.monotonic()
         patience_s = {self._present.get(Proc.PRIV): PRIV_ENDS_S}
@@ -226,14 +228,14 @@ class Children:
             log.warn(f"{child.title} does not end; killing it")
             child.kill()
         deadline_s = time.monotonic() + timeout_s
-        # One that its storage keeps is left to it.
+        # A process that waits for dead storage cannot be reaped, and is left behind.
         self._children = [child for child in late if child.reap(max(0.0, deadline_s - time.monotonic())) is None]
         if self._groups_place is not None:
             self._groups_place.close()
 
 
 def is_left(pid: int) -> bool:
-    """Return whether a child runs that another program has started in this process; one that has ended is reaped."""
+    """Return whether a child of the earlier program in this process still runs.  Reap it if it has ended."""
     try:
         return os.waitpid(pid, os.WNOHANG) == (0, 0)
     except ChildProcessError:
@@ -241,7 +243,7 @@ def is_left(pid: int) -> bool:
 
 
 def group_place() -> "groups.Scope | groups.Below | None":
-    """Return what can make control groups; None, with a warning, on a host where nothing can."""
+    """Return where control groups can be made; None, with a warning, if this host has no such place."""
     try:
         return groups.place()
     except HostError as error:
@@ -250,12 +252,12 @@ def group_place() -> "groups.Scope | groups.Below | None":
 
 
 def warn_of_groups(error: VmdError) -> None:
-    """Say that there are no control groups."""
+    """Warn that there are no control groups."""
     log.warn(f"{error}: VMs have no control groups of their own")
 
 
 def vmm_place(cell: Cell, first_id: int) -> Cell:
-    """Return where vmm runs, and give the cell ids; on a host that lacks something with a warning."""
+    """Return where vmm runs, and give the cell its ids.  Warn of each namespace that this host does not have."""
     users_fd, own_pids = None, True
     try:
         users_fd = user_namespace(first_id)

@@ -1,7 +1,6 @@
-"""What the clients of vmctl wait for, and the way answers go to them.
+"""The clients that wait for an answer, and how answers are sent to them.
 
-Every client that waits for something is in one table, so that nobody is forgotten: when a VM ends, when a client
-leaves, and when a question has been answered.
+One table has every client that waits, so that none is overlooked when a VM ends, a client leaves or an answer arrives.
 """
 
 
@@ -21,22 +20,22 @@ if TYPE_CHECKING:
 
 
 class For(Enum):
-    """What a client waits for: something of one VM, but for RESET and UPGRADE."""
+    """What a client waits for.  All except RESET, UPGRADE and some EVENTS concern one VM."""
 
-    START = "its start"
-    END = "its end"
-    PAUSE = "its standing still, or going on"  # answered in the order of the requests
-    TRANSFER = "its being sent or received"
-    IMAGES = "the snapshots of its disks"
-    CARRYING = "nothing: the client carries it to another host, or from there"
-    CHANGE = "its disk being larger, or its disc another one"
-    DEVICES = "what its devices have done"
-    SNAPSHOT = "what its console has shown"  # answered in the order of the requests
-    OUTPUT = "more than that"
-    CONSOLE = "nothing: the client has its console"
-    EVENTS = "anything to happen"
-    RESET = "the end of all VMs that are to be forgotten"
-    UPGRADE = "whether another version of the daemon could go on"
+    START = "the VM to start"
+    END = "the VM to end"
+    PAUSE = "the VM to be paused or unpaused"  # answered in the order of the requests
+    TRANSFER = "the VM to be sent or received"
+    IMAGES = "an operation on the snapshots of its disks"
+    CARRYING = "nothing: the client carries a migration of the VM"
+    CHANGE = "its disk to grow, or its disc to be changed"
+    DEVICES = "the figures of its devices"
+    SNAPSHOT = "the output that its console has shown"  # answered in the order of the requests
+    OUTPUT = "further output of its console"
+    CONSOLE = "nothing: the client holds its console"
+    EVENTS = "the next event"
+    RESET = "the end of all VMs that `vmctl reset` has killed"
+    UPGRADE = "the rehearsal of another version of the daemon"
 
 
 IN_ORDER = (For.PAUSE, For.SNAPSHOT)
@@ -46,10 +45,10 @@ class Wait:
     """A client that waits."""
 
     def __init__(self, client: int, what: For, vmid: int, since: int) -> None:
-        self.client = client  # NO_CLIENT after it has left, where its place is kept
+        self.client = client  # NO_CLIENT after it has left, if its place in the order must be kept
         self.what = what
         self.vmid = vmid
-        self.since = since  # OUTPUT: how much it has seen; EVENTS: the last one that it has
+        self.since = since  # OUTPUT: how many bytes it has seen; EVENTS: the last event that it has seen
 
 
 class Clients:
@@ -58,12 +57,12 @@ class Clients:
     def __init__(self, peers: "Peers") -> None:
         self._peers = peers
         self._waits: dict[tuple[For, int], list[Wait]] = {}
-        self.cut_off: set[int] = set()  # served no more: their requests failed in ways that nobody expected
+        self.cut_off: set[int] = set()  # not served any more, because their requests raised unexpected exceptions
 
     # --- answers -----------------------------------------------------------------------------------------
 
     def answer(self, client: int, message: "Record") -> None:
-        """Answer a client through control, if it is still of this world."""
+        """Answer a client through control, if it is still connected."""
         if client != NO_CLIENT:
             self._peers.send(Proc.CONTROL, message, peerid=client)
 
@@ -72,20 +71,20 @@ class Clients:
         self.answer(client, Failed(code=code, text=brief(text)))
 
     def answer_all(self, what: For, vmid: int, message: "Record") -> None:
-        """Answer all who wait for this; they wait no longer."""
+        """Answer all clients that wait for this, and end their wait."""
         for client in self.take(what, vmid):
             self.answer(client, message)
 
     def fail_all(self, what: For, vmid: int, code: int, text: str) -> None:
-        """Tell all who wait for this what went wrong; they wait no longer."""
+        """Tell all clients that wait for this what went wrong, and end their wait."""
         self.answer_all(what, vmid, Failed(code=code, text=brief(text)))
 
     def fail_waiting(
         self, kinds: "Iterable[For]", code: int, text: str, vms: "Collection[int] | None" = None
     ) -> list[Wait]:
-        """Tell all who wait for something of these kinds what went wrong; they wait no longer, and are returned.
+        """Tell all clients that wait for one of `kinds` what went wrong.  End their waits and return them.
 
-        With `vms`, only what concerns these VMs.
+        With `vms`, only the waits for these VMs.
         """
         lost = [wait for kind in kinds for wait in self.waiting_anywhere(kind) if vms is None or wait.vmid in vms]
         for wait in lost:
@@ -94,7 +93,7 @@ class Clients:
         return lost
 
     def courier(self, client: int) -> int:
-        """Return where the files of a client's last request can be asked for, a socket of the caller's.
+        """Return the courier of the files of a client's last request.  The caller owns the socket.
 
         Raises HostError.
         """
@@ -105,13 +104,13 @@ class Clients:
     # --- who waits ---------------------------------------------------------------------------------------
 
     def wait(self, client: int, what: For, vmid: int = 0, *, since: int = 0) -> Wait:
-        """Let a client wait."""
+        """Add a client to those that wait for this."""
         wait = Wait(client, what, vmid, since)
         self._waits.setdefault((what, vmid), []).append(wait)
         return wait
 
     def waiting(self, what: For, vmid: int = 0) -> list[Wait]:
-        """Return who waits for this, in the order in which they came."""
+        """Return the waits for this, in the order in which they came."""
         return list(self._waits.get((what, vmid), ()))
 
     def waits(self, client: int, what: For, vmid: int) -> bool:
@@ -119,22 +118,22 @@ class Clients:
         return any(wait.client == client for wait in self._waits.get((what, vmid), ()))
 
     def waiting_anywhere(self, what: For) -> list[Wait]:
-        """Return who waits for this, of whatever VM."""
+        """Return the waits for this of all VMs."""
         return [wait for (kind, _), waits in self._waits.items() if kind is what for wait in waits]
 
     def take(self, what: For, vmid: int = 0) -> list[int]:
-        """Return the clients that wait for this; they wait no longer."""
+        """Return the clients that wait for this, and end their wait."""
         return [wait.client for wait in self._waits.pop((what, vmid), ())]
 
     def take_first(self, what: For, vmid: int) -> int:
-        """Return the client that has waited longest, and does so no longer; NO_CLIENT if there is none."""
+        """Return the client that has waited longest, and end its wait.  NO_CLIENT if there is none."""
         waits = self.waiting(what, vmid)
         if waits:
             self.done(waits[0])
         return waits[0].client if waits else NO_CLIENT
 
     def done(self, wait: Wait) -> bool:
-        """Let a client wait no longer; False if it did not."""
+        """End a wait; return False if it had ended already."""
         key = wait.what, wait.vmid
         waits = self._waits.get(key, [])
         if wait not in waits:
@@ -145,7 +144,7 @@ class Clients:
         return True
 
     def gone(self, client: int) -> list[Wait]:
-        """A client has left: return all that it waited for."""
+        """A client has left: end its waits and return them."""
         self.cut_off.discard(client)
         lost = [wait for waits in self._waits.values() for wait in waits if wait.client == client]
         for wait in lost:
@@ -153,9 +152,9 @@ class Clients:
         return lost
 
     def _leave(self, wait: Wait) -> None:
-        """Let a client wait no longer.
+        """End the wait of a client that may be answered later.
 
-        Where answers come in the order of the questions its place is kept, else the next one would get its answer.
+        Where answers come in the order of the requests, its place is kept.  Else the next client would get its answer.
         """
         if wait.what in IN_ORDER:
             wait.client = NO_CLIENT

@@ -1,9 +1,9 @@
-"""What happens, for clients that want to hear of it (`vmctl events`).
+"""Events for clients (`vmctl events`).
 
-Where a VM is in its life is heard from its own transitions (`vmtable`); rooms add what else there is by `add`.  The
-last PAST_MAX events are remembered, by number.  A client says which one it has seen last.  It is answered with those
-that came after that, or as soon as there are some.  So nothing waits for a client that reads slowly: what it has not
-read in time is forgotten, and it is told how much that was.
+The states of a VM become events by its own transitions (`vmtable`).  Rooms add other events by `add`.  The last
+PAST_MAX events are kept and numbered.  A client names the last event that it has seen.  It is answered with the later
+ones, or waits until there are some.  So the daemon never waits for a client that reads slowly.  Events that the client
+has not read in time are dropped, and it is told how many.
 """
 
 import errno
@@ -26,25 +26,25 @@ if TYPE_CHECKING:
     from vmd.parent.vmtable import Vm, VmTable
 
 PAST_MAX = 1000
-AT_ONCE = 64  # events in one answer
+AT_ONCE = 64  # most events in one answer
 TEXT_BYTES_MAX = 500
 DEVICE_MAX = 32
 
-# Every word that an event is called by; vmctl(8) and docs/vmctl.schema.json say what each means.
+# The names of all events.  vmctl(8) and docs/vmctl.schema.json say what each means.
 OF_THE_DAEMON = ("daemon", "reload")
 OF_A_LIFE = (
     "waiting", "start", "ready", "reboot", "pause", "unpause", "send", "migrate", "sent", "receive", "received",
     "saving", "resume", "in doubt", "stopping", "stop", "crash", "failed",
 )  # fmt: skip
 OF_DISKS = ("snapshot", "resize", "cdrom")
-OF_DEVICES = ("lease", "trouble", "mended", "fault")  # that the process of a VM tells of
+OF_DEVICES = ("lease", "trouble", "mended", "fault")  # reported by the process of a VM
 OF_LIMITS = ("throttled",)
 LOST = "lost"
 WORDS = (*OF_THE_DAEMON, *OF_A_LIFE, *OF_DISKS, *OF_DEVICES, *OF_LIMITS, LOST)
 
 
 class Events:
-    """The room of those who listen."""
+    """The room of events."""
 
     def __init__(self, loop: "Loop", clients: "Clients", vms: "VmTable", now_s: "Callable[[], float]") -> None:
         self._loop = loop
@@ -54,15 +54,15 @@ class Events:
         self._past: deque[Event] = deque(maxlen=PAST_MAX)
         self._newest = 0
         self._timer: Timer | None = None
-        self.address: Callable[[int, str], str] = lambda _vmid, _device: ""  # of a guest at an interface
+        self.address: Callable[[int, str], str] = lambda _vmid, _device: ""  # the guest's address at an interface
         vms.on_event = self.on_vm
 
-    # --- what happens ------------------------------------------------------------------------------------
+    # --- events ------------------------------------------------------------------------------------
 
     def add(
         self, what: str, vm: "Vm | None" = None, *, text: str = "", how: str = "", device: str = "", value: str = ""
     ) -> None:
-        """Remember an event, and tell those who listen before the next message is looked at."""
+        """Keep an event.  Clients that wait are told of it before the next message is served."""
         assert what in WORDS, what
         self._newest += 1
         event = Event(
@@ -82,11 +82,14 @@ class Events:
             self._timer = self._loop.call_later(0, self._tell_all)
 
     def on_vm(self, vm: "Vm", what: str, text: str, how: str) -> None:
-        """A VM has come into another state."""
+        """A VM has changed its state."""
         self.add(what, vm, text=text, how=how)
 
     def on_device(self, message: DeviceEvent, _envelope: "Envelope") -> None:
-        """The process of a VM tells of one of its devices.  It may say anything, but of nothing else."""
+        """The process of a VM reports on one of its devices.
+
+        The process is not trusted: only events of devices, and only of its own VM, are taken.
+        """
         vm = self._vms.find(message.vmid, "")
         if vm is None or not vm.alive or message.what not in OF_DEVICES:
             return
@@ -94,15 +97,15 @@ class Events:
         value = self.address(vm.vmid, device) if message.what == "lease" else ""
         self.add(message.what, vm, text=message.text, device=device, value=value)
 
-    # --- who listens -------------------------------------------------------------------------------------
+    # --- clients -------------------------------------------------------------------------------------
 
     def serve(self, message: EventsRequest, _caller: Caller, envelope: "Envelope") -> None:
-        """Answer with what a client has not seen; whoever may see the list of VMs may see that."""
+        """Answer with the events that a client has not seen.  Who may see the list of VMs may see events."""
         client, vmid = envelope.peerid, self._vmid(message)
         if message.since is None:
             self._seen(client, vmid, self._newest)
             return
-        # Whoever has seen more than there was has heard that from the daemon before us.
+        # A number that does not exist yet was given by an earlier daemon: begin with the first event.
         since = message.since if 0 <= message.since <= self._newest else 0
         if self._tell(client, vmid, since):
             return
@@ -112,20 +115,21 @@ class Events:
             self._seen(client, vmid, self._newest)
 
     def _vmid(self, message: EventsRequest) -> int:
-        """Return of which VM a client wants to hear, 0 for all.  Raises OperatorError if nobody ever knew it."""
+        """Return the id of the VM whose events a client wants, 0 for all VMs.  Raises OperatorError for no known VM."""
         if not (message.vmid or message.name):
             return 0
         vm = self._vms.find(message.vmid, message.name)
         if vm is not None:
             return vm.vmid
-        for event in reversed(self._past):  # one that is gone has left its events
+        for event in reversed(self._past):  # a VM that is gone may still have events
             if event.vmid and (event.vmid == message.vmid or event.name == message.name):
                 return event.vmid
         if message.vmid and message.since is not None:
-            return message.vmid  # it was there
+            return message.vmid  # the client has heard of it before
         raise OperatorError(errno.ENOENT, f"vm {message.vmid or message.name} not found")
 
     def _tell_all(self) -> None:
+        """Answer the clients that wait and for which there are events."""
         self._timer = None
         for wait in self._clients.waiting_anywhere(For.EVENTS):
             if self._tell(wait.client, wait.vmid, wait.since):
@@ -134,15 +138,15 @@ class Events:
                 wait.since = self._newest
 
     def _tell(self, client: int, vmid: int, since: int) -> bool:
-        """Answer a client with what came after the event that it has seen last; False if that is nothing."""
-        before = self._newest - len(self._past)  # the number of the newest one that is forgotten
+        """Answer a client with the events after `since`; return False if there are none."""
+        before = self._newest - len(self._past)  # the number of the newest event that was dropped
         lost = max(0, before - since)
         later = itertools.islice(self._past, max(0, since - before), None)
         rows = list(itertools.islice((event for event in later if vmid in (0, event.vmid)), AT_ONCE))
         if not rows and not lost:
             return False
         if lost:
-            text = f"{lost} events were not read in time, and are forgotten"
+            text = f"{lost} events were not read in time and are lost"
             at_ms = int(self._now_s() * 1000)
             self._clients.answer(client, Event(number=before, at_ms=at_ms, what=LOST, text=text, lost=lost))
         for event in rows:

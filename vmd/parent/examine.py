@@ -1,6 +1,6 @@
-"""What `vmd -n` says of the VMs of a configuration: what a start would say, in the same sentences.
+"""The checks of `vmd -n`: the sentences with which a start of each VM of a configuration would fail or warn.
 
-Nothing is locked or opened for writing, so that the images of VMs that run can be looked at.
+No file is locked or opened for writing, so the images of running VMs can be examined.
 """
 
 import array
@@ -36,19 +36,19 @@ if TYPE_CHECKING:
     from vmd.files.prober import Prober
 
 SIOCETHTOOL, ETHTOOL_GDRVINFO = 0x8946, 3
-ETHTOOL_DRVINFO = struct.Struct("=I32s160x")  # struct ethtool_drvinfo: cmd, driver, and what is of no interest here
+ETHTOOL_DRVINFO = struct.Struct("=I32s160x")  # struct ethtool_drvinfo: cmd, driver, ...
 IFINFOMSG_BYTES = 16
 RTM_NEWLINK, IFLA_LINKINFO, IFLA_INFO_KIND = 16, 18, 1
 NLM_F_ACK, NLM_F_EXCL, NLM_F_CREATE = 4, 0x200, 0x400
 IFREQ = struct.Struct("=16sQ16x")  # struct ifreq: ifr_name, ifr_data
 BOOTPROBE_ENTRY = "vmd.vm.bootprobe:main"
-TIME_S = 60.0  # for all of them: storage may hang, and a configuration has hundreds of images
+TIME_S = 60.0  # for all images together: storage may hang, and a configuration may have hundreds of images
 
 
 def check_vms(config: "Config", warn: "Callable[[str], None]") -> None:
-    """Warn of every VM that could not be started as it is written, and of what is odd about the others.
+    """Warn of every VM that could not be started, and of oddities of the others.
 
-    A file that is not there is only warned of, too: it may be mounted later.
+    A missing file is a warning, too, and no error: its file system may be mounted later.
     """
     vms, problems = instances.resolve(config.vms, lambda _name: None)
     for problem in problems:
@@ -71,9 +71,9 @@ def check_vms(config: "Config", warn: "Callable[[str], None]") -> None:
 
 
 class Examination:
-    """All VMs of a configuration, in the order of the file; what several of them share is looked at once.
+    """Examines all VMs of a configuration, in the order of the file.  A shared image is examined once.
 
-    Without `probers`, one for images and one for what VMs boot, these are left alone.
+    `probers` are one for images and one for boot images.  Without them, no image is examined.
     """
 
     def __init__(
@@ -84,14 +84,14 @@ class Examination:
         self.switches = {switch.name: switch for switch in config.switches if switch.enabled}
         self.probers = probers
         self.deadline_s = deadline_s
-        self.said: dict[object, list[str]] = {}
+        self.said: dict[object, list[str]] = {}  # by image: the sentences about it
         self.codeless: set[str] = set()  # paths of disks on which a BIOS finds nothing to start
-        self.left = 0  # images for which there was no time
-        self.starting: list[VmConfig] = []  # those that are started with the daemon, so far
-        self.users: dict[str, str] = {}  # by path of a disk: who of those has it
+        self.left = 0  # images that were not examined, because TIME_S was over
+        self.starting: list[VmConfig] = []  # the VMs so far that start with the daemon
+        self.users: dict[str, str] = {}  # by path of a disk: the first VM that has it
 
     def run(self, warn: "Callable[[str], None]") -> None:
-        """Say what there is to be said."""
+        """Warn about all VMs."""
         for vm in self.vms:
             for what in self.of_vm(vm):
                 warn(f'{vm.origin}: vm "{vm.name}": {what}')
@@ -99,7 +99,7 @@ class Examination:
             warn(f"warning: {self.left} images are not examined: the others took more than {TIME_S:g} seconds")
 
     def of_vm(self, vm: "VmConfig") -> "Iterator[str]":
-        """Give what a start would say of a VM, and what stands in its way when those before it run."""
+        """Yield what a start would say of a VM, and what would keep it from running beside the VMs before it."""
         for _, what in rules.obstacles(vm):
             yield what
         yield from self.of_rdomains(vm)
@@ -121,7 +121,7 @@ class Examination:
             yield from self.beside_others(vm)
 
     def of_rdomains(self, vm: "VmConfig") -> "Iterator[str]":
-        """Give what a start would say of routing domains on a host that has none."""
+        """Yield what a start would say of routing domains, on a host that has none."""
         for index, nic in enumerate(vm.nics):
             switch = self.switches.get(nic.switch)
             number = switch.rdomain if switch is not None else nic.rdomain
@@ -129,7 +129,7 @@ class Examination:
                 yield f"interface {index}: rdomain {number}: this kernel has no VRFs: load the module vrf"
 
     def of_local_options(self, vm: "VmConfig") -> "Iterator[str]":
-        """Give what a start would say of ports of the host, and of addresses that the operator has chosen."""
+        """Yield what a start would say of forwarded ports, and of addresses that the operator has chosen."""
         for index, nic in enumerate(vm.nics):
             for forward in nic.forwards:
                 if why := hostports.in_the_way(forward):
@@ -137,16 +137,16 @@ class Examination:
             if nic.address is not None and not nic.rdomain:
                 network = hostroutes.network_of(nic.address.address, nic.address.length)
                 for route in hostroutes.overlapping(network, hostroutes.host_routes()):
-                    if not hostroutes.TAP.fullmatch(route.interface):  # that of a VM, perhaps of this one
+                    if not hostroutes.TAP.fullmatch(route.interface):  # else a VM's route, or this one's
                         what = f"address {rules.shown_prefix(nic.address)}"
                         yield f"interface {index}: {what}: this host reaches {route.network} by {route.interface}"
                         break
 
     def of_boot_files(self, vm: "VmConfig") -> list[str]:
-        """Return what a start would say of a boot image and its initrd or, without them, of the firmware."""
+        """Return what a start would say of the boot image and its initrd, or of the firmware if there are none."""
         wanted = vm.kernel, vm.initrd, vm.cmdline, vm.memory_bytes
         if any(rules.files_on_disks(vm)):
-            if self.probers is None or any(rules.boots_from_disks(vm)):  # which was said already
+            if self.probers is None or any(rules.boots_from_disks(vm)):  # `rules.obstacles` has said why
                 return []
             disks = tuple(disk.path for disk in vm.disks)
             return self.once(lambda *_: self.of_kernel_on_disk(vm), *wanted, disks)
@@ -161,7 +161,7 @@ class Examination:
             return self.once(lambda *_: of_kernel(vm, files, prober), *wanted)
 
     def of_disk(self, config: "DiskConfig", prober: "Prober", boots: bool) -> list[str]:
-        """Return what a start would say of a disk; with `boots` one that a BIOS cannot start is remembered."""
+        """Return what a start would say of a disk.  With `boots`, note a disk that a BIOS cannot start from."""
         try:
             disk = open_disk(config, prober, Use(locked=False, boots=boots))
         except OperatorError as error:
@@ -177,13 +177,13 @@ class Examination:
         try:
             files = self.from_disks(vm)
         except OperatorError as error:
-            # What is wrong with the disk itself is said of the disk.
+            # An error of the disk itself is reported for the disk.
             return [str(error)] if str(error).startswith((vm.kernel, vm.initrd or vm.kernel)) else []
         with contextlib.closing(files):
             return of_kernel(vm, files, self.probers[1])
 
     def from_disks(self, vm: "VmConfig") -> BootFiles:
-        """Return what a VM boots from its own disks.  Raises OperatorError."""
+        """Return the kernel and initrd that a VM boots from its own disks.  Raises OperatorError."""
         assert self.probers is not None
         images, files, found = self.probers[0], BootFiles(), FromDisks()
         try:
@@ -209,7 +209,7 @@ class Examination:
         return files
 
     def once(self, look: "Callable[..., list[str]]", *what: object) -> list[str]:
-        """Return what there is to say of an image, which is looked at the first time, if there is time."""
+        """Return what `look` says of an image.  It is called once for each image, as long as there is time."""
         if what not in self.said:
             if time.monotonic() > self.deadline_s:
                 self.left += 1
@@ -218,10 +218,10 @@ class Examination:
         return self.said[what]
 
     def beside_others(self, vm: "VmConfig") -> "Iterator[str]":
-        """Give what keeps a VM from being started with the daemon when those before it have been."""
+        """Yield what would keep a VM from starting with the daemon after the VMs before it."""
         for disk in vm.disks:
             if (user := self.users.setdefault(disk.path, vm.name)) != vm.name:
-                yield f"disk {disk.path} is used by vm {user} as well: only one of them can run"
+                yield f"disk {disk.path} is also used by vm {user}: only one of them can run"
         try:
             require_room(vm, (), self.settings)
             require_room(vm, self.starting, self.settings)
@@ -233,7 +233,7 @@ class Examination:
 
 @functools.cache
 def of_vhost(vm: "VmConfig") -> "Iterator[str]":
-    """Give why the kernel of this host moves no frames, for each interface that wants it; only root can know."""
+    """Yield, for each interface with `vhost`, why this host's kernel cannot move its frames.  Only root can know."""
     why = vhost.lacking() if any(nic.vhost for nic in vm.nics) and os.geteuid() == 0 else ""
     for index, nic in enumerate(vm.nics if why else ()):
         if nic.vhost:
@@ -241,9 +241,10 @@ def of_vhost(vm: "VmConfig") -> "Iterator[str]":
 
 
 def has_vrfs() -> bool:
-    """Return whether this host can have a VRF; True if only root can know.
+    """Return whether this host can have a VRF.  Return True also for another user than root, who cannot ask.
 
-    The kernel is asked for one without its routing table, which it refuses with EINVAL if it knows what a VRF is.
+    The kernel is asked for a VRF without a routing table.  It refuses that with EINVAL if it has VRFs, and with
+    EOPNOTSUPP if it has none.
     """
     kind = b"vrf\0"
     info = RTATTR.pack(RTATTR.size + len(kind), IFLA_INFO_KIND) + kind
@@ -257,13 +258,13 @@ def has_vrfs() -> bool:
 
 
 def of_bridge(name: str) -> str:
-    """Return why an interface of the host cannot be a switch, if it cannot."""
+    """Return why an interface of the host cannot be a switch; empty if it can, or does not exist yet."""
     driver = array.array("B", ETHTOOL_DRVINFO.pack(ETHTOOL_GDRVINFO, b""))
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as any_socket:
         try:
             fcntl.ioctl(any_socket, SIOCETHTOOL, IFREQ.pack(name.encode(), driver.buffer_info()[0]))
         except OSError as error:
-            if error.errno == errno.ENODEV:  # it will be made
+            if error.errno == errno.ENODEV:  # priv will make it
                 return ""
     if ETHTOOL_DRVINFO.unpack(driver)[1].rstrip(b"\0") == b"bridge":
         return ""

@@ -1,7 +1,7 @@
-"""What VMs have done and what they use, as `vmctl metrics` and all its like are told.
+"""The figures of VMs: counters and usage, for `vmctl metrics`, `status -v`, SNMP and Prometheus.
 
-Nothing is asked of a VM or its devices, and none of their processes is woken: what they count they leave in memory that
-is read here, and the rest the kernel says.  A VM takes less than half a millisecond.
+The parent reads counters of devices from shared memory, and the rest from the kernel.  So no process of a VM is asked
+or woken.  A VM takes less than half a millisecond.
 """
 
 import contextlib
@@ -45,26 +45,26 @@ if TYPE_CHECKING:
     from vmd.parent.vmtable import Vm
 
 USEC_NS = 1000
-BATCH = 16  # VMs
+BATCH = 16  # VMs in one turn of the loop
 SLOT = Struct(f"<{FIGURES_SLOT_BYTES // 8}Q")
 
 
 class Figures:
-    """The room of those who count."""
+    """The room of figures."""
 
     def __init__(self, core: "Core", network: "Network") -> None:
         self.core = core
         self.network = network
-        self._vcpus: dict[int, tuple[int, dict[int, int]]] = {}  # by vmid: process, and its threads that are vCPUs
+        self._vcpus: dict[int, tuple[int, dict[int, int]]] = {}  # by vmid: pid, and the thread of each vCPU
 
     def serve(self, message: FiguresRequest, caller: Caller, envelope: "Envelope") -> None:
-        """Answer with one VM, or all; whoever may see the list may see them."""
+        """Answer with the figures of one VM or of all.  Who may see the list of VMs may see figures."""
         one = bool(message.vmid or message.name)
         vms = [self.core.vms.get(message.vmid, message.name)] if one else list(self.core.vms)
         self._answer(vms, caller, envelope.peerid)
 
     def _answer(self, vms: "list[Vm]", caller: Caller, client: int) -> None:
-        """Answer with some VMs at a time, so that others are served meanwhile."""
+        """Answer with VMs in batches, so that other messages are served in between."""
         there = [vm for vm in vms[:BATCH] if self.core.vms.find(vm.vmid, "") is vm]
         for figures in self.of(there, caller):
             self.core.clients.answer(client, figures)
@@ -75,7 +75,7 @@ class Figures:
             self.core.clients.answer(client, End())
 
     def of(self, vms: "list[Vm]", caller: Caller) -> list[VmFigures]:
-        """Return the figures of these VMs, as far as the caller may know them."""
+        """Return the figures of these VMs, without those that the caller may not see."""
         mounts = read("/proc/self/mountinfo")
         if len(self._vcpus) > 2 * len(self.core.vms):
             self._vcpus.clear()
@@ -124,7 +124,7 @@ class Figures:
         )
 
     def _vcpus_of(self, vm: "Vm", count: int) -> tuple[VcpuFigures, ...]:
-        """Return what each vCPU has had; its thread is known by the name that its process has given it."""
+        """Return the processor time of each vCPU.  Its thread is found by the name that the VM's process gave it."""
         pid = vm.pid
         if not pid:
             self._vcpus.pop(vm.vmid, None)
@@ -158,9 +158,9 @@ class Figures:
 
 
 def slots(fd: int) -> dict[tuple[str, int], dict[str, int]]:
-    """Return what devices have counted, by kind and index, in a file of figures.
+    """Return the counters of devices in a file of figures, by kind and index.
 
-    All of a VM's processes can write anything to it at any time: these are numbers that they claim, and no more.
+    All processes of a VM can write anything to the file at any time, so the numbers are not to be trusted.
     """
     found: dict[tuple[str, int], dict[str, int]] = {}
     raw = os.pread(fd, FIGURES_BYTES, 0).ljust(FIGURES_BYTES, b"\0")
@@ -173,9 +173,9 @@ def slots(fd: int) -> dict[tuple[str, int], dict[str, int]]:
 
 
 def host_names(fd: int) -> dict[int, str]:
-    """Return the host names with which guests have asked for their addresses, by index of the interface.
+    """Return the host name that the guest has sent by DHCP, by index of the interface.
 
-    What is no such name was written by nobody of ours, or is just being written.
+    Text that is no host name is left out: it was written by an intruder, or is being written.
     """
     found = {}
     raw = os.pread(fd, FIGURES_BYTES, 0).ljust(FIGURES_BYTES, b"\0")
@@ -189,7 +189,7 @@ def host_names(fd: int) -> dict[int, str]:
 
 
 def group_of(mounts: str, pid: int) -> GroupFigures | None:
-    """Return what the control group of a VM counts; None if it has none of its own."""
+    """Return the figures of a VM's control group; None if the VM has no control group of its own."""
     directory = located(mounts, read(f"/proc/{pid}/cgroup"))
     if directory is None or not os.path.basename(directory).startswith(GROUP):
         return None
@@ -207,7 +207,7 @@ def group_of(mounts: str, pid: int) -> GroupFigures | None:
 
 
 def read(path: str) -> str:
-    """Return what a file of the kernel's says; nothing if it is not there."""
+    """Return the text of a file of the kernel; empty if there is no such file."""
     try:
         with open(path, encoding="utf-8", errors="surrogateescape") as file:
             return file.read()

@@ -1,4 +1,4 @@
-"""What only root may open, and priv needs: it gets descriptors, and passes by no file's mode itself."""
+"""Files that priv needs and only root may open.  The parent opens them, because priv cannot override file modes."""
 
 import contextlib
 import errno
@@ -12,7 +12,7 @@ TABLES = {"tables4": "/proc/net/ip_tables_names", "tables6": "/proc/net/ip6_tabl
 
 
 def open_tuns(count: int) -> list[int]:
-    """Open what taps are made from, once for each.  Raises OperatorError."""
+    """Open /dev/net/tun once for each of `count` taps.  The caller owns the descriptors.  Raises OperatorError."""
     fds: list[int] = []
     try:
         for _ in range(count):
@@ -26,7 +26,7 @@ def open_tuns(count: int) -> list[int]:
 
 
 def open_tables() -> dict[str, list[int]]:
-    """Open what says which tables of the old iptables are loaded; nothing where this kernel has none."""
+    """Open the lists of the loaded tables of the old iptables; without those that this kernel does not have."""
     found = {}
     for name, path in TABLES.items():
         with contextlib.suppress(OSError):

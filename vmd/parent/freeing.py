@@ -1,7 +1,8 @@
-"""The memory of a guest that is gone, given back to the host.
+"""Guest memory of an ended VM is given back to the host.
 
-Whoever closes it last frees it, page after page: a second for some ten GiB, in which nobody is served.  That is the
-parent where a VM's processes were killed, so it leaves that to a process that does nothing else.
+The process that closes guest memory last frees it page by page.  That takes a second for about ten GiB.  If the VM's
+processes were killed, the last one is the parent, which would serve nobody meanwhile.  So it starts a process that does
+only that.
 """
 
 import os
@@ -15,11 +16,11 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import NoReturn
 
-LARGE_BYTES = 1 << 30  # from here on it takes longer to free it than to start a process
+LARGE_BYTES = 1 << 30  # freeing more than this takes longer than starting a process
 
 
 def let_go(fd: int) -> None:
-    """Close guest memory, and do not wait until it is free."""
+    """Close guest memory without waiting until it is freed."""
     ours = [fd]
     try:
         if os.fstat(fd).st_blocks * 512 >= LARGE_BYTES:
@@ -27,14 +28,18 @@ def let_go(fd: int) -> None:
             ours += gone, kept
             _have_closed(fd, gone)
     except (OSError, HostError):
-        pass  # no room for another process: it takes as long as it takes
+        pass  # no other process can be started: closing it here may take long
     finally:
         close_all(ours)
 
 
 def _have_closed(fd: int, gone: int) -> None:
-    """Start a process that closes `fd` once `gone` is at its end, and is nobody's to wait for.  Raises HostError."""
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # the handlers are ours
+    """Start a process that closes `fd` when the pipe `gone` has no writing end any more.  Raises HostError.
+
+    The process is forked twice, so that init reaps it.
+    """
+    # The child must not run the parent's signal handlers.
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
         pid = fork("free the memory of a guest")
         if not pid:
@@ -45,7 +50,7 @@ def _have_closed(fd: int, gone: int) -> None:
 
 
 def _close_later(fd: int, gone: int) -> "NoReturn":
-    """Be that process."""
+    """Run in the child: fork again, wait, and end."""
     try:
         if not fork("free the memory of a guest"):
             first, second = sorted((fd, gone))

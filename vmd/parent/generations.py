@@ -1,10 +1,10 @@
-"""The vmms: that which new VMs are given to, and those of earlier daemons, which have the VMs that run there.
+"""The vmms: the newest one, which gets new VMs, and those of earlier daemons, which keep the VMs that they have.
 
-A daemon starts a vmm, and finds it again when it was restarted (`adoption`).  A daemon of another version starts one of
-its own besides: the older ones go on with their VMs, with the code that they were started from, and end with the last.
-A guest that resets itself goes on with the newest.
+A daemon starts a vmm, and a restarted daemon adopts it (`adoption`).  A daemon of another version starts a vmm of its
+own beside the older ones.  An older vmm runs its VMs with the code that it was started from, and ends with its last VM.
+A VM whose guest resets itself is started again by the newest vmm.
 
-To the others this is the channel to vmm (`Peers`): messages find the vmm of the VM that they are about.
+Other rooms use this like a channel to vmm (`Peers`): a message is sent to the vmm of the VM that it is about.
 """
 
 import errno
@@ -33,37 +33,37 @@ if TYPE_CHECKING:
 
     M = TypeVar("M", StartVm, ResumeReceived)
 
-WITHOUT_SEEDS = WITHOUT_VHOST = "0.1."  # versions whose vmm knows of none
+WITHOUT_SEEDS = WITHOUT_VHOST = "0.1."  # versions whose vmm does not know seeds and vhost
 
 
 class Generation:
-    """One vmm."""
+    """One vmm, with its VMs and control groups."""
 
     def __init__(
         self, number: int, version: str, line: "LineToVmm", child: "Child | None", groups: "Groups | None"
     ) -> None:
-        """`child` is None as long as an adopted one has not said which process it is."""
+        """`child` is None until an adopted vmm has told its pid."""
         self.number = number
         self.version = version
         self.line = line
         self.child = child
         self.groups = groups
-        self.awaited: set[int] | None = None  # VMs that it is to tell of; None: nobody has asked, or it has not said
-        self.asked = False  # which VMs it has
-        self.told = False  # ... and has said so
+        self.awaited: set[int] | None = None  # VMs that it has still to describe; None: it has not listed them
+        self.asked = False  # it was asked for its VMs
+        self.told = False  # it has described all its VMs
 
     @property
     def channel(self) -> "Channel":
-        """Return the channel to it."""
+        """Return the channel to this vmm."""
         return self.line.channel
 
     @property
     def name(self) -> str:
-        """Return the name under which its channel is stored."""
+        """Return the name of its channel in the store."""
         return f"{VMM}{self.number}"
 
     def known(self) -> GenerationKnown:
-        """Return what another parent has to know of it."""
+        """Return what the next parent has to know of this vmm."""
         groups = self.groups
         return GenerationKnown(
             number=self.number,
@@ -74,27 +74,29 @@ class Generation:
 
 
 class Generations:
-    """All of them, by number."""
+    """All vmms, by number."""
 
     def __init__(self) -> None:
-        self.on_over: Callable[[Generation], None] = lambda generation: None  # it was sent away, with its last VM
-        self.on_change: Callable[[int], None] = lambda _vmid: None  # another vmm has this VM, or none; 0: is there
+        # Called when a vmm without VMs was told to end.
+        self.on_over: Callable[[Generation], None] = lambda generation: None
+        # Called with a VM that has another vmm or none, and with 0 when a vmm was added or removed.
+        self.on_change: Callable[[int], None] = lambda _vmid: None
         self.all: dict[int, Generation] = {}
-        self.newest: Generation | None = None  # new VMs are given to it
-        self.of: dict[int, Generation] = {}  # by vmid, of VMs that have a process, or whose end is not settled
+        self.newest: Generation | None = None  # gets new VMs
+        self.of: dict[int, Generation] = {}  # by vmid: of each VM that has a process, or whose end is not settled
 
     def __iter__(self) -> "Iterator[Generation]":
-        """All, the oldest first."""
+        """Return all vmms, the oldest first."""
         return iter(sorted(self.all.values(), key=lambda generation: generation.number))
 
     def add(self, generation: Generation) -> None:
-        """Have one more; the one with the highest number is the newest."""
+        """Add a vmm.  The vmm with the highest number is the newest."""
         self.all[generation.number] = generation
         self.newest = self.all[max(self.all)]
         self.on_change(0)
 
     def remove(self, generation: Generation) -> list[int]:
-        """Forget one that has ended; return the VMs that it had."""
+        """Remove a vmm that has ended; return the VMs that it had."""
         del self.all[generation.number]
         if self.newest is generation:
             self.newest = None
@@ -106,7 +108,7 @@ class Generations:
         return lost
 
     def find(self, channel: "Channel") -> Generation | None:
-        """Return the one that a channel leads to."""
+        """Return the vmm of a channel, if it is one's."""
         return next((generation for generation in self if generation.channel is channel), None)
 
     def number(self, vmid: int) -> int:
@@ -115,7 +117,7 @@ class Generations:
         return generation.number if generation is not None else 0
 
     def vms(self, generation: Generation) -> list[int]:
-        """Return the VMs of one."""
+        """Return the ids of the VMs of a vmm."""
         return [vmid for vmid, each in self.of.items() if each is generation]
 
     # --- messages ----------------------------------------------------------------------------------------
@@ -123,9 +125,9 @@ class Generations:
     def send(
         self, message: "Record", *, peerid: int = 0, fds: "Mapping[str, Sequence[int]]" = NO_FDS
     ) -> None:
-        """Send a message to the vmm that it is for; its descriptors are not the caller's any more.
+        """Send a message to the vmm that it is for, and take over its descriptors.
 
-        What it says of a VM goes there without the secrets of its seed.
+        The secrets of a seed are removed from the VM's configuration first.
         """
         vmid = getattr(message, "vmid", 0)
         config: VmConfig | None = getattr(message, "config", None)
@@ -149,7 +151,7 @@ class Generations:
                 close_all(each)
 
     def _give(self, message: "StartVm | ReceiveVm", fds: "Mapping[str, Sequence[int]]") -> None:
-        """Give a VM to the newest vmm; if another one had it before its guest reset itself, that is over."""
+        """Give a VM to the newest vmm.  Another vmm that had it before the guest reset itself loses it."""
         newest = self.newest
         if newest is None:
             for each in fds.values():
@@ -174,14 +176,14 @@ class Generations:
             self.retire(before)
 
     def flush_blocking(self, timeout_s: float) -> None:
-        """Send what is queued before we end."""
+        """Send what is queued before the daemon ends."""
         for generation in self:
             generation.line.flush_blocking(timeout_s)
 
     # --- ends --------------------------------------------------------------------------------------------
 
     def settle(self, vmid: int) -> None:
-        """A VM is gone, and will not start again by itself."""
+        """A VM has ended and will not start again by itself: its vmm may forget it."""
         generation = self.of.pop(vmid, None)
         if generation is not None:
             generation.line.send(EndTaken(vmid=vmid))
@@ -189,7 +191,7 @@ class Generations:
             self.retire(generation)
 
     def retire(self, generation: Generation) -> None:
-        """Let a vmm go that is not the newest and has no VM any more; one that has some keeps no room for others."""
+        """Let an older vmm end if it has no VM any more.  Else tell it to keep no process in reserve."""
         if generation is self.newest or not generation.told:
             return
         if self.vms(generation):
@@ -202,7 +204,7 @@ class Generations:
 def as_known(
     message: "M", fds: "Mapping[str, Sequence[int]]", version: str
 ) -> "tuple[M, Mapping[str, Sequence[int]]]":
-    """Return a message as a vmm of some version understands it; what it does not know of is closed."""
+    """Return a message without the parts that a vmm of `version` does not know, and close their descriptors."""
     if not version.startswith(WITHOUT_VHOST) or not fds.get("vhosts"):
         return message, fds
     fds = dict(fds)

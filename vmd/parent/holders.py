@@ -1,4 +1,4 @@
-"""Who has a file that a VM cannot have: asked of lockholder, which may look at the locks of all processes."""
+"""Which process has locked a file that a VM needs: asked of lockholder, which may read the locks of all processes."""
 
 import os
 import select
@@ -21,21 +21,21 @@ if TYPE_CHECKING:
 
     Done = Callable[[Holder | None], None]
 
-ANSWER_S = 10.0  # thousands of processes are looked at within one; whoever waits is told then that it is somebody
-GONE_S = 2.0  # for one that was killed to be gone
-AT_A_TIME = 8
+ANSWER_S = 10.0  # a lockholder needs a second for thousands of processes; after this time the answer is "unknown"
+GONE_S = 2.0  # a killed lockholder is reaped after this time
+AT_A_TIME = 8  # lockholders
 TITLE = "lockholder"
 LOCKHOLDER_ENTRY = "vmd.lockholder.main:main"
 
 
 def in_words(holder: Holder, caller: int) -> str:
-    """Return who that is; its pid is told to root only, who has a use for it."""
+    """Return the program and user of a lock's holder.  Only root is told its pid."""
     pid = f"pid {holder.pid}, " if caller == 0 else ""
     return f'"{holder.program}" ({pid}user {owner_text(holder.uid, None)})'
 
 
 class Holders:
-    """Starts a lockholder for each question; nobody waits for it longer than that."""
+    """Starts a lockholder for each question.  It must answer within ANSWER_S."""
 
     def __init__(
         self,
@@ -45,26 +45,27 @@ class Holders:
         *,
         entry: str = LOCKHOLDER_ENTRY,
     ) -> None:
-        """`place` is a `LockholderCell`; None, where there is none, leaves it its own confinement.
+        """`place` is a `LockholderCell`.  It is None where there is no cell; lockholder then only confines itself.
 
-        `open_log` makes what a process of that name writes its lines to.
+        `open_log` makes the socket that a process of that name logs to.
         """
         self.loop = loop
         self.place = place
         self.open_log = open_log
         self.entry = entry
         self.at_work: list[Child] = []
-        self.ending: list[Child] = []  # killed, and perhaps not gone
+        self.ending: list[Child] = []  # killed, and perhaps not ended
 
     def ask(self, file: "FileId", marks: tuple[int, ...], done: "Done") -> None:
-        """Have `done` called once, after this has returned: with who has a lock on the file, or None if nobody says.
+        """Find out who has a lock on a file.  `done` is called once with the holder, or with None if it is unknown.
 
-        `marks` are the bytes that are meant; none: all that disks are locked with.
+        `done` is never called before `ask` returns.  `marks` are the numbers of the locked bytes; none stands for all
+        bytes that disks are locked with.
         """
         self.bury()
         try:
             if len(self.at_work) >= AT_A_TIME:
-                raise VmdError(f"{AT_A_TIME} of {TITLE} are at work already")
+                raise VmdError(f"{AT_A_TIME} processes {TITLE} are running already")
             reader, child = self._start(file, marks)
         except (VmdError, OSError) as error:
             log.warn(f"cannot find out who uses a file: {error}")
@@ -73,7 +74,7 @@ class Holders:
         self.at_work.append(child)
 
         def finish() -> None:
-            """Take what there is."""
+            """Take the answer, if there is one, and end the lockholder."""
             timer.cancel()
             self.loop.remove(reader)
             self.at_work.remove(child)
@@ -88,11 +89,11 @@ class Holders:
         self.loop.add(reader, lambda _events: finish())
 
     def bury(self) -> None:
-        """Reap those that have ended."""
+        """Reap the lockholders that have ended."""
         self.ending = [child for child in self.ending if child.reap() is None]
 
     def _start(self, file: "FileId", marks: tuple[int, ...]) -> tuple[int, Child]:
-        """Start a lockholder; return where its answer can be read, and the process.  Raises OSError, VmdError."""
+        """Start a lockholder.  Return the pipe with its answer, and the process.  Raises OSError, VmdError."""
         arguments = [str(number) for number in (file.device, file.inode, *marks)]
         reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         try:

@@ -1,6 +1,6 @@
-"""Which ports programs of this host listen at, by proc(5): none of them can be forwarded to a guest as well.
+"""The ports at which programs of this host listen (proc(5)).  Such a port cannot also be forwarded to a guest.
 
-A program that listens at the loopback interface only is in nobody's way: what is for that is not forwarded.
+A program that listens only on the loopback interface is no obstacle, because packets for that are not forwarded.
 """
 
 TYPE_CHECKING = False
@@ -9,14 +9,14 @@ if TYPE_CHECKING:
 
 TABLES = {False: ("/proc/net/tcp", "/proc/net/tcp6"), True: ("/proc/net/udp", "/proc/net/udp6")}  # by `Forward.udp`
 READ_MAX = 4 << 20  # bytes
-LISTENS = {False: "0A", True: "07"}  # the state of a socket that waits for others, as the kernel writes it
-# What the kernel writes of an address, as numbers of this machine: those of 127.0.0.0/8 and ::1.
+LISTENS = {False: "0A", True: "07"}  # the state of a listening socket, as the kernel prints it
+# Parts of the addresses 127.0.0.0/8 and ::1, as the kernel prints them: 32-bit numbers in the host's byte order.
 LOOPBACK4, LOOPBACK6 = "7F", "00000000000000000000000001000000"
-MAPPED = "0000000000000000FFFF0000"  # an IPv4 address, for a socket of IPv6
+MAPPED = "0000000000000000FFFF0000"  # begins an IPv4 address of an IPv6 socket
 
 
 def in_the_way(forward: "Forward") -> str:
-    """Return a sentence about a program of this host that listens at a port of a forward; "" if there is none."""
+    """Return a sentence if a program of this host listens at a port of a forward; else an empty string."""
     for path in TABLES[forward.udp]:
         for port in listening(path, LISTENS[forward.udp]):
             if port in forward.ports:
@@ -26,7 +26,7 @@ def in_the_way(forward: "Forward") -> str:
 
 
 def listening(path: str, state: str) -> list[int]:
-    """Return the ports at which programs listen for others than the host itself; none if it does not say."""
+    """Return the ports at which programs listen on more than the loopback; none if the file cannot be read."""
     try:
         with open(path, encoding="ascii", errors="replace") as file:
             rows = [line.split(None, 4) for line in file.read(READ_MAX).splitlines()[1:]]

@@ -1,7 +1,7 @@
-"""Which networks the host reaches, so that no guest gets addresses out of them (proc_net(5), route and ipv6_route).
+"""The networks that the host reaches (proc_net(5), route and ipv6_route).  No guest gets an address of one.
 
-This is the main routing table only, which is enough to choose addresses and to warn early.  priv asks the kernel about
-each address before it gives it to an interface.
+Only the main routing table is read.  That is enough to choose addresses and to warn early.  priv asks the kernel about
+each address before it sets it.
 """
 
 import ipaddress
@@ -15,24 +15,24 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
 ROUTES4, ROUTES6 = "/proc/net/route", "/proc/net/ipv6_route"
-READ_MAX = 1 << 20  # bytes; a router of the internet has more
+READ_MAX = 1 << 20  # bytes; an internet router has more, and is read in part
 RTF_UP, RTF_REJECT, RTF_ANYCAST, RTF_LOCAL = 0x0001, 0x0200, 0x0010_0000, 0x8000_0000
-EVERYBODYS = (ipaddress.IPv6Network("fe80::/10"), ipaddress.IPv6Network("ff00::/8"))
+LINK_LOCAL_AND_MULTICAST = (ipaddress.IPv6Network("fe80::/10"), ipaddress.IPv6Network("ff00::/8"))
 TAP = re.compile(r"tap[0-9]+")
-ON_TAP4, ON_TAP6 = "FEFFFFFF", "40"  # 31 and 64: of the networks on taps of ours, which their VMs answer for
+ON_TAP4, ON_TAP6 = "FEFFFFFF", "40"  # masks of 31 and 64 bits: of networks on our taps, which `plans` knows
 
 IpNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
 class HostRoute(Record):
-    """A network that the host reaches, and by which interface."""
+    """A network that the host reaches, and the interface of its route."""
 
     network: IpNetwork
     interface: str
 
 
 def host_routes(path4: str = ROUTES4, path6: str = ROUTES6) -> list[HostRoute]:
-    """Return the networks that matter; none if this host does not say."""
+    """Return the networks of the host's routes, without default routes; none if the files cannot be read."""
     return [
         route
         for route in (*parsed(path4, parse4), *parsed(path6, parse6))
@@ -41,7 +41,7 @@ def host_routes(path4: str = ROUTES4, path6: str = ROUTES6) -> list[HostRoute]:
 
 
 def parsed(path: str, parse: "Callable[[Sequence[str]], HostRoute | None]") -> "Iterator[HostRoute]":
-    """Return what the lines of a file say that say something."""
+    """Yield the routes of the lines of a file; lines without one are left out."""
     try:
         with open(path, "rb") as file:
             lines = file.read(READ_MAX).decode("ascii", "replace").splitlines()
@@ -50,16 +50,16 @@ def parsed(path: str, parse: "Callable[[Sequence[str]], HostRoute | None]") -> "
     for line in lines:
         try:
             route = parse(line.split())
-        except (ValueError, IndexError):  # the heading, or a line that was cut
+        except (ValueError, IndexError):  # the heading, or a line that READ_MAX has cut
             continue
         if route is not None:
             yield route
 
 
 def parse4(words: "Sequence[str]") -> HostRoute | None:
-    """Return what a line of /proc/net/route says.  Raises ValueError or IndexError if that is nothing."""
+    """Return the route of a line of /proc/net/route, if it counts.  Raises ValueError or IndexError if it has none."""
     interface, destination, _gateway, flags = words[:4]
-    if words[7] == ON_TAP4 and TAP.fullmatch(interface):  # as most are, where there are many VMs
+    if words[7] == ON_TAP4 and TAP.fullmatch(interface):  # fast path: most routes, where there are many VMs
         return None
     address, mask = (int(word, 16).to_bytes(4, "little") for word in (destination, words[7]))
     if int(flags, 16) & (RTF_UP | RTF_REJECT) != RTF_UP:
@@ -69,14 +69,14 @@ def parse4(words: "Sequence[str]") -> HostRoute | None:
 
 
 def parse6(words: "Sequence[str]") -> HostRoute | None:
-    """Return what a line of /proc/net/ipv6_route says.  Raises ValueError or IndexError if that is nothing."""
+    """Return the route of a line of /proc/net/ipv6_route, as `parse4`.  Raises ValueError or IndexError."""
     flags, interface = int(words[8], 16), words[9]
     if words[1] == ON_TAP6 and TAP.fullmatch(interface):
         return None
     network = ipaddress.IPv6Network((bytes.fromhex(words[0]), int(words[1], 16)))
     if flags & (RTF_UP | RTF_REJECT | RTF_ANYCAST | RTF_LOCAL) != RTF_UP or interface == "lo":
         return None
-    if any(network.subnet_of(each) for each in EVERYBODYS):
+    if any(network.subnet_of(each) for each in LINK_LOCAL_AND_MULTICAST):
         return None
     return HostRoute(network=network, interface=interface)
 
@@ -87,7 +87,7 @@ def network_of(address: bytes, length: int) -> IpNetwork:
 
 
 def overlapping(network: IpNetwork, routes: "Iterable[HostRoute]") -> "Iterator[HostRoute]":
-    """Return the networks of the host that have an address of this one."""
+    """Yield the routes whose network overlaps this one."""
     first, last = int(network.network_address), int(network.broadcast_address)
     for route in routes:
         other = route.network
@@ -98,7 +98,7 @@ def overlapping(network: IpNetwork, routes: "Iterable[HostRoute]") -> "Iterator[
 
 
 def covering(prefix: Prefix | None, routes: "Iterable[HostRoute]") -> HostRoute | None:
-    """Return a network of the host that has every address of a range; None if there is none."""
+    """Return a route whose network has every address of a range; None if there is none."""
     if prefix is None:
         return None
     inside = network_of(prefix.address, prefix.length)
@@ -107,7 +107,7 @@ def covering(prefix: Prefix | None, routes: "Iterable[HostRoute]") -> HostRoute 
 
 
 def prefix_warnings(config: Config, routes: "Sequence[HostRoute]") -> list[str]:
-    """Return a sentence for each network of the host that a range for local interfaces has addresses of."""
+    """Return a sentence for each network of the host that overlaps a range for local interfaces."""
     if not any(nic.local for vm in config.vms for nic in vm.nics):
         return []
     settings = config.settings
@@ -122,8 +122,8 @@ def prefix_warnings(config: Config, routes: "Sequence[HostRoute]") -> list[str]:
         network = network_of(prefix.address, prefix.length)
         where = f"{origin}: " if origin else ""
         for route in overlapping(network, routes):
-            whole = route.network.prefixlen <= network.prefixlen
-            outcome = "no VM can have a local interface" if whole else "VMs get no addresses out of it"
+            covers = route.network.prefixlen <= network.prefixlen
+            outcome = "no VM can have a local interface" if covers else "VMs get no addresses out of it"
             sentence = f"{what} {network} overlaps {route.network}, which this host reaches by {route.interface}"
             found.append(f"{where}{sentence}: {outcome}")
     return found

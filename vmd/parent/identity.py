@@ -1,12 +1,12 @@
-"""What a VM and those that talk to it know it by: its id, its Ethernet addresses, the addresses of local interfaces.
+"""The identity of a VM: its id, its Ethernet addresses, and the number that its local addresses are computed from.
 
-All of this belongs to a (name, owner), not to a place in vm.conf, and outlives the daemon in a file:
+An identity belongs to a (name, owner), not to a place in vm.conf.  A file keeps it when the daemon ends:
 
     {"version": 1, "ula": "fd..::/48",
      "vms": [{"name": ..., "owner": uid, "configured": bool, "id": n, "number": n, "lladdrs": {"0": "fe:e1:..."}}]}
 
-Fields that are missing have their defaults, and unknown ones are ignored.  Without the file, or with one that cannot be
-used, VMs get new numbers and addresses, and the log says so.
+Missing fields have their defaults, and unknown ones are ignored.  If there is no file, or it cannot be used, VMs get
+new numbers and addresses, and the log says so.
 """
 
 import errno
@@ -34,37 +34,37 @@ VERSION = 1
 DIRECTORY = "/var/lib/vmd"
 FILE = "identities"
 FILE_MAX = 1 << 24  # bytes
-# Of VMs that are not there now: many of those that vm.conf once had, and few of those that users have made.
+# How many identities of absent VMs are kept, by `Identity.configured`: many of VMs that vm.conf has had, few of others.
 ABSENT_MAX = {True: 4096, False: 64}
-RANDOM_TRIES, ORDERLY_TRIES = 64, 8192  # more than there are VMs
+RANDOM_TRIES, ORDERLY_TRIES = 64, 8192  # the second is more than there can be VMs
 ULA_BITS = 48
 LLADDR_BYTES = 6
-GROUP = 1  # in the first byte of an Ethernet address
+GROUP = 1  # the group bit, in the first byte of an Ethernet address
 
 
 class Identity:
-    """What belongs to one (name, owner)."""
+    """The id, number and addresses of one (name, owner)."""
 
     def __init__(self) -> None:
         self.vmid = 0  # 0: none yet
-        self.number = 0  # that the addresses of its local interfaces follow from; 0: none yet
+        self.number = 0  # its local addresses are computed from it (`addresses.Plan`); 0: none yet
         self.lladdrs: dict[int, bytes] = {}  # by number of the interface; only those that vm.conf does not give
-        self.configured = False  # by a vm.conf, at any time
+        self.configured = False  # a vm.conf has had this VM, now or earlier
 
 
 class Identities:
-    """Every identity that is known; the one that was used last is the last."""
+    """All known identities, in the order of their last use."""
 
     def __init__(self) -> None:
         self.known: dict[Key, Identity] = {}
-        self.ula: Prefix | None = None  # of the local interfaces of this host (RFC 4193)
+        self.ula: Prefix | None = None  # range for local interfaces of this host (RFC 4193)
         self.on_change: Callable[[], None] = lambda: None
-        self.touched: dict[Key, None] = {}  # what has changed since somebody has emptied this, the last one last
+        self.touched: dict[Key, None] = {}  # keys that changed since `Writer` emptied this, the latest change last
         self._ids: set[int] = set()  # that are taken
-        self._lowest = 1  # no lower one is free
+        self._lowest = 1  # no lower id is free
 
     def changed(self, *keys: "Key") -> None:
-        """The identities of these have changed, or all."""
+        """These identities have changed; without keys, all have."""
         for key in keys or self.known:
             self._touch(key)
         self.on_change()
@@ -74,7 +74,7 @@ class Identities:
         self.touched[key] = None
 
     def of(self, key: "Key") -> Identity:
-        """Return the identity of a VM, which is a new one if it has none."""
+        """Return the identity of a VM, and make one if it has none."""
         identity = self.known.setdefault(key, Identity())
         if not identity.vmid:
             identity.vmid = next(number for number in itertools.count(self._lowest) if number not in self._ids)
@@ -84,9 +84,11 @@ class Identities:
         return identity
 
     def leave(self, key: "Key", present: "Callable[[], set[Key]]") -> None:
-        """A VM is no longer there: remember it, and forget the oldest ones that are not `present` if too many are not.
+        """A VM does not exist any more: keep its identity.  If too many VMs are absent, forget the oldest of them.
 
-        Unlike vmd, which remembers all: a user who may make instances must not be able to fill memory and disk.
+        `present` returns the keys of the VMs that exist.
+
+        Unlike vmd, which keeps all: a user who may make instances must not be able to fill memory and disk.
         """
         identity = self.known.pop(key, None)
         if identity is None:
@@ -98,7 +100,7 @@ class Identities:
         self.changed(key)
 
     def _forget(self, kind: bool, present: "Callable[[], set[Key]]") -> None:
-        """Forget the oldest ones of a kind if too many are not there."""
+        """Forget the oldest absent VMs of a kind (`Identity.configured`) if there are too many."""
         alike = [other for other, each in self.known.items() if each.configured is kind]
         if len(alike) <= ABSENT_MAX[kind]:
             return
@@ -115,8 +117,9 @@ class Identities:
     ) -> int:
         """Return a number from 1 to `end` - 1 for the local interfaces of a VM; 0 if none is left.
 
-        It is what the VM has, if that is `free` and in the range; else any that no other VM has, so that VMs of
-        different hosts seldom have the same; else one of a VM that is not `present`, which loses it.
+        The VM keeps its number if that is in the range and `free`.  Else it gets a random number that no other VM has;
+        random, so that VMs of different hosts seldom have the same.  Else it gets the number of a VM that is not
+        `present`, which loses it.
         """
         own = self.of(key).number
         if 0 < own < end and free(own):
@@ -135,16 +138,16 @@ class Identities:
         return 0
 
     def others(self, key: "Key") -> "Iterator[Identity]":
-        """Return every identity but one."""
+        """Return all identities except that of `key`."""
         return (identity for other, identity in self.known.items() if other != key)
 
     def lladdrs(self) -> "Iterator[bytes]":
-        """Return every Ethernet address that belongs to somebody."""
+        """Yield the Ethernet addresses of all identities."""
         for identity in self.known.values():
             yield from identity.lladdrs.values()
 
     def forget_ids(self) -> None:
-        """Have ids count from 1 again; addresses stay."""
+        """Let ids count from 1 again.  Addresses stay."""
         for identity in self.known.values():
             identity.vmid = 0
         self._ids.clear()
@@ -154,18 +157,18 @@ class Identities:
     # --- as bytes ----------------------------------------------------------------------------------------
 
     def encode(self) -> bytes:
-        """Return what the file says."""
+        """Return the contents of the file."""
         rows = [row_of(key, identity) for key, identity in self.known.items()]
         head = {"version": VERSION, "ula": prefix_text(self.ula)}
         lines = ",\n".join(json.dumps(row) for row in rows)
         return f'{json.dumps(head)[:-1]}, "vms": [\n{lines}\n]}}\n'.encode()
 
     def decode(self, raw: bytes) -> None:
-        """Take over what a file says.
+        """Take over the contents of a file.
 
         Raises:
             LaterVersionError: a later version of vmd has written it.
-            ValueError: it is damaged; nothing was taken over.
+            ValueError: the file is damaged; nothing was taken over.
         """
         try:
             found = json.loads(raw)
@@ -182,21 +185,21 @@ class Identities:
         for row in checked(found.get("vms", []), list):
             key, identity = parse_row(row)
             if key in known or identity.vmid in ids:
-                raise ValueError(f"vm {key[0]}, id {identity.vmid}, is there twice")
+                raise ValueError(f"vm {key[0]}, id {identity.vmid}, occurs twice")
             ids.update({identity.vmid} - {0})
             known[key] = identity
         self.known, self.ula = known, ula
         self._ids, self._lowest = ids, 1
 
     def encode_touched(self) -> bytes:
-        """Return what has changed since somebody has emptied `touched`, for `folded`."""
+        """Return the changes since `touched` was emptied, for `folded`."""
         rows = [row_of(key, self.known[key]) for key in self.touched if key in self.known]
         gone = [key for key in self.touched if key not in self.known]
         return json.dumps({"ula": prefix_text(self.ula), "vms": rows, "gone": gone}).encode()
 
 
 def folded(raw: bytes, changes: "Iterable[bytes]") -> bytes:
-    """Return what a file would say after some changes (`Identities.encode_touched`).  Raises ValueError."""
+    """Return the contents of a file with changes applied (`Identities.encode_touched`).  Raises ValueError."""
     try:
         found = json.loads(raw)
         rows = {(row["name"], row["owner"]): row for row in found["vms"]}
@@ -205,7 +208,7 @@ def folded(raw: bytes, changes: "Iterable[bytes]") -> bytes:
             for name, owner in change["gone"]:
                 rows.pop((name, owner), None)
             for row in change["vms"]:
-                rows.pop((row["name"], row["owner"]), None)  # the one that was used last is the last
+                rows.pop((row["name"], row["owner"]), None)  # the latest used is the last
                 rows[row["name"], row["owner"]] = row
     except (RecursionError, KeyError, TypeError) as error:
         raise ValueError(f"{type(error).__name__} {error}") from error
@@ -213,7 +216,7 @@ def folded(raw: bytes, changes: "Iterable[bytes]") -> bytes:
 
 
 def row_of(key: "Key", identity: Identity) -> "dict[str, Any]":
-    """Return one VM of the file."""
+    """Return one VM as the file has it."""
     name, uid = key
     return {
         "name": name,
@@ -226,14 +229,14 @@ def row_of(key: "Key", identity: Identity) -> "dict[str, Any]":
 
 
 def candidates(end: int) -> "Iterator[int]":
-    """Return numbers from 1 to `end` - 1 to choose from: some at random, then all, or the first of a long range."""
+    """Yield numbers from 1 to `end` - 1: RANDOM_TRIES random ones, then up to ORDERLY_TRIES in order."""
     for _ in range(RANDOM_TRIES):
         yield 1 + int.from_bytes(os.urandom(8), "big") % (end - 1)
     yield from range(1, min(end, ORDERLY_TRIES))
 
 
 class LaterVersionError(VmdError):
-    """The file has a version that is not known here."""
+    """The file has a later version than VERSION."""
 
     def __init__(self, version: int) -> None:
         super().__init__(version)
@@ -241,7 +244,7 @@ class LaterVersionError(VmdError):
 
 
 def parse_row(row: "Any") -> "tuple[Key, Identity]":  # noqa: ANN401 - of a file
-    """Return one VM of the file.  Raises ValueError."""
+    """Return the key and identity of one VM of the file.  Raises ValueError."""
     row = checked(row, dict)
     name, uid = checked(row.get("name"), str), checked(row.get("owner"), int)
     rules.vm_name(name)
@@ -260,19 +263,19 @@ def parse_row(row: "Any") -> "tuple[Key, Identity]":  # noqa: ANN401 - of a file
 
 
 def checked(value: "Any", kind: "type[Any]") -> "Any":  # noqa: ANN401 - of a file
-    """Return a value that has a type.  Raises ValueError if it has another one."""
+    """Return `value` if its type is `kind`.  Raises ValueError if not."""
     if type(value) is not kind:
-        raise ValueError(f"{str(value)[:40]!r} is no {kind.__name__}")
+        raise ValueError(f"{str(value)[:40]!r} is not of type {kind.__name__}")
     return value
 
 
 def prefix_text(prefix: Prefix | None) -> str:
-    """Return a range as people write it; empty for none."""
+    """Return a range as text, ADDRESS/LENGTH; empty for none."""
     return f"{ipaddress.ip_address(prefix.address)}/{prefix.length}" if prefix is not None else ""
 
 
 def parse_ula(text: "Any") -> Prefix | None:  # noqa: ANN401 - of a file
-    """Return a range of the kind that `random_ula` makes.  Raises ValueError."""
+    """Return the range of a text; it must be one that `random_ula` makes.  Raises ValueError."""
     if not checked(text, str):
         return None
     network = ipaddress.IPv6Network(text)
@@ -285,7 +288,7 @@ def parse_ula(text: "Any") -> Prefix | None:  # noqa: ANN401 - of a file
 
 
 class StateFile:
-    """The file, and what is said of it when it cannot be used; one daemon at a time has it."""
+    """The file of identities.  One daemon at a time uses it.  If it cannot be used, that is logged."""
 
     def __init__(self, directory: str) -> None:
         self.directory = directory
@@ -294,7 +297,7 @@ class StateFile:
         self.failed = False
 
     def load(self, identities: Identities) -> None:
-        """Take over what the file says, and have every change written to it from now on, as far as possible."""
+        """Load the file.  After that, `save` writes it, unless another or a later daemon uses it."""
         try:
             if not self._open():
                 log.warn(f"{self.directory} is used by another vmd: ids and addresses of VMs are not kept")
@@ -316,16 +319,16 @@ class StateFile:
             self._put_aside(str(error))
 
     def save(self, identities: Identities) -> None:
-        """Write the file; a failure is said once, until it has been written again."""
+        """Write the file.  A failure is logged once, until writing has succeeded again."""
         if self.fd < 0:
             return
-        temporary = f"{FILE}.new"  # of which a failure, or a kill, leaves a part at most
+        temporary = f"{FILE}.new"  # a failure or a kill damages only this file
         try:
             fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600, dir_fd=self.fd)
             with open(fd, "wb") as file:
                 file.write(identities.encode())
-            # Without waiting for the disk: what a power failure can take is what was new in the last seconds, or, on
-            # some file systems, all numbers.  The daemon must not stand still for slow storage.
+            # No fsync: the daemon must not wait for slow storage.  A power failure can lose the changes of the last
+            # seconds, or on some file systems the whole file.
             os.rename(temporary, FILE, src_dir_fd=self.fd, dst_dir_fd=self.fd)
         except OSError as error:
             if not self.failed:
@@ -337,13 +340,13 @@ class StateFile:
         self.failed = False
 
     def close(self) -> None:
-        """Let go of it."""
+        """Release the lock on the directory."""
         if self.fd >= 0:
             close(self.fd)
             self.fd = -1
 
     def _open(self) -> bool:
-        """Lock the directory, which is made if it is not there; False if another daemon has it.  Raises OSError."""
+        """Make and lock the directory; return False if another daemon has the lock.  Raises OSError."""
         os.makedirs(self.directory, 0o700, exist_ok=True)
         fd = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
@@ -352,12 +355,12 @@ class StateFile:
             if error.errno == errno.EWOULDBLOCK:
                 close(fd)
                 return False
-            # A file system without locks is used without.
+            # A file system that has no locks is used without one.
         self.fd = fd
         return True
 
     def _read(self) -> bytes | None:
-        """Return what is there; None if there is nothing.  Raises OSError."""
+        """Return the contents of the file; None if there is no file.  Raises OSError."""
         try:
             fd = os.open(FILE, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=self.fd)
         except FileNotFoundError:
@@ -366,13 +369,13 @@ class StateFile:
             return file.read(FILE_MAX)
 
     def _put_aside(self, why: str) -> None:
-        """Keep a damaged file for whoever wants to look at it."""
+        """Keep a damaged file under another name, so that the operator can examine it."""
         aside = f"{FILE}.damaged"
         try:
             os.rename(FILE, aside, src_dir_fd=self.fd, dst_dir_fd=self.fd)
         except OSError as error:
             log.error(str(HostError(f"rename {self.path}", error)))
-        log.warn(f"{self.path} is damaged ({why}): VMs have new ids and addresses; what it said is in {aside}")
+        log.warn(f"{self.path} is damaged ({why}): VMs have new ids and addresses; the damaged file is kept as {aside}")
 
     def _cannot_keep(self, error: OSError) -> None:
         reason = sentence(error)
@@ -380,5 +383,5 @@ class StateFile:
 
 
 def state_directory() -> str:
-    """Return where the file is: where systemd says (systemd.exec(5), StateDirectory=), or the usual place."""
+    """Return the directory of the file: that of systemd (systemd.exec(5), StateDirectory=), or DIRECTORY."""
     return os.environ.get("STATE_DIRECTORY", "").partition(":")[0] or DIRECTORY

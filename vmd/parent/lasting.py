@@ -1,8 +1,8 @@
-"""What outlives this parent: identities in a file of this host, and in the store all that another parent needs.
+"""The state that outlives this parent: identities in a file of this host, and the rest in the store.
 
-That one is started in our place after a crash, a restart or an upgrade.  The descriptors it finds are those of
-`vmd.parent.store`; what it has to know beside them is in a memory file (`vmd.parent.truth`), written anew after each
-change, before the next message is looked at.
+The next parent is started after a crash, a restart or an upgrade.  It finds descriptors in the store
+(`vmd.parent.store`), and the state in a memory file there (`vmd.parent.truth`).  That is written after each change,
+before the next message is served.
 """
 
 import time
@@ -25,17 +25,17 @@ if TYPE_CHECKING:
     from vmd.parent.store import Store
     from vmd.parent.truth import Truth, VmKnown
 
-SAVE_REST = 10  # times as long as it has taken, between two times that the file of identities is written
+SAVE_REST = 10  # the file of identities is written again after this many times the time that writing has taken
 
 
 class Lasting:
-    """The room of what outlives us."""
+    """The room of the state that outlives this parent."""
 
     def __init__(self, core: "Core", store: "Store", file: "StateFile | None") -> None:
-        """`file`, if there is one, is where identities are kept; ours from here on."""
+        """`file` keeps identities, if there is one.  It is closed here."""
         self.core = core
         self.store = store
-        self.untold: Callable[[], Mapping[int, VmKnown]] = dict  # VMs that no vmm has told us of yet (`adoption`)
+        self.untold: Callable[[], Mapping[int, VmKnown]] = dict  # VMs that no vmm has described yet (`adoption`)
         self._file = file
         self._writer: Writer | None = None  # between `keep` and `forget`
         self._saving: Timer | None = None
@@ -46,12 +46,12 @@ class Lasting:
         core.vms.identities.on_change = self.save_soon
 
     def take(self, truth: "Truth") -> "list[VmKnown]":
-        """Take over the VMs of the parent before us, and whose they are; return what was known of them."""
+        """Take over the VMs and identities of the parent before.  Return the records of these VMs."""
         core = self.core
         if truth.identities:
             try:
                 core.vms.identities.decode(truth.identities)
-                self.save_soon()  # the file may be behind
+                self.save_soon()  # the file may be older
             except (VmdError, ValueError) as error:
                 log.error(f"ids and addresses of the vmd before this one cannot be used: {error}")
         found = []
@@ -62,7 +62,7 @@ class Lasting:
         return found
 
     def keep(self, generations: "Generations", network: "Network") -> None:
-        """Have what we know outlive us, from now on.  Raises HostError."""
+        """Keep the state in the store from now on.  Raises HostError."""
         try:
             if "state" in self.store.names:
                 memory = StateMemory(self.store.duplicate("state"))
@@ -80,22 +80,22 @@ class Lasting:
         self.write_soon()
 
     def keep_listener(self, listener: "socket.socket") -> None:
-        """Have the control socket outlive us."""
+        """Keep the control socket in the store."""
         if "listener" not in self.store.names:
             self.store.put("listener", listener.fileno(), poll=False)
 
     def plan(self, *, planned: bool) -> None:
-        """Have another parent know whether it was meant to take our place; so it is written with all that changes."""
+        """Note in the state whether the next parent replaces this one by plan.  It is written with each change."""
         if self._writer is not None:
             self._writer.planned = planned
 
     def write_soon(self) -> None:
-        """Have what we know written before the next message is looked at; many changes are written once."""
+        """Write the state before the next message is served.  Several changes are written together."""
         if self._writing is None and self._writer is not None:
             self._writing = self.core.loop.call_later(0, self.write)
 
     def write(self, *, plain: bool = False) -> None:
-        """Write what another parent is to know; `plain` if that may be one of another version."""
+        """Write the state for the next parent.  `plain`: one of any version must be able to read it."""
         if self._writing is not None:
             self._writing.cancel()
             self._writing = None
@@ -105,9 +105,9 @@ class Lasting:
             self._writer.write(network.taps, network.left, generations, self.generations.number, plain=plain)
 
     def copy(self) -> int:
-        """Return a memory file with what we know now, the caller's, for a program of any version.  Raises OSError.
+        """Return a memory file with a copy of the state, for a program of any version.  Raises OSError.
 
-        What changes while it is read is written to the other one.
+        The caller owns it.  Later changes go to the original only.
         """
         self.write(plain=True)
         copy, ours = StateMemory.create(), StateMemory(self.store.duplicate("state"))
@@ -121,9 +121,9 @@ class Lasting:
         return copy.fd
 
     def save_soon(self) -> None:
-        """Have identities written before the next message is looked at; many changes are written once.
+        """Write the file of identities before the next message is served.  Several changes are written together.
 
-        The file is written as a whole: not all the time, where that takes some.
+        The file is written as a whole, so the next writing waits if the last one took long (SAVE_REST).
         """
         self.write_soon()
         if self._saving is None:
@@ -131,7 +131,7 @@ class Lasting:
             self._saving = self.core.loop.call_later(max(0.0, rest_s), self._save)
 
     def save_now(self) -> None:
-        """Write what waits for it."""
+        """Write now what waits to be written."""
         if self._saving is not None:
             self._save()
         self.write()
@@ -145,13 +145,13 @@ class Lasting:
             self._save_took_s = self._saved_s - began_s
 
     def forget(self) -> None:
-        """This daemon ends, and its guests with it: nobody is to take its place."""
+        """This daemon ends with its guests, and no other takes its place: empty the store."""
         self._writer = None
         for name in self.store.names:
             self.store.remove(name)
 
     def close(self) -> None:
-        """Write identities for the last time."""
+        """Write identities for the last time, and close the file."""
         if self._file is not None:
             self.save_now()
             self._file.close()

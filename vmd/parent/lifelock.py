@@ -1,8 +1,9 @@
-"""The lock that says whether a vmm of this daemon lives: guests that shut down outlive a daemon that was killed.
+"""The lock that shows whether a vmm of this daemon lives.
 
-A vmm has it from the moment it is started, without knowing of it.  A new daemon waits for it before it does anything:
-until then disks, interfaces and addresses are in use.  The file belongs to a control socket, by which daemons of one
-host differ.
+If a daemon is killed, its guests shut down and outlive it for that time.  Their vmm holds the lock: it inherits a
+descriptor when it is started, and does nothing with it.  A new daemon waits for the lock before anything else, because
+the guests still use disks, interfaces and addresses.  Daemons of one host have different control sockets, and each
+control socket has its own file.
 """
 
 import fcntl
@@ -19,12 +20,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 POLL_S = 0.1
-SAY_AGAIN_S = 5.0  # between two messages to the service manager, which else would give us up
+SAY_AGAIN_S = 5.0  # between two messages to the service manager, which would else stop waiting for the start
 EXTEND_US = 30_000_000
+UNKNOWN = "if this vmd is killed, the next one will not wait for its guests"
 
 
 class LifeLock:
-    """The file, which goes when nobody has the lock any more."""
+    """The file of the lock.  It is removed when no process has the lock any more."""
 
     def __init__(self, socket_path: str) -> None:
         self.socket_path = socket_path
@@ -32,7 +34,7 @@ class LifeLock:
         self.path = f"{service.RUN_DIRECTORY}/guests-{digest[:16]}"
 
     def wait(self, *, notify: "Callable[[str], object]" = service.notify) -> None:
-        """Wait until no vmm of an earlier daemon is left.  Raises OperatorError if that daemon is there, too."""
+        """Wait until every vmm of an earlier daemon has ended.  Raises OperatorError if that daemon still runs."""
         said_s = 0.0
         while True:
             fd = self._take(fcntl.LOCK_EX)
@@ -53,12 +55,12 @@ class LifeLock:
             notify("STATUS=")
 
     def share(self) -> int:
-        """Return a descriptor whose holders have the lock together; -1 where there is none to be had."""
+        """Return a descriptor with a shared lock, which the caller owns; -1 if the lock cannot be had."""
         fd = self._take(fcntl.LOCK_SH)
         return -1 if fd is None else fd
 
     def remove(self) -> None:
-        """Remove the file if nobody has the lock."""
+        """Remove the file if no process has the lock."""
         fd = self._take(fcntl.LOCK_EX)
         if fd is not None and fd >= 0:
             try:
@@ -68,12 +70,12 @@ class LifeLock:
             close(fd)
 
     def _take(self, kind: int) -> int | None:
-        """Return a new descriptor with the lock; None if somebody else keeps it from us, -1 if there is no file."""
+        """Return a new descriptor with the lock; None if another process has it, -1 if there can be no file."""
         while True:
             try:
                 fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             except OSError as error:
-                log.warn(f"{self.path}: {error.strerror}: a daemon that is killed is not known to the next one")
+                log.warn(f"{self.path}: {error.strerror}: {UNKNOWN}")
                 return -1
             try:
                 fcntl.flock(fd, kind | fcntl.LOCK_NB)
@@ -84,6 +86,6 @@ class LifeLock:
                 return None
             except OSError as error:
                 close(fd)
-                log.warn(f"{self.path}: {error.strerror}: a daemon that is killed is not known to the next one")
+                log.warn(f"{self.path}: {error.strerror}: {UNKNOWN}")
                 return -1
-            close(fd)  # somebody has removed it at this moment
+            close(fd)  # another daemon has just removed the file

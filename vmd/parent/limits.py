@@ -1,4 +1,4 @@
-"""Limits on what VMs may have of the host, and on what guests and users may make the daemon do again and again."""
+"""Limits on the resources that VMs take from the host, and on restarts."""
 
 import errno
 import os
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 MEMINFO = "/proc/meminfo"
-OVERCOMMIT = 2  # guests rarely use all that they have; more is almost certainly a slip of the finger
-# Descriptors that the parent and vmm have for a VM at most, or a little more: what a VM with four interfaces and
-# files of its user's needs, times the VMs that may run, and some for clients.
+OVERCOMMIT = 2  # times the host's memory.  Guests rarely use all of theirs; more is almost certainly a typing error
+# Descriptors that the parent or vmm needs for one VM, a little more than the most: a VM with four interfaces and boot
+# files of its user.  FILES_BESIDES are for clients.
 FILES_PER_VM = 16
 FILES_BESIDES = 1024
-# What of the kernel's a VM takes at most, or a little more: a file below /proc/sys, how much, and what that is.  They
-# are for all programs of the host, and not changed by us.
+# Limits of the kernel that VMs may reach: the file below /proc/sys, how many a VM takes, and what they are.  They hold
+# for all programs of the host, so the daemon does not change them.
 KERNEL_LIMITS = (
     ("kernel/pty/max", 1, "a terminal"),
     ("kernel/pid_max", 16, "16 processes and threads"),
@@ -30,14 +30,14 @@ KERNEL_LIMITS = (
 )
 NEIGHBOURS = "net/ipv4/neigh/default/gc_thresh3"  # one for each `local` interface
 PORTS_MAX = 1023  # of a bridge of Linux (BR_MAX_PORTS)
-FILES_TO_START = 64  # open for a moment, disks with all they are based on; and room for what comes with messages
+FILES_TO_START = 64  # must be free for a start: disks and their backing files are open for a moment
 OPEN_FILES = "/proc/self/fd"
 RESTART_WINDOW_S = 6.0
 RESTART_LIMIT = 3
 
 
 def host_memory_bytes() -> int:
-    """Return how much memory and swap this host has."""
+    """Return the memory of this host together with its swap."""
     total_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     try:
         with open(MEMINFO, encoding="ascii") as meminfo:
@@ -45,15 +45,14 @@ def host_memory_bytes() -> int:
                 if line.startswith("SwapTotal:"):
                     total_bytes += int(line.split()[1]) << 10
     except (OSError, ValueError, IndexError):
-        pass  # a host that does not say has none that we could count on
+        pass  # without the file, assume that there is no swap
     return total_bytes
 
 
 def require_room(config: VmConfig, running: "Iterable[VmConfig]", settings: Globals) -> None:
-    """Raise OperatorError if a VM beside those that are running is more than there may be.
+    """Raise OperatorError if a VM would exceed a limit together with the running ones.
 
-    EAGAIN for their number or that of their vCPUs, ENOMEM for their memory.  What runs already stays as it is,
-    whatever the limits have become.
+    EAGAIN for the number of VMs or of vCPUs, ENOMEM for memory.  Running VMs stay, even if a limit is lowered.
     """
     others = tuple(running)
     if len(others) >= settings.limit_vms:
@@ -80,13 +79,13 @@ def require_room(config: VmConfig, running: "Iterable[VmConfig]", settings: Glob
 
 
 def raise_file_limit(limit_vms: int) -> None:
-    """Have room for the descriptors of as many VMs, in this process and in those that it starts."""
+    """Raise the limit of open files for so many VMs, in this process and in the processes that it starts."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = FILES_PER_VM * limit_vms + FILES_BESIDES
     for number in (max(most, wanted), most):
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (number, number))
-        except (OSError, ValueError):  # beyond what the kernel, or whoever confines us, lets root have
+        except (OSError, ValueError):  # more than the kernel, or a container, allows root
             continue
         if number < wanted:
             log.warn(f"{number} open files at most, which may not be enough for {limit_vms} VMs")
@@ -94,7 +93,7 @@ def raise_file_limit(limit_vms: int) -> None:
 
 
 def host_warnings(config: Config, root: str = "/proc/sys") -> list[str]:
-    """Return a sentence for each limit of this host's kernel that the VMs of a configuration may come to."""
+    """Return a sentence for each limit of this host's kernel that the VMs of a configuration may reach."""
     found = []
     vms = config.settings.limit_vms
     for name, each, what in KERNEL_LIMITS:
@@ -123,11 +122,11 @@ def number_in(path: str) -> int:
 
 
 def require_files() -> None:
-    """Raise OperatorError(EMFILE) if descriptors are about to run out: then even messages would lose theirs."""
+    """Raise OperatorError(EMFILE) if few descriptors are free: without one, even messages lose their descriptors."""
     most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         count = os.stat(OPEN_FILES).st_size or len(os.listdir(OPEN_FILES))  # the size is their number since Linux 6.2
-    except OSError:  # there is not even one to look with
+    except OSError:  # no descriptor is free to look
         count = most
     if count + FILES_TO_START > most:
         raise OperatorError(errno.EMFILE, f"no room for another vm among the {most} files that vmd may have open")
@@ -144,7 +143,7 @@ class RestartLimit:
         self.quick_restarts = 0
 
     def started_by_user(self) -> None:
-        """Note a start that somebody asked for."""
+        """Note a start that a user or vm.conf asked for."""
         self.last_start_s = time.monotonic()
         self.quick_restarts = 0
 

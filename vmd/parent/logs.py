@@ -1,7 +1,7 @@
-"""The process "log", and the sockets that lead to it: one for each VM, one for each process of the daemon.
+"""The process `log`, and the sockets that it reads: one for each VM and one for each process of the daemon.
 
-The parent keeps the end of each that lines come out of, and reads none.  So the process "log" can be started again:
-the next one reads on, where the last one was.
+The parent keeps the reading end of each socket and does not read it.  So the process `log` can be started again: the
+next one continues to read where the last one stopped.
 """
 
 import contextlib
@@ -33,17 +33,17 @@ if TYPE_CHECKING:
     from vmd.privsep.spawn import Place
 
 PING_S = 5.0
-PINGS_MAX = 3  # not answered: then it is stuck
-AGAIN_S = 5.0  # between two starts, at least
-END_S = 3.0
-SHUT_S = 5.0  # for a VM to have ended whose log has
+PINGS_MAX = 3  # pings without an answer, after which the process is replaced
+AGAIN_S = 5.0  # least time between two starts
+END_S = 3.0  # how long the process may take to end
+SHUT_S = 5.0  # a VM ends normally within this time after its log has been closed
 QUEUE_MAX = 4096  # messages
-OUR_ROOM_BYTES = 1 << 18  # for lines of the parent, which writes the most, that nobody has read yet
+OUR_ROOM_BYTES = 1 << 18  # send buffer for lines of the parent, which writes the most
 SO_SNDBUFFORCE = 32  # <asm-generic/socket.h>
 
 
 class Source:
-    """The end that lines of a process, or of a VM's processes, come out of."""
+    """The reading end of the log of a process, or of a VM's processes."""
 
     def __init__(self, sock: socket.socket, name: str, vmid: int, owner_uid: int) -> None:
         self.sock = sock
@@ -53,9 +53,9 @@ class Source:
 
 
 class Logs:
-    """Starts the process "log", again if need be, and gives it what it reads.
+    """Starts the process `log`, replaces it when it ends, and gives it the sockets that it reads.
 
-    `attach` is the parent's, for the channel.
+    `attach` is the parent's `Process.attach`.
     """
 
     def __init__(self, core: "Core", attach: "Callable[..., Channel]") -> None:
@@ -63,20 +63,20 @@ class Logs:
         self.loop = core.loop
         self._attach = attach
         self._place: Place | None = None
-        self._form = log.form  # of what the process writes
+        self._form = log.form  # the form in which the process writes lines
         self._channel: Channel | None = None
         self._child: Child | None = None
         self._sources: set[Source] = set()
-        self._of_vm: dict[int, Source] = {}  # the last one of each
-        self._ended: list[Source] = []  # which no process "log" has been given yet
+        self._of_vm: dict[int, Source] = {}  # by vmid: the latest of each VM
+        self._ended: list[Source] = []  # their writers are gone, and no process has got them yet
         self._unanswered = 0  # pings
         self._started_s = 0.0
-        self._starts = False  # another start is to come
+        self._starts = False  # a timer will start the process again
 
     # --- the process -----------------------------------------------------------------------------------------
 
     def start(self, place: "Place") -> None:
-        """Start the process, and have our own lines go there.  Raises HostError or VmdError."""
+        """Start the process, and write the parent's own lines to it.  Raises HostError or VmdError."""
         self._place = place
         self._form = log.form
         self._start()
@@ -113,12 +113,12 @@ class Logs:
         self._ended.clear()
 
     def _restart(self) -> None:
-        """Start the process in place of one that is gone; go on without, and try again, where that fails."""
+        """Replace a process that is gone.  If the start fails, go on without one and try again."""
         self._starts = False
         try:
             self._start()
         except (VmdError, OSError) as error:
-            log.error(f"{error}; trying again in {AGAIN_S:.0f} s")  # which the next one will read
+            log.error(f"{error}; trying again in {AGAIN_S:.0f} s")  # the next process will read this line
             self._restart_in(AGAIN_S)
 
     def _restart_in(self, delay_s: float) -> None:
@@ -127,7 +127,7 @@ class Logs:
             self.loop.call_later(delay_s, self._restart)
 
     def _on_end(self, child: Child) -> None:
-        """The process has ended, which it only should when we do."""
+        """The process has ended, too early."""
         self.loop.remove(child.pidfd)
         status = child.reap()
         if child is self._child:
@@ -136,7 +136,7 @@ class Logs:
             self._lose(f"process log {how}")
 
     def _lose(self, why: str) -> None:
-        """Go on without the process, until there is another one."""
+        """Go on without the process until another one is started."""
         log.error(f"{why}; starting another one")
         if self._channel is not None:
             self._channel.close()
@@ -144,14 +144,14 @@ class Logs:
         self._restart_in(max(0.0, self._started_s + AGAIN_S - time.monotonic()))
 
     def _on_lost(self, _channel: Channel, error: PeerError | None) -> None:
-        """Its channel is closed: it ends, or has broken the protocol."""
+        """The channel is closed: the process ends, or has broken the protocol."""
         self._channel = None
         if error is not None and self._child is not None:
             log.error(str(error))
             self._child.kill()
 
     def _ping(self) -> None:
-        """See whether the process works.  One that was stopped, or is stuck, is replaced."""
+        """Ping the process.  A process that is stopped or stuck does not answer, and is replaced."""
         self.loop.call_later(PING_S, self._ping)
         log.say_lost()
         if self._child is None:
@@ -166,11 +166,11 @@ class Logs:
             self._channel.send(Ping())
 
     def on_pong(self, _message: Pong, _envelope: Envelope) -> None:
-        """It works."""
+        """The process has answered a ping."""
         self._unanswered = 0
 
     def end(self) -> None:
-        """Let the process write what there is and end; from here on our own lines go where its lines went."""
+        """Tell the process to write what is left and to end.  The parent then writes its own lines there itself."""
         if self._channel is not None and self._child is not None:
             self._channel.send(Quit())
             self._channel.flush_blocking(END_S)
@@ -180,10 +180,10 @@ class Logs:
             close(log.fd)
             log.setup(log.title, self._form, log.verbosity)
 
-    # --- what leads to it ------------------------------------------------------------------------------------
+    # --- sources ------------------------------------------------------------------------------------
 
     def open(self, name: str) -> socket.socket:
-        """Return what a new process of the daemon is to write its lines to.  Raises HostError."""
+        """Return the socket that a new process of the daemon logs to.  Raises HostError."""
         try:
             reader, writer = logpair()
         except OSError as error:
@@ -192,11 +192,11 @@ class Logs:
         return writer
 
     def read_from(self, reader: socket.socket, name: str) -> None:
-        """Have what comes out of there read, as what a process of the daemon writes."""
+        """Let the process read `reader` as the log of a process of the daemon."""
         self._add(Source(reader, name, 0, 0))
 
     def on_vm_log(self, message: VmLog, envelope: Envelope) -> None:
-        """Have what the processes of a VM write read."""
+        """vmm has sent the reading end of the log of a VM's processes."""
         fd = envelope.take_fd("log")
         assert fd is not None
         vm = self.core.vms.find(message.vmid, "") if message.vmid else None
@@ -211,7 +211,7 @@ class Logs:
         self.read_vm(sock, vm)
 
     def read_vm(self, sock: socket.socket, vm: "Vm") -> None:
-        """Have what the processes of a VM write read."""
+        """Let the process read `sock` as the log of a VM's processes."""
         source = Source(sock, f"vm/{vm.name}", vm.vmid, vm.config.owner.uid)
         self._of_vm[vm.vmid] = source
         self._add(source)
@@ -222,7 +222,7 @@ class Logs:
         self._hand_over(source)
 
     def _hand_over(self, source: Source) -> None:
-        """Have the process "log" read it, if there is one; the next one gets all there are."""
+        """Give a source to the process, if there is one.  A new process gets all sources."""
         if self._channel is not None:
             try:
                 copy = fcntl.fcntl(source.sock.fileno(), fcntl.F_DUPFD_CLOEXEC, 0)
@@ -233,7 +233,7 @@ class Logs:
             self._channel.send(message, fds={"source": [copy]})
 
     def _on_hung_up(self, source: Source) -> None:
-        """Nobody can write there any more: the processes are gone, or one of them has shut it down."""
+        """No process can write to a source any more: they have ended, or one of them has shut it down."""
         self.loop.remove(source.sock.fileno())
         self._sources.discard(source)
         if self._channel is not None:
@@ -244,13 +244,13 @@ class Logs:
             self.loop.call_later(SHUT_S, lambda: self._look_after(source))
 
     def _look_after(self, source: Source) -> None:
-        """Say that a running VM has no log any more.
+        """Warn if a VM still runs whose log was shut down.
 
-        One that was ended and is started again has no process yet, or has told us its new log.
+        A VM that is started again has no process yet, or has a new source.
         """
         if self._of_vm.get(source.vmid) is not source:
             return
         del self._of_vm[source.vmid]
         vm = self.core.vms.find(source.vmid, "")
         if vm is not None and vm.pid:
-            log.warn(f"vm {vm.name}: one of its processes has shut down its log: no more of it until its next start")
+            log.warn(f"vm {vm.name}: one of its processes has shut down its log: nothing is logged till its next start")

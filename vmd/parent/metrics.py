@@ -1,4 +1,4 @@
-"""The process "metrics", and the sockets at which it serves figures by HTTP (`metrics listen`)."""
+"""The process `metrics`, and the sockets at which it serves figures by HTTP (`metrics listen`)."""
 
 import errno
 import os
@@ -27,15 +27,18 @@ if TYPE_CHECKING:
     from vmd.parent.vmtable import Vm
 
 BACKLOG = 64
-BATCH = 16  # VMs of which the process is told at a time
-NOBODY = Caller(uid=(1 << 32) - 2, gid=(1 << 32) - 2, pid=0)  # sees what everybody may see
-REST_S = 0.5  # between two answers: a process that was taken over cannot keep us busy
-AGAIN_S = (0.1, 0.2, 0.4, 1.0, 15.0)  # until a socket is opened again; then always after the last of them
-QUIET = 3  # tries at an address that is in use: a daemon whose place we take may still have it
+BATCH = 16  # VMs that are sent to the process in one turn of the loop
+NOBODY = Caller(uid=(1 << 32) - 2, gid=(1 << 32) - 2, pid=0)  # may see only figures that all users may see
+REST_S = 0.5  # between two answers, so that a process that was taken over cannot keep the parent busy
+AGAIN_S = (0.1, 0.2, 0.4, 1.0, 15.0)  # delays between tries to open a socket; the last one is repeated
+QUIET = 3  # failed tries that are not logged if the address is in use: an earlier daemon may still have it
 
 
 class Metrics:
-    """Opens what vm.conf says and, while there is any, has a process serve it.  `attach` is the parent's."""
+    """Opens the sockets that vm.conf names.  While there are some, a process serves them.
+
+    `attach` is the parent's `Process.attach`.
+    """
 
     def __init__(self, core: "Core", figures: "Figures", attach: "Callable[..., Channel]") -> None:
         self.core = core
@@ -44,18 +47,18 @@ class Metrics:
         self._wanted: tuple[Listen, ...] = ()
         self._owner: Owner | None = None
         self._sockets: dict[Listen, socket.socket] = {}
-        self._tries: dict[Listen, int] = {}  # that have failed
+        self._tries: dict[Listen, int] = {}  # failed tries to open a socket
         self._opening: Timer | None = None
         self._channel: Channel | None = None
         self._delay = Delay()
         self._starting: Timer | None = None
 
     def start(self, children: "Children", open_log: "Callable[[str], socket.socket]") -> None:
-        """Know how the process is started; `open_log` makes what it writes its lines to."""
+        """The process can be started from now on.  `open_log` makes the socket that it logs to."""
         self.children, self.open_log = children, open_log
 
     def configure(self, settings: "Globals") -> None:
-        """Serve what these settings say, and nothing else."""
+        """Serve the sockets that these settings name, and close others."""
         self._wanted, self._owner = settings.metrics, settings.socket_owner
         for place in [place for place in self._sockets if place not in self._wanted]:
             self._close(place)
@@ -66,7 +69,7 @@ class Metrics:
         self._open()
 
     def close(self) -> None:
-        """The daemon ends."""
+        """The daemon ends: close all sockets, and end the process."""
         self._wanted = ()
         for place in list(self._sockets):
             self._close(place)
@@ -75,7 +78,7 @@ class Metrics:
     # --- sockets -----------------------------------------------------------------------------------------
 
     def _open(self) -> None:
-        """Open what is not open yet, and try again later where that fails."""
+        """Open the sockets that are not open yet.  Try again later for those that fail."""
         if self._opening is not None:
             self._opening.cancel()
             self._opening = None
@@ -107,7 +110,7 @@ class Metrics:
     # --- the process -------------------------------------------------------------------------------------
 
     def _tell(self) -> None:
-        """Have the process serve what is open; there is none when nothing is."""
+        """Give the process the open sockets.  Start it if there are some, and end it if there are none."""
         if not self._sockets:
             if self._channel is not None:
                 self._channel.send(Quit())
@@ -144,7 +147,7 @@ class Metrics:
         self._tell()
 
     def _on_lost(self, channel: "Channel", error: PeerError | None) -> None:
-        """It has ended, which it only should when it is told to, or cannot be trusted."""
+        """The process has ended too early, or broke the protocol: start another one."""
         if channel is self._channel:
             self._channel = None
             self.children.kill(Proc.METRICS)
@@ -152,12 +155,12 @@ class Metrics:
             self._start_soon()
 
     def on_asked(self, _message: AskFigures, channel: "Channel") -> None:
-        """Tell the process what everybody may know of all VMs."""
+        """Send the process the figures of all VMs that all users may see."""
         channel.hold(held=True)
         self._answer(channel, list(self.core.vms))
 
     def _answer(self, channel: "Channel", vms: "list[Vm]") -> None:
-        """Tell of some VMs, and then of the others: clients are served in between."""
+        """Send VMs in batches, so that other messages are served in between."""
         there = [vm for vm in vms[:BATCH] if self.core.vms.find(0, vm.name) is vm]
         for figures in self.figures.of(there, NOBODY):
             channel.send(figures)
@@ -170,7 +173,7 @@ class Metrics:
 
 
 def listen(place: "Listen", owner: "Owner | None") -> socket.socket:
-    """Return a socket that listens there.  Raises OSError, OperatorError or HostError."""
+    """Return a listening socket, which the caller owns.  Raises OSError, OperatorError or HostError."""
     if place.path:
         assert owner is not None
         return service.listen(place.path, owner, what="socket", kind=socket.SOCK_STREAM)

@@ -1,4 +1,4 @@
-"""Whom the kernel ends when memory runs out: rather a VM than one of the processes that all VMs depend on."""
+"""Which process the kernel kills when memory runs out: a VM rather than a process that all VMs depend on."""
 
 import contextlib
 import os
@@ -7,8 +7,9 @@ from vmd.errors import HostError
 from vmd.log import log
 from vmd.parent.usage import children
 
-# Of the parent and, inherited, of vmm and priv; above what a host cannot do without.  Processes that are started again
-# when they have ended, such as those that serve users, are as likely to be killed as any program (`spawn.LEAF_SCORE`).
+# The score of the parent, which vmm and priv inherit.  It is above that of programs that a host cannot do without.
+# Processes that the parent starts again when they have ended, such as control, are as likely to be killed as any
+# program (`spawn.LEAF_SCORE`).
 CORE_SCORE = -500
 SCORE = "oom_score_adj"  # proc_pid_oom_score_adj(5)
 
@@ -17,7 +18,7 @@ class OomScores:
     """The scores of the core and of VMs."""
 
     def __init__(self) -> None:
-        """Make the core less likely to be killed.  A VM gets what the daemon was started with."""
+        """Make the core less likely to be killed.  VMs keep the score that the daemon was started with."""
         self.usual: int | None = None
         self.lower()
 
@@ -34,12 +35,12 @@ class OomScores:
             log.info(f"{HostError(f'lower {SCORE}', error)}: when memory runs out, the kernel may end all VMs")
 
     def give_back(self) -> None:
-        """Let the parent have the score that it was started with, for who takes its place.  Raises OSError."""
+        """Set the parent's score back for the program that is executed in its place.  Raises OSError."""
         if self.usual is not None:
             set_score(os.getpid(), self.usual)
 
     def give_usual(self, vm: int) -> None:
-        """Let the process of a VM, and its devices, be as likely to be killed as any program.  0: it has ended."""
+        """Give the process of a VM and its devices the usual score.  `vm` is a pid; 0: the VM has no process."""
         if self.usual is None or not vm:
             return
         for pid in (vm, *children(vm)):

@@ -15,7 +15,7 @@ HELP = f"""{USAGE}
 Runs the virtual machines that vm.conf describes.
 
   -D macro=value    define a macro for the configuration file
-  --check-adopt     see whether this version could take the place of the daemon that runs (vmctl upgrade -n)
+  --check-adopt     check whether this version could replace the running daemon (vmctl upgrade -n)
   -d                do not go to the background, and log to standard error
   -f file           read this file instead of /etc/vm.conf
   -h, --help        show this help
@@ -24,7 +24,7 @@ Runs the virtual machines that vm.conf describes.
   -V, --version     show the version
   -v                log more; twice, log every detail
 
-vmd(8) and vm.conf(5) have the rest.  vmctl(8) drives a running vmd.
+See vmd(8) and vm.conf(5) for details.  vmctl(8) controls a running vmd.
 """
 DEFAULT_CONF = "/etc/vm.conf"
 DEFAULT_SOCKET = "/run/vmd.sock"
@@ -35,11 +35,11 @@ class UsageError(VmdError):
 
 
 class Shown(VmdError):
-    """Nothing is to be started: `str` is the text that was asked for."""
+    """The user asked for a text, such as the help.  `str` is that text; nothing is started."""
 
 
 class Options(Record):
-    """What was asked for on the command line."""
+    """The options of the command line."""
 
     debug: bool = False  # -d: stay in the foreground, log to stderr
     check_only: bool = False  # -n

@@ -12,19 +12,19 @@ if TYPE_CHECKING:
     from vmd.record import Record
 
     class Peer(Protocol):
-        """A channel, or what finds one of several for the client that a message is for."""
+        """A channel, or a room that finds the right one of several channels for a message."""
 
         def send(
             self, message: Record, *, peerid: int = 0, fds: "Mapping[str, Sequence[int]]" = NO_FDS
         ) -> None:
-            """Send a message; its descriptors are not the caller's any more."""
+            """Send a message, and take over its descriptors."""
 
         def flush_blocking(self, timeout_s: float) -> None:
-            """Send what is queued before we end."""
+            """Send what is queued before the daemon ends."""
 
 
 class Peers:
-    """Channels by process; what is sent to a process that is gone is dropped."""
+    """Channels by process.  A message to a process that is gone is dropped."""
 
     def __init__(self) -> None:
         self.channels: dict[Proc, Peer] = {}
@@ -32,7 +32,7 @@ class Peers:
     def send(
         self, proc: "Proc", message: "Record", *, peerid: int = 0, fds: "Mapping[str, Sequence[int]]" = NO_FDS
     ) -> None:
-        """Send a message; its descriptors are not the caller's any more.  Raises ValueError if it is too long."""
+        """Send a message, and take over its descriptors.  Raises ValueError if the message is too long."""
         channel = self.channels.get(proc)
         if channel is not None:
             channel.send(message, peerid=peerid, fds=fds)

@@ -1,4 +1,4 @@
-"""The command that has started the daemon, to start the program that is installed now in the same way."""
+"""The command line of this daemon, with which the newly installed program is started in the same way."""
 
 import os
 import sys
@@ -9,13 +9,13 @@ if TYPE_CHECKING:
 
 
 class Program:
-    """How vmd was started: where, and by which words."""
+    """How vmd was started: its directory and its command line."""
 
     def __init__(self, arguments: "Sequence[str]") -> None:
-        """`arguments` are the options.  Made at the start of the program, before it goes anywhere else."""
+        """`arguments` are the options.  Must be made before the program changes its directory."""
         try:
             self.directory = os.getcwd()
-        except OSError:  # it has been removed
+        except OSError:  # the directory was removed
             self.directory = "/"
         script = os.path.abspath(sys.argv[0])
         if os.access(script, os.X_OK):
@@ -26,5 +26,5 @@ class Program:
         self._arguments = list(arguments)
 
     def command(self, *options: str) -> list[str]:
-        """Return what starts it, with more options; to be run in `directory`."""
+        """Return the command line with more options.  It must be run in `directory`."""
         return [*self._start, *options, *self._arguments]

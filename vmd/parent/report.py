@@ -1,4 +1,4 @@
-"""What clients are told of VMs (*cat. 3.3*) and of configurations, as far as it fits a message."""
+"""Descriptions of VMs (*cat. 3.3*) and of configurations for clients, cut so that they fit into a message."""
 
 from vmd.config.check import ConfigErrors
 from vmd.ipc.messages.clients import Caller, DiskFile, NicInfo, VmFiles, VmInfo
@@ -12,18 +12,19 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from vmd.config.model import VmConfig
 
-# What is longer is cut: all that a VM has must fit a message, or nobody sees any VM.
+# Longer text is cut.  A description that does not fit into a message would make the whole list fail.
 PATH_BYTES_MAX = 1023
 REASON_BYTES_MAX = 1500
 NOTES_MAX = 30
-NOTES_BYTES_MAX = 12288  # of all together
-ERRORS_BYTES_MAX = 8000  # of the errors of a configuration; half of what a message has room for
+NOTES_BYTES_MAX = 12288  # of all notes together
+ERRORS_BYTES_MAX = 8000  # of all errors of a configuration; half of what fits into a message
 
 
 def describe(vm: Vm, nics: tuple[NicInfo, ...], caller: Caller) -> VmInfo:
-    """Return the status row of a VM: running ones show who started them.
+    """Return the status row of a VM.
 
-    Its files are shown to those who may control it; all else to everybody who may open the socket.
+    The paths of its files and its login are shown to users who may control it.  The rest is shown to all users who may
+    open the socket.
     """
     config = vm.running_config or vm.config
     gid, end = vm.config.owner.gid, vm.last_end
@@ -52,7 +53,7 @@ def describe(vm: Vm, nics: tuple[NicInfo, ...], caller: Caller) -> VmInfo:
 
 
 def files_of(config: "VmConfig") -> VmFiles:
-    """Return the files that a VM uses."""
+    """Return the paths of the files that a VM uses."""
 
     def shown(path: str) -> str:
         return brief(path, PATH_BYTES_MAX)
@@ -67,22 +68,22 @@ def files_of(config: "VmConfig") -> VmFiles:
 
 
 def log_of(config: "VmConfig") -> str:
-    """Return where a VM's console log is: by what is configured here, wherever the VM comes from."""
+    """Return the path of a VM's console log.  It is that of this host's configuration, also for a VM from elsewhere."""
     return brief(config.console_log.path_of(config.name), PATH_BYTES_MAX) if config.console_log is not None else ""
 
 
 def brief_notes(notes: list[str]) -> tuple[str, ...]:
-    """Return notes as far as they fit a message."""
+    """Return as many notes as fit into a message."""
     return tuple(fitting(notes, NOTES_MAX, NOTES_BYTES_MAX))
 
 
 def log_errors(errors: ConfigErrors) -> None:
-    """Log why a configuration was not taken, error by error."""
+    """Log the errors of a configuration, a line for each."""
     for line in (*str(errors).splitlines(), errors.summary):
         log.error(line)
 
 
 def brief_errors(errors: ConfigErrors) -> str:
-    """Return errors as far as they fit a message, a line for each, and what follows from them."""
+    """Return as many errors as fit into a message, a line for each, and their summary."""
     lines = str(errors).splitlines()
     return "\n".join((*fitting(lines, len(lines), ERRORS_BYTES_MAX), errors.summary))

@@ -1,4 +1,4 @@
-"""Opens terminals for VMs."""
+"""The pty of a VM's console."""
 
 import fcntl
 import os
@@ -12,13 +12,14 @@ from vmd.errors import HostError
 
 
 class Pty:
-    """The console of a VM: both sides of a pty in raw mode, kept over guest reboots.  Its master does not block.
+    """The pty of a VM's console in raw mode.  It is kept when the guest reboots.  Its master does not block.
 
-    The slave stays open here, else a console nobody looks at would hang up and turn output into input.
+    The slave stays open here.  Else a console without a viewer would hang up, and lose the raw mode: output would come
+    back as input.
     """
 
     def __init__(self, sides: tuple[int, int] | None = None) -> None:
-        """Open one, or take the `sides` of one that is there, which are ours from now on.  Raises HostError."""
+        """Open a pty, or take over the `sides` of an existing one.  Raises HostError."""
         try:
             self.master, self.slave = sides or os.openpty()
         except OSError as error:
@@ -33,9 +34,10 @@ class Pty:
             os.set_blocking(self.master, False)
 
     def give_to(self, uid: int, gid: int | None) -> None:
-        """Set owner and mode: nobody else opens it but the group of the VM, where it has one.
+        """Set owner and mode.  Only the owner and the group of the VM, if it has one, may open the pty.
 
-        Unlike vmd, group tty may not write to it (*cat. 4.3*): who may open a terminal may change how it works.
+        Unlike vmd, group tty may not write to it (*cat. 4.3*): a user who may open a terminal may also change its
+        settings.  Raises HostError.
         """
         group, mode = (-1, 0o600) if gid is None else (gid, 0o660)
         try:
@@ -45,21 +47,21 @@ class Pty:
             raise HostError(f"change the owner of {self.path}", error) from error
 
     def fds(self) -> dict[str, list[int]]:
-        """Return copies of master and slave for a VM process, which are the caller's.  Raises HostError."""
+        """Return copies of master and slave for a VM process.  The caller owns them.  Raises HostError."""
         master, slave = copy_all([self.master, self.slave], f"hand over {self.path}")
         return {"tty": [master], "tty_slave": [slave]}
 
     def write(self, data: bytes) -> int:
-        """Return how much of `data` the pty takes."""
+        """Write to the pty without waiting; return how many bytes it has taken."""
         try:
             return os.write(self.master, data)
         except OSError:  # full
             return 0
 
     def unread_bytes(self) -> int:
-        """Return how much output a viewer has not read yet; a hang-up would lose it.
+        """Return how many bytes of output no viewer has read yet.  A hang-up would lose them.
 
-        0 where that cannot be known: whoever may open the pty may give it a line discipline that does not say.
+        Return 0 if that is unknown: a user who may open the pty may set a line discipline that does not tell.
         """
         try:
             return int.from_bytes(fcntl.ioctl(self.slave, termios.FIONREAD, bytes(4)), sys.byteorder)
@@ -67,13 +69,13 @@ class Pty:
             return 0
 
     def close(self) -> None:
-        """Let the pty go; whoever has it open sees a hang-up."""
+        """Close the pty.  A program that has it open sees a hang-up."""
         close(self.master)
         close(self.slave)
 
 
 def copy_all(fds: Sequence[int], what: str) -> list[int]:
-    """Return copies of descriptors, all or none.  Raises HostError saying what was tried."""
+    """Return copies of descriptors, all or none.  Raises HostError; `what` names what was tried."""
     copies: list[int] = []
     try:
         for fd in fds:

@@ -24,25 +24,25 @@ if TYPE_CHECKING:
 USER = "_vmd"
 SOCKET_MODE = 0o660
 CONTROL_SOCKET = "control socket"
-SOCKET_BACKLOG = 64  # upstream's 5 turns away clients of a busy host
+SOCKET_BACKLOG = 64  # with upstream's 5, clients of a busy host are refused
 RUN_DIRECTORY = "/run/vmd"
 SYSLOG_SOCKET = "/dev/log"
 JOURNAL_SOCKET = "/run/systemd/journal/socket"
-KVM_GET_API_VERSION = 0xAE00  # <linux/kvm.h>; what else KVM can do is not the parent's business
+KVM_GET_API_VERSION = 0xAE00  # <linux/kvm.h>; the parent needs no other request
 KVM_API_VERSION = 12
 KVM = "/dev/kvm"
-KVM_WAIT_S = 30.0  # at boot: until udev has loaded the module
+KVM_WAIT_S = 30.0  # at boot, udev may not have loaded the module yet
 KVM_POLL_S = 0.1
-WATCHDOG_PINGS = 3  # in the time that systemd waits for one
-NOTIFY_S = 2.0  # for systemd to take a message: it may be busy, and must not keep us
+WATCHDOG_PINGS = 3  # pings within the time in which systemd expects one
+NOTIFY_S = 2.0  # how long to wait until systemd takes a message: a busy systemd must not block the daemon
 
 
 class NoKvm(OperatorError):
-    """This host has no KVM that can be used."""
+    """KVM cannot be used on this host."""
 
 
 def lookup_user() -> tuple[int, int]:
-    """Return uid and gid of the user our unprivileged processes run as."""
+    """Return uid and gid of the user that unprivileged processes run as.  Raises OperatorError."""
     try:
         user = pwd.getpwnam(USER)
     except KeyError:
@@ -53,7 +53,7 @@ def lookup_user() -> tuple[int, int]:
 
 
 def wait_for_kvm(timeout_s: float) -> int:
-    """Open /dev/kvm as soon as it is there.  Raises NoKvm."""
+    """Open /dev/kvm; wait for it if it does not exist yet.  Raises NoKvm."""
     deadline_s = time.monotonic() + timeout_s
     said = False
     while True:
@@ -69,7 +69,7 @@ def wait_for_kvm(timeout_s: float) -> int:
 
 
 def open_kvm() -> int:
-    """Open /dev/kvm; NoKvm says what to do when that fails."""
+    """Open /dev/kvm.  Raises NoKvm, which says what to do."""
     try:
         fd = os.open(KVM, os.O_RDWR | os.O_CLOEXEC)
         version = fcntl.ioctl(fd, KVM_GET_API_VERSION)
@@ -77,16 +77,16 @@ def open_kvm() -> int:
         advice = {
             errno.ENOENT: "load the module kvm_intel or kvm_amd, and enable virtualisation in the firmware",
             errno.ENODEV: "the processor or its firmware settings offer no virtualisation",
-            errno.ENOTTY: "this is something else",
+            errno.ENOTTY: "this is not a KVM device",
         }.get(error.errno or 0, "check the permissions of the device")
         raise NoKvm(error.errno or 0, f"{KVM}: {sentence(error)}: {advice}") from None
     if version != KVM_API_VERSION:
-        raise NoKvm(errno.ENOTSUP, f"{KVM}: version {version} of its interface, not {KVM_API_VERSION}")
+        raise NoKvm(errno.ENOTSUP, f"{KVM}: its API has version {version}, not {KVM_API_VERSION}")
     return fd
 
 
 def make_run_directory() -> None:
-    """Make the directory for what has to outlive a killed daemon; its children could not."""
+    """Make the directory for files that must outlive a killed daemon.  Children have no right to make it."""
     try:
         os.mkdir(RUN_DIRECTORY, 0o755)
     except FileExistsError:
@@ -96,9 +96,9 @@ def make_run_directory() -> None:
 
 
 def is_free(path: str, what: str = CONTROL_SOCKET, kind: int = socket.SOCK_SEQPACKET) -> bool:
-    """Return whether there is no socket; False for one that nobody serves.
+    """Return True if there is no socket at `path`, and False if there is one that no process serves.
 
-    Raises OperatorError if somebody serves it, which is another daemon if it is a control socket, or HostError.
+    Raises OperatorError if a process serves it, such as another daemon, or HostError.
     """
     with socket.socket(socket.AF_UNIX, kind) as probe:
         try:
@@ -116,9 +116,9 @@ def is_free(path: str, what: str = CONTROL_SOCKET, kind: int = socket.SOCK_SEQPA
 def listen(
     path: str, owner: Owner, *, what: str = CONTROL_SOCKET, kind: int = socket.SOCK_SEQPACKET
 ) -> socket.socket:
-    """Bind a socket; a stale one is replaced, one that is served is not.
+    """Bind a socket and listen.  A stale socket is replaced; one that a process serves is not.
 
-    Raises OperatorError or HostError naming the path.
+    Raises OperatorError or HostError, which name the path.
     """
     length = len(os.fsencode(path))
     if length > SOCKET_PATH_MAX:
@@ -151,7 +151,7 @@ def own_socket(path: str, owner: Owner, what: str = CONTROL_SOCKET) -> None:
 
 
 def remove_socket(path: str) -> None:
-    """Take a socket away."""
+    """Remove a socket."""
     with contextlib.suppress(OSError):
         os.unlink(path)
 
@@ -163,7 +163,7 @@ def _unlink_socket(path: str, what: str) -> None:
 
 
 def choose_log(debug: bool) -> str:
-    """Return the form of our log lines, with fd 2 made what that form needs."""
+    """Return the form of log lines.  For SYSLOG, make fd 2 the socket of syslog."""
     if debug:
         return STDERR
     if on_journal():
@@ -173,20 +173,20 @@ def choose_log(debug: bool) -> str:
         sink.connect(SYSLOG_SOCKET)
     except OSError:
         sink.close()
-        return STDERR  # a host without syslog: what is written there is better than nothing
+        return STDERR  # a host without syslog
     sink.setblocking(False)
     os.dup2(sink.detach(), 2)
     return SYSLOG
 
 
 def on_journal() -> bool:
-    """Return whether fd 2 is the stream that systemd made for us, and not inherited from another service's shell."""
+    """Return whether fd 2 is the journal's stream for this service, and not one inherited from another service."""
     status = os.fstat(2)
     return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
 
 
 def journal_socket() -> socket.socket | None:
-    """Return a socket for entries with fields of their own, if the journal takes them."""
+    """Return a socket for journal entries with fields; None if there is no journal."""
     sink = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     try:
         sink.connect(JOURNAL_SOCKET)
@@ -197,9 +197,9 @@ def journal_socket() -> socket.socket | None:
 
 
 def notify(state: str, fds: tuple[int, ...] = ()) -> bool:
-    """Tell systemd, if it is listening (sd_notify(3)); return whether there is nobody to tell, or it was told.
+    """Send a message to systemd (sd_notify(3)).  Return False if that fails; True without systemd, too.
 
-    What cannot be told within NOTIFY_S is no reason to stop what we are at.
+    A message that systemd does not take within NOTIFY_S is dropped.
     """
     path = os.environ.get("NOTIFY_SOCKET", "")
     if not path:
@@ -221,14 +221,14 @@ def notify_ready() -> None:
 
 
 def watchdog_s() -> float:
-    """Return how often systemd wants to hear from this process, in seconds (sd_watchdog_enabled(3)); 0: not at all."""
+    """Return the period of systemd's watchdog in seconds; 0 if there is none (sd_watchdog_enabled(3))."""
     pid, period_us = os.environ.get("WATCHDOG_PID", ""), os.environ.get("WATCHDOG_USEC", "")
     ours = pid in ("", str(os.getpid()))
     return int(period_us) / 1e6 if ours and period_us.isascii() and period_us.isdigit() else 0.0
 
 
 def keep_alive(loop: "Loop") -> None:
-    """Tell systemd time and again that the loop runs, if it wants to hear that."""
+    """Ping systemd's watchdog periodically while the loop runs, if systemd asks for it."""
     period_s = watchdog_s()
 
     def tell() -> None:
@@ -236,12 +236,15 @@ def keep_alive(loop: "Loop") -> None:
         notify("WATCHDOG=1")
 
     if period_s:
-        faulthandler.enable()  # systemd aborts a daemon that is stuck: where it was is said then
+        faulthandler.enable()  # prints a traceback when systemd aborts a daemon that is stuck
         tell()
 
 
 def daemonize() -> Callable[[], None]:
-    """Go to the background.  Our starter waits until the returned function is called, or fails with us."""
+    """Go to the background.  The process that started the daemon waits until the returned function is called.
+
+    If the daemon ends before that, that process fails.
+    """
     reader, writer = os.pipe2(os.O_CLOEXEC)
     if fork("go to the background"):
         close(writer)

@@ -1,14 +1,14 @@
-"""A memory file that always holds something whole, whenever its writer is killed: two slots, written in turn.
+"""A memory file whose content is complete at any moment its writer is killed: two slots, written in turn.
 
     page 0   two headers of 64 bytes: magic, sequence number, offset and length of the content, digest of all this
-    then     the contents, where there is room beside the one that counts; behind a content what has changed since
+    then     the contents, each where it does not overlap the current one; after a content the changes to it
 
-The content that counts is that of the valid header with the higher number.  The other slot is what is written next:
-first its content, and then its header.  A write that is cut anywhere leaves a header that is not valid, or the old one.
+The current content is that of the valid header with the higher sequence number.  The other slot is written next: first
+its content, and then its header.  A write that is interrupted leaves an invalid header, or the old one.
 
-A change has a header of its own, of 40 bytes: its length, and a digest of it, the sequence number of the content, and
-how many changes come before it.  The first one that is not valid ends them.  Whoever knows of no changes must not take
-a content without them: one that may have some has another magic.
+A change has a header of 40 bytes: its length, and a digest.  The digest covers the change, the sequence number of the
+content, and the number of changes before it.  The first invalid change ends the list.  A content that may have changes
+has another magic, so that a version that does not know changes does not read it without them.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ MAGIC, FOLLOWED = b"vmdstate", b"vmdstat2"
 CHANGE = struct.Struct("<Q32s")  # length, digest
 SLOTS = 2
 FIRST = mmap.PAGESIZE  # where contents begin
-CONTENT_MAX = 1 << 28  # bytes; nothing that a daemon knows is longer
+CONTENT_MAX = 1 << 28  # bytes; no state of a daemon is longer
 
 
 class Slot:
@@ -38,36 +38,36 @@ class Slot:
         self.index = index
         self.sequence = sequence
         self.offset = offset
-        self.first = self.end = end  # where changes begin, and where the next one would
-        self.followed = followed  # by changes, perhaps
-        self.changes: list[bytes] = []  # as they were found
+        self.first = self.end = end  # the offsets of the first change, and of the next one
+        self.followed = followed  # changes may follow it
+        self.changes: list[bytes] = []  # those that were found when it was read
         self.count = 0  # of changes
 
 
 class StateMemory:
-    """The memory file.  `close` it when it is of no use any more."""
+    """The memory file.  `close` ends its use."""
 
     def __init__(self, fd: int) -> None:
-        """Take a memory file with what it holds; `fd` is ours from now on."""
+        """Use an existing memory file, and take over `fd`."""
         self.fd = fd
-        self._written: Slot | None = None  # by us
+        self._written: Slot | None = None  # the slot that was written by this object last
 
     @classmethod
     def create(cls) -> "Self":
-        """Make an empty one.  Raises OSError."""
+        """Make an empty memory file.  Raises OSError."""
         return cls(memory_file("vmd-state"))
 
     def read(self) -> list[bytes]:
-        """Return the content that counts and its changes; nothing if there is none, or none whole.  Raises OSError."""
+        """Return the current content and its changes; an empty list if there is no valid one.  Raises OSError."""
         slot = self._newest()
         if slot is None:
             return []
         return [os.pread(self.fd, slot.first - slot.offset, slot.offset), *slot.changes]
 
     def write(self, content: bytes, *, followed: bool = False) -> None:
-        """Have a content count instead of the one before.  `followed`: changes may be added to it.
+        """Write a content, which becomes the current one.  `followed`: changes may be added to it.
 
-        Raises OSError; the one before counts then.
+        Raises OSError; then the content before stays the current one.
         """
         before = self._written or self._newest()
         index, sequence, offset = 0, 1, FIRST
@@ -78,7 +78,7 @@ class StateMemory:
         self._written = None
         write_all(self.fd, content, offset)
         self._put(index, header(sequence, offset, content, FOLLOWED if followed else MAGIC))
-        if followed:  # nor may they take what was written before it
+        if followed:  # invalidate the old slot, so that a version that does not know changes cannot read it either
             self._put((index + 1) % SLOTS, bytes(HEADER.size))
         end = offset + len(content)
         os.ftruncate(self.fd, max(end, before.end if before is not None else 0))
@@ -86,12 +86,12 @@ class StateMemory:
 
     @property
     def takes_changes(self) -> bool:
-        """Whether a change can be added: not before there is a content of ours, nor to many changes already."""
+        """Whether a change can be added: to a content of this object, while changes are no longer than the content."""
         slot = self._written
         return slot is not None and slot.followed and slot.end - slot.first <= slot.first - slot.offset
 
     def add(self, change: bytes) -> None:
-        """Add a change to the content that counts.  Raises OSError; it does not count then."""
+        """Add a change to the current content.  Raises OSError; then the change does not count."""
         slot = self._written
         assert slot is not None
         assert slot.followed
@@ -136,7 +136,7 @@ class StateMemory:
         return change if len(change) == length and digest_of(slot, change) == digest else None
 
     def close(self) -> None:
-        """Let it go."""
+        """Close the memory file."""
         close(self.fd)
 
 
@@ -154,7 +154,7 @@ def digest_of(slot: Slot, change: bytes) -> bytes:
 
 
 def write_all(fd: int, raw: bytes, offset: int) -> None:
-    """Write all of it.  Raises OSError."""
+    """Write all bytes at an offset.  Raises OSError."""
     rest = memoryview(raw)
     while rest:
         written = os.pwrite(fd, rest, offset)

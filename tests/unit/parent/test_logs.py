@@ -13,7 +13,7 @@ from vmd.parent.core import Core
 from vmd.parent.logs import SHUT_S, Logs
 from vmd.parent.vmtable import Vm
 
-SHUT = "vm a: one of its processes has shut down its log: no more of it until its next start"
+SHUT = "vm a: one of its processes has shut down its log: nothing is logged till its next start"
 
 
 class Loop:

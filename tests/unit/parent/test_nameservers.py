@@ -59,7 +59,7 @@ def test_nobody_to_ask(sockets: Path, tmp_path: Path) -> None:
     assert servers((), [str(path)]) == ((), ())
     assert problem(((), ()), HOST4, b"", [str(path)]) == (
         f"the host has no name server that guests can reach (it has 127.0.0.53, fe80::1%eth0 in {path}), "
-        "and answers no questions itself on 100.64.1.2: write `local dns ADDRESS` in vm.conf"
+        "and none listens on its own address 100.64.1.2: write `local dns ADDRESS` in vm.conf"
     )
     sockets.unlink()
     assert f"({path}.x has none)" in problem(((), ()), HOST4, b"", [f"{path}.x"])

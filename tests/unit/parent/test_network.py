@@ -359,7 +359,7 @@ def test_a_host_without_name_servers_for_guests_is_warned_of(
     vm, _ = launch(parent, VmConfig(name="a", nics=(NicConfig(), NicConfig(local=True), NicConfig(local=True))))
     made(parent)
     assert len(vm.notes) == 2
-    assert vm.notes[0].endswith("on 100.64.1.4: write `local dns ADDRESS` in vm.conf")
+    assert vm.notes[0].endswith("address 100.64.1.4: write `local dns ADDRESS` in vm.conf")
 
     serve(parent, vm, 1)
     assert [(trouble.device, trouble.text) for trouble in wrong(parent, 1)] == [
