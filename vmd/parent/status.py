@@ -1,4 +1,4 @@
-"""What there is: the list of VMs, that of switches, and the interfaces of a VM with what its devices say."""
+"""The list of VMs, the list of switches, and the interfaces of one VM with the reports of its devices."""
 
 from vmd.ipc.devmsg import COUNTER_NAMES, COUNTERS_LEAST
 from vmd.ipc.messages.clients import (
@@ -30,36 +30,36 @@ if TYPE_CHECKING:
 
 
 COUNT_TIMEOUT_S = 5.0
-BATCH = 64  # VMs
-SHOWN = ("locked", "mtu", "guest4", "host4", "length4", "prefix6")  # of NicLink
-TROUBLES_MAX = 32  # of the devices of a VM, as far as they are shown
+BATCH = 64  # VMs in one turn of the loop
+SHOWN = ("locked", "mtu", "guest4", "host4", "length4", "prefix6")  # fields of NicLink that clients see
+TROUBLES_MAX = 32  # troubles of a VM's devices that are shown; further ones are dropped
 
 
 class Counting:
-    """What was asked about a VM, and what has been answered so far: by its process, and by priv."""
+    """The questions about a VM to its process and to priv, and the answers so far."""
 
     def __init__(self) -> None:
-        self.asked = 0  # answers that are to come
+        self.asked = 0  # answers that have not come yet
         self.asks_priv = False  # one of them is priv's
         self.nics: tuple[NicCounters, ...] = ()
         self.troubles: tuple[Trouble, ...] = ()
 
 
 class Status:
-    """The room of those who look."""
+    """The room of status."""
 
     def __init__(self, core: "Core", network: "Network", console_logs: "ConsoleLogs") -> None:
         self.core = core
         self.network = network
         self.console_logs = console_logs
-        self.counting: dict[int, Counting] = {}  # by vmid, of VMs that have been asked
+        self.counting: dict[int, Counting] = {}  # by vmid: VMs that were asked and have not answered
 
     def serve_list(self, _message: ListRequest, caller: Caller, envelope: "Envelope") -> None:
-        """Describe every VM; whoever may open the socket sees them all (*cat. 3.3*)."""
+        """Describe all VMs.  All users who may open the socket see all of them (*cat. 3.3*)."""
         self._list(list(self.core.vms), caller, envelope.peerid)
 
     def _list(self, vms: list[Vm], caller: Caller, client: int) -> None:
-        """Describe some VMs at a time, so that others are served meanwhile."""
+        """Describe VMs in batches, so that other messages are served in between."""
         for vm in vms[:BATCH]:
             if self.core.vms.find(vm.vmid, "") is vm:
                 self.core.clients.answer(client, describe(vm, self.infos(vm), caller))
@@ -70,18 +70,18 @@ class Status:
             self.core.clients.answer(client, End())
 
     def serve_switches(self, _message: SwitchesRequest, _caller: Caller, envelope: "Envelope") -> None:
-        """Name every switch; whoever may open the socket sees them all."""
+        """List all switches.  All users who may open the socket see all of them."""
         for switch in self.core.config.switches:
             self.core.clients.answer(envelope.peerid, SwitchInfo(name=switch.name, interface=switch.interface))
         self.core.clients.answer(envelope.peerid, End())
 
     def serve_nics(self, message: NicsRequest, _caller: Caller, envelope: "Envelope") -> None:
-        """Describe the interfaces of a VM to a client, with what they have done if the VM says so in time.
+        """Describe the interfaces of a VM, and the troubles of its devices.
 
-        What is wrong with any of its devices comes with that.  Every user of the socket may see them, as they may see
-        the list.
+        Counters and troubles of devices are left out if the VM does not answer in time.  All users who may see the list
+        of VMs may see this.
 
-        A VM is asked one thing at a time: many who want to know must not be a burden to it, or to its owner.
+        A VM is asked one question at a time, which serves all clients that wait.  So many clients do not slow it down.
         """
         vm, client = self.core.vms.get(message.vmid, message.name), envelope.peerid
         if not vm.pid:
@@ -105,11 +105,11 @@ class Status:
         self.core.loop.call_later(COUNT_TIMEOUT_S, give_up)
 
     def on_reported(self, message: DevicesReported, _envelope: "Envelope") -> None:
-        """Take what the VM says, which may be anything."""
+        """Take the answer of the VM, which is not trusted."""
         self._take(message.vmid, message.nics, message.troubles[:TROUBLES_MAX])
 
     def on_drops(self, message: DropsReported, _envelope: "Envelope") -> None:
-        """Take what priv says."""
+        """Take the answer of priv."""
         self.network.priv.answered()
         counting = self.counting.get(message.vmid)
         if counting is None or not counting.asks_priv:
@@ -118,14 +118,14 @@ class Status:
         self._take(message.vmid, (), message.troubles)
 
     def on_priv_lost(self) -> None:
-        """Wait for priv no more."""
+        """priv has ended: stop waiting for its answers."""
         for vmid, counting in list(self.counting.items()):
             if counting.asks_priv:
                 counting.asks_priv = False
                 self._take(vmid, (), ())
 
     def _take(self, vmid: int, nics: tuple[NicCounters, ...], troubles: tuple[Trouble, ...]) -> None:
-        """Take an answer; with the last one all who wait are answered."""
+        """Take an answer.  With the last one, answer all clients that wait."""
         counting = self.counting.get(vmid)
         if counting is None:
             return
@@ -136,7 +136,7 @@ class Status:
             self.answer_devices(vmid)
 
     def answer_devices(self, vmid: int) -> None:
-        """Answer all who wait: everything has been said, or the VM is gone and will say nothing more."""
+        """Answer all clients that wait: all answers are there, or the VM has ended."""
         counting = self.counting.pop(vmid, None) or Counting()
         for client in self.core.clients.take(For.DEVICES, vmid):
             self._answer(vmid, client, counting.nics, counting.troubles)
@@ -164,7 +164,7 @@ class Status:
         self.core.clients.answer(client, End())
 
     def infos(self, vm: Vm) -> tuple[NicInfo, ...]:
-        """Return the interfaces of a VM, or those that it is to have, without counters."""
+        """Return the interfaces of a VM without counters; those of its configuration if it has no taps."""
         taps = self.network.taps.get(vm.vmid)
         infos = []
         for index, nic in enumerate(taps.nics if taps else (vm.running_config or vm.config).nics):

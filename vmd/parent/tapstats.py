@@ -1,19 +1,19 @@
-"""What has passed a tap, as the kernel counts it, whoever moves the frames (linux/if_link.h)."""
+"""The kernel's counters of a tap (linux/if_link.h).  They count all frames, also those that vhost-net moves."""
 
 import socket
 from struct import Struct
 
 from vmd.netlink import NLM_F_REQUEST, NLMSGHDR, RTATTR
 
-IF_STATS_MSG = Struct("=BxxxII")  # family, index of the interface, which statistics
+IF_STATS_MSG = Struct("=BxxxII")  # family, index of the interface, mask of statistics
 RTM_NEWSTATS, RTM_GETSTATS = 92, 94
 IFLA_STATS_LINK_64 = 1
-STATS = Struct("=QQQQ")  # rtnl_link_stats64 begins so: packets received, sent, bytes received, sent
+STATS = Struct("=QQQQ")  # the begin of rtnl_link_stats64: packets received, sent, bytes received, sent
 ANSWER_MAX = 8192
 
 
 class TapStats:
-    """A socket to the kernel, opened when it is needed first."""
+    """A netlink socket, which is opened at its first use."""
 
     def __init__(self) -> None:
         self._socket: socket.socket | None = None
@@ -25,9 +25,9 @@ class TapStats:
             self._socket = None
 
     def of(self, index: int) -> dict[str, int]:
-        """Return the figures of an interface by the index of its tap; {} if the kernel does not say.
+        """Return the counters of an interface by the index of its tap; {} if the kernel has none.
 
-        What a tap receives, the guest has sent.
+        They are the guest's: a frame that the tap has received was sent by the guest.
         """
         try:
             if self._socket is None:
@@ -40,7 +40,7 @@ class TapStats:
             return {}
         at = NLMSGHDR.size + IF_STATS_MSG.size
         if len(answer) < at + RTATTR.size + STATS.size:
-            return {}  # an error: it is gone
+            return {}  # an error: the tap is gone
         _, kind, *_ = NLMSGHDR.unpack_from(answer)
         _, found, *_ = IF_STATS_MSG.unpack_from(answer, NLMSGHDR.size)
         _, attribute = RTATTR.unpack_from(answer, at)

@@ -1,7 +1,8 @@
-"""What has begun to wait for its limits, as an event: somebody may wonder why a guest is slow.
+"""The event `throttled`: a disk, an interface or the vCPUs of a VM have begun to wait because of a limit.
 
-Only VMs with limits are looked at, and nobody is asked or woken for it: devices and the kernel count for how long
-something has waited.  A device that waits again and again is one event, until it has not waited for a while.
+It shows why a guest is slow.  Only VMs with limits are examined.  Devices and the kernel count how long something has
+waited, so no process is asked or woken.  A device that waits repeatedly is one event, until it has not waited for some
+time.
 """
 
 import time
@@ -18,35 +19,35 @@ if TYPE_CHECKING:
     from vmd.parent.core import Core
     from vmd.parent.vmtable import Vm
 
-LOOK_S = 10.0
-LEAST_NS = 100_000_000  # of waiting between two looks; less says nothing
-QUIET_LOOKS = 6  # without waiting; what waits after that is news
+LOOK_S = 10.0  # between two looks
+LEAST_NS = 100_000_000  # less waiting than this between two looks does not count
+QUIET_LOOKS = 6  # looks without waiting, after which waiting is an event again
 
 
 class Known(Record):
-    """What was seen of a device that has a limit, or of the processors: how long it has waited in its life."""
+    """What the last look has found of a device with a limit, or of the vCPUs."""
 
-    waited_ns: int
-    quiet: int = QUIET_LOOKS  # looks without waiting, as far as they count
+    waited_ns: int  # in its whole life
+    quiet: int = QUIET_LOOKS  # looks without waiting since it has waited, at most QUIET_LOOKS
 
 
 class Throttles:
-    """The room of those who wait for limits."""
+    """The room of the event `throttled`."""
 
     def __init__(self, core: "Core") -> None:
         self.core = core
-        self._known: dict[tuple[int, str], Known] = {}  # by VM and device; "": its processors
+        self._known: dict[tuple[int, str], Known] = {}  # by VM and device; device "" stands for the vCPUs
         self._looked_s = 0.0
-        self._looking = False  # there is a next look
+        self._looking = False  # a timer will look again
 
     def begin(self, only: "Vm | None" = None) -> None:
-        """Some VM may have limits, or this one: look every now and then, as long as one has."""
+        """A VM may have got limits, perhaps `only` this one.  Look periodically while a VM with limits runs."""
         vms = (only,) if only is not None else self.core.vms
         if not self._looking and any(vm.pid and limited(vm.running_config or vm.config) for vm in vms):
             self._look()
 
     def _look(self) -> None:
-        """Look at all, and come back."""
+        """Examine all VMs, and plan the next look."""
         now_s, mounts = time.monotonic(), read("/proc/self/mountinfo")
         spent_s, self._looked_s = now_s - self._looked_s, now_s
         before, self._known = self._known, {}
@@ -56,7 +57,7 @@ class Throttles:
                 continue
             for device, limit, waited_ns in waits(vm, config, mounts):
                 known = before.get((vm.vmid, device))
-                if known is None or waited_ns < known.waited_ns:  # another life of its guest
+                if known is None or waited_ns < known.waited_ns:  # the VM was started again
                     now = Known(waited_ns=waited_ns)
                 elif waited_ns - known.waited_ns < LEAST_NS:
                     now = Known(waited_ns=waited_ns, quiet=min(known.quiet + 1, QUIET_LOOKS))
@@ -73,15 +74,15 @@ class Throttles:
 
 
 def limited(config: "VmConfig") -> bool:
-    """Return whether anything of a VM may have to wait."""
+    """Return whether a configuration has a limit that makes something wait."""
     devices = any(disk.iops_limit or disk.rate_limit for disk in config.disks)
     return devices or any(nic.rate_limit for nic in config.nics) or bool(config.limit.cpu_percent)
 
 
 def waits(vm: "Vm", config: "VmConfig", mounts: str) -> "Iterator[tuple[str, str, int]]":
-    """Yield what of a VM has a limit: device, limit in words of vm.conf, and how long it has waited in its life.
+    """Yield for each limit of a VM: device, limit in words of vm.conf, and how long the device has waited in its life.
 
-    Devices are processes of the VM, which can claim anything.
+    The numbers come from processes of the VM and are not to be trusted.
     """
     if config.limit.cpu_percent:
         group = group_of(mounts, vm.pid)

@@ -1,7 +1,7 @@
-"""Upgrade in place: the program that is installed now takes the place of this one, in the same process.
+"""Upgrade in place: this process executes the newly installed program.
 
-First it rehearses: it is started as a process of its own, with a copy of what this daemon knows, and says whether it
-could go on from there (`vmd --check-adopt`).
+First comes a rehearsal: the new program is started as another process with a copy of this daemon's state, and says
+whether it could take over (`vmd --check-adopt`).
 """
 
 import errno
@@ -28,23 +28,26 @@ if TYPE_CHECKING:
     from vmd.parent.program import Program
 
 CHECK = "--check-adopt"
-REHEARSAL_S = 120.0  # for the program to start, and to have looked at everything
-SAID_MAX = 16_384  # bytes of what it says
-PIPE_BYTES = 1 << 16  # that a pipe holds: one read has all that a program has said before its end
+REHEARSAL_S = 120.0  # a rehearsal must end within this time
+SAID_MAX = 16_384  # bytes of output that are kept
+PIPE_BYTES = 1 << 16  # size of a pipe: one read returns all output that is left when the program has ended
 
 
 class Rehearsal:
-    """The new program, started to see whether it could go on."""
+    """The new program, which is started to check whether it could take over."""
 
     def __init__(self, loop: "Loop", program: "Program", state_fd: int, done: "Callable[[str], None]") -> None:
-        """`done` is called once, with the reason if it could not.  `state_fd` stays the caller's.  Raises HostError."""
+        """`done` is called once with the reason why it cannot take over; empty if it can.
+
+        The caller keeps `state_fd`.  Raises HostError.
+        """
         self._loop = loop
         self._done = done
         self._said = b""
         self._late = False
         command = program.command(CHECK)
         environment = store.environment({"state": state_fd})
-        environment.pop("NOTIFY_SOCKET", None)  # it has nothing to say there
+        environment.pop("NOTIFY_SOCKET", None)  # it must not notify the service manager
         try:
             self._process = subprocess.Popen(
                 command, cwd=program.directory, env=environment, pass_fds=[state_fd], stdin=subprocess.DEVNULL,
@@ -65,7 +68,7 @@ class Rehearsal:
             self._loop.remove(self._output.fileno())
 
     def _read(self) -> bool:
-        """Take what it has said; return whether it may say more."""
+        """Read its output; return whether there may be more."""
         try:
             piece = os.read(self._output.fileno(), PIPE_BYTES)
         except BlockingIOError:
@@ -86,12 +89,12 @@ class Rehearsal:
 
     def _on_late(self) -> None:
         self._late = True
-        self._process.kill()  # it is reaped when it has ended: storage may keep it
-        self._done(f"it has not come to an end in {REHEARSAL_S:.0f} s")
+        self._process.kill()  # `_on_end` reaps it: storage may delay its end
+        self._done(f"it did not end within {REHEARSAL_S:.0f} s")
 
 
 def in_words(said: str, status: int) -> str:
-    """Return why a rehearsal has failed, from what was said in it."""
+    """Return why a rehearsal has failed, from its output and its exit status."""
     lines = [line.removeprefix("vmd: ") for line in said.strip().splitlines()]
     if lines and lines[0].startswith("Traceback "):
         log.error(said)
@@ -111,7 +114,7 @@ class Upgrade:
         self._rehearsal: Rehearsal | None = None
 
     def serve(self, message: UpgradeRequest, _caller: Caller, envelope: "Envelope") -> None:
-        """Have the new program rehearse and, unless that was all, take our place."""
+        """Start a rehearsal of the new program.  If it succeeds, execute the program, unless only that was asked."""
         if self._rehearsal is not None:
             raise OperatorError(errno.EBUSY, "an upgrade is under way")
         assert self.program is not None
@@ -127,14 +130,14 @@ class Upgrade:
         self.core.clients.wait(envelope.peerid, For.UPGRADE)
 
     def serve_generations(self, _message: GenerationsRequest, _caller: Caller, envelope: "Envelope") -> None:
-        """Say which versions serve VMs."""
+        """Answer with the version and number of VMs of each vmm."""
         for each in self.generations:
             row = GenerationInfo(number=each.number, version=each.version, vms=len(self.generations.vms(each)))
             self.core.clients.answer(envelope.peerid, row)
         self.core.clients.answer(envelope.peerid, End())
 
     def _on_rehearsed(self, trouble: str) -> None:
-        """Answer whoever has asked for the rehearsal alone."""
+        """Answer the client that has asked for a rehearsal only."""
         self._rehearsal = None
         if trouble:
             self._fail(trouble)
@@ -142,7 +145,7 @@ class Upgrade:
             self.core.clients.answer_all(For.UPGRADE, 0, Ok())
 
     def _take_place(self, trouble: str) -> None:
-        """Have the new program take our place if it could go on; the connections of all clients end with that."""
+        """Execute the new program if it can take over.  The connections of all clients end with that."""
         self._rehearsal = None
         if not trouble:
             log.info("upgrade: the version that is installed now takes over")
@@ -153,7 +156,7 @@ class Upgrade:
         self._fail(trouble)
 
     def _execute(self) -> None:
-        """Have the program that is installed now take our place.  Raises OSError; then we go on."""
+        """Execute the installed program in this process.  Raises OSError; then this daemon goes on."""
         assert self.program is not None
         lasting, scores = self._lasting, self._life.scores
         lasting.plan(planned=True)
@@ -163,7 +166,7 @@ class Upgrade:
             if scores is not None:
                 scores.give_back()
             lasting.store.execute(self.program.command())
-        finally:  # it has failed
+        finally:  # reached only if `execute` has failed
             lasting.plan(planned=False)
             lasting.write()
             os.chdir("/")

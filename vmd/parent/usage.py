@@ -1,17 +1,17 @@
-"""What a VM costs the host: the memory that its guest has used, that of its processes, and their processor time.
+"""What a VM uses of the host: the memory that its guest has touched, the memory of its processes, and processor time.
 
-Only files of /proc that need no right to look into other processes are read: not every vmd has CAP_SYS_PTRACE.
+Only files of /proc that are readable without CAP_SYS_PTRACE are read, because not every vmd has it.
 """
 
 import os
 
 TICK_NS = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
-BLOCK_BYTES = 512  # st_blocks, whatever the file system
+BLOCK_BYTES = 512  # unit of st_blocks on all file systems
 
 
 def host_pid(pidfd: int) -> int:
-    """Return the pid that this host has for the process of a pidfd; 0 if it is gone, or that is no pidfd."""
+    """Return the pid of a pidfd's process on this host; 0 if the process has ended, or `pidfd` is no pidfd."""
     try:
         with open(f"/proc/self/fdinfo/{pidfd}", encoding="ascii") as info:
             return max([0, *(int(line.split()[1]) for line in info if line.startswith("Pid:"))])
@@ -20,20 +20,20 @@ def host_pid(pidfd: int) -> int:
 
 
 def used_bytes(memory: int | None, pid: int) -> int:
-    """Return the memory that a VM uses: what its guest has touched, and what is its processes' own.
+    """Return the memory that a VM uses: what its guest has touched, and the private memory of its processes.
 
-    `memory` is the guest's; `pid` the VM's process, whose children are its devices.
+    `memory` is the descriptor of the guest's memory.  `pid` is the VM's process; its children are the devices.
     """
     return guest_bytes(memory) + sum(private_bytes(each) for each in (pid, *children(pid)))
 
 
 def guest_bytes(memory: int | None) -> int:
-    """Return how much of its memory a guest has touched."""
+    """Return how many bytes of its memory a guest has touched."""
     return os.fstat(memory).st_blocks * BLOCK_BYTES if memory is not None else 0
 
 
 def private_bytes(pid: int) -> int:
-    """Return the memory that a process shares with no file and no other process; 0 if it is gone."""
+    """Return the private memory of a process, without files and shared memory; 0 if it has ended."""
     try:
         with open(f"/proc/{pid}/statm", encoding="ascii") as statm:
             _, resident, shared, *_ = statm.read().split()
@@ -43,7 +43,7 @@ def private_bytes(pid: int) -> int:
 
 
 def children(pid: int) -> list[int]:
-    """Return the processes that the first thread of a process has started."""
+    """Return the children that the first thread of a process has started."""
     try:
         with open(f"/proc/{pid}/task/{pid}/children", encoding="ascii") as listing:
             return [int(word) for word in listing.read().split()]
@@ -52,17 +52,17 @@ def children(pid: int) -> list[int]:
 
 
 def cpu_ns(pid: int) -> int:
-    """Return for how long the threads of a process have had a processor, in ticks; 0 if it is gone."""
+    """Return the processor time of all threads of a process, in the precision of a tick; 0 if it has ended."""
     try:
         with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as stat:
-            words = stat.read().rpartition(")")[2].split()  # its name may be anything
+            words = stat.read().rpartition(")")[2].split()  # its name, in brackets, may have any character
             return (int(words[11]) + int(words[12])) * TICK_NS
     except (OSError, ValueError, IndexError):
         return 0
 
 
 def thread_ns(pid: int, thread: int) -> int:
-    """Return for how long a thread has had a processor; 0 if it is gone, or this kernel does not say."""
+    """Return the processor time of a thread; 0 if it has ended, or this kernel has no schedstat."""
     try:
         with open(f"/proc/{pid}/task/{thread}/schedstat", encoding="ascii") as schedstat:
             return int(schedstat.read().split()[0])
@@ -71,12 +71,12 @@ def thread_ns(pid: int, thread: int) -> int:
 
 
 def threads(pid: int) -> dict[str, int]:
-    """Return the threads of a process by the names that it has given them."""
+    """Return the thread ids of a process by the names of the threads."""
     found = {}
     try:
         for thread in os.listdir(f"/proc/{pid}/task"):
             with open(f"/proc/{pid}/task/{thread}/comm", encoding="utf-8", errors="replace") as comm:
                 found[comm.read().rstrip("\n")] = int(thread)
     except (OSError, ValueError):
-        pass  # it has just ended, or one of its threads has
+        pass  # the process, or one of its threads, has just ended
     return found

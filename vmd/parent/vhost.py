@@ -1,8 +1,8 @@
-"""What the kernel needs to move the frames of an interface itself (vhost-net): /dev/vhost-net, and a packet socket.
+"""The descriptors of an interface whose frames the kernel moves (vhost-net): /dev/vhost-net, and a packet socket.
 
-By the socket the process of the interface hears what its guest says to it, and answers.  A filter (classic BPF), which
-is locked, lets it hear nothing else.  Both are opened anew for each life of a guest, and nobody keeps them:
-/dev/vhost-net belongs to the process that uses it first.
+The process of the interface uses the socket to receive the guest's packets that it has to know, and to answer them.  A
+locked filter (classic BPF) keeps all other packets from it.  Both are opened for each start of a guest and are not
+kept, because /dev/vhost-net belongs to the process that uses it first.
 """
 
 import errno
@@ -28,7 +28,7 @@ ETH_P_ALL = 3
 BUFFER_BYTES = 64 << 10
 FPROG = Struct("=H6xQ")  # sock_fprog: number of instructions, where they are
 
-# linux/filter.h: what is loaded, and what jumps.  Offsets count from the Ethernet header.
+# linux/filter.h: codes of instructions that load and that jump.  Offsets count from the Ethernet header.
 WORD, HALF, BYTE, HEADER_LENGTH, WORD_BEHIND_HEADER = 0x20, 0x28, 0x30, 0xB1, 0x40
 EQUAL, ANY_BIT, RETURN = 0x15, 0x45, 0x06
 ANCILLARY, PACKET_TYPE, VLAN_TAG_PRESENT = 0xFFFFF000, 4, 48  # SKF_AD_OFF, SKF_AD_PKTTYPE, SKF_AD_VLAN_TAG_PRESENT
@@ -39,16 +39,16 @@ IP4, IP4_FRAGMENT, IP4_PROTOCOL = 14, 20, 23
 IP6_NEXT, ICMP6_TYPE = 20, 54
 UDP, ICMPV6 = 17, 58
 CLIENT_TO_SERVER = 68 << 16 | 67
-FRAGMENT = 0x3FFF  # more of them follow, or it is not the first
+FRAGMENT = 0x3FFF  # flag "more fragments", and the fragment offset
 ROUTER_SOLICITATION, NEIGHBOUR_ADVERTISEMENT = 133, 136
 
 
 def load(code: int, at: int) -> bytes:
-    """Return an instruction that loads what stands somewhere."""
+    """Return an instruction that loads from an offset."""
     return instruction(code, at)
 
 
-# Tests: what is loaded, a jump, its value, and whether it has to be taken.
+# Tests: the loading instructions, a jump, its value, and whether the jump has to be taken.
 FROM_THE_GUEST = (
     (load(WORD, ANCILLARY + PACKET_TYPE), EQUAL, PACKET_OUTGOING, False),
     (load(WORD, ANCILLARY + VLAN_TAG_PRESENT), EQUAL, 0, True),
@@ -72,7 +72,11 @@ def icmpv6(kind: int) -> "tuple[tuple[bytes, int, int, bool], ...]":
 
 
 def program(*, local: bool) -> bytes:
-    """Return the filter: of a `local` interface DHCP and router solicitations; else what tells addresses."""
+    """Return the filter.
+
+    For a `local` interface it accepts DHCP requests and router solicitations.  For another one it accepts the packets
+    that tell a guest's address: ARP and neighbour advertisements.
+    """
     if local:
         return _any_of(DHCP_REQUEST, icmpv6(ROUTER_SOLICITATION))
     return _any_of(ARP_PACKET, icmpv6(NEIGHBOUR_ADVERTISEMENT))
@@ -83,7 +87,7 @@ def _any_of(*cases: "tuple[tuple[bytes, int, int, bool], ...]") -> bytes:
 
 
 def _all_of(*tests: "tuple[bytes, int, int, bool]") -> bytes:
-    """Return instructions that accept a frame if all tests hold, and else go on behind themselves."""
+    """Return instructions that accept a frame if all tests hold, and else continue after the last of them."""
     body = b""
     left = sum(len(loads) // 8 + 1 for loads, *_ in tests) + 1
     for loads, jump, value, wanted in tests:
@@ -93,7 +97,7 @@ def _all_of(*tests: "tuple[bytes, int, int, bool]") -> bytes:
 
 
 def lacking() -> str:
-    """Return why this host's kernel moves no frames; "" if it does."""
+    """Return why this host's kernel cannot move frames; empty if it can."""
     try:
         close(open_vhost())
     except OperatorError as error:
@@ -102,7 +106,7 @@ def lacking() -> str:
 
 
 def open_vhost() -> int:
-    """Open what moves the frames of one interface.  Raises OperatorError."""
+    """Open /dev/vhost-net for one interface.  The caller owns it.  Raises OperatorError."""
     try:
         return os.open(VHOST_NET, os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
@@ -112,9 +116,9 @@ def open_vhost() -> int:
 
 
 def packet_socket(tap: str, index: int, *, local: bool) -> int:
-    """Return a socket that hears of a tap what its process has to know, and sends to its guest.
+    """Return a packet socket on a tap with the filter of `program`.  It also sends to the guest.  The caller owns it.
 
-    `index` is the kernel's number for the tap.  Raises OperatorError.
+    `index` is the interface index of the tap.  Raises OperatorError.
     """
     code = program(local=local)
     instructions = native.buffer(code)
@@ -127,15 +131,15 @@ def packet_socket(tap: str, index: int, *, local: bool) -> int:
             made.setsockopt(SOL_PACKET, PACKET_VNET_HDR, 1)
             made.setsockopt(SOL_PACKET, PACKET_IGNORE_OUTGOING, 1)
             if socket.if_nametoindex(tap) != index:
-                raise OperatorError(errno.ENODEV, f"interface {tap} is another one now")
-            made.bind((tap, ETH_P_ALL))  # from now on it hears something
+                raise OperatorError(errno.ENODEV, f"interface {tap} was replaced by another one")
+            made.bind((tap, ETH_P_ALL))  # the socket receives only from now on, when the filter is set
             return made.detach()
     except OSError as error:
         raise OperatorError(error.errno or errno.EIO, f"packet socket on {tap}: {sentence(error)}") from None
 
 
 def open_for(link: "NicLink", index: int) -> list[int]:
-    """Open what the process of an interface needs, in the order of StartVm's `vhosts`.  Raises OperatorError."""
+    """Open both descriptors of an interface, in the order of StartVm's `vhosts`.  Raises OperatorError."""
     fds: list[int] = []
     try:
         fds.append(open_vhost())

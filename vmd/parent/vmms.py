@@ -1,6 +1,6 @@
-"""The processes that are vmm: started, adopted, heard, and lost.
+"""The vmm processes: how one is started, adopted and lost.
 
-With a vmm end all VMs that it has; so one is never started in the place of another, but beside it (`generations`).
+All VMs of a vmm end with it.  So a newer vmm never replaces an older one, but runs beside it (`generations`).
 """
 
 import errno
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from vmd.parent.truth import GenerationKnown, Truth
 
 
-WAIT_FOR_VMM = (  # all that has no deadline
+WAIT_FOR_VMM = (  # waits for vmm that have no deadline of their own
     For.START, For.END, For.PAUSE, For.TRANSFER, For.IMAGES, For.CHANGE, For.SNAPSHOT, For.RESET,
 )  # fmt: skip
 
@@ -65,14 +65,14 @@ class Vmms:
         self.network = network
         self.logs = logs
         self._attach = attach
-        self.on_failure: Callable[[], None] = lambda: None  # the daemon has failed, even if it goes on
-        self.on_silent: Callable[[list[Wait]], None] = lambda waits: None  # these clients wait no longer
+        self.on_failure: Callable[[], None] = lambda: None  # the daemon has failed, even if it continues
+        self.on_silent: Callable[[list[Wait]], None] = lambda waits: None  # called with waits that were ended
         generations.on_over = self.on_over
 
     def start(self, children: "Children", kvm_fd: int, truth: "Truth | None") -> None:
-        """Adopt every vmm there is; start one unless one of these is of our version.  Raises HostError or VmdError.
+        """Adopt all vmms.  Start one unless the newest has this version.  Raises HostError or VmdError.
 
-        `truth` is what the parent before us knew.  `kvm_fd` is -1 where there is none.
+        `truth` is the state of the parent before.  `kvm_fd` is -1 if there is no KVM.
         """
         self.children = children
         self.kvm_fd = kvm_fd
@@ -98,7 +98,7 @@ class Vmms:
             self.adoption.expect(list(self.adoption.known.values()), there)
 
     def adopt(self, known: "GenerationKnown") -> Generation | None:
-        """Return a vmm of an earlier daemon; None if it has ended."""
+        """Return a vmm of an earlier daemon; None if it has ended or its channel cannot be had."""
         name = f"{VMM}{known.number}"
         try:
             ours = socket.socket(fileno=self.store.duplicate(name))
@@ -112,7 +112,7 @@ class Vmms:
         return Generation(known.number, known.version, self.line_to(ours), None, groups)
 
     def start_one(self) -> None:
-        """Start a vmm, to which new VMs are given.  Raises HostError or VmdError."""
+        """Start a vmm, which gets new VMs from now on.  Raises HostError or VmdError."""
         self.core.ready.discard(Proc.VMM)
         child, ours = self.children.start(Proc.VMM, self.logs.open)
         number = max(self.generations.all, default=0) + 1
@@ -127,38 +127,39 @@ class Vmms:
             self.core.peers.send(Proc.VMM, KvmFd(), fds={"kvm": [os.dup(self.kvm_fd)]})
 
     def line_to(self, ours: socket.socket) -> LineToVmm:
-        """Serve a vmm."""
+        """Serve the channel of a vmm."""
         channel = self._attach(ours, Proc.VMM, "vmm", on_lost=self.on_lost)
         return LineToVmm(self.core.loop, channel, lambda: self.on_no_answer(channel))
 
-    # --- what they say, and their ends -------------------------------------------------------------------
+    # --- messages and ends of vmms -------------------------------------------------------------------
 
     def on_pong(self, _message: "Pong", channel: "Channel") -> None:
-        """One answers."""
+        """A vmm has answered a ping."""
         generation = self.generations.find(channel)
         if generation is not None:
             generation.line.on_pong()
 
     def on_slot_over(self, message: "VmSlotOver", channel: "Channel") -> None:
-        """A VM process has ended, and there is nothing left of it."""
+        """A VM process has ended and was reaped: its slot is free."""
         generation = self.generations.find(channel)
         if generation is None:
             return
         lack = self.core.slots.over(generation.groups, message.group)
         vm = self.core.vms.find(message.vmid, "")
         if lack and vm is not None:
-            vm.memory_lack = lack  # its end is told next
+            vm.memory_lack = lack  # for the message about its end, which comes next
 
     def on_lost(self, channel: "Channel", error: "PeerError | None") -> None:
-        """A vmm has died or cannot be trusted, and every VM that it had dies with it.
+        """A vmm has died or broke the protocol, and all its VMs die with it.
 
-        With the last one the daemon ends.  If there are others, their VMs run on, and new ones get another vmm.
+        If it was the only vmm, the daemon ends.  Else the VMs of the other vmms run on.  If it was the newest, another
+        one is started for new VMs.
         """
         generation = self.generations.find(channel)
         if generation is None:
-            return  # it was sent away
+            return  # it was told to end
         if generation.child is not None:
-            generation.child.kill()  # it may live, and not be trusted
+            generation.child.kill()  # it may still live
         self.store.remove(generation.name)
         newest = generation is self.generations.newest
         lost = self.generations.remove(generation)
@@ -168,7 +169,7 @@ class Vmms:
         log.crit(str(error) if error else f"lost child: {channel.label}")
         self.on_failure()
         if not self.generations.all:
-            self.core.loop.stop()  # with it went every VM
+            self.core.loop.stop()  # no VM is left
             return
         self.adoption.lost(generation)
         for vmid in lost:
@@ -183,14 +184,14 @@ class Vmms:
                 log.crit(f"no VM can be started any more: {sentence(failed)}")
 
     def on_over(self, generation: Generation) -> None:
-        """A vmm has no VM any more and will be given none: it was told to end."""
-        log.info(f"{generation.name}, of version {generation.version}, has no VM any more, and ends")
+        """A vmm was told to end: it has no VM any more and gets no new ones."""
+        log.info(f"{generation.name}, of version {generation.version}, has no VM any more and ends")
         self.store.remove(generation.name)
         self.generations.remove(generation)
         generation.channel.finish()
 
     def on_no_answer(self, channel: "Channel") -> None:
-        """One does not answer: whoever waits for it is told.  If the daemon is to end, it ends without vmm."""
+        """A vmm does not answer: tell the clients that wait for it.  If the daemon is ending, end it without vmm."""
         generation = self.generations.find(channel)
         if generation is None:
             return

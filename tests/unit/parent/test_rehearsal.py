@@ -72,7 +72,7 @@ def test_program_that_does_not_end(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     """It has so long, and is killed."""
     monkeypatch.setattr(upgrade, "REHEARSAL_S", 0.2)
 
-    assert "has not come to an end in" in rehearse(tmp_path, "exec sleep 1000")
+    assert "did not end within" in rehearse(tmp_path, "exec sleep 1000")
 
 
 def test_fault_of_the_program_is_told_in_a_line() -> None:
