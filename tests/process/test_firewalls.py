@@ -92,7 +92,7 @@ FORWARDING = {
         ["nft insert rule ip filter DOCKER-USER iifname tap* accept"],
     ),
     "tailscale": (
-        "Tailscale takes all of 100.64.0.0/10 for its own network: give guests other addresses in vm.conf",
+        "Tailscale claims all of 100.64.0.0/10 for its own network: give guests other addresses in vm.conf",
         ["nft flush chain ip filter ts-forward"],
     ),
 }
@@ -143,7 +143,7 @@ def test_a_firewall_that_drops_what_guests_send_is_named(network: Network, priv:
     [
         ("firewalld", f"firewalld lets them through after: {TRUSTED}"),
         ("ufw", "ufw lets them through after: ufw allow in on tap+"),
-        ("tailscale", "Tailscale takes all of 100.64.0.0/10 for its own network"),
+        ("tailscale", "Tailscale claims all of 100.64.0.0/10 for its own network"),
     ],
 )
 def test_a_firewall_that_keeps_guests_from_the_host(network: Network, priv: Priv, name: str, words: str) -> None:

@@ -156,7 +156,7 @@ def test_an_ad_hoc_vm_with_interfaces(network: Network, tmp_path: Path) -> None:
         (block("db1", "interface tap6"), "interface tap6 exists already, and is not a tap"),
         (
             'switch "s" { interface br0\n}\n' + block("db1", "interface { switch s rdomain 3 }"),
-            "rdomain 3: an interface on a switch is in that of the switch, 0",
+            "rdomain 3: an interface on a switch is in the rdomain of the switch, 0",
         ),
     ],
 )

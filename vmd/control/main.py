@@ -1,12 +1,13 @@
-"""control: the clients of one user, and nothing they could break.
+"""control: serves the clients of one user, and holds nothing that they could damage.
 
-Nothing is read that could not be passed on at once.  A client waits that has asked enough and one that does not read
-what it is answered, and all of them wait while the parent has not read what they have asked.
+A request is read only if it can be passed on at once.  No further request is read of a client with too many unanswered
+ones, or of one that does not read its answers.  While the parent has not read their requests, nothing is read of all
+clients.
 
 Runs as  an id of its own; sees no files, no network; no exec, no fork
 Peers    parent (requests out, answers back); any number of vmctl of that user
-Holds    one socket per client, which the parent has accepted; the files that came with a request, until an opener, or
-         the process of a VM, asks for them over a courier
+Holds    one socket per client, which the parent has accepted; the files of a request, until an opener or the process
+         of a VM asks for them over a courier
 """
 
 import contextlib
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from vmd.ipc.fence import Source
     from vmd.ipc.process import Handlers
 
-LAST_WORDS_S = 2.0  # for a client to read why it is turned away
+LAST_WORDS_S = 2.0  # how long a client that is refused may take to read why
 
 
 class Control(Process):
@@ -44,18 +45,18 @@ class Control(Process):
 
     def __init__(self) -> None:
         super().__init__(Proc.CONTROL)
-        self.clients: dict[int, Client] = {}  # by the number under which the parent knows them
+        self.clients: dict[int, Client] = {}  # by the number that the parent has given each
         self.complaints = RateLimit()
         self.parent = self.attach_parent(Proc.PARENT)
         self.parent.on_sent = self.read_all
 
     def on_serve_user(self, message: ServeUser, _envelope: Envelope, _channel: Channel) -> None:
-        """Leave the reserve."""
+        """Serve a user from now on: leave the reserve."""
         log.title = message.title
         set_title(message.title)
 
     def on_new_client(self, message: NewClient, envelope: Envelope, _channel: Channel) -> None:
-        """Serve a client, or turn it away."""
+        """Serve a client, or tell it why it is refused."""
         fd = envelope.take_fd("client")
         assert fd is not None
         client = self.clients[envelope.peerid] = Client(envelope.peerid, message.uid)
@@ -74,43 +75,43 @@ class Control(Process):
             self.turn_away(client, Failed(code=message.code, text=message.text))
 
     def on_ping(self, _message: Ping, _envelope: Envelope, _channel: Channel) -> None:
-        """Say that no file of a client keeps us."""
+        """Answer, which shows that no file of a client blocks this process."""
         self.parent.send(Pong())
 
     def turn_away(self, client: Client, answer: Failed) -> None:
-        """Answer a client and close."""
+        """Answer a client and close its connection."""
         assert client.channel is not None
         channel = client.channel
         channel.send(answer)
         channel.finish()
-        self.loop.call_later(LAST_WORDS_S, channel.close)  # whether it has read them or not
+        self.loop.call_later(LAST_WORDS_S, channel.close)  # even if it has not read the answer
         self.forget(client)
 
     def on_hello(self, _message: Hello, _envelope: Envelope, channel: Channel) -> None:
-        """A client of this version or a later one: everything goes by name from now on."""
+        """The client knows messages with named fields: use them from now on."""
         channel.form = Form.NAMED
         channel.send(Hello(version=PROTOCOL, program=VERSION))
 
     def on_unknown_request(self, client: Client, error: UnknownMessage) -> None:
-        """A request that a later version has, or nobody."""
+        """Refuse a request that this version does not know."""
         self.complaints.warn(str(error))
         text = f"vmd {VERSION} knows no request {error.code:#x}; a later one may"
         self.turn_away(client, Failed(code=errno.ENOSYS, text=text))
 
     def on_client_lost(self, client: Client, error: PeerError | None) -> None:
-        """A client is gone, or sent what no client sends."""
+        """A client has left, or broke the protocol."""
         if error is not None:
             self.complaints.warn(str(error))
         self.forget(client)
 
     def forget(self, client: Client) -> None:
-        """Tell the parent that nobody waits under this number any more."""
+        """Forget a client, and tell the parent that it is gone."""
         if self.clients.pop(client.number, None) is not None:
             self.parent.send(ClientGone(), peerid=client.number)
         client.drop_files()
 
     def on_request(self, message: Request, envelope: Envelope, channel: Channel) -> None:
-        """Pass a request on, under the number of whoever asks."""
+        """Pass a request on to the parent, under the number of its client."""
         client = self.client_of(channel)
         if client is None:
             return
@@ -128,7 +129,7 @@ class Control(Process):
             message = message.replace(files=tuple(name for name, fds in client.files.items() if fds))
         try:
             self.parent.send(message, peerid=client.number)
-        except ValueError as error:  # it just fitted a packet, and no longer does with what later versions added
+        except ValueError as error:  # with fields that later versions have added it does not fit into a packet
             self.turn_away(client, Failed(code=errno.EMSGSIZE, text=str(error)))
         if self.parent.waiting:
             self.read_all()
@@ -136,17 +137,17 @@ class Control(Process):
             self.read(client)
 
     def read(self, client: Client) -> None:
-        """Read what a client asks, or nothing while it may ask nothing."""
+        """Read requests of a client, or stop reading while it may send none."""
         assert client.channel is not None
         client.channel.hold(held=self.parent.waiting > 0 or not client.may_ask)
 
     def read_all(self) -> None:
-        """Go on, or stop, with every client."""
+        """Read requests of all clients, or stop reading."""
         for client in list(self.clients.values()):
             self.read(client)
 
     def on_pass_files(self, _message: PassFiles, envelope: Envelope, _channel: Channel) -> None:
-        """Give a client's files to who asks at the other end of a courier; the parent has none of them."""
+        """Give a client's files to the process at the other end of a courier, when it asks.  The parent gets none."""
         fd = envelope.take_fd("courier")
         assert fd is not None
         client = self.clients.get(envelope.peerid)
@@ -155,7 +156,7 @@ class Control(Process):
 
         def on_asked(_events: int) -> None:
             self.loop.remove(fd)
-            with sock, contextlib.suppress(OSError):  # nobody wants them any more, or too many are on their way
+            with sock, contextlib.suppress(OSError):  # the other end is closed, or too many files are on their way
                 courier.give(sock, files)
             close_all(each for fds in files.values() for each in fds)
 
@@ -165,37 +166,37 @@ class Control(Process):
         """Pass an answer back."""
         client = self.clients.get(envelope.peerid)
         if client is None or client.channel is None:
-            return  # it has left meanwhile
+            return  # the client has left
         client.is_answered(message)
         self.read(client)
         if client.channel.form is Form.FIRST and not first.knows(type(message)):
-            return  # one of many
+            return  # a message that old clients do not know
         try:
             client.channel.send(message)
-        except ValueError as error:  # it just fitted the packet from the parent, and does not with names in it
+        except ValueError as error:  # with the names of fields it does not fit into a packet any more
             client.channel.send(Failed(code=errno.EMSGSIZE, text=str(error)))
 
     def client_of(self, channel: Channel) -> Client | None:
-        """Return the client on a channel."""
+        """Return the client of a channel, if it is still served."""
         number = int(channel.label.split()[1])
         return self.clients.get(number)
 
     # --- what a handler did not expect ------------------------------------------------------------------------
 
     def source_of(self, envelope: Envelope, channel: Channel) -> "Source | None":
-        """Everything is for a client."""
+        """Return the client that a message is from or for."""
         client = self.client_of(channel) if channel.peer is Proc.CLIENT else self.clients.get(envelope.peerid)
         return (Proc.CLIENT, client.number) if client is not None else None
 
     def give_up(self, envelope: Envelope, channel: Channel) -> None:
-        """Turn a client away whose request, or whose answer, is lost."""
+        """Refuse the client of a message whose handler has failed."""
         source = self.source_of(envelope, channel)
         client = self.clients.get(source[1]) if source is not None else None
         if client is not None:
             self.turn_away(client, Failed(code=errno.EIO, text=OUR_FAULT))
 
     def on_set_verbosity(self, message: SetVerbosity, _envelope: Envelope, _channel: Channel) -> None:
-        """Log more or less."""
+        """Set the verbosity of the log."""
         log.verbosity = message.verbosity
 
     def on_quit(self, _message: Quit, _envelope: Envelope, _channel: Channel) -> None:

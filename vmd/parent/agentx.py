@@ -183,7 +183,7 @@ class Agentx:
         if message.number == self._number:
             self._connect_later()
 
-    # --- answers ---------------------------------------------------------------------------------------
+    # --- answers ---------------------------------------------------------------------------------------------
 
     def on_ask(self, _message: AskAgentxVms, _envelope: Envelope) -> None:
         """The process asks for all VMs.  Answer at most every ANSWER_EVERY_S."""
@@ -210,7 +210,7 @@ class Agentx:
         self._answer = None
         self._channel.send(AgentxVms(began_ns=self._began_ns, changed_ns=self._changed_ns))
 
-    # --- changes ----------------------------------------------------------------------------------------
+    # --- changes ---------------------------------------------------------------------------------------------
 
     def _look_soon(self) -> None:
         """A VM has changed.  Look after this turn of the loop, when all changes of the turn have been made."""

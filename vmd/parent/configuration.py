@@ -81,7 +81,7 @@ class Configuration:
         except VmdError as error:
             log.error(f"configuration not reloaded: {error}")
 
-    # --- steps of requests ------------------------------------------------------------------------------------
+    # --- steps of requests -------------------------------------------------------------------------------
 
     def register(self, config: Config) -> list[str]:
         """Add the VMs of a configuration.  VMs whose names are known already stay as they are (*cat. 2.5*).

@@ -141,7 +141,7 @@ class ConsoleLogs:
                 lost = f"; {kept.lost_before + kept.lost} bytes are lost" if kept.lost_before + kept.lost else ""
                 yield Trouble(device=DEVICE, text=f"{kept.path}: {kept.text}{lost}", since_s=int(kept.since_s))
 
-    # --- logs of VMs ---------------------------------------------------------------------------------
+    # --- logs of VMs -------------------------------------------------------------------------------------
 
     def look(self, vm: "Vm") -> None:
         """Begin, change or end the log of a VM, as its state and its configuration ask for."""

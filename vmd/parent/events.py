@@ -57,7 +57,7 @@ class Events:
         self.address: Callable[[int, str], str] = lambda _vmid, _device: ""  # the guest's address at an interface
         vms.on_event = self.on_vm
 
-    # --- events ------------------------------------------------------------------------------------
+    # --- events ------------------------------------------------------------------------------------------
 
     def add(
         self, what: str, vm: "Vm | None" = None, *, text: str = "", how: str = "", device: str = "", value: str = ""
@@ -97,7 +97,7 @@ class Events:
         value = self.address(vm.vmid, device) if message.what == "lease" else ""
         self.add(message.what, vm, text=message.text, device=device, value=value)
 
-    # --- clients -------------------------------------------------------------------------------------
+    # --- clients -----------------------------------------------------------------------------------------
 
     def serve(self, message: EventsRequest, _caller: Caller, envelope: "Envelope") -> None:
         """Answer with the events that a client has not seen.  Who may see the list of VMs may see events."""

@@ -180,7 +180,7 @@ class Logs:
             close(log.fd)
             log.setup(log.title, self._form, log.verbosity)
 
-    # --- sources ------------------------------------------------------------------------------------
+    # --- sources ---------------------------------------------------------------------------------------------
 
     def open(self, name: str) -> socket.socket:
         """Return the socket that a new process of the daemon logs to.  Raises HostError."""

@@ -131,7 +131,7 @@ class Vmms:
         channel = self._attach(ours, Proc.VMM, "vmm", on_lost=self.on_lost)
         return LineToVmm(self.core.loop, channel, lambda: self.on_no_answer(channel))
 
-    # --- messages and ends of vmms -------------------------------------------------------------------
+    # --- messages and ends of vmms -----------------------------------------------------------------------
 
     def on_pong(self, _message: "Pong", channel: "Channel") -> None:
         """A vmm has answered a ping."""

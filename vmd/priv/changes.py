@@ -1,6 +1,6 @@
-"""The kernel's word that something of the network has changed: interfaces, addresses, settings, nftables.
+"""The kernel's notice that the network has changed: interfaces, addresses, settings, nftables.
 
-What exactly is not read: our own changes are among it, and whoever looks finds what is not as it should be.
+The notices are not parsed, because they also report our own changes.  `damage` finds what is not as it should be.
 """
 
 import socket
@@ -16,7 +16,7 @@ PIECE, PIECES_MAX = 65536, 64
 
 
 class Changes:
-    """Two sockets that become readable."""
+    """Two netlink sockets that become readable when the network has changed."""
 
     def __init__(self) -> None:
         """Raises HostError."""
@@ -32,7 +32,7 @@ class Changes:
             raise HostError("listen for changes of the network", error) from error
 
     def forget(self) -> None:
-        """Read what there is to read; that more has happened than there was room for (ENOBUFS) makes no difference."""
+        """Read and drop all notices.  An overflow (ENOBUFS) makes no difference."""
         for each in self.sockets:
             for _ in range(PIECES_MAX):
                 try:

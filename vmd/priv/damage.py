@@ -1,4 +1,4 @@
-"""What other programs have changed of ours under VMs that run: found by looking, put right, and kept for who asks."""
+"""Damage: changes by other programs to the network of running VMs.  It is found, repaired, and kept for status."""
 
 import ipaddress
 import time
@@ -15,18 +15,18 @@ if TYPE_CHECKING:
     from vmd.priv.host import Network, Nic
 
 FOUND_MAX = 1000
-REPAIRED_S = 600.0  # for so long it is shown that something was repaired
-AGAIN_S = 60.0  # two programs that undo each other's work: it is said so often
+REPAIRED_S = 600.0  # repaired damage is shown for so long
+AGAIN_S = 60.0  # the same damage is logged again only after this time: two programs may undo each other's work
 NAMED_MAX = 4  # chains and sets in one sentence
 BY_WHOM = "by another program"
 
 
 class Damage(Record):
-    """Something of ours that another program has changed, in words, and when that was noticed."""
+    """A change by another program: a sentence, and when it was noticed."""
 
     text: str
     since_s: int
-    names: frozenset[str]  # of interfaces and bridges that it concerns
+    names: frozenset[str]  # of the interfaces and bridges that it concerns
     lasting: bool = False  # it cannot be repaired
 
 
@@ -36,10 +36,10 @@ class Damages:
     def __init__(self, network: "Network") -> None:
         self.network = network
         self.found: list[Damage] = []
-        self._lasting: set[str] = set()  # what is wrong now and cannot be repaired
+        self._lasting: set[str] = set()  # sentences about present damage that cannot be repaired
 
     def repair(self) -> None:
-        """Look, and put right what can be; failures are logged."""
+        """Look for damage, and repair it if possible.  Failures are logged."""
         if not self.network.nics:
             return
         self._lasting.clear()
@@ -51,11 +51,11 @@ class Damages:
         self.found = [damage for damage in self.found if not damage.lasting or damage.text in self._lasting]
 
     def forget(self, names: "Collection[str]") -> None:
-        """Interfaces are gone, and with them what could not be repaired."""
+        """Interfaces were removed: forget their damage that could not be repaired."""
         self.found = [damage for damage in self.found if not (damage.lasting and damage.names & set(names))]
 
     def of(self, nic: "Nic") -> list[Damage]:
-        """Return what was damaged of an interface not long ago, the latest first."""
+        """Return the recent damage to an interface, the latest first."""
         recent_s = time.time() - REPAIRED_S
         return [
             damage
@@ -64,7 +64,7 @@ class Damages:
         ]
 
     def _note(self, text: str, names: "Collection[str]", *, lasting: bool = False) -> None:
-        """Keep damage for those who ask, and log it."""
+        """Keep damage for status, and log it."""
         now_s = int(time.time())
         if lasting:
             self._lasting.add(text)
@@ -74,10 +74,10 @@ class Damages:
         new = Damage(text=text, since_s=now_s, names=frozenset(names), lasting=lasting)
         self.found = [*(damage for damage in self.found if damage.text != text), new][-FOUND_MAX:]
 
-    # --- what is looked at -------------------------------------------------------------------------------
+    # --- checks ------------------------------------------------------------------------------------------
 
     def _bridges(self) -> None:
-        """Bridges of switches that VMs use; those that we have not made are left alone."""
+        """Check bridges of switches that VMs use.  Those that priv has not made are left alone."""
         network = self.network
         links = {link.name: link for link in network.links.all()}
         for name in sorted({nic.bridge for nic in network.all_nics()} & network.switches.keys()):
@@ -96,7 +96,7 @@ class Damages:
             self._note(text, {name})
 
     def _settings(self) -> None:
-        """What the kernel does with packets of taps and bridges of ours."""
+        """Check the kernel settings of our taps and bridges."""
         network = self.network
         wanted = {name: network.bridge_settings(name) for name in {nic.bridge for nic in network.all_nics()} if name}
         wanted |= {nic.link.name: nic.settings() for nic in network.all_nics()}
@@ -107,7 +107,7 @@ class Damages:
                     self._note(f"net/{setting} was changed {BY_WHOM}: it is {value} again", {name})
 
     def _taps(self) -> None:
-        """Taps, and where they belong."""
+        """Check taps: name, bridge or VRF, state and addresses."""
         network = self.network
         links = {link.index: link for link in network.links.all()}
         names = {link.name: link for link in links.values()}
@@ -134,7 +134,7 @@ class Damages:
             if nic.up and not link.up:
                 network.links.set_up(link, up=True)
                 self._note(f"{name} was switched off {BY_WHOM}: it was switched on again", {name})
-                addressed = set(network.links.addresses())  # those of IPv6 go when it is off
+                addressed = set(network.links.addresses())  # switching it off has removed its IPv6 addresses
             for address, length in nic.addresses():
                 if (link.index, address) not in addressed:
                     network.links.add_address(link, address, length)
@@ -142,7 +142,7 @@ class Damages:
                     self._note(f"{text}: it was given back", {name})
 
     def _forwarding(self) -> None:
-        """Forwarding, which is a setting of the whole host."""
+        """Check forwarding, which is a setting of the whole host."""
         network = self.network
         off = network.lacks_forwarding()
         if off:
@@ -152,7 +152,7 @@ class Damages:
                 self._note(f"{words} forwarding was switched off {BY_WHOM}: it was switched on again", names)
 
     def _rules(self) -> None:
-        """Our table of nftables; what others have added to it stays until it is written again."""
+        """Check our table of nftables.  What others have added to it stays until the table is written again."""
         network = self.network
         lost = network.lost_rules()
         if lost is None:
@@ -165,11 +165,11 @@ class Damages:
             return
         network.write_rules()
         if not network.has_table:
-            return  # it was there for a firewall that is gone as well
+            return  # it was only needed for a firewall that is gone, too
         network.take_rules_as_they_are()
         self._note(text, {nic.link.name for nic in network.all_nics()})
 
     def _filters(self) -> None:
-        """Filters on taps."""
+        """Check filters on taps."""
         for tap in self.network.filters.repair():
             self._note(f"filters on {tap} were removed {BY_WHOM}: they were laid again", {tap})

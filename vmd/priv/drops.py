@@ -1,8 +1,8 @@
-"""What other firewalls of the host drop of guests' packets, by counters of ours (`rules`).
+"""Packets of guests that other firewalls of the host drop, found by counters of our table (`rules`).
 
-A packet that passes a hook of the kernel is counted at its beginning and at its end.  What is missing at the end was
-dropped by somebody's rules in between.  So it is known whether guests are kept from the world, whatever the program is
-called that does it, and whether the remedy has helped.
+Packets are counted at the beginning and at the end of a hook of the kernel.  Packets that are missing at the end were
+dropped by rules in between.  So priv knows whether a firewall of any program blocks guests, and whether a remedy has
+helped.
 """
 
 from vmd.record import Record
@@ -11,8 +11,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-FIRST, LAST = "_first", "_last"  # how the names of the sets end
-FROM, TO, HOST, SWITCH = "from", "to", "host", "switch"  # and begin
+FIRST, LAST = "_first", "_last"  # endings of the names of sets
+FROM, TO, HOST, SWITCH = "from", "to", "host", "switch"  # beginnings of the names of sets
 PLACES = {
     FROM: "from the guest to others",
     TO: "from others to the guest",
@@ -23,21 +23,21 @@ LOG_AGAIN_S = 600.0
 
 
 class Seen:
-    """What was counted at one place for one interface or bridge; `lost` and `arrived` are packets since the start."""
+    """The counts of one place for one interface or bridge.  `lost` and `arrived` are packets since the start."""
 
     def __init__(self) -> None:
         self.arrived = self.lost = 0
-        self.now = False  # whether some were lost when packets came last
-        self.since_s = 0  # seconds since 1970
+        self.now = False  # packets were lost when packets came last
+        self.since_s = 0  # when the loss began, in seconds since 1970
         self.logged_s = -LOG_AGAIN_S
         self.restart()
 
     def restart(self) -> None:
-        """Take note that the counters of the kernel begin again."""
+        """The kernel's counters were reset."""
         self.first = self.missing = 0
 
     def take(self, first: int, last: int, now_s: float) -> None:
-        """Take what the kernel has counted; `first` was read before `last`, so a packet on its way is not missing."""
+        """Take new counts.  `first` was read before `last`, so that a packet on its way does not count as lost."""
         if first < self.first:
             self.restart()
         arrived, lost = first - self.first, max(0, first - last - self.missing)
@@ -51,7 +51,7 @@ class Seen:
 
 
 class Loss(Record):
-    """Packets that were lost at a place of an interface or bridge, and still are."""
+    """A place of an interface or bridge where packets are lost now."""
 
     place: str
     name: str
@@ -60,7 +60,7 @@ class Loss(Record):
     since_s: int
 
     def __str__(self) -> str:
-        """Return the words for it."""
+        """Return a sentence about the loss."""
         return (
             f"another firewall of this host has dropped {self.lost} of {self.arrived} packets {PLACES[self.place]} "
             f"({self.name})"
@@ -68,30 +68,30 @@ class Loss(Record):
 
 
 class Watch:
-    """All counters."""
+    """The counts of all places, interfaces and bridges."""
 
     def __init__(self) -> None:
         self.seen: dict[tuple[str, str], Seen] = {}
 
     def restart(self, names: "set[str]") -> None:
-        """Take note that the counters of the kernel begin again, and are of these interfaces and bridges."""
+        """The kernel's counters were reset; only these interfaces and bridges are counted from now on."""
         self.keep(names)
         for seen in self.seen.values():
             seen.restart()
 
     def keep(self, names: "set[str]") -> None:
-        """Take note that only these interfaces and bridges are counted; the counters go on."""
+        """Only these interfaces and bridges are counted from now on.  The counters were not reset."""
         self.seen = {key: seen for key, seen in self.seen.items() if key[1] in names}
 
     def take(self, counted: "Mapping[str, Mapping[str, int]]", now_s: float) -> None:
-        """Take what the sets of our table have counted: set -> interface -> packets."""
+        """Take the counters of the sets of our table: set -> interface -> packets."""
         for place in PLACES:
             last = counted.get(place + LAST, {})
             for name, packets in counted.get(place + FIRST, {}).items():
                 self.seen.setdefault((place, name), Seen()).take(packets, last.get(name, packets), now_s)
 
     def losses(self, *names: str) -> list[Loss]:
-        """Return what is lost now of these interfaces and bridges, or of all."""
+        """Return the present losses of these interfaces and bridges; without names, of all."""
         return [
             Loss(place=place, name=name, lost=seen.lost, arrived=seen.arrived, since_s=seen.since_s)
             for (place, name), seen in self.seen.items()
@@ -99,9 +99,9 @@ class Watch:
         ]
 
     def to_log(self, now_s: float) -> list[Loss]:
-        """Return what is lost now and has not been logged for a while; the time is a monotonic one.
+        """Return the present losses that were not logged within LOG_AGAIN_S.  `now_s` is of the monotonic clock.
 
-        Nothing of what is for the host itself: to keep guests from that is what firewalls of hosts are mostly for.
+        Losses of packets to the host itself are left out, because a firewall of a host normally drops them.
         """
         found = []
         for (place, name), seen in self.seen.items():

@@ -1,14 +1,15 @@
-"""Filters on taps whose frames the kernel moves (vhost-net): they do what the process of the interface does otherwise.
+"""Filters on taps whose frames the kernel moves (vhost-net).  Else the process of the interface does the same checks.
 
-One table of nftables for each tap that needs it, written and deleted whole, `netdev vmd_<tap>`:
+One table of nftables for each tap that needs it, written and deleted as a whole, `netdev vmd_<tap>`:
 
-    chain sent       what the guest sends.  With a locked address: nothing from another one.  Of a `local` interface:
-                     no DHCP and no router solicitation gets to the host; the process hears them by its packet socket
-    chain received   what the guest is sent.  With a locked address: nothing to another one, but for groups
+    chain sent       frames that the guest sends.  With a locked address, those from another address are dropped.  On a
+                     `local` interface, DHCP and router solicitations are dropped, so that they do not reach the host;
+                     the process gets them by its packet socket
+    chain received   frames to the guest.  With a locked address, those to another address are dropped, except groups
     counter spoofed, unwanted
-                     what was dropped so, in frames
+                     dropped frames of `sent` and of `received`
 
-Linux has the former hook since 4.2, and the latter since 5.16.
+Linux has the hook of `sent` (ingress) since 4.2, and that of `received` (egress) since 5.16.
 """
 
 import errno
@@ -27,32 +28,32 @@ if TYPE_CHECKING:
 
 PREFIX = "vmd_"
 SPOOFED, UNWANTED = "spoofed", "unwanted"
-# Offsets and lengths are bits.  `ether daddr` and its like would match nothing on the way out: nft asks first for the
-# type of the interface that a frame has come in by.
+# Offsets and lengths are in bits.  `ether daddr` and similar matches never match at egress: nft adds a test of the type
+# of the interface by which a frame has come in.
 SOURCE, DESTINATION, GROUP, ETHERTYPE = "@ll,48,48", "@ll,0,48", "@ll,7,1", "@ll,96,16"
-DHCP = f"{ETHERTYPE} 0x0800 @nh,50,14 0 udp sport 68 udp dport 67"  # in one piece
-SOLICITATION = f"{ETHERTYPE} 0x86dd @nh,48,8 58 @nh,320,8 133"  # without headers of extensions, as they are sent
+DHCP = f"{ETHERTYPE} 0x0800 @nh,50,14 0 udp sport 68 udp dport 67"  # no fragments
+SOLICITATION = f"{ETHERTYPE} 0x86dd @nh,48,8 58 @nh,320,8 133"  # without extension headers, as guests send them
 
 
 class Dropped(Record):
-    """What the filters of a tap have dropped, in frames."""
+    """The frames that the filters of a tap have dropped."""
 
     spoofed: int = 0
     unwanted: int = 0
 
 
 def table(tap: str) -> str:
-    """Return the table of a tap, as nft names it."""
+    """Return the table of a tap, with its family, as nft names it."""
     return f"netdev {PREFIX}{tap}"
 
 
 def needed(request: "NicRequest") -> bool:
-    """Return whether an interface has filters."""
+    """Return whether an interface needs filters."""
     return request.vhost and bool(request.locked or request.host4)
 
 
 def ruleset(tap: str, request: "NicRequest") -> str:
-    """Return what nft is told so that a tap has its filters, in one transaction."""
+    """Return the input of nft that gives a tap its filters, in one transaction."""
     return "\n".join((f"add table {table(tap)}", f"delete table {table(tap)}", *_lines(tap, request))) + "\n"
 
 
@@ -75,7 +76,7 @@ def _lines(tap: str, request: "NicRequest") -> "Iterator[str]":
 
 
 def shape(ruleset: str) -> dict[str, int]:
-    """Return how many rules each chain of a ruleset has, by its name with that of its table."""
+    """Return the number of rules of each chain of a ruleset, by family, table and chain."""
     found: dict[str, int] = {}
     for verb, what, family, ours, *rest in (line.split(" ", 5) for line in ruleset.splitlines()):
         if (verb, what) == ("add", "chain"):
@@ -86,7 +87,7 @@ def shape(ruleset: str) -> dict[str, int]:
 
 
 def counting_on(ruleset: str, dropped: Dropped) -> str:
-    """Return a ruleset whose counters do not begin at 0."""
+    """Return a ruleset whose counters begin at the counts of `dropped`."""
     for name, frames in dropped.as_dict().items():
         ruleset = ruleset.replace(f" {name}\n", f" {name} {{ packets {frames} bytes 0 ; }}\n")
     return ruleset
@@ -98,10 +99,10 @@ class Filters:
     def __init__(self, nft: "Nft") -> None:
         self.nft = nft
         self.laid: dict[str, str] = {}  # rulesets, by tap
-        self._told: dict[str, Dropped] = {}
+        self._told: dict[str, Dropped] = {}  # the counts that `news` has returned last, by tap
 
     def lay(self, tap: str, request: "NicRequest") -> None:
-        """Give a tap the filters that it needs, before any frame passes."""
+        """Lay the filters of a tap.  Must be called before any frame passes."""
         text = ruleset(tap, request)
         if self.nft.path is None:
             raise OperatorError(errno.ENOENT, "nft was not found: install nftables")
@@ -109,18 +110,18 @@ class Filters:
         self.laid[tap] = text
 
     def adopt(self, tap: str, request: "NicRequest") -> None:
-        """Take over what a priv before us has laid; if it is gone, that is damage."""
+        """Adopt the filters that an earlier priv has laid.  If they are gone, `repair` lays them again."""
         if needed(request):
             self.laid[tap] = ruleset(tap, request)
 
     def remove(self, tap: str) -> None:
-        """Remove the filters of a tap, which may be gone; harmless if it has none."""
+        """Remove the filters of a tap, if it has some.  The tap may be gone."""
         if self.laid.pop(tap, None) is not None:
             self._told.pop(tap, None)
             self.nft.delete_table(table(tap))
 
     def remove_others(self) -> list[str]:
-        """Remove what a daemon before us has left; return what that was."""
+        """Remove the filters that an earlier daemon has left, and return their tables."""
         tables = (line.removeprefix("table ") for line in self.nft.tables())
         left = [name for name in tables if name.startswith(table("tap")) and name not in map(table, self.laid)]
         for name in left:
@@ -128,7 +129,10 @@ class Filters:
         return [f"table {name}" for name in left]
 
     def repair(self) -> "Iterator[str]":
-        """Lay again what somebody has removed, and yield from which taps; one that is gone is no reason to stop."""
+        """Lay filters again that another program has removed, and yield their taps.
+
+        A failure, such as for a tap that is gone, is raised when all taps were checked.
+        """
         there = self._shapes() if self.laid else None
         failed: OperatorError | None = None
         if there is None:
@@ -145,7 +149,7 @@ class Filters:
             raise failed
 
     def _shapes(self) -> dict[str, int] | None:
-        """Return what `shape` does, of all filters there are; None if this version of nft does not say."""
+        """Return the `shape` of all present filters; None if the output of this nft cannot be read."""
         found: dict[str, int] = {}
         try:
             for entry in json.loads(self.nft.listing("ruleset", "netdev"))["nftables"]:
@@ -158,7 +162,7 @@ class Filters:
         return found
 
     def news(self) -> dict[str, Dropped]:
-        """Return what has been dropped until now, by tap, where that is more than was said before."""
+        """Return the dropped frames by tap, for taps whose counts have changed since the last call."""
         now = self._dropped() if self.laid else {}
         told, nothing = self._told, Dropped()
         news = {tap: each for tap, each in now.items() if tap in self.laid and each != told.get(tap, nothing)}
@@ -174,5 +178,5 @@ class Filters:
                     tap = counter["table"].removeprefix(PREFIX)
                     found.setdefault(tap, {})[counter["name"]] = int(counter["packets"])
         except (ValueError, KeyError, TypeError, AttributeError):
-            return {}  # a version of nft that speaks otherwise
+            return {}  # a version of nft with another output
         return {tap: Dropped(**counts) for tap, counts in found.items()}

@@ -1,7 +1,7 @@
-"""Other firewalls of the host: which of them may have dropped a guest's packet, and what its user can do.
+"""Other firewalls of the host: which of them may have dropped a guest's packet, and what the operator can do.
 
-Programs are known by their tables and chains.  A rule of theirs that accepts cannot be had from our table: each
-chain of a hook judges for itself.
+A firewall program is recognised by the names of its tables and chains.  Our table cannot accept a packet for it: each
+base chain of a hook decides for itself, and one that drops is enough.
 """
 
 import ipaddress
@@ -13,14 +13,14 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-TAILSCALE = ipaddress.ip_network("100.64.0.0/10")  # from here it takes packets on its own interface only
+TAILSCALE = ipaddress.ip_network("100.64.0.0/10")  # it drops packets from these on interfaces of others
 FAMILIES = {"ip": "iptables", "ip6": "ip6tables"}
 
 
 class Chain(Record):
-    """A chain of somebody else's; only a base chain has a kind, a hook and a policy.
+    """A chain of another program.  Only a base chain has a kind, a hook and a policy.
 
-    `old`: it is one of the old iptables', which nft does not know.
+    `old`: it is a chain of the old iptables, which nft does not show.
     """
 
     table: str  # with its family: "ip filter"
@@ -32,34 +32,34 @@ class Chain(Record):
 
     @property
     def family(self) -> str:
-        """Its address family as nft calls it."""
+        """Its address family, as nft names it."""
         return self.table.partition(" ")[0]
 
     def concerns(self, families: "Iterable[str]") -> bool:
-        """Return whether packets of one of these, "ip" or "ip6", come by here."""
+        """Return whether packets of one of these families, "ip" or "ip6", pass the chain."""
         return self.family == "inet" or self.family in families
 
     def __str__(self) -> str:
-        """Return its name as nft takes it."""
+        """Return its name as nft reads it."""
         return f"{self.table} {self.name}"
 
 
 class Guests(Record):
-    """Whose packets were dropped: networks as text, such as 100.64.1.2/31, or with none a bridge."""
+    """The guests whose packets were dropped: their networks as text, such as 100.64.1.2/31, or their bridge."""
 
     networks: tuple[str, ...] = ()
     bridge: str = ""
 
     @property
     def families(self) -> set[str]:
-        """Which packets they send."""
+        """The address families of their packets."""
         if self.bridge:
             return {"ip", "ip6"}
         return {"ip6" if ":" in network else "ip" for network in self.networks}
 
 
 def advice(loss: drops.Loss, chains: "Sequence[Chain]", guests: Guests) -> list[str]:
-    """Return a sentence for each firewall that can have dropped these packets, with what lets them through."""
+    """Return a sentence for each firewall that may have dropped these packets, with commands that let them pass."""
     hook = "input" if loss.place == drops.HOST else "forward"
     bases = [chain for chain in chains if chain.hook == hook and chain.concerns(guests.families)]
     found: list[str] = []
@@ -78,14 +78,14 @@ def advice(loss: drops.Loss, chains: "Sequence[Chain]", guests: Guests) -> list[
 
 
 def known(base: Chain, names: "Sequence[str]", guests: Guests, hook: str) -> list[str]:
-    """Return what is to be said of programs that have rules in this chain; none: nobody knows whose it is."""
+    """Return a sentence for each known program that has rules in this chain; none for a chain of unknown programs."""
     found = []
     interface = guests.bridge or "tap+"
     if base.table.endswith(" firewalld"):
         commands = [f"firewall-cmd --permanent --zone=trusted --add-interface={interface}", "firewall-cmd --reload"]
         found.append(f"firewalld lets them through after: {'; '.join(commands)}")
     if hook == "forward" and "DOCKER-USER" in names:
-        chain = base.replace(name="DOCKER-USER", old=True)  # Docker's own way, whatever its rules are made of
+        chain = base.replace(name="DOCKER-USER", old=True)  # Docker's chain for users, which is of iptables
         found.append(f"Docker lets them through after: {'; '.join(accepts(chain, guests, hook))}")
     if any(name.startswith(("ufw-", "ufw6-")) for name in names):
         if guests.bridge:
@@ -97,14 +97,14 @@ def known(base: Chain, names: "Sequence[str]", guests: Guests, hook: str) -> lis
         found.append(f"ufw lets them through after: {'; '.join(commands)}")
     if f"ts-{hook}" in names and any(map(is_tailscales, guests.networks)):
         found.append(
-            f"Tailscale takes all of {TAILSCALE} for its own network: give guests other addresses in vm.conf, "
+            f"Tailscale claims all of {TAILSCALE} for its own network: give guests other addresses in vm.conf, "
             f"such as `local prefix 10.64.0.0/16`"
         )
     return found
 
 
 def accepts(chain: Chain, guests: Guests, hook: str) -> list[str]:
-    """Return the commands that put rules for guests at the beginning of a chain."""
+    """Return the commands that insert rules for guests at the beginning of a chain."""
     if chain.old:
         program = FAMILIES.get(chain.family, "iptables")
         start, ways, end = f"{program} -I {chain.name}", ("-i", "-o"), "-j ACCEPT"
@@ -121,11 +121,11 @@ def accepts(chain: Chain, guests: Guests, hook: str) -> list[str]:
 
 
 def describe(chain: Chain) -> str:
-    """Return the name of a chain for people."""
+    """Return the name of a chain for a sentence."""
     return f"chain {chain.name} of the old {FAMILIES[chain.family]}" if chain.old else f"nftables chain {chain}"
 
 
 def is_tailscales(text: str) -> bool:
-    """Return whether a network lies in what Tailscale claims."""
+    """Return whether a network overlaps the addresses that Tailscale claims."""
     network = ipaddress.ip_network(text)
     return isinstance(network, ipaddress.IPv4Network) and network.overlaps(TAILSCALE)

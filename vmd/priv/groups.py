@@ -1,8 +1,8 @@
-"""Names of interface groups: the host's, as `ip link` knows them."""
+"""Names of interface groups of the host, as `ip link` reads them."""
 
 import os
 
-PLACES = ("/usr/share/iproute2", "/usr/lib/iproute2", "/etc/iproute2")  # later ones win
+PLACES = ("/usr/share/iproute2", "/usr/lib/iproute2", "/etc/iproute2")  # a later one overrides an earlier one
 GROUP_MAX = (1 << 31) - 1
 
 
@@ -18,7 +18,7 @@ def number(name: str) -> int | None:
 
 
 def files(place: str) -> list[str]:
-    """Return the files of one place that may define groups."""
+    """Return the files of a directory that may define groups."""
     directory = f"{place}/group.d"
     try:
         more = sorted(entry for entry in os.listdir(directory) if entry.endswith(".conf"))
@@ -28,7 +28,7 @@ def files(place: str) -> list[str]:
 
 
 def lookup(path: str, name: str, default: int | None) -> int | None:
-    """Return what a file says of a name, or the default."""
+    """Return the number that a file gives a name, or the default."""
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
             lines = file.read().splitlines()

@@ -1,10 +1,11 @@
-"""What of this host's network is ours: bridges, taps, VRFs, addresses, rules, forwarding.
+"""The part of the host's network that vmd makes: bridges, taps, VRFs, addresses, rules, forwarding.
 
-Interfaces of ours carry an alias that nobody else gives:  switch<id>-<name>, vm<id>-if<n>-<name>, rdomain<n>.
-By it what a daemon has left that was killed is found again.  Whatever has no such alias, or was there before us, is
-never changed; but for a tap that vm.conf names, which its VM uses, and which is given back as it was (`Attached`).
+Interfaces that priv makes have an alias that no other program gives: switch<id>-<name>, vm<id>-if<n>-<name>,
+rdomain<n>.  By these aliases priv finds the interfaces that a killed daemon has left.  An interface without such an
+alias belongs to others and is never changed.  The exception is a tap that vm.conf names: its VM uses it, and later it
+is restored (`Attached`).
 
-Every request is checked here once more: whoever has taken over the parent shall not get to other interfaces.
+All requests are checked here once more, so that a parent that was taken over cannot reach other interfaces.
 """
 
 import errno
@@ -49,26 +50,26 @@ ALIAS = re.compile(r"[ -~]{1,255}")
 SWITCH_ALIAS = re.compile(r"switch[0-9]+-")
 TAP_ALIAS = re.compile(r"vm[0-9]+-if[0-9]+-")
 VRF_ALIAS = re.compile(r"rdomain[0-9]+$")
-MTU, MTU_MAX = 1500, 16384  # OpenBSD's taps take no more (*cat. 6.5*)
+MTU, MTU_MAX = 1500, 16384  # the largest MTU of OpenBSD's taps (*cat. 6.5*)
 LLADDR_BYTES = 6
-HIGHEST = b"\xfe"  # first byte of a link-layer address that no vendor gives
+HIGHEST = b"\xfe"  # first byte of a link-layer address that no vendor assigns
 INET4_BYTES, INET6_BYTES = 4, 16
-HOST6 = (1).to_bytes(8, "big")  # ::1 of every /64
+HOST6 = (1).to_bytes(8, "big")  # the host has address ::1 of each /64
 LOOPBACK = "lo"
 PREDECESSOR_PATIENCE_S = 5.0
 RETRY_S = 0.05
-# IPv6?  In words, and the setting
+# Whether it is IPv6, its name, and its setting.
 FORWARDING = ((False, "IPv4", "ipv4/ip_forward"), (True, "IPv6", "ipv6/conf/all/forwarding"))
 
 
 class Nic:
-    """A tap of ours."""
+    """A tap that priv has made."""
 
     def __init__(self, vmid: int, link: Link, fd: int, request: "NicRequest") -> None:
         self.vmid = vmid
         self.link = link
         self.bridge = request.bridge
-        self.fd = fd  # until the parent has it
+        self.fd = fd  # -1 when the parent has got it
         self.groups = request.groups
         self.networks = networks_of(request)
         self.guest4 = guest_of(request)
@@ -77,14 +78,14 @@ class Nic:
         self.up = request.up
         self.link_local = b""
         self.vhost = False  # the kernel may move its frames
-        self.without = ""  # why not, though it was asked for
+        self.without = ""  # why it may not, although vm.conf asks for it
 
     def settings(self) -> list[tuple[str, str]]:
-        """Return what the kernel has to do with its packets, as settings below /proc/sys/net; some may not exist."""
+        """Return the settings that the tap must have, as names below /proc/sys/net and values.  Some may not exist."""
         name, families = self.link.name, {rules.v6(network) for network in self.networks}
         found = [
             to_itself(name),
-            (f"ipv6/conf/{name}/addr_gen_mode", "1"),  # no addresses but what it is given
+            (f"ipv6/conf/{name}/addr_gen_mode", "1"),  # the kernel adds no addresses itself
             (f"ipv6/conf/{name}/disable_ipv6", "0" if True in families else "1"),
         ]
         if False in families:
@@ -92,30 +93,30 @@ class Nic:
         return found
 
     def addresses(self) -> list[tuple[bytes, int]]:
-        """Return what addresses the host has on it, with the lengths of their networks."""
+        """Return the host's addresses on the tap, with their prefix lengths."""
         found = [(self.link_local, 64)] if self.link_local else []
         for network, length in self.networks:
             found.append((network[:8] + HOST6 if len(network) == INET6_BYTES else network, length))
         return found
 
     def take_fd(self) -> int:
-        """Return the descriptor, which is the caller's from now on."""
+        """Return the descriptor.  The caller owns it."""
         fd, self.fd = self.fd, -1
         return fd
 
     def as_it_was(self) -> TapBefore | None:
-        """Return what the tap was before; None: there was none."""
+        """Return the state of the tap before the VM used it; None if priv has made it."""
         return None
 
     def close(self) -> None:
-        """Close what nobody took."""
+        """Close the descriptor if it was not taken."""
         if self.fd >= 0:
             close(self.fd)
             self.fd = -1
 
 
 class Attached(Nic):
-    """A tap that somebody else has made, and what of it we have changed."""
+    """A tap that another program has made, and the changes that priv has made to it."""
 
     def __init__(self, vmid: int, link: Link, fd: int, request: "NicRequest") -> None:
         super().__init__(vmid, link, fd, request)
@@ -123,11 +124,11 @@ class Attached(Nic):
         self.added: list[AddressGiven] = []
 
     def settings(self) -> list[tuple[str, str]]:
-        """They are somebody else's."""
+        """Return none: the settings of the tap belong to the program that has made it."""
         return []
 
     def as_it_was(self) -> TapBefore:
-        """Return what the tap was before, as far as it may be changed."""
+        """Return the state of the tap before the VM used it, and the addresses that were added."""
         before = self.before
         return TapBefore(
             master=before.master, mtu=before.mtu, group=before.group, up=before.up, added=tuple(self.added)
@@ -135,7 +136,7 @@ class Attached(Nic):
 
 
 class Wrong:
-    """Something that is wrong, and with which interfaces: the VM and the number of each."""
+    """A trouble, and the interfaces that have it: the VM and the number of each."""
 
     def __init__(self, thing: "drops.Loss | Damage") -> None:
         self.thing = thing
@@ -148,7 +149,7 @@ class Wrong:
 
 
 class Network:
-    """The host's network, as far as it is ours.  Methods raise OperatorError or HostError."""
+    """The part of the host's network that vmd makes.  Methods raise OperatorError or HostError."""
 
     def __init__(self) -> None:
         self.links = Links()
@@ -157,26 +158,26 @@ class Network:
         self.nat = False
         self.switches: dict[str, SwitchRequest] = {}  # by interface
         self.nics: dict[int, list[Nic]] = {}  # by vmid
-        self.groups_seen: set[str] = set()  # have a set of nftables
+        self.groups_seen: set[str] = set()  # groups that have a set in our table
         self.has_table = False
-        self.said: set[str] = set()
+        self.said: set[str] = set()  # sentences that `say_once` has logged
         self.watch = drops.Watch()
-        self.counts = True
+        self.counts = True  # sets of nftables can have counters on this host
         self.watched: set[str] = set()  # the interfaces and bridges whose packets are counted
         self.judged: set[str] = set()  # ... of these, the bridges
-        self.held: Counter[tuple[str, str]] = Counter()  # elements of sets, and how many have each
+        self.held: Counter[tuple[str, str]] = Counter()  # elements of sets, and how many interfaces have each
         self.loaded = legacy.Loaded()
-        self.shape: dict[str, int] = {}  # of our table, as we have written it
+        self.shape: dict[str, int] = {}  # `rules.shape` of our table as it was written
         self.damage = Damages(self)
         self.filters = Filters(self.nft)
-        self.adopting = False  # what a priv before us has made stays
+        self.adopting = False  # interfaces that an earlier priv has made stay
 
-    # --- ours, or another daemon's -----------------------------------------------------------------------
+    # --- ownership ---------------------------------------------------------------------------------------
 
     def own(self) -> bool:
-        """Become the owner of the network and remove what is left of one before us; False if there is another.
+        """Become the owner of the network and remove what an earlier vmd has left.  False if another vmd is the owner.
 
-        What has been adopted stays, and with it bridges, rules and settings: the configuration that follows tidies up.
+        If interfaces were adopted, bridges, rules and settings stay, too.  The configuration that follows tidies them.
         """
         if self.kept.fd >= 0:
             return True
@@ -186,7 +187,7 @@ class Network:
         return True
 
     def require_ownership(self) -> None:
-        """Wait for a daemon that is just ending.  Raises OperatorError if another one has the network."""
+        """Become the owner; wait if another daemon is just ending.  Raises OperatorError if it keeps the network."""
         deadline_s = time.monotonic() + PREDECESSOR_PATIENCE_S
         while not self.own():
             if time.monotonic() > deadline_s:
@@ -194,7 +195,7 @@ class Network:
             time.sleep(RETRY_S)
 
     def remove_leftovers(self) -> None:
-        """Remove what has our aliases, our table, and undo changed settings; failures are logged."""
+        """Remove interfaces with our aliases and our table, and undo changed settings.  Failures are logged."""
         removed = []
         kept = {nic.link.index for nic in self.all_nics()}
         try:
@@ -224,7 +225,7 @@ class Network:
             self.put_back()
 
     def close(self) -> None:
-        """Remove everything of ours."""
+        """Remove everything that priv has made."""
         if self.kept.fd < 0:
             return
         for vmid in list(self.nics):
@@ -237,10 +238,10 @@ class Network:
     # --- switches ----------------------------------------------------------------------------------------
 
     def configure(self, message: "ConfigureNetwork") -> list[str]:
-        """Take over a configuration; returns a sentence for each thing that could not be done."""
+        """Make the bridges of a configuration.  Returns a sentence for each failure."""
         self.nat = message.nat
         if not message.switches and not self.nics and self.kept.fd < 0:
-            return []  # a daemon without networks does not mind another that has one
+            return []  # a daemon without networks need not be the owner
         self.require_ownership()
         problems = []
         self.switches = {}
@@ -251,15 +252,15 @@ class Network:
                 self.ensure_bridge(switch)
             except (OperatorError, HostError) as error:
                 problems.append(str(error))
-        self.tidy()  # the rules, too: a firewall that is restarted flushes ours along with its own
+        self.tidy()  # also writes the rules: a firewall that was restarted may have flushed ours with its own
         try:
-            self.forward()  # for interfaces that were made while there was no NAT
+            self.forward()  # for interfaces that were made before NAT was configured
         except HostError as error:
             problems.append(str(error))
         return problems
 
     def ensure_bridge(self, switch: "SwitchRequest") -> Link:
-        """Return the bridge of a switch, which is made if it is not there; one of somebody else's is left alone."""
+        """Return the bridge of a switch, and make it if it is missing.  A bridge of others is not changed."""
         name = switch.interface
         link = self.links.find(name)
         if link is not None and link.kind != "bridge":
@@ -274,7 +275,7 @@ class Network:
         try:
             if made and sysctl.entries("ipv6/conf"):
                 sysctl.write(*to_itself(name))
-                for nic in self.ports(name):  # of a bridge that somebody has deleted
+                for nic in self.ports(name):  # of an earlier bridge that another program has deleted
                     self.links.set_master(nic.link, link)
             if is_bridge(link):
                 if switch.rdomain:
@@ -293,12 +294,12 @@ class Network:
         return self.links.get(name)
 
     def ports(self, bridge: str) -> "list[Nic]":
-        """Return the interfaces of VMs that belong into a bridge, as far as they are there and in no other."""
+        """Return the existing interfaces of VMs that belong into a bridge and are in none."""
         free = {link.index for link in self.links.all() if not link.master}
         return [nic for nic in self.all_nics() if nic.bridge == bridge and nic.link.index in free]
 
     def require_rdomain(self, bridge: Link, rdomain: int) -> None:
-        """Raise OperatorError unless a bridge that we did not make is in a routing domain."""
+        """Raise OperatorError unless a bridge of others is in a routing domain."""
         vrf = next((link for link in self.links.all() if link.index == bridge.master), None)
         if vrf is None or vrf.kind != "vrf" or vrf.table != rdomain:
             raise OperatorError(
@@ -307,7 +308,7 @@ class Network:
             )
 
     def ensure_vrf(self, rdomain: int) -> Link:
-        """Return the VRF device of a routing domain, which is made if it is not there."""
+        """Return the VRF device of a routing domain, and make it if it is missing."""
         name = f"vrf{rdomain}"
         link = self.links.find(name)
         if link is not None:
@@ -316,7 +317,7 @@ class Network:
             return link
         if rdomain in HOST_TABLES:
             raise OperatorError(errno.EINVAL, f"rdomain {rdomain}: the host's own routing table has that number")
-        if self.links.shared_table(rdomain):  # its end would be the end of the host's way
+        if self.links.shared_table(rdomain):  # `end_table` would make the host's own packets unreachable
             raise OperatorError(
                 errno.EBUSY,
                 f"rdomain {rdomain}: packets of this host go to routing table {rdomain}, too, as `ip rule` shows; "
@@ -335,7 +336,7 @@ class Network:
         return link
 
     def remove_idle(self) -> None:
-        """Remove bridges and VRFs of ours that nobody needs any more; with interfaces of others in them they stay."""
+        """Remove our bridges and VRFs that are not needed any more.  One with interfaces of others stays."""
         for kind in (is_bridge, is_vrf):
             for link in self.links.all():
                 if not kind(link) or link.name in self.switches:
@@ -349,7 +350,7 @@ class Network:
                     self.say_once(f"{link.kind} {link.name} has interfaces in it that are not vmd's: it stays")
 
     def foreign_members(self, link: Link) -> list[str]:
-        """Return the names of interfaces in a bridge or VRF that are not ours."""
+        """Return the names of the interfaces of others in a bridge or VRF."""
         attached = {nic.link.index for nic in self.all_nics()}
         return [
             member.name for member in self.links.members(link)
@@ -359,7 +360,7 @@ class Network:
     # --- interfaces of VMs -------------------------------------------------------------------------------
 
     def make_nics(self, message: "MakeNics", tuns: "list[int]") -> list[Nic]:
-        """Make all interfaces of a VM, or none.  Takes descriptors out of `tuns`, one for each."""
+        """Make all interfaces of a VM, or none.  Removes from `tuns` the descriptors that it takes over."""
         check_request(message)
         if len(tuns) != len(message.nics):
             raise refuse(f"{len(message.nics)} interfaces out of {len(tuns)} descriptors")
@@ -382,7 +383,7 @@ class Network:
         return made
 
     def adopt(self, message: "AdoptNics") -> None:
-        """Go on with the interfaces of a VM that a priv before us has made."""
+        """Adopt the interfaces of a VM that an earlier priv has made."""
         check_request(message)
         named = all(is_tap_name(made.name) for made in message.made)
         if len(message.made) != len(message.nics) or message.vmid in self.nics or not named:
@@ -395,7 +396,7 @@ class Network:
                 self.filters.adopt(nic.link.name, request)
 
     def forward_ports(self, message: "SetForwards") -> None:
-        """Have these ports, and no others, be forwarded to the interfaces of a VM."""
+        """Forward these ports, and no others, to the interfaces of a VM."""
         nics = self.nics.get(message.vmid)
         if nics is None:
             return
@@ -409,7 +410,7 @@ class Network:
         self.write_rules()
 
     def require_free_ports(self, vmid: int, forwards: "Sequence[Forward]") -> None:
-        """Raise OperatorError if another VM has a port that is to be forwarded to this one."""
+        """Raise OperatorError if one of these ports is already forwarded to another VM."""
         for nic in self.all_nics() if forwards else ():
             for theirs in nic.forwards if nic.vmid != vmid else ():
                 for ours in forwards:
@@ -417,11 +418,11 @@ class Network:
                         raise OperatorError(errno.EADDRINUSE, f"forward {ours}: vm {nic.vmid} has {theirs}")
 
     def tidy(self) -> None:
-        """Let nothing remain of interfaces that are gone, but what others need; failures are logged."""
+        """Remove rules, bridges and VRFs that no interface needs any more.  Failures are logged."""
         self.attempt(self.write_rules, self.remove_idle)
 
     def attempt(self, *attempts: "Callable[[], None]") -> None:
-        """Try all of these; failures are logged."""
+        """Call all of these.  Failures are logged."""
         for attempt in attempts:
             try:
                 attempt()
@@ -429,7 +430,7 @@ class Network:
                 log.error(str(error))
 
     def make_nic(self, vmid: int, request: "NicRequest", reserved: "Collection[str]", tuns: "list[int]") -> Nic:
-        """Make one tap and put it where it belongs.  Takes a descriptor out of `tuns`."""
+        """Make one tap and put it into its bridge or VRF.  Takes the first descriptor of `tuns` over."""
         bridge = None
         if request.bridge:
             switch = self.switches.get(request.bridge)
@@ -439,7 +440,7 @@ class Network:
             if request.rdomain not in (None, switch.rdomain or 0):
                 raise OperatorError(
                     errno.EINVAL,
-                    f"rdomain {request.rdomain}: an interface on a switch is in that of the switch, "
+                    f"rdomain {request.rdomain}: an interface on a switch is in the rdomain of the switch, "
                     f"{switch.rdomain or 0}",
                 )
         existing = self.links.find(request.name) if request.name else None
@@ -457,13 +458,13 @@ class Network:
             self.configure_tap(nic, request, bridge)
             nic.link = self.links.get(name)
         except (OperatorError, HostError):
-            close(fd)  # and with it the tap is gone
+            close(fd)  # removes the tap
             self.unfilter(name)
             raise
         return nic
 
     def attach(self, vmid: int, link: Link, request: "NicRequest", bridge: Link | None, tuns: "list[int]") -> Attached:
-        """Take a tap that is there: it keeps its addresses and its name, and gets what the request says besides."""
+        """Use an existing tap.  It keeps its name and addresses, and gets what the request adds."""
         if is_tap(link):
             raise OperatorError(errno.EBUSY, f"interface {link.name} exists already: {link.alias}")
         if link.kind != "tun":
@@ -482,11 +483,11 @@ class Network:
         return nic
 
     def filter(self, nic: Nic, request: "NicRequest") -> None:
-        """Have a tap filter what its process does not see when the kernel moves the frames.
+        """Lay the filters that replace the checks of the interface's process, if the kernel moves the frames.
 
-        Without filters that it needs the kernel moves none.
+        If the filters cannot be laid, the kernel may not move the frames.
         """
-        self.unfilter(nic.link.name)  # those of another VM, whose tap of that name somebody has deleted
+        self.unfilter(nic.link.name)  # of a deleted tap of this name
         if not request.vhost:
             return
         try:
@@ -498,14 +499,14 @@ class Network:
             nic.vhost = True
 
     def unfilter(self, tap: str) -> None:
-        """Remove the filters of a tap; failures are logged."""
+        """Remove the filters of a tap.  Failures are logged."""
         try:
             self.filters.remove(tap)
         except OperatorError as error:
             log.error(f"the filters of {tap} were not removed: {error}")
 
     def configure_attached(self, nic: Attached, request: "NicRequest", bridge: Link | None) -> None:
-        """Change of a tap that is there what the request says, and nothing else."""
+        """Make the changes of a request to an existing tap, and no others."""
         link = nic.link
         master = bridge
         if master is None and request.rdomain:
@@ -517,7 +518,7 @@ class Network:
         self.join_group(link, request.groups)
         if master is not None and not link.master:
             if bridge is not None:
-                self.links.set_mtu(link, min(bridge.mtu, MTU_MAX))  # as for taps of ours
+                self.links.set_mtu(link, min(bridge.mtu, MTU_MAX))  # as `configure_tap` does
             self.links.set_master(link, master)
         self.require_free(link, networks_of(request))
         if request.host4:
@@ -534,20 +535,20 @@ class Network:
             self.links.set_up(link, up=True)
 
     def lend_address(self, nic: Attached, address: bytes, length: int) -> None:
-        """Give a tap of somebody else's an address, unless it has it."""
+        """Add an address to a tap of another program, unless it has the address."""
         if (nic.link.index, address) not in self.links.addresses():
             self.links.add_address(nic.link, address, length)
             nic.added.append(AddressGiven(address=address, length=length))
 
     def give_back(self, nic: Attached) -> None:
-        """Undo what was changed of a tap of somebody else's; failures are logged."""
+        """Undo the changes to a tap of another program.  Failures are logged."""
         try:
             link, before = self.links.find(nic.link.name), nic.before
             if link is None or link.index != before.index:
                 return
             for given in nic.added:
                 self.links.delete_address(link, given.address, given.length)
-            # A bridge of ours it leaves in any case: a daemon that was killed may have put it there.
+            # It leaves a bridge of ours even if it was there before: a killed daemon may have put it there.
             ours = any(other.index == link.master and (is_bridge(other) or is_vrf(other)) for other in self.links.all())
             if link.master and (link.master != before.master or ours):
                 self.links.leave_master(link)
@@ -561,7 +562,7 @@ class Network:
             log.error(str(error))
 
     def configure_tap(self, nic: Nic, request: "NicRequest", bridge: Link | None) -> None:
-        """Give a tap its group, master and addresses, and switch it on."""
+        """Give a tap its group, bridge or VRF, and addresses, and switch it on."""
         link = nic.link
         self.join_group(link, request.groups)
         ipv6 = bool(request.prefix6)
@@ -571,7 +572,7 @@ class Network:
             if sysctl.read(setting) is not None:
                 sysctl.write(setting, value)
         if bridge is not None:
-            # First the size: a bridge that has not been given one takes the smallest of its ports'.
+            # The MTU first: a bridge without an MTU of its own takes the smallest one of its ports.
             self.links.set_mtu(link, min(bridge.mtu, MTU_MAX))
             self.links.set_master(link, bridge)
         elif request.rdomain:
@@ -588,7 +589,7 @@ class Network:
             self.links.set_up(link, up=True)
 
     def require_free(self, link: Link, networks: "Sequence[tuple[bytes, int]]") -> None:
-        """Raise OperatorError if the host has an address in one of these networks, on whatever interface."""
+        """Raise OperatorError if the host has an address of these networks on another interface."""
         if not networks:
             return
         for index, address in self.links.addresses():
@@ -598,14 +599,15 @@ class Network:
                     raise in_use(link, network, length, why)
 
     def require_no_route(self, link: Link, request: "NicRequest") -> None:
-        """Raise OperatorError if the host reaches one of the addresses of a `local` interface by another one.
+        """Raise OperatorError if the host has a route to an address of a `local` interface by another interface.
 
-        With addresses of its own network on a tap a host would lose its way, perhaps to its own router.
+        With addresses of the host's own network on a tap, the host would send to the tap instead, perhaps what is for
+        its router.
         """
         vrf = self.links.find(f"vrf{request.rdomain}") if request.rdomain else None
         for network, length in networks_of(request):
             first = int.from_bytes(network, "big") & ~((1 << (8 * len(network) - length)) - 1)
-            # Of IPv6, the network itself and the host.
+            # For IPv6, only the network address and the host's address are checked.
             guest = int.from_bytes(request.guest4 or network, "big") if len(network) == INET4_BYTES else first
             for number in {first, first + 1, guest}:
                 route = self.links.route_to(number.to_bytes(len(network), "big"), vrf.index if vrf else 0)
@@ -615,7 +617,7 @@ class Network:
                 raise in_use(link, network, length, f"the host reaches {reached}")
 
     def join_group(self, link: Link, names: "Sequence[str]") -> None:
-        """Put an interface into the first group that the host knows; the others are sets of nftables only."""
+        """Put an interface into the first group that the host knows.  All groups are sets of nftables."""
         for name in names:
             number = groups.number(name)
             if number is not None:
@@ -624,7 +626,7 @@ class Network:
             self.say_once(f"group {name} is not in /etc/iproute2/group: only nftables will know it, as set vmd_{name}")
 
     def remove_nics(self, vmid: int) -> None:
-        """Remove the interfaces of a VM; harmless if it has none."""
+        """Remove the interfaces of a VM, if it has some."""
         nics = self.nics.pop(vmid, None)
         if nics is None:
             return
@@ -637,9 +639,9 @@ class Network:
         self.attempt(*attempts)
 
     def drop(self, nics: "Sequence[Nic]") -> None:
-        """Delete our taps, give back those of others.
+        """Delete taps that priv has made, and restore those of others.  Failures are logged.
 
-        A descriptor that somebody still holds does not keep them; failures are logged.
+        A tap is deleted even if a process still has its descriptor.
         """
         for nic in nics:
             nic.close()
@@ -650,7 +652,7 @@ class Network:
             self.unfilter(nic.link.name)
 
     def delete_tap(self, nic: Nic) -> None:
-        """Delete a tap of ours; failures are logged."""
+        """Delete a tap that priv has made.  Failures are logged."""
         try:
             link = self.links.find(nic.link.name)
             if link is not None and link.index == nic.link.index and is_tap(link):
@@ -661,22 +663,22 @@ class Network:
     # --- damage ------------------------------------------------------------------------------------------
 
     def is_ours(self, link: Link) -> bool:
-        """Return whether we have made a bridge."""
+        """Return whether priv has made a bridge."""
         return is_bridge(link)
 
     def bridge_settings(self, name: str) -> list[tuple[str, str]]:
-        """Return the settings that a bridge has to have, if it is one of ours."""
+        """Return the settings that a bridge must have, if priv has made it."""
         link = self.links.find(name)
         return [to_itself(name)] if link is not None and is_bridge(link) else []
 
     def lacks_forwarding(self) -> list[str]:
-        """Return the families that interfaces need forwarding of and that have none, in words."""
+        """Return the names of the address families that interfaces need forwarding for, and that have it off."""
         networks = [network for member in self.members() for network in member.networks]
         needed = {rules.v6(network) for network in networks}
         return [words for six, words, setting in FORWARDING if six in needed and sysctl.read(setting) == "0"]
 
     def lost_rules(self) -> list[str] | None:
-        """Return the chains and sets of our table in which something is missing; None if there is no table any more."""
+        """Return the chains and sets of our table that lack rules or elements; None if the table is gone."""
         if not self.has_table:
             return []
         try:
@@ -686,9 +688,10 @@ class Network:
         return [name for name, count in self.shape.items() if there.get(name, -1) < count] if there else []
 
     def take_rules_as_they_are(self) -> None:
-        """Miss nothing that is missing now: a version of nft may show sets otherwise than they were written.
+        """Do not report again what the table lacks right after it was written.
 
-        What another program has deleted since we wrote is there when we have written once more.
+        A version of nft may show sets differently than they were written.  The table is written once more first,
+        because another program may have deleted something since the last writing.
         """
         lost = set(self.lost_rules() or ())
         if lost:
@@ -698,17 +701,17 @@ class Network:
             del self.shape[name]
 
     def damages(self, vmid: int) -> list[tuple[int, Damage]]:
-        """Return what was damaged of a VM's interfaces not long ago, each with the number of the interface."""
+        """Return recent damage to a VM's interfaces, each with the number of the interface."""
         return [
             (index, damage) for index, nic in enumerate(self.nics.get(vmid, ())) for damage in self.damage.of(nic)
         ]
 
     def frames_dropped(self) -> list[FramesDropped]:
-        """Return what filters of taps have dropped, where that is more than was said before."""
+        """Return the counts of frames that filters of taps have dropped, where they have grown since the last call."""
         try:
             news = self.filters.news()
         except OperatorError:
-            return []  # they are gone, which is damage
+            return []  # the filters are gone; `damage` reports that
         return [
             FramesDropped(vmid=vmid, index=index, **news[nic.link.name].as_dict())
             for vmid, nics in (self.nics.items() if news else ())
@@ -719,11 +722,11 @@ class Network:
     # --- rules -------------------------------------------------------------------------------------------
 
     def members(self) -> list[Member]:
-        """Return what the rules are about."""
+        """Return all interfaces as the rules need them."""
         return [self.member(nic) for nic in self.all_nics()]
 
     def member(self, nic: Nic) -> Member:
-        """Return what the rules have to know of an interface."""
+        """Return an interface as the rules need it."""
         return Member(
             name=nic.link.name,
             groups=nic.groups,
@@ -733,9 +736,9 @@ class Network:
         )
 
     def change_rules(self, *, gone: "Sequence[Nic]" = (), new: "Sequence[Nic]" = ()) -> None:
-        """Make our table fit after some interfaces have gone or come: as a whole only where more than sets changes.
+        """Update our table after interfaces have gone or come.  Write it as a whole only if more than sets changes.
 
-        Hundreds of other interfaces are in these sets, and their counters go on.
+        The sets have the elements of hundreds of other interfaces, whose counters go on.
         """
         bridges = self.judged_bridges()
         less, more = (Counter(pair for nic in nics for pair in self.elements(nic)) for nics in (gone, new))
@@ -744,12 +747,12 @@ class Network:
         if bridges != self.judged or not self.only_sets_change(gone, new):
             self.write_rules()
             return
-        # A tap may have the name of another one that is gone, and whose VM has not been forgotten yet.
+        # A new tap may have the name of one that is gone and whose VM is still known, so elements are counted.
         over = [pair for pair in less if self.held[pair] <= less[pair]]
         first = [pair for pair in more if not self.held[pair]]
         try:
             self.nft.apply(rules.difference(over, first))
-        except OperatorError:  # something in the table is not as we have left it
+        except OperatorError:  # another program has changed the table
             self.write_rules()
             return
         self.held.update(more)
@@ -766,11 +769,11 @@ class Network:
         self.watch.keep(self.watched)
 
     def elements(self, nic: Nic) -> "Iterator[tuple[str, str]]":
-        """Return what an interface has in the sets of our table."""
+        """Yield the elements of an interface in the sets of our table."""
         return rules.elements(self.member(nic), counted=self.counts)
 
     def only_sets_change(self, gone: "Sequence[Nic]", new: "Sequence[Nic]") -> bool:
-        """Return whether the chains of our table, and which sets there are, do not depend on these interfaces."""
+        """Return whether these interfaces change only elements of sets of our table."""
         if not self.has_table:
             return False
         for nic in (*gone, *new):
@@ -781,11 +784,11 @@ class Network:
         return any(nic.networks for nic in others) if networks and self.nat else any(nic.groups for nic in others)
 
     def write_rules(self) -> None:
-        """Make our table fit the interfaces there are; without need for one, remove it.
+        """Write our table for all interfaces, or remove it if none needs it.
 
-        A host without nftables cannot have NAT, but groups: Linux's own.
+        A host without nftables cannot have NAT.  It still has groups, those of `ip link`.
         """
-        self.count()  # for the counters begin again
+        self.count()  # writing resets the counters
         members = self.members()
         self.judged = bridges = self.judged_bridges()
         self.watched = bridges | {member.name for member in members if member.networks}
@@ -809,7 +812,7 @@ class Network:
         self.groups_seen.update(group for member in members for group in member.groups)
 
     def apply(self, members: "Sequence[Member]", bridges: "Collection[str]") -> None:
-        """Have our table written, without counters where this host has none for sets."""
+        """Write our table, without counters if sets cannot have them on this host."""
         if self.counts:
             try:
                 self.write(rules.ruleset(members, self.groups_seen, bridges))
@@ -821,10 +824,10 @@ class Network:
         self.write(rules.ruleset(members, self.groups_seen, counted=False))
         if self.counts:
             self.counts = False
-            self.say_once(f"what other firewalls drop of guests' packets cannot be counted: {failed}")
+            self.say_once(f"packets of guests that other firewalls drop cannot be counted: {failed}")
 
     def write(self, text: str) -> None:
-        """Write our table."""
+        """Write our table, and note its shape."""
         self.nft.apply(text)
         self.shape = rules.shape(text)
 
@@ -837,7 +840,7 @@ class Network:
     # --- what other firewalls drop -----------------------------------------------------------------------
 
     def judged_bridges(self) -> set[str]:
-        """Return the bridges of VMs whose frames go through a firewall of the host (br_netfilter)."""
+        """Return the bridges of VMs whose frames pass a firewall of the host (br_netfilter)."""
         bridges = {nic.bridge for nics in self.nics.values() for nic in nics if nic.bridge}
         if not bridges or self.nft.path is None or not self.counts:
             return set()
@@ -846,7 +849,7 @@ class Network:
         return bridges if any(chain.hook == "forward" for chain in self.other_chains()) else set()
 
     def other_chains(self) -> list[Chain]:
-        """Return the chains of others, the old iptables' among them; none if they cannot be listed."""
+        """Return the chains of other programs, including those of the old iptables; none if they cannot be listed."""
         try:
             chains = self.nft.chains()
         except OperatorError:
@@ -854,7 +857,7 @@ class Network:
         return chains + [chain for family in legacy.FAMILIES for chain in legacy.chains(family, self.loaded)]
 
     def count(self) -> bool:
-        """Read the counters; False if they are gone."""
+        """Read the counters; return False if they are gone."""
         if not self.has_table or not self.watched or not self.counts:
             return True
         try:
@@ -864,18 +867,18 @@ class Network:
         return True
 
     def look(self) -> None:
-        """Read the counters, and log what is dropped of guests' packets; puts our table back if somebody removed it."""
+        """Repair damage, read the counters, and log which packets of guests are dropped."""
         if not self.nics:
             return
         self.damage.repair()  # the kernel does not report each change of a setting
         self.count()
         if self.judged_bridges() != self.judged:
-            self.tidy()  # a firewall has come, or gone
+            self.tidy()  # a firewall was started or stopped
         for loss in self.watch.to_log(time.monotonic()):
             log.warn(self.sentence(loss))
 
     def losses(self, vmid: int) -> list[tuple[int, drops.Loss]]:
-        """Return what is dropped now of a VM's packets, each with the number of the interface."""
+        """Return the current losses of a VM's packets, each with the number of the interface."""
         return [
             (index, loss)
             for index, nic in enumerate(self.nics.get(vmid, ()))
@@ -883,14 +886,14 @@ class Network:
         ]
 
     def wrong(self) -> "dict[str, Wrong]":
-        """Return all that is wrong now with the interfaces of VMs, each once, by what it is.
+        """Return the current troubles of all interfaces.  Each trouble is there once, with all interfaces that have it.
 
-        What is dropped on its way to the host itself is none of it, see `drops.Watch.to_log`.
+        Losses of packets to the host itself are left out, see `drops.Watch.to_log`.
         """
         found: dict[str, Wrong] = {}
         lost = [loss for loss in self.watch.losses() if loss.place != drops.HOST]
         if not lost and not self.damage.found:
-            return found  # as nearly always, with however many interfaces
+            return found  # the usual case
         for vmid, nics in self.nics.items():
             for index, nic in enumerate(nics):
                 names = nic.link.name, nic.bridge
@@ -902,7 +905,7 @@ class Network:
         return found
 
     def sentence(self, loss: drops.Loss) -> str:
-        """Return what there is to say of packets that were dropped: how many, by whom, and what to do."""
+        """Return sentences about dropped packets: how many, which firewall may have dropped them, and what to do."""
         networks = [
             rules.text(*network) for nic in self.all_nics() if nic.link.name == loss.name
             for network in nic.networks
@@ -911,7 +914,7 @@ class Network:
         sentences = advice(loss, self.other_chains(), guests)
         if guests.bridge:
             sentences.append(
-                "frames of bridges go through the firewall because of br_netfilter: if nobody needs that: "
+                "br_netfilter passes frames of bridges through the firewall; if that is not needed: "
                 "sysctl net.bridge.bridge-nf-call-iptables=0 net.bridge.bridge-nf-call-ip6tables=0"
             )
         return ". ".join([str(loss), *(sentences or ["`nft list ruleset` shows its rules"])])
@@ -923,15 +926,16 @@ class Network:
     # --- forwarding --------------------------------------------------------------------------------------
 
     def forward(self) -> None:
-        """Switch forwarding on, if an interface needs it and it is off."""
+        """Switch forwarding on for each address family that an interface needs it for."""
         networks = [network for member in self.members() for network in member.networks]
         if any(not rules.v6(network) for network in networks) and sysctl.read("ipv4/ip_forward") == "0":
             self.remember_forwarding("ipv4")
-            self.kept.remember("ipv4/conf/all/accept_redirects")  # which the kernel sets along with it
+            self.kept.remember("ipv4/conf/all/accept_redirects")  # the kernel changes it with ip_forward
             if self.kept.change("ipv4/ip_forward", "1"):
                 log.info("switched IPv4 forwarding on, for local interfaces with NAT")
         if any(rules.v6(network) for network in networks) and sysctl.read("ipv6/conf/all/forwarding") == "0":
-            # A router does not listen to routers, unless told so: the host shall not lose its own way out.
+            # With forwarding on, Linux ignores router advertisements unless accept_ra is 2.  The host must keep its
+            # default route.
             for name in sysctl.entries("ipv6/conf"):
                 setting = f"ipv6/conf/{name}/accept_ra"
                 if name == "all":
@@ -939,20 +943,20 @@ class Network:
                 if sysctl.read(setting) == "1":
                     self.kept.change(setting, "2")
                 else:
-                    self.kept.remember(setting)  # to know it from one that takes over our default
+                    self.kept.remember(setting)  # so that it is not taken for one that has inherited our default
             self.remember_forwarding("ipv6")
             if self.kept.change("ipv6/conf/all/forwarding", "1"):
                 log.info("switched IPv6 forwarding on, for local interfaces with NAT")
 
     def remember_forwarding(self, family: str) -> None:
-        """Note interfaces that forward by themselves: switching all of them off again would take them along."""
+        """Note interfaces that have forwarding on already: switching it off for all would change them, too."""
         for name in sysctl.entries(f"{family}/conf"):
             setting = f"{family}/conf/{name}/forwarding"
             if name != "all" and sysctl.read(setting) == "1":
                 self.kept.remember(setting)
 
     def put_back(self) -> None:
-        """Undo changed settings, but for forwarding that others may rely on."""
+        """Undo changed settings, except forwarding that other programs may rely on."""
         left = []
         for family, words, switch in (
             ("ipv4", "IPv4", "net.ipv4.ip_forward"), ("ipv6", "IPv6", "net.ipv6.conf.all.forwarding"),
@@ -967,9 +971,9 @@ class Network:
         self.kept.put_back(left)
 
     def users_of_forwarding(self, family: str) -> list[str]:
-        """Return what, besides us, packets may be forwarded for: two interfaces with addresses, or somebody's NAT.
+        """Return possible other users of forwarding: two or more interfaces with addresses, or NAT of other programs.
 
-        What cannot be found out counts as such.
+        If that cannot be found out, return a sentence that says so.
         """
         size, nft_family = (4, "ip") if family == "ipv4" else (16, "ip6")
         try:
@@ -986,49 +990,49 @@ class Network:
             tables = {chain.table for chain in chains if chain.kind == "nat" and chain.concerns({nft_family})}
             nat = [f"nftables table {table}" for table in sorted(tables) if self.nft.translates(table)]
         except (OperatorError, HostError) as error:
-            return [f"who does is not known ({error})"]
+            return [f"its users are not known ({error})"]
         return [*names, *nat] if len(names) > 1 or nat else []
 
     def say_once(self, sentence: str) -> None:
-        """Warn of something that will not change."""
+        """Log a warning, but only the first time."""
         if sentence not in self.said:
             self.said.add(sentence)
             log.warn(sentence)
 
 
-# --- what is ours --------------------------------------------------------------------------------------------
+# --- interfaces that priv has made ---------------------------------------------------------------------------
 
 
 def is_tap(link: Link) -> bool:
-    """Return whether an interface is a tap of ours."""
+    """Return whether an interface is a tap that priv has made."""
     return link.kind == "tun" and is_tap_name(link.name) and bool(TAP_ALIAS.match(link.alias))
 
 
 def is_bridge(link: Link) -> bool:
-    """Return whether an interface is a bridge of ours."""
+    """Return whether an interface is a bridge that priv has made."""
     return link.kind == "bridge" and bool(SWITCH_ALIAS.match(link.alias))
 
 
 def is_vrf(link: Link) -> bool:
-    """Return whether an interface is a VRF device of ours."""
+    """Return whether an interface is a VRF device that priv has made."""
     return link.kind == "vrf" and bool(VRF_ALIAS.match(link.alias))
 
 
 def is_unfinished(link: Link) -> bool:
-    """Return whether somebody of ours was killed while he made this bridge or VRF."""
+    """Return whether a priv was killed while it made this bridge or VRF."""
     return link.kind in ("bridge", "vrf") and link.group == UNFINISHED and not link.alias
 
 
-# --- what may be asked ---------------------------------------------------------------------------------------
+# --- checks of requests --------------------------------------------------------------------------------------
 
 
 def refuse(what: str) -> OperatorError:
-    """Return what a request gets that no honest parent makes."""
+    """Return the error for a request that an intact parent never makes."""
     return OperatorError(errno.EPERM, f"refused: {what}")
 
 
 def keeps(rule: "Callable[[str], str]", value: str) -> bool:
-    """Return whether a value is one that a configuration can have."""
+    """Return whether a configuration can have a value."""
     try:
         rule(value)
     except ValueError:
@@ -1037,21 +1041,21 @@ def keeps(rule: "Callable[[str], str]", value: str) -> bool:
 
 
 def is_tap_name(name: str) -> bool:
-    """Return whether an interface can be one of a VM."""
+    """Return whether an interface of a VM can have this name."""
     return name not in ("", "tap") and keeps(tap_name, name)
 
 
 def in_use(link: Link, network: bytes, length: int, why: str) -> OperatorError:
-    """Return what a `local` interface gets whose network the host has a use for."""
+    """Return the error for a `local` interface whose network the host uses."""
     keyword = "local inet6 prefix" if len(network) == INET6_BYTES else "local prefix"
     text = rules.text(network, length)
     return OperatorError(errno.EADDRINUSE, f"interface {link.name}: {text} is in use: {why}; see `{keyword}`")
 
 
 def check_switch(switch: "SwitchRequest") -> None:
-    """Raise OperatorError unless a switch is one that a configuration can have."""
+    """Raise OperatorError unless a configuration can have this switch."""
     if not keeps(bridge_name, switch.interface):
-        raise refuse("that is no name of a bridge")
+        raise refuse("that is not a name of a bridge")
     if not ALIAS.fullmatch(switch.alias) or not SWITCH_ALIAS.match(switch.alias):
         raise refuse(f"bridge {switch.interface} with an alias that is not a switch's")
     if switch.rdomain is not None and not 0 <= switch.rdomain <= MAX_RDOMAIN:
@@ -1059,7 +1063,7 @@ def check_switch(switch: "SwitchRequest") -> None:
 
 
 def adopted(vmid: int, request: "NicRequest", made: "NicMade") -> Nic:
-    """Return an interface as whoever made it knew it."""
+    """Return the interface that an earlier priv has made."""
     link = Link(
         index=made.index, name=made.name, kind="tun", alias=request.alias, master=0, mtu=made.mtu, lladdr=made.lladdr,
         up=request.up,
@@ -1077,7 +1081,7 @@ def adopted(vmid: int, request: "NicRequest", made: "NicMade") -> Nic:
 
 
 def check_request(message: "MakeNics | AdoptNics") -> None:
-    """Raise OperatorError unless a request is one that a configuration can lead to."""
+    """Raise OperatorError unless a configuration can lead to this request."""
     if message.vmid <= 0 or not 0 < len(message.nics) <= MAX_NICS:
         raise refuse(f"{len(message.nics)} interfaces for vm {message.vmid}")
     for nic in message.nics:
@@ -1086,15 +1090,15 @@ def check_request(message: "MakeNics | AdoptNics") -> None:
         if not ALIAS.fullmatch(nic.alias) or not TAP_ALIAS.match(nic.alias):
             raise refuse("an interface with an alias that is not a VM's")
         if len(nic.groups) > 2 or not all(group and keeps(group_name, group) for group in nic.groups):
-            raise refuse("that is no name of a group")
+            raise refuse("that is not a name of a group")
         if nic.rdomain is not None and not 0 <= nic.rdomain <= MAX_RDOMAIN:
             raise refuse(f"rdomain {nic.rdomain}")
         if len(nic.host4) not in (0, 4) or len(nic.prefix6) not in (0, 16) or any(nic.prefix6[8:]):
-            raise refuse("that is no address")
+            raise refuse("that is not an address")
         if len(nic.lladdr) != LLADDR_BYTES or nic.length4 not in FIXED_LENGTHS:
-            raise refuse("that is no address")
+            raise refuse("that is not an address")
         if nic.guest4 and not (nic.host4 and inside(nic.guest4, nic.host4, nic.length4)):
-            raise refuse("that is no address of a guest")
+            raise refuse("that is not an address of a guest")
         check_forwards(guest_of(nic), nic.forwards)
 
 
@@ -1109,7 +1113,10 @@ def check_forwards(guest4: bytes, forwards: "Sequence[Forward]") -> None:
 
 
 def guest_of(request: "NicRequest") -> bytes:
-    """Return the guest's IPv4 address; a daemon of an earlier version does not say it, but has networks of two only."""
+    """Return the guest's IPv4 address.
+
+    A daemon of an earlier version does not send it.  Its networks have two addresses, so it follows from the host's.
+    """
     if request.guest4 or not request.host4:
         return request.guest4
     return (int.from_bytes(request.host4, "big") ^ 1).to_bytes(INET4_BYTES, "big")
@@ -1126,7 +1133,7 @@ def networks_of(request: "NicRequest") -> tuple[tuple[bytes, int], ...]:
 
 
 def inside(address: bytes, network: bytes, length: int) -> bool:
-    """Return whether an address is in a network, which may be given by any address in it."""
+    """Return whether an address is in a network.  `network` may be any address of the network."""
     if len(address) != len(network):
         return False
     different = int.from_bytes(address, "big") ^ int.from_bytes(network, "big")
@@ -1134,27 +1141,27 @@ def inside(address: bytes, network: bytes, length: int) -> bool:
 
 
 def link_local(lladdr: bytes) -> bytes:
-    """Return the IPv6 address that an Ethernet address has on its own link (RFC 4291, appendix A)."""
+    """Return the IPv6 link-local address of an Ethernet address (RFC 4291, appendix A)."""
     return b"\xfe\x80" + bytes(6) + bytes((lladdr[0] ^ 2,)) + lladdr[1:3] + b"\xff\xfe" + lladdr[3:]
 
 
 def opposite(guest: bytes) -> bytes:
-    """Return the Ethernet address of the host's side of a link, from that of the guest's side.
+    """Return the Ethernet address of the host's side of a tap, computed from that of the guest's side.
 
-    It is part of what the guest knows, so it is the same in every life and on every host.
+    The guest knows the address, so it must be the same after each start and on each host.
     """
-    # A bridge takes over the lowest address of its ports, if nobody has given it one: a tap's must be none such, or a
-    # host whose uplink is in the bridge would change its own.
+    # A bridge without an address of its own takes the lowest one of its ports.  A tap's address must not be that, or a
+    # host whose uplink is in the bridge would change its address.
     return HIGHEST + hashlib.sha256(b"vmd tap " + guest).digest()[: LLADDR_BYTES - 1]
 
 
 def to_itself(name: str) -> tuple[str, str]:
-    """Return the setting with which an interface of ours takes no advice on routes from guests."""
+    """Return the setting with which an interface ignores router advertisements of guests."""
     return f"ipv6/conf/{name}/accept_ra", "0"
 
 
 def lacking(error: HostError, tried: str, module: str) -> str:
-    """Return why an interface of some kind cannot be made, with what to do about it."""
+    """Return why an interface of a kind cannot be made, and what to do."""
     if error.number == errno.EOPNOTSUPP:
         return f"{tried}: this kernel has no such interfaces: load the module {module}"
     return f"{tried}: {os.strerror(error.number)}"

@@ -1,7 +1,7 @@
-"""Network interfaces, by netlink: everything that `ip link`, `ip address` and `ip route` would be needed for.
+"""Network interfaces by netlink: what `ip link`, `ip address` and `ip route` do.
 
-The only user of pyroute2 (by `netlink`), whose packets are dictionaries; beyond this module there are `Link` records.
-What there is is read by `lists`; pyroute2 changes it, and knows routes and rules.
+This is the only user of pyroute2 (through `netlink`), whose packets are dictionaries.  Other modules see `Link`
+records.  `lists` reads interfaces and addresses.  pyroute2 changes them, and handles routes and routing rules.
 """
 
 import contextlib
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
     from typing import Any
 
 RTM_F_CLONED, RTM_F_FIB_MATCH = 0x0200, 0x2000
-IFA_F_NODAD = 0x02  # the link is a cable to one guest: nothing to detect, and nothing to wait for
+IFA_F_NODAD = 0x02  # no duplicate address detection: the link leads to one guest only, and need not wait
 RT_SCOPE_LINK, RT_SCOPE_UNIVERSE = 253, 0
-RTPROT_OURS = 0x76  # marks routes that we made, for whoever cleans up after us
-# Group of a bridge or VRF that has no alias yet: of the two only the group can be given along with the birth.
+RTPROT_OURS = 0x76  # marks routes that priv has made, so that the next priv can remove them
+# Group of a bridge or VRF that has no alias yet.  The kernel takes a group when it makes an interface, but no alias.
 UNFINISHED = int.from_bytes(b"vmd", "big")
 NO_GROUP = 0
-LAST_RESORT = 4278198272  # metric of a VRF's own end of the line (Documentation/networking/vrf.rst)
+LAST_RESORT = 4278198272  # metric of the unreachable route that ends a VRF's table (Documentation/networking/vrf.rst)
 
 
 class Route(Record):
-    """By which the host reaches a network: its packed address, its prefix length, the index of an interface."""
+    """A route of the host: the packed address and prefix length of a network, and the index of an interface."""
 
     network: bytes
     length: int
@@ -38,7 +38,7 @@ class Route(Record):
 
 
 class Links:
-    """The host's interfaces.  Every method but the look-ups raises HostError saying what was tried."""
+    """The host's interfaces.  All methods except `route_to` raise HostError, which says what was tried."""
 
     def __init__(self) -> None:
         try:
@@ -48,7 +48,7 @@ class Links:
             raise HostError("open a netlink socket", error) from error
 
     def all(self) -> list[Link]:
-        """Return every interface.  Raises HostError."""
+        """Return all interfaces.  Raises HostError."""
         return self.lists.links()
 
     def find(self, name: str) -> Link | None:
@@ -67,7 +67,7 @@ class Links:
         return [link for link in self.all() if link.master == master.index]
 
     def add_bridge(self, name: str, alias: str) -> Link:
-        """Make a bridge.  Its link-layer address stays, unlike that of one which takes the lowest of its ports'."""
+        """Make a bridge.  Its link-layer address is set, so that it does not change to the lowest one of its ports."""
         with trying(f"make bridge {name}"):
             self.netlink.link("add", ifname=name, kind="bridge", group=UNFINISHED)
         link = self._finish(name, alias)
@@ -89,7 +89,7 @@ class Links:
 
     @contextlib.contextmanager
     def or_none(self, link: Link) -> "Iterator[None]":
-        """Delete an interface that was just made if it cannot be made as it should be."""
+        """Delete an interface that was just made if the code inside fails."""
         try:
             yield
         except Exception:
@@ -98,38 +98,38 @@ class Links:
             raise
 
     def delete(self, link: Link) -> None:
-        """Delete an interface; one that is gone is none to delete."""
+        """Delete an interface, if it still exists."""
         with trying(f"delete interface {link.name}"), absent_is_fine():
             self.netlink.link("del", index=link.index)
 
     def set_alias(self, link: Link, alias: str) -> None:
-        """Describe an interface."""
+        """Set the alias of an interface."""
         with trying(f"describe interface {link.name}"):
             self.netlink.link("set", index=link.index, ifalias=alias)
 
     def set_group(self, link: Link, group: int) -> None:
-        """Put an interface into the one group that it has."""
+        """Set the group of an interface; it has one group only."""
         with trying(f"put interface {link.name} into group {group}"):
             self.netlink.link("set", index=link.index, group=group)
 
     def set_lladdr(self, link: Link, lladdr: bytes) -> None:
-        """Give an interface another link-layer address."""
+        """Set the link-layer address of an interface."""
         with trying(f"give interface {link.name} the address {lladdr.hex(':')}"):
             self.netlink.link("set", index=link.index, address=lladdr.hex(":"))
 
     def set_mtu(self, link: Link, mtu: int) -> None:
-        """Set the largest packet."""
+        """Set the MTU of an interface."""
         with trying(f"set the mtu of interface {link.name} to {mtu}"):
             self.netlink.link("set", index=link.index, mtu=mtu)
 
     def set_master(self, link: Link, master: Link) -> None:
-        """Make an interface a port of a bridge, or a part of a VRF."""
+        """Make an interface a port of a bridge, or a member of a VRF."""
         with trying(f"add interface {link.name} to {master.name}"):
             self.netlink.link("set", index=link.index, master=master.index)
 
     def leave_master(self, link: Link) -> None:
         """Take an interface out of its bridge or VRF."""
-        with trying(f"take interface {link.name} out of what it is in"):
+        with trying(f"take interface {link.name} out of its bridge or VRF"):
             self.netlink.link("set", index=link.index, master=0)
 
     def set_up(self, link: Link, *, up: bool) -> None:
@@ -138,7 +138,7 @@ class Links:
             self.netlink.link("set", index=link.index, state="up" if up else "down")
 
     def add_address(self, link: Link, address: bytes, length: int) -> None:
-        """Give an interface an address, to be used at once."""
+        """Add an address to an interface.  It can be used at once."""
         text = str(ipaddress.ip_address(address))
         options: dict[str, Any] = {}
         if len(address) == 16:
@@ -149,7 +149,7 @@ class Links:
             self.netlink.addr("add", index=link.index, address=text, prefixlen=length, **options)
 
     def delete_address(self, link: Link, address: bytes, length: int) -> None:
-        """Take an address from an interface; one that is gone is none to delete."""
+        """Remove an address from an interface, if the interface has it."""
         text = str(ipaddress.ip_address(address))
         family = {"family": socket.AF_INET6} if len(address) == 16 else {}
         try:
@@ -160,13 +160,13 @@ class Links:
                 raise
 
     def addresses(self, besides: "Collection[int]" = ()) -> list[tuple[int, bytes]]:
-        """Return (index of the interface, packed address) of every address of the host, but for some interfaces'."""
+        """Return (index of the interface, packed address) of all addresses, except those of interfaces in `besides`."""
         return self.lists.addresses(besides)
 
     def route_to(self, address: bytes, inside: int = 0) -> Route | None:
-        """Return the route by which the host would reach an address, with the routing rules of all tables.
+        """Return the route by which the host would reach an address.  Routing rules and all tables are used.
 
-        `inside` is the index of a VRF, or 0.  None if there is no way, or the kernel does not say which way it is.
+        `inside` is the index of a VRF, or 0.  None if there is no route, or the kernel does not tell it.
         """
         family = socket.AF_INET if len(address) == 4 else socket.AF_INET6
         wanted: dict[str, Any] = {"dst": str(ipaddress.ip_address(address)), "family": family}
@@ -176,8 +176,8 @@ class Links:
             with trying(f"look up the route to {wanted['dst']}"):
                 found = list(self.netlink.route("get", flags=RTM_F_FIB_MATCH, **wanted))
         except HostError:
-            return None  # "unreachable" is said by an error, too
-        if not found or found[0]["flags"] & RTM_F_CLONED:  # before Linux 4.13, and 5.6 for IPv6: not the route itself
+            return None  # the kernel reports an unreachable address as an error
+        if not found or found[0]["flags"] & RTM_F_CLONED:  # not the route itself: Linux before 4.13, IPv6 before 5.6
             return None
         network = found[0].get_attr("RTA_DST")
         return Route(
@@ -187,7 +187,7 @@ class Links:
         )
 
     def name_of(self, index: int) -> str:
-        """Return the name of an interface; its number if it has gone."""
+        """Return the name of an interface; its index as text if it is gone."""
         return next((link.name for link in self.all() if link.index == index), str(index))
 
     def shared_table(self, table: int) -> bool:
@@ -204,7 +204,7 @@ class Links:
         )
 
     def end_table(self, table: int) -> None:
-        """Let a routing table end in "unreachable", so that what it does not know is not looked for in the next."""
+        """Add an unreachable default route to a routing table, so that the kernel does not go on to the next table."""
         for family, everything in ((socket.AF_INET, "0.0.0.0/0"), (socket.AF_INET6, "::/0")):
             try:
                 with trying(f"end routing table {table}"):
@@ -218,7 +218,7 @@ class Links:
                     raise
 
     def forget_routes(self, table: int | None = None) -> None:
-        """Delete what `end_table` made, in one table or in all."""
+        """Delete the routes of `end_table`, in one table or in all."""
         for family in (socket.AF_INET, socket.AF_INET6):
             for route in listed("list routes", self.netlink.get_routes, family=family, proto=RTPROT_OURS):
                 where = route.get_attr("RTA_TABLE") or route["table"]
@@ -237,7 +237,7 @@ class Links:
 
 
 def listed(what: str, dump: "Callable[..., Iterable[Any]]", **wanted: object) -> "list[Any]":
-    """Return what the kernel lists, complete: it says when others have changed something meanwhile.
+    """Return a complete list of the kernel.  It is read again if the kernel reports a change during the reading.
 
     Raises HostError.
     """
@@ -248,7 +248,7 @@ def listed(what: str, dump: "Callable[..., Iterable[Any]]", **wanted: object) ->
             except NetlinkError as error:
                 if error.code > 0:
                     raise
-                continue  # versions of pyroute2 that notice it themselves
+                continue  # some versions of pyroute2 raise this for a change
         if not any(message["header"]["flags"] & NLM_F_DUMP_INTR for message in found):
             return found
     raise HostError(f"{what} while others change them", errno.EAGAIN)
@@ -256,7 +256,7 @@ def listed(what: str, dump: "Callable[..., Iterable[Any]]", **wanted: object) ->
 
 @contextlib.contextmanager
 def trying(what: str) -> "Iterator[None]":
-    """Turn what pyroute2 raises into HostError."""
+    """Turn exceptions of pyroute2 into HostError; `what` names what was tried."""
     try:
         yield
     except NetlinkError as error:
@@ -269,7 +269,7 @@ def trying(what: str) -> "Iterator[None]":
 
 @contextlib.contextmanager
 def absent_is_fine() -> "Iterator[None]":
-    """Take no notice if what is to be deleted is gone."""
+    """Ignore the error of deleting something that is gone."""
     try:
         yield
     except NetlinkError as error:

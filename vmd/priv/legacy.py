@@ -1,9 +1,9 @@
-"""Tables of the old iptables, which nft(8) does not show: which chains there are.
+"""Chains of the tables of the old iptables, which nft(8) does not show.
 
-    getsockopt(SO_GET_INFO)     struct ipt_getinfo      where each chain begins, and its last entry: the policy
+    getsockopt(SO_GET_INFO)     struct ipt_getinfo      offsets of each chain's first entry, and of its policy
     getsockopt(SO_GET_ENTRIES)  struct ipt_get_entries  all entries (<linux/netfilter_ipv4/ip_tables.h>, and v6's)
 
-Only tables that are loaded are looked at: to ask for one that is not would load it.
+Only loaded tables are read, because asking for another one would load it.
 """
 
 import os
@@ -28,7 +28,7 @@ ENTRIES = Struct("=32sI4x")  # name, size; then the entries
 OFFSETS = Struct("=HH")  # target_offset, next_offset
 TARGET = Struct("=H29sB")  # size, name, revision of xt_entry_target; then, with an empty name, a verdict
 VERDICT = Struct("=i")
-CHAIN_TARGET = b"ERROR"  # begins a chain of the user's, whose name follows
+CHAIN_TARGET = b"ERROR"  # this target begins a user-defined chain; its name follows
 CHAIN_NAME = Struct("=30s")
 HOOKS = {1: "INPUT", 2: "FORWARD"}
 HOOK_FORWARD = 2
@@ -36,13 +36,13 @@ DROP = -1  # -NF_DROP - 1
 
 
 class Family(Record):
-    """One of the two."""
+    """An address family with its program and layout."""
 
     name: str
     program: str
     family: int
     level: int
-    offsets_at: int  # of OFFSETS in an entry: behind struct ipt_ip, or ip6t_ip6, and nfcache
+    offsets_at: int  # offset of OFFSETS in an entry: after struct ipt_ip, or ip6t_ip6, and nfcache
 
 
 FAMILIES = (
@@ -52,13 +52,13 @@ FAMILIES = (
 
 
 class Loaded:
-    """Which tables are loaded.  Only root may open the files that say so: the parent does, and gives them to us."""
+    """The files that list the loaded tables.  Only root may open them, so the parent opens them for priv."""
 
     def __init__(self) -> None:
         self.fds: dict[str, int] = {}  # by the name of the family
 
     def take(self, family: Family, fd: int | None) -> None:
-        """Use a file from now on, which is ours; None: this kernel has no tables of this family now."""
+        """Take over a file.  None: this kernel has no tables of this family now."""
         old = self.fds.pop(family.name, None)
         if old is not None:
             close(old)
@@ -66,13 +66,13 @@ class Loaded:
             self.fds[family.name] = fd
 
     def tables(self, family: Family) -> list[bytes]:
-        """Return the names of the tables.  Raises OSError."""
+        """Return the names of the loaded tables.  Raises OSError."""
         fd = self.fds.get(family.name)
         return os.pread(fd, NAMES_MAX, 0).split() if fd is not None else []
 
 
 def chains(family: Family, loaded: Loaded) -> list[Chain]:
-    """Return the chains of the table `filter`; none of a table that is not there, or cannot be read."""
+    """Return the chains of the table `filter`; none if it is not loaded or cannot be read."""
     try:
         if TABLE not in loaded.tables(family):
             return []
@@ -83,7 +83,7 @@ def chains(family: Family, loaded: Loaded) -> list[Chain]:
             request = ENTRIES.pack(TABLE, size) + bytes(size)
             entries = linux.getsockopt(any_socket.fileno(), family.level, SO_GET_ENTRIES, request)[ENTRIES.size :]
     except (OSError, HostError):
-        return []  # none, or changed between the two questions
+        return []  # there is no table, or it has changed between the two calls
     table = f"{family.name} filter"
     bases = [
         Chain(
@@ -109,13 +109,13 @@ def policy(entries: bytes, start: int, offsets_at: int) -> int | None:
 
 
 def names(entries: bytes, offsets_at: int) -> "Iterator[str]":
-    """Yield the names of the chains that users have made."""
+    """Yield the names of the user-defined chains."""
     start = 0
     while (target := target_of(entries, start, offsets_at)) is not None:
         if TARGET.unpack_from(entries, target)[1].rstrip(b"\0") == CHAIN_TARGET:
             raw = entries[target + TARGET.size : target + TARGET.size + CHAIN_NAME.size]
             name = raw.partition(b"\0")[0].decode("ascii", "replace")
-            if name != CHAIN_TARGET.decode():  # the end of the table looks like a chain
+            if name != CHAIN_TARGET.decode():  # the last entry of the table looks like the begin of a chain
                 yield name
         following = OFFSETS.unpack_from(entries, start + offsets_at)[1]
         if following < offsets_at + OFFSETS.size:
@@ -124,7 +124,7 @@ def names(entries: bytes, offsets_at: int) -> "Iterator[str]":
 
 
 def target_of(entries: bytes, start: int, offsets_at: int) -> int | None:
-    """Return where the target of the entry at `start` is; None if not all of it is there."""
+    """Return the offset of the target of the entry at `start`; None if `entries` ends before it is complete."""
     if start + offsets_at + OFFSETS.size > len(entries):
         return None
     target: int = start + OFFSETS.unpack_from(entries, start + offsets_at)[0]

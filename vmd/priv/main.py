@@ -3,11 +3,11 @@
 Runs as  an ordinary user of its own, with CAP_NET_ADMIN and CAP_NET_RAW; sees nft and /proc/sys/net, not /run
 Peers    parent
 Holds    netlink sockets; a tap, which the parent opened, only until it is handed over
-Parses   what nft and the kernel say
+Parses   output of nft, and messages of the kernel
 
-Whatever cannot be done is an answer, never the end of this process: with it would go the whole daemon.
-What it has made it removes when it is told to end.  When the parent is gone it removes nothing: guests may go on, and
-the next daemon goes on with their interfaces, or removes them.
+A request that fails is answered with an error; it never ends this process.  When priv is told to end, it removes
+everything that it has made.  When the parent is gone, it removes nothing: guests may still run, and the next daemon
+adopts their interfaces or removes them.
 """
 
 import errno
@@ -52,13 +52,13 @@ if TYPE_CHECKING:
     from vmd.ipc.process import Handlers
 
 SWITCHES_MAX = 10_000  # more than a host can have bridges for
-PROBLEMS_MAX = 3  # in one message; more are in the log only
+PROBLEMS_MAX = 3  # in one message; further ones are only logged
 DROPS_MAX, DROP_MAX = 8, 1500  # sentences in one message, and characters of one
-REPAIR_S = 0.5  # from a change to a look at what may be damaged
+REPAIR_S = 0.5  # from a change of the network to the repair of damage
 LOOK_S = 30.0  # between two looks at what other firewalls drop
-SWEEP_S = 0.25  # one look is enough for all VMs that are asked about within so long
-REST = 10  # times as long as a look has taken, before the next one
-REST_MAX_S = 4.0  # ... at most: whoever asks waits a little longer, and takes a priv that owes answers for dead
+SWEEP_S = 0.25  # one look serves all questions about VMs within this time
+REST = 10  # the next look begins after this many times the time that the last one has taken
+REST_MAX_S = 4.0  # ... at most: the parent waits a little longer for an answer before it takes priv for dead
 
 
 class Priv(Process):
@@ -69,10 +69,10 @@ class Priv(Process):
         self.parent = self.attach_parent(Proc.PARENT)
         self.network = Network()
         self.began = False
-        self.cleans_up = False  # at its end
-        self.switches: list[SwitchRequest] = []  # of a configuration that has not come to its end
-        self.wrong: dict[str, tuple[int, str]] = {}  # what the parent was told of, and with what that is wrong
-        self.told: set[int] = set()  # vmids that had their answer since the last look
+        self.cleans_up = False  # it was told to end, and removes everything then
+        self.switches: list[SwitchRequest] = []  # of a configuration that has not arrived completely
+        self.wrong: dict[str, tuple[int, str]] = {}  # troubles that the parent was told of: VM and device of each
+        self.told: set[int] = set()  # vmids that were answered since the last look
         self.looked_s = -SWEEP_S
         self.look_took_s = self.repair_took_s = 0.0
         self.loop.call_later(LOOK_S, self.look)
@@ -80,7 +80,7 @@ class Priv(Process):
         self.repairing: Timer | None = None
 
     def listen(self) -> None:
-        """Hear of changes of the network, of which some may be damage."""
+        """Subscribe to changes of the host's network, of which some may be damage."""
         try:
             self.changes = Changes()
         except HostError as error:
@@ -90,14 +90,14 @@ class Priv(Process):
             self.loop.add(each.fileno(), self.on_change)
 
     def on_change(self, _events: int) -> None:
-        """Look soon, and once for many changes."""
+        """The network has changed: look for damage soon, once for many changes."""
         assert self.changes is not None
         self.changes.forget()
         if self.repairing is None:
             self.repairing = self.loop.call_later(max(REPAIR_S, REST * self.repair_took_s), self.repair)
 
     def repair(self) -> None:
-        """Put right what others have damaged."""
+        """Repair what other programs have damaged."""
         self.repairing = None
         began_s = time.monotonic()
         self.network.damage.repair()
@@ -105,7 +105,7 @@ class Priv(Process):
         self.tell()
 
     def look(self) -> None:
-        """Look at what other firewalls drop, again and again."""
+        """Look what other firewalls drop, and plan the next look."""
         self.loop.call_later(LOOK_S, self.look)
         try:
             self.network.look()
@@ -115,7 +115,7 @@ class Priv(Process):
         self.tell()
 
     def tell(self) -> None:
-        """Tell the parent what is newly wrong with interfaces, and of which nothing is wrong any more."""
+        """Tell the parent of new troubles of interfaces, and of interfaces that have no trouble any more."""
         wrong = self.network.wrong()
         before, self.wrong = self.wrong, {key: self.wrong.get(key) or found.where() for key, found in wrong.items()}
         for key in wrong.keys() - before.keys():
@@ -127,12 +127,12 @@ class Priv(Process):
                 self.parent.send(NetworkTrouble(vmid=vmid, device=device))
 
     def tell_dropped(self) -> None:
-        """Tell the parent what filters have dropped since it was told."""
+        """Tell the parent what filters have dropped since the last report."""
         for message in self.network.frames_dropped():
             self.parent.send(message)
 
     def on_configure_network(self, message: ConfigureNetwork, _envelope: Envelope, channel: Channel) -> None:
-        """Make the bridges of switches, once all of them are known."""
+        """Take switches of a configuration.  With the last message, make their bridges."""
         self.switches += message.switches
         if len(self.switches) > SWITCHES_MAX:
             count, self.switches = len(self.switches), []
@@ -152,12 +152,12 @@ class Priv(Process):
         channel.send(NetworkConfigured(problems=tuple(map(brief, problems[:PROBLEMS_MAX]))))
 
     def take_tables(self, envelope: Envelope) -> None:
-        """Take the files that say which tables of the old iptables there are."""
+        """Take the files that list the tables of the old iptables from a message."""
         for family, name in zip(legacy.FAMILIES, ("tables4", "tables6"), strict=True):
             self.network.loaded.take(family, envelope.take_fd(name))
 
     def begin(self, *, again: bool) -> None:
-        """Take what there is: remove it, or go on with it."""
+        """Become the owner of the network.  `again`: adopt what an earlier priv has made, instead of removing it."""
         self.network.adopting = again
         try:
             self.network.own()
@@ -165,7 +165,7 @@ class Priv(Process):
             log.warn(f"networks will not work: {error}")
 
     def on_adopt_nics(self, message: AdoptNics, _envelope: Envelope, _channel: Channel) -> None:
-        """Go on with the interfaces of a VM that runs."""
+        """Adopt the interfaces of a running VM."""
         try:
             self.network.adopt(message)
         except (OperatorError, HostError) as error:
@@ -212,7 +212,7 @@ class Priv(Process):
         channel.send(NicsRemoved(vmid=message.vmid))
 
     def on_set_forwards(self, message: SetForwards, _envelope: Envelope, channel: Channel) -> None:
-        """Forward other ports to a VM."""
+        """Change the ports that are forwarded to a VM."""
         said = ""
         try:
             self.network.forward_ports(message)
@@ -221,9 +221,10 @@ class Priv(Process):
         channel.send(ForwardsSet(vmid=message.vmid, text=brief(said)))
 
     def on_ask_drops(self, message: AskDrops, envelope: Envelope, _channel: Channel) -> None:
-        """Say what is dropped now of a VM's packets.
+        """Answer which packets of a VM are dropped now.
 
-        Whoever asks again wants to know anew, and waits where a look takes long: it must not be all that is done here.
+        A second question about the same VM needs a new look.  If looks take long, the question waits, so that priv can
+        also do other work.
         """
         self.take_tables(envelope)
         vmid, now_s = message.vmid, time.monotonic()
@@ -236,7 +237,7 @@ class Priv(Process):
             self.look_for(vmid, now_s)
 
     def look_for(self, vmid: int, asked_s: float) -> None:
-        """Answer by a look that was begun after the question."""
+        """Answer with a look that has begun after the question."""
         looks = self.looked_s <= asked_s
         if looks:
             began_s = time.monotonic()
@@ -247,13 +248,13 @@ class Priv(Process):
                 log.warn(str(error))
             self.looked_s = time.monotonic()
             self.look_took_s = self.looked_s - began_s
-            self.tell_dropped()  # first, for it is shown with this
+            self.tell_dropped()  # before the answer, because clients are shown both together
         self.answer_drops(vmid)
         if looks:
             self.tell()
 
     def answer_drops(self, vmid: int) -> None:
-        """Say what the last look has found of a VM."""
+        """Answer with what the last look has found of a VM."""
         self.told.add(vmid)
         troubles: tuple[Trouble, ...] = ()
         try:
@@ -270,7 +271,7 @@ class Priv(Process):
         self.parent.send(DropsReported(vmid=vmid, troubles=troubles))
 
     def give_up(self, envelope: Envelope, channel: Channel) -> None:
-        """Answer for a handler that has failed."""
+        """Answer a request whose handler has failed."""
         message = envelope.message
         if isinstance(message, ConfigureNetwork) and not message.more:
             channel.send(NetworkConfigured(problems=(OUR_FAULT,)))
@@ -282,11 +283,11 @@ class Priv(Process):
             channel.send(DropsReported(vmid=message.vmid))
 
     def on_set_verbosity(self, message: SetVerbosity, _envelope: Envelope, _channel: Channel) -> None:
-        """Log more or less."""
+        """Set the verbosity of the log."""
         log.verbosity = message.verbosity
 
     def on_quit(self, _message: Quit, _envelope: Envelope, _channel: Channel) -> None:
-        """End, with all that was made."""
+        """End, and remove everything that was made."""
         self.cleans_up = True
         self.loop.stop()
 

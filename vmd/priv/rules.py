@@ -1,22 +1,22 @@
-"""NAT and groups: the one nftables table of ours, `inet vmd`, written whole as text to `nft -f -`.
+"""NAT and groups: our nftables table `inet vmd`, which is written as a whole to `nft -f -`.
 
-    set vmd_<group>      names of the interfaces of a group, for rules of the administrator's
+    set vmd_<group>      names of the interfaces of a group, for rules of the administrator
     set local            names of `local` interfaces
-    set nat4, nat6       their networks, which are hidden behind the host's addresses
-    set source4, source6 which of these belongs to which interface
+    set nat4, nat6       networks of `local` interfaces, which are masqueraded
+    set source4, source6 pairs of an interface and its network
     set from_first, from_last, to_first, to_last, host_first, host_last, switch_first, switch_last
                          `local` interfaces, and bridges of switches, with counters (`drops`)
-    chain forward        drops what a guest says is from somebody else; counts what others are to judge
-    chain forwarded      counts what others have let through
+    chain forward        drops packets of a guest with a wrong source address; counts packets before other firewalls
+    chain forwarded      counts packets after other firewalls
     chain input, received
-                         count packets for the host itself
+                         count packets to the host itself, before and after other firewalls
     chain postrouting    masquerades
     chain prerouting, output
-                         have packets for the host itself, from others and from itself, looked at by
-    chain forwards       which translates those for ports that are forwarded to guests
+                         pass packets to the host itself, from others and from the host, to chain forwards
+    chain forwards       translates packets for ports that are forwarded to guests
 
-Chains that somebody else put into the table stay as long as it does; it goes with the last need for it, or with
-the daemon.
+Chains that others have put into the table stay as long as the table.  It is removed when no interface needs it any
+more, or when the daemon ends.
 """
 
 import errno
@@ -39,36 +39,37 @@ if TYPE_CHECKING:
 
 NFT_PATHS = ("/usr/sbin/nft", "/sbin/nft", "/usr/bin/nft", "/usr/local/sbin/nft")
 NFT_TIMEOUT_S = 10.0
-# As nft writes statements, and those of iptables that it does not know; not `ct status dnat` or `nd-redirect`.
+# Statements for address translation as nft prints them, including those of iptables.  Neither `ct status dnat` nor
+# `nd-redirect` is one.
 TRANSLATES = re.compile(r"(?<![-\w])(masquerade|redirect|[sd]nat\b[^,}\n]* to)\b", re.IGNORECASE)
-DSTNAT = -100  # a priority that has no name for packets of the host itself
-BEFORE, BEHIND = -500, 1000  # priorities: before any firewall's, and behind it
+DSTNAT = -100  # the priority dstnat, whose name nft does not know at the hook output
+BEFORE, BEHIND = -500, 1000  # priorities before and after those of any firewall
 TABLE = "inet vmd"
 ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
 
 
-SETS = (  # with what they hold; those of groups and of counters besides
+SETS = (  # the sets besides those of groups and of counters, with their types
     ("local", "ifname"),
     ("nat4", "ipv4_addr; flags interval"),
     ("nat6", "ipv6_addr; flags interval"),
     ("source4", "ifname . ipv4_addr; flags interval"),
     ("source6", "ifname . ipv6_addr; flags interval"),
 )
-ENDINGS, PLACES = (drops.FIRST, drops.LAST), (drops.FROM, drops.TO, drops.HOST)  # of the sets with counters
+ENDINGS, PLACES = (drops.FIRST, drops.LAST), (drops.FROM, drops.TO, drops.HOST)  # of the names of sets with counters
 
 
 class Member(Record):
-    """What the rules have to know of one interface; networks are (packed address, prefix length)."""
+    """One interface as the rules need it.  Networks are (packed address, prefix length)."""
 
     name: str
     groups: tuple[str, ...] = ()
-    networks: tuple[tuple[bytes, int], ...] = ()  # of those that have NAT
+    networks: tuple[tuple[bytes, int], ...] = ()  # those with NAT
     guest4: bytes = b""
     forwards: "tuple[Forward, ...]" = ()  # to `guest4`
 
 
 def needed(members: "Iterable[Member]", bridges: "Iterable[str]" = ()) -> bool:
-    """Return whether there is anything to have a table for."""
+    """Return whether an interface or a bridge needs the table."""
     return any(bridges) or any(member.groups or member.networks for member in members)
 
 
@@ -76,12 +77,14 @@ def ruleset(
     members: "Sequence[Member]", kept_groups: "Iterable[str]" = (), bridges: "Iterable[str]" = (), *,
     counted: bool = True,
 ) -> str:  # fmt: skip
-    """Return what nft is told so that the table is as these interfaces need it, in one transaction.
+    """Return the input of nft that writes the table for these interfaces, in one transaction.
 
-    Sets of `kept_groups` stay, empty: a rule of the administrator's may name them.  Packets between the ports of
-    `bridges` are counted.  Without `counted` nothing is: sets have counters since Linux 5.7 and nftables 0.9.5.
+    Sets of `kept_groups` stay even if they are empty, because a rule of the administrator may use them.  Packets
+    between the ports of `bridges` are counted.  Without `counted`, nothing is counted: sets have counters since Linux
+    5.7 and nftables 0.9.5.
     """
-    # Each once: of two interfaces with the same name one is gone, and its VM is about to be forgotten.
+    # A dict, so that each element is there once: of two interfaces with the same name, one is gone and its VM will soon
+    # be forgotten.
     found: dict[str, dict[str, None]] = {f"vmd_{group}": {} for group in kept_groups}
     for member in members:
         for name, element in elements(member, counted=counted):
@@ -93,7 +96,7 @@ def ruleset(
     for name, kind in SETS:
         lines += of_set(name, kind, found.get(name, ()))
     pairs = [f'"{bridge}" . "{bridge}"' for bridge in sorted(bridges)]
-    for ending in ENDINGS if counted else ():  # in the order in which they are to be read
+    for ending in ENDINGS if counted else ():  # nft lists sets in this order, and the first ones must be read first
         for place in PLACES:
             lines += of_set(place + ending, "ifname; counter", found.get(place + ending, ()))
         lines += of_set(drops.SWITCH + ending, "ifname . ifname; counter", pairs)
@@ -113,16 +116,17 @@ def ruleset(
     forwards = [line for member in nat for line in forwarding(member)]
     lines += [f"add chain {TABLE} forwards", f"flush chain {TABLE} forwards", *forwards]
     if forwards:
-        # Not what is for 127.0.0.1: the kernel would have to take packets for that from guests (route_localnet).  With
-        # it they would reach what listens there for the host alone, whenever a firewall has just flushed our table.
+        # Except packets to 127.0.0.1: they would need route_localnet, with which the kernel takes packets to that
+        # address from guests.  Whenever a firewall has flushed our table, guests could reach what listens there.
         to_us = "meta nfproto ipv4 ip daddr != 127.0.0.0/8 fib daddr type local jump forwards"
         lines += [f"add rule {TABLE} {chain} {to_us}" for chain in ("prerouting", "output")]
-        # A guest that asks the host for a port of its own would not know its own address in the answer.
+        # A guest may connect to a port of the host that is forwarded to itself.  Without masquerading, the packets
+        # would have its own address as their source.
         lines.append(f"add rule {TABLE} postrouting ct status dnat oifname . ip saddr @source4 masquerade")
     if nat:
         lines += [
-            # A guest may only send from what it was given.  IPv6 has no rp_filter, and hosts that set the one of
-            # IPv4 to "loose" for all interfaces have none for a single one.
+            # A guest may send only from its own addresses.  rp_filter cannot check that: IPv6 has none, and a host that
+            # sets it to "loose" for all interfaces cannot make it strict for one.
             f"add rule {TABLE} forward iifname @local meta nfproto ipv4 iifname . ip saddr != @source4 drop",
             f"add rule {TABLE} forward iifname @local meta nfproto ipv6 iifname . ip6 saddr != @source6 drop",
             f"add rule {TABLE} postrouting ip saddr @nat4 oifname != @local masquerade",
@@ -132,7 +136,7 @@ def ruleset(
         if not counted:
             break
         if nat:
-            # What belongs to no connection is dropped by most firewalls, and rightly.
+            # Packets of no connection are not counted, because most firewalls drop them, with good reason.
             lines += [
                 f"add rule {TABLE} {forward} iifname @local ct state != invalid iifname @{drops.FROM}{ending}",
                 f"add rule {TABLE} {forward} oifname @local ct state != invalid oifname @{drops.TO}{ending}",
@@ -145,7 +149,7 @@ def ruleset(
 
 
 def elements(member: Member, *, counted: bool) -> "Iterator[tuple[str, str]]":
-    """Yield what an interface has in sets: the name of each, and the element."""
+    """Yield the elements of an interface in sets, as (name of the set, element)."""
     name = f'"{member.name}"'
     for group in member.groups:
         yield f"vmd_{group}", name
@@ -160,7 +164,7 @@ def elements(member: Member, *, counted: bool) -> "Iterator[tuple[str, str]]":
 
 
 def difference(gone: "Iterable[tuple[str, str]]", new: "Iterable[tuple[str, str]]") -> str:
-    """Return what nft is told so that these elements of sets are gone, and those there, in one transaction."""
+    """Return the input of nft that deletes and adds elements of sets, in one transaction."""
     lines = []
     for verb, pairs in (("delete", gone), ("add", new)):
         found: dict[str, list[str]] = {}
@@ -171,7 +175,7 @@ def difference(gone: "Iterable[tuple[str, str]]", new: "Iterable[tuple[str, str]
 
 
 def forwarding(member: Member) -> "Iterator[str]":
-    """Yield the rules that translate what is for the ports of an interface's guest."""
+    """Yield the rules that translate packets for the ports that are forwarded to an interface's guest."""
     guest = str(ipaddress.ip_address(member.guest4)) if member.guest4 else ""
     for forward in member.forwards:
         source = f"ip saddr {text(forward.source.address, forward.source.length)} " if forward.source else ""
@@ -189,7 +193,7 @@ def forwarding(member: Member) -> "Iterator[str]":
 
 
 def shape(ruleset: str) -> dict[str, int]:
-    """Return how many rules each chain has that a ruleset writes, and how many elements each set, by their names."""
+    """Return the number of rules of each chain of a ruleset, and of elements of each set, by their names."""
     found: dict[str, int] = {}
     for verb, what, _family, _table, *name in (line.split(" ", 5) for line in ruleset.splitlines()):
         if verb == "add" and what in ("chain", "set"):
@@ -202,7 +206,7 @@ def shape(ruleset: str) -> dict[str, int]:
 
 
 def of_set(name: str, kind: str, elements: "Collection[str]") -> list[str]:
-    """Return the lines that make a set hold these elements and no others."""
+    """Return the lines of nft that give a set these elements and no others."""
     lines = [f"add set {TABLE} {name} {{ type {kind}; }}", f"flush set {TABLE} {name}"]
     if elements:
         lines.append(f"add element {TABLE} {name} {{ {', '.join(elements)} }}")
@@ -210,43 +214,43 @@ def of_set(name: str, kind: str, elements: "Collection[str]") -> list[str]:
 
 
 def v6(network: tuple[bytes, int]) -> bool:
-    """Return whether a network is one of IPv6."""
+    """Return whether a network is of IPv6."""
     return len(network[0]) == 16
 
 
 def text(address: bytes, length: int) -> str:
-    """Return a network in the usual notation; the address may be any in it."""
+    """Return a network as ADDRESS/LENGTH.  `address` may be any address in it."""
     return str(ipaddress.ip_network((address, length), strict=False))
 
 
 class Nft:
-    """The program nft(8) of this host.  Methods raise OperatorError with what it says."""
+    """The program nft(8) of this host.  Methods raise OperatorError with its error message."""
 
     def __init__(self) -> None:
         self.path = next((path for path in NFT_PATHS if os.access(path, os.X_OK)), None)
 
     def apply(self, rules: str) -> None:
-        """Have rules take effect, all or none."""
+        """Apply rules in one transaction."""
         self._run("-f", "-", given=rules)
 
     def has_table(self) -> bool:
-        """Return whether there is a table of our name."""
+        """Return whether a table with the name of ours exists."""
         return f"table {TABLE}" in self.tables()
 
     def tables(self) -> list[str]:
-        """Return all tables there are, a line for each."""
+        """Return all tables, a line for each."""
         return self._run("list", "tables").splitlines() if self.path is not None else []
 
     def delete_table(self, name: str = TABLE) -> None:
-        """Delete a table, which need not be there."""
+        """Delete a table, if it exists."""
         self.apply(f"add table {name}\ndelete table {name}\n")
 
     def listing(self, *what: str) -> str:
-        """Return what there is of something, as JSON."""
+        """Return the JSON output of `nft list`."""
         return self._run("-j", "list", *what)
 
     def chains(self) -> "list[Chain]":
-        """Return the chains of others."""
+        """Return the chains of other programs."""
         listing = self._run("-j", "list", "chains")
         try:
             found = [entry["chain"] for entry in json.loads(listing)["nftables"] if "chain" in entry]
@@ -261,18 +265,18 @@ class Nft:
                 for chain in found
             ]
         except (ValueError, KeyError, TypeError, AttributeError):
-            return []  # a version of nft that speaks otherwise
+            return []  # a version of nft with another output
         return [chain for chain in chains if chain.table != TABLE]
 
     def translates(self, table: str) -> bool:
-        """Return whether a table of somebody else's has rules that translate addresses; many have empty chains for it.
+        """Return whether a table of another program has rules that translate addresses.
 
-        Raises OperatorError.
+        Many tables have NAT chains without rules.  Raises OperatorError.
         """
         return TRANSLATES.search(self._run("list", "table", *table.split(" ", 1))) is not None
 
     def shape(self) -> dict[str, int]:
-        """Return what `shape` does, of our table as it is.  Raises OperatorError: the table is gone, too."""
+        """Return the `shape` of our table as it is now.  Raises OperatorError, also if the table is gone."""
         listing = self._run("-j", "list", "table", *TABLE.split())
         found: dict[str, int] = {}
         try:
@@ -285,13 +289,13 @@ class Nft:
                 elif "set" in entry:
                     found[f"set {entry['set']['name']}"] = len(entry["set"].get("elem", ()))
         except (ValueError, KeyError, TypeError, AttributeError):
-            return {}  # a version of nft that speaks otherwise
+            return {}  # a version of nft with another output
         return found
 
     def counters(self) -> dict[str, dict[str, int]]:
-        """Return what the sets of our table have counted: set -> interface -> packets.
+        """Return the counters of the sets of our table: set -> interface -> packets.
 
-        Raises OperatorError: the table is gone, too.
+        Raises OperatorError, also if the table is gone.
         """
         listing = self._run("-j", "list", "table", *TABLE.split())
         counted: dict[str, dict[str, int]] = {}
@@ -304,7 +308,7 @@ class Nft:
                         name = value["concat"][0] if isinstance(value, dict) else value
                         counted.setdefault(entry["set"]["name"], {})[name] = inner["counter"]["packets"]
         except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-            return {}  # a version of nft that speaks otherwise
+            return {}  # a version of nft with another output
         return counted
 
     def _run(self, *arguments: str, given: str = "") -> str:

@@ -1,11 +1,13 @@
-"""Kernel settings below /proc/sys/net: what we change, and what has to be put back.
+"""Kernel settings below /proc/sys/net that priv changes, and their old values.
 
-Old values are on disk before a new one is set, in a file of /run/vmd/priv that belongs to this network namespace; so a
-daemon that is killed leaves behind what its successor needs.  The file only grows until all is put back: a line of
-JSON each, [name, old value, our value].  It is locked: of two daemons on one host only the first has its network.
+An old value is written to a file before the new one is set, so that the next daemon can restore it if this one is
+killed.  The file is in /run/vmd/priv and belongs to this network namespace.  Each setting is a line of JSON, [name, old
+value, our value].  Lines are only appended, until all settings are restored.  The file is locked: of two daemons on one
+host, only the first owns the network.
 
-Forwarding is a switch for all programs of a host.  Nobody can tell who relies on it: who finds it on leaves it on.  So
-it stays on where others may need it, and with it what follows from it (`FORWARDING`).
+Forwarding is a switch for all programs of a host, and a program that finds it on does not change it.  So it cannot be
+known which programs rely on it.  It stays on where others may need it, with the settings that belong to it
+(`FORWARDING`).
 """
 
 import contextlib
@@ -27,12 +29,13 @@ SYS = "/proc/sys/net"
 DIRECTORY = "/run/vmd/priv"
 SO_NETNS_COOKIE = 71
 STATE_MAX = 1 << 20
-FORWARDING = ("/ip_forward", "/forwarding", "/accept_redirects", "/accept_ra")  # what is changed for it
+# Endings of the settings that are changed for forwarding.
+FORWARDING = ("/ip_forward", "/forwarding", "/accept_redirects", "/accept_ra")
 DEFAULT_ACCEPT_RA = "ipv6/conf/default/accept_ra"
 
 
 def read(name: str) -> str | None:
-    """Return a setting such as ipv4/ip_forward; None if this kernel has no such."""
+    """Return a setting such as ipv4/ip_forward; None if this kernel does not have it."""
     try:
         with open(f"{SYS}/{name}") as file:
             return file.read().strip()
@@ -50,7 +53,7 @@ def write(name: str, value: str) -> None:
 
 
 def entries(directory: str) -> list[str]:
-    """Return the names in a directory of settings; none if this kernel has no such."""
+    """Return the names in a directory of settings; none if this kernel does not have it."""
     try:
         return sorted(os.listdir(f"{SYS}/{directory}"))
     except OSError:
@@ -58,12 +61,12 @@ def entries(directory: str) -> list[str]:
 
 
 def state_path() -> str:
-    """Return the path of the file for this network namespace, by a number that is never used again."""
+    """Return the path of the file for this network namespace.  The number in it is not used for another one."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         try:
             cookie = int.from_bytes(any_socket.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8), "little")
         except OSError:
-            cookie = os.stat("/proc/self/ns/net").st_ino  # before Linux 5.14; may be used again, after a while
+            cookie = os.stat("/proc/self/ns/net").st_ino  # before Linux 5.14; another namespace may have it later
     return f"{DIRECTORY}/network-{cookie}"
 
 
@@ -77,9 +80,9 @@ class Kept:
         self.values: dict[str, tuple[str, str]] = {}
 
     def lock(self) -> bool:
-        """Become the owner of this network, and learn what a daemon before us left; False if somebody else is.
+        """Become the owner of this network, and read the old values that an earlier daemon has left.
 
-        Raises HostError.
+        Return False if another process is the owner.  Raises HostError.
         """
         while self.fd < 0:
             try:
@@ -95,11 +98,11 @@ class Kept:
                 self.fd = fd
                 self.values, self.size = parse(os.pread(fd, STATE_MAX, 0))
             else:
-                close(fd)  # its owner removed it at this moment
+                close(fd)  # its owner has just removed the file
         return True
 
     def change(self, name: str, value: str) -> bool:
-        """Set what is not so yet, and remember what it was; returns whether it had to be done.  Raises HostError."""
+        """Change a setting and keep its old value.  Return False if it has the value already.  Raises HostError."""
         old = read(name)
         if old in (None, value):
             return False
@@ -109,19 +112,19 @@ class Kept:
         return True
 
     def remember(self, name: str) -> None:
-        """Note a setting that changing, or putting back, another one would change.  Raises HostError."""
+        """Keep the value of a setting that the kernel changes together with another one.  Raises HostError."""
         value = read(name)
         if value is not None:
             self._keep(name, value, value)
 
     def changes(self, family: str) -> bool:
-        """Return whether we have switched forwarding of `family` on ("ipv4" or "ipv6")."""
+        """Return whether settings of `family` ("ipv4" or "ipv6") were changed."""
         return any(name.startswith(f"{family}/") and old != ours for name, (old, ours) in self.values.items())
 
     def put_back(self, left: "Collection[str]" = ()) -> None:
-        """Undo every change that is still as we made it; failures are logged.
+        """Restore all settings that nobody else has changed since.  Failures are logged.
 
-        Forwarding of the families in `left` stays as it is, and its old settings stay on record.
+        Forwarding of the families in `left` stays as it is, and its old values are kept in the file.
         """
         stay = {
             name: kept
@@ -133,7 +136,7 @@ class Kept:
         for name, (old, ours) in (*inherited, *reversed(back.items())):
             now = read(name)
             if now in (None, old) or (now != ours and old != ours):
-                continue  # gone, or as it was, or somebody else has decided since
+                continue  # it is gone, has its old value, or was changed by another program since
             try:
                 write(name, old)
                 log.info(f"net/{name} is {old} again")
@@ -148,13 +151,13 @@ class Kept:
                 self._keep(name, old, ours)
 
     def _inherited(self) -> list[tuple[str, tuple[str, str]]]:
-        """Return the settings of interfaces that appeared after us, and have our value by default."""
+        """Return the settings of later interfaces, which have inherited our value of the default."""
         old, ours = self.values[DEFAULT_ACCEPT_RA]
         names = (f"ipv6/conf/{name}/accept_ra" for name in entries("ipv6/conf") if name != "all")
         return [(name, (old, ours)) for name in names if old != ours and name not in self.values]
 
     def close(self) -> None:
-        """Let go of the network."""
+        """Give up the ownership of the network, and remove the file."""
         if self.fd >= 0:
             with contextlib.suppress(OSError):
                 os.unlink(self.path)
@@ -175,12 +178,12 @@ class Kept:
 
 
 def parse(raw: bytes) -> tuple[dict[str, tuple[str, str]], int]:
-    """Return what a file says, nothing of what cannot be ours, and how many bytes of it are whole lines."""
+    """Return the values of a file, and the length of its complete lines in bytes.  Invalid lines are left out."""
     values: dict[str, tuple[str, str]] = {}
     size = 0
     for line in raw.splitlines(keepends=True):
         if not line.endswith(b"\n"):
-            break  # its writer was killed, before he changed the setting
+            break  # its writer was killed before it changed the setting
         size += len(line)
         try:
             found = json.loads(line)

@@ -1,4 +1,4 @@
-"""Taps: a network interface whose other end is a descriptor (linux/if_tun.h)."""
+"""Taps: network interfaces whose other end is a descriptor (linux/if_tun.h)."""
 
 import errno
 import fcntl
@@ -12,15 +12,15 @@ if TYPE_CHECKING:
 
 TUNSETIFF = 0x400454CA
 IFF_TAP, IFF_NO_PI, IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
-IFF_TUN_EXCL = 0x8000  # never attach to one that is there already
+IFF_TUN_EXCL = 0x8000  # never attach to an existing interface
 IFREQ = Struct("=16sH22x")
 NUMBERS = 4096  # tap0 ... : more than any host has VMs for
 
 
 def make(fd: int, name: str, reserved: "Collection[str]" = ()) -> str:
-    """Make a tap of this name or, without one, of the first that is neither taken nor reserved.
+    """Make a tap and return its name: `name`; if that is empty, the first tap<n> that is neither taken nor reserved.
 
-    `fd` is /dev/net/tun, opened for this tap alone; its end is the interface's end too.  Returns the name.
+    `fd` is /dev/net/tun, opened for this tap alone.  When its last duplicate is closed, the interface is gone.
 
     Raises:
         OperatorError: the name is taken, or this host has no taps.
@@ -39,10 +39,10 @@ def make(fd: int, name: str, reserved: "Collection[str]" = ()) -> str:
 
 
 def attach(fd: int, name: str) -> None:
-    """Make a descriptor one of a tap that somebody else has made; it stays when that is closed.
+    """Attach a descriptor to a persistent tap that another program has made.  The tap remains when it is closed.
 
     Raises:
-        OperatorError: another program uses it, or it is no such tap.
+        OperatorError: another program uses the interface, or it is not a tap of one queue.
     """
     try:
         fcntl.ioctl(fd, TUNSETIFF, IFREQ.pack(name.encode(), IFF_TAP | IFF_NO_PI | IFF_VNET_HDR))
@@ -62,7 +62,7 @@ def claim(fd: int, name: str) -> str:
     try:
         fcntl.ioctl(fd, TUNSETIFF, IFREQ.pack(name.encode(), flags))
     except OSError as error:
-        if error.errno in (errno.EBUSY, errno.EEXIST, errno.EINVAL):  # EINVAL: there is one, and it is no tap
+        if error.errno in (errno.EBUSY, errno.EEXIST, errno.EINVAL):  # EINVAL: the interface exists and is no tap
             raise OperatorError(errno.EBUSY, f"interface {name} exists already") from None
         failed = HostError(f"make interface {name}", error)
         raise OperatorError(failed.number, str(failed)) from None

@@ -1,4 +1,4 @@
-"""The VM processes of vmm: one per VM, and one in reserve."""
+"""The VM processes of vmm: one for each VM, and one in reserve."""
 
 import os
 import select
@@ -51,36 +51,38 @@ if TYPE_CHECKING:
     from vmd.ipc.loop import Loop
     from vmd.record import Record
 
-# What a VM process says on its own, or again and again: how much at once, and then in a second.  More is not passed on.
+# Messages that a VM process sends unrequested or repeatedly: how many at once, and how many a second after that.
+# Further ones are not passed on.
 BUDGETS: "dict[type[Any], tuple[int, float]]" = {
     AskResolvers: (16, 4.0), DeviceEvent: (16, 1.0), TransferProgress: (1, 10.0),
 }  # fmt: skip
-# What another parent is given, if there has to be one: copies stay here as long as the VM is known.
+# Descriptors that the next parent needs, if there is one.  Copies are kept as long as the VM is known.
 KEPT = ("tty", "tty_slave", "shown", "memory", "log", "boot", "initrd", "taps", "figures", "seed")
-OF_A_CLIENT = (BY_CLASS[ConsoleSnapshot].answers, (DevicesReported,))  # answers that only one who has left waits for
-SPARES_MAX = 4  # processes of devices that are started before their VM is known
-MOST_HAVE = ["vionet.main", "vioblk.raw"]
-UNASKED = 64, 16.0  # ... of all this and last words together; a process that says more is cut off
+# Answers that only clients wait for.  When the parent has gone, no client is connected any more.
+OF_A_CLIENT = (BY_CLASS[ConsoleSnapshot].answers, (DevicesReported,))
+SPARES_MAX = 4  # device processes that are started before their VM is known
+USUAL_DEVICES = ["vionet.main", "vioblk.raw"]  # device processes of the first process in reserve
+UNASKED = 64, 16.0  # unrequested messages of all kinds, at once and a second; a process that sends more is killed
 
 
 def device_words(message: StartVm) -> list[str]:
-    """Return which processes the devices of a VM have (`vm/kinds.py`), for the next one may have the same."""
+    """Return the device processes of a VM (`vm/kinds.py`).  The next VM probably needs the same ones."""
     nics = ["vionet.kernel" if nic.vhost else "vionet.main" for nic in message.nics]
     formats = [[image.format for image in disk.images] for disk in message.disks]
     return [*nics, *("vioblk.raw" if each == ["raw"] else "vioblk.main" for each in formats)][:SPARES_MAX]
 
 
 class Slot:
-    """What a VM process is given before it exists: a user id, and a control group."""
+    """The user id and control group of a VM process.  The parent gives them before the process is started."""
 
     def __init__(self, uid: int = 0, group: int = 0, group_fd: int = -1) -> None:
-        """`uid` 0: ours.  `group` is the parent's number; `group_fd` leads into the group, and is ours to close."""
+        """`uid` 0: that of vmm.  `group` is its number in the parent; `group_fd` opens it, and is closed here."""
         self.uid = uid
         self.group = group
         self.group_fd = group_fd
 
     def close(self) -> None:
-        """Be of no use for another process."""
+        """Close the descriptor of the group.  The slot cannot be used for a process after that."""
         if self.group_fd >= 0:
             close(self.group_fd)
             self.group_fd = -1
@@ -92,7 +94,7 @@ class VmChild:
     def __init__(
         self, pid: int, pidfd: int, channel: Channel, log: socket.socket | None = None, slot: Slot | None = None
     ) -> None:
-        """`log` is what its lines come out of."""
+        """`log` is the reading end of its log."""
         self.pid = pid
         self.pidfd = pidfd
         self.channel = channel
@@ -100,22 +102,22 @@ class VmChild:
         self.slot = slot or Slot()
         self.vmid = 0
         self.gone = False
-        self.awaited: Counter[tuple[type[Any], ...]] = Counter()  # answers, any of which will do
+        self.awaited: Counter[tuple[type[Any], ...]] = Counter()  # unanswered requests, by their possible answers
         self.budgets = {cls: RateLimit(at_once, 1 / per_s) for cls, (at_once, per_s) in BUDGETS.items()}
         self.unasked = RateLimit(UNASKED[0], 1 / UNASKED[1])
-        self.stale: Counter[tuple[type[Any], ...]] = Counter()  # of those: for a parent that is gone
-        self.reported = False  # how its start went
+        self.stale: Counter[tuple[type[Any], ...]] = Counter()  # of these, the requests of a parent that is gone
+        self.reported = False  # it has said whether its start succeeded
         self.last_words = ""
         self.held = VmHeld(vmid=0)
         self.kept: dict[str, list[int]] = {}
 
     def kill(self) -> None:
-        """End the process without asking it; harmless when it is gone."""
+        """Send SIGKILL to the process, unless it was reaped."""
         if not self.gone:
             signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
 
     def keep(self, fds: "Mapping[str, Sequence[int]]") -> None:
-        """Keep copies of what it is given, for another parent."""
+        """Keep copies of descriptors of KEPT for the next parent."""
         for name in set(KEPT).intersection(fds):
             if not fds[name]:
                 continue
@@ -128,12 +130,12 @@ class VmChild:
             self.kept[name] = copies
 
     def drop(self, *names: str) -> None:
-        """Close what is kept: these, or all."""
+        """Close kept descriptors: those of these names, or all."""
         for name in names or tuple(self.kept):
             close_all(self.kept.pop(name, ()))
 
     def become(self, message: "Record") -> None:
-        """Note what it is told to become, and what it says that it has become."""
+        """Update the known state of the VM by a message to it or from it."""
         held = self.held
         if isinstance(message, ReceiveVm):
             held = held.replace(arriving=True)
@@ -176,15 +178,15 @@ class VmChild:
         self.held = held
 
     def expect(self, message: "Record") -> None:
-        """Note what is going to be answered."""
+        """Note that a request will be answered."""
         answers = BY_CLASS[type(message)].answers
         if answers:
             self.awaited[answers] += 1
 
     def account(self, message: "Record") -> bool:
-        """Return whether a message is worth passing on.
+        """Return whether a message has to be passed on.
 
-        Raises PeerError for an answer that nobody asked for, and for too much of anything else.
+        Raises PeerError for an answer that was not requested, and for too many other messages.
         """
         cls = type(message)
         info = BY_CLASS[cls]
@@ -192,7 +194,7 @@ class VmChild:
             raise PeerError(self.channel.label, f"sends more than {UNASKED[1]:.0f} messages a second unasked")
         if info.is_answer:
             answers = next((answers for answers, count in self.awaited.items() if count and cls in answers), None)
-            if answers is None and not info.partial:  # which may be late
+            if answers is None and not info.partial:  # a partial answer may come late
                 raise PeerError(self.channel.label, f"answers with {cls.__name__}, which was not requested")
             if answers is None:
                 return False
@@ -207,13 +209,13 @@ class VmChild:
 
 
     def forget_questions(self) -> None:
-        """Whoever has asked is gone: answers that only they wait for are not passed on."""
+        """The parent is gone, and its clients with it: do not pass on the answers to their requests."""
         for answers in OF_A_CLIENT:
             self.stale[answers] = self.awaited[answers]
 
 
 def end_all(children: "Sequence[VmChild]", timeout_s: float) -> None:
-    """Kill processes and wait for their ends, which without a pid namespace our own does not bring."""
+    """Kill processes and wait for their end.  Without a pid namespace they would outlive vmm."""
     for child in children:
         child.kill()
     deadline_s = time.monotonic() + timeout_s
@@ -226,20 +228,20 @@ def end_all(children: "Sequence[VmChild]", timeout_s: float) -> None:
 
 
 class Reaper:
-    """Collects exit statuses: of VM processes, and of what they leave behind, whose parent pid 1 becomes."""
+    """Reaps VM processes, and their children that have outlived them, whose parent vmm becomes as pid 1."""
 
     def __init__(self, loop: "Loop", on_exit: "Callable[[VmChild, Outcome, str], None]") -> None:
-        """`on_exit(child, outcome, how)` is called once, when a process that is watched is gone and reaped."""
+        """`on_exit(child, outcome, how)` is called once for a watched process, when it was reaped."""
         self.on_exit = on_exit
         self.watched: dict[int, VmChild] = {}  # by pid
         loop.on_signal(signal.SIGCHLD, self.reap)
 
     def watch(self, child: VmChild) -> None:
-        """Wait for the end of a process that was started since the loop went on."""
+        """Watch a process.  Must be called in the turn of the loop in which the process was started."""
         self.watched[child.pid] = child
 
     def reap(self) -> None:
-        """Reap whatever has ended; one signal may stand for many."""
+        """Reap all processes that have ended.  One SIGCHLD may stand for several."""
         while (ended := wait_any()) is not None:
             child = self.watched.pop(ended.si_pid, None)
             if child is not None:
@@ -249,7 +251,7 @@ class Reaper:
 
 
 def wait_any() -> "os.waitid_result | None":
-    """Reap a child that has ended and return how; None if there is none."""
+    """Reap one child that has ended and return its status; None if there is none."""
     try:
         return os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG)
     except ChildProcessError:
@@ -257,7 +259,7 @@ def wait_any() -> "os.waitid_result | None":
 
 
 def judge(code: int, status: int) -> tuple[Outcome, str]:
-    """Return what the end of a VM process means, from waitid's si_code and si_status."""
+    """Return the outcome of a VM process and a sentence, from waitid's si_code and si_status."""
     if code != os.CLD_EXITED:
         return Outcome.KILLED, f"vm process was killed by {name_of(status)}"
     if status in (Outcome.POWER_OFF, Outcome.REBOOT, Outcome.ENDED):

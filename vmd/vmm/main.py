@@ -2,15 +2,15 @@
 
 Runs as  an id of its own; sees only the interpreter and our own code, read-only; no network
 Peers    parent (VM configs and fds in, exits out); one vm/<name> per running VM
-Holds    /dev/kvm; of a VM console, log, guest memory and taps, for a parent that takes the place of ours, and all else
-         only while it passes it on; a lock that says that it lives (`parent/lifelock.py`)
+Holds    /dev/kvm; console, log, guest memory, taps and boot files of each VM, for the next parent; other descriptors
+         only while it passes them on; a lock that shows that it lives (`parent/lifelock.py`)
 
-It does not end with the parent.  Another one may have its channel from the service manager, and is told of all VMs
-(`on_ask_vms`).  Guests whose parent is gone, and whom nobody goes on with, are asked to shut
-down; vmm ends with the last of them, or when their time is over.
+vmm does not end with the parent.  The next parent gets the channel to vmm from the service manager, and asks it for all
+VMs (`on_ask_vms`).  If there is no next parent, the end of the channel tells vmm to ask its guests to shut down.  vmm
+then ends with the last of them, or after ORPHANS_S.
 
-A started interpreter with our modules imported takes 50 ms to have, so one VM process waits in reserve, and with it
-processes for such devices as the last VM had.
+Starting an interpreter and importing our modules takes 50 ms.  So one VM process waits in reserve, with device
+processes of the kinds that the last VM had.
 """
 
 import errno
@@ -49,7 +49,7 @@ from vmd.privsep.confine import VMM, confine
 from vmd.privsep.spawn import spawn
 from vmd.record import Record
 from vmd.version import VERSION
-from vmd.vmm.children import KEPT, MOST_HAVE, Reaper, Slot, VmChild, device_words, end_all
+from vmd.vmm.children import KEPT, USUAL_DEVICES, Reaper, Slot, VmChild, device_words, end_all
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -57,20 +57,20 @@ if TYPE_CHECKING:
     from vmd.ipc.process import Handlers
 
 NOT_PASSED_ON = "cannot be given its files"
-KVM_FD, GROUP_FD = 4, 5  # where a VM process finds /dev/kvm, and the way into its control group
-SLOTS_MAX = 8  # that wait for a process; starts that failed have left them
-FILES_OF_A_VM = 2 + len(KEPT) - 1 + MAX_NICS  # its channel, its pidfd, and what is kept for another parent
+KVM_FD, GROUP_FD = 4, 5  # descriptors of a VM process: /dev/kvm, and its control group
+SLOTS_MAX = 8  # unused slots that are kept; starts that failed have left them
+FILES_OF_A_VM = 2 + len(KEPT) - 1 + MAX_NICS  # its channel, its pidfd, and copies for the next parent
 REPORT_AGAIN_S = 0.1
 FILES_SPARE = 64
 VM_QUEUE_LIMIT = 256  # messages; a VM process that does not read is stuck, and is killed
-FORCE_GRACE_S = 10.0  # from `stop -f` to being killed (*cat. 4.4*)
-EXIT_GRACE_S = 10.0  # from the end of a VM's channel to its being killed
-START_S = 120.0  # for a VM to be built, from when it has all it needs
-GONE_S = 10.0  # from being killed to being gone; what takes longer waits for storage, perhaps for ever
+FORCE_GRACE_S = 10.0  # from `stop -f` to SIGKILL (*cat. 4.4*)
+EXIT_GRACE_S = 10.0  # from the end of a VM's channel to SIGKILL
+START_S = 120.0  # a VM must run within this time after it has got everything it needs
+GONE_S = 10.0  # from SIGKILL until a process is given up; it then waits for storage, perhaps for ever
 END_S = 5.0  # ... when vmm itself ends
-RESERVE_DELAY_S = 0.03  # from the beginning of a guest, which needs the processor first
-RESERVE_LATEST_S = 2.0  # ... if it does not begin
-ORPHANS_S = 135.0  # for guests to shut down when the parent is gone; each has two minutes once it has noticed
+RESERVE_DELAY_S = 0.03  # from the beginning of a guest, which needs the processor first, to the next reserve
+RESERVE_LATEST_S = 2.0  # from a start to the next reserve, if the guest does not begin
+ORPHANS_S = 135.0  # how long guests may take to shut down without a parent; each has two minutes after it was asked
 
 
 class Vmm(Process):
@@ -79,46 +79,46 @@ class Vmm(Process):
     def __init__(self) -> None:
         super().__init__(Proc.VMM)
         self.kvm_fd = -1
-        self.slots: list[Slot] = []  # for the next VM processes, each once
+        self.slots: list[Slot] = []  # for the next VM processes, one each
         self.reserve: VmChild | None = None
-        self.devices = MOST_HAVE  # of the VM that was started last
+        self.devices = USUAL_DEVICES  # device processes of the VM that was started last
         self.running: dict[int, VmChild] = {}  # by vmid
-        self.by_channel: dict[Channel, VmChild] = {}  # all that there are
+        self.by_channel: dict[Channel, VmChild] = {}  # all VM processes
         self.reaper = Reaper(self.loop, self.on_vm_gone)
-        self.stuck: set[VmChild] = set()  # killed, given up, and not gone
-        self.over: dict[int, VmChild] = {}  # by vmid: ended, and the parent has not taken notice of that
+        self.stuck: set[VmChild] = set()  # killed and given up, but not ended
+        self.over: dict[int, VmChild] = {}  # by vmid: ended, and the parent has not confirmed that yet
         self.orphaned = False  # the parent is gone
-        self.retired = False  # no VM will start here
-        self.to_report: list[VmChild] | None = None  # to another parent
+        self.retired = False  # no other VM will start here
+        self.to_report: list[VmChild] | None = None  # VMs that the next parent has still to be told of
         self.parent = self.attach_parent(Proc.PARENT)
 
     def on_kvm_fd(self, _message: KvmFd, envelope: Envelope, _channel: Channel) -> None:
-        """Keep /dev/kvm; from now on VM processes can be had."""
+        """Keep /dev/kvm.  VM processes can be started from now on."""
         fd = envelope.take_fd("kvm")
         assert fd is not None
         self.kvm_fd = fd
         self.fill_reserve()
 
     def on_slot(self, message: VmSlot, envelope: Envelope, _channel: Channel) -> None:
-        """Have a slot for another VM process."""
+        """Keep a slot for another VM process."""
         fd = envelope.take_fd("group")
         self.slots.append(Slot(message.uid, message.group, -1 if fd is None else fd))
         while len(self.slots) > SLOTS_MAX:
             self.slot_over(self.slots.pop(0))
 
     def slot_over(self, slot: Slot, vmid: int = 0) -> None:
-        """Give a slot back that has no process, and will have none; `vmid` is the VM of that which it had."""
+        """Give a slot back to the parent.  `vmid` is the VM of its last process; 0: there was none."""
         slot.close()
         if slot.group:
             self.parent.send(VmSlotOver(group=slot.group, vmid=vmid))
 
     def fill_reserve(self) -> None:
-        """Have one VM process ready for the next start."""
+        """Start the VM process in reserve, if there is none."""
         if self.reserve is None and self.slots and not (self.orphaned or self.retired):
             try:
                 self.reserve = self.spawn_vm()
             except HostError as error:
-                log.warn(str(error))  # the next start tries again, and reports
+                log.warn(str(error))  # the next start tries again, and reports an error
 
     def spawn_vm(self) -> VmChild:
         """Start a VM process that waits for its StartVm.  Raises HostError."""
@@ -156,7 +156,7 @@ class Vmm(Process):
         return child
 
     def attach_vm(self, sock: socket.socket) -> Channel:
-        """Serve a VM process."""
+        """Serve the channel of a VM process."""
         return self.attach(sock, Proc.VM, "vm", on_lost=self.on_vm_lost, queue_limit=VM_QUEUE_LIMIT)
 
     def on_start_vm(self, message: StartVm, envelope: Envelope, _channel: Channel) -> None:
@@ -177,7 +177,7 @@ class Vmm(Process):
         except HostError as error:
             self.not_started(message.vmid, error.number, str(error))
             return
-        child.slot.close()  # it is used up
+        child.slot.close()  # the process has joined the group already
         self.forget(message.vmid)
         child.vmid = message.vmid
         child.held = VmHeld(vmid=message.vmid, group=child.slot.group)
@@ -190,7 +190,7 @@ class Vmm(Process):
         self.loop.call_later(RESERVE_LATEST_S, self.fill_reserve)
 
     def pass_log(self, child: VmChild) -> None:
-        """Have the lines of a VM process read, under the name that it has by now."""
+        """Send the reading end of a VM process's log to the parent, which has it read under the VM's name."""
         if child.log is not None:
             why = f"{child.channel.label}: its log is not read: {os.strerror(errno.ETOOMANYREFS)}"
             fds = {"log": [child.log.detach()]}
@@ -199,36 +199,36 @@ class Vmm(Process):
             self.parent.send(VmLog(vmid=child.vmid), fds=fds, refused=lambda: log.warn(why))
 
     def require_files(self) -> None:
-        """Raise HostError(EMFILE) before the descriptors that come with the next message find no room here."""
+        """Raise HostError(EMFILE) if another VM would leave too few free descriptors for those of messages."""
         most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         if FILES_OF_A_VM * len(self.running) + FILES_SPARE > most:
             raise HostError(f"have another vm among the {most} files that vmm may have open", errno.EMFILE)
 
     def on_stop_vm(self, message: StopVm, _envelope: Envelope, _channel: Channel) -> None:
-        """Ask a VM to end, or end it."""
+        """Pass a request to stop on to a VM.  If it is by force, kill the VM later."""
         child = self.running.get(message.vmid)
         if child is None:
-            return  # it has just ended by itself; VmExited is on its way
+            return  # the VM has just ended; VmExited is on its way
         child.become(message)
         child.channel.send(message)
         if message.mode is StopMode.KILL:
-            # It lets its devices finish, so that no disk is left half written; unless it is stuck.
+            # The VM's process lets its devices finish, so that no disk is half written.  It is killed if it is stuck.
             self.loop.call_later(FORCE_GRACE_S, lambda: self.kill(child, "stopped by force; it had to be killed"))
 
     def require_report(self, child: VmChild) -> None:
-        """End a VM that has not said by now whether it could be built."""
+        """Kill a VM that has not reported how its start went."""
         if not child.reported:
             self.kill(child, f"did not start within {START_S:.0f} s")
 
     def kill(self, child: VmChild, words: str = "") -> None:
-        """End a VM process that did not end when it was told to, or is not to be trusted; `words` say why."""
+        """Kill a VM process that did not end when it was told to, or broke the protocol; `words` say why."""
         if not child.gone:
             child.last_words = words or child.last_words
             child.kill()
             self.loop.call_later(GONE_S, lambda: self.give_up_on(child))
 
     def give_up_on(self, child: VmChild) -> None:
-        """A VM process does not end though it was killed: it is in a system call.  Its VM is over all the same."""
+        """A killed VM process does not end, because it is in a system call.  Report its VM as ended."""
         if child.gone or child in self.stuck:
             return
         child.channel.drain()
@@ -240,7 +240,7 @@ class Vmm(Process):
             self.exited(child, Outcome.KILLED, brief(words))
 
     def on_to_vm(self, message: Record, envelope: Envelope, _channel: Channel) -> None:
-        """Relay to the VM that the message names."""
+        """Relay a message to the VM that it names."""
         child = self.running.get(message.as_dict()["vmid"])
         if child is not None:
             child.expect(message)
@@ -248,7 +248,7 @@ class Vmm(Process):
             self.pass_on(message, envelope, child)
 
     def pass_on(self, message: Record, envelope: Envelope, child: VmChild) -> None:
-        """Send a VM what is for it; one that is not up in time after what it begins with is killed."""
+        """Send a message to a VM.  After the message that starts it, kill the VM if it does not run in time."""
         if isinstance(message, StartVm | ResumeReceived):
             self.loop.call_later(START_S, lambda: self.require_report(child))
         fds = {name: envelope.take_fds(name) for name in tuple(envelope.fds)}
@@ -266,7 +266,7 @@ class Vmm(Process):
         )
 
     def on_from_vm(self, message: Record, envelope: Envelope, channel: Channel) -> None:
-        """Relay to the parent, under the VM's own numbers whatever it claims."""
+        """Relay a message to the parent.  The id of the VM is set here, whatever the VM claims."""
         child = self.child_of(channel)
         worth_passing_on = child.account(message)
         child.become(message)
@@ -284,41 +284,41 @@ class Vmm(Process):
         fds = {name: envelope.take_fds(name) for name in tuple(envelope.fds)}
         try:
             self.parent.send(message, peerid=child.vmid, fds=fds, refused=lambda: self.parent.send(message))
-        except ValueError as error:  # it just fitted a packet, and no longer does under the right number
+        except ValueError as error:  # with the right id it does not fit into a packet any more
             raise PeerError(channel.label, str(error)) from None
 
     def on_vm_ending(self, message: VmEnding, _envelope: Envelope, channel: Channel) -> None:
-        """Keep a VM's last words until it is gone."""
+        """Keep the reason of a VM's end until the process has ended."""
         child = self.child_of(channel)
         if child.account(message):
             child.last_words = brief(message.text)
 
     def child_of(self, channel: Channel) -> VmChild:
-        """Return the running VM on a channel; PeerError if it is none, such as one in reserve."""
+        """Return the running VM of a channel.  Raises PeerError for another process, such as that in reserve."""
         child = self.running_on(channel)
         if child is None:
             raise PeerError(channel.label, "speaks before it was given a VM")
         return child
 
     def running_on(self, channel: Channel) -> VmChild | None:
-        """Return the running VM on a channel, if there is one."""
+        """Return the running VM of a channel, if there is one."""
         child = self.by_channel.get(channel)
         return child if child is not None and self.running.get(child.vmid) is child else None
 
     def on_vm_lost(self, channel: Channel, error: PeerError | None) -> None:
-        """A VM process closed its channel or broke the protocol: it ends, if it has not yet."""
+        """A VM process has closed its channel or broke the protocol: kill it if it does not end."""
         child = self.by_channel.get(channel)
         if child is None:
             return
         if error is not None:
             log.error(str(error))
             self.kill(child, f"broke the protocol: {error.what}")
-        else:  # most likely exiting, with a status that matters
+        else:  # the process is probably exiting, and its exit status is needed
             self.loop.call_later(EXIT_GRACE_S, lambda: self.kill(child))
 
     def on_vm_gone(self, child: VmChild, outcome: Outcome, text: str) -> None:
-        """A VM process is reaped: tell the parent how it went."""
-        child.channel.drain()  # its last words may have come after its death was noticed
+        """A VM process was reaped: tell the parent how it ended."""
+        child.channel.drain()  # its last messages may not have been read yet
         self.by_channel.pop(child.channel, None)
         self.stuck.discard(child)
         if child is self.reserve:
@@ -326,7 +326,7 @@ class Vmm(Process):
             if self.retired:
                 self.slot_over(child.slot)
                 return
-            self.slots.append(child.slot)  # it has seen nothing of any VM
+            self.slots.append(child.slot)  # the process had no VM, so the slot can be used again
             log.warn(f"reserve: {text or 'exited'}")
             self.pass_log(child)
             return
@@ -336,7 +336,7 @@ class Vmm(Process):
             self.exited(child, outcome, child.last_words or text)
 
     def exited(self, child: VmChild, outcome: Outcome, text: str) -> None:
-        """Tell the parent that a VM has ended.  It may be gone itself: then the next one is told."""
+        """Tell the parent that a VM has ended.  `over` keeps the VM for the next parent, if this one is gone."""
         del self.running[child.vmid]
         child.drop("memory", "figures")
         child.held = child.held.replace(outcome=outcome, text=text)
@@ -345,19 +345,19 @@ class Vmm(Process):
         self.end_if_over()
 
     def forget(self, vmid: int) -> None:
-        """The parent knows that a VM has ended."""
+        """Forget a VM that has ended, and close what was kept for it."""
         child = self.over.pop(vmid, None)
         if child is not None:
             child.drop()
 
     def on_end_taken(self, message: EndTaken, _envelope: Envelope, _channel: Channel) -> None:
-        """Keep nothing more for a VM that has ended."""
+        """The parent confirms that a VM has ended."""
         self.forget(message.vmid)
 
     # --- another parent ---------------------------------------------------------------------------------------
 
     def on_ask_vms(self, _message: AskVms, envelope: Envelope, _channel: Channel) -> None:
-        """Tell a parent that takes the place of ours which VMs there are, and give it what belongs to them."""
+        """The next parent asks for all VMs: report them with their descriptors, and log to its socket."""
         writer = envelope.take_fd("log")
         assert writer is not None
         os.dup2(writer, log.fd, inheritable=False)
@@ -369,7 +369,7 @@ class Vmm(Process):
         self.report()
 
     def report(self) -> None:
-        """Tell of one VM after the other, each when the one before has left: not all descriptors are copied at once."""
+        """Report VMs one by one, each when the message before was sent, so that few descriptors are copied at once."""
         while self.to_report and not self.parent.waiting:
             self.report_vm(self.to_report.pop(0))
         if self.to_report is not None and not self.to_report and not self.parent.waiting:
@@ -381,7 +381,7 @@ class Vmm(Process):
             self.parent.send(held, fds={"process": [os.pidfd_open(os.getpid())]})
 
     def report_vm(self, child: VmChild) -> None:
-        """Tell of a VM; again where there is no room for its descriptors on their way."""
+        """Report a VM.  Try again later if its descriptors cannot be copied or sent."""
         fds: dict[str, list[int]] = {}
 
         def again() -> None:
@@ -401,7 +401,7 @@ class Vmm(Process):
         self.parent.send(child.held, fds=fds, refused=again)
 
     def on_retire(self, _message: Retire, _envelope: Envelope, _channel: Channel) -> None:
-        """Have no process for a VM that will not be."""
+        """No other VM starts here: end the process in reserve, and give all slots back."""
         self.retired = True
         if self.reserve is not None:
             self.reserve.kill()
@@ -411,7 +411,7 @@ class Vmm(Process):
     # --- without the parent -----------------------------------------------------------------------------------
 
     def on_parent_lost(self, _channel: Channel, error: PeerError | None) -> None:
-        """Nobody goes on with our VMs: have their guests shut down, and end with the last one."""
+        """No parent is left: ask all guests to shut down, and end with the last one."""
         if error is not None:
             log.crit(str(error))
             self.exit_status = 1
@@ -424,21 +424,21 @@ class Vmm(Process):
         self.end_if_over()
 
     def end_if_over(self) -> None:
-        """End with the last VM if there is nobody to start another one for."""
+        """End if no VM is left and the parent is gone."""
         if self.orphaned and not self.running:
             self.loop.stop()
 
     # --- what a handler did not expect ------------------------------------------------------------------------
 
     def source_of(self, envelope: Envelope, channel: Channel) -> "Source | None":
-        """Everything is for a VM; one in reserve is none yet."""
+        """Return the VM that a message is about; None for the process in reserve."""
         if channel.peer is not Proc.VM:
             return super().source_of(envelope, channel)
         child = self.running_on(channel)
         return (Proc.VM, child.vmid) if child is not None else None
 
     def give_up(self, envelope: Envelope, channel: Channel) -> None:
-        """End the VM whose message is lost: somebody would wait for what follows from it for ever."""
+        """End the VM of a message whose handler has failed.  Else a client could wait for its answer for ever."""
         message = envelope.message
         if isinstance(message, StartVm | ReceiveVm) and message.vmid not in self.running:
             self.not_started(message.vmid, errno.EIO, OUR_FAULT)
@@ -448,7 +448,7 @@ class Vmm(Process):
             self.cut_off(source)
 
     def cut_off(self, source: "Source") -> None:
-        """End a VM."""
+        """Kill a VM."""
         child = self.running.get(source[1])
         if child is not None:
             self.kill(child, OUR_FAULT)
@@ -459,17 +459,17 @@ class Vmm(Process):
         self.parent.send(VmExited(vmid=vmid, pid=0, outcome=Outcome.FAILED, text=text))
 
     def on_set_verbosity(self, message: SetVerbosity, _envelope: Envelope, _channel: Channel) -> None:
-        """Log more or less, here and in every VM; later ones learn it from StartVm."""
+        """Set the verbosity of vmm and all VMs.  Later VMs get it with StartVm."""
         log.verbosity = message.verbosity
         for child in self.running.values():
             child.channel.send(message)
 
     def on_ping(self, _message: Ping, _envelope: Envelope, _channel: Channel) -> None:
-        """Show that what came before this was served."""
+        """Answer, which shows that all messages before this one were served."""
         self.parent.send(Pong())
 
     def on_quit(self, _message: Quit, _envelope: Envelope, _channel: Channel) -> None:
-        """End; VM processes that still live end with us."""
+        """End.  VM processes that still live are killed."""
         self.loop.stop()
 
     HANDLERS: "Handlers" = {
@@ -490,7 +490,7 @@ class Vmm(Process):
     }
 
     def children(self) -> "list[VmChild]":
-        """Return every VM process, the one in reserve and those that do not end included."""
+        """Return all VM processes, including the one in reserve and those that do not end."""
         return [*self.running.values(), *((self.reserve,) if self.reserve else ()), *self.stuck]
 
 

@@ -52,7 +52,7 @@ def test_nat_works_where_nothing_can_be_counted() -> None:
     assert "masquerade" in nft.applied[0]
     assert not network.counts
     assert network.said == {
-        "what other firewalls drop of guests' packets cannot be counted: nftables cannot be used: syntax error"
+        "packets of guests that other firewalls drop cannot be counted: nftables cannot be used: syntax error"
     }
 
 
