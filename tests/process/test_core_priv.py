@@ -308,7 +308,7 @@ def test_what_others_delete_is_made_again_and_said(network: Network, tmp_path: P
 
         wait_for(lambda: told("a", f"{on_switch} was deleted by another program"))
         assert told("a", "bridge br7 was deleted by another program: it was made again")
-        assert told("a", f"was taken from {local} by another program: it was given back")
+        assert told("a", f"was removed from {local} by another program: it was added again")
         assert not told("b", "br7")
         assert vmd.interfaces("b")
         assert vmd.log.count("rules or elements of the nftables table") == 1  # what priv has done itself is no damage

@@ -42,8 +42,8 @@ if TYPE_CHECKING:
 PIECE_BYTES = 8192  # of output in one message
 ROUND_S = 0.02  # between two looks at a pty whose VM has ended
 QUIET_ROUNDS = 3  # the kernel's count of unread bytes leaves out, for a moment, those on their way inside the pty
-PATIENCE_S = 1.0  # a pty is closed when nobody has read a byte for so long; for a reader that is no client of ours
-VIEWER_PATIENCE_S = 60.0  # ... and for a client that is connected
+PATIENCE_S = 1.0  # a pty is closed when nobody has read a byte for so long, if it has no viewer that is connected
+VIEWER_PATIENCE_S = 60.0  # ... if it has one
 WATCH_ROUND_S = 0.05  # between two looks for new output for clients that watch
 PENDING_MAX = 16  # requests for one console that its VM process has not answered
 FORGOTTEN_MAX = 16  # VMs that are not known any more and whose last output is kept

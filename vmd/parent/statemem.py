@@ -1,4 +1,4 @@
-"""A memory file whose content is complete at any moment its writer is killed: two slots, written in turn.
+"""A memory file whose content is complete even if its writer is killed at any moment: two slots, written in turn.
 
     page 0   two headers of 64 bytes: magic, sequence number, offset and length of the content, digest of all this
     then     the contents, each where it does not overlap the current one; after a content the changes to it

@@ -112,21 +112,21 @@ class Damages:
         links = {link.index: link for link in network.links.all()}
         names = {link.name: link for link in links.values()}
         addressed = set(network.links.addresses())
-        anew = "is right again when the VM is started anew"
+        remedy = "the next start of the VM repairs that"
         for nic in network.all_nics():
             name, link = nic.link.name, links.get(nic.link.index)
             if link is None:
-                text = f"{name} was deleted {BY_WHOM}: it is there again when the VM is started anew"
+                text = f"{name} was deleted {BY_WHOM}: the next start of the VM makes it again"
                 self._note(text, {name}, lasting=True)
                 continue
             if link.name != name:
-                self._note(f"{name} was renamed to {link.name} {BY_WHOM}: that {anew}", {name}, lasting=True)
+                self._note(f"{name} was renamed to {link.name} {BY_WHOM}: {remedy}", {name}, lasting=True)
             master = names.get(nic.bridge) if nic.bridge in network.switches else None
             if nic.rdomain and not nic.bridge:
                 master = network.ensure_vrf(nic.rdomain)
             if master is not None and link.master not in (0, master.index):
                 other = getattr(links.get(link.master), "name", link.master)
-                text = f"{name} was put into {other} instead of {master.name} {BY_WHOM}: that {anew}"
+                text = f"{name} was put into {other} instead of {master.name} {BY_WHOM}: {remedy}"
                 self._note(text, {name}, lasting=True)
             elif master is not None and not link.master:
                 network.links.set_master(link, master)
@@ -138,8 +138,8 @@ class Damages:
             for address, length in nic.addresses():
                 if (link.index, address) not in addressed:
                     network.links.add_address(link, address, length)
-                    text = f"{ipaddress.ip_address(address)} was taken from {name} {BY_WHOM}"
-                    self._note(f"{text}: it was given back", {name})
+                    text = f"{ipaddress.ip_address(address)} was removed from {name} {BY_WHOM}"
+                    self._note(f"{text}: it was added again", {name})
 
     def _forwarding(self) -> None:
         """Check forwarding, which is a setting of the whole host."""

@@ -1,4 +1,6 @@
-"""Filters on taps whose frames the kernel moves (vhost-net).  Else the process of the interface does the same checks.
+"""Filters on taps whose frames the kernel moves (vhost-net).
+
+Without vhost-net, the process of the interface does the same checks.
 
 One table of nftables for each tap that needs it, written and deleted as a whole, `netdev vmd_<tap>`:
 

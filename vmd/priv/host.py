@@ -601,8 +601,8 @@ class Network:
     def require_no_route(self, link: Link, request: "NicRequest") -> None:
         """Raise OperatorError if the host has a route to an address of a `local` interface by another interface.
 
-        With addresses of the host's own network on a tap, the host would send to the tap instead, perhaps what is for
-        its router.
+        With addresses of the host's own network on a tap, the host would send packets for that network to the tap,
+        perhaps even those for its router.
         """
         vrf = self.links.find(f"vrf{request.rdomain}") if request.rdomain else None
         for network, length in networks_of(request):

@@ -228,7 +228,7 @@ def end_all(children: "Sequence[VmChild]", timeout_s: float) -> None:
 
 
 class Reaper:
-    """Reaps VM processes, and their children that have outlived them, whose parent vmm becomes as pid 1."""
+    """Reaps VM processes, and their children that outlive them.  As pid 1, vmm becomes the parent of these."""
 
     def __init__(self, loop: "Loop", on_exit: "Callable[[VmChild, Outcome, str], None]") -> None:
         """`on_exit(child, outcome, how)` is called once for a watched process, when it was reaped."""
