@@ -29,7 +29,7 @@ class For(Enum):
     IMAGES = "an operation on the snapshots of its disks"
     CARRYING = "nothing: the client carries a migration of the VM"
     CHANGE = "its disk to grow, or its disc to be changed"
-    DEVICES = "the figures of its devices"
+    DEVICES = "the report of its devices"
     SNAPSHOT = "the output that its console has shown"  # answered in the order of the requests
     OUTPUT = "further output of its console"
     CONSOLE = "nothing: the client holds its console"

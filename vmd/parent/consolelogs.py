@@ -54,7 +54,7 @@ SILENT = "its storage does not answer"
 DEVICE = "console log"  # as `status -v` calls it
 
 
-class Kept:
+class VmConsoleLog:
     """The console log of one life of a VM."""
 
     def __init__(self, number: int, vm: "Vm", backlog: "Backlog", wanted: "ConsoleLog") -> None:
@@ -99,12 +99,12 @@ class ConsoleLogs:
         self.core = core
         self.loop = core.loop
         self.attach = attach
-        self.kept: dict[int, Kept] = {}  # by number; the log of an ended VM stays until the rest is written
+        self.kept: dict[int, VmConsoleLog] = {}  # by number; the log of an ended VM stays until the rest is written
         self.number = 0
         self.channel: Channel | None = None
         self.child: Child | None = None
         self.pings = 0  # not answered
-        self.waiting: list[Kept] = []  # for their turn to have a file opened
+        self.waiting: list[VmConsoleLog] = []  # for their turn to have a file opened
         self.restarts = False  # a timer will start the process again
         self.children: Children | None = None
         self.open_log: Callable[[str], socket.socket]
@@ -165,7 +165,7 @@ class ConsoleLogs:
     def _begin(self, vm: "Vm", backlog: "Backlog", wanted: "ConsoleLog") -> None:
         self.number += 1
         try:
-            kept = self.kept[self.number] = Kept(self.number, vm, backlog, wanted)
+            kept = self.kept[self.number] = VmConsoleLog(self.number, vm, backlog, wanted)
         except OSError as error:
             log.error(f"vm {vm.name}: console log: {sentence(error)}")
             return
@@ -174,7 +174,7 @@ class ConsoleLogs:
         else:
             self._hand_over(kept)
 
-    def _end(self, kept: Kept) -> None:
+    def _end(self, kept: VmConsoleLog) -> None:
         """The VM has ended: have the rest written, if possible."""
         kept.over = True
         if kept not in self.waiting:  # else `_open_next` sends it
@@ -182,7 +182,7 @@ class ConsoleLogs:
         if self.channel is None:
             self._forget(kept)
 
-    def _forget(self, kept: Kept) -> None:
+    def _forget(self, kept: VmConsoleLog) -> None:
         if self.kept.pop(kept.number, None) is None:
             return
         close(kept.shown)
@@ -220,7 +220,7 @@ class ConsoleLogs:
             self.restarts = True
             self.loop.call_later(RESTART_S, self._start)
 
-    def _hand_over(self, kept: Kept) -> None:
+    def _hand_over(self, kept: VmConsoleLog) -> None:
         """Give a log to the process, and have a file opened for it."""
         try:
             copy = os.dup(kept.shown)
@@ -281,7 +281,7 @@ class ConsoleLogs:
         if kept is None:
             return
         kept.lost = message.lost
-        self._fare(kept, kept.unopened, message.text)
+        self._note_trouble(kept, kept.unopened, message.text)
         if message.files != kept.files:
             kept.files, kept.opening = message.files, False
         if message.ended:
@@ -289,7 +289,7 @@ class ConsoleLogs:
         elif message.wants_file and not kept.opening:
             self._open(kept)
 
-    def _fare(self, kept: Kept, unopened: str, unwritten: str) -> None:
+    def _note_trouble(self, kept: VmConsoleLog, unopened: str, unwritten: str) -> None:
         """Note why a log cannot be written, or that it can again, and log it once.
 
         Trouble that comes and goes is logged at most every SAY_AGAIN_S.
@@ -311,7 +311,7 @@ class ConsoleLogs:
 
     # --- files -------------------------------------------------------------------------------------------
 
-    def _open(self, kept: Kept) -> None:
+    def _open(self, kept: VmConsoleLog) -> None:
         """Have a file opened for a log when it is its turn."""
         self._end_opening(kept)
         kept.opening = True
@@ -331,7 +331,7 @@ class ConsoleLogs:
             if kept.over:
                 self._send(DropConsole(number=kept.number))
 
-    def _begin_opening(self, kept: Kept) -> None:
+    def _begin_opening(self, kept: VmConsoleLog) -> None:
         """Start a logfile.  Raises VmdError, OSError or ValueError."""
         assert self.children is not None
         stuck, kept.stuck = kept.stuck, None
@@ -356,7 +356,7 @@ class ConsoleLogs:
         self.loop.add(reader, lambda _events: self._on_answer(kept))
         kept.deadline = self.loop.call_later(ANSWER_S, lambda: self._give_up(kept))
 
-    def _on_answer(self, kept: Kept) -> None:
+    def _on_answer(self, kept: VmConsoleLog) -> None:
         """A logfile has opened the file, or says why not."""
         try:
             answer = os.read(kept.reader, ANSWER_MAX).decode("utf-8", "replace")
@@ -368,17 +368,17 @@ class ConsoleLogs:
         elif answer.strip():
             self._not_opened(kept, answer.strip())
         else:
-            self._fare(kept, "", kept.unwritten)
+            self._note_trouble(kept, "", kept.unwritten)
         self._open_next()
 
-    def _give_up(self, kept: Kept) -> None:
+    def _give_up(self, kept: VmConsoleLog) -> None:
         """A logfile has not answered in time: kill it."""
         self._end_opening(kept)
         kept.stuck = kept.opener
         self._not_opened(kept, SILENT)
         self._open_next()
 
-    def _end_opening(self, kept: Kept, *, kills: bool = True) -> None:
+    def _end_opening(self, kept: VmConsoleLog, *, kills: bool = True) -> None:
         if kept.reader < 0:
             return
         self.loop.remove(kept.reader)
@@ -389,9 +389,9 @@ class ConsoleLogs:
         if kills and kept.opener is not None:
             kept.opener.kill()
 
-    def _not_opened(self, kept: Kept, why: str) -> None:
+    def _not_opened(self, kept: VmConsoleLog, why: str) -> None:
         """Note why there is no file, and try again later, unless the VM has ended: then the rest is lost."""
-        self._fare(kept, why, kept.unwritten)
+        self._note_trouble(kept, why, kept.unwritten)
 
         def again() -> None:
             if self.kept.get(kept.number) is kept and kept.reader < 0 and self.channel is not None:

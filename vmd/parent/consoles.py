@@ -49,7 +49,7 @@ PENDING_MAX = 16  # requests for one console that its VM process has not answere
 FORGOTTEN_MAX = 16  # VMs that are not known any more and whose last output is kept
 
 
-class Kept:
+class LastOutput:
     """The last output of a VM that has ended, and who may see it."""
 
     def __init__(self, vm: "Vm", output: "Output") -> None:
@@ -95,7 +95,7 @@ class Consoles:
     def __init__(self, core: "Core") -> None:
         self.core = core
         self.call_later = core.loop.call_later
-        self.kept: dict[str, Kept] = {}  # by name, oldest first
+        self.kept: dict[str, LastOutput] = {}  # by name, oldest first
         self.leaving: set[Leaving] = set()
         self._taken: dict[int, Pty] = {}  # vmid -> the pty that its console had before it was taken over
         self._watch_timer: Timer | None = None
@@ -112,8 +112,8 @@ class Consoles:
     def serve(self, message: ConsoleRequest, caller: "Caller", envelope: "Envelope") -> None:
         """Give the console to a client.  For a VM that has ended, send its last output.  Raises OperatorError."""
         client, clients = envelope.peerid, self.core.clients
-        vm = self._running_or_kept(message, caller, "attach to")
-        if isinstance(vm, Kept):
+        vm = self._running_or_ended(message, caller, "attach to")
+        if isinstance(vm, LastOutput):
             self._send(client, vm.output.data)
             raise OperatorError(errno.ESRCH, f"vm {vm.name} is not running")
         user = user_text(caller)
@@ -176,8 +176,8 @@ class Consoles:
     def serve_watch(self, message: ConsoleWatch, caller: "Caller", envelope: "Envelope") -> None:
         """Send the output of a console to a client that does not hold it.  Raises OperatorError."""
         client = envelope.peerid
-        vm = self._running_or_kept(message, caller, "watch")
-        if isinstance(vm, Kept):
+        vm = self._running_or_ended(message, caller, "watch")
+        if isinstance(vm, LastOutput):
             self._answer_watch(client, vm.vmid, vm.name, vm.output, message.since, running=False)
             return
         assert vm.backlog is not None
@@ -196,7 +196,9 @@ class Consoles:
         self.core.peers.send(Proc.VMM, SendBreak(vmid=vm.vmid))
         self.core.clients.answer(client, Ok())
 
-    def _running_or_kept(self, message: ConsoleRequest | ConsoleWatch, caller: "Caller", what: str) -> "Vm | Kept":
+    def _running_or_ended(
+        self, message: ConsoleRequest | ConsoleWatch, caller: "Caller", what: str
+    ) -> "Vm | LastOutput":
         """Return the VM, or the last output of a VM that has ended.
 
         Raises OperatorError if there is neither, or if the caller may not see it.
@@ -246,7 +248,7 @@ class Consoles:
         self.leaving.add(Leaving(self, vm.vmid, pty, output.since(output.passed), holder))
         if ran or output.data:
             self.kept.pop(vm.name, None)
-            self.kept[vm.name] = Kept(vm, output)
+            self.kept[vm.name] = LastOutput(vm, output)
             self._forget()
         for client in clients.take(For.SNAPSHOT, vm.vmid):
             self._send(client, output.data)

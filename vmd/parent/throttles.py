@@ -24,7 +24,7 @@ LEAST_NS = 100_000_000  # less waiting than this between two looks does not coun
 QUIET_LOOKS = 6  # looks without waiting, after which waiting is an event again
 
 
-class Known(Record):
+class LastLook(Record):
     """What the last look has found of a device with a limit, or of the vCPUs."""
 
     waited_ns: int  # in its whole life
@@ -36,7 +36,7 @@ class Throttles:
 
     def __init__(self, core: "Core") -> None:
         self.core = core
-        self._known: dict[tuple[int, str], Known] = {}  # by VM and device; device "" stands for the vCPUs
+        self._known: dict[tuple[int, str], LastLook] = {}  # by VM and device; device "" stands for the vCPUs
         self._looked_s = 0.0
         self._looking = False  # a timer will look again
 
@@ -58,11 +58,11 @@ class Throttles:
             for device, limit, waited_ns in waits(vm, config, mounts):
                 known = before.get((vm.vmid, device))
                 if known is None or waited_ns < known.waited_ns:  # the VM was started again
-                    now = Known(waited_ns=waited_ns)
+                    now = LastLook(waited_ns=waited_ns)
                 elif waited_ns - known.waited_ns < LEAST_NS:
-                    now = Known(waited_ns=waited_ns, quiet=min(known.quiet + 1, QUIET_LOOKS))
+                    now = LastLook(waited_ns=waited_ns, quiet=min(known.quiet + 1, QUIET_LOOKS))
                 else:
-                    now = Known(waited_ns=waited_ns, quiet=0)
+                    now = LastLook(waited_ns=waited_ns, quiet=0)
                     if known.quiet == QUIET_LOOKS:
                         seconds = (waited_ns - known.waited_ns) / 1e9
                         text = f"limit {limit}: has waited for {seconds:.1f} s of the last {spent_s:.0f}"

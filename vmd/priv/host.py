@@ -154,7 +154,7 @@ class Network:
     def __init__(self) -> None:
         self.links = Links()
         self.nft = Nft()
-        self.kept = sysctl.Kept()
+        self.kept = sysctl.ChangedSettings()
         self.nat = False
         self.switches: dict[str, SwitchRequest] = {}  # by interface
         self.nics: dict[int, list[Nic]] = {}  # by vmid

@@ -70,7 +70,7 @@ def state_path() -> str:
     return f"{DIRECTORY}/network-{cookie}"
 
 
-class Kept:
+class ChangedSettings:
     """Settings that were changed: name -> (old value, the value that we set)."""
 
     def __init__(self) -> None:

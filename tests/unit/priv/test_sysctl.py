@@ -7,7 +7,7 @@ import pytest
 
 from vmd.errors import HostError
 from vmd.priv import sysctl
-from vmd.priv.sysctl import Kept, parse
+from vmd.priv.sysctl import ChangedSettings, parse
 
 SETTING = "ipv4/ip_forward"
 
@@ -22,9 +22,9 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def locked() -> Kept:
+def locked() -> ChangedSettings:
     """Return a record that is ours."""
-    kept = Kept()
+    kept = ChangedSettings()
     assert kept.lock()
     return kept
 
@@ -58,7 +58,7 @@ def test_what_a_killed_daemon_left_is_known_to_the_next(tree: Path) -> None:
 def test_a_second_owner_is_refused(tree: Path) -> None:
     """Until the first has let go."""
     first = locked()
-    second = Kept()
+    second = ChangedSettings()
     assert not second.lock()
     first.close()
     assert second.lock()
