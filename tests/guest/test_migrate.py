@@ -119,7 +119,7 @@ def test_in_doubt(two: Two) -> None:
     status, said = two.migrate(place="before running", victim=migration.SHELL)
 
     assert status == 1
-    assert "vm a is in doubt, and stands still: it may run elsewhere: there: the remote command has ended" in said
+    assert "vm a is in doubt, and paused: it may run elsewhere: there: the remote command has ended" in said
     wait(lambda: state(two.there) == "running")
     row = two.here.status("a")
     assert row["state"] == "in doubt"

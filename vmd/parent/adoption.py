@@ -1,16 +1,16 @@
-"""How a parent takes the place of one that has ended, while the VMs run on.
+"""How a parent takes the place of an earlier parent that has ended, while the VMs run on.
 
-It is given that one's state (`truth`), the control socket, and the channels to every vmm, which the service manager has
-kept.  Each vmm is asked which VMs it has, and hands over what belongs to them.  Then
+The service manager has kept the earlier parent's state (`truth`), the control socket, and a channel to every vmm.  The
+new parent asks each vmm which VMs it has.  The vmm answers with the descriptors of each VM.  Then
 
-    a VM that runs, or is paused           goes on
-    one that has ended meanwhile           starts again if its guest has reset itself; else its end is told now
-    one that was about to start            starts anew if vm.conf has it
-    one that was being sent                is not sent: whoever wanted that has gone
-    one that stood still for a snapshot    goes on without it
-    one that was being received            waits for `vmctl unpause` if all of it has come, and ends otherwise
+    a VM that runs, or is paused      continues
+    a VM that has ended meanwhile     starts again if its guest has reset itself; otherwise its end is reported now
+    a VM whose start had begun        starts anew if vm.conf has it, and ends otherwise
+    a VM that was being sent          is not sent, because the client's connection is lost
+    a VM paused for a snapshot        continues without the snapshot
+    a VM that was being received      waits for `vmctl unpause` if its stream was complete, and ends otherwise
 
-Whatever fails for one VM, or for one vmm, is said, and leaves it running.
+A failure that concerns one VM or one vmm is logged.  The VM, or all VMs of the vmm, run on.
 """
 
 import contextlib
@@ -49,15 +49,15 @@ if TYPE_CHECKING:
     from vmd.parent.truth import VmKnown
     from vmd.record import Record
 
-ANSWER_S = 30.0  # for a vmm to say which VMs it has; a VM that it tells of later is adopted then
+ANSWER_S = 30.0  # for a vmm to say which VMs it has; a VM that it reports later is adopted then
 INTERRUPTED = "its start was interrupted by the end of the daemon"
 UNSEEN = "ended while there was no daemon"
 
 
 class Adopted(Child):
-    """A process that somebody else has started; how it ends nobody tells us."""
+    """A process that this parent has not started, and whose exit status it does not get."""
 
-    def __init__(self, title: str, pidfd: int) -> None:  # not of a pid: that may be another process's by now
+    def __init__(self, title: str, pidfd: int) -> None:  # no pid: another process may have that by now
         self.title = title
         self.pid = host_pid(pidfd)
         self.status = None
@@ -72,7 +72,8 @@ class Adopted(Child):
         readable.register(self.pidfd, select.POLLIN)
         if not readable.poll(timeout_s * 1000):
             return None
-        with contextlib.suppress(OSError):  # unless it is ours: we may have become another program
+        # It fails unless the process is our child.  It is our child if this parent was executed in place (upgrade).
+        with contextlib.suppress(OSError):
             os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG)
         close(self.pidfd)
         self.pidfd = -1
@@ -81,7 +82,7 @@ class Adopted(Child):
 
 
 def step_of(message: VmHeld) -> At:
-    """Return how far a VM is that is being sent."""
+    """Return the step of a VM that is being sent."""
     if message.undoing:
         return At.UNDOING
     if message.let_go:
@@ -92,7 +93,7 @@ def step_of(message: VmHeld) -> At:
 
 
 class Adoption:
-    """The room of VMs that an earlier parent had."""
+    """The room of VMs that this parent adopts."""
 
     def __init__(
         self,
@@ -109,18 +110,18 @@ class Adoption:
         self.transfers = transfers
         self.network = network
         self.logs = logs
-        self.known: dict[int, VmKnown] = {}  # by vmid, of VMs that nobody has told of yet
+        self.known: dict[int, VmKnown] = {}  # by vmid: VMs of the state that no vmm has reported yet
         self.on_process: Callable[[Generation, Child], None] = lambda generation, child: None
-        self.on_taken: Callable[[Vm], None] = lambda vm: None  # a VM goes on
-        self.on_settled: Callable[[], None] = lambda: None  # nothing is waited for any more
-        self.waiting: set[Generation] = set()  # that have not told of all their VMs
-        self.later: list[Callable[[], None]] = []  # when clients are served, and VMs start
-        self.adopted = 0
+        self.on_taken: Callable[[Vm], None] = lambda vm: None  # called when a VM was adopted
+        self.on_settled: Callable[[], None] = lambda: None  # called when no answer is waited for any more
+        self.waiting: set[Generation] = set()  # whose vmm has not reported all its VMs yet
+        self.later: list[Callable[[], None]] = []  # called once clients are served and VMs can be started
+        self.adopted = 0  # VMs
 
     # --- asking ------------------------------------------------------------------------------------------
 
     def expect(self, vms: "list[VmKnown]", generations: "list[Generation]") -> None:
-        """Ask these which VMs they have; `vms` are those that the parent before us knew."""
+        """Ask the vmm of each generation which VMs it has; `vms` are the VMs of the earlier parent's state."""
         self.known = {known.vmid: known for known in vms}
         for known in vms:
             generation = next((each for each in generations if each.number == known.generation), None)
@@ -145,28 +146,28 @@ class Adoption:
         self.core.loop.call_later(ANSWER_S, lambda: self.give_up(generation))
 
     def give_up(self, generation: Generation) -> None:
-        """Go on without the answer of a vmm."""
+        """Wait no longer for the answer of a vmm."""
         if generation in self.waiting:
-            log.error(f"{generation.name} does not tell of its VMs: they run on, and are adopted when it does")
+            log.error(f"{generation.name} does not report its VMs: they run on, and are adopted when it does")
             self.done(generation)
 
     def lost(self, generation: Generation) -> None:
-        """A vmm has ended, and with it its VMs."""
+        """A vmm has ended.  Its VMs have ended with it."""
         self.done(generation)
 
     def done(self, generation: Generation) -> None:
-        """This one is waited for no more."""
+        """The vmm of this generation has reported all its VMs, or is not waited for any longer."""
         if generation in self.waiting:
             self.waiting.discard(generation)
             if not self.waiting:
                 self.settle()
 
     def settle(self) -> None:
-        """Judge what no vmm has told of: VMs that had no process, or whose vmm is gone."""
+        """Decide about the VMs that no vmm has reported: they had no process, or their vmm has ended."""
         for known in list(self.known.values()):
             generation = self.generations.of.get(known.vmid)
             if generation is not None and not generation.told:
-                continue  # it may tell later
+                continue  # its vmm may report it later
             del self.known[known.vmid]
             self.generations.of.pop(known.vmid, None)
             vm = self.core.vms.find(known.vmid, "")
@@ -175,17 +176,17 @@ class Adoption:
             self.core.changed(known.vmid)
             if vm is not None and vm.alive:
                 self.later.append(lambda vm=vm: self.end_unseen(vm))  # type: ignore[misc]
-        log.info(f"goes on with {self.adopted} VMs that an earlier vmd has started")
+        log.info(f"{self.adopted} VMs of an earlier vmd are adopted")
         self.on_settled()
 
     def when_serving(self) -> None:
-        """Do what has waited until VMs can be started and clients be told."""
+        """Do what had to wait until clients are served and VMs can be started."""
         later, self.later = self.later, []
         for call in later:
             call()
 
     def end_unseen(self, vm: Vm) -> None:
-        """A VM was alive and is not, and nobody knows how it has ended; or it had no process yet."""
+        """A VM of the earlier parent has no process: it has ended for an unknown reason, or had none yet."""
         if vm.state is State.STARTING and vm.from_config and not vm.once_because:
             self.life.is_gone(vm, INTERRUPTED)
             if self.core.vms.find(vm.vmid, "") is vm and not vm.alive:
@@ -197,7 +198,7 @@ class Adoption:
             self.life.is_gone(vm, UNSEEN)
 
     def is_stale(self, message: "Record", channel: "Channel") -> bool:
-        """Return whether a vmm has said this to the parent before us: what it still means comes with VmHeld."""
+        """Return whether a message of a vmm was for the earlier parent.  VmHeld tells this parent the same."""
         if isinstance(message, VmHeld | VmsHeld | VmSlotOver):
             return False
         generation = self.generations.find(channel)
@@ -206,20 +207,20 @@ class Adoption:
     # --- answers -----------------------------------------------------------------------------------------
 
     def on_held(self, message: VmHeld, envelope: "Envelope", channel: "Channel") -> None:
-        """Go on with a VM."""
+        """A vmm reports a VM: adopt it."""
         generation = self.generations.find(channel)
         if generation is None or not generation.asked:
             raise PeerError(channel.label, "tells of VMs unasked")
         known = self.known.pop(message.vmid, None)
         vm = self.core.vms.find(message.vmid, "")
         if known is None or vm is None:
-            log.error(f"vm {message.vmid} of {generation.name} is not known here: it runs on, and is not adopted")
+            log.error(f"vm {message.vmid} of {generation.name} is unknown: it runs on, and is not adopted")
             return
         self.generations.of[vm.vmid] = generation
         try:
             self.take(vm, known, message, envelope)
         except (VmdError, OSError) as error:
-            log.error(f"vm {vm.name} is not wholly adopted, and runs on: {sentence(error)}")
+            log.error(f"vm {vm.name} is only partly adopted, and runs on: {sentence(error)}")
         self.adopted += 1
         self.core.changed(vm.vmid)
         self.on_taken(vm)
@@ -228,13 +229,13 @@ class Adoption:
             self.all_told(generation)
 
     def take(self, vm: Vm, known: "VmKnown", message: VmHeld, envelope: "Envelope") -> None:
-        """Take over what belongs to a VM, and what it is at.  Raises HostError or OSError."""
+        """Take over the state and the descriptors of a VM.  Raises HostError or OSError."""
         process = envelope.take_fds("process")
         vm.pid = host_pid(process[0]) if process else 0
         close_all(process)
         if self.life.scores is not None and message.running:
             self.life.scores.give_usual(vm.pid)
-        self.be_at(vm, known, message)
+        self.take_state(vm, known, message)
         taps = envelope.take_fds("taps")
         if known.taps is not None:
             self.network.taps[vm.vmid] = taps_of(known.taps, taps)
@@ -254,7 +255,7 @@ class Adoption:
         self.take_console(vm, known, envelope)
 
     def take_console(self, vm: Vm, known: "VmKnown", envelope: "Envelope") -> None:
-        """Take over the console; one that cannot be had is moved to another pty.  Raises HostError or OSError."""
+        """Take over the console; if its pty cannot be used, the VM gets another one.  Raises HostError or OSError."""
         master, slave, shown = (envelope.take_fd(name) for name in ("tty", "tty_slave", "shown"))
         if shown is None:
             close_all(fd for fd in (master, slave) if fd is not None)
@@ -270,17 +271,17 @@ class Adoption:
         log.warn(f"vm {vm.name}: its console is now {vm.pty.path}")
         self.core.peers.send(Proc.VMM, ConsoleSnapshot(vmid=vm.vmid), peerid=vm.vmid, fds=vm.pty.fds())
 
-    def be_at(self, vm: Vm, known: "VmKnown", message: VmHeld) -> None:
-        """Have a VM be in the state that vmm says it is in."""
+    def take_state(self, vm: Vm, known: "VmKnown", message: VmHeld) -> None:
+        """Give a VM the state that its vmm reports, and end or continue what was under way."""
         runs = State.PAUSED if message.paused else State.RUNNING
         if message.outcome is not None:
-            self.be_in(vm, State.STOPPING if message.stopping else State.RUNNING)
+            self.restore_state(vm, State.STOPPING if message.stopping else State.RUNNING)
             ended = VmExited(vmid=vm.vmid, pid=0, outcome=Outcome(message.outcome), text=message.text)
             self.later.append(lambda: self.life.go_on_after(ended))
         elif message.stopping:
-            self.be_in(vm, State.STOPPING)
+            self.restore_state(vm, State.STOPPING)
         elif message.arriving:
-            self.be_in(vm, State.RECEIVING)
+            self.restore_state(vm, State.RECEIVING)
             transfer = known.transfer or Transfer()
             vm.receiving = Receiving(paused=transfer.paused, carried=transfer.carried)
             vm.receiving.resumed = message.resumed
@@ -291,7 +292,7 @@ class Adoption:
                 why = "the daemon was restarted before its disks were opened"
                 self.later.append(lambda: self.transfers.stay_paused(vm, errno.EINTR, why))
         elif message.lending:
-            self.be_in(vm, State.SAVING)
+            self.restore_state(vm, State.SAVING)
             vm.sending = Sending(keep=True, state=runs)
             if known.going_back:
                 why = "going back to a snapshot was interrupted: its disks may be those of the snapshot"
@@ -302,19 +303,19 @@ class Adoption:
             elif not message.returning:
                 self.core.peers.send(Proc.VMM, TakeDisksBack(vmid=vm.vmid))
         elif message.sending:
-            self.be_in(vm, State.IN_DOUBT if vm.state is State.IN_DOUBT else State.SENDING)
+            self.restore_state(vm, State.IN_DOUBT if vm.state is State.IN_DOUBT else State.SENDING)
             vm.sending = Sending(keep=message.keep, state=runs, carried=message.two_way)
             vm.sending.locks_travel = known.transfer is not None and known.transfer.locks_travel
             self.transfers.migrations.abandon(vm, step_of(message))
         else:
-            self.be_in(vm, runs if message.running else State.STARTING)
+            self.restore_state(vm, runs if message.running else State.STARTING)
 
-    def be_in(self, vm: Vm, state: State) -> None:
-        """Have a VM be in a state, since then if it was not so before."""
-        vm.be_in(state, None if vm.state is state else self.core.now_s())
+    def restore_state(self, vm: Vm, state: State) -> None:
+        """Set the state of a VM; it is in it since now, if the earlier parent has written another state."""
+        vm.restore_state(state, None if vm.state is state else self.core.now_s())
 
     def on_all_held(self, message: VmsHeld, envelope: "Envelope", channel: "Channel") -> None:
-        """A vmm has told of its VMs, or is about to."""
+        """A vmm lists its VMs, which it reports before this or after it."""
         generation = self.generations.find(channel)
         if generation is None or not generation.asked or generation.awaited is not None:
             raise PeerError(channel.label, "tells of VMs unasked")
@@ -333,7 +334,7 @@ class Adoption:
         self.all_told(generation)
 
     def all_told(self, generation: Generation) -> None:
-        """Go on if a vmm has told of all its VMs."""
+        """Settle a generation if its vmm has reported all its VMs."""
         if generation.awaited or generation.told:
             return
         generation.told = True

@@ -1,6 +1,6 @@
-"""The lives of VMs: how they start, run, stop and end, and how those of vm.conf start a few at a time.
+"""The lives of VMs: how a VM starts, runs, stops and ends.  VMs of vm.conf are started a few at a time.
 
-A VM that is received begins in `transfers`, and goes on here.
+The life of a VM that is received begins in `transfers`.  It continues here once its guest runs.
 """
 
 import errno
@@ -56,10 +56,12 @@ if TYPE_CHECKING:
     from vmd.parent.status import Status
     from vmd.record import Record
 
-STOP_GRACE_S = 120.0  # what running guests get when the daemon ends, as `vmctl stop` gives them
-SAID_ONCE = (VmRunning, VmFailed, ReceivedHeader, ReceivedMachine, NicsMade, NicsFailed)  # of a VM, in one life
-COPY_MAX, COPY_MAX_OF_ROOT = 1 << 28, 1 << 30  # bytes of a boot image that is kept, or as many as its guest has memory
-LAST_OUTPUT_S = 2.0  # for viewers to read what the last guest printed
+STOP_GRACE_S = 120.0  # for guests to shut down when the daemon ends; `vmctl stop` gives them the same
+# Each comes once in the life of a VM.  If the handler of one fails, nobody knows the VM's state.
+SAID_ONCE = (VmRunning, VmFailed, ReceivedHeader, ReceivedMachine, NicsMade, NicsFailed)
+# Bytes of a client's boot image that are copied for reboots.  It may also be as large as its guest's memory.
+COPY_MAX, COPY_MAX_OF_ROOT = 1 << 28, 1 << 30
+LAST_OUTPUT_S = 2.0  # for console viewers to read the output of the last guest
 
 
 class Life:
@@ -76,16 +78,16 @@ class Life:
         self.network = network
         self.status = status
         self.batch_timer: Timer | None = None
-        self.on_gone: Callable[[Vm], None] = lambda _vm: None  # called when a life has ended
-        self.on_received: Callable[[Vm], None] = lambda _vm: None  # ... and when a VM that was received goes on
-        self.on_settled: Callable[[int], None] = lambda vmid: None  # a VM's process is gone, and no other one comes
+        self.on_gone: Callable[[Vm], None] = lambda _vm: None  # a VM process has ended, or waits for an operator
+        self.on_received: Callable[[Vm], None] = lambda _vm: None  # a received VM runs
+        self.on_settled: Callable[[int], None] = lambda vmid: None  # the last process of a VM has ended
         self.scores: OomScores | None = None
         self.bounds = Bounds(core.peers)
 
     # --- starting ----------------------------------------------------------------------------------------
 
     def serve_start(self, message: StartRequest, caller: Caller, envelope: "Envelope") -> None:
-        """Start a VM that is known, or register the one described and start that."""
+        """Start a known VM, or register the VM that the client describes and start it."""
         if self.core.ending:
             raise OperatorError(errno.ESHUTDOWN, "vmd is stopping")
         names = message.files
@@ -139,7 +141,10 @@ class Life:
         return self.vms.add(wanted, from_config=False)
 
     def _instance(self, name: str, wanted: "VmConfig", caller: Caller) -> "VmConfig":
-        """Return what an instance of a template is, of which a client has described some.  Raises OperatorError."""
+        """Return the configuration of an instance: the client's values where given, the template's elsewhere.
+
+        Raises OperatorError.
+        """
         template = self.vms.template(name)
         if template is None:
             raise OperatorError(VMD_PARENT_INVALID, f"vm {wanted.name}: template {name} not found")
@@ -159,10 +164,10 @@ class Life:
         given: Given | None = None,
         again: bool = False,
     ) -> None:
-        """Begin to open what the VM needs, and then have vmm start it, `again` after a reset.
+        """Begin a start: open the VM's files, then have vmm start it.  `again`: its guest has reset itself.
 
         `config` differs from the VM's own for a one-shot boot.  Raises OperatorError or HostError; the VM is
-        then as it was.  What fails later is told to those who wait for its start.
+        unchanged then.  A later failure is the answer to the clients that wait for the start.
         """
         config = config or vm.config
         once = vm.from_config and (config != vm.config or given is not None)
@@ -196,9 +201,9 @@ class Life:
         )
 
     def _opened(self, vm: Vm, config: "VmConfig", opened: "Opened", *, again: bool) -> None:
-        """All that a VM uses is open: give that to vmm, with the interfaces of the VM."""
+        """The VM's files are open: send it to vmm, together with its interfaces."""
         try:
-            if not again:  # its guest has changed nothing of what these say
+            if not again:  # after a reset the notes of the first start still hold
                 self.note(vm, config, [*opened.notes, *self.network.notes(config)])
             for what in replaced(vm.files, opened.files) if again else ():
                 log.warn(f"vm {vm.name}: {what} is not the file that its guest had before it was reset")
@@ -218,7 +223,7 @@ class Life:
             self.not_started(vm, error, again=again)
 
     def not_started(self, vm: Vm, error: VmdError, *, again: bool) -> None:
-        """A VM cannot have what it needs: it ends, and who wanted to start it hears the same as others would."""
+        """A start has failed: the VM ends.  The clients that wait for the start get the error as their answer."""
         self.network.release(vm.vmid)
         text = brief(str(error))
         if again:
@@ -230,7 +235,10 @@ class Life:
         self.is_gone(vm, text.removeprefix(f"vm {vm.name}: "), failed=Failed(code=vm.code, text=text))
 
     def require_room(self, vm: Vm, config: "VmConfig", *, again: bool = False) -> None:
-        """Raise OperatorError if this host cannot, or may not, run such a VM; one that runs stays within the limits."""
+        """Raise OperatorError if the VM would exceed the limits of this host.
+
+        A VM that starts `again` after a reset is counted already.  For it only the open files are checked.
+        """
         require_files()
         if again:
             return
@@ -238,22 +246,22 @@ class Life:
         require_room(config, others, self.core.config.settings)
 
     def note(self, vm: Vm, config: "VmConfig", notes: list[str]) -> None:
-        """Log what should be known of a start, and keep it for the clients that wait for that start."""
+        """Log the notes about a start, and keep them for the clients that wait for that start."""
         vm.notes = brief_notes(notes)
         where = f"{config.origin}: " if config.origin else ""
         for note in vm.notes:
             log.warn(f"{where}vm {vm.name}: {note}")
 
     def start_failed(self, vm: Vm, code: int, text: str) -> None:
-        """A VM could not get its interfaces: it ends, as if vmm had said that it did."""
+        """A VM could not get its interfaces: it ends in the same way as if vmm had reported its end."""
         vm.code = code
         log.error(f"vm {vm.name}: {text}")
         self.is_gone(vm, brief(text))
 
     def start_batch(self) -> None:
-        """Start as many waiting VMs as one round allows, and come back for the rest (*cat. 2.9*)."""
+        """Start as many waiting VMs as one round allows, and set a timer for the rest (*cat. 2.9*)."""
         if not self.core.serving:
-            return  # with that it begins
+            return  # `Parent.serve` calls this again
         if self.batch_timer is not None:
             self.batch_timer.cancel()
             self.batch_timer = None
@@ -273,9 +281,9 @@ class Life:
                 log.error(f"vm {vm.name}: {vm.text}")
 
     def start_batch_in_time(self) -> None:
-        """Start what waits by a configuration that is new.
+        """Start the VMs that wait, by the settings of a new configuration.
 
-        Unlike vmd, a reload does not start a batch before its time: the host is as busy as it was.
+        Unlike vmd, a reload does not start a batch before its time, because a reload does not make the host less busy.
         """
         waited = self.batch_timer
         if waited is None or waited.callback is None:
@@ -288,7 +296,7 @@ class Life:
     # --- running -----------------------------------------------------------------------------------------
 
     def on_running(self, message: VmRunning, envelope: "Envelope") -> None:
-        """The guest executes; that of a VM that was received goes on, or stands still as was asked for."""
+        """The guest executes.  The guest of a received VM continues, or stays paused if the client wants that."""
         vm = self.vms.living(message.vmid)
         assert vm.pty is not None
         process = envelope.take_fds("process")
@@ -335,7 +343,7 @@ class Life:
         self.stop_process(vm, StopMode.KILL if message.force else StopMode.GRACEFUL)
 
     def serve_wait(self, message: WaitRequest, caller: Caller, envelope: "Envelope") -> None:
-        """Answer when the VM is gone."""
+        """Answer when the VM has ended."""
         vm = self.vms.get(message.vmid, message.name)
         vm.require_control(caller, "wait for")
         if not vm.alive:
@@ -345,10 +353,10 @@ class Life:
         self.clients.wait(envelope.peerid, For.END, vm.vmid)
 
     def stop_process(self, vm: Vm, mode: StopMode) -> None:
-        """Stop a VM.  One that still waits for files or interfaces has no process yet; giving up the wait ends it."""
+        """Stop a VM.  A VM that still waits for files or interfaces has no process yet; giving up the wait ends it."""
         waited = self.openings.give_up(vm) or self.network.give_up(vm)
         if waited and vm.receiving is None:
-            self.network.release(vm.vmid)  # those that its guest had before it was reset
+            self.network.release(vm.vmid)  # the interfaces from before a reset of the guest
             self.is_gone(vm, "stopped before its guest began", endings.KILLED)
         else:
             self.core.peers.send(Proc.VMM, StopVm(vmid=vm.vmid, mode=mode))
@@ -359,7 +367,10 @@ class Life:
         self.stop_process(vm, StopMode.KILL)
 
     def stop_all(self) -> None:
-        """Stop all VMs, for the daemon ends: guests are asked to shut down; the second time, or after 120 s, killed."""
+        """Stop all VMs because the daemon ends.
+
+        The first call asks the guests to shut down.  The second call, or the timer after 120 s, kills the VMs.
+        """
         alive = [vm for vm in self.vms if vm.alive]
         mode = StopMode.KILL if self.core.ending else StopMode.GRACEFUL
         if alive and not self.core.ending:
@@ -375,7 +386,7 @@ class Life:
     # --- ending ------------------------------------------------------------------------------------------
 
     def on_failed(self, message: VmFailed, _envelope: "Envelope") -> None:
-        """The VM could not be built; VmExited follows, cleans up, and answers whoever wanted to start it."""
+        """The VM could not be built.  VmExited follows; its handler cleans up and answers the waiting clients."""
         vm = self.vms.living(message.vmid)
         vm.text, vm.code = brief(message.text), message.code
         if vm.receiving is not None:
@@ -383,11 +394,11 @@ class Life:
         log.error(f"vm {vm.name}: {message.text}")
 
     def on_exited(self, message: VmExited, _envelope: "Envelope") -> None:
-        """The VM process is gone: start it again after a guest reset, else forget what it held."""
+        """The VM process has ended: start the VM again after a guest reset, or else release what it held."""
         self.go_on_after(message)
 
     def go_on_after(self, message: VmExited) -> None:
-        """A VM process is gone, now or in the time of an earlier parent.  Raises PeerError."""
+        """A VM process has ended, now or while an earlier parent ran.  Raises PeerError."""
         vm = self.vms.living(message.vmid)
         lack, vm.memory_lack = vm.memory_lack, ""
         if vm.revive is not None:
@@ -416,13 +427,13 @@ class Life:
                     return
                 how, text = endings.FAILED, why
         self.on_settled(vm.vmid)
-        self.openings.give_up(vm)  # it was being received, and waited for its files, or for its interfaces
+        self.openings.give_up(vm)  # a VM that is received may still wait for its files or interfaces
         self.network.give_up(vm)
         self.network.release(vm.vmid)
         self.is_gone(vm, text, how)
 
     def _reboot(self, vm: Vm) -> str:
-        """Start a VM whose guest has reset itself; return why it cannot be, or nothing."""
+        """Start a VM whose guest has reset itself; return why it cannot be started, or ""."""
         uid = vm.uid
         vm.begin_reboot()
         log.info(f"{vm.name}: rebooting (vm {vm.vmid})")
@@ -438,16 +449,19 @@ class Life:
         return ""
 
     def is_gone(self, vm: Vm, text: str, how: str = endings.FAILED, *, failed: Failed | None = None) -> None:
-        """Forget what a VM held, and tell those who wait for it; those who wait for its start that it has `failed`."""
+        """A VM has ended: release what it held, and answer the clients that wait.
+
+        `failed` is the answer to those that wait for its start; without it they get `text`.
+        """
         self.on_settled(vm.vmid)
-        if failed is None:  # else the log has what kept it from starting
+        if failed is None:  # otherwise the caller has logged why it did not start
             log.info(f"{vm.name}: terminated vm {vm.vmid}{': ' + text if text else ''}")
         terminated = VmTerminated(vmid=vm.vmid, name=vm.name, text=text, how=how)
         self.clients.answer_all(For.END, vm.vmid, terminated)
         self.status.answer_devices(vm.vmid)
         self.consoles.on_ended(vm)
         vm.ended(text, how)
-        vm.drop_files()  # a life that begins from the configuration boots what that names
+        vm.drop_files()  # the next life boots what the configuration names
         if not vm.from_config:
             self.vms.remove(vm)
         if vm.resetting:
@@ -459,12 +473,15 @@ class Life:
         self.end_if_over()
 
     def give_up(self, vmid: int, message: "Record") -> None:
-        """What a message said of a VM is lost: tell those who wait, and end the VM if nobody knows what it is now."""
+        """The handler of a message about a VM has failed: answer the clients that wait.
+
+        The VM ends if the message was one that changes its state, because its state is unknown then.
+        """
         vm = self.vms.find(vmid, "")
         if vm is None or not vm.alive:
             return
         unstarted = isinstance(message, NicsMade | NicsFailed) and vm.receiving is None
-        if isinstance(message, VmExited) or unstarted:  # it has no process any more, or none yet
+        if isinstance(message, VmExited) or unstarted:  # its process has ended, or was never started
             self.network.release(vmid)
             self.is_gone(vm, OUR_FAULT)
         elif isinstance(message, SAID_ONCE):
@@ -473,11 +490,11 @@ class Life:
             self._answer_overtaken(vm, errno.EIO, OUR_FAULT)
 
     def _answer_overtaken(self, vm: Vm, code: int, text: str) -> None:
-        """Answer who wanted something of a VM process that has ended instead of doing it."""
+        """A VM process has ended: answer the clients that wait for it to do something else."""
         self.on_gone(vm)
         if vm.receiving is not None and vm.receiving.resumed and not vm.receiving.unbuilt:
             code = VMD_IN_DOUBT  # its guest may have begun to run
-        name = f"vm {vm.name}: "  # which some sentences have already
+        name = f"vm {vm.name}: "  # some sentences begin with it already
         failed = Failed(code=code, text=brief(name + text.removeprefix(name)))
         vm.changing = None
         self.clients.answer_all(For.PAUSE, vm.vmid, failed)
@@ -499,6 +516,6 @@ class Life:
                 self.start_batch()
 
     def end_if_over(self) -> None:
-        """End with the last VM, when its viewer has seen how it ended or does not look."""
+        """End the daemon after the last VM.  The viewers of consoles have LAST_OUTPUT_S to read the last output."""
         if self.core.ending and not any(vm.alive for vm in self.vms):
             self.consoles.when_left(self.core.loop.stop, LAST_OUTPUT_S)

@@ -1,24 +1,24 @@
-"""VMs that go from one host to another while whoever carries them knows of both ends (`vmctl migrate`, arch. 15).
+"""Migration of VMs from one host to another, step by step (`vmctl migrate`, arch. 15).
 
-Two daemons never speak with each other.  A client of each takes the steps, and passes on what the other one says:
+The two daemons do not talk to each other.  A client connects to both; it requests each step, and passes on the answers:
 
-    here: MigrateRequest        there: MigrateInRequest
-    the header is written       it is judged: such a VM can go on there
+    source: MigrateRequest      target: MigrateInRequest
+    the header is written       the header is checked: this host can run the VM
     GO_ON                       GO_ON
-    memory and all the rest is written; the guest stands still, and its disks are settled
-                                all was read
+    the memory and the rest of the machine are written; the guest is paused, and its disks are settled
+                                everything is read
     COMMIT
-    the disks are let go
+    the disks are released
                                 COMMIT
-                                the disks are taken, and the guest runs
+                                the disks are opened, and the guest runs
     DONE
     the VM ends
 
-Never two.  Before the target's COMMIT nothing runs there, and without its client it gives up.  The source's guest
-stands still from then on, until DONE says that it runs there, or BACK that it never did.  If the source's client is
-gone, or knows no better, after it was told that the disks are let go, then nobody here can know: the VM is in doubt.
-It goes on when all its disks could be taken back and are as they were left, where the target has seen that locks reach
-it; or by the word of its operator.  A VM whose disks somebody has, or has written to, never goes on here.
+The VM never runs on both hosts.  Before COMMIT the target does not run it, and gives up if its client disconnects.  The
+source keeps its guest paused until the client says DONE (the VM runs on the target) or BACK (it never ran there).  If
+the client is lost, or does not know either, after the source has released the disks, then the VM is in doubt.  A VM in
+doubt continues on the source in two cases: by `vmctl unpause -f`; or by itself, if the target has seen the source's
+locks.  In both cases all its disks must be free, and unchanged since they were released.
 """
 
 import errno
@@ -65,29 +65,29 @@ if TYPE_CHECKING:
     from vmd.parent.opening import Opened
 
     class Transfers(Protocol):
-        """What of the room of transfers is used here."""
+        """The part of the room of transfers that is used here."""
 
         def begin_send(
             self, vm: Vm, client: int, *, keep: bool = False, carried: bool = False, live: Live | None = None
         ) -> None:
-            """Have a VM write to a client's stream."""
+            """Let a VM write itself to a client's stream."""
 
         def begin_receive(self, name: str, receiving: Receiving, caller: Caller, client: int) -> Vm:
             """Start a process that reads a client's stream."""
 
         def begin_resume(self, vm: Vm, receiving: Receiving) -> None:
-            """Have a machine go on that was read completely."""
+            """Run a machine that was read completely."""
 
         def give_up(self, vm: Vm, code: int, text: str) -> None:
             """End a VM that cannot be received."""
 
-# Between two attempts to take back the disks of a VM in doubt; twice as long each time.
+# Between two attempts to take back the disks of a VM in doubt.  The time doubles up to the maximum.
 RETRY_S, RETRY_MAX_S = 5.0, 60.0
-GONE = "whoever migrated it has left"
+GONE = "the client that migrated it has left"
 
 
 class Migrations:
-    """The room of VMs that are carried from one host to another."""
+    """The room of VMs that migrate from one host to another."""
 
     def __init__(self, core: "Core", transfers: "Transfers") -> None:
         self.core = core
@@ -98,20 +98,20 @@ class Migrations:
     # --- requests ----------------------------------------------------------------------------------------
 
     def serve_migrate(self, message: MigrateRequest, _caller: "Caller", envelope: "Envelope") -> None:
-        """Have a VM write its header."""
+        """Begin to migrate a VM: it writes its header."""
         vm = self.vms.get(message.vmid, message.name)
         self.transfers.begin_send(vm, envelope.peerid, carried=True, live=message.live)
         self.clients.wait(envelope.peerid, For.CARRYING, vm.vmid)
         log.info(f"{vm.name}: migrating vm {vm.vmid}")
 
     def serve_migrate_in(self, message: MigrateInRequest, caller: "Caller", envelope: "Envelope") -> None:
-        """Start a process that reads the client's stream."""
+        """Begin to receive a VM that migrates: start a process that reads the client's stream."""
         receiving = Receiving(paused=False, carried=True, trusted=message.force)
         vm = self.transfers.begin_receive(message.name, receiving, caller, envelope.peerid)
         self.clients.wait(envelope.peerid, For.CARRYING, vm.vmid)
 
     def serve_step(self, message: MigrationStep, _caller: "Caller", envelope: "Envelope") -> None:
-        """Take the next step."""
+        """Take the step that the client requests, if it is the next one."""
         vm = self.vms.get(message.vmid, message.name)
         if not self.clients.waits(envelope.peerid, For.CARRYING, vm.vmid):
             raise OperatorError(errno.EINVAL, f"vm {vm.name} is not being migrated by this client")
@@ -128,14 +128,14 @@ class Migrations:
         step()
 
     def on_client_gone(self, vm: Vm) -> None:
-        """Whoever carries a VM has left."""
+        """The client that migrates a VM has disconnected."""
         if vm.sending is not None and vm.state is State.SENDING:
             self._go_back(vm, vm.sending, GONE, in_doubt=True)
         elif vm.receiving is not None and vm.receiving.at.value < At.COMMITTING.value:
             self.transfers.give_up(vm, errno.ECANCELED, "migrating was interrupted")
 
     def abandon(self, vm: Vm, at: At) -> None:
-        """The daemon that was at this step with a VM has ended, and whoever carries the VM has lost it with that."""
+        """An earlier parent has ended during a migration, at this step.  The client has lost its connection with it."""
         assert vm.sending is not None
         vm.sending.at, vm.sending.abandoned = at, GONE
         self._go_back(vm, vm.sending, GONE, in_doubt=True)
@@ -146,7 +146,7 @@ class Migrations:
     # --- the source --------------------------------------------------------------------------------------
 
     def _source_step(self, vm: Vm, sending: Sending, message: MigrationStep) -> "Callable[[], None] | None":
-        """Return what a step does; None if it is not to be taken now."""
+        """Return a function that takes the step; None if it is not the next one."""
         match message.step, sending.at:
             case Step.GO_ON, At.ASKED:
                 sending.locks_travel = message.locks_travel
@@ -160,21 +160,21 @@ class Migrations:
         return None
 
     def _tell(self, vm: Vm, at: At, message: "SendOn | LetDisksGo | EndSend") -> None:
-        """Have a VM's process take a step."""
+        """Let a VM's process take a step."""
         assert vm.sending is not None
         vm.sending.at = at
         vm.changed()
         self.core.peers.send(Proc.VMM, message)
 
     def on_header_sent(self, message: HeaderSent, _envelope: "Envelope") -> None:
-        """The receiver can judge it."""
+        """The header is written: the client may give it to the target."""
         vm = self.vms.living(message.vmid)
         if vm.sending is not None and vm.sending.at is At.BEGINNING:
             vm.sending.at = At.ASKED
             self._answer(vm, MigrationAt(vmid=vm.vmid, name=vm.name))
 
     def on_written(self, vm: Vm, sending: Sending, message: "SendDone") -> None:
-        """All is written; the guest stands still and has its disks."""
+        """Everything is written.  The guest is paused and still has its disks."""
         sending.at = At.COMPLETE
         sending.sent_bytes, sending.stopped_ns = message.sent_bytes, message.stopped_ns
         sending.rounds = message.rounds
@@ -184,7 +184,7 @@ class Migrations:
             self._answer(vm, MigrationAt(vmid=vm.vmid, name=vm.name))
 
     def on_disks_let_go(self, message: DisksLetGo, _envelope: "Envelope") -> None:
-        """The receiver may have the disks: from here on nobody but the client knows whether it does."""
+        """The disks are released.  From here on only the client knows whether the target uses them."""
         vm = self.vms.living(message.vmid)
         sending = vm.sending
         if sending is None or sending.at is not At.COMMITTING:
@@ -198,7 +198,7 @@ class Migrations:
         self._answer(vm, MigrationAt(vmid=vm.vmid, name=vm.name, paused=paused))
 
     def _done(self, vm: Vm, sending: Sending) -> None:
-        """It runs elsewhere: it is gone here."""
+        """The VM runs on the target: end it here."""
         stood_ns = time.monotonic_ns() - sending.stopped_ns if sending.stopped_ns else 0
         log.info(f"{vm.name}: migrated vm {vm.vmid}, {sending.sent_bytes} bytes, downtime {stood_ns // 10**6} ms")
         sent = VmSent(
@@ -212,7 +212,10 @@ class Migrations:
         self.core.peers.send(Proc.VMM, EndSend(vmid=vm.vmid, sent=True))
 
     def _go_back(self, vm: Vm, sending: Sending, why: str, *, in_doubt: bool = False) -> None:
-        """It does not go elsewhere; or, once the disks were let go, nobody knows whether it has."""
+        """Cancel a migration, as its step allows.
+
+        `in_doubt`: the client does not know whether the VM runs on the target.  It matters once the disks are released.
+        """
         match sending.at:
             case At.BEGINNING | At.ASKED | At.MEMORY:
                 sending.abandoned = why
@@ -226,18 +229,18 @@ class Migrations:
                 self._tell(vm, At.UNDOING, EndSend(vmid=vm.vmid, sent=False))
 
     def _doubt(self, vm: Vm, sending: Sending, why: str) -> None:
-        """Have a VM stand still until somebody knows."""
+        """Keep a VM paused until it is known whether it runs on the target."""
         why = f"it may run elsewhere: {why}"
         vm.doubt(why)
-        then = "it goes on when its disks are free" if sending.locks_travel else f"{SEE} has it go on here"
-        log.error(f"vm {vm.name}: in doubt, and stands still: {why}; {then}")
-        text = f"vm {vm.name} is in doubt, and stands still: {why}; {then}"
+        then = "it continues when its disks are free" if sending.locks_travel else f"{SEE} continues it here"
+        log.error(f"vm {vm.name}: in doubt, and paused: {why}; {then}")
+        text = f"vm {vm.name} is in doubt, and paused: {why}; {then}"
         self._answer(vm, Failed(code=VMD_IN_DOUBT, text=brief(text)))
         if sending.locks_travel:
             self._try_later(vm, sending)
 
     def _try_later(self, vm: Vm, sending: Sending) -> None:
-        """Try again, after some time, to have the disks of a VM in doubt."""
+        """Set the timer for the next attempt to take back the disks of a VM in doubt."""
         if sending.retry is not None:
             sending.retry.cancel()
         delay_s = min(RETRY_S * 2 ** min(sending.tries, 10), RETRY_MAX_S)
@@ -245,12 +248,12 @@ class Migrations:
         sending.retry = self.core.loop.call_later(delay_s, lambda: self._take_back(vm, sending))
 
     def _take_back(self, vm: Vm, sending: Sending) -> None:
-        """Try to have the disks of a VM in doubt."""
+        """Try to take back the disks of a VM in doubt."""
         if vm.sending is sending and vm.state is State.IN_DOUBT and sending.at is At.COMMITTED:
             self._tell(vm, At.UNDOING, EndSend(vmid=vm.vmid, sent=False))
 
     def unpause(self, vm: Vm, client: int, *, force: bool) -> None:
-        """Have a VM in doubt go on here, if its disks can be had.  Raises OperatorError."""
+        """Continue a VM in doubt here, if its disks can be taken back.  Raises OperatorError."""
         sending = vm.sending
         assert sending is not None
         if not force and not sending.locks_travel:
@@ -259,7 +262,7 @@ class Migrations:
         self._take_back(vm, sending)
 
     def on_undone(self, message: SendUndone, _envelope: "Envelope") -> None:
-        """It goes on here; or its disks could not be had."""
+        """The VM continues here; or its disks could not be taken back."""
         vm = self.vms.living(message.vmid)
         sending = vm.sending
         if sending is None or sending.at is not At.UNDOING:
@@ -271,7 +274,7 @@ class Migrations:
         sending.at = At.COMMITTED
         if vm.state is not State.IN_DOUBT:
             self._doubt(vm, sending, f"{sending.abandoned}; {why}")
-        elif why != sending.refused:  # else it has been said
+        elif why != sending.refused:  # each reason is logged once
             log.warn(f"vm {vm.name}: stays in doubt: {why}")
         sending.refused = why
         self.clients.fail_all(For.PAUSE, vm.vmid, errno.EBUSY, f"vm {vm.name} stays in doubt: {why}")
@@ -283,9 +286,9 @@ class Migrations:
     def _is_back(self, vm: Vm, sending: Sending) -> None:
         doubted = vm.state is State.IN_DOUBT
         vm.stay()
-        text = f"vm {vm.name} was not migrated, and goes on here: {sending.abandoned}"
+        text = f"vm {vm.name} was not migrated, and continues here: {sending.abandoned}"
         if doubted:
-            log.warn(f"vm {vm.name}: goes on here: it has its disks again, as they were let go")
+            log.warn(f"vm {vm.name}: continues here: it has its disks again, and they are unchanged")
         else:
             log.error(f"vm {vm.name}: not migrated: {sending.abandoned}")
         self.clients.take(For.CARRYING, vm.vmid)
@@ -296,7 +299,7 @@ class Migrations:
     # --- the target --------------------------------------------------------------------------------------
 
     def _target_step(self, vm: Vm, receiving: Receiving, message: MigrationStep) -> "Callable[[], None] | None":
-        """Return what a step does; None if it is not to be taken now."""
+        """Return a function that takes the step; None if it is not the next one."""
         match message.step, receiving.at:
             case Step.GO_ON, At.ASKED:
                 return lambda: self._read(vm, receiving)
@@ -308,7 +311,10 @@ class Migrations:
         return None
 
     def on_judged(self, vm: Vm, receiving: Receiving, opened: "Opened") -> None:
-        """Such a VM can go on here, but for its disks, which the sender is to have.  Raises OperatorError."""
+        """The header is accepted.  Check that no VM of this host has the disks or addresses, and that the sender can.
+
+        `opened` says which disks are in use.  Raises OperatorError.
+        """
         config = vm.running_config
         assert config is not None
         others = [other for other in self.vms if other is not vm and other.alive and other.sending is None]
@@ -322,8 +328,8 @@ class Migrations:
                     what = f"interface {index} has the Ethernet address {nic.lladdr.hex(':')}"
                     raise OperatorError(errno.EADDRINUSE, f"{what}, which vm {other.name} has here")
         if opened.unused and not receiving.trusted:
-            what = f"disk {opened.unused[0]}: nobody has it in use here, so it is not the sender's"
-            raise OperatorError(errno.EINVAL, f"{what}; if it is, on storage that does not carry locks, say -f")
+            what = f"disk {opened.unused[0]}: it is not in use, so it is not the sender's"
+            raise OperatorError(errno.EINVAL, f"{what}; if it is, on storage that does not carry locks, use -f")
         receiving.at = At.ASKED
         travel = 0 < len(opened.in_use) == len(config.disks)
         self._answer(vm, MigrationAt(vmid=vm.vmid, name=vm.name, locks_travel=travel))
@@ -333,11 +339,11 @@ class Migrations:
         self.core.peers.send(Proc.VMM, ReceiveMemory(vmid=vm.vmid))
 
     def on_complete(self, vm: Vm, receiving: Receiving) -> None:
-        """All was read."""
+        """Everything is read."""
         receiving.at = At.COMPLETE
         self._answer(vm, MigrationAt(vmid=vm.vmid, name=vm.name))
 
     def _commit(self, vm: Vm, receiving: Receiving) -> None:
-        """Take the disks, and have the guest go on; whoever leaves now does not change that."""
+        """Open the disks and run the guest.  From here on a client that disconnects does not stop that."""
         receiving.at = At.COMMITTING
         self.transfers.begin_resume(vm, receiving)

@@ -1,12 +1,12 @@
-"""VMs that stand still, and that go elsewhere and come from elsewhere (*cat. 4.7*).
+"""Pausing, sending and receiving VMs (*cat. 4.7*).
 
-The stream itself is written and read by the VM's own process; not a byte of it is looked at here.  A VM that is
-received goes through these steps, each a message of its process:
+The VM's own process writes and reads the stream.  The parent does not look at it.  A VM is received in these steps,
+the first by a message of the client, the others by messages of the VM's process:
 
-    ReceiveRequest    its name is free, or that of a configured VM that does not run; a process starts to read
-    ReceivedHeader    the stream's description is checked as a client's would be
-    ReceivedMachine   all was read: disks are opened, as soon as the sender has let them go
-    VmRunning         it goes on, or stands still if that was asked for (`life`)
+    ReceiveRequest    the name is free, or is that of a configured VM that does not run; a process starts to read
+    ReceivedHeader    the configuration in the stream is checked like one from a client
+    ReceivedMachine   everything is read: the disks are opened as soon as the sender has released their locks
+    VmRunning         the guest runs, or stays paused if the client wants that (`life`)
 """
 
 import errno
@@ -49,13 +49,13 @@ if TYPE_CHECKING:
     from vmd.parent.network import Network
     from vmd.parent.opening import Opened, Openings
 
-STILL_MS_MAX, ROUNDS_MAX = 3_600_000, 1000  # of a VM that runs while it is sent
-LOCK_PATIENCE_S = 10.0  # for the sender to let go of the disks
-FAILURES = (VmdError, OSError, ValueError)  # of what a stream has said
+STILL_MS_MAX, ROUNDS_MAX = 3_600_000, 1000  # limits of the parameters of a live send
+LOCK_PATIENCE_S = 10.0  # for the sender to release the locks of the disks
+FAILURES = (VmdError, OSError, ValueError)  # raised by checks of a configuration from a stream
 
 
 def require_possible(live: Live) -> None:
-    """Raise OperatorError for numbers that nobody can mean."""
+    """Raise OperatorError if a parameter of a live send is out of range."""
     if not 0 < live.still_ms <= STILL_MS_MAX:
         raise OperatorError(errno.EINVAL, f"stand-still of {live.still_ms} ms (limit is {STILL_MS_MAX})")
     if not 0 < live.rounds <= ROUNDS_MAX:
@@ -77,14 +77,14 @@ class Transfers:
     # --- standing still --------------------------------------------------------------------------------
 
     def serve_pause(self, message: PauseRequest, caller: Caller, envelope: Envelope) -> None:
-        """Have a VM stand still, or go on.  One that was received and waits for its disks tries again to get them."""
+        """Pause or unpause a VM.  To unpause a received VM without its disks means to try again to open them."""
         vm = self.vms.get(message.vmid, message.name)
         vm.require_control(caller, "pause" if message.paused else "unpause")
         if vm.state is State.IN_DOUBT and not message.paused:
             self.migrations.unpause(vm, envelope.peerid, force=message.force)
             return
         vm.require_pausable()
-        if message.paused and vm.receiving is not None:  # it has not even begun to run here
+        if message.paused and vm.receiving is not None:  # its guest has not run here yet
             self.clients.answer(envelope.peerid, VmPaused(vmid=vm.vmid, name=vm.name, paused=True))
             return
         self.clients.wait(envelope.peerid, For.PAUSE, vm.vmid)
@@ -95,7 +95,7 @@ class Transfers:
             self.core.peers.send(Proc.VMM, PauseVm(vmid=vm.vmid, paused=message.paused, force=message.force))
 
     def on_pause_done(self, message: PauseDone, _envelope: Envelope) -> None:
-        """A VM stands still, or goes on, or could not do what was asked."""
+        """A VM was paused or unpaused, or that has failed."""
         vm = self.vms.living(message.vmid)
         vm.pause_changed(paused=message.paused)
         client = self.clients.take_first(For.PAUSE, vm.vmid)
@@ -110,15 +110,15 @@ class Transfers:
         self.clients.answer(client, VmPaused(vmid=vm.vmid, name=vm.name, paused=message.paused, notes=notes))
 
     def on_vm_halted(self, message: VmHalted, _envelope: Envelope) -> None:
-        """A VM stands still of its own accord."""
+        """A VM has paused itself, because of an error that the operator must fix."""
         vm = self.vms.living(message.vmid)
         if vm.halted(brief(message.text)):
-            log.error(f"vm {vm.name}: paused: {vm.text}; `vmctl unpause {vm.name}` has it go on once that is mended")
+            log.error(f"vm {vm.name}: paused: {vm.text}; `vmctl unpause {vm.name}` continues it once that is mended")
 
     # --- sending ---------------------------------------------------------------------------------------
 
     def serve_send(self, message: SendRequest, _caller: Caller, envelope: Envelope) -> None:
-        """Have a VM write itself to the client's descriptor."""
+        """Let a VM write itself to the client's descriptor."""
         vm = self.vms.get(message.vmid, message.name)
         self.begin_send(vm, envelope.peerid, keep=message.keep, live=message.live)
         log.info(f"{vm.name}: sending vm {vm.vmid}")
@@ -126,9 +126,9 @@ class Transfers:
     def begin_send(
         self, vm: Vm, client: int, *, keep: bool = False, carried: bool = False, live: Live | None = None
     ) -> None:
-        """Have a VM write to a client's stream; with `carried` it migrates.  Raises OperatorError, HostError.
+        """Let a VM write itself to a client's stream.  Raises OperatorError, HostError.
 
-        With `live` it runs meanwhile.
+        `carried`: it migrates, and the client requests each step.  `live`: its guest runs meanwhile.
         """
         if live is not None:
             require_possible(live)
@@ -149,7 +149,7 @@ class Transfers:
         self.core.peers.send(Proc.VMM, send, fds={"courier": [stream]})
 
     def on_progress(self, message: TransferProgress, envelope: Envelope) -> None:
-        """Let the client see how far it is."""
+        """Tell the waiting clients how much was sent or received."""
         vm = self.vms.find(envelope.peerid, "")
         if vm is not None and (vm.sending or vm.receiving):
             for what in (For.TRANSFER, For.IMAGES):
@@ -157,7 +157,7 @@ class Transfers:
                     self.clients.answer(wait.client, message)
 
     def on_send_done(self, message: SendDone, _envelope: Envelope) -> None:
-        """A stream is complete, or has failed; in the one case the VM ends now, unless it is to be kept."""
+        """A stream is complete, or has failed.  After a complete stream the VM ends, unless the client keeps it."""
         vm = self.vms.living(message.vmid)
         sending = vm.sending
         if sending is None:
@@ -187,7 +187,7 @@ class Transfers:
             vm.stay()
             self.clients.answer_all(For.TRANSFER, vm.vmid, sent)
         else:
-            vm.leave(sent)  # the client hears of it when the VM has let go of everything
+            vm.leave(sent)  # the client is answered when the VM has ended
 
     # --- receiving -------------------------------------------------------------------------------------
 
@@ -202,7 +202,7 @@ class Transfers:
         require_files()
         vm = self.vms.find(0, name)
         if vm is None:
-            # As small as a VM can be, until its stream says more.
+            # A minimal configuration, until that of the stream is known.
             vm = self.vms.add(checked_request(VmConfig(name=name), bootable=True), from_config=False)
         elif vm.alive or not vm.from_config:
             raise OperatorError(errno.EEXIST, f"vm {vm.name} exists, and is {vm.state.value}")
@@ -210,7 +210,7 @@ class Transfers:
         try:
             self.core.slots.give()
             vm.begin_receive(receiving)
-            # Of a VM that vm.conf describes it is known whose it is; all others are root's, who asked for it.
+            # A VM of vm.conf runs for its owner.  Any other VM runs for the caller, who is root.
             vm.uid = vm.config.owner.uid if vm.from_config else caller.uid
             vm.open_console()
             assert vm.pty is not None
@@ -232,9 +232,10 @@ class Transfers:
         return vm
 
     def begin_revival(self, vm: Vm, stream: int, *, paused: bool) -> None:
-        """Have a VM whose process has ended go on as what a stream has; `stream` is a courier, the caller's no more.
+        """Continue a VM whose process has ended with the machine in a stream: it goes back to a snapshot.
 
-        It stays what it is: its configuration, its owner and its console.  Raises VmdError; the VM is at its end then.
+        `stream` is a courier; owns the descriptor.  The VM keeps its configuration, its owner and its console.
+        Raises VmdError; the caller must end the VM then.
         """
         config, uid = vm.running_config or vm.config, vm.uid
         vm.begin_reboot()
@@ -252,10 +253,10 @@ class Transfers:
             raise
         start = ReceiveVm(vmid=vm.vmid, name=vm.name, verbosity=self.core.verbosity)
         self.core.peers.send(Proc.VMM, start, fds={"courier": [stream], **fds})
-        log.info(f"{vm.name}: going on as it was at a snapshot (vm {vm.vmid})")
+        log.info(f"{vm.name}: going back to a snapshot (vm {vm.vmid})")
 
     def on_received_header(self, message: ReceivedHeader, _envelope: Envelope) -> None:
-        """Judge what a stream wants to be; the name is ours, and so is the owner."""
+        """Check the configuration in a stream.  The name and the owner come from this host, not from the stream."""
         vm = self.vms.living(message.vmid)
         receiving = vm.receiving
         if receiving is None:
@@ -265,7 +266,7 @@ class Transfers:
             if receiving.config is not None:
                 require_same(receiving.config, config)
                 config = receiving.config
-            check_paths(config)  # what it boots from is opened only when its guest resets itself
+            check_paths(config)  # now, because the boot files are not opened before the guest resets itself
             config = checked_request(config, bootable=True)
             if receiving.config is None:
                 require_leave(vm, config)
@@ -282,7 +283,7 @@ class Transfers:
         vm.once_because = endings.ONCE.get(config.boot_device, once)
 
         def judged(error: VmdError | None) -> None:
-            if error is not None and number(error) != errno.EBUSY:  # the sender still has them
+            if error is not None and number(error) != errno.EBUSY:  # EBUSY: the sender still has the disks
                 self.give_up(vm, number(error), sentence(error))
                 return
             vm.running_config = config
@@ -305,14 +306,14 @@ class Transfers:
             else:
                 judged(error)
 
-        # Whether its disks are here is to be known while the sender still has the VM.
+        # If its disks are not on this host, receiving must fail while the sender still has the VM.
         carried = receiving.carried
         self.openings.open(
             vm, config, vm.uid, found, refused, boots=False, names_holder=carried, others_have=carried
         )
 
     def on_received_machine(self, message: ReceivedMachine, _envelope: Envelope) -> None:
-        """All was read: open the disks, or wait for them."""
+        """Everything is read: open the disks; a VM that migrates waits for its client first."""
         vm = self.vms.living(message.vmid)
         if vm.receiving is None:
             return
@@ -322,17 +323,17 @@ class Transfers:
             self.begin_resume(vm, vm.receiving)
 
     def begin_resume(self, vm: Vm, receiving: Receiving) -> None:
-        """Have a machine go on that was read completely."""
+        """Run a machine that was read completely; the sender has LOCK_PATIENCE_S to release the disks."""
         receiving.complete = True
         receiving.deadline_s = time.monotonic() + LOCK_PATIENCE_S
         self.resume(vm, receiving)
 
     def resume(self, vm: Vm, receiving: Receiving) -> None:
-        """Open the disks and have the machine go on; where they are in use for too long, give up for now."""
+        """Open the disks and run the machine.  If they stay in use until the deadline, the VM stays paused."""
         config = vm.running_config
-        if vm.receiving is not receiving or config is None:  # it has ended, and may be receiving once more
+        if vm.receiving is not receiving or config is None:  # the VM has ended, and may be received anew
             return
-        if vm.state is State.STOPPING:  # how it ends is the answer
+        if vm.state is State.STOPPING:  # the client is answered when it has ended
             return
         self.openings.open(
             vm,
@@ -345,7 +346,7 @@ class Transfers:
         )
 
     def _opened(self, vm: Vm, config: VmConfig, receiving: Receiving, opened: "Opened") -> None:
-        """Its disks are there: have the machine go on."""
+        """The disks are open: run the machine, with its interfaces."""
         self.life.note(vm, config, list(opened.notes))
         vm.files, vm.disks = opened.files, opened.disks
         message = ResumeReceived(vmid=vm.vmid, config=config, paused=receiving.paused, disks=opened.disks)
@@ -356,9 +357,9 @@ class Transfers:
             self.stay_paused(vm, number(error), sentence(error))
 
     def stay_paused(self, vm: Vm, code: int, why: str) -> None:
-        """Have a VM wait for its operator: it cannot go on yet, and may be the only copy of what its sender had.
+        """A received VM cannot run yet.  It waits for its operator, because it may be the only copy of the VM.
 
-        Of one that is carried the sender has it still.
+        A VM that migrates is given up instead: the sender still has it.
         """
         if vm.receiving is not None and vm.receiving.carried:
             self.give_up(vm, code, why)
@@ -372,15 +373,15 @@ class Transfers:
             self.clients.fail_all(what, vm.vmid, code, text)
 
     def give_up(self, vm: Vm, code: int, text: str) -> None:
-        """End a VM that cannot be received; its end is what the client is told of."""
+        """End a VM that cannot be received.  The client is answered when it has ended."""
         assert vm.receiving is not None
         vm.receiving.failure, vm.code = brief(text), code
         self.life.stop_process(vm, StopMode.KILL)
 
     def on_client_gone(self, vmid: int) -> None:
-        """Whoever wanted this VM sent or received has left: a half stream is of no use to anybody.
+        """The client that had this VM sent or received has disconnected: cancel the transfer.
 
-        But a whole one may be all that is left of the VM.
+        A VM that is received completely is kept, because it may be the only copy of the VM.
         """
         vm = self.vms.find(vmid, "")
         if vm is None:
@@ -396,7 +397,7 @@ class Transfers:
 
 
 def require_same(ours: VmConfig, theirs: VmConfig) -> None:
-    """Raise OperatorError if a machine of a snapshot is not one that this VM is: its disks may come from anybody."""
+    """Raise OperatorError if the machine in a snapshot does not fit this VM.  The snapshot is not trusted."""
     for what, now, then in (
         ("virtual CPUs", ours.vcpus, theirs.vcpus),
         ("bytes of memory", ours.memory_bytes, theirs.memory_bytes),

@@ -177,7 +177,7 @@ def vm_of(known: VmKnown) -> Vm:
     for field in SAME:
         setattr(vm, field, getattr(known, field))
     vm.files = {each.what: (each.device, each.inode) for each in known.files}
-    vm.be_in(State(known.state))
+    vm.restore_state(State(known.state))
     return vm
 
 

@@ -1,4 +1,4 @@
-"""Every VM the daemon knows, and the state it is in (*cat. 4.1, 4.2*)."""
+"""All VMs that the daemon knows, and the state of each (*cat. 4.1, 4.2*)."""
 
 import contextlib
 import errno
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from vmd.ipc.loop import Timer
     from vmd.ipc.messages.shared import DiskImages
 
-    Files = dict[str, tuple[int, int]]  # disk, backing file or disc, in words -> `FileId.key`
+    Files = dict[str, tuple[int, int]]  # name of a disk, backing file or disc, as shown to users -> `FileId.key`
 
 
 class State(Enum):
@@ -40,69 +40,69 @@ class State(Enum):
     RUNNING = "running"
     PAUSED = "paused"
     SENDING = "sending"
-    SAVING = "saving"  # it stands still for a snapshot
+    SAVING = "saving"  # it is paused for a snapshot
     RECEIVING = "receiving"
     STOPPING = "stopping"
-    IN_DOUBT = "in doubt"  # it may run elsewhere, and stands still here
+    IN_DOUBT = "in doubt"  # it is paused here, and may run on another host
 
 
 SEE = "`vmctl unpause -f`"
-AUTOMATIC = ("", "tap")  # names of interfaces: any will do
-CONFIGS = ("config", "running_config", "next_config")  # of a Vm
+AUTOMATIC = ("", "tap")  # names of taps that let priv choose any free name
+CONFIGS = ("config", "running_config", "next_config")  # attributes of a Vm
 LOCKS_LINGER_S = 1.0
-SHOWN_MAX = 1 << 48  # a number that a VM process has made up must not be too large for its next life
+SHOWN_BYTES_MAX = 1 << 48  # a VM process may write any count; the next life starts counting from a smaller one
 ALIVE = tuple(state for state in State if state not in (State.STOPPED, State.WAITING))  # states with a VM process
 
 
 class At(Enum):
-    """How far a migration is; each is followed by the next one (`vmd.parent.migrations`)."""
+    """The step that a migration has reached, in order (`vmd.parent.migrations`).  A step is of both ends or of one."""
 
     BEGINNING = 0
-    ASKED = 1  # the header is written, or read and judged: whoever carries it says when to go on
-    MEMORY = 2  # is written, or read
-    COMPLETE = 3  # all is
-    COMMITTING = 4  # here the disks are let go, there they are taken
-    COMMITTED = 5  # here: whoever carries it knows that they are
-    UNDOING = 6  # here: the disks are taken back
+    ASKED = 1  # both: the header is written, or read and checked; the client says when to continue
+    MEMORY = 2  # both: the memory is being written, or read
+    COMPLETE = 3  # both: everything is written, or read
+    COMMITTING = 4  # source: the disks are being released; target: they are being opened
+    COMMITTED = 5  # source: the client knows that the disks are released
+    UNDOING = 6  # source: the disks are being taken back
 
 
 class Sending:
-    """A VM on its way out."""
+    """What is known of a VM while it is sent, saved for a snapshot, or migrated away."""
 
     def __init__(self, *, keep: bool, state: State, carried: bool = False) -> None:
         self.keep = keep
-        self.state = state  # to which it returns
+        self.state = state  # the VM returns to it if it stays here
         self.carried = carried  # it migrates
         self.at = At.BEGINNING
-        self.locks_travel = False  # who has the disks here cannot have them there
-        self.abandoned = ""  # why it is not to go on, though it is at a step that cannot be cancelled
+        self.locks_travel = False  # a lock that is held here is seen on the target
+        self.abandoned = ""  # why the migration ends without success, once its current step is over
         self.sent_bytes = self.rounds = 0
-        self.stopped_ns = 0  # since when it stands still for this, by CLOCK_MONOTONIC
-        self.retry: Timer | None = None  # of taking the disks back
-        self.tries = 0  # of that
-        self.refused = ""  # why the last one failed
+        self.stopped_ns = 0  # when its guest was paused for the migration, by CLOCK_MONOTONIC
+        self.retry: Timer | None = None  # for the next attempt to take the disks back
+        self.tries = 0  # attempts to take the disks back
+        self.refused = ""  # why the last attempt failed
 
 
 class Receiving:
-    """A VM on its way in."""
+    """What is known of a VM while it is received."""
 
     def __init__(
         self, *, paused: bool, carried: bool = False, trusted: bool = False, config: VmConfig | None = None
     ) -> None:
         self.paused = paused
-        self.config = config  # what it is, whatever the stream says: it goes back to a snapshot of its own
-        self.carried = carried  # it migrates: it goes on only when it is told to
-        self.trusted = trusted  # its disks are the sender's, though nobody has them here
+        self.config = config  # of a VM that goes back to its snapshot: this counts instead of the stream's
+        self.carried = carried  # it migrates, and runs only after the client's COMMIT
+        self.trusted = trusted  # the operator vouches that its disks are the sender's, although no lock shows that
         self.at = At.BEGINNING
-        self.resumed = False  # its process was told to go on
-        self.unbuilt = False  # ... and has said that it could not
-        self.complete = False  # all but its disks
-        self.deadline_s = 0.0
-        self.failure = ""  # why it was given up
+        self.resumed = False  # its process was told to run the guest
+        self.unbuilt = False  # its process has answered that it could not build the machine
+        self.complete = False  # everything is read; only the disks are missing
+        self.deadline_s = 0.0  # for the locks of its disks, by CLOCK_MONOTONIC
+        self.failure = ""  # why receiving was given up
 
 
 class Change:
-    """Something of a VM that is changed: its disk, or what its drive has."""
+    """A change of a VM that is under way: a disk is resized, or the disc in its drive is changed."""
 
     def __init__(self, what: str) -> None:
         self.what = what  # such as disk0
@@ -111,14 +111,14 @@ class Change:
 class Vm:
     """One VM; owned by the table.
 
-    Whatever of it changes is counted, and `on_change` called: another parent is to know it.
-    `on_event` is called with each change of its state: what has happened, why, and how it ended if it has.
+    Each assignment to an attribute increments `changes` and calls `on_change`: the next parent must learn it.
+    `on_event` is called with each change of its state: what has happened, why, and how the VM ended if it has ended.
     """
 
     config: VmConfig
-    running_config: VmConfig | None = None  # of a VM that is or was received, once it has been judged
-    next_config: VmConfig | None = None  # takes effect when this life is over
-    claims: tuple[NicConfig, ...]  # interfaces with names or addresses that no other VM can have
+    running_config: VmConfig | None = None  # of a VM that is or was received, once its stream was accepted
+    next_config: VmConfig | None = None  # takes effect when the current life ends
+    claims: tuple[NicConfig, ...]  # interfaces with names or addresses that no other VM may have
     changes = 0
     on_change: "Callable[[Vm], None]" = staticmethod(lambda _vm: None)
     on_event: "Callable[[Vm, str, str, str], None]" = staticmethod(lambda _vm, _what, _text, _how: None)
@@ -133,44 +133,44 @@ class Vm:
 
     def __init__(self, vmid: int, config: VmConfig, *, from_config: bool) -> None:
         self.vmid = vmid
-        self.key = config.name, config.owner.uid  # to which the table has given the id
+        self.key = config.name, config.owner.uid  # of its identity, which has its id and addresses
         self.config = config
-        self.from_config = from_config  # survives a stop; the others are forgotten
+        self.from_config = from_config  # stays in the table after its end; other VMs are forgotten then
         self._state = State.STOPPED
         self.since_s = time.time()  # when it came into this state
-        self.started_s = 0.0  # when this life began
-        self.starts = 0  # lives that have begun
-        self.guest_resets = 0  # in this life
+        self.started_s = 0.0  # when the current life began
+        self.starts = 0  # lives so far, the current one included
+        self.guest_resets = 0  # in the current life
         self.last_end: LifeEnd | None = None
-        self.memory: int | None = None  # the guest's, for its size
-        self.figures: int | None = None  # what its devices count (`vmd.parent.figures`)
-        self.uid = config.owner.uid  # running: who started it
+        self.memory: int | None = None  # file of the guest's memory; the parent reads only how much is in use
+        self.figures: int | None = None  # file of the counters of its devices (`vmd.parent.figures`)
+        self.uid = config.owner.uid  # while it runs: the user who started it
         self.pid = 0
         self.pty: Pty | None = None
-        self.backlog: Backlog | None = None  # what the console showed last; there as long as the pty
-        self.shown_before = 0  # bytes that its console has shown in earlier lives
+        self.backlog: Backlog | None = None  # the last output of the console; exists as long as the pty
+        self.shown_before = 0  # bytes of console output in earlier lives
         self.restarts = RestartLimit()
-        self.notes: tuple[str, ...] = ()  # what its operator should know of how it started
+        self.notes: tuple[str, ...] = ()  # what the operator should know about its start
         self.text = ""  # why it stopped
-        self.code = errno.EIO  # ... as an errno
-        self.memory_lack = ""  # which memory its process has lacked that has just ended (`groups.memory_lack`)
-        self.ended_s = -LOCKS_LINGER_S
+        self.code = errno.EIO  # why it stopped, as an errno
+        self.memory_lack = ""  # which memory was missing when its last process ended (`groups.memory_lack`)
+        self.ended_s = -LOCKS_LINGER_S  # by CLOCK_MONOTONIC
         self.next_config = None
-        self.resetting = False  # `vmctl reset` has killed it: as good as forgotten
-        self.successor: VmConfig | None = None  # ... and what has its name when it is gone
+        self.resetting = False  # `vmctl reset` has killed it; it is forgotten when it has ended
+        self.successor: VmConfig | None = None  # the VM of the same name that follows one that is resetting
         self.files: Files = {}  # its images and its disc
-        self.disks: tuple[DiskImages, ...] = ()  # of what images they are made; running
+        self.disks: tuple[DiskImages, ...] = ()  # while it runs: the images of each disk
         self.running_config = None
         self.sending: Sending | None = None
-        self.going_back = False  # its disks may be those of a snapshot already
-        self.revive: Callable[[], None] | None = None  # what is done instead when its process has ended
-        self.sent: VmSent | None = None  # what is told when the VM is gone
+        self.going_back = False  # its disks may already be in the state of a snapshot
+        self.revive: Callable[[], None] | None = None  # called at the end of its process, instead of the usual steps
+        self.sent: VmSent | None = None  # the answer to the client that had it sent, once it has ended
         self.receiving: Receiving | None = None
         self.changing: Change | None = None
-        self.console_user = ""  # who has the console, if somebody has
-        self.disk_work = ""  # why it cannot be started, as long as somebody else has its disks
-        self.once_because = ""  # why it ends where others reboot
-        self.kept: dict[str, int] = {}  # copies of the kernel and initrd of a client, which nobody changes any more
+        self.console_user = ""  # the user of the console, if there is one
+        self.disk_work = ""  # why it cannot be started while an imgwriter uses its disks
+        self.once_because = ""  # why a reset of the guest ends the VM instead of starting it again
+        self.kept: dict[str, int] = {}  # sealed copies of a client's kernel and initrd, and the seed
 
     @property
     def name(self) -> str:
@@ -179,23 +179,23 @@ class Vm:
 
     @property
     def state(self) -> State:
-        """Where it is in its life."""
+        """The current state."""
         return self._state
 
     def _enter(self, state: State, what: str, text: str = "") -> None:
-        """Come into another state, with the word for that (`vmd.parent.events`); "": somebody else will tell."""
+        """Change the state and report the event `what` (`vmd.parent.events`).  With "" the caller reports it."""
         if state is not self._state:
             self._state, self.since_s = state, time.time()
             if what:
                 self.on_event(self, what, text, "")
 
     def changed(self) -> None:
-        """Something has changed that another object has for this VM."""
+        """Count a change that no assignment shows, such as one inside a record of this VM."""
         self.changes += 1
         self.on_change(self)
 
-    def be_in(self, state: State, since_s: float | None = None) -> None:
-        """Be in a state that an earlier parent, or vmm, says it is in."""
+    def restore_state(self, state: State, since_s: float | None = None) -> None:
+        """Set the state that an earlier parent has written, or that vmm reports; no event is reported."""
         self._state = state
         if since_s is not None:
             self.since_s = since_s
@@ -206,7 +206,7 @@ class Vm:
         return self.state in ALIVE
 
     def require_startable(self) -> None:
-        """Raise OperatorError if there is a VM process, saying what it is at."""
+        """Raise OperatorError, with the reason, if the VM cannot be started now: it runs, or its disks are in use."""
         if self.alive:
             state = "already running" if self.state is State.RUNNING else self.state.value
             raise OperatorError(errno.EALREADY, f"vm {self.name} is {state}")
@@ -215,7 +215,7 @@ class Vm:
         self.require_unchanging()
 
     def begin_disk_work(self, what: str) -> None:
-        """Keep the VM from being started.  Raises OperatorError if it runs, or its disks are worked on already."""
+        """Keep the VM from being started.  Raises OperatorError if it runs, or if its disks are in use already."""
         self.require_startable()
         self.disk_work = what
 
@@ -224,7 +224,7 @@ class Vm:
         self.disk_work = ""
 
     def require_control(self, caller: Caller, what: str) -> None:
-        """Raise OperatorError(EPERM) unless the caller may do this to the VM as it runs."""
+        """Raise OperatorError(EPERM) unless the caller may do `what`; the user who has started the VM may."""
         if not may_control(caller, self.uid, self.config.owner.gid):
             raise not_allowed(caller, f"{what} vm {self.name}", self.uid, self.config.owner.gid)
 
@@ -234,7 +234,7 @@ class Vm:
             raise OperatorError(errno.EBUSY, f"vm {self.name}: {self.changing.what} is being changed")
 
     def begin_change(self, change: Change) -> None:
-        """Begin to change something of a VM that is stopped, runs or is paused, and of which nothing else is changed.
+        """Begin a change.  The VM must be stopped, running or paused, and must have no other change under way.
 
         Raises OperatorError.
         """
@@ -253,18 +253,18 @@ class Vm:
         self._enter(State.WAITING, "waiting")
 
     def leave_queue(self, why: str = "") -> None:
-        """WAITING -> STOPPED: it will not be started, or its start has failed already."""
+        """WAITING -> STOPPED: it will not be started.  `why` is given if an attempt to start it has failed."""
         if self._state is State.WAITING:
             self._enter(State.STOPPED, "failed" if why else "stop", why or "was waiting for its start")
         self.text = why
 
     def begin_start(self, uid: int, *, again: bool = False) -> None:
-        """STOPPED or WAITING -> STARTING for a user, `again` after a reset by its guest."""
+        """STOPPED or WAITING -> STARTING for a user.  `again`: its guest has reset itself, and the life continues."""
         self._begin(State.STARTING, "reboot" if again else "start", again=again)
         self.uid = uid
 
     def begin_receive(self, receiving: Receiving, *, again: bool = False) -> None:
-        """STOPPED or WAITING -> RECEIVING, `again` in the life that it has."""
+        """STOPPED or WAITING -> RECEIVING.  `again`: it goes back to a snapshot, and the life continues."""
         self._begin(State.RECEIVING, "receive", again=again)
         self.receiving = receiving
 
@@ -278,13 +278,13 @@ class Vm:
         self.text, self.code = "", errno.EIO
 
     def begin_run(self, pid: int) -> None:
-        """STARTING -> RUNNING; a VM that was told to stop meanwhile stays STOPPING."""
+        """STARTING -> RUNNING.  A VM that was told to stop meanwhile stays STOPPING."""
         self.pid = pid
         if self._state is State.STARTING:
             self._enter(State.RUNNING, "ready")
 
     def begin_reboot(self) -> None:
-        """Any state with a process -> STOPPED: its guest has reset itself, and it is started again at once."""
+        """Any state with a process -> STOPPED: its process has ended, and the caller starts another one at once."""
         assert self.alive
         self._enter(State.STOPPED, "")
         self.pid = 0
@@ -300,7 +300,10 @@ class Vm:
             raise OperatorError(errno.EINVAL, f"vm {self.name} {state}")
 
     def pause_changed(self, *, paused: bool) -> None:
-        """RUNNING <-> PAUSED; a VM that is being stopped stays so, and one that is being sent until that is over."""
+        """RUNNING <-> PAUSED.  A VM that is being stopped stays STOPPING.
+
+        A VM that is being sent stays SENDING, and gets the new state if it stays here.
+        """
         state = State.PAUSED if paused else State.RUNNING
         if self._state in (State.RUNNING, State.PAUSED):
             self._enter(state, "pause" if paused else "unpause")
@@ -310,7 +313,7 @@ class Vm:
             self.sending.state = state
 
     def halted(self, why: str) -> bool:
-        """RUNNING -> PAUSED, though nobody has asked for it; return whether it was so."""
+        """RUNNING -> PAUSED without a request; return whether the VM was RUNNING."""
         ran = self._state is State.RUNNING
         self.pause_changed(paused=True)
         if ran:
@@ -318,7 +321,7 @@ class Vm:
         return ran
 
     def begin_send(self, *, keep: bool, carried: bool = False, state: State = State.SENDING) -> None:
-        """RUNNING or PAUSED -> SENDING, or SAVING."""
+        """RUNNING or PAUSED -> SENDING or SAVING.  Raises OperatorError."""
         self.require_pausable()
         if self.receiving is not None:
             raise OperatorError(errno.EBUSY, f"vm {self.name} still waits for its disks: {self.text}")
@@ -327,7 +330,7 @@ class Vm:
         self._enter(state, "saving" if state is State.SAVING else "migrate" if carried else "send")
 
     def stay(self) -> None:
-        """SENDING, SAVING or IN_DOUBT -> as before: it was not sent, or only a copy of it was."""
+        """SENDING, SAVING or IN_DOUBT -> the state before: the VM was not sent, or only a copy of it was."""
         if self.sending is not None and self._state in (State.SENDING, State.SAVING, State.IN_DOUBT):
             self._enter(self.sending.state, "resume")
             self.text = ""
@@ -339,20 +342,23 @@ class Vm:
         self.sending = None
 
     def doubt(self, why: str) -> None:
-        """SENDING -> IN_DOUBT: nobody knows whether it runs elsewhere."""
+        """SENDING -> IN_DOUBT: nobody knows whether the VM runs on another host.  A VM in doubt gets another reason."""
         if self._state is State.SENDING:
             self._enter(State.IN_DOUBT, "in doubt", why)
         if self._state is State.IN_DOUBT:
             self.text = why
 
     def leave(self, sent: VmSent) -> None:
-        """SENDING -> STOPPING: it goes on elsewhere.  A VM that is being stopped meanwhile has been sent, too."""
+        """SENDING -> STOPPING: the VM was sent.  That also holds for a VM that is being stopped meanwhile."""
         self.sent = sent
         self._end_sending()
         self._enter(State.STOPPING, "sent")
 
     def wait_for_disks(self, why: str) -> bool:
-        """RECEIVING -> PAUSED: it has all but what it needs of this host.  False if it is not received any more."""
+        """RECEIVING -> PAUSED: everything is read, but its disks or interfaces are missing.
+
+        Returns False if the VM is not being received any more.
+        """
         if self.receiving is None or self._state is State.STOPPING:
             return False
         self._enter(State.PAUSED, "pause", why)
@@ -360,40 +366,43 @@ class Vm:
         return True
 
     def try_again(self, receiving: Receiving) -> None:
-        """PAUSED, without its disks -> RECEIVING, and then RUNNING."""
+        """PAUSED without its disks -> RECEIVING, for another attempt to run it.  Raises OperatorError."""
         self.require_pausable()
         receiving.paused = False
         self._enter(State.RECEIVING, "receive")
 
     def end_receive(self, pid: int, *, paused: bool) -> None:
-        """RECEIVING -> RUNNING or PAUSED, unless it is already to stop."""
+        """RECEIVING -> RUNNING or PAUSED.  A VM that was told to stop meanwhile stays STOPPING."""
         self.receiving = None
         self.pid, self.text = pid, ""
         if self._state is State.RECEIVING:
             self._enter(State.PAUSED if paused else State.RUNNING, "received")
 
     def drop_transfer(self) -> VmSent | None:
-        """Its process has ended, and with that its being sent or received; return what is to be told if it was sent."""
+        """The process has ended, so nothing is sent or received any more.
+
+        Returns the answer for the client that had the VM sent, if it was sent.
+        """
         sent, self.sent = self.sent, None
         self._end_sending()
         self.receiving = None
         return sent
 
     def begin_stop(self, *, force: bool) -> None:
-        """Any state with a process -> STOPPING; force may overtake a graceful stop."""
+        """Any state with a process -> STOPPING.  A forced stop may follow a graceful one.  Raises OperatorError."""
         if not self.alive:
             raise OperatorError(VMD_VM_STOP_INVALID, f"vm {self.name} is not running")
         if self._state is State.STOPPING and not force:
             raise OperatorError(errno.EALREADY, f"vm {self.name} is already stopping")
         if self._state in (State.SENDING, State.SAVING) and not force:
-            doing = "being sent" if self._state is State.SENDING else "standing still for a snapshot"
+            doing = "being sent" if self._state is State.SENDING else "paused for a snapshot"
             raise OperatorError(errno.EBUSY, f"vm {self.name} is {doing}; interrupt that, or stop it by force")
         if self._state is State.IN_DOUBT and not force:
             raise OperatorError(errno.EBUSY, f"vm {self.name} is in doubt: {self.text}; stop it by force, or see {SEE}")
         self._enter(State.STOPPING, "stopping")
 
     def ended(self, text: str, how: str = endings.FAILED) -> None:
-        """Any state -> STOPPED: there is no process, or none any more."""
+        """Any state -> STOPPED: the process has ended, or was never started."""
         if self.next_config is not None:
             self.config, self.next_config = self.next_config, None
         what = "stop" if how != endings.FAILED else "crash" if self.pid else "failed"
@@ -411,18 +420,18 @@ class Vm:
         self.on_event(self, what, text, how)
 
     def nics(self) -> "Iterator[NicConfig]":
-        """Return every interface that it has, or is to have."""
+        """Return every interface that the VM has now, or will have in its next life."""
         for config in (self.config, self.running_config, self.next_config):
             yield from config.nics if config is not None else ()
 
     def patience_s(self) -> float:
-        """Return how long the locks of this VM's last life may still linger: a killed process is not gone at once."""
+        """Return for how long the locks of this VM's last life may remain: a killed process does not end at once."""
         return max(0.0, self.ended_s + LOCKS_LINGER_S - time.monotonic())
 
     def keep_files(self, names: "Sequence[str]") -> None:
-        """Have empty memory files for copies of a kernel and an initrd that a client has opened.  Raises HostError.
+        """Make empty memory files for copies of a kernel and an initrd that a client has opened.  Raises HostError.
 
-        A VM without a configuration reboots from them.
+        A VM that vm.conf does not describe reboots from these copies.
         """
         try:
             for name in names:
@@ -431,7 +440,7 @@ class Vm:
             raise HostError("keep the boot image of a client", error) from error
 
     def new_seed(self) -> None:
-        """Have an empty memory file for the seed of this life, instead of that of the one before.  Raises HostError."""
+        """Make an empty memory file for the seed of this life; close the previous seed.  Raises HostError."""
         self.drop_seed()
         try:
             self.kept["seed"] = memory_file("seed")
@@ -452,15 +461,15 @@ class Vm:
         self.kept.clear()
 
     def take_memory(self, fd: int | None) -> None:
-        """Take the guest's memory instead of what there was; the descriptor is ours."""
+        """Replace the file of the guest's memory.  Owns the descriptor."""
         if self.memory is not None:
             let_go(self.memory)
         self.memory = fd
 
     def take_figures(self, fd: int | None) -> None:
-        """Take what its devices count instead of what there was; the descriptor is ours.
+        """Replace the file of the devices' counters.  Owns the descriptor.
 
-        It has been in vmm, which could have another file instead; of such a one nothing is read.
+        The descriptor comes from vmm, which could send any file.  A file that can be resized is not read.
         """
         if self.figures is not None:
             close(self.figures)
@@ -470,7 +479,7 @@ class Vm:
             self.figures = None
 
     def open_console(self) -> bool:
-        """Have a pty and a backlog; return whether they are new.  Raises HostError."""
+        """Make a pty and a backlog if the VM has none; return whether they are new.  Raises HostError."""
         if self.pty is not None:
             return False
         pty = Pty()
@@ -483,10 +492,10 @@ class Vm:
         return True
 
     def process_fds(self, *, arrives: bool = False) -> dict[str, list[int]]:
-        """Return what a new VM process is given of this, as the caller's.  Raises HostError.
+        """Return copies of the descriptors that a new VM process gets; the caller owns them.  Raises HostError.
 
-        That is its console, an empty file for the guest's memory, its seed, and copies of what it boots from, if there
-        are some.  The seed of a VM that `arrives` comes with it: the file is empty.
+        They are the console, an empty file for the guest's memory, the seed, and the kept boot files, if there are any.
+        For a VM that `arrives` the file of the seed is empty: the stream fills it.
         """
         assert self.pty is not None
         assert self.backlog is not None
@@ -510,24 +519,27 @@ class Vm:
         return {name: [fd] for name, fd in zip(ours, copies, strict=True)}
 
     def take_console(self) -> tuple[Pty, Output] | None:
-        """Give up the console, at the end of the VM: the pty is the caller's to close."""
+        """Detach the console at the end of the VM; the caller owns the pty."""
         pty, backlog, self.pty, self.backlog = self.pty, self.backlog, None, None
         if pty is None or backlog is None:
             return None
         output = backlog.read()
         backlog.close()
-        self.shown_before = output.end % SHOWN_MAX
+        self.shown_before = output.end % SHOWN_BYTES_MAX
         return pty, output
 
     def drop_pty(self) -> None:
-        """Give up the console and close it at once."""
+        """Detach the console and close it at once."""
         console = self.take_console()
         if console is not None:
             console[0].close()
 
 
 def with_lladdrs(config: VmConfig, before: dict[int, bytes], now: dict[int, bytes]) -> VmConfig:
-    """Return a VM whose interfaces have other link-layer addresses where they had been found for them."""
+    """Return a VM with new link-layer addresses for the interfaces that had an automatic one.
+
+    `before` and `now` have the automatic addresses by number of the interface.
+    """
     nics = (
         nic.replace(lladdr=now[index]) if index in before and nic.lladdr == before[index] else nic
         for index, nic in enumerate(config.nics)
@@ -536,7 +548,7 @@ def with_lladdrs(config: VmConfig, before: dict[int, bytes], now: dict[int, byte
 
 
 class VmTable:
-    """VMs by name and id; ids and link-layer addresses are those of their identities."""
+    """VMs by name and by id.  Ids and automatic link-layer addresses come from the identities."""
 
     def __init__(self, identities: Identities | None = None) -> None:
         self.identities = identities or Identities()
@@ -544,8 +556,8 @@ class VmTable:
         self.on_event: Callable[[Vm, str, str, str], None] = lambda _vm, _what, _text, _how: None
         self._by_name: dict[str, Vm] = {}
         self._by_id: dict[int, Vm] = {}
-        self._sorted: tuple[Vm, ...] | None = None  # None: VMs have come or gone
-        self._lladdrs: set[bytes] | None = None  # that somebody has, or has had; None: nobody has collected them yet
+        self._sorted: tuple[Vm, ...] | None = None  # None: to be sorted anew
+        self._lladdrs: set[bytes] | None = None  # addresses in use now or earlier; None: not collected yet
 
     def __iter__(self) -> Iterator[Vm]:
         """All VMs, by id."""
@@ -570,7 +582,7 @@ class VmTable:
         return vm
 
     def take(self, vm: Vm) -> None:
-        """Have a VM that somebody else has described."""
+        """Add a complete Vm, such as one that an earlier parent has described."""
         self._by_name[vm.name] = vm
         self._sorted = None
         self._by_id.setdefault(vm.vmid, vm)
@@ -581,11 +593,14 @@ class VmTable:
         self.changed(vm)
 
     def changed(self, vm: Vm) -> None:
-        """Something of a VM has changed."""
+        """A VM has changed, or has left the table."""
         self.on_change(vm.vmid)
 
     def named(self, config: VmConfig) -> VmConfig:
-        """Return a VM whose interfaces all have link-layer addresses, each time the same and no other VM's."""
+        """Return a VM whose interfaces all have link-layer addresses.
+
+        An automatic address is unique, and the same each time.
+        """
         if all(nic.lladdr for nic in config.nics):
             return config
         key = config.name, config.owner.uid
@@ -601,13 +616,13 @@ class VmTable:
         return config.replace(nics=tuple(nics))
 
     def _free_lladdr(self, index: int) -> bytes:
-        """Return an address that nobody has, for the interface of this number.  Raises OperatorError."""
+        """Return an unused address for the interface of this number.  Raises OperatorError."""
         if self._lladdrs is not None:
-            with contextlib.suppress(OperatorError):  # some of these may not be anybody's any more
+            with contextlib.suppress(OperatorError):  # the set may have addresses that are unused by now
                 lladdr = random_lladdr(index, self._lladdrs)
                 self._lladdrs.add(lladdr)
                 return lladdr
-        # Once for all VMs of a configuration that is read for the first time.
+        # The set is collected once, not for each interface of a large configuration.
         self._lladdrs = {nic.lladdr for vm in self._by_name.values() for nic in vm.config.nics}
         self._lladdrs.update(self.identities.lladdrs())
         lladdr = random_lladdr(index, self._lladdrs)
@@ -615,9 +630,9 @@ class VmTable:
         return lladdr
 
     def adopt(self, vm: Vm, config: VmConfig, prefix4: Prefix) -> None:
-        """A VM that came from elsewhere goes on: what its guest knows is its own from now on, if nobody else has it.
+        """A VM from another host runs here: its identity gets the addresses that its guest knows, if free.
 
-        `config` is what it is now, and `prefix4` the range of this host's local interfaces.
+        `config` is the VM's configuration now; `prefix4` is the range of this host's local interfaces.
         """
         identity = self.identities.of(vm.key)
         others = [other for other in self._by_name.values() if other is not vm]
@@ -638,7 +653,7 @@ class VmTable:
         self.identities.changed(vm.key)
 
     def remove(self, vm: Vm) -> None:
-        """Forget a VM, but not whose its id and its addresses are."""
+        """Remove a VM from the table.  Its identity is kept, with its id and addresses."""
         vm.drop_pty()
         vm.drop_files()
         self._by_name.pop(vm.name, None)
@@ -649,15 +664,15 @@ class VmTable:
         self.identities.leave(vm.key, self.present)
 
     def present(self) -> "set[tuple[str, int]]":
-        """Return whose identities are in use."""
+        """Return the keys of all identities in use."""
         configs = ((vm.config, vm.next_config, vm.running_config) for vm in self._by_name.values())
         used = {(config.name, config.owner.uid) for each in configs for config in each if config is not None}
         return used | {vm.key for vm in self._by_name.values()}
 
     def find(self, vmid: int, name: str) -> Vm | None:
-        """Return the VM with this id or, with id 0, this name.
+        """Return the VM with this id, or with this name if the id is 0.
 
-        A name of digits that comes with the id that it could be is what somebody has typed: a VM of that name is meant.
+        vmctl sends a name of digits both as id and as name.  A VM of that name has precedence over one of that id.
         """
         named = self._by_name.get(name)
         if not vmid or (named is not None and name.isdigit()):
@@ -665,32 +680,32 @@ class VmTable:
         return self._by_id.get(vmid)
 
     def get(self, vmid: int, name: str = "") -> Vm:
-        """Return the VM, or raise OperatorError(ENOENT) naming what was asked for."""
+        """Return the VM as `find` does.  Raises OperatorError(ENOENT)."""
         vm = self.find(vmid, name)
         if vm is None:
             raise OperatorError(errno.ENOENT, f"vm {vmid or name} not found")
         return vm
 
     def template(self, name: str) -> VmConfig | None:
-        """Return the description of a VM that is known."""
+        """Return the configuration of a known VM, for an instance of it; None if there is no such VM."""
         vm = self.find(0, name)
         return vm.config if vm and not vm.resetting else None
 
     def holder(self, error: InUse, vm: Vm | None) -> InUse:
-        """Return why a VM cannot have a file: with the VM other than `vm` that has it, if it is one of ours."""
+        """Return the error with the name of the VM that uses the file, if a VM of this host other than `vm` does."""
         for other in self:
             if other is not vm and other.alive and error.file.key in other.files.values():
                 return error.held_by(f"vm {other.name}")
         return error
 
     def living(self, vmid: int) -> Vm:
-        """Return the living VM that vmm speaks of; PeerError if there is none."""
+        """Return the VM that a message of vmm names.  Raises PeerError if it has no process."""
         vm = self.find(vmid, "")
         if vm is None or not vm.alive:
             raise PeerError("vmm", f"speaks of vm {vmid}, which does not run")
         return vm
 
     def forget_ids(self) -> None:
-        """Start numbering from 1 again, for `reset vms`; only an empty table may."""
+        """Number from 1 again, for `reset vms`.  Does nothing unless the table is empty."""
         if not self._by_name:
             self.identities.forget_ids()

@@ -125,7 +125,7 @@ def adoption(core: Core, room: Room, *numbers: int, version: str = VERSION) -> t
 def known(core: Core, name: str, state: State, generation: int = 1, **fields: Any) -> Vm:  # noqa: ANN401
     """Return a VM that the parent before us knew."""
     vm = core.vms.add(VmConfig(name=name), from_config=True)
-    vm.be_in(state)
+    vm.restore_state(state)
     for field, value in fields.items():
         setattr(vm, field, value)
     return vm

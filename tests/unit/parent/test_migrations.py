@@ -175,7 +175,7 @@ def test_target_that_never_ran_it(parent: Any) -> None:  # noqa: ANN401
     undone(parent, vm)
 
     assert vm.state is State.RUNNING
-    text = "vm a was not migrated, and goes on here: there: no room"
+    text = "vm a was not migrated, and continues here: there: no room"
     assert answers(parent) == [Failed(code=errno.EIO, text=text)]
 
 
@@ -275,7 +275,7 @@ def test_disks_that_cannot_be_let_go(parent: Any) -> None:  # noqa: ANN401
     vm = go_out(parent, until="committing")
     parent.transfers.migrations.on_disks_let_go(DisksLetGo(vmid=vm.vmid, text="disk0: no"), UNUSED)
     undone(parent, vm)
-    text = "vm a was not migrated, and goes on here: disk0: no"
+    text = "vm a was not migrated, and continues here: disk0: no"
     assert answers(parent) == [Failed(code=errno.EIO, text=text)]
 
 

@@ -114,7 +114,7 @@ def test_interfaces_come_back_as_they_were() -> None:
 def test_every_state_comes_back(core: Core, state: State) -> None:
     """By the word that `vmctl status` shows."""
     vm = full(core)
-    vm.be_in(state)
+    vm.restore_state(state)
     assert vm_of(vm_known(vm, 0, None)).state is state
 
 
