@@ -1,8 +1,8 @@
-"""The parent's half of networking: what priv is asked for, and what becomes of its answers (arch. 6).
+"""The parent's half of networking: the requests to priv, and the use of its answers (arch. 6).
 
-A start takes two steps where a VM has interfaces.  Everything else that it needs is opened first; a `Launch` holds it
-while priv makes the taps, and is sent off with them, or given up.  The taps of a VM that runs are held here too: they
-outlive a reboot of the guest, with their names.
+A VM with interfaces starts in two steps.  First its files are opened.  A `Launch` then holds the message for vmm and its
+descriptors while priv makes the taps.  It is sent together with the taps, or given up.  The parent also keeps the taps
+of a running VM: they, and their names, outlive a reset of the guest.
 """
 
 import errno
@@ -55,17 +55,17 @@ if TYPE_CHECKING:
 
 ALIAS_MAX = 255  # IFALIASZ
 LLADDR_BYTES = 6
-MTU_MAX = 0xFFFF  # what virtio has room for
+MTU_MAX = 0xFFFF  # the largest value of virtio's field
 RESERVED_MAX = 512  # names that fit one message
-SWITCHES_MAX = 40  # as well
-LAUNCH_S = 60.0  # for all that priv may need, the start of another one included, from its last answer to anybody
+SWITCHES_MAX = 40  # switches that fit one message
+LAUNCH_S = 60.0  # without any answer of priv; the time covers the start of another priv
 TRIES_MAX = 3
 SILENT = "its interfaces cannot be made: priv does not answer"
 ENDED = f"its interfaces cannot be made: priv has ended {TRIES_MAX} times while it made them"
 
 
 class Launch:
-    """A VM that waits for its interfaces; owns the descriptors that go with the message."""
+    """A VM that waits for its interfaces.  Owns the descriptors that go with the message."""
 
     def __init__(
         self,
@@ -78,25 +78,25 @@ class Launch:
         self.message = message
         self.fds = dict(fds)
         self.on_failed = on_failed
-        self.tries = 0  # how often priv was asked: it may end over it
+        self.tries = 0  # how often priv was asked: the request may be what ends priv
         self.deadline: Timer | None = None
-        self.heard = 0  # answers of priv when that began
-        # What priv is asked for; by the time of its answer the configuration may be another.
+        self.heard = 0  # answers of priv when the deadline was set
+        # The request to priv, and what it was made from: the configuration may change before priv answers.
         self.requests: tuple[NicRequest, ...] = ()
         self.plan: Plan | None = None
         self.switches: list[SwitchConfig | None] = []
-        self.lacking: dict[int, str] = {}
-        self.no_vhost = ""  # why the kernel of this host moves no frames, if it was asked for
+        self.lacking: dict[int, str] = {}  # what is wrong with an interface, by its number
+        self.no_vhost = ""  # why this host has no vhost-net, if an interface wants it
 
     def close(self) -> None:
-        """Close everything that was to go along."""
+        """Stop waiting, and close the descriptors."""
         self.answered()
         for fds in self.fds.values():
             while fds:
                 close(fds.pop())
 
     def answered(self) -> None:
-        """It waits no more."""
+        """Priv has answered, or the launch is given up: cancel the deadline."""
         if self.deadline is not None:
             self.deadline.cancel()
 
@@ -105,22 +105,22 @@ class Network:
     """Interfaces and switches, as the parent knows them."""
 
     def __init__(self, core: "Core", on_sent: Callable[[Vm], None]) -> None:
-        """`on_sent` is called with a VM that vmm has been told of."""
+        """`on_sent` is called with each VM that was sent to vmm."""
         self.core = core
         self.on_sent = on_sent
         self.priv = AskPriv(core)
         self.tickets = 0
         self.launches: dict[int, Launch] = {}  # by ticket
         self.taps: dict[int, Taps] = {}  # by vmid
-        self.left: dict[int, AdoptNics] = {}  # by vmid: interfaces that are to be removed, and are not yet
+        self.left: dict[int, AdoptNics] = {}  # by vmid: interfaces that priv has not removed yet
         self.plans = Plans(core, self.taps)
         self.tap_stats = TapStats()
-        self.unresolved_s = 0  # since when guests cannot be told a name server, in seconds since 1970; 0: they can
+        self.unresolved_s = 0  # since when guests have no name server, in seconds since 1970; 0: they have one
 
     # --- the configuration -------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Tell a priv that has just started what there is, and ask it again for what its predecessor did not answer."""
+        """Tell a new priv about all interfaces and switches, and repeat the requests that were not answered."""
         for known in (*self.left.values(), *(taps.known for taps in self.taps.values())):
             self.priv.send(known)
         self._tell(self.core.config)
@@ -133,20 +133,20 @@ class Network:
             self._ask(ticket)
 
     def configure(self, config: Config) -> list[str]:
-        """Have priv make what the switches of a configuration need.  Returns what the operator should know."""
+        """Let priv set up the switches of a configuration.  Returns warnings for the operator."""
         if self.priv.up:
             self._tell(config)
         return self._warn(config)
 
     def _warn(self, config: Config) -> list[str]:
-        """Return, and log, what this host's routes make of a configuration."""
+        """Log and return warnings about prefixes of the configuration that collide with routes of this host."""
         warnings = prefix_warnings(config, host_routes())
         for warning in warnings:
             log.warn(warning)
         return warnings
 
     def _tell(self, config: Config) -> None:
-        """Tell priv what a configuration needs."""
+        """Send the switches of a configuration to priv."""
         switches = [
             SwitchRequest(
                 interface=switch.interface,
@@ -164,15 +164,15 @@ class Network:
         self.priv.ask(message.replace(switches=tuple(switches)))
 
     def on_configured(self, message: NetworkConfigured, _envelope: Envelope) -> None:
-        """Log what cannot be; a VM that needs it will be told the same."""
+        """Log the switches that priv could not set up.  The start of a VM that needs one fails with the same reason."""
         self.priv.answered()
         for problem in message.problems:
             log.error(f"switch: {problem}")
 
     def switch_of(self, nic: NicConfig) -> SwitchConfig | None:
-        """Return the switch of an interface, if it has one that is there.
+        """Return the switch of an interface, if it has one that is known and enabled.
 
-        As with vmd(8), an interface of an unknown switch, or of one that is disabled, is connected to nothing.
+        As with vmd(8), an interface with another switch is connected to nothing.
         """
         for switch in self.core.config.switches:
             if switch.name == nic.switch:
@@ -180,7 +180,7 @@ class Network:
         return None
 
     def unconnected(self, nics: tuple[NicConfig, ...]) -> dict[int, str]:
-        """Return a sentence for each interface whose switch is not there, by its number."""
+        """Return a sentence for each interface whose switch is unknown or disabled, by number of the interface."""
         disabled = {switch.name for switch in self.core.config.switches if not switch.enabled}
         return {
             index: f'switch "{nic.switch}" {"is disabled" if nic.switch in disabled else "not found"}: '
@@ -190,11 +190,11 @@ class Network:
         }
 
     def notes(self, config: VmConfig) -> list[str]:
-        """Return what should be known of a start of a VM with such interfaces."""
+        """Return the notes for the start of a VM about its interfaces."""
         return [f"interface {index}: {what}" for index, what in self.unconnected(config.nics).items()]
 
     def require_switches(self, config: VmConfig) -> None:
-        """Raise OperatorError if a VM that is still connected elsewhere would not be so here."""
+        """Raise OperatorError if this host lacks a switch of a VM that comes from another host."""
         for note in self.notes(config):
             raise OperatorError(errno.ENOENT, f"vm {config.name}: {note}")
 
@@ -209,7 +209,7 @@ class Network:
     ) -> None:
         """Send a message to vmm as soon as the VM has its interfaces.  Owns the descriptors.
 
-        `on_failed` is called with an errno and a sentence if there will be none.  Raises OperatorError, HostError.
+        `on_failed` is called with an errno and a sentence if priv cannot make them.  Raises OperatorError, HostError.
         """
         launch = Launch(vm, message, fds, on_failed)
         try:
@@ -228,7 +228,7 @@ class Network:
             launch.switches = [self.switch_of(nic) for nic in config.nics]
             launch.no_vhost = vhost.lacking() if any(nic.vhost for nic in config.nics) else ""
             launch.requests = tuple(request(vm, launch, index) for index in range(len(config.nics)))
-            close_all(open_tuns(1))  # a host without taps is known to be one at once
+            close_all(open_tuns(1))  # so that a host without taps fails the request at once
         except (OperatorError, HostError):
             launch.close()
             raise
@@ -240,9 +240,9 @@ class Network:
             self._ask(ticket)
 
     def _watch(self, ticket: int) -> None:
-        """Give up a VM that waits for its interfaces when priv has not answered anybody for too long.
+        """Set the deadline of a launch.  It passes when priv has answered no request at all for LAUNCH_S.
 
-        Hundreds that start at a time wait for one another.
+        Any answer counts, because hundreds of VMs may start at the same time, and priv serves one after the other.
         """
         launch = self.launches[ticket]
         launch.heard = self.priv.heard
@@ -279,7 +279,7 @@ class Network:
         )
 
     def _fail(self, ticket: int, code: int, text: str) -> None:
-        """Give up a VM that waits for its interfaces, and say so."""
+        """Give up a launch, and report the error."""
         launch = self.launches.pop(ticket, None)
         if launch is not None:
             launch.close()
@@ -287,9 +287,9 @@ class Network:
             launch.on_failed(code, text)
 
     def on_made(self, message: NicsMade, envelope: Envelope) -> None:
-        """Send a VM on its way with its taps; if it was stopped meanwhile they go back.
+        """Priv has made interfaces: send the VM to vmm with its taps.  If it was stopped meanwhile, close the taps.
 
-        Raises PeerError if these cannot be the interfaces that were asked for.
+        Raises PeerError if the answer does not fit the request.
         """
         launch = self.launches.get(message.ticket)
         if launch is not None and not fits(message, launch, len(envelope.fds.get("taps", ()))):
@@ -322,7 +322,7 @@ class Network:
             launch.on_failed(number(error), str(error))
 
     def on_failed(self, message: NicsFailed, _envelope: Envelope) -> None:
-        """There will be no such VM."""
+        """Priv could not make the interfaces of a VM: the start fails."""
         self.priv.answered()
         launch = self.launches.pop(message.ticket, None)
         if launch is not None:
@@ -330,7 +330,7 @@ class Network:
             launch.on_failed(message.code, message.text)
 
     def _send(self, launch: Launch, taps: Taps | None) -> None:
-        """Give a VM to vmm.  Raises OperatorError or HostError; the descriptors may be closed then."""
+        """Send a VM to vmm.  Raises OperatorError or HostError; the descriptors may be closed then."""
         message, vm = launch.message, launch.vm
         if taps is not None:
             config = message.config
@@ -346,7 +346,7 @@ class Network:
             launch.fds["taps"] = copy_all(taps.fds, f"hand over the interfaces of vm {vm.name}")
         if isinstance(message, StartVm):
             self.core.slots.give()
-        self.core.write()  # a vmm that has it, and a parent that does not know of it, would be at odds
+        self.core.write()  # first, so that a next parent knows every VM that vmm has
         fds, launch.fds = launch.fds, {}
         try:
             self.core.peers.send(Proc.VMM, message, fds=fds)
@@ -357,7 +357,7 @@ class Network:
         self.on_sent(vm)
 
     def for_kernel(self, vm: Vm, taps: Taps) -> tuple[tuple[NicLink, ...], list[int]]:
-        """Open what the kernel needs to move frames; an interface for which that cannot be goes on without."""
+        """Open the descriptors for vhost-net; an interface for which that fails does without vhost-net."""
         links: list[NicLink] = []
         fds: list[int] = []
         for link, made in zip(taps.links, taps.known.made, strict=True):
@@ -375,9 +375,9 @@ class Network:
     def change_forwards(
         self, vm: Vm, wanted: VmConfig, done: str = "its new forwards count from now on"
     ) -> list[str]:
-        """Let a VM that runs have the forwards of a configuration, or leave all of them as they are.
+        """Give a running VM the forwards of a configuration.  If one of them cannot be made, none is changed.
 
-        Returns sentences about what has changed, and about what has not.
+        Returns sentences for the operator: that the forwards have changed, or why they have not.
         """
         before = vm.running_config or vm.config
         now, taps = with_forwards(before, wanted), self.taps.get(vm.vmid)
@@ -400,9 +400,9 @@ class Network:
         return [f"vm {vm.name}: {done}"]
 
     def drop_forwards(self, vm: Vm, wanted: VmConfig) -> list[str]:
-        """Take from a VM that runs what forwards it no longer has in a configuration: another VM may have them there.
+        """Remove the forwards of a running VM that a configuration no longer gives it: another VM may get them.
 
-        Returns sentences about what has changed.
+        Returns sentences for the operator.
         """
         before = vm.running_config or vm.config
         nics = [
@@ -413,7 +413,7 @@ class Network:
         return self.change_forwards(vm, before.replace(nics=tuple(nics)), ended)
 
     def on_forwards_set(self, message: ForwardsSet, _envelope: Envelope) -> None:
-        """priv has logged what could not be done."""
+        """Priv has changed the forwards of a VM, or has failed to."""
         self.priv.answered()
         vm = self.core.vms.find(message.vmid, "")
         if message.text and vm is not None:
@@ -422,19 +422,19 @@ class Network:
     # --- name servers ------------------------------------------------------------------------------------
 
     def name_servers(self) -> nameservers.Servers:
-        """Return the name servers that guests are to be told now."""
+        """Return the name servers for guests."""
         return nameservers.servers(self.core.config.settings.local_dns)
 
     def on_ask_resolvers(self, message: AskResolvers, _envelope: Envelope) -> None:
-        """A guest of this VM asks for its addresses, and is told the name servers along with them."""
+        """A guest asks for its addresses: send the name servers of this host, which belong to the answer."""
         taps = self.taps.get(message.vmid)
         if taps is not None:
-            self.name_server_problems(taps)  # there may be some now, or none any more
+            self.name_server_problems(taps)  # report problems that are new, or mended
         dns4, dns6 = self.name_servers()
         self.core.peers.send(Proc.VMM, Resolvers(vmid=message.vmid, dns4=dns4, dns6=dns6))
 
     def name_server_problems(self, taps: Taps) -> dict[int, str]:
-        """Return why guests will not get answers from name servers, by number of the interface."""
+        """Return why a guest will not reach name servers, by number of the interface.  Reports changes as events."""
         found = self.name_servers()
         problems = {
             index: nameservers.problem(found if link.asks else (link.dns4, link.dns6), link.host4, link.prefix6)
@@ -451,15 +451,16 @@ class Network:
         return problems
 
     def on_dropped(self, message: FramesDropped, _envelope: Envelope) -> None:
-        """The filters on a tap have dropped more than before."""
+        """Priv reports how many frames the filters on a tap have dropped."""
         taps = self.taps.get(message.vmid)
         if taps is not None and 0 <= message.index < len(taps.links):
             taps.dropped[message.index] = message.spoofed, message.unwanted
 
     def counted(self, vmid: int, index: int, figures: "dict[str, Any]") -> "dict[str, Any]":
-        """Return the figures of an interface, of which its process knows a part only if the kernel moves the frames.
+        """Return the figures of an interface, completed if it uses vhost-net.
 
-        What has passed is then what the tap has counted since it was made, whoever has moved it.
+        The interface's process does not see the frames that the kernel moves.  So the packets and bytes come from the
+        counters of the tap, which include the frames that the process has moved.
         """
         taps = self.taps.get(vmid)
         if "rx_packets" not in figures or taps is None or index >= len(taps.links) or not taps.links[index].vhost:
@@ -470,7 +471,7 @@ class Network:
         return figures
 
     def on_trouble(self, message: NetworkTrouble, _envelope: Envelope) -> None:
-        """Something is wrong with interfaces, or nothing any more, as priv has found."""
+        """Priv has found something wrong with an interface, or that it is mended."""
         vm = self.core.vms.find(message.vmid, "")
         if message.vmid and (vm is None or not vm.alive):
             return
@@ -478,7 +479,7 @@ class Network:
         self.core.events.add(what, vm, text=message.text, device=message.device[:IFNAME_MAX])
 
     def troubles(self, vmid: int) -> list[Trouble]:
-        """Return what is wrong with the interfaces of a VM, as far as we know."""
+        """Return the known problems of a VM's interfaces."""
         taps = self.taps.get(vmid)
         if taps is None:
             return []
@@ -488,7 +489,7 @@ class Network:
         return [Trouble(device=f"interface{index}", text=what, since_s=since_s) for index, what, since_s in found]
 
     def guest_address(self, vmid: int, device: str) -> str:
-        """Return the IPv4 address that the guest of a `local` interface is given, "" if there is none."""
+        """Return the IPv4 address for the guest of a `local` interface; "" if there is none."""
         taps = self.taps.get(vmid)
         links = taps.links if taps is not None else ()
         found = [link.guest4 for index, link in enumerate(links) if device == f"interface{index}"]
@@ -497,7 +498,7 @@ class Network:
     # --- ending ------------------------------------------------------------------------------------------
 
     def give_up(self, vm: Vm) -> bool:
-        """Take a VM back that waits for its interfaces; False if it does not."""
+        """Cancel the launch of a VM; return False if it does not wait for its interfaces."""
         for ticket, launch in self.launches.items():
             if launch.vm is vm:
                 del self.launches[ticket]
@@ -507,7 +508,7 @@ class Network:
         return False
 
     def release(self, vmid: int) -> None:
-        """The VM is gone, and has no use for its interfaces any more."""
+        """A VM needs its interfaces no longer: close the taps, and let priv remove the interfaces."""
         taps = self.taps.pop(vmid, None)
         if taps is not None:
             taps.close()
@@ -516,25 +517,25 @@ class Network:
             self._remove(vmid)
 
     def _remove(self, vmid: int) -> None:
-        """Have priv remove what there is of a VM's interfaces; one that starts later is told by `begin`."""
+        """Let priv remove the interfaces of a VM.  A priv that is not up is asked by `begin`."""
         if self.priv.up:
             self.priv.ask(RemoveNics(vmid=vmid))
 
     def on_removed(self, message: NicsRemoved, _envelope: Envelope) -> None:
-        """They are gone."""
+        """Priv has removed the interfaces of a VM."""
         self.priv.answered()
         if self.left.pop(message.vmid, None) is not None:
             self.core.changed(message.vmid)
 
     def on_priv_lost(self, *, for_good: bool) -> None:
-        """Nobody answers until priv was started again, or, `for_good`, any more."""
+        """Priv has ended.  Launches wait for the next one; with `for_good` there is no next one, and they fail."""
         self.priv.lost()
         if for_good:
             for ticket in list(self.launches):
                 self._fail(ticket, errno.EPIPE, "its interfaces cannot be made: lost child: priv")
 
     def close(self) -> None:
-        """Let go of everything, at the end; priv removes what it made."""
+        """Close everything, because the daemon ends.  Priv removes what it has made."""
         for launch in self.launches.values():
             launch.close()
         for taps in self.taps.values():
@@ -545,7 +546,7 @@ class Network:
 
 
 def enabled_switches(config: Config) -> Iterable[SwitchConfig]:
-    """Return the switches that are used, each name once."""
+    """Return the enabled switches; of several with one name the first."""
     found: dict[str, SwitchConfig] = {}
     for switch in config.switches:
         if switch.enabled:
@@ -554,7 +555,7 @@ def enabled_switches(config: Config) -> Iterable[SwitchConfig]:
 
 
 def request(vm: Vm, launch: Launch, index: int) -> NicRequest:
-    """Return what priv is asked for one interface.  Raises OperatorError."""
+    """Return the request to priv for one interface.  Raises OperatorError."""
     config, plan, switch = launch.message.config, launch.plan, launch.switches[index]
     assert plan is not None
     nic = config.nics[index]
@@ -579,7 +580,7 @@ def request(vm: Vm, launch: Launch, index: int) -> NicRequest:
 
 
 def without_vhost(nics: "Sequence[NicConfig]", made: "Sequence[NicMade]", why: str) -> list[str]:
-    """Return a sentence for each interface whose frames the kernel should move, and cannot; `why` counts for all."""
+    """Return a sentence for each interface that should use vhost-net but cannot; `why`, if given, counts for all."""
     return [
         f"interface {index}: {vhost.BY_PROCESS}: {why or tap.without}"
         for index, (nic, tap) in enumerate(zip(nics, made, strict=True))
@@ -588,9 +589,9 @@ def without_vhost(nics: "Sequence[NicConfig]", made: "Sequence[NicMade]", why: s
 
 
 def is_operators(vm: Vm, tap: str) -> bool:
-    """Return whether root has given a tap to a VM, in vm.conf or by starting a VM of root's.
+    """Return whether root has given a tap to a VM: in vm.conf, or by starting a VM that belongs to root.
 
-    Others, who name what they like for an instance or in a stream, do not get into somebody else's networks that way.
+    A user may put any name into an instance or a stream.  That must not give access to a tap of somebody else.
     """
     if vm.from_config:
         return any(nic.tap == tap for nic in vm.config.nics)
@@ -598,7 +599,7 @@ def is_operators(vm: Vm, tap: str) -> bool:
 
 
 def fits(message: NicsMade, launch: Launch, taps: int) -> bool:
-    """Return whether an answer of priv has what was asked for."""
+    """Return whether an answer of priv fits the request."""
     nics = launch.message.config.nics
     return (
         message.vmid == launch.vm.vmid
@@ -616,7 +617,7 @@ def describe(
     switches: list[SwitchConfig | None],
     name_servers: nameservers.Servers,
 ) -> tuple[NicLink, ...]:
-    """Return what a VM is told of its interfaces."""
+    """Return the descriptions of a VM's interfaces that its process gets."""
     links = []
     for index, (nic, tap, switch) in enumerate(zip(config.nics, made, switches, strict=True)):
         link = NicLink(
@@ -647,5 +648,5 @@ def describe(
 
 
 def alias(text: str) -> str:
-    """Return a description of an interface: printable ASCII, and not too long."""
+    """Return a text as an alias of an interface: printable ASCII, ALIAS_MAX characters at most."""
     return "".join(c if c.isascii() and c.isprintable() else "?" for c in text)[:ALIAS_MAX]

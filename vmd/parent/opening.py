@@ -1,11 +1,11 @@
-"""The files of VMs, opened by processes that may be lost (`vmd/opener`).
+"""The files of VMs are opened by other processes, which may be lost (`vmd/opener`).
 
-Whatever is done with a path or a file that others chose may wait for storage for ever, SIGKILL or not.  So nothing of
-that is done here: an opener does it, for one VM and with the rights of one user, and answers with words and numbers.
-The files go over a courier to the process of the VM.  What is opened with the rights of two users takes two openers.
+An operation on a path or file that users have chosen can wait for dead storage for ever, and SIGKILL does not end that.
+So the parent does none of them.  An opener does, for one VM and with the rights of one user.  It answers with words and
+numbers; the files go over a courier to the VM's process.  Files that need the rights of two users take two openers.
 
-An opening ends with the answers of its openers, or when none of them has been heard of for too long: then it is over,
-without waiting for them.  One opener and one imgprobe are in reserve, so that no start waits for an interpreter.
+An opening ends when all its openers have answered, or when one of them is silent for too long.  Openers that hang are
+not waited for.  One opener and one imgprobe are in reserve, so that a start does not wait for a new interpreter.
 """
 
 import errno
@@ -48,34 +48,34 @@ if TYPE_CHECKING:
     from vmd.parent.vmtable import Files, Vm
     from vmd.privsep.spawn import Child
 
-ANSWER_S = 30.0  # for the next file to be opened
-LONGEST_S = 300.0  # for all of them: there are users who wait for their turn
-HAND_OVER_S = 300.0  # for a VM to fetch its files: it waits for its interfaces, and then for its process
-SOON_S = 0.1  # for one that was killed to be gone
-AGAIN_S = 2.0  # between attempts to have one in reserve, and until one that was killed is buried
-RESERVE_DELAY_S = 0.03  # from the end of one: the VM that is being started needs the processor first
+ANSWER_S = 30.0  # for one file to be opened
+LONGEST_S = 300.0  # for all files of an opening: other openings may wait for their turn
+HAND_OVER_S = 300.0  # for a VM to fetch its files: first it waits for its interfaces and its process
+SOON_S = 0.1  # a killed opener has usually ended by then
+AGAIN_S = 2.0  # until a killed opener is looked at again, and until the reserve is filled again
+RESERVE_DELAY_S = 0.03  # after the end of an opener: the VM that starts needs the processor first
 LET_GO_S = 5.0  # for the locks of an opener that has ended
-AT_A_TIME = 8  # openings of users
+AT_A_TIME = 8  # users, except root, whose openings run at the same time
 RESIZER_ENTRY = "vmd.images.resize:main"
 SEEDER_ENTRY = "vmd.seed.seeder:main"
 IMGBOOT_ENTRY = "vmd.imgboot.main:main"
-BOOT_FILE_MAX = 1 << 30  # bytes of a kernel or initrd on a disk, and no more than its guest has memory
-STUCK_MAX, STUCK_MAX_OF_ROOT = 4, 64  # openers of a user that were given up and have not ended
+BOOT_FILE_MAX = 1 << 30  # bytes of a kernel or initrd on a disk; the guest's memory is a limit, too
+STUCK_MAX, STUCK_MAX_OF_ROOT = 4, 64  # openers of a user that were given up but have not ended
 
 
 class Given(Record):
-    """What a client has opened for a start: a kernel, an initrd, or both."""
+    """Files that a client has opened for a start: a kernel, an initrd, the source of a seed."""
 
-    client: int  # who keeps them, until they are asked for
-    user: Owner  # whose rights they are taken with
-    names: tuple[str, ...]  # kernel, initrd, seed: what a seed is made from
-    check_mode: bool  # whether the user may read them, by their modes
-    copies: "Mapping[str, int]" = types.MappingProxyType({})  # empty memory files that they are copied to; not ours
+    client: int  # number of the connection, whose control holds the files
+    user: Owner  # whose rights an opener has that takes the files
+    names: tuple[str, ...]  # some of kernel, initrd, seed
+    check_mode: bool  # the user must be allowed to read the files, by their modes
+    copies: "Mapping[str, int]" = types.MappingProxyType({})  # empty memory files for copies; the VM owns them
     copy_max: int = 0  # bytes
 
 
 class Opened:
-    """What a VM was found to have; whoever has this owns its couriers."""
+    """The result of an opening.  Owns its couriers."""
 
     def __init__(self) -> None:
         self.disks: tuple[DiskImages, ...] = ()
@@ -83,42 +83,43 @@ class Opened:
         self.notes: tuple[str, ...] = ()
         self.boot_name = ""
         self.boot_options = ""  # of boot(8)
-        self.in_use: tuple[OpenedFile, ...] = ()  # disks that somebody else has
-        self.unused: tuple[str, ...] = ()  # disks that nobody else has, where locks can tell
-        self.couriers: list[int] = []  # ends for the VM process
+        self.in_use: tuple[OpenedFile, ...] = ()  # disks that another process has locked
+        self.unused: tuple[str, ...] = ()  # disks that no other process has locked
+        self.couriers: list[int] = []  # the ends for the VM process
 
     def take_couriers(self) -> list[int]:
-        """Return what leads the VM process to its files; it is the caller's from now on."""
+        """Return the couriers for the VM process; the caller owns them."""
         fds, self.couriers = self.couriers, []
         return fds
 
     def close(self) -> None:
-        """Let everything go; the files, too."""
+        """Close the couriers.  The openers then close the files."""
         close_all(self.take_couriers())
 
 
 def replaced(before: "Files", now: "Files") -> list[str]:
-    """Return what has the name that it had, and is another file: moved, restored or made anew."""
+    """Return the names of files that were replaced: the same path is another file now."""
     return [what for what, file in now.items() if before.get(what, file) != file]
 
 
 class Opener:
-    """A process that opens files, and what it is at."""
+    """An opener process and its current job."""
 
     def __init__(self, child: "Child") -> None:
         self.child = child
         self.channel: Channel
-        self.helpers: list[Child] = []  # whom it asks: an imgprobe, an imgresize
+        self.helpers: list[Child] = []  # processes that it uses, such as an imgprobe
         self.opening: Opening | None = None  # until it has answered
-        self.user = 0  # who has asked for that
-        self.at = "its files"
+        self.user = 0  # who has asked for the opening
+        self.at = "its files"  # the file that it is opening, for errors
         self.deadline: Timer | None = None
 
 
 class Opening:
-    """The files of one VM, or of one change of it, while they are opened.
+    """The files of one VM, or of one change of a VM, while they are opened.
 
-    `on_opened` or `on_failed` is called, once and not before `Openings.open` has returned, unless it is given up.
+    Either `on_opened` or `on_failed` is called once, after `Openings.open` has returned.  If the opening is given up,
+    neither is called.
     """
 
     def __init__(
@@ -135,23 +136,23 @@ class Opening:
         seed_fd: int = -1,
     ) -> None:
         self.vm = vm
-        self.seed_fd = seed_fd  # an empty memory file, for a seed to be made; the VM's
-        self.key = key  # for what it is: the VM itself, or a change of it
-        self.user = user  # who has asked for it
+        self.seed_fd = seed_fd  # an empty memory file for a new seed; the VM owns it
+        self.key = key  # the VM itself, or a change of it
+        self.user = user  # who has asked for the opening
         self.jobs = jobs
         self.on_opened = on_opened
         self.on_failed = on_failed
-        self.names_holder = names_holder  # if somebody else has a lock, the error says who
-        self.openers: list[Opener] = []  # that have not answered
+        self.names_holder = names_holder  # an error about a lock says who has it
+        self.openers: list[Opener] = []  # that have not answered yet
         self.given = given
         self.boot_max = BOOT_FILE_MAX
-        self.looks = False  # at disks that no BIOS starts from
+        self.looks = False  # the disks are not bootable: find out what is on them, for the error
         self.opened = Opened()
         self.began_s = 0.0
 
 
 class Openings:
-    """The room where files are opened."""
+    """The room of opening files."""
 
     def __init__(self, core: "Core", attach: "Attach") -> None:
         self.core = core
@@ -165,12 +166,12 @@ class Openings:
         self.reserve: Opener | None = None
         self.probe: tuple[Child, socket.socket] | None = None  # in reserve
         self._all: dict[Channel, Opener] = {}
-        self._ended: dict[int, list[tuple[Child, float]]] = {}  # by user: given up, when, and perhaps not gone
+        self._ended: dict[int, list[tuple[Child, float]]] = {}  # by user: killed openers and when; some may hang
 
     # --- processes ---------------------------------------------------------------------------------------
 
     def start(self, children: "Children", open_log: "Callable[[str], socket.socket]") -> None:
-        """Have processes in reserve; `open_log` makes what one writes its lines to."""
+        """Start the processes in reserve; `open_log` makes the socket for the log lines of a process."""
         self.children, self.open_log = children, open_log
         self.holders = Holders(self.loop, LockholderCell(children.cell), open_log)
         self._fill_reserve()
@@ -183,7 +184,7 @@ class Openings:
                 self.reserve = self._new()
             if self.probe is None:
                 self.probe = self.children.start_probe(self.open_log)
-        except VmdError as error:  # they are started when they are needed
+        except VmdError as error:  # without a reserve they are started when they are needed
             log.warn(f"no opener in reserve: {error}")
 
     def _new(self) -> Opener:
@@ -195,7 +196,7 @@ class Openings:
         return opener
 
     def _take_probe(self) -> "tuple[Child, socket.socket]":
-        """Return an imgprobe that lives, and our end of its socket.  Raises HostError."""
+        """Return a living imgprobe and our end of its socket.  Raises HostError."""
         self.children.bury()
         probe, self.probe = self.probe, None
         if probe is not None and probe[0].pidfd >= 0:
@@ -207,7 +208,7 @@ class Openings:
     # --- openings ----------------------------------------------------------------------------------------
 
     def require_answers(self, user: int) -> None:
-        """Raise OperatorError if openers of a user hang already, so that one more would, too."""
+        """Raise OperatorError if too many openers of a user hang: another one would probably hang, too."""
         self.children.bury()
         now_s = time.monotonic()
         left = [(child, since_s) for child, since_s in self._ended.pop(user, ()) if child.pidfd >= 0]
@@ -234,12 +235,13 @@ class Openings:
         mends: bool = False,
         seed_fd: int = -1,
     ) -> None:
-        """Open the disks and the disc of a VM, each with the rights of whoever named it, and, if it `boots`, with what.
+        """Open the disks and the disc of a VM, and its boot files if it `boots`.
 
-        A client may have opened some of that: `given`.  `patience_s` is for locks of somebody who is about to let go.
-        With `others_have` disks that are in use are looked at and not opened.  With `mends` disks will do that no VM
-        could be started with, because a change of their snapshots was cut off.
-        With `seed_fd`, an empty memory file of the VM's, its seed is made.
+        Each file is opened with the rights of the user who has named it.
+
+        `given`: files that a client has opened.  `patience_s`: how long to wait for locks that are being released.
+        `others_have`: disks that are in use are only examined.  `mends`: a disk is accepted although a change of its
+        snapshots was interrupted, which prevents a start.  `seed_fd`: an empty memory file of the VM for a new seed.
         """
         jobs = jobs_of(config, boots=boots, given=given, patience_s=patience_s, seeds=seed_fd >= 0)
         if others_have or mends:
@@ -259,7 +261,7 @@ class Openings:
         on_opened: "Callable[[Opened], None]",
         on_failed: "Callable[[VmdError], None]",
     ) -> None:
-        """Do one job for a change of a VM, whose own files are not touched by that."""
+        """Do one job for a change of a VM.  The files of the VM itself are not affected."""
         self._add(Opening(vm, user, [job], None, on_opened, on_failed, names_holder=True, key=change))
 
     def _add(self, opening: Opening) -> None:
@@ -269,7 +271,7 @@ class Openings:
         self.loop.call_later(0, self._begin)
 
     def _begin(self) -> None:
-        """Begin what may begin: of a user one at a time, of users so many; root waits for nobody."""
+        """Begin the openings whose turn it is: one for each user, and AT_A_TIME at most; those of root do not wait."""
         at_work = {opening.user for opening in self.by_key.values() if opening not in self.waiting} - {0}
         for opening in list(self.waiting):
             if not opening.user or (opening.user not in at_work and len(at_work) < AT_A_TIME):
@@ -288,9 +290,9 @@ class Openings:
             self._fail(opening, error)
         except OSError as error:
             self._fail(opening, HostError("pass on memory for a boot file", error))
-        except ValueError as error:  # a packet has no room for it
+        except ValueError as error:  # too long for one message
             self._fail(opening, OperatorError(errno.E2BIG, f"configuration too long: {error}"))
-        except Exception:  # nobody expected that, and the VM must not wait for ever
+        except Exception:  # an error of ours: the VM must not wait for ever
             self._fail(opening, OperatorError(errno.EIO, OUR_FAULT))
             raise
         else:
@@ -300,7 +302,7 @@ class Openings:
         """Give a job to an opener.  Raises HostError, OSError."""
         opener, self.reserve = self.reserve or self._new(), None
         opener.user = opening.user
-        self.loop.call_later(AGAIN_S, self._fill_reserve)  # or as soon as this one has ended
+        self.loop.call_later(AGAIN_S, self._fill_reserve)  # earlier if this opener ends first
         opener.opening = opening
         opening.openers.append(opener)
         fds: dict[str, list[int]] = {}
@@ -341,26 +343,26 @@ class Openings:
         opener.channel.send(job, fds=fds)
 
     def _start_reader(self, opener: Opener) -> int:
-        """Have an imgboot for an opener; return what leads to it.  Raises HostError."""
+        """Start an imgboot for an opener; return the descriptor of its socket.  Raises HostError."""
         child, reader = self.children.start_probe(self.open_log, entry=IMGBOOT_ENTRY, title="imgboot")
         opener.helpers.append(child)
         return reader.detach()
 
     def _watch(self, opener: Opener, seconds: float) -> None:
-        """Give up an opener that is not heard of for so long."""
+        """Give up an opener if it sends nothing for so long."""
         if opener.deadline is not None:
             opener.deadline.cancel()
         opener.deadline = self.loop.call_later(seconds, lambda: self._give_up_on(opener))
 
     def _give_up_on(self, opener: Opener) -> None:
-        """An opener does not answer, or its files are not fetched."""
+        """An opener does not answer, or the VM does not fetch its files."""
         opening = opener.opening
         self._end(opener)
         if opening is not None:
             self._fail(opening, OperatorError(errno.ETIMEDOUT, f"{opener.at}: does not answer"))
 
     def _end(self, opener: Opener) -> None:
-        """Be done with an opener, whether it ends or not."""
+        """Kill an opener and forget it.  If it hangs on dead storage it stays a process."""
         if self._all.pop(opener.channel, None) is None:
             return
         opener.channel.close()
@@ -382,27 +384,27 @@ class Openings:
         self.loop.call_later(0, self._begin)
 
     def _drop(self, opening: Opening) -> None:
-        """Let go of everything that an opening has."""
+        """End an opening, with its openers and couriers."""
         self._over(opening)
         for opener in opening.openers:
             self._end(opener)
         opening.opened.close()
 
     def _fail(self, opening: Opening, error: VmdError) -> None:
-        """There will be no files; and nobody waits for the openers."""
+        """End an opening with an error."""
         if self.by_key.get(opening.key) is opening:
             self._drop(opening)
             opening.on_failed(error)
 
     def give_up(self, key: object) -> bool:
-        """Nobody wants the files of a VM, or of a change, any more; return whether they were being opened."""
+        """Cancel the opening for a VM or a change, if there is one; return whether there was one."""
         opening = self.by_key.get(key)
         if opening is not None:
             self._drop(opening)
         return opening is not None
 
     def close(self) -> None:
-        """End everything: the daemon does."""
+        """End all openers, because the daemon ends."""
         for opener in list(self._all.values()):
             self._end(opener)
         if self.probe is not None:
@@ -411,7 +413,7 @@ class Openings:
     # --- messages ----------------------------------------------------------------------------------------
 
     def on_at(self, message: OpenerAt, channel: "Channel") -> None:
-        """An opener goes on."""
+        """An opener has begun with its next file: it has ANSWER_S more."""
         opener = self._of(channel)
         assert opener.opening is not None
         opener.at = message.what
@@ -419,7 +421,7 @@ class Openings:
         self._watch(opener, min(left_s, ANSWER_S + max(job.patience_s for job in opener.opening.jobs)))
 
     def on_opened(self, message: FilesOpened, channel: "Channel") -> None:
-        """An opener has everything; after the last one the VM goes on."""
+        """An opener has opened everything."""
         opener = self._of(channel)
         opening, opener.opening = opener.opening, None
         assert opening is not None
@@ -436,7 +438,7 @@ class Openings:
         self._go_on(opening)
 
     def _go_on(self, opening: Opening) -> None:
-        """Have the VM go on if all its openers have answered."""
+        """Report the result if all openers have answered."""
         if opening.openers:
             return
         self._over(opening)
@@ -448,9 +450,9 @@ class Openings:
             raise
 
     def on_not_opened(self, message: NotOpened, channel: "Channel") -> None:
-        """An opener has failed, and with that the opening.
+        """An opener has failed, so the opening fails.
 
-        Where somebody else has a lock, the sentence names them: a VM of ours, or another program.
+        If the reason is a lock, the error names its holder: a VM of this host, or another program.
         """
         opening = self._of(channel).opening
         assert opening is not None
@@ -468,9 +470,9 @@ class Openings:
         self._fail(opening, error)
 
     def _look(self, opening: Opening) -> None:
-        """Have the opening fail with what there is on its disks, from which no BIOS starts.
+        """The disks are not bootable by a BIOS: find out what is on them, for the error.
 
-        Only now an imgboot is started: no start of a VM waits for one that is not needed.
+        That takes an imgboot, which is started only in this case.  A start that succeeds does not wait for one.
         """
         opening.looks = True
         for opener in opening.openers:
@@ -482,7 +484,7 @@ class Openings:
         self._begin_one(opening)
 
     def _find_holder(self, opening: Opening, in_use: InUse) -> None:
-        """Have the opening fail with the name of who has the file, if there is somebody to name."""
+        """Find the holder of a lock, then let the opening fail.  The error names the holder if it was found."""
         for opener in opening.openers:
             self._end(opener)
         opening.openers.clear()
@@ -490,7 +492,7 @@ class Openings:
         def fail(holder: "Holder | None") -> None:
             error = in_use
             if holder is None or self.children.are_ours(Caller(uid=holder.uid, gid=holder.uid, pid=holder.pid)):
-                # To a change its own VM is like any other.
+                # The error for a change may name the VM itself.
                 error = self.core.vms.holder(in_use, opening.vm if opening.key is opening.vm else None)
             if error is in_use and holder is not None:
                 error = in_use.held_by(in_words(holder, opening.user))
@@ -499,14 +501,14 @@ class Openings:
         self.holders.ask(in_use.file, in_use.marks, fail)
 
     def _of(self, channel: "Channel") -> Opener:
-        """Return an opener that is at work.  Raises PeerError."""
+        """Return the opener of a channel.  Raises PeerError if it has no job."""
         opener = self._all.get(channel)
         if opener is None or opener.opening is None:
             raise PeerError(channel.label, "answers what it was not asked")
         return opener
 
     def _on_lost(self, channel: "Channel", error: PeerError | None) -> None:
-        """An opener has ended, as each does in the end."""
+        """An opener has ended.  Each one ends after its job."""
         opener = self._all[channel]
         opening = opener.opening
         self._end(opener)
@@ -517,7 +519,7 @@ class Openings:
             self._fail(opening, HostError(f"{opener.at}: its opener has ended", errno.EIO))
 
     def vm_of(self, channel: "Channel") -> int:
-        """Return for which VM an opener is at work; 0 for none."""
+        """Return the id of the VM that an opener works for; 0 if there is none."""
         opener = self._all.get(channel)
         return opener.opening.vm.vmid if opener is not None and opener.opening is not None else 0
 
@@ -525,11 +527,11 @@ class Openings:
 def jobs_of(
     config: "VmConfig", *, boots: bool, given: Given | None, patience_s: float, seeds: bool = False
 ) -> list[OpenFiles]:
-    """Return what is to be opened, with the rights of each user who has named some of it."""
+    """Return one job for each user who has named files of a VM; a job is done with that user's rights."""
     jobs: dict[Owner | None, OpenFiles] = {}
 
     def job(user: Owner | None) -> OpenFiles:
-        """Return what this user has named so far."""
+        """Return the job of a user so far, or a new one."""
         return jobs.get(user) or OpenFiles(
             **identity(user),
             name=config.name,
@@ -570,14 +572,14 @@ def jobs_of(
 
 
 def firmware_needs_disk(config: "VmConfig") -> bool:
-    """Return whether a VM is started by firmware, and that finds nothing to start but on a disk."""
+    """Return whether a VM is started by firmware that can boot from its disks only."""
     disc = bool(config.cdrom) or config.drive
     only_disks = config.boot_device is BootDevice.DISK or (not disc and config.boot_device is not BootDevice.CDROM)
     return not config.kernel and bool(config.disks) and only_disks
 
 
 def identity(user: Owner | None) -> "dict[str, Any]":
-    """Return who opens files, as fields of OpenFiles."""
+    """Return the ids of a user, or of root, as fields of OpenFiles."""
     if user is None or not user.uid:
         return {"uid": 0, "gid": 0, "groups": ()}
     gid = user.gid if user.gid is not None else NOGROUP
