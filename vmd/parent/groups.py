@@ -1,13 +1,13 @@
-"""Control groups (cgroups(7), version 2): each VM has one with all its devices, to be bounded and ended as a whole.
+"""Control groups (cgroups(7), version 2): each VM and its devices are in one group, to be limited and killed together.
 
-They are below one directory, which is not below that of the daemon's unit: systemd cannot start a unit again while
-guests are in there.
+The groups are below one directory.  It is not below the group of the daemon's unit, because systemd cannot start a unit
+again while guests are in its group.
 
-    vmd-guests-N.scope/    a transient unit of systemd's; without systemd vmd-guests-N, below the daemon's own group
-        vmm/               vmm: where groups have controllers, the one above has no processes of its own
-        vm-1/ vm-2/ ...    one for each VM process, made before the process is there
+    vmd-guests-N.scope/    a transient unit of systemd; without systemd vmd-guests-N, below the daemon's own group
+        vmm/               vmm: it may not be in the group above, because that gives controllers to its children
+        vm-1/ vm-2/ ...    one for each VM process, made before the process exists
 
-N is the lowest number that is free.  The scope ends with its last process.
+N is the lowest free number.  The scope ends with its last process.
 """
 
 import contextlib
@@ -26,20 +26,20 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-SYSTEMD = "/run/systemd/system"  # there where systemd runs the host (sd_booted(3))
+SYSTEMD = "/run/systemd/system"  # exists if systemd runs the host (sd_booted(3))
 PREFIX = "vmd-guests-"
 SCOPE_END = ".scope"
 CORE = "core"
 GROUP = "vm-"
 SCOPE_S = 30.0  # for systemd to make a scope
-SCOPES_MAX = 64  # of other daemons, which run or are about to be gone
-TAKEN = "already"  # what systemd says of a unit that is there
+SCOPES_MAX = 64  # units of other daemons that run or are about to end
+TAKEN = "already"  # a word in systemd's error about a unit that exists
 CONTROLLER = "pids"
-# What memory was used before its controller is there is never counted, so this one is there from the start.  That for
-# processors comes with the first limit: from then on VMs share them by VM, and no longer by thread.
+# The memory controller is enabled from the start, because it never counts memory that was used before.  The cpu
+# controller is enabled with the first limit: from then on the kernel divides processors among VMs, no longer threads.
 MEMORY, CPU = "memory", "cpu"
 CPU_PERIOD_US = 100_000
-LIMIT, HOST = "memory limit", "host"  # whose end some process of a VM has come to
+LIMIT, HOST = "memory limit", "host"  # which memory was used up when the kernel killed a process of a VM
 
 
 def directory_of(pid: int) -> str:
@@ -63,7 +63,8 @@ def located(mountinfo: str, cgroup: str) -> str | None:
     for before, _, after in (line.partition(" - ") for line in mountinfo.splitlines()):
         if after.startswith("cgroup2 ") and group:
             root, top = before.split()[3:5]
-            inside = f"{group}/".startswith(f"{root.rstrip('/')}/") and "/.." not in group  # of our cgroup namespace
+            # A group outside of our cgroup namespace has no directory here.
+            inside = f"{group}/".startswith(f"{root.rstrip('/')}/") and "/.." not in group
             return f"{top}{group.removeprefix(root.rstrip('/'))}".rstrip("/") if inside else None
     return None
 
@@ -78,7 +79,7 @@ def write(path: str, text: str) -> None:
 
 
 def move(pid: int, group: str) -> None:
-    """Move a process to a group, which is made if need be.  Raises HostError."""
+    """Move a process to a group.  The group is made if it does not exist.  Raises HostError."""
     try:
         os.makedirs(group, 0o755, exist_ok=True)
     except OSError as error:
@@ -87,7 +88,7 @@ def move(pid: int, group: str) -> None:
 
 
 def give_controller(group: str, controller: str = CONTROLLER) -> bool:
-    """Let groups in a group be limited by a controller; False where the host has no such one.  Raises HostError."""
+    """Enable a controller for the groups in a group; False if it is not available there.  Raises HostError."""
     try:
         with open(f"{group}/cgroup.controllers", encoding="ascii") as file:
             known = file.read().split()
@@ -99,31 +100,31 @@ def give_controller(group: str, controller: str = CONTROLLER) -> bool:
 
 
 def give_memory(group: str) -> None:
-    """Have memory counted for groups in a group, where the host can."""
-    with contextlib.suppress(HostError):  # whoever wants it to be limited is told
+    """Enable the memory controller for the groups in a group, if it is available."""
+    with contextlib.suppress(HostError):  # a limit that needs it fails later, with a sentence
         give_controller(group, MEMORY)
 
 
 def wanted(limits: VmLimits) -> list[str]:
-    """Return what is limited, in words of vm.conf."""
+    """Return which limits are given, in words of vm.conf."""
     return [words for words, _, _, _, given in rows(limits) if given]
 
 
 def rows(limits: VmLimits) -> list[tuple[str, str, str, str, bool]]:
-    """Return what is written for limits: words of vm.conf, controller, file, text, and whether there is a limit."""
+    """Return a row for each file: word of vm.conf, controller, file, its text, and whether there is a limit."""
     share, weight, memory = limits.cpu_percent, limits.weight, limits.memory_bytes
     quota = str(share * CPU_PERIOD_US // 100) if share else "max"
     return [
         ("cpu", CPU, "cpu.max", f"{quota} {CPU_PERIOD_US}", bool(share)),
         ("weight", CPU, "cpu.weight", str(weight or DEFAULT_WEIGHT), bool(weight)),
         ("memory", MEMORY, "memory.max", str(memory or "max"), bool(memory)),
-        # Without some of its processes a VM is of no use.
+        # A VM cannot run without one of its processes, so the kernel kills all of them together.
         ("memory", MEMORY, "memory.oom.group", str(int(bool(memory))), False),
     ]
 
 
 def limit(group: str, limits: VmLimits) -> dict[str, list[str]]:
-    """Limit a VM's group; return what cannot be, in words of vm.conf, by the controller that is missing.
+    """Limit a VM's group; return the limits that have no effect, in words of vm.conf, by the missing controller.
 
     Raises HostError.
     """
@@ -132,7 +133,7 @@ def limit(group: str, limits: VmLimits) -> dict[str, list[str]]:
         path = f"{group}/{file}"
         if given and not os.path.exists(path):
             top = os.path.dirname(group)
-            if not top.endswith(SCOPE_END):  # in a scope of its own systemd has seen to that
+            if not top.endswith(SCOPE_END):  # for a scope systemd has enabled it above
                 with contextlib.suppress(HostError):
                     give_controller(os.path.dirname(top), controller)
             give_controller(top, controller)
@@ -144,7 +145,7 @@ def limit(group: str, limits: VmLimits) -> dict[str, list[str]]:
 
 
 def memory_lack(group: str) -> str:
-    """Return for lack of which memory the kernel has killed a process of a group: LIMIT, HOST, or "" if it has not."""
+    """Return which memory was used up when the kernel killed a process of a group: LIMIT, HOST; "" if it has not."""
     counted: dict[str, str] = {}
     with contextlib.suppress(OSError, ValueError), open(f"{group}/memory.events", encoding="ascii") as file:
         counted = dict(line.split() for line in file)
@@ -157,19 +158,19 @@ class Groups:
     """The groups of one daemon's VMs."""
 
     def __init__(self, top: str, *, limited: bool) -> None:
-        """`limited`: tasks can be; HostError of `make` says otherwise what is missing.
+        """`limited`: the number of tasks in a group can be limited.
 
-        Groups that an earlier daemon has made there are not touched before `keep_only`.
+        Groups that an earlier daemon has made there stay until `keep_only`.
         """
         self.top = top
         self.limited = limited
         self._numbers = itertools.count(1 + max(self._there(), default=0))
-        self._over: set[int] = set()  # killed, and perhaps not empty yet
+        self._over: set[int] = set()  # killed groups, which may not be empty yet
 
     def make(self) -> tuple[int, int]:
-        """Make a group for a VM process; return its number, and what a process writes 0 to in order to be in it.
+        """Make a group for a VM process; return its number and a descriptor.  Raises HostError.
 
-        Raises HostError.
+        A process that writes 0 to the descriptor moves itself to the group.
         """
         number = next(self._numbers)
         path = self._path(number)
@@ -182,15 +183,15 @@ class Groups:
             raise HostError(f"make {path}", error) from error
 
     def end(self, number: int) -> str:
-        """Kill what is left in a group of ours, and have it removed; return which memory it has lacked."""
+        """Kill all processes in a group, to be removed later; return what `memory_lack` says of it."""
         lack = memory_lack(self._path(number))
-        with contextlib.suppress(HostError):  # before Linux 5.14 there is no such file
+        with contextlib.suppress(HostError):  # the file exists since Linux 5.14
             write(f"{self._path(number)}/cgroup.kill", "1")
         self._over.add(number)
         return lack
 
     def remove(self) -> bool:
-        """Remove the groups that are over; return whether some are left, with processes that have not ended yet."""
+        """Remove the killed groups that are empty; return whether others still have processes."""
         for number in tuple(self._over):
             try:
                 os.rmdir(self._path(number))
@@ -202,12 +203,12 @@ class Groups:
         return bool(self._over)
 
     def keep_only(self, numbers: "Sequence[int]") -> None:
-        """Have all but these removed; an earlier daemon has made them, and nobody has them now."""
+        """End all groups of an earlier daemon except these, which are in use."""
         for number in self._there() - set(numbers):
             self.end(number)
 
     def _there(self) -> set[int]:
-        """Return the numbers of the groups that are there."""
+        """Return the numbers of the groups that exist."""
         try:
             names = os.listdir(self.top)
         except OSError:
@@ -220,10 +221,10 @@ class Groups:
 
 
 class Scope:
-    """Where systemd runs the host: a unit of its own for our guests."""
+    """Makes groups in a unit of their own, on a host that systemd runs."""
 
     def groups(self, vmm: int) -> Groups:
-        """Return the groups below a new unit, with vmm in one of them.  Raises VmdError."""
+        """Make a unit and move vmm to a group in it; return the groups.  Raises VmdError."""
         own = directory_of(os.getpid())
         for number in range(SCOPES_MAX):
             groups = self._make(f"{PREFIX}{number}{SCOPE_END}", own, vmm)
@@ -232,19 +233,20 @@ class Scope:
         raise VmdError(f"make a control group: there are {SCOPES_MAX} units {PREFIX}N.scope")
 
     def _make(self, unit: str, own: str, vmm: int) -> Groups | None:
-        """Make one unit; return None if there is one of this name.  Raises VmdError."""
+        """Make one unit; return None if a unit of this name exists.  Raises VmdError."""
         above, name = os.path.split(own)
-        # Where systemd watches the memory of a scope it may stop the whole of it when the kernel kills one guest for
-        # its memory (OOMPolicy=stop, since version 253; earlier ones do not take OOMPolicy= for a scope).
+        # With memory accounting systemd may stop the whole scope when the kernel kills one guest for lack of memory
+        # (OOMPolicy=stop, since version 253; earlier versions do not accept OOMPolicy= for a scope).
         options = ["Delegate=yes", "TasksMax=infinity", "MemoryAccounting=no"]
         if name.endswith(".service"):
-            # Whoever limits the daemon's slice means its guests, too.  At the host's end the daemon stops its guests.
+            # Limits of the daemon's slice apply to its guests, too.  Before=: when the host shuts down, the daemon is
+            # stopped first, and stops its guests.
             options += [f"Before={name}", f"Slice={os.path.basename(above)}"]
         command = ["systemd-run", "--scope", "--quiet", "--collect", f"--unit={unit}", "--description=Guests of vmd"]
         command += [f"--property={option}" for option in options]
         tried = f"make {unit} by systemd-run"
         try:
-            # systemd makes no unit without a process.  This one is in it as soon as it answers.
+            # systemd makes no scope without a process.  `cat` is in the scope once it has answered.
             holder = subprocess.Popen(
                 [*command, "cat"],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT, bufsize=0,
@@ -256,7 +258,7 @@ class Scope:
         assert holder.stderr is not None
         with holder:
             try:
-                with contextlib.suppress(OSError):  # it has failed, and says why
+                with contextlib.suppress(OSError):  # systemd-run has failed; its error is read below
                     holder.stdin.write(b"\n")
                 if not select.select([holder.stdout], [], [], SCOPE_S)[0]:
                     raise HostError(tried, errno.ETIMEDOUT)
@@ -281,26 +283,29 @@ class Scope:
 
 
 class Below:
-    """Where there is no systemd: below our own group, which is not to have processes of its own then."""
+    """Makes groups below the daemon's own group, on a host without systemd.
+
+    A group that gives controllers to its children may not have processes, so the daemon moves to a group `core` below.
+    """
 
     def __init__(self) -> None:
-        """Move ourselves out of the way, before we have children.  Raises HostError."""
+        """Move this process to `core`.  Called before it has children.  Raises HostError."""
         self.own = directory_of(os.getpid())
         if os.path.basename(self.own) == CORE and guests_below(os.path.dirname(self.own)):
-            self.own = os.path.dirname(self.own)  # we have been here before, as another program
+            self.own = os.path.dirname(self.own)  # moved already, before this program was executed in place
         self.tops: list[str] = []
         move(os.getpid(), f"{self.own}/{CORE}")
         try:
             give_controller(self.own)
             give_memory(self.own)
-        except HostError:  # others are in there, too
+        except HostError:  # such as when other programs are in the group
             with contextlib.suppress(HostError, OSError):
                 move(os.getpid(), self.own)
                 os.rmdir(f"{self.own}/{CORE}")
             raise
 
     def groups(self, vmm: int) -> Groups:
-        """Remove what killed daemons have left; return groups below a new one, with vmm in one of them.
+        """Remove empty groups of killed daemons; make a group and move vmm to a group in it; return the groups.
 
         Raises HostError.
         """
@@ -323,17 +328,17 @@ class Below:
         return Groups(top, limited=give_controller(top))
 
     def adopt(self, top: str) -> None:
-        """Remove these, too, when their vmm has ended."""
+        """Take over a directory that an earlier daemon has made: `close` removes it, too."""
         self.tops.append(top)
 
     def close(self) -> None:
-        """Remove all groups but `core`, where the log still is; all vmms have ended."""
+        """Remove all groups except `core`, which the log process is still in.  Called when all vmms have ended."""
         for top in self.tops:
             remove_if_empty(top)
 
 
 def guests_below(directory: str) -> bool:
-    """Return whether a daemon has had its guests below this group."""
+    """Return whether a daemon has made groups for guests below this group."""
     try:
         return any(name.startswith(PREFIX) for name in os.listdir(directory))
     except OSError:
@@ -341,7 +346,7 @@ def guests_below(directory: str) -> bool:
 
 
 def remove_if_empty(top: str) -> None:
-    """Remove a group with all in it, unless there are processes."""
+    """Remove a group and all groups in it, unless there are processes."""
     with contextlib.suppress(OSError):
         with open(f"{top}/cgroup.events", encoding="ascii") as file:
             if "populated 0" not in file.read():
@@ -351,5 +356,5 @@ def remove_if_empty(top: str) -> None:
 
 
 def place() -> Scope | Below:
-    """Return what can make groups here; called before the first child is there.  Raises HostError."""
+    """Return what makes groups on this host.  Called before the first child is started.  Raises HostError."""
     return Scope() if os.path.isdir(SYSTEMD) else Below()

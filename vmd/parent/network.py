@@ -1,8 +1,8 @@
 """The parent's half of networking: the requests to priv, and the use of its answers (arch. 6).
 
-A VM with interfaces starts in two steps.  First its files are opened.  A `Launch` then holds the message for vmm and its
-descriptors while priv makes the taps.  It is sent together with the taps, or given up.  The parent also keeps the taps
-of a running VM: they, and their names, outlive a reset of the guest.
+A VM with interfaces starts in two steps.  First its files are opened.  Then a `Launch` holds the message for vmm and
+the descriptors that go with it while priv makes the taps.  The message is sent together with the taps, or the launch is
+given up.  The parent also keeps the taps of a running VM: they, and their names, outlive a reset of the guest.
 """
 
 import errno
@@ -517,7 +517,7 @@ class Network:
             self._remove(vmid)
 
     def _remove(self, vmid: int) -> None:
-        """Let priv remove the interfaces of a VM.  A priv that is not up is asked by `begin`."""
+        """Let priv remove the interfaces of a VM.  A priv that is started later learns from `begin` what is left."""
         if self.priv.up:
             self.priv.ask(RemoveNics(vmid=vmid))
 

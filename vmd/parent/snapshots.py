@@ -1,23 +1,23 @@
-"""Snapshots of VMs' disks: whose turn it is, and who hands which file to whom.
+"""Snapshots of VMs' disks: the steps of each request, and which process gets which file.
 
-Not a byte of a disk is looked at here.  For each request there is one imgwriter, which gets the files over a courier,
-prepares all disks, and changes them when it is told to:
+The parent does not look at the disks.  Each request has an imgwriter of its own.  The imgwriter gets the files over a
+courier, prepares all disks, and changes them when the parent says so.  The steps for a VM that does not run:
 
-    SnapshotRequest     the VM does not run, and is not started meanwhile
+    SnapshotRequest     from the client; the VM cannot be started meanwhile
     FilesOpened         an opener has locked the disks, as for a start: an imgwriter is started and gets them
-    SnapshotsReady      all is prepared: it goes on
-    SnapshotsChanged    the client is answered when the imgwriter has ended, and with that let go of the disks
+    SnapshotsReady      all disks are prepared: the imgwriter is told to change them
+    SnapshotsChanged    the client is answered when the imgwriter has ended, because that releases the disks
 
-The disks of a VM that runs are its own.  It stands still and lends them:
+A VM that runs has its disks itself.  It is paused, and lends them to the imgwriter:
 
-    LendDisks           the imgwriter gets the disks from the VM and, for a new snapshot, reads what the machine is
-    DisksLent           the machine was written whole: with SnapshotsReady as above
-    TakeDisksBack       once the imgwriter has ended, whatever became of it: the VM goes on
+    LendDisks           the VM gives the disks to the imgwriter; for a new snapshot it also writes the machine to it
+    DisksLent           the VM has given everything: together with SnapshotsReady the change is made, as above
+    TakeDisksBack       sent when the imgwriter has ended, after success or failure: the VM continues
     DisksBack           the client is answered
 
-To go back with the machine, the VM's process is ended when the disks are what they were, and a new one becomes what the
-imgwriter reads from the first disk, in the way of a VM that is received.  The disks may be their user's: of that stream
-only the machine is taken, nothing that would open a file.
+A running VM goes back to a snapshot in another way.  When the disks are changed, its process is ended.  A new process
+reads the machine from the imgwriter, which takes it from the first disk, in the same way as a VM is received.  A user
+may have written that stream.  So the configuration in it is not used, and it cannot make the VM open a file.
 """
 
 import errno
@@ -62,9 +62,9 @@ if TYPE_CHECKING:
     from vmd.privsep.spawn import Child
     from vmd.record import Record
 
-SILENT_S = 120.0  # for the next word of an imgwriter
-END_LOOK_S = 0.1  # between looks at whether one has ended
-AT_A_TIME = 8
+SILENT_S = 120.0  # for the next message of an imgwriter
+END_LOOK_S = 0.1  # between two checks whether an imgwriter has ended
+AT_A_TIME = 8  # requests
 BUSY = "its snapshots are in use by another command"
 DONE = {
     SnapshotAction.CREATE: "made snapshot",
@@ -74,7 +74,7 @@ DONE = {
 
 
 class Job:
-    """What an imgwriter is at, from the request to its answer."""
+    """A request of a client, from its arrival to its answer, with its imgwriter."""
 
     def __init__(self, vm: "Vm", message: SnapshotRequest, user: int) -> None:
         self.vm = vm
@@ -85,16 +85,16 @@ class Job:
         self.channel: Channel | None = None
         self.deadline: Timer | None = None
         self.failure: VmdError | None = None
-        self.answered = False  # by its imgwriter, which ends then
-        self.ended = False  # its imgwriter is gone
-        self.ready = False  # all disks are prepared
-        self.runs = vm.alive  # and lends its disks
-        self.lend: tuple[LendDisks, dict[str, list[int]]] | None = None  # until the VM is asked
-        self.lent = not self.runs  # the VM has given all
-        self.gone = False  # it has ended meanwhile
-        self.state = -1  # a courier: what the machine was is asked for here
-        self.told = False  # its imgwriter, to make the change
-        self.revived = False  # its VM is ending, and goes on as what it was
+        self.answered = False  # the imgwriter has sent its result, and ends
+        self.ended = False  # the imgwriter has ended
+        self.ready = False  # the imgwriter has prepared all disks
+        self.runs = vm.alive  # the VM runs, and lends its disks
+        self.lend: tuple[LendDisks, dict[str, list[int]]] | None = None  # for the VM, until it is sent
+        self.lent = not self.runs  # the VM has given everything
+        self.gone = False  # the VM has ended meanwhile
+        self.state = -1  # a courier by which a new VM process gets the machine of the snapshot
+        self.told = False  # the imgwriter was told to make the change
+        self.revived = False  # the VM's process is ended, and a new one gets the machine of the snapshot
 
 
 class Snapshots:
@@ -106,19 +106,19 @@ class Snapshots:
         self.clients = core.clients
         self.openings = openings
         self.attach = attach
-        self.jobs: dict[Channel, Job] = {}  # whose imgwriter is there
-        self.at_work: list[Job] = []
+        self.jobs: dict[Channel, Job] = {}  # by channel of the imgwriter, as long as that is open
+        self.at_work: list[Job] = []  # jobs that are not answered yet
         self.life: Life
         self.transfers: Transfers
         self.children: Children
         self.open_log: Callable[[str], socket.socket]
 
     def start(self, children: "Children", open_log: "Callable[[str], socket.socket]") -> None:
-        """Know how processes are started; `open_log` makes what one writes its lines to."""
+        """Get what starts processes; `open_log` makes the socket for the log lines of a process."""
         self.children, self.open_log = children, open_log
 
     def close(self) -> None:
-        """The daemon ends: what is only prepared leaves the disks as they were."""
+        """Kill all imgwriters, because the daemon ends.  A change that is only prepared leaves the disks unchanged."""
         for job in self.jobs.values():
             if job.child is not None:
                 job.child.kill()
@@ -126,7 +126,7 @@ class Snapshots:
     # --- a request -------------------------------------------------------------------------------------
 
     def serve(self, message: SnapshotRequest, caller: Caller, envelope: Envelope) -> None:
-        """Do something with the snapshots of a VM that does not run."""
+        """List, make, delete or go back to snapshots of a VM."""
         if self.core.ending:
             raise OperatorError(errno.ESHUTDOWN, "vmd is stopping")
         vm = self.core.vms.get(message.vmid, message.name)
@@ -144,7 +144,7 @@ class Snapshots:
         vm.require_unchanging()
         if not (vm.disks if vm.alive else vm.config.disks):
             raise OperatorError(errno.EINVAL, f"vm {vm.name} has no disks")
-        for disk in vm.disks if vm.alive else ():  # known already, so that the VM need not stand still
+        for disk in vm.disks if vm.alive else ():  # refused here, so that the VM is not paused for it
             if disk.images[0].format != "qcow2":
                 what = f"is {disk.images[0].format}: only qcow2 images have snapshots"
                 raise OperatorError(errno.EINVAL, f"vm {vm.name}: disk {disk.images[0].path}: {what}")
@@ -174,7 +174,7 @@ class Snapshots:
         )
 
     def _borrow(self, job: Job) -> None:
-        """Have a VM that runs lend its disks.  Raises VmdError; then all is as before."""
+        """Begin a job for a running VM, which will lend its disks.  Raises VmdError; the VM is unchanged then."""
         vm, look = job.vm, job.action is SnapshotAction.LIST
         ours: dict[str, list[int]] = {}
         theirs: dict[str, list[int]] = {}
@@ -201,14 +201,14 @@ class Snapshots:
         job.lend = LendDisks(vmid=vm.vmid, one_shot=bool(vm.once_because), look=look), theirs
 
     def _opened(self, job: Job, opened: "Opened") -> None:
-        """The disks are open and locked: give them to an imgwriter."""
+        """The disks of a stopped VM are open and locked: give them to an imgwriter."""
         try:
             self._begin(job, opened.disks, {"couriers": opened.take_couriers()})
         except VmdError as error:
             self._fail(job, error)
 
     def _begin(self, job: Job, disks: "tuple[DiskImages, ...]", fds: dict[str, list[int]]) -> None:
-        """Start an imgwriter, and tell it what to do; the descriptors are its own from now on.  Raises VmdError."""
+        """Start an imgwriter and send it the job.  Owns the descriptors.  Raises VmdError."""
         try:
             job.child, ours = self.children.start(Proc.IMGWRITER, self.open_log)
         except BaseException:
@@ -230,13 +230,13 @@ class Snapshots:
         )
         try:
             channel.send(message, fds=fds)
-        except ValueError as error:  # a packet has no room for it
+        except ValueError as error:  # too long for one message
             self._lose(job, OperatorError(errno.E2BIG, f"configuration too long: {error}"))
 
     # --- messages --------------------------------------------------------------------------------------
 
     def on_message(self, message: "Record", channel: "Channel") -> None:
-        """Hear what an imgwriter says."""
+        """Handle a message of an imgwriter."""
         match message:
             case SnapshotInfo():
                 self.on_info(message, channel)
@@ -244,22 +244,22 @@ class Snapshots:
                 self.on_ready(channel)
             case SnapshotsChanged():
                 job = self._of(channel)
-                job.answered = True  # what is left is that it ends
+                job.answered = True  # the client is answered when it has ended
                 if job.told and job.runs and job.action is SnapshotAction.GO_BACK:
                     self._revive(job)
             case SnapshotsFailed():
                 job = self._of(channel)
                 job.answered = True
-                job.failure = OperatorError(message.code, message.text)  # the VM's would follow from it
+                job.failure = OperatorError(message.code, message.text)  # an error of the VM is only a consequence
             case _:
-                job = self._of(channel, answered=True)  # it may have the state of the machine still to give
+                job = self._of(channel, answered=True)  # it may still be giving the machine to a new process
                 self._watch(job)
-                if job.lend is not None:  # it has begun, and the VM need not stand still before that
+                if job.lend is not None:  # the VM is paused only now that the imgwriter works
                     (lend, fds), job.lend = job.lend, None
                     self.core.peers.send(Proc.VMM, lend, fds=fds)
 
     def on_info(self, message: SnapshotInfo, channel: "Channel") -> None:
-        """Show the client a snapshot."""
+        """Pass a row of a list on to the client."""
         job = self._of(channel)
         if job.action is not SnapshotAction.LIST:
             raise PeerError(channel.label, "lists what it was not asked for")
@@ -275,22 +275,25 @@ class Snapshots:
         self._finish(job)
 
     def _finish(self, job: Job) -> None:
-        """Have the change made when all is there that belongs to it, or not if something is missing."""
+        """Tell the imgwriter to make the change, once it is ready and the VM has lent its disks.
+
+        If the job has failed meanwhile, the imgwriter is told to leave the disks unchanged.
+        """
         if job.channel in self.jobs and job.ready and job.lent:
             assert job.channel is not None
             first_last = job.action is SnapshotAction.CREATE
             job.told = job.failure is None
             if job.told and job.action is SnapshotAction.GO_BACK:
                 job.vm.going_back = True
-                self.core.write()  # a daemon after us must not let its guest go on
+                self.core.write()  # first, so that a next parent does not continue the guest on changed disks
             job.channel.send(FinishSnapshots(commit=job.failure is None, first_last=first_last))
 
     def on_lent(self, message: DisksLent, _envelope: Envelope) -> None:
-        """A VM has given everything, or has not."""
+        """A VM has lent its disks, or has failed to."""
         vm = self.core.vms.living(message.vmid)
         job = next((job for job in self.at_work if job.vm is vm), None)
         if job is None:
-            if vm.state is State.SAVING:  # for a daemon before us
+            if vm.state is State.SAVING:  # an earlier parent has begun this
                 self.core.peers.send(Proc.VMM, TakeDisksBack(vmid=vm.vmid))
             return
         if job.lent:
@@ -304,18 +307,18 @@ class Snapshots:
             self._finish(job)
 
     def on_back(self, message: DisksBack, _envelope: Envelope) -> None:
-        """A VM goes on with its disks."""
+        """A VM has its disks back, and continues."""
         vm = self.core.vms.living(message.vmid)
         if vm.state is State.SAVING and not any(job.vm is vm for job in self.at_work):
-            vm.stay()  # a daemon before us has begun this
-            log.warn(f"vm {vm.name}: goes on without the snapshot that was being made: {message.text or 'interrupted'}")
+            vm.stay()  # an earlier parent has begun this
+            log.warn(f"vm {vm.name}: continues without the new snapshot: {message.text or 'interrupted'}")
         for job in [job for job in self.at_work if job.vm is vm and job.ended]:
             if message.text and job.failure is None:
                 job.failure = OperatorError(errno.EIO, message.text)
             self._answer(job)
 
     def on_gone(self, vm: "Vm") -> None:
-        """A life of a VM has ended: its snapshot is not made, unless that is being done already."""
+        """A VM process has ended.  Its job fails, unless the imgwriter was already told to make the change."""
         for job in [job for job in self.at_work if job.vm is vm and job.runs]:
             job.gone = True
             if job.revived:
@@ -329,13 +332,13 @@ class Snapshots:
                 self._lose(job, OperatorError(errno.ECANCELED, "has ended meanwhile"))
 
     def on_client_gone(self, vmid: int) -> None:
-        """Nobody waits for the snapshot of a VM that stands still for it."""
+        """The client of a job has disconnected: cancel it, if the VM is still lending its disks."""
         for job in self.at_work:
             if job.vm.vmid == vmid and job.runs and not job.lent:
                 self.core.peers.send(Proc.VMM, CancelTransfer(vmid=vmid))
 
     def _revive(self, job: Job) -> None:
-        """The disks are what they were: what the machine is now has nothing to do with them any more."""
+        """The disks are in the state of the snapshot: replace the VM's process, whose machine does not fit them."""
         vm, stream = job.vm, job.state
         job.revived, job.state = True, -1
         if job.gone:
@@ -356,17 +359,17 @@ class Snapshots:
         self.life.kill(vm)
 
     def on_received(self, vm: "Vm") -> None:
-        """A VM goes on as what it was."""
+        """A VM runs with the machine of its snapshot."""
         for job in [job for job in self.at_work if job.vm is vm and job.revived]:
             self._answer(job)
 
     def vm_of(self, channel: "Channel") -> int:
-        """Return for which VM an imgwriter is at work; 0 for none."""
+        """Return the id of the VM that an imgwriter works for; 0 if there is none."""
         job = self.jobs.get(channel)
         return job.vm.vmid if job is not None else 0
 
     def _of(self, channel: "Channel", *, answered: bool = False) -> Job:
-        """Return what an imgwriter is at that may have `answered`.  Raises PeerError."""
+        """Return the job of an imgwriter.  Raises PeerError if it has none, or a result without `answered`."""
         job = self.jobs.get(channel)
         if job is None or (job.answered and not answered):
             raise PeerError(channel.label, "answers what it was not asked")
@@ -375,7 +378,7 @@ class Snapshots:
     # --- the end ---------------------------------------------------------------------------------------
 
     def _watch(self, job: Job) -> None:
-        """Give up an imgwriter that is not heard of for too long."""
+        """Give up an imgwriter if it sends nothing for SILENT_S."""
         if job.deadline is not None:
             job.deadline.cancel()
         what = f"vm {job.vm.name}: its disks do not answer"
@@ -384,7 +387,7 @@ class Snapshots:
         )
 
     def _on_lost(self, channel: "Channel", error: PeerError | None) -> None:
-        """An imgwriter has ended, as each does in the end."""
+        """An imgwriter has ended.  Each one ends after its job."""
         job = self.jobs.get(channel)
         if job is not None:
             if error is not None:
@@ -392,7 +395,7 @@ class Snapshots:
             self._lose(job, HostError(f"vm {job.vm.name}: imgwriter has ended", errno.EIO))
 
     def _lose(self, job: Job, error: VmdError) -> None:
-        """Be done with an imgwriter; its answer counts if there was one, else this error."""
+        """Kill an imgwriter and wait for its end.  If it has sent no result, the job fails with this error."""
         if job.channel is None or self.jobs.pop(job.channel, None) is None:
             return
         job.channel.close()
@@ -405,7 +408,7 @@ class Snapshots:
         self._await_end(job)
 
     def _await_end(self, job: Job) -> None:
-        """Answer once the process is gone: until then it has the disks, and might write to them."""
+        """Go on when the process has ended: until then it has the disks, and could write to them."""
         assert job.child is not None
         self.children.bury()
         if job.child.pidfd >= 0:
@@ -413,26 +416,26 @@ class Snapshots:
         else:
             job.ended = True
             if job.lend is not None:
-                self._answer(job)  # the VM was not asked
+                self._answer(job)  # the VM was not asked to lend its disks
                 return
             if job.revived:
-                return  # how the VM goes on is the answer
+                return  # the client is answered when the VM runs again, or has failed to
             if job.runs and job.lent and not job.gone:
                 self._give_back(job)
             elif not job.runs or job.gone:
                 self._answer(job)
 
     def _give_back(self, job: Job) -> None:
-        """Have a VM go on with its disks."""
+        """End the lending of disks."""
         if job.action is SnapshotAction.LIST:
             self._answer(job)
         elif job.told and job.action is SnapshotAction.GO_BACK:
-            self.life.kill(job.vm)  # some of its disks may be others than its guest has seen
+            self.life.kill(job.vm)  # some of its disks may be changed already, unlike what its guest knows
         else:
             self.core.peers.send(Proc.VMM, TakeDisksBack(vmid=job.vm.vmid))
 
     def _answer(self, job: Job) -> None:
-        """It is over."""
+        """End a job: release the VM, and answer the client."""
         if job not in self.at_work:
             return
         self.at_work.remove(job)
@@ -456,6 +459,6 @@ class Snapshots:
         self.clients.fail_all(For.IMAGES, vm.vmid, number(job.failure), f"{where}{text}")
 
     def _fail(self, job: Job, error: VmdError) -> None:
-        """There were no disks."""
+        """The disks could not be opened: end the job with the error."""
         job.failure = error
         self._answer(job)

@@ -1,9 +1,8 @@
-"""What the parent knows, in a form that outlives it: for a parent that takes its place, of this version or another.
+"""The parent's state in a form that outlives the parent, for the next parent, of this version or another.
 
-It is in a memory file (`statemem`), which the service manager keeps, and is written whenever something has changed,
-before the next message is looked at: now and then all of it, and behind it what has changed since.  What vmm knows
-better is not in here, or does not count: which VMs run and which are paused, and all descriptors
-(`vmd.ipc.messages.vmm.VmHeld`).
+The state is in a memory file (`statemem`), which the service manager keeps.  After each message that changes something
+it is written, before the next message is handled: seldom the whole state, usually only the changes since.  What vmm
+knows better comes from vmm (`vmd.ipc.messages.vmm.VmHeld`): which VMs run or are paused, and all descriptors.
 """
 
 from vmd.config.model import Config, NicConfig, VmConfig
@@ -30,9 +29,9 @@ if TYPE_CHECKING:
 
 
 class FileKnown(Record):
-    """An image or a disc of a VM; which one it is."""
+    """Which file an image or a disc of a VM is."""
 
-    what: str
+    what: str  # a key of `Files`
     device: int
     inode: int
 
@@ -55,18 +54,18 @@ class TapsKnown(Record):
 
 
 class Transfer(Record):
-    """That a VM is sent or received."""
+    """What is kept of a VM's `Sending` or `Receiving`."""
 
-    carried: bool = False  # it migrates
-    paused: bool = False  # received: it is to be
-    locks_travel: bool = False  # sent
+    carried: bool = False  # of both
+    paused: bool = False  # of Receiving
+    locks_travel: bool = False  # of Sending
 
 
 class VmKnown(Part):
     """A VM (`Vm`)."""
 
     vmid: int
-    name: str  # with `owner` whose id it is, whatever its configuration says by now
+    name: str  # `name` and `owner` are the key of its identity; `config` may have others by now
     owner: int
     config: VmConfig
     from_config: bool
@@ -106,7 +105,7 @@ class GenerationKnown(Record):
 
 
 class Truth(Part):
-    """All of it.  What is long is packed by itself, and once for many writes."""
+    """The whole state.  Long parts are packed separately, so that they are not packed again for each write."""
 
     program: str
     config: bytes
@@ -115,24 +114,24 @@ class Truth(Part):
     vms: tuple[bytes, ...] = ()
     left: tuple[AdoptNics, ...] = ()
     generations: tuple[GenerationKnown, ...] = ()
-    planned: bool = False  # the parent was told to end for another one
+    planned: bool = False  # the parent was told to hand over; False: it has crashed
     vmids: tuple[int, ...] = ()  # of `vms`
 
 
 class VmChange(Record):
-    """What is of a VM, by its id, instead of what there was."""
+    """The new state of one VM, which replaces the one before."""
 
     vmid: int
-    vm: bytes = b""  # a VmKnown; "": there is no such VM
+    vm: bytes = b""  # a packed VmKnown; "": the VM is forgotten
     left: AdoptNics | None = None
 
 
 class Change(Part):
-    """What has changed since the truth, or the change before; the rest is always said, for it is short."""
+    """What has changed since the Truth or the Change before.  Short fields are always present."""
 
     vms: tuple[VmChange, ...] = ()
-    config: bytes = b""  # "": as it was
-    identities: bytes = b""  # "": as they were; else `Identities.encode_touched`
+    config: bytes = b""  # "": unchanged
+    identities: bytes = b""  # "": unchanged; otherwise of `Identities.encode_touched`
     verbosity: int = 0
     generations: tuple[GenerationKnown, ...] = ()
 
@@ -141,11 +140,11 @@ SAME = (
     "from_config", "since_s", "started_s", "starts", "guest_resets", "last_end", "uid", "shown_before", "notes", "text",
     "code", "next_config", "resetting", "successor", "disks", "running_config", "console_user", "once_because",
     "going_back",
-)  # fmt: skip - of a Vm, as they are
+)  # fmt: skip - attributes of a Vm that VmKnown has under the same name
 
 
 def vm_known(vm: Vm, generation: int, taps: Taps | None) -> VmKnown:
-    """Return a VM as it is now."""
+    """Return the record of a VM."""
     return VmKnown(
         vmid=vm.vmid,
         name=vm.key[0],
@@ -162,7 +161,7 @@ def vm_known(vm: Vm, generation: int, taps: Taps | None) -> VmKnown:
 
 
 def transfer_of(vm: Vm) -> Transfer | None:
-    """Return what is known of a VM that is sent or received."""
+    """Return the record of a VM that is sent or received; None for another VM."""
     if vm.sending is not None:
         return Transfer(carried=vm.sending.carried, locks_travel=vm.sending.locks_travel)
     if vm.receiving is not None:
@@ -171,7 +170,7 @@ def transfer_of(vm: Vm) -> Transfer | None:
 
 
 def vm_of(known: VmKnown) -> Vm:
-    """Return a VM as it was.  Raises ValueError."""
+    """Return a VM from its record.  Raises ValueError."""
     vm = Vm(known.vmid, known.config, from_config=known.from_config)
     vm.key = known.name, known.owner
     for field in SAME:
@@ -182,19 +181,19 @@ def vm_of(known: VmKnown) -> Vm:
 
 
 def taps_known(taps: Taps) -> TapsKnown:
-    """Return interfaces as they are now."""
+    """Return the record of a VM's interfaces."""
     lacking = tuple(Lack(index=index, text=text) for index, text in taps.lacking.items())
     return TapsKnown(nics=taps.nics, plan=taps.plan, lacking=lacking, links=taps.links, known=taps.known)
 
 
 def taps_of(known: TapsKnown, fds: list[int]) -> Taps:
-    """Return interfaces as they were, with their descriptors, which are theirs from now on."""
+    """Return a VM's interfaces from their record and descriptors.  The result owns the descriptors."""
     lacking = {lack.index: lack.text for lack in known.lacking}
     return Taps(known.nics, known.plan, lacking, known.links, fds, known.known)
 
 
 def read(memory: StateMemory) -> Truth:
-    """Return what an earlier parent knew.  Raises VmdError."""
+    """Return the state of an earlier parent.  Raises VmdError."""
     try:
         found = memory.read()
         if not found:
@@ -205,7 +204,7 @@ def read(memory: StateMemory) -> Truth:
 
 
 def folded(truth: Truth, changes: "list[Change]") -> Truth:
-    """Return the truth after these changes.  Raises ValueError."""
+    """Return the state after these changes.  Raises ValueError."""
     if not changes:
         return truth
     vms = dict(zip(truth.vmids, truth.vms, strict=True))
@@ -230,7 +229,7 @@ def folded(truth: Truth, changes: "list[Change]") -> Truth:
 
 
 def config_of(truth: Truth) -> Config:
-    """Return the configuration that was in force.  Raises VmdError."""
+    """Return the configuration in a state.  Raises VmdError."""
     try:
         return unpack(Config, truth.config)
     except ValueError as error:
@@ -238,7 +237,7 @@ def config_of(truth: Truth) -> Config:
 
 
 def vms_of(truth: Truth) -> list[VmKnown]:
-    """Return the VMs; one that cannot be read is logged and left out."""
+    """Return the VMs in a state.  A VM that cannot be read is logged and left out."""
     found = []
     for raw in truth.vms:
         try:
@@ -252,19 +251,19 @@ def vms_of(truth: Truth) -> list[VmKnown]:
 
 
 class Writer:
-    """Writes the truth: what has changed, and all of it when that is no less."""
+    """Writes the state: usually only the changes, and the whole when the memory file wants that."""
 
     def __init__(
         self, memory: StateMemory, core: "Core", untold: "Callable[[], Mapping[int, VmKnown]]" = dict
     ) -> None:
-        """`untold` returns what the parent before us knew of VMs that no vmm has told us of yet, by id."""
+        """`untold` returns the earlier parent's records of VMs that no vmm has reported to this parent yet, by id."""
         self.memory = memory
         self.core = core
         self.untold = untold
         self.failed = False
         self.planned = False
-        self._config: tuple[Config, bytes] | None = None  # that was written last
-        self._vms: dict[Vm, tuple[int, int, Taps | None, bytes]] = {}
+        self._config: tuple[Config, bytes] | None = None  # the last one written, and its packed form
+        self._vms: dict[Vm, tuple[int, int, Taps | None, bytes]] = {}  # packed records, and what they were made from
 
     def write(
         self,
@@ -275,9 +274,9 @@ class Writer:
         *,
         plain: bool = False,
     ) -> None:
-        """Write what is true now; `generation_of` returns the number of the vmm of a VM, 0 if it has no process.
+        """Write the state; `generation_of` returns the generation of a VM, 0 if it has no process.
 
-        `plain`: in the form that every version reads.
+        `plain`: in the form that every version reads, which is the whole state without changes behind it.
         """
         core, identities = self.core, self.core.vms.identities
         config = self._config
@@ -290,7 +289,7 @@ class Writer:
             generation, known = generation_of(vm.vmid), untold.get(vm.vmid)
             if known is None:
                 return self._vm(vm, generation, taps.get(vm.vmid))
-            # What vmm has not handed over is not here, and may be wanted by a parent after us.
+            # vmm has not handed these over yet.  The next parent needs the earlier parent's records of them.
             now = vm_known(vm, generation, None)
             return pack(now.replace(taps=known.taps, kept=known.kept, transfer=known.transfer))
 
@@ -321,7 +320,7 @@ class Writer:
                 self.memory.add(pack(change))
         except OSError as error:
             if not self.failed:
-                log.error(f"the state for the next vmd cannot be written: {error.strerror}: what changes is lost")
+                log.error(f"the state for the next vmd cannot be written: {error.strerror}: the next vmd lacks changes")
             self.failed = True
             return
         self._config = config
@@ -334,7 +333,7 @@ class Writer:
         return VmChange(vmid=vmid, vm=b"" if vm is None else packed(vm), left=left)
 
     def _vm(self, vm: Vm, generation: int, taps: Taps | None) -> bytes:
-        """Return a VM, packed, and not again if nothing of it has changed."""
+        """Return the packed record of a VM.  It is packed again only after a change."""
         state = vm.changes, generation, taps
         before = self._vms.get(vm)
         if before is None or before[:2] != state[:2] or before[2] is not taps:

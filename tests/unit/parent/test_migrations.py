@@ -373,7 +373,7 @@ def test_disk_that_nobody_has(parent: Any) -> None:  # noqa: ANN401
     opened.unused = ("/disk",)
     vm = come_in(parent, until="asked", opened=opened)
     assert vm.receiving is not None
-    assert vm.receiving.failure.startswith("disk /disk: nobody has it in use here, so it is not the sender's; ")
+    assert vm.receiving.failure.startswith("disk /disk: it is not in use, so it is not the sender's; ")
 
 
 def test_disk_that_nobody_has_on_trust(parent: Any) -> None:  # noqa: ANN401
