@@ -231,7 +231,7 @@ def test_refused_early(two: Two, tmp_path: Path) -> None:
     disk.write_bytes(bytes(1 << 20))
     status, said = two.migrate()
     assert status == 1
-    assert f"there: vm a: disk {disk}: nobody has it in use here, so it is not the sender's" in said
+    assert f"there: vm a: disk {disk}: it is not in use, so it is not the sender's" in said
     disk.unlink()
     status, said = two.migrate()
     assert (status, f"there: vm a: disk {disk}" in said) == (1, True), said

@@ -274,7 +274,7 @@ def test_a_state_that_is_damaged(vmd: KeptDaemon) -> None:
     vmd.kill()
     os.pwrite(vmd.keeper.fd("state"), bytes(4096), 0)
     vmd.start()  # long before they would be killed
-    assert "guests of that one are shut down" in vmd.log
+    assert "its guests are shut down" in vmd.log
     assert vmd.status("a")["state"] == "stopped"
     vmd.must("start", "a")
     again(vmd)

@@ -142,7 +142,7 @@ def test_what_cannot_be_resized(either: tuple[Place, bool]) -> None:
     assert place.fails("resize", "demo", "2", "9M") == f"vm demo has no disk 2: {have}"
     assert place.fails("resize", "demo", "/x", "9M") == f"vm demo has no disk /x: {have}"
     assert place.fails("resize", "demo", "0", "1000") == (
-        "vm demo: 1000 bytes are not the size of a disk, which has whole sectors of 512"
+        "vm demo: 1000 bytes: the size of a disk is a multiple of its sectors of 512 bytes"
     )
     assert place.fails("resize", "demo", "1", "7E").endswith("bytes are too many for its clusters of 65536")
     done = place.vmd.vmctl("resize", "demo", "0", "much")
@@ -163,7 +163,7 @@ def test_a_disk_that_was_replaced_is_not_resized(running: Place) -> None:
     running.raw.write_bytes(bytes(size))
     try:
         assert running.fails("resize", "demo", "0", "9M") == (
-            f"vm demo: disk {running.raw} is not the file that its guest has: it was replaced meanwhile"
+            f"vm demo: disk {running.raw} is not the file that its guest uses: it was replaced meanwhile"
         )
         assert (running.raw.stat().st_size, kept.stat().st_size) == (size, size)
     finally:

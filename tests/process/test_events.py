@@ -109,7 +109,7 @@ def test_from_start_to_crash_and_from_daemon_to_daemon(tmp_path: Path) -> None:
             vmd.start()
             adopted = listener.hear()
             assert (adopted["event"], adopted["number"]) == ("daemon", 1)
-            assert "goes on with 1 VM " in adopted["text"]
+            assert "adopted 1 VM " in adopted["text"]
 
             os.kill(pid, signal.SIGKILL)
             (crash,) = listener.until("crash")

@@ -494,14 +494,14 @@ def lies(root: Path, home: Path) -> dict[str, tuple[StartRequest, str]]:
         "disc without the flag": (start("closed", cdrom=str(home / "mine.img")), "no permission to set cdrom"),
         "command line of the template": (start("closed", cmdline="single"), "needs a boot image of its own"),
         "command line twice": (
-            StartRequest(name="i", template="closed", cmdline="single"), "two command lines",
+            StartRequest(name="i", template="closed", cmdline="single"), "the command line is given twice",
         ),
         "command line twice, with a description": (
-            start("closed", cmdline="a").replace(cmdline="b"), "two command lines",
+            start("closed", cmdline="a").replace(cmdline="b"), "the command line is given twice",
         ),
-        "kernel without a descriptor": (start(given=VmFlag.KERNEL, kernel=secret), "nobody opened"),
-        "kernel without the flag": (start(kernel=secret), "nobody opened"),
-        "kernel flag alone": (start(given=VmFlag.KERNEL), "nobody opened"),
+        "kernel without a descriptor": (start(given=VmFlag.KERNEL, kernel=secret), "do not match"),
+        "kernel without the flag": (start(kernel=secret), "do not match"),
+        "kernel flag alone": (start(given=VmFlag.KERNEL), "do not match"),
         "initrd without a descriptor": (start(initrd=secret), "needs a boot image of its own"),
         "rights of root": (
             start("open", disks=(DiskConfig(path=secret, format="raw"),), rights=Rights(disks=Owner(uid=0, gid=0))),

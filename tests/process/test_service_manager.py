@@ -67,7 +67,7 @@ def test_nothing_is_left_of_the_guests(tmp_path: Path) -> None:
 
         assert vmd.wait_state("demo", "running")["pid"] != before["pid"]
         vmd.keeper.wait_names("listener", "state", "vmm-1")
-        assert "those of vm.conf start again" in vmd.log
+        assert "VMs of vm.conf start again" in vmd.log
 
 
 @pytest.mark.parametrize(("stored", "status"), [((), EX_CONFIG), (("state",), EX_CONFIG), (("vmm-1",), EX_FAILED)])

@@ -129,7 +129,7 @@ def test_version_that_cannot_take_over(
         assert reason in refused.stderr
     assert reason in vmd.log
     assert vmd.status("demo")["pid"] == before["pid"]
-    assert "goes on with" not in vmd.log
+    assert "of an earlier vmd are adopted" not in vmd.log
 
 
 @pytest.mark.deep

@@ -1,7 +1,7 @@
-"""The line to priv: whether it may be asked, how many answers it owes us, and whether it still gives any.
+"""The line to priv: whether priv can be asked, how many answers are outstanding, and whether priv still answers.
 
-priv may end, or be stopped, while guests run on the taps that it made.  Then it is started again in place: the new one
-is first told of these taps (`Network.begin`), and only after that of anything else.
+priv may end or hang while guests use the taps that it has made.  Then another priv is started.  It is told about these
+taps first (`Network.begin`), before any other request.
 """
 
 import socket
@@ -19,40 +19,40 @@ if TYPE_CHECKING:
     from vmd.parent.core import Core
     from vmd.record import Record
 
-ANSWER_S = 30.0  # longer than priv waits for an nft that hangs
-LAST_S = 20.0  # ... when the daemon has to end
+ANSWER_S = 30.0  # for the next answer; longer than priv waits for an nft that hangs
+LAST_S = 20.0  # for an answer when the daemon ends
 
 
 class AskPriv:
-    """What is sent to priv goes this way."""
+    """Sends messages to priv, and watches for its answers."""
 
     def __init__(self, core: "Core") -> None:
         self.core = core
-        self.up = False  # it knows what there is
-        self.owed = 0  # answers
+        self.up = False  # priv was told about all interfaces, and takes requests
+        self.owed = 0  # answers that are outstanding
         self.heard = 0  # answers so far
         self.timer: Timer | None = None
-        self.on_silent: Callable[[], None] = lambda: None  # called when it owes an answer and gives none
+        self.on_silent: Callable[[], None] = lambda: None  # called when an answer is overdue
 
     def send(self, message: "Record") -> None:
-        """Send what has no answer; without priv it is dropped."""
+        """Send a message that has no answer.  Without a priv it is dropped."""
         self.core.peers.send(Proc.PRIV, message)
 
     def ask(self, message: "Record", fds: "Mapping[str, Sequence[int]]" = NO_FDS) -> None:
-        """Send what has an answer, which shall be heard within `ANSWER_S` of the one before."""
+        """Send a message that has an answer, which is expected within ANSWER_S of the answer before."""
         self.owed += 1
         if self.timer is None:
             self._watch()
         self.core.peers.send(Proc.PRIV, message, fds=fds)
 
     def answered(self) -> None:
-        """It has given an answer."""
+        """An answer has arrived."""
         self.heard += 1
         self.owed = max(0, self.owed - 1)
         self._watch()
 
     def lost(self) -> None:
-        """It is gone, and will answer nothing."""
+        """priv has ended: no answer is outstanding."""
         self.up, self.owed = False, 0
         self._watch()
 
@@ -67,11 +67,11 @@ class AskPriv:
 
 
 def remove_all(sock: socket.socket) -> None:
-    """Have a priv that has just been started remove what its predecessors have made, and end.
+    """Let a new priv remove everything that earlier ones have made, and end.
 
-    `sock` is our end of its channel.  To be called when nobody is served any more, for this waits.  Raises OSError.
+    `sock` is the parent's end of its channel.  This blocks, so it is called only after all else.  Raises OSError.
     """
     sock.settimeout(LAST_S)
     for message in (ConfigureNetwork(nat=False), Quit()):
-        sock.recv(MAX_MESSAGE)  # that it is ready, and that it has done so
+        sock.recv(MAX_MESSAGE)  # Ready, and then NetworkConfigured
         sock.send(encode(message)[0])

@@ -1,12 +1,11 @@
-"""What is changed of a VM, whether it runs or not: the size of a disk, the disc in its drive.
+"""Changes of a VM, whether it runs or not: the size of a disk, the disc in its drive.
 
-One change of a VM at a time, and none while it starts, ends, or goes elsewhere.  Whoever asks needs to control the VM,
-and files are opened with their rights, whoever has named them before: an owner has no more of the host's storage
-through vmd than without it.
+A VM has one change at a time, and none while it starts, stops or is sent.  The caller needs control of the VM.  Files
+are opened with the caller's rights, even if another user has named them: vmd does not give a user more of the host's
+storage than they have without it.
 
-A VM that runs is told by its process (`vmd/vm/changes.py`).  A disk that nobody uses is changed by an imgresize.  What
-is in the drive is part of the VM's configuration from then on, until vm.conf is read again: a guest that resets itself
-has it.
+If the VM runs, its process makes the change (`vmd/vm/changes.py`).  If it does not run, an imgresize changes the disk.
+A new disc becomes part of the VM's configuration until vm.conf is read again, so it survives a reset of the guest.
 """
 
 import errno
@@ -42,7 +41,7 @@ SIZE_MAX = (1 << 63) - 1
 
 
 class Resize(Change):
-    """A disk that becomes larger."""
+    """A disk is made larger."""
 
     def __init__(self, index: int, size_bytes: int, config: "VmConfig") -> None:
         super().__init__(f"{DISK}{index}")
@@ -52,7 +51,7 @@ class Resize(Change):
 
 
 class Disc(Change):
-    """A disc that is put into the drive, or with no path taken out."""
+    """A disc is inserted into the drive.  With an empty path the disc is removed."""
 
     def __init__(self, path: str, rights: "Owner | None", *, force: bool) -> None:
         super().__init__("the disc in its drive")
@@ -75,7 +74,7 @@ class Changes:
     # --- disks -------------------------------------------------------------------------------------------
 
     def serve_resize(self, message: ResizeRequest, caller: Caller, envelope: "Envelope") -> None:
-        """Make a disk larger, if whoever asks may write to its image."""
+        """Make a disk larger, if the caller may write to its image."""
         vm = self.vms.get(message.vmid, message.name)
         vm.require_control(caller, "resize a disk of")
         config = vm.running_config or vm.config
@@ -86,12 +85,12 @@ class Changes:
         self.open(vm, change, caller, job, lambda opened: self._may_write(vm, change, caller, opened))
 
     def _may_write(self, vm: Vm, change: Resize, caller: Caller, opened: "Opened") -> None:
-        """It is theirs to write."""
+        """The caller may write to the image: make the disk larger."""
         opened.close()
         if vm.alive:
             for what, file in opened.files.items():
                 if vm.files.get(what, file) != file:
-                    text = f"{what} is not the file that its guest has: it was replaced meanwhile"
+                    text = f"{what} is not the file that its guest uses: it was replaced meanwhile"
                     self.failed(vm, change, OperatorError(errno.ESTALE, text))
                     return
             message = ResizeDisk(vmid=vm.vmid, index=change.index, size_bytes=change.size_bytes)
@@ -108,7 +107,7 @@ class Changes:
         self.open(vm, change, caller, job, lambda opened: self._resized(vm, change, opened))
 
     def _resized(self, vm: Vm, change: Resize, opened: "Opened | None" = None) -> None:
-        """It is done, and whoever hears of it may go on."""
+        """A disk is larger: answer the client."""
         if opened is not None:
             opened.close()
         vm.changing = None
@@ -125,7 +124,7 @@ class Changes:
         self.clients.answer_all(For.CHANGE, vm.vmid, resized)
 
     def on_disk_resized(self, message: DiskResized, _envelope: "Envelope") -> None:
-        """The process of a VM has made a disk larger, or has not."""
+        """The process of a VM has made a disk larger, or has failed to."""
         vm = self.vms.living(message.vmid)
         change = vm.changing
         if not isinstance(change, Resize):
@@ -138,13 +137,13 @@ class Changes:
     # --- discs -------------------------------------------------------------------------------------------
 
     def serve_disc(self, message: DiscRequest, caller: Caller, envelope: "Envelope") -> None:
-        """Change the disc, if whoever asks may read that."""
+        """Change the disc in the drive, if the caller may read the new disc."""
         vm = self.vms.get(message.vmid, message.name)
         vm.require_control(caller, "change the disc of")
         check_path(vm, message.path)
         config = vm.running_config or vm.config
         if vm.alive and not (config.cdrom or config.drive):
-            why = "it has one when it is started again after a disc was put in while it did not run"
+            why = "it gets one at its next start, if a disc is inserted while it does not run"
             raise OperatorError(errno.ENODEV, f"vm {vm.name} has no cdrom drive: {why}")
         change = Disc(message.path, rights_of(caller), force=message.force)
         self.begin(vm, change, caller, envelope)
@@ -155,7 +154,7 @@ class Changes:
         self.open(vm, change, caller, job, lambda opened: self._put_in(vm, change, opened))
 
     def _put_in(self, vm: Vm, change: Disc, opened: "Opened | None") -> None:
-        """The disc is open: give it to the process of the VM, if there is one."""
+        """The disc is open: give it to the VM's process, if the VM runs."""
         couriers = opened.take_couriers() if vm.alive and opened is not None else []
         if opened is not None:
             change.files, change.notes = opened.files, tuple(brief_notes(list(opened.notes)))
@@ -164,10 +163,10 @@ class Changes:
             message = ChangeDisc(vmid=vm.vmid, path=change.path, force=change.force)
             self.core.peers.send(Proc.VMM, message, fds={"courier": couriers} if couriers else {})
         else:
-            self._has(vm, change)
+            self._inserted(vm, change)
 
-    def _has(self, vm: Vm, change: Disc) -> None:
-        """The drive has it: so it is from now on."""
+    def _inserted(self, vm: Vm, change: Disc) -> None:
+        """The drive has the new disc: put it into the VM's configuration, and answer the client."""
         vm.changing = None
 
         def changed(config: "VmConfig") -> "VmConfig":
@@ -190,7 +189,7 @@ class Changes:
         self.clients.answer_all(For.CHANGE, vm.vmid, inserted)
 
     def on_disc_changed(self, message: DiscChanged, _envelope: "Envelope") -> None:
-        """The process of a VM has changed the disc, or has not."""
+        """The process of a VM has changed the disc, or has failed to."""
         vm = self.vms.living(message.vmid)
         change = vm.changing
         if not isinstance(change, Disc):
@@ -198,7 +197,7 @@ class Changes:
         if message.code:
             self.failed(vm, change, OperatorError(message.code, message.text))
         else:
-            self._has(vm, change)
+            self._inserted(vm, change)
 
     # --- any ---------------------------------------------------------------------------------------------
 
@@ -211,18 +210,18 @@ class Changes:
         self.clients.wait(envelope.peerid, For.CHANGE, vm.vmid)
 
     def open(self, vm: Vm, change: Change, caller: Caller, job: OpenFiles, then: "Callable[[Opened], None]") -> None:
-        """Have an opener do something for a change, and go on if the VM is still what it was."""
+        """Let an opener do a job for a change, then call `then`, unless the change has been given up meanwhile."""
 
         def opened(files: "Opened") -> None:
             if vm.changing is change:
                 then(files)
-            else:  # whoever waited has been told
+            else:  # the client has been answered
                 files.close()
 
         self.openings.open_for(change, vm, caller.uid, job, opened, lambda error: self.failed(vm, change, error))
 
     def failed(self, vm: Vm, change: Change, error: VmdError) -> None:
-        """A change could not be made: all is as before."""
+        """A change could not be made; nothing is changed."""
         if vm.changing is not change:
             return
         vm.changing = None
@@ -232,7 +231,7 @@ class Changes:
 
 
 def disk_index(config: "VmConfig", word: str) -> int:
-    """Return which disk of a VM is meant: by its number, with or without `disk`, or its path.  Raises OperatorError."""
+    """Return the number of the disk that a word names: number, `disk` and number, or path.  Raises OperatorError."""
     digits = word.removeprefix(DISK)
     if digits.isascii() and digits.isdigit() and len(digits) < len(str(SIZE_MAX)) and int(digits) < len(config.disks):
         return int(digits)
@@ -244,14 +243,14 @@ def disk_index(config: "VmConfig", word: str) -> int:
 
 
 def require_size(vm: Vm, size_bytes: int) -> None:
-    """Raise OperatorError for what is the size of no disk."""
+    """Raise OperatorError unless this is a valid size of a disk."""
     if not 0 < size_bytes <= SIZE_MAX or size_bytes % SECTOR:
-        what = f"{size_bytes} bytes are not the size of a disk, which has whole sectors of {SECTOR}"
+        what = f"{size_bytes} bytes: the size of a disk is a multiple of its sectors of {SECTOR} bytes"
         raise OperatorError(errno.EINVAL, f"vm {vm.name}: {what}")
 
 
 def check_path(vm: Vm, path: str) -> None:
-    """Raise OperatorError unless a client names a disc as vmctl does, by an absolute path."""
+    """Raise OperatorError unless the path of a disc is absolute, as vmctl sends it, or empty."""
     raw = os.fsencode(path)
     if raw and (not raw.startswith(b"/") or b"\\0" in raw):
         raise OperatorError(errno.EINVAL, f"vm {vm.name}: cdrom: not an absolute path: {path}")

@@ -1,7 +1,7 @@
 """What the rooms of the parent share: the VMs, the peers, the clients, and the configuration in force.
 
-It does nothing by itself.  The rooms (`life`, `consoles`, `network`, `transfers`, `changes`, `configuration`, `status`)
-are each given this and those of the others that they call; `main` makes them all, and knows which message is whose.
+It only holds state.  Each room (such as `life`, `network` or `transfers`) gets this object and the other rooms that it
+calls.  `main` makes all rooms, and brings each message to its room.
 """
 
 import time
@@ -29,10 +29,10 @@ class Core:
         self, loop: "Loop", config: "Config", *, verbosity: int = 0, identities: "Identities | None" = None
     ) -> None:
         self.loop = loop
-        self.on_change: Callable[[], None] = lambda: None  # another parent is to know it
-        self.watchers: list[Callable[[], None]] = []  # who else looks when something has changed
-        self.write: Callable[[], None] = lambda: None  # ... before what follows can happen
-        self.touched: set[int] = set()  # VMs, by id, of which something has changed since this was emptied
+        self.on_change: Callable[[], None] = lambda: None  # the state for the next parent is to be written soon
+        self.watchers: list[Callable[[], None]] = []  # also called after each change
+        self.write: Callable[[], None] = lambda: None  # writes the state for the next parent at once
+        self.touched: set[int] = set()  # ids of VMs that have changed since the state was written
         self._config = config
         self.verbosity = verbosity
         self.vms = VmTable(identities)
@@ -41,10 +41,10 @@ class Core:
         self.clients = Clients(self.peers)
         self.events = Events(loop, self.clients, self.vms, self.now_s)
         self.slots = Slots(loop, self.peers)
-        self.ready: set[Proc] = set()  # these processes are confined, of vmms the newest
-        self.serving = False  # clients are served, and VMs started
-        self.ending = False  # the daemon is
-        self.adopts = False  # it goes on with VMs of an earlier one
+        self.ready: set[Proc] = set()  # processes that are confined; of the vmms only the newest counts
+        self.serving = False  # clients are served, and VMs are started
+        self.ending = False  # the daemon ends
+        self.adopts = False  # the daemon adopts VMs of an earlier one
 
     @property
     def config(self) -> "Config":
@@ -57,7 +57,7 @@ class Core:
         self.changed()
 
     def changed(self, vmid: int = 0) -> None:
-        """Something has changed that another parent is to know: of a VM, or with 0 of what is no VM's."""
+        """Something has changed that the next parent must know; `vmid` is 0 if it concerns no VM."""
         if vmid:
             self.touched.add(vmid)
         self.on_change()

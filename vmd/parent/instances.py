@@ -1,4 +1,4 @@
-"""Instances: VMs made from a template, by the rules that its owner has set (*cat. 2.6*)."""
+"""Instances: VMs that are made from a template VM, within the limits that vm.conf sets for it (*cat. 2.6*)."""
 
 import errno
 from itertools import zip_longest
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from vmd.parent.vmtable import Vm
     from vmd.record import Record
 
-# What may be set, in the words of the refusals; each needs its flag in `allow instance`.
+# What a user may set for an instance, with the word for refusals.  Each needs its flag in `allow instance`.
 ASPECTS = (
     (VmFlag.CPU, "cpus"),
     (VmFlag.MEMORY, "memory"),
@@ -31,16 +31,17 @@ NOBODY = AllowInstance()
 
 
 def derive(template: VmConfig, wanted: VmConfig, caller: Caller | None) -> VmConfig:
-    """Return what an instance is: what was given for it, and of the template what was not.
+    """Return an instance's configuration: the caller's values where given, the template's elsewhere.
 
-    `caller` None is the configuration, which may do whatever it likes.  Unlike vmd, an interface that is inherited
-    gets an address and a tap of its own: with the template's, the two could not run at the same time.
+    `caller` is None for an instance in vm.conf, which may set everything.  Unlike vmd, an inherited interface gets an
+    address and a tap of its own, because otherwise instance and template could not run at the same time.
 
-    What is inherited keeps the rights of whoever has named it: a template's disc need not be readable for who makes
-    an instance, and what a user has given to an instance of his own stays within his rights when that is a template.
+    An inherited file is opened with the rights of the user who has named it.  So a template's disc need not be readable
+    for the user of an instance.  And a file that a user has given to an instance is opened with their rights also in an
+    instance of that instance.
 
     Raises:
-        OperatorError: EPERM, naming what the caller may not; EBUSY for what only the template can have.
+        OperatorError: EPERM with what the caller may not set; EBUSY for a disk, tap or address of the template.
     """
     if caller is not None and caller.uid != 0:
         require_permission(template, wanted, caller)
@@ -80,14 +81,14 @@ def derive(template: VmConfig, wanted: VmConfig, caller: Caller | None) -> VmCon
 
 
 def of_its_own(seed: "SeedConfig | None") -> "SeedConfig | None":
-    """Return the seed that an instance inherits: it is called otherwise, and another one."""
+    """Return the seed that an instance inherits, without host name and instance id: the instance has its own."""
     return seed and seed.replace(hostname="", instance_id="")
 
 
 def limited(template: VmConfig, wanted: VmConfig, *, own: bool) -> VmConfig:
-    """Return an instance with its limits: those of the template and, device by device, of the template's devices.
+    """Return an instance with the limits of the template; each device gets those of the template's device.
 
-    With `own` those that were given for the instance itself come first.
+    With `own` a limit that was given for the instance itself has precedence.
     """
 
     def first(ours: "Record", theirs: "Record | None", *names: str) -> dict[str, int]:
@@ -108,10 +109,10 @@ def limited(template: VmConfig, wanted: VmConfig, *, own: bool) -> VmConfig:
 def resolve(
     vms: "Iterable[VmConfig]", known: "Callable[[str], VmConfig | None]"
 ) -> tuple[list[VmConfig], list[str]]:
-    """Return the VMs of a configuration with what instances inherit, in the order of the file.
+    """Return the VMs of a configuration, in the order of the file, with the inherited values of instances.
 
-    Templates are looked for among them, then among those that are `known` already.  An instance that cannot be is
-    left out, and a sentence for each of those comes second.
+    A template is looked for among these VMs first, then among the `known` ones.  An invalid instance is left out; the
+    second list has a sentence for each of those.
     """
     by_name: dict[str, VmConfig] = {}
     for vm in vms:
@@ -158,7 +159,7 @@ def require_permission(template: VmConfig, wanted: VmConfig, caller: Caller) -> 
 
 
 def require_own(template: VmConfig, wanted: VmConfig) -> None:
-    """Raise OperatorError(EBUSY) if an instance wants what only one VM can have, and the template has it."""
+    """Raise OperatorError(EBUSY) if an instance wants a disk, tap or address of its template."""
     paths = {disk.path for disk in template.disks}
     taken = [f"disk {disk.path}" for disk in wanted.disks if disk.path in paths]
     for what in taken + both_have(wanted.nics, template.nics):
@@ -166,9 +167,9 @@ def require_own(template: VmConfig, wanted: VmConfig) -> None:
 
 
 def require_free(vms: "Iterable[Vm]", wanted: VmConfig) -> None:
-    """Raise OperatorError(EBUSY) if a user wants an interface or an address that any VM has been given.
+    """Raise OperatorError(EBUSY) if a user wants a tap or an address of any other VM, even of one that does not run.
 
-    The operator may set up two VMs that cannot run at the same time; a user must not take what is another's.
+    The operator may configure two VMs that cannot run at the same time.  A user must not take a name from another VM.
     """
     for vm in vms:
         for what in both_have(wanted.nics, vm.nics()):
@@ -176,7 +177,7 @@ def require_free(vms: "Iterable[Vm]", wanted: VmConfig) -> None:
 
 
 def both_have(ours: "Iterable[NicConfig]", theirs: "Iterable[NicConfig]") -> list[str]:
-    """Return what some interfaces have in common that only one can have, in words."""
+    """Return, in words, the taps and addresses that two lists of interfaces have in common."""
     others = list(theirs)
     taps = {nic.tap for nic in others} - {"", "tap"}
     lladdrs = {nic.lladdr for nic in others} - {b""}
@@ -188,19 +189,19 @@ def both_have(ours: "Iterable[NicConfig]", theirs: "Iterable[NicConfig]") -> lis
 
 
 def fresh(nic: NicConfig) -> NicConfig:
-    """Return an interface like this one, with a tap and addresses still to be found, and no ports of the host."""
+    """Return an inherited interface: its tap and addresses become automatic, and it has no forwards."""
     return nic.replace(tap="", lladdr=b"", address=None, forwards=(), host_name="")
 
 
 def owner_of(template: VmConfig, wanted: VmConfig, caller: Caller | None) -> Owner:
-    """Return whose an instance is: the caller's, or whom the configuration names, or the template's."""
+    """Return the owner of an instance: the caller, or else the owner in its configuration, or else the template's."""
     if caller is not None and caller.uid != 0:
         return Owner(uid=caller.uid, gid=template.owner.gid)
     return wanted.owner if wanted.owner != Owner() else template.owner
 
 
 def allowance(template: VmConfig, wanted: VmConfig) -> AllowInstance | None:
-    """Return who may make instances of the instance: the template must say that this goes on."""
+    """Return who may make instances of the instance.  That is inherited only if the template allows it."""
     if wanted.allow is not None:
         return wanted.allow
     if template.allow is not None and VmFlag.INSTANCE in template.allow.flags:

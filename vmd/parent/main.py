@@ -1,21 +1,21 @@
 """parent ("vmd"): the root process; knows every VM, and decides who may do what.
 
-Runs as  root; opens no file that others have named
-Peers    control (requests of vmctl), vmm (VM processes), priv (network), log (what all write), openers (files of VMs);
-         all started here
-Holds    the configuration, the VM table, the file of identities, consoles; copies of what clients have opened to boot;
-         the files of guests' memory, which it neither maps nor reads, for how much of it there is
-Parses   vm.conf, its own file of identities, and checked messages; never a byte a guest or an image wrote
+Runs as  root; opens no file that a user has named
+Peers    control (requests of vmctl), vmm (VM processes), priv (network), log (log lines of all processes), openers
+         (files of VMs), and others; the parent starts all of them
+Holds    the configuration, the VM table, the file of identities, consoles; copies of boot files that clients have
+         opened; the files of guests' memory, which it neither maps nor reads, to see how much memory is in use
+Parses   vm.conf, its own file of identities, and checked messages; no data that a guest or an image has written
 
-This module puts the rooms together and brings each message to its room.  A `vmctl start`, from room to room:
+This module creates the rooms and brings each message to its room.  The way of a `vmctl start`:
 
-    vmd/control/main.py       passes on the StartRequest of vmctl, under the number of the connection
-    main.py                   `on_request` knows whose that is; every failure from here on is the client's answer
-    life.py                   `serve_start` finds the VM and asks whether the client may; `start` has its files opened
-    opening.py                gives that to an opener
-    vmd/opener/main.py        opens and locks them; with its answer `_opened` in life.py goes on
-    network.py                `launch` has priv make its interfaces; `on_made` sends StartVm to vmm
-    vmd/vmm/main.py           `on_start_vm` starts its process
+    vmd/control/main.py       passes on the StartRequest of vmctl, with the number of the connection
+    main.py                   `on_request` finds the caller; each error from here on is the client's answer
+    life.py                   `serve_start` finds the VM and checks the caller's rights; `start` has its files opened
+    opening.py                gives the job to an opener
+    vmd/opener/main.py        opens and locks the files; its answer leads to `_opened` in life.py
+    network.py                `launch` asks priv for the interfaces; `on_made` sends StartVm to vmm
+    vmd/vmm/main.py           `on_start_vm` starts the VM's process
     vmd/vm/main.py            fetches its files, builds the machine and runs it; `on_running` in life.py answers
 """
 
@@ -158,7 +158,7 @@ if TYPE_CHECKING:
 def on(
     room: "type[R]", handler: "Callable[[R, M, Envelope], None]"
 ) -> "Callable[[Parent, M, Envelope, Channel], None]":
-    """Return the handler of a message that is for a room of the parent."""
+    """Return a handler that passes a message on to a room of the parent."""
 
     def handle(parent: "Parent", message: "M", envelope: Envelope, _channel: Channel) -> None:
         handler(parent.rooms[room], message, envelope)
@@ -169,7 +169,7 @@ def on(
 def heard(
     room: "type[R]", handler: "Callable[[R, M, Channel], None]"
 ) -> "Callable[[Parent, M, Envelope, Channel], None]":
-    """Return the handler of a message that is for a room of the parent, which has to know by which channel it came."""
+    """Return a handler that passes a message on to a room of the parent, together with its channel."""
 
     def handle(parent: "Parent", message: "M", _envelope: Envelope, channel: Channel) -> None:
         handler(parent.rooms[room], message, channel)
@@ -177,18 +177,18 @@ def heard(
     return handle
 
 
-Served = tuple[type, Callable[..., None]]  # a room of the parent, and its method; `serves` has looked at their types
+Served = tuple[type, Callable[..., None]]  # a room of the parent and its method; `serves` lets mypy check their types
 
 
 def serves(
     request: "type[M]", room: "type[R]", method: "Callable[[R, M, Caller, Envelope], None]"
 ) -> dict[RecordType, Served]:
-    """Return a row of SERVES: the room whose method serves this request of clients."""
+    """Return a row of SERVES: the room and the method that serve this request of clients."""
     return {request: (room, method)}
 
 
 class Parent(Process):
-    """The rooms, the processes, and who serves which message."""
+    """The rooms, the processes, and the dispatch of messages."""
 
     def __init__(
         self,
@@ -199,9 +199,9 @@ class Parent(Process):
         store: Store | None = None,
         truth: Truth | None = None,
     ) -> None:
-        """`state`, if there is one, is where identities are kept; ours from here on.
+        """`state` is the file of identities, if there is one; owns it.
 
-        `store` is what outlives us, and `truth` what the parent knew whose place we take.
+        `store` keeps what outlives this parent.  `truth` is the state of the earlier parent, if there was one.
         """
         super().__init__(Proc.PARENT)
         self.core = core = Core(self.loop, config, verbosity=truth.verbosity if truth else options.verbosity)
@@ -258,16 +258,16 @@ class Parent(Process):
         )  # fmt: skip
         self.rooms: dict[type, Any] = {type(room): room for room in (*rooms, migrations, self.upgrade)}
         self.warned: set[str] = set()
-        self.listener: socket.socket | None = None  # until clients can be served
+        self.listener: socket.socket | None = None  # the control socket, until clients are served
         self.on_ready: Callable[[], None] = lambda: None
         self.handed_over = False
 
     # --- start-up and end --------------------------------------------------------------------------------
 
     def start(self, children: Children, listener: socket.socket, kvm_fd: int) -> None:
-        """Start root's control, vmm and priv and hand them what only root could open.
+        """Start priv, a vmm, root's control and the other processes, with the descriptors that only root can open.
 
-        A vmm of an earlier daemon is adopted.  Another one is started if none of them is of our version.
+        Every vmm of an earlier daemon is adopted.  A new vmm is started if none of them has this version.
         """
         self.logs.start(children.cell)
         self.core.slots.ids = children.ids
@@ -297,7 +297,7 @@ class Parent(Process):
         self.core.peers.channels[proc] = self.attach(ours, proc, proc.name.lower(), on_lost=self.on_child_lost)
 
     def start_again(self, proc: Proc) -> None:
-        """Start a process in the place of one that has ended: at once, or later if that was not the first time."""
+        """Start a process again that has ended: at once, or after a delay if it has ended before."""
         delay_s = self.delays[proc].next_s()
 
         def start() -> None:
@@ -310,9 +310,9 @@ class Parent(Process):
         self.loop.call_later(delay_s, start)
 
     def on_process_ready(self, message: Ready, _envelope: Envelope, channel: Channel) -> None:
-        """A child is confined.  After the last one, or when it was started again, priv is told what the network is."""
+        """A child is confined.  When all are, or when a new priv is, priv is told about the network."""
         for warning in set(message.warnings) - self.warned:
-            self.warned.add(warning)  # once, not by each process
+            self.warned.add(warning)  # each warning is logged once, not for each process
             log.warn(warning)
         if channel.peer is Proc.CONTROL:
             if not self.connections.on_ready(channel) or self.core.serving:
@@ -324,30 +324,30 @@ class Parent(Process):
             self.network.begin()
 
     def all_ready(self) -> bool:
-        """Return whether every process is confined, and has told what an earlier daemon has left to us."""
+        """Return whether every process is confined, and every vmm of an earlier daemon has reported its VMs."""
         return len(self.core.ready) == len(self.core.peers.channels) and not self.adoption.waiting
 
     def on_settled(self) -> None:
-        """It is known which VMs an earlier daemon has left to us."""
+        """All VMs of an earlier daemon are known, or no longer waited for."""
         if self.core.serving:
-            self.adoption.when_serving()  # a vmm has answered late
+            self.adoption.when_serving()  # a vmm has answered after its deadline
         elif self.all_ready():
             self.network.begin()
 
     def on_network_configured(self, message: NetworkConfigured, envelope: Envelope, _channel: Channel) -> None:
-        """Hear what switches could not be had.  With the first answer of priv the daemon is up."""
+        """Pass on which switches failed.  After priv's first answer the daemon serves clients."""
         self.network.on_configured(message, envelope)
         if self.listener is not None and self.all_ready():
             self.serve(self.listener)
 
     def serve(self, listener: socket.socket) -> None:
-        """Serve clients and start VMs: every process has been told what it needs for that."""
+        """Begin to serve clients and to start VMs: every process is prepared for that."""
         self.listener = None
         self.core.serving = True
         self.connections.listen(listener)
         log.info("startup")
         others = self.adoption.adopted
-        text = f"goes on with {others} VM{'' if others == 1 else 's'} of an earlier vmd" if self.truth else "startup"
+        text = f"adopted {others} VM{'' if others == 1 else 's'} of an earlier vmd" if self.truth else "startup"
         self.core.events.add("daemon", text=text, value=VERSION)
         self.on_ready()
         self.metrics.configure(self.core.config.settings)
@@ -356,21 +356,20 @@ class Parent(Process):
         self.life.start_batch()
         if self.truth is None:
             return
-        if self.truth.planned:  # after a crash somebody may not have finished to edit it
+        if self.truth.planned:  # not after a crash: the operator may be editing vm.conf
             self.configuration.on_hangup()
         else:
             log.info("the configuration is that of the vmd before this one; vmctl reload reads vm.conf")
 
     def on_child_lost(self, channel: Channel, error: PeerError | None) -> None:
-        """Control or priv has died or cannot be trusted: the daemon cannot go on without control (*cat. 9.2*).
+        """Control or priv has ended, or has broken the protocol.
 
-        Nor without a priv that has never been there.  VMs that were adopted run on.
-
-        Guests need priv only when they start, and end.  Unlike vmd: it is started again.
+        Without control the daemon ends (*cat. 9.2*).  If it has adopted VMs, these run on.  Unlike vmd, priv is started
+        again, because guests need it only when they start and end.  Before clients are served the daemon ends instead.
         """
         self.core.peers.channels.pop(channel.peer, None)
         self.core.ready.discard(channel.peer)
-        self.children.kill(channel.peer)  # it may live, and not be trusted
+        self.children.kill(channel.peer)  # it may still live, if it has broken the protocol
         if channel.peer is Proc.PRIV:
             self.network.on_priv_lost(for_good=not self.core.serving)
             self.status.on_priv_lost()
@@ -387,31 +386,31 @@ class Parent(Process):
                 self.life.stop_all()
 
     def fail(self) -> None:
-        """Have the daemon end with the status of a failure, whenever it ends."""
+        """Let the daemon end with the exit status of a failure, whenever it ends."""
         self.exit_status = 1
 
     def abandon(self) -> None:
-        """End, and leave to the next daemon what we have adopted: it was not we who started it."""
+        """End, and leave the adopted VMs to the next daemon: an error of this daemon must not end them."""
         log.crit(f"this vmd cannot go on; {sum(vm.alive for vm in self.core.vms)} VMs run on")
         self.handed_over = True
         self.loop.stop()
 
     def on_priv_silent(self) -> None:
-        """It owes an answer, and does not give it: go on with another."""
+        """priv does not answer: replace it."""
         channel = self.core.peers.channels.get(Proc.PRIV)
         if isinstance(channel, Channel):
             channel.close()
             self.on_child_lost(channel, PeerError("priv", f"does not answer for {ANSWER_S:.0f} s"))
 
     def hand_over(self) -> None:
-        """End, and leave everything as it is: another daemon is started in our place."""
+        """End, and leave everything to the next daemon, which takes the place of this one."""
         log.info(f"handing over to the next daemon; {sum(vm.alive for vm in self.core.vms)} VMs run on")
         self.handed_over = True
         self.lasting.plan(planned=True)
         self.loop.stop()
 
     def finish(self) -> None:
-        """Tell the children to end; whoever does not listen dies with us, but for vmm."""
+        """Tell the children to end.  Those that do not are killed when the parent ends, except vmm."""
         self.core.ending = True
         self.lasting.forget()
         if self.listener is not None:
@@ -430,7 +429,10 @@ class Parent(Process):
         self.lasting.close()
 
     def clean_up(self) -> None:
-        """After the end of all children: where priv could not remove what it had made, have another one do so."""
+        """If priv could not remove its interfaces and rules, let another one do it.
+
+        Called when all children have ended.
+        """
         if not self.core.serving or (self.network.priv.up and self.children.ended_well(Proc.PRIV)):
             return
         log.warn("priv could not remove its interfaces and rules: another one does")
@@ -444,20 +446,20 @@ class Parent(Process):
     # --- messages ----------------------------------------------------------------------------------------
 
     def dispatch(self, channel: Channel, envelope: Envelope) -> None:
-        """Serve a message, unless it was for the parent whose place we take."""
+        """Handle a message, unless a vmm has sent it to the earlier parent."""
         if channel.peer is not Proc.VMM or not self.adoption.is_stale(envelope.message, channel):
             super().dispatch(channel, envelope)
 
     def on_held(self, message: VmHeld, envelope: Envelope, channel: Channel) -> None:
-        """A vmm tells of a VM that an earlier daemon has started."""
+        """A vmm reports a VM that an earlier daemon has started."""
         self.adoption.on_held(message, envelope, channel)
 
     def on_all_held(self, message: VmsHeld, envelope: Envelope, channel: Channel) -> None:
-        """A vmm has told of all of them."""
+        """A vmm has listed its VMs."""
         self.adoption.on_all_held(message, envelope, channel)
 
     def on_request(self, message: Request, envelope: Envelope, channel: Channel) -> None:
-        """Have a request of a client served; every failure is answered with its sentence."""
+        """Bring a request of a client to its room.  Each error is answered with its sentence."""
         client, clients = envelope.peerid, self.core.clients
         caller = self.connections.asker(client, channel)
         try:
@@ -474,8 +476,8 @@ class Parent(Process):
             log_errors(errors)
             clients.answer(client, Failed(code=errno.EINVAL, text=brief_errors(errors)))
         except (OperatorError, HostError, ValueError, OverflowError, OSError) as error:
-            # A path with a NUL and an id beyond 32 bits are ValueErrors; from root only.
-            if isinstance(error, OSError):  # the host has run out of something
+            # ValueError: a path with a NUL, or an id beyond 32 bits.  Only root can send these.
+            if isinstance(error, OSError):  # the host is short of some resource
                 log.error(f"{type(message).__name__}: {sentence(error)}")
             clients.fail(client, number(error), sentence(error))
 
@@ -484,31 +486,31 @@ class Parent(Process):
         self.connections.on_client_gone(envelope.peerid, channel)
 
     def on_control_pong(self, _message: Pong, _envelope: Envelope, channel: Channel) -> None:
-        """A control answers."""
+        """A control has answered a Ping."""
         self.connections.on_pong(channel)
 
     def on_effect(self) -> None:
-        """Other settings count from now on."""
+        """The configuration has changed."""
         self.agentx.configure()
         self.metrics.configure(self.core.config.settings)
 
     def forget_client(self, client: int) -> None:
-        """Let nothing wait any more for a client that is gone; its console is free."""
+        """A client has disconnected: release its console, and cancel what only this client waits for."""
         self.consoles.on_client_gone(client)
         self.stop_waiting(self.core.clients.gone(client))
 
     def stop_waiting(self, waits: "list[Wait]") -> None:
-        """Clients wait no longer: what only they wanted is cancelled."""
+        """Clients wait no longer: cancel what only they wanted."""
         for wait in waits:
             if wait.what in (For.TRANSFER, For.CARRYING):
                 self.transfers.on_client_gone(wait.vmid)
             elif wait.what is For.IMAGES:
                 self.snapshots.on_client_gone(wait.vmid)
 
-    # --- what a handler did not expect -------------------------------------------------------------------
+    # --- unexpected exceptions in handlers ---------------------------------------------------------------
 
     def source_of(self, envelope: Envelope, channel: Channel) -> "Source | None":
-        """What comes from control is for a client, and all else for a VM, if it is for anybody."""
+        """Return the client or VM that a message concerns: a client if it is from control, else a VM, if any."""
         if channel.peer is Proc.CONTROL:
             return Proc.CLIENT, envelope.peerid
         if channel.peer is Proc.OPENER:
@@ -520,7 +522,7 @@ class Parent(Process):
         return (Proc.VM, vmid) if vmid else None
 
     def give_up(self, envelope: Envelope, channel: Channel) -> None:
-        """Answer the client whose request failed, or those who wait for the VM."""
+        """The handler of a message has failed: answer the client, or those that wait for the VM."""
         source = self.source_of(envelope, channel)
         if channel.peer is Proc.CONTROL:
             self.core.clients.fail(envelope.peerid, errno.EIO, OUR_FAULT)
@@ -528,7 +530,7 @@ class Parent(Process):
             self.life.give_up(source[1], envelope.message)
 
     def cut_off(self, source: "Source") -> None:
-        """Serve a client no more, or end a VM."""
+        """Too many handlers have failed for a client or a VM: refuse the client's requests, or kill the VM."""
         kind, number = source
         if kind is Proc.CLIENT:
             self.core.clients.cut_off.add(number)

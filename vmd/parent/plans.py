@@ -1,4 +1,4 @@
-"""Whose addresses are whose: the plan that a VM's `local` interfaces follow, and what else on this host has them."""
+"""The addresses and ports of VMs: the plan of a VM's `local` interfaces, and conflicts with other users of them."""
 
 import errno
 import fcntl
@@ -43,26 +43,27 @@ class Taps:
         self.plan = plan
         self.lacking = lacking  # what is wrong with an interface, by its number
         self.unresolved: dict[int, str] = {}  # why its guest has no name servers, by number of the interface
-        self.since_s = int(time.time())
+        self.since_s = int(time.time())  # when they were made, in seconds since 1970
         self.links = links
         self.fds = fds
-        self.known = known  # what a priv that is started again has to know
+        self.known = known  # what a new priv is told about them
         self.ranges4 = [(*range_of(link.host4, link.length4), link) for link in links if link.host4]
-        self.first4 = min((first for first, _, _ in self.ranges4), default=1)  # of all of them, or of none
+        # From the first to the last address of all ranges.  Without a range nothing is in between.
+        self.first4 = min((first for first, _, _ in self.ranges4), default=1)
         self.last4 = max((last for _, last, _ in self.ranges4), default=0)
         self.networks6 = {link.prefix6: link for link in links if link.prefix6}
         self.dropped: dict[int, tuple[int, int]] = {}  # by filters (`FramesDropped`), by number of the interface
 
     def serve(self, nics: tuple[NicConfig, ...], plan: Plan, lacking: "Mapping[int, str]") -> bool:
-        """Return whether a guest that boots again goes on with these.
+        """Return whether a guest that boots again can keep these interfaces.
 
-        A switch that was not there may be there now, and another program may have deleted a tap.
+        It cannot if a switch that was missing exists now, or if another program has deleted a tap.
         """
         same = (self.nics, self.plan) == (nics, plan) and self.lacking.keys() <= lacking.keys()
         return same and all(map(has_interface, self.fds))
 
     def close(self) -> None:
-        """Let go of our descriptors."""
+        """Close the descriptors."""
         while self.fds:
             close(self.fds.pop())
 
@@ -74,7 +75,7 @@ def range_of(address: bytes, length: int) -> tuple[int, int]:
 
 
 def has_interface(tap: int) -> bool:
-    """Return whether the interface of a tap is still there."""
+    """Return whether the interface of a tap still exists."""
     try:
         fcntl.ioctl(tap, TUNGETIFF, bytes(IFREQ_BYTES))
     except OSError as error:
@@ -83,14 +84,14 @@ def has_interface(tap: int) -> bool:
 
 
 class Plans:
-    """The plans of all VMs."""
+    """Finds the plan of each VM, and checks that its addresses and ports are free."""
 
     def __init__(self, core: "Core", taps: "Mapping[int, Taps]") -> None:
         self.core = core
-        self.taps = taps  # of the VMs that have some, by vmid
+        self.taps = taps  # by vmid
 
     def prefix6(self) -> "Prefix | None":
-        """Return the range of this host's local interfaces for IPv6, if they have that."""
+        """Return the IPv6 range of this host's local interfaces; None if they have no IPv6."""
         settings = self.core.config.settings
         if not settings.local_inet6:
             return None
@@ -103,7 +104,7 @@ class Plans:
         return identities.ula
 
     def plan_of(self, vm: Vm, config: VmConfig) -> Plan:
-        """Return what the addresses of a VM follow from: its own number, or what one that was sent had elsewhere.
+        """Return the plan of a VM: from its own number, or the plan of the host that has sent it.
 
         Raises:
             OperatorError: no number is free.
@@ -121,9 +122,9 @@ class Plans:
         return plan
 
     def number(self, vm: Vm, config: VmConfig, plan: Plan) -> int:
-        """Return the number of a VM: what it had, or, if another VM that runs has its addresses, a free one.
+        """Return the number of a VM: the one it had before, or another one if those addresses are not free now.
 
-        Raises OperatorError if none is free.
+        Raises OperatorError if no number is free.
         """
         identities = self.core.vms.identities
         key = config.name, config.owner.uid
@@ -145,7 +146,7 @@ class Plans:
             if other is not vm and nic.address is not None
         ]
 
-        # Addresses that the operator has chosen do not follow from the number.
+        # Fixed addresses do not depend on the number.
         ours = config.replace(nics=tuple(nic.replace(local=nic.local and nic.address is None) for nic in config.nics))
 
         def free(number: int) -> bool:
@@ -166,7 +167,7 @@ class Plans:
         return chosen
 
     def check(self, vm: Vm, config: VmConfig) -> Plan:
-        """Return the plan of a VM's interfaces.  Raises OperatorError if these cannot be had here and now."""
+        """Return the plan of a VM.  Raises OperatorError if its addresses, ports or taps are not free."""
         plan = self.plan_of(vm, config)
         if not self.holds(vm, plan):
             self.check_addresses(vm, config, plan)
@@ -181,12 +182,15 @@ class Plans:
         return plan
 
     def holds(self, vm: Vm, plan: Plan) -> bool:
-        """Return whether a VM has the addresses of a plan: its guest resets itself and keeps them."""
+        """Return whether a VM already has the addresses of a plan, as after a reset of its guest."""
         held = self.taps.get(vm.vmid)
         return held is not None and held.plan == plan
 
     def check_addresses(self, vm: Vm, config: VmConfig, plan: Plan) -> None:
-        """Raise OperatorError if addresses of local interfaces do not exist, or another VM or a network has them."""
+        """Raise OperatorError unless the addresses of local interfaces are in their range and free.
+
+        Another VM may have them, or a route of this host may lead to them.
+        """
         try:
             user = self.user_of(vm, config, plan)
             taken = self.route_to(config, plan, host_routes())
@@ -204,9 +208,9 @@ class Plans:
     def route_to(
         self, config: VmConfig, plan: Plan, routes: "Sequence[HostRoute]"
     ) -> "tuple[IpNetwork, HostRoute] | None":
-        """Return which network of a VM's local interfaces the host reaches already, and how; None for none of them.
+        """Return a network of a VM's local interfaces that this host has a route to, and the route; None if none.
 
-        Raises OperatorError if the addresses do not exist.
+        Raises OperatorError if the number is too large for the range of addresses.
         """
         for index, nic in enumerate(config.nics):
             if not nic.local or nic.rdomain:
@@ -220,15 +224,15 @@ class Plans:
         return None
 
     def user_of(self, vm: Vm, config: VmConfig, plan: Plan) -> tuple[int, str] | None:
-        """Return which other VM has an address that this one would have, and which; None if there is none.
+        """Return the id of another VM that has an address of this plan, and the address; None if there is none.
 
-        Raises OperatorError if the addresses do not exist.
+        Raises OperatorError if the number is too large for the range of addresses.
         """
         indices = [index for index, nic in enumerate(config.nics) if nic.local]
         wanted4 = [range_of(plan.host4(index), plan.length4(index)) for index in indices]
         wanted6 = {plan.network6(index) for index in indices} - {b""}
         for lowest, highest in wanted4:
-            # All but a few of hundreds are somewhere else.
+            # This excludes most VMs at once.
             near = [each for each in self.taps.items() if each[1].first4 <= highest and lowest <= each[1].last4]
             for vmid, taps in near:
                 for first, last, link in taps.ranges4:
@@ -241,7 +245,7 @@ class Plans:
         return None
 
     def check_forwards(self, vm: Vm, config: VmConfig) -> None:
-        """Raise OperatorError if a port that a VM is to be reached by is another VM's, or a program's of this host."""
+        """Raise OperatorError if a port of this host that a VM wants belongs to another VM or to a program."""
         forwards = [(index, forward) for index, nic in enumerate(config.nics) for forward in nic.forwards]
         if not forwards:
             return

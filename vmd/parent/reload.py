@@ -1,8 +1,8 @@
-"""What a configuration that is read anew means for the VMs there are (*cat. 2.8*).
+"""Effects of a new configuration on the known VMs (*cat. 2.8*).
 
-A VM that runs is not touched.  If the file says something else of it now, that waits for its next start, but for what
-is not the guest's (`AT_ONCE`), its limits and its forwards.  If the file no longer names it, it is forgotten when it
-stops.
+A running VM continues.  Most changes of its configuration take effect at its next start.  Limits, forwards and the
+fields in `AT_ONCE`, which do not concern the guest, take effect at once.  A running VM that the file no longer names is
+forgotten when it stops.
 """
 
 from vmd.config.model import VmConfig, with_limits
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 
-WORDS = {"nics": "interfaces"}  # of fields that vm.conf calls otherwise
-AT_ONCE = ("console_log",)  # fields that count for a VM that runs, too
+WORDS = {"nics": "interfaces"}  # names for users of fields that have another one in vm.conf
+AT_ONCE = ("console_log",)  # fields that take effect at once for a running VM
 
 
 def register(table: VmTable, vms: "Sequence[VmConfig]") -> list[str]:
-    """Add VMs; names already known are left alone (*cat. 2.5*).  Returns a note for each of those."""
+    """Add VMs.  A VM whose name is already known is skipped (*cat. 2.5*); returns a note for each of those."""
     notes = []
     for config in vms:
         known = table.find(0, config.name)
@@ -32,7 +32,7 @@ def register(table: VmTable, vms: "Sequence[VmConfig]") -> list[str]:
 
 
 def add(table: VmTable, config: VmConfig) -> None:
-    """Add a VM of the configuration, to be started if it is enabled."""
+    """Add a VM of the configuration.  It is started if it is enabled."""
     vm = table.add(config, from_config=True)
     if config.enabled:
         vm.enqueue()
@@ -41,12 +41,12 @@ def add(table: VmTable, config: VmConfig) -> None:
 def replace_all(
     table: VmTable, vms: "Sequence[VmConfig]", at_once: "Callable[[Vm, VmConfig], list[str]]"
 ) -> list[str]:
-    """Let the table hold what the configuration says now.  Returns what is worth telling the operator.
+    """Replace the VMs in the table by those of the new configuration.  Returns notes for the operator.
 
-    `at_once` lets a VM that runs have what of a configuration does not wait, and returns what is worth telling of that.
+    `at_once` makes the changes of a running VM that take effect at once, and returns notes about them.
     """
     notes: list[str] = []
-    wanted = {config.name: table.named(config) for config in reversed(vms)}  # of two with one name the first counts
+    wanted = {config.name: table.named(config) for config in reversed(vms)}  # of two VMs with one name the first counts
     for vm in list(table):
         config = wanted.get(vm.name)
         if vm.resetting:
@@ -65,7 +65,7 @@ def replace_all(
 
 
 def keep(vm: Vm, config: VmConfig | None) -> list[str]:
-    """Let a VM that runs go on; what has changed comes later."""
+    """Keep a running VM; its new configuration takes effect at its next start.  Returns notes for the operator."""
     if config is None:
         vm.from_config, vm.next_config = False, None
         return [f"vm {vm.name} is no longer configured; it is forgotten when it stops"]
@@ -80,14 +80,14 @@ def keep(vm: Vm, config: VmConfig | None) -> list[str]:
 
 
 def is_its_own(vm: Vm, config: VmConfig) -> bool:
-    """Return whether a VM that runs is that of whom the configuration names: a user may have taken the name before."""
+    """Return whether a running VM is the one of the configuration: a user may have made an instance of that name."""
     return vm.config.owner == config.owner
 
 
 def differences(old: VmConfig, new: VmConfig) -> list[str]:
-    """Return the names of what is not the same and waits for the next start.
+    """Return the names of the changed fields that take effect at the next start.
 
-    Limits do not wait, and an address that was found for an interface is none.
+    Limits are ignored, because they take effect at once.  So is an automatic address of an interface.
     """
     old = with_limits(old, new)
     unnamed = tuple(
@@ -96,7 +96,8 @@ def differences(old: VmConfig, new: VmConfig) -> list[str]:
     )
     if len(unnamed) == len(new.nics) == len(old.nics):
         old = old.replace(nics=unnamed)
-    ignored = ("origin", "given", "drive", "rights")  # these two follow from the disc, or are told with it
+    # `drive` and `rights` change together with fields that are listed, such as `cdrom`.
+    ignored = ("origin", "given", "drive", "rights")
     return [
         WORDS.get(field, field.removesuffix("_bytes"))
         for field in VmConfig.fields

@@ -1,4 +1,4 @@
-"""Checks of what clients, or the configuration, ask a VM to be."""
+"""Checks of configurations of VMs that come from clients or streams."""
 
 import errno
 import os
@@ -15,32 +15,33 @@ if TYPE_CHECKING:
 
 
 def described(message: StartRequest, *, given_boot: bool, given_initrd: bool, given_seed: bool) -> VmConfig:
-    """Return what a client says of a new VM, and only what it has to say: of what is there, not of what it claims.
+    """Return the configuration of a new VM that a client describes, with only the fields that a client may set.
 
-    `given` is what it really gives, whose files they are is not asked, and the paths of boot files are those of
-    descriptors that came along.  Raises OperatorError naming the first thing that is wrong.
+    `given_boot`, `given_initrd` and `given_seed`: the client has sent a descriptor for that.  The field `given` is made
+    from the values that are present, not taken from the client.  The owner and the rights are empty.
+    Raises OperatorError with the first error.
     """
     name = message.name
     check_name(name)
     wanted = message.config or VmConfig(name=name)
     if message.cmdline is not None:
-        raise OperatorError(errno.EINVAL, f"vm {name}: two command lines")
+        raise OperatorError(errno.EINVAL, f"vm {name}: the command line is given twice")
     if message.kernel or message.initrd:
-        raise OperatorError(errno.EINVAL, f"vm {name}: two boot images")
+        raise OperatorError(errno.EINVAL, f"vm {name}: the boot image is given twice")
     try:
         kernel, initrd = rules.files_on_disks(wanted)
     except ValueError as error:
         raise OperatorError(errno.EINVAL, f"vm {name}: {error}") from None
     boots = given_boot or kernel is not None
     if not boots == (VmFlag.KERNEL in wanted.given) == bool(wanted.kernel) or (given_boot and kernel is not None):
-        raise OperatorError(errno.EINVAL, f"vm {name}: a boot image that nobody opened, or asked for")
+        raise OperatorError(errno.EINVAL, f"vm {name}: the boot images that are configured and sent do not match")
     if not boots and (wanted.cmdline or wanted.initrd or given_initrd):
         what = "a command line" if wanted.cmdline else "an initrd"
         raise OperatorError(errno.EINVAL, f"vm {name}: {what} needs a boot image of its own (-b)")
     if given_initrd != (bool(wanted.initrd) and initrd is None):
-        raise OperatorError(errno.EINVAL, f"vm {name}: an initrd that nobody opened, or asked for")
+        raise OperatorError(errno.EINVAL, f"vm {name}: the initrds that are configured and sent do not match")
     if given_seed != (wanted.seed is not None):
-        raise OperatorError(errno.EINVAL, f"vm {name}: a seed that nobody gave, or asked for")
+        raise OperatorError(errno.EINVAL, f"vm {name}: the seeds that are configured and sent do not match")
     check_paths(wanted)
     given = wanted.given & ~(VmFlag.INSTANCE | VmFlag.SEED)
     for there, flag in (
@@ -68,21 +69,21 @@ def described(message: StartRequest, *, given_boot: bool, given_initrd: bool, gi
 
 
 def without_leave(nic: NicConfig) -> NicConfig:
-    """Return an interface without what only vm.conf gives: ports of the host, addresses of its network, its kernel."""
+    """Return an interface without the settings that only vm.conf may give, such as forwards and vhost."""
     return nic.replace(address=None, forwards=(), dns=(), host_name="", vhost=False)
 
 
 def with_leave(vm: "Vm", config: VmConfig) -> VmConfig:
-    """Return a VM from elsewhere; the kernel moves the frames of its interfaces only if root or vm.conf has said so."""
+    """Return the configuration of a received VM.  Its interfaces keep vhost only if the VM is root's or of vm.conf."""
     if vm.from_config or vm.uid == ROOT:
         return config
     return config.replace(nics=tuple(nic.replace(vhost=False) for nic in config.nics))
 
 
 def require_leave(vm: "Vm", config: VmConfig) -> None:
-    """Raise OperatorError unless whoever a VM belongs to may have what of a stream only vm.conf gives.
+    """Raise OperatorError if a stream has fixed addresses or forwards, which only vm.conf may give.
 
-    Root may, and whoever has a VM of that name in vm.conf which has the same.
+    They are allowed for root, and if vm.conf gives the same to the VM of that name.
     """
     known = [(nic.address, nic.forwards) for nic in vm.config.nics] if vm.from_config else []
     for index, nic in enumerate(config.nics):
@@ -94,9 +95,9 @@ def require_leave(vm: "Vm", config: VmConfig) -> None:
 
 
 def check_paths(config: VmConfig) -> None:
-    """Raise OperatorError unless a client names files as vmctl does, by absolute paths.
+    """Raise OperatorError unless all paths are absolute, as vmctl sends them.
 
-    A relative one would be looked for where the daemon is, which is not where the client is.
+    A relative path would be looked for in the daemon's working directory, which is not the client's.
     """
     paths = [("disk", disk.path) for disk in config.disks]
     paths += [("cdrom", config.cdrom)]
@@ -111,7 +112,7 @@ def check_paths(config: VmConfig) -> None:
 
 
 def check_name(name: str) -> None:
-    """Raise OperatorError if no VM can be called so."""
+    """Raise OperatorError if this is no valid name of a VM."""
     try:
         rules.vm_name(name)
     except ValueError as error:
@@ -119,11 +120,11 @@ def check_name(name: str) -> None:
 
 
 def checked_request(config: VmConfig, *, bootable: bool) -> VmConfig:
-    """Return a client's description of a VM after checking what vm.conf's grammar would have.
+    """Return a client's description of a VM after the checks that the grammar of vm.conf makes for a file.
 
-    `bootable`: it has something to run that is not in the description.
+    `bootable`: it has something to boot that is not in the description.
 
-    Raises OperatorError naming the first thing that is wrong.
+    Raises OperatorError with the first error.
     """
     check_name(config.name)
     try:
@@ -137,7 +138,7 @@ def checked_request(config: VmConfig, *, bootable: bool) -> VmConfig:
 
 
 def one_shot_config(config: VmConfig, message: StartRequest) -> VmConfig:
-    """Return the configuration of one start: a known VM's, with what the client wants otherwise this time."""
+    """Return the configuration for one start: that of a known VM, with the changes that the client wants for it."""
     try:
         if message.cmdline is not None:
             config = config.replace(cmdline=rules.cmdline(message.cmdline))
@@ -151,16 +152,19 @@ def one_shot_config(config: VmConfig, message: StartRequest) -> VmConfig:
 
 
 def on_its_disks(config: VmConfig, message: StartRequest) -> VmConfig:
-    """Return a VM that boots, this time, what a client has named on its disks.  Raises ValueError."""
+    """Return the configuration for one start from files on the VM's disks, which a client has named.
+
+    Raises ValueError.
+    """
     kernel, initrd = rules.files_on_disks(config.replace(kernel=message.kernel, initrd=message.initrd))
     if bool(message.kernel) != (kernel is not None) or bool(message.initrd) != (initrd is not None):
-        raise ValueError("a boot image that nobody opened")
+        raise ValueError("a boot image is neither on a disk of the vm nor sent as an open file")
     if "kernel" in message.files or (initrd is not None and "initrd" in message.files):
         raise ValueError("kernel and initrd are both on disks of the vm, or both are files of the host")
     return config.replace(kernel=message.kernel or config.kernel, initrd=message.initrd)
 
 
 def require_startable(config: VmConfig, *, bootable: bool) -> None:
-    """Raise OperatorError if a VM can be started on no host; `bootable`: it has a boot image for this start."""
+    """Raise OperatorError if no host can start such a VM; `bootable`: it has a boot image for this start."""
     for code, what in rules.obstacles(config, bootable=bootable):
         raise OperatorError(code, f"vm {config.name}: {what}")

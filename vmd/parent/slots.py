@@ -1,6 +1,6 @@
-"""Slots for VM processes: each has a user id and a control group of its own, where the host has such.
+"""Slots for VM processes: each has a user id and, if the host has control groups, a control group of its own.
 
-vmm is given one for the process that it keeps in reserve, and one with each VM for the next process.
+vmm gets a slot for the process that it keeps in reserve.  With each VM it gets another one, for the next process.
 """
 
 from vmd.errors import HostError
@@ -15,22 +15,22 @@ if TYPE_CHECKING:
     from vmd.parent.peers import Peers
     from vmd.privsep.ids import Ids
 
-REMOVE_S = 1.0  # from one look at groups whose processes have not ended yet to the next
+REMOVE_S = 1.0  # between two attempts to remove groups whose processes have not ended yet
 
 
 class Slots:
-    """The room of what VM processes are given before they exist."""
+    """The room of slots for VM processes."""
 
     def __init__(self, loop: "Loop", peers: "Peers") -> None:
         self.loop = loop
         self.peers = peers
-        self.ids: Ids | None = None  # None: all VM processes have that of vmm
-        self.groups: Groups | None = None  # of the newest vmm; None: all are in that of vmm
-        self.all_groups: list[Groups] = []  # of every vmm
-        self.removing = False
+        self.ids: Ids | None = None  # None: all VM processes have the user id of vmm
+        self.groups: Groups | None = None  # of the newest vmm; None: its VM processes are in the group of vmm
+        self.all_groups: list[Groups] = []  # of all vmms
+        self.removing = False  # a timer runs for the next attempt
 
     def use(self, groups: "Groups | None", *, newest: bool) -> None:
-        """Have the groups of one more vmm; with `newest` new VMs are given some there, or none."""
+        """Add the groups of a vmm.  If it is the `newest`, new VMs get their groups there, or none without groups."""
         if newest:
             self.groups = groups
         if groups is not None:
@@ -49,7 +49,7 @@ class Slots:
         self.peers.send(Proc.VMM, VmSlot(uid=uid, group=group), fds=fds)
 
     def over(self, groups: "Groups | None", number: int) -> str:
-        """A VM process has ended: so does all that it may have left.  Returns which memory it has lacked."""
+        """A VM process has ended: kill what is left in its group.  Returns `groups.memory_lack` of it."""
         if groups is None or not number:
             return ""
         lack = groups.end(number)
@@ -57,7 +57,7 @@ class Slots:
         return lack
 
     def remove(self) -> None:
-        """Remove groups that are empty, and come back for the others."""
+        """Remove the groups that are empty, and set a timer for the others."""
         if self.removing:
             return
         left = [groups.remove() for groups in self.all_groups]
@@ -66,6 +66,6 @@ class Slots:
             self.loop.call_later(REMOVE_S, self.remove_again)
 
     def remove_again(self) -> None:
-        """Look again."""
+        """Try again to remove groups: called by the timer."""
         self.removing = False
         self.remove()

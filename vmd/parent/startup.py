@@ -1,4 +1,4 @@
-"""From a command line to a running daemon: checks, configuration, processes, in an order that fails early."""
+"""Start of the daemon: command line, checks, configuration, processes, in an order that finds errors early."""
 
 import contextlib
 import os
@@ -32,13 +32,13 @@ from vmd.privsep.spawn import DEBUG
 from vmd.stdio import say, show
 
 CHILD_EXIT_TIMEOUT_S = 5.0
-# Exit statuses (vmd(8), <sysexits.h>).  The unit does not start the daemon again after the last two: a new start
-# would end in the same way.
+# Exit statuses (vmd(8), <sysexits.h>).  The unit does not restart the daemon after the last two, because a restart
+# would fail in the same way.
 EX_FAILED, EX_USAGE, EX_UNAVAILABLE, EX_CONFIG = 1, 2, 69, 78
 
 
 def run(arguments: list[str]) -> int:
-    """Run vmd(8); every reason not to start is one sentence on standard error."""
+    """Run vmd(8).  Each error that prevents a start is one sentence on standard error."""
     try:
         options = parse(arguments)
     except UsageError as error:
@@ -69,10 +69,10 @@ def run(arguments: list[str]) -> int:
 
 
 def exit_status(error: VmdError, options: Options, stored: Mapping[str, int]) -> int:
-    """Return the exit status that belongs to a reason not to start.
+    """Return the exit status for an error that prevents a start.
 
-    A unit that is not started again loses what is stored, and with it its guests: what this daemon cannot adopt, the
-    next one can perhaps.
+    If guests run, the status is one after which the unit is restarted.  Without a restart the service manager closes
+    the stored descriptors, which ends the guests; after one, the next daemon may be able to adopt them.
     """
     if has_guests(stored):
         return EX_FAILED
@@ -82,21 +82,21 @@ def exit_status(error: VmdError, options: Options, stored: Mapping[str, int]) ->
 
 
 def has_guests(stored: Iterable[str]) -> bool:
-    """Return whether there is a vmm among what is stored under these names."""
+    """Return whether one of these names of stored descriptors is that of a vmm."""
     return any(name.startswith(VMM) for name in stored)
 
 
 def check_adopt(options: Options, store: Store) -> None:
-    """See whether this program could take the place of the daemon whose state is stored.  Raises VmdError.
+    """Check whether this program could take the place of the daemon whose state is stored.  Raises VmdError.
 
-    Nothing is changed.  What this host or an incomplete installation lacks is found here, too, while that daemon runs.
+    Nothing is changed.  An incomplete installation is found here, too, while the other daemon still runs.
     """
     if "state" not in store.names:
-        raise VmdError("--check-adopt: no daemon has handed its state to this program; vmctl upgrade -n makes it do so")
+        raise VmdError("--check-adopt: no daemon has given its state to this program; vmctl upgrade -n does that")
     need_root()
     truth, _ = read_state(store)
     if len(vms_of(truth)) < len(truth.vms):
-        raise VmdError("not every vm could be adopted")
+        raise VmdError("some VMs could not be adopted")
     config = read_config(options, starting=True)
     give_up_capabilities(sum(1 << capability for capability in PARENT_CAPABILITIES))
     Network(config.settings.first_id)
@@ -104,7 +104,7 @@ def check_adopt(options: Options, store: Store) -> None:
 
 
 def shown(text: str) -> int:
-    """Show on standard output what was asked for; return the exit status."""
+    """Print an answer such as the version on standard output; return the exit status."""
     try:
         show(text)
     except HostError as error:
@@ -114,7 +114,7 @@ def shown(text: str) -> int:
 
 
 def as_warning(sentence: str) -> str:
-    """Return a sentence about a configuration that is used, so that nobody takes it for an error of the file."""
+    """Return a sentence about a configuration with "warning: " before it, because the configuration is used."""
     return sentence if sentence.startswith("warning: ") else f"warning: {sentence}"
 
 
@@ -126,9 +126,9 @@ def read_config(
     *,
     starting: bool = False,
 ) -> Config:
-    """Read the main configuration file or, on top of what is `known`, an additional one.  Raises ConfigErrors.
+    """Read the main configuration file, or another file in addition to the `known` one.  Raises ConfigErrors.
 
-    `starting`: this is for a daemon that begins, which needs no file where none was given to it.
+    `starting`: for a daemon that starts.  It does not need the default file to exist.
     """
     return check.load(
         path or options.conf_path,
@@ -144,8 +144,8 @@ def read_config(
 def serve(options: Options, program: Program, stored: Mapping[str, int]) -> int:
     """Start the daemon and serve until it is told to stop.  Raises VmdError if it cannot start.
 
-    `stored` is what earlier daemons have stored.  A daemon that takes the place of one of them has the configuration of
-    that one: what vm.conf says by now may be wrong, and guests run.
+    `stored` has the descriptors that earlier daemons have stored.  A daemon that takes the place of an earlier one uses
+    the earlier one's configuration: guests run, and vm.conf may have errors by now.
     """
     need_root()
     debug_filters(options)
@@ -154,7 +154,7 @@ def serve(options: Options, program: Program, stored: Mapping[str, int]) -> int:
     store = Store(stored)
     truth, config = former(store)
     if config is None:
-        config = read_config(options, starting=True)  # first: a mistake is to be heard of at once
+        config = read_config(options, starting=True)  # before anything else, so that an error is reported at once
     kvm_fd = open_kvm(options, adopts=truth is not None)
     raise_file_limit(config.settings.limit_vms)
     for warning in host_warnings(config):
@@ -171,7 +171,7 @@ def serve(options: Options, program: Program, stored: Mapping[str, int]) -> int:
         form = service.choose_log(options.debug)
         log.setup("vmd", form, options.verbosity)
         for line in landlock.limits(landlock.abi()):
-            log.debug(line)  # once, and not by each process
+            log.debug(line)  # here once, instead of in each process
         scores = OomScores()
         children = Children(uid, gid, config.settings.first_id, lock)
         state = StateFile(state_directory())
@@ -185,7 +185,7 @@ def serve(options: Options, program: Program, stored: Mapping[str, int]) -> int:
         parent.loop.run()
         if parent.handed_over:
             parent.lasting.save_now()
-            end.pop_all()  # all of that is the next daemon's
+            end.pop_all()  # lock and socket now belong to the next daemon
             return parent.exit_status
         parent.finish()
         children.reap(CHILD_EXIT_TIMEOUT_S)
@@ -196,41 +196,41 @@ def serve(options: Options, program: Program, stored: Mapping[str, int]) -> int:
 
 
 def debug_filters(options: Options) -> None:
-    """Have system calls that are refused named before they kill, if somebody asks for that and looks at the log."""
+    """Allow that refused system calls are named before they kill, with -d only."""
     if DEBUG in os.environ:
         if options.debug:
             log.warn(f"{DEBUG}: refused system calls are named; the confinement is weaker, so use no guests of others")
             return
-        log.warn(f"{DEBUG} in the environment means nothing without -d")
+        log.warn(f"{DEBUG} in the environment has no effect without -d")
         del os.environ[DEBUG]
 
 
 def need_root() -> None:
-    """Raise VmdError for other users."""
+    """Raise VmdError unless this process runs as root."""
     if os.geteuid() != 0:
         raise VmdError("need root privileges: run vmd as root")
 
 
 def former(store: Store) -> tuple[Truth | None, Config | None]:
-    """Return what the daemon before us knew, and its configuration; nothing if there was none.
+    """Return the state of an earlier daemon and its configuration; None and None if there is no usable state.
 
-    Where that cannot be used, everything is forgotten that is stored: its guests are asked to shut down then.  Where no
-    vmm is left there are no guests, and this daemon begins as the first one did.
+    If a stored state is not usable, all stored descriptors are closed.  The vmms of the earlier daemon then ask their
+    guests to shut down.  If no vmm is left, there are no guests, and this daemon starts like the first one.
     """
     if "state" in store.names and not has_guests(store.names):
-        log.error("every vmm of the vmd before this one has ended, and its VMs with it: those of vm.conf start again")
+        log.error("every vmm of the vmd before this one has ended, and its VMs with it: VMs of vm.conf start again")
     elif "state" in store.names:
         try:
             return read_state(store)
         except (VmdError, OSError) as error:
-            log.crit(f"{sentence(error)}: guests of that one are shut down")
+            log.crit(f"{sentence(error)}: its guests are shut down")
     for name in store.names:
         store.remove(name)
     return None, None
 
 
 def read_state(store: Store) -> tuple[Truth, Config]:
-    """Return what the daemon before us knew, and its configuration.  Raises VmdError or OSError."""
+    """Return the state of an earlier daemon and its configuration.  Raises VmdError or OSError."""
     memory = StateMemory(store.duplicate("state"))
     try:
         truth = read(memory)
@@ -240,18 +240,21 @@ def read_state(store: Store) -> tuple[Truth, Config]:
 
 
 def open_kvm(options: Options, *, adopts: bool) -> int:
-    """Return /dev/kvm; -1 where there is none, and VMs run that need it no more.  Raises NoKvm."""
+    """Return a descriptor of /dev/kvm.  Raises NoKvm if there is none.
+
+    A daemon that adopts VMs gets -1 instead, because VMs that run do not need it.
+    """
     try:
         return service.wait_for_kvm(0 if options.debug or adopts else service.KVM_WAIT_S)
     except service.NoKvm as error:
         if not adopts:
             raise
-        log.error(f"{error}: a VM that is started now may fail")
+        log.error(f"{error}: a start of a VM may fail")
         return -1
 
 
 def control_socket(options: Options, config: Config, store: Store) -> socket.socket:
-    """Return the control socket: that of the daemon before us, or a new one.  Raises OperatorError or HostError."""
+    """Return the control socket: the stored one, or a new one.  Raises OperatorError or HostError."""
     if "listener" in store.names and os.path.exists(options.socket_path):
         try:
             return socket.socket(fileno=store.duplicate("listener"))
@@ -263,9 +266,9 @@ def control_socket(options: Options, config: Config, store: Store) -> socket.soc
 
 
 def announce(options: Options, stored: Mapping[str, int]) -> Callable[[], None]:
-    """Return what tells our starter that the daemon serves, after going to the background if we should.
+    """Go to the background, if needed; return a function that reports that the daemon serves clients.
 
-    A daemon that takes the place of another one is where that was.
+    A daemon that takes the place of an earlier one is already in the background, or is to stay in the foreground.
     """
     if options.debug or stored or os.environ.get("NOTIFY_SOCKET"):
         return service.notify_ready

@@ -292,5 +292,5 @@ def test_an_instance_has_the_seed_of_its_template_under_its_own_name() -> None:
     asked = VmConfig(name="i", seed=SeedConfig(user="a", user_data="/etc/shadow", password="/etc/shadow"))
     taken = described(StartRequest(name="i", config=asked), given_boot=False, given_initrd=False, given_seed=True)
     assert taken.seed == SeedConfig(user="a")
-    with pytest.raises(OperatorError, match="a seed that nobody gave"):
+    with pytest.raises(OperatorError, match="the seeds that are configured"):
         described(StartRequest(name="i", config=asked), given_boot=False, given_initrd=False, given_seed=False)
