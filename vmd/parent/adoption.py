@@ -210,7 +210,7 @@ class Adoption:
         """A vmm reports a VM: adopt it."""
         generation = self.generations.find(channel)
         if generation is None or not generation.asked:
-            raise PeerError(channel.label, "tells of VMs unasked")
+            raise PeerError(channel.label, "reports VMs without a request")
         known = self.known.pop(message.vmid, None)
         vm = self.core.vms.find(message.vmid, "")
         if known is None or vm is None:
@@ -259,7 +259,7 @@ class Adoption:
         master, slave, shown = (envelope.take_fd(name) for name in ("tty", "tty_slave", "shown"))
         if shown is None:
             close_all(fd for fd in (master, slave) if fd is not None)
-            raise HostError("take over what its console shows", errno.ENOENT)
+            raise HostError("take over the output of its console", errno.ENOENT)
         vm.backlog = Backlog(shown, known.shown_before)
         vm.console_user = ""
         if master is not None and slave is not None:
@@ -318,7 +318,7 @@ class Adoption:
         """A vmm lists its VMs, which it reports before this or after it."""
         generation = self.generations.find(channel)
         if generation is None or not generation.asked or generation.awaited is not None:
-            raise PeerError(channel.label, "tells of VMs unasked")
+            raise PeerError(channel.label, "reports VMs without a request")
         (process,) = envelope.take_fds("process")
         child = Adopted("vmm", process)
         generation.child = child

@@ -391,7 +391,7 @@ class Parent(Process):
 
     def abandon(self) -> None:
         """End, and leave the adopted VMs to the next daemon: an error of this daemon must not end them."""
-        log.crit(f"this vmd cannot go on; {sum(vm.alive for vm in self.core.vms)} VMs run on")
+        log.crit(f"this vmd cannot continue; {sum(vm.alive for vm in self.core.vms)} VMs run on")
         self.handed_over = True
         self.loop.stop()
 

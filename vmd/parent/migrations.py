@@ -123,7 +123,7 @@ class Migrations:
             raise OperatorError(errno.EBUSY, f"vm {vm.name} is {vm.state.value}")
         if not step:
             what = message.step.name.lower().replace("_", " ")
-            raise OperatorError(errno.EINVAL, f"vm {vm.name}: `{what}` is not what comes next")
+            raise OperatorError(errno.EINVAL, f"vm {vm.name}: `{what}` is not the next step")
         self.clients.wait(envelope.peerid, For.TRANSFER, vm.vmid)
         step()
 

@@ -409,7 +409,7 @@ class Network:
             nic.replace(forwards=tuple(each for each in nic.forwards if each in other.forwards))
             for nic, other in zip(before.nics, wanted.nics, strict=False)
         ]
-        ended = "forwards that vm.conf no longer has have ended"
+        ended = "the forwards that were removed from vm.conf have ended"
         return self.change_forwards(vm, before.replace(nics=tuple(nics)), ended)
 
     def on_forwards_set(self, message: ForwardsSet, _envelope: Envelope) -> None:

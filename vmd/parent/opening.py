@@ -504,7 +504,7 @@ class Openings:
         """Return the opener of a channel.  Raises PeerError if it has no job."""
         opener = self._all.get(channel)
         if opener is None or opener.opening is None:
-            raise PeerError(channel.label, "answers what it was not asked")
+            raise PeerError(channel.label, "answered a request that was not made")
         return opener
 
     def _on_lost(self, channel: "Channel", error: PeerError | None) -> None:

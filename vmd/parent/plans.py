@@ -160,7 +160,7 @@ class Plans:
             text = "no addresses are left for its local interfaces; see `local prefix` and `local inet6 prefix`"
             raise OperatorError(errno.ERANGE, f"vm {config.name}: {text}")
         if identity.number and identity.number != chosen:
-            log.info(f"vm {config.name}: its local interfaces have other addresses than before, which are not free")
+            log.info(f"vm {config.name}: its local interfaces get other addresses, because the earlier ones are in use")
         if identity.number != chosen:
             identity.number = chosen
             identities.changed(key)

@@ -160,7 +160,7 @@ def on_its_disks(config: VmConfig, message: StartRequest) -> VmConfig:
     if bool(message.kernel) != (kernel is not None) or bool(message.initrd) != (initrd is not None):
         raise ValueError("a boot image is neither on a disk of the vm nor sent as an open file")
     if "kernel" in message.files or (initrd is not None and "initrd" in message.files):
-        raise ValueError("kernel and initrd are both on disks of the vm, or both are files of the host")
+        raise ValueError("kernel and initrd must both be on disks of the vm, or both be files of the host")
     return config.replace(kernel=message.kernel or config.kernel, initrd=message.initrd)
 
 

@@ -138,7 +138,7 @@ class Snapshots:
             except ValueError as error:
                 raise OperatorError(errno.EINVAL, str(error)) from None
         elif listing == bool(message.tag):
-            raise OperatorError(errno.EINVAL, "a list has no tag, and everything else has one")
+            raise OperatorError(errno.EINVAL, "a list takes no tag; every other action needs one")
         if vm.alive:
             vm.require_pausable()
         vm.require_unchanging()
@@ -262,7 +262,7 @@ class Snapshots:
         """Pass a row of a list on to the client."""
         job = self._of(channel)
         if job.action is not SnapshotAction.LIST:
-            raise PeerError(channel.label, "lists what it was not asked for")
+            raise PeerError(channel.label, "sent a list that was not requested")
         self._watch(job)
         for wait in self.clients.waiting(For.IMAGES, job.vm.vmid):
             self.clients.answer(wait.client, message)
@@ -297,7 +297,7 @@ class Snapshots:
                 self.core.peers.send(Proc.VMM, TakeDisksBack(vmid=vm.vmid))
             return
         if job.lent:
-            raise PeerError("vmm", f"vm {vm.name} lends what nobody has asked for")
+            raise PeerError("vmm", f"vm {vm.name} lent its disks without a request")
         job.lent = True
         if message.text and job.failure is None:
             job.failure = OperatorError(errno.EIO, message.text)
@@ -323,7 +323,7 @@ class Snapshots:
             job.gone = True
             if job.revived:
                 job.failure = job.failure or OperatorError(
-                    vm.code, f"its disks are those of the snapshot, but it did not go on: {vm.text or 'it has ended'}"
+                    vm.code, f"its disks are the snapshot's, but it did not continue: {vm.text or 'it has ended'}"
                 )
                 self._answer(job)
             elif job.ended:
@@ -372,7 +372,7 @@ class Snapshots:
         """Return the job of an imgwriter.  Raises PeerError if it has none, or a result without `answered`."""
         job = self.jobs.get(channel)
         if job is None or (job.answered and not answered):
-            raise PeerError(channel.label, "answers what it was not asked")
+            raise PeerError(channel.label, "answered a request that was not made")
         return job
 
     # --- the end ---------------------------------------------------------------------------------------

@@ -487,7 +487,7 @@ class Vm:
             self.backlog = Backlog.create(self.shown_before)
         except OSError as error:
             pty.close()
-            raise HostError("keep what the console shows", error) from error
+            raise HostError("keep the output of the console", error) from error
         self.pty = pty
         return True
 
@@ -515,7 +515,7 @@ class Vm:
             "memory": self.memory,
             **{names[name]: fd for name, fd in self.kept.items()},
         }
-        copies = copy_all(list(ours.values()), f"hand over {self.pty.path}, and what else vm {self.name} begins with")
+        copies = copy_all(list(ours.values()), f"hand over {self.pty.path} and the other files of vm {self.name}")
         return {name: [fd] for name, fd in zip(ours, copies, strict=True)}
 
     def take_console(self) -> tuple[Pty, Output] | None:

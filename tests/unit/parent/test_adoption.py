@@ -346,11 +346,11 @@ def test_what_was_said_to_the_parent_before_does_not_count(core: Core, room: Roo
 def test_a_vmm_that_tells_of_vms_unasked(core: Core, room: Room) -> None:
     """Breaks the protocol; so does one that tells of all of them twice."""
     made, (line,) = adoption(core, room, 1)
-    with pytest.raises(PeerError, match="unasked"):
+    with pytest.raises(PeerError, match="without a request"):
         hold(made, line, VmHeld(vmid=1))
     expect(made, core)
     all_held(made, line)
-    with pytest.raises(PeerError, match="unasked"):
+    with pytest.raises(PeerError, match="without a request"):
         all_held(made, line)
 
 

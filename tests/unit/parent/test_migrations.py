@@ -262,7 +262,7 @@ def test_steps_that_are_not_next(parent: Any) -> None:  # noqa: ANN401
     """Refused, as are those of others than who carries it; nothing is told to anybody."""
     vm = go_out(parent, until="asked")
     for what in (Step.COMMIT, Step.DONE):
-        with pytest.raises(OperatorError, match="is not what comes next"):
+        with pytest.raises(OperatorError, match="is not the next step"):
             step(parent, what)
     with pytest.raises(OperatorError, match="is not being migrated by this client"):
         step(parent, Step.GO_ON, client=OTHER)

@@ -734,7 +734,8 @@ def test_a_port_that_goes_from_one_vm_to_another(parent: FakeParent) -> None:
     notes += [note for vm, wanted in after.items() for note in parent.network.change_forwards(vm, wanted)]
     assert [vm.config.nics[0].forwards for vm in after] == [(SSH, stays), ()]
     assert notes == [
-        "vm second: forwards that vm.conf no longer has have ended", "vm first: its new forwards count from now on"
+        "vm second: the forwards that were removed from vm.conf have ended",
+        "vm first: its new forwards count from now on"
     ]  # fmt: skip
 
 

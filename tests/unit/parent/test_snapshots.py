@@ -30,5 +30,5 @@ def test_imgwriter_that_gives_the_state_for_long_is_not_given_up() -> None:
 
     room.on_message(SnapshotWord(), channel)
     assert job.deadline is not None
-    with pytest.raises(PeerError, match="what it was not asked"):
+    with pytest.raises(PeerError, match="a request that was not made"):
         room.on_message(SnapshotsChanged(), channel)
