@@ -311,9 +311,10 @@ class Migrations:
         return None
 
     def on_judged(self, vm: Vm, receiving: Receiving, opened: "Opened") -> None:
-        """The header is accepted.  Check that no VM of this host has the disks or addresses, and that the sender can.
+        """The header is accepted.  Check the addresses and the disks, which are still the sender's.
 
-        `opened` says which disks are in use.  Raises OperatorError.
+        The addresses must be free here.  The disks must be in use, as `opened` says, but not by a VM of this host.
+        Raises OperatorError.
         """
         config = vm.running_config
         assert config is not None

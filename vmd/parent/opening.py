@@ -67,7 +67,7 @@ class Given(Record):
     """Files that a client has opened for a start: a kernel, an initrd, the source of a seed."""
 
     client: int  # number of the connection, whose control holds the files
-    user: Owner  # whose rights an opener has that takes the files
+    user: Owner  # the files are taken by an opener with the rights of this user
     names: tuple[str, ...]  # some of kernel, initrd, seed
     check_mode: bool  # the user must be allowed to read the files, by their modes
     copies: "Mapping[str, int]" = types.MappingProxyType({})  # empty memory files for copies; the VM owns them

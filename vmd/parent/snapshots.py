@@ -369,7 +369,10 @@ class Snapshots:
         return job.vm.vmid if job is not None else 0
 
     def _of(self, channel: "Channel", *, answered: bool = False) -> Job:
-        """Return the job of an imgwriter.  Raises PeerError if it has none, or a result without `answered`."""
+        """Return the job of an imgwriter.  Raises PeerError if there is none.
+
+        Without `answered` it also raises if the imgwriter has sent its result already.
+        """
         job = self.jobs.get(channel)
         if job is None or (job.answered and not answered):
             raise PeerError(channel.label, "answered a request that was not made")
@@ -426,7 +429,7 @@ class Snapshots:
                 self._answer(job)
 
     def _give_back(self, job: Job) -> None:
-        """End the lending of disks."""
+        """Let a VM take its disks back, or kill it if its disks may have changed."""
         if job.action is SnapshotAction.LIST:
             self._answer(job)
         elif job.told and job.action is SnapshotAction.GO_BACK:

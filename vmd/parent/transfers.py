@@ -95,7 +95,7 @@ class Transfers:
             self.core.peers.send(Proc.VMM, PauseVm(vmid=vm.vmid, paused=message.paused, force=message.force))
 
     def on_pause_done(self, message: PauseDone, _envelope: Envelope) -> None:
-        """A VM was paused or unpaused, or that has failed."""
+        """A VM was paused or unpaused, or the attempt has failed."""
         vm = self.vms.living(message.vmid)
         vm.pause_changed(paused=message.paused)
         client = self.clients.take_first(For.PAUSE, vm.vmid)
