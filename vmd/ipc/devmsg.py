@@ -6,23 +6,23 @@ device has two SOCK_SEQPACKET channels, one packet a message (arch. 3):
     sync   the VM asks, the device answers the same type; one question at a time, 10 s to answer
     async  either side informs; nobody waits
 
-All layouts are little-endian.  A packet of a wrong length or an unknown type is the end of the device: the VM
-takes it for failed, the device exits.
+All layouts are little-endian.  A packet of a wrong length or an unknown type ends the device: the VM declares the
+device failed, the device exits.
 
-Descriptors a device process finds at start-up (`FD_*`):
+Descriptors that a device process has at start-up (`FD_*`):
 
     3 sync   4 async   5 the interrupt page (memfd, one page)
     6 resample: readable when the guest has ended an INTx interrupt
     7 .. 7+Q-1      kick of queue 0 .. Q-1: the guest's notification (KVM_IOEVENTFD)
     7+Q .. 7+2Q-1   call of queue 0 .. Q-1: write 1 to interrupt the guest (KVM_IRQFD)
 
-With START come guest memory (memfd), the file of figures (see there), then the host resources of the device: image
-chain (top first), ISO, tap (and with NET_VHOST two more, see there).  So a process can be started, and wait, before
-there is a VM for it.
+The descriptors of START are guest memory (memfd), the file of figures (see below), then the host resources of the
+device: image chain (top first), ISO, or tap (NET_VHOST adds two).  None of them is needed to start a process, so a
+process can wait in reserve before there is a VM for it.
 
 The interrupt page holds u32 counters: `raised` of queue q at 4*q, stored only by the thread that owns the
 queue; `seen` of queue q at 4*(QUEUES_MAX + q), stored only by the VM process when the guest reads ISR.
-An INTx interrupt of queue q is unacknowledged while they differ.
+An INTx interrupt of queue q is unacknowledged while the two differ.
 """
 
 from struct import Struct
@@ -37,57 +37,58 @@ QUEUES_MAX = 8
 REGIONS_MAX = 8
 RESOURCES_MAX = 8
 PACKET_MAX = 4096
-CONFIG_MAX = 104  # bytes of configuration space, as many as the legacy registers leave room for
+CONFIG_MAX = 104  # bytes of configuration space; the legacy registers leave room for no more
 ANSWER_TIMEOUT_S = 10.0
 
 TYPE = Struct("<I")  # first word of every packet
 
 # --- figures ---------------------------------------------------------------------------------------------
 
-# What a device counts it leaves in a memory file that all devices of a VM share, and that the parent reads.  The file
-# has FIGURES_SLOTS slots of FIGURES_SLOT_BYTES.  START says which slot is whose, and only its device writes to it, once
-# for each round of its ring, before the guest hears of that.  A slot is u64: the number of the device's kind in
-# FIGURES_KINDS, from 1 on (0: nobody has the slot); the index of the device; the number of figures; and those, in the
-# order of FIGURES.  A figure that is added comes last, as does a kind, and none goes.  (Message 9 asked for counters.)
+# Devices store their counters into a memory file, which all devices of a VM share, and which the parent reads.  The
+# file has FIGURES_SLOTS slots of FIGURES_SLOT_BYTES.  START assigns a slot to each device, and only that device writes
+# to the slot: once for each round of its ring, before it interrupts the guest.  A slot is an array of u64: the place of
+# the device's kind in FIGURES_KINDS, counted from 1 (0: the slot is free); the index of the device; the number of
+# figures; then the figures in the order of FIGURES.  New figures and new kinds are added at the end, and none is ever
+# removed.  (Message 9 once asked for counters; its number is not used again.)
 FIGURES_SLOTS = 16
 FIGURES_SLOT_BYTES = 512
 FIGURES_BYTES = FIGURES_SLOTS * FIGURES_SLOT_BYTES
 FIGURES_HEAD = 3  # words before the first figure
-# The last bytes of the slot of a network interface are the host name with which the guest has asked for its address,
-# in ASCII, zeroes behind it; none: it has no lease, or gave no name.
+# The last bytes of a network interface's slot are the host name that the guest gave when it asked for its address, in
+# ASCII, padded with zeroes.  All zeroes: the guest has no lease, or gave no name.
 HOST_NAME_BYTES = 64
 COUNTER_NAMES = (
     "rx_packets", "rx_bytes",  # to the guest; bytes of frames, without virtio headers
-    "rx_no_room",              # frame larger than a buffer, or than all of them
+    "rx_no_room",              # frame larger than a buffer; with mergeable buffers, larger than all buffers together
     "rx_filtered",             # `locked`: for another link-layer address
     "rx_malformed",            # shorter than an Ethernet header
-    "rx_injected_lost",        # answer of ours to a guest that takes none
+    "rx_injected_lost",        # an answer of this process, dropped because the guest takes none
     "tx_packets", "tx_bytes",  # from the guest, handed to the tap
     "tx_short", "tx_long",     # frame shorter than an Ethernet header; longer than MTU or segmentation allow
     "tx_spoofed",              # `locked`: from another link-layer address
-    "tx_refused",              # the kernel would not have it: mostly wrong offsets of offloads
+    "tx_refused",              # the kernel refused the frame: mostly wrong offsets of offloads
     "tx_link_down",            # no link
     "tx_busy",                 # the tap took nothing for a second
     "tx_answered",             # taken by DHCP or router advertisement
     "dhcp_offers", "dhcp_acks", "dhcp_naks", "dhcp_bootp", "ra_sent",
     "lease_s", "lease_requested",
-    # requests of DHCP and BOOTP that were not answered, and went on to the tap:
+    # DHCP and BOOTP requests that were not answered, and were passed on to the tap:
     "dhcp_other_server",       # for another server
     "dhcp_other_address",      # about an address that is not the guest's
     "dhcp_other_client",       # from another Ethernet address
-    "dhcp_declines",           # DECLINE: the guest has found somebody else with its address
+    "dhcp_declines",           # DECLINE: the guest has found another user of its address
     "dhcp_releases",           # RELEASE
-    "dhcp_no_address",         # INFORM that says no address
-    "dhcp_unknown_type",       # of a type that no client sends
+    "dhcp_no_address",         # INFORM without an address
+    "dhcp_unknown_type",       # a type that no client sends
     "dhcp_malformed",          # wrong sums, lengths or options
     "dhcp_relayed",            # came through a relay
-    "dhcp_wants_file",         # BOOTP for a certain boot file
-    "dhcp_too_long",           # the answer would be longer than the client takes
+    "dhcp_wants_file",         # BOOTP that asks for a boot file by name
+    "dhcp_too_long",           # the answer would be longer than the client accepts
     "rx_throttled", "rx_throttled_ns",  # how often, and for how long, frames had to wait for a limit
     "tx_throttled", "tx_throttled_ns",
-    "vhost",                   # 1 while the kernel moves the frames: the device counts none of them then
+    "vhost",                   # 1 while the kernel moves the frames; the device then does not count them
 )  # fmt: skip
-COUNTERS_LEAST = COUNTER_NAMES.index("rx_throttled")  # so many, at least, does a process of any version have
+COUNTERS_LEAST = COUNTER_NAMES.index("rx_throttled")  # a process of any version has at least so many
 FIGURES = {
     "viornd": ("requests", "bytes", "delayed"),
     "vionet": COUNTER_NAMES,
@@ -105,9 +106,9 @@ FIGURES_KINDS = tuple(FIGURES)
 
 # START: the first packet.  Answered READY on both channels, or ERROR.
 #   verbosity, log form (index into log.FORMS), index of the device in its VM, number of queues,
-#   number of resource descriptors, flags (below), number of memory regions, slot of its figures; then REGION each;
-#   then RESOURCE for each resource; then NET or SERIAL, if flags say so; then, UTF-8, the title of the process, a name
-#   for each resource, and with NET the guest's host name, with a NUL before each name.
+#   number of resource descriptors, flags (below), number of memory regions, slot of its figures; then a REGION for each
+#   memory region; then a RESOURCE for each resource; then NET or SERIAL, if the flags say so; then in UTF-8 the title
+#   of the process, a name for each resource, and with NET the guest's host name, with a NUL before each name.
 START = 1
 START_HEAD = Struct("<IIIIIIIII")
 REGION = Struct("<QQQI4x")  # gpa, size, file offset, flags (REGION_READ_ONLY)
@@ -115,31 +116,33 @@ REGION_READ_ONLY = 1
 START_READ_ONLY = 1  # disk: the guest may not write
 START_NET = 2  # network interface: NET follows, and the host name
 START_SERIAL = 4  # disk: SERIAL follows; without it the serial number is the name of the device, such as vioblk0
-RESOURCE = Struct("<I")  # of an image what its user, or the image above it, says (RESOURCE_*); of others 0
-RESOURCE_QCOW2 = 1  # else raw; never guessed by the device process
-RESOURCE_GUESSED = 2  # nobody said it, only its own first bytes: writes that would change what they say are refused
-RESOURCE_DISCARD_SHIFT = 8  # the bits from here on: discard granularity of a block device in sectors, 0 if unknown
+RESOURCE = Struct("<I")  # of an image: RESOURCE_*; of other resources 0
+RESOURCE_QCOW2 = 1  # the format is qcow2; without it, raw.  The device process never guesses the format
+# The format was guessed from the image's first bytes: neither the user nor the image above it names a format.  Writes
+# that would lead to another guess are refused.
+RESOURCE_GUESSED = 2
+RESOURCE_DISCARD_SHIFT = 8  # from this bit on: discard granularity of a block device in sectors, 0 if unknown
 RESOURCE_DISCARD_MAX = (1 << 24) - 1
 
-# NET: of a network interface, addresses as they are on the wire, all zero for none:
-#   the guest's link-layer address, the tap's; flags (NET_*), MTU (0: the guest is told none); of a `local` one the
-#   addresses of guest and host, the host's link-local one (none: made from its link-layer address), the /64 prefix
-#   that is announced to the guest, DNS_MAX name servers of either family, behind one another (none: the host), and
-#   the length of the network of guest and host (0: 31).
+# NET: of a network interface.  Addresses are in wire order; an address that is not given is all zero.
+#   the guest's link-layer address; the tap's link-layer address; flags (NET_*); MTU (0: the guest is told none);
+#   of a `local` interface also: the IPv4 addresses of guest and host; the host's link-local IPv6 address (not given: it
+#   is made from the tap's link-layer address); the /64 prefix that is announced to the guest; DNS_MAX IPv4 name
+#   servers, then DNS_MAX IPv6 name servers (none given: the host); the prefix length of the IPv4 network (0: 31).
 NET = Struct("<6s6sHH4s4s16s16s12s48sI")
-NET_LOCKED = 1  # `locked lladdr`: the guest sends from its own link-layer address and sees what is for it
-NET_LOCAL = 2  # `local interface`: the guest is given its addresses
+NET_LOCKED = 1  # `locked lladdr`: the guest sends from its own link-layer address, and sees only frames for it
+NET_LOCAL = 2  # `local interface`: this process tells the guest its addresses
 NET_ASKS = 8  # the VM is asked for name servers before the guest is answered (ASK_RESOLVERS)
-NET_PXE = 4  # it boots from this interface: DHCP names it, and a boot file
-# The kernel may move the frames.  Behind the tap come two more resources: /dev/vhost-net, open for both; and a packet
-# socket, bound to the tap, not blocking, with PACKET_VNET_HDR.  A locked filter leaves of what the socket hears only
-# what the guest sends and the process has to know: ARP, neighbour advertisements, and of a `local` interface DHCP and
-# router solicitations.  What the process sends there goes to the guest.  Filters on the tap keep the rules of such an
-# interface (NET_LOCKED).
+NET_PXE = 4  # the guest boots from this interface: DHCP answers name a boot file
+# The kernel may move the frames.  Two more resources follow the tap: /dev/vhost-net, open for reading and writing; and
+# a packet socket, bound to the tap, not blocking, with PACKET_VNET_HDR.  The socket has a locked filter: it receives
+# only frames of the guest that the process has to know, which are ARP and neighbour advertisements, and on a `local`
+# interface DHCP and router solicitations.  Frames that the process sends to the socket go to the guest.  Filters on the
+# tap enforce NET_LOCKED.
 NET_VHOST = 16
 DNS_MAX = 3
 
-SERIAL = Struct("<20s")  # of a disk: its serial number, zeroes behind it
+SERIAL = Struct("<20s")  # of a disk: its serial number, padded with zeroes
 
 # READY (sync and async): device features and configuration space.
 READY = 2
@@ -147,124 +150,129 @@ READY_HEAD = Struct("<IQI")  # type, device features, length of the configuratio
 
 # ACTIVATE: DRIVER_OK.  Answered ACTIVATE with status 0, or 1 if a ring cannot be used.
 ACTIVATE = 3
-ACTIVATE_HEAD = Struct("<IQI")  # type, negotiated features, number of queues; then QUEUE each
+ACTIVATE_HEAD = Struct("<IQI")  # type, negotiated features, number of queues; then a QUEUE for each
 QUEUE = Struct("<HHIQQQHH4x")  # size, enabled, reserved, desc, avail, used gpa, next avail, next used index
 
-# RESET, PAUSE, RESUME: answered when the device has finished what was in flight and touches no ring any more
-# (RESET forgets them); RESUME looks at every queue once.
+# RESET, PAUSE: answered when the device has finished the requests in flight and touches no ring any more.  RESET also
+# forgets the rings.  RESUME: the device goes on, and looks at every queue once.
 RESET = 4
 PAUSE = 5
 RESUME = 6
 STATUS = Struct("<II")  # type, status: 0 done, 1 failed
 
-# CONFIG_WRITE: the driver wrote configuration space.  Answered READY, with the space as it is now.
+# CONFIG_WRITE: the driver wrote to the configuration space.  Answered READY, with the space as it is now.
 CONFIG_WRITE = 7
 CONFIG_WRITE_HEAD = Struct("<III")  # type, offset, length; then the bytes
 
-# EXPORT: state for send/receive, while paused.  Answered EXPORT with QUEUE each (indices are what counts), and behind
-#   them bytes of the device's own, which RESTORE gives to its like elsewhere: type, bytes.  Answered with status 0.
+# EXPORT: state for send/receive, while paused.  Answered EXPORT with a QUEUE for each queue (only size and indices
+#   count), then up to OWN_MAX bytes of state that only the device understands.
+# RESTORE: type, then those bytes, to the same device of the received VM.  Answered with status 0.
 EXPORT = 8
 EXPORT_HEAD = Struct("<II")  # type, number of queues
 RESTORE = 43
-OWN_MAX = 64  # of those bytes
+OWN_MAX = 64
 
-# SETTLE: to a disk: is everything that was acknowledged on stable storage?  The first SETTLE after a PAUSE, or after
-#   SETTLE_AHEAD, begins to bring it there.  Answered SETTLE with a status; after SETTLED_NOT_YET the VM asks again.
+# SETTLE: to a disk: is every acknowledged write on stable storage?  The first SETTLE after a PAUSE, or after
+#   SETTLE_AHEAD, begins a flush.  Answered SETTLE with a status; after SETTLED_NOT_YET the VM asks again.
 SETTLE = 10
 SETTLED, SETTLED_FAILED, SETTLED_NOT_YET = 0, 1, 2
 
-# MARK, UNMARK: mark from now on what the device has changed in guest memory (`guestmem`), or no longer.  Answered with
-#   status 0.  What is changed after that is marked before the guest hears of it, and rings at the next PAUSE or RESET.
+# MARK: from now on, mark the pages of guest memory that the device changes (`guestmem`).  UNMARK: no longer.  Answered
+#   with status 0.  A page is marked before the guest hears of the change; the pages of rings are marked at the next
+#   PAUSE or RESET.
 MARK = 28
 UNMARK = 29
-# SETTLE_AHEAD: to a disk that goes on, before SETTLE, which then waits for what was acknowledged until now.  Answered
-#   with status 0.
+# SETTLE_AHEAD: to a disk that is not paused, before SETTLE: the next SETTLE covers every write that was acknowledged
+#   until now.  Answered with status 0.
 SETTLE_AHEAD = 30
 
-# LET_GO: to a disk that stands still and is settled: finish the image and let go of its lock, for the guest may go on
-#   elsewhere.  Answered LET_GO with a status, as STATUS has it.
-# TAKE_BACK: take the lock again.  Answered TAKE_BACK with TAKEN; in all other cases it is not taken: somebody has the
-#   image, or has written to it since it was let go, or it cannot be asked.
+# LET_GO: to a disk that stands still and is settled: finish the image and let go of its lock, because the guest may go
+#   on at another host.  Answered LET_GO with a status (see STATUS).
+# TAKE_BACK: take the lock again, after LET_GO or LOCK_LOST.  Answered TAKE_BACK with one of TAKEN_*.  The lock is ours
+#   with those in HAVE.  After LET_GO: TAKEN.  After LOCK_LOST: TAKEN, or TAKEN_WRITTEN if somebody else has written to
+#   the image meanwhile, or TAKEN_UNSURE if that is not known.  The lock is not taken with TAKEN_IN_USE (somebody else
+#   has it), TAKEN_CHANGED (the image was written to since LET_GO) and TAKEN_FAILED (the storage reports an error).
 LET_GO = 12
 TAKE_BACK = 13
-#   One that was lost (LOCK_LOST) is taken again by TAKE_BACK, too.  It is taken with TAKEN_WRITTEN if somebody has
-#   written to the image meanwhile, and with TAKEN_UNSURE if that is not known.
 TAKEN, TAKEN_IN_USE, TAKEN_CHANGED, TAKEN_FAILED, TAKEN_WRITTEN, TAKEN_UNSURE = range(6)
 HAVE = (TAKEN, TAKEN_WRITTEN, TAKEN_UNSURE)
-# LEND: to a disk: give away its open files.  Answered LEND with a status and, with status 0, the descriptors of its
-#   images, the disk itself first.  One that stands still touches them no more until RELOAD.
-# RELOAD: to a disk that stands still: somebody else has written to it.  Answered RELOAD with a status: 1 if it cannot
-#   be used any more.
+# LEND: to a disk: send the descriptors of its images.  Answered LEND with a status and, with status 0, the descriptors,
+#   the disk itself first.  A disk that stands still does not touch its images again until RELOAD.
+# RELOAD: to a disk that stands still: another process has written to its image.  Answered RELOAD with a status: 1 if
+#   the disk cannot be used any more.
 LEND, RELOAD = 50, 51
 
-# SIGN: to a disk whose guest has come from another place, and is about to run: write to the image without changing it,
-#   and make that last, so that the other place knows if it takes the image back.  Answered SIGN with a status.
+# SIGN: to a disk whose guest has come from another host, and is about to run: write to the image without changing it,
+#   and flush.  So the other host notices if it tries to take the image back.  Answered SIGN with a status.
 SIGN = 15
 
-# DIRECT: to a network device with NET_VHOST: type, 1 if an interrupt of any of its queues needs nothing but its call
-#   eventfd (MSI-X), 0 if the interrupt page has to tell of it, as before the first DIRECT.  Answered with status 0.
+# DIRECT: to a network device with NET_VHOST: type, 1 if an interrupt of each queue needs only its call eventfd (MSI-X),
+#   0 if the interrupt page must be stored to first (INTx), as before the first DIRECT.  Answered with status 0.
 DIRECT = 53
 DIRECT_BODY = Struct("<II")
 
-# ADDRESSES: which addresses has the guest told its neighbours?  Answered ADDRESSES with ANNOUNCED each, as of ANNOUNCE.
+# ADDRESSES: which addresses has the guest told its neighbours?  Answered ADDRESSES with an ANNOUNCED for each.
 ADDRESSES = 14
 
 # --- async -----------------------------------------------------------------------------------------------
 
-# ERROR: device -> VM: type, errno, sentence in UTF-8; the device cannot go on.  Sent on sync too, as the answer to
-#   whatever it was asked last.
+# ERROR: device -> VM: type, errno, sentence in UTF-8; the device cannot go on.  If a question is open, ERROR is also
+#   sent on sync, as its answer.
 ERROR = 16
 ERROR_HEAD = Struct("<II")
-# NEEDS_RESET: device -> VM: type, number of ACTIVATEs so far, sentence; the driver broke a ring that came with the
-#   last of them, the device waits for a reset.  (The VM may have begun another life of the device when it reads this.)
+# NEEDS_RESET: device -> VM: type, number of ACTIVATEs so far, sentence; the driver broke a ring of the last ACTIVATE,
+#   and the device waits for a reset.  (The number tells the VM whether it has sent a newer ACTIVATE meanwhile.)
 NEEDS_RESET = 17
 NEEDS_RESET_HEAD = Struct("<II")
-CONFIG_CHANGED = 18  # device -> VM: as READY; raise a configuration interrupt
+CONFIG_CHANGED = 18  # device -> VM: fields of READY; raise a configuration interrupt
 VERBOSITY = 19  # VM -> device: type, verbosity
 VERBOSITY_BODY = Struct("<II")
 SHUTDOWN = 20  # VM -> device: TYPE; flush and exit 0, as at the end of either channel
-HOSTMAC = 21  # VM -> network device: the tap's link-layer address, known or changed after START
+HOSTMAC = 21  # VM -> network device: the tap's link-layer address, when it becomes known or changes after START
 HOSTMAC_BODY = Struct("<I6s2x")
-# LINK: VM -> network device: link state, 0 down or 1 up, as its operator wants it.  The guest is told, by
-#   CONFIG_CHANGED, as it is when the tap itself goes down, comes up or vanishes.
+# LINK: VM -> network device: link state that the operator wants, 0 down or 1 up.  The guest is told by CONFIG_CHANGED,
+#   which is also sent when the tap itself goes down, comes up or vanishes.
 LINK = 22
 LINK_BODY = Struct("<II")
-# ANNOUNCE: VM -> network device: type, then up to ANNOUNCED_MAX times ANNOUNCED; the guest goes on at another place,
-#   let switches and the guest know, and its neighbours that it has these addresses.
+# ANNOUNCE: VM -> network device: type, then up to ANNOUNCED_MAX times ANNOUNCED.  The guest goes on at this host after
+#   a move: tell the switches and the guest, and tell the neighbours that the guest has these addresses.
 ANNOUNCE = 24
-ANNOUNCED = Struct("<B16s")  # kind; address, of IPv4 the first four bytes
-ANNOUNCED_4, ANNOUNCED_6, ANNOUNCED_ROUTER = 4, 6, 7  # the last: an address of IPv6 of a guest that is a router
+ANNOUNCED = Struct("<B16s")  # kind; address (IPv4: in the first four bytes)
+ANNOUNCED_4, ANNOUNCED_6, ANNOUNCED_ROUTER = 4, 6, 7  # the last: an IPv6 address of a guest that is a router
 ANNOUNCED_MAX = 16
 # TROUBLES: device -> VM: type; then everything that is wrong with the device now, as up to TROUBLES_MAX sentences in
-#   UTF-8 of up to TROUBLE_MAX bytes, with a NUL between them; none: nothing is.  Sent after READY whenever it changes.
+#   UTF-8 of up to TROUBLE_MAX bytes, with a NUL between them.  No sentence: nothing is wrong.  Sent after READY, and at
+#   each change.
 TROUBLES = 23
 TROUBLES_MAX = 3
 TROUBLE_MAX = 200
 # LEASE: network device -> VM: TYPE; the guest has been given its address, for the first time since it began to use the
 #   interface.
 LEASE = 31
-# ASK_RESOLVERS: network device -> VM: TYPE; a guest wants to know name servers.  Answered soon, whatever happens, by
-#   RESOLVERS with DNS_MAX name servers of either family (those not needed are zero), or SAME_RESOLVERS (TYPE) if
-#   nobody knows more than before.
+# ASK_RESOLVERS: network device -> VM: TYPE; a guest asks for name servers.  Always answered soon: by RESOLVERS with
+#   DNS_MAX IPv4 name servers, then DNS_MAX IPv6 name servers (unused entries are zero), or by SAME_RESOLVERS (TYPE) if
+#   no others are known than before.
 ASK_RESOLVERS = 25
 RESOLVERS = 26
 RESOLVERS_BODY = Struct("<I12s48s")
 SAME_RESOLVERS = 27
-# LOCK_LOST: disk -> VM: type, and a sentence in UTF-8; somebody else may have the image.  The machine is to stand still
-#   until TAKE_BACK.  Repeated every some seconds until then.
+# LOCK_LOST: disk -> VM: type, and a sentence in UTF-8; somebody else may have the image.  The machine has to stand
+#   still until TAKE_BACK.  Repeated every few seconds until then.
 LOCK_LOST = 45
-# RESIZE: VM -> disk: type, bytes that it is to have.  DISC: VM -> drive: type, flags (DISC_*), name in UTF-8; with the
-#   disc's descriptor, or without one for no disc.  One of them at a time; each is answered by CHANGED: an errno, or 0
-#   when it is done, and a sentence in UTF-8.  A disk that has become larger sends CONFIG_CHANGED first.
+# RESIZE: VM -> disk: type, new size in bytes.
+# DISC: VM -> drive: type, flags (DISC_*), name in UTF-8; with the descriptor of a disc, or without one to remove the
+#   disc.
+# CHANGED: device -> VM: type, errno, or 0 when it is done, and a sentence in UTF-8.  Answers each RESIZE and DISC, of
+#   which only one is open at a time.  A disk that has become larger sends CONFIG_CHANGED first.
 RESIZE = 40
 RESIZE_BODY = Struct("<I4xQ")
 CHANGED = 41
 CHANGED_HEAD = Struct("<II")
 DISC = 42
 DISC_HEAD = Struct("<II")
-DISC_FORCE = 1  # though the guest has locked the drive
-# LIMIT: VM -> disk or network device: type, requests a second, bytes a second, 0 for no limit; of an interface the
-#   former is 0, and the latter counts for each direction.  Sent after START where there is a limit, and later when it
-#   changes.
+DISC_FORCE = 1  # even if the guest has locked the drive
+# LIMIT: VM -> disk or network device: type, requests a second, bytes a second; 0 is no limit.  An interface has no
+#   limit of requests, and its limit of bytes holds for each direction.  Sent after START if there is a limit, and
+#   whenever it changes.
 LIMIT = 52
 LIMIT_BODY = Struct("<I4xQQ")
