@@ -390,7 +390,7 @@ def test_what_the_kernel_does_not_take_is_for_the_process_until_the_next_driver(
     rig.device.quiesce(forget=False)
     rig.device.resume()
     assert not rig.kernel.serves()
-    assert "the kernel does not take what is in a ring" in capfd.readouterr().err
+    assert "the kernel found an error in a ring" in capfd.readouterr().err
 
     rig.device.quiesce(forget=True)
     rig.begin()

@@ -1,8 +1,8 @@
-"""Which addresses a guest on a switch has, as far as it has told its neighbours: bytes in, bytes out.
+"""The addresses of a guest on a switch, learned from what it tells its neighbours: bytes in, bytes out.
 
-It is not asked.  What it says of itself by ARP (RFC 826) and by neighbour advertisements (RFC 4861) is remembered, so
-that others can be told when it goes on at another place: those it last spoke of.  They are what a guest says, and are
-used for nothing else.
+Nothing is sent to the guest to find them out.  The addresses come from its ARP packets (RFC 826) and neighbour
+advertisements (RFC 4861).  After a move to another host they are announced there.  The latest addresses are kept.  They
+are a guest's claims, so they are used for nothing else.
 """
 
 from vmd.devices.vionet.announce import ARP, ETHERNET, ETHERTYPE_ARP, KIND_ETHERNET, KIND_IPV4
@@ -11,15 +11,15 @@ from vmd.devices.vionet.ra import HOP_LIMIT, IP, UNSPECIFIED
 from vmd.ipc import devmsg
 
 ADVERTISEMENT = 136
-ROUTER = 0x80  # in the byte behind its sum
-MULTICAST = 0xFF  # first byte of such an address of IPv6
+ROUTER = 0x80  # flag, in the byte after the checksum
+MULTICAST = 0xFF  # first byte of a multicast IPv6 address
 ETHERTYPE = ETHERTYPE_ARP.to_bytes(2, "big")
 ARP_BYTES = ETHERNET.size + ARP.size
 ADVERTISEMENT_BYTES = HEADER_BYTES + IP.size + 24  # without options
-PADDED_BYTES = 60  # the shortest frame, as some drivers fill it up
-OPTION_BYTES = 8  # the sender's link-layer address
+PADDED_BYTES = 60  # length of the shortest frame, to which some drivers pad ARP packets
+OPTION_BYTES = 8  # the option with the sender's link-layer address
 LOOK_BYTES = ADVERTISEMENT_BYTES
-# Only frames that are so long are looked at: an ARP packet, an advertisement.
+# Only frames of these lengths are inspected: ARP packets and advertisements.
 LENGTHS = (ARP_BYTES, PADDED_BYTES, ADVERTISEMENT_BYTES, ADVERTISEMENT_BYTES + OPTION_BYTES)
 
 
@@ -28,10 +28,10 @@ class Addresses:
 
     def __init__(self, lladdr: bytes) -> None:
         self.lladdr = lladdr
-        self.known: tuple[bytes, ...] = ()  # devmsg.ANNOUNCED each, those that were told last in front
+        self.known: tuple[bytes, ...] = ()  # each a devmsg.ANNOUNCED, the latest first
 
     def learn(self, start: bytes) -> None:
-        """Look at the first LOOK_BYTES of a frame of the guest, or at all of it."""
+        """Learn from a frame of the guest; `start` is its first LOOK_BYTES, or the whole frame."""
         if start[SOURCE] != self.lladdr:
             return
         found = b""
@@ -40,7 +40,7 @@ class Addresses:
         elif start[TYPE] == IPV6 and len(start) >= ADVERTISEMENT_BYTES:
             found = of_advertisement(start)
         if found and self.known[:1] != (found,):
-            # A router may have become none, so the address alone says which entry this was.
+            # Entries are compared by address only: the kind changes when a router stops being one.
             others = [entry for entry in self.known if entry[1:] != found[1:]]
             self.known = (found, *others)[: devmsg.ANNOUNCED_MAX]
 
@@ -51,7 +51,7 @@ class Addresses:
 
 
 def of_advertisement(start: bytes) -> bytes:
-    """Return the address that a neighbour advertisement is about, as devmsg.ANNOUNCED; b"" if it is none."""
+    """Return the address that a neighbour advertisement tells, as devmsg.ANNOUNCED; b"" if `start` is none."""
     first, _, following, hops, source, _ = IP.unpack_from(start, HEADER_BYTES)
     message = start[HEADER_BYTES + IP.size :]
     target = message[8:24]

@@ -1,9 +1,9 @@
-"""What is said of a guest that goes on at another place: bytes out, nothing in.
+"""Announcements for a guest that goes on at another host: bytes out, nothing in.
 
-To switches: which port its Ethernet address is behind now (RARP, RFC 903: it needs no address of IPv4 or IPv6, and is
-what other hypervisors send).  To its neighbours: the addresses that it has told them itself, by ARP announcements
-(RFC 5227, 3) and unsolicited neighbour advertisements (RFC 4861, 7.2.6).  To the guest of a `local interface`: the
-Ethernet address of its router.
+They tell switches at which port the guest's Ethernet address is now.  That is RARP (RFC 903), which needs no IPv4 or
+IPv6 address, and which other hypervisors send too.  They tell neighbours the addresses that the guest has told them
+before, by ARP announcements (RFC 5227, 3) and unsolicited neighbour advertisements (RFC 4861, 7.2.6).  They tell the
+guest of a `local interface` the Ethernet address of its router.
 """
 
 from struct import Struct
@@ -19,26 +19,27 @@ ETHERTYPE_ARP, ETHERTYPE_RARP = 0x0806, 0x8035
 KIND_ETHERNET, KIND_IPV4 = 1, 0x0800
 REQUEST, REVERSE_REQUEST = 1, 3
 FRAME_MIN = 60  # without its checksum
-ADVERTISEMENT = Struct(">BBHI16sBB6s")  # type, code, sum, flags, target; type and length of an option, which is
-ADVERTISEMENT_TYPE, TARGET_LLADDR = 136, 2  # ... the target's link-layer address
+# Type, code, checksum, flags, target; then an option: its type and length, and the target's link-layer address.
+ADVERTISEMENT = Struct(">BBHI16sBB6s")
+ADVERTISEMENT_TYPE, TARGET_LLADDR = 136, 2
 ROUTER, OVERRIDE = 1 << 31, 1 << 29
 
-# Seconds after a guest goes on: more than once, for a bridge may not yet forward, and a frame may be lost.
+# Seconds after a guest goes on.  More than once, because a bridge may not forward yet, and a frame may be lost.
 ROUNDS_S = (0.0, 0.15, 0.5, 1.5, 4.0)
 
 
 def reverse_request(lladdr: bytes) -> bytes:
-    """Return a frame of a guest that says nothing but where its Ethernet address is."""
+    """Return a frame of a guest that tells only where its Ethernet address is."""
     return _frame(ETHERTYPE_RARP, REVERSE_REQUEST, lladdr, bytes(4), lladdr, bytes(4))
 
 
 def router_address(lladdr: bytes, address4: bytes) -> bytes:
-    """Return a frame that says which Ethernet address an IPv4 address has: the host's, or a guest's own."""
+    """Return a frame that tells the Ethernet address of an IPv4 address, which is the host's or a guest's own."""
     return _frame(ETHERTYPE_ARP, REQUEST, lladdr, address4, bytes(6), address4)
 
 
 def address(lladdr: bytes, entry: bytes) -> bytes:
-    """Return a frame of a guest that says it has an address, which is a devmsg.ANNOUNCED."""
+    """Return a frame of a guest that tells one of its addresses; `entry` is a devmsg.ANNOUNCED."""
     kind, raw = devmsg.ANNOUNCED.unpack(entry)
     if kind == devmsg.ANNOUNCED_4:
         return router_address(lladdr, raw[:4])

@@ -1,8 +1,8 @@
-"""Buffers for frames that arrive: chains of the receive queue, looked at some time before they are used.
+"""Buffers of the receive queue: descriptor chains that are read from the ring ahead of their use.
 
-As long as none of their bytes is a frame's, they still count as available.  So to stop, or to look at them in the
-other of two ways, is to forget them.  What drivers offer whose buffers can be merged, chains of one buffer each, often
-side by side in memory, is a `Run`; everything else is `Chains`.
+Until a frame is written to them, the chains stay available in the ring.  So the device can forget them at any time, to
+stop, or to read them again in the other way.  There are two ways.  `Run` is for chains of one buffer each, often
+adjacent in memory, as drivers offer them that can merge buffers.  `Chains` is for all others.
 """
 
 from _operator import add, sub
@@ -19,18 +19,18 @@ if TYPE_CHECKING:
 
     from vmd.virtio.queue import Queue
 
-    # head, windows on its buffers with the spill behind them, bytes in the former
+    # head, views of its buffers followed by the spill, bytes of its buffers
     Buffers = tuple[int, list[memoryview], int]
 
-RUN = 256  # chains of a run that are looked at ahead of their use
-STOCK = 64  # ... of others, which are dearer
+RUN = 256  # chains of a run that are read ahead at most
+STOCK = 64  # the same for `Chains`, which cost more
 IOV_MAX = 1024
 
 NEXT, WRITE, INDIRECT = spec.VIRTQ_DESC_F_NEXT, spec.VIRTQ_DESC_F_WRITE, spec.VIRTQ_DESC_F_INDIRECT
 
 
 class Columns:
-    """A queue's memory as columns: one kind of number of each descriptor, or of each element of a ring."""
+    """A queue's memory as columns: one field of all descriptors, or of all elements of the used ring."""
 
     def __init__(self, queue: "Queue") -> None:
         self.gpas = queue.table.cast("Q")[::2]
@@ -41,15 +41,16 @@ class Columns:
 
 
 class Run:
-    """Chains of one buffer each that were looked at: what they hold together is a stream of bytes, cut into buffers.
+    """Chains of one buffer each, read ahead.  Their buffers form a stream of bytes.
 
         base      ends[0]   ends[1]   ends[2]       places in the stream
         |   chain    |   chain    |   chain    |
         |  a piece of memory      |  another   |
                             stops[0]     stops[1]
 
-    What is at a place of the stream, in piece N, is in memory at that place + shifts[N].  The elements of all of them
-    are in the used ring already, as if they were full: nobody looks at them before the index says so.
+    A byte at a place of the stream, within piece N, is in memory at place + shifts[N].  The elements of all these
+    chains are in the used ring already, as if their buffers were full; the driver reads them only after the used index
+    has moved.
     """
 
     def __init__(self) -> None:
@@ -57,22 +58,22 @@ class Run:
         self.ends: list[int] = []
         self.stops: list[int] = []
         self.shifts: list[int] = []
-        self.queue: Queue | None = None  # that `columns` is of
+        self.queue: Queue | None = None  # the queue that `columns` belongs to
         self.columns: Columns | None = None
 
     def begin(self) -> None:
-        """Know of no queue."""
+        """Forget the queue and all chains."""
         self.forget()
         self.queue = self.columns = None
 
     def forget(self) -> None:
-        """Know of no chains."""
+        """Forget all chains."""
         self.base = 0
         for known in (self.ends, self.stops, self.shifts):
             known.clear()
 
     def use(self, count: int, piece: int) -> None:
-        """Drop the first chains; the stream goes on in a piece, of which others before it may have been used."""
+        """Remove the first `count` chains, which are used.  The stream goes on in piece number `piece`."""
         if count == len(self.ends):
             self.forget()
         elif count:
@@ -85,11 +86,14 @@ class Run:
         return self.columns
 
     def used_lengths(self, queue: "Queue") -> memoryview:
-        """Return the used ring's lengths: that of a frame's last chain, which it does not fill, is to be corrected."""
+        """Return the column of lengths in the used ring.  A frame's last chain is not full: its length is corrected."""
         return self._columns(queue).used_lengths
 
     def stock(self, queue: "Queue", least: int) -> bool:
-        """Look at waiting chains ahead; False if not all of them are such, of so many bytes at least."""
+        """Read available chains ahead.
+
+        Returns False, and reads none, if one of them is not a single writable buffer of at least `least` bytes.
+        """
         known = len(self.ends)
         waiting = min(queue.available(), RUN) - known
         if waiting <= 0:
@@ -100,7 +104,7 @@ class Run:
             flags = pick(columns.flags, heads)
             lengths = pick(columns.lengths, heads)
             gpas = pick(columns.gpas, heads)
-        except IndexError:  # of a head outside the table
+        except IndexError:  # a head outside the table
             return False
         if flags.count(WRITE) != waiting or min(lengths) < least:
             return False
@@ -115,7 +119,10 @@ class Run:
         return True
 
     def _find(self, queue: "Queue", place: int, begins: list[int], ends: list[int]) -> bool:
-        """Find the memory of buffers, which go on at a place of the stream; False if some have none to write to."""
+        """Add the pieces of memory of buffers, which follow `place` of the stream.
+
+        Returns False if a buffer is not in writable memory.
+        """
         if begins[1:] == ends[:-1]:
             begins, ends = begins[:1], ends[-1:]
         else:
@@ -134,35 +141,36 @@ class Run:
 
 
 class Chains:
-    """Chains of any form that were looked at, of which those in front of `at` are used."""
+    """Chains of any form, read ahead.  The first `at` of `known` are used."""
 
     def __init__(self, spill: memoryview) -> None:
-        """`spill` takes what does not fit a chain."""
+        """`spill` receives the rest of a frame that does not fit its chain."""
         self.spill = spill
         self.known: list[Buffers] = []
         self.at = 0
 
     def forget(self) -> None:
-        """Know of no chains."""
+        """Forget all chains."""
         self.known, self.at = [], 0
 
     @property
     def left(self) -> int:
-        """Return how many are not used."""
+        """Return the number of chains that are not used."""
         return len(self.known) - self.at
 
     @property
     def are_simple(self) -> bool:
-        """Return whether those that are left have one buffer each; else it costs much to look at them again."""
+        """Return whether each unused chain has one buffer.  If not, it would cost much to read them again as a run."""
         return all(len(views) == 2 for _, views, _ in self.known[self.at :])
 
     def stock(self, queue: "Queue", most: int, least: int) -> bool:
-        """Look at waiting chains, up to `most` ahead; return whether there are any.
+        """Read available chains ahead, up to `most` in all; return whether there are any.
 
-        It takes buffers as drivers lay them out, each in one region of memory; anything else is left to `Queue.walk`.
+        The loop takes chains as drivers make them, with each buffer in one region of memory.  `Queue.walk` takes the
+        others.
 
         Raises:
-            GuestError: a chain is broken, or has less room than `least` bytes.
+            GuestError: a chain is broken, or has room for less than `least` bytes.
         """
         del self.known[: self.at]
         self.at = 0
@@ -184,7 +192,7 @@ class Chains:
             room = 0
             usual = nested = False
             steps = IOV_MAX - 1
-            while following < size and steps:  # `break` is for the last one, and for what is not of the usual form
+            while following < size and steps:  # `break` ends it after the last buffer, or if the form is not usual
                 steps -= 1
                 gpa, length, flags, following = descriptor(raw, base + 16 * following)
                 if flags == INDIRECT and indirect and not nested and not views:
@@ -220,7 +228,10 @@ class Chains:
         return True
 
     def together(self, room_max: int) -> "tuple[list[memoryview], int]":
-        """Return windows on so many chains that they hold `room_max` bytes, if there are so many; and their bytes."""
+        """Return views of the next chains, with the spill behind them, and the room of the chains in bytes.
+
+        Takes chains until they have room for `room_max` bytes, or until no more fit into one read.
+        """
         views: list[memoryview] = []
         room = 0
         for _, buffers, capacity in self.known[self.at :]:
@@ -234,7 +245,7 @@ class Chains:
         return views, room
 
     def put(self, queue: "Queue", length: int) -> int:
-        """Give back so many chains as hold a frame that was written into them; return their number."""
+        """Give back the chains that hold a frame of `length` bytes; return their number."""
         used = 0
         for head, _, capacity in self.known[self.at :]:
             queue.put(head, min(length, capacity))
@@ -250,7 +261,7 @@ class Chains:
 def find(
     ranges: "Sequence[tuple[int, int, int, bool]]", begins: "Sequence[int]", ends: "Sequence[int]"
 ) -> list[int]:
-    """Return the ways from addresses of the guest to places in its memory, up to a range that may not be written to."""
+    """Return for each buffer (offset in memory - gpa).  Stops before a buffer that is not in writable memory."""
     deltas = []
     for begin, end in zip(begins, ends, strict=True):
         for start, stop, offset, writable in ranges:
@@ -263,7 +274,7 @@ def find(
 
 
 def store(ring: memoryview, first: int, values: list[int]) -> None:
-    """Store into a ring of words from a place on; it may go on at the ring's beginning."""
+    """Store words into a ring from place `first` on, continued at the ring's beginning."""
     words = memoryview(pack(f"{len(values)}I", *values)).cast("I")
     behind = min(len(values), len(ring) - first)
     ring[first : first + behind] = words[:behind]
@@ -272,13 +283,16 @@ def store(ring: memoryview, first: int, values: list[int]) -> None:
 
 
 def pick(column: memoryview, rows: list[int]) -> list[int]:
-    """Return some rows of a column.  Raises IndexError."""
-    source = column.tolist() if 4 * len(rows) > len(column) else column  # which is read faster as a whole
+    """Return the values of `rows` of a column.  Raises IndexError."""
+    source = column.tolist() if 4 * len(rows) > len(column) else column  # for many rows, copying all of it is faster
     return [source[row] for row in rows]
 
 
 def gather(queue: "Queue", head: int) -> "tuple[list[memoryview], int]":
-    """Look at a chain of any form, the obvious way; it has all the room that one read can use.  Raises GuestError."""
+    """Return views of a chain of any form, read the slow way, and its room in bytes.
+
+    A chain has no more views than one read can use.  Raises GuestError.
+    """
     chain = queue.walk(head)
     if chain.readable:
         raise GuestError("receive buffer with a part for reading")

@@ -24,18 +24,18 @@ if TYPE_CHECKING:
     from vmd.virtio.queue import Queue
 
     class Services(worker.Services, Protocol):
-        """What of `process.ThreadedProcess` is used here."""
+        """The part of `process.ThreadedProcess` that is used here."""
 
         slot: memoryview
 
         def watch(self, fd: int, handler: Callable[[], None], events: int = ...) -> None:
-            """Call back on an event."""
+            """Call `handler` for each of `events` on `fd`."""
 
         def unwatch(self, fd: int) -> None:
-            """Call back no more."""
+            """Stop watching `fd`."""
 
         def tell(self, packet: bytes) -> None:
-            """Inform the VM."""
+            """Send a packet to the VM on the async channel."""
 
         def call_after(self, delay_s: float, handler: Callable[[], None]) -> None:
             """Set the timer."""
@@ -46,13 +46,13 @@ ALWAYS = (
     1 << spec.VIRTIO_NET_F_MAC
     | 1 << spec.VIRTIO_NET_F_STATUS
     | 1 << spec.VIRTIO_NET_F_MRG_RXBUF
-    # What the guest sends unfinished, the kernel finishes, whatever the tap.
+    # Offloads for frames from the guest: the kernel completes checksums and segments for any tap.
     | 1 << spec.VIRTIO_NET_F_CSUM
     | 1 << spec.VIRTIO_NET_F_HOST_TSO4
     | 1 << spec.VIRTIO_NET_F_HOST_TSO6
     | 1 << spec.VIRTIO_NET_F_HOST_ECN
 )
-OFFLOADS = {  # what the guest can take unfinished, and how the tap is told
+OFFLOADS = {  # offloads for frames to the guest: feature bit, and flag of TUNSETOFFLOAD
     spec.VIRTIO_NET_F_GUEST_CSUM: taps.TUN_F_CSUM,
     spec.VIRTIO_NET_F_GUEST_TSO4: taps.TUN_F_TSO4,
     spec.VIRTIO_NET_F_GUEST_TSO6: taps.TUN_F_TSO6,
@@ -66,13 +66,13 @@ class Vionet:
     def __init__(
         self, interface: "Interface", tap: taps.Tap, kicks: "list[int]", services: "Services"
     ) -> None:
-        """Take the tap, whose owner we are from here on, and start the thread that moves frames."""
+        """Take ownership of the tap, and start the thread that moves frames."""
         self.interface = interface
         self.tap = tap
         self.services = services
         self.complaints = RateLimit()
-        self.wanted_up = True  # by the VM
-        self.gone = False
+        self.wanted_up = True  # the operator wants the link up
+        self.gone = False  # the tap was deleted
         self.tap_up = tap.is_up()
         self.receiver = Receiver(services, kicks[0], tap, self._on_tap_failed)
         self.transmitter = Transmitter(services, kicks[1], tap, self._on_tap_failed)
@@ -96,7 +96,7 @@ class Vionet:
 
     @property
     def features(self) -> int:
-        """Unfinished frames are offered to the guest as far as the tap leaves them so."""
+        """The features: offloads for frames to the guest are offered only if the tap supports them."""
         features = ALWAYS
         for bit, flag in OFFLOADS.items():
             if self.tap.offloads & flag:
@@ -107,7 +107,7 @@ class Vionet:
 
     @property
     def link_up(self) -> bool:
-        """Whether frames come and go."""
+        """Whether the link is up: the operator wants it, and the tap is there and up."""
         return self.wanted_up and self.tap_up and not self.gone
 
     @property
@@ -117,18 +117,18 @@ class Vionet:
         return CONFIG.pack(self.interface.lladdr, status, 1, self.interface.mtu)
 
     def write_config(self, offset: int, data: bytes) -> None:
-        """Nothing can be written: a driver has the address that its operator gave it."""
+        """Ignore the write: the operator sets the guest's link-layer address, and no other field can be written."""
 
     # --- life ----------------------------------------------------------------------------------------------------
 
     def activate(self, features: int, queues: "list[Queue | None]") -> None:
-        """Take the rings, and set the tap for what was negotiated."""
+        """Take the rings, and set the tap to the negotiated features."""
         mergeable = bool(features >> spec.VIRTIO_NET_F_MRG_RXBUF & 1)
         modern = bool(features >> spec.VIRTIO_F_VERSION_1 & 1)
         header = spec.NET_HDR_BYTES if modern or mergeable else spec.NET_HDR_BYTES_LEGACY
         offloads = sum(flag for bit, flag in OFFLOADS.items() if features >> bit & 1) & self.tap.offloads
         if not offloads & taps.TUN_F_CSUM:
-            offloads = 0  # to segment means to sum
+            offloads = 0  # segmentation needs checksums
         elif not offloads & (taps.TUN_F_TSO4 | taps.TUN_F_TSO6):
             offloads &= ~taps.TUN_F_TSO_ECN
         try:
@@ -145,7 +145,7 @@ class Vionet:
             self.local.begin()
 
     def quiesce(self, *, forget: bool) -> None:
-        """Have both queues stand; a frame that is on its way gets there first.  Raises HostError."""
+        """Stop the thread that moves frames; it completes the frame that it moves.  Raises HostError."""
         self.mover.stop()
         if forget:
             if self.local is not None:
@@ -155,32 +155,33 @@ class Vionet:
             self.receiver.forget()
 
     def resume(self) -> None:
-        """Have both queues go on."""
+        """Let the thread that moves frames go on."""
         self.mover.go()
 
     def close(self) -> None:
-        """There is nothing that could be lost."""
+        """Do nothing: an interface has no data to save."""
 
     def set_host_lladdr(self, lladdr: bytes) -> None:
-        """Take the tap's link-layer address; routers and servers of the guest have it."""
+        """Take the tap's link-layer address.  The guest's router and DHCP server have it."""
         self.interface = self.interface.replace(host_lladdr=given(lladdr))
         if self.local is not None:
             self.local.interface = self.interface
 
     def _inject(self, frame: bytes) -> None:
-        """Have the guest receive a frame of ours; on any thread."""
+        """Put a frame of this process into the receive queue; on any thread."""
         self.receiver.inject(frame)
 
-    # --- at another place ----------------------------------------------------------------------------------------
+    # --- after a move --------------------------------------------------------------------------------------------
 
     def announce(self, addresses: tuple[bytes, ...]) -> None:
-        """The guest goes on here and was somewhere else before: tell those that look for it there.
+        """Tell switches and neighbours that the guest, which was at another host before, is here now.
 
-        `addresses` are those that it has told them itself, each a devmsg.ANNOUNCED.
+        `addresses` are those that the guest itself has told its neighbours, each a devmsg.ANNOUNCED.  The guest of a
+        `local` interface is told the Ethernet address of its router here instead.
         """
         if self.local is not None:
             interface = self.interface
-            if interface.host_lladdr:  # which an earlier version may have given it otherwise
+            if interface.host_lladdr:
                 self._inject(announce.router_address(interface.host_lladdr, interface.host4))
             return
         self.addresses.known = addresses
@@ -197,7 +198,7 @@ class Vionet:
             self.services.call_after(delay_s, lambda: self._announce(number + 1))
 
     def set_resolvers(self, dns4: tuple[bytes, ...], dns6: tuple[bytes, ...]) -> None:
-        """Take the name servers that the guest is to be told, and answer what has waited for them."""
+        """Take the name servers for the guest, and answer its requests that wait for them."""
         if self.interface.asks:
             self.interface = self.interface.replace(dns4=dns4, dns6=dns6)
         if self.local is not None:
@@ -212,7 +213,7 @@ class Vionet:
             self._change_links()
 
     def _on_tap_failed(self, error: OSError) -> None:
-        """Take an error that either queue may find; on the thread that moves frames."""
+        """Pass an error of the tap to the main thread.  Called on the thread that moves frames, for either queue."""
         self.services.post(lambda: self._tap_failed(error))
 
     def _tap_failed(self, error: OSError) -> None:
@@ -220,11 +221,11 @@ class Vionet:
             self._lose_tap(f"{self.tap.name}: {error.strerror}")
         elif self.tap_up and not self.gone:
             self.tap_up = False
-            self._watch_tap()  # before: where rings change hands then, the tap may turn out to be gone
+            self._watch_tap()  # before `_change_links`, which may find that the tap is gone, and then unwatches it
             self._change_links()
 
     def _lose_tap(self, text: str) -> None:
-        """Go on without the tap, for good."""
+        """The tap was deleted: go on without it until the process ends."""
         if not self.gone:
             if not self.tap_up:
                 self.services.unwatch(self.tap.fd)
@@ -233,7 +234,7 @@ class Vionet:
             self._change_links()
 
     def _watch_tap(self) -> None:
-        """Wait for a tap that is down to come up: only then can it be written to."""
+        """Wait until the tap, which is down, comes up.  A tap becomes writable when it comes up."""
         self.services.watch(self.tap.fd, self._on_tap_up, taps.WRITABLE)
 
     def _on_tap_up(self) -> None:
@@ -249,7 +250,7 @@ class Vionet:
             self._change_links()
 
     def _change_links(self) -> None:
-        """Tell both queues and the guest."""
+        """Tell the link's new state to both queues and to the guest."""
         self._set_links()
         self.mover.look()
         self.services.tell(devmsg.READY_HEAD.pack(devmsg.CONFIG_CHANGED, self.features, len(self.config)) + self.config)
@@ -259,7 +260,7 @@ class Vionet:
             worker.link_up = self.link_up
 
     def limit(self, rate: int) -> None:
-        """Let no more bytes a second pass than these, in each direction; 0: as many as come."""
+        """Limit the bytes that pass each second, in each direction; 0: no limit."""
         for worker in self.workers:
             worker.limit(rate)
         self.mover.look()

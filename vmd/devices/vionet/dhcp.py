@@ -1,13 +1,14 @@
 """The DHCP and BOOTP server of a `local interface`: one guest, one address, no state (RFC 951, 2131, 3396, 6842).
 
-Bytes in; an answer out, or the reason why there is none.  A packet is checked as a whole, link layer to last option,
-before any of it is believed; what is not answered goes on to the tap.
+Bytes in; an answer out, or the reason why there is none.  A packet is checked completely, from the link layer to the
+last option, before any of it is used.  A packet that is not answered is passed on to the tap.
 
-What is answered depends on four things: the message type, ciaddr (an address that the client uses already), option 50
-(an address that it asks for) and option 54 (the server that it means).  RFC 2131 has the rules in table 4 and section
-4.3.  Unlike the RFC, a request that names no address at all gets the one that there is: vmd (*cat. 7.3*) does so too.
+The answer depends on four things: the message type, ciaddr (an address that the client uses already), option 50 (an
+address that the client asks for) and option 54 (the server that the client has chosen).  RFC 2131 has the rules in
+table 4 and section 4.3.  Unlike the RFC, a request that names no address gets the guest's address: vmd (*cat. 7.3*)
+does so too.
 
-A request may be shorter than BOOTP's 300 bytes: clients of today do not pad.
+A request may be shorter than BOOTP's 300 bytes, because current clients do not pad.
 """
 
 from struct import Struct
@@ -35,7 +36,7 @@ IP = Struct(">BBHHHBBH4s4s")  # version and length, tos, total length, id, fragm
 UDP = Struct(">HHHH")  # source port, destination port, length, sum
 BOOTP = Struct(">BBBBIHH4s4s4s4s16s64s128s")  # RFC 2131, 2: op to file
 COOKIE = b"\x63\x82\x53\x63"
-BOOTP_MIN = 300  # bytes of a reply, which old clients insist on
+BOOTP_MIN = 300  # bytes of a reply; old clients refuse shorter ones
 SERVER_PORT, CLIENT_PORT = 67, 68
 BOOTREQUEST, BOOTREPLY = 1, 2
 HTYPE_ETHERNET = 1
@@ -48,17 +49,17 @@ PAD, MASK, ROUTER, DNS, HOST_NAME, DOMAIN_NAME, INTERFACE_MTU = 0, 1, 3, 6, 12, 
 REQUESTED_ADDRESS, LEASE_TIME, OVERLOAD, MESSAGE_TYPE, SERVER_ID = 50, 51, 52, 53, 54
 MESSAGE, MAX_MESSAGE, CLIENT_ID, CLIENT_FQDN, END = 56, 57, 61, 81, 255
 FQDN_HEAD, FQDN_ENCODED = 3, 4  # bytes before the name of CLIENT_FQDN; flag: it is encoded as in DNS (RFC 4702, 2)
-OVERLOAD_FILE, OVERLOAD_SNAME = 1, 2  # bits of OVERLOAD: that field has options, too
+OVERLOAD_FILE, OVERLOAD_SNAME = 1, 2  # bits of OVERLOAD: the field `file` or `sname` has options too
 DISCOVER, OFFER, REQUEST, DECLINE, ACK, NAK, RELEASE, INFORM = range(1, 9)
 BOOTP_TYPE = 0  # stands for the message type that BOOTP does not have
 FOR_EVER = b"\xff" * 4
 BOOT_FILE = b"auto_install"
 HOST_NAME_MAX, LABEL_MAX = 255, 63
-OPTION_MAX = 255  # bytes of one option; a longer value is several (RFC 3396)
-DATAGRAM_MIN = 576  # bytes of an IP datagram that every client takes (RFC 2131, 2)
+OPTION_MAX = 255  # bytes of one option; a longer value is split into several (RFC 3396)
+DATAGRAM_MIN = 576  # bytes of an IP datagram; every client accepts so many (RFC 2131, 2)
 NAK_TEXT = b"this network has another address for you"
 
-# Why a request is not answered; these are names of `devmsg.COUNTER_NAMES`.
+# Reasons why a request is not answered.  They are names of `devmsg.COUNTER_NAMES`.
 OTHER_SERVER = "dhcp_other_server"
 OTHER_ADDRESS = "dhcp_other_address"
 OTHER_CLIENT = "dhcp_other_client"
@@ -85,12 +86,16 @@ class Unanswered(Exception):
 
 
 class Request:
-    """What counts of a checked request."""
+    """The fields of a checked request that the answer depends on."""
 
     __slots__ = ("ciaddr", "client_id", "flags", "host_name", "kind", "limit", "requested", "server", "source", "xid")
 
     def __init__(self, xid: int, flags: int, ciaddr: bytes, source: bytes, options: dict[int, bytes]) -> None:
-        """`source` is the sender's IP address.  Raises Unanswered: an option has an impossible length."""
+        """`source` is the sender's IP address.
+
+        Raises:
+            Unanswered: an option has an impossible length, or the message type is 0.
+        """
         for code, lengths in ((MESSAGE_TYPE, (1,)), (REQUESTED_ADDRESS, (4,)), (SERVER_ID, (4,)), (MAX_MESSAGE, (2,))):
             if code in options and len(options[code]) not in lengths:
                 raise Unanswered(MALFORMED)
@@ -114,15 +119,16 @@ class Request:
 
 
 class Reply:
-    """An answer: `kind` is OFFER, ACK, NAK or BOOTP_TYPE; `requested` the address that the client wanted, or nothing.
+    """An answer.
 
-    `lease`: the guest has its address now.
+    `kind` is OFFER, ACK, NAK or BOOTP_TYPE.  `requested` is the address that the client wanted, or b"".  `lease` says
+    whether this answer gives the guest its address.
     """
 
     __slots__ = ("frame", "kind", "lease", "request", "requested")
 
     def __init__(self, request: Request, kind: int, interface: "Interface") -> None:
-        """Raises Unanswered: the answer would be longer than the client can take."""
+        """Raises Unanswered if the answer would be longer than the client accepts."""
         self.kind = kind
         self.request = request
         self.lease = kind in (ACK, BOOTP_TYPE) and request.kind != INFORM
@@ -131,12 +137,12 @@ class Reply:
 
 
 def answer(frame: bytes, interface: "Interface", *, sum_missing: bool = False) -> Reply | None:
-    """Return the answer to an Ethernet frame of the guest, or None if it is no DHCP or BOOTP.
+    """Return the answer to an Ethernet frame of the guest, or None if the frame is not DHCP or BOOTP.
 
     `sum_missing`: the guest has left the UDP checksum to its device (VIRTIO_NET_HDR_F_NEEDS_CSUM).
 
     Raises:
-        Unanswered: it is, and gets no answer.
+        Unanswered: the frame is DHCP or BOOTP, and gets no answer.
     """
     request = parse(frame, interface, sum_missing=sum_missing)
     return None if request is None else Reply(request, decide(request, interface), interface)
@@ -146,7 +152,7 @@ def answer(frame: bytes, interface: "Interface", *, sum_missing: bool = False) -
 
 
 def parse(frame: bytes, interface: "Interface", *, sum_missing: bool) -> Request | None:
-    """Check a frame from outside to inside; None if it is nothing from a client's to a server's port.
+    """Check a frame, outermost header first; return None if it is not from the client's port to the server's port.
 
     Raises Unanswered.
     """
@@ -171,14 +177,14 @@ def parse(frame: bytes, interface: "Interface", *, sum_missing: bool) -> Request
         raise Unanswered(OTHER_CLIENT)
     request = Request(xid, flags, ciaddr, source, parse_options(body[BOOTP.size :], file, sname))
     if request.kind == BOOTP_TYPE and file[0]:
-        raise Unanswered(WANTS_FILE)  # RFC 951: a server that does not have the file says nothing
+        raise Unanswered(WANTS_FILE)  # RFC 951: a server without the file does not answer
     return request
 
 
 def unwrap(packet: bytes, interface: "Interface", *, sum_missing: bool) -> tuple[bytes, bytes] | None:
-    """Return the sender of an IP packet, and what it carries from the client's to the server's port.
+    """Return the sender of an IP packet, and the contents of its UDP datagram from the client's to the server's port.
 
-    None if it carries something else, or only a part.  Raises Unanswered.
+    Returns None if the packet contains something else, or is a fragment.  Raises Unanswered.
     """
     if len(packet) < IP.size:
         return None
@@ -205,9 +211,9 @@ def unwrap(packet: bytes, interface: "Interface", *, sum_missing: bool) -> tuple
 
 
 def parse_options(field: bytes, file: bytes, sname: bytes) -> dict[int, bytes]:
-    """Return the options by their codes; parts of a long one, wherever they stand, are put together (RFC 3396).
+    """Return the options by their codes.  The parts of a split option are joined, from all fields (RFC 3396).
 
-    Without the magic cookie there are none.  Raises Unanswered if one runs past the end of its field.
+    Without the magic cookie there are no options.  Raises Unanswered if an option runs past the end of its field.
     """
     options: dict[int, bytes] = {}
     if field[: len(COOKIE)] != COOKIE:
@@ -224,7 +230,7 @@ def parse_options(field: bytes, file: bytes, sname: bytes) -> dict[int, bytes]:
 
 
 def collect_options(field: bytes, options: dict[int, bytes]) -> None:
-    """Add the options of one field, which old clients do not end with END.  Raises Unanswered."""
+    """Add the options of one field.  Old clients do not end a field with END.  Raises Unanswered."""
     at = 0
     while at < len(field) and field[at] != END:
         if field[at] == PAD:
@@ -241,7 +247,7 @@ def collect_options(field: bytes, options: dict[int, bytes]) -> None:
 
 
 def name_in(options: "dict[int, bytes]") -> bytes:
-    """Return the host name that a client says it has; nothing for none, and for what no host can be called."""
+    """Return the host name that a client gives; b"" if there is none, or if it is not a valid host name."""
     fqdn = options.get(CLIENT_FQDN, b"")
     name = options.get(HOST_NAME, b"")
     if not name and len(fqdn) > FQDN_HEAD:
@@ -275,7 +281,7 @@ def decide(request: Request, interface: "Interface") -> int:
     if kind not in (REQUEST, DECLINE, RELEASE):
         raise Unanswered(UNKNOWN_TYPE)
     if request.server not in (b"", interface.host4):
-        raise Unanswered(OTHER_SERVER)  # RFC 2131, 4.3.2: so the client tells all other servers that it declines
+        raise Unanswered(OTHER_SERVER)  # RFC 2131, 4.3.2: the client has chosen another server's offer
     right = request.requested in (b"", ours) and request.ciaddr in (b"", ours)
     if kind == REQUEST:
         return ACK if right else NAK
@@ -285,7 +291,7 @@ def decide(request: Request, interface: "Interface") -> int:
 
 
 def destination_of(request: Request, kind: int, interface: "Interface") -> bytes:
-    """Return the IP address that an answer is for (RFC 2131, 4.1 and 4.3.5)."""
+    """Return the IP address to which an answer is sent (RFC 2131, 4.1 and 4.3.5)."""
     if request.kind == INFORM:
         return request.ciaddr or request.source
     if kind == NAK:
@@ -296,7 +302,7 @@ def destination_of(request: Request, kind: int, interface: "Interface") -> bytes
 
 
 def build(request: Request, kind: int, interface: "Interface") -> bytes:
-    """Return the answer's frame (RFC 2131, table 3).  Raises Unanswered if the client cannot take so much."""
+    """Return the answer's frame (RFC 2131, table 3).  Raises Unanswered if it is longer than the client accepts."""
     destination = destination_of(request, kind, interface)
     gives = kind != NAK
     body = BOOTP.pack(
@@ -317,7 +323,7 @@ def build(request: Request, kind: int, interface: "Interface") -> bytes:
     )
     room = min(request.limit, FRAME_MAX - HEADER_BYTES) - IP.size - UDP.size - len(body) - len(COOKIE)
     options = build_options(request, kind, interface)
-    if len(options) > room:  # an address is worth more than a name
+    if len(options) > room:  # leave out the host name: the guest needs the address more
         options = build_options(request, kind, interface.replace(host_name=""))
     if len(options) > room:
         raise Unanswered(TOO_LONG)
@@ -333,7 +339,7 @@ def build(request: Request, kind: int, interface: "Interface") -> bytes:
 
 
 def build_options(request: Request, kind: int, interface: "Interface") -> bytes:
-    """Return the options, in upstream's order; then the client's identifier, as it came (RFC 6842)."""
+    """Return the options in upstream's order, then the client's identifier unchanged (RFC 6842)."""
     options = b""
     if kind != BOOTP_TYPE:
         options += option(MESSAGE_TYPE, bytes((kind,)))
@@ -357,13 +363,13 @@ def build_options(request: Request, kind: int, interface: "Interface") -> bytes:
 
 
 def option(code: int, data: bytes) -> bytes:
-    """Return an option, in as many parts as it needs (RFC 3396)."""
+    """Return an option, split into as many parts as needed (RFC 3396)."""
     parts = [data[at : at + OPTION_MAX] for at in range(0, len(data), OPTION_MAX)]
     return b"".join(bytes((code, len(part))) + part for part in parts)
 
 
 def is_host_name(name: str) -> bool:
-    """Return whether a name is one for hosts, as `vmd.config.rules` has it (RFC 1123, 2.1)."""
+    """Return whether a name is a valid host name, by the same rule as in `vmd.config.rules` (RFC 1123, 2.1)."""
     return 0 < len(name) <= HOST_NAME_MAX and all(
         0 < len(label) <= LABEL_MAX
         and label.isascii()

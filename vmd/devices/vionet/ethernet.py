@@ -1,4 +1,4 @@
-"""Frames: offsets, types and sums that several protocols share."""
+"""Ethernet frames: offsets, types and checksums that several protocols use."""
 
 HEADER_BYTES = 14  # destination, source, type
 DESTINATION = slice(0, 6)
@@ -13,9 +13,9 @@ IP_ICMPV6 = 58
 
 
 def checksum(data: bytes) -> int:
-    """Return the internet checksum (RFC 1071) of some data, whose own field, if it has one, is zero.
+    """Return the internet checksum (RFC 1071) of `data`.  A checksum field within `data` must be zero.
 
-    The sum of 16-bit words in one's complement is the remainder modulo 65535 of all of it, read as one number.
+    The one's complement sum of 16-bit words equals the data, read as one number, modulo 65535.
     """
     if len(data) % 2:
         data += b"\0"
@@ -23,7 +23,7 @@ def checksum(data: bytes) -> int:
 
 
 def sum_is_right(data: bytes) -> bool:
-    """Return whether data that contains its own checksum adds up."""
+    """Return whether the checksum that `data` contains is right."""
     if len(data) % 2:
         data += b"\0"
     return int.from_bytes(data, "big") % 0xFFFF == 0

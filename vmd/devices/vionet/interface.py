@@ -1,4 +1,4 @@
-"""What a network interface is, as the VM process says it in START."""
+"""The description of a network interface that comes with START."""
 
 from vmd.devices.vionet.ethernet import GROUP, link_local
 from vmd.ipc import devmsg
@@ -8,34 +8,34 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-MTU_MIN, MTU_MAX = 68, 16384  # of IPv4; of OpenBSD's taps (*cat. 6.5*)
+MTU_MIN, MTU_MAX = 68, 16384  # the minimum of IPv4; the maximum of OpenBSD's taps (*cat. 6.5*)
 MTU_USUAL = 1500
 
 
 class Interface(Record):
-    """One NIC.  Addresses are bytes as on the wire; empty ones are not there."""
+    """One NIC.  Addresses are bytes in wire order; an empty address is not given."""
 
     lladdr: bytes  # the guest's
     host_lladdr: bytes = b""
     locked: bool = False
     local: bool = False
     pxe: bool = False
-    asks: bool = False  # for name servers, before it answers
-    mtu: int = 0  # 0: nothing is said about it
+    asks: bool = False  # the VM is asked for name servers before the guest is answered
+    mtu: int = 0  # 0: the guest is told none
     guest4: bytes = b""
     host4: bytes = b""
     host_link_local: bytes = b""
-    prefix6: bytes = b""  # 16 bytes, of which 8 count
+    prefix6: bytes = b""  # 16 bytes, of which the first 8 count
     dns4: tuple[bytes, ...] = ()
     dns6: tuple[bytes, ...] = ()
     host_name: str = ""
-    length4: int = 31  # of the network of `guest4` and `host4`
-    vhost: bool = False  # the kernel may move its frames
+    length4: int = 31  # prefix length of the network of `guest4` and `host4`
+    vhost: bool = False  # the kernel may move the frames
 
     def check(self) -> None:
-        """Refuse what no interface can be."""
+        """Refuse impossible values.  Raises ValueError."""
         if not any(self.lladdr) or self.lladdr[0] & GROUP:
-            raise ValueError(f"{self.lladdr.hex(':')} is no address of an interface")
+            raise ValueError(f"{self.lladdr.hex(':')} cannot be the address of an interface")
         if self.mtu and not MTU_MIN <= self.mtu <= MTU_MAX:
             raise ValueError(f"mtu {self.mtu} is not between {MTU_MIN} and {MTU_MAX}")
         if self.local and not (self.guest4 and self.host4):
@@ -73,18 +73,18 @@ class Interface(Record):
 
     @property
     def router(self) -> bytes:
-        """The host's link-local address; empty if even its link-layer address is not known."""
+        """The host's link-local address; empty if neither that nor its link-layer address is known."""
         if self.host_link_local:
             return self.host_link_local
         return link_local(self.host_lladdr) if self.host_lladdr else b""
 
 
 def given(address: bytes) -> bytes:
-    """Return an address, or nothing if it is all zero."""
+    """Return the address, or b"" if it is all zero."""
     return address if any(address) else b""
 
 
 def servers(raw: bytes, size: int) -> tuple[bytes, ...]:
-    """Cut a list of addresses apart; those that are all zero are not there."""
+    """Split `raw` into addresses of `size` bytes; leave out those that are all zero."""
     addresses = [raw[at : at + size] for at in range(0, len(raw), size)]
     return tuple(address for address in addresses if any(address))

@@ -1,25 +1,26 @@
-"""vionet, of an interface with `vhost`: the kernel moves its frames whenever it can, and the process does otherwise.
+"""vionet for an interface with `vhost`: the kernel moves the frames while it can, this process moves them otherwise.
 
-Runs as  its VM's id, in its VM's cell, with two requests on its tap and those of `vhost` on /dev/vhost-net
+Runs as  its VM's id, in its VM's cell; may make two ioctl requests on its tap, and those of `vhost` on /dev/vhost-net
 Peers    its VM process
-Holds    what `main` says, /dev/vhost-net, and a packet socket that hears some of what the guest sends (`ipc/devmsg.py`)
-Threads  main (the channels, and all that concerns the kernel), and `mover`'s, which stands while the kernel serves
+Holds    what `main` lists, /dev/vhost-net, and a packet socket that receives some frames of the guest (`ipc/devmsg.py`)
+Threads  main (the channels, and everything about the kernel), and the one of `mover`, stopped while the kernel serves
 
-The kernel has the rings as long as all of this is so (`_kernel_may`):
+The kernel has the rings while all of this is true (`_kernel_may`):
 
-    the guest is interrupted by MSI-X    of INTx the interrupt page would have to tell, which the kernel does not know
-    buffers can be merged, and checksums may be missing    else each header needs a look
-    there is a link                      with none frames are taken and dropped
-    there is no `limit`                  the kernel has none
-    nothing marks changed memory         the kernel marks nothing
-    it understands the rings             else the process says what is wrong with them
-    no driver resets, nothing is paused  then nobody has them
+    interrupts are MSI-X                 INTx needs stores to the interrupt page, which the kernel does not make
+    the driver merges buffers, and accepts frames without checksums    otherwise this process corrects each header
+    the link is up                       otherwise this process takes the guest's frames and drops them
+    there is no `limit`                  the kernel has no limits
+    changed memory is not marked         the kernel marks nothing
+    the kernel accepts the rings         otherwise this process finds out what is wrong with them
+    the device is active and not paused  otherwise neither side touches the rings
 
-Each change of it takes the rings from one to the other, on the main thread, with the thread that moves frames standing.
-No frame is lost by that, or there twice: what is in the tap stays there, and indices go along (`vhost`).
+When one of these changes, the main thread hands the rings over, while the thread that moves frames is stopped.  No
+frame is lost or sent twice: waiting frames stay in the tap, and the ring indices are handed over too (`vhost`).
 
-Frames of the kernel pass nobody here.  What a `local` interface answers, and what tells the guest's addresses, is heard
-on the packet socket, and answers go out there.  When the tap goes down or away, the socket says so.
+Frames that the kernel moves do not pass this process.  The packet socket receives the frames that a `local` interface
+answers, and those that tell the guest's addresses; answers are sent on it.  An error of the socket tells that the tap
+went down or was deleted.
 """
 
 import errno
@@ -56,22 +57,22 @@ class KernelVionet(Vionet):
     def __init__(
         self, interface: Interface, tap: Tap, services: "KernelProcess", vhost_fd: int, packet_fd: int
     ) -> None:
-        """Take the tap and both other descriptors; nothing is asked of the kernel yet."""
+        """Take ownership of the three descriptors.  No request is made to /dev/vhost-net yet."""
         host = services.host
         self.vhost = Vhost(vhost_fd, services.memory, tap.fd, host.kicks, host.calls)
-        self.in_kernel = False  # it has the rings
+        self.in_kernel = False  # the kernel has the rings
         self.going = False  # between `resume` and `quiesce`
-        self.direct = False  # interrupts of all queues need nothing but their eventfds
+        self.direct = False  # interrupts of all queues need only their call eventfds
         self.limited = False
-        self.useless = False  # the kernel refuses, whatever the driver does
-        self.puzzled = False  # ... or does not take what this driver does
+        self.unusable = False  # the kernel refused the rings; not tried again
+        self.driver_refused = False  # the kernel does not accept the rings of this driver; tried again for the next one
         self.negotiated = 0
         self.queues: list[Queue | None] = []
         super().__init__(interface, tap, host.kicks, services)
         self.packets = Packets(
             packet_fd, services, self.local, self.addresses, self.transmitter.count_answered, self._look_at_tap
         )
-        services.watch(self.vhost.failed, self._on_puzzled)
+        services.watch(self.vhost.failed, self._on_ring_error)
 
     # --- who has the rings -----------------------------------------------------------------------------------------
 
@@ -84,12 +85,12 @@ class KernelVionet(Vionet):
             and None not in self.queues
             and not self.limited
             and not self.services.memory.marking
-            and not self.useless
-            and not self.puzzled
+            and not self.unusable
+            and not self.driver_refused
         )
 
     def reconsider(self) -> None:
-        """Give the rings to whom they belong now.  Raises HostError."""
+        """Hand the rings to the side that should have them now.  Raises HostError."""
         may = self._kernel_may()
         if may and not self.in_kernel:
             super().quiesce(forget=False)
@@ -98,25 +99,29 @@ class KernelVionet(Vionet):
                 super().resume()
         elif self.in_kernel and not may:
             self._take_back()
-            if not self.direct:  # of what the kernel has raised, the interrupt page is to tell
+            if not self.direct:  # the kernel may have interrupted without a store to the interrupt page: do it now
                 for number in range(len(self.queues)):
                     self.services.interrupt(number)
             if self.going:
                 super().resume()
 
     def _hand_over(self) -> None:
-        """Give the rings, which nobody touches, to the kernel; it has them if nothing went wrong.  Raises HostError."""
+        """Hand the rings, which neither side touches, to the kernel.  `in_kernel` says whether that worked.
+
+        Raises:
+            HostError: the kernel refuses the rings, and does not give them back.
+        """
         try:
             self.receiver.finish()
-            self.packets.begin()  # which may find that the tap is down
+            self.packets.begin()  # it may find that the tap is down
             if self._kernel_may():
                 self.vhost.start(self.negotiated, [queue for queue in self.queues if queue is not None])
                 self._note(in_kernel=True)
         except GuestError as error:
-            self.puzzled = True
+            self.driver_refused = True
             self.complaints.warn(f"{self.tap.name}: {error}; the process moves the frames")
         except OSError as error:
-            self.useless = True
+            self.unusable = True
             self.complaints.warn(f"{self.tap.name}: /dev/vhost-net: {sentence(error)}; the process moves the frames")
         if self.in_kernel:
             for frame in self.receiver.take_injected():
@@ -125,7 +130,7 @@ class KernelVionet(Vionet):
             self.packets.end()
 
     def _take_back(self) -> None:
-        """Have nobody touch the rings.  Raises HostError."""
+        """Take the rings from the kernel, if it has them.  Raises HostError."""
         if self.in_kernel:
             self.vhost.stop()
             self._note(in_kernel=False)
@@ -135,29 +140,29 @@ class KernelVionet(Vionet):
         self.in_kernel = in_kernel
         self.services.figures[FIGURE] = in_kernel
 
-    def _on_puzzled(self) -> None:
-        """The kernel stands before something that it does not take: what is wrong with it, our own thread finds."""
+    def _on_ring_error(self) -> None:
+        """The kernel has stopped at an error in a ring.  Our own thread serves the ring, and finds the error."""
         if self.vhost.take_failure() and self.in_kernel:
-            self.puzzled = True
-            text = "the kernel does not take what is in a ring; the process moves the frames"
+            self.driver_refused = True
+            text = "the kernel found an error in a ring; the process moves the frames"
             self.complaints.warn(f"{self.tap.name}: {text}")
             self.reconsider()
 
     # --- life ------------------------------------------------------------------------------------------------------
 
     def activate(self, features: int, queues: "list[Queue | None]") -> None:
-        """Take the rings of another driver, whom the kernel may understand."""
-        self.negotiated, self.queues, self.puzzled = features, queues, False
+        """Take the rings of another driver.  The kernel may accept them, even if it refused the last ones."""
+        self.negotiated, self.queues, self.driver_refused = features, queues, False
         super().activate(features, queues)
 
     def quiesce(self, *, forget: bool) -> None:
-        """Have nobody touch the rings."""
+        """Stop the kernel or our own thread: neither touches the rings when this returns."""
         self.going = False
         self._take_back()
         super().quiesce(forget=forget)
 
     def resume(self) -> None:
-        """Have the kernel go on, or our thread."""
+        """Let the kernel or our own thread serve the rings."""
         self.going = True
         if self.in_kernel:
             return
@@ -166,12 +171,12 @@ class KernelVionet(Vionet):
             super().resume()
 
     def set_direct(self, direct: bool) -> None:
-        """Take whether interrupts need nothing but their eventfds."""
+        """Take whether interrupts need only their call eventfds (DIRECT)."""
         self.direct = direct
         self.reconsider()
 
     def limit(self, rate: int) -> None:
-        """The kernel knows no limit."""
+        """Set the limit.  The kernel has no limits, so it gives the rings back while there is one."""
         super().limit(rate)
         self.limited = bool(rate)
         self.reconsider()
@@ -183,9 +188,9 @@ class KernelVionet(Vionet):
     # --- around the kernel -----------------------------------------------------------------------------------------
 
     def _inject(self, frame: bytes) -> None:
-        """Have the guest receive a frame of ours.
+        """Give the guest a frame of this process; on any thread.
 
-        A thread that serves does not see the rings change hands.
+        `in_kernel` does not change while the thread that moves frames serves.
         """
         if not self.in_kernel:
             super()._inject(frame)
@@ -193,7 +198,7 @@ class KernelVionet(Vionet):
             self.receiver.lose_injected()
 
     def _look_at_tap(self) -> None:
-        """The packet socket has an error: the tap may be down, or gone."""
+        """Find out whether the tap is down or gone, after an error of the packet socket."""
         try:
             if not self.tap.is_up():
                 self._tap_failed(OSError(errno.EIO, "down"))
@@ -202,17 +207,17 @@ class KernelVionet(Vionet):
 
 
 class KernelProcess(NetProcess):
-    """The process, which serves interfaces without `vhost`, too: who starts it may not know yet."""
+    """The process.  It serves interfaces without `vhost` too, because it may be started before that is known."""
 
     def on_direct(self, packet: bytes) -> bytes:
-        """Take whether interrupts need nothing but their eventfds."""
+        """Take whether interrupts need only their call eventfds."""
         direct = exact(devmsg.DIRECT_BODY, packet)[1]
         if isinstance(self.device, KernelVionet):
             self.device.set_direct(bool(direct))
         return devmsg.STATUS.pack(devmsg.DIRECT, 0)
 
     def on_mark(self, packet: bytes) -> bytes:
-        """Mark what is changed in memory, or no longer; what the kernel has stored before the answer was in time."""
+        """Begin or stop to mark changed pages.  The answer to MARK comes after the kernel has given the rings back."""
         answer = super().on_mark(packet)
         if isinstance(self.device, KernelVionet):
             self.device.reconsider()
@@ -231,7 +236,7 @@ def main() -> int:
 
 
 def make(services: KernelProcess) -> Vionet:
-    """Take the tap, and what there is for the kernel, and start the thread.  Raises HostError or PeerError."""
+    """Take the tap, /dev/vhost-net and the packet socket, and start the thread.  Raises HostError or PeerError."""
     host = services.host
     interface = interface_of(host)
     if not interface.vhost:

@@ -1,6 +1,7 @@
-"""What a `local interface` answers its guest itself: DHCP and router solicitations; and when it speaks up unasked.
+"""The services of a `local interface` for its guest: answers to DHCP and router solicitations, and advertisements.
 
-The name servers of a host change.  So the VM is asked for them when a guest asks us, and the answer waits for that.
+The name servers of a host change.  So the VM is asked for them at each request of the guest, and the answer to the
+guest waits for that.
 """
 
 import _thread
@@ -19,13 +20,13 @@ if TYPE_CHECKING:
     from vmd.devices.vionet.interface import Interface
 
     class Services(Protocol):
-        """What of the process is used here."""
+        """The part of the process that is used here."""
 
         figures: memoryview
         slot: memoryview
 
         def post(self, job: Callable[[], None]) -> None:
-            """Have something done on the main thread."""
+            """Call `job` on the main thread."""
 
         def call_after(self, delay_s: float, handler: Callable[[], None]) -> None:
             """Set the timer."""
@@ -40,13 +41,14 @@ ICMPV6_TYPE = HEADER_BYTES + 40
 NAME_WORDS = devmsg.HOST_NAME_BYTES // 8
 NAME_AT = devmsg.FIGURES_SLOT_BYTES // 8 - devmsg.FIGURES_HEAD - NAME_WORDS
 PLACES = {name: place for place, name in enumerate(devmsg.COUNTER_NAMES)}
-WAITING_MAX = 8  # answers; a guest asks again
+WAITING_MAX = 8  # answers; the request of another one is dropped, and the guest repeats it
 
 
 class LocalNetwork:
     """The other end of the guest's link.
 
-    `concerns` and `answer` belong to the thread that moves frames, everything else the main thread's.
+    The thread that moves frames calls `concerns` and `answer`; while the kernel moves them, the main thread does.  All
+    other methods are called on the main thread.
     """
 
     look_bytes = ICMPV6_TYPE + 1
@@ -65,9 +67,10 @@ class LocalNetwork:
         self.services = services
         self.tell = tell
         self.waiting: list[Callable[[], None]] = []  # answers that wait for name servers
-        self.asked = False
-        self.initial = 0
-        self.life = self.leased = 0  # the latter: in which the VM was last told of a lease
+        self.asked = False  # ASK_RESOLVERS was sent, and not answered yet
+        self.initial = 0  # so many initial advertisements are left
+        # `life` counts `begin` and `end`; `leased` is its value when LEASE was last sent.
+        self.life = self.leased = 0
         self.answered = {dhcp.OFFER: 0, dhcp.ACK: 0, dhcp.NAK: 0, dhcp.BOOTP_TYPE: 0}
         self.unanswered = dict.fromkeys(dhcp.REASONS, 0)
         self.lease_s = self.lease_requested = 0
@@ -77,13 +80,13 @@ class LocalNetwork:
 
     @property
     def routes(self) -> bool:
-        """Whether the guest is to be told of a router."""
+        """Whether this interface advertises a router to the guest."""
         return bool(self.interface.prefix6 and self.interface.host_lladdr)
 
     # --- on the thread that moves frames ---------------------------------------------------------------------------
 
     def concerns(self, start: bytes) -> bool:
-        """Return whether a frame that starts like this deserves a closer look."""
+        """Return whether a frame with these first bytes may be for us: `answer` has to look at it."""
         kind = start[TYPE]
         if kind == IPV4:
             if start[IP_PROTOCOL : IP_PROTOCOL + 1] != bytes((IP_UDP,)):
@@ -96,7 +99,7 @@ class LocalNetwork:
         )
 
     def answer(self, frame: bytes, sum_missing: bool) -> bool:
-        """Answer a frame, if it is for us."""
+        """Answer a frame, if it is for us; return whether it is."""
         interface = self.interface
         if frame[TYPE] == IPV6:
             if not self.routes or not ra.is_solicitation(frame, interface, sum_missing=sum_missing):
@@ -119,9 +122,9 @@ class LocalNetwork:
         return True
 
     def _when_known(self, job: "Callable[[], None]") -> None:
-        """Do something as soon as the name servers are known, unless the driver is gone by then."""
+        """Call `job` when the name servers are known, unless the driver has reset the device by then."""
         if self.interface.asks:
-            life = self.life  # does not change while a thread serves
+            life = self.life  # it does not change while a thread serves
             self.services.post(lambda: self._wait(job) if life == self.life else None)
         else:
             job()
@@ -129,7 +132,7 @@ class LocalNetwork:
     # --- on either thread ----------------------------------------------------------------------------------------
 
     def _reply(self, request: dhcp.Request) -> None:
-        """Answer a request; it has been found before that it gets an answer."""
+        """Answer a request.  The caller has found out that it gets an answer."""
         reply = dhcp.Reply(request, dhcp.decide(request, self.interface), self.interface)
         self.answered[reply.kind] += 1
         if reply.lease:
@@ -150,7 +153,7 @@ class LocalNetwork:
     # --- on the main thread --------------------------------------------------------------------------------------
 
     def _wait(self, job: "Callable[[], None]") -> None:
-        """Ask the VM for name servers, if that is not under way; what it tells is for all who wait."""
+        """Add an answer that waits for name servers; ask the VM for them, unless a question is open already."""
         if len(self.waiting) < WAITING_MAX:
             self.waiting.append(job)
         if not self.asked:
@@ -158,7 +161,7 @@ class LocalNetwork:
             self.tell(devmsg.TYPE.pack(devmsg.ASK_RESOLVERS))
 
     def go_on(self, interface: "Interface") -> None:
-        """Answer what has waited."""
+        """Send the answers that wait for name servers."""
         changed = interface.dns6 != self.interface.dns6
         self.interface = interface
         self.asked = False
@@ -166,7 +169,7 @@ class LocalNetwork:
         for job in waiting:
             try:
                 job()
-            except dhcp.Unanswered as unanswered:  # with one more name server it is too long
+            except dhcp.Unanswered as unanswered:  # the new name servers may make the answer too long
                 self.unanswered[unanswered.reason] += 1
                 self.show()
         if changed and self.routes:
@@ -175,13 +178,13 @@ class LocalNetwork:
             self.inject(ra.advertisement(interface))
 
     def begin(self) -> None:
-        """A driver has begun: tell it soon, whether it asks or not (RFC 4861, 6.2.4)."""
+        """A driver is active: send it router advertisements soon, even if it does not ask (RFC 4861, 6.2.4)."""
         self.life += 1
         self.initial = ra.INITIAL_COUNT
         self._plan(1.0)
 
     def end(self) -> None:
-        """There is no driver any more."""
+        """The driver has reset the device: drop the answers that wait."""
         self.life += 1
         self.waiting = []
 
@@ -198,10 +201,11 @@ class LocalNetwork:
             self.initial -= 1
             self._plan(ra.INITIAL_INTERVAL_S)
         else:
-            self._plan(ra.INTERVAL_S * (0.75 + os.urandom(1)[0] / 512))  # not all guests of a host at once
+            # A random interval, so that not all interfaces of a host send at once.
+            self._plan(ra.INTERVAL_S * (0.75 + os.urandom(1)[0] / 512))
 
     def show(self) -> None:
-        """Store what has happened where others see it; on either thread."""
+        """Store counters and host name in shared memory; on either thread."""
         figures = self.services.figures
         with self.showing:
             for name, value in self.counters().items():
@@ -211,7 +215,7 @@ class LocalNetwork:
                 slot[NAME_AT + place] = int.from_bytes(lease_name[8 * place : 8 * place + 8], "little")
 
     def counters(self) -> dict[str, int]:
-        """Return what has happened, under the names of `devmsg.COUNTER_NAMES`."""
+        """Return the counters by their names in `devmsg.COUNTER_NAMES`."""
         return {
             "dhcp_offers": self.answered[dhcp.OFFER],
             "dhcp_acks": self.answered[dhcp.ACK],

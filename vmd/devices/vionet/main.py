@@ -1,6 +1,6 @@
 """vionet: a network interface, queues of 256 for receiving and for transmitting.
 
-Runs as  its VM's id, in its VM's cell, with two requests on its tap and no other use of networks
+Runs as  its VM's id, in its VM's cell; may make two ioctl requests on its tap, and use networks in no other way
 Peers    its VM process
 Holds    guest memory, two queues' eventfds, and the tap
 Threads  main (the channels), one that moves frames
@@ -18,25 +18,25 @@ from vmd.privsep.title import EVENT, name_thread
 
 
 class NetProcess(ThreadedProcess):
-    """The process, with what the VM says to a network interface only."""
+    """The process, with the messages that only network interfaces get."""
 
     device: Vionet
 
     def on_host_lladdr(self, packet: bytes) -> None:
-        """The tap's link-layer address is known now, or another one."""
+        """Take the tap's link-layer address, which has become known or has changed."""
         self.device.set_host_lladdr(exact(devmsg.HOSTMAC_BODY, packet)[1])
 
     def on_link(self, packet: bytes) -> None:
-        """The operator takes the link down, or up."""
+        """Take the link state that the operator wants."""
         self.device.set_link(bool(exact(devmsg.LINK_BODY, packet)[1]))
 
     def on_limit(self, packet: bytes) -> None:
-        """Let so much pass each second."""
+        """Limit the bytes that pass each second."""
         _, _, rate = exact(devmsg.LIMIT_BODY, packet)
         self.device.limit(rate)
 
     def on_announce(self, packet: bytes) -> None:
-        """The guest goes on at another place."""
+        """Announce the guest's addresses: it goes on here after a move."""
         raw = packet[devmsg.TYPE.size :]
         size = devmsg.ANNOUNCED.size
         entries = tuple(raw[at : at + size] for at in range(0, len(raw), size))
@@ -46,17 +46,17 @@ class NetProcess(ThreadedProcess):
         self.device.announce(entries)
 
     def on_addresses(self, packet: bytes) -> bytes:
-        """Say which addresses the guest has told its neighbours."""
+        """Answer with the addresses that the guest has told its neighbours."""
         exact(devmsg.TYPE, packet)
         return devmsg.TYPE.pack(devmsg.ADDRESSES) + b"".join(self.device.addresses.known)
 
     def on_resolvers(self, packet: bytes) -> None:
-        """These are the name servers now."""
+        """Take the name servers, and answer the guest's requests that wait for them."""
         _, dns4, dns6 = exact(devmsg.RESOLVERS_BODY, packet)
         self.device.set_resolvers(servers(dns4, 4), servers(dns6, 16))
 
     def on_same_resolvers(self, packet: bytes) -> None:
-        """Nobody knows of other name servers."""
+        """The name servers have not changed: answer the guest's requests that wait for them."""
         exact(devmsg.TYPE, packet)
         self.device.set_resolvers(self.device.interface.dns4, self.device.interface.dns6)
 
@@ -88,7 +88,7 @@ def make(services: NetProcess) -> Vionet:
 
 
 def interface_of(host: process.Host) -> Interface:
-    """Return what START says of the interface.  Raises PeerError."""
+    """Return the interface that START describes.  Raises PeerError."""
     if host.net is None or len(host.kicks) != 2:
         raise PeerError(process.VM, "a network interface without its addresses and two queues")
     try:

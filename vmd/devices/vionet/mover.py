@@ -1,11 +1,11 @@
-"""The thread that moves frames, both ways, and the discipline between it and the main thread.
+"""The thread that moves frames in both directions, and how the main thread stops it.
 
-One thread serves both queues: two would hand the interpreter's lock to and fro with each system call, which costs more
-than a second processor gives.
+One thread serves both queues.  With two threads the interpreter's lock would change hands at each system call, which
+costs more than a second processor gains.
 
-It holds `serving` while it may touch a ring, or change what it waits for.  The main thread, which takes rings away and
-brings new ones, first clears `wanted`, which the thread looks at each time it has taken the lock, and then takes the
-lock once: from there until `go` the thread touches no ring.
+The thread holds the lock `serving` while it may touch a ring, or change what it waits for.  The main thread takes rings
+away and brings new ones.  Before that it clears `wanted`, then takes the lock once.  The thread checks `wanted` each
+time it has taken the lock.  So from then until `go` the thread touches no ring.
 """
 
 import _thread
@@ -25,22 +25,22 @@ if TYPE_CHECKING:
     from vmd.devices.vionet.worker import Services, Worker
 
 NAME = "frames"
-# Of an eventfd each write is news, whether or not anybody has read what was written before.  So nobody does.
+# Edge-triggered: each write to an eventfd is an event, even if the value is never read.  So nobody reads it.
 BELL = select.EPOLLIN | select.EPOLLET
-EVENTS_MAX = 8  # there are no more descriptors
+EVENTS_MAX = 8  # no more descriptors are watched
 
 
 class Mover:
-    """The thread.  `_run` and what it calls run on it; all else is the main thread's."""
+    """The thread.  `_run` and the methods below it run on it; all others are called on the main thread."""
 
     def __init__(self, services: "Services", tap: int, workers: "tuple[Worker, Worker]") -> None:
-        """Wait for a tap and for what rings for each worker; stand until `go`."""
+        """Prepare to wait for the tap, and for each worker's bells.  Nothing is served until `go`."""
         self.services = services
         self.tap = tap
         self.tap_events = 0
         self.workers = workers
         self.wanted = False
-        self.begun = False  # since `go`
+        self.begun = False  # a turn was made since `go`
         self.serving = _thread.allocate_lock()
         self.control = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.standing = select.epoll()
@@ -54,29 +54,33 @@ class Mover:
                 self.wakes[bell] = (worker,)
 
     def start(self) -> None:
-        """Start the thread, standing.  Raises HostError."""
+        """Start the thread; it serves nothing until `go`.  Raises HostError."""
         start_thread("that moves frames", lambda: _thread.start_new_thread(self._run, ()))
 
     def go(self) -> None:
-        """Have the thread look at both queues, and go on."""
+        """Let the thread look at both queues, and serve them from now on."""
         self.wanted = True
         self.look()
 
     def look(self) -> None:
-        """Have the thread, if it does not stand, look at what has changed."""
+        """Wake the thread, so that it notices what the main thread has changed.  No effect while it is stopped."""
         os.eventfd_write(self.control, 1)
 
     def stop(self) -> None:
-        """Have the thread stand; it touches no ring when this returns.  Raises HostError if it does not get there."""
+        """Stop the thread.  When this returns, it touches no ring.
+
+        Raises:
+            HostError: the thread does not stop in time.
+        """
         self.wanted = False
         self.look()
         if not self.serving.acquire(timeout=QUIESCE_TIMEOUT_S):
             raise HostError(f"thread {NAME}", errno.ETIMEDOUT)
-        # The thread may not notice that it had to stand, if `go` comes soon.
+        # If `go` comes soon, the thread may not notice this stop.  Then `_turn` sees from `begun` that it was one.
         self.begun = False
         self.serving.release()
 
-    # --- its own -------------------------------------------------------------------------------------------------
+    # --- on the thread -------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
         name_thread(NAME)
@@ -84,7 +88,7 @@ class Mover:
             while True:
                 self._stand()
                 self._move()
-        except BaseException as error:  # raised again where it ends the process
+        except BaseException as error:  # raised again on the main thread, where it ends the process
             failure = error
 
             def fail() -> None:
@@ -102,7 +106,7 @@ class Mover:
             worker.more = True
 
     def _move(self) -> None:
-        """Serve both queues until told to stand, or a ring is broken."""
+        """Serve both queues until told to stop, or until a ring is broken."""
         poll, serving, wakes = self.epoll.poll, self.serving, self.wakes
         first, second = self.workers
         while self.wanted:
@@ -116,7 +120,7 @@ class Mover:
                     self._watch_tap(events)
 
     def _turn(self, first: "Worker", second: "Worker") -> None:
-        """Serve each queue that has something to do, if it is still wanted; holding the lock."""
+        """Serve each queue that has work, unless told to stop.  The caller holds the lock."""
         if not self.wanted:
             return
         if not self.begun:
@@ -135,7 +139,10 @@ class Mover:
             self.services.broke(str(error))
 
     def _timeout_s(self) -> float:
-        """Return how long to wait for events; a worker whose time has come has more to do, whatever the other has."""
+        """Return how long to wait for events; 0.0 if a worker has work.
+
+        A worker whose `until_s` has passed has work from now on, even if the other has some already.
+        """
         first, second = self.workers
         until_s = min(first.until_s, second.until_s)
         left_s = -1.0
@@ -147,7 +154,7 @@ class Mover:
         return 0.0 if first.more or second.more else left_s
 
     def _watch_tap(self, events: int) -> None:
-        """Wait for what the workers want of the tap, but not for nothing: it would still say that it is gone."""
+        """Wait for `events` of the tap.  Without events it is unregistered, because epoll always reports a gone tap."""
         if not self.tap_events:
             self.epoll.register(self.tap, events)
         elif events:

@@ -1,8 +1,9 @@
-"""What the guest says to its host and we must hear, while the kernel moves its frames (vhost-net).
+"""The packet socket on the tap: it receives the frames that this process needs while the kernel moves them (vhost-net).
 
-A packet socket on the tap, whose filter nobody can change any more (`parent/vhost.py`), hears little of what the guest
-sends: of a `local` interface DHCP and router solicitations, which filters on the tap keep from the host; of others what
-tells an address of the guest.  What is sent there goes to the guest.  All of this is the main thread's.
+The socket has a locked filter (`parent/vhost.py`), which lets few frames of the guest through.  On a `local` interface
+these are DHCP and router solicitations, which filters on the tap keep from the host.  On other interfaces they are the
+frames that tell an address of the guest.  Frames sent on the socket go to the guest.  Everything here runs on the main
+thread.
 """
 
 import posix as os
@@ -19,24 +20,24 @@ if TYPE_CHECKING:
     from vmd.devices.vionet.local import LocalNetwork
 
     class Services(Protocol):
-        """What of the process is used here."""
+        """The part of the process that is used here."""
 
         def watch(self, fd: int, handler: Callable[[], None]) -> None:
-            """Call back when there is something to read."""
+            """Call `handler` when `fd` is readable."""
 
         def unwatch(self, fd: int) -> None:
-            """Call back no more."""
+            """Stop watching `fd`."""
 
 
-HEADER = spec.NET_HDR_BYTES_LEGACY  # PACKET_VNET_HDR has headers of this size, whatever the driver has
+HEADER = spec.NET_HDR_BYTES_LEGACY  # size of the headers of PACKET_VNET_HDR; it does not depend on the driver
 NO_HEADER = bytes(HEADER)
 BUDGET = 16  # frames of one wake-up
 FRAME_MAX = 65536
-STALE_MAX = 4096  # more than its buffer has room for
+STALE_MAX = 4096  # frames; the socket's buffer has no room for so many
 
 
 class Packets:
-    """The socket, which is ours from here on; silent until `begin`."""
+    """The socket.  Owns the descriptor.  Frames are ignored until `begin`."""
 
     def __init__(
         self,
@@ -47,7 +48,7 @@ class Packets:
         answered: "Callable[[], None]",
         failed: "Callable[[], None]",
     ) -> None:
-        """`answered` is called for each frame that was for us, `failed` when the tap may be down or gone."""
+        """`answered` is called for each frame that was answered, `failed` when the tap may be down or gone."""
         self.fd = fd
         self.services = services
         self.local = local
@@ -58,7 +59,10 @@ class Packets:
         os.set_blocking(fd, False)
 
     def begin(self) -> None:
-        """Listen: the kernel moves the frames from now on.  What has come until now was seen elsewhere."""
+        """Start to take frames, because the kernel is about to move them.
+
+        Frames that wait in the socket are dropped: our own thread has seen them in the ring.
+        """
         if not self.serving:
             for _ in range(STALE_MAX):
                 if self._read() is None:
@@ -67,14 +71,14 @@ class Packets:
             self.services.watch(self.fd, self.on_readable)
 
     def end(self) -> None:
-        """Listen no more, once all is heard that the kernel has moved: what comes now is seen elsewhere."""
+        """Take the frames that the kernel has moved until now, then stop.  Our own thread sees the next ones."""
         if self.serving:
             self._look(STALE_MAX)
             self.serving = False
             self.services.unwatch(self.fd)
 
     def send(self, frame: bytes) -> bool:
-        """Send the guest a frame; False if its tap does not take it."""
+        """Send a frame to the guest.  Returns False if the tap does not take it."""
         try:
             os.write(self.fd, NO_HEADER + frame)
         except OSError:
@@ -82,7 +86,7 @@ class Packets:
         return True
 
     def on_readable(self) -> None:
-        """Look at what the guest has sent, up to a budget."""
+        """Take frames of the guest, up to BUDGET."""
         if self.serving:
             self._look(BUDGET)
 
@@ -102,11 +106,11 @@ class Packets:
                 self.answered()
 
     def _read(self) -> bytes | None:
-        """Return the next frame with its header, b"" for an error that is over now; None if there is none."""
+        """Return the next frame with its header; b"" after an error, which the read has cleared; None if none waits."""
         try:
             return os.read(self.fd, FRAME_MAX)
         except BlockingIOError:
             return None
-        except OSError:  # such as that the tap was switched off, which is said once
+        except OSError:  # the tap went down, for example; the socket reports an error once
             self.failed()
             return b""

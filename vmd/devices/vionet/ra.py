@@ -1,7 +1,7 @@
-"""The IPv6 router of a `local interface`, as far as advertisements go (RFC 4861, RFC 8106): bytes in, bytes out.
+"""Router advertisements for the guest of a `local interface` (RFC 4861, RFC 8106): bytes in, bytes out.
 
-The host itself forwards, and answers neighbour solicitations; it only does not say that it is a router.  The guest is
-the only other node on its link, so what RFC 4861 asks for to keep many nodes from talking at once is left out.
+The host itself forwards packets and answers neighbour solicitations; only the advertisements are made here.  The guest
+is the only other node on its link, so the delays of RFC 4861 that keep many nodes from sending at once are left out.
 """
 
 from struct import Struct
@@ -31,14 +31,14 @@ RDNSS = Struct(">BBHI")
 ROUTER_SOLICITATION, ROUTER_ADVERTISEMENT = 133, 134
 SOURCE_LLADDR, PREFIX_INFORMATION, MTU_OPTION, RDNSS_OPTION = 1, 3, 5, 25
 VERSION = 6 << 28
-HOP_LIMIT = 255  # proof that a packet was not forwarded
+HOP_LIMIT = 255  # a packet with it was not forwarded, because each router subtracts 1
 GUESTS_HOP_LIMIT = 64
 ON_LINK, AUTONOMOUS = 0x80, 0x40
 
 ALL_NODES = b"\xff\x02" + bytes(13) + b"\x01"
 ALL_ROUTERS = b"\xff\x02" + bytes(13) + b"\x02"
 UNSPECIFIED = bytes(16)
-MULTICAST_LLADDR = b"\x33\x33"  # and the last four bytes of the address
+MULTICAST_LLADDR = b"\x33\x33"  # followed by the last four bytes of the IPv6 address
 
 ROUTER_LIFETIME_S = 1800
 PREFERRED_S, VALID_S = 604_800, 2_592_000
@@ -47,7 +47,7 @@ INITIAL_INTERVAL_S, INITIAL_COUNT = 16, 3
 
 
 def is_solicitation(frame: bytes, interface: "Interface", *, sum_missing: bool = False) -> bool:
-    """Return whether a frame of the guest asks for routers, and does so rightly (RFC 4861, 6.1.1)."""
+    """Return whether a frame of the guest is a valid router solicitation (RFC 4861, 6.1.1)."""
     if len(frame) < HEADER_BYTES + IP.size + SOLICITATION.size or frame[TYPE] != IPV6:
         return False
     to_us = (MULTICAST_LLADDR + ALL_ROUTERS[12:], interface.host_lladdr)
@@ -69,7 +69,7 @@ def is_solicitation(frame: bytes, interface: "Interface", *, sum_missing: bool =
 
 
 def option_types(field: bytes) -> set[int] | None:
-    """Return the types of a message's options; None if they do not fill it exactly."""
+    """Return the types of a message's options; None if the options do not fill `field` exactly."""
     types: set[int] = set()
     at = 0
     while at < len(field):
@@ -82,9 +82,10 @@ def option_types(field: bytes) -> set[int] | None:
 
 
 def advertisement(interface: "Interface") -> bytes:
-    """Return a frame that tells all nodes on the link, which is the guest, how to configure themselves.
+    """Return the frame of a router advertisement.
 
-    It is sent to all nodes even to answer one (6.2.6), so that no address has to be taken from a packet.
+    It is addressed to all nodes even if it answers a solicitation, which 6.2.6 allows.  So no address has to be taken
+    from a packet.
     """
     message = ADVERTISEMENT.pack(ROUTER_ADVERTISEMENT, 0, 0, GUESTS_HOP_LIMIT, 0, ROUTER_LIFETIME_S, 0, 0)
     message += bytes((SOURCE_LLADDR, 1)) + interface.host_lladdr
@@ -101,5 +102,5 @@ def advertisement(interface: "Interface") -> bytes:
 
 
 def pseudo_header(source: bytes, destination: bytes, length: int) -> bytes:
-    """Return what a checksum covers besides the message (RFC 8200, 8.1)."""
+    """Return the pseudo-header, which the checksum covers besides the message (RFC 8200, 8.1)."""
     return source + destination + length.to_bytes(4, "big") + bytes((0, 0, 0, IP_ICMPV6))

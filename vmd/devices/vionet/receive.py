@@ -1,8 +1,8 @@
-"""From the tap, and from our own answers, to the guest: the receive queue (virtio 1.2, 5.1.6.3-4).
+"""The receive queue (virtio 1.2, 5.1.6.3-4): frames from the tap, and answers of this process, go to the guest.
 
-Frames go from the kernel straight into the guest's buffers (`buffers`).  Behind these stands one buffer of ours,
-`spill`: what arrives there is a frame larger than the buffers; it is either taken on to further ones (mergeable
-buffers) or dropped whole.  No guest ever sees half a frame.
+The kernel writes frames straight into the guest's buffers (`buffers`).  Each read also has a last buffer in our own
+memory, `spill`.  It receives the rest of a frame that is larger than the guest's buffers.  With mergeable buffers that
+frame is continued in further buffers; otherwise it is dropped.  A guest never sees a part of a frame.
 """
 
 import posix as os
@@ -27,37 +27,37 @@ if TYPE_CHECKING:
     from vmd.devices.vionet.worker import Services
     from vmd.virtio.queue import Queue
 
-NUMBER = 0  # of the queue
-ALONE = 128, 1 << 20  # frames and bytes, about, of one turn
-SHARED = 64, 256 << 10  # ... if the guest has something to send: what arrives meanwhile waits in the tap
-GIVE_BYTES = 64 << 10  # so much is given at a time: the guest looks at it, and offers new buffers, meanwhile
-FEW = 4  # frames: after a turn of fewer the next one's first is given at once, for somebody waits for it
-FRAME_MAX = 65536 + 64  # of the kernel, unsegmented, with its headers
-INJECTED_MAX = 16  # answers of ours that wait; each answers a packet of the guest, which may send another
+NUMBER = 0  # the queue's number
+ALONE = 128, 1 << 20  # the most frames, and about the most bytes, of one turn
+SHARED = 64, 256 << 10  # the same if the guest has frames to send; frames that arrive meanwhile wait in the tap
+GIVE_BYTES = 64 << 10  # give so much at a time, so that the guest takes it, and offers new buffers, meanwhile
+FEW = 4  # after a turn of fewer frames, give the next turn's first frame at once: the guest probably waits for it
+FRAME_MAX = 65536 + 64  # the largest frame of the kernel, unsegmented, with its headers
+INJECTED_MAX = 16  # answers of this process that may wait; each answers a packet, which the guest can send again
 
-# A read is given what lies side by side, and so many such pieces that any frame fits for the next LARGE_READS after one
-# that took several buffers: windows on many pieces cost more than a small frame.
+# Normally a read is offered one contiguous piece of memory, because views of many pieces cost more than a small frame.
+# After a frame that took several buffers, the next LARGE_READS reads are offered room for the largest frame.
 LARGE_READS = 32
 
-HOLD_S = 1.0  # for so long a frame waits for a driver that has offered too few buffers for it
+HOLD_S = 1.0  # a frame waits so long for more buffers, if the driver has offered too few for it
 
 PACKETS, BYTES = (devmsg.COUNTER_NAMES.index(name) for name in ("rx_packets", "rx_bytes"))
-INJECTED_LOST = devmsg.COUNTER_NAMES.index("rx_injected_lost")  # any thread's
+INJECTED_LOST = devmsg.COUNTER_NAMES.index("rx_injected_lost")  # stored by the thread that calls `inject`
 
-NUM_BUFFERS = 10  # offset in the header
+NUM_BUFFERS = 10  # offset of num_buffers in the header
 
 
 class Ended(Enum):
-    """What reading ended with."""
+    """Why reading ended."""
 
-    QUIET = 0  # no frame is there any more
-    SPENT = 1  # all that may pass in one turn has passed
-    STARVED = 2  # it takes more buffers than there are
-    ELSEWHERE = 3  # it goes on with the other form of chains; no turn ends with that
+    QUIET = 0  # the tap has no more frames
+    SPENT = 1  # the budget of the turn is used up
+    STARVED = 2  # the ring has too few buffers
+    ELSEWHERE = 3  # reading goes on with the other kind of chains, `Run` or `Chains`; a turn never ends with that
 
 
 class Receiver(Worker):
-    """The receive queue's half."""
+    """The receive queue."""
 
     def __init__(self, services: "Services", kick: int, tap: "Tap", failed: "Callable[[OSError], None]") -> None:
         """`failed` is called, on the thread that serves, when the tap is gone or down."""
@@ -65,43 +65,43 @@ class Receiver(Worker):
         self.tap = tap
         self.failed = failed
         self.configure(spec.NET_HDR_BYTES_LEGACY, mergeable=False, sums=False)
-        self.accepted = b""  # of a locked interface: the one address whose frames it gets; empty: all
+        self.accepted = b""  # of a locked interface: the guest gets frames to this address only; empty: all frames
         self.spill = memoryview(bytearray(FRAME_MAX))
         self.run = Run()
-        self.chains = Chains(self.spill)  # none are known as long as some of `run` are
-        self.placed = False  # chains were looked at for a frame that was in our own memory: they may make a run
-        self.turn_frames, self.turn_bytes = ALONE  # that may pass in this turn
-        self.few = True  # frames came in the last turn
-        self.large = 0
+        self.chains = Chains(self.spill)  # empty while `run` has chains
+        self.placed = False  # `chains` was filled for a frame in our own memory; the rest of it may fit a run
+        self.turn_frames, self.turn_bytes = ALONE  # the budget of this turn
+        self.few = True  # the last turn had fewer than FEW frames
+        self.large = 0  # so many more reads are offered room for the largest frame
         self.held = bytearray()  # a frame, with its header, that waits for buffers
         self.held_until_s = 0.0
         self.injected: SimpleQueue[bytes] = SimpleQueue()
         self.injection = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.bells.append(self.injection)
-        self.others: tuple[int, ...] = ()  # figures that were shown last
+        self.others: tuple[int, ...] = ()  # the rarely changing figures, as they were stored last
         self.packets = self.no_room = self.filtered = self.malformed = self.injected_lost = 0
 
-    # --- the main thread's ---------------------------------------------------------------------------------------
+    # --- on the main thread --------------------------------------------------------------------------------------
 
     def configure(self, header: int, *, mergeable: bool, sums: bool) -> None:
-        """Take what was negotiated; `sums`: the guest knows frames without checksums."""
+        """Take the negotiated features; `sums`: the guest accepts frames without checksums."""
         self.header = header
         self.mergeable = mergeable
         self.sums = sums
         self.room_least = header if mergeable else header + HEADER_BYTES  # of a chain
-        # 5.1.6.4.1: the kernel fills in all but num_buffers, and flags as for a driver with GUEST_CSUM.
+        # 5.1.6.4.1: the kernel does not fill in num_buffers, and fills in flags as if GUEST_CSUM were negotiated.
         self.patch = header == spec.NET_HDR_BYTES or not sums
 
     def forget(self) -> None:
-        """Throw away what waits for the guest."""
+        """Drop the frames that wait for the guest."""
         self.held = bytearray()
         self.large = 0
         self.take_injected()
 
     def finish(self) -> None:
-        """Have nothing of the ring under way, because another is about to serve it.  Raises GuestError.
+        """Finish work on the ring, because the kernel is about to serve it.  Raises GuestError.
 
-        A frame that waits for buffers gets what there is, or is dropped, as it would be soon.
+        A frame that waits for buffers is put into those that there are, or is dropped.
         """
         queue = self.queue
         if self.held and queue is not None:
@@ -114,16 +114,16 @@ class Receiver(Worker):
             self.give(queue)
 
     def take_injected(self) -> list[bytes]:
-        """Return the frames of ours that wait, which another sends now."""
+        """Remove and return the frames of this process that wait in `injected`."""
         found = []
         while not self.injected.empty():
             found.append(self.injected.get_nowait())
         return found
 
-    # --- any thread's --------------------------------------------------------------------------------------------
+    # --- on any thread -------------------------------------------------------------------------------------------
 
     def inject(self, frame: bytes) -> None:
-        """Have the guest receive a frame of ours; it is lost if too many wait."""
+        """Queue a frame of this process for the guest; drop it if too many wait."""
         if self.injected.qsize() >= INJECTED_MAX:
             self.lose_injected()
             return
@@ -131,39 +131,39 @@ class Receiver(Worker):
         os.eventfd_write(self.injection, 1)
 
     def lose_injected(self) -> None:
-        """Count a frame of ours that the guest does not get."""
+        """Count a frame of this process that was dropped."""
         self.injected_lost += 1
         self.figures[INJECTED_LOST] = self.injected_lost
 
-    # --- its own -------------------------------------------------------------------------------------------------
+    # --- on the thread that moves frames ---------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Forget the chains that were looked at: they are in the ring."""
+        """Forget the chains that were read ahead.  They are still available in the ring."""
         super().begin()
         self.run.begin()
         self.chains.forget()
         self.few = True
 
     def serve(self, queue: "Queue") -> bool:
-        """Give frames to the guest as long as there are some, and buffers for them."""
+        """Give frames to the guest while there are frames, buffers for them, and budget."""
         frames, self.turn_bytes = SHARED if self.shared else ALONE
         self.turn_frames = min(frames, self.budget)
         before = self.packets
         try:
             ended = self._fill(queue)
-        finally:  # of a ring that breaks half-way, too
+        finally:  # also when the ring turns out to be broken
             self.show()
             self.give(queue)
         self.few = self.packets - before < FEW
         if ended is Ended.STARVED:
-            self.tap_events = 0  # without buffers frames stay in the tap, whose queue drops what is too much
+            self.tap_events = 0  # without buffers, frames stay in the tap; its queue drops them when it is full
             return queue.rearm(self.chains.left)
         queue.suppress()
         self.tap_events = select.EPOLLIN if self.link_up else 0
         return ended is Ended.SPENT
 
     def show(self) -> None:
-        """Store what has been counted, in the order of devmsg.FIGURES."""
+        """Store the figures, in the order of devmsg.FIGURES."""
         self.figures[PACKETS] = self.packets
         self.figures[BYTES] = self.bytes
         others = (self.no_room, self.filtered, self.malformed)
@@ -173,7 +173,7 @@ class Receiver(Worker):
                 self.figures[place] = value
 
     def _fill(self, queue: "Queue") -> Ended:
-        """Move frames, up to a budget; return how that ended."""
+        """Move frames, up to the turn's budget; return why that ended."""
         if self.held:
             if time.monotonic() >= self.held_until_s:
                 self.no_room += 1
@@ -194,12 +194,15 @@ class Receiver(Worker):
     # --- frames in our own memory ----------------------------------------------------------------------------------
 
     def _stock(self, queue: "Queue", most: int) -> bool:
-        """Look at waiting chains of any form, up to `most` ahead; return whether there are any.  Raises GuestError."""
+        """Read up to `most` available chains of any form ahead; return whether there are any.  Raises GuestError."""
         self.run.forget()
         return self.chains.stock(queue, most, self.room_least)
 
     def _hold(self, data: bytearray) -> bool:
-        """Keep a frame until there are more buffers, but not for ever: a driver may have no more.  Returns False."""
+        """Keep a frame until there are more buffers, for at most HOLD_S: the driver may never offer more.
+
+        Always returns False, for the caller to return.
+        """
         if data is not self.held:
             self.held = data
             self.held_until_s = time.monotonic() + HOLD_S
@@ -207,7 +210,7 @@ class Receiver(Worker):
         return False
 
     def _place(self, queue: "Queue", data: bytearray) -> bool:
-        """Copy a frame with its header into buffers; False, and it is held, if there are not enough of them."""
+        """Copy a frame with its header into buffers.  If there are too few, hold the frame and return False."""
         if not self._fits(queue, data):
             return self._hold(data)
         self.held = bytearray()
@@ -216,7 +219,11 @@ class Receiver(Worker):
         return True
 
     def _fits(self, queue: "Queue", data: bytearray) -> bool:
-        """Copy a frame into buffers, or drop one for which they are too small; False if there are too few."""
+        """Copy a frame into buffers; return False if there are too few.
+
+        The frame is dropped, and the result is True, if it can never fit: it is larger than one buffer that cannot be
+        merged, or than a ring full of mergeable buffers.
+        """
         chains = self.chains
         if not self.mergeable:
             if not self._stock(queue, STOCK):
@@ -236,7 +243,7 @@ class Receiver(Worker):
                 if room >= len(data):
                     self._put_spread(queue, data, count)
                     return True
-            if count < most:  # all that wait; the guest may have more
+            if count < most:  # these are all available chains; the guest may add more
                 break
             most *= 2
         if count >= queue.size:
@@ -260,25 +267,25 @@ class Receiver(Worker):
         self._count(len(data))
 
     def _count(self, length: int) -> None:
-        """Count a frame that the guest gets."""
+        """Count a frame of `length` bytes with its header, given to the guest."""
         self.packets += 1
         self.bytes += length - self.header
 
     # --- the tap -------------------------------------------------------------------------------------------------
 
     def _failed(self, error: OSError) -> bool:
-        """Take an error of a read; return whether it is worth another one."""
+        """Handle an error of a read from the tap; return whether to read again."""
         if isinstance(error, BlockingIOError):
             return False
         if error.errno in GONE or error.errno in DOWN:
             self.link_up = False
             self.failed(error)
             return False
-        self.malformed += 1  # it was taken from the tap, and is lost
+        self.malformed += 1  # the kernel has removed the frame from the tap, so it is lost
         return True
 
     def _receive(self, queue: "Queue") -> Ended:
-        """Read frames into what was offered, whatever its form."""
+        """Read frames into the offered chains, of either kind."""
         for _ in range(self.turn_frames):
             if self.placed:
                 self.placed = False
@@ -290,9 +297,9 @@ class Receiver(Worker):
         return Ended.SPENT
 
     def _read_run(self, queue: "Queue") -> Ended:
-        """Read frames into chains of one buffer each: as many as it takes, or one if buffers cannot be merged.
+        """Read frames into chains of one buffer each.  A frame takes several buffers if they can be merged, else one.
 
-        The hot loop; its locals, where the run's stream is cut into buffers and lies in pieces of memory:
+        This is the hot loop.  The buffers of a run form a stream of bytes, which lies in pieces of memory.  The locals:
 
             chains      | at - 1 |    at    | at + 1 |  ...           cut at `ends`
             stream               base       end
@@ -304,7 +311,7 @@ class Receiver(Worker):
         least, counted = header + HEADER_BYTES, header == spec.NET_HDR_BYTES
         readv, raw, run = os.readv, queue.memory.memory, self.run
         used_lengths, mask = run.used_lengths(queue), queue.mask
-        next_avail, next_used = queue.next_avail, queue.next_used  # ... of the chain that is the run's first
+        next_avail, next_used = queue.next_avail, queue.next_used  # of the run's first chain
         ends, stops, shifts = run.ends, run.stops, run.shifts
         large, base, at, piece = self.large, run.base, 0, 0
         stop, shift = (stops[0], shifts[0]) if stops else (0, 0)
@@ -397,7 +404,7 @@ class Receiver(Worker):
         return Ended.ELSEWHERE if self._go_on(queue, views, room, length) else Ended.STARVED
 
     def _read_chains(self, queue: "Queue") -> Ended:
-        """Read a frame into chains of any form; they are ELSEWHERE if there may be more."""
+        """Read one frame into chains of any form.  Returns ELSEWHERE if the tap may have more frames."""
         chains = self.chains
         if self.mergeable:
             if chains.left < STOCK:
@@ -426,7 +433,7 @@ class Receiver(Worker):
         return Ended.ELSEWHERE
 
     def _patch_header(self, views: list[memoryview], count: int) -> None:
-        """Correct the header at the start of a chain, before the guest is told of it."""
+        """Correct the frame's header, which is at the start of `views`, before the guest sees it."""
         first = views[0]
         if not self.sums:
             first[0] = 0
@@ -439,16 +446,16 @@ class Receiver(Worker):
                 poke(views, NUM_BUFFERS + 1, count >> 8)
 
     def _go_on(self, queue: "Queue", views: list[memoryview], room: int, length: int) -> bool:
-        """Place a frame of which a part is in `spill`; False if it takes more buffers than there are."""
+        """Place a frame whose last part is in `spill`; return False if there are too few buffers for it."""
         if length - room >= len(self.spill):
-            self.no_room += 1  # it may even have been longer
+            self.no_room += 1  # `spill` is full, so the frame may have been longer than what was read
             return True
         data = bytearray().join(views[:-1])
         data += self.spill[: length - room]
         return self._place(queue, data)
 
     def _receive_filtered(self, queue: "Queue") -> Ended:
-        """Read frames into our own memory, and give the guest those that are for it."""
+        """Read frames into our own memory; give the guest those that are addressed to it, or to a group."""
         spill, header, accepted = self.spill, self.header, self.accepted
         least = header + HEADER_BYTES
         for _ in range(self.turn_frames):
@@ -472,20 +479,20 @@ class Receiver(Worker):
         return Ended.SPENT
 
     def _drop(self, length: int, least: int) -> None:
-        """Count a frame that the guest does not get; its chain is used for the next."""
+        """Count a frame that is dropped.  Its chain is used for the next frame."""
         if length < least:
             self.malformed += 1
         else:
             self.no_room += 1
 
     def _ended(self) -> None:
-        """Take the end of what is no tap for the end of a tap."""
+        """Handle an end of file as if the tap were deleted.  Only a descriptor that is not a tap has one."""
         self.link_up = False
         self.failed(OSError(min(GONE), "end of file"))
 
 
 def poke(views: list[memoryview], offset: int, value: int) -> None:
-    """Store a byte somewhere in a chain."""
+    """Store a byte at an offset of a chain's buffers."""
     for view in views:
         if offset < len(view):
             view[offset] = value

@@ -1,4 +1,4 @@
-"""The tap: a descriptor, two requests, and what its errors mean (linux/if_tun.h)."""
+"""The tap: its descriptor, two ioctl requests, and the meaning of its errors (linux/if_tun.h)."""
 
 import errno
 import fcntl
@@ -14,24 +14,24 @@ TUN_F_CSUM, TUN_F_TSO4, TUN_F_TSO6, TUN_F_TSO_ECN = 1, 2, 4, 8
 INT = Struct("i")
 
 GONE = frozenset({errno.EBADFD, errno.EBADF, errno.ENODEV, errno.ENXIO})  # the interface was deleted
-DOWN = frozenset({errno.EIO})  # it is there, and not up
-WRITABLE = select.EPOLLOUT  # only of an interface that is up
-STALE_FRAMES_MAX = 4096  # more than any queue length an administrator sets
+DOWN = frozenset({errno.EIO})  # the interface exists, but is not up
+WRITABLE = select.EPOLLOUT  # the kernel reports it only for an interface that is up
+STALE_FRAMES_MAX = 4096  # more than any queue length that an administrator sets
 
 
 class Tap:
-    """An open tap that prefixes frames with a virtio-net header; ours from here on.
+    """An open tap, which prefixes frames with a virtio-net header.  Owns the descriptor.
 
-    The thread that moves frames reads and writes `fd`; everything else is the main thread's.
+    The thread that moves frames reads and writes `fd`.  The main thread does everything else.
     """
 
     def __init__(self, fd: int, name: str) -> None:
-        """Raises HostError if it is none."""
+        """Raises HostError if `fd` is not a tap."""
         self.fd = fd
         self.name = name
         self.header = 10  # bytes before each frame
         os.set_blocking(fd, False)
-        self.offloads = 0  # that it can take from the network for the guest
+        self.offloads = 0  # flags of TUNSETOFFLOAD that the tap supports
         for offloads in (
             TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO6 | TUN_F_TSO_ECN, TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO6, TUN_F_CSUM,
         ):  # fmt: skip
@@ -56,7 +56,7 @@ class Tap:
         fcntl.ioctl(self.fd, TUNSETVNETHDRSZ, INT.pack(header))
 
     def configure(self, header: int, offloads: int) -> None:
-        """Have frames come with headers of so many bytes, and unsegmented or without sums where the guest can.
+        """Set the size of the header before each frame, and the offloads that the guest accepts.
 
         Raises:
             HostError: the interface is gone.
@@ -69,7 +69,7 @@ class Tap:
             raise HostError(self.name, error) from error
 
     def send(self, frame: bytes) -> bool:
-        """Send a frame of ours, as if it came from the guest; False if the tap does not take it."""
+        """Send a frame of this process as if it came from the guest.  Returns False if the tap does not take it."""
         try:
             os.write(self.fd, bytes(self.header) + frame)
         except OSError:
@@ -77,7 +77,10 @@ class Tap:
         return True
 
     def forget_frames(self) -> None:
-        """Throw away what waits: it was meant for another driver, and may be segmented as only that one can take."""
+        """Drop the frames that wait in the tap.
+
+        They arrived with the offloads of the previous driver, which this driver may not accept.
+        """
         waste = [bytearray(64)]
         try:
             for _ in range(STALE_FRAMES_MAX):
@@ -89,7 +92,7 @@ class Tap:
         """Return whether the interface is up.
 
         Raises:
-            HostError: it is gone.
+            HostError: the interface is gone.
         """
         poll = select.poll()
         poll.register(self.fd, WRITABLE)

@@ -1,8 +1,8 @@
-"""From the guest to the tap: the transmit queue (virtio 1.2, 5.1.6.1-2).
+"""The transmit queue (virtio 1.2, 5.1.6.1-2): frames go from the guest to the tap.
 
-A frame goes from the guest's memory straight into the kernel, with the guest's own virtio header before it: the
-kernel reads that once, checks it, and refuses what does not fit the frame.  Only an interface that is `locked` or
-`local` has its frames looked at here; of others those that may tell an address of the guest.
+The kernel reads a frame straight from the guest's memory, together with the guest's own virtio header.  The kernel
+reads the header once, checks it, and refuses a header that does not fit the frame.  This process inspects all frames of
+a `locked` or `local` interface.  Of other interfaces it inspects only frames that may tell an address of the guest.
 """
 
 import posix as os
@@ -31,28 +31,31 @@ if TYPE_CHECKING:
     from vmd.virtio.queue import Queue
 
     class Answers(Protocol):
-        """What answers the guest in place of the network."""
+        """The part of `local.LocalNetwork` that is used here: it answers the guest in place of the network."""
 
         look_bytes: int
         frame_max: int
 
         def concerns(self, start: bytes) -> bool:
-            """Return whether a frame with this start may be for us; `start` is `look_bytes` long, or all of it."""
+            """Return whether a frame may be for us; `start` is its first `look_bytes`, or the whole frame."""
 
         def answer(self, frame: bytes, sum_missing: bool) -> bool:
-            """Take a frame if it is for us, and answer it; `sum_missing`: its checksum was left to the device."""
+            """Answer a frame if it is for us; return whether it is.
+
+            `sum_missing`: the guest has left the frame's checksum to the device.
+            """
 
 
-NUMBER = 1  # of the queue
+NUMBER = 1  # the queue's number
 BUDGET = 128  # frames of one turn
-GIVE_BYTES = 256 << 10  # so much is given back at a time: the guest makes new frames while others are sent
+GIVE_BYTES = 256 << 10  # give back so much at a time, so that the guest makes new frames while others are sent
 IOV_MAX = 1024
-STEPS = range(IOV_MAX - 1)  # pieces of a chain; one more may be put in front
-KEPT_TABLES = range(8 * DESC.size, 64 * DESC.size + 1)  # bytes of tables that are remembered
-WINDOWS_MAX = 1024  # on what these describe; about 200 bytes each
-FRAME_MAX = 16384 + HEADER_BYTES  # as long as a tap of OpenBSD's takes (*cat. 6.5*)
-GSO_TYPE = 1  # offset in the header
-BUSY_S = 1.0  # a tap that takes nothing for so long loses the frame
+STEPS = range(IOV_MAX - 1)  # descriptors of a chain; `_kept` may put one more view in front
+KEPT_TABLES = range(8 * DESC.size, 64 * DESC.size + 1)  # sizes in bytes of the indirect tables that are cached
+WINDOWS_MAX = 1024  # views of guest memory in the cache; about 200 bytes each
+FRAME_MAX = 16384 + HEADER_BYTES  # the longest frame that a tap of OpenBSD takes (*cat. 6.5*)
+GSO_TYPE = 1  # offset of gso_type in the header
+BUSY_S = 1.0  # if the tap takes nothing for so long, the frame is dropped
 
 PACKETS, BYTES = (devmsg.COUNTER_NAMES.index(name) for name in ("tx_packets", "tx_bytes"))
 
@@ -60,7 +63,7 @@ NEXT, WRITE, INDIRECT = spec.VIRTQ_DESC_F_NEXT, spec.VIRTQ_DESC_F_WRITE, spec.VI
 
 
 class Transmitter(Worker):
-    """The transmit queue's half."""
+    """The transmit queue."""
 
     def __init__(self, services: "Services", kick: int, tap: "Tap", failed: "Callable[[OSError], None]") -> None:
         """`failed` is called, on the thread that serves, when the tap is gone or down."""
@@ -68,32 +71,32 @@ class Transmitter(Worker):
         self.tap = tap
         self.failed = failed
         self.header = spec.NET_HDR_BYTES_LEGACY
-        self.allowed = b""  # of a locked interface: the one address it sends from; empty: any
+        self.allowed = b""  # of a locked interface: the only source address; empty: any
         self.answers: Answers | None = None
-        self.addresses: Addresses | None = None  # what learns the guest's
-        self.busy_until_s = 0.0  # the tap takes nothing at the moment, and is waited for; 0: it takes what comes
+        self.addresses: Addresses | None = None  # learns the guest's addresses
+        self.busy_until_s = 0.0  # the tap is full; the frame is dropped at this time.  0: the tap is not full
         self.complaints = RateLimit()
-        self.region = (0, 0, 0)  # that was met last: from, to, and the way from its addresses to places in memory
-        self.tables: dict[bytes, tuple[list[memoryview], int]] = {}  # without their first descriptors
-        self.windows = 0  # that these have together
-        self.others: tuple[int, ...] = ()  # figures that were shown last
+        self.region = (0, 0, 0)  # the last used region: start gpa, end gpa, and (offset in memory - gpa)
+        self.tables: dict[bytes, tuple[list[memoryview], int]] = {}  # cache; the key omits the first descriptor
+        self.windows = 0  # number of views in the cache
+        self.others: tuple[int, ...] = ()  # the rarely changing figures, as they were stored last
         self.packets = 0
         self.short = self.long = self.spoofed = self.refused = self.no_link = self.dropped_busy = self.answered = 0
 
     def begin(self) -> None:
-        """Wait for notifications, not for the tap."""
+        """Wait for notifications only, not for the tap."""
         super().begin()
         self.busy_until_s = 0.0
 
     def serve(self, queue: "Queue") -> bool:
-        """Send what waits, and what comes meanwhile, up to a budget."""
+        """Send the available frames, and those that become available meanwhile, up to a budget."""
         queue.suppress()
         self.tap_events = 0
         left = self.budget
         while left > 0 and (waiting := queue.available()):
             try:
                 left -= self._drain(queue, min(waiting, left))
-            finally:  # of a ring that breaks half-way, too
+            finally:  # also when the ring turns out to be broken
                 self.show()
                 self.give(queue)
             if self.tap_events:
@@ -102,12 +105,12 @@ class Transmitter(Worker):
         return queue.rearm()
 
     def count_answered(self) -> None:
-        """Count a frame that was answered elsewhere, while this thread stands."""
+        """Count a frame that the main thread has answered, while the kernel moves the frames."""
         self.answered += 1
         self.show()
 
     def show(self) -> None:
-        """Store what has been counted, in the order of devmsg.FIGURES."""
+        """Store the figures, in the order of devmsg.FIGURES."""
         self.figures[PACKETS] = self.packets
         self.figures[BYTES] = self.bytes
         others = (
@@ -119,16 +122,17 @@ class Transmitter(Worker):
                 self.figures[place] = value
 
     def _drain(self, queue: "Queue", waiting: int) -> int:
-        """Send frames that wait; return how many are through: all, unless the tap is full.
+        """Send the next `waiting` frames; return how many were sent or dropped: all, unless the tap is full.
 
-        The hot loop.  A frame that nothing is to be found out about goes out from here.  Its locals:
+        This is the hot loop.  It sends a frame that need not be inspected; `_judge` decides about the others.  Its
+        locals:
 
-            heads                of the chains of this turn; so many are `done`, of which some are `lost`
-            table, descriptor    where each begins: gpa, length, flags, following
-            low, high, delta     the region that was met last, and the way from its addresses to places in `raw`
-            shortest, longest    frames that are sent as they are, but for lengths in `telling`
-            largest              ... if they are to be segmented
-            total, limit         bytes that were sent, and when the guest gets back what is done
+            heads                of the chains of this turn; `done` of them are finished, `lost` of these were dropped
+            table, descriptor    the descriptor table, and how to read one of it: gpa, length, flags, following
+            low, high, delta     the last used region: start gpa, end gpa, and (offset in `raw` - gpa)
+            shortest, longest    lengths of frames that need not be inspected, except the lengths in `telling`
+            largest              the longest of them that is to be segmented
+            total, limit         bytes that were sent; when `total` reaches `limit`, finished chains are given back
         """
         raw, table, tap, header = queue.memory.memory, queue.table, self.tap.fd, self.header
         descriptor, pieces, write, writev = DESC.unpack_from, self._pieces, os.write, os.writev
@@ -147,7 +151,7 @@ class Transmitter(Worker):
                 try:
                     gpa, length, flags, following = descriptor(table, head << 4)
                 except StructError:
-                    queue.walk(head)  # says that it is outside the table
+                    queue.walk(head)  # raises GuestError: the head is outside the table
                     raise
                 try:
                     if (
@@ -193,7 +197,7 @@ class Transmitter(Worker):
     def _pieces(
         self, queue: "Queue", head: int, gpa: int, length: int, flags: int, following: int
     ) -> "tuple[list[memoryview], int]":
-        """Return windows on the pieces of a chain, whose first descriptor was read, and how long they are together."""
+        """Return views of a chain's buffers, and their total length.  The caller has read the first descriptor."""
         try:
             table: memoryview | bytes = queue.table
             if flags == INDIRECT and queue.indirect and length and not length & 15:
@@ -206,14 +210,17 @@ class Transmitter(Worker):
                 gpa, length, flags, following = DESC.unpack_from(table)
             return self._follow(queue, table, gpa, length, flags, following)
         except (StructError, GuestError):
-            return self._gather(queue, head)  # which takes every form, and says what is wrong
+            return self._gather(queue, head)  # it accepts every valid chain, and says what is wrong with others
 
     def _follow(
         self, queue: "Queue", table: memoryview | bytes, gpa: int, length: int, flags: int, following: int
     ) -> "tuple[list[memoryview], int]":
-        """Do it from a descriptor on, which was read.  Raises GuestError or struct.error at what is left to `_gather`.
+        """Do what `_pieces` does, from a descriptor on that the caller has read.
 
-        Pieces that lie side by side have one window.
+        Buffers that are adjacent in memory get one view.
+
+        Raises:
+            GuestError, struct.error: the chain is broken or unusual; `_gather` has to look at it.
         """
         raw, descriptor = queue.memory.memory, DESC.unpack_from
         low, high, delta = self.region
@@ -242,7 +249,7 @@ class Transmitter(Worker):
         return views, total
 
     def _meet(self, queue: "Queue", gpa: int, length: int) -> tuple[int, int, int]:
-        """Return the region that a piece lies in, and remember it.  Raises GuestError if it lies in none."""
+        """Return the region that contains a buffer, and remember it.  Raises GuestError if there is none."""
         for start, stop, offset, _ in queue.memory.ranges:
             if start <= gpa and gpa + length <= stop:
                 self.region = start, stop, offset - start
@@ -250,14 +257,15 @@ class Transmitter(Worker):
         raise GuestError(f"guest address {gpa:#x}: not {length} bytes in one region")
 
     def _kept(self, queue: "Queue", table: memoryview) -> "tuple[list[memoryview], int]":
-        """Do what `_pieces` does with a table of many descriptors; raise as `_follow`.
+        """Do what `_pieces` does for a table of many descriptors, with a cache.  Raises as `_follow`.
 
-        Such frames are made of pages of a file, or of a program's memory.  When that is sent again, so is all of its
-        table but the first descriptor, which is of the headers.
+        Such frames consist of headers, and of pages of a file or of a program's memory.  When the same pages are sent
+        again, their table is the same, except the first descriptor, which is for the headers.
         """
         copy = bytes(table)
         gpa, length, flags, following = DESC.unpack_from(copy)
-        # If that leads to the second, the rest says all else: a chain that comes back to the first never ends.
+        # If the first descriptor leads to the second, the others describe the rest of the chain completely: a chain
+        # that came back to the first would never end.
         if flags != NEXT or following != 1:
             return self._follow(queue, copy, gpa, length, flags, following)
         rest = copy[DESC.size :]
@@ -276,7 +284,7 @@ class Transmitter(Worker):
         return [queue.memory.memory[gpa + delta : gpa + delta + length], *views], length + total
 
     def _gather(self, queue: "Queue", head: int) -> "tuple[list[memoryview], int]":
-        """Look at a chain of any form, the obvious way."""
+        """Do what `_pieces` does for a chain of any form, the slow way.  Raises GuestError."""
         chain = queue.walk(head)
         if chain.writable:
             raise GuestError("frame with a part for writing")
@@ -285,11 +293,14 @@ class Transmitter(Worker):
             window for gpa, part in chain.readable if part for window in queue.memory.slices(gpa, part)
         ]
         if len(views) >= IOV_MAX and length <= self.header + GSO_FRAME_MAX:
-            views = [memoryview(b"".join(views))]  # one write takes no more pieces than that
+            views = [memoryview(b"".join(views))]  # writev takes no more than IOV_MAX
         return views, length
 
     def _not_sent(self, error: OSError, sent: int) -> bool:
-        """Take an error of a write, after `sent` without; return whether the frame is lost, or stays where it is."""
+        """Handle an error of a write, after `sent` frames without one.
+
+        Returns True if the frame is dropped, False if it stays in the ring because the tap is full.
+        """
         if isinstance(error, BlockingIOError):
             now_s = time.monotonic()
             if sent or not self.busy_until_s:
@@ -310,7 +321,7 @@ class Transmitter(Worker):
         return True
 
     def _judge(self, views: list[memoryview], length: int) -> "Sequence[memoryview | bytes]":
-        """Return what of a frame is to be sent, if anything; `length` is without a header."""
+        """Return the views to send, or nothing if the frame is not to be sent.  `length` excludes the header."""
         if length < HEADER_BYTES:
             if length < 0:
                 raise GuestError(f"frame without a header: {self.header + length} of {self.header} bytes")
@@ -327,16 +338,20 @@ class Transmitter(Worker):
 
     @property
     def looks(self) -> bool:
-        """Whether each frame is looked at."""
+        """Whether each frame is inspected."""
         return bool(self.allowed) or self.answers is not None
 
     def _learn(self, views: list[memoryview]) -> None:
-        """See whether a frame tells an address of the guest."""
+        """Learn the guest's address, if the frame tells one."""
         assert self.addresses is not None
         self.addresses.learn(take(views, self.header + LOOK_BYTES)[self.header :])
 
     def _look(self, views: list[memoryview], length: int) -> "Sequence[memoryview | bytes]":
-        """Judge a frame; return what is to be sent, if anything.  What was looked at is what is sent."""
+        """Inspect a frame; return the views to send, or nothing if it is not to be sent.
+
+        Of a locked interface the inspected bytes are copied first, and the copy is sent: the guest cannot change them
+        in between.
+        """
         header, allowed, answers = self.header, self.allowed, self.answers
         whole = b""
         start = take(views, header + (answers.look_bytes if answers else HEADER_BYTES))
@@ -360,7 +375,7 @@ class Transmitter(Worker):
 
 
 def peek(views: list[memoryview], offset: int) -> int:
-    """Return a byte somewhere in a chain."""
+    """Return the byte at an offset of a chain."""
     for view in views:
         if offset < len(view):
             return view[offset]
@@ -369,7 +384,7 @@ def peek(views: list[memoryview], offset: int) -> int:
 
 
 def take(views: list[memoryview], size: int) -> bytes:
-    """Return a copy of the first bytes of a chain."""
+    """Return a copy of the first `size` bytes of a chain."""
     if len(views[0]) >= size:
         return bytes(views[0][:size])
     found = b""
@@ -381,7 +396,7 @@ def take(views: list[memoryview], size: int) -> bytes:
 
 
 def rest(views: list[memoryview], size: int) -> list[memoryview]:
-    """Return what lies behind the first bytes of a chain."""
+    """Return views of a chain without its first `size` bytes."""
     for position, view in enumerate(views):
         if size < len(view):
             return [view[size:], *views[position + 1 :]]

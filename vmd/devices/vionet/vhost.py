@@ -1,7 +1,8 @@
 """/dev/vhost-net (linux/vhost.h): the kernel moves frames between a tap and the rings of a guest.
 
-Nobody else may touch a ring in the meantime.  Where the kernel has got to is asked when it gives the rings back: the
-next available index from itself, the used index from the ring.  It moves no frame and raises no interrupt after that.
+Meanwhile this process must not touch the rings.  When the kernel gives them back, the next available index is asked
+from the kernel, and the used index is read from the ring.  After that the kernel moves no frame and raises no
+interrupt.
 """
 
 import errno
@@ -33,16 +34,16 @@ VHOST_SET_VRING_ERR = 0x4008AF22
 VHOST_NET_SET_BACKEND = 0x4008AF30
 
 FEATURES = Struct("=Q")
-MEMORY = Struct("=II")  # vhost_memory: nregions, padding; then vhost_memory_region each
+MEMORY = Struct("=II")  # vhost_memory: nregions, padding; then a vhost_memory_region for each
 REGION = Struct("=QQQQ")  # guest_phys_addr, memory_size, userspace_addr, padding
 STATE = Struct("=II")  # vhost_vring_state: index, num
 FILE = Struct("=Ii")  # vhost_vring_file: index, fd
 ADDR = Struct("=IIQQQQ")  # vhost_vring_addr: index, flags, desc, used, avail, log
-NONE = -1  # for a descriptor: no longer
+NONE = -1  # in place of a descriptor: remove it
 
-# Of what a driver and we agree on, all that the kernel has to know.  One bit means the opposite of what it means to a
-# driver: VHOST_NET_F_VIRTIO_NET_HDR (27, a driver's ANY_LAYOUT) has the kernel invent headers, and ours come from the
-# tap.  It takes any layout anyway.
+# The negotiated features that the kernel has to know.  Bit 27 must not be among them: for a driver it is ANY_LAYOUT,
+# for vhost it is VHOST_NET_F_VIRTIO_NET_HDR, which makes the kernel create the headers.  Our headers come from the tap.
+# The kernel accepts any layout without the bit.
 OF_RINGS = (
     1 << spec.VIRTIO_F_NOTIFY_ON_EMPTY
     | 1 << spec.VIRTIO_F_RING_INDIRECT_DESC
@@ -53,37 +54,37 @@ OF_RINGS = (
 
 
 class Vhost:
-    """The rings of one interface, in the kernel between `start` and `stop`.  All of it is the main thread's.
+    """The rings of one interface.  The kernel has them between `start` and `stop`.  Used on the main thread only.
 
-    `failed` is an eventfd: the kernel has found something in a ring that it does not take, and stands there.
+    The kernel writes to the eventfd `failed` when it has found an error in a ring, and has stopped there.
     """
 
     def __init__(
         self, fd: int, memory: "GuestMemory", tap: int, kicks: "Sequence[int]", calls: "Sequence[int]"
     ) -> None:
-        """Take /dev/vhost-net; nothing is asked of it yet."""
+        """Take ownership of `fd`, which is /dev/vhost-net.  No request is made to it yet."""
         self.fd = fd
         self.memory = memory
         self.tap = tap
         self.kicks = kicks
         self.calls = calls
         self.failed = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self.offered = 0  # of OF_RINGS
-        self.owned = False
+        self.offered = 0  # features of OF_RINGS that the kernel has
+        self.owned = False  # `_begin` has called VHOST_SET_OWNER
         self.serving: list[tuple[int, Queue]] = []
 
     def start(self, features: int, queues: "Sequence[Queue]") -> None:
-        """Hand the rings over.
+        """Hand the rings to the kernel.
 
         Raises:
-            GuestError: a driver has changed an index that is the device's.
-            OSError: the kernel refuses; the rings are ours as before.
-            HostError: it refuses, and keeps them.
+            GuestError: the driver has changed an index that belongs to the device.
+            OSError: the kernel refuses the rings; they are ours as before.
+            HostError: the kernel refuses the rings, and does not give them back.
         """
         for number, queue in enumerate(queues):
             if queue.visible != queue.next_used:
                 raise GuestError(f"used index of queue {number} is {queue.visible}, and was left at {queue.next_used}")
-        self.take_failure()  # of another driver's rings
+        self.take_failure()  # an event left from a previous driver's rings
         try:
             if not self.owned:
                 self._begin()
@@ -100,12 +101,12 @@ class Vhost:
         except OSError:
             self.stop()
             raise
-        # What the guest has notified of before the kernel listened is in the rings.
+        # The guest may have notified before the kernel watched the kicks.
         for kick in self.kicks:
             os.eventfd_write(kick, 1)
 
     def stop(self) -> None:
-        """Take the rings back; what the kernel has begun it finishes first.
+        """Take the rings back.  The kernel first finishes the frames that it has begun.
 
         Raises:
             HostError: the kernel does not give them back.
@@ -122,7 +123,7 @@ class Vhost:
             raise HostError("take rings back from /dev/vhost-net", error) from error
 
     def take_failure(self) -> bool:
-        """Take what `failed` has; return whether it had anything."""
+        """Read `failed`; return whether the kernel has written to it."""
         try:
             os.eventfd_read(self.failed)
         except BlockingIOError:
@@ -130,12 +131,12 @@ class Vhost:
         return True
 
     def _begin(self) -> None:
-        """Say what stays as it is.  Raises OSError."""
+        """Make the requests that are needed once: owner, memory, call and error eventfds.  Raises OSError."""
         self._ask(VHOST_SET_OWNER, 0)
         self.owned = True
         (offered,) = FEATURES.unpack(self._ask(VHOST_GET_FEATURES, bytes(FEATURES.size)))
         self.offered = offered & OF_RINGS
-        # Memory that devices must not write is left out: the kernel knows of none such.
+        # Memory that devices must not write is left out, because the kernel would write to all memory in this table.
         regions = [region for region in self.memory.regions if not region.read_only]
         rows = [REGION.pack(each.gpa, each.size, self.memory.base + each.offset, 0) for each in regions]
         self._ask(VHOST_SET_MEM_TABLE, MEMORY.pack(len(rows), 0) + b"".join(rows))
@@ -144,7 +145,7 @@ class Vhost:
             self._ask(VHOST_SET_VRING_ERR, FILE.pack(number, self.failed))
 
     def _describe(self, number: int, queue: "Queue") -> None:
-        """Say where a ring is, and how far it has been served.  Raises OSError."""
+        """Tell the kernel where a ring is, and the index to go on at.  Raises OSError."""
         self._ask(VHOST_SET_VRING_NUM, STATE.pack(number, queue.size))
         self._ask(VHOST_SET_VRING_BASE, STATE.pack(number, queue.next_avail))
         base = self.memory.base
@@ -152,6 +153,6 @@ class Vhost:
         self._ask(VHOST_SET_VRING_ADDR, ADDR.pack(number, 0, *places, 0))
 
     def _ask(self, request: int, argument: "bytes | int") -> bytes:
-        """Make a request; return what the kernel has put into the argument.  Raises OSError."""
+        """Make a request; return the argument as the kernel has changed it.  Raises OSError."""
         answer = fcntl.ioctl(self.fd, request, argument)
         return answer if isinstance(answer, bytes) else b""

@@ -1,4 +1,4 @@
-"""What the two queues of a network interface have in common: what one waits for, and its limit."""
+"""The base of the two queues of a network interface: the events that a queue waits for, and its limit."""
 
 from vmd.devices.bucket import Bucket, Throttled
 from vmd.ipc import devmsg
@@ -11,51 +11,51 @@ if TYPE_CHECKING:
     from vmd.virtio.queue import Queue
 
     class Services(Protocol):
-        """What of `process.ThreadedProcess` is used here."""
+        """The part of `process.ThreadedProcess` that is used here."""
 
         figures: memoryview
 
         def interrupt(self, queue: int) -> None:
-            """Tell the guest."""
+            """Interrupt the guest."""
 
         def post(self, job: Callable[[], None]) -> None:
-            """Have something done on the main thread."""
+            """Call `job` on the main thread."""
 
         def broke(self, text: str) -> None:
-            """The driver broke a ring."""
+            """Report that the driver broke a ring."""
 
 
-GSO_FRAME_MAX = 65550  # bytes of a frame that is to be segmented: an IP packet of 64 KiB
-TURN_S = 0.05  # of a limited queue: what one turn may take of it, if all frames are as large
-WAYS = ("rx", "tx")  # by number of the queue
+GSO_FRAME_MAX = 65550  # bytes of a frame that is to be segmented: an IP packet of 64 KiB, and its Ethernet header
+TURN_S = 0.05  # a turn of a limited queue takes at most the limit for so long, even if all frames are the largest
+WAYS = ("rx", "tx")  # direction, by the queue's number
 NEVER = float("inf")
 
 
 class Worker:
-    """One queue's half of the device, served by the thread that moves frames (`mover`).
+    """One queue of the device, served by the thread that moves frames (`mover`).
 
-    What that waits for it finds here: `bells`, eventfds that ring for this queue, `tap_events` and `until_s`.
+    The attributes that say what the thread waits for: `bells`, the eventfds of this queue; `tap_events`; `until_s`.
     """
 
     def __init__(self, services: "Services", number: int, kick: int, budget: int) -> None:
-        """`budget` is how many frames may pass in one turn, before the other queue may have its own."""
+        """`budget` is how many frames may pass in one turn, before it is the other queue's turn."""
         self.services = services
         self.figures = services.figures
         self.number = number
         self.bells = [kick]
         self.queue: Queue | None = None
         self.link_up = False
-        self.more = False  # there is something to do
-        self.tap_events = 0  # of the tap, that are waited for
-        self.until_s = NEVER  # look again then, whatever happens
+        self.more = False  # the queue has work
+        self.tap_events = 0  # epoll events of the tap to wait for
+        self.until_s = NEVER  # serve the queue at this time, even without an event
         self.bytes = 0  # of frames that have passed
         self.budget = self.most = budget
-        self.shared = False  # this turn, as the other queue has something to do, too
-        self.bucket: Bucket | None = None  # where there is a limit
+        self.shared = False  # in this round the other queue has work, too
+        self.bucket: Bucket | None = None  # the limit, if there is one
         self.throttled = Throttled(services.figures, devmsg.COUNTER_NAMES.index(f"{WAYS[number]}_throttled"))
 
     def limit(self, rate: int) -> None:
-        """Let no more bytes a second pass than these; 0: as many as come.  Any thread's."""
+        """Limit the bytes that pass each second; 0: no limit.  Called on any thread."""
         self.bucket = Bucket(rate) if rate else None
         self.budget = min(self.most, max(1, int(rate * TURN_S / GSO_FRAME_MAX))) if rate else self.most
 
@@ -64,34 +64,34 @@ class Worker:
         raise NotImplementedError
 
     def show(self) -> None:
-        """Store what has been counted where others see it; called after each `serve`, before the guest hears of it.
+        """Store the figures in shared memory.  Called after each `serve`, before the last `give` of it.
 
-        What has passed is there before each `give`, also within a turn.
+        Frames that have passed are counted there before each `give`, also within a turn.
         """
         raise NotImplementedError
 
     def begin(self) -> None:
-        """Be as after a start: called before the first turn after the thread stood."""
+        """Return to the state after a start.  Called before the first turn after the thread was stopped."""
         self.rest()
 
     def rest(self) -> None:
-        """Wait for bells only."""
+        """Wait for bells only: not for the tap, and for no time."""
         self.tap_events = 0
         self.until_s = NEVER
 
     def stand(self) -> None:
-        """Wait for nothing."""
+        """The thread is stopped: wait for nothing."""
         self.rest()
         self.throttled.end()
 
     def give(self, queue: "Queue") -> None:
-        """Let the guest have what was put."""
+        """Publish the used ring; interrupt the guest if it wants that."""
         queue.publish()
         if queue.wants_interrupt():
             self.services.interrupt(self.number)
 
     def turn(self) -> None:
-        """Serve the queue once, if there is one and its limit allows it.  Raises GuestError."""
+        """Serve the queue once, if the driver uses it and its limit allows it.  Raises GuestError."""
         self.more = False
         self.until_s = NEVER
         queue = self.queue
@@ -106,7 +106,7 @@ class Worker:
             bucket.take(self.bytes - before)
 
     def _must_wait(self, bucket: Bucket | None) -> bool:
-        """Return whether the queue has to wait for its limit; what comes meanwhile is found behind that."""
+        """Return whether the queue has to wait for its limit.  Frames that come meanwhile are served after the wait."""
         wait_s = bucket.wait_s() if bucket is not None else 0.0
         if bucket is None or not wait_s:
             self.throttled.end()
