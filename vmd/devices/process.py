@@ -31,43 +31,47 @@ if TYPE_CHECKING:
     from typing import Any, Protocol
 
     class AnyDevice(Protocol):
-        """One kind of device.  Order of calls: open; then activate, quiesce, again and again; close.
+        """One kind of device.  Order of calls: open; then activate and quiesce, any number of times; then close.
 
-        All are made by the process's main thread.
+        The process's main thread makes all calls.
         """
 
         @property
         def features(self) -> int:
-            """The device's own; those of rings are the same for all."""
+            """The features of this kind of device.  The features of rings are added by `Process`."""
 
         @property
         def config(self) -> bytes:
             """The configuration space as it is now."""
 
         def activate(self, features: int, queues: list[Queue | None]) -> None:
-            """Take the rings; None for a queue the driver does not use."""
+            """Take the rings.  An entry is None for a queue that the driver does not use."""
 
         def quiesce(self, *, forget: bool) -> None:
             """Finish what is in flight; touch no ring until notified again.
 
-            With `forget`, what has not been begun need not be; the rings are gone, and what the driver wrote to
-            `config`.
+            With `forget` the device is reset: it may drop requests that it has not begun, and it forgets the rings
+            and the driver's writes to `config`.
 
             Raises:
-                HostError: it does not get finished; the process has to end.
+                HostError: a request does not end in time; the process has to end.
             """
 
         def write_config(self, offset: int, data: bytes) -> None:
-            """Take a write of the driver to `config`, which may come before `activate`."""
+            """Take a write of the driver to `config`.  It may come before `activate`."""
 
         def close(self) -> None:
-            """Make everything that was done last, and let go, at the end."""
+            """Bring all that was done to stable storage, and close the resource.  Called once, at the end."""
 
     class Device(AnyDevice, Protocol):
         """A device that is served on the main thread, between `activate` and `quiesce`."""
 
         def on_notify(self, number: int) -> bool:
-            """Serve a queue, up to a budget; return whether there is more to do.  GuestError ends in NEEDS_RESET."""
+            """Serve a queue, up to a budget; return whether there is more to do.
+
+            Raises:
+                GuestError: the driver broke the ring; the caller sends NEEDS_RESET.
+            """
 
     class ThreadedDevice(AnyDevice, Protocol):
         """A device whose own threads wait for notifications and serve its queues.
@@ -76,33 +80,34 @@ if TYPE_CHECKING:
         """
 
         def resume(self) -> None:
-            """Have the threads look at every queue, and go on; called after `activate` and after a pause."""
+            """Let the threads go on, and look at every queue.  Called after `activate` and after a pause."""
 
 
-VM = "vm process"  # whom a sentence about the channels is about
-MEMORY_BESIDES_BYTES = 512 << 20  # beside the guest's, which is mapped: stacks of 16 threads are 128 MiB of it
-QUIESCE_TIMEOUT_S = 9.0  # the VM waits for devmsg.ANSWER_TIMEOUT_S; a sentence beats its time-out
+VM = "vm process"  # the peer that errors about the channels name
+MEMORY_BESIDES_BYTES = 512 << 20  # limit besides the mapped guest memory; stacks of 16 threads are 128 MiB of it
+# Less than devmsg.ANSWER_TIMEOUT_S, after which the VM ends this process without a reason: our sentence comes first.
+QUIESCE_TIMEOUT_S = 9.0
 
 
 def unpack(layout: "Struct", packet: bytes, at: int = 0) -> "tuple[Any, ...]":
-    """Take a structure out of a packet.  Raises PeerError if it is not all there."""
+    """Return the fields of the structure at `at`.  Raises PeerError if the packet is too short."""
     if len(packet) < at + layout.size:
         raise PeerError(VM, f"message of {len(packet)} bytes is too short", packet)
     return layout.unpack_from(packet, at)
 
 
 def exact(layout: "Struct", packet: bytes) -> "tuple[Any, ...]":
-    """Take a packet that is one structure and nothing else.  Raises PeerError."""
+    """Return the fields of a packet that is one structure and nothing else.  Raises PeerError."""
     if len(packet) != layout.size:
         raise PeerError(VM, f"message of {len(packet)} bytes instead of {layout.size}", packet)
     return layout.unpack(packet)
 
 
 class Host:
-    """What the VM process told us, and the descriptors that came with it."""
+    """The contents of START, and the descriptors that came with it."""
 
     def __init__(self, packet: bytes, fds: list[int]) -> None:
-        """Raises PeerError for a packet that is no START."""
+        """Raises PeerError if the packet is not a START."""
         head = unpack(devmsg.START_HEAD, packet)
         kind, verbosity, form, self.index, queues, resources, self.flags, regions, self.figures_slot = head
         if kind != devmsg.START or form >= len(FORMS):
@@ -122,7 +127,7 @@ class Host:
             except ValueError as error:
                 raise PeerError(VM, str(error), packet) from None
             at += devmsg.REGION.size
-        self.notes: list[int] = []  # of each resource: devmsg.RESOURCE_*
+        self.notes: list[int] = []  # one for each resource: bits of devmsg.RESOURCE_*
         for _ in range(resources):
             self.notes += unpack(devmsg.RESOURCE, packet, at)
             at += devmsg.RESOURCE.size
@@ -151,15 +156,15 @@ class Host:
 class Process:
     """A device process: its channels, its queues, and the loop.
 
-    Devices use `host`, `memory`, `figures`, `interrupt`, `watch`, `call_after`, `serve` and `report`; all from the main
-    thread, but `interrupt`, which belongs to whichever thread owns the queue, and each of the figures, which is one
-    thread's.
+    Devices use `host`, `memory`, `figures`, `interrupt`, `watch`, `call_after`, `serve` and `report`.  They use them on
+    the main thread only, with two exceptions: the thread that owns a queue calls `interrupt` for it, and each figure is
+    stored by one thread.
     """
 
     def __init__(self, sync: _socket.socket, informs: _socket.socket, host: Host, kind: str) -> None:
         """`kind` is one of devmsg.FIGURES.
 
-        Raises PeerError, HostError or OSError if what the VM said about descriptors and memory is not so.
+        Raises PeerError, HostError or OSError if descriptors and memory are not as START describes them.
         """
         self.sync = sync
         self.informs = informs
@@ -178,9 +183,9 @@ class Process:
         self.seen = words[devmsg.QUEUES_MAX : 2 * devmsg.QUEUES_MAX]
         self.queues: list[Queue | None] = []
         self.activations = 0
-        self.passing: list[int] = []  # descriptors that go with the answer; they stay ours
+        self.passing: list[int] = []  # descriptors to send with the next answer; they stay open here
         self.asked = False  # the VM waits for an answer
-        self.running = False  # has rings, is not paused, and its driver has not broken them
+        self.running = False  # the device has rings, is not paused, and the driver has not broken a ring
         self.paused = False
         self.broken = False
         self.complaints = RateLimit()
@@ -202,20 +207,20 @@ class Process:
         self.handlers[fd] = handler
 
     def unwatch(self, fd: int) -> None:
-        """Call its handler no more; what epoll has already found, it still gets."""
+        """Stop watching `fd`.  Its handler is still called for an event that epoll has already returned."""
         self.epoll.unregister(fd)
 
     def watch_kicks(self) -> None:
-        """Listen to the guest's notifications."""
+        """Watch the kick eventfds, which the guest's notifications make readable."""
         for number, fd in enumerate(self.host.kicks):
             self.watch(fd, lambda number=number, fd=fd: self.on_kick(number, fd))  # type: ignore[misc]
 
     def call_after(self, delay_s: float, handler: "Callable[[], None]") -> None:
-        """Call `handler` once, later; a process has one timer, and a new one replaces it."""
+        """Call `handler` once, after `delay_s`.  A process has one timer: a second call replaces the first."""
         self.timer = (time.monotonic() + delay_s, handler)
 
     def run(self) -> None:
-        """Serve until the VM says that it is over, or is gone."""
+        """Serve until the VM sends SHUTDOWN or closes a channel.  Never returns: `end` exits the process."""
         poll, handlers = self.epoll.poll, self.handlers
         while True:
             for fd, _events in poll(-1 if self.timer is None else max(0.0, self.timer[0] - time.monotonic())):
@@ -228,12 +233,12 @@ class Process:
     # --- queues ----------------------------------------------------------------------------------------------
 
     def interrupt(self, queue: int) -> None:
-        """Tell the guest that a queue has news.  From the queue's own thread only."""
-        self.raised[queue] = self.raised[queue] + 1 & 0xFFFFFFFF  # before the event: the guest looks at it then
+        """Interrupt the guest for a queue.  Called by the thread that owns the queue only."""
+        self.raised[queue] = self.raised[queue] + 1 & 0xFFFFFFFF  # before the event, upon which the guest reads ISR
         os.eventfd_write(self.host.calls[queue], 1)
 
     def on_kick(self, number: int, fd: int) -> None:
-        """The guest notified, or there was more to do than one round's budget."""
+        """The guest notified the queue, or `serve` left work for the next round."""
         try:
             os.eventfd_read(fd)
         except BlockingIOError:
@@ -241,7 +246,7 @@ class Process:
         self.serve(number)
 
     def serve(self, number: int) -> None:
-        """Let the device work on a queue; come back later for what exceeds its budget."""
+        """Let the device serve a queue.  If work is left beyond its budget, kick the queue to come back."""
         if not self.running or number >= len(self.queues) or self.queues[number] is None:
             return
         try:
@@ -251,13 +256,13 @@ class Process:
             self.needs_reset(str(error))
 
     def needs_reset(self, text: str) -> None:
-        """Stop serving a driver that broke its rings, and say so."""
+        """Stop serving: the driver broke a ring.  Send NEEDS_RESET with the reason."""
         self.running = False
         self.broken = True
         self.tell(devmsg.NEEDS_RESET_HEAD.pack(devmsg.NEEDS_RESET, self.activations) + text.encode()[:500])
 
     def on_resample(self) -> None:
-        """The guest ended an INTx interrupt: raise it again for what it has not seen."""
+        """The guest ended an INTx interrupt: raise it again if a queue's interrupt is not acknowledged yet."""
         try:
             os.eventfd_read(devmsg.FD_RESAMPLE)
         except BlockingIOError:
@@ -270,44 +275,44 @@ class Process:
     # --- the VM ------------------------------------------------------------------------------------------------
 
     def tell(self, packet: bytes) -> None:
-        """Inform the VM; if it does not listen, it will end us soon."""
+        """Send a packet on the async channel.  If the VM does not read it, the VM soon ends this process."""
         try:
             self.informs.send(packet, _socket.MSG_DONTWAIT)
         except OSError:
             return
 
     def changed(self, error: OSError | None = None) -> None:
-        """Answer RESIZE or DISC: it is done, or why it is not."""
+        """Answer RESIZE or DISC: done, or the error."""
         number = 0 if error is None else error.errno or errno.EIO
         text = "" if error is None else sentence(error)
         self.tell(devmsg.CHANGED_HEAD.pack(devmsg.CHANGED, number) + text.encode()[:1000])
 
     def tell_config(self) -> None:
-        """Tell the VM that the device's configuration has changed by itself."""
+        """Send CONFIG_CHANGED: the device has changed its configuration space."""
         self.tell(devmsg.TYPE.pack(devmsg.CONFIG_CHANGED) + self.ready()[devmsg.TYPE.size :])
 
     def report(self, *troubles: str) -> None:
-        """Tell the VM everything that is wrong with the device now; without arguments nothing is."""
+        """Send TROUBLES: everything that is wrong with the device now.  No arguments: nothing is wrong."""
         self.troubles = troubles
         if self.announced:
             texts = [text.encode()[: devmsg.TROUBLE_MAX] for text in troubles[: devmsg.TROUBLES_MAX]]
             self.tell(devmsg.TYPE.pack(devmsg.TROUBLES) + b"\0".join(texts))
 
     def announce(self) -> None:
-        """Say READY, and what is wrong from the start."""
+        """Send READY on the async channel, then the troubles that were reported before it."""
         self.tell(self.ready())
         self.announced = True
         if self.troubles:
             self.report(*self.troubles)
 
     def fail(self, error: Exception) -> None:
-        """Tell the VM why we end; if it waits for an answer, it gets this one."""
+        """Send ERROR before this process ends: on async, and on sync too if the VM waits for an answer."""
         self.tell(error_packet(error))
         if self.asked:
             refuse(self.sync, error)
 
     def ready(self) -> bytes:
-        """Return READY with what the device is now."""
+        """Return READY with the device's features and its configuration space as it is now."""
         device = self.device
         features = device.features | FEATURES
         return devmsg.READY_HEAD.pack(devmsg.READY, features, len(device.config)) + device.config
@@ -317,7 +322,7 @@ class Process:
         self.take_inform(self.informs.recv(devmsg.PACKET_MAX))
 
     def take_inform(self, packet: bytes) -> None:
-        """Do what a message of the async channel says."""
+        """Act on a message of the async channel.  An empty packet, the end of the channel, counts as SHUTDOWN."""
         kind = unpack(devmsg.TYPE, packet)[0] if packet else devmsg.SHUTDOWN
         handler = self.INFORMS.get(kind)
         if handler is None:
@@ -325,11 +330,11 @@ class Process:
         handler(self, packet)
 
     def on_shutdown(self, _packet: bytes) -> None:
-        """The VM is over."""
+        """The VM ends."""
         self.end()
 
     def on_verbosity(self, packet: bytes) -> None:
-        """Log more or less."""
+        """Set how much is logged."""
         log.verbosity = exact(devmsg.VERBOSITY_BODY, packet)[1]
 
     def on_sync(self) -> None:
@@ -352,12 +357,12 @@ class Process:
         self.asked = False
 
     def on_activate(self, packet: bytes) -> bytes:
-        """Take the rings of a driver; status 1 if one of them cannot be used."""
+        """Take the driver's rings.  The answer has status 1 if one of them cannot be used."""
         _, features, count = unpack(devmsg.ACTIVATE_HEAD, packet)
         if count > len(self.host.kicks) or len(packet) != devmsg.ACTIVATE_HEAD.size + count * devmsg.QUEUE.size:
             raise PeerError(VM, f"rings for {count} queues", packet)
         self.activations = self.activations + 1 & 0xFFFFFFFF
-        if self.queues:  # else there was a reset, and what the driver has configured since then counts
+        if self.queues:  # without queues there was a reset; `forget` would undo the driver's writes to `config` since
             self.forget()
         queues: list[Queue | None] = []
         try:
@@ -373,12 +378,12 @@ class Process:
             return devmsg.STATUS.pack(devmsg.ACTIVATE, 1)
         self.queues = queues
         self.device.activate(features, queues)
-        self.running = not self.paused  # a machine that was received stands still
+        self.running = not self.paused  # a received machine is paused while its rings are activated
         self.look_at_all()
         return devmsg.STATUS.pack(devmsg.ACTIVATE, 0)
 
     def quiesce(self, *, forget: bool) -> None:
-        """Have the device touch no ring any more."""
+        """Stop the device: it touches no ring until it goes on."""
         self.running = False
         self.device.quiesce(forget=forget)
         if self.memory.marking:
@@ -387,7 +392,7 @@ class Process:
                     queue.mark_used()
 
     def forget(self) -> None:
-        """Be as before the rings came."""
+        """Return to the state before ACTIVATE."""
         self.quiesce(forget=True)
         self.queues = []
         self.broken = False
@@ -400,7 +405,7 @@ class Process:
         return devmsg.STATUS.pack(devmsg.RESET, 0)
 
     def on_pause(self, packet: bytes) -> bytes:
-        """Stand still."""
+        """Pause the device."""
         exact(devmsg.TYPE, packet)
         self.paused = True
         self.quiesce(forget=False)
@@ -408,7 +413,7 @@ class Process:
         return devmsg.STATUS.pack(devmsg.PAUSE, 0)
 
     def on_resume(self, packet: bytes) -> bytes:
-        """Go on."""
+        """Let the device go on after a pause."""
         exact(devmsg.TYPE, packet)
         self.stands_still(now=False)
         self.paused = False
@@ -417,7 +422,10 @@ class Process:
         return devmsg.STATUS.pack(devmsg.RESUME, 0)
 
     def stands_still(self, *, now: bool) -> None:
-        """For those kinds that want to know: the machine is paused, and nothing is under way; or it goes on."""
+        """Called with True when the machine is paused and no request is in flight; with False when it goes on.
+
+        For kinds of device that need to know; here it does nothing.
+        """
 
     def on_config_write(self, packet: bytes) -> bytes:
         """The driver writes configuration space."""
@@ -429,7 +437,7 @@ class Process:
         return self.ready()
 
     def on_export(self, packet: bytes) -> bytes:
-        """Give the queues' indices away, for a stream."""
+        """Answer EXPORT: the indices of all queues, for a stream."""
         exact(devmsg.TYPE, packet)
         rows = [
             devmsg.QUEUE.pack(queue.size, 1, 0, 0, 0, 0, queue.next_avail, queue.next_used)
@@ -440,7 +448,7 @@ class Process:
         return devmsg.EXPORT_HEAD.pack(devmsg.EXPORT, len(rows)) + b"".join(rows)
 
     def on_mark(self, packet: bytes) -> bytes:
-        """Mark what is changed in memory, or no longer."""
+        """Begin or stop to mark the pages that the device changes."""
         kind = exact(devmsg.TYPE, packet)[0]
         self.memory.marking = kind == devmsg.MARK
         return devmsg.STATUS.pack(kind, 0)
@@ -461,12 +469,12 @@ class Process:
     }
 
     def look_at_all(self) -> None:
-        """Serve every queue as if it had been notified: it may have been before we could hear it."""
+        """Kick every queue: the guest may have notified it while nobody served it."""
         for kick in self.host.kicks:
             os.eventfd_write(kick, 1)
 
     def end(self) -> None:
-        """Finish, make it last, and exit."""
+        """Finish what is in flight, close the device, and exit with 0."""
         self.running = False
         self.device.quiesce(forget=True)
         self.device.close()
@@ -476,7 +484,7 @@ class Process:
 class ThreadedProcess(Process):
     """A device process whose device has threads of its own for its queues.
 
-    A thread calls `interrupt`, `post` and `broke`; everything else is the main thread's.
+    The device's threads call `interrupt`, `post` and `broke`.  Everything else is called on the main thread.
     """
 
     device: "ThreadedDevice"  # type: ignore[assignment] # nothing here calls on_notify: no kick is watched
@@ -488,20 +496,20 @@ class ThreadedProcess(Process):
         self.watch(self.posted, self.on_posted)
 
     def watch_kicks(self) -> None:
-        """Leave them to the threads."""
+        """Watch no kick: the device's threads wait for them."""
 
     def look_at_all(self) -> None:
-        """Have the threads go on, if there is something to go on with."""
+        """Let the threads go on, if the device has rings and is not paused."""
         if self.running:
             self.device.resume()
 
     def post(self, job: "Callable[[], None]") -> None:
-        """Have something done on the main thread, soon; what it raises ends the process."""
+        """Call `job` on the main thread, soon.  An exception of it ends the process."""
         self.posts.put(job)
         os.eventfd_write(self.posted, 1)
 
     def on_posted(self) -> None:
-        """Do what threads have posted."""
+        """Call the jobs that threads have posted."""
         try:
             os.eventfd_read(self.posted)
         except BlockingIOError:
@@ -514,12 +522,12 @@ class ThreadedProcess(Process):
             job()
 
     def broke(self, text: str) -> None:
-        """Take from a thread that the driver broke its ring; the thread has stopped serving."""
-        life = self.activations  # does not change while a thread serves
+        """Called by a thread: the driver broke its ring, and the thread has stopped serving."""
+        life = self.activations  # it does not change while a thread serves
         self.post(lambda: self.needs_reset(text) if life == self.activations and self.running else None)
 
     def needs_reset(self, text: str) -> None:
-        """Stop all threads, and say so once they stand."""
+        """Stop all threads, then send NEEDS_RESET."""
         self.device.quiesce(forget=False)
         super().needs_reset(text)
 
@@ -529,7 +537,7 @@ def main(
 ) -> int:
     """Run a device process.  `make(process)` opens the resource and returns the device; it may start threads.
 
-    A failure of the start is answered with its errno and sentence.
+    If the start fails, START is answered with ERROR: an errno and a sentence.
     """
     confine(confinement)
     sync = _socket.socket(fileno=devmsg.FD_SYNC)
@@ -537,7 +545,7 @@ def main(
     try:
         packet, fds = receive_start(sync)
         if not packet:
-            return 1  # it was started in vain
+            return 1  # the VM closed the channel: it has no use for this process
         host = Host(packet, fds)
         set_title(host.title)
         log.setup(host.title, host.form, host.verbosity)
@@ -550,7 +558,7 @@ def main(
     try:
         sync.send(process.ready())
     except ConnectionError:
-        return 1  # its VM has ended meanwhile
+        return 1  # the VM has ended meanwhile
     process.announce()
     try:
         process.run()
@@ -576,13 +584,13 @@ def receive_files(sock: _socket.socket, most: int) -> tuple[bytes, list[int]]:
 
 
 def error_packet(error: Exception) -> bytes:
-    """Return ERROR."""
+    """Return ERROR with the error's errno and sentence."""
     number = error.number if isinstance(error, HostError) else getattr(error, "errno", None) or 0
     return devmsg.ERROR_HEAD.pack(devmsg.ERROR, number) + sentence(error).encode()[:1000]
 
 
 def refuse(sync: _socket.socket, error: Exception) -> int:
-    """Answer ERROR, because we do not start or cannot do what was asked for; returns the exit status."""
+    """Answer with ERROR: the start or the VM's question has failed.  Returns the exit status."""
     try:
         sync.send(error_packet(error), _socket.MSG_DONTWAIT)
     except OSError:

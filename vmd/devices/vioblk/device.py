@@ -1,8 +1,8 @@
 """A virtio block device (virtio 1.2, 5.2; *cat. 6.4*): the ring on one thread, slow requests on others.
 
-The main thread owns the queue: it takes requests, and gives them back.  What the page cache can answer it does
-itself, because handing a request to a thread costs more than a read of 4 KiB.  Everything that may wait for storage
-goes to workers: flushes, discards, large writes, and whatever the last look at the clock says is slow now.
+The main thread owns the queue: it takes requests, and gives them back.  It carries out itself the requests that the
+page cache can answer, because handing a request to a thread costs more than a read of 4 KiB.  Requests that may wait
+for storage go to workers: flushes, discards, large transfers, and all transfers for a while after one was slow.
 """
 
 import _thread
@@ -39,15 +39,15 @@ if TYPE_CHECKING:
     Done = tuple[Request, int, int, OSError | None, bool]
 
     class Services(Protocol):
-        """What of `process.Process` is used here."""
+        """The part of `process.Process` that is used here."""
 
         figures: memoryview
 
         def interrupt(self, queue: int) -> None:
-            """Tell the guest."""
+            """Interrupt the guest."""
 
         def watch(self, fd: int, handler: Callable[[], None]) -> None:
-            """Call back when readable."""
+            """Call `handler` when `fd` is readable."""
 
         def serve(self, number: int) -> None:
             """Serve a queue as if notified."""
@@ -59,32 +59,33 @@ if TYPE_CHECKING:
             """Tell the VM what is wrong now."""
 
         def tell_config(self) -> None:
-            """Tell the VM what the configuration is now."""
+            """Tell the VM the new configuration space."""
 
         def changed(self, error: OSError | None = None) -> None:
-            """Tell the VM that the size has changed, or why it has not."""
+            """Tell the VM that the size has changed, or the error."""
 
         def lock_lost(self, why: str) -> None:
-            """Tell the VM to stand still: somebody else may have the image.  On any thread."""
+            """Tell the VM to pause: somebody else may have the image.  On any thread."""
 
 
 QUEUE_SIZE = 256
 SEG_MAX = QUEUE_SIZE - 2
-# Requests are served in rounds.  The guest hears of each at its end, and works on it while the next one is served.
-ROUND = 8  # requests; with 4 the interrupts cost more than that gains, with 16 the guest waits
-ROUND_BYTES = 1 << 20  # after which a round ends early
-ROUNDS = 8  # of one wake-up
-INLINE_MAX = 1 << 20  # bytes of a transfer that the main thread does itself
+# Requests are served in rounds.  At the end of a round the guest is interrupted; it takes the answers while the next
+# round is served.
+ROUND = 8  # requests; with 4 the interrupts cost more than they gain, with 16 the guest waits
+ROUND_BYTES = 1 << 20  # a round ends early after so many bytes
+ROUNDS = 8  # at most, for each wake-up
+INLINE_MAX = 1 << 20  # the main thread carries out transfers of up to so many bytes
 IOV_MAX = 1024
-LONG = 8  # descriptors of an indirect table that is worth an iterator
-OURS = -1  # the head of a request that no guest made
-CHECK_LOCK_S = 10.0  # between two looks at the lock
-LOST_LOCK_S = 1.0  # ... at an image whose lock was lost, until it is known how it was left
-WORKERS_MAX = 16  # threads; as many requests can wait for storage at a time
-IN_FLIGHT_MAX_BYTES = 32 << 20  # with the workers; beyond that requests stay in the ring, so that a pause ends in time
+LONG = 8  # from more descriptors on, an indirect table is read with an iterator
+OURS = -1  # the head of a request that this process makes itself
+CHECK_LOCK_S = 10.0  # time between two checks of the lock
+LOST_LOCK_S = 1.0  # the same after the lock was lost, until the image's mark is known
+WORKERS_MAX = 16  # threads, and so the most requests that can wait for storage at a time
+IN_FLIGHT_MAX_BYTES = 32 << 20  # with the workers; further requests stay in the ring, so that a pause ends in time
 
-# A transfer of the main thread that took longer than SLOW_S had to wait for storage.  For PENALTY times as long the
-# workers get all, so that of the main thread's time less than 1/PENALTY is lost to waiting.
+# A transfer on the main thread that took longer than SLOW_S had to wait for storage.  For PENALTY times as long,
+# workers get all transfers: so the main thread loses less than 1/PENALTY of its time to waiting.
 SLOW_S = 0.002
 PENALTY = 20
 
@@ -92,11 +93,11 @@ CONFIG_BYTES = 60
 CAPACITY, SEG_MAX_AT, BLK_SIZE, WRITEBACK, DISCARD_AT = 0, 12, 20, 32, 36
 
 NEXT, WRITE, INDIRECT = spec.VIRTQ_DESC_F_NEXT, spec.VIRTQ_DESC_F_WRITE, spec.VIRTQ_DESC_F_INDIRECT
-WORKS, FAILS, LOST = range(3)  # states of flushing
+WORKS, FAILS, LOST = range(3)  # state of flushes: they work; they fail; one failed, and data was lost
 OK, IOERR, UNSUPP = spec.VIRTIO_BLK_S_OK, spec.VIRTIO_BLK_S_IOERR, spec.VIRTIO_BLK_S_UNSUPP
 
-# Places of figures (devmsg.FIGURES); of each type of request those of their number, their bytes if they have some, and
-# their time.
+# Places of figures (devmsg.FIGURES).  COUNTED has for each type of request the places of their number, of their bytes
+# (None: the type has none) and of their time.
 FIGURES = {name: place for place, name in enumerate(devmsg.FIGURES["vioblk"])}
 READS, READ_BYTES, READ_NS = FIGURES["read_requests"], FIGURES["read_bytes"], FIGURES["read_ns"]
 WRITES, WRITE_BYTES, WRITE_NS = FIGURES["write_requests"], FIGURES["write_bytes"], FIGURES["write_ns"]
@@ -112,29 +113,29 @@ COUNTED = {
 
 
 class Workers:
-    """Threads that carry jobs out, and an eventfd that says when one is done.
+    """Threads that carry out jobs, and an eventfd that says when one is done.
 
-    A thread is started when there is a job and nobody to do it, up to `most`: many disks never need a second one.
+    A thread is started when there is a job and no idle thread, up to `most`.  Many disks never need a second thread.
     """
 
     def __init__(self, most: int) -> None:
-        """Raises HostError if there cannot be one."""
+        """Raises HostError if the first thread cannot be started."""
         self.jobs: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self.done = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.missing = most - 1
-        # An entry for each thread that waits and has not been counted on.  Only methods that are atomic are used.
+        # An entry for each idle thread that no submitted job counts on.  Only atomic methods of the list are used.
         self.idle: list[None] = [None]
         start_thread("io", lambda: _thread.start_new_thread(self._work, ()))
 
     def submit(self, job: "Callable[[], None]") -> None:
-        """Have a job done; it raises nothing.  From one thread only."""
+        """Have a worker call `job`, which must not raise.  Called on one thread only."""
         if self.idle:
             self.idle.pop()
         elif self.missing:
             self.missing -= 1
             try:
                 start_thread("io", lambda: _thread.start_new_thread(self._work, ()))
-            except HostError:  # those that there are have to do
+            except HostError:  # go on with the threads that exist
                 self.missing = 0
         self.jobs.put(job)
 
@@ -143,7 +144,7 @@ class Workers:
         get, done, rest = self.jobs.get, self.done, self.idle.append
         while True:
             get()()
-            rest(None)  # first, so that whoever hears of it finds us idle
+            rest(None)  # before the event, so that the main thread then finds this thread idle
             os.eventfd_write(done, 1)
 
 
@@ -151,7 +152,7 @@ class Vioblk:
     """A disk."""
 
     def __init__(self, image: "Image", services: "Services", workers: Workers, *, serial: bytes = b"vioblk0") -> None:
-        """Take the image, whose owner we are from here on; `serial` answers GET_ID."""
+        """Take ownership of the image.  `serial` answers GET_ID."""
         self.image = image
         self.hand_over = HandOver(image)
         self.services = services
@@ -172,34 +173,34 @@ class Vioblk:
         self.negotiated = 0
         self.write_through = True
         self.finished: list[Done] = []  # appended to by workers
-        self.trouble: BaseException | None = None  # what no worker may raise
+        self.trouble: BaseException | None = None  # of a thread; the main thread raises it, which ends the process
         self.in_flight = 0
         self.in_flight_bytes = 0
         self.cancelled = False
         self.stalled = False  # requests were left in the ring because enough are in flight
         self.round = ROUND
-        self.round_bytes = 0  # of the last one
+        self.round_bytes = 0  # bytes of the last round
         self.requests_limit: Bucket | None = None
         self.bytes_limit: Bucket | None = None
         self.throttled = Throttled(services.figures, FIGURES["throttled"])
-        self.unflushed: list[tuple[Request, int, int]] = []  # written through, but for the flush
-        self.pauses = 0  # how often we have come to stand still, or what was written until now was to last
+        self.unflushed: list[tuple[Request, int, int]] = []  # written in write-through mode, and not flushed yet
+        self.pauses = 0  # counts `quiesce` and `settle_ahead`: each asks for a new flush by the next `settle`
         self.settling: int | None = None  # while a flush of our own is in flight: `pauses` when it began
-        self.settled = (0, False)  # `pauses` when the last one began, and whether it succeeded
-        self.workers_until_s = 0.0
-        self.grown: list[OSError | None] = []  # how it went, appended to by a worker
-        self.lock_trouble = ""  # why the lock is lost, as the thread that looks has found
-        self.lock_said = ""  # and as it was reported
+        self.settled = (0, False)  # of the last flush of our own: `pauses` when it began, and whether it succeeded
+        self.workers_until_s = 0.0  # until then workers get all transfers
+        self.grown: list[OSError | None] = []  # results of `_grow`, appended by a worker
+        self.lock_trouble = ""  # why the lock is lost, as the thread `lock` has found
+        self.lock_said = ""  # `lock_trouble` as it was last reported
         self.flushing = WORKS
         self.fd = image.fd if isinstance(image, RawImage) else -1
         self.nowait = os.RWF_NOWAIT
         self.flush_trouble = ""
         self.figures = services.figures
         self.figures[SIZE] = self.size
-        self.counts = [0] * len(FIGURES)  # the same figures, which are cheaper to add to here
-        self.now_ns = 0  # when the rounds began that are not counted yet
-        self.busy_ns = 0  # until when the time with requests has been counted
-        # What the main thread has done itself, and not counted yet:
+        self.counts = [0] * len(FIGURES)  # a copy of the figures, because adding to a list is cheaper
+        self.now_ns = 0  # start of the rounds that are not counted yet
+        self.busy_ns = 0  # busy time is counted up to here
+        # Transfers of the main thread that are not counted yet:
         self.reads = self.read_bytes = self.writes = self.write_bytes = 0
         services.watch(workers.done, self.on_done)
         if image.remark:
@@ -208,7 +209,7 @@ class Vioblk:
     # --- configuration ---------------------------------------------------------------------------------------
 
     def _fill_config(self) -> None:
-        """Write what a driver reads (5.2.4)."""
+        """Write the configuration space (5.2.4)."""
         space = self.space
         for at, size, value in (
             (CAPACITY, 8, self.size // spec.SECTOR),
@@ -218,7 +219,7 @@ class Vioblk:
         ):
             space[at : at + size] = value.to_bytes(size, "little")
         if self.image.writable:
-            # A driver that cuts what is too long into pieces of the largest size keeps them aligned.
+            # Maxima that are multiples of the alignment: a driver that cuts a long range by them keeps it aligned.
             alignment = self.image.discard_granularity // spec.SECTOR
             limits = (
                 requests.DISCARD_MAX_SECTORS // alignment * alignment,
@@ -236,9 +237,9 @@ class Vioblk:
         return bytes(self.space)
 
     def write_config(self, offset: int, data: bytes) -> None:
-        """Take a write: only `writeback` can be written, and only by a driver that knows it (5.2.5).
+        """Take a write.  Only `writeback` can be written, and only by a driver that accepted CONFIG_WCE (5.2.5).
 
-        What one has written before we know what it knows is dropped by `activate`, if need be.
+        A write before negotiation is undone by `activate` if the driver did not accept CONFIG_WCE.
         """
         known = self.features if self.queue is None else self.negotiated
         if known >> spec.VIRTIO_BLK_F_CONFIG_WCE & 1 and offset <= WRITEBACK < offset + len(data):
@@ -252,8 +253,8 @@ class Vioblk:
         flush = bool(self.negotiated >> spec.VIRTIO_BLK_F_FLUSH & 1)
         self.write_through = not (flush and self.space[WRITEBACK])
         if self.write_through and not before and self.settling is None:
-            # What the guest took for done may no longer be lost from here on.  Not one for each change of mode: the
-            # driver does not wait for it, so nothing would bound their number.
+            # Writes that were acknowledged before may not be lost from now on.  If a flush of our own is in flight,
+            # none is added: the driver does not wait for them, so nothing would bound their number.
             self._flush_for_ourselves()
 
     def _flush_for_ourselves(self) -> None:
@@ -263,9 +264,9 @@ class Vioblk:
         self._hand_over(Request(OURS, spec.VIRTIO_BLK_T_FLUSH, 0))
 
     def settle(self) -> int:
-        """Bring what was acknowledged to stable storage while the machine stands still, and say how far that is.
+        """Begin to bring acknowledged writes to stable storage, unless that is done; return one of devmsg.SETTLED*.
 
-        It may take longer than an answer may.  The VM asks again until the answer is not SETTLED_NOT_YET.
+        A flush may take longer than an answer is allowed to.  The VM asks again while the answer is SETTLED_NOT_YET.
         """
         if not self.image.writable:
             return devmsg.SETTLED
@@ -273,20 +274,20 @@ class Vioblk:
         if pauses == self.pauses:
             if succeeded:
                 return devmsg.SETTLED
-            self.settled = (0, False)  # the next who asks has it tried again
+            self.settled = (0, False)  # the next call tries again
             return devmsg.SETTLED_FAILED
         if self.settling is None:
             self._flush_for_ourselves()
         return devmsg.SETTLED_NOT_YET
 
     def settle_ahead(self) -> None:
-        """Have the next `settle` flush, though we need not have stood still since the last one."""
+        """Have the next `settle` flush again, even without a pause since the last flush."""
         self.pauses += 1
 
     # --- size ------------------------------------------------------------------------------------------------
 
     def resize(self, size: int) -> None:
-        """Become larger, on a worker: it has to be so on stable storage before the guest hears of it."""
+        """Make the disk larger, on a worker: the new size must be on stable storage before the guest is told."""
         self.workers.submit(lambda: self._grow(size))
 
     def _grow(self, size: int) -> None:
@@ -296,12 +297,12 @@ class Vioblk:
             self.image.grow(size)
         except OSError as error:
             failure = error
-        except BaseException as error:  # raised again where it ends the process
+        except BaseException as error:  # `_collect` raises it on the main thread, where it ends the process
             self.trouble = error
         self.grown.append(failure)
 
     def _note_size(self, failure: OSError | None) -> None:
-        """Let the guest have what is new, or say why there is nothing."""
+        """Tell guest and VM the new size; after a failure tell the VM the error."""
         if failure is None:
             self.size = self.limits.size = self.image.size // spec.SECTOR * spec.SECTOR
             self.space[CAPACITY : CAPACITY + 8] = (self.size // spec.SECTOR).to_bytes(8, "little")
@@ -313,15 +314,15 @@ class Vioblk:
     # --- the lock ----------------------------------------------------------------------------------------------
 
     def watch_lock(self) -> None:
-        """Find out from now on whether we still have it.  Raises HostError.
+        """Start the thread that checks whether we still have the lock.  Raises HostError.
 
-        That is a thread's work: all others, the main one too, may wait for requests that hang in the storage.
+        It needs a thread of its own: all others, including the main thread, may wait for storage that hangs.
         """
         if self.image.writable:
             start_thread("lock", lambda: _thread.start_new_thread(self._watch_lock, ()))
 
     def _watch_lock(self) -> None:
-        """Look every now and then, and tell the VM each time that it is lost; on that thread."""
+        """Check the lock periodically.  While it is lost, tell the VM at each check.  Runs on the thread `lock`."""
         name_thread("lock")
         wait = select.poll().poll
         try:
@@ -335,18 +336,18 @@ class Vioblk:
                 if why != self.lock_trouble:
                     self.lock_trouble = why
                     os.eventfd_write(self.workers.done, 1)
-        except BaseException as error:  # raised again where it ends the process
+        except BaseException as error:  # `_collect` raises it on the main thread, where it ends the process
             self.trouble = error
             os.eventfd_write(self.workers.done, 1)
 
     def _note_lock(self) -> None:
-        """Report that the lock is lost, or ours again, if that is new."""
+        """Report a change: the lock is lost, or it is ours again."""
         if self.lock_trouble != self.lock_said:
             self.lock_said = self.lock_trouble
             self._report()
 
     def take_back(self) -> int:
-        """Take the lock again, one that was let go or lost; returns one of devmsg.TAKEN_*."""
+        """Take the lock again after it was let go or lost.  Returns one of devmsg.TAKEN_*."""
         taken = self.hand_over.take_back()
         if taken in devmsg.HAVE:
             self.lock_trouble = ""
@@ -356,7 +357,7 @@ class Vioblk:
     # --- limits ------------------------------------------------------------------------------------------------
 
     def limit(self, requests: int, rate: int) -> None:
-        """Serve no more requests a second, nor bytes, than these; 0: as many as come."""
+        """Limit the requests and the bytes (`rate`) that are served each second; 0: no limit."""
         self.requests_limit = Bucket(requests) if requests else None
         self.bytes_limit = Bucket(rate) if rate else None
         if not requests:
@@ -367,7 +368,7 @@ class Vioblk:
             self.services.serve(0)
 
     def _must_wait(self, queue: "Queue") -> bool:
-        """Return whether what waits in the ring has to wait for a limit; then the timer has it served."""
+        """Return whether the requests in the ring have to wait for a limit.  If so, the timer serves them later."""
         wait_s = 0.0
         if self.requests_limit is not None:
             wait_s = self.requests_limit.wait_s()
@@ -383,7 +384,7 @@ class Vioblk:
         return True
 
     def _pay(self, requests: int) -> None:
-        """Note what a round has served."""
+        """Take the requests and bytes of a round from the limits' buckets."""
         if self.requests_limit is not None:
             self.requests_limit.take(requests)
         if self.bytes_limit is not None:
@@ -404,9 +405,12 @@ class Vioblk:
         self._choose_mode()
 
     def quiesce(self, *, forget: bool) -> None:
-        """Wait for the guest's requests; with `forget` workers skip what they have not begun.  Raises HostError.
+        """Wait until the guest's requests end.  With `forget`, workers skip requests that they have not begun.
 
-        A flush of our own touches no ring, and may go on.
+        A flush of our own touches no ring, so it is not waited for.
+
+        Raises:
+            HostError: a request does not end in time.
         """
         self.cancelled = forget
         deadline_s = time.monotonic() + QUIESCE_TIMEOUT_S
@@ -421,7 +425,7 @@ class Vioblk:
                 self._collect()
         self._announce()
         self.throttled.end()
-        self.stalled = False  # nothing is in flight whose end would have us look at the ring again
+        self.stalled = False  # no request is in flight any more whose end would make `on_done` serve the ring
         self.pauses += 1
         if forget:
             self.queue = None
@@ -429,7 +433,7 @@ class Vioblk:
             self.space[WRITEBACK] = 1
 
     def close(self) -> None:
-        """Flush and let go.  What fits is kept: closing the image tries once more after a flush that failed."""
+        """Flush and close the image.  If the flush fails, the close of a qcow2 image tries once more."""
         if self.hand_over.lost:
             log.error(self._named("is left as it is: its lock is lost"))
             return
@@ -444,15 +448,15 @@ class Vioblk:
                 said = text
 
     def complain(self, what: str, error: OSError) -> None:
-        """Log what the host would not do; a guest can cause it, so not too often."""
+        """Log an error of the host, at a limited rate, because a guest can cause it."""
         self.complaints.warn(f"{what}: {self._named(error.strerror or str(error))}")
 
     def _named(self, text: str) -> str:
-        """Return a sentence that names the image."""
+        """Return the sentence with the image's path in front, unless it names the path already."""
         return text if self.image.path in text else f"{self.image.path}: {text}"
 
     def _note_flush(self, failure: FlushFailed | None) -> None:
-        """Log whether flushes work, once for each change: without a limit, since data is at stake."""
+        """Log each change between flushes that work and flushes that fail.  No rate limit: data is at stake."""
         state = WORKS if failure is None else LOST if isinstance(failure, DataLost) else FAILS
         if state == self.flushing:
             return
@@ -467,13 +471,13 @@ class Vioblk:
         self._report()
 
     def _report(self) -> None:
-        """Say what is wrong now."""
+        """Report everything that is wrong with the disk now."""
         self.services.report(*(text for text in (self.lock_said, self.flush_trouble, self.image.remark) if text))
 
     # --- the ring ------------------------------------------------------------------------------------------------
 
     def on_notify(self, _number: int) -> bool:
-        """Serve what waits in the ring, a few rounds of it."""
+        """Serve up to ROUNDS rounds of requests; return whether requests may be left."""
         queue = self.queue
         if queue is None:
             return False
@@ -490,16 +494,16 @@ class Vioblk:
                 more = self._drain(queue)
                 if limited:
                     self._pay(queue.next_avail - before & 0xFFFF)
-                # Seldom, but before the guest hears of the last round.
+                # Figures are stored once for several rounds, and before the guest is told of the last one.
                 if not more or self.stalled or number == ROUNDS or limited:
                     self._count_rounds(number - counted)
                     counted = number
                 self._announce()
                 if self.stalled:
-                    return False  # `on_done` comes back
+                    return False  # `on_done` serves the rest
                 if not more and not queue.rearm():
                     return False
-        finally:  # of a ring that breaks half-way, too
+        finally:  # also when the ring turns out to be broken
             if self.unflushed:
                 self._flush_batch()
             if self.reads or self.writes:
@@ -508,7 +512,7 @@ class Vioblk:
         return True
 
     def _count_rounds(self, rounds: int) -> None:
-        """Count what the main thread has done in so many rounds; each request has taken as long as one of them."""
+        """Count the main thread's transfers of the last `rounds` rounds.  Each counts as long as one round took."""
         figures, counts, now_ns = self.figures, self.counts, time.monotonic_ns()
         took_ns = (now_ns - self.now_ns) // rounds
         if self.reads:
@@ -540,16 +544,16 @@ class Vioblk:
                 self._add(length, sum([each[1] for each in ranges]) if ranges else request.length)
 
     def _add(self, figure: int, value: int) -> None:
-        """Add to a figure."""
+        """Add `value` to a figure."""
         self.counts[figure] += value
         self.figures[figure] = self.counts[figure]
 
     def _drain(self, queue: "Queue") -> bool:
-        """Take requests and serve them or hand them over; return whether some are left.
+        """Take requests and serve them or hand them to workers; return whether some are left.
 
-        The hot loop.  It knows the two requests that matter in the form in which drivers send them: a header of
+        This is the hot loop.  It handles reads and writes in the form in which drivers send them: a header of
         16 bytes, data, a status byte, each in descriptors of its own, chained or indirect, all in memory and within
-        the disk.  Anything else, right or wrong, is left to `Queue.walk` and `parse`, from the start.
+        the disk.  Any other chain, valid or not, goes to `Queue.walk` and `parse`, which begin again at its head.
         """
         memory = queue.memory
         raw, ranges = memory.memory, memory.ranges
@@ -569,7 +573,7 @@ class Vioblk:
                 if self.in_flight_bytes >= IN_FLIGHT_MAX_BYTES:
                     self.stalled = True
                     return True
-                if self.in_flight + len(self.unflushed) > table_size:  # one of them may be our own
+                if self.in_flight + len(self.unflushed) > table_size:  # not `>=`: a flush of our own may be in flight
                     raise GuestError(f"more than {table_size} requests in a queue of {table_size}")
                 left -= 1
                 head = word(raw, ring + 2 * (queue.next_avail & mask))[0]
@@ -577,7 +581,7 @@ class Vioblk:
                 views: list[memoryview] = []
                 total = 0
                 status = -1
-                while head < size:  # once; `break` is for what is not of the usual form
+                while head < size:  # runs once; `break` leaves it, with `status` -1 if the form is not the usual one
                     gpa, length, flags, following = descriptor(raw, base + 16 * head)
                     if flags == INDIRECT and indirect and length & 15 == 0 and 48 <= length <= 16 * IOV_MAX:
                         for start, end, offset, _ in ranges:
@@ -589,7 +593,7 @@ class Vioblk:
                         gpa, length, flags, following = descriptor(raw, base)
                     if flags != NEXT or length != 16:
                         break
-                    for start, end, offset, writable in ranges:  # noqa: B007 - the data is likely to be there too
+                    for start, end, offset, writable in ranges:  # noqa: B007 - the data is tried in the same region
                         if start <= gpa and gpa + 16 <= end:
                             kind, _, sector = header(raw, offset + gpa - start)
                             break
@@ -603,7 +607,7 @@ class Vioblk:
                         break
                     steps = size - 1
                     if following == 1 and size > LONG and base != table and (writable or kind):
-                        # A page cache is scattered over memory, its descriptors are not: most are taken here.
+                        # Pages are scattered over memory, but their descriptors are adjacent: this loop takes most.
                         place = 1
                         for gpa, length, flags, following in rows(raw[base + 16 : base + 16 * size]):
                             if flags != data or following != place + 1 or gpa < start or gpa + length > end:
@@ -616,7 +620,7 @@ class Vioblk:
                     while following < size and steps:
                         steps -= 1
                         gpa, length, flags, following = descriptor(raw, base + 16 * following)
-                        if gpa < start or gpa + length > end:  # not in the same region as the one before
+                        if gpa < start or gpa + length > end:  # not in the region of the previous descriptor
                             for start, end, offset, writable in ranges:  # noqa: B007 - used behind the loop
                                 if start <= gpa and gpa + length <= end:
                                     break
@@ -666,7 +670,7 @@ class Vioblk:
             self.round_bytes = ROUND_BYTES - budget_bytes
 
     def _serve_any(self, queue: "Queue", head: int) -> int:
-        """Serve a request of any form, the obvious way, and return its bytes.  Raises GuestError."""
+        """Serve a request of any form, the slow way; return the number of its bytes.  Raises GuestError."""
         chain = queue.walk(head)
         request = parse(chain, queue.memory, self.limits)
         queue.next_avail = queue.next_avail + 1 & 0xFFFF
@@ -682,7 +686,7 @@ class Vioblk:
     # --- on the main thread --------------------------------------------------------------------------------------
 
     def _read_now(self, offset: int, views: list[memoryview], length: int) -> bool:
-        """Read if that needs no waiting; return whether all was read."""
+        """Read if that does not wait for storage; return whether everything was read."""
         if self.fd >= 0 and self.nowait:
             if len(views) > IOV_MAX:
                 return False
@@ -693,26 +697,26 @@ class Vioblk:
             except OSError as error:
                 if error.errno != errno.EOPNOTSUPP:
                     return False
-                self.nowait = 0  # this file system cannot tell; the clock does
+                self.nowait = 0  # this file system does not know RWF_NOWAIT; measure the time instead
         begun_s = time.monotonic()
         if begun_s < self.workers_until_s:
             return False
         try:
             self.image.preadv(offset, views)
         except OSError:
-            return False  # a worker tries again, and says why not
+            return False  # a worker tries again, and reports the error
         self._note_time(begun_s)
         return True
 
     def _write_now(self, head: int, status: int, offset: int, views: list[memoryview], length: int) -> bool:
-        """Write if that usually needs no waiting; return whether it was done."""
+        """Write, unless a transfer was slow a moment ago; return whether everything was written."""
         begun_s = time.monotonic()
         if begun_s < self.workers_until_s:
             return False
         try:
             self.image.pwritev(offset, views)
         except OSError:
-            return False  # as above; to write twice does no harm
+            return False  # as above; writing twice does no harm
         self._note_time(begun_s)
         if self.write_through:
             request = Request(head, spec.VIRTIO_BLK_T_OUT, status)
@@ -726,13 +730,13 @@ class Vioblk:
         return True
 
     def _note_time(self, begun_s: float) -> None:
-        """Look at the clock after a transfer."""
+        """After a slow transfer, leave the next ones to workers for a while."""
         now_s = time.monotonic()
         if now_s - begun_s > SLOW_S:
             self.workers_until_s = now_s + PENALTY * (now_s - begun_s)
 
     def _give_back(self, request: Request, status: int, written: int) -> None:
-        """Put a finished request into the used ring."""
+        """Put a finished request into the used ring; of a flush of our own, note the result."""
         queue = self.queue
         if request.head == OURS:
             assert self.settling is not None
@@ -742,7 +746,7 @@ class Vioblk:
             queue.put(request.head, written)
 
     def _announce(self) -> None:
-        """Publish what was given back; interrupt if the guest wants it."""
+        """Publish the used ring; interrupt the guest if it wants that."""
         queue = self.queue
         if queue is not None:
             queue.publish()
@@ -760,21 +764,21 @@ class Vioblk:
         self._hand_over(request)
 
     def _hand_over(self, request: Request) -> None:
-        """Have a worker carry a request out."""
+        """Have a worker carry out a request."""
         self.in_flight += 1
         self.in_flight_bytes += request.length
         flush = self.write_through
         self.workers.submit(lambda: self._work(request, flush=flush))
 
     def _flush_batch(self) -> None:
-        """Have a worker flush; the writes of this wake-up are done when it has."""
+        """Have a worker flush.  After that the write-through writes of this wake-up are given back."""
         batch, self.unflushed = self.unflushed, []
         self.in_flight += len(batch)
         self.in_flight_bytes += sum(request.length for request, _, _ in batch)
         self.workers.submit(lambda: self._work_batch(batch))
 
     def _work(self, request: Request, *, flush: bool) -> None:
-        """Carry a request out; on a worker's thread."""
+        """Carry out a request; on a worker's thread."""
         status, written, failure, flushed = IOERR, 1, None, False
         try:
             if not self.cancelled:
@@ -785,12 +789,12 @@ class Vioblk:
                 flushed |= request.kind == spec.VIRTIO_BLK_T_FLUSH
         except OSError as error:
             status, written, failure = IOERR, 1, error
-        except BaseException as error:  # raised again where it ends the process
+        except BaseException as error:  # `_collect` raises it on the main thread, where it ends the process
             self.trouble = error
         self.finished.append((request, status, written, failure, flushed))
 
     def _work_batch(self, batch: "list[tuple[Request, int, int]]") -> None:
-        """Flush for all of a batch; on a worker's thread."""
+        """Flush once for all writes of a batch; on a worker's thread."""
         failure: OSError | None = None
         try:
             self.image.flush()
@@ -802,7 +806,7 @@ class Vioblk:
             self.finished.append((request, IOERR if failure else status, written, failure, failure is None))
 
     def on_done(self) -> None:
-        """Workers have finished something."""
+        """A worker or the thread `lock` has signalled: take the results, and serve the ring if it was stalled."""
         try:
             os.eventfd_read(self.workers.done)
         except BlockingIOError:
@@ -814,13 +818,13 @@ class Vioblk:
             self.services.serve(0)
 
     def _collect(self) -> None:
-        """Give back what workers have finished."""
+        """Take the results of workers and of the thread `lock`; give finished requests back."""
         if self.trouble is not None:
             raise self.trouble
         while self.grown:
             self._note_size(self.grown.pop(0))
         self._note_lock()
-        # Workers append while we look; what comes after the exchange is found in the new list's turn.
+        # Workers may append at any time.  Entries beyond `count` stay in the list for the next call.
         count = len(self.finished)
         batch, self.finished[:count] = self.finished[:count], []
         if not batch:

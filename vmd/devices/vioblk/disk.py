@@ -1,4 +1,4 @@
-"""vioblk: a disk, one queue of 256; started by `main` for images of all formats, and by `raw` for a raw one.
+"""vioblk: a disk with one queue of 256.  `main` starts it for images of all formats, `raw` for a raw image.
 
 Runs as  its VM's id, in its VM's cell, with file calls on descriptors only
 Peers    its VM process
@@ -24,37 +24,37 @@ if TYPE_CHECKING:
 
 
 class VioblkProcess(Process):
-    """A process that is asked whether its disk is on stable storage."""
+    """A device process with the questions that only disks answer."""
 
     device: Vioblk
 
     def on_settle(self, packet: bytes) -> bytes:
-        """Bring the disk to stable storage, for somebody else to open it."""
+        """Bring acknowledged writes to stable storage, before another process opens the disk."""
         exact(devmsg.TYPE, packet)
         return devmsg.STATUS.pack(devmsg.SETTLE, self.device.settle())
 
     def on_settle_ahead(self, packet: bytes) -> bytes:
-        """Have what was written until now brought there, too."""
+        """Have the next SETTLE flush, even if the disk has not been paused since the last one."""
         exact(devmsg.TYPE, packet)
         self.device.settle_ahead()
         return devmsg.STATUS.pack(devmsg.SETTLE_AHEAD, 0)
 
     def on_let_go(self, packet: bytes) -> bytes:
-        """Let go of the disk's lock, for its guest to go on elsewhere."""
+        """Let go of the disk's lock, because the guest may go on at another host."""
         exact(devmsg.TYPE, packet)
         return devmsg.STATUS.pack(devmsg.LET_GO, self.device.hand_over.let_go())
 
     def stands_still(self, *, now: bool) -> None:
-        """From then on only others write to the image."""
+        """Note for the lock's thread whether this process may write to the image."""
         self.device.hand_over.standing = now
 
     def on_take_back(self, packet: bytes) -> bytes:
-        """Take the lock again: the guest goes on here after all."""
+        """Take the lock again, because the guest goes on here."""
         exact(devmsg.TYPE, packet)
         return devmsg.STATUS.pack(devmsg.TAKE_BACK, self.device.take_back())
 
     def on_lend(self, packet: bytes) -> bytes:
-        """Give the disk away, for somebody else to write to it while the machine stands still, or to look at it."""
+        """Send the image's descriptors to the VM.  Another process reads the image, or writes to it during a pause."""
         exact(devmsg.TYPE, packet)
         try:
             if self.paused:
@@ -66,7 +66,7 @@ class VioblkProcess(Process):
         return devmsg.STATUS.pack(devmsg.LEND, 0)
 
     def on_reload(self, packet: bytes) -> bytes:
-        """Somebody else has written to the disk."""
+        """Read the image's metadata again, after another process has written to it."""
         exact(devmsg.TYPE, packet)
         try:
             self.device.image.reload()
@@ -76,20 +76,20 @@ class VioblkProcess(Process):
         return devmsg.STATUS.pack(devmsg.RELOAD, 0)
 
     def on_sign(self, packet: bytes) -> bytes:
-        """The guest has come from another place, and is about to run."""
+        """Write to the image without changing it: the guest has come from another host, and is about to run."""
         exact(devmsg.TYPE, packet)
         return devmsg.STATUS.pack(devmsg.SIGN, self.device.hand_over.sign())
 
     def on_resize(self, packet: bytes) -> None:
-        """Make the disk larger; CHANGED says how that went."""
+        """Make the disk larger.  CHANGED tells the result."""
         self.device.resize(exact(devmsg.RESIZE_BODY, packet)[1])
 
     def lock_lost(self, why: str) -> None:
-        """Have the machine stand still; on any thread."""
+        """Send LOCK_LOST, which makes the VM pause; on any thread."""
         self.tell(devmsg.TYPE.pack(devmsg.LOCK_LOST) + why.encode()[: devmsg.TROUBLE_MAX])
 
     def on_limit(self, packet: bytes) -> None:
-        """Serve so much a second."""
+        """Limit the requests and bytes that are served each second."""
         _, requests, rate = exact(devmsg.LIMIT_BODY, packet)
         self.device.limit(requests, rate)
 
@@ -125,5 +125,5 @@ def make(services: VioblkProcess, open_disk: "Callable[[Host], Image]") -> Viobl
 
 
 def granularity(note: int) -> int:
-    """Return what the kernel says of a block device, in bytes; 0 if that is not known."""
+    """Return the discard granularity of a block device in bytes, as a resource's note has it; 0 if unknown."""
     return (note >> devmsg.RESOURCE_DISCARD_SHIFT) * spec.SECTOR

@@ -1,12 +1,14 @@
-"""The lock of a disk: whether we still have it; let go, and perhaps taken back, when the guest may go on elsewhere.
+"""The lock of a disk's image: is it still ours; letting it go for another host, and taking it back.
 
-Whoever opens the image next gets everything that was acknowledged, and from then on nothing is written here any more:
-neither by the end of this process.  The lock is taken back only if the image is as it was left.  Where the guest goes
-on the image is written to before it runs, so that this tells whether it has.
+When the guest may go on at another host, this process lets go of the lock.  By then every acknowledged write is on
+stable storage.  Afterwards this process never writes to the image, not even when it ends.  It takes the lock back only
+if the image is unchanged.  The other host writes to the image before the guest runs there (`sign`), so an unchanged
+image means that the guest has not run there.
 
-Storage of a network can lose the lock while the VM runs.  From then on nothing is finished here: somebody else may have
-the image.  When the lock is taken again, the image's mark tells whether somebody has written to it: it is compared with
-that of the last time when the lock was ours, and with that of the time since when the VM stands still.
+Network storage can lose the lock while the VM runs.  From then on this process finishes no image: another host may have
+it.  When the lock is taken again, the image's mark tells whether somebody else has written to the image.  The mark is
+compared with the one from when the lock was last known to be ours, and with the first one that was read after the loss
+while the VM stood still.
 """
 
 import _thread
@@ -24,23 +26,26 @@ if TYPE_CHECKING:
     from vmd.images.image import Image
 
 
-NO_MARK = (0, 0)  # a device has none
+NO_MARK = (0, 0)  # the mark of a block device: it cannot be told whether one was written to
 
 
 class HandOver:
-    """The lock of one disk, which stands still; but `check` is for one that does not."""
+    """The lock of one disk.  `check` may run at any time; all other methods need a disk that stands still."""
 
     def __init__(self, image: "Image") -> None:
         self.image = image
-        self.left: tuple[int, int] | None = None  # length and time of change of the image, since it was let go
+        self.left: tuple[int, int] | None = None  # the image's mark when the lock was let go; None: it was not
         self.lost = ""  # why the lock is not known to be ours any more
-        self.standing = False  # no request of the guest is under way, and none will be
+        self.standing = False  # the machine is paused, and no request is in flight
         self._ours = look(image.fd)  # the mark when the lock was last known to be ours
-        self._stood: tuple[int, int] | None = None  # the first one since the lock was lost and the VM stands still
-        self._changing = _thread.allocate_lock()  # so that nothing is locked again just after it was let go
+        self._stood: tuple[int, int] | None = None  # the first mark read while the lock was lost and the VM stood still
+        self._changing = _thread.allocate_lock()  # so that `check` does not lock an image that was just let go
 
     def check(self) -> str:
-        """Return why the lock is not known to be ours any more, or "".  May wait for storage; on any thread."""
+        """Refresh the lock; return why it is not known to be ours any more, or "".
+
+        May wait for storage.  Called on any thread.
+        """
         with self._changing:
             if self.image.writable and self.left is None and not self.lost:
                 try:
@@ -53,16 +58,16 @@ class HandOver:
                         else f"its lock may be lost: {error.strerror or error}"
                     )
             elif self.lost and self.standing and self._stood is None:
-                self._stood = look(self.image.fd)  # None: it is looked at again
+                self._stood = look(self.image.fd)  # None: the next check tries again
             return self.lost
 
     @property
     def settled(self) -> bool:
-        """Whether there is nothing to find out soon."""
+        """Whether the next check is not urgent: the lock is ours, or the mark after its loss is known."""
         return not self.lost or self._stood is not None
 
     def let_go(self) -> int:
-        """Finish the image and let go of its lock; returns 0, or 1: it cannot be finished, and is as before."""
+        """Finish the image and let go of its lock.  Returns 0, or 1 if that fails and the lock is kept."""
         image = self.image
         if not image.writable or self.left is not None:
             return 0
@@ -82,7 +87,7 @@ class HandOver:
         return 0
 
     def take_back(self) -> int:
-        """Take the lock again, one that was let go or lost; returns one of devmsg.TAKEN_*."""
+        """Take the lock again after it was let go or lost.  Returns one of devmsg.TAKEN_*."""
         with self._changing:
             return self._take_back()
 
@@ -105,14 +110,21 @@ class HandOver:
         return status
 
     def _compare(self) -> int:
-        """Return whether somebody has written to the image since the lock was lost.  Raises OSError."""
+        """Return TAKEN, TAKEN_WRITTEN or TAKEN_UNSURE: was the image written to since the lock was lost?
+
+        Raises:
+            OSError: of the storage.
+        """
         now = mark(self.image.fd)
         if now != NO_MARK and now in (self._ours, self._stood):
             return devmsg.TAKEN
         return devmsg.TAKEN_UNSURE if now == NO_MARK or self._stood is None else devmsg.TAKEN_WRITTEN
 
     def sign(self) -> int:
-        """Have whoever has let go of it know that its guest has run here; returns 0, or 1: it cannot be written."""
+        """Change the image's mark, so that the host which let go of the image knows that the guest has run here.
+
+        Returns 0, or 1 if the image cannot be written.
+        """
         image = self.image
         try:
             if image.writable and mark(image.fd) != NO_MARK:
@@ -137,6 +149,10 @@ def look(fd: int) -> tuple[int, int] | None:
 
 
 def mark(fd: int) -> tuple[int, int]:
-    """Return what tells whether a file was written to; a device does not say.  Raises OSError."""
+    """Return length and time of change, which tell whether a file was written to; NO_MARK for a block device.
+
+    Raises:
+        OSError: of the storage.
+    """
     status = os.fstat(fd)
     return NO_MARK if stat.S_ISBLK(status.st_mode) else (status.st_size, status.st_mtime_ns)

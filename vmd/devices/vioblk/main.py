@@ -1,4 +1,4 @@
-"""vioblk, for images of all formats and those that they are based on."""
+"""vioblk for images of all formats, with the images that they are based on."""
 
 from vmd.devices.vioblk.disk import granularity, run
 from vmd.images.chain import Link, open_chain
@@ -16,7 +16,7 @@ def main() -> int:
 
 
 def open_disk(host: "Host") -> "Image":
-    """Open the chain of images, each as what the VM says that it is; nothing is told from an image's bytes here."""
+    """Open the chain of images.  The VM says the format of each; no format is guessed from an image's bytes here."""
     links = [
         Link(
             fd=fd,

@@ -1,4 +1,4 @@
-"""Block requests: from a descriptor chain to something checked, and from there to a status (virtio 1.2, 5.2.6)."""
+"""Block requests (virtio 1.2, 5.2.6): `parse` checks a descriptor chain, `carry_out` does what it asks for."""
 
 from struct import Struct
 
@@ -27,52 +27,52 @@ HEADER = Struct("<IIQ")  # type, reserved, sector
 RANGE = Struct("<QII")  # virtio_blk_discard_write_zeroes: sector, number of sectors, flags
 UNMAP = 1
 
-REQUEST_MAX_BYTES = 256 << 20  # a reset waits for what is running; no driver comes near this
+REQUEST_MAX_BYTES = 256 << 20  # bounds a reset, which waits for running requests; no driver comes near this
 DISCARD_MAX_SECTORS = 1 << 22
 DISCARD_MAX_RANGES = 16
-WRITE_ZEROES_MAX_SECTORS = 1 << 17  # on a file system without holes they have to be written
+WRITE_ZEROES_MAX_SECTORS = 1 << 17  # on a file system without holes the zeroes have to be written
 WRITE_ZEROES_MAX_RANGES = 4
 
 
 class Request:
-    """One request; `status` is where its status byte lies in memory.
+    """One request.  `status` is the offset of its status byte in `GuestMemory.memory`.
 
-    `refused` is the status it gets without being carried out, or VIRTIO_BLK_S_OK.
+    `refused` is VIRTIO_BLK_S_OK, or the status that the request gets without being carried out.
     """
 
     __slots__ = ("begun_ns", "head", "kind", "length", "offset", "ranges", "refused", "status", "views")
 
     def __init__(self, head: int, kind: int, status: int) -> None:
-        self.begun_ns = 0  # when it was taken
+        self.begun_ns = 0  # when it was taken from the ring
         self.head = head
         self.kind = kind
         self.status = status
         self.refused = VIRTIO_BLK_S_OK
         self.offset = 0
-        self.length = 0  # of the data; an estimate of the work for the other kinds
+        self.length = 0  # of the data; for kinds without data an estimate of the work, as bytes
         self.views: list[memoryview] = []
-        self.ranges: list[tuple[int, int, bool]] = []  # offset, length, may be unmapped
+        self.ranges: list[tuple[int, int, bool]] = []  # offset, length, whether it may be unmapped
 
 
 class Limits:
-    """What a disk lets a driver do."""
+    """What a driver may do with a disk."""
 
     __slots__ = ("discard", "size", "writable", "write_zeroes")
 
     def __init__(self, size: int, *, writable: bool, discard: bool = False, write_zeroes: bool = False) -> None:
-        self.size = size  # bytes, whole sectors
+        self.size = size  # bytes, a multiple of SECTOR
         self.writable = writable
-        self.discard = discard  # has been negotiated
-        self.write_zeroes = write_zeroes  # as well
+        self.discard = discard  # the feature was negotiated
+        self.write_zeroes = write_zeroes  # the feature was negotiated
 
 
 def gather(memory: "GuestMemory", parts: "list[tuple[int, int]]", *, write: bool) -> list[memoryview]:
-    """Return windows on guest memory that cover some of it.  Raises GuestError."""
+    """Return views of guest memory that cover all parts, in order.  Raises GuestError if one is not in memory."""
     return [window for gpa, length in parts if length for window in memory.slices(gpa, length, write=write)]
 
 
 def split(parts: "list[tuple[int, int]]", at: int) -> "tuple[list[tuple[int, int]], list[tuple[int, int]]]":
-    """Cut a list of (gpa, length) in two, the first with `at` bytes; descriptors end where they like (2.7.4.3)."""
+    """Cut a list of (gpa, length) in two after `at` bytes.  A descriptor may end at any byte (2.7.4.3)."""
     before: list[tuple[int, int]] = []
     for position, (gpa, length) in enumerate(parts):
         if length > at:
@@ -85,7 +85,7 @@ def split(parts: "list[tuple[int, int]]", at: int) -> "tuple[list[tuple[int, int
 
 
 def total(parts: "list[tuple[int, int]]") -> int:
-    """Return the number of bytes described."""
+    """Return the number of bytes of all parts."""
     return sum(length for _, length in parts)
 
 
@@ -93,7 +93,7 @@ def parse(chain: "Chain", memory: "GuestMemory", limits: Limits) -> Request:
     """Turn a chain into a checked request.
 
     Raises:
-        GuestError: no header or no status byte, or not in memory; the ring can no longer be trusted.
+        GuestError: header or status byte is missing or not in memory; the ring can no longer be trusted.
     """
     if total(chain.readable) < HEADER.size:
         raise GuestError(f"block request of {total(chain.readable)} bytes has no header")
@@ -103,7 +103,7 @@ def parse(chain: "Chain", memory: "GuestMemory", limits: Limits) -> Request:
     first, source = split(chain.readable, HEADER.size)
     target, last = split(chain.writable, room - 1)
     status_gpa = next(gpa for gpa, length in last if length)
-    # Read once, into our own memory: what is checked is what is used.
+    # Read once, into our own memory: the guest cannot change the header between check and use.
     kind, _, sector = HEADER.unpack(b"".join(gather(memory, first, write=False)))
     request = Request(chain.head, kind, memory.offset(status_gpa, 1, write=True))
     if kind == VIRTIO_BLK_T_IN:
@@ -122,7 +122,7 @@ def parse(chain: "Chain", memory: "GuestMemory", limits: Limits) -> Request:
 def transfer(
     request: Request, memory: "GuestMemory", limits: Limits, sector: int, parts: "list[tuple[int, int]]"
 ) -> None:
-    """Check a read or write."""
+    """Check a read or a write, and find its data."""
     length = total(parts)
     request.offset = sector * SECTOR
     if (
@@ -137,7 +137,7 @@ def transfer(
 
 
 def map_data(request: Request, memory: "GuestMemory", parts: "list[tuple[int, int]]") -> None:
-    """Find the data in memory; a buffer that is not there fails its request only (*cat. 6.4*)."""
+    """Find the data in memory.  A buffer outside of memory makes only this request fail (*cat. 6.4*)."""
     try:
         request.views = gather(memory, parts, write=request.kind != VIRTIO_BLK_T_OUT)
         request.length = total(parts)
@@ -146,7 +146,7 @@ def map_data(request: Request, memory: "GuestMemory", parts: "list[tuple[int, in
 
 
 def parse_ranges(request: Request, memory: "GuestMemory", limits: Limits, source: "list[tuple[int, int]]") -> None:
-    """Check DISCARD and WRITE_ZEROES: all ranges before the first is touched."""
+    """Check DISCARD or WRITE_ZEROES: all ranges, before the first is changed."""
     zeroes = request.kind == VIRTIO_BLK_T_WRITE_ZEROES
     most = WRITE_ZEROES_MAX_RANGES if zeroes else DISCARD_MAX_RANGES
     longest = WRITE_ZEROES_MAX_SECTORS if zeroes else DISCARD_MAX_SECTORS
@@ -163,7 +163,7 @@ def parse_ranges(request: Request, memory: "GuestMemory", limits: Limits, source
         return
     for sector, sectors, flags in RANGE.iter_unpack(raw):
         if flags & ~UNMAP or (flags and not zeroes):
-            request.refused = VIRTIO_BLK_S_UNSUPP  # 5.2.6.2: of the two answers, this one is asked for
+            request.refused = VIRTIO_BLK_S_UNSUPP  # 5.2.6.2 demands this status for unknown flags, not IOERR
             return
         if sectors > longest or (sector + sectors) * SECTOR > limits.size:
             return
@@ -173,7 +173,7 @@ def parse_ranges(request: Request, memory: "GuestMemory", limits: Limits, source
 
 
 def carry_out(request: Request, image: "Image", serial: bytes) -> tuple[int, int]:
-    """Do what a request asks for; return its status and the bytes written to the guest, status included.
+    """Carry out a request; return its status and the number of bytes written to the guest, status included.
 
     Raises:
         OSError: of the image.
