@@ -1,7 +1,7 @@
 """A virtio SCSI controller (virtio 1.2, 5.6) with one CD-ROM drive: target 0, LUN 0.
 
-Unlike vmd (*cat. 6.6*) a request may lie in descriptors of any layout, each request is answered, and the length of
-what was written and the residue are right.
+Unlike vmd (*cat. 6.6*), this device accepts requests in descriptors of any layout, answers each request, and reports
+the right number of written bytes and the right residual.
 """
 
 import errno
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from vmd.virtio.queue import Chain, Queue
 
     class Services(Protocol):
-        """What of `process.Process` is used here."""
+        """The part of `process.Process` that is used here."""
 
         figures: memoryview
 
         def interrupt(self, queue: int) -> None:
-            """Tell the guest."""
+            """Interrupt the guest."""
 
 
 CONTROL, EVENT, REQUEST = 0, 1, 2  # queues (5.6.2)
@@ -59,7 +59,7 @@ S_FAILURE = 9
 S_FUNCTION_REJECTED = 11
 S_INCORRECT_LUN = 12
 
-# What one wake-up may cost, in bytes; a request of many descriptors is not cheap even if it moves nothing.
+# Budget of one wake-up, in bytes.  Each descriptor counts as bytes too, since a request of many costs time by itself.
 BUDGET = 8 << 20
 DESCRIPTOR_COST = 2048
 IOV_MAX = 1024
@@ -68,14 +68,14 @@ COMMANDS, READS, READ_BYTES, ERRORS, BUSY_NS, SIZE = range(len(devmsg.FIGURES["v
 
 
 class Vioscsi:
-    """The controller.  `fd` is the disc, or None; it is ours from here on."""
+    """The controller.  `fd` is the disc, or None.  The controller owns it."""
 
     features = 0
 
     def __init__(self, services: "Services", fd: int | None) -> None:
         self.services = services
         self.fd = fd
-        # Not fstat: a disc may also be a block device.
+        # Not fstat, because a disc may be a block device, for which st_size is 0.
         self.size = 0 if fd is None else os.lseek(fd, 0, SEEK_END)
         self.drive = Drive(None if fd is None else self.size)
         self.figures = services.figures
@@ -88,11 +88,11 @@ class Vioscsi:
 
     @property
     def config(self) -> bytes:
-        """The configuration space."""
+        """The configuration space as it is now."""
         return CONFIG.pack(1, 17, 2048, 1, 0, self.sense_size, self.cdb_size, 0, 1, 1)
 
     def write_config(self, offset: int, data: bytes) -> None:
-        """Take new sizes; whatever else is written, and a size beyond reason, changes nothing."""
+        """Take new sizes.  A size out of range and a write to any other field are ignored."""
         config = bytearray(self.config)
         if offset < 0 or offset + len(data) > len(config):
             return
@@ -108,16 +108,22 @@ class Vioscsi:
         self.queues = queues
 
     def quiesce(self, *, forget: bool) -> None:
-        """Nothing is ever in flight; a reset also unlocks the drive and takes back what the driver configured."""
+        """Do nothing for a pause, since no request is ever in flight.
+
+        With `forget` the device is reset: unlock the drive, and undo the driver's writes to the configuration space.
+        """
         if forget:
             self.queues = []
             self.sense_size, self.cdb_size = SENSE_SIZE, CDB_SIZE
             self.drive.locked = False
 
     def change(self, fd: int | None, *, force: bool) -> None:
-        """Have another disc, or none; `fd` is ours from here on.  Raises OSError, and then the disc is the one before.
+        """Replace the disc; without `fd` remove it.  The controller owns `fd` from here on, even if this raises.
 
-        A drive that the guest has locked, as it does while a disc is mounted, keeps its disc unless `force` is given.
+        A guest locks the drive while a disc is mounted.  A locked drive keeps its disc unless `force` is given.
+
+        Raises:
+            OSError: the disc was not changed.
         """
         try:
             if self.drive.locked and not force:
@@ -134,7 +140,7 @@ class Vioscsi:
         self.drive.change(size)
 
     def close(self) -> None:
-        """Let go of the disc."""
+        """Close the disc, if there is one."""
         if self.fd is not None:
             os.close(self.fd)
             self.fd = None
@@ -153,18 +159,18 @@ class Vioscsi:
         if number == REQUEST:
             return self.drain(REQUEST, queue, self.on_request)
         if number == CONTROL:
-            # A driver that has been told that its commands are aborted frees their memory.  So those that
-            # were there before end before.
+            # After the answer to an abort the driver frees the memory of the aborted commands.  So all commands that
+            # are in the request queue are carried out first.
             requests = self.queue(REQUEST)
             if requests is not None and self.drain(REQUEST, requests, self.on_request):
                 return True
             return self.drain(CONTROL, queue, self.on_control)
-        # Event buffers stay where they are until there is an event, and there never is one.
+        # Event buffers stay in the ring, because this device never has an event.
         queue.available()
         return False
 
     def drain(self, number: int, queue: "Queue", serve: "Callable[[Queue, Chain], int]") -> bool:
-        """Serve what waits in a queue; return whether there is more to do.  Raises GuestError."""
+        """Serve available requests of a queue, up to the budget; return whether to come back.  Raises GuestError."""
         spent, begun_ns = 0, time.monotonic_ns()
         try:
             while spent < BUDGET:
@@ -197,7 +203,7 @@ class Vioscsi:
         if not is_our_target(lun) or not is_our_lun(lun):
             response = S_BAD_TARGET
         elif out_bytes and in_bytes:
-            response = S_FAILURE  # both directions at once were not offered (VIRTIO_SCSI_F_INOUT)
+            response = S_FAILURE  # data in both directions needs VIRTIO_SCSI_F_INOUT, which is not offered
         else:
             reply = self.drive.execute(request[REQUEST_HEAD.size :])
             if reply.sense == UNSUPPORTED:
@@ -220,7 +226,10 @@ class Vioscsi:
         return response_bytes + moved
 
     def transfer(self, queue: "Queue", chain: "Chain", start: int, reply: Reply) -> tuple[Reply, int]:
-        """Bring a reply's data to the guest; return the reply that is left, and the bytes that came there."""
+        """Copy a reply's data to the guest; return the reply and the number of bytes copied.
+
+        If the disc cannot be read, the returned reply is an error.
+        """
         if reply.data:
             scatter(queue, chain, start, reply.data)
             return reply, len(reply.data)
@@ -233,7 +242,7 @@ class Vioscsi:
         return reply, reply.length
 
     def read(self, views: "list[memoryview]", offset: int) -> None:
-        """Fill views from the disc.  Raises OSError, also where the disc has become shorter."""
+        """Fill views from the disc.  Raises OSError, also if the disc's file has become shorter."""
         assert self.fd is not None
         index, start = 0, 0
         while index < len(views):
@@ -248,7 +257,7 @@ class Vioscsi:
             if not got:
                 if offset < self.size:
                     raise OSError(errno.EIO, "the file has become shorter")
-                got = fill(piece)  # the rest of the last block
+                got = fill(piece)  # the part of the last block behind the end of the file
             offset += got
             start += got
             while index < len(views) and start >= len(views[index]):
@@ -268,14 +277,14 @@ class Vioscsi:
             answer = EVENTS_ANSWER.pack(0, S_OK if is_our_target(lun) and is_our_lun(lun) else S_BAD_TARGET)
         else:
             self.complaints.warn(f"control request of unknown type {kind}")
-            return 0  # nobody knows what its answer would look like
+            return 0  # the form of its answer is not known
         if total(chain.writable) < len(answer):
             raise GuestError(f"scsi control response of {total(chain.writable)} bytes instead of {len(answer)}")
         scatter(queue, chain, 0, answer)
         return len(answer)
 
     def manage_tasks(self, subtype: int, lun: bytes) -> int:
-        """Do what there is to do for a task management function: every command there was has ended."""
+        """Answer a task management function.  All commands have ended, so no command is left to abort."""
         if not is_our_target(lun):
             return S_BAD_TARGET
         if subtype == CLEAR_ACA or subtype > TASK_LAST:
@@ -304,12 +313,12 @@ def is_our_lun(lun: bytes) -> bool:
 
 
 def total(parts: list[tuple[int, int]]) -> int:
-    """Return the number of bytes that some (gpa, length) describe."""
+    """Return the number of bytes of all parts, which are (gpa, length)."""
     return sum([length for _, length in parts])
 
 
 def gather(queue: "Queue", chain: "Chain", size: int) -> bytes:
-    """Return a copy of the first bytes of what is to be read.  Raises GuestError if there are fewer."""
+    """Return a copy of the first `size` readable bytes of a chain.  Raises GuestError if there are fewer."""
     found = []
     left = size
     for gpa, length in chain.readable:
@@ -322,14 +331,18 @@ def gather(queue: "Queue", chain: "Chain", size: int) -> bytes:
 
 
 def fill(views: "list[memoryview]") -> int:
-    """Fill views with zeroes; return how many bytes they are."""
+    """Fill views with zeroes; return the number of their bytes."""
     for view in views:
         view[:] = bytes(len(view))
     return sum(map(len, views))
 
 
 def slices(queue: "Queue", chain: "Chain", start: int, size: int) -> "list[memoryview]":
-    """Return windows on a part, which must be there, of what is to be written.  Raises GuestError."""
+    """Return views of `size` writable bytes of a chain, from `start` on.  The caller has checked the chain's length.
+
+    Raises:
+        GuestError: a part is not in writable memory.
+    """
     found: list[memoryview] = []
     for gpa, length in chain.writable:
         if start >= length:
@@ -345,7 +358,7 @@ def slices(queue: "Queue", chain: "Chain", start: int, size: int) -> "list[memor
 
 
 def scatter(queue: "Queue", chain: "Chain", start: int, data: bytes) -> None:
-    """Store into a part of what is to be written.  Raises GuestError."""
+    """Store `data` into a chain's writable bytes, from `start` on.  Raises GuestError."""
     at = 0
     for view in slices(queue, chain, start, len(data)):
         view[:] = data[at : at + len(view)]

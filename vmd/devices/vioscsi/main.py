@@ -17,18 +17,18 @@ from vmd.privsep.confine import VIOSCSI
 
 
 class VioscsiProcess(Process):
-    """A process that is given other discs."""
+    """A device process with the messages that only the CD-ROM drive gets."""
 
     device: Vioscsi
-    disc: "list[int]"  # what came with the message that is served
+    disc: "list[int]"  # the descriptor that came with the current message, if any
 
     def on_inform(self) -> None:
-        """Take a message of the async channel, and a disc that comes with it."""
+        """Take a message of the async channel, and the disc's descriptor if one comes with it."""
         packet, self.disc = receive_files(self.informs, 1)
         self.take_inform(packet)
 
     def on_disc(self, packet: bytes) -> None:
-        """Change the disc; CHANGED says how that went."""
+        """Change the disc.  CHANGED tells the result."""
         force = bool(unpack(devmsg.DISC_HEAD, packet)[1] & devmsg.DISC_FORCE)
         fd = self.disc.pop() if self.disc else None
         try:
@@ -41,11 +41,11 @@ class VioscsiProcess(Process):
             self.changed()
 
     def on_export(self, packet: bytes) -> bytes:
-        """Give away besides what the drive has to tell."""
+        """Add the drive's own state to the answer."""
         return super().on_export(packet) + self.device.drive.state()
 
     def on_restore(self, packet: bytes) -> bytes:
-        """Be as another drive was."""
+        """Take the state of the drive of a received VM."""
         unpack(devmsg.TYPE, packet)
         self.device.drive.restore(packet[devmsg.TYPE.size :])
         return devmsg.STATUS.pack(devmsg.RESTORE, 0)
@@ -60,7 +60,7 @@ def main() -> int:
 
 
 def make(services: "Process") -> Vioscsi:
-    """Put the disc in.  Raises PeerError or OSError."""
+    """Return the controller, with the disc in the drive.  Raises PeerError or OSError."""
     resources = services.host.resources
     if len(resources) > 1:
         raise PeerError(process.VM, f"{len(resources)} discs for one drive")

@@ -1,6 +1,7 @@
 """A CD-ROM drive's commands (SPC-3, MMC-5; *cat. 6.6*): a command block in, status and data out, no I/O.
 
-A command that reads the disc is answered with the extent to read, so that its bytes need pass through nobody's hands.
+The reply to a command that reads the disc is the extent to read.  So the caller can read the disc's bytes directly into
+guest memory.
 """
 
 from struct import Struct
@@ -12,38 +13,38 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 BLOCK = 2048
-READ_MAX = 64 << 20  # bytes of one command; what asks for more is refused, as by vmd
-CDB_BYTES = 16  # of the longest command here; a shorter block is taken as followed by zeros
+READ_MAX = 64 << 20  # bytes of one command; a command for more is refused, as by vmd
+CDB_BYTES = 16  # of the longest command here; a shorter block is padded with zeros
 
 GOOD = 0x00
 CHECK_CONDITION = 0x02
 
 NO_SENSE = (0x0, 0x00)
 NO_MEDIUM = (0x2, 0x3A)
-# A drive would call it 3/11.  vmd says this, and drivers take both for a read that failed.
+# A real drive reports 3/11.  vmd reports 3/3A, and guests' drivers treat both as a failed read.
 READ_ERROR = (0x3, 0x3A)
 BAD_OPCODE = (0x5, 0x20)
 OUT_OF_RANGE = (0x5, 0x21)
-MEDIUM_CHANGED = (0x6, 0x28)  # unit attention: not ready to ready change, the medium may be another one
+MEDIUM_CHANGED = (0x6, 0x28)  # unit attention: not ready to ready change, medium may have changed
 BAD_FIELD = (0x5, 0x24)
 
 SENSE = Struct(">BxB4xB4xBB")  # 70h: current error, fixed format; key; bytes that follow; code, qualifier
 SENSE_HEAD = 8  # bytes up to the one that says how many follow
-REQUEST_SENSE_BYTES = 18  # what drivers that ask for it want to see, whatever follows the code being zero
+REQUEST_SENSE_BYTES = 18  # the length that drivers expect of REQUEST SENSE; the bytes after the qualifier are zero
 
 LBA32 = Struct(">I")
 CAPACITY_10 = Struct(">II")
 CAPACITY_16 = Struct(">QI20x")
-TOC_HEAD = Struct(">HBB")  # length of what follows, first and last track
+TOC_HEAD = Struct(">HBB")  # length of the rest, first track, last track
 TOC_ROW = Struct(">xBBxI")  # ADR and control, track, address
-EVENT_HEAD = Struct(">HBB")  # length of what follows, class, classes there are
+EVENT_HEAD = Struct(">HBB")  # length of the rest, class, supported classes
 EVENT = Struct(">BB2x")  # event, status
-FEATURES_HEAD = Struct(">I2xH")  # length of what follows, profile
-FEATURE = Struct(">HBB")  # code, version and "current", length of what follows
+FEATURES_HEAD = Struct(">I2xH")  # length of the rest, profile
+FEATURE = Struct(">HBB")  # code, version and "current", length of the rest
 
 ADR_CONTROL_DATA = 0x14
 LEAD_OUT = 0xAA
-MSF_LAST = 255 * 60 * 75 + 59 * 75 + 74  # what fits the three bytes
+MSF_LAST = 255 * 60 * 75 + 59 * 75 + 74  # the last address that fits minute, second and frame, one byte each
 
 NO_EVENT_AVAILABLE = 0x80
 POWER_CLASS, MEDIA_CLASS = 2, 4
@@ -59,7 +60,7 @@ INQUIRY_DATA = (
     bytes((
         0x05,  # CD/DVD device
         0x80,  # removable
-        0x00,  # claims no version: drivers then look at each LUN by INQUIRY
+        0x00,  # no version claimed: drivers then probe each LUN with INQUIRY
         0x02,  # response data format of SCSI-2
         31,  # bytes that follow
         0, 0, 0,
@@ -68,7 +69,7 @@ INQUIRY_DATA = (
 )  # fmt: skip
 
 MEDIUM_TYPE = 0x70
-# Commands that are carried out though there is something to say (SPC-3, 5.8; MMC-5, 6.7): what drives are asked first.
+# Commands that a pending unit attention does not make fail (SPC-3, 5.8; MMC-5, 6.7): drivers send these first.
 NO_ATTENTION = (0x03, 0x12, 0x46, 0x4A, 0xA0)
 
 MODE_PAGES = {
@@ -77,21 +78,21 @@ MODE_PAGES = {
 }
 
 FEATURES = (
-    FEATURE.pack(0x0000, 0x03, 4) + PROFILE_NON_CONFORMING.to_bytes(2, "big") + b"\x01\x00",  # profiles: that one
+    FEATURE.pack(0x0000, 0x03, 4) + PROFILE_NON_CONFORMING.to_bytes(2, "big") + b"\x01\x00",  # profiles: only this
     FEATURE.pack(0x0001, 0x11, 8) + LBA32.pack(1) + bytes(4),  # core: SCSI family
     FEATURE.pack(0x0002, 0x07, 4) + b"\x02\x00\x00\x00",  # morphing: operational change events
     FEATURE.pack(0x0003, 0x03, 4) + b"\x09\x00\x00\x00",  # removable medium: tray, lockable
-    FEATURE.pack(0x0010, 0x03, 8) + LBA32.pack(BLOCK) + b"\x00\x10\x00\x00",  # random read: sixteen at once
+    FEATURE.pack(0x0010, 0x03, 8) + LBA32.pack(BLOCK) + b"\x00\x10\x00\x00",  # random read: sixteen blocks
 )
 
 
 def sense_data(key: int, code: int) -> bytes:
-    """Return sense data, fixed format, as far as the additional code and its qualifier."""
+    """Return sense data in fixed format, up to the additional sense code and its qualifier."""
     return SENSE.pack(0x70, key, SENSE.size - SENSE_HEAD, code, 0)
 
 
 class Refused(Exception):
-    """A command ends in CHECK CONDITION; carries sense key and additional sense code."""
+    """A command ends in CHECK CONDITION.  `sense` is its sense key and additional sense code."""
 
     def __init__(self, sense: tuple[int, int]) -> None:
         super().__init__(*sense)
@@ -99,7 +100,7 @@ class Refused(Exception):
 
 
 class Reply(Record):
-    """How a command ended: `data` for the initiator, or else `length` bytes of the disc from `offset`."""
+    """The result of a command: `data` for the initiator, or else `length` bytes of the disc from `offset`."""
 
     status: int = GOOD
     sense: bytes = b""  # with CHECK CONDITION only
@@ -114,27 +115,34 @@ def check_condition(sense: tuple[int, int]) -> Reply:
 
 
 class Drive:
-    """A drive with a disc of `size_bytes`, or none; a part of a block at its end is one whose rest is zeroes."""
+    """A drive with a disc of `size_bytes`, or None for no disc.
+
+    If the disc ends with a part of a block, that block counts as a whole one; the caller pads it with zeroes.
+    """
 
     def __init__(self, size_bytes: int | None) -> None:
         self.blocks = -(-(size_bytes or 0) // BLOCK)
         self.locked = False
-        self.attention = False  # the next command that may fail so says that the disc is another one
-        self.event = NO_CHANGE  # what of the media class has happened and has not been told
+        self.attention = False  # unit attention: the next command that is not in NO_ATTENTION reports MEDIUM_CHANGED
+        self.event = NO_CHANGE  # the media event that was not reported yet
 
     def change(self, size_bytes: int | None) -> None:
-        """Have another disc, or none; drivers hear of it by whichever way they look (SPC-3, 6.5; MMC-5, 6.7)."""
+        """Replace or remove the disc.
+
+        The change is reported as a unit attention and as a media event, since drivers look for either (SPC-3, 6.5;
+        MMC-5, 6.7).
+        """
         self.blocks = -(-(size_bytes or 0) // BLOCK)
         self.locked = False
         self.attention = size_bytes is not None
         self.event = MEDIA_REMOVAL if size_bytes is None else NEW_MEDIA
 
     def ask_to_eject(self) -> None:
-        """Let the driver know that somebody wants the disc of a drive that it has locked."""
+        """Report an eject request to the driver, which has locked the drive."""
         self.event = EJECT_REQUEST
 
     def execute(self, cdb: bytes) -> Reply:
-        """Carry out a command; every command has a reply."""
+        """Carry out a command.  Every command gets a reply."""
         command = self.COMMANDS.get(cdb[0]) if cdb else None
         if command is None:
             return check_condition(BAD_OPCODE)
@@ -147,7 +155,7 @@ class Drive:
             return check_condition(refused.sense)
 
     def require_disc(self) -> None:
-        """Raise Refused if there is none."""
+        """Raise Refused if there is no disc."""
         if not self.blocks:
             raise Refused(NO_MEDIUM)
 
@@ -159,16 +167,16 @@ class Drive:
         return Reply()
 
     def start_stop(self, _cdb: bytes) -> Reply:
-        """1Bh: the disc neither turns nor leaves."""
+        """1Bh: does nothing; the disc neither spins nor is ejected."""
         return Reply()
 
     def prevent_allow(self, cdb: bytes) -> Reply:
-        """1Eh.  Unlike vmd, which toggles whatever is asked, so that two requests to lock unlock."""
+        """1Eh.  Unlike vmd, which toggles the lock at each command, so that two requests to lock unlock the drive."""
         self.locked = bool(cdb[4] & 1)
         return Reply()
 
     def request_sense(self, cdb: bytes) -> Reply:
-        """03h.  Unlike vmd, because SeaBIOS asks this before it believes that there is no disc."""
+        """03h.  Unlike vmd, which lacks it: SeaBIOS needs it to find out that there is no disc."""
         if cdb[1] & 1:  # descriptor format
             raise Refused(BAD_FIELD)
         state = MEDIUM_CHANGED if self.attention else NO_SENSE if self.blocks else NO_MEDIUM
@@ -182,7 +190,7 @@ class Drive:
         return Reply(data=bytes(8)[: int.from_bytes(cdb[8:10], "big")])
 
     def event_status(self, cdb: bytes) -> Reply:
-        """4Ah: when polled, and of the classes that there are; one that has an event comes first."""
+        """4Ah: only polled, and only supported classes.  A class that has an event comes first."""
         if not cdb[1] & 1:
             raise Refused(BAD_FIELD)
         wanted = cdb[4] & CLASSES
@@ -231,7 +239,7 @@ class Drive:
         return page
 
     def get_configuration(self, cdb: bytes) -> Reply:
-        """46h: features from a code on, or that one alone; all are always current."""
+        """46h: the features from a code on, or the one with this code.  All features are always current."""
         kind, first = cdb[1] & 3, int.from_bytes(cdb[2:4], "big")
         if kind == 3:
             raise Refused(BAD_FIELD)
@@ -243,30 +251,30 @@ class Drive:
     # --- the disc --------------------------------------------------------------------------------------------
 
     def read_capacity_10(self, _cdb: bytes) -> Reply:
-        """25h: ffffffff tells to ask for more digits."""
+        """25h: ffffffff tells the driver to use READ CAPACITY(16)."""
         self.require_disc()
         return Reply(data=CAPACITY_10.pack(min(self.blocks - 1, 0xFFFFFFFF), BLOCK))
 
     def service_action_in(self, cdb: bytes) -> Reply:
-        """9Eh: READ CAPACITY(16) and no other."""
+        """9Eh: READ CAPACITY(16) only."""
         if cdb[1] & 0x1F != READ_CAPACITY_16:
             raise Refused(BAD_FIELD)
         self.require_disc()
         return Reply(data=CAPACITY_16.pack(self.blocks - 1, BLOCK)[: int.from_bytes(cdb[10:14], "big")])
 
     def read_disc_information(self, _cdb: bytes) -> Reply:
-        """51h: refused, as by vmd; drivers then take the disc for a finished one."""
+        """51h: refused, as by vmd.  Drivers then assume a finalised disc."""
         raise Refused(BAD_FIELD)
 
     def read_toc(self, cdb: bytes) -> Reply:
         """43h: one data track and the lead-out.
 
-        Unlike vmd, addresses come as minutes, seconds and frames where that was asked for, and session information
-        (format 1) is that and not a list of tracks.
+        Unlike vmd, addresses are given as minutes, seconds and frames if the command asks for that, and format 1
+        returns session information instead of a list of tracks.
         """
         self.require_disc()
         msf, first = bool(cdb[1] & 2), cdb[6]
-        form = cdb[2] & 0x0F or cdb[9] >> 6  # where SCSI-2 drives had it, and Linux still writes it
+        form = cdb[2] & 0x0F or cdb[9] >> 6  # the latter: its place in SCSI-2, which Linux still uses
         if form > 1 or (form == 0 and first > 1 and first != LEAD_OUT):
             raise Refused(BAD_FIELD)
         rows = TOC_ROW.pack(ADR_CONTROL_DATA, 1, self.address(0, msf)) if form == 1 or first <= 1 else b""
@@ -276,7 +284,7 @@ class Drive:
 
     @staticmethod
     def address(lba: int, msf: bool) -> int:
-        """Return an address of a table of contents, or the last there is."""
+        """Return an address in the form for a table of contents; one that is too large becomes the largest."""
         if not msf:
             return min(lba, 0xFFFFFFFF)
         seconds, frame = divmod(min(lba + 150, MSF_LAST), 75)  # the lead-in is two seconds long
@@ -300,7 +308,7 @@ class Drive:
         return self.read(int.from_bytes(cdb[2:10], "big"), int.from_bytes(cdb[10:14], "big"))
 
     def read(self, lba: int, count: int) -> Reply:
-        """Return the extent of some blocks.  Unlike vmd, all of them have to be there, not the first alone."""
+        """Return the extent of `count` blocks.  Unlike vmd, all of them must be on the disc, not just the first."""
         self.require_disc()
         if lba >= self.blocks or count > self.blocks - lba:
             raise Refused(OUT_OF_RANGE)
@@ -311,11 +319,11 @@ class Drive:
     # --- for a stream ------------------------------------------------------------------------------------------
 
     def state(self) -> bytes:
-        """Return what a driver does not know yet, or has said."""
+        """Return the lock, and the changes that were not reported to the driver yet."""
         return bytes((self.locked, self.attention, self.event))
 
     def restore(self, state: bytes) -> None:
-        """Be as the drive was that `state` is of; what another version says besides is left out."""
+        """Take the state of another drive.  Bytes that another version has added are ignored."""
         locked, attention, event = state.ljust(3, b"\0")[:3]
         self.locked, self.attention = bool(locked), bool(attention)
         self.event = event if event <= MEDIA_REMOVAL else NO_CHANGE
