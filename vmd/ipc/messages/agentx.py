@@ -1,4 +1,4 @@
-"""Between the parent and agentx: what an SNMP agent is told."""
+"""Between the parent and agentx, which reports VMs to an SNMP agent."""
 
 from vmd.ipc.figures import CdromFigures, DiskFigures, NicFigures, VcpuFigures
 from vmd.ipc.routes import Proc, message
@@ -7,9 +7,9 @@ from vmd.record import Record
 
 @message(0x100, (Proc.PARENT, Proc.AGENTX), fds=("master",))
 class AgentxMaster(Record):
-    """Talk to the SNMP agent at the other end of `master`, and no more to the one before.
+    """Use the SNMP agent at the other end of `master`, in place of the previous one.
 
-    `path` is where it was found, for people.
+    `path` is the agent's socket, for log lines.
     """
 
     number: int  # of the connection
@@ -19,33 +19,33 @@ class AgentxMaster(Record):
 
 @message(0x101, (Proc.AGENTX, Proc.PARENT))
 class AgentxUp(Record):
-    """The agent has taken us in."""
+    """The agent has accepted our registration."""
 
     number: int
 
 
 @message(0x102, (Proc.AGENTX, Proc.PARENT))
 class AgentxLost(Record):
-    """The connection is no more, or the agent has not taken us in; the log has said why."""
+    """The connection is lost, or the agent has refused our registration.  agentx has logged the reason."""
 
     number: int
 
 
 @message(0x103, (Proc.AGENTX, Proc.PARENT), answered_by=("AgentxVm", "AgentxVms"))
 class AskAgentxVms(Record):
-    """Say what there is."""
+    """Ask for all VMs."""
 
 
 class AgentxLink(Record):
-    """Numbers of interfaces of the host; 0: there is none."""
+    """Indices of interfaces of the host; 0: there is none."""
 
     tap: int
-    parent: int  # its switch's
+    parent: int  # the switch that the tap belongs to
 
 
 @message(0x104, (Proc.PARENT, Proc.AGENTX), partial=True)
 class AgentxVm(Record):
-    """A VM, as far as the agent is told of it; its figures are those of `VmFigures`."""
+    """A VM, with the fields that the agent is told.  Figures are as in `VmFigures`."""
 
     vmid: int
     name: str
@@ -60,22 +60,22 @@ class AgentxVm(Record):
     disks: tuple[DiskFigures, ...]
     cdrom: CdromFigures | None
     nics: tuple[NicFigures, ...]
-    formats: tuple[str, ...]  # of its disks; "": it is told from the file
+    formats: tuple[str, ...]  # one for each disk; "": it is guessed from the file
     disc: str
-    links: tuple[AgentxLink, ...]  # of its interfaces
+    links: tuple[AgentxLink, ...]  # one for each interface
 
 
 @message(0x105, (Proc.PARENT, Proc.AGENTX))
 class AgentxVms(Record):
-    """These were all; times are those of CLOCK_MONOTONIC."""
+    """The end of the list of VMs.  Times are those of CLOCK_MONOTONIC."""
 
-    began_ns: int  # the daemon
-    changed_ns: int  # when a VM came to be known, or to be forgotten, last
+    began_ns: int  # when the daemon started
+    changed_ns: int  # when a VM was last added to, or removed from, the known ones
 
 
 @message(0x106, (Proc.PARENT, Proc.AGENTX))
 class AgentxChanged(Record):
-    """A VM is in another state, or is known no more."""
+    """A VM has changed its state, or is not known any more."""
 
     vmid: int
     name: str

@@ -1,4 +1,4 @@
-"""Between the parent and all, or most, of the processes that it starts."""
+"""Between the parent and all or most processes that it starts."""
 
 from vmd.ipc.routes import Proc, message
 from vmd.record import Record
@@ -10,14 +10,14 @@ PINGED = (Proc.CONTROL, Proc.VMM, Proc.LOG, Proc.CONSOLELOG)
 
 @message(0x50, *EVERYWHERE, (Proc.VMM, Proc.VM))
 class SetVerbosity(Record):
-    """Log more or less from now on."""
+    """Set how much is logged."""
 
     verbosity: int
 
 
 @message(0x51, *EVERYWHERE, (Proc.VMM, Proc.VM), *((Proc.PARENT, leaf) for leaf in LEAVES))
 class Quit(Record):
-    """End cleanly.  A process that loses its parent ends as well, without being told."""
+    """End cleanly.  A process that loses its parent ends without this message."""
 
 
 @message(0x53, (Proc.CONTROL, Proc.PARENT), (Proc.VMM, Proc.PARENT), (Proc.PRIV, Proc.PARENT))
@@ -29,9 +29,9 @@ class Ready(Record):
 
 @message(0xB2, *((Proc.PARENT, child) for child in PINGED), answered_by=("Pong",))
 class Ping(Record):
-    """Are you there?"""
+    """Check that the process still answers."""
 
 
 @message(0xB3, *((child, Proc.PARENT) for child in PINGED))
 class Pong(Record):
-    """Yes."""
+    """The answer to Ping."""

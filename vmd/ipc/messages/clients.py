@@ -1,8 +1,8 @@
-"""Between vmctl and the parent; control passes it on.
+"""Between vmctl and the parent; control relays the messages.
 
-Requests go client -> control -> parent as the same message.  `caller` is whatever the client wrote, and nobody believes
-it: the parent has accepted the connection and knows whose it is.  The header's `peerid` is the parent's number for the
-connection, and answers come back under it.
+Requests go client -> control -> parent as the same message.  The client fills in `caller`, so it is not trusted: the
+parent has accepted the connection, and knows its user.  The header's `peerid` is the parent's number for the
+connection; answers carry the same number.
 """
 
 
@@ -13,23 +13,24 @@ from vmd.ipc.messages.shared import Live, SnapshotAction
 from vmd.ipc.routes import ANSWER, Proc, Who, message, relays, request
 from vmd.record import Record
 
-PROTOCOL = 2  # what Hello says; 1 is what was spoken before there was a Hello
+PROTOCOL = 2  # the version in Hello; version 1 had no Hello
 
 
 @message(0x01, (Proc.CLIENT, Proc.CONTROL), (Proc.CONTROL, Proc.CLIENT), answered_by=("Hello",))
 class Hello(Record):
     """The first packet each way on the control socket; all records on that connection travel by name.
 
-    A field that one side does not know is ignored, and one that it misses takes its default.  So a field that is added
-    has a default that says what was so before.  A client without Hello is served as in protocol 1 (`vmd.ipc.first`).
+    The receiver ignores a field that it does not know.  A missing field takes its default.  So a new field needs a
+    default with the meaning of the behaviour before.  A client without Hello is served as in protocol 1
+    (`vmd.ipc.first`).
     """
 
     version: int  # PROTOCOL
-    program: str = ""  # the release, for people
+    program: str = ""  # the release, for people to read
 
 
 class Caller(Record):
-    """Who asks, by the kernel's word (SO_PEERCRED)."""
+    """The process that asks, as the kernel reports it (SO_PEERCRED)."""
 
     uid: int
     gid: int
@@ -37,7 +38,7 @@ class Caller(Record):
 
 
 class Request(Record):
-    """Base of everything a client may ask."""
+    """Base of all requests of clients."""
 
     caller: Caller | None = None
 
@@ -51,15 +52,15 @@ class VmRequest(Request):
 
 @request(0x10, Who.OWNER, "ConsoleReady", "VmStarted", fds=("kernel?", "initrd?", "seed?"))
 class StartRequest(VmRequest):
-    """Start a VM: a known one (`config` None), or the one described.
+    """Start a VM: a known one (`config` None), or the one that `config` describes.
 
-    fds: `kernel` and `initrd` were opened by the client, so that a user may boot what only he can read.
-    For a known VM they are a one-shot boot, as is `boot_device`.  `seed` has what the seed of a new one is made from
-    (`vmd.seed`).  Control keeps them until `PassFiles`, and says in
-    `files` which there are; what a client says there counts for nothing.
-    `kernel` and `initrd`, too, are for one boot of a known VM: DiskFiles in words, which are on its own disks.
-    With `console` the client has the console, as after a ConsoleRequest, from before the guest's first byte:
-    ConsoleReady comes first then, if nobody else has it.
+    fds: the client has opened `kernel` and `initrd`, so users may boot files that only they can read.  `seed` has the
+    parts from which the seed of a new VM is made (`vmd.seed`).  Control keeps the descriptors until `PassFiles`, and
+    lists them in `files`; it replaces the client's own list.
+    For a known VM the descriptors, `boot_device` and the fields `kernel` and `initrd` hold for one boot only.  These
+    two fields are DiskFiles in words: files on the VM's own disks.
+    With `console` the client gets the console, as by a ConsoleRequest, before the guest's first output.  Then
+    ConsoleReady is the first answer, if no other client has the console.
     """
 
     config: VmConfig | None = None
@@ -74,7 +75,10 @@ class StartRequest(VmRequest):
 
 @request(0x11, Who.OWNER, "StopAccepted", "VmTerminated")
 class StopRequest(VmRequest):
-    """Ask the guest to shut down or, with `force`, kill the VM; with `wait` answer when it is gone, by VmTerminated."""
+    """Ask the guest to shut down; with `force` kill the VM.
+
+    With `wait` the answer is VmTerminated, when the VM has ended.
+    """
 
     force: bool = False
     wait: bool = False
@@ -82,29 +86,29 @@ class StopRequest(VmRequest):
 
 @request(0x12, Who.OWNER, "VmTerminated")
 class WaitRequest(VmRequest):
-    """Answer when the VM is gone."""
+    """Wait until the VM has ended."""
 
 
 @request(0x13, Who.EVERYBODY, "VmInfo", "End")
 class ListRequest(Request):
-    """Describe every VM."""
+    """List all VMs."""
 
 
 @request(0x14, Who.ROOT, "Ok")
 class LoadRequest(Request):
-    """Read a further configuration file; `path` is absolute."""
+    """Read another configuration file, in addition.  `path` is absolute."""
 
     path: str
 
 
 @request(0x15, Who.ROOT, "Ok")
 class ReloadRequest(Request):
-    """Read the main configuration file anew (*cat. 2.8*)."""
+    """Read the main configuration file again (*cat. 2.8*)."""
 
 
 @request(0x16, Who.ROOT, "Ok")
 class ResetRequest(Request):
-    """Forget VMs (after terminating them), switches, or both (*cat. 2.8*)."""
+    """Terminate and forget all VMs, or forget all switches, or both (*cat. 2.8*)."""
 
     vms: bool
     switches: bool
@@ -112,17 +116,17 @@ class ResetRequest(Request):
 
 @request(0x17, Who.ROOT, "Ok")
 class LogRequest(Request):
-    """Set the verbosity of every process, 0 or 2."""
+    """Set the verbosity of all processes, 0 or 2."""
 
     verbosity: int
 
 
 @request(0x18, Who.OWNER, "ConsoleOutput", "ConsoleAttached")
 class ConsoleRequest(VmRequest):
-    """Attach to a console, with `force` instead of whoever has it.
+    """Attach to a console; with `force` take it from the client that has it.
 
-    The backlog comes first, in pieces.  Where the VM does not run, Failed with ESRCH comes after what its console
-    showed last.  Failed with VMD_CONSOLE_TAKEN comes later, unasked.
+    The backlog comes first, in pieces.  If the VM does not run, its last backlog comes, then Failed with ESRCH.  Failed
+    with VMD_CONSOLE_TAKEN comes later, without a request, when another client takes the console.
     """
 
     force: bool = False
@@ -130,14 +134,14 @@ class ConsoleRequest(VmRequest):
 
 @request(0x19, Who.OWNER, "Ok")
 class ConsoleBreak(VmRequest):
-    """Send a BREAK down the line; from the holder of the console only."""
+    """Send a BREAK to the guest's serial line.  Only the client that has the console may ask."""
 
 
 @request(0x1A, Who.OWNER, "VmPaused")
 class PauseRequest(VmRequest):
-    """Stop a VM between two instructions, or let it go on; what is so already stays so.
+    """Pause a VM between two instructions, or let it go on.  No effect if it is in that state already.
 
-    With `force` one that is in doubt goes on here, by the word of who asks that it does not run elsewhere.
+    With `force` a VM that is in doubt goes on here: the user vouches that it does not run at another host.
     """
 
     paused: bool
@@ -146,11 +150,11 @@ class PauseRequest(VmRequest):
 
 @request(0x1C, Who.ROOT, "TransferProgress", "VmSent", fds=("stream?",))
 class SendRequest(VmRequest):
-    """Write a VM to `stream`; it is gone then, or with `keep` goes on.  Where that fails it goes on as before.
+    """Write a VM to `stream`.  Then the VM ends here; with `keep` it goes on.  After a failure it goes on as before.
 
-    With `live` it runs meanwhile, and stands still only for the rest.
+    With `live` the VM runs while most of its memory is written, and stands still only for the rest.
 
-    fds: `stream` is the client's; control keeps it until `PassFiles`.
+    fds: the client has opened `stream`; control keeps it until `PassFiles`.
     """
 
     keep: bool = False
@@ -159,7 +163,7 @@ class SendRequest(VmRequest):
 
 @request(0x1D, Who.ROOT, "TransferProgress", "VmReceived", fds=("stream?",))
 class ReceiveRequest(Request):
-    """Read a VM from `stream`, to go on under a name; with `paused` it waits to be unpaused.
+    """Read a VM from `stream`, and let it go on under `name`; with `paused` it stays paused.
 
     fds: as for SendRequest.
     """
@@ -170,21 +174,21 @@ class ReceiveRequest(Request):
 
 @request(0x1F, Who.EVERYBODY, "NicInfo", "TroubleInfo", "End")
 class NicsRequest(VmRequest):
-    """Describe the network interfaces of a VM, and what is wrong with its devices."""
+    """Ask for the network interfaces of a VM, and for what is wrong with its devices."""
 
 
 @request(0xF0, Who.EVERYBODY, "VmFigures", "End")
 class FiguresRequest(VmRequest):
-    """Say what every VM has done and what it uses; or one, by id or name."""
+    """Ask for the figures of all VMs, or of one by id or name."""
 
 
 @request(0x7A, Who.EVERYBODY, "Event", "EventsSeen")
 class EventsRequest(VmRequest):
-    """Tell what happens to all VMs and the daemon, or to one VM.
+    """Ask for events of all VMs and the daemon, or of one VM.
 
-    `since` is the number of the last event that the client has seen; those after it are the answer, or the first that
-    come.  With 0 these are all that are remembered.  With None the answer is only which one was the last.  With
-    `wait` False there is an answer at once, whether anything has happened or not.
+    `since` is the number of the last event that the client has seen.  The answer is the events after it; if there are
+    none, the request waits for the next events.  With 0 the answer is all remembered events, with None only the number
+    of the last event.  With `wait` False the answer comes at once, even without events.
     """
 
     since: int | None = None
@@ -193,15 +197,15 @@ class EventsRequest(VmRequest):
 
 @request(0x20, Who.EVERYBODY, "SwitchInfo", "End")
 class SwitchesRequest(Request):
-    """Describe every switch of the configuration."""
+    """Ask for all switches of the configuration."""
 
 
 @request(0x22, Who.OWNER, "ConsoleOutput", "ConsoleWatched")
 class ConsoleWatch(VmRequest):
-    """Look at a console without having it.
+    """Watch a console without attaching to it.
 
-    Its output comes in pieces: at once for a new viewer, and for one who has seen the first `since` bytes when there
-    are more, or the VM has ended.
+    The output comes in pieces.  Without `since` the backlog is the answer, at once.  Otherwise the client has seen the
+    first `since` bytes, and the answer comes when there are more, or when the VM has ended.
     """
 
     since: int | None = None
@@ -209,12 +213,12 @@ class ConsoleWatch(VmRequest):
 
 @request(0x23, Who.OWNER, "ConsoleLogAt")
 class ConsoleLogRequest(VmRequest):
-    """Say where the console log of a VM is; the client reads it with its own rights."""
+    """Ask where the console log of a VM is.  The client reads it with its own rights."""
 
 
 @request(0xA8, Who.OWNER, "TransferProgress", "SnapshotInfo", "SnapshotsDone")
 class SnapshotRequest(VmRequest):
-    """Do something with the snapshots of a VM's disks; `tag` is the name of one, "" to list them."""
+    """List or change the snapshots of a VM's disks.  `tag` is the name of the snapshot, "" to list all."""
 
     action: SnapshotAction = SnapshotAction.LIST
     tag: str = ""
@@ -222,11 +226,11 @@ class SnapshotRequest(VmRequest):
 
 @request(0xE0, Who.ROOT, "TransferProgress", "MigrationAt", fds=("stream?",))
 class MigrateRequest(VmRequest):
-    """Write a VM to `stream` that goes on elsewhere only when this client says so.
+    """Migrate a VM away: write it to `stream`.  It goes on at the other host only after this client's COMMIT.
 
-    Answered when the stream's header is written.  What follows is asked with `MigrationStep`, by the same client; if it
-    leaves before COMMIT, the VM goes on as before.  It runs meanwhile, and stands still for the rest, as `live` says.
-    fds: as for SendRequest.
+    Answered when the stream's header is written.  The same client asks for the next steps with `MigrationStep`.  If it
+    disconnects before COMMIT, the VM goes on here as before.  The VM runs while its memory is written, and stands still
+    for the rest, as `live` says.  fds: as for SendRequest.
     """
 
     live: Live = Live()
@@ -234,11 +238,11 @@ class MigrateRequest(VmRequest):
 
 @request(0xE1, Who.ROOT, "TransferProgress", "MigrationAt", fds=("stream?",))
 class MigrateInRequest(Request):
-    """Read a VM from `stream` that goes on under a name when this client says so, and not before.
+    """Migrate a VM here: read it from `stream`.  It goes on under `name` only after this client's COMMIT.
 
-    Answered when the header has been judged: such a VM can go on here.  The sender has to have its disks in use, for
-    else they are others than those here; with `force` that is taken on trust.  What follows is asked with
-    `MigrationStep`, by the same client; if it leaves before COMMIT, there is no VM.  fds: as for SendRequest.
+    Answered when the header was checked: this VM can go on here.  The VM's disks must be in use by the sender; disks
+    that are not in use cannot be the sender's.  With `force` this is not checked.  The same client asks for the next
+    steps with `MigrationStep`.  If it disconnects before COMMIT, the VM is dropped here.  fds: as for SendRequest.
     """
 
     name: str
@@ -246,32 +250,33 @@ class MigrateInRequest(Request):
 
 
 class Step(IntEnum):
-    """What comes next of a VM that goes from one host to another."""
+    """The next step of a migration."""
 
-    GO_ON = 1  # memory: write it, until all is written; or read it, until all was read
-    COMMIT = 2  # here: let the disks go; there: take them, and run
-    DONE = 3  # it runs there: end it here
-    BACK = 4  # it does not run there: let it go on here
+    GO_ON = 1  # the source writes all memory; the target reads all memory
+    COMMIT = 2  # the source lets the disks go; the target takes them, and runs the VM
+    DONE = 3  # the VM runs at the target: the source ends it
+    BACK = 4  # the VM does not run at the target: the source lets it go on
 
 
 @request(0xE2, Who.ROOT, "TransferProgress", "MigrationAt", "VmSent", "VmReceived")
 class MigrationStep(VmRequest):
-    """Go on with a migration; answered when that is done.
+    """Make the next step of a migration.  Answered when it is done.
 
-    Failed: there is no migration any more.  After COMMIT at the target, with VMD_IN_DOUBT, the VM may run or have run
-    there; with all else it never did.  BACK is always answered by Failed, with what has become of the VM.
+    Failed means that the migration has ended.  After COMMIT at the target, the code VMD_IN_DOUBT means that the VM may
+    run or may have run at the target; with any other code it never ran there.  BACK is always answered by Failed, which
+    says in which state the VM is.
     """
 
     step: Step
-    locks_travel: bool = False  # GO_ON here: the target has said so (`MigrationAt`)
-    paused: bool = False  # COMMIT there: it stays paused
-    in_doubt: bool = False  # BACK: nobody knows whether it runs there
-    text: str = ""  # BACK: why
+    locks_travel: bool = False  # GO_ON at the source: as the target's `MigrationAt` says
+    paused: bool = False  # COMMIT at the target: the VM stays paused
+    in_doubt: bool = False  # BACK: it is not known whether the VM runs at the target
+    text: str = ""  # BACK: the reason
 
 
 @request(0xD0, Who.OWNER, "Resized")
 class ResizeRequest(VmRequest):
-    """Make a disk of a VM larger, whether it runs or not; a user needs to be allowed to write to its image, too."""
+    """Make a disk of a VM larger, whether the VM runs or not.  The user must also be allowed to write to the image."""
 
     disk: str  # disk0, or 0, or the path of its image
     size_bytes: int
@@ -279,9 +284,9 @@ class ResizeRequest(VmRequest):
 
 @request(0xD1, Who.OWNER, "DiscInserted")
 class DiscRequest(VmRequest):
-    """Put another disc into the CD-ROM drive of a VM, or with no `path` take it out; the next start has it, too.
+    """Put another disc into the CD-ROM drive of a VM; without `path` remove the disc.  The next start uses it too.
 
-    The file is opened with the client's rights.  A drive that its guest has locked keeps its disc unless `force` is
+    The file is opened with the client's rights.  A drive that the guest has locked keeps its disc unless `force` is
     given.
     """
 
@@ -291,9 +296,9 @@ class DiscRequest(VmRequest):
 
 @request(0x2E, Who.ROOT, "Ok")
 class UpgradeRequest(Request):
-    """Have the program that is installed now take the daemon's place: it adopts all VMs, which go on meanwhile.
+    """Replace the daemon by the program that is installed now.  It adopts all VMs, which go on meanwhile.
 
-    First it rehearses, and with `rehearse_only` does no more; otherwise the connection ends instead of an answer.
+    The new program first rehearses.  With `rehearse_only` that is all; otherwise the connection ends without an answer.
     """
 
     rehearse_only: bool = False
@@ -301,19 +306,19 @@ class UpgradeRequest(Request):
 
 @request(0x2F, Who.EVERYBODY, "GenerationInfo", "End")
 class GenerationsRequest(Request):
-    """Describe every vmm: those of earlier daemons have the VMs that were started there."""
+    """Ask for all generations: each is a vmm with the VMs that it has started, and may be of an earlier daemon."""
 
 
 @message(0x30, ANSWER)
 class Ok(Record):
-    """Done.  `notes` are sentences worth showing, such as what waits for a restart."""
+    """Done.  `notes` are sentences to show, for example which changes wait for a restart."""
 
     notes: tuple[str, ...] = ()
 
 
 @message(0x31, ANSWER)
 class Failed(Record):
-    """Not done: an errno or VMD_* code, and the sentence that says why."""
+    """Not done: an errno or VMD_* code, and a sentence with the reason."""
 
     code: int
     text: str
@@ -321,7 +326,7 @@ class Failed(Record):
 
 @message(0x32, ANSWER)
 class VmStarted(Record):
-    """The VM runs; its console is `tty`.  `notes` are sentences worth showing, such as of a disk's odd length."""
+    """The VM runs; its console is `tty`.  `notes` are sentences to show, for example about a disk's odd length."""
 
     vmid: int
     name: str
@@ -340,7 +345,7 @@ class StopAccepted(Record):
 
 @message(0x34, ANSWER)
 class VmTerminated(Record):
-    """The VM is gone; `text` says how it ended, and `how` does in one word (`LifeEnd`)."""
+    """The VM has ended.  `text` says how; `how` is one word for it (`LifeEnd`)."""
 
     vmid: int
     name: str
@@ -355,14 +360,14 @@ class End(Record):
 
 @message(0x37, ANSWER, partial=True)
 class ConsoleOutput(Record):
-    """A piece of what a console showed last."""
+    """A piece of a console's recent output."""
 
     data: bytes
 
 
 @message(0x44, ANSWER, partial=True)
 class ConsoleReady(Record):
-    """The console of a VM that is being started is the client's, and `tty` may be opened: nothing was shown yet."""
+    """The client has the console of a VM that is being started, and may open `tty`.  There is no output yet."""
 
     vmid: int
     name: str
@@ -371,7 +376,7 @@ class ConsoleReady(Record):
 
 @message(0x38, ANSWER)
 class ConsoleAttached(Record):
-    """The console is the client's until it disconnects; it opens `tty` with its own rights."""
+    """The client has the console until it disconnects.  It opens `tty` with its own rights."""
 
     vmid: int
     name: str
@@ -380,7 +385,7 @@ class ConsoleAttached(Record):
 
 @message(0x39, ANSWER)
 class VmPaused(Record):
-    """The VM stands still, or goes on; `notes` are worth reading."""
+    """The VM is paused, or goes on.  `notes` are sentences to show."""
 
     vmid: int
     name: str
@@ -390,19 +395,19 @@ class VmPaused(Record):
 
 @message(0x3B, ANSWER)
 class VmSent(Record):
-    """The stream is complete; of a VM that ran meanwhile, after so many rounds and so long a stand-still."""
+    """The stream is complete."""
 
     vmid: int
     name: str
     sent_bytes: int
-    downtime_ms: int = 0  # of a migration: from when it stood still here until it was known to run there
-    rounds: int = 0
-    still_ms: int = 0
+    downtime_ms: int = 0  # of a migration: from the stop here until the VM is known to run at the target
+    rounds: int = 0  # of a live send: rounds over the memory
+    still_ms: int = 0  # of a live send: how long the VM stood still
 
 
 @message(0x3C, ANSWER)
 class VmReceived(Record):
-    """The VM goes on here, or waits to be unpaused."""
+    """The VM goes on here, or stays paused."""
 
     vmid: int
     name: str
@@ -413,7 +418,7 @@ class VmReceived(Record):
 
 @message(0x3F, ANSWER, partial=True)
 class NicInfo(Record):
-    """A network interface of a VM, for `vmctl status -v`.  Addresses are packed; an empty one is not there."""
+    """A network interface of a VM, for `vmctl status -v`.  Addresses are bytes; an empty one is not given."""
 
     index: int
     tap: str  # "": the VM does not run
@@ -426,29 +431,29 @@ class NicInfo(Record):
     guest4: bytes = b""
     host4: bytes = b""
     prefix6: bytes = b""
-    counters: tuple[int, ...] = ()  # devmsg.COUNTER_NAMES; none: its process has not answered
-    length4: int = 31  # of the network that `guest4` and `host4` are in
+    counters: tuple[int, ...] = ()  # in the order of devmsg.COUNTER_NAMES; empty: its process has not answered
+    length4: int = 31  # prefix length of the network of `guest4` and `host4`
     forwards: tuple[Forward, ...] = ()
-    lease_name: str = ""  # the host name with which the guest has asked for its address
-    vhost: bool = False  # vm.conf says so; the counter `vhost` says whether the kernel moves the frames now
+    lease_name: str = ""  # the host name that the guest gave when it asked for its address
+    vhost: bool = False  # as in vm.conf; the counter `vhost` tells whether the kernel moves the frames now
 
 
 class DiskFile(Record):
     """A disk of a VM, for `vmctl status --json`."""
 
     path: str
-    format: str  # "": found out from its first bytes, or its name
+    format: str  # "": it is guessed from the name, or the first bytes
 
 
 class VmFiles(Record):
-    """The files that a VM uses; "" is none."""
+    """The files that a VM uses; "": none."""
 
     boot_image: str = ""  # "": the default firmware
     initrd: str = ""
     disks: tuple[DiskFile, ...] = ()
     cdrom: str = ""
     console_log: str = ""
-    seed: bool = False  # whether it has one
+    seed: bool = False  # whether the VM has a seed
 
 
 @message(0x35, ANSWER, partial=True)
@@ -467,14 +472,14 @@ class VmInfo(Record):
     owner: str  # "user" or "user:group", numeric where there is no name
     state: str
     text: str = ""  # why it is not running, if that is known
-    since_s: int = 0  # when it came into this state; 0: not known
+    since_s: int = 0  # when the state began; 0: not known
     started_s: int = 0  # when this life began; 0: it does not run
-    restarts: int = 0  # how often its guest has reset itself in this life
+    restarts: int = 0  # how often the guest has reset itself in this life
     autostart: bool = False  # it starts with the daemon
-    files: VmFiles | None = None  # None: for others than those who may control the VM
+    files: VmFiles | None = None  # None: the caller may not control the VM
     nics: tuple[NicInfo, ...] = ()  # without counters
-    ended: LifeEnd | None = None  # None: not as long as this daemon knows it
-    login: str = ""  # the user that its seed makes; "": none, or for others than those who may control the VM
+    ended: LifeEnd | None = None  # None: it has not ended since this daemon knows it
+    login: str = ""  # the user that its seed creates; "": there is none, or the caller may not control the VM
 
 
 @message(0x40, ANSWER, partial=True)
@@ -488,42 +493,42 @@ class TroubleInfo(Record):
 
 @message(0x7B, ANSWER, partial=True)
 class Event(Record):
-    """Something that has happened."""
+    """An event of a VM or of the daemon."""
 
-    number: int  # among all events of this daemon, from 1 on
+    number: int  # among all events of this daemon, counted from 1
     at_ms: int  # milliseconds since 1970
     what: str  # one of the words of `vmd.parent.events`
-    vmid: int = 0  # 0: it is the daemon's
+    vmid: int = 0  # 0: the event is the daemon's
     name: str = ""
-    state: str = ""  # of the VM, from then on
-    text: str = ""  # why, for people
+    state: str = ""  # of the VM after the event
+    text: str = ""  # the reason, for people to read
     how: str = ""  # of an end: as in LifeEnd
-    device: str = ""  # such as disk0
-    value: str = ""  # an address that was leased, the tag of a snapshot, the bytes that a disk has now
-    lost: int = 0  # events that were not read in time
+    device: str = ""  # for example disk0
+    value: str = ""  # a leased address, a snapshot's tag, or a disk's new size in bytes
+    lost: int = 0  # number of events that the client did not read in time
 
 
 @message(0x7C, ANSWER)
 class EventsSeen(Record):
-    """Those were all up to this number; the `newest` may be a later one.  `vmid`: as it was asked for."""
+    """The end of the events: all up to `number` were sent."""
 
-    vmid: int
+    vmid: int  # as in the request
     number: int
-    newest: int
+    newest: int  # number of the daemon's newest event, which may be later
 
 
 @message(0x4E, ANSWER, partial=True)
 class GenerationInfo(Record):
-    """A vmm, and with it the program that serves its VMs.  The last one is the newest."""
+    """A generation: a vmm, with the version of the program that runs its VMs.  The last one sent is the newest."""
 
     number: int
     version: str
-    vms: int = 0  # how many have a process there
+    vms: int = 0  # number of VMs that have a process there
 
 
 @message(0x43, ANSWER)
 class ConsoleLogAt(Record):
-    """The console log of a VM is `path`; what was before that is in `path`.1 and so on, up to `path`.`keep`."""
+    """The console log of a VM is `path`.  Older output is in `path`.1, `path`.2 and so on, up to `path`.`keep`."""
 
     vmid: int
     name: str
@@ -541,7 +546,7 @@ class SwitchInfo(Record):
 
 @message(0x42, ANSWER)
 class ConsoleWatched(Record):
-    """All output up to byte `end` of it; `lost` bytes in between were not kept so long."""
+    """The end of the output, which was sent up to byte `end`.  `lost` bytes of it had left the backlog."""
 
     vmid: int
     name: str
@@ -563,8 +568,9 @@ class SnapshotsDone(Record):
 class MigrationAt(Record):
     """A step of a migration is done.
 
-    `locks_travel`, of the first one there: all disks are in use, so who has them here cannot have them there.
-    `paused`, of COMMIT here: the VM was paused, and is to stay so.
+    `locks_travel`, after the first step at the target: all disks are in use.  So locks are visible at both hosts, and
+    the target cannot lock a disk while the source has it.
+    `paused`, after COMMIT at the source: the VM was paused, and has to stay paused.
     """
 
     vmid: int
@@ -575,26 +581,26 @@ class MigrationAt(Record):
 
 @message(0xD2, ANSWER)
 class Resized(Record):
-    """The disk is so large now."""
+    """The disk has this size now."""
 
     vmid: int
     name: str
     disk: str  # such as disk0
     path: str
     size_bytes: int
-    running: bool = False  # and its guest has been told
+    running: bool = False  # the VM runs, and the guest has been told
 
 
 @message(0xD3, ANSWER)
 class DiscInserted(Record):
-    """The drive has this disc now, or with no `path` none."""
+    """The drive has this disc now; without `path` it has none."""
 
     vmid: int
     name: str
     path: str
     running: bool = False
-    notes: tuple[str, ...] = ()  # sentences worth showing, such as of an odd length
+    notes: tuple[str, ...] = ()  # sentences to show, for example about an odd length
 
 
-REQUESTS = relays(Proc.CONTROL, Proc.CLIENT)  # what control passes on to the parent
-ANSWERS = relays(Proc.CONTROL, Proc.PARENT)  # ... and to the client that asked
+REQUESTS = relays(Proc.CONTROL, Proc.CLIENT)  # messages that control relays to the parent
+ANSWERS = relays(Proc.CONTROL, Proc.PARENT)  # messages that control relays to the client that asked

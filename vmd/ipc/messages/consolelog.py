@@ -6,9 +6,9 @@ from vmd.record import Record
 
 @message(0x98, (Proc.PARENT, Proc.CONSOLELOG), fds=("shown",))
 class KeepConsole(Record):
-    """Write what a VM prints to a file, as soon as there is one.
+    """Write the console output of a VM to a log file, as soon as ConsoleFile brings one.
 
-    fds: `shown` is its backlog (vmd.backlog), which begins with byte `start` of the output.
+    fds: `shown` is the VM's backlog (vmd.backlog), which begins with byte `start` of the output.
     """
 
     number: int  # of the log
@@ -18,7 +18,7 @@ class KeepConsole(Record):
 
 @message(0x99, (Proc.PARENT, Proc.CONSOLELOG), fds=("courier?",))
 class ConsoleFile(Record):
-    """Write to the file that comes over `courier`, or to the same as before, until it has so many bytes."""
+    """Write to the file that comes over `courier`, until it has `size_bytes`.  Without a courier use the last file."""
 
     number: int
     size_bytes: int
@@ -26,18 +26,18 @@ class ConsoleFile(Record):
 
 @message(0x9A, (Proc.PARENT, Proc.CONSOLELOG))
 class DropConsole(Record):
-    """The VM has ended: write what is left, and let it go."""
+    """The VM has ended: write the rest of its output, then close the log."""
 
     number: int
 
 
 @message(0x9B, (Proc.CONSOLELOG, Proc.PARENT))
 class ConsoleKept(Record):
-    """How a log fares."""
+    """The state of a log."""
 
     number: int
-    text: str = ""  # why it is not written
-    lost: int = 0  # bytes of output that are not in it
-    files: int = 0  # that have come
-    wants_file: bool = False  # it is full, or was removed
-    ended: bool = False  # as it was told to
+    text: str = ""  # why it is not written; "": it is written
+    lost: int = 0  # bytes of output that are missing in it
+    files: int = 0  # number of files that have come
+    wants_file: bool = False  # the file is full, or was removed
+    ended: bool = False  # closed after DropConsole

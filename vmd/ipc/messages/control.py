@@ -1,9 +1,9 @@
-"""Between the parent and control, besides what it passes on for clients (`vmd.ipc.messages.clients`)."""
+"""Between the parent and control, besides the messages that control relays (`vmd.ipc.messages.clients`)."""
 
 from vmd.ipc.routes import Proc, message
 from vmd.record import Record
 
-NO_CLIENT = 0xFFFFFFFF  # peerid of what the parent started by itself
+NO_CLIENT = 0xFFFFFFFF  # the peerid for actions that no client has asked for
 
 
 @message(0x52, (Proc.CONTROL, Proc.PARENT))
@@ -13,16 +13,16 @@ class ClientGone(Record):
 
 @message(0xB0, (Proc.PARENT, Proc.CONTROL))
 class ServeUser(Record):
-    """The connections that follow are of one user.  `title` is the process's name from now on."""
+    """All connections that follow are from one user.  `title` is the process's name from now on."""
 
     title: str
 
 
 @message(0xB1, (Proc.PARENT, Proc.CONTROL), fds=("client",))
 class NewClient(Record):
-    """A connection to the control socket: its number is the peerid, its user `uid`.
+    """A new connection to the control socket.  The peerid is its number, `uid` is its user.
 
-    With a `text` it is to be turned away, as with Failed.  fds: `client` is the connection.
+    With a `text` the client is refused: it gets Failed with `code` and `text`.  fds: `client` is the connection.
     """
 
     uid: int
@@ -32,4 +32,4 @@ class NewClient(Record):
 
 @message(0xB4, (Proc.PARENT, Proc.CONTROL), fds=("courier",))
 class PassFiles(Record):
-    """Give the files of the last request of this client to who asks at the other end of `courier` (vmd.ipc.courier)."""
+    """Give the files of the client's last request to the process at the other end of `courier` (vmd.ipc.courier)."""

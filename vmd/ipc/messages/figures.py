@@ -1,4 +1,4 @@
-"""What VMs have done and use, between the parent and all who are told of it."""
+"""Figures of VMs: their counters and resource use, from the parent to clients and metrics."""
 
 from vmd.ipc.figures import (
     CdromFigures,
@@ -14,7 +14,7 @@ from vmd.record import Record
 
 
 class LifeEnd(Record):
-    """How a VM ended last; `how` is one of the words of `vmd.parent.endings`."""
+    """The last end of a VM.  `how` is one of the words of `vmd.parent.endings`."""
 
     at_s: int  # seconds since 1970
     how: str
@@ -23,22 +23,22 @@ class LifeEnd(Record):
 
 @message(0xF1, ANSWER, (Proc.PARENT, Proc.METRICS), partial=True)
 class VmFigures(Record):
-    """What a VM has done, and what it uses.  Times of day are seconds since 1970; see `vmd.ipc.figures`."""
+    """The figures of a VM (see `vmd.ipc.figures`).  Times of day are seconds since 1970."""
 
     vmid: int
     name: str
     uid: int
     state: str
-    since_s: int = 0  # when it came into this state
+    since_s: int = 0  # when the state began
     started_s: int = 0  # when this life began; 0: it does not run
-    starts: int = 0  # how often it was started since the daemon knows it; resets of its guest are not among them
-    restarts: int = 0  # how often its guest has reset itself in this life
-    ended: LifeEnd | None = None  # its last life; None: not as long as the daemon knows it
-    pid: int = 0  # 0: it does not run, and all that follows is what it is to have
+    starts: int = 0  # number of starts since the daemon knows the VM; resets of the guest do not count
+    restarts: int = 0  # how often the guest has reset itself in this life
+    ended: LifeEnd | None = None  # the end of its last life; None: it has not ended since the daemon knows it
+    pid: int = 0  # 0: it does not run, and all fields below describe its configuration
     memory_bytes: int = 0  # of the guest
-    guest_bytes: int = 0  # ... that it has touched
-    process_bytes: int = 0  # memory of its processes beside that, which they share with nobody
-    cpu_ns: int = 0  # of its processes, in steps of 10 ms
+    guest_bytes: int = 0  # guest memory that was touched
+    process_bytes: int = 0  # private memory of its processes, without guest memory
+    cpu_ns: int = 0  # processor time of its processes, in steps of 10 ms
     vcpus: tuple[VcpuFigures, ...] = ()
     disks: tuple[DiskFigures, ...] = ()
     cdrom: CdromFigures | None = None

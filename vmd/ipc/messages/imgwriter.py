@@ -12,11 +12,11 @@ from vmd.record import Record
     answered_by=("SnapshotWord", "SnapshotInfo", "SnapshotsReady", "SnapshotsChanged", "SnapshotsFailed"),
 )
 class ChangeSnapshots(Record):
-    """List snapshots, which is answered by SnapshotsChanged, or prepare a change, by SnapshotsReady.
+    """List snapshots, or prepare a change.  SnapshotsChanged ends a list, SnapshotsReady a preparation.
 
-    fds: the disks come over `couriers`, one disk after the other; of `stream` is read what the machine is.  To go back
-    with the machine, its state leaves as a stream by the courier `state`, after SnapshotsChanged: by then the disks are
-    locked no more.
+    fds: the disks come over `couriers`, one disk after the other.  The machine's state is read from `stream`.  To go
+    back to a snapshot with a machine's state, that state is sent as a stream over the courier `state`.  This happens
+    after SnapshotsChanged, when the disks are not locked any more.
     """
 
     name: str  # of the VM
@@ -24,22 +24,22 @@ class ChangeSnapshots(Record):
     tag: str
     disks: tuple[DiskImages, ...]
     date_ns: int = 0  # since 1970
-    clock_ns: int = 0  # for how long the machine has run
+    clock_ns: int = 0  # how long the machine has run
 
 
 @message(0xAC, (Proc.IMGWRITER, Proc.PARENT), partial=True)
 class SnapshotWord(Record):
-    """This goes on."""
+    """Work is in progress: a sign of life."""
 
 
 @message(0xAD, (Proc.IMGWRITER, Proc.PARENT))
 class SnapshotsReady(Record):
-    """All disks are prepared, and as they were."""
+    """All disks are prepared.  Their contents are unchanged so far."""
 
 
 @message(0xAE, (Proc.PARENT, Proc.IMGWRITER), answered_by=("SnapshotsChanged", "SnapshotsFailed"))
 class FinishSnapshots(Record):
-    """Make the change, or leave everything as it was; `first_last`: the first disk is changed last."""
+    """With `commit` make the change, otherwise discard it.  `first_last`: change the first disk last."""
 
     commit: bool
     first_last: bool = False
@@ -52,7 +52,7 @@ class SnapshotsChanged(Record):
 
 @message(0xB8, (Proc.IMGWRITER, Proc.PARENT))
 class SnapshotsFailed(Record):
-    """Not done: an errno, and the sentence that says why."""
+    """Not done: an errno, and a sentence with the reason."""
 
     code: int
     text: str

@@ -6,17 +6,17 @@ from vmd.record import Record
 
 @message(0xF2, (Proc.PARENT, Proc.METRICS), fds=("sockets*",))
 class MetricsAt(Record):
-    """Serve HTTP at these sockets, and at no others.
+    """Serve HTTP at these sockets only.
 
-    fds: `sockets` listen already.
+    fds: `sockets` are listening already.
     """
 
 
 @message(0xF3, (Proc.METRICS, Proc.PARENT), answered_by=("VmFigures", "AllFigures"))
 class AskFigures(Record):
-    """Say what all VMs have done and use, as far as everybody may know it."""
+    """Ask for the figures of all VMs, without the fields that only users with rights over a VM may see."""
 
 
 @message(0xF4, (Proc.PARENT, Proc.METRICS))
 class AllFigures(Record):
-    """That was all."""
+    """The end of the figures."""

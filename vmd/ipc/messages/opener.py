@@ -8,7 +8,7 @@ from vmd.record import Record
 
 
 class OpenedFile(Record):
-    """A file that is used: what it is, in words, and which."""
+    """A file that the VM uses: its purpose and path in words, and its identity."""
 
     what: str
     file: FileId
@@ -24,16 +24,18 @@ class OpenedFile(Record):
     answered_by=("OpenerAt", "FilesOpened", "NotOpened"),
 )
 class OpenFiles(Record):
-    """Become this user for good, and open what a VM uses.
+    """Become this user permanently, and open the files that a VM uses.
 
-    fds: the files leave by the `courier`, as soon as its other end asks for them; `probe` leads to an imgprobe.
-    `client` is a courier from the client's control, for what it has `given`.  That is copied to `kernel_copy` and
-    `initrd_copy`, memory files, where there are such, instead of leaving by the courier.
-    `resizer` leads to an imgresize, for the one disk that is to have `resize_bytes`.
-    `reader` leads to an imgboot, which copies `kernel_at` and `initrd_at` to memory files as large as those may be:
-    `kernel_memory` and `initrd_memory`.
-    `seeder` leads to a seeder, for `seed`; `seed_parts` and `seed_made` are empty memory files, for what that is given
-    and what it makes.
+    fds: the opened files are sent over `courier`, when its other end asks for them.  `probe` is connected to an
+    imgprobe.
+    `client` is a courier from the client's control, for the files that the client has `given`.  `kernel_copy` and
+    `initrd_copy` are memory files.  If they are there, the client's kernel and initrd are copied to them, and are not
+    sent over `courier`.
+    `resizer` is connected to an imgresize, for the only disk, which is to have `resize_bytes`.
+    `reader` is connected to an imgboot, which copies `kernel_at` and `initrd_at` to the memory files `kernel_memory`
+    and `initrd_memory`.  These have the largest size that such files may have.
+    `seeder` is connected to a seeder, for `seed`.  `seed_parts` and `seed_made` are empty memory files, for its input
+    and its output.
     """
 
     name: str  # of the VM
@@ -42,51 +44,51 @@ class OpenFiles(Record):
     groups: tuple[int, ...]
     disks: tuple[DiskConfig, ...] = ()
     cdrom: str = ""
-    boots: bool = False  # `kernel`, or else the firmware of this host, and `initrd`
-    kernel: str = ""  # these are also what to call what is given
+    boots: bool = False  # open `kernel` (without one the firmware of this host) and `initrd`
+    kernel: str = ""  # path; also the name in messages for a kernel that the client has given
     initrd: str = ""
-    kernel_at: DiskFile | None = None  # on one of `disks`
+    kernel_at: DiskFile | None = None  # a kernel on one of `disks`
     initrd_at: DiskFile | None = None
-    needs_code: bool = False  # a BIOS has to find something to start on `disks`
-    looks: bool = False  # ... and does not: the `reader` says what there is
-    given: tuple[str, ...] = ()  # kernel, initrd, seed: what a client's seed is made from
-    check_given: bool = False  # whether the user may read it, by its mode
-    copy_max: int = 0  # bytes; the opener makes no file larger
-    in_conf: bool = True  # whether advice is for who writes a vm.conf
-    mends: bool = False  # snapshots are changed: disks that no VM could be started with may do
-    patience_s: float = 0.0  # for locks that somebody is about to let go
-    others_have: bool = False  # disks are in use, and are to be looked at all the same: they say so in `in_use`
-    only_writable: bool = False  # each disk's own image, and nothing but whether this user may write to it
+    needs_code: bool = False  # fail if a BIOS finds no boot code on `disks`
+    looks: bool = False  # in that failure describe what is on the disks, by the `reader`
+    given: tuple[str, ...] = ()  # of kernel, initrd, seed: the files that the client has given
+    check_given: bool = False  # check by its mode whether the user may read a given file
+    copy_max: int = 0  # bytes; the opener copies no larger file
+    in_conf: bool = True  # word advice for vm.conf; otherwise for a command line
+    mends: bool = False  # for a change of snapshots: accept disks that no VM could be started with
+    patience_s: float = 0.0  # how long to wait for locks that another process is about to let go
+    others_have: bool = False  # check disks that are in use too, without opening them, and list them in `in_use`
+    only_writable: bool = False  # only check of each disk's own image whether this user may write to it
     resize_bytes: int = 0
-    seed: SeedConfig | None = None  # it is to be made
-    lladdrs: tuple[bytes, ...] = ()  # of the interfaces, for that
+    seed: SeedConfig | None = None  # make this seed
+    lladdrs: tuple[bytes, ...] = ()  # of the interfaces, for the seed
 
 
 @message(0xA1, (Proc.OPENER, Proc.PARENT), partial=True)
 class OpenerAt(Record):
-    """This is opened next."""
+    """The opener is about to open this file: a sign of life."""
 
     what: str
 
 
 @message(0xA2, (Proc.OPENER, Proc.PARENT))
 class FilesOpened(Record):
-    """All is open, and locked; it stays so until the courier has it, or is closed."""
+    """All files are open and locked.  They stay so until they are sent over the courier, or the courier is closed."""
 
     disks: tuple[DiskImages, ...] = ()
     files: tuple[OpenedFile, ...] = ()
     notes: tuple[str, ...] = ()  # sentences that the operator should read
     boot_name: str = ""  # of the kernel or firmware, for messages
-    boot_options: str = ""  # of boot(8), where /etc/boot.conf on a disk gives some
-    in_use: tuple[OpenedFile, ...] = ()  # disks that somebody else has; they are not open
-    unused: tuple[str, ...] = ()  # disks that nobody has, though storage could tell
+    boot_options: str = ""  # of boot(8), from /etc/boot.conf on a disk
+    in_use: tuple[OpenedFile, ...] = ()  # with `others_have`: disks that another process has locked; they are not open
+    unused: tuple[str, ...] = ()  # with `others_have`: disks that are not locked, though their storage has locks
 
 
 @message(0xA3, (Proc.OPENER, Proc.PARENT))
 class NotOpened(Record):
-    """Nothing is open.
+    """The files could not be opened, and none is open.
 
-    Where somebody else has a lock, `file` is the file, `what` its name, and `by`, `doing` and `marks` are InUse's.
+    If another process has a lock, `file` is the file, `what` its name, and `by`, `doing` and `marks` are as in InUse.
     """
 
     code: int
@@ -96,4 +98,4 @@ class NotOpened(Record):
     by: str = ""
     doing: str = ""
     marks: tuple[int, ...] = ()
-    no_code: bool = False  # there was nothing to start, as `needs_code` has it
+    no_code: bool = False  # there is no boot code on the disks (`needs_code`)

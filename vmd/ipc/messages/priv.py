@@ -7,45 +7,45 @@ from vmd.record import Record
 
 
 class SwitchRequest(Record):
-    """A bridge that must be there; one that is there already is left alone."""
+    """A bridge that must exist.  A bridge that exists already is not changed."""
 
     interface: str
-    alias: str  # switch<id>-<name>, which marks it as ours
+    alias: str  # switch<id>-<name>; marks a bridge that priv has made
     rdomain: int | None = None
     up: bool = True
 
 
 class NicRequest(Record):
-    """A tap that must be made."""
+    """A tap to make."""
 
-    name: str  # "": the next free one
-    existing: bool = False  # a tap of that name that is there is used; else that is an error
-    alias: str  # vm<id>-if<n>-<name>, which marks it as ours
+    name: str  # "": the next free name
+    existing: bool = False  # use a tap of this name that exists already; otherwise that is an error
+    alias: str  # vm<id>-if<n>-<name>; marks a tap that priv has made
     bridge: str = ""  # of a switch that was configured before
-    groups: tuple[str, ...] = ()  # the first is the one that Linux knows; the rest are sets of nftables
+    groups: tuple[str, ...] = ()  # the first becomes the group of the Linux interface; the others are sets of nftables
     rdomain: int | None = None
     up: bool = True
     host4: bytes = b""  # the host's address
-    prefix6: bytes = b""  # a /64; the host is its ::1
+    prefix6: bytes = b""  # a /64; the host's address is ::1 in it
     lladdr: bytes = b""  # the guest's
-    length4: int = 31  # of the network of `host4`
-    guest4: bytes = b""  # the guest's address; "": that beside `host4`
+    length4: int = 31  # prefix length of the network of `host4`
+    guest4: bytes = b""  # the guest's address; b"": the other address of the /31
     forwards: tuple[Forward, ...] = ()  # to `guest4`
-    locked: bool = False  # the guest sends from `lladdr` only, and is sent what is for that
-    vhost: bool = False  # the kernel may move its frames: filters on the tap keep what its process keeps otherwise
+    locked: bool = False  # the guest may send from `lladdr` only, and gets only frames for it
+    vhost: bool = False  # the kernel may move the frames; then filters on the tap enforce the rules of vionet
 
 
 class AddressGiven(Record):
     """An address that an interface was given."""
 
     address: bytes
-    length: int  # of its network's prefix
+    length: int  # prefix length
 
 
 class TapBefore(Record):
-    """What was changed of a tap that somebody else has made, for giving it back."""
+    """The settings of a tap that another program has made, before priv changed them; for restoring them."""
 
-    master: int  # index of the bridge or VRF that it was in; 0: none
+    master: int  # index of the bridge or VRF that the tap was in; 0: none
     mtu: int
     group: int
     up: bool
@@ -60,45 +60,48 @@ class NicMade(Record):
     link_local: bytes  # empty without `prefix6`
     mtu: int
     index: int = 0  # the kernel's number for it
-    before: TapBefore | None = None  # it was there
-    vhost: bool = False  # the kernel may move its frames: the tap has the filters that this takes
-    without: str = ""  # why not, though it was asked for
+    before: TapBefore | None = None  # None: priv has made the tap; otherwise it existed
+    vhost: bool = False  # the kernel may move the frames: the tap has the filters for that
+    without: str = ""  # why `vhost` is False, if it was asked for
 
 
 @message(0x80, (Proc.PARENT, Proc.PRIV), answered_by=("NetworkConfigured",))
 class ConfigureNetwork(Record):
-    """What the configuration says; bridges of ours that it no longer names go with their last tap."""
+    """The network part of the configuration.
+
+    A bridge that priv has made, and that the configuration does not name any more, is removed with its last tap.
+    """
 
     nat: bool
     switches: tuple[SwitchRequest, ...] = ()
-    more: bool = False  # further switches follow in another message, and the answer after that
-    again: bool = False  # to a priv that was started again: what is there stays, for guests run on it
+    more: bool = False  # more switches follow in another message; only the last message is answered
+    again: bool = False  # priv was started again: keep all interfaces, because guests use them
 
 
 @message(0x81, (Proc.PRIV, Proc.PARENT))
 class NetworkConfigured(Record):
-    """Done, but for what these sentences say."""
+    """Done, except for the `problems`, which are sentences."""
 
     problems: tuple[str, ...] = ()
 
 
 @message(0x82, (Proc.PARENT, Proc.PRIV), fds=("tuns*", "tables4?", "tables6?"), answered_by=("NicsMade", "NicsFailed"))
 class MakeNics(Record):
-    """Make all interfaces of a VM, or none; the answer has the same ticket.
+    """Make all interfaces of a VM, or none.  The answer has the same ticket.
 
-    fds: `tuns` are what taps are made from (/dev/net/tun, opened anew for each); `tables4` and `tables6` say which
-    tables of the old iptables are loaded, where this kernel has them.
+    fds: each of `tuns` becomes a tap (/dev/net/tun, opened once for each).  `tables4` and `tables6` are files that list
+    the loaded tables of the old iptables, if this kernel has them.
     """
 
     vmid: int
     ticket: int
     nics: tuple[NicRequest, ...]
-    reserved: tuple[str, ...] = ()  # names that are for others
+    reserved: tuple[str, ...] = ()  # names that are reserved for other interfaces
 
 
 @message(0x83, (Proc.PRIV, Proc.PARENT), fds=("taps*",))
 class NicsMade(Record):
-    """The interfaces are there, in the order in which they were asked for; as are `taps`."""
+    """The interfaces are made.  `nics` and `taps` are in the order of the request."""
 
     vmid: int
     ticket: int
@@ -107,7 +110,7 @@ class NicsMade(Record):
 
 @message(0x8A, (Proc.PARENT, Proc.PRIV))
 class AdoptNics(Record):
-    """Interfaces of a VM that runs, which a priv before this one has made; sent before all else."""
+    """The interfaces of a running VM, which an earlier priv has made.  Sent before all other messages."""
 
     vmid: int
     nics: tuple[NicRequest, ...]
@@ -116,7 +119,7 @@ class AdoptNics(Record):
 
 @message(0x84, (Proc.PRIV, Proc.PARENT))
 class NicsFailed(Record):
-    """Nothing was made: an errno, and the sentence that says why."""
+    """No interface was made: an errno, and a sentence with the reason."""
 
     vmid: int
     ticket: int
@@ -126,29 +129,32 @@ class NicsFailed(Record):
 
 @message(0x85, (Proc.PARENT, Proc.PRIV), answered_by=("NicsRemoved",))
 class RemoveNics(Record):
-    """The VM is gone, or will not be: remove its interfaces, whatever there is of them."""
+    """The VM has ended, or its start has failed: remove all interfaces that it has."""
 
     vmid: int
 
 
 @message(0x8B, (Proc.PRIV, Proc.PARENT))
 class NicsRemoved(Record):
-    """They are gone; the log says what could not be removed."""
+    """The interfaces are removed.  priv has logged which could not be removed."""
 
     vmid: int
 
 
 @message(0x8C, (Proc.PARENT, Proc.PRIV), answered_by=("ForwardsSet",))
 class SetForwards(Record):
-    """Forward these ports, and no others, to the interfaces of a VM that runs; nothing if it has none."""
+    """Forward these ports to the interfaces of a running VM, in place of the previous ones.
+
+    No effect if the VM has no interfaces.
+    """
 
     vmid: int
-    forwards: tuple[tuple[Forward, ...], ...]  # of each of its interfaces
+    forwards: tuple[tuple[Forward, ...], ...]  # one entry for each interface
 
 
 @message(0x8D, (Proc.PRIV, Proc.PARENT))
 class ForwardsSet(Record):
-    """They are forwarded, or the sentence says why not."""
+    """The ports are forwarded, or `text` says why not."""
 
     vmid: int
     text: str = ""
@@ -156,7 +162,7 @@ class ForwardsSet(Record):
 
 @message(0x88, (Proc.PARENT, Proc.PRIV), fds=("tables4?", "tables6?"), answered_by=("DropsReported",))
 class AskDrops(Record):
-    """Say what other firewalls drop of this VM's packets.
+    """Ask which packets of this VM other firewalls drop.
 
     fds: as for `MakeNics`.
     """
@@ -166,7 +172,7 @@ class AskDrops(Record):
 
 @message(0x89, (Proc.PRIV, Proc.PARENT))
 class DropsReported(Record):
-    """What is dropped now, as something that is wrong with an interface."""
+    """The packets that are dropped now, each as a trouble of an interface."""
 
     vmid: int
     troubles: tuple[Trouble, ...] = ()
@@ -174,21 +180,21 @@ class DropsReported(Record):
 
 @message(0x8F, (Proc.PRIV, Proc.PARENT))
 class FramesDropped(Record):
-    """What the filters of an interface have dropped until now, in frames."""
+    """The number of frames that the filters of an interface have dropped until now."""
 
     vmid: int
     index: int
-    spoofed: int  # from another address than the guest's
-    unwanted: int  # to another one
+    spoofed: int  # not from the guest's address
+    unwanted: int  # not to the guest's address
 
 
 @message(0x8E, (Proc.PRIV, Proc.PARENT))
 class NetworkTrouble(Record):
-    """Something is newly wrong with an interface of a VM or, without a `vmid`, with what several VMs use.
+    """Something is newly wrong with an interface of a VM; without `vmid`, with an interface that several VMs use.
 
-    Without a `text`, nothing is any more.
+    Without `text` nothing is wrong with it any more.
     """
 
     vmid: int = 0
-    device: str = ""  # as VMs have it, such as interface0, or as the host has it
+    device: str = ""  # the VM's name for it, for example interface0; without `vmid` the host's name
     text: str = ""

@@ -1,4 +1,4 @@
-"""What more than one border has: records in messages, messages on two ways, and how long a sentence may be."""
+"""Shared by several borders: records within messages, messages with several routes, and the limit of a sentence."""
 
 
 from vmd.enums import IntEnum
@@ -9,17 +9,17 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-TEXT_BYTES_MAX = 4000  # of a sentence; with all else a message has it fits a packet
+TEXT_BYTES_MAX = 4000  # of a sentence; together with the other fields of a message it fits a packet
 
 
 def brief(text: str, bytes_max: int = TEXT_BYTES_MAX) -> str:
-    """Return a sentence cut to what a message has room for: names and reasons may come from anybody."""
+    """Return a sentence cut to the room of a message, because names and reasons from outside may have any length."""
     raw = text.encode("utf-8", "surrogateescape")
     return text if len(raw) <= bytes_max else raw[:bytes_max].decode("utf-8", "ignore") + " ..."
 
 
 def fitting(lines: "Sequence[str]", lines_max: int, bytes_max: int) -> list[str]:
-    """Return the first lines, each cut and at least one, and how many there are besides."""
+    """Return the first lines that fit, each cut, at least one; then a line with the number of the others."""
     shown: list[str] = []
     for line in map(brief, lines[:lines_max]):
         bytes_max -= len(line.encode("utf-8", "surrogateescape")) + 1
@@ -31,14 +31,14 @@ def fitting(lines: "Sequence[str]", lines_max: int, bytes_max: int) -> list[str]
 
 
 class Live(Record):
-    """When a VM that is sent while it runs comes to stand still."""
+    """When a VM that is sent while it runs is stopped for the rest."""
 
-    still_ms: int = 300  # when what is left takes no longer, at the pace at which it was written until then
-    rounds: int = 30  # after so many in any case
+    still_ms: int = 300  # when sending the rest is expected to take no longer, at the rate so far
+    rounds: int = 30  # after so many rounds in any case
 
 
 class SnapshotAction(IntEnum):
-    """What can be done with snapshots."""
+    """The actions on snapshots."""
 
     LIST = 0
     CREATE = 1
@@ -50,8 +50,8 @@ class SnapshotAction(IntEnum):
 class TransferProgress(Record):
     """How much of a VM has been sent or received; `total_bytes` is an estimate, 0 if there is none yet.
 
-    `round`, of a VM that runs while it is sent: its memory is being sent for the first time (1), or what has changed
-    since the round before.
+    `round`, of a VM that runs while it is sent: 1 is the first pass over its memory; each further round sends the pages
+    that have changed since the round before.
     """
 
     done_bytes: int
@@ -61,35 +61,35 @@ class TransferProgress(Record):
 
 @message(0xA9, ANSWER, (Proc.IMGWRITER, Proc.PARENT), partial=True)
 class SnapshotInfo(Record):
-    """A snapshot of a VM's disks: `disks` of `of_disks` have it."""
+    """A snapshot of a VM's disks.  `disks` of the VM's `of_disks` disks have it."""
 
     tag: str
     date_s: int  # seconds since 1970
-    clock_ns: int  # for how long the machine had run
-    state_bytes: int  # of the machine; 0: it did not run
+    clock_ns: int  # how long the machine had run
+    state_bytes: int  # size of the machine's state; 0: the machine did not run
     disks: int
     of_disks: int
 
 
 class ImageLink(Record):
-    """One image file of a disk; `guessed`: nobody but its first bytes said that the format is this one."""
+    """One image file of a disk.  `guessed`: the format was guessed from its first bytes."""
 
     path: str  # for messages
     format: str
     guessed: bool = False
-    discard_granularity: int = 0  # bytes, of a block device that says it
+    discard_granularity: int = 0  # bytes; of a block device, if the kernel knows it
 
 
 class DiskImages(Record):
-    """A disk: its image first, then what that is based on."""
+    """A disk: its own image first, then the images that it is based on."""
 
     images: tuple[ImageLink, ...]
     read_only: bool = False
 
 
 class Trouble(Record):
-    """Something that is wrong with a device of a VM, for as long as it is."""
+    """Something that is wrong with a device of a VM now."""
 
-    device: str  # such as disk0
+    device: str  # for example disk0
     text: str
     since_s: int  # seconds since 1970

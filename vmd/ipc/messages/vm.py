@@ -1,4 +1,4 @@
-"""Between the parent and the process of a VM; vmm passes it on, and has a word of its own at most."""
+"""Between the parent and a VM's process; vmm relays the messages.  Some are only between vmm and the VM's process."""
 
 
 from vmd.config.model import VmConfig
@@ -9,24 +9,24 @@ from vmd.record import Record
 
 
 class NicLink(Record):
-    """A network interface, from its VM's point of view.  Addresses are packed; an empty one is not there."""
+    """A network interface, as its VM's process needs it.  Addresses are bytes; an empty one is not given."""
 
     name: str  # of the tap
     lladdr: bytes  # the guest's
     host_mac: bytes  # the tap's
     locked: bool
-    local: bool  # the rest is of `local` ones only, but for `mtu`
+    local: bool  # the addresses below are for `local` interfaces only
     mtu: int
     guest4: bytes = b""
     host4: bytes = b""
     host_ll: bytes = b""  # the tap's link-local address
     prefix6: bytes = b""  # the /64 that is announced, as an address
-    dns4: tuple[bytes, ...] = ()  # none: the host itself
+    dns4: tuple[bytes, ...] = ()  # empty: the host itself
     dns6: tuple[bytes, ...] = ()
-    pxe: bool = False  # `boot device net`: DHCP tells a boot file
-    length4: int = 31  # of the network of `guest4` and `host4`
-    asks: bool = True  # it has no name servers of its own: those of all are asked for whenever its guest asks
-    vhost: bool = False  # the kernel may move its frames: there are two `vhosts` for it
+    pxe: bool = False  # `boot device net`: DHCP names a boot file
+    length4: int = 31  # prefix length of the network of `guest4` and `host4`
+    asks: bool = True  # no name servers are configured: the parent is asked for the host's at each request of the guest
+    vhost: bool = False  # the kernel may move the frames; two of `vhosts` are for this interface
 
 
 @message(
@@ -39,16 +39,17 @@ class NicLink(Record):
     answered_by=("VmRunning", "VmFailed"),
 )  # fmt: skip
 class StartVm(Record):
-    """Start the VM; VmExited follows in either case.
+    """Start the VM.  VmExited follows in either case.
 
-    fds: what the VM uses comes over the `couriers` (vmd.ipc.courier): `boot`, the kernel or firmware, read-only;
-    `initrd`; `disks`, the images of all disks, one disk after the other, each in the order of `disks`; `cdrom`.
-    `boot` and `initrd` come with this instead where the parent has copies of what a client has opened.
-    `memory` is an empty memory file: the guest's.
-    `tty` and `tty_slave` are the two sides of the console; `shown` is what it has shown (vmd.backlog); `taps` are one
-    for each of `nics`.  `figures`, added by vmm, is where devices leave what they count (vmd.ipc.devmsg).
-    `seed` is a constant memory file: what the guest's cloud-init reads, if there is a `config.seed`.
-    `vhosts` are two for each of `nics` that has `vhost`: /dev/vhost-net, and a packet socket (vmd.ipc.devmsg).
+    fds: the files of the VM come over the `couriers` (vmd.ipc.courier): `boot`, the kernel or firmware, read-only;
+    `initrd`; `disks`, the images of all disks, one disk after the other, each in the order of the field `disks`;
+    `cdrom`.  If the parent has copies of the client's `boot` and `initrd`, they come with this message instead.
+    `memory` is an empty memory file for the guest's memory.
+    `tty` and `tty_slave` are the two sides of the console; `shown` is its backlog (vmd.backlog).
+    `taps` has one for each of `nics`.
+    `figures`, which vmm adds, is the file of figures (vmd.ipc.devmsg).
+    `seed` is a constant memory file with the disk for the guest's cloud-init, if there is a `config.seed`.
+    `vhosts` has two for each of `nics` with `vhost`: /dev/vhost-net, and a packet socket (vmd.ipc.devmsg).
     """
 
     vmid: int
@@ -62,23 +63,23 @@ class StartVm(Record):
 
 @message(0x61, FROM_VM, fds=("process?", "figures?"))
 class VmRunning(Record):
-    """The guest executes.
+    """The guest runs.
 
-    fds: `process` is a pidfd of the VM process, added by vmm: pids of vmm's namespace mean nothing to the parent.
-    `figures`, as well, is as of StartVm.
+    fds: vmm adds both.  `process` is a pidfd of the VM's process, because pids of vmm's namespace mean nothing to the
+    parent.  `figures` is the same as in StartVm.
     """
 
     vmid: int
-    paused: bool = False  # received, and to wait
+    paused: bool = False  # the VM was received, and stays paused
 
 
 @message(0x7D, FROM_VM)
 class DeviceEvent(Record):
-    """Something has happened to a device; `what` is one of OF_DEVICES of `vmd.parent.events`."""
+    """An event of a device; `what` is one of OF_DEVICES of `vmd.parent.events`."""
 
     vmid: int
     what: str
-    device: str  # such as disk0
+    device: str  # for example disk0
     text: str = ""
 
 
@@ -92,7 +93,7 @@ class VmFailed(Record):
 
 
 class StopMode(IntEnum):
-    """How a VM is ended."""
+    """How to end a VM."""
 
     GRACEFUL = 0  # power button, with the timeouts of *cat. 4.4*
     KILL = 1
@@ -109,44 +110,47 @@ class StopVm(Record):
 class Outcome(IntEnum):
     """How the life of a VM process ended; also its exit status."""
 
-    POWER_OFF = 0  # by the guest, or on request
+    POWER_OFF = 0  # the guest has shut down, by itself or on request
     REBOOT = 11  # the guest reset itself: start it again (upstream's EAGAIN)
-    ENDED = 3  # without its guest: by force, or because that did not shut down
-    FAILED = 1  # the VM could not go on; VmEnding has said why
-    KILLED = 2  # by a signal, or without a word
+    ENDED = 3  # ended by force, or because the guest did not shut down in time
+    FAILED = 1  # the VM could not go on; VmEnding has the reason
+    KILLED = 2  # killed by a signal, or ended without VmEnding
 
 
 @message(0x64, (Proc.VM, Proc.VMM))
 class VmEnding(Record):
-    """Last words of a VM process: why it ends."""
+    """The last message of a VM's process: why it ends."""
 
     text: str
 
 
 @message(0x66, TO_VM, fds=("tty?", "tty_slave?"), answered_by=("ConsoleSnapshotEnd",))
 class ConsoleSnapshot(Record):
-    """Drop what waits in the pty: the backlog has it, too.  With `tty` and `tty_slave`, go on on that pty."""
+    """Drop the output that waits in the pty, because the backlog has it too.
+
+    With `tty` and `tty_slave` use that pty from now on.
+    """
 
     vmid: int
 
 
 @message(0x67, FROM_VM)
 class ConsoleSnapshotEnd(Record):
-    """The pty has nothing of the first `end` bytes of output, and all that comes after them."""
+    """The pty has none of the first `end` bytes of output, and all bytes after them."""
 
     end: int
 
 
 @message(0x68, TO_VM)
 class SendBreak(Record):
-    """Let the guest's UART see a BREAK."""
+    """Signal a BREAK to the guest's UART."""
 
     vmid: int
 
 
 @message(0x6B, TO_VM, answered_by=("PauseDone",))
 class PauseVm(Record):
-    """Stand still, or go on; by `force` also where somebody else has written to its disks."""
+    """Pause the machine, or let it go on.  With `force` it goes on even if somebody else has written to its disks."""
 
     vmid: int
     paused: bool
@@ -155,9 +159,9 @@ class PauseVm(Record):
 
 @message(0x6C, FROM_VM)
 class PauseDone(Record):
-    """The machine stands still, or goes on; a `text` says why it does not do what was asked.
+    """The machine stands still, or goes on.  If this is not what was asked for, `text` says why.
 
-    `notes`: what whoever has asked should know.
+    `notes` are sentences for the user who has asked.
     """
 
     vmid: int
@@ -168,7 +172,7 @@ class PauseDone(Record):
 
 @message(0xFA, FROM_VM)
 class VmHalted(Record):
-    """The machine stands still though nobody has asked for it; `text` says why."""
+    """The machine has stopped by itself, without a PauseVm; `text` says why."""
 
     vmid: int
     text: str = ""
@@ -176,11 +180,12 @@ class VmHalted(Record):
 
 @message(0x6D, TO_VM, fds=("courier",), answered_by=("TransferProgress", "SendDone"))
 class SendVm(Record):
-    """Stand still and write yourself to the `stream` that comes over `courier`.  VmExited follows, unless `keep`.
+    """Pause the machine, and write it to the `stream` that comes over `courier`.  VmExited follows, unless `keep`.
 
-    `one_shot`, which goes along: when the guest resets itself, that is its end (*cat. 4.4*).
-    `two_way`: HeaderSent follows, and memory only after SendOn; when all is written, stand still until EndSend.
-    `live`: as of SendRequest.
+    `one_shot` is written to the stream: the VM ends when the guest resets itself (*cat. 4.4*).
+    `two_way`: HeaderSent follows, and memory is written only after SendOn.  When all is written, the machine stands
+    still until EndSend.
+    `live`: as in SendRequest.
     """
 
     vmid: int
@@ -192,40 +197,40 @@ class SendVm(Record):
 
 @message(0x6E, FROM_VM)
 class SendDone(Record):
-    """The stream is complete; or a `text` says why not, and the machine is as before.  For the rest see VmSent."""
+    """The stream is complete; or `text` says why not, and the machine is as before.  Other fields are as in VmSent."""
 
     vmid: int
     sent_bytes: int
     text: str = ""
-    stopped_ns: int = 0  # when it came to stand still for that, by CLOCK_MONOTONIC
+    stopped_ns: int = 0  # when the machine was stopped for the rest, by CLOCK_MONOTONIC
     rounds: int = 0
     still_ms: int = 0
 
 
 @message(0xE4, FROM_VM)
 class HeaderSent(Record):
-    """The receiver can judge what VM it would be."""
+    """The header is written, so the receiver can check whether it takes the VM."""
 
     vmid: int
 
 
 @message(0xE5, TO_VM)
 class SendOn(Record):
-    """The receiver takes it: write the rest.  SendDone follows."""
+    """The receiver takes the VM: write the rest.  SendDone follows."""
 
     vmid: int
 
 
 @message(0xE6, TO_VM, answered_by=("DisksLetGo",))
 class LetDisksGo(Record):
-    """All is written: let the receiver have the disks."""
+    """All is written: let go of the disks, for the receiver."""
 
     vmid: int
 
 
 @message(0xE7, FROM_VM)
 class DisksLetGo(Record):
-    """They are let go; or a `text` says why not, and none is."""
+    """The disks are let go; or `text` says why not, and none is let go."""
 
     vmid: int
     text: str = ""
@@ -233,24 +238,24 @@ class DisksLetGo(Record):
 
 @message(0xE8, TO_VM, answered_by=("SendUndone",))
 class EndSend(Record):
-    """`sent`: the machine runs elsewhere, end.  Else take back the disks and be as before; that is answered."""
+    """With `sent` the machine runs at the target: end.  Otherwise take back the disks and go on; that is answered."""
 
     vmid: int
     sent: bool
 
 
 class TakenBack(IntEnum):
-    """What has become of an attempt to take back the disks of a VM that was to go on elsewhere."""
+    """The result of taking back the disks of a VM that was to go on at another host."""
 
-    DONE = 0  # or they had not been let go
+    DONE = 0  # also if they had not been let go
     IN_USE = 1
-    CHANGED = 2  # since they were let go: the guest has run elsewhere
+    CHANGED = 2  # written to since they were let go: the guest has run at the other host
     FAILED = 3
 
 
 @message(0xE9, FROM_VM)
 class SendUndone(Record):
-    """The machine is as before; or it stands still without its disks, and a `text` names one of them."""
+    """The machine is as before; or it stands still without its disks, and `text` names one of them."""
 
     vmid: int
     outcome: TakenBack
@@ -264,12 +269,13 @@ class SendUndone(Record):
     answered_by=("TransferProgress", "ReceivedHeader", "VmFailed"),
 )
 class ReceiveVm(Record):
-    """Become the VM that the `stream` has that comes over `courier`; other descriptors as for StartVm.
+    """Become the VM in the `stream` that comes over `courier`.  Other descriptors are as in StartVm.
 
-    `seed` is empty: the VM process fills it with the seed that comes with the stream, if one does.
+    `seed` is empty.  If a seed comes with the stream, the VM's process fills it in.
 
-    In four steps, for what the stream says has to be judged and its disks opened: ReceivedHeader, ReceiveMemory,
-    ReceivedMachine, ResumeReceived; then VmRunning.  VmFailed at any time.
+    There are four more steps, because the parent has to check the header, and has to have the disks opened:
+    ReceivedHeader, ReceiveMemory, ReceivedMachine, ResumeReceived.  VmRunning is the end.  VmFailed may come at any
+    time.
     """
 
     vmid: int
@@ -279,7 +285,7 @@ class ReceiveVm(Record):
 
 @message(0x70, FROM_VM)
 class ReceivedHeader(Record):
-    """What kind of VM it is going to be; nobody has checked the configuration yet."""
+    """The configuration in the stream's header.  Nobody has checked it yet."""
 
     vmid: int
     config: VmConfig
@@ -288,21 +294,21 @@ class ReceivedHeader(Record):
 
 @message(0x71, TO_VM, answered_by=("TransferProgress", "ReceivedMachine", "VmFailed"))
 class ReceiveMemory(Record):
-    """Read on."""
+    """Read the rest of the stream."""
 
     vmid: int
 
 
 @message(0x72, FROM_VM)
 class ReceivedMachine(Record):
-    """The stream was complete and whole; the sender has let go of the disks, or will soon."""
+    """The stream was complete and undamaged.  The sender has let go of the disks, or will soon."""
 
     vmid: int
 
 
 @message(0x73, TO_VM, fds=("couriers*", "taps*", "vhosts*"), answered_by=("VmRunning", "VmFailed"))
 class ResumeReceived(Record):
-    """Go on, or with `paused` stand still; descriptors as for StartVm."""
+    """Run the received VM; with `paused` it stays paused.  Descriptors are as in StartVm."""
 
     vmid: int
     config: VmConfig
@@ -313,10 +319,10 @@ class ResumeReceived(Record):
 
 @message(0xB9, TO_VM, fds=("courier", "stream?"), answered_by=("TransferProgress", "DisksLent"))
 class LendDisks(Record):
-    """Stand still, give your disks to who asks for them over `courier`, and write yourself to `stream`.
+    """Pause the machine, send its disks over `courier`, and write the machine to `stream`.
 
-    The machine stands still from the answer until TakeDisksBack; not so if the disks are only to be looked at.
-    `one_shot` is as for SendVm.
+    The machine stands still from then until TakeDisksBack.  With `look` the disks are only read, and the machine is not
+    paused.  `one_shot` is as in SendVm.
     """
 
     vmid: int
@@ -326,7 +332,7 @@ class LendDisks(Record):
 
 @message(0xBA, FROM_VM)
 class DisksLent(Record):
-    """All was given; or a `text` says why not."""
+    """The disks were sent and the machine was written; or `text` says why not."""
 
     vmid: int
     sent_bytes: int = 0
@@ -335,14 +341,14 @@ class DisksLent(Record):
 
 @message(0xBB, TO_VM, answered_by=("DisksBack",))
 class TakeDisksBack(Record):
-    """Nobody else has your disks any more: look at them anew, and go on as before."""
+    """The disks were given back: read their metadata again, and go on as before."""
 
     vmid: int
 
 
 @message(0xBC, FROM_VM)
 class DisksBack(Record):
-    """The machine goes on, or stands still as before; a `text` says what is wrong."""
+    """The machine goes on, or stays paused as before; `text` says what is wrong, if anything."""
 
     vmid: int
     text: str = ""
@@ -350,27 +356,27 @@ class DisksBack(Record):
 
 @message(0x74, TO_VM)
 class CancelTransfer(Record):
-    """Nobody wants the stream any more."""
+    """Stop sending or receiving: the stream is not needed any more."""
 
     vmid: int
 
 
 class NicCounters(Record):
-    """What one network interface has done, under the names of devmsg.COUNTER_NAMES; of VMs without `figures`."""
+    """The counters of a network interface, in the order of devmsg.COUNTER_NAMES.  Only for VMs without `figures`."""
 
     values: tuple[int, ...]
 
 
 @message(0x75, TO_VM, answered_by=("DevicesReported",))
 class AskDevices(Record):
-    """Say what is wrong with any device."""
+    """Ask what is wrong with the devices."""
 
     vmid: int
 
 
 @message(0x76, FROM_VM)
 class DevicesReported(Record):
-    """What is wrong now; of a VM without `figures` also one entry for each interface, in their order."""
+    """What is wrong with the devices now.  For a VM without `figures` also the counters of each interface, in order."""
 
     vmid: int
     nics: tuple[NicCounters, ...] = ()
@@ -379,14 +385,14 @@ class DevicesReported(Record):
 
 @message(0x7E, FROM_VM, answered_by=("Resolvers",))
 class AskResolvers(Record):
-    """Which name servers are there now?  Asked too often, it is not answered."""
+    """Ask for the host's name servers.  Not answered if it is asked too often."""
 
     vmid: int
 
 
 @message(0x7F, TO_VM)
 class Resolvers(Record):
-    """The name servers for guests; none: the host itself."""
+    """The name servers for guests; empty: the host itself."""
 
     vmid: int
     dns4: tuple[bytes, ...] = ()
@@ -404,7 +410,7 @@ class ResizeDisk(Record):
 
 @message(0xD5, FROM_VM)
 class DiskResized(Record):
-    """The disk is so large now, and the guest has been told; or a `text` says why not, and `code` is an errno."""
+    """The disk has the new size, and the guest has been told; or `text` says why not, and `code` is an errno."""
 
     vmid: int
     code: int = 0
@@ -413,7 +419,7 @@ class DiskResized(Record):
 
 @message(0xD6, TO_VM, fds=("courier?",), answered_by=("DiscChanged",))
 class ChangeDisc(Record):
-    """Have the disc in the drive that comes over `courier`, or with no `path` none."""
+    """Put the disc that comes over `courier` into the drive; without `path` remove the disc."""
 
     vmid: int
     path: str = ""
@@ -422,7 +428,7 @@ class ChangeDisc(Record):
 
 @message(0xD7, FROM_VM)
 class DiscChanged(Record):
-    """The drive has the disc; or a `text` says why not, and it has the one before."""
+    """The disc was changed; or `text` says why not, and the drive has the disc that it had before."""
 
     vmid: int
     code: int = 0
@@ -431,7 +437,7 @@ class DiscChanged(Record):
 
 @message(0xD8, TO_VM)
 class LimitVm(Record):
-    """Have the devices of a VM keep the limits of `config`, of which nothing else counts."""
+    """Apply the limits in `config` to the VM's devices.  All other parts of `config` are ignored."""
 
     vmid: int
     config: VmConfig

@@ -1,4 +1,4 @@
-"""Between the parent and vmm, besides what it passes on for VMs (`vmd.ipc.messages.vm`)."""
+"""Between the parent and vmm, besides the messages that vmm relays (`vmd.ipc.messages.vm`)."""
 
 from vmd.ipc.messages.vm import Outcome
 from vmd.ipc.routes import Proc, message
@@ -7,7 +7,7 @@ from vmd.record import Record
 
 @message(0x65, (Proc.VMM, Proc.PARENT))
 class VmExited(Record):
-    """The VM process is gone and reaped."""
+    """The VM's process has ended and was reaped."""
 
     vmid: int
     pid: int
@@ -17,33 +17,36 @@ class VmExited(Record):
 
 @message(0x69, (Proc.PARENT, Proc.VMM), fds=("kvm",))
 class KvmFd(Record):
-    """/dev/kvm, opened by the parent: no other process can."""
+    """/dev/kvm.  The parent opens it, because no other process can."""
 
 
 @message(0xC0, (Proc.PARENT, Proc.VMM), fds=("group?",))
 class VmSlot(Record):
-    """What a VM process is going to have; with each VM comes one for the process that is then kept in reserve.
+    """The user id and control group for a VM's process.
 
-    fds: what it writes 0 to in order to be in its control group.
+    One comes with each start of a VM: it is for the process that vmm then starts for the reserve.
+
+    fds: the process joins its control group by writing 0 to `group`.
     """
 
-    uid: int = 0  # 0: that of vmm
+    uid: int = 0  # 0: the uid of vmm
     group: int = 0  # the parent's number of the group; 0: none
 
 
 @message(0xC1, (Proc.VMM, Proc.PARENT))
 class VmSlotOver(Record):
-    """The process is reaped, or there will be none."""
+    """The slot is free: its process was reaped, or none will be started."""
 
     group: int
-    vmid: int = 0  # of the VM that has ended with it, which is told next; 0: none
+    vmid: int = 0  # the VM that ended with the process, and for which VmExited comes next; 0: none
 
 
 @message(0xC2, (Proc.PARENT, Proc.VMM), fds=("log",), answered_by=("VmHeld", "VmsHeld"))
 class AskVms(Record):
-    """Which VMs are there?  Asked by a parent that takes the place of one that has ended.
+    """Ask for all VMs.  Sent by a parent that takes the place of one that has ended.
 
-    What VMs answer to questions of that one is not passed on.  fds: `log` is where vmm writes its lines from now on.
+    From now on vmm drops the VMs' answers to requests of the old parent.  fds: vmm writes its log lines to `log` from
+    now on.
     """
 
 
@@ -56,64 +59,64 @@ class AskVms(Record):
     partial=True,
 )  # fmt: skip
 class VmHeld(Record):
-    """One VM, as vmm knows it: it has a process, or has ended and the parent has not taken notice of that.
+    """One VM, as vmm knows it.  It has a process; or it has ended, and the old parent has not acknowledged that.
 
-    fds: `process` is a pidfd of its process; `log` is what its lines come out of; the others are what it was given with
-    StartVm or ReceiveVm, and since.  One that an earlier version has started has no `figures`.
+    fds: `process` is a pidfd of its process; its log lines are read from `log`; the others are those of StartVm or
+    ReceiveVm, and later ones.  A VM that an earlier version has started has no `figures`.
     """
 
     vmid: int
     group: int = 0
-    running: bool = False  # it has said so
+    running: bool = False  # VmRunning has come
     paused: bool = False
-    stopping: bool = False  # it was told to
-    arriving: bool = False  # it is received, and does not run yet
-    complete: bool = False  # ... and has read all of its stream
-    resumed: bool = False  # ... and was told to go on
+    stopping: bool = False  # StopVm was sent
+    arriving: bool = False  # it is being received, and does not run yet
+    complete: bool = False  # arriving: all of its stream was read
+    resumed: bool = False  # arriving: ResumeReceived was sent
     sending: bool = False
-    keep: bool = False  # ... and goes on then
-    two_way: bool = False  # ... or it migrates
-    written: bool = False  # ... all of it is
-    letting_go: bool = False  # ... its disks, as it was told to
-    let_go: bool = False  # ... they are
-    undoing: bool = False  # ... and it was told to take them back
-    lending: bool = False  # its disks, for a snapshot
-    lent: bool = False  # ... they are, or could not be
-    returning: bool = False  # ... and it was told to take them back
-    outcome: Outcome | None = None  # it has ended
+    keep: bool = False  # sending: the VM goes on afterwards
+    two_way: bool = False  # sending: the VM migrates
+    written: bool = False  # sending: all was written
+    letting_go: bool = False  # sending: LetDisksGo was sent
+    let_go: bool = False  # sending: the disks are let go
+    undoing: bool = False  # sending: EndSend was sent, to take them back
+    lending: bool = False  # LendDisks was sent, for a snapshot
+    lent: bool = False  # lending: DisksLent has come, perhaps with an error
+    returning: bool = False  # lending: TakeDisksBack was sent
+    outcome: Outcome | None = None  # None: the VM has not ended
     text: str = ""
 
 
 @message(0xC4, (Proc.VMM, Proc.PARENT), fds=("process",))
 class VmsHeld(Record):
-    """Those were all, or nearly all.
+    """The end of the VmHeld messages.  VmHeld may still come later for a few VMs of `vms`.
 
-    fds: `process` is a pidfd of vmm itself, whose parent may be another process by now.
+    fds: `process` is a pidfd of vmm itself, which may not be a child of the new parent.
     """
 
     version: str  # of the program
-    spare: int = 0  # slots without a VM
-    groups: tuple[int, ...] = ()  # that belong to a VM, or to a slot
-    vms: tuple[int, ...] = ()  # of some of them VmHeld may come later
+    spare: int = 0  # number of slots without a VM
+    groups: tuple[int, ...] = ()  # control groups that belong to a VM or to a slot
+    vms: tuple[int, ...] = ()  # all VMs; for some of them VmHeld may come later
 
 
 @message(0xC5, (Proc.PARENT, Proc.VMM))
 class EndTaken(Record):
-    """The parent knows that this VM has ended, and has no more use for what it was given."""
+    """The parent has noticed that this VM has ended, and does not need its descriptors any more."""
 
     vmid: int
 
 
 @message(0xC6, (Proc.PARENT, Proc.VMM))
 class Retire(Record):
-    """No other VM starts here: keep no process in reserve."""
+    """No more VMs are started here: keep no process in reserve."""
 
 
 @message(0x93, (Proc.VMM, Proc.PARENT), fds=("log",))
 class VmLog(Record):
-    """What the process of a VM writes to the log comes out of `log`; sent as soon as it is this VM.
+    """The log lines of a VM's process are read from `log`.  Sent as soon as the process has become this VM.
 
-    `vmid` 0: it has ended before it became one.
+    `vmid` 0: the process ended before it became a VM.
     """
 
     vmid: int
