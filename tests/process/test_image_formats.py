@@ -69,7 +69,7 @@ def test_disk_without_a_format_is_refused_by_name(tmp_path: Path, name: str, mak
     in_conf, typed = refusal(path), refusal(path, in_conf=False)
 
     assert in_conf.startswith(f"disk {path}: is {FOREIGN[name].what}; convert it: {command(name, str(path))}")
-    assert in_conf.endswith("(or, for a guest that is to see it as it is, say `format raw`)")
+    assert in_conf.endswith("(or, if the guest is to see the file unchanged, give it as `format raw`)")
     assert typed.endswith(f"say raw:'{tmp_path}/it'\"'\"'s a disk')")
     given = disk(path, "raw")
     assert [(link.format, link.guessed) for link in given.links] == [("raw", False)]
@@ -208,7 +208,7 @@ def test_disk_that_begins_like_an_archive_is_used_with_a_warning(tmp_path: Path,
     what = FOREIGN[name].what
     assert [(link.format, link.guessed) for link in found.links] == [("raw", True)]
     assert found.notes == [
-        f"disk {path}: begins as if it were {what}, and is used as raw; `format raw` says that this is meant"
+        f"disk {path}: seems to be {what}, and is used as raw; give it as `format raw` to confirm this"
     ]
     found.close()
 
@@ -234,8 +234,8 @@ def test_tar_archive(tmp_path: Path) -> None:
     fd, notes = open_cdrom(str(tmp_path / "a.img"), InProcess())
     os.close(fd)
 
-    assert "begins as if it were a tar archive" in found.notes[0]
-    assert notes == [f"cdrom {tmp_path}/a.img: begins as if it were a tar archive, and is used as it is"]
+    assert "seems to be a tar archive" in found.notes[0]
+    assert notes == [f"cdrom {tmp_path}/a.img: seems to be a tar archive, and is used unchanged"]
 
 
 def writes(path: Path, offset: int, data: bytes) -> int:

@@ -1,13 +1,13 @@
-"""What imgboot is asked and answers: a packet of words, as in `ipc/probing.py`, and one line.
+"""The protocol of imgboot: a question is a packet of words, as in `ipc/probing.py`; the answer is one line.
 
-    question              disk number, partition, path; then of each image of the disk its path, format, and "1" if only
-                          its first bytes say that
-    files                 the images, for reading, and a memory file that the file is copied to; without one imgboot
-                          says what there is on the disk instead
+    question              disk number, partition, path; then for each image of the disk: path, format, and "1" if the
+                          format was only guessed from its first bytes
+    files                 the images, for reading, and a memory file to copy the boot file to; without a memory file
+                          imgboot describes what is on the disk
     answer                `file` NUL size NUL name NUL options LF
                           `error` NUL sentence LF
 
-The sentence does not name the disk: its reader does.  Standard library only.
+The sentence does not name the disk; the process that reads it adds the name.  Standard library only.
 """
 
 from vmd.config.model import DiskFile
@@ -27,11 +27,11 @@ NAME_MAX = 1200  # bytes; a partition, and the longest path
 
 
 class BootFile(Record):
-    """A file that was copied: its size in bytes, and where it was found, as DiskFile in words."""
+    """A file that was copied: its size in bytes, and its place as a DiskFile in words."""
 
     size: int
     name: str
-    options: str = ""  # of boot(8), without the hyphen, where /etc/boot.conf gives some: letters of OPTIONS
+    options: str = ""  # of boot(8), from /etc/boot.conf, without the hyphen: letters of OPTIONS
 
 
 class Link(Record):
@@ -51,7 +51,7 @@ def question(file: DiskFile, links: "Sequence[Link]") -> list[str]:
 
 
 def asked(words: "Sequence[str]") -> tuple[DiskFile, list[Link]]:
-    """Return what a question is about.  Raises ValueError."""
+    """Return the file and the images of a question.  Raises ValueError."""
     number, partition, path = words[:OF_FILE]
     rows = words[OF_FILE:]
     links = [
@@ -68,9 +68,9 @@ def pack_file(found: BootFile) -> bytes:
 
 
 def unpack_file(line: bytes) -> BootFile | str:
-    """Return what the line says: a file, or the sentence why there is none.
+    """Return the contents of an answer: a file, or the sentence of an error.
 
-    Raises ValueError for a line that no imgboot writes.
+    Raises ValueError for a malformed line.
     """
     answer = fields_of(line)
     if isinstance(answer, str):

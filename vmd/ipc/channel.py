@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 else:
     from _collections import deque
 
-OUTSIDE = (Proc.VM, Proc.CLIENT)  # peers that are cut off whatever is wrong with them
+OUTSIDE = (Proc.VM, Proc.CLIENT)  # peers that are cut off if their message leads to an unexpected exception
 HANG_UPS = (errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN)
-BATCH = 32  # messages taken from one peer before the others get their turn
-DRAIN_BATCHES = 32  # more does not wait for us when a peer has exited, but for what its child sends
+BATCH = 32  # messages taken from one peer before it is the others' turn
+DRAIN_BATCHES = 32  # an exited peer has left no more; a child of it that still has its socket may send for ever
 FD_SPACE = socket.CMSG_SPACE(MAX_FDS * FD.size)
 
 
@@ -37,16 +37,19 @@ def socketpair() -> tuple[socket.socket, socket.socket]:
 class Channel:
     """Messages to and from one peer process.
 
-    `on_message(channel, envelope)` gets every well-formed message that may travel this way; descriptors it
-    does not take are closed when it returns.  `on_lost(channel, error)` is called once, when the peer is
-    gone (None) or has broken the protocol (PeerError); the channel is closed by then.
-    Whoever has started us breaks it only by what is no message: one that does not belong here, or not now, is dropped.
-    `queue_limit` bounds what waits for a peer that does not read: beyond it a peer is cut off.
-    `in_step`: nothing is read from the peer while something waits for it.  So a peer that asks and does not read costs
-    no memory.  The two ends of a channel must not both do so.  `hold` stops reading for other reasons.
-    `batch` is how many messages are taken from the peer before others get their turn.
-    `form` is how records leave, and may be changed.  Where `on_unknown(error)` is set, it is called for a message of a
-    type that no process here knows, instead of cutting the peer off.  `on_sent` is called when nothing waits any more.
+    `on_message(channel, envelope)` gets each well-formed message whose route is declared.  Descriptors that it does not
+    take are closed when it returns.
+    `on_lost(channel, error)` is called once, when the peer has closed its end (None) or has broken the protocol
+    (PeerError).  The channel is closed by then.
+    A message that does not belong here, or not now, breaks the protocol.  But if the peer has started this process, the
+    message is only dropped: such a peer breaks the protocol only with malformed packets.
+    `queue_limit` is how many messages may wait for a peer that does not read.  With more the peer is cut off.
+    `in_step`: nothing is read from the peer while a message waits for it.  So a peer that asks and does not read costs
+    no memory.  Only one end of a channel may use it.  `hold` stops reading for other reasons.
+    `batch` is how many messages are taken from the peer before it is the others' turn.
+    `form` is the form in which records are sent, and may be changed.
+    If `on_unknown(error)` is set, it is called for a message of an unknown type, and the peer is not cut off.
+    `on_sent` is called when the last waiting message has been sent.
     """
 
     def __init__(
@@ -81,8 +84,8 @@ class Channel:
         self._queue: deque[tuple[bytes, list[int], Callable[[], None] | None]] = deque()
         self._closing = False
         self._held = False
-        self._events = READ  # what we wait for
-        self._read_all = False  # what there was when we last looked
+        self._events = READ  # the events to wait for
+        self._read_all = False  # the last read has found the socket empty
         sock.setblocking(False)
         loop.add(sock.fileno(), self._on_ready)
 
@@ -94,12 +97,13 @@ class Channel:
         fds: "Mapping[str, Sequence[int]]" = NO_FDS,
         refused: "Callable[[], None] | None" = None,
     ) -> None:
-        """Queue a message; its descriptors are ours from now on and closed when they have left.
+        """Queue a message.  The channel owns its descriptors from now on, and closes them when they have been sent.
 
-        The kernel counts the descriptors that are on their way, by uid.  When somebody of our uid has too many of them,
-        ours are refused: then this message is lost and `refused` is called, or without it the peer is lost.
+        The kernel limits the descriptors in flight of each uid.  If the processes of our uid have too many, it refuses
+        ours.  Then this message is dropped and `refused` is called; without `refused` the peer is lost.
 
-        Raises ValueError if the message does not fit a packet (its descriptors are closed then).
+        Raises:
+            ValueError: the message does not fit a packet.  Its descriptors are closed.
         """
         order = [fd for each in fds.values() for fd in each]
         try:
@@ -122,16 +126,16 @@ class Channel:
 
     @property
     def waiting(self) -> int:
-        """How many messages wait for the peer to read."""
+        """The number of messages that wait for the peer to read."""
         return len(self._queue)
 
     def hold(self, *, held: bool) -> None:
-        """Read nothing from the peer, or read on.  A peer that leaves meanwhile is lost, with all it has sent."""
+        """Stop reading from the peer, or read on.  If the peer leaves meanwhile, its unread messages are lost too."""
         self._held = held
         self._wait()
 
     def finish(self) -> None:
-        """Close as soon as everything queued has left; nothing more is received."""
+        """Close as soon as all queued messages have been sent.  No more messages are received."""
         self._closing = True
         if not self._queue:
             self.close()
@@ -143,14 +147,14 @@ class Channel:
         return not (self.closed or self._closing or self._held or (self.in_step and self._queue))
 
     def _wait(self) -> None:
-        """Wait for what there is to do."""
+        """Set the events to wait for."""
         events = (READ if self._reads else 0) | (WRITE if self._queue else 0)
         if events != self._events and not self.closed:
             self._events = events
             self._loop.modify(self._sock.fileno(), events)
 
     def flush_blocking(self, timeout_s: float) -> None:
-        """Send what is queued before a process ends; gives up at the first packet that takes too long."""
+        """Send the queued messages before this process ends.  Gives up at the first packet that takes too long."""
         if self.closed:
             return
         self._sock.settimeout(timeout_s)
@@ -163,12 +167,12 @@ class Channel:
         except OSError:
             return
         finally:
-            self._sock.setblocking(False)  # or whoever is still receiving, such as our caller, would wait as long
+            self._sock.setblocking(False)  # the caller may still receive on this channel, and must not block
 
     def drain(self) -> None:
-        """Handle what a peer that has exited still left us, and close.
+        """Handle the messages that an exited peer has left, then close.
 
-        There may be no end of the line: a child of the peer may have its side, and may even go on sending.
+        The end of file may never come: a child of the peer may still have its end, and may even send.
         """
         for _ in range(DRAIN_BATCHES):
             self._read_all = False
@@ -178,7 +182,7 @@ class Channel:
         self.close()
 
     def close(self) -> None:
-        """Drop the peer without a call of `on_lost`."""
+        """Close the channel without a call of `on_lost`."""
         if self.closed:
             return
         self.closed = True
@@ -194,7 +198,7 @@ class Channel:
             self._on_lost(self, error)
 
     def _lose_soon(self, error: PeerError) -> None:
-        self._loop.call_later(0, lambda: self._lose(error))  # not while our caller is still sending
+        self._loop.call_later(0, lambda: self._lose(error))  # later, because the caller is still sending
 
     def _sendmsg(self, packet: bytes, fds: list[int]) -> None:
         self._sock.sendmsg([packet], rights_of(fds), socket.MSG_NOSIGNAL)
@@ -210,12 +214,12 @@ class Channel:
                 if error.errno == errno.ETOOMANYREFS and refused is not None:
                     self._queue.popleft()
                     close_all(fds)
-                    self._loop.call_later(0, refused)  # not while our caller is still sending
+                    self._loop.call_later(0, refused)  # later, because the caller is still sending
                     continue
                 for _packet, waiting, _refused in self._queue:
                     close_all(waiting)
                 self._queue.clear()
-                # A hang-up is reported by the loop; what else the kernel refuses must not pass unnoticed.
+                # The loop reports a hang-up.  Any other refusal of the kernel must be reported here.
                 if error.errno not in HANG_UPS:
                     self._lose_soon(PeerError(self.label, f"cannot be sent to: {error.strerror}"))
                 return
@@ -241,7 +245,7 @@ class Channel:
                 self.on_sent()
         if self.closed or not events & ~WRITE:
             return
-        if self._closing:  # waiting to send our last words to a peer that is gone
+        if self._closing:  # the peer has left while our last messages waited for it
             self.close()
             return
         if not self._reads and events & HANG_UP:
@@ -256,7 +260,7 @@ class Channel:
                 close_all(envelope.untaken())
 
     def _refuse(self, error: PeerError) -> None:
-        """Drop a message that is well-formed and does not belong here; a peer that has not started us goes with it."""
+        """Drop a well-formed message that does not belong here.  Also cut off the peer, unless it has started us."""
         if self.trusted:
             log.error(f"dropped: {error}")
         else:
@@ -271,7 +275,7 @@ class Channel:
             except (BlockingIOError, InterruptedError):
                 self._read_all = True
                 return
-            except ConnectionResetError:  # it is gone and has not read all of ours; its last words come after this
+            except ConnectionResetError:  # the peer left without reading all our messages; its own last ones follow
                 continue
             except OSError:
                 self._lose(None)

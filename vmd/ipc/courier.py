@@ -1,9 +1,11 @@
-"""The courier: a pair of sockets over which files go straight from who has opened them to who uses them.
+"""The courier: a pair of sockets that takes files directly from the process that opened them to the one that uses them.
 
-The parent makes the pair and gives both ends away, so no descriptor that others chose passes through it, or through
-any other process that all guests hang on.  The kernel closes what is still on its way in the name of whoever closes
-the socket last, and that may wait for ever.  So nothing is sent before the other end has asked for it: until then
-nothing is on its way, and from then on its receiver holds that end.
+The parent makes the pair and gives both ends away.  So descriptors of files that users chose never pass through the
+parent, or through another process that all guests depend on.
+
+If the last end of a socket is closed while files are in flight, the kernel closes these files in the closing process,
+and that may block for ever.  So the giver sends nothing before the other end has asked.  Before that no file is in
+flight; after that the receiver holds its end.
 
 The files travel in one packet, which names each: `files boot disks disks cdrom`.
 """
@@ -21,25 +23,25 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 ASK = b"files"
-HEAD = "files"  # with which a packet begins, for there may be none in it
+HEAD = "files"  # the first word of a packet, so that a packet without files is not empty
 NAMES = ("boot", "initrd", "disks", "cdrom", "stream", "kernel", "log", "seed")
-FILES_MAX = 32  # four disks of four images, and what a VM boots from
+FILES_MAX = 32  # four disks of four images, and the boot files
 PACKET_MAX = 1024
-PATIENCE_S = 30.0  # for files that are open already
+PATIENCE_S = 30.0  # how long `fetch` waits; the files are open already
 
 
 def pair() -> tuple[socket.socket, socket.socket]:
-    """Return the two ends of a courier: that of who asks, and that of who gives.  Raises HostError."""
+    """Return the two ends of a courier: the receiver's, then the giver's.  Raises HostError."""
     try:
         asks, gives = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     except OSError as error:
         raise HostError("make a courier", error) from error
-    refuse_files(gives)  # a VM that was taken over has files, and root's control gives it a stream
+    refuse_files(gives)  # a VM process that was taken over could send files to root's control, which gives it a stream
     return asks, gives
 
 
 def give(sock: socket.socket, files: "Mapping[str, Sequence[int]]") -> bool:
-    """Wait until the other end asks, send the files, and return whether they have left; they stay open here.
+    """Wait until the other end asks, then send the files; return whether they were sent.  They stay open here.
 
     Raises OSError.
     """
@@ -50,7 +52,7 @@ def give(sock: socket.socket, files: "Mapping[str, Sequence[int]]") -> bool:
 
 
 def send(sock: socket.socket, files: "Mapping[str, Sequence[int]]") -> None:
-    """Send files to who has asked.  Raises OSError."""
+    """Send files to the other end, which has asked.  Raises OSError."""
     names = " ".join((HEAD, *(name for name, fds in files.items() for _ in fds)))
     rights = rights_of(fd for each in files.values() for fd in each)
     sock.sendmsg([names.encode()], rights, socket.MSG_NOSIGNAL)
@@ -62,7 +64,12 @@ def ask(sock: socket.socket) -> None:
 
 
 def take(sock: socket.socket) -> "dict[str, list[int]]":
-    """Return the files that have come, by name.  Raises OSError, if none will come; ValueError for anything else."""
+    """Return the files that have arrived, by name.
+
+    Raises:
+        OSError: the giver has closed its end, or nothing has arrived.
+        ValueError: the packet is malformed.
+    """
     packet, fds, flags = receive(sock, PACKET_MAX, FILES_MAX, socket.MSG_DONTWAIT)
     if not packet and not fds:
         raise ConnectionResetError
@@ -78,7 +85,7 @@ def take(sock: socket.socket) -> "dict[str, list[int]]":
 
 
 def fetch(sock: socket.socket, timeout_s: float = PATIENCE_S) -> "dict[str, list[int]]":
-    """Ask for the files and wait for them.  Raises OSError if they do not come; ValueError as `take`."""
+    """Ask for the files and wait for them.  Raises OSError if they do not arrive in time; ValueError as `take`."""
     deadline_s = time.monotonic() + timeout_s
     ask(sock)
     readable = select.poll()

@@ -1,4 +1,4 @@
-"""Where a device leaves what it counts (`ipc/devmsg.py`): the words of its slot, which only it stores to."""
+"""A device's slot in the file of figures (`ipc/devmsg.py`).  Only the device stores to it."""
 
 import mmap
 
@@ -12,18 +12,20 @@ if TYPE_CHECKING:
 
 
 def take_slot(fd: int, slot: int, kind: str, index: int) -> "Figures":
-    """Return the slot of a device, but for its head: its figures, all 0, and what is behind them.
+    """Write the head of a device's slot; return the rest of the slot: the figures, all 0, and the words behind them.
 
-    `fd`, a file of figures, stays the caller's.
+    `fd` is a file of figures.  The caller still owns it.
 
-    Raises PeerError for a slot that there is not, OSError or ValueError for what is no such file.
+    Raises:
+        PeerError: there is no slot of this number.
+        OSError, ValueError: `fd` is not a file of figures.
     """
     if slot >= devmsg.FIGURES_SLOTS:
         raise PeerError("vm process", f"slot {slot} of {devmsg.FIGURES_SLOTS} for figures")
     words = memoryview(mmap.mmap(fd, devmsg.FIGURES_BYTES)).cast("Q")[slot * WORDS : (slot + 1) * WORDS]
     count = len(devmsg.FIGURES[kind])
     words[1], words[2] = index, count
-    words[0] = 1 + devmsg.FIGURES_KINDS.index(kind)  # last: from now on somebody has it
+    words[0] = 1 + devmsg.FIGURES_KINDS.index(kind)  # last: from now on readers see the slot
     return words[devmsg.FIGURES_HEAD :]
 
 

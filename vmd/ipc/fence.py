@@ -1,8 +1,9 @@
-"""Fences: what an unexpected exception costs in a process that all guests hang on (parent, control, vmm, priv).
+"""Fences: they limit the damage of an unexpected exception in a core process (parent, control, vmm, priv).
 
-Such an exception is a bug of ours.  The log gets its traceback.  What was being done for a client or a VM ends, and the
-loop goes on.  That client or VM is the source; one that leads us there again and again is cut off.  A channel to one
-of our own processes is never a source: with it everybody would be cut off.
+All guests depend on these processes.  An unexpected exception is a bug of ours.  Its traceback goes to the log, the
+action for one client or VM ends, and the loop goes on.  That client or VM is the source of the exception.  A source of
+several exceptions within a short time is cut off.  A channel to one of our own processes is never a source: cutting it
+off would cut off everybody.
 """
 
 import os
@@ -18,21 +19,21 @@ if TYPE_CHECKING:
 
     Source = tuple[Proc, int]  # (Proc.CLIENT, its number) or (Proc.VM, its vmid)
 
-STRIKES, STRIKES_S = 3, 60.0  # so many within so long, and a source is cut off
-SOURCES_MAX = 1024  # that are remembered
-OUR_FAULT = "internal error of vmd; its log has more"  # for people
+STRIKES, STRIKES_S = 3, 60.0  # a source with so many exceptions within so long is cut off
+SOURCES_MAX = 1024  # the most sources that are remembered
+OUR_FAULT = "internal error of vmd; its log has more"  # the answer to a client
 
 
 class Fence:
-    """Catches what nobody expected.  `cut_off(source)` ends a client's connection, or a VM."""
+    """Catches unexpected exceptions.  `cut_off(source)` ends a client's connection, or a VM."""
 
     def __init__(self, cut_off: "Callable[[Source], None]") -> None:
         self._cut_off = cut_off
-        self._strikes: dict[Source, list[float]] = {}  # when, of the newest ones; the latest source last
+        self._strikes: dict[Source, list[float]] = {}  # times of the latest exceptions; the latest source is last
         self._told = RateLimit(burst=10)
 
     def run(self, doing: str, call: "Callable[[], object]", source: "Source | None" = None) -> bool:
-        """Make a call; return whether it came back."""
+        """Call `call`; return whether it returned without an exception."""
         try:
             call()
         except Exception as error:
@@ -42,7 +43,7 @@ class Fence:
         return True
 
     def report(self, doing: str, error: Exception) -> None:
-        """Write a traceback to the log, unless there were many."""
+        """Write a traceback to the log, at a limited rate."""
         if not self._told.allow():
             return
         log.error(f"unexpected while doing {doing}: {described(error)}")
@@ -53,7 +54,7 @@ class Fence:
             self._told.suppressed = 0
 
     def strike(self, source: "Source | None") -> None:
-        """Count an exception against whoever led to it."""
+        """Count an exception against its source, and cut the source off if it has too many."""
         if source is None:
             return
         now_s = time.monotonic()
@@ -75,9 +76,9 @@ def described(error: BaseException) -> str:
 
 
 def traceback(error: BaseException) -> list[str]:
-    """Return where an exception came from, the innermost place last; causes come first.
+    """Return the places that an exception passed, the innermost last, and before them those of its causes.
 
-    Without the source lines: a confined process opens no files, and this needs no import.
+    The source lines are left out: a confined process cannot open the files.  Needs no import.
     """
     lines: list[str] = []
     before = error.__cause__ or (None if error.__suppress_context__ else error.__context__)

@@ -1,10 +1,10 @@
-"""What a VM and its devices have done and use: the parts of `VmFigures`.
+"""Counters and resource use of a VM and its devices: the parts of `VmFigures`.
 
-Counters begin at 0 with the processes that count, which is with each life of the guest: a reset of the guest begins a
-new one.  What ends in `_ns` is nanoseconds.  None is what this host cannot tell.
+Counters begin at 0 when the VM's processes start.  That is at each start of the VM, and at each reset of the guest.
+Names in `_ns` are nanoseconds.  None means that this host does not know the value.
 
-A device whose figures are not `counted` has a process that does not count (that of an earlier version), or none: then
-its other figures say nothing.  The figures of each kind that its process counts are those of `devmsg.FIGURES`.
+A device with `counted` False has no process, or one of an earlier version that does not count.  Then its other figures
+mean nothing.  `devmsg.FIGURES` lists the figures that the process of each kind of device counts.
 """
 
 from vmd.record import Record
@@ -14,24 +14,24 @@ class VcpuFigures(Record):
     """A virtual processor."""
 
     index: int
-    cpu_ns: int = 0  # for which its thread had a processor of the host: the guest's time, and ours for it
+    cpu_ns: int = 0  # processor time of its thread: in the guest, and in KVM and vmd for the guest
 
 
 class DeviceFigures(Record):
-    """What all devices have."""
+    """The fields that all devices have."""
 
-    index: int  # among those of its kind
+    index: int  # among the devices of its kind
     counted: bool = False
 
 
 class DiskFigures(DeviceFigures):
     """A disk.
 
-    Requests are those that were carried out.  Their time is from when their process takes them to when the guest can
-    have the answer; those that are served together count it each.
+    Only requests that were carried out are counted.  The time of a request is from when the process takes it to when
+    the guest can have the answer.  Requests that are served together each count this time.
     """
 
-    path: str = ""  # of its image, for those who may control the VM
+    path: str = ""  # of its image; "" for callers who may not control the VM
     read_requests: int = 0
     read_bytes: int = 0
     read_ns: int = 0
@@ -46,13 +46,13 @@ class DiskFigures(DeviceFigures):
     zero_requests: int = 0
     zero_bytes: int = 0
     zero_ns: int = 0
-    errors: int = 0  # requests that failed: bad ones, and those for which storage failed
-    refused: int = 0  # requests of a type that is not served
-    busy_ns: int = 0  # while at least one was being served
-    in_flight: int = 0  # now
-    size_bytes: int = 0  # that the guest sees
+    errors: int = 0  # requests that failed: invalid ones, and those for which storage failed
+    refused: int = 0  # requests of a type that is not supported
+    busy_ns: int = 0  # time with at least one request in progress
+    in_flight: int = 0  # requests in progress now
+    size_bytes: int = 0  # as the guest sees it
     throttled: int = 0  # how often requests had to wait for a limit
-    throttled_ns: int = 0  # ... and for how long some did
+    throttled_ns: int = 0  # time during which requests waited for a limit
     iops_limit: int = 0  # requests a second; 0: there is no limit
     rate_limit: int = 0  # bytes a second; 0: there is no limit
 
@@ -63,9 +63,9 @@ class CdromFigures(DeviceFigures):
     commands: int = 0
     read_requests: int = 0
     read_bytes: int = 0
-    errors: int = 0  # commands that failed, such as any without a disc
+    errors: int = 0  # commands that failed, for example because there was no disc
     busy_ns: int = 0
-    size_bytes: int = 0  # of the disc; 0: there is none
+    size_bytes: int = 0  # of the disc; 0: there is no disc
 
 
 class EntropyFigures(DeviceFigures):
@@ -73,11 +73,11 @@ class EntropyFigures(DeviceFigures):
 
     requests: int = 0
     bytes: int = 0
-    delayed: int = 0  # rounds that were put off because the guest had asked for too much
+    delayed: int = 0  # rounds that were delayed because the guest had asked for too much
 
 
 class NicFigures(DeviceFigures):
-    """A network interface; its counters are those of `devmsg.FIGURES`, which says what each is."""
+    """A network interface.  `devmsg.COUNTER_NAMES` explains the counters."""
 
     tap: str = ""  # "": the VM does not run
     switch: str = ""
@@ -124,7 +124,7 @@ class NicFigures(DeviceFigures):
 
 
 class LimitFigures(Record):
-    """What the control group of a VM is limited to; 0: there is no limit."""
+    """The limits of a VM's control group; 0: there is no limit."""
 
     memory_bytes: int = 0
     cpu_percent: int = 0  # of one processor
@@ -137,7 +137,7 @@ class GroupFigures(Record):
     cpu_ns: int | None = None
     throttled: int | None = None  # periods in which its limit was reached
     throttled_ns: int | None = None
-    memory_bytes: int | None = None  # also of the page cache that it has filled
+    memory_bytes: int | None = None  # includes page cache that the group has filled
     memory_peak_bytes: int | None = None
     oom_kills: int | None = None
     tasks: int | None = None  # processes and threads

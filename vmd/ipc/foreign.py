@@ -1,6 +1,7 @@
-"""Formats that we know by name and do not read: their names, and what to do about an image of one.
+"""Foreign formats: formats of images and files that vmd recognises and does not read, and how to convert them.
 
-`images/signatures.py` tells them from bytes; nothing here reads any.  Standard library only, and little of it.
+`images/signatures.py` recognises them by their bytes.  This module reads no image.  It imports little of the standard
+library.
 """
 
 
@@ -11,16 +12,16 @@ PATH_SAFE = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz01234
 
 
 class Foreign(Record):
-    """A format.  In a command {image} is the image's path, {made} that with `extension` behind it.
+    """A format.  In a command {image} is the image's path, {made} is that path with `extension` appended.
 
-    `content`: a guest may have reason to begin its disk so; see `refused`.
+    `content`: a guest may legitimately begin its disk with such bytes; see `refused`.
     """
 
     what: str
-    remedy: str  # a command, or words if it has none
+    remedy: str  # a command; "" if there is none
     extension: str = ".qcow2"
-    names: tuple[str, ...] = ()  # how files of the format are called
-    named_remedy: str = ""  # the command for a file that is called so; it asks before it overwrites another file
+    names: tuple[str, ...] = ()  # the usual extensions of such files
+    named_remedy: str = ""  # the command for a file with such an extension; it asks before it overwrites another file
     content: bool = False
 
 
@@ -30,7 +31,7 @@ def _image(what: str, driver: str, *names: str) -> Foreign:
 
 
 def _compressed(what: str, program: str, *names: str, named: str = "-dk {image}") -> Foreign:
-    """Return a format of compressed files; `named` are the arguments for a file that is called so."""
+    """Return a format of compressed files; `named` are the arguments for a file with such an extension."""
     return Foreign(
         what=what,
         remedy=f"{program} -dc <{{image}} >{{made}}",
@@ -78,7 +79,7 @@ FOREIGN = {
     "7-Zip": Foreign(what="a 7-Zip archive", remedy="7z x {image}", names=(".7z",), content=True),
     "tar": Foreign(what="a tar archive", remedy="tar -xf {image}", names=(".tar",), content=True),
     "kernel": Foreign(what="a kernel, which belongs to `boot`", remedy="", content=True),
-    # Only discs are looked at for these: no VM could have written them.
+    # Only discs are checked for these: a guest cannot have written them.
     "qcow2": _image("a qcow2 image", "qcow2"),
     "CD sectors": Foreign(
         what="a dump of CD sectors of 2352 bytes", remedy="bchunk {image} CUE-FILE {made}", extension=".iso"
@@ -86,25 +87,26 @@ FOREIGN = {
     "CHD": Foreign(what="a CHD image", remedy="chdman extractcd -i {image} -o {made}", extension=".cue"),
     "CISO": Foreign(what="a CISO image", remedy="ciso 0 {image} {made}", extension=".iso"),
 }
-DISC_CONTENT = frozenset(("tar", "kernel"))  # what people put on a disc without a file system
+DISC_CONTENT = frozenset(("tar", "kernel"))  # formats that people write to a disc without a file system
 
 
 def refused(found: str, size: int, path: str) -> bool:
-    """Return whether a disk whose format nobody stated is refused for what its bytes look like.
+    """Return whether a disk of no stated format is refused because its bytes look like `found`.
 
-    The rule has two sides.  What people bring must not be taken for raw.  And a guest must not be able to make its
-    own disk one that is refused, or read as something else, at its next start.  So:
+    The rule has two aims.  An image in a foreign format must not be used as raw.  And a guest must not be able to write
+    bytes to its own disk that make the next start refuse it, or read it as something else.  So:
 
-    * Formats of images, archives of them and LUKS are refused.  A guest that could write their signature to a
-      disk that was guessed to be raw is kept from it (`images/guard.py`): other programs would follow the names of
-      files in such a header.  LUKS belongs to them, as it does for QEMU: a guest that encrypts a whole disk gets an
-      error at once, and the log says `format raw`, rather than a disk that is refused at its next start.
-    * Compressed data, archives and kernels (`content`) a guest may well write to a whole disk: `dd`, `tar`.  They
-      name no other file.  They are refused where it cannot have been a disk of a guest: the length is not one of
-      whole sectors, or the operator has named the file so.  Else the disk is used as raw, with a warning.  A guest
-      can change neither length nor name; where these refuse, it is kept from such signatures as well.
+    * Image formats, archives of images and LUKS are refused.  A guest cannot write their signatures to a disk whose
+      format was guessed to be raw (`images/guard.py`), because other programs would follow the file names in such a
+      header.  LUKS is among them, as in QEMU: a guest that encrypts the whole disk gets an error at once, and the log
+      advises `format raw`.  Otherwise the disk would be refused at the next start.
+    * Compressed data, archives and kernels (`content`) may be written to a whole disk by a guest, with `dd` or `tar`.
+      They name no other file.  They are refused if the file cannot have been a guest's disk: its length is not a
+      multiple of a sector, or it has the format's extension.  Otherwise the disk is used as raw, with a warning.  A
+      guest can change neither length nor name.  Where these make the file refused, the guest cannot write the
+      signatures either.
 
-    A disk that was stated to be raw is never looked at, and its guest writes what it likes.
+    A disk whose format was stated as raw is not checked, and its guest may write any bytes.
     """
     if not found:
         return False
@@ -113,17 +115,17 @@ def refused(found: str, size: int, path: str) -> bool:
 
 
 def is_named(foreign: Foreign, path: str) -> bool:
-    """Return whether a file is called as those of a format are."""
+    """Return whether a file has an extension of the format."""
     return path.lower().endswith(foreign.names) if foreign.names else False
 
 
 def named(path: str) -> str:
-    """Return the name of the format that a file is called as, or ""."""
+    """Return the name of the format that the file's extension belongs to, or ""."""
     return next((name for name, foreign in FOREIGN.items() if is_named(foreign, path)), "")
 
 
 def quoted(path: str) -> str:
-    """Return a path as one word of a shell, which no program takes for an option or a protocol."""
+    """Return a path as one shell word that no program mistakes for an option or a protocol."""
     if path.startswith("-") or ":" in path.partition("/")[0]:
         path = f"./{path}"
     if path and PATH_SAFE.issuperset(path):
@@ -132,7 +134,7 @@ def quoted(path: str) -> str:
 
 
 def command(found: str, path: str, *, disc: bool = False) -> str:
-    """Return what to type to get an image that we read, as a disk or as a disc, or "" if nothing does."""
+    """Return the shell command that makes an image that vmd reads, for a disk or a disc; "" if there is none."""
     foreign = FOREIGN[found]
     remedy = foreign.named_remedy if is_named(foreign, path) and foreign.named_remedy else foreign.remedy
     extension = foreign.extension
@@ -150,31 +152,31 @@ def given_as(image_format: str, path: str, *, in_conf: bool) -> str:
 
 
 def refusal(found: str, path: str, raw: str, *, disc: bool = False) -> str:
-    """Return why an image is refused; `raw` is how to have it as raw all the same, or ""."""
+    """Return why an image is refused.  `raw` is how to state that it is raw, or "" if it cannot be used as raw."""
     words = f"is {FOREIGN[found].what}"
     remedy = command(found, path, disc=disc)
     if remedy:
         words += f"; convert it: {remedy}"
-    return f"{words} (or, for a guest that is to see it as it is, say {raw})" if raw else words
+    return f"{words} (or, if the guest is to see the file unchanged, give it as {raw})" if raw else words
 
 
 def warning(found: str, raw: str) -> str:
-    """Return what is said of a disk that looks like something, and is used as raw."""
+    """Return the warning for a disk that looks like `found` and is used as raw.  `raw` is how to state that format."""
     what = FOREIGN[found].what
     if not raw:
-        return f"begins as if it were {what}, and is used as it is"
-    return f"begins as if it were {what}, and is used as raw; {raw} says that this is meant"
+        return f"seems to be {what}, and is used unchanged"
+    return f"seems to be {what}, and is used as raw; give it as {raw} to confirm this"
 
 
 def odd_length(size: int, unit: int = SECTOR, called: str = "sector") -> str:
-    """Return what is said of a disk or disc whose length is not one of whole units; "" of others."""
+    """Return the note for a disk or disc whose length is not a multiple of `unit`; "" if it is one."""
     if size % unit == 0:
         return ""
     return f"its {size} bytes are no multiple of {unit}; its last {called} is padded with zeroes"
 
 
 def left_dirty(path: str) -> str:
-    """Return what is said of a qcow2 image whose last writer kept refcounts in memory and did not write them."""
+    """Return the note for a qcow2 image whose last writer kept refcounts in memory and did not write them."""
     return (
         "was not closed by its last writer (dirty), and clusters in use now are never freed;"
         f" qemu-img check -r all {quoted(path)} repairs it"
@@ -182,13 +184,16 @@ def left_dirty(path: str) -> str:
 
 
 def named_format(path: str) -> str:
-    """Return "qcow2" for a file that is called *.qcow2.  Its operator gave it that name; a guest cannot.
+    """Return "qcow2" for a file named *.qcow2, otherwise "".  A guest cannot change its disk's name.
 
-    Other names say nothing for sure.
+    Other names do not tell a format reliably.
     """
     return "qcow2" if path.rpartition("/")[2].lstrip(".").lower().endswith(".qcow2") else ""
 
 
 def typed_format(typed: str, path: str) -> str:
-    """Return the format that only a link's name states: `typed` leads to `path`, whose own name is looked at later."""
+    """Return the format that the name of a link states, if the file's own name states none.
+
+    `typed` is the name as typed, `path` is the file it leads to.
+    """
     return "" if named_format(path) else named_format(typed)

@@ -1,22 +1,23 @@
-"""What lockholder is asked and answers: descriptors, arguments, and one record.  Standard library only.
+"""The protocol of lockholder: descriptors, arguments, and one record.  Standard library only.
 
     lockholder DEVICE INODE [BYTE ...]
-                    the file as stat(2) says, and the bytes on which a lock matters, in decimal digits; by default all
-                    that disks are locked with.  The host's /proc is fd 4
-    fd 3            a `HOLDER`, or nothing: no process of this host has such a lock
+                    device and inode of the file, from stat(2); then the bytes of the locks to look for, by default all
+                    bytes with which disks are locked.  All are decimal
+    fd 3            the answer is written here: a `HOLDER`, or nothing if no process of this host has such a lock
+    fd 4            the host's /proc
 """
 
 import struct
 
 from vmd.record import Record
 
-FD_ANSWER, FD_PROC = 3, 4  # a pipe's writing end; a directory
+FD_ANSWER, FD_PROC = 3, 4  # the writing end of a pipe; a directory
 HOLDER = struct.Struct("=II16s")  # pid, uid, comm
 QUOTES = b'"\\'
 
 
 class Holder(Record):
-    """A process that has a lock.  `program` is what it calls itself, in printable characters."""
+    """A process that has a lock.  `program` is its own name for itself, in printable characters."""
 
     pid: int
     uid: int
@@ -29,7 +30,7 @@ def pack(pid: int, uid: int, comm: bytes) -> bytes:
 
 
 def unpack(answer: bytes) -> Holder | None:
-    """Return what the answer says: nobody, too, where there is none."""
+    """Return the process that the answer names; None if the answer is empty or malformed."""
     if len(answer) != HOLDER.size:
         return None
     pid, uid, comm = HOLDER.unpack(answer)

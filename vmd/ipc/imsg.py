@@ -2,15 +2,15 @@
 
     type u32   len u16   flags u16   peerid u32   pid u32      little-endian, as imsg(3)'s (*cat. 1.7*)
 
-`flags` is the number of descriptors.  The sockets are SOCK_SEQPACKET, so a message and its descriptors
-arrive together or not at all and a peer cannot trickle half a header.  The body is a list, in one of these forms:
+`flags` is the number of descriptors.  The sockets are SOCK_SEQPACKET: a message and its descriptors arrive together or
+not at all, and a peer cannot send a part of a header.  The body is a list, in one of these forms:
 
-    [[count, ...], field, ...]                     between processes of one version: in order of declaration
-    [{descriptor: count}, {field: value, ...}]     by name, for programs of other versions: control socket, `BY_NAME`
+    [[count, ...], field, ...]                     in order of declaration: between processes of one version
+    [{descriptor: count}, {field: value, ...}]     by name: where versions may differ (control socket, `routes.NAMED`)
 
-Decoding believes nothing: every field is checked against the declared type before a record is built.
+Decoding trusts nothing: each field is checked against its declared type before a record is built.
 
-What outlives this process, or leaves this host, has no header and carries its fields by name (`pack`).
+Records that outlive this process, or leave this host, have no header, and their fields are packed by name (`pack`).
 """
 
 import struct
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     R = TypeVar("R", bound=Record)
     ReadRecord = Callable[[RecordType, Any, str], Record]
-else:  # without a module that makes all the others, too
+else:  # not from `types`, which defines many others too, and so costs memory
     GenericAlias, MappingProxyType, UnionType = type(list[int]), type(vars(object)), type(int | None)
 
 NO_FDS: "Mapping[str, Sequence[int]]" = MappingProxyType({})
@@ -41,15 +41,15 @@ PLAIN = (int, str, bytes, bool, float)
 
 
 class Form(Enum):
-    """How the fields of a message travel."""
+    """The form in which the fields of a message travel."""
 
     INSIDE = 0  # in order of declaration
     NAMED = 1  # by name
-    FIRST = 2  # in order of declaration, and only what protocol 1 had
+    FIRST = 2  # in order of declaration, and only the fields of protocol 1
 
 
 class UnknownMessage(PeerError):
-    """A packet whose type this program does not know; another version may."""
+    """A packet whose message type this program does not know.  Another version may know it."""
 
     def __init__(self, peer: str, code: int, raw: bytes) -> None:
         super().__init__(peer, f"unknown message type {code:#x}", raw)
@@ -57,7 +57,7 @@ class UnknownMessage(PeerError):
 
 
 class Envelope:
-    """A received message with its sender's header and the descriptors nobody has taken yet."""
+    """A received message, with fields of its header, and with the descriptors that nobody has taken yet."""
 
     __slots__ = ("fds", "message", "peerid", "pid")
 
@@ -68,16 +68,16 @@ class Envelope:
         self.fds = fds
 
     def take_fd(self, name: str) -> int | None:
-        """Return the descriptor of this name, which is the caller's from now on; None if it did not come."""
+        """Return the descriptor of this name; None if it did not come.  The caller owns it from now on."""
         found = self.fds.get(name)
         return found.pop(0) if found else None
 
     def take_fds(self, name: str) -> list[int]:
-        """Return all descriptors of this name, which are the caller's from now on."""
+        """Return all descriptors of this name.  The caller owns them from now on."""
         return self.fds.pop(name, [])
 
     def untaken(self) -> list[int]:
-        """Return the descriptors that are left, for closing."""
+        """Return the descriptors that nobody has taken, for closing."""
         return [fd for fds in self.fds.values() for fd in fds]
 
 
@@ -89,9 +89,9 @@ def encode(
     fds: "Mapping[str, Sequence[int]]" = NO_FDS,
     form: Form = Form.INSIDE,
 ) -> "tuple[bytes, list[int]]":
-    """Return the packet of a message and its descriptors in the order in which they must ride along.
+    """Return the packet of a message, and its descriptors in the order in which they must be sent.
 
-    Raises ValueError if the message is too long for one packet; the caller names what made it so.
+    Raises ValueError if the message is too long for one packet.  The caller knows which part is too long, and says so.
     """
     info = BY_CLASS[type(message)]
     counts = [len(fds.get(name.rstrip("?*"), ())) for name in info.fds]
@@ -119,7 +119,9 @@ def encode(
 def decode(packet: bytes, fds: "list[int]", peer: str) -> Envelope:
     """Turn a packet and the descriptors that came with it into a checked message.
 
-    Raises PeerError, with the descriptors still the caller's to close; UnknownMessage for a type that is none here.
+    Raises:
+        PeerError: the packet is malformed.  The caller still owns the descriptors, and has to close them.
+        UnknownMessage: this program does not know the message type.  As above.
     """
     if len(packet) < HEADER.size:
         raise PeerError(peer, f"packet of {len(packet)} bytes has no header", packet)
@@ -133,7 +135,8 @@ def decode(packet: bytes, fds: "list[int]", peer: str) -> Envelope:
     if flags != len(fds):
         raise PeerError(peer, f"{name} announces {flags} descriptors, {len(fds)} came", packet)
     try:
-        # Depth and counts are bounded by the packet; only extension types need refusing, and maps where none may be.
+        # The packet's size bounds depth and counts.  An extension type is refused here, or by the check of its field;
+        # a map in a wrong place is refused by the check of its field.
         body = unpackb(packet[HEADER.size :], unicode_errors="surrogateescape", use_list=True)
     except (ValueError, RecursionError) as error:  # msgpack's own exceptions are ValueErrors
         raise PeerError(peer, f"{name}: body is not msgpack: {error}", packet) from error
@@ -144,7 +147,7 @@ def decode(packet: bytes, fds: "list[int]", peer: str) -> Envelope:
             named = _name_fds(info, [body[0].get(each.rstrip("?*"), 0) for each in info.fds], fds)
             message = _named_record(info.cls, body[1] if len(body) == 2 else None, name)
         else:
-            counts = [*body[0], *[0] * (len(info.fds) - len(body[0]))]  # those that the sender did not know
+            counts = [*body[0], *[0] * (len(info.fds) - len(body[0]))]  # 0 for kinds that the sender does not know
             named = _name_fds(info, counts, fds)
             message = _record(info.cls, body[1:], name)
     except (ValueError, TypeError, RecursionError) as error:
@@ -153,23 +156,23 @@ def decode(packet: bytes, fds: "list[int]", peer: str) -> Envelope:
 
 
 def pack(record: Record) -> bytes:
-    """Return a record as bytes that outlive this process: its fields by name."""
+    """Return a record as bytes that may outlive this process: its fields are packed by name."""
     packed: bytes = packb(_by_name(record), unicode_errors="surrogateescape")
     return packed
 
 
 def unpack(cls: "type[R]", raw: bytes, reshape: "Callable[[Any], Any]" = lambda values: values) -> "R":
-    """Return the record that `pack` made, here or in another version of this program, every field checked.
+    """Return the record that `pack` has packed, in this or another version of this program.  Each field is checked.
 
-    Fields that are unknown here are ignored, and missing ones take their default.  `reshape` turns what an older form
-    holds into fields by name, and raises ValueError.
+    Unknown fields are ignored, and missing fields take their default.  `reshape` converts the values of an older form
+    into fields by name, and may raise ValueError.
 
-    Raises ValueError saying what is wrong.
+    Raises ValueError with a sentence.
     """
     name = cls.__name__
     try:
         values = unpackb(raw, unicode_errors="surrogateescape", use_list=True, max_ext_len=0)
-    except (ValueError, TypeError, RecursionError) as error:  # msgpack's own exceptions are ValueErrors, and wordless
+    except (ValueError, TypeError, RecursionError) as error:  # msgpack's own are ValueErrors, some without a text
         raise ValueError(f"{name}: not msgpack: {type(error).__name__} {error}") from error
     try:
         record = _named_record(cls, reshape(values), name)
@@ -185,7 +188,7 @@ def _count_fits(name: str, count: int) -> bool:
 
 def _name_fds(info: MessageInfo, counts: "list[Any]", fds: "list[int]") -> "dict[str, list[int]]":
     if len(counts) != len(info.fds) or not all(type(count) is int and count >= 0 for count in counts):
-        raise ValueError(f"{info.cls.__name__}: bad descriptor counts")  # what a peer sent is never formatted
+        raise ValueError(f"{info.cls.__name__}: bad descriptor counts")  # the peer's values are never formatted
     named: dict[str, list[int]] = {}
     start = 0
     for name, count in zip(info.fds, counts, strict=True):
@@ -203,7 +206,7 @@ def _all_fields(cls: RecordType) -> "Iterable[str]":
 
 
 def _plain(value: "Any", fields: "Callable[[RecordType], Iterable[str]]" = _all_fields) -> "Any":
-    """Return a value as msgpack knows it, a record as a list of these fields."""
+    """Return a value in types that msgpack can pack; a record becomes a list of its `fields`."""
     if isinstance(value, Record):
         return [_plain(getattr(value, field), fields) for field in fields(type(value))]
     if isinstance(value, tuple):
@@ -223,7 +226,7 @@ def _by_name(value: "Any") -> "Any":
 
 def _record(cls: RecordType, values: "Any", where: str) -> Record:
     """Return a record from its fields in order of declaration."""
-    # A record may have grown since the sender was built: new fields are appended and have defaults (docs/formats.md 1).
+    # The sender may be older and have fewer fields: new fields are appended, and have defaults (docs/formats.md 1).
     if not isinstance(values, list) or not cls.least <= len(values) <= len(cls.fields):
         raise ValueError(f"{where}: wrong number of fields")
     checked = {
@@ -251,7 +254,7 @@ def _named_record(cls: RecordType, values: "Any", where: str) -> Record:
 
 
 def _checked(declared: "Any", value: "Any", where: str, record: "ReadRecord") -> "Any":
-    """Return `value` as the declared type; ValueError if it is not one.  `record` reads the records in it."""
+    """Return `value` as the declared type.  `record` reads the records within it.  Raises ValueError."""
     decoder = _decoders.get(declared)
     if decoder is None:
         decoder = _decoders[declared] = _decoder(declared)

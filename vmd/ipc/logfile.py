@@ -1,4 +1,4 @@
-"""What the parent asks of the process "logfile", as its arguments; and the descriptors that this has."""
+"""The arguments and descriptors of the process "logfile", which the parent starts."""
 
 from vmd.record import Record
 
@@ -10,7 +10,7 @@ FD_ANSWER, FD_COURIER = 4, 5
 
 
 class LogFile(Record):
-    """A console log: what it is called, whose it is, and how much is kept."""
+    """A console log: its path, its owner, and how much of it is kept."""
 
     path: str
     size_bytes: int
@@ -22,13 +22,13 @@ class LogFile(Record):
 
 
 def pack(wanted: LogFile) -> list[str]:
-    """Return it as arguments."""
+    """Return a LogFile as arguments."""
     numbers = (wanted.size_bytes, wanted.keep, wanted.uid, wanted.gid, int(wanted.shared), *wanted.groups)
     return [wanted.path, *map(str, numbers)]
 
 
 def unpack(arguments: "Sequence[str]") -> LogFile:
-    """Return what `pack` has packed."""
+    """Return the LogFile that `pack` has turned into arguments."""
     size_bytes, keep, uid, gid, shared, *groups = map(int, arguments[1:])
     return LogFile(
         path=arguments[0],

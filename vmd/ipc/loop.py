@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 READ = select.EPOLLIN
 WRITE = select.EPOLLOUT
-HANG_UP = select.EPOLLHUP | select.EPOLLERR  # always waited for
-REST_S = 0.1  # for a descriptor whose callback has failed: what made it fail may still be there
+HANG_UP = select.EPOLLHUP | select.EPOLLERR  # epoll always reports these
+REST_S = 0.1  # a descriptor whose callback has failed is ignored for so long: the cause may still be there
 
 
 class Timer:
-    """A call due at a moment of the monotonic clock; `source` is for whom it is (`Fence`)."""
+    """A call due at a time of the monotonic clock.  `source` is the client or VM that the call is for (`Fence`)."""
 
     __slots__ = ("callback", "due_s", "source")
 
@@ -31,7 +31,7 @@ class Timer:
         self.source = source
 
     def cancel(self) -> None:
-        """Never make the call; harmless after it was made."""
+        """Do not make the call.  No effect if it was made already."""
         self.callback = None
 
     def __lt__(self, other: "Timer") -> bool:
@@ -41,17 +41,17 @@ class Timer:
 class Loop:
     """One epoll set with its timers.
 
-    All methods but `call_from_thread` and `schedule` belong to the loop's own thread.
-    An exception of a callback comes out of `run`, unless there is a `fence`.
+    Any thread may call `call_from_thread` and `schedule`; all other methods are for the loop's own thread.
+    `run` raises a callback's exception, unless there is a `fence`.
     """
 
     def __init__(self) -> None:
         self.fence: Fence | None = None
         self._epoll = select.epoll()
         self._callbacks: dict[int, Callable[[int], None]] = {}
-        self._events: dict[int, int] = {}  # what is waited for
-        self._resting: set[int] = set()  # descriptors whose callback has just failed
-        self._added: set[int] = set()  # since this round's events were found
+        self._events: dict[int, int] = {}  # the events to wait for
+        self._resting: set[int] = set()  # descriptors that are ignored for REST_S, because their callback has failed
+        self._added: set[int] = set()  # descriptors added since this round's poll
         self._timers: list[Timer] = []
         self._calls: list[Callable[[], None]] = []
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -68,13 +68,13 @@ class Loop:
         self._added.add(fd)
 
     def modify(self, fd: int, events: int) -> None:
-        """Change what is waited for; 0 leaves hang-up and error only."""
+        """Change the events to wait for.  With 0 only hang-up and error are reported."""
         self._events[fd] = events
         if fd not in self._resting:
             self._epoll.modify(fd, events)
 
     def remove(self, fd: int) -> None:
-        """Forget `fd`; call before closing it, harmless if it was never added."""
+        """Stop watching `fd`.  Call this before closing it.  No effect if `fd` was not added."""
         if self._callbacks.pop(fd, None) is not None:
             del self._events[fd]
             if fd in self._resting:
@@ -83,24 +83,24 @@ class Loop:
                 self._epoll.unregister(fd)
 
     def call_later(self, delay_s: float, callback: "Callable[[], None]", source: "Source | None" = None) -> Timer:
-        """Call once, `delay_s` seconds from now."""
+        """Call `callback` once, `delay_s` seconds from now."""
         timer = Timer(time.monotonic() + delay_s, callback, source)
         heappush(self._timers, timer)
         return timer
 
     def schedule(self, delay_s: float, callback: "Callable[[], None]") -> Timer:
-        """Do as `call_later`, from any thread."""
+        """Do what `call_later` does; on any thread."""
         timer = Timer(time.monotonic() + delay_s, callback)
         self.call_from_thread(lambda: heappush(self._timers, timer))
         return timer
 
     def call_from_thread(self, callback: "Callable[[], None]") -> None:
-        """Call once in the loop's thread, soon; any thread may ask."""
+        """Call `callback` once on the loop's thread, soon.  Any thread may call this."""
         self._calls.append(callback)  # list.append and pop(0) are atomic under the interpreter's lock
         os.eventfd_write(self._wake_fd, 1)
 
     def on_signal(self, signum: int, callback: "Callable[[], None]") -> None:
-        """Call from the loop, not from the signal handler; for the main thread only."""
+        """Call `callback` at each signal, from the loop and not from the signal handler.  For the main thread only."""
         if self._signal_pipe is None:
             self._signal_pipe = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
             signal.set_wakeup_fd(self._signal_pipe[1], warn_on_full_buffer=False)
@@ -109,7 +109,7 @@ class Loop:
         signal.signal(signum, lambda _signum, _frame: None)
 
     def run(self) -> None:
-        """Serve until `stop`."""
+        """Serve events until `stop`."""
         self._running = True
         while self._goes_on():
             self._run_timers()
@@ -127,7 +127,7 @@ class Loop:
                     break
 
     def _report(self, fd: int, callback: "Callable[[int], None]", events: int) -> None:
-        """Tell a callback what its descriptor is ready for; after a failure the descriptor rests."""
+        """Call the callback of a descriptor.  If it fails, ignore the descriptor for REST_S."""
         if not self._call(callback, lambda: callback(events)) and self._callbacks.get(fd) is callback:
             self._epoll.unregister(fd)
             self._resting.add(fd)
@@ -139,21 +139,24 @@ class Loop:
             self._epoll.register(fd, self._events[fd])
 
     def _call(self, named: object, call: "Callable[[], None]", source: "Source | None" = None) -> bool:
-        """Make a call, called as `named` is; return whether it came back."""
+        """Call `call`, within the fence if there is one; return whether it returned without an exception.
+
+        Log lines name the call after the function `named`.
+        """
         if self.fence is not None:
             return self.fence.run(getattr(named, "__qualname__", "a call"), call, source)
         call()
         return True
 
     def stop(self) -> None:
-        """Make `run` return after the callback at hand."""
+        """Make `run` return after the current callback."""
         self._running = False
 
     def _goes_on(self) -> bool:
         return self._running
 
     def close(self) -> None:
-        """Release the loop's own descriptors."""
+        """Close the loop's own descriptors."""
         if self._signal_pipe is not None:
             signal.set_wakeup_fd(-1)
             for fd in self._signal_pipe:
@@ -178,7 +181,7 @@ class Loop:
 
     def _on_wake(self, _events: int) -> None:
         os.eventfd_read(self._wake_fd)
-        # Only what was asked before this moment: a call that asks for another must not keep us here.
+        # Only the calls that are queued now: a call that queues another one must not keep the loop here.
         for _ in range(len(self._calls)):
             call = self._calls.pop(0)
             self._call(call, call)

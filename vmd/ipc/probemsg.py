@@ -1,12 +1,13 @@
-"""What imgprobe is asked and answers: a word, and one line in a form that its reader need not parse.
+"""The protocol of imgprobe: a question is one or two words; the answer is one line that is simple to split.
 
-    FORMAT                raw or qcow2; "": told from the image's bytes; `disc`: a CD-ROM's
-    BOOTS                 if it is to be seen whether a BIOS finds something to start
+    FORMAT                raw or qcow2; "": guess it from the image's bytes; `disc`: the image of a CD-ROM
+    BOOTS                 given if imgprobe is to check whether a BIOS finds something to start
     answer                `image` NUL format NUL size NUL guessed NUL backing NUL backing format NUL looks NUL notes LF
                           `error` NUL sentence LF
 
-The sentence does not name the image: imgprobe does not know what it is called.  So whatever has a remedy that names
-the image is told by words of `foreign.FOREIGN` and NOTES, and its reader makes the sentence.  Standard library only.
+The sentence does not name the image, because imgprobe does not know its name.  If advice has to name the image,
+imgprobe answers words of `foreign.FOREIGN` and NOTES instead, and the process that reads them makes the sentence.
+Standard library only.
 """
 
 import os
@@ -17,29 +18,29 @@ from vmd.record import Record
 
 ANSWER_MAX = 8192  # bytes of the line
 SENTENCE_MAX = 4000  # bytes of a sentence
-BACKING_MAX = 1023  # bytes of a path; the format's own limit
+BACKING_MAX = 1023  # bytes of a path; the limit of the qcow2 format
 SIZE_DIGITS = len(str(2**63 - 1))
 FORMATS = ("raw", "qcow2")
 DISC = "disc"
 NOT_QCOW2 = "not a qcow2 image"
 DIRTY, CORRUPT, GOING_BACK = "dirty", "corrupt", "going-back"
-# Of the first sector of the disk, if that was asked for: that no BIOS starts it, and that the image below has it.
+# Answers to BOOTS about the disk's first sector: it has no boot code; it is not in this image but in the one below.
 NO_CODE, BELOW = "no-code", "below"
 NOTES = (DIRTY, CORRUPT, GOING_BACK, NO_CODE, BELOW)
-BOOTS = "boots"  # asks for those
+BOOTS = "boots"  # the word that asks for NO_CODE and BELOW
 
 IMAGE, ERROR, END = b"image", b"error", b"\n"
 FLAGS = {b"0": False, b"1": True}
 
 
 class Probe(Record):
-    """What an image says about itself; `backing` is the path as recorded, relative to the image's directory.
+    """The contents of an image's header.  `backing` is the path as recorded, relative to the image's directory.
 
-    `guessed`: nobody but its first bytes said that it has this format.  A guest writes them, so whatever names
-    another file must not be followed then.
+    `guessed`: the format was guessed from the first bytes.  A guest may have written them, so a file that the image
+    names must not be opened.
 
-    `looks`: the name in `foreign.FOREIGN` of what the bytes look like.  `format` is "" if the image cannot be what was
-    asked for because of that.  `notes`: words of NOTES.
+    `looks`: the name in `foreign.FOREIGN` of the format that the bytes look like.  `format` is "" if the image
+    therefore cannot have the format that was asked for.  `notes`: words of NOTES.
     """
 
     format: str
@@ -52,9 +53,9 @@ class Probe(Record):
 
 
 def how_to_record(image: str, backing: str, backing_format: str) -> str:
-    """Return what to do about an image that names a backing file, and not its format."""
+    """Return the advice for an image that names a backing file without its format."""
     return (
-        f"{image} does not record that it is {backing_format}; if you trust it, have it recorded:"
+        f"{image} does not record that its format is {backing_format}; if you trust it, record that:"
         f" {recording(image, backing, backing_format)}"
     )
 
@@ -65,14 +66,17 @@ def recording(image: str, backing: str, backing_format: str) -> str:
 
 
 def refusal(probe: Probe, format_hint: str, path: str, raw: str) -> str:
-    """Return why an image is not used as what it was given as, or ""; `raw` is how to have it as raw, or ""."""
+    """Return why an image cannot be used in the format that was stated, or "".
+
+    `raw` is how to state that it is raw, or "" if it cannot be used as raw.
+    """
     if probe.looks and (not probe.format or refused(probe.looks, probe.size, path)):
         return foreign.refusal(probe.looks, path, raw)
     return NOT_QCOW2 if format_hint == "qcow2" and probe.format != "qcow2" else ""
 
 
 def warnings(probe: Probe, path: str, raw: str) -> list[str]:
-    """Return what is said of an image that is used; `raw` as for `refusal`."""
+    """Return the warnings about an image that is used; `raw` as for `refusal`."""
     return [foreign.warning(probe.looks, raw)] if probe.looks else []
 
 
@@ -109,9 +113,9 @@ def fields_of(line: bytes) -> list[bytes] | str:
 
 
 def unpack(line: bytes) -> Probe | str:
-    """Return what the line says: an image, or the sentence why it cannot be used.
+    """Return the contents of an answer: an image, or the sentence of an error.
 
-    Raises ValueError for a line that no imgprobe writes.
+    Raises ValueError for a malformed line.
     """
     answer = fields_of(line)
     if isinstance(answer, str):

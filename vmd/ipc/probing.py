@@ -1,7 +1,7 @@
-"""How a probe is asked: over a socket at its fd 3, one question after the other, each with the files that it is about.
+"""Questions to a probe: over a socket at its fd 3, one question at a time, each with the files that it is about.
 
-A question is a packet of arguments, each with a NUL behind it; its files ride along, open for reading.  The answer is
-one line of `ipc/probemsg.py`.
+A question is a packet of arguments, each followed by a NUL.  Its files travel with it, open for reading.  The answer is
+one line (`ipc/probemsg.py`).
 """
 
 import select
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 CHANNEL_FD = 3
-QUESTION_MAX = 65536  # bytes: a kernel's command line, in hexadecimal
-FILES_MAX = 5  # a chain of images, and what something is copied to
-LOOK_S = 5.0  # between two signs of life
+QUESTION_MAX = 65536  # bytes; enough for a kernel's command line in hexadecimal
+FILES_MAX = 5  # a chain of images, and the file to copy to
+LOOK_S = 5.0  # `wait_patiently` calls `go_on` once in so long
 
 
 def serve(answer: "Callable[[list[str], list[int]], bytes]") -> int:
-    """Be a probe: answer until nobody asks any more; the files are closed after each answer."""
+    """Run a probe: answer questions until the other end is closed.  Files are closed after each answer."""
     with socket.socket(fileno=CHANNEL_FD) as sock:
         try:
             while True:
@@ -39,7 +39,7 @@ def serve(answer: "Callable[[list[str], list[int]], bytes]") -> int:
 
 
 def ask(sock: socket.socket, arguments: "Sequence[str]", files: "Sequence[int]", timeout_s: float) -> bytes | None:
-    """Return the line that a probe answers, b"" if it has ended; None if it takes too long.  Raises OSError."""
+    """Ask a probe; return its line.  Returns b"" if the probe has ended, None after a time-out.  Raises OSError."""
     try:
         send_question(sock, arguments, files)
     except (BrokenPipeError, ConnectionResetError):
@@ -48,13 +48,13 @@ def ask(sock: socket.socket, arguments: "Sequence[str]", files: "Sequence[int]",
 
 
 def send_question(sock: socket.socket, arguments: "Sequence[str]", files: "Sequence[int]") -> None:
-    """Ask a probe.  Raises OSError."""
+    """Send a question to a probe.  Raises OSError."""
     question = "".join(f"{each}\0" for each in arguments).encode("utf-8", "surrogateescape") or b"\0"
     sock.sendmsg([question], rights_of(files), socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
 
 
 def wait_for_answer(sock: socket.socket, timeout_s: float) -> bytes | None:
-    """Return what `ask` does, of a question that was sent.  Raises OSError."""
+    """Wait for the answer to a question that was sent; return the same as `ask`.  Raises OSError."""
     deadline_s = time.monotonic() + timeout_s
     try:
         readable = select.poll()
@@ -67,9 +67,11 @@ def wait_for_answer(sock: socket.socket, timeout_s: float) -> bytes | None:
 
 
 def wait_patiently(sock: socket.socket, longest_s: float, go_on: "Callable[[], None]") -> bytes:
-    """Return the line that a probe answers, b"" if it has ended; `go_on` is called while that takes time.
+    """Wait for a probe's line, and call `go_on` every LOOK_S meanwhile.  Returns b"" if the probe has ended.
 
-    Raises TimeoutError, OSError.
+    Raises:
+        TimeoutError: the probe has not answered within `longest_s`.
+        OSError: the socket fails.
     """
     deadline_s = time.monotonic() + longest_s
     while (left_s := deadline_s - time.monotonic()) > 0:

@@ -1,4 +1,4 @@
-"""What all internal processes share: a channel to their parent at fd 3, a loop, and dispatch by table."""
+"""The base of all internal processes: a channel to the process's parent at fd 3, a loop, and dispatch by table."""
 
 
 from vmd import signals as signal
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
     from vmd.record import Record, RecordType
 
     M = TypeVar("M", bound=Record)
-    Handlers = Mapping[tuple[Proc, RecordType], "Handler"]  # by who sends, and the message
+    Handlers = Mapping[tuple[Proc, RecordType], "Handler"]  # the key is the sender and the message's class
 
 CHANNEL_FD = 3
-CORE = (Proc.PARENT, Proc.CONTROL, Proc.VMM, Proc.PRIV)  # all guests hang on these
+CORE = (Proc.PARENT, Proc.CONTROL, Proc.VMM, Proc.PRIV)  # all guests depend on these
 
 
 class Handler:
-    """What serves a message: a method, called with (process, message, envelope, channel).
+    """The handler of a message: a method, called with (process, message, envelope, channel).
 
-    Only `handles` and `handles_each` make one, so that type checkers see whether a method takes the message.
+    Only `handles` and `handles_each` make handlers, so that type checkers see whether the method takes the message.
     """
 
     __slots__ = ("_method",)
@@ -43,22 +43,22 @@ class Handler:
 
 
 def handles(peer: Proc, cls: "type[M]", method: "Callable[[Any, M, Envelope, Channel], None]") -> "Handlers":
-    """Return a row of a HANDLERS table: the method of a process that serves this message of this peer."""
+    """Return a row of a HANDLERS table: `method` of a process serves messages of class `cls` from `peer`."""
     return {(peer, cls): Handler(method)}
 
 
 def handles_each(
     peer: Proc, classes: "Iterable[type[M]]", method: "Callable[[Any, M, Envelope, Channel], None]"
 ) -> "Handlers":
-    """Return the rows of a method that serves several messages, such as all that a process relays."""
+    """Return the rows for a method that serves several classes of messages, for example all that are relayed."""
     return {(peer, cls): Handler(method) for cls in classes}
 
 
 class Process:
-    """A process that serves messages until its parent is gone or tells it to stop.
+    """A process that serves messages until its parent ends or sends Quit.
 
-    HANDLERS is the whole of what peers can make it do.  A message that is declared and not in there is dropped: nobody
-    has to end because somebody has forgotten it here.
+    HANDLERS lists everything that peers can make it do.  A message that is declared but not in HANDLERS is dropped, so
+    that a forgotten row ends no process.
     """
 
     HANDLERS: "Handlers" = {}
@@ -72,7 +72,7 @@ class Process:
         self.unserved = RateLimit()
 
     def attach_parent(self, peer: Proc) -> Channel:
-        """Take the channel that our parent left at fd 3."""
+        """Serve the channel to our parent, which is at fd 3."""
         sock = socket.socket(fileno=CHANNEL_FD)
         sock.set_inheritable(False)
         return self.attach(sock, peer, peer.name.lower(), on_lost=self.on_parent_lost)
@@ -117,7 +117,7 @@ class Process:
             self.failed(error, envelope, channel)
 
     def failed(self, error: Exception, envelope: "Envelope", channel: Channel) -> None:
-        """A handler did not expect this: end what it was doing, and go on."""
+        """A handler has raised an unexpected exception: give up the message, and go on."""
         fence = self.loop.fence
         if fence is None:
             raise error
@@ -128,24 +128,24 @@ class Process:
         fence.strike(source)
 
     def source_of(self, envelope: "Envelope", _channel: Channel) -> "Source | None":
-        """Return for which client or VM a message is; None: for neither."""
+        """Return the client or VM that a message is for, or None."""
         vmid = getattr(envelope.message, "vmid", 0)
         return (Proc.VM, vmid) if vmid else None
 
     def give_up(self, envelope: "Envelope", channel: Channel) -> None:
-        """Answer for a handler that has failed, so that nobody waits for what will not come."""
+        """Answer a message whose handler has failed, so that its sender does not wait."""
 
     def cut_off(self, source: "Source") -> None:
         """End the connection of a client, or a VM."""
 
     def on_parent_lost(self, _channel: Channel, error: PeerError | None) -> None:
-        """Our parent is gone, or not to be trusted any more: there is nobody to work for."""
+        """Our parent has ended, or has broken the protocol: end this process."""
         if error is not None:
             log.crit(str(error))
             self.exit_status = 1
         self.loop.stop()
 
     def ignore_terminal_signals(self) -> None:
-        """Leave it to the parent to act on ^C and on signals to the whole group; it will tell us."""
+        """Ignore ^C and signals to the whole process group: the parent acts on them, and tells this process."""
         for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE, signal.SIGUSR1):
             signal.signal(signum, signal.SIG_IGN)

@@ -1,7 +1,7 @@
-"""Descriptors that go and come over a socket; what comes is passed on to no process that we start.
+"""Sending and receiving descriptors over a socket.  Processes that we start do not inherit received descriptors.
 
-Not by `socket.recv_fds`: it forgets its flags (Python 3.11 to 3.13), and so what it returns is inherited.  And not by
-`array`, which loads `collections`.
+`socket.recv_fds` is not used: it ignores its flags (Python 3.11 to 3.13), so the descriptors would be inherited.
+`array` is not used, because it loads `collections`.
 """
 
 import struct
@@ -17,7 +17,10 @@ SO_PASSRIGHTS = 83  # <asm-generic/socket.h>
 
 
 def receive(sock: socket.socket, packet_max: int, files_max: int, flags: int = 0) -> tuple[bytes, list[int], int]:
-    """Return a packet, the descriptors that came with it, which are the caller's, and msg_flags.  Raises OSError."""
+    """Return a packet, the descriptors that came with it, and msg_flags.  The caller owns the descriptors.
+
+    Raises OSError.
+    """
     packet, rights, flags, _ = sock.recvmsg(
         packet_max, socket.CMSG_LEN(files_max * FD.size), flags | socket.MSG_CMSG_CLOEXEC
     )
@@ -25,13 +28,13 @@ def receive(sock: socket.socket, packet_max: int, files_max: int, flags: int = 0
 
 
 def rights_of(fds: "Iterable[int]") -> list[tuple[int, int, bytes]]:
-    """Return what `sendmsg` takes to pass these descriptors on."""
+    """Return the ancillary data with which `sendmsg` sends these descriptors."""
     raw = b"".join(map(FD.pack, fds))
     return [(socket.SOL_SOCKET, socket.SCM_RIGHTS, raw)] if raw else []
 
 
 def fds_of(rights: "Iterable[tuple[int, int, bytes]]") -> list[int]:
-    """Return the descriptors in what `recvmsg` has returned, which are the caller's."""
+    """Return the descriptors in the ancillary data that `recvmsg` has returned.  The caller owns them."""
     fds: list[int] = []
     for level, kind, raw in rights:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
@@ -40,9 +43,9 @@ def fds_of(rights: "Iterable[tuple[int, int, bytes]]") -> list[int]:
 
 
 def refuse_files(sock: socket.socket) -> None:
-    """Have the kernel refuse descriptors that come from the other end: who sends one gets EPERM.
+    """Make the kernel refuse descriptors from the other end: sending one fails there with EPERM.
 
-    Linux knows that since 6.16.  With an older one they are closed here when they have come.
+    This needs Linux 6.16.  With an older kernel the receiver closes them when they arrive.
     """
     try:
         sock.setsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS, 0)

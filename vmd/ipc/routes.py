@@ -1,15 +1,15 @@
-"""Which process sends which message to which: declared once for each message, and all else follows (*cat. 1.8*).
+"""The routes of messages: which process sends which message to which.  Declared once for each message (*cat. 1.8*).
 
-A message is a frozen record, and all that concerns its way is declared with it (`message`): who sends it, who passes it
-on and who it is for, what it is answered by, and of whom it is served.  What processes relay, wait for and refuse
-follows from that, and a test compares it with what they serve (their HANDLERS).
+A message is a frozen record.  The decorator `message` declares its route (the sender, the processes that relay it, the
+final receiver), its answers, and which users may ask.  The messages that a process relays, waits for and refuses follow
+from the declarations, and a test compares them with HANDLERS of each process.
 
-Messages are declared border by border, in `vmd/ipc/messages/`.  A process imports its own borders: it knows no message
-that it neither sends, passes on nor is sent.
+Messages are declared in `vmd/ipc/messages/`, in a file for each border between processes.  A process imports only the
+files of its own borders.  So it knows only messages that it sends, relays or receives.
 
-The code number is explicit and never reused.  Fields travel in order of declaration, or by name where the two may be of
-different versions (`Hello`, `NAMED`).  The descriptors that ride along are named in the decorator: `"tty"` must be
-there, `"kernel?"` may be, `"disks*"` is any number.
+The code number is explicit and never reused.  Fields travel in order of declaration; they travel by name if the two
+processes may be of different versions (`Hello`, `NAMED`).  The decorator names the descriptors of a message: `"tty"` is
+required, `"kernel?"` is optional, `"disks*"` is any number of descriptors.
 """
 
 import itertools
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class Proc(IntEnum):
-    """The kinds of process; the first argument of a process on its command line is its lower-case name."""
+    """The kinds of process.  The first argument on a process's command line is its kind in lower case."""
 
     PARENT = 0
     CONTROL = 1
@@ -49,11 +49,11 @@ ANSWER = (Proc.PARENT, Proc.CONTROL, Proc.CLIENT)
 TO_VM = (Proc.PARENT, Proc.VMM, Proc.VM)
 FROM_VM = (Proc.VM, Proc.VMM, Proc.PARENT)
 
-# Between whom fields travel by name: a vmm and its VMs may be of another version than parent.  What vmm relays keeps
-# its form, and with it its length.
+# Pairs of processes between which fields travel by name.  A vmm and its VMs may be of another version than the parent.
+# Both pairs are named because a message that vmm relays must keep its form, and so its length.
 NAMED = (frozenset((Proc.PARENT, Proc.VMM)), frozenset((Proc.VMM, Proc.VM)))
 
-# Who has started a process, and is trusted by it more than the other way round.
+# For each process the peer that has started it.  The process trusts that peer more than the peer trusts the process.
 TRUSTED = {
     Proc.CONTROL: Proc.PARENT, Proc.VMM: Proc.PARENT, Proc.PRIV: Proc.PARENT, Proc.VM: Proc.VMM,
     Proc.CLIENT: Proc.CONTROL, Proc.LOG: Proc.PARENT, Proc.OPENER: Proc.PARENT,
@@ -63,15 +63,15 @@ TRUSTED = {
 
 
 class Who(Enum):
-    """Of whom a request is served."""
+    """The users whose request is served."""
 
-    EVERYBODY = 0  # who may open the socket
-    OWNER = 1  # of the VM that it names, or root
+    EVERYBODY = 0  # all who may open the socket
+    OWNER = 1  # the owner of the VM that the request names, and root
     ROOT = 2
 
 
 class MessageInfo:
-    """What was declared of one message class."""
+    """The declaration of one message class."""
 
     def __init__(
         self,
@@ -90,17 +90,17 @@ class MessageInfo:
         self.routes = tuple(hop for path in paths for hop in itertools.pairwise(path))  # (sender, receiver)
         self.fds = fds
         self.answered_by = answered_by
-        self.partial = partial  # an answer after which more of the same request follow
-        self.who = who  # None: it is no request
+        self.partial = partial  # an answer that other answers to the same request follow
+        self.who = who  # None: it is not a request of a client
 
     @property
     def answers(self) -> "tuple[type[Any], ...]":
-        """Those of `answered_by`."""
+        """The classes that `answered_by` names."""
         return tuple(BY_NAME[name] for name in self.answered_by)
 
     @property
     def is_answer(self) -> bool:
-        """Whether there is a message that is answered by this one."""
+        """Whether this message answers another one."""
         return self.cls.__name__ in ANSWERING
 
 
@@ -118,10 +118,10 @@ def message(
     who: Who | None = None,
     partial: bool = False,
 ) -> "Callable[[M], M]":
-    """Declare a record as a message that travels on `paths`: who sends it, who passes it on, who it is for.
+    """Declare a record as a message that travels on `paths`.  A path is the sender, the relays and the receiver.
 
-    It is answered by one of the messages of these names, after any number of `partial` ones; by none, if there are
-    none.  All that processes do with messages besides serving them follows from this.
+    `answered_by` has the names of its possible answers.  One of them ends the request; `partial` ones may precede it.
+    Without names it is not answered.  Relays, waiting and access follow from this declaration.
     """
 
     def register(cls: "M") -> "M":
@@ -138,12 +138,12 @@ def message(
 
 
 def request(code: int, who: Who, *answered_by: str, fds: tuple[str, ...] = ()) -> "Callable[[M], M]":
-    """Declare what a client may ask; each request may be answered by Failed, too."""
+    """Declare a request of a client.  Each request may also be answered by Failed."""
     return message(code, ASK, fds=fds, answered_by=(*answered_by, "Failed"), who=who)
 
 
 def relays(proc: Proc, sender: Proc) -> "tuple[type[Any], ...]":
-    """Return the messages of a sender that a process passes on."""
+    """Return the messages from `sender` that `proc` relays."""
     return tuple(
         cls
         for cls, info in BY_CLASS.items()
@@ -152,5 +152,5 @@ def relays(proc: Proc, sender: Proc) -> "tuple[type[Any], ...]":
 
 
 def accepted(proc: Proc) -> "set[tuple[Proc, type[Any]]]":
-    """Return all that a process is sent, whether for itself or to pass on."""
+    """Return all messages that a process receives, for itself or to relay, each with its sender."""
     return {(sender, cls) for cls, info in BY_CLASS.items() for sender, receiver in info.routes if receiver is proc}

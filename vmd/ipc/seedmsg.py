@@ -1,9 +1,10 @@
-"""What seeder answers: one line, in a form that its reader need not parse.
+"""The protocol of seeder.  The answer is one line that is simple to split.
 
+    files                 two memory files: the packed parts of a seed, and an empty one, which becomes the disk
+                          (`vmd/seed`)
     answer                `made` [NUL note]... LF
                           `error` NUL sentence LF
 
-It is asked with two memory files, the packed parts of a seed and an empty one, which becomes the disk (`vmd/seed`).
 Standard library only.
 """
 
@@ -17,7 +18,7 @@ __all__ = ["pack_error", "pack_made", "unpack"]
 
 
 def pack_made(notes: list[str]) -> bytes:
-    """Return the line for a disk that was made; `notes` are sentences for whoever starts the VM."""
+    """Return the line for a disk that was made.  `notes` are sentences for the user who starts the VM."""
     room, fields = ANSWER_MAX - len(MADE + END), [MADE]
     for note in notes[:NOTES_MAX]:
         raw = as_field(note)[:NOTE_MAX]
@@ -28,9 +29,9 @@ def pack_made(notes: list[str]) -> bytes:
 
 
 def unpack(line: bytes) -> list[str] | str:
-    """Return what the line says: notes, or the sentence why no disk can be made.
+    """Return the contents of an answer: notes, or the sentence of an error.
 
-    Raises ValueError for a line that no seeder writes.
+    Raises ValueError for a malformed line.
     """
     answer = fields_of(line)
     if isinstance(answer, str):

@@ -1,3 +1,3 @@
-"""How the stream of a machine begins, for those who only tell it from other bytes; `vmd/vm/stream.py` has the rest."""
+"""The first bytes of a machine's stream, for code that has to recognise one; `vmd/vm/stream.py` has the rest."""
 
 MAGIC = b"vmdstate"
