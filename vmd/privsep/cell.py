@@ -1,20 +1,21 @@
-"""The places that root prepares for its children: the cell of the unprivileged ones, and priv's.
+"""The places that root prepares for its children: the cell for unprivileged processes, and the place for priv.
 
-The cell is a root file system that holds the interpreter, its shared libraries and our own code, all read-only,
-and nothing of the host.  It is built once, in a mount namespace of its own; each child enters that and gets IPC,
-network and host name namespaces besides.
+The cell is a root file system that has the interpreter, its shared libraries and our own code, all read-only, and
+nothing else of the host.  It is built once, in a mount namespace of its own.  Each child enters that namespace, and
+gets new IPC, network and host name namespaces.
 
     /usr/bin/python3.11, /usr/lib/python3.11 (or wherever they are)  bind mounts, without site-packages
     /lib/x86_64-linux-gnu/libc.so.6, /lib64/ld-linux-x86-64.so.2, …  one bind mount each
     /etc/ld.so.cache  /dev/null                                      bind mounts
     /vmd                                                             a copy of vmd and msgpack
 
-priv sees the host, since it runs nft, but for /run: of that it has only a directory of its own, for what has to be put
-back.  So it reaches no named socket there, neither the daemon's own nor that of another service.
+priv sees the host's file system, because it runs nft.  But /run is hidden from it, except for a directory of its own,
+where it records host settings that have to be restored.  So it reaches no named socket in /run: not the daemon's own,
+and not that of another service.
 
-Our code is copied, not mounted: so it can come from an archive, or from a checkout of mode 0700 with files of mode
-0600, which `_vmd` could not read; and a daemon whose files are replaced under it by an upgrade starts all its later
-processes from the same code as itself.
+Our code is copied into the cell, not mounted, for two reasons.  It may come from an archive, or from a checkout of mode
+0700 with files of mode 0600, which `_vmd` could not read.  And if an upgrade replaces the files of a running daemon,
+all its later processes still start from the daemon's own version.
 """
 
 import contextlib
@@ -46,15 +47,15 @@ if TYPE_CHECKING:
 
 CODE = "/vmd"  # where our packages are, in the cell
 PACKAGES = ("vmd", "msgpack")
-# Extension modules that children import: their shared libraries are found by having them loaded here.
+# Extension modules that children import.  They are loaded here to find out which shared libraries they need.
 NATIVE = ("_ctypes", "_hashlib", "_socket", "array", "fcntl", "mmap", "resource", "select", "termios", "zlib")
-SCAFFOLD = "/run"  # the root is put together over this directory, which every Linux system has
-BUILT = "built"  # what the builder reports; otherwise an errno and what was tried
+SCAFFOLD = "/run"  # the root is built on this directory, which every Linux system has
+BUILT = "built"  # the builder's report of success; otherwise it reports an errno and what was tried
 OLD_ROOT = "/.old"
 EMPTY = "/.empty"
-NO_PACKAGES = ("site-packages", "dist-packages")  # not part of the standard library, though beneath it
+NO_PACKAGES = ("site-packages", "dist-packages")  # directories beneath the standard library that do not belong to it
 RTLD_DI_LINKMAP = 2
-PYC_UNCHECKED_HASH = 1  # PEP 552: the source is not looked at
+PYC_UNCHECKED_HASH = 1  # PEP 552: byte code that is used without a check against its source
 
 
 class link_map(ctypes.Structure):
@@ -69,14 +70,14 @@ class link_map(ctypes.Structure):
 
 
 class Cell:
-    """A built cell, and the user that lives in it; `close` it when no more children will be started."""
+    """A built cell, and the user of the processes in it.  Call `close` when no more children will be started."""
 
     import_path: tuple[str, ...] = (CODE,)
     own_pids = False
     vital = False
 
     def __init__(self, uid: int, gid: int, namespace_fd: int, root_fd: int, ids: Ids | None = None) -> None:
-        """Each process has an id of `ids`; without them all are that user."""
+        """Each process gets its own id from `ids`.  Without `ids` all processes have `uid` and `gid`."""
         self.ids = ids
         self.uid = uid
         self.gid = gid
@@ -85,7 +86,7 @@ class Cell:
 
     @classmethod
     def build(cls, uid: int, gid: int, packages: tuple[str, ...] = PACKAGES) -> "Cell":
-        """Read our code, look up the libraries and build the root.  Raises HostError or VmdError."""
+        """Read our code, find the libraries and build the root.  Raises HostError or VmdError."""
         code = [file for package in packages for file in package_files(package)]
         libraries = loaded_libraries([package_directory(package) for package in packages])
         mounts = {**interpreter_mounts(libraries), "/etc/ld.so.cache": "/etc/ld.so.cache", "/dev/null": "/dev/null"}
@@ -98,76 +99,80 @@ class Cell:
             self.uid = self.gid = self.ids.take()
 
     def enter(self) -> None:
-        """Go in and become the user; there is no way back."""
+        """Enter the cell and become the user, irrevocably."""
         self.leave_host()
         linux.limit_bounding_set(0)
         linux.become_user(self.uid, self.gid, 0)
 
     def leave_host(self) -> None:
-        """Go in."""
+        """Enter the cell and new namespaces."""
         if self.ids is not None:
             limit_tasks()
         linux.setns(self.namespace_fd, linux.CLONE_NEWNS)
-        # Where vmd itself runs in a chroot, the namespace's own root is not the one that pivot_root replaced.
+        # If vmd itself runs in a chroot, the root after setns is not the one that pivot_root has put in place.
         os.fchdir(self.root_fd)
         os.chroot(".")
         linux.unshare(linux.CLONE_NEWIPC | linux.CLONE_NEWNET | linux.CLONE_NEWUTS)
         os.chdir("/")
 
     def close(self) -> None:
-        """Let go of the root; processes inside keep it alive."""
+        """Close the descriptors of the cell.  Processes inside keep it alive."""
         os.close(self.namespace_fd)
         os.close(self.root_fd)
 
 
 class VmmCell(Cell):
-    """The cell as vmm enters it: with VM processes and devices in a pid namespace, where nothing survives vmm.
+    """The cell as vmm enters it: also with a pid namespace, in which no VM process or device survives vmm.
 
-    It outlives us: with the end of its channel it has its guests shut down.
+    vmm outlives the parent.  When its channel ends, it asks its guests to shut down.
 
-    Where there are ids, also in a user namespace that has only those: vmm may give each VM process one, and signal it.
+    If there are ids, vmm also enters a user namespace that has only these ids.  There it may give each VM's process an
+    id, and may send it signals.
     """
 
     CAPABILITIES = 1 << linux.CAP_SETUID | 1 << linux.CAP_SETGID | 1 << linux.CAP_KILL  # in the user namespace
     vital = True
 
     def __init__(self, cell: Cell, users_fd: int | None, *, own_pids: bool) -> None:
-        """`cell` stays the caller's to close; `users_fd` is ours from now on."""
+        """The caller still has to close `cell`.  This object owns `users_fd` from now on."""
         super().__init__(cell.uid, cell.gid, cell.namespace_fd, cell.root_fd, cell.ids)
         self.own_pids = own_pids
         self.users_fd = None if users_fd is None else out_of_the_way(users_fd)
 
     def enter(self) -> None:
-        """Go in, and become a user who has capabilities only over those ids."""
+        """Enter the cell, and become a user with capabilities over the ids of VMs only."""
         if self.users_fd is None:
             super().enter()
             return
         self.leave_host()
         linux.setns(self.users_fd, linux.CLONE_NEWUSER)
-        # What is inheritable stays when no exec can bring it any more.
+        # Inheritable capabilities stay available when the bounding set is empty.
         linux.set_capabilities(linux.permitted_capabilities(), inheritable=self.CAPABILITIES)
         linux.limit_bounding_set(0)
         linux.become_user(self.uid, self.gid, self.CAPABILITIES)
 
 
 class LockholderCell(Cell):
-    """The cell as lockholder enters it: a stranger there, too, but one whom the kernel shows other users' locks."""
+    """The cell as lockholder enters it: with a capability for which the kernel shows it other users' locks."""
 
     CAPABILITIES = 1 << linux.CAP_SYS_PTRACE
 
     def __init__(self, cell: Cell) -> None:
-        """`cell` stays the caller's to close."""
+        """The caller still has to close `cell`."""
         super().__init__(cell.uid, cell.gid, cell.namespace_fd, cell.root_fd, cell.ids)
 
     def enter(self) -> None:
-        """Go in, and become a user who has nothing but that capability."""
+        """Enter the cell, and become a user with this capability only."""
         self.leave_host()
         linux.limit_bounding_set(self.CAPABILITIES)
         linux.become_user(self.uid, self.gid, self.CAPABILITIES)
 
 
 def out_of_the_way(fd: int) -> int:
-    """Return a descriptor under a number that a child's own descriptors never get: it enters when it has those."""
+    """Move a descriptor to a number that no descriptor of a child gets.
+
+    A child enters the cell after its own descriptors were placed, so they must not overwrite this one.
+    """
     try:
         return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, FD_TARGETS)
     except OSError as error:
@@ -176,27 +181,27 @@ def out_of_the_way(fd: int) -> int:
         os.close(fd)
 
 
-PRIV_DIRECTORY = "/run/vmd/priv"  # on the host, and as priv sees it
+PRIV_DIRECTORY = "/run/vmd/priv"  # the same path on the host and for priv
 
 
 class Network:
-    """Where priv runs: an ordinary user of the host, with the capabilities for network interfaces and little else."""
+    """The place of priv: an ordinary user of the host, with the capabilities for network interfaces."""
 
     own_pids = False
     vital = True
-    # The last two go when priv confines itself.  Until then it must read a checkout that root does not own, and
-    # be able to shrink its bounding set.
+    # priv gives up the last two when it confines itself.  Before that it must read a checkout that root does not own,
+    # and reduce its bounding set.
     CAPABILITIES = (
         1 << linux.CAP_NET_ADMIN | 1 << linux.CAP_NET_RAW | 1 << linux.CAP_DAC_READ_SEARCH | 1 << linux.CAP_SETPCAP
     )
 
     def __init__(self, uid: int = DEFAULT_FIRST_ID + IDS) -> None:
-        """`uid` is priv's user.  Not `_vmd`, which VM processes may be: one that was taken over could signal priv."""
+        """`uid` is priv's user.  It is not `_vmd`: VM processes may run as `_vmd`, and could then signal priv."""
         self.import_path = import_path(("vmd", "msgpack", "pyroute2"))
         self.uid = uid
 
     def prepare(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def enter(self) -> None:
         """Hide /run, become the user, and give up all other capabilities."""
@@ -207,11 +212,11 @@ class Network:
 
 
 def hide_run(uid: int) -> None:
-    """Cover /run with an empty directory that has `PRIV_DIRECTORY` in it, in a mount namespace of our own."""
-    with contextlib.suppress(OSError):  # priv will say that it cannot write there
+    """Cover /run by a directory that has only `PRIV_DIRECTORY`, in a new mount namespace."""
+    with contextlib.suppress(OSError):  # priv will report that it cannot write there
         make_priv_directory(uid)
     linux.unshare(linux.CLONE_NEWNS)
-    linux.mount(None, "/", None, linux.MS_REC | linux.MS_SLAVE)  # what the host unmounts is not kept busy here
+    linux.mount(None, "/", None, linux.MS_REC | linux.MS_SLAVE)  # the host's unmounts take effect here too
     try:
         own = os.open(PRIV_DIRECTORY, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError:
@@ -228,9 +233,9 @@ def hide_run(uid: int) -> None:
 
 
 def make_priv_directory(uid: int) -> None:
-    """Make the directory of priv, which is that user now, with all that it has left there.
+    """Make priv's directory if it is missing; give it and its files to `uid`, which is priv's user now.
 
-    What an earlier version has left beside it is moved there.  Raises OSError.
+    Files that an earlier version has left in the directory above are moved into it.  Raises OSError.
     """
     with contextlib.suppress(FileExistsError):
         os.mkdir(PRIV_DIRECTORY, 0o700)
@@ -238,14 +243,14 @@ def make_priv_directory(uid: int) -> None:
     for name in os.listdir(above):
         if name.startswith("network-"):
             os.rename(f"{above}/{name}", f"{PRIV_DIRECTORY}/{name}")
-    # Nobody else can put a file there.  A link that a taken-over priv has made is not followed.
+    # Only root and priv can put a file there.  A link that a taken-over priv has made is not followed.
     os.chown(PRIV_DIRECTORY, uid, uid)
     for name in os.listdir(PRIV_DIRECTORY):
         give_file(f"{PRIV_DIRECTORY}/{name}", uid)
 
 
 def give_file(path: str, uid: int) -> None:
-    """Give a file to a user, if it is reached by this name alone.  Raises OSError."""
+    """Give a file to a user, if it is a regular file without other hard links.  Raises OSError."""
     fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         status = os.fstat(fd)
@@ -261,7 +266,7 @@ def import_path(packages: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def package_spec(package: str) -> "tuple[ModuleSpec, str]":
-    """Return what is known of a package without importing it, and its directory.  Raises VmdError."""
+    """Return a package's import specification, without importing the package, and its directory.  Raises VmdError."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise VmdError(f"python package {package} is not installed")
@@ -276,7 +281,7 @@ def package_directory(package: str) -> str:
 def package_files(package: str) -> list[tuple[str, bytes]]:
     """Return (path in the cell, content) of a package's modules, byte code included.  Raises HostError."""
     spec, top = package_spec(package)
-    archive = getattr(spec.loader, "archive", None)  # zipimport's loaders have it
+    archive = getattr(spec.loader, "archive", None)  # loaders of zipimport have this attribute
     try:
         return directory_files(package, top) if archive is None else archived_files(package, archive)
     except OSError as error:
@@ -303,7 +308,7 @@ def directory_files(package: str, top: str) -> list[tuple[str, bytes]]:
 
 
 def archived_files(package: str, path: str) -> list[tuple[str, bytes]]:
-    """Return the files of a package in an archive, which may hold byte code of this interpreter, or of another.
+    """Return the files of a package in an archive.  The archive may have byte code of this or another interpreter.
 
     Raises OSError, zipimport.ZipImportError or zipfile.BadZipFile.
     """
@@ -318,10 +323,10 @@ def archived_files(package: str, path: str) -> list[tuple[str, bytes]]:
 
 
 def byte_code(path: str, length: int) -> bytes:
-    """Return the byte code of a source file of this length, marshalled.  Raises OSError.
+    """Return the byte code of a source file of `length` bytes, marshalled.  Raises OSError.
 
-    It is taken from the host's __pycache__ as it is, where that is of this file by time and length (PEP 552): to have
-    the interpreter load each module, as it would do with other contents of __pycache__, takes four times as long.
+    It is copied from the host's __pycache__ if time and length there match the file (PEP 552).  Otherwise the
+    interpreter loads the module, which takes four times as long.
     """
     written_s = int(os.stat(path).st_mtime)
     header = importlib.util.MAGIC_NUMBER + struct.pack("<III", 0, written_s & 0xFFFFFFFF, length & 0xFFFFFFFF)
@@ -333,7 +338,7 @@ def byte_code(path: str, length: int) -> bytes:
 
 
 def module_files(target: str, source: bytes, code: bytes) -> list[tuple[str, bytes]]:
-    """Return a module's source, and its byte code so that no process has to compile it again."""
+    """Return a module's source file and its byte code file.  With the latter no process has to compile it again."""
     header = importlib.util.MAGIC_NUMBER + PYC_UNCHECKED_HASH.to_bytes(4, "little")
     pyc = header + importlib.util.source_hash(source) + code
     return [(target, source), (importlib.util.cache_from_source(target), pyc)]
@@ -346,13 +351,13 @@ def read(path: str) -> bytes:
 
 
 def interpreter_mounts(libraries: list[str]) -> dict[str, str]:
-    """Return path in the cell -> path on the host of interpreter, standard library and shared libraries."""
+    """Return the mounts of interpreter, standard library and shared libraries: path in the cell -> path on the host."""
     standard_library = os.path.dirname(os.path.abspath(os.__file__))
     mounts = {INTERPRETER: INTERPRETER}
     directories = [standard_library]
     directories += [entry for entry in sys.path if os.path.basename(entry) == "lib-dynload" and os.path.isdir(entry)]
     for directory in directories:
-        # The interpreter finds it from its own real path; we may have come through a symbolic link.
+        # The interpreter in the cell looks for it from its own real path.  Our path may have symbolic links.
         for name in (directory, os.path.realpath(directory)):
             if not beneath(name, mounts):
                 mounts[name] = os.path.realpath(directory)
@@ -363,18 +368,18 @@ def interpreter_mounts(libraries: list[str]) -> dict[str, str]:
 
 
 def beneath(path: str, mounts: dict[str, str]) -> bool:
-    """Return whether the path is there already, with one of the mounts."""
+    """Return whether the path is one of the mounts, or beneath one."""
     return any(path == mount or path.startswith(mount + "/") for mount in mounts)
 
 
 def loaded_libraries(packages: list[str]) -> list[str]:
-    """Return the shared libraries that extension modules of ours and of the standard library need.
+    """Return the shared libraries that extension modules of our packages and of the standard library need.
 
-    They are loaded here, to be asked for under the names by which the dynamic loader found them.  Those are the
-    names that it will look for in the cell, unlike the resolved ones in /proc/self/maps.
+    The modules are loaded here, and the dynamic loader is asked for the paths of all loaded libraries.  It will look
+    for the same paths in the cell.  /proc/self/maps has other paths, with symbolic links resolved.
     """
     for module in NATIVE:
-        with contextlib.suppress(ImportError):  # interpreters differ in what they are built with
+        with contextlib.suppress(ImportError):  # some interpreters are built without some of them
             importlib.import_module(module)
     with contextlib.suppress(OSError):
         linux.load_library("libgcc_s.so.1")  # see `confine.prime`
@@ -384,14 +389,14 @@ def loaded_libraries(packages: list[str]) -> list[str]:
             for name in names:
                 if is_extension(name):
                     path = os.path.join(directory, name)
-                    with contextlib.suppress(OSError):  # what cannot be loaded here will not be missed there
+                    with contextlib.suppress(OSError):  # a module that cannot be loaded here is not needed in the cell
                         linux.load_library(path)
                     extensions.add(path)
     return [path for path in link_map_names() if path not in extensions]
 
 
 def is_extension(name: str) -> bool:
-    """Return whether a file is an extension module for this version of the interpreter, not for another."""
+    """Return whether a file is an extension module for this version of the interpreter."""
     _, dot, suffix = name.partition(".")
     return dot + suffix in importlib.machinery.EXTENSION_SUFFIXES
 
@@ -407,14 +412,14 @@ def link_map_names() -> list[str]:
     while following:
         entry = link_map.from_address(following)
         name = os.fsdecode(entry.l_name or b"")
-        if name.startswith("/"):  # not the program itself, nor the vDSO
+        if name.startswith("/"):  # excludes the program itself and the vDSO
             names.append(name)
         following = entry.l_next
     return names
 
 
 def build_in_namespace(mounts: dict[str, str], code: list[tuple[str, bytes]]) -> tuple[int, int]:
-    """Build the root in a child with a mount namespace of its own; returns descriptors of namespace and root."""
+    """Build the root in a child with a mount namespace of its own.  Returns descriptors of namespace and root."""
     ours, theirs = socket.socketpair()
     pid = fork("build the cell")
     if pid == 0:
@@ -434,14 +439,14 @@ def build_in_namespace(mounts: dict[str, str], code: list[tuple[str, bytes]]) ->
     except OSError as error:
         raise HostError("build the cell: keep its mount namespace", error) from error
     finally:
-        ours.close()  # which lets the child go
+        ours.close()  # the child waits for this, then exits
         os.waitpid(pid, 0)
 
 
 def run_builder(
     mounts: dict[str, str], code: list[tuple[str, bytes]], ours: socket.socket, theirs: socket.socket
 ) -> "NoReturn":
-    """Build, report, and stay until the parent holds the namespace."""
+    """Build the root and report the result, then wait until the parent has descriptors of the namespace."""
     try:
         ours.close()
         build_root(mounts, code)
@@ -460,10 +465,10 @@ def run_builder(
 
 
 def build_root(mounts: dict[str, str], code: list[tuple[str, bytes]]) -> None:
-    """Replace the root of a new mount namespace by one that holds only what is given."""
+    """Replace the root of a new mount namespace by one that has only these mounts and files."""
     os.umask(0o022)
     linux.unshare(linux.CLONE_NEWNS)
-    linux.mount(None, "/", None, linux.MS_REC | linux.MS_PRIVATE)  # the host must not see what follows
+    linux.mount(None, "/", None, linux.MS_REC | linux.MS_PRIVATE)  # the host must not see the mounts below
     flags = linux.MS_NOSUID | linux.MS_NODEV
     linux.mount("vmd", SCAFFOLD, "tmpfs", flags, "mode=0755,size=64m")
     for name in (OLD_ROOT, EMPTY):
@@ -487,7 +492,7 @@ def build_root(mounts: dict[str, str], code: list[tuple[str, bytes]]) -> None:
 
 
 def bind(source: str, target: str) -> None:
-    """Make a file or directory appear at another place, read-only.  A device keeps working, and nothing else."""
+    """Bind-mount a file or directory at another place, read-only.  Devices do not work there, except /dev/null."""
     if os.path.isdir(source):
         os.makedirs(target, 0o755, exist_ok=True)
     else:

@@ -1,20 +1,20 @@
-"""What each process may still do, and the one call that makes it so, once and for ever.
+"""The rights that each process keeps, and the call `confine`, which gives up all others permanently.
 
-    parent                       root's capabilities of `PARENT_CAPABILITIES`
+    parent                       the capabilities in `PARENT_CAPABILITIES`
     control, log, agentx, consolelog, metrics, imgprobe, imgwriter, seeder, devices
-                                 nothing but the descriptors they hold
-    vmm                          that, and to start processes inside its cell: the union of all below it, for
-                                 filters are inherited over exec and only ever narrow (arch. 9)
+                                 only the descriptors that they have
+    vmm                          starts processes inside its cell; has the union of the rights of all processes below
+                                 it, because filters are inherited over exec and can only narrow (arch. 9)
     vm                           like vmm until its device processes are started; then `VM_BUILDING`, while it reads
-                                 what its guest begins with; then `VM`
-    opener                       to open files of the host, once it is who has named them
-    logfile                      to make, rename and remove files in one directory, as the owner of a VM
-    lockholder                   what /proc says of all processes, for reading, and one capability for that
-    priv                         two capabilities, and what `nft` needs: files, programs, network sockets
+                                 the boot files or the stream; then `VM`
+    opener                       opens files of the host, after it has become the user who named them
+    logfile                      makes, renames and removes files in one directory, as the owner of a VM
+    lockholder                   reads /proc of all processes, and has one capability for that
+    priv                         two capabilities, and the needs of `nft`: files, programs, network sockets
 
 A process calls `confine` after its last import, before its first thread and before the first byte from outside.
-Sets of system calls are written down here and not in the packages that use them because vmm has to be able to name
-what a device needs, and must not import it.
+The sets of system calls are here and not in the packages that use them, because vmm needs the sets of devices and must
+not import device code.
 """
 
 import _thread
@@ -26,11 +26,11 @@ import time
 from vmd.privsep import landlock, linux, seccomp
 from vmd.record import Record
 
-DEBUG = b"VMD_DEBUG_SECCOMP"  # in the environment: name a system call that is refused, before it kills
-DEBUGGING = ("statfs",)  # of libffi, when a process below vmm prepares to do that
-CODECS = ("ascii", "latin-1", "utf-8")  # that every process has; others are files, and too late once it is confined
+DEBUG = b"VMD_DEBUG_SECCOMP"  # in the environment: log the name of a refused system call before it kills the process
+DEBUGGING = ("statfs",)  # libffi calls it when a process below vmm prepares to log refused calls
+CODECS = ("ascii", "latin-1", "utf-8")  # loaded before a process is confined; a codec is a file to import
 
-# What any running interpreter does, whatever the program.
+# System calls of a running interpreter, whatever the program.
 BASE = (
     "read", "write", "close", "lseek", "fstat", "newfstatat",  # os.read and friends; file objects on descriptors
     "fcntl", "ioctl", "dup", "dup2", "dup3",                   # descriptor flags; no device's requests
@@ -40,15 +40,15 @@ BASE = (
     "rt_sigaction", "rt_sigprocmask", "rt_sigreturn", "sigaltstack", "restart_syscall",  # Python-level signals
     "clock_gettime", "clock_getres", "clock_nanosleep", "nanosleep",  # time.*, timed waits
     "getrandom",                                               # hash seeds, os.urandom
-    "getuid", "geteuid", "getgid", "getegid", "getppid", "uname", "umask",  # harmless, asked by libraries
+    "getuid", "geteuid", "getgid", "getegid", "getppid", "uname", "umask",  # harmless; libraries call them
     "prctl",                                                   # thread names
     "exit", "exit_group",
 )  # fmt: skip
 
-# Waiting for descriptors and talking over those one holds.
+# Waiting for descriptors, and communication over sockets that the process has.
 CHANNEL = (
-    "sendmsg", "recvmsg", "sendto", "recvfrom", "shutdown",    # no socket(): only sockets that were given
-    "getsockname", "getpeername", "getsockopt", "setsockopt",  # socket objects ask what they were made from
+    "sendmsg", "recvmsg", "sendto", "recvfrom", "shutdown",    # no socket(): only sockets that were passed to it
+    "getsockname", "getpeername", "getsockopt", "setsockopt",  # Python's socket objects query their socket
     "poll", "ppoll", "epoll_create1", "epoll_ctl", "epoll_wait", "epoll_pwait", "epoll_pwait2",
     "eventfd2", "pipe2", "socketpair",                         # wake-ups between threads; all unnamed
 )  # fmt: skip
@@ -59,17 +59,17 @@ STARTUP = (
     "access", "faccessat", "faccessat2", "getcwd", "pread64",  # the dynamic loader and site-less path set-up
     "mmap+exec", "mprotect+exec",                              # shared objects
     "arch_prctl", "set_tid_address", "prlimit64", "sysinfo",   # the C library's own start
-    "close_range",                                             # what was inherited stays with us
+    "close_range",                                             # inherited descriptors are not passed on
 )  # fmt: skip
 
-# From the last import to being confined.
+# From the last import to the end of `confine`.
 NARROW = (
     "seccomp", "landlock_create_ruleset", "landlock_add_rule", "landlock_restrict_self",
-    "capget", "prlimit64",                                     # a look at what we have; limits
+    "capget", "prlimit64",                                     # reads the capabilities; sets limits
     "prctl+confine",                                           # no_new_privs, not dumpable, die with the parent
 )  # fmt: skip
 
-# Starting processes of ours, and outliving them.
+# Starting our processes, and reaping them.
 SPAWN = (
     "clone+process", "vfork", "execve", "setsid",              # no new namespaces
     "pidfd_open", "pidfd_send_signal", "waitid", "wait4",
@@ -82,56 +82,57 @@ BLOCK = (
     "fsync", "fdatasync", "fallocate", "fadvise64",                     # flush, discard
     "ftruncate",                                                        # a disk that becomes larger
 )  # fmt: skip
-LIMITS = ("prlimit64",)  # of its own, and only to lower them: memory, once the guest's is known
-NET = ("readv", "writev")  # whole frames, straight from and to guest memory
+LIMITS = ("prlimit64",)  # lowers the process's own limit of memory, when the guest's memory is known
+NET = ("readv", "writev")  # frames, directly to and from guest memory
 TUN_IOCTLS = (0x400454D0, 0x400454D8)  # TUNSETOFFLOAD, TUNSETVNETHDRSZ
 
-# /dev/vhost-net: an owner, features, memory, rings and their eventfds, a tap to move frames from and to.  Neither a log
-# of what is written nor an IOTLB.  `devices/vionet/vhost.py` has their names.
+# /dev/vhost-net: owner, features, memory, rings and their eventfds, and the tap.  Not the log of changed memory, and
+# not the IOTLB.  `devices/vionet/vhost.py` has the names.
 VHOST_IOCTLS = (
     0xAF01, 0x8008AF00, 0x4008AF00, 0x4008AF03, 0x4008AF10, 0x4028AF11, 0x4008AF12, 0xC008AF12, 0x4008AF20, 0x4008AF21,
     0x4008AF22, 0x4008AF30,
 )  # fmt: skip
 
-TTY_IOCTLS = (0x540B,)  # TCFLSH: a console's backlog replaces what waits in it
+TTY_IOCTLS = (0x540B,)  # TCFLSH: drops the output that waits in the pty, because the backlog has it
 
-# The machine: guest memory, KVM's descriptors, vCPU threads; and a running VM's way out and in (vmctl send).
+# The machine: guest memory, KVM's descriptors, vCPU threads; and sending and receiving a VM.
 MACHINE = (
     "memfd_create", "ftruncate",                               # guest memory and shared pages
-    "readv", "writev", "pread64", "pwrite64", "preadv2", "pwritev2",  # boot images into it, state out of it
-    "sendfile", "splice",                                      # memory runs leave without being copied
+    "readv", "writev", "pread64", "pwrite64", "preadv2", "pwritev2",  # read boot images, write state
+    "sendfile", "splice",                                      # send memory without copying it
     "tgkill",                                                  # kicks a vCPU thread out of KVM_RUN
-    "waitid", "wait4",                                         # its devices, which end with it
-    "timerfd_create", "timerfd_settime",                       # notices that the host has slept
+    "waitid", "wait4",                                         # reap its devices
+    "timerfd_create", "timerfd_settime",                       # to notice that the host was suspended
 )  # fmt: skip
 
-# How many descriptors a process may have open, and of all descriptors that processes of its uid have on their way to
-# others.  Beyond that it can pass none on.  So whoever may be taken over has less than those who must go on: a VM that
-# has sent itself all it can keeps neither another one from its start, nor control and vmm from their work.
+# Limits of open descriptors (RLIMIT_NOFILE).  The kernel applies the limit also to the descriptors in flight: a process
+# can send none if all processes of its uid together have more in flight than its limit.  So a process that may be taken
+# over has a lower limit than those that must go on.  A VM that has as many in flight as it can then stops neither the
+# start of another VM, nor control, nor vmm.
 CORE_FILES, BUILDING_FILES, RUNNING_FILES = 16384, 8192, 4096
 
 
 class Confinement(Record):
-    """What is left to a process."""
+    """The rights that a process keeps."""
 
-    syscalls: tuple[str, ...]  # rules of `seccomp`; every process has all of these records, and a set is large
-    # None: every refused call ends the process.  Otherwise only these do: others fail, and the kernel logs them.
+    syscalls: tuple[str, ...]  # rules of `seccomp`; a tuple, because a set is larger, and each process has all of these
+    # None: each refused call ends the process.  Otherwise only these calls do; others fail, and the kernel logs them.
     deadly: tuple[str, ...] | None = None
-    ioctls: tuple[int, ...] = ()  # requests, beside those of every descriptor; needs the rule "ioctl"
+    ioctls: tuple[int, ...] = ()  # requests, besides those for all descriptors; needs the rule "ioctl"
     files: tuple[tuple[str, int], ...] = ()  # (path, rights of `landlock`)
     scopes: int = landlock.SCOPE_ALL
     capabilities: int = 0  # mask
     open_files: int = 1024
-    writes_files: bool = True  # else none can be written, even if it comes as a descriptor that may be
-    sees_others: bool = False  # looks at processes of others, which Landlock keeps everybody from
+    writes_files: bool = True  # False: it can write no file, even if it has a writable descriptor (RLIMIT_FSIZE)
+    sees_others: bool = False  # it inspects processes of others, so it does without Landlock, which forbids that
 
 
-LEAF = Confinement(syscalls=BASE + CHANNEL + LIMITS, writes_files=False)  # what every device needs
+LEAF = Confinement(syscalls=BASE + CHANNEL + LIMITS, writes_files=False)  # the needs of all devices
 VIOBLK = LEAF.replace(syscalls=LEAF.syscalls + BLOCK, writes_files=True)
-VIOSCSI = VIOBLK.replace(writes_files=False)  # an ISO is a disk image that is only read
+VIOSCSI = VIOBLK.replace(writes_files=False)  # a disc is only read
 IMGWRITER = Confinement(syscalls=BASE + CHANNEL + LIMITS + BLOCK, open_files=64)  # snapshots
 IMGPROBE = Confinement(syscalls=BASE + CHANNEL + ("pread64", "preadv2"), open_files=64)
-BOOTPROBE = IMGPROBE.replace(  # reads what vm processes load
+BOOTPROBE = IMGPROBE.replace(  # reads the files that a VM's process boots
     syscalls=BASE + CHANNEL + ("pread64", "preadv2", "memfd_create")
 )
 IMGBOOT = IMGPROBE.replace(  # copies a kernel out of a disk
@@ -147,27 +148,28 @@ LOCKHOLDER = IMGPROBE.replace(
     sees_others=True,
 )
 VIONET = LEAF.replace(syscalls=LEAF.syscalls + NET, ioctls=TUN_IOCTLS)
-VIONET_KERNEL = VIONET.replace(  # its packet socket could send to any interface of the host, by an address
+VIONET_KERNEL = VIONET.replace(  # with an address or an option its packet socket could send to any interface
     syscalls=tuple(call for call in VIONET.syscalls if call not in ("sendmsg", "setsockopt")),
     ioctls=TUN_IOCTLS + VHOST_IOCTLS,
 )
 LOG = Confinement(syscalls=BASE + CHANNEL, open_files=CORE_FILES)  # a socket for each VM
 AGENTX = Confinement(syscalls=BASE + CHANNEL, open_files=64, writes_files=False)
 CONSOLELOG = Confinement(syscalls=BASE + CHANNEL + ("pread64",), open_files=CORE_FILES)  # a backlog and a file for each
-LOGFILE = Confinement(  # and what it may do with the names in one directory
+LOGFILE = Confinement(  # may also open, rename and remove files in a directory
     syscalls=BASE + CHANNEL + ("openat", "newfstatat+path", "renameat", "unlinkat", "flock"),
     capabilities=1 << linux.CAP_DAC_OVERRIDE,
     open_files=64,
 )
-METRICS = Confinement(syscalls=BASE + CHANNEL + ("accept4",), writes_files=False)  # it accepts its clients itself
+METRICS = Confinement(syscalls=BASE + CHANNEL + ("accept4",), writes_files=False)  # accepts its clients itself
 CONTROL = Confinement(syscalls=BASE + CHANNEL, open_files=CORE_FILES)  # a socket for each vmctl; the parent accepts
 
 OPENER = Confinement(
     syscalls=BASE
     + CHANNEL
-    + ("openat", "openat2", "newfstatat+path", "readlink", "fstatfs", "pread64")  # nothing is made, renamed or removed
+    + ("openat", "openat2", "newfstatat+path", "readlink", "fstatfs", "pread64")  # no file is renamed or removed
     + ("setgroups", "setresgid", "setresuid", "prlimit64"),
-    # No program is run, and nothing listed.  What a device process may do with a file later is decided now.
+    # No right to run a program or to list a directory.  Rights to a file are fixed when it is opened: a device process
+    # that gets the descriptor later has the rights that are listed here.
     files=(("/", landlock.READ_FILE | landlock.WRITE_FILE | landlock.TRUNCATE | landlock.IOCTL_DEV),),
     capabilities=1 << linux.CAP_DAC_OVERRIDE
     | 1 << linux.CAP_DAC_READ_SEARCH
@@ -175,15 +177,15 @@ OPENER = Confinement(
     | 1 << linux.CAP_SETGID,
 )
 
-VM = Confinement(  # and the KVM requests that the process names
+VM = Confinement(  # the process adds the KVM requests that it needs
     syscalls=BASE + CHANNEL + MACHINE,
     ioctls=TTY_IOCTLS,
-    # Signals are kept inside before it starts its devices: here it would be shut off from them, and they would not die
-    # with it.
+    # The scope for signals is set earlier, before it starts its devices (`landlock.keep_signals_inside`).  Set here, it
+    # would separate the process from its devices, and they would not be killed with it.
     scopes=landlock.SCOPE_SOCKETS,
     open_files=RUNNING_FILES,
 )
-VM_BUILDING = VM.replace(  # until `narrow_requests` and `limit_open_files`
+VM_BUILDING = VM.replace(  # holds until `narrow_requests` and `limit_open_files`
     syscalls=BASE + CHANNEL + MACHINE + ("seccomp", "prlimit64"), open_files=BUILDING_FILES
 )
 
@@ -191,7 +193,7 @@ VMM = Confinement(
     syscalls=BASE
     + CHANNEL
     + SPAWN
-    # ... and all that any process below it will ever do:
+    # All calls of any process below it:
     + STARTUP
     + NARROW
     + MACHINE
@@ -202,11 +204,11 @@ VMM = Confinement(
     ioctls=TUN_IOCTLS + VHOST_IOCTLS + TTY_IOCTLS,
     files=(("/", landlock.RUN),),  # the cell: interpreter, libraries, our code
     capabilities=1 << linux.CAP_SETUID | 1 << linux.CAP_SETGID | 1 << linux.CAP_KILL,  # over ids of VMs; see `VmmCell`
-    open_files=CORE_FILES,  # a pidfd and a channel for each VM, and its files while they pass through
+    open_files=CORE_FILES,  # a pidfd, a channel and the kept descriptors of each VM
 )
 
-# nft and its libraries come from the host and differ between distributions: a call that is missing here must not end
-# them.  No honest version of them makes one of these.
+# nft and its libraries come from the host and differ between distributions.  So a call that the filter lacks must not
+# kill them.  But no genuine version of them makes one of the calls below.
 NO_PROGRAM_DOES = (
     "ptrace", "process_vm_readv", "process_vm_writev", "kcmp", "pidfd_getfd",  # other processes
     "mount", "umount2", "pivot_root", "chroot", "open_tree", "move_mount", "fsopen", "fsconfig", "fsmount", "fspick",
@@ -217,7 +219,7 @@ NO_PROGRAM_DOES = (
     "add_key", "request_key", "keyctl",                                        # large, and often attacked
 )  # fmt: skip
 
-PARENT_CAPABILITIES = (  # docs/security.md says what for
+PARENT_CAPABILITIES = (  # docs/security.md has the reason of each
     linux.CAP_CHOWN,
     linux.CAP_DAC_OVERRIDE,
     linux.CAP_DAC_READ_SEARCH,
@@ -253,28 +255,28 @@ PRIV = Confinement(
     capabilities=1 << linux.CAP_NET_ADMIN | 1 << linux.CAP_NET_RAW,
     files=(
         *((path, landlock.RUN) for path in ("/usr", "/bin", "/sbin", "/lib", "/lib64")),  # programs, libraries
-        ("/etc/ld.so.cache", landlock.READ),  # ... and how they are found
+        ("/etc/ld.so.cache", landlock.READ),  # where libraries are
         ("/etc/iproute2", landlock.READ),  # names of groups and tables
         ("/etc/localtime", landlock.READ),
         ("/dev/null", landlock.WRITE),
         ("/proc", landlock.READ),  # interfaces, modules and our own descriptors
         ("/proc/sys/net", landlock.WRITE),  # forwarding, per-interface IPv6
         ("/sys/class/net", landlock.READ),
-        ("/sys/devices", landlock.READ),  # what /sys/class/net points to
-        ("/run/vmd/priv", landlock.OWN),  # what has to be put back
+        ("/sys/devices", landlock.READ),  # the target of the links in /sys/class/net
+        ("/run/vmd/priv", landlock.OWN),  # host settings that have to be restored
     ),
 )
 
 
 def confine(confinement: Confinement, program: bytes | None = None) -> list[str]:
-    """Give up everything else; returns a sentence for each kernel feature that is missing.
+    """Give up all rights that `confinement` does not list.  Returns a sentence for each missing kernel feature.
 
-    `program` is what `filter_of` has returned, if somebody has had the time to ask before.
+    `program` is the result of `filter_of`, if it was called before to save time here.
 
     Raises:
         HostError: a restriction that must hold could not be put in place; the process has to end.
     """
-    # Landlock binds the calling thread only.
+    # Landlock restricts the calling thread only.
     if _thread._count():
         raise RuntimeError("confine must be called before the first thread is started")
     prime()
@@ -306,9 +308,9 @@ def filter_of(confinement: Confinement) -> bytes:
 
 
 def narrow_requests(ioctls: tuple[int, ...], program: bytes | None = None) -> None:
-    """Of all requests that are left to this process, keep these, make no memory files, and let nothing change that.
+    """Give up all ioctl requests but these, and memfd_create.  Forbid new filters too.
 
-    `program` is as for `confine`, of `filter_of_requests`.
+    `program` is the result of `filter_of_requests`, if it was called before to save time here.
     """
     seccomp.install(program or filter_of_requests(ioctls))
 
@@ -319,24 +321,24 @@ def filter_of_requests(ioctls: tuple[int, ...]) -> bytes:
 
 
 def prime() -> None:
-    """Do what would otherwise be imported or opened late, when nothing can be opened any more."""
+    """Load modules and libraries that Python would load later, when this process can open no file any more."""
     for codec in CODECS:
         codecs.lookup(codec)
     time.localtime()
     if sys.version_info >= (3, 13):
-        # From here on the interpreter shows an uncaught exception through these, and imports the last lazily.
+        # Since 3.13 the interpreter prints an uncaught exception with these modules, and imports them only then.
         import linecache  # noqa: F401
         import tokenize  # noqa: F401
         import traceback  # noqa: F401
     try:
-        # glibc loads it when a thread is ended from outside, as Python does with daemon threads, or aborts.
+        # glibc loads this library when a thread is cancelled, as Python does with daemon threads, or aborts.
         linux.load_library("libgcc_s.so.1")
     except OSError:
-        return  # other C libraries do without
+        return  # other C libraries do not need it
 
 
 def limit_resources(open_files: int, *, writes_files: bool) -> None:
-    """No core dumps, for they hold guest memory; no more descriptors than asked for, nor files written.
+    """Forbid core dumps, because they contain guest memory.  Limit open descriptors, and perhaps forbid writing files.
 
     Raises HostError.
     """
@@ -347,36 +349,40 @@ def limit_resources(open_files: int, *, writes_files: bool) -> None:
 
 
 def limit_memory(most_bytes: int) -> None:
-    """Have no more memory mapped from now on, of whatever kind, nor than the host allows.  Raises HostError."""
+    """Limit the mapped memory of any kind to `most_bytes`, or to the host's lower limit.  Raises HostError."""
     lower_limit(linux.RLIMIT_AS, most_bytes, "memory")
 
 
 def limit_open_files(most: int) -> None:
-    """Have no more descriptors from now on, nor than the host allows.  Raises HostError."""
+    """Limit the open descriptors to `most`, or to the host's lower limit.  Raises HostError."""
     lower_limit(linux.RLIMIT_NOFILE, most, "open files")
 
 
 def lower_limit(number: int, most: int, what: str) -> None:
-    """Set a limit of setrlimit(2) for good, but to no more than the host allows.  Raises HostError."""
+    """Set both limits of setrlimit(2), so that they cannot be raised; to no more than the host allows.
+
+    Raises HostError.
+    """
     linux.set_limit(f"limit {what}", number, min(most, linux.hard_limit(number)))
 
 
 def give_up_capabilities(keep: int) -> None:
-    """Keep no capability outside the mask; a process that came through a cell has none to begin with."""
+    """Give up all capabilities outside the mask `keep`.  A process that was started in a cell has none to give up."""
     permitted = linux.permitted_capabilities()
     if permitted & 1 << linux.CAP_SETPCAP:
         linux.limit_bounding_set(keep)
     if permitted & ~keep:
-        linux.set_capabilities(permitted & keep, inheritable=permitted & keep)  # what is ambient goes on to programs
+        # Inheritable, so that the ambient ones stay: programs that this process runs need them.
+        linux.set_capabilities(permitted & keep, inheritable=permitted & keep)
 
 
 def is_debugged() -> bool:
-    """Return whether refused system calls are to be shown (`vmd.privsep.refused`): our starter decides that."""
+    """Return whether refused system calls are to be logged (`vmd.privsep.refused`).  The environment says so."""
     return DEBUG in os.environ
 
 
 def show_refused_calls() -> None:
-    """Have a refused system call named in the log before this process dies of it."""
-    from vmd.privsep import refused  # not before: it brings ctypes along
+    """Log the name of a refused system call before it kills this process."""
+    from vmd.privsep import refused  # imported only here, because it imports ctypes
 
     refused.show()

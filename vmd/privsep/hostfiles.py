@@ -1,4 +1,7 @@
-"""Where files are opened: the host, as root with few capabilities, until a process becomes whoever has named them."""
+"""The place of openers: the host's file system, as root with few capabilities.
+
+An opener later becomes the user who has named the files.
+"""
 
 import os
 
@@ -8,7 +11,7 @@ from vmd.privsep.confine import OPENER
 
 
 class HostFiles:
-    """The host's file system; what is left of root's rights goes with the first change of user."""
+    """The host's file system.  Root's remaining capabilities are lost at the opener's first change of user."""
 
     own_pids = False
     vital = False
@@ -18,10 +21,10 @@ class HostFiles:
         self.import_path = import_path(("vmd", "msgpack"))
 
     def prepare(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def enter(self) -> None:
-        """Give up all other capabilities; an exec would bring back no more than the bounding set has."""
+        """Give up all other capabilities, in the bounding set too: otherwise the exec would restore them."""
         os.chdir("/")
         linux.limit_bounding_set(self.CAPABILITIES)
         linux.set_capabilities(linux.permitted_capabilities() & self.CAPABILITIES)

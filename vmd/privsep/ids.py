@@ -1,7 +1,7 @@
-"""User ids that belong to nobody on the host, for processes that are to be strangers to each other.
+"""User ids that belong to no user of the host, for processes that must not affect each other.
 
-Two processes with one user id can signal each other, and count against the same limits.  So each VM with its devices
-has an id of its own, and so have vmm, control and every probe.
+Two processes with the same user id can signal each other, and share the same limits.  So each VM with its devices has
+an id of its own.  vmm, control and each probe also have their own.
 """
 
 import contextlib
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import NoReturn
 
-LATELY = 256  # ids that may have been given to a process that is still on its way
-# Threads and processes that one id may have: a VM with as many vCPUs, disks and interfaces as there can be has 600.
+LATELY = 256  # the last ids taken: a process with one of these may not have started yet
+# Threads and processes that one id may have.  A VM with the most vCPUs, disks and interfaces has 600.
 TASKS_MAX = 1024
 
 
 class Ids:
-    """Hands out one id after the other, and begins anew after the last: no id that still has a process is given again.
+    """Hands out one id after the other, and begins again after the last.  Ids that still have a process are skipped.
 
-    Such a process waits for storage that does not answer, and cannot be killed.
+    A process may outlast a round of the ids because it waits for storage that does not answer, and cannot be killed.
     """
 
     def __init__(self, first: int = DEFAULT_FIRST_ID, count: int = IDS) -> None:
@@ -51,7 +51,10 @@ class Ids:
 
 
 def ids_in_use() -> set[int]:
-    """Return the user ids of all processes; /proc shows root as the owner of the directories of many."""
+    """Return the user ids of all processes.
+
+    They are read from `status`, because /proc shows root as the owner of many processes' directories.
+    """
     found: set[int] = set()
     for name in os.listdir("/proc"):
         if name.isdigit():
@@ -61,9 +64,9 @@ def ids_in_use() -> set[int]:
 
 
 def user_namespace(first: int = DEFAULT_FIRST_ID) -> int:
-    """Return a descriptor of a new user namespace, in which our ids have the same numbers and no others exist.
+    """Return a descriptor of a new user namespace that has only our ids, under the same numbers.
 
-    Raises HostError where there is none to be had, or where we ourselves are in one that lacks these ids.
+    Raises HostError if none can be made, for example because our own user namespace lacks these ids.
     """
     ours, theirs = socket.socketpair()
     pid = fork("make a user namespace")
@@ -81,15 +84,15 @@ def user_namespace(first: int = DEFAULT_FIRST_ID) -> int:
     except OSError as error:
         raise HostError("make a user namespace", error) from error
     finally:
-        ours.close()  # which lets the child go
+        ours.close()  # the child waits for this, then exits
         os.waitpid(pid, 0)
 
 
 def hold_user_namespace(ours: socket.socket, theirs: socket.socket) -> "NoReturn":
-    """Make a user namespace, report 0 or an errno, and stay until the parent has it."""
+    """Make a user namespace, report 0 or an errno, then wait until the parent has a descriptor of it."""
     try:
         ours.close()
-        # The limit of who makes it is one for all in it together.
+        # The creator's limit would hold for all processes in the namespace together.
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NPROC, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         try:
@@ -103,7 +106,10 @@ def hold_user_namespace(ours: socket.socket, theirs: socket.socket) -> "NoReturn
 
 
 def limit_tasks() -> None:
-    """Let our id, which has this process only, have no more tasks than a VM needs.  Raises HostError."""
+    """Limit the threads and processes of our id to TASKS_MAX.  This process is the only one with the id.
+
+    Raises HostError.
+    """
     try:
         resource.setrlimit(resource.RLIMIT_NPROC, (TASKS_MAX, TASKS_MAX))
     except OSError as error:

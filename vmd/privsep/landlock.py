@@ -1,7 +1,7 @@
-"""Landlock: what stays reachable by name, by address and by signal (landlock(7)).
+"""Landlock: restricts file names, network addresses and signals (landlock(7)).
 
-It complements the cell and the system call filter: it is what still holds if one of them has a hole, and for priv,
-which has neither, it is the view of the file system.  Unlike a filter it binds only the thread that asks for it.
+It complements the cell and the system call filter, and still holds if one of them has a hole.  priv has no cell, so for
+priv it restricts the view of the file system.  Unlike a filter it restricts only the calling thread and its children.
 """
 
 import errno
@@ -22,12 +22,12 @@ RUN = READ | EXECUTE
 WRITE = READ | WRITE_FILE | TRUNCATE
 OWN = WRITE | REMOVE_FILE | MAKE_REG
 
-ON_FILES = EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE | IOCTL_DEV  # the rest make sense for directories only
+ON_FILES = EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE | IOCTL_DEV  # the other rights are for directories only
 
 ALL_SINCE = ((1, 0x1FFF), (2, 1 << 13), (3, TRUNCATE), (5, IOCTL_DEV))  # file system rights by ABI
 NET_SINCE, NET_TCP = 4, 3  # bind and connect
 SCOPE_SINCE = 6
-SCOPE_SOCKETS, SCOPE_SIGNALS = 1, 2  # abstract unix sockets; signals, those at the death of a parent included
+SCOPE_SOCKETS, SCOPE_SIGNALS = 1, 2  # abstract unix sockets; signals, including parent death signals
 SCOPE_ALL = SCOPE_SOCKETS | SCOPE_SIGNALS
 MISSING_SINCE = (
     (3, "truncating files"),
@@ -44,7 +44,7 @@ RULE_PATH_BENEATH = 1
 
 
 def abi() -> int:
-    """Return the version of the kernel's Landlock; 0 if it has none, it is switched off at boot, or refused to us."""
+    """Return the version of the kernel's Landlock; 0 if the kernel lacks it, or it is switched off or refused."""
     try:
         return linux.syscall("ask for landlock", linux.SYS_LANDLOCK_CREATE_RULESET, None, 0, CREATE_RULESET_VERSION)
     except HostError as error:
@@ -54,18 +54,18 @@ def abi() -> int:
 
 
 def missing(version: int) -> list[str]:
-    """Return what the operator should be warned of."""
+    """Return the warnings for the operator."""
     return [NONE] if version == 0 else []
 
 
 def limits(version: int) -> list[str]:
-    """Return what this version cannot restrict, as a sentence for whoever wants to know.  Only a newer kernel can."""
+    """Return a sentence about what this version cannot restrict.  It is no warning: only a newer kernel can do more."""
     what = [what for since, what in MISSING_SINCE if version < since]
     return [f"landlock {version} of this kernel cannot restrict {', '.join(what)}"] if version and what else []
 
 
 def file_rights(version: int) -> int:
-    """Return every file system right that this version knows."""
+    """Return all file system rights that this version knows."""
     rights = 0
     for since, some in ALL_SINCE:
         if version >= since:
@@ -74,7 +74,7 @@ def file_rights(version: int) -> int:
 
 
 def ruleset(version: int, scopes: int = SCOPE_ALL) -> bytes:
-    """Return the `landlock_ruleset_attr` that handles, and so denies, all that this version knows; of scopes, these."""
+    """Return the `landlock_ruleset_attr` that denies all rights that this version knows, and these scopes."""
     attr = struct.pack("=Q", file_rights(version))
     if version >= NET_SINCE:
         attr += struct.pack("=Q", NET_TCP)
@@ -84,9 +84,9 @@ def ruleset(version: int, scopes: int = SCOPE_ALL) -> bytes:
 
 
 def restrict(files: tuple[tuple[str, int], ...], scopes: int = SCOPE_ALL) -> list[str]:
-    """Deny everything but the given (path, rights); returns what the operator should be warned of.
+    """Deny everything except the given (path, rights).  Returns the warnings for the operator.
 
-    Paths that do not exist are passed over.  The caller has set no_new_privs.  Raises HostError.
+    Paths that do not exist are skipped.  The caller has set no_new_privs.  Raises HostError.
     """
     version = abi()
     if version == 0:
@@ -103,7 +103,7 @@ def restrict(files: tuple[tuple[str, int], ...], scopes: int = SCOPE_ALL) -> lis
 
 
 def keep_signals_inside() -> None:
-    """Let signals of this thread reach only itself and what it starts from now on, if the kernel knows how.
+    """Restrict this thread's signals to itself and the processes that it starts from now on, if the kernel can do so.
 
     The caller has set no_new_privs.  Raises HostError.
     """
@@ -118,7 +118,7 @@ def keep_signals_inside() -> None:
 
 
 def allow(ruleset_fd: int, path: str, rights: int) -> None:
-    """Grant rights on a file, or on a directory and all beneath it."""
+    """Grant rights on a file, or on a directory and everything beneath it."""
     try:
         fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
     except (FileNotFoundError, NotADirectoryError):

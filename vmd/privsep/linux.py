@@ -1,9 +1,9 @@
-"""System calls that Python 3.11 does not offer, each a thin function that raises HostError.
+"""System calls that Python 3.11 does not offer, each as a thin function that raises HostError.
 
-Containers, and some settings of a systemd unit, refuse calls that are newer than their filters (`REFUSED`): those that
-can be done without have a fallback here.
+Containers, and some settings of a systemd unit, refuse calls that are newer than their filters (`REFUSED`).  For calls
+that can be replaced there is a fallback here.
 
-The constants keep their C names.  Standard library only: every process imports this.
+The constants keep their C names.  Standard library only, because every process imports this module.
 """
 
 import errno
@@ -46,11 +46,11 @@ MS_PRIVATE = 1 << 18
 MS_SLAVE = 1 << 19
 MNT_DETACH = 2
 
-SIGKILL = 9  # `signal` makes enums of its numbers: 3 ms and 800 KiB in every process that imports it
+SIGKILL = 9  # not from `signal`, whose enumerations cost each process 3 ms and 800 KiB
 AT_FDCWD = -100
 RESOLVE_NO_MAGICLINKS = 2
-# What is answered instead of a call that the kernel has not, or that a filter of the unit or container that we run in
-# does not know.  Both occur for the same call, depending on who wrote the filter.
+# The errors of a call that the kernel lacks, or that the filter of our unit or container does not know.  Filters differ
+# in which of the two errors they return.
 REFUSED = (errno.ENOSYS, errno.EPERM)
 
 CLOCK_REALTIME = 0
@@ -58,7 +58,7 @@ TFD_NONBLOCK, TFD_CLOEXEC = 0o4000, 0o2000000
 TFD_TIMER_ABSTIME, TFD_TIMER_CANCEL_ON_SET = 1, 2
 FAR_FUTURE_S = 1 << 33
 
-# The module `resource` is a library more in every process.
+# Not from the module `resource`, which would be one more shared library in every process.
 RLIMIT_FSIZE, RLIMIT_CORE, RLIMIT_NOFILE, RLIMIT_AS = 1, 4, 7, 9
 
 CLOSE_RANGE_CLOEXEC = 4
@@ -79,7 +79,7 @@ CAP_SYS_CHROOT = 18
 CAP_SYS_PTRACE = 19
 CAP_SYS_ADMIN = 21
 CAP_SYS_RESOURCE = 24
-CAP_LAST = 63  # what the kernel's masks have room for
+CAP_LAST = 63  # the last capability for which the kernel's masks have room
 LINUX_CAPABILITY_VERSION_3 = 0x20080522
 
 SYS_PIVOT_ROOT = 155
@@ -100,7 +100,7 @@ libc.mount.argtypes = [native.c_char_p, native.c_char_p, native.c_char_p, native
 
 
 class cap_user_header(native.Structure):
-    """Whose capabilities (struct __user_cap_header_struct)."""
+    """The process whose capabilities are meant (struct __user_cap_header_struct)."""
 
     _fields_ = [("version", native.c_uint32), ("pid", native.c_int)]
 
@@ -112,19 +112,19 @@ class cap_user_data(native.Structure):
 
 
 class open_how(native.Structure):
-    """How openat2(2) opens a file (<linux/openat2.h>)."""
+    """The options of openat2(2) (<linux/openat2.h>)."""
 
     _fields_ = [("flags", native.c_uint64), ("mode", native.c_uint64), ("resolve", native.c_uint64)]
 
 
 class statfs_buf(native.Structure):
-    """The start of struct statfs, and room for all of it."""
+    """The first field of struct statfs, and room for the rest."""
 
     _fields_ = [("f_type", native.c_long), ("rest", native.c_char * 248)]
 
 
 def syscall(tried: str, number: int, *arguments: object) -> int:
-    """Make a system call by number; integers are passed as unsigned longs, the rest as what they are."""
+    """Make a system call by number.  Integers are passed as unsigned longs, other arguments unchanged."""
     wide = [native.c_ulong(value) if isinstance(value, int) else value for value in arguments]
     result: int = libc.syscall(native.c_long(number), *wide)
     if result < 0:
@@ -133,7 +133,7 @@ def syscall(tried: str, number: int, *arguments: object) -> int:
 
 
 def prctl(tried: str, option: int, *arguments: int) -> int:
-    """Call prctl(2); what is not given is zero, as the kernel insists for several options."""
+    """Call prctl(2).  Missing arguments are passed as zero, which the kernel demands for several options."""
     wide = [native.c_ulong(value) for value in (*arguments, 0, 0, 0, 0)[:4]]
     result: int = libc.prctl(option, *wide)
     if result < 0:
@@ -154,7 +154,7 @@ def setns(fd: int, kind: int) -> None:
 
 
 def new_pids() -> int:
-    """Have the next child be pid 1 of a new pid namespace; returns what `old_pids` takes back.  Raises HostError."""
+    """Let the next child be pid 1 of a new pid namespace.  Returns a descriptor for `old_pids`.  Raises HostError."""
     try:
         own = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
@@ -168,7 +168,7 @@ def new_pids() -> int:
 
 
 def old_pids(own: int) -> None:
-    """Have children share our pid namespace again."""
+    """Start children in our own pid namespace again.  Closes `own`."""
     try:
         setns(own, CLONE_NEWPID)
     finally:
@@ -189,12 +189,12 @@ def umount_lazily(target: str) -> None:
 
 
 def pivot_root(new_root: str, put_old: str) -> None:
-    """Make `new_root` the root and hang the old one under `put_old`."""
+    """Make `new_root` the root, and move the old root to `put_old`."""
     syscall(f"pivot_root to {new_root}", SYS_PIVOT_ROOT, new_root.encode(), put_old.encode())
 
 
 def close_on_exec_from(first: int, last: int = FD_MAX) -> None:
-    """Mark a range of descriptors close-on-exec; unused numbers are no error."""
+    """Mark a range of descriptors close-on-exec.  Unused numbers are allowed."""
     if first > last:
         return
     try:
@@ -205,12 +205,12 @@ def close_on_exec_from(first: int, last: int = FD_MAX) -> None:
         for fd in open_descriptors(first, last):
             try:
                 os.set_inheritable(fd, False)
-            except OSError:  # not open, or the directory that was listed
+            except OSError:  # not open; one number was that of the listed directory
                 continue
 
 
 def open_descriptors(first: int, last: int) -> "Iterable[int]":
-    """Return the numbers in a range that are open; without /proc, as in a cell, those that can be."""
+    """Return the open descriptors in a range; without /proc, as in a cell, all that could be open."""
     try:
         return [fd for fd in map(int, os.listdir(DESCRIPTORS)) if first <= fd <= last]
     except OSError:
@@ -218,7 +218,7 @@ def open_descriptors(first: int, last: int) -> "Iterable[int]":
 
 
 def hard_limit(number: int) -> int:
-    """Return what a limit of this process can be raised to (getrlimit(2)); 2**64 - 1 is none.  Raises HostError."""
+    """Return a hard limit of this process (getrlimit(2)); 2**64 - 1 is no limit.  Raises HostError."""
     limits = (native.c_uint64 * 2)()
     if libc.getrlimit(number, limits):
         raise HostError("read a limit of resources", native.get_errno())
@@ -226,7 +226,7 @@ def hard_limit(number: int) -> int:
 
 
 def set_limit(tried: str, number: int, most: int) -> None:
-    """Set a limit of this process, and what it can be raised to (setrlimit(2)).  Raises HostError."""
+    """Set a soft and a hard limit of this process (setrlimit(2)).  Raises HostError."""
     if libc.setrlimit(number, (native.c_uint64 * 2)(most, most)):
         raise HostError(tried, native.get_errno())
 
@@ -237,13 +237,13 @@ def timerfd_create(clock: int, flags: int) -> int:
 
 
 def timerfd_cancel_on_set(fd: int) -> None:
-    """Have a timer of CLOCK_REALTIME end, with ECANCELED when it is read, as soon as the clock is set."""
-    never = (native.c_int64 * 4)(0, 0, FAR_FUTURE_S, 0)  # interval, then the moment
+    """Arm a timer of CLOCK_REALTIME that expires as soon as the clock is set.  Reading it then gives ECANCELED."""
+    never = (native.c_int64 * 4)(0, 0, FAR_FUTURE_S, 0)  # interval, then the time of expiry
     syscall("timerfd_settime", SYS_TIMERFD_SETTIME, fd, TFD_TIMER_ABSTIME | TFD_TIMER_CANCEL_ON_SET, never, None)
 
 
 def die_with_parent(signum: int) -> None:
-    """Have the kernel send us `signum` when the thread that started us ends."""
+    """Make the kernel send us `signum` when the thread that started us ends."""
     prctl("set the parent death signal", PR_SET_PDEATHSIG, signum)
 
 
@@ -256,16 +256,16 @@ def permitted_capabilities() -> int:
 
 
 def limit_bounding_set(keep: int) -> None:
-    """Give up, for ever, whatever capability outside the mask an exec could bring; needs CAP_SETPCAP."""
+    """Remove all capabilities outside the mask from the bounding set: no exec gives them.  Needs CAP_SETPCAP."""
     for capability in range(CAP_LAST + 1):
-        # The kernel knows fewer than 64 capabilities and answers EINVAL for the rest.
+        # The kernel knows fewer than 64 capabilities.  For other numbers it answers EINVAL.
         known = libc.prctl(PR_CAPBSET_READ, *map(native.c_ulong, (capability, 0, 0, 0))) == 1
         if known and not keep & 1 << capability:
             prctl(f"drop capability {capability}", PR_CAPBSET_DROP, capability)
 
 
 def set_capabilities(mask: int, inheritable: int = 0) -> None:
-    """Set the effective and permitted sets.  What is not inheritable is not ambient either."""
+    """Set the effective, permitted and inheritable sets.  Capabilities that are not inheritable stop being ambient."""
     header = cap_user_header(LINUX_CAPABILITY_VERSION_3, 0)
     data = (cap_user_data * 2)()
     for half in range(2):
@@ -275,7 +275,7 @@ def set_capabilities(mask: int, inheritable: int = 0) -> None:
 
 
 def become_user(uid: int, gid: int, capabilities: int) -> None:
-    """Become a user that keeps these capabilities, over exec as well.  Raises HostError."""
+    """Become a user with these capabilities, which also survive an exec.  Raises HostError."""
     if capabilities:
         prctl("keep capabilities", PR_SET_KEEPCAPS, 1)
     try:
@@ -291,7 +291,7 @@ def become_user(uid: int, gid: int, capabilities: int) -> None:
 
 
 def openat2(path: bytes, flags: int, resolve: int) -> int:
-    """Open a file whose path is resolved as RESOLVE_* flags say; returns a descriptor.  Raises HostError."""
+    """Open a file, resolving its path by RESOLVE_* flags.  Returns a descriptor.  Raises HostError."""
     how = open_how(flags, 0, resolve)
     tried = f"open {path.decode('utf-8', 'backslashreplace')}"
     return syscall(tried, SYS_OPENAT2, AT_FDCWD, path, native.byref(how), native.sizeof(how))
@@ -303,9 +303,9 @@ def same_file(one: os.stat_result, other: os.stat_result) -> bool:
 
 
 def open_place(path: bytes) -> int:
-    """Return a descriptor (O_PATH) of a file that is reached by names alone, never by somebody's open descriptor.
+    """Return a descriptor (O_PATH) of a file that is reached by names only, not over a link in /proc/PID/fd.
 
-    The links below /proc/PID/fd lead to files that the user may not be able to reach by any name.
+    Such a link leads to an open file of a process, which the user may not be able to reach by any name.
     Raises HostError or OSError; ELOOP for such a link.
     """
     try:
@@ -315,7 +315,8 @@ def open_place(path: bytes) -> int:
             raise
     place = os.open(path, os.O_PATH | os.O_CLOEXEC)
     try:
-        # Its proper name has no links in it.  If that leads to the same file, the user could have given it instead.
+        # The name that the kernel has for the file has no links in it.  If it leads to the same file, the user could
+        # have given that name.
         proper = os.open(os.readlink(f"{DESCRIPTORS}/{place}"), os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             if same_file(os.fstat(place), os.fstat(proper)):
@@ -323,14 +324,14 @@ def open_place(path: bytes) -> int:
         finally:
             os.close(proper)
     except FileNotFoundError:
-        pass  # it has no name any more, or none here
+        pass  # the file has no name any more, or none in this root
     finally:
         os.close(place)
     raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
 
 
 def file_system_type(fd: int) -> int:
-    """Return the magic number of the file system that a file is on (statfs(2)).  Raises HostError."""
+    """Return the magic number of a file's file system (statfs(2)).  Raises HostError."""
     buffer = statfs_buf()
     if libc.fstatfs(fd, native.byref(buffer)):
         raise HostError("ask for the type of a file system", native.get_errno())
@@ -338,7 +339,7 @@ def file_system_type(fd: int) -> int:
 
 
 def getsockopt(fd: int, level: int, option: int, request: bytes) -> bytes:
-    """Ask a socket for an option whose buffer says what is asked; returns the buffer.  Raises HostError."""
+    """Get a socket option for which the buffer first has a request; return the buffer.  Raises HostError."""
     buffer = native.buffer(request)
     size = native.c_uint32(len(request))
     if libc.getsockopt(fd, level, option, buffer, native.byref(size)):
@@ -347,5 +348,5 @@ def getsockopt(fd: int, level: int, option: int, request: bytes) -> bytes:
 
 
 def load_library(name: str) -> None:
-    """Load a shared library for good.  Raises OSError."""
+    """Load a shared library; it is never unloaded.  Raises OSError."""
     native.CDLL(name)

@@ -1,7 +1,7 @@
-"""For developers: says which system call a filter has refused, and where, before the process dies of it.
+"""For developers: logs which system call a filter has refused, and where, before the process is killed.
 
-`vmd -d` with VMD_DEBUG_SECCOMP in its environment has every process do that (HACKING.md).  It is not for use: code
-that has taken over a process could handle the signal in another way, and go on.  The call is refused in any case.
+`vmd -d` with VMD_DEBUG_SECCOMP in its environment makes all processes do so (HACKING.md).  It is not for production:
+code that has taken over a process could catch the signal and go on.  The call itself is refused in any case.
 """
 
 import ctypes
@@ -14,7 +14,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from types import FrameType
 
-# The system calls of x86-64 in order: from 0, and from 424 on.
+# The names of the system calls of x86-64 in order: OLD from number 0 on, NEW from NEW_FROM on.
 OLD = """
     read write open close stat fstat lstat poll lseek mmap mprotect munmap brk rt_sigaction rt_sigprocmask
     rt_sigreturn ioctl pread64 pwrite64 readv writev access pipe select sched_yield mremap msync mincore madvise
@@ -61,14 +61,14 @@ NAMES = dict(enumerate(OLD.split())) | dict(enumerate(NEW.split(), NEW_FROM))
 SA_SIGINFO = 4
 SYSCALL_AT = 24  # in siginfo_t: si_syscall
 REGISTERS_AT = 40  # in ucontext_t: uc_mcontext.gregs, 8 bytes each
-ARGUMENTS = (8, 9, 12, 2, 0, 1)  # of those: RDI, RSI, RDX, R10, R8, R9
+ARGUMENTS = (8, 9, 12, 2, 0, 1)  # places in gregs of RDI, RSI, RDX, R10, R8, R9
 FRAMES_SHOWN = 8
 
 Handler = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
 
 
 class sigaction(ctypes.Structure):
-    """<signal.h> of glibc, x86-64."""
+    """struct sigaction of glibc on x86-64 (<signal.h>)."""
 
     _fields_ = [
         ("sa_sigaction", Handler),
@@ -79,7 +79,7 @@ class sigaction(ctypes.Structure):
 
 
 def said_of(number: int, arguments: "list[int]", frame: "FrameType | None") -> str:
-    """Return the sentence about a refused call, with who called whom, the innermost first."""
+    """Return the log line for a refused call, with the functions that led to it, the innermost first."""
     shown = ", ".join(f"{argument:#x}" for argument in arguments)
     callers: list[str] = []
     while frame is not None and len(callers) < FRAMES_SHOWN:
@@ -90,19 +90,19 @@ def said_of(number: int, arguments: "list[int]", frame: "FrameType | None") -> s
 
 
 def on_refusal(signum: int, info: int, context: int) -> None:
-    """Handle SIGSYS, on the thread that made the call, which may be inside of any function of C."""
+    """Handle SIGSYS.  Runs on the thread that made the call, which may be inside any C function."""
     number = ctypes.c_int.from_address(info + SYSCALL_AT).value
     registers = (ctypes.c_uint64 * 16).from_address(context + REGISTERS_AT)
     log.crit(said_of(number, [registers[index] for index in ARGUMENTS], sys._getframe(1)))
     signal.signal(signum, signal.SIG_DFL)
-    signal.raise_signal(signum)  # as the filter would have ended it; it comes when this returns
+    signal.raise_signal(signum)  # kills the process as the filter would have, when this handler returns
 
 
-handler = Handler(on_refusal)  # kept: the kernel has its address
+handler = Handler(on_refusal)  # must stay referenced, because the kernel has its address
 
 
 def show() -> None:
-    """Have refused calls of this process shown, which its filter is to answer by SIGSYS; before it is narrowed."""
+    """Log refused calls of this process from now on.  Called before the filter is installed; it must use RET_TRAP."""
     action = sigaction(sa_sigaction=handler, sa_flags=SA_SIGINFO)
     if ctypes.CDLL(None, use_errno=True).sigaction(signal.SIGSYS, ctypes.byref(action), None):
         raise OSError(ctypes.get_errno(), "sigaction")

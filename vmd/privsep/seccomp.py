@@ -1,9 +1,9 @@
 """System call filters: from a set of rule names to an installed BPF program (seccomp(2), x86-64).
 
-A rule is the name of a system call.  Some names come in two strengths: the plain one lets the call through only
-with harmless arguments, `name+word` with more; `CONDITIONS` says what each means.  What no rule allows ends the
-process, as pledge(2) does, except for the calls in `SOFT`, which fail with an errno.  A process that runs programs of
-the host has a forgiving filter: every refused call fails with an errno, and only a short list of calls ends it.
+A rule is the name of a system call.  Some calls have two rules: the plain name allows only harmless arguments,
+`name+word` allows more.  `CONDITIONS` says which.  A call that no rule allows ends the process, as with pledge(2).
+Calls in `SOFT` fail with an errno instead.  A process that runs programs of the host has a forgiving filter: a refused
+call fails with an errno, and only a short list of calls ends the process.
 """
 
 import errno
@@ -45,12 +45,12 @@ NUMBERS = {
     "renameat": 264, "unlinkat": 263,
     "openat2": 437, "faccessat2": 439, "epoll_pwait2": 441, "landlock_create_ruleset": 444, "landlock_add_rule": 445,
     "landlock_restrict_self": 446,
-    # Of programs of the host.
+    # Calls of programs of the host.
     "select": 23, "getrlimit": 97, "gettimeofday": 96, "getrusage": 98, "times": 100, "getpgrp": 111, "getgroups": 115,
     "getresuid": 118, "getresgid": 120, "getpgid": 121, "statfs": 137, "fstatfs": 138, "time": 201, "pselect6": 270,
     "flock": 73, "chdir": 80, "unlink": 87, "kill": 62, "socket": 41, "bind": 49, "recvmmsg": 299, "sendmmsg": 307,
     "membarrier": 324, "mincore": 27, "pause": 34, "rt_sigpending": 127, "rt_sigtimedwait": 128, "rt_sigsuspend": 130,
-    # What ends a process that has a forgiving filter.
+    # Calls that end a process with a forgiving filter.
     "ptrace": 101, "modify_ldt": 154, "pivot_root": 155, "chroot": 161, "acct": 163, "mount": 165, "umount2": 166,
     "swapon": 167, "swapoff": 168, "reboot": 169, "iopl": 172, "ioperm": 173, "init_module": 175, "delete_module": 176,
     "kexec_load": 246, "add_key": 248, "request_key": 249, "keyctl": 250, "unshare": 272, "perf_event_open": 298,
@@ -61,8 +61,9 @@ NUMBERS = {
 }
 # fmt: on
 
-# File-name calls fail instead of killing: a traceback looks for its source, an exception path may import.  There is
-# nothing to find anyway.  clone3's flags are behind a pointer where no filter sees them; on ENOSYS glibc uses clone.
+# Calls with a file name fail instead of killing: a traceback looks for source files, and the code for an exception may
+# import a module.  They would find no file anyway.  clone3 passes its flags by a pointer, so a filter cannot check
+# them; on ENOSYS glibc uses clone instead.
 SOFT = {
     "open": errno.EPERM,
     "openat": errno.EPERM,
@@ -81,7 +82,7 @@ SOFT = {
 
 PROT_EXEC = 4
 CLONE_THREAD = 0x10000
-# NEWTIME (0x80) shares its bit with the low byte of clone's exit signal and exists in clone3 only.
+# Without CLONE_NEWTIME (0x80): in clone that bit belongs to the exit signal, and only clone3 has the flag.
 CLONE_NEW_ANYTHING = 0x7E020000
 AT_EMPTY_PATH = 0x1000
 AF_UNIX, AF_INET, AF_INET6, AF_NETLINK = 1, 2, 10, 16
@@ -94,8 +95,8 @@ F_DUPFD_CLOEXEC, F_ADD_SEALS, F_GET_SEALS = 1030, 1033, 1034
 PR_GET_NAME = 16
 PR_SET_VMA = 0x53564D41
 
-# Any one condition lets the call through.  Only arguments that the kernel takes as 32 bits, or whose upper half
-# it ignores, are compared: a filter looks at one 32-bit word at a time.
+# A call is allowed if one of its conditions holds.  A filter compares one 32-bit word at a time.  So conditions are
+# only for arguments that the kernel takes as 32 bits, or whose upper half it ignores.
 CONDITIONS: "Mapping[str, tuple[Condition, ...]]" = {
     "mmap": (("none-of", 2, PROT_EXEC),),
     "mprotect": (("none-of", 2, PROT_EXEC),),
@@ -103,15 +104,15 @@ CONDITIONS: "Mapping[str, tuple[Condition, ...]]" = {
     "clone+process": (("none-of", 0, CLONE_NEW_ANYTHING),),
     "prlimit64": (("is", 0, 0),),  # our own limits only
     "socketpair": (("is", 0, AF_UNIX),),
-    "sendto": (("is", 5, 0),),  # to nobody else than a socket is connected with, or bound to: no address
-    "socket+network": tuple(("is", 0, family) for family in (AF_NETLINK, AF_INET, AF_INET6)),  # no named sockets
+    "sendto": (("is", 5, 0),),  # without an address: only to the peer of a connected socket
+    "socket+network": tuple(("is", 0, family) for family in (AF_NETLINK, AF_INET, AF_INET6)),  # no unix sockets
     "openat+reading": (("none-of", 2, os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC),),
-    "newfstatat": (("any-of", 3, AT_EMPTY_PATH),),  # what glibc's fstat() is; path variants fail softly
+    "newfstatat": (("any-of", 3, AT_EMPTY_PATH),),  # glibc's fstat() calls it so; with a path it fails (`SOFT`)
     "fcntl": tuple(
         ("is", 1, command)
         for command in (
             *(F_DUPFD, F_DUPFD_CLOEXEC, F_GETFD, F_SETFD, F_GETFL, F_SETFL),
-            *(F_OFD_GETLK, F_OFD_SETLK),  # an image's lock is checked and kept by who uses it
+            *(F_OFD_GETLK, F_OFD_SETLK),  # the process that uses an image checks and keeps its lock
             *(F_ADD_SEALS, F_GET_SEALS),
         )
     ),
@@ -122,7 +123,7 @@ CONDITIONS: "Mapping[str, tuple[Condition, ...]]" = {
         ("is", 0, option) for option in (linux.PR_SET_PDEATHSIG, linux.PR_SET_DUMPABLE, linux.PR_SET_NO_NEW_PRIVS)
     ),
 }
-# The same call without any condition, for a process that is starting or starts others.
+# Rules that allow the same call without any condition, for a process that is starting or that starts others.
 UNCONDITIONAL = {
     "mmap+exec": "mmap",
     "mprotect+exec": "mprotect",
@@ -148,7 +149,7 @@ def instruction(code: int, k: int, jump_true: int = 0, jump_false: int = 0) -> b
 
 
 def test(condition: "Condition") -> bytes:
-    """Return instructions that allow the call if the condition holds, and fall through if not."""
+    """Return instructions that allow the call if the condition holds, and fall through otherwise."""
     operation, argument, value = condition
     load = instruction(LD_ABS, OFFSET_ARGS + 8 * argument)
     allow = instruction(RET, RET_ALLOW)
@@ -163,12 +164,12 @@ def test(condition: "Condition") -> bytes:
 
 
 def call_name(rule: str) -> str:
-    """Return the system call that a rule is about."""
+    """Return the name of a rule's system call."""
     return rule.partition("+")[0]
 
 
 def allowed_calls(rules: "Iterable[str]", ioctls: "Iterable[int]", pid: int) -> "dict[str, tuple[Condition, ...]]":
-    """Return what the rules add up to: call name -> conditions, none meaning always."""
+    """Return the calls that the rules allow: call name -> conditions; without conditions it is always allowed."""
     given = set(rules)
     unknown = sorted(rule for rule in given if call_name(rule) not in NUMBERS)
     if unknown:
@@ -196,18 +197,19 @@ def assemble(
     refused: int = RET_KILL_PROCESS,
     deadly: "Iterable[str]" = (),
 ) -> bytes:
-    """Return the filter program; `pid` is what tgkill may aim at, `refused` what becomes of other calls.
+    """Return the filter program.
 
-    `deadly` are calls that end the process, whatever becomes of others.
+    `pid` is the only process that tgkill may signal.  `refused` is the filter's result for calls that no rule allows.
+    Calls in `deadly` end the process in any case.
 
-    Calls with conditions stand first: the kernel remembers which calls are allowed whatever their arguments
-    (since 5.11) and does not run the program for them, so that the length of that list costs nothing.
+    Calls with conditions come first.  Since 5.11 the kernel remembers the calls that are always allowed, and does not
+    run the program for them.  So the length of their list costs nothing.
     """
     calls = allowed_calls(rules, ioctls, pid)
     program = [
         instruction(LD_ABS, OFFSET_ARCH),
         instruction(JEQ, AUDIT_ARCH_X86_64, 1, 0),
-        instruction(RET, RET_KILL_PROCESS),  # int 0x80: other numbers, other meanings
+        instruction(RET, RET_KILL_PROCESS),  # int 0x80, where the numbers mean other calls
         instruction(LD_ABS, OFFSET_NR),
         instruction(JGE, X32_SYSCALL_BIT, 0, 1),
         instruction(RET, RET_KILL_PROCESS),
@@ -216,7 +218,7 @@ def assemble(
         if conditions:
             fallback = RET_ERRNO | SOFT[name] if name in SOFT else refused
             body = b"".join(test(condition) for condition in conditions) + instruction(RET, fallback)
-            # A conditional jump spans 255 instructions, fewer than a list of ioctls has; JA has no such limit.
+            # A conditional jump spans at most 255 instructions, and a list of ioctls has more.  JA has no such limit.
             program += [instruction(JEQ, NUMBERS[name], 1, 0), instruction(JA, len(body) // 8), body]
     for name, conditions in calls.items():
         if not conditions:
@@ -231,10 +233,10 @@ def assemble(
 
 
 def assemble_requests(ioctls: "Iterable[int]", refused: int = RET_KILL_PROCESS) -> bytes:
-    """Return a program for a process that has a filter already; `refused` is what becomes of other calls.
+    """Return a program for a process that has a filter already.  `refused` is the result for refused calls.
 
-    It leaves ioctl these requests, and allows no new filter.  Nor may there be new memory files: what is written to
-    them counts against no limit of the process.
+    The program allows only these requests of ioctl, and no new filter.  It also refuses memfd_create, because memory in
+    such files counts against no limit of the process.
     """
     (conditions,) = allowed_calls(("ioctl",), ioctls, 0).values()
     body = b"".join(test(condition) for condition in conditions) + instruction(RET, refused)
@@ -251,10 +253,10 @@ def assemble_requests(ioctls: "Iterable[int]", refused: int = RET_KILL_PROCESS) 
 
 
 def install(program: bytes, *, logged: bool = False) -> None:
-    """Bind every thread of this process, and all it will ever exec, to the filter.  Raises HostError.
+    """Install the filter for all threads of this process, and for all programs that it executes.  Raises HostError.
 
     With `logged` the kernel logs calls that fail.
-    The caller has set no_new_privs.  There is no way back, and a second filter can only take more away.
+    The caller has set no_new_privs.  A filter cannot be removed, and a second one can only forbid more.
     """
     if os.uname().machine != "x86_64":
         raise HostError(f"install a system call filter for {os.uname().machine}", errno.ENOSYS)
@@ -269,5 +271,5 @@ def install(program: bytes, *, logged: bool = False) -> None:
         SECCOMP_FILTER_FLAG_TSYNC | (SECCOMP_FILTER_FLAG_LOG if logged else 0),
         fprog,
     )
-    if stuck:  # the id of a thread that already has a filter of its own
+    if stuck:  # the id of a thread that has a different filter already
         raise HostError(f"bind thread {stuck} to the system call filter", errno.ESRCH)

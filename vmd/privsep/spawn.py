@@ -1,7 +1,7 @@
-"""Starting processes: fork and exec of ourselves, with exactly the descriptors that are named.
+"""Starting processes: fork and exec of this program, with exactly the descriptors that are named.
 
-A process starts either where its parent is (`place` None: vmm and VM processes, whose children share their cell),
-or in a `Place` that root prepares: `cell.Cell`, or `cell.Network` for priv.
+Without a `place` a process starts with its starter's view of the system: children of vmm and of VM processes share
+their cell.  Otherwise it starts in a `Place` that root prepares, such as `cell.Cell`, or `cell.Network` for priv.
 """
 
 import fcntl
@@ -21,27 +21,28 @@ if TYPE_CHECKING:
     from typing import NoReturn, Protocol
 
     class HasFileno(Protocol):
-        """A socket, or whatever else holds a descriptor."""
+        """A socket, or another object with a descriptor."""
 
         def fileno(self) -> int:
             """Return the descriptor."""
 
     class Place(Protocol):
-        """What stands between fork and exec of a process that is to have fewer rights than we."""
+        """The preparation, between fork and exec, of a process that gets fewer rights than its starter."""
 
         import_path: tuple[str, ...]
-        own_pids: bool  # the process is pid 1 of a pid namespace: what it starts ends with it
-        vital: bool  # VMs cannot do without the process; others are ended before it when memory runs out
+        own_pids: bool  # the process is pid 1 of a pid namespace, so the processes that it starts end with it
+        vital: bool  # VMs need the process: when memory runs out, the kernel kills others first
 
         def prepare(self) -> None:
-            """Called in the process that starts it, before the fork.  Raises HostError."""
+            """Called in the starting process, before the fork.  Raises HostError."""
 
         def enter(self) -> None:
-            """Move this process there and drop privileges; called in the child.  Raises HostError."""
+            """Move this process there, and give up privileges.  Called in the child.  Raises HostError."""
 
 
-# -I: no environment variables, no user site; -S: no site-packages, so that what can be imported is what we say.  Our
-# path comes last: it may be a directory of the distribution's, where nothing is to hide the standard library.
+# -I: no environment variables, no user site.  -S: no site-packages, so that only our path can be imported besides the
+# standard library.  Our path comes last, because it may be a directory of the distribution with other modules, which
+# must not hide the standard library's.
 LAUNCH = (
     "import gc, sys; gc.disable(); sys.path += {path!r}; "
     "from vmd.privsep.start import begin; begin({title!r}, {parent}, {uid}, {group}); "
@@ -52,18 +53,18 @@ OWN_PATH = (os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__fi
 INTERPRETER = os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)  # a venv hides it
 ENVIRONMENT = {
     "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
-    "LC_ALL": "C",  # with it Python talks UTF-8 and looks for no locale
-    "MALLOC_ARENA_MAX": "1",  # megabytes per thread otherwise, in each of hundreds of processes
+    "LC_ALL": "C",  # with it Python uses UTF-8, and looks for no locale
+    "MALLOC_ARENA_MAX": "1",  # otherwise each thread takes megabytes, in hundreds of processes
 }
-DEBUG = "VMD_DEBUG_SECCOMP"  # goes on to all that we start (`confine.is_debugged`)
-FD_TARGETS = 64  # descriptors are first moved above this, so that placing one never overwrites another
+DEBUG = "VMD_DEBUG_SECCOMP"  # passed on to all processes that we start (`confine.is_debugged`)
+FD_TARGETS = 64  # descriptors are first moved to numbers from here on, so that placing one never overwrites another
 FAILED = 127
-LEAF_SCORE = 0  # at least, of a process that is not vital; see `parent/oom.py`
+LEAF_SCORE = 0  # the least oom_score_adj of a process that is not vital; see `parent/oom.py`
 RESET_SIGNALS = [signum for signum in range(1, signal.NSIG) if signum not in (9, 19, 32, 33)]  # 32, 33: glibc's
 
 
 class Child:
-    """A process we started; whoever has it reaps it and closes its pidfd, or calls `reap`, which does both."""
+    """A process that we started.  Its owner calls `reap`, or reaps it otherwise and closes the pidfd."""
 
     def __init__(self, title: str, pid: int) -> None:
         self.title = title
@@ -82,7 +83,7 @@ class Child:
         return self.pidfd
 
     def kill(self, signum: int = signal.SIGKILL) -> None:
-        """Send a signal; harmless when the process is gone."""
+        """Send a signal.  No effect if the process has ended."""
         if self.pidfd >= 0:
             self.killed = self.killed or signum == signal.SIGKILL
             try:
@@ -91,7 +92,7 @@ class Child:
                 return
 
     def reap(self, timeout_s: float = 0) -> int | None:
-        """Return the exit status, or minus the signal that killed it; None if it still runs at the timeout."""
+        """Return the exit status, or minus the signal that killed it; None if it still runs after `timeout_s`."""
         readable = select.poll()
         readable.register(self.pidfd, select.POLLIN)
         if not readable.poll(timeout_s * 1000):
@@ -119,13 +120,13 @@ def spawn(
 ) -> Child:
     """Start a process that runs `entry` with `sys.argv[1:] == arguments`.
 
-    It gets `channel` as fd 3, `fds` (number there -> descriptor here), our log as fd 2, and nothing else; all stay
-    open here.  It leads a session of its own, and is killed when the calling *thread* ends, unless it `outlives` us,
-    which only a process in a place can.  With `uid` it becomes that user and group before all else, and has no
-    capability.  `group` is the number of that one of `fds` that leads to the control group it is in.
+    It gets `channel` as fd 3, `fds` (number there -> descriptor here), `log_fd` as fd 2, and no other descriptors.  All
+    of these stay open here.  It leads a session of its own.  It is killed when the calling *thread* ends, unless it
+    `outlives` us, which needs a `place`.  With `uid` it first becomes that user and group, without capabilities.
+    `group` is a number in `fds`: the process joins the control group whose file that descriptor is.
 
     Raises:
-        HostError: the kernel refused a step; says which.
+        HostError: the kernel refused a step; the error names the step.
         VmdError: the place could not be entered for another reason.
     """
     targets = {0: None, 1: None, 2: log_fd, **(fds or {})}
@@ -155,18 +156,18 @@ def spawn(
 
 
 def environment() -> dict[str, str]:
-    """Return the environment of a process of ours."""
+    """Return the environment for the processes that we start."""
     return {**ENVIRONMENT, DEBUG: "1"} if DEBUG in os.environ else ENVIRONMENT
 
 
 def out_of_the_way(source: int | None) -> int:
-    """Return a copy of a descriptor, or of the null device, with a number that is no target."""
+    """Return a copy of a descriptor, with a number that is not a target; for None a descriptor of the null device."""
     if source is not None:
         return fcntl.fcntl(source, fcntl.F_DUPFD_CLOEXEC, FD_TARGETS)
     try:
         null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     except OSError:
-        # Confined processes open nothing; their own standard input is what our parent opened here.
+        # A confined process cannot open files.  Its own standard input is the null device: its starter has opened it.
         return fcntl.fcntl(0, fcntl.F_DUPFD_CLOEXEC, FD_TARGETS)
     try:
         return fcntl.fcntl(null, fcntl.F_DUPFD_CLOEXEC, FD_TARGETS)
@@ -175,7 +176,7 @@ def out_of_the_way(source: int | None) -> int:
 
 
 def start_here(title: str, argv: list[str], moved: "Mapping[int, int]") -> int:
-    """Start a process with our own rights; no Python runs between fork and exec.  Returns its pid."""
+    """Start a process with our own rights, without running Python between fork and exec.  Returns its pid."""
     actions = [(os.POSIX_SPAWN_DUP2, source, target) for target, source in moved.items()]
     try:
         return os.posix_spawn(
@@ -192,10 +193,10 @@ def start_here(title: str, argv: list[str], moved: "Mapping[int, int]") -> int:
 
 
 def start_in(place: "Place", title: str, argv: list[str], moved: "Mapping[int, int]", parent: int | None) -> int:
-    """Fork, enter the place and exec; what fails on the way is raised here.  Returns the pid."""
+    """Fork, enter the place and exec.  A failure in the child is raised here.  Returns the pid."""
     place.prepare()
     try:
-        report, failure = os.pipe()  # close-on-exec: end of file says that exec has succeeded
+        report, failure = os.pipe()  # close-on-exec: end of file means that exec has succeeded
     except OSError as error:
         raise HostError(f"start {title}", error) from error
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
@@ -239,14 +240,14 @@ def fork_in_new_pids() -> int:
 def become(
     place: "Place", argv: list[str], moved: "Mapping[int, int]", parent: int | None, failure: int
 ) -> "NoReturn":
-    """Turn the forked child into the new process; on failure say why on `failure` and exit.
+    """Turn the forked child into the new process.  On failure write the reason to `failure` and exit.
 
-    It dies with `parent`, unless that is None.
+    The process is killed when `parent` ends, unless that is None.
     """
     try:
         failure = fcntl.fcntl(failure, fcntl.F_DUPFD_CLOEXEC, FD_TARGETS)
         os.setsid()
-        # While all signals are blocked: a handler of our parent's must not run here, nor write to its wake-up fd.
+        # All signals are still blocked, so that no handler of the parent runs here and writes to its wake-up fd.
         for signum in RESET_SIGNALS:
             signal.signal(signum, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
@@ -259,7 +260,7 @@ def become(
             be_expendable()
         place.enter()
         if parent is not None:
-            linux.die_with_parent(signal.SIGKILL)  # after the change of ids, which clears it
+            linux.die_with_parent(signal.SIGKILL)  # after the change of ids, which clears the setting
             if os.getppid() != parent:
                 os._exit(FAILED)
         linux.prctl("set no_new_privs", linux.PR_SET_NO_NEW_PRIVS, 1)
@@ -275,7 +276,7 @@ def become(
 
 
 def be_expendable() -> None:
-    """Be as likely to be killed as any program when memory runs out, where our parent is less so."""
+    """Raise our oom_score_adj to LEAF_SCORE at least: the inherited value protects the parent when memory runs out."""
     try:
         with open("/proc/self/oom_score_adj", "r+", encoding="ascii") as file:
             if int(file.read()) < LEAF_SCORE:
@@ -286,7 +287,7 @@ def be_expendable() -> None:
 
 
 def gaps(used: list[int]) -> list[tuple[int, int]]:
-    """Return the ranges of descriptor numbers between and after those in use."""
+    """Return the ranges of unused descriptor numbers between and after the used ones."""
     return [
         (before + 1, after - 1)
         for before, after in zip(used, [*used[1:], linux.FD_MAX + 1], strict=True)

@@ -154,8 +154,9 @@ def test_wrong_arguments(vmctl_create: Create, arguments: tuple[str, ...], words
         (("-b", "base.qcow2", "no/a.qcow2"), "could not create no/a.qcow2: no directory no"),
         (("-b", "nbd:base", "a.qcow2"), "base image nbd:base must be given as ./nbd:base"),
         (("-b", "unsaid.qcow2", "a.qcow2"),
-         "failed to open base image file: 1.qcow2: has backing file 0.qcow2, but unsaid.qcow2 does not record that its"
-         " format is qcow2; if you trust it, record that: qemu-img rebase -u -f qcow2 -F qcow2 -b 1.qcow2 unsaid.qcow2"),
+         "failed to open base image file: 1.qcow2: has backing file 0.qcow2, but unsaid.qcow2 does not record that"
+         " its format is qcow2; if you trust it, record that:"
+         " qemu-img rebase -u -f qcow2 -F qcow2 -b 1.qcow2 unsaid.qcow2"),
         (("-b", "base.qcow2", "-s", "3M", "a.qcow2"),
          "base size does not match requested size: 2097152 bytes are not 3145728"),
         (("-b", "lost.qcow2", "a.qcow2"),
