@@ -11,7 +11,7 @@ PROCESSES = ("agentx", "consolelog", "control", "imgwriter", "log", "metrics", "
 
 
 def main() -> int:
-    """Run vmd(8), or, started by ourselves, one of its processes: `NAME LOG-FORM VERBOSITY`, and what only it knows."""
+    """Run vmd(8); or one of its processes, whose arguments are `NAME LOG-FORM VERBOSITY` and some of its own."""
     stdio.fill()
     arguments = sys.argv[1:]
     if len(arguments) >= 3 and arguments[0] in PROCESSES:
@@ -26,8 +26,8 @@ def main() -> int:
 
 
 def run_process(name: str) -> int:
-    """Import and run one process: what it does not import, it cannot be made to run."""
-    gc.disable()  # nothing that is imported is garbage, and nobody has to look at it again, at the end either
+    """Import and run one process.  Only its own code is imported, so an intruder finds no other."""
+    gc.disable()  # imports make no garbage; `freeze` then keeps their objects out of all collections
     match name:
         case "agentx":
             from vmd.agentx.main import main as process_main
@@ -53,7 +53,7 @@ def run_process(name: str) -> int:
     gc.enable()
     try:
         return process_main()
-    except HostError as error:  # while it starts: it says so where there is nobody to answer yet
+    except HostError as error:  # during the start, before the process can answer its parent
         log.crit(str(error))
         return 1
 

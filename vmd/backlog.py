@@ -1,11 +1,11 @@
-"""What a console showed last: 64 KiB of shared memory, which the VM process writes and the parent keeps.
+"""The backlog: the last 64 KiB of a console's output, in shared memory that the VM process writes and the parent keeps.
 
-So nothing of it is lost with a VM process, however that ends: what no viewer has read yet, the parent hands on, and
-the next VM process (the guest has reset itself) goes on where the last one stopped.
+So no output is lost when a VM process ends, even by a kill.  The parent passes on the output that no viewer has read
+yet.  After a reset of the guest the next VM process continues the same backlog.
 
-The file is sealed at its size.  It begins with a page of 64-bit counters of bytes, which only ever grow; byte n
-of the output stands at n % BACKLOG_BYTES behind that page.  Its reader believes nothing: a VM process may write
-anything at any time.
+The file is sealed at its size.  It begins with a page of 64-bit counters of bytes, which never decrease.  Byte n of the
+output is at n % BACKLOG_BYTES behind that page.  The reader trusts no value, because a VM process may write anything at
+any time.
 """
 
 import fcntl
@@ -19,18 +19,18 @@ if TYPE_CHECKING:
 
 BACKLOG_BYTES = 64 * 1024
 FILE_BYTES = mmap.PAGESIZE + BACKLOG_BYTES
-COUNTERS = struct.Struct("<QQQ")  # in the order of the numbers below, but for the last
+COUNTERS = struct.Struct("<QQQ")  # in the order of the numbers below, without LOGGED
 SHOWN, PASSED, BEGUN, LOGGED = range(4)
-# SHOWN   what is complete
-# PASSED  what has gone to the pty, or was given up: a viewer did not read it in time
-# BEGUN   SHOWN, and what is being written
-# LOGGED  what is in the console log, or can never be; written by the process "consolelog", so that the next one of
-#         these goes on there
+# SHOWN   output that is complete in the file
+# PASSED  output that has gone to the pty, or was dropped because no viewer read it in time
+# BEGUN   SHOWN plus the output that is being written now
+# LOGGED  output that is in the console log, or that is lost for it.  The process "consolelog" writes it, so that its
+#         successor goes on there
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
 class BacklogWriter:
-    """The VM process's side.  Callers take turns."""
+    """The VM process's side.  Only one thread may use it at a time."""
 
     def __init__(self, fd: int) -> None:
         """Take a file that a `Backlog` has made; closes `fd`.  Raises OSError, ValueError."""
@@ -43,16 +43,16 @@ class BacklogWriter:
 
     @property
     def shown(self) -> int:
-        """How much the guest has printed ever."""
+        """The number of bytes that the guest has printed since the output began."""
         return self._counters[SHOWN]
 
     @property
     def waiting(self) -> int:
-        """How much of it waits for the pty."""
+        """The number of bytes that wait for the pty."""
         return self._counters[SHOWN] - self._counters[PASSED]
 
     def write(self, data: bytes) -> None:
-        """Keep output; what it takes the place of does not wait any more."""
+        """Add output.  Waiting bytes that it overwrites are dropped."""
         counters = self._counters
         first = counters[SHOWN]
         shown = counters[BEGUN] = first + len(data)
@@ -67,22 +67,22 @@ class BacklogWriter:
         counters[SHOWN] = shown
 
     def next_piece(self, most: int) -> memoryview:
-        """Return the first of what waits, as far as it lies in one piece."""
+        """Return the first waiting bytes, at most `most`, and only those that are contiguous."""
         at = self._counters[PASSED] % BACKLOG_BYTES
         return self._bytes[at : min(at + min(most, self.waiting), BACKLOG_BYTES)]
 
     def pass_on(self, count: int) -> None:
-        """So much of what waits has gone to the pty."""
+        """Note that `count` waiting bytes have gone to the pty."""
         self._counters[PASSED] += count
 
     def pass_all(self) -> int:
-        """Nothing waits any more: it is shown in another way.  Return `shown`."""
+        """Drop all waiting bytes, because they are shown in another way.  Return `shown`."""
         shown = self._counters[PASSED] = self._counters[SHOWN]
         return shown
 
 
 class Output:
-    """A part of what a console has shown: `data` ends with byte `end`, and `passed` of all bytes went to the pty."""
+    """A part of a console's output.  `data` ends with byte `end`.  The first `passed` bytes of all went to the pty."""
 
     __slots__ = ("data", "end", "passed")
 
@@ -92,12 +92,12 @@ class Output:
         self.passed = min(max(passed, end - len(data)), end)
 
     def since(self, position: int) -> bytes:
-        """Return what comes after a position, as far as it is there."""
+        """Return the bytes after `position` that are still there."""
         return self.data[max(0, position - (self.end - len(self.data))) :]
 
 
 class Backlog:
-    """The parent's side: makes the file and reads it; `start` is the number of its first byte."""
+    """The parent's side: it makes the file and reads it.  The output in it begins with byte number `start`."""
 
     def __init__(self, fd: int, start: int) -> None:
         self.fd = fd
@@ -105,7 +105,7 @@ class Backlog:
 
     @classmethod
     def create(cls, start: int = 0) -> "Self":
-        """Make the file for a VM that begins.  Raises OSError."""
+        """Make the file for a new VM.  Raises OSError."""
         fd = os.memfd_create("console", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(fd, FILE_BYTES)
@@ -117,33 +117,34 @@ class Backlog:
         return cls(fd, start)
 
     def shown(self) -> int:
-        """Return how much the guest has printed."""
+        """Return the number of bytes that the guest has printed."""
         return int(COUNTERS.unpack(os.pread(self.fd, COUNTERS.size, 0))[SHOWN])
 
     def read(self, upto: int | None = None) -> Output:
-        """Return what was shown last, up to byte `upto` or now."""
+        """Return the latest output, up to byte `upto` or up to now."""
         shown, passed, _ = COUNTERS.unpack(os.pread(self.fd, COUNTERS.size, 0))
         end = shown if upto is None else min(shown, upto)
         ring = os.pread(self.fd, BACKLOG_BYTES, mmap.PAGESIZE)
-        # While we were reading, the oldest bytes may have been written over.
+        # The oldest bytes may have been overwritten during the read.
         begun = COUNTERS.unpack(os.pread(self.fd, COUNTERS.size, 0))[BEGUN]
         first = min(end, max(self.start, begun - BACKLOG_BYTES, end - BACKLOG_BYTES, 0))
         at = first % BACKLOG_BYTES
         return Output((ring[at:] + ring[:at])[: end - first], end, passed)
 
     def close(self) -> None:
-        """Let it go."""
+        """Close the file."""
         os.close(self.fd)
 
 
 class LoggedBacklog(Backlog):
-    """The side of who writes the output to a file.  `logged` is how far that has come.
+    """The side of the process that writes the output to a file.  The first `logged` bytes are written.
 
-    A VM process can change `logged` when this object is made: then its own log lacks something, or has it twice.
+    A VM process can change the stored LOGGED before this object is made.  Then only its own log lacks bytes, or has
+    some twice.
     """
 
     def __init__(self, fd: int, start: int) -> None:
-        """Own a file that a `Backlog` has made; `fd` is closed where this fails.  Raises OSError, ValueError."""
+        """Take ownership of a file that a `Backlog` has made.  A failure closes `fd`.  Raises OSError, ValueError."""
         super().__init__(fd, start)
         try:
             self._counters = memoryview(mmap.mmap(fd, mmap.PAGESIZE)).cast("Q")
@@ -153,22 +154,22 @@ class LoggedBacklog(Backlog):
         self.logged = min(max(self._counters[LOGGED], start), self._counters[SHOWN])
 
     def shown(self) -> int:
-        """Return how much the guest has printed, without a system call."""
+        """Return the number of bytes that the guest has printed, without a system call."""
         return self._counters[SHOWN]
 
     def fresh(self) -> tuple[int, bytes]:
-        """Return how many bytes behind `logged` are gone, and what comes next, as far as it lies in one piece."""
+        """Return how many bytes after `logged` are lost, and the next bytes that are contiguous."""
         shown = self._counters[SHOWN]
         first = max(self.logged, shown - BACKLOG_BYTES)
         if first >= shown:
             return 0, b""
         at = first % BACKLOG_BYTES
         data = os.pread(self.fd, min(shown - first, BACKLOG_BYTES - at), mmap.PAGESIZE + at)
-        # While we were reading, the oldest bytes may have been written over.
+        # The oldest bytes may have been overwritten during the read.
         valid = min(max(first, self._counters[BEGUN] - BACKLOG_BYTES), first + len(data))
         return valid - self.logged, data[valid - first :]
 
     def log(self, count: int) -> None:
-        """So much more is in the log."""
+        """Note that `count` more bytes are in the log."""
         self.logged += count
         self._counters[LOGGED] = self.logged % (1 << 64)

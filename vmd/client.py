@@ -1,4 +1,4 @@
-"""The client library: what `vmctl` talks to vmd with, and any other program may (docs/client.md).
+"""The client library, with which `vmctl` and other programs talk to vmd (docs/client.md).
 
     from vmd.client import Client, Refused
 
@@ -7,24 +7,25 @@
         for vm in vmd.list_vms():
             show(vm.name, vm.state)
 
-Each request of the control socket is a method, which returns the daemon's answer: a record, whose fields are described
-where it is declared (`vmd.ipc.messages.clients`).  A VM is given by its id, by its name, or by anything that has both
-as `vmid` and `name`, such as VmInfo.  What can go wrong is a ClientError:
+For each request of the control socket there is a method.  It returns the daemon's answer, which is a record; its fields
+are described where it is declared (`vmd.ipc.messages.clients`).  A VM is named by its id, by its name, or by an object
+that has both as `vmid` and `name`, such as VmInfo.  The methods raise:
 
-    ClientError     `what` is the sentence for people, `number` an errno or a VMD_* code (0: none)
-      NoDaemon      nobody serves the socket
-        HungUp      ... any longer: the daemon has closed the connection
-      Refused       the daemon has not done it, and says why
+    ClientError     base; `what` is the sentence for people, `number` an errno or a VMD_* code (0: none)
+      NoDaemon      no daemon serves the socket
+        HungUp      the daemon has closed the connection
+      Refused       the daemon has not done what was asked, and says why
       TimedOut      the daemon has not answered within `timeout_s`; the connection is closed
-    PeerError       what came is none that a vmd sends (`vmd.errors`)
+    PeerError       a message that no vmd sends (`vmd.errors`)
 
-What is listed in `__all__` stays.  Records travel by name: fields are added, with defaults, and a daemon of another
-version leaves out those that it does not know.  A daemon that does not know a request refuses it with ENOSYS.
+The names in `__all__` are stable.  Records travel by name: later versions may add fields, with defaults, and a daemon
+of another version omits the fields that it does not know.  A daemon that does not know a request refuses it with
+ENOSYS.
 
 A Client is one connection, for one thread.  One packet is one message, and a request blocks until it is answered.
 """
 
-# `socket` itself makes enumerations of all its constants: a tenth of the time of a command.
+# Not `socket`, whose enumerations of all its constants take a tenth of the time of a command.
 import _socket as socket
 import errno
 import os
@@ -109,7 +110,7 @@ if TYPE_CHECKING:
     Progress = Callable[[TransferProgress], object]
 
     class Named(Protocol):
-        """What has the id and the name of a VM."""
+        """An object with the id and the name of a VM."""
 
         @property
         def vmid(self) -> int:
@@ -130,15 +131,15 @@ __all__ = [
 ]  # fmt: skip
 
 DEFAULT_SOCKET = "/run/vmd.sock"
-NOBODY = (errno.ENOENT, errno.ECONNREFUSED)  # what a connection fails with that nobody waits for
-PEER = "vmd"  # whose fault it is when the protocol breaks
+NOBODY = (errno.ENOENT, errno.ECONNREFUSED)  # errors of connect(2) if no daemon serves the socket
+PEER = "vmd"  # the peer that a PeerError names
 ROUTE = (Proc.CONTROL, Proc.CLIENT)
-LOOK_UP_MS = 500  # how often a wait is left for a signal that came just before it, and could not end it
+LOOK_UP_MS = 500  # longest single poll; between polls Python handles a signal that came just before one
 NO_FDS: "Mapping[str, Sequence[int]]" = types.MappingProxyType({})
 
 
 class ClientError(VmdError):
-    """A request was not answered as it should be: `what` is why, `number` an errno or a VMD_* code (0: none)."""
+    """A request has failed.  `what` is the reason, `number` an errno or a VMD_* code (0: none)."""
 
     def __init__(self, what: str, number: int | None = None) -> None:
         super().__init__(what, number)
@@ -150,7 +151,7 @@ class ClientError(VmdError):
 
 
 class NoDaemon(ClientError):
-    """Nobody serves the socket, or serves it any longer."""
+    """No daemon serves the socket, or the daemon has ended."""
 
 
 class HungUp(NoDaemon):
@@ -158,7 +159,7 @@ class HungUp(NoDaemon):
 
 
 class Refused(ClientError):
-    """The daemon has not done what it was asked for: its sentence, and its number."""
+    """The daemon has not done what was asked: its sentence and its number."""
 
     def __init__(self, number: int, text: str) -> None:
         super().__init__(text, number)
@@ -166,16 +167,16 @@ class Refused(ClientError):
 
 
 class TimedOut(ClientError):
-    """The daemon has not answered in time; whether it does what it was asked for is not known."""
+    """The daemon has not answered in time.  It is not known whether it does what was asked."""
 
 
 class Client:
-    """One connection.  Raises ClientError when there is, or is left, no daemon to talk to.
+    """One connection to the daemon.
 
-    `daemon` is what the daemon said of itself.  It is None for a daemon that was started before there was a Hello:
-    such a one hangs up on it, and is spoken to as its own vmctl did.
-    `timeout_s` is for how long an answer is waited for; None: as long as it takes.  It may be changed.
-    `note` is called with a sentence for each message that comes or goes.
+    `daemon` is the daemon's Hello.  It is None for a daemon from before Hello existed.  Such a daemon hangs up at a
+    Hello; then the client connects again and uses protocol 1, as the vmctl of that version did.
+    `timeout_s` is how long to wait for an answer; None: for ever.  It may be changed.
+    `note` is called with a sentence for each message that is sent or received.
     """
 
     def __init__(
@@ -185,7 +186,7 @@ class Client:
         timeout_s: float | None = None,
         note: "Callable[[str], object] | None" = None,
     ) -> None:
-        """Connect.  Raises ClientError; Refused, if this client is turned away."""
+        """Connect.  Raises ClientError, or Refused if the daemon turns this client away."""
         self.path = path
         self.timeout_s = timeout_s
         self._note: Callable[[str], object] = note or (lambda _text: None)
@@ -229,22 +230,26 @@ class Client:
         return sock
 
     def connect_again(self) -> None:
-        """Connect to the daemon that takes the place of one that has hung up.  Raises ClientError if none does."""
+        """Connect again after the daemon has hung up, to its successor.  Raises ClientError if there is none."""
         self._sock.close()
         self._begin()
 
     def close(self) -> None:
-        """Hang up; whatever the daemon kept for us, such as a console, it takes back."""
+        """Close the connection.  The daemon then gives up everything that it held for it, for example a console."""
         self._sock.close()
 
     def fileno(self) -> int:
-        """Return the descriptor to poll for messages that come unasked."""
+        """Return the descriptor, to poll for messages that come without a request."""
         return self._sock.fileno()
 
     # --- messages ----------------------------------------------------------------------------------------
 
     def send(self, message: "Record", fds: "Mapping[str, Sequence[int]]" = NO_FDS) -> None:
-        """Send a message; descriptors stay the caller's.  Raises ClientError, also for what is new to this daemon."""
+        """Send a message.  The caller still owns the descriptors.
+
+        Raises:
+            ClientError: the message was not sent, or this daemon is too old for it.
+        """
         unknown = first.unknown_in(message) if self._form is Form.FIRST else ""
         if unknown:
             raise ClientError(f"{self.path}: this vmd is older than vmctl, and knows no {unknown}", errno.ENOSYS)
@@ -257,18 +262,18 @@ class Client:
         try:
             self._sock.sendmsg([packet], rights)
         except (BrokenPipeError, ConnectionResetError):
-            return  # turned away: the reason can still be received
+            return  # the daemon has turned us away; its reason can still be received
         except OSError as error:
             raise ClientError(f"{self.path}: {sentence(error)}", error.errno) from None
 
     def receive(self) -> "Record":
-        """Return the next message.  Raises HungUp, TimedOut, and PeerError if it is none that a daemon sends."""
+        """Return the next message.  Raises HungUp, TimedOut, and PeerError for a message that no daemon sends."""
         try:
             self._wait()
             try:
                 packet = self._sock.recv(MAX_MESSAGE)
             except ConnectionResetError:
-                # The daemon closed without reading our last request; its last words come after this error.
+                # The daemon closed without reading our last request.  Its last message comes after this error.
                 packet = self._sock.recv(MAX_MESSAGE)
         except OSError as error:
             raise self._hung_up(error.errno) from None
@@ -297,7 +302,7 @@ class Client:
             if poll.poll(wait_ms):
                 return
             if due_s is not None and time.monotonic() >= due_s:
-                self.close()  # what comes now would be taken for the answer to something else
+                self.close()  # a late answer would be mistaken for the answer to another request
                 raise TimedOut(f"vmd has not answered within {self.timeout_s:g} s", errno.ETIMEDOUT)
 
     def _hung_up(self, number: int | None) -> HungUp:
@@ -305,7 +310,7 @@ class Client:
         return HungUp(f"pipe closed{older}", number)
 
     def answer(self, *expected: "type[R]") -> "R":
-        """Return the next message if it is one of those expected.  Raises Refused, PeerError, and as `receive`."""
+        """Return the next message, which must be an expected one.  Raises Refused, PeerError, and as `receive`."""
         message = self.receive()
         if isinstance(message, Failed):
             raise Refused(message.code, failed_text(message))
@@ -321,10 +326,10 @@ class Client:
         fds: "Mapping[str, Sequence[int]]" = NO_FDS,
         meanwhile: "Callable[[], object] | None" = None,
     ) -> "R":
-        """Send a request and return its answer, or the first of them.  Raises Refused, PeerError, and as `receive`.
+        """Send a request and return its first answer.  Raises Refused, PeerError, and as `receive`.
 
-        All answers that are declared are to be `expected`, but for Failed; those that are not are not taken.
-        `meanwhile` is called while the daemon is at work.
+        `expected` must name all declared answers except Failed.  Classes that are not declared answers are ignored.
+        `meanwhile` is called after the request was sent, before the answer is awaited.
         """
         answers = BY_CLASS[type(request)].answers
         assert {Failed, *expected} >= set(answers), f"{type(request).__name__} is answered by {answers}, too"
@@ -340,7 +345,7 @@ class Client:
         on_part: "Callable[[Any], object]" = lambda _part: None,
         fds: "Mapping[str, Sequence[int]]" = NO_FDS,
     ) -> "R":
-        """Send a request and return the `last` answer to it; `on_part` is called with each that comes before that.
+        """Send a request and return its answer of class `last`.  `on_part` is called with each answer before that.
 
         Raises Refused, PeerError, and as `receive`.
         """
@@ -355,7 +360,7 @@ class Client:
             on_part(answer)
 
     def _rows(self, request: "Record") -> "list[Record]":
-        """Send a request and return all that it is answered by but the last.  Raises Refused, PeerError."""
+        """Send a request and return all its answers except the last one.  Raises Refused, PeerError."""
         self.send(request)
         answers: tuple[type[Record], ...] = BY_CLASS[type(request)].answers
         rows: list[Record] = []
@@ -365,23 +370,23 @@ class Client:
                 return rows
             rows.append(row)
 
-    # --- what there is -----------------------------------------------------------------------------------
+    # --- lists -------------------------------------------------------------------------------------------
 
     def list_vms(self) -> list[VmInfo]:
-        """Return every VM that the daemon knows."""
+        """Return all VMs that the daemon knows."""
         return [row for row in self._rows(ListRequest()) if isinstance(row, VmInfo)]
 
     def figures(self, vm: "AnyVm | None" = None) -> list[VmFigures]:
-        """Return what every VM, or one, has done and what it uses."""
+        """Return the counters and the resource use of all VMs, or of one."""
         rows = self._rows(FiguresRequest(**({} if vm is None else names(vm))))
         return [row for row in rows if isinstance(row, VmFigures)]
 
     def list_switches(self) -> list[SwitchInfo]:
-        """Return every switch of the configuration."""
+        """Return all switches of the configuration."""
         return [row for row in self._rows(SwitchesRequest()) if isinstance(row, SwitchInfo)]
 
     def list_generations(self) -> list[GenerationInfo]:
-        """Return every generation of VMs, the newest last."""
+        """Return all generations of VMs, the newest last."""
         return [row for row in self._rows(GenerationsRequest()) if isinstance(row, GenerationInfo)]
 
     def list_devices(self, vm: "AnyVm") -> tuple[list[NicInfo], list[TroubleInfo]]:
@@ -390,7 +395,7 @@ class Client:
         return [row for row in rows if isinstance(row, NicInfo)], [row for row in rows if isinstance(row, TroubleInfo)]
 
     def past_events(self, vm: "AnyVm | None" = None) -> list[Event]:
-        """Return what has happened to all VMs, or to one, as far as the daemon remembers it."""
+        """Return the events of all VMs and the daemon, or of one VM, that the daemon remembers."""
         found: list[Event] = []
         seen = EventsSeen(vmid=0, number=0, newest=1)
         while seen.number < seen.newest:
@@ -399,11 +404,12 @@ class Client:
         return found
 
     def events(self, vm: "AnyVm | None" = None, *, past: bool = False) -> "Iterator[Event]":
-        """Return all that happens from now on, to all VMs and the daemon or to one VM, without an end.
+        """Return an endless iterator over the events from now on, of all VMs and the daemon, or of one VM.
 
-        With `past`, what the daemon remembers comes first.  `timeout_s` is for how long nothing may happen.  Nothing
-        else can be asked of this connection before HungUp, with which the next daemon's events begin anew.
-        Events that were not read in time are forgotten; one that is called `lost` has their number.
+        With `past` it begins with the events that the daemon remembers.  It raises TimedOut if there is no event for
+        `timeout_s`.  No other request can be made on this connection.  It ends with HungUp; the next daemon begins to
+        count events again.
+        Events that were not read in time are lost; an event named `lost` has their number.
         """
         request = EventsRequest(**({} if vm is None else names(vm)), wait=False)
         seen = self.carry_out(request, EventsSeen)
@@ -430,14 +436,15 @@ class Client:
         seed: int | None = None,
         meanwhile: "Callable[[], object] | None" = None,
     ) -> VmStarted:
-        """Start a VM; returns when its guest executes.
+        """Start a VM.  Returns when the guest runs.
 
-        One that is known is started as it is configured, but for `boot_device`, `cmdline` and the open files `kernel`
-        and `initrd`, which count for one boot.  A new one is as `config` says, or as the VM `template` is where that
-        says nothing; its paths are absolute, and `config.kernel` and `config.initrd` are the names of the open files.
-        What is on a disk of the VM itself is named in words, such as `disk0:/vmlinuz`: for one boot by `kernel` and
-        `initrd`, of a new VM in its `config`.
-        With `config.seed`, `seed` is an open file with what that is made from (`vmd.seed.parts.SeedParts`, packed).
+        A known VM is started as it is configured.  `boot_device`, `cmdline`, and the open files `kernel` and `initrd`
+        override that for one boot.
+        A new VM is described by `config`; values that it leaves out are those of the VM `template`.  Its paths are
+        absolute.  `config.kernel` and `config.initrd` are the names of the open files `kernel` and `initrd`.
+        A file on a disk of the VM itself is named in words, for example `disk0:/vmlinuz`: for one boot as `kernel` or
+        `initrd`, for a new VM in its `config`.
+        With `config.seed`, `seed` is an open file with the parts of the seed (`vmd.seed.parts.SeedParts`, packed).
         """
         request = StartRequest(
             **names(vm),
@@ -455,54 +462,58 @@ class Client:
         return started
 
     def stop(self, vm: "AnyVm", *, force: bool = False) -> StopAccepted | VmTerminated:
-        """Ask the guest to shut down, or with `force` kill the VM; VmTerminated if it only waited for its start."""
+        """Ask the guest to shut down; with `force` kill the VM.
+
+        Returns VmTerminated if the VM was still waiting for its start, and so has ended already.
+        """
         answer = self.ask(StopRequest(**names(vm), force=force), StopAccepted, VmTerminated)
         assert isinstance(answer, StopAccepted | VmTerminated)
         return answer
 
     def stop_and_wait(self, vm: "AnyVm", *, force: bool = False) -> VmTerminated:
-        """Ask the guest to shut down, or with `force` kill the VM; returns when it is gone, with how it ended."""
+        """Ask the guest to shut down; with `force` kill the VM.  Returns how it ended, when it has ended."""
         return self.carry_out(StopRequest(**names(vm), force=force, wait=True), VmTerminated)
 
     def wait(self, vm: "AnyVm") -> VmTerminated:
-        """Return when a VM that runs is gone, with how it ended."""
+        """Wait until a running VM has ended; return how it ended."""
         return self.ask(WaitRequest(**names(vm)), VmTerminated)
 
     def pause(self, vm: "AnyVm") -> VmPaused:
-        """Have a VM stand still."""
+        """Pause a VM."""
         return self.ask(PauseRequest(**names(vm), paused=True), VmPaused)
 
     def unpause(self, vm: "AnyVm", *, force: bool = False) -> VmPaused:
         """Let a paused VM go on.
 
-        With `force` also one that is in doubt, which does not run elsewhere, and one whose disks others have changed.
+        `force` is for a VM in doubt, if the caller knows that it does not run at another host, and for a VM whose disks
+        others have changed.
         """
         return self.ask(PauseRequest(**names(vm), paused=False, force=force), VmPaused)
 
     # --- the daemon --------------------------------------------------------------------------------------
 
     def reload(self) -> Ok:
-        """Have the daemon read its main configuration file again."""
+        """Make the daemon read its main configuration file again."""
         return self.ask(ReloadRequest(), Ok)
 
     def load(self, path: str) -> Ok:
-        """Have the daemon read a further configuration file; the path is absolute."""
+        """Make the daemon read another configuration file in addition.  `path` is absolute."""
         return self.ask(LoadRequest(path=path), Ok)
 
     def reset(self, *, vms: bool, switches: bool) -> Ok:
-        """Have the daemon forget VMs, after terminating them, or switches, or both."""
+        """Make the daemon terminate and forget all VMs, or forget all switches, or both."""
         return self.ask(ResetRequest(vms=vms, switches=switches), Ok)
 
     def set_verbosity(self, verbosity: int) -> Ok:
-        """Have every process of the daemon log little (0) or much (2)."""
+        """Make all processes of the daemon log little (0) or much (2)."""
         return self.ask(LogRequest(verbosity=verbosity), Ok)
 
     def rehearse_upgrade(self) -> Ok:
-        """Find out whether the version that is installed now could take over."""
+        """Check whether the version that is installed now could take over."""
         return self.ask(UpgradeRequest(rehearse_only=True), Ok)
 
     def upgrade(self) -> None:
-        """Have the version that is installed now take over, and connect to it; VMs run on."""
+        """Let the version that is installed now take over, and connect to it.  VMs go on."""
         try:
             self.ask(UpgradeRequest(), Ok)
         except HungUp:
@@ -511,10 +522,10 @@ class Client:
     # --- consoles ----------------------------------------------------------------------------------------
 
     def attach_console(self, vm: "AnyVm", *, force: bool = False) -> tuple[bytes, ConsoleAttached]:
-        """Have the console of a VM, with `force` instead of whoever has it, until this connection ends.
+        """Attach to the console of a VM until this connection ends.  With `force` take it from another client.
 
-        Returns what it showed last, and where it is: the terminal `tty` is opened with the caller's own rights.
-        When somebody else takes it, Failed comes unasked.
+        Returns the backlog, and where the console is.  The caller opens the terminal `tty` with its own rights.
+        When another client takes the console, Failed comes without a request.
         """
         shown: list[bytes] = []
         request = ConsoleRequest(**names(vm), force=force)
@@ -522,13 +533,14 @@ class Client:
         return b"".join(shown), attached
 
     def send_break(self, vm: "AnyVm") -> Ok:
-        """Send a BREAK down the line of the console, which this connection has."""
+        """Send a BREAK to the guest's serial line.  This connection must have the console."""
         return self.ask(ConsoleBreak(**names(vm)), Ok)
 
     def watch_console(self, vm: "AnyVm", since: int | None = None) -> tuple[bytes, ConsoleWatched]:
-        """Return what a console shows, without having it: at once what it showed last, or what comes after `since`.
+        """Return output of a console without attaching to it: the backlog, or the output after `since`.
 
-        `since` is the `end` of an earlier answer; then there is an answer when there is more, or the VM has ended.
+        `since` is the `end` of an earlier answer.  With it the call returns when there is more output, or when the VM
+        has ended.
         """
         shown: list[bytes] = []
         request = ConsoleWatch(**names(vm), since=since)
@@ -536,19 +548,19 @@ class Client:
         return b"".join(shown), watched
 
     def find_console_log(self, vm: "AnyVm") -> ConsoleLogAt:
-        """Return where the files are that the console of a VM is kept in, to be read with the caller's own rights."""
+        """Return where the files of a VM's console log are.  The caller reads them with its own rights."""
         return self.ask(ConsoleLogRequest(**names(vm)), ConsoleLogAt)
 
     # --- disks -------------------------------------------------------------------------------------------
 
     def resize(self, vm: "AnyVm", disk: str, size_bytes: int) -> Resized:
-        """Make a disk larger: `disk0`, or the path of its image."""
+        """Make a disk larger.  `disk` is for example `disk0`, or the path of its image."""
         return self.ask(ResizeRequest(**names(vm), disk=disk, size_bytes=size_bytes), Resized)
 
     def insert_disc(self, vm: "AnyVm", path: str, *, force: bool = False) -> DiscInserted:
-        """Put a disc into the CD-ROM drive, or with the path "" take it out; `force`: though its guest has locked it.
+        """Put a disc into the CD-ROM drive; with the path "" remove the disc.  Otherwise the path is absolute.
 
-        The path is absolute.
+        `force` changes the disc even if the guest has locked the drive.
         """
         return self.ask(DiscRequest(**names(vm), path=path, force=force), DiscInserted)
 
@@ -567,7 +579,7 @@ class Client:
         return self._snapshot(vm, SnapshotAction.DELETE, tag, progress)
 
     def go_back(self, vm: "AnyVm", tag: str, progress: "Progress | None" = None) -> SnapshotsDone:
-        """Go back to a snapshot: what was written since then is lost."""
+        """Go back to a snapshot.  All later writes to the disks are lost."""
         return self._snapshot(vm, SnapshotAction.GO_BACK, tag, progress)
 
     def _snapshot(
@@ -587,29 +599,32 @@ class Client:
         live: Live | None = None,
         progress: "Progress | None" = None,
     ) -> VmSent:
-        """Write a running VM to an open file; it is gone then, or with `keep` goes on.  `live`: it runs meanwhile."""
+        """Write a running VM to an open file.  Then the VM ends here; with `keep` it goes on.
+
+        With `live` it runs while most of its memory is written.
+        """
         request = SendRequest(**names(vm), keep=keep, live=live)
         return self.carry_out(request, VmSent, progress or (lambda _part: None), {"stream": [stream]})
 
     def receive_vm(
         self, name: str, stream: int, *, paused: bool = False, progress: "Progress | None" = None
     ) -> VmReceived:
-        """Read a VM from an open file; it goes on under this name, or with `paused` waits for that."""
+        """Read a VM from an open file.  It goes on under `name`; with `paused` it stays paused."""
         request = ReceiveRequest(name=name, paused=paused)
         return self.carry_out(request, VmReceived, progress or (lambda _part: None), {"stream": [stream]})
 
     def migrate(self, vm: "AnyVm", stream: int, *, live: Live | None = None) -> MigrationAt:
-        """Begin to write a VM to an open file that goes on elsewhere; returns when the header is written.
+        """Begin to migrate a VM to another host, by writing it to an open file.  Returns when the header is written.
 
-        What follows is `migration_step`, from this connection.
+        Go on with `migration_step`, on this connection.
         """
         request = MigrateRequest(**names(vm), live=live or Live())
         return self.carry_out(request, MigrationAt, fds={"stream": [stream]})
 
     def migrate_in(self, name: str, stream: int, *, force: bool = False) -> MigrationAt:
-        """Begin to read a VM from an open file that goes on here; returns when its header has been judged.
+        """Begin to migrate a VM to this host, by reading it from an open file.  Returns when its header was checked.
 
-        `force`: that the disks here are the sender's is taken on trust.
+        With `force` it is not checked that the disks here are the sender's.
         """
         return self.carry_out(MigrateInRequest(name=name, force=force), MigrationAt, fds={"stream": [stream]})
 
@@ -624,7 +639,7 @@ class Client:
         text: str = "",
         progress: "Progress | None" = None,
     ) -> MigrationAt | VmSent | VmReceived:
-        """Take a step of a migration; `MigrationStep` describes them."""
+        """Make the next step of a migration.  `MigrationStep` describes the steps."""
         self.send(
             MigrationStep(
                 **names(vm), step=step, locks_travel=locks_travel, paused=paused, in_doubt=in_doubt, text=text
@@ -640,21 +655,21 @@ class Client:
 
 
 def names(vm: "AnyVm") -> "dict[str, Any]":
-    """Return how a request names a VM."""
+    """Return the fields with which a request names a VM."""
     if isinstance(vm, int):
         return {"vmid": vm}
     return {"name": vm} if isinstance(vm, str) else {"vmid": vm.vmid, "name": vm.name}
 
 
 def failed_text(message: Failed) -> str:
-    """Return the sentence of a failure; an errno without one speaks for itself."""
+    """Return the sentence of a failure; without one, the text of its errno."""
     return message.text or os.strerror(message.code)
 
 
 def connect_trouble(path: str, error: OSError) -> str:
-    """Return why there is no connection, and what to look at."""
+    """Return why the connection failed, and what the user can check."""
     if error.errno is None:
-        # Python's own: the path does not fit a socket address.
+        # An error of Python itself: the path does not fit a socket address.
         return f"it has {len(os.fsencode(path))} bytes, and at most {SOCKET_PATH_MAX} are possible"
     reason = os.strerror(error.errno)
     if error.errno in NOBODY:
@@ -665,14 +680,14 @@ def connect_trouble(path: str, error: OSError) -> str:
 
 
 def socket_owner(path: str) -> str:
-    """Return whom a socket we may not use belongs to, as the end of a sentence."""
+    """Return the owner of a socket that the user may not open, as the end of a sentence."""
     import grp
     import pwd
 
     try:
         status = os.stat(path)
     except OSError:
-        return ""  # it is the directory that keeps us out
+        return ""  # the user has no access to the directory
     try:
         user = pwd.getpwuid(status.st_uid).pw_name
     except KeyError:

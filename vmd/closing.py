@@ -1,7 +1,8 @@
-"""Closing descriptors that others chose.
+"""Closing descriptors of files that users chose.
 
-close(2) asks a FUSE or NFS server whether all that was written is safe, and fails with whatever errno that answers.
-The descriptor is gone all the same.  So in the processes that all guests hang on nothing else closes a descriptor.
+close(2) asks a FUSE or NFS server whether all written data is safe, and fails with any errno that the server answers.
+The descriptor is closed anyway.  So the processes that all guests depend on close descriptors only by these functions,
+which ignore such errors.
 """
 
 import errno
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def close(fd: int) -> None:
-    """Close a descriptor, whatever its file says about it.  Raises OSError(EBADF) for one that is not open: our bug."""
+    """Close a descriptor, and ignore errors of its file.  Raises OSError(EBADF) if it is not open, which is our bug."""
     try:
         os.close(fd)
     except OSError as error:

@@ -1,7 +1,8 @@
-"""Enumerations without `enum`, which takes every process and every command 4 ms and half a MiB that nothing here needs.
+"""Enumerations without the module `enum`, which costs each process and each command 4 ms and half a MiB.
 
-For type checkers this is `enum`.  Members have `name` and `value`, compare and hash as that one's, and are looked up by
-value, `Outcome(3)`, or by name, `Outcome["ENDED"]`.  A flag is any set of its members' bits, and others it knows not.
+For type checkers this is `enum`.  Members have `name` and `value`, compare and hash as members of `enum` do, and are
+looked up by value, `Outcome(3)`, or by name, `Outcome["ENDED"]`.  A flag is any set of bits, also of bits that no
+member has.
 """
 
 TYPE_CHECKING = False
@@ -10,10 +11,10 @@ if TYPE_CHECKING:
 else:
 
     class EnumType(type):
-        """Makes a member of everything in a class body that is neither private nor a method or property."""
+        """Makes a member of each value in a class body that is not private, not a method and not a property."""
 
         def __new__(mcls, name, bases, namespace):  # noqa: ANN001, ANN204
-            """Build the class and then its members; a second name of a value is the same member."""
+            """Build the class and then its members.  Two names of the same value are the same member."""
             values = {
                 each: value
                 for each, value in namespace.items()
@@ -35,7 +36,7 @@ else:
             """Return the member of a value.  Raises ValueError if there is none."""
             try:
                 return cls._by_value[value]
-            except (KeyError, TypeError):  # the latter for what cannot be a key
+            except (KeyError, TypeError):  # TypeError: the value cannot be a key of a dict
                 return cls._other(value)
 
         def _make(cls, name, value):  # noqa: ANN001, ANN202
@@ -52,19 +53,19 @@ else:
             return cls.__members__[name]
 
         def __iter__(cls):  # noqa: ANN204
-            """Go through the members in order of declaration, each once."""
+            """Iterate over the members in order of declaration, each once."""
             return iter(cls._by_value.values())
 
         def __len__(cls):  # noqa: ANN204
-            """How many there are."""
+            """The number of members."""
             return len(cls._by_value)
 
         def __contains__(cls, member):  # noqa: ANN001, ANN204
-            """Whether this is one of them."""
+            """Whether this is a member of the class."""
             return isinstance(member, cls)
 
     class Enum(metaclass=EnumType):
-        """A choice; its members equal nothing else."""
+        """A choice.  A member is equal to itself only."""
 
         def __repr__(self):  # noqa: ANN204
             return f"<{type(self).__name__}.{self.name}: {self.value!r}>"
@@ -76,15 +77,15 @@ else:
             return type(self), (self.value,)
 
     class IntEnum(int, Enum):
-        """A choice whose members are numbers as well."""
+        """A choice whose members are also numbers."""
 
         __repr__, __str__ = Enum.__repr__, int.__repr__
 
     class FlagType(EnumType):
-        """Sets of bits: those without a name of their own are made when they are asked for."""
+        """Sets of bits.  A set without a name of its own is made when it is first needed."""
 
         def _other(cls, value):  # noqa: ANN001, ANN202
-            """Return a set of bits that has no name of its own; a negative number is one of all bits but some."""
+            """Return a set of bits without a name of its own.  A negative number is a complement among the members."""
             if not isinstance(value, int):
                 return super()._other(value)
             if value < 0:
@@ -92,7 +93,7 @@ else:
             return cls._make(None, int(value))
 
     class IntFlag(int, Enum, metaclass=FlagType):
-        """Bits, alone and in sets."""
+        """Single bits, and sets of bits."""
 
         __str__ = int.__repr__
 
@@ -101,7 +102,7 @@ else:
             return f"<{type(self).__name__}{'.' if names else ''}{names}: {self.value}>"
 
         def __contains__(self, other):  # noqa: ANN001, ANN204
-            """Whether all bits of the other are in this one."""
+            """Whether this set has all bits of the other."""
             return self & other == other
 
         def __or__(self, other):  # noqa: ANN001, ANN204

@@ -1,13 +1,13 @@
-"""The exception family: whose fault a failure is decides which class is raised.
+"""The exceptions.  The class of an exception tells who has caused the failure.
 
-VmdError            anything that is answered with a sentence instead of a traceback
-  ConfigError       the operator, in a configuration file; carries file and line
+VmdError            base: the user gets a sentence, not a traceback
+  ConfigError       the operator, in a configuration file; has file and line
   OperatorError     the operator or a client, in a request; its number is an errno or one of *cat. 1.10*
-    InUse           ... for somebody else has a file; carries which
+    InUse           the same, because another process has locked a file; names the file
   ImageError        a kernel, firmware or disk image that cannot be used
   GuestError        the guest; ends a request, a device or at most its own VM
-  PeerError         a process on the other side of a channel broke the protocol
-  HostError         the kernel refused something; its number is the errno; carries what was tried
+  PeerError         a process at the other end of a channel has broken the protocol
+  HostError         the kernel refused something; its number is the errno; names the action that was tried
 
 `__str__` is a lower-case sentence without a full stop that names the thing and the value.
 """
@@ -19,7 +19,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from vmd.fileid import FileId
 
-# What `number` may be beyond an errno (*cat. 1.10*)
+# Values of `number` that are not an errno (*cat. 1.10*)
 VMD_BIOS_MISSING = 1001
 VMD_DISK_MISSING = 1002
 VMD_VM_STOP_INVALID = 1004
@@ -27,15 +27,15 @@ VMD_CDROM_MISSING = 1005
 VMD_CDROM_INVALID = 1006
 VMD_PARENT_INVALID = 1007
 VMD_CONSOLE_TAKEN = 1008
-VMD_IN_DOUBT = 1009  # a VM that was to go on here may have done so
+VMD_IN_DOUBT = 1009  # a VM that was to go on here may have run here
 
 NO_CALL = ": this kernel, or the container or unit that vmd runs in, does not let it make the system call"
 
 
 class VmdError(Exception):
-    """Base of everything that has a sentence for its user.
+    """Base of all exceptions with a sentence for the user.
 
-    `number` is for programs: an errno, or a VMD_* code; 0 is none.
+    `number` is for programs: an errno or a VMD_* code; 0: none.
     """
 
     number: int = errno.EINVAL
@@ -67,9 +67,10 @@ class OperatorError(VmdError):
 
 
 class InUse(OperatorError):
-    """A file cannot be had because somebody else has it; `file` says which file that is.
+    """A file cannot be used because another process has locked it.  `file` is the identity of the file.
 
-    `marks` are the bytes on which somebody else's locks contradict ours (`vmd.images.locks`); none: it may be any.
+    `marks` are the bytes on which the other locks conflict with ours (`vmd.images.locks`); empty: it is not known
+    which.
     """
 
     def __init__(
@@ -83,7 +84,7 @@ class InUse(OperatorError):
         self.marks = marks
 
     def held_by(self, who: str) -> "InUse":
-        """Return the same, with who has it."""
+        """Return the same error, naming the user or process that has the file."""
         return InUse(self.name, self.file, by=who, doing=self.doing, marks=self.marks)
 
 
@@ -100,11 +101,11 @@ class ImageError(VmdError):
 
 
 class GuestError(VmdError):
-    """The guest did what no driver may do; the device, never the host, pays for it."""
+    """The guest's driver has broken the rules.  The consequence is for the device or its VM, never for the host."""
 
 
 class PeerError(VmdError):
-    """A peer process broke the protocol; `raw` keeps the first bytes of what it sent."""
+    """A peer process has broken the protocol.  `raw` has the first bytes of the packet."""
 
     number = errno.EPROTO
 
@@ -120,7 +121,7 @@ class PeerError(VmdError):
 
 
 class HostError(VmdError):
-    """A system call failed: what was tried, and the kernel's reason, or ours if the failure was found by us."""
+    """A system call, or a check of ours, has failed: what was tried, and the reason."""
 
     def __init__(self, tried: str, error: OSError | int) -> None:
         self.tried = tried
@@ -133,9 +134,9 @@ class HostError(VmdError):
 
 
 def sentence(error: Exception) -> str:
-    """Return what a failure is, for people: an OSError without its number.
+    """Return the sentence of an error, for people to read.  For an OSError it has no number.
 
-    Python raises some that have no number, for which strerror(3) would have "Success".
+    Python raises some OSErrors without a number, for which strerror(3) would return "Success".
     """
     if not isinstance(error, OSError):
         return str(error)
@@ -143,6 +144,6 @@ def sentence(error: Exception) -> str:
 
 
 def number(error: Exception) -> int:
-    """Return the number of a failure for those who are told of it, whatever it is; never 0."""
+    """Return an errno or VMD_* code for an error of any class, to put into an answer.  Never 0."""
     found = error.number if isinstance(error, VmdError) else getattr(error, "errno", None)
     return found or (errno.EIO if isinstance(error, OSError | HostError) else errno.EINVAL)

@@ -1,9 +1,9 @@
 """Figures of VMs as text for Prometheus, and in the format of OpenMetrics 1.0.
 
-Both have the same names and values.  They differ in how a counter is declared, and in a last line.  What a figure is
-called is said in the tables below: a new field of `vmd.ipc.figures` needs a row here.
+Both have the same names and values.  They differ in the declaration of counters, and in a last line.  The tables below
+have the name for each figure: a new field of `vmd.ipc.figures` needs a row here.
 
-Numbers that this host cannot tell have no line, and neither have devices whose process does not count.
+A value that this host does not know has no line.  A device whose process does not count has no lines.
 """
 
 from vmd.version import VERSION
@@ -15,73 +15,72 @@ if TYPE_CHECKING:
     from vmd.ipc.messages.figures import VmFigures
     from vmd.record import Record
 
-    Row = tuple[str, str, str]  # field of the record, family, further labels
+    Row = tuple[str, str, str]  # field of the record, family, more labels
 
 TEXT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 OPENMETRICS_TYPE = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 NS = 1_000_000_000
 COUNTER, GAUGE = "counter", "gauge"
 
-# name (without the _total of counters): kind, and what it is.  One that ends in _seconds is made of nanoseconds, if its
-# field ends in _ns.
+# name (without the _total of counters): kind, and explanation.  Nanoseconds of fields in _ns become seconds.
 FAMILIES = {
     "vmd_build_info": (GAUGE, "The release of vmd; always 1."),
     "vmd_vm_info": (GAUGE, "A VM that the daemon knows: its number, and the uid of its owner; always 1."),
-    "vmd_vm_state": (GAUGE, "The state that a VM is in has 1; the others have no line."),
-    "vmd_vm_running": (GAUGE, "1 for a VM that has a process, whatever its state, else 0."),
-    "vmd_vm_state_since_timestamp_seconds": (GAUGE, "When the VM came into its state."),
+    "vmd_vm_state": (GAUGE, "1 for the current state of a VM; there are no lines for other states."),
+    "vmd_vm_running": (GAUGE, "1 for a VM that has a process, in any state; otherwise 0."),
+    "vmd_vm_state_since_timestamp_seconds": (GAUGE, "When the VM entered its state."),
     "vmd_vm_start_timestamp_seconds": (GAUGE, "When the VM was started; a reset of its guest does not count."),
-    "vmd_vm_last_end_timestamp_seconds": (GAUGE, "When the VM ended last, and how."),
-    "vmd_vm_starts": (COUNTER, "How often the VM was started since the daemon has known it."),
+    "vmd_vm_last_end_timestamp_seconds": (GAUGE, "When the VM last ended, and how."),
+    "vmd_vm_starts": (COUNTER, "How often the VM was started since the daemon knows it."),
     "vmd_vm_guest_resets": (COUNTER, "How often the guest has reset itself since the VM was started."),
     "vmd_vm_memory_size_bytes": (GAUGE, "Memory of the guest."),
-    "vmd_vm_memory_guest_bytes": (GAUGE, "What the guest has touched of its memory."),
-    "vmd_vm_memory_processes_bytes": (GAUGE, "What the VM's processes use besides, and share with nobody."),
+    "vmd_vm_memory_guest_bytes": (GAUGE, "Memory that the guest has touched."),
+    "vmd_vm_memory_processes_bytes": (GAUGE, "Private memory of the VM's processes, without the guest's memory."),
     "vmd_vm_cpu_seconds": (COUNTER, "Processor time of all processes of the VM."),
-    "vmd_vm_vcpu_seconds": (COUNTER, "Processor time of the thread that is a virtual processor."),
+    "vmd_vm_vcpu_seconds": (COUNTER, "Processor time of the thread of a virtual processor."),
     "vmd_vm_group_cpu_seconds": (COUNTER, "Processor time of the VM's control group."),
     "vmd_vm_group_throttled_periods": (COUNTER, "Periods in which the control group had used up its processor time."),
-    "vmd_vm_group_throttled_seconds": (COUNTER, "How long the control group has waited for processor time."),
-    "vmd_vm_group_memory_bytes": (GAUGE, "Memory of the VM's control group, with the page cache that it has filled."),
-    "vmd_vm_group_memory_peak_bytes": (GAUGE, "The most that vmd_vm_group_memory_bytes has ever been."),
-    "vmd_vm_group_oom_kills": (COUNTER, "Processes of the control group that were killed for want of memory."),
+    "vmd_vm_group_throttled_seconds": (COUNTER, "How long the control group has waited because of its limit."),
+    "vmd_vm_group_memory_bytes": (GAUGE, "Memory of the VM's control group, including the page cache that it filled."),
+    "vmd_vm_group_memory_peak_bytes": (GAUGE, "The highest value of vmd_vm_group_memory_bytes so far."),
+    "vmd_vm_group_oom_kills": (COUNTER, "Processes of the control group that were killed because memory ran out."),
     "vmd_vm_group_tasks": (GAUGE, "Processes and threads of the VM's control group."),
-    "vmd_vm_limit_memory_bytes": (GAUGE, "What the VM's control group may have of memory; 0: there is no limit."),
-    "vmd_vm_limit_cpu_percent": (GAUGE, "What it may have of a processor, in percent; 0: there is no limit."),
-    "vmd_vm_limit_weight": (GAUGE, "Its weight where processors are short; 0: that of all others."),
+    "vmd_vm_limit_memory_bytes": (GAUGE, "Limit of the control group's memory; 0: there is no limit."),
+    "vmd_vm_limit_cpu_percent": (GAUGE, "Limit of processor time, in percent of one processor; 0: there is no limit."),
+    "vmd_vm_limit_weight": (GAUGE, "Weight of the VM when processors are busy; 0: the default."),
     "vmd_disk_requests": (COUNTER, "Requests of the guest that were carried out."),
     "vmd_disk_bytes": (COUNTER, "Bytes of these requests."),
-    "vmd_disk_time_seconds": (COUNTER, "How long the requests took; those that are served together count it each."),
+    "vmd_disk_time_seconds": (COUNTER, "Time of the requests; requests that are served together each count the time."),
     "vmd_disk_errors": (COUNTER, "Requests that have failed."),
-    "vmd_disk_refused_requests": (COUNTER, "Requests of a type that is not served."),
-    "vmd_disk_busy_seconds": (COUNTER, "How long at least one request was being served."),
-    "vmd_disk_requests_in_flight": (GAUGE, "Requests that are being served."),
+    "vmd_disk_refused_requests": (COUNTER, "Requests of a type that is not supported."),
+    "vmd_disk_busy_seconds": (COUNTER, "Time with at least one request in progress."),
+    "vmd_disk_requests_in_flight": (GAUGE, "Requests in progress."),
     "vmd_disk_size_bytes": (GAUGE, "The size of the disk, as the guest sees it."),
     "vmd_disk_throttled": (COUNTER, "How often requests had to wait for a limit."),
-    "vmd_disk_throttled_seconds": (COUNTER, "How long some request was waiting for a limit."),
-    "vmd_disk_limit_requests_per_second": (GAUGE, "How many requests may be served; 0: there is no limit."),
-    "vmd_disk_limit_bytes_per_second": (GAUGE, "How many bytes may be read and written; 0: there is no limit."),
+    "vmd_disk_throttled_seconds": (COUNTER, "Time during which requests waited for a limit."),
+    "vmd_disk_limit_requests_per_second": (GAUGE, "Limit of requests; 0: there is no limit."),
+    "vmd_disk_limit_bytes_per_second": (GAUGE, "Limit of bytes read and written; 0: there is no limit."),
     "vmd_cdrom_commands": (COUNTER, "Commands of the guest to its CD-ROM drive."),
-    "vmd_cdrom_read_requests": (COUNTER, "Those of them that read."),
+    "vmd_cdrom_read_requests": (COUNTER, "Commands that read from the disc."),
     "vmd_cdrom_read_bytes": (COUNTER, "Bytes that were read from the disc."),
     "vmd_cdrom_errors": (COUNTER, "Commands that were answered with an error."),
-    "vmd_cdrom_busy_seconds": (COUNTER, "How long commands were being served."),
-    "vmd_cdrom_size_bytes": (GAUGE, "The size of the disc; 0 without one."),
+    "vmd_cdrom_busy_seconds": (COUNTER, "Time spent on commands."),
+    "vmd_cdrom_size_bytes": (GAUGE, "The size of the disc; 0 without a disc."),
     "vmd_entropy_requests": (COUNTER, "Requests of the guest to its entropy device."),
     "vmd_entropy_bytes": (COUNTER, "Random bytes that the guest was given."),
     "vmd_entropy_delayed": (COUNTER, "How often the guest had to wait because it had asked for too much."),
     "vmd_interface_info": (GAUGE, "An interface of a running VM: its tap, switch and Ethernet address; always 1."),
-    "vmd_interface_packets": (COUNTER, "Packets that the guest was given, and those that it has sent."),
+    "vmd_interface_packets": (COUNTER, "Packets that the guest has received, and packets that it has sent."),
     "vmd_interface_bytes": (COUNTER, "Bytes of these packets, with their Ethernet headers."),
     "vmd_interface_dropped_packets": (COUNTER, "Packets that were dropped, and why."),
-    "vmd_interface_answered_packets": (COUNTER, "Packets of the guest that its interface has answered itself."),
+    "vmd_interface_answered_packets": (COUNTER, "Packets of the guest that vmd has answered itself."),
     "vmd_interface_dhcp_answers": (COUNTER, "DHCP and BOOTP answers to the guest."),
     "vmd_interface_dhcp_ignored": (COUNTER, "DHCP and BOOTP requests of the guest that were not answered, and why."),
-    "vmd_interface_router_advertisements": (COUNTER, "Router advertisements that the guest was sent."),
+    "vmd_interface_router_advertisements": (COUNTER, "Router advertisements that were sent to the guest."),
     "vmd_interface_throttled": (COUNTER, "How often packets had to wait for a limit."),
-    "vmd_interface_throttled_seconds": (COUNTER, "How long packets were waiting for a limit."),
-    "vmd_interface_vhost": (GAUGE, "Whether the kernel moves the frames (vhost-net), and not a process."),
-    "vmd_interface_limit_bytes_per_second": (GAUGE, "How many bytes may pass in each direction; 0: there is no limit."),
+    "vmd_interface_throttled_seconds": (COUNTER, "Time during which packets waited for a limit."),
+    "vmd_interface_vhost": (GAUGE, "1 while the kernel moves the frames (vhost-net); 0 while a process does."),
+    "vmd_interface_limit_bytes_per_second": (GAUGE, "Limit of bytes in each direction; 0: there is no limit."),
     "vmd_interface_lease_timestamp_seconds": (GAUGE, "When the guest was given the lease of its address."),
 }  # fmt: skip
 
@@ -115,7 +114,7 @@ GROUP: "tuple[Row, ...]" = (
 
 
 def by(label: str, family: str, **values: str) -> "tuple[Row, ...]":
-    """Return rows of one family whose lines differ in a label: field=its value."""
+    """Return the rows of a family whose lines differ in one label.  `values` are field=value of the label."""
     return tuple((field, family, f'{label}="{value}"') for field, value in values.items())
 
 
@@ -193,12 +192,12 @@ NIC: "tuple[Row, ...]" = (
 
 
 def escaped(text: str) -> str:
-    """Return the value of a label as it stands between quotes."""
+    """Return the value of a label, escaped for use between quotes."""
     return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
 
 
 class Exposition:
-    """The lines of each family, which have to stand together."""
+    """The lines of each family.  The formats want the lines of a family together."""
 
     def __init__(self) -> None:
         self._lines: dict[str, list[str]] = {name: [] for name in FAMILIES}
@@ -209,11 +208,11 @@ class Exposition:
         self._lines[family].append(f"{self._names[family]}{{{labels}}} {value}\n")
 
     def put_all(self, rows: "tuple[Row, ...]", record: "Record", labels: str) -> None:
-        """Add the lines of a record; there is none for what is not known."""
+        """Add the lines of a record.  A value that is not known gets no line."""
         for field, family, more in rows:
             value = getattr(record, field)
             if value is None or (not value and family.endswith("_timestamp_seconds")):
-                continue  # not known, or it has never happened
+                continue  # not known; or the time of an event that has never happened
             if field.endswith("_ns"):
                 value = f"{value // NS}.{value % NS:09d}"
             self.put(family, f"{labels},{more}" if more else labels, value)
@@ -251,7 +250,7 @@ class Exposition:
                 self.put_all(NIC, nic, where)
 
     def text(self, *, openmetrics: bool) -> str:
-        """Return all of it; families without lines are left out."""
+        """Return all lines.  Families without lines are left out."""
         parts = []
         for name, (kind, what) in FAMILIES.items():
             if not self._lines[name]:
@@ -268,7 +267,7 @@ class Exposition:
 
 
 def expose(vms: "Iterable[VmFigures]", release: str = VERSION, *, openmetrics: bool = False) -> str:
-    """Return what is to be read of these VMs, whose daemon is of this release."""
+    """Return the text for these VMs.  `release` is the daemon's version."""
     exposition = Exposition()
     exposition.put("vmd_build_info", f'version="{escaped(release)}"', 1)
     for vm in vms:

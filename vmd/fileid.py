@@ -1,4 +1,4 @@
-"""What tells whether two open files are the same."""
+"""The identity of a file, to compare open files."""
 
 import stat
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 class FileId(Record):
-    """Where a file is; of a block device also which one it is, for it may be found in several places."""
+    """The identity of a file.  Of a block device it has the device number too, since several files may lead to it."""
 
     device: int  # st_dev
     inode: int  # st_ino
@@ -18,11 +18,11 @@ class FileId(Record):
 
     @property
     def key(self) -> tuple[int, int]:
-        """What is the same for the same file, or the same device."""
+        """A key that is equal for the same file or the same block device."""
         return (-1, self.block_device) if self.block_device else (self.device, self.inode)
 
 
 def file_id(status: "os.stat_result") -> FileId:
-    """Return what tells a file from others, by what stat(2) says of it."""
+    """Return the identity of a file from the result of stat(2)."""
     block_device = status.st_rdev if stat.S_ISBLK(status.st_mode) else 0
     return FileId(device=status.st_dev, inode=status.st_ino, block_device=block_device)

@@ -1,15 +1,15 @@
 """Guest memory: one sealed memfd, and the only place that turns a guest-physical address into bytes.
 
-Every address that comes from a guest is checked here, in `GuestMemory._locate`, and nowhere else.  A hot loop
-that has to inline the check does so with `ranges` and `memory`.
+Every address that comes from a guest is checked in `GuestMemory._locate`, and nowhere else.  A hot loop that has to
+inline the check uses `ranges` and `memory` for it.
 
-The file holds the regions one after another, in the order of their specification, so a region that starts at
-address 0 and comes first has equal addresses and offsets.  Memory that was never touched costs nothing, but a
-mere *read* through the mapping makes its page real: whoever copies or hashes memory asks `touched_runs` first.
+The file has the regions one after another, in the order of the layout.  So if the first region starts at address 0, its
+addresses and file offsets are equal.  Memory that was never touched costs nothing.  But even a *read* through the
+mapping allocates the page.  So code that copies or hashes memory asks `touched_runs` first.
 
-The last pages of the file are no memory of the guest's.  They hold a mark for each page before them, one byte: while
-`marking`, whoever stores into memory for the guest, its devices' processes included, marks what it has changed, with
-`mark`, and only then publishes it.  What the guest's processors change is in KVM's log (`vm/dirty.py` reads both).
+The last pages of the file are not guest memory.  They have a mark of one byte for each page before them.  While
+`marking`, each process that stores into guest memory, including device processes, first marks the changed pages with
+`mark`, and only then publishes the change.  Changes by vCPUs are in KVM's log (`vm/dirty.py` reads both).
 """
 
 import errno
@@ -33,12 +33,12 @@ _MAP_NORESERVE = 0x4000  # mmap has no name for it before Python 3.13
 
 
 class RegionSpec(Record):
-    """A range of guest-physical addresses that is to have memory behind it."""
+    """A range of guest-physical addresses that gets memory."""
 
     gpa: int
     size: int
     name: str
-    read_only: bool = False  # to the guest and to devices; `load` still fills it
+    read_only: bool = False  # for the guest and for devices; `load` can still fill it
 
     @property
     def end(self) -> int:
@@ -46,7 +46,7 @@ class RegionSpec(Record):
         return self.gpa + self.size
 
     def check(self) -> None:
-        """Refuse what KVM would refuse too, with the region's name."""
+        """Refuse values that KVM would refuse, with an error that names the region.  Raises ValueError."""
         if self.size <= 0 or self.size % PAGE or self.gpa < 0 or self.gpa % PAGE:
             raise ValueError(f"memory region {self.name}: {self.size:#x} bytes at {self.gpa:#x}")
 
@@ -60,19 +60,19 @@ class Region(RegionSpec):
 class GuestMemory:
     """The memory of one VM, mapped into this process.
 
-    `ranges` holds (start, end, offset, writable) of every region; `memory` is the whole mapping; `marks` has a byte for
-    each page of the file before them, which is 0 or anything else.
+    `ranges` has (start, end, offset, writable) of each region.  `memory` is the whole mapping.  `marks` has a byte for
+    each page of memory: not 0 means changed.
     """
 
     def __init__(self, fd: int, regions: "Sequence[Region]") -> None:
         self.fd = fd
         self.regions = tuple(regions)
         self.ranges = tuple((r.gpa, r.end, r.offset, not r.read_only) for r in self.regions)
-        # Nothing behind the last region is mapped: a device that is not given the firmware does not have it.
+        # Only up to the last region: a device whose regions leave out the firmware has no mapping of it.
         self.mapped_bytes = max(region.offset + region.size for region in self.regions)
         try:
             self._mapping = mmap.mmap(fd, self.mapped_bytes, flags=mmap.MAP_SHARED | _MAP_NORESERVE)
-            self._mapping.madvise(mmap.MADV_DONTDUMP)  # a core file shows no guest's secrets
+            self._mapping.madvise(mmap.MADV_DONTDUMP)  # so that a core file has no secrets of guests
             at = memory_bytes(os.fstat(fd).st_size)
             self._marks = mmap.mmap(fd, marks_bytes(at), flags=mmap.MAP_SHARED | _MAP_NORESERVE, offset=at)
         except OSError as error:
@@ -85,11 +85,13 @@ class GuestMemory:
     def create(
         cls, layout: "Sequence[RegionSpec]", name: str = "guest-memory", fd: int | None = None
     ) -> "GuestMemory":
-        """Make new memory, all zero, of an empty memory file or of a new one; the descriptor is ours until `close`.
+        """Make new memory, all zero, from the empty memory file `fd` or from a new one.
+
+        The object owns the descriptor until `close`.
 
         Raises:
             ValueError: the layout is empty or overlaps itself.
-            HostError: the kernel gives no memory.
+            HostError: the kernel has no memory.
         """
         regions = []
         offset = 0
@@ -109,9 +111,9 @@ class GuestMemory:
 
     @classmethod
     def attach(cls, fd: int, regions: "Sequence[Region]") -> "GuestMemory":
-        """Map memory that another process has made: all its regions, or those this process may see.
+        """Map memory that another process has made: all its regions, or those that this process may see.
 
-        The descriptor is ours from here on.
+        The object owns the descriptor from here on.
 
         Raises:
             ValueError: the file is too small for the regions, or could still be shrunk.
@@ -133,10 +135,10 @@ class GuestMemory:
         self.close()
 
     def close(self) -> None:
-        """Unmap and close; a second call does nothing.
+        """Unmap and close.  A second call does nothing.
 
         Raises:
-            BufferError: somebody still holds a view.
+            BufferError: a view of the memory is still in use.
         """
         if self.fd >= 0:
             self.memory.release()
@@ -158,17 +160,17 @@ class GuestMemory:
         raise GuestError(f"guest address {gpa:#x}: no memory for {size} bytes")
 
     def offset(self, gpa: int, size: int, *, write: bool = False) -> int:
-        """Return where [gpa, gpa + size) lies in the file and in `memory`.
+        """Return the offset of [gpa, gpa + size) in the file and in `memory`.
 
         Raises:
-            GuestError: the range is not within one region, or is to be written and is read-only.
+            GuestError: the range is not within one region, or `write` is set and the region is read-only.
         """
         return self._locate(gpa, size, write)[0]
 
     # ---- access
 
     def view(self, gpa: int, size: int, *, write: bool = False) -> memoryview:
-        """Return a window on memory in one region; of a read-only region, a read-only one.
+        """Return a view of memory within one region.  The view of a read-only region is read-only.
 
         Raises:
             GuestError: as `offset`.
@@ -178,10 +180,10 @@ class GuestMemory:
         return window if writable else window.toreadonly()
 
     def slices(self, gpa: int, size: int, *, write: bool = False) -> list[memoryview]:
-        """Return windows that together cover a range, which may run on into adjacent regions.
+        """Return views that together cover a range, which may extend over adjacent regions.
 
         Raises:
-            GuestError: a part of the range has no memory, or is to be written and is read-only.
+            GuestError: a part of the range has no memory, or `write` is set and a part is read-only.
         """
         windows = []
         while True:
@@ -194,7 +196,7 @@ class GuestMemory:
                 return windows
 
     def read(self, gpa: int, size: int) -> bytes:
-        """Return a copy of memory, which may span adjacent regions.
+        """Return a copy of memory.  The range may extend over adjacent regions.
 
         Raises:
             GuestError: as `slices`.
@@ -203,7 +205,7 @@ class GuestMemory:
         return bytes(windows[0]) if len(windows) == 1 else b"".join(windows)
 
     def write(self, gpa: int, data: "bytes | memoryview") -> None:
-        """Store into memory, which may span adjacent regions, on behalf of the guest; all of it or nothing.
+        """Store into memory on behalf of the guest: everything or nothing.  The range may extend over adjacent regions.
 
         Raises:
             GuestError: as `slices`, or a part is read-only.
@@ -216,7 +218,7 @@ class GuestMemory:
             self.mark(gpa, len(data))
 
     def load(self, gpa: int, data: "bytes | memoryview") -> None:
-        """Fill memory of one region on our own behalf, read-only or not: firmware, a received page.
+        """Fill memory within one region, even a read-only one: with firmware, or with a received page.
 
         Raises:
             GuestError: as `offset`.
@@ -225,10 +227,10 @@ class GuestMemory:
         self.memory[offset : offset + len(data)] = data
 
     def fill(self, offset: int, data: "bytes | memoryview") -> None:
-        """Write at an offset of the file: new pages take half as long as through the mapping.
+        """Write at an offset of the file.  For new pages this takes half as long as through the mapping.
 
         Raises:
-            HostError: the kernel gives no memory.
+            HostError: the kernel has no memory.
         """
         view = memoryview(data)
         if offset + len(view) > self.mapped_bytes:
@@ -242,10 +244,10 @@ class GuestMemory:
             raise HostError(f"{len(view)} bytes of guest memory", error) from error
 
     def copy_into(self, view: memoryview, offset: int) -> None:
-        """Fill a view from an offset of the file: no page comes into being, and other threads go on meanwhile.
+        """Fill a view from an offset of the file.  This allocates no pages, and lets other threads run meanwhile.
 
         Raises:
-            HostError: the file ends before that, or the kernel does not read it.
+            HostError: the file is too short, or the read fails.
         """
         try:
             while view:
@@ -258,24 +260,24 @@ class GuestMemory:
             raise HostError(f"{len(view)} bytes of guest memory at {offset:#x}", error) from error
 
     def hva(self, gpa: int, size: int = 1) -> int:
-        """Return the address in this process of guest memory in one region.
+        """Return the address, in this process, of guest memory within one region.
 
         Raises:
             GuestError: as `offset`.
         """
         return self.base + self.offset(gpa, size)
 
-    # ---- what has changed
+    # ---- marks of changed pages
 
     def mark(self, gpa: int, size: int) -> None:
-        """Mark what was stored into a range, as far as it has memory."""
+        """Mark the pages of a range that was stored to.  Parts without memory are ignored."""
         for start, end, offset, _ in self.ranges:
             low, high = max(gpa, start), min(gpa + size, end)
             if low < high:
                 self.mark_file(offset + low - start, high - low)
 
     def mark_file(self, offset: int, size: int) -> None:
-        """Mark what was stored at a place in `memory`."""
+        """Mark the pages of a range of `memory` that was stored to."""
         first, last = offset // PAGE, (offset + size - 1) // PAGE
         if first == last:
             self.marks[first] = 1
@@ -285,7 +287,7 @@ class GuestMemory:
     # ---- for KVM and the host
 
     def kvm_slots(self) -> "Iterator[tuple[int, int, int, int, int]]":
-        """Yield (slot, gpa, size, hva, flags) of every region, as KVM_SET_USER_MEMORY_REGION takes them."""
+        """Yield (slot, gpa, size, hva, flags) of each region, as KVM_SET_USER_MEMORY_REGION takes them."""
         base = self.base
         for slot, region in enumerate(self.regions):
             flags = KVM_MEM_READONLY if region.read_only else 0
@@ -302,13 +304,13 @@ class GuestMemory:
         return True
 
     def resident_bytes(self) -> int:
-        """Return how much of the memory exists, in RAM or swap, whoever touched it."""
+        """Return how many bytes of the memory are allocated, in RAM or swap, by the guest or by vmd."""
         return os.fstat(self.fd).st_blocks * 512
 
     def touched_runs(self, region: Region) -> "Iterator[tuple[int, int, int]]":
-        """Yield (gpa, file offset, length) of the parts of a region that exist; the rest reads as zeros.
+        """Yield (gpa, file offset, length) of the allocated parts of a region.  The rest reads as zeros.
 
-        The offset is what sendfile takes.  Pages touched meanwhile may or may not be seen.
+        sendfile takes the file offset.  Pages that are touched meanwhile may or may not be included.
         """
         start, end = region.offset, region.offset + region.size
         while start < end:
@@ -331,18 +333,18 @@ class GuestMemory:
 
 
 def marks_bytes(size: int) -> int:
-    """Return how many bytes, in whole pages, hold the marks of so many bytes of memory."""
+    """Return the number of bytes, in whole pages, for the marks of `size` bytes of memory."""
     return -(-size // PAGE // PAGE) * PAGE
 
 
 def memory_bytes(file_bytes: int) -> int:
-    """Return how many bytes of a file are memory, and not marks."""
+    """Return how many bytes of a file are memory; the rest are marks."""
     pages = file_bytes // PAGE
     return (pages - -(-pages // (PAGE + 1))) * PAGE
 
 
 def _check_disjoint(regions: "Sequence[RegionSpec]") -> None:
-    """Raise ValueError for no regions at all, or two that share an address."""
+    """Raise ValueError if there are no regions, or if two overlap."""
     if not regions:
         raise ValueError("guest memory without a region")
     ordered = sorted(regions, key=lambda region: region.gpa)

@@ -1,17 +1,17 @@
 """Log lines, each tagged with the title of the process that wrote it (*cat. 9.1*).
 
-Every process writes whole lines to the descriptor that its parent left at fd 2, so that a confined
-process needs neither a path nor a socket call.  What fd 2 is decides the form of a line:
+Each process writes whole lines to fd 2, which its parent has prepared.  So a confined process needs neither a path nor
+a socket call.  The kind of fd 2 decides the form of a line:
 
     STDERR   `vm/db1: text`                     a terminal or file (`vmd -d`)
-    JOURNAL  `<6>vm/db1: text`                  the stream systemd made for us
+    JOURNAL  `<6>vm/db1: text`                  the stream that systemd has made for us
     SYSLOG   `<30>vmd[4711]: vm/db1: text`      a datagram socket connected to /dev/log
     LEAF     `<6>vm/db1: text`                  a packet for the process "log", which writes one of the others
 
-The parent begins with one of the first three, and goes over to LEAF as soon as there is the process "log".  All others
-have LEAF from the start.  A line for it is lost rather than waited for: no process may hang because a reader of the log
-does.  Lost lines are counted, and the next line that arrives says how many there were.
-Standard library only, and little of it: device processes import this.
+The parent begins with one of the first three, and changes to LEAF as soon as the process "log" runs.  All other
+processes use LEAF from the start.  If the process "log" does not take a line at once, the line is dropped: no process
+may hang because a reader of the log hangs.  Dropped lines are counted, and the next line that arrives tells the number.
+Imports little of the standard library, because device processes import this module.
 """
 
 import _socket
@@ -27,12 +27,12 @@ LINE_MAX = 2000  # bytes; longer text is cut, so that one line cannot drown the 
 
 
 def visible(text: str) -> str:
-    """Return a text with the control characters that a guest or client slipped in made visible: it stays one line."""
+    """Return a text with control characters escaped, so that a guest or client cannot make it more than one line."""
     return text if text.isprintable() else "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
 
 def shaped(form: str, severity: int, text: str, pid: int) -> bytes:
-    """Return a line, title included, as it is written in a form."""
+    """Return a line in one of FORMS.  `text` includes the title."""
     if form == SYSLOG:
         text = f"<{LOG_DAEMON | severity}>vmd[{pid}]: {text}"
     elif form != STDERR:
@@ -49,13 +49,13 @@ class Log:
         self.form = STDERR
         self.verbosity = 0
         self.fd = 2
-        self.lost = 0  # lines that the process "log" did not take
+        self.lost = 0  # number of lines that the process "log" did not take
         self._leaf: _socket.socket | None = None
 
     def setup(self, title: str, form: str, verbosity: int, fd: int = 2) -> None:
-        """Say who we are, how lines look and where they go; the first thing in a process."""
+        """Set the title, the form of lines, the verbosity and the descriptor.  Called first in each process."""
         if self._leaf is not None:
-            self._leaf.detach()  # or the descriptor would be closed
+            self._leaf.detach()  # otherwise the descriptor would be closed
         self.title = title
         self.form = form
         self.verbosity = verbosity
@@ -74,7 +74,7 @@ class Log:
             self.lost += 1
 
     def say_lost(self) -> bool:
-        """Say how many lines were lost, if any; return whether that arrived."""
+        """Log the number of lost lines, if there are any; return whether the line arrived."""
         if not self.lost:
             return True
         text = f"{self.title}: {self.lost} lines were lost: the log did not take them"
@@ -84,10 +84,10 @@ class Log:
         return arrived
 
     def _send(self, line: bytes) -> bool:
-        """Give a line to the process "log" if it has room for it."""
+        """Send a line to the process "log"; return whether there was room for it."""
         assert self._leaf is not None
         try:
-            # Not by O_NONBLOCK alone: the other processes of a VM share the open file, and could take that off.
+            # O_NONBLOCK alone is not enough: other processes of the VM share the open file, and could clear the flag.
             self._leaf.send(line, _socket.MSG_DONTWAIT | _socket.MSG_NOSIGNAL)
         except OSError:
             return False
@@ -98,11 +98,11 @@ class Log:
         self.write(CRIT, text)
 
     def error(self, text: str) -> None:
-        """Log a failure that somebody has to look at."""
+        """Log a failure that an operator has to look at."""
         self.write(ERR, text)
 
     def warn(self, text: str) -> None:
-        """Log something odd that we went on from."""
+        """Log an unusual event after which the process goes on."""
         self.write(WARNING, text)
 
     def info(self, text: str) -> None:
@@ -110,7 +110,7 @@ class Log:
         self.write(INFO, text)
 
     def debug(self, text: str) -> None:
-        """Log detail, shown from `-vv` or `vmctl log verbose` on."""
+        """Log a detail, which is shown only with `-vv` or after `vmctl log verbose`."""
         if self.verbosity > 1:
             self.write(DEBUG, text)
 
@@ -119,9 +119,9 @@ log = Log()
 
 
 class RateLimit:
-    """Lets `burst` events pass, then one each `interval_s`; counts those it held back.
+    """Lets `burst` events pass, then one in each `interval_s`.  Counts the events that it suppresses.
 
-    What a guest, a client or a peer can cause goes to the log only through one of these.
+    Log lines that a guest, a client or a peer can cause must pass such a limit.
     """
 
     def __init__(self, burst: int = 5, interval_s: float = 10.0) -> None:
@@ -143,7 +143,7 @@ class RateLimit:
         return True
 
     def warn(self, text: str) -> None:
-        """Log a warning if the limit allows it, with the number of those before it that were not."""
+        """Log a warning if the limit allows it, with the number of warnings that were suppressed before it."""
         if self.allow():
             more = f" ({self.suppressed} more not shown)" if self.suppressed else ""
             self.suppressed = 0

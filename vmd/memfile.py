@@ -1,10 +1,10 @@
-"""Memory files: what several processes share, or keep, and what no storage is behind (memfd_create(2))."""
+"""Memory files, which processes share, and which have no storage behind them (memfd_create(2))."""
 
 import fcntl
 import posix as os
 
-FIXED = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW  # what may no longer change: its size
-CONSTANT = FIXED | fcntl.F_SEAL_WRITE  # ... and all it holds
+FIXED = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW  # seals that fix the size
+CONSTANT = FIXED | fcntl.F_SEAL_WRITE  # seals that fix size and contents
 
 
 def memory_file(name: str) -> int:
@@ -13,16 +13,16 @@ def memory_file(name: str) -> int:
 
 
 def seal(fd: int, seals: int) -> None:
-    """Let nobody change a memory file in these ways any more.  Raises OSError."""
+    """Add seals to a memory file.  Raises OSError."""
     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
 
 
 def sealed_file(name: str, size: int, fd: int | None = None) -> int:
-    """Return a memory file, all zero, the caller's to close: a new one, or what an empty one has become.
+    """Return a memory file of fixed size, all zero: a new one, or the empty one `fd`.  The caller has to close it.
 
-    Raises OSError, and closes the empty one then.
+    On failure `fd` is closed, too.  Raises OSError.
 
-    A process that gets the descriptor can no longer shrink it under the others' feet, which would end them by SIGBUS.
+    The size is fixed because a process that shrinks a shared file would kill the others by SIGBUS.
     """
     fd = memory_file(name) if fd is None else fd
     try:
@@ -35,7 +35,7 @@ def sealed_file(name: str, size: int, fd: int | None = None) -> int:
 
 
 def bounded_file(name: str, size: int) -> int:
-    """Return a memory file, all zero, the caller's to close, that can become smaller but not larger.
+    """Return a memory file, all zero, that can become smaller but not larger.  The caller has to close it.
 
     Raises OSError.
     """
@@ -50,21 +50,21 @@ def bounded_file(name: str, size: int) -> int:
 
 
 def fill_file(fd: int, data: bytes) -> None:
-    """Have an empty memory file hold this and nothing else from now on.  Raises OSError."""
+    """Write `data` to an empty memory file, and seal it as CONSTANT.  Raises OSError."""
     rest = memoryview(data)
     while rest:
         rest = rest[os.write(fd, rest) :]
-    os.lseek(fd, 0, 0)  # for whoever reads on
+    os.lseek(fd, 0, 0)  # readers share the file position, and begin at the start
     seal(fd, CONSTANT)
 
 
 def is_constant(fd: int) -> bool:
-    """Return whether nobody can change a memory file any more.  Raises OSError."""
+    """Return whether a memory file is sealed as CONSTANT.  Raises OSError."""
     return fcntl.fcntl(fd, fcntl.F_GET_SEALS) & CONSTANT == CONSTANT
 
 
 def is_fixed(fd: int) -> bool:
-    """Return whether this is a memory file whose size nobody can change any more."""
+    """Return whether this is a memory file that is sealed as FIXED."""
     try:
         return fcntl.fcntl(fd, fcntl.F_GET_SEALS) & FIXED == FIXED
     except OSError:

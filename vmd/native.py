@@ -1,7 +1,7 @@
 """The part of `ctypes` that system calls need.
 
-`ctypes` itself has much more, made anew in every process: 0.1 to 0.2 MiB in each device of each VM.  Its classes and
-these are made of the same ones, so either can be given to the other; for type checkers these are ctypes'.
+`ctypes` itself creates much more, which costs 0.1 to 0.2 MiB in each process.  Its classes and those here have the same
+base classes, so objects of both can be mixed.  For type checkers these are the classes of ctypes.
 """
 
 TYPE_CHECKING = False
@@ -46,7 +46,7 @@ else:
     )
 
     def simple(name, letter):  # noqa: ANN001, ANN202 - these are ctypes', for type checkers
-        """Return a type of C by the letter that `struct` has for it."""
+        """Return a C type by its letter in `struct`."""
         return type(name, (_SimpleCData,), {"_type_": letter})
 
     c_char, c_char_p, c_void_p = simple("c_char", "c"), simple("c_char_p", "z"), simple("c_void_p", "P")
@@ -55,13 +55,13 @@ else:
     c_int, c_long, c_ulong = c_int32, c_int64, c_uint64  # on a machine of 64 bits
 
     class Function(CFuncPtr):
-        """A function of a library; unless it is told otherwise it returns an int."""
+        """A function of a library.  By default it returns an int."""
 
         _flags_ = FUNCFLAG_CDECL | FUNCFLAG_USE_ERRNO
         _restype_ = c_int
 
     class CDLL:
-        """A library, with its functions as attributes; None is what this program is linked with."""
+        """A library, with its functions as attributes.  The name None is for the libraries that are already loaded."""
 
         def __init__(self, name, *, use_errno=False):  # noqa: ANN001, ANN204
             self._handle = dlopen(name, RTLD_LOCAL)
@@ -80,10 +80,10 @@ __all__ = [
 
 
 def memory_at(address: int, size: int) -> "Array[c_char]":
-    """Return the memory of this process at an address, as an array: `raw` is what is there, and can be set."""
+    """Return the memory of this process at an address, as an array.  Its `raw` reads and writes the memory."""
     return (c_char * size).from_address(address)
 
 
 def buffer(content: bytes) -> "Array[c_char]":
-    """Return an array with this content, which a system call may change."""
+    """Return an array with this content.  A system call may change it."""
     return (c_char * len(content)).from_buffer_copy(content)

@@ -1,18 +1,18 @@
-"""Finds the word that somebody meant who typed another one."""
+"""Finds the word that a user probably meant by a mistyped one."""
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-LONGEST = 32  # letters; a longer word is no mistyped keyword
-PER_MISTAKE = 3  # letters that a word has to have for each mistake in it
+LONGEST = 32  # letters; a longer word is not a mistyped keyword
+PER_MISTAKE = 3  # one mistake is allowed for so many letters of the word
 
 
 def nearest(word: str, choices: "Iterable[str]") -> str:
-    """Return the choice that differs least from `word`, upper and lower case aside; "" if none is close.
+    """Return the choice that differs least from `word`, ignoring case; "" if none is close.
 
-    A word of 3 letters may have one mistake, one of 6 may have two.  Where only one choice begins with `word`, it is
-    that one.
+    A word of 3 letters may have one mistake, a word of 6 may have two.  If exactly one choice begins with `word`, that
+    one is returned.
     """
     known = list(choices)
     word = word.lower()
@@ -28,7 +28,7 @@ def nearest(word: str, choices: "Iterable[str]") -> str:
 
 
 def meant(word: str, choices: "Iterable[str]") -> str:
-    """Return the end of a sentence that asks for the choice that is close to `word`; "" if none is."""
+    """Return the end of an error message that suggests the choice closest to `word`; "" if none is close."""
     found = nearest(word, choices)
     return f": did you mean {found}?" if found else ""
 

@@ -1,4 +1,4 @@
-"""How messages of netlink(7) begin, for those who ask the kernel something without a library."""
+"""Headers of netlink(7) messages, for code that asks the kernel without a library."""
 
 from struct import Struct
 

@@ -1,8 +1,8 @@
-"""Frozen records: what messages and configuration objects are made of.
+"""Frozen records, the base of messages and configuration objects.
 
-A record behaves like `@dataclass(frozen=True, slots=True, kw_only=True)` and type checkers take it for one.
-It is our own because `dataclasses` costs every VM process 15 ms of start-up and 2 MB of private memory
-(it imports `inspect`, `ast` and `re`), and a host runs hundreds of them.
+A record behaves like `@dataclass(frozen=True, slots=True, kw_only=True)`, and type checkers treat it as one.  This
+module exists because `dataclasses` imports `inspect`, `ast` and `re`.  That costs each VM process 15 ms of start-up and
+2 MB of private memory, and a host runs hundreds of them.
 """
 
 TYPE_CHECKING = False  # `typing` itself is one of the imports that cost too much
@@ -21,10 +21,10 @@ class RecordType(type):
 
     fields: "Mapping[str, Any]"  # name -> declared type, in order of declaration
     defaults: "Mapping[str, Any]"
-    least: int  # fields, from the first on, that a list of values has to have: those behind them have defaults
+    least: int  # a list of values needs at least so many fields, because all after them have defaults
 
     def __new__(mcls, name: str, bases: tuple[type, ...], namespace: dict[str, object]) -> "RecordType":
-        """Build the class; a record inherits the fields of the record it extends."""
+        """Build the class.  A record inherits the fields of the record that it extends."""
         own = dict(namespace.get("__annotations__", {}))  # type: ignore[call-overload]
         fields: dict[str, Any] = {}
         defaults: dict[str, Any] = {}
@@ -41,7 +41,7 @@ class RecordType(type):
 
 
 class Record(metaclass=RecordType):
-    """Base of all records; `check` is called on every new one and raises ValueError on a bad value."""
+    """Base of all records.  `check` is called on each new record, and raises ValueError for a bad value."""
 
     def __init__(self, **values: object) -> None:
         cls = type(self)
@@ -58,7 +58,7 @@ class Record(metaclass=RecordType):
         self.check()
 
     def check(self) -> None:
-        """Raise ValueError if the values do not go together; records with rules override this."""
+        """Raise ValueError if the values are not valid together.  Records with rules override this."""
 
     def replace(self, **changes: object) -> "Self":
         """Return a copy with some fields changed."""
@@ -88,18 +88,18 @@ class Record(metaclass=RecordType):
 
 
 class Part(Record):
-    """A record that leaves this process by name, for other versions of this program to read.
+    """A record that is stored or sent with its fields by name, for other versions of this program to read.
 
-    A field that is added has a default, which says what was so before; then older readers ignore it, and VERSION stays.
-    Where they must not, VERSION is raised, and they refuse the part.
+    A new field has a default with the meaning of the behaviour before.  Older readers ignore the field, and VERSION
+    stays the same.  If older readers must not ignore it, VERSION is raised, and they refuse the part.
     """
 
-    VERSION = 1  # that is written, and the newest that is read
+    VERSION = 1  # the version that is written, and the newest one that is read
 
     version: int = 1
 
     def check(self) -> None:
-        """Refuse what a newer program wrote."""
+        """Raise ValueError for a part that a newer program has written."""
         if not 1 <= self.version <= type(self).VERSION:
             raise ValueError(
                 f"{type(self).__name__} of version {self.version}, where this vmd reads 1 to {type(self).VERSION}"

@@ -6,13 +6,13 @@ and refuse what does not fit 64 signed bits.
 
 UNITS = "BKMGTPE"
 INT64_MAX = (1 << 63) - 1
-DIGITS_MAX = 19  # of the whole part, and of the fraction, whose further digits change nothing
+DIGITS_MAX = 19  # of the whole part, and of the fraction; more digits of a fraction make no difference
 
 
 def scan_scaled(text: str) -> int:
-    """Return the number of bytes that a size stands for; a fraction of a byte is dropped.
+    """Return a size in bytes.  A fraction of a byte is dropped.
 
-    Unlike scan_scaled(3), a text without any digit is no size.
+    Unlike scan_scaled(3), this refuses a text without a digit.
 
     Raises:
         ValueError: `text` is malformed, or out of range.
@@ -39,7 +39,7 @@ def scan_scaled(text: str) -> int:
 
 
 def fmt_scaled(number: int) -> str:
-    """Return a size with its unit: one decimal below 100 of a unit, none from there on (`1.5G`, `512M`).
+    """Return a size with its unit: with one decimal below 100 of the unit, with none from 100 on (`1.5G`, `512M`).
 
     Raises:
         ValueError: `number` does not fit 64 signed bits.

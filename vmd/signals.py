@@ -1,6 +1,6 @@
-"""Signals without `signal`, which makes enumerations of their numbers, and with that loads `enum` (`vmd.enums`).
+"""Signals without the module `signal`, which makes enumerations of their numbers, and so loads `enum` (`vmd.enums`).
 
-For type checkers this is `signal`, where a number may be one of its enumerations.
+For type checkers this is `signal`, whose numbers may be enumerations.
 """
 
 import sys
@@ -34,11 +34,11 @@ if TYPE_CHECKING:
         valid_signals,
     )
 else:
-    from _signal import *  # noqa: F403 - of it others get what `__all__` names
+    from _signal import *  # noqa: F403 - `__all__` limits what this module exports
 
 
 def name_of(signum: int) -> str:
-    """Return what people call a signal."""
+    """Return the name of a signal, for example SIGTERM."""
     known = vars(sys.modules["_signal"])
     names = sorted(name for name in known if name.startswith("SIG") and "_" not in name)
     return next((name for name in names if known[name] == signum), f"signal {signum}")

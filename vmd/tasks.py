@@ -1,6 +1,6 @@
-"""Threads and forked processes that a host has no room for: one sentence wherever one is started.
+"""Starting threads and forking, with a HostError if the host allows no more threads or processes.
 
-Python says so by a RuntimeError for a thread, and by an OSError for a process.
+Python raises RuntimeError for a thread, and OSError for a process.
 """
 
 import errno
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def start_thread(name: str, start: "Callable[[], object]") -> None:
-    """Start a thread by a call of `start`.  Raises HostError if there can be no more."""
+    """Start a thread by calling `start`.  Raises HostError if the host allows no more threads."""
     try:
         start()
     except RuntimeError as error:
@@ -22,7 +22,7 @@ def start_thread(name: str, start: "Callable[[], object]") -> None:
 
 
 def fork(what: str) -> int:
-    """Fork, to do what `what` says; returns as os.fork does.  Raises HostError."""
+    """Fork; returns the same as os.fork.  `what` is the purpose, for the error.  Raises HostError."""
     try:
         return os.fork()
     except OSError as error:

@@ -1,7 +1,7 @@
-"""Threads and what they wait for each other by, without `threading`, which takes each VM 0.3 MiB that nothing needs.
+"""Threads, locks, events and conditions without the module `threading`, which costs each VM 0.3 MiB.
 
-For type checkers this is `threading`.  Of that, there is here what VMs use: threads are daemons, an event is not taken
-back, and a condition has one thread that waits.
+For type checkers this is `threading`.  Only the part that VMs use is here: all threads are daemons, an event cannot be
+cleared, and only one thread may wait for a condition.
 """
 
 import _thread
@@ -15,16 +15,16 @@ else:
     Lock, RLock = _thread.allocate_lock, _thread.RLock
 
     class Thread:
-        """A thread that calls `target` once it is started."""
+        """A thread that calls `target` after `start`."""
 
-        def __init__(self, *, target, name, daemon) -> None:  # noqa: ANN001 - these are those of `threading`
+        def __init__(self, *, target, name, daemon) -> None:  # noqa: ANN001 - the types are those of `threading`
             assert daemon
             self.name = name
             self._target = target
-            self._running = Lock()  # taken from its start to its end
+            self._running = Lock()  # locked from the thread's start to its end
 
         def start(self) -> None:
-            """Begin.  Raises RuntimeError if there can be no more threads."""
+            """Start the thread.  Raises RuntimeError if the host allows no more threads."""
             self._running.acquire()
             try:
                 _thread.start_new_thread(self._run, ())
@@ -39,28 +39,28 @@ else:
                 self._running.release()
 
         def is_alive(self) -> bool:
-            """Return whether it has begun and not ended."""
+            """Return whether the thread has started and not ended."""
             return self._running.locked()
 
         def join(self, timeout=None) -> None:  # noqa: ANN001
-            """Wait for its end, or so many seconds."""
+            """Wait until the thread ends, for at most `timeout` seconds."""
             if acquire(self._running, timeout):
                 self._running.release()
 
     class Event:
-        """Something that happens once, and wakes all who wait for it."""
+        """An event that is set once, and wakes all threads that wait for it."""
 
         def __init__(self) -> None:
             self._lock = Lock()
             self._set = False
-            self._waiting = []  # a lock each, which is released to wake
+            self._waiting = []  # a lock for each waiting thread; releasing it wakes the thread
 
         def is_set(self) -> bool:
-            """Return whether it has happened."""
+            """Return whether the event is set."""
             return self._set
 
         def set(self) -> None:
-            """Let it happen."""
+            """Set the event."""
             with self._lock:
                 self._set = True
                 waiting, self._waiting = self._waiting, []
@@ -68,7 +68,7 @@ else:
                 each.release()
 
         def wait(self, timeout=None) -> bool:  # noqa: ANN001
-            """Wait until it has happened, or for so many seconds; return whether it has."""
+            """Wait until the event is set, for at most `timeout` seconds; return whether it is set."""
             with self._lock:
                 if self._set:
                     return True
@@ -82,9 +82,9 @@ else:
             return self._set
 
     class Condition:
-        """A lock, which its holder can take again, and a change of what it guards, which that one can wait for.
+        """A reentrant lock, and a condition that its holder can wait for.
 
-        Whoever waits has taken it once.
+        A thread that waits must have taken the lock exactly once.
         """
 
         def __init__(self) -> None:
@@ -98,7 +98,7 @@ else:
             self._lock.release()
 
         def wait(self) -> None:
-            """Let go of the lock until `notify` is called, and take it again."""
+            """Release the lock until `notify` is called, then take it again."""
             mine = self._waiting = Lock()
             mine.acquire()
             self._lock.release()
@@ -108,11 +108,11 @@ else:
                 self._lock.acquire()
 
         def notify(self) -> None:
-            """Wake the one that waits, if there is one; called by the holder of the lock."""
+            """Wake the waiting thread, if there is one.  The caller holds the lock."""
             mine, self._waiting = self._waiting, None
             if mine is not None:
                 mine.release()
 
     def acquire(lock, timeout_s) -> bool:  # noqa: ANN001
-        """Take a lock in so many seconds, or whenever it can be had."""
+        """Take a lock; return False if that takes longer than `timeout_s`.  None: wait for ever."""
         return lock.acquire(True, -1 if timeout_s is None else max(0.0, timeout_s))

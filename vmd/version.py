@@ -1,3 +1,3 @@
-"""The version of this program: what `vmd -V` and `vmctl version` show, and what packages are called after."""
+"""The version of this program.  `vmd -V` and `vmctl version` show it, and packages are named after it."""
 
 VERSION = "0.2.0.dev0"
