@@ -346,7 +346,7 @@ HEADERS: list[tuple[str, Callable[[Header], Record], str]] = [
     ("nul in a disc", with_config(cdrom="/disc\0", disks=()), "which are not the"),
     ("directory", with_config(disks=(DiskConfig(path="/etc"),)), "/etc"),
     ("disc", with_config(cdrom="/nowhere/disc"), "which are not the"),
-    ("long", with_config(origin="x" * 20000), "its configuration is longer than any here can be"),
+    ("long", with_config(origin="x" * 20000), "its configuration is longer than this vmd accepts"),
 ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""A VM on its way in: what the event thread does about it, step by step, and the thread that reads what it was."""
+"""Receives a VM: the steps of the event thread, and the thread that reads the stream."""
 
 import errno
 import os
@@ -38,18 +38,18 @@ if TYPE_CHECKING:
     from vmd.vm.slots import Slot
     from vmd.vm.state import MachineState
 
-PROBE_LOOK_S = 30.0  # between two looks whether streamprobe does anything
-PROBE_BEHIND_MAX = 2  # so many looks at which there was something for it to read, and it is given up
-PROBE_END_TIMEOUT_S = 1.0  # between its answer and its end
+PROBE_LOOK_S = 30.0  # between two looks whether streamprobe reads
+PROBE_BEHIND_MAX = 2  # streamprobe is killed if it has left bytes unread at so many looks in a row
+PROBE_END_TIMEOUT_S = 1.0  # between the answer of streamprobe and its end
 
 
 def unusable(error: ValueError | OSError) -> OperatorError:
-    """Return why there is no machine for this host in a stream, though it is whole."""
+    """Return the error for a stream that is undamaged, but whose machine cannot go on here."""
     return OperatorError(errno.EINVAL, f"the stream is not usable: {sentence(error)}")
 
 
 def check_host(header: "Header") -> None:
-    """Raise ValueError unless a machine that was sent can go on here; OSError if KVM does not say."""
+    """Raise ValueError if a machine with this header cannot go on here; OSError if KVM cannot be asked."""
     config = header.config
     state.check_header(header)
     system = System(KVM_FD)
@@ -57,7 +57,7 @@ def check_host(header: "Header") -> None:
     kvm = system.create_vm()
     try:
         kvm.create_irqchip()
-        with kvm.create_vcpu(config.vcpus - 1) as vcpu:  # the last one of as many
+        with kvm.create_vcpu(config.vcpus - 1) as vcpu:  # KVM must be able to have the highest number
             state.check_tsc(header.tsc_khz, vcpu.get_tsc_khz())
             if header.xsave_bytes != vcpu.xsave_bytes:
                 raise ValueError(f"its extended state has {header.xsave_bytes} bytes, not {vcpu.xsave_bytes}")
@@ -70,7 +70,7 @@ def check_host(header: "Header") -> None:
 
 
 def close_aside(kvm: "Vm") -> None:
-    """Close a VM on a thread of its own: the kernel takes its time for that, and somebody waits for our answer."""
+    """Close a VM on a thread of its own: that takes the kernel a while, and the sender waits for our answer."""
     try:
         start_thread("closer", threads.Thread(target=kvm.close, name="closer", daemon=True).start)
     except HostError:
@@ -78,7 +78,7 @@ def close_aside(kvm: "Vm") -> None:
 
 
 class FromStream:
-    """What came of a stream: its header, then memory, then all the rest."""
+    """A source to build a machine from: the header, the memory and the state that a stream had."""
 
     def __init__(self, header: "Header", memory: GuestMemory, saved: "MachineState") -> None:
         self.header = header
@@ -86,21 +86,21 @@ class FromStream:
         self.saved = saved
 
     def machine(self, host: Host, config: "VmConfig", slots: "Sequence[Slot]", outside: Outside) -> Machine:
-        """The guest has to find its processor and its devices as they were."""
+        """Return a machine with the processor and the devices that the guest had at the sender."""
         try:
             slots = state.as_sent(slots, self.header.devices)
         except ValueError as error:
             raise unusable(error) from error
         cpuid = state.cpuid_of(self.header)
         machine = Machine(host, config, self.memory, self.header.firmware_bytes, slots, outside, cpuid=cpuid)
-        machine.clock.stop()  # until it goes on with the others
+        machine.clock.stop()  # `Clocks.restore` lets it go on with the other clocks
         return machine
 
     def fill(self, machine: Machine) -> None:
-        """The stream has."""
+        """Do nothing: the stream has filled the memory."""
 
     def finish(self, machine: Machine) -> Pause:
-        """Be what the other machine was, standing still."""
+        """Restore the state into the machine, and return its `Pause`: it is paused."""
         try:
             clocks = state.restore(machine, self.saved, self.header.devices)
             for function, each in zip(machine.virtio, self.saved.virtio, strict=True):
@@ -113,12 +113,12 @@ class FromStream:
 
 
 class Receiver:
-    """Reads what comes behind a stream's header from a descriptor, which it closes.
+    """Reads the part of a stream that follows the header, on a thread of its own, and closes the pipe.
 
-    At the end `on_machine(state)` is told.  Anything wrong is told to `on_failed(sentence)`, and is the end.
+    It calls `on_machine(state)` when it has read all, or `on_failed(sentence)`.  Both run on the event thread.
     """
 
-    round = 0  # only a sender knows
+    round = 0  # only a sender counts rounds
 
     def __init__(
         self,
@@ -131,7 +131,7 @@ class Receiver:
         on_machine: "Callable[[state.MachineState], None]",
         on_failed: "Callable[[str], None]",
     ) -> None:
-        """`version` is the stream's; `memory` is empty."""
+        """`version` is the version of the stream.  `memory` is untouched, and is filled here."""
         self._loop = loop
         self._on_machine, self._on_failed = on_machine, on_failed
         self.pipe = pipe
@@ -145,7 +145,7 @@ class Receiver:
         self._thread = threads.Thread(target=self._run, name="receive", daemon=True)
 
     def start(self) -> None:
-        """Begin.  Raises HostError."""
+        """Start the thread.  Raises HostError."""
         start_thread("receive", self._thread.start)
 
     def _run(self) -> None:
@@ -176,7 +176,7 @@ class Receiver:
         return self._machine
 
     def _take_memory(self, gpa: int, data: memoryview) -> None:
-        """Take a run of memory.  Of a machine that stood still they come in ascending order, so none comes twice."""
+        """Take a run of memory.  Up to version STILL runs come in ascending order, so no address comes twice."""
         memory = self._memory
         try:
             offset = memory.offset(gpa, len(data))
@@ -194,18 +194,19 @@ class Receiver:
 
 
 class Step(Enum):
-    """How far a VM is that is received."""
+    """The steps of receiving a VM."""
 
-    HEADER = 1  # is read by streamprobe
-    ASKED = 2  # whether such a VM may be
-    MEMORY = 3  # and all the rest is read
-    COMPLETE = 4  # but for its disks, which the sender lets go now
+    HEADER = 1  # streamprobe reads the header
+    ASKED = 2  # the parent was asked whether it accepts the VM
+    MEMORY = 3  # memory and state are read
+    COMPLETE = 4  # all is read; the sender now lets go of the disks
 
 
 class Arrival:
-    """A VM that is received; anything wrong is told to `fail`, and is the end.
+    """Receives a VM.  Each failure is reported by one call of `fail`, and ends the arrival.
 
-    `narrow(kinds)` starts the processes of its devices and confines this one, before a byte of the stream is looked at.
+    `narrow(kinds)` starts the processes of the devices and confines this process.  It is called before this process
+    looks at any byte of the stream.
     """
 
     def __init__(
@@ -219,7 +220,10 @@ class Arrival:
         narrow: "Callable[[list[Kind]], None]",
         fail: "Callable[[Exception], None]",
     ) -> None:
-        """Own `stream`, and the empty file that becomes the guest's memory.  Raises HostError or OSError."""
+        """Start streamprobe.  `stream`, and `memory_fd`, an empty file for the guest's memory, belong to this object.
+
+        Raises HostError or OSError.
+        """
         self.step = Step.HEADER
         self._vmid, self._stream, self._loop, self._vmm = vmid, stream, loop, vmm
         self._memory_fd = memory_fd
@@ -244,13 +248,13 @@ class Arrival:
         self._look = loop.call_later(PROBE_LOOK_S, lambda: self._look_at_probe(reading))
 
     def _take(self, step: Step, message: str) -> None:
-        """Take the next step, because of a message.  Raises PeerError."""
+        """Take the next step, which `message` asks for.  Raises PeerError if it is not the next one."""
         if self.step.value != step.value - 1:
             raise PeerError(self._vmm.label, f"unexpected {message}")
         self.step = step
 
     def _on_probe(self, fd: int) -> None:
-        """Take the answer, up to its end."""
+        """Read a piece of the answer.  At its end go on with the next step."""
         piece = os.read(fd, streamprobe.ANSWER_MAX)
         self._answer += piece
         if piece and len(self._answer) <= streamprobe.ANSWER_MAX:
@@ -273,13 +277,13 @@ class Arrival:
         self._begin(beginning)
 
     def _end_probe(self, fd: int) -> None:
-        """Listen to it no more."""
+        """Stop listening to streamprobe."""
         self._look.cancel()
         self._loop.remove(fd)
         close(fd)
 
     def _look_at_probe(self, fd: int) -> None:
-        """Give streamprobe up if it does not read what there is, or not even say that nothing comes."""
+        """Kill streamprobe if it does not read bytes that are there, or if it has no answer after its own timeout."""
         stream = select.poll()
         stream.register(self._stream, select.POLLIN)
         self._behind = self._behind + 1 if stream.poll(0) else 0
@@ -292,14 +296,14 @@ class Arrival:
         self._fail(HostError(f"{self._probe.title} does not read the stream", errno.ETIMEDOUT))
 
     def _begin(self, beginning: streamprobe.Beginning) -> None:
-        """Ask whether such a VM may be, once it is clear that it could."""
+        """Check that the VM can go on at this host, and ask the parent whether it may."""
         self.step = Step.ASKED
         self._version = beginning.version
         self._pipe = Pipe(self._stream, select.POLLIN, moved_bytes=beginning.read_bytes)
         try:
             self._header = header = read_header(beginning.version, beginning.header)
             if kinds(header.config) != beginning.kinds:
-                raise ValueError("it has other devices than it says")
+                raise ValueError("its devices are not those that streamprobe has found")
             check_host(header)
         except (ValueError, OSError) as error:
             self._fail(unusable(error))
@@ -307,10 +311,10 @@ class Arrival:
         try:
             self._vmm.send(ReceivedHeader(vmid=self._vmid, config=header.config, one_shot=header.one_shot))
         except ValueError:
-            self._fail(unusable(ValueError("its configuration is longer than any here can be")))
+            self._fail(unusable(ValueError("its configuration is longer than this vmd accepts")))
 
     def read_on(self) -> None:
-        """Read the rest of the stream.  Raises PeerError."""
+        """Read the rest of the stream, because of ReceiveMemory.  Raises PeerError."""
         self._take(Step.MEMORY, "ReceiveMemory")
         header = self._header
         assert header is not None
@@ -337,13 +341,13 @@ class Arrival:
         show_progress(receiver, self._loop, self._vmm)
 
     def _on_machine(self, machine: "MachineState") -> None:
-        """The stream is complete."""
+        """Report that the stream is complete."""
         self._machine = machine
         self.step = Step.COMPLETE
         self._vmm.send(ReceivedMachine(vmid=self._vmid))
 
     def source(self) -> FromStream:
-        """Return what a machine can be built from.  Raises PeerError."""
+        """Return the source to build the machine from.  Raises PeerError if the stream is not complete."""
         if self.step is not Step.COMPLETE:
             raise PeerError(self._vmm.label, "unexpected ResumeReceived")
         assert self._header is not None

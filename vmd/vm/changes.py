@@ -1,6 +1,6 @@
-"""What is changed of a machine that its guest has: the size of a disk, the disc in its drive, what it may do.
+"""Changes a machine while its guest runs: the size of a disk, the disc in the drive, limits of devices.
 
-The device's own process makes the change, and tells the guest what that sees; it may stand still meanwhile.
+The device's process makes the change and tells the guest.  The machine may be paused meanwhile.
 """
 
 import errno
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def resize(machine: "Machine", message: "ResizeDisk", vmm: "Channel") -> None:
-    """Make a disk larger, and say how that went."""
+    """Make a disk larger, and answer with DiskResized."""
 
     def answer(code: int, text: str) -> None:
         vmm.send(DiskResized(vmid=message.vmid, code=code, text=brief(text)))
@@ -36,10 +36,10 @@ def resize(machine: "Machine", message: "ResizeDisk", vmm: "Channel") -> None:
 
 
 def change_disc(machine: "Machine", message: "ChangeDisc", courier: int | None, vmm: "Channel") -> None:
-    """Change the disc, and say how that went; the courier is ours."""
+    """Change the disc, and answer with DiscChanged.  The courier is closed here."""
 
     def answer(code: int, text: str) -> None:
-        if not code:  # what is sent elsewhere, and what a reset begins with, has this one
+        if not code:  # the machine has this disc, too, when it is sent to another host
             machine.config = machine.config.replace(cdrom=message.path, drive=True)
         vmm.send(DiscChanged(vmid=message.vmid, code=code, text=brief(text)))
 
@@ -48,7 +48,7 @@ def change_disc(machine: "Machine", message: "ChangeDisc", courier: int | None, 
         if drive is None:
             answer(errno.ENODEV, "has no cdrom drive")
         elif message.path and disc is None:
-            answer(errno.EPIPE, f"cdrom {message.path}: it did not come")
+            answer(errno.EPIPE, f"cdrom {message.path}: the file did not come")
         else:
             drive.change_disc(disc, message.path, answer, force=message.force)
         if disc is not None:
@@ -61,13 +61,16 @@ def change_disc(machine: "Machine", message: "ChangeDisc", courier: int | None, 
 
 
 def limit(machine: "Machine", wanted: "VmConfig") -> None:
-    """Let a machine have the limits of another configuration of it; its forwards are not ours, but go along with it."""
+    """Give a machine the limits of another configuration.
+
+    Its forwards are copied, too: this process does not use them, but sends them with the machine.
+    """
     machine.config = with_forwards(with_limits(machine.config, wanted), wanted)
     limit_devices(machine)
 
 
 def limit_devices(machine: "Machine") -> None:
-    """Tell the devices of a machine what they may do."""
+    """Tell the devices of a machine their limits."""
     for index, disk in enumerate(machine.config.disks):
         device = find(machine, DISK, index)
         if device is not None:
@@ -79,6 +82,6 @@ def limit_devices(machine: "Machine") -> None:
 
 
 def find(machine: "Machine", kind: "Kind", index: int) -> "DeviceProcess | None":
-    """Return a device of a machine, if there is one."""
+    """Return the device of this kind with this index, or None."""
     devices = [device for device in machine.outside.devices.running if device.kind is kind]
     return devices[index] if 0 <= index < len(devices) else None

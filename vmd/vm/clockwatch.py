@@ -1,7 +1,7 @@
-"""Notices that the host's clock has jumped: it slept, or somebody set it (*cat. 4.6*).
+"""Notices that the host's clock has jumped: the host slept, or somebody set the clock (*cat. 4.6*).
 
-The kernel ends a timer that is to be cancelled when the clock is set (timerfd_create(2)), which includes waking up
-from sleep; so nothing ticks.  (vmd compares two clocks each second instead.)
+A timer with TFD_TIMER_CANCEL_ON_SET (timerfd_create(2)) becomes readable when the clock is set, and when the host wakes
+up from sleep.  So nothing has to poll.  Unlike vmd, which compares two clocks each second.
 """
 
 import errno
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from vmd.ipc.loop import Loop
 
-JUMP_S = 5.0  # smaller ones a guest's time daemon sees to
+JUMP_S = 5.0  # a smaller jump is left to the time daemon of the guest
 
 
 class ClockWatch:
@@ -30,7 +30,7 @@ class ClockWatch:
         try:
             self._fd = linux.timerfd_create(linux.CLOCK_REALTIME, linux.TFD_CLOEXEC | linux.TFD_NONBLOCK)
         except HostError as error:
-            log.warn(f"guests will not hear of it when this host has slept: {error}")
+            log.warn(f"guests are not told when this host has slept: {error}")
             return
         self._arm()
         loop.add(self._fd, self._on_event)

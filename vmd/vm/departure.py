@@ -1,4 +1,4 @@
-"""A VM on its way out: a thread writes what it is (`sender`, or `live` while it runs)."""
+"""Sends a VM: the steps of the event thread.  A thread writes the stream (`sender`; `live` while the VM runs)."""
 
 from vmd.closing import close
 from vmd.errors import PeerError, VmdError, sentence
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from vmd.vm.stream import Pipe
 
     class Transfer(Protocol):
-        """A sender or a receiver at work."""
+        """A sender or a receiver, as `show_progress` sees it."""
 
         pipe: Pipe
         total_bytes: int
@@ -38,7 +38,7 @@ NOT_TAKEN = {
 
 
 def show_progress(transfer: "Transfer", loop: "Loop", vmm: "Channel") -> None:
-    """Tell every now and then how far a transfer is, until it is over."""
+    """Report how far a transfer is, every PROGRESS_S until it is over."""
     if not transfer.over:
         done, total = transfer.pipe.moved_bytes, transfer.total_bytes
         vmm.send(TransferProgress(done_bytes=done, total_bytes=max(done, total), round=transfer.round))
@@ -48,16 +48,16 @@ def show_progress(transfer: "Transfer", loop: "Loop", vmm: "Channel") -> None:
 def begun(
     make: "Callable[[int], Sender]", stream: int, pause: "Pause", vmm: "Channel", failed: "Callable[[str], None]"
 ) -> Sender | None:
-    """Have what `make` makes write the machine to `stream`, which is closed in the end, and tell how far it is.
+    """Start the sender that `make` returns, and report its progress.  `stream` is closed in any case.
 
-    None: that could not begin, and `failed` was told why, or the VM is at its end.
+    Return None if it could not start: then `failed` was called with the reason, or the VM has ended.
     """
     try:
         sender = make(stream)
         sender.start()
     except PeerError as error:
         close(stream)
-        pause.give_up(str(error))  # a device is gone: how the VM ends is the answer
+        pause.give_up(str(error))  # a device has ended, so the VM ends, which is the answer
     except (VmdError, OSError) as error:
         close(stream)
         failed(sentence(error))
@@ -68,21 +68,22 @@ def begun(
 
 
 class Departure:
-    """A VM that is sent: it stands still, at once or in the end, and a thread writes what it is.
+    """Sends a VM.  The machine is paused before its memory is written, or with `live` before the last round.
 
-    `done(why not)` is told once, with everything as before unless it was sent for good.
+    `done` is called once, with a sentence that says why the VM was not sent, or with "".
     """
 
     def __init__(
         self, message: "SendVm", courier: int, pause: "Pause", vmm: "Channel", done: "Callable[[Departure, str], None]"
     ) -> None:
-        """`courier` is what the stream comes over; ours."""
+        """The stream comes over `courier`, which is closed here."""
         self.keep = message.keep
         self.two_way = message.two_way
-        self.written = False  # two-way: all is, and the machine stands still until it is known to run elsewhere
+        # Two-way: the stream is complete, and the machine stays paused until EndSend says whether it runs elsewhere.
+        self.written = False
         self.disks_gone = False
         self.stays_paused = pause.paused or pause.under_way
-        self.then: Callable[[], None] = lambda: None  # when it is over, and the VM lives
+        self.then: Callable[[], None] = lambda: None  # called when sending is over and the VM stays here
         self._vmid = message.vmid
         self._one_shot = message.one_shot
         self._live = message.live
@@ -93,11 +94,11 @@ class Departure:
         self._stream = -1
 
     def begin(self) -> None:
-        """Fetch the stream, have the machine stand still, and then be sent; the stream is closed in any case."""
+        """Fetch the stream, pause the machine unless it is sent live, and send it.  The stream is always closed."""
         fetch_stream(self._pause.loop, self._courier, self._go)
 
     def _go(self, stream: int | None) -> None:
-        """The stream is there, or does not come."""
+        """Go on with the stream, or fail if it did not come."""
         if stream is None:
             self._finish("the stream did not come")
             return
@@ -109,32 +110,32 @@ class Departure:
 
     @property
     def sent_bytes(self) -> int:
-        """How far it came."""
+        """How many bytes of the stream were written."""
         return self._sender.pipe.moved_bytes if self._sender is not None else 0
 
     @property
     def stopped_ns(self) -> int:
-        """When the machine came to stand still for this, by CLOCK_MONOTONIC; 0: it did so before."""
+        """When the machine was paused for sending, by CLOCK_MONOTONIC; 0 if it was paused before."""
         return 0 if self.stays_paused else self._pause.since_ns
 
     def cancel(self) -> None:
-        """Give up sending, or not even begin."""
+        """Give up sending, also before it has begun."""
         self._cancelled = True
         if self._sender is not None:
             self._sender.cancel()
 
     @property
     def round(self) -> int:
-        """How many rounds were made while it ran."""
+        """How many rounds of memory were written while the machine ran."""
         return self._sender.round if self._sender is not None else 0
 
     @property
     def still_s(self) -> float:
-        """How long it stood still until all was written, if it was sent while it ran."""
+        """For how long the machine was paused until all was written, if it was sent live; else 0."""
         return self._sender.still_s if isinstance(self._sender, LiveSender) else 0.0
 
     def _send(self, text: str) -> None:
-        """The machine stands still, or is sent while it runs, or a text says why not."""
+        """Start the sender.  `text` says why the machine could not be paused, or is empty."""
 
         def make(stream: int) -> Sender:
             if text or self._cancelled:
@@ -160,7 +161,7 @@ class Departure:
         self._vmm.send(HeaderSent(vmid=self._vmid))
 
     def let_be(self) -> None:
-        """Leave the machine as it was before; it goes on here."""
+        """End the log of changed pages: the machine stays here."""
         if isinstance(self._sender, LiveSender):
             self._sender.let_be()
 
@@ -171,12 +172,15 @@ class Departure:
     # --- two-way -------------------------------------------------------------------------------------------
 
     def go_on(self) -> None:
-        """Write what follows the header."""
+        """Write the part of the stream that follows the header."""
         if self._sender is not None:
             self._sender.go_on()
 
     def let_disks_go(self) -> str:
-        """Let go of the locks of all disks; returns why not, and then has them all.  Raises PeerError."""
+        """Release the locks of all disks.  Return "", or a sentence that says why not: then no lock is released.
+
+        Raises PeerError.
+        """
         for disk in self._pause.machine.disks():
             if not disk.let_go():
                 self.take_disks_back()
@@ -185,7 +189,7 @@ class Departure:
         return ""
 
     def take_disks_back(self) -> tuple[TakenBack, str]:
-        """Take the locks of all disks, or none; returns what became of that, and a sentence.  Raises PeerError."""
+        """Take the locks of all disks, or of none of them.  Return the outcome and a sentence.  Raises PeerError."""
         for disk in self._pause.machine.disks():
             status = disk.take_back()
             if status not in devmsg.HAVE:

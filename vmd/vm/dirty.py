@@ -1,13 +1,13 @@
-"""Which pages of a machine that runs were changed since they were last looked at (arch. 15).
+"""Finds the pages of a running machine that have changed since the last look (arch. 15).
 
-What its processors store is in KVM's log; what its devices and this process store is in the marks of `guestmem`.
+KVM's log has the stores of vCPUs.  The marks of `guestmem` have the stores of devices and of this process.
 
     a writer    stores, then marks, and only then publishes
-    we          take KVM's log and look at the marks; clear those that we saw set; fence; then copy
+    we          take KVM's log, read the marks, clear the marks that we saw set, fence, then copy
 
-So a store that comes after a page was copied is in the log, or its mark is set, when we look again: x86 keeps stores in
-order, and without the fence the copy could be read before the mark is seen to be cleared, and what is stored and
-marked in between would be lost.  A mark that we did not see set is not cleared: nobody would copy its page.
+So a store that comes after the copy of its page is in the log, or its mark is set, at the next look.  x86 keeps stores
+in order.  Without the fence, the copy could be read before other processors see the cleared mark, and a store and its
+mark that come in between would be lost.  A mark that we did not see set is not cleared: its page would not be copied.
 """
 
 from vmd.errors import PeerError
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
     from vmd.vm.machine import Machine
 
-BITS = [bytes(byte >> bit & 1 for bit in range(8)) for byte in range(256)]  # of KVM's log: 8 pages
-SET = b"\0" + b"\1" * 255  # a process that marks may be anybody's: whatever is not 0 is 1
+BITS = [bytes(byte >> bit & 1 for bit in range(8)) for byte in range(256)]  # a byte of KVM's log as 8 pages
+SET = b"\0" + b"\1" * 255  # any value that is not 0 counts as 1: a device that was taken over may store any byte
 
 
 class DirtyLog:
-    """Looks at a machine from `begin` to `end`.  All of it runs on one thread, but `begin` and `end` ask devices.
+    """The log of changed pages, from `begin` to `end`.  `begin` and `end` wait for answers of devices.
 
-    Pages are those of the memory's file, as a byte each, 1 or 0.
+    A set of pages is a `bytes` with one byte, 1 or 0, for each page of the memory's file.
     """
 
     def __init__(self, machine: "Machine") -> None:
@@ -38,25 +38,25 @@ class DirtyLog:
         self._devices = [function.process for function in machine.virtio]
 
     def begin(self) -> None:
-        """Note from now on what is changed.  Raises OSError or PeerError."""
+        """Begin to log changes.  Raises OSError or PeerError."""
         self._log(abi.KVM_MEM_LOG_DIRTY_PAGES)
         self._memory.marking = True
         for device in self._devices:
             device.command(devmsg.MARK)
-        self.take()  # of an earlier time
+        self.take()  # drop changes of an earlier transfer
 
     def end(self) -> None:
-        """Note nothing any more.  Raises OSError."""
+        """Log no changes any more.  Raises OSError."""
         self._memory.marking = False
         for device in self._devices:
             try:
                 device.command(devmsg.UNMARK)
             except PeerError:
-                continue  # its end is the end of the machine
+                continue  # the device has ended, which ends the VM
         self._log(0)
 
     def take(self) -> bytes:
-        """Return which pages were changed since the last call; what is copied after that is as new as that."""
+        """Return the pages that have changed since the last call.  A copy made afterwards has all these changes."""
         memory = self._memory
         changed = bytearray(len(memory.marks))
         for (slot, _, size, _, _), region in zip(memory.kvm_slots(), memory.regions, strict=True):
@@ -71,7 +71,7 @@ class DirtyLog:
         return either(seen, changed)
 
     def touched(self) -> bytes:
-        """Return which pages there are; all others read as zeroes."""
+        """Return the pages that were ever touched.  All other pages read as zeroes."""
         found = bytearray(len(self._memory.marks))
         for region in self._memory.regions:
             for _, offset, length in self._memory.touched_runs(region):
@@ -86,12 +86,12 @@ class DirtyLog:
 
 
 def either(one: bytes, other: bytes | bytearray) -> bytes:
-    """Return which pages are in one of two sets."""
+    """Return the union of two sets of pages."""
     return (int.from_bytes(one, "little") | int.from_bytes(other, "little")).to_bytes(len(one), "little")
 
 
 def runs(pages: bytes) -> "Iterator[tuple[int, int]]":
-    """Yield first page and number of each run of pages that are set."""
+    """Yield the first page and the number of pages of each run in a set."""
     end = 0
     while (first := pages.find(1, end)) >= 0:
         end = pages.find(0, first)

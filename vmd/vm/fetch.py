@@ -1,5 +1,4 @@
-"""What comes to a VM process over a courier: the files that it begins with, and a stream."""
-
+"""Fetches files for a VM process over a courier: the files that it starts with, a stream, a disc."""
 
 from vmd.closing import close_all
 from vmd.errors import PeerError
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def fetch_files(envelope: "Envelope") -> None:
-    """Add to what came with a message the files that come over its couriers.
+    """Fetch the files that come over the couriers of a message, and add them to its envelope.
 
     Raises PeerError if they do not come.
     """
@@ -32,9 +31,9 @@ def fetch_files(envelope: "Envelope") -> None:
 
 
 def fetch_one(loop: "Loop", fd: int, name: str, then: "Callable[[int | None], None]") -> None:
-    """Ask for one file, and call `then` with it, or with None if it does not come; the courier `fd` is ours.
+    """Ask for one file, and call `then` with its descriptor, or with None if it does not come.
 
-    Others are served meanwhile: it is a client's process that has to give it away.
+    The courier `fd` is closed here.  This does not block, because the giver may be slow: it handles a client's file.
     """
     sock = socket.socket(fileno=fd)
 
@@ -59,9 +58,9 @@ def fetch_one(loop: "Loop", fd: int, name: str, then: "Callable[[int | None], No
     try:
         courier.ask(sock)
     except OSError:
-        return  # its other end is closed, which `on_ready` finds out
+        return  # the other end is closed: `on_ready` is called and finds that out
 
 
 def fetch_stream(loop: "Loop", fd: int, then: "Callable[[int | None], None]") -> None:
-    """Ask for a stream."""
+    """Ask for a stream, as `fetch_one` does."""
     fetch_one(loop, fd, "stream", then)

@@ -1,6 +1,6 @@
-"""What has to be known of a sent machine before the first byte of its memory (docs/formats.md 4).
+"""The header of a stream: what a receiver must know before it reads the machine's memory (docs/formats.md 4).
 
-It is all that streamprobe knows of machines, so that there is little to load for it, and little to get wrong.
+streamprobe imports no other record of a machine.  So it loads little code, and little code of it can be attacked.
 """
 
 from vmd.config.model import VmConfig
@@ -27,24 +27,26 @@ class DeviceHead(Record):
 
     kind: str
     slot: int
-    features: int  # that its process offers
-    layout: int = LAYOUT_FIRST  # of its PCI function (`slots`): BARs and capabilities stay where the guest found them
-    serial: bytes = b""  # that a disk tells the guest; none: the name of its process, as before there were serials
+    features: int  # the feature bits that its process offers
+    # The layout of its PCI function (`slots`): BARs and capabilities stay where the guest found them.
+    layout: int = LAYOUT_FIRST
+    # The serial number that a disk reports.  Empty: the name of its process, which older versions reported.
+    serial: bytes = b""
 
 
 class Header(Part):
-    """What has to be known before the first byte of memory."""
+    """The header's record."""
 
     config: VmConfig
-    one_shot: bool  # it ends where others reboot
+    one_shot: bool  # the VM ends when the guest reboots
     firmware_bytes: int
-    touched_bytes: int  # of memory, for progress
+    touched_bytes: int  # memory that the guest has touched, for the progress display
     xsave_bytes: int
     tsc_khz: int
-    cpuid: tuple[CpuidLeaf, ...]  # as KVM offered it to the sender, before each vCPU got its own
+    cpuid: tuple[CpuidLeaf, ...]  # as KVM offered it to the sender, before it was adapted to each vCPU
     devices: tuple[DeviceHead, ...]
 
 
 def read_header(version: int, raw: bytes) -> Header:
-    """Return the header in a stream of this version.  Raises ValueError."""
+    """Return the header of a stream of this version.  Raises ValueError."""
     return unpack(Header, raw, stream_v2.header) if version == stream_v2.VERSION else unpack(Header, raw)

@@ -1,12 +1,10 @@
-"""A VM whose disks somebody else has for a moment: it stands still, and its disks' processes touch them no more.
+"""Lends the disks of a VM to another process (imgwriter), for snapshots.  The machine is paused meanwhile.
 
-Whoever has them may also be told, through a pipe, what the machine is: for a snapshot.  In between:
+    1. the machine is paused, and all that its guest has written is on stable storage
+    2. the disk processes pass on their open files, which stay locked, and touch them no more
+    3. if a pipe was given, a thread writes the machine to it, as when a VM is sent: a snapshot contains that stream
 
-    1. the machine stands still, and what its guest has written is on stable storage
-    2. the processes of the disks give away the open files, which are locked and stay so
-    3. a thread writes the machine to the pipe, as for a VM that is sent
-
-It goes on when the disks come back, which the parent says: their processes then look at them anew.
+The parent tells when the disks are back.  The disk processes then read their headers again, and the machine goes on.
 """
 
 from vmd import threads
@@ -28,11 +26,15 @@ if TYPE_CHECKING:
     from vmd.ipc.messages.vm import LendDisks
     from vmd.vm.pause import Pause
 
-ASKED_S = 60.0  # for who is to have the disks to ask for them
+ASKED_S = 60.0  # how long the borrower may take to ask for the disks
 
 
 class Lending:
-    """`done(why not)` is told once, when all was given; the machine stands still from then on until `take_back`."""
+    """The disks of a VM that are lent.
+
+    `done` is called once, when the disks (and the machine's stream) were given, or with a sentence that says why they
+    were not.  The machine stays paused until `take_back`.
+    """
 
     def __init__(
         self,
@@ -43,10 +45,13 @@ class Lending:
         vmm: "Channel",
         done: "Callable[[Lending, str], None]",
     ) -> None:
-        """`courier_fd` is where the disks are asked for, `stream` where the machine is written to; both are ours."""
+        """The borrower asks for the disks over `courier_fd`.  The machine is written to `stream`.
+
+        Both descriptors are closed here.
+        """
         self.look = message.look
         self.stays_paused = pause.paused or pause.under_way
-        self.then: Callable[[], None] = lambda: None  # when the disks are back
+        self.then: Callable[[], None] = lambda: None  # called when the disks are back
         self._one_shot = message.one_shot
         self._pause, self._vmm, self._done = pause, vmm, done
         self._courier, self._stream = courier_fd, stream
@@ -55,25 +60,25 @@ class Lending:
         self._sender: Sender | None = None
 
     def begin(self) -> None:
-        """Have the machine stand still, unless the disks are only looked at, and then give them away."""
+        """Pause the machine, and then give the disks.  With `look` they are only read, and the machine runs on."""
         if self.look:
             self._give("")
         else:
             self._pause.pause(self._give)
 
     def cancel(self) -> None:
-        """Give it up."""
+        """Give up lending.  `done` is still called."""
         self._cancelled.set()
         if self._sender is not None:
             self._sender.cancel()
 
     @property
     def sent_bytes(self) -> int:
-        """How much of the machine was written."""
+        """How many bytes of the machine's stream were written."""
         return self._sender.pipe.moved_bytes if self._sender is not None else 0
 
     def _give(self, text: str) -> None:
-        """The machine stands still, or a text says why not."""
+        """Give the disks: the machine is paused, or `text` says why it is not."""
         try:
             if text:
                 raise VmdError(text)
@@ -93,7 +98,7 @@ class Lending:
                     settle(self._disks, self._cancelled)
                 for disk in self._disks:
                     fds += disk.lend()
-                text = "" if courier.give(sock, {"disks": fds}) else "nobody wants its disks any more"
+                text = "" if courier.give(sock, {"disks": fds}) else "the process that was to take its disks has ended"
         except Cancelled:
             text = "it was interrupted"
         except (VmdError, OSError) as error:
@@ -103,7 +108,7 @@ class Lending:
             self._pause.loop.call_from_thread(lambda: self._given(text))
 
     def _given(self, text: str) -> None:
-        """The disks are away: write the machine, if somebody wants that."""
+        """The disks were given: write the machine, if there is a stream."""
         pause, stream = self._pause, self._stream
         if text or stream is None:
             self._finish(text)
@@ -125,6 +130,9 @@ class Lending:
         self._done(self, text)
 
     def take_back(self) -> str:
-        """Have the disks' processes look at them anew; return what one of them found wrong, or nothing."""
+        """Tell the disk processes to read their images' headers again.
+
+        Return a sentence if that has failed for a disk, or "".
+        """
         wrong = [disk.label for disk in self._disks if not disk.reload()]
         return f"{' and '.join(wrong)}: cannot be used any more; the log says why" if wrong else ""

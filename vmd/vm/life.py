@@ -1,24 +1,24 @@
-"""What a VM process is doing: one state, which only `Life.become` changes."""
+"""The state of a VM process.  Only `Life.become` changes it."""
 
 from vmd.enums import Enum
 
 
 class State(Enum):
-    """All there are; any may be followed by ENDED."""
+    """The states.  Each may be followed by ENDED."""
 
     SPARE = "has no virtual machine yet"
-    ARRIVING = "receives one"
-    LIVE = "has one, which runs or is paused"
-    LEAVING = "sends it, or has given its disks away"
-    STOPPING = "has asked it to shut down"
-    ENDED = "is at its end"
+    ARRIVING = "receives a virtual machine"
+    LIVE = "has a virtual machine, which runs or is paused"
+    LEAVING = "sends its virtual machine, or lends its disks"
+    STOPPING = "has asked its guest to shut down"
+    ENDED = "has ended"
 
 
 NEXT = {
     State.SPARE: {State.ARRIVING, State.LIVE},
     State.ARRIVING: {State.LIVE},
     State.LIVE: {State.LEAVING, State.STOPPING},
-    State.LEAVING: {State.LIVE},  # it was not sent, or is kept
+    State.LEAVING: {State.LIVE},  # sending has failed, or a copy was sent, or the disks are back
     State.STOPPING: set(),
     State.ENDED: set(),
 }
@@ -31,11 +31,11 @@ class Life:
         self.state = State.SPARE
 
     def become(self, state: State) -> None:
-        """Go over to another state.  Raises RuntimeError where nothing leads from the present one to that."""
+        """Change to another state.  Raises RuntimeError if that state may not follow the present one."""
         if state not in NEXT[self.state] and (state is not State.ENDED or self.state is State.ENDED):
-            raise RuntimeError(f"a process that {self.state.value} cannot become one that {state.value}")
+            raise RuntimeError(f"a process that {self.state.value} cannot become a process that {state.value}")
         self.state = state
 
     def is_in(self, *states: State) -> bool:
-        """Return whether it is one of these."""
+        """Return whether the state is one of these."""
         return self.state in states

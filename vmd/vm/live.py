@@ -1,8 +1,8 @@
-"""Sending a machine while it runs (arch. 15).
+"""Sends a machine while it runs (arch. 15).
 
-Its memory is written in rounds: all there is, then what has changed meanwhile, and so on, until what is left can be
-written within the time that the guest may stand still, or enough rounds were made.  Then it stands still, and the rest
-follows with its state.
+Its memory is written in rounds.  The first round writes all pages, each further round the pages that have changed
+meanwhile.  The rounds end when the rest can be written within the time for which the guest may be paused, or when
+the largest number of rounds is reached.  Then the machine is paused, and the rest of its memory and its state follow.
 """
 
 import time
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class LiveSender(Sender):
-    """Writes a machine that runs; when `done` is told without a reason why not, it stands still."""
+    """Writes a machine that runs.  When `done("")` is called, the machine is paused."""
 
     def __init__(
         self,
@@ -39,19 +39,22 @@ class LiveSender(Sender):
         goal: "Live",
         on_header: "Callable[[], None] | None" = None,
     ) -> None:
-        """Raises VmdError or OSError, and then leaves the descriptor open; PeerError if a device is gone."""
+        """`goal` has the largest number of rounds, and for how long the guest may be paused.
+
+        Raises VmdError or OSError, or PeerError if a device has ended; the descriptor then stays open.
+        """
         super().__init__(pause.machine, None, fd, loop, done, one_shot=one_shot, on_header=on_header)
         with Receivable():
             state.check_sent_header(self._header, pause.machine)
-        self.still_s = 0.0  # how long it has stood still when all was written
+        self.still_s = 0.0  # for how long the machine had been paused when all was written
         self._pause = pause
         self._goal = goal
         self._copy = memoryview(bytearray(PIECE_BYTES))
         self._log = DirtyLog(pause.machine)
-        self._written_bytes, self._written_in_s = 0, 0.0  # of memory
+        self._written_bytes, self._written_in_s = 0, 0.0  # memory that was written, and the time that this took
 
     def let_be(self) -> None:
-        """Look at the machine no more: it goes on here.  On the event thread, when `done` has been told."""
+        """End the log of changed pages: the machine stays here.  On the event thread, after `done` was called."""
         self._log.end()
 
     def _write(self, writer: StreamWriter) -> None:
@@ -69,7 +72,7 @@ class LiveSender(Sender):
         self.still_s = time.monotonic() - began_s
 
     def _write_while_it_runs(self, writer: StreamWriter) -> bytes:
-        """Make rounds; returns the pages that are left."""
+        """Write rounds.  Return the pages that are left to write."""
         settled = False
         self._settle_ahead()
         rest = self._log.touched()
@@ -82,19 +85,19 @@ class LiveSender(Sender):
                 if settled:
                     return rest
                 settled = True
-                # Disks have the most of what they hold on stable storage before the guest has to wait for the rest.
+                # The disks write most of their data to stable storage now.  The paused guest waits for the rest only.
                 self._settle_ahead()
                 self._wait_settled()
         return rest
 
     def _settle_ahead(self) -> None:
-        """Have the disks begin to bring what was written until now to stable storage."""
+        """Tell the disks to begin to bring all that was written until now to stable storage."""
         for disk in self._disks:
             disk.command(devmsg.SETTLE_AHEAD)
         self._begin_to_settle()
 
     def _write_pages(self, writer: StreamWriter, pages: bytes) -> None:
-        """Write a copy of some pages: it does not change while it is hashed and written."""
+        """Write some pages from a copy, which does not change while it is hashed and written."""
         memory, copy, began_s = self._memory, self._copy, time.monotonic()
         self.total_bytes = self.pipe.moved_bytes + pages.count(1) * PAGE
         found: list[tuple[int, int]] = []
@@ -118,12 +121,12 @@ class LiveSender(Sender):
         self._written_in_s += time.monotonic() - began_s
 
     def _have_it_stand_still(self) -> None:
-        """Wait until the machine stands still and its state is read.  Raises VmdError."""
+        """Pause the machine, and wait until its state is read.  Raises VmdError."""
         still = threads.Event()
         failures: list[VmdError] = [VmdError("internal error while its state was read")]
 
         def on_still(text: str) -> None:
-            """Take its state, on the event thread."""
+            """Read the state of the machine, on the event thread."""
             try:
                 if text:
                     raise VmdError(text)
@@ -132,7 +135,7 @@ class LiveSender(Sender):
             except (VmdError, OSError) as error:
                 failures[:] = [VmdError(sentence(error))]
                 if isinstance(error, PeerError):
-                    self._pause.give_up(str(error))  # a device is gone: how the VM ends is the answer
+                    self._pause.give_up(str(error))  # a device has ended, so the VM ends
             else:
                 failures.clear()
             finally:

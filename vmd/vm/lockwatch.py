@@ -1,7 +1,7 @@
-"""Locks that disks of a VM have lost, as their processes, which watch them, have said (devmsg.LOCK_LOST).
+"""Takes back locks that the disks of a VM have lost.  The disk processes report a loss (devmsg.LOCK_LOST).
 
-Storage of a network can lose locks: a server, or the other half of a cluster that was cut in two, drops those of a host
-that it does not hear of.  Then somebody else may have the disk, and the guest here must not go on writing to it.
+Network storage can lose locks: a server, or the other half of a cluster that was cut in two, drops the locks of a host
+that it cannot reach.  Then another host may use the disk, and the guest here must not write to it.
 """
 
 from vmd.ipc import devmsg
@@ -11,17 +11,17 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from vmd.vm.devproc import DeviceProcesses
 
-# What is said of an image whose lock is ours again.
+# What users are told about an image whose lock is held again.
 WRITTEN = "somebody else has written to its image, of which its guest knows nothing"
 FOUND = {
-    devmsg.TAKEN: "nobody has written to its image since this VM stands still",
+    devmsg.TAKEN: "nobody has written to its image since this VM was paused",
     devmsg.TAKEN_WRITTEN: WRITTEN,
     devmsg.TAKEN_UNSURE: "it is not known whether somebody else has written to its image",
 }
 
 
 class Locks:
-    """The locks of a machine that stands still."""
+    """The locks of the disks of one machine."""
 
     def __init__(self, devices: "DeviceProcesses") -> None:
         self._devices = devices
@@ -29,9 +29,9 @@ class Locks:
         self._notes: list[str] = []
 
     def take_back(self, *, force: bool) -> str:
-        """Take all locks again that were lost; return why the machine must stay as it is, or "".
+        """Take back all locks that were lost.  Return why the machine must stay paused, or "".
 
-        One whose disks somebody else has written to goes on by `force` only.  Raises PeerError.
+        If somebody else has written to a disk, the machine goes on with `force` only.  Raises PeerError.
         """
         for disk in self._devices.running:
             if not disk.lock_lost:
@@ -49,6 +49,6 @@ class Locks:
         return ""
 
     def notes(self) -> tuple[str, ...]:
-        """Return what whoever has let the machine go on should know, once."""
+        """Return notes for the user who resumes the machine, and forget them."""
         notes, self._notes = tuple(self._notes), []
         return notes

@@ -1,15 +1,15 @@
-"""vm/<name>: one virtual machine, from its first instruction to its last.
+"""vm/<name>: runs one virtual machine.
 
-Runs as  an id of its own, in vmm's cell; narrowed to KVM requests and its open descriptors before it reads what the
-         guest begins with, and to the requests of a running VM before the guest runs
+Runs as  an id of its own, in vmm's cell; confined to KVM requests and its open descriptors before it reads a boot image
+         or a stream, and to the requests of a running VM before the guest runs
 Peers    vmm; its device processes, which it starts
-Holds    /dev/kvm until it is told what it is; KVM's VM and vCPU fds, guest memory, both sides of the console's pty;
+Holds    /dev/kvm until it gets a VM; KVM's VM and vCPU fds, guest memory, both sides of the console's pty;
          disks and the disc only until their processes have them
 Threads  event: the main thread; vcpu<n>: one for each vCPU; send, receive and hashers while it is sent or received;
-         for a moment one that closes the VM with which it has asked KVM whether it can be received
+         closer: closes the VM that was made to ask KVM whether a stream's machine can run here
 
-It is started before there is a VM for it, imports what a VM needs, has KVM make an empty one, and waits (vmm keeps one
-in reserve).
+vmm starts this process in reserve, before there is a VM for it.  The process imports what a VM needs, creates an empty
+VM with KVM, and waits.
 """
 
 import gc
@@ -110,22 +110,22 @@ if TYPE_CHECKING:
     from vmd.vm.state import MachineState
 
 
-IOCTLS = (  # of a VM that runs
+IOCTLS = (  # requests while the guest runs
     abi.KVM_RUN,
     abi.KVM_IRQ_LINE,  # chips raise and lower their lines
-    abi.KVM_IOEVENTFD, abi.KVM_IRQFD,  # notifications and interrupts of devices, where the guest wants them now
+    abi.KVM_IOEVENTFD, abi.KVM_IRQFD,  # notifications and interrupts of devices: the guest moves BARs and vectors
     abi.KVM_SET_GSI_ROUTING,  # messages of MSI-X
     abi.KVM_GET_MSRS, abi.KVM_SET_MSRS, abi.KVM_GET_CLOCK, abi.KVM_SET_CLOCK,  # clocks stop while it is paused
     abi.KVM_GET_PIT2, abi.KVM_SET_PIT2, abi.KVM_GET_LAPIC, abi.KVM_SET_LAPIC, abi.KVM_GET_TSC_KHZ,
     abi.KVM_HAS_DEVICE_ATTR, abi.KVM_GET_DEVICE_ATTR, abi.KVM_SET_DEVICE_ATTR,
-    # what is sent:
+    # the state that is sent:
     abi.KVM_GET_IRQCHIP, abi.KVM_GET_MP_STATE, abi.KVM_GET_XSAVE,
     abi.KVM_GET_XSAVE2, abi.KVM_GET_XCRS, abi.KVM_GET_DEBUGREGS, abi.KVM_GET_VCPU_EVENTS,
     abi.KVM_SET_USER_MEMORY_REGION, abi.KVM_GET_DIRTY_LOG,  # ... while it runs
-    abi.KVM_GET_REGS, abi.KVM_GET_SREGS, abi.KVM_TRANSLATE,  # what a vCPU that KVM gave up on looked like
+    abi.KVM_GET_REGS, abi.KVM_GET_SREGS, abi.KVM_TRANSLATE,  # also for the log, when KVM cannot run a vCPU any more
     *VM.ioctls,
 )  # fmt: skip
-BUILDING_IOCTLS = (  # besides, before that; /dev/kvm itself is closed before anything is built
+BUILDING_IOCTLS = (  # further requests while the VM is built; /dev/kvm itself is closed before
     abi.KVM_GET_API_VERSION, abi.KVM_CHECK_EXTENSION, abi.KVM_GET_VCPU_MMAP_SIZE, abi.KVM_GET_SUPPORTED_CPUID,
     abi.KVM_GET_MSR_INDEX_LIST, abi.KVM_CREATE_VM,
     abi.KVM_SET_TSS_ADDR, abi.KVM_SET_IDENTITY_MAP_ADDR, abi.KVM_CREATE_IRQCHIP, abi.KVM_CREATE_PIT2,
@@ -137,7 +137,7 @@ BUILDING_IOCTLS = (  # besides, before that; /dev/kvm itself is closed before an
 SWITCH_INTERVAL_S = 0.0005  # a busy event thread must not keep a vCPU waiting for the interpreter
 LAST_WORDS_TIMEOUT_S = 1.0
 SPARES_END_S = 0.1
-MEMORY_BESIDES_BYTES, STACK_BYTES = 1 << 30, 16 << 20  # that a VM process may have mapped beside its guest's
+MEMORY_BESIDES_BYTES, STACK_BYTES = 1 << 30, 16 << 20  # address space besides guest memory; the latter for each vCPU
 RESOLVERS_TIMEOUT_S = 1.0  # a guest that waits for its DHCP server asks again after some seconds
 
 
@@ -152,31 +152,31 @@ class VmProcess(Process):
         self.vmm = self.attach_parent(Proc.VMM)
         self.vmid = 0
         self.life = Life()
-        self.pause: Pause | None = None  # of the machine, once there is one
-        self.limits: VmConfig | None = None  # which has them, if others than those of the start count
+        self.pause: Pause | None = None  # set once there is a machine
+        self.limits: VmConfig | None = None  # the configuration of the last LimitVm
         self.arrival: Arrival | None = None
         self.departure: Departure | None = None
         self.lending: Lending | None = None
-        self.asking: Timer | None = None  # for name servers
+        self.asking: Timer | None = None  # deadline while the parent is asked for name servers
         self.events = RateLimit(burst=8, interval_s=1.0)
         self.devices = DeviceProcesses()
         self.locks = Locks(self.devices)
         self.console: Console | None = None
-        self.figures: int | None = None  # the file for what devices count, until they have it
-        self.seed: int | None = None  # of a VM that arrives: an empty file for it
+        self.figures: int | None = None  # the file for the devices' counters, until the devices have it
+        self.seed: int | None = None  # while a VM arrives: an empty file for its seed
         self.host: Host | None = None
         self.filters = filter_of(BUILDING), filter_of_requests(IOCTLS)
 
     def prepare(self, words: "Sequence[str]") -> None:
-        """Have what every VM has, before there is one, and processes for the devices in `words` (`kinds.spares`)."""
+        """Make what every VM needs, and start processes for the devices in `words` (`kinds.spares`)."""
         self.devices.fill_reserve(spares(words))
         try:
             self.host = Host()
         except OSError as error:
-            log.debug(sentence(error))  # the VM tries again, and fails if it has to
+            log.debug(sentence(error))  # `begin` tries again, and reports the failure
 
     def on_start_vm(self, message: StartVm, envelope: Envelope, channel: Channel) -> None:
-        """Be a new VM."""
+        """Become a new VM."""
         if not self.life.is_in(State.SPARE):
             raise PeerError(channel.label, "unexpected StartVm")
         self.be_called(message.vmid, message.config.name, message.verbosity)
@@ -198,7 +198,7 @@ class VmProcess(Process):
         self.begin(images, message.config, slots)
 
     def be_called(self, vmid: int, name: str, verbosity: int) -> None:
-        """Be told apart from other VMs."""
+        """Take the id and the name of a VM: for messages, the log and the process title."""
         self.vmid = vmid
         log.setup(f"vm/{name}", log.form, verbosity)
         set_title(log.title)
@@ -206,10 +206,10 @@ class VmProcess(Process):
     def narrow(self, devices: "list[tuple[Kind, str]]") -> None:
         """Start the processes of the devices, and give up exec, fork and signals.  Raises HostError or OSError.
 
-        Only then is anything read that comes from outside: a boot image, or the header of a stream.
+        This comes before anything from outside is read: a boot image, or the header of a stream.
         """
         self.devices.spawn(devices)
-        # What this kernel lacks was said by vmm, at the start of the daemon.
+        # No warning for what this kernel lacks: vmm has logged it at the start of the daemon.
         confine(BUILDING, self.filters[0])
 
     def begin(self, source: "Source", config: "VmConfig", slots: "Sequence[Slot]", *, paused: bool = False) -> None:
@@ -217,7 +217,7 @@ class VmProcess(Process):
         assert self.console is not None
         figures_fd, self.figures = self.figures, None
         try:
-            if figures_fd is None:  # nobody reads them
+            if figures_fd is None:  # nobody reads the counters, but the devices need a file for them
                 figures_fd = sealed_file("figures", FIGURES_BYTES)
             outside = Outside(
                 devices=self.devices,
@@ -233,7 +233,7 @@ class VmProcess(Process):
             changes.limit(pause.machine, self.limits or config)
             narrow_requests(IOCTLS, self.filters[1])
             self.pause = pause
-            # The guest's clock then needs a look at the real-time clock.
+            # After a jump of the host's clock, the guest has to set its own clock from the real-time clock.
             ClockWatch(self.loop, lambda: pause.machine.vmmci.ask(vmmci.SYNCRTC))
             pause.machine.start(parked=pause.paused)
         except (VmdError, OSError) as error:
@@ -242,34 +242,34 @@ class VmProcess(Process):
         self.life.become(State.LIVE)
         if paused or not self.go_on():
             self.report_running(paused=paused)
-            limit_open_files(VM.open_files)  # from now on it has next to nothing to pass on
+            limit_open_files(VM.open_files)  # the devices have their files, so this process needs few descriptors
             memory = pause.machine.memory
             mapped_bytes = memory.mapped_bytes + len(memory.marks)
             limit_memory(mapped_bytes + MEMORY_BESIDES_BYTES + STACK_BYTES * config.vcpus)
 
     def report_running(self, *, paused: bool) -> None:
-        """Say that the guest executes, or waits to be unpaused."""
+        """Report that the guest runs, or that it is paused."""
         name_thread(EVENT)
         self.drop_spares()
         self.vmm.send(VmRunning(vmid=self.vmid, paused=paused))
 
     def drop_spares(self) -> None:
-        """End the processes that no device has needed, a little later: now the guest needs the processor."""
+        """End the reserved device processes that were not needed, after a delay: now the guest needs the processor."""
         if self.devices.reserve and not self.life.is_in(State.ENDED):
             self.loop.call_later(SPARES_END_S, self.end_spares)
 
     def end_spares(self) -> None:
-        """Do so, and look again until they are gone."""
+        """End them, and try again later until all have ended."""
         self.devices.drop_reserve()
         self.drop_spares()
 
     def fail(self, error: Exception) -> None:
-        """Report that there will be no VM, and end."""
+        """Report that the VM could not be started, and end."""
         self.vmm.send(VmFailed(vmid=self.vmid, code=number(error), text=brief(sentence(error))))
         self.end(Outcome.FAILED, sentence(error))
 
     def on_stop_vm(self, message: StopVm, envelope: Envelope, channel: Channel) -> None:
-        """Have the guest shut down, once it is neither sent nor about to stand still."""
+        """Shut the guest down.  A transfer, a loan of the disks or a pause that is under way is ended first."""
         if message.mode is StopMode.KILL:
             self.end(Outcome.ENDED, "stopped by force")
         if self.life.is_in(State.STOPPING, State.ENDED):
@@ -299,13 +299,13 @@ class VmProcess(Process):
                 ask_to_shut_down(pause.machine, self.loop, self.end)
 
     def on_pause_vm(self, message: PauseVm, _envelope: Envelope, channel: Channel) -> None:
-        """Stand still, or go on; stopping takes until the slowest device has finished what is in flight.
+        """Pause or resume the machine.  Pausing takes until the slowest device has finished what is in flight.
 
-        Whoever wants it to go on while it is about to stand still has his turn then: answers come in order.
+        A request to resume that comes while the machine is being paused waits until then: answers come in order.
         """
         pause = self.pause
         if pause is None or self.life.is_in(State.ENDED):
-            return  # how the VM ends is the answer
+            return  # the message that the VM has ended is the answer
 
         def answer(text: str) -> None:
             notes = self.locks.notes() if not pause.paused else ()
@@ -319,10 +319,10 @@ class VmProcess(Process):
             answer(self.go_on(force=message.force))
 
     def go_on(self, *, force: bool = False) -> str:
-        """Let a paused machine go on; one that cannot is at its end.  Returns why not, or nothing.
+        """Resume a paused machine.  Return "", or a sentence that says why it does not go on.
 
-        One whose disks somebody else may have stays paused, and so does, without `force`, one whose disks somebody else
-        has written to.
+        The machine stays paused if somebody else may have its disks.  Without `force` it also stays paused if somebody
+        else has written to its disks.  If resuming fails, the VM ends.
         """
         assert self.pause is not None
         try:
@@ -336,7 +336,10 @@ class VmProcess(Process):
         return ""
 
     def on_lock_lost(self, why: str) -> None:
-        """A disk may be somebody else's: the guest must not write to it.  Called again as long as that is so."""
+        """Stop the guest from writing: somebody else may have one of its disks.
+
+        This is called again as long as the lock is lost.
+        """
         pause = self.pause
         if pause is None or pause.paused or pause.under_way:
             return
@@ -348,15 +351,15 @@ class VmProcess(Process):
             pause.pause(lambda text: log.error(text) if text else self.report_halt(why))
 
     def report_halt(self, why: str) -> None:
-        """Say that the machine stands still though nobody has asked for it."""
+        """Report that the machine was paused without a request."""
         self.vmm.send(VmHalted(vmid=self.vmid, text=brief(why)))
 
     # --- sending and receiving ---------------------------------------------------------------------------------
 
     def on_send_vm(self, message: SendVm, envelope: Envelope, _channel: Channel) -> None:
-        """Have a thread write what we are, standing still, at once or in the end."""
+        """Send the machine."""
         if self.pause is None or not self.life.is_in(State.LIVE):
-            return  # how the VM ends is the answer; two at once the parent does not ask for
+            return  # the VM ends, which is the answer; the parent never asks for two transfers at once
         courier = envelope.take_fd("courier")
         assert courier is not None
         self.life.become(State.LEAVING)
@@ -364,7 +367,7 @@ class VmProcess(Process):
         self.departure.begin()
 
     def on_sent(self, departure: Departure, text: str) -> None:
-        """The stream is complete, or has failed: then, as with `keep`, everything is as before."""
+        """Report that the stream is complete or has failed.  A machine that failed, or is kept, stays here."""
         if self.life.is_in(State.ENDED):
             return
         self.vmm.send(
@@ -378,14 +381,14 @@ class VmProcess(Process):
             )
         )
         if departure.written:
-            return  # until it is known to run elsewhere, or not to
+            return  # EndSend will say whether the machine runs elsewhere
         if not text and not departure.keep:
             self.end(Outcome.POWER_OFF, "sent")
             return
         self.stay(departure)
 
     def stay(self, departure: Departure) -> None:
-        """It was not sent, or only a copy: everything is as before."""
+        """Go on with a machine that was not sent, or of which a copy was sent."""
         self.departure = None
         departure.let_be()
         self.life.become(State.LIVE)
@@ -394,14 +397,14 @@ class VmProcess(Process):
         departure.then()
 
     def on_send_on(self, _message: SendOn, _envelope: Envelope, _channel: Channel) -> None:
-        """The receiver takes the machine."""
+        """Write the rest of the stream: the receiver has accepted the header."""
         if self.departure is not None:
             self.departure.go_on()
 
     def written(self, channel: Channel, asked: str) -> Departure | None:
-        """Return the departure that has come to its last step.  Raises PeerError if it has not.
+        """Return the departure, if its stream is complete; else raise PeerError.
 
-        None: the VM has ended, and how it did is the answer.
+        Return None if the VM has ended, which is the answer.
         """
         if self.life.is_in(State.ENDED):
             return None
@@ -410,7 +413,7 @@ class VmProcess(Process):
         return self.departure
 
     def on_let_disks_go(self, _message: LetDisksGo, _envelope: Envelope, channel: Channel) -> None:
-        """Let the receiver have the disks."""
+        """Release the locks of the disks, so that the receiver can take them."""
         departure = self.written(channel, "LetDisksGo")
         if departure is None:
             return
@@ -422,7 +425,7 @@ class VmProcess(Process):
         channel.send(DisksLetGo(vmid=self.vmid, text=text))
 
     def on_end_send(self, message: EndSend, _envelope: Envelope, channel: Channel) -> None:
-        """Be gone, for the machine runs elsewhere; or be as before."""
+        """End, because the machine runs elsewhere; or take the disks back and stay."""
         departure = self.written(channel, "EndSend")
         if departure is None:
             return
@@ -439,13 +442,13 @@ class VmProcess(Process):
             self.stay(departure)
 
     def on_cancel_transfer(self, _message: CancelTransfer, _envelope: Envelope, _channel: Channel) -> None:
-        """Give up sending, or not even begin."""
+        """Give up sending, or lending the disks."""
         leaving = self.departure or self.lending
         if leaving is not None:
             leaving.cancel()
 
     def on_lend_disks(self, message: LendDisks, envelope: Envelope, _channel: Channel) -> None:
-        """Stand still, and let somebody else have the disks for a moment."""
+        """Pause the machine, and lend its disks."""
         if self.pause is None or not self.life.is_in(State.LIVE):
             return  # as for SendVm
         courier, stream = envelope.take_fd("courier"), envelope.take_fd("stream")
@@ -457,12 +460,12 @@ class VmProcess(Process):
         lending.begin()
 
     def on_lent(self, lending: Lending, text: str) -> None:
-        """The disks are away, or a text says why not; the parent says when they are back, in any case."""
+        """Report that the disks are lent, or why not.  In both cases the parent sends TakeDisksBack later."""
         if not self.life.is_in(State.ENDED):
             self.vmm.send(DisksLent(vmid=self.vmid, sent_bytes=lending.sent_bytes, text=brief(text)))
 
     def on_take_disks_back(self, _message: TakeDisksBack, _envelope: Envelope, channel: Channel) -> None:
-        """Nobody else has the disks any more."""
+        """Go on: the disks are back."""
         lending, self.lending = self.lending, None
         if lending is None or self.life.is_in(State.ENDED):
             return
@@ -478,7 +481,7 @@ class VmProcess(Process):
         lending.then()
 
     def on_receive_vm(self, message: ReceiveVm, envelope: Envelope, channel: Channel) -> None:
-        """Be a VM that was sent; it begins with the header of its stream."""
+        """Receive a VM.  The first step is to read the header of its stream."""
         if not self.life.is_in(State.SPARE):
             raise PeerError(channel.label, "unexpected ReceiveVm")
         self.be_called(message.vmid, message.name, message.verbosity)
@@ -492,7 +495,7 @@ class VmProcess(Process):
         fetch_stream(self.loop, courier, lambda stream: self.arrive(stream, memory))
 
     def arrive(self, stream: int | None, memory: int) -> None:
-        """The stream is there, or does not come."""
+        """Begin to read the stream, or fail if it did not come."""
         if self.life.is_in(State.ENDED):
             return
         if stream is None:
@@ -518,7 +521,7 @@ class VmProcess(Process):
         self.arrival.read_on()
 
     def on_resume_received(self, message: ResumeReceived, envelope: Envelope, channel: Channel) -> None:
-        """Be what the other machine was."""
+        """Build the machine that was received, and let it run."""
         if self.arrival is None:
             raise PeerError(channel.label, "unexpected ResumeReceived")
         source, self.arrival = self.arrival.source(), None
@@ -532,7 +535,10 @@ class VmProcess(Process):
         self.begin(source, message.config, slots, paused=message.paused)
 
     def take_seed(self, saved: "MachineState") -> list[int]:
-        """Return the seed that came with a stream, if one did, in the parent's file for it.  Raises OSError."""
+        """Write the seed of the stream into the parent's file for it.  Return the file's descriptor, as a list.
+
+        Return an empty list if there is no seed or no file.  Raises OSError.
+        """
         fd, self.seed = self.seed, None
         if fd is None:
             return []
@@ -546,7 +552,7 @@ class VmProcess(Process):
 
     def on_resize_disk(self, message: ResizeDisk, _envelope: Envelope, channel: Channel) -> None:
         """Make a disk larger."""
-        if self.pause is not None and not self.life.is_in(State.ENDED):  # else how the VM ends is the answer
+        if self.pause is not None and not self.life.is_in(State.ENDED):  # else the VM ends, which is the answer
             changes.resize(self.pause.machine, message, channel)
 
     def on_change_disc(self, message: ChangeDisc, envelope: Envelope, channel: Channel) -> None:
@@ -555,7 +561,7 @@ class VmProcess(Process):
             changes.change_disc(self.pause.machine, message, envelope.take_fd("courier"), channel)
 
     def on_limit_vm(self, message: LimitVm, _envelope: Envelope, _channel: Channel) -> None:
-        """Let the devices do more, or less; of a machine that is not there yet, as soon as it is."""
+        """Set the limits of the devices.  If there is no machine yet, they are set when it is built."""
         self.limits = message.config
         if self.pause is not None and not self.life.is_in(State.ENDED):
             changes.limit(self.pause.machine, message.config)
@@ -563,7 +569,7 @@ class VmProcess(Process):
     # --- the console, and the rest -----------------------------------------------------------------------------
 
     def open_console(self, envelope: Envelope) -> None:
-        """Take the console whose descriptors came with a message."""
+        """Open the console with the descriptors of a message."""
         master, slave, shown = (envelope.take_fd(name) for name in ("tty", "tty_slave", "shown"))
         assert master is not None
         assert slave is not None
@@ -571,41 +577,44 @@ class VmProcess(Process):
         self.console = Console(master, slave, BacklogWriter(shown), self.loop)
 
     def on_console_snapshot(self, _message: ConsoleSnapshot, envelope: Envelope, channel: Channel) -> None:
-        """Let a new viewer begin with the backlog, and perhaps on another pty."""
+        """Drop the output that waits in the pty: a new viewer has it from the backlog.
+
+        If descriptors of another pty came along, the console moves to that pty.
+        """
         if self.console is None:
-            return  # how the VM ends is the answer
+            return  # the VM ends, which is the answer
         master, slave = envelope.take_fd("tty"), envelope.take_fd("tty_slave")
         if master is not None and slave is not None:
             self.console.move(master, slave)
         channel.send(ConsoleSnapshotEnd(end=self.console.snapshot()), peerid=envelope.peerid)
 
     def on_send_break(self, _message: SendBreak, _envelope: Envelope, _channel: Channel) -> None:
-        """Let the guest see a BREAK."""
+        """Send a BREAK to the guest over the serial line."""
         if self.pause is not None:
             self.pause.machine.uart.send_break()
 
     def on_ask_devices(self, _message: AskDevices, _envelope: Envelope, channel: Channel) -> None:
-        """Say what is wrong with any device."""
+        """Report the troubles of all devices."""
         troubles = self.pause.machine.troubles() if self.pause is not None else []
         channel.send(DevicesReported(vmid=self.vmid, troubles=tuple(troubles)))
 
     def ask_resolvers(self) -> None:
-        """Ask which name servers there are, for a guest; the devices go on in any case."""
+        """Ask the parent for the name servers of the host, which a guest asks for.  The devices do not wait."""
         if self.asking is None:
             self.asking = self.loop.call_later(RESOLVERS_TIMEOUT_S, lambda: self.tell_resolvers(None))
             self.vmm.send(AskResolvers(vmid=self.vmid))
 
     def report_event(self, what: str, device: str, text: str) -> None:
-        """Tell what has happened to a device; a guest may make it happen again and again."""
+        """Report an event of a device.  The rate is limited, because a guest can cause such events."""
         if self.events.allow():
             self.vmm.send(DeviceEvent(vmid=self.vmid, what=what, device=device, text=text))
 
     def on_resolvers(self, message: Resolvers, _envelope: Envelope, _channel: Channel) -> None:
-        """These are the name servers."""
+        """Pass the name servers of the host on."""
         self.tell_resolvers((message.dns4, message.dns6))
 
     def tell_resolvers(self, servers: tuple[tuple[bytes, ...], tuple[bytes, ...]] | None) -> None:
-        """Tell the network interfaces; None: nobody has answered in time."""
+        """Tell the network interfaces which name servers the host has; None if there was no answer in time."""
         if self.asking is not None:
             self.asking.cancel()
             self.asking = None
@@ -613,26 +622,26 @@ class VmProcess(Process):
             self.pause.machine.tell_resolvers(servers)
 
     def on_set_verbosity(self, message: SetVerbosity, _envelope: Envelope, _channel: Channel) -> None:
-        """Log more or less."""
+        """Set the verbosity of this process and its devices."""
         log.verbosity = message.verbosity
         self.devices.set_verbosity(message.verbosity)
 
     def on_quit(self, _message: Quit, _envelope: Envelope, _channel: Channel) -> None:
-        """End without a word."""
+        """End, and give no reason."""
         self.end(Outcome.POWER_OFF, "")
 
     def end_from_thread(self, outcome: Outcome, text: str) -> None:
-        """End; a vCPU thread or a chip has found a reason."""
+        """End the VM, from a vCPU thread."""
         self.loop.call_from_thread(lambda: self.end(outcome, text))
 
     def end(self, outcome: Outcome, text: str) -> None:
-        """Stop the guest and leave the loop; the first reason wins."""
+        """Stop the guest and leave the loop.  Only the first call has an effect."""
         if self.life.is_in(State.ENDED):
             return
         self.life.become(State.ENDED)
         self.exit_status = outcome
         if self.pause is not None and not self.pause.machine.stop():
-            log.error("a vcpu does not come back from the kernel; ending without it")
+            log.error("a vcpu thread does not return from the kernel; the VM ends anyway")
         self.devices.end()
         self.vmm.send(VmEnding(text=brief(text)))
         self.vmm.flush_blocking(LAST_WORDS_TIMEOUT_S)
@@ -665,18 +674,18 @@ class VmProcess(Process):
 
 
 def slots_of(message: StartVm | ResumeReceived, envelope: Envelope) -> "list[Slot]":
-    """Return the devices that a message describes; their descriptors are ours from now on.
+    """Return the slots for the devices that a message describes.  The caller owns their descriptors.
 
-    Raises PeerError, with which the VM fails: dropped, the message would have no answer.
+    Raises PeerError if descriptors and message do not match.  The caller then lets the VM fail, which is the answer.
     """
     disks, cdrom, taps = envelope.take_fds("disks"), envelope.take_fd("cdrom"), envelope.take_fds("taps")
     seed, vhosts = envelope.take_fd("seed"), envelope.take_fds("vhosts")
     if len(taps) != len(message.nics) or len(disks) != sum(len(disk.images) for disk in message.disks):
-        raise PeerError("vmm", f"{len(disks)} images and {len(taps)} taps that nobody describes")
+        raise PeerError("vmm", f"{len(disks)} images and {len(taps)} taps do not match the message")
     if len(vhosts) != 2 * sum(nic.vhost for nic in message.nics):
-        raise PeerError("vmm", f"{len(vhosts)} descriptors for the kernel to move frames, which nobody describes")
+        raise PeerError("vmm", f"{len(vhosts)} descriptors for vhost-net do not match the message")
     if (seed is None) != (message.config.seed is None):
-        raise PeerError("vmm", "a seed that nobody describes, or none")
+        raise PeerError("vmm", "the seed does not match the message")
     given = Given(
         config=message.config,
         disks=message.disks,
@@ -696,7 +705,7 @@ def main() -> int:
     process.ignore_terminal_signals()
     install_kick_handler()
     sys.setswitchinterval(SWITCH_INTERVAL_S)
-    keep_signals_inside()  # and only then start processes, which die with this one
+    keep_signals_inside()  # before `prepare`: processes that are started afterwards can still be signalled
     process.prepare(sys.argv[4:])
     gc.collect()
     gc.freeze()

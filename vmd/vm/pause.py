@@ -1,16 +1,16 @@
-"""Stopping a machine between two instructions of every vCPU, and letting it go on as if nothing had been.
+"""Stops a machine between two instructions of every vCPU, and lets it go on.  The guest does not notice.
 
 The order matters (arch. 8):
 
-    1. every vCPU leaves the guest, with the I/O of its last exit done, and parks
-    2. the chips' timers are held back, and so is the input of the console
+    1. every vCPU leaves the guest, completes the I/O of its last exit, and parks
+    2. the timers of the chips and the input of the console are held back
     3. every device process finishes what is in flight; it touches no ring until it is resumed
-    4. eventfds are taken from their interrupts, which ends injections under way: what interrupts there are is then
-       either in the interrupt controllers' registers or counted in an eventfd
-    5. all of the guest's clocks stop at one moment (`clocks`)
+    4. eventfds are detached from their interrupts, which ends injections under way: each pending interrupt is then
+       either in a register of an interrupt controller or counted in an eventfd
+    5. all clocks of the guest stop at one moment (`clocks`)
 
-Going on takes the steps back, with the clocks first: they continue where they stood, whatever the host's did.
-All of it runs on the event thread, which waits for vCPUs without blocking and for devices up to 10 s each.
+Going on undoes these steps, the clocks first: they continue from the values at which they stopped.  Everything here
+runs on the event thread.  It waits for vCPUs without blocking, and for each device up to 10 s.
 """
 
 import time
@@ -33,39 +33,43 @@ PARK_TIMEOUT_S = 15.0  # a vCPU may be waiting for a device, which has 10 s to a
 
 
 class Pause:
-    """One machine's standing still; `paused` once it does.
+    """Pauses and resumes one machine.  `paused` is true while the machine stands still.
 
-    One that was received stands still from the start, with the clocks given; its vCPUs park before they have run.
+    A machine that was received is paused from the start, and `clocks` are those of the stream.  Its vCPUs park before
+    they run for the first time.
     """
 
     def __init__(self, machine: "Machine", loop: "Loop", clocks: Clocks | None = None) -> None:
         self.machine = machine
         self.loop = loop
         self.clocks = clocks
-        self.paused = self._arrived = clocks is not None  # from another place, and the network has not been told
+        # `_arrived`: the machine was received and has not run here yet, so the network does not know where it is.
+        self.paused = self._arrived = clocks is not None
         if clocks is not None:
             self._hold_back()
-        self._since_s = -2 * JUMP_S  # when it stopped; one that was received, who knows how long ago
-        self._round = 0  # of asking vCPUs to park; one that comes too late is of an earlier one
-        self._missing = 0  # vCPUs that have yet to park
-        self._asked_ns = 0  # when that was
+        # When the machine stopped.  For a received machine that is unknown, and taken to be more than JUMP_S ago.
+        self._since_s = -2 * JUMP_S
+        self._round = 0  # counts requests to park: the report of a vCPU that was late belongs to an earlier request
+        self._missing = 0  # vCPUs that have not parked yet
+        self._asked_ns = 0  # when the vCPUs were asked to park
         self._waiting: list[Callable[[str], None]] = []
         self._watchdog: Timer | None = None
 
     @property
     def since_ns(self) -> int:
-        """When it stopped, by CLOCK_MONOTONIC."""
+        """When the machine stopped, by CLOCK_MONOTONIC."""
         return int(self._since_s * 1e9)
 
     @property
     def under_way(self) -> bool:
-        """Whether somebody waits for the machine to stand still."""
+        """Whether the machine was asked to pause and has not stopped yet."""
         return bool(self._waiting)
 
     def pause(self, done: "Callable[[str], None]") -> None:
-        """Stop the machine; calls `done("")`, at once if it stands still already, or `done(why not)`.
+        """Stop the machine, then call `done("")`; if it does not stop, call `done` with the reason.
 
-        It stands still when `done` is called, whatever those have done with it who asked before.
+        If the machine is already paused, `done` is called at once.  The machine is paused when `done("")` runs, even if
+        an earlier waiter resumed it in between.
         """
         if self.paused:
             done("")
@@ -111,9 +115,9 @@ class Pause:
         self._answer(f"a vcpu did not stop within {PARK_TIMEOUT_S:.0f} s")
 
     def give_up(self, text: str) -> None:
-        """Give up a machine that can neither stand still nor go on: a device of it has failed.
+        """End a machine that can neither pause nor go on, because one of its devices has failed.
 
-        Nobody who waits is told: how the VM ends is the answer.
+        The waiters are not called: the message that the VM has ended answers all requests.
         """
         self._waiting.clear()
         self.machine.end(Outcome.FAILED, text)
@@ -122,7 +126,7 @@ class Pause:
         waiting, self._waiting = self._waiting, []
         while waiting:
             if not text and not self.paused:
-                for done in waiting:  # the one before had it go on
+                for done in waiting:  # the previous waiter has resumed the machine: stop it again
                     self.pause(done)
                 return
             waiting.pop(0)(text)
@@ -142,7 +146,7 @@ class Pause:
         self.machine.listening = False
 
     def unpause(self) -> None:
-        """Let the machine go on; nothing happens to one that does.  Raises PeerError or OSError: it cannot."""
+        """Resume the machine, if it is paused.  Raises PeerError or OSError if it cannot go on."""
         if self.paused:
             if self._arrived:
                 self.machine.sign_disks()
@@ -162,7 +166,7 @@ class Pause:
         for function in machine.virtio:
             function.attach_interrupts()
         for function in machine.virtio:
-            function.process.command(devmsg.RESUME)  # which looks at every queue once
+            function.process.command(devmsg.RESUME)  # the device looks at each of its queues once
         machine.timers.release()
         machine.listen()
         for thread in machine.vcpus:

@@ -1,11 +1,11 @@
 """PCI: configuration mechanism 1, functions with BARs and capabilities, and MSI-X (PCI 3.0).
 
-One bus, 32 slots, function 0 only (*cat. 5.4*).  Nothing here knows KVM: a function maps its BARs on the bus it
-is given, and its owner is told what changed.
+There is one bus with 32 slots, and each slot has function 0 only (*cat. 5.4*).  This module does not use KVM: a
+function maps its BARs on the `Bus` that it was given, and calls a hook when they change.
 
-Three kinds of lock, always taken in this order: `PciBus.placement` (who decodes which address), then a
-function's `lock` (its registers), then whatever its owner has.  A function may be slow to answer; only a guest
-that moves its BARs waits for it then, never one that reads another function's configuration.
+There are three kinds of lock, always taken in this order: `PciBus.placement` (which function decodes which address),
+then a function's `lock` (its registers), then the locks of the subclass.  A function may answer slowly.  Then only a
+vCPU that moves BARs waits for it, not one that reads the configuration of another function.
 """
 
 from vmd import threads
@@ -84,20 +84,20 @@ PCI_IO_FIRST = 0x1000  # below are the chips' fixed ports
 
 
 def all_ones(size: int) -> int:
-    """Return what a read of `size` bytes gives where nobody answers."""
+    """Return the value of a read of `size` bytes at an address that no device decodes."""
     return (1 << 8 * size) - 1
 
 
 class Bar:
-    """One base address register: what it decodes and, while it does, where."""
+    """One base address register: the device behind it, and the address that it decodes."""
 
     def __init__(self, index: int, size: int, pio: "PioDevice | None", mmio: "MmioDevice | None") -> None:
         self.index = index
         self.size = size
         self.pio = pio
         self.mmio = mmio
-        self.mapped: int | None = None  # the base registered on the bus
-        self.refused: int | None = None  # the base last complained about
+        self.mapped: int | None = None  # the base address at which it is on the bus
+        self.refused: int | None = None  # the base address that was refused last, which was logged
 
     @property
     def is_io(self) -> bool:
@@ -106,13 +106,13 @@ class Bar:
 
 
 class Msix:
-    """MSI-X table and pending bits (PCI 3.0, 6.8.2); a memory BAR's device.
+    """MSI-X table and pending bits (PCI 3.0, 6.8.2): the device behind a memory BAR.
 
-    `on_change(vector, address, data, masked)` tells when a vector starts or stops being deliverable and when a
-    deliverable one gets another message; masked means not deliverable, by its own mask bit, by the function's, or
-    because MSI-X is disabled.  What a guest writes to a masked entry is told when the mask goes.
-    `on_enable(enabled)` tells of the function-wide switch, before its vectors are told.
-    `pending(vector)` answers for the pending bit array.
+    `on_change(vector, address, data, masked)` is called when a vector is masked or unmasked, and when an unmasked
+    vector gets another message.  A vector is masked by its own mask bit, by the mask bit of the function, or because
+    MSI-X is disabled.  A change of a masked entry is told when the entry is unmasked.
+    `on_enable(enabled)` is called when MSI-X is enabled or disabled, before `on_change` for its vectors.
+    `pending(vector)` returns the vector's pending bit.
     All three run on the vCPU thread that wrote or read, under the function's lock.
     """
 
@@ -129,21 +129,21 @@ class Msix:
         self.on_change = on_change
         self.pending = pending
         self.on_enable = on_enable
-        self.lock = threads.RLock()  # the function's own, once it has one
+        self.lock = threads.RLock()  # replaced by the function's lock in `PciFunction.add_msix`
         self.enabled = False
         self.function_masked = False
         table_bytes = vectors * MSIX_ENTRY_BYTES
         self.table = bytearray(table_bytes)
         for vector in range(vectors):
             self.table[vector * MSIX_ENTRY_BYTES + 12] = MSIX_VECTOR_MASKED
-        # Half a page for the table is enough for every device of ours, so that the BAR is one page.
+        # The tables of all our devices fit half a page, so the BAR is one page.
         self.pba_offset = PAGE // 2 if table_bytes <= PAGE // 2 else -(-table_bytes // PAGE) * PAGE
         pba_bytes = -(-vectors // 64) * 8
         self.bar_bytes = max(PAGE, 1 << (self.pba_offset + pba_bytes - 1).bit_length())
         self.told: list[tuple[int, int, bool]] = [(0, 0, True)] * vectors
 
     def message(self, vector: int) -> tuple[int, int, bool]:
-        """Return (address, data, masked) of a vector as things stand."""
+        """Return the present (address, data, masked) of a vector."""
         with self.lock:
             entry = self.table[vector * MSIX_ENTRY_BYTES : (vector + 1) * MSIX_ENTRY_BYTES]
             address = int.from_bytes(entry[0:8], "little")
@@ -152,7 +152,7 @@ class Msix:
             return address, data, masked
 
     def mmio_read(self, offset: int, size: int) -> int:
-        """Return table or pending bits; what lies between and behind them reads zero."""
+        """Return bytes of the table or of the pending bits.  The bytes between and behind them read as zero."""
         with self.lock:
             if offset < len(self.table):
                 return int.from_bytes(self.table[offset : offset + size], "little")
@@ -163,7 +163,7 @@ class Msix:
             return sum(1 << vector - first for vector in covered if self.pending(vector))
 
     def mmio_write(self, offset: int, size: int, value: int) -> None:
-        """Take a write to the table; the pending bits are read-only."""
+        """Write to the table.  A write to the pending bits is ignored: they are read-only."""
         with self.lock:
             raw = (value & all_ones(size)).to_bytes(size, "little")
             end = min(offset + size, len(self.table))
@@ -174,7 +174,7 @@ class Msix:
                 self._tell(vector)
 
     def set_control(self, control: int) -> None:
-        """Take the message control register of the capability."""
+        """Set the message control register of the capability."""
         with self.lock:
             was_enabled = self.enabled
             self.enabled = bool(control & MSIX_ENABLE)
@@ -185,7 +185,7 @@ class Msix:
                 self._tell(vector)
 
     def restore_table(self, table: bytes) -> None:
-        """Put a saved table back, as if the guest wrote it; raises ValueError if it is not of this size."""
+        """Restore a saved table as if the guest wrote it.  Raises ValueError if it is not of this size."""
         if len(table) != len(self.table):
             raise ValueError(f"msi-x table of {len(table)} bytes where this function has {len(self.table)}")
         self.mmio_write(0, len(table), int.from_bytes(table, "little"))
@@ -200,11 +200,11 @@ class Msix:
 
 
 class PciFunction:
-    """Function 0 of a slot: 256 bytes of configuration space, of which a guest changes the writable bits.
+    """Function 0 of a slot: 256 bytes of configuration space with some bits that a guest can write.
 
-    Subclasses add BARs and capabilities when they are built, before `PciBus.add`, and may override the
-    hooks `bar_changed`, `command_changed` and `interrupt_pending`, or `config_read` and `config_write` for
-    registers that do more than remember.  `interrupt_pin` is 1 for INTA, 0 for none.
+    A subclass adds BARs and capabilities in its constructor, before `PciBus.add`.  It may override the hooks
+    `bar_changed`, `command_changed` and `interrupt_pending`, and `config_read` and `config_write` for registers with
+    side effects.  `interrupt_pin` is 1 for INTA, and 0 for a function without INTx.
     """
 
     def __init__(
@@ -223,11 +223,11 @@ class PciFunction:
         self.address_bus: Bus | None = None
         self.bars: dict[int, Bar] = {}
         self.msix: Msix | None = None
-        self.msix_control = 0  # where in configuration space
+        self.msix_control = 0  # offset of the message control register in configuration space
         self.config = bytearray(CONFIG_BYTES)
         self.writable = bytearray(CONFIG_BYTES)  # bits that a guest's write changes
         self.clearable = bytearray(CONFIG_BYTES)  # bits that a guest's 1 clears
-        self.settled: dict[int, int] = {}  # decoded() as PciBus last acted on it
+        self.settled: dict[int, int] = {}  # decoded() at the time when `PciBus.settle` last mapped the BARs
         self._cap_last = CAPABILITIES_POINTER  # the byte that will point to the next capability
         self._cap_free = HEADER_END
 
@@ -268,14 +268,14 @@ class PciFunction:
         if bar.size & (bar.size - 1):
             raise ValueError(f"bar {bar.index} of {bar.size} bytes is not a power of two")
         self.bars[bar.index] = bar
-        # Address bits below the size stay zero: that is how a guest finds the size.
+        # The address bits below the size are read-only zeros: a guest finds the size by them.
         self._preset(BAR0 + 4 * bar.index, 4, flags, writable=-bar.size & 0xFFFFFFFF & ~flag_bits)
         return bar
 
     def add_capability(self, cap_id: int, body: bytes, write_mask: bytes = b"") -> int:
-        """Append a capability and return its offset; `body` is what follows the id and the next pointer.
+        """Append a capability and return its offset.  `body` has the bytes after the id and the next pointer.
 
-        `write_mask` has a 1 for every bit of `body` that a guest may write; it may be shorter than `body`.
+        `write_mask` has a 1 for every bit of `body` that a guest may write.  It may be shorter than `body`.
         """
         offset = self._cap_free
         end = offset + 2 + len(body)
@@ -293,7 +293,7 @@ class PciFunction:
         return offset
 
     def add_msix(self, msix: Msix, bar_index: int) -> int:
-        """Add MSI-X: its capability, whose offset is returned, and its memory BAR."""
+        """Add the capability and the memory BAR of MSI-X.  Return the offset of the capability."""
         self.add_memory_bar(bar_index, msix.bar_bytes, msix)
         body = (
             (msix.vectors - 1).to_bytes(2, "little")
@@ -315,17 +315,17 @@ class PciFunction:
         return self.config[COMMAND] | self.config[COMMAND + 1] << 8
 
     def config_read(self, offset: int, size: int) -> int:
-        """Return `size` bytes of configuration space; what lies past its end reads ones."""
+        """Return `size` bytes of configuration space.  Bytes past its end read as ones."""
         with self.lock:
             raw = self.config[offset : offset + size]
             value = int.from_bytes(raw, "little") | all_ones(size) & ~all_ones(len(raw))
-            # The interrupt status bit is the one read-only bit that is not simply remembered.
+            # The interrupt status bit is the only bit that is computed when it is read.
             if offset <= STATUS < offset + size and self.interrupt_pending():
                 value |= STATUS_INTERRUPT << 8 * (STATUS - offset)
             return value
 
     def config_write(self, offset: int, size: int, value: int) -> None:
-        """Change the writable bits of `size` bytes; whoever calls this lets `PciBus.settle` place the BARs."""
+        """Write to the writable bits of `size` bytes.  The caller then calls `PciBus.settle`, which maps the BARs."""
         raw = (value & all_ones(size)).to_bytes(size, "little")
         with self.lock:
             command = self.command
@@ -336,14 +336,14 @@ class PciFunction:
             self._announce(command, offset, end)
 
     def _announce(self, old_command: int, offset: int, end: int) -> None:
-        """Tell of what a write to [offset, end) changed besides BARs."""
+        """Call the hooks for changes of the command register and of MSI-X by a write to [offset, end)."""
         if self.command != old_command:
             self.command_changed(self.command)
         if self.msix is not None and offset < self.msix_control + 2 and end > self.msix_control:
             self.msix.set_control(int.from_bytes(self.config[self.msix_control : self.msix_control + 2], "little"))
 
     def decoded(self) -> dict[int, int]:
-        """Return the address of every BAR that the command register lets decode."""
+        """Return the address of every BAR whose decoding the command register enables."""
         with self.lock:
             command = self.command
             return {
@@ -353,17 +353,17 @@ class PciFunction:
             }
 
     def bar_base(self, index: int) -> int:
-        """Return the address in a BAR, whether it decodes or not."""
+        """Return the address in a BAR, also if its decoding is disabled."""
         at = BAR0 + 4 * index
         return int.from_bytes(self.config[at : at + 4], "little") & -self.bars[index].size
 
-    # What a subclass may add to
+    # Hooks for subclasses
 
     def bar_changed(self, index: int, base: int | None) -> None:
-        """BAR `index` decodes at `base` from now on, or nowhere; one that moves is told None in between.
+        """Map BAR `index` at `base`, or unmap it if `base` is None.  A BAR that moves is unmapped first.
 
-        Runs under `PciBus.placement` and this function's lock.  Overrides call this one, which keeps the bus
-        in step.
+        Runs under `PciBus.placement` and this function's lock.  An override must call this method, which updates the
+        bus.
         """
         bar, bus = self.bars[index], self.address_bus
         assert bus is not None
@@ -380,16 +380,16 @@ class PciFunction:
                 bus.add_mmio(base, bar.size, bar.mmio)
 
     def command_changed(self, command: int) -> None:
-        """The guest changed the command register; runs under this function's lock."""
+        """Act on a change of the command register.  Runs under this function's lock."""
 
     def interrupt_pending(self) -> bool:
-        """Return whether INTx would be asserted, whatever the command register makes of it."""
+        """Return whether an INTx interrupt is pending, also if the command register disables INTx."""
         return False
 
     # Saving
 
     def state(self) -> "FunctionState":
-        """Return all that a guest can have changed here."""
+        """Return the state: all bytes that a guest can change."""
         with self.lock:
             table = b"" if self.msix is None else bytes(self.msix.table)
             return {"slot": self.slot, "config": bytes(self.config), "msix": table}
@@ -409,23 +409,23 @@ class PciFunction:
                 raise ValueError(f"pci slot {self.slot}: msi-x table of {len(table)} bytes")
 
     def restore(self, state: "FunctionState") -> None:
-        """Put a state that was checked back, as if the guest wrote it; `PciBus.restore` places the BARs afterwards."""
+        """Restore a checked state as if the guest wrote it.  `PciBus.restore` maps the BARs afterwards."""
         saved, table = state["config"], state["msix"]
         with self.lock:
             command = self.command
             self.config[:] = saved
-            # The table first: enabling then tells each vector once, with the message it ends up with.
+            # The table before MSI-X is enabled: then each vector is told once, with its final message.
             if self.msix is not None:
                 self.msix.restore_table(table)
             self._announce(command, 0, CONFIG_BYTES)
 
 
 class HostBridge(PciFunction):
-    """Slot 0: an Intel 440FX by its ids, because an unmodified SeaBIOS unlocks shadow RAM on that one.
+    """Slot 0 has the ids of an Intel 440FX, because an unmodified SeaBIOS unlocks shadow RAM on that host bridge.
 
-    SeaBIOS finds the emulator by subsystem 1af4:1100, reads the PAM registers, writes them and, as RAM was
-    not enabled before, copies itself from below 4 GiB.  Memory at C0000-FFFFF is always writable RAM here, so
-    remembering what was written is all there is to PAM.  Unlike vmd, whose 0b5d:0666 needs a patched BIOS.
+    SeaBIOS recognises the emulator by subsystem 1af4:1100.  It reads the PAM registers and writes them.  If RAM was not
+    enabled before, it copies itself from below 4 GiB.  Memory at C0000-FFFFF is always writable RAM here, so the PAM
+    registers only remember what was written.  Unlike vmd, whose 0b5d:0666 needs a patched BIOS.
     """
 
     PAM0 = 0x59
@@ -445,14 +445,14 @@ class HostBridge(PciFunction):
 
 
 class PciBus:
-    """Bus 0 behind ports CF8h-CFFh, and who of its functions decodes which address.
+    """Bus 0 behind ports CF8h-CFFh.  It decides which function decodes which address.
 
-    The machine puts it there, eight ports from `layout.PORT_PCI_ADDRESS`; on `bus` the functions map their BARs.
-    `byte_ports` are devices of other chips inside CF8h-CFBh, by port: a byte access there is no configuration
-    access (PCI 3.0, 3.2.2.3.2), and CF9h is the reset register.
+    The machine maps this device at the eight ports from `layout.PORT_PCI_ADDRESS`.  The functions map their BARs on
+    `bus`.  `byte_ports` has devices of other chips inside CF8h-CFBh, by port: a byte access there is not a
+    configuration access (PCI 3.0, 3.2.2.3.2), and CF9h is the reset register.
 
-    Which BARs are mapped is a function of the registers alone, so that it survives save and restore: addresses
-    outside what PCI may use are not decoded, and of two BARs that overlap the one in the lower slot wins.
+    The mapping of BARs depends on the registers only, so it is the same after save and restore.  A BAR at an address
+    that PCI may not use is not mapped.  Of two BARs that overlap, the BAR of the lower slot is mapped.
     """
 
     def __init__(
@@ -470,7 +470,7 @@ class PciBus:
         self.complaints = RateLimit()
 
     def add(self, slot: int, function: PciFunction) -> None:
-        """Plug a function in; raises ValueError if the slot does not exist or is taken."""
+        """Put a function into a slot.  Raises ValueError if the slot does not exist or is taken."""
         if not 0 <= slot < SLOTS:
             raise ValueError(f"pci slot {slot} is not between 0 and {SLOTS - 1}")
         if self.slots[slot] is not None:
@@ -486,7 +486,7 @@ class PciBus:
     # Configuration mechanism 1 (PCI 3.0, 3.2.2.3.2); offsets count from CF8h
 
     def pio_read(self, offset: int, size: int) -> int:
-        """Return the address register, or what it selects, on the byte lanes that were asked for."""
+        """Return bytes of the address register, or of the configuration register that it selects."""
         if offset < 4:
             if offset == 0 and size == 4:
                 return self.address
@@ -501,10 +501,10 @@ class PciBus:
         return value | all_ones(size) & ~all_ones(inside)
 
     def pio_write(self, offset: int, size: int, value: int) -> None:
-        """Take the address register, or a write to what it selects."""
+        """Write to the address register, or to the configuration register that it selects."""
         if offset < 4:
             if offset == 0 and size == 4:
-                # Reserved bits and the two lowest are hard-wired to zero; probes look for that.
+                # The reserved bits and the two lowest bits are always zero: drivers that probe for PCI check that.
                 self.address = value & 0x80FFFFFC
                 return
             other = self._other_chip(offset, size)
@@ -522,21 +522,21 @@ class PciBus:
         return self.byte_ports.get(layout.PORT_PCI_ADDRESS + offset) if size == 1 else None
 
     def _selected(self) -> PciFunction | None:
-        """Return the function that CF8h points to; bus 0 and function 0 are all there is."""
+        """Return the function that CF8h selects, or None.  Only bus 0 and function 0 exist."""
         address = self.address
         if not address & 0x80000000 or address & 0x00FF0700:
             return None
         return self.slots[address >> 11 & 31]
 
-    # Who decodes what
+    # Mapping of BARs
 
     def settle(self, changed: PciFunction | None = None) -> None:
-        """Map and unmap BARs until the bus agrees with the registers; cheap if `changed` did not move."""
+        """Map and unmap BARs as the registers say.  This is cheap if no BAR of `changed` has changed."""
         with self.placement:
             if changed is not None and changed.decoded() == changed.settled:
                 return
             targets = list(self._targets())
-            # All of the old life goes before the new one comes, so that two BARs can swap places.
+            # All BARs that move are unmapped before one is mapped, so that two BARs can swap their addresses.
             for function, bar, base in targets:
                 if bar.mapped is not None and bar.mapped != base:
                     with function.lock:
@@ -547,7 +547,7 @@ class PciBus:
                         function.bar_changed(bar.index, base)
 
     def _targets(self) -> "Iterator[tuple[PciFunction, Bar, int | None]]":
-        """Yield every BAR with the address it shall be mapped at, if any."""
+        """Yield every BAR, with the address at which it is to be mapped, or None."""
         taken: list[tuple[bool, int, int]] = []
         for function in self.functions():
             function.settled = function.decoded()
@@ -566,14 +566,14 @@ class PciBus:
                 yield function, bar, base
 
     def _usable(self, bar: Bar, base: int) -> bool:
-        """Return whether PCI may use these addresses at all: no RAM, no chip's port, no APIC page."""
+        """Return whether PCI may use these addresses: RAM, ports of chips and pages of APICs are not there."""
         if bar.is_io:
             return base >= PCI_IO_FIRST and base + bar.size <= layout.PCI_IO_END
         ram_end = max(layout.low_ram_bytes(self.memory_bytes), layout.RESERVED_END)
         return base >= ram_end and base + bar.size <= layout.PCI_WINDOW_END
 
     def _complain(self, function: PciFunction, bar: Bar, base: int) -> None:
-        # A guest that sizes a BAR, or enables decoding before it assigns one, has done nothing odd.
+        # Not logged: a guest that reads the size of a BAR, or that enables decoding before it assigns an address.
         highest = -bar.size & 0xFFFFFFFF
         if base not in (0, highest, bar.refused):
             space = "i/o" if bar.is_io else "memory"
@@ -583,7 +583,7 @@ class PciBus:
         bar.refused = base
 
     def assign_resources(self) -> None:
-        """Do what firmware would have done: give out addresses and interrupt lines, switch decoding on.
+        """Do the work of firmware: assign addresses and interrupt lines, and enable decoding.
 
         Raises ValueError if the BARs do not fit.
         """
@@ -594,7 +594,7 @@ class PciBus:
             )
             for is_io in (True, False)
         ]
-        # SeaBIOS does the same: low ports only when the usual range is too small.
+        # As SeaBIOS does: low ports are used only if the usual range is too small.
         usual = sum(bar.size for _, bar in io) <= layout.PCI_IO_END - layout.PCI_IO_START
         _assign(io, layout.PCI_IO_START if usual else PCI_IO_FIRST, layout.PCI_IO_END)
         _assign(memory, layout.pci_window_start(self.memory_bytes), layout.PCI_WINDOW_END)
@@ -620,10 +620,10 @@ class PciBus:
             function.check(saved)
 
     def restore(self, state: "BusState") -> None:
-        """Put a saved state back on a bus with the same functions.
+        """Restore a saved state to a bus with the same functions.
 
         Raises:
-            ValueError: the functions are not the same; nothing was changed.
+            ValueError: the functions are not the same.  Then nothing was changed.
         """
         self.check(state)
         for function, saved in zip(self.functions(), state["functions"], strict=True):
@@ -633,7 +633,7 @@ class PciBus:
 
 
 def _assign(bars: list[tuple[PciFunction, Bar]], start: int, end: int) -> None:
-    """Write addresses from `start` up into BARs, largest first so that alignment wastes nothing."""
+    """Write addresses from `start` up into BARs, which come largest first, so that alignment leaves no gaps."""
     for function, bar in bars:
         base = (start + bar.size - 1) & -bar.size
         if base + bar.size > end:

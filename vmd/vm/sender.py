@@ -1,4 +1,4 @@
-"""Writing what a machine is, on a thread of its own, while the event thread goes on serving."""
+"""Writes a machine to a stream, on a thread of its own.  The event thread goes on serving."""
 
 import select
 
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
     from vmd.vm.devproc import DeviceProcess
     from vmd.vm.machine import Machine
 
-SETTLE_LOOK_S, SETTLE_FIRST_LOOK_S = 0.05, 0.001  # between two looks at whether the disks are on stable storage
+SETTLE_LOOK_S, SETTLE_FIRST_LOOK_S = 0.05, 0.001  # largest and first interval of asking whether a disk has settled
 
 
 class Sender:
-    """Writes a machine that stands still to a descriptor, which it closes; `done(why not)` is told once.
+    """Writes a paused machine to a descriptor, and closes the descriptor.
 
-    Why not is a sentence.
+    `done` is called once, with a sentence that says why the machine was not sent, or with "".
     """
 
-    round = 0  # of a machine that runs meanwhile (`live`)
+    round = 0  # counted by `live` only
 
     def __init__(
         self,
@@ -42,10 +42,11 @@ class Sender:
         one_shot: bool,
         on_header: "Callable[[], None] | None" = None,
     ) -> None:
-        """Read the machine's state, if it stands still already and these are its clocks.
+        """Read the state of a paused machine, whose clocks are given.  `clocks` is None for a machine that runs.
 
-        With `on_header` only the header is written until `go_on`.
-        Raises VmdError or OSError, and then leaves the descriptor open; PeerError if a device is gone.
+        With `on_header`, the sender writes the header, calls `on_header`, and writes the rest after `go_on`.
+
+        Raises VmdError or OSError, or PeerError if a device has ended; the descriptor then stays open.
         """
         self._machine = machine
         self._memory = machine.memory
@@ -66,13 +67,13 @@ class Sender:
         self._thread = threads.Thread(target=self._run, name="send", daemon=True)
 
     def freeze(self, clocks: "Clocks") -> None:
-        """Read the state of the machine, which stands still.  Raises as the constructor does."""
+        """Read the state of the machine, which is paused now.  Raises as the constructor does."""
         with Receivable():
             self._state = pack(state.save(self._machine, clocks))
             state.check_sent(self._header, self._state, self._machine)
 
     def start(self) -> None:
-        """Begin.  Raises HostError."""
+        """Start the thread.  Raises HostError."""
         start_thread("send", self._thread.start)
 
     def go_on(self) -> None:
@@ -80,13 +81,13 @@ class Sender:
         self._goes_on.set()
 
     def cancel(self) -> None:
-        """Have it fail soon, unless it is about to be done."""
+        """Make the sender fail soon.  If it has nearly finished, it may still succeed."""
         self.pipe.cancelled = True
         self._cancelled.set()
 
     def _run(self) -> None:
         name_thread("send")
-        text = "internal error while it was sent"  # where an exception passes by: it is shown, and the guest lives
+        text = "internal error while it was sent"  # for an unexpected exception: the log shows it, and the guest lives
         try:
             try:
                 writer = StreamWriter(self.pipe)
@@ -122,7 +123,7 @@ class Sender:
         writer.end()
 
     def _wait_accepted(self) -> None:
-        """Wait until the receiver is known to take it, where that is asked for.  Raises Cancelled."""
+        """With `on_header`: wait until the receiver has accepted the header.  Raises Cancelled."""
         if self._on_header is not None:
             self._loop.call_from_thread(self._on_header)
             while not self._goes_on.wait(LOOK_S):
@@ -130,22 +131,22 @@ class Sender:
                     raise Cancelled("cancelled")
 
     def _begin_to_settle(self) -> None:
-        """Have the disks bring what they hold to stable storage; that goes on beside the rest."""
+        """Tell the disks to bring what they hold to stable storage.  They do so while memory is written."""
         for disk in self._disks:
             disk.settle()
 
     def _wait_settled(self) -> None:
-        """Wait until the disks hold what the guest has written.  After the end of the stream none of them can refuse.
+        """Wait until all that the guest has written to its disks is on stable storage.
 
-        Raises VmdError.
+        This comes before the end of the stream: after it a failure would be too late.  Raises VmdError.
         """
         settle(self._disks, self._cancelled)
 
 
 def settle(disks: "Sequence[DeviceProcess]", cancelled: threads.Event) -> None:
-    """Wait until disks hold what the guest has written.  Raises VmdError; Cancelled."""
+    """Wait until all that the guest has written to disks is on stable storage.  Raises VmdError, or Cancelled."""
     for disk in disks:
-        look_s = SETTLE_FIRST_LOOK_S  # most have next to nothing left to do, and the guest waits
+        look_s = SETTLE_FIRST_LOOK_S  # short at first: most disks have little left to write, and the guest waits
         while (how_far := disk.settle()) == devmsg.SETTLED_NOT_YET:
             if cancelled.wait(look_s):
                 raise Cancelled("cancelled")
@@ -158,12 +159,12 @@ def settle(disks: "Sequence[DeviceProcess]", cancelled: threads.Event) -> None:
 
 
 class Receivable:
-    """A context in which it is a VmdError if what is sent could be no record, or none that a receiver takes."""
+    """A context that turns a ValueError or OverflowError into a VmdError: no receiver could take the record."""
 
     def __enter__(self) -> None:
-        """Begin."""
+        """Enter the context."""
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        """Look at what was raised."""
-        if isinstance(error, ValueError | OverflowError):  # the latter is of a number that no record takes
+        """Convert the exception.  msgpack raises OverflowError for a number that is too large for it."""
+        if isinstance(error, ValueError | OverflowError):
             raise VmdError(f"nobody could receive it: {error}") from error

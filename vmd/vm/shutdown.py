@@ -1,4 +1,4 @@
-"""Asking a guest to end itself, by vmmci or by the power button, and ending one that does not (*cat. 4.4*)."""
+"""Asks a guest to shut down, by vmmci or by the power button, and ends a guest that does not (*cat. 4.4*)."""
 
 from vmd.ipc.messages.vm import Outcome
 from vmd.vm import vmmci
@@ -10,15 +10,18 @@ if TYPE_CHECKING:
     from vmd.ipc.loop import Loop
     from vmd.vm.machine import Machine
 
-ACK_TIMEOUT_S = 3.0  # for the guest to notice
-SHUTDOWN_TIMEOUT_S = 120.0  # for it to be done
+ACK_TIMEOUT_S = 3.0  # until the guest has noticed the request
+SHUTDOWN_TIMEOUT_S = 120.0  # from then on until the guest has shut down
 
 
 def ask_to_shut_down(machine: "Machine", loop: "Loop", end: "Callable[[Outcome, str], None]") -> None:
-    """Have a guest that runs end itself; one that does not in time is ended, as is one with a driver for neither."""
+    """Ask a running guest to shut down, and end its VM if it does not in time.
+
+    A guest that has neither a driver for vmmci nor one for the power button is ended at once.
+    """
     ask: Callable[[], object]
     if machine.vmmci.driver_is_up:
-        # Not `shutdown`: a guest that cannot switch itself off would wait for a key to be pressed.
+        # Not SHUTDOWN: a guest that cannot switch off its machine would then wait for a key to be pressed.
         wanted, ask = "vmmci", lambda: machine.vmmci.ask(vmmci.REBOOT)
     elif machine.pm.power_button_enabled:
         wanted, ask = "the power button", machine.pm.power_button
@@ -30,8 +33,8 @@ def ask_to_shut_down(machine: "Machine", loop: "Loop", end: "Callable[[Outcome, 
     )
 
     def acknowledged_on_vcpu(command: int = vmmci.REBOOT) -> None:
-        if command == vmmci.REBOOT:  # of whatever it was asked before we do not speak
-            # Once: a guest may say it as often as it likes.
+        if command == vmmci.REBOOT:  # the guest may also acknowledge an earlier command
+            # Only the first time: a guest may acknowledge as often as it likes.
             machine.on_acknowledged, machine.pm.on_button_acknowledged = ignore, ignore
             loop.call_from_thread(acknowledged)
 
@@ -44,7 +47,7 @@ def ask_to_shut_down(machine: "Machine", loop: "Loop", end: "Callable[[Outcome, 
     machine.on_acknowledged = machine.pm.on_button_acknowledged = acknowledged_on_vcpu
     ask()
     if machine.vmmci.driver_is_up and not machine.vmmci.acknowledges:
-        acknowledged()  # it never will
+        acknowledged()  # this driver never acknowledges, so the longer deadline begins now
 
 
 def ignore(*_: object) -> None:

@@ -1,8 +1,8 @@
-"""What a machine that stands still is, piece by piece, and how another one becomes the same (docs/formats.md 4).
+"""Saves the state of a paused machine as records, and restores it into another machine (docs/formats.md 4).
 
-Saving reads a paused `Machine`.  Restoring fills one that was just built from the same configuration, has not run,
-and is then paused as the other was.  Records are checked field by field when they are read; what their values mean is
-checked here, by the chips and by KVM, and ends in ValueError: what is wrong with a stream that "is not usable: ...".
+Saving reads a paused `Machine`.  Restoring fills a machine that was just built from the same configuration and has not
+run.  That machine is then paused, as the saved one was.  `unpack` checks the type of each field.  The meaning of the
+values is checked here, by the chips and by KVM.  The text of a ValueError completes "the stream is not usable: ...".
 """
 
 import struct
@@ -35,16 +35,16 @@ if TYPE_CHECKING:
 MSR = struct.Struct("<IQ")
 PICS = (abi.KVM_IRQCHIP_PIC_MASTER, abi.KVM_IRQCHIP_PIC_SLAVE, abi.KVM_IRQCHIP_IOAPIC)
 
-# CPUID features: (leaf, sub-leaf, register) in which a bit that is missing here would be missed by the guest.
+# CPUID registers (leaf, sub-leaf, register) with feature bits: the guest may use each feature of the sender's host.
 FEATURES = (
     (1, 0, "ecx"), (1, 0, "edx"), (7, 0, "ebx"), (7, 0, "ecx"), (7, 0, "edx"), (7, 1, "eax"), (7, 1, "edx"),
     (0xD, 0, "eax"), (0xD, 1, "eax"), (0x80000001, 0, "ecx"), (0x80000001, 0, "edx"), (0x80000007, 0, "edx"),
     (0x80000008, 0, "ebx"), (0x40000001, 0, "eax"),
 )  # fmt: skip
-OSXSAVE = 1 << 27  # leaf 1, ECX: follows what the guest has switched on
-TSC_TOLERANCE_PPM = 250  # KVM's own; beyond it a guest's clock would be wrong
+OSXSAVE = 1 << 27  # leaf 1, ECX: no feature, but a copy of a bit of the guest's CR4
+TSC_TOLERANCE_PPM = 250  # KVM's default tolerance; beyond it the guest's clock would be wrong
 
-# How long a MachineState can be: a vCPU's MSRs and APIC, and what else there is, several times over.
+# The largest MachineState that is accepted: several times what the MSRs and APIC of a vCPU, and the rest, take.
 VCPU_BYTES_MAX = 32 << 10
 OTHER_BYTES_MAX = 256 << 10
 
@@ -85,11 +85,11 @@ class VcpuState(Part):
     lapic: bytes
     msrs: bytes  # index u32, value u64, each
     tsc: int
-    tsc_deadline: int | None  # on a CPU without: None
+    tsc_deadline: int | None  # None: the processor has no TSC deadline timer
 
 
 class MachineState(Part):
-    """Everything but memory; the parts in here have versions of their own."""
+    """Everything except memory.  The parts in this record have versions of their own."""
 
     vcpus: tuple[VcpuState, ...]
     irqchips: tuple[bytes, ...]
@@ -100,7 +100,7 @@ class MachineState(Part):
     functions: tuple[PciFunctionState, ...]
     virtio: tuple[VirtioState, ...]
     vmmci: ChipState
-    seed: bytes = b""  # of a machine with one: all that is on that disk
+    seed: bytes = b""  # the content of the seed, if the machine has one
 
 
 def read_machine(version: int, raw: bytes) -> MachineState:
@@ -109,7 +109,10 @@ def read_machine(version: int, raw: bytes) -> MachineState:
 
 
 def bytes_max(header: Header) -> int:
-    """Return how long the record of such a machine's state may be; a list in there takes much more than it says."""
+    """Return how many bytes of state are accepted from a machine with this header.
+
+    There is a bound because an unpacked list takes much more memory than its bytes.
+    """
     seed_max = MAX_SEED_BYTES if header.config.seed is not None else 0
     return header.config.vcpus * (VCPU_BYTES_MAX + header.xsave_bytes) + OTHER_BYTES_MAX + seed_max
 
@@ -163,7 +166,7 @@ def save(machine: "Machine", clocks: Clocks) -> MachineState:
 
 
 def _save_vcpu(machine: "Machine", vcpu: "Vcpu", clocks: VcpuClocks) -> VcpuState:
-    mp_state = vcpu.get_mp_state()  # first: it delivers a pending INIT or SIPI
+    mp_state = vcpu.get_mp_state()  # first: in this call KVM delivers a pending INIT or SIPI
     msrs = vcpu.get_msrs(index for index in machine.msr_indices if index not in (MSR_TSC, MSR_TSC_DEADLINE))
     return VcpuState(
         mp_state=mp_state,
@@ -196,9 +199,9 @@ def _save_chip(name: str, state: "dict[str, Any]") -> ChipState:
 
 
 def check_sent_header(header_raw: bytes, machine: "Machine") -> Header:
-    """Return what a receiver on such a host reads in the header of this machine.
+    """Return this machine's header as a receiver on a host like this one reads it.
 
-    Raises ValueError where it would refuse it.
+    Raises ValueError if that receiver would refuse the header.
     """
     if len(header_raw) > stream.HEADER_MAX:
         raise ValueError(f"a header of {len(header_raw)} bytes")
@@ -211,9 +214,10 @@ def check_sent_header(header_raw: bytes, machine: "Machine") -> Header:
 
 
 def check_sent(header_raw: bytes, state_raw: bytes, machine: "Machine") -> None:
-    """Raise ValueError unless a receiver on such a host takes what this machine is about to be sent as.
+    """Raise ValueError unless a receiver on a host like this one would accept this header and state.
 
-    The sender asks this of its own stream: a receiver that finds it out has the only copy, and cannot use it.
+    The sender checks its own stream before it writes it.  A receiver that found the mistake might have the only copy of
+    the machine, and could not use it.
     """
     theirs = check_sent_header(header_raw, machine)
     if len(state_raw) > bytes_max(theirs):
@@ -226,7 +230,7 @@ def check_sent(header_raw: bytes, state_raw: bytes, machine: "Machine") -> None:
 
 
 def check_header(theirs: Header) -> None:
-    """Raise ValueError unless a machine can be like this, on whatever host."""
+    """Raise ValueError if no host could have a machine with this header."""
     config, firmware = theirs.config, theirs.firmware_bytes
     if rules.memory_bytes(config.memory_bytes) % PAGE:
         raise ValueError(f"it has {config.memory_bytes} bytes of memory")
@@ -237,7 +241,7 @@ def check_header(theirs: Header) -> None:
 
 
 def check_devices(theirs: Header) -> None:
-    """Raise ValueError unless the devices are those that such a configuration has."""
+    """Raise ValueError unless the devices are the ones that the configuration asks for."""
     found, wanted = [device.kind for device in theirs.devices], [kind.name for kind in kinds(theirs.config)]
     if found != wanted:
         raise ValueError(f"{len(found)} devices, which are not the {len(wanted)} that it is configured with")
@@ -252,14 +256,14 @@ def check_devices(theirs: Header) -> None:
 
 
 def as_sent(slots: "Sequence[Slot]", devices: tuple[DeviceHead, ...]) -> "list[Slot]":
-    """Return slots with what a guest has seen of its devices and has to find again."""
+    """Return the slots with the layouts and serial numbers that the guest has seen at the sender."""
     return [
         slot.replace(layout=device.layout, serial=device.serial) for slot, device in zip(slots, devices, strict=True)
     ]
 
 
 def check_processor(theirs: Header, machine_cpuid: "list[abi.kvm_cpuid_entry2]") -> None:
-    """Raise ValueError unless a guest that ran with their processor can go on with ours."""
+    """Raise ValueError unless a guest that ran on the sender's processor can go on with ours."""
     here = {(leaf.function, leaf.index): leaf for leaf in machine_cpuid}
     there = {(leaf.function, leaf.index): leaf for leaf in theirs.cpuid}
     ours, other = here.get((0, 0)), there.get((0, 0))
@@ -277,13 +281,13 @@ def check_processor(theirs: Header, machine_cpuid: "list[abi.kvm_cpuid_entry2]")
 
 
 def check_tsc(theirs_khz: int, ours_khz: int) -> None:
-    """Raise ValueError if the guest's clock would be wrong here."""
+    """Raise ValueError if the two time stamp counters differ so much that the guest's clock would be wrong here."""
     if abs(theirs_khz - ours_khz) * 1_000_000 > TSC_TOLERANCE_PPM * ours_khz:
         raise ValueError(f"its time stamp counter runs at {theirs_khz} kHz, this host's at {ours_khz} kHz")
 
 
 def cpuid_of(theirs: Header) -> "list[abi.kvm_cpuid_entry2]":
-    """Return the sender's table, to build vCPUs with."""
+    """Return the sender's CPUID table, from which vCPUs are built."""
     return [
         abi.kvm_cpuid_entry2(*(getattr(leaf, field) & 0xFFFFFFFF for field in CpuidLeaf.fields))
         for leaf in theirs.cpuid
@@ -293,7 +297,7 @@ def cpuid_of(theirs: Header) -> "list[abi.kvm_cpuid_entry2]":
 def check(machine: "Machine", state: MachineState, devices: tuple[DeviceHead, ...]) -> None:
     """Raise ValueError unless this is the state of a machine like this one, with these devices.
 
-    What the registers of chips hold is checked where they are restored, and what is KVM's by KVM.
+    The registers of chips are checked when the chips are restored.  KVM checks its own structures.
     """
     if len(state.vcpus) != len(machine.vcpus):
         raise ValueError(f"the state of {len(state.vcpus)} vcpus, not {len(machine.vcpus)}")
@@ -322,21 +326,21 @@ def _bus(state: MachineState) -> "BusState":
 
 
 def restore(machine: "Machine", state: MachineState, devices: tuple[DeviceHead, ...]) -> Clocks:
-    """Make a machine what another one with these devices was; it is to be let go with the clocks that are returned.
+    """Give a machine the state of another one with these devices.  Return the clocks with which it will go on.
 
-    Raises ValueError, or OSError from KVM: the state is not that of such a machine.
+    Raises ValueError, or OSError from KVM, if the state does not fit this machine.
     """
     check(machine, state, devices)
     chips = machine.chips()
     for chip in state.chips:
         _restore_chip(chip, chips[chip.name].state(), chips[chip.name].restore)
     for function in machine.virtio:
-        function.detach_interrupts()  # or what the bus switches on would reach controllers that are not themselves yet
+        function.detach_interrupts()  # an interrupt enabled below must not reach controllers that are not restored yet
     machine.pci.restore(_bus(state))
     for function, saved in zip(machine.virtio, state.virtio, strict=True):
         function.restore_registers(saved)
     _restore_chip(state.vmmci, machine.vmmci.save(), machine.vmmci.restore_registers)
-    # After the chips, whose restoring moves interrupt lines: from here on the controllers are as they were.
+    # After the chips: restoring a chip moves its interrupt line, which changes the controllers.
     for raw in state.irqchips:
         machine.kvm.set_irqchip(raw)
     for thread, vcpu in zip(machine.vcpus, state.vcpus, strict=True):
@@ -353,24 +357,24 @@ def restore(machine: "Machine", state: MachineState, devices: tuple[DeviceHead, 
 def _restore_vcpu(vcpu: "Vcpu", state: VcpuState, msr_indices: list[int]) -> None:
     known = frozenset(msr_indices)
     vcpu.set_sregs(state.sregs)
-    vcpu.set_xcrs(state.xcrs)  # which say what of the next is used
+    vcpu.set_xcrs(state.xcrs)  # before xsave: XCR0 says which parts of it are used
     vcpu.set_xsave(state.xsave)
     vcpu.set_debugregs(state.debugregs)
-    vcpu.set_lapic(state.lapic)  # after sregs, which have its base
-    # One that this host does not know, or refuses, held nothing that its KVM could act on.
+    vcpu.set_lapic(state.lapic)  # after sregs, which have the base address of the APIC
+    # An MSR that KVM here does not know or does not accept is left out: this KVM could not act on its value.
     vcpu.set_msrs({index: value for index, value in MSR.iter_unpack(state.msrs) if index in known})
     vcpu.set_regs(state.regs)
-    vcpu.set_vcpu_events(state.events)  # after regs, which cancel exceptions
+    vcpu.set_vcpu_events(state.events)  # after regs: setting them cancels a pending exception
     vcpu.set_mp_state(state.mp_state)
 
 
 def _restore_chip(
     state: ChipState, like: "dict[str, Any]", restore_chip: "Callable[[dict[str, Any]], None]"
 ) -> None:
-    """Restore a chip.
+    """Restore a chip.  `like` is its present state, which has the names and types of its registers.
 
-    Registers that it does not have now are ignored, and those that it has are of the same type.  Which ones may be
-    missing is for the chip to say.
+    A register that the chip no longer has is ignored.  A register of another type is a ValueError.  The chip itself
+    decides which registers may be missing.
     """
     registers = {
         each.name: each.number if each.data is None else each.data for each in state.registers if each.name in like

@@ -1,26 +1,30 @@
-"""The form of a sent VM: sections, each with its length in front and its digest behind (docs/formats.md 4).
+"""The format of a stream, which is how a VM is sent (docs/formats.md 4).
 
     preamble    magic, format version, length of the header (u32); the header; their SHA-256
     section*    kind, zero (u32), length (u64), body; their SHA-256
     END         a section whose body is the number of those before it (u64)
 
-All numbers are little-endian.  The body of MEMORY is a guest-physical address (u64) and the bytes from there on; that
-of RUNS is how many runs of memory it has (u64), address and length of each (u64), and then their bytes.  Of STATE and
-the header the records are `vm/state.py`'s, with their fields by name.  (Version 2 had them in order:
-`vm/stream_v2.py`.)  A new field has a default, which says what was so before.  Where a guest cannot go on without
-what is new, or the form changes, VERSION is raised, so that older readers refuse the stream.
+All numbers are little-endian.
 
-Up to version 3, memory comes in ascending order, and none of it twice.  From version 4 on, in which a machine is sent
-that runs meanwhile, it comes in any order, in RUNS, too, and what comes later counts.  A machine that stands still is
-written as version 3: more readers know it.
+    MEMORY  a guest-physical address (u64), then the bytes from that address on
+    RUNS    the number of runs of memory (u64), the address and the length of each run (u64 each), then their bytes
+    STATE   a `MachineState` of `vm/state.py`
 
-Memory is hashed while it is written, or the next pieces are read: on its way out where it lies, or of a machine that
-runs in a copy, which does not change; on its way in, in buffers, for a page that is written with its file costs half
-of one that comes into being by being touched.  To hash it takes longer than to read it and to write it, so there are
-two threads for that on its way in.
+The records in STATE and in the header carry their fields by name.  (Version 2 had them in order: `vm/stream_v2.py`.)
+A new field has a default, which stands for the behaviour before that field.  VERSION is raised if the format changes,
+or if a guest cannot go on where the new field is unknown.  So older readers refuse such a stream.
 
-Everything here blocks, and runs on a thread of its own, but only in `Pipe.wait`: so that whoever wants it to end is
-heard, and a peer that does nothing for IDLE_TIMEOUT_S is given up.  A StreamError completes "the stream ...".
+Up to version 3 memory comes in ascending order, and no address comes twice.  Version 4 is for a machine that runs while
+it is sent: memory comes in any order, also in RUNS, and the last bytes for an address count.  A paused machine is
+written as version 3, because more readers know that version.
+
+Memory is hashed while other bytes are written or read.  A writer hashes the memory of a paused machine in place, and
+the memory of a running machine in a copy, which does not change.  A reader hashes buffers, and writes them to the
+memory's file: that takes half the time of touching new pages.  Hashing takes longer than reading and writing, so a
+reader has two threads for it.
+
+Everything here runs on a thread of its own.  The only place that blocks is `Pipe.wait`, which polls for cancellation
+and gives up on a peer that moves nothing for IDLE_TIMEOUT_S.  A StreamError completes "the stream ...".
 """
 
 import errno
@@ -45,8 +49,8 @@ else:
     from _collections import deque
 
 VERSION = 4
-STILL = 3  # the version of a machine that stands still
-OLDEST = 2  # that is read
+STILL = 3  # the version in which a paused machine is written
+OLDEST = 2  # the oldest version that is read
 PREAMBLE = Struct("<8sII")
 SECTION = Struct("<IIQ")
 GPA = Struct("<Q")
@@ -55,22 +59,22 @@ RUN = Struct("<QQ")  # address, length
 MEMORY, STATE, END, RUNS = 1, 2, 3, 4
 DIGEST_BYTES = 32
 
-HEADER_MAX = 64 << 10  # a configuration fits one message of 16 KiB, and a CPUID table that KVM takes another
-PIECE_BYTES = 8 << 20  # of memory in one section: what one thread hashes while the other one moves the next
-RUNS_MAX = 2048  # in one section: as many pages as it has
+HEADER_MAX = 64 << 10  # several times a configuration (16 KiB, one message) and the largest CPUID table of KVM
+PIECE_BYTES = 8 << 20  # largest piece of memory in one section: one thread hashes it while another moves the next
+RUNS_MAX = 2048  # runs in one section: one for each page of a piece
 RUNS_BYTES_MAX = COUNT.size + RUNS_MAX * RUN.size + PIECE_BYTES
-HASHERS = 2  # of a reader
+HASHERS = 2  # hashing threads of a reader
 IDLE_TIMEOUT_S = 300.0
-LOOK_S = 0.2  # for a wish that this end
-ATOMIC_BYTES = select.PIPE_BUF  # what a pipe that poll(2) calls writable takes without waiting
+LOOK_S = 0.2  # between two looks whether the transfer was cancelled
+ATOMIC_BYTES = select.PIPE_BUF  # a pipe that poll(2) reports writable takes this many without blocking
 
 
 class StreamError(VmdError):
-    """A stream ends too early, or is not what it should be."""
+    """A stream ends too early, is damaged, or cannot be read or written."""
 
 
 class Cancelled(VmdError):
-    """Somebody wanted this end."""
+    """The transfer was cancelled."""
 
 
 class Hasher:
@@ -86,7 +90,7 @@ class Hasher:
         start_thread("hasher", self._thread.start)
 
     def begin(self, parts: "Sequence[bytes | memoryview]") -> None:
-        """Hash these, one after the other; `result` waits."""
+        """Start to hash these parts, one after the other.  `result` waits for the digest."""
 
         def work() -> None:
             digest = hashlib.sha256()
@@ -98,7 +102,7 @@ class Hasher:
         self._go.put(None)
 
     def result(self) -> bytes:
-        """Return the digest of what was begun last."""
+        """Wait for the digest that was begun last, and return it."""
         self._done.get()
         return self._digest
 
@@ -120,29 +124,32 @@ class Hasher:
 
 
 class Pipe:
-    """A descriptor that somebody gave us, with whatever it is behind; its flags are not ours to change."""
+    """A descriptor that came from a client: a pipe, socket, file or device.
+
+    The client may share its open file description, so its flags are not changed.
+    """
 
     def __init__(self, fd: int, direction: int, moved_bytes: int = 0) -> None:
-        """`direction` is select.POLLIN or POLLOUT; others may have moved the first bytes."""
+        """`direction` is select.POLLIN or POLLOUT.  `moved_bytes` were moved by another process before."""
         self.fd = fd
         self.moved_bytes = moved_bytes
         self.cancelled = False
         self._poll = select.poll()
         self._poll.register(fd, direction)
-        self._flags = 0 if stat.S_ISREG(os.fstat(fd).st_mode) else os.RWF_NOWAIT  # a file never waits for a reader
+        self._flags = 0 if stat.S_ISREG(os.fstat(fd).st_mode) else os.RWF_NOWAIT  # a regular file has no slow reader
         self._at_once = PIECE_BYTES
 
     def wait(self) -> None:
-        """Wait until something can be moved.  Raises Cancelled or StreamError."""
+        """Wait until bytes can be moved.  Raises Cancelled, or StreamError after IDLE_TIMEOUT_S."""
         for _ in range(int(IDLE_TIMEOUT_S / LOOK_S)):
             if self.cancelled:
                 raise Cancelled("cancelled")
             if self._poll.poll(LOOK_S * 1000):
                 return
-        raise StreamError(f"has stood still for {IDLE_TIMEOUT_S:.0f} s")
+        raise StreamError(f"has not moved for {IDLE_TIMEOUT_S:.0f} s")
 
     def write(self, *parts: "bytes | memoryview") -> None:
-        """Write all.  Raises StreamError or Cancelled."""
+        """Write all parts.  Raises StreamError or Cancelled."""
         pending = [memoryview(part).cast("B") for part in parts]
         while pending:
             self.wait()
@@ -161,7 +168,7 @@ class Pipe:
                 pending[0] = pending[0][done:]
 
     def _write_some(self, pending: "list[memoryview]") -> int:
-        """Write what is taken without waiting; returns how much that was."""
+        """Write as many bytes as the descriptor takes without blocking.  Return their number."""
         if self._at_once == ATOMIC_BYTES:
             return os.writev(self.fd, [pending[0][:ATOMIC_BYTES]])
         first = pending[0][: self._at_once]
@@ -171,7 +178,7 @@ class Pipe:
         try:
             return os.pwritev(self.fd, [first, *rest], -1, self._flags)
         except OSError as error:
-            # Kernels before 6.5 know of no pipe that does not wait, and devices still do not.
+            # Pipes do not have RWF_NOWAIT before Linux 6.5, and devices still do not.
             if error.errno not in (errno.EOPNOTSUPP, errno.ESPIPE, errno.EINVAL):
                 raise
             self._at_once = ATOMIC_BYTES
@@ -195,13 +202,16 @@ class Pipe:
             at += done
 
     def read(self, size: int) -> bytes:
-        """Return as many bytes.  Raises StreamError or Cancelled."""
+        """Read and return `size` bytes.  Raises StreamError or Cancelled."""
         buffer = bytearray(size)
         self.read_into(memoryview(buffer))
         return bytes(buffer)
 
     def close(self) -> None:
-        """Close; of a file only that tells whether all is there.  A second call does nothing.  Raises StreamError."""
+        """Close the descriptor.  For a file, only close(2) may tell that bytes could not be written.
+
+        A second call does nothing.  Raises StreamError.
+        """
         fd, self.fd = self.fd, -1
         if fd >= 0:
             try:
@@ -224,22 +234,25 @@ class StreamWriter:
         self.pipe.write(raw, hashlib.sha256(raw).digest())
 
     def memory(self, gpa: int, view: memoryview) -> None:
-        """Write a run of memory."""
+        """Write a run of memory that begins at guest-physical address `gpa`."""
         for start in range(0, len(view), PIECE_BYTES):
             piece = view[start : start + PIECE_BYTES]
             self._section(MEMORY, GPA.pack(gpa + start), piece)
 
     def runs(self, runs: "Sequence[tuple[int, int]]", data: memoryview) -> None:
-        """Write runs of memory, (address, length) each, RUNS_MAX and PIECE_BYTES at most, whose bytes are in `data`."""
+        """Write runs of memory, each an (address, length); `data` has their bytes.
+
+        There are at most RUNS_MAX runs, and PIECE_BYTES of data.
+        """
         table = b"".join(RUN.pack(gpa, length) for gpa, length in runs)
         self._section(RUNS, COUNT.pack(len(runs)) + table, data)
 
     def state(self, body: bytes) -> None:
-        """Write a record."""
+        """Write the machine's state."""
         self._section(STATE, body)
 
     def end(self) -> None:
-        """Write the end."""
+        """Write the last section."""
         self._section(END, COUNT.pack(self.sections))
 
     def _section(self, kind: int, *body: "bytes | memoryview") -> None:
@@ -254,16 +267,16 @@ class StreamWriter:
 
 
 class Checks:
-    """Sections whose digests are computed while more is read, at most HASHERS at a time."""
+    """Checks the digests of sections while the next ones are read, at most HASHERS at a time."""
 
     def __init__(self) -> None:
         self._idle: list[Hasher] = []
-        self._busy: deque[tuple[Hasher, bytes]] = deque()  # in the order of their sections, each with what it must find
+        self._busy: deque[tuple[Hasher, bytes]] = deque()  # (hasher, expected digest), in the order of the sections
 
     def begin(self, parts: "Sequence[bytes | memoryview]", expected: bytes) -> None:
-        """Check one more section; if there are too many, wait for the first.
+        """Begin to check one more section.  If all hashers are busy, wait for the oldest one first.
 
-        Raises StreamError if that is wrong, or HostError for a thread that cannot be had.
+        Raises StreamError if its digest is wrong, or HostError if no thread can be started.
         """
         if len(self._busy) == HASHERS:
             self._wait()
@@ -272,7 +285,7 @@ class Checks:
         self._busy.append((hasher, expected))
 
     def finish(self) -> None:
-        """Wait for all.  Raises StreamError if one is wrong."""
+        """Wait for all digests.  Raises StreamError if one is wrong."""
         while self._busy:
             self._wait()
 
@@ -289,17 +302,17 @@ class Checks:
 
 
 class StreamReader:
-    """Reads a stream, and believes nothing."""
+    """Reads a stream, and checks every value in it."""
 
     def __init__(self, pipe: Pipe) -> None:
         self.pipe = pipe
         self.sections = 0
-        self.version = VERSION  # of the format, once the header was read
-        # Of memory: one is read into while the others are hashed.
+        self.version = VERSION  # the stream's version, once the header was read
+        # Buffers for memory: one is read into while the others are hashed.
         self._buffers = deque(bytearray() for _ in range(HASHERS + 1))
 
     def header(self) -> bytes:
-        """Return the header.  Raises StreamError."""
+        """Read the preamble and the header, and return the header.  Raises StreamError."""
         raw = self.pipe.read(PREAMBLE.size)
         magic, version, length = PREAMBLE.unpack(raw)
         if magic != MAGIC:
@@ -321,12 +334,13 @@ class StreamReader:
         *,
         state_max: int,
     ) -> None:
-        """Read up to the end.
+        """Read all sections.
 
-        `memory(gpa, data)` takes a run of memory, and raises ValueError if it goes nowhere; `state` takes the body of
-        a record, which has `state_max` bytes at most.  What was read is good only if this returns.
+        `memory(gpa, data)` takes a run of memory, and raises ValueError if the guest has no memory there.  `state`
+        takes the body of STATE, which has at most `state_max` bytes.  Nothing that they were given may be used unless
+        this method returns: `memory` is called before the digest is checked.
 
-        Raises StreamError, or HostError for a thread that cannot be had.
+        Raises StreamError, or HostError if no thread can be started.
         """
         checks = Checks()
         try:
@@ -375,7 +389,7 @@ class StreamReader:
         return bool(kind != END)
 
     def _buffer(self, length: int) -> memoryview:
-        """Return room that is not being hashed."""
+        """Return a buffer that no thread is hashing."""
         self._buffers.rotate()
         buffer = self._buffers[0]
         if len(buffer) < length:
@@ -384,7 +398,7 @@ class StreamReader:
 
 
 def runs_of(body: memoryview) -> "Iterator[tuple[int, memoryview]]":
-    """Yield address and bytes of each run of memory in the body of RUNS.  Raises ValueError."""
+    """Yield the address and the bytes of each run in the body of a RUNS section.  Raises ValueError."""
     (count,) = COUNT.unpack_from(body)
     if not 0 < count <= RUNS_MAX or COUNT.size + count * RUN.size > len(body):
         raise ValueError(f"{count} runs of memory in {len(body)} bytes")

@@ -1,13 +1,14 @@
-"""Streams of version 2, which carried fields in order and not by name: what was in them, by name.
+"""Reads the records of streams of version 2, which carried fields in order: gives them their names.
 
-This is a copy of the order that version 2 had, and no record of today's is looked at.  A field that came later is
-missing here and takes its default, so that nothing in this module has to follow when the records change.
+The layouts below are a copy of the order in version 2 and do not depend on the present records.  A field that was added
+later is missing here and takes its default.  So this module stays as it is when the records change.
 """
 
 VERSION = 2
 
-# A layout is the layouts of a record's fields by name, in order; or a list of one layout, for a list of such values.
-PLAIN = None  # a value that is no record
+# The layout of a record is a dict, in order: the name of each field and its layout.
+# The layout of a list is a list that has one layout, which is that of each element.
+PLAIN = None  # the layout of a value that is neither a record nor a list of records
 
 
 def _plain(*names: str) -> dict[str, object]:
@@ -78,7 +79,7 @@ def machine(values: object) -> object:
 
 
 def _by_name(layout: object, values: object, where: str) -> object:
-    """Return values with the names of a layout; what a field's value may be is for the records to say."""
+    """Return values with the names of a layout.  The records check the values themselves."""
     if layout is PLAIN or values is None:
         return values
     if not isinstance(values, list):

@@ -1,12 +1,12 @@
-"""streamprobe: reads the beginning of a stream, for a VM process that can still start others and so must not.
+"""streamprobe: reads the beginning of a stream for a VM process, which is not confined yet and must not read it.
 
-Runs as  its VM's id, in the cell, confined to its descriptors before it reads the first byte; for a moment
+Runs as  its VM's id, in the cell, confined to its descriptors before it reads the first byte; it ends after one answer
 Peers    its VM process (starts it, and reads one answer)
 Holds    a stream, for reading, and a pipe's writing end
 
-It reads exactly preamble and header, so that whoever has the stream, too, can read on.  Its answer says how many
-devices of each kind there are, which is all that the VM process has to know before it confines itself; with that comes
-the header, for then.
+It reads exactly the preamble and the header, so the VM process can read on with its own descriptor of the stream.  Its
+answer says how many devices of each kind there are: the VM process starts their processes, and confines itself.  The
+answer also has the header, which the VM process looks at only after that.
 """
 
 import os
@@ -25,17 +25,17 @@ if TYPE_CHECKING:
 
 FD_ANSWER, FD_STREAM = 3, 4
 HEADER, ERROR = 1, 2
-HEAD = Struct(f"<BI{len(KINDS)}B")  # HEADER, version of the format, devices of each kind; the header behind it
+HEAD = Struct(f"<BI{len(KINDS)}B")  # HEADER, version of the format, number of devices of each kind; the header follows
 ANSWER_MAX = HEAD.size + HEADER_MAX
-DEVICES_MAX = 30  # between the host bridge and vmmci
+DEVICES_MAX = 30  # slots of PCI between the host bridge and vmmci
 
 
 class Beginning(Record):
-    """How a stream begins."""
+    """The beginning of a stream, as streamprobe reports it."""
 
     version: int
-    counts: tuple[int, ...]  # of devices, in the order of KINDS
-    header: bytes  # not looked at
+    counts: tuple[int, ...]  # the number of devices of each kind, in the order of KINDS
+    header: bytes  # not unpacked
 
     @property
     def kinds(self) -> list[Kind]:
@@ -44,12 +44,12 @@ class Beginning(Record):
 
     @property
     def read_bytes(self) -> int:
-        """How far the stream has been read."""
+        """How many bytes of the stream streamprobe has read."""
         return PREAMBLE.size + len(self.header) + DIGEST_BYTES
 
 
 def probe(pipe: Pipe) -> bytes:
-    """Return the answer about a stream."""
+    """Read the beginning of a stream, and return the answer."""
     reader = StreamReader(pipe)
     try:
         raw = reader.header()
@@ -65,9 +65,9 @@ def probe(pipe: Pipe) -> bytes:
 
 
 def unpack(answer: bytes) -> Beginning | str:
-    """Return what an answer says: how a stream begins, or the sentence why it is none.
+    """Unpack an answer: the beginning of the stream, or a sentence that says why the stream cannot be used.
 
-    Raises ValueError for an answer that no streamprobe gives.
+    Raises ValueError for an answer that streamprobe never gives.
     """
     if answer[:1] == bytes((ERROR,)):
         return answer[1:].decode(errors="replace")
@@ -80,7 +80,7 @@ def unpack(answer: bytes) -> Beginning | str:
 
 
 def say(answer: bytes, fd: int) -> None:
-    """Write an answer; the VM process that was to read it may have ended."""
+    """Write the answer.  The VM process that reads it may have ended, which is no error."""
     try:
         while answer:
             answer = answer[os.write(fd, answer) :]
@@ -89,7 +89,7 @@ def say(answer: bytes, fd: int) -> None:
 
 
 def main() -> "NoReturn":
-    """Answer and be gone: at once, for somebody waits for that, and there is nothing to put away."""
+    """Run process streamprobe.  It leaves without cleaning up, because the VM process waits for its end."""
     confine(STREAMPROBE)
     say(probe(Pipe(FD_STREAM, select.POLLIN)), FD_ANSWER)
     os._exit(0)

@@ -138,7 +138,7 @@ def test_a_host_without_such_timers_is_named(monkeypatch: pytest.MonkeyPatch, lo
 
     assert len(written) == 1
     assert written[0].startswith(
-        "guests will not hear of it when this host has slept: timerfd_create: Function not implemented: this kernel, or"
+        "guests are not told when this host has slept: timerfd_create: Function not implemented: this kernel, or"
     )
 
 

@@ -27,6 +27,6 @@ def test_only_what_leads_somewhere_is_taken(old: State, new: State) -> None:
         life.become(new)
         assert life.is_in(new)
     else:
-        with pytest.raises(RuntimeError, match=f"a process that {old.value} cannot become one that {new.value}"):
+        with pytest.raises(RuntimeError, match=f"a process that {old.value} cannot become a process that {new.value}"):
             life.become(new)
         assert life.is_in(old)

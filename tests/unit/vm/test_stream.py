@@ -446,14 +446,14 @@ def test_reading_from_a_writer_that_sleeps_can_be_cancelled() -> None:
 
 
 def test_a_peer_that_does_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whichever it was to do."""
+    """The peer neither writes what is to be read nor reads what was written."""
     monkeypatch.setattr(stream, "IDLE_TIMEOUT_S", 0.04)
     monkeypatch.setattr(stream, "LOOK_S", 0.02)
     reading, writing = pair_of_pipe()
 
-    with pytest.raises(StreamError, match="has stood still"):
+    with pytest.raises(StreamError, match="has not moved"):
         Pipe(reading, select.POLLIN).read(1)
-    with pytest.raises(StreamError, match="has stood still"):
+    with pytest.raises(StreamError, match="has not moved"):
         Pipe(writing, select.POLLOUT).write(bytes(1 << 20))
 
     os.close(reading)
