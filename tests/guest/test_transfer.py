@@ -605,7 +605,7 @@ BAD_STATES: list[tuple[str, Callable[[MachineState], Record], str]] = [
     ("selected queue", disk(queue_select=-5), "-5 in the 16 bits of queue_select"),
     ("no configuration", disk(config=b""), "another vioblk0 than this machine has"),
     ("another disk", lambda state: disk(config=b"\xff" * len(state.virtio[1].config))(ring()(state)),  # type: ignore[arg-type]
-     "vioblk0 is another one here, such as a disk of another size"),
+     "vioblk0 is a different device here, such as a disk of another size"),
     ("no queues", disk(queues=()), "another vioblk0 than this machine has"),
     ("queue of no size", ring(size=0), "a queue of 0 in vioblk0"),
     ("queue of an odd size", ring(size=100), "a queue of 100 in vioblk0"),

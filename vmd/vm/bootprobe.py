@@ -1,12 +1,12 @@
-"""bootprobe: says whether a file can be booted, for `vmd -n`, which must not read it.
+"""bootprobe: tells whether a file can be booted, for `vmd -n`, which must not read the file itself.
 
-Runs as  an id of its own, in the cell, confined to its descriptors before it reads the first byte; for a moment
+Runs as  an id of its own, in the cell, confined to its descriptors before it reads the first byte
 Peers    vmd -n, which starts it, asks it (`ipc/probing.py`), and kills it
 Holds    its socket, a boot image and perhaps an initrd, for reading
 
-It is asked with MEMORY_BYTES and CMDLINE, the latter in hexadecimal.
+A question has MEMORY_BYTES and CMDLINE, the latter in hexadecimal.
 
-The loaders of VM processes do the work, so that the sentences are those of a start; what they load is thrown away.
+It uses the loaders of the VM process, so the error messages are the same as at a start.  The loaded bytes are dropped.
 """
 
 import mmap
@@ -22,7 +22,7 @@ IMAGE, INITRD = "image", "initrd"
 
 
 class NoMemory:
-    """What the loaders take for the memory of a guest."""
+    """Stands in for the memory of a guest: it stores nothing."""
 
     def write(self, gpa: int, data: bytes) -> None:
         """Store nothing."""
@@ -31,12 +31,12 @@ class NoMemory:
         """Store nothing."""
 
     def view(self, _gpa: int, size: int) -> memoryview:
-        """Return room of the right size."""
+        """Return a buffer of the right size."""
         return memoryview(mmap.mmap(-1, size))
 
 
 def answer(memory_bytes: int, cmdline: bytes, files: list[int]) -> bytes:
-    """Return the line about an open boot image and, if there is another file, its initrd."""
+    """Return the answer for an open boot image and, if there is a second file, its initrd."""
     try:
         loader.load(
             NoMemory(),
@@ -55,6 +55,6 @@ def answer(memory_bytes: int, cmdline: bytes, files: list[int]) -> bytes:
 
 
 def main() -> int:
-    """Answer until nobody asks."""
+    """Run process bootprobe: answer questions until the socket is closed."""
     confine(BOOTPROBE)
     return serve(lambda arguments, files: answer(int(arguments[0]), bytes.fromhex(arguments[1]), files))

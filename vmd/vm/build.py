@@ -1,6 +1,6 @@
-"""A machine is built by `build`, whatever it begins with: boot images, or what another machine was (`vm/arrival.py`).
+"""Builds a machine from a source: boot images (below), or the stream of another machine (`vm/arrival.py`).
 
-Nothing of a source is read before `build` asks it.
+A boot image is not read before `build` asks its source.
 """
 
 import os
@@ -26,32 +26,35 @@ if TYPE_CHECKING:
     from vmd.vm.slots import Slot
 
     class Source(Protocol):
-        """What a machine begins with.  Each raises as `build` does."""
+        """The source of a machine: boot images or a stream.  All methods raise as `build` does."""
 
         def machine(self, host: Host, config: VmConfig, slots: Sequence[Slot], outside: Outside) -> Machine:
-            """Return a machine with memory and devices that are starting, and without vCPUs."""
+            """Return a machine that has memory and starting devices, and no vCPUs."""
 
         def fill(self, machine: Machine) -> None:
-            """Put into memory what belongs there."""
+            """Fill the guest's memory."""
 
         def finish(self, machine: Machine) -> Pause:
-            """Set devices and vCPUs; returns how the machine stands still, or can."""
+            """Set the state of devices and vCPUs.  Return the machine's `Pause`."""
 
 
 def build(
     host: Host, source: "Source", config: "VmConfig", slots: "Sequence[Slot]", outside: Outside
 ) -> Pause:
-    """Return a machine that only has to be started; what its devices were given is theirs, as `host` is.
+    """Build a machine, which is then ready to start, and return its `Pause`.
+
+    `host` and the descriptors in `slots` belong to the machine; the latter are closed here.
 
     Raises:
-        OperatorError: what was received is no such machine.
+        OperatorError: the stream has no machine that fits.
         ImageError: a boot image cannot be used.
         HostError, PeerError, OSError: the host, KVM or a device refuses.
     """
-    host.close()  # first: a boot image is read by who can make no other VM
+    host.close()  # first: code that reads a boot image must not be able to make other VMs
     machine = source.machine(host, config, slots, outside)
     machine.seed = seed_of(slots)
-    for slot in slots:  # its devices have these now: who reads a boot image has no file, tap or packet socket
+    # The devices have these descriptors now.  Code that reads a boot image must not have files, taps or packet sockets.
+    for slot in slots:
         for fd in slot.fds:
             close(fd)
     source.fill(machine)
@@ -61,7 +64,7 @@ def build(
 
 
 def seed_of(slots: "Sequence[Slot]") -> bytes:
-    """Return what the seed of a machine holds, for it to be sent; b"" if it has none.  Raises OSError."""
+    """Return the content of a machine's seed, which is sent with the machine; b"" without one.  Raises OSError."""
     for slot in slots:
         if slot.kind is SEED:
             fd = slot.fds[0]
@@ -70,12 +73,12 @@ def seed_of(slots: "Sequence[Slot]") -> bytes:
 
 
 class FromImages:
-    """Open boot images, and the names to call them in messages."""
+    """A source: open boot images, and their names for messages."""
 
     def __init__(
         self, boot_fd: int, boot_name: str, initrd_fd: int | None, initrd_name: str, memory_fd: int, options: str = ""
     ) -> None:
-        """`memory_fd` is the empty file that becomes the guest's memory, `options` are those of boot(8)."""
+        """`memory_fd` is an empty file for the guest's memory.  `options` are those of boot(8)."""
         self.boot_fd = boot_fd
         self.boot_name = boot_name
         self.initrd_fd = initrd_fd
@@ -85,7 +88,7 @@ class FromImages:
         self.start: Start | None = None
 
     def machine(self, host: Host, config: "VmConfig", slots: "Sequence[Slot]", outside: Outside) -> Machine:
-        """Make memory, with room for firmware if that is what the image is."""
+        """Make the guest's memory, and the machine.  If the image is firmware, there is memory for it."""
         firmware_bytes = loader.firmware_bytes(self.boot_fd, self.boot_name)
         memory = GuestMemory.create(memory_regions(config.memory_bytes, firmware_bytes), fd=self.memory_fd)
         return Machine(host, config, memory, firmware_bytes, slots, outside)
@@ -95,7 +98,7 @@ class FromImages:
         config = machine.config
         rsdp_gpa = layout.ACPI_TABLES
         if machine.firmware_bytes:
-            rsdp_gpa = 0  # SeaBIOS places tables, addresses and interrupt lines itself
+            rsdp_gpa = 0  # SeaBIOS itself places the tables, and assigns addresses and interrupt lines
         else:
             machine.memory.write(rsdp_gpa, acpi.build_tables(config.memory_bytes, config.vcpus))
         from_network = config.boot_device is BootDevice.NET and config.nics
@@ -117,7 +120,7 @@ class FromImages:
             close(self.initrd_fd)
 
     def finish(self, machine: Machine) -> Pause:
-        """Let vCPU 0 start where the loader says."""
+        """Set vCPU 0 to the state in which the image expects to start."""
         assert self.start is not None
         if not machine.firmware_bytes:
             machine.pci.assign_resources()

@@ -1,8 +1,8 @@
-"""Port and memory-mapped I/O: which device answers an access that KVM could not.
+"""Port and memory-mapped I/O: finds the device for an access that KVM did not handle.
 
-The tables are immutable and replaced whole, so that vCPU threads look things up without a lock while another
-one moves a BAR.  Nothing a guest does here ends the VM: an address that nobody claims reads as all ones and
-swallows writes, as a PC's bus does (unlike vmd, for which string I/O or unmapped memory is fatal).
+The tables are immutable and are replaced as a whole.  So a vCPU thread looks up a device without a lock while another
+one moves a BAR.  No access by a guest ends the VM: an address without a device reads as all ones and ignores writes, as
+on the bus of a PC.  (Unlike vmd, where string I/O and unmapped memory are fatal.)
 """
 
 from vmd import threads
@@ -15,17 +15,17 @@ if TYPE_CHECKING:
     from typing import Protocol
 
     class PioDevice(Protocol):
-        """Answers x86 port I/O.  Called on a vCPU thread: the guest stands still meanwhile.
+        """Answers x86 port I/O.  Called on a vCPU thread, which waits for the answer.
 
-        A device whose ports are 8 bits wide says so with a class attribute `pio_width = 1`; the bus then cuts
-        wider accesses into single bytes, as the ISA bridge in front of such a chip does.
+        A device whose ports are 8 bits wide has a class attribute `pio_width = 1`.  The bus then splits wider accesses
+        into single bytes, as the ISA bridge in front of such a chip does.
         """
 
         def pio_read(self, offset: int, size: int) -> int:
             """Return `size` (1, 2 or 4) bytes at `offset` from the device's first port."""
 
         def pio_write(self, offset: int, size: int, value: int) -> None:
-            """Take `size` bytes for `offset`; unknown registers are ignored, as hardware does."""
+            """Write `size` bytes at `offset`.  A write to an unknown register is ignored, as in hardware."""
 
     class MmioDevice(Protocol):
         """Answers accesses to memory that is not RAM.  Called on a vCPU thread."""
@@ -34,9 +34,9 @@ if TYPE_CHECKING:
             """Return `size` (1, 2, 4 or 8) bytes at `offset` from the device's base."""
 
         def mmio_write(self, offset: int, size: int, value: int) -> None:
-            """Take `size` bytes for `offset`."""
+            """Write `size` bytes at `offset`."""
 
-    # first address, end, read, write, widest access the device takes
+    # (first address, end, read, write, size of the widest access that the device takes)
     Range = tuple[int, int, Callable[[int, int], int], Callable[[int, int, int], None], int]
 
 PIO_PORTS = 0x10000
@@ -47,16 +47,16 @@ MMIO_SIZES = (1, 2, 4, 8)
 class Bus:
     """The address decoder of one VM.
 
-    Where two devices claim an address, the one that was added first keeps it and the other one gets it when
-    the first goes: a guest can lay a BAR over a chip, but cannot take the chip away.
+    If two devices claim an address, the device that was added first has it, until it is removed.  So a guest can move a
+    BAR over a chip, but cannot hide the chip.
 
-    An access belongs to whoever has its first byte.  One that runs past the end of that device's range, or
-    begins where nobody is, is cut into bytes, each of which is looked up for itself.  (A bus would cut it into
-    the largest aligned pieces; no driver depends on the difference.)
+    An access goes to the device that has its first byte.  If the access goes past the end of that device's range, or
+    begins at an address without a device, it is split into bytes, and each byte is looked up.  (Hardware would split it
+    into the largest aligned pieces; no driver depends on the difference.)
     """
 
     def __init__(self) -> None:
-        self.unclaimed = 0  # bytes that nobody answered; may miss some, as threads count without a lock
+        self.unclaimed = 0  # bytes at addresses without a device; approximate, as threads count without a lock
         self._lock = threads.Lock()  # serialises changes of the tables
         self._pio_ranges: tuple[Range, ...] = ()
         self._mmio_ranges: tuple[Range, ...] = ()
@@ -64,10 +64,10 @@ class Bus:
         self._unclaimed_limit = RateLimit()
         self._error_limit = RateLimit()
 
-    # ---- who is where
+    # ---- adding and removing devices
 
     def add_pio(self, first_port: int, count: int, device: "PioDevice") -> None:
-        """Let `device` answer `count` ports; what lies above port FFFFh cannot be reached and never will be."""
+        """Let `device` answer `count` ports.  Ports above FFFFh do not exist, and are ignored."""
         width = getattr(device, "pio_width", PIO_WIDTH)
         entry = (first_port, first_port + count, device.pio_read, device.pio_write, width)
         with self._lock:
@@ -111,7 +111,7 @@ class Bus:
         """Answer IN."""
         entry = self._ports.get(port)
         if entry is None:
-            if size > 1:  # a device may begin in the middle of the access
+            if size > 1:  # a device's range may begin in the middle of the access
                 return self._pio_read_bytes(port, size)
             self._count_unclaimed("read from", "port", port)
             return 0xFF
@@ -170,7 +170,7 @@ class Bus:
     # ---- memory-mapped I/O
 
     def mmio_read(self, gpa: int, size: int) -> int:
-        """Answer a load; KVM hands out 1 to 8 bytes, odd sizes included when an access crosses a page."""
+        """Answer a load of 1 to 8 bytes.  KVM reports other sizes than powers of 2 if an access crosses a page."""
         for base, end, read, _, _ in self._mmio_ranges:
             if base <= gpa < end:
                 if size not in MMIO_SIZES or gpa + size > end:
@@ -207,11 +207,11 @@ class Bus:
         for index in range(size):
             self.mmio_write(gpa + index, 1, value >> 8 * index & 0xFF)
 
-    # ---- what a guest gets wrong
+    # ---- mistakes of the guest
 
     def _count_unclaimed(self, what: str, space: str, address: int) -> None:
         self.unclaimed += 1
-        # Firmware and drivers probe ports that no longer exist on any machine: this is not worth a warning.
+        # No warning: firmware and drivers probe ports of devices that no present machine has.
         if log.verbosity > 1 and self._unclaimed_limit.allow():
             log.debug(f"guest {what} unclaimed {space} {address:#x}")
 

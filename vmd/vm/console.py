@@ -1,9 +1,8 @@
-"""The console of a VM: UART on one side, pty on the other, and a memory of what was shown last.
+"""The console of a VM: connects the UART with a pty, and keeps the last output in a backlog.
 
-The guest never waits for a viewer.  Output goes to the backlog, and from there to the pty; while nobody reads the
-pty, the newest 64 KiB are kept for it and older ones dropped.  What waits at the end of the VM is the parent's.
-Input is taken from the pty only as fast as the guest reads its UART, so that a flood from a viewer stays in the
-viewer's pty.
+The guest never waits for a viewer.  Output goes to the backlog, and from there to the pty.  While nobody reads the pty,
+the backlog keeps the newest 64 KiB, and older output is dropped.  When the VM ends, the parent passes on the rest.
+Input is read from the pty only as fast as the guest reads its UART: the rest of it waits in the pty.
 """
 
 import os
@@ -21,22 +20,22 @@ if TYPE_CHECKING:
     from vmd.backlog import BacklogWriter
     from vmd.ipc.loop import Loop
 
-INPUT_BYTES = 256  # read from the pty at once
+INPUT_BYTES = 256  # largest read from the pty
 WRITE_BYTES = 4096
-# Bytes that follow one another faster than this leave together: each write wakes a viewer, which on a small
-# host takes the processor from the guest.  The first byte after a pause leaves at once.
+# Bytes that come within this time are written together: each write wakes the viewer, which on a small host takes the
+# processor from the guest.  The first byte after a pause is written at once.
 BATCH_S = 0.002
 
 
 class Console:
     """Moves bytes between a UART and a pty.
 
-    `send` runs on vCPU threads; everything else on the event thread.  `receive(data)` of the UART returns
-    how many bytes it accepted and calls `resume_input` (from any thread) once it has room again.
+    `send` runs on vCPU threads, and everything else on the event thread.  `receive(data)` of the UART returns how many
+    bytes it has accepted.  When the UART has room again, it calls `resume_input`, from any thread.
     """
 
     def __init__(self, master: int, slave: int, backlog: "BacklogWriter", loop: "Loop") -> None:
-        """Own both sides of the pty.  `master` does not block."""
+        """The console owns both sides of the pty.  `master` is non-blocking."""
         self._master = master
         self._slave = slave
         self._loop = loop
@@ -46,10 +45,10 @@ class Console:
         self._receive: Callable[[bytes], int] = len
         self._written_s = 0.0
         loop.add(master, self._on_pty)
-        self._watch()  # the guest's last life may have left something for the pty
+        self._watch()  # the backlog may have output from before a reset of the guest that the pty has not got yet
 
     def connect(self, receive: "Callable[[bytes], int]") -> None:
-        """Say where input goes."""
+        """Set the function that takes input."""
         self._receive = receive
 
     def send(self, data: bytes) -> None:
@@ -58,7 +57,7 @@ class Console:
             waited = self._backlog.waiting
             self._backlog.write(data)
             if waited:
-                return  # for room in the pty, or for its batch
+                return  # `_flush` is due when the pty has room, or at the end of the batch
             now_s = time.monotonic()
             if now_s - self._written_s < BATCH_S:
                 self._loop.schedule(BATCH_S, self._flush)
@@ -69,17 +68,20 @@ class Console:
                 self._loop.call_from_thread(self._flush)
 
     def resume_input(self) -> None:
-        """The UART has room: deliver what waits and read on.  From any thread."""
+        """Deliver waiting input and read on, because the UART has room.  May be called from any thread."""
         self._loop.call_from_thread(self._deliver)
 
     def snapshot(self) -> int:
-        """Drop what waits in the pty and for it; return how much of the output that leaves for other ways."""
+        """Drop the output that waits in the pty and for it.
+
+        Return the number of bytes of output until now: a viewer gets these from the backlog, and not from the pty.
+        """
         with self._lock:
             drop_input(self._slave)
             return self._backlog.pass_all()
 
     def move(self, master: int, slave: int) -> None:
-        """Go on on another pty, whose sides are ours from now on."""
+        """Go on with another pty.  The console owns both its sides."""
         with self._lock:
             self._loop.remove(self._master)
             close(self._master)
@@ -114,7 +116,7 @@ class Console:
         while self._backlog.waiting:
             try:
                 written = os.write(self._master, self._backlog.next_piece(WRITE_BYTES))
-            except OSError:  # full, or nobody has it open any more
+            except OSError:  # the pty is full, or hung up
                 return
             self._backlog.pass_on(written)
 
@@ -127,7 +129,10 @@ class Console:
 
 
 def drop_input(tty: int) -> None:
-    """Drop what waits in a terminal.  Whoever may open it may give it a line discipline that does not know this."""
+    """Drop the bytes that wait in a terminal.
+
+    This may fail: a user of the terminal may set a line discipline that does not support it.
+    """
     try:
         termios.tcflush(tty, termios.TCIFLUSH)
     except termios.error:

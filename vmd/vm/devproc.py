@@ -1,4 +1,4 @@
-"""A device process as its VM sees it: started, asked, believed only within limits, ended."""
+"""The device processes of a VM, seen from the VM's process: starts them, asks them, checks answers, ends them."""
 
 import errno
 import mmap
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
     from vmd.vm.kinds import Kind
     from vmd.vm.slots import Slot
 
-START_TIMEOUT_S = 30.0  # a host that starts fifty VMs at once is slow; a device that hangs is still found out
-END_TIMEOUT_S = 60.0  # a disk writes back what the host has of it in memory
+START_TIMEOUT_S = 30.0  # long, because a host that starts fifty VMs at once is slow
+END_TIMEOUT_S = 60.0  # long, because a disk writes back what the host has cached of it
 LAST_WORDS_TIMEOUT_S = 1.0  # between the end of a channel and the end of its process
 
 
 def are_addresses(raw: bytes) -> bool:
-    """Return whether these can be the addresses of a guest, devmsg.ANNOUNCED each."""
+    """Return whether these bytes are possible addresses of a guest, each a devmsg.ANNOUNCED."""
     kinds = (devmsg.ANNOUNCED_4, devmsg.ANNOUNCED_6, devmsg.ANNOUNCED_ROUTER)
     size = devmsg.ANNOUNCED.size
     fits = not len(raw) % size and len(raw) <= devmsg.ANNOUNCED_MAX * size
@@ -40,52 +40,52 @@ def are_addresses(raw: bytes) -> bool:
 
 
 class Interrupts:
-    """The counters that say which queue's INTx interrupt the guest has not seen (`devmsg`)."""
+    """Counters that tell which queues have an interrupt that the guest has not read from ISR yet (`devmsg`)."""
 
     def __init__(self, words: memoryview) -> None:
-        """`words` are u32: of a device with a process, the page that both have."""
+        """`words` are u32.  For a device process they are the page that it shares with this process."""
         self._words = words
 
     def add(self, queue: int) -> None:
-        """Let a queue have one more; this is for whoever serves it."""
+        """Count an interrupt of a queue.  Only the thread that serves the queue calls this."""
         self._words[queue] = self._words[queue] + 1 & 0xFFFFFFFF
 
     def pending(self, queue: int) -> bool:
-        """Return whether the guest has yet to read ISR for this queue."""
+        """Return whether this queue has an interrupt that the guest has not read from ISR."""
         return self._words[queue] != self._words[devmsg.QUEUES_MAX + queue]
 
     def restore_pending(self, queue: int) -> None:
-        """Let a queue of a device that has raised nothing yet have an interrupt that the guest has not seen."""
+        """Give a queue an unread interrupt.  The device must not have raised any interrupt yet."""
         self._words[devmsg.QUEUES_MAX + queue] = self._words[queue] - 1 & 0xFFFFFFFF
 
     def take(self, queues: int) -> bool:
-        """Return whether any queue has an interrupt, and mark all as seen."""
+        """Return whether any queue has an unread interrupt, and mark all interrupts as read."""
         taken = False
         for queue in range(queues):
             raised = self._words[queue]
             taken |= raised != self._words[devmsg.QUEUES_MAX + queue]
-            # What the device raises between these two lines stays unequal, and so pending.
+            # If the device counts an interrupt after `raised` was read, the two words still differ: it stays pending.
             self._words[devmsg.QUEUES_MAX + queue] = raised
         return taken
 
 
 class DeviceProcess:
-    """One device process, started at once, and told later with `begin` what it is.
+    """One device process.  The constructor starts it, and `begin` tells it later which device it is.
 
-    `ask` and what is built on it is called on vCPU threads, the event thread and the sender's, one at a time;
-    everything else on the event thread.
+    `ask`, and the methods that use it, are called on vCPU threads, the event thread and the sender's thread, one call
+    at a time.  All other methods run on the event thread.
 
     Raises:
-        HostError: it cannot be started.
+        HostError: the process cannot be started.
     """
 
     def __init__(self, kind: "Kind", module: str = MAIN) -> None:
-        """`module` of its package is what it begins with."""
+        """`module` is the name of its main module in the package of its kind."""
         self.kind = kind
         self.module = module
         self.begun = False
         self.title = self.name = self.label = kind.process
-        self.troubles: dict[str, int] = {}  # what the device says is wrong with it, and since when (seconds since 1970)
+        self.troubles: dict[str, int] = {}  # troubles that the device reports, each with its start (seconds since 1970)
         queues = len(kind.queues)
         self.kicks = [eventfd() for _ in range(queues)]
         self.calls = [eventfd() for _ in range(queues)]
@@ -93,14 +93,14 @@ class DeviceProcess:
         self.page = sealed_file("interrupts", PAGE)
         self.interrupts = Interrupts(memoryview(mmap.mmap(self.page, PAGE)).cast("I"))
         self.features = 0
-        self.arrived_with = b""  # addresses that the guest of an interface had at another place
+        self.arrived_with = b""  # addresses that the guest of an interface had announced at the sender
         self.activations = 0
         self.may_be_direct = False  # it is an interface whose frames the kernel may move
-        self.direct = False  # what `tell_direct` has said
-        self.limits = 0, 0  # that it was told: requests and bytes a second; 0: none
+        self.direct = False  # the last value of `tell_direct`
+        self.limits = 0, 0  # the limits that it was told: requests and bytes a second; 0: unlimited
         self.config = b""
-        self.status: int | None = None  # with which the process ended
-        self._late = 0  # answers that have not come yet, and nobody waits for
+        self.status: int | None = None  # the exit status, once the process has ended
+        self._late = 0  # answers that came too late: `ask` drops so many before its next question
         self._lock = threads.Lock()
         self._reaping = threads.Lock()
         self._on_failed: Callable[[str], None] = log.error
@@ -108,9 +108,9 @@ class DeviceProcess:
         self._on_config: Callable[[bytes], object] = len
         self._on_ask_resolvers: Callable[[], None] = lambda: None
         self._on_lock_lost: Callable[[str], None] = log.error
-        self.lock_lost = ""  # why a disk is not known to be ours any more
+        self.lock_lost = ""  # for a disk: why its lock is lost; "" while it is held
         self._on_event: Callable[[str, str], None] = lambda _what, _text: None
-        self._on_changed: Callable[[int, str], None] | None = None  # while RESIZE or DISC is not answered
+        self._on_changed: Callable[[int, str], None] | None = None  # set until RESIZE or DISC is answered
         self._sync, their_sync = socketpair()
         self._async, their_async = socketpair()
         fds = {devmsg.FD_ASYNC: their_async.fileno(), devmsg.FD_INTERRUPTS: self.page}
@@ -124,9 +124,9 @@ class DeviceProcess:
             their_async.close()
 
     def begin(self, vm_title: str, slot: "Slot", memory: "GuestMemory", figures_fd: int, figures_slot: int) -> None:
-        """Tell the process what it is; what it is given stays the caller's.
+        """Tell the process which device it is, and pass it its descriptors.  The caller keeps its own copies of them.
 
-        Raises PeerError if it is gone, HostError if descriptors cannot be passed.
+        Raises PeerError if the process has ended, HostError if descriptors cannot be passed.
         """
         self.name, self.label = slot.name, slot.label
         self.title = f"{vm_title}/{slot.name}"
@@ -141,14 +141,14 @@ class DeviceProcess:
         self.may_be_direct = slot.module == KERNEL
 
     def wait_ready(self) -> None:
-        """Wait for READY on both channels.  Raises OperatorError or PeerError with the device's own sentence."""
+        """Wait for READY on both channels.  Raises OperatorError or PeerError with the sentence of the device."""
         for channel in (self._sync, self._async):
             channel.settimeout(START_TIMEOUT_S)
             try:
                 packet = channel.recv(devmsg.PACKET_MAX)
             except TimeoutError:
                 raise PeerError(self.title, f"not ready after {START_TIMEOUT_S:.0f} s") from None
-            except ConnectionError:  # it is gone and has not even read START
+            except ConnectionError:  # the process has ended before it read START
                 packet = b""
             if not packet:
                 raise PeerError(self.title, f"{self._how_it_ended()} while it was starting")
@@ -173,9 +173,10 @@ class DeviceProcess:
         on_lock_lost: "Callable[[str], None]",
         on_event: "Callable[[str, str], None]",
     ) -> None:
-        """Listen on the async channel.  `on_failed` means that the VM must end: without its device it cannot go on.
+        """Listen on the async channel.
 
-        `on_event` is called with a word and a sentence (`DeviceEvent`).
+        `on_failed` is called if the device has ended or is broken: then the VM must end.  `on_event` is called with a
+        word and a sentence (`DeviceEvent`).
         """
         self._on_failed, self._on_needs_reset, self._on_config = on_failed, on_needs_reset, on_config
         self._on_ask_resolvers, self._on_lock_lost = on_ask_resolvers, on_lock_lost
@@ -185,7 +186,10 @@ class DeviceProcess:
     # --- questions -------------------------------------------------------------------------------------------
 
     def activate(self, features: int, queues: "Sequence[tuple[int, bool, int, int, int, int, int]]") -> bool:
-        """Hand over the rings: (size, enabled, desc, avail, used, next avail, next used) each; False if unusable."""
+        """Hand over the rings.  Return False if the device cannot use them.
+
+        Each row of `queues` is (size, enabled, desc, avail, used, next avail, next used).
+        """
         body = b"".join(
             devmsg.QUEUE.pack(size, enabled, 0, desc, avail, used, next_avail, next_used)
             for size, enabled, desc, avail, used, next_avail, next_used in queues
@@ -195,22 +199,25 @@ class DeviceProcess:
         return self._status(answer)
 
     def command(self, kind: int) -> bool:
-        """RESET, PAUSE, RESUME, MARK, UNMARK or SETTLE_AHEAD; returns when it is done."""
+        """Have the device execute RESET, PAUSE, RESUME, MARK, UNMARK or SETTLE_AHEAD, and wait until it has."""
         return self._status(self.ask(devmsg.TYPE.pack(kind)))
 
     def tell_direct(self, direct: bool) -> None:
-        """Tell an interface, if it matters to it, whether its interrupts need nothing but their eventfds."""
+        """Tell an interface whose frames the kernel may move whether each of its queues has an MSI-X vector.
+
+        If so, the kernel can interrupt the guest by itself.
+        """
         if self.may_be_direct and direct != self.direct:
             self.direct = direct
             self._status(self.ask(devmsg.DIRECT_BODY.pack(devmsg.DIRECT, direct)))
 
     def write_config(self, offset: int, data: bytes) -> bytes:
-        """Pass on a write to configuration space; returns the space as it is then."""
+        """Pass on a write to configuration space.  Return the content of that space after the write."""
         answer = self.ask(devmsg.CONFIG_WRITE_HEAD.pack(devmsg.CONFIG_WRITE, offset, len(data)) + data)
         return self._ready(answer)[1]
 
     def export(self) -> tuple[list[tuple[int, int]], bytes]:
-        """Return (next avail, next used) of each queue of a device that stands still, and what it keeps besides."""
+        """Return (next avail, next used) of each queue of a paused device, and its own state besides the rings."""
         answer = self.ask(devmsg.TYPE.pack(devmsg.EXPORT))
         if len(answer) < devmsg.EXPORT_HEAD.size:
             raise PeerError(self.title, "EXPORT is too short", answer)
@@ -222,26 +229,29 @@ class DeviceProcess:
         return [row[6:8] for row in devmsg.QUEUE.iter_unpack(rows)], own
 
     def restore(self, own: bytes) -> bool:
-        """Give a device what its like has kept besides its rings."""
+        """Give a device its own state, which `export` has returned elsewhere."""
         return self._status(self.ask(devmsg.TYPE.pack(devmsg.RESTORE) + own))
 
     def settle(self) -> int:
-        """Of a disk: bring it to stable storage, and return how far that is, devmsg.SETTLED_*."""
+        """For a disk: bring its data to stable storage.  Return how far that is, as devmsg.SETTLED_*."""
         return self._disk_status(devmsg.SETTLE)
 
     def let_go(self) -> bool:
-        """Of a disk that stands still and is settled: let go of its lock; False if it has not."""
+        """For a paused disk that has settled: release its lock.  Return whether it did."""
         return self._disk_status(devmsg.LET_GO) == 0
 
     def take_back(self) -> int:
-        """Of a disk that was let go, or lost: take its lock again, and return what became of that, devmsg.TAKEN_*."""
+        """For a disk whose lock was released or lost: take the lock.  Return the outcome, as devmsg.TAKEN_*."""
         status = self._disk_status(devmsg.TAKE_BACK)
         if status in devmsg.HAVE:
             self.lock_lost = ""
         return status
 
     def sign(self) -> None:
-        """Of a disk whose guest has come from another place and is about to run: have it say so, if it can."""
+        """For a disk of a received VM that is about to run: write to its image, without changing it, if possible.
+
+        The sender notices that, if it takes the image back.
+        """
         self._disk_status(devmsg.SIGN)
 
     def _disk_status(self, kind: int) -> int:
@@ -252,28 +262,31 @@ class DeviceProcess:
         return status
 
     def addresses(self) -> bytes:
-        """Return which addresses the guest of a network interface has told its neighbours, devmsg.ANNOUNCED each."""
+        """For an interface: return the addresses that its guest has announced, each a devmsg.ANNOUNCED."""
         answer = self.ask(devmsg.TYPE.pack(devmsg.ADDRESSES))[devmsg.TYPE.size :]
         if not are_addresses(answer):
             raise PeerError(self.title, "ADDRESSES of a wrong length", answer)
         return answer
 
     def lend(self) -> list[int]:
-        """Of a disk: return copies of its open files, the caller's.  Raises PeerError; VmdError if it cannot."""
+        """For a disk: return duplicates of its open files, which the caller closes.
+
+        Raises PeerError, or VmdError if the disk cannot write out its cached tables.
+        """
         fds: list[int] = []
         if not self._status(self.ask(devmsg.TYPE.pack(devmsg.LEND), fds)):
-            raise VmdError(f"{self.label}: what is in memory of it cannot be written; the log says why")
+            raise VmdError(f"{self.label}: cached data of the disk cannot be written; the log says why")
         return fds
 
     def reload(self) -> bool:
-        """Of a disk that somebody else has written to: look at it anew; False if it cannot be used any more."""
+        """For a disk that another process has written to: read its headers again.  Return whether it is usable."""
         return self._status(self.ask(devmsg.TYPE.pack(devmsg.RELOAD)))
 
     def ask(self, packet: bytes, fds: "list[int] | None" = None) -> bytes:
-        """Send a question and return the answer; PeerError if there is none in 10 s, or not to this question.
+        """Send a question and return the answer.  Raises PeerError if no answer, or a wrong one, comes within 10 s.
 
-        Whoever can go on without an answer may ask again later: the one that comes late is not taken for another.
-        Descriptors that come with it are added to `fds`; without that, none are taken.
+        A caller that can go on without the answer may ask again later: a late answer is dropped then.  Descriptors that
+        come with the answer are added to `fds`.  If that is None, none are accepted.
         """
         wanted = self._kind(packet)
         with self._lock:
@@ -289,7 +302,7 @@ class DeviceProcess:
                 else:
                     answer, files, _ = receive(self._sync, devmsg.PACKET_MAX, devmsg.RESOURCES_MAX)
                     fds += files
-            except ConnectionError:  # it is gone and has not even read the question
+            except ConnectionError:  # the process has ended before it read the question
                 answer = b""
             except TimeoutError as error:
                 self._late += asked
@@ -308,21 +321,21 @@ class DeviceProcess:
     # --- informing ---------------------------------------------------------------------------------------------
 
     def set_verbosity(self, verbosity: int) -> None:
-        """Log more or less."""
+        """Set the verbosity of the process."""
         self._tell(devmsg.VERBOSITY_BODY.pack(devmsg.VERBOSITY, verbosity))
 
     def limit(self, requests: int, rate: int) -> None:
-        """Let a disk or network interface do no more each second: requests, and bytes; 0: as much as comes."""
+        """Limit a disk or network interface to so many requests and bytes (`rate`) a second; 0: unlimited."""
         if (requests, rate) != self.limits:
             self.limits = requests, rate
             self._tell(devmsg.LIMIT_BODY.pack(devmsg.LIMIT, requests, rate))
 
     def announce(self) -> None:
-        """Have a network interface say that its guest goes on at another place, with the addresses it had there."""
+        """Have an interface announce to the network that its guest is here now, with the addresses it had before."""
         self._tell(devmsg.TYPE.pack(devmsg.ANNOUNCE) + self.arrived_with)
 
     def tell_resolvers(self, servers: "tuple[tuple[bytes, ...], tuple[bytes, ...]] | None") -> None:
-        """Tell a network interface the IPv4 and IPv6 name servers; None: nobody knows of others."""
+        """Tell an interface the host's IPv4 and IPv6 name servers; None: those that it knows still hold."""
         if servers is None:
             self._tell(devmsg.TYPE.pack(devmsg.SAME_RESOLVERS))
             return
@@ -330,11 +343,11 @@ class DeviceProcess:
         self._tell(devmsg.RESOLVERS_BODY.pack(devmsg.RESOLVERS, dns4, dns6))
 
     def resize(self, size: int, then: "Callable[[int, str], None]") -> None:
-        """Have a disk become larger.  `then` is called once: with 0, or an errno and why it has not."""
+        """Make a disk larger.  `then` is called once: with (0, ""), or with an errno and a sentence."""
         self._change(devmsg.RESIZE_BODY.pack(devmsg.RESIZE, size), (), then)
 
     def change_disc(self, fd: int | None, name: str, then: "Callable[[int, str], None]", *, force: bool) -> None:
-        """Give a drive another disc, which stays the caller's, or none; `then` as for `resize`."""
+        """Give a drive another disc, or none.  The caller still owns `fd`.  `then` is called as for `resize`."""
         head = devmsg.DISC_HEAD.pack(devmsg.DISC, devmsg.DISC_FORCE if force else 0)
         self._change(head + name.encode("utf-8", "surrogateescape"), () if fd is None else (fd,), then)
 
@@ -350,22 +363,26 @@ class DeviceProcess:
             self._on_changed = then
 
     def shut_down(self) -> None:
-        """Ask for the end; `reap` waits for it."""
+        """Ask the process to end.  `reap` waits until it has."""
         self._tell(devmsg.TYPE.pack(devmsg.SHUTDOWN))
-        if not self.begun:  # it listens for START only
+        if not self.begun:  # before START, the process listens on the sync channel only
             self._sync.close()
 
     def reap(self, timeout_s: float) -> None:
-        """Wait for the process to end.  One that does not is killed by the kernel when ours ends, which may not."""
+        """Wait until the process has ended.
+
+        A process that does not end in time is left: the kernel kills it when this process ends.  This process has no
+        right to kill it.
+        """
         if self._reap(timeout_s) is None:
-            log.warn(f"{self.title} does not end; it is killed with its vm")
+            log.warn(f"{self.title} does not end; the kernel kills it with its vm")
 
     def has_ended(self) -> bool:
-        """Return whether the process is gone already."""
+        """Return whether the process has ended."""
         return self._reap(0) is not None
 
     def _how_it_ended(self) -> str:
-        """Return what became of a process whose channel has ended."""
+        """Return how a process has ended whose channel is closed: the end of a sentence."""
         status = self._reap(LAST_WORDS_TIMEOUT_S)
         if status is None:
             return "has closed its channel"
@@ -374,7 +391,7 @@ class DeviceProcess:
         return f"ended with status {status}"
 
     def _reap(self, timeout_s: float) -> int | None:
-        """Return the status with which the process has ended; None if it has not."""
+        """Wait for the process, and return its exit status; None if it has not ended."""
         with self._reaping:
             if self.status is None:
                 self.status = self.child.reap(timeout_s)
@@ -384,7 +401,7 @@ class DeviceProcess:
         try:
             self._async.send(packet)
         except OSError:
-            return  # its end is noticed elsewhere
+            return  # the process has ended, which the sync channel or `_on_async` finds out
 
     def _on_async(self, loop: "Loop") -> None:
         try:
@@ -421,7 +438,7 @@ class DeviceProcess:
                 before = self.lock_lost
                 self.lock_lost = packet[devmsg.TYPE.size :][: devmsg.TROUBLE_MAX].decode(errors="replace")
                 self._on_lock_lost(f"{self.label}: {self.lock_lost}")
-                if self.lock_lost not in (before, *self.troubles):  # it is said again and again
+                if self.lock_lost not in (before, *self.troubles):  # the device repeats this message
                     self._on_event("trouble", self.lock_lost)
             case devmsg.ASK_RESOLVERS if self.kind is INTERFACE:
                 self._on_ask_resolvers()
@@ -433,7 +450,7 @@ class DeviceProcess:
                 raise PeerError(self.title, f"unexpected message {kind}", packet)
 
     def _take_troubles(self, raw: bytes) -> None:
-        """Note what is wrong with the device now; what was wrong before keeps its time."""
+        """Take the list of present troubles of the device.  A trouble that was known before keeps its time."""
         now_s = int(time.time())
         texts = [part[: devmsg.TROUBLE_MAX].decode(errors="ignore") for part in raw.split(b"\0")[: devmsg.TROUBLES_MAX]]
         before, self.troubles = self.troubles, {text: self.troubles.get(text, now_s) for text in texts if text}
@@ -442,7 +459,7 @@ class DeviceProcess:
         if before and not self.troubles:
             self._on_event("mended", "")
 
-    # --- decoding, believing nothing -----------------------------------------------------------------------------
+    # --- decoding: the process may have been taken over, so every value is checked -------------------------------
 
     def _kind(self, packet: bytes) -> int:
         if len(packet) < devmsg.TYPE.size:
@@ -465,7 +482,7 @@ class DeviceProcess:
         return features, config
 
     def _error(self, packet: bytes) -> tuple[int, str]:
-        """Return errno and sentence of ERROR or CHANGED, which look the same."""
+        """Return errno and sentence of ERROR or CHANGED, which have the same layout."""
         if len(packet) < devmsg.ERROR_HEAD.size:
             raise PeerError(self.title, "ERROR is too short", packet)
         number: int = devmsg.ERROR_HEAD.unpack_from(packet)[1]
@@ -473,7 +490,7 @@ class DeviceProcess:
 
 
 def start_packet(title: str, slot: "Slot", memory: "GuestMemory", figures_slot: int) -> bytes:
-    """Return START, which tells a device process what it is."""
+    """Return START, which tells a device process which device it is."""
     head = devmsg.START_HEAD.pack(
         devmsg.START,
         log.verbosity,
@@ -496,28 +513,28 @@ def start_packet(title: str, slot: "Slot", memory: "GuestMemory", figures_slot: 
 
 
 class DeviceProcesses:
-    """All device processes of a VM: they start in parallel, and end in parallel."""
+    """All device processes of a VM.  They start in parallel and end in parallel."""
 
     def __init__(self) -> None:
         self.reserve: list[DeviceProcess] = []
         self.running: list[DeviceProcess] = []
 
     def fill_reserve(self, devices: "Iterable[tuple[Kind, str]]") -> None:
-        """Start what a VM is likely to have, before there is one; the kernel has these processes wait with ours."""
+        """Start processes for devices that the next VM is likely to have.  They wait for START."""
         try:
             for kind, module in devices:
                 self.reserve.append(DeviceProcess(kind, module))
         except (HostError, OSError) as error:
-            log.debug(sentence(error))  # the VM tries again, and fails if it has to
+            log.debug(sentence(error))  # `spawn` tries again, and reports the failure
 
     def drop_reserve(self) -> None:
-        """End those that the VM does not need; called again until there are none."""
+        """End the reserved processes that the VM does not need.  This is called again until all have ended."""
         self.reserve = [each for each in self.reserve if not each.has_ended()]
         for process in self.reserve:
             process.shut_down()
 
     def spawn(self, devices: "Iterable[tuple[Kind, str]]") -> None:
-        """Have a process for each device, by kind and module, which is told later what it is.  Raises HostError."""
+        """Provide a process for each device, given by kind and module: a reserved or a new one.  Raises HostError."""
         for kind, module in devices:
             if not kind.inside:
                 process = self._take_spare(kind, module) or DeviceProcess(kind, module)
@@ -532,21 +549,22 @@ class DeviceProcesses:
         return None
 
     def begin(self, vm_title: str, slots: "Sequence[Slot]", memory: "GuestMemory", figures_fd: int) -> None:
-        """Tell each what it is; `wait_ready` of each comes later.  Raises PeerError, HostError or OSError.
+        """Call `begin` of each process; `wait_ready` comes later.  Raises PeerError, HostError or OSError.
 
-        `figures_fd`, the file in which each slot of `slots` has the place of the same number, stays the caller's.
+        In the file `figures_fd`, a device has the place whose number is its index in `slots`.  The caller still owns
+        the descriptor.
         """
         places = [(place, slot) for place, slot in enumerate(slots) if not slot.kind.inside]
         for process, (place, slot) in zip(self.running, places, strict=True):
             process.begin(vm_title, slot, memory, figures_fd, place)
 
     def set_verbosity(self, verbosity: int) -> None:
-        """Let all log more or less."""
+        """Set the verbosity of all processes."""
         for process in self.running:
             process.set_verbosity(verbosity)
 
     def end(self) -> None:
-        """Have all finish what they do and wait until they are gone: only then are their files free."""
+        """Ask all processes to end, and wait until they have: only then are the locks of their files free."""
         processes = [*self.running, *self.reserve]
         for process in processes:
             process.shut_down()

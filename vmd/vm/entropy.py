@@ -1,13 +1,14 @@
 """The entropy device (virtio 1.2, 5.4), which the VM process serves itself.
 
-All others have processes of their own, because they hold something of the host.  This one holds nothing: its bytes come
-from getrandom(2), which every process may call.  docs/security.md says why that is as safe.
+All other devices have processes of their own, because they hold resources of the host.  This device holds none: its
+bytes come from getrandom(2), which every process may call.  docs/security.md says why this is as safe.
 
-The event thread serves the ring, some requests at a time, between its other work; no vCPU waits for that, but one that
-resets the device waits until the requests at hand are done.  What a guest gets in a second is limited, and while it has
-to wait its notifications are not heard, so that one that asks for ever takes little of the event thread's time.
+The event thread serves the ring, a few requests at a time, between its other work.  No vCPU waits for that, except a
+vCPU that resets the device: it waits until the present requests are done.  The rate is limited.  While a guest has
+used up its rate, its notifications are ignored, so a guest that never stops asking takes little time of the event
+thread.
 
-Unlike vmd (*cat. 6.3*) it takes the request it has not seen yet, honours chains and flags, and no length is fatal.
+Unlike vmd (*cat. 6.3*), this device takes the next unseen request and follows chains and flags; no length is fatal.
 """
 
 import os
@@ -33,21 +34,21 @@ if TYPE_CHECKING:
     from vmd.virtio.queue import Chain
     from vmd.vm.slots import Slot
 
-REQUEST_MAX = 64 << 10  # bytes given for one request; a driver that wants more asks again
-TURN_REQUESTS = 16  # after so many requests, or so many bytes, others have their turn on the event thread
+REQUEST_MAX = 64 << 10  # most bytes for one request; a driver that wants more asks again
+TURN_REQUESTS = 16  # after so many requests, or so many bytes, the event thread does its other work
 TURN_BYTES = 64 << 10
-BYTES_PER_S = 4 << 20  # a guest that does nothing but ask must not keep a processor busy
+BYTES_PER_S = 4 << 20  # a guest that only asks for entropy must not keep a processor busy
 BURST_BYTES = 1 << 20
-COST = 256  # bytes: a notification without a request, or a piece of one byte, is not free either
-REST_S = 0.01  # at least, when a guest has to wait
+COST = 256  # bytes that a notification, and each piece of a request, count for: they take time, too
+REST_S = 0.01  # shortest time for which notifications are ignored
 REQUESTS, BYTES, DELAYED = range(len(devmsg.FIGURES[ENTROPY.process]))
 
 
 class Entropy:
-    """Fills whatever the driver offers with random bytes of the host's kernel.
+    """Fills the driver's buffers with random bytes of the host's kernel.
 
-    `activate`, `command` and `export` are called on vCPU threads, the event thread and the sender's, as those of a
-    `DeviceProcess` are; the ring is served on the event thread.
+    `activate`, `command` and `export` are called on vCPU threads, the event thread and the sender's thread, as those of
+    a `DeviceProcess`.  The ring is served on the event thread.
     """
 
     features = FEATURES
@@ -56,7 +57,7 @@ class Entropy:
     arrived_with = b""
 
     def __init__(self, slot: "Slot", memory: "GuestMemory", figures_fd: int, figures_slot: int) -> None:
-        """`figures_fd` stays the caller's.  Raises PeerError, OSError or ValueError if it is no file of figures."""
+        """The caller still owns `figures_fd`.  Raises PeerError, OSError or ValueError if it is no file of figures."""
         self.kind = slot.kind
         self.name = self.title = slot.name
         self.kicks = [eventfd()]
@@ -66,10 +67,10 @@ class Entropy:
         self._memory = memory
         self._figures = take_slot(figures_fd, figures_slot, slot.kind.process, slot.index)
         self._complaints = RateLimit()
-        self._lock = threads.Lock()  # of the ring and what is known of it; never taken before a function's
+        self._lock = threads.Lock()  # of the ring and its state; never held while a function's lock is taken
         self._queue: Queue | None = None
         self._paused = False
-        self._broken = False  # by the driver, until the next life of the device
+        self._broken = False  # the driver has broken the ring; until the next activation
         self._allowance = float(BURST_BYTES)
         self._filled_s = time.monotonic()
 
@@ -81,18 +82,18 @@ class Entropy:
         on_needs_reset: "Callable[[str, int], None]",
         on_event: "Callable[[str, str], None]",
     ) -> None:
-        """Listen to the guest's notifications; what is called is called on the event thread.
+        """Listen to the guest's notifications.  The callbacks run on the event thread.
 
-        `on_interrupt`: the guest is to be told of its ring; the others are as of `DeviceProcess.serve`.
+        `on_interrupt()`: interrupt the guest.  The others are as in `DeviceProcess.serve`.
         """
         self._loop = loop
         self._on_interrupt, self._on_needs_reset, self._on_event = on_interrupt, on_needs_reset, on_event
         loop.add(self.kicks[0], self._on_kick)
 
-    # --- what is asked of a device -----------------------------------------------------------------------------
+    # --- commands ----------------------------------------------------------------------------------------------
 
     def activate(self, features: int, queues: "Sequence[tuple[int, bool, int, int, int, int, int]]") -> bool:
-        """Take the ring; False if it is unusable."""
+        """Take the ring.  Return False if it is unusable."""
         ((size, enabled, desc, avail, used, next_avail, next_used),) = queues
         with self._lock:
             self._forget()
@@ -107,7 +108,7 @@ class Entropy:
         return True
 
     def command(self, kind: int) -> bool:
-        """RESET, PAUSE, RESUME, MARK or UNMARK: when this returns it is done, and no request of before is at hand."""
+        """Execute RESET, PAUSE, RESUME, MARK or UNMARK.  When this returns, no earlier request is being served."""
         with self._lock:
             if kind == devmsg.RESET:
                 self._forget()
@@ -121,24 +122,24 @@ class Entropy:
         return True
 
     def write_config(self, _offset: int, _data: bytes) -> bytes:
-        """There is no configuration."""
+        """Ignore the write: this device has no configuration."""
         return self.config
 
     def export(self) -> tuple[list[tuple[int, int]], bytes]:
-        """Return (next avail, next used) of its queue while it stands still, if it has one."""
+        """Return (next avail, next used) of the queue, if there is one.  The device is paused."""
         queue = self._queue
         return ([] if queue is None else [(queue.next_avail, queue.next_used)]), b""
 
     def restore(self, own: bytes) -> bool:
-        """It keeps nothing besides its ring."""
+        """Return whether there is nothing to restore: this device has no own state besides its ring."""
         return not own
 
     def addresses(self) -> bytes:
-        """It has none, unlike an interface."""
+        """Return nothing: only interfaces have addresses."""
         return b""
 
     def tell_direct(self, direct: bool) -> None:
-        """It has no use for that, unlike an interface."""
+        """Do nothing: only interfaces use this."""
 
     def _forget(self) -> None:
         self._mark()
@@ -150,13 +151,13 @@ class Entropy:
             self._queue.mark_used()
 
     def _look(self) -> None:
-        """Serve the ring as if it had been notified: it may have been before we could hear it."""
+        """Serve the ring as if it was notified: a notification may have come before we listened."""
         os.eventfd_write(self.kicks[0], 1)
 
     # --- on the event thread -----------------------------------------------------------------------------------
 
     def _on_kick(self, _events: int) -> None:
-        """The guest has notified, or there is more to do than one turn's."""
+        """Serve the ring: the guest has notified it, or the last turn has left requests."""
         drain(self.kicks[0])
         text = ""
         with self._lock:
@@ -171,7 +172,7 @@ class Entropy:
             interrupt = queue.wants_interrupt()
             if interrupt:
                 self.interrupts.add(0)
-        # Whoever is called takes the lock of the function, under which others ask us to reset.
+        # Without our lock: the callbacks take the lock of the function, and a reset comes with that lock held.
         if interrupt:
             self._on_interrupt()
         if text:
@@ -181,7 +182,7 @@ class Entropy:
             self._look()
 
     def _turn(self, queue: Queue) -> bool:
-        """Serve some requests, as far as the allowance goes; return whether there is more.  Raises GuestError."""
+        """Serve some requests, within the allowance.  Return whether there are more to serve.  Raises GuestError."""
         now_s = time.monotonic()
         self._allowance = min(BURST_BYTES, self._allowance + (now_s - self._filled_s) * BYTES_PER_S) - COST
         self._filled_s = now_s
@@ -204,9 +205,9 @@ class Entropy:
         return True
 
     def _fill(self, chain: "Chain") -> int:
-        """Fill a chain; return how many bytes it got.  Raises GuestError."""
+        """Fill a chain.  Return the number of bytes that were written.  Raises GuestError."""
         if chain.readable:
-            raise GuestError("entropy request with a part for reading")
+            raise GuestError("entropy request with a device-readable part")
         left = REQUEST_MAX
         for gpa, length in chain.writable:
             wanted = min(length, left)
@@ -218,7 +219,7 @@ class Entropy:
         return REQUEST_MAX - left
 
     def _rest(self, delay_s: float) -> None:
-        """Hear nothing of the guest for some time."""
+        """Ignore notifications for some time."""
         self._figures[DELAYED] += 1
         self._loop.modify(self.kicks[0], 0)
         self._loop.call_later(delay_s, self._go_on)

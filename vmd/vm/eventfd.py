@@ -1,23 +1,23 @@
-"""Counters that wake whoever polls them (eventfd(2)), as KVM and the two halves of a device signal each other."""
+"""Eventfds (eventfd(2)), by which KVM and the two halves of a device signal each other."""
 
 import os
 import select
 
 
 def eventfd() -> int:
-    """Return a new one, which counts nothing yet and blocks nobody."""
+    """Return a new eventfd.  It is zero and does not block."""
     return os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
 
 def readable(fd: int) -> bool:
-    """Return whether an eventfd has something, without taking it."""
+    """Return whether an eventfd is not zero, without changing it."""
     poll = select.poll()
     poll.register(fd, select.POLLIN)
     return bool(poll.poll(0))
 
 
 def drain(fd: int) -> None:
-    """Take what an eventfd has, if anything; another process or KVM may be quicker."""
+    """Reset an eventfd to zero.  It may be zero already, because another process or KVM has read it."""
     try:
         os.eventfd_read(fd)
     except BlockingIOError:

@@ -1,8 +1,8 @@
-"""The kinds of virtio devices: a row of `KINDS` is all that the VM process knows of one.
+"""The kinds of virtio devices.  A row of `KINDS` has all that the VM process knows of a kind.
 
-To add a kind, add a row here, its package `vmd/devices/<process>` with a `main`, and that process's system calls in
-`vmd/privsep/confine.py`.  If it has a host resource, `ipc/messages/vm.py` says how StartVm brings it.  One that the VM
-process serves itself has a class in `vmd/vm` instead, and `vmd/vm/machine.py` makes it.
+To add a kind, add a row here, its package `vmd/devices/<process>` with a `main`, and the system calls of that process
+in `vmd/privsep/confine.py`.  If it has a host resource, StartVm brings it (`ipc/messages/vm.py`).  A kind that the VM
+process serves itself has no package: `vmd/vm/machine.py` makes it from a class in `vmd/vm`.
 """
 
 import hashlib
@@ -20,15 +20,19 @@ if TYPE_CHECKING:
     from vmd.ipc.messages.shared import DiskImages, ImageLink
     from vmd.ipc.messages.vm import NicLink
 
-MAIN = "main"  # the module of a device's package that its process begins with
-RAW = "raw"  # ... that of a disk with one image, which is raw
-KERNEL = "kernel"  # ... that of an interface whose frames the kernel may move
-SEED_NUMBER = 4  # of the process of a seed, behind those of disks
-SERIAL_NAME, SERIAL_DIGITS = 7, 10  # of a serial number that is made: with two dashes and a digit, 20 bytes
+MAIN = "main"  # the main module of a device process, in the package of its kind
+RAW = "raw"  # ... of a disk that is a single raw image
+KERNEL = "kernel"  # ... of an interface whose frames the kernel may move
+SEED_NUMBER = 4  # index of a seed's process: after those of the disks
+# Length of name and digest in a generated serial number, which has 20 bytes with two dashes and the disk's index.
+SERIAL_NAME, SERIAL_DIGITS = 7, 10
 
 
 class Given(Record):
-    """What a VM's devices are made of; `disk_fds` are the images of all disks, chain after chain, top first."""
+    """Configuration and descriptors from which a VM's devices are made.
+
+    `disk_fds` are the images of all disks: one chain after the other, in each the top image first.
+    """
 
     config: "VmConfig"
     disks: "tuple[DiskImages, ...]" = ()
@@ -36,39 +40,40 @@ class Given(Record):
     cdrom_fd: int | None = None
     nics: "tuple[NicLink, ...]" = ()
     tap_fds: tuple[int, ...] = ()
-    vhost_fds: tuple[int, ...] = ()  # two for each of `nics` with `vhost`
+    vhost_fds: tuple[int, ...] = ()  # two for each of the `nics` that has `vhost`
     seed_fd: int | None = None
 
 
 class Kind(Record):
     """One kind.  Class codes and ids are those of PCI (virtio 1.2, 4.1.2 and 5)."""
 
-    name: str  # in streams
-    process: str  # with a number its name, such as vioblk0, and that of its process, whose package is in vmd.devices
-    word: str  # what users call it
-    queues: tuple[int, ...]  # their sizes
+    name: str  # its name in streams
+    process: str  # the name of its package in vmd.devices; with a number the name of a device, such as vioblk0
+    word: str  # its name for users; with a number the label of a device, such as disk0
+    queues: tuple[int, ...]  # the size of each queue
     device_type: int
     legacy_id: int
     class_code: int
-    count: "Callable[[VmConfig], int]"  # how many a configuration has
-    resources: "Callable[[Given], Iterator[dict[str, Any]]]"  # for each, the fields of its Slot that are its own
-    inside: bool = False  # has no process: the VM process serves it
-    config_may_differ: bool = False  # between hosts: drivers expect that to change
-    settles: bool = False  # is brought to stable storage before its VM goes on elsewhere
-    widest: str = MAIN  # the module for a device of which nothing else is known yet
-    slot: int | None = None  # where it is always, so that no other device moves; a VM has one such at most
+    count: "Callable[[VmConfig], int]"  # how many of these devices a configuration has
+    resources: "Callable[[Given], Iterator[dict[str, Any]]]"  # for each device, its own fields of Slot
+    inside: bool = False  # it has no process: the VM process serves it
+    config_may_differ: bool = False  # its configuration may differ at a receiver: drivers expect that it changes
+    settles: bool = False  # its data must be on stable storage before the VM goes on elsewhere
+    widest: str = MAIN  # the module that can be any device of this kind, for a device whose details are unknown yet
+    # A fixed PCI slot, so that other devices keep theirs whether or not there is this one.  A VM has at most one such.
+    slot: int | None = None
 
 
-# --- what each is given --------------------------------------------------------------------------------------------
+# --- the resources of each kind ------------------------------------------------------------------------------------
 
 
 def entropy(_given: Given) -> "Iterator[dict[str, Any]]":
-    """It needs nothing."""
+    """Yield one device without resources."""
     yield {}
 
 
 def interfaces(given: Given) -> "Iterator[dict[str, Any]]":
-    """Each has a tap, and may have what the kernel needs to move its frames."""
+    """Yield each interface: with its tap, and with `vhost` the two descriptors that vhost-net needs."""
     vhost_fds = iter(given.vhost_fds)
     for index, (nic, fd) in enumerate(zip(given.nics, given.tap_fds, strict=True)):
         fds = (fd, next(vhost_fds), next(vhost_fds)) if nic.vhost else (fd,)
@@ -83,7 +88,7 @@ def interfaces(given: Given) -> "Iterator[dict[str, Any]]":
 
 
 def disks(given: Given) -> "Iterator[dict[str, Any]]":
-    """Each has its chain of images."""
+    """Yield each disk with its chain of images."""
     fds = list(given.disk_fds)
     for index, disk in enumerate(given.disks):
         count = len(disk.images)
@@ -99,7 +104,7 @@ def disks(given: Given) -> "Iterator[dict[str, Any]]":
 
 
 def cdrom(given: Given) -> "Iterator[dict[str, Any]]":
-    """The drive is there if a disc is, or was."""
+    """Yield the drive, if there is a disc, or if there was one before."""
     if given.cdrom_fd is not None:
         yield {"fds": (given.cdrom_fd,), "notes": (0,), "names": (given.config.cdrom,)}
     elif given.config.drive:
@@ -107,7 +112,7 @@ def cdrom(given: Given) -> "Iterator[dict[str, Any]]":
 
 
 def seed(given: Given) -> "Iterator[dict[str, Any]]":
-    """It is a disk that nobody writes to; its number is one that no other disk has."""
+    """Yield the seed, if there is one: a read-only disk with an index that no other disk has."""
     if given.seed_fd is not None:
         yield {
             "fds": (given.seed_fd,),
@@ -121,7 +126,7 @@ def seed(given: Given) -> "Iterator[dict[str, Any]]":
 
 
 def net_fields(nic: "NicLink") -> bytes:
-    """Return what the process of a network interface is told of it."""
+    """Return devmsg.NET, which describes an interface to its process."""
     flags = devmsg.NET_LOCKED * nic.locked | devmsg.NET_PXE * nic.pxe
     flags |= devmsg.NET_VHOST * nic.vhost | devmsg.NET_LOCAL * nic.local | devmsg.NET_ASKS * (nic.local and nic.asks)
     return devmsg.NET.pack(
@@ -140,23 +145,23 @@ def net_fields(nic: "NicLink") -> bytes:
 
 
 def host_name(config: "VmConfig", index: int) -> str:
-    """Return the host name that the guest is told by interface `index`."""
+    """Return the host name that interface `index` tells its guest by DHCP."""
     of_seed = config.seed.hostname if config.seed is not None else ""
     return config.nics[index].host_name or of_seed or config.name
 
 
 def note(image: "ImageLink") -> int:
-    """Return what a disk's process is told of one of its images."""
+    """Return the note (devmsg.RESOURCE_*) that describes an image to its disk's process."""
     qcow2 = devmsg.RESOURCE_QCOW2 if image.format == "qcow2" else 0
     sectors = min(image.discard_granularity // spec.SECTOR, devmsg.RESOURCE_DISCARD_MAX)
     return qcow2 | (devmsg.RESOURCE_GUESSED if image.guessed else 0) | sectors << devmsg.RESOURCE_DISCARD_SHIFT
 
 
 def disk_serial(config: "VmConfig", index: int) -> bytes:
-    """Return the serial number that a disk tells its guest.
+    """Return the serial number that a disk reports to its guest.
 
-    Unless it is configured it is made from whose VM it is, so that it is the same after each start, and another one in
-    every VM: a guest may mount by it, and whoever attaches a disk to another VM may see two at a time.
+    If none is configured, it is generated from the VM's owner and name.  So it is the same after each start, because a
+    guest may mount by it, and different in each VM, because a disk may be attached to another VM besides its own disks.
     """
     given = config.disks[index].serial
     if given:
@@ -189,7 +194,7 @@ INTERFACE = Kind(
     class_code=0x020000,
     count=lambda config: len(config.nics),
     resources=interfaces,
-    config_may_differ=True,  # whether there is a link, for one
+    config_may_differ=True,  # for example, whether the link is up
     widest=KERNEL,
 )
 DISK = Kind(
@@ -216,7 +221,7 @@ CDROM = Kind(
     resources=cdrom,
 )
 
-# Of cloud-init (`vmd.seed`): a disk, and not one of the disks: it is neither resized, limited nor snapshot.
+# The seed for cloud-init (`vmd.seed`): a disk that does not count as one: it is not resized, limited or in snapshots.
 SEED = DISK.replace(
     name="cidata",
     word="seed",
@@ -235,7 +240,7 @@ def kinds(config: "VmConfig") -> list[Kind]:
 
 
 def spares(words: "Sequence[str]") -> "list[tuple[Kind, str]]":
-    """Return kinds and modules of processes that a VM is likely to need, as vmm calls them: `vioblk.raw`, for one."""
+    """Return kind and module of the processes that a VM is likely to need, from vmm's words, such as `vioblk.raw`."""
     found: list[tuple[Kind, str]] = []
     for word in words:
         process, _, module = word.partition(".")

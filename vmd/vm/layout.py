@@ -1,7 +1,7 @@
-"""The guest's map: physical addresses, I/O ports and interrupt numbers, each with its reason (*cat. 5.1, 5.3*).
+"""The guest's address map: physical addresses, I/O ports and interrupt numbers, with reasons (*cat. 5.1, 5.3*).
 
             0 -     9FFFF   RAM
-        A0000 -     FFFFF   reserved, backed by memory: firmware shadow, ACPI tables on direct boot
+        A0000 -     FFFFF   reserved, backed by memory: shadow of the firmware, ACPI tables on direct boot
        100000 - low_ram_end RAM, at most up to DFFFFFFF
   pci_window  -    FEBFFFFF PCI memory window (MSI-X tables)
      FEC00000               I/O APIC (KVM's)
@@ -10,15 +10,15 @@
      4 GiB - firmware size  firmware, read-only
     100000000 -             the rest of RAM
 
-Unlike vmd, RAM below 4 GiB ends at E0000000 and not at F0000000: an unmodified SeaBIOS puts its PCI window
-at 80000000, C0000000 or E0000000, never higher, and would lay it over RAM.
+Unlike vmd, where RAM below 4 GiB ends at F0000000, it ends at E0000000 at the latest.  An unmodified SeaBIOS puts its
+PCI window at 80000000, C0000000 or E0000000 and never higher, so that the window would overlap RAM.
 """
 
 KIB = 1 << 10
 MIB = 1 << 20
 FOUR_GIB = 1 << 32
 
-LOW_RAM_END = 0xA0000  # conventional memory; what follows was VGA and option ROMs
+LOW_RAM_END = 0xA0000  # end of conventional memory; a PC has VGA memory and option ROMs behind it
 RESERVED_END = 0x100000
 HIGH_RAM_START = 0x100000
 LOW_RAM_MAX = 0xE0000000  # see above
@@ -50,11 +50,11 @@ E820_RAM = 1
 E820_RESERVED = 2
 
 
-FIRMWARE_BYTES = 256 * KIB  # SeaBIOS's; reserved on direct boot as well, so that guests see one map
+FIRMWARE_BYTES = 256 * KIB  # size of SeaBIOS; also reserved on direct boot, so that the map is the same
 
 
 def e820_map(memory_bytes: int, firmware_bytes: int = FIRMWARE_BYTES) -> list[tuple[int, int, int]]:
-    """Return (address, size, type) of every range a guest is told of, in ascending order."""
+    """Return the memory map that a guest gets: (address, size, type) of each range, in ascending order."""
     low = low_ram_bytes(memory_bytes)
     ranges = [
         (0, LOW_RAM_END, E820_RAM),
@@ -67,7 +67,7 @@ def e820_map(memory_bytes: int, firmware_bytes: int = FIRMWARE_BYTES) -> list[tu
     return [entry for entry in ranges if entry[1] > 0]
 
 
-# Where direct boot puts what the kernel is told, all in conventional memory.
+# Addresses of the data that direct boot passes to a kernel, all in conventional memory except the ACPI tables.
 BOOT_GDT = 0x1000
 BOOT_IDT = 0x1800
 PVH_START_INFO = 0x6000  # hvm_start_info, module list and memory map
@@ -75,7 +75,7 @@ LINUX_BOOT_PARAMS = 0x7000  # one page
 LINUX_STACK = 0x8FF0
 LINUX_PAGE_TABLES = 0x9000  # PML4, PDPT, 4 page directories
 BOOT_CMDLINE = 0x20000
-ACPI_TABLES = 0xE0000  # RSDP first, where a scan of the BIOS area finds it too
+ACPI_TABLES = 0xE0000  # the RSDP comes first; a scan of the BIOS area finds it here, too
 ACPI_TABLES_END = 0xF0000
 
 # I/O ports
@@ -92,7 +92,7 @@ PORT_ACPI_PM = 0x600  # event block 600h, control block 604h, timer 608h
 PORT_PCI_ADDRESS = 0xCF8
 PORT_RESET = 0xCF9
 PORT_PCI_DATA = 0xCFC
-PCI_IO_START = 0xC000  # where SeaBIOS starts handing out I/O BARs; direct boot does the same
+PCI_IO_START = 0xC000  # first port that SeaBIOS assigns to I/O BARs; direct boot does the same
 PCI_IO_END = 0x10000
 
 # Interrupts: global system interrupt numbers; ISA IRQ 0 (PIT) arrives at I/O APIC pin 2

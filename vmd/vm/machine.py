@@ -1,7 +1,6 @@
-"""The bill of materials of a VM: memory, interrupt controllers, chips, slots, vCPUs, and how they are wired.
+"""The parts of a VM: memory, interrupt controllers, chips, slots, vCPUs, and how they are wired.
 
-Building goes from the bottom up and can fail at each step; whatever was made by then is released by the end
-of the process, which is what a failure leads to.
+Building can fail at each step.  Then the process ends, which releases all that was made before.
 """
 
 import time
@@ -49,36 +48,36 @@ if TYPE_CHECKING:
     from vmd.vm.slots import Slot
 
     class Chip(Protocol):
-        """What can be saved."""
+        """A chip whose state can be saved."""
 
         def state(self) -> dict[str, Any]:
-            """Return numbers and bytes by name."""
+            """Return the state: numbers and bytes by name."""
 
         def restore(self, state: dict[str, Any]) -> None:
-            """Take them back; raises KeyError, TypeError or ValueError."""
+            """Restore the state.  Raises KeyError, TypeError or ValueError."""
 
 
-KVM_FD = 4  # where vmm leaves /dev/kvm
+KVM_FD = 4  # vmm passes /dev/kvm as this descriptor
 LAST_MOMENTS_S = 3.0
 
 
 class Outside(Record):
-    """What a machine is connected to."""
+    """Everything outside of a machine that it uses."""
 
     devices: "DeviceProcesses"
-    figures_fd: int  # the file for what devices count, the machine's to close
+    figures_fd: int  # the file for the devices' counters; the machine closes it
     console: "Console"
     loop: "Loop"
-    end: "Callable[[Outcome, str], None]"  # told from any thread when the guest's life is over
-    ask_resolvers: "Callable[[], None]"  # a guest wants to know its name servers
-    lock_lost: "Callable[[str], None]"  # somebody else may have one of its disks
-    report: "Callable[[str, str, str], None]"  # something has happened to a device (`DeviceEvent`)
+    end: "Callable[[Outcome, str], None]"  # called from any thread when the VM has to end
+    ask_resolvers: "Callable[[], None]"  # called when a guest asks for name servers
+    lock_lost: "Callable[[str], None]"  # called when somebody else may have one of the disks
+    report: "Callable[[str, str, str], None]"  # called for an event of a device (`DeviceEvent`)
 
 
 class Host:
-    """What every machine has of KVM: an empty VM with its interrupt controllers, their lines, and PIT.
+    """An empty KVM VM with its interrupt controllers, their routes, and PIT.
 
-    A process in reserve has it: while a VM of KVM's is young, the kernel takes up to 10 ms for its first memory.
+    A process in reserve makes it early: in a new VM, the kernel takes up to 10 ms for the first memory region.
     /dev/kvm stays open until `close`.  Raises OSError.
     """
 
@@ -88,7 +87,7 @@ class Host:
         self.cpuid = system.supported_cpuid()
         self.msr_indices = system.msr_indices()
         self.tsc_deadline = bool(system.check_extension(abi.KVM_CAP_TSC_DEADLINE_TIMER))
-        # All of it before the first vCPU (api.rst 4.30, 4.54, 4.24).
+        # All this has to come before the first vCPU (api.rst 4.30, 4.54, 4.24).
         self.kvm.set_tss_addr(layout.KVM_TSS)
         self.kvm.set_identity_map_addr(layout.KVM_IDENTITY_MAP)
         self.kvm.create_irqchip()
@@ -97,11 +96,11 @@ class Host:
         self._set_level_triggered((*layout.PCI_IRQS, layout.IRQ_SCI))
 
     def close(self) -> None:
-        """Close /dev/kvm: the VM lives on."""
+        """Close /dev/kvm.  The VM stays."""
         self._system.close()
 
     def _set_level_triggered(self, irqs: tuple[int, ...]) -> None:
-        """Set the ELCR bits of these lines, as firmware would; they say how the 8259s see them."""
+        """Set the ELCR bits of these lines, as firmware does: the 8259s then treat them as level-triggered."""
         for chip_id, first in ((abi.KVM_IRQCHIP_PIC_MASTER, 0), (abi.KVM_IRQCHIP_PIC_SLAVE, 8)):
             chip = self.kvm.get_irqchip(chip_id)
             chip.chip.pic.elcr |= sum(1 << irq - first for irq in irqs if first <= irq < first + 8)
@@ -109,7 +108,7 @@ class Host:
 
 
 class Machine:
-    """A VM.  `vm/build.py` makes it; `cpuid` is the processor of one that was received.
+    """A VM.  `vm/build.py` makes it.
 
     Raises:
         HostError, OSError, PeerError: the host or a device refuses something.
@@ -126,7 +125,11 @@ class Machine:
         *,
         cpuid: "list[abi.kvm_cpuid_entry2] | None" = None,
     ) -> None:
-        """Own `memory`; `firmware_bytes` is 0 for a kernel that is booted directly.  Devices are told what they are."""
+        """Make memory and chips, and tell the device processes which devices they are.
+
+        The machine owns `memory`.  `firmware_bytes` is 0 for a kernel that is booted directly.  `cpuid` is the CPUID
+        table of a received machine; None for the host's.
+        """
         self.config = config
         self.memory = memory
         self.firmware_bytes = firmware_bytes
@@ -134,7 +137,7 @@ class Machine:
         self.outside = outside
         self.end = outside.end
         self.listening = True
-        self.seed = b""  # what is on that disk, if it has one
+        self.seed = b""  # the content of the seed, if there is one
 
         self.kvm = host.kvm
         self.cpuid = cpuid or host.cpuid
@@ -144,7 +147,7 @@ class Machine:
 
         for region in memory.kvm_slots():
             self.kvm.set_memory_region(*region)
-        outside.devices.begin(log.title, slots, memory, outside.figures_fd)  # while the rest is built
+        outside.devices.begin(log.title, slots, memory, outside.figures_fd)  # they start while the rest is built
         processes = iter(outside.devices.running)
         self.devices = [
             Entropy(slot, memory, outside.figures_fd, place) if slot.kind.inside else next(processes)
@@ -177,7 +180,7 @@ class Machine:
         self.vmmci = Vmmci(self.kvm.irq_line, self._on_acknowledged, self._on_announced)
         self.pci.add(vmmci_slot(slots), self.vmmci)
         self.on_acknowledged: Callable[[int], None] = lambda command: None
-        self.announced = False  # by the guest, that it goes
+        self.announced = False  # the guest has announced that it is about to switch off
         self.keyboard = I8042(self._on_reset)
         self.port_a = SystemControlA(self._on_reset)
         self.fwcfg = fwcfg.FwCfg(self.memory, self._fill_fwcfg)
@@ -207,7 +210,7 @@ class Machine:
         )
 
     def chips(self) -> "dict[str, Chip]":
-        """Return the chips that a stream has the state of, by name."""
+        """Return the chips whose state is in a stream, by name."""
         return {
             "uart": self.uart,
             "rtc": self.rtc,
@@ -219,7 +222,7 @@ class Machine:
         }
 
     def spare_chips(self) -> "dict[str, Chip]":
-        """Return chips like those of `chips` that are wired to nothing, to try a state on."""
+        """Return unconnected chips of the same types as in `chips`, to check a state with."""
 
         def schedule(delay_s: float, callback: "Callable[[], None]") -> Timer:
             return Timer(delay_s, callback)
@@ -235,9 +238,9 @@ class Machine:
         }
 
     def start(self, *, parked: bool = False) -> None:
-        """Let the guest execute; application processors wait in the kernel until it wakes them.
+        """Start all vCPU threads.  In the kernel, all vCPUs except the first wait until the guest starts them.
 
-        With `parked` every vCPU stands still before its first instruction.
+        With `parked` every vCPU parks before its first instruction.
         """
         for thread in self.vcpus:
             if parked:
@@ -245,31 +248,31 @@ class Machine:
             thread.start()
 
     def stop(self) -> bool:
-        """Take every vCPU out of the guest for good; False if one does not come back in time."""
+        """Stop every vCPU for ever.  Return False if one does not return from the kernel in time."""
         for thread in self.vcpus:
             thread.ask_to_stop()
         left = [thread.join() for thread in self.vcpus]
         return all(left)
 
     def disks(self) -> "list[DeviceProcess]":
-        """Return the devices that are brought to stable storage before the VM goes on elsewhere."""
+        """Return the disks whose data must be on stable storage before the VM goes on elsewhere."""
         return [device for device in self.outside.devices.running if device.kind.settles]
 
     def sign_disks(self) -> None:
-        """Have the place that the guest has come from know that it has run here.  Raises PeerError.
+        """Let the sender notice that the guest has run here, by a write to each disk.  Raises PeerError.
 
-        Where a disk cannot be written to, its guest will not leave anything on it either.
+        A failed write is ignored: then the guest cannot change that disk either.
         """
         for disk in self.disks():
             disk.sign()
 
     def announce(self) -> None:
-        """Have the network learn that the guest goes on here, and was somewhere else before."""
+        """Announce to the network that the guest is at this host now."""
         for device in self._interfaces():
             device.announce()
 
     def tell_resolvers(self, servers: "tuple[tuple[bytes, ...], tuple[bytes, ...]] | None") -> None:
-        """Tell the network interfaces which name servers there are; None: nobody knows of others."""
+        """Tell the interfaces the host's name servers; None: those that they know still hold."""
         for device in self._interfaces():
             device.tell_resolvers(servers)
 
@@ -277,7 +280,7 @@ class Machine:
         return [device for device in self.outside.devices.running if device.kind is INTERFACE]
 
     def troubles(self) -> list[Trouble]:
-        """Return what the devices say is wrong with them now."""
+        """Return the present troubles of all devices."""
         return [
             Trouble(device=device.label, text=text, since_s=since_s)
             for device in self.outside.devices.running
@@ -303,7 +306,7 @@ class Machine:
             self.pci.add(slot.number, function)
 
     def _serve(self, device: "DeviceProcess | Entropy", function: VirtioFunction, label: str) -> None:
-        """Have a device heard on the event thread."""
+        """Let the event thread listen to a device."""
 
         def on_event(what: str, text: str) -> None:
             self.outside.report(what, label, text)
@@ -327,7 +330,7 @@ class Machine:
             )
 
     def listen(self) -> None:
-        """Take input of the console again."""
+        """Accept input of the console again."""
         self.listening = True
         self.outside.console.resume_input()
 
@@ -335,13 +338,13 @@ class Machine:
         return self.uart.receive(data) if self.listening else 0
 
     def create_vcpus(self) -> None:
-        """Make them; their threads are started last."""
+        """Create the vCPUs and their threads, which `start` starts."""
         count = self.config.vcpus
         for number in range(count):
             vcpu = self.kvm.create_vcpu(number)
             vcpu.set_cpuid2(for_vcpu(self.cpuid, number, count, tsc_deadline=self.tsc_deadline))
             self.vcpus.append(VcpuThread(number, vcpu, self.bus, self.memory, self.end))
-        self.tsc_khz = self.vcpus[0].vcpu.get_tsc_khz()  # now: who asks a vCPU that runs waits until it stops
+        self.tsc_khz = self.vcpus[0].vcpu.get_tsc_khz()  # now: this request would wait while the vCPU runs
 
     def _line(self, gsi: int) -> "Callable[[bool], None]":
         irq_line = self.kvm.irq_line
@@ -357,7 +360,7 @@ class Machine:
         self.on_acknowledged(command)
 
     def _on_announced(self) -> None:
-        """The guest says that it goes; if it cannot switch itself off, this does (*cat. 4.4*)."""
+        """Switch the machine off soon: the guest has announced its end, and may not be able to do it (*cat. 4.4*)."""
         if not self.announced:
             self.announced = True
             self.outside.loop.schedule(LAST_MOMENTS_S, self._on_power_off)
@@ -371,9 +374,9 @@ def _nothing(*_: object) -> None:
 
 
 def memory_regions(memory_bytes: int, firmware_bytes: int) -> list[RegionSpec]:
-    """Return what has memory behind it (`layout`): RAM below 4 GiB with the BIOS area in it, firmware, the rest.
+    """Return the memory regions (`layout`): RAM below 4 GiB, which includes the BIOS area, RAM above, and firmware.
 
-    The firmware is read-only to the guest, and last in the file: a device process need not map it.
+    The firmware is read-only for the guest.  It is last in the file, so a device process need not map it.
     """
     low = layout.low_ram_bytes(memory_bytes)
     regions = [RegionSpec(gpa=0, size=low, name="ram")]

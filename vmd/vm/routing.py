@@ -1,4 +1,4 @@
-"""Which interrupt line goes where: KVM's GSI routing table, which is always replaced as a whole (api.rst 4.52)."""
+"""The routes of interrupts: KVM's GSI routing table, which is always replaced as a whole (api.rst 4.52)."""
 
 from vmd import threads
 from vmd.kvmapi import abi
@@ -10,16 +10,16 @@ if TYPE_CHECKING:
 
 PIC_PINS = 8  # of each 8259
 IOAPIC_PINS = 24
-GSI_PIT = 0  # KVM's PIT raises this one
-IOAPIC_PIN_PIT = 2  # ... which a PC wires to pin 2, as the MADT's override says
+GSI_PIT = 0  # the GSI that KVM's PIT raises
+IOAPIC_PIN_PIT = 2  # the pin to which a PC wires it, as the override in the MADT says
 
 
 def chip_routes() -> list[abi.kvm_irq_routing_entry]:
-    """Return the fixed part: each ISA line to its 8259, every line to the I/O APIC, line 0 to pin 2 there."""
+    """Return the fixed routes: each ISA line to its 8259, and all lines to the I/O APIC, where line 0 has pin 2."""
     routes = []
     for gsi in range(2 * PIC_PINS):
         chip = abi.KVM_IRQCHIP_PIC_MASTER if gsi < PIC_PINS else abi.KVM_IRQCHIP_PIC_SLAVE
-        if gsi != 2:  # the cascade is no line
+        if gsi != 2:  # pin 2 of the master connects the slave, and has no line
             routes.append(chip_route(gsi, chip, gsi % PIC_PINS))
     for gsi in range(IOAPIC_PINS):
         if gsi != IOAPIC_PIN_PIT:
@@ -39,13 +39,13 @@ class Routing:
         self._commit()
 
     def allocate(self, count: int) -> int:
-        """Return the first of `count` GSIs that are nobody else's; there is no route behind them yet."""
+        """Reserve `count` GSIs in a row, and return the first.  They have no routes yet."""
         first = self._next_gsi
         self._next_gsi += count
         return first
 
     def set_message(self, gsi: int, address: int, data: int) -> None:
-        """Let a GSI send this message from now on."""
+        """Set the message that a GSI sends."""
         with self._lock:
             if self._messages.get(gsi) != (address, data):
                 self._messages[gsi] = (address, data)

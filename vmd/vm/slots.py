@@ -1,8 +1,8 @@
-"""Which virtio devices a VM has, and in which PCI slot each sits (*cat. 5.4*).
+"""The virtio devices of a VM, and the PCI slot of each (*cat. 5.4*).
 
     0 host bridge   1 entropy   then network interfaces, disks, the CD-ROM drive, vmmci   31 seed
 
-The order is upstream's, so that a guest that was installed there finds its devices where they were.
+The order is upstream's, so that a guest that was installed under upstream's vmd finds its devices in the same slots.
 """
 
 from vmd.config.model import BootDevice
@@ -18,24 +18,24 @@ if TYPE_CHECKING:
 
 SLOT_HOST_BRIDGE = 0
 
-# How a function's BARs and capabilities are laid out: 1 has the structures of virtio 1.x in an i/o BAR; 2 has them in a
-# memory BAR, too, and a subsystem id of 40h and more where there are no legacy registers (`vm/virtio.py`).
+# Layouts of a function's BARs and capabilities.  Layout 1 has the structures of virtio 1.x in an i/o BAR.  Layout 2 has
+# them in a memory BAR, too; in it, a function without legacy registers has a subsystem id of 40h or more (`vm/virtio.py`).
 LAYOUT_FIRST, LAYOUT = 1, 2
 
 
 class Slot(Record):
-    """One device: what it is, where it sits, and what its process is given."""
+    """One device: its kind, its PCI slot, and the resources for its process."""
 
     kind: Kind
-    index: int  # among those of its kind
+    index: int  # among the devices of its kind
     number: int  # PCI slot
-    fds: tuple[int, ...] = ()  # its host resources, in the order in which its process takes them
-    notes: tuple[int, ...] = ()  # devmsg.RESOURCE_* of each
-    names: tuple[str, ...] = ()  # what to call each in sentences
+    fds: tuple[int, ...] = ()  # host resources, in the order in which the process takes them
+    notes: tuple[int, ...] = ()  # for each of `fds`: devmsg.RESOURCE_*
+    names: tuple[str, ...] = ()  # for each of `fds`: its name in messages
     flags: int = 0  # devmsg.START_*
-    module: str = MAIN  # of its package: what its process begins with
-    net: bytes = b""  # devmsg.NET, of a network interface; the last of its names is then the guest's host name
-    # What a guest that was sent keeps, wherever it goes: `vm/state.py`'s DeviceHead says more.
+    module: str = MAIN  # the main module of the process, in the package of its kind
+    net: bytes = b""  # devmsg.NET of a network interface; the last of its names is then the guest's host name
+    # These two stay the same when the guest is sent to another host: see `vm/header.py`'s DeviceHead.
     layout: int = LAYOUT
     serial: bytes = b""
 
@@ -46,12 +46,12 @@ class Slot(Record):
 
     @property
     def label(self) -> str:
-        """What the device is called where users see it, such as disk0."""
+        """The name of the device for users, such as disk0."""
         return f"{self.kind.word}{self.index}" if self.kind.slot is None else self.kind.word
 
 
 def plan(given: Given) -> list[Slot]:
-    """Return the devices of a VM."""
+    """Return the devices of a VM, in the order of KINDS."""
     devices = [(kind, index, own) for kind in KINDS for index, own in enumerate(kind.resources(given))]
     return [
         Slot(kind=kind, number=number if kind.slot is None else kind.slot, **{"index": index} | own)
@@ -60,22 +60,22 @@ def plan(given: Given) -> list[Slot]:
 
 
 def with_serials(config: "VmConfig", slots: "Sequence[Slot]") -> "VmConfig":
-    """Return a configuration that has the serial numbers of these disks in it, so that they go where it goes."""
+    """Return the configuration with the serial numbers of these disks, so that a receiver gets them with it."""
     serials = [slot.serial.decode("ascii") for slot in slots if slot.kind is DISK]
     disks = zip(config.disks, serials, strict=True)
     return config.replace(disks=tuple(disk.replace(serial=serial) for disk, serial in disks))
 
 
 def vmmci_slot(slots: "Sequence[Slot]") -> int:
-    """Return the slot of the VM control device: behind all others but those that have a fixed one."""
+    """Return the slot of the VM control device: the one after the last device that has no fixed slot."""
     return max((slot.number for slot in slots if slot.kind.slot is None), default=SLOT_HOST_BRIDGE) + 1
 
 
 def boot_paths(slots: "Sequence[Slot]", device: BootDevice) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the lines for SeaBIOS's `bootorder`: of what it starts from, and of the other drives.
+    """Return lines for SeaBIOS's `bootorder`: those of the drives to boot from, and those of all other drives.
 
-    By default disks, then the disc; else only what was asked for.  (Of several disks it starts from the first.)
-    Nothing starts from a seed.
+    By default these are the disks, and then the disc; else the kind of drive that was asked for.  (SeaBIOS boots from
+    the first of several disks.)  A VM never boots from a seed.
     """
     disks = tuple(fwcfg.boot_path(slot.number) for slot in slots if slot.kind is DISK)
     discs = tuple(fwcfg.scsi_boot_path(slot.number) for slot in slots if slot.kind is CDROM)
@@ -85,5 +85,5 @@ def boot_paths(slots: "Sequence[Slot]", device: BootDevice) -> tuple[tuple[str, 
             return disks, (*discs, *seeds)
         case BootDevice.CDROM:
             return discs, (*disks, *seeds)
-        case _:  # `net` is for kernels that are booted directly; firmware has nothing to boot by it
+        case _:  # NET concerns kernels that are booted directly: the firmware has no network boot
             return (*disks, *discs), seeds

@@ -1,4 +1,4 @@
-"""The chips' timers, which wait while their machine stands still."""
+"""Timers of chips, which wait while the machine is paused."""
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -8,7 +8,7 @@ if TYPE_CHECKING:
 
 
 class HeldTimers:
-    """The chips' timers: those that are due while the machine stands still are held back until it goes on."""
+    """Timers of chips: callbacks that are due while the machine is paused are held back until it goes on."""
 
     def __init__(self, loop: "Loop") -> None:
         self.loop = loop
@@ -16,7 +16,7 @@ class HeldTimers:
         self.held: list[Callable[[], None]] = []
 
     def schedule(self, delay_s: float, callback: "Callable[[], None]") -> "Timer":
-        """Do as `Loop.schedule`."""
+        """Schedule a callback, as `Loop.schedule` does."""
         return self.loop.schedule(delay_s, lambda: self._due(callback))
 
     def _due(self, callback: "Callable[[], None]") -> None:
@@ -26,11 +26,11 @@ class HeldTimers:
             callback()
 
     def hold(self) -> None:
-        """Hold back what comes."""
+        """Hold back callbacks from now on."""
         self.holding = True
 
     def release(self) -> None:
-        """Do what was held back; later ones come on time."""
+        """Call all callbacks that were held back, and hold back no more."""
         self.holding = False
         held, self.held = self.held, []
         for callback in held:

@@ -1,8 +1,7 @@
-"""One vCPU and its thread: KVM_RUN, then the exit is handed to the bus.
+"""One vCPU and its thread: it calls KVM_RUN, and hands each exit to the bus.
 
-The thread answers port I/O inside `Vcpu.run_pio`; everything else comes back as an exit object and is rare.
-What ends the VM is reported once, through `end`, from whichever thread finds it; the event thread then
-stops all vCPUs.
+The thread answers port I/O inside `Vcpu.run_pio`.  All other exits are rare, and come back as an exit object.
+A thread that finds a reason to end the VM calls `end`.  The event thread then stops all vCPUs.
 """
 
 import time
@@ -38,11 +37,11 @@ if TYPE_CHECKING:
     from vmd.kvmapi.vcpu import Vcpu
     from vmd.vm.bus import Bus
 
-RETRY_WAIT_S = 0.001  # KVM says EAGAIN of a vCPU that is on its way up; do not spin meanwhile
+RETRY_WAIT_S = 0.001  # KVM returns EAGAIN for a vCPU that is being started by another one: do not spin meanwhile
 STOP_TIMEOUT_S = 10.0
 
 MSR_MTRR_DEF_TYPE = 0x2FF
-MTRR_ENABLED_WRITE_BACK = 0x806  # without the fixed ranges, whose reset value is uncached
+MTRR_ENABLED_WRITE_BACK = 0x806  # fixed ranges stay disabled, because their reset value is uncached
 MSR_MISC_ENABLE = 0x1A0
 MISC_ENABLE_FAST_STRINGS = 1
 
@@ -50,9 +49,9 @@ INSTRUCTION_BYTES = 16
 
 
 def apply_start(vcpu: "Vcpu", start: Start) -> None:
-    """Put vCPU 0 into the state its boot image expects.
+    """Put vCPU 0 into the state that its boot image expects.
 
-    With firmware nothing is to do: KVM's reset state is the processor's.
+    For firmware there is nothing to do: KVM resets a vCPU to the state of a real processor after reset.
     """
     if start.mode is Mode.REAL_RESET:
         return
@@ -72,9 +71,9 @@ def apply_start(vcpu: "Vcpu", start: Start) -> None:
 
 
 def set_boot_msrs(vcpus: "list[Vcpu]", *, direct_boot: bool) -> None:
-    """Set the MSRs whose reset value would hurt; a host that lacks one of them goes without."""
+    """Set MSRs whose reset values would make the guest slow.  An MSR that the host lacks is left out."""
     wanted = {MSR_MISC_ENABLE: MISC_ENABLE_FAST_STRINGS}
-    if direct_boot:  # firmware sets up its own
+    if direct_boot:  # firmware sets the MTRRs itself
         wanted[MSR_MTRR_DEF_TYPE] = MTRR_ENABLED_WRITE_BACK
     for vcpu in vcpus:
         refused = vcpu.set_msrs(wanted)
@@ -100,8 +99,8 @@ class VcpuThread:
         self._end = end
         self._stopping = threads.Event()
         self._parking = threads.Condition()
-        self._on_parked: Callable[[], None] | None = None  # while it is to stand still, or does
-        self.left_ns = 0  # by CLOCK_MONOTONIC: when it left the guest to stand still
+        self._on_parked: Callable[[], None] | None = None  # set while the vCPU is to park, or is parked
+        self.left_ns = 0  # when the vCPU left the guest to park, by CLOCK_MONOTONIC
         self._thread = threads.Thread(target=self._run, name=f"vcpu{number}", daemon=True)
 
     def start(self) -> None:
@@ -109,26 +108,26 @@ class VcpuThread:
         start_thread(self._thread.name, self._thread.start)
 
     def ask_to_stop(self) -> None:
-        """Make the thread leave the guest; `join` waits for it."""
+        """Tell the thread to end.  `join` waits for that."""
         self._stopping.set()
         self.unpark()
         self.vcpu.kick()
 
     def ask_to_park(self, on_parked: "Callable[[], None]") -> None:
-        """Make the vCPU stop between two instructions; `on_parked` is called on its thread when it has."""
+        """Stop the vCPU between two instructions.  Then `on_parked` is called on its thread."""
         with self._parking:
             self._on_parked = on_parked
             self._parking.notify()
         self.vcpu.kick()
 
     def unpark(self) -> None:
-        """Let a parked vCPU go on, or one that was asked to park go on without."""
+        """Let a parked vCPU go on, or cancel the request to park."""
         with self._parking:
             self._on_parked = None
             self._parking.notify()
 
     def join(self) -> bool:
-        """Wait for the thread; False if it does not come back, as with an ioctl stuck in the kernel."""
+        """Wait for the end of the thread.  Return False if it does not end in time, as when an ioctl hangs."""
         if self._thread.is_alive():
             self._thread.join(STOP_TIMEOUT_S)
         return not self._thread.is_alive()
@@ -141,7 +140,7 @@ class VcpuThread:
         except OSError as error:
             self._end(Outcome.FAILED, f"vcpu {self.number}: {error}")
         except BaseException as error:
-            # Ours to fix, but a thread that dies silently would leave a guest that never ends.
+            # A bug of ours.  Without this, the thread would die silently, and the VM would never end.
             self._end(Outcome.FAILED, f"vcpu {self.number}: internal error: {type(error).__name__}: {error}")
             raise
         finally:
@@ -162,7 +161,7 @@ class VcpuThread:
                 case PioOut(port, size, _count, data):
                     bus.pio_write_string(port, size, data)
                 case Interrupted():
-                    # In this order: a request that comes in between has set what is looked at next.
+                    # In this order: a request that comes between the two lines is seen by the second one.
                     vcpu.clear_kick()
                     self._park_if_asked()
                 case Retry() | Hlt():
@@ -177,9 +176,9 @@ class VcpuThread:
                     return
 
     def _park_if_asked(self) -> None:
-        """Stand still; KVM has completed the I/O of the exit before, as it does before it is interrupted.
+        """Park, if that was asked for.  KVM has completed the I/O of the last exit before it was interrupted.
 
-        Whoever asks again before this thread has noticed that it may go on is told as well: it stands still.
+        If the vCPU is unparked and asked to park again before this thread wakes up, the new `on_parked` is called, too.
         """
         told: Callable[[], None] | None = None
         self.left_ns = time.monotonic_ns()
@@ -192,7 +191,7 @@ class VcpuThread:
                     self._parking.wait()
 
     def _report(self, exit: "Exit") -> str:
-        """Log registers and instruction bytes of a vCPU that KVM cannot run on; return the sentence."""
+        """Log the registers and instruction bytes of a vCPU that KVM cannot run any more.  Return a sentence."""
         match exit:
             case InternalError(suberror, data):
                 words = " ".join(f"{word:#x}" for word in data)
@@ -209,7 +208,7 @@ class VcpuThread:
         return f"vcpu {self.number}: {what}"
 
     def dump(self) -> list[str]:
-        """Return the registers of a stopped vCPU, and the bytes at its instruction pointer."""
+        """Return lines with the registers of a stopped vCPU and the bytes at its instruction pointer."""
         try:
             regs, sregs = self.vcpu.get_regs(), self.vcpu.get_sregs()
         except OSError as error:

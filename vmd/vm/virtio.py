@@ -1,28 +1,29 @@
-"""A virtio device on the PCI bus: registers here, rings in its device process, KVM between guest and process.
+"""A virtio device on the PCI bus: its registers are here, its rings are in its device process.
 
-Notifications and interrupts of a running queue pass this process by (arch. 5): the guest's write to the notify
-port signals the queue's kick eventfd in the kernel, and the process's write to its call eventfd interrupts the
-guest there.  This module only keeps those two registrations in step with what the guest programs.
+Notifications and interrupts of a running queue do not enter this process (arch. 5).  When the guest writes to the
+notify port, the kernel signals the queue's kick eventfd.  When the device process writes to the queue's call eventfd,
+the kernel interrupts the guest.  This module registers both eventfds with KVM where the guest's registers say.
 
-A device that this process serves itself (`vm/entropy.py`) has both eventfds, too.  It differs in one thing only: where
-KVM tells of the end of each interrupt on a line of INTx, whosever that was, is `config_resample`, which we listen to.
+A device that this process serves itself (`vm/entropy.py`) has both eventfds, too.  The only difference: KVM signals the
+end of an INTx interrupt by `config_resample`, to which this process listens.  KVM does so for every interrupt on that
+line, also for those of other devices.
 
     BAR 0   i/o, 128 bytes   legacy register block    (with `virtio transitional` or `legacy`)
     BAR 1   memory, 4 KiB    MSI-X table and pending bits
     BAR 2   i/o, 256 bytes   virtio 1.x structures    (with `virtio transitional` or `modern`)
     BAR 4   memory, 4 KiB    the same structures      (not with `virtio legacy`)
 
-BARs 2 and 4 hold common configuration at 0, ISR at 44h, device configuration from 80h on, and reach the same registers.
+BARs 2 and 4 give access to the same registers: common configuration at 0, ISR at 44h, device configuration from 80h on.
 The notify word is at 40h in BAR 2, and at 800h in BAR 4.
 
-A machine of layout 1, which was sent by an earlier version, has no BAR 4.
+A machine of layout 1, which an earlier version has sent, has no BAR 4.
 
-Drivers take the first set of structures that they can use.  The i/o set comes first, because an access to it costs
-less: the kernel has no instruction to decode.  Of the drivers that know memory BARs only, some go on to the second set
-and some give up.  `virtio memory`, which has no i/o BAR at all, is for the latter.
+A driver takes the first set of structures that it can use.  The i/o set comes first, because an access to it costs
+less: the kernel need not decode the instruction.  Some drivers that know only memory BARs go on to the second set, and
+others give up at the first one.  `virtio memory`, which has no i/o BAR at all, is for the others.
 
-Several drivers mix the two sets up.  SeaBIOS takes the first notification structure and the multiplier of the last one,
-so both multipliers are 0.  Redox refuses a multiplier of 0, so `virtio memory` has another one.
+Several drivers confuse the two sets.  SeaBIOS takes the first notification structure and the multiplier of the last
+one, so both multipliers are 0.  Redox refuses a multiplier of 0, so `virtio memory` has another one.
 """
 
 import os
@@ -63,16 +64,16 @@ ISR = 0x44
 DEVICE_CONFIG = 0x80
 NOTIFY_BYTES = 2
 
-MEMORY_BYTES = 0x1000  # a page, which a driver can map by itself
+MEMORY_BYTES = 0x1000  # a whole page, which a driver can map without the registers of another device
 MEMORY_NOTIFY = 0x800
-NOTIFY_STEP = 4  # between the words of two queues, where each has its own
+NOTIFY_STEP = 4  # bytes between the notify words of two queues, if each queue has its own word
 
 # virtio_pci_cap after id and next pointer: length, type, bar, id, padding, offset, length (virtio 1.2, 4.1.4)
 CAP_BYTES = 16
-PCI_CFG_DATA = 14  # in the body of the PCI_CFG capability: pci_cfg_data, behind the cap's own fields
+PCI_CFG_DATA = 14  # offset of pci_cfg_data in the body of the PCI_CFG capability, behind the fields of virtio_pci_cap
 
 
-# Attributes that go into a saved state as they are, under the same names, and how wide they are in bits.
+# Attributes that a saved state has under the same names, and their widths in bits.
 QUEUE_REGISTERS = {"size": 16, "enabled": 1, "desc": 64, "avail": 64, "used": 64, "pfn": 32, "vector": 16}
 QUEUE_INDICES = {"next_avail": 16, "next_used": 16}
 REGISTERS = {
@@ -82,10 +83,11 @@ REGISTERS = {
 
 
 if TYPE_CHECKING:
-    NotifyAddress = tuple[int, int, int | None, bool]  # port or address, width or 0 for any, value or any, is a port
+    # Port or address; width in bytes, or 0 for any; value, or None for any; whether it is a port.
+    NotifyAddress = tuple[int, int, int | None, bool]
 
     class Server(Protocol):
-        """What serves the rings of a device: a `DeviceProcess`, whose methods say more, or this process."""
+        """Serves the rings of a device: a `DeviceProcess`, which documents these methods, or `vm/entropy.py`."""
 
         kind: Kind
         title: str
@@ -100,28 +102,28 @@ if TYPE_CHECKING:
 
         @property
         def resample(self) -> int | None:
-            """The eventfd that it hears of ends of INTx interrupts by; None: it is in this process."""
+            """The eventfd by which KVM tells it of the end of an INTx interrupt; None: it is in this process."""
 
         def activate(self, features: int, queues: Sequence[tuple[int, bool, int, int, int, int, int]]) -> bool:
-            """Take the rings."""
+            """Take the rings, and serve them."""
 
         def command(self, kind: int) -> bool:
-            """Do RESET, PAUSE, RESUME, MARK or UNMARK."""
+            """Execute RESET, PAUSE, RESUME, MARK or UNMARK."""
 
         def write_config(self, offset: int, data: bytes) -> bytes:
             """Take a write of the driver to configuration space."""
 
         def export(self) -> tuple[list[tuple[int, int]], bytes]:
-            """Say how far it is in its rings."""
+            """Return the positions in the rings, and the device's own state."""
 
         def restore(self, own: bytes) -> bool:
-            """Take what its like has kept besides."""
+            """Take the own state of the device that was saved."""
 
         def addresses(self) -> bytes:
-            """Of an interface: say which addresses its guest has told its neighbours."""
+            """For an interface: return the addresses that its guest has announced to its neighbours."""
 
         def tell_direct(self, direct: bool) -> None:
-            """Of an interface: hear whether each queue has a vector."""
+            """For an interface: take whether each queue has an MSI-X vector."""
 
 
 class QueueState(Record):
@@ -136,14 +138,14 @@ class QueueState(Record):
     vector: int
     next_avail: int
     next_used: int
-    called: bool  # an interrupt that has not been delivered, behind a masked vector
-    unseen: bool  # INTx: the guest has yet to read ISR
+    called: bool  # an interrupt is pending behind a masked vector
+    unseen: bool  # INTx: the guest has not read ISR yet
 
 
 class VirtioState(Part):
-    """A saved device: its registers, and where its process was in the rings."""
+    """A saved device: its registers, and the positions of its process in the rings."""
 
-    kind: str = ""  # of the device; "": as the header says, as before a part named its kind
+    kind: str = ""  # the kind of device; "" in streams of older versions, which have it in the header only
     status: int
     driver_features: int
     features_locked: bool
@@ -156,13 +158,13 @@ class VirtioState(Part):
     config: bytes
     config_pending: bool
     config_called: bool
-    own: bytes = b""  # what its process keeps besides its rings
+    own: bytes = b""  # the state of its process besides the rings
     queues: tuple[QueueState, ...]
-    addresses: bytes = b""  # that the guest of an interface has told its neighbours, devmsg.ANNOUNCED each
+    addresses: bytes = b""  # of an interface: those that its guest has announced, as devmsg.ANNOUNCED
 
 
 class VirtioFunction(PciFunction):
-    """One transitional virtio device; also the `Backend` of its registers."""
+    """One virtio device.  It is also the `Backend` of its registers."""
 
     def __init__(
         self,
@@ -185,24 +187,24 @@ class VirtioFunction(PciFunction):
             revision=1 if modern_only else 0,
             interrupt_pin=1,
         )
-        self.pci_cfg = 0  # where in configuration space the window is
+        self.pci_cfg = 0  # offset of the window (PCI_CFG) in configuration space
         self.process = process
         self.kvm = kvm
         self.routing = routing
         self.fail = fail
         self.complaints = RateLimit()
-        self.remarks = RateLimit()  # of its own, so that they keep no complaint out of the log
+        self.remarks = RateLimit()  # a limit of its own: remarks must not suppress complaints
         vectors = len(kind.queues) + 1
         apart = mode is VirtioMode.MEMORY
         self.transport = Transport(process.features, kind.queues, process.config, vectors, self, notify_apart=apart)
         self.config_call = eventfd()
         self.config_resample = eventfd()
         self.config_pending = False
-        self.detached = False  # while the machine stands still
+        self.detached = False  # true while the machine is paused
         self.first_gsi = routing.allocate(vectors)
-        self.irqfds: dict[int, tuple[int, bool]] = {}  # eventfd -> gsi, with resample
-        self.ioeventfds: set[tuple[NotifyAddress, int]] = set()  # and the queue
-        self.structures: dict[int, LegacyBlock | ModernBlock] = {}  # what the window reaches, by BAR
+        self.irqfds: dict[int, tuple[int, bool]] = {}  # eventfd -> (gsi, whether with resample)
+        self.ioeventfds: set[tuple[NotifyAddress, int]] = set()  # (address, queue)
+        self.structures: dict[int, LegacyBlock | ModernBlock] = {}  # register blocks that the window reaches, by BAR
         if not modern_only:
             self.structures[BAR_LEGACY] = legacy = LegacyBlock(self)
             self.add_io_bar(BAR_LEGACY, LEGACY_BYTES, legacy)
@@ -221,7 +223,7 @@ class VirtioFunction(PciFunction):
             self._add_structures(BAR_MEMORY, MEMORY_NOTIFY)
 
     def _add_structures(self, bar: int, notify: int) -> None:
-        """Add the capabilities that say where in a BAR each structure is (4.1.4)."""
+        """Add the capabilities that give the offset of each structure in a BAR (4.1.4)."""
         apart = self.transport.notify_apart
         multiplier = NOTIFY_STEP if apart else 0  # 0: one word for all queues
         notify_bytes = NOTIFY_STEP * len(self.transport.queues) if apart else NOTIFY_BYTES
@@ -237,7 +239,7 @@ class VirtioFunction(PciFunction):
             self.add_capability(spec.PCI_CAP_ID_VENDOR, body)
 
     def _add_window(self) -> None:
-        """Add a window for drivers that can reach BARs through configuration space only (4.1.4.9)."""
+        """Add a window for drivers that can access BARs only through configuration space (4.1.4.9)."""
         body = bytes((CAP_BYTES + 4, spec.VIRTIO_PCI_CAP_PCI_CFG, 0, 0, 0, 0)) + bytes(8) + bytes(4)
         writable = bytes((0, 0, 0xFF, 0, 0, 0)) + b"\xff" * 12
         self.pci_cfg = self.add_capability(spec.PCI_CAP_ID_VENDOR, body, writable)
@@ -245,12 +247,12 @@ class VirtioFunction(PciFunction):
     # --- PCI -----------------------------------------------------------------------------------------------
 
     def config_read(self, offset: int, size: int) -> int:
-        """Read configuration space; pci_cfg_data reads what its capability points to."""
+        """Read configuration space.  A read of pci_cfg_data reads the register that its capability points to."""
         self._window(offset, size, None)
         return super().config_read(offset, size)
 
     def config_write(self, offset: int, size: int, value: int) -> None:
-        """Write configuration space; pci_cfg_data writes through."""
+        """Write configuration space.  A write to pci_cfg_data writes the register that its capability points to."""
         super().config_write(offset, size, value)
         self._window(offset, size, value)
 
@@ -273,19 +275,19 @@ class VirtioFunction(PciFunction):
                 block.write(at, length, data)
 
     def bar_changed(self, index: int, base: int | None) -> None:
-        """A BAR moved: the notify ports move with it."""
+        """Map a BAR, and register the notify addresses in it."""
         super().bar_changed(index, base)
         self._place_notifications()
 
     def command_changed(self, command: int) -> None:
-        """INTx may have been switched off, or on again: then for what came before, too."""
+        """Switch INTx off or on.  When it is switched on, the guest is interrupted for what it has not seen."""
         silent = not self.irqfds
         self._place_interrupts()
         if silent and self.irqfds:
             self._raise_unseen()
 
     def interrupt_pending(self) -> bool:
-        """Return whether INTx would be asserted."""
+        """Return whether an INTx interrupt is pending."""
         if self.transport.msix_enabled:
             return False
         queues = range(len(self.transport.queues))
@@ -299,9 +301,12 @@ class VirtioFunction(PciFunction):
         return [*sources, (self.config_call, self.transport.config_vector)]
 
     def _place_interrupts(self) -> None:
-        """Assign every call eventfd to where the guest wants it now; one that is masked counts up meanwhile."""
+        """Assign each call eventfd to the interrupt that the guest has set up.
+
+        An eventfd whose vector is masked has no interrupt: it counts.
+        """
         assert self.msix is not None
-        self._tell_direct()  # before: what the kernel has raised until now goes where its interrupts went
+        self._tell_direct()  # first: interrupts that the kernel has raised until now still go to the old place
         wanted: dict[int, tuple[int, bool]] = {}
         if self.detached:
             pass
@@ -310,9 +315,10 @@ class VirtioFunction(PciFunction):
                 if vector < self.msix.vectors and not self.msix.message(vector)[2]:
                     wanted[fd] = (self.first_gsi + vector, False)
         elif self.slot > 0 and not self.command & COMMAND_INTX_DISABLE:
-            # Ours only as long as they are needed: every end of an interrupt on this line, whosever, wakes our event
-            # thread then.  Those of a process once it has rings: each takes the kernel a millisecond, and most drivers
-            # enable MSI-X before.
+            # The eventfds of this process are assigned only while an interrupt is pending: until then, each end of an
+            # interrupt on this line, also of another device, would wake the event thread.  The eventfds of a device
+            # process are assigned once it has rings: an assignment takes the kernel a millisecond, and most drivers
+            # have enabled MSI-X by then.
             gsi, pending = layout.pci_irq(self.slot, 1), self.process.interrupts.pending
             serves = self.process.resample is not None and self.transport.active
             for queue, fd in enumerate(self.process.calls):
@@ -332,7 +338,10 @@ class VirtioFunction(PciFunction):
                 self.irqfds[fd] = (gsi, level)
 
     def _tell_direct(self) -> None:
-        """Tell the process whether each queue has a vector, masked or not: else of each interrupt ISR has to know."""
+        """Tell the process whether each queue has a vector, masked or not.
+
+        If not, the process has to count each interrupt for ISR.
+        """
         vectors = [queue.vector for queue in self.transport.queues]
         try:
             self.process.tell_direct(self.transport.msix_enabled and spec.VIRTIO_MSI_NO_VECTOR not in vectors)
@@ -340,20 +349,24 @@ class VirtioFunction(PciFunction):
             self.fail(str(error))
 
     def detach_interrupts(self) -> None:
-        """Let nothing reach the interrupt controllers; when this returns, nothing is on its way to them."""
+        """Detach all call eventfds from the interrupt controllers.  When this returns, no injection is under way."""
         with self.lock:
             self.detached = True
             self._place_interrupts()
 
     def attach_interrupts(self) -> None:
-        """Undo `detach_interrupts`; what was counted meanwhile is injected, and INTx raised for what is unseen."""
+        """Undo `detach_interrupts`.
+
+        Interrupts that the eventfds have counted meanwhile are injected.  INTx is asserted if the guest has not read
+        ISR.
+        """
         with self.lock:
             self.detached = False
             self._place_interrupts()
             self._raise_unseen()
 
     def _raise_unseen(self) -> None:
-        """Assert INTx for what the guest has yet to read from ISR."""
+        """Assert INTx for interrupts that the guest has not read from ISR yet."""
         if self.transport.msix_enabled:
             return
         for queue, call in enumerate(self.process.calls):
@@ -377,7 +390,7 @@ class VirtioFunction(PciFunction):
         )
 
     def on_config_resample(self, _events: int) -> None:
-        """The guest ended an INTx interrupt: raise it again if ISR is still unread."""
+        """The guest has ended an INTx interrupt: assert it again if the guest has not read ISR."""
         drain(self.config_resample)
         with self.lock:
             self._raise_unseen()
@@ -385,7 +398,7 @@ class VirtioFunction(PciFunction):
     # --- notifications ---------------------------------------------------------------------------------------
 
     def notify(self, number: int, size: int = NOTIFY_BYTES) -> None:
-        """Take a notification that came here: through the window, or before its address was registered."""
+        """Take a notification that KVM has not handled: it came through the window, or before it was registered."""
         if size != NOTIFY_BYTES:
             self.complain(f"notifies by {size} bytes, not {NOTIFY_BYTES}")
         elif number >= len(self.process.kicks):
@@ -394,7 +407,7 @@ class VirtioFunction(PciFunction):
             os.eventfd_write(self.process.kicks[number], 1)
 
     def _place_notifications(self) -> None:
-        """Register each queue's kick at the addresses where the guest notifies now; elsewhere it is ignored."""
+        """Register the kick of each queue at all addresses at which the guest can notify it now."""
         wanted: set[tuple[NotifyAddress, int]] = set()
         if self.transport.active:
             for index, offset in ((BAR_LEGACY, LEGACY_NOTIFY), (BAR_MODERN, NOTIFY), (BAR_MEMORY, MEMORY_NOTIFY)):
@@ -412,14 +425,14 @@ class VirtioFunction(PciFunction):
 
     def _notify_address(self, base: int, queue: int, *, pio: bool) -> "NotifyAddress":
         if self.transport.notify_apart:
-            # Whatever is written there means this queue, which saves KVM decoding the instruction.
+            # Any value that is written there notifies this queue, so KVM need not decode the instruction.
             return base + NOTIFY_STEP * queue, 0, None, pio
         return base, NOTIFY_BYTES, queue, pio
 
     # --- Backend ---------------------------------------------------------------------------------------------
 
     def activate(self, features: int, queues: "list[QueueRegisters]") -> bool:
-        """Start the rings in the device process."""
+        """Hand the rings to the device process."""
         rows = [(q.size, q.enabled, q.desc, q.avail, q.used, 0, 0) for q in queues]
         try:
             usable = self.process.activate(features, rows)
@@ -431,7 +444,7 @@ class VirtioFunction(PciFunction):
         return usable
 
     def reset(self) -> None:
-        """Take the rings from the device process; a process that cannot let go ends the VM."""
+        """Take the rings from the device process.  If it cannot let go of them, the VM ends."""
         self.transport.active = False
         self._place_notifications()
         try:
@@ -443,7 +456,7 @@ class VirtioFunction(PciFunction):
         self._place_interrupts()
 
     def write_config(self, offset: int, data: bytes) -> bytes:
-        """Pass a write to device configuration on."""
+        """Pass a write to device configuration on to the device process."""
         try:
             config = self.process.write_config(offset, data)
             if len(config) != len(self.transport.config):
@@ -462,16 +475,16 @@ class VirtioFunction(PciFunction):
             ours += self.process.calls
         if ours and not self.transport.msix_enabled:
             for fd in ours:
-                drain(fd)  # in case it was not let through
+                drain(fd)  # INTx may have been disabled, so that the eventfd still counts
             self._place_interrupts()
         return (spec.ISR_QUEUE if queue else 0) | (spec.ISR_CONFIG if config else 0)
 
     def vectors_changed(self) -> None:
-        """A queue or the configuration has another vector."""
+        """Act on a new vector of a queue or of the configuration."""
         self._place_interrupts()
 
     def complain(self, text: str) -> None:
-        """Log what the driver did in vain."""
+        """Log a mistake of the driver that was ignored."""
         self.remarks.warn(f"{self.process.name}: the driver {text}")
 
     def raise_config(self) -> None:
@@ -483,7 +496,7 @@ class VirtioFunction(PciFunction):
     # --- saving ----------------------------------------------------------------------------------------------
 
     def save(self) -> VirtioState:
-        """Return the state of a device that stands still.  Raises PeerError."""
+        """Return the state of a paused device.  Raises PeerError."""
         with self.lock:
             registers = self.transport
             indices, own = self.process.export() if registers.active else ([], b"")
@@ -512,16 +525,19 @@ class VirtioFunction(PciFunction):
             )
 
     def check_registers(self, state: VirtioState, offered: int) -> None:
-        """Raise ValueError unless this is the state of such a device, whose process `offered` these features."""
+        """Raise ValueError unless this is the state of a device like this one.
+
+        `offered` are the features that its process offered at the sender.
+        """
         name, queues = self.process.name, self.transport.queues
         if state.kind not in ("", self.process.kind.name):
             raise ValueError(f"a device of kind {state.kind!r} where {name} is")
         if len(state.queues) != len(queues) or len(state.config) != len(self.transport.config):
             raise ValueError(f"another {name} than this machine has")
         if not are_addresses(state.addresses):
-            raise ValueError(f"addresses of {name} that no guest has")
+            raise ValueError(f"impossible addresses of the guest of {name}")
         if len(state.own) > OWN_MAX:
-            raise ValueError(f"{len(state.own)} bytes besides the rings of {name}")
+            raise ValueError(f"{len(state.own)} bytes of own state of {name}, at most {OWN_MAX} can be")
         _check_widths(state, REGISTERS)
         for queue, saved in zip(queues, state.queues, strict=True):
             _check_widths(saved, QUEUE_REGISTERS | QUEUE_INDICES)
@@ -529,10 +545,10 @@ class VirtioFunction(PciFunction):
                 raise ValueError(f"a queue of {saved.size} in {name}")
         missing = state.driver_features & offered & ~self.process.features
         if missing:
-            raise ValueError(f"its driver of {name} uses features {missing:#x}, which are not here")
+            raise ValueError(f"its driver of {name} uses features {missing:#x}, which {name} does not have here")
 
     def restore_registers(self, state: VirtioState) -> None:
-        """Become such a device, standing still, of a state that was checked; `restore_rings` comes next."""
+        """Restore the registers from a checked state.  The device is then paused; `restore_rings` comes next."""
         with self.lock:
             registers = self.transport
             self.detach_interrupts()
@@ -546,7 +562,7 @@ class VirtioFunction(PciFunction):
             self.config_pending = state.config_pending
 
     def restore_rings(self, state: VirtioState) -> None:
-        """Hand the rings to the device process, which stands still too.  Raises PeerError or ValueError."""
+        """Pause the device process and hand it the rings.  Raises PeerError or ValueError."""
         with self.lock:
             registers = self.transport
             self.process.command(PAUSE)
@@ -561,7 +577,7 @@ class VirtioFunction(PciFunction):
                 ]
                 usable = self.process.activate(registers.negotiated(modern=modern), rows)
                 if usable and registers.config != state.config and not self.process.kind.config_may_differ:
-                    raise ValueError(f"{self.process.name} is another one here, such as a disk of another size")
+                    raise ValueError(f"{self.process.name} is a different device here, such as a disk of another size")
                 self._place_notifications()
                 if not usable:
                     registers.needs_reset()
@@ -575,10 +591,10 @@ class VirtioFunction(PciFunction):
             if state.config_called:
                 os.eventfd_write(self.config_call, 1)
 
-    # --- from whoever serves the rings, on the event thread ------------------------------------------------------
+    # --- calls from what serves the rings, on the event thread -------------------------------------------------
 
     def on_interrupt(self) -> None:
-        """A device that this process serves has counted an interrupt of its one queue: tell the guest."""
+        """Interrupt the guest: a device that this process serves has counted an interrupt of its only queue."""
         with self.lock:
             if self.transport.msix_enabled:
                 os.eventfd_write(self.process.calls[0], 1)
@@ -587,14 +603,14 @@ class VirtioFunction(PciFunction):
                 self._raise_unseen()
 
     def on_needs_reset(self, text: str, life: int) -> None:
-        """The driver broke a ring of this life of the device, or of one before it."""
+        """Act on a ring that the driver has broken.  `life` numbers the activation to which the ring belonged."""
         self.complaints.warn(f"{self.process.name}: {text}")
         with self.lock:
             if self.transport.active and life == self.process.activations:
                 self.transport.needs_reset()
 
     def on_config(self, config: bytes) -> None:
-        """The device's configuration has changed by itself."""
+        """Take a configuration that the device has changed, and tell the guest."""
         with self.lock:
             if len(config) == len(self.transport.config):
                 self.transport.config_changed(config)
@@ -603,7 +619,7 @@ class VirtioFunction(PciFunction):
 
 
 class LegacyBlock:
-    """BAR 0."""
+    """The register block in BAR 0."""
 
     def __init__(self, function: VirtioFunction) -> None:
         self.function = function
@@ -614,7 +630,7 @@ class LegacyBlock:
             return self.function.transport.legacy_read(offset, size)
 
     def write(self, offset: int, size: int, value: int) -> None:
-        """Write a legacy register; most notifications never come here."""
+        """Write a legacy register.  KVM handles most notifications, so they do not come here."""
         function = self.function
         with function.lock:
             if offset != LEGACY_NOTIFY:
@@ -628,7 +644,7 @@ class LegacyBlock:
 
 
 class ModernBlock:
-    """BAR 2 or 4, whose notifications are at `notify`."""
+    """The register block in BAR 2 or 4.  `notify` is the offset of its notify words."""
 
     def __init__(self, function: VirtioFunction, notify: int) -> None:
         self.function = function
@@ -645,7 +661,7 @@ class ModernBlock:
             return function.transport.common_read(offset, size) if offset < COMMON_BYTES else 0
 
     def write(self, offset: int, size: int, value: int) -> None:
-        """Write a virtio 1.x structure; most notifications never come here."""
+        """Write a virtio 1.x structure.  KVM handles most notifications, so they do not come here."""
         function = self.function
         with function.lock:
             transport = function.transport
@@ -663,7 +679,7 @@ class ModernBlock:
 
 
 def _check_widths(state: VirtioState | QueueState, widths: dict[str, int]) -> None:
-    """Raise ValueError for a number that no register holds."""
+    """Raise ValueError for a number that does not fit its register."""
     for name, bits in widths.items():
         if not 0 <= getattr(state, name) < 1 << bits:
             raise ValueError(f"{getattr(state, name)} in the {bits} bits of {name}")

@@ -1,12 +1,12 @@
-"""vmmci: the VM control device of OpenBSD guests (*cat. 6.7*), all of it in this process.
+"""vmmci: the VM control device of OpenBSD guests (*cat. 6.7*).  It has no device process.
 
-A legacy virtio device without queues, whose configuration space is
+It is a legacy virtio device without queues.  Its configuration space is
 
-    0   u32   command: what we ask of the guest, until it writes the same back; or what the guest announces
+    0   u32   command: a request to the guest, until the guest writes the same value; or an announcement of the guest
     4   u64   seconds and
-    12  u64   microseconds of the host's clock, as they were when the first word of the seconds was read
+    12  u64   microseconds of the host's clock at the time when the first word of the seconds was read
 
-Its interrupt is INTx, driven through KVM's level of the line: nobody but the driver ever waits for it.
+Its interrupt is INTx.  The level of the line is set by KVM_IRQ_LINE, without an eventfd.
 """
 
 import time
@@ -38,7 +38,7 @@ class Registers(Transport):
     """The registers, with a clock in configuration space."""
 
     def read_config(self, offset: int, size: int) -> int:
-        """Sample the host's clock when its first word is read: the others belong to the same moment."""
+        """Sample the host's clock when its first word is read, so that all its words belong to the same moment."""
         if offset <= SECONDS_AT < offset + size:
             now_us = time.time_ns() // 1000
             clock = (now_us // 1_000_000).to_bytes(8, "little") + (now_us % 1_000_000).to_bytes(8, "little")
@@ -47,10 +47,10 @@ class Registers(Transport):
 
 
 class Vmmci(PciFunction):
-    """The device; `on_acknowledged` and `on_power_off` are called on a vCPU thread.
+    """The device.  Both callbacks run on a vCPU thread.
 
-    `on_acknowledged(command)`: the guest does what it was asked for.  `on_power_off()`: the guest is about to switch
-    itself off, or would be if it knew how.
+    `on_acknowledged(command)`: the guest has accepted the request.  `on_power_off()`: the guest is about to switch the
+    machine off, or to halt if it cannot switch it off.
     """
 
     def __init__(
@@ -80,18 +80,19 @@ class Vmmci(PciFunction):
 
     @property
     def driver_is_up(self) -> bool:
-        """Whether the guest listens."""
+        """Whether the guest's driver is ready."""
         return self.registers.active
 
     @property
     def acknowledges(self) -> bool:
-        """Whether the driver says when it has taken a command."""
+        """Whether the driver acknowledges commands."""
         return bool(self.registers.driver_features & F_ACK)
 
     def ask(self, command: int) -> bool:
-        """Ask something of the guest; False if nobody listens or knows of such a thing, or something else is urgent.
+        """Send a command to the guest.  An earlier command that was not acknowledged is forgotten.
 
-        What was asked for before and not acknowledged is forgotten.
+        Return False if the command was not sent.  There may be no driver, or a driver that does not know SYNCRTC; and
+        SYNCRTC does not replace a request to shut down or to reboot.
         """
         with self.lock:
             if not self.driver_is_up:
@@ -106,7 +107,7 @@ class Vmmci(PciFunction):
 
     @property
     def command_now(self) -> int:
-        """What the guest has been asked for and not acknowledged."""
+        """The command that was sent and is not acknowledged yet, or NONE."""
         return int.from_bytes(self.registers.config[:SECONDS_AT], "little")
 
     def _set_command(self, command: int) -> None:
@@ -125,11 +126,11 @@ class Vmmci(PciFunction):
             self.registers.legacy_write(offset, size, value)
 
     def interrupt_pending(self) -> bool:
-        """Return whether INTx would be asserted."""
+        """Return whether an INTx interrupt is pending."""
         return self.config_pending
 
     def command_changed(self, _command: int) -> None:
-        """INTx may have been switched off."""
+        """Drive the line: the command register may have switched INTx off or on."""
         self._drive_line()
 
     def _drive_line(self) -> None:
@@ -140,15 +141,15 @@ class Vmmci(PciFunction):
     # --- Backend ---------------------------------------------------------------------------------------------
 
     def activate(self, _features: int, _queues: "list[QueueRegisters]") -> bool:
-        """There are no rings."""
+        """Return True: there are no rings that could be unusable."""
         return True
 
     def reset(self) -> None:
-        """A driver that goes takes what it was asked for with it."""
+        """Forget the pending command: the driver that it was for is gone."""
         self._set_command(NONE)
 
     def write_config(self, offset: int, data: bytes) -> bytes:
-        """Take an acknowledgement, or what the guest announces (*cat. 4.4*); the clock is read-only."""
+        """Take an acknowledgement or an announcement of the guest (*cat. 4.4*).  The clock is read-only."""
         if offset != COMMAND_AT or len(data) != 4:
             return self.registers.config
         command, asked = int.from_bytes(data, "little"), self.command_now
@@ -161,16 +162,16 @@ class Vmmci(PciFunction):
         return self.registers.config
 
     def take_isr(self) -> int:
-        """Return and clear ISR; the line falls."""
+        """Return and clear ISR, and lower the line."""
         config, self.config_pending = self.config_pending, False
         self._drive_line()
         return spec.ISR_CONFIG if config else 0
 
     def vectors_changed(self) -> None:
-        """There are no vectors."""
+        """Do nothing: there are no vectors."""
 
     def complain(self, text: str) -> None:
-        """Log what the driver did in vain."""
+        """Log a mistake of the driver that was ignored."""
         self.complaints.warn(f"vmmci: the driver {text}")
 
     def raise_config(self) -> None:
@@ -181,7 +182,7 @@ class Vmmci(PciFunction):
     # --- saving ----------------------------------------------------------------------------------------------
 
     def save(self) -> dict[str, int | bytes]:
-        """Return what `restore_registers` takes."""
+        """Return the state, for `restore_registers`."""
         with self.lock:
             registers = self.registers
             return {
@@ -193,7 +194,7 @@ class Vmmci(PciFunction):
             }
 
     def restore_registers(self, state: "dict[str, int | bytes]") -> None:
-        """Become such a device.  Raises KeyError, TypeError or ValueError."""
+        """Restore the state.  Raises KeyError, TypeError or ValueError."""
         with self.lock:
             config = state["config"]
             if not isinstance(config, bytes) or len(config) != CONFIG_BYTES:

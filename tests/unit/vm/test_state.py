@@ -267,7 +267,7 @@ def test_disk_of_another_size_is_another_disk(device: Device) -> None:
     device.process.answer = CONFIG
     device.function.restore_registers(theirs)
 
-    with pytest.raises(ValueError, match="vioblk0 is another one here"):
+    with pytest.raises(ValueError, match="vioblk0 is a different device here"):
         device.function.restore_rings(theirs)
 
 
@@ -451,5 +451,5 @@ def test_what_a_device_keeps_besides_its_rings(device: Device) -> None:
 
     assert theirs.own == b"own"
     device.function.check_registers(theirs, 0)
-    with pytest.raises(ValueError, match="65 bytes besides the rings of vioblk0"):
+    with pytest.raises(ValueError, match="65 bytes of own state of vioblk0"):
         device.function.check_registers(theirs.replace(own=bytes(65)), 0)
