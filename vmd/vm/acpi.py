@@ -1,14 +1,14 @@
-"""The ACPI tables a guest finds (ACPI 5.0), for direct boot and for SeaBIOS from one description.
+"""The ACPI tables of a guest (ACPI 5.0), for direct boot and for SeaBIOS from one description.
 
-They say what a guest cannot probe: its processors, the wiring of interrupts, the power button, how to switch off
-and how to reset.  There is no SMI, no 8042, no VGA, no general purpose event and no sleep state but S5.
+They describe what a guest cannot probe: the processors, the wiring of interrupts, the power button, how to switch off
+and how to reset.  There is no SMI, 8042, VGA or general-purpose event, and the only sleep state is S5.
 
     RSDP -+- RSDT -+- FADT -+- FACS
           +- XSDT -+        +- DSDT
                    +- MADT
 
-A pointer is first written as an offset into the blob that holds all but the RSDP; adding the blob's address to it
-is done by `build_tables` or, when it has found a place, by SeaBIOS as `etc/table-loader` tells it.
+All tables except the RSDP are in one blob.  A pointer is first written as an offset into the blob.  Then the address of
+the blob is added to it: by `build_tables`, or by SeaBIOS, which places the blob and follows `etc/table-loader`.
 """
 
 import struct
@@ -16,7 +16,7 @@ import struct
 from vmd.record import Record
 from vmd.vm import aml, layout
 
-S5_SLEEP_TYPE = 5  # SLP_TYP that the guest writes to PM1 control to switch off
+S5_SLEEP_TYPE = 5  # the SLP_TYP that a guest writes to PM1 control to switch off
 
 OEM_ID = b"VMD   "
 OEM_TABLE_ID = b"VMDKVM  "
@@ -57,7 +57,7 @@ FADT = struct.Struct(
     "HBI12sB3x"  # IAPC_BOOT_ARCH, reserved, flags, RESET_REG, RESET_VALUE
     "QQ12s12s12s12s12s12s12s12s"  # X_FIRMWARE_CTRL, X_DSDT, the eight blocks again
 )
-FADT_REVISION = 4  # what comes later is for hardware-reduced machines
+FADT_REVISION = 4  # later revisions only add fields for hardware-reduced machines
 FADT_FIRMWARE_CTRL_OFFSET = 36
 FADT_DSDT_OFFSET = 40
 FADT_X_DSDT_OFFSET = 140
@@ -68,7 +68,7 @@ FADT_SLP_BUTTON = 1 << 5  # set: there is no fixed sleep button
 FADT_FIX_RTC = 1 << 6  # set: the alarm cannot wake a sleeping machine
 FADT_TMR_VAL_EXT = 1 << 8
 FADT_RESET_REG_SUP = 1 << 10
-NO_C2_US = 0x0FFF  # a latency above 100 µs (C2) or 1000 µs (C3) says that the state does not exist
+NO_C2_US = 0x0FFF  # a latency above 100 µs (C2) or 1000 µs (C3) means that the state does not exist
 RESET_VALUE = 0x06
 RTC_CENTURY = 0x32
 RTC_PORT_COUNT = 2
@@ -76,13 +76,13 @@ FWCFG_PORT_COUNT = 12
 
 # Multiple APIC description table (5.2.12)
 MADT_REVISION = 3
-MADT_PCAT_COMPAT = 1 << 0  # there is an 8259 pair, to be masked by who uses the I/O APIC
+MADT_PCAT_COMPAT = 1 << 0  # there are two 8259s, which a system that uses the I/O APIC has to mask
 LOCAL_APIC = struct.Struct("<BBBBI")  # type 0: processor uid, APIC id, flags
 IO_APIC = struct.Struct("<BBBBII")  # type 1: I/O APIC id, reserved, address, first GSI
 SOURCE_OVERRIDE = struct.Struct("<BBBBIH")  # type 2: bus, ISA IRQ, GSI, flags
 LOCAL_NMI = struct.Struct("<BBBHB")  # type 4: processor uid, flags, LINT
 LAPIC_ENABLED = 1 << 0
-CONFORMING = 0  # to the ISA bus: edge triggered, active high
+CONFORMING = 0  # as on the ISA bus: edge triggered, active high
 LEVEL_HIGH = 0x0D
 ALL_PROCESSORS = 0xFF
 
@@ -91,7 +91,7 @@ LOADER_ALLOCATE, LOADER_ADD_POINTER, LOADER_ADD_CHECKSUM = 1, 2, 3
 LOADER_ENTRY_BYTES = 128
 ALLOCATE = struct.Struct("<I56sIB")  # file, alignment, zone
 ADD_POINTER = struct.Struct("<I56s56sIB")  # file with the pointer, file pointed into, offset, size
-ADD_CHECKSUM = struct.Struct("<I56sIII")  # file, where the sum goes, start, length
+ADD_CHECKSUM = struct.Struct("<I56sIII")  # file, offset of the checksum, start, length
 ZONE_HIGH, ZONE_FSEG = 1, 2
 RSDP_ALIGN = 16
 
@@ -101,7 +101,7 @@ LOADER_FILE = "etc/table-loader"
 
 
 class Pointer(Record):
-    """A little-endian address of `size` bytes at `offset` in `file`, so far an offset into the tables blob."""
+    """A little-endian address of `size` bytes at `offset` in `file`.  Before linking it is an offset into the blob."""
 
     file: str
     offset: int
@@ -109,7 +109,7 @@ class Pointer(Record):
 
 
 class Checksum(Record):
-    """The byte at `offset` makes the `length` bytes from `start` add up to zero; it is zero so far."""
+    """The byte at `offset`, which makes the sum of `length` bytes from `start` zero.  Before linking it is 0."""
 
     file: str
     offset: int
@@ -118,7 +118,7 @@ class Checksum(Record):
 
 
 class _Tables:
-    """Both files before linking, with what there is to link."""
+    """Both files before linking, with the pointers and checksums to link."""
 
     def __init__(self, memory_bytes: int, vcpus: int) -> None:
         if not 1 <= vcpus <= MAX_VCPUS:
@@ -135,7 +135,7 @@ class _Tables:
         self._pointer(fadt + FADT_DSDT_OFFSET, 4)
         self._pointer(fadt + FADT_X_DSDT_OFFSET, 8)
         madt = self._table(b"APIC", MADT_REVISION, _madt(vcpus))
-        # SeaBIOS looks for the PM timer and its like along the RSDT only; systems of today read the XSDT.
+        # SeaBIOS reads only the RSDT, for example to find the PM timer.  Present systems read the XSDT.
         rsdt = self._root(b"RSDT", 4, fadt, madt)
         xsdt = self._root(b"XSDT", 8, fadt, madt)
 
@@ -144,7 +144,7 @@ class _Tables:
             Pointer(file=RSDP_FILE, offset=RSDP_RSDT_OFFSET, size=4),
             Pointer(file=RSDP_FILE, offset=RSDP_XSDT_OFFSET, size=8),
         ]
-        # In this order: the second sum covers the first.
+        # In this order: the second checksum covers the first one.
         self.checksums += [
             Checksum(file=RSDP_FILE, offset=RSDP_CHECKSUM_OFFSET, start=0, length=RSDP_BYTES_V1),
             Checksum(file=RSDP_FILE, offset=RSDP_EXTENDED_CHECKSUM_OFFSET, start=0, length=RSDP.size),
@@ -178,7 +178,7 @@ class _Tables:
 
 
 def build_tables(memory_bytes: int, vcpus: int) -> bytes:
-    """Return what direct boot puts at `layout.ACPI_TABLES`, linked for that place; the RSDP comes first."""
+    """Return the linked tables for direct boot, which puts them at `layout.ACPI_TABLES`.  The RSDP comes first."""
     tables = _Tables(memory_bytes, vcpus)
     rsdp, blob = tables.files[RSDP_FILE], tables.files[TABLES_FILE]
     blob_offset = FACS_ALIGN
@@ -197,10 +197,10 @@ def build_tables(memory_bytes: int, vcpus: int) -> bytes:
 
 
 def firmware_files(memory_bytes: int, vcpus: int) -> dict[str, bytes]:
-    """Return the fw_cfg files from which SeaBIOS places and links the tables itself."""
+    """Return the fw_cfg files from which SeaBIOS itself places and links the tables."""
     tables = _Tables(memory_bytes, vcpus)
     script = [
-        # The RSDP where guests scan for it, the rest where there is room.
+        # The RSDP goes to the area that guests scan for it, and the blob to any free high memory.
         ALLOCATE.pack(LOADER_ALLOCATE, RSDP_FILE.encode(), RSDP_ALIGN, ZONE_FSEG),
         ALLOCATE.pack(LOADER_ALLOCATE, TABLES_FILE.encode(), FACS_ALIGN, ZONE_HIGH),
     ]
@@ -222,8 +222,8 @@ def _io_register(port: int, bits: int, access: int) -> bytes:
 def _fadt(facs: int, dsdt: int) -> bytes:
     pm1_event, pm1_control, pm_timer = (layout.PORT_ACPI_PM + offset for offset in (0, 4, 8))
     absent = bytes(GAS.size)
-    # X_FIRMWARE_CTRL stays zero, since only one of the two FACS addresses may be set (5.2.9); the
-    # DSDT is where both are wanted: revision 1 readers know the short one only.
+    # X_FIRMWARE_CTRL stays zero, because only one of the two FACS addresses may be set (5.2.9).  Both addresses of the
+    # DSDT are set, because readers of revision 1 know only the short one.
     return FADT.pack(
         *(facs, dsdt),
         *(0, 0, layout.IRQ_SCI, 0, 0, 0, 0, 0),
@@ -260,7 +260,7 @@ def _madt(vcpus: int) -> bytes:
 
 
 def dsdt_terms(memory_bytes: int, vcpus: int) -> bytes:
-    """Return the DSDT's AML: what there is below `_SB`, and how to switch off."""
+    """Return the AML of the DSDT: the devices below `_SB`, and `_S5`, which switches off."""
     isa_devices = (
         aml.device(
             "COM1",
@@ -274,7 +274,7 @@ def dsdt_terms(memory_bytes: int, vcpus: int) -> bytes:
             aml.name("_CRS", aml.resources(aml.io(layout.PORT_RTC_INDEX, RTC_PORT_COUNT), aml.irq(layout.IRQ_RTC))),
         ),
     )
-    # A bus that guests may not lay out anew: its windows are what firmware or `PciBus` gives out.
+    # Guests may not change the windows of this bus: firmware or `PciBus` assigns addresses in them.
     pci = aml.device(
         "PCI0",
         aml.name("_HID", aml.eisa_id("PNP0A03")),
@@ -293,7 +293,7 @@ def dsdt_terms(memory_bytes: int, vcpus: int) -> bytes:
         aml.name("_PRT", INTERRUPT_ROUTING),
         *isa_devices,
     )
-    # The PM registers belong to nobody's driver, but nobody else may be put there.
+    # The PM registers have no driver.  This reserves their ports, so that a guest puts no other device there.
     board = aml.device(
         "PMIO",
         aml.name("_HID", aml.eisa_id("PNP0C02")),
@@ -303,7 +303,7 @@ def dsdt_terms(memory_bytes: int, vcpus: int) -> bytes:
     fwcfg = aml.device(
         "FWCF",
         aml.name("_HID", aml.string("QEMU0002")),
-        aml.name("_STA", aml.integer(0x0B)),  # present, decoding, working; not to be shown to users
+        aml.name("_STA", aml.integer(0x0B)),  # present, decoding, working; not shown to users
         aml.name("_CRS", aml.resources(aml.io(layout.PORT_FWCFG_SELECT, FWCFG_PORT_COUNT))),
     )
     processors = (
@@ -324,7 +324,7 @@ def dsdt_terms(memory_bytes: int, vcpus: int) -> bytes:
 
 
 def _interrupt_routing() -> bytes:
-    """_PRT: every pin of every slot, straight to its GSI; a pin counts from 0 here and from 1 in PCI."""
+    """Return _PRT: each pin of each slot with its GSI.  Pins are counted from 0 here, and from 1 in PCI."""
     return aml.package(
         *(
             aml.package(
@@ -339,4 +339,4 @@ def _interrupt_routing() -> bytes:
     )
 
 
-INTERRUPT_ROUTING = _interrupt_routing()  # once: it is half of the work, and the same in every machine
+INTERRUPT_ROUTING = _interrupt_routing()  # made once, as it is the same in every machine and takes half of the time

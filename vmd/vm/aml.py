@@ -1,6 +1,6 @@
-"""ACPI machine language: just the terms our DSDT is made of, each as the bytes it encodes to (ACPI 5.0, 20.2).
+"""ACPI machine language: encodes the terms that our DSDT uses (ACPI 5.0, 20.2).
 
-Terms nest as function calls, so that a table reads like the source it disassembles to.
+Each function returns the bytes of a term.  Calls nest as terms do, so a table here reads like its ASL source.
 """
 
 ZERO_OP = 0x00
@@ -20,7 +20,7 @@ DEVICE_OP = b"\x5b\x82"
 
 
 def integer(value: int) -> bytes:
-    """Encode an integer of up to 64 bits in the shortest way."""
+    """Encode an integer of up to 64 bits in the shortest form."""
     if value in (0, 1):
         return bytes((ZERO_OP, ONE_OP)[value : value + 1])
     for prefix, size in ((BYTE_PREFIX, 1), (WORD_PREFIX, 2), (DWORD_PREFIX, 4), (QWORD_PREFIX, 8)):
@@ -35,14 +35,14 @@ def string(text: str) -> bytes:
 
 
 def eisa_id(text: str) -> bytes:
-    """Encode a plug and play id like `PNP0A03`: three letters of five bits each, four digits."""
+    """Encode a plug-and-play id such as `PNP0A03`: three letters of five bits each, four digits."""
     letters = [ord(letter) - ord("@") for letter in text[:3]]
     packed = letters[0] << 26 | letters[1] << 21 | letters[2] << 16 | int(text[3:], 16)
     return integer(int.from_bytes(packed.to_bytes(4, "big"), "little"))
 
 
 def path(text: str) -> bytes:
-    r"""Encode a name like `\_SB` or `PCI0.COM1`; segments are padded with underscores."""
+    r"""Encode a name such as `\_SB` or `PCI0.COM1`.  Segments are padded with underscores."""
     root = b"\\" if text.startswith("\\") else b""
     segments = [segment.ljust(4, "_").encode("ascii") for segment in text.lstrip("\\").split(".")]
     if any(len(segment) != 4 for segment in segments):
@@ -55,7 +55,7 @@ def path(text: str) -> bytes:
 
 
 def with_length(content: bytes) -> bytes:
-    """Put a PkgLength, which counts itself too, before `content`."""
+    """Return `content` with its PkgLength in front.  The PkgLength counts its own bytes, too."""
     if len(content) + 1 < 1 << 6:
         return bytes((len(content) + 1,)) + content
     for extra in (1, 2, 3):
@@ -92,19 +92,19 @@ def buffer(content: bytes) -> bytes:
 
 # Resource descriptors (ACPI 5.0, 6.4)
 
-FIXED_RANGE = 0x0C  # minimum and maximum are fixed; produced for children, positively decoded
+FIXED_RANGE = 0x0C  # minimum and maximum are fixed; the range is for child devices, positively decoded
 MEMORY_RANGE, IO_RANGE, BUS_RANGE = 0, 1, 2
 READ_WRITE = 0x01  # memory: writable, not cacheable
 ENTIRE_RANGE = 0x03  # I/O: ISA and other addresses alike
 
 
 def resources(*descriptors: bytes) -> bytes:
-    """ResourceTemplate () { descriptors }; the end tag's zero stands for "no checksum"."""
+    """ResourceTemplate () { descriptors }.  The zero in the end tag means "no checksum"."""
     return buffer(b"".join(descriptors) + b"\x79\0")
 
 
 def io(first: int, count: int) -> bytes:
-    """IO (Decode16, ...): `count` ports, up to 255, at a fixed place."""
+    """IO (Decode16, ...): `count` ports, up to 255, from `first` on."""
     return bytes((0x47, 1)) + first.to_bytes(2, "little") * 2 + bytes((1, count))
 
 
@@ -114,7 +114,7 @@ def irq(line: int) -> bytes:
 
 
 def word_bus(first: int, last: int) -> bytes:
-    """WordBusNumber: the bus numbers a host bridge produces."""
+    """WordBusNumber: the bus numbers behind a host bridge."""
     return b"\x88" + _range(BUS_RANGE, 0, 2, first, last)
 
 

@@ -1,7 +1,7 @@
-"""What CPUID tells a guest: KVM's table, with each vCPU's place in the topology (arch. 4).
+"""The CPUID table of each vCPU: KVM's table, with the place of the vCPU in the topology (arch. 4).
 
-Topology: one package, one thread per core, APIC id = vCPU number.  The hypervisor leaves and their signature
-`KVMKVMKVM` come with KVM's table, so that guests find kvmclock.
+The topology is one package, one thread per core, and the APIC id is the number of the vCPU.  KVM's table has the
+hypervisor leaves with the signature `KVMKVMKVM`, so guests find kvmclock.
 """
 
 import struct
@@ -18,7 +18,7 @@ EDX_HTT = 1 << 28  # leaf 1: EBX[23:16] counts logical processors
 ECX_CMP_LEGACY = 1 << 1  # leaf 80000001h, AMD's counterpart
 
 BRAND_LEAVES = (0x80000002, 0x80000003, 0x80000004)
-BRAND = b"vmd virtual processor"  # where KVM does not pass on the host's
+BRAND = b"vmd virtual processor"  # used if KVM does not pass on the brand string of the host
 
 LEVEL_SMT = 1
 LEVEL_CORE = 2
@@ -42,7 +42,7 @@ def topology(leaf: int, apic_id: int, vcpus: int) -> list[kvm_cpuid_entry2]:
 def for_vcpu(
     supported: list[kvm_cpuid_entry2], apic_id: int, vcpus: int, *, tsc_deadline: bool
 ) -> list[kvm_cpuid_entry2]:
-    """Return the table of one vCPU, made from what KVM_GET_SUPPORTED_CPUID offers."""
+    """Return the table of one vCPU, made from `supported`, the table of KVM_GET_SUPPORTED_CPUID."""
     leaves = [
         kvm_cpuid_entry2.from_buffer_copy(each) for each in supported if each.function not in TOPOLOGY_LEAVES
     ]
@@ -50,11 +50,11 @@ def for_vcpu(
     for leaf in leaves:
         if leaf.function == 0x1:
             leaf.ebx = leaf.ebx & 0xFFFF | vcpus << 16 | apic_id << 24
-            # KVM emulates x2APIC whatever the host has; the timer mode it reports as a capability instead.
+            # KVM emulates x2APIC on every host.  It reports the deadline timer as a capability, not in this table.
             leaf.ecx |= ECX_HYPERVISOR | ECX_X2APIC | (ECX_TSC_DEADLINE if tsc_deadline else 0)
             leaf.edx = leaf.edx | EDX_HTT if vcpus > 1 else leaf.edx & ~EDX_HTT
         elif leaf.function == 0x4 and leaf.eax & 0x1F:
-            # Cores in the package; threads that share this cache: only the core itself.
+            # The number of cores in the package.  Each core has its caches for itself.
             leaf.eax = leaf.eax & 0x3FFF | (vcpus - 1) << 26
         elif leaf.function == 0x8000001D and leaf.eax & 0x1F:
             leaf.eax &= ~(0xFFF << 14)
@@ -72,7 +72,7 @@ def for_vcpu(
 
 
 def name_processor(leaves: list[kvm_cpuid_entry2]) -> None:
-    """Fill in the brand string if it is empty; guests show family and model numbers otherwise."""
+    """Fill in the brand string if it is empty.  Without it, guests show family and model numbers."""
     brand = [leaf for leaf in leaves if leaf.function in BRAND_LEAVES]
     empty = not any(leaf.eax or leaf.ebx or leaf.ecx or leaf.edx for leaf in brand)
     if len(brand) == len(BRAND_LEAVES) and empty:

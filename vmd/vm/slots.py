@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 SLOT_HOST_BRIDGE = 0
 
 # Layouts of a function's BARs and capabilities.  Layout 1 has the structures of virtio 1.x in an i/o BAR.  Layout 2 has
-# them in a memory BAR, too; in it, a function without legacy registers has a subsystem id of 40h or more (`vm/virtio.py`).
+# them in a memory BAR, too, and functions without legacy registers have a subsystem id of 40h or more (`vm/virtio.py`).
 LAYOUT_FIRST, LAYOUT = 1, 2
 
 

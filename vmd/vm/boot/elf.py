@@ -1,4 +1,4 @@
-"""ELF kernels: their headers, notes and loadable segments (System V ABI, chapters 4 and 5)."""
+"""ELF kernels: reads headers and notes, and loads segments (System V ABI, chapters 4 and 5)."""
 
 from struct import Struct
 
@@ -26,7 +26,7 @@ PT_LOAD = 1
 PT_DYNAMIC = 2
 PT_INTERP = 3
 PT_NOTE = 4
-PN_XNUM = 0xFFFF  # the number of program headers stands in the first section header
+PN_XNUM = 0xFFFF  # the number of program headers is in the first section header
 SHT_NOTE = 7
 SHT_NOBITS = 8
 
@@ -43,11 +43,11 @@ SHDR32 = Struct("<IIIIIIIIII")
 SHDR64 = Struct("<IIQQQQIIQQ")
 NHDR = Struct("<III")
 
-# Real kernels have about ten segments and a hundred sections; what exceeds these is not one.
+# Real kernels have about ten segments and a hundred sections.  A file that exceeds these bounds is refused.
 SEGMENTS_MAX = 128
 SECTIONS_MAX = 4096
 NOTES_MAX_BYTES = 1 << 20
-NOTE_PADDINGS = (4, 8)  # p_align does not tell which: linkers merge notes of both kinds into one segment of 8
+NOTE_PADDINGS = (4, 8)  # p_align does not tell which: linkers merge notes of both paddings into one segment of 8
 NAMES_MAX_BYTES = 1 << 20
 
 
@@ -65,7 +65,7 @@ class Segment(Record):
 
 
 class Section(Record):
-    """A section header, whole, because an OpenBSD kernel gets its own back."""
+    """A section header with all its fields, because an OpenBSD kernel gets a copy of its section headers."""
 
     name: int
     type: int
@@ -88,7 +88,7 @@ class Note(Record):
 
 
 class Notes(Record):
-    """The notes of a file; `damage` says why some could not be read, and is empty if all could."""
+    """The notes of a file.  `damage` says why some notes could not be read; it is empty if all could."""
 
     found: tuple[Note, ...]
     damage: str
@@ -114,7 +114,7 @@ def parse(image: "Image") -> Elf:
     """Read the ELF header and the program headers.
 
     Raises:
-        ImageError: they are damaged, or this is no x86 executable.
+        ImageError: the headers are damaged, or this is not an x86 executable.
     """
     _magic, elf_class, encoding, _version, osabi = IDENT.unpack(image.read(0, IDENT.size, "the ELF header"))
     if elf_class not in (CLASS_32, CLASS_64) or encoding != LITTLE_ENDIAN:
@@ -154,7 +154,7 @@ def parse(image: "Image") -> Elf:
 
 
 def _extended_phnum(image: "Image", is64: bool, shoff: int) -> int:
-    """Return the number of program headers of a file that has too many for its header's field."""
+    """Return the number of program headers of a file that has too many for the field in its ELF header."""
     shdr = SHDR64 if is64 else SHDR32
     if shoff == 0 or shoff + shdr.size > image.size:
         return PN_XNUM
@@ -163,13 +163,13 @@ def _extended_phnum(image: "Image", is64: bool, shoff: int) -> int:
 
 
 def _read_table(image: "Image", entry: Struct, offset: int, count: int, step: int, what: str) -> list[tuple[int, ...]]:
-    """Return the entries of a table; `step` from one to the next may be more than what we know of an entry."""
+    """Return the entries of a table.  `step` is the size of an entry in the file, which may be larger than `entry`."""
     table = image.read(offset, (count - 1) * step + entry.size, what)
     return [entry.unpack_from(table, index * step) for index in range(count)]
 
 
 def _segment(index: int, is64: bool, fields: tuple[int, ...]) -> Segment:
-    """Return a program header; the two classes order its fields differently."""
+    """Return a program header.  The order of its fields depends on the class of the file."""
     if is64:
         kind, flags, offset, _vaddr, paddr, filesz, memsz, align = fields
     else:
@@ -187,7 +187,7 @@ def _segment(index: int, is64: bool, fields: tuple[int, ...]) -> Segment:
 
 
 def sections(elf: Elf) -> list[Section]:
-    """Return the section headers; a stripped file may have none.
+    """Return the section headers.  A stripped file may have none.
 
     Raises:
         ImageError: the table is damaged.
@@ -205,10 +205,10 @@ def sections(elf: Elf) -> list[Section]:
 
 
 def section_names(elf: Elf, headers: list[Section]) -> bytes:
-    """Return the string table that `Section.name` is an offset into.
+    """Return the string table of section names.  `Section.name` is an offset into it.
 
     Raises:
-        ImageError: there is none, or it is damaged.
+        ImageError: there is no such table, or it is damaged.
     """
     if elf.shstrndx >= len(headers):
         raise elf.image.error(f"names its sections in section {elf.shstrndx} of {len(headers)}")
@@ -219,15 +219,16 @@ def section_names(elf: Elf, headers: list[Section]) -> bytes:
 
 
 def notes(elf: Elf) -> Notes:
-    """Return what can be read of the notes, in note segments first, then in note sections.
+    """Return all notes that can be read, those of note segments first, then those of note sections.
 
-    Notes are optional: damage ends the search in its segment or section and is reported, not raised.  Each is read
-    with both paddings.  The wrong one yields notes of no meaning, whose names nobody looks for.
+    Notes are optional.  Damage ends the search in its segment or section, and is returned instead of raised.  Each
+    segment and section is read with both paddings.  The wrong padding gives notes with meaningless names, which are
+    ignored.
     """
     places = [(part.offset, part.filesz) for part in elf.segments if part.type == PT_NOTE]
     try:
         parts = sections(elf)
-    except ImageError:  # a file without a usable section table has its segments
+    except ImageError:  # without a usable table of sections, note segments still count
         parts = []
     places += [(part.offset, part.size) for part in parts if part.type == SHT_NOTE]
     found: list[Note] = []
@@ -257,9 +258,9 @@ def notes(elf: Elf) -> Notes:
 
 
 def _parse_notes(data: bytes, padding: int) -> tuple[list[Note], str]:
-    """Return the notes in `data` up to its end or the first damaged one, and what is wrong with that one.
+    """Return the notes in `data` up to its end or up to the first damaged note, and what is wrong with that note.
 
-    Each note takes at least its header, so this ends.
+    The loop ends, because each note takes at least its header.
     """
     found: list[Note] = []
     offset = 0
@@ -280,7 +281,7 @@ def loadable(elf: Elf) -> list[Segment]:
     """Return the segments that take memory.
 
     Raises:
-        ImageError: there are none, or one of them has more bytes in the file than in memory.
+        ImageError: there are none, or a segment has more bytes in the file than in memory.
     """
     parts = [part for part in elf.segments if part.type == PT_LOAD and (part.memsz or part.filesz)]
     if not parts:
@@ -290,7 +291,7 @@ def loadable(elf: Elf) -> list[Segment]:
             raise elf.image.error(
                 f"has {part.filesz} bytes in segment {part.index}, which takes {part.memsz} in memory"
             )
-        if part.filesz:  # a bss has no place in the file, and its offset may lie behind the end
+        if part.filesz:  # a bss has no bytes in the file, and its offset may be behind the end of the file
             elf.image.check_range(part.offset, part.filesz, f"segment {part.index}")
     return parts
 
@@ -298,10 +299,10 @@ def loadable(elf: Elf) -> list[Segment]:
 def load_segments(
     memory: "Memory", elf: Elf, parts: list[Segment], space: "Placement", physical: "Callable[[int], int]"
 ) -> int:
-    """Load `parts` where `physical` maps their addresses, and return the end of the highest.
+    """Load `parts` at the addresses to which `physical` maps theirs.  Return the highest end of a segment.
 
     Raises:
-        ImageError: a segment does not lie in free guest RAM; memory is untouched then.
+        ImageError: a segment is not in free guest RAM.  Then memory is unchanged.
     """
     for part in parts:
         space.claim(physical(part.paddr), part.memsz, f"segment {part.index}")
@@ -314,6 +315,6 @@ def load_segments(
 
 
 def check_entry(elf: Elf, parts: list[Segment], entry: int, physical: "Callable[[int], int]") -> None:
-    """Raise ImageError unless the first instruction lies in a loaded segment."""
+    """Raise ImageError unless the first instruction is in a loaded segment."""
     if not any(0 <= entry - physical(part.paddr) < part.memsz for part in parts):
         raise elf.image.error(f"starts at {entry:#x}, outside of all its segments")

@@ -1,4 +1,4 @@
-"""Firmware: a BIOS image that a real-mode CPU finds below 4 GiB and below 1 MiB."""
+"""Firmware: loads a BIOS image below 4 GiB and below 1 MiB, where a processor in real mode finds it."""
 
 from vmd.vm import layout
 from vmd.vm.boot.start import Mode, Start
@@ -8,20 +8,20 @@ if TYPE_CHECKING:
     from vmd.vm.boot.image import Image
     from vmd.vm.boot.start import Memory
 
-# Only this much of its end shows below 1 MiB, as with QEMU's i440FX.  SeaBIOS copies the rest down itself
-# when it has unlocked its shadow RAM, and option ROMs are looked for where that rest would lie before.
+# Only this much of the end of the image is below 1 MiB, as with QEMU's i440FX.  SeaBIOS itself copies the rest down
+# when it has unlocked shadow RAM.  Before that, it looks for option ROMs in the place of that rest.
 SHADOW_BYTES = 128 * layout.KIB
 CHUNK = 1 * layout.MIB
 
 
 def load(memory: "Memory", image: "Image") -> Start:
-    """Copy the image to both its places; the vCPU stays as its reset left it.
+    """Copy the image to both places.  The vCPU stays in its reset state.
 
-    Memory of the image's size below 4 GiB has been made before, read-only for the guest.
+    The machine already has memory of the image's size below 4 GiB, which is read-only for the guest.
 
     Raises:
         ImageError: the file became shorter.
-        HostError: it cannot be read.
+        HostError: the file cannot be read.
     """
     for offset in range(0, image.size, CHUNK):
         piece = image.read(offset, min(CHUNK, image.size - offset), "the firmware")

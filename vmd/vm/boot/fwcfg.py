@@ -1,11 +1,11 @@
-"""fw_cfg: how firmware learns what machine it runs on (QEMU docs/specs/fw_cfg.rst).
+"""fw_cfg: describes the machine to the firmware (QEMU docs/specs/fw_cfg.rst).
 
-A numbered item is selected at port 510h and read byte by byte from 511h or, by DMA, through 514h-51Bh;
-item 19h lists the items that have names.  `for_seabios` makes the set that SeaBIOS reads in its
-src/fw/paravirt.c; a bootorder names devices as its src/boot.c does.
+An item has a number.  The guest selects it at port 510h, and reads it byte by byte from 511h, or by DMA through
+514h-51Bh.  Item 19h lists the items that have names.  `for_seabios` makes the items that SeaBIOS reads in its
+src/fw/paravirt.c.  The bootorder names devices as its src/boot.c does.
 
-Everything is read-only, and made when the guest selects an item for the first time: a kernel that is booted directly
-may never do that, and its start does not wait for it.
+All items are read-only.  They are made when the guest selects an item for the first time.  A kernel that is booted
+directly may never do that, so its start need not wait for them.
 """
 
 import struct
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from typing import Protocol
 
     class Memory(Protocol):
-        """What of `GuestMemory` DMA needs; both raise GuestError where there is no memory."""
+        """The methods of `GuestMemory` that DMA needs.  Both raise GuestError if there is no memory at an address."""
 
         def read(self, gpa: int, size: int, /) -> bytes:
             """Return a copy of memory."""
@@ -45,7 +45,7 @@ FILE_DIR = 0x19
 FILE_FIRST = 0x20
 IRQ0_OVERRIDE = 0x8002
 
-KEY_WRITE = 0x4000  # "for writing", which no item of ours is; not part of the item's number
+KEY_WRITE = 0x4000  # "for writing": ignored, as it is not part of the item's number and no item can be written
 ID_TRADITIONAL = 1 << 0
 ID_DMA = 1 << 1
 DMA_SIGNATURE = b"QEMU CFG"
@@ -61,7 +61,7 @@ FWCfgFile = struct.Struct(">IHH56s")  # size, select, reserved, name
 E820_ENTRY = struct.Struct("<QQI")
 
 FILE_NAME_MAX = 55  # bytes; a zero ends the name
-ZEROS = bytes(64 * 1024)  # what follows the end of an item, at most this much at a time
+ZEROS = bytes(64 * 1024)  # a read past the end of an item returns zeros; DMA writes them in pieces of this size
 
 
 class FwCfg:
@@ -70,12 +70,12 @@ class FwCfg:
     PORTS = 12
 
     def __init__(self, memory: "Memory", fill: "Callable[[FwCfg], None] | None" = None) -> None:
-        """`fill(self)` is called before the first item is selected, on a vCPU's thread."""
+        """`fill(self)` is called on a vCPU thread before the guest selects the first item.  It adds items."""
         self._memory = memory
         self._fill: Callable[[FwCfg], None] | None = None
         self._items: dict[int, memoryview] = {}
         self._files: dict[str, bytes] = {}
-        self._lock = threads.Lock()  # selecting and reading are one state for all vCPUs
+        self._lock = threads.Lock()  # all vCPUs share the selected item and the position in it
         self._key = SIGNATURE
         self._item = memoryview(b"")
         self._offset = 0
@@ -93,10 +93,10 @@ class FwCfg:
         self._items[key] = memoryview(bytes(data))
 
     def add_file(self, name: str, data: bytes) -> None:
-        """Add an item by name.
+        """Add an item with a name.
 
         Raises:
-            ValueError: the name does not fit the directory or is taken.
+            ValueError: the name is too long for the directory, or is taken.
         """
         raw = name.encode()
         if not raw or len(raw) > FILE_NAME_MAX or b"\0" in raw:
@@ -107,7 +107,7 @@ class FwCfg:
         self._list_files()
 
     def _list_files(self) -> None:
-        # In order of names, so that numbers do not depend on who added what first.
+        # Sorted by name, so that the numbers do not depend on the order in which items are added.
         directory = [struct.pack(">I", len(self._files))]
         for key, name in enumerate(sorted(self._files), FILE_FIRST):
             data = self._files[name]
@@ -118,7 +118,10 @@ class FwCfg:
     # ---- ports
 
     def pio_read(self, offset: int, size: int) -> int:
-        """Read on in the selected item, or the signature that tells of DMA; the selector cannot be read."""
+        """Read the next bytes of the selected item, or the signature that shows that there is DMA.
+
+        The selector cannot be read.
+        """
         if offset == DATA:
             with self._lock:
                 return int.from_bytes(self._take(size), "little")
@@ -128,7 +131,7 @@ class FwCfg:
         return (1 << 8 * size) - 1
 
     def pio_write(self, offset: int, size: int, value: int) -> None:
-        """Select an item, or give one half of a DMA descriptor's address; the lower half starts it."""
+        """Select an item, or write one half of the address of a DMA descriptor.  The lower half starts the DMA."""
         if offset == SELECTOR and size == 2:
             with self._lock:
                 self._select(value)
@@ -140,12 +143,12 @@ class FwCfg:
                 self._dma(gpa)
 
     def state(self) -> dict[str, int]:
-        """Return what `restore` takes: the place reached, not the items, which the configuration gives."""
+        """Return the state, for `restore`.  It does not include the items, which follow from the configuration."""
         with self._lock:
             return {"key": self._key, "offset": self._offset, "dma_high": self._dma_high}
 
     def restore(self, state: dict[str, int]) -> None:
-        """Continue where another one stopped.
+        """Continue from a saved state.
 
         Raises:
             KeyError, TypeError: this is no state of fw_cfg.
@@ -166,17 +169,17 @@ class FwCfg:
         self._offset = 0
 
     def _take(self, size: int) -> bytes:
-        """Return the next bytes, zeros after the end."""
+        """Return the next `size` bytes, with zeros after the end of the item."""
         data = bytes(self._item[self._offset : self._offset + size])
         self._offset += len(data)
         return data.ljust(size, b"\0")
 
     def _dma(self, gpa: int) -> None:
-        """Execute the descriptor at `gpa`; the guest stands still until its control word says how it went."""
+        """Execute the descriptor at `gpa`, and write the result to its control word.  The vCPU waits meanwhile."""
         try:
             control, length, address = FWCfgDmaAccess.unpack(self._memory.read(gpa, FWCfgDmaAccess.size))
         except GuestError:
-            return  # nowhere to report it
+            return  # without the descriptor, there is no place to report the error
         if control & DMA_SELECT:
             self._select(control >> 16)
         result = 0
@@ -192,10 +195,10 @@ class FwCfg:
         try:
             self._memory.write(gpa, struct.pack(">I", result))
         except GuestError:
-            return  # the descriptor is in read-only memory: the guest waits for an answer it made impossible
+            return  # the descriptor is in read-only memory: the guest's mistake, which cannot be reported
 
     def _copy(self, gpa: int, length: int) -> None:
-        """Write the next `length` bytes to guest memory, zeros after the end."""
+        """Write the next `length` bytes to guest memory, with zeros after the end of the item."""
         data = self._item[self._offset : self._offset + length]
         if data:
             self._memory.write(gpa, data)
@@ -215,7 +218,7 @@ def _swap32(value: int) -> int:
     return int.from_bytes(value.to_bytes(4, "little"), "big")
 
 
-# ---- what SeaBIOS wants to know
+# ---- items for SeaBIOS
 
 
 def boot_path(slot: int) -> str:
@@ -229,10 +232,11 @@ def scsi_boot_path(slot: int, target: int = 0, lun: int = 0) -> str:
 
 
 def bootorder(paths: "Iterable[str]", others: "Iterable[str]" = ()) -> bytes:
-    """Return the `bootorder` file that tries some devices and no other.
+    """Return the `bootorder` file with which SeaBIOS boots only from `paths`.
 
-    Once there is a HALT in it, SeaBIOS shows a boot loader only drives that have a line.  So `others` have theirs
-    behind it: never tried, but there, as for the menu of an installation disc that offers to start from disk.
+    If there is a HALT in it, SeaBIOS shows a boot loader only the drives that have a line.  So `others` have lines
+    after HALT.  SeaBIOS does not boot from them, but a boot loader can use them: for example, the menu of an
+    installation disc may offer to boot from the disk.
     """
     return "\n".join([*paths, "HALT", *others]).encode() + b"\0"
 
@@ -248,25 +252,26 @@ def for_seabios(
     other_paths: "Iterable[str]" = (),
     files: "Mapping[str, bytes] | None" = None,
 ) -> None:
-    """Fill in what SeaBIOS reads; `files` are ACPI's, or whatever else the caller has.
+    """Add the items that SeaBIOS reads, and `files`, such as the ACPI tables.
 
-    Without `boot_paths` SeaBIOS goes by CMOS: first disk, then CD.  `other_paths` are drives not to start from.
+    Without `boot_paths`, SeaBIOS uses the order in CMOS: disk, then CD.  `other_paths` are drives that it does not boot
+    from.
     """
     fwcfg.add_item(UUID, uuid)
     fwcfg.add_item(RAM_SIZE, struct.pack("<Q", memory_bytes))
     fwcfg.add_item(NO_GRAPHIC, struct.pack("<H", 1))
-    # Both must be what CMOS 5Fh says: SeaBIOS waits for that many CPUs to report, for ever.
+    # Both must agree with CMOS 5Fh: SeaBIOS waits for so many processors, without a timeout.
     fwcfg.add_item(CPUS, struct.pack("<H", vcpus))
     fwcfg.add_item(MAX_CPUS, struct.pack("<H", vcpus))
-    fwcfg.add_item(NUMA, bytes(8 + 8 * vcpus))  # no nodes; then each CPU's
-    fwcfg.add_item(BOOT_MENU, struct.pack("<H", 0))  # nor two and a half seconds of waiting for F12
-    fwcfg.add_item(IRQ0_OVERRIDE, b"\1")  # as the MADT says: the PIT is at I/O APIC pin 2
+    fwcfg.add_item(NUMA, bytes(8 + 8 * vcpus))  # the number of nodes, which is 0, and the node of each processor
+    fwcfg.add_item(BOOT_MENU, struct.pack("<H", 0))  # no menu: SeaBIOS would wait 2.5 seconds for F12
+    fwcfg.add_item(IRQ0_OVERRIDE, b"\1")  # as in the MADT: the PIT is at pin 2 of the I/O APIC
 
     e820 = layout.e820_map(memory_bytes, firmware_bytes)
     fwcfg.add_file("etc/e820", b"".join(E820_ENTRY.pack(*entry) for entry in e820))
-    fwcfg.add_file("etc/sercon-port", struct.pack("<H", layout.PORT_COM1))  # its screen is our console
-    fwcfg.add_file("etc/screen-and-debug", bytes(4))  # or every line shows twice
-    # -1: with nothing to boot, say so and halt; the default reboots every minute, for ever.
+    fwcfg.add_file("etc/sercon-port", struct.pack("<H", layout.PORT_COM1))  # SeaBIOS writes its screen to our console
+    fwcfg.add_file("etc/screen-and-debug", bytes(4))  # 0: otherwise every line is written twice
+    # -1: if there is nothing to boot from, SeaBIOS says so and halts.  By default it would reboot every minute.
     fwcfg.add_file("etc/boot-fail-wait", struct.pack("<i", -1))
     paths = tuple(boot_paths)
     if paths:

@@ -1,7 +1,7 @@
-"""The file a VM boots from, read and unpacked in ways that cannot go wrong quietly.
+"""Reads and unpacks a boot image.  Every error is reported.
 
-The parent opened it with its owner's rights; here is only the descriptor.  The file may change while it is
-read, so sizes are checked by what a read returns, not by what `fstat` once said.
+An opener has opened the file with the rights of its user.  The file may change while it is read, so the number of bytes
+that a read returns is checked, and the size of `fstat` is not relied on.
 """
 
 import os
@@ -15,19 +15,19 @@ from vmd.log import log
 KIB = 1 << 10
 MIB = 1 << 20
 
-UNPACKED_MAX = 1024 * MIB  # of a gzip-compressed kernel; guest memory bounds it too
+UNPACKED_MAX = 1024 * MIB  # largest unpacked kernel; the guest's memory is a further bound
 CHUNK_IN = 256 * KIB
 CHUNK_OUT = 1 * MIB
-MEMBERS_MAX = 1 << 16  # of a gzip file; programs that cut a file into members make them of 64 KiB or more
+MEMBERS_MAX = 1 << 16  # members of a gzip file: programs that write several members give each at least 64 KiB
 
-GZIP_MAGIC = b"\x1f\x8b\x08"  # with the only compression method there is (RFC 1952, 2.3.1)
+GZIP_MAGIC = b"\x1f\x8b\x08"  # with the only compression method that exists (RFC 1952, 2.3.1)
 
 
 class Image:
-    """A regular file behind `fd`, which stays its caller's; `name` is for messages only.
+    """A regular file.  The caller still owns `fd`, and `name` is for messages only.
 
     Raises:
-        ImageError: it is not a regular file, or it is empty.
+        ImageError: the file is not a regular file, or is empty.
         HostError: the file cannot be examined.
     """
 
@@ -54,14 +54,14 @@ class Image:
             raise self.error(f"is truncated: {what} ends at byte {offset + size}, the file at {self.size}")
 
     def read(self, offset: int, size: int, what: str) -> bytes:
-        """Return exactly `size` bytes; the caller has bounded `size`."""
+        """Return exactly `size` bytes.  The caller must bound `size`."""
         self.check_range(offset, size, what)
         data = bytearray(size)
         self.read_into(memoryview(data), offset, what)
         return bytes(data)
 
     def read_into(self, view: memoryview, offset: int, what: str) -> None:
-        """Fill `view` with the bytes at `offset`, without a copy in between."""
+        """Fill `view` with the bytes at `offset`.  There is no copy in between."""
         self.check_range(offset, len(view), what)
         done = 0
         while done < len(view):
@@ -75,7 +75,7 @@ class Image:
 
 
 def unpack(image: Image, limit_bytes: int) -> int:
-    """Return a memfd, the caller's to close, with the unpacked content of a gzip file.
+    """Unpack a gzip file into a new memfd and return it.  The caller closes it.
 
     Raises:
         ImageError: the data is damaged, incomplete, or larger than `limit_bytes`.
@@ -97,17 +97,17 @@ def unpack(image: Image, limit_bytes: int) -> int:
 
 
 class Gunzip:
-    """Unpacks a gzip file into `fd`, in pieces: all its members, as gzip(1) does (RFC 1952, 2.2).
+    """Unpacks all members of a gzip file into `fd`, in pieces, as gzip(1) does (RFC 1952, 2.2).
 
-    What follows the last member is ignored, with a warning unless it is only padding with zeros.
+    Bytes after the last member are ignored.  A warning is logged unless they are all zeros.
     """
 
     def __init__(self, image: Image, fd: int, limit_bytes: int) -> None:
         self.image = image
         self.fd = fd
         self.limit_bytes = limit_bytes
-        self.offset = 0  # of what has not been read yet
-        self.packed = b""  # has been read, but is not unpacked yet
+        self.offset = 0  # of the first byte that was not read yet
+        self.packed = b""  # bytes that were read, but are not unpacked yet
         self.written = 0
 
     def run(self) -> None:
@@ -128,7 +128,7 @@ class Gunzip:
         stream = zlib.decompressobj(zlib.MAX_WBITS | 16)  # 16: gzip's header and checksum
         while not stream.eof:
             if not self.packed:
-                # Deflate can spend input without any output; so the input has the bound of the output.
+                # Deflate can consume input without producing output, so the input has the same bound as the output.
                 if self.offset > self.limit_bytes:
                     raise image.error(f"is {image.size} bytes of gzip data, at most {self.limit_bytes} are unpacked")
                 if not self._read():
@@ -147,14 +147,14 @@ class Gunzip:
         self.packed = stream.unused_data
 
     def _read(self) -> bool:
-        """Add a piece of the file to `packed`; return False at its end."""
+        """Add a piece of the file to `packed`.  Return False at the end of the file."""
         piece = self.image.read(self.offset, min(CHUNK_IN, self.image.size - self.offset), "the gzip data")
         self.offset += len(piece)
         self.packed += piece
         return bool(piece)
 
     def _look_at_rest(self) -> None:
-        """Warn of what follows the last member; of much padding only the beginning is looked at."""
+        """Log a warning if other bytes than zeros follow the last member.  Only the first `limit_bytes` are read."""
         left = self.image.size - self.offset + len(self.packed)
         while not self.packed.strip(b"\0"):
             self.packed = b""

@@ -1,4 +1,4 @@
-"""What a boot image is, told from its own bytes."""
+"""Recognises the kind of a boot image by its bytes."""
 
 
 from vmd.enums import IntEnum
@@ -10,9 +10,9 @@ LINUX_MAGIC = b"HdrS"
 LINUX_MAGIC_AT = 0x202
 
 FIRMWARE_UNIT = 64 * KIB
-FIRMWARE_MAX = 16 * MIB  # more would reach down to KVM's own pages, see vmd.vm.layout
-RESET_VECTOR_BYTES = 16  # a CPU starts in the last paragraph below 4 GiB
-# There is no room but for a jump; a few instructions without operands may stand before it.
+FIRMWARE_MAX = 16 * MIB  # a larger image would overlap KVM's own pages, see vmd.vm.layout
+RESET_VECTOR_BYTES = 16  # a processor starts in the last 16 bytes below 4 GiB
+# These 16 bytes have room for a jump, and for a few instructions without operands before it.
 BEFORE_JUMP = (b"\x90", b"\xfa", b"\xfc", b"\x66", b"\x0f\x08", b"\x0f\x09")  # nop cli cld data32 invd wbinvd
 JUMPS = (b"\xe9", b"\xea", b"\xeb")
 
@@ -23,7 +23,7 @@ WRONG_KIND = (
 
 
 class Kind(IntEnum):
-    """What a boot image is."""
+    """The kinds of boot images."""
 
     GZIP = 0
     ELF = 1
@@ -32,10 +32,10 @@ class Kind(IntEnum):
 
 
 def kind_of(image: Image) -> Kind:
-    """Tell what a file is.
+    """Return the kind of a file.
 
     Raises:
-        ImageError: it is nothing that a VM can boot.
+        ImageError: a VM cannot boot this file.
     """
     start = image.read(0, min(image.size, LINUX_MAGIC_AT + len(LINUX_MAGIC)), "its beginning")
     if start.startswith(GZIP_MAGIC):
@@ -44,7 +44,7 @@ def kind_of(image: Image) -> Kind:
         return Kind.ELF
     if start[LINUX_MAGIC_AT:] == LINUX_MAGIC:
         return Kind.LINUX
-    # The magic numbers come before the reset vector, which is the weaker sign.
+    # Magic numbers are looked at before the reset vector, which other files may have by chance.
     if what := unbootable.by_magic(image):
         raise image.error(what)
     if _is_firmware(image):
@@ -53,7 +53,7 @@ def kind_of(image: Image) -> Kind:
 
 
 def _is_firmware(image: Image) -> bool:
-    """Return whether the file has the size of a firmware, and a jump where the CPU starts."""
+    """Return whether the file has the size of a firmware, and a jump at the reset vector."""
     if image.size % FIRMWARE_UNIT or image.size > FIRMWARE_MAX:
         return False
     vector = image.read(image.size - RESET_VECTOR_BYTES, RESET_VECTOR_BYTES, "its reset vector")

@@ -1,6 +1,6 @@
-"""Linux bzImage kernels, entered by the 64-bit boot protocol if they have that entry, else by the 32-bit one.
+"""Loads Linux bzImage kernels.  A kernel that has a 64-bit entry is started there, else at its 32-bit entry.
 
-The protocols are those of Linux, Documentation/arch/x86/boot.rst.
+The boot protocols are described in Linux, Documentation/arch/x86/boot.rst.
 """
 
 from struct import Struct
@@ -35,26 +35,26 @@ if TYPE_CHECKING:
     from vmd.vm.boot.start import Memory
 
 SECTOR = 512
-SETUP_SECTS_IF_ZERO = 4  # what a zero has meant since before the header existed
+SETUP_SECTS_IF_ZERO = 4  # the meaning of a zero, for compatibility with kernels that had no header
 
 # struct setup_header, up to and with handover_offset of protocol 2.11
 HEADER_AT = 0x1F1
 SETUP_HEADER = Struct("<BHIHHHHH4sHIHHBBHIIIIHBBIIIBBHIIQIIQQII")
 HEADER_END = HEADER_AT + SETUP_HEADER.size
-JUMP_AT = 0x200  # a short jump over the header, whose offset tells the header's length
+JUMP_AT = 0x200  # a short jump over the header; its offset tells the length of the header
 JUMP_SHORT = 0xEB
 HEADER_END_2_10 = 0x264  # protocol 2.11 added the last field
-HEADER_END_MAX = 0x290  # where boot_params goes on after the header
+HEADER_END_MAX = 0x290  # offset of the next field of boot_params after the header
 
-PROTOCOL_MIN = 0x20A  # from here on a header tells how much memory its kernel needs
+PROTOCOL_MIN = 0x20A  # the first version whose header tells how much memory the kernel needs
 PROTOCOL_2_11 = 0x20B
-PROTOCOL_64 = 0x20C  # from here on a header tells whether there is a 64-bit entry
+PROTOCOL_64 = 0x20C  # the first version whose header tells whether there is a 64-bit entry
 SYSSIZE_UNIT = 16
-LOAD_HIGH = layout.HIGH_RAM_START  # where every kernel with LOADED_HIGH may be put
+LOAD_HIGH = layout.HIGH_RAM_START  # every kernel with LOADED_HIGH may be loaded here
 LOADED_HIGH = 1 << 0
 CAN_USE_HEAP = 1 << 7
 XLF_KERNEL_64 = 1 << 0
-ENTRY64_OFFSET = 0x200  # of the 64-bit entry in the protected-mode part
+ENTRY64_OFFSET = 0x200  # offset of the 64-bit entry in the protected-mode part
 LOADER_UNDEFINED = 0xFF
 VERSION_TEXT_MAX = 96
 
@@ -83,7 +83,7 @@ LOW_4_BYTES = 0xFFFFFFFF
 
 
 class SetupHeader(Record):
-    """The checked setup header of a kernel; `raw` is all of it, as boot_params wants it."""
+    """The checked setup header of a kernel.  `raw` has all its bytes, which are copied into boot_params."""
 
     raw: bytes
     payload_at: int  # offset of the protected-mode part in the file
@@ -103,7 +103,7 @@ def parse_header(image: "Image") -> SetupHeader:
     """Read and check the setup header.
 
     Raises:
-        ImageError: it is damaged, or of a protocol that is too old.
+        ImageError: the header is damaged, or its protocol is too old.
     """
     start = image.read(0, HEADER_END_MAX, "the setup header")
     (
@@ -131,7 +131,8 @@ def parse_header(image: "Image") -> SetupHeader:
         raise image.error(f"has a kernel alignment of {kernel_alignment:#x}, which is no power of two")
     payload_at = ((setup_sects or SETUP_SECTS_IF_ZERO) + 1) * SECTOR
     payload_bytes = syssize * SYSSIZE_UNIT
-    # The size is rounded up, and the file need not be.  Without one the code is all that is left, as for most loaders.
+    # The size is rounded up, but the file may end earlier.  If the size is 0, the code is the rest of the file, as most
+    # boot loaders assume.
     if not payload_bytes or 0 < payload_at + payload_bytes - image.size < SYSSIZE_UNIT:
         payload_bytes = max(0, image.size - payload_at)
     entry64 = version >= PROTOCOL_64 and bool(xloadflags & XLF_KERNEL_64)
@@ -158,7 +159,7 @@ def load(memory: "Memory", image: "Image", boot: Boot) -> Start:
     """Load kernel, initrd, command line and boot_params.
 
     Raises:
-        ImageError: the kernel is damaged or unsuitable, or the guest too small.
+        ImageError: the kernel is damaged or unsuitable, or the guest has too little memory.
         HostError: a file cannot be read.
     """
     header = parse_header(image)
@@ -180,7 +181,7 @@ def load(memory: "Memory", image: "Image", boot: Boot) -> Start:
     memory.write(layout.LINUX_BOOT_PARAMS, _boot_params(header, boot, load_at, ramdisk_at))
     registers = {"rsp": layout.LINUX_STACK, "rsi": layout.LINUX_BOOT_PARAMS, "rflags": RFLAGS_CLEAR}
     code, data, tss = code64(BOOT_CS) if header.entry64 else code32(BOOT_CS), data32(BOOT_DS), task(BOOT_TSS)
-    # In long mode a TSS descriptor has 16 bytes; the upper half of its base is zero.
+    # In long mode a TSS descriptor has 16 bytes.  The 8 bytes here are its upper half.
     gdt = descriptor_table(code, data, tss) + bytes(8)
     memory.write(layout.BOOT_GDT, gdt)
     if not header.entry64:
@@ -211,12 +212,12 @@ def load(memory: "Memory", image: "Image", boot: Boot) -> Start:
 
 
 def _addresses(header: SetupHeader) -> tuple[int, int]:
-    """Return where to put a kernel, and where it will run, from where init_size counts."""
+    """Return the address at which to load a kernel, and the address at which it runs, from which init_size counts."""
     if not header.kernel_alignment:
-        # It moves itself to the one address that it can run at.
+        # The kernel is not relocatable: it moves itself to the only address at which it can run.
         return LOAD_HIGH, header.pref_address
-    # Nothing is gained below pref_address, though boot.rst lets a relocatable kernel be put there: Linux moves itself
-    # up again before it unpacks.  An address in the first MiB, mostly 0, is no preference.
+    # boot.rst allows a relocatable kernel to be loaded below pref_address.  That has no advantage: Linux moves itself
+    # up before it unpacks.  An address in the first MiB, mostly 0, means that there is no preference.
     load_at = header.pref_address
     if load_at < LOAD_HIGH:
         load_at = round_up(LOAD_HIGH, header.kernel_alignment)
@@ -236,13 +237,13 @@ def _boot_params(header: SetupHeader, boot: Boot, load_at: int, ramdisk_at: int)
         (E820_ENTRIES, len(e820)),
         (VID_MODE, VID_MODE_NORMAL),
         (TYPE_OF_LOADER, LOADER_UNDEFINED),
-        # The heap belongs to the 16-bit part, which does not run.
+        # The heap is for the 16-bit part of the kernel, which does not run.
         (LOADFLAGS, header.loadflags & ~CAN_USE_HEAP),
         (CODE32_START, load_at),
         (RAMDISK_IMAGE, ramdisk_at & LOW_4_BYTES),
         (RAMDISK_SIZE, ramdisk_bytes & LOW_4_BYTES),
         (CMD_LINE_PTR, layout.BOOT_CMDLINE),
-        # A list that a hostile image brings along would have the kernel follow its pointers.
+        # The image may have a pointer here, which the kernel would follow.
         (SETUP_DATA, 0),
     ):
         field.pack_into(page, offset, value)
@@ -252,7 +253,7 @@ def _boot_params(header: SetupHeader, boot: Boot, load_at: int, ramdisk_at: int)
 
 
 def _version_text(image: "Image", kernel_version: int, setup_bytes: int) -> str:
-    """Return what to call this kernel in the log: its version string up to the first space, if it has one."""
+    """Return the name of the kernel for the log: "Linux" and its version up to the first space, if it has one."""
     offset = kernel_version + SECTOR
     if kernel_version == 0 or offset >= setup_bytes:
         return "Linux"
@@ -262,5 +263,5 @@ def _version_text(image: "Image", kernel_version: int, setup_bytes: int) -> str:
 
 
 def _dotted(version: int) -> str:
-    """Return a protocol version the way boot.rst writes it."""
+    """Return a protocol version as boot.rst writes it, such as 2.10."""
     return f"{version >> 8}.{version & 0xFF:02}"

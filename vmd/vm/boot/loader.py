@@ -1,6 +1,6 @@
-"""Loads what a VM boots from, whatever it is; its kind is told from its own bytes (arch. 4).
+"""Loads the boot image of a VM.  The kind of image is recognised by its bytes (arch. 4).
 
-Runs when the VM process has started its devices and can start nothing else.
+This runs after the VM process has started its devices and has given up starting processes.
 """
 
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 
 def firmware_bytes(fd: int, name: str) -> int:
-    """Return the size of the memory that `load` will need below 4 GiB: 0 unless `fd` is a firmware image.
+    """Return the size of the memory that `load` needs below 4 GiB: 0 unless `fd` is a firmware image.
 
     Raises:
-        ImageError: it is nothing that a VM can boot.
-        HostError: it cannot be read.
+        ImageError: a VM cannot boot this file.
+        HostError: the file cannot be read.
     """
     image = Image(fd, name)
     return image.size if kind_of(image) is Kind.FIRMWARE else 0
@@ -40,14 +40,14 @@ def load(
     bootmac: bytes = b"",
     options: str = "",
 ) -> "Start":
-    """Put kernel or firmware, and what it is told, into guest memory, and return how vCPU 0 starts.
+    """Load a kernel with its parameters, or firmware, into guest memory.  Return how vCPU 0 starts.
 
-    Descriptors stay the caller's; their file positions are not used.  `rsdp_gpa` 0 says that there are no
-    ACPI tables; `bootmac` is the address of the first NIC when the boot device is the network, else empty.
+    The caller still owns the descriptors; their file positions are not used.  If `rsdp_gpa` is 0, there are no ACPI
+    tables.  `bootmac` is the link-layer address of the first NIC if the boot device is the network, else empty.
     `options` are those of boot(8), without the hyphen.
 
     Raises:
-        ImageError: a file is not bootable, damaged or too large for this guest; memory is half written then.
+        ImageError: a file is not bootable, damaged or too large for this guest.  Memory may be partly written then.
         HostError: a file cannot be read, or the host has no memory to unpack it.
     """
     image = Image(kernel_fd, name)
@@ -63,7 +63,7 @@ def load(
     kind = kind_of(image)
     if kind is not Kind.GZIP:
         return _load_plain(memory, image, kind, boot)
-    # A kernel that is larger than its guest cannot be loaded, so there is no need to unpack more.
+    # A kernel that is larger than the guest's memory cannot be loaded, so more need not be unpacked.
     fd = unpack(image, min(UNPACKED_MAX, memory_bytes))
     try:
         inner, inner_kind = _unpacked_kernel(fd, image)
@@ -73,17 +73,20 @@ def load(
 
 
 def _unpacked_kernel(fd: int, image: Image) -> tuple[Image, Kind]:
-    """Return what was unpacked, and its kind; `image` is the compressed file.  Raises ImageError if it is no kernel."""
-    no_kernel = "is gzip-compressed, but does not hold a kernel: what it holds"
+    """Return the unpacked image and its kind.  `image` is the compressed file.
+
+    Raises ImageError if the content is not a kernel.
+    """
+    no_kernel = "is gzip-compressed, but does not contain a kernel: its content"
     try:
         inner = Image(fd, image.name)
         kind = kind_of(inner)
     except ImageError as error:
         raise image.error(f"{no_kernel} {error.what}") from None
     if kind is Kind.FIRMWARE:
-        raise image.error(f"{no_kernel} is firmware, which is taken uncompressed only")
+        raise image.error(f"{no_kernel} is firmware, which has to be given uncompressed")
     if kind is Kind.GZIP:
-        raise image.error(f"{no_kernel} is gzip-compressed once more")
+        raise image.error(f"{no_kernel} is gzip-compressed again")
     return inner, kind
 
 

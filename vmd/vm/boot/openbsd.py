@@ -1,7 +1,7 @@
-"""OpenBSD kernels, started as their second-stage boot does it (*cat. 5.2*, item 3).
+"""Loads OpenBSD kernels, and starts them as boot(8), the second-stage boot loader, does (*cat. 5.2*, item 3).
 
-The kernel gets a memory map and a console in boot arguments, finds those through its stack, and its symbols
-behind its image.  boot(8) takes no command line and no initrd, so neither do we.
+The kernel gets boot arguments with a memory map and a console.  The stack has their address.  The symbols are behind
+the image.  boot(8) has no command line and no initrd, so both are refused here.
 """
 
 import os
@@ -42,8 +42,8 @@ if TYPE_CHECKING:
     from vmd.vm.boot.elf import Elf, Notes, Section, Segment
     from vmd.vm.boot.start import Memory
 
-ADDRESS_MASK = 0x0FFFFFFF  # from a kernel's virtual to its physical address, as boot(8) has it
-KERNBASE_32 = 0xD0000000  # of i386; Linux, FreeBSD and NetBSD have others
+ADDRESS_MASK = 0x0FFFFFFF  # makes a physical address from a kernel's virtual address, as in boot(8)
+KERNBASE_32 = 0xD0000000  # of i386; Linux, FreeBSD and NetBSD have other bases
 
 BOOTARGS_PAGE = 0x2000
 STACK_PAGE = 0xF000
@@ -64,7 +64,7 @@ SHT_STRTAB = 3
 SHF_ALLOC = 2
 SYMBOL_SECTIONS = (b".debug_line\0", b".SUNW_ctf\0")  # loaded besides symbols and strings
 
-# sys/arch/amd64/include/biosvar.h: every argument has a type, its size with this header, and the same again
+# sys/arch/amd64/include/biosvar.h: an argument has a type, its size with this header, and that size again
 BOOTARG = Struct("<III")
 BOOTARG_MEMMAP = 0
 BOOTARG_CONSDEV = 5
@@ -83,9 +83,10 @@ RETURN_ADDRESS_BYTES = 4
 
 
 def is_kernel(file: "Elf", notes: "Notes") -> bool:
-    """Tell whether this is an OpenBSD kernel, by what no other system's kernel has.
+    """Return whether this is an OpenBSD kernel, by segments, notes and sections that no other kernel has.
 
-    On i386 the base that kernels are linked to will do.  On amd64 it will not, for Linux has the same.
+    An i386 kernel is also recognised by the base to which it is linked.  For amd64 that does not work, because Linux
+    has the same base.
     """
     if any(part.type in (elf.PT_INTERP, elf.PT_DYNAMIC) for part in file.segments):
         return False  # a program of OpenBSD
@@ -107,7 +108,7 @@ def load(memory: "Memory", file: "Elf", boot: Boot) -> Start:
     """Load an OpenBSD kernel of either architecture with its symbols and boot arguments.
 
     Raises:
-        ImageError: the kernel is damaged, or the guest too small.
+        ImageError: the kernel is damaged, or the guest has too little memory.
         HostError: a file cannot be read.
     """
     if boot.initrd is not None:
@@ -130,7 +131,7 @@ def load(memory: "Memory", file: "Elf", boot: Boot) -> Start:
         BOOTARG_APIVER,
         end,
         0,  # extended memory: not used
-        0,  # base memory: 0 has the kernel use the memory map
+        0,  # base memory: 0 means that the kernel uses the memory map
         len(arguments),
         BOOTARGS_PAGE,
     )
@@ -148,7 +149,7 @@ def load(memory: "Memory", file: "Elf", boot: Boot) -> Start:
     return Start(
         text=f"OpenBSD/{'amd64' if file.is64 else 'i386'} kernel",
         mode=mode,
-        # The kernel's first code is a function in 32 bits: its arguments stand above a return address.
+        # The kernel's entry is a 32-bit function: its arguments are on the stack, above a return address.
         registers={"rip": entry, "rsp": stack_at - RETURN_ADDRESS_BYTES, "rflags": RFLAGS_CLEAR},
         cr0=CR0_PG | CR0_ET | CR0_PE,
         cr3=cr3,
@@ -161,12 +162,12 @@ def load(memory: "Memory", file: "Elf", boot: Boot) -> Start:
 
 
 def _physical(address: int) -> int:
-    """Return where boot(8) would put what is linked to `address`."""
+    """Return the physical address at which boot(8) loads code that is linked to `address`."""
     return address & ADDRESS_MASK
 
 
 def _randomize(memory: "Memory", file: "Elf", parts: "list[Segment]") -> None:
-    """Fill the segments that ask for random bytes; they lie inside loaded ones."""
+    """Fill the segments that ask for random bytes.  Each must be inside a loaded segment."""
     budget = RANDOM_MAX_BYTES
     for part in file.segments:
         if part.type != PT_OPENBSD_RANDOMIZE or part.filesz == 0:
@@ -183,10 +184,10 @@ def _randomize(memory: "Memory", file: "Elf", parts: "list[Segment]") -> None:
 
 
 def _load_symbols(memory: "Memory", file: "Elf", space: Placement, end: int) -> int:
-    """Put ELF header, section headers and symbols behind the image for ddb(4); return where they end.
+    """Put ELF header, section headers and symbols behind the image, for ddb(4).  Return the end of them.
 
-    The copied headers are made to speak of the copy: section offsets count from the copied ELF header.  Symbols that
-    cannot be read are left out, as from a stripped kernel.
+    The copied headers describe the copy: section offsets count from the copied ELF header.  If the symbols cannot be
+    read, there are none, as in a stripped kernel.
     """
     ehdr, shdr, unit = (EHDR64, SHDR64, 8) if file.is64 else (EHDR32, SHDR32, 4)
     try:
@@ -221,10 +222,10 @@ def _load_symbols(memory: "Memory", file: "Elf", space: Placement, end: int) -> 
 
 
 def _symbol_sections(file: "Elf", headers: "list[Section]") -> set[int]:
-    """Return the indices of the sections to load: none without a symbol table.
+    """Return the indices of the sections to load; an empty set if there is no symbol table.
 
     Raises:
-        ImageError: one of them is not in the file.
+        ImageError: one of these sections is not in the file.
     """
     if not any(section.type == SHT_SYMTAB for section in headers):
         return set()
@@ -248,7 +249,7 @@ def _bootargs(boot: Boot) -> bytes:
         (BOOTARG_CONSDEV, BIOS_CONSDEV.pack(COM0, CONSOLE_BAUD, layout.PORT_COM1, 0, 0, 0, 0)),
     ]
     if boot.bootmac:
-        # Padded to whole words, since the kernel steps from one argument to the next.
+        # Padded, so that the next argument, to which the kernel steps by the size, begins at a whole word.
         arguments.append((BOOTARG_BOOTMAC, boot.bootmac.ljust(8, b"\0")))
     packed = [BOOTARG.pack(kind, BOOTARG.size + len(data), BOOTARG.size + len(data)) + data for kind, data in arguments]
     return b"".join(packed) + BOOTARG_END

@@ -1,4 +1,4 @@
-"""Where a direct boot may put things: guest RAM less what is taken, checked before the first byte is stored."""
+"""Finds places in guest RAM for a direct boot.  Each range is checked before a byte is stored in it."""
 
 from vmd.errors import ImageError
 from vmd.vm import layout
@@ -11,9 +11,9 @@ if TYPE_CHECKING:
 PAGE_SIZE = 0x1000
 MIB = 1 << 20
 
-# Real mode's vectors, the structures of vmd.vm.layout and the command line: one range for all protocols.
+# End of a range for the vectors of real mode, the structures of vmd.vm.layout and the command line, for all protocols.
 BOOT_DATA_END = 0x30000
-CMDLINE_MAX = BOOT_DATA_END - layout.BOOT_CMDLINE - 1  # less its NUL
+CMDLINE_MAX = BOOT_DATA_END - layout.BOOT_CMDLINE - 1  # without its NUL
 
 ZEROS = bytes(1 * MIB)
 
@@ -24,7 +24,7 @@ def round_up(value: int, unit: int) -> int:
 
 
 class Placement:
-    """The free RAM of one guest; `name` is the image that the messages blame."""
+    """The free RAM of one guest.  Error messages name the image `name`."""
 
     def __init__(self, name: str, memory_bytes: int) -> None:
         self.name = name
@@ -35,10 +35,10 @@ class Placement:
         self.taken: list[tuple[int, int, str]] = [(0, BOOT_DATA_END, "the boot data")]
 
     def claim(self, start: int, size: int, what: str) -> None:
-        """Take a range for `what`; nothing of it may be in use or outside RAM.
+        """Take a range for `what`.
 
         Raises:
-            ImageError: it may not lie there, or the guest has too little memory.
+            ImageError: the range is partly in use or outside RAM, or the guest has too little memory.
         """
         end = start + size
         place = f"{what} at {start:#x}-{end:#x}"
@@ -55,12 +55,12 @@ class Placement:
         """Take the highest free page-aligned range that ends at or before `below`, and return its start.
 
         Raises:
-            ImageError: there is none in RAM below 4 GiB.
+            ImageError: there is no such range in RAM below 4 GiB.
         """
         limit = below
         below = min(limit, layout.low_ram_bytes(self.memory_bytes))
         start = (below - size) & -PAGE_SIZE
-        # Each round steps below one more taken range, so there are no more rounds than ranges.
+        # From the highest taken range down: if `start` is inside a range, go below it.
         for first, last, _ in sorted(self.taken, reverse=True):
             if start < last and first < start + size:
                 start = (first - size) & -PAGE_SIZE
@@ -75,20 +75,20 @@ class Placement:
         return start
 
     def _check_memory(self, needed_bytes: int, what: str) -> None:
-        """Raise ImageError if more memory would help."""
+        """Raise ImageError if the guest needs more memory."""
         if self.memory_bytes < needed_bytes <= layout.LOW_RAM_MAX:
             have, need = self.memory_bytes // MIB, round_up(needed_bytes, MIB) // MIB
             raise ImageError(self.name, f"{what} needs a guest of {need} MiB, this one has {have} MiB")
 
 
 def clear(memory: "Memory", gpa: int, size: int) -> None:
-    """Zero a range, in pieces that keep the loader's own memory small."""
+    """Zero a range, in pieces, so that the loader itself needs little memory."""
     for offset in range(0, size, len(ZEROS)):
         memory.write(gpa + offset, ZEROS[: size - offset])
 
 
 def store_cmdline(memory: "Memory", name: str, cmdline: bytes, limit: int) -> None:
-    """Store the command line with its NUL at its place in `vmd.vm.layout`; `limit` is without the NUL."""
+    """Store the command line with a NUL at `layout.BOOT_CMDLINE`.  `limit` does not count the NUL."""
     limit = min(limit, CMDLINE_MAX)
     if b"\0" in cmdline:
         raise ImageError(name, "the command line contains a NUL")

@@ -1,4 +1,4 @@
-"""ELF kernels with a PVH note: Linux vmlinux, FreeBSD, unikernels (Xen, docs/misc/pvh.pandoc)."""
+"""Loads ELF kernels with a PVH note: Linux vmlinux, FreeBSD, unikernels (Xen, docs/misc/pvh.pandoc)."""
 
 from struct import Struct
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from vmd.vm.boot.start import Memory
 
 XEN_ELFNOTE_PHYS32_ENTRY = 18
-ENTRY_BYTES = (4, 8)  # both are in use, whatever the class of the file
+ENTRY_BYTES = (4, 8)  # both sizes are in use, in 32-bit and in 64-bit files
 
 # Xen, public/arch-x86/hvm/start_info.h, version 1
 HVM_START_INFO = Struct("<IIIIQQQQII")
@@ -40,7 +40,7 @@ PVH_TSS = 0x18
 
 
 def find_entry(notes: "Notes") -> int | None:
-    """Return the address that the first usable PVH note gives, or None without one."""
+    """Return the entry address in the first usable PVH note, or None if there is no such note."""
     for note in _pvh_notes(notes):
         entry = int.from_bytes(note.desc, "little")
         if len(note.desc) in ENTRY_BYTES and entry < layout.FOUR_GIB:
@@ -49,7 +49,7 @@ def find_entry(notes: "Notes") -> int | None:
 
 
 def damage(notes: "Notes") -> str:
-    """Say why there is no usable PVH note, if one may have been meant; else return nothing."""
+    """Return why there is no usable PVH note, if there is a damaged one; else ""."""
     for note in _pvh_notes(notes):
         return f"has a damaged PVH note: {note.desc[:16].hex()} is no 32-bit address"
     return notes.damage
@@ -63,7 +63,7 @@ def load(memory: "Memory", file: "Elf", entry: int, boot: Boot) -> Start:
     """Load an ELF kernel that starts at `entry` by the PVH protocol.
 
     Raises:
-        ImageError: the kernel is damaged, or the guest too small.
+        ImageError: the kernel is damaged, or the guest has too little memory.
         HostError: a file cannot be read.
     """
     space = Placement(file.image.name, boot.memory_bytes)
@@ -73,7 +73,7 @@ def load(memory: "Memory", file: "Elf", entry: int, boot: Boot) -> Start:
     placement.store_cmdline(memory, file.image.name, boot.cmdline, placement.CMDLINE_MAX)
     initrd: tuple[int, int] | None = None
     if boot.initrd is not None:
-        # Linux copies the address into a field of 32 bits; RAM below the PCI window always has one.
+        # Below 4 GiB, because Linux copies the address into a field of 32 bits.
         gpa = placement.load_initrd(memory, space, boot.initrd, layout.FOUR_GIB)
         initrd = (gpa, boot.initrd.size)
     memory.write(layout.PVH_START_INFO, _start_info(boot, initrd))
@@ -93,12 +93,12 @@ def load(memory: "Memory", file: "Elf", entry: int, boot: Boot) -> Start:
 
 
 def _physical(paddr: int) -> int:
-    """PVH kernels say physical addresses."""
+    """Return the address: PVH kernels have physical addresses in their program headers."""
     return paddr
 
 
 def _start_info(boot: Boot, initrd: tuple[int, int] | None) -> bytes:
-    """Return hvm_start_info, and behind it the module list and the memory map that it points to."""
+    """Return hvm_start_info, followed by the module list and the memory map to which it points."""
     modlist_at = layout.PVH_START_INFO + HVM_START_INFO.size
     modules = b"" if initrd is None else HVM_MODLIST_ENTRY.pack(*initrd, 0, 0)
     memmap_at = modlist_at + len(modules)

@@ -1,6 +1,6 @@
-"""What a loader is asked for, and what it answers: the state in which vCPU 0 starts.
+"""The parameters of a loader (`Boot`), and its result (`Start`): the state in which vCPU 0 starts.
 
-All of it is plain data; `vmd.vm.vcpu` applies a `Start` through KVM_SET_SREGS and KVM_SET_REGS.
+Both are plain data.  `vmd.vm.vcpu` applies a `Start` with KVM_SET_SREGS and KVM_SET_REGS.
 """
 
 from struct import Struct
@@ -15,32 +15,32 @@ if TYPE_CHECKING:
     from vmd.vm.boot.image import Image
 
     class Memory(Protocol):
-        """Guest memory as the loaders use it; `vmd.guestmem` is the real one."""
+        """Guest memory, as loaders use it.  `vmd.guestmem` implements it."""
 
         def write(self, gpa: int, data: bytes) -> None:
             """Store `data` at `gpa`."""
 
         def load(self, gpa: int, data: bytes) -> None:
-            """Store `data` at `gpa`, even where the guest may only read."""
+            """Store `data` at `gpa`, also in memory that is read-only for the guest."""
 
         def view(self, gpa: int, size: int) -> memoryview:
-            """Return a writable view of `size` bytes at `gpa`; nothing may be empty or span two regions."""
+            """Return a writable view of `size` bytes at `gpa`.  It must not be empty or span two regions."""
 
 
 # Intel SDM volume 3, 2.5 and 2.2.1
 CR0_PE = 1 << 0
-CR0_ET = 1 << 4  # reads as one on every CPU that exists
+CR0_ET = 1 << 4  # reads as one on all present processors
 CR0_PG = 1 << 31
 CR4_PSE = 1 << 4
 CR4_PAE = 1 << 5
 EFER_LME = 1 << 8
 EFER_LMA = 1 << 10
-RFLAGS_CLEAR = 0x2  # bit 1 is always set; interrupts and direction flag are off
+RFLAGS_CLEAR = 0x2  # bit 1 is always set; interrupts are disabled, and the direction flag is clear
 
 PAGE_SIZE = 0x1000
 PTE_PRESENT = 1 << 0
 PTE_WRITE = 1 << 1
-PTE_LARGE = 1 << 7  # 2 MiB in a page directory, 4 MiB in one of two levels
+PTE_LARGE = 1 << 7  # a page of 2 MiB in long mode, of 4 MiB with two levels of tables
 ENTRIES = 512  # of one page table in long mode
 GIB_OF_2M_PAGES = 512
 
@@ -48,9 +48,9 @@ DESCRIPTOR = Struct("<Q")
 
 
 class Mode(IntEnum):
-    """How the CPU runs its first instruction."""
+    """The mode in which the processor runs its first instruction."""
 
-    REAL_RESET = 0  # as after reset: nothing is to be set
+    REAL_RESET = 0  # as after reset: no register is set
     PROTECTED32 = 1  # flat, without paging
     PAGED32 = 2  # flat, paging with 4 MiB pages
     COMPAT32 = 3  # long mode is active, code is still 32-bit
@@ -58,12 +58,12 @@ class Mode(IntEnum):
 
 
 class Segment(Record):
-    """A segment register with its hidden part, under the names of `struct kvm_segment`."""
+    """A segment register with its hidden part, with the field names of `struct kvm_segment`."""
 
     selector: int
     type: int
     base: int = 0
-    limit: int = 0xFFFFFFFF  # in bytes, whatever the granularity
+    limit: int = 0xFFFFFFFF  # in bytes, for both values of the granularity `g`
     present: int = 1
     dpl: int = 0
     db: int = 0
@@ -74,7 +74,7 @@ class Segment(Record):
     unusable: int = 0
 
     def descriptor(self) -> int:
-        """Return the eight bytes of a descriptor table that load this segment (Intel SDM 3, 3.4.5)."""
+        """Return the 8-byte descriptor of this segment as a number (Intel SDM 3, 3.4.5)."""
         limit = self.limit >> 12 if self.g else self.limit
         access = self.type | self.s << 4 | self.dpl << 5 | self.present << 7
         flags = self.avl | self.l << 1 | self.db << 2 | self.g << 3
@@ -110,7 +110,7 @@ def data32(selector: int) -> Segment:
 
 
 def task(selector: int) -> Segment:
-    """Return a TSS at address 0: it is never used, but entering a guest needs a busy one (Intel SDM 3, 26.3.1.2)."""
+    """Return a TSS at address 0.  It is never used, but VM entry needs a busy TSS (Intel SDM 3, 26.3.1.2)."""
     return Segment(selector=selector, type=BUSY_TSS, s=0, limit=0x67)
 
 
@@ -125,7 +125,7 @@ def flat_segments(code: Segment, data: Segment, tss: Segment) -> dict[str, Segme
 
 
 def descriptor_table(*segments: Segment) -> bytes:
-    """Return a GDT in which each segment stands where its selector points; selector 0 is not stored."""
+    """Return a GDT that has each segment at its selector.  A segment with selector 0 is left out."""
     table = bytearray(max(segment.selector for segment in segments) + 8)
     for segment in segments:
         if segment.selector:
@@ -134,7 +134,10 @@ def descriptor_table(*segments: Segment) -> bytes:
 
 
 def identity_map(base: int, gib: int) -> bytes:
-    """Return a PML4, a PDPT and `gib` page directories, to be stored at `base`, that map 2 MiB pages one to one."""
+    """Return page tables that map the first `gib` GiB one to one, with pages of 2 MiB, to be stored at `base`.
+
+    They are a PML4, a PDPT and `gib` page directories.
+    """
     entry = PTE_PRESENT | PTE_WRITE
     table = Struct(f"<{ENTRIES}Q")
     directories = [base + (2 + index) * PAGE_SIZE | entry for index in range(gib)]
@@ -149,24 +152,24 @@ def identity_map(base: int, gib: int) -> bytes:
 
 
 class Boot(Record):
-    """What the machine wants booted, apart from the image itself."""
+    """The parameters of a boot, except the image itself."""
 
     memory_bytes: int
     cmdline: bytes = b""
     initrd: "Image | None" = None
     rsdp_gpa: int = 0  # 0: there are no ACPI tables
     options: str = ""  # of boot(8), without the hyphen
-    bootmac: bytes = b""  # address of the first NIC when the boot device is the network
+    bootmac: bytes = b""  # link-layer address of the first NIC, if the boot device is the network
 
 
 class Start(Record):
     """The state of vCPU 0 before its first instruction.
 
-    `registers` has KVM's names (`rip`, `rsp`, `rflags`, ...); those not named are 0.  With `Mode.REAL_RESET`
-    everything else is left as the reset made it, and the defaults here mean nothing.
+    `registers` has KVM's names (`rip`, `rsp`, `rflags`, ...).  Registers that are not in it are 0.  With
+    `Mode.REAL_RESET` the vCPU keeps its reset state, and all fields after `mode` are ignored.
     """
 
-    text: str  # what was loaded, for the log
+    text: str  # describes the loaded image, for the log
     mode: Mode
     registers: dict[str, int] = {}
     cr0: int = 0

@@ -1,7 +1,7 @@
-"""What people give as a boot image though it is none: what it is, and what to give instead.
+"""Recognises files that are not boot images, so that the error message says what to give instead.
 
-A file is named by magic numbers in its first bytes.  Nothing here decides how a VM boots: whatever can be booted
-was recognised before.
+A file is recognised by magic numbers in its first bytes.  Files that can be booted were recognised before, so this
+module does not decide how a VM boots.
 """
 
 from struct import Struct
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from vmd.vm.boot.elf import Elf, Notes
     from vmd.vm.boot.image import Image
 
-COMPRESSED = "is compressed by {0}, and only gzip is unpacked here: give what `{1}` makes of it"
+COMPRESSED = "is compressed by {0}, and only gzip is unpacked here: give the output of `{1}`"
 DISK = "is a disk image ({0}): give it as disk"
 FILE_SYSTEM = "is the image of a file system ({0}): give it as disk"
 CD = "is a CD image (ISO 9660): give it as cdrom"
 INITRD = "is an initramfs (cpio archive): give it as initrd, and its kernel as boot"
-ARCHIVE = "is an archive ({0}): give the kernel that is in it"
+ARCHIVE = "is an archive ({0}): give the kernel in it"
 OTHER_MACHINE = "is a Linux kernel for {0}, not for x86"
 EFI_PROGRAM = (
     "is an EFI program, which is not started directly: give a Linux bzImage or an ELF kernel, "
@@ -26,14 +26,14 @@ EFI_PROGRAM = (
 )
 UNIFIED = (
     "is a unified kernel image, an EFI program: give the kernel in it, which "
-    "`objcopy -O binary --only-section=.linux` takes out, and likewise .initrd as initrd"
+    "`objcopy -O binary --only-section=.linux` extracts, and give its section .initrd as initrd"
 )
 ZBOOT = (
-    "is a compressed EFI kernel (zboot), which unpacks itself by EFI firmware only: give the kernel in it, "
+    "is a compressed EFI kernel (zboot), which only EFI firmware can start: give the kernel in it, "
     "a bzImage or vmlinux"
 )
 
-# (offset, magic, what it is)
+# (offset, magic number, message)
 MAGICS = (
     (0, b"\xfd7zXZ\0", COMPRESSED.format("xz", "xz -dc")),
     (0, b"\x28\xb5\x2f\xfd", COMPRESSED.format("zstd", "zstd -dc")),
@@ -49,8 +49,8 @@ MAGICS = (
     (0, b"!<arch>\n", ARCHIVE.format("ar, as Debian packages are")),
     (0, b"\xed\xab\xee\xdb", ARCHIVE.format("RPM package")),
     (257, b"ustar", ARCHIVE.format("tar")),
-    (0, b"\x27\x05\x19\x56", "is a U-Boot image (uImage): give the kernel in it, which dumpimage(1) takes out"),
-    (0, b"\xd0\x0d\xfe\xed", "is a device tree or a U-Boot FIT image: give the kernel, which dumpimage(1) takes out"),
+    (0, b"\x27\x05\x19\x56", "is a U-Boot image (uImage): give the kernel in it, which dumpimage(1) extracts"),
+    (0, b"\xd0\x0d\xfe\xed", "is a device tree or a U-Boot FIT image: give the kernel, which dumpimage(1) extracts"),
     (56, b"ARM\x64", OTHER_MACHINE.format("arm64")),
     (36, b"\x18\x28\x6f\x01", OTHER_MACHINE.format("arm")),
     (56, b"RSC\x05", OTHER_MACHINE.format("riscv")),
@@ -74,7 +74,7 @@ MAGICS = (
     (0, b"XFSB", FILE_SYSTEM.format("XFS")),
     (0x10040, b"_BHRfS_M", FILE_SYSTEM.format("btrfs")),
 )
-# These are short enough to stand in a firmware image by chance, so they are looked for last.
+# These are so short that a firmware image may have them by chance, so they are looked for last.
 WEAK_MAGICS = (
     (0, b"\x1f\x9d", COMPRESSED.format("compress", "gzip -dc")),
     (0, b"\x5d\0\0", COMPRESSED.format("lzma", "xz -dc")),
@@ -83,7 +83,7 @@ WEAK_MAGICS = (
 )
 HEAD_BYTES = 0x10040 + 8
 
-# An EFI program (PE/COFF): its new header's place, the header, and its sections
+# An EFI program (PE/COFF): the offset of its PE header, the header, and its sections
 MZ = b"MZ"
 ZBOOT_AT, ZBOOT_MAGIC = 4, b"zimg"
 PE_OFFSET_AT = 0x3C
@@ -93,7 +93,8 @@ PE_SECTION_BYTES = 40
 PE_SECTIONS_MAX = 96
 UNIFIED_SECTION = b".linux\0\0"
 
-# Multiboot, versions 1 and 2: the magic and the words after it, whose sum is 0, within so many bytes
+# Multiboot, versions 1 and 2: the magic number, the header, and the size of the area that has the header.  The sum of
+# the header's words is 0.
 MULTIBOOT = ((0x1BADB002, Struct("<3I"), 8192), (0xE85250D6, Struct("<4I"), 32768))
 
 PT_TLS = 7
@@ -105,7 +106,7 @@ NO_ENTRY = "has no PVH note, which tells where an ELF kernel is entered"
 
 
 def by_magic(image: "Image") -> str | None:
-    """Return what a file is, by magic numbers that nothing else has, and what to do with it; None if unknown."""
+    """Return what a file is, and what to give instead, by unambiguous magic numbers; None if unknown."""
     head = image.read(0, min(image.size, HEAD_BYTES), "its beginning")
     if head.startswith(MZ) and (what := _efi_program(head)):
         return what
@@ -113,7 +114,7 @@ def by_magic(image: "Image") -> str | None:
 
 
 def by_weak_magic(image: "Image") -> str | None:
-    """Return the same by magic numbers that may be there by chance."""
+    """Return the same as `by_magic`, by magic numbers that a file may have by chance."""
     return _lookup(image.read(0, min(image.size, HEAD_BYTES), "its beginning"), WEAK_MAGICS)
 
 
@@ -125,7 +126,7 @@ def _lookup(head: bytes, magics: tuple[tuple[int, bytes, str], ...]) -> str | No
 
 
 def _efi_program(head: bytes) -> str | None:
-    """Return what an EFI program is, or None if these bytes are none."""
+    """Return what kind of EFI program this is, or None if it is not an EFI program."""
     if head.startswith(ZBOOT_MAGIC, ZBOOT_AT):
         return ZBOOT
     if len(head) < PE_OFFSET_AT + PE_OFFSET.size:
@@ -137,7 +138,7 @@ def _efi_program(head: bytes) -> str | None:
     if magic != b"PE\0\0":
         return None
     if _lookup(head, MAGICS) is not None:
-        return None  # a Linux kernel for another machine, which says so itself
+        return None  # a Linux kernel for another machine, whose message in MAGICS is better
     first = at + PE_HEADER.size + optional_bytes
     for index in range(min(sections, PE_SECTIONS_MAX)):
         if head.startswith(UNIFIED_SECTION, first + index * PE_SECTION_BYTES):
@@ -146,7 +147,10 @@ def _efi_program(head: bytes) -> str | None:
 
 
 def elf_file(file: "Elf", notes: "Notes", damage: str) -> str:
-    """Say why an ELF file that is no kernel of ours cannot be started, and what can; `damage` is in its notes."""
+    """Return why an ELF file that cannot be booted is refused, and what to give instead.
+
+    `damage` says what is wrong with its notes, if anything.
+    """
     kinds = {part.type for part in file.segments}
     tagged = any(note.name == b"GNU" and note.type == NT_GNU_ABI_TAG for note in notes.found)
     bsd = {b"FreeBSD": "FreeBSD", b"NetBSD": "NetBSD"}
@@ -165,7 +169,7 @@ def elf_file(file: "Elf", notes: "Notes", damage: str) -> str:
 
 
 def _is_multiboot(file: "Elf") -> bool:
-    """Return whether a Multiboot header stands where a loader looks for it."""
+    """Return whether the file has a Multiboot header in the area in which boot loaders look for it."""
     image = file.image
     for magic, header, limit in MULTIBOOT:
         head = image.read(0, min(image.size, limit), "its beginning")

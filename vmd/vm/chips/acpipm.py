@@ -8,7 +8,7 @@ One block of twelve ports, which the FADT describes:
      8  PM_TMR   u32   3.579545 MHz
 
 There is no general-purpose event block (FADT GPE0_BLK_LEN 0) and no SMI command: ACPI mode is always on.
-Upstream vmd has no ACPI; its guests learn of a shutdown from vmmci alone.
+Upstream's vmd has no ACPI, and asks its guests to shut down by vmmci only.
 """
 
 import time
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from vmd.vm.chips.wakeup import Schedule
 
-PM1_STS, PM1_EN, PM1_CNT, PM_TMR = 0, 2, 4, 8  # offsets, for the FADT too
+PM1_STS, PM1_EN, PM1_CNT, PM_TMR = 0, 2, 4, 8  # offsets; the FADT has them, too
 TIMER_BITS = 32  # FADT: TMR_VAL_EXT set
 TIMER_HZ = 3579545
 
@@ -38,21 +38,21 @@ CNT_SLP_TYP = 7 << 10
 CNT_SLP_EN = 1 << 13
 CNT_KEPT = CNT_BM_RLD | CNT_SLP_TYP  # GBL_RLS and SLP_EN read as 0
 
-# What switches off: 5 is the value in \_S5; SeaBIOS's APM power-off writes 0, knowing QEMU's \_S5 only.
+# The sleep types that switch off.  5 is the value in \_S5.  The APM power-off of SeaBIOS writes 0, as in QEMU's \_S5.
 SLP_TYP_OFF = (5 << 10, 0 << 10)
 
 TIMER_MASK = (1 << TIMER_BITS) - 1
 TIMER_HALF = 1 << TIMER_BITS - 1  # ticks from one change of the top bit to the next
-WAIT_MAX_S = 60.0  # bounds how many timers that were given up can wait for their time in the event loop
+WAIT_MAX_S = 60.0  # cancelled timers stay in the event loop until they are due: this bounds their number
 
 
 class AcpiPm:
-    """The PM block of one VM.  Ports are used on vCPU threads, `power_button` on the event thread.
+    """The PM block of one VM.  Ports are accessed on vCPU threads, and `power_button` runs on the event thread.
 
-    `irq(level)` is told every change of the SCI, which is level-triggered, under this chip's lock.
-    `monotonic` is the machine's time, which stands still with it.
-    `power_off` and `on_button_acknowledged` run on a vCPU thread.  Without `schedule`, a timer overflow shows
-    in PM1_STS but raises no SCI by itself; no known guest enables that.
+    `irq(level)` is called for every change of the SCI, which is level-triggered, under this chip's lock.
+    `monotonic()` is the machine's time, which stops while it is paused.
+    `power_off` and `on_button_acknowledged` run on a vCPU thread.  Without `schedule`, a timer overflow sets its bit in
+    PM1_STS when the guest accesses a port, and raises no SCI before.
     """
 
     PORTS = 12
@@ -82,11 +82,11 @@ class AcpiPm:
 
     @property
     def power_button_enabled(self) -> bool:
-        """Whether a guest listens, so that pressing the button will be noticed."""
+        """Whether the guest has enabled the button, so that it will notice that the button is pressed."""
         return bool(self._enable & STS_PWRBTN)
 
     def power_button(self) -> None:
-        """Press the button once; `on_button_acknowledged` says that the guest has seen it."""
+        """Press the button once.  `on_button_acknowledged` is called when the guest has noticed it."""
         with self._lock:
             self._status |= STS_PWRBTN
             self._update_sci()
@@ -95,7 +95,7 @@ class AcpiPm:
 
     def pio_read(self, offset: int, size: int) -> int:
         """Read one or more registers."""
-        if offset == PM_TMR:  # a clock source: answered before anything else
+        if offset == PM_TMR:  # first, because guests use it as a clock source, and read it often
             return int((self._monotonic() - self._start_s) * TIMER_HZ) & TIMER_MASK & (1 << 8 * size) - 1
         with self._lock:
             self._look_at_timer()
@@ -104,7 +104,7 @@ class AcpiPm:
         return value >> 8 * offset & (1 << 8 * size) - 1
 
     def pio_write(self, offset: int, size: int, value: int) -> None:
-        """Write one or more registers; unwritten bytes of a register stay."""
+        """Write one or more registers, or some bytes of a register."""
         acknowledged = power_off = False
         with self._lock:
             self._look_at_timer()
@@ -115,14 +115,14 @@ class AcpiPm:
                 if register == PM1_STS:
                     cleared = self._status & byte << shift & STS_CLEARABLE
                     self._status &= ~cleared
-                    # A guest that clears everything as it boots has not heard the button.
+                    # Only if the button is enabled: at boot, a guest clears all bits, and has not noticed the button.
                     acknowledged |= bool(cleared & self._enable & STS_PWRBTN)
                 elif register == PM1_EN:
                     self._enable = (self._enable & ~(0xFF << shift) | byte << shift) & EN_MASK
                 elif register == PM1_CNT:
                     written = self._control & ~(0xFF << shift) | byte << shift
                     self._control = written & CNT_KEPT | CNT_SCI_EN
-                    # Other sleep states are not in the DSDT: a guest that tries one stays awake.
+                    # The DSDT has no other sleep state: a guest that tries one stays awake.
                     power_off |= bool(written & CNT_SLP_EN) and written & CNT_SLP_TYP in SLP_TYP_OFF
             self._update_sci()
             self._arm_timer()
@@ -134,7 +134,7 @@ class AcpiPm:
     # ---- send and receive
 
     def state(self) -> dict[str, int]:
-        """Return what `restore` takes; the timer goes along, so that a guest's clock does not jump."""
+        """Return the state, for `restore`.  It includes the timer, so the guest's clock does not jump."""
         with self._lock:
             self._look_at_timer()
             return {
@@ -145,7 +145,7 @@ class AcpiPm:
             }
 
     def restore(self, state: dict[str, int]) -> None:
-        """Continue where another one stopped, and drive the SCI to where it was.
+        """Continue from a saved state, and drive the SCI as it was.
 
         Raises:
             KeyError, TypeError: this is no state of a PM block.
@@ -155,7 +155,7 @@ class AcpiPm:
             self._enable = state["enable"] & EN_MASK
             self._control = state["control"] & CNT_KEPT | CNT_SCI_EN
             ticks = state["ticks"] & TIMER_MASK
-            self._start_s = self._monotonic() - (ticks + 0.5) / TIMER_HZ  # where in a tick is as good as any
+            self._start_s = self._monotonic() - (ticks + 0.5) / TIMER_HZ  # the fraction of the tick is arbitrary
             self._halves = ticks // TIMER_HALF
             self._update_sci()
             self._arm_timer()
@@ -181,7 +181,7 @@ class AcpiPm:
             self._irq(level)
 
     def _arm_timer(self) -> None:
-        """Look again when the top bit changes, if that is to interrupt and has not done so already."""
+        """Arrange a look at the time when the top bit changes, if that interrupts and its bit is not set yet."""
         if self._wakeup is not None and self._enable & STS_TMR and not self._status & STS_TMR:
             due_s = self._start_s + (self._halves + 1) * TIMER_HALF / TIMER_HZ
             self._wakeup.within(min(due_s - self._monotonic(), WAIT_MAX_S))

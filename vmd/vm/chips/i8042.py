@@ -1,8 +1,8 @@
-"""A keyboard controller with no keyboard: it answers, so that nobody waits for it, and it can reset.
+"""A keyboard controller without keyboard.  It answers, so that drivers do not wait for it, and it can reset.
 
-A missing controller costs more than this one: SeaBIOS and Linux poll the status port tens of thousands of
-times before they give up.  Each command that has an answer is answered at once, and bytes for a keyboard or
-mouse come back as "no response", as from a PC whose sockets are empty.  Nothing here raises an interrupt.
+Without a controller, SeaBIOS and Linux poll the status port tens of thousands of times before they give up.  Here each
+command that has an answer gets it at once.  A byte for a keyboard or mouse gets the answer "no response", as in a PC
+where none is plugged in.  There are no interrupts.
 """
 
 TYPE_CHECKING = False
@@ -36,11 +36,11 @@ CMD_WRITE_OUTPUT = 0xD1
 CMD_KBD_LOOP = 0xD2
 CMD_AUX_LOOP = 0xD3
 CMD_AUX_SEND = 0xD4
-CMD_PULSE = 0xF0  # to FFh: the low bits that are 0 pull their output line; FEh is the usual reset
+CMD_PULSE = 0xF0  # to FFh: each low bit that is 0 pulses its output line; FEh is the usual reset
 
 NO_PASSWORD = 0xF1
 SELF_TEST_PASSED = 0x55
-CLOCK_STUCK_LOW = 0x01  # what a port test finds with nothing plugged in; SeaBIOS then leaves it at that
+CLOCK_STUCK_LOW = 0x01  # result of a port test with nothing plugged in; SeaBIOS then ignores the port
 NO_RESPONSE = 0xFE
 INPUT_UNLOCKED = 0x80
 
@@ -49,12 +49,12 @@ OUTPUT_A20 = 0x02
 
 
 class I8042:
-    """The controller of one VM; `reset` runs on the vCPU thread that asks for it.
+    """The controller of one VM.  `reset` runs on the vCPU thread that asks for it.
 
-    There is no lock: two vCPUs that talk to it at once confuse each other, as they would with the real one.
+    There is no lock: two vCPUs that use it at the same time confuse each other, as with a real controller.
     """
 
-    PORTS = 5  # 60h to 64h; 61h is KVM's, 62h and 63h nobody's
+    PORTS = 5  # 60h to 64h; KVM answers 61h, and 62h and 63h do not exist
     pio_width = 1
 
     def __init__(self, reset: "Callable[[], None]") -> None:
@@ -63,10 +63,10 @@ class I8042:
         self._output_port = OUTPUT_NO_RESET | OUTPUT_A20
         self._output = 0
         self._flags = 0  # OBF and TIMEOUT
-        self._command = 0  # waits for its data byte
+        self._command = 0  # the command whose data byte has not come yet
 
     def pio_read(self, offset: int, size: int) -> int:
-        """Read the output buffer, which empties it, or the status."""
+        """Read the status, or read and empty the output buffer."""
         if offset == STATUS:
             return STATUS_UNLOCKED | self._control & STATUS_SYS | self._flags
         if offset == DATA:
@@ -75,14 +75,14 @@ class I8042:
         return 0xFF
 
     def pio_write(self, offset: int, size: int, value: int) -> None:
-        """Take a command, its data, or a byte for the keyboard that is not there."""
+        """Write a command, its data, or a byte for the keyboard, which does not exist."""
         if offset == STATUS:
             self._on_command(value)
         elif offset == DATA:
             self._on_data(value)
 
     def state(self) -> dict[str, int]:
-        """Return what `restore` takes."""
+        """Return the state, for `restore`."""
         return {
             "control": self._control,
             "output_port": self._output_port,
@@ -92,7 +92,7 @@ class I8042:
         }
 
     def restore(self, state: dict[str, int]) -> None:
-        """Continue where another one stopped.
+        """Continue from a saved state.
 
         Raises:
             KeyError, TypeError: this is no state of a keyboard controller.
@@ -116,7 +116,7 @@ class I8042:
         elif command == CMD_READ_CTR:
             self._answer(self._control)
         elif CMD_READ_CTR < command < CMD_READ_CTR + 32:
-            self._answer(0)  # the controller's own RAM, of which only byte 0 has a meaning
+            self._answer(0)  # the controller's RAM: only byte 0 has a meaning
         elif command == CMD_AUX_OFF:
             self._control |= CTR_AUX_OFF
         elif command == CMD_AUX_ON:
@@ -142,7 +142,7 @@ class I8042:
             if not value & OUTPUT_NO_RESET:
                 self._reset()
         elif command in (CMD_KBD_LOOP, CMD_AUX_LOOP):
-            # Not marked as from the second port, by which Linux sees at once that there is none.
+            # The answer is not marked as coming from the second port: so Linux sees at once that there is no such port.
             self._answer(value)
         elif command in (0, CMD_AUX_SEND):
             self._answer(NO_RESPONSE, STATUS_TIMEOUT)

@@ -1,19 +1,20 @@
 """The real-time clock and its battery-backed memory: a Motorola MC146818A as a PC wires it, 128 bytes.
 
-Time is not counted but computed from the host's clock when somebody looks; a guest that sets the clock
-changes an offset.  Timers run only while an interrupt is enabled, and the periodic one stops until the guest
-has acknowledged the last tick: what a guest makes the host do is bounded by what it does itself.
+Time is not counted.  It is computed from the host's clock at each access, and a guest that sets the clock changes an
+offset.  Timers run only while an interrupt is enabled.  The periodic timer stops until the guest has acknowledged the
+last tick, so the work of the host is bounded by the work of the guest.
 
-What the date does while the machine stands still, paused or on its way to another host: it goes on, as on batteries.
-After a pause of 3 s it is 3 s further, and is as far from the host's as the guest has set it.  While a guest holds it,
-by SET or the divider, its registers keep what they show, a pause or not; but only time in which the guest ran is time
-that it held.  A guest that begins to set the clock, is paused for 3 s, and ends, thus finds it 3 s further than what
-it has written: no part of a pause is lost.  The same goes for a host whose own clock is set.  Alarms and the end of an
-update that were due meanwhile come when the machine goes on; the periodic interrupt, which counts the guest's time,
-goes on within its period.
+The date goes on while the machine is paused or on its way to another host, as a clock with a battery does.  After a
+pause of 3 s it is 3 s further, and its difference to the host's clock is the same.  While the guest holds the clock,
+by SET or by the divider, its registers do not change, also during a pause.  But only the time for which the guest ran
+counts as held.  For example, a guest begins to set the clock, is paused for 3 s, and ends setting it: the clock is then
+3 s ahead of what the guest has written, so no part of the pause is lost.  A change of the host's clock counts in the
+same way.  Alarms and the end of an update that were due during a pause come when the machine goes on.  The periodic
+interrupt counts the time of the machine, and goes on within its period.
+
 Section names are those of the MC146818A data sheet.
 
-Unlike vmd: binary and 12-hour mode, alarm and update-ended interrupts, and the clock can be set.
+Unlike vmd, this clock has binary and 12-hour mode, alarm and update-ended interrupts, and a guest can set it.
 """
 
 import time
@@ -33,7 +34,7 @@ CMOS_BYTES = 128
 SECONDS, SECONDS_ALARM, MINUTES, MINUTES_ALARM, HOURS, HOURS_ALARM = range(6)
 WEEKDAY, DAY, MONTH, YEAR = range(6, 10)
 REG_A, REG_B, REG_C, REG_D = range(10, 14)
-CENTURY = 0x32  # the FADT's CENTURY field says so
+CENTURY = 0x32  # named by the FADT's field CENTURY
 CENTURY_PS2 = 0x37
 TIME_REGISTERS = frozenset((SECONDS, MINUTES, HOURS, WEEKDAY, DAY, MONTH, YEAR, CENTURY, CENTURY_PS2))
 
@@ -54,23 +55,23 @@ C_UF = 0x10
 C_FLAGS = C_PF | C_AF | C_UF
 D_VALID = 0x80  # the battery is good
 
-PM = 0x80  # in the hours of 12-hour mode
-ANY = 0xC0  # an alarm register from here on matches everything
+PM = 0x80  # bit in the hours of 12-hour mode
+ANY = 0xC0  # from this value on, an alarm register matches everything
 
 OSCILLATOR_HZ = 32768
 # "Update cycle": UIP rises 244 us before it and it takes 1984 us.  The new second shows as UIP falls.
 UPDATE_S = (244 + 1984) / 1e6
-DIVIDER_RELEASE_S = 0.5  # the first update after the divider was held comes half a second later
+DIVIDER_RELEASE_S = 0.5  # the fraction of the second at which the clock starts when the divider is released
 
-CATCH_UP_S = 0.05  # of periodic ticks that were missed, no more than these are made up for
+CATCH_UP_S = 0.05  # missed periodic ticks are made up for no longer than this
 ROUNDING_S = 1e-6
-WAIT_MAX_S = 60.0  # look at the clock again at least this often: the host may have been set or asleep
+WAIT_MAX_S = 60.0  # longest wait before the next look at the clock: the host's may have been set, or the host slept
 
 DAY_S = 86400
 YEAR_MAX = 9999
-SPAN_MAX_S = (YEAR_MAX + 1) * 366 * DAY_S  # between any two times that a clock can show
+SPAN_MAX_S = (YEAR_MAX + 1) * 366 * DAY_S  # bound of the difference between any two times of the clock
 
-# Memory sizes and the like, where SeaBIOS and boot loaders look for them
+# CMOS bytes in which SeaBIOS and boot loaders look for memory sizes and other facts about the machine
 CMOS_EQUIPMENT = 0x14
 CMOS_BASE_KIB = 0x15
 CMOS_EXTENDED_KIB = 0x17
@@ -82,15 +83,15 @@ CMOS_ABOVE_4G = 0x5B  # three bytes, in 64 KiB
 CMOS_EXTRA_CPUS = 0x5F
 
 EQUIPMENT_FPU = 0x02
-BOOT_DISK, BOOT_CDROM, BOOT_NET = 2, 3, 4  # SeaBIOS's numbers, in force without a `bootorder` file
+BOOT_DISK, BOOT_CDROM, BOOT_NET = 2, 3, 4  # numbers of SeaBIOS, which uses them if there is no `bootorder` file
 
 
 class Mc146818:
     """The clock of one VM, at ports 70h (index) and 71h (data).
 
-    `irq(level)` is told every change of the line, in order.  `now` is the host's UTC in seconds since 1970;
-    `monotonic` is the machine's time, which stands still with it, and paces the periodic interrupt.  `schedule` is
-    described in `wakeup`.
+    `irq(level)` is called for every change of the line, in order.  `now()` is the host's UTC in seconds since 1970.
+    `monotonic()` is the machine's time, which stops while it is paused, and by which the periodic interrupt runs.
+    For `schedule` see `wakeup`.
     """
 
     pio_width = 1
@@ -110,16 +111,16 @@ class Mc146818:
         self._lock = threads.Lock()
         self._index = 0
         self._offset_s = 0.0  # guest time minus host time
-        self._held_s = 0.0  # host time minus machine time, when the guest took hold of the clock
-        self._written_day: int | None = None  # the guest day on which date registers were set while running
-        self._weekday_shift = 0  # the chip counts weekdays on its own and a guest may disagree with us
+        self._held_s = 0.0  # host time minus machine time, at the moment at which the guest stopped the clock
+        self._written_day: int | None = None  # the guest day on which date registers of the running clock were written
+        self._weekday_shift = 0  # the weekday is a counter of its own: a guest may set it to any day
         self._flags = 0  # register C without IRQF
         self._level = False
-        self._seen_s = 0  # the guest second up to which update and alarm flags are accounted for
+        self._seen_s = 0  # the guest second up to which update and alarm flags have been set
         self._tick_s = 0.0  # when the periodic flag was last due, by the monotonic clock
         self._clock_wakeup = Wakeup(schedule, monotonic, self._lock, self._on_clock)
         self._tick_wakeup = Wakeup(schedule, monotonic, self._lock, self._on_tick)
-        # While the clock is stopped its registers live here as they were left; else only alarms and RAM do.
+        # While the clock is stopped, this also has the time registers.  While it runs, they are computed.
         self._ram = bytearray(CMOS_BYTES)
         self._ram[REG_A] = 0x26  # 32.768 kHz, 1024 Hz: what a BIOS leaves
         self._ram[REG_B] = B_24H
@@ -147,7 +148,7 @@ class Mc146818:
     # ---- ports
 
     def pio_read(self, offset: int, size: int) -> int:
-        """Read the register that 70h selects; 70h itself is for writing only."""
+        """Read the register that port 70h selects.  Port 70h itself is write-only."""
         if offset == 0:
             return 0xFF
         with self._lock:
@@ -163,7 +164,7 @@ class Mc146818:
             return self._ram[index]
 
     def pio_write(self, offset: int, size: int, value: int) -> None:
-        """Select a register (bit 7, the NMI mask, is not the chip's), or write the selected one."""
+        """Select a register, or write the selected one.  Bit 7 of the index, the NMI mask, is ignored."""
         if offset == 0:
             self._index = value & 0x7F
             return
@@ -176,7 +177,7 @@ class Mc146818:
             elif index == REG_B:
                 self._write_b(value)
             elif index in (SECONDS_ALARM, MINUTES_ALARM, HOURS_ALARM):
-                self._look_at_clock()  # by the old alarm, up to now
+                self._look_at_clock()  # the old alarm counts until now
                 self._ram[index] = value
                 self._arm_clock()
                 self._update_irq()
@@ -186,7 +187,7 @@ class Mc146818:
     # ---- send and receive
 
     def state(self) -> dict[str, int | bytes]:
-        """Return what `restore` takes; the offset goes along, so that a clock that was set stays set."""
+        """Return the state, for `restore`.  It includes the offset, so a clock that was set stays set."""
         with self._lock:
             return {
                 "index": self._index,
@@ -195,14 +196,14 @@ class Mc146818:
                 "offset_us": round(self._offset_s * 1e6),
                 "weekday_shift": self._weekday_shift,
                 "seen_s": self._seen_s,
-                "tick_us": round((self._monotonic() - self._tick_s) * 1e6),  # ago
+                "tick_us": round((self._monotonic() - self._tick_s) * 1e6),  # time since the last tick
                 "held_us": round(self._host_s() * 1e6),
             }
 
     def restore(self, state: "dict[str, int | bytes]") -> None:
-        """Continue where another one stopped; the clock shows the time that it is now.
+        """Continue from a saved state.  The clock shows the present time.
 
-        Where it had seen alarms up to, was in the period, and was held came with version 3 of the stream.
+        `seen_s`, `tick_us` and `held_us` came with version 3 of the stream, and may be missing.
 
         Raises:
             KeyError, TypeError, ValueError: this is no state of a clock.
@@ -236,7 +237,7 @@ class Mc146818:
         return bool(self._ram[REG_B] & B_SET) or self._ram[REG_A] & A_DIVIDER >= A_DIVIDER_RESET
 
     def _host_s(self) -> float:
-        """Return the host's time; of a clock that is held, as if the machine had not stood still since then."""
+        """Return the host's time.  While the guest holds the clock, pauses since then do not count."""
         return self._monotonic() + self._held_s if self._stopped() else self._now()
 
     def _guest_s(self) -> float:
@@ -249,7 +250,7 @@ class Mc146818:
         return not self._stopped() and self._guest_s() % 1.0 >= 1.0 - UPDATE_S
 
     def _encode(self) -> dict[int, int]:
-        """Return what the time registers show now."""
+        """Return the present values of the time registers."""
         second = self._second()
         days, of_day = divmod(second, DAY_S)
         year, month, day = _date(days)
@@ -268,7 +269,10 @@ class Mc146818:
         }
 
     def _decode(self) -> int:
-        """Return the guest second that the time registers in `_ram` stand for; impossible dates run on."""
+        """Return the guest second that the time registers in `_ram` mean.
+
+        An impossible date counts on: 31 February is the third day of March, or the second in a leap year.
+        """
         ram = self._ram
         year = self._to_number(ram[CENTURY]) * 100 + self._to_number(ram[YEAR])
         days = _days(min(year, YEAR_MAX), self._to_number(ram[MONTH]), self._to_number(ram[DAY]))
@@ -277,10 +281,10 @@ class Mc146818:
         return days * DAY_S + of_day + self._to_number(ram[SECONDS])
 
     def _freeze(self) -> None:
-        """Leave in the registers what they show, as the clock stops or is about to be changed.
+        """Store the present time in the registers, because the clock stops or one of them is about to be written.
 
-        A date that is being written piece by piece into the running clock may be impossible in between, such
-        as 31 February on the way to 31 March; then its pieces stay as they were written.
+        A guest may write a date into the running clock register by register.  The date may be impossible in between,
+        such as 31 February on the way to 31 March.  So, until the day ends, the date registers stay as written.
         """
         registers = self._encode()
         if self._written_day == self._second() // DAY_S:
@@ -289,7 +293,7 @@ class Mc146818:
             self._ram[index] = value
 
     def _thaw(self, fraction_s: float, host_s: float) -> None:
-        """Let the clock run on from its registers, `fraction_s` into the second that they show at that time."""
+        """Let the clock run on from its registers: at `host_s`, it is `fraction_s` after the second that they show."""
         shown_s = self._decode()
         self._offset_s = shown_s + fraction_s - host_s
         self._seen_s = shown_s
@@ -320,7 +324,7 @@ class Mc146818:
             value &= ~B_UIE  # "Register B": SET clears UIE
         if value & ~self._ram[REG_B] & B_PIE:
             self._tick_s = self._monotonic()
-        # SET does not stop the divider: the second goes on where it would have been.
+        # SET does not stop the divider, so the clock keeps its fraction of the second.
         self._change_run_state(REG_B, value, self._guest_s() % 1.0)
 
     def _change_run_state(self, register: int, value: int, resume_at_s: float) -> None:
@@ -330,7 +334,7 @@ class Mc146818:
             self._written_day = None
             old, self._ram[register] = self._ram[register], value
             if self._stopped():
-                self._ram[register] = old  # the registers keep the format they had
+                self._ram[register] = old  # the time is stored in the format that was set before this write
                 self._freeze()
                 self._held_s = host_s - self._monotonic()
         self._ram[register] = value
@@ -340,7 +344,7 @@ class Mc146818:
         self._arm_tick()
         self._update_irq()
 
-    # ---- numbers as the guest wants them
+    # ---- the number format that the guest has set
 
     def _from_number(self, number: int) -> int:
         if self._ram[REG_B] & B_BINARY:
@@ -367,7 +371,7 @@ class Mc146818:
     def _read_c(self) -> int:
         self._look_at_clock()
         period_s = self._period_s()
-        if period_s and not self._ram[REG_B] & B_PIE:  # a guest that polls
+        if period_s and not self._ram[REG_B] & B_PIE:  # no timer runs: the guest may poll the flag
             periods = int((self._monotonic() - self._tick_s) // period_s)
             if periods > 0:
                 self._flags |= C_PF
@@ -380,7 +384,7 @@ class Mc146818:
         return value
 
     def _look_at_clock(self) -> None:
-        """Raise update and alarm flags for what has happened since we last looked."""
+        """Set the update and alarm flags for the time since the last look."""
         if self._stopped():
             return
         second = self._second()
@@ -393,7 +397,7 @@ class Mc146818:
         self._seen_s = second
 
     def _next_alarm(self, after: int) -> int | None:
-        """Return the first second after `after` that the alarm registers match; None if none ever does."""
+        """Return the first second after `after` that matches the alarm registers, or None if no second does."""
         ram = self._ram
         hours = range(24) if ram[HOURS_ALARM] >= ANY else (self._to_hour(ram[HOURS_ALARM]),)
         minutes = range(60) if ram[MINUTES_ALARM] >= ANY else (self._to_number(ram[MINUTES_ALARM]),)
@@ -401,7 +405,7 @@ class Mc146818:
         if hours[0] > 23 or minutes[0] > 59 or seconds[0] > 59:
             return None
         midnight = after - after % DAY_S
-        # Of each hour and minute that is over, none of the seconds needs looking at.
+        # An hour or minute that is over is skipped as a whole.
         for day in (midnight, midnight + DAY_S):
             for hour in hours:
                 at_hour = day + hour * 3600
@@ -417,7 +421,7 @@ class Mc146818:
         return None
 
     def _period_s(self) -> float:
-        """Return the time between periodic flags, 0.0 for never (table "Periodic interrupt rate")."""
+        """Return the period of the periodic flag, or 0.0 for none (table "Periodic interrupt rate")."""
         rate = self._ram[REG_A] & A_RATE
         if rate == 0 or self._ram[REG_A] & A_DIVIDER >= A_DIVIDER_RESET:
             return 0.0
@@ -426,7 +430,7 @@ class Mc146818:
         return (1 << rate - 1) / OSCILLATOR_HZ
 
     def _tick(self) -> None:
-        """Raise the periodic flag and note when that was due, so that the next one is not late as well."""
+        """Set the periodic flag, and note when it was due, so that the next tick is not late, too."""
         now_s = self._monotonic()
         period_s = self._period_s()
         self._flags |= C_PF
@@ -443,7 +447,7 @@ class Mc146818:
     # ---- timers
 
     def _arm_clock(self) -> None:
-        """Have update and alarm looked at when the next one that interrupts is due."""
+        """Arrange a look at the clock for the next update or alarm that interrupts."""
         enabled = self._ram[REG_B] & (B_UIE | B_AIE)
         if not enabled or self._stopped():
             return
@@ -459,7 +463,7 @@ class Mc146818:
         self._arm_clock()
 
     def _arm_tick(self) -> None:
-        """Have the next periodic interrupt raised, unless the last one still waits for its acknowledgement."""
+        """Arrange the next periodic interrupt, unless the guest has not acknowledged the last one yet."""
         period_s = self._period_s()
         if period_s and self._ram[REG_B] & B_PIE and not self._flags & C_PF:
             self._tick_wakeup.within(self._tick_s + period_s - self._monotonic())
@@ -469,23 +473,23 @@ class Mc146818:
         if not period_s or not self._ram[REG_B] & B_PIE:
             return
         if self._monotonic() < self._tick_s + period_s - ROUNDING_S:
-            self._arm_tick()  # this call was for a rate that the guest has changed since
+            self._arm_tick()  # too early: the guest has changed the rate since this call was arranged
             return
         self._tick()
         self._update_irq()
 
 
 def _days(year: int, month: int, day: int) -> int:
-    """Return days since 1970 of a date in the Gregorian calendar; any month and day count on."""
+    """Return the days from 1970 to a date of the Gregorian calendar.  Months and days out of range count on."""
     year, month = year + (month - 1) // 12, (month - 1) % 12 + 1
-    # Years from March on, so that the leap day comes last.
+    # Years begin in March here, so that the leap day comes last.
     year -= month < 3
     of_year = (153 * ((month + 9) % 12) + 2) // 5 + day - 1
     return year * 365 + year // 4 - year // 100 + year // 400 + of_year - 719468
 
 
 def _date(days: int) -> tuple[int, int, int]:
-    """Return (year, month, day) of days since 1970: the inverse of `_days`."""
+    """Return (year, month, day) for a number of days since 1970: the inverse of `_days`."""
     eras, of_era = divmod(days + 719468, 146097)
     year = (of_era - of_era // 1460 + of_era // 36524 - of_era // 146096) // 365
     of_year = of_era - (365 * year + year // 4 - year // 100)

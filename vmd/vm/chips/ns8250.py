@@ -1,11 +1,11 @@
-"""The serial port: a National PC16550D, with its FIFOs, as drivers see it.
+"""The serial port: a National PC16550D with its FIFOs.
 
-The line is infinitely fast: a byte written to the transmitter has left at once, so that LSR always says
-"empty" and a guest never polls for it; and received bytes arrive together, so that a FIFO below its trigger
-level times out at once.  Section numbers are those of the PC16550D data sheet.
+The line is infinitely fast.  A byte that is written to the transmitter has left at once: LSR always says "empty", and a
+guest never has to poll for that.  Received bytes arrive at the same time: a FIFO below its trigger level times out at
+once.  Section numbers are those of the PC16550D data sheet.
 
-Unlike vmd, whose ns8250 has no FIFO, because a driver that knows one costs a sixteenth of the interrupts.
-OUT2, which gates the interrupt on a PC's board, does not here (nor in vmd).
+Unlike vmd, whose ns8250 has no FIFO, because with a FIFO there are 16 times fewer interrupts.
+On the board of a PC, OUT2 gates the interrupt.  Here (and in vmd) it does not.
 """
 
 from vmd import threads
@@ -14,7 +14,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-# Registers, by offset; RBR, THR and IER give way to the divisor latch while LCR.DLAB is set
+# Registers, by offset.  While LCR.DLAB is set, the divisor latch is in the place of RBR, THR and IER.
 DATA, IER, IIR_FCR, LCR, MCR, LSR, MSR, SCR = range(8)
 
 IER_RDI = 0x01  # received data available
@@ -51,28 +51,28 @@ LSR_ERRORS = LSR_OE | LSR_PE | LSR_FE | LSR_BI
 LSR_EMPTY = 0x60  # THRE and TEMT: see above
 LSR_FIFO_ERROR = 0x80
 
-MSR_TERI = 0x04  # of the delta bits the one that shows an edge, not a change
+MSR_TERI = 0x04  # this delta bit shows a trailing edge; the others show any change
 MSR_DELTAS = 0x0F
 MSR_CTS = 0x10
 MSR_DSR = 0x20
 MSR_RI = 0x40
 MSR_DCD = 0x80
-MSR_CONNECTED = MSR_DCD | MSR_DSR | MSR_CTS  # the console is always there
+MSR_CONNECTED = MSR_DCD | MSR_DSR | MSR_CTS  # the console is always connected
 
 FIFO_BYTES = 16
 TRIGGER_LEVELS = (1, 4, 8, 14)  # 8.4
 DIVISOR_115200 = 1
-BREAK = LSR_BI | LSR_FE  # what a break leaves in LSR, with a zero byte (8.3)
+BREAK = LSR_BI | LSR_FE  # a break sets these bits of LSR, and comes with a zero byte (8.3)
 
 ONE_BYTE = tuple(bytes([value]) for value in range(256))
 
 
 class Uart:
-    """One 16550A.  The guest's side is called on vCPU threads, `receive` and `send_break` on the event thread.
+    """One 16550A.  Ports are accessed on vCPU threads.  `receive` and `send_break` run on the event thread.
 
-    `irq(level)` is told every change of the interrupt line, in order, under this chip's lock.
-    `transmit(data)` takes one byte at a time from any vCPU thread, two of them at once if the guest does that.
-    `on_room()` runs on a vCPU thread once the guest has emptied a receiver that refused something; it may call
+    `irq(level)` is called for every change of the interrupt line, in order, under this chip's lock.
+    `transmit(data)` is called with one byte, on a vCPU thread; two vCPUs may call it at the same time.
+    `on_room()` is called on a vCPU thread when the guest has emptied a receiver that had refused input.  It may call
     `receive`.
     """
 
@@ -92,13 +92,13 @@ class Uart:
         self.msr = MSR_CONNECTED
         self.scr = 0
         self.divisor = DIVISOR_115200
-        self._rx = bytearray()  # the receiver FIFO, or RBR alone
-        self._rx_errors = bytearray()  # for each byte what LSR shows once it is at the top (8.3)
+        self._rx = bytearray()  # the receiver FIFO; only RBR, while FIFOs are disabled
+        self._rx_errors = bytearray()  # for each byte, the bits of LSR that are set when it reaches the top (8.3)
         self._thri = False  # the transmitter's interrupt is pending, enabled or not
         self._level = False
-        self._refused = False  # the owner has input left that did not fit
-        self._break = False  # a break waits for room
-        self._plain = True  # a byte for THR concerns nobody but the line
+        self._refused = False  # the last input did not fit completely
+        self._break = False  # a break waits for room in the receiver
+        self._plain = True  # a byte for THR only has to be transmitted, and changes no register or interrupt
         self._irq = irq
         self._transmit = transmit
         self._on_room = on_room
@@ -110,7 +110,7 @@ class Uart:
         """Read a register."""
         if offset == LSR:
             lsr = self.lsr
-            if not lsr & LSR_ERRORS:  # reading has no effect: spare polling drivers the lock
+            if not lsr & LSR_ERRORS:  # without the lock: drivers poll this, and the read changes nothing
                 return lsr
         room = False
         with self._lock:
@@ -166,7 +166,7 @@ class Uart:
                 self._write_mcr(value)
             elif offset == SCR:
                 self.scr = value
-            # LSR and MSR are for reading; the data sheet reserves writing them for factory tests.
+            # Writes to LSR and MSR are ignored: the data sheet reserves them for factory tests.
             self._plain = not (self.lcr & LCR_DLAB or self.mcr & MCR_LOOP or self.ier & IER_THRI)
             room = self._has_news_of_room()
             self._update_irq()
@@ -178,10 +178,10 @@ class Uart:
     # ---- the line's side
 
     def receive(self, data: bytes) -> int:
-        """Take input and return how many bytes fitted; if not all did, `on_room` will be called."""
+        """Take input, and return how many bytes were accepted.  If not all were, `on_room` is called later."""
         with self._lock:
             accepted = 0
-            # The modem test's loop disconnects the line; rather than lost, input then waits.
+            # Loopback mode disconnects the line: input then waits, so that it is not lost.
             if not self._break and not self.mcr & MCR_LOOP:
                 accepted = min(len(data), self._room())
                 for byte in data[:accepted]:
@@ -191,7 +191,7 @@ class Uart:
             return accepted
 
     def send_break(self) -> None:
-        """Let the line break; it stands behind the input that was accepted before."""
+        """Receive a break, after the input that was accepted before."""
         with self._lock:
             self._break = True
             self._place_break()
@@ -200,7 +200,7 @@ class Uart:
     # ---- send and receive
 
     def state(self) -> dict[str, int | bytes]:
-        """Return what `restore` takes."""
+        """Return the state, for `restore`."""
         with self._lock:
             return {
                 "ier": self.ier,
@@ -218,7 +218,7 @@ class Uart:
             }
 
     def restore(self, state: "dict[str, int | bytes]") -> None:
-        """Continue where another one stopped; the interrupt line is driven to where it was.
+        """Continue from a saved state, and drive the interrupt line as it was.
 
         Raises:
             KeyError, TypeError, ValueError: this is no state of a UART.
@@ -256,7 +256,7 @@ class Uart:
         if self._room() <= 0:
             self.lsr |= LSR_OE
             if self.fcr & FCR_ENABLE:
-                return  # the shift register is overwritten, the FIFO is not (8.3)
+                return  # only the shift register is overwritten, not the FIFO (8.3)
             self._clear_rx()
         self._rx.append(byte)
         self._rx_errors.append(errors)
@@ -276,7 +276,7 @@ class Uart:
         self._show_top()
 
     def _show_top(self) -> None:
-        """Bring LSR in step with the FIFO; an error shows when its byte reaches the top, once."""
+        """Set LSR for the top of the FIFO.  The errors of a byte are shown once, when it reaches the top."""
         lsr = self.lsr & ~(LSR_DR | LSR_FIFO_ERROR)
         if self._rx:
             lsr |= LSR_DR | self._rx_errors[0]
@@ -291,7 +291,7 @@ class Uart:
             self._push(0, BREAK)
 
     def _has_news_of_room(self) -> bool:
-        """Place a waiting break, and return whether the owner should now be called."""
+        """Put a waiting break into the receiver.  Return whether `on_room` has to be called now."""
         self._place_break()
         if self._refused and not self._rx and not self.mcr & MCR_LOOP:
             self._refused = False
@@ -301,11 +301,11 @@ class Uart:
     # ---- transmitter, interrupts, modem
 
     def _write_thr(self, byte: int) -> bool:
-        """Take a byte; return whether it goes out."""
+        """Take a byte for the transmitter.  Return whether it has to be transmitted."""
         if self._thri and not self.fcr & FCR_ENABLE:
-            # Writing THR takes the request back until the byte has left (8.7), and a driver without FIFO may
-            # rely on the edge that then follows.  One with FIFO has had its edge with the first byte since
-            # it read IIR: the other fifteen need not cost two interrupt calls each.
+            # Writing THR clears the interrupt until the byte has left (8.7).  A driver that uses no FIFO may rely on
+            # the edge that follows.  A driver that uses the FIFO got its edge with the first byte after it read IIR,
+            # so the other fifteen bytes do not lower and raise the line.
             self._thri = False
             self._update_irq()
         self._thri = True
@@ -315,7 +315,7 @@ class Uart:
         return True
 
     def _write_ier(self, value: int) -> None:
-        # Enabling the interrupt while the transmitter is empty requests one; drivers start sending this way.
+        # If the interrupt is enabled while the transmitter is empty, it is raised: drivers begin to send by this.
         if value & ~self.ier & IER_THRI:
             self._thri = True
         self.ier = value & 0x0F
@@ -323,13 +323,13 @@ class Uart:
     def _write_fcr(self, value: int) -> None:
         if (value ^ self.fcr) & FCR_ENABLE or value & FCR_CLEAR_RX:
             self._clear_rx()
-        # Without the enable bit the others are not programmed (8.4).
+        # If the enable bit is 0, the other bits are not programmed (8.4).
         self.fcr = value & FCR_KEPT if value & FCR_ENABLE else 0
 
     def _write_mcr(self, value: int) -> None:
         self.mcr = value & 0x1F
         lines = MSR_CONNECTED
-        if self.mcr & MCR_LOOP:  # the four outputs drive the four inputs (8.6)
+        if self.mcr & MCR_LOOP:  # in loopback mode the four outputs drive the four inputs (8.6)
             lines = (
                 (MSR_CTS if value & MCR_RTS else 0)
                 | (MSR_DSR if value & MCR_DTR else 0)
@@ -342,7 +342,7 @@ class Uart:
         self.msr = lines | self.msr & MSR_DELTAS | changed
 
     def _pending(self) -> int:
-        """Return the interrupt of the highest priority (8.5)."""
+        """Return the pending interrupt of the highest priority (8.5), or IIR_NONE."""
         ier = self.ier
         if ier & IER_RLSI and self.lsr & LSR_ERRORS:
             return IIR_RLSI

@@ -1,7 +1,6 @@
 """The two ports that reset a PC: the reset control register CF9h and system control port A, 92h.
 
-CF9h lies within the dword of PCI's address register; only a byte access is meant for it, which the PCI bus
-tells apart (PCI 3.0, 3.2.2.3.2).
+CF9h is inside the 32 bits of PCI's address register.  The PCI bus passes byte accesses on to it (PCI 3.0, 3.2.2.3.2).
 """
 
 TYPE_CHECKING = False
@@ -9,7 +8,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 # Reset control register (Intel PIIX3 data sheet, 2.1.3)
-SYSTEM_RESET = 0x02  # what kind of reset bit 2 makes; both kinds start a VM anew
+SYSTEM_RESET = 0x02  # the kind of reset that bit 2 causes; here both kinds reset the whole VM
 RESET_CPU = 0x04
 
 # System control port A
@@ -18,9 +17,9 @@ FAST_A20 = 0x02
 
 
 class ResetPort:
-    """CF9h: a rising reset bit calls `reset`, on the vCPU thread that wrote it.
+    """CF9h: writing the reset bit calls `reset`, on the vCPU thread that wrote it.
 
-    The FADT's RESET_REG names this port, so that ACPI guests reset here.
+    The FADT's RESET_REG names this port, so ACPI guests use it to reset.
     """
 
     pio_width = 1
@@ -30,27 +29,27 @@ class ResetPort:
         self._reset = reset
 
     def pio_read(self, offset: int, size: int) -> int:
-        """Return what was written; the reset bit is over by the time anybody reads it."""
+        """Return the register.  The reset bit reads as 0: a reset ends the VM."""
         return self.control
 
     def pio_write(self, offset: int, size: int, value: int) -> None:
-        """Reset on a rising bit 2, whether bit 1 asks for a soft or a hard reset."""
+        """Reset if bit 2 is set, for both values of bit 1 (soft or hard reset)."""
         rising = value & RESET_CPU
         self.control = value & SYSTEM_RESET
         if rising:
             self._reset()
 
     def state(self) -> dict[str, int]:
-        """Return what `restore` takes."""
+        """Return the state, for `restore`."""
         return {"control": self.control}
 
     def restore(self, state: dict[str, int]) -> None:
-        """Continue where another one stopped."""
+        """Continue from a saved state."""
         self.control = state["control"] & SYSTEM_RESET
 
 
 class SystemControlA:
-    """92h: a rising bit 0 resets; bit 1 gates A20, which here is always open and only remembered."""
+    """92h: writing bit 0 resets.  Bit 1 gates A20; here A20 is always on, and the bit is only remembered."""
 
     pio_width = 1
 
@@ -59,19 +58,19 @@ class SystemControlA:
         self._reset = reset
 
     def pio_read(self, offset: int, size: int) -> int:
-        """Return the gate as it was left."""
+        """Return the register, which has the A20 bit."""
         return self.control
 
     def pio_write(self, offset: int, size: int, value: int) -> None:
-        """Reset on bit 0."""
+        """Set the A20 bit, and reset if bit 0 is set."""
         self.control = value & FAST_A20
         if value & FAST_RESET:
             self._reset()
 
     def state(self) -> dict[str, int]:
-        """Return what `restore` takes."""
+        """Return the state, for `restore`."""
         return {"control": self.control}
 
     def restore(self, state: dict[str, int]) -> None:
-        """Continue where another one stopped."""
+        """Continue from a saved state."""
         self.control = state["control"] & FAST_A20

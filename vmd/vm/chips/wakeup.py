@@ -1,8 +1,8 @@
-"""One future call of a chip that wants to look at something by itself.
+"""A timer of a chip: one future call, at which the chip looks at its state.
 
-A cancelled timer may stay in the event loop's heap until it would have been due.  A guest that makes a chip
-change its mind a million times must not fill memory with those, so an outstanding call that comes early enough
-is left alone, whatever it was for: the chip looks, finds nothing to do, and asks again.
+A cancelled timer may stay in the event loop's heap until it is due.  A guest can make a chip change its timer a million
+times, and must not fill memory with cancelled timers.  So an outstanding call that comes early enough is kept, also if
+it was asked for with another reason: the chip looks, finds nothing to do, and asks again.
 """
 
 from vmd import threads
@@ -13,22 +13,21 @@ if TYPE_CHECKING:
     from typing import Protocol
 
     class Cancellable(Protocol):
-        """What `schedule` returns."""
+        """A scheduled call."""
 
         def cancel(self) -> object:
-            """Never make the call; harmless after it was made."""
+            """Cancel the call.  Does nothing if the call was made already."""
 
     Schedule = Callable[[float, Callable[[], None]], Cancellable]
 
-EARLIEST_S = 250e-6  # bounds how often a chip can make the event thread work
+EARLIEST_S = 250e-6  # shortest wait: bounds how often a chip can make the event thread work
 
 
 class Wakeup:
-    """Calls `look` on the event thread, under the chip's lock, no later than it was last asked for.
+    """Calls `look` on the event thread, under the chip's lock, no later than the last request asked for.
 
-    `schedule(seconds, callback)` makes one call on the event thread and may be used from any thread.  It is
-    called under `lock`, so it must not call back at once, and the event thread must hold no lock of its own
-    when it does.
+    `schedule(seconds, callback)` arranges one call on the event thread.  It is called from any thread and under `lock`,
+    so it must not call back at once.  The event thread must hold no other lock when it calls back.
     """
 
     def __init__(
@@ -44,10 +43,10 @@ class Wakeup:
         self._look = look
         self._call: Cancellable | None = None
         self._due_s = 0.0
-        self._generation = 0  # tells a call that was replaced as it came from the present one
+        self._generation = 0  # number of the present call: a replaced call may already be under way
 
     def within(self, wait_s: float) -> None:
-        """Ask for a look in `wait_s` seconds or before; called under the chip's lock."""
+        """Ask for a look in `wait_s` seconds or earlier.  Called under the chip's lock."""
         wait_s = max(wait_s, EARLIEST_S)
         due_s = self._monotonic() + wait_s
         if self._call is not None:

@@ -257,8 +257,8 @@ def test_gzip_data_with_a_wrong_checksum_is_refused() -> None:
 
 
 INSIDE = {
-    "firmware": (seabios(), "is firmware, which is taken uncompressed only"),
-    "gzip": (gzip.compress(bzimage()), "is gzip-compressed once more"),
+    "firmware": (seabios(), "is firmware, which has to be given uncompressed"),
+    "gzip": (gzip.compress(bzimage()), "is gzip-compressed again"),
     "initramfs": (b"070701" + b"0" * 200, "is an initramfs .cpio archive.: give it as initrd"),
     "disk": (b"QFI\xfb" + bytes(600), "is a disk image .qcow2.: give it as disk"),
     "text": (b"just a text\n" * 100, "is neither a kernel"),
@@ -268,10 +268,10 @@ INSIDE = {
 
 @pytest.mark.parametrize("case", INSIDE)
 def test_only_kernels_may_be_compressed(case: str) -> None:
-    """Firmware is taken uncompressed only (*cat. 5.2*), and nothing is unpacked twice; what is inside is named."""
+    """Firmware must be uncompressed (*cat. 5.2*), and a file is unpacked only once; the message names its content."""
     inner, sentence = INSIDE[case]
 
-    with pytest.raises(ImageError, match=f"is gzip-compressed, but does not hold a kernel: what it holds {sentence}"):
+    with pytest.raises(ImageError, match=f"is gzip-compressed, but does not contain a kernel: its content {sentence}"):
         load(FakeMemory(), gzip.compress(inner))
 
 

@@ -30,7 +30,7 @@ def efi(*sections: bytes) -> bytes:
 
 FILES = {
     "vmlinux.xz": (lzma.compress(pvh()), "is compressed by xz, and only gzip is unpacked here: give what `xz -dc`"),
-    "vmlinux.lzma": (lzma.compress(pvh(), lzma.FORMAT_ALONE), "is compressed by lzma, .* `xz -dc` makes of it"),
+    "vmlinux.lzma": (lzma.compress(pvh(), lzma.FORMAT_ALONE), "is compressed by lzma, .* the output of `xz -dc`"),
     "vmlinux.bz2": (bz2.compress(pvh()), "is compressed by bzip2, .* `bzip2 -dc`"),
     "vmlinux.zst": (at(0, b"\x28\xb5\x2f\xfd"), "is compressed by zstd, .* `zstd -dc`"),
     "vmlinux.lz4": (at(0, b"\x04\x22\x4d\x18"), "is compressed by lz4, .* `lz4 -dc`"),
