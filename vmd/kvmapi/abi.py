@@ -1,7 +1,7 @@
-"""<linux/kvm.h> for x86-64: request numbers, structures, constants, and the one call that uses them.
+"""<linux/kvm.h> for x86-64: request numbers, structures, constants, and the call that uses them.
 
-Everything carries its C name.  Request numbers are computed from the structures; a test compares numbers,
-sizes and offsets with the kernel's header.  `api.rst N` is a section of the kernel's KVM API document.
+All names are those of C.  Request numbers are computed from the structures.  A test compares numbers, sizes and offsets
+with the kernel's header.  `api.rst N` is a section of the kernel's KVM API document.
 """
 
 import errno
@@ -21,8 +21,8 @@ u8, u16, u32, u64 = native.c_uint8, native.c_uint16, native.c_uint32, native.c_u
 s16, s32, s64 = native.c_int16, native.c_int32, native.c_int64
 
 KVM_API_VERSION = 12
-KVM_PIO_PAGE_OFFSET = 1  # pages of the vCPU mapping: after kvm_run, the data of port I/O
-KVM_COALESCED_MMIO_PAGE_OFFSET = 2  # ... and the ring of coalesced writes, one per VM
+KVM_PIO_PAGE_OFFSET = 1  # page of the vCPU mapping that has the data of port I/O; page 0 has kvm_run
+KVM_COALESCED_MMIO_PAGE_OFFSET = 2  # page that has the ring of coalesced writes, which all vCPUs of a VM share
 
 
 # ------------------------------------------------------------------ vCPU registers
@@ -37,7 +37,7 @@ class kvm_regs(native.Structure):
 
 
 class kvm_segment(native.Structure):
-    """A segment register with its hidden part; `limit` counts bytes whatever `g` says."""
+    """A segment register with its hidden part.  `limit` is in bytes for both values of `g`."""
 
     _fields_ = [("base", u64), ("limit", u32), ("selector", u16), ("type", u8), ("present", u8), ("dpl", u8),
                 ("db", u8), ("s", u8), ("l", u8), ("g", u8), ("avl", u8), ("unusable", u8),
@@ -69,7 +69,7 @@ class kvm_fpu(native.Structure):
 
 
 class kvm_xsave(native.Structure):
-    """The XSAVE area in its fixed size (api.rst 4.42); see Vcpu.get_xsave for the longer one."""
+    """The XSAVE area of fixed size (api.rst 4.42).  For the longer one see Vcpu.get_xsave."""
 
     _fields_ = [("region", u32 * 1024)]
 
@@ -81,7 +81,7 @@ class kvm_xcr(native.Structure):
 
 
 class kvm_xcrs(native.Structure):
-    """All extended control registers; there is but XCR0 (api.rst 4.44)."""
+    """All extended control registers.  Only XCR0 exists (api.rst 4.44)."""
 
     _fields_ = [("nr_xcrs", u32), ("flags", u32), ("xcrs", kvm_xcr * 16), ("padding", u64 * 16)]
 
@@ -105,7 +105,7 @@ class kvm_msr_list(native.Structure):
 
 
 class kvm_msr_index(native.Structure):
-    """One element of the array behind kvm_msr_list; a bare u32 in C."""
+    """One element of the array behind kvm_msr_list.  In C it is a plain u32."""
 
     _fields_ = [("index", u32)]
 
@@ -124,7 +124,7 @@ class kvm_cpuid2(native.Structure):
 
 
 class kvm_lapic_state(native.Structure):
-    """The local APIC's register page, its used quarter (api.rst 4.57)."""
+    """The first quarter of the local APIC's register page, which has all registers (api.rst 4.57)."""
 
     _fields_ = [("regs", u8 * 0x400)]
 
@@ -166,7 +166,7 @@ class kvm_vcpu_events_triple_fault(native.Structure):
 
 
 class kvm_vcpu_events(native.Structure):
-    """Exceptions, interrupts and NMIs under way (api.rst 4.31)."""
+    """Exceptions, interrupts and NMIs that are under way (api.rst 4.31)."""
 
     _fields_ = [("exception", kvm_vcpu_events_exception), ("interrupt", kvm_vcpu_events_interrupt),
                 ("nmi", kvm_vcpu_events_nmi), ("sipi_vector", u32), ("flags", u32),
@@ -181,7 +181,7 @@ class kvm_debugregs(native.Structure):
 
 
 class kvm_translation(native.Structure):
-    """A linear address and what the vCPU's page tables make of it (api.rst 4.15)."""
+    """A linear address, and its physical address by the vCPU's page tables (api.rst 4.15)."""
 
     _fields_ = [("linear_address", u64), ("physical_address", u64), ("valid", u8), ("writeable", u8),
                 ("usermode", u8), ("pad", u8 * 5)]  # fmt: skip
@@ -198,7 +198,7 @@ class kvm_userspace_memory_region(native.Structure):
 
 
 class kvm_dirty_log(native.Structure):
-    """Where to put a slot's dirty bitmap (api.rst 4.8); C has a union of a pointer and a u64."""
+    """A request for a slot's dirty bitmap (api.rst 4.8).  C has a union of a pointer and a u64 for its address."""
 
     _fields_ = [("slot", u32), ("padding1", u32), ("dirty_bitmap", u64)]
 
@@ -213,7 +213,7 @@ class kvm_pic_state(native.Structure):
 
 
 class kvm_ioapic_state(native.Structure):
-    """The I/O APIC; a redirection entry is a plain u64 here."""
+    """The I/O APIC.  A redirection entry is a plain u64 here."""
 
     _fields_ = [("base_address", u64), ("ioregsel", u32), ("id", u32), ("irr", u32), ("pad", u32),
                 ("redirtbl", u64 * 24)]  # fmt: skip
@@ -226,7 +226,7 @@ class kvm_irqchip_chip(native.Union):
 
 
 class kvm_irqchip(native.Structure):
-    """One interrupt controller, chosen by chip_id (api.rst 4.26)."""
+    """The interrupt controller with this chip_id (api.rst 4.26)."""
 
     _fields_ = [("chip_id", u32), ("pad", u32), ("chip", kvm_irqchip_chip)]
 
@@ -244,7 +244,7 @@ class kvm_irq_routing_irqchip(native.Structure):
 
 
 class kvm_irq_routing_msi(native.Structure):
-    """A message; devid is of no use on x86."""
+    """An MSI message.  devid is not used on x86."""
 
     _fields_ = [("address_lo", u32), ("address_hi", u32), ("data", u32), ("devid", u32)]
 
@@ -256,7 +256,7 @@ class kvm_irq_routing_u(native.Union):
 
 
 class kvm_irq_routing_entry(native.Structure):
-    """Where a GSI leads; a GSI may have one entry per chip, or one MSI entry (api.rst 4.52)."""
+    """A route of a GSI.  A GSI may have one entry for each chip, or one MSI entry (api.rst 4.52)."""
 
     _fields_ = [("gsi", u32), ("type", u32), ("flags", u32), ("pad", u32), ("u", kvm_irq_routing_u)]
 
@@ -268,7 +268,7 @@ class kvm_irq_routing(native.Structure):
 
 
 class kvm_msi(native.Structure):
-    """A message to deliver now (api.rst 4.70)."""
+    """An MSI message to deliver now (api.rst 4.70)."""
 
     _fields_ = [("address_lo", u32), ("address_hi", u32), ("data", u32), ("flags", u32), ("devid", u32),
                 ("pad", u8 * 12)]  # fmt: skip
@@ -281,14 +281,14 @@ class kvm_irqfd(native.Structure):
 
 
 class kvm_ioeventfd(native.Structure):
-    """A guest write that becomes an event (api.rst 4.59)."""
+    """An eventfd that a guest's write signals (api.rst 4.59)."""
 
     _fields_ = [("datamatch", u64), ("addr", u64), ("len", u32), ("fd", s32), ("flags", u32),
                 ("pad", u8 * 36)]  # fmt: skip
 
 
 class kvm_pit_config(native.Structure):
-    """Which PIT to make (api.rst 4.71)."""
+    """The options of a PIT to create (api.rst 4.71)."""
 
     _fields_ = [("flags", u32), ("pad", u32 * 15)]
 
@@ -308,20 +308,20 @@ class kvm_pit_state2(native.Structure):
 
 
 class kvm_device_attr(native.Structure):
-    """An attribute of a device, or of a vCPU; `addr` is where its value is (api.rst 4.80)."""
+    """An attribute of a device or a vCPU.  `addr` is the address of its value (api.rst 4.80)."""
 
     _fields_ = [("flags", u32), ("group", u32), ("attr", u64), ("addr", u64)]
 
 
 class kvm_clock_data(native.Structure):
-    """What kvmclock shows the guest, in ns (api.rst 4.29)."""
+    """The time of kvmclock, in ns (api.rst 4.29)."""
 
     _fields_ = [("clock", u64), ("flags", u32), ("pad0", u32), ("realtime", u64), ("host_tsc", u64),
                 ("pad", u32 * 4)]  # fmt: skip
 
 
 class kvm_coalesced_mmio_zone(native.Structure):
-    """A range whose writes are collected instead of exiting (api.rst 4.116)."""
+    """A range whose writes are collected, instead of an exit for each (api.rst 4.116)."""
 
     _fields_ = [("addr", u64), ("size", u32), ("pio", u32)]
 
@@ -339,20 +339,20 @@ class kvm_coalesced_mmio_ring(native.Structure):
 
 
 class kvm_enable_cap(native.Structure):
-    """A capability that has to be switched on (api.rst 4.37)."""
+    """A capability that has to be enabled (api.rst 4.37)."""
 
     _fields_ = [("cap", u32), ("flags", u32), ("args", u64 * 4), ("pad", u8 * 64)]
 
 
 class kvm_stats_header(native.Structure):
-    """First bytes of a statistics file (api.rst 4.133)."""
+    """The header of a statistics file (api.rst 4.133)."""
 
     _fields_ = [("flags", u32), ("name_size", u32), ("num_desc", u32), ("id_offset", u32),
                 ("desc_offset", u32), ("data_offset", u32)]  # fmt: skip
 
 
 class kvm_stats_desc(native.Structure):
-    """One statistic; name_size bytes of name follow."""
+    """The descriptor of one statistic.  Its name follows, in name_size bytes."""
 
     _fields_ = [("flags", u32), ("exponent", s16), ("size", u16), ("offset", u32), ("bucket_size", u32)]
 
@@ -403,7 +403,7 @@ class kvm_run_eoi(native.Structure):
 
 
 class kvm_run_exit(native.Union):
-    """The nameless union of kvm_run, as far as we read it."""
+    """The unnamed union of kvm_run, with the members that are read here."""
 
     _fields_ = [("hw", kvm_run_hw), ("fail_entry", kvm_run_fail_entry), ("io", kvm_run_io),
                 ("mmio", kvm_run_mmio), ("internal", kvm_run_internal),
@@ -412,7 +412,7 @@ class kvm_run_exit(native.Union):
 
 
 class kvm_run(native.Structure):
-    """The page a vCPU shares with us, up to its exit union (api.rst 5); C goes on with sync regs."""
+    """The page that a vCPU shares with its user, up to the union of exits (api.rst 5).  In C, sync regs follow."""
 
     _anonymous_ = ("exit",)
     _fields_ = [("request_interrupt_window", u8), ("immediate_exit", u8), ("padding1", u8 * 6),
@@ -424,11 +424,11 @@ class kvm_run(native.Structure):
 
 
 class Request(int):
-    """An ioctl's number; REQUESTS knows its name."""
+    """The number of an ioctl.  REQUESTS has its name."""
 
 
 def _ioc(direction: int, nr: int, size: int) -> Request:
-    """Build a number as <asm-generic/ioctl.h> does; 0xAE is KVMIO."""
+    """Return the number of a request, as <asm-generic/ioctl.h> builds it.  0xAE is KVMIO."""
     return Request(direction << 30 | size << 16 | 0xAE << 8 | nr)
 
 
@@ -465,7 +465,7 @@ KVM_SET_IDENTITY_MAP_ADDR = _iow(0x48, u64)
 KVM_CREATE_IRQCHIP = _io(0x60)
 KVM_IRQ_LINE = _iow(0x61, kvm_irq_level)
 KVM_GET_IRQCHIP = _iowr(0x62, kvm_irqchip)
-KVM_SET_IRQCHIP = _ior(0x63, kvm_irqchip)  # "ior" is the kernel's own slip, kept for ever
+KVM_SET_IRQCHIP = _ior(0x63, kvm_irqchip)  # "ior" is a mistake in the kernel, which is now part of its API
 KVM_REGISTER_COALESCED_MMIO = _iow(0x67, kvm_coalesced_mmio_zone)
 KVM_UNREGISTER_COALESCED_MMIO = _iow(0x68, kvm_coalesced_mmio_zone)
 KVM_SET_GSI_ROUTING = _iow(0x6A, kvm_irq_routing)
@@ -514,7 +514,7 @@ KVM_SET_DEVICE_ATTR = _iow(0xE1, kvm_device_attr)
 KVM_GET_DEVICE_ATTR = _iow(0xE2, kvm_device_attr)
 KVM_HAS_DEVICE_ATTR = _iow(0xE3, kvm_device_attr)
 
-# Every request by number: for error messages, and for a system call filter that lists them.
+# The name of each request, for error messages and for a system call filter that lists them.
 REQUESTS: dict[int, str] = {
     number: name for name, number in list(globals().items()) if isinstance(number, Request)
 }
@@ -643,17 +643,17 @@ KVM_CAP_X86_TRIPLE_FAULT_EVENT = 218
 
 
 def refused(request: Request, error: int) -> OSError:
-    """Return the exception for a request that failed; its class follows the errno, as usual."""
+    """Return the OSError for a request that failed.  Its class depends on the errno."""
     return OSError(error, f"{REQUESTS[request]}: {os.strerror(error)}")
 
 
 def ioctl(fd: int, request: Request, arg: "int | bytearray | CData" = 0) -> int:
-    """Do one request and return its result; a mutable argument takes what the kernel writes.
+    """Execute one request and return its result.  The kernel may write into a mutable argument.
 
-    A signal that arrives meanwhile is no failure, so EINTR is retried; KVM_RUN therefore never comes here.
+    A request that a signal has interrupted (EINTR) is repeated.  So this is not for KVM_RUN.
 
     Raises:
-        OSError: the kernel refused; the message names the request.
+        OSError: the kernel refused.  The message names the request.
     """
     while True:
         try:
@@ -669,7 +669,7 @@ _libc.ioctl.argtypes = [native.c_int, native.c_ulong, native.c_ulong]
 
 
 def ioctl_ulong(fd: int, request: Request, arg: int) -> int:
-    """Do a request whose argument is a number of any size: fcntl.ioctl stops at 2 GiB."""
+    """Execute a request whose argument is a number of any size: fcntl.ioctl takes no number from 2 GiB on."""
     while True:
         result: int = _libc.ioctl(fd, request, arg)
         if result >= 0:
@@ -679,17 +679,17 @@ def ioctl_ulong(fd: int, request: Request, arg: int) -> int:
 
 
 def read_struct(fd: int, request: Request, struct: "type[S]") -> "S":
-    """Do a KVM_GET_* request and return its structure."""
+    """Execute a KVM_GET_* request and return its structure."""
     state = struct()
     ioctl(fd, request, state)
     return state
 
 
 def write_struct(fd: int, request: Request, struct: "type[S]", state: "S | bytes") -> None:
-    """Do a KVM_SET_* request with a structure, or with the bytes of one that was read elsewhere.
+    """Execute a KVM_SET_* request with a structure, or with the bytes of a structure that was read elsewhere.
 
     Raises:
-        ValueError: the bytes are not of the structure's size.
+        ValueError: the number of bytes is not the size of the structure.
     """
     if isinstance(state, bytes):
         if len(state) != native.sizeof(struct):
@@ -699,9 +699,9 @@ def write_struct(fd: int, request: Request, struct: "type[S]", state: "S | bytes
 
 
 def read_list(fd: int, request: Request, header: type[native.Structure], entry: "type[S]") -> "list[S]":
-    """Do a request that fills an array behind a header starting with its count, and return the array.
+    """Execute a request that fills an array, and return the array.  Its header begins with the number of entries.
 
-    The kernel says E2BIG, and nothing more reliable, while the array is too short.
+    If the array is too short, the kernel only returns E2BIG, so it is tried with a larger one.
     """
     start, step = native.sizeof(header), native.sizeof(entry)
     capacity = 128
@@ -720,7 +720,7 @@ def read_list(fd: int, request: Request, header: type[native.Structure], entry: 
 
 
 def counted(header: type[native.Structure], entries: "list[S]") -> bytearray:
-    """Lay out a header starting with its count, and the array behind it."""
+    """Return an array with its header, which begins with the number of entries."""
     head = len(entries).to_bytes(4, "little").ljust(native.sizeof(header), b"\0")
     return bytearray(head + b"".join(map(bytes, entries)))
 

@@ -1,7 +1,7 @@
-"""Why a vCPU came back from KVM_RUN: one frozen class per reason, and their decoding from the run page.
+"""The reasons for which KVM_RUN returns: a frozen class for each, and how they are decoded from the run page.
 
-To a type checker the classes are frozen dataclasses.  They are tuples underneath, which is the fastest frozen
-thing to build, and neither import `dataclasses` nor compile source text at every start of a VM process.
+For a type checker the classes are frozen dataclasses.  They are implemented as tuples, which are the fastest frozen
+objects to build.  So a VM process need not import `dataclasses`, which compiles source text at every start.
 """
 
 from operator import itemgetter
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     @dataclass_transform(frozen_default=True)
     class _Frozen:
-        """Stands for the class below: annotations are fields, given by position."""
+        """Stands in for the class below: annotations are fields, and values are given by position."""
 
 else:
 
@@ -61,7 +61,7 @@ else:
             return hash((type(self), *self))
 
         def __bool__(self):  # noqa: ANN204
-            return True  # an exit without fields is an exit nonetheless
+            return True  # also for an exit without fields, which is an empty tuple
 
         def __repr__(self):  # noqa: ANN204
             values = (f"{field}={value!r}" for field, value in zip(self.__match_args__, self, strict=True))
@@ -69,9 +69,9 @@ else:
 
 
 class PioIn(_Frozen):
-    """The guest reads `count` times `size` (1, 2 or 4) bytes from one port; reply with Vcpu.answer.
+    """The guest reads `count` items of `size` (1, 2 or 4) bytes from one port.  Reply with Vcpu.answer.
 
-    `count` exceeds 1 for string instructions only.
+    `count` is more than 1 for string instructions only.
     """
 
     port: int
@@ -89,14 +89,14 @@ class PioOut(_Frozen):
 
 
 class MmioRead(_Frozen):
-    """The guest reads 1 to 8 bytes where no memory slot is; reply with Vcpu.answer."""
+    """The guest reads 1 to 8 bytes at an address without a memory slot.  Reply with Vcpu.answer."""
 
     gpa: int
     size: int
 
 
 class MmioWrite(_Frozen):
-    """The guest writes where no memory slot is, or into a read-only one."""
+    """The guest writes to an address without a memory slot, or with a read-only one."""
 
     gpa: int
     size: int
@@ -104,7 +104,7 @@ class MmioWrite(_Frozen):
 
 
 class Hlt(_Frozen):
-    """The guest halts; never seen with an in-kernel local APIC, where KVM waits itself."""
+    """The guest halts.  With an in-kernel local APIC KVM waits itself, and there is no such exit."""
 
 
 class Shutdown(_Frozen):
@@ -112,31 +112,31 @@ class Shutdown(_Frozen):
 
 
 class IrqWindowOpen(_Frozen):
-    """The guest can take an interrupt again, as request_interrupt_window asked to know."""
+    """The guest can take an interrupt again, which request_interrupt_window has asked for."""
 
 
 class IoapicEoi(_Frozen):
-    """A level-triggered interrupt has ended; only when the I/O APIC is not the kernel's."""
+    """A level-triggered interrupt has ended.  This exit occurs only without an in-kernel I/O APIC."""
 
     vector: int
 
 
 class SystemEvent(_Frozen):
-    """KVM_SYSTEM_EVENT_*; `data` depends on the type."""
+    """A KVM_SYSTEM_EVENT_*.  `data` depends on the type."""
 
     type: int
     data: tuple[int, ...]
 
 
 class InternalError(_Frozen):
-    """KVM cannot go on: KVM_INTERNAL_ERROR_*; `data` is for people, except as `instruction` reads it."""
+    """KVM cannot go on: KVM_INTERNAL_ERROR_*.  `data` is for a log only, except for what `instruction` reads."""
 
     suberror: int
     data: tuple[int, ...]
 
     @property
     def instruction(self) -> bytes:
-        """The bytes at RIP that could not be emulated, or none if KVM does not tell."""
+        """The bytes at RIP that could not be emulated; empty if KVM does not give them."""
         if self.suberror != KVM_INTERNAL_ERROR_EMULATION or len(self.data) < 3:
             return b""
         if not self.data[0] & KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES:
@@ -146,22 +146,22 @@ class InternalError(_Frozen):
 
 
 class FailEntry(_Frozen):
-    """The processor refused the guest's state; `reason` is the hardware's own number."""
+    """The processor refused the guest's state.  `reason` is the number that the hardware gives."""
 
     reason: int
     cpu: int
 
 
 class Interrupted(_Frozen):
-    """A kick or another signal; whatever I/O the guest was in the middle of is complete."""
+    """A kick or another signal.  Any I/O of the guest that was under way is complete."""
 
 
 class Retry(_Frozen):
-    """Nothing happened; run again.  KVM says so of an application processor that was just started."""
+    """Nothing happened: run again.  KVM reports this for an application processor that was just started."""
 
 
 class Unknown(_Frozen):
-    """A reason we never asked for: KVM_EXIT_* and, for KVM_EXIT_UNKNOWN, the hardware's number."""
+    """An unexpected reason: KVM_EXIT_* and, for KVM_EXIT_UNKNOWN, the number that the hardware gives."""
 
     reason: int
     hardware: int
@@ -190,7 +190,7 @@ RETRY = Retry()
 UNION = kvm_run.exit.offset
 MMIO_DATA = UNION + kvm_run_mmio.data.offset
 
-# Reason and kvm_run.io in one go: direction, size, port, count, data offset.
+# Reason and kvm_run.io in one Struct: reason, direction, size, port, count, data offset.
 _REASON_TO_UNION = UNION - kvm_run.exit_reason.offset - 4
 REASON_IO = Struct(f"<{kvm_run.exit_reason.offset}xI{_REASON_TO_UNION}xBBHIQ")
 _REASON = Struct(f"<{kvm_run.exit_reason.offset}xI")
@@ -201,7 +201,7 @@ _U32_U32 = Struct("<II")
 
 
 def _counted(page: "bytes | mmap.mmap") -> tuple[int, tuple[int, ...]]:
-    """Read a u32, then a count of at most 16 and as many u64: kvm_run.internal and .system_event."""
+    """Read a u32, a count of at most 16, and so many u64: the layout of kvm_run.internal and .system_event."""
     first, count = _U32_U32.unpack_from(page, UNION)
     return first, Struct(f"<{min(count, 16)}Q").unpack_from(page, UNION + _U32_U32.size)
 
@@ -234,7 +234,7 @@ _DECODERS: "dict[int, Callable[[bytes | mmap.mmap], Exit]]" = {
 
 
 def decode(page: "bytes | mmap.mmap") -> Exit:
-    """Turn what KVM_RUN left in the run page into an exit."""
+    """Return the exit that KVM_RUN has described in the run page."""
     (reason,) = _REASON.unpack_from(page)
     decoder = _DECODERS.get(reason)
     return decoder(page) if decoder is not None else Unknown(reason, 0)

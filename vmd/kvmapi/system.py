@@ -1,4 +1,4 @@
-"""/dev/kvm itself: what the host's KVM can do, and the making of virtual machines."""
+"""/dev/kvm: asks for the capabilities of the host's KVM, and creates virtual machines."""
 
 import errno
 import os
@@ -22,10 +22,10 @@ from vmd.kvmapi.vm import Vm
 
 
 class System:
-    """An open /dev/kvm, owned from here on; its VMs live on when it is closed.
+    """An open /dev/kvm, which this object owns.  Its VMs stay when it is closed.
 
     Raises:
-        OSError: the descriptor is not /dev/kvm, or speaks another version of the API; it stays open.
+        OSError: the descriptor is not /dev/kvm, or has another version of the API.  The descriptor stays open.
     """
 
     def __init__(self, fd: int) -> None:
@@ -42,23 +42,23 @@ class System:
         self.close()
 
     def close(self) -> None:
-        """Close the descriptor; a second call does nothing."""
+        """Close the descriptor.  A second call does nothing."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
 
     def check_extension(self, cap: int) -> int:
-        """Return 0 where the host lacks a KVM_CAP_*, else 1 or the number it stands for."""
+        """Return 0 if the host lacks a KVM_CAP_*, else 1 or the value of the capability."""
         return ioctl(self.fd, KVM_CHECK_EXTENSION, cap)
 
     def supported_cpuid(self) -> list[kvm_cpuid_entry2]:
-        """Return the CPUID leaves that host and KVM support, ready to edit and to give to a vCPU."""
+        """Return the CPUID leaves that host and KVM support.  They can be edited and given to a vCPU."""
         return read_list(self.fd, KVM_GET_SUPPORTED_CPUID, kvm_cpuid2, kvm_cpuid_entry2)
 
     def msr_indices(self) -> list[int]:
-        """Return the MSRs that make up a guest's state (without the MCE banks, api.rst 4.3)."""
+        """Return the indices of the MSRs that belong to a guest's state (without the MCE banks, api.rst 4.3)."""
         return [msr.index for msr in read_list(self.fd, KVM_GET_MSR_INDEX_LIST, kvm_msr_list, kvm_msr_index)]
 
     def create_vm(self) -> Vm:
-        """Make a VM without memory or vCPUs; only this process, not a child of it, may use it."""
+        """Create a VM without memory or vCPUs.  Only this process may use it, and none of its children."""
         return Vm(ioctl(self.fd, KVM_CREATE_VM), self.vcpu_mmap_bytes)

@@ -1,20 +1,20 @@
-"""One virtual CPU: running it, kicking it out of the guest, and its registers.
+"""One virtual CPU: runs it, kicks it out of the guest, and reads and writes its registers.
 
-A vCPU belongs to the thread that runs it.  That thread alone calls its methods, `kick` excepted; any other
-vCPU request made meanwhile from elsewhere waits until KVM_RUN returns.
+A vCPU belongs to the thread that runs it.  Only that thread calls its methods, except `kick`.  A vCPU request from
+another thread waits until KVM_RUN returns.
 
-**Half-done I/O.**  A PioIn or MmioRead is finished inside the *next* KVM_RUN: only then does the reply reach
-the guest's register and RIP the next instruction, and a string or split access may exit once more.  Registers
-read before that show a guest in the middle of an instruction.  Two rules follow:
+**Unfinished I/O.**  A PioIn or MmioRead is finished inside the *next* KVM_RUN: only then the reply reaches the guest's
+register, and RIP the next instruction.  A string or split access may exit once more.  Registers that are read before
+that belong to a guest in the middle of an instruction.  Two rules follow:
 
-* When a run returns Interrupted nothing is half-done: KVM finishes pending I/O before it looks at
-  `immediate_exit` or at signals.  A pause that kicks and waits for Interrupted needs nothing more.
-* Who stops after any other exit, to read registers say, answers it and calls `complete`.
+* When a run returns Interrupted, no I/O is unfinished: KVM finishes pending I/O before it looks at `immediate_exit` or
+  at signals.  So a pause only has to kick and to wait for Interrupted.
+* Code that stops after any other exit, for example to read registers, has to answer the exit and to call `complete`.
 
-**Kicks.**  `kick` sets `immediate_exit`, then signals the thread.  A vCPU in the guest leaves it because of the
-signal; one about to enter returns at once because of the byte; there is no gap between the two.  The byte stays
-set, and every run returns Interrupted, until `clear_kick`.  So the stopper first stores why, then kicks; the
-thread first clears the kick, then looks why.
+**Kicks.**  `kick` sets the byte `immediate_exit`, then signals the thread.  A vCPU in the guest leaves the guest because
+of the signal.  A vCPU that is about to enter returns at once because of the byte.  There is no gap between the two.
+The byte stays set, and every run returns Interrupted, until `clear_kick`.  So a thread that stops a vCPU first stores
+the reason, then kicks.  The vCPU's thread first clears the kick, then looks at the reason.
 """
 
 import _thread
@@ -54,26 +54,26 @@ _RING = abi.KVM_COALESCED_MMIO_PAGE_OFFSET * mmap.PAGESIZE
 _RING_HEADER = 8  # kvm_coalesced_mmio_ring
 _RING_STEP = 24  # kvm_coalesced_mmio
 _RING_ENTRIES = (mmap.PAGESIZE - _RING_HEADER) // _RING_STEP
-_MSRS_AT_ONCE = 128  # the kernel takes fewer than 256
+_MSRS_AT_ONCE = 128  # the kernel's limit is less than 256
 
 
 def _nothing(signum: int, frame: "FrameType | None") -> None:
-    """Take a kick that arrived outside the guest."""
+    """Ignore a kick that arrived outside the guest."""
 
 
 def install_kick_handler() -> None:
-    """Make KICK_SIGNAL interrupt KVM_RUN and do nothing else; once per process, on its main thread.
+    """Make KICK_SIGNAL interrupt KVM_RUN and do nothing else.  Called once per process, on its main thread.
 
-    Without a handler the first kick ends the process.  A wakeup fd of the signal module sees every kick.
+    Without a handler the first kick would end the process.  A wakeup fd of the signal module gets every kick.
     """
     signal.signal(KICK_SIGNAL, _nothing)
 
 
 class Vcpu:
-    """A vCPU, its descriptor and the page it shares with the kernel.
+    """A vCPU, its descriptor and the page that it shares with the kernel.
 
     Raises:
-        OSError: from every method, when the kernel refuses; the message names the request.
+        OSError: from every method, if the kernel refuses.  The message names the request.
     """
 
     __slots__ = ("_fd", "_page", "_pending", "_pio", "_ring", "_thread", "_thread_lock", "exits", "xsave_bytes")
@@ -82,13 +82,13 @@ class Vcpu:
         self._fd = fd
         self._page = mmap.mmap(fd, mmap_bytes)
         data = memoryview(self._page)[_PIO_DATA : _PIO_DATA + mmap.PAGESIZE]
-        # The port I/O data by operand size; index 0 is the first item.
+        # The data of port I/O, by the size of an item; index 0 is the first item.
         self._pio = {1: data, 2: data.cast("H"), 4: data.cast("I")}
         self._ring = memoryview(self._page)[_RING : _RING + _RING_HEADER].cast("I")
-        self._pending = (0, 0)  # where the answer to the last exit goes, and its length
+        self._pending = (0, 0)  # offset and length of the answer to the last exit
         self._thread: int | None = None
         self._thread_lock = _thread.allocate_lock()
-        self.exits = 0  # how often KVM_RUN came back with something to do, which is what a guest costs us
+        self.exits = 0  # how often KVM_RUN has returned with an exit, which is the cost of a guest
         self.xsave_bytes = xsave_bytes
 
     def __enter__(self) -> "Vcpu":
@@ -99,11 +99,11 @@ class Vcpu:
 
     @property
     def fd(self) -> int:
-        """The vCPU's descriptor, -1 when closed."""
+        """The vCPU's descriptor; -1 after `close`."""
         return self._fd
 
     def close(self) -> None:
-        """Unmap and close; the thread must have left.  A second call does nothing."""
+        """Unmap and close.  The thread must have ended.  A second call does nothing."""
         if self._fd >= 0:
             for view in (*self._pio.values(), self._ring):
                 view.release()
@@ -114,14 +114,14 @@ class Vcpu:
     # ---- running
 
     def run(self) -> Exit:
-        """Enter the guest; return why it was left.
+        """Enter the guest.  Return the exit.
 
         Raises:
-            OSError: KVM cannot run this vCPU at all, for instance EFAULT for memory that is not there.
+            OSError: KVM cannot run this vCPU at all, for example EFAULT for missing memory.
         """
         self._pending = (0, 0)
         try:
-            # Without a third argument: fcntl would first try, and fail, to take 0 for a buffer, twice.
+            # Without a third argument, for speed: fcntl would first try twice to take 0 for a buffer.
             fcntl.ioctl(self._fd, abi.KVM_RUN)
         except OSError as error:
             return self._not_run(error)
@@ -130,7 +130,7 @@ class Vcpu:
 
     @staticmethod
     def _not_run(error: OSError) -> Exit:
-        """Tell the two errors that are part of running from those that are not."""
+        """Return the exit for EINTR and EAGAIN, which are part of running.  Raises OSError for other errors."""
         if error.errno == errno.EINTR:
             return INTERRUPTED
         if error.errno == errno.EAGAIN:
@@ -138,7 +138,7 @@ class Vcpu:
         raise abi.refused(abi.KVM_RUN, error.errno or errno.EIO) from None
 
     def _decode(self) -> Exit:
-        """Build the exit object, and remember where its answer goes."""
+        """Return the exit object, and remember the place for its answer."""
         exit_ = decode(self._page)
         if isinstance(exit_, PioIn):
             self._pending = (_PIO_DATA, exit_.size * exit_.count)
@@ -149,14 +149,13 @@ class Vcpu:
     def run_pio(
         self, pio_read: "Callable[[int, int], int]", pio_write: "Callable[[int, int, int], object]"
     ) -> Exit:
-        """Run as `run` does, but answer single port accesses here and return with the first other exit.
+        """Run as `run` does, but answer single port accesses here.  Return the first other exit.
 
-        `pio_read(port, size)` returns the value, of which the low `size` bytes count;
-        `pio_write(port, size, value)` takes one.  What they raise comes out of here; the guest then stands
-        where it would after `run`.
+        `pio_read(port, size)` returns the value, of which the low `size` bytes count.  `pio_write(port, size, value)`
+        takes a value.  An exception of theirs is passed on.  The guest is then in the same state as after `run`.
 
-        This is the hot loop of a VM: one call, no object per exit.  String accesses (count above 1) leave it,
-        so that a device can take them whole.
+        This is the hot loop of a VM: one call and no object per exit.  String accesses (with a count above 1) are
+        returned, so that a device can handle them as a whole.
         """
         fd, page, pio, run = self._fd, self._page, self._pio, int(abi.KVM_RUN)
         ioctl_, unpack, answer = fcntl.ioctl, REASON_IO.unpack_from, self._pio[4]
@@ -164,7 +163,7 @@ class Vcpu:
         while True:
             try:
                 ioctl_(fd, run)
-            except OSError as error:  # of the ioctl only: what a device raises is not ours to judge
+            except OSError as error:  # only that of the ioctl: an OSError of a device is passed on
                 return self._not_run(error)
             self.exits += 1
             reason, direction, size, port, count, _ = unpack(page)
@@ -173,14 +172,14 @@ class Vcpu:
             if direction:  # KVM_EXIT_IO_OUT
                 pio_write(port, size, pio[size][0])
             else:
-                # KVM takes the low bytes; storing all four spares a choice of view.
+                # KVM takes the low bytes.  Storing all four is faster than choosing a view.
                 answer[0] = pio_read(port, size) & 0xFFFFFFFF
 
     def answer(self, data: bytes) -> None:
-        """Give the bytes that the PioIn or MmioRead just returned has asked for.
+        """Give the bytes for the PioIn or MmioRead that was returned last.
 
         Raises:
-            ValueError: the last exit asks for another number of bytes, or for none.
+            ValueError: the last exit asks for another number of bytes, or for no bytes.
         """
         start, size = self._pending
         if len(data) != size or not size:
@@ -189,10 +188,10 @@ class Vcpu:
         self._pending = (0, 0)
 
     def complete(self) -> Exit:
-        """Finish the I/O of the last exit without running the guest any further.
+        """Finish the I/O of the last exit, and do not run the guest any further.
 
-        Returns Interrupted when the guest stands between two instructions.  Anything else is the next piece
-        of the same instruction: answer it and call again.  Leaves the kick set; `clear_kick` lets it run.
+        Returns Interrupted if the guest is between two instructions.  Any other exit is the next piece of the same
+        instruction: answer it and call this again.  The kick stays set until `clear_kick`.
         """
         self._page[_IMMEDIATE_EXIT] = 1
         return self.run()
@@ -200,17 +199,17 @@ class Vcpu:
     # ---- kicking
 
     def bind_thread(self) -> None:
-        """Make the calling thread the one that kicks go to; first thing it does."""
+        """Direct kicks to the calling thread.  The vCPU's thread calls this first."""
         with self._thread_lock:
             self._thread = _thread.get_ident()
 
     def unbind_thread(self) -> None:
-        """Send no more signals; last thing the thread does, as its id means nothing afterwards."""
+        """Send no more signals.  The thread calls this last, because its id may be reused afterwards."""
         with self._thread_lock:
             self._thread = None
 
     def kick(self) -> None:
-        """Get the vCPU out of the guest, now or as soon as it enters; from any thread."""
+        """Make the vCPU leave the guest, now or as soon as it enters.  May be called from any thread."""
         self._page[_IMMEDIATE_EXIT] = 1
         with self._thread_lock:
             if self._thread is not None:
@@ -223,9 +222,9 @@ class Vcpu:
     # ---- coalesced writes
 
     def coalesced_writes(self) -> list[PioOut | MmioWrite]:
-        """Take the writes that Vm.register_coalesced has collected, oldest first.
+        """Take the writes that were collected because of Vm.register_coalesced, oldest first.
 
-        The ring belongs to the VM and every vCPU maps it: callers must hold one lock per VM.
+        All vCPUs of a VM map the same ring, so callers must hold one lock per VM.
         """
         first, last = self._ring
         writes: list[PioOut | MmioWrite] = []
@@ -238,7 +237,7 @@ class Vcpu:
             else:
                 writes.append(MmioWrite(entry.phys_addr, entry.len, data))
             first = (first + 1) % _RING_ENTRIES
-        # Only now may the kernel reuse the entries; x86 does not let this store pass the loads above.
+        # From this store on the kernel may reuse the entries.  x86 keeps it after the loads above.
         self._ring[0] = first
         return writes
 
@@ -249,7 +248,7 @@ class Vcpu:
         return read_struct(self._fd, abi.KVM_GET_REGS, abi.kvm_regs)
 
     def set_regs(self, state: abi.kvm_regs | bytes) -> None:
-        """Load the general purpose registers; cancels a pending exception."""
+        """Load the general purpose registers.  This cancels a pending exception."""
         write_struct(self._fd, abi.KVM_SET_REGS, abi.kvm_regs, state)
 
     def get_sregs(self) -> abi.kvm_sregs:
@@ -261,7 +260,7 @@ class Vcpu:
         write_struct(self._fd, abi.KVM_SET_SREGS, abi.kvm_sregs, state)
 
     def get_fpu(self) -> abi.kvm_fpu:
-        """Return x87 and SSE state; a part of what get_xsave returns."""
+        """Return x87 and SSE state, which is also part of the area of get_xsave."""
         return read_struct(self._fd, abi.KVM_GET_FPU, abi.kvm_fpu)
 
     def set_fpu(self, state: abi.kvm_fpu | bytes) -> None:
@@ -269,7 +268,7 @@ class Vcpu:
         write_struct(self._fd, abi.KVM_SET_FPU, abi.kvm_fpu, state)
 
     def get_xsave(self) -> bytes:
-        """Return the whole XSAVE area, as long as this host makes it (api.rst 4.134)."""
+        """Return the whole XSAVE area, whose length depends on the host (api.rst 4.134)."""
         area = bytearray(max(self.xsave_bytes, 4096))
         ioctl(self._fd, abi.KVM_GET_XSAVE2 if self.xsave_bytes else abi.KVM_GET_XSAVE, area)
         return bytes(area)
@@ -278,7 +277,7 @@ class Vcpu:
         """Load the XSAVE area.
 
         Raises:
-            ValueError: it has another length than this host's, so features would be lost or invented.
+            ValueError: its length is not that of this host, so it belongs to other processor features.
         """
         if len(area) != max(self.xsave_bytes, 4096):
             raise ValueError(f"xsave area of {len(area)} bytes, not {max(self.xsave_bytes, 4096)}")
@@ -289,19 +288,19 @@ class Vcpu:
         return read_struct(self._fd, abi.KVM_GET_XCRS, abi.kvm_xcrs)
 
     def set_xcrs(self, state: abi.kvm_xcrs | bytes) -> None:
-        """Load the extended control registers; after CPUID, before the XSAVE area."""
+        """Load the extended control registers.  This comes after CPUID and before the XSAVE area."""
         write_struct(self._fd, abi.KVM_SET_XCRS, abi.kvm_xcrs, state)
 
     def get_cpuid2(self) -> list[abi.kvm_cpuid_entry2]:
-        """Return the CPUID leaves as they are now; KVM keeps a few of them up to date."""
+        """Return the present CPUID leaves.  KVM updates some of them while the vCPU runs."""
         return abi.read_list(self._fd, abi.KVM_GET_CPUID2, abi.kvm_cpuid2, abi.kvm_cpuid_entry2)
 
     def set_cpuid2(self, entries: list[abi.kvm_cpuid_entry2]) -> None:
-        """Set the CPUID leaves; before the vCPU first runs."""
+        """Set the CPUID leaves.  This comes before the vCPU runs for the first time."""
         ioctl(self._fd, abi.KVM_SET_CPUID2, abi.counted(abi.kvm_cpuid2, entries))
 
     def get_msrs(self, indices: "Iterable[int]") -> dict[int, int]:
-        """Return those of the MSRs that can be read: a listed MSR may not exist for this CPUID."""
+        """Return the values of MSRs, without those that cannot be read: with this CPUID an MSR may not exist."""
         values: dict[int, int] = {}
         todo = list(indices)
         while todo:
@@ -311,12 +310,12 @@ class Vcpu:
             for position in range(done):
                 entry = abi.kvm_msr_entry.from_buffer_copy(buffer, 8 + 16 * position)
                 values[entry.index] = entry.data
-            # The kernel stops at the first it refuses; go on behind it.
+            # The kernel stops at the first MSR that it refuses: go on after it.
             todo = todo[done + 1 if done < len(chunk) else done :]
         return values
 
     def set_msrs(self, values: dict[int, int]) -> list[int]:
-        """Write MSRs in the given order; return the indices of those that were refused."""
+        """Write MSRs in the given order.  Return the indices of the MSRs that the kernel refused."""
         refused: list[int] = []
         todo = list(values.items())
         while todo:
@@ -333,11 +332,11 @@ class Vcpu:
         return bytes(read_struct(self._fd, abi.KVM_GET_LAPIC, abi.kvm_lapic_state))
 
     def set_lapic(self, state: bytes) -> None:
-        """Load the local APIC's registers; after sregs, which hold its base and mode."""
+        """Load the local APIC's registers.  This comes after sregs, which have its base and mode."""
         write_struct(self._fd, abi.KVM_SET_LAPIC, abi.kvm_lapic_state, state)
 
     def get_mp_state(self) -> int:
-        """Return KVM_MP_STATE_*; delivers a pending INIT or SIPI first."""
+        """Return KVM_MP_STATE_*.  KVM first delivers a pending INIT or SIPI."""
         return int(read_struct(self._fd, abi.KVM_GET_MP_STATE, abi.kvm_mp_state).mp_state)
 
     def set_mp_state(self, mp_state: int) -> None:
@@ -349,7 +348,7 @@ class Vcpu:
         return read_struct(self._fd, abi.KVM_GET_VCPU_EVENTS, abi.kvm_vcpu_events)
 
     def set_vcpu_events(self, state: abi.kvm_vcpu_events | bytes) -> None:
-        """Load them; KVM_VCPUEVENT_VALID_* in `flags` choose the optional fields."""
+        """Load exceptions, interrupts and NMIs.  KVM_VCPUEVENT_VALID_* in `flags` select the optional fields."""
         write_struct(self._fd, abi.KVM_SET_VCPU_EVENTS, abi.kvm_vcpu_events, state)
 
     def get_debugregs(self) -> abi.kvm_debugregs:
@@ -365,12 +364,12 @@ class Vcpu:
         return ioctl(self._fd, abi.KVM_GET_TSC_KHZ)
 
     def set_tsc_khz(self, khz: int) -> None:
-        """Set the guest's TSC frequency; only hosts with KVM_CAP_TSC_CONTROL can change it."""
+        """Set the guest's TSC frequency.  Only hosts with KVM_CAP_TSC_CONTROL can change it."""
         ioctl(self._fd, abi.KVM_SET_TSC_KHZ, khz)
 
     @property
     def has_tsc_offset(self) -> bool:
-        """Whether this kernel lets the TSC's offset be read and set (since Linux 5.16)."""
+        """Whether the kernel can read and set the offset of the TSC (since Linux 5.16)."""
         try:
             ioctl(self._fd, abi.KVM_HAS_DEVICE_ATTR, self._tsc_offset_attr(abi.u64()))
         except OSError:
@@ -378,13 +377,13 @@ class Vcpu:
         return True
 
     def get_tsc_offset(self) -> int:
-        """Return what the guest's TSC is ahead of the host's, modulo 2^64 (devices/vcpu.rst, 4.1)."""
+        """Return the guest's TSC minus the host's, modulo 2^64 (devices/vcpu.rst, 4.1)."""
         value = abi.u64()
         ioctl(self._fd, abi.KVM_GET_DEVICE_ATTR, self._tsc_offset_attr(value))
         return int(value.value)
 
     def set_tsc_offset(self, offset: int) -> None:
-        """Set it, and unlike a value that is written to the MSR not more or less so."""
+        """Set the offset of the guest's TSC.  It is set exactly, unlike a value that is written to the MSR."""
         ioctl(self._fd, abi.KVM_SET_DEVICE_ATTR, self._tsc_offset_attr(abi.u64(offset)))
 
     @staticmethod
@@ -394,10 +393,10 @@ class Vcpu:
         )
 
     def kvmclock_ctrl(self) -> None:
-        """Tell the guest it was paused, so that its watchdogs forgive the gap.
+        """Tell the guest that it was paused, so that its watchdogs do not complain about the gap.
 
         Raises:
-            OSError: EINVAL from a guest that does not use kvmclock, which is harmless.
+            OSError: EINVAL if the guest does not use kvmclock, which is harmless.
         """
         ioctl(self._fd, abi.KVM_KVMCLOCK_CTRL)
 
@@ -406,11 +405,11 @@ class Vcpu:
         ioctl(self._fd, abi.KVM_NMI)
 
     def translate(self, linear: int) -> int | None:
-        """Return the guest-physical address behind a linear one, or None if it is not mapped."""
+        """Return the guest-physical address of a linear address, or None if that is not mapped."""
         translation = abi.kvm_translation(linear_address=linear)
         ioctl(self._fd, abi.KVM_TRANSLATE, translation)
         return int(translation.physical_address) if translation.valid else None
 
     def stats(self) -> dict[str, tuple[int, ...]]:
-        """Return KVM's counters for this vCPU by name; a histogram has several values."""
+        """Return KVM's counters for this vCPU, by name.  A histogram has several values."""
         return abi.read_stats(self._fd)

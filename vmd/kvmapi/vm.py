@@ -9,7 +9,7 @@ from vmd.kvmapi.vcpu import Vcpu
 
 
 def chip_route(gsi: int, chip: int, pin: int) -> abi.kvm_irq_routing_entry:
-    """Return the entry that leads a GSI to a pin of KVM_IRQCHIP_*."""
+    """Return the entry that routes a GSI to a pin of KVM_IRQCHIP_*."""
     entry = abi.kvm_irq_routing_entry(gsi=gsi, type=abi.KVM_IRQ_ROUTING_IRQCHIP)
     entry.u.irqchip.irqchip = chip
     entry.u.irqchip.pin = pin
@@ -17,7 +17,7 @@ def chip_route(gsi: int, chip: int, pin: int) -> abi.kvm_irq_routing_entry:
 
 
 def msi_route(gsi: int, address: int, data: int) -> abi.kvm_irq_routing_entry:
-    """Return the entry that turns a GSI into a message."""
+    """Return the entry that routes a GSI to an MSI message."""
     entry = abi.kvm_irq_routing_entry(gsi=gsi, type=abi.KVM_IRQ_ROUTING_MSI)
     entry.u.msi.address_lo = address & 0xFFFFFFFF
     entry.u.msi.address_hi = address >> 32
@@ -26,10 +26,10 @@ def msi_route(gsi: int, address: int, data: int) -> abi.kvm_irq_routing_entry:
 
 
 class Vm:
-    """A KVM virtual machine.  Every method may be called from any thread of the process that made it.
+    """A KVM virtual machine.  Every method may be called from any thread of the process that created it.
 
     Raises:
-        OSError: from every method, when the kernel refuses; the message names the request.
+        OSError: from every method, if the kernel refuses.  The message names the request.
     """
 
     def __init__(self, fd: int, vcpu_mmap_bytes: int) -> None:
@@ -43,22 +43,22 @@ class Vm:
         self.close()
 
     def close(self) -> None:
-        """Close the descriptor; the VM goes when its vCPUs are closed too.  A second call does nothing."""
+        """Close the descriptor.  The VM ends when its vCPUs are closed, too.  A second call does nothing."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
 
     def check_extension(self, cap: int) -> int:
-        """Return what this VM, not the host in general, can do; see System.check_extension."""
+        """Return the value of a capability for this VM, as System.check_extension does for the host."""
         return ioctl(self.fd, abi.KVM_CHECK_EXTENSION, cap)
 
     def enable_cap(self, cap: int, *args: int) -> None:
-        """Switch on a capability that changes behaviour (api.rst 7)."""
+        """Enable a capability that changes behaviour (api.rst 7)."""
         ioctl(self.fd, abi.KVM_ENABLE_CAP, abi.kvm_enable_cap(cap=cap, args=args))
 
     def create_vcpu(self, vcpu_id: int) -> Vcpu:
-        """Add a vCPU; its id is its APIC id.  KVM's interrupt controllers must be there already."""
-        # As long as KVM_GET_XSAVE2 says, which no longer changes once a vCPU exists; 0 on old kernels.
+        """Create a vCPU.  Its id is its APIC id.  KVM's interrupt controllers must exist already."""
+        # The size of KVM_GET_XSAVE2, which does not change any more once there is a vCPU; 0 on old kernels.
         xsave_bytes = self.check_extension(abi.KVM_CAP_XSAVE2)
         fd = ioctl(self.fd, abi.KVM_CREATE_VCPU, vcpu_id)
         try:
@@ -70,7 +70,7 @@ class Vm:
     # ---- memory
 
     def set_memory_region(self, slot: int, gpa: int, size: int, hva: int, flags: int = 0) -> None:
-        """Put memory of this process into a slot, change its KVM_MEM_* flags, or with size 0 remove it."""
+        """Put memory of this process into a slot, change the KVM_MEM_* flags of a slot, or with size 0 remove it."""
         region = abi.kvm_userspace_memory_region(slot, flags, gpa, size, hva)
         ioctl(self.fd, abi.KVM_SET_USER_MEMORY_REGION, region)
 
@@ -83,41 +83,41 @@ class Vm:
         return bytes(bitmap)
 
     def set_tss_addr(self, gpa: int) -> None:
-        """Give KVM three pages below 4 GiB, in no memory slot, for real mode on older Intel processors."""
+        """Give KVM three pages below 4 GiB, outside of all slots, for real mode on older Intel processors."""
         abi.ioctl_ulong(self.fd, abi.KVM_SET_TSS_ADDR, gpa)
 
     def set_identity_map_addr(self, gpa: int) -> None:
-        """Give KVM one page for the same purpose; before the first vCPU."""
+        """Give KVM one page for the same purpose.  This comes before the first vCPU."""
         ioctl(self.fd, abi.KVM_SET_IDENTITY_MAP_ADDR, abi.u64(gpa))
 
     # ---- interrupts
 
     def create_irqchip(self) -> None:
-        """Make both 8259s, the I/O APIC and, with each vCPU from now on, a local APIC."""
+        """Create both 8259s and the I/O APIC.  Each vCPU that is created later has a local APIC."""
         ioctl(self.fd, abi.KVM_CREATE_IRQCHIP)
 
     def create_pit2(self, flags: int = abi.KVM_PIT_SPEAKER_DUMMY) -> None:
-        """Make the 8254, by default with port 61h; after create_irqchip."""
+        """Create the 8254, by default with port 61h.  This comes after create_irqchip."""
         ioctl(self.fd, abi.KVM_CREATE_PIT2, abi.kvm_pit_config(flags=flags))
 
     def irq_line(self, gsi: int, level: int) -> None:
-        """Set the level of a line; edge-triggered interrupts need 1 and then 0."""
+        """Set the level of a line.  An edge-triggered interrupt needs 1 and then 0."""
         ioctl(self.fd, abi.KVM_IRQ_LINE, abi.kvm_irq_level(gsi, level))
 
     def signal_msi(self, address: int, data: int) -> bool:
-        """Deliver a message; return whether a local APIC took it."""
+        """Deliver an MSI message.  Return whether a local APIC has accepted it."""
         message = abi.kvm_msi(address_lo=address & 0xFFFFFFFF, address_hi=address >> 32, data=data)
         return ioctl(self.fd, abi.KVM_SIGNAL_MSI, message) > 0
 
     def set_gsi_routing(self, routes: list[abi.kvm_irq_routing_entry]) -> None:
-        """Replace the whole table: a route that is not repeated is gone, KVM's defaults included."""
+        """Replace the whole table.  All routes that are not in it are removed, also KVM's defaults."""
         ioctl(self.fd, abi.KVM_SET_GSI_ROUTING, abi.counted(abi.kvm_irq_routing, routes))
 
     def assign_irqfd(self, fd: int, gsi: int, resample_fd: int | None = None) -> None:
-        """Let an eventfd raise a GSI; what it has already counted is injected at once.
+        """Let an eventfd raise a GSI.  If the eventfd is not zero, an interrupt is injected at once.
 
-        With `resample_fd` the GSI is level triggered: it falls when the guest ends the interrupt, and that
-        eventfd is then signalled so that a device can raise it again.
+        With `resample_fd` the GSI is level triggered.  When the guest ends the interrupt, the GSI is lowered, and
+        `resample_fd` is signalled, so that a device can raise it again.
         """
         irqfd = abi.kvm_irqfd(fd=fd, gsi=gsi)
         if resample_fd is not None:
@@ -126,25 +126,25 @@ class Vm:
         ioctl(self.fd, abi.KVM_IRQFD, irqfd)
 
     def deassign_irqfd(self, fd: int, gsi: int) -> None:
-        """Undo assign_irqfd; returns when injections under way are done.  Harmless if it was not assigned."""
+        """Undo assign_irqfd.  When this returns, no injection is under way.  Does nothing if it was not assigned."""
         ioctl(self.fd, abi.KVM_IRQFD, abi.kvm_irqfd(fd=fd, gsi=gsi, flags=abi.KVM_IRQFD_FLAG_DEASSIGN))
 
     def assign_ioeventfd(
         self, fd: int, address: int, size: int, datamatch: int | None = None, *, pio: bool = False
     ) -> None:
-        """Let a guest write of `size` bytes (0: any size, then without datamatch) signal an eventfd.
+        """Let a guest's write of `size` bytes (0: any size, without datamatch) signal an eventfd.
 
-        The address is a guest-physical one or, with `pio`, a port.  Writes of another size or value exit.
+        The address is guest-physical or, with `pio`, a port.  A write of another size or value is an exit.
 
         Raises:
-            OSError: EEXIST if address, size and value are taken.
+            OSError: EEXIST if there is a registration with this address, size and value.
         """
         self._ioeventfd(fd, address, size, datamatch, pio, 0)
 
     def deassign_ioeventfd(
         self, fd: int, address: int, size: int, datamatch: int | None = None, *, pio: bool = False
     ) -> None:
-        """Undo assign_ioeventfd; every argument must be the same.
+        """Undo assign_ioeventfd.  All arguments must be the same.
 
         Raises:
             OSError: ENOENT if there is no such registration.
@@ -163,11 +163,11 @@ class Vm:
         ioctl(self.fd, abi.KVM_IOEVENTFD, event)
 
     def register_coalesced(self, address: int, size: int, *, pio: bool = False) -> None:
-        """Collect the guest's writes to a range for Vcpu.coalesced_writes instead of exiting for each."""
+        """Collect the guest's writes to a range for Vcpu.coalesced_writes, instead of an exit for each."""
         ioctl(self.fd, abi.KVM_REGISTER_COALESCED_MMIO, abi.kvm_coalesced_mmio_zone(address, size, pio))
 
     def unregister_coalesced(self, address: int, size: int, *, pio: bool = False) -> None:
-        """Undo register_coalesced; what was collected stays in the ring."""
+        """Undo register_coalesced.  Writes that were collected stay in the ring."""
         ioctl(self.fd, abi.KVM_UNREGISTER_COALESCED_MMIO, abi.kvm_coalesced_mmio_zone(address, size, pio))
 
     # ---- state
@@ -179,7 +179,7 @@ class Vm:
         return chip
 
     def set_irqchip(self, chip: abi.kvm_irqchip | bytes) -> None:
-        """Load one controller's registers; chip_id says which."""
+        """Load the registers of the interrupt controller with the structure's chip_id."""
         write_struct(self.fd, abi.KVM_SET_IRQCHIP, abi.kvm_irqchip, chip)
 
     def get_pit2(self) -> abi.kvm_pit_state2:
@@ -191,13 +191,13 @@ class Vm:
         write_struct(self.fd, abi.KVM_SET_PIT2, abi.kvm_pit_state2, state)
 
     def get_clock(self) -> abi.kvm_clock_data:
-        """Return kvmclock's time; KVM_CLOCK_* in `flags` say which other fields are valid."""
+        """Return kvmclock's time.  KVM_CLOCK_* in `flags` tell which other fields are valid."""
         return read_struct(self.fd, abi.KVM_GET_CLOCK, abi.kvm_clock_data)
 
     def set_clock(self, clock_ns: int) -> None:
-        """Set kvmclock; time that passed meanwhile is not added."""
+        """Set kvmclock to this value.  KVM does not add the time that passes until then."""
         ioctl(self.fd, abi.KVM_SET_CLOCK, abi.kvm_clock_data(clock=clock_ns))
 
     def stats(self) -> dict[str, tuple[int, ...]]:
-        """Return KVM's counters for this VM by name; a histogram has several values."""
+        """Return KVM's counters for this VM, by name.  A histogram has several values."""
         return abi.read_stats(self.fd)

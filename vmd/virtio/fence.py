@@ -1,8 +1,8 @@
-"""The one memory barrier that x86 needs and Python does not have.
+"""The only memory barrier that x86 needs.  Python has none.
 
-x86 keeps loads in order, stores in order, and loads before later stores; only a store may still be on its way
-when a later load is done.  An uncontended lock is taken by a locked instruction, which waits for that
-(measured: without it, up to 3 % of publish-then-look rounds went wrong; with it none of 900 000).
+x86 keeps loads in order, stores in order, and loads before later stores.  Only a later load may be done before a store
+is visible to other processors.  Taking a free lock is a locked instruction, which waits until all stores are visible.
+(Measured: without it, up to 3 % of publish-then-look rounds went wrong; with it none of 900 000.)
 """
 
 import _thread

@@ -1,11 +1,11 @@
-"""A split virtqueue from the device's side, in memory that a running guest writes (virtio 1.2, 2.7).
+"""The device's side of a split virtqueue, in memory that a running guest writes (virtio 1.2, 2.7).
 
-`Queue` is the slow and obvious one: it takes one chain at a time, checks each descriptor in a place of its own,
-and says what is wrong with it.  Devices with few requests use it as it is; the hot loops of others inline it
-and are held equal to it by tests.
+`Queue` is the slow and simple implementation: it takes one chain at a time, checks each descriptor, and says what is
+wrong with it.  Devices with few requests use it.  The hot loops of other devices inline it, and tests compare them with
+it.
 
-Reads go through one bound `Struct.unpack_from`, which copies: what was checked is what is used.  Stores go
-through cast views only, because `struct.pack_into` would show the guest a zero in between.
+Reads use one bound `Struct.unpack_from`, which copies: the values that are used are the ones that were checked.  Stores
+use cast views only, because `struct.pack_into` clears its target first, and the guest would see that.
 """
 
 from struct import Struct, pack
@@ -29,7 +29,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from vmd.guestmem import GuestMemory
 
-FEATURES = (  # of rings, which all devices offer
+FEATURES = (  # features of rings, which all devices offer
     1 << VIRTIO_F_RING_INDIRECT_DESC
     | 1 << VIRTIO_F_RING_EVENT_IDX
     | 1 << VIRTIO_F_ANY_LAYOUT
@@ -37,12 +37,13 @@ FEATURES = (  # of rings, which all devices offer
 )
 DESC = Struct("<QIHH")
 U16 = Struct("<H")
-CHAIN_BYTES_MAX = 1 << 32  # one chain may not describe more (2.7.5.2: lengths add up to 2^32 at most)
-CHAIN_MAX = 1024  # descriptors; a driver may not go beyond its queue's size (2.7.5.3.1), some do in indirect tables
+CHAIN_BYTES_MAX = 1 << 32  # largest sum of the lengths in a chain (2.7.5.2)
+# Longest chain in an indirect table.  A driver may not exceed the size of its queue (2.7.5.3.1), but some drivers do.
+CHAIN_MAX = 1024
 
 
 class Chain:
-    """One descriptor chain: (gpa, length) of what the device may read, then of what it may write."""
+    """One descriptor chain: (gpa, length) of the buffers that the device reads, and of those that it writes."""
 
     __slots__ = ("head", "readable", "writable")
 
@@ -53,7 +54,7 @@ class Chain:
 
 
 class Queue:
-    """One queue of an active device; owned by one thread."""
+    """One queue of an active device.  Only one thread uses it."""
 
     def __init__(
         self,
@@ -66,7 +67,7 @@ class Queue:
         next_avail: int = 0,
         next_used: int = 0,
     ) -> None:
-        """Check that the three parts lie in memory, each in one region.  Raises GuestError."""
+        """Raises GuestError unless each of the three parts is in one region of memory."""
         if size == 0 or size & size - 1 or size > 1 << 15:
             raise GuestError(f"queue size {size} is not a power of two up to 32768")
         for what, gpa, align in (("descriptor table", desc, 16), ("available ring", avail, 2), ("used ring", used, 4)):
@@ -84,33 +85,33 @@ class Queue:
         raw = memory.memory
         self.table = raw[self.desc : self.desc + DESC_BYTES * size]
         self.avail_ring = raw[self.avail + 4 : self.avail + 4 + 2 * size].cast("H")
-        # Stores: `id | len << 32` of an element in one go, then the index that announces it.
+        # An element is stored as one number, `id | len << 32`; then the index, which announces it, is stored.
         self.used_ring = raw[self.used + 4 : self.used + 4 + 8 * size].cast("Q")
         self.used_bytes = raw[self.used + 4 : self.used + 4 + 8 * size]
         self._used_idx = raw[self.used + 2 : self.used + 4].cast("H")
         self._avail_event = raw[self.used + 4 + 8 * size : self.used + 6 + 8 * size].cast("H")
         self.next_avail = next_avail & 0xFFFF
         self.next_used = next_used & 0xFFFF
-        self.published = self.next_used  # what the guest can see
-        self.signalled_used = self.next_used  # what the guest had been told of when it was last interrupted
+        self.published = self.next_used  # the used index that the guest can see
+        self.signalled_used = self.next_used  # the used index at the last decision whether to interrupt
 
-    # --- while the kernel serves it ------------------------------------------------------------------------
+    # --- while the kernel serves the queue -----------------------------------------------------------------
 
     @property
     def visible(self) -> int:
-        """The used index as it stands in the ring, where a driver could have changed it."""
+        """The used index in the ring.  A driver may have changed it."""
         index: int = self._used_idx[0]
         return index
 
     def go_on_at(self, next_avail: int) -> None:
-        """Go on where another has stopped, who has given back and told the guest of all that the ring says."""
+        """Take the queue over from the kernel, which has returned all chains that the ring says, and told the guest."""
         self.next_avail = next_avail
         self.next_used = self.published = self.signalled_used = self.visible
 
     # --- taking ------------------------------------------------------------------------------------------
 
     def available(self) -> int:
-        """Return how many chains wait.  Raises GuestError if the index is beyond reason."""
+        """Return how many chains wait.  Raises GuestError if the index is impossible."""
         raw = self.memory.memory
         waiting: int = U16.unpack_from(raw, self.avail + 2)[0] - self.next_avail & 0xFFFF
         if waiting > self.size:
@@ -118,7 +119,7 @@ class Queue:
         return waiting
 
     def take(self) -> Chain | None:
-        """Take the next chain, if there is one.  Raises GuestError; the queue can then no longer be trusted."""
+        """Take the next chain, or return None.  Raises GuestError: then the queue cannot be used any more."""
         if not self.available():
             return None
         head: int = U16.unpack_from(self.memory.memory, self.avail + 4 + 2 * (self.next_avail & self.mask))[0]
@@ -127,7 +128,7 @@ class Queue:
         return chain
 
     def heads(self, count: int, behind: int = 0) -> list[int]:
-        """Return the heads of chains, not checked: so many that wait, behind those that are known already."""
+        """Return the unchecked heads of `count` waiting chains.  The first `behind` waiting chains are skipped."""
         first = self.next_avail + behind & self.mask
         heads: list[int] = self.avail_ring[first : first + count].tolist()
         if len(heads) < count:
@@ -135,7 +136,7 @@ class Queue:
         return heads
 
     def walk(self, head: int) -> Chain:
-        """Follow a chain from its head (2.7.5), indirect or not."""
+        """Follow a chain from its head, also through an indirect table (2.7.5).  Raises GuestError."""
         raw = self.memory.memory
         base, size, nested = self.desc, self.size, False
         longest = size
@@ -145,7 +146,7 @@ class Queue:
         while True:
             if index >= size:
                 raise GuestError(f"descriptor {index} outside a table of {size}")
-            # A chain longer than its table visits an entry twice: the guest built a loop.
+            # A chain that is longer than its table visits an entry twice: it has a loop.
             if steps >= longest:
                 raise GuestError(f"descriptor chain from {head} does not end")
             steps += 1
@@ -165,24 +166,25 @@ class Queue:
             if flags & VIRTQ_DESC_F_WRITE:
                 writable.append((gpa, length))
             elif writable:
-                raise GuestError(f"descriptor {index} is for reading, behind one for writing")
+                raise GuestError(f"descriptor {index} is device-readable and follows a device-writable one")
             else:
                 readable.append((gpa, length))
             if not flags & VIRTQ_DESC_F_NEXT:
                 return Chain(head, readable, writable)
             index = following
 
-    # --- giving back ---------------------------------------------------------------------------------------
+    # --- returning chains ----------------------------------------------------------------------------------
 
     def put(self, head: int, written: int) -> None:
-        """Give a chain back, with the number of bytes written into it; `publish` makes it known."""
+        """Return a chain, into which `written` bytes were written.  The guest sees it after `publish`."""
         self.used_ring[self.next_used & self.mask] = head | written << 32
         self.next_used = self.next_used + 1 & 0xFFFF
 
     def lay(self, heads: list[int]) -> None:
-        """Store the elements of the next chains to be given back, into which nothing is written, ahead of time.
+        """Store the elements of the next chains to return, into which nothing is written, ahead of time.
 
-        Nobody looks at them before the index says so; to give them back is to let `next_used` go on.
+        The guest does not read them before the index announces them.  To return a chain, the caller increments
+        `next_used`.
         """
         elements = pack(f"<{len(heads)}Q", *heads)
         first = 8 * (self.next_used & self.mask)
@@ -192,17 +194,17 @@ class Queue:
             self.used_bytes[: len(elements) - room] = elements[room:]
 
     def publish(self) -> None:
-        """Let the guest see everything that was put."""
+        """Let the guest see all chains that were returned."""
         if self.memory.marking:
             self._mark_given()
-        # The elements must be in memory before the index that announces them.  x86 keeps stores in order, so plain
-        # stores in this order are enough.
+        # The elements must be visible before the index that announces them.  x86 keeps stores in order, so plain stores
+        # in this order are enough.
         self._used_idx[0] = self.published = self.next_used
 
     def _mark_given(self) -> None:
-        """Mark what was written into the chains that are about to be published.
+        """Mark the pages that were written through the chains that are about to be published.
 
-        A driver that changes a chain it has not got back misleads nobody but itself.
+        If a driver has changed the descriptors of such a chain, wrong pages are marked, which harms only its own guest.
         """
         while self.published != self.next_used:
             element = self.used_ring[self.published & self.mask]
@@ -216,15 +218,15 @@ class Queue:
                     self.memory.mark(gpa, length)
 
     def mark_used(self) -> None:
-        """Mark the used ring: we store into it at other times than when we publish, too."""
+        """Mark the pages of the used ring, into which `put`, `suppress` and `rearm` store, too."""
         self.memory.mark_file(self.used, 6 + 8 * self.size)
 
     def wants_interrupt(self) -> bool:
-        """Return whether the guest is to be told of what was published since it was last told (2.7.7.2)."""
+        """Return whether to interrupt the guest for the chains that were published since the last call (2.7.7.2)."""
         new, old = self.next_used, self.signalled_used
         if new == old:
             return False
-        full_fence()  # our used index must be visible before we look at what the guest wants
+        full_fence()  # our used index must be visible before we read whether the guest wants an interrupt
         raw = self.memory.memory
         if self.event_idx:
             event = U16.unpack_from(raw, self.avail + 4 + 2 * self.size)[0]
@@ -232,25 +234,25 @@ class Queue:
         else:
             wanted = not U16.unpack_from(raw, self.avail)[0] & VIRTQ_AVAIL_F_NO_INTERRUPT
         self.signalled_used = new
-        if self.notify_on_empty and new == self.next_avail:  # nothing is in flight; and is nothing waiting?
+        if self.notify_on_empty and new == self.next_avail:  # no chain is in flight: look whether one waits
             wanted |= U16.unpack_from(raw, self.avail + 2)[0] == self.next_avail
         return bool(wanted)
 
     def suppress(self) -> None:
-        """Ask not to be notified, until `rearm`; a driver may do it all the same (2.7.10.1)."""
-        if not self.event_idx:  # else it is not asked to again before the index has gone round
+        """Ask not to be notified until `rearm`.  A driver may ignore that (2.7.10.1)."""
+        if not self.event_idx:  # with EVENT_IDX there is nothing to do: the event index stays at a chain of the past
             self.memory.memory[self.used] = VIRTQ_USED_F_NO_NOTIFY
 
     def rearm(self, waiting: int = 0) -> bool:
-        """Ask to be notified of the next chain; return whether one has come meanwhile (2.7.10.1).
+        """Ask to be notified of the next chain.  Return whether one has come meanwhile (2.7.10.1).
 
-        `waiting` chains are known to be there, and not enough to go on.
+        `waiting` chains, which are not enough for the caller, are not counted.
         """
         raw = self.memory.memory
         if self.event_idx:
             self._avail_event[0] = self.next_avail + waiting & 0xFFFF
-            full_fence()  # the event index must be visible before we look whether we missed something
+            full_fence()  # the event index must be visible before we look whether a chain has come
         elif raw[self.used] & VIRTQ_USED_F_NO_NOTIFY:
             raw[self.used] = 0
-            full_fence()  # ... and so must the flag
+            full_fence()  # the same for the flag
         return self.available() > waiting

@@ -1,6 +1,6 @@
-"""Numbers of the virtio 1.2 specification, under its names; section numbers refer to it.
+"""Constants of the virtio 1.2 specification, under its names.  Section numbers are its own.
 
-Both halves of a device use this: registers in the VM process, rings in the device process.
+Both halves of a device use this module: the registers in the VM process and the rings in the device process.
 """
 
 # 2.1 device status
@@ -28,14 +28,14 @@ VIRTIO_F_RING_EVENT_IDX = 29
 VIRTIO_F_VERSION_1 = 32
 VIRTIO_F_ACCESS_PLATFORM = 33
 
-LEGACY_FEATURES = (1 << 32) - 1  # as many as the legacy registers have room for
-LEGACY_ONLY = 1 << VIRTIO_F_NOTIFY_ON_EMPTY | 1 << VIRTIO_F_ANY_LAYOUT  # to others they mean something else, or nothing
+LEGACY_FEATURES = (1 << 32) - 1  # the legacy registers have 32 feature bits
+LEGACY_ONLY = 1 << VIRTIO_F_NOTIFY_ON_EMPTY | 1 << VIRTIO_F_ANY_LAYOUT  # other meanings, or none, in virtio 1.x
 
 # 4.1 PCI
 VENDOR = 0x1AF4
 DEVICE_MODERN_BASE = 0x1040
-SUBSYSTEM_MODERN_BASE = 0x40  # 4.1.2.1: of devices without legacy registers; edk2 binds to no others
-SUBSYSTEM_VENDOR = 0x0B5D  # as OpenBSD's vmd (*cat. 6.1*)
+SUBSYSTEM_MODERN_BASE = 0x40  # 4.1.2.1: smallest id of a device without legacy registers; edk2 requires such an id
+SUBSYSTEM_VENDOR = 0x0B5D  # as in OpenBSD's vmd (*cat. 6.1*)
 
 PCI_CAP_ID_VENDOR = 0x09
 VIRTIO_PCI_CAP_COMMON_CFG = 1
@@ -64,7 +64,7 @@ VIRTIO_NET_F_STATUS = 16
 VIRTIO_NET_S_LINK_UP = 1
 VIRTIO_NET_HDR_F_NEEDS_CSUM = 1
 VIRTIO_NET_HDR_GSO_NONE = 0
-NET_HDR_BYTES = 12  # with num_buffers: virtio 1.x, or mergeable buffers
+NET_HDR_BYTES = 12  # with num_buffers, for virtio 1.x and for mergeable buffers
 NET_HDR_BYTES_LEGACY = 10
 
 # 5.2 block

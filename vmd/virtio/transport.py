@@ -1,15 +1,14 @@
-"""The register half of a virtio device: what a driver reads and writes through PCI (virtio 1.2, 4.1).
+"""The registers of a virtio device, which a driver reads and writes through PCI (virtio 1.2, 4.1).
 
-A pure state machine: no PCI, no KVM, no process.  What it cannot do itself it asks of its `Backend`.  Both
-interfaces act on the same state: the legacy register block (4.1.4.10) and the structures of virtio 1.x
-(4.1.4.3), so that a transitional device is one object.
+This is a pure state machine without PCI, KVM or processes: a `Backend` does the rest.  The legacy register block
+(4.1.4.10) and the structures of virtio 1.x (4.1.4.3) act on the same state, so a transitional device is one object.
 
-Registers change only while they may: features before FEATURES_OK, queues before DRIVER_OK.  A driver that
-writes later is ignored; nothing that runs is ever given another size or address (hostile input 4).  What is ignored is
-complained of, so that the log says what a driver did.
+Features can be written before FEATURES_OK, and queues before DRIVER_OK.  A later write is ignored, so a running queue
+never gets another size or address (hostile input 4).  Ignored writes are reported to `Backend.complain`, so that the
+log has the mistakes of a driver.
 
-Drivers differ in the order in which they use the registers.  `tests/unit/virtio/orders.py` lists the orders of many,
-and each of them is served.
+Drivers differ in the order in which they use the registers.  `tests/unit/virtio/orders.py` has the orders of many
+drivers, and all of them work.
 """
 
 from struct import Struct
@@ -21,28 +20,28 @@ if TYPE_CHECKING:
     from typing import Protocol
 
     class Backend(Protocol):
-        """What stands behind the registers; called under the device's lock."""
+        """The device behind the registers.  All methods are called under the device's lock."""
 
         def activate(self, features: int, queues: "list[QueueRegisters]") -> bool:
-            """Start serving; False if a ring cannot be used."""
+            """Begin to serve the rings.  Return False if a ring cannot be used."""
 
         def reset(self) -> None:
-            """Forget the rings, and what was written to configuration; returns when nothing touches them any more."""
+            """Forget the rings and writes to configuration.  When this returns, no ring is accessed any more."""
 
         def write_config(self, offset: int, data: bytes) -> bytes:
-            """Take a write to device configuration, if only of nothing; return the space as it is then."""
+            """Take a write to device configuration, which may be empty.  Return the configuration after it."""
 
         def take_isr(self) -> int:
             """Return and clear ISR status."""
 
         def vectors_changed(self) -> None:
-            """The MSI-X vector of a queue or of configuration changes has changed."""
+            """Act on a new MSI-X vector of a queue or of configuration changes."""
 
         def raise_config(self) -> None:
             """Send a configuration change interrupt."""
 
         def complain(self, text: str) -> None:
-            """Log, now and then, what the driver did in vain; `text` goes on after "the driver"."""
+            """Log a mistake of the driver that was ignored.  `text` continues "the driver".  The rate is limited."""
 
 
 COMMON_BYTES = 60  # virtio_pci_common_cfg up to queue_reset
@@ -52,13 +51,13 @@ COMMON = Struct("<IIIIHHBBHHHHHQQQHH")
 LEGACY_CONFIG = 20
 LEGACY_CONFIG_MSIX = 24
 LEGACY_REGISTERS = ((0, 4), (4, 4), (8, 4), (12, 2), (14, 2), (16, 2), (18, 1), (19, 1), (20, 2), (22, 2))
-# Offset and width of the register that has a byte.  What a driver does to a register counts whatever the width of the
-# access, as it does with other machines.
+# For each byte, offset and width of its register.  An access acts on a register also if its width differs from the
+# register's, as in other virtual machines.
 LEGACY_AT = tuple(register for register in LEGACY_REGISTERS for _ in range(register[1]))
 
 
 class QueueRegisters:
-    """What a driver said about one queue."""
+    """The registers of one queue."""
 
     __slots__ = ("avail", "desc", "enabled", "max_size", "pfn", "size", "used", "vector")
 
@@ -67,7 +66,7 @@ class QueueRegisters:
         self.reset()
 
     def reset(self) -> None:
-        """Be as after power-on."""
+        """Set the state after power-on."""
         self.size = self.max_size
         self.enabled = False
         self.desc = self.avail = self.used = 0
@@ -75,7 +74,7 @@ class QueueRegisters:
         self.vector = spec.VIRTIO_MSI_NO_VECTOR
 
     def set_pfn(self, pfn: int) -> None:
-        """Lay out a legacy queue: three parts behind one another, the last on its own page (2.7.2)."""
+        """Place the three parts of a legacy queue: one after the other, the last one at a page boundary (2.7.2)."""
         self.pfn = pfn
         self.enabled = pfn != 0
         self.size = self.max_size
@@ -98,7 +97,7 @@ class Transport:
         *,
         notify_apart: bool = False,
     ) -> None:
-        """Be as after power-on; with `notify_apart` each queue has its own notification address (4.1.4.4)."""
+        """Set the state after power-on.  With `notify_apart` each queue has its own notification address (4.1.4.4)."""
         self.offered_legacy = features & spec.LEGACY_FEATURES
         self.offered = features & ~spec.LEGACY_ONLY | 1 << spec.VIRTIO_F_VERSION_1
         self.queues = [QueueRegisters(size) for size in queue_sizes]
@@ -115,7 +114,7 @@ class Transport:
         self.driver_features = 0
         self.features_locked = False
         self.active = False
-        self.configured = False  # the driver wrote to device configuration
+        self.configured = False  # the driver has written to device configuration
         self.device_feature_select = 0
         self.driver_feature_select = 0
         self.queue_select = 0
@@ -123,15 +122,15 @@ class Transport:
         for queue in self.queues:
             queue.reset()
 
-    # --- what both interfaces share ----------------------------------------------------------------------
+    # --- both interfaces ---------------------------------------------------------------------------------
 
     @property
     def selected(self) -> QueueRegisters | None:
-        """The queue that queue_select names, if there is one."""
+        """The queue with the number queue_select, or None."""
         return self.queues[self.queue_select] if self.queue_select < len(self.queues) else None
 
     def reset(self) -> None:
-        """Reset the device; done when this returns."""
+        """Reset the device.  The reset is complete when this returns."""
         if self.active or self.configured:
             self.backend.reset()
         self._reread_config()
@@ -140,7 +139,7 @@ class Transport:
         self.backend.vectors_changed()
 
     def write_status(self, value: int, *, modern: bool) -> None:
-        """Move the device on; bits are added, never taken, except by a reset (2.1)."""
+        """Write device status.  Bits can be set, but only a reset clears them (2.1)."""
         value &= 0xFF
         if value == 0:
             self.reset()
@@ -151,7 +150,7 @@ class Transport:
                 added &= ~spec.FEATURES_OK
             else:
                 self.features_locked = True
-        # A driver that leaves FEATURES_OK out has accepted its features all the same.
+        # A driver that sets DRIVER_OK without FEATURES_OK has accepted its features, too.
         skipped = added & spec.DRIVER_OK and modern and not (self.status | added) & spec.FEATURES_OK
         if skipped and not self._features_acceptable("DRIVER_OK"):
             added &= ~spec.DRIVER_OK
@@ -179,45 +178,45 @@ class Transport:
         return True
 
     def negotiated(self, *, modern: bool) -> int:
-        """Return the features in force: never more than was offered."""
+        """Return the features that driver and device have agreed on.  They are a subset of those offered."""
         return self.driver_features & (self.offered if modern else self.offered_legacy)
 
     def needs_reset(self) -> None:
-        """The device has given up on its driver (2.1.2)."""
+        """Set DEVICE_NEEDS_RESET, because the device cannot go on with its driver (2.1.2)."""
         self.status |= spec.DEVICE_NEEDS_RESET
         if self.status & spec.DRIVER_OK:
             self.backend.raise_config()
 
     def config_changed(self, config: bytes) -> None:
-        """Configuration space has changed by itself."""
+        """Take a configuration that the device has changed, and tell the driver."""
         self.config = config
         self.generation = self.generation + 1 & 0xFF
         if self.status & spec.DRIVER_OK:
             self.backend.raise_config()
 
     def read_config(self, offset: int, size: int) -> int:
-        """Read device configuration; what lies behind its end is zero."""
+        """Read device configuration.  Bytes behind its end read as zero."""
         return int.from_bytes(self.config[offset : offset + size], "little")
 
     def write_config(self, offset: int, size: int, value: int) -> None:
-        """Write device configuration; outside of it nothing happens."""
+        """Write device configuration.  A write outside of it is ignored."""
         if offset + size <= len(self.config):
             self.configured = True
             self.config = self.backend.write_config(offset, value.to_bytes(size, "little"))
 
     def _reread_config(self) -> None:
-        """Follow what the device has made of the driver's writes now that they count, or no longer do."""
+        """Read the configuration again: activation or reset may have changed what the driver has written to it."""
         if self.configured:
             self.config = self.backend.write_config(0, b"")
 
     def valid_vector(self, value: int) -> int:
-        """Return what a driver reads back of a vector that it has written (4.1.5.1.2)."""
+        """Return the vector, or NO_VECTOR if it does not exist: the driver reads this back (4.1.5.1.2)."""
         return value if value < self.vectors else spec.VIRTIO_MSI_NO_VECTOR
 
     # --- virtio 1.x: common configuration (4.1.4.3) --------------------------------------------------------
 
     def common_read(self, offset: int, size: int) -> int:
-        """Read part of the structure, whole fields or not."""
+        """Read any bytes of the structure."""
         queue = self.selected
         image = COMMON.pack(
             self.device_feature_select,
@@ -244,15 +243,18 @@ class Transport:
         return features >> 32 * select & 0xFFFFFFFF if select < 2 else 0
 
     def common_write(self, offset: int, size: int, value: int) -> None:
-        """Write one field; an access of another width than the field's is ignored.
+        """Write one field.  A write whose width differs from the field's is ignored.
 
-        An address may be written whole, which a driver that has mapped memory does, or as two halves (4.1.3.1).
+        An address may be written as a whole, as by drivers that have mapped memory, or in two halves (4.1.3.1).
         """
         field = COMMON_WRITES.get((offset, size))
         if field is not None:
             field(self, value)
         else:
-            self.backend.complain(f"writes {size} bytes at {offset} of the common configuration, which nothing takes")
+            self.backend.complain(
+                f"writes {size} bytes at {offset} of the common configuration,"
+                " where no writable field of this size begins"
+            )
 
     def _write_driver_feature(self, value: int) -> None:
         if self.features_locked:
@@ -292,7 +294,7 @@ class Transport:
     def _write_queue_enable(self, value: int) -> None:
         queue = self.selected
         if queue is not None and queue.enabled and value == 1:
-            return  # it is already
+            return  # it is enabled already
         queue = self._configurable("queue_enable")
         if queue is not None and value == 1:
             queue.enabled = True
@@ -305,19 +307,19 @@ class Transport:
     # --- the legacy block (4.1.4.10) -------------------------------------------------------------------------
 
     def legacy_notify(self, number: int) -> None:
-        """Take note of a notification of a queue that may not run yet.
+        """Activate the device, if a driver notifies a queue before DRIVER_OK.
 
-        Drivers of old use a device while they still attach to it, before DRIVER_OK (3.1.2 warns of them).
+        Some legacy drivers use a device before they have set DRIVER_OK (3.1.2).
         """
         if number < len(self.queues) and self.queues[number].pfn and self.status & spec.DRIVER:
             self._activate(modern=False)
 
     def legacy_config_offset(self) -> int:
-        """Return where device configuration starts: it gives way to the vectors while MSI-X is enabled."""
+        """Return the offset of device configuration: it is behind the vectors while MSI-X is enabled."""
         return LEGACY_CONFIG_MSIX if self.msix_enabled else LEGACY_CONFIG
 
     def legacy_read(self, offset: int, size: int) -> int:
-        """Read a legacy register, or device configuration behind them."""
+        """Read a legacy register, or the device configuration behind the registers."""
         start = self.legacy_config_offset()
         if offset >= start:
             return self.read_config(offset - start, size)
@@ -349,7 +351,7 @@ class Transport:
                 return 0
 
     def legacy_write(self, offset: int, size: int, value: int) -> None:
-        """Write a legacy register, or device configuration behind them."""
+        """Write a legacy register, or the device configuration behind the registers."""
         start = self.legacy_config_offset()
         if offset >= start:
             self.write_config(offset - start, size, value)
@@ -372,7 +374,9 @@ class Transport:
             case 22:
                 self._write_queue_vector(value)
             case _:
-                self.backend.complain(f"writes {size} bytes at {offset} of the legacy registers, which nothing takes")
+                self.backend.complain(
+                    f"writes {size} bytes at {offset} of the legacy registers, where no writable register begins"
+                )
 
     def _write_pfn(self, value: int) -> None:
         queue = self.selected
@@ -381,7 +385,8 @@ class Transport:
         if not self.active:
             queue.set_pfn(value)
         elif queue.pfn and value == 0:
-            # This is how a driver of old takes a queue back without a reset.  Its memory must not be touched any more.
+            # A legacy driver takes a queue back like this, without a reset.  The queue's memory must not be accessed
+            # any more.
             self.reset()
         else:
             self.backend.complain(f"sets up queue {self.queue_select} after the device was started")

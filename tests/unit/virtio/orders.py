@@ -267,7 +267,7 @@ ORDERS = [
         f"select=0 {WHOLE0} enable=1 status=7",
         queues=(),
         complaints=(
-            *["writes 4 bytes at 4 of the common configuration, which nothing takes"] * 2,
+            *["writes 4 bytes at 4 of the common configuration, where no writable field of this size begins"] * 2,
             "uses the registers of virtio 1.x without VIRTIO_F_VERSION_1: DRIVER_OK is refused",
         ),
     ),
