@@ -74,7 +74,7 @@ def test_a_guest_goes_on_when_its_lock_is_back(tmp_path: Path) -> None:
             assert vmd.status("busy")["state"] == "paused"
             assert path.read_bytes() == before, "the guest goes on writing"
         said = vmd.must("unpause", "busy")
-        assert "disk0: its lock was lost, and is back: nobody has written to its image since this VM stands" in said
+        assert "disk0: its lock was lost, and is back: nobody has written to its image since this VM was paused" in said
         assert not troubles(vmd)
         assert not vmd.status("busy")["text"]
         churn.ask_until_rounds(console, 10)

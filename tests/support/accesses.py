@@ -74,7 +74,7 @@ class Driver:
         """Return what a value stands for."""
         if text == "OFF":
             transport = self.machine.function.transport
-            return transport.queue_select if transport.notify_apart else 0
+            return transport.queue_select if transport.separate_notify else 0
         return self.symbols[text] if text in self.symbols else int(text, 16)
 
     def place(self, name: str, width: int) -> tuple[int, int]:

@@ -11,7 +11,7 @@ that belong to a guest in the middle of an instruction.  Two rules follow:
   at signals.  So a pause only has to kick and to wait for Interrupted.
 * Code that stops after any other exit, for example to read registers, has to answer the exit and to call `complete`.
 
-**Kicks.**  `kick` sets the byte `immediate_exit`, then signals the thread.  A vCPU in the guest leaves the guest because
+**Kicks.**  `kick` sets the byte `immediate_exit`, then signals the thread.  A vCPU in the guest leaves it because
 of the signal.  A vCPU that is about to enter returns at once because of the byte.  There is no gap between the two.
 The byte stays set, and every run returns Interrupted, until `clear_kick`.  So a thread that stops a vCPU first stores
 the reason, then kicks.  The vCPU's thread first clears the kick, then looks at the reason.

@@ -95,16 +95,16 @@ class Transport:
         vectors: int,
         backend: "Backend",
         *,
-        notify_apart: bool = False,
+        separate_notify: bool = False,
     ) -> None:
-        """Set the state after power-on.  With `notify_apart` each queue has its own notification address (4.1.4.4)."""
+        """Set the state after power-on.  With `separate_notify` each queue has a notification address (4.1.4.4)."""
         self.offered_legacy = features & spec.LEGACY_FEATURES
         self.offered = features & ~spec.LEGACY_ONLY | 1 << spec.VIRTIO_F_VERSION_1
         self.queues = [QueueRegisters(size) for size in queue_sizes]
         self.config = config
         self.vectors = vectors
         self.backend = backend
-        self.notify_apart = notify_apart
+        self.separate_notify = separate_notify
         self.generation = 0
         self.msix_enabled = False
         self._clear()
@@ -231,7 +231,7 @@ class Transport:
             queue.size if queue else 0,
             queue.vector if queue else spec.VIRTIO_MSI_NO_VECTOR,
             queue.enabled if queue else 0,
-            self.queue_select if queue and self.notify_apart else 0,  # queue_notify_off
+            self.queue_select if queue and self.separate_notify else 0,  # queue_notify_off
             *((queue.desc, queue.avail, queue.used) if queue else (0, 0, 0)),
             0,
             0,

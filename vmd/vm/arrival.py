@@ -66,10 +66,10 @@ def check_host(header: "Header") -> None:
             except OSError as error:
                 raise ValueError(f"KVM does not take its processor: {sentence(error)}") from error
     finally:
-        close_aside(kvm)
+        close_in_background(kvm)
 
 
-def close_aside(kvm: "Vm") -> None:
+def close_in_background(kvm: "Vm") -> None:
     """Close a VM on a thread of its own: that takes the kernel a while, and the sender waits for our answer."""
     try:
         start_thread("closer", threads.Thread(target=kvm.close, name="closer", daemon=True).start)

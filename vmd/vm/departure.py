@@ -45,7 +45,7 @@ def show_progress(transfer: "Transfer", loop: "Loop", vmm: "Channel") -> None:
         loop.call_later(PROGRESS_S, lambda: show_progress(transfer, loop, vmm))
 
 
-def begun(
+def start_sender(
     make: "Callable[[int], Sender]", stream: int, pause: "Pause", vmm: "Channel", failed: "Callable[[str], None]"
 ) -> Sender | None:
     """Start the sender that `make` returns, and report its progress.  `stream` is closed in any case.
@@ -142,7 +142,7 @@ class Departure:
                 raise VmdError(text or "sending was interrupted")
             return self._made(stream)
 
-        self._sender = begun(make, self._stream, self._pause, self._vmm, self._finish)
+        self._sender = start_sender(make, self._stream, self._pause, self._vmm, self._finish)
 
     def _made(self, stream: int) -> Sender:
         pause, live = self._pause, self._live
@@ -160,10 +160,10 @@ class Departure:
     def _tell_header(self) -> None:
         self._vmm.send(HeaderSent(vmid=self._vmid))
 
-    def let_be(self) -> None:
+    def end_log(self) -> None:
         """End the log of changed pages: the machine stays here."""
         if isinstance(self._sender, LiveSender):
-            self._sender.let_be()
+            self._sender.end_log()
 
     def _finish(self, text: str) -> None:
         self.written = self.two_way and not text

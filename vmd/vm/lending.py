@@ -14,7 +14,7 @@ from vmd.ipc import courier
 from vmd.ipc import sockets as socket
 from vmd.privsep.title import name_thread
 from vmd.tasks import start_thread
-from vmd.vm.departure import begun
+from vmd.vm.departure import start_sender
 from vmd.vm.sender import Sender, settle
 from vmd.vm.stream import Cancelled
 
@@ -119,7 +119,7 @@ class Lending:
             assert pause.clocks is not None
             return Sender(pause.machine, pause.clocks, stream, pause.loop, self._finish, one_shot=self._one_shot)
 
-        self._sender = begun(make, stream, pause, self._vmm, self._finish)
+        self._sender = start_sender(make, stream, pause, self._vmm, self._finish)
         if self._sender is not None and self._cancelled.is_set():
             self._sender.cancel()
 

@@ -53,7 +53,7 @@ class LiveSender(Sender):
         self._log = DirtyLog(pause.machine)
         self._written_bytes, self._written_in_s = 0, 0.0  # memory that was written, and the time that this took
 
-    def let_be(self) -> None:
+    def end_log(self) -> None:
         """End the log of changed pages: the machine stays here.  On the event thread, after `done` was called."""
         self._log.end()
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from vmd.vm.devproc import DeviceProcesses
 
 # What users are told about an image whose lock is held again.
-WRITTEN = "somebody else has written to its image, of which its guest knows nothing"
+WRITTEN = "somebody else has written to its image, and its guest does not know that"
 FOUND = {
     devmsg.TAKEN: "nobody has written to its image since this VM was paused",
     devmsg.TAKEN_WRITTEN: WRITTEN,

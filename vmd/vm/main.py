@@ -179,7 +179,7 @@ class VmProcess(Process):
         """Become a new VM."""
         if not self.life.is_in(State.SPARE):
             raise PeerError(channel.label, "unexpected StartVm")
-        self.be_called(message.vmid, message.config.name, message.verbosity)
+        self.set_name(message.vmid, message.config.name, message.verbosity)
         self.open_console(envelope)
         self.figures = envelope.take_fd("figures")
         try:
@@ -197,7 +197,7 @@ class VmProcess(Process):
             return
         self.begin(images, message.config, slots)
 
-    def be_called(self, vmid: int, name: str, verbosity: int) -> None:
+    def set_name(self, vmid: int, name: str, verbosity: int) -> None:
         """Take the id and the name of a VM: for messages, the log and the process title."""
         self.vmid = vmid
         log.setup(f"vm/{name}", log.form, verbosity)
@@ -390,7 +390,7 @@ class VmProcess(Process):
     def stay(self, departure: Departure) -> None:
         """Go on with a machine that was not sent, or of which a copy was sent."""
         self.departure = None
-        departure.let_be()
+        departure.end_log()
         self.life.become(State.LIVE)
         if not departure.stays_paused and (why := self.go_on()) and not self.life.is_in(State.ENDED):
             self.report_halt(why)
@@ -484,7 +484,7 @@ class VmProcess(Process):
         """Receive a VM.  The first step is to read the header of its stream."""
         if not self.life.is_in(State.SPARE):
             raise PeerError(channel.label, "unexpected ReceiveVm")
-        self.be_called(message.vmid, message.name, message.verbosity)
+        self.set_name(message.vmid, message.name, message.verbosity)
         self.life.become(State.ARRIVING)
         courier, memory = envelope.take_fd("courier"), envelope.take_fd("memory")
         assert courier is not None

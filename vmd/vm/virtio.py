@@ -195,8 +195,10 @@ class VirtioFunction(PciFunction):
         self.complaints = RateLimit()
         self.remarks = RateLimit()  # a limit of its own: remarks must not suppress complaints
         vectors = len(kind.queues) + 1
-        apart = mode is VirtioMode.MEMORY
-        self.transport = Transport(process.features, kind.queues, process.config, vectors, self, notify_apart=apart)
+        separate = mode is VirtioMode.MEMORY
+        self.transport = Transport(
+            process.features, kind.queues, process.config, vectors, self, separate_notify=separate
+        )
         self.config_call = eventfd()
         self.config_resample = eventfd()
         self.config_pending = False
@@ -224,9 +226,9 @@ class VirtioFunction(PciFunction):
 
     def _add_structures(self, bar: int, notify: int) -> None:
         """Add the capabilities that give the offset of each structure in a BAR (4.1.4)."""
-        apart = self.transport.notify_apart
-        multiplier = NOTIFY_STEP if apart else 0  # 0: one word for all queues
-        notify_bytes = NOTIFY_STEP * len(self.transport.queues) if apart else NOTIFY_BYTES
+        separate = self.transport.separate_notify
+        multiplier = NOTIFY_STEP if separate else 0  # 0: one word for all queues
+        notify_bytes = NOTIFY_STEP * len(self.transport.queues) if separate else NOTIFY_BYTES
         structures = (
             (spec.VIRTIO_PCI_CAP_COMMON_CFG, COMMON, COMMON_BYTES, b""),
             (spec.VIRTIO_PCI_CAP_NOTIFY_CFG, notify, notify_bytes, multiplier.to_bytes(4, "little")),
@@ -424,7 +426,7 @@ class VirtioFunction(PciFunction):
         self.ioeventfds = wanted
 
     def _notify_address(self, base: int, queue: int, *, pio: bool) -> "NotifyAddress":
-        if self.transport.notify_apart:
+        if self.transport.separate_notify:
             # Any value that is written there notifies this queue, so KVM need not decode the instruction.
             return base + NOTIFY_STEP * queue, 0, None, pio
         return base, NOTIFY_BYTES, queue, pio
@@ -665,11 +667,12 @@ class ModernBlock:
         function = self.function
         with function.lock:
             transport = function.transport
+            words_end = self.notify + NOTIFY_STEP * len(transport.queues)
             if offset < COMMON_BYTES:
                 transport.common_write(offset, size, value)
-            elif transport.notify_apart and self.notify <= offset < self.notify + NOTIFY_STEP * len(transport.queues):
+            elif transport.separate_notify and self.notify <= offset < words_end:
                 function.notify((offset - self.notify) // NOTIFY_STEP)
-            elif not transport.notify_apart and offset == self.notify:
+            elif not transport.separate_notify and offset == self.notify:
                 function.notify(value, size)
             elif offset >= DEVICE_CONFIG:
                 transport.write_config(offset - DEVICE_CONFIG, size, value)

@@ -9,7 +9,7 @@ import pytest
 
 from vmd.errors import HostError
 from vmd.vm import arrival
-from vmd.vm.arrival import close_aside
+from vmd.vm.arrival import close_in_background
 
 DEADLINE_S = 60.0
 
@@ -24,7 +24,7 @@ def test_a_vm_is_closed_while_others_go_on() -> None:
 
     vm: Any = SimpleNamespace(close=close)
 
-    close_aside(vm)
+    close_in_background(vm)
 
     assert not closed.is_set()
     go.set()
@@ -41,6 +41,6 @@ def test_a_vm_is_closed_where_there_is_no_room_for_a_thread(monkeypatch: pytest.
     vm: Any = SimpleNamespace(close=lambda: closed.append(True))
     monkeypatch.setattr(arrival, "start_thread", refuse)
 
-    close_aside(vm)
+    close_in_background(vm)
 
     assert closed == [True]

@@ -199,7 +199,7 @@ def test_a_machine_that_stores_all_the_time_arrives(pause: Pause, monkeypatch: p
     sending.arrives(pause)
     assert machine.disk.told[0] == machine.entropy.told[0] == devmsg.MARK
     assert machine.kvm.logging
-    sending.sender.let_be()
+    sending.sender.end_log()
     assert machine.disk.told[-1] == machine.entropy.told[-1] == devmsg.UNMARK
     assert not machine.kvm.logging
 

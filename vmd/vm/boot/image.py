@@ -120,7 +120,7 @@ class Gunzip:
                 break
         else:
             raise self.image.error(f"has more than {MEMBERS_MAX} members of gzip data")
-        self._look_at_rest()
+        self._check_rest()
 
     def _member(self) -> None:
         """Unpack one member."""
@@ -153,7 +153,7 @@ class Gunzip:
         self.packed += piece
         return bool(piece)
 
-    def _look_at_rest(self) -> None:
+    def _check_rest(self) -> None:
         """Log a warning if other bytes than zeros follow the last member.  Only the first `limit_bytes` are read."""
         left = self.image.size - self.offset + len(self.packed)
         while not self.packed.strip(b"\0"):

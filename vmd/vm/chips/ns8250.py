@@ -119,7 +119,7 @@ class Uart:
                     value = self.divisor & 0xFF
                 else:
                     value = self._pop()
-                    room = self._has_news_of_room()
+                    room = self._has_room_again()
             elif offset == IER:
                 value = self.divisor >> 8 if self.lcr & LCR_DLAB else self.ier
             elif offset == IIR_FCR:
@@ -168,7 +168,7 @@ class Uart:
                 self.scr = value
             # Writes to LSR and MSR are ignored: the data sheet reserves them for factory tests.
             self._plain = not (self.lcr & LCR_DLAB or self.mcr & MCR_LOOP or self.ier & IER_THRI)
-            room = self._has_news_of_room()
+            room = self._has_room_again()
             self._update_irq()
         if out:
             self._transmit(ONE_BYTE[value])
@@ -290,7 +290,7 @@ class Uart:
             self._break = False
             self._push(0, BREAK)
 
-    def _has_news_of_room(self) -> bool:
+    def _has_room_again(self) -> bool:
         """Put a waiting break into the receiver.  Return whether `on_room` has to be called now."""
         self._place_break()
         if self._refused and not self._rx and not self.mcr & MCR_LOOP:
