@@ -188,7 +188,7 @@ def test_broken_ring_shows_in_status_and_a_reset_mends_it(disk: Disk, monkeypatc
     assert disk.machine.status == RUNNING | spec.DEVICE_NEEDS_RESET
     assert disk.machine.kvm.injected == [IRQ]
     assert disk.machine.read(virtio.ISR, 1) == spec.ISR_CONFIG
-    assert lines == ["vioblk0: available index runs 999 ahead in a queue of 256"]
+    assert lines == ["vioblk0: available index is 999 ahead, in a queue of 256"]
     disk.machine.write(STATUS, 1, 0)
     disk.renew()
     disk.start()

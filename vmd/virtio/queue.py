@@ -115,7 +115,7 @@ class Queue:
         raw = self.memory.memory
         waiting: int = U16.unpack_from(raw, self.avail + 2)[0] - self.next_avail & 0xFFFF
         if waiting > self.size:
-            raise GuestError(f"available index runs {waiting} ahead in a queue of {self.size}")
+            raise GuestError(f"available index is {waiting} ahead, in a queue of {self.size}")
         return waiting
 
     def take(self) -> Chain | None:
@@ -153,7 +153,7 @@ class Queue:
             gpa, length, flags, following = DESC.unpack_from(raw, base + DESC_BYTES * index)
             if flags & VIRTQ_DESC_F_INDIRECT:
                 if not self.indirect or nested or flags & VIRTQ_DESC_F_NEXT:
-                    raise GuestError(f"indirect descriptor {index} where none is allowed")
+                    raise GuestError(f"descriptor {index} is indirect, which is not allowed here")
                 if length == 0 or length % DESC_BYTES or length > DESC_BYTES * 32768:
                     raise GuestError(f"indirect table of {length} bytes")
                 base, size, nested = self.memory.offset(gpa, length), length // DESC_BYTES, True

@@ -289,7 +289,7 @@ class Transport:
         if 0 < value <= queue.max_size and value & value - 1 == 0:
             queue.size = value
         else:
-            self.backend.complain(f"asks for a queue {self.queue_select} of {value}, which has {queue.size}")
+            self.backend.complain(f"asks for a size of {value} for queue {self.queue_select}, which keeps {queue.size}")
 
     def _write_queue_enable(self, value: int) -> None:
         queue = self.selected

@@ -46,7 +46,7 @@ GAS = struct.Struct("<BBBBQ")
 GAS_IO = 1
 GAS_BYTE, GAS_WORD, GAS_DWORD = 1, 2, 3
 
-# Fixed ACPI description table (5.2.9), from behind the header
+# Fixed ACPI description table (5.2.9), without its header
 FADT = struct.Struct(
     "<II"  # FIRMWARE_CTRL, DSDT
     "BBHIBBBB"  # reserved, PM profile, SCI_INT, SMI_CMD, ACPI_ENABLE, ACPI_DISABLE, S4BIOS_REQ, PSTATE_CNT
@@ -55,7 +55,7 @@ FADT = struct.Struct(
     "HHHH"  # P_LVL2_LAT, P_LVL3_LAT, FLUSH_SIZE, FLUSH_STRIDE
     "BBBBB"  # DUTY_OFFSET, DUTY_WIDTH, DAY_ALRM, MON_ALRM, CENTURY
     "HBI12sB3x"  # IAPC_BOOT_ARCH, reserved, flags, RESET_REG, RESET_VALUE
-    "QQ12s12s12s12s12s12s12s12s"  # X_FIRMWARE_CTRL, X_DSDT, the eight blocks again
+    "QQ12s12s12s12s12s12s12s12s"  # X_FIRMWARE_CTRL, X_DSDT, the eight blocks (PM1a_EVT to GPE1) as GAS
 )
 FADT_REVISION = 4  # later revisions only add fields for hardware-reduced machines
 FADT_FIRMWARE_CTRL_OFFSET = 36

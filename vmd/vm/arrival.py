@@ -183,13 +183,13 @@ class Receiver:
         except GuestError as error:
             raise ValueError(str(error)) from None
         if offset < self._next_offset and self._version <= STILL:
-            raise ValueError(f"memory at {gpa:#x} comes again, or out of order")
+            raise ValueError(f"memory at {gpa:#x} comes twice or out of order")
         self._next_offset = offset + len(data)
         memory.fill(offset, data)
 
     def _take_state(self, body: bytes) -> None:
         if self._machine is not None:
-            raise ValueError("the state of the machine comes again")
+            raise ValueError("the state of the machine comes twice")
         self._machine = state.read_machine(self._version, body)
 
 

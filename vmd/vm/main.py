@@ -115,7 +115,7 @@ IOCTLS = (  # requests while the guest runs
     abi.KVM_IRQ_LINE,  # chips raise and lower their lines
     abi.KVM_IOEVENTFD, abi.KVM_IRQFD,  # notifications and interrupts of devices: the guest moves BARs and vectors
     abi.KVM_SET_GSI_ROUTING,  # messages of MSI-X
-    abi.KVM_GET_MSRS, abi.KVM_SET_MSRS, abi.KVM_GET_CLOCK, abi.KVM_SET_CLOCK,  # clocks stop while it is paused
+    abi.KVM_GET_MSRS, abi.KVM_SET_MSRS, abi.KVM_GET_CLOCK, abi.KVM_SET_CLOCK,  # clocks stop during a pause
     abi.KVM_GET_PIT2, abi.KVM_SET_PIT2, abi.KVM_GET_LAPIC, abi.KVM_SET_LAPIC, abi.KVM_GET_TSC_KHZ,
     abi.KVM_HAS_DEVICE_ATTR, abi.KVM_GET_DEVICE_ATTR, abi.KVM_SET_DEVICE_ATTR,
     # the state that is sent:
@@ -186,7 +186,7 @@ class VmProcess(Process):
             fetch_files(envelope)
             boot, initrd, memory = (envelope.take_fd(name) for name in ("boot", "initrd", "memory"))
             if boot is None:
-                raise PeerError("vmm", "nothing came to boot from")
+                raise PeerError("vmm", "no boot image came")
             assert memory is not None
             name, options = message.config.initrd or "initrd", message.boot_options
             images = FromImages(boot, message.boot_name, initrd, name, memory, options)
@@ -213,7 +213,7 @@ class VmProcess(Process):
         confine(BUILDING, self.filters[0])
 
     def begin(self, source: "Source", config: "VmConfig", slots: "Sequence[Slot]", *, paused: bool = False) -> None:
-        """Build the VM, give up what only building needs, and let the guest execute."""
+        """Build the VM, give up the requests that only building needs, and start the guest."""
         assert self.console is not None
         figures_fd, self.figures = self.figures, None
         try:
@@ -450,7 +450,7 @@ class VmProcess(Process):
     def on_lend_disks(self, message: LendDisks, envelope: Envelope, _channel: Channel) -> None:
         """Pause the machine, and lend its disks."""
         if self.pause is None or not self.life.is_in(State.LIVE):
-            return  # as for SendVm
+            return  # the VM ends, which is the answer; the parent never asks during a transfer
         courier, stream = envelope.take_fd("courier"), envelope.take_fd("stream")
         assert courier is not None
         lending = Lending(message, courier, stream, self.pause, self.vmm, self.on_lent)

@@ -80,7 +80,7 @@ MSIX_VECTOR_MASKED = 1 << 0
 MSIX_ENTRY_WRITABLE = bytes.fromhex("fcffffff ffffffff ffffffff 01000000")
 PAGE = 4096
 
-PCI_IO_FIRST = 0x1000  # below are the chips' fixed ports
+PCI_IO_FIRST = 0x1000  # the chips have fixed ports below
 
 
 def all_ones(size: int) -> int:

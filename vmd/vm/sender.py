@@ -77,7 +77,7 @@ class Sender:
         start_thread("send", self._thread.start)
 
     def go_on(self) -> None:
-        """Write what follows the header."""
+        """Write the part of the stream that follows the header."""
         self._goes_on.set()
 
     def cancel(self) -> None:

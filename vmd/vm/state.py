@@ -204,7 +204,7 @@ def check_sent_header(header_raw: bytes, machine: "Machine") -> Header:
     Raises ValueError if that receiver would refuse the header.
     """
     if len(header_raw) > stream.HEADER_MAX:
-        raise ValueError(f"a header of {len(header_raw)} bytes")
+        raise ValueError(f"the header has {len(header_raw)} bytes, at most {stream.HEADER_MAX} are accepted")
     theirs = read_header(stream.VERSION, header_raw)
     check_header(theirs)
     rules.check_vm(theirs.config)
@@ -221,7 +221,7 @@ def check_sent(header_raw: bytes, state_raw: bytes, machine: "Machine") -> None:
     """
     theirs = check_sent_header(header_raw, machine)
     if len(state_raw) > bytes_max(theirs):
-        raise ValueError(f"a state of {len(state_raw)} bytes")
+        raise ValueError(f"the state has {len(state_raw)} bytes, at most {bytes_max(theirs)} are accepted")
     sent = read_machine(stream.VERSION, state_raw)
     check(machine, sent, theirs.devices)
     like = machine.chips()
@@ -244,7 +244,7 @@ def check_devices(theirs: Header) -> None:
     """Raise ValueError unless the devices are the ones that the configuration asks for."""
     found, wanted = [device.kind for device in theirs.devices], [kind.name for kind in kinds(theirs.config)]
     if found != wanted:
-        raise ValueError(f"{len(found)} devices, which are not the {len(wanted)} that it is configured with")
+        raise ValueError(f"its {len(found)} devices are not the {len(wanted)} of its configuration")
     for device in theirs.devices:
         if not LAYOUT_FIRST <= device.layout <= LAYOUT:
             raise ValueError(
@@ -300,22 +300,22 @@ def check(machine: "Machine", state: MachineState, devices: tuple[DeviceHead, ..
     The registers of chips are checked when the chips are restored.  KVM checks its own structures.
     """
     if len(state.vcpus) != len(machine.vcpus):
-        raise ValueError(f"the state of {len(state.vcpus)} vcpus, not {len(machine.vcpus)}")
+        raise ValueError(f"the state has {len(state.vcpus)} vcpus, not {len(machine.vcpus)}")
     if len(state.irqchips) != len(PICS):
-        raise ValueError(f"the state of {len(state.irqchips)} interrupt controllers, not {len(PICS)}")
+        raise ValueError(f"the state has {len(state.irqchips)} interrupt controllers, not {len(PICS)}")
     if not len(state.virtio) == len(machine.virtio) == len(devices):
-        raise ValueError(f"the state of {len(state.virtio)} virtio devices, not {len(machine.virtio)}")
+        raise ValueError(f"the state has {len(state.virtio)} virtio devices, not {len(machine.virtio)}")
     if [chip.name for chip in state.chips] != list(machine.chips()):
-        raise ValueError("the state of other chips")
+        raise ValueError("the state has other chips than this machine")
     machine.pci.check(_bus(state))
     for function, saved, device in zip(machine.virtio, state.virtio, devices, strict=True):
         function.check_registers(saved, device.features)
     for chip_id, raw in zip(PICS, state.irqchips, strict=True):
         if raw[:4] != chip_id.to_bytes(4, "little"):
-            raise ValueError(f"another interrupt controller where number {chip_id} belongs")
+            raise ValueError(f"the state of interrupt controller {chip_id} has another number")
     for vcpu in state.vcpus:
         if len(vcpu.msrs) % MSR.size:
-            raise ValueError(f"{len(vcpu.msrs)} bytes of MSRs")
+            raise ValueError(f"the state of a vcpu has {len(vcpu.msrs)} bytes of MSRs")
 
 
 def _bus(state: MachineState) -> "BusState":
@@ -381,10 +381,10 @@ def _restore_chip(
     }
     for name, value in registers.items():
         if isinstance(value, bytes) != isinstance(like[name], bytes):
-            raise ValueError(f"another register {name} of {state.name}")
+            raise ValueError(f"register {name} of {state.name} has another type")
     try:
         restore_chip(registers)
     except KeyError as error:
-        raise ValueError(f"no register {error.args[0]} of {state.name}") from error
+        raise ValueError(f"{state.name} has no register {error.args[0]}") from error
     except (TypeError, ValueError) as error:
         raise ValueError(f"an impossible state of {state.name}: {error}") from error

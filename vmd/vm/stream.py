@@ -2,7 +2,7 @@
 
     preamble    magic, format version, length of the header (u32); the header; their SHA-256
     section*    kind, zero (u32), length (u64), body; their SHA-256
-    END         a section whose body is the number of those before it (u64)
+    END         a section whose body is the number of sections before it (u64)
 
 All numbers are little-endian.
 
@@ -81,7 +81,7 @@ class Hasher:
     """One thread that computes digests while its owner waits for I/O."""
 
     def __init__(self) -> None:
-        """Raises HostError."""
+        """Start the thread.  Raises HostError."""
         self._work: Callable[[], None] | None = None
         self._digest = b""
         self._go: SimpleQueue[None] = SimpleQueue()

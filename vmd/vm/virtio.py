@@ -404,7 +404,7 @@ class VirtioFunction(PciFunction):
         if size != NOTIFY_BYTES:
             self.complain(f"notifies by {size} bytes, not {NOTIFY_BYTES}")
         elif number >= len(self.process.kicks):
-            self.complain(f"notifies queue {number}, which is not there")
+            self.complain(f"notifies queue {number}, which does not exist")
         elif self.transport.active:
             os.eventfd_write(self.process.kicks[number], 1)
 
@@ -533,9 +533,9 @@ class VirtioFunction(PciFunction):
         """
         name, queues = self.process.name, self.transport.queues
         if state.kind not in ("", self.process.kind.name):
-            raise ValueError(f"a device of kind {state.kind!r} where {name} is")
+            raise ValueError(f"a device of kind {state.kind!r} in the place of {name}")
         if len(state.queues) != len(queues) or len(state.config) != len(self.transport.config):
-            raise ValueError(f"another {name} than this machine has")
+            raise ValueError(f"{name} has other queues or another size of configuration")
         if not are_addresses(state.addresses):
             raise ValueError(f"impossible addresses of the guest of {name}")
         if len(state.own) > OWN_MAX:
@@ -544,7 +544,7 @@ class VirtioFunction(PciFunction):
         for queue, saved in zip(queues, state.queues, strict=True):
             _check_widths(saved, QUEUE_REGISTERS | QUEUE_INDICES)
             if not 0 < saved.size <= queue.max_size or saved.size & saved.size - 1:
-                raise ValueError(f"a queue of {saved.size} in {name}")
+                raise ValueError(f"{name} has a queue of {saved.size}")
         missing = state.driver_features & offered & ~self.process.features
         if missing:
             raise ValueError(f"its driver of {name} uses features {missing:#x}, which {name} does not have here")
@@ -685,4 +685,4 @@ def _check_widths(state: VirtioState | QueueState, widths: dict[str, int]) -> No
     """Raise ValueError for a number that does not fit its register."""
     for name, bits in widths.items():
         if not 0 <= getattr(state, name) < 1 << bits:
-            raise ValueError(f"{getattr(state, name)} in the {bits} bits of {name}")
+            raise ValueError(f"{name} is {getattr(state, name)}, which does not fit {bits} bits")

@@ -198,7 +198,7 @@ class Vmmci(PciFunction):
         with self.lock:
             config = state["config"]
             if not isinstance(config, bytes) or len(config) != CONFIG_BYTES:
-                raise ValueError("configuration of vmmci")
+                raise ValueError("the configuration has a wrong size")
             registers = self.registers
             registers.status = int(state["status"]) & 0xFF
             registers.driver_features = int(state["features"]) & 0xFFFFFFFF

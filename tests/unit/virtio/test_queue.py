@@ -120,7 +120,7 @@ def test_available_index_ahead_of_the_ring_is_refused_11() -> None:
     pair = Pair()
     pair.ring.set_avail_idx(SIZE + 1)
 
-    with pytest.raises(GuestError, match="17 ahead in a queue of 16"):
+    with pytest.raises(GuestError, match="17 ahead, in a queue of 16"):
         pair.queue.take()
 
 

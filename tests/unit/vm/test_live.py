@@ -236,7 +236,7 @@ def test_a_machine_that_does_not_stand_still(pause: Pause, refusal: str, what: s
 
 
 @pytest.mark.parametrize(("raised", "what", "given_up"), [
-    (ValueError("the state of other chips"), "nobody could receive it: the state of other chips", []),
+    (ValueError("the state has no chips"), "nobody could receive it: the state has no chips", []),
     (OSError(errno.EIO, "Input/output error"), "Input/output error", []),
     (HostError("x", errno.EIO), "x: Input/output error", []),
     (PeerError("vioblk0", "was killed"), "vioblk0: was killed", ["vioblk0: was killed"]),

@@ -136,10 +136,10 @@ def test_a_machine_that_nobody_could_receive_is_not_sent(
     reading, writing = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
 
     def refuse(_header: bytes, _state: bytes, _machine: object) -> None:
-        raise ValueError("the state of other chips")
+        raise ValueError("the state has other chips than this machine")
 
     monkeypatch.setattr(state, "check_sent", refuse)
-    with pytest.raises(VmdError, match=r"^nobody could receive it: the state of other chips$"):
+    with pytest.raises(VmdError, match=r"^nobody could receive it: the state has other chips than this machine$"):
         send(loop, machine, writing)
     monkeypatch.setattr(state, "save", lambda _machine, _clocks: saved.machine_state().replace(kvmclock_ns=1 << 70))
     with pytest.raises(VmdError, match=r"^nobody could receive it: Integer value out of range$"):
@@ -289,11 +289,11 @@ ONE_PAGE = bytes(PAGE)
 
 @pytest.mark.parametrize(("runs", "states", "what"), [
     ((), (), "the stream has no state of the machine"),
-    ((), (GOOD, GOOD), "section 1: the state of the machine comes again"),
-    (((PAGE, ONE_PAGE), (PAGE, ONE_PAGE)), (GOOD,), "section 1: memory at 0x1000 comes again, or out of order"),
-    (((PAGE, ONE_PAGE), (0, ONE_PAGE)), (GOOD,), "section 1: memory at 0x0 comes again, or out of order"),
-    (((PAGE, ONE_PAGE), (PAGE + 1, b"x")), (GOOD,), "section 1: memory at 0x1001 comes again, or out of order"),
-    (((HIGH, ONE_PAGE), (0, ONE_PAGE)), (GOOD,), "section 1: memory at 0x0 comes again, or out of order"),
+    ((), (GOOD, GOOD), "section 1: the state of the machine comes twice"),
+    (((PAGE, ONE_PAGE), (PAGE, ONE_PAGE)), (GOOD,), "section 1: memory at 0x1000 comes twice or out of order"),
+    (((PAGE, ONE_PAGE), (0, ONE_PAGE)), (GOOD,), "section 1: memory at 0x0 comes twice or out of order"),
+    (((PAGE, ONE_PAGE), (PAGE + 1, b"x")), (GOOD,), "section 1: memory at 0x1001 comes twice or out of order"),
+    (((HIGH, ONE_PAGE), (0, ONE_PAGE)), (GOOD,), "section 1: memory at 0x0 comes twice or out of order"),
     (((16 * PAGE, b"x"),), (GOOD,), "section 0: guest address 0x10000: no memory"),
     (((16 * PAGE - 1, b"xy"),), (GOOD,), "section 0: guest address 0xffff: no memory for 2 bytes"),
     (((HIGH - 2 * PAGE, ONE_PAGE),), (GOOD,), "section 0: guest address 0xffffe000: no memory"),

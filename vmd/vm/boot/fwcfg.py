@@ -151,7 +151,7 @@ class FwCfg:
         """Continue from a saved state.
 
         Raises:
-            KeyError, TypeError: this is no state of fw_cfg.
+            KeyError, TypeError: this is not the state of fw_cfg.
         """
         with self._lock:
             self._select(state["key"] & 0xFFFF)

@@ -89,7 +89,7 @@ def is_kernel(file: "Elf", notes: "Notes") -> bool:
     has the same base.
     """
     if any(part.type in (elf.PT_INTERP, elf.PT_DYNAMIC) for part in file.segments):
-        return False  # a program of OpenBSD
+        return False  # a user program, not a kernel
     if any(part.type in OPENBSD_SEGMENTS for part in file.segments):
         return True
     if any(note.name == b"OpenBSD" for note in notes.found):

@@ -148,7 +148,7 @@ class AcpiPm:
         """Continue from a saved state, and drive the SCI as it was.
 
         Raises:
-            KeyError, TypeError: this is no state of a PM block.
+            KeyError, TypeError: this is not the state of a PM block.
         """
         with self._lock:
             self._status = state["status"] & STS_CLEARABLE

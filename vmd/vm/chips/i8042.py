@@ -95,7 +95,7 @@ class I8042:
         """Continue from a saved state.
 
         Raises:
-            KeyError, TypeError: this is no state of a keyboard controller.
+            KeyError, TypeError: this is not the state of a keyboard controller.
         """
         self._control = state["control"] & 0xFF
         self._output_port = state["output_port"] & 0xFF | OUTPUT_NO_RESET

@@ -206,7 +206,7 @@ class Mc146818:
         `seen_s`, `tick_us` and `held_us` came with version 3 of the stream, and may be missing.
 
         Raises:
-            KeyError, TypeError, ValueError: this is no state of a clock.
+            KeyError, TypeError, ValueError: this is not the state of a clock.
         """
         ram = bytes(state["ram"])
         number = {name: int(value) for name, value in state.items() if name != "ram"}

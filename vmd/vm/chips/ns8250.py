@@ -221,7 +221,7 @@ class Uart:
         """Continue from a saved state, and drive the interrupt line as it was.
 
         Raises:
-            KeyError, TypeError, ValueError: this is no state of a UART.
+            KeyError, TypeError, ValueError: this is not the state of a UART.
         """
         rx, rx_errors = bytes(state["rx"]), bytes(state["rx_errors"])
         if len(rx) != len(rx_errors) or len(rx) > FIFO_BYTES:

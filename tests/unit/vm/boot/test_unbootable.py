@@ -29,7 +29,7 @@ def efi(*sections: bytes) -> bytes:
 
 
 FILES = {
-    "vmlinux.xz": (lzma.compress(pvh()), "is compressed by xz, and only gzip is unpacked here: give what `xz -dc`"),
+    "vmlinux.xz": (lzma.compress(pvh()), "is compressed by xz, and only gzip is unpacked here: give .* `xz -dc`"),
     "vmlinux.lzma": (lzma.compress(pvh(), lzma.FORMAT_ALONE), "is compressed by lzma, .* the output of `xz -dc`"),
     "vmlinux.bz2": (bz2.compress(pvh()), "is compressed by bzip2, .* `bzip2 -dc`"),
     "vmlinux.zst": (at(0, b"\x28\xb5\x2f\xfd"), "is compressed by zstd, .* `zstd -dc`"),
@@ -38,7 +38,7 @@ FILES = {
     "vmlinux.lzo": (at(0, b"\x89LZO\0\r\n\x1a\n"), "is compressed by lzop, .* `lzop -dc`"),
     "vmlinux.Z": (at(0, b"\x1f\x9d\x90"), "is compressed by compress, .* `gzip -dc`"),
     "initrd.img": (at(0, b"070701"), "is an initramfs .cpio archive.: give it as initrd, and its kernel as boot"),
-    "linux.deb": (at(0, b"!<arch>\ndebian-binary"), "is an archive .ar, .*: give the kernel that is in it"),
+    "linux.deb": (at(0, b"!<arch>\ndebian-binary"), "is an archive .ar, .*: give the kernel in it"),
     "linux.rpm": (at(0, b"\xed\xab\xee\xdb"), "is an archive .RPM package."),
     "linux.zip": (at(0, b"PK\3\4"), "is an archive .zip."),
     "linux.tar": (at(257, b"ustar\x0000"), "is an archive .tar."),
