@@ -30,7 +30,7 @@ SEED    = $(shell date +%s)
 # Set where KVM interprets guest kernels: no stock kernel boots there, so the demonstration guest is ours.
 SOFTWARE_KVM = $(wildcard /sys/module/kvm_pvm)
 
-.PHONY: help run test test-deep soak bench fuzz install uninstall deb clean need-root
+.PHONY: help run test test-deep soak bench fuzz mutants install uninstall deb clean need-root
 
 help:
 	@echo 'make run         start the daemon with one VM, and end at a shell in it'
@@ -39,6 +39,7 @@ help:
 	@echo 'make soak        endurance without limit: SEQUENCES=10000 of each kind, from SEED on'
 	@echo 'make bench       compare with QEMU; prints one table (ROWS=net: a part of it)'
 	@echo 'make fuzz        coverage-guided fuzzing of all parsers, SECONDS=30 for each'
+	@echo 'make mutants     changes the code at random and counts what the tests notice: MODULE=vmd/vm/bus.py COUNT=10 SEED=1'
 	@echo 'make install     to PREFIX=$(PREFIX), below DESTDIR'
 	@echo 'make uninstall   removes what make install has installed'
 	@echo 'make deb         a Debian package, into $(DEB)'
@@ -67,6 +68,11 @@ soak: need-root
 fuzz: need-root
 	@tools/setup packages test venv user fuzzer
 	@$(PYTHON) -m fuzz $(SECONDS)
+
+# Without MODULE all modules, which takes hours.
+mutants: need-root
+	@tools/setup packages test venv user
+	@$(PYTHON) -m mutants $(MODULE) $(if $(COUNT),--count $(COUNT)) $(if $(filter command,$(firstword $(origin SEED))),--seed $(SEED))
 
 bench: need-root
 	@tools/setup packages test venv user

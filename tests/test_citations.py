@@ -20,8 +20,9 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 DOCUMENTS = {"cat.": "upstream.md", "hostile": "hostile-input.md", "arch.": "architecture.md"}
 PLACES = (
-    "bench", "completions", "debian", "docs", "etc", "fleet", "fuzz", "guests", "man", "tests", "tools", "vmctl", "vmd"
-)
+    "bench", "completions", "debian", "docs", "etc", "fleet", "fuzz", "guests", "man", "mutants", "tests", "tools",
+    "vmctl", "vmd",
+)  # fmt: skip
 # What was, in CHANGELOG.md, need not be there any more.
 HANDBOOK = sorted(path for path in (*ROOT.glob("*.md"), *DOCS.glob("*.md")) if path.name != "CHANGELOG.md")
 

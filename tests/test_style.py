@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PLACES = ("vmd", "vmctl", "tests", "bench", "fleet", "fuzz", "tools")
+PLACES = ("vmd", "vmctl", "tests", "bench", "fleet", "fuzz", "mutants", "tools")
 CODE = [name for name in PLACES if any(Path(ROOT, name).rglob("*.py"))]
 TEXT = (*CODE, "man", "etc", "guests", "Makefile", "pyproject.toml", "README.md", "vm.conf.example")
 PAGES = sorted(Path(ROOT, "man").glob("*.[1-9]"))

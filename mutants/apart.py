@@ -1,0 +1,142 @@
+"""A copy of the checkout in which a module is changed, and processes that run its tests apart from everything else.
+
+A changed program may kill, mount and remove what it should not.  As root, the tests run with processes, mounts and
+networks of their own, and what they leave behind ends with them.
+"""
+
+import compileall
+import ctypes
+import os
+import resource
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from importlib.util import cache_from_source
+from pathlib import Path
+from types import TracebackType
+
+LEFT_OUT = {".git", ".venv", "build", ".mypy_cache", ".ruff_cache", ".pytest_cache", ".hypothesis"}
+LINKS = (".venv", "build")  # are the checkout's in the copy, too
+CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWPID, CLONE_NEWNET = 1 << 17, 1 << 26, 1 << 27, 1 << 29, 1 << 30
+MS_REC, MS_PRIVATE = 1 << 14, 1 << 18
+PR_SET_PDEATHSIG = 1
+MEMORY_MAX = 8 << 30  # for a change that makes a loop endless
+FAILED = 127
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Copy:
+    """The checkout once more; `top` is where."""
+
+    def __init__(self, top: Path) -> None:
+        self.source = top
+        self.folder = Path(tempfile.mkdtemp(prefix="vmd-mutants-"))
+        self.folder.chmod(0o755)  # processes without privileges read it
+        self.top = self.folder / "vmd"
+
+    def __enter__(self) -> "Copy":
+        """Copy and compile."""
+        shutil.copytree(self.source, self.top, symlinks=True, ignore=lambda _folder, names: LEFT_OUT & set(names))
+        for name in LINKS:
+            if (self.source / name).exists():
+                (self.top / name).symlink_to((self.source / name).resolve())
+        for program in ("vmd", "vmctl", "tools"):
+            if (self.top / program).exists():
+                compileall.compile_dir(self.top / program, quiet=2)
+        return self
+
+    def __exit__(
+        self, _kind: type[BaseException] | None, _error: BaseException | None, _at: TracebackType | None
+    ) -> None:
+        """Remove it."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def write(self, module: str, source: bytes) -> None:
+        """Be with this source: what was compiled of another one is removed, since its time may be the same."""
+        Path(cache_from_source(str(self.top / module))).unlink(missing_ok=True)
+        (self.top / module).write_bytes(source)
+
+
+def run(work: Callable[[], int], top: Path, output: Path, deadline_s: float) -> int | None:
+    """Return what `work` returns in a process of its own, below `top`; None if the deadline passes.
+
+    What it prints goes to `output`.
+    """
+    child = os.fork()
+    if child == 0:
+        _be(lambda: _first(work, top, output))
+    pidfd = os.pidfd_open(child)
+    ended = False
+    try:
+        ended = bool(select.select([pidfd], [], [], deadline_s)[0])
+    finally:
+        os.close(pidfd)
+        if not ended:
+            os.killpg(child, signal.SIGKILL)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return status if ended else None
+
+
+def _be(work: Callable[[], int]) -> None:
+    """End this process with what `work` returns."""
+    status = FAILED
+    try:
+        status = work()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+
+
+def _fork(work: Callable[[], int]) -> int:
+    child = os.fork()
+    if child == 0:
+        _be(work)
+    return child
+
+
+def _status(raw: int) -> int:
+    """Return an exit status as a shell does, so that a signal is one, too."""
+    status = os.waitstatus_to_exitcode(raw)
+    return status if status >= 0 else 128 - status
+
+
+def _first(work: Callable[[], int], top: Path, output: Path) -> int:
+    """Be the leader of the group that is killed when the deadline passes."""
+    os.setsid()
+    os.nice(10)
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_MAX, MEMORY_MAX))
+    written = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(written, 1)
+    os.dup2(written, 2)
+    os.chdir(top)
+    sys.path[0] = str(top)
+    if os.geteuid() != 0:
+        return work()
+    _call("unshare", CLONE_NEWNS | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWPID | CLONE_NEWNET)
+    return _status(os.waitpid(_fork(lambda: _second(work)), 0)[1])
+
+
+def _second(work: Callable[[], int]) -> int:
+    """Be the first process of the namespace: what loses its parent becomes our child."""
+    _call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL)
+    _call("mount", b"none", b"/", None, MS_REC | MS_PRIVATE, None)
+    _call("mount", b"proc", b"/proc", b"proc", 0, None)
+    subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+    child = _fork(work)
+    while True:
+        pid, raw = os.wait()
+        if pid == child:
+            return _status(raw)
+
+
+def _call(name: str, *arguments: int | bytes | None) -> None:
+    if getattr(libc, name)(*arguments):
+        number = ctypes.get_errno()
+        raise OSError(number, f"{name}: {os.strerror(number)}")

@@ -1,0 +1,188 @@
+"""Single changes of a module's source: what a slip of the hand would do, one at a time."""
+
+import ast
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+COMPARISONS: dict[type[ast.cmpop], tuple[type[ast.cmpop], ...]] = {
+    ast.Eq: (ast.NotEq,),
+    ast.NotEq: (ast.Eq,),
+    ast.Lt: (ast.LtE, ast.GtE),
+    ast.LtE: (ast.Lt, ast.Gt),
+    ast.Gt: (ast.GtE, ast.LtE),
+    ast.GtE: (ast.Gt, ast.Lt),
+    ast.Is: (ast.IsNot,),
+    ast.IsNot: (ast.Is,),
+    ast.In: (ast.NotIn,),
+    ast.NotIn: (ast.In,),
+}
+LEAVES = (ast.Return, ast.Raise, ast.Continue, ast.Break)
+QUIET = ("log.debug",)  # for us only: no test asks what it says
+SHOWN = 160  # characters of a change
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """One change.  `function`, `text` and `what` name it after lines have moved."""
+
+    module: str  # a path below the top
+    function: str  # with its classes, "" outside of functions and classes
+    line: int
+    last_line: int
+    text: str  # of that line, before the change
+    what: str
+    start: int  # in bytes of the source
+    end: int
+    new: str
+
+    @property
+    def name(self) -> tuple[str, str, str, str]:
+        """Return what stays the same while lines move."""
+        return self.module, self.function, self.text, self.what
+
+    def apply(self, source: bytes) -> bytes:
+        """Return the module's source with this change; the number of lines stays."""
+        lost = source[self.start : self.end].count(b"\n")
+        return source[: self.start] + self.new.encode() + b"\\\n" * lost + source[self.end :]
+
+
+def sample(changes: list[Change], count: int, seed: int) -> list[Change]:
+    """Return `count` of the changes in the order of their lines.  The others do not decide whether one is taken."""
+
+    def rank(change: Change) -> bytes:
+        return hashlib.sha256(f"{seed}:{change.name}:{change.new}".encode()).digest()
+
+    return sorted(sorted(changes, key=rank)[:count], key=lambda change: change.line)
+
+
+def changes_of(module: str, source: bytes) -> list[Change]:
+    """Return every change that we know of a module."""
+    found = _Finder(module, source)
+    found.visit(ast.parse(source))
+    return found.changes
+
+
+def _others(node: ast.AST) -> Iterator[ast.expr]:
+    """Yield what may stand in an expression's place."""
+    if isinstance(node, ast.Compare):
+        for at, operator in enumerate(node.ops):
+            for other in COMPARISONS[type(operator)]:
+                yield ast.Compare(node.left, [*node.ops[:at], other(), *node.ops[at + 1 :]], node.comparators)
+    elif isinstance(node, ast.BoolOp):
+        yield ast.BoolOp(ast.Or() if isinstance(node.op, ast.And) else ast.And(), node.values)
+    elif isinstance(node, ast.Constant) and type(node.value) is int:
+        yield ast.Constant(node.value + 1)
+        yield ast.Constant(node.value - 1)
+
+
+class _Finder(ast.NodeVisitor):
+    """Walks a module.  Annotations, assertions and f-strings, whose parts have no places of their own, are left out."""
+
+    def __init__(self, module: str, source: bytes) -> None:
+        self.module = module
+        self.lines = source.splitlines(keepends=True)
+        self.starts = [0]
+        for line in self.lines:
+            self.starts.append(self.starts[-1] + len(line))
+        self.names: list[str] = []
+        self.changes: list[Change] = []
+
+    def generic_visit(self, node: ast.AST) -> None:
+        """Take what may replace the node, then look into it."""
+        if isinstance(node, ast.expr):
+            for other in _others(node):
+                self._add(node, f"{ast.unparse(node)} -> {ast.unparse(other)}", f"({ast.unparse(other)})")
+        super().generic_visit(node)
+
+    def visit_JoinedStr(self, node: ast.JoinedStr) -> None:
+        """Leave it out."""
+
+    def visit_Assert(self, node: ast.Assert) -> None:
+        """Leave it out: it never checks input."""
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
+        """Leave out the annotation."""
+        if node.value is not None:
+            self.visit(node.value)
+
+    def visit_FunctionDef(self, node: "Function") -> None:
+        """Leave out the annotations."""
+        for default in (*node.decorator_list, *node.args.defaults, *node.args.kw_defaults):
+            if default is not None:
+                self.visit(default)
+        self._inside(node.name, node.body)
+
+    visit_AsyncFunctionDef = visit_FunctionDef
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> None:
+        """Remember its name."""
+        for part in (*node.decorator_list, *node.bases, *node.keywords):
+            self.visit(part)
+        self._inside(node.name, node.body)
+
+    def visit_If(self, node: ast.If) -> None:
+        """Negate the condition; drop a guard.  What only types need is left out."""
+        if isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            return
+        if not node.orelse and isinstance(node.body[-1], LEAVES):
+            self._add(node.test, f"{ast.unparse(node.test)} -> False, guard dropped", "False")
+        self._negate(node.test)
+        self.generic_visit(node)
+
+    def visit_IfExp(self, node: ast.IfExp) -> None:
+        """Negate the condition."""
+        self._negate(node.test)
+        self.generic_visit(node)
+
+    def visit_While(self, node: ast.While) -> None:
+        """Negate the condition."""
+        self._negate(node.test)
+        self.generic_visit(node)
+
+    def visit_comprehension(self, node: ast.comprehension) -> None:
+        """Negate the conditions."""
+        for test in node.ifs:
+            self._negate(test)
+        self.generic_visit(node)
+
+    def visit_Expr(self, node: ast.Expr) -> None:
+        """Drop a statement that is a call."""
+        if isinstance(node.value, ast.Call) and ast.unparse(node.value.func) not in QUIET:
+            self._add(node, f"{ast.unparse(node)} dropped", "pass")
+        self.generic_visit(node)
+
+    def _inside(self, name: str, body: list[ast.stmt]) -> None:
+        self.names.append(name)
+        for statement in body:
+            self.visit(statement)
+        self.names.pop()
+
+    def _negate(self, test: ast.expr) -> None:
+        if isinstance(test, ast.Compare) and len(test.ops) == 1:
+            return  # its operator is changed
+        if isinstance(test, ast.Constant):
+            return
+        self._add(test, f"{ast.unparse(test)} -> not", f"(not ({ast.unparse(test)}))")
+
+    def _add(self, node: ast.expr | ast.stmt, what: str, new: str) -> None:
+        assert node.end_lineno is not None
+        assert node.end_col_offset is not None
+        start = self.starts[node.lineno - 1] + node.col_offset
+        self.changes.append(
+            Change(
+                module=self.module,
+                function=".".join(self.names),
+                line=node.lineno,
+                last_line=node.end_lineno,
+                text=self.lines[node.lineno - 1].decode().strip(),
+                what=what if len(what) <= SHOWN else what[:SHOWN] + "...",
+                start=start,
+                end=self.starts[node.end_lineno - 1] + node.end_col_offset,
+                new=new,
+            )
+        )

@@ -1,0 +1,140 @@
+"""Which tests hold a module: those of its name, and those that import it.
+
+A unit test that only imports what imports the module counts, too.  If there is none, those of the folder count, since
+commands are loaded by their names.  Which of them reach a changed line is found by running them (`reach`).  Tests with
+processes cannot be followed like that, so they go by names.
+"""
+
+import ast
+import functools
+from pathlib import Path
+
+FAR = 2  # imports between a unit test and a module that it still holds; our own support counts for none
+PROGRAMS = ("vmd", "vmctl")
+UNIT, REST = "tests/unit", ("tests/process", "tests/guest")
+# By the beginning of a module's path, where tests with processes have other names.
+NAMES = {
+    "vmd/agentx/": "agentx",
+    "vmd/config/": "config_check mistakes",
+    "vmd/consolelog/": "console_log",
+    "vmd/devices/": "device_start virtio",
+    "vmd/devices/vioblk/": "vioblk",
+    "vmd/devices/vionet/": "vionet",
+    "vmd/devices/vioscsi/": "vioscsi",
+    "vmd/diskfs/": "imgboot",
+    "vmd/files/": "core_opener permissions denied",
+    "vmd/images/": "images vioblk_images vmctl_create",
+    "vmd/images/locks.py": "lost_locks lockholder",
+    "vmd/ipc/": "core_routes garbage hostile_clients",
+    "vmd/kvmapi/": "kvmapi",
+    "vmd/logger/": "core_log",
+    "vmd/metrics/": "metrics",
+    "vmd/opener/": "core_opener",
+    "vmd/parent/": "daemon core_clients",
+    "vmd/priv/": "priv network",
+    "vmd/privsep/": "confinement core_cell refused_calls",
+    "vmd/virtio/": "virtio vioblk",
+    "vmd/vm/": "machine",
+    "vmd/vm/boot/": "boot",
+    "vmd/vm/pci.py": "virtio",
+    "vmd/vm/state.py": "transfer",
+    "vmd/vm/stream.py": "transfer",
+    "vmd/vmm/": "daemon core_stopped",
+    "vmctl/": "daemon",
+}
+
+
+def modules(top: Path) -> list[str]:
+    """Return the modules that may be changed: those that are not empty."""
+    found = [path for program in PROGRAMS for path in sorted((top / program).rglob("*.py")) if path.stat().st_size]
+    return [str(path.relative_to(top)) for path in found]
+
+
+def unit_tests(top: Path, module: str) -> list[str]:
+    """Return the unit tests that may hold a module, those nearest to it first."""
+    far = {str(test.relative_to(top)): _far(top, test, module) for test in sorted((top / UNIT).rglob("test_*.py"))}
+    found = sorted((test for test, distance in far.items() if distance <= FAR), key=lambda test: far[test])
+    return found or [test for test in far if _is_beside(Path(test).parent.relative_to(UNIT), module)]
+
+
+def process_tests(top: Path, module: str) -> list[str]:
+    """Return the tests with processes or guests that hold a module."""
+    path = Path(module)
+    words = {path.parent.name if path.stem in ("main", "device") else path.stem}
+    for beginning, names in NAMES.items():
+        if module.startswith(beginning):
+            words |= set(names.split())
+    found = [test for folder in REST for test in sorted((top / folder).glob("test_*.py"))]
+    return [
+        str(test.relative_to(top)) for test in found
+        if _dotted(module) in _imports(test) or any(f"{test.stem}_".startswith(f"test_{word}_") for word in words)
+    ]  # fmt: skip
+
+
+def _far(top: Path, test: Path, module: str) -> int:
+    """Return how many imports lie between a test and a module: 0 if the names say that they belong together."""
+    path = Path(module)
+    names = {f"test_{path.stem}_", f"test_{path.parent.name}_{path.stem}_"}
+    beside = _is_beside(test.relative_to(top / UNIT).parent, module)
+    if beside and any(f"{test.stem}_".startswith(name) for name in names):
+        return 0
+    rings = _rings(top, test)
+    return next((distance for distance, ring in enumerate(rings, 1) if _dotted(module) in ring), FAR + 1)
+
+
+def _is_beside(folder: Path, module: str) -> bool:
+    """Return whether a folder of unit tests is that of a module, or the one above."""
+    place = Path(module).parent
+    own = place.relative_to("vmd") if place.parts[0] == "vmd" else place
+    return folder in (own, own.parent)
+
+
+@functools.cache
+def _rings(top: Path, test: Path) -> tuple[frozenset[str], ...]:
+    """Return what a test imports, what these import, and so on: as many as there are imports."""
+    rings: list[frozenset[str]] = []
+    seen: set[Path] = set()
+    now = {test, *_conftests(top, test)}
+    for _ in range(FAR):
+        now = _with_support(top, now) - seen
+        seen |= now
+        rings.append(frozenset().union(*map(_imports, now)))
+        now = {file for name in rings[-1] for file in _files(top, name)}
+    return tuple(rings)
+
+
+def _dotted(module: str) -> str:
+    return module.removesuffix(".py").replace("/", ".")
+
+
+def _conftests(top: Path, test: Path) -> list[Path]:
+    folders = [folder for folder in test.parents if folder != top / "tests" and top / "tests" in folder.parents]
+    return [folder / "conftest.py" for folder in folders if (folder / "conftest.py").exists()]
+
+
+def _with_support(top: Path, files: set[Path]) -> set[Path]:
+    """Return files with those of ours that they share, which are part of the tests."""
+    found, left = set(files), set(files)
+    while left:
+        names = {name for one in left for name in _imports(one) if name.startswith("tests.")}
+        left = {file for name in names for file in _files(top, name)} - found
+        found |= left
+    return found
+
+
+@functools.cache
+def _files(top: Path, name: str) -> tuple[Path, ...]:
+    path = top.joinpath(*name.split(".")).with_suffix(".py")
+    return (path,) if path.exists() else ()
+
+
+@functools.cache
+def _imports(path: Path) -> frozenset[str]:
+    """Return the modules that a file imports, and what it imports from them, as names with dots."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return frozenset(found)

@@ -1,0 +1,144 @@
+"""A plugin of pytest: which lines of some modules each test reaches, how long it takes, and whether it passes.
+
+With tests given, only these are run: the quickest file first, and in it the quickest test.
+"""
+
+import sys
+import threading
+from collections.abc import Container, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import FrameType
+
+    Tracer = Callable[[FrameType, str, object], "Tracer | None"]
+
+
+@dataclass(slots=True)
+class Test:
+    """What is known of a test."""
+
+    __test__ = False  # it is not one itself
+
+    seconds: float = 0.0
+    passed: bool = True
+    lines: dict[str, int] = field(default_factory=dict)  # by module: a bit for each line
+
+    def reaches(self, module: str, first: int, last: int) -> bool:
+        """Return whether it reaches one of these lines."""
+        return bool(self.lines.get(module, 0) >> first & (1 << (last - first + 1)) - 1)
+
+    def add(self, lines: dict[str, int]) -> None:
+        """Reach these lines, too."""
+        for module, bits in lines.items():
+            self.lines[module] = self.lines.get(module, 0) | bits
+
+
+def file_of(test: str) -> str:
+    """Return the file that a test is in."""
+    return test.partition("::")[0]
+
+
+class Follow:
+    """Follows each test into the modules."""
+
+    def __init__(self, top: Path, modules: list[str]) -> None:
+        self.files = {str(top / module): module for module in modules}
+        self.tests: dict[str, Test] = {}
+        self.shared: dict[str, Test] = {}  # by file: what fixtures reach, which several tests may share
+        self.loading = Test()  # reaches what runs when modules are loaded
+        self.now: dict[str, set[int]] = {module: set() for module in modules}
+
+    def _on_call(self, frame: "FrameType", _event: str, _argument: object) -> "Tracer | None":
+        return self._on_line if frame.f_code.co_filename in self.files else None
+
+    def _on_line(self, frame: "FrameType", event: str, _argument: object) -> "Tracer":
+        if event == "line":
+            self.now[self.files[frame.f_code.co_filename]].add(frame.f_lineno)
+        return self._on_line
+
+    def load(self) -> None:
+        """Begin to follow what the tests load."""
+        sys.settrace(self._on_call)
+
+    def pytest_collection_finish(self) -> None:
+        """End it: all of it is loaded."""
+        sys.settrace(None)
+        self._take(self.loading)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> Iterator[None]:
+        """Follow the fixtures."""
+        with self._into(self.shared.setdefault(file_of(item.nodeid), Test())):
+            yield
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self, item: pytest.Item) -> Iterator[None]:
+        """Follow the test."""
+        with self._into(self.tests.setdefault(item.nodeid, Test())):
+            yield
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_teardown(self, item: pytest.Item) -> Iterator[None]:
+        """Follow the ends of fixtures."""
+        with self._into(self.shared.setdefault(file_of(item.nodeid), Test())):
+            yield
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Remember how long it took, and whether it passed."""
+        test = self.tests.setdefault(report.nodeid, Test())
+        test.seconds += report.duration
+        test.passed = test.passed and report.passed
+
+    def found(self) -> dict[str, Test]:
+        """Return what was found; a test reaches what the fixtures of its file reach."""
+        for name, test in self.tests.items():
+            shared = self.shared.get(file_of(name))
+            if shared is not None:
+                test.add(shared.lines)
+        return self.tests
+
+    @contextmanager
+    def _into(self, test: Test) -> Iterator[None]:
+        """Follow every call of every thread that begins meanwhile."""
+        threading.settrace(self._on_call)
+        sys.settrace(self._on_call)
+        try:
+            yield
+        finally:
+            sys.settrace(None)
+            threading.settrace(None)
+            self._take(test)
+
+    def _take(self, test: Test) -> None:
+        test.add({module: sum(1 << line for line in lines) for module, lines in self.now.items() if lines})
+        for lines in self.now.values():
+            lines.clear()
+
+
+class Choose:
+    """Runs the tests that are given, and those that nobody knows: a change may give tests other names."""
+
+    def __init__(self, tests: Mapping[str, Test], known: Container[str]) -> None:
+        self.tests = tests
+        self.known = known
+        self.files: dict[str, float] = {}
+        for name, test in tests.items():
+            self.files[file_of(name)] = self.files.get(file_of(name), 0.0) + test.seconds
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Take and sort them."""
+
+        def seconds(item: pytest.Item) -> tuple[float, str, float]:
+            file = file_of(item.nodeid)
+            return self.files.get(file, 0.0), file, self.tests.get(item.nodeid, Test()).seconds
+
+        items[:] = [item for item in items if item.nodeid in self.tests or item.nodeid not in self.known]
+        items.sort(key=seconds)

@@ -1,0 +1,80 @@
+"""Which single changes are made of a source."""
+
+import ast
+
+import pytest
+
+from mutants.changes import Change, changes_of, sample
+
+
+def made(source: str) -> set[str]:
+    """Return the source after each change."""
+    return {change.apply(source.encode()).decode() for change in changes_of("vmd/it.py", source.encode())}
+
+
+@pytest.mark.parametrize(
+    ("source", "changed"),
+    [
+        ("a < b", {"(a <= b)", "(a >= b)"}),
+        ("a == b", {"(a != b)"}),
+        ("a is not b", {"(a is b)"}),
+        ("a in b", {"(a not in b)"}),
+        ("a <= b < c", {"(a < b < c)", "(a > b < c)", "(a <= b <= c)", "(a <= b >= c)"}),
+        ("a and b and c", {"(a or b or c)"}),
+        ("a or b", {"(a and b)"}),
+        ("x = 7", {"x = (8)", "x = (6)"}),
+        ("x = True", set()),
+        ("x = a if b else c", {"x = a if (not (b)) else c"}),
+        ("x = [a for a in b if c]", {"x = [a for a in b if (not (c))]"}),
+        ("while a: b", {"while (not (a)): b"}),
+        ("if a: b = c", {"if (not (a)): b = c"}),
+        ("if a: raise b", {"if (not (a)): raise b", "if False: raise b"}),
+        ("f(a)", {"pass"}),
+        ("assert a < b", set()),
+        ("log.debug(1)", {"log.debug((2))", "log.debug((0))"}),
+        ("x: L[1] = a", set()),
+        ("def f(a: L[1]) -> L[2]: return a", set()),
+        ("if TYPE_CHECKING: f(1)", set()),
+        ('x = f"{a < b}"', set()),
+        ("ä = 'ä'; x = 1", {"ä = 'ä'; x = (2)", "ä = 'ä'; x = (0)"}),
+    ],
+)
+def test_change(source: str, changed: set[str]) -> None:
+    """Each is what the sentence in HACKING.md lists."""
+    assert made(source) == changed
+
+
+def test_lines_stay_where_they_are() -> None:
+    """What is shown of a change, and what the tests reach, goes by lines."""
+    source = "f(a,\n  b)\nif (a and\n    b):\n    return_ = c\n"
+
+    for after in made(source):
+        ast.parse(after)
+        assert after.count("\n") == source.count("\n")
+
+
+def test_name_survives_lines_that_move() -> None:
+    """The entries of equal.toml hold until the line itself is rewritten."""
+    source = b"class A:\n    def f(self):\n        return a < b\n"
+
+    before, after = changes_of("vmd/it.py", source), changes_of("vmd/it.py", b"import os\n\n" + source)
+
+    assert [change.name for change in before] == [change.name for change in after]
+    assert before[0].name == ("vmd/it.py", "A.f", "return a < b", "a < b -> a <= b")
+    assert [change.line for change in after] == [5, 5]
+
+
+def test_sample_is_stable() -> None:
+    """The seed decides, and what else is in the module does not."""
+    source = b"".join(b"x%d = a < b%d\n" % (number, number) for number in range(50))
+    changes = changes_of("vmd/it.py", source)
+
+    def taken(found: list[Change], seed: int = 1) -> set[str]:
+        return {change.text for change in sample(found, 20, seed)}
+
+    assert taken(changes) == taken(changes_of("vmd/it.py", b"\n" + source))
+    assert taken(changes) != taken(changes, seed=2)
+    assert len(taken(changes) & taken(changes_of("vmd/it.py", source + b"x = 7\n"))) >= 18
+    assert [change.line for change in sample(changes, 20, 1)] == sorted(
+        change.line for change in sample(changes, 20, 1)
+    )

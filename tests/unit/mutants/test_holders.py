@@ -1,0 +1,67 @@
+"""Which tests hold which module."""
+
+from pathlib import Path
+
+import pytest
+
+from mutants.holders import NAMES, modules, process_tests, unit_tests
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.mark.parametrize(
+    ("module", "test"),
+    [
+        ("vmd/ipc/channel.py", "tests/unit/ipc/test_channel.py"),
+        ("vmd/devices/vioblk/device.py", "tests/unit/devices/test_vioblk_ring.py"),
+        ("vmd/devices/vionet/receive.py", "tests/unit/devices/test_vionet_ring.py"),
+        ("vmd/images/qcow2.py", "tests/unit/images/test_images.py"),
+        ("vmctl/commands/status.py", "tests/unit/vmctl/test_status.py"),
+    ],
+)
+def test_unit_tests_of_a_module(module: str, test: str) -> None:
+    """By their names, and by what they import."""
+    assert test in unit_tests(ROOT, module)
+
+
+def test_nearest_comes_first() -> None:
+    """That of the name, though others import the module, too."""
+    found = unit_tests(ROOT, "vmd/ipc/channel.py")
+
+    assert found[0] == "tests/unit/ipc/test_channel.py"
+    assert len(found) > 1
+
+
+@pytest.mark.parametrize(
+    ("module", "test"),
+    [
+        ("vmd/devices/vioblk/device.py", "tests/process/test_vioblk_storage.py"),
+        ("vmd/images/qcow2.py", "tests/process/test_images_qemu.py"),
+        ("vmd/vm/state.py", "tests/guest/test_transfer.py"),
+        ("vmd/ipc/channel.py", "tests/process/test_garbage.py"),
+    ],
+)
+def test_process_tests_of_a_module(module: str, test: str) -> None:
+    """By their names."""
+    assert test in process_tests(ROOT, module)
+
+
+def test_a_word_is_a_whole_one() -> None:
+    """`test_privileged.py` would not be a test of priv."""
+    assert not any("test_vioblk" in test for test in process_tests(ROOT, "vmd/devices/vionet/device.py"))
+
+
+def test_every_module_is_held() -> None:
+    """By some test at least; a module without one is a hole of its own."""
+    found = modules(ROOT)
+
+    assert [one for one in found if not unit_tests(ROOT, one) and not process_tests(ROOT, one)] == []
+
+
+def test_every_name_is_of_modules_and_tests() -> None:
+    """The table has nothing that has gone."""
+    names = {name for words in NAMES.values() for name in words.split()}
+    tests = [test.stem for folder in ("process", "guest") for test in (ROOT / "tests" / folder).glob("test_*.py")]
+
+    assert [one for one in NAMES if not any(module.startswith(one) for module in modules(ROOT))] == []
+    assert [name for name in names if not any(f"{test}_".startswith(f"test_{name}_") for test in tests)] == []

@@ -1,0 +1,145 @@
+"""The whole of it, on a checkout of three functions and three tests."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mutants import known
+from mutants.changes import changes_of
+
+ROOT = Path(__file__).resolve().parents[3]
+MODULE = '''"""A module."""
+
+
+def held(number: int) -> bool:
+    return number < 10
+
+
+def loose(number: int) -> bool:
+    return number < 10
+
+
+def endless(number: int) -> int:
+    while number > 0:
+        number -= 1
+    return number
+'''
+TESTS = '''"""Its tests."""
+
+import subprocess
+import sys
+
+from vmd.it import held, loose
+
+
+def test_held():
+    assert held(9) and not held(10)
+
+
+def test_loose():
+    assert loose(0) and not loose(20)
+
+
+def test_that_fails_anyway():
+    assert loose(20)
+'''
+PROCESS_TESTS = '''"""Its tests with processes."""
+
+import subprocess
+import sys
+
+
+def test_it():
+    code = "from vmd.it import loose; raise SystemExit(loose(10))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+'''
+
+
+@pytest.fixture
+def top(tmp_path: Path) -> Path:
+    """Make the checkout."""
+    for path, text in (
+        ("vmd/__init__.py", ""),
+        ("vmd/it.py", MODULE),
+        ("vmctl/__init__.py", ""),
+        ("tests/unit/test_it.py", TESTS),
+        ("pyproject.toml", "[tool.pytest.ini_options]\npythonpath = ['.']\naddopts = ['--import-mode=importlib']\n"),
+    ):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+    return tmp_path
+
+
+def mutants(top: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run it."""
+    command = [sys.executable, "-m", "mutants", "--top", str(top), *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_what_nothing_notices_is_shown(top: Path) -> None:
+    """With the line before and after.  What fails without a change does not count, and the checkout stays as it is."""
+    done = mutants(top, "vmd/it.py:5", "vmd/it.py:9")
+
+    assert done.returncode == 1, done.stderr
+    assert "left out: tests/unit/test_it.py::test_that_fails_anyway" in done.stdout
+    assert (
+        "vmd/it.py:9: number < 10 -> number <= 10\n    - return number < 10\n    + return (number <= 10)\n"
+        in done.stdout
+    )
+    assert "vmd/it.py:5" not in done.stdout
+    # The comparison and the number, each in two ways; of the second function only one is noticed.
+    assert "all: 5 of 8 noticed, 62 %; 0 more change nothing that matters" in done.stdout
+    assert (top / "vmd/it.py").read_text() == MODULE
+
+
+def test_processes_load_the_change(top: Path) -> None:
+    """They are tried where no unit test notices it; one that leaves such tests out is told so."""
+    (top / "tests/process").mkdir()
+    (top / "tests/process/test_it.py").write_text(PROCESS_TESTS)
+
+    whole, part = mutants(top, "--verbose", "vmd/it.py:9"), mutants(top, "--unit", "vmd/it.py:9")
+
+    assert "noticed: vmd/it.py:9: number < 10 -> number <= 10" in whole.stdout
+    assert "all: 3 of 4" in whole.stdout
+    assert "all: 1 of 4" in part.stdout
+
+
+def test_what_changes_nothing_that_matters_is_not_tried(top: Path) -> None:
+    """If all others are noticed, that is enough; an entry that is stale is not."""
+    entries = [
+        f'{known.entry(change)}\nwhy = "this one is a test"\n'
+        for change in changes_of("vmd/it.py", MODULE.encode())
+        if change.line == 9 and change.what != "number < 10 -> number >= 10"
+    ]
+    (top / "mutants").mkdir()
+    (top / known.FILE).write_text("".join(entries))
+    done = mutants(top, "vmd/it.py:9")
+    assert "all: 1 of 1 noticed, 100 %; 3 more change nothing that matters" in done.stdout
+    assert done.returncode == 0
+
+    (top / known.FILE).write_text("".join(entries).replace("function = 'loose'", "function = 'gone'", 1))
+    done = mutants(top, "vmd/it.py:5")
+    assert "no such change any more: vmd/it.py, gone, 'return number < 10'" in done.stdout
+    assert done.returncode == 1
+
+
+def test_a_change_that_never_ends_is_noticed(top: Path) -> None:
+    """By the deadline, which is said."""
+    tests = top / "tests/unit/test_it.py"
+    tests.write_text(TESTS + "\n\ndef test_endless():\n    from vmd.it import endless\n    assert endless(3) == 0\n")
+
+    done = mutants(top, "--slack", "1", "vmd/it.py:14")
+
+    assert "vmd/it.py:14: by the deadline only: 1 -> 0" in done.stdout
+    assert "all: 2 of 2 noticed" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["vmd/gone.py", "tests/unit/test_it.py", "vmd/it.py:x"])
+def test_what_is_no_module_is_refused(top: Path, name: str) -> None:
+    """A slip is not taken for a module without changes."""
+    done = mutants(top, name)
+
+    assert done.returncode == 1
+    assert done.stderr == f"mutants: {name} is no module of vmd or vmctl\n"
