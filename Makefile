@@ -30,12 +30,13 @@ SEED    = $(shell date +%s)
 # Set where KVM interprets guest kernels: no stock kernel boots there, so the demonstration guest is ours.
 SOFTWARE_KVM = $(wildcard /sys/module/kvm_pvm)
 
-.PHONY: help run test test-deep soak bench fuzz mutants install uninstall deb clean need-root
+.PHONY: help run test test-deep coverage soak bench fuzz mutants install uninstall deb clean need-root
 
 help:
 	@echo 'make run         start the daemon with one VM, and end at a shell in it'
 	@echo 'make test        all tests but the long ones (as root)'
 	@echo 'make test-deep   all tests'
+	@echo 'make coverage    which statements the tests reach: those of make test, of all with TIER=deep, or of TESTS=tests/unit'
 	@echo 'make soak        endurance without limit: SEQUENCES=10000 of each kind, from SEED on'
 	@echo 'make bench       compare with QEMU; prints one table (ROWS=net: a part of it)'
 	@echo 'make fuzz        coverage-guided fuzzing of all parsers, SECONDS=30 for each'
@@ -60,6 +61,10 @@ test: need-root
 test-deep: need-root
 	@tools/setup packages test venv user
 	@$(PYTHON) -m pytest --deep --two
+
+coverage: need-root
+	@tools/setup packages test venv user
+	@$(PYTHON) -m tools.coverage --two $(if $(filter deep,$(TIER)),--deep) $(TESTS)
 
 soak: need-root
 	@tools/setup packages test venv user

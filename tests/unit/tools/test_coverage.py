@@ -1,0 +1,116 @@
+"""Which statements are counted, in processes of which kinds, and what the report says of them."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tools import coverage
+from tools.coverage import marked_code, prepare, ranges, report
+from tools.reached import MAGIC
+
+SOURCE = b'''"""A module."""
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import nothing
+
+
+class C:
+    """A class."""
+
+    def f(self, x: int) -> int:
+        """Say."""
+        try:
+            match x:
+                case 1:
+                    return 1
+                case _:
+                    raise ValueError
+        except ValueError:
+            return 2
+        finally:
+            del x
+'''
+STATEMENTS = [3, 4, 8, 11, 13, 14, 16, 18, 20, 22]
+
+
+def test_each_statement_is_counted_once() -> None:
+    """But what is for readers and type checkers only."""
+    number: dict[coverage.Place, int] = {}
+    marked_code(SOURCE, "vmd/m.py", number)
+
+    assert sorted(number) == [("vmd/m.py", line) for line in STATEMENTS]
+    assert sorted(number.values()) == list(range(len(MAGIC), len(MAGIC) + len(STATEMENTS)))
+
+
+def test_report() -> None:
+    """Lines that follow each other are one range, whatever lines without a statement are between them."""
+    assert list(ranges([(1, True), (3, False), (5, False), (6, True), (9, False)])) == ["3-5", "9"]
+    number = {("vmd/a/m.py", 1): 0, ("vmd/a/m.py", 2): 1, ("vmd/n.py", 7): 2}
+    assert [line.split() for line in report(number, b"\1\0\1")] == [
+        ["vmd/a/m.py", "50.0", "%:", "2"],
+        [],
+        ["vmd/a", "1", "of", "2", "statements", "50.0", "%"],
+        ["vmd", "1", "of", "1", "statements", "100.0", "%"],
+        ["all", "2", "of", "3", "statements", "66.7", "%"],
+    ]
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkout that consists of what starts processes, and of one module that is started."""
+    root = tmp_path / "checkout"
+    for name in ("vmd/__init__.py", "vmctl/__init__.py", "vmd/privsep/__init__.py", ".venv/x", "build/x"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    (root / "vmd/privsep/spawn.py").write_text("import m\n\n\ndef spawn(*, fds=None):\n    return m.start(fds)\n")
+    (root / "vmd/m.py").write_text("import os\nos.kill(os.getpid(), 9)\n0 / 1\n")
+    (root / "tools").mkdir()
+    (root / "tools/reached.py").write_bytes(Path(coverage.ROOT, "tools/reached.py").read_bytes())
+    monkeypatch.setattr(coverage, "ROOT", root)
+    return root
+
+
+def test_a_process_that_is_killed_has_left_its_marks(checkout: Path, tmp_path: Path) -> None:
+    """Sources of the copy are those of the checkout, which itself has nothing of all this."""
+    tree, file, number = prepare(tmp_path)
+    subprocess.run([sys.executable, "-c", "import vmd.m"], cwd=tree, check=False)
+
+    marks = file.read_bytes()
+    assert [bool(marks[number["vmd/m.py", line]]) for line in (1, 2, 3)] == [True, True, False]
+    assert (tree / "vmd/m.py").read_text() == (checkout / "vmd/m.py").read_text()
+    assert not (checkout / "vmd/reached.py").exists()
+    assert not list(checkout.rglob("__pycache__"))
+
+
+CONFINED = """
+import os, sys, types
+sys.modules["m"] = started = types.ModuleType("m")
+started.start = lambda fds: fds
+from vmd.privsep.spawn import spawn
+(number, fd), = spawn(fds=None).items()
+assert spawn(fds={{5: 6}}) == {{5: 6, number: fd}}
+os.dup2(os.dup(fd), number)
+os.rename({file!r}, {file!r} + ".hidden")
+os.execv(sys.executable, [sys.executable, "-I", "-S", "-c", "import sys; sys.path[:0] = ['.']; import vmd.m"])
+"""
+
+
+def test_a_process_that_sees_no_files_has_the_marks_from_who_started_it(checkout: Path, tmp_path: Path) -> None:
+    """`spawn` hands them on, beside what it is told to."""
+    tree, file, number = prepare(tmp_path)
+    subprocess.run([sys.executable, "-c", CONFINED.format(file=str(file))], cwd=tree, check=False)
+
+    marks = Path(f"{file}.hidden").read_bytes()
+    assert [bool(marks[number["vmd/m.py", line]]) for line in (1, 2, 3)] == [True, True, False]
+
+
+def test_without_the_file_programs_run_all_the_same(checkout: Path, tmp_path: Path) -> None:
+    """Such as one that the tests have installed, or one of a user that does not see it."""
+    tree, file, _number = prepare(tmp_path)
+    file.unlink()
+    (tree / "vmd/n.py").write_text("from vmd.reached import marks\nmarks[3] = 1\n")
+
+    assert subprocess.run([sys.executable, "-c", "import vmd.n"], cwd=tree, check=False).returncode == 0

@@ -1,0 +1,49 @@
+"""Where the statements that `make coverage` counts leave their marks: a file that all processes have mapped.
+
+`tools/coverage.py` puts this module into a copy of the checkout, as `vmd/reached.py`, with FILE and SIZE set, and makes
+each statement there store a one.  It is in no program that users run.  A mark is in the file as soon as the statement
+runs: a process that is killed has left its marks too, and a confined one needs no right but what it has mapped before.
+"""
+
+import fcntl
+import mmap
+import posix as os
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from typing import Any
+
+FILE = ""
+SIZE = 0
+MAGIC = b"marks of vmd"  # the file begins with it
+FD = 63  # of the file, in a process that another one has started: `privsep/spawn.py` has no higher number
+
+
+def open_marks() -> int:
+    """Return a descriptor of the file: the one that we were started with, else one by name, or -1."""
+    try:
+        if os.fstat(FD).st_size == SIZE and os.pread(FD, len(MAGIC), 0) == MAGIC:
+            return FD
+    except OSError:
+        pass
+    try:
+        low = os.open(FILE, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return -1
+    high = fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, FD)  # standard output may be closed, and is to stay so
+    os.close(low)
+    return high
+
+
+def hand_on(spawn: "Callable[..., Any]") -> "Callable[..., Any]":
+    """Return `spawn`, with the file for each process that it starts."""
+
+    def spawn_with_marks(*arguments: "Any", fds: "Mapping[int, int] | None" = None, **named: "Any") -> "Any":  # noqa: ANN401
+        return spawn(*arguments, fds={**(fds or {}), FD: fd} if fd >= 0 else fds, **named)
+
+    return spawn_with_marks
+
+
+fd = open_marks()
+marks = mmap.mmap(fd, SIZE) if fd >= 0 else bytearray(SIZE)
