@@ -245,9 +245,9 @@ class Reaper:
         while (ended := wait_any()) is not None:
             child = self.watched.pop(ended.si_pid, None)
             if child is not None:
-                close(child.pidfd)
                 child.gone = True
                 self.on_exit(child, *judge(ended.si_code, ended.si_status))
+                close(child.pidfd)  # not before what it has said last is passed on, which this goes with
 
 
 def wait_any() -> "os.waitid_result | None":

@@ -325,6 +325,8 @@ class Vmm(Process):
             self.reserve = None
             if self.retired:
                 self.slot_over(child.slot)
+                if child.log is not None:
+                    child.log.close()
                 return
             self.slots.append(child.slot)  # the process had no VM, so the slot can be used again
             log.warn(f"reserve: {text or 'exited'}")
