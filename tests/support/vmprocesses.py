@@ -1,0 +1,153 @@
+"""A vmm in this process; its VM processes are children of ours that end when told to, and the test speaks for them."""
+
+import os
+import signal
+import socket
+from collections.abc import Mapping, Sequence
+
+import pytest
+
+from tests.support.inprocess import End, InProcess
+from vmd.config.model import VmConfig
+from vmd.ipc.messages.vm import StartVm
+from vmd.ipc.messages.vmm import KvmFd, VmSlot
+from vmd.ipc.routes import Proc
+from vmd.log import log
+from vmd.privsep.spawn import Child
+from vmd.record import Record
+from vmd.vmm import children
+from vmd.vmm import main as module
+from vmd.vmm.main import GROUP_FD, KVM_FD, Vmm
+
+
+class VmProcess:
+    """A VM process; the test has its side of channel and log."""
+
+    def __init__(self, end: End, log_fd: int, arguments: Sequence[str], uid: int) -> None:
+        self.end = end
+        self.log_fd = log_fd
+        self.arguments = [*arguments]
+        self.uid = uid
+        reading, self.writing = os.pipe()
+        # A program of its own, which has none of our descriptors: a channel ends when the test closes its side.
+        program = ["sh", "-c", "read -r status && exit $status"]
+        self.pid = os.posix_spawn("/bin/sh", program, {}, file_actions=[(os.POSIX_SPAWN_DUP2, reading, 0)])
+        os.close(reading)
+
+    def exit(self, status: int) -> None:
+        """End with a status, and wait until that has happened; it is not reaped by that."""
+        os.write(self.writing, b"%d\n" % status)
+        os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+
+    def is_reaped(self) -> bool:
+        """Return whether it is gone."""
+        try:
+            os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:
+            return True
+        return False
+
+    def close(self) -> None:
+        """Be gone."""
+        os.close(self.writing)
+        os.close(self.log_fd)
+        if not self.is_reaped():
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+
+
+class VmmRig(InProcess[Vmm]):
+    """A vmm, its parent and its VM processes, in the order in which they were started."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__(monkeypatch, Vmm, Proc.VMM)
+        self.vms: list[VmProcess] = []
+        self.cannot_start: Exception | None = None
+        monkeypatch.setattr(module, "spawn", self.spawn)
+        monkeypatch.setattr(children, "wait_any", self.wait_any)
+        monkeypatch.setattr(log, "verbosity", 0)
+
+    def spawn(
+        self, title: str, arguments: Sequence[str], *, channel: socket.socket, fds: Mapping[int, int], log_fd: int,
+        uid: int, group: int,
+    ) -> Child:  # fmt: skip
+        """Be `spawn`."""
+        if self.cannot_start is not None:
+            raise self.cannot_start
+        assert KVM_FD in fds
+        assert (GROUP_FD in fds) == (group == GROUP_FD)
+        end = self.peer(socket.socket(fileno=os.dup(channel.fileno())), Proc.VM, Proc.VMM)
+        vm = VmProcess(end, os.dup(log_fd), arguments, uid)
+        self.vms.append(vm)
+        return Child(title, vm.pid)
+
+    def wait_any(self) -> "os.waitid_result | None":
+        """Be `wait_any`, for our VM processes only: the tests may have other children."""
+        for vm in self.vms:
+            if not vm.is_reaped():
+                ended = os.waitid(os.P_PID, vm.pid, os.WEXITED | os.WNOHANG)
+                if ended is not None:
+                    return ended
+        return None
+
+    def slot(self, uid: int = 0, group: int = 0) -> None:
+        """Give it a slot."""
+        self.parent.send(VmSlot(uid=uid, group=group), fds={"group": [null()]} if group else {})
+
+    def begin(self, *groups: int) -> None:
+        """Give it /dev/kvm and slots, the first of which its reserve has."""
+        for group in groups:
+            self.slot(uid=1000 + group, group=group)
+        self.parent.send(KvmFd(), fds={"kvm": [null()]})
+        self.settle()
+
+    def start(self, vmid: int, config: VmConfig, fds: Mapping[str, Sequence[int]] | None = None) -> VmProcess:
+        """Have a VM started; returns its process, which has not said anything yet."""
+        self.parent.send(start_of(vmid, config), fds=fds or start_fds())
+        self.settle()
+        return self.vms[self.pids().index(self.process.running[vmid].pid)]
+
+    def pids(self) -> list[int]:
+        """Return those of all VM processes."""
+        return [vm.pid for vm in self.vms]
+
+    def told(self) -> list[Record]:
+        """Return what the parent was told since the last call."""
+        self.settle()
+        return self.parent.take()
+
+    def ended(self, vm: VmProcess) -> None:
+        """Turn the loop until a VM process that has ended, or was killed, is reaped."""
+        self.until(vm.is_reaped)
+        self.settle()
+
+    def close(self) -> None:
+        """Let go of everything."""
+        for vm in self.vms:
+            vm.close()
+        known = {*self.process.by_channel.values(), *self.process.children(), *self.process.over.values()}
+        for child in known:
+            child.drop()
+            child.channel.close()
+            if child.log is not None:
+                child.log.close()
+        for slot in self.process.slots:
+            slot.close()
+        super().close()
+        os.close(self.process.kvm_fd) if self.process.kvm_fd >= 0 else None
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
+def null() -> int:
+    """Return a descriptor."""
+    return os.open(os.devnull, os.O_RDWR)
+
+
+def start_of(vmid: int, config: VmConfig) -> StartVm:
+    """Return what starts a VM."""
+    return StartVm(vmid=vmid, config=config, boot_name="", verbosity=0)
+
+
+def start_fds() -> dict[str, list[int]]:
+    """Return what goes along with it."""
+    return {name: [null()] for name in ("memory", "tty", "tty_slave", "shown")}

@@ -1,0 +1,681 @@
+"""Process vmm between the parent and VM processes: how these begin and end, and what it passes on."""
+
+import errno
+import os
+import resource
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.descriptors import open_descriptors
+from tests.support.vmprocesses import VmmRig, VmProcess, null, start_fds, start_of
+from vmd.config.model import VmConfig
+from vmd.errors import HostError
+from vmd.ipc.fence import OUR_FAULT, STRIKES
+from vmd.ipc.messages.children import Quit, SetVerbosity
+from vmd.ipc.messages.shared import TEXT_BYTES_MAX, DiskImages, ImageLink
+from vmd.ipc.messages.vm import (
+    AskDevices,
+    AskResolvers,
+    ConsoleSnapshot,
+    ConsoleSnapshotEnd,
+    DevicesReported,
+    NicLink,
+    Outcome,
+    PauseDone,
+    PauseVm,
+    ReceiveVm,
+    Resolvers,
+    SendBreak,
+    StartVm,
+    StopMode,
+    StopVm,
+    VmEnding,
+    VmFailed,
+    VmRunning,
+)
+from vmd.ipc.messages.vmm import AskVms, EndTaken, Retire, VmExited, VmHeld, VmLog, VmsHeld, VmSlotOver
+from vmd.log import log
+from vmd.memfile import sealed_file
+from vmd.record import Record
+from vmd.version import VERSION
+from vmd.vmm import children
+from vmd.vmm import main as module
+from vmd.vmm.children import KEPT, MOST_HAVE
+from vmd.vmm.main import (
+    EXIT_GRACE_S,
+    FORCE_GRACE_S,
+    GONE_S,
+    ORPHANS_S,
+    RESERVE_DELAY_S,
+    RESERVE_LATEST_S,
+    SLOTS_MAX,
+    START_S,
+    VM_QUEUE_LIMIT,
+)
+
+A, B = VmConfig(name="a"), VmConfig(name="b")
+
+
+@pytest.fixture
+def rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[VmmRig]:
+    """Give a vmm."""
+    rig = VmmRig(monkeypatch)
+    yield rig
+    rig.close()
+
+
+def running(rig: VmmRig, vmid: int, config: VmConfig = A) -> VmProcess:
+    """Return the process of a VM that runs."""
+    vm = rig.start(vmid, config)
+    vm.end.send(VmRunning(vmid=vmid))
+    rig.settle()
+    return vm
+
+
+def ends(told: list[Record]) -> list[Record]:
+    """Return what the parent was told of ends."""
+    return [message for message in told if isinstance(message, VmExited | VmSlotOver | VmFailed)]
+
+
+# --- the reserve ----------------------------------------------------------------------------------------------
+
+
+def test_a_vm_goes_to_the_process_in_reserve(rig: VmmRig) -> None:
+    """It was started before anybody has asked for a VM, with the ids of its slot, and for such devices as most have."""
+    rig.begin(1)
+    (reserve,) = rig.vms
+    assert (reserve.arguments, reserve.uid) == (["vm", log.form, "0", *MOST_HAVE], 1001)
+    assert rig.told() == []
+
+    assert rig.start(7, A) is reserve
+    assert reserve.end.take() == [start_of(7, A)]
+    assert rig.told() == [VmLog(vmid=7)]
+    assert rig.vms == [reserve]
+
+
+def test_the_next_one_is_started_when_the_guest_runs(rig: VmmRig) -> None:
+    """Or soon, where it does not come to that; such devices as the last VM had are started with it."""
+    disks = (DiskImages(images=(ImageLink(path="/d", format="qcow2"),)),)
+    nic = NicLink(name="tap0", lladdr=b"", host_mac=b"", locked=False, local=False, mtu=1500, vhost=True)
+    rig.begin(1, 2, 3)
+    rig.parent.send(
+        StartVm(vmid=7, config=A, boot_name="", verbosity=0, disks=disks, nics=(nic,)),
+        fds={**start_fds(), "taps": [null()]},
+    )
+    rig.settle()
+    rig.vms[0].end.send(VmRunning(vmid=7))
+    rig.settle()
+    assert len(rig.vms) == 1
+    rig.pass_time(RESERVE_DELAY_S)
+    assert [vm.arguments[3:] for vm in rig.vms] == [MOST_HAVE, ["vionet.kernel", "vioblk.main"]]
+
+    rig.start(8, B)
+    rig.pass_time(RESERVE_LATEST_S)
+    assert [vm.uid for vm in rig.vms] == [1001, 1002, 1003]
+    assert rig.vms[2].arguments[3:] == []
+
+
+def test_without_a_slot_there_is_no_process(rig: VmmRig) -> None:
+    """The start fails with a sentence, and its descriptors are closed."""
+    rig.begin()
+    before = open_descriptors()
+    rig.parent.send(start_of(7, A), fds=start_fds())
+
+    text = "have a slot for another vm: Resource temporarily unavailable"
+    assert rig.told() == [
+        VmFailed(vmid=7, code=errno.EAGAIN, text=text), VmExited(vmid=7, pid=0, outcome=Outcome.FAILED, text=text),
+    ]  # fmt: skip
+    assert open_descriptors() == before
+
+
+def test_a_process_that_cannot_be_started(rig: VmmRig, capfd: pytest.CaptureFixture[str]) -> None:
+    """Its slot serves the next one; nothing is left open."""
+    rig.cannot_start = HostError("start vm", errno.ENOMEM)
+    before = open_descriptors()
+    rig.begin(1)
+    assert "start vm: Cannot allocate memory" in capfd.readouterr().err
+    rig.parent.send(start_of(7, A), fds=start_fds())
+    assert [type(message) for message in rig.told()] == [VmFailed, VmExited]
+    assert len(open_descriptors()) == len(before) + 2  # /dev/kvm, and the slot's group
+
+    rig.cannot_start = None
+    assert rig.start(8, B).uid == 1001
+
+
+def test_descriptors_for_another_vm_are_counted_first(rig: VmmRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where they might not suffice, the start fails before something else does."""
+    rig.begin(1)
+    monkeypatch.setattr(resource, "getrlimit", lambda _which: (63, 63))
+    rig.parent.send(start_of(7, A), fds=start_fds())
+
+    failed, exited = rig.told()
+    assert isinstance(failed, VmFailed)
+    assert failed.code == errno.EMFILE
+    assert "have another vm among the 63 files that vmm may have open" in failed.text
+    assert isinstance(exited, VmExited)
+    monkeypatch.undo()
+
+
+def test_a_reserve_that_ends_gives_its_slot_to_the_next(rig: VmmRig, capfd: pytest.CaptureFixture[str]) -> None:
+    """What it has written to its log is read, though it has never been a VM."""
+    rig.begin(1)
+    rig.vms[0].exit(1)
+    rig.ended(rig.vms[0])
+
+    assert rig.told() == [VmLog(vmid=0)]
+    assert "reserve: vm process exited with status 1" in capfd.readouterr().err
+    assert rig.start(7, A).uid == 1001
+    assert len(rig.vms) == 2
+
+
+def test_a_reserve_that_speaks_is_killed(rig: VmmRig, capfd: pytest.CaptureFixture[str]) -> None:
+    """It is no VM yet; nothing of it reaches the parent."""
+    rig.begin(1)
+    rig.vms[0].end.send(VmRunning(vmid=7))
+    rig.ended(rig.vms[0])
+
+    assert rig.told() == [VmLog(vmid=0)]
+    assert "speaks before it was given a VM" in capfd.readouterr().err
+
+
+def test_slots_that_nobody_uses_go_back(rig: VmmRig) -> None:
+    """The oldest ones, when there are more than starts could have left."""
+    for group in range(1, SLOTS_MAX + 3):
+        rig.slot(uid=1000 + group, group=group)
+
+    assert rig.told() == [VmSlotOver(group=1), VmSlotOver(group=2)]
+
+
+def test_who_retires_has_no_process_for_another_vm(rig: VmmRig) -> None:
+    """All slots go back, that of the reserve when it is gone; VMs that run go on."""
+    rig.begin(1, 2, 3)
+    running(rig, 7)
+    rig.pass_time(RESERVE_DELAY_S)
+    rig.told()
+    rig.parent.send(Retire())
+    assert rig.told() == [VmSlotOver(group=3)]
+    rig.ended(rig.vms[1])
+    assert rig.told() == [VmSlotOver(group=2)]
+
+    rig.pass_time(RESERVE_LATEST_S)
+    assert len(rig.vms) == 2
+    assert [*rig.process.running] == [7]
+
+
+# --- what is passed on ----------------------------------------------------------------------------------------
+
+
+def test_a_vm_s_words_go_on_under_its_own_number(rig: VmmRig) -> None:
+    """Whatever it claims; and its pidfd and its figures are those that vmm knows of."""
+    rig.begin(1)
+    vm = rig.start(7, A)
+    rig.told()
+    vm.end.send(VmRunning(vmid=8))
+    rig.settle()
+
+    (envelope,) = [each for each in rig.parent.got if isinstance(each.message, VmRunning)]
+    assert (envelope.message, envelope.peerid) == (VmRunning(vmid=7), 7)
+    (pidfd,), (figures,) = envelope.fds["process"], envelope.fds["figures"]
+    assert f"Pid:\t{vm.pid}\n" in Path(f"/proc/self/fdinfo/{pidfd}").read_text()
+    given = rig.process.running[7].kept["figures"][0]
+    assert os.path.sameopenfile(given, figures)
+    rig.parent.take()
+
+
+def test_long_words_of_a_vm_are_cut(rig: VmmRig) -> None:
+    """They go into other messages."""
+    rig.begin(1)
+    vm = rig.start(7, A)
+    rig.told()
+    vm.end.send(VmFailed(vmid=7, code=1, text="x" * 10000))
+
+    (failed,) = rig.told()
+    assert isinstance(failed, VmFailed)
+    assert failed.text.endswith("x ...")
+    assert len(failed.text) < TEXT_BYTES_MAX + 10
+
+
+def test_messages_go_to_the_vm_that_they_name(rig: VmmRig) -> None:
+    """One that has just ended gets none, and what came with its message is closed."""
+    rig.begin(1, 2)
+    a, b = rig.start(7, A), rig.start(8, B)
+    for vm in (a, b):
+        vm.end.take()
+    rig.parent.send(SendBreak(vmid=8))
+    before = open_descriptors()
+    rig.parent.send(ConsoleSnapshot(vmid=9), fds={"tty": [null()], "tty_slave": [null()]})
+    rig.settle()
+
+    assert (a.end.take(), b.end.take()) == ([], [SendBreak(vmid=8)])
+    assert open_descriptors() == before
+
+
+def test_what_a_vm_asks_too_often_is_not_passed_on(rig: VmmRig) -> None:
+    """The VM lives: it may only be slow to hear an answer."""
+    rig.begin(1)
+    vm = running(rig, 7)
+    rig.told()
+    for _ in range(30):
+        vm.end.send(AskResolvers(vmid=7))
+
+    assert rig.told() == [AskResolvers(vmid=7)] * children.BUDGETS[AskResolvers][0]
+    rig.parent.send(Resolvers(vmid=7))
+    rig.settle()
+    assert Resolvers(vmid=7) in vm.end.take()
+
+
+def test_the_log_is_as_verbose_everywhere(rig: VmmRig) -> None:
+    """In vmm, in each VM that it has, and in those that come."""
+    rig.begin(1, 2)
+    vm = rig.start(7, A)
+    vm.end.take()
+    rig.parent.send(SetVerbosity(verbosity=2))
+    rig.settle()
+
+    assert (log.verbosity, vm.end.take()) == (2, [SetVerbosity(verbosity=2)])
+    rig.pass_time(RESERVE_LATEST_S)
+    assert rig.vms[1].arguments[2] == "2"
+
+
+# --- ends -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("status", "outcome", "text"),
+    [
+        (0, Outcome.POWER_OFF, ""),
+        (3, Outcome.ENDED, ""),
+        (11, Outcome.REBOOT, ""),
+        (1, Outcome.FAILED, "vm process exited with status 1"),
+        (2, Outcome.FAILED, "vm process exited with status 2"),  # nobody exits as if it were killed
+    ],
+)
+def test_how_a_vm_has_ended_is_told_once(rig: VmmRig, status: int, outcome: Outcome, text: str) -> None:
+    """First that its slot is free, and then the end; its last words are better than its status."""
+    rig.begin(1, 2)
+    a, b = running(rig, 7), rig.start(8, B)
+    rig.told()
+    a.exit(status)
+    rig.ended(a)
+    assert rig.told() == [VmSlotOver(group=1, vmid=7), VmExited(vmid=7, pid=a.pid, outcome=outcome, text=text)]
+
+    b.end.send(VmEnding(text="the disk is gone"))
+    b.exit(status)
+    rig.ended(b)
+    assert ends(rig.told()) == [
+        VmSlotOver(group=2, vmid=8), VmExited(vmid=8, pid=b.pid, outcome=outcome, text="the disk is gone"),
+    ]  # fmt: skip
+
+
+def test_a_signal_that_ended_a_vm_is_named(rig: VmmRig) -> None:
+    """As with a system call that its filter does not have."""
+    rig.begin(1)
+    vm = running(rig, 7)
+    rig.told()
+    os.kill(vm.pid, signal.SIGSYS)
+    rig.ended(vm)
+
+    text = "vm process was killed by SIGSYS"
+    assert rig.told()[1:] == [VmExited(vmid=7, pid=vm.pid, outcome=Outcome.KILLED, text=text)]
+
+
+def test_what_a_vm_said_just_before_its_end_comes_before_that(rig: VmmRig) -> None:
+    """Its end may be noticed first."""
+    rig.begin(1)
+    vm = rig.start(7, A)
+    rig.told()
+    rig.process.running[7].channel.hold(held=True)
+    vm.end.send(VmRunning(vmid=7))
+    vm.exit(0)
+    rig.process.running[7].channel.hold(held=False)
+    rig.ended(vm)
+
+    assert [type(message) for message in rig.told()] == [VmRunning, VmSlotOver, VmExited]
+
+
+def test_stop_is_passed_on_and_force_has_a_limit(rig: VmmRig) -> None:
+    """The process lets its devices finish; when that takes too long, it is killed."""
+    rig.begin(1)
+    vm = running(rig, 7)
+    vm.end.take()
+    rig.told()
+    rig.parent.send(StopVm(vmid=7, mode=StopMode.GRACEFUL))
+    rig.parent.send(StopVm(vmid=8, mode=StopMode.KILL))  # which has just ended
+    rig.pass_time(FORCE_GRACE_S)
+    assert vm.end.take() == [StopVm(vmid=7, mode=StopMode.GRACEFUL)]
+    rig.parent.send(StopVm(vmid=7, mode=StopMode.KILL))
+    rig.pass_time(FORCE_GRACE_S - 1)
+    assert vm.end.take() == [StopVm(vmid=7, mode=StopMode.KILL)]
+    assert rig.told() == []
+
+    rig.pass_time(1)
+    rig.ended(vm)
+    text = "stopped by force; it had to be killed"
+    assert ends(rig.told())[1:] == [VmExited(vmid=7, pid=vm.pid, outcome=Outcome.KILLED, text=text)]
+
+
+@pytest.mark.parametrize("answer", [VmRunning(vmid=7), VmFailed(vmid=7, code=1, text="no"), None])
+def test_a_vm_that_does_not_say_how_its_start_went(rig: VmmRig, answer: Record | None) -> None:
+    """It is killed when its time is over; one that has failed ends by itself."""
+    rig.begin(1)
+    vm = rig.start(7, A)
+    if answer is not None:
+        vm.end.send(answer)
+    rig.told()
+    rig.pass_time(START_S)
+    if answer is not None:
+        assert rig.told() == []
+        return
+    rig.ended(vm)
+    text = "did not start within 120 s"
+    assert ends(rig.told())[1:] == [VmExited(vmid=7, pid=vm.pid, outcome=Outcome.KILLED, text=text)]
+
+
+def test_a_vm_that_breaks_the_protocol_is_killed(rig: VmmRig, capfd: pytest.CaptureFixture[str]) -> None:
+    """Such as by an answer to what nobody has asked; no other VM is concerned."""
+    rig.begin(1, 2)
+    a, b = running(rig, 7), running(rig, 8, B)
+    rig.told()
+    a.end.send(PauseDone(vmid=7, paused=True))
+    rig.ended(a)
+
+    text = "broke the protocol: answers with PauseDone, which was not requested"
+    assert ends(rig.told())[1:] == [VmExited(vmid=7, pid=a.pid, outcome=Outcome.KILLED, text=text)]
+    assert "vm/a: " in capfd.readouterr().err
+    rig.parent.send(PauseVm(vmid=8, paused=True))
+    rig.settle()
+    b.end.send(PauseDone(vmid=8, paused=True))
+    assert rig.told() == [PauseDone(vmid=8, paused=True)]
+
+
+def test_a_vm_that_closes_its_channel_has_a_while_to_end(rig: VmmRig) -> None:
+    """Its status matters, if it ends by itself; else it is killed."""
+    rig.begin(1, 2)
+    a, b = running(rig, 7), running(rig, 8, B)
+    rig.told()
+    a.end.channel.close()
+    b.end.channel.close()
+    rig.pass_time(EXIT_GRACE_S - 1)
+    a.exit(0)
+    rig.ended(a)
+    assert ends(rig.told())[1:] == [VmExited(vmid=7, pid=a.pid, outcome=Outcome.POWER_OFF, text="")]
+
+    rig.pass_time(1)
+    rig.ended(b)
+    text = "vm process was killed by SIGKILL"
+    assert ends(rig.told())[1:] == [VmExited(vmid=8, pid=b.pid, outcome=Outcome.KILLED, text=text)]
+
+
+def test_a_vm_that_does_not_read_is_killed(rig: VmmRig) -> None:
+    """What waits for it is bounded: one VM must not fill the memory of the process that has all."""
+    rig.begin(1)
+    vm = running(rig, 7)
+    rig.told()
+    vm.end.channel.hold(held=True)
+    while not vm.is_reaped():
+        for _ in range(VM_QUEUE_LIMIT):
+            rig.parent.send(SendBreak(vmid=7))
+        rig.turn()
+        if 7 in rig.process.running:
+            assert rig.process.running[7].channel.waiting <= VM_QUEUE_LIMIT
+    (_, exited) = ends(rig.told())
+    assert isinstance(exited, VmExited)
+    assert exited.text.startswith("broke the protocol: does not read: ")
+
+
+def test_a_process_that_storage_keeps_does_not_keep_its_vm(rig: VmmRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its VM is over when the time after SIGKILL is; its slot is given back when it really ends."""
+    rig.begin(1)
+    vm = running(rig, 7)
+    rig.told()
+    monkeypatch.setattr(signal, "pidfd_send_signal", lambda *_: None)  # as in a system call that does not return
+    monkeypatch.setattr("vmd.signals.pidfd_send_signal", lambda *_: None)
+    vm.end.send(PauseDone(vmid=7, paused=True))
+    rig.pass_time(0)
+    assert rig.told() == []
+    rig.pass_time(GONE_S)
+    (exited,) = rig.told()
+    assert isinstance(exited, VmExited)
+    assert (exited.vmid, exited.outcome) == (7, Outcome.KILLED)
+    assert exited.text.endswith("; its process waits for storage, and has not ended yet")
+    assert rig.process.children() == [*rig.process.stuck] != []
+
+    vm.exit(0)
+    rig.ended(vm)
+    assert rig.told() == [VmSlotOver(group=1)]
+    assert rig.process.children() == []
+
+
+# --- another parent -------------------------------------------------------------------------------------------
+
+
+def ask(rig: VmmRig) -> list[Record]:
+    """Ask as a parent that takes the place of another one; returns what it is told."""
+    reading, writing = os.pipe()
+    rig.parent.send(AskVms(), fds={"log": [writing]})
+    os.close(reading)
+    rig.until(lambda: any(isinstance(each.message, VmsHeld) for each in rig.parent.got))
+    return rig.parent.take()
+
+
+@pytest.fixture
+def log_fd(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let the log of this process be a file that may be replaced."""
+    fd = null()
+    monkeypatch.setattr(log, "fd", fd)
+    yield
+    os.close(fd)
+
+
+@pytest.mark.usefixtures("log_fd")
+def test_another_parent_is_told_of_every_vm(rig: VmmRig) -> None:
+    """Also of those that have ended, until the end is taken; and which groups and slots there are."""
+    rig.begin(1, 2, 3)
+    a, b = running(rig, 7), rig.start(8, B)
+    rig.parent.send(PauseVm(vmid=7, paused=True))
+    rig.settle()
+    a.end.send(PauseDone(vmid=7, paused=True))
+    b.exit(11)
+    rig.ended(b)
+    rig.told()
+
+    over = VmHeld(vmid=8, group=2, outcome=Outcome.REBOOT)
+    held = VmsHeld(version=VERSION, spare=1, groups=(1, 3), vms=(7, 8))
+    assert ask(rig) == [VmHeld(vmid=7, group=1, running=True, paused=True), over, held]
+    rig.parent.send(EndTaken(vmid=8))
+    assert ask(rig) == [VmHeld(vmid=7, group=1, running=True, paused=True), held.replace(vms=(7,))]
+
+
+@pytest.mark.usefixtures("log_fd")
+def test_another_parent_is_given_what_the_vm_was_given(rig: VmmRig) -> None:
+    """What replaces something takes its place; memory and figures of a VM that has ended are not kept."""
+    rig.begin(1)
+    memory, tty = sealed_file("memory", 4096), sealed_file("tty", 4096)
+    kept = {name: os.stat(fd).st_ino for name, fd in (("memory", memory), ("tty", tty))}
+    vm = rig.start(7, A, {**start_fds(), "memory": [memory], "tty": [null()]})
+    rig.parent.send(ConsoleSnapshot(vmid=7), fds={"tty": [tty], "tty_slave": [null()]})
+    rig.settle()
+    rig.told()
+    reading, writing = os.pipe()
+    rig.parent.send(AskVms(), fds={"log": [writing]})
+    os.close(reading)
+    rig.until(lambda: any(isinstance(each.message, VmsHeld) for each in rig.parent.got))
+
+    (fds,) = [envelope.fds for envelope in rig.parent.got if isinstance(envelope.message, VmHeld)]
+    assert {name for name, each in fds.items() if each} == {
+        "process", "memory", "tty", "tty_slave", "shown", "log", "figures",
+    }  # fmt: skip
+    assert {name: os.fstat(fds[name][0]).st_ino for name in kept} == kept
+    rig.parent.take()
+    vm.exit(0)
+    rig.ended(vm)
+    assert {*rig.process.over[7].kept} == {"tty", "tty_slave", "shown", "log"}
+    assert {*rig.process.over[7].kept} < {*KEPT}
+
+
+@pytest.mark.usefixtures("log_fd")
+def test_answers_to_clients_that_are_gone_are_not_passed_on(rig: VmmRig) -> None:
+    """Their questions came from the parent before; what the new one asks is answered."""
+    rig.begin(1)
+    vm = running(rig, 7)
+    rig.parent.send(AskDevices(vmid=7))
+    rig.parent.send(ConsoleSnapshot(vmid=7))
+    rig.settle()
+    rig.told()
+    ask(rig)
+    vm.end.send(DevicesReported(vmid=7))
+    vm.end.send(ConsoleSnapshotEnd(end=1))
+    assert rig.told() == []
+
+    rig.parent.send(ConsoleSnapshot(vmid=7))
+    rig.settle()
+    vm.end.send(ConsoleSnapshotEnd(end=2))
+    assert rig.told() == [ConsoleSnapshotEnd(end=2)]
+
+
+@pytest.mark.usefixtures("log_fd")
+def test_descriptors_run_out_while_another_parent_is_told(rig: VmmRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That VM is told of later; nothing of the first attempt is left open."""
+    rig.begin(1)
+    running(rig, 7)
+    rig.told()
+    real, left = os.dup, [2]
+
+    def dup(fd: int) -> int:
+        left[0] -= 1
+        if not left[0]:
+            raise OSError(errno.EMFILE, "too many")
+        return real(fd)
+
+    before = open_descriptors()
+    monkeypatch.setattr(os, "dup", dup)
+    assert [type(message) for message in ask(rig)] == [VmsHeld]
+    assert len(open_descriptors()) == len(before)
+    rig.pass_time(module.REPORT_AGAIN_S)
+    assert rig.told() == [VmHeld(vmid=7, group=1, running=True)]
+
+
+# --- without the parent ---------------------------------------------------------------------------------------
+
+
+def test_guests_without_a_daemon_shut_down(rig: VmmRig, capfd: pytest.CaptureFixture[str]) -> None:
+    """Each is asked; vmm ends with the last of them."""
+    rig.begin(1, 2)
+    a, b = running(rig, 7), running(rig, 8, B)
+    for vm in (a, b):
+        vm.end.take()
+    rig.parent.channel.close()
+    rig.until(lambda: bool(a.end.got and b.end.got))
+    assert (a.end.take(), b.end.take()) == (
+        [StopVm(vmid=7, mode=StopMode.GRACEFUL)], [StopVm(vmid=8, mode=StopMode.GRACEFUL)],
+    )  # fmt: skip
+    assert "the daemon is gone: 2 guests are to shut down, 135 s at most" in capfd.readouterr().err
+    a.exit(0)
+    rig.until(a.is_reaped)
+    b.exit(0)
+    rig.run_to_end()
+
+    assert b.is_reaped()
+    assert (rig.process.exit_status, rig.process.running) == (0, {})
+
+
+def test_guests_that_do_not_shut_down_are_not_waited_for(rig: VmmRig) -> None:
+    """When their time is over vmm ends, and they end with it."""
+    rig.begin(1)
+    vm = running(rig, 7)
+    rig.parent.channel.close()
+    rig.until(lambda: rig.process.orphaned)
+    rig.late_s += ORPHANS_S
+    rig.run_to_end()
+    assert not vm.is_reaped()
+
+    children.end_all(rig.process.children(), 60)
+    assert vm.is_reaped()
+
+
+@pytest.mark.parametrize(("how", "status"), [("quit", 0), ("gone", 0), ("garbage", 1)])
+def test_it_ends_with_its_parent_if_it_has_no_guest(rig: VmmRig, how: str, status: int) -> None:
+    """The reserve is nobody's guest."""
+    rig.begin(1)
+    if how == "quit":
+        rig.parent.send(Quit())
+    elif how == "gone":
+        rig.parent.channel.close()
+    else:
+        rig.parent.channel._sock.send(b"x")
+    rig.run_to_end()
+
+    assert rig.process.exit_status == status
+
+
+# --- what a handler did not expect ----------------------------------------------------------------------------
+
+
+def fail(*_: Any) -> None:  # noqa: ANN401 - whatever it is called with
+    """Be a bug."""
+    raise RuntimeError("a bug")
+
+
+def test_a_start_that_a_bug_ends_fails(
+    rig: VmmRig, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The parent does not wait for it; other VMs are not concerned."""
+    rig.begin(1, 2)
+    running(rig, 7)
+    rig.told()
+    with monkeypatch.context() as patch:
+        patch.setattr(rig.process, "require_files", fail)
+        rig.parent.send(start_of(8, B), fds=start_fds())
+        told = rig.told()
+    assert told == [
+        VmFailed(vmid=8, code=errno.EIO, text=OUR_FAULT),
+        VmExited(vmid=8, pid=0, outcome=Outcome.FAILED, text=OUR_FAULT),
+    ]
+    assert "RuntimeError: a bug" in capfd.readouterr().err
+    assert [*rig.process.running] == [7]
+
+
+def test_a_vm_whose_words_lead_to_a_bug_is_ended(rig: VmmRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody may wait for what follows from them."""
+    rig.begin(1)
+    vm = running(rig, 7)
+    rig.told()
+    monkeypatch.setattr(rig.process.running[7], "account", fail)
+    vm.end.send(AskResolvers(vmid=7))
+    rig.ended(vm)
+
+    assert ends(rig.told())[1:] == [
+        VmExited(vmid=7, pid=vm.pid, outcome=Outcome.KILLED, text=f"broke the protocol: {OUR_FAULT}")
+    ]
+
+
+def test_a_vm_that_leads_to_bugs_again_and_again_is_ended(rig: VmmRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what the parent sends to it, one is lost without that."""
+    rig.begin(1)
+    vm = running(rig, 7)
+    rig.told()
+    monkeypatch.setattr(rig.process.running[7], "expect", fail)
+    rig.parent.send(SendBreak(vmid=7))
+    rig.settle()
+    for _ in range(STRIKES):
+        rig.parent.send(SendBreak(vmid=7))
+    rig.ended(vm)
+
+    assert ends(rig.told())[1:] == [VmExited(vmid=7, pid=vm.pid, outcome=Outcome.KILLED, text=OUR_FAULT)]
+
+
+def test_a_received_vm_begins_like_another(rig: VmmRig) -> None:
+    """It has figures, and the process in reserve; what it is to become is known to another parent."""
+    rig.begin(1)
+    fds = {name: [null()] for name in ("courier", "memory", "tty", "tty_slave", "shown")}
+    rig.parent.send(ReceiveVm(vmid=7, name="r", verbosity=0), fds=fds)
+    rig.settle()
+
+    (envelope,) = rig.vms[0].end.got
+    assert len(envelope.fds["figures"]) == 1
+    assert rig.process.running[7].held == VmHeld(vmid=7, group=1, arriving=True)
+    assert rig.process.running[7].channel.label == "vm/r"
