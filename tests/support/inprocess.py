@@ -122,7 +122,8 @@ class InProcess(Generic[P]):
         return sum(isinstance(envelope.message, Pong) for envelope in self.parent.got)
 
     def pass_time(self, seconds: float) -> None:
-        """Have so much time gone by, and what was due then done."""
+        """Have so much time gone by after what was sent so far is served, and what is due then done."""
+        self.settle()
         self.late_s += seconds
         self.settle()
 

@@ -123,6 +123,7 @@ class VmmRig(InProcess[Vmm]):
 
     def close(self) -> None:
         """Let go of everything."""
+        self.process.retired = True  # it starts nothing meanwhile
         for vm in self.vms:
             vm.close()
         known = {*self.process.by_channel.values(), *self.process.children(), *self.process.over.values()}
