@@ -21,7 +21,7 @@ from vmd.config.model import (
     SwitchConfig,
     VmConfig,
 )
-from vmd.errors import OperatorError, PeerError
+from vmd.errors import HostError, OperatorError, PeerError
 from vmd.ipc.devmsg import COUNTER_NAMES, COUNTERS_LEAST
 from vmd.ipc.imsg import MAX_MESSAGE, Envelope, encode
 from vmd.ipc.messages.clients import Caller, NicInfo, NicsRequest, TroubleInfo
@@ -30,12 +30,14 @@ from vmd.ipc.messages.priv import (
     AskDrops,
     ConfigureNetwork,
     DropsReported,
+    ForwardsSet,
     FramesDropped,
     MakeNics,
     NetworkTrouble,
     NicMade,
     NicsFailed,
     NicsMade,
+    NicsRemoved,
     RemoveNics,
     SetForwards,
 )
@@ -1109,6 +1111,128 @@ def test_an_answer_without_its_tap(parent: FakeParent) -> None:
 
     with pytest.raises(PeerError):
         parent.network.on_made(message, Envelope(message, 0, 0, {}))
+
+
+def is_open(fd: int) -> bool:
+    """Return whether a descriptor is open."""
+    return os.path.exists(f"/proc/self/fd/{fd}")
+
+
+def fail(what: str, number: int) -> None:
+    """Be something that the kernel does not do."""
+    raise HostError(what, number)
+
+
+class Full(Peer):
+    """A vmm that the message for a VM is too long for."""
+
+    def send(self, message: Record, *, peerid: int = 0, fds: dict[str, list[int]] | None = None) -> None:
+        """Close what goes along, as a channel does."""
+        super().send(message, peerid=peerid, fds=fds)
+        if isinstance(message, StartVm):
+            raise ValueError("too long")
+
+
+@pytest.mark.parametrize("fault", [errno.E2BIG, errno.EMFILE])
+def test_taps_go_back_when_vmm_cannot_be_given_the_vm(
+    parent: FakeParent, monkeypatch: pytest.MonkeyPatch, fault: int
+) -> None:
+    """A configuration that fits no message, or no room for copies; nothing of the start is left open."""
+    vm, failures = launch(parent, VmConfig(name="a", nics=(NicConfig(),)))
+    ((_, waiting),) = parent.network.launches.items()
+    (boot,) = waiting.fds["boot"]
+    if fault == errno.E2BIG:
+        parent.core.peers.channels[Proc.VMM] = cast("Any", Full())
+    else:
+        monkeypatch.setattr("vmd.parent.network.copy_all", lambda _fds, what: fail(what, fault))
+    asked = parent.peers[Proc.PRIV].sent[-1]
+    assert isinstance(asked, MakeNics)
+    tap = os.open("/dev/null", os.O_RDONLY)
+    nics = (NicMade(name="tap0", lladdr=MAC, link_local=b"", mtu=1500),)
+    message = NicsMade(vmid=vm.vmid, ticket=asked.ticket, nics=nics)
+    parent.network.on_made(message, Envelope(message, 0, 0, {"taps": [tap]}))
+
+    assert [code for code, _ in failures] == [fault]
+    assert not is_open(tap)
+    assert not is_open(boot)
+    assert parent.peers[Proc.PRIV].sent[-1] == RemoveNics(vmid=vm.vmid)
+    assert [*parent.network.taps, *parent.network.launches] == []
+    assert [*parent.network.left] == [vm.vmid]
+    removed = NicsRemoved(vmid=vm.vmid)
+    parent.network.on_removed(removed, Envelope(removed, 0, 0, {}))
+    assert [*parent.network.left] == []
+
+
+def test_interfaces_that_are_not_removed_yet_are_told_to_the_next_priv(parent: FakeParent) -> None:
+    """The one before may have ended over that; they would stay for ever."""
+    vm, _ = launch(parent, VmConfig(name="a", nics=(NicConfig(),)))
+    made(parent)
+    parent.network.on_priv_lost(for_good=False)
+    parent.network.release(vm.vmid)
+    asked = len(parent.peers[Proc.PRIV].sent)
+    parent.network.begin()
+
+    told = parent.peers[Proc.PRIV].sent[asked:]
+    (known,) = [message for message in told if isinstance(message, AdoptNics)]
+    assert known.vmid == vm.vmid
+    assert told[-1] == RemoveNics(vmid=vm.vmid)
+    assert parent.network.priv.owed == 2  # ConfigureNetwork, and this
+
+
+def test_tun_that_goes_while_a_vm_waits_ends_the_wait(parent: FakeParent, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When priv comes there is nothing to give it; what the VM was to have is closed."""
+    parent.network.on_priv_lost(for_good=False)
+    vm, failures = launch(parent, VmConfig(name="a", nics=(NicConfig(),)))
+    ((_, waiting),) = parent.network.launches.items()
+    (boot,) = waiting.fds["boot"]
+    monkeypatch.setattr("vmd.parent.forpriv.TUN", "/nowhere/tun")
+    parent.network.begin()
+
+    assert [(code, "load the kernel module tun" in text) for code, text in failures] == [(errno.ENOENT, True)]
+    assert not is_open(boot)
+    assert not any(isinstance(message, MakeNics) for message in parent.peers[Proc.PRIV].sent)
+    assert parent.peers[Proc.PRIV].sent[-1] == RemoveNics(vmid=vm.vmid)
+
+
+def test_a_vm_without_interfaces_costs_priv_no_question(parent: FakeParent) -> None:
+    """Its devices are asked all the same, and the client does not wait for priv."""
+    vm = running(parent)
+    vm.running_config = vm.config.replace(nics=())
+    parent.network.release(vm.vmid)
+    serve(parent, vm, 1)
+    parent.status.on_reported(DevicesReported(vmid=vm.vmid), UNUSED)
+
+    assert not any(isinstance(message, AskDrops) for message in parent.peers[Proc.PRIV].sent)
+    assert questions(parent) == 1
+    assert not parent.status.counting
+    assert infos(parent, 1) == []
+
+
+def test_forwards_that_priv_could_not_change_are_logged(parent: FakeParent, capfd: pytest.CaptureFixture[str]) -> None:
+    """With the VM's name; it answers for VMs that have ended meanwhile, too."""
+    vm = running(parent)
+    parent.network.priv.owed = 3
+    for message in (
+        ForwardsSet(vmid=vm.vmid), ForwardsSet(vmid=99, text="no"), ForwardsSet(vmid=vm.vmid, text="nft: no room"),
+    ):  # fmt: skip
+        parent.network.on_forwards_set(message, UNUSED)
+
+    assert capfd.readouterr().err == f"vmd: vm {vm.name}: its forwards were not changed: nft: no room\n"
+    assert parent.network.priv.owed == 0
+
+
+def test_the_address_that_a_guest_is_given(parent: FakeParent) -> None:
+    """Of its `local` interfaces only, and as long as it has them."""
+    nics = (NicConfig(switch="lan"), NicConfig(local=True))
+    vm, _ = launch(parent, VmConfig(name="a", nics=nics))
+    made(parent)
+    (guest4,) = [link.guest4 for link in started(parent).nics if link.local]
+
+    assert parent.network.guest_address(vm.vmid, "interface1") == str(ipaddress.ip_address(guest4))
+    others = ("interface0", "interface2", "disk1")
+    assert {parent.network.guest_address(vm.vmid, device) for device in others} == {""}
+    parent.network.release(vm.vmid)
+    assert parent.network.guest_address(vm.vmid, "interface1") == ""
 
 
 def test_a_host_without_tun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
