@@ -106,9 +106,12 @@ class InProcess(Generic[P]):
     def turn(self, rounds: int = 8) -> None:
         """Turn the loop so often, where no Ping is answered: what was sent before is served in the first round."""
         for _ in range(rounds):
-            # The second timer is due in the next round, so that whatever is ready in this one is served.
-            self.loop.call_later(0, lambda: self.loop.call_later(0, self.loop.stop))
+            self.loop.call_later(0, self._stop_soon)
             self.loop.run()
+
+    def _stop_soon(self) -> None:
+        """Stop when the next round begins: whatever is ready in this one is served."""
+        self.loop.call_later(0, self.loop.stop)
 
     def settle(self) -> None:
         """Turn the loop until all that was sent so far is served, and what follows from that has come."""

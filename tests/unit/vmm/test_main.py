@@ -44,7 +44,7 @@ from vmd.record import Record
 from vmd.version import VERSION
 from vmd.vmm import children
 from vmd.vmm import main as module
-from vmd.vmm.children import KEPT, MOST_HAVE
+from vmd.vmm.children import KEPT, USUAL_DEVICES
 from vmd.vmm.main import (
     EXIT_GRACE_S,
     FORCE_GRACE_S,
@@ -88,7 +88,7 @@ def test_a_vm_goes_to_the_process_in_reserve(rig: VmmRig) -> None:
     """It was started before anybody has asked for a VM, with the ids of its slot, and for such devices as most have."""
     rig.begin(1)
     (reserve,) = rig.vms
-    assert (reserve.arguments, reserve.uid) == (["vm", log.form, "0", *MOST_HAVE], 1001)
+    assert (reserve.arguments, reserve.uid) == (["vm", log.form, "0", *USUAL_DEVICES], 1001)
     assert rig.told() == []
 
     assert rig.start(7, A) is reserve
@@ -111,7 +111,7 @@ def test_the_next_one_is_started_when_the_guest_runs(rig: VmmRig) -> None:
     rig.settle()
     assert len(rig.vms) == 1
     rig.pass_time(RESERVE_DELAY_S)
-    assert [vm.arguments[3:] for vm in rig.vms] == [MOST_HAVE, ["vionet.kernel", "vioblk.main"]]
+    assert [vm.arguments[3:] for vm in rig.vms] == [USUAL_DEVICES, ["vionet.kernel", "vioblk.main"]]
 
     rig.start(8, B)
     rig.pass_time(RESERVE_LATEST_S)
