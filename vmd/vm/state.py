@@ -205,12 +205,12 @@ def check_sent_header(header_raw: bytes, machine: "Machine") -> Header:
     """
     if len(header_raw) > stream.HEADER_MAX:
         raise ValueError(f"the header has {len(header_raw)} bytes, at most {stream.HEADER_MAX} are accepted")
-    theirs = read_header(stream.VERSION, header_raw)
-    check_header(theirs)
-    rules.check_vm(theirs.config)
-    encode(ReceivedHeader(vmid=0, config=theirs.config, one_shot=theirs.one_shot), form=Form.NAMED)
-    check_processor(theirs, machine.cpuid)
-    return theirs
+    sent = read_header(stream.VERSION, header_raw)
+    check_header(sent)
+    rules.check_vm(sent.config)
+    encode(ReceivedHeader(vmid=0, config=sent.config, one_shot=sent.one_shot), form=Form.NAMED)
+    check_processor(sent, machine.cpuid)
+    return sent
 
 
 def check_sent(header_raw: bytes, state_raw: bytes, machine: "Machine") -> None:
@@ -219,33 +219,33 @@ def check_sent(header_raw: bytes, state_raw: bytes, machine: "Machine") -> None:
     The sender checks its own stream before it writes it.  A receiver that found the mistake might have the only copy of
     the machine, and could not use it.
     """
-    theirs = check_sent_header(header_raw, machine)
-    if len(state_raw) > bytes_max(theirs):
-        raise ValueError(f"the state has {len(state_raw)} bytes, at most {bytes_max(theirs)} are accepted")
-    sent = read_machine(stream.VERSION, state_raw)
-    check(machine, sent, theirs.devices)
+    sent_header = check_sent_header(header_raw, machine)
+    if len(state_raw) > bytes_max(sent_header):
+        raise ValueError(f"the state has {len(state_raw)} bytes, at most {bytes_max(sent_header)} are accepted")
+    sent_state = read_machine(stream.VERSION, state_raw)
+    check(machine, sent_state, sent_header.devices)
     like = machine.chips()
-    for saved, chip in zip(sent.chips, machine.spare_chips().values(), strict=True):
+    for saved, chip in zip(sent_state.chips, machine.spare_chips().values(), strict=True):
         _restore_chip(saved, like[saved.name].state(), chip.restore)
 
 
-def check_header(theirs: Header) -> None:
+def check_header(sent: Header) -> None:
     """Raise ValueError if no host could have a machine with this header."""
-    config, firmware = theirs.config, theirs.firmware_bytes
+    config, firmware = sent.config, sent.firmware_bytes
     if rules.memory_bytes(config.memory_bytes) % PAGE:
         raise ValueError(f"it has {config.memory_bytes} bytes of memory")
     rules.vcpus(config.vcpus)
     if not 0 <= firmware <= FIRMWARE_MAX or firmware % PAGE:
         raise ValueError(f"it has firmware of {firmware} bytes")
-    check_devices(theirs)
+    check_devices(sent)
 
 
-def check_devices(theirs: Header) -> None:
+def check_devices(sent: Header) -> None:
     """Raise ValueError unless the devices are the ones that the configuration asks for."""
-    found, wanted = [device.kind for device in theirs.devices], [kind.name for kind in kinds(theirs.config)]
+    found, wanted = [device.kind for device in sent.devices], [kind.name for kind in kinds(sent.config)]
     if found != wanted:
         raise ValueError(f"its {len(found)} devices are not the {len(wanted)} of its configuration")
-    for device in theirs.devices:
+    for device in sent.devices:
         if not LAYOUT_FIRST <= device.layout <= LAYOUT:
             raise ValueError(
                 f"the device in PCI slot {device.slot} has layout {device.layout},"
@@ -262,17 +262,17 @@ def as_sent(slots: "Sequence[Slot]", devices: tuple[DeviceHead, ...]) -> "list[S
     ]
 
 
-def check_processor(theirs: Header, machine_cpuid: "list[abi.kvm_cpuid_entry2]") -> None:
+def check_processor(sent: Header, machine_cpuid: "list[abi.kvm_cpuid_entry2]") -> None:
     """Raise ValueError unless a guest that ran on the sender's processor can go on with ours."""
-    here = {(leaf.function, leaf.index): leaf for leaf in machine_cpuid}
-    there = {(leaf.function, leaf.index): leaf for leaf in theirs.cpuid}
-    ours, other = here.get((0, 0)), there.get((0, 0))
-    if ours is None or other is None or (ours.ebx, ours.ecx, ours.edx) != (other.ebx, other.ecx, other.edx):
+    host_leaves = {(leaf.function, leaf.index): leaf for leaf in machine_cpuid}
+    sent_leaves = {(leaf.function, leaf.index): leaf for leaf in sent.cpuid}
+    host, sender = host_leaves.get((0, 0)), sent_leaves.get((0, 0))
+    if host is None or sender is None or (host.ebx, host.ecx, host.edx) != (sender.ebx, sender.ecx, sender.edx):
         raise ValueError("it comes from a host with a processor of another vendor")
     for function, index, register in FEATURES:
-        had = getattr(there.get((function, index)), register, 0)
-        have = getattr(here.get((function, index)), register, 0)
-        missing = had & ~have & ~(OSXSAVE if (function, register) == (1, "ecx") else 0)
+        sent_bits = getattr(sent_leaves.get((function, index)), register, 0)
+        host_bits = getattr(host_leaves.get((function, index)), register, 0)
+        missing = sent_bits & ~host_bits & ~(OSXSAVE if (function, register) == (1, "ecx") else 0)
         if missing:
             raise ValueError(
                 "it needs processor features that this host lacks:"
@@ -280,17 +280,17 @@ def check_processor(theirs: Header, machine_cpuid: "list[abi.kvm_cpuid_entry2]")
             )
 
 
-def check_tsc(theirs_khz: int, ours_khz: int) -> None:
+def check_tsc(sent_khz: int, host_khz: int) -> None:
     """Raise ValueError if the two time stamp counters differ so much that the guest's clock would be wrong here."""
-    if abs(theirs_khz - ours_khz) * 1_000_000 > TSC_TOLERANCE_PPM * ours_khz:
-        raise ValueError(f"its time stamp counter runs at {theirs_khz} kHz, this host's at {ours_khz} kHz")
+    if abs(sent_khz - host_khz) * 1_000_000 > TSC_TOLERANCE_PPM * host_khz:
+        raise ValueError(f"its time stamp counter runs at {sent_khz} kHz, this host's at {host_khz} kHz")
 
 
-def cpuid_of(theirs: Header) -> "list[abi.kvm_cpuid_entry2]":
+def cpuid_of(sent: Header) -> "list[abi.kvm_cpuid_entry2]":
     """Return the sender's CPUID table, from which vCPUs are built."""
     return [
         abi.kvm_cpuid_entry2(*(getattr(leaf, field) & 0xFFFFFFFF for field in CpuidLeaf.fields))
-        for leaf in theirs.cpuid
+        for leaf in sent.cpuid
     ]
 
 

@@ -17,7 +17,7 @@ FAST_A20 = 0x02
 
 
 class ResetPort:
-    """CF9h: writing the reset bit calls `reset`, on the vCPU thread that wrote it.
+    """CF9h: setting the reset bit calls `reset`, on the vCPU thread that wrote it.
 
     The FADT's RESET_REG names this port, so ACPI guests use it to reset.
     """
@@ -49,7 +49,7 @@ class ResetPort:
 
 
 class SystemControlA:
-    """92h: writing bit 0 resets.  Bit 1 gates A20; here A20 is always on, and the bit is only remembered."""
+    """92h: writing 1 to bit 0 resets.  Bit 1 gates A20; here A20 is always on, and the bit is only remembered."""
 
     pio_width = 1
 
