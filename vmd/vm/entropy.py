@@ -104,7 +104,7 @@ class Entropy:
                 except GuestError as error:
                     self._complaints.warn(f"{self.name}: {error}")
                     return False
-        self._look()
+        self._kick()
         return True
 
     def command(self, kind: int) -> bool:
@@ -118,7 +118,7 @@ class Entropy:
                 self._paused = True
             elif kind == devmsg.RESUME:
                 self._paused = False
-                self._look()
+                self._kick()
         return True
 
     def write_config(self, _offset: int, _data: bytes) -> bytes:
@@ -150,7 +150,7 @@ class Entropy:
         if self._queue is not None and self._memory.marking:
             self._queue.mark_used()
 
-    def _look(self) -> None:
+    def _kick(self) -> None:
         """Serve the ring as if it was notified: a notification may have come before we listened."""
         os.eventfd_write(self.kicks[0], 1)
 
@@ -179,7 +179,7 @@ class Entropy:
             self._on_needs_reset(text, life)
             self._on_event("fault", text)
         if more:
-            self._look()
+            self._kick()
 
     def _turn(self, queue: Queue) -> bool:
         """Serve some requests, within the allowance.  Return whether there are more to serve.  Raises GuestError."""
@@ -226,4 +226,4 @@ class Entropy:
 
     def _go_on(self) -> None:
         self._loop.modify(self.kicks[0], READ)
-        self._look()
+        self._kick()

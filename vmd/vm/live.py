@@ -63,7 +63,7 @@ class LiveSender(Sender):
         self._log.begin()
         rest = self._write_while_it_runs(writer)
         began_s = time.monotonic()
-        self._have_it_stand_still()
+        self._pause_machine()
         self._begin_to_settle()
         self._write_pages(writer, either(rest, self._log.take()))
         writer.state(self._state)
@@ -120,7 +120,7 @@ class LiveSender(Sender):
             self._written_bytes += at
         self._written_in_s += time.monotonic() - began_s
 
-    def _have_it_stand_still(self) -> None:
+    def _pause_machine(self) -> None:
         """Pause the machine, and wait until its state is read.  Raises VmdError."""
         still = threads.Event()
         failures: list[VmdError] = [VmdError("internal error while its state was read")]

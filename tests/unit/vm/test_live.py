@@ -277,7 +277,7 @@ def test_cancelled_at_any_step(pause: Pause, monkeypatch: pytest.MonkeyPatch) ->
     """In the first round, in a later one, while a disk takes its time, and when the machine stands still."""
     cancel = LiveSender.cancel
     at_work: list[LiveSender] = []
-    write_pages, have_it = LiveSender._write_pages, LiveSender._have_it_stand_still
+    write_pages, pause_machine = LiveSender._write_pages, LiveSender._pause_machine
     for step in range(4):
         pause.clocks = None
         pause.machine.store(3, b"x")
@@ -290,13 +290,13 @@ def test_cancelled_at_any_step(pause: Pause, monkeypatch: pytest.MonkeyPatch) ->
             pause.machine.store(4, b"y")
             write_pages(sender, writer, pages)
 
-        def stand(sender: LiveSender, step: int = step) -> None:
-            have_it(sender)
+        def pause_and_cancel(sender: LiveSender, step: int = step) -> None:
+            pause_machine(sender)
             if step == 3:
                 cancel(sender)
 
         monkeypatch.setattr(LiveSender, "_write_pages", write)
-        monkeypatch.setattr(LiveSender, "_have_it_stand_still", stand)
+        monkeypatch.setattr(LiveSender, "_pause_machine", pause_and_cancel)
         if step == 2:
             pause.loop.call_later(0.1, lambda: at_work[-1].cancel())
         assert Sending(pause, goal(still_ms=0 if step == 1 else 1_000_000)).told == ["sending was interrupted"], step
