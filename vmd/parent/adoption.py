@@ -188,14 +188,14 @@ class Adoption:
     def end_unseen(self, vm: Vm) -> None:
         """A VM of the earlier parent has no process: it has ended for an unknown reason, or had none yet."""
         if vm.state is State.STARTING and vm.from_config and not vm.once_because:
-            self.life.is_gone(vm, INTERRUPTED)
+            self.life.vm_ended(vm, INTERRUPTED)
             if self.core.vms.find(vm.vmid, "") is vm and not vm.alive:
                 vm.enqueue()
                 self.life.start_batch_in_time()
         elif vm.state in (State.STARTING, State.RECEIVING):
-            self.life.is_gone(vm, INTERRUPTED)
+            self.life.vm_ended(vm, INTERRUPTED)
         else:
-            self.life.is_gone(vm, UNSEEN)
+            self.life.vm_ended(vm, UNSEEN)
 
     def is_stale(self, message: "Record", channel: "Channel") -> bool:
         """Return whether a message of a vmm was for the earlier parent.  VmHeld tells this parent the same."""
@@ -277,7 +277,7 @@ class Adoption:
         if message.outcome is not None:
             self.restore_state(vm, State.STOPPING if message.stopping else State.RUNNING)
             ended = VmExited(vmid=vm.vmid, pid=0, outcome=Outcome(message.outcome), text=message.text)
-            self.later.append(lambda: self.life.go_on_after(ended))
+            self.later.append(lambda: self.life.process_ended(ended))
         elif message.stopping:
             self.restore_state(vm, State.STOPPING)
         elif message.arriving:

@@ -29,8 +29,8 @@ class AskPriv:
     def __init__(self, core: "Core") -> None:
         self.core = core
         self.up = False  # priv was told about all interfaces, and takes requests
-        self.owed = 0  # answers that are outstanding
-        self.heard = 0  # answers so far
+        self.outstanding = 0  # answers still to come
+        self.answers = 0  # answers so far
         self.timer: Timer | None = None
         self.on_silent: Callable[[], None] = lambda: None  # called when an answer is overdue
 
@@ -40,26 +40,26 @@ class AskPriv:
 
     def ask(self, message: "Record", fds: "Mapping[str, Sequence[int]]" = NO_FDS) -> None:
         """Send a message that has an answer, which is expected within ANSWER_S of the answer before."""
-        self.owed += 1
+        self.outstanding += 1
         if self.timer is None:
             self._watch()
         self.core.peers.send(Proc.PRIV, message, fds=fds)
 
     def answered(self) -> None:
         """An answer has arrived."""
-        self.heard += 1
-        self.owed = max(0, self.owed - 1)
+        self.answers += 1
+        self.outstanding = max(0, self.outstanding - 1)
         self._watch()
 
     def lost(self) -> None:
         """priv has ended: no answer is outstanding."""
-        self.up, self.owed = False, 0
+        self.up, self.outstanding = False, 0
         self._watch()
 
     def _watch(self) -> None:
         if self.timer is not None:
             self.timer.cancel()
-        self.timer = self.core.loop.call_later(ANSWER_S, self._silent) if self.owed else None
+        self.timer = self.core.loop.call_later(ANSWER_S, self._silent) if self.outstanding else None
 
     def _silent(self) -> None:
         self.timer = None

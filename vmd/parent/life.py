@@ -228,11 +228,11 @@ class Life:
         text = brief(str(error))
         if again:
             log.error(f"vm {vm.name}: cannot reboot: {text}")
-            self.is_gone(vm, f"cannot reboot: {text}")
+            self.vm_ended(vm, f"cannot reboot: {text}")
             return
         vm.code = number(error)
         log.error(f"vm {vm.name}: {text.removeprefix(f'vm {vm.name}: ')}")
-        self.is_gone(vm, text.removeprefix(f"vm {vm.name}: "), failed=Failed(code=vm.code, text=text))
+        self.vm_ended(vm, text.removeprefix(f"vm {vm.name}: "), failed=Failed(code=vm.code, text=text))
 
     def require_room(self, vm: Vm, config: "VmConfig", *, again: bool = False) -> None:
         """Raise OperatorError if the VM would exceed the limits of this host.
@@ -256,7 +256,7 @@ class Life:
         """A VM could not get its interfaces: it ends in the same way as if vmm had reported its end."""
         vm.code = code
         log.error(f"vm {vm.name}: {text}")
-        self.is_gone(vm, brief(text))
+        self.vm_ended(vm, brief(text))
 
     def start_batch(self) -> None:
         """Start as many waiting VMs as one round allows, and set a timer for the rest (*cat. 2.9*)."""
@@ -357,7 +357,7 @@ class Life:
         waited = self.openings.give_up(vm) or self.network.give_up(vm)
         if waited and vm.receiving is None:
             self.network.release(vm.vmid)  # the interfaces from before a reset of the guest
-            self.is_gone(vm, "stopped before its guest began", endings.KILLED)
+            self.vm_ended(vm, "stopped before its guest began", endings.KILLED)
         else:
             self.core.peers.send(Proc.VMM, StopVm(vmid=vm.vmid, mode=mode))
 
@@ -381,7 +381,7 @@ class Life:
         for vm in alive:
             vm.begin_stop(force=True)
             self.stop_process(vm, mode)
-        self.end_if_over()
+        self.end_after_last_vm()
 
     # --- ending ------------------------------------------------------------------------------------------
 
@@ -395,9 +395,9 @@ class Life:
 
     def on_exited(self, message: VmExited, _envelope: "Envelope") -> None:
         """The VM process has ended: start the VM again after a guest reset, or else release what it held."""
-        self.go_on_after(message)
+        self.process_ended(message)
 
-    def go_on_after(self, message: VmExited) -> None:
+    def process_ended(self, message: VmExited) -> None:
         """A VM process has ended, now or while an earlier parent ran.  Raises PeerError."""
         vm = self.vms.living(message.vmid)
         lack, vm.memory_lack = vm.memory_lack, ""
@@ -430,7 +430,7 @@ class Life:
         self.openings.give_up(vm)  # a VM that is received may still wait for its files or interfaces
         self.network.give_up(vm)
         self.network.release(vm.vmid)
-        self.is_gone(vm, text, how)
+        self.vm_ended(vm, text, how)
 
     def _reboot(self, vm: Vm) -> str:
         """Start a VM whose guest has reset itself; return why it cannot be started, or ""."""
@@ -448,7 +448,7 @@ class Life:
         self._answer_overtaken(vm, errno.EAGAIN, "was reset by its guest meanwhile")
         return ""
 
-    def is_gone(self, vm: Vm, text: str, how: str = endings.FAILED, *, failed: Failed | None = None) -> None:
+    def vm_ended(self, vm: Vm, text: str, how: str = endings.FAILED, *, failed: Failed | None = None) -> None:
         """A VM has ended: release what it held, and answer the clients that wait.
 
         `failed` is the answer to those that wait for its start; without it they get `text`.
@@ -470,7 +470,7 @@ class Life:
         self._answer_overtaken(vm, vm.code, text or "has ended meanwhile")
         text = f"vm {vm.name}: {text or 'ended while it was starting'}"
         self.clients.answer_all(For.START, vm.vmid, failed or Failed(code=vm.code, text=text))
-        self.end_if_over()
+        self.end_after_last_vm()
 
     def give_up(self, vmid: int, message: "Record") -> None:
         """The handler of a message about a VM has failed: answer the clients that wait.
@@ -483,7 +483,7 @@ class Life:
         unstarted = isinstance(message, NicsMade | NicsFailed) and vm.receiving is None
         if isinstance(message, VmExited) or unstarted:  # its process has ended, or was never started
             self.network.release(vmid)
-            self.is_gone(vm, OUR_FAULT)
+            self.vm_ended(vm, OUR_FAULT)
         elif isinstance(message, SAID_ONCE):
             self.kill(vm)
         else:
@@ -515,7 +515,7 @@ class Life:
             if self.batch_timer is None:
                 self.start_batch()
 
-    def end_if_over(self) -> None:
+    def end_after_last_vm(self) -> None:
         """End the daemon after the last VM.  The viewers of consoles have LAST_OUTPUT_S to read the last output."""
         if self.core.ending and not any(vm.alive for vm in self.vms):
             self.consoles.when_left(self.core.loop.stop, LAST_OUTPUT_S)

@@ -80,7 +80,7 @@ class Launch:
         self.on_failed = on_failed
         self.tries = 0  # how often priv was asked: the request may be what ends priv
         self.deadline: Timer | None = None
-        self.heard = 0  # answers of priv when the deadline was set
+        self.answers_before = 0  # answers of priv when the deadline was set
         # The request to priv, and what it was made from: the configuration may change before priv answers.
         self.requests: tuple[NicRequest, ...] = ()
         self.plan: Plan | None = None
@@ -245,12 +245,12 @@ class Network:
         Any answer counts, because hundreds of VMs may start at the same time, and priv serves one after the other.
         """
         launch = self.launches[ticket]
-        launch.heard = self.priv.heard
-        launch.deadline = self.core.loop.call_later(LAUNCH_S, lambda: self._look_after(ticket))
+        launch.answers_before = self.priv.answers
+        launch.deadline = self.core.loop.call_later(LAUNCH_S, lambda: self._check_deadline(ticket))
 
-    def _look_after(self, ticket: int) -> None:
+    def _check_deadline(self, ticket: int) -> None:
         launch = self.launches.get(ticket)
-        if launch is not None and launch.heard != self.priv.heard:
+        if launch is not None and launch.answers_before != self.priv.answers:
             self._watch(ticket)
         else:
             self._fail(ticket, errno.ETIMEDOUT, SILENT)

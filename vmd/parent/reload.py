@@ -46,7 +46,8 @@ def replace_all(
     `at_once` makes the changes of a running VM that take effect at once, and returns notes about them.
     """
     notes: list[str] = []
-    wanted = {config.name: table.named(config) for config in reversed(vms)}  # of two VMs with one name the first counts
+    # Reversed, so that of two VMs with one name the first counts.
+    wanted = {config.name: table.with_all_lladdrs(config) for config in reversed(vms)}
     for vm in list(table):
         config = wanted.get(vm.name)
         if vm.resetting:

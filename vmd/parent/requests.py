@@ -63,24 +63,24 @@ def described(message: StartRequest, *, given_boot: bool, given_initrd: bool, gi
         rights=Rights(),
         fault="",
         console_log=None,
-        nics=tuple(map(without_leave, wanted.nics)),
+        nics=tuple(map(without_host_settings, wanted.nics)),
         seed=wanted.seed and wanted.seed.public(),
     )
 
 
-def without_leave(nic: NicConfig) -> NicConfig:
+def without_host_settings(nic: NicConfig) -> NicConfig:
     """Return an interface without the settings that only vm.conf may give, such as forwards and vhost."""
     return nic.replace(address=None, forwards=(), dns=(), host_name="", vhost=False)
 
 
-def with_leave(vm: "Vm", config: VmConfig) -> VmConfig:
+def with_permitted_vhost(vm: "Vm", config: VmConfig) -> VmConfig:
     """Return the configuration of a received VM.  Its interfaces keep vhost only if the VM is root's or of vm.conf."""
     if vm.from_config or vm.uid == ROOT:
         return config
     return config.replace(nics=tuple(nic.replace(vhost=False) for nic in config.nics))
 
 
-def require_leave(vm: "Vm", config: VmConfig) -> None:
+def require_permitted_settings(vm: "Vm", config: VmConfig) -> None:
     """Raise OperatorError if a stream has fixed addresses or forwards, which only vm.conf may give.
 
     They are allowed for root, and if vm.conf gives the same to the VM of that name.

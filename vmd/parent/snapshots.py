@@ -86,14 +86,14 @@ class Job:
         self.deadline: Timer | None = None
         self.failure: VmdError | None = None
         self.answered = False  # the imgwriter has sent its result, and ends
-        self.ended = False  # the imgwriter has ended
+        self.writer_ended = False  # the imgwriter has ended
         self.ready = False  # the imgwriter has prepared all disks
         self.runs = vm.alive  # the VM runs, and lends its disks
         self.lend: tuple[LendDisks, dict[str, list[int]]] | None = None  # for the VM, until it is sent
         self.lent = not self.runs  # the VM has given everything
-        self.gone = False  # the VM has ended meanwhile
+        self.vm_ended = False  # the VM has ended meanwhile
         self.state = -1  # a courier by which a new VM process gets the machine of the snapshot
-        self.told = False  # the imgwriter was told to make the change
+        self.committed = False  # the imgwriter was told to make the change
         self.revived = False  # the VM's process is ended, and a new one gets the machine of the snapshot
 
 
@@ -245,7 +245,7 @@ class Snapshots:
             case SnapshotsChanged():
                 job = self._of(channel)
                 job.answered = True  # the client is answered when it has ended
-                if job.told and job.runs and job.action is SnapshotAction.GO_BACK:
+                if job.committed and job.runs and job.action is SnapshotAction.GO_BACK:
                     self._revive(job)
             case SnapshotsFailed():
                 job = self._of(channel)
@@ -282,8 +282,8 @@ class Snapshots:
         if job.channel in self.jobs and job.ready and job.lent:
             assert job.channel is not None
             first_last = job.action is SnapshotAction.CREATE
-            job.told = job.failure is None
-            if job.told and job.action is SnapshotAction.GO_BACK:
+            job.committed = job.failure is None
+            if job.committed and job.action is SnapshotAction.GO_BACK:
                 job.vm.going_back = True
                 self.core.write()  # first, so that a next parent does not continue the guest on changed disks
             job.channel.send(FinishSnapshots(commit=job.failure is None, first_last=first_last))
@@ -301,7 +301,7 @@ class Snapshots:
         job.lent = True
         if message.text and job.failure is None:
             job.failure = OperatorError(errno.EIO, message.text)
-        if job.ended:
+        if job.writer_ended:
             self._give_back(job)
         else:
             self._finish(job)
@@ -312,7 +312,7 @@ class Snapshots:
         if vm.state is State.SAVING and not any(job.vm is vm for job in self.at_work):
             vm.stay()  # an earlier parent has begun this
             log.warn(f"vm {vm.name}: continues without the new snapshot: {message.text or 'interrupted'}")
-        for job in [job for job in self.at_work if job.vm is vm and job.ended]:
+        for job in [job for job in self.at_work if job.vm is vm and job.writer_ended]:
             if message.text and job.failure is None:
                 job.failure = OperatorError(errno.EIO, message.text)
             self._answer(job)
@@ -320,13 +320,13 @@ class Snapshots:
     def on_gone(self, vm: "Vm") -> None:
         """A VM process has ended.  Its job fails, unless the imgwriter was already told to make the change."""
         for job in [job for job in self.at_work if job.vm is vm and job.runs]:
-            job.gone = True
+            job.vm_ended = True
             if job.revived:
                 job.failure = job.failure or OperatorError(
                     vm.code, f"its disks are the snapshot's, but it did not continue: {vm.text or 'it has ended'}"
                 )
                 self._answer(job)
-            elif job.ended:
+            elif job.writer_ended:
                 self._answer(job)
             elif not (job.ready and job.lent):
                 self._lose(job, OperatorError(errno.ECANCELED, "has ended meanwhile"))
@@ -341,7 +341,7 @@ class Snapshots:
         """The disks are in the state of the snapshot: replace the VM's process, whose machine does not fit them."""
         vm, stream = job.vm, job.state
         job.revived, job.state = True, -1
-        if job.gone:
+        if job.vm_ended:
             close(stream)
             return
         paused = vm.sending is not None and vm.sending.state is State.PAUSED
@@ -353,7 +353,7 @@ class Snapshots:
             except VmdError as error:
                 job.failure = error
                 self.life.network.release(vm.vmid)
-                self.life.is_gone(vm, brief(sentence(error)))
+                self.life.vm_ended(vm, brief(sentence(error)))
 
         vm.revive = revive
         self.life.kill(vm)
@@ -417,22 +417,22 @@ class Snapshots:
         if job.child.pidfd >= 0:
             self.loop.call_later(END_LOOK_S, lambda: self._await_end(job))
         else:
-            job.ended = True
+            job.writer_ended = True
             if job.lend is not None:
                 self._answer(job)  # the VM was not asked to lend its disks
                 return
             if job.revived:
                 return  # the client is answered when the VM runs again, or has failed to
-            if job.runs and job.lent and not job.gone:
+            if job.runs and job.lent and not job.vm_ended:
                 self._give_back(job)
-            elif not job.runs or job.gone:
+            elif not job.runs or job.vm_ended:
                 self._answer(job)
 
     def _give_back(self, job: Job) -> None:
         """Let a VM take its disks back, or kill it if its disks may have changed."""
         if job.action is SnapshotAction.LIST:
             self._answer(job)
-        elif job.told and job.action is SnapshotAction.GO_BACK:
+        elif job.committed and job.action is SnapshotAction.GO_BACK:
             self.life.kill(job.vm)  # some of its disks may be changed already, unlike what its guest knows
         else:
             self.core.peers.send(Proc.VMM, TakeDisksBack(vmid=job.vm.vmid))
@@ -448,7 +448,7 @@ class Snapshots:
         if job.lend is not None:
             close_all(fd for fds in job.lend[1].values() for fd in fds)
         vm.end_disk_work()
-        if job.runs and not job.gone:
+        if job.runs and not job.vm_ended:
             vm.stay()
         if job.failure is None:
             if job.action in DONE:

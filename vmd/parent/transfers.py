@@ -39,7 +39,7 @@ from vmd.parent.clients import For
 from vmd.parent.limits import require_files
 from vmd.parent.migrations import Migrations
 from vmd.parent.report import brief_notes
-from vmd.parent.requests import check_paths, checked_request, require_leave, with_leave
+from vmd.parent.requests import check_paths, checked_request, require_permitted_settings, with_permitted_vhost
 from vmd.parent.vmtable import Receiving, State, Vm
 
 TYPE_CHECKING = False
@@ -269,8 +269,8 @@ class Transfers:
             check_paths(config)  # now, because the boot files are not opened before the guest resets itself
             config = checked_request(config, bootable=True)
             if receiving.config is None:
-                require_leave(vm, config)
-                config = with_leave(vm, config)
+                require_permitted_settings(vm, config)
+                config = with_permitted_vhost(vm, config)
             self.life.require_room(vm, config)
             self.network.require_switches(config)
             self.network.plans.check(vm, config)

@@ -176,7 +176,7 @@ class Vmms:
             vm = self.core.vms.find(vmid, "")
             if vm is not None and vm.alive:
                 self.network.release(vmid)
-                self.life.is_gone(vm, "ended with its vmm")
+                self.life.vm_ended(vm, "ended with its vmm")
         if newest and not self.core.ending:
             try:
                 self.start_one()

@@ -576,7 +576,7 @@ class VmTable:
         if from_config and not identity.configured:
             identity.configured = True
             self.identities.changed((config.name, config.owner.uid))
-        config = self.named(config)
+        config = self.with_all_lladdrs(config)
         vm = Vm(identity.vmid, config, from_config=from_config)
         self.take(vm)
         return vm
@@ -596,7 +596,7 @@ class VmTable:
         """A VM has changed, or has left the table."""
         self.on_change(vm.vmid)
 
-    def named(self, config: VmConfig) -> VmConfig:
+    def with_all_lladdrs(self, config: VmConfig) -> VmConfig:
         """Return a VM whose interfaces all have link-layer addresses.
 
         An automatic address is unique, and the same each time.

@@ -121,7 +121,7 @@ def test_they_stay_with_the_name_for_the_life_of_the_daemon() -> None:
     assert again.config.nics[1].lladdr == b"\2\0\0\0\0\1"
     assert len({nic.lladdr for vm in (again, other) for nic in vm.config.nics}) == 5
     assert all(len(nic.lladdr) == 6 for nic in somebody.config.nics)
-    assert table.named(config) == first.config
+    assert table.with_all_lladdrs(config) == first.config
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ class Room:
         self.left: dict[int, Any] = {}
         self.migrations = Migrations(core, cast("Any", self))
 
-    def is_gone(self, vm: Vm, text: str) -> None:
+    def vm_ended(self, vm: Vm, text: str) -> None:
         """End a VM."""
         vm.ended(text)
         self.calls.append(("gone", vm.name, text))
@@ -71,7 +71,7 @@ class Room:
         """End a VM by force."""
         self.calls.append(("killed", vm.name))
 
-    def go_on_after(self, message: VmExited) -> None:
+    def process_ended(self, message: VmExited) -> None:
         """Take notice of an end."""
         self.calls.append(("exited", message.vmid, message.outcome))
 

@@ -279,13 +279,13 @@ def test_what_a_guest_knows_stays_its_own() -> None:
     conf = VmConfig(name="db1", nics=(NicConfig(local=True), NicConfig(lladdr=given)))
     table = VmTable()
     vm = table.add(conf, from_config=True)
-    vm.next_config = table.named(conf.replace(memory_bytes=1 << 28))
+    vm.next_config = table.with_all_lladdrs(conf.replace(memory_bytes=1 << 28))
     table.adopt(vm, came(conf.nics), DEFAULT4)
 
     assert [nic.lladdr for nic in vm.config.nics] == [RECEIVED[0], given]
     assert vm.next_config.nics == vm.config.nics
     assert table.identities.of(vm.key).number == 77
-    assert table.named(conf) == vm.config
+    assert table.with_all_lladdrs(conf) == vm.config
 
 
 def test_a_vm_without_a_configuration_comes_back() -> None:

@@ -50,7 +50,7 @@ from vmd.parent.core import Core
 from vmd.parent.forpriv import open_tuns
 from vmd.parent.hostroutes import HostRoute
 from vmd.parent.network import Network, alias
-from vmd.parent.requests import checked_request, require_leave, with_leave
+from vmd.parent.requests import checked_request, require_permitted_settings, with_permitted_vhost
 from vmd.parent.status import TROUBLES_MAX, Status
 from vmd.parent.vmtable import Vm
 from vmd.record import Record
@@ -776,13 +776,13 @@ def test_what_only_vm_conf_gives_a_vm_from_elsewhere(
     vm.uid = uid
     if refused:
         with pytest.raises(OperatorError, match="interface 0: forward tcp port 8022 to port 22: only vm"):
-            require_leave(vm, there)
+            require_permitted_settings(vm, there)
         with pytest.raises(OperatorError, match="interface 0: a fixed address: only"):
-            require_leave(vm, web(address=Prefix(address=bytes((10, 0, 0, 2)), length=31)))
+            require_permitted_settings(vm, web(address=Prefix(address=bytes((10, 0, 0, 2)), length=31)))
     else:
-        require_leave(vm, there)
-    require_leave(vm, web())
-    kernel = with_leave(vm, web(vhost=True))
+        require_permitted_settings(vm, there)
+    require_permitted_settings(vm, web())
+    kernel = with_permitted_vhost(vm, web(vhost=True))
     assert [nic.vhost for nic in kernel.nics] == [not refused]
 
 
@@ -1176,7 +1176,7 @@ def test_interfaces_that_are_not_removed_yet_are_told_to_the_next_priv(parent: F
     (known,) = [message for message in told if isinstance(message, AdoptNics)]
     assert known.vmid == vm.vmid
     assert told[-1] == RemoveNics(vmid=vm.vmid)
-    assert parent.network.priv.owed == 2  # ConfigureNetwork, and this
+    assert parent.network.priv.outstanding == 2  # ConfigureNetwork, and this
 
 
 def test_tun_that_goes_while_a_vm_waits_ends_the_wait(parent: FakeParent, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1211,14 +1211,14 @@ def test_a_vm_without_interfaces_costs_priv_no_question(parent: FakeParent) -> N
 def test_forwards_that_priv_could_not_change_are_logged(parent: FakeParent, capfd: pytest.CaptureFixture[str]) -> None:
     """With the VM's name; it answers for VMs that have ended meanwhile, too."""
     vm = running(parent)
-    parent.network.priv.owed = 3
+    parent.network.priv.outstanding = 3
     for message in (
         ForwardsSet(vmid=vm.vmid), ForwardsSet(vmid=99, text="no"), ForwardsSet(vmid=vm.vmid, text="nft: no room"),
     ):  # fmt: skip
         parent.network.on_forwards_set(message, UNUSED)
 
     assert capfd.readouterr().err == f"vmd: vm {vm.name}: its forwards were not changed: nft: no room\n"
-    assert parent.network.priv.owed == 0
+    assert parent.network.priv.outstanding == 0
 
 
 def test_the_address_that_a_guest_is_given(parent: FakeParent) -> None:

@@ -42,4 +42,4 @@ def test_what_counts_at_once_is_for_the_vm_of_whom_the_file_names(
     assert vm.config.console_log == (LOG if is_its_own else None)
     assert ("at once" in notes) == is_its_own
     assert any("memory" in note and "next start" in note for note in notes)
-    assert vm.next_config == table.named(wanted)
+    assert vm.next_config == table.with_all_lladdrs(wanted)
