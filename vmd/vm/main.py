@@ -137,7 +137,7 @@ BUILDING_IOCTLS = (  # further requests while the VM is built; /dev/kvm itself i
 SWITCH_INTERVAL_S = 0.0005  # a busy event thread must not keep a vCPU waiting for the interpreter
 LAST_WORDS_TIMEOUT_S = 1.0
 SPARES_END_S = 0.1
-MEMORY_BESIDES_BYTES, STACK_BYTES = 1 << 30, 16 << 20  # address space besides guest memory; the latter for each vCPU
+MEMORY_BESIDES_BYTES, STACK_BYTES = 1 << 30, 16 << 20  # limits of address space: besides guest memory; for each vCPU
 RESOLVERS_TIMEOUT_S = 1.0  # a guest that waits for its DHCP server asks again after some seconds
 
 
@@ -269,7 +269,7 @@ class VmProcess(Process):
         self.end(Outcome.FAILED, sentence(error))
 
     def on_stop_vm(self, message: StopVm, envelope: Envelope, channel: Channel) -> None:
-        """Shut the guest down.  A transfer, a loan of the disks or a pause that is under way is ended first."""
+        """Shut the guest down.  A transfer or a loan of the disks is cancelled first; a pause is completed first."""
         if message.mode is StopMode.KILL:
             self.end(Outcome.ENDED, "stopped by force")
         if self.life.is_in(State.STOPPING, State.ENDED):
@@ -367,7 +367,7 @@ class VmProcess(Process):
         self.departure.begin()
 
     def on_sent(self, departure: Departure, text: str) -> None:
-        """Report that the stream is complete or has failed.  A machine that failed, or is kept, stays here."""
+        """Report that the stream is complete or has failed.  A machine that was not sent, or is kept, stays here."""
         if self.life.is_in(State.ENDED):
             return
         self.vmm.send(
@@ -631,7 +631,7 @@ class VmProcess(Process):
         self.end(Outcome.POWER_OFF, "")
 
     def end_from_thread(self, outcome: Outcome, text: str) -> None:
-        """End the VM, from a vCPU thread."""
+        """End the VM.  May be called from any thread."""
         self.loop.call_from_thread(lambda: self.end(outcome, text))
 
     def end(self, outcome: Outcome, text: str) -> None:

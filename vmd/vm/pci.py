@@ -66,7 +66,7 @@ STATUS_CAPABILITIES = 1 << 4
 STATUS_WRITE_1_TO_CLEAR = 0xF900  # parity and abort bits
 
 BAR_IO = 1 << 0
-IO_BAR_MIN = 4  # bytes; below that the low bits would not fit (PCI 3.0, 6.2.5.1)
+IO_BAR_MIN = 4  # bytes; a smaller BAR would have no room for its flag bits (PCI 3.0, 6.2.5.1)
 MEMORY_BAR_MIN = 16
 IO_BAR_MAX = 256
 
@@ -97,7 +97,7 @@ class Bar:
         self.pio = pio
         self.mmio = mmio
         self.mapped: int | None = None  # the base address at which it is on the bus
-        self.refused: int | None = None  # the base address that was refused last, which was logged
+        self.refused: int | None = None  # the base address that was refused last: it is logged only once
 
     @property
     def is_io(self) -> bool:

@@ -20,7 +20,7 @@ A machine of layout 1, which an earlier version has sent, has no BAR 4.
 
 A driver takes the first set of structures that it can use.  The i/o set comes first, because an access to it costs
 less: the kernel need not decode the instruction.  Some drivers that know only memory BARs go on to the second set, and
-others give up at the first one.  `virtio memory`, which has no i/o BAR at all, is for the others.
+others give up at the first set.  `virtio memory`, which has no i/o BAR at all, is for drivers that give up.
 
 Several drivers confuse the two sets.  SeaBIOS takes the first notification structure and the multiplier of the last
 one, so both multipliers are 0.  Redox refuses a multiplier of 0, so `virtio memory` has another one.
@@ -102,7 +102,7 @@ if TYPE_CHECKING:
 
         @property
         def resample(self) -> int | None:
-            """The eventfd by which KVM tells it of the end of an INTx interrupt; None: it is in this process."""
+            """The eventfd by which KVM reports the end of an INTx interrupt to it; None if it is in this process."""
 
         def activate(self, features: int, queues: Sequence[tuple[int, bool, int, int, int, int, int]]) -> bool:
             """Take the rings, and serve them."""
