@@ -9,7 +9,6 @@ A new disc becomes part of the VM's configuration until vm.conf is read again, s
 """
 
 import errno
-import os
 
 from vmd.config import rules
 from vmd.errors import OperatorError, VmdError, number, sentence
@@ -24,6 +23,7 @@ from vmd.parent.access import rights_of
 from vmd.parent.clients import For
 from vmd.parent.opening import identity
 from vmd.parent.report import brief_notes
+from vmd.parent.requests import require_absolute
 from vmd.parent.vmtable import Change, Vm
 
 TYPE_CHECKING = False
@@ -251,9 +251,8 @@ def require_size(vm: Vm, size_bytes: int) -> None:
 
 def check_path(vm: Vm, path: str) -> None:
     """Raise OperatorError unless the path of a disc is absolute, as vmctl sends it, or empty."""
-    raw = os.fsencode(path)
-    if raw and (not raw.startswith(b"/") or b"\\0" in raw):
-        raise OperatorError(errno.EINVAL, f"vm {vm.name}: cdrom: not an absolute path: {path}")
+    if path:
+        require_absolute(vm.name, "cdrom", path)
     try:
         rules.path("cdrom name", path)
     except ValueError as error:

@@ -106,9 +106,15 @@ def check_paths(config: VmConfig) -> None:
     if rules.disk_initrd(config.initrd) is None:
         paths += [("initrd", config.initrd)]
     for what, path in paths:
-        raw = os.fsencode(path)
-        if (what == "disk" or raw) and (not raw.startswith(b"/") or b"\0" in raw):
-            raise OperatorError(errno.EINVAL, f"vm {config.name}: {what}: not an absolute path: {path}")
+        if what == "disk" or path:
+            require_absolute(config.name, what, path)
+
+
+def require_absolute(name: str, what: str, path: str) -> None:
+    """Raise OperatorError unless a path of a VM is absolute, and one that a kernel can be asked for."""
+    raw = os.fsencode(path)
+    if not raw.startswith(b"/") or b"\0" in raw:
+        raise OperatorError(errno.EINVAL, f"vm {name}: {what}: not an absolute path: {path}")
 
 
 def check_name(name: str) -> None:

@@ -1,0 +1,37 @@
+"""Paths that clients send for a VM's disks, discs and boot files."""
+
+import pytest
+
+from vmd.config.model import DiskConfig, VmConfig
+from vmd.errors import OperatorError
+from vmd.parent.changes import check_path
+from vmd.parent.requests import check_paths
+from vmd.parent.vmtable import Vm
+
+REFUSED = ("disc.iso", "./disc.iso", "/disc\0.iso", "\0")
+ACCEPTED = ("/disc.iso", "/disc\\0.iso", "/0/\\0")
+
+
+@pytest.mark.parametrize("path", REFUSED)
+def test_a_path_that_no_kernel_takes_is_refused_everywhere(path: str) -> None:
+    """It is not absolute, or has a NUL in it; the sentence names the VM and what the path is for."""
+    for config in (VmConfig(name="a", cdrom=path), VmConfig(name="a", disks=(DiskConfig(path=path),))):
+        with pytest.raises(OperatorError, match=r"^vm a: (cdrom|disk): not an absolute path: "):
+            check_paths(config)
+    with pytest.raises(OperatorError, match=r"^vm a: cdrom: not an absolute path: "):
+        check_path(Vm(1, VmConfig(name="a"), from_config=True), path)
+
+
+@pytest.mark.parametrize("path", ACCEPTED)
+def test_a_backslash_and_a_zero_are_no_nul(path: str) -> None:
+    """They are characters of a name like others."""
+    check_paths(VmConfig(name="a", cdrom=path, disks=(DiskConfig(path=path),)))
+    check_path(Vm(1, VmConfig(name="a"), from_config=True), path)
+
+
+def test_no_path_ejects_a_disc_but_is_no_disk() -> None:
+    """An empty path of a disc means that there is none."""
+    check_paths(VmConfig(name="a"))
+    check_path(Vm(1, VmConfig(name="a"), from_config=True), "")
+    with pytest.raises(OperatorError, match=r"^vm a: disk: not an absolute path: $"):
+        check_paths(VmConfig(name="a", disks=(DiskConfig(path=""),)))
