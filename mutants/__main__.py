@@ -2,21 +2,23 @@
 
     python -m mutants [--count N] [--seed N] [--unit] [module[:line] ...]
 
-Each change is made in a copy of this checkout, one at a time.  The unit tests that reach the changed lines are run
-first, then the tests with processes that hold the module; the first failure ends a run.  What no test notices is
-printed.  Changes that change nothing that matters stand in mutants/equal.toml with a reason; `--entries` prints the
-others as entries for that file.
+Each change is made in a copy of this checkout, one at a time.  The module's nearest unit tests that reach the changed
+lines are run first, then others that do, then the tests with processes that hold the module.  The first failure ends
+it.  What no test notices is printed.  Changes that change nothing that matters stand in mutants/equal.toml with a
+reason; `--entries` prints the others as entries for that file.
 """
 
 import argparse
 import importlib
 import pickle
+import signal
 import sys
 import time
 import traceback
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -82,53 +84,53 @@ class Score:
 
 
 class Bench:
-    """The copy, and what is known of its tests."""
+    """The copy, and the tests that hold one module."""
 
-    def __init__(self, copy: Copy, slack_s: float) -> None:
+    process: ClassVar[dict[str, dict[str, Test]]] = {}  # what is known of the tests with processes, by file
+    names: ClassVar[set[str]] = set()  # of all tests, also of those that fail without a change
+
+    def __init__(self, copy: Copy, module: str, slack_s: float) -> None:
         self.copy = copy
+        self.module = module
         self.slack_s = slack_s
-        self.unit: dict[str, Test] = {}
-        self.loading = Test()  # what the modules do when they are loaded is no test's own
-        self.process: dict[str, dict[str, Test]] = {}  # by file
-        self.names: set[str] = set()  # of all of them, also of those that fail without a change
+        self.source = (copy.source / module).read_bytes()
+        self.files = unit_tests(copy.top, module)
+        self.unit: list[tuple[dict[str, Test], Test]] = []  # of `files`: those that were needed up to now
         self.output = copy.folder / "output"
-
-    def learn(self, changed: list[str]) -> None:
-        """Find out which unit tests reach what of these modules."""
-        files = {file for module in changed for file in unit_tests(self.copy.top, module)}
-        if files:
-            self.unit, self.loading = self._follow(files, changed)
 
     def notices(self, change: Change, with_processes: bool) -> tuple[bool, bool]:
         """Return whether some of the tests notice a change, and whether that is only by the deadline."""
-        source = (self.copy.source / change.module).read_bytes()
-        choices = [self._near(change), self._processes(change.module)] if with_processes else [self._near(change)]
         try:
-            for tests in filter(None, choices):
-                self.copy.write(change.module, change.apply(source))
+            for tests in filter(None, self._choices(change, with_processes)):
+                self.copy.write(change.module, change.apply(self.source))
                 status = self._run(tests)
                 if status is None:
                     return True, True
                 if status not in (0, NONE):
                     return True, False
+                self.copy.write(change.module, self.source)
         finally:
-            self.copy.write(change.module, source)
+            self.copy.write(change.module, self.source)
         return False, False
 
-    def _near(self, change: Change) -> dict[str, Test]:
-        """Return the unit tests that hold a change."""
-        lines = change.module, change.line, change.last_line
-        near = {name: test for name, test in self.unit.items() if test.reaches(*lines)}
-        if not near and self.loading.reaches(*lines):
-            near = {name: test for name, test in self.unit.items() if test.lines.get(change.module)}
-            files = unit_tests(self.copy.top, change.module) if not near else []
-            near |= {name: test for name, test in self.unit.items() if file_of(name) in files}
-        return near
+    def _choices(self, change: Change, with_processes: bool) -> Iterator[dict[str, Test]]:
+        """Yield the tests that hold a change, the near ones first.  Meanwhile the source is as it was."""
+        for at, files in enumerate(self.files):
+            if at == len(self.unit):
+                self.unit.append(self._follow(files, [self.module]))
+            tests, loading = self.unit[at]
+            lines = self.module, change.line, change.last_line
+            reaching = {name: test for name, test in tests.items() if test.reaches(*lines)}
+            if not reaching and loading.reaches(*lines):
+                reaching = {name: test for name, test in tests.items() if test.lines} or tests
+            yield reaching
+        if with_processes:
+            yield self._processes()
 
-    def _processes(self, module: str) -> dict[str, Test]:
-        """Return the tests with processes that hold a module."""
+    def _processes(self) -> dict[str, Test]:
+        """Return the tests with processes that hold the module."""
         found: dict[str, Test] = {}
-        for file in process_tests(self.copy.top, module):
+        for file in process_tests(self.copy.top, self.module):
             if file not in self.process:
                 self.process[file] = self._follow([file], [])[0]
             found |= self.process[file]
@@ -150,7 +152,7 @@ class Bench:
         if not result.exists():
             raise SystemExit(f"mutants: the tests do not run without a change:\n{self._said()}")
         tests, loading = pickle.loads(result.read_bytes())
-        self.names |= set(tests)
+        self.names.update(tests)
         failed = [name for name, test in tests.items() if not test.passed]
         if failed:
             say(f"mutants: without a change these do not pass, and are left out: {', '.join(failed)}")
@@ -232,12 +234,11 @@ def main(arguments: list[str]) -> int:
     names = wanted(given.top, given.modules)
     for name in LOADED:
         importlib.import_module(name)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("mutants: ended"))  # and remove what there is
     total = Score()
     with Copy(given.top.resolve()) as copy:
-        bench = Bench(copy, given.slack)
-        bench.learn(list(names))
         for module, lines in names.items():
-            score = Score()
+            score, bench = Score(), Bench(copy, module, given.slack)
             for change in chosen(copy.top / module, module, lines, given.count, given.seed):
                 if change.name in reasons:
                     score.equal += 1

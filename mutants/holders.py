@@ -50,11 +50,14 @@ def modules(top: Path) -> list[str]:
     return [str(path.relative_to(top)) for path in found]
 
 
-def unit_tests(top: Path, module: str) -> list[str]:
-    """Return the unit tests that may hold a module, those nearest to it first."""
+def unit_tests(top: Path, module: str) -> list[list[str]]:
+    """Return the unit tests that hold a module: the nearest, then those that are one import farther."""
     far = {str(test.relative_to(top)): _far(top, test, module) for test in sorted((top / UNIT).rglob("test_*.py"))}
-    found = sorted((test for test, distance in far.items() if distance <= FAR), key=lambda test: far[test])
-    return found or [test for test in far if _is_beside(Path(test).parent.relative_to(UNIT), module)]
+    nearest = min(far.values(), default=FAR + 1)
+    found = [[test for test in far if far[test] == distance] for distance in (nearest, nearest + 1) if distance <= FAR]
+    if not found:
+        found = [[test for test in far if _is_beside(Path(test).parent.relative_to(UNIT), module)]]
+    return [files for files in found if files]
 
 
 def process_tests(top: Path, module: str) -> list[str]:
