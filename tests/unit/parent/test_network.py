@@ -456,6 +456,26 @@ def test_what_priv_cannot_do_is_reported(parent: FakeParent) -> None:
     assert parent.peers[Proc.VMM].sent == []
 
 
+def test_a_vm_that_vmm_cannot_be_told_gives_its_taps_back(parent: FakeParent, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A configuration may be longer than a message: the start fails with that, and nothing of it is left."""
+    vm, failures = launch(parent, VmConfig(name="a", nics=(NicConfig(),)))
+
+    def too_long(message: Record, *, peerid: int, fds: dict[str, list[int]]) -> None:
+        for fd in (fd for each in fds.values() for fd in each):
+            os.close(fd)
+        if isinstance(message, StartVm):
+            raise ValueError(f"it has 70000 bytes, for {peerid}")
+
+    monkeypatch.setattr(parent.peers[Proc.VMM], "send", too_long)
+    before = len(os.listdir("/proc/self/fd"))  # one of them is the boot file's, which the start owns
+    made(parent)
+
+    assert failures == [(errno.E2BIG, "vm a: configuration too long: it has 70000 bytes, for 0")]
+    assert parent.network.taps == {}
+    assert parent.peers[Proc.PRIV].sent[-1] == RemoveNics(vmid=vm.vmid)
+    assert len(os.listdir("/proc/self/fd")) == before - 1
+
+
 def test_a_vm_that_was_stopped_meanwhile_gives_its_taps_back(parent: FakeParent) -> None:
     """Priv's answers come too late, and change nothing."""
     vm, failures = launch(parent, VmConfig(name="a", nics=(NicConfig(),)))
@@ -1074,6 +1094,8 @@ def test_a_vm_that_does_not_run_is_not_asked(parent: FakeParent) -> None:
         {"nics": (NicMade(name="tap0", lladdr=MAC, link_local=b"", mtu=1500),) * 2},
         {"nics": (NicMade(name="tap0", lladdr=MAC[:5], link_local=b"", mtu=1500),)},
         {"nics": (NicMade(name="tap0", lladdr=MAC, link_local=b"\xfe", mtu=1500),)},
+        {"nics": (NicMade(name="tap0", lladdr=MAC, link_local=bytes(15), mtu=1500),)},
+        {"nics": (NicMade(name="tap0", lladdr=MAC, link_local=bytes(17), mtu=1500),)},
         {"nics": (NicMade(name="", lladdr=MAC, link_local=b"", mtu=1500),)},
         {"nics": (NicMade(name="tap0", lladdr=MAC, link_local=b"", mtu=1 << 16),)},
         {"vmid": 9},
