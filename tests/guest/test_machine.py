@@ -16,7 +16,7 @@ from vmd.vm import layout
 from vmd.vm import machine as machine_module
 from vmd.vm.console import Console
 from vmd.vm.devproc import DeviceProcesses
-from vmd.vm.machine import Host, Machine, Outside, memory_regions
+from vmd.vm.machine import EmptyVm, Machine, Outside, memory_regions
 
 pytestmark = [
     pytest.mark.kvm,
@@ -52,7 +52,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
     )
     config = VmConfig(name="bare", memory_bytes=64 << 20)
     memory = GuestMemory.create(memory_regions(config.memory_bytes, 0))
-    machine = Machine(Host(), config, memory, 0, [], outside)
+    machine = Machine(EmptyVm(), config, memory, 0, [], outside)
     yield machine
     for thread in machine.vcpus:
         thread.vcpu.close()

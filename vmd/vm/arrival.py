@@ -21,7 +21,7 @@ from vmd.vm.cpuid import for_vcpu
 from vmd.vm.departure import show_progress
 from vmd.vm.header import read_header
 from vmd.vm.kinds import kinds
-from vmd.vm.machine import KVM_FD, Host, Machine, Outside, memory_regions
+from vmd.vm.machine import KVM_FD, EmptyVm, Machine, Outside, memory_regions
 from vmd.vm.pause import Pause
 from vmd.vm.stream import IDLE_TIMEOUT_S, STILL, Pipe, StreamError, StreamReader
 
@@ -85,14 +85,14 @@ class FromStream:
         self.memory = memory
         self.saved = saved
 
-    def machine(self, host: Host, config: "VmConfig", slots: "Sequence[Slot]", outside: Outside) -> Machine:
+    def machine(self, empty_vm: EmptyVm, config: "VmConfig", slots: "Sequence[Slot]", outside: Outside) -> Machine:
         """Return a machine with the processor and the devices that the guest had at the sender."""
         try:
             slots = state.as_sent(slots, self.header.devices)
         except ValueError as error:
             raise unusable(error) from error
         cpuid = state.cpuid_of(self.header)
-        machine = Machine(host, config, self.memory, self.header.firmware_bytes, slots, outside, cpuid=cpuid)
+        machine = Machine(empty_vm, config, self.memory, self.header.firmware_bytes, slots, outside, cpuid=cpuid)
         machine.clock.stop()  # `Clocks.restore` lets it go on with the other clocks
         return machine
 

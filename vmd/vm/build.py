@@ -12,7 +12,7 @@ from vmd.log import log
 from vmd.vm import acpi, layout
 from vmd.vm.boot import loader
 from vmd.vm.kinds import SEED
-from vmd.vm.machine import Host, Machine, Outside, memory_regions
+from vmd.vm.machine import EmptyVm, Machine, Outside, memory_regions
 from vmd.vm.pause import Pause
 from vmd.vm.vcpu import apply_start, set_boot_msrs
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     class Source(Protocol):
         """The source of a machine: boot images or a stream.  All methods raise as `build` does."""
 
-        def machine(self, host: Host, config: VmConfig, slots: Sequence[Slot], outside: Outside) -> Machine:
+        def machine(self, empty_vm: EmptyVm, config: VmConfig, slots: Sequence[Slot], outside: Outside) -> Machine:
             """Return a machine that has memory and starting devices, and no vCPUs."""
 
         def fill(self, machine: Machine) -> None:
@@ -39,19 +39,19 @@ if TYPE_CHECKING:
 
 
 def build(
-    host: Host, source: "Source", config: "VmConfig", slots: "Sequence[Slot]", outside: Outside
+    empty_vm: EmptyVm, source: "Source", config: "VmConfig", slots: "Sequence[Slot]", outside: Outside
 ) -> Pause:
     """Build a machine, which is then ready to start, and return its `Pause`.
 
-    `host` and the descriptors in `slots` belong to the machine; the latter are closed here.
+    `empty_vm` and the descriptors in `slots` belong to the machine; the latter are closed here.
 
     Raises:
         OperatorError: the stream has no machine that fits.
         ImageError: a boot image cannot be used.
         HostError, PeerError, OSError: the host, KVM or a device refuses.
     """
-    host.close()  # first: code that reads a boot image must not be able to make other VMs
-    machine = source.machine(host, config, slots, outside)
+    empty_vm.close()  # first: code that reads a boot image must not be able to make other VMs
+    machine = source.machine(empty_vm, config, slots, outside)
     machine.seed = seed_of(slots)
     # The devices have these descriptors now.  Code that reads a boot image must not have files, taps or packet sockets.
     for slot in slots:
@@ -87,11 +87,11 @@ class FromImages:
         self.options = options
         self.start: Start | None = None
 
-    def machine(self, host: Host, config: "VmConfig", slots: "Sequence[Slot]", outside: Outside) -> Machine:
+    def machine(self, empty_vm: EmptyVm, config: "VmConfig", slots: "Sequence[Slot]", outside: Outside) -> Machine:
         """Make the guest's memory, and the machine.  If the image is firmware, there is memory for it."""
         firmware_bytes = loader.firmware_bytes(self.boot_fd, self.boot_name)
         memory = GuestMemory.create(memory_regions(config.memory_bytes, firmware_bytes), fd=self.memory_fd)
-        return Machine(host, config, memory, firmware_bytes, slots, outside)
+        return Machine(empty_vm, config, memory, firmware_bytes, slots, outside)
 
     def fill(self, machine: Machine) -> None:
         """Load the images and close them."""

@@ -74,7 +74,7 @@ class Outside(Record):
     report: "Callable[[str, str, str], None]"  # called for an event of a device (`DeviceEvent`)
 
 
-class Host:
+class EmptyVm:
     """An empty KVM VM with its interrupt controllers, their routes, and PIT.
 
     A process in reserve makes it early: in a new VM, the kernel takes up to 10 ms for the first memory region.
@@ -116,7 +116,7 @@ class Machine:
 
     def __init__(
         self,
-        host: Host,
+        empty_vm: EmptyVm,
         config: "VmConfig",
         memory: "GuestMemory",
         firmware_bytes: int,
@@ -139,11 +139,11 @@ class Machine:
         self.listening = True
         self.seed = b""  # the content of the seed, if there is one
 
-        self.kvm = host.kvm
-        self.cpuid = cpuid or host.cpuid
-        self.msr_indices = host.msr_indices
-        self.tsc_deadline = host.tsc_deadline
-        self.routing = host.routing
+        self.kvm = empty_vm.kvm
+        self.cpuid = cpuid or empty_vm.cpuid
+        self.msr_indices = empty_vm.msr_indices
+        self.tsc_deadline = empty_vm.tsc_deadline
+        self.routing = empty_vm.routing
 
         for region in memory.kvm_slots():
             self.kvm.set_memory_region(*region)

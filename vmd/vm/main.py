@@ -92,7 +92,7 @@ from vmd.vm.kinds import Given, spares
 from vmd.vm.lending import Lending
 from vmd.vm.life import Life, State
 from vmd.vm.lockwatch import Locks
-from vmd.vm.machine import Host, Outside
+from vmd.vm.machine import EmptyVm, Outside
 from vmd.vm.shutdown import ask_to_shut_down
 from vmd.vm.slots import plan
 
@@ -164,14 +164,14 @@ class VmProcess(Process):
         self.console: Console | None = None
         self.figures: int | None = None  # the file for the devices' counters, until the devices have it
         self.seed: int | None = None  # while a VM arrives: an empty file for its seed
-        self.host: Host | None = None
+        self.empty_vm: EmptyVm | None = None
         self.filters = filter_of(BUILDING), filter_of_requests(IOCTLS)
 
     def prepare(self, words: "Sequence[str]") -> None:
         """Make what every VM needs, and start processes for the devices in `words` (`kinds.spares`)."""
         self.devices.fill_reserve(spares(words))
         try:
-            self.host = Host()
+            self.empty_vm = EmptyVm()
         except OSError as error:
             log.debug(sentence(error))  # `begin` tries again, and reports the failure
 
@@ -229,7 +229,7 @@ class VmProcess(Process):
                 lock_lost=self.on_lock_lost,
                 report=self.report_event,
             )
-            pause = build(self.host or Host(), source, config, slots, outside)
+            pause = build(self.empty_vm or EmptyVm(), source, config, slots, outside)
             changes.limit(pause.machine, self.limits or config)
             narrow_requests(IOCTLS, self.filters[1])
             self.pause = pause
