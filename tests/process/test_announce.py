@@ -15,6 +15,7 @@ from tests.support.packets import (
     HOST4,
     HOST_LLADDR,
     LLADDR,
+    any_frame,
     ethernet,
     icmpv6,
     ipv6,
@@ -131,10 +132,11 @@ def test_nothing_is_said_without_a_link(network: Network) -> None:
     """An interface that is down stays silent, and what was to be said later is said when it is up."""
     nic = start(network, net_start())
     try:
-        nic.device.informs.send(devmsg.LINK_BODY.pack(devmsg.LINK, 0))
+        nic.tap.set("down")
+        nic.driver.send(any_frame(60))  # shows that nothing goes there
         assert nic.driver.link() is False
         nic.device.informs.send(ANNOUNCE)
-        nic.device.informs.send(devmsg.LINK_BODY.pack(devmsg.LINK, 1))
+        nic.tap.set("up")
         assert nic.driver.link() is True
         assert nic.host.receive()[12:14] == b"\x80\x35"
     finally:

@@ -1039,25 +1039,6 @@ def test_tap_that_is_down_and_vanishes_43(make: Make) -> None:
     assert asleep(nic.device)
 
 
-def test_operator_takes_the_link_down(make: Make) -> None:
-    """LINK: told to the guest, and nothing moves."""
-    nic = make()
-    nic.driver.post(4)
-    assert asleep(nic.device)  # a thread that is about to look for frames takes one that comes a moment later
-    nic.device.informs.send(devmsg.LINK_BODY.pack(devmsg.LINK, 0))
-    assert nic.driver.link() is DOWN
-    nic.driver.send(any_frame(60))
-    nic.host.send(any_frame(70, 1))
-    assert asleep(nic.device)
-    assert nic.no_frame()
-    assert nic.driver.try_receive() is None
-
-    nic.device.informs.send(devmsg.LINK_BODY.pack(devmsg.LINK, 1))
-    assert nic.driver.link() is UP
-    assert nic.driver.receive().frame == any_frame(70, 1)
-    assert nic.works()
-
-
 # --- pause, reset, export --------------------------------------------------------------------------------------------
 
 
@@ -1568,8 +1549,7 @@ def test_shutdown_ends_the_process_under_traffic(make: Make) -> None:
         pytest.param(devmsg.TYPE.pack(devmsg.ACTIVATE), id="short-activate"),
         pytest.param(devmsg.ACTIVATE_HEAD.pack(devmsg.ACTIVATE, 0, 3) + row() * 3, id="41-third-queue"),
         pytest.param(devmsg.TYPE.pack(devmsg.ADDRESSES) + b"x", id="long-addresses"),
-        pytest.param(devmsg.TYPE.pack(devmsg.HOSTMAC), id="short-hostmac"),
-        pytest.param(devmsg.TYPE.pack(devmsg.LINK), id="short-link"),
+        pytest.param(devmsg.TYPE.pack(devmsg.LIMIT), id="short-limit"),
         pytest.param(os.urandom(4096), id="random"),
     ],
 )

@@ -348,14 +348,15 @@ def test_boot_from_the_network(make: Callable[..., Nic]) -> None:
     assert nic.driver.counters()["tx_spoofed"] == 1
 
 
-def test_host_address_that_is_told_later(make: Callable[..., Nic]) -> None:
-    """HOSTMAC: before it, only broadcasts are for us, and nobody routes."""
+def test_unknown_address_of_the_host(make: Callable[..., Nic]) -> None:
+    """Only broadcasts are for us, and nobody routes."""
     nic = make(net_start(flags=devmsg.NET_LOCAL, guest4=GUEST4, host4=HOST4, prefix6=PREFIX6))
     assert ask(nic, dhcp(DISCOVER)).kind == OFFER
     assert passed(nic, solicitation())
 
-    nic.device.informs.send(devmsg.HOSTMAC_BODY.pack(devmsg.HOSTMAC, HOST_LLADDR))
-    nic.driver.settle()
+
+def test_renewal_at_the_host_s_address(nic: Nic) -> None:
+    """A client that renews asks the server that it knows, not all."""
     body = bootp(option(53, bytes((REQUEST,))) + b"\xff", ciaddr=GUEST4)
     renewal = ethernet(ipv4(udp(body, GUEST4, HOST4), 17, GUEST4, HOST4), 0x0800, LLADDR, HOST_LLADDR)
     assert ask(nic, renewal).kind == ACK

@@ -228,12 +228,6 @@ CONFIG_CHANGED = 18  # device -> VM: fields of READY; raise a configuration inte
 VERBOSITY = 19  # VM -> device: type, verbosity
 VERBOSITY_BODY = Struct("<II")
 SHUTDOWN = 20  # VM -> device: TYPE; flush and exit 0, as at the end of either channel
-HOSTMAC = 21  # VM -> network device: the tap's link-layer address, when it becomes known or changes after START
-HOSTMAC_BODY = Struct("<I6s2x")
-# LINK: VM -> network device: link state that the operator wants, 0 down or 1 up.  The guest is told by CONFIG_CHANGED,
-#   which is also sent when the tap itself goes down, comes up or vanishes.
-LINK = 22
-LINK_BODY = Struct("<II")
 # ANNOUNCE: VM -> network device: type, then up to ANNOUNCED_MAX times ANNOUNCED.  The guest goes on at this host after
 #   a move: tell the switches and the guest, and tell the neighbours that the guest has these addresses.
 ANNOUNCE = 24

@@ -5,7 +5,6 @@ from struct import Struct
 from vmd.devices.vionet import announce
 from vmd.devices.vionet import tap as taps
 from vmd.devices.vionet.addresses import Addresses
-from vmd.devices.vionet.interface import Interface, given
 from vmd.devices.vionet.local import LocalNetwork
 from vmd.devices.vionet.mover import Mover
 from vmd.devices.vionet.receive import Receiver
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from typing import Protocol
 
     from vmd.devices.vionet import worker
+    from vmd.devices.vionet.interface import Interface
     from vmd.virtio.queue import Queue
 
     class Services(worker.Services, Protocol):
@@ -71,7 +71,6 @@ class Vionet:
         self.tap = tap
         self.services = services
         self.complaints = RateLimit()
-        self.wanted_up = True  # the operator wants the link up
         self.gone = False  # the tap was deleted
         self.tap_up = tap.is_up()
         self.receiver = Receiver(services, kicks[0], tap, self._on_tap_failed)
@@ -107,8 +106,8 @@ class Vionet:
 
     @property
     def link_up(self) -> bool:
-        """Whether the link is up: the operator wants it, and the tap is there and up."""
-        return self.wanted_up and self.tap_up and not self.gone
+        """Whether the link is up: the tap is there and up."""
+        return self.tap_up and not self.gone
 
     @property
     def config(self) -> bytes:
@@ -161,12 +160,6 @@ class Vionet:
     def close(self) -> None:
         """Do nothing: an interface has no data to save."""
 
-    def set_host_lladdr(self, lladdr: bytes) -> None:
-        """Take the tap's link-layer address.  The guest's router and DHCP server have it."""
-        self.interface = self.interface.replace(host_lladdr=given(lladdr))
-        if self.local is not None:
-            self.local.interface = self.interface
-
     def _inject(self, frame: bytes) -> None:
         """Put a frame of this process into the receive queue; on any thread."""
         self.receiver.inject(frame)
@@ -205,12 +198,6 @@ class Vionet:
             self.local.go_on(self.interface)
 
     # --- the link ------------------------------------------------------------------------------------------------
-
-    def set_link(self, up: bool) -> None:
-        """Take the link state that the operator wants."""
-        if up != self.wanted_up:
-            self.wanted_up = up
-            self._change_links()
 
     def _on_tap_failed(self, error: OSError) -> None:
         """Pass an error of the tap to the main thread.  Called on the thread that moves frames, for either queue."""

@@ -22,14 +22,6 @@ class NetProcess(ThreadedProcess):
 
     device: Vionet
 
-    def on_host_lladdr(self, packet: bytes) -> None:
-        """Take the tap's link-layer address, which has become known or has changed."""
-        self.device.set_host_lladdr(exact(devmsg.HOSTMAC_BODY, packet)[1])
-
-    def on_link(self, packet: bytes) -> None:
-        """Take the link state that the operator wants."""
-        self.device.set_link(bool(exact(devmsg.LINK_BODY, packet)[1]))
-
     def on_limit(self, packet: bytes) -> None:
         """Limit the bytes that pass each second."""
         _, _, rate = exact(devmsg.LIMIT_BODY, packet)
@@ -61,8 +53,6 @@ class NetProcess(ThreadedProcess):
         self.device.set_resolvers(self.device.interface.dns4, self.device.interface.dns6)
 
     INFORMS = ThreadedProcess.INFORMS | {
-        devmsg.HOSTMAC: on_host_lladdr,
-        devmsg.LINK: on_link,
         devmsg.LIMIT: on_limit,
         devmsg.ANNOUNCE: on_announce,
         devmsg.RESOLVERS: on_resolvers,

@@ -102,8 +102,6 @@ class Mover:
             worker.stand()
         while not self.wanted:
             self.standing.poll()
-        for worker in self.workers:
-            worker.more = True
 
     def _move(self) -> None:
         """Serve both queues until told to stop, or until a ring is broken."""
