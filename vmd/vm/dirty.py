@@ -35,7 +35,7 @@ class DirtyLog:
     def __init__(self, machine: "Machine") -> None:
         self._memory = machine.memory
         self._kvm = machine.kvm
-        self._devices = [function.process for function in machine.virtio]
+        self._devices = [function.server for function in machine.virtio]
 
     def begin(self) -> None:
         """Begin to log changes.  Raises OSError or PeerError."""

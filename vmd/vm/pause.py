@@ -135,7 +135,7 @@ class Pause:
         machine = self.machine
         self._hold_back()
         for function in machine.virtio:
-            function.process.command(devmsg.PAUSE)
+            function.server.command(devmsg.PAUSE)
         for function in machine.virtio:
             function.detach_interrupts()
         self.clocks = Clocks.take(machine.kvm, machine.vcpus, machine.clock, self._asked_ns)
@@ -166,7 +166,7 @@ class Pause:
         for function in machine.virtio:
             function.attach_interrupts()
         for function in machine.virtio:
-            function.process.command(devmsg.RESUME)  # the device looks at each of its queues once
+            function.server.command(devmsg.RESUME)  # the device looks at each of its queues once
         machine.timers.release()
         machine.listen()
         for thread in machine.vcpus:

@@ -136,7 +136,7 @@ def header(machine: "Machine", *, one_shot: bool) -> Header:
             DeviceHead(
                 kind=slot.kind.name,
                 slot=slot.number,
-                features=function.process.features,
+                features=function.server.features,
                 layout=slot.layout,
                 serial=slot.serial,
             )

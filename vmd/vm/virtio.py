@@ -168,7 +168,7 @@ class VirtioFunction(PciFunction):
 
     def __init__(
         self,
-        process: "Server",
+        server: "Server",
         kvm: "Vm",
         routing: "Routing",
         mode: VirtioMode,
@@ -176,7 +176,7 @@ class VirtioFunction(PciFunction):
         function_layout: int = LAYOUT,
     ) -> None:
         modern_only = mode in (VirtioMode.MODERN, VirtioMode.MEMORY)
-        kind = process.kind
+        kind = server.kind
         subsystem_base = spec.SUBSYSTEM_MODERN_BASE if modern_only and function_layout > LAYOUT_FIRST else 0
         super().__init__(
             vendor=spec.VENDOR,
@@ -188,7 +188,7 @@ class VirtioFunction(PciFunction):
             interrupt_pin=1,
         )
         self.pci_cfg = 0  # offset of the window (PCI_CFG) in configuration space
-        self.process = process
+        self.server = server
         self.kvm = kvm
         self.routing = routing
         self.fail = fail
@@ -233,7 +233,7 @@ class VirtioFunction(PciFunction):
             (spec.VIRTIO_PCI_CAP_COMMON_CFG, COMMON, COMMON_BYTES, b""),
             (spec.VIRTIO_PCI_CAP_NOTIFY_CFG, notify, notify_bytes, multiplier.to_bytes(4, "little")),
             (spec.VIRTIO_PCI_CAP_ISR_CFG, ISR, 1, b""),
-            (spec.VIRTIO_PCI_CAP_DEVICE_CFG, DEVICE_CONFIG, max(len(self.process.config), 4), b""),
+            (spec.VIRTIO_PCI_CAP_DEVICE_CFG, DEVICE_CONFIG, max(len(self.server.config), 4), b""),
         )
         for cap_type, offset, length, extra in structures:
             body = bytes((CAP_BYTES + len(extra), cap_type, bar, 0, 0, 0))
@@ -293,13 +293,13 @@ class VirtioFunction(PciFunction):
         if self.transport.msix_enabled:
             return False
         queues = range(len(self.transport.queues))
-        return self.config_pending or any(self.process.interrupts.pending(queue) for queue in queues)
+        return self.config_pending or any(self.server.interrupts.pending(queue) for queue in queues)
 
     # --- interrupts ----------------------------------------------------------------------------------------
 
     def _calls(self) -> "list[tuple[int, int]]":
         """Return (eventfd, MSI-X vector) of each source of interrupts: the queues, then configuration."""
-        sources = [(fd, queue.vector) for fd, queue in zip(self.process.calls, self.transport.queues, strict=True)]
+        sources = [(fd, queue.vector) for fd, queue in zip(self.server.calls, self.transport.queues, strict=True)]
         return [*sources, (self.config_call, self.transport.config_vector)]
 
     def _place_interrupts(self) -> None:
@@ -321,9 +321,9 @@ class VirtioFunction(PciFunction):
             # interrupt on this line, also of another device, would wake the event thread.  The eventfds of a device
             # process are assigned once it has rings: an assignment takes the kernel a millisecond, and most drivers
             # have enabled MSI-X by then.
-            gsi, pending = layout.pci_irq(self.slot, 1), self.process.interrupts.pending
-            serves = self.process.resample is not None and self.transport.active
-            for queue, fd in enumerate(self.process.calls):
+            gsi, pending = layout.pci_irq(self.slot, 1), self.server.interrupts.pending
+            serves = self.server.resample is not None and self.transport.active
+            for queue, fd in enumerate(self.server.calls):
                 if serves or pending(queue):
                     wanted[fd] = (gsi, True)
             if self.config_pending:
@@ -334,8 +334,8 @@ class VirtioFunction(PciFunction):
                 del self.irqfds[fd]
         for fd, (gsi, level) in wanted.items():
             if fd not in self.irqfds:
-                ours = fd == self.config_call or self.process.resample is None
-                resample = self.config_resample if ours else self.process.resample
+                ours = fd == self.config_call or self.server.resample is None
+                resample = self.config_resample if ours else self.server.resample
                 self.kvm.assign_irqfd(fd, gsi, resample if level else None)
                 self.irqfds[fd] = (gsi, level)
 
@@ -346,7 +346,7 @@ class VirtioFunction(PciFunction):
         """
         vectors = [queue.vector for queue in self.transport.queues]
         try:
-            self.process.tell_direct(self.transport.msix_enabled and spec.VIRTIO_MSI_NO_VECTOR not in vectors)
+            self.server.tell_direct(self.transport.msix_enabled and spec.VIRTIO_MSI_NO_VECTOR not in vectors)
         except PeerError as error:
             self.fail(str(error))
 
@@ -371,8 +371,8 @@ class VirtioFunction(PciFunction):
         """Assert INTx for interrupts that the guest has not read from ISR yet."""
         if self.transport.msix_enabled:
             return
-        for queue, call in enumerate(self.process.calls):
-            if self.process.interrupts.pending(queue):
+        for queue, call in enumerate(self.server.calls):
+            if self.server.interrupts.pending(queue):
                 os.eventfd_write(call, 1)
         if self.config_pending:
             os.eventfd_write(self.config_call, 1)
@@ -403,10 +403,10 @@ class VirtioFunction(PciFunction):
         """Take a notification that KVM has not handled: it came through the window, or before it was registered."""
         if size != NOTIFY_BYTES:
             self.complain(f"notifies by {size} bytes, not {NOTIFY_BYTES}")
-        elif number >= len(self.process.kicks):
+        elif number >= len(self.server.kicks):
             self.complain(f"notifies queue {number}, which does not exist")
         elif self.transport.active:
-            os.eventfd_write(self.process.kicks[number], 1)
+            os.eventfd_write(self.server.kicks[number], 1)
 
     def _place_notifications(self) -> None:
         """Register the kick of each queue at all addresses at which the guest can notify it now."""
@@ -420,9 +420,9 @@ class VirtioFunction(PciFunction):
                         for queue in range(len(self.transport.queues))
                     }
         for (address, size, datamatch, pio), queue in self.ioeventfds - wanted:
-            self.kvm.deassign_ioeventfd(self.process.kicks[queue], address, size, datamatch, pio=pio)
+            self.kvm.deassign_ioeventfd(self.server.kicks[queue], address, size, datamatch, pio=pio)
         for (address, size, datamatch, pio), queue in wanted - self.ioeventfds:
-            self.kvm.assign_ioeventfd(self.process.kicks[queue], address, size, datamatch, pio=pio)
+            self.kvm.assign_ioeventfd(self.server.kicks[queue], address, size, datamatch, pio=pio)
         self.ioeventfds = wanted
 
     def _notify_address(self, base: int, queue: int, *, pio: bool) -> "NotifyAddress":
@@ -437,7 +437,7 @@ class VirtioFunction(PciFunction):
         """Hand the rings to the device process."""
         rows = [(q.size, q.enabled, q.desc, q.avail, q.used, 0, 0) for q in queues]
         try:
-            usable = self.process.activate(features, rows)
+            usable = self.server.activate(features, rows)
         except PeerError as error:
             self.fail(str(error))
             return False
@@ -450,19 +450,19 @@ class VirtioFunction(PciFunction):
         self.transport.active = False
         self._place_notifications()
         try:
-            self.process.command(RESET)
+            self.server.command(RESET)
         except PeerError as error:
             self.fail(str(error))
-        for fd in (*self.process.kicks, *self.process.calls, self.config_call):
+        for fd in (*self.server.kicks, *self.server.calls, self.config_call):
             drain(fd)
         self._place_interrupts()
 
     def write_config(self, offset: int, data: bytes) -> bytes:
         """Pass a write to device configuration on to the device process."""
         try:
-            config = self.process.write_config(offset, data)
+            config = self.server.write_config(offset, data)
             if len(config) != len(self.transport.config):
-                raise PeerError(self.process.title, f"configuration has {len(config)} bytes after a write to it")
+                raise PeerError(self.server.title, f"configuration has {len(config)} bytes after a write to it")
         except PeerError as error:
             self.fail(str(error))
             return self.transport.config
@@ -470,11 +470,11 @@ class VirtioFunction(PciFunction):
 
     def take_isr(self) -> int:
         """Return and clear ISR."""
-        queue = self.process.interrupts.take(len(self.transport.queues))
+        queue = self.server.interrupts.take(len(self.transport.queues))
         config, self.config_pending = self.config_pending, False
         ours = [self.config_call] if config else []
-        if queue and self.process.resample is None:
-            ours += self.process.calls
+        if queue and self.server.resample is None:
+            ours += self.server.calls
         if ours and not self.transport.msix_enabled:
             for fd in ours:
                 drain(fd)  # INTx may have been disabled, so that the eventfd still counts
@@ -487,7 +487,7 @@ class VirtioFunction(PciFunction):
 
     def complain(self, text: str) -> None:
         """Log a mistake of the driver that was ignored."""
-        self.remarks.warn(f"{self.process.name}: the driver {text}")
+        self.remarks.warn(f"{self.server.name}: the driver {text}")
 
     def raise_config(self) -> None:
         """Interrupt the guest because configuration has changed, or the device wants a reset."""
@@ -501,7 +501,7 @@ class VirtioFunction(PciFunction):
         """Return the state of a paused device.  Raises PeerError."""
         with self.lock:
             registers = self.transport
-            indices, own = self.process.export() if registers.active else ([], b"")
+            indices, own = self.server.export() if registers.active else ([], b"")
             indices += [(0, 0)] * (len(registers.queues) - len(indices))
             queues = tuple(
                 QueueState(
@@ -509,21 +509,21 @@ class VirtioFunction(PciFunction):
                     next_avail=next_avail,
                     next_used=next_used,
                     called=readable(call),
-                    unseen=self.process.interrupts.pending(number),
+                    unseen=self.server.interrupts.pending(number),
                 )
                 for number, (queue, (next_avail, next_used), call) in enumerate(
-                    zip(registers.queues, indices, self.process.calls, strict=True)
+                    zip(registers.queues, indices, self.server.calls, strict=True)
                 )
             )
             return VirtioState(
-                kind=self.process.kind.name,
+                kind=self.server.kind.name,
                 **{name: getattr(registers, name) for name in REGISTERS},
                 config=registers.config,
                 config_pending=self.config_pending,
                 config_called=readable(self.config_call),
                 own=own,
                 queues=queues,
-                addresses=self.process.addresses() if self.process.kind is INTERFACE else b"",
+                addresses=self.server.addresses() if self.server.kind is INTERFACE else b"",
             )
 
     def check_registers(self, state: VirtioState, offered: int) -> None:
@@ -531,8 +531,8 @@ class VirtioFunction(PciFunction):
 
         `offered` are the features that its process offered at the sender.
         """
-        name, queues = self.process.name, self.transport.queues
-        if state.kind not in ("", self.process.kind.name):
+        name, queues = self.server.name, self.transport.queues
+        if state.kind not in ("", self.server.kind.name):
             raise ValueError(f"a device of kind {state.kind!r} in the place of {name}")
         if len(state.queues) != len(queues) or len(state.config) != len(self.transport.config):
             raise ValueError(f"{name} has other queues or another size of configuration")
@@ -545,7 +545,7 @@ class VirtioFunction(PciFunction):
             _check_widths(saved, QUEUE_REGISTERS | QUEUE_INDICES)
             if not 0 < saved.size <= queue.max_size or saved.size & saved.size - 1:
                 raise ValueError(f"{name} has a queue of {saved.size}")
-        missing = state.driver_features & offered & ~self.process.features
+        missing = state.driver_features & offered & ~self.server.features
         if missing:
             raise ValueError(f"its driver of {name} uses features {missing:#x}, which {name} does not have here")
 
@@ -567,29 +567,29 @@ class VirtioFunction(PciFunction):
         """Pause the device process and hand it the rings.  Raises PeerError or ValueError."""
         with self.lock:
             registers = self.transport
-            self.process.command(PAUSE)
-            self.process.arrived_with = state.addresses
-            if state.config != self.process.config:
-                registers.config = self.process.write_config(0, state.config)
+            self.server.command(PAUSE)
+            self.server.arrived_with = state.addresses
+            if state.config != self.server.config:
+                registers.config = self.server.write_config(0, state.config)
                 registers.configured = True
             if state.active:
                 modern = bool(state.driver_features >> spec.VIRTIO_F_VERSION_1 & 1)
                 rows = [
                     (q.size, q.enabled, q.desc, q.avail, q.used, q.next_avail, q.next_used) for q in state.queues
                 ]
-                usable = self.process.activate(registers.negotiated(modern=modern), rows)
-                if usable and registers.config != state.config and not self.process.kind.config_may_differ:
-                    raise ValueError(f"{self.process.name} is a different device here, such as a disk of another size")
+                usable = self.server.activate(registers.negotiated(modern=modern), rows)
+                if usable and registers.config != state.config and not self.server.kind.config_may_differ:
+                    raise ValueError(f"{self.server.name} is a different device here, such as a disk of another size")
                 self._place_notifications()
                 if not usable:
                     registers.needs_reset()
                 if state.own:
-                    self.process.restore(state.own)
+                    self.server.restore(state.own)
             for number, queue in enumerate(state.queues):
                 if queue.unseen:
-                    self.process.interrupts.restore_pending(number)
+                    self.server.interrupts.restore_pending(number)
                 if queue.called:
-                    os.eventfd_write(self.process.calls[number], 1)
+                    os.eventfd_write(self.server.calls[number], 1)
             if state.config_called:
                 os.eventfd_write(self.config_call, 1)
 
@@ -599,16 +599,16 @@ class VirtioFunction(PciFunction):
         """Interrupt the guest: a device that this process serves has counted an interrupt of its only queue."""
         with self.lock:
             if self.transport.msix_enabled:
-                os.eventfd_write(self.process.calls[0], 1)
+                os.eventfd_write(self.server.calls[0], 1)
             else:
                 self._place_interrupts()
                 self._raise_unseen()
 
     def on_needs_reset(self, text: str, life: int) -> None:
         """Act on a ring that the driver has broken.  `life` numbers the activation to which the ring belonged."""
-        self.complaints.warn(f"{self.process.name}: {text}")
+        self.complaints.warn(f"{self.server.name}: {text}")
         with self.lock:
-            if self.transport.active and life == self.process.activations:
+            if self.transport.active and life == self.server.activations:
                 self.transport.needs_reset()
 
     def on_config(self, config: bytes) -> None:
@@ -617,7 +617,7 @@ class VirtioFunction(PciFunction):
             if len(config) == len(self.transport.config):
                 self.transport.config_changed(config)
             else:
-                log.error(f"{self.process.name}: configuration changed its length")
+                log.error(f"{self.server.name}: configuration changed its length")
 
 
 class LegacyBlock:

@@ -75,7 +75,7 @@ def made() -> Iterator[Made]:
     """Give a machine's memory and its log."""
     with GuestMemory.create(REGIONS) as memory:
         kvm, said = Kvm(), list[tuple[str, int]]()
-        devices = [SimpleNamespace(process=Device(name, said)) for name in ("gone", "disk")]
+        devices = [SimpleNamespace(server=Device(name, said)) for name in ("gone", "disk")]
         machine: Any = SimpleNamespace(memory=memory, kvm=kvm, virtio=devices)
         yield Made(DirtyLog(machine), memory, kvm, said)
 

@@ -72,7 +72,7 @@ class Machine:
         self.kvm = Kvm()
         self.disk = Device(DISK)
         self.entropy = Device(ENTROPY)
-        self.virtio = [SimpleNamespace(process=self.entropy), SimpleNamespace(process=self.disk)]
+        self.virtio = [SimpleNamespace(server=self.entropy), SimpleNamespace(server=self.disk)]
 
     def disks(self) -> list[Device]:
         """Return its one disk."""

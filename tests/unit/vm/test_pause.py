@@ -52,7 +52,7 @@ class Function:
     def __init__(self, name: str, events: list[str]) -> None:
         self.name = name
         self.events = events
-        self.process = self
+        self.server = self
         self.failing: int | None = None
 
     def command(self, kind: int) -> None:
