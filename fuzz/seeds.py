@@ -23,8 +23,8 @@ from tests.support.packets import (
 )
 from tests.support.seeds import seed_file, usual
 from tests.unit.vm.boot import samples
-from vmd.images.header import BACKING_FORMAT, EXTENSION, HEADER_V2, HEADER_V3, MAGIC, V3_BYTES
-from vmd.images.signatures import DISC_SIGNATURES, FOOTER, KOLY, SIGNATURES, VHD_FIXED
+from vmd.images.header import BACKING_FORMAT, EXTENSION, HEADER_V2, HEADER_V3, V3_BYTES
+from vmd.images.signatures import DISC_SIGNATURES, FOOTER, KOLY, QCOW_MAGIC, SIGNATURES, VHD_FIXED
 from vmd.images.snapshots import Snapshot, pack_snapshots
 from vmd.ipc import bootmsg, imsg, probemsg
 from vmd.ipc.messages.clients import ListRequest, Ok, StopRequest
@@ -76,7 +76,7 @@ def small_qcow2(version: int, *, backing: bytes = b"", snapshot: bool = False) -
     extensions += EXTENSION.pack(0, 0)
     name_at = V3_BYTES + len(extensions) if backing else 0
     header = HEADER_V2.pack(
-        MAGIC, version, name_at, len(backing), bits, 1 << 15, 0, 1, l1, refcount_table, 1, snapshot, table
+        QCOW_MAGIC, version, name_at, len(backing), bits, 1 << 15, 0, 1, l1, refcount_table, 1, snapshot, table
     )
     if version == 3:
         header += HEADER_V3.pack(0, 0, 0, 4, V3_BYTES) + extensions + backing

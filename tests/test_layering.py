@@ -74,7 +74,8 @@ HARMLESS = {name: {"vmd.images", "vmd.images.locks", "vmd.images.names"} for nam
 VMCTL_MAY_HOLD = (
     "vmctl", "vmd.client", "vmd.ipc", "vmd.config.model", "vmd.config.rules", "vmd.images", "vmd.errors", "vmd.fileid",
     "vmd.enums", "vmd.memfile", "vmd.seed", "vmd.signals",
-    "vmd.record", "vmd.exposition", "vmd.log", "vmd.native", "vmd.scaled", "vmd.nearest", "vmd.stdio", "vmd.version",
+    "vmd.record", "vmd.exposition", "vmd.log", "vmd.native", "vmd.scaled", "vmd.nearest", "vmd.stdio", "vmd.units",
+    "vmd.version",
 )  # fmt: skip
 OF_SEVERAL_BORDERS = {"vmd.ipc.messages.children", "vmd.ipc.messages.shared"}
 # Each costs every VM milliseconds of start-up or megabytes of memory.
@@ -278,7 +279,7 @@ def test_readers_of_file_systems_stand_alone() -> None:
     """They read what guests have written: whoever takes them over finds nothing else there."""
     held = loaded_by(modules_in("vmd/diskfs"))
 
-    assert held.below("vmd") - held.below("vmd.diskfs") == {"vmd", "vmd.errors", "vmd.record"}
+    assert held.below("vmd") - held.below("vmd.diskfs") == {"vmd", "vmd.errors", "vmd.record", "vmd.units"}
     assert held.third_party == frozenset()
     assert TOO_HEAVY & set(held.modules) == set()
 
@@ -297,7 +298,7 @@ def test_the_client_library_needs_nothing_of_vmctl_or_the_daemon() -> None:
     """Other programs import it alone."""
     held = loaded_by(("vmd.client",))
 
-    talks = {"vmd.client", "vmd.config.model", "vmd.enums", "vmd.errors", "vmd.record", "vmd.version"}
+    talks = {"vmd.client", "vmd.config.model", "vmd.enums", "vmd.errors", "vmd.record", "vmd.units", "vmd.version"}
     assert held.below("vmd", "vmctl") - held.below("vmd.ipc") - {"vmd", "vmd.config"} == talks
     assert held.third_party == {"msgpack"}
     assert TOO_HEAVY & set(held.modules) == set()

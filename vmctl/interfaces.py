@@ -4,6 +4,7 @@ import socket
 import time
 
 from vmctl.output import clean
+from vmd.config.model import PAIR
 from vmd.ipc.devmsg import COUNTER_NAMES
 from vmd.ipc.messages.clients import NicInfo
 
@@ -11,7 +12,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from vmd.config.model import Forward
 
-PAIR = 31  # the length of a network of guest and host alone
 # Why frames were dropped, in words, and nothing of what did not happen.
 RECEIVE_DROPS = (
     ("rx_no_room", "larger than the guest's buffers"),

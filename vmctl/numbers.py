@@ -1,8 +1,7 @@
 """Numbers on a command line."""
 
 from vmctl.errors import ArgumentError
-
-COUNT_MAX = 0x7FFFFFFF  # beyond it a count is no number any more, for vmd
+from vmd.config.model import COUNT_MAX
 
 
 def count(text: str, what: str) -> int:

@@ -16,6 +16,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+SHOWN_DATE = "%Y-%m-%d %H:%M:%S"
 SCHEMA_VERSION = 1  # of docs/vmctl.schema.json
 
 

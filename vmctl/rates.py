@@ -4,15 +4,15 @@ from vmctl.output import clean
 from vmd.ipc.messages.figures import VmFigures
 from vmd.record import Record
 from vmd.scaled import fmt_scaled
+from vmd.units import DAY_S, NS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from typing import Any
 
-NS = 1_000_000_000
 NUMBERS_MAX = 1 << 63  # figures come from VMs, and may be anything
-DAY_S, HOUR_S, MINUTE_S = 86400, 3600, 60
+HOUR_S, MINUTE_S = 3600, 60
 
 
 class Reading(Record):

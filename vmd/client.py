@@ -34,7 +34,7 @@ import struct
 import time
 import types
 
-from vmd.config.model import SOCKET_PATH_MAX, BootDevice, VmConfig
+from vmd.config.model import DEFAULT_SOCKET, SOCKET_PATH_MAX, BootDevice, VmConfig
 from vmd.errors import PeerError, VmdError, sentence
 from vmd.ipc import first
 from vmd.ipc.imsg import MAX_MESSAGE, Form, UnknownMessage, decode, encode
@@ -130,7 +130,6 @@ __all__ = [
     "VmSent", "VmStarted", "VmTerminated",
 ]  # fmt: skip
 
-DEFAULT_SOCKET = "/run/vmd.sock"
 NOBODY = (errno.ENOENT, errno.ECONNREFUSED)  # errors of connect(2) if no daemon serves the socket
 PEER = "vmd"  # the peer that a PeerError names
 ROUTE = (Proc.CONTROL, Proc.CLIENT)

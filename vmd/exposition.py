@@ -6,6 +6,7 @@ have the name for each figure: a new field of `vmd.ipc.figures` needs a row here
 A value that this host does not know has no line.  A device whose process does not count has no lines.
 """
 
+from vmd.units import NS
 from vmd.version import VERSION
 
 TYPE_CHECKING = False
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
 TEXT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 OPENMETRICS_TYPE = "application/openmetrics-text; version=1.0.0; charset=utf-8"
-NS = 1_000_000_000
 COUNTER, GAUGE = "counter", "gauge"
 
 # name (without the _total of counters): kind, and explanation.  Nanoseconds of fields in _ns become seconds.

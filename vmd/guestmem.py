@@ -21,12 +21,12 @@ from vmd import native
 from vmd.errors import GuestError, HostError
 from vmd.memfile import FIXED, sealed_file
 from vmd.record import Record
+from vmd.units import PAGE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-PAGE = 4096
 KVM_MEM_READONLY = 1 << 1  # device processes use this module and must not import kvmapi
 
 _MAP_NORESERVE = 0x4000  # mmap has no name for it before Python 3.13

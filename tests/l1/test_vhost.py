@@ -25,8 +25,8 @@ from tests.support.netdriver import (
 from tests.support.network import Network, TapInterface
 from tests.support.packets import LLADDR, any_frame
 from tests.support.waiting import pause
-from vmd.guestmem import PAGE
 from vmd.ipc import devmsg
+from vmd.units import PAGE
 
 pytestmark = [pytest.mark.l1, pytest.mark.root, pytest.mark.timeout(900)]
 

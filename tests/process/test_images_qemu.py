@@ -32,9 +32,9 @@ from tests.support.images import (
 from vmd.config.model import DiskConfig
 from vmd.errors import ImageError, OperatorError
 from vmd.files.images import OpenDisk, open_disk
-from vmd.images import qcow2
 from vmd.images.create import convert, create
 from vmd.images.files import OpenedChain
+from vmd.images.header import OFFSET_MASK
 from vmd.images.identify import probe
 from vmd.images.locks import lock
 from vmd.ipc import devmsg
@@ -295,14 +295,14 @@ def test_dirty_image_uses_its_own_new_clusters_again(tmp_path: Path) -> None:
         qemu("qemu-io", "-f", "qcow2", "-c", "write -P 7 0 1M", "-c", "flush", "-c", die, path)
     image = opened_qcow2(path)
     write(image, 1536 * KIB, b"\5" * 4 * KIB)
-    added = image.slices[0].table[384] & qcow2.OFFSET_MASK
+    added = image.slices[0].table[384] & OFFSET_MASK
     assert added == image.refcounts.floor << 12
 
     image.discard(1536 * KIB, 4 * KIB)
     image.flush()
     write(image, 1792 * KIB, b"\5" * 4 * KIB)
 
-    assert image.slices[0].table[448] & qcow2.OFFSET_MASK == added
+    assert image.slices[0].table[448] & OFFSET_MASK == added
     image.close()
 
 

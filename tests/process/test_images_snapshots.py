@@ -11,9 +11,9 @@ from tests.process.test_images_powercut import Recorder
 from tests.support.images import KIB, MIB, opened, opened_qcow2, problems, qemu, read, small_file_system, write
 from vmd.errors import ImageError
 from vmd.images import rewrite
-from vmd.images.header import CONTENT
+from vmd.images.header import CONTENT, OFFSET_MASK
 from vmd.images.identify import probe
-from vmd.images.qcow2 import OFFSET_MASK, Qcow2Image
+from vmd.images.qcow2 import Qcow2Image
 from vmd.images.rewrite import Rewrite
 from vmd.images.snapshots import ENTRY, Snapshot, find, read_snapshots, state_offset
 from vmd.ipc.probemsg import GOING_BACK

@@ -16,10 +16,11 @@ from tests.support.seeds import public_key, seed_file, usual
 from vmd.errors import OperatorError
 from vmd.files import seeder
 from vmd.files.prober import start_probe
-from vmd.files.seeder import SEEDER_ENTRY, make_seed
+from vmd.files.seeder import make_seed
 from vmd.ipc.probing import ask
 from vmd.ipc.seedmsg import unpack
 from vmd.memfile import is_constant, memory_file
+from vmd.parent.opening import SEEDER_ENTRY
 from vmd.privsep.cell import Cell
 from vmd.privsep.spawn import Child
 from vmd.seed.documents import seed_image

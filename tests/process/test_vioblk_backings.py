@@ -15,10 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.blkdriver import IOERR, OK, SECTOR, BlockDriver
+from tests.support.blkdriver import IOERR, OK, BlockDriver
 from tests.support.images import KIB, MIB, check_report, opened, problems, qemu, same, small_file_system
 from tests.support.loopdevice import LoopDevice
 from vmd.images.hostfile import fallocate
+from vmd.units import SECTOR
 
 pytestmark = pytest.mark.root
 

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.blkdriver import DISCARD, OK, SECTOR, WRITE_ZEROES, BlockDriver
+from tests.support.blkdriver import DISCARD, OK, WRITE_ZEROES, BlockDriver
 from tests.support.diskstorage import run
 from tests.support.images import KIB, MIB, problems, qemu
 from vmd.files.images import discard_granularity
+from vmd.units import SECTOR
 
 LIMITS_AT = 36
 SMALL, LARGE = 4 * MIB, 12 * MIB  # disks; the large one is for the largest clusters

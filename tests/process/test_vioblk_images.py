@@ -19,7 +19,6 @@ from tests.support.blkdriver import (
     FLUSH,
     IOERR,
     OK,
-    SECTOR,
     SLOTS,
     WRITE_THROUGH,
     WRITE_ZEROES,
@@ -29,6 +28,7 @@ from tests.support.blkdriver import (
 )
 from tests.support.images import KIB, MIB, chain_formats, flat_file, make_chain, problems, qemu, same, small_file_system
 from vmd.images.create import create
+from vmd.units import SECTOR
 
 SIZE = 6 * MIB + 3 * SECTOR
 

@@ -22,6 +22,7 @@ from tests.support.fakedriver import (
     chained,
 )
 from vmd.ipc import devmsg
+from vmd.units import SECTOR
 from vmd.virtio import spec
 
 READ, WRITE_DATA, FLUSH = spec.VIRTIO_BLK_T_IN, spec.VIRTIO_BLK_T_OUT, spec.VIRTIO_BLK_T_FLUSH
@@ -38,7 +39,6 @@ SLOT_BASE = 2 * MIB
 SLOT_DESCRIPTORS = 10
 STATUS_AT, RANGES_AT, TABLE_AT, DATA_AT = 64, 128, 1024, 4 * KIB
 DATA_MAX = SLOT_BYTES - DATA_AT
-SECTOR = spec.SECTOR
 
 
 class Request:

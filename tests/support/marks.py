@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from tests.support.fakedriver import Device, Ring
-from vmd.guestmem import PAGE
 from vmd.ipc import devmsg
+from vmd.units import PAGE
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from vmd.errors import PeerError
 from vmd.guestmem import GuestMemory
 from vmd.ipc import devmsg
 from vmd.memfile import sealed_file
+from vmd.units import MIB
 from vmd.virtio import spec
 from vmd.vm import layout, virtio
 from vmd.vm.bus import Bus
@@ -27,7 +28,7 @@ from vmd.vm.routing import Routing
 from vmd.vm.slots import LAYOUT, Slot
 from vmd.vm.virtio import VirtioFunction
 
-MEMORY = 128 * layout.MIB
+MEMORY = 128 * MIB
 ADDRESS, DATA = layout.PORT_PCI_ADDRESS, layout.PORT_PCI_DATA
 SLOT = 1
 IRQ = layout.pci_irq(SLOT, 1)

@@ -9,7 +9,7 @@ import pytest
 from prometheus_client import parser as prometheus
 from prometheus_client.openmetrics import parser as openmetrics
 
-from vmd.exposition import FAMILIES, NS, expose
+from vmd.exposition import FAMILIES, expose
 from vmd.ipc.figures import (
     CdromFigures,
     DiskFigures,
@@ -20,6 +20,7 @@ from vmd.ipc.figures import (
     VcpuFigures,
 )
 from vmd.ipc.messages.figures import LifeEnd, VmFigures
+from vmd.units import NS
 
 # Not a number of their own: they are labels, or say whether there are numbers.
 LABELS = {"index", "vmid", "uid", "pid"}

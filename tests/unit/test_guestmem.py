@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vmd.errors import GuestError, HostError
-from vmd.guestmem import PAGE, GuestMemory, Region, RegionSpec, marks_bytes, memory_bytes
+from vmd.guestmem import GuestMemory, Region, RegionSpec, marks_bytes, memory_bytes
+from vmd.units import PAGE
 
 MIB = 1 << 20
 LAYOUT = [

@@ -12,7 +12,6 @@ from vmctl.options import Given
 from vmctl.output import clean, put_json, warn
 from vmctl.session import Session
 from vmd import signals as signal
-from vmd.config.model import MIB
 from vmd.errors import ImageError, VmdError
 from vmd.images.chain import MAX_CHAIN
 from vmd.images.create import convert, create
@@ -23,6 +22,7 @@ from vmd.images.qcow2 import UNPACK
 from vmd.ipc.foreign import FOREIGN, given_as, named, quoted
 from vmd.ipc.probemsg import FORMATS, NOT_QCOW2
 from vmd.scaled import fmt_scaled, scan_scaled
+from vmd.units import MIB
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

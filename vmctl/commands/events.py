@@ -2,9 +2,10 @@
 
 import time
 
+from vmctl.ending import SOON_MAX, SOON_S
 from vmctl.errors import refused
 from vmctl.options import Given
-from vmctl.output import clean, put_json_line, put_lines
+from vmctl.output import SHOWN_DATE, clean, put_json_line, put_lines
 from vmctl.session import Session
 from vmctl.vmref import VmRef, parse_vmref
 from vmd.client import ClientError, HungUp, Refused
@@ -13,8 +14,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from vmd.client import Event
 
-SOON_S, SOON_MAX = 1.0, 3  # so often a daemon may hang up so soon after it was asked
-SHOWN_DATE = "%Y-%m-%d %H:%M:%S"
 
 
 def run(session: Session, given: Given) -> int:

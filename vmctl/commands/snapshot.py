@@ -5,22 +5,16 @@ import time
 from vmctl.bar import Bar
 from vmctl.errors import ArgumentError, UsageError, refused
 from vmctl.options import Given
-from vmctl.output import clean, put_json, put_lines, warn
+from vmctl.output import SHOWN_DATE, clean, put_json, put_lines, warn
 from vmctl.session import Session
 from vmctl.vmref import parse_vmref
 from vmd.client import Refused
 from vmd.images.names import check_name
 from vmd.ipc.messages.clients import SnapshotRequest, SnapshotsDone
-from vmd.ipc.messages.shared import SnapshotAction, SnapshotInfo, TransferProgress
+from vmd.ipc.messages.shared import SNAPSHOT_DONE, SnapshotAction, SnapshotInfo, TransferProgress
 from vmd.scaled import fmt_scaled
 
 TAG_NOW = "%Y-%m-%d_%H:%M:%S"
-SHOWN_DATE = "%Y-%m-%d %H:%M:%S"
-SAID = {
-    SnapshotAction.CREATE: "made snapshot",
-    SnapshotAction.DELETE: "deleted snapshot",
-    SnapshotAction.GO_BACK: "went back to snapshot",
-}
 
 
 def run(session: Session, given: Given) -> int:
@@ -61,7 +55,7 @@ def run(session: Session, given: Given) -> int:
     found.sort(key=lambda one: one.date_s)
     listing = action is SnapshotAction.LIST
     if not listing:
-        warn(f"{SAID[action]} {answer.tag} of vm {answer.name}")
+        warn(f"{SNAPSHOT_DONE[action]} {answer.tag} of vm {answer.name}")
     if session.json:
         put_json({
             "id": answer.vmid,

@@ -18,7 +18,6 @@ from vmd.client import Refused
 from vmd.config import rules
 from vmd.config.model import (
     DEFAULT_MEMORY_BYTES,
-    MIB,
     NAME_MAX,
     PATH_MAX,
     BootDevice,
@@ -39,6 +38,7 @@ from vmd.errors import (
 from vmd.ipc.foreign import typed_format
 from vmd.ipc.messages.clients import ConsoleReady, StartRequest, VmStarted
 from vmd.scaled import fmt_scaled, scan_scaled
+from vmd.units import MIB
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -15,6 +15,7 @@ from vmctl.session import Session
 from vmctl.terminal import RawTerminal
 from vmd.client import LOOK_UP_MS, NoDaemon
 from vmd.stdio import STDIN, STDOUT
+from vmd.units import NS
 
 INTERVAL_S, INTERVALS_S = 2.0, (0.1, 3600.0)
 OPEN, BEGIN, END_OF_LINE, END_OF_SCREEN = "\x1b[?1049h\x1b[?25l", "\x1b[H", "\x1b[K\r\n", "\x1b[J"
@@ -63,7 +64,7 @@ def read(session: Session) -> Reading:
 def put_document(before: Reading, now: Reading) -> None:
     """Print what VMs have done between two readings."""
     found = rates.ordered(rates.rows(before, now, time.time()), rates.FIRST_ORDER)
-    elapsed_s = (now.at_ns - before.at_ns) / rates.NS
+    elapsed_s = (now.at_ns - before.at_ns) / NS
     put_json({"interval_s": round(elapsed_s, 3), "vms": [rates.as_json(one) for one in found]})
 
 

@@ -26,6 +26,7 @@ from vmd.agentx.pdu import (
     SearchRange,
     VarBind,
 )
+from vmd.units import NS
 from vmd.version import VERSION
 
 TYPE_CHECKING = False
@@ -113,7 +114,7 @@ def persistent(known: bool) -> int:
 def up_ticks(vm: "AgentxVm") -> int:
     """Return for how long a VM runs."""
     started_s = vm.started_s
-    return ticks(started_s * 1_000_000_000, time.time_ns()) if started_s else 0
+    return ticks(started_s * NS, time.time_ns()) if started_s else 0
 
 
 VM_COLUMNS: "Sequence[Column]" = (

@@ -6,10 +6,10 @@ import grp
 import ipaddress
 import os
 import pwd
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from vmd.config import rules
-from vmd.config.grammar import Grammar
+from vmd.config.grammar import Grammar, Warn
 from vmd.config.lexer import Lexer
 from vmd.config.model import FIXED_LENGTHS, IDS, ROOT, WHEEL, Config, Globals, NicConfig, SwitchConfig, VmConfig
 from vmd.errors import VmdError, sentence
@@ -22,7 +22,6 @@ MACRO_NAME_CHARS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwx
 RANGES = ("/etc/subuid", "/etc/subgid")
 USERS = ("/etc/passwd", "/etc/group", *RANGES)
 
-Warn = Callable[[str], None]
 Claim = tuple[str, int, int]  # a port of the host, or a network
 
 

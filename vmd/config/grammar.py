@@ -13,8 +13,8 @@ from ply import yacc
 from vmd.config import lexer, rules, values
 from vmd.config.lexer import Lexer, Token
 from vmd.config.model import (
+    COUNT_MAX,
     DEFAULT_LOG_BYTES,
-    MIB,
     MIN_MEMORY_BYTES,
     ROOT,
     SOCKET_PATH_MAX,
@@ -41,6 +41,7 @@ from vmd.log import log
 from vmd.nearest import nearest
 from vmd.seed import rules as seed_rules
 from vmd.seed.parts import HASHED
+from vmd.units import MIB
 
 KEYWORDS = frozenset(lexer.TOKENS) - {"NL", "NUMBER", "STRING"}
 AGENTX_CONTEXT_MAX = 32
@@ -49,7 +50,6 @@ LIMIT_BRACES = {
     "{": ": limits of a disk or an interface stand without braces of their own",
     **dict.fromkeys(("MEMORY", "CPU", "WEIGHT"), ": limits of a vm stand in braces, limit { ... }"),
 }
-COUNT_MAX = (1 << 31) - 1
 
 T = TypeVar("T")
 Warn = Callable[[str], None]

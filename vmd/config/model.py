@@ -4,13 +4,11 @@ Sizes are bytes, times are seconds, MAC addresses are 6 bytes.  Limits are those
 host does not need others.  What a VM may be is in `rules.py`, and what spans objects in `check.py`.
 """
 
-
 from vmd.enums import IntEnum, IntFlag
 from vmd.record import Record
+from vmd.units import GIB, MIB
 
-MIB = 1 << 20
-GIB = 1 << 30
-
+DEFAULT_SOCKET = "/run/vmd.sock"
 DEFAULT_MEMORY_BYTES = 512 * MIB
 MIN_MEMORY_BYTES = 1 * MIB
 MAX_MEMORY_BYTES = 1024 * GIB
@@ -25,7 +23,9 @@ FIRST_IDS = range(0x10000, 0xFFFFFFFE - IDS + 1)
 MAX_DISKS = 4
 MAX_NICS = 4
 MAX_CHAIN = 4  # images in one backing chain
+COUNT_MAX = (1 << 31) - 1  # beyond it a count, or the id of a VM, is no number any more
 NAME_MAX = 63  # VM and switch names
+LLADDR_BYTES = 6  # of an Ethernet address
 IFNAME_MAX = 15
 GROUP_MAX = 15
 SOCKET_PATH_MAX = 107  # bytes; sun_path of unix(7) less its NUL
@@ -39,7 +39,8 @@ MAX_LOGS_KEPT = 99
 MAX_SEED_BYTES = 8 * MIB  # of the disk that it is
 MAX_RDOMAIN = 255
 MAX_NAME_SERVERS = 3  # of each family
-FIXED_LENGTHS = range(16, 32)  # of the network that an interface with a fixed address is alone in
+PAIR = 31  # length of a network of guest and host alone
+FIXED_LENGTHS = range(16, PAIR + 1)  # of the network that an interface with a fixed address is alone in
 MAX_FORWARDS = 16  # of an interface
 MAX_FORWARDED = 1024  # ports of one forward
 PORT_MAX = 65535

@@ -13,11 +13,13 @@ import os
 from vmd.config.model import (
     BESIDES_BYTES,
     CMDLINE_MAX,
+    COUNT_MAX,
     CPU_PERCENTS,
     FIXED_LENGTHS,
     GROUP_MAX,
     IFNAME_MAX,
     IOPS,
+    LLADDR_BYTES,
     MAX_DISKS,
     MAX_FORWARDED,
     MAX_FORWARDS,
@@ -53,10 +55,8 @@ if TYPE_CHECKING:
 
 DISK_FORMATS = ("raw", "qcow2")
 UID_MAX = (1 << 32) - 2  # the next one means "no change" to chown(2)
-VMID_MAX = (1 << 31) - 1
 LOCAL_PREFIX_BITS = 16  # at most, and by default: VM id and NIC live in the other half of the address
-LLADDR_BYTES = 6
-HOST_NAME_MAX, LABEL_MAX = 255, 63
+HOST_NAME_MAX, LABEL_MAX = 255, 63  # RFC 1035, 2.3.4
 HOST_TABLES = (253, 254, 255)  # routing tables default, main and local: no VRF can have them
 LOG_NAME_MAX = 255 - NAME_MAX - 3  # bytes of a file name, with a VM's name and `.99` in it
 SHOWN_MAX = 80  # characters of a value in a sentence
@@ -504,7 +504,7 @@ def has_host_bits(address: bytes, length: int) -> bool:
 def plan(config: VmConfig) -> None:
     """Check that from which the addresses of `local` interfaces follow."""
     prefix4, prefix6 = config.plan_prefix4, config.plan_prefix6
-    if not 0 <= config.plan_id <= VMID_MAX or not (
+    if not 0 <= config.plan_id <= COUNT_MAX or not (
         (prefix4 is None or is_prefix(prefix4, 4, LOCAL_PREFIX_BITS))
         and (prefix6 is None or is_prefix(prefix6, 16, MAX_INET6_PREFIX))
     ):

@@ -13,6 +13,7 @@ from vmd.closing import close
 from vmd.errors import sentence
 from vmd.ipc import courier
 from vmd.ipc import sockets as socket
+from vmd.ipc.messages.consolelog import SILENT
 from vmd.tasks import start_thread
 
 TYPE_CHECKING = False
@@ -25,7 +26,6 @@ RETRY_S = 5.0  # after a write that has failed
 SAY_S = 5.0  # between two reports of losses only
 TRIES = 4  # to read what is not written over meanwhile, until the next look
 STUCK_S = 30.0  # in one write
-SILENT = "its storage does not answer"
 # The file may grow so much larger than it should while the next one is opened.
 OVERRUN_BYTES = 256 << 10
 FULL = (errno.ENOSPC, errno.EDQUOT)  # of which another file is no cure

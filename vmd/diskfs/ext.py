@@ -7,7 +7,7 @@ Directories are read from their first to their last block: the index of a hashed
 import struct
 
 from vmd.diskfs.journal import RUNS_MAX, Journal, restored
-from vmd.diskfs.source import DiskFsError, Source
+from vmd.diskfs.source import POINTERS_SPENT, DiskFsError, Source
 from vmd.diskfs.walk import DIRECTORY, FILE, Node, kind_of, pieces_of
 
 TYPE_CHECKING = False
@@ -53,7 +53,6 @@ EXTENT_INDEX = struct.Struct("<IIH2x")
 EXTENT_DEPTH_MAX = 5
 WRITTEN_MAX = 0x8000  # a longer extent was not written yet, and reads as zeroes
 DIRECT = 12
-POINTERS_SPENT = 32  # bytes of numbers of blocks that are looked at for one unit of work
 
 ATTRIBUTES_MAGIC = struct.pack("<I", 0xEA020000)
 ATTRIBUTE = struct.Struct("<BBHII4x")

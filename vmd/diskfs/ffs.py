@@ -5,7 +5,7 @@ Soft updates leave the disk such that nothing has to be replayed, so one that wa
 
 import struct
 
-from vmd.diskfs.source import DiskFsError, Source
+from vmd.diskfs.source import POINTERS_SPENT, DiskFsError, Source
 from vmd.diskfs.walk import Node, kind_of, pieces_of
 
 TYPE_CHECKING = False
@@ -34,7 +34,6 @@ FRAGMENT_MIN = 512
 FRAGMENTS_MAX = 8  # of a block
 
 DIRECT, LEVELS = 12, 3
-POINTERS_SPENT = 32  # bytes of numbers of blocks that are looked at for one unit of work
 
 DIRECTORY_BLOCK = 512  # no name lies in two of these
 ENTRY = struct.Struct("<IHBB")

@@ -7,8 +7,9 @@ kept with its `problem`, so that it can be named.
 import struct
 import zlib
 
-from vmd.diskfs.source import READ_MAX, SECTOR, DiskFsError, Source
+from vmd.diskfs.source import READ_MAX, DiskFsError, Source
 from vmd.record import Record
+from vmd.units import SECTOR
 
 SIGNATURE_AT, SIGNATURE = 510, b"\x55\xaa"
 CODE_BYTES = 440

@@ -5,6 +5,7 @@ outside of the disk or of its partition, keep more than the cache, or look for l
 """
 
 from vmd.errors import VmdError
+from vmd.units import SECTOR
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -12,13 +13,13 @@ if TYPE_CHECKING:
 
     Read = Callable[[int, int], bytes]
 
-SECTOR = 512
 CACHED_BYTES = 4096  # what is cached together
 CACHED = 256  # how many of these
 READ_MAX = 1 << 20  # of structures, at once
 # One for each read, one for each sector that it covers, one for each name of a directory that is looked at: some
 # seconds.  A journal of 1 GiB, full of the smallest transactions, takes 1.6 million.
 WORK_MAX = 1 << 21
+POINTERS_SPENT = 32  # bytes of numbers of blocks that are looked at for one unit of work
 SHOWN_MAX = 100
 
 

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
     T = TypeVar("T")
 
+LONGEST_S = 240.0  # for leaves that read and write images: storage may be slow
+
 
 def ask_patiently(
     sock: "socket.socket",

@@ -9,7 +9,7 @@ import os
 from vmd.closing import close_all
 from vmd.config.model import DiskFile
 from vmd.errors import OperatorError
-from vmd.files.asking import ask_patiently
+from vmd.files.asking import LONGEST_S, ask_patiently
 from vmd.ipc.bootmsg import BootFile, Link, question, unpack_file
 from vmd.memfile import CONSTANT, seal
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
     from vmd.files.images import OpenDisk
 
-LONGEST_S = 240.0  # storage may be slow
 
 
 class NothingToStart(OperatorError):

@@ -3,7 +3,7 @@
 import errno
 
 from vmd.errors import OperatorError
-from vmd.files.asking import ask_patiently
+from vmd.files.asking import LONGEST_S, ask_patiently
 from vmd.ipc.probemsg import unpack
 
 TYPE_CHECKING = False
@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 
     from vmd.files.images import OpenDisk
 
-LONGEST_S = 240.0  # storage may be slow
 
 
 def resize(sock: "socket.socket", disk: "OpenDisk", size: int, go_on: "Callable[[], None]") -> None:

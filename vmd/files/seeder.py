@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
     from vmd.seed.parts import SeedParts
 
-SEEDER_ENTRY = "vmd.seed.seeder:main"
 LONGEST_S = 60.0
 FAILED = "seed: cannot be made"
 

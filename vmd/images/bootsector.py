@@ -2,15 +2,14 @@
 
 import struct
 
+from vmd.images.header import ALL_ZERO, COMPRESSED, OFFSET_MASK
 from vmd.images.hostfile import read_bytes
 from vmd.ipc.probemsg import BELOW, NO_CODE
+from vmd.units import SECTOR
 
-SECTOR = 512
 SIGNATURE_AT, SIGNATURE, CODE_BYTES = 510, b"\x55\xaa", 440
 VERSION_AT, L1_OFFSET_AT = 4, 40  # in the header of a qcow2 image, which has been checked
 VERSION, ENTRY = struct.Struct(">I"), struct.Struct(">Q")
-OFFSET_MASK = 0x00FFFFFFFFFFFE00
-COMPRESSED, ALL_ZERO = 1 << 62, 1
 
 
 def first_sector(fd: int, image_format: str) -> tuple[str, ...]:

@@ -16,7 +16,6 @@ from vmd.images.header import (
     EXTENSION,
     HEADER_V2,
     HEADER_V3,
-    MAGIC,
     MAX_BACKING_NAME,
     MAX_TABLE_BYTES,
     V3_BYTES,
@@ -24,6 +23,7 @@ from vmd.images.header import (
 from vmd.images.hostfile import write_bytes
 from vmd.images.qcow2 import Qcow2Image
 from vmd.images.raw import RawImage
+from vmd.images.signatures import QCOW_MAGIC
 from vmd.scaled import fmt_scaled
 
 TYPE_CHECKING = False
@@ -235,7 +235,7 @@ def _header(path: str, size: int, l1_entries: int, backing: str, backing_format:
     extensions += EXTENSION.pack(0, 0)
     name_offset = V3_BYTES + len(extensions) if name else 0
     head = HEADER_V2.pack(
-        MAGIC, 3, name_offset, len(name), CLUSTER_BITS, size, 0, l1_entries, 3 * CLUSTER, CLUSTER, 1, 0, 0
+        QCOW_MAGIC, 3, name_offset, len(name), CLUSTER_BITS, size, 0, l1_entries, 3 * CLUSTER, CLUSTER, 1, 0, 0
     )
     return head + HEADER_V3.pack(0, 0, 0, REFCOUNT_ORDER, V3_BYTES) + extensions + name
 

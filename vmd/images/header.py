@@ -12,13 +12,13 @@ from io import SEEK_END
 
 from vmd.errors import ImageError
 from vmd.images.hostfile import read_bytes
+from vmd.images.signatures import QCOW_MAGIC
 from vmd.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-MAGIC = b"QFI\xfb"
 HEADER_V2 = struct.Struct(">4sIQIIQIIQQIIQ")
 HEADER_V3 = struct.Struct(">QQQII")  # follows at once
 V2_BYTES, V3_BYTES = HEADER_V2.size, HEADER_V2.size + HEADER_V3.size
@@ -48,6 +48,9 @@ ENCRYPTIONS = {1: "AES", 2: "LUKS"}
 # writes to the image.
 GOING_BACK = 1 << 58
 
+OFFSET_MASK = 0x00FFFFFFFFFFFE00  # of an entry of an L1 or L2 table: where on the disk that is
+COMPRESSED = 1 << 62  # of an entry of an L2 table
+ALL_ZERO = 1  # ... of version 3
 MIN_CLUSTER_BITS, MAX_CLUSTER_BITS = 9, 21
 MAX_REFCOUNT_ORDER = 6
 MAX_SIZE = (1 << 63) - 1
@@ -120,7 +123,7 @@ class _Parser:
     def parse(self) -> Header:
         """Check everything, in the order of the specification."""
         raw = self.raw
-        if raw[: len(MAGIC)] != MAGIC:
+        if raw[: len(QCOW_MAGIC)] != QCOW_MAGIC:
             raise self.refuse("not a qcow2 image")
         if len(raw) < V2_BYTES:
             raise self.refuse(f"qcow2 header cut short after {len(raw)} bytes")

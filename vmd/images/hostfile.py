@@ -11,13 +11,12 @@ import stat
 from io import SEEK_END
 
 from vmd import native
-from vmd.ipc.foreign import SECTOR
+from vmd.units import IOV_MAX, SECTOR
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-IOV_MAX = 1024  # Linux' UIO_MAXIOV
 FILE_MAX = (1 << 63) - 1 & -SECTOR
 STORAGE_GRANULARITY = 4096  # of storage that does not say which it has
 GRANULARITY_MAX = 1 << 30  # more than this is a mistake

@@ -4,12 +4,20 @@ import os
 import stat
 
 from vmd.errors import ImageError
-from vmd.images.header import COMMON, MAGIC, parse_header
+from vmd.images.header import COMMON, parse_header
 from vmd.images.header import CORRUPT as CORRUPT_BIT
 from vmd.images.header import DIRTY as DIRTY_BIT
 from vmd.images.header import GOING_BACK as GOING_BACK_BIT
 from vmd.images.hostfile import read_bytes
-from vmd.images.signatures import DISC_AT, DISC_DESCRIPTOR, HEAD_BYTES, TAIL_BYTES, recognise, recognise_disc
+from vmd.images.signatures import (
+    DISC_AT,
+    DISC_DESCRIPTOR,
+    HEAD_BYTES,
+    QCOW_MAGIC,
+    TAIL_BYTES,
+    recognise,
+    recognise_disc,
+)
 from vmd.ipc.foreign import FOREIGN
 from vmd.ipc.probemsg import CORRUPT, DIRTY, DISC, FORMATS, GOING_BACK, NOT_QCOW2, Probe
 
@@ -48,7 +56,7 @@ def probe(fd: int, path: str, format_hint: str = "", compressions: "Collection[s
     looks = recognise(head, tail)
     if format_hint == "" and looks:
         return Probe(format="raw" if FOREIGN[looks].content else "", size=size, looks=looks, guessed=True)
-    if not head.startswith(MAGIC):
+    if not head.startswith(QCOW_MAGIC):
         if looks:
             return Probe(format="", size=size, looks=looks)
         if format_hint:

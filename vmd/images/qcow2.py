@@ -33,13 +33,16 @@ from io import SEEK_END
 
 from vmd.errors import ImageError
 from vmd.images.header import (
+    ALL_ZERO,
     AT_AUTOCLEAR,
     AT_INCOMPATIBLE,
     AT_L1,
     AT_SIZE,
+    COMPRESSED,
     CORRUPT,
     GOING_BACK,
     MAX_TABLE_BYTES,
+    OFFSET_MASK,
     SNAPSHOT_BYTES,
     Header,
     parse_header,
@@ -85,9 +88,6 @@ if TYPE_CHECKING:
     Unpack = Callable[[bytes, int], bytes]
 
 COPIED = 1 << 63  # nobody else refers to this cluster
-COMPRESSED = 1 << 62
-ALL_ZERO = 1  # version 3
-OFFSET_MASK = 0x00FFFFFFFFFFFE00
 DEFLATE_BITS = -15  # no header; QEMU writes windows of 2^12, this reads any
 
 L1_PLACE = struct.Struct(">IQ")

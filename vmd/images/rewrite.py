@@ -18,13 +18,23 @@ Refcounts are numbers in one array meanwhile, and L2 tables are taken apart as o
 import errno
 
 from vmd.errors import ImageError
-from vmd.images.header import AT_AUTOCLEAR, AT_CONTENT, AT_INCOMPATIBLE, CONTENT, GOING_BACK, MAX_TABLE_BYTES
+from vmd.images.header import (
+    AT_AUTOCLEAR,
+    AT_CONTENT,
+    AT_INCOMPATIBLE,
+    COMPRESSED,
+    CONTENT,
+    GOING_BACK,
+    MAX_TABLE_BYTES,
+    OFFSET_MASK,
+)
 from vmd.images.hostfile import read_bytes, write_bytes, write_views
 from vmd.images.names import check_name
-from vmd.images.qcow2 import COMPRESSED, COPIED, OFFSET_MASK, REPAIR, Qcow2Image
+from vmd.images.qcow2 import COPIED, REPAIR, Qcow2Image
 from vmd.images.refcounts import TABLE_OFFSET_MASK, Damage
 from vmd.images.snapshots import Snapshot, find, new_id, pack_snapshots, read_snapshots, tables
 from vmd.images.words import FORMATS, big_endian, native, zeroes
+from vmd.units import NS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -351,8 +361,8 @@ class Rewrite:
                 l1_offset=offset,
                 l1_entries=entries,
                 size=self.size,
-                date_s=date_ns // 10**9,
-                date_ns=date_ns % 10**9,
+                date_s=date_ns // NS,
+                date_ns=date_ns % NS,
                 clock_ns=clock_ns,
                 state_bytes=self.state_bytes,
             )

@@ -4,10 +4,9 @@
 library.
 """
 
-
 from vmd.record import Record
+from vmd.units import SECTOR
 
-SECTOR = 512
 PATH_SAFE = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789@%+=:,./-_")
 
 

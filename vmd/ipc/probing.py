@@ -11,12 +11,12 @@ from vmd.closing import close_all
 from vmd.ipc import sockets as socket
 from vmd.ipc.probemsg import ANSWER_MAX
 from vmd.ipc.rights import receive, rights_of
+from vmd.privsep.start import CHANNEL_FD
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-CHANNEL_FD = 3
 QUESTION_MAX = 65536  # bytes; enough for a kernel's command line in hexadecimal
 FILES_MAX = 5  # a chain of images, and the file to copy to
 LOOK_S = 5.0  # `wait_patiently` calls `go_on` once in so long

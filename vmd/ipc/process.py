@@ -9,6 +9,7 @@ from vmd.ipc.fence import Fence
 from vmd.ipc.loop import Loop
 from vmd.ipc.routes import Proc
 from vmd.log import RateLimit, log
+from vmd.privsep.start import CHANNEL_FD
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     M = TypeVar("M", bound=Record)
     Handlers = Mapping[tuple[Proc, RecordType], "Handler"]  # the key is the sender and the message's class
 
-CHANNEL_FD = 3
 CORE = (Proc.PARENT, Proc.CONTROL, Proc.VMM, Proc.PRIV)  # all guests depend on these
 
 

@@ -4,14 +4,13 @@ import errno
 import os
 from collections.abc import Collection
 
-from vmd.config.model import MAX_NICS, Prefix
+from vmd.config.model import MAX_NICS, PAIR, Prefix
 from vmd.errors import OperatorError
 from vmd.record import Record
 
 LLADDR_START = bytes.fromhex("fee1bb")
 LLADDR_NIC = 0xD0  # ORed with the number of the interface, from 1
 PLAN_NICS = 127  # a VM has 256 addresses: two for each interface; the first two are not used
-PAIR = 31  # prefix length of a network of two addresses
 SUBNET_BITS = 64  # prefix length of an interface's IPv6 network
 ULA = 0xFD  # first byte of a unique local IPv6 address (RFC 4193)
 

@@ -12,7 +12,6 @@ import errno
 
 from vmd.config import rules
 from vmd.errors import OperatorError, VmdError, number, sentence
-from vmd.ipc.foreign import SECTOR
 from vmd.ipc.messages.clients import Caller, DiscInserted, DiscRequest, Resized, ResizeRequest
 from vmd.ipc.messages.opener import OpenFiles
 from vmd.ipc.messages.shared import brief
@@ -25,6 +24,7 @@ from vmd.parent.opening import identity
 from vmd.parent.report import brief_notes
 from vmd.parent.requests import require_absolute
 from vmd.parent.vmtable import Change, Vm
+from vmd.units import SECTOR
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

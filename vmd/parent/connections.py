@@ -29,6 +29,7 @@ import socket
 import time
 
 from vmd.closing import close, close_all
+from vmd.config.model import ROOT
 from vmd.errors import HostError, PeerError, VmdError, sentence
 from vmd.ipc.imsg import NO_FDS, Form, encode
 from vmd.ipc.messages.children import Ping, Quit
@@ -65,7 +66,6 @@ if TYPE_CHECKING:
             """Serve a peer."""
 
 
-ROOT = 0
 RESERVE = "control/reserve"  # the title of a control that has no user yet
 NONE = -1
 REFUSED = -1  # stands for a user: its control tells refused clients why, where their user has no control

@@ -19,7 +19,7 @@ from vmd.ipc import courier
 from vmd.ipc.logfile import FD_ANSWER, FD_COURIER, LogFile, pack
 from vmd.ipc.messages.children import Ping, Pong, Quit
 from vmd.ipc.messages.clients import ConsoleLogAt, ConsoleLogRequest
-from vmd.ipc.messages.consolelog import ConsoleFile, ConsoleKept, DropConsole, KeepConsole
+from vmd.ipc.messages.consolelog import SILENT, ConsoleFile, ConsoleKept, DropConsole, KeepConsole
 from vmd.ipc.messages.shared import Trouble
 from vmd.ipc.routes import Proc
 from vmd.log import log
@@ -50,7 +50,6 @@ SAY_AGAIN_S = 60.0  # the same trouble of one log is logged again only after thi
 PING_S, PINGS_MAX = 5.0, 3  # between two pings; so many without an answer, and the process is replaced
 RESTART_S = 2.0  # between two starts of the process
 ANSWER_MAX = 1 << 12
-SILENT = "its storage does not answer"
 DEVICE = "console log"  # as `status -v` calls it
 
 

@@ -21,7 +21,7 @@ from vmd.files.diskboot import FromDisks, NothingToStart
 from vmd.files.images import Use, open_cdrom, open_disk
 from vmd.files.prober import END_TIMEOUT_S, ImageProber, start_probe
 from vmd.memfile import bounded_file
-from vmd.netlink import NLM_F_REQUEST, NLMSGHDR, RTATTR
+from vmd.netlink import IFLA_INFO_KIND, IFLA_LINKINFO, NLM_F_REQUEST, NLMSGHDR, RTATTR, RTM_NEWLINK
 from vmd.parent import hostports, hostroutes, instances, service, vhost
 from vmd.parent.limits import require_room
 from vmd.parent.opening import BOOT_FILE_MAX, IMGBOOT_ENTRY, firmware_needs_disk
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 SIOCETHTOOL, ETHTOOL_GDRVINFO = 0x8946, 3
 ETHTOOL_DRVINFO = struct.Struct("=I32s160x")  # struct ethtool_drvinfo: cmd, driver, ...
 IFINFOMSG_BYTES = 16
-RTM_NEWLINK, IFLA_LINKINFO, IFLA_INFO_KIND = 16, 18, 1
 NLM_F_ACK, NLM_F_EXCL, NLM_F_CREATE = 4, 0x200, 0x400
 IFREQ = struct.Struct("=16sQ16x")  # struct ifreq: ifr_name, ifr_data
 BOOTPROBE_ENTRY = "vmd.vm.bootprobe:main"

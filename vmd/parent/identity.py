@@ -18,8 +18,7 @@ import os
 
 from vmd.closing import close
 from vmd.config import rules
-from vmd.config.model import MAX_NICS, Prefix
-from vmd.config.rules import VMID_MAX
+from vmd.config.model import COUNT_MAX, LLADDR_BYTES, MAX_NICS, Prefix
 from vmd.errors import HostError, VmdError, sentence
 from vmd.log import log
 
@@ -38,7 +37,6 @@ FILE_MAX = 1 << 24  # bytes
 ABSENT_MAX = {True: 4096, False: 64}
 RANDOM_TRIES, ORDERLY_TRIES = 64, 8192  # the second is more than there can be VMs
 ULA_BITS = 48
-LLADDR_BYTES = 6
 GROUP = 1  # the group bit, in the first byte of an Ethernet address
 
 
@@ -252,7 +250,7 @@ def parse_row(row: "Any") -> "tuple[Key, Identity]":  # noqa: ANN401 - of a file
     identity = Identity()
     identity.vmid, identity.number = (checked(row.get(field, 0), int) for field in ("id", "number"))
     identity.configured = checked(row.get("configured", False), bool)
-    if not 0 <= identity.vmid <= VMID_MAX or not 0 <= identity.number <= VMID_MAX:
+    if not 0 <= identity.vmid <= COUNT_MAX or not 0 <= identity.number <= COUNT_MAX:
         raise ValueError(f"vm {name}: id {identity.vmid}, number {identity.number}")
     for index, text in checked(row.get("lladdrs", {}), dict).items():
         lladdr = bytes.fromhex(checked(text, str).replace(":", ""))

@@ -9,6 +9,7 @@ from collections import Counter
 from vmd.config.model import Config, Globals, VmConfig
 from vmd.errors import OperatorError
 from vmd.log import log
+from vmd.privsep.linux import DESCRIPTORS
 from vmd.scaled import fmt_scaled
 
 TYPE_CHECKING = False
@@ -31,7 +32,6 @@ KERNEL_LIMITS = (
 NEIGHBOURS = "net/ipv4/neigh/default/gc_thresh3"  # one for each `local` interface
 PORTS_MAX = 1023  # of a bridge of Linux (BR_MAX_PORTS)
 FILES_TO_START = 64  # must be free for a start: disks and their backing files are open for a moment
-OPEN_FILES = "/proc/self/fd"
 RESTART_WINDOW_S = 6.0
 RESTART_LIMIT = 3
 
@@ -125,7 +125,7 @@ def require_files() -> None:
     """Raise OperatorError(EMFILE) if few descriptors are free: without one, even messages lose their descriptors."""
     most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
-        count = os.stat(OPEN_FILES).st_size or len(os.listdir(OPEN_FILES))  # the size is their number since Linux 6.2
+        count = os.stat(DESCRIPTORS).st_size or len(os.listdir(DESCRIPTORS))  # the size is their number since Linux 6.2
     except OSError:  # no descriptor is free to look
         count = most
     if count + FILES_TO_START > most:

@@ -6,11 +6,12 @@ They are looked up each time a guest asks, because a host's name servers change 
 import ipaddress
 from collections.abc import Sequence
 
+from vmd.ipc.devmsg import DNS_MAX
+
 Servers = tuple[tuple[bytes, ...], tuple[bytes, ...]]  # IPv4, IPv6
 
 RESOLV_CONFS = ("/etc/resolv.conf", "/run/systemd/resolve/resolv.conf")  # the second, if the first has only a stub
 RESOLV_CONF_MAX = 1 << 16
-DNS_MAX = 3  # of each family
 UDP_SOCKETS = "/proc/net/udp"  # proc(5): the second column is address and port
 PORT = ":0035"  # 53
 ANY4 = "00000000"

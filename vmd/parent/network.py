@@ -11,7 +11,17 @@ import time
 from collections.abc import Callable, Iterable
 
 from vmd.closing import close, close_all
-from vmd.config.model import IFNAME_MAX, ROOT, BootDevice, Config, NicConfig, SwitchConfig, VmConfig, with_forwards
+from vmd.config.model import (
+    IFNAME_MAX,
+    LLADDR_BYTES,
+    ROOT,
+    BootDevice,
+    Config,
+    NicConfig,
+    SwitchConfig,
+    VmConfig,
+    with_forwards,
+)
 from vmd.errors import HostError, OperatorError, PeerError, number
 from vmd.ipc.imsg import Envelope
 from vmd.ipc.messages.priv import (
@@ -54,7 +64,6 @@ if TYPE_CHECKING:
     from vmd.parent.core import Core
 
 ALIAS_MAX = 255  # IFALIASZ
-LLADDR_BYTES = 6
 MTU_MAX = 0xFFFF  # the largest value of virtio's field
 RESERVED_MAX = 512  # names that fit one message
 SWITCHES_MAX = 40  # switches that fit one message

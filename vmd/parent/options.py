@@ -5,6 +5,7 @@ import os
 from collections.abc import Sequence
 
 from vmd.config.check import parse_macro_definition
+from vmd.config.model import DEFAULT_SOCKET
 from vmd.errors import VmdError
 from vmd.record import Record
 from vmd.version import VERSION
@@ -27,7 +28,6 @@ Runs the virtual machines that vm.conf describes.
 See vmd(8) and vm.conf(5) for details.  vmctl(8) controls a running vmd.
 """
 DEFAULT_CONF = "/etc/vm.conf"
-DEFAULT_SOCKET = "/run/vmd.sock"
 
 
 class UsageError(VmdError):

@@ -37,7 +37,7 @@ from vmd.ipc.messages.imgwriter import (
     SnapshotsFailed,
     SnapshotsReady,
 )
-from vmd.ipc.messages.shared import SnapshotAction, SnapshotInfo, brief
+from vmd.ipc.messages.shared import SNAPSHOT_DONE, SnapshotAction, SnapshotInfo, brief
 from vmd.ipc.messages.vm import CancelTransfer, DisksBack, DisksLent, LendDisks, TakeDisksBack
 from vmd.ipc.routes import Proc
 from vmd.log import log
@@ -66,11 +66,6 @@ SILENT_S = 120.0  # for the next message of an imgwriter
 END_LOOK_S = 0.1  # between two checks whether an imgwriter has ended
 AT_A_TIME = 8  # requests
 BUSY = "its snapshots are in use by another command"
-DONE = {
-    SnapshotAction.CREATE: "made snapshot",
-    SnapshotAction.DELETE: "deleted snapshot",
-    SnapshotAction.GO_BACK: "went back to snapshot",
-}
 
 
 class Job:
@@ -451,9 +446,9 @@ class Snapshots:
         if job.runs and not job.vm_ended:
             vm.stay()
         if job.failure is None:
-            if job.action in DONE:
-                log.info(f"{vm.name}: {DONE[job.action]} {job.tag}")
-                self.core.events.add("snapshot", vm, text=DONE[job.action], value=job.tag)
+            if job.action in SNAPSHOT_DONE:
+                log.info(f"{vm.name}: {SNAPSHOT_DONE[job.action]} {job.tag}")
+                self.core.events.add("snapshot", vm, text=SNAPSHOT_DONE[job.action], value=job.tag)
             self.clients.answer_all(For.IMAGES, vm.vmid, SnapshotsDone(vmid=vm.vmid, name=vm.name, tag=job.tag))
             return
         text = brief(sentence(job.failure))

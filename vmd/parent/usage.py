@@ -5,7 +5,9 @@ Only files of /proc that are readable without CAP_SYS_PTRACE are read, because n
 
 import os
 
-TICK_NS = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
+from vmd.units import NS
+
+TICK_NS = NS // os.sysconf("SC_CLK_TCK")
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 BLOCK_BYTES = 512  # unit of st_blocks on all file systems
 

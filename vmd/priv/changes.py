@@ -6,8 +6,9 @@ The notices are not parsed, because they also report our own changes.  `damage` 
 import socket
 
 from vmd.errors import HostError
+from vmd.netlink import NETLINK_ROUTE
 
-NETLINK_ROUTE, NETLINK_NETFILTER = 0, 12
+NETLINK_NETFILTER = 12
 RTMGRP_LINK, RTMGRP_IPV4_IFADDR, RTMGRP_IPV6_IFADDR = 0x1, 0x10, 0x100
 RTMGRP_IPV4_NETCONF, RTMGRP_IPV6_NETCONF = 1 << 23, 1 << 24  # RTNLGRP_IPV4_NETCONF is 24: forwarding, rp_filter
 LINKS = RTMGRP_LINK | RTMGRP_IPV4_IFADDR | RTMGRP_IPV6_IFADDR | RTMGRP_IPV4_NETCONF | RTMGRP_IPV6_NETCONF

@@ -18,7 +18,7 @@ from collections import Counter
 
 from vmd.closing import close
 from vmd.config import rules as rules_of_vms
-from vmd.config.model import DEFAULT_ROUTES, FIXED_LENGTHS, MAX_NICS, MAX_RDOMAIN
+from vmd.config.model import DEFAULT_ROUTES, FIXED_LENGTHS, LLADDR_BYTES, MAX_NICS, MAX_RDOMAIN
 from vmd.config.rules import HOST_TABLES, bridge_name, group_name, tap_name
 from vmd.errors import HostError, OperatorError
 from vmd.ipc.messages.priv import AddressGiven, FramesDropped, TapBefore
@@ -51,7 +51,6 @@ SWITCH_ALIAS = re.compile(r"switch[0-9]+-")
 TAP_ALIAS = re.compile(r"vm[0-9]+-if[0-9]+-")
 VRF_ALIAS = re.compile(r"rdomain[0-9]+$")
 MTU, MTU_MAX = 1500, 16384  # the largest MTU of OpenBSD's taps (*cat. 6.5*)
-LLADDR_BYTES = 6
 HIGHEST = b"\xfe"  # first byte of a link-layer address that no vendor assigns
 INET4_BYTES, INET6_BYTES = 4, 16
 HOST6 = (1).to_bytes(8, "big")  # the host has address ::1 of each /64

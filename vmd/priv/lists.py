@@ -10,24 +10,23 @@ import socket
 import struct
 
 from vmd.errors import HostError
-from vmd.netlink import NLM_F_REQUEST, NLMSGHDR, RTATTR
+from vmd.netlink import IFLA_INFO_KIND, IFLA_LINKINFO, NETLINK_ROUTE, NLM_F_REQUEST, NLMSGHDR, RTATTR, RTM_NEWLINK
 from vmd.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
 
-NETLINK_ROUTE = 0
 NLMSG_ERROR, NLMSG_DONE = 2, 3
 NLM_F_DUMP_INTR, NLM_F_DUMP = 0x10, 0x300
-RTM_NEWLINK, RTM_GETLINK, RTM_NEWADDR, RTM_GETADDR = 16, 18, 20, 22
+RTM_GETLINK, RTM_NEWADDR, RTM_GETADDR = 18, 20, 22
 LINK = struct.Struct("=BxHiII")  # ifinfomsg: family, type, index, flags, change
 ADDRESS = struct.Struct("=BBBBI")  # ifaddrmsg: family, prefix length, flags, scope, index
 NUMBER = struct.Struct("=I")
 NESTED = 0x7FFF  # the mask of an attribute's type without its flags
-IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_MASTER, IFLA_LINKINFO = 1, 3, 4, 10, 18
+IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_MASTER = 1, 3, 4, 10
 IFLA_IFALIAS, IFLA_GROUP, IFLA_EXT_MASK = 20, 27, 29
-IFLA_INFO_KIND, IFLA_INFO_DATA, IFLA_VRF_TABLE = 1, 2, 1
+IFLA_INFO_DATA, IFLA_VRF_TABLE = 2, 1
 RTEXT_FILTER_SKIP_STATS = 8
 IFA_ADDRESS, IFA_LOCAL = 1, 2
 IFF_UP = 1

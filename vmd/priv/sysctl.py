@@ -20,13 +20,13 @@ import socket
 from vmd.closing import close
 from vmd.errors import HostError
 from vmd.log import log
+from vmd.privsep.confine import PRIV_DIRECTORY
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Collection
 
 SYS = "/proc/sys/net"
-DIRECTORY = "/run/vmd/priv"
 SO_NETNS_COOKIE = 71
 STATE_MAX = 1 << 20
 # Endings of the settings that are changed for forwarding.
@@ -67,7 +67,7 @@ def state_path() -> str:
             cookie = int.from_bytes(any_socket.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8), "little")
         except OSError:
             cookie = os.stat("/proc/self/ns/net").st_ino  # before Linux 5.14; another namespace may have it later
-    return f"{DIRECTORY}/network-{cookie}"
+    return f"{PRIV_DIRECTORY}/network-{cookie}"
 
 
 class ChangedSettings:

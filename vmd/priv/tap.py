@@ -5,12 +5,12 @@ import fcntl
 from struct import Struct
 
 from vmd.errors import HostError, OperatorError
+from vmd.privsep.confine import TUNSETIFF
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-TUNSETIFF = 0x400454CA
 IFF_TAP, IFF_NO_PI, IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
 IFF_TUN_EXCL = 0x8000  # never attach to an existing interface
 IFREQ = Struct("=16sH22x")

@@ -36,6 +36,7 @@ import zipimport
 from vmd.config.model import DEFAULT_FIRST_ID, IDS
 from vmd.errors import HostError, VmdError
 from vmd.privsep import linux
+from vmd.privsep.confine import PRIV_DIRECTORY
 from vmd.privsep.ids import Ids, limit_tasks
 from vmd.privsep.spawn import FD_TARGETS, INTERPRETER
 from vmd.tasks import fork
@@ -181,7 +182,6 @@ def out_of_the_way(fd: int) -> int:
         os.close(fd)
 
 
-PRIV_DIRECTORY = "/run/vmd/priv"  # the same path on the host and for priv
 
 
 class Network:

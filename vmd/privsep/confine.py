@@ -84,7 +84,8 @@ BLOCK = (
 )  # fmt: skip
 LIMITS = ("prlimit64",)  # lowers the process's own limit of memory, when the guest's memory is known
 NET = ("readv", "writev")  # frames, directly to and from guest memory
-TUN_IOCTLS = (0x400454D0, 0x400454D8)  # TUNSETOFFLOAD, TUNSETVNETHDRSZ
+TUNSETIFF, TUNSETOFFLOAD, TUNSETVNETHDRSZ = 0x400454CA, 0x400454D0, 0x400454D8
+TUN_IOCTLS = (TUNSETOFFLOAD, TUNSETVNETHDRSZ)
 
 # /dev/vhost-net: owner, features, memory, rings and their eventfds, and the tap.  Not the log of changed memory, and
 # not the IOTLB.  `devices/vionet/vhost.py` has the names.
@@ -236,8 +237,8 @@ PARENT_CAPABILITIES = (  # docs/security.md has the reason of each
     linux.CAP_SYS_RESOURCE,
 )
 
-TUNSETIFF = 0x400454CA
 SIOCGIFNAME, SIOCGIFCONF, SIOCGIFFLAGS, SIOCGIFMTU, SIOCGIFINDEX = 0x8910, 0x8912, 0x8913, 0x8921, 0x8933
+PRIV_DIRECTORY = "/run/vmd/priv"  # on the host, and as priv sees it
 
 PRIV = Confinement(
     syscalls=BASE
@@ -263,7 +264,7 @@ PRIV = Confinement(
         ("/proc/sys/net", landlock.WRITE),  # forwarding, per-interface IPv6
         ("/sys/class/net", landlock.READ),
         ("/sys/devices", landlock.READ),  # the target of the links in /sys/class/net
-        ("/run/vmd/priv", landlock.OWN),  # host settings that have to be restored
+        (PRIV_DIRECTORY, landlock.OWN),  # host settings that have to be restored
     ),
 )
 

@@ -12,7 +12,7 @@ import sys
 from vmd import signals as signal
 from vmd.closing import close
 from vmd.errors import HostError, VmdError
-from vmd.privsep import linux
+from vmd.privsep import confine, linux
 from vmd.privsep.start import CHANNEL_FD
 
 TYPE_CHECKING = False
@@ -56,7 +56,7 @@ ENVIRONMENT = {
     "LC_ALL": "C",  # with it Python uses UTF-8, and looks for no locale
     "MALLOC_ARENA_MAX": "1",  # otherwise each thread takes megabytes, in hundreds of processes
 }
-DEBUG = "VMD_DEBUG_SECCOMP"  # passed on to all processes that we start (`confine.is_debugged`)
+DEBUG = confine.DEBUG.decode()  # passed on to all processes that we start (`confine.is_debugged`)
 FD_TARGETS = 64  # descriptors are first moved to numbers from here on, so that placing one never overwrites another
 FAILED = 127
 LEAF_SCORE = 0  # the least oom_score_adj of a process that is not vital; see `parent/oom.py`

@@ -9,7 +9,7 @@ import hashlib
 import ipaddress
 import uuid
 
-from vmd.config.model import MAX_SEED_BYTES
+from vmd.config.model import LLADDR_BYTES, MAX_SEED_BYTES
 from vmd.config.rules import shown
 from vmd.seed import rules
 from vmd.seed.iso import image
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     Yaml: TypeAlias = "str | bool | int | Sequence[Yaml] | dict[str, Yaml]"
 
 INSTANCES = uuid.UUID("5d1c3b0e-31a2-5c0c-9a43-7c9fd0d4f6a1")  # the name space of instance-ids made from names
-LLADDR_BYTES = 6
 GZIP = b"\x1f\x8b"
 # How texts begin that cloud-init takes (`INCLUSION_TYPES_MAP`), in lower case; blanks may stand before them.
 HEADS = (

@@ -3,14 +3,13 @@
 The parent and vmctl load this for vm.conf and `vmctl start -C`, so it imports little, and reads no file of a user.
 """
 
-from vmd.config.rules import DIGITS, LETTERS, path, shown
+from vmd.config.rules import DIGITS, LABEL_MAX, LETTERS, path, shown
 from vmd.seed.parts import HASHED, KEY_FILES_MAX
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from vmd.config.model import SeedConfig
 
-LABEL_MAX = 63  # RFC 1035, 2.3.4
 HOSTNAME_MAX = 253
 USER_MAX = 32  # utmp(5) and useradd(8)
 HASH_MAX = 512  # longer than any of crypt(5)

@@ -15,6 +15,7 @@ import struct
 
 from vmd.record import Record
 from vmd.vm import aml, layout
+from vmd.vm.chips.mc146818 import CENTURY
 
 S5_SLEEP_TYPE = 5  # the SLP_TYP that a guest writes to PM1 control to switch off
 
@@ -70,7 +71,6 @@ FADT_TMR_VAL_EXT = 1 << 8
 FADT_RESET_REG_SUP = 1 << 10
 NO_C2_US = 0x0FFF  # a latency above 100 µs (C2) or 1000 µs (C3) means that the state does not exist
 RESET_VALUE = 0x06
-RTC_CENTURY = 0x32
 RTC_PORT_COUNT = 2
 FWCFG_PORT_COUNT = 12
 
@@ -230,7 +230,7 @@ def _fadt(facs: int, dsdt: int) -> bytes:
         *(pm1_event, 0, pm1_control, 0, 0, pm_timer, 0, 0),
         *(4, 2, 0, 4, 0, 0, 0, 0),
         *(NO_C2_US, NO_C2_US, 0, 0),
-        *(0, 0, 0, 0, RTC_CENTURY),
+        *(0, 0, 0, 0, CENTURY),
         IAPC_VGA_NOT_PRESENT,
         0,
         # No PWR_BUTTON bit: the power button is the fixed one, in the PM1 registers.
@@ -246,7 +246,7 @@ def _fadt(facs: int, dsdt: int) -> bytes:
 
 
 def _madt(vcpus: int) -> bytes:
-    overrides = [(0, layout.GSI_PIT, CONFORMING), (layout.IRQ_SCI, layout.IRQ_SCI, LEVEL_HIGH)]
+    overrides = [(layout.IRQ_PIT, layout.GSI_PIT, CONFORMING), (layout.IRQ_SCI, layout.IRQ_SCI, LEVEL_HIGH)]
     overrides += [(irq, irq, LEVEL_HIGH) for irq in layout.PCI_IRQS]
     return b"".join(
         (

@@ -10,7 +10,7 @@ from vmd.closing import close
 from vmd.enums import Enum
 from vmd.errors import GuestError, HostError, OperatorError, PeerError, VmdError, sentence
 from vmd.guestmem import GuestMemory
-from vmd.ipc.messages.vm import ReceivedHeader, ReceivedMachine
+from vmd.ipc.messages.vm import KVM_FD, ReceivedHeader, ReceivedMachine
 from vmd.kvmapi.system import System
 from vmd.log import log
 from vmd.privsep.spawn import spawn
@@ -21,7 +21,7 @@ from vmd.vm.cpuid import for_vcpu
 from vmd.vm.departure import show_progress
 from vmd.vm.header import read_header
 from vmd.vm.kinds import kinds
-from vmd.vm.machine import KVM_FD, EmptyVm, Machine, Outside, memory_regions
+from vmd.vm.machine import EmptyVm, Machine, Outside, memory_regions
 from vmd.vm.pause import Pause
 from vmd.vm.stream import IDLE_TIMEOUT_S, STILL, Pipe, StreamError, StreamReader
 

@@ -21,6 +21,7 @@ import time
 
 from vmd import native
 from vmd.kvmapi import abi
+from vmd.units import NS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -38,7 +39,6 @@ QUICK_NS = 1_500  # a reading that takes no longer is accurate enough
 PROMPT_NS = 100_000  # setting a timer that takes no longer is accurate enough
 STALE_NS = 5_000_000  # how late a thread may notice that its vCPU has left the guest
 LATE_TRIES, LATE_S = 20, 0.001  # looks whether KVM has noticed that a timer was due, and the time between two
-NS = 10**9
 MASK_64 = (1 << 64) - 1
 
 # Registers of the local APIC (Intel SDM 3A, table 11-1)

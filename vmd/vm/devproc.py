@@ -6,7 +6,6 @@ import time
 
 from vmd import threads
 from vmd.errors import HostError, OperatorError, PeerError, VmdError, sentence
-from vmd.guestmem import PAGE
 from vmd.ipc import devmsg
 from vmd.ipc.channel import socketpair
 from vmd.ipc.rights import receive, rights_of
@@ -14,6 +13,7 @@ from vmd.log import FORMS, log
 from vmd.memfile import sealed_file
 from vmd.privsep.spawn import spawn
 from vmd.signals import name_of
+from vmd.units import PAGE
 from vmd.vm.eventfd import eventfd
 from vmd.vm.kinds import INTERFACE, KERNEL, MAIN
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 START_TIMEOUT_S = 30.0  # long, because a host that starts fifty VMs at once is slow
 END_TIMEOUT_S = 60.0  # long, because a disk writes back what the host has cached of it
-LAST_WORDS_TIMEOUT_S = 1.0  # between the end of a channel and the end of its process
+EXIT_TIMEOUT_S = 1.0  # between the end of a channel and the end of its process
 
 
 def are_addresses(raw: bytes) -> bool:
@@ -383,7 +383,7 @@ class DeviceProcess:
 
     def _how_it_ended(self) -> str:
         """Return how a process has ended whose channel is closed: the end of a sentence."""
-        status = self._reap(LAST_WORDS_TIMEOUT_S)
+        status = self._reap(EXIT_TIMEOUT_S)
         if status is None:
             return "has closed its channel"
         if status < 0:

@@ -11,9 +11,9 @@ mark that come in between would be lost.  A mark that we did not see set is not 
 """
 
 from vmd.errors import PeerError
-from vmd.guestmem import PAGE
 from vmd.ipc import devmsg
 from vmd.kvmapi import abi
+from vmd.units import PAGE
 from vmd.virtio.fence import full_fence
 
 TYPE_CHECKING = False

@@ -9,7 +9,7 @@ import hashlib
 
 from vmd.ipc import devmsg
 from vmd.record import Record
-from vmd.virtio import spec
+from vmd.units import SECTOR
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ def host_name(config: "VmConfig", index: int) -> str:
 def note(image: "ImageLink") -> int:
     """Return the note (devmsg.RESOURCE_*) that describes an image to its disk's process."""
     qcow2 = devmsg.RESOURCE_QCOW2 if image.format == "qcow2" else 0
-    sectors = min(image.discard_granularity // spec.SECTOR, devmsg.RESOURCE_DISCARD_MAX)
+    sectors = min(image.discard_granularity // SECTOR, devmsg.RESOURCE_DISCARD_MAX)
     return qcow2 | (devmsg.RESOURCE_GUESSED if image.guessed else 0) | sectors << devmsg.RESOURCE_DISCARD_SHIFT
 
 

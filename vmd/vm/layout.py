@@ -14,9 +14,9 @@ Unlike vmd, where RAM below 4 GiB ends at F0000000, it ends at E0000000 at the l
 PCI window at 80000000, C0000000 or E0000000 and never higher, so that the window would overlap RAM.
 """
 
-KIB = 1 << 10
-MIB = 1 << 20
-FOUR_GIB = 1 << 32
+from vmd.units import GIB, KIB, PAGE
+
+FOUR_GIB = 4 * GIB
 
 LOW_RAM_END = 0xA0000  # end of conventional memory; a PC has VGA memory and option ROMs behind it
 RESERVED_END = 0x100000
@@ -60,7 +60,7 @@ def e820_map(memory_bytes: int, firmware_bytes: int = FIRMWARE_BYTES) -> list[tu
         (0, LOW_RAM_END, E820_RAM),
         (LOW_RAM_END, RESERVED_END - LOW_RAM_END, E820_RESERVED),
         (HIGH_RAM_START, low - HIGH_RAM_START, E820_RAM),
-        (KVM_IDENTITY_MAP, 4 * 4 * KIB, E820_RESERVED),
+        (KVM_IDENTITY_MAP, 4 * PAGE, E820_RESERVED),
         (FOUR_GIB - firmware_bytes, firmware_bytes, E820_RESERVED),
         (FOUR_GIB, memory_bytes - low, E820_RAM),
     ]
@@ -95,7 +95,8 @@ PORT_PCI_DATA = 0xCFC
 PCI_IO_START = 0xC000  # first port that SeaBIOS assigns to I/O BARs; direct boot does the same
 PCI_IO_END = 0x10000
 
-# Interrupts: global system interrupt numbers; ISA IRQ 0 (PIT) arrives at I/O APIC pin 2
+# Interrupts: global system interrupt numbers.  The PIT raises ISA IRQ 0, which a PC wires to pin 2 of the I/O APIC.
+IRQ_PIT = 0
 GSI_PIT = 2
 IRQ_COM1 = 4
 IRQ_RTC = 8
@@ -109,4 +110,3 @@ def pci_irq(slot: int, pin: int) -> int:
 
 
 IOAPIC_ID = 0
-IOAPIC_PINS = 24

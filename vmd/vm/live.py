@@ -9,8 +9,8 @@ import time
 
 from vmd import threads
 from vmd.errors import PeerError, VmdError, sentence
-from vmd.guestmem import PAGE
 from vmd.ipc import devmsg
+from vmd.units import PAGE
 from vmd.vm import state
 from vmd.vm.dirty import DirtyLog, either, runs
 from vmd.vm.sender import Receivable, Sender

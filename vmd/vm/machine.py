@@ -9,7 +9,7 @@ from vmd.closing import close
 from vmd.guestmem import RegionSpec
 from vmd.ipc.loop import Timer
 from vmd.ipc.messages.shared import Trouble
-from vmd.ipc.messages.vm import Outcome
+from vmd.ipc.messages.vm import KVM_FD, Outcome
 from vmd.kvmapi import abi
 from vmd.kvmapi.system import System
 from vmd.log import log
@@ -57,7 +57,6 @@ if TYPE_CHECKING:
             """Restore the state.  Raises KeyError, TypeError or ValueError."""
 
 
-KVM_FD = 4  # vmm passes /dev/kvm as this descriptor
 LAST_MOMENTS_S = 3.0
 
 

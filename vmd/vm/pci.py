@@ -10,6 +10,7 @@ vCPU that moves BARs waits for it, not one that reads the configuration of anoth
 
 from vmd import threads
 from vmd.log import RateLimit
+from vmd.units import PAGE
 from vmd.vm import layout
 
 TYPE_CHECKING = False
@@ -78,7 +79,6 @@ MSIX_FUNCTION_MASK = 1 << 14
 MSIX_VECTOR_MASKED = 1 << 0
 # Writable bits of one table entry: address (dword aligned), data, mask bit.
 MSIX_ENTRY_WRITABLE = bytes.fromhex("fcffffff ffffffff ffffffff 01000000")
-PAGE = 4096
 
 PCI_IO_FIRST = 0x1000  # the chips have fixed ports below
 

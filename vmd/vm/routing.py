@@ -3,15 +3,13 @@
 from vmd import threads
 from vmd.kvmapi import abi
 from vmd.kvmapi.vm import chip_route, msi_route
+from vmd.vm import layout
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from vmd.kvmapi.vm import Vm
 
 PIC_PINS = 8  # of each 8259
-IOAPIC_PINS = 24
-GSI_PIT = 0  # the GSI that KVM's PIT raises
-IOAPIC_PIN_PIT = 2  # the pin to which a PC wires it, as the override in the MADT says
 
 
 def chip_routes() -> list[abi.kvm_irq_routing_entry]:
@@ -21,9 +19,9 @@ def chip_routes() -> list[abi.kvm_irq_routing_entry]:
         chip = abi.KVM_IRQCHIP_PIC_MASTER if gsi < PIC_PINS else abi.KVM_IRQCHIP_PIC_SLAVE
         if gsi != 2:  # pin 2 of the master connects the slave, and has no line
             routes.append(chip_route(gsi, chip, gsi % PIC_PINS))
-    for gsi in range(IOAPIC_PINS):
-        if gsi != IOAPIC_PIN_PIT:
-            pin = IOAPIC_PIN_PIT if gsi == GSI_PIT else gsi
+    for gsi in range(abi.KVM_IOAPIC_NUM_PINS):
+        if gsi != layout.GSI_PIT:
+            pin = layout.GSI_PIT if gsi == layout.IRQ_PIT else gsi
             routes.append(chip_route(gsi, abi.KVM_IRQCHIP_IOAPIC, pin))
     return routes
 
@@ -35,7 +33,7 @@ class Routing:
         self._vm = vm
         self._lock = threads.Lock()
         self._messages: dict[int, tuple[int, int]] = {}  # gsi -> address, data
-        self._next_gsi = IOAPIC_PINS
+        self._next_gsi = abi.KVM_IOAPIC_NUM_PINS
         self._commit()
 
     def allocate(self, count: int) -> int:

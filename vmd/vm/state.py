@@ -9,11 +9,11 @@ import struct
 
 from vmd.config import rules
 from vmd.config.model import MAX_SEED_BYTES, without_secrets
-from vmd.guestmem import PAGE
 from vmd.ipc.imsg import Form, encode, unpack
 from vmd.ipc.messages.vm import ReceivedHeader
 from vmd.kvmapi import abi
 from vmd.record import Part, Record
+from vmd.units import PAGE
 from vmd.vm import stream, stream_v2
 from vmd.vm.boot.kind import FIRMWARE_MAX
 from vmd.vm.clocks import MSR_TSC, MSR_TSC_DEADLINE, Clocks, VcpuClocks

@@ -34,7 +34,7 @@ from vmd.ipc.devmsg import OWN_MAX, PAUSE, RESET
 from vmd.log import RateLimit, log
 from vmd.record import Part, Record
 from vmd.virtio import spec
-from vmd.virtio.transport import Transport
+from vmd.virtio.transport import COMMON_BYTES, Transport
 from vmd.vm import layout
 from vmd.vm.devproc import are_addresses
 from vmd.vm.eventfd import drain, eventfd, readable
@@ -58,7 +58,7 @@ LEGACY_BYTES = 0x80
 LEGACY_NOTIFY = 16
 
 MODERN_BYTES = 0x100
-COMMON, COMMON_BYTES = 0x00, 0x3C
+COMMON = 0x00
 NOTIFY = 0x40
 ISR = 0x44
 DEVICE_CONFIG = 0x80
@@ -197,7 +197,7 @@ class VirtioFunction(PciFunction):
         vectors = len(kind.queues) + 1
         separate = mode is VirtioMode.MEMORY
         self.transport = Transport(
-            process.features, kind.queues, process.config, vectors, self, separate_notify=separate
+            server.features, kind.queues, server.config, vectors, self, separate_notify=separate
         )
         self.config_call = eventfd()
         self.config_resample = eventfd()

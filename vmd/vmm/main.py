@@ -29,6 +29,7 @@ from vmd.ipc.logpair import logpair
 from vmd.ipc.messages.children import Ping, Pong, Quit, Ready, SetVerbosity
 from vmd.ipc.messages.shared import brief
 from vmd.ipc.messages.vm import (
+    KVM_FD,
     Outcome,
     ReceiveVm,
     ResumeReceived,
@@ -57,7 +58,7 @@ if TYPE_CHECKING:
     from vmd.ipc.process import Handlers
 
 NOT_PASSED_ON = "cannot be given its files"
-KVM_FD, GROUP_FD = 4, 5  # descriptors of a VM process: /dev/kvm, and its control group
+GROUP_FD = 5  # the descriptor by which a VM process finds its control group
 SLOTS_MAX = 8  # unused slots that are kept; starts that failed have left them
 FILES_OF_A_VM = 2 + len(KEPT) - 1 + MAX_NICS  # its channel, its pidfd, and copies for the next parent
 REPORT_AGAIN_S = 0.1

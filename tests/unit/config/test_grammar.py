@@ -19,7 +19,6 @@ from vmd.config.grammar import Grammar
 from vmd.config.lexer import ENDING_WORDS, RESERVED, Lexer
 from vmd.config.model import (
     IDS,
-    MIB,
     WHEEL,
     AgentxConfig,
     AllowInstance,
@@ -42,6 +41,7 @@ from vmd.config.model import (
 )
 from vmd.errors import ConfigError
 from vmd.log import log
+from vmd.units import MIB
 
 NAME63 = "a" * 63
 NAME64 = "a" * 64

@@ -16,6 +16,7 @@ from vmd.backlog import BACKLOG_BYTES, Backlog, BacklogWriter, LoggedBacklog
 from vmd.consolelog import keeper
 from vmd.consolelog.keeper import MISSING, OVERRUN_BYTES, Keeper, State
 from vmd.ipc import courier
+from vmd.ipc.messages.consolelog import SILENT
 
 DEADLINE_S = 60.0
 LIMIT = 1 << 20
@@ -232,7 +233,7 @@ def test_storage_that_does_not_answer_is_said_once(
     monkeypatch.setattr(keeper, "STUCK_S", -DEADLINE_S)
     for _ in range(10):
         log.keeper.look()
-    assert [state.text for state in log.reports].count(keeper.SILENT) == 1
+    assert [state.text for state in log.reports].count(SILENT) == 1
 
     monkeypatch.setattr(keeper, "STUCK_S", DEADLINE_S)
     while log.keeper.backlog.logged < log.guest.shown:

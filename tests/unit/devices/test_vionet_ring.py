@@ -37,12 +37,13 @@ from vmd.devices.vionet.buffers import RUN, STOCK
 from vmd.devices.vionet.interface import Interface
 from vmd.devices.vionet.local import LocalNetwork
 from vmd.devices.vionet.receive import Receiver
-from vmd.devices.vionet.transmit import FRAME_MAX, IOV_MAX, WINDOWS_MAX, Transmitter
+from vmd.devices.vionet.transmit import FRAME_MAX, WINDOWS_MAX, Transmitter
 from vmd.devices.vionet.worker import GSO_FRAME_MAX, NEVER
 from vmd.errors import GuestError
-from vmd.guestmem import PAGE, GuestMemory, RegionSpec
+from vmd.guestmem import GuestMemory, RegionSpec
 from vmd.ipc import devmsg
 from vmd.ipc.devfigures import unseen
+from vmd.units import IOV_MAX, PAGE
 from vmd.virtio.queue import DESC, Queue
 
 # (gpa or the next free place, length, flags, next or the following) each; in a table of its own

@@ -29,11 +29,10 @@ from vmd.errors import HostError, ImageError, OperatorError
 from vmd.images import hostfile, qcow2
 from vmd.images.create import MAX_SIZE, convert, create
 from vmd.images.files import OpenedChain
+from vmd.images.header import OFFSET_MASK
 from vmd.images.hostfile import total
 from vmd.images.signatures import QCOW_MAGIC, SIGNATURES
-from vmd.ipc import foreign
 from vmd.ipc.foreign import FOREIGN
-from vmd.virtio import spec
 
 CLUSTER = 64 * KIB
 
@@ -187,11 +186,6 @@ def test_no_flush_succeeds_beside_one_that_fails(raw: Path, monkeypatch: pytest.
 
 
 # -- raw
-
-
-def test_sector_is_that_of_virtio() -> None:
-    """Who speaks of sectors means the same."""
-    assert foreign.SECTOR == spec.SECTOR
 
 
 def test_raw_file_that_ends_inside_a_sector(raw: Path) -> None:
@@ -554,7 +548,7 @@ def test_flush_goes_round_a_table_that_cannot_be_written_33(tmp_path: Path, monk
     image.flush()
     write(image, CLUSTER, b"c" * 512)
     write(image, second + CLUSTER, b"d" * 512)
-    first_table, real = image.l1[0] & qcow2.OFFSET_MASK, os.pwritev
+    first_table, real = image.l1[0] & OFFSET_MASK, os.pwritev
 
     def refuse(fd: int, views: list[memoryview], offset: int) -> int:
         if first_table <= offset < first_table + CLUSTER:

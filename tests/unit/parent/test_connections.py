@@ -5,6 +5,7 @@ from typing import Any, cast
 
 import pytest
 
+from vmd.config.model import ROOT
 from vmd.errors import PeerError
 from vmd.ipc.channel import Channel
 from vmd.ipc.loop import Loop
@@ -18,7 +19,6 @@ from vmd.parent.connections import (
     MAX_UNANSWERED,
     MAX_USERS,
     REFUSED,
-    ROOT,
     STUCK_MAX,
     TURN,
     Connection,

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from vmd.config.model import GIB, Config, Globals, NicConfig, VmConfig
+from vmd.config.model import Config, Globals, NicConfig, VmConfig
 from vmd.errors import OperatorError
 from vmd.parent import limits
 from vmd.parent.limits import host_memory_bytes, host_warnings, raise_file_limit, require_files, require_room
+from vmd.units import GIB
 
 MIB = 1 << 20
 SMALL = VmConfig(name="small", memory_bytes=MIB)

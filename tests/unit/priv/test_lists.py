@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from vmd.errors import HostError
-from vmd.netlink import NLMSGHDR
-from vmd.priv.lists import LINK, NLMSG_DONE, NLMSG_ERROR, RTM_NEWLINK, Lists
+from vmd.netlink import NLMSGHDR, RTM_NEWLINK
+from vmd.priv.lists import LINK, NLMSG_DONE, NLMSG_ERROR, Lists
 
 
 class Kernel:

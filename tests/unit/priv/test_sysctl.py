@@ -16,7 +16,7 @@ SETTING = "ipv4/ip_forward"
 def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Give such a tree, with forwarding off."""
     monkeypatch.setattr("vmd.priv.sysctl.SYS", str(tmp_path / "sys"))
-    monkeypatch.setattr("vmd.priv.sysctl.DIRECTORY", str(tmp_path))
+    monkeypatch.setattr("vmd.priv.sysctl.PRIV_DIRECTORY", str(tmp_path))
     (tmp_path / "sys/ipv4").mkdir(parents=True)
     (tmp_path / "sys" / SETTING).write_text("0\n")
     return tmp_path

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from vmd.units import MIB
 from vmd.vm import acpi, layout
 
-MIB = layout.MIB
 MEMORY = [128 * MIB, 3584 * MIB, 5120 * MIB]
 MEMORY_IDS = ["128M", "3.5G", "5G"]
 

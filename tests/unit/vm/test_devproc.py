@@ -11,10 +11,11 @@ import pytest
 
 from tests.support.descriptors import open_descriptors
 from vmd.errors import HostError, OperatorError, PeerError
-from vmd.guestmem import PAGE, GuestMemory, RegionSpec
+from vmd.guestmem import GuestMemory, RegionSpec
 from vmd.ipc import devmsg
 from vmd.ipc.loop import Loop
 from vmd.log import log
+from vmd.units import PAGE
 from vmd.vm import devproc
 from vmd.vm.devproc import DeviceProcess, start_packet
 from vmd.vm.eventfd import readable

@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmd.errors import PeerError
-from vmd.guestmem import KVM_MEM_READONLY, PAGE, GuestMemory, RegionSpec
+from vmd.guestmem import KVM_MEM_READONLY, GuestMemory, RegionSpec
 from vmd.ipc import devmsg
 from vmd.kvmapi import abi
+from vmd.units import PAGE
 from vmd.vm.dirty import DirtyLog, either, runs
 
 HIGH = 1 << 32

@@ -13,10 +13,11 @@ import pytest
 from tests.support import saved
 from tests.unit.vm.test_transfer import HIGH, REGIONS, Told
 from vmd.errors import HostError, PeerError
-from vmd.guestmem import PAGE, GuestMemory
+from vmd.guestmem import GuestMemory
 from vmd.ipc import devmsg
 from vmd.ipc.loop import Loop
 from vmd.ipc.messages.shared import Live
+from vmd.units import PAGE
 from vmd.vm import dirty, live, state
 from vmd.vm.kinds import DISK, ENTROPY
 from vmd.vm.live import LiveSender

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmd.log import log
+from vmd.units import MIB
 from vmd.vm import layout, pci
 from vmd.vm.bus import Bus
 
-MIB = layout.MIB
 ADDRESS, DATA = layout.PORT_PCI_ADDRESS, layout.PORT_PCI_DATA
 WINDOW = 0x80000000  # of a machine with 128 MiB
 IO_BASE = 0xC000

@@ -11,10 +11,11 @@ import pytest
 
 from tests.support import saved
 from vmd.errors import VmdError
-from vmd.guestmem import PAGE, GuestMemory, RegionSpec
+from vmd.guestmem import GuestMemory, RegionSpec
 from vmd.ipc import devmsg
 from vmd.ipc.imsg import pack
 from vmd.ipc.loop import Loop
+from vmd.units import PAGE
 from vmd.vm import state, streamprobe
 from vmd.vm.arrival import Receiver
 from vmd.vm.header import read_header

@@ -57,6 +57,7 @@ from tests.support.virtiopci import (
 from vmd.config.model import VirtioMode
 from vmd.log import log
 from vmd.virtio import spec
+from vmd.virtio.transport import COMMON_BYTES
 from vmd.vm import virtio
 from vmd.vm.kinds import KINDS, Kind
 from vmd.vm.slots import LAYOUT_FIRST
@@ -201,7 +202,7 @@ def test_capabilities_lie_behind_one_another(mode: VirtioMode) -> None:
 def test_both_sets_reach_the_same_registers(machine: Machine) -> None:
     """What is written by a port is read in memory, and the other way round; each byte of all four structures."""
     machine.start()
-    for offset in (*range(virtio.COMMON_BYTES), *range(virtio.DEVICE_CONFIG, virtio.DEVICE_CONFIG + len(CONFIG))):
+    for offset in (*range(COMMON_BYTES), *range(virtio.DEVICE_CONFIG, virtio.DEVICE_CONFIG + len(CONFIG))):
         assert machine.bus.mmio_read(MAPPED + offset, 1) == machine.bus.pio_read(MODERN + offset, 1), offset
     machine.process.raise_queue(0)
     assert machine.bus.mmio_read(MAPPED + virtio.ISR, 1) == spec.ISR_QUEUE

@@ -19,10 +19,11 @@ from tests.unit.test_exposition import Numbers, a_vm
 from tests.unit.vmctl.conftest import Vmctl
 from tests.unit.vmctl.fake import DEADLINE_S, ROOT, FakeDaemon
 from vmctl import rates
-from vmctl.rates import NS, Reading, Row
+from vmctl.rates import Reading, Row
 from vmd.ipc.messages.clients import End
 from vmd.ipc.messages.figures import VmFigures
 from vmd.record import Record
+from vmd.units import NS
 
 WEB = a_vm(Numbers()).replace(started_s=1_000_000, guest_bytes=300 << 20, process_bytes=20 << 20)
 

@@ -24,6 +24,7 @@ from vmd.ipc import devmsg
 from vmd.log import RateLimit, log
 from vmd.privsep.title import name_thread
 from vmd.tasks import start_thread
+from vmd.units import IOV_MAX, SECTOR
 from vmd.virtio import spec
 from vmd.virtio.queue import DESC, U16
 
@@ -76,7 +77,6 @@ ROUND = 8  # requests; with 4 the interrupts cost more than they gain, with 16 t
 ROUND_BYTES = 1 << 20  # a round ends early after so many bytes
 ROUNDS = 8  # at most, for each wake-up
 INLINE_MAX = 1 << 20  # the main thread carries out transfers of up to so many bytes
-IOV_MAX = 1024
 LONG = 8  # from more descriptors on, an indirect table is read with an iterator
 OURS = -1  # the head of a request that this process makes itself
 CHECK_LOCK_S = 10.0  # time between two checks of the lock
@@ -158,7 +158,7 @@ class Vioblk:
         self.services = services
         self.workers = workers
         self.serial = serial.ljust(spec.VIRTIO_BLK_ID_BYTES, b"\0")
-        self.size = image.size // spec.SECTOR * spec.SECTOR
+        self.size = image.size // SECTOR * SECTOR
         self.features = 1 << spec.VIRTIO_BLK_F_SEG_MAX | 1 << spec.VIRTIO_BLK_F_BLK_SIZE | 1 << spec.VIRTIO_BLK_F_FLUSH
         if image.writable:
             self.features |= 1 << spec.VIRTIO_BLK_F_CONFIG_WCE | 1 << spec.VIRTIO_BLK_F_DISCARD
@@ -212,15 +212,15 @@ class Vioblk:
         """Write the configuration space (5.2.4)."""
         space = self.space
         for at, size, value in (
-            (CAPACITY, 8, self.size // spec.SECTOR),
+            (CAPACITY, 8, self.size // SECTOR),
             (SEG_MAX_AT, 4, SEG_MAX),
-            (BLK_SIZE, 4, spec.SECTOR),
+            (BLK_SIZE, 4, SECTOR),
             (WRITEBACK, 1, 1),
         ):
             space[at : at + size] = value.to_bytes(size, "little")
         if self.image.writable:
             # Maxima that are multiples of the alignment: a driver that cuts a long range by them keeps it aligned.
-            alignment = self.image.discard_granularity // spec.SECTOR
+            alignment = self.image.discard_granularity // SECTOR
             limits = (
                 requests.DISCARD_MAX_SECTORS // alignment * alignment,
                 requests.DISCARD_MAX_RANGES,
@@ -304,8 +304,8 @@ class Vioblk:
     def _note_size(self, failure: OSError | None) -> None:
         """Tell guest and VM the new size; after a failure tell the VM the error."""
         if failure is None:
-            self.size = self.limits.size = self.image.size // spec.SECTOR * spec.SECTOR
-            self.space[CAPACITY : CAPACITY + 8] = (self.size // spec.SECTOR).to_bytes(8, "little")
+            self.size = self.limits.size = self.image.size // SECTOR * SECTOR
+            self.space[CAPACITY : CAPACITY + 8] = (self.size // SECTOR).to_bytes(8, "little")
             self.figures[SIZE] = self.size
             self.services.tell_config()
             self._report()

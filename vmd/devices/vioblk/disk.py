@@ -13,7 +13,7 @@ from vmd.ipc import devmsg
 from vmd.log import log
 from vmd.privsep.confine import VIOBLK
 from vmd.privsep.title import EVENT, name_thread
-from vmd.virtio import spec
+from vmd.units import SECTOR
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -117,8 +117,8 @@ def make(services: VioblkProcess, open_disk: "Callable[[Host], Image]") -> Viobl
     if not host.resources:
         raise PeerError(process.VM, "a disk without an image")
     image = open_disk(host)
-    if image.size < spec.SECTOR:
-        raise ImageError(image.path, f"{image.size} bytes are less than a sector of {spec.SECTOR}")
+    if image.size < SECTOR:
+        raise ImageError(image.path, f"{image.size} bytes are less than a sector of {SECTOR}")
     disk = Vioblk(image, services, Workers(WORKERS_MAX), serial=host.serial or b"vioblk%d" % host.index)
     disk.watch_lock()
     return disk
@@ -126,4 +126,4 @@ def make(services: VioblkProcess, open_disk: "Callable[[Host], Image]") -> Viobl
 
 def granularity(note: int) -> int:
     """Return the discard granularity of a block device in bytes, as a resource's note has it; 0 if unknown."""
-    return (note >> devmsg.RESOURCE_DISCARD_SHIFT) * spec.SECTOR
+    return (note >> devmsg.RESOURCE_DISCARD_SHIFT) * SECTOR

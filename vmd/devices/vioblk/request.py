@@ -3,8 +3,8 @@
 from struct import Struct
 
 from vmd.errors import GuestError
+from vmd.units import SECTOR
 from vmd.virtio.spec import (
-    SECTOR,
     VIRTIO_BLK_ID_BYTES,
     VIRTIO_BLK_S_IOERR,
     VIRTIO_BLK_S_OK,

@@ -10,6 +10,7 @@ from itertools import accumulate
 from struct import pack
 
 from vmd.errors import GuestError
+from vmd.units import IOV_MAX
 from vmd.virtio import spec
 from vmd.virtio.queue import CHAIN_BYTES_MAX, DESC, U16
 
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 RUN = 256  # chains of a run that are read ahead at most
 STOCK = 64  # the same for `Chains`, which cost more
-IOV_MAX = 1024
 
 NEXT, WRITE, INDIRECT = spec.VIRTQ_DESC_F_NEXT, spec.VIRTQ_DESC_F_WRITE, spec.VIRTQ_DESC_F_INDIRECT
 

@@ -7,9 +7,8 @@ import select
 from struct import Struct
 
 from vmd.errors import HostError
+from vmd.privsep.confine import TUNSETOFFLOAD, TUNSETVNETHDRSZ
 
-TUNSETOFFLOAD = 0x400454D0
-TUNSETVNETHDRSZ = 0x400454D8
 TUN_F_CSUM, TUN_F_TSO4, TUN_F_TSO6, TUN_F_TSO_ECN = 1, 2, 4, 8
 INT = Struct("i")
 

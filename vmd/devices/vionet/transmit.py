@@ -17,6 +17,7 @@ from vmd.devices.vionet.worker import GSO_FRAME_MAX, Worker
 from vmd.errors import GuestError
 from vmd.ipc import devmsg
 from vmd.log import RateLimit
+from vmd.units import IOV_MAX
 from vmd.virtio import spec
 from vmd.virtio.queue import CHAIN_BYTES_MAX, DESC
 
@@ -49,7 +50,6 @@ if TYPE_CHECKING:
 NUMBER = 1  # the queue's number
 BUDGET = 128  # frames of one turn
 GIVE_BYTES = 256 << 10  # give back so much at a time, so that the guest makes new frames while others are sent
-IOV_MAX = 1024
 STEPS = range(IOV_MAX - 1)  # descriptors of a chain; `_kept` may put one more view in front
 KEPT_TABLES = range(8 * DESC.size, 64 * DESC.size + 1)  # sizes in bytes of the indirect tables that are cached
 WINDOWS_MAX = 1024  # views of guest memory in the cache; about 200 bytes each

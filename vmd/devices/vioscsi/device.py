@@ -14,6 +14,7 @@ from vmd.devices.vioscsi.scsi import BAD_OPCODE, READ_ERROR, Drive, Reply, check
 from vmd.errors import GuestError
 from vmd.ipc import devmsg
 from vmd.log import RateLimit
+from vmd.units import IOV_MAX
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -62,7 +63,6 @@ S_INCORRECT_LUN = 12
 # Budget of one wake-up, in bytes.  Each descriptor counts as bytes too, since a request of many costs time by itself.
 BUDGET = 8 << 20
 DESCRIPTOR_COST = 2048
-IOV_MAX = 1024
 PIECE = 1 << 20  # bytes of one preadv
 COMMANDS, READS, READ_BYTES, ERRORS, BUSY_NS, SIZE = range(len(devmsg.FIGURES["vioscsi"]))
 

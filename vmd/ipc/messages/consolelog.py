@@ -3,6 +3,8 @@
 from vmd.ipc.routes import Proc, message
 from vmd.record import Record
 
+SILENT = "its storage does not answer"  # why a log is not written
+
 
 @message(0x98, (Proc.PARENT, Proc.CONSOLELOG), fds=("shown",))
 class KeepConsole(Record):

@@ -46,6 +46,13 @@ class SnapshotAction(IntEnum):
     GO_BACK = 3
 
 
+SNAPSHOT_DONE = {
+    SnapshotAction.CREATE: "made snapshot",
+    SnapshotAction.DELETE: "deleted snapshot",
+    SnapshotAction.GO_BACK: "went back to snapshot",
+}
+
+
 @message(0x3A, ANSWER, FROM_VM, partial=True)
 class TransferProgress(Record):
     """How much of a VM has been sent or received; `total_bytes` is an estimate, 0 if there is none yet.

@@ -7,6 +7,8 @@ from vmd.ipc.messages.shared import DiskImages, Live, Trouble
 from vmd.ipc.routes import FROM_VM, TO_VM, Proc, message
 from vmd.record import Record
 
+KVM_FD = 4  # where the process of a VM finds /dev/kvm
+
 
 class NicLink(Record):
     """A network interface, as its VM's process needs it.  Addresses are bytes; an empty one is not given."""

@@ -1,5 +1,6 @@
 """Firmware: loads a BIOS image below 4 GiB and below 1 MiB, where a processor in real mode finds it."""
 
+from vmd.units import KIB, MIB
 from vmd.vm import layout
 from vmd.vm.boot.start import Mode, Start
 
@@ -10,8 +11,8 @@ if TYPE_CHECKING:
 
 # Only this much of the end of the image is below 1 MiB, as with QEMU's i440FX.  SeaBIOS itself copies the rest down
 # when it has unlocked shadow RAM.  Before that, it looks for option ROMs in the place of that rest.
-SHADOW_BYTES = 128 * layout.KIB
-CHUNK = 1 * layout.MIB
+SHADOW_BYTES = 128 * KIB
+CHUNK = 1 * MIB
 
 
 def load(memory: "Memory", image: "Image") -> Start:
@@ -28,4 +29,4 @@ def load(memory: "Memory", image: "Image") -> Start:
         memory.load(layout.FOUR_GIB - image.size + offset, piece)
     shadow = min(image.size, SHADOW_BYTES)
     memory.write(layout.RESERVED_END - shadow, image.read(image.size - shadow, shadow, "the firmware"))
-    return Start(text=f"firmware of {image.size // layout.KIB} KiB", mode=Mode.REAL_RESET)
+    return Start(text=f"firmware of {image.size // KIB} KiB", mode=Mode.REAL_RESET)

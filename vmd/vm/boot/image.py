@@ -11,9 +11,7 @@ from stat import S_ISREG
 from vmd.closing import close
 from vmd.errors import HostError, ImageError
 from vmd.log import log
-
-KIB = 1 << 10
-MIB = 1 << 20
+from vmd.units import KIB, MIB
 
 UNPACKED_MAX = 1024 * MIB  # largest unpacked kernel; the guest's memory is a further bound
 CHUNK_IN = 256 * KIB

@@ -2,8 +2,9 @@
 
 
 from vmd.enums import IntEnum
+from vmd.units import KIB, MIB
 from vmd.vm.boot import unbootable
-from vmd.vm.boot.image import GZIP_MAGIC, KIB, MIB, Image
+from vmd.vm.boot.image import GZIP_MAGIC, Image
 
 ELF_MAGIC = b"\x7fELF"
 LINUX_MAGIC = b"HdrS"

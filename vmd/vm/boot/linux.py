@@ -6,6 +6,7 @@ The boot protocols are described in Linux, Documentation/arch/x86/boot.rst.
 from struct import Struct
 
 from vmd.record import Record
+from vmd.units import SECTOR
 from vmd.vm import layout
 from vmd.vm.boot import placement
 from vmd.vm.boot.placement import Placement, round_up
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from vmd.vm.boot.image import Image
     from vmd.vm.boot.start import Memory
 
-SECTOR = 512
 SETUP_SECTS_IF_ZERO = 4  # the meaning of a zero, for compatibility with kernels that had no header
 
 # struct setup_header, up to and with handover_offset of protocol 2.11

@@ -9,6 +9,7 @@ from struct import Struct
 
 from vmd.errors import ImageError
 from vmd.log import log
+from vmd.units import PAGE
 from vmd.vm import layout
 from vmd.vm.boot import elf
 from vmd.vm.boot.elf import EHDR32, EHDR64, SHDR32, SHDR64
@@ -21,7 +22,6 @@ from vmd.vm.boot.start import (
     CR4_PSE,
     EFER_LMA,
     EFER_LME,
-    PAGE_SIZE,
     PTE_LARGE,
     PTE_PRESENT,
     PTE_WRITE,
@@ -135,7 +135,7 @@ def load(memory: "Memory", file: "Elf", boot: Boot) -> Start:
         len(arguments),
         BOOTARGS_PAGE,
     )
-    stack_at = STACK_PAGE + PAGE_SIZE - len(stack)
+    stack_at = STACK_PAGE + PAGE - len(stack)
     memory.write(stack_at, stack)
     code, data = code32(KERNEL_CS), data32(KERNEL_DS)
     gdt = descriptor_table(code, data)

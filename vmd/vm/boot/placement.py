@@ -1,6 +1,7 @@
 """Finds places in guest RAM for a direct boot.  Each range is checked before a byte is stored in it."""
 
 from vmd.errors import ImageError
+from vmd.units import MIB, PAGE
 from vmd.vm import layout
 
 TYPE_CHECKING = False
@@ -8,8 +9,6 @@ if TYPE_CHECKING:
     from vmd.vm.boot.image import Image
     from vmd.vm.boot.start import Memory
 
-PAGE_SIZE = 0x1000
-MIB = 1 << 20
 
 # End of a range for the vectors of real mode, the structures of vmd.vm.layout and the command line, for all protocols.
 BOOT_DATA_END = 0x30000
@@ -59,14 +58,14 @@ class Placement:
         """
         limit = below
         below = min(limit, layout.low_ram_bytes(self.memory_bytes))
-        start = (below - size) & -PAGE_SIZE
+        start = (below - size) & -PAGE
         # From the highest taken range down: if `start` is inside a range, go below it.
         for first, last, _ in sorted(self.taken, reverse=True):
             if start < last and first < start + size:
-                start = (first - size) & -PAGE_SIZE
+                start = (first - size) & -PAGE
         if start < layout.HIGH_RAM_START:
             needed = max(last for _, last, _ in self.taken if last <= layout.LOW_RAM_MAX)
-            needed = round_up(max(needed, layout.HIGH_RAM_START), PAGE_SIZE) + round_up(size, PAGE_SIZE)
+            needed = round_up(max(needed, layout.HIGH_RAM_START), PAGE) + round_up(size, PAGE)
             place = f"{what} of {size} bytes"
             if needed <= limit:
                 self._check_memory(needed, place)

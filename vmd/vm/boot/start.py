@@ -7,6 +7,7 @@ from struct import Struct
 
 from vmd.enums import IntEnum
 from vmd.record import Record
+from vmd.units import PAGE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -37,7 +38,6 @@ EFER_LME = 1 << 8
 EFER_LMA = 1 << 10
 RFLAGS_CLEAR = 0x2  # bit 1 is always set; interrupts are disabled, and the direction flag is clear
 
-PAGE_SIZE = 0x1000
 PTE_PRESENT = 1 << 0
 PTE_WRITE = 1 << 1
 PTE_LARGE = 1 << 7  # a page of 2 MiB in long mode, of 4 MiB with two levels of tables
@@ -140,9 +140,9 @@ def identity_map(base: int, gib: int) -> bytes:
     """
     entry = PTE_PRESENT | PTE_WRITE
     table = Struct(f"<{ENTRIES}Q")
-    directories = [base + (2 + index) * PAGE_SIZE | entry for index in range(gib)]
+    directories = [base + (2 + index) * PAGE | entry for index in range(gib)]
     pages = [
-        table.pack(base + PAGE_SIZE | entry, *[0] * (ENTRIES - 1)),
+        table.pack(base + PAGE | entry, *[0] * (ENTRIES - 1)),
         table.pack(*directories, *[0] * (ENTRIES - gib)),
     ]
     for index in range(gib):

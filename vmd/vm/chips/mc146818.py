@@ -20,6 +20,7 @@ Unlike vmd, this clock has binary and 12-hour mode, alarm and update-ended inter
 import time
 
 from vmd import threads
+from vmd.units import DAY_S, KIB, MIB
 from vmd.vm import layout
 from vmd.vm.chips.wakeup import Wakeup
 
@@ -67,7 +68,6 @@ CATCH_UP_S = 0.05  # missed periodic ticks are made up for no longer than this
 ROUNDING_S = 1e-6
 WAIT_MAX_S = 60.0  # longest wait before the next look at the clock: the host's may have been set, or the host slept
 
-DAY_S = 86400
 YEAR_MAX = 9999
 SPAN_MAX_S = (YEAR_MAX + 1) * 366 * DAY_S  # bound of the difference between any two times of the clock
 
@@ -130,14 +130,14 @@ class Mc146818:
 
     def _describe_machine(self, memory_bytes: int, vcpus: int) -> None:
         low = layout.low_ram_bytes(memory_bytes)
-        extended_kib = min(max(low - layout.MIB, 0) // layout.KIB, 0xFFFF)
+        extended_kib = min(max(low - MIB, 0) // KIB, 0xFFFF)
         ram = self._ram
         ram[CMOS_EQUIPMENT] = EQUIPMENT_FPU
         for at, size, value in (
-            (CMOS_BASE_KIB, 2, layout.LOW_RAM_END // layout.KIB),
+            (CMOS_BASE_KIB, 2, layout.LOW_RAM_END // KIB),
             (CMOS_EXTENDED_KIB, 2, extended_kib),
             (CMOS_EXTENDED_KIB_FOUND, 2, extended_kib),
-            (CMOS_ABOVE_16M, 2, max(low - 16 * layout.MIB, 0) >> 16),
+            (CMOS_ABOVE_16M, 2, max(low - 16 * MIB, 0) >> 16),
             (CMOS_ABOVE_4G, 3, min(memory_bytes - low >> 16, 0xFFFFFF)),
             (CMOS_EXTRA_CPUS, 1, vcpus - 1),
         ):
