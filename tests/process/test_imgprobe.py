@@ -21,7 +21,7 @@ from vmd.files.resizer import resize
 from vmd.images.create import create
 from vmd.images.locks import lock
 from vmd.ipc.probemsg import Probe
-from vmd.parent.opening import RESIZER_ENTRY
+from vmd.parent.opening import IMGRESIZE_ENTRY
 from vmd.privsep.cell import Cell
 from vmd.privsep.spawn import Child
 
@@ -139,7 +139,7 @@ def test_imgresize_holds_one_disk_and_nothing_else(cell: Cell, tmp_path: Path) -
     (tmp_path / "base").write_bytes(b"b" * MIB)
     top = tmp_path / "top"
     qemu("qemu-img", "create", "-qf", "qcow2", "-F", "raw", "-b", tmp_path / "base", top)
-    child, sock = start_probe(cell, entry=RESIZER_ENTRY, title="imgresize")
+    child, sock = start_probe(cell, entry=IMGRESIZE_ENTRY, title="imgresize")
     with sock:
         disk = open_disk(DiskConfig(path=str(top), format="qcow2"), ImageProber(cell))
         try:

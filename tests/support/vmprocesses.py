@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.inprocess import End, InProcess
 from vmd.config.model import VmConfig
-from vmd.ipc.messages.vm import StartVm
+from vmd.ipc.messages.vm import KVM_FD, StartVm
 from vmd.ipc.messages.vmm import KvmFd, VmSlot
 from vmd.ipc.routes import Proc
 from vmd.log import log
@@ -17,7 +17,7 @@ from vmd.privsep.spawn import Child
 from vmd.record import Record
 from vmd.vmm import children
 from vmd.vmm import main as module
-from vmd.vmm.main import GROUP_FD, KVM_FD, Vmm
+from vmd.vmm.main import GROUP_FD, Vmm
 
 
 class VmProcess:

@@ -56,7 +56,7 @@ AGAIN_S = 2.0  # until a killed opener is looked at again, and until the reserve
 RESERVE_DELAY_S = 0.03  # after the end of an opener: the VM that starts needs the processor first
 LET_GO_S = 5.0  # for the locks of an opener that has ended
 AT_A_TIME = 8  # users, except root, whose openings run at the same time
-RESIZER_ENTRY = "vmd.images.resize:main"
+IMGRESIZE_ENTRY = "vmd.images.resize:main"
 SEEDER_ENTRY = "vmd.seed.seeder:main"
 IMGBOOT_ENTRY = "vmd.imgboot.main:main"
 BOOT_FILE_MAX = 1 << 30  # bytes of a kernel or initrd on a disk; the guest's memory is a limit, too
@@ -312,7 +312,7 @@ class Openings:
                 opener.helpers.append(child)
                 fds["probe"] = [probe.detach()]
             if job.resize_bytes:
-                child, resizer = self.children.start_probe(self.open_log, entry=RESIZER_ENTRY, title="imgresize")
+                child, resizer = self.children.start_probe(self.open_log, entry=IMGRESIZE_ENTRY, title="imgresize")
                 opener.helpers.append(child)
                 fds["resizer"] = [resizer.detach()]
             if job.kernel_at is not None or job.initrd_at is not None:

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from vmd.vm.slots import Slot
     from vmd.vm.state import MachineState
 
+STREAMPROBE_ENTRY = "vmd.vm.streamprobe:main"
 PROBE_LOOK_S = 30.0  # between two looks whether streamprobe reads
 PROBE_BEHIND_MAX = 2  # streamprobe is killed if it has left bytes unread at so many looks in a row
 PROBE_END_TIMEOUT_S = 1.0  # between the answer of streamprobe and its end
@@ -238,7 +239,7 @@ class Arrival:
             self._probe = spawn(
                 f"{log.title}/streamprobe",
                 fds={streamprobe.FD_ANSWER: writing, streamprobe.FD_STREAM: stream},
-                entry="vmd.vm.streamprobe:main",
+                entry=STREAMPROBE_ENTRY,
             )
         finally:
             close(writing)

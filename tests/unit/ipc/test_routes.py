@@ -1,10 +1,14 @@
 """A route is declared once: what the processes serve, relay and refuse is compared with that."""
 
+import ast
 import errno
+import functools
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.support.messages import MESSAGES
 from vmd.agentx.main import Agentx
 from vmd.consolelog.main import ConsoleLogger
 from vmd.control.main import Control
@@ -15,7 +19,7 @@ from vmd.ipc.imsg import Envelope
 from vmd.ipc.messages.clients import ANSWERS, REQUESTS, Caller
 from vmd.ipc.messages.vm import PauseDone, VmRunning
 from vmd.ipc.process import Process, handles
-from vmd.ipc.routes import BY_CLASS, TRUSTED, Proc, Who, accepted, relays
+from vmd.ipc.routes import BY_CLASS, TRUSTED, MessageInfo, Proc, Who, accepted, relays
 from vmd.logger.main import Logger
 from vmd.metrics.main import Metrics
 from vmd.opener.main import Opener
@@ -38,6 +42,9 @@ PROCESSES: dict[Proc, type[Process]] = {
     Proc.CONSOLELOG: ConsoleLogger,
     Proc.METRICS: Metrics,
 }
+ROOT = Path(__file__).resolve().parents[3]
+# Where the code of a process is, if not in a directory of its name; all share that of vmd/ipc.
+HOMES = {Proc.CLIENT: ("vmd/client.py", "vmctl"), Proc.LOG: ("vmd/logger",)}
 
 
 def test_every_process_is_looked_at() -> None:
@@ -51,6 +58,27 @@ def test_a_process_serves_what_it_is_sent(proc: Proc) -> None:
     sent, served = accepted(proc), set(PROCESSES[proc].HANDLERS)
     assert {f"{cls.__name__} of {peer.name}" for peer, cls in sent - served} == set(), "nobody serves these"
     assert {f"{cls.__name__} of {peer.name}" for peer, cls in served - sent} == set(), "nobody sends these"
+
+
+@functools.cache
+def made_by(proc: Proc) -> set[str]:
+    """Return the names of what is called, and so of the records that are made, in the code of a process."""
+    folders = ("vmd/ipc", *HOMES.get(proc, (f"vmd/{proc.name.lower()}",)))
+    paths = [path for folder in folders for path in (ROOT / folder, *(ROOT / folder).rglob("*.py")) if path.is_file()]
+    nodes = [node for path in paths for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    return {
+        node.func.attr if isinstance(node.func, ast.Attribute) else ast.unparse(node.func) for node in nodes
+    }
+
+
+@pytest.mark.parametrize("message", MESSAGES, ids=lambda message: message.cls.__name__)
+def test_somebody_sends_it(message: MessageInfo) -> None:
+    """A message that no process at the beginning of one of its ways makes is one that nobody ever gets."""
+    senders = {path[0] for path in message.paths}
+
+    assert any(message.cls.__name__ in made_by(proc) for proc in senders), (
+        f"{message.cls.__name__} is never sent: {' or '.join(proc.name.lower() for proc in senders)} should make one"
+    )
 
 
 def test_the_parent_serves_every_request() -> None:

@@ -1,5 +1,6 @@
 """What clients are told VMs have done: as much as fits a message, and files only of those that they may control."""
 
+import ast
 import json
 import os
 import random
@@ -27,6 +28,7 @@ from vmd.ipc import devmsg
 from vmd.ipc.devfigures import take_slot
 from vmd.ipc.figures import (
     CdromFigures,
+    DeviceFigures,
     DiskFigures,
     EntropyFigures,
     GroupFigures,
@@ -39,6 +41,7 @@ from vmd.ipc.messages.clients import Caller, End, FiguresRequest
 from vmd.ipc.messages.figures import LifeEnd, VmFigures
 from vmd.ipc.routes import Proc
 from vmd.memfile import memory_file, sealed_file
+from vmd.parent import figures as room
 from vmd.parent.core import Core
 from vmd.parent.figures import BATCH, Figures, group_of, host_names, slots
 from vmd.record import Record, RecordType
@@ -98,6 +101,17 @@ class Parent:
         self.control.sent.clear()
         assert end == End()
         return cast("list[VmFigures]", rows)
+
+
+@pytest.mark.parametrize("record", [VmFigures, GroupFigures, DiskFigures, NicFigures], ids=lambda each: each.__name__)
+def test_every_field_is_filled(record: RecordType) -> None:
+    """One that the parent leaves at its default says nothing to anybody; what devices count is filled all at once."""
+    counted = {name for kind, row in RECORDS.items() if row is record for name in devmsg.FIGURES[kind]}
+    nodes = [node for node in ast.walk(ast.parse(Path(room.__file__).read_text())) if isinstance(node, ast.Call)]
+    filled = {word.arg for node in nodes if ast.unparse(node.func) == record.__name__ for word in node.keywords}
+    missing = set(record.fields) - filled - counted - set(DeviceFigures.fields)
+
+    assert missing == set(), f"vmd/parent/figures.py fills none of these fields of {record.__name__}"
 
 
 def test_all_or_one() -> None:
