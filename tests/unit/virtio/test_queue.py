@@ -346,3 +346,136 @@ def test_a_driver_that_changes_what_it_has_not_got_back_misleads_itself(element:
     queue.publish()
     assert memory.read(pair.ring.used + 2, 2) == b"\x02\x00"
     assert marked(pair) == {(DATA + 8192) // 4096}
+
+
+# --- the last that is allowed --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 2, 256, 1 << 15])
+def test_every_size_up_to_the_largest_is_served(size: int) -> None:
+    """The first and the last entry of each part belong to the ring (2.7)."""
+    memory = new_memory()
+    ring = Ring(memory, size)
+    queue = Queue(memory, 0, size, ring.desc, ring.avail, ring.used)
+    heads = [*range(size - 1, -1, -1)]
+    for head in heads:
+        ring.describe(head, [Desc(DATA + head, 1)])
+        ring.offer(head)
+
+    assert queue.available() == size
+    for head in heads:
+        chain = queue.take()
+        assert chain is not None
+        assert (chain.head, chain.readable) == (head, [(DATA + head, 1)])
+        queue.put(head, 0)
+    queue.publish()
+    assert ring.reap() == [(head, 0) for head in heads]
+
+
+@pytest.mark.parametrize(
+    ("desc", "avail", "used", "good"),
+    [
+        (RAM_END - 16 * SIZE, 0x2000, 0x3000, True),
+        (RAM_END - 16 * SIZE + 16, 0x2000, 0x3000, False),
+        (0x1000, RAM_END - 6 - 2 * SIZE, 0x3000, True),
+        (0x1000, RAM_END - 6 - 2 * SIZE + 2, 0x3000, False),
+        (0x1000, 0x2000, RAM_END - 8 - 8 * SIZE, True),
+        (0x1000, 0x2000, RAM_END - 8 - 8 * SIZE + 4, False),
+    ],
+)
+def test_a_part_may_end_where_memory_ends(desc: int, avail: int, used: int, good: bool) -> None:
+    """With the event index, which is its last field, and no byte farther."""
+    if good:
+        make(desc=desc, avail=avail, used=used)
+    else:
+        with pytest.raises(GuestError):
+            make(desc=desc, avail=avail, used=used)
+
+
+def test_a_part_may_begin_where_memory_begins() -> None:
+    """Address 0 is one like any other."""
+    assert make(desc=0).desc == 0
+
+
+def test_a_chain_may_have_every_descriptor_of_its_table() -> None:
+    """As many as the queue is long, or as many of an indirect table as are followed at all."""
+    direct, indirect = Pair(), Pair()
+    parts = chained([Desc(DATA, 1)] * SIZE)
+    assert direct.walk(*parts) == ([(DATA, 1)] * SIZE, [])
+
+    table = b"".join(struct.pack("<QIHH", *part) for part in chained([Desc(DATA, 1)] * CHAIN_MAX))
+    indirect.memory.write(TABLE, table)
+    assert indirect.walk(Desc(TABLE, 16 * 32768, INDIRECT)) == ([(DATA, 1)] * CHAIN_MAX, [])
+
+
+def test_a_chain_may_not_have_more_descriptors_than_its_indirect_table() -> None:
+    """Even if fewer than the queue is long."""
+    pair = Pair()
+    pair.memory.write(TABLE, struct.pack("<QIHH", DATA, 1, NEXT, 0) * 2)
+
+    with pytest.raises(GuestError, match="does not end"):
+        pair.walk(Desc(TABLE, 32, INDIRECT))
+
+
+def test_a_chain_may_describe_4_gib() -> None:
+    """2.7.5.2: but not one byte more, which another test has."""
+    assert Pair().walk(*chained([Desc(DATA, 0xFFFFFFFF), Desc(DATA, 1)])) == ([(DATA, 0xFFFFFFFF), (DATA, 1)], [])
+
+
+# --- notifications -------------------------------------------------------------------------------------------
+
+
+def test_a_driver_is_asked_not_to_notify_while_it_is_served() -> None:
+    """By the flag if there are no event indices; `rearm` takes it off, once (2.7.10)."""
+    pair = Pair(0)
+    flags = pair.ring.used
+    pair.queue.suppress()
+    assert pair.memory.read(flags, 2) == struct.pack("<H", spec.VIRTQ_USED_F_NO_NOTIFY)
+    pair.ring.add([Desc(DATA, 1, WRITE)])
+
+    assert pair.queue.rearm()
+    assert pair.memory.read(flags, 2) == b"\0\0"
+    assert pair.queue.rearm()
+
+    events = Pair(EVENT_IDX)
+    events.queue.suppress()
+    assert events.memory.read(events.ring.used, 2) == b"\0\0"
+
+
+@pytest.mark.parametrize("features", [0, EVENT_IDX])
+def test_chains_that_are_not_enough_do_not_count_as_new(features: int) -> None:
+    """Who waits for more than is there hears of the next one."""
+    pair = Pair(features, start=0xFFFF)
+    for _ in range(2):
+        pair.ring.add([Desc(DATA, 1, WRITE)])
+
+    assert pair.queue.rearm(1)
+    assert not pair.queue.rearm(2)
+    if features:
+        assert pair.ring.avail_event == 1
+    pair.ring.add([Desc(DATA, 1, WRITE)])
+    assert pair.queue.rearm(2)
+
+
+def test_an_empty_ring_with_something_that_waits_is_not_empty() -> None:
+    """NOTIFY_ON_EMPTY: what has been offered and not been taken yet is still to be done."""
+    pair = Pair(1 << spec.VIRTIO_F_NOTIFY_ON_EMPTY)
+    pair.ring.set_flags(spec.VIRTQ_AVAIL_F_NO_INTERRUPT)
+    for _ in range(2):
+        pair.ring.add([Desc(DATA, 1, WRITE)])
+    pair.queue.take()
+
+    assert not put(pair.queue, 1)
+
+
+def test_a_ring_that_another_has_served_goes_on_where_that_one_stopped() -> None:
+    """All that stands in it is published, and the guest has heard of it."""
+    pair = Pair(EVENT_IDX)
+    pair.ring.set_used_event(0)
+    pair.memory.load(pair.ring.used + 2, struct.pack("<H", 7))
+
+    pair.queue.go_on_at(9)
+
+    assert pair.queue.visible == 7
+    assert (pair.queue.next_avail, pair.queue.next_used, pair.queue.published) == (9, 7, 7)
+    assert not pair.queue.wants_interrupt()
