@@ -4,7 +4,6 @@ A changed program may kill, mount and remove what it should not.  As root, the t
 networks of their own, and what they leave behind ends with them.
 """
 
-import compileall
 import contextlib
 import ctypes
 import os
@@ -42,14 +41,11 @@ class Copy:
         self.top = self.folder / "vmd"
 
     def __enter__(self) -> "Copy":
-        """Copy and compile."""
+        """Copy, with what is compiled."""
         shutil.copytree(self.source, self.top, symlinks=True, ignore=lambda _folder, names: LEFT_OUT & set(names))
         for name in LINKS:
             if (self.source / name).exists():
                 (self.top / name).symlink_to((self.source / name).resolve())
-        for program in ("vmd", "vmctl", "tools"):
-            if (self.top / program).exists():
-                compileall.compile_dir(self.top / program, quiet=2)
         return self
 
     def __exit__(
