@@ -1,5 +1,6 @@
 """The registers of a virtio device, through both interfaces (virtio 1.2, 4.1.4; hostile-input 1, 4-7, 9, 10)."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,6 +18,7 @@ class Backend:
     def __init__(self) -> None:
         self.activated: list[int] = []
         self.resets = 0
+        self.vector_changes = 0
         self.isr = 0
         self.config_interrupts = 0
         self.usable = True
@@ -43,7 +45,8 @@ class Backend:
         return taken
 
     def vectors_changed(self) -> None:
-        """Nothing to do."""
+        """Count."""
+        self.vector_changes += 1
 
     def raise_config(self) -> None:
         """Count."""
@@ -224,3 +227,333 @@ def test_random_accesses_keep_the_invariants(accesses: list[tuple[str, int, int,
             assert queue.vector in (0, 1, 2, spec.VIRTIO_MSI_NO_VECTOR)
         if not registers.status & spec.DRIVER_OK:
             assert not registers.active
+
+
+# --- each register -------------------------------------------------------------------------------------------------
+
+# Of `common`: field, offset, size, value after power-on, one that may be written (or None), and what is read then.
+COMMON_FIELDS = [
+    ("device_feature_select", 0, 4, 0, 1, 1),
+    ("device_feature", 4, 4, FEATURES, None, FEATURES),
+    ("driver_feature_select", 8, 4, 0, 1, 1),
+    ("driver_feature", 12, 4, 0, FEATURES, FEATURES),
+    ("config_msix_vector", 16, 2, spec.VIRTIO_MSI_NO_VECTOR, 2, 2),
+    ("num_queues", 18, 2, 2, None, 2),
+    ("device_status", 20, 1, 0, spec.ACKNOWLEDGE, spec.ACKNOWLEDGE),
+    ("config_generation", 21, 1, 0, None, 0),
+    ("queue_select", 22, 2, 0, 1, 1),
+    ("queue_size", 24, 2, 256, 128, 128),
+    ("queue_msix_vector", 26, 2, spec.VIRTIO_MSI_NO_VECTOR, 1, 1),
+    ("queue_enable", 28, 2, 0, 1, 1),
+    ("queue_notify_off", 30, 2, 0, None, 0),
+    ("queue_desc", 32, 8, 0, 0x1_2345_6000, 0x1_2345_6000),
+    ("queue_driver", 40, 8, 0, 0x1_2345_7000, 0x1_2345_7000),
+    ("queue_device", 48, 8, 0, 0x1_2345_8000, 0x1_2345_8000),
+    ("queue_notify_data", 56, 2, 0, None, 0),
+    ("queue_reset", 58, 2, 0, None, 0),
+]
+
+
+@pytest.mark.parametrize(
+    ("offset", "size", "first", "value", "then"),
+    [field[1:] for field in COMMON_FIELDS],
+    ids=[f[0] for f in COMMON_FIELDS],
+)
+def test_field_of_the_common_configuration(offset: int, size: int, first: int, value: int | None, then: int) -> None:
+    """After power-on, after it was written, and after a reset (4.1.4.3); what is read-only stays, with a complaint."""
+    registers, backend = device()
+    assert registers.common_read(offset, size) == first
+    others = {at: registers.common_read(at, width) for _, at, width, *_ in COMMON_FIELDS if at != offset}
+
+    registers.common_write(offset, size, 3 if value is None else value)
+
+    assert registers.common_read(offset, size) == then
+    for at in range(size):  # a byte of it is a byte of it
+        assert registers.common_read(offset + at, 1) == then >> 8 * at & 0xFF
+    assert len(backend.complaints) == (value is None)
+    if "select" not in COMMON_FIELDS[[field[1] for field in COMMON_FIELDS].index(offset)][0]:
+        assert others == {at: registers.common_read(at, width) for _, at, width, *_ in COMMON_FIELDS if at != offset}
+    registers.common_write(20, 1, 0)
+    assert registers.common_read(offset, size) == first
+
+
+def test_what_no_queue_or_window_has_reads_as_nothing() -> None:
+    """Both selectors may name what there is not."""
+    registers, _ = device()
+    for select, features in ((0, FEATURES), (1, 1 << spec.VIRTIO_F_VERSION_1 - 32), (2, 0), (0xFFFFFFFF, 0)):
+        registers.common_write(0, 4, select)
+        assert registers.common_read(4, 4) == features
+    registers.common_write(22, 2, 2)
+    assert [registers.common_read(at, size) for at, size in ((24, 2), (26, 2), (28, 2), (30, 2))] == [
+        0, spec.VIRTIO_MSI_NO_VECTOR, 0, 0,
+    ]  # fmt: skip
+    assert [registers.common_read(at, 8) for at in (32, 40, 48)] == [0, 0, 0]
+    assert [registers.legacy_read(at, size) for at, size in ((8, 4), (12, 2))] == [0, 0]
+    for at, size in ((24, 2), (26, 2), (28, 2), (32, 8)):
+        registers.common_write(at, size, 1)
+    registers.legacy_write(8, 4, 5)
+    assert [(queue.size, queue.vector, queue.enabled, queue.desc, queue.pfn) for queue in registers.queues] == [
+        (256, spec.VIRTIO_MSI_NO_VECTOR, False, 0, 0), (64, spec.VIRTIO_MSI_NO_VECTOR, False, 0, 0),
+    ]  # fmt: skip
+
+
+def test_driver_features_are_written_in_two_halves() -> None:
+    """Each replaces its own; what the selector names besides is not kept (4.1.4.3)."""
+    registers, _ = device()
+    for select, value in ((0, 0xFFFF0000), (1, 0xAAAA5555), (0, 0x1234), (2, 0x7777), (3, 0x7777)):
+        registers.common_write(8, 4, select)
+        registers.common_write(12, 4, value)
+    assert registers.driver_features == 0xAAAA5555_00001234
+    for select, half in ((0, 0x1234), (1, 0xAAAA5555), (2, 0)):
+        registers.common_write(8, 4, select)
+        assert registers.common_read(12, 4) == half
+
+
+def test_addresses_may_be_written_whole_or_in_halves() -> None:
+    """In any order; each access counts for its own part."""
+    registers, _ = device()
+    queue = registers.queues[0]
+    for offset, name in ((32, "desc"), (40, "avail"), (48, "used")):
+        registers.common_write(offset, 8, 0x1111_2222_3333_4444)
+        registers.common_write(offset + 4, 4, 0x5555_6666)
+        assert getattr(queue, name) == 0x5555_6666_3333_4444
+        registers.common_write(offset, 4, 0x7777_8888)
+        assert getattr(queue, name) == 0x5555_6666_7777_8888
+
+
+def test_queues_with_addresses_of_their_own_to_notify() -> None:
+    """4.1.4.4: each says its own offset then."""
+    registers = Transport(FEATURES, (256, 64), CONFIG, 3, Backend(), separate_notify=True)
+    found = []
+    for queue in range(3):
+        registers.common_write(22, 2, queue)
+        found.append(registers.common_read(30, 2))
+    assert found == [0, 1, 0]
+
+
+def test_a_queue_that_is_enabled_stays_as_it_is() -> None:
+    """Until a reset; to enable it once more is no change, and worth no complaint."""
+    registers, backend = device()
+    registers.common_write(24, 2, 64)
+    registers.common_write(28, 2, 2)
+    assert registers.common_read(28, 2) == 0
+    registers.common_write(28, 2, 1)
+    registers.common_write(28, 2, 1)
+    assert backend.complaints == []
+    registers.common_write(24, 2, 32)
+    registers.common_write(28, 2, 0)
+    registers.common_write(32, 8, 0x1000)
+    registers.common_write(22, 2, 1)
+    registers.common_write(24, 2, 32)  # the other one is not
+    assert [(queue.size, queue.enabled, queue.desc) for queue in registers.queues] == [(64, True, 0), (32, False, 0)]
+    assert len(backend.complaints) == 3
+
+
+@pytest.mark.parametrize(
+    ("size", "good"), [(1, True), (2, True), (256, True), (0, False), (3, False), (257, False), (512, False)]
+)
+def test_sizes_of_a_queue(size: int, good: bool) -> None:
+    """Powers of two up to what the device offers."""
+    registers, backend = device()
+    registers.common_write(24, 2, size)
+    assert registers.common_read(24, 2) == (size if good else 256)
+    assert len(backend.complaints) == (not good)
+
+
+@pytest.mark.parametrize(("vector", "kept"), [(0, 0), (2, 2), (3, 0xFFFF), (0xFFFE, 0xFFFF), (0xFFFF, 0xFFFF)])
+def test_vectors(vector: int, kept: int) -> None:
+    """Of three; the backend hears of each write to one, through both interfaces (4.1.5.1.2)."""
+    registers, backend = device()
+    registers.msix_enabled = True
+    registers.common_write(16, 2, vector)
+    registers.common_write(26, 2, vector)
+    assert (registers.config_vector, registers.queues[0].vector, backend.vector_changes) == (kept, kept, 2)
+    registers.legacy_write(20, 2, vector)
+    registers.legacy_write(14, 2, 1)
+    registers.legacy_write(22, 2, vector)
+    assert (registers.legacy_read(20, 2), registers.legacy_read(22, 2), backend.vector_changes) == (kept, kept, 4)
+    registers.legacy_write(14, 2, 2)
+    registers.legacy_write(22, 2, vector)
+    assert (registers.legacy_read(22, 2), backend.vector_changes) == (0xFFFF, 4)
+
+
+# Of the legacy block: offset, size, value after power-on, one that may be written (or None), and what is read then.
+LEGACY_FIELDS = [
+    ("device_features", 0, 4, FEATURES | LEGACY_ONLY, None, FEATURES | LEGACY_ONLY),
+    ("driver_features", 4, 4, 0, FEATURES, FEATURES),
+    ("queue_address", 8, 4, 0, 0x12345, 0x12345),
+    ("queue_size", 12, 2, 256, None, 256),
+    ("queue_select", 14, 2, 0, 1, 1),
+    ("device_status", 18, 1, 0, spec.ACKNOWLEDGE, spec.ACKNOWLEDGE),
+    ("config_msix_vector", 20, 2, spec.VIRTIO_MSI_NO_VECTOR, 2, 2),
+    ("queue_msix_vector", 22, 2, spec.VIRTIO_MSI_NO_VECTOR, 1, 1),
+]
+
+
+@pytest.mark.parametrize(
+    ("offset", "size", "first", "value", "then"),
+    [field[1:] for field in LEGACY_FIELDS],
+    ids=[f[0] for f in LEGACY_FIELDS],
+)
+def test_register_of_the_legacy_block(offset: int, size: int, first: int, value: int | None, then: int) -> None:
+    """After power-on, after it was written, and after a reset (4.1.4.10); an access of any width reads its bytes."""
+    registers, backend = device()
+    registers.msix_enabled = True
+    assert registers.legacy_read(offset, size) == first
+
+    registers.legacy_write(offset, 4, 0xFFFF0000 << 8 * size & 0xFFFFFFFF | (3 if value is None else value))
+
+    for width in (1, 2, 4):
+        assert registers.legacy_read(offset, width) == then & (1 << 8 * min(width, size)) - 1
+    for at in range(size):
+        assert registers.legacy_read(offset + at, 1) == then >> 8 * at & 0xFF
+    assert len(backend.complaints) == (value is None)
+    registers.legacy_write(18, 1, 0)
+    assert registers.legacy_read(offset, size) == first
+
+
+def test_interrupt_status_is_taken_by_a_read() -> None:
+    """Of its own byte, and by a reset; notification is written there, and reads as nothing."""
+    registers, backend = device()
+    backend.isr = 3
+    assert registers.legacy_read(16, 2) == 0
+    assert [registers.legacy_read(19, 1), registers.legacy_read(19, 1)] == [3, 0]
+    backend.isr = 1
+    registers.legacy_write(18, 1, 0)
+    assert backend.isr == 0
+
+
+@pytest.mark.parametrize(
+    ("size", "avail", "used"), [(1, 0x7010, 0x8000), (64, 0x7400, 0x8000), (128, 0x7800, 0x8000), (256, 0x8000, 0x9000)]
+)
+def test_parts_of_a_legacy_queue(size: int, avail: int, used: int) -> None:
+    """The ring of available chains with its event index, then the next page (2.7.2)."""
+    queue = QueueRegisters(size)
+    queue.set_pfn(7)
+    assert (queue.desc, queue.avail, queue.used, queue.enabled) == (0x7000, avail, used, True)
+    queue.set_pfn(0)
+    assert not queue.enabled
+
+
+# --- steps ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_legacy_driver_that_notifies_early() -> None:
+    """Starts the device if its queue has a place and it has said that it is a driver; otherwise nothing happens."""
+    registers, backend = device()
+    registers.legacy_notify(0)
+    registers.legacy_write(8, 4, 5)
+    registers.legacy_notify(0)
+    registers.legacy_write(18, 1, spec.ACKNOWLEDGE)
+    registers.legacy_notify(0)
+    registers.legacy_write(18, 1, spec.ACKNOWLEDGE | spec.DRIVER)
+    for queue in (1, 2, 99):
+        registers.legacy_notify(queue)
+    assert backend.activated == []
+
+    registers.legacy_notify(0)
+    registers.legacy_notify(0)
+    registers.legacy_write(18, 1, spec.ACKNOWLEDGE | spec.DRIVER | spec.DRIVER_OK)
+
+    assert backend.activated == [0]
+    registers.legacy_write(4, 4, FEATURES)
+    registers.legacy_write(14, 2, 1)
+    registers.legacy_write(8, 4, 6)
+    assert len(backend.complaints) == 2
+
+
+def test_a_legacy_driver_takes_a_queue_back() -> None:
+    """A page of 0 is a reset once the device runs; of a queue that has none, it is a mistake."""
+    registers, backend = device()
+    registers.legacy_write(8, 4, 5)
+    registers.legacy_write(8, 4, 0)
+    assert (registers.queues[0].enabled, backend.resets) == (False, 0)
+    registers.legacy_write(8, 4, 5)
+    registers.legacy_write(18, 1, spec.DRIVER | spec.DRIVER_OK)
+    registers.legacy_write(14, 2, 1)
+    registers.legacy_write(8, 4, 0)
+    assert (backend.resets, registers.active) == (0, True)
+    registers.legacy_write(14, 2, 0)
+    registers.legacy_write(8, 4, 0)
+    assert (backend.resets, registers.active, registers.status) == (1, False, 0)
+
+
+def test_a_modern_driver_that_skips_features_ok() -> None:
+    """It has accepted its features all the same, if they may be accepted; otherwise the device stays as it is."""
+    registers, backend = device()
+    registers.common_write(8, 4, 1)
+    registers.common_write(12, 4, 1)
+    registers.common_write(20, 1, spec.DRIVER | spec.DRIVER_OK)
+    assert (registers.status, len(backend.activated)) == (spec.DRIVER | spec.DRIVER_OK, 1)
+
+    registers, backend = device()
+    registers.common_write(20, 1, spec.DRIVER | spec.DRIVER_OK)
+    assert (registers.status, registers.active, backend.activated) == (spec.DRIVER, False, [])
+    assert len(backend.complaints) == 1
+
+
+def test_features_that_are_refused_may_be_written_anew() -> None:
+    """They are locked by FEATURES_OK only, and by that of either interface."""
+    registers, backend = device()
+    negotiate(registers, 1 << 40)
+    assert len(backend.complaints) == 1
+    assert "0x10000000000" in backend.complaints[0]
+    negotiate(registers, 1 << spec.VIRTIO_F_VERSION_1)
+    assert registers.status & spec.FEATURES_OK
+    registers.common_write(12, 4, 3)
+    assert registers.driver_features == 1 << spec.VIRTIO_F_VERSION_1
+    assert len(backend.complaints) == 2
+
+    registers, _ = device()
+    registers.legacy_write(18, 1, spec.DRIVER | spec.FEATURES_OK)
+    assert registers.status == spec.DRIVER | spec.FEATURES_OK
+    registers.legacy_write(4, 4, FEATURES)
+    assert registers.driver_features == 0
+
+
+def test_status_bits_are_added_only() -> None:
+    """But by a reset; the device's own bit is not the driver's to set, nor anything above the register."""
+    registers, backend = device()
+    registers.write_status(0x100 | spec.ACKNOWLEDGE, modern=True)
+    registers.write_status(spec.DRIVER | spec.DEVICE_NEEDS_RESET, modern=True)
+    assert registers.status == spec.ACKNOWLEDGE | spec.DRIVER
+    registers.write_status(0x100, modern=True)
+    assert registers.status == 0
+    registers.needs_reset()
+    assert (registers.status, backend.config_interrupts) == (spec.DEVICE_NEEDS_RESET, 0)
+
+
+def test_changes_of_configuration_are_told_to_drivers_that_run() -> None:
+    """The generation is a byte that goes round."""
+    registers, backend = device()
+    for _ in range(257):
+        registers.config_changed(CONFIG)
+    assert (registers.common_read(21, 1), backend.config_interrupts) == (1, 0)
+    negotiate(registers, 1 << spec.VIRTIO_F_VERSION_1)
+    registers.common_write(20, 1, registers.status | spec.DRIVER_OK)
+    registers.config_changed(CONFIG)
+    assert backend.config_interrupts == 1
+
+
+def test_writes_to_configuration_count_inside_of_it() -> None:
+    """Up to its last byte; what was written is undone by a reset, and looked at when the device starts."""
+    registers, backend = device()
+    registers.write_config(22, 2, 0x1234)
+    registers.write_config(23, 2, 0x1234)
+    registers.write_config(24, 1, 0)
+    assert backend.written == [(22, b"\x34\x12")]
+    negotiate(registers, 1 << spec.VIRTIO_F_VERSION_1)
+    registers.common_write(20, 1, registers.status | spec.DRIVER_OK)
+    assert backend.written[1:] == [(0, b"")]
+    registers.common_write(20, 1, 0)
+    assert (backend.resets, backend.written[2:]) == (1, [(0, b"")])
+    registers.common_write(20, 1, 0)
+    assert (backend.resets, backend.written[3:]) == (1, [])
+
+
+def test_what_was_written_before_a_start_is_undone_by_a_reset() -> None:
+    """Though no ring was ever used."""
+    registers, backend = device()
+    registers.write_config(0, 1, 1)
+    registers.common_write(20, 1, 0)
+    assert (backend.resets, backend.written[1:], backend.vector_changes) == (1, [(0, b"")], 1)
