@@ -7,7 +7,6 @@ import array
 import contextlib
 import errno
 import fcntl
-import functools
 import os
 import socket
 import struct
@@ -230,7 +229,6 @@ class Examination:
             self.starting.append(vm)
 
 
-@functools.cache
 def of_vhost(vm: "VmConfig") -> "Iterator[str]":
     """Yield, for each interface with `vhost`, why this host's kernel cannot move its frames.  Only root can know."""
     why = vhost.lacking() if any(nic.vhost for nic in vm.nics) and os.geteuid() == 0 else ""
