@@ -589,7 +589,7 @@ def test_guests_that_do_not_shut_down_are_not_waited_for(rig: VmmRig) -> None:
     vm = running(rig, 7)
     rig.parent.channel.close()
     rig.until(lambda: rig.process.orphaned)
-    rig.late_s += ORPHANS_S
+    rig.now_s += ORPHANS_S
     rig.run_to_end()
     assert not vm.is_reaped()
 
