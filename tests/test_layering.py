@@ -38,7 +38,7 @@ print(json.dumps({
 """
 
 THIRD_PARTY = {  # whoever is not named here has none
-    "parent": {"ply", "msgpack"},
+    "parent": {"msgpack"},
     "control": {"msgpack"},
     "priv": {"msgpack", "pyroute2"},
     "log": {"msgpack"},
@@ -52,11 +52,12 @@ THIRD_PARTY = {  # whoever is not named here has none
     "vm": {"msgpack"},
     "vmctl": {"msgpack"},
 }
-HOMES = {"ply": "vmd/config/", "msgpack": "vmd/ipc/packing.py", "pyroute2": "vmd/priv/netlink.py"}
+HOMES = {"msgpack": "vmd/ipc/packing.py", "pyroute2": "vmd/priv/netlink.py"}
 # Who may hold what several processes share and not all may; "device" is every device process.
 SHARED = {
     "vmd.config.lexer": {"parent"},
     "vmd.config.grammar": {"parent"},
+    "vmd.config.yacc": {"parent"},
     "vmd.diskfs": {"imgboot"},  # it reads what guests have written, by the page
     "vmd.images": {"device", "imgboot", "imgprobe", "imgwriter", "vmctl"},
     "vmd.files": {"opener", "parent"},  # of the parent's only `examine` opens files, for `vmd -n`

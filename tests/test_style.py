@@ -83,6 +83,18 @@ def test_descriptors_are_not_received_so_that_they_are_inherited() -> None:
     assert found == [], "use vmd.ipc.rights.receive"
 
 
+def test_programs_make_no_code_of_text_or_pickles() -> None:
+    """Where nothing does, no file can become code: PLY's tables could (CVE-2025-56005)."""
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path in files("vmd", "vmctl", suffix=".py")
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if re.search(r"^\s*(import|from) (pickle|shelve)\b|(?<![\w.])(eval|exec)\(", line)
+    ]
+
+    assert found == []
+
+
 def test_nothing_is_left_for_later() -> None:
     """What is missing is either done or not in the tree."""
     found = []

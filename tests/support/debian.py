@@ -13,7 +13,7 @@ from tools.debian_kernel import cache_dir
 CHECKOUT = Path(__file__).parents[2]
 NEWER, BROKEN = "99.0", "98.0"
 INSTALLED = ("iproute2", "procps", "systemd", "systemd-sysv")
-DOWNLOADED = ("nftables", "python3", "python3-msgpack", "python3-ply", "python3-pyroute2", "seabios")
+DOWNLOADED = ("nftables", "python3", "python3-msgpack", "python3-pyroute2", "seabios")
 OF_A_MACHINE = ("kmod", "udev")
 CANNOT_READ = b"""
 

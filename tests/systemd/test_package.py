@@ -84,7 +84,7 @@ def files(box: Box) -> dict[str, str]:
 def test_installed_run_upgraded_and_removed(box: Box, newer: Path) -> None:
     """As an operator does it: apt, a guest, apt again while it runs, a restart, and away with it."""
     box.path("/etc/vm.conf").write_text(CONF)
-    box.must(*INSTALL, "nftables", "seabios", "python3-msgpack", "python3-ply", "python3-pyroute2")
+    box.must(*INSTALL, "nftables", "seabios", "python3-msgpack", "python3-pyroute2")
     before = files(box)
 
     box.must(*INSTALL, DEB)

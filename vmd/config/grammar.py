@@ -6,11 +6,9 @@ accepted only where a line starts).  What spans objects is left to `check.py`.
 """
 
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
-from ply import yacc
-
-from vmd.config import lexer, rules, values
+from vmd.config import lexer, rules, values, yacc
 from vmd.config.lexer import Lexer, Token
 from vmd.config.model import (
     COUNT_MAX,
@@ -36,6 +34,7 @@ from vmd.config.model import (
     VmLimits,
 )
 from vmd.config.rules import shown
+from vmd.config.yacc import Production
 from vmd.ipc.foreign import typed_format
 from vmd.log import log
 from vmd.nearest import nearest
@@ -43,6 +42,9 @@ from vmd.seed import rules as seed_rules
 from vmd.seed.parts import HASHED
 from vmd.units import MIB
 
+# An option of a VM may stand behind another one on the first line of its block.  Each of these is one, and an option of
+# a disk, an interface or `boot`, too: there it belongs to what stands before it.
+GOES_ON = frozenset({"CMDLINE", "INITRD", "LIMIT"})
 KEYWORDS = frozenset(lexer.TOKENS) - {"NL", "NUMBER", "STRING"}
 AGENTX_CONTEXT_MAX = 32
 # What is said of the token behind `limit`, where limits of a VM are mistaken for others.
@@ -53,16 +55,6 @@ LIMIT_BRACES = {
 
 T = TypeVar("T")
 Warn = Callable[[str], None]
-
-
-class Production(Protocol):
-    """What ply hands each action: item 0 is the result, the others are the values of the right-hand side."""
-
-    parser: Any
-
-    def __getitem__(self, index: Any) -> Any: ...  # noqa: ANN401 - ply has no types
-    def __setitem__(self, index: int, value: object) -> None: ...
-    def __len__(self) -> int: ...
 
 
 FLAGS = {
@@ -98,22 +90,19 @@ class Draft:
 class Grammar:
     """The parser; one can read any number of files, one after the other."""
 
-    tokens = lexer.TOKENS
-    literals = lexer.LITERALS
-    start = "file"
-
     def __init__(self) -> None:
-        self.parser = yacc.yacc(module=self, write_tables=False, debug=False, errorlog=yacc.NullLogger())
-        # ply looks at the next token even where it can only reduce, so that a line would already be read
-        # under the rules, macros and file that the statement before it is about to change.  Empty
-        # productions keep ply's way, or error recovery would meet their states again and reduce for ever;
-        # it never gets back to state 0, from which the first line must be able to fail like others.
-        self.parser.defaulted_states = {
+        tables = yacc.Tables(yacc.rules_of(self), {*lexer.TOKENS, *lexer.LITERALS}, "file", GOES_ON)
+        self.parser = yacc.Parser(tables, self.syntax_error)
+        # Without this the parser looks at the next token even where it can only reduce.  The line behind a statement
+        # would then be read under the rules, macros and file that the statement is about to change.  Empty productions
+        # look at the next token all the same: error recovery would meet their states again, and reduce for ever.  It
+        # never gets back to state 0, from which the first line must be able to fail like others.
+        self.parser.defaulted = {
             state: action
-            for state, actions in self.parser.action.items()
+            for state, actions in enumerate(tables.action)
             for action in set(actions.values())
             if len(set(actions.values())) == 1 and action < 0
-            if self.parser.productions[-action].len or state == 0
+            if tables.rules[-action].length or state == 0
         }
 
     def begin(self, source: Lexer, warn: Warn, settings: Globals, *, starting: bool) -> None:
@@ -136,14 +125,14 @@ class Grammar:
         `starting`: what this host does not have, or not yet, costs only what it belongs to.
         """
         self.begin(source, warn, settings, starting=starting)
-        self.parser.parse(lexer=source)
+        self.parser.parse(source)
         return Config(settings=self.settings, switches=tuple(self.switches), vms=tuple(self.vms.values()))
 
     def error(self, what: str, line: int | None = None) -> None:
         """Report a semantic error of the present statement."""
         self.lexer.error(what, line)
 
-    def p_error(self, token: Token | None) -> None:
+    def syntax_error(self, token: Token | None) -> None:
         if self.lexer.spread is not None:
             first, last = self.lexer.spread
             self.error(f"a text in quotes begins here and ends on line {last}: is a quote missing?", first)
@@ -158,8 +147,8 @@ class Grammar:
 
     def meant(self, token: Token) -> str:
         """Return the end of a sentence that asks for the keyword that was probably meant, if one is close."""
-        state = self.parser.statestack[-1]
-        last = self.parser.symstack[-1]
+        state = self.parser.states[-1]
+        last = self.parser.symbols[-1]
         if last.type == "LIMIT" and token.type in LIMIT_BRACES:
             return LIMIT_BRACES[token.type]
         if last.type == "strings" and last.value[0] == "forward":  # taken for the name of a tap, up to the number
@@ -167,7 +156,7 @@ class Grammar:
         if last.type == "SEED" and token.type != ",":
             return ": options of a seed stand in braces, seed { ... }"
         if last.type == "macro_name":  # a word that begins a line, and no `=` follows: it may be meant for a keyword
-            found = nearest(last.value, self.keywords(self.parser.statestack[-2]))
+            found = nearest(last.value, self.keywords(self.parser.states[-2]))
             if found:
                 return f': did you mean "{found}" instead of "{shown(last.value)}"?'
             if token.type != "NL":

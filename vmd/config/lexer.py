@@ -1,7 +1,7 @@
 """Tokens of vm.conf: quoting, continued lines, macros and include files (*cat. 2.1*).
 
 Written by hand because pushing a macro's value back onto the input, continuing lines and switching files
-are not regular.  `Lexer` has what ply's parser asks for: `token()`.
+are not regular.  `Lexer` has what the parser asks for: `token()`.
 
 It also knows where lines and braces are, which lets `skip_line` go on behind a syntax error without
 taking the rest of a block for nonsense.
@@ -91,14 +91,13 @@ _NUMBER_END = frozenset(" \t\n\v\f\r),/}=")
 
 
 class Token:
-    """What ply calls a token; `text` is how it was written."""
+    """A keyword, word, number or character; `text` is how it was written."""
 
     def __init__(self, kind: str, value: object, text: str, line: int) -> None:
         self.type = kind
         self.value = value
         self.text = text
-        self.lineno = line
-        self.lexpos = 0
+        self.line = line
         self.closes = False  # a brace that ends the block in which its line began
 
 
@@ -300,7 +299,7 @@ class Lexer:
         while token is not None:
             if token.closes:
                 token.closes = False  # never twice, whatever the parser makes of it
-                self.pending = [Token("NL", "\n", "\n", token.lineno), self.copy(token)]
+                self.pending = [Token("NL", "\n", "\n", token.line), self.copy(token)]
                 break
             if token.type == "NL" and self.depth <= self.floor:
                 self.pending = [self.copy(token)]
@@ -311,7 +310,7 @@ class Lexer:
     @staticmethod
     def copy(token: Token) -> Token:
         """Return the same token again."""
-        return Token(token.type, token.value, token.text, token.lineno)
+        return Token(token.type, token.value, token.text, token.line)
 
     def scan(self) -> Token | None:
         """Read one token."""

@@ -457,7 +457,7 @@ def test_reader_that_has_gone(daemon: FakeDaemon) -> None:
 
 HEAVY = {
     "argparse", "ast", "contextlib", "dataclasses", "datetime", "getopt", "gettext", "inspect", "json", "logging",
-    "math", "pathlib", "ply", "pyroute2", "re", "subprocess", "termios", "tempfile", "traceback", "typing",
+    "math", "pathlib", "pyroute2", "re", "subprocess", "termios", "tempfile", "traceback", "typing",
 }  # fmt: skip
 PROBE = """
 import sys
