@@ -293,15 +293,6 @@ class GuestMemory:
             flags = KVM_MEM_READONLY if region.read_only else 0
             yield slot, region.gpa, region.size, base + region.offset, flags
 
-    def advise_hugepages(self) -> bool:
-        """Ask for huge pages; return whether this kernel has them."""
-        try:
-            self._mapping.madvise(mmap.MADV_HUGEPAGE)
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-            return False
-        return True
 
     def resident_bytes(self) -> int:
         """Return how many bytes of the memory are allocated, in RAM or swap, by the guest or by vmd."""

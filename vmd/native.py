@@ -16,7 +16,6 @@ if TYPE_CHECKING:
         c_char,
         c_char_p,
         c_int,
-        c_int16,
         c_int32,
         c_int64,
         c_long,
@@ -51,7 +50,7 @@ else:
 
     c_char, c_char_p, c_void_p = simple("c_char", "c"), simple("c_char_p", "z"), simple("c_void_p", "P")
     c_uint8, c_uint16, c_uint32, c_uint64 = map(simple, ("c_uint8", "c_uint16", "c_uint32", "c_uint64"), "BHIL")
-    c_int16, c_int32, c_int64 = map(simple, ("c_int16", "c_int32", "c_int64"), "hil")
+    c_int32, c_int64 = map(simple, ("c_int32", "c_int64"), "il")
     c_int, c_long, c_ulong = c_int32, c_int64, c_uint64  # on a machine of 64 bits
 
     class Function(CFuncPtr):
@@ -73,7 +72,7 @@ else:
 
 
 __all__ = [
-    "CDLL", "Structure", "Union", "addressof", "buffer", "byref", "c_char", "c_char_p", "c_int", "c_int16", "c_int32",
+    "CDLL", "Structure", "Union", "addressof", "buffer", "byref", "c_char", "c_char_p", "c_int", "c_int32",
     "c_int64", "c_long", "c_uint8", "c_uint16", "c_uint32", "c_uint64", "c_ulong", "c_void_p", "get_errno",
     "memory_at", "sizeof",
 ]  # fmt: skip

@@ -24,7 +24,7 @@ from vmd.priv.legacy import (
     DROP,
     ENTRIES,
     FAMILIES,
-    HOOK_FORWARD,
+    HOOKS,
     INFO,
     OFFSETS,
     SO_GET_ENTRIES,
@@ -338,7 +338,8 @@ def set_policy(family: Family, policy: str) -> None:
         size, count = INFO.unpack(info)[13], INFO.unpack(info)[12]
         request = ENTRIES.pack(TABLE, size) + bytes(size)
         entries = bytearray(linux.getsockopt(fd, family.level, SO_GET_ENTRIES, request)[ENTRIES.size :])
-        forward = INFO.unpack(info)[7 + HOOK_FORWARD]
+        hook = {name: hook for hook, name in HOOKS.items()}["FORWARD"]
+        forward = INFO.unpack(info)[7 + hook]
         target = forward + OFFSETS.unpack_from(entries, forward + family.offsets_at)[0]
         entries[target + TARGET.size : target + TARGET.size + VERDICT.size] = VERDICT.pack(
             DROP if policy == "DROP" else ACCEPT

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.figures import unseen
 from tests.support.network import VNET_HDR_BYTES, Network, TapInterface
 from tests.support.packets import (
     ALL4,
@@ -45,7 +46,6 @@ from vmd.devices.vionet.interface import Interface
 from vmd.devices.vionet.local import LocalNetwork
 from vmd.devices.vionet.packets import Packets
 from vmd.ipc import devmsg
-from vmd.ipc.devfigures import unseen
 from vmd.ipc.messages.priv import AdoptNics, AskDrops, DropsReported, FramesDropped
 from vmd.parent.tapstats import TapStats
 from vmd.parent.vhost import packet_socket

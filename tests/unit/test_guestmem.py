@@ -264,7 +264,6 @@ def test_sixty_four_gigabytes_cost_only_what_is_touched() -> None:
     """The last page of a huge guest works, and takes one page."""
     size = 64 << 30
     with GuestMemory.create([RegionSpec(gpa=0, size=size, name="ram")]) as memory:
-        memory.advise_hugepages()
         before = memory.resident_bytes()
         memory.write(size - 4, b"last")
 

@@ -1,8 +1,9 @@
-"""A fact stands in one place: constants that two modules define, and names that no module uses."""
+"""A fact stands in one place, and what nothing uses is not there: constants, functions, classes and methods."""
 
 import ast
 import functools
 import importlib
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,6 +54,29 @@ COPIES = (
     ("vmd.priv.host:MTU_MAX", "vmd.devices.vionet.interface:MTU_MAX"),
     ("vmd.parent.vhost:ROUTER_SOLICITATION", "vmd.devices.vionet.ra:ROUTER_SOLICITATION"),
 )
+
+# What no other code of the two programs names.
+FOR_TESTS = "tests build run pages and states with it"
+UNUSED = {
+    "vmd.privsep.start:begin": "the program of each new process names it (privsep/spawn.py)",
+    "vmd.virtio.spec:ACKNOWLEDGE": "the first bit of the device status: drivers set it, and tests are drivers",
+    "vmd.kvmapi.abi:KVM_EXIT_IO_IN": FOR_TESTS,
+    "vmd.kvmapi.abi:KVM_INTERNAL_ERROR_DELIVERY_EV": FOR_TESTS,
+    "vmd.kvmapi.abi:KVM_SYSTEM_EVENT_RESET": FOR_TESTS,
+    "vmd.kvmapi.abi:KVM_MEM_READONLY": "the original of the copy in vmd.guestmem",
+    "vmd.kvmapi.abi:KVM_MP_STATE_RUNNABLE": FOR_TESTS,
+    "vmd.kvmapi.abi:KVM_MP_STATE_UNINITIALIZED": FOR_TESTS,
+    "vmd.kvmapi.abi:KVM_CAP_IRQCHIP": FOR_TESTS,
+    "vmd.kvmapi.abi:KVM_CAP_IMMEDIATE_EXIT": FOR_TESTS,
+    **{
+        f"vmd.vm.layout:{name}": "the map has all ports; a chip is put at its first one"
+        for name in ("PORT_KBD_STATUS", "PORT_RTC_DATA", "PORT_FWCFG_DATA", "PORT_FWCFG_DMA", "PORT_PCI_DATA")
+    },
+}
+# Modules whose methods others call: ply, which finds productions by their names, and programs of users.
+CALLED_FROM_OUTSIDE = {"vmd.config.grammar", "vmd.client"}
+WORD = re.compile(r"[A-Za-z_]\w*")
+ENTRY = re.compile(r"(vmd[\w.]*):(\w+)")
 
 
 @functools.cache
@@ -107,3 +131,101 @@ def test_a_constant_has_one_home() -> None:
 def test_copies_of_a_constant_agree(one: str, other: str) -> None:
     """As long as they have to be two."""
     assert value_of(one) == value_of(other), f"{one} is {value_of(one)!r}, and {other} {value_of(other)!r}"
+
+
+# --- what nothing uses ---------------------------------------------------------------------------------------------
+
+
+def is_expression(text: str) -> bool:
+    """Return whether a text may be code; a sentence is none."""
+    try:
+        ast.parse(text.strip(), mode="eval")
+    except (SyntaxError, ValueError):
+        return False
+    return True
+
+
+class Used:
+    """What the code of the two programs names: module-level names by module, and attributes of anything."""
+
+    def __init__(self) -> None:
+        self.names: dict[str, set[str]] = defaultdict(set)
+        self.attributes: set[str] = set()
+        for module, tree in modules().items():
+            self.module = module
+            self.modules = {"": module}  # by the names that this one has for them
+            nodes = list(ast.walk(tree))
+            for node in nodes:
+                self._take_import(node)
+            for node in nodes:
+                self._take(node)
+
+    def _take_import(self, node: ast.AST) -> None:
+        match node:
+            case ast.Import(names=names):
+                self.modules |= {each.asname or each.name: each.name for each in names}
+            case ast.ImportFrom(module=str(source), names=names):
+                for each in names:
+                    if f"{source}.{each.name}" in modules():
+                        self.modules[each.asname or each.name] = f"{source}.{each.name}"
+                    else:
+                        self.names[source].add(each.name)
+
+    def _take(self, node: ast.AST) -> None:
+        match node:
+            case ast.Name(id=name, ctx=ast.Load()):
+                self.names[self.module].add(name)
+            case ast.Attribute(attr=name, value=value):
+                self.attributes.add(name)
+                self.names[self.modules.get(ast.unparse(value), "")].add(name)
+            case ast.Constant(value=str(text)) if entry := ENTRY.fullmatch(text):
+                self.names[entry[1]].add(entry[2])
+            case ast.Constant(value=str(text)) if is_expression(text):  # a type in quotes, or a name to look up
+                self.names[self.module].update(WORD.findall(text))
+                self.attributes.update(WORD.findall(text))
+
+
+@functools.cache
+def used() -> Used:
+    """Look at all code once."""
+    return Used()
+
+
+def defined(tree: ast.Module) -> Iterator[str]:
+    """Yield the module-level names that are defined one by one: not those of an enumeration in one assignment."""
+    for node in tree.body:
+        match node:
+            case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
+                yield name
+            case ast.Assign(targets=[ast.Name(id=name)]) | ast.AnnAssign(target=ast.Name(id=name)):
+                yield name
+
+
+def test_every_name_is_used() -> None:
+    """What is left over when its last user goes, goes too."""
+    commands = {f"vmctl.commands.{path.stem}:run" for path in Path(ROOT, "vmctl/commands").glob("*.py")}
+    devices = {f"{module}:main" for module in modules() if module.startswith("vmd.devices.")}  # `kinds` makes the names
+    unused = {
+        f"{module}:{name}"
+        for module, tree in modules().items()
+        for name in defined(tree)
+        if name not in used().names[module] and not name.startswith("__")
+    }
+
+    assert unused - set(UNUSED) - commands - devices == set(), "nothing uses these"
+    assert set(UNUSED) - unused == set(), "these are used, so UNUSED must not have them"
+
+
+def test_every_method_is_called() -> None:
+    """By some name: of whose object the method is, cannot be seen."""
+    known = used().attributes.union(*used().names.values())
+    uncalled = {
+        f"{module}:{each.name}.{method.name}"
+        for module, tree in modules().items()
+        for each in tree.body
+        if module not in CALLED_FROM_OUTSIDE and isinstance(each, ast.ClassDef)
+        for method in each.body
+        if isinstance(method, ast.FunctionDef) and method.name not in known and not method.name.startswith("__")
+    }
+
+    assert uncalled == set(), "nothing calls these"

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 SHELL = "ssh"
 MOVABLE = ("running", "paused")  # states in which a VM can go
 END_S = 10.0  # for the remote shell, after the last word
-BETWEEN_MS = 200  # two looks at the one side while the other one is waited for
 
 
 def run(session: Session, given: Given) -> int:

@@ -27,8 +27,3 @@ def take_slot(fd: int, slot: int, kind: str, index: int) -> "Figures":
     words[1], words[2] = index, count
     words[0] = 1 + devmsg.FIGURES_KINDS.index(kind)  # last: from now on readers see the slot
     return words[devmsg.FIGURES_HEAD :]
-
-
-def unseen(kind: str) -> "Figures":
-    """Return figures that nobody reads."""
-    return memoryview(bytearray(8 * len(devmsg.FIGURES[kind]))).cast("Q")

@@ -149,8 +149,3 @@ def relays(proc: Proc, sender: Proc) -> "tuple[type[Any], ...]":
         for cls, info in BY_CLASS.items()
         if any((sender, proc) in itertools.pairwise(path[:-1]) for path in info.paths)
     )
-
-
-def accepted(proc: Proc) -> "set[tuple[Proc, type[Any]]]":
-    """Return all messages that a process receives, for itself or to relay, each with its sender."""
-    return {(sender, cls) for cls, info in BY_CLASS.items() for sender, receiver in info.routes if receiver is proc}

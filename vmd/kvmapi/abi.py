@@ -18,11 +18,10 @@ if TYPE_CHECKING:
     S = TypeVar("S", bound=native.Structure)
 
 u8, u16, u32, u64 = native.c_uint8, native.c_uint16, native.c_uint32, native.c_uint64
-s16, s32, s64 = native.c_int16, native.c_int32, native.c_int64
+s32, s64 = native.c_int32, native.c_int64
 
 KVM_API_VERSION = 12
 KVM_PIO_PAGE_OFFSET = 1  # page of the vCPU mapping that has the data of port I/O; page 0 has kvm_run
-KVM_COALESCED_MMIO_PAGE_OFFSET = 2  # page that has the ring of coalesced writes, which all vCPUs of a VM share
 
 
 # ------------------------------------------------------------------ vCPU registers
@@ -58,14 +57,6 @@ class kvm_sregs(native.Structure):
         ("gdt", kvm_dtable), ("idt", kvm_dtable),
         *((name, u64) for name in ("cr0", "cr2", "cr3", "cr4", "cr8", "efer", "apic_base")),
         ("interrupt_bitmap", u64 * 4)]  # fmt: skip
-
-
-class kvm_fpu(native.Structure):
-    """x87 and SSE state (api.rst 4.22)."""
-
-    _fields_ = [("fpr", u8 * 16 * 8), ("fcw", u16), ("fsw", u16), ("ftwx", u8), ("pad1", u8),
-                ("last_opcode", u16), ("last_ip", u64), ("last_dp", u64), ("xmm", u8 * 16 * 16),
-                ("mxcsr", u32), ("pad2", u32)]  # fmt: skip
 
 
 class kvm_xsave(native.Structure):
@@ -267,13 +258,6 @@ class kvm_irq_routing(native.Structure):
     _fields_ = [("nr", u32), ("flags", u32)]
 
 
-class kvm_msi(native.Structure):
-    """An MSI message to deliver now (api.rst 4.70)."""
-
-    _fields_ = [("address_lo", u32), ("address_hi", u32), ("data", u32), ("flags", u32), ("devid", u32),
-                ("pad", u8 * 12)]  # fmt: skip
-
-
 class kvm_irqfd(native.Structure):
     """An eventfd that raises a GSI (api.rst 4.75)."""
 
@@ -318,43 +302,6 @@ class kvm_clock_data(native.Structure):
 
     _fields_ = [("clock", u64), ("flags", u32), ("pad0", u32), ("realtime", u64), ("host_tsc", u64),
                 ("pad", u32 * 4)]  # fmt: skip
-
-
-class kvm_coalesced_mmio_zone(native.Structure):
-    """A range whose writes are collected, instead of an exit for each (api.rst 4.116)."""
-
-    _fields_ = [("addr", u64), ("size", u32), ("pio", u32)]
-
-
-class kvm_coalesced_mmio(native.Structure):
-    """One collected write."""
-
-    _fields_ = [("phys_addr", u64), ("len", u32), ("pio", u32), ("data", u8 * 8)]
-
-
-class kvm_coalesced_mmio_ring(native.Structure):
-    """Header of the ring of kvm_coalesced_mmio, which fills the rest of its page."""
-
-    _fields_ = [("first", u32), ("last", u32)]
-
-
-class kvm_enable_cap(native.Structure):
-    """A capability that has to be enabled (api.rst 4.37)."""
-
-    _fields_ = [("cap", u32), ("flags", u32), ("args", u64 * 4), ("pad", u8 * 64)]
-
-
-class kvm_stats_header(native.Structure):
-    """The header of a statistics file (api.rst 4.133)."""
-
-    _fields_ = [("flags", u32), ("name_size", u32), ("num_desc", u32), ("id_offset", u32),
-                ("desc_offset", u32), ("data_offset", u32)]  # fmt: skip
-
-
-class kvm_stats_desc(native.Structure):
-    """The descriptor of one statistic.  Its name follows, in name_size bytes."""
-
-    _fields_ = [("flags", u32), ("exponent", s16), ("size", u16), ("offset", u32), ("bucket_size", u32)]
 
 
 # ------------------------------------------------------------------ kvm_run
@@ -466,8 +413,6 @@ KVM_CREATE_IRQCHIP = _io(0x60)
 KVM_IRQ_LINE = _iow(0x61, kvm_irq_level)
 KVM_GET_IRQCHIP = _iowr(0x62, kvm_irqchip)
 KVM_SET_IRQCHIP = _ior(0x63, kvm_irqchip)  # "ior" is a mistake in the kernel, which is now part of its API
-KVM_REGISTER_COALESCED_MMIO = _iow(0x67, kvm_coalesced_mmio_zone)
-KVM_UNREGISTER_COALESCED_MMIO = _iow(0x68, kvm_coalesced_mmio_zone)
 KVM_SET_GSI_ROUTING = _iow(0x6A, kvm_irq_routing)
 KVM_IRQFD = _iow(0x76, kvm_irqfd)
 KVM_CREATE_PIT2 = _iow(0x77, kvm_pit_config)
@@ -476,9 +421,6 @@ KVM_SET_CLOCK = _iow(0x7B, kvm_clock_data)
 KVM_GET_CLOCK = _ior(0x7C, kvm_clock_data)
 KVM_GET_PIT2 = _ior(0x9F, kvm_pit_state2)
 KVM_SET_PIT2 = _iow(0xA0, kvm_pit_state2)
-KVM_ENABLE_CAP = _iow(0xA3, kvm_enable_cap)
-KVM_SIGNAL_MSI = _iow(0xA5, kvm_msi)
-KVM_GET_STATS_FD = _io(0xCE)  # and on a vCPU
 
 # on a vCPU
 KVM_RUN = _io(0x80)
@@ -489,26 +431,20 @@ KVM_SET_SREGS = _iow(0x84, kvm_sregs)
 KVM_TRANSLATE = _iowr(0x85, kvm_translation)
 KVM_GET_MSRS = _iowr(0x88, kvm_msrs)
 KVM_SET_MSRS = _iow(0x89, kvm_msrs)
-KVM_GET_FPU = _ior(0x8C, kvm_fpu)
-KVM_SET_FPU = _iow(0x8D, kvm_fpu)
 KVM_GET_LAPIC = _ior(0x8E, kvm_lapic_state)
 KVM_SET_LAPIC = _iow(0x8F, kvm_lapic_state)
 KVM_SET_CPUID2 = _iow(0x90, kvm_cpuid2)
-KVM_GET_CPUID2 = _iowr(0x91, kvm_cpuid2)
 KVM_GET_MP_STATE = _ior(0x98, kvm_mp_state)
 KVM_SET_MP_STATE = _iow(0x99, kvm_mp_state)
-KVM_NMI = _io(0x9A)
 KVM_GET_VCPU_EVENTS = _ior(0x9F, kvm_vcpu_events)
 KVM_SET_VCPU_EVENTS = _iow(0xA0, kvm_vcpu_events)
 KVM_GET_DEBUGREGS = _ior(0xA1, kvm_debugregs)
 KVM_SET_DEBUGREGS = _iow(0xA2, kvm_debugregs)
-KVM_SET_TSC_KHZ = _io(0xA2)
 KVM_GET_TSC_KHZ = _io(0xA3)
 KVM_GET_XSAVE = _ior(0xA4, kvm_xsave)
 KVM_SET_XSAVE = _iow(0xA5, kvm_xsave)
 KVM_GET_XCRS = _ior(0xA6, kvm_xcrs)
 KVM_SET_XCRS = _iow(0xA7, kvm_xcrs)
-KVM_KVMCLOCK_CTRL = _io(0xAD)
 KVM_GET_XSAVE2 = _ior(0xCF, kvm_xsave)
 KVM_SET_DEVICE_ATTR = _iow(0xE1, kvm_device_attr)
 KVM_GET_DEVICE_ATTR = _iow(0xE2, kvm_device_attr)
@@ -522,43 +458,25 @@ REQUESTS: dict[int, str] = {
 # ------------------------------------------------------------------ constants
 
 KVM_EXIT_UNKNOWN = 0
-KVM_EXIT_EXCEPTION = 1
 KVM_EXIT_IO = 2
-KVM_EXIT_HYPERCALL = 3
-KVM_EXIT_DEBUG = 4
 KVM_EXIT_HLT = 5
 KVM_EXIT_MMIO = 6
 KVM_EXIT_IRQ_WINDOW_OPEN = 7
 KVM_EXIT_SHUTDOWN = 8
 KVM_EXIT_FAIL_ENTRY = 9
 KVM_EXIT_INTR = 10
-KVM_EXIT_SET_TPR = 11
-KVM_EXIT_TPR_ACCESS = 12
-KVM_EXIT_NMI = 16
 KVM_EXIT_INTERNAL_ERROR = 17
 KVM_EXIT_SYSTEM_EVENT = 24
 KVM_EXIT_IOAPIC_EOI = 26
-KVM_EXIT_HYPERV = 27
-KVM_EXIT_X86_RDMSR = 29
-KVM_EXIT_X86_WRMSR = 30
-KVM_EXIT_DIRTY_RING_FULL = 31
-KVM_EXIT_AP_RESET_HOLD = 32
-KVM_EXIT_X86_BUS_LOCK = 33
-KVM_EXIT_XEN = 34
-KVM_EXIT_NOTIFY = 37
 
 KVM_EXIT_IO_IN = 0
 KVM_EXIT_IO_OUT = 1
 
 KVM_INTERNAL_ERROR_EMULATION = 1
-KVM_INTERNAL_ERROR_SIMUL_EX = 2
 KVM_INTERNAL_ERROR_DELIVERY_EV = 3
-KVM_INTERNAL_ERROR_UNEXPECTED_EXIT_REASON = 4
 KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES = 1
 
-KVM_SYSTEM_EVENT_SHUTDOWN = 1
 KVM_SYSTEM_EVENT_RESET = 2
-KVM_SYSTEM_EVENT_CRASH = 3
 
 KVM_MEM_LOG_DIRTY_PAGES = 1 << 0
 KVM_MEM_READONLY = 1 << 1
@@ -577,67 +495,19 @@ KVM_IOEVENTFD_FLAG_PIO = 1 << 1
 KVM_IOEVENTFD_FLAG_DEASSIGN = 1 << 2
 
 KVM_PIT_SPEAKER_DUMMY = 1
-KVM_CLOCK_TSC_STABLE = 2
-KVM_CLOCK_REALTIME = 1 << 2
-KVM_CLOCK_HOST_TSC = 1 << 3
 
 KVM_VCPU_TSC_CTRL = 0
 KVM_VCPU_TSC_OFFSET = 0
 
 KVM_MP_STATE_RUNNABLE = 0
 KVM_MP_STATE_UNINITIALIZED = 1
-KVM_MP_STATE_INIT_RECEIVED = 2
-KVM_MP_STATE_HALTED = 3
-KVM_MP_STATE_SIPI_RECEIVED = 4
-
-KVM_VCPUEVENT_VALID_NMI_PENDING = 1 << 0
-KVM_VCPUEVENT_VALID_SIPI_VECTOR = 1 << 1
-KVM_VCPUEVENT_VALID_SHADOW = 1 << 2
-KVM_VCPUEVENT_VALID_SMM = 1 << 3
-KVM_VCPUEVENT_VALID_PAYLOAD = 1 << 4
-KVM_VCPUEVENT_VALID_TRIPLE_FAULT = 1 << 5
 
 KVM_CPUID_FLAG_SIGNIFCANT_INDEX = 1 << 0  # the spelling of the kernel
 
 KVM_CAP_IRQCHIP = 0
-KVM_CAP_USER_MEMORY = 3
-KVM_CAP_SET_TSS_ADDR = 4
-KVM_CAP_EXT_CPUID = 7
-KVM_CAP_NR_VCPUS = 9
-KVM_CAP_NR_MEMSLOTS = 10
-KVM_CAP_MP_STATE = 14
-KVM_CAP_COALESCED_MMIO = 15
-KVM_CAP_IRQ_ROUTING = 25
-KVM_CAP_IRQFD = 32
-KVM_CAP_PIT2 = 33
-KVM_CAP_PIT_STATE2 = 35
-KVM_CAP_IOEVENTFD = 36
-KVM_CAP_SET_IDENTITY_MAP_ADDR = 37
-KVM_CAP_ADJUST_CLOCK = 39
-KVM_CAP_VCPU_EVENTS = 41
-KVM_CAP_DEBUGREGS = 50
-KVM_CAP_XSAVE = 55
-KVM_CAP_XCRS = 56
-KVM_CAP_TSC_CONTROL = 60
-KVM_CAP_GET_TSC_KHZ = 61
-KVM_CAP_MAX_VCPUS = 66
 KVM_CAP_TSC_DEADLINE_TIMER = 72
-KVM_CAP_KVMCLOCK_CTRL = 76
-KVM_CAP_SIGNAL_MSI = 77
-KVM_CAP_READONLY_MEM = 81
-KVM_CAP_IRQFD_RESAMPLE = 82
-KVM_CAP_ENABLE_CAP_VM = 98
-KVM_CAP_IOEVENTFD_NO_LENGTH = 100
-KVM_CAP_CHECK_EXTENSION_VM = 105
-KVM_CAP_IOEVENTFD_ANY_LENGTH = 122
-KVM_CAP_MAX_VCPU_ID = 128
-KVM_CAP_X2APIC_API = 129
 KVM_CAP_IMMEDIATE_EXIT = 136
-KVM_CAP_COALESCED_PIO = 162
-KVM_CAP_EXCEPTION_PAYLOAD = 164
-KVM_CAP_BINARY_STATS_FD = 203
 KVM_CAP_XSAVE2 = 208
-KVM_CAP_X86_TRIPLE_FAULT_EVENT = 218
 
 # ------------------------------------------------------------------ the call
 
@@ -725,20 +595,3 @@ def counted(header: type[native.Structure], entries: "list[S]") -> bytearray:
     return bytearray(head + b"".join(map(bytes, entries)))
 
 
-def read_stats(owner_fd: int) -> dict[str, tuple[int, ...]]:
-    """Return the statistics of a VM or vCPU by name (api.rst 4.133)."""
-    fd = ioctl(owner_fd, KVM_GET_STATS_FD)
-    try:
-        size = native.sizeof(kvm_stats_header)
-        header = kvm_stats_header.from_buffer_copy(os.pread(fd, size, 0))
-        step = native.sizeof(kvm_stats_desc) + header.name_size
-        descriptors = os.pread(fd, header.num_desc * step, header.desc_offset)
-        stats = {}
-        for start in range(0, len(descriptors), step):
-            desc = kvm_stats_desc.from_buffer_copy(descriptors, start)
-            name = descriptors[start + native.sizeof(desc) : start + step].split(b"\0")[0].decode()
-            values = os.pread(fd, desc.size * 8, header.data_offset + desc.offset)
-            stats[name] = tuple((u64 * desc.size).from_buffer_copy(values))
-        return stats
-    finally:
-        os.close(fd)

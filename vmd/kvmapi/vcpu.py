@@ -34,9 +34,7 @@ from vmd.kvmapi.exits import (
     RETRY,
     Exit,
     MmioRead,
-    MmioWrite,
     PioIn,
-    PioOut,
     decode,
 )
 
@@ -50,10 +48,6 @@ KICK_SIGNAL = signal.SIGUSR1
 _EXIT_IO = abi.KVM_EXIT_IO
 _IMMEDIATE_EXIT = abi.kvm_run.immediate_exit.offset
 _PIO_DATA = abi.KVM_PIO_PAGE_OFFSET * mmap.PAGESIZE
-_RING = abi.KVM_COALESCED_MMIO_PAGE_OFFSET * mmap.PAGESIZE
-_RING_HEADER = 8  # kvm_coalesced_mmio_ring
-_RING_STEP = 24  # kvm_coalesced_mmio
-_RING_ENTRIES = (mmap.PAGESIZE - _RING_HEADER) // _RING_STEP
 _MSRS_AT_ONCE = 128  # the kernel's limit is less than 256
 
 
@@ -76,7 +70,7 @@ class Vcpu:
         OSError: from every method, if the kernel refuses.  The message names the request.
     """
 
-    __slots__ = ("_fd", "_page", "_pending", "_pio", "_ring", "_thread", "_thread_lock", "exits", "xsave_bytes")
+    __slots__ = ("_fd", "_page", "_pending", "_pio", "_thread", "_thread_lock", "exits", "xsave_bytes")
 
     def __init__(self, fd: int, mmap_bytes: int, xsave_bytes: int = 0) -> None:
         self._fd = fd
@@ -84,7 +78,6 @@ class Vcpu:
         data = memoryview(self._page)[_PIO_DATA : _PIO_DATA + mmap.PAGESIZE]
         # The data of port I/O, by the size of an item; index 0 is the first item.
         self._pio = {1: data, 2: data.cast("H"), 4: data.cast("I")}
-        self._ring = memoryview(self._page)[_RING : _RING + _RING_HEADER].cast("I")
         self._pending = (0, 0)  # offset and length of the answer to the last exit
         self._thread: int | None = None
         self._thread_lock = _thread.allocate_lock()
@@ -105,7 +98,7 @@ class Vcpu:
     def close(self) -> None:
         """Unmap and close.  The thread must have ended.  A second call does nothing."""
         if self._fd >= 0:
-            for view in (*self._pio.values(), self._ring):
+            for view in self._pio.values():
                 view.release()
             self._page.close()
             os.close(self._fd)
@@ -219,28 +212,6 @@ class Vcpu:
         """Let the vCPU enter the guest again."""
         self._page[_IMMEDIATE_EXIT] = 0
 
-    # ---- coalesced writes
-
-    def coalesced_writes(self) -> list[PioOut | MmioWrite]:
-        """Take the writes that were collected because of Vm.register_coalesced, oldest first.
-
-        All vCPUs of a VM map the same ring, so callers must hold one lock per VM.
-        """
-        first, last = self._ring
-        writes: list[PioOut | MmioWrite] = []
-        while first != last:
-            start = _RING + _RING_HEADER + first * _RING_STEP
-            entry = abi.kvm_coalesced_mmio.from_buffer_copy(self._page, start)
-            data = bytes(entry.data)[: entry.len]
-            if entry.pio:
-                writes.append(PioOut(entry.phys_addr, entry.len, 1, data))
-            else:
-                writes.append(MmioWrite(entry.phys_addr, entry.len, data))
-            first = (first + 1) % _RING_ENTRIES
-        # From this store on the kernel may reuse the entries.  x86 keeps it after the loads above.
-        self._ring[0] = first
-        return writes
-
     # ---- registers
 
     def get_regs(self) -> abi.kvm_regs:
@@ -258,14 +229,6 @@ class Vcpu:
     def set_sregs(self, state: abi.kvm_sregs | bytes) -> None:
         """Load segment, table and control registers."""
         write_struct(self._fd, abi.KVM_SET_SREGS, abi.kvm_sregs, state)
-
-    def get_fpu(self) -> abi.kvm_fpu:
-        """Return x87 and SSE state, which is also part of the area of get_xsave."""
-        return read_struct(self._fd, abi.KVM_GET_FPU, abi.kvm_fpu)
-
-    def set_fpu(self, state: abi.kvm_fpu | bytes) -> None:
-        """Load x87 and SSE state."""
-        write_struct(self._fd, abi.KVM_SET_FPU, abi.kvm_fpu, state)
 
     def get_xsave(self) -> bytes:
         """Return the whole XSAVE area, whose length depends on the host (api.rst 4.134)."""
@@ -290,10 +253,6 @@ class Vcpu:
     def set_xcrs(self, state: abi.kvm_xcrs | bytes) -> None:
         """Load the extended control registers.  This comes after CPUID and before the XSAVE area."""
         write_struct(self._fd, abi.KVM_SET_XCRS, abi.kvm_xcrs, state)
-
-    def get_cpuid2(self) -> list[abi.kvm_cpuid_entry2]:
-        """Return the present CPUID leaves.  KVM updates some of them while the vCPU runs."""
-        return abi.read_list(self._fd, abi.KVM_GET_CPUID2, abi.kvm_cpuid2, abi.kvm_cpuid_entry2)
 
     def set_cpuid2(self, entries: list[abi.kvm_cpuid_entry2]) -> None:
         """Set the CPUID leaves.  This comes before the vCPU runs for the first time."""
@@ -363,10 +322,6 @@ class Vcpu:
         """Return the guest's TSC frequency."""
         return ioctl(self._fd, abi.KVM_GET_TSC_KHZ)
 
-    def set_tsc_khz(self, khz: int) -> None:
-        """Set the guest's TSC frequency.  Only hosts with KVM_CAP_TSC_CONTROL can change it."""
-        ioctl(self._fd, abi.KVM_SET_TSC_KHZ, khz)
-
     @property
     def has_tsc_offset(self) -> bool:
         """Whether the kernel can read and set the offset of the TSC (since Linux 5.16)."""
@@ -392,24 +347,9 @@ class Vcpu:
             group=abi.KVM_VCPU_TSC_CTRL, attr=abi.KVM_VCPU_TSC_OFFSET, addr=native.addressof(value)
         )
 
-    def kvmclock_ctrl(self) -> None:
-        """Tell the guest that it was paused, so that its watchdogs do not complain about the gap.
-
-        Raises:
-            OSError: EINVAL if the guest does not use kvmclock, which is harmless.
-        """
-        ioctl(self._fd, abi.KVM_KVMCLOCK_CTRL)
-
-    def nmi(self) -> None:
-        """Queue a non-maskable interrupt."""
-        ioctl(self._fd, abi.KVM_NMI)
-
     def translate(self, linear: int) -> int | None:
         """Return the guest-physical address of a linear address, or None if that is not mapped."""
         translation = abi.kvm_translation(linear_address=linear)
         ioctl(self._fd, abi.KVM_TRANSLATE, translation)
         return int(translation.physical_address) if translation.valid else None
 
-    def stats(self) -> dict[str, tuple[int, ...]]:
-        """Return KVM's counters for this vCPU, by name.  A histogram has several values."""
-        return abi.read_stats(self._fd)

@@ -52,10 +52,6 @@ class Vm:
         """Return the value of a capability for this VM, as System.check_extension does for the host."""
         return ioctl(self.fd, abi.KVM_CHECK_EXTENSION, cap)
 
-    def enable_cap(self, cap: int, *args: int) -> None:
-        """Enable a capability that changes behaviour (api.rst 7)."""
-        ioctl(self.fd, abi.KVM_ENABLE_CAP, abi.kvm_enable_cap(cap=cap, args=args))
-
     def create_vcpu(self, vcpu_id: int) -> Vcpu:
         """Create a vCPU.  Its id is its APIC id.  KVM's interrupt controllers must exist already."""
         # The size of KVM_GET_XSAVE2, which does not change any more once there is a vCPU; 0 on old kernels.
@@ -103,11 +99,6 @@ class Vm:
     def irq_line(self, gsi: int, level: int) -> None:
         """Set the level of a line.  An edge-triggered interrupt needs 1 and then 0."""
         ioctl(self.fd, abi.KVM_IRQ_LINE, abi.kvm_irq_level(gsi, level))
-
-    def signal_msi(self, address: int, data: int) -> bool:
-        """Deliver an MSI message.  Return whether a local APIC has accepted it."""
-        message = abi.kvm_msi(address_lo=address & 0xFFFFFFFF, address_hi=address >> 32, data=data)
-        return ioctl(self.fd, abi.KVM_SIGNAL_MSI, message) > 0
 
     def set_gsi_routing(self, routes: list[abi.kvm_irq_routing_entry]) -> None:
         """Replace the whole table.  All routes that are not in it are removed, also KVM's defaults."""
@@ -162,14 +153,6 @@ class Vm:
             event.datamatch = datamatch
         ioctl(self.fd, abi.KVM_IOEVENTFD, event)
 
-    def register_coalesced(self, address: int, size: int, *, pio: bool = False) -> None:
-        """Collect the guest's writes to a range for Vcpu.coalesced_writes, instead of an exit for each."""
-        ioctl(self.fd, abi.KVM_REGISTER_COALESCED_MMIO, abi.kvm_coalesced_mmio_zone(address, size, pio))
-
-    def unregister_coalesced(self, address: int, size: int, *, pio: bool = False) -> None:
-        """Undo register_coalesced.  Writes that were collected stay in the ring."""
-        ioctl(self.fd, abi.KVM_UNREGISTER_COALESCED_MMIO, abi.kvm_coalesced_mmio_zone(address, size, pio))
-
     # ---- state
 
     def get_irqchip(self, chip_id: int) -> abi.kvm_irqchip:
@@ -198,6 +181,3 @@ class Vm:
         """Set kvmclock to this value.  KVM does not add the time that passes until then."""
         ioctl(self.fd, abi.KVM_SET_CLOCK, abi.kvm_clock_data(clock=clock_ns))
 
-    def stats(self) -> dict[str, tuple[int, ...]]:
-        """Return KVM's counters for this VM, by name.  A histogram has several values."""
-        return abi.read_stats(self.fd)

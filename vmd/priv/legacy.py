@@ -31,7 +31,6 @@ VERDICT = Struct("=i")
 CHAIN_TARGET = b"ERROR"  # this target begins a user-defined chain; its name follows
 CHAIN_NAME = Struct("=30s")
 HOOKS = {1: "INPUT", 2: "FORWARD"}
-HOOK_FORWARD = 2
 DROP = -1  # -NF_DROP - 1
 
 

@@ -8,7 +8,6 @@ import struct
 
 from vmd.kvmapi.abi import KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2
 
-CACHE_LEAVES = (0x4, 0x8000001D)  # Intel's and AMD's deterministic cache parameters
 TOPOLOGY_LEAVES = (0xB, 0x1F)  # extended topology, and its second version
 
 ECX_X2APIC = 1 << 21

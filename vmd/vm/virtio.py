@@ -70,7 +70,6 @@ NOTIFY_STEP = 4  # bytes between the notify words of two queues, if each queue h
 
 # virtio_pci_cap after id and next pointer: length, type, bar, id, padding, offset, length (virtio 1.2, 4.1.4)
 CAP_BYTES = 16
-PCI_CFG_DATA = 14  # offset of pci_cfg_data in the body of the PCI_CFG capability, behind the fields of virtio_pci_cap
 
 
 # Attributes that a saved state has under the same names, and their widths in bits.

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from tests.support.fakedriver import DATA, EVENT_IDX, LAYOUT, NEXT, WRITE, Desc, Ring, release
+from tests.support.figures import unseen
 from tests.support.packets import any_frame
 from tests.support.packettap import PacketTap
 from vmd.devices import bucket
@@ -19,7 +20,6 @@ from vmd.devices.vionet.worker import NEVER
 from vmd.guestmem import GuestMemory
 from vmd.images.raw import RawImage
 from vmd.ipc import devmsg
-from vmd.ipc.devfigures import unseen
 from vmd.virtio import spec
 from vmd.virtio.queue import Queue
 

@@ -11,12 +11,12 @@ from queue import SimpleQueue
 
 import pytest
 
+from tests.support.figures import unseen
 from vmd.devices.vioblk import device, handover
 from vmd.devices.vioblk.device import Vioblk, Workers
 from vmd.images.chain import Link, open_chain
 from vmd.images.locks import lock, unlock
 from vmd.ipc import devmsg
-from vmd.ipc.devfigures import unseen
 
 DEADLINE_MS = 60_000
 

@@ -28,6 +28,7 @@ from tests.support.fakedriver import (
     Ring,
     release,
 )
+from tests.support.figures import unseen
 from vmd.devices.vioblk.device import ROUND, Vioblk, Workers
 from vmd.devices.vioblk.request import Limits, carry_out, parse
 from vmd.errors import GuestError
@@ -35,7 +36,6 @@ from vmd.guestmem import GuestMemory
 from vmd.images.hostfile import FlushFailed
 from vmd.images.raw import RawImage
 from vmd.ipc import devmsg
-from vmd.ipc.devfigures import unseen
 from vmd.virtio import spec
 from vmd.virtio.queue import Queue
 

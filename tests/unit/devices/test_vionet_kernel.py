@@ -15,6 +15,7 @@ import pytest
 
 from tests.support.fakedriver import DATA, DEADLINE_S, LAYOUT, MODERN, ROM, WRITE, Desc, Ring, release
 from tests.support.fakevhost import RX, TX, FakeVhost
+from tests.support.figures import unseen
 from tests.support.packets import DISCOVER, GUEST4, HOST4, HOST_LLADDR, LLADDR, OFFER, Answer, any_frame, dhcp
 from tests.support.packettap import PacketTap
 from vmd.devices.vionet import vhost
@@ -25,7 +26,6 @@ from vmd.devices.vionet.tap import Tap
 from vmd.errors import HostError
 from vmd.guestmem import GuestMemory
 from vmd.ipc import devmsg
-from vmd.ipc.devfigures import unseen
 from vmd.privsep.confine import VHOST_IOCTLS
 from vmd.virtio import spec
 from vmd.virtio.queue import Queue

@@ -4,11 +4,11 @@ from collections.abc import Callable
 
 import pytest
 
+from tests.support.figures import unseen
 from tests.support.packets import DISCOVER, GUEST4, HOST4, LLADDR, OFFER, RELEASE, REQUEST, Answer, dhcp, option
 from vmd.devices.vionet.interface import Interface
 from vmd.devices.vionet.local import LocalNetwork
 from vmd.ipc import devmsg
-from vmd.ipc.devfigures import unseen
 
 INTERFACE = Interface(lladdr=LLADDR, local=True, asks=True, guest4=GUEST4, host4=HOST4)
 

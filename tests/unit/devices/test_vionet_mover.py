@@ -10,12 +10,12 @@ from queue import SimpleQueue
 import pytest
 
 from tests.support.fakedriver import DEADLINE_S, LAYOUT, Ring, release
+from tests.support.figures import unseen
 from vmd.devices.vionet import mover as movers
 from vmd.devices.vionet.mover import Mover
 from vmd.devices.vionet.worker import Worker
 from vmd.errors import GuestError, HostError
 from vmd.guestmem import GuestMemory
-from vmd.ipc.devfigures import unseen
 from vmd.virtio.queue import Queue
 
 

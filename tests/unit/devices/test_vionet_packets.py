@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from tests.support.figures import unseen
 from tests.support.packets import DISCOVER, GUEST4, HOST4, LLADDR, OFFER, RELEASE, Answer, dhcp
 from vmd.devices.vionet import announce
 from vmd.devices.vionet.addresses import Addresses
@@ -12,7 +13,6 @@ from vmd.devices.vionet.interface import Interface
 from vmd.devices.vionet.local import LocalNetwork
 from vmd.devices.vionet.packets import HEADER, Packets
 from vmd.ipc import devmsg
-from vmd.ipc.devfigures import unseen
 
 LOCAL = Interface(lladdr=LLADDR, local=True, guest4=GUEST4, host4=HOST4, vhost=True)
 PLAIN, UNSUMMED = bytes(HEADER), b"\1" + bytes(HEADER - 1)  # virtio headers: the latter leaves the sum to others

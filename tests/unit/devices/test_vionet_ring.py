@@ -28,6 +28,7 @@ from tests.support.fakedriver import (
     Ring,
     release,
 )
+from tests.support.figures import unseen
 from tests.support.netdriver import GSO_TCPV4
 from tests.support.packets import GUEST4, HOST4, HOST_LLADDR, LLADDR, any_frame
 from tests.support.packets import dhcp as dhcp_request
@@ -42,7 +43,6 @@ from vmd.devices.vionet.worker import GSO_FRAME_MAX, NEVER
 from vmd.errors import GuestError
 from vmd.guestmem import GuestMemory, RegionSpec
 from vmd.ipc import devmsg
-from vmd.ipc.devfigures import unseen
 from vmd.units import IOV_MAX, PAGE
 from vmd.virtio.queue import DESC, Queue
 

@@ -19,7 +19,7 @@ from vmd.ipc.imsg import Envelope
 from vmd.ipc.messages.clients import ANSWERS, REQUESTS, Caller
 from vmd.ipc.messages.vm import PauseDone, VmRunning
 from vmd.ipc.process import Process, handles
-from vmd.ipc.routes import BY_CLASS, TRUSTED, MessageInfo, Proc, Who, accepted, relays
+from vmd.ipc.routes import BY_CLASS, TRUSTED, MessageInfo, Proc, Who, relays
 from vmd.logger.main import Logger
 from vmd.metrics.main import Metrics
 from vmd.opener.main import Opener
@@ -45,6 +45,11 @@ PROCESSES: dict[Proc, type[Process]] = {
 ROOT = Path(__file__).resolve().parents[3]
 # Where the code of a process is, if not in a directory of its name; all share that of vmd/ipc.
 HOMES = {Proc.CLIENT: ("vmd/client.py", "vmctl"), Proc.LOG: ("vmd/logger",)}
+
+
+def accepted(proc: Proc) -> set[tuple[Proc, type[Any]]]:
+    """Return all messages that a process receives, for itself or to relay, each with its sender."""
+    return {(sender, cls) for cls, info in BY_CLASS.items() for sender, receiver in info.routes if receiver is proc}
 
 
 def test_every_process_is_looked_at() -> None:
