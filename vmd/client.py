@@ -251,7 +251,7 @@ class Client:
         """
         unknown = first.unknown_in(message) if self._form is Form.FIRST else ""
         if unknown:
-            raise ClientError(f"{self.path}: this vmd is older than vmctl, and knows no {unknown}", errno.ENOSYS)
+            raise ClientError(f"{self.path}: this vmd is older than vmctl, and does not know {unknown}", errno.ENOSYS)
         try:
             packet, order = encode(message, pid=os.getpid(), fds=fds, form=self._form)
         except ValueError:
@@ -316,7 +316,7 @@ class Client:
         if isinstance(message, expected):
             return message
         names = " or ".join(each.__name__ for each in expected)
-        raise PeerError(PEER, f"sent {type(message).__name__} where {names} was due")
+        raise PeerError(PEER, f"sent {type(message).__name__} instead of {names}")
 
     def ask(
         self,

@@ -114,4 +114,4 @@ def test_a_guest_without_its_lock_is_stopped_at_once(tmp_path: Path) -> None:
         vmd.must("stop", "-w", "busy")
         assert "stopped by force: disk0: its lock is lost" in vmd.status("busy")["text"]
         assert (path.read_bytes(), path.stat().st_mtime_ns) == before
-        vmd.wait_log("is left as it is: its lock is lost")
+        vmd.wait_log("is not flushed, because its lock is lost")

@@ -150,7 +150,7 @@ def test_what_is_odd_is_said(tmp_path: Path) -> None:
     )
     notes = [
         f"disk {disk}: its 1048581 bytes are no multiple of 512; its last sector is padded with zeroes",
-        f"disk {archive}: seems to be gzip-compressed, and is used as raw; give it as `format raw` to confirm this",
+        f"disk {archive}: seems to be gzip-compressed, and is used as raw; use `format raw` to confirm this",
         f"cdrom {disc}: its 1048581 bytes are no multiple of 2048; its last block is padded with zeroes",
     ]
     with Daemon(tmp_path, conf) as vmd:

@@ -69,8 +69,8 @@ def test_disk_without_a_format_is_refused_by_name(tmp_path: Path, name: str, mak
     in_conf, typed = refusal(path), refusal(path, in_conf=False)
 
     assert in_conf.startswith(f"disk {path}: is {FOREIGN[name].what}; convert it: {command(name, str(path))}")
-    assert in_conf.endswith("(or, if the guest is to see the file unchanged, give it as `format raw`)")
-    assert typed.endswith(f"say raw:'{tmp_path}/it'\"'\"'s a disk')")
+    assert in_conf.endswith("(or, if the guest is to see the file unchanged, use `format raw`)")
+    assert typed.endswith(f"use raw:'{tmp_path}/it'\"'\"'s a disk')")
     given = disk(path, "raw")
     assert [(link.format, link.guessed) for link in given.links] == [("raw", False)]
     given.close()
@@ -128,7 +128,7 @@ def test_base_without_a_recorded_format_is_refused_by_name(tmp_path: Path, name:
         OpenedChain(str(tmp_path / "top"), "qcow2")
 
     assert said.startswith(f"disk {tmp_path}/top: backing file {tmp_path}/base: is {FOREIGN[name].what}; convert it: ")
-    assert said.endswith(f"say `qemu-img rebase -u -f qcow2 -F raw -b base {tmp_path}/top`)")
+    assert said.endswith(f"use `qemu-img rebase -u -f qcow2 -F raw -b base {tmp_path}/top`)")
     assert str(refused.value).startswith(f"{tmp_path}/base: is {FOREIGN[name].what}; convert it: ")
 
 
@@ -208,7 +208,7 @@ def test_disk_that_begins_like_an_archive_is_used_with_a_warning(tmp_path: Path,
     what = FOREIGN[name].what
     assert [(link.format, link.guessed) for link in found.links] == [("raw", True)]
     assert found.notes == [
-        f"disk {path}: seems to be {what}, and is used as raw; give it as `format raw` to confirm this"
+        f"disk {path}: seems to be {what}, and is used as raw; use `format raw` to confirm this"
     ]
     found.close()
 

@@ -259,5 +259,5 @@ def test_what_comes_is_checked(client: Client, daemon: FakeDaemon) -> None:
     """A daemon that answers something else is not believed."""
     daemon.script = lambda request: (Ok(),) if isinstance(request, ListRequest) else (vm_info(),)
 
-    with pytest.raises(PeerError, match="sent Ok where VmInfo or End or Failed was due"):
+    with pytest.raises(PeerError, match="sent Ok instead of VmInfo or End or Failed"):
         client.list_vms()

@@ -409,19 +409,19 @@ class Process:
         exact(devmsg.TYPE, packet)
         self.paused = True
         self.quiesce(forget=False)
-        self.stands_still(now=True)
+        self.note_pause(paused=True)
         return devmsg.STATUS.pack(devmsg.PAUSE, 0)
 
     def on_resume(self, packet: bytes) -> bytes:
         """Let the device go on after a pause."""
         exact(devmsg.TYPE, packet)
-        self.stands_still(now=False)
+        self.note_pause(paused=False)
         self.paused = False
         self.running = bool(self.queues) and not self.broken
         self.look_at_all()
         return devmsg.STATUS.pack(devmsg.RESUME, 0)
 
-    def stands_still(self, *, now: bool) -> None:
+    def note_pause(self, *, paused: bool) -> None:
         """Called with True when the machine is paused and no request is in flight; with False when it goes on.
 
         For kinds of device that need to know; here it does nothing.

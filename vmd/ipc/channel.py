@@ -1,4 +1,4 @@
-"""One peer: a SOCK_SEQPACKET socket on a loop, sending without ever blocking."""
+"""A channel to one peer: a SOCK_SEQPACKET socket on a loop.  Sending never blocks."""
 
 import errno
 import os
@@ -221,7 +221,7 @@ class Channel:
                 self._queue.clear()
                 # The loop reports a hang-up.  Any other refusal of the kernel must be reported here.
                 if error.errno not in HANG_UPS:
-                    self._lose_soon(PeerError(self.label, f"cannot be sent to: {error.strerror}"))
+                    self._lose_soon(PeerError(self.label, f"a message cannot be sent to it: {error.strerror}"))
                 return
             self._queue.popleft()
             close_all(fds)
@@ -234,8 +234,8 @@ class Channel:
         except Exception as error:
             if self._loop.fence is None or self.peer not in OUTSIDE:
                 raise
-            self._loop.fence.report(f"what {self.label} sent", error)
-            self._lose(PeerError(self.label, "sent what led to an unexpected error"))
+            self._loop.fence.report(f"a message of {self.label}", error)
+            self._lose(PeerError(self.label, "its message led to an unexpected error"))
 
     def _serve(self, events: int) -> None:
         if events & WRITE:
@@ -287,7 +287,7 @@ class Channel:
                 return
             try:
                 if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
-                    raise PeerError(self.label, "packet or descriptors too long", packet)
+                    raise PeerError(self.label, "its packet is too long, or has too many descriptors", packet)
                 envelope = decode(packet, fds, self.label)
             except UnknownMessage as error:
                 close_all(fds)

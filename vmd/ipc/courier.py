@@ -77,7 +77,7 @@ def take(sock: socket.socket) -> "dict[str, list[int]]":
     fits = head == HEAD and len(names) == len(fds) and set(names) <= set(NAMES)
     if not fits or flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
         close_all(fds)
-        raise ValueError("something else came than files")
+        raise ValueError("the packet is not one of files")
     files: dict[str, list[int]] = {}
     for name, fd in zip(names, fds, strict=True):
         files.setdefault(name, []).append(fd)

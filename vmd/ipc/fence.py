@@ -46,7 +46,7 @@ class Fence:
         """Write a traceback to the log, at a limited rate."""
         if not self._told.allow():
             return
-        log.error(f"unexpected while doing {doing}: {described(error)}")
+        log.error(f"unexpected error in {doing}: {described(error)}")
         for line in traceback(error):
             log.error(f"  {line}")
         if self._told.suppressed:
@@ -76,7 +76,7 @@ def described(error: BaseException) -> str:
 
 
 def traceback(error: BaseException) -> list[str]:
-    """Return the places that an exception passed, the innermost last, and before them those of its causes.
+    """Return the places in the code that an exception passed, the innermost last.  The places of its causes come first.
 
     The source lines are left out: a confined process cannot open the files.  Needs no import.
     """

@@ -156,7 +156,7 @@ def refusal(found: str, path: str, raw: str, *, disc: bool = False) -> str:
     remedy = command(found, path, disc=disc)
     if remedy:
         words += f"; convert it: {remedy}"
-    return f"{words} (or, if the guest is to see the file unchanged, give it as {raw})" if raw else words
+    return f"{words} (or, if the guest is to see the file unchanged, use {raw})" if raw else words
 
 
 def warning(found: str, raw: str) -> str:
@@ -164,7 +164,7 @@ def warning(found: str, raw: str) -> str:
     what = FOREIGN[found].what
     if not raw:
         return f"seems to be {what}, and is used unchanged"
-    return f"seems to be {what}, and is used as raw; give it as {raw} to confirm this"
+    return f"seems to be {what}, and is used as raw; use {raw} to confirm this"
 
 
 def odd_length(size: int, unit: int = SECTOR, called: str = "sector") -> str:

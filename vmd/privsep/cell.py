@@ -91,7 +91,7 @@ class Cell:
         code = [file for package in packages for file in package_files(package)]
         libraries = loaded_libraries([package_directory(package) for package in packages])
         mounts = {**interpreter_mounts(libraries), "/etc/ld.so.cache": "/etc/ld.so.cache", "/dev/null": "/dev/null"}
-        namespace, root = (out_of_the_way(fd) for fd in build_in_namespace(mounts, code))
+        namespace, root = (above_targets(fd) for fd in build_in_namespace(mounts, code))
         return cls(uid, gid, namespace, root)
 
     def prepare(self) -> None:
@@ -138,7 +138,7 @@ class VmmCell(Cell):
         """The caller still has to close `cell`.  This object owns `users_fd` from now on."""
         super().__init__(cell.uid, cell.gid, cell.namespace_fd, cell.root_fd, cell.ids)
         self.own_pids = own_pids
-        self.users_fd = None if users_fd is None else out_of_the_way(users_fd)
+        self.users_fd = None if users_fd is None else above_targets(users_fd)
 
     def enter(self) -> None:
         """Enter the cell, and become a user with capabilities over the ids of VMs only."""
@@ -169,7 +169,7 @@ class LockholderCell(Cell):
         linux.become_user(self.uid, self.gid, self.CAPABILITIES)
 
 
-def out_of_the_way(fd: int) -> int:
+def above_targets(fd: int) -> int:
     """Move a descriptor to a number that no descriptor of a child gets.
 
     A child enters the cell after its own descriptors were placed, so they must not overwrite this one.

@@ -30,7 +30,7 @@ DEBUG = b"VMD_DEBUG_SECCOMP"  # in the environment: log the name of a refused sy
 DEBUGGING = ("statfs",)  # libffi calls it when a process below vmm prepares to log refused calls
 CODECS = ("ascii", "latin-1", "utf-8")  # loaded before a process is confined; a codec is a file to import
 
-# System calls of a running interpreter, whatever the program.
+# System calls of a running interpreter, for any program.
 BASE = (
     "read", "write", "close", "lseek", "fstat", "newfstatat",  # os.read and friends; file objects on descriptors
     "fcntl", "ioctl", "dup", "dup2", "dup3",                   # descriptor flags; no device's requests

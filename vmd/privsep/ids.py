@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import NoReturn
 
-LATELY = 256  # the last ids taken: a process with one of these may not have started yet
+RECENT_MAX = 256  # the last ids taken: a process with one of these may not have started yet
 # Threads and processes that one id may have.  A VM with the most vCPUs, disks and interfaces has 600.
 TASKS_MAX = 1024
 
@@ -34,19 +34,19 @@ class Ids:
 
     def __init__(self, first: int = DEFAULT_FIRST_ID, count: int = IDS) -> None:
         self._all = range(first, first + count)
-        self._lap: Iterator[int] = iter(())
-        self._lately: deque[int] = deque(maxlen=min(LATELY, count // 2))
+        self._round: Iterator[int] = iter(())
+        self._recent: deque[int] = deque(maxlen=min(RECENT_MAX, count // 2))
 
     def take(self) -> int:
         """Return an id that no process has.  Raises HostError."""
-        uid = next(self._lap, 0)
+        uid = next(self._round, 0)
         if not uid:
-            busy = ids_in_use().union(self._lately)
-            self._lap = (each for each in self._all if each not in busy)
-            uid = next(self._lap, 0)
+            busy = ids_in_use().union(self._recent)
+            self._round = (each for each in self._all if each not in busy)
+            uid = next(self._round, 0)
             if not uid:
-                raise HostError("have a user id for another process", errno.EAGAIN)
-        self._lately.append(uid)
+                raise HostError("find a free user id for another process", errno.EAGAIN)
+        self._recent.append(uid)
         return uid
 
 

@@ -78,7 +78,7 @@ class sigaction(ctypes.Structure):
     ]
 
 
-def said_of(number: int, arguments: "list[int]", frame: "FrameType | None") -> str:
+def refusal_line(number: int, arguments: "list[int]", frame: "FrameType | None") -> str:
     """Return the log line for a refused call, with the functions that led to it, the innermost first."""
     shown = ", ".join(f"{argument:#x}" for argument in arguments)
     callers: list[str] = []
@@ -93,7 +93,7 @@ def on_refusal(signum: int, info: int, context: int) -> None:
     """Handle SIGSYS.  Runs on the thread that made the call, which may be inside any C function."""
     number = ctypes.c_int.from_address(info + SYSCALL_AT).value
     registers = (ctypes.c_uint64 * 16).from_address(context + REGISTERS_AT)
-    log.crit(said_of(number, [registers[index] for index in ARGUMENTS], sys._getframe(1)))
+    log.crit(refusal_line(number, [registers[index] for index in ARGUMENTS], sys._getframe(1)))
     signal.signal(signum, signal.SIG_DFL)
     signal.raise_signal(signum)  # kills the process as the filter would have, when this handler returns
 

@@ -145,7 +145,7 @@ def spawn(
     try:
         try:
             for target, source in targets.items():
-                moved[target] = out_of_the_way(source)
+                moved[target] = copy_above_targets(source)
         except OSError as error:
             raise HostError(f"prepare descriptors for {title}", error) from error
         pid = start_here(title, argv, moved) if place is None else start_in(place, title, argv, moved, parent)
@@ -160,7 +160,7 @@ def environment() -> dict[str, str]:
     return {**ENVIRONMENT, DEBUG: "1"} if DEBUG in os.environ else ENVIRONMENT
 
 
-def out_of_the_way(source: int | None) -> int:
+def copy_above_targets(source: int | None) -> int:
     """Return a copy of a descriptor, with a number that is not a target; for None a descriptor of the null device."""
     if source is not None:
         return fcntl.fcntl(source, fcntl.F_DUPFD_CLOEXEC, FD_TARGETS)
@@ -257,7 +257,7 @@ def become(
             linux.close_on_exec_from(first, last)
         os.umask(0o077)
         if not place.vital:
-            be_expendable()
+            raise_oom_score()
         place.enter()
         if parent is not None:
             linux.die_with_parent(signal.SIGKILL)  # after the change of ids, which clears the setting
@@ -275,7 +275,7 @@ def become(
     os._exit(FAILED)
 
 
-def be_expendable() -> None:
+def raise_oom_score() -> None:
     """Raise our oom_score_adj to LEAF_SCORE at least: the inherited value protects the parent when memory runs out."""
     try:
         with open("/proc/self/oom_score_adj", "r+", encoding="ascii") as file:

@@ -177,7 +177,7 @@ def test_whether_somebody_has_written_to_it_meanwhile(
     with stolen(disk):
         if ours:
             touch(disk, 1)
-        disk.hand_over.standing = True
+        disk.hand_over.paused = True
         wait_until_settled(disk)
         if theirs:
             touch(disk, 2)
@@ -195,7 +195,7 @@ def test_what_happened_before_it_stood_still_is_not_known(disk: Vioblk, monkeypa
     assert disk.take_back() == devmsg.TAKEN_UNSURE
     monkeypatch.setattr(handover, "mark", lambda _fd: handover.NO_MARK)
     with stolen(disk):
-        disk.hand_over.standing = True
+        disk.hand_over.paused = True
     assert disk.take_back() == devmsg.TAKEN_UNSURE
 
 

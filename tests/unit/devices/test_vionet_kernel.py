@@ -366,7 +366,7 @@ def test_a_kernel_that_lacks_what_a_driver_uses(kernel: FakeVhost, capfd: pytest
     rig.device.resume()
 
     assert not kernel.serves()
-    assert "it does not know features 0x100000000" in capfd.readouterr().err
+    assert "it lacks the features 0x100000000" in capfd.readouterr().err
     rig.close()
 
 

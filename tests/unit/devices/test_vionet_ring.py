@@ -219,7 +219,7 @@ def send_obviously(queue: Queue, header: int) -> tuple[str, list[bytes]]:
     try:
         while (chain := queue.take()) is not None:
             if chain.writable:
-                raise GuestError("frame with a part for writing")
+                raise GuestError("frame with a writable descriptor")
             parts = [queue.memory.slices(gpa, length) for gpa, length in chain.readable if length]
             length = sum(size for _, size in chain.readable) - header
             if length < 0:
@@ -458,7 +458,7 @@ def receive_obviously(
         # The device looks at chains ahead; none of those here is so far ahead that it does not.
         while (chain := queue.take()) is not None:
             if chain.readable:
-                raise GuestError("receive buffer with a part for reading")
+                raise GuestError("receive buffer with a readable descriptor")
             parts = [
                 window
                 for gpa, length in chain.writable

@@ -72,7 +72,7 @@ def test_what_is_no_files(ends: tuple[socket.socket, socket.socket], packet: byt
     reader, writer = os.pipe()
     socket.send_fds(ours, [packet], [writer] * count)
     os.close(writer)
-    with pytest.raises(ValueError, match="something else came than files"):
+    with pytest.raises(ValueError, match="the packet is not one of files"):
         courier.take(theirs)
     assert os.read(reader, 1) == b""  # every copy of the other end is closed
     os.close(reader)

@@ -128,7 +128,7 @@ def test_what_an_older_daemon_cannot_know_is_not_sent(older: FakeDaemon, request
     """It would be refused without a word, or done in another way than was asked."""
     client = Client(str(older.path))
 
-    with pytest.raises(ClientError, match=f"this vmd is older than vmctl, and knows no {unknown}$"):
+    with pytest.raises(ClientError, match=f"this vmd is older than vmctl, and does not know {unknown}$"):
         client.send(request_)
     client.close()
     assert older.requests == []

@@ -394,7 +394,7 @@ def test_daemon_that_speaks_something_else(vmctl: Vmctl, daemon: FakeDaemon, pac
 @pytest.mark.parametrize(
     ("answer", "sentence"),
     [
-        (VmStarted(vmid=1, name="a", pid=1, tty=""), "vmd: sent VmStarted where Ok was due"),
+        (VmStarted(vmid=1, name="a", pid=1, tty=""), "vmd: sent VmStarted instead of Ok"),
         (ListRequest(), "vmd: sent ListRequest, which is not for clients"),
     ],
 )

@@ -190,7 +190,7 @@ class Vioblk:
         self.workers_until_s = 0.0  # until then workers get all transfers
         self.grown: list[OSError | None] = []  # results of `_grow`, appended by a worker
         self.lock_trouble = ""  # why the lock is lost, as the thread `lock` has found
-        self.lock_said = ""  # `lock_trouble` as it was last reported
+        self.lock_reported = ""  # `lock_trouble` as it was last reported
         self.flushing = WORKS
         self.fd = image.fd if isinstance(image, RawImage) else -1
         self.nowait = os.RWF_NOWAIT
@@ -342,8 +342,8 @@ class Vioblk:
 
     def _note_lock(self) -> None:
         """Report a change: the lock is lost, or it is ours again."""
-        if self.lock_trouble != self.lock_said:
-            self.lock_said = self.lock_trouble
+        if self.lock_trouble != self.lock_reported:
+            self.lock_reported = self.lock_trouble
             self._report()
 
     def take_back(self) -> int:
@@ -435,7 +435,7 @@ class Vioblk:
     def close(self) -> None:
         """Flush and close the image.  If the flush fails, the close of a qcow2 image tries once more."""
         if self.hand_over.lost:
-            log.error(self._named("is left as it is: its lock is lost"))
+            log.error(self._named("is not flushed, because its lock is lost"))
             return
         said = ""
         for step in (self.image.flush, self.image.close):
@@ -472,7 +472,7 @@ class Vioblk:
 
     def _report(self) -> None:
         """Report everything that is wrong with the disk now."""
-        self.services.report(*(text for text in (self.lock_said, self.flush_trouble, self.image.remark) if text))
+        self.services.report(*(text for text in (self.lock_reported, self.flush_trouble, self.image.remark) if text))
 
     # --- the ring ------------------------------------------------------------------------------------------------
 

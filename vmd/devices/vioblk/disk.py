@@ -44,9 +44,9 @@ class VioblkProcess(Process):
         exact(devmsg.TYPE, packet)
         return devmsg.STATUS.pack(devmsg.LET_GO, self.device.hand_over.let_go())
 
-    def stands_still(self, *, now: bool) -> None:
+    def note_pause(self, *, paused: bool) -> None:
         """Note for the lock's thread whether this process may write to the image."""
-        self.device.hand_over.standing = now
+        self.device.hand_over.paused = paused
 
     def on_take_back(self, packet: bytes) -> bytes:
         """Take the lock again, because the guest goes on here."""

@@ -36,9 +36,9 @@ class HandOver:
         self.image = image
         self.left: tuple[int, int] | None = None  # the image's mark when the lock was let go; None: it was not
         self.lost = ""  # why the lock is not known to be ours any more
-        self.standing = False  # the machine is paused, and no request is in flight
+        self.paused = False  # the machine is paused, and no request is in flight
         self._ours = look(image.fd)  # the mark when the lock was last known to be ours
-        self._stood: tuple[int, int] | None = None  # the first mark read while the lock was lost and the VM stood still
+        self._paused_mark: tuple[int, int] | None = None  # the first mark read in a pause after the loss of the lock
         self._changing = _thread.allocate_lock()  # so that `check` does not lock an image that was just let go
 
     def check(self) -> str:
@@ -57,14 +57,14 @@ class HandOver:
                         if error.errno in (errno.EAGAIN, errno.EACCES)
                         else f"its lock may be lost: {error.strerror or error}"
                     )
-            elif self.lost and self.standing and self._stood is None:
-                self._stood = look(self.image.fd)  # None: the next check tries again
+            elif self.lost and self.paused and self._paused_mark is None:
+                self._paused_mark = look(self.image.fd)  # None: the next check tries again
             return self.lost
 
     @property
     def settled(self) -> bool:
         """Whether the next check is not urgent: the lock is ours, or the mark after its loss is known."""
-        return not self.lost or self._stood is not None
+        return not self.lost or self._paused_mark is not None
 
     def let_go(self) -> int:
         """Finish the image and let go of its lock.  Returns 0, or 1 if that fails and the lock is kept."""
@@ -106,7 +106,7 @@ class HandOver:
         except (OSError, VmdError) as error:
             unlock(image.fd)
             return self._failed(error)
-        self.left, self.lost, self._stood = None, "", None
+        self.left, self.lost, self._paused_mark = None, "", None
         return status
 
     def _compare(self) -> int:
@@ -116,9 +116,9 @@ class HandOver:
             OSError: of the storage.
         """
         now = mark(self.image.fd)
-        if now != NO_MARK and now in (self._ours, self._stood):
+        if now != NO_MARK and now in (self._ours, self._paused_mark):
             return devmsg.TAKEN
-        return devmsg.TAKEN_UNSURE if now == NO_MARK or self._stood is None else devmsg.TAKEN_WRITTEN
+        return devmsg.TAKEN_UNSURE if now == NO_MARK or self._paused_mark is None else devmsg.TAKEN_WRITTEN
 
     def sign(self) -> int:
         """Change the image's mark, so that the host which let go of the image knows that the guest has run here.

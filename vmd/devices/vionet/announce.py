@@ -29,7 +29,7 @@ ROUNDS_S = (0.0, 0.15, 0.5, 1.5, 4.0)
 
 
 def reverse_request(lladdr: bytes) -> bytes:
-    """Return a frame of a guest that tells only where its Ethernet address is."""
+    """Return a frame of a guest from which switches learn where its Ethernet address is.  It tells nothing else."""
     return _frame(ETHERTYPE_RARP, REVERSE_REQUEST, lladdr, bytes(4), lladdr, bytes(4))
 
 

@@ -295,7 +295,7 @@ def gather(queue: "Queue", head: int) -> "tuple[list[memoryview], int]":
     """
     chain = queue.walk(head)
     if chain.readable:
-        raise GuestError("receive buffer with a part for reading")
+        raise GuestError("receive buffer with a readable descriptor")
     views = [
         window for gpa, length in chain.writable if length for window in queue.memory.slices(gpa, length, write=True)
     ][: IOV_MAX - 1]

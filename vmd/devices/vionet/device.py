@@ -217,7 +217,7 @@ class Vionet:
             if not self.tap_up:
                 self.services.unwatch(self.tap.fd)
             self.gone = True
-            self.complaints.warn(f"{text}; the interface is gone, and with it the link")
+            self.complaints.warn(f"{text}; the interface was deleted, so the link is down")
             self._change_links()
 
     def _watch_tap(self) -> None:

@@ -43,8 +43,8 @@ class Mover:
         self.begun = False  # a turn was made since `go`
         self.serving = _thread.allocate_lock()
         self.control = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self.standing = select.epoll()
-        self.standing.register(self.control, BELL)
+        self.stop_epoll = select.epoll()
+        self.stop_epoll.register(self.control, BELL)
         self.epoll = select.epoll()
         self.epoll.register(self.control, BELL)
         self.wakes: dict[int, tuple[Worker, ...]] = {self.control: workers}
@@ -75,7 +75,7 @@ class Mover:
         self.wanted = False
         self.look()
         if not self.serving.acquire(timeout=QUIESCE_TIMEOUT_S):
-            raise HostError(f"thread {NAME}", errno.ETIMEDOUT)
+            raise HostError(f"stop thread {NAME}", errno.ETIMEDOUT)
         # If `go` comes soon, the thread may not notice this stop.  Then `_turn` sees from `begun` that it was one.
         self.begun = False
         self.serving.release()
@@ -86,7 +86,7 @@ class Mover:
         name_thread(NAME)
         try:
             while True:
-                self._stand()
+                self._wait_for_go()
                 self._move()
         except BaseException as error:  # raised again on the main thread, where it ends the process
             failure = error
@@ -96,12 +96,12 @@ class Mover:
 
             self.services.post(fail)
 
-    def _stand(self) -> None:
+    def _wait_for_go(self) -> None:
         """Wait for `go`."""
         for worker in self.workers:
-            worker.stand()
+            worker.stopped()
         while not self.wanted:
-            self.standing.poll()
+            self.stop_epoll.poll()
 
     def _move(self) -> None:
         """Serve both queues until told to stop, or until a ring is broken."""
@@ -152,7 +152,7 @@ class Mover:
         return 0.0 if first.more or second.more else left_s
 
     def _watch_tap(self, events: int) -> None:
-        """Wait for `events` of the tap.  Without events it is unregistered, because epoll always reports a gone tap."""
+        """Wait for `events` of the tap.  Without events unregister it, because epoll always reports a deleted tap."""
         if not self.tap_events:
             self.epoll.register(self.tap, events)
         elif events:

@@ -50,10 +50,10 @@ NUM_BUFFERS = 10  # offset of num_buffers in the header
 class Ended(Enum):
     """Why reading ended."""
 
-    QUIET = 0  # the tap has no more frames
-    SPENT = 1  # the budget of the turn is used up
-    STARVED = 2  # the ring has too few buffers
-    ELSEWHERE = 3  # reading goes on with the other kind of chains, `Run` or `Chains`; a turn never ends with that
+    NO_FRAMES = 0  # the tap has no more frames
+    NO_BUDGET = 1  # the budget of the turn is used up
+    NO_BUFFERS = 2  # the ring has too few buffers
+    OTHER_KIND = 3  # reading goes on with the other kind of chains, `Run` or `Chains`; a turn never ends with that
 
 
 class Receiver(Worker):
@@ -101,7 +101,7 @@ class Receiver(Worker):
     def finish(self) -> None:
         """Finish work on the ring, because the kernel is about to serve it.  Raises GuestError.
 
-        A frame that waits for buffers is put into those that there are, or is dropped.
+        A frame that waits for buffers is put into the available ones, or is dropped.
         """
         queue = self.queue
         if self.held and queue is not None:
@@ -155,12 +155,12 @@ class Receiver(Worker):
             self.show()
             self.give(queue)
         self.few = self.packets - before < FEW
-        if ended is Ended.STARVED:
+        if ended is Ended.NO_BUFFERS:
             self.tap_events = 0  # without buffers, frames stay in the tap; its queue drops them when it is full
             return queue.rearm(self.chains.left)
         queue.suppress()
         self.tap_events = select.EPOLLIN if self.link_up else 0
-        return ended is Ended.SPENT
+        return ended is Ended.NO_BUDGET
 
     def show(self) -> None:
         """Store the figures, in the order of devmsg.FIGURES."""
@@ -179,14 +179,14 @@ class Receiver(Worker):
                 self.no_room += 1
                 self.held = bytearray()
             elif not self._place(queue, self.held):
-                return Ended.STARVED
+                return Ended.NO_BUFFERS
         while not self.injected.empty():
             if not self._stock(queue, STOCK):
-                return Ended.STARVED
+                return Ended.NO_BUFFERS
             if not self._place(queue, bytearray(self.header) + self.injected.get_nowait()):
-                return Ended.STARVED
+                return Ended.NO_BUFFERS
         if not self.link_up:
-            return Ended.QUIET
+            return Ended.NO_FRAMES
         if self.accepted:
             return self._receive_filtered(queue)
         return self._receive(queue)
@@ -292,9 +292,9 @@ class Receiver(Worker):
                 if self.chains.are_simple:
                     self.chains.forget()
             ended = self._read_chains(queue) if self.chains.left else self._read_run(queue)
-            if ended is not Ended.ELSEWHERE:
+            if ended is not Ended.OTHER_KIND:
                 return ended
-        return Ended.SPENT
+        return Ended.NO_BUDGET
 
     def _read_run(self, queue: "Queue") -> Ended:
         """Read frames into chains of one buffer each.  A frame takes several buffers if they can be merged, else one.
@@ -325,9 +325,9 @@ class Receiver(Worker):
                     queue.next_used = next_used = next_used + at & 0xFFFF
                     base, at, piece = run.base, 0, 0
                     if not run.stock(queue, self.room_least):
-                        return Ended.ELSEWHERE if self._stock(queue, STOCK) else Ended.STARVED
+                        return Ended.OTHER_KIND if self._stock(queue, STOCK) else Ended.NO_BUFFERS
                     if not ends:
-                        return Ended.STARVED
+                        return Ended.NO_BUFFERS
                     stop, shift = stops[0], shifts[0]
                 end = ends[at]
                 room = stop - base
@@ -351,13 +351,13 @@ class Receiver(Worker):
                 except OSError as error:
                     if self._failed(error):
                         continue
-                    return Ended.QUIET
+                    return Ended.NO_FRAMES
                 if not least <= length <= room:
                     if length > room and mergeable:
                         break
                     if not length:
                         self._ended()
-                        return Ended.QUIET
+                        return Ended.NO_FRAMES
                     self._drop(length, least)
                     continue
                 if base + length <= end:
@@ -391,9 +391,9 @@ class Receiver(Worker):
                     self.figures[BYTES] = self.bytes + total - packets * header
                     self.give(queue)
                     if total >= self.turn_bytes:
-                        return Ended.SPENT
+                        return Ended.NO_BUDGET
             else:
-                return Ended.SPENT
+                return Ended.NO_BUDGET
         finally:
             run.use(at, piece)
             queue.next_avail, queue.next_used = next_avail + at & 0xFFFF, next_used + at & 0xFFFF
@@ -401,10 +401,10 @@ class Receiver(Worker):
             self.packets += packets
             self.bytes += total - packets * header
         self.large = LARGE_READS
-        return Ended.ELSEWHERE if self._go_on(queue, views, room, length) else Ended.STARVED
+        return Ended.OTHER_KIND if self._go_on(queue, views, room, length) else Ended.NO_BUFFERS
 
     def _read_chains(self, queue: "Queue") -> Ended:
-        """Read one frame into chains of any form.  Returns ELSEWHERE if the tap may have more frames."""
+        """Read one frame into chains of any form.  Returns OTHER_KIND if the tap may have more frames."""
         chains = self.chains
         if self.mergeable:
             if chains.left < STOCK:
@@ -417,20 +417,20 @@ class Receiver(Worker):
         try:
             length = os.readv(self.tap.fd, views)
         except OSError as error:
-            return Ended.ELSEWHERE if self._failed(error) else Ended.QUIET
+            return Ended.OTHER_KIND if self._failed(error) else Ended.NO_FRAMES
         if length > room and self.mergeable:
-            return Ended.ELSEWHERE if self._go_on(queue, views, room, length) else Ended.STARVED
+            return Ended.OTHER_KIND if self._go_on(queue, views, room, length) else Ended.NO_BUFFERS
         if not least <= length <= room:
             if not length:
                 self._ended()
-                return Ended.QUIET
+                return Ended.NO_FRAMES
             self._drop(length, least)
-            return Ended.ELSEWHERE
+            return Ended.OTHER_KIND
         used = chains.put(queue, length)
         if self.patch:
             self._patch_header(first, used)
         self._count(length)
-        return Ended.ELSEWHERE
+        return Ended.OTHER_KIND
 
     def _patch_header(self, views: list[memoryview], count: int) -> None:
         """Correct the frame's header, which is at the start of `views`, before the guest sees it."""
@@ -460,23 +460,23 @@ class Receiver(Worker):
         least = header + HEADER_BYTES
         for _ in range(self.turn_frames):
             if not self._stock(queue, STOCK):
-                return Ended.STARVED
+                return Ended.NO_BUFFERS
             try:
                 length = os.readv(self.tap.fd, [spill])
             except OSError as error:
                 if self._failed(error):
                     continue
-                return Ended.QUIET
+                return Ended.NO_FRAMES
             if not length:
                 self._ended()
-                return Ended.QUIET
+                return Ended.NO_FRAMES
             if length < least or length >= len(spill):
                 self._drop(length, least)
             elif not spill[header] & GROUP and spill[header : header + 6] != accepted:
                 self.filtered += 1
             elif not self._place(queue, bytearray(spill[:length])):
-                return Ended.STARVED
-        return Ended.SPENT
+                return Ended.NO_BUFFERS
+        return Ended.NO_BUDGET
 
     def _drop(self, length: int, least: int) -> None:
         """Count a frame that is dropped.  Its chain is used for the next frame."""

@@ -50,8 +50,8 @@ if TYPE_CHECKING:
 NUMBER = 1  # the queue's number
 BUDGET = 128  # frames of one turn
 GIVE_BYTES = 256 << 10  # give back so much at a time, so that the guest makes new frames while others are sent
-STEPS = range(IOV_MAX - 1)  # descriptors of a chain; `_kept` may put one more view in front
-KEPT_TABLES = range(8 * DESC.size, 64 * DESC.size + 1)  # sizes in bytes of the indirect tables that are cached
+STEPS = range(IOV_MAX - 1)  # descriptors of a chain; `_cached` may put one more view in front
+CACHED_TABLES = range(8 * DESC.size, 64 * DESC.size + 1)  # sizes in bytes of the indirect tables that are cached
 WINDOWS_MAX = 1024  # views of guest memory in the cache; about 200 bytes each
 FRAME_MAX = 16384 + HEADER_BYTES  # the longest frame that a tap of OpenBSD takes (*cat. 6.5*)
 GSO_TYPE = 1  # offset of gso_type in the header
@@ -124,11 +124,11 @@ class Transmitter(Worker):
     def _drain(self, queue: "Queue", waiting: int) -> int:
         """Send the next `waiting` frames; return how many were sent or dropped: all, unless the tap is full.
 
-        This is the hot loop.  It sends a frame that need not be inspected; `_judge` decides about the others.  Its
+        This is the hot loop.  It sends a frame that need not be inspected; `_filter` decides about the others.  Its
         locals:
 
             heads                of the chains of this turn; `done` of them are finished, `lost` of these were dropped
-            table, descriptor    the descriptor table, and how to read one of it: gpa, length, flags, following
+            table, descriptor    the descriptor table, and the function that reads one: gpa, length, flags, following
             low, high, delta     the last used region: start gpa, end gpa, and (offset in `raw` - gpa)
             shortest, longest    lengths of frames that need not be inspected, except the lengths in `telling`
             largest              the longest of them that is to be segmented
@@ -137,7 +137,7 @@ class Transmitter(Worker):
         raw, table, tap, header = queue.memory.memory, queue.table, self.tap.fd, self.header
         descriptor, pieces, write, writev = DESC.unpack_from, self._pieces, os.write, os.writev
         low, high, delta = self.region
-        plain = self.link_up and not self.looks
+        plain = self.link_up and not self.inspects
         shortest = header + HEADER_BYTES
         longest, largest = (header + FRAME_MAX, header + GSO_FRAME_MAX) if plain else (0, 0)
         telling = () if self.addresses is None else [header + length for length in LENGTHS]
@@ -170,7 +170,7 @@ class Transmitter(Worker):
                         ):  # fmt: skip
                             writev(tap, views)
                             total += length
-                        elif chosen := self._judge(views, length - header):
+                        elif chosen := self._filter(views, length - header):
                             writev(tap, chosen)
                             total += length
                         else:
@@ -203,10 +203,10 @@ class Transmitter(Worker):
             if flags == INDIRECT and queue.indirect and length and not length & 15:
                 low, high, delta = self.region
                 if gpa < low or gpa + length > high:
-                    low, high, delta = self._meet(queue, gpa, length)
+                    low, high, delta = self._find_region(queue, gpa, length)
                 table = queue.memory.memory[gpa + delta : gpa + delta + length]
-                if length in KEPT_TABLES:
-                    return self._kept(queue, table)
+                if length in CACHED_TABLES:
+                    return self._cached(queue, table)
                 gpa, length, flags, following = DESC.unpack_from(table)
             return self._follow(queue, table, gpa, length, flags, following)
         except (StructError, GuestError):
@@ -230,7 +230,7 @@ class Transmitter(Worker):
         for _ in STEPS:
             if gpa != end:
                 if begin < low or end > high:
-                    low, high, delta = self._meet(queue, begin, end - begin)
+                    low, high, delta = self._find_region(queue, begin, end - begin)
                 views.append(raw[begin + delta : end + delta])
                 total += end - begin
                 begin = end = gpa
@@ -241,14 +241,14 @@ class Transmitter(Worker):
         else:
             raise GuestError(f"more than {len(STEPS)} pieces")
         if begin < low or end > high:
-            low, high, delta = self._meet(queue, begin, end - begin)
+            low, high, delta = self._find_region(queue, begin, end - begin)
         views.append(raw[begin + delta : end + delta])
         total += end - begin
         if flags or total > CHAIN_BYTES_MAX:
             raise GuestError("a chain that is unusual, or broken")
         return views, total
 
-    def _meet(self, queue: "Queue", gpa: int, length: int) -> tuple[int, int, int]:
+    def _find_region(self, queue: "Queue", gpa: int, length: int) -> tuple[int, int, int]:
         """Return the region that contains a buffer, and remember it.  Raises GuestError if there is none."""
         for start, stop, offset, _ in queue.memory.ranges:
             if start <= gpa and gpa + length <= stop:
@@ -256,7 +256,7 @@ class Transmitter(Worker):
                 return self.region
         raise GuestError(f"guest address {gpa:#x}: not {length} bytes in one region")
 
-    def _kept(self, queue: "Queue", table: memoryview) -> "tuple[list[memoryview], int]":
+    def _cached(self, queue: "Queue", table: memoryview) -> "tuple[list[memoryview], int]":
         """Do what `_pieces` does for a table of many descriptors, with a cache.  Raises as `_follow`.
 
         Such frames consist of headers, and of pages of a file or of a program's memory.  When the same pages are sent
@@ -279,7 +279,7 @@ class Transmitter(Worker):
             self.tables[rest] = known
         low, high, delta = self.region
         if gpa < low or gpa + length > high:
-            low, high, delta = self._meet(queue, gpa, length)
+            low, high, delta = self._find_region(queue, gpa, length)
         views, total = known
         return [queue.memory.memory[gpa + delta : gpa + delta + length], *views], length + total
 
@@ -287,7 +287,7 @@ class Transmitter(Worker):
         """Do what `_pieces` does for a chain of any form, the slow way.  Raises GuestError."""
         chain = queue.walk(head)
         if chain.writable:
-            raise GuestError("frame with a part for writing")
+            raise GuestError("frame with a writable descriptor")
         length = sum(part for _, part in chain.readable)
         views = [
             window for gpa, part in chain.readable if part for window in queue.memory.slices(gpa, part)
@@ -320,7 +320,7 @@ class Transmitter(Worker):
             self.complaints.warn(f"{self.tap.name}: frame refused: {error.strerror}")
         return True
 
-    def _judge(self, views: list[memoryview], length: int) -> "Sequence[memoryview | bytes]":
+    def _filter(self, views: list[memoryview], length: int) -> "Sequence[memoryview | bytes]":
         """Return the views to send, or nothing if the frame is not to be sent.  `length` excludes the header."""
         if length < HEADER_BYTES:
             if length < 0:
@@ -333,11 +333,11 @@ class Transmitter(Worker):
         else:
             if self.addresses is not None and length in LENGTHS:
                 self._learn(views)
-            return self._look(views, length) if self.looks else views
+            return self._inspect(views, length) if self.inspects else views
         return ()
 
     @property
-    def looks(self) -> bool:
+    def inspects(self) -> bool:
         """Whether each frame is inspected."""
         return bool(self.allowed) or self.answers is not None
 
@@ -346,28 +346,28 @@ class Transmitter(Worker):
         assert self.addresses is not None
         self.addresses.learn(take(views, self.header + LOOK_BYTES)[self.header :])
 
-    def _look(self, views: list[memoryview], length: int) -> "Sequence[memoryview | bytes]":
+    def _inspect(self, views: list[memoryview], length: int) -> "Sequence[memoryview | bytes]":
         """Inspect a frame; return the views to send, or nothing if it is not to be sent.
 
         Of a locked interface the inspected bytes are copied first, and the copy is sent: the guest cannot change them
         in between.
         """
         header, allowed, answers = self.header, self.allowed, self.answers
-        whole = b""
+        frame = b""
         start = take(views, header + (answers.look_bytes if answers else HEADER_BYTES))
         if answers is not None and length <= answers.frame_max and answers.concerns(start[header:]):
-            whole = start = b"".join(views)
+            frame = start = b"".join(views)
         if allowed and start[header:][SOURCE] != allowed:
             self.spoofed += 1
             source = start[header:][SOURCE].hex(":")
-            self.complaints.warn(f"bad source address {source}")
+            self.complaints.warn(f"frame dropped: its source address {source} is not the guest's")
             return ()
-        if whole:
+        if frame:
             assert answers is not None
-            if answers.answer(whole[header:], bool(whole[0] & spec.VIRTIO_NET_HDR_F_NEEDS_CSUM)):
+            if answers.answer(frame[header:], bool(frame[0] & spec.VIRTIO_NET_HDR_F_NEEDS_CSUM)):
                 self.answered += 1
                 return ()
-            return (whole,)
+            return (frame,)
         if allowed:
             start = start[: header + HEADER_BYTES]
             return (start, *rest(views, len(start)))

@@ -90,7 +90,7 @@ class Vhost:
                 self._begin()
             wanted = features & OF_RINGS
             if wanted & ~self.offered:
-                raise OSError(errno.EOPNOTSUPP, f"it does not know features {wanted & ~self.offered:#x}")
+                raise OSError(errno.EOPNOTSUPP, f"it lacks the features {wanted & ~self.offered:#x}")
             self._ask(VHOST_SET_FEATURES, FEATURES.pack(wanted))
             for number, queue in enumerate(queues):
                 self._describe(number, queue)

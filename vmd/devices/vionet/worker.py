@@ -72,16 +72,16 @@ class Worker:
 
     def begin(self) -> None:
         """Return to the state after a start.  Called before the first turn after the thread was stopped."""
-        self.rest()
+        self.wait_for_bells()
 
-    def rest(self) -> None:
+    def wait_for_bells(self) -> None:
         """Wait for bells only: not for the tap, and for no time."""
         self.tap_events = 0
         self.until_s = NEVER
 
-    def stand(self) -> None:
+    def stopped(self) -> None:
         """The thread is stopped: wait for nothing."""
-        self.rest()
+        self.wait_for_bells()
         self.throttled.end()
 
     def give(self, queue: "Queue") -> None:
@@ -111,7 +111,7 @@ class Worker:
         if bucket is None or not wait_s:
             self.throttled.end()
             return False
-        self.rest()
+        self.wait_for_bells()
         self.until_s = bucket.filled_s + wait_s
         self.throttled.begin()
         return True

@@ -469,7 +469,7 @@ class VmInfo(Record):
     tty: str
     uid: int
     gid: int | None
-    owner: str  # "user" or "user:group", numeric where there is no name
+    owner: str  # "user" or "user:group"; a number if there is no name
     state: str
     text: str = ""  # why it is not running, if that is known
     since_s: int = 0  # when the state began; 0: not known
