@@ -18,7 +18,7 @@ from tests.support.hostnet import addresses, links, ours, rules, setting
 from tests.support.network import Network, TapInterface
 from tests.support.privdriver import DEADLINE_S, RUN_DIRECTORY, Grouped, Made, Poor, Priv, nic, switch
 from tests.support.throughhost import GUEST4, GUEST6, HOST4, PREFIX6, Guest, World, udp4, udp6
-from vmd.ipc.messages.priv import ConfigureNetwork, NicRequest, NicsFailed, SwitchRequest
+from vmd.ipc.messages.priv import ConfigureNetwork, NicsFailed, NicWanted, SwitchRequest
 from vmd.priv.lists import Lists
 from vmd.priv.rules import NFT_PATHS
 from vmd.privsep import linux
@@ -66,7 +66,7 @@ def test_the_next_free_name_is_taken(network: Network, priv: Priv) -> None:
         assert made.names == ["tap1", "tap9", "tap3"]
 
 
-def existing(name: str, **fields: object) -> NicRequest:
+def existing(name: str, **fields: object) -> NicWanted:
     """Return a request for a tap that may be there already."""
     return nic(name, existing=True, **fields)
 
@@ -576,7 +576,7 @@ def test_local_without_ipv6(network: Network, priv: Priv) -> None:
     ],
 )
 def test_addresses_that_the_host_uses_are_refused(
-    network: Network, priv: Priv, command: str, request_: NicRequest, words: str
+    network: Network, priv: Priv, command: str, request_: NicWanted, words: str
 ) -> None:
     """A guest must not take over what the host talks to."""
     network.run("ip", "addr", "add", command, "dev", "lo")

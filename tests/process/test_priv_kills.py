@@ -13,13 +13,13 @@ from tests.support.killing import die_after
 from tests.support.network import Network
 from tests.support.packets import LLADDR
 from tests.support.privdriver import RUN_DIRECTORY
-from vmd.ipc.messages.priv import ConfigureNetwork, MakeNics, NicRequest, SwitchRequest
+from vmd.ipc.messages.priv import ConfigureNetwork, MakeNics, NicWanted, SwitchRequest
 from vmd.parent.forpriv import open_tuns
 from vmd.priv import host
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(300)]
 
-Life = Callable[[host.Network, socket.socket], None]
+Life = Callable[[host.HostNetwork, socket.socket], None]
 PREFIX6 = bytes.fromhex("fd42004200420004") + bytes(8)
 
 
@@ -44,12 +44,12 @@ def hand_over(holder: socket.socket, nics: list[host.Nic]) -> None:
         os.close(fd)
 
 
-def life(network: host.Network, holder: socket.socket) -> None:
+def life(network: host.HostNetwork, holder: socket.socket) -> None:
     """Do what priv does, a bit of everything, hand the taps to `holder`, and end."""
-    lan = NicRequest(lladdr=LLADDR, name="", alias="vm1-if0-db", bridge="br0", groups=("lab",))
-    local = NicRequest(lladdr=LLADDR, name="", alias="vm1-if1-db", host4=bytes((100, 64, 1, 4)), prefix6=PREFIX6)
-    office = NicRequest(lladdr=LLADDR, name="tap7", alias="vm1-if2-db", bridge="office")
-    alone = NicRequest(lladdr=LLADDR, name="", alias="vm2-if0-db", host4=bytes((100, 64, 2, 2)))
+    lan = NicWanted(lladdr=LLADDR, name="", alias="vm1-if0-db", bridge="br0", groups=("lab",))
+    local = NicWanted(lladdr=LLADDR, name="", alias="vm1-if1-db", host4=bytes((100, 64, 1, 4)), prefix6=PREFIX6)
+    office = NicWanted(lladdr=LLADDR, name="tap7", alias="vm1-if2-db", bridge="office")
+    alone = NicWanted(lladdr=LLADDR, name="", alias="vm2-if0-db", host4=bytes((100, 64, 2, 2)))
     network.own()
     switches = (
         SwitchRequest(interface="br0", alias="switch1-lan"),
@@ -62,9 +62,9 @@ def life(network: host.Network, holder: socket.socket) -> None:
     network.close()
 
 
-def life_in_routing_domains(network: host.Network, holder: socket.socket) -> None:
+def life_in_routing_domains(network: host.HostNetwork, holder: socket.socket) -> None:
     """Do the same with a switch and an interface in VRFs, and nothing else."""
-    alone = NicRequest(lladdr=LLADDR, name="", alias="vm2-if0-db", host4=bytes((100, 64, 2, 2)), rdomain=9)
+    alone = NicWanted(lladdr=LLADDR, name="", alias="vm2-if0-db", host4=bytes((100, 64, 2, 2)), rdomain=9)
     network.own()
     switches = (SwitchRequest(interface="br0", alias="switch1-lan", rdomain=3),)
     network.configure(ConfigureNetwork(nat=False, switches=switches))
@@ -72,7 +72,7 @@ def life_in_routing_domains(network: host.Network, holder: socket.socket) -> Non
     network.close()
 
 
-def succeed(network: host.Network) -> None:
+def succeed(network: host.HostNetwork) -> None:
     """Do what the next priv does, with nothing to do."""
     assert network.own()
     network.close()

@@ -36,7 +36,7 @@ class Killer:
 
         return changing
 
-    def lie_in_wait(self, patch: pytest.MonkeyPatch, network: host.Network) -> None:
+    def lie_in_wait(self, patch: pytest.MonkeyPatch, network: host.HostNetwork) -> None:
         """Take the place of all that changes the host: netlink, settings, rules, taps, and our own file."""
         netlink = network.links.netlink
         for name in ("link", "addr", "route"):
@@ -48,7 +48,7 @@ class Killer:
             patch.setattr(os, name, self.after(name, getattr(os, name)))
 
 
-def die_after(turn: int, work: Callable[[host.Network], None]) -> tuple[bool, list[str]]:
+def die_after(turn: int, work: Callable[[host.HostNetwork], None]) -> tuple[bool, list[str]]:
     """Do some work and be killed after its change number `turn`, or with -1 not at all.
 
     Returns whether there was such a change, and what had been changed until then.
@@ -57,7 +57,7 @@ def die_after(turn: int, work: Callable[[host.Network], None]) -> tuple[bool, li
     pid = os.fork()
     if pid == 0:
         try:
-            network = host.Network()
+            network = host.HostNetwork()
             with pytest.MonkeyPatch.context() as patch:
                 Killer(turn, writer).lie_in_wait(patch, network)
                 work(network)

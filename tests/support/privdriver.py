@@ -19,10 +19,10 @@ from vmd.ipc.messages.priv import (
     NetworkConfigured,
     NetworkTrouble,
     NicMade,
-    NicRequest,
     NicsFailed,
     NicsMade,
     NicsRemoved,
+    NicWanted,
     RemoveNics,
     SwitchRequest,
 )
@@ -60,7 +60,7 @@ class Made:
             os.close(self.fds.pop())
 
 
-class Poor(cell.Network):
+class Poor(cell.PrivPlace):
     """The host as priv sees it, without some files: each is covered by what is of no use."""
 
     def __init__(self, *without: str) -> None:
@@ -99,7 +99,7 @@ class Priv:
     """A running priv; a context manager that tells it to quit and reaps it."""
 
     def __init__(
-        self, network: Network, place: cell.Network | None = None, adopted: AdoptNics | None = None
+        self, network: Network, place: cell.PrivPlace | None = None, adopted: AdoptNics | None = None
     ) -> None:
         """`adopted` are interfaces that a priv before this one has made for a VM that runs."""
         RUN_DIRECTORY.parent.mkdir(exist_ok=True)
@@ -113,7 +113,7 @@ class Priv:
                 "priv",
                 ["priv", "stderr", "2"],
                 channel=theirs,
-                place=place or cell.Network(),
+                place=place or cell.PrivPlace(),
                 log_fd=self.log_file.fileno(),
             )
         theirs.close()
@@ -193,7 +193,7 @@ class Priv:
         return self.receive(NetworkConfigured).problems
 
     def ask(
-        self, *nics: NicRequest, vmid: int = 1, reserved: tuple[str, ...] = (), tuns: int | None = None
+        self, *nics: NicWanted, vmid: int = 1, reserved: tuple[str, ...] = (), tuns: int | None = None
     ) -> Made | NicsFailed:
         """Ask for interfaces; give it as many descriptors to make them from, or `tuns`."""
         with self.network.inside():
@@ -208,13 +208,13 @@ class Priv:
             return message
         return Made(message.nics, envelope.take_fds("taps"))
 
-    def make(self, *nics: NicRequest, vmid: int = 1, reserved: tuple[str, ...] = ()) -> Made:
+    def make(self, *nics: NicWanted, vmid: int = 1, reserved: tuple[str, ...] = ()) -> Made:
         """Make interfaces, which must succeed."""
         made = self.ask(*nics, vmid=vmid, reserved=reserved)
         assert isinstance(made, Made), made
         return made
 
-    def refuse(self, *nics: NicRequest, vmid: int = 1) -> NicsFailed:
+    def refuse(self, *nics: NicWanted, vmid: int = 1) -> NicsFailed:
         """Ask for interfaces that must not be made."""
         failed = self.ask(*nics, vmid=vmid)
         assert isinstance(failed, NicsFailed), failed
@@ -226,9 +226,9 @@ class Priv:
         assert self.receive(NicsRemoved).vmid == vmid
 
 
-def nic(name: str = "", **fields: object) -> NicRequest:
+def nic(name: str = "", **fields: object) -> NicWanted:
     """Return a request for a tap."""
-    return NicRequest(**{"name": name, "alias": "vm1-if0-a", "lladdr": LLADDR, **fields})  # type: ignore[arg-type]
+    return NicWanted(**{"name": name, "alias": "vm1-if0-a", "lladdr": LLADDR, **fields})  # type: ignore[arg-type]
 
 
 def switch(interface: str = "br0", **fields: object) -> SwitchRequest:

@@ -28,7 +28,7 @@ from vmd.images.snapshots import find, read_snapshots
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from vmd.images.snapshots import Snapshot
-    from vmd.ipc.messages.clients import DiskFile, NicInfo, VmInfo
+    from vmd.ipc.messages.clients import DiskInfo, NicInfo, VmInfo
     from vmd.ipc.messages.figures import VmFigures
 
 UNITS = ((40, "T"), (30, "G"), (20, "M"), (10, "K"))
@@ -92,7 +92,7 @@ def which(vms: "list[VmInfo]", word: str) -> "tuple[VmInfo, str]":
     return found, tag
 
 
-def clone_file(disk: "DiskFile", target: str) -> str:
+def clone_file(disk: "DiskInfo", target: str) -> str:
     """Copy the file of a disk; return its format.  Raises CommandError."""
     try:
         chain = OpenedChain(disk.path, disk.format)
@@ -113,7 +113,7 @@ def clone_file(disk: "DiskFile", target: str) -> str:
         chain.close()
 
 
-def clone_snapshot(disk: "DiskFile", tag: str, target: str) -> str:
+def clone_snapshot(disk: "DiskInfo", tag: str, target: str) -> str:
     """Write a disk as it was at a snapshot to an image of its own; return its format.  Raises CommandError.
 
     Its VM may run: what belongs to a snapshot does not change as long as there is that snapshot.

@@ -83,7 +83,7 @@ if TYPE_CHECKING:
             """Let the threads go on, and look at every queue.  Called after `activate` and after a pause."""
 
 
-VM = "vm process"  # the peer that errors about the channels name
+PEER = "vm process"  # the peer that errors about the channels name
 MEMORY_BESIDES_BYTES = 512 << 20  # limit besides the mapped guest memory; stacks of 16 threads are 128 MiB of it
 # Less than devmsg.ANSWER_TIMEOUT_S, after which the VM ends this process without a reason: our sentence comes first.
 QUIESCE_TIMEOUT_S = 9.0
@@ -92,14 +92,14 @@ QUIESCE_TIMEOUT_S = 9.0
 def unpack(layout: "Struct", packet: bytes, at: int = 0) -> "tuple[Any, ...]":
     """Return the fields of the structure at `at`.  Raises PeerError if the packet is too short."""
     if len(packet) < at + layout.size:
-        raise PeerError(VM, f"message of {len(packet)} bytes is too short", packet)
+        raise PeerError(PEER, f"message of {len(packet)} bytes is too short", packet)
     return layout.unpack_from(packet, at)
 
 
 def exact(layout: "Struct", packet: bytes) -> "tuple[Any, ...]":
     """Return the fields of a packet that is one structure and nothing else.  Raises PeerError."""
     if len(packet) != layout.size:
-        raise PeerError(VM, f"message of {len(packet)} bytes instead of {layout.size}", packet)
+        raise PeerError(PEER, f"message of {len(packet)} bytes instead of {layout.size}", packet)
     return layout.unpack(packet)
 
 
@@ -111,9 +111,9 @@ class Host:
         head = unpack(devmsg.START_HEAD, packet)
         kind, verbosity, form, self.index, queues, resources, self.flags, regions, self.figures_slot = head
         if kind != devmsg.START or form >= len(FORMS):
-            raise PeerError(VM, "not a START message", packet)
+            raise PeerError(PEER, "not a START message", packet)
         if queues > devmsg.QUEUES_MAX or resources > devmsg.RESOURCES_MAX or regions > devmsg.REGIONS_MAX:
-            raise PeerError(VM, f"START with {queues} queues, {resources} resources, {regions} regions", packet)
+            raise PeerError(PEER, f"START with {queues} queues, {resources} resources, {regions} regions", packet)
         self.verbosity = verbosity
         self.form = FORMS[form]
         self.regions = []
@@ -125,7 +125,7 @@ class Host:
             try:
                 self.regions.append(Region(gpa=gpa, size=size, name="ram", offset=offset, read_only=read_only))
             except ValueError as error:
-                raise PeerError(VM, str(error), packet) from None
+                raise PeerError(PEER, str(error), packet) from None
             at += devmsg.REGION.size
         self.notes: list[int] = []  # one for each resource: bits of devmsg.RESOURCE_*
         for _ in range(resources):
@@ -143,10 +143,10 @@ class Host:
         if self.net is not None and self.names:
             self.host_name = self.names.pop()
         if len(self.names) != resources:
-            raise PeerError(VM, f"START names {len(self.names)} of {resources} resources", packet)
+            raise PeerError(PEER, f"START names {len(self.names)} of {resources} resources", packet)
         if len(fds) != 2 + resources:
             what = f"memory, figures and {resources} resources"
-            raise PeerError(VM, f"START with {len(fds)} descriptors for {what}", packet)
+            raise PeerError(PEER, f"START with {len(fds)} descriptors for {what}", packet)
         self.memory_fd, self.figures_fd, *self.resources = fds
         first = devmsg.FD_FIRST_QUEUE
         self.kicks = list(range(first, first + queues))
@@ -174,7 +174,7 @@ class Process:
             self.memory = GuestMemory.attach(host.memory_fd, host.regions)
             self.slot = take_slot(host.figures_fd, host.figures_slot, kind, host.index)
         except ValueError as error:
-            raise PeerError(VM, str(error)) from None
+            raise PeerError(PEER, str(error)) from None
         self.figures = self.slot[: len(devmsg.FIGURES[kind])]
         os.close(host.figures_fd)
         limit_memory(self.memory.mapped_bytes + len(self.memory.marks) + MEMORY_BESIDES_BYTES)
@@ -326,7 +326,7 @@ class Process:
         kind = unpack(devmsg.TYPE, packet)[0] if packet else devmsg.SHUTDOWN
         handler = self.INFORMS.get(kind)
         if handler is None:
-            raise PeerError(VM, f"unknown message {kind}", packet)
+            raise PeerError(PEER, f"unknown message {kind}", packet)
         handler(self, packet)
 
     def on_shutdown(self, _packet: bytes) -> None:
@@ -345,7 +345,7 @@ class Process:
         kind = unpack(devmsg.TYPE, packet)[0]
         answer = self.QUESTIONS.get(kind)
         if answer is None:
-            raise PeerError(VM, f"unknown question {kind}", packet)
+            raise PeerError(PEER, f"unknown question {kind}", packet)
         self.asked = True
         text = answer(self, packet)
         fds, self.passing = self.passing, []
@@ -360,7 +360,7 @@ class Process:
         """Take the driver's rings.  The answer has status 1 if one of them cannot be used."""
         _, features, count = unpack(devmsg.ACTIVATE_HEAD, packet)
         if count > len(self.host.kicks) or len(packet) != devmsg.ACTIVATE_HEAD.size + count * devmsg.QUEUE.size:
-            raise PeerError(VM, f"rings for {count} queues", packet)
+            raise PeerError(PEER, f"rings for {count} queues", packet)
         self.activations = self.activations + 1 & 0xFFFFFFFF
         if self.queues:  # without queues there was a reset; `forget` would undo the driver's writes to `config` since
             self.forget()
@@ -432,7 +432,7 @@ class Process:
         _, offset, length = unpack(devmsg.CONFIG_WRITE_HEAD, packet)
         data = packet[devmsg.CONFIG_WRITE_HEAD.size :]
         if len(data) != length:
-            raise PeerError(VM, f"write of {length} bytes brings {len(data)}", packet)
+            raise PeerError(PEER, f"write of {length} bytes brings {len(data)}", packet)
         self.device.write_config(offset, data)
         return self.ready()
 

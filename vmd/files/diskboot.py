@@ -10,7 +10,7 @@ from vmd.closing import close_all
 from vmd.config.model import DiskFile
 from vmd.errors import OperatorError
 from vmd.files.asking import LONGEST_S, ask_patiently
-from vmd.ipc.bootmsg import BootFile, Link, question, unpack_file
+from vmd.ipc.bootmsg import BootFile, BootLink, question, unpack_file
 from vmd.memfile import CONSTANT, seal
 
 TYPE_CHECKING = False
@@ -91,7 +91,7 @@ def ask(
             # For reading only, and without our lock and claim.
             flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
             copies.append(os.open(f"/proc/self/fd/{link.fd}", flags))
-        links = [Link(path=one.path, format=one.format, guessed=one.guessed) for one in disk.links]
+        links = [BootLink(path=one.path, format=one.format, guessed=one.guessed) for one in disk.links]
         return ask_patiently(
             sock, question(file, links), [*copies, *memory], unpack_file, go_on, longest_s=LONGEST_S, leaf="imgboot",
             failed=failed, late=f"{what}: its storage does not answer",

@@ -18,7 +18,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["OPTIONS", "BootFile", "Link", "asked", "pack_error", "pack_file", "question", "unpack_file"]
+__all__ = ["OPTIONS", "BootFile", "BootLink", "asked", "pack_error", "pack_file", "question", "unpack_file"]
 
 FILE = b"file"
 OF_FILE, OF_IMAGE = 3, 3  # words
@@ -34,7 +34,7 @@ class BootFile(Record):
     options: str = ""  # of boot(8), from /etc/boot.conf, without the hyphen: letters of OPTIONS
 
 
-class Link(Record):
+class BootLink(Record):
     """One image of the disk."""
 
     path: str
@@ -42,7 +42,7 @@ class Link(Record):
     guessed: bool
 
 
-def question(file: DiskFile, links: "Sequence[Link]") -> list[str]:
+def question(file: DiskFile, links: "Sequence[BootLink]") -> list[str]:
     """Return the words of a question."""
     words = [str(file.disk), file.partition, file.path]
     for link in links:
@@ -50,12 +50,12 @@ def question(file: DiskFile, links: "Sequence[Link]") -> list[str]:
     return words
 
 
-def asked(words: "Sequence[str]") -> tuple[DiskFile, list[Link]]:
+def asked(words: "Sequence[str]") -> tuple[DiskFile, list[BootLink]]:
     """Return the file and the images of a question.  Raises ValueError."""
     number, partition, path = words[:OF_FILE]
     rows = words[OF_FILE:]
     links = [
-        Link(path=name, format=image_format, guessed=guessed == "1")
+        BootLink(path=name, format=image_format, guessed=guessed == "1")
         for name, image_format, guessed in zip(rows[::OF_IMAGE], rows[1::OF_IMAGE], rows[2::OF_IMAGE], strict=True)
     ]
     return DiskFile(disk=int(number), partition=partition, path=path), links

@@ -23,7 +23,7 @@ from vmd.parent.clients import For
 from vmd.parent.opening import identity
 from vmd.parent.report import brief_notes
 from vmd.parent.requests import require_absolute
-from vmd.parent.vmtable import Change, Vm
+from vmd.parent.vmtable import DeviceChange, Vm
 from vmd.units import SECTOR
 
 TYPE_CHECKING = False
@@ -40,7 +40,7 @@ DISK = "disk"
 SIZE_MAX = (1 << 63) - 1
 
 
-class Resize(Change):
+class Resize(DeviceChange):
     """A disk is made larger."""
 
     def __init__(self, index: int, size_bytes: int, config: "VmConfig") -> None:
@@ -50,7 +50,7 @@ class Resize(Change):
         self.disk = config.disks[index]
 
 
-class Disc(Change):
+class Disc(DeviceChange):
     """A disc is inserted into the drive.  With an empty path the disc is removed."""
 
     def __init__(self, path: str, rights: "Owner | None", *, force: bool) -> None:
@@ -201,7 +201,7 @@ class Changes:
 
     # --- any ---------------------------------------------------------------------------------------------
 
-    def begin(self, vm: Vm, change: Change, caller: Caller, envelope: "Envelope") -> None:
+    def begin(self, vm: Vm, change: DeviceChange, caller: Caller, envelope: "Envelope") -> None:
         """Begin a change that a client waits for.  Raises OperatorError."""
         if self.core.ending:
             raise OperatorError(errno.ESHUTDOWN, "vmd is stopping")
@@ -209,7 +209,9 @@ class Changes:
         vm.begin_change(change)
         self.clients.wait(envelope.peerid, For.CHANGE, vm.vmid)
 
-    def open(self, vm: Vm, change: Change, caller: Caller, job: OpenFiles, then: "Callable[[Opened], None]") -> None:
+    def open(
+        self, vm: Vm, change: DeviceChange, caller: Caller, job: OpenFiles, then: "Callable[[Opened], None]"
+    ) -> None:
         """Let an opener do a job for a change, then call `then`, unless the change has been given up meanwhile."""
 
         def opened(files: "Opened") -> None:
@@ -220,7 +222,7 @@ class Changes:
 
         self.openings.open_for(change, vm, caller.uid, job, opened, lambda error: self.failed(vm, change, error))
 
-    def failed(self, vm: Vm, change: Change, error: VmdError) -> None:
+    def failed(self, vm: Vm, change: DeviceChange, error: VmdError) -> None:
         """A change could not be made; nothing is changed."""
         if vm.changing is not change:
             return

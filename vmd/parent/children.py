@@ -15,7 +15,7 @@ from vmd.ipc.routes import Proc
 from vmd.log import log
 from vmd.parent import groups, usage
 from vmd.privsep import linux
-from vmd.privsep.cell import Cell, Network, VmmCell
+from vmd.privsep.cell import Cell, PrivPlace, VmmCell
 from vmd.privsep.hostfiles import HostFiles
 from vmd.privsep.ids import Ids, user_namespace
 from vmd.privsep.spawn import Child, spawn
@@ -67,7 +67,7 @@ class Children:
         self._uid = uid
         self._lock = lock
         self._own_ids = range(first_id, first_id + IDS + 1)
-        priv = Network(first_id + IDS)
+        priv = PrivPlace(first_id + IDS)
         self._left = usage.children(os.getpid())  # pids of children of the program that ran in this process before
         self._groups_place = group_place()
         self.cell = cell = Cell.build(uid, gid)

@@ -35,7 +35,7 @@ from vmd.parent.access import may_control, not_allowed, require_root
 from vmd.parent.bounds import Bounds
 from vmd.parent.clients import For
 from vmd.parent.limits import require_files, require_room
-from vmd.parent.opening import Given, replaced
+from vmd.parent.opening import ClientFiles, replaced
 from vmd.parent.report import brief_notes
 from vmd.parent.requests import checked_request, described, one_shot_config, require_startable
 from vmd.parent.usage import host_pid
@@ -109,7 +109,7 @@ class Life:
                 boots = tuple(name for name in names if name != "seed")
                 if described:
                     vm.keep_files(boots)
-                given = Given(
+                given = ClientFiles(
                     client=envelope.peerid,
                     user=Owner(uid=caller.uid, gid=caller.gid),
                     names=names,
@@ -161,7 +161,7 @@ class Life:
         *,
         uid: int,
         config: "VmConfig | None" = None,
-        given: Given | None = None,
+        given: ClientFiles | None = None,
         again: bool = False,
     ) -> None:
         """Begin a start: open the VM's files, then have vmm start it.  `again`: its guest has reset itself.

@@ -33,10 +33,10 @@ from vmd.ipc.messages.priv import (
     NetworkConfigured,
     NetworkTrouble,
     NicMade,
-    NicRequest,
     NicsFailed,
     NicsMade,
     NicsRemoved,
+    NicWanted,
     RemoveNics,
     SetForwards,
     SwitchRequest,
@@ -91,7 +91,7 @@ class Launch:
         self.deadline: Timer | None = None
         self.answers_before = 0  # answers of priv when the deadline was set
         # The request to priv, and what it was made from: the configuration may change before priv answers.
-        self.requests: tuple[NicRequest, ...] = ()
+        self.requests: tuple[NicWanted, ...] = ()
         self.plan: Plan | None = None
         self.switches: list[SwitchConfig | None] = []
         self.lacking: dict[int, str] = {}  # what is wrong with an interface, by its number
@@ -563,13 +563,13 @@ def enabled_switches(config: Config) -> Iterable[SwitchConfig]:
     return found.values()
 
 
-def request(vm: Vm, launch: Launch, index: int) -> NicRequest:
+def request(vm: Vm, launch: Launch, index: int) -> NicWanted:
     """Return the request to priv for one interface.  Raises OperatorError."""
     config, plan, switch = launch.message.config, launch.plan, launch.switches[index]
     assert plan is not None
     nic = config.nics[index]
     groups = (nic.group, switch.group if switch else "")
-    return NicRequest(
+    return NicWanted(
         name="" if nic.tap in AUTOMATIC else nic.tap,
         existing=nic.tap not in AUTOMATIC and is_operators(vm, nic.tap),
         alias=alias(f"vm{vm.vmid}-if{index}-{config.name}"),

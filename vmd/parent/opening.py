@@ -63,7 +63,7 @@ BOOT_FILE_MAX = 1 << 30  # bytes of a kernel or initrd on a disk; the guest's me
 STUCK_MAX, STUCK_MAX_OF_ROOT = 4, 64  # openers of a user that were given up but have not ended
 
 
-class Given(Record):
+class ClientFiles(Record):
     """Files that a client has opened for a start: a kernel, an initrd, the source of a seed."""
 
     client: int  # number of the connection, whose control holds the files
@@ -127,7 +127,7 @@ class Opening:
         vm: "Vm",
         user: int,
         jobs: list[OpenFiles],
-        given: Given | None,
+        given: ClientFiles | None,
         on_opened: "Callable[[Opened], None]",
         on_failed: "Callable[[VmdError], None]",
         *,
@@ -228,7 +228,7 @@ class Openings:
         on_failed: "Callable[[VmdError], None]",
         *,
         boots: bool,
-        given: Given | None = None,
+        given: ClientFiles | None = None,
         patience_s: float = 0.0,
         names_holder: bool = True,
         others_have: bool = False,
@@ -525,7 +525,7 @@ class Openings:
 
 
 def jobs_of(
-    config: "VmConfig", *, boots: bool, given: Given | None, patience_s: float, seeds: bool = False
+    config: "VmConfig", *, boots: bool, given: ClientFiles | None, patience_s: float, seeds: bool = False
 ) -> list[OpenFiles]:
     """Return one job for each user who has named files of a VM; a job is done with that user's rights."""
     jobs: dict[Owner | None, OpenFiles] = {}

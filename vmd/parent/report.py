@@ -1,7 +1,7 @@
 """Descriptions of VMs (*cat. 3.3*) and of configurations for clients, cut so that they fit into a message."""
 
 from vmd.config.check import ConfigErrors
-from vmd.ipc.messages.clients import Caller, DiskFile, NicInfo, VmFiles, VmInfo
+from vmd.ipc.messages.clients import Caller, DiskInfo, NicInfo, VmFiles, VmInfo
 from vmd.ipc.messages.shared import brief, fitting
 from vmd.log import log
 from vmd.parent.access import may_control, owner_text
@@ -61,7 +61,7 @@ def files_of(config: "VmConfig") -> VmFiles:
     return VmFiles(
         boot_image=shown(config.kernel),
         initrd=shown(config.initrd),
-        disks=tuple(DiskFile(path=shown(disk.path), format=disk.format) for disk in config.disks),
+        disks=tuple(DiskInfo(path=shown(disk.path), format=disk.format) for disk in config.disks),
         cdrom=shown(config.cdrom),
         seed=config.seed is not None,
     )

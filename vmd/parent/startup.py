@@ -26,7 +26,7 @@ from vmd.parent.statemem import StateMemory
 from vmd.parent.store import VMM, Store, inherited
 from vmd.parent.truth import Truth, config_of, read, vms_of
 from vmd.privsep import landlock
-from vmd.privsep.cell import Cell, Network
+from vmd.privsep.cell import Cell, PrivPlace
 from vmd.privsep.confine import PARENT_CAPABILITIES, give_up_capabilities
 from vmd.privsep.spawn import DEBUG
 from vmd.stdio import say, show
@@ -99,7 +99,7 @@ def check_adopt(options: Options, store: Store) -> None:
         raise VmdError("some VMs could not be adopted")
     config = read_config(options, starting=True)
     give_up_capabilities(sum(1 << capability for capability in PARENT_CAPABILITIES))
-    Network(config.settings.first_id)
+    PrivPlace(config.settings.first_id)
     Cell.build(*service.lookup_user()).close()
 
 

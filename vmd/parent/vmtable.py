@@ -101,7 +101,7 @@ class Receiving:
         self.failure = ""  # why receiving was given up
 
 
-class Change:
+class DeviceChange:
     """A change of a VM that is under way: a disk is resized, or the disc in its drive is changed."""
 
     def __init__(self, what: str) -> None:
@@ -166,7 +166,7 @@ class Vm:
         self.revive: Callable[[], None] | None = None  # called at the end of its process, instead of the usual steps
         self.sent: VmSent | None = None  # the answer to the client that had it sent, once it has ended
         self.receiving: Receiving | None = None
-        self.changing: Change | None = None
+        self.changing: DeviceChange | None = None
         self.console_user = ""  # the user of the console, if there is one
         self.disk_work = ""  # why it cannot be started while an imgwriter uses its disks
         self.once_because = ""  # why a reset of the guest ends the VM instead of starting it again
@@ -233,7 +233,7 @@ class Vm:
         if self.changing is not None:
             raise OperatorError(errno.EBUSY, f"vm {self.name}: {self.changing.what} is being changed")
 
-    def begin_change(self, change: Change) -> None:
+    def begin_change(self, change: DeviceChange) -> None:
         """Begin a change.  The VM must be stopped, running or paused, and must have no other change under way.
 
         Raises OperatorError.

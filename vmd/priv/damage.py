@@ -12,7 +12,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-    from vmd.priv.host import Network, Nic
+    from vmd.priv.host import HostNetwork, Nic
 
 FOUND_MAX = 1000
 REPAIRED_S = 600.0  # repaired damage is shown for so long
@@ -33,7 +33,7 @@ class Damage(Record):
 class Damages:
     """The damage to a network."""
 
-    def __init__(self, network: "Network") -> None:
+    def __init__(self, network: "HostNetwork") -> None:
         self.network = network
         self.found: list[Damage] = []
         self._lasting: set[str] = set()  # sentences about present damage that cannot be repaired

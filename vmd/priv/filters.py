@@ -25,7 +25,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from vmd.ipc.messages.priv import NicRequest
+    from vmd.ipc.messages.priv import NicWanted
     from vmd.priv.rules import Nft
 
 PREFIX = "vmd_"
@@ -49,17 +49,17 @@ def table(tap: str) -> str:
     return f"netdev {PREFIX}{tap}"
 
 
-def needed(request: "NicRequest") -> bool:
+def needed(request: "NicWanted") -> bool:
     """Return whether an interface needs filters."""
     return request.vhost and bool(request.locked or request.host4)
 
 
-def ruleset(tap: str, request: "NicRequest") -> str:
+def ruleset(tap: str, request: "NicWanted") -> str:
     """Return the input of nft that gives a tap its filters, in one transaction."""
     return "\n".join((f"add table {table(tap)}", f"delete table {table(tap)}", *_lines(tap, request))) + "\n"
 
 
-def _lines(tap: str, request: "NicRequest") -> "Iterator[str]":
+def _lines(tap: str, request: "NicWanted") -> "Iterator[str]":
     ours, lladdr = table(tap), f"0x{request.lladdr.hex()}"
     yield f"add table {ours}"
     for counter in (SPOOFED, UNWANTED):
@@ -103,7 +103,7 @@ class Filters:
         self.laid: dict[str, str] = {}  # rulesets, by tap
         self._told: dict[str, Dropped] = {}  # the counts that `news` has returned last, by tap
 
-    def lay(self, tap: str, request: "NicRequest") -> None:
+    def lay(self, tap: str, request: "NicWanted") -> None:
         """Lay the filters of a tap.  Must be called before any frame passes."""
         text = ruleset(tap, request)
         if self.nft.path is None:
@@ -111,7 +111,7 @@ class Filters:
         self.nft.apply(text)
         self.laid[tap] = text
 
-    def adopt(self, tap: str, request: "NicRequest") -> None:
+    def adopt(self, tap: str, request: "NicWanted") -> None:
         """Adopt the filters that an earlier priv has laid.  If they are gone, `repair` lays them again."""
         if needed(request):
             self.laid[tap] = ruleset(tap, request)

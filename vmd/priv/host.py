@@ -41,7 +41,7 @@ if TYPE_CHECKING:
         ConfigureNetwork,
         MakeNics,
         NicMade,
-        NicRequest,
+        NicWanted,
         SetForwards,
         SwitchRequest,
     )
@@ -64,7 +64,7 @@ FORWARDING = ((False, "IPv4", "ipv4/ip_forward"), (True, "IPv6", "ipv6/conf/all/
 class Nic:
     """A tap that priv has made."""
 
-    def __init__(self, vmid: int, link: Link, fd: int, request: "NicRequest") -> None:
+    def __init__(self, vmid: int, link: Link, fd: int, request: "NicWanted") -> None:
         self.vmid = vmid
         self.link = link
         self.bridge = request.bridge
@@ -117,7 +117,7 @@ class Nic:
 class Attached(Nic):
     """A tap that another program has made, and the changes that priv has made to it."""
 
-    def __init__(self, vmid: int, link: Link, fd: int, request: "NicRequest") -> None:
+    def __init__(self, vmid: int, link: Link, fd: int, request: "NicWanted") -> None:
         super().__init__(vmid, link, fd, request)
         self.before = link
         self.added: list[AddressGiven] = []
@@ -147,7 +147,7 @@ class Wrong:
         return (0, "") if any(other != vmid for other, _ in others) else (vmid, f"interface{index}")
 
 
-class Network:
+class HostNetwork:
     """The part of the host's network that vmd makes.  Methods raise OperatorError or HostError."""
 
     def __init__(self) -> None:
@@ -428,7 +428,7 @@ class Network:
             except (OperatorError, HostError) as error:
                 log.error(str(error))
 
-    def make_nic(self, vmid: int, request: "NicRequest", reserved: "Collection[str]", tuns: "list[int]") -> Nic:
+    def make_nic(self, vmid: int, request: "NicWanted", reserved: "Collection[str]", tuns: "list[int]") -> Nic:
         """Make one tap and put it into its bridge or VRF.  Takes the first descriptor of `tuns` over."""
         bridge = None
         if request.bridge:
@@ -462,7 +462,7 @@ class Network:
             raise
         return nic
 
-    def attach(self, vmid: int, link: Link, request: "NicRequest", bridge: Link | None, tuns: "list[int]") -> Attached:
+    def attach(self, vmid: int, link: Link, request: "NicWanted", bridge: Link | None, tuns: "list[int]") -> Attached:
         """Use an existing tap.  It keeps its name and addresses, and gets what the request adds."""
         if is_tap(link):
             raise OperatorError(errno.EBUSY, f"interface {link.name} exists already: {link.alias}")
@@ -481,7 +481,7 @@ class Network:
             raise
         return nic
 
-    def filter(self, nic: Nic, request: "NicRequest") -> None:
+    def filter(self, nic: Nic, request: "NicWanted") -> None:
         """Lay the filters that replace the checks of the interface's process, if the kernel moves the frames.
 
         If the filters cannot be laid, the kernel may not move the frames.
@@ -504,7 +504,7 @@ class Network:
         except OperatorError as error:
             log.error(f"the filters of {tap} were not removed: {error}")
 
-    def configure_attached(self, nic: Attached, request: "NicRequest", bridge: Link | None) -> None:
+    def configure_attached(self, nic: Attached, request: "NicWanted", bridge: Link | None) -> None:
         """Make the changes of a request to an existing tap, and no others."""
         link = nic.link
         master = bridge
@@ -560,7 +560,7 @@ class Network:
         except HostError as error:
             log.error(str(error))
 
-    def configure_tap(self, nic: Nic, request: "NicRequest", bridge: Link | None) -> None:
+    def configure_tap(self, nic: Nic, request: "NicWanted", bridge: Link | None) -> None:
         """Give a tap its group, bridge or VRF, and addresses, and switch it on."""
         link = nic.link
         self.join_group(link, request.groups)
@@ -597,7 +597,7 @@ class Network:
                     why = f"the host has {ipaddress.ip_address(address)} on another interface"
                     raise in_use(link, network, length, why)
 
-    def require_no_route(self, link: Link, request: "NicRequest") -> None:
+    def require_no_route(self, link: Link, request: "NicWanted") -> None:
         """Raise OperatorError if the host has a route to an address of a `local` interface by another interface.
 
         With addresses of the host's own network on a tap, the host would send packets for that network to the tap,
@@ -1061,7 +1061,7 @@ def check_switch(switch: "SwitchRequest") -> None:
         raise refuse(f"bridge {switch.interface} in rdomain {switch.rdomain}")
 
 
-def adopted(vmid: int, request: "NicRequest", made: "NicMade") -> Nic:
+def adopted(vmid: int, request: "NicWanted", made: "NicMade") -> Nic:
     """Return the interface that an earlier priv has made."""
     link = Link(
         index=made.index, name=made.name, kind="tun", alias=request.alias, master=0, mtu=made.mtu, lladdr=made.lladdr,
@@ -1111,7 +1111,7 @@ def check_forwards(guest4: bytes, forwards: "Sequence[Forward]") -> None:
         raise refuse(str(error)) from None
 
 
-def guest_of(request: "NicRequest") -> bytes:
+def guest_of(request: "NicWanted") -> bytes:
     """Return the guest's IPv4 address.
 
     A daemon of an earlier version does not send it.  Its networks have two addresses, so it follows from the host's.
@@ -1121,7 +1121,7 @@ def guest_of(request: "NicRequest") -> bytes:
     return (int.from_bytes(request.host4, "big") ^ 1).to_bytes(INET4_BYTES, "big")
 
 
-def networks_of(request: "NicRequest") -> tuple[tuple[bytes, int], ...]:
+def networks_of(request: "NicWanted") -> tuple[tuple[bytes, int], ...]:
     """Return the networks of a `local` interface."""
     found = []
     if request.host4:

@@ -43,7 +43,7 @@ from vmd.log import log
 from vmd.priv import legacy
 from vmd.priv.changes import Changes
 from vmd.priv.damage import Damage
-from vmd.priv.host import Network
+from vmd.priv.host import HostNetwork
 from vmd.privsep.confine import PRIV, confine
 
 TYPE_CHECKING = False
@@ -67,7 +67,7 @@ class Priv(Process):
     def __init__(self) -> None:
         super().__init__(Proc.PRIV)
         self.parent = self.attach_parent(Proc.PARENT)
-        self.network = Network()
+        self.network = HostNetwork()
         self.began = False
         self.cleans_up = False  # it was told to end, and removes everything then
         self.switches: list[SwitchRequest] = []  # of a configuration that has not arrived completely

@@ -184,7 +184,7 @@ def above_targets(fd: int) -> int:
 
 
 
-class Network:
+class PrivPlace:
     """The place of priv: an ordinary user of the host, with the capabilities for network interfaces."""
 
     own_pids = False

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from vmd.config.model import DiskFile
-from vmd.ipc.bootmsg import BootFile, Link, asked, pack_error, pack_file, question, unpack_file
+from vmd.ipc.bootmsg import BootFile, BootLink, asked, pack_error, pack_file, question, unpack_file
 from vmd.ipc.probemsg import ANSWER_MAX
 
 GOOD = pack_file(BootFile(size=1 << 20, name="disk0p2:/vmlinuz", options="sd"))
@@ -14,7 +14,7 @@ GOOD = pack_file(BootFile(size=1 << 20, name="disk0p2:/vmlinuz", options="sd"))
 def test_question_comes_back() -> None:
     """With all images of the disk."""
     file = DiskFile(disk=1, partition="a", path="/bsd")
-    links = [Link(path="/a\udcff", format="qcow2", guessed=False), Link(path="/b", format="raw", guessed=True)]
+    links = [BootLink(path="/a\udcff", format="qcow2", guessed=False), BootLink(path="/b", format="raw", guessed=True)]
 
     assert asked(question(file, links)) == (file, links)
 

@@ -22,7 +22,7 @@ from vmd.parent.opening import (
     IMGBOOT_ENTRY,
     STUCK_MAX,
     STUCK_MAX_OF_ROOT,
-    Given,
+    ClientFiles,
     Opened,
     Openings,
     jobs_of,
@@ -245,7 +245,7 @@ def test_a_vm_has_its_files(room: Room) -> None:
 
 def test_what_a_client_gives_is_taken_with_the_client_s_rights() -> None:
     """With its own disks, if it has named some."""
-    given = Given(client=7, user=Owner(uid=ANNA, gid=ANNA), names=("kernel",), check_mode=True)
+    given = ClientFiles(client=7, user=Owner(uid=ANNA, gid=ANNA), names=("kernel",), check_mode=True)
     config = VmConfig(name="a", disks=(DiskConfig(path="/a"),), rights=Rights(disks=Owner(uid=ANNA, gid=ANNA)))
 
     (job,) = jobs_of(config, boots=False, given=given, patience_s=0)
@@ -257,7 +257,7 @@ def test_an_initrd_of_a_client_is_the_only_one() -> None:
     """Whoever opens the kernel that is configured leaves the configured one alone."""
     config = VmConfig(name="a", kernel="/vmlinuz", initrd="/initrd")
     for user, count in ((ANNA, 2), (0, 1)):
-        given = Given(client=7, user=Owner(uid=user, gid=user), names=("initrd",), check_mode=True)
+        given = ClientFiles(client=7, user=Owner(uid=user, gid=user), names=("initrd",), check_mode=True)
         jobs = jobs_of(config, boots=True, given=given, patience_s=0)
         assert [(job.boots, job.kernel, job.initrd) for job in jobs if job.boots] == [(True, "/vmlinuz", "")]
         assert (len(jobs), [job.given for job in jobs if job.given]) == (count, [("initrd",)])

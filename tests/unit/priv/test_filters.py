@@ -6,10 +6,10 @@ import json
 import pytest
 
 from vmd.errors import OperatorError
-from vmd.ipc.messages.priv import NicRequest
+from vmd.ipc.messages.priv import NicWanted
 from vmd.priv.filters import Filters
 
-REQUEST = NicRequest(
+REQUEST = NicWanted(
     name="", alias="vm1-if0-n", bridge="br0", groups=(), rdomain=None, up=True, host4=b"", prefix6=b"",
     lladdr=bytes((2, 0, 0, 0, 0, 1)), length4=31, locked=True, vhost=True,
 )  # fmt: skip

@@ -10,7 +10,7 @@ from vmd.errors import OperatorError
 from vmd.ipc.imsg import Envelope
 from vmd.ipc.messages.priv import AskDrops, DropsReported, NetworkTrouble
 from vmd.priv.damage import Damage
-from vmd.priv.host import Network, Wrong
+from vmd.priv.host import HostNetwork, Wrong
 from vmd.priv.main import SWEEP_S, Priv
 from vmd.priv.rules import Member
 
@@ -33,11 +33,11 @@ class OldNft:
         self.applied.append(rules)
 
 
-def network_with(nft: OldNft) -> Network:
+def network_with(nft: OldNft) -> HostNetwork:
     """Return a network without a host."""
-    network: Any = Network.__new__(Network)
+    network: Any = HostNetwork.__new__(HostNetwork)
     network.nft, network.counts, network.groups_seen, network.said = nft, True, set(), set()
-    made: Network = network
+    made: HostNetwork = network
     return made
 
 

@@ -7,12 +7,12 @@ from typing import Any, cast
 
 import pytest
 
-from vmd.ipc.messages.priv import AskDrops, NicMade, NicRequest
+from vmd.ipc.messages.priv import AskDrops, NicMade, NicWanted
 from vmd.parent.status import COUNT_TIMEOUT_S
 from vmd.priv import rules, sysctl
 from vmd.priv.drops import Watch
 from vmd.priv.filters import Filters
-from vmd.priv.host import Network, Nic, adopted
+from vmd.priv.host import HostNetwork, Nic, adopted
 from vmd.priv.lists import Link
 from vmd.priv.main import REST, REST_MAX_S, Priv
 
@@ -80,16 +80,16 @@ def _no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
 def nic(vmid: int, *, local: bool = True, groups: tuple[str, ...] = ()) -> Nic:
     """Return an interface of a VM."""
     host4 = bytes((100, 64, *(2 * vmid).to_bytes(2, "big"))) if local else b""
-    request = NicRequest(
+    request = NicWanted(
         name="", alias=f"vm{vmid}-if0-n", bridge="" if local else "br0", groups=groups, rdomain=None, up=True,
         host4=host4, prefix6=b"", lladdr=bytes(6), length4=31,
     )  # fmt: skip
     return adopted(vmid, request, NicMade(name=f"tap{vmid}", lladdr=bytes(6), link_local=b"", mtu=1500, index=vmid))
 
 
-def network_of(nics: Sequence[Nic]) -> Network:
+def network_of(nics: Sequence[Nic]) -> HostNetwork:
     """Return a network that has made these, without a host."""
-    network: Any = Network.__new__(Network)
+    network: Any = HostNetwork.__new__(HostNetwork)
     network.nft, network.links, network.watch = Nft(), Links(), Watch()
     network.nat, network.counts, network.has_table = True, True, False
     network.groups_seen, network.watched, network.judged, network.said = set(), set(), set(), set()
@@ -99,7 +99,7 @@ def network_of(nics: Sequence[Nic]) -> Network:
     network.nics = {each.vmid: [each] for each in nics}
     network.links.there = {each.link.name: each.link for each in nics}
     network.write_rules()
-    made: Network = network
+    made: HostNetwork = network
     return made
 
 

@@ -11,7 +11,7 @@ from vmd.config.model import Forward, Prefix
 from vmd.devices.vionet.dhcp import REASONS, RELEASED
 from vmd.ipc.devmsg import COUNTER_NAMES
 from vmd.ipc.messages.clients import (
-    DiskFile,
+    DiskInfo,
     End,
     Failed,
     FiguresRequest,
@@ -29,7 +29,7 @@ DB1 = vm_info("db1", vmid=1, memory_bytes=2 << 30, resident_bytes=1181116006, tt
 DB1 = DB1.replace(
     since_s=1790000000,
     started_s=1780000000,
-    files=VmFiles(disks=(DiskFile(path="/vm/a\n", format=""),), cdrom="/vm/cd.iso", console_log="/vm/log"),
+    files=VmFiles(disks=(DiskInfo(path="/vm/a\n", format=""),), cdrom="/vm/cd.iso", console_log="/vm/log"),
 )
 TMPL = vm_info(
     "tmpl",

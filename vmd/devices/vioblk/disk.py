@@ -115,7 +115,7 @@ def make(services: VioblkProcess, open_disk: "Callable[[Host], Image]") -> Viobl
     host = services.host
     name_thread(EVENT)
     if not host.resources:
-        raise PeerError(process.VM, "a disk without an image")
+        raise PeerError(process.PEER, "a disk without an image")
     image = open_disk(host)
     if image.size < SECTOR:
         raise ImageError(image.path, f"{image.size} bytes are less than a sector of {SECTOR}")

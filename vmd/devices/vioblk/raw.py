@@ -20,7 +20,7 @@ def open_disk(host: "Host") -> RawImage:
     """Open the image."""
     fd, note, path = host.resources[0], host.notes[0], host.names[0]
     if len(host.resources) > 1 or note & devmsg.RESOURCE_QCOW2:
-        raise PeerError(process.VM, "an image that is not raw")
+        raise PeerError(process.PEER, "an image that is not raw")
     try:
         return RawImage(
             fd,

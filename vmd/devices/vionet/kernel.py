@@ -242,7 +242,8 @@ def make(services: KernelProcess) -> Vionet:
     if not interface.vhost:
         return make_plain(services)
     if len(host.resources) != RESOURCES:
-        raise PeerError(process.VM, f"{len(host.resources)} resources instead of tap, /dev/vhost-net and packet socket")
+        what = f"{len(host.resources)} resources instead of tap, /dev/vhost-net and packet socket"
+        raise PeerError(process.PEER, what)
     tap, vhost, packets = host.resources
     name_thread(EVENT)
     return KernelVionet(interface, Tap(tap, host.names[0]), services, vhost, packets)

@@ -34,7 +34,7 @@ class NetProcess(ThreadedProcess):
         entries = tuple(raw[at : at + size] for at in range(0, len(raw), size))
         kinds = (devmsg.ANNOUNCED_4, devmsg.ANNOUNCED_6, devmsg.ANNOUNCED_ROUTER)
         if len(raw) % size or len(entries) > devmsg.ANNOUNCED_MAX or any(entry[0] not in kinds for entry in entries):
-            raise PeerError(process.VM, "addresses that cannot be announced", packet)
+            raise PeerError(process.PEER, "addresses that cannot be announced", packet)
         self.device.announce(entries)
 
     def on_addresses(self, packet: bytes) -> bytes:
@@ -71,7 +71,7 @@ def make(services: NetProcess) -> Vionet:
     host = services.host
     interface = interface_of(host)
     if len(host.resources) != 1:
-        raise PeerError(process.VM, f"{len(host.resources)} resources instead of one tap")
+        raise PeerError(process.PEER, f"{len(host.resources)} resources instead of one tap")
     tap = Tap(host.resources[0], host.names[0])
     name_thread(EVENT)
     return Vionet(interface, tap, host.kicks, services)
@@ -80,8 +80,8 @@ def make(services: NetProcess) -> Vionet:
 def interface_of(host: process.Host) -> Interface:
     """Return the interface that START describes.  Raises PeerError."""
     if host.net is None or len(host.kicks) != 2:
-        raise PeerError(process.VM, "a network interface without its addresses and two queues")
+        raise PeerError(process.PEER, "a network interface without its addresses and two queues")
     try:
         return Interface.from_start(host.net, host.host_name)
     except ValueError as error:
-        raise PeerError(process.VM, str(error)) from None
+        raise PeerError(process.PEER, str(error)) from None

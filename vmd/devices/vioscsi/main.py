@@ -63,5 +63,5 @@ def make(services: "Process") -> Vioscsi:
     """Return the controller, with the disc in the drive.  Raises PeerError or OSError."""
     resources = services.host.resources
     if len(resources) > 1:
-        raise PeerError(process.VM, f"{len(resources)} discs for one drive")
+        raise PeerError(process.PEER, f"{len(resources)} discs for one drive")
     return Vioscsi(services, resources[0] if resources else None)

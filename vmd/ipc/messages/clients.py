@@ -438,7 +438,7 @@ class NicInfo(Record):
     vhost: bool = False  # as in vm.conf; the counter `vhost` tells whether the kernel moves the frames now
 
 
-class DiskFile(Record):
+class DiskInfo(Record):
     """A disk of a VM, for `vmctl status --json`."""
 
     path: str
@@ -450,7 +450,7 @@ class VmFiles(Record):
 
     boot_image: str = ""  # "": the default firmware
     initrd: str = ""
-    disks: tuple[DiskFile, ...] = ()
+    disks: tuple[DiskInfo, ...] = ()
     cdrom: str = ""
     console_log: str = ""
     seed: bool = False  # whether the VM has a seed

@@ -15,7 +15,7 @@ class SwitchRequest(Record):
     up: bool = True
 
 
-class NicRequest(Record):
+class NicWanted(Record):
     """A tap to make."""
 
     name: str  # "": the next free name
@@ -95,7 +95,7 @@ class MakeNics(Record):
 
     vmid: int
     ticket: int
-    nics: tuple[NicRequest, ...]
+    nics: tuple[NicWanted, ...]
     reserved: tuple[str, ...] = ()  # names that are reserved for other interfaces
 
 
@@ -113,7 +113,7 @@ class AdoptNics(Record):
     """The interfaces of a running VM, which an earlier priv has made.  Sent before all other messages."""
 
     vmid: int
-    nics: tuple[NicRequest, ...]
+    nics: tuple[NicWanted, ...]
     made: tuple[NicMade, ...]
 
 
