@@ -1,6 +1,6 @@
 """The identity of a file, to compare open files."""
 
-import stat
+import _stat as stat
 
 from vmd.record import Record
 

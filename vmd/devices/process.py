@@ -13,9 +13,9 @@ import posix as os
 import select
 import sys
 import time
-from _queue import Empty, SimpleQueue
 
 from vmd.errors import GuestError, HostError, PeerError, VmdError, sentence
+from vmd.eventfd import eventfd
 from vmd.guestmem import GuestMemory, Region
 from vmd.ipc import devmsg
 from vmd.ipc.devfigures import take_slot
@@ -26,6 +26,7 @@ from vmd.virtio.queue import FEATURES, Queue
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections import deque
     from collections.abc import Callable
     from struct import Struct
     from typing import Any, Protocol
@@ -81,7 +82,8 @@ if TYPE_CHECKING:
 
         def resume(self) -> None:
             """Let the threads go on, and look at every queue.  Called after `activate` and after a pause."""
-
+else:
+    from _collections import deque
 
 PEER = "vm process"  # the peer that errors about the channels name
 MEMORY_BESIDES_BYTES = 512 << 20  # limit besides the mapped guest memory; stacks of 16 threads are 128 MiB of it
@@ -491,8 +493,8 @@ class ThreadedProcess(Process):
 
     def __init__(self, sync: _socket.socket, informs: _socket.socket, host: Host, kind: str) -> None:
         super().__init__(sync, informs, host, kind)
-        self.posts: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        self.posted = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.posts: deque[Callable[[], None]] = deque()  # threads append, and the main thread takes
+        self.posted = eventfd()
         self.watch(self.posted, self.on_posted)
 
     def watch_kicks(self) -> None:
@@ -505,7 +507,7 @@ class ThreadedProcess(Process):
 
     def post(self, job: "Callable[[], None]") -> None:
         """Call `job` on the main thread, soon.  An exception of it ends the process."""
-        self.posts.put(job)
+        self.posts.append(job)
         os.eventfd_write(self.posted, 1)
 
     def on_posted(self) -> None:
@@ -514,12 +516,8 @@ class ThreadedProcess(Process):
             os.eventfd_read(self.posted)
         except BlockingIOError:
             return
-        while True:
-            try:
-                job = self.posts.get_nowait()
-            except Empty:
-                return
-            job()
+        while self.posts:
+            self.posts.popleft()()
 
     def broke(self, text: str) -> None:
         """Called by a thread: the driver broke its ring, and the thread has stopped serving."""

@@ -4,10 +4,10 @@ A host file is a regular file or a block device.  Behind the end of a regular fi
 extends it.  A device ends where it ends, and what nobody has written to it holds any bytes.
 """
 
+import _stat as stat
 import _thread
 import errno
 import posix as os
-import stat
 from io import SEEK_END
 
 from vmd import native

@@ -4,9 +4,9 @@ A disk consists of sectors.  A file that ends inside one is read as if zeroes fo
 sector makes the file longer, if it can become longer.
 """
 
+import _stat as stat
 import errno
 import posix as os
-import stat
 from io import SEEK_END
 
 from vmd.errors import ImageError

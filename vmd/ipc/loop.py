@@ -7,6 +7,7 @@ from _heapq import heappop, heappush
 
 from vmd import signals as signal
 from vmd.closing import close
+from vmd.eventfd import eventfd
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class Loop:
         self._added: set[int] = set()  # descriptors added since this round's poll
         self._timers: list[Timer] = []
         self._calls: list[Callable[[], None]] = []
-        self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._wake_fd = eventfd()
         self._signals: dict[int, Callable[[], None]] = {}
         self._signal_pipe: tuple[int, int] | None = None
         self._running = False

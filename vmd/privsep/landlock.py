@@ -4,9 +4,9 @@ It complements the cell and the system call filter, and still holds if one of th
 priv it restricts the view of the file system.  Unlike a filter it restricts only the calling thread and its children.
 """
 
+import _stat as stat
 import errno
 import posix as os
-import stat
 import struct
 
 from vmd import native

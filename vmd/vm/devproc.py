@@ -6,6 +6,7 @@ import time
 
 from vmd import threads
 from vmd.errors import HostError, OperatorError, PeerError, VmdError, sentence
+from vmd.eventfd import eventfd
 from vmd.ipc import devmsg
 from vmd.ipc.channel import socketpair
 from vmd.ipc.rights import receive, rights_of
@@ -14,7 +15,6 @@ from vmd.memfile import sealed_file
 from vmd.privsep.spawn import spawn
 from vmd.signals import name_of
 from vmd.units import PAGE
-from vmd.vm.eventfd import eventfd
 from vmd.vm.kinds import INTERFACE, KERNEL, MAIN
 
 TYPE_CHECKING = False

@@ -16,13 +16,13 @@ import time
 
 from vmd import threads
 from vmd.errors import GuestError
+from vmd.eventfd import drain, eventfd
 from vmd.ipc import devmsg
 from vmd.ipc.devfigures import take_slot
 from vmd.ipc.loop import READ
 from vmd.log import RateLimit
 from vmd.virtio.queue import FEATURES, Queue
 from vmd.vm.devproc import Interrupts
-from vmd.vm.eventfd import drain, eventfd
 from vmd.vm.kinds import ENTROPY
 
 TYPE_CHECKING = False

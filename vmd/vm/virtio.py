@@ -30,6 +30,7 @@ import os
 
 from vmd.config.model import VirtioMode
 from vmd.errors import PeerError
+from vmd.eventfd import drain, eventfd, readable
 from vmd.ipc.devmsg import OWN_MAX, PAUSE, RESET
 from vmd.log import RateLimit, log
 from vmd.record import Part, Record
@@ -37,7 +38,6 @@ from vmd.virtio import spec
 from vmd.virtio.transport import COMMON_BYTES, Transport
 from vmd.vm import layout
 from vmd.vm.devproc import are_addresses
-from vmd.vm.eventfd import drain, eventfd, readable
 from vmd.vm.kinds import INTERFACE
 from vmd.vm.pci import COMMAND_INTX_DISABLE, Msix, PciFunction
 from vmd.vm.slots import LAYOUT, LAYOUT_FIRST

@@ -11,6 +11,7 @@ import pytest
 
 from tests.support.descriptors import open_descriptors
 from vmd.errors import HostError, OperatorError, PeerError
+from vmd.eventfd import readable
 from vmd.guestmem import GuestMemory, RegionSpec
 from vmd.ipc import devmsg
 from vmd.ipc.loop import Loop
@@ -18,7 +19,6 @@ from vmd.log import log
 from vmd.units import PAGE
 from vmd.vm import devproc
 from vmd.vm.devproc import DeviceProcess, start_packet
-from vmd.vm.eventfd import readable
 from vmd.vm.kinds import DISK, INTERFACE
 from vmd.vm.slots import Slot
 

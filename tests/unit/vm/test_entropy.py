@@ -38,6 +38,7 @@ from tests.support.virtiopci import (
     Kvm,
     Machine,
 )  # fmt: skip
+from vmd.eventfd import readable
 from vmd.guestmem import GuestMemory
 from vmd.ipc import devmsg
 from vmd.ipc.loop import Loop
@@ -47,7 +48,6 @@ from vmd.virtio.queue import CHAIN_MAX
 from vmd.vm import entropy as module
 from vmd.vm import virtio
 from vmd.vm.entropy import BURST_BYTES, COST, REQUEST_MAX, TURN_REQUESTS, Entropy
-from vmd.vm.eventfd import readable
 from vmd.vm.kinds import ENTROPY
 from vmd.vm.slots import Slot
 

@@ -18,6 +18,7 @@ from vmd.devices.vioblk import request as requests
 from vmd.devices.vioblk.handover import HandOver
 from vmd.devices.vioblk.request import HEADER, REQUEST_MAX_BYTES, Limits, Request, carry_out, parse
 from vmd.errors import GuestError, HostError
+from vmd.eventfd import eventfd
 from vmd.images.hostfile import DataLost, FlushFailed
 from vmd.images.raw import RawImage
 from vmd.ipc import devmsg
@@ -121,7 +122,7 @@ class Workers:
     def __init__(self, most: int) -> None:
         """Raises HostError if the first thread cannot be started."""
         self.jobs: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        self.done = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.done = eventfd()
         self.missing = most - 1
         # An entry for each idle thread that no submitted job counts on.  Only atomic methods of the list are used.
         self.idle: list[None] = [None]

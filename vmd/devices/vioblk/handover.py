@@ -11,10 +11,10 @@ compared with the one from when the lock was last known to be ours, and with the
 while the VM stood still.
 """
 
+import _stat as stat
 import _thread
 import errno
 import posix as os
-import stat
 
 from vmd.errors import OperatorError, VmdError
 from vmd.images.locks import lock, refresh, unlock

@@ -17,6 +17,7 @@ import time
 from vmd.devices.process import QUIESCE_TIMEOUT_S
 from vmd.devices.vionet.worker import NEVER
 from vmd.errors import GuestError, HostError
+from vmd.eventfd import eventfd
 from vmd.privsep.title import name_thread
 from vmd.tasks import start_thread
 
@@ -42,7 +43,7 @@ class Mover:
         self.wanted = False
         self.begun = False  # a turn was made since `go`
         self.serving = _thread.allocate_lock()
-        self.control = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.control = eventfd()
         self.stop_epoll = select.epoll()
         self.stop_epoll.register(self.control, BELL)
         self.epoll = select.epoll()

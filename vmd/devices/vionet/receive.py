@@ -9,23 +9,26 @@ import posix as os
 import select
 import time
 from _bisect import bisect_left, bisect_right
-from _queue import SimpleQueue
 
 from vmd.devices.vionet.buffers import STOCK, Chains, Run
 from vmd.devices.vionet.ethernet import GROUP, HEADER_BYTES
 from vmd.devices.vionet.tap import DOWN, GONE
 from vmd.devices.vionet.worker import NEVER, Worker
 from vmd.enums import Enum
+from vmd.eventfd import eventfd
 from vmd.ipc import devmsg
 from vmd.virtio import spec
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections import deque
     from collections.abc import Callable
 
     from vmd.devices.vionet.tap import Tap
     from vmd.devices.vionet.worker import Services
     from vmd.virtio.queue import Queue
+else:
+    from _collections import deque
 
 NUMBER = 0  # the queue's number
 ALONE = 128, 1 << 20  # the most frames, and about the most bytes, of one turn
@@ -75,8 +78,8 @@ class Receiver(Worker):
         self.large = 0  # so many more reads are offered room for the largest frame
         self.held = bytearray()  # a frame, with its header, that waits for buffers
         self.held_until_s = 0.0
-        self.injected: SimpleQueue[bytes] = SimpleQueue()
-        self.injection = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.injected: deque[bytes] = deque()
+        self.injection = eventfd()
         self.bells.append(self.injection)
         self.others: tuple[int, ...] = ()  # the rarely changing figures, as they were stored last
         self.packets = self.no_room = self.filtered = self.malformed = self.injected_lost = 0
@@ -116,18 +119,18 @@ class Receiver(Worker):
     def take_injected(self) -> list[bytes]:
         """Remove and return the frames of this process that wait in `injected`."""
         found = []
-        while not self.injected.empty():
-            found.append(self.injected.get_nowait())
+        while self.injected:
+            found.append(self.injected.popleft())
         return found
 
     # --- on any thread -------------------------------------------------------------------------------------------
 
     def inject(self, frame: bytes) -> None:
         """Queue a frame of this process for the guest; drop it if too many wait."""
-        if self.injected.qsize() >= INJECTED_MAX:
+        if len(self.injected) >= INJECTED_MAX:
             self.lose_injected()
             return
-        self.injected.put(frame)
+        self.injected.append(frame)
         os.eventfd_write(self.injection, 1)
 
     def lose_injected(self) -> None:
@@ -180,10 +183,10 @@ class Receiver(Worker):
                 self.held = bytearray()
             elif not self._place(queue, self.held):
                 return Ended.NO_BUFFERS
-        while not self.injected.empty():
+        while self.injected:
             if not self._stock(queue, STOCK):
                 return Ended.NO_BUFFERS
-            if not self._place(queue, bytearray(self.header) + self.injected.get_nowait()):
+            if not self._place(queue, bytearray(self.header) + self.injected.popleft()):
                 return Ended.NO_BUFFERS
         if not self.link_up:
             return Ended.NO_FRAMES

@@ -11,6 +11,7 @@ import posix as os
 from struct import Struct
 
 from vmd.errors import GuestError, HostError
+from vmd.eventfd import eventfd
 from vmd.virtio import spec
 
 TYPE_CHECKING = False
@@ -68,7 +69,7 @@ class Vhost:
         self.tap = tap
         self.kicks = kicks
         self.calls = calls
-        self.failed = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.failed = eventfd()
         self.offered = 0  # features of OF_RINGS that the kernel has
         self.owned = False  # `_begin` has called VHOST_SET_OWNER
         self.serving: list[tuple[int, Queue]] = []

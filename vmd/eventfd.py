@@ -1,6 +1,6 @@
 """Eventfds (eventfd(2)), by which KVM and the two halves of a device signal each other."""
 
-import os
+import posix as os
 import select
 
 
