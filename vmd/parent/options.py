@@ -10,24 +10,48 @@ from vmd.errors import VmdError
 from vmd.record import Record
 from vmd.version import VERSION
 
-USAGE = "usage: vmd [-dhnVv] [-D macro=value] [-f file] [-s socket]"
+DEFAULT_CONF = "/etc/vm.conf"
+
+
+class Option(Record):
+    """One option: its names, the shortest first, the name of its value, if it has one, and what it does."""
+
+    names: tuple[str, ...]
+    help: str
+    value: str = ""
+
+
+OPTIONS = (
+    Option(names=("-D",), value="macro=value", help="define a macro for the configuration file"),
+    Option(
+        names=("--check-adopt",),
+        help="check whether this version could replace the running daemon (vmctl upgrade -n)",
+    ),
+    Option(names=("-d",), help="do not go to the background, and log to standard error"),
+    Option(names=("-f",), value="file", help=f"read this file instead of {DEFAULT_CONF}"),
+    Option(names=("-h", "--help"), help="show this help"),
+    Option(names=("-n",), help="check the configuration file and exit"),
+    Option(names=("-s",), value="socket", help=f"serve this socket instead of {DEFAULT_SOCKET}"),
+    Option(names=("-V", "--version"), help="show the version"),
+    Option(names=("-v",), help="log more; twice, log every detail"),
+)
+NAMES = [name for option in OPTIONS for name in option.names]
+FLAGS = "".join(option.names[0][1:] for option in OPTIONS if not option.value and not option.names[0].startswith("--"))
+VALUES = " ".join(f"[{option.names[0]} {option.value}]" for option in OPTIONS if option.value)
+USAGE = f"usage: vmd [-{FLAGS}] {VALUES}"
+ROWS = "".join(f"  {', '.join(option.names)} {option.value}".ljust(20) + f"{option.help}\n" for option in OPTIONS)
 HELP = f"""{USAGE}
 
 Runs the virtual machines that vm.conf describes.
 
-  -D macro=value    define a macro for the configuration file
-  --check-adopt     check whether this version could replace the running daemon (vmctl upgrade -n)
-  -d                do not go to the background, and log to standard error
-  -f file           read this file instead of /etc/vm.conf
-  -h, --help        show this help
-  -n                check the configuration file and exit
-  -s socket         serve this socket instead of /run/vmd.sock
-  -V, --version     show the version
-  -v                log more; twice, log every detail
-
+{ROWS}
 See vmd(8) and vm.conf(5) for details.  vmctl(8) controls a running vmd.
 """
-DEFAULT_CONF = "/etc/vm.conf"
+# As getopt has them.
+SHORT = "".join(
+    option.names[0][1:] + ":" * bool(option.value) for option in OPTIONS if not option.names[0].startswith("--")
+)
+LONG = [name.removeprefix("--") for name in NAMES if name.startswith("--")]
 
 
 class UsageError(VmdError):
@@ -55,7 +79,7 @@ def parse(arguments: Sequence[str]) -> Options:
     """Return the options.  Raises UsageError, Shown."""
     options = Options()
     try:
-        given, rest = getopt.getopt(list(arguments), "dD:f:hns:Vv", ("check-adopt", "help", "version"))
+        given, rest = getopt.getopt(list(arguments), SHORT, LONG)
     except getopt.GetoptError as error:
         raise UsageError(f"vmd: {error.msg}\n{USAGE}") from None
     if rest:

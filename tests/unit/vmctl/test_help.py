@@ -2,12 +2,12 @@
 
 import errno
 import re
-import shlex
 from pathlib import Path
 
 import pytest
 
 from tests.support import schema
+from tests.support.manual import items
 from tests.unit.vmctl.conftest import Vmctl
 from tests.unit.vmctl.fake import ROOT, Answers, FakeDaemon, vm_info
 from vmctl.__main__ import main
@@ -125,32 +125,6 @@ def test_every_command_is_in_the_table() -> None:
 
 
 # --- the manual ------------------------------------------------------------------------------------------
-
-
-def items(page: str) -> list[str]:
-    """Return the heads of the list items of a manual page as they are read."""
-    found = []
-    for several, one in re.findall(r"^\.It (?:Xo\b ?(.*?)\n\.Xc$|([^\n]*)$)", page, flags=re.M | re.S):
-        lines = several.split("\n") if several else [one]
-        found.append(" ".join(filter(None, (plain(line.removeprefix(".")) for line in lines))))
-    return found
-
-
-def plain(macros: str) -> str:
-    """Return a line of mdoc(7) macros as it is read."""
-    words: list[str] = []
-    flag = optional = False
-    for word in shlex.split(macros):
-        if word in ("Cm", "Ar", "Fl", "Ns", "Nm"):
-            flag = word == "Fl"
-        elif word in ("Op", "Oo"):
-            optional = optional or word == "Op"
-            words.append("[")
-        elif word == "Oc":
-            words.append("]")
-        else:
-            words.append(f"-{word}" if flag and word not in "|," else word)
-    return " ".join([*words, *("]" if optional else "")]).replace("[ ", "[").replace(" ]", "]")
 
 
 def heads() -> dict[str, list[str]]:
