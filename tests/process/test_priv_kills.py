@@ -16,6 +16,7 @@ from tests.support.privdriver import RUN_DIRECTORY
 from vmd.ipc.messages.priv import ConfigureNetwork, MakeNics, NicWanted, SwitchRequest
 from vmd.parent.forpriv import open_tuns
 from vmd.priv import host
+from vmd.priv.nics import Nic
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(300)]
 
@@ -36,7 +37,7 @@ def network() -> Iterator[Network]:
         yield made
 
 
-def hand_over(holder: socket.socket, nics: list[host.Nic]) -> None:
+def hand_over(holder: socket.socket, nics: list[Nic]) -> None:
     """Give taps away, as to a parent."""
     for nic in nics:
         fd = nic.take_fd()

@@ -12,7 +12,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-    from vmd.priv.host import HostNetwork, Nic
+    from vmd.priv.host import HostNetwork
+    from vmd.priv.nics import Nic
 
 FOUND_MAX = 1000
 REPAIRED_S = 600.0  # repaired damage is shown for so long

@@ -5,30 +5,51 @@ rdomain<n>.  By these aliases priv finds the interfaces that a killed daemon has
 alias belongs to others and is never changed.  The exception is a tap that vm.conf names: its VM uses it, and later it
 is restored (`Attached`).
 
-All requests are checked here once more, so that a parent that was taken over cannot reach other interfaces.
+All requests are checked once more (`requests.py`), so that a parent that was taken over cannot reach other interfaces.
 """
 
 import errno
-import hashlib
 import ipaddress
 import os
-import re
 import time
 from collections import Counter
 
 from vmd.closing import close
-from vmd.config import rules as rules_of_vms
-from vmd.config.model import DEFAULT_ROUTES, FIXED_LENGTHS, LLADDR_BYTES, MAX_NICS, MAX_RDOMAIN
-from vmd.config.rules import HOST_TABLES, bridge_name, group_name, tap_name
+from vmd.config.model import DEFAULT_ROUTES
+from vmd.config.rules import HOST_TABLES
 from vmd.errors import HostError, OperatorError
-from vmd.ipc.messages.priv import AddressGiven, FramesDropped, TapBefore
+from vmd.ipc.messages.priv import AddressGiven, FramesDropped
 from vmd.log import log
 from vmd.priv import drops, groups, legacy, rules, sysctl, tap
 from vmd.priv.damage import Damage, Damages
 from vmd.priv.filters import Filters, needed
 from vmd.priv.firewalls import Chain, Guests, advice
-from vmd.priv.ifconfig import UNFINISHED, Links
+from vmd.priv.ifconfig import Links
 from vmd.priv.lists import Link
+from vmd.priv.nics import (
+    HOST6,
+    Attached,
+    Nic,
+    adopted,
+    is_bridge,
+    is_tap,
+    is_unfinished,
+    is_vrf,
+    link_local,
+    opposite,
+    to_itself,
+)
+from vmd.priv.requests import (
+    INET4_BYTES,
+    INET6_BYTES,
+    check_forwards,
+    check_request,
+    check_switch,
+    inside,
+    is_tap_name,
+    networks_of,
+    refuse,
+)
 from vmd.priv.rules import Member, Nft
 
 TYPE_CHECKING = False
@@ -40,98 +61,17 @@ if TYPE_CHECKING:
         AdoptNics,
         ConfigureNetwork,
         MakeNics,
-        NicMade,
         NicWanted,
         SetForwards,
         SwitchRequest,
     )
 
-ALIAS = re.compile(r"[ -~]{1,255}")
-SWITCH_ALIAS = re.compile(r"switch[0-9]+-")
-TAP_ALIAS = re.compile(r"vm[0-9]+-if[0-9]+-")
-VRF_ALIAS = re.compile(r"rdomain[0-9]+$")
 MTU_MAX = 16384  # the largest MTU of OpenBSD's taps (*cat. 6.5*)
-HIGHEST = b"\xfe"  # first byte of a link-layer address that no vendor assigns
-INET4_BYTES, INET6_BYTES = 4, 16
-HOST6 = (1).to_bytes(8, "big")  # the host has address ::1 of each /64
 LOOPBACK = "lo"
 PREDECESSOR_PATIENCE_S = 5.0
 RETRY_S = 0.05
 # Whether it is IPv6, its name, and its setting.
 FORWARDING = ((False, "IPv4", "ipv4/ip_forward"), (True, "IPv6", "ipv6/conf/all/forwarding"))
-
-
-class Nic:
-    """A tap that priv has made."""
-
-    def __init__(self, vmid: int, link: Link, fd: int, request: "NicWanted") -> None:
-        self.vmid = vmid
-        self.link = link
-        self.bridge = request.bridge
-        self.fd = fd  # -1 when the parent has got it
-        self.groups = request.groups
-        self.networks = networks_of(request)
-        self.guest4 = guest_of(request)
-        self.forwards = request.forwards
-        self.rdomain = request.rdomain
-        self.up = request.up
-        self.link_local = b""
-        self.vhost = False  # the kernel may move its frames
-        self.without = ""  # why it may not, although vm.conf asks for it
-
-    def settings(self) -> list[tuple[str, str]]:
-        """Return the settings that the tap must have, as names below /proc/sys/net and values.  Some may not exist."""
-        name, families = self.link.name, {rules.v6(network) for network in self.networks}
-        found = [
-            to_itself(name),
-            (f"ipv6/conf/{name}/addr_gen_mode", "1"),  # the kernel adds no addresses itself
-            (f"ipv6/conf/{name}/disable_ipv6", "0" if True in families else "1"),
-        ]
-        if False in families:
-            found.append((f"ipv4/conf/{name}/rp_filter", "1"))  # the guest sends from its own address
-        return found
-
-    def addresses(self) -> list[tuple[bytes, int]]:
-        """Return the host's addresses on the tap, with their prefix lengths."""
-        found = [(self.link_local, 64)] if self.link_local else []
-        for network, length in self.networks:
-            found.append((network[:8] + HOST6 if len(network) == INET6_BYTES else network, length))
-        return found
-
-    def take_fd(self) -> int:
-        """Return the descriptor.  The caller owns it."""
-        fd, self.fd = self.fd, -1
-        return fd
-
-    def as_it_was(self) -> TapBefore | None:
-        """Return the state of the tap before the VM used it; None if priv has made it."""
-        return None
-
-    def close(self) -> None:
-        """Close the descriptor if it was not taken."""
-        if self.fd >= 0:
-            close(self.fd)
-            self.fd = -1
-
-
-class Attached(Nic):
-    """A tap that another program has made, and the changes that priv has made to it."""
-
-    def __init__(self, vmid: int, link: Link, fd: int, request: "NicWanted") -> None:
-        super().__init__(vmid, link, fd, request)
-        self.before = link
-        self.added: list[AddressGiven] = []
-
-    def settings(self) -> list[tuple[str, str]]:
-        """Return none: the settings of the tap belong to the program that has made it."""
-        return []
-
-    def as_it_was(self) -> TapBefore:
-        """Return the state of the tap before the VM used it, and the addresses that were added."""
-        before = self.before
-        return TapBefore(
-            master=before.master, mtu=before.mtu, group=before.group, up=before.up, added=tuple(self.added)
-        )  # fmt: skip
 
 
 class Wrong:
@@ -999,164 +939,11 @@ class HostNetwork:
             log.warn(sentence)
 
 
-# --- interfaces that priv has made ---------------------------------------------------------------------------
-
-
-def is_tap(link: Link) -> bool:
-    """Return whether an interface is a tap that priv has made."""
-    return link.kind == "tun" and is_tap_name(link.name) and bool(TAP_ALIAS.match(link.alias))
-
-
-def is_bridge(link: Link) -> bool:
-    """Return whether an interface is a bridge that priv has made."""
-    return link.kind == "bridge" and bool(SWITCH_ALIAS.match(link.alias))
-
-
-def is_vrf(link: Link) -> bool:
-    """Return whether an interface is a VRF device that priv has made."""
-    return link.kind == "vrf" and bool(VRF_ALIAS.match(link.alias))
-
-
-def is_unfinished(link: Link) -> bool:
-    """Return whether a priv was killed while it made this bridge or VRF."""
-    return link.kind in ("bridge", "vrf") and link.group == UNFINISHED and not link.alias
-
-
-# --- checks of requests --------------------------------------------------------------------------------------
-
-
-def refuse(what: str) -> OperatorError:
-    """Return the error for a request that an intact parent never makes."""
-    return OperatorError(errno.EPERM, f"refused: {what}")
-
-
-def keeps(rule: "Callable[[str], str]", value: str) -> bool:
-    """Return whether a configuration can have a value."""
-    try:
-        rule(value)
-    except ValueError:
-        return False
-    return True
-
-
-def is_tap_name(name: str) -> bool:
-    """Return whether an interface of a VM can have this name."""
-    return name not in ("", "tap") and keeps(tap_name, name)
-
-
 def in_use(link: Link, network: bytes, length: int, why: str) -> OperatorError:
     """Return the error for a `local` interface whose network the host uses."""
     keyword = "local inet6 prefix" if len(network) == INET6_BYTES else "local prefix"
     text = rules.text(network, length)
     return OperatorError(errno.EADDRINUSE, f"interface {link.name}: {text} is in use: {why}; see `{keyword}`")
-
-
-def check_switch(switch: "SwitchRequest") -> None:
-    """Raise OperatorError unless a configuration can have this switch."""
-    if not keeps(bridge_name, switch.interface):
-        raise refuse("that is not a name of a bridge")
-    if not ALIAS.fullmatch(switch.alias) or not SWITCH_ALIAS.match(switch.alias):
-        raise refuse(f"bridge {switch.interface} with an alias that is not a switch's")
-    if switch.rdomain is not None and not 0 <= switch.rdomain <= MAX_RDOMAIN:
-        raise refuse(f"bridge {switch.interface} in rdomain {switch.rdomain}")
-
-
-def adopted(vmid: int, request: "NicWanted", made: "NicMade") -> Nic:
-    """Return the interface that an earlier priv has made."""
-    link = Link(
-        index=made.index, name=made.name, kind="tun", alias=request.alias, master=0, mtu=made.mtu, lladdr=made.lladdr,
-        up=request.up,
-    )  # fmt: skip
-    before = made.before
-    if before is None:
-        nic = Nic(vmid, link, -1, request)
-    else:
-        was = link.replace(alias="", master=before.master, mtu=before.mtu, group=before.group, up=before.up)
-        nic = lent = Attached(vmid, was, -1, request)
-        lent.link, lent.added = link, list(before.added)
-    nic.link_local = made.link_local
-    nic.vhost = made.vhost
-    return nic
-
-
-def check_request(message: "MakeNics | AdoptNics") -> None:
-    """Raise OperatorError unless a configuration can lead to this request."""
-    if message.vmid <= 0 or not 0 < len(message.nics) <= MAX_NICS:
-        raise refuse(f"{len(message.nics)} interfaces for vm {message.vmid}")
-    for nic in message.nics:
-        if nic.name and not is_tap_name(nic.name):
-            raise refuse("an interface of a VM that is not called tap<n>")
-        if not ALIAS.fullmatch(nic.alias) or not TAP_ALIAS.match(nic.alias):
-            raise refuse("an interface with an alias that is not a VM's")
-        if len(nic.groups) > 2 or not all(group and keeps(group_name, group) for group in nic.groups):
-            raise refuse("that is not a name of a group")
-        if nic.rdomain is not None and not 0 <= nic.rdomain <= MAX_RDOMAIN:
-            raise refuse(f"rdomain {nic.rdomain}")
-        if len(nic.host4) not in (0, 4) or len(nic.prefix6) not in (0, 16) or any(nic.prefix6[8:]):
-            raise refuse("that is not an address")
-        if len(nic.lladdr) != LLADDR_BYTES or nic.length4 not in FIXED_LENGTHS:
-            raise refuse("that is not an address")
-        if nic.guest4 and not (nic.host4 and inside(nic.guest4, nic.host4, nic.length4)):
-            raise refuse("that is not an address of a guest")
-        check_forwards(guest_of(nic), nic.forwards)
-
-
-def check_forwards(guest4: bytes, forwards: "Sequence[Forward]") -> None:
-    """Raise OperatorError unless a configuration can lead to these forwards to a guest with that address."""
-    if forwards and not guest4:
-        raise refuse("to forward ports to an interface that has no address")
-    try:
-        rules_of_vms.forwards(forwards)
-    except ValueError as error:
-        raise refuse(str(error)) from None
-
-
-def guest_of(request: "NicWanted") -> bytes:
-    """Return the guest's IPv4 address.
-
-    A daemon of an earlier version does not send it.  Its networks have two addresses, so it follows from the host's.
-    """
-    if request.guest4 or not request.host4:
-        return request.guest4
-    return (int.from_bytes(request.host4, "big") ^ 1).to_bytes(INET4_BYTES, "big")
-
-
-def networks_of(request: "NicWanted") -> tuple[tuple[bytes, int], ...]:
-    """Return the networks of a `local` interface."""
-    found = []
-    if request.host4:
-        found.append((request.host4, request.length4))
-    if request.prefix6:
-        found.append((request.prefix6, 64))
-    return tuple(found)
-
-
-def inside(address: bytes, network: bytes, length: int) -> bool:
-    """Return whether an address is in a network.  `network` may be any address of the network."""
-    if len(address) != len(network):
-        return False
-    different = int.from_bytes(address, "big") ^ int.from_bytes(network, "big")
-    return not different >> (8 * len(address) - length)
-
-
-def link_local(lladdr: bytes) -> bytes:
-    """Return the IPv6 link-local address of an Ethernet address (RFC 4291, appendix A)."""
-    return b"\xfe\x80" + bytes(6) + bytes((lladdr[0] ^ 2,)) + lladdr[1:3] + b"\xff\xfe" + lladdr[3:]
-
-
-def opposite(guest: bytes) -> bytes:
-    """Return the Ethernet address of the host's side of a tap, computed from that of the guest's side.
-
-    The guest knows the address, so it must be the same after each start and on each host.
-    """
-    # A bridge without an address of its own takes the lowest one of its ports.  A tap's address must not be that, or a
-    # host whose uplink is in the bridge would change its address.
-    return HIGHEST + hashlib.sha256(b"vmd tap " + guest).digest()[: LLADDR_BYTES - 1]
-
-
-def to_itself(name: str) -> tuple[str, str]:
-    """Return the setting with which an interface ignores router advertisements of guests."""
-    return f"ipv6/conf/{name}/accept_ra", "0"
 
 
 def lacking(error: HostError, tried: str, module: str) -> str:

@@ -12,9 +12,10 @@ from vmd.parent.status import COUNT_TIMEOUT_S
 from vmd.priv import rules, sysctl
 from vmd.priv.drops import Watch
 from vmd.priv.filters import Filters
-from vmd.priv.host import HostNetwork, Nic, adopted
+from vmd.priv.host import HostNetwork
 from vmd.priv.lists import Link
 from vmd.priv.main import REST, REST_MAX_S, Priv
+from vmd.priv.nics import Nic, adopted
 
 NFT_VERBS = ("add", "delete", "flush")
 

@@ -7,8 +7,9 @@ import pytest
 from vmd.config.model import Forward, Prefix
 from vmd.config.rules import HOST_TABLES
 from vmd.errors import OperatorError
-from vmd.priv.host import inside, is_bridge, is_tap, is_vrf, link_local
 from vmd.priv.lists import Link
+from vmd.priv.nics import is_bridge, is_tap, is_vrf, link_local
+from vmd.priv.requests import inside
 from vmd.priv.rules import TRANSLATES, Member, Nft, needed, ruleset, shape
 
 NET4, NET6 = (bytes((100, 64, 3, 4)), 31), (b"\xfd" + bytes(15), 64)
