@@ -44,7 +44,7 @@ SCRIPT_HEAD = """
 import os, select, socket, sys
 sys.path[:0] = {path!r}
 from vmd.privsep import linux
-from vmd.privsep.cell import Cell, Network
+from vmd.privsep.cell import Cell, PrivPlace
 from vmd.privsep.spawn import spawn
 def ask(place, *arguments, fds=None, import_path=None):
     ours, theirs = socket.socketpair()
@@ -502,7 +502,7 @@ def priv() -> list[str]:
     output = run_script(f"""
 import tempfile
 linux.unshare(linux.CLONE_NEWNET)
-place = Network()
+place = PrivPlace()
 place.import_path = tuple(sys.path[:4])
 with tempfile.TemporaryFile() as data:
     tun = os.open("/dev/net/tun", os.O_RDWR)
@@ -550,7 +550,7 @@ def test_priv_is_killed_for_what_no_program_of_its_does(attempt: str) -> None:
     """Its filter forgives most calls, but not these."""
     output = run_script(f"""
 linux.unshare(linux.CLONE_NEWNET)
-place = Network()
+place = PrivPlace()
 place.import_path = tuple(sys.path[:4])
 print(ask(place, "PRIV", {attempt!r}, "threads"))
 """)
@@ -784,7 +784,7 @@ def test_checkout_of_another_user_serves_priv(tmp_path: Path) -> None:
         os.chown(path, USER.pw_uid, USER.pw_gid)
     output = run_script(
         """
-place = Network()
+place = PrivPlace()
 place.import_path = tuple(sys.path[:3])
 print(ask(place, "PRIV", "capabilities"))
 """,

@@ -1,7 +1,7 @@
 """Starting processes: fork and exec of this program, with exactly the descriptors that are named.
 
 Without a `place` a process starts with its starter's view of the system: children of vmm and of VM processes share
-their cell.  Otherwise it starts in a `Place` that root prepares, such as `cell.Cell`, or `cell.Network` for priv.
+their cell.  Otherwise it starts in a `Place` that root prepares, such as `cell.Cell`, or `cell.PrivPlace` for priv.
 """
 
 import fcntl
