@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from vmd.devices.vionet import ethernet
+from vmd.priv import nics
+
 ROOT = Path(__file__).resolve().parents[2]
 
 # Constants that have one name and one value in two modules, and yet are not one fact.
@@ -131,6 +134,13 @@ def test_a_constant_has_one_home() -> None:
 def test_copies_of_a_constant_agree(one: str, other: str) -> None:
     """As long as they have to be two."""
     assert value_of(one) == value_of(other), f"{one} is {value_of(one)!r}, and {other} {value_of(other)!r}"
+
+
+def test_both_sides_of_a_tap_make_the_same_link_local_address() -> None:
+    """The interface's process answers as the host's side, whose address priv gives."""
+    lladdr = bytes.fromhex("fee1bbd10203")
+
+    assert ethernet.link_local(lladdr) == nics.link_local(lladdr)
 
 
 # --- what nothing uses ---------------------------------------------------------------------------------------------

@@ -122,7 +122,7 @@ class Bus:
             return read(port - first, size)
         except GuestError as error:
             self._refused("read from", "port", port, error)
-            return _all_ones(size)
+            return all_ones(size)
 
     def pio_write(self, port: int, size: int, value: int) -> None:
         """Answer OUT."""
@@ -179,7 +179,7 @@ class Bus:
                     return read(gpa - base, size)
                 except GuestError as error:
                     self._refused("read from", "address", gpa, error)
-                    return _all_ones(size)
+                    return all_ones(size)
         else:
             if size == 1:
                 self._count_unclaimed("read from", "address", gpa)
@@ -219,7 +219,8 @@ class Bus:
         self._error_limit.warn(f"guest {what} {space} {address:#x}: {error}")
 
 
-def _all_ones(size: int) -> int:
+def all_ones(size: int) -> int:
+    """Return the value of a read of `size` bytes at an address that no device decodes."""
     return (1 << 8 * size) - 1
 
 

@@ -39,7 +39,8 @@ from vmd.virtio.transport import COMMON_BYTES, Transport
 from vmd.vm import layout
 from vmd.vm.devproc import are_addresses
 from vmd.vm.kinds import INTERFACE
-from vmd.vm.pci import COMMAND_INTX_DISABLE, Msix, PciFunction
+from vmd.vm.msix import Msix
+from vmd.vm.pci import COMMAND_INTX_DISABLE, PciFunction
 from vmd.vm.slots import LAYOUT, LAYOUT_FIRST
 
 TYPE_CHECKING = False

@@ -12,6 +12,7 @@ from vmd.log import log
 from vmd.units import MIB
 from vmd.vm import layout, pci
 from vmd.vm.bus import Bus
+from vmd.vm.msix import Msix
 
 ADDRESS, DATA = layout.PORT_PCI_ADDRESS, layout.PORT_PCI_DATA
 WINDOW = 0x80000000  # of a machine with 128 MiB
@@ -56,7 +57,7 @@ class Function(pci.PciFunction):
         self.line = False
         self.registers = Registers(fill)
         self.add_io_bar(0, 128, self.registers)
-        self.table = pci.Msix(vectors, self.on_change, self.pending.__contains__, self.switches.append)
+        self.table = Msix(vectors, self.on_change, self.pending.__contains__, self.switches.append)
         self.cap = self.add_msix(self.table, 1)
 
     def on_change(self, vector: int, address: int, data: int, masked: bool) -> None:
@@ -477,7 +478,7 @@ def entry(address: int = 0xFEE01000, data: int = 0x41, control: int = 0) -> byte
     return struct.pack("<QII", address, data, control)
 
 
-def write_entry(msix: pci.Msix, vector: int, content: bytes) -> None:
+def write_entry(msix: Msix, vector: int, content: bytes) -> None:
     """Write a table entry as Linux does, dword by dword."""
     for at in range(0, 16, 4):
         msix.mmio_write(vector * 16 + at, 4, int.from_bytes(content[at : at + 4], "little"))
@@ -500,7 +501,7 @@ def test_msix_capability_describes_the_table(machine: Machine) -> None:
 )
 def test_msix_bar_holds_table_and_pending_bits(vectors: int, pba: int, bar: int) -> None:
     """One page for all devices of ours, the next power of two beyond."""
-    msix = pci.Msix(vectors, lambda *_: None, lambda _: True)
+    msix = Msix(vectors, lambda *_: None, lambda _: True)
 
     assert (msix.pba_offset, msix.bar_bytes) == (pba, bar)
     assert msix.mmio_read((vectors - 1) * 16 + 12, 4) == 1
@@ -511,7 +512,7 @@ def test_msix_bar_holds_table_and_pending_bits(vectors: int, pba: int, bar: int)
 def test_msix_has_between_1_and_2048_vectors(vectors: int) -> None:
     """As the capability can say."""
     with pytest.raises(ValueError, match=f"{vectors} msi-x vectors"):
-        pci.Msix(vectors, lambda *_: None, lambda _: False)
+        Msix(vectors, lambda *_: None, lambda _: False)
 
 
 def test_vector_is_told_when_it_becomes_deliverable(machine: Machine) -> None:
