@@ -104,7 +104,7 @@ class Queue:
         return index
 
     def go_on_at(self, next_avail: int) -> None:
-        """Take the queue over from the kernel, which has returned all chains that the ring says, and told the guest."""
+        """Take the queue over from the kernel: it has told the guest of all chains before the ring's used index."""
         self.next_avail = next_avail
         self.next_used = self.published = self.signalled_used = self.visible
 

@@ -221,7 +221,7 @@ CDROM = Kind(
     resources=cdrom,
 )
 
-# The seed for cloud-init (`vmd.seed`): a disk that does not count as one: it is not resized, limited or in snapshots.
+# The seed for cloud-init (`vmd.seed`).  For the guest it is a disk, but it is not resized, limited or in snapshots.
 SEED = DISK.replace(
     name="cidata",
     word="seed",
