@@ -5,7 +5,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 LONGEST = 32  # letters; a longer word is not a mistyped keyword
-PER_MISTAKE = 3  # one mistake is allowed for so many letters of the word
+PER_MISTAKE = 3  # letters of a word for each mistake that is allowed in it
 
 
 def nearest(word: str, choices: "Iterable[str]") -> str:

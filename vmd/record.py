@@ -21,7 +21,7 @@ class RecordType(type):
 
     fields: "Mapping[str, Any]"  # name -> declared type, in order of declaration
     defaults: "Mapping[str, Any]"
-    least: int  # a list of values needs at least so many fields, because all after them have defaults
+    least: int  # the least length of a list of values: all fields behind it have defaults
 
     def __new__(mcls, name: str, bases: tuple[type, ...], namespace: dict[str, object]) -> "RecordType":
         """Build the class.  A record inherits the fields of the record that it extends."""

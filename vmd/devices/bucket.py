@@ -7,9 +7,9 @@ the tokens kept and the last request.
 
 import time
 
-KEPT_S = 0.1  # the burst: unused tokens of this long are kept
+KEPT_S = 0.1  # the burst: at most the tokens of this time are kept
 LEAST_S = 0.001
-STEP_S = 0.01  # a wait ends with tokens for this long, since each wake-up costs
+STEP_S = 0.01  # a wait ends when the tokens of this time are there, since each wake-up costs
 
 
 class Bucket:

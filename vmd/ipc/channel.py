@@ -25,7 +25,7 @@ else:
 OUTSIDE = (Proc.VM, Proc.CLIENT)  # peers that are cut off if their message leads to an unexpected exception
 HANG_UPS = (errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN)
 BATCH = 32  # messages taken from one peer before it is the others' turn
-DRAIN_BATCHES = 32  # an exited peer has left no more; a child of it that still has its socket may send for ever
+DRAIN_BATCHES = 32  # an exited peer has left no more; but a child that still has the peer's socket may send for ever
 FD_SPACE = socket.CMSG_SPACE(MAX_FDS * FD.size)
 
 

@@ -88,7 +88,7 @@ COUNTER_NAMES = (
     "tx_throttled", "tx_throttled_ns",
     "vhost",                   # 1 while the kernel moves the frames; the device then does not count them
 )  # fmt: skip
-COUNTERS_LEAST = COUNTER_NAMES.index("rx_throttled")  # a process of any version has at least so many
+COUNTERS_LEAST = COUNTER_NAMES.index("rx_throttled")  # number of counters that a process of any version has
 FIGURES = {
     "viornd": ("requests", "bytes", "delayed"),
     "vionet": COUNTER_NAMES,

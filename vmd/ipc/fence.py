@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     Source = tuple[Proc, int]  # (Proc.CLIENT, its number) or (Proc.VM, its vmid)
 
-STRIKES, STRIKES_S = 3, 60.0  # a source with so many exceptions within so long is cut off
+STRIKES, STRIKES_S = 3, 60.0  # a source is cut off after STRIKES exceptions within STRIKES_S
 SOURCES_MAX = 1024  # the most sources that are remembered
 OUR_FAULT = "internal error of vmd; its log has more"  # the answer to a client
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 READ = select.EPOLLIN
 WRITE = select.EPOLLOUT
 HANG_UP = select.EPOLLHUP | select.EPOLLERR  # epoll always reports these
-REST_S = 0.1  # a descriptor whose callback has failed is ignored for so long: the cause may still be there
+REST_S = 0.1  # how long a descriptor is ignored after its callback has failed: the cause may still be there
 
 
 class Timer:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 QUESTION_MAX = 65536  # bytes; enough for a kernel's command line in hexadecimal
 FILES_MAX = 5  # a chain of images, and the file to copy to
-LOOK_S = 5.0  # `wait_patiently` calls `go_on` once in so long
+LOOK_S = 5.0  # time between two calls of `go_on` by `wait_patiently`
 
 
 def serve(answer: "Callable[[list[str], list[int]], bytes]") -> int:

@@ -75,9 +75,9 @@ SEG_MAX = QUEUE_SIZE - 2
 # Requests are served in rounds.  At the end of a round the guest is interrupted; it takes the answers while the next
 # round is served.
 ROUND = 8  # requests; with 4 the interrupts cost more than they gain, with 16 the guest waits
-ROUND_BYTES = 1 << 20  # a round ends early after so many bytes
+ROUND_BYTES = 1 << 20  # a round ends early after this number of bytes
 ROUNDS = 8  # at most, for each wake-up
-INLINE_MAX = 1 << 20  # the main thread carries out transfers of up to so many bytes
+INLINE_MAX = 1 << 20  # bytes of the largest transfer that the main thread carries out itself
 LONG = 8  # from more descriptors on, an indirect table is read with an iterator
 OURS = -1  # the head of a request that this process makes itself
 CHECK_LOCK_S = 10.0  # time between two checks of the lock

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from vmd.images.image import Image
 
 
-NO_MARK = (0, 0)  # the mark of a block device: it cannot be told whether one was written to
+NO_MARK = (0, 0)  # the mark of a block device, which does not tell whether it was written to
 
 
 class HandOver:

@@ -56,7 +56,7 @@ FOR_EVER = b"\xff" * 4
 BOOT_FILE = b"auto_install"
 HOST_NAME_MAX, LABEL_MAX = 255, 63
 OPTION_MAX = 255  # bytes of one option; a longer value is split into several (RFC 3396)
-DATAGRAM_MIN = 576  # bytes of an IP datagram; every client accepts so many (RFC 2131, 2)
+DATAGRAM_MIN = 576  # bytes of an IP datagram that every client accepts (RFC 2131, 2)
 NAK_TEXT = b"this network has another address for you"
 
 # Reasons why a request is not answered.  They are names of `devmsg.COUNTER_NAMES`.

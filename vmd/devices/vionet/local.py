@@ -68,7 +68,7 @@ class LocalNetwork:
         self.tell = tell
         self.waiting: list[Callable[[], None]] = []  # answers that wait for name servers
         self.asked = False  # ASK_RESOLVERS was sent, and not answered yet
-        self.initial = 0  # so many initial advertisements are left
+        self.initial = 0  # number of initial advertisements that are left
         # `life` counts `begin` and `end`; `leased` is its value when LEASE was last sent.
         self.life = self.leased = 0
         self.answered = {dhcp.OFFER: 0, dhcp.ACK: 0, dhcp.NAK: 0, dhcp.BOOTP_TYPE: 0}

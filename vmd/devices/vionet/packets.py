@@ -33,7 +33,7 @@ HEADER = spec.NET_HDR_BYTES_LEGACY  # size of the headers of PACKET_VNET_HDR; it
 NO_HEADER = bytes(HEADER)
 BUDGET = 16  # frames of one wake-up
 FRAME_MAX = 65536
-STALE_MAX = 4096  # frames; the socket's buffer has no room for so many
+STALE_MAX = 4096  # frames; more than the socket's buffer has room for
 
 
 class Packets:

@@ -33,7 +33,7 @@ else:
 NUMBER = 0  # the queue's number
 ALONE = 128, 1 << 20  # the most frames, and about the most bytes, of one turn
 SHARED = 64, 256 << 10  # the same if the guest has frames to send; frames that arrive meanwhile wait in the tap
-GIVE_BYTES = 64 << 10  # give so much at a time, so that the guest takes it, and offers new buffers, meanwhile
+GIVE_BYTES = 64 << 10  # bytes after which frames are given: the guest takes them while the next ones are read
 FEW = 4  # after a turn of fewer frames, give the next turn's first frame at once: the guest probably waits for it
 FRAME_MAX = 65536 + 64  # the largest frame of the kernel, unsegmented, with its headers
 INJECTED_MAX = 16  # answers of this process that may wait; each answers a packet, which the guest can send again
@@ -42,7 +42,7 @@ INJECTED_MAX = 16  # answers of this process that may wait; each answers a packe
 # After a frame that took several buffers, the next LARGE_READS reads are offered room for the largest frame.
 LARGE_READS = 32
 
-HOLD_S = 1.0  # a frame waits so long for more buffers, if the driver has offered too few for it
+HOLD_S = 1.0  # how long a frame waits for more buffers, if the driver has offered too few for it
 
 PACKETS, BYTES = (devmsg.COUNTER_NAMES.index(name) for name in ("rx_packets", "rx_bytes"))
 INJECTED_LOST = devmsg.COUNTER_NAMES.index("rx_injected_lost")  # stored by the thread that calls `inject`
@@ -75,7 +75,7 @@ class Receiver(Worker):
         self.placed = False  # `chains` was filled for a frame in our own memory; the rest of it may fit a run
         self.turn_frames, self.turn_bytes = ALONE  # the budget of this turn
         self.few = True  # the last turn had fewer than FEW frames
-        self.large = 0  # so many more reads are offered room for the largest frame
+        self.large = 0  # number of reads, from now on, that are offered room for the largest frame
         self.held = bytearray()  # a frame, with its header, that waits for buffers
         self.held_until_s = 0.0
         self.injected: deque[bytes] = deque()

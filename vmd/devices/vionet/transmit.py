@@ -49,13 +49,13 @@ if TYPE_CHECKING:
 
 NUMBER = 1  # the queue's number
 BUDGET = 128  # frames of one turn
-GIVE_BYTES = 256 << 10  # give back so much at a time, so that the guest makes new frames while others are sent
+GIVE_BYTES = 256 << 10  # bytes after which frames are given back: the guest makes new ones while others are sent
 STEPS = range(IOV_MAX - 1)  # descriptors of a chain; `_cached` may put one more view in front
 CACHED_TABLES = range(8 * DESC.size, 64 * DESC.size + 1)  # sizes in bytes of the indirect tables that are cached
 WINDOWS_MAX = 1024  # views of guest memory in the cache; about 200 bytes each
 FRAME_MAX = 16384 + HEADER_BYTES  # the longest frame that a tap of OpenBSD takes (*cat. 6.5*)
 GSO_TYPE = 1  # offset of gso_type in the header
-BUSY_S = 1.0  # if the tap takes nothing for so long, the frame is dropped
+BUSY_S = 1.0  # a frame is dropped if the tap takes nothing during this time
 
 PACKETS, BYTES = (devmsg.COUNTER_NAMES.index(name) for name in ("tx_packets", "tx_bytes"))
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 GSO_FRAME_MAX = 65550  # bytes of a frame that is to be segmented: an IP packet of 64 KiB, and its Ethernet header
-TURN_S = 0.05  # a turn of a limited queue takes at most the limit for so long, even if all frames are the largest
+TURN_S = 0.05  # a turn of a limited queue takes at most the limit of this time, even if all frames are the largest
 WAYS = ("rx", "tx")  # direction, by the queue's number
 NEVER = float("inf")
 

@@ -70,7 +70,7 @@ class AgentxVms(Record):
     """The end of the list of VMs.  Times are those of CLOCK_MONOTONIC."""
 
     began_ns: int  # when the daemon started
-    changed_ns: int  # when a VM was last added to, or removed from, the known ones
+    changed_ns: int  # when the list of known VMs last changed
 
 
 @message(0x106, (Proc.PARENT, Proc.AGENTX))

@@ -34,7 +34,7 @@ class Live(Record):
     """When a VM that is sent while it runs is stopped for the rest."""
 
     still_ms: int = 300  # when sending the rest is expected to take no longer, at the rate so far
-    rounds: int = 30  # after so many rounds in any case
+    rounds: int = 30  # the VM is stopped after this number of rounds in any case
 
 
 class SnapshotAction(IntEnum):

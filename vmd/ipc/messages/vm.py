@@ -240,7 +240,7 @@ class DisksLetGo(Record):
 
 @message(0xE8, TO_VM, answered_by=("SendUndone",))
 class EndSend(Record):
-    """With `sent` the machine runs at the target: end.  Otherwise take back the disks and go on; that is answered."""
+    """With `sent` the machine runs at the target: end.  Otherwise take back the disks, go on, and send SendUndone."""
 
     vmid: int
     sent: bool
