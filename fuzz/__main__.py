@@ -15,12 +15,12 @@ ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_S = 30
 INPUT_MAX = 1 << 16
 MEMORY_MIB = 1024
-LINES_S = 30  # at most, to run what a target has kept once more
+LINES_S = 30  # of processor time at most, to run what a target has kept once more
 
 
 def main(arguments: list[str]) -> int:
     """Run the targets one after the other; return how many failed."""
-    from fuzz.seeds import seeds
+    from fuzz.seeds import refused, seeds
     from fuzz.targets import TARGETS
 
     seconds = int(arguments[0]) if arguments else DEFAULT_S
@@ -31,7 +31,7 @@ def main(arguments: list[str]) -> int:
             return 2
         folder = ROOT / "build" / "fuzz" / name
         (folder / "corpus").mkdir(parents=True, exist_ok=True)
-        for number, seed in enumerate(seeds(name)):
+        for number, seed in enumerate([*seeds(name), *refused(name)]):
             (folder / "corpus" / f"seed{number}").write_bytes(seed)
         command = [
             sys.executable, "-m", "fuzz", "--one", name, f"-max_total_time={seconds}", f"-max_len={INPUT_MAX}",
@@ -70,9 +70,11 @@ def show_lines(name: str) -> None:
     from vmd.log import log
 
     log.fd = os.open(os.devnull, os.O_WRONLY)
-    corpus = sorted((ROOT / "build" / "fuzz" / name / "corpus").iterdir(), key=lambda path: path.stat().st_size)
+    found = sorted((ROOT / "build" / "fuzz" / name / "corpus").iterdir(), key=lambda path: path.stat().st_size)
+    corpus = sorted(found, key=lambda path: not path.name.startswith("seed"))  # these first, whatever they take
     lines = reached(TARGETS[name], (path.read_bytes() for path in corpus), LINES_S)
-    print("      " + ", ".join(str(Share(module, lines)) for module in PARSERS.get(name, ())))
+    for module in PARSERS[name]:
+        print(f"      {Share(module, lines)}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from pathlib import Path
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Collection, Iterable
     from types import CodeType, FrameType
 
     Tracer = Callable[[FrameType, str, object], "Tracer | None"]
@@ -16,7 +16,7 @@ PARSERS = str(ROOT / "vmd") + "/"
 
 
 def reached(target: "Callable[[bytes], None]", inputs: "Iterable[bytes]", limit_s: float) -> dict[str, set[int]]:
-    """Return the lines inside functions of vmd that run for these inputs, by path; tried as long as there is time."""
+    """Return the lines of functions of vmd that run for these inputs, by path; tried as long as there is time."""
     lines: dict[str, set[int]] = {}
 
     def on_line(frame: "FrameType", event: str, _argument: object) -> "Tracer":
@@ -27,27 +27,28 @@ def reached(target: "Callable[[bytes], None]", inputs: "Iterable[bytes]", limit_
     def on_call(frame: "FrameType", _event: str, _argument: object) -> "Tracer | None":
         return on_line if frame.f_code.co_filename.startswith(PARSERS) else None
 
-    deadline = time.monotonic() + limit_s
+    deadline = time.process_time() + limit_s
     before = sys.gettrace()
     sys.settrace(on_call)
     try:
         for data in inputs:
-            if time.monotonic() > deadline:
+            if time.process_time() > deadline:
                 break
             target(data)
     finally:
         sys.settrace(before)
-    return {str(Path(path).relative_to(ROOT)): found & inside_functions(path) for path, found in lines.items()}
+    return {str(Path(path).relative_to(ROOT)): found for path, found in lines.items()}
 
 
-def inside_functions(path: str) -> set[int]:
-    """Return the lines with code inside the functions of a module."""
+def inside_functions(path: str, names: "Collection[str]" = ()) -> set[int]:
+    """Return the lines with code inside the functions of a module: all, or those in `names`, functions or classes."""
     found: set[int] = set()
-    left = [compile(Path(path).read_bytes(), path, "exec")]
+    left = [(compile(Path(path).read_bytes(), path, "exec"), not names)]
     while left:
-        code = left.pop()
-        left += [constant for constant in code.co_consts if isinstance(constant, type(code))]
-        if is_function(code):
+        code, counts = left.pop()
+        counts = counts or code.co_name in names
+        left += [(constant, counts) for constant in code.co_consts if isinstance(constant, type(code))]
+        if counts and is_function(code):
             found |= {line for _, _, line in code.co_lines() if line is not None and line > code.co_firstlineno}
     return found
 
@@ -58,14 +59,18 @@ def is_function(code: "CodeType") -> bool:
 
 
 class Share:
-    """How many of the lines inside a module's functions were reached."""
+    """How many of the lines inside a module's functions, or inside some of them, were reached."""
 
     def __init__(self, module: str, lines: dict[str, set[int]]) -> None:
-        """`module` is a path below vmd without its suffix; `lines` what `reached` has found."""
-        path = f"vmd/{module}.py"
-        self.module = module
-        self.lines = len(lines.get(path, ()))
-        self.all = len(inside_functions(str(ROOT / path)))
+        """`module` is a path below vmd without its suffix, and perhaps names of functions behind a colon.
+
+        `lines` is what `reached` has found.
+        """
+        self.module, _, names = module.partition(":")
+        path = f"vmd/{self.module}.py"
+        there = inside_functions(str(ROOT / path), names.split())
+        self.lines = len(lines.get(path, set()) & there)
+        self.all = len(there)
 
     def __str__(self) -> str:
-        return f"{self.lines} of {self.all} lines of {self.module}"
+        return f"{self.lines} of {self.all} lines in {self.module}.py"

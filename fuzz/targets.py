@@ -13,23 +13,31 @@ import struct
 import zlib
 
 import tests.support.messages  # noqa: F401 - any of them may be decoded
+from fuzz import peers, registers
+from tests.support.figures import unseen
 from tests.support.packets import GUEST4, HOST4, HOST_LLADDR, LLADDR
 from vmd.config import check
 from vmd.devices.vioblk.request import Limits, parse
-from vmd.devices.vionet import dhcp, ra
+from vmd.devices.vionet import announce, dhcp, ra
+from vmd.devices.vionet.addresses import LOOK_BYTES, Addresses
 from vmd.devices.vionet.ethernet import HEADER_BYTES, IPV4, TYPE, checksum
 from vmd.devices.vionet.interface import Interface
+from vmd.devices.vionet.local import LocalNetwork
+from vmd.devices.vioscsi.device import CONTROL, REQUEST, Vioscsi
 from vmd.devices.vioscsi.scsi import GOOD, Drive
 from vmd.diskfs.disk import Disk
 from vmd.diskfs.source import WORK_MAX, DiskFsError
 from vmd.errors import GuestError, ImageError, PeerError
 from vmd.guestmem import GuestMemory, RegionSpec
+from vmd.images.bootsector import first_sector
 from vmd.images.chain import Link, open_chain
+from vmd.images.gpt import END_MAX, gpt_end
 from vmd.images.header import parse_header
 from vmd.images.identify import probe
+from vmd.images.raw import RawImage
 from vmd.images.snapshots import read_snapshots
 from vmd.imgboot import bootconf
-from vmd.ipc import bootmsg, imsg, probemsg
+from vmd.ipc import devmsg, imsg, probemsg
 from vmd.metrics import http
 from vmd.seed.documents import notes, seed_image
 from vmd.seed.parts import SeedError, SeedParts
@@ -56,8 +64,7 @@ NIC = Interface(
 
 def said(error: Exception) -> None:
     """Note that an input was refused; check that the refusal has a sentence."""
-    if not str(error):
-        raise RuntimeError(f"{type(error).__name__} without a sentence")
+    peers.has_sentence(error)
 
 
 def file_of(data: bytes) -> int:
@@ -87,20 +94,37 @@ def message(data: bytes) -> None:
         said(error)
 
 
-def probe_answer(data: bytes) -> None:
-    """Decode what imgprobe says."""
+def answer(data: bytes) -> None:
+    """Decode what a process says that answers one question: a probe, imgboot, seeder, streamprobe, lockholder."""
+    if not peers.answer(data):
+        said(ValueError("nobody's answer"))
+
+
+def device(data: bytes) -> None:
+    """Hear what the process of a device answers and tells."""
+    if not peers.device(data):
+        said(ValueError("nothing that a device says"))
+
+
+def shared(data: bytes) -> None:
+    """Read memory that the processes of a VM write: figures, and what a console has shown."""
+    if not peers.shared(data):
+        said(ValueError("nothing in there"))
+
+
+def snmp(data: bytes) -> None:
+    """Parse what a master agent sends."""
     try:
-        probemsg.unpack(data)
-    except ValueError as error:
+        if not peers.snmp(data):
+            said(ValueError("no packet"))
+    except PeerError as error:
         said(error)
 
 
-def boot_answer(data: bytes) -> None:
-    """Decode what imgboot says."""
-    try:
-        bootmsg.unpack_file(data)
-    except ValueError as error:
-        said(error)
+def lines(data: bytes) -> None:
+    """Take lines of a log."""
+    if not peers.lines(data):
+        said(ValueError("no line"))
 
 
 def boot_conf(data: bytes) -> None:
@@ -123,6 +147,7 @@ def identify(data: bytes) -> None:
             except ImageError as error:
                 refusals.append(error)
                 continue
+            found = found.replace(notes=(*found.notes, *first_sector(fd, found.format)))
             assert probemsg.unpack(probemsg.pack_image(found)) == found
             probemsg.refusal(found, hint, "image", "raw:image")
     finally:
@@ -213,8 +238,65 @@ def solicitation(data: bytes) -> None:
         said(ValueError("no router solicitation"))
 
 
+class NoServices:
+    """What a device is served with: figures that nobody reads."""
+
+    def __init__(self, kind: str) -> None:
+        self.figures = unseen(kind)
+        self.slot = memoryview(bytearray(devmsg.FIGURES_SLOT_BYTES - 8 * devmsg.FIGURES_HEAD)).cast("Q")
+
+    def post(self, job: "Callable[[], None]") -> None:
+        """Do it."""
+        job()
+
+    def call_after(self, _delay_s: float, _handler: "Callable[[], None]") -> None:
+        """Time does not pass."""
+
+    def interrupt(self, _queue: int) -> None:
+        """There is no guest."""
+
+
+def frame(data: bytes) -> None:
+    """Look at a frame of a guest: what it tells of its addresses, and whether its network is asked for something."""
+    addresses, given = Addresses(LLADDR), list[bytes]()
+    addresses.learn(data[:LOOK_BYTES])
+    local = LocalNetwork(NIC, given.append, NoServices("vionet"), given.append)
+    if local.concerns(data[: local.look_bytes]):
+        local.answer(with_ip_sum(data), True)
+    for entry in addresses.known:
+        assert len(announce.address(LLADDR, entry)) <= 1514
+    if not (given or addresses.known):
+        said(ValueError("nothing of interest"))
+
+
 def ring(data: bytes) -> None:
     """Walk the chains of a ring and parse them as requests to a disk."""
+    with_ring(data, serve_ring)
+
+
+def drive(data: bytes) -> None:
+    """Walk the chains of a ring as requests to a CD-ROM drive, or as controls of it: the first byte says which."""
+    number = CONTROL if data[:1] > b"\0" else REQUEST
+    with_ring(data[1:], lambda memory: serve_drive(memory, number))
+
+
+def serve_drive(memory: GuestMemory, number: int) -> None:
+    """Do so with what is there."""
+    queue = Queue(memory, (1 << 28) | (1 << 29) | (1 << 32), RING_SIZE, DESC, AVAIL, USED)
+    controller = Vioscsi(NoServices("vioscsi"), file_of(bytes(range(256)) * 256))
+    try:
+        controller.activate(0, [queue if each == number else None for each in range(3)])
+        while controller.on_notify(number):
+            pass
+    except GuestError as error:
+        said(error)
+    finally:
+        controller.quiesce(forget=True)
+        controller.close()
+
+
+def with_ring(data: bytes, serve: "Callable[[GuestMemory], None]") -> None:
+    """Have a ring in memory served, with its table, its heads and the memory that it describes."""
     memory = GuestMemory.create([RegionSpec(gpa=0, size=MIB, name="ram")])
     try:
         table = data[: 16 * RING_SIZE]
@@ -222,7 +304,7 @@ def ring(data: bytes) -> None:
         memory.load(AVAIL, struct.pack("<HH", 0, RING_SIZE))
         memory.load(AVAIL + 4, data[16 * RING_SIZE : 16 * RING_SIZE + 2 * RING_SIZE])
         memory.load(DATA, data[18 * RING_SIZE : 18 * RING_SIZE + 4096])
-        serve_ring(memory)
+        serve(memory)
     finally:
         memory.close()
 
@@ -351,7 +433,14 @@ def find_files(data: bytes) -> "list[bytes | DiskFsError]":
 
 def disk(data: bytes) -> None:
     """Look for files on a disk."""
-    for found in find_files(with_checksums(data)):
+    mended_disk = with_checksums(data)
+    fd = file_of(mended_disk)
+    image = RawImage(fd, "disk", writable=False)
+    try:
+        assert 0 <= gpt_end(image) <= END_MAX
+    finally:
+        image.close()
+    for found in find_files(mended_disk):
         if isinstance(found, DiskFsError):
             said(found)
 
@@ -376,36 +465,61 @@ def seed(data: bytes) -> None:
 TARGETS: "dict[str, Callable[[bytes], None]]" = {
     "config": config,
     "message": message,
-    "probe-answer": probe_answer,
-    "boot-answer": boot_answer,
+    "answer": answer,
+    "device": device,
+    "shared": shared,
+    "snmp": snmp,
+    "log": lines,
     "boot-conf": boot_conf,
     "identify": identify,
     "qcow2": qcow2,
     "boot-image": boot_image,
+    "registers": registers.run,
+    "frame": frame,
     "dhcp": dhcp_packet,
     "http": http_request,
     "solicitation": solicitation,
     "ring": ring,
+    "drive": drive,
     "scsi": command_block,
     "disk": disk,
     "stream": stream,
     "seed": seed,
 }
 
-# Modules of vmd that a target is there for: `make fuzz` prints how many of their lines it reaches.
+UNPACKING = "decode unpack _count_fits _name_fds _record _named_record _checked _decoder"
+SAID = "are_addresses export addresses _disk_status _kind _status _ready _error _handle_async _take_troubles"
+# Modules of vmd that a target is there for: `make fuzz` prints how many of their lines it reaches.  Where only some
+# functions or classes of a module read, they stand behind a colon.
 PARSERS = {
-    "config": ("config/grammar", "config/lexer", "config/rules"),
-    "message": ("ipc/imsg",),
-    "probe-answer": ("ipc/probemsg",),
-    "identify": ("images/identify", "images/signatures", "images/header"),
+    "config": ("config/grammar", "config/lexer", "config/values", "config/rules", "config/yacc: parse"),
+    "message": (f"ipc/imsg: {UNPACKING}",),
+    "answer": (
+        "ipc/probemsg: fields_of unpack", "ipc/bootmsg: unpack_file", "ipc/seedmsg: unpack", "vm/streamprobe: unpack",
+        "ipc/holdermsg: unpack",
+    ),
+    "device": (f"vm/devproc: {SAID}",),
+    "shared": ("parent/figures: slots host_names", "backlog: Output Backlog LoggedBacklog"),
+    "snmp": ("agentx/pdu: parse_header parse Reader",),
+    "log": ("logger/source",),
+    "boot-conf": ("imgboot/bootconf",),
+    "identify": ("images/identify", "images/signatures", "images/header", "images/bootsector"),
     "qcow2": ("images/header", "images/qcow2", "images/refcounts", "images/snapshots"),
     "boot-image": ("vm/boot/elf", "vm/boot/image", "vm/boot/linux", "vm/boot/openbsd", "vm/boot/pvh"),
+    "registers": (
+        "vm/bus", "vm/pci", "vm/virtio", "virtio/transport", "vm/vmmci", "vm/boot/fwcfg", "vm/chips/acpipm",
+        "vm/chips/i8042", "vm/chips/mc146818", "vm/chips/ns8250", "vm/chips/resetport",
+    ),
+    "frame": ("devices/vionet/addresses", "devices/vionet/local"),
     "dhcp": ("devices/vionet/dhcp",),
     "http": ("metrics/http",),
     "solicitation": ("devices/vionet/ra",),
     "ring": ("virtio/queue", "devices/vioblk/request"),
+    "drive": ("devices/vioscsi/device",),
     "scsi": ("devices/vioscsi/scsi",),
-    "disk": ("diskfs/partitions", "diskfs/ext", "diskfs/journal", "diskfs/ffs", "diskfs/walk"),
-    "stream": ("vm/stream",),
-    "seed": ("seed/documents", "seed/iso"),
-}
+    "disk": ("diskfs/partitions", "diskfs/ext", "diskfs/journal", "diskfs/ffs", "diskfs/walk", "images/gpt"),
+    "stream": (
+        "vm/stream: StreamReader runs_of", "vm/stream_v2", "vm/header", "vm/state: read_machine check_devices",
+    ),
+    "seed": ("seed/documents", "seed/iso", "seed/keys"),
+}  # fmt: skip
