@@ -222,8 +222,10 @@ def test_every_name_is_used() -> None:
         if name not in used().names[module] and not name.startswith("__")
     }
 
-    assert unused - set(UNUSED) - commands - devices == set(), "nothing uses these"
-    assert set(UNUSED) - unused == set(), "these are used, so UNUSED must not have them"
+    left = unused - set(UNUSED) - commands - devices
+
+    assert left == set(), f"nothing uses {sorted(left)}"
+    assert set(UNUSED) - unused == set(), f"{sorted(set(UNUSED) - unused)} are used, so UNUSED must not have them"
 
 
 def test_every_method_is_called() -> None:
@@ -238,4 +240,4 @@ def test_every_method_is_called() -> None:
         if isinstance(method, ast.FunctionDef) and method.name not in known and not method.name.startswith("__")
     }
 
-    assert uncalled == set(), "nothing calls these"
+    assert uncalled == set(), f"nothing calls {sorted(uncalled)}"

@@ -44,8 +44,10 @@ def test_each_entry_has_a_name() -> None:
 
 def test_the_readme_has_every_process() -> None:
     """And none that is not there."""
-    assert processes() - set(table()) == set(), "the table of processes in README.md does not have these"
-    assert set(table()) - processes() == set(), "the table of processes in README.md has these, which are none"
+    missing, others = processes() - set(table()), set(table()) - processes()
+
+    assert missing == set(), f"the table of processes in README.md has no row for {sorted(missing)}"
+    assert others == set(), f"the table of processes in README.md has {sorted(others)}, which vmd does not start"
 
 
 @pytest.mark.parametrize("document", ["docs/architecture.md", "docs/security.md"])
@@ -54,4 +56,4 @@ def test_a_document_names_every_process(document: str) -> None:
     text = Path(ROOT, document).read_text()
     missing = {name for name in processes() if not re.search(rf"\b{name}\b", text)}
 
-    assert missing == set(), f"{document} does not say a word about these processes"
+    assert missing == set(), f"{document} does not name {sorted(missing)}"

@@ -111,7 +111,7 @@ def test_every_field_is_filled(record: RecordType) -> None:
     filled = {word.arg for node in nodes if ast.unparse(node.func) == record.__name__ for word in node.keywords}
     missing = set(record.fields) - filled - counted - set(DeviceFigures.fields)
 
-    assert missing == set(), f"vmd/parent/figures.py fills none of these fields of {record.__name__}"
+    assert missing == set(), f"vmd/parent/figures.py does not fill {sorted(missing)} of {record.__name__}"
 
 
 def test_all_or_one() -> None:
