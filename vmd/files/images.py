@@ -152,7 +152,7 @@ def _follow(disk: OpenDisk, config: DiskConfig, use: Use, prober: "Prober", at: 
         disk.links.append(link)
         if use.boots and disk.boots is None and not (BELOW in probe.notes and probe.backing):
             disk.boots = not {NO_CODE, BELOW} & set(probe.notes)
-        notes = warnings(probe, path, raw) + (warnings_of_disk(probe, path) if first else [])
+        notes = warnings(probe, raw) + (warnings_of_disk(probe, path) if first else [])
         disk.notes += [f"{name}: {note}" for note in notes]
         if link.format == "raw" or not probe.backing:
             return

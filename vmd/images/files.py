@@ -63,7 +63,7 @@ class OpenedChain:
                     undo.pop_all()
                 self.probes.append(found)
                 self.links.append(Link(fd=fd, path=path, format=found.format, guessed=found.guessed))
-                self.notes += [f"{path}: {note}" for note in warnings(found, path, raw)]
+                self.notes += [f"{path}: {note}" for note in warnings(found, raw)]
                 if not found.backing:
                     return
                 raw = f"`{recording(path, found.backing, 'raw')}`"

@@ -75,7 +75,7 @@ def refusal(probe: Probe, format_hint: str, path: str, raw: str) -> str:
     return NOT_QCOW2 if format_hint == "qcow2" and probe.format != "qcow2" else ""
 
 
-def warnings(probe: Probe, path: str, raw: str) -> list[str]:
+def warnings(probe: Probe, raw: str) -> list[str]:
     """Return the warnings about an image that is used; `raw` as for `refusal`."""
     return [foreign.warning(probe.looks, raw)] if probe.looks else []
 

@@ -250,15 +250,15 @@ class VirtioFunction(PciFunction):
 
     def config_read(self, offset: int, size: int) -> int:
         """Read configuration space.  A read of pci_cfg_data reads the register that its capability points to."""
-        self._window(offset, size, None)
+        self._window(offset, None)
         return super().config_read(offset, size)
 
     def config_write(self, offset: int, size: int, value: int) -> None:
         """Write configuration space.  A write to pci_cfg_data writes the register that its capability points to."""
         super().config_write(offset, size, value)
-        self._window(offset, size, value)
+        self._window(offset, value)
 
-    def _window(self, offset: int, size: int, value: int | None) -> None:
+    def _window(self, offset: int, value: int | None) -> None:
         cap = self.pci_cfg
         if not cap or not cap + CAP_BYTES <= offset < cap + CAP_BYTES + 4:
             return
