@@ -38,7 +38,7 @@ OWN_CHOICES = {
     ),
 }  # fmt: skip
 
-BOOT_SECTOR = ("SIGNATURE_AT", "SIGNATURE", "CODE_BYTES")
+BOOT_SECTOR = ("SIGNATURE_AT", "SIGNATURE")
 
 # Facts that stand in two places because no process may hold both modules.
 COPIES = (
@@ -185,7 +185,7 @@ class Used:
         match node:
             case ast.Name(id=name, ctx=ast.Load()):
                 self.names[self.module].add(name)
-            case ast.Attribute(attr=name, value=value):
+            case ast.Attribute(attr=name, value=value, ctx=ast.Load()):
                 self.attributes.add(name)
                 self.names[self.modules.get(ast.unparse(value), "")].add(name)
             case ast.Constant(value=str(text)) if entry := ENTRY.fullmatch(text):
@@ -241,3 +241,35 @@ def test_every_method_is_called() -> None:
     }
 
     assert uncalled == set(), f"nothing calls {sorted(uncalled)}"
+
+
+# Fields of what is copied or printed as a whole.
+WHOLE = {
+    "vmd.vm.boot.elf:Segment.align", "vmd.vm.boot.elf:Section.addralign", "vmd.vm.boot.elf:Section.entsize",
+    "vmd.kvmapi.exits:Unknown.hardware",
+}  # fmt: skip
+
+
+def fields(tree: ast.ClassDef) -> Iterator[str]:
+    """Yield what a class declares for its objects, and what its methods store in them."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.AnnAssign(target=ast.Name(id=name)) if node in tree.body:
+                yield name
+            case ast.Attribute(attr=name, value=ast.Name(id="self"), ctx=ast.Store()):
+                yield name
+
+
+def test_every_field_is_read() -> None:
+    """By some name, as of methods."""
+    known = used().attributes.union(*used().names.values())
+    unread = {
+        f"{module}:{each.name}.{name}"
+        for module, tree in modules().items()
+        for each in tree.body
+        if module != "vmd.kvmapi.abi" and isinstance(each, ast.ClassDef)
+        for name in fields(each)
+        if name not in known and not name.startswith("__")
+    }
+
+    assert unread - WHOLE == set(), f"nothing reads {sorted(unread - WHOLE)}"

@@ -8,7 +8,7 @@ Everything that comes out is DiskFsError with a sentence, and the work for one d
 """
 
 from vmd.diskfs import ext, ffs, foreign, walk
-from vmd.diskfs.partitions import Partition, has_boot_code, read_table
+from vmd.diskfs.partitions import Partition, read_table
 from vmd.diskfs.source import DiskFsError, NoSuchFile, Source, Store, printable
 
 TYPE_CHECKING = False
@@ -27,7 +27,6 @@ class Disk:
         """`read(offset, length)` returns exactly `length` bytes, and raises OSError.  Raises DiskFsError."""
         self.source = Source(Store(read, size), 0, size)
         self.table = read_table(self.source)
-        self.has_boot_code = has_boot_code(self.source)
         self.filesystems: dict[str, FileSystem] = {}
 
     def find(self, path: str, partition: str = "") -> "File":

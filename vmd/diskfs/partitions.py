@@ -12,7 +12,6 @@ from vmd.record import Record
 from vmd.units import SECTOR
 
 SIGNATURE_AT, SIGNATURE = 510, b"\x55\xaa"
-CODE_BYTES = 440
 ENTRIES_AT, ENTRIES = 446, 4
 ENTRY = struct.Struct("<B3xB3xII")  # status, type, first sector, sectors
 ACTIVE = 0x80
@@ -64,14 +63,6 @@ class Table(Record):
     kind: str = ""  # "MBR", "GPT and OpenBSD disklabel"; "" is none
     partitions: tuple[Partition, ...] = ()
     problem: str = ""
-
-
-def has_boot_code(disk: Source) -> bool:
-    """Return whether a BIOS finds something to start in the first sector.  Raises DiskFsError."""
-    if disk.size < SECTOR:
-        return False
-    sector = disk.read(0, SECTOR)
-    return sector[SIGNATURE_AT:] == SIGNATURE and any(sector[:CODE_BYTES])
 
 
 def read_table(disk: Source) -> Table:

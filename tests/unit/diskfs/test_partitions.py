@@ -208,16 +208,6 @@ def test_a_disk_may_be_of_any_size(size: int) -> None:
     assert table(boot_record((0x83, 1, 1))[:size].ljust(size, b"\0")).problem == ""
 
 
-def test_boot_code() -> None:
-    """A BIOS starts what is there if it ends so; the sector of a GPT mostly has none."""
-    raw = gpt_disk(Part(40, FILLED))
-    assert not opened(raw).has_boot_code
-    raw[0] = 0xEB
-    assert opened(raw).has_boot_code
-    raw[510] = 0
-    assert not opened(raw).has_boot_code
-
-
 @pytest.mark.parametrize(
     "script",
     [
