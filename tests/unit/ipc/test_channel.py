@@ -643,3 +643,58 @@ def test_descriptors_that_cannot_be_passed_on(
     assert os.read(reader, 1) == b""  # nobody has the writing end any more
     os.close(reader)
     ours.close()
+
+
+def test_what_the_kernel_refuses_to_send_ends_the_channel(
+    loop: Loop, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the next turn of the loop, since the caller is still sending; the descriptors that wait are closed."""
+    ours, theirs = socketpair()
+    sender = Channel(
+        ours, me=Proc.PARENT, peer=Proc.CONTROL, label="control", loop=loop, on_message=recorder.on_message,
+        on_lost=recorder.on_lost,
+    )  # fmt: skip
+    recorder.channels.append(sender)
+    reader, writer = os.pipe()
+
+    def refuse(_packet: bytes, _fds: list[int]) -> None:
+        raise OSError(errno.ENOBUFS, os.strerror(errno.ENOBUFS))
+
+    monkeypatch.setattr(sender, "_sendmsg", refuse)
+    sender.send(NewClient(uid=0), fds={"client": [writer]})
+    assert (sender.waiting, recorder.lost, os.read(reader, 1)) == (0, [], b"")
+
+    run_once(loop)
+
+    assert "No buffer space available" in str(recorder.lost[0])
+    assert sender.closed
+    os.close(reader)
+    theirs.close()
+
+
+def test_what_is_sent_over_a_channel_that_has_ended_is_closed(loop: Loop, recorder: Recorder) -> None:
+    """Also what does not fit a message, and what is sent after the last words."""
+    for end in (Channel.close, Channel.finish):
+        ours, theirs = socketpair()
+        sender = Channel(
+            ours, me=Proc.PARENT, peer=Proc.CONTROL, label="control", loop=loop, on_message=recorder.on_message,
+            on_lost=recorder.on_lost,
+        )  # fmt: skip
+        reader, writer = os.pipe()
+        end(sender)
+        sender.send(NewClient(uid=0), fds={"client": [writer]})
+        assert (sender.waiting, os.read(reader, 1)) == (0, b"")
+        os.close(reader)
+        assert theirs.recv(1) == b""
+        theirs.close()
+
+
+def test_a_message_that_has_no_way_is_a_mistake_of_ours(loop: Loop, recorder: Recorder) -> None:
+    """It is said which; nothing is sent."""
+    ours, theirs = socketpair()
+    channel = control_channel(loop, recorder, ours)
+
+    with pytest.raises(AssertionError, match="Quit may not go from CONTROL to CLIENT"):
+        channel.send(Quit())
+    assert channel.waiting == 0
+    theirs.close()

@@ -1,14 +1,19 @@
 """Filter programs are interpreted here, instruction by instruction, as the kernel does."""
 
+import ctypes
 import errno
+import fcntl
 import os
 import socket
 import struct
 import subprocess
+import termios
+from types import SimpleNamespace
 
 import pytest
 
-from vmd.privsep import confine, refused, seccomp
+from vmd.errors import HostError
+from vmd.privsep import confine, linux, refused, seccomp
 from vmd.privsep.seccomp import NUMBERS, RET_ALLOW, RET_ERRNO, RET_KILL_PROCESS, assemble
 
 EVERY_CONFINEMENT = {
@@ -276,3 +281,87 @@ def test_a_forgiving_filter_ends_a_process_for_few_calls_only() -> None:
         assert verdict(program, number) == RET_ERRNO | errno.EPERM
     assert verdict(program, NUMBERS["socket"], socket.AF_UNIX) == RET_ERRNO | errno.EPERM
     assert verdict(program, NUMBERS["socket"], socket.AF_NETLINK) == RET_ALLOW
+
+
+def test_what_fcntl_may_do() -> None:
+    """What the processes do with descriptors, and what Python does; not what sends signals or breaks leases."""
+    program = assemble({"fcntl"})
+    allowed = {
+        fcntl.F_DUPFD, fcntl.F_DUPFD_CLOEXEC, fcntl.F_GETFD, fcntl.F_SETFD, fcntl.F_GETFL, fcntl.F_SETFL,
+        fcntl.F_OFD_GETLK, fcntl.F_OFD_SETLK, fcntl.F_ADD_SEALS, fcntl.F_GET_SEALS,
+    }  # fmt: skip
+
+    passing = {command for command in range(2048) if verdict(program, NUMBERS["fcntl"], 5, command) == RET_ALLOW}
+
+    assert passing == allowed
+
+
+@pytest.mark.parametrize(
+    ("rule", "argument", "allowed"),
+    [
+        ("ioctl", 1, {termios.TCGETS, termios.FIONREAD, termios.FIONBIO, termios.FIOCLEX, termios.FIONCLEX}),
+        ("socketpair", 0, {socket.AF_UNIX}),
+        ("socket+network", 0, {socket.AF_INET, socket.AF_INET6, socket.AF_NETLINK}),
+        ("prlimit64", 0, {0}),
+        ("sendto", 5, {0}),
+    ],
+)
+def test_what_an_argument_may_be(rule: str, argument: int, allowed: set[int]) -> None:
+    """Of many small numbers."""
+    program = assemble({rule})
+
+    passing = set()
+    for value in (*range(256), *range(0x5400, 0x5500)):
+        arguments = [7] * 6
+        arguments[argument] = value
+        if verdict(program, NUMBERS[seccomp.call_name(rule)], *arguments) == RET_ALLOW:
+            passing.add(value)
+
+    assert passing == allowed
+
+
+class Kernel:
+    """Takes filter programs; answers so."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, answer: int = 0) -> None:
+        self.answer = answer
+        self.calls: list[tuple[int, int, int]] = []
+        self.program = b""
+        monkeypatch.setattr(linux, "syscall", self.syscall)
+
+    def syscall(self, _tried: str, number: int, operation: int, flags: int, fprog: bytes) -> int:
+        """Note a call, and read the program from where it stands."""
+        count, address = struct.unpack("=H6xQ", fprog)
+        self.program = ctypes.string_at(address, 8 * count)
+        self.calls.append((number, operation, flags))
+        return self.answer
+
+
+@pytest.mark.parametrize(("logged", "flags"), [(False, 1), (True, 3)])
+def test_a_program_is_given_to_the_kernel(monkeypatch: pytest.MonkeyPatch, logged: bool, flags: int) -> None:
+    """Whole, for all threads: SECCOMP_SET_MODE_FILTER with TSYNC, and LOG where calls are to be logged."""
+    kernel = Kernel(monkeypatch)
+    program = assemble({"read", "mmap"})
+
+    seccomp.install(program, logged=logged)
+
+    assert (kernel.program, kernel.calls) == (program, [(317, 1, flags)])
+
+
+def test_a_thread_with_a_filter_of_its_own_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel then returns its id, and has bound none."""
+    Kernel(monkeypatch, answer=4711)
+
+    with pytest.raises(HostError, match="thread 4711"):
+        seccomp.install(assemble({"read"}))
+
+
+def test_a_program_is_for_one_kind_of_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Elsewhere the numbers are those of other calls; the kernel is not even asked."""
+    kernel = Kernel(monkeypatch)
+    monkeypatch.setattr("vmd.privsep.seccomp.os.uname", lambda: SimpleNamespace(machine="aarch64"))
+
+    with pytest.raises(HostError, match="aarch64"):
+        seccomp.install(assemble({"read"}))
+
+    assert kernel.calls == []
