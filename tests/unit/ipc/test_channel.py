@@ -6,6 +6,7 @@ import os
 import socket
 import threading
 from collections.abc import Iterator
+from typing import NoReturn
 
 import msgpack
 import pytest
@@ -697,4 +698,21 @@ def test_a_message_that_has_no_way_is_a_mistake_of_ours(loop: Loop, recorder: Re
     with pytest.raises(AssertionError, match="Quit may not go from CONTROL to CLIENT"):
         channel.send(Quit())
     assert channel.waiting == 0
+    theirs.close()
+
+
+def test_a_socket_that_cannot_be_read_is_a_peer_that_is_lost(loop: Loop, recorder: Recorder) -> None:
+    """Else the loop would find it ready for ever."""
+
+    class Broken(socket.socket):
+        def recvmsg(self, *_arguments: int) -> NoReturn:
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    ours, theirs = socketpair()
+    channel = control_channel(loop, recorder, Broken(fileno=ours.detach()))
+    theirs.send(encode(ListRequest())[0])
+
+    run_once(loop)
+
+    assert (channel.closed, recorder.lost, recorder.messages) == (True, [None], [])
     theirs.close()
