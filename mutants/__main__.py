@@ -1,6 +1,6 @@
 """`make mutants`: how many random single changes of a module its own tests notice.
 
-    python -m mutants [--count N] [--seed N] [--unit] [module[:line] ...]
+    python -m mutants [--count N] [--seed N] [--near | --unit] [module[:line] ...]
 
 Each change is made in a copy of this checkout, one at a time.  The module's nearest unit tests that reach the changed
 lines are run first, then others that do, then the tests with processes that hold the module.  The first failure ends
@@ -31,6 +31,7 @@ from mutants.reach import Choose, Follow, Test, file_of
 TOP = Path(__file__).resolve().parents[1]
 ENOUGH = 95  # in a hundred of the changes that matter
 COUNT, SEED = 10, 1
+NEAR, UNIT, ALL = range(3)  # which tests are run
 OPTIONS = (
     "-q", "--no-header", "--tb=short", "-p", "no:cacheprovider", "-o", "timeout=0",
     "-W", "ignore::pytest.PytestAssertRewriteWarning",
@@ -99,10 +100,10 @@ class Bench:
         self.unit: list[tuple[dict[str, Test], Test]] = []  # of `files`: those that were needed up to now
         self.output = copy.folder / "output"
 
-    def notices(self, change: Change, with_processes: bool) -> tuple[bool, bool]:
+    def notices(self, change: Change, far: int) -> tuple[bool, bool]:
         """Return whether some of the tests notice a change, and whether that is only by the deadline."""
         try:
-            for tests in filter(None, self._choices(change, with_processes)):
+            for tests in filter(None, self._choices(change, far)):
                 self.copy.write(change.module, change.apply(self.source))
                 status = self._run(tests)
                 if status is None:
@@ -114,9 +115,9 @@ class Bench:
             self.copy.write(change.module, self.source)
         return False, False
 
-    def _choices(self, change: Change, with_processes: bool) -> Iterator[dict[str, Test]]:
+    def _choices(self, change: Change, far: int) -> Iterator[dict[str, Test]]:
         """Yield the tests that hold a change, the near ones first.  Meanwhile the source is as it was."""
-        for at, files in enumerate(self.files):
+        for at, files in enumerate(self.files[: None if far > NEAR else 1]):
             if at == len(self.unit):
                 self.unit.append(self._follow(files, [self.module]))
             tests, loading = self.unit[at]
@@ -125,7 +126,7 @@ class Bench:
             if not reaching and loading.reaches(*lines):
                 reaching = {name: test for name, test in tests.items() if test.lines} or tests
             yield reaching
-        if with_processes:
+        if far == ALL:
             yield self._processes()
 
     def _processes(self) -> dict[str, Test]:
@@ -222,6 +223,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--slack", type=float, default=SLACK_S, help=f"seconds more than the tests need ({SLACK_S:.0f})"
     )
+    parser.add_argument("--near", action="store_true", help="the module's nearest unit tests only")
     parser.add_argument("--unit", action="store_true", help="unit tests only")
     parser.add_argument("--verbose", action="store_true", help="print also what is noticed")
     parser.add_argument("--entries", action="store_true", help=f"print entries for {known.FILE}, too")
@@ -245,7 +247,7 @@ def main(arguments: list[str]) -> int:
                     score.equal += 1
                     continue
                 begun = time.monotonic()
-                noticed, late = bench.notices(change, with_processes=not given.unit)
+                noticed, late = bench.notices(change, NEAR if given.near else UNIT if given.unit else ALL)
                 if given.verbose and noticed:
                     say(f"{time.monotonic() - begun:.1f} s, noticed: {module}:{change.line}: {change.what}")
                 score.noticed += noticed
