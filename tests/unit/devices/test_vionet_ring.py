@@ -735,3 +735,173 @@ def test_large_frames_leave_the_other_queue_its_turn(ends: Ends, monkeypatch: py
         close(worker)
         release(queue)
         del queue, worker
+
+
+@pytest.mark.parametrize("gap", [0, 8], ids=["side by side", "apart"])
+@pytest.mark.parametrize("count", [1, 2, 255, 256, 257, 300])
+def test_a_frame_says_in_how_many_buffers_it_is(ends: Ends, count: int, gap: int) -> None:
+    """5.1.6.3.2: num_buffers has two bytes, however the frame came into the buffers."""
+    size, room = 512, 16
+    with GuestMemory.create(LAYOUT) as memory:
+        ring = Ring(memory, size)
+        queue = Queue(memory, FEATURES, size, ring.desc, ring.avail, ring.used)
+        worker = ends.receiver(mergeable=True)
+        for head in range(size):
+            ring.describe(head, [Desc(DATA + (room + gap) * head, room, WRITE)])
+            ring.offer(head)
+        for number in range(3):
+            frame = random.Random(number).randbytes(room * count - (number if count > 1 else 0))
+            if len(frame) < 12 + 14:
+                frame = frame.ljust(12 + 14, b"!")
+            needed = -(-len(frame) // room)
+            ends.host.send(frame)
+            worker.serve(queue)
+            used = ring.reap()
+            assert len(used) == needed
+            got = b"".join(memory.read(DATA + (room + gap) * head, length) for head, length in used)
+            assert got[:10] + got[12:] == frame[:10] + frame[12:]
+            assert got[10:12] == needed.to_bytes(2, "little")
+            for head, _ in used:
+                ring.offer(head)
+        assert (worker.packets, worker.no_room, worker.bytes > 0) == (3, 0, True)
+        worker.begin()
+        close(worker)
+        release(queue)
+        del queue, worker
+
+
+@pytest.mark.parametrize("filtered", [False, True])
+@pytest.mark.parametrize("gap", [0, 8], ids=["side by side", "apart"])
+def test_a_frame_that_a_full_ring_has_no_room_for_is_dropped(ends: Ends, gap: int, filtered: bool) -> None:
+    """One that fills the ring to its last byte arrives; one that is a byte longer would wait for ever."""
+    room = 128
+    with GuestMemory.create(LAYOUT) as memory:
+        ring = Ring(memory, SIZE)
+        queue = queue_of(memory, ring)
+        worker = ends.receiver(mergeable=True)
+        worker.accepted = b"\xff" * 6 if filtered else b""
+        for head in range(SIZE):
+            ring.describe(head, [Desc(DATA + (room + gap) * head, room, WRITE)])
+            ring.offer(head)
+        for length, arrives in ((room * SIZE, True), (room * SIZE + 1, False), (room * SIZE + 1, False), (60, True)):
+            dropped, packets = worker.no_room, worker.packets
+            ends.host.send((bytes(12) + b"\xff" * length)[:length])
+            worker.serve(queue)
+            used = ring.reap()
+            assert sum(written for _, written in used) == (length if arrives else 0)
+            assert (worker.packets - packets, worker.no_room - dropped) == ((1, 0) if arrives else (0, 1))
+            assert [worker.figures[at] for at in (receive.PACKETS, receive.BYTES)] == [worker.packets, worker.bytes]
+            for head, _ in used:
+                ring.offer(head)
+        assert worker.bytes == room * SIZE - 12 + 60 - 12
+        worker.begin()
+        close(worker)
+        release(queue)
+        del queue, worker
+
+
+def test_a_frame_waits_for_buffers_no_longer_than_it_may(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver that never offers more does not stop its interface; one that does so in time gets the frame."""
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    with GuestMemory.create(LAYOUT) as memory:
+        ring = Ring(memory, SIZE)
+        queue = queue_of(memory, ring)
+        worker = ends.receiver(mergeable=True)
+        for head in range(SIZE):
+            ring.describe(head, [Desc(DATA + 128 * head, 128, WRITE)])
+        ring.offer(0)
+        ends.host.send(bytes(12) + b"\xff" * 150)
+        worker.serve(queue)
+        assert (worker.until_s, ring.reap()) == (now + receive.HOLD_S, [])
+        now += receive.HOLD_S / 2
+        worker.serve(queue)  # the time that is left does not begin anew
+        assert worker.until_s == 100.0 + receive.HOLD_S
+        ring.offer(1)
+        worker.serve(queue)
+        assert (ring.reap(), worker.until_s, worker.no_room) == ([(0, 128), (1, 34)], NEVER, 0)
+
+        ring.offer(2)
+        ends.host.send(bytes(12) + b"\xff" * 150)
+        worker.serve(queue)
+        now += receive.HOLD_S
+        ends.host.send(bytes(12) + b"\xff" * 20)
+        worker.serve(queue)
+        assert (ring.reap(), worker.no_room, worker.packets) == ([(2, 32)], 1, 2)
+        worker.begin()
+        close(worker)
+        release(queue)
+        del queue, worker
+
+
+@pytest.mark.parametrize("filtered", [False, True])
+@pytest.mark.parametrize("header", [10, 12])
+def test_a_frame_without_a_whole_ethernet_header_is_none(ends: Ends, header: int, filtered: bool) -> None:
+    """It is counted, and its buffer takes the next one; the shortest that there can be arrives."""
+    with GuestMemory.create(LAYOUT) as memory:
+        ring = Ring(memory, SIZE)
+        queue = queue_of(memory, ring)
+        worker = ends.receiver(header)
+        worker.accepted = b"\xff" * 6 if filtered else b""
+        ring.add([Desc(DATA, 2048, WRITE)])
+        for length in (header + 13, header, 1, header + 14):
+            ends.host.send((bytes(header) + b"\xff" * 14)[:length])
+        worker.serve(queue)
+
+        assert ring.reap() == [(0, header + 14)]
+        assert (worker.malformed, worker.packets, worker.bytes) == (3, 1, 14)
+        assert list(worker.figures[receive.PACKETS : receive.BYTES + 1]) == [1, 14]
+        worker.begin()
+        close(worker)
+        release(queue)
+        del queue, worker
+
+
+def test_frames_for_others_are_kept_from_a_locked_interface(ends: Ends) -> None:
+    """What is for its own address, or for a group, arrives."""
+    with GuestMemory.create(LAYOUT) as memory:
+        ring = Ring(memory, SIZE)
+        queue = queue_of(memory, ring)
+        worker = ends.receiver()
+        worker.accepted = LLADDR
+        for head in range(SIZE):
+            ring.add([Desc(DATA + 2048 * head, 2048, WRITE)])
+        group, other = b"\x33\x33\0\0\0\1", LLADDR[:5] + bytes((LLADDR[5] ^ 1,))
+        for number, to in enumerate((LLADDR, other, b"\xff" * 6, HOST_LLADDR, group)):
+            ends.host.send(bytes(12) + to + bytes(8 + number))
+        worker.serve(queue)
+
+        assert [length for _, length in ring.reap()] == [26, 28, 30]
+        assert (worker.filtered, worker.packets) == (2, 3)
+        worker.begin()
+        close(worker)
+        release(queue)
+        del queue, worker
+
+
+def test_answers_of_our_own_that_wait_are_few(ends: Ends) -> None:
+    """Whoever asks faster than they are taken loses some, which is counted; the others come first, in order."""
+    with GuestMemory.create(LAYOUT) as memory:
+        ring = Ring(memory, 64)
+        queue = Queue(memory, FEATURES, 64, ring.desc, ring.avail, ring.used)
+        worker = ends.receiver()
+        for head in range(64):
+            ring.add([Desc(DATA + 2048 * head, 2048, WRITE)])
+        for number in range(receive.INJECTED_MAX + 2):
+            worker.inject(bytes(60 + number))
+        assert (worker.injected_lost, worker.figures[receive.INJECTED_LOST]) == (2, 2)
+        assert os.eventfd_read(worker.injection) == receive.INJECTED_MAX
+        ends.host.send(bytes(12) + any_frame(200))
+        worker.serve(queue)
+
+        lengths = [length - 12 for _, length in ring.reap()]
+        assert lengths == [*range(60, 60 + receive.INJECTED_MAX), 200]
+        worker.inject(bytes(60))
+        worker.held = bytearray(b"x" * 80)
+        worker.large = 3
+        worker.forget()
+        assert (worker.injected.empty(), worker.held, worker.large) == (True, b"", 0)
+        worker.begin()
+        close(worker)
+        release(queue)
+        del queue, worker
