@@ -310,6 +310,51 @@ def test_raw_discard_gives_storage_back(raw: Path) -> None:
     image.close()
 
 
+def test_qcow2_discard_gives_storage_back(disk: Path) -> None:
+    """And so do zeroes that may be unmapped, once nothing on disk refers to what was there."""
+    image = opened_qcow2(disk, writable=True)
+    write(image, 0, b"x" * 3 * MIB)
+    image.flush()
+    before = disk.stat().st_blocks
+
+    image.discard(0, MIB)
+    image.write_zeroes(MIB, MIB, True)
+    image.flush()
+
+    assert (before - disk.stat().st_blocks) * 512 >= 2 * MIB
+    assert read(image, 0, 3 * MIB) == bytes(2 * MIB) + b"x" * MIB
+    image.close()
+    assert problems(disk) == {}
+
+
+def test_what_a_dirty_image_held_is_not_given_back(disk: Path) -> None:
+    """Its refcounts mean nothing.  What is allocated since, from the first cluster behind it on, is freed as ever."""
+    image = opened_qcow2(disk, writable=True)
+    write(image, 0, b"x" * MIB)
+    image.close()
+    with disk.open("r+b") as file:
+        file.seek(72)
+        file.write((1).to_bytes(8, "big"))  # incompatible features: dirty
+    image = opened_qcow2(disk, writable=True)
+    floor = image.refcounts.floor
+    assert floor > MIB // CLUSTER
+    write(image, 8 * MIB, b"y" * CLUSTER)  # in the slice of L2 that there is
+    image.flush()
+    before, end = disk.stat().st_blocks, disk.stat().st_size
+
+    image.discard(0, MIB)
+    image.flush()
+    assert disk.stat().st_blocks == before
+
+    image.discard(8 * MIB, CLUSTER)
+    image.flush()
+    assert (before - disk.stat().st_blocks) * 512 == CLUSTER
+    write(image, 9 * MIB, b"z" * CLUSTER)  # where that was
+    image.flush()
+    assert (disk.stat().st_blocks, disk.stat().st_size) == (before, end)
+    image.close()
+
+
 @pytest.mark.parametrize("unmap", [True, False])
 def test_zeroes_are_written_where_the_file_system_cannot(
     raw: Path, monkeypatch: pytest.MonkeyPatch, unmap: bool

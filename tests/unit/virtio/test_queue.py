@@ -161,6 +161,13 @@ def test_broken_chain_is_refused(parts: list[Desc]) -> None:
         Pair().walk(*parts)
 
 
+@pytest.mark.parametrize("length", [0, 17, 16 * 32769])
+def test_length_of_an_indirect_table_that_is_refused_is_said_19(length: int) -> None:
+    """Hostile input 19: it is the table that is wrong, not what is in it."""
+    with pytest.raises(GuestError, match=f"table of {length} bytes"):
+        Pair().walk(Desc(TABLE, length, INDIRECT))
+
+
 def test_nested_indirect_table_is_refused_19() -> None:
     """Hostile input 19."""
     pair = Pair()
