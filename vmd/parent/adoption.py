@@ -31,7 +31,7 @@ from vmd.parent.generations import Generation
 from vmd.parent.resources import Pty
 from vmd.parent.truth import Transfer, taps_of
 from vmd.parent.usage import host_pid
-from vmd.parent.vmtable import At, Receiving, Sending, State, Vm
+from vmd.parent.vm import At, Receiving, Sending, State, Vm
 from vmd.privsep.spawn import Child
 
 TYPE_CHECKING = False

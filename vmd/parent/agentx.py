@@ -30,7 +30,7 @@ from vmd.parent.children import Delay
 from vmd.parent.endings import FAILED
 from vmd.parent.figures import BATCH
 from vmd.parent.report import PATH_BYTES_MAX
-from vmd.parent.vmtable import State
+from vmd.parent.vm import State
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from vmd.parent.children import Children
     from vmd.parent.core import Core
     from vmd.parent.figures import Figures
-    from vmd.parent.vmtable import Vm
+    from vmd.parent.vm import Vm
 
 FIRST_S, LONGEST_S = 0.5, 10.0  # between two tries to reach the agent
 ANSWER_EVERY_S = 0.5  # the process is answered no more often than this

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from vmd.config.model import VmConfig
     from vmd.parent.peers import Peers
-    from vmd.parent.vmtable import Vm
+    from vmd.parent.vm import Vm
 
 NO_GROUPS = "VMs have no control groups of their own"
 

@@ -23,7 +23,7 @@ from vmd.parent.clients import For
 from vmd.parent.opening import identity
 from vmd.parent.report import brief_notes
 from vmd.parent.requests import require_absolute
-from vmd.parent.vmtable import DeviceChange, Vm
+from vmd.parent.vm import DeviceChange, Vm
 from vmd.units import SECTOR
 
 TYPE_CHECKING = False
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from vmd.ipc.imsg import Envelope
     from vmd.parent.core import Core
     from vmd.parent.opening import Opened, Openings
-    from vmd.parent.vmtable import Files
+    from vmd.parent.vm import Files
 
 DISK = "disk"
 SIZE_MAX = (1 << 63) - 1

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from vmd.parent.core import Core
     from vmd.parent.life import Life
     from vmd.parent.network import Network
-    from vmd.parent.vmtable import Vm
+    from vmd.parent.vm import Vm
 
     # (path, known configuration, callback for warnings) -> configuration of the file.
     # Path None is the main file; it is read without a known configuration.

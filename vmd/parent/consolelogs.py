@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from vmd.parent.children import Children
     from vmd.parent.connections import Attach
     from vmd.parent.core import Core
-    from vmd.parent.vmtable import Vm
+    from vmd.parent.vm import Vm
     from vmd.privsep.spawn import Child
 
 ANSWER_S = 30.0  # a logfile must answer within this time

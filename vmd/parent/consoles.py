@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from vmd.ipc.loop import Timer
     from vmd.ipc.messages.clients import Caller
     from vmd.parent.core import Core
-    from vmd.parent.vmtable import Vm
+    from vmd.parent.vm import Vm
 
 PIECE_BYTES = 8192  # of output in one message
 ROUND_S = 0.02  # between two looks at a pty whose VM has ended

@@ -1,6 +1,6 @@
 """Events for clients (`vmctl events`).
 
-The states of a VM become events by its own transitions (`vmtable`).  Rooms add other events by `add`.  The last
+The states of a VM become events by its own transitions (`vm`).  Rooms add other events by `add`.  The last
 PAST_MAX events are kept and numbered.  A client names the last event that it has seen.  It is answered with the later
 ones, or waits until there are some.  So the daemon never waits for a client that reads slowly.  Events that the client
 has not read in time are dropped, and it is told how many.
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from vmd.ipc.imsg import Envelope
     from vmd.ipc.loop import Loop, Timer
     from vmd.parent.clients import Clients
-    from vmd.parent.vmtable import Vm, VmTable
+    from vmd.parent.vm import Vm
+    from vmd.parent.vmtable import VmTable
 
 PAST_MAX = 1000
 AT_ONCE = 64  # most events in one answer

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from vmd.ipc.imsg import Envelope
     from vmd.parent.core import Core
     from vmd.parent.network import Network
-    from vmd.parent.vmtable import Vm
+    from vmd.parent.vm import Vm
 
 USEC_NS = 1000
 BATCH = 16  # VMs in one turn of the loop

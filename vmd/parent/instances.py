@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     from vmd.config.model import SeedConfig
-    from vmd.parent.vmtable import Vm
+    from vmd.parent.vm import Vm
     from vmd.record import Record
 
 # What a user may set for an instance, with the word for refusals.  Each needs its flag in `allow instance`.

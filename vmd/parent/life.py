@@ -39,7 +39,7 @@ from vmd.parent.opening import ClientFiles, replaced
 from vmd.parent.report import brief_notes
 from vmd.parent.requests import checked_request, described, one_shot_config, require_startable
 from vmd.parent.usage import host_pid
-from vmd.parent.vmtable import State, Vm
+from vmd.parent.vm import State, Vm
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from vmd.parent.core import Core
-    from vmd.parent.vmtable import Vm
+    from vmd.parent.vm import Vm
     from vmd.privsep.spawn import Place
 
 PING_S = 5.0

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from vmd.parent.children import Children
     from vmd.parent.core import Core
     from vmd.parent.figures import Figures
-    from vmd.parent.vmtable import Vm
+    from vmd.parent.vm import Vm
 
 BACKLOG = 64
 BATCH = 16  # VMs that are sent to the process in one turn of the loop

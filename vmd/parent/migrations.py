@@ -50,7 +50,7 @@ from vmd.ipc.messages.vm import (
 from vmd.ipc.routes import Proc
 from vmd.log import log
 from vmd.parent.clients import For
-from vmd.parent.vmtable import SEE, At, Receiving, Sending, State, Vm
+from vmd.parent.vm import SEE, At, Receiving, Sending, State, Vm
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -53,7 +53,7 @@ from vmd.parent.hostroutes import host_routes, prefix_warnings
 from vmd.parent.plans import Plans, Taps
 from vmd.parent.resources import copy_all
 from vmd.parent.tapstats import TapStats
-from vmd.parent.vmtable import AUTOMATIC, Vm
+from vmd.parent.vm import AUTOMATIC, Vm
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

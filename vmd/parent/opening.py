@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from vmd.parent.children import Children
     from vmd.parent.connections import Attach
     from vmd.parent.core import Core
-    from vmd.parent.vmtable import Files, Vm
+    from vmd.parent.vm import Files, Vm
     from vmd.privsep.spawn import Child
 
 ANSWER_S = 30.0  # for one file to be opened

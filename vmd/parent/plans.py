@@ -14,7 +14,7 @@ from vmd.log import log
 from vmd.parent import hostports
 from vmd.parent.addresses import Plan, random_ula, room
 from vmd.parent.hostroutes import covering, host_routes, network_of, overlapping
-from vmd.parent.vmtable import AUTOMATIC, Vm
+from vmd.parent.vm import AUTOMATIC, Vm
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -6,7 +6,8 @@ forgotten when it stops.
 """
 
 from vmd.config.model import VmConfig, with_limits
-from vmd.parent.vmtable import Vm, VmTable
+from vmd.parent.vm import Vm
+from vmd.parent.vmtable import VmTable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

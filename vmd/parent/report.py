@@ -6,7 +6,7 @@ from vmd.ipc.messages.shared import brief, fitting
 from vmd.log import log
 from vmd.parent.access import may_control, owner_text
 from vmd.parent.usage import used_bytes
-from vmd.parent.vmtable import Vm
+from vmd.parent.vm import Vm
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

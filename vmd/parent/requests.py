@@ -11,7 +11,7 @@ from vmd.seed import rules as seed_rules
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from vmd.parent.vmtable import Vm
+    from vmd.parent.vm import Vm
 
 
 def described(message: StartRequest, *, given_boot: bool, given_initrd: bool, given_seed: bool) -> VmConfig:

@@ -42,7 +42,7 @@ from vmd.ipc.messages.vm import CancelTransfer, DisksBack, DisksLent, LendDisks,
 from vmd.ipc.routes import Proc
 from vmd.log import log
 from vmd.parent.clients import For
-from vmd.parent.vmtable import State
+from vmd.parent.vm import State
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     from vmd.parent.life import Life
     from vmd.parent.opening import Opened, Openings
     from vmd.parent.transfers import Transfers
-    from vmd.parent.vmtable import Vm
+    from vmd.parent.vm import Vm
     from vmd.privsep.spawn import Child
     from vmd.record import Record
 

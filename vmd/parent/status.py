@@ -19,7 +19,7 @@ from vmd.parent.clients import For
 from vmd.parent.figures import host_names, slots
 from vmd.parent.forpriv import open_tables
 from vmd.parent.report import describe
-from vmd.parent.vmtable import Vm
+from vmd.parent.vm import Vm
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

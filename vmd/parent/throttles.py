@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from vmd.config.model import VmConfig
     from vmd.parent.core import Core
-    from vmd.parent.vmtable import Vm
+    from vmd.parent.vm import Vm
 
 LOOK_S = 10.0  # between two looks
 LEAST_NS = 100_000_000  # less waiting than this between two looks does not count

@@ -40,7 +40,7 @@ from vmd.parent.limits import require_files
 from vmd.parent.migrations import Migrations
 from vmd.parent.report import brief_notes
 from vmd.parent.requests import check_paths, checked_request, require_permitted_settings, with_permitted_vhost
-from vmd.parent.vmtable import Receiving, State, Vm
+from vmd.parent.vm import Receiving, State, Vm
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from vmd.parent import identity
 from vmd.parent.addresses import Plan
 from vmd.parent.plans import Taps
 from vmd.parent.statemem import StateMemory
-from vmd.parent.vmtable import State, Vm
+from vmd.parent.vm import State, Vm
 from vmd.record import Part, Record
 from vmd.version import VERSION
 

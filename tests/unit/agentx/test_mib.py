@@ -10,7 +10,7 @@ from vmd.agentx.pdu import SearchRange
 from vmd.ipc.figures import CdromFigures, DiskFigures, NicFigures, VcpuFigures
 from vmd.ipc.messages.agentx import AgentxLink, AgentxVm, AgentxVms
 from vmd.parent.agentx import CRASHED, MIGRATING
-from vmd.parent.vmtable import State
+from vmd.parent.vm import State
 
 GIB = 1 << 30
 ABOUT = AgentxVms(began_ns=0, changed_ns=50_000_000)

@@ -30,7 +30,7 @@ from vmd.parent.core import Core
 from vmd.parent.generations import Generation, Generations
 from vmd.parent.migrations import Migrations
 from vmd.parent.truth import vm_known
-from vmd.parent.vmtable import At, Receiving, Sending, State, Vm
+from vmd.parent.vm import At, Receiving, Sending, State, Vm
 from vmd.record import Record
 from vmd.version import VERSION
 

@@ -38,7 +38,7 @@ from vmd.parent.agentx import ANSWER_EVERY_S, FIRST_S, LONGEST_S, Agentx
 from vmd.parent.core import Core
 from vmd.parent.endings import FAILED, KILLED
 from vmd.parent.figures import Figures
-from vmd.parent.vmtable import Receiving, Vm
+from vmd.parent.vm import Receiving, Vm
 from vmd.record import Record
 
 

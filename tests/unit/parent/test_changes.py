@@ -17,7 +17,7 @@ from vmd.ipc.routes import Proc
 from vmd.parent.changes import SIZE_MAX, Changes
 from vmd.parent.core import Core
 from vmd.parent.opening import Opened
-from vmd.parent.vmtable import State, Vm
+from vmd.parent.vm import State, Vm
 from vmd.record import Record
 
 CLIENT = 7

@@ -15,7 +15,7 @@ from vmd.log import log
 from vmd.parent import consolelogs
 from vmd.parent.consolelogs import AT_A_TIME, ConsoleLogs
 from vmd.parent.core import Core
-from vmd.parent.vmtable import Vm
+from vmd.parent.vm import Vm
 from vmd.record import Record
 
 ENVELOPE = cast("Any", None)

@@ -19,7 +19,8 @@ from vmd.parent import endings
 from vmd.parent.clients import Clients
 from vmd.parent.events import AT_ONCE, PAST_MAX, WORDS, Events
 from vmd.parent.peers import Peers
-from vmd.parent.vmtable import Receiving, Vm, VmTable
+from vmd.parent.vm import Receiving, Vm
+from vmd.parent.vmtable import VmTable
 from vmd.record import Record
 
 CALLER = Caller(uid=1000, gid=1000, pid=1)

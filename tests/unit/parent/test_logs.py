@@ -11,7 +11,7 @@ from vmd.ipc.imsg import Envelope
 from vmd.ipc.messages.vmm import VmLog
 from vmd.parent.core import Core
 from vmd.parent.logs import SHUT_S, Logs
-from vmd.parent.vmtable import Vm
+from vmd.parent.vm import Vm
 
 SHUT = "vm a: one of its processes has shut down its log: nothing is logged till its next start"
 

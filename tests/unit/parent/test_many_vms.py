@@ -29,7 +29,7 @@ from vmd.parent.options import Options
 from vmd.parent.plans import Taps
 from vmd.parent.statemem import StateMemory
 from vmd.parent.truth import Writer, read, vm_of, vms_of
-from vmd.parent.vmtable import Vm
+from vmd.parent.vm import Vm
 from vmd.record import Record
 
 FEW, MANY = 40, 240

@@ -46,7 +46,7 @@ from vmd.ipc.messages.vm import (
     VmFailed,
 )
 from vmd.parent.opening import Opened
-from vmd.parent.vmtable import State, Vm
+from vmd.parent.vm import State, Vm
 from vmd.record import Record
 
 UNUSED: Any = None

@@ -52,7 +52,7 @@ from vmd.parent.hostroutes import HostRoute
 from vmd.parent.network import Network, alias
 from vmd.parent.requests import checked_request, require_permitted_settings, with_permitted_vhost
 from vmd.parent.status import TROUBLES_MAX, Status
-from vmd.parent.vmtable import Vm
+from vmd.parent.vm import Vm
 from vmd.record import Record
 
 SWITCHES = (

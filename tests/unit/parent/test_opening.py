@@ -28,7 +28,7 @@ from vmd.parent.opening import (
     jobs_of,
     replaced,
 )
-from vmd.parent.vmtable import Vm
+from vmd.parent.vm import Vm
 from vmd.privsep.cell import Cell
 from vmd.record import Record
 

@@ -6,7 +6,7 @@ from vmd.config.model import DiskConfig, VmConfig
 from vmd.errors import OperatorError
 from vmd.parent.changes import check_path
 from vmd.parent.requests import check_paths
-from vmd.parent.vmtable import Vm
+from vmd.parent.vm import Vm
 
 REFUSED = ("disc.iso", "./disc.iso", "/disc\0.iso", "\0")
 ACCEPTED = ("/disc.iso", "/disc\\0.iso", "/0/\\0")

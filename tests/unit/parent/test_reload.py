@@ -4,7 +4,8 @@ import pytest
 
 from vmd.config.model import ConsoleLog, Owner, VmConfig
 from vmd.parent.reload import AT_ONCE, replace_all
-from vmd.parent.vmtable import Vm, VmTable
+from vmd.parent.vm import Vm
+from vmd.parent.vmtable import VmTable
 
 USER = Owner(uid=1000)
 LOG = ConsoleLog(path="/var/log/web")

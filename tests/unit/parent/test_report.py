@@ -17,7 +17,7 @@ from vmd.ipc.imsg import MAX_MESSAGE, Form, encode
 from vmd.ipc.messages.clients import Caller, NicInfo
 from vmd.ipc.messages.shared import brief
 from vmd.parent.report import describe
-from vmd.parent.vmtable import State, Vm
+from vmd.parent.vm import State, Vm
 
 LONG = "/" + "\N{SNOWMAN}" * 3000
 TO_COME = 2000  # bytes for fields that later versions add

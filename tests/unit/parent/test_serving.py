@@ -25,7 +25,7 @@ from vmd.parent.options import Options
 from vmd.parent.plans import Taps
 from vmd.parent.statemem import StateMemory
 from vmd.parent.truth import Truth, read, vms_of
-from vmd.parent.vmtable import Sending, State
+from vmd.parent.vm import Sending, State
 from vmd.record import Record
 
 

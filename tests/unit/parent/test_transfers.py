@@ -37,14 +37,14 @@ from vmd.ipc.messages.vm import (
 )
 from vmd.ipc.messages.vmm import VmSlot
 from vmd.ipc.routes import Proc
-from vmd.parent import vmtable
+from vmd.parent import vm as vms
 from vmd.parent.clients import For
 from vmd.parent.consoles import Consoles
 from vmd.parent.core import Core
 from vmd.parent.life import Life
 from vmd.parent.opening import Opened
 from vmd.parent.transfers import LOCK_PATIENCE_S, Transfers
-from vmd.parent.vmtable import State, Vm
+from vmd.parent.vm import State, Vm
 from vmd.record import Record
 
 ROOT = Caller(uid=0, gid=0, pid=1)
@@ -520,7 +520,7 @@ def test_without_a_console(parent: AnyParent, monkeypatch: pytest.MonkeyPatch) -
     def no_room() -> None:
         raise HostError("open a pty for the console", errno.EMFILE)
 
-    monkeypatch.setattr(vmtable, "Pty", no_room)
+    monkeypatch.setattr(vms, "Pty", no_room)
     with pytest.raises(HostError, match="open a pty"):
         parent.transfers.serve_receive(ReceiveRequest(name="a"), ROOT, envelope())
 

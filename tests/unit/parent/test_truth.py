@@ -36,7 +36,7 @@ from vmd.parent.truth import (
     vm_of,
     vms_of,
 )
-from vmd.parent.vmtable import Receiving, Sending, State, Vm
+from vmd.parent.vm import Receiving, Sending, State, Vm
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "state-1.xz"
 CONFIG = Config(switches=(SwitchConfig(name="uplink", interface="br0"),))

@@ -11,10 +11,11 @@ import pytest
 from vmd.config.model import Owner, VmConfig
 from vmd.errors import VMD_VM_STOP_INVALID, OperatorError
 from vmd.ipc.messages.clients import Caller
-from vmd.parent import vmtable
+from vmd.parent import vm as vms
 from vmd.parent.access import in_group, may_control, owner_text
 from vmd.parent.limits import RESTART_WINDOW_S, RestartLimit
-from vmd.parent.vmtable import State, Vm, VmTable
+from vmd.parent.vm import State, Vm
+from vmd.parent.vmtable import VmTable
 
 NOBODY = pwd.getpwnam("nobody")
 
@@ -94,9 +95,9 @@ def test_transitions(table: VmTable) -> None:
 
 def test_only_a_vm_changes_its_state() -> None:
     """By its methods, which look at the old one first: nothing else in the parent has a way around them."""
-    folder = Path(vmtable.__file__).parent
+    folder = Path(vms.__file__).parent
     around = [path.name for path in folder.glob("*.py") if re.search(r"\._(state|enter)\b", path.read_text())]
-    assert around == ["vmtable.py"]
+    assert around == ["vm.py"]
     assert Vm.state.fset is None  # type: ignore[attr-defined]
 
 
