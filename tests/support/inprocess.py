@@ -79,6 +79,10 @@ class InProcess(Generic[P]):
         monkeypatch.setattr(time, "monotonic", self.clock)
         self.process = make()
         self.loop = self.process.loop
+        self.unexpected: list[str] = []  # errors that the fence has caught; a test that causes some removes them
+        assert self.loop.fence is not None
+        self.report = self.loop.fence.report
+        monkeypatch.setattr(self.loop.fence, "report", self.note_error)
         self.parent = End(self.loop, ours, Proc.PARENT, me)
         self.ends = [self.parent]
 
@@ -86,6 +90,11 @@ class InProcess(Generic[P]):
         """Be the clock of the process.  Each call takes a nanosecond, so that timers stay in order."""
         self.now_s += 1e-9
         return self.now_s
+
+    def note_error(self, doing: str, error: Exception) -> None:
+        """Be `Fence.report`."""
+        self.unexpected.append(f"{doing}: {error!r}")
+        self.report(doing, error)
 
     def peer(self, sock: socket.socket, me: Proc, peer: Proc) -> End:
         """Be another peer, at the other end of its channel."""
@@ -147,3 +156,4 @@ class InProcess(Generic[P]):
         self.parent.close()
         self.process.parent.close()
         self.loop.close()
+        assert self.unexpected == []

@@ -23,11 +23,12 @@ from vmd.vmm.main import GROUP_FD, Vmm
 class VmProcess:
     """A VM process; the test has its side of channel and log."""
 
-    def __init__(self, end: End, log_fd: int, arguments: Sequence[str], uid: int) -> None:
+    def __init__(self, end: End, log_fd: int, arguments: Sequence[str], uid: int, *, in_group: bool) -> None:
         self.end = end
         self.log_fd = log_fd
         self.arguments = [*arguments]
         self.uid = uid
+        self.in_group = in_group
         reading, self.writing = os.pipe()
         # A program of its own, which has none of our descriptors: a channel ends when the test closes its side.
         program = ["sh", "-c", "read -r status && exit $status"]
@@ -77,7 +78,7 @@ class VmmRig(InProcess[Vmm]):
         assert KVM_FD in fds
         assert (GROUP_FD in fds) == (group == GROUP_FD)
         end = self.peer(socket.socket(fileno=os.dup(channel.fileno())), Proc.VM, Proc.VMM)
-        vm = VmProcess(end, os.dup(log_fd), arguments, uid)
+        vm = VmProcess(end, os.dup(log_fd), arguments, uid, in_group=group == GROUP_FD)
         self.vms.append(vm)
         return Child(title, vm.pid)
 

@@ -89,6 +89,7 @@ def test_a_vm_goes_to_the_process_in_reserve(rig: VmmRig) -> None:
     rig.begin(1)
     (reserve,) = rig.vms
     assert (reserve.arguments, reserve.uid) == (["vm", log.form, "0", *USUAL_DEVICES], 1001)
+    assert reserve.in_group
     assert rig.told() == []
 
     assert rig.start(7, A) is reserve
@@ -119,6 +120,19 @@ def test_the_next_one_is_started_when_the_guest_runs(rig: VmmRig) -> None:
     assert rig.vms[2].arguments[3:] == []
 
 
+def test_a_host_without_control_groups(rig: VmmRig) -> None:
+    """The process is in no group of its own, and no group is given back."""
+    rig.slot(uid=1001)
+    rig.begin()
+    vm = running(rig, 7)
+    rig.told()
+    vm.exit(0)
+    rig.ended(vm)
+
+    assert (vm.uid, vm.in_group) == (1001, False)
+    assert ends(rig.told()) == [VmExited(vmid=7, pid=vm.pid, outcome=Outcome.POWER_OFF, text="")]
+
+
 def test_without_a_slot_there_is_no_process(rig: VmmRig) -> None:
     """The start fails with a sentence, and its descriptors are closed."""
     rig.begin()
@@ -144,6 +158,29 @@ def test_a_process_that_cannot_be_started(rig: VmmRig, capfd: pytest.CaptureFixt
 
     rig.cannot_start = None
     assert rig.start(8, B).uid == 1001
+
+
+@pytest.mark.parametrize("what", ["socketpair", "logpair"])
+def test_a_process_whose_sockets_cannot_be_made(rig: VmmRig, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """The start fails with the reason; the slot serves the next one, and nothing is left open."""
+
+    def full() -> None:
+        raise OSError(errno.ENFILE, "full")
+
+    rig.slot(uid=1001, group=1)
+    rig.settle()
+    rig.process.kvm_fd = null()
+    before = open_descriptors()
+    with monkeypatch.context() as patch:
+        patch.setattr(module, what, full)
+        rig.parent.send(start_of(7, A), fds=start_fds())
+        failed, exited = rig.told()
+    assert (failed, exited) == (
+        VmFailed(vmid=7, code=errno.ENFILE, text=failed.text),  # type: ignore[attr-defined]
+        VmExited(vmid=7, pid=0, outcome=Outcome.FAILED, text=failed.text),  # type: ignore[attr-defined]
+    )
+    assert open_descriptors() == before
+    assert rig.start(7, A).uid == 1001
 
 
 def test_descriptors_for_another_vm_are_counted_first(rig: VmmRig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -516,6 +553,21 @@ def test_another_parent_is_given_what_the_vm_was_given(rig: VmmRig) -> None:
     assert {*rig.process.over[7].kept} < {*KEPT}
 
 
+def test_a_vm_that_starts_again_is_no_longer_over(rig: VmmRig) -> None:
+    """The parent starts it again when its guest resets itself; what the life before was given is closed."""
+    rig.begin(1, 2)
+    vm = running(rig, 7)
+    inode = os.fstat(rig.process.running[7].kept["log"][0]).st_ino
+    vm.exit(11)
+    rig.ended(vm)
+    assert [*rig.process.over] == [7]
+    rig.start(7, A)
+
+    assert [*rig.process.over] == []
+    rig.parent.take()
+    assert inode not in {os.stat(f"/proc/self/fd/{fd}").st_ino for fd in open_descriptors()}
+
+
 @pytest.mark.usefixtures("log_fd")
 def test_answers_to_clients_that_are_gone_are_not_passed_on(rig: VmmRig) -> None:
     """Their questions came from the parent before; what the new one asks is answered."""
@@ -619,9 +671,7 @@ def fail(*_: Any) -> None:  # noqa: ANN401 - whatever it is called with
     raise RuntimeError("a bug")
 
 
-def test_a_start_that_a_bug_ends_fails(
-    rig: VmmRig, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_start_that_a_bug_ends_fails(rig: VmmRig, monkeypatch: pytest.MonkeyPatch) -> None:
     """The parent does not wait for it; other VMs are not concerned."""
     rig.begin(1, 2)
     running(rig, 7)
@@ -634,8 +684,8 @@ def test_a_start_that_a_bug_ends_fails(
         VmFailed(vmid=8, code=errno.EIO, text=OUR_FAULT),
         VmExited(vmid=8, pid=0, outcome=Outcome.FAILED, text=OUR_FAULT),
     ]
-    assert "RuntimeError: a bug" in capfd.readouterr().err
     assert [*rig.process.running] == [7]
+    assert [rig.unexpected.pop()] == ["StartVm of parent: RuntimeError('a bug')"]
 
 
 def test_a_vm_whose_words_lead_to_a_bug_is_ended(rig: VmmRig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -650,6 +700,7 @@ def test_a_vm_whose_words_lead_to_a_bug_is_ended(rig: VmmRig, monkeypatch: pytes
     assert ends(rig.told())[1:] == [
         VmExited(vmid=7, pid=vm.pid, outcome=Outcome.KILLED, text=f"broke the protocol: {OUR_FAULT}")
     ]
+    assert [rig.unexpected.pop()] == ["AskResolvers of vm/a: RuntimeError('a bug')"]
 
 
 def test_a_vm_that_leads_to_bugs_again_and_again_is_ended(rig: VmmRig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -665,6 +716,8 @@ def test_a_vm_that_leads_to_bugs_again_and_again_is_ended(rig: VmmRig, monkeypat
     rig.ended(vm)
 
     assert ends(rig.told())[1:] == [VmExited(vmid=7, pid=vm.pid, outcome=Outcome.KILLED, text=OUR_FAULT)]
+    assert {*rig.unexpected} == {"SendBreak of parent: RuntimeError('a bug')"}
+    rig.unexpected.clear()
 
 
 def test_a_received_vm_begins_like_another(rig: VmmRig) -> None:
