@@ -199,13 +199,13 @@ DEMO = f'boot "{guest("demo")}"'
 SAID: list[tuple[str, list[str]]] = [
     ("interface", ["no kernel, disk or cdrom to boot from"]),
     (f"{DEMO}\nsev", ["encrypted memory (sev): not supported by this version of vmd"]),
-    (f"{DEMO}\nboot device cdrom", ["boot device cdrom: it has no cdrom"]),
+    (f"{DEMO}\nboot device cdrom", ["boot device cdrom: the vm has no cdrom"]),
     ("boot /nowhere/kernel", ["kernel /nowhere/kernel: No such file or directory"]),
     ("boot kernel", ["kernel {here}/kernel: No such file or directory"]),
     (f"{DEMO} initrd /dev/null", ["initrd /dev/null: not a regular file"]),
     (
         "boot device disk\nboot /nowhere",
-        ["boot device disk: it has no disk", "kernel /nowhere: No such file or directory"],
+        ["boot device disk: the vm has no disk", "kernel /nowhere: No such file or directory"],
     ),
     (f"{DEMO}\ndisk good.raw\ndisk good.raw", ["disk {here}/good.raw is given twice"]),
     ("boot text", ["{here}/text: " + WRONG_KIND]),
@@ -359,7 +359,7 @@ def test_what_a_host_does_not_have_stops_nobody_else(tmp_path: Path) -> None:
         for line, what in [
             (1, "failed to get user: nobody-here: only root may use the control socket"),
             (2, "failed to include file more.conf: No such file or directory: going on without it"),
-            (3, 'vm "lost": failed to get user: nobody-here: it is not started'),
+            (3, 'vm "lost": failed to get user: nobody-here: this vm cannot start'),
         ]:
             assert f"vmd: warning: {vmd.conf}:{line}: {what}\n" in vmd.log
         status, lines = check(vmd.conf)

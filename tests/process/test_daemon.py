@@ -286,7 +286,7 @@ def test_a_command_line_for_one_boot(vmd: Daemon) -> None:
     vmd.must("stop", "-fw", "demo")
     refused = vmd.vmctl("start", "-B", "cdrom", "demo")
     assert refused.returncode == 1
-    assert "vm demo: boot device cdrom: it has no cdrom" in refused.stderr
+    assert "vm demo: boot device cdrom: the vm has no cdrom" in refused.stderr
 
 
 def test_a_boot_device_for_one_boot(tmp_path: Path) -> None:

@@ -537,7 +537,7 @@ def lies(root: Path, home: Path) -> dict[str, tuple[StartRequest, str]]:
         "short address": (start("open", nics=(NicConfig(lladdr=b"\2"),)), "invalid address"),
         "rdomain": (start("open", nics=(NicConfig(rdomain=256),)), "invalid rdomain"),
         "switch": (start("open", nics=(NicConfig(switch="\x1b[2J"),)), "invalid switch name"),
-        "no disc to boot from": (start("open", boot_device=BootDevice.CDROM), "it has no cdrom"),
+        "no disc to boot from": (start("open", boot_device=BootDevice.CDROM), "the vm has no cdrom"),
         "name with a path": (start("open").replace(name="../../etc/x"), "invalid VM name"),
         "name with an escape": (start("open").replace(name="a\x1b[2J"), "invalid VM name"),
         "name with a newline": (start("open").replace(name="a\nb"), "invalid VM name"),

@@ -144,7 +144,7 @@ def test_what_is_odd_is_said_to_who_reloads(vmd: Daemon, tmp_path: Path) -> None
     said = [reload(vmd, vmd.conf.read_text() + text), vmd.must("load", tmp_path / "more.conf")]
     for each in said:
         assert "vmctl: warning: macro 'unused' not used\n" in each
-        assert 'interface 0: switch "nope" not found: it is connected to nothing\n' in each
+        assert 'interface 0: switch "nope" not found: the interface is connected to nothing\n' in each
     assert said[0].count("\n") == said[1].count("\n") == 2
     assert states(vmd) == {"a": "running", "b": "stopped", "c": "stopped", "d": "stopped"}
 

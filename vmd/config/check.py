@@ -1,4 +1,4 @@
-"""Reads a configuration: parses a file, then applies the rules that span its objects."""
+"""Reads a configuration: parses a file, then applies the rules that span several objects."""
 
 import contextlib
 import functools
@@ -22,14 +22,13 @@ MACRO_NAME_CHARS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwx
 RANGES = ("/etc/subuid", "/etc/subgid")
 USERS = ("/etc/passwd", "/etc/group", *RANGES)
 
-Claim = tuple[str, int, int]  # a port of the host, or a network
+Claim = tuple[str, int, int]  # (protocol, port, 0), or ("in" or "is", prefix length, prefix): `claims`
 
 
 class ConfigErrors(VmdError):
-    """A configuration cannot be used; `errors` says why, in the order of the file.
+    """A configuration cannot be used.  `errors` has the reasons in the order of the file.
 
-    Its text has a line for each: whatever else is in there, such as the end of a line in the name of a file, is shown
-    as an escape.
+    The text has one line for each error.  Unprintable characters, such as a newline in a file name, are escaped.
     """
 
     def __init__(self, errors: Iterable[VmdError]) -> None:
@@ -41,21 +40,21 @@ class ConfigErrors(VmdError):
 
     @property
     def summary(self) -> str:
-        """What this means for a daemon that runs."""
+        """The result of a reload with this file, as a sentence: the number of errors, and that nothing changed."""
         count = len(self.errors)
         return f"{count} error{'s' if count > 1 else ''}, configuration unchanged"
 
 
 def printable(error: VmdError) -> str:
-    """Return the sentence of an error as one line."""
+    """Return the text of an error as one line: unprintable characters are escaped."""
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in str(error))
 
 
 def parse_macro_definition(text: str) -> tuple[str, str]:
-    """Return name and value of `vmd -D name=value`; the last `=` separates them, as in vmd(8).
+    """Return the name and the value of `vmd -D name=value`.  The last `=` separates them, as in vmd(8).
 
     Raises:
-        VmdError: there is no `=`, or no file could name such a macro.
+        VmdError: there is no `=`, or the name cannot be that of a macro.
     """
     name, equals, value = text.rpartition("=")
     if not equals or not name or not MACRO_NAME_CHARS.issuperset(name):
@@ -65,7 +64,7 @@ def parse_macro_definition(text: str) -> tuple[str, str]:
 
 @functools.cache
 def grammar() -> Grammar:
-    """Return the parser of this process; to make its tables takes longer than to read a file with them."""
+    """Return the parser of this process.  It is kept: making its tables takes longer than parsing a file."""
     return Grammar()
 
 
@@ -79,15 +78,15 @@ def load(
     settings: Globals | None = None,
     known_switches: Collection[SwitchConfig] = (),
 ) -> Config:
-    """Return what a vm.conf says.
+    """Return the configuration that a vm.conf describes.
 
-    `macros` win over assignments in the file.  A file that does not exist and `may_be_missing` is an empty one, with a
-    warning.  For a daemon that is `starting`, owners and included files that are not there cost only what they belong
-    to, with a warning.  `settings` and `known_switches` are what the daemon has already when a further file is loaded:
-    global statements change them, interfaces may name them.
+    `macros` take precedence over assignments in the file.  With `may_be_missing` a file that does not exist counts as
+    an empty one, with a warning.  With `starting` an unknown owner or a missing included file is a warning, not an
+    error: the daemon starts without what depends on it.  `settings` and `known_switches` are those that the daemon has
+    when `vmctl load` adds a file: global statements change the settings, interfaces may name the switches.
 
     Raises:
-        ConfigErrors: the file cannot be read, or has errors; all of them, up to a limit.
+        ConfigErrors: the file cannot be read, or has errors.  It lists all errors, up to a limit.
     """
     lexer = Lexer(macros or {})
     settings = settings or Globals()
@@ -111,9 +110,9 @@ def load(
 
 
 def check(config: Config, warn: Warn, known_switches: Collection[SwitchConfig] = ()) -> Config:
-    """Warn of what cannot work as written; return the configuration without second switches of a name.
+    """Warn of what cannot work as written.  Return the configuration, with only the first switch of each name.
 
-    Upstream keeps those and finds the first, so that the second gets a bridge nobody can use.
+    Upstream keeps a second switch of the same name.  It sets up the bridge of that switch, but no interface can use it.
     """
     switches: dict[str, SwitchConfig] = {}
     for switch in config.switches:
@@ -146,7 +145,7 @@ def check(config: Config, warn: Warn, known_switches: Collection[SwitchConfig] =
 
 
 def check_bridges(switches: Iterable[SwitchConfig], warn: Warn) -> None:
-    """Warn of switches that want one bridge to be two things at a time: the last one has its way."""
+    """Warn of switches that set up the same bridge in different ways.  The last of them takes effect."""
     users: dict[str, SwitchConfig] = {}
     for switch in switches:
         if not switch.enabled:
@@ -158,7 +157,7 @@ def check_bridges(switches: Iterable[SwitchConfig], warn: Warn) -> None:
 
 
 def check_prefixes(settings: Globals, warn: Warn) -> None:
-    """Warn of addresses that no interface can have, by the example of the first one."""
+    """Warn of a `local` prefix with addresses that no interface can have.  Only its first address is tested."""
     ranges = (
         ("prefix", settings.local_prefix, settings.local_prefix_origin),
         ("inet6 prefix", settings.local_inet6_prefix, settings.local_inet6_prefix_origin),
@@ -175,7 +174,7 @@ def check_prefixes(settings: Globals, warn: Warn) -> None:
 
 
 def check_boot(vm: VmConfig, warn: Warn) -> None:
-    """Warn of what only a kernel can use; an instance may yet get one from its parent."""
+    """Warn of an initrd or a command line without a kernel.  An instance may inherit the kernel from its template."""
     if vm.kernel or vm.parent:
         return
     for field in ("initrd", "cmdline"):
@@ -186,39 +185,39 @@ def check_boot(vm: VmConfig, warn: Warn) -> None:
 def check_connection(
     vm: VmConfig, index: int, usable: Mapping[str, SwitchConfig], named: Collection[str], warn: Warn
 ) -> None:
-    """Warn of an interface that will not be, or cannot be, connected to its switch."""
+    """Warn of an interface whose switch is unknown, disabled or in another routing domain."""
     nic = vm.nics[index]
     switch = usable.get(nic.switch)
     what = f'{vm.origin}: vm "{vm.name}": interface {index}'
     if nic.switch and switch is None:
         state = "is disabled" if nic.switch in named else "not found"
         close = "" if nic.switch in named else meant(nic.switch, named)
-        warn(f'{what}: switch "{nic.switch}" {state}: it is connected to nothing{close}')
+        warn(f'{what}: switch "{nic.switch}" {state}: the interface is connected to nothing{close}')
     if switch is not None and nic.rdomain not in (None, switch.rdomain or 0):
         warn(
-            f"{what}: rdomain {nic.rdomain}: an interface on a switch is in that of the switch, "
-            f"{switch.rdomain or 0}: this vm cannot start"
+            f"{what}: rdomain {nic.rdomain} differs from rdomain {switch.rdomain or 0} of its switch: "
+            "this vm cannot start"
         )
 
 
 def check_name(vm: VmConfig, warn: Warn) -> None:
-    """Warn of a name that vmctl could take for an id."""
+    """Warn of a name that looks like an id."""
     if vm.name.isdigit():
-        warn(f'{vm.origin}: vm "{vm.name}": a name that is a number: vmctl takes it for this vm before an id')
+        warn(f'{vm.origin}: vm "{vm.name}": the name is a number: in vmctl it means this vm, not the vm with that id')
 
 
 def check_allow(vm: VmConfig, warn: Warn) -> None:
-    """Warn of a template that nobody can make instances of but root, who needs no leave for it."""
+    """Warn of an `allow instance` without effect: root needs none, and it allows nobody else."""
     if vm.allow is None or vm.allow.owner != WHEEL or has_members(ROOT):
         return
     warn(
-        f'{vm.origin}: vm "{vm.name}": allow instance: it is for group 0, which nobody but root is in; '
-        "name an owner in it"
+        f'{vm.origin}: vm "{vm.name}": allow instance has no owner: it is for group 0, in which only root is; '
+        "add `owner`"
     )
 
 
 def has_members(gid: int) -> bool:
-    """Return whether anybody but root is in a group."""
+    """Return whether a group has a member other than root."""
     try:
         members = set(grp.getgrgid(gid).gr_mem)
     except KeyError:
@@ -228,9 +227,9 @@ def has_members(gid: int) -> bool:
 
 
 def require_ids(settings: Globals) -> None:
-    """Raise ConfigErrors if a user, a group, or containers of a user have one of the ids of VMs.
+    """Raise ConfigErrors if a user, a group or a range of subordinate ids (subuid(5)) has one of the ids of VMs.
 
-    Only the files of this host are looked at: to ask all servers of users takes long, and most do not answer.
+    Only files of this host are read.  Listing the users of a directory server takes long, and most servers refuse it.
     """
     ours = range(settings.first_id, settings.first_id + IDS + 1)
     for path in USERS:
@@ -238,24 +237,24 @@ def require_ids(settings: Globals) -> None:
             if taken.start < ours.stop and ours.start < taken.stop:
                 where = settings.first_id_origin and f"{settings.first_id_origin}: "
                 first = max(ours.start, taken.start)
-                raise ConfigErrors([VmdError(f"{where}ids {settings.first_id}: {first} is of {name} in {path}")])
+                raise ConfigErrors([VmdError(f"{where}ids {settings.first_id}: {first} belongs to {name} in {path}")])
 
 
 def ids_in(path: str) -> Iterator[tuple[str, range]]:
-    """Yield who has which ids by a file of users, groups, or ids that belong to them (subuid(5))."""
+    """Yield (name, ids) for each line of a file of users, groups or subordinate ids (subuid(5))."""
     try:
         with open(path, encoding="utf-8", errors="surrogateescape") as file:
             rows = [line.rstrip("\n").split(":") for line in file]
     except OSError:
         return
     for row in rows:
-        with contextlib.suppress(ValueError, IndexError):  # a line that others do not understand either
+        with contextlib.suppress(ValueError, IndexError):  # a malformed line, which other programs ignore, too
             first, count = (int(row[1]), int(row[2])) if path in RANGES else (int(row[2]), 1)
             yield printable(VmdError(row[0])), range(first, first + count)
 
 
 def check_limit(vm: VmConfig, settings: Globals, warn: Warn) -> None:
-    """Warn of a VM that could not even run alone."""
+    """Warn of a VM that exceeds a limit of all VMs together by itself."""
     limit_bytes = settings.limit_memory_bytes
     if limit_bytes is not None and vm.memory_bytes > limit_bytes:
         sizes = fmt_scaled(vm.memory_bytes), fmt_scaled(limit_bytes)
@@ -265,9 +264,9 @@ def check_limit(vm: VmConfig, settings: Globals, warn: Warn) -> None:
 
 
 def check_locals(vms: Iterable[VmConfig], warn: Warn) -> None:
-    """Warn of VMs that want a port of the host, or a fixed address, that another one wants too."""
+    """Warn of two VMs that forward the same port of the host, or have fixed addresses in overlapping networks."""
     seen: list[tuple[VmConfig, NicConfig]] = []
-    had_by: dict[Claim, list[int]] = {}  # by what they have, those of `seen`
+    had_by: dict[Claim, list[int]] = {}  # indices into `seen`
     for vm in vms:
         for nic in vm.nics:
             has, meets = claims(nic)
@@ -290,9 +289,12 @@ def check_locals(vms: Iterable[VmConfig], warn: Warn) -> None:
 
 
 def claims(nic: NicConfig) -> tuple[list[Claim], list[Claim]]:
-    """Return what an interface has that only one can have, and what of another one would be in its way.
+    """Return the claims of an interface, and the claims of another interface that conflict with it.
 
-    Of an address each network that it is in, and that in which it is alone.
+    A claim is a key for a dictionary, so that not every interface has to be compared with every other one.  A port of
+    the host conflicts with the same port.  A network claims ("in", ...) for itself and each network around it, and
+    ("is", ...) for itself.  It conflicts with networks inside it, which have "in" of it, and with networks around it,
+    which have "is" of those.
     """
     has: list[Claim] = [(forward.protocol, port, 0) for forward in nic.forwards for port in forward.ports]
     meets = list(has)
@@ -307,17 +309,17 @@ def claims(nic: NicConfig) -> tuple[list[Claim], list[Claim]]:
 
 
 def check_secret(vm: VmConfig, warn: Warn) -> None:
-    """Warn of a password's hash that others than root may read."""
+    """Warn of a password hash in a file that every user may read."""
     path = vm.origin.rpartition(":")[0]
     if vm.seed is not None and vm.seed.password.startswith(HASHED) and path:
-        with contextlib.suppress(OSError):  # it is gone by now
+        with contextlib.suppress(OSError):  # the file has been removed since
             if os.stat(path).st_mode & 0o004:
-                what = f"every user may read the password-hash: have {path} readable by root only, or name a file"
+                what = f"every user may read the password-hash: make {path} readable by root only, or name a file"
                 warn(f'{vm.origin}: vm "{vm.name}": {what}')
 
 
 def check_unique(vm: VmConfig, what: str, users: dict[str, str], warn: Warn) -> None:
-    """Warn if a second interface, of the same VM or another, wants what only one can have."""
+    """Warn if `what`, such as a tap or a log file, is used a second time, by the same VM or another."""
     if what in users:
         warn(f'{vm.origin}: vm "{vm.name}": {what} is used by vm "{users[what]}" already')
     else:

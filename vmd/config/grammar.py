@@ -1,8 +1,8 @@
-"""The productions of vm.conf; each action builds a part of the configuration (*cat. 2.2 - 2.5*).
+"""The productions of vm.conf.  Each action builds a part of the configuration (*cat. 2.2 - 2.5*).
 
-A docstring here is a production.  Semantic errors are reported and parsing goes on, so that one run finds
-all of them; a syntax error costs the rest of its line (`Lexer.skip_line`, and `error NL` below, which is
-accepted only where a line starts).  What spans objects is left to `check.py`.
+The docstring of an action is its production.  After a semantic error parsing continues, so that one run finds all
+errors.  A syntax error skips the rest of its line: `Lexer.skip_line`, and `error NL` below, which is accepted only at
+the start of a line.  `check.py` has the rules that span several objects.
 """
 
 from collections.abc import Callable
@@ -42,15 +42,15 @@ from vmd.seed import rules as seed_rules
 from vmd.seed.parts import HASHED
 from vmd.units import MIB
 
-# An option of a VM may stand behind another one on the first line of its block.  Each of these is one, and an option of
-# a disk, an interface or `boot`, too: there it belongs to what stands before it.
+# Options of a VM that are also options of a disk, an interface or `boot`.  On the first line of a block, two options of
+# a VM may follow each other.  There each of these belongs to the disk, interface or `boot` before it.
 GOES_ON = frozenset({"CMDLINE", "INITRD", "LIMIT"})
 KEYWORDS = frozenset(lexer.TOKENS) - {"NL", "NUMBER", "STRING"}
 AGENTX_CONTEXT_MAX = 32
-# What is said of the token behind `limit`, where limits of a VM are mistaken for others.
+# Ends of the sentence for a wrong token after `limit`: limits of a VM, a disk and an interface differ in their form.
 LIMIT_BRACES = {
-    "{": ": limits of a disk or an interface stand without braces of their own",
-    **dict.fromkeys(("MEMORY", "CPU", "WEIGHT"), ": limits of a vm stand in braces, limit { ... }"),
+    "{": ": the limits of a disk or an interface need no braces",
+    **dict.fromkeys(("MEMORY", "CPU", "WEIGHT"), ": the limits of a vm need braces, limit { ... }"),
 }
 
 T = TypeVar("T")
@@ -70,12 +70,12 @@ FLAGS = {
 
 
 class Draft:
-    """One `vm` or `switch` block while its options come in."""
+    """A `vm` or `switch` block of which only a part has been read."""
 
     def __init__(self, name: str, parent: str, source: Lexer) -> None:
         self.name = name
         self.line = source.line
-        self.errors = len(source.errors)  # when it began
+        self.errors = len(source.errors)  # number of errors before this block
         self.where = source.where
         self.fields: dict[str, Any] = {"name": name, "origin": self.where}
         if parent:
@@ -84,19 +84,20 @@ class Draft:
         self.disks: list[DiskConfig] = []
         self.nics: list[NicConfig] = []
         self.nics_min: int | None = None
-        self.faults: list[str] = []  # what keeps it, and only it, from starting
+        self.faults: list[str] = []  # why this VM cannot start; other VMs can
 
 
 class Grammar:
-    """The parser; one can read any number of files, one after the other."""
+    """The parser.  It can be used for several files, one after the other."""
 
     def __init__(self) -> None:
         tables = yacc.Tables(yacc.rules_of(self), {*lexer.TOKENS, *lexer.LITERALS}, "file", GOES_ON)
         self.parser = yacc.Parser(tables, self.syntax_error)
-        # Without this the parser looks at the next token even where it can only reduce.  The line behind a statement
-        # would then be read under the rules, macros and file that the statement is about to change.  Empty productions
-        # look at the next token all the same: error recovery would meet their states again, and reduce for ever.  It
-        # never gets back to state 0, from which the first line must be able to fail like others.
+        # By default the parser reads a token of lookahead even in a state where it can only reduce.  Then the first
+        # token of a line would be read before the statement of the line before it, such as an include or a macro,
+        # takes effect.  A defaulted state reduces without lookahead.  States that reduce an empty production keep the
+        # lookahead: error recovery would return to them and reduce for ever.  State 0 is safe, because recovery never
+        # returns to it, and it must be defaulted: so recovery works for an error on the first line, too.
         self.parser.defaulted = {
             state: action
             for state, actions in enumerate(tables.action)
@@ -106,7 +107,7 @@ class Grammar:
         }
 
     def begin(self, source: Lexer, warn: Warn, settings: Globals, *, starting: bool) -> None:
-        """Forget the file before."""
+        """Prepare for a new file: forget everything from the previous one."""
         self.starting = starting
         self.lexer = source
         self.lexer.on_missing = warn if starting else None
@@ -120,22 +121,22 @@ class Grammar:
         self.allow_owner: Owner | None = None
 
     def parse(self, source: Lexer, warn: Warn, settings: Globals, *, starting: bool = False) -> Config:
-        """Return what an open file says, on top of `settings`; meaningless if `source` has errors then.
+        """Return the configuration in an open file, with `settings` changed by it.  Invalid if `source` has errors.
 
-        `starting`: what this host does not have, or not yet, costs only what it belongs to.
+        `starting`: an unknown owner or a missing include file is a warning, not an error.
         """
         self.begin(source, warn, settings, starting=starting)
         self.parser.parse(source)
         return Config(settings=self.settings, switches=tuple(self.switches), vms=tuple(self.vms.values()))
 
     def error(self, what: str, line: int | None = None) -> None:
-        """Report a semantic error of the present statement."""
+        """Report a semantic error in the current statement, or at another line."""
         self.lexer.error(what, line)
 
     def syntax_error(self, token: Token | None) -> None:
         if self.lexer.spread is not None:
             first, last = self.lexer.spread
-            self.error(f"a text in quotes begins here and ends on line {last}: is a quote missing?", first)
+            self.error(f"a quoted string begins here and ends on line {last}: is a quote missing?", first)
             self.lexer.spread = None
         if token is None:
             self.error("syntax error at end of file")
@@ -146,27 +147,27 @@ class Grammar:
         self.lexer.skip_line(token)
 
     def meant(self, token: Token) -> str:
-        """Return the end of a sentence that asks for the keyword that was probably meant, if one is close."""
+        """Return the end of the sentence for a syntax error: a hint, such as the keyword that was probably meant."""
         state = self.parser.states[-1]
         last = self.parser.symbols[-1]
         if last.type == "LIMIT" and token.type in LIMIT_BRACES:
             return LIMIT_BRACES[token.type]
-        if last.type == "strings" and last.value[0] == "forward":  # taken for the name of a tap, up to the number
-            return ": forward of an interface stands in braces: interface { forward ... }"
+        if last.type == "strings" and last.value[0] == "forward":  # parsed as the name of a tap until the port number
+            return ": the forward of an interface needs braces: interface { forward ... }"
         if last.type == "SEED" and token.type != ",":
-            return ": options of a seed stand in braces, seed { ... }"
-        if last.type == "macro_name":  # a word that begins a line, and no `=` follows: it may be meant for a keyword
+            return ": the options of a seed need braces, seed { ... }"
+        if last.type == "macro_name":  # a word at the start of a line without `=`: perhaps a misspelt keyword
             found = nearest(last.value, self.keywords(self.parser.states[-2]))
             if found:
                 return f': did you mean "{found}" instead of "{shown(last.value)}"?'
             if token.type != "NL":
-                return f': "{shown(last.value)}" begins no statement, nor does "=" make it a macro'
+                return f': "{shown(last.value)}" is not a statement, and no "=" follows it as in a macro'
             return ""
         found = nearest(token.text, self.keywords(state)) if token.type == "STRING" else ""
         return f': did you mean "{found}"?' if found else ""
 
     def keywords(self, state: int) -> list[str]:
-        """Return the keywords that the parser takes in a state."""
+        """Return the keywords that the parser accepts in a state."""
         return [lexer.keyword_of(kind) for kind in self.parser.action[state] if kind in KEYWORDS]
 
     # Lines
@@ -273,7 +274,7 @@ class Grammar:
         """range : string
                  | NUMBER
                  | NUMBER string"""
-        # 10/8 is a number and a word, because a slash ends a number
+        # `10/8` is a NUMBER and a STRING, because a slash ends a number
         p[0] = "".join(str(part) for part in p[1:])
 
     def p_socket(self, p: Production) -> None:
@@ -341,7 +342,7 @@ class Grammar:
         """switch : switch_name '{' switch_body '}'"""
         draft = self.draft
         if "interface" not in draft.fields and len(self.lexer.errors) > draft.errors:
-            return  # it may be what could not be read
+            return  # the line with the error may have been the interface
         if "interface" not in draft.fields:
             self.error(f'switch "{shown(draft.name)}" is missing interface name', draft.line)
             return
@@ -402,12 +403,12 @@ class Grammar:
         """vm : vm_name '{' vm_body '}'"""
         draft = self.draft
         if draft.name in self.vms:
-            # A second one is no error upstream either, so that files can be loaded one over another.
+            # As upstream, a second VM of the same name is not an error: `vmctl load` may read a file twice.
             self.warn(f'{draft.where}: vm "{shown(draft.name)}" skipped (already exists)')
             return
         if draft.faults:
             draft.fields["fault"] = draft.faults[0]
-            self.warn(f'{draft.where}: vm "{shown(draft.name)}": {draft.faults[0]}: it is not started')
+            self.warn(f'{draft.where}: vm "{shown(draft.name)}": {draft.faults[0]}: this vm cannot start')
         missing = max(0, (draft.nics_min or 0) - len(draft.nics))
         self.vms[draft.name] = VmConfig(
             **draft.fields,
@@ -456,7 +457,7 @@ class Grammar:
             self.error("an option of the disk is given twice")
         serial = options.get("serial", "")
         if serial and serial in [disk.serial for disk in self.draft.disks]:
-            self.error(f"serial {shown(serial)} is another disk's of this vm")
+            self.error(f"serial {shown(serial)} is used by another disk of this vm")
         if self.value(rules.disk_count, len(self.draft.disks) + 1, 0):
             path = self.value(values.disk_path, self.lexer.beside(p[2]), "")
             form, limit = options.get("format") or typed_format(p[2], path), options.get("limit", {})
@@ -501,13 +502,13 @@ class Grammar:
         p[0] = self.value(values.rate, p[2], 0)
 
     def together(self, limits: list[tuple[str, int]]) -> dict[str, int]:
-        """Return limits by name, each given once."""
+        """Return limits as a dictionary; report a limit that is given twice."""
         found = dict(reversed(limits))
         if len(found) != len(limits):
             self.error("a limit is given twice")
         return found
 
-    # limits of a VM as a whole
+    # limits of a whole VM
 
     def p_vm_limit(self, p: Production) -> None:
         """vm_option : LIMIT '{' limit_body '}'"""
@@ -561,7 +562,7 @@ class Grammar:
         """limit_option : WEIGHT NUMBER"""
         p[0] = "weight", self.value(rules.weight, p[2], 0)
 
-    # what its cloud-init is told
+    # the seed for cloud-init
 
     def p_vm_seed(self, p: Production) -> None:
         """vm_option : SEED
@@ -635,11 +636,11 @@ class Grammar:
 
     def p_seed_network(self, p: Production) -> None:
         """seed_option : NETWORK_CONFIG string"""
-        # A file of that name can be given as ./no.
+        # A file with the name `no` can be given as `./no`.
         p[0] = "network_config", None if p[2] == "no" else self.seed_path(p[1], p[2])
 
     def seed_path(self, what: str, name: str) -> str:
-        """Return the path of a file of a seed."""
+        """Return the path of a file for the seed; `what` is its keyword."""
         return self.value(lambda path: values.boot_path(what, path), self.lexer.beside(name), "")
 
     def p_vm_boot(self, p: Production) -> None:
@@ -672,10 +673,10 @@ class Grammar:
             self.draft.fields["cmdline"] = self.value(rules.cmdline, p[2], "")
 
     def boot_path(self, name: str) -> str:
-        """Return the path of what a VM boots, or its name if it is on a disk of the VM itself."""
+        """Return the path of a boot file, relative to this file; unchanged if it is on a disk of the VM itself."""
         try:
             return self.lexer.beside(name) if rules.disk_file(name) is None else name
-        except ValueError:  # which whoever takes the value says again
+        except ValueError:  # the reader of the value reports the same error
             return name
 
     def p_vm_cdrom(self, p: Production) -> None:
@@ -860,7 +861,7 @@ class Grammar:
         if self.first_of_nic("host_name", "hostname"):
             self.nic["host_name"] = self.value(rules.host_name, p[2], "")
 
-    # who may make instances of a VM
+    # permission to make instances of a VM
 
     def p_vm_allow(self, p: Production) -> None:
         """vm_option : ALLOW INSTANCE flag
@@ -921,8 +922,8 @@ class Grammar:
     def owner(self, text: str, unknown: Callable[[str], None]) -> Owner:
         """Return a user and group.
 
-        One that this host does not know is an error of the file, which whoever checks or reloads it will read.  A
-        daemon that starts goes on, and `unknown` is told: all other VMs have to run.
+        An unknown user or group is an error when a file is checked or reloaded.  At the start of the daemon it is not,
+        because all other VMs have to run: `unknown` is called with the sentence instead.
         """
         try:
             return values.owner(text)
@@ -931,21 +932,21 @@ class Grammar:
             return Owner()
 
     def once(self, field: str, what: str = "") -> bool:
-        """Return whether a field of the VM has not been given yet; report it if it has."""
+        """Return whether a field of the VM is given for the first time; if not, report it."""
         if field in self.draft.fields:
             self.error(f"{what or field} specified more than once")
             return False
         return True
 
     def first_of_nic(self, field: str, what: str = "") -> bool:
-        """Return whether a field of the interface has not been given yet; report it if it has."""
+        """Return whether a field of the interface is given for the first time; if not, report it."""
         if field in self.nic:
             self.error(f"{what or field} specified more than once")
             return False
         return True
 
     def value(self, read: Callable[[Any], T], text: object, default: T) -> T:
-        """Return a value of `values.py`; a bad one is reported and replaced, so that parsing goes on."""
+        """Return `read(text)`.  If it raises ValueError, report that and return `default`: parsing continues."""
         try:
             return read(text)
         except ValueError as error:

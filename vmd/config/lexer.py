@@ -1,10 +1,10 @@
 """Tokens of vm.conf: quoting, continued lines, macros and include files (*cat. 2.1*).
 
-Written by hand because pushing a macro's value back onto the input, continuing lines and switching files
-are not regular.  `Lexer` has what the parser asks for: `token()`.
+The lexer is written by hand.  Regular expressions, from which lexers are usually made, cannot put a macro's value in
+front of the input, join continued lines or switch files.  The parser needs only the method `token()`.
 
-It also knows where lines and braces are, which lets `skip_line` go on behind a syntax error without
-taking the rest of a block for nonsense.
+The lexer also keeps track of lines and braces.  So `skip_line` can continue after a syntax error at the right place,
+and the rest of the block causes no further errors.
 """
 
 import codecs
@@ -16,20 +16,20 @@ from vmd.config.rules import shown
 from vmd.errors import ConfigError, VmdError, sentence
 from vmd.nearest import meant
 
-INPUT_MAX = 16 << 20  # bytes of a file, what it includes and macros, counted each time they are read
-INCLUDE_MAX = 16  # files open within each other
+INPUT_MAX = 16 << 20  # bytes of all files and macros together, counted each time that one is read
+INCLUDE_MAX = 16  # nested include files
 TOKEN_MAX = 8095  # characters
-ERRORS_MAX = 100  # what follows is mostly noise, and no file may fill memory or log with it
+ERRORS_MAX = 100  # a file with more must not fill memory or the log
 INT64 = range(-(1 << 63), 1 << 63)
 
 
 def kind_of(word: str) -> str:
-    """Return the kind of token that a keyword is."""
+    """Return the kind of token for a keyword."""
     return word.upper().replace("-", "_")
 
 
 def keyword_of(kind: str) -> str:
-    """Return the keyword that is of a kind."""
+    """Return the keyword for a kind of token."""
     return kind.lower().replace("_", "-")
 
 
@@ -44,19 +44,19 @@ SEED_WORDS = frozenset({
     "hostname", "user", "ssh-key", "password-hash", "user-data", "vendor-data", "network-config", "instance-id",
 })  # fmt: skip
 
-# Our own keywords are words like any other wherever vmd(8) takes a word, so that no upstream file breaks.
-# In a block they count only where no string can stand, that is not behind one of STRING_FOLLOWS ...
+# Our own keywords are plain words wherever vmd(8) takes a word, so that upstream's files keep their meaning.
+# Inside a block they are keywords only where no string can stand: not after a token of STRING_FOLLOWS.
 BLOCK_WORDS = frozenset({
     "vcpus", "virtio", "initrd", "cmdline", "serial", "console", "log", "keep", "limit", "cpu", "weight", "iops",
     "rate", "address", "dns", "forward", "hostname", "seed", "vhost",
 }) | SEED_WORDS  # fmt: skip
 NIC_WORDS = frozenset({"address", "dns", "forward", "hostname", "limit", "vhost"})
-# ... except that these end the strings of a statement, or a part of one, that begins so ...
+# Exception: after one of these words, the keywords in its set end a sequence of strings.
 ENDING_WORDS = {
     "boot": frozenset({"initrd", "cmdline"}),
     "disk": frozenset({"serial", "limit"}),
     "log": frozenset({"size", "keep"}),
-    "limit": frozenset({"iops", "rate", "serial"}) | NIC_WORDS,  # of a disk, or an interface
+    "limit": frozenset({"iops", "rate", "serial"}) | NIC_WORDS,  # of a disk or an interface
     "memory": frozenset({"cpu", "weight"}),  # in a block of limits
     "cpu": frozenset({"weight"}),
     **dict.fromkeys(("interface", "switch", "group", "lladdr", *NIC_WORDS - {"limit"}), NIC_WORDS),
@@ -68,15 +68,15 @@ STRING_FOLLOWS = frozenset({
     "INTERFACE", "LLADDR", "LOG", "MEMORY", "OWNER", "SERIAL", "SIZE", "STRING", "SWITCH", "VIRTIO",
     *map(kind_of, SEED_WORDS),
 })  # fmt: skip
-# ... and outside of blocks there are `local nat` and `local dns` and, where a line begins so, ids, what is limited, and
-# `metrics listen`.
+# Outside blocks our keywords are `dns` and `nat` after `local`, LINE_WORDS at the beginning of a line, LIMITED_WORDS
+# after `limit`, and `listen` after `metrics`.
 LOCAL_WORDS = frozenset({"dns", "nat"})
 LINE_WORDS = frozenset({"ids", "limit", "metrics"})
 LIMITED_WORDS = frozenset({"vcpus", "vms"})  # besides `memory`
 METRICS_WORDS = frozenset({"listen"})
 
 TOKENS = (
-    *(word.upper() for word in sorted(RESERVED - {"add", "id"})),  # those two mean nothing yet
+    *(word.upper() for word in sorted(RESERVED - {"add", "id"})),  # upstream reserves these two without using them
     *(kind_of(word) for word in sorted(BLOCK_WORDS)),
     "IDS", "LISTEN", "METRICS", "NAT", "NL", "NUMBER", "STRING", "VMS",
 )  # fmt: skip
@@ -91,18 +91,18 @@ _NUMBER_END = frozenset(" \t\n\v\f\r),/}=")
 
 
 class Token:
-    """A keyword, word, number or character; `text` is how it was written."""
+    """A keyword, word, number or character.  `text` is the token as it is written in the file."""
 
     def __init__(self, kind: str, value: object, text: str, line: int) -> None:
         self.type = kind
         self.value = value
         self.text = text
         self.line = line
-        self.closes = False  # a brace that ends the block in which its line began
+        self.closes = False  # a brace that closes the block around its line
 
 
 class Source:
-    """One open file: characters with a position, and in front of them the rest of a macro's value."""
+    """One open file: its text with a position.  The rest of a macro's value, `expansion`, is read first."""
 
     def __init__(self, path: str, identity: tuple[int, int], text: str) -> None:
         self.path = path
@@ -116,17 +116,17 @@ class Source:
 
     @property
     def expanding(self) -> bool:
-        """Whether the next character comes out of a macro, where `$` means nothing: no macro bombs."""
+        """Whether the next character is from a macro's value.  `$` has no meaning there, so macros cannot nest."""
         return self.expansion_at < len(self.expansion)
 
     def raw_peek(self) -> str:
-        """Return the next character as it is written, "" at the end."""
+        """Return the next character without interpreting backslashes; "" at the end."""
         if self.expanding:
             return self.expansion[self.expansion_at]
         return self.text[self.at : self.at + 1]
 
     def raw(self) -> str:
-        """Return and consume the next character as it is written, "" at the end."""
+        """Return and consume the next character without interpreting backslashes; "" at the end."""
         c = self.raw_peek()
         if self.expanding:
             self.expansion_at += 1
@@ -136,7 +136,7 @@ class Source:
         return c
 
     def peek(self) -> str:
-        """Return the next character outside quotes: lines are joined, other backslashes hide themselves."""
+        """Return the next character outside quotes.  A backslash joins lines; before other characters it is dropped."""
         if self.expanding:
             return self.expansion[self.expansion_at]
         while self.text.startswith("\\\n", self.at):
@@ -152,7 +152,7 @@ class Source:
             self.raw()
 
     def take(self, allowed: frozenset[str]) -> str:
-        """Return and consume as many characters of a set as follow; those beyond TOKEN_MAX + 1 are dropped."""
+        """Consume all characters of the set `allowed` that follow.  Return the first TOKEN_MAX + 1 of them."""
         taken: list[str] = []
         while (c := self.peek()) and c in allowed:
             self.advance()
@@ -161,7 +161,7 @@ class Source:
         return "".join(taken)
 
     def skip_comment(self) -> None:
-        """Consume everything up to the newline; one behind a backslash does not count."""
+        """Consume a comment up to its newline.  A newline after a backslash does not end it."""
         self.expansion = ""
         while True:
             end = self.text.find("\n", self.at)
@@ -173,13 +173,13 @@ class Source:
 
 
 def read_regular(path: str, limit: int) -> tuple[tuple[int, int], str]:
-    """Return a file's identity and its text; bytes that are no UTF-8 survive as surrogates.
+    """Return a file's identity (device, inode) and its text.  Bytes that are not UTF-8 become surrogates.
 
     Raises:
         OSError: the file cannot be opened or read.
-        VmdError: it is no regular file, or longer than `limit` bytes.
+        VmdError: it is not a regular file, is longer than `limit` bytes, or is UTF-16.
     """
-    # Looked at before it is opened: opening alone hangs on a FIFO and does things to some devices.
+    # The type is checked before the open: opening a FIFO can block, and opening some devices has effects.
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise VmdError("not a regular file")
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
@@ -192,15 +192,15 @@ def read_regular(path: str, limit: int) -> tuple[tuple[int, int], str]:
         raise VmdError(f"more than {INPUT_MAX >> 20} MiB of configuration")
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise VmdError("its text is UTF-16; save it as UTF-8")
-    # What editors of other systems leave: a mark at the beginning, and two characters at the end of a line.
+    # Editors on other systems write a byte order mark, and CR LF at the end of a line.
     text = content.removeprefix(codecs.BOM_UTF8).replace(b"\r\n", b"\n").decode("utf-8", "surrogateescape")
     return (status.st_dev, status.st_ino), text
 
 
 class Lexer:
-    """Turns a file, and what it includes, into tokens; collects errors of every later stage too.
+    """Turns a file and the files that it includes into tokens.  Collects the errors of all stages, also the parser's.
 
-    `macros` are persistent: an assignment in the file does not change them.
+    `macros` are from the command line: an assignment in a file does not change them.
     """
 
     def __init__(self, macros: Mapping[str, str]) -> None:
@@ -210,18 +210,18 @@ class Lexer:
         self.sources: list[Source] = []
         self.budget = INPUT_MAX
         self.errors: list[VmdError] = []
-        self.on_missing: Callable[[str], None] | None = None  # is told of included files that are not there
+        self.on_missing: Callable[[str], None] | None = None  # called for a missing included file; None: it is an error
         self.path = ""
         self.line = 0
         self.pending: list[Token] = []
         self.previous = "NL"
-        self.ending: frozenset[str] = frozenset()  # the words that end a string of this statement
-        self.depth = 0  # braces open
-        self.floor = 0  # lowest depth on the present line
-        self.spread: tuple[int, int] | None = None  # first and last line of a text in quotes on the present line
+        self.ending: frozenset[str] = frozenset()  # keywords that end a sequence of strings in this statement
+        self.depth = 0  # open braces
+        self.floor = 0  # lowest depth on the current line
+        self.spread: tuple[int, int] | None = None  # lines of a quoted string over several lines
 
     def error(self, what: str, line: int | None = None) -> None:
-        """Report what is wrong with the statement of the last token, or another line of the same file."""
+        """Report an error at the line of the last token, or at another line of the same file."""
         if len(self.errors) == ERRORS_MAX:
             self.errors.append(ConfigError(self.path, self.line, "too many errors, giving up"))
             self.sources.clear()
@@ -234,10 +234,10 @@ class Lexer:
         return f"{self.path}:{self.line}"
 
     def open(self, path: str) -> None:
-        """Read a file from here on, and then go on where we are.
+        """Read a file next; after its end, continue in the current one.
 
         Raises:
-            OSError, VmdError: as `read_regular`; also when files include each other without end.
+            OSError, VmdError: as `read_regular`; VmdError also if the file includes itself, or includes are too deep.
         """
         identity, text = read_regular(path, self.budget)
         if any(source.identity == identity for source in self.sources):
@@ -250,10 +250,10 @@ class Lexer:
         self.sources.append(Source(path, identity, text))
 
     def beside(self, name: str) -> str:
-        """Return the path of a file that the present one names.
+        """Return the path of a file that the current file names.
 
-        A relative name is looked for in the directory of the file that has it.  Unlike vmd(8), which looks in the
-        working directory: a daemon's is /, so a reload would not find what the start found.
+        A relative name is relative to the directory of the current file.  vmd(8) uses its working directory instead.
+        The working directory of a daemon is /, so a reload would not find the files that the start found.
         """
         return os.path.join(os.path.dirname(self.path), name) if name else ""
 
@@ -279,7 +279,7 @@ class Lexer:
             self.unused[name] = None
 
     def token(self) -> Token | None:
-        """Return the next token, None at the end of the outermost file."""
+        """Return the next token; None at the end of the outermost file."""
         if self.previous == "NL":
             self.spread = None
         token = self.pending.pop(0) if self.pending else self.scan()
@@ -290,26 +290,26 @@ class Lexer:
         return token
 
     def skip_line(self, bad: Token) -> None:
-        """Arrange for the next token to be the end of the line that `bad`, the last token, spoilt.
+        """Skip the rest of the line after a syntax error at `bad`, the last token.  The next token is its end.
 
-        A block opened on that line is skipped too.  Where the line would close the block around it, the
-        brace survives, on a line of its own, so that what follows is read in the right place.
+        A block that begins on that line is skipped, too.  A brace on that line that closes the block around it is kept
+        as a line of its own, so that the following lines are read outside of that block.
         """
         token: Token | None = bad
         while token is not None:
             if token.closes:
-                token.closes = False  # never twice, whatever the parser makes of it
+                token.closes = False  # a second error at this brace must not return it again
                 self.pending = [Token("NL", "\n", "\n", token.line), self.copy(token)]
                 break
             if token.type == "NL" and self.depth <= self.floor:
                 self.pending = [self.copy(token)]
                 break
             token = self.scan()
-        bad.type = "ERROR"  # the parser still holds it, and must throw it away
+        bad.type = "ERROR"  # the parser still has this token and must discard it
 
     @staticmethod
     def copy(token: Token) -> Token:
-        """Return the same token again."""
+        """Return a copy of a token, which does not close its block (`closes`) a second time."""
         return Token(token.type, token.value, token.text, token.line)
 
     def scan(self) -> Token | None:
@@ -324,7 +324,7 @@ class Lexer:
             self.path, self.line = source.path, source.line
             if not c:
                 if not source.ended:
-                    # A last line without newline is a line, and stays one of its own file.
+                    # A last line without a newline ends with its file, not in the file that includes it.
                     source.ended = True
                     return Token("NL", "\n", "end of line", source.line)
                 self.sources.pop()
@@ -338,11 +338,11 @@ class Lexer:
         return None
 
     def bad(self) -> Token:
-        """Return the token that fits nowhere, for text that has been reported already."""
+        """Return a token that no production accepts.  Its error has been reported already."""
         return Token("ERROR", None, "", self.line)
 
     def expand(self, source: Source) -> bool:
-        """Put a macro's value in front of the input."""
+        """Read the name of a macro, and put its value in front of the input.  Return False after an error."""
         name = source.take(_MACRO_NAME)
         if len(name) > TOKEN_MAX:
             self.error("string too long")
@@ -363,7 +363,7 @@ class Lexer:
         """Read a token that starts with `c`."""
         if c in "\"'":
             return self.quoted(source, c)
-        if (c in _DIGITS or c == "-") and self.previous != "SERIAL":  # whose digits are a text, however many
+        if (c in _DIGITS or c == "-") and self.previous != "SERIAL":  # a serial number is a string
             return self.number(source)
         if c in _WORD_START:
             return self.word(source.take(_WORD))
@@ -380,7 +380,7 @@ class Lexer:
         return token
 
     def quoted(self, source: Source, quote: str) -> Token:
-        """Read a string up to the quote it began with."""
+        """Read a string that ends with the quote `quote`."""
         source.advance()
         text: list[str] = []
         spread = False
@@ -401,14 +401,14 @@ class Lexer:
         return self.string("".join(text))
 
     def string(self, text: str) -> Token:
-        """Return a string token of bounded length."""
+        """Return the token of a string, or report that it is too long."""
         if len(text) > TOKEN_MAX:
             self.error("string too long")
             return self.bad()
         return Token("STRING", text, text, self.line)
 
     def number(self, source: Source) -> Token:
-        """Read a number, or what only looked like one: `1G`, `10.0.0.1`, `00:11:22:33:44:55`."""
+        """Read a number, or a word that begins with digits: `1G`, `10.0.0.1`, `00:11:22:33:44:55`."""
         sign = ""
         if source.peek() == "-":
             sign = "-"
@@ -419,7 +419,7 @@ class Lexer:
             return Token(sign, sign, sign, self.line)
         if c and c not in _NUMBER_END:
             if sign:
-                # The minus is a token of its own here, and no statement has one.
+                # As upstream, the minus is a token of its own here.  It is a syntax error: no production has one.
                 return Token(sign, sign, sign + digits, self.line)
             return self.word(digits + source.take(_WORD))
         text = sign + digits
@@ -434,7 +434,7 @@ class Lexer:
         return Token("NUMBER", value, text, self.line)
 
     def word(self, text: str) -> Token:
-        """Return the token of an unquoted word: a keyword where it is one, else a string."""
+        """Return the token of an unquoted word: a keyword if it is one at this place, else a string."""
         kind = "STRING"
         if text in RESERVED:
             kind = text.upper()
@@ -453,6 +453,6 @@ class Lexer:
             kind = kind_of(text)
         if kind == "STRING":
             return self.string(text)
-        if text in ENDING_WORDS or (text not in self.ending and text != "format"):  # which goes on with a disk
+        if text in ENDING_WORDS or (text not in self.ending and text != "format"):  # `format` continues a disk
             self.ending = ENDING_WORDS.get(text, frozenset())
         return Token(kind, text, text, self.line)

@@ -1,10 +1,10 @@
-"""What a VM may be: the rules that vm.conf, requests of clients, streams and vmctl have in common.
+"""The rules for the values of a VM.  vm.conf, requests of clients, streams and vmctl share them.
 
-A rule takes a value and returns it, or raises ValueError with a sentence for whoever gave it.  The sentences are those
-of *cat. 2.3 - 2.5* where upstream has one.  `check_vm` applies every rule to a whole VM; `obstacles` says why a VM that
-keeps all of them still cannot be started.
+A rule takes a value and returns it if it is valid, or raises ValueError with a sentence for the user.  Where upstream
+has a sentence, the rule uses it (*cat. 2.3 - 2.5*).  `check_vm` applies every rule to a whole VM.  `obstacles` says why
+a VM that passes every rule still cannot be started.
 
-vmctl and VM processes load this, so it imports little.
+vmctl and VM processes load this module, so it imports little.
 """
 
 import errno
@@ -54,12 +54,12 @@ if TYPE_CHECKING:
     from vmd.config.model import DiskConfig, Forward, NicConfig
 
 DISK_FORMATS = ("raw", "qcow2")
-UID_MAX = (1 << 32) - 2  # the next one means "no change" to chown(2)
-LOCAL_PREFIX_BITS = 16  # at most, and by default: VM id and NIC live in the other half of the address
+UID_MAX = (1 << 32) - 2  # chown(2) takes the next number for "no change"
+LOCAL_PREFIX_BITS = 16  # the longest prefix, and the default: the other 16 bits of an address hold VM id and NIC
 HOST_NAME_MAX, LABEL_MAX = 255, 63  # RFC 1035, 2.3.4
-HOST_TABLES = (253, 254, 255)  # routing tables default, main and local: no VRF can have them
-LOG_NAME_MAX = 255 - NAME_MAX - 3  # bytes of a file name, with a VM's name and `.99` in it
-SHOWN_MAX = 80  # characters of a value in a sentence
+HOST_TABLES = (253, 254, 255)  # the routing tables default, main and local: a VRF cannot use them
+LOG_NAME_MAX = 255 - NAME_MAX - 3  # bytes of a file name, less a VM's name and `.99`
+SHOWN_MAX = 80  # characters of a value that an error message quotes
 
 DIGITS = frozenset("0123456789")
 LETTERS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz")
@@ -69,20 +69,20 @@ NAME_OTHER = NAME_FIRST | set(".-_")
 TAP_FORM = "a tap is called tap, tap0, tap1 and so on"
 NAME_FORM = "it has letters, digits, dots, hyphens and underscores, and begins with a letter or digit"
 GROUP_CHARS = NAME_FIRST | set("_.-")
-# What Linux takes for the name of an interface, but for patterns such as br%d.
+# What Linux allows in the name of an interface, except `%`: br%d is a pattern.
 BRIDGE_CHARS = frozenset(map(chr, range(0x21, 0x7F))) - set("%/:")
-NO_BRIDGES = (".", "..", "lo", "all", "default")  # Linux takes the last two for all interfaces, and new ones
-DISK_DIGITS = 3  # of a disk, or a partition
+NO_BRIDGES = (".", "..", "lo", "all", "default")  # sysctl has the last two for all interfaces and for new ones
+DISK_DIGITS = 3  # of the number of a disk or partition
 SERIAL_CHARS = frozenset(map(chr, range(0x20, 0x7F)))
 
 
 def shown(text: str) -> str:
-    """Return a text as sentences quote it: cut if long."""
+    """Return a text as error messages quote it: cut to SHOWN_MAX characters."""
     return text if len(text) <= SHOWN_MAX else text[: SHOWN_MAX - 3] + "..."
 
 
 def too_long(text: str, limit: int) -> bool:
-    """Return whether a text has more bytes than a limit."""
+    """Return whether a text is longer than `limit` bytes."""
     return len(os.fsencode(text)) > limit
 
 
@@ -90,7 +90,7 @@ def too_long(text: str, limit: int) -> bool:
 
 
 def vm_name(name: str) -> str:
-    """Return the name of a VM (*cat. 2.5*): no name escapes a directory, or a message."""
+    """Return the name of a VM (*cat. 2.5*).  A valid name is safe as a file name and in a message."""
     if too_long(name, NAME_MAX):
         raise ValueError("vm name too long")
     if not name or name[0] not in NAME_FIRST or not NAME_OTHER.issuperset(name):
@@ -108,7 +108,7 @@ def switch_name(name: str) -> str:
 
 
 def bridge_name(name: str) -> str:
-    """Return the name of a switch's bridge; unlike vmd's, Linux's have no fixed pattern."""
+    """Return the name of a switch's bridge.  Unlike vmd's, the name of a bridge on Linux follows no pattern."""
     usable = 0 < len(name) <= IFNAME_MAX and BRIDGE_CHARS.issuperset(name) and name not in NO_BRIDGES
     if not usable or is_tap(name):
         raise ValueError(f"invalid switch interface: {shown(name)}")
@@ -116,19 +116,19 @@ def bridge_name(name: str) -> str:
 
 
 def tap_name(name: str) -> str:
-    """Return the name of a VM's own interface; "" and "tap" leave the choice to us."""
+    """Return the name of a VM's tap interface.  For "" and "tap", vmd chooses the number."""
     if name and not (is_tap(name) and len(name) <= IFNAME_MAX):
         raise ValueError(f"invalid interface: {shown(name)}: {TAP_FORM}")
     return name
 
 
 def is_tap(name: str) -> bool:
-    """Return whether a name is `tap`, or `tap` and a number."""
+    """Return whether a name is `tap`, or `tap` with a number."""
     return name.startswith("tap") and DIGITS.issuperset(name.removeprefix("tap"))
 
 
 def group_name(name: str) -> str:
-    """Return the name of an interface group; a digit at its end would make it an interface."""
+    """Return the name of an interface group.  It must not end in a digit: an interface's name does."""
     if name and (len(name) > GROUP_MAX or not GROUP_CHARS.issuperset(name) or name[-1] in DIGITS):
         raise ValueError(f"invalid group name: {shown(name)}")
     return name
@@ -170,7 +170,7 @@ def nic_count(number: int) -> int:
 
 
 def rdomain(number: int) -> int:
-    """Return a routing domain; unlike OpenBSD's, the last three numbers are the host's own tables."""
+    """Return the number of a routing domain.  Unlike OpenBSD's, 253 to 255 are the host's own routing tables."""
     if not 0 <= number <= MAX_RDOMAIN:
         raise ValueError(f"invalid rdomain: {number}")
     if number in HOST_TABLES:
@@ -179,7 +179,7 @@ def rdomain(number: int) -> int:
 
 
 def user_number(number: int) -> int:
-    """Return the number of a user or group: cut to 32 bits another one might be root's."""
+    """Return the id of a user or group.  It must fit 32 bits: cut to 32 bits, a larger number could become 0, root."""
     if not 0 <= number <= UID_MAX:
         raise ValueError(f"invalid user: {number}")
     return number
@@ -189,7 +189,7 @@ def user_number(number: int) -> int:
 
 
 def within(what: str, number: int, numbers: range) -> int:
-    """Return a number that is one of these."""
+    """Return a number that must be in a range; `what` is its keyword."""
     if number not in numbers:
         raise ValueError(f"invalid {what}: {number}: must be from {numbers[0]} to {numbers[-1]}")
     return number
@@ -206,17 +206,17 @@ def rate(number: int) -> int:
 
 
 def cpu_percent(number: int) -> int:
-    """Return a share of one processor, or several."""
+    """Return a share of processors in percent: 100 is one processor."""
     return within("cpu", number, CPU_PERCENTS)
 
 
 def weight(number: int) -> int:
-    """Return a weight against other VMs."""
+    """Return the weight of a VM relative to other VMs."""
     return within("weight", number, WEIGHTS)
 
 
 def limits(config: VmConfig) -> None:
-    """Check all limits of a VM; 0 is none."""
+    """Check all limits of a VM.  0 means no limit.  Raises ValueError."""
     given = [(iops, disk.iops_limit) for disk in config.disks]
     given += [(rate, disk.rate_limit) for disk in config.disks] + [(rate, nic.rate_limit) for nic in config.nics]
     given += [(cpu_percent, config.limit.cpu_percent), (weight, config.limit.weight)]
@@ -231,16 +231,17 @@ def limits(config: VmConfig) -> None:
 
 
 def path(what: str, name: str) -> str:
-    """Return the path of a file, which is looked for when the VM starts."""
+    """Return the path of a file.  The file need not exist before the VM starts."""
     if too_long(name, PATH_MAX):
         raise ValueError(f"{what} too long")
     return name
 
 
 def disk_file(text: str) -> DiskFile | None:
-    """Return which file on a disk of the VM itself is meant, such as `disk0:/bsd` or `disk0p2:/vmlinuz`; None if none.
+    """Parse a name such as `disk0:/bsd` or `disk0p2:/vmlinuz`: a file on a disk of the VM itself.
 
-    A file of the host that is called so can be named as `./disk0:`.  Raises ValueError.
+    Return None if the text has another form: then it is a path of the host.  `./disk0:` is a path of the host, too.
+    Raises ValueError.
     """
     name, colon, within = text.partition(":")
     place = name.removeprefix("disk")
@@ -252,7 +253,7 @@ def disk_file(text: str) -> DiskFile | None:
     right = len(rest) < 2 or (DIGITS.issuperset(rest[1:]) and 0 < len(numbered) <= DISK_DIGITS)
     if not right or len(number) > DISK_DIGITS:
         form = "disk0 is the first disk, disk0p2 its second partition, disk0a one of its OpenBSD disklabel"
-        raise ValueError(f"{shown(name)}: no disk or partition: {form}")
+        raise ValueError(f"{shown(name)}: not a disk or partition: {form}")
     if within and (not within.startswith("/") or "\0" in within):
         raise ValueError(f"{shown(text)}: the path of a file on a disk begins with /")
     if too_long(within, PATH_MAX):
@@ -261,7 +262,7 @@ def disk_file(text: str) -> DiskFile | None:
 
 
 def disk_initrd(text: str) -> DiskFile | None:
-    """Return what `disk_file` does, of an initrd: no system names one for us.  Raises ValueError."""
+    """Parse the name of an initrd as `disk_file` does.  Unlike a kernel's it must have a path.  Raises ValueError."""
     found = disk_file(text)
     if found is not None and not found.path:
         raise ValueError(f"{shown(text)}: an initrd needs the path of a file")
@@ -269,17 +270,17 @@ def disk_initrd(text: str) -> DiskFile | None:
 
 
 def files_on_disks(config: VmConfig) -> tuple[DiskFile | None, DiskFile | None]:
-    """Return which kernel and initrd on its own disks a VM boots.  Raises ValueError."""
+    """Return the kernel and the initrd that a VM boots from its own disks; None for each other.  Raises ValueError."""
     return disk_file(config.kernel), disk_initrd(config.initrd)
 
 
 def boots_from_disks(config: VmConfig) -> "Iterator[str]":
-    """Give what is wrong with a kernel or initrd that is on a disk of the VM itself.  Raises ValueError."""
+    """Yield what is wrong with a kernel or initrd on a disk of the VM itself.  Raises ValueError."""
     kernel, initrd = files_on_disks(config)
     if config.kernel and config.initrd and (kernel is None) != (initrd is None):
         yield (
-            f"boot {shown(config.kernel)} initrd {shown(config.initrd)}: both are on disks of the vm, or both are files"
-            " of the host"
+            f"boot {shown(config.kernel)} initrd {shown(config.initrd)}: both must be on disks of the vm, or"
+            " both must be files of the host"
         )
     for name, found in ((config.kernel, kernel), (config.initrd, initrd)):
         if found is not None and found.disk >= len(config.disks):
@@ -290,17 +291,17 @@ def boots_from_disks(config: VmConfig) -> "Iterator[str]":
 
 
 def console_log_path(name: str) -> str:
-    """Return the path of a console log; `%n` in it stands for the name of the VM."""
+    """Return the path of a console log.  `%n` in its file name stands for the name of the VM."""
     file = name.rpartition("/")[2]
     if not name.startswith("/") or file in ("", ".", ".."):
-        raise ValueError(f"console log {shown(name)}: is no absolute path of a file")
+        raise ValueError(f"console log {shown(name)}: not an absolute path of a file")
     if too_long(name, PATH_MAX) or too_long(file, LOG_NAME_MAX):
         raise ValueError("console log path too long")
     return name
 
 
 def console_log_bytes(size: int) -> int:
-    """Return the size from which on a console log is put aside."""
+    """Return the size in bytes at which a console log is rotated."""
     if not MIN_LOG_BYTES <= size <= MAX_LOG_BYTES:
         least, most = fmt_scaled(MIN_LOG_BYTES), fmt_scaled(MAX_LOG_BYTES)
         raise ValueError(f"console log size {fmt_scaled(size)}: must be from {least} to {most}")
@@ -308,7 +309,7 @@ def console_log_bytes(size: int) -> int:
 
 
 def console_logs_kept(number: int) -> int:
-    """Return how many console logs are kept that are put aside."""
+    """Return how many rotated console logs are kept."""
     if not 0 <= number <= MAX_LOGS_KEPT:
         raise ValueError(f"console log keep {number}: must be from 0 to {MAX_LOGS_KEPT}")
     return number
@@ -332,7 +333,7 @@ def disk_format(text: str) -> str:
 
 
 def valid_serial(text: str) -> bool:
-    """Return whether a disk may tell its guest that this is its serial number."""
+    """Return whether a text is a valid serial number of a disk."""
     return 0 < len(text) <= SERIAL_MAX and SERIAL_CHARS.issuperset(text)
 
 
@@ -344,7 +345,7 @@ def disk_serial(text: str) -> str:
 
 
 def disks(given: "Sequence[DiskConfig]") -> None:
-    """Check all disks of a VM: each must be told from the others by its serial number."""
+    """Check all disks of a VM.  Two disks must not have the same serial number.  Raises ValueError."""
     disk_count(len(given))
     serials = [disk.serial for disk in given if disk.serial]
     for disk in given:
@@ -366,12 +367,12 @@ def lladdr(address: bytes) -> bytes:
     if len(address) != LLADDR_BYTES or not any(address):
         raise ValueError(f"invalid address: {text}")
     if address[0] & 1:
-        raise ValueError(f"invalid address: {text} is a multicast address, from which nothing can be sent")
+        raise ValueError(f"invalid address: {text} is a multicast address, which no interface can have")
     return address
 
 
 def nics(given: "Sequence[NicConfig]") -> None:
-    """Check all network interfaces of a VM."""
+    """Check all network interfaces of a VM.  Raises ValueError."""
     nic_count(len(given))
     for nic in given:
         tap_name(nic.tap)
@@ -387,7 +388,7 @@ def nics(given: "Sequence[NicConfig]") -> None:
 
 
 def apart(given: "Sequence[NicConfig]") -> "tuple[NicConfig, ...]":
-    """Return the interfaces of a VM, none of which has a port or an address of another one."""
+    """Return the interfaces of a VM.  Two of them must not have the same port of the host, or overlapping networks."""
     for index, nic in enumerate(given):
         for number, other in enumerate(given[:index]):
             for ours, theirs in ((ours, theirs) for ours in nic.forwards for theirs in other.forwards):
@@ -399,7 +400,7 @@ def apart(given: "Sequence[NicConfig]") -> "tuple[NicConfig, ...]":
 
 
 def same_network(one: Prefix, other: Prefix) -> bool:
-    """Return whether two networks have addresses in common; those of IPv4 and IPv6 have none."""
+    """Return whether two networks have addresses in common.  An IPv4 and an IPv6 network have none."""
     if len(one.address) != len(other.address):
         return False
     bits = len(one.address) * 8 - min(one.length, other.length)
@@ -407,12 +408,12 @@ def same_network(one: Prefix, other: Prefix) -> bool:
 
 
 def shown_prefix(prefix: Prefix) -> str:
-    """Return an IPv4 address with the length of its network."""
+    """Return an IPv4 address and its prefix length as text."""
     return f"{'.'.join(map(str, prefix.address))}/{prefix.length}"
 
 
 def fixed_address(prefix: Prefix) -> Prefix:
-    """Return the fixed address of a guest: with the host's it is alone in its network."""
+    """Return the fixed address of a guest.  Its network has this address and the host's, and no others."""
     text = shown_prefix(prefix)
     if len(prefix.address) != 4 or prefix.length not in FIXED_LENGTHS:
         first, last = FIXED_LENGTHS[0], FIXED_LENGTHS[-1]
@@ -427,7 +428,7 @@ def fixed_address(prefix: Prefix) -> Prefix:
 
 
 def forward(given: "Forward") -> "Forward":
-    """Return a forward."""
+    """Return a forward of ports."""
     last = given.count - 1
     ports = (given.port, given.to, given.port + last, given.to + last)
     if not 1 <= given.count <= MAX_FORWARDED:
@@ -435,12 +436,12 @@ def forward(given: "Forward") -> "Forward":
     if not all(1 <= port <= PORT_MAX for port in ports):
         raise ValueError(f"invalid forward: {given}: a port is a number from 1 to {PORT_MAX}")
     if given.source is not None and not is_prefix(given.source, 4, 32):
-        raise ValueError(f"invalid forward: {given}: from addresses that are no network")
+        raise ValueError(f"invalid forward: {given}: the addresses after `from` are not a network")
     return given
 
 
 def forwards(given: "Sequence[Forward]") -> None:
-    """Check all forwards of an interface."""
+    """Check all forwards of an interface.  Raises ValueError."""
     if len(given) > MAX_FORWARDS:
         raise ValueError(f"too many forwards of an interface: {len(given)} (limit is {MAX_FORWARDS})")
     for index, each in enumerate(given):
@@ -451,7 +452,7 @@ def forwards(given: "Sequence[Forward]") -> None:
 
 
 def local_options(nic: "NicConfig") -> "NicConfig":
-    """Return an interface with what only a `local` one can have."""
+    """Return an interface.  Check the options that only a `local` interface can have."""
     options = (("address", nic.address), ("forward", nic.forwards), ("dns", nic.dns), ("hostname", nic.host_name))
     for word, value in options:
         if value and not nic.local:
@@ -472,7 +473,7 @@ def local_options(nic: "NicConfig") -> "NicConfig":
 
 
 def is_host_name(name: str) -> bool:
-    """Return whether a host can have a name, with its domain or without (RFC 1123, 2.1)."""
+    """Return whether a text is a valid host name, with or without a domain (RFC 1123, 2.1)."""
     return len(name) <= HOST_NAME_MAX and all(
         0 < len(label) <= LABEL_MAX and LABEL.issuperset(label) and label[0] != "-" != label[-1]
         for label in name.split(".")
@@ -480,7 +481,7 @@ def is_host_name(name: str) -> bool:
 
 
 def host_name(text: str) -> str:
-    """Return the name that a guest is to have."""
+    """Return the host name of a guest."""
     if not is_host_name(text):
         raise ValueError(
             f"invalid hostname: {shown(text)}: it has letters, digits and hyphens, with dots between its parts"
@@ -489,20 +490,20 @@ def host_name(text: str) -> str:
 
 
 def is_prefix(prefix: Prefix, size: int, most: int) -> bool:
-    """Return whether a range is one of addresses of `size` bytes, with `most` bits given at most."""
+    """Return whether a prefix has addresses of `size` bytes, at most `most` bits, and no bits set after these."""
     if len(prefix.address) != size or not 0 <= prefix.length <= most:
         return False
     return not has_host_bits(prefix.address, prefix.length)
 
 
 def has_host_bits(address: bytes, length: int) -> bool:
-    """Return whether bits are set behind a prefix."""
+    """Return whether an address has bits set after a prefix of `length` bits."""
     bits = len(address) * 8 - length
     return int.from_bytes(address, "big") & ((1 << bits) - 1) != 0
 
 
 def plan(config: VmConfig) -> None:
-    """Check that from which the addresses of `local` interfaces follow."""
+    """Check the plan of a VM: the values from which the addresses of its `local` interfaces are computed."""
     prefix4, prefix6 = config.plan_prefix4, config.plan_prefix6
     if not 0 <= config.plan_id <= COUNT_MAX or not (
         (prefix4 is None or is_prefix(prefix4, 4, LOCAL_PREFIX_BITS))
@@ -515,7 +516,7 @@ def plan(config: VmConfig) -> None:
 
 
 def check_vm(config: VmConfig) -> None:
-    """Raise ValueError, naming the first thing that is wrong, unless a VM keeps every rule above."""
+    """Apply every rule above to a VM.  Raises ValueError, which names the first rule that it breaks."""
     vm_name(config.name)
     memory_bytes(config.memory_bytes)
     vcpus(config.vcpus)
@@ -535,9 +536,9 @@ def check_vm(config: VmConfig) -> None:
 
 
 def obstacles(config: VmConfig, *, bootable: bool = False) -> "Iterator[tuple[int, str]]":
-    """Give every reason why such a VM cannot be started, on whatever host: an errno and a sentence.
+    """Yield every reason why a VM of this configuration cannot be started on any host: an errno and a sentence.
 
-    `bootable`: it has something to boot that is not in its description.
+    `bootable`: the VM has something to boot that is not in its configuration.
     """
     if config.fault:
         yield errno.EINVAL, config.fault
@@ -549,13 +550,13 @@ def obstacles(config: VmConfig, *, bootable: bool = False) -> "Iterator[tuple[in
         yield errno.EINVAL, what
     least_bytes = config.memory_bytes + BESIDES_BYTES
     if 0 < config.limit.memory_bytes < least_bytes:
-        what = f"a limit of {fmt_scaled(config.limit.memory_bytes)} of memory would end it"
-        besides = f"it has {fmt_scaled(config.memory_bytes)}, and vmd needs {fmt_scaled(BESIDES_BYTES)} for it"
-        yield errno.EINVAL, f"{what}: {besides} (limit memory)"
+        what = f"limit memory {fmt_scaled(config.limit.memory_bytes)} is too small"
+        besides = f"the guest has {fmt_scaled(config.memory_bytes)}, and vmd needs {fmt_scaled(BESIDES_BYTES)} for it"
+        yield errno.EINVAL, f"{what}: {besides}"
     paths = [disk.path for disk in config.disks]
     for again in sorted({name for name in paths if paths.count(name) > 1}):
         yield errno.EBUSY, f"disk {again} is given twice"
     for device, there in ((BootDevice.CDROM, config.cdrom or config.drive), (BootDevice.DISK, config.disks)):
         if config.boot_device is device and not there and not bootable:
             name = device.name.lower()
-            yield errno.ENODEV, f"boot device {name}: it has no {name}"
+            yield errno.ENODEV, f"boot device {name}: the vm has no {name}"

@@ -1,7 +1,7 @@
-"""Single values of vm.conf: sizes, paths, addresses, users.
+"""Reads single values of vm.conf: sizes, paths, addresses, users.
 
-Each function takes the text of a value and returns what it stands for, or raises ValueError with the
-sentence for the operator (the texts are those of *cat. 2.3 - 2.5*).  What a value may be is in `rules.py`.
+Each function takes the text of a value and returns the value, or raises ValueError with a sentence for the operator
+(the texts are those of *cat. 2.3 - 2.5*).  `rules.py` says which values are valid.
 """
 
 import errno
@@ -38,8 +38,8 @@ from vmd.nearest import meant
 from vmd.scaled import fmt_scaled, scan_scaled
 
 RATE_FORM = f"bytes a second, from {fmt_scaled(RATES[0])} to {fmt_scaled(RATES[-1])}"
-WHEEL = "wheel"  # the group with number 0 on OpenBSD, and in its files; many a Linux has no group of that name
-LOCAL_PREFIX6_BITS = 48  # by default: a /64 each for 65536 interfaces
+WHEEL = "wheel"  # group 0 on OpenBSD, and in its vm.conf files; many Linux systems have no group of that name
+LOCAL_PREFIX6_BITS = 48  # the default: a /64 for each of 65536 interfaces
 
 PORT = re.compile(r"[0-9]{1,5}")
 LLADDR = re.compile(r"[0-9A-Fa-f]{1,2}(?::[0-9A-Fa-f]{1,2}){5}")
@@ -50,14 +50,14 @@ PREFIX6 = re.compile(r"([0-9A-Fa-f:.]+)(?:/([0-9]{1,3}))?")
 
 
 def parent_name(name: str) -> str:
-    """Return the name of the VM that an instance is made from."""
+    """Return the name of the template of an instance."""
     if rules.too_long(name, NAME_MAX):
         raise ValueError(f"vm {shown(name)} name too long")
     return rules.vm_name(name)
 
 
 def lladdr(text: str) -> bytes:
-    """Return an Ethernet address; all zeros ask for a random one, as no address does."""
+    """Return an Ethernet address.  All zeros mean a random address: b"" is returned, as if none were given."""
     if not LLADDR.fullmatch(text):
         raise ValueError(f"invalid address: {shown(text)}")
     address = bytes(int(byte, 16) for byte in text.split(":"))
@@ -90,7 +90,7 @@ def first_id(number: int) -> int:
 
 
 def memory_limit(size: int | str) -> int:
-    """Return how many bytes of memory all VMs together may have."""
+    """Return a limit of memory in bytes."""
     try:
         size_bytes = scan_scaled(size) if isinstance(size, str) else size
     except ValueError as error:
@@ -101,7 +101,7 @@ def memory_limit(size: int | str) -> int:
 
 
 def console_log_size(size: int | str) -> int:
-    """Return the size of a console log in bytes."""
+    """Return the size in bytes at which a console log is rotated."""
     try:
         size_bytes = scan_scaled(size) if isinstance(size, str) else size
     except ValueError as error:
@@ -115,14 +115,15 @@ def memory(size: int | str) -> int:
 
 
 def tap(name: str) -> str:
-    """Return the name of a VM's own interface."""
+    """Return the name of a VM's tap interface."""
     try:
         return rules.tap_name(name)
     except ValueError:
-        # Words of ours are words like any other where vmd(8) takes a name, and several of them are one.
+        # Where vmd(8) takes a name, our keywords are plain words, and the parser joins them: `interface vhost` has
+        # `vhost` for its tap.  Such a mistake gets a sentence of its own.
         ours = next((word for word in sorted(ENDING_WORDS["interface"]) if name.startswith(word)), "")
         if ours:
-            raise ValueError(f"{ours} of an interface stands in braces: interface {{ {ours} ... }}") from None
+            raise ValueError(f"{ours} of an interface needs braces: interface {{ {ours} ... }}") from None
         raise
 
 
@@ -135,10 +136,10 @@ def rate(size: int | str) -> int:
 
 
 def cpu_percent(text: str) -> int:
-    """Return how many percent of one processor are meant."""
+    """Return a limit of processor time in percent of one processor."""
     number = text.removesuffix("%")
     if not text.endswith("%") or not re.fullmatch("[0-9]{1,9}", number):
-        raise ValueError(f"invalid cpu: {shown(text)}: a share of one processor is a number and a %, such as 150%")
+        raise ValueError(f"invalid cpu: {shown(text)}: it must be a number with a %, such as 150%")
     return rules.cpu_percent(int(number))
 
 
@@ -154,7 +155,7 @@ def virtio_mode(text: str) -> VirtioMode:
 def disk_path(path: str) -> str:
     """Return the real path of a disk image.
 
-    Unlike vmd, it need not be there yet: it may be mounted later.  Until then its VM, and no other, cannot start.
+    Unlike vmd, the file need not exist: its file system may be mounted later.  Until then only its VM cannot start.
     """
     rules.path("disk path", path)
     try:
@@ -164,24 +165,24 @@ def disk_path(path: str) -> str:
 
 
 def cdrom_path(path: str) -> str:
-    """Return the path of a disc, which may lead to another one at each start."""
+    """Return the path of a disc.  Links stay in it: they are followed at each start of the VM."""
     return rules.path("cdrom name", path)
 
 
 def kernel_path(path: str) -> str:
-    """Return the real path of what a VM boots."""
+    """Return the real path of the kernel of a VM, or the name of one on its own disk."""
     return boot_path("kernel", path)
 
 
 def initrd_path(path: str) -> str:
-    """Return the real path of an initial RAM disk."""
+    """Return the real path of the initrd of a VM, or the name of one on its own disk."""
     return boot_path("initrd", path)
 
 
 def boot_path(what: str, path: str) -> str:
-    """Return the real path of a part of a direct boot; like a disk, it need not be there yet.
+    """Return the real path of a file; like a disk image, it need not exist.  `what` is its name in errors.
 
-    What is on a disk of the VM itself stays as it is.
+    The name of a file on a disk of the VM itself is returned unchanged.
     """
     if (rules.disk_file(path) if what == "kernel" else rules.disk_initrd(path)) is not None:
         return path
@@ -192,13 +193,13 @@ def boot_path(what: str, path: str) -> str:
 
 
 def resolve(path: str) -> str:
-    """Return the absolute path, free of links, of a file that need not be there.  Raises OSError if none can be."""
+    """Return the absolute path of a file, without links; it need not exist.  Raises OSError if it cannot ever exist."""
     if not path:
         raise FileNotFoundError(errno.ENOENT, "")
     try:
         found = path if rules.too_long(path, PATH_MAX) else os.path.realpath(path, strict=True)
     except OSError as error:
-        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):  # no mount will help
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):  # a later mount does not help
             raise
         found = os.path.realpath(path)
     if rules.too_long(found, PATH_MAX):
@@ -207,16 +208,16 @@ def resolve(path: str) -> str:
 
 
 def reason(error: OSError) -> str:
-    """Return the kernel's words for an error."""
+    """Return the text for an errno of the kernel."""
     return sentence(error)
 
 
 class UnknownError(ValueError):
-    """A text names a user or group that this host does not know, or not yet."""
+    """This host does not know a user or group; a later start may find it."""
 
 
 def owner(text: str) -> Owner:
-    """Return who `user`, `user:group` or `:group` is, each a name or a number."""
+    """Return the user and group of `user`, `user:group` or `:group`; each is a name or a number."""
     user, _, group = text.partition(":")
     return Owner(
         uid=identity("user", user, lambda name: pwd.getpwnam(name).pw_uid) if user else Owner().uid,
@@ -225,7 +226,7 @@ def owner(text: str) -> Owner:
 
 
 def identity(what: str, text: str, look_up: Callable[[str], int]) -> int:
-    """Return the number of a user or group; digits that are nobody's name stand for themselves."""
+    """Return the number of a user or group.  Digits are looked up as a name first, then taken as the number."""
     try:
         return look_up(text)
     except (KeyError, UnicodeEncodeError) as error:
@@ -237,7 +238,7 @@ def identity(what: str, text: str, look_up: Callable[[str], int]) -> int:
 
 
 def name_servers(texts: list[str]) -> tuple[bytes, ...]:
-    """Return the addresses of name servers for guests."""
+    """Return the addresses of name servers for guests, without duplicates."""
     found: list[bytes] = []
     for text in texts:
         try:
@@ -255,7 +256,7 @@ def name_servers(texts: list[str]) -> tuple[bytes, ...]:
 
 
 def nic_address(text: str) -> Prefix:
-    """Return the fixed address of a guest, with the length of the network that it and the host are alone in."""
+    """Return the fixed address of a guest with its prefix length.  The network has only the guest and the host."""
     address, _, length = text.partition("/")
     try:
         packed = ipaddress.IPv4Address(address).packed
@@ -263,12 +264,12 @@ def nic_address(text: str) -> Prefix:
     except ValueError as error:
         raise ValueError(f"invalid address: {shown(text)}: an IPv4 address is needed") from error
     if "/" in text and str(found.length) != length:
-        raise ValueError(f"invalid address: {shown(text)}: the length of a network is a number")
+        raise ValueError(f"invalid address: {shown(text)}: the prefix length is not a number")
     return rules.fixed_address(found)
 
 
 def forward(words: list[str]) -> Forward:
-    """Return which ports of the host are forwarded, and where to."""
+    """Return the forward that the words after `forward` describe."""
     text = " ".join(words)
     rest = list(words)
     protocol = rest.pop(0) if rest[0] in ("tcp", "udp") else "tcp"
@@ -286,12 +287,12 @@ def forward(words: list[str]) -> Forward:
         raise ValueError(f"invalid forward: {shown(text)}: port {last} is less than port {first}")
     found = Forward(port=first, to=int(to[1]), count=last - first + 1, udp=protocol == "udp", source=source)
     if to[2] and int(to[2]) - found.to != last - first:
-        raise ValueError(f"invalid forward: {shown(text)}: there are {found.count} ports to forward, and not as many")
+        raise ValueError(f"invalid forward: {shown(text)}: the two ranges have different lengths")
     return rules.forward(found)
 
 
 def source4(text: str) -> Prefix:
-    """Return the IPv4 addresses that somebody may come from."""
+    """Return the IPv4 network of clients that may use a forward."""
     try:
         network = ipaddress.IPv4Network(text)
     except ValueError as error:
@@ -300,7 +301,7 @@ def source4(text: str) -> Prefix:
 
 
 def prefix4(text: str) -> Prefix:
-    """Return the range of `local prefix`; zero bytes at the end of the address may be left out."""
+    """Return the range of `local prefix`.  Zero bytes at the end of the address may be omitted: `10/8`."""
     match = PREFIX4.fullmatch(text)
     octets = [int(octet) for octet in match[1].split(".")] if match else []
     if match is None or max(octets) > 255:
@@ -315,8 +316,8 @@ def prefix4(text: str) -> Prefix:
 def prefix6(text: str) -> Prefix:
     """Return the range of `local inet6 prefix`.
 
-    Unlike vmd, which allows up to /64 and cuts /96s out of it: guests cannot autoconfigure in those, so
-    every interface gets a /64 and the range must have room for some.
+    Unlike vmd, each interface gets a /64, because a guest cannot autoconfigure an address in a /96.  So the range must
+    be at most MAX_INET6_PREFIX bits long.  vmd allows 64 bits, and gives each interface a /96.
     """
     match = PREFIX6.fullmatch(text)
     try:

@@ -234,9 +234,10 @@ def test_unknown_and_disabled_switches(conf: Loader) -> None:
     )
 
     assert conf.warnings == [
-        f'{conf.path}:2: vm "b": interface 0: switch "off" is disabled: it is connected to nothing',
-        f'{conf.path}:3: vm "c": interface 0: switch "no" not found: it is connected to nothing',
-        f'{conf.path}:4: vm "d": interface 0: switch "laet" not found: it is connected to nothing: did you mean late?',
+        f'{conf.path}:2: vm "b": interface 0: switch "off" is disabled: the interface is connected to nothing',
+        f'{conf.path}:3: vm "c": interface 0: switch "no" not found: the interface is connected to nothing',
+        f'{conf.path}:4: vm "d": interface 0: switch "laet" not found: the interface is connected to nothing: '
+        "did you mean late?",
     ]
 
 
@@ -280,8 +281,8 @@ def test_rdomain_of_an_interface_on_a_switch(conf: Loader) -> None:
     )
 
     assert conf.warnings == [
-        f'{conf.path}:{line}: vm "{name}": interface 0: rdomain {given}: an interface on a switch is in that of the '
-        f"switch, {there}: this vm cannot start"
+        f'{conf.path}:{line}: vm "{name}": interface 0: rdomain {given} differs from rdomain {there} of its switch: '
+        "this vm cannot start"
         for line, name, given, there in [(5, "a", 3, 0), (6, "b", 0, 3)]
     ]
 
@@ -291,7 +292,7 @@ def test_name_that_is_a_number(conf: Loader) -> None:
     conf.load("vm '2' { disable }\nvm 2a { disable }\n")
 
     (warning,) = conf.warnings
-    assert warning.startswith(f'{conf.path}:1: vm "2": a name that is a number')
+    assert warning.startswith(f'{conf.path}:1: vm "2": the name is a number')
 
 
 class Accounts:
@@ -333,7 +334,7 @@ def test_template_for_nobody(
 
     conf.load(f"vm a {{\n {statement}\n}}\n")
 
-    start = f'{conf.path}:1: vm "a": allow instance: it is for group 0'
+    start = f'{conf.path}:1: vm "a": allow instance has no owner: it is for group 0'
     assert [warning.startswith(start) for warning in conf.warnings] == [True] * warned
 
 
@@ -410,7 +411,7 @@ def test_unknown_owner(conf: Loader, case: str) -> None:
     assert [(vm.name, vm.fault) for vm in config.vms] == [("a", ""), ("b", what), ("c", "")]
     assert config.vms[1].owner == Owner()
     assert config.vms[1].allow in (None, AllowInstance(flags=VmFlag.DISK, owner=Owner()))
-    assert conf.warnings == [f'{conf.path}:2: vm "b": {what}: it is not started']
+    assert conf.warnings == [f'{conf.path}:2: vm "b": {what}: this vm cannot start']
 
 
 def test_instance_of_a_vm_with_an_unknown_owner(conf: Loader) -> None:
@@ -498,6 +499,6 @@ def test_ids_that_somebody_has(
     common = last if "{last}" in line else first
     with pytest.raises(ConfigErrors) as refused:
         conf.load(f"\nids {first}\n")
-    assert str(refused.value) == f"{conf.path}:2: ids {first}: {common} is of {who} in {path}"
+    assert str(refused.value) == f"{conf.path}:2: ids {first}: {common} belongs to {who} in {path}"
     beside = first + IDS + 1 if common == first else first - IDS - 1
     assert conf.load(f"ids {beside}\n").settings.first_id == beside

@@ -44,8 +44,8 @@ from vmd.units import MIB
 
 NAME63 = "a" * 63
 NAME64 = "a" * 64
-UNBRACED = ": limits of a disk or an interface stand without braces of their own"
-BRACED = ": limits of a vm stand in braces, limit { ... }"
+UNBRACED = ": the limits of a disk or an interface need no braces"
+BRACED = ": the limits of a vm need braces, limit { ... }"
 
 
 # Statements outside blocks
@@ -548,7 +548,7 @@ def test_vm_names_accepted(conf: Loader, name: str) -> None:
         ("boot disk0:bsd", "disk0:bsd: the path of a file on a disk begins with /"),
         (
             "boot 'disk0xy:/bsd'",
-            "disk0xy: no disk or partition: disk0 is the first disk, disk0p2 its second partition, disk0a one of its"
+            "disk0xy: not a disk or partition: disk0 is the first disk, disk0p2 its second partition, disk0a one of its"
             " OpenBSD disklabel",
         ),
         ("boot disk0: initrd disk0:", "disk0:: an initrd needs the path of a file"),
@@ -556,8 +556,8 @@ def test_vm_names_accepted(conf: Loader, name: str) -> None:
         ("boot IMAGE initrd IMAGE initrd IMAGE", "initrd specified more than once"),
         ("boot IMAGE cmdline a cmdline b", "cmdline specified more than once"),
         (f"boot IMAGE\ncmdline '{'c' * 2048}'", "cmdline too long: 2048 bytes (limit is 2047)"),
-        ("console log /v/", "console log /v/: is no absolute path of a file"),
-        ("console log /v/..", "console log /v/..: is no absolute path of a file"),
+        ("console log /v/", "console log /v/: not an absolute path of a file"),
+        ("console log /v/..", "console log /v/..: not an absolute path of a file"),
         (f"console log /{'l' * 190}", "console log path too long"),
         (f"console log {'/l' * 520}", "console log path too long"),
         ("console log /l size 63K", "console log size 63.0K: must be from 64.0K to 1.0T"),
@@ -581,8 +581,8 @@ def test_vm_names_accepted(conf: Loader, name: str) -> None:
         (f"interface switch {NAME64}", "switch name too long"),
         ("owner nobody-here", "failed to get user: nobody-here"),
         ("allow instance network", 'syntax error at "network"'),
-        ("limit { cpu 50 }", "invalid cpu: 50: a share of one processor is a number and a %, such as 150%"),
-        ("limit { cpu half }", "invalid cpu: half: a share of one processor is a number and a %, such as 150%"),
+        ("limit { cpu 50 }", "invalid cpu: 50: it must be a number with a %, such as 150%"),
+        ("limit { cpu half }", "invalid cpu: half: it must be a number with a %, such as 150%"),
         ("limit { weight 5, weight 5 }", "a limit is given twice"),
         ("limit { weight 5 }\nlimit { cpu 5% }", "limit specified more than once"),
         ("limit { memory lots }", "failed to parse size: lots"),
@@ -601,7 +601,7 @@ def test_vm_names_accepted(conf: Loader, name: str) -> None:
         ("limit cpu 5%", f'syntax error at "cpu"{BRACED}'),
         ("limit weight 5", f'syntax error at "weight"{BRACED}'),
         *(
-            (f"{local}interface {word} x", f"{word} of an interface stands in braces: interface {{ {word} ... }}")
+            (f"{local}interface {word} x", f"{word} of an interface needs braces: interface {{ {word} ... }}")
             for local in ("", "local ")
             for word in sorted(ENDING_WORDS["interface"])
         ),
@@ -615,8 +615,8 @@ def test_vm_names_accepted(conf: Loader, name: str) -> None:
         ("local interface { hostname a, hostname a }", "hostname specified more than once"),
         ("local interface { address fd00::1 }", "invalid address: fd00::1: an IPv4 address is needed"),
         ("local interface { address 10.0.0 }", "invalid address: 10.0.0: an IPv4 address is needed"),
-        ("local interface { address 10.0.0.1/ }", "invalid address: 10.0.0.1/: the length of a network is a number"),
-        ("local interface { address 10.0.0.1/x }", "invalid address: 10.0.0.1/x: the length of a network is a number"),
+        ("local interface { address 10.0.0.1/ }", "invalid address: 10.0.0.1/: the prefix length is not a number"),
+        ("local interface { address 10.0.0.1/x }", "invalid address: 10.0.0.1/x: the prefix length is not a number"),
         ("local interface { address 10.0.0.1/15 }", "invalid address: 10.0.0.1/15: the length is from 16 to 31"),
         ("local interface { address 10.0.0.1/32 }", "invalid address: 10.0.0.1/32: the length is from 16 to 31"),
         ("local interface { address 127.0.0.1 }", "invalid address: 127.0.0.1/31: no guest can have it"),
@@ -663,13 +663,13 @@ def test_vm_names_accepted(conf: Loader, name: str) -> None:
         *(
             (
                 f"local interface forward {protocol}port 80 to port 80",
-                'syntax error at "80": forward of an interface stands in braces: interface { forward ... }',
+                'syntax error at "80": the forward of an interface needs braces: interface { forward ... }',
             )
             for protocol in ("", "tcp ")
         ),
         (
             "local interface { forward port 10:12 to port 1:2 }",
-            "invalid forward: port 10:12 to port 1:2: there are 3 ports to forward, and not as many",
+            "invalid forward: port 10:12 to port 1:2: the two ranges have different lengths",
         ),
         (
             "local interface { forward port 1 to port 1 from 192.0.2.1/24 }",
@@ -1011,7 +1011,7 @@ def test_serial_numbers_are_different_within_a_vm(conf: Loader) -> None:
     """A guest could not tell two disks apart; another VM may have the same."""
     line = f"disk {conf.image} serial a"
 
-    assert conf.errors(f"vm a {{\n{line}\n{line}\n}}\n") == ["3: serial a is another disk's of this vm"]
+    assert conf.errors(f"vm a {{\n{line}\n{line}\n}}\n") == ["3: serial a is used by another disk of this vm"]
     assert len(conf.load(f"vm a {{ {line} }}\nvm b {{ {line} }}\n").vms) == 2
 
 
@@ -1374,7 +1374,7 @@ MISTYPED = [
     ('vmm "x" {\n}', 'syntax error at "x": did you mean "vm" instead of "vmm"?'),
     ('swtich "a" {\n interface br0\n}', 'syntax error at "a": did you mean "switch" instead of "swtich"?'),
     ("lcoal prefix 10.0.0.0/8", 'syntax error at "prefix": did you mean "local" instead of "lcoal"?'),
-    ("frobnicate yes", 'syntax error at "yes": "frobnicate" begins no statement, nor does "=" make it a macro'),
+    ("frobnicate yes", 'syntax error at "yes": "frobnicate" is not a statement, and no "=" follows it as in a macro'),
     ("inlcude", 'syntax error at end of line: did you mean "include" instead of "inlcude"?'),
     ("local natt disable", 'syntax error at "natt": did you mean "nat"?'),
     ("socket onwer :x", 'syntax error at "onwer": did you mean "owner"?'),
@@ -1405,7 +1405,7 @@ def test_a_missing_quote_is_said_where_the_text_begins(conf: Loader) -> None:
     """Everything behind it is read the wrong way round, so the first complaint has to name it."""
     errors = conf.errors('vm "a" {\n memory 1G\n disk "/srv/a\n}\nvm "b" {\n disk "/srv/b"\n}\n')
 
-    assert errors[0] == "3: a text in quotes begins here and ends on line 5: is a quote missing?"
+    assert errors[0] == "3: a quoted string begins here and ends on line 5: is a quote missing?"
     assert errors[1].startswith("5: syntax error at ")
     assert not any("quote" in error for error in errors[1:])
 

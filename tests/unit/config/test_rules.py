@@ -71,7 +71,7 @@ BROKEN: dict[str, tuple[str, dict[str, Any], tuple[str, ...] | None, str]] = {
     ),
     "multicast": (
         "interface lladdr 1:0:5e:0:0:1", {"nics": (NicConfig(lladdr=b"\1\0\x5e\0\0\1"),)}, None,
-        "invalid address: 01:00:5e:00:00:01 is a multicast address, from which nothing can be sent",
+        "invalid address: 01:00:5e:00:00:01 is a multicast address, which no interface can have",
     ),
 }  # fmt: skip
 
@@ -139,9 +139,9 @@ def test_what_vm_conf_cannot_say(fields: dict[str, Any]) -> None:
         ({"disks": (DISK, DISK)}, False, [(errno.EBUSY, "disk /x is given twice")]),
         (
             {"disks": (DISK,), "boot_device": BootDevice.CDROM}, False,
-            [(errno.ENODEV, "boot device cdrom: it has no cdrom")],
+            [(errno.ENODEV, "boot device cdrom: the vm has no cdrom")],
         ),
-        ({"cdrom": "/c", "boot_device": BootDevice.DISK}, False, [(errno.ENODEV, "boot device disk: it has no disk")]),
+        ({"cdrom": "/c", "boot_device": BootDevice.DISK}, False, [(errno.ENODEV, "boot device disk: the vm has no disk")]),
         ({"boot_device": BootDevice.DISK}, True, []),
         (
             {"kernel": "/k", "sev": True}, False,
@@ -151,7 +151,7 @@ def test_what_vm_conf_cannot_say(fields: dict[str, Any]) -> None:
             {"kernel": "/k", "limit": VmLimits(memory_bytes=(640 << 20) - 1)}, False,
             [(
                 errno.EINVAL,
-                "a limit of 640M of memory would end it: it has 512M, and vmd needs 128M for it (limit memory)",
+                "limit memory 640M is too small: the guest has 512M, and vmd needs 128M for it",
             )],
         ),
         ({"kernel": "/k", "limit": VmLimits(memory_bytes=640 << 20)}, False, []),
@@ -165,7 +165,7 @@ def test_what_vm_conf_cannot_say(fields: dict[str, Any]) -> None:
             {"kernel": "disk0:/k", "initrd": "/i", "disks": (DISK,)}, False,
             [(
                 errno.EINVAL,
-                "boot disk0:/k initrd /i: both are on disks of the vm, or both are files of the host",
+                "boot disk0:/k initrd /i: both must be on disks of the vm, or both must be files of the host",
             )],
         ),
         ({"kernel": "/k", "fault": "failed to get user: u"}, True, [(errno.EINVAL, "failed to get user: u")]),

@@ -67,7 +67,7 @@ def test_its_words_are_names_elsewhere(conf: Loader) -> None:
         ('seed { instance-id "a b" }', "instance-id a b: not 1 to"),
         ("seed { user a user b }", "user of the seed is given twice"),
         ("seed { network-config no network-config x }", "network-config of the seed is given twice"),
-        ("seed user a", 'syntax error at "user": options of a seed stand in braces, seed { ... }'),
+        ("seed user a", 'syntax error at "user": the options of a seed need braces, seed { ... }'),
         ("seed\nseed { user a }", "seed specified more than once"),
         ("seed { ssh-keys x }", 'syntax error at "ssh-keys": did you mean "ssh-key"?'),
         ("seed { " + "ssh-key x " * 65 + "}", "too many ssh-keys: 65 (limit is 64)"),
@@ -99,5 +99,5 @@ def test_a_hash_that_everybody_may_read(conf: Loader, mode: int, password: str, 
     conf.path.chmod(mode)
     conf.load(f'vm a {{\nseed {{ user a password-hash "{password}" }}\n}}\n')
 
-    what = f"every user may read the password-hash: have {conf.path} readable by root only, or name a file"
+    what = f"every user may read the password-hash: make {conf.path} readable by root only, or name a file"
     assert conf.warnings == ([f'{conf.path}:1: vm "a": {what}'] if warned else [])
