@@ -101,8 +101,8 @@ def test_snapshots_of_a_stopped_vm(vmd: Daemon) -> None:
 
 
 MISTAKES = (
-    (("web", "7"), 2, "name of a snapshot begins with a letter or digit and is no number: 7"),
-    (("web", "a b"), 2, "name of a snapshot has letters, digits and ._-+: only: a b"),
+    (("web", "7"), 2, "name of a snapshot must begin with a letter or digit and must not be a number: 7"),
+    (("web", "a b"), 2, "name of a snapshot must have letters, digits and ._-+: only: a b"),
     (("-r", "web", "gone"), 1, "vm web: disk {0}/root.qcow2: has no snapshot gone"),
     (("-d", "web", "gone"), 1, "vm web: disk {0}/root.qcow2: has no snapshot gone"),
     (("web", "twice"), 1, "vm web: disk {0}/root.qcow2: has a snapshot twice already"),

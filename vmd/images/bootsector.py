@@ -1,4 +1,7 @@
-"""What a BIOS finds in the first sector of a disk, as far as one image of it says.  Standard library only."""
+"""Tells whether a BIOS finds boot code in the first sector of a disk.  Looks at the top image only.
+
+Standard library only.
+"""
 
 import struct
 
@@ -8,12 +11,15 @@ from vmd.ipc.probemsg import BELOW, NO_CODE
 from vmd.units import SECTOR
 
 SIGNATURE_AT, SIGNATURE, CODE_BYTES = 510, b"\x55\xaa", 440
-VERSION_AT, L1_OFFSET_AT = 4, 40  # in the header of a qcow2 image, which has been checked
+VERSION_AT, L1_OFFSET_AT = 4, 40  # in the header of a qcow2 image, which has been checked before
 VERSION, ENTRY = struct.Struct(">I"), struct.Struct(">Q")
 
 
 def first_sector(fd: int, image_format: str) -> tuple[str, ...]:
-    """Return words about the first sector: none where a BIOS may find something to start, or nobody can say."""
+    """Return notes about the first sector: NO_CODE, BELOW (it is in the backing file), or none.
+
+    None: a BIOS may find boot code there, or that is not known.
+    """
     try:
         at = 0
         if image_format == "qcow2":
@@ -35,6 +41,6 @@ def first_sector(fd: int, image_format: str) -> tuple[str, ...]:
 
 
 def _entry(fd: int, at: int) -> int:
-    """Return a number in an image.  Raises OSError, OverflowError, struct.error."""
+    """Return the 64-bit number at an offset of an image.  Raises OSError, OverflowError, struct.error."""
     (number,) = ENTRY.unpack(read_bytes(fd, ENTRY.size, at))
     return int(number)

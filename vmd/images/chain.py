@@ -1,4 +1,4 @@
-"""An image with its backing images, from descriptors that somebody else has opened."""
+"""Makes a disk from an image and its backing images.  Another process has opened the descriptors."""
 
 import posix as os
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from vmd.images.qcow2 import Unpack
 
 MAX_CHAIN = 4  # *cat. 8.2*
-# Guests write to disks.  What such a disk says about itself must not make us open another file.
+# A guest can write a header to its disk.  Such a header must not make us open another file.
 GUESSED = "only its first bytes say that it is qcow2; say so yourself with `format qcow2`"
 
 
 class Link(Record):
-    """One image of a chain; `guessed`: nobody but its first bytes said that the format is this one.
+    """One image of a chain.  `guessed`: the format is known only from the first bytes of the image.
 
-    `discard_granularity` is what the kernel says of a block device, 0 if that is not known.
+    `discard_granularity` is that of the block device in bytes; 0 if the kernel does not say.
     """
 
     fd: int
@@ -35,9 +35,9 @@ class Link(Record):
 def open_chain(
     links: "Sequence[Link]", *, writable: bool, unpack: "Mapping[str, Unpack]" = UNPACK
 ) -> "Image":
-    """Return the image that a chain makes, the disk itself first; only that one is ever written.
+    """Return the disk that a chain makes.  Its first link is the top image; only that is ever written.
 
-    Owns the descriptors from here on, and closes them if it fails.
+    Takes the descriptors: the image owns them, and a failure closes them.
 
     Raises:
         ImageError: one of the images cannot be used.
@@ -62,7 +62,7 @@ def open_chain(
 
 
 def _open(link: Link, *, writable: bool, backing: "Image | None", unpack: "Mapping[str, Unpack]") -> "Image":
-    """Open one image on top of another.  Raises ImageError, which names the image whatever has failed."""
+    """Open one image on top of another.  Raises ImageError, which names the image, for every failure."""
     try:
         return _open_as(link, writable=writable, backing=backing, unpack=unpack)
     except OSError as error:
@@ -70,7 +70,7 @@ def _open(link: Link, *, writable: bool, backing: "Image | None", unpack: "Mappi
 
 
 def _open_as(link: Link, *, writable: bool, backing: "Image | None", unpack: "Mapping[str, Unpack]") -> "Image":
-    """Open one image as what it is said to be.  Raises ImageError, OSError."""
+    """Open one image in the format of its link.  Raises ImageError, OSError."""
     granularity = link.discard_granularity
     if link.format == "raw":
         if backing is not None:

@@ -1,6 +1,6 @@
-"""New image files: empty, on top of a base, or as copy of another (*cat. 3.6, 8.3*).
+"""Creates image files: empty, on top of a backing file, or as a copy of another image (*cat. 3.6, 8.3*).
 
-A file is created exclusively, readable by its owner only, and gets its name when it is complete.
+A new file never replaces an existing one, is readable by its owner only, and gets its name when it is complete.
 """
 
 import contextlib
@@ -36,12 +36,12 @@ CLUSTER_BITS = 16
 CLUSTER = 1 << CLUSTER_BITS
 REFCOUNT_ORDER = 4
 COPY_BYTES = 1 << 20
-ZERO_BYTES = 1 << 16  # what is left out of a copy if it is all zero
+ZERO_BYTES = 1 << 16  # a copy leaves out aligned blocks of this size that are all zero
 NOTHING = bytes(ZERO_BYTES)
-STEM_BYTES = 100  # of a name, in that of the file which becomes it
+STEM_BYTES = 100  # of the final name, in the temporary name of a file
 RENAME_NOREPLACE = 1
 UNNAMED = os.O_TMPFILE
-# What file systems answer that have no files without a name; old ones take the flag for O_DIRECTORY alone.
+# Errors of file systems without O_TMPFILE.  Old kernels see only O_DIRECTORY in that flag.
 NO_TMPFILE = (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOSYS)
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 WRITING = "failed to write to destination"
@@ -55,10 +55,10 @@ libc.renameat2.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c
 
 @contextlib.contextmanager
 def new_file(path: str, creating: str = "could not create", writing: str = "could not write") -> "Iterator[int]":
-    """Open a new file for reading and writing; it gets its name when the block has ended well, and never before.
+    """Open a new file for reading and writing.  It gets its name when the block ends without an exception.
 
-    `creating` and `writing` are what errors begin with.  Whatever ends this process, nothing that is half written has
-    that name, and a file that has it already stays as it is.
+    `creating` and `writing` are the beginnings of error messages.  Even if this process is killed, an incomplete file
+    never has that name, and an existing file of that name is unchanged.
 
     Raises:
         HostError: the name is taken, or the file cannot be created or written.
@@ -93,17 +93,17 @@ def new_file(path: str, creating: str = "could not create", writing: str = "coul
 
 
 class NewFile:
-    """A file without a name or, where the file system has no such files, under a hidden one beside its own."""
+    """A file without a name; if the file system does not support that, one with a hidden name in the same directory."""
 
     def __init__(self, path: str) -> None:
         """Raises OSError."""
         folder, self.name = os.path.split(path)
         if not self.name:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        self.hidden = ""  # its name until it is published
+        self.hidden = ""  # the temporary name until `publish`; "": it has no name
         self.folder = os.open(folder or ".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            if self._exists():  # said now, and not when everything has been written
+            if self._exists():  # reported now, not after everything has been written
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
             self.fd = self._open()
         except BaseException:
@@ -127,19 +127,19 @@ class NewFile:
         else:
             if os.path.exists(f"/proc/self/fd/{fd}"):
                 return fd
-            os.close(fd)  # without /proc it could get no name
+            os.close(fd)  # without /proc it cannot be given a name
         stem = os.fsdecode(os.fsencode(self.name)[:STEM_BYTES])
         self.hidden = f".{stem}.{os.urandom(8).hex()}.part"
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
         return os.open(self.hidden, flags, 0o600, dir_fd=self.folder)
 
     def publish(self) -> None:
-        """Give the file its name, and make that last.  Raises OSError; FileExistsError if somebody else has got it."""
+        """Give the file its name, and sync the directory.  Raises OSError; FileExistsError if the name is taken."""
         if self.hidden:
             self._rename()
         else:
             os.link(f"/proc/self/fd/{self.fd}", self.name, dst_dir_fd=self.folder, follow_symlinks=True)
-        with contextlib.suppress(PermissionError):  # new files, but no look at those that are there
+        with contextlib.suppress(PermissionError):  # the directory may be writable but not readable
             folder = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self.folder)
             try:
                 sync(folder)
@@ -147,7 +147,7 @@ class NewFile:
                 os.close(folder)
 
     def _rename(self) -> None:
-        """Move the file from its hidden name to its own, as far as the file system can without replacing another."""
+        """Rename the file from its hidden name, without replacing another file if the file system can do that."""
         folder, hidden, name = self.folder, os.fsencode(self.hidden), os.fsencode(self.name)
         if not libc.renameat2(folder, hidden, folder, name, RENAME_NOREPLACE):
             return
@@ -157,8 +157,9 @@ class NewFile:
         try:
             os.link(self.hidden, self.name, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=False)
         except OSError as failure:
+            # EEXIST: an NFS server may have done it before, but its answer was lost.
             if failure.errno not in (*UNSUPPORTED, errno.EEXIST) or (
-                failure.errno == errno.EEXIST and not self._has_name()  # NFS may have done it and lost its answer
+                failure.errno == errno.EEXIST and not self._has_name()
             ):
                 raise
         if not self._has_name():
@@ -167,7 +168,7 @@ class NewFile:
         os.unlink(self.hidden, dir_fd=folder)
 
     def _replace_empty(self) -> None:
-        """Take the name with an empty file, so that nobody else gets it, and replace that one.  Raises OSError."""
+        """Create an empty file to reserve the name, and replace it by this file.  Raises OSError."""
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
         os.close(os.open(self.name, flags, 0o600, dir_fd=self.folder))
         try:
@@ -177,14 +178,14 @@ class NewFile:
             raise
 
     def _has_name(self) -> bool:
-        """Return whether the name is this file's."""
+        """Return whether the name refers to this file."""
         try:
             return os.path.samestat(os.fstat(self.fd), os.lstat(self.name, dir_fd=self.folder))
         except FileNotFoundError:
             return False
 
     def remove(self) -> None:
-        """Remove what has been made, unless somebody else has put another file in its place."""
+        """Remove the file.  Another file that has its name now is left alone."""
         with contextlib.suppress(OSError):
             if self._has_name():
                 os.unlink(self.name, dir_fd=self.folder)
@@ -193,13 +194,13 @@ class NewFile:
                 os.unlink(self.hidden, dir_fd=self.folder)
 
     def close(self) -> None:
-        """Let go of the descriptors."""
+        """Close the descriptors."""
         os.close(self.fd)
         os.close(self.folder)
 
 
 def sync(fd: int) -> None:
-    """Make a file or directory last.  Raises OSError; a file system that cannot is no error."""
+    """fsync(2) a file or directory.  Raises OSError, but not if the file system does not support fsync."""
     try:
         os.fsync(fd)
     except OSError as error:
@@ -208,7 +209,7 @@ def sync(fd: int) -> None:
 
 
 def write_empty(fd: int, path: str, image_format: str, size: int, backing: str = "", backing_format: str = "") -> None:
-    """Make an open, empty file an empty image.  Raises OSError, ImageError."""
+    """Write an empty image to an open, empty file.  Raises OSError, ImageError."""
     if image_format == "raw":
         os.ftruncate(fd, size)
         return
@@ -216,7 +217,7 @@ def write_empty(fd: int, path: str, image_format: str, size: int, backing: str =
         raise ImageError(path, f"{size} bytes are too large for a qcow2 image (limit is {MAX_SIZE})")
     l1_entries = max(1, -(-size // (CLUSTER * (CLUSTER // 8))))
     l1_clusters = -(-l1_entries * 8 // CLUSTER)
-    clusters = 3 + l1_clusters  # header, refcount table, its one block, L1 table
+    clusters = 3 + l1_clusters  # header, refcount table, one refcount block, L1 table
     os.ftruncate(fd, clusters * CLUSTER)
     write_bytes(fd, struct.pack(f">{clusters}H", *[1] * clusters), 2 * CLUSTER)
     write_bytes(fd, struct.pack(">Q", 2 * CLUSTER), CLUSTER)
@@ -224,7 +225,7 @@ def write_empty(fd: int, path: str, image_format: str, size: int, backing: str =
 
 
 def _header(path: str, size: int, l1_entries: int, backing: str, backing_format: str) -> bytes:
-    """Return the first bytes of an image laid out as `write_empty` does.  Raises ImageError."""
+    """Return the header of a qcow2 image with the layout of `write_empty`.  Raises ImageError."""
     name = os.fsencode(backing)
     if len(name) > MAX_BACKING_NAME:
         raise ImageError(path, f"name of the backing file is {len(name)} bytes long, more than {MAX_BACKING_NAME}")
@@ -241,7 +242,7 @@ def _header(path: str, size: int, l1_entries: int, backing: str, backing_format:
 
 
 def create(path: str, image_format: str, size: int, backing: str = "", backing_format: str = "") -> None:
-    """Create an empty image; the path of its backing file is recorded as it is given.
+    """Create an empty image.  The path of its backing file is recorded as given.
 
     Raises:
         HostError: the file exists, or cannot be created or written.
@@ -259,13 +260,13 @@ def convert(
     progress: "Callable[[int, int], None] | None" = None,
     verify: "Callable[[], None] | None" = None,
 ) -> None:
-    """Create an image of `size` bytes, not fewer than the source's, with the source's content.
+    """Create an image of `size` bytes with the content of `source`, which must not be larger.
 
-    `progress` is called with the bytes done and the bytes there are, holes left out.  `verify` is called when
-    everything has been read: if it raises, nothing is created.  OSError of both is of the source.
+    `progress` is called with the bytes that are copied and the bytes to copy, without holes.  `verify` is called after
+    everything has been read: if it raises, no file is created.  An OSError of either counts as an error of the source.
 
     Raises:
-        HostError: the file exists, or cannot be created, read or written.
+        HostError: the file exists, or cannot be created or written, or the source cannot be read.
         ImageError: it would be too large.
     """
     assert size >= source.size
@@ -282,7 +283,7 @@ def convert(
                         verify()
                 target.flush()
             except BaseException:
-                os.close(own)  # what is half an image needs no good end
+                os.close(own)  # an incomplete image need not be flushed
                 raise
             target.close()
         except OSError as error:
@@ -293,13 +294,13 @@ def convert(
 
 
 def _free_bytes(fd: int) -> int:
-    """Return how much can be written to the file system of a file.  Raises OSError."""
+    """Return the free bytes of the file system of an open file.  Raises OSError."""
     found = os.fstatvfs(fd)
     return found.f_bavail * found.f_frsize
 
 
 def _data_bytes(source: "Image") -> int:
-    """Return how much of an image is no hole.  Raises HostError."""
+    """Return how many bytes of an image are not holes.  Raises HostError."""
     position = found = 0
     with reading():
         while position < source.size:
@@ -311,7 +312,7 @@ def _data_bytes(source: "Image") -> int:
 
 @contextlib.contextmanager
 def reading() -> "Iterator[None]":
-    """Have a failure say that it is one of the source.  Raises HostError."""
+    """Turn an OSError into a HostError that names the source."""
     try:
         yield
     except OSError as error:
@@ -319,14 +320,17 @@ def reading() -> "Iterator[None]":
 
 
 def _open_target(fd: int, path: str, image_format: str) -> "Image":
-    """Open a new image for writing."""
+    """Open a new image for writing.  Raises ImageError."""
     if image_format == "raw":
         return RawImage(fd, path, writable=True)
     return Qcow2Image(fd, path, writable=True)
 
 
 def _copy(source: "Image", target: "Image", whole: int, progress: "Callable[[int, int], None] | None") -> None:
-    """Copy what is not zero of `whole` bytes of data.  Raises HostError for the source, OSError for the target."""
+    """Copy the data that is not zero; `whole` is for `progress`.
+
+    Raises HostError for the source, OSError for the target.
+    """
     buffer = memoryview(bytearray(COPY_BYTES))
     position = done = 0
     while position < source.size:
@@ -345,7 +349,7 @@ def _copy(source: "Image", target: "Image", whole: int, progress: "Callable[[int
 
 
 def _write_data(target: "Image", position: int, data: memoryview) -> None:
-    """Write the blocks that are not zero, neighbours together.  Raises OSError."""
+    """Write the blocks that are not zero; adjacent ones with one call.  Raises OSError."""
     start = end = 0
     while end < len(data):
         step = min(ZERO_BYTES - (position + end) % ZERO_BYTES, len(data) - end)

@@ -1,4 +1,4 @@
-"""A copy of a file: shared storage where the file system can do that, else what is no hole."""
+"""Copies a file: as a reflink if the file system supports that, else its data without holes."""
 
 import errno
 import fcntl
@@ -17,9 +17,9 @@ STEP_BYTES = 8 << 20
 
 
 def copy_file(source: int, target: int, progress: "Callable[[int, int], None]") -> None:
-    """Make an open, empty file what another one, or a device, is.  Raises OSError.
+    """Copy a file or device to an open, empty file.  Raises OSError.
 
-    `progress` is called with the bytes done and the bytes there are.
+    `progress` is called with the bytes that are copied and the size.
     """
     size = os.lseek(source, 0, os.SEEK_END)
     if stat.S_ISREG(os.fstat(source).st_mode):
@@ -46,7 +46,7 @@ def copy_file(source: int, target: int, progress: "Callable[[int, int], None]") 
 
 
 def copy_some(source: int, target: int, at: int, most: int) -> int:
-    """Copy some bytes to the same place of another file; return how many.  Raises OSError."""
+    """Copy at most `most` bytes to the same offset of another file; return their number.  Raises OSError."""
     try:
         done = os.copy_file_range(source, target, most, at, at)
         if done:
@@ -56,5 +56,5 @@ def copy_some(source: int, target: int, at: int, most: int) -> int:
             raise
     data = os.pread(source, most, at)
     if not data:
-        raise OSError(errno.EIO, "it has become shorter")
+        raise OSError(errno.EIO, "the file has become shorter")
     return os.pwrite(target, data, at)

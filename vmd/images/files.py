@@ -1,7 +1,7 @@
-"""Images by path, opened with the caller's own rights: for vmctl, never for a daemon.
+"""Opens images by path with the rights of the caller.  Only vmctl uses this, never the daemon.
 
-A backing file is opened only where the format of the image that names it is known otherwise than from the
-image's first bytes: a guest may have written them.  The name *.qcow2 of a file is such knowledge.
+A backing file is opened only if the format of the image that names it is not just guessed from the first bytes of that
+image, because a guest may have written them.  A file name that ends in .qcow2 is enough.
 """
 
 import contextlib
@@ -24,18 +24,19 @@ if TYPE_CHECKING:
 
 
 class OpenedChain:
-    """The files of a chain, opened for reading, locked against writers, and told apart; top first."""
+    """The files of a chain, top first: opened for reading, locked against writers, and probed."""
 
     def __init__(
         self, path: str, format_hint: str = "", *, raw_will_do: bool = True, unpack: "Mapping[str, Unpack]" = UNPACK
     ) -> None:
-        """Open `path` and all below it; `raw_will_do`: what looks like another format may be given as raw.
+        """Open `path` and its backing files.
 
-        `unpack` are the compressions of qcow2 that can be undone.
+        `raw_will_do`: the error for an unknown format may advise the user to give the image as raw.  `unpack` has the
+        compressions of qcow2 that can be decompressed.
 
         Raises:
-            ImageError: a file is missing, unreadable, unfit, or there are too many.
-            OperatorError: somebody is writing to one of them.
+            ImageError: a file is missing, unreadable or unusable, or the chain is too long.
+            OperatorError: a process is writing to one of the files.
         """
         self.unpack = unpack
         self.links: list[Link] = []
@@ -73,7 +74,7 @@ class OpenedChain:
             raise
 
     def _probe(self, fd: int, path: str, format_hint: str, given: str, raw: str) -> Probe:
-        """Return what an image is; `given` is the format that the user gave.  Raises ImageError."""
+        """Probe an image; `given` is the format that the user gave.  Raises ImageError."""
         try:
             found = probe(fd, path, format_hint, self.unpack)
             wrong = refusal(found, format_hint, path, raw)
@@ -88,7 +89,7 @@ class OpenedChain:
         return found
 
     def _open(self, path: str) -> int:
-        """Open one file; O_NONBLOCK, because a FIFO would keep us waiting.  Raises ImageError."""
+        """Open one file.  O_NONBLOCK, because opening a FIFO would block.  Raises ImageError."""
         try:
             return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
         except (OSError, ValueError) as error:
@@ -97,14 +98,14 @@ class OpenedChain:
             raise ImageError(name, f"cannot be opened: {reason}") from None
 
     def _remedy(self, path: str) -> str:
-        """Return why a backing file is not opened, and what to do."""
+        """Return a sentence: why a backing file is not opened, and what the user can do."""
         if not self.links:
             given = given_as("qcow2", path, in_conf=False)
             return f"only its first bytes say that it is qcow2; if you trust it, give it as {given}"
         return how_to_record(self.links[-1].path, self.probes[-1].backing, "qcow2")
 
     def image(self) -> "Image":
-        """Return the chain as one image, for reading; it owns the files.  Raises ImageError."""
+        """Return the chain as one read-only image, which owns the files.  Raises ImageError."""
         links, self.links = self.links, []
         return open_chain(links, writable=False, unpack=self.unpack)
 

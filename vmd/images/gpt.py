@@ -1,6 +1,6 @@
-"""Where a disk ends according to its partition table (GPT; UEFI 2.10, 5.3).
+"""Finds the size of a disk from its partition table (GPT; UEFI 2.10, 5.3).
 
-The table stands at the beginning of the disk, and a copy of it at the end.
+The table is at the beginning of the disk, and a copy of it at the end.
 """
 
 import struct
@@ -10,7 +10,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from vmd.images.image import Image
 
-HEADER = struct.Struct("<8sIIIIQQ")  # signature, revision, length, CRC-32, zeroes, its own sector and that of the copy
+HEADER = struct.Struct("<8sIIIIQQ")  # signature, revision, length, CRC-32, zeroes, its own sector, the copy's sector
 SIGNATURE = b"EFI PART"
 SECTORS = (512, 4096)
 AT_CRC = 16
@@ -18,7 +18,7 @@ END_MAX = (1 << 63) - 1  # bytes; no disk is larger
 
 
 def gpt_end(image: "Image") -> int:
-    """Return the bytes of the disk that a partition table was made for; 0: there is no such table.  Raises OSError."""
+    """Return the size in bytes of the disk that the GPT was made for; 0 if there is no GPT.  Raises OSError."""
     for sector in SECTORS:
         if image.size < 2 * sector:
             break

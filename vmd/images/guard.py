@@ -1,7 +1,7 @@
-"""Keeps a guest from making its disk one that is refused, or read as something else, when it is opened next.
+"""Keeps a guest from writing a format's signature to a raw disk whose format was guessed.
 
-Only for a disk whose format was guessed to be raw: nobody but its first bytes said so, and the guest writes those.
-`refused` in `vmd.ipc.foreign` has the reasons, `signatures.py` the bytes.
+The format of such a disk is guessed from its bytes again when it is opened next.  With a signature in them the disk
+would be refused, or read in another format.  `refused` in `vmd.ipc.foreign` has the reasons, `signatures.py` the bytes.
 """
 
 import _thread
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 
 class Guard:
-    """Writes the first and the last bytes of a raw image.
+    """Checks and does the writes to the first and the last bytes of a raw image.
 
-    Zeroes need no guard: a guest writes whole sectors of them, and no signature is completed by these.
+    `write_zeroes` and `discard` need no check, because whole sectors of zeroes do not complete a signature.
     """
 
     def __init__(self, fd: int, path: str) -> None:
-        """`fd` stays the image's; `path` tells by its end how the file is called.  Raises OSError."""
+        """`fd` stays the image's.  `path` matters by its suffix, and is for errors.  Raises OSError."""
         self.fd = fd
         self.path = path
         self.file_bytes = os.lseek(fd, 0, SEEK_END)
@@ -33,21 +33,21 @@ class Guard:
         self.lock = _thread.allocate_lock()
 
     def concerns(self, offset: int, length: int) -> bool:
-        """Return whether a write has to come here."""
+        """Return whether a write must be done by `write`."""
         return length > 0 and (offset < HEAD_BYTES or offset + length > self.tail_at)
 
     def write(self, offset: int, views: "Sequence[memoryview]", length: int) -> None:
-        """Write if the image stays raw.  Raises OSError; EPERM if it would not."""
+        """Write, unless the image would look like another format.  Raises OSError; EPERM in that case."""
         in_head = min(max(HEAD_BYTES - offset, 0), length)
         in_tail = min(max(offset + length - max(self.tail_at, offset + in_head), 0), length - in_head)
         cursor = Cursor(views)
-        # Checked and written from copies of our own: the guest goes on changing its memory.
+        # Copies are checked and written, because the guest can change its memory in between.
         first = b"".join(cursor.take(in_head))
         middle = cursor.take(length - in_head - in_tail)
         last = b"".join(cursor.take(in_tail))
         with self.lock:
             parts = ((offset, first), (offset + length - in_tail, last))
-            # A write to the last sector may make a file longer that ends inside it.
+            # A file may end inside its last sector.  A write to that sector makes it longer.
             tail_at = max(0, max(self.file_bytes, offset + length) - TAIL_BYTES)
             found = self.read_as(self._after(0, HEAD_BYTES, parts), self._after(tail_at, TAIL_BYTES, parts))
             if found:
@@ -60,14 +60,14 @@ class Guard:
             write_views(self.fd, [piece for piece in pieces if piece], offset, length)
 
     def read_as(self, head: bytes, tail: bytes) -> str:
-        """Return what an image with these ends would be taken for, or "" for raw, or for what is let pass as raw."""
+        """Return the format that an image with these bytes would be taken for; "" if it would still be used as raw."""
         if head.startswith(QCOW_MAGIC):
             return "a qcow2 image"
         found = recognise(head, tail)
         return FOREIGN[found].what if refused(found, self.file_bytes, self.path) else ""
 
     def _after(self, start: int, length: int, parts: "Sequence[tuple[int, bytes]]") -> bytes:
-        """Return a range as it will be when `parts`, (offset, bytes), have been written.  Raises OSError."""
+        """Return a range of the file as it will be after `parts`, (offset, bytes), are written.  Raises OSError."""
         found = bytearray(read_bytes(self.fd, length, start))
         for offset, part in parts:
             begin, end = max(offset, start), min(offset + len(part), start + length)

@@ -1,8 +1,7 @@
-"""The header of a qcow2 image: bytes from anybody, checked into a frozen record.
+"""The header of a qcow2 image: untrusted bytes, checked and turned into a frozen record.
 
-QEMU's docs/interop/qcow2.txt is the specification.  Every offset that this module lets through is aligned
-and inside the file, every size is bounded, so that what follows pointers allocates little and divides by
-nothing that is zero.
+QEMU's docs/interop/qcow2.txt is the specification.  Every offset in the record is aligned and inside the file, and
+every size is bounded.  So code that uses them allocates little memory and never divides by zero.
 """
 
 import posix as os
@@ -20,32 +19,32 @@ if TYPE_CHECKING:
     from collections.abc import Collection
 
 HEADER_V2 = struct.Struct(">4sIQIIQIIQQIIQ")
-HEADER_V3 = struct.Struct(">QQQII")  # follows at once
+HEADER_V3 = struct.Struct(">QQQII")  # directly after HEADER_V2
 V2_BYTES, V3_BYTES = HEADER_V2.size, HEADER_V2.size + HEADER_V3.size
 EXTENSION = struct.Struct(">II")
 FEATURE = struct.Struct(">BB46s")
 CONTENT = struct.Struct(">QIIQQIIQ")
 
-# Where single fields are that change in the life of an image.
+# Offsets of the fields that are written on their own.
 AT_SIZE = 24
 AT_L1 = 36  # entries and offset
 AT_REFCOUNT_TABLE = 48
-AT_CONTENT = 24  # from the size of the disk to the snapshot table: in one sector, with what follows in version 3
+AT_CONTENT = 24  # size of the disk to snapshot table; in one sector, with the fields of version 3 after them
 AT_INCOMPATIBLE = 72
 AT_AUTOCLEAR = 88
 
 END, BACKING_FORMAT, FEATURE_NAMES = 0, 0xE2792ACA, 0x6803F857
 
 DIRTY, CORRUPT, EXTERNAL_DATA, COMPRESSION_TYPE, EXTENDED_L2 = (1 << bit for bit in range(5))
-FEATURES = {2: "an external data file", 4: "extended L2 entries"}  # those that have a name but not our support
+FEATURES = {2: "an external data file", 4: "extended L2 entries"}  # incompatible features that are not supported
 COMPRESSIONS = {0: "zlib", 1: "zstd"}
-COMMON = ("zlib",)  # what every reader has
-# What is said of an image that a VM cannot use.  It does not name the image: whoever says it may not know its name.
-ZSTD_UNREAD = "uses zstd compression, which no VM reads; vmctl create -i makes an image of it that VMs do"
+COMMON = ("zlib",)  # supported by every reader
+# The error for an image that a VM cannot use.  It does not name the image, because imgprobe does not know the name.
+ZSTD_UNREAD = "uses zstd compression, which a VM cannot read; vmctl create -i converts it"
 ENCRYPTIONS = {1: "AES", 2: "LUKS"}
 
-# One that is ours: several disks go back to a snapshot, and some may have done so already.  QEMU takes it off when it
-# writes to the image.
+# An autoclear feature bit of ours: the disks of a VM are being reverted to a snapshot, and some may have been already.
+# QEMU clears it when it writes to the image.
 GOING_BACK = 1 << 58
 
 OFFSET_MASK = 0x00FFFFFFFFFFFE00  # of an entry of an L1 or L2 table: where on the disk that is
@@ -56,13 +55,13 @@ MAX_REFCOUNT_ORDER = 6
 MAX_SIZE = (1 << 63) - 1
 MAX_TABLE_BYTES = 4 << 20  # L1 table and refcount table: 16 GiB of 512-byte clusters, 256 TiB of 64 KiB ones
 MAX_SNAPSHOTS = 65536  # QEMU's limit
-SNAPSHOT_BYTES = 40  # the least that each takes
+SNAPSHOT_BYTES = 40  # minimum size of an entry of the snapshot table
 MAX_BACKING_NAME = 1023
 MAX_FORMAT_NAME = 15
 
 
 class Header(Record):
-    """What a qcow2 header says, checked."""
+    """A checked qcow2 header."""
 
     version: int
     cluster_bits: int
@@ -82,22 +81,22 @@ class Header(Record):
 
     @property
     def cluster_size(self) -> int:
-        """Bytes of a cluster."""
+        """The size of a cluster in bytes."""
         return 1 << self.cluster_bits
 
     @property
     def dirty(self) -> bool:
-        """Whether the last writer kept refcounts in memory (lazy refcounts) and did not come to write them."""
+        """Whether the last writer kept refcounts in memory (lazy refcounts) and ended without writing them."""
         return bool(self.incompatible & DIRTY)
 
 
 def parse_header(fd: int, path: str, compressions: "Collection[str]" = COMMON) -> Header:
-    """Read and check the header of the open image `fd`; `path` is for sentences only.
+    """Read and check the header of the open image `fd`; `path` is for errors only.
 
-    `compressions` are those that the caller can undo.
+    `compressions` are those that the caller can decompress.
 
     Raises:
-        ImageError: it is no qcow2 image, a damaged one, or needs what we do not have.
+        ImageError: it is not a qcow2 image, is damaged, or needs a feature that we do not have.
     """
     try:
         file_bytes = os.lseek(fd, 0, SEEK_END)
@@ -108,7 +107,7 @@ def parse_header(fd: int, path: str, compressions: "Collection[str]" = COMMON) -
 
 
 class _Parser:
-    """One pass over the bytes of a header."""
+    """Parses the bytes of one header."""
 
     def __init__(self, path: str, raw: bytes, file_bytes: int, compressions: "Collection[str]") -> None:
         self.path = path
@@ -174,7 +173,7 @@ class _Parser:
         )
 
     def _header_end(self, header_bytes: int, backing_offset: int, backing_length: int) -> int:
-        """Return where extensions end at the latest: at the backing file's name, or with the first cluster."""
+        """Return the end of the space for extensions: the name of the backing file, or the end of the first cluster."""
         if not backing_offset:
             return len(self.raw)
         if backing_length > MAX_BACKING_NAME:
@@ -198,12 +197,12 @@ class _Parser:
         return found
 
     def _compression(self, incompatible: int, header_bytes: int) -> str:
-        """Return the name of the compression, which the caller can undo."""
+        """Return the name of the compression.  It must be one that the caller can decompress."""
         kind = self.raw[V3_BYTES] if header_bytes > V3_BYTES else 0
         if incompatible & COMPRESSION_TYPE and not kind:
-            raise self.refuse("says that it is not compressed with zlib, but not with what")
+            raise self.refuse("has the incompatible feature bit for a compression type, but names none")
         if kind and not incompatible & COMPRESSION_TYPE:
-            raise self.refuse(f"says that it is compressed in way {kind}, but not that its reader has to know that")
+            raise self.refuse(f"has compression type {kind} without its incompatible feature bit")
         name = COMPRESSIONS.get(kind, f"type {kind}")
         if name in self.compressions:
             return name
@@ -212,7 +211,7 @@ class _Parser:
         )
 
     def _check_features(self, incompatible: int, names: bytes) -> None:
-        """Refuse what an image needs and we do not have, by the name it has there or here."""
+        """Refuse an unsupported incompatible feature, by our name for it or the one in the image."""
         unknown = incompatible & ~(DIRTY | CORRUPT | COMPRESSION_TYPE)
         if not unknown:
             return
@@ -227,7 +226,7 @@ class _Parser:
     def _check_tables(
         self, size: int, l1_entries: int, l1_offset: int, refcount_offset: int, refcount_clusters: int
     ) -> None:
-        """Check place and size of the L1 table and the refcount table."""
+        """Check offset and size of the L1 table and the refcount table."""
         if size > MAX_SIZE:
             raise self.refuse(f"virtual size of {size} bytes is too large")
         per_table = self.cluster_size * (self.cluster_size // 8)
@@ -244,24 +243,24 @@ class _Parser:
             raise self.refuse("L1 table and refcount table overlap")
 
     def _check_table(self, name: str, offset: int, length: int) -> None:
-        """Check that a table is a size we take, begins at a cluster behind the header and is in the file."""
+        """Check that a table is not too large, begins at a cluster after the header, and is inside the file."""
         if length > MAX_TABLE_BYTES:
             raise self.refuse(f"{name} of {length} bytes is larger than {MAX_TABLE_BYTES}")
         if not length:
             return
         if offset % self.cluster_size or offset < self.cluster_size:
-            raise self.refuse(f"{name} at {offset} is not at the start of a cluster behind the header")
+            raise self.refuse(f"{name} at {offset} is not at the start of a cluster after the header")
         if offset + length > self.file_bytes:
             raise self.refuse(f"{name} at {offset} is not inside the file of {self.file_bytes} bytes")
 
     def _check_snapshots(self, snapshots: int, offset: int) -> None:
-        """Check the snapshot table's place; its contents are never looked at."""
+        """Check the offset and size of the snapshot table.  Its entries are not read here."""
         if not snapshots:
             return
         if snapshots > MAX_SNAPSHOTS:
             raise self.refuse(f"{snapshots} internal snapshots are more than {MAX_SNAPSHOTS}")
         if offset % self.cluster_size or offset < self.cluster_size:
-            raise self.refuse(f"snapshot table at {offset} is not at the start of a cluster behind the header")
+            raise self.refuse(f"snapshot table at {offset} is not at the start of a cluster after the header")
         if offset + snapshots * SNAPSHOT_BYTES > self.file_bytes:
             raise self.refuse(f"snapshot table at {offset} is not inside the file of {self.file_bytes} bytes")
 
@@ -273,13 +272,13 @@ class _Parser:
         name = raw.decode(sys.getfilesystemencoding(), sys.getfilesystemencodeerrors())
         if b"\0" in raw:
             raise self.refuse("name of the backing file contains a NUL byte")
-        # To QEMU the part before such a colon is a protocol: a server to talk to, or options in JSON.
+        # QEMU takes the part before such a colon for a protocol, such as a server or options in JSON.
         if ":" in name.partition("/")[0]:
             raise self.refuse(f"backing file {name} is not a plain path")
         return name
 
     def _backing_format(self, extensions: dict[int, bytes]) -> str:
-        """Return the recorded format of the backing file, or "" if none is."""
+        """Return the recorded format of the backing file; "" if none is recorded."""
         raw = extensions.get(BACKING_FORMAT, b"")
         name = raw[: MAX_FORMAT_NAME + 1].decode("ascii", "backslashreplace")
         if name not in ("", "raw", "qcow2"):

@@ -1,7 +1,7 @@
-"""Positional I/O on a host file: all bytes or an OSError, and the parts of fallocate(2) that `os` lacks.
+"""Positional I/O on a host file: all bytes or an OSError.  Also the modes of fallocate(2), which `os` lacks.
 
-A host file is a regular file or a block device.  Behind the end of a regular file there are zeroes, and a write there
-extends it.  A device ends where it ends, and what nobody has written to it holds any bytes.
+A host file is a regular file or a block device.  A write after the end of a regular file extends it with zeroes.  A
+device cannot be extended, and its unwritten parts hold arbitrary bytes.
 """
 
 import _stat as stat
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 FILE_MAX = (1 << 63) - 1 & -SECTOR
-STORAGE_GRANULARITY = 4096  # of storage that does not say which it has
-GRANULARITY_MAX = 1 << 30  # more than this is a mistake
+STORAGE_GRANULARITY = 4096  # of storage whose granularity is not known
+GRANULARITY_MAX = 1 << 30  # a larger one is implausible
 ZEROES = memoryview(bytes(1 << 16))
 
 FALLOC_FL_KEEP_SIZE = 0x01
@@ -32,7 +32,7 @@ _fallocate.restype = native.c_int
 
 
 def padding(length: int) -> int:
-    """Return the number of zeroes that complete the last sector of a disk of `length` bytes."""
+    """Return the number of zero bytes that complete the last sector of a disk of `length` bytes."""
     return -length % SECTOR
 
 
@@ -50,7 +50,7 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
 
 
 def require_larger(path: str, size: int, new: int) -> None:
-    """Raise OSError if a disk of `size` bytes cannot have `new`; nobody knows what its guest has at its end."""
+    """Raise OSError if a disk of `size` bytes cannot get `new` bytes.  Shrinking could lose data of the guest."""
     if new > FILE_MAX:
         raise OSError(errno.EFBIG, f"{path}: {new} bytes are more than a file can have")
     if new < size:
@@ -58,18 +58,19 @@ def require_larger(path: str, size: int, new: int) -> None:
 
 
 class FlushFailed(OSError):
-    """What was acknowledged is not on stable storage.  Nothing is forgotten: a later flush may succeed."""
+    """Acknowledged writes are not on stable storage yet.  They are kept in memory: a later flush may succeed."""
 
 
 class DataLost(FlushFailed):
-    """What was acknowledged will never be on stable storage; no later flush succeeds."""
+    """Acknowledged writes are lost; no later flush succeeds."""
 
 
 class StableStorage:
-    """fdatasync(2) of one file, for all its threads.
+    """fdatasync(2) of one file, for all threads.
 
-    After a failure the kernel takes the pages for clean and tells of the failure once.  A later success would be a lie,
-    so no later one is reported; and one thread calls at a time, so that none succeeds beside one that fails.
+    After a failed fdatasync the kernel marks the pages as clean, and reports the failure only once.  A later fdatasync
+    would succeed although data is lost, so after a failure every `sync` fails.  Only one thread at a time calls
+    fdatasync: otherwise one call could succeed while another one gets the failure.
     """
 
     def __init__(self, fd: int, path: str) -> None:
@@ -79,12 +80,12 @@ class StableStorage:
         self.syncing = _thread.allocate_lock()
 
     def check(self) -> None:
-        """Raise DataLost if there was a failure."""
+        """Raise DataLost if an earlier sync failed."""
         if self.lost:
             raise DataLost(errno.EIO, f"{self.path}: an earlier flush failed, data was lost: {self.lost}")
 
     def sync(self) -> None:
-        """Return when all that was written is on stable storage.  Raises DataLost."""
+        """Wait until everything written before is on stable storage.  Raises DataLost."""
         with self.syncing:
             self.check()
             try:
@@ -100,9 +101,9 @@ def total(views: "Sequence[memoryview]") -> int:
 
 
 def storage_granularity(status: os.stat_result, device: int) -> int:
-    """Return the size of the pieces in which storage can be given back: whole sectors.
+    """Return the size in bytes of the pieces in which storage can be given back; a multiple of a sector.
 
-    `device` is what the kernel says of a block device, 0 if that is not known.  A file's is the size of its blocks.
+    `device` is the discard granularity of a block device, 0 if it is not known.  For a file it is the block size.
     """
     found = status.st_blksize if stat.S_ISREG(status.st_mode) else device
     return found if 0 < found <= GRANULARITY_MAX and not found % SECTOR else STORAGE_GRANULARITY
@@ -144,7 +145,7 @@ def clear(views: "Sequence[memoryview]") -> None:
 
 
 def read_views(fd: int, views: "Sequence[memoryview]", offset: int, length: int) -> int:
-    """Fill views, `length` bytes in all; return how many came, fewer only where the file ends.  Raises OSError."""
+    """Fill views, `length` bytes in all.  Return the bytes read: fewer only at the end of the file.  Raises OSError."""
     got = os.preadv(fd, views if len(views) <= IOV_MAX else views[:IOV_MAX], offset)
     if got == length:
         return got
@@ -170,7 +171,7 @@ def write_views(fd: int, views: "Sequence[memoryview]", offset: int, length: int
 
 
 def read_bytes(fd: int, length: int, offset: int) -> bytes:
-    """Return up to `length` bytes, fewer only where the file ends.  Raises OSError."""
+    """Return `length` bytes; fewer only at the end of the file.  Raises OSError."""
     parts = []
     while length:
         part = os.pread(fd, length, offset)
@@ -189,7 +190,7 @@ def write_bytes(fd: int, data: "bytes | bytearray | memoryview", offset: int) ->
 
 
 def write_zeroes(fd: int, offset: int, length: int) -> None:
-    """Write zeroes the slow way.  Raises OSError."""
+    """Write zeroes as data, without fallocate(2).  Raises OSError."""
     while length:
         step = min(length, len(ZEROES) * IOV_MAX)
         whole, rest = divmod(step, len(ZEROES))
@@ -200,10 +201,10 @@ def write_zeroes(fd: int, offset: int, length: int) -> None:
 
 
 def data_span(fd: int, offset: int, end: int) -> tuple[bool, int]:
-    """Return whether a file has data at `offset` < `end`, and for how many bytes that holds.
+    """Return whether a file has data at `offset` < `end`, and for how many bytes this is true.  Raises OSError.
 
-    A file system that knows no holes has data everywhere.  So has what is behind the end of a file that was cut
-    short: a read has to find that out.
+    Without support for holes, a file has data everywhere.  A range after the end of a file that was cut short also
+    counts as data, so that a read is tried and fails.
     """
     try:
         data = min(os.lseek(fd, offset, os.SEEK_DATA), end)
@@ -211,7 +212,7 @@ def data_span(fd: int, offset: int, end: int) -> tuple[bool, int]:
             return False, data - offset
         return True, min(os.lseek(fd, offset, os.SEEK_HOLE), end) - offset
     except OSError as error:
-        # ENXIO: nothing but a hole up to the end of the file.
+        # ENXIO: only a hole up to the end of the file.
         file_end = os.lseek(fd, 0, SEEK_END)
         if error.errno != errno.ENXIO or offset >= file_end:
             return True, end - offset

@@ -1,4 +1,4 @@
-"""What an image file says it is: its format, size and backing file; and what it looks like if it is none of ours."""
+"""Finds format, size and backing file of an image, and recognises formats that we do not read."""
 
 import os
 import stat
@@ -27,15 +27,15 @@ if TYPE_CHECKING:
 
 
 def probe(fd: int, path: str, format_hint: str = "", compressions: "Collection[str]" = COMMON) -> Probe:
-    """Tell format, size and backing file of an open image; without a hint, by its bytes.
+    """Return format, size and backing file of an open image.  Without a hint, the format is guessed from its bytes.
 
-    What to do with a backing file that a guessed image names is the caller's business; not to open it.  So is whether
-    a raw image that looks like something else is used; `foreign.refused` has the rule.
+    The caller must not open the backing file if the format of the image was guessed.  The caller also decides whether a
+    raw image that looks like another format is used; `foreign.refused` has the rule.
 
-    `compressions` of qcow2 are those that the caller can undo.
+    `compressions` of qcow2 are those that the caller can decompress.
 
     Raises:
-        ImageError: it is damaged, or needs what we do not have.
+        ImageError: the image is damaged, or needs a feature that we do not have.
     """
     try:
         mode = os.fstat(fd).st_mode

@@ -1,7 +1,7 @@
-"""The interface that raw and qcow2 images share; for type checkers only.
+"""The interface of raw and qcow2 images; for type checkers only.
 
-Any thread may call any method at any time but `close`, which comes after the last other call has returned.
-Requests that overlap and are in flight together have no order, as on any disk.
+Any thread may call any method at any time, except `close`: all other calls must have returned before it.
+Overlapping requests that are in flight together have no order, as on any disk.
 """
 
 TYPE_CHECKING = False
@@ -10,65 +10,67 @@ if TYPE_CHECKING:
     from typing import Protocol
 
     class Image(Protocol):
-        """A disk of `size` bytes.  Every method raises OSError with errno and sentence; nothing else comes out.
+        """A disk of `size` bytes.  Methods raise only OSError, with an errno and a sentence.
 
-        What a write, discard or write_zeroes has done survives the end of this process and of the host only
-        after the next `flush` has returned; until then either may be lost, never the image's consistency.
+        The effect of a write, discard or write_zeroes survives a crash of this process or of the host only after the
+        next `flush` has returned.  A crash before that can lose it, but the image stays consistent.
         """
 
         fd: int  # of the image itself
-        path: str  # for sentences only; nothing here opens a path
+        path: str  # for errors only; it is never opened
         size: int  # whole sectors
         writable: bool
-        discard_granularity: int  # bytes; a discard gives back the room of whole, aligned pieces of this size
-        remark: str  # what its user should know about it, or ""
+        discard_granularity: int  # bytes; a discard gives back storage in whole, aligned pieces of this size
+        remark: str  # a sentence about the image for the user, or ""
 
         def preadv(self, offset: int, views: "Sequence[memoryview]") -> None:
-            """Fill all views, which are of bytes, with what is at `offset`."""
+            """Fill all views, which have format "B", with the bytes at `offset`."""
 
         def pwritev(self, offset: int, views: "Sequence[memoryview]") -> None:
-            """Write all views to `offset`; others may change their bytes meanwhile."""
+            """Write all views to `offset`.  The guest may change their bytes meanwhile."""
 
         def flush(self) -> None:
-            """Return when everything written before is on stable storage.
+            """Wait until everything written before is on stable storage.
 
             Raises:
-                FlushFailed: it is not yet; DataLost: it will never be.
+                FlushFailed: it is not, but a later flush may succeed.
+                DataLost: it never will be.
             """
 
         def discard(self, offset: int, length: int) -> None:
-            """Give storage back where that is possible; what can be read there afterwards is undefined."""
+            """Give storage back to the host if possible.  Afterwards the range reads as undefined bytes."""
 
         def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
-            """Make a range read as zeroes; with `unmap` its storage may be given back."""
+            """Make a range read as zeroes.  With `unmap` its storage may be given back to the host."""
 
         def span(self, offset: int) -> tuple[bool, int]:
-            """Return whether there is data at `offset`, and for how many bytes that holds; False: zeroes."""
+            """Return whether there is data at `offset`, and for how many bytes this is true.  False: zeroes."""
 
         def finish(self) -> None:
-            """After a `flush`, and with no request under way: store what `close` would, and make it last.
+            """Write what `close` would write, and sync it.  Called after a `flush`, with no request in flight.
 
-            Unless something is written to it afterwards, `close` does not change the image then.
+            If nothing is written afterwards, `close` does not change the image any more.
             """
 
         def settle(self) -> None:
-            """Have the file say everything that is in memory; no request is under way."""
+            """Write all changes in memory to the file.  No request may be in flight."""
 
         def reload(self) -> None:
-            """Forget what was read: somebody else has written to the file.  Raises ImageError, too.
+            """Read everything again, because another process has written to the file.  Raises ImageError, too.
 
-            After a failure nothing can be written any more.
+            After a failure the image cannot be written any more.
             """
 
         def grow(self, size: int) -> None:
-            """Become larger: `size` bytes, whole sectors, and zeroes in what is new.  It is so on stable storage, then.
+            """Grow the disk to `size` bytes, a multiple of a sector.  The new part reads as zeroes.
 
-            A size that it has already is no error, and one that is smaller is.  If it fails the disk is as it was.
+            The new size is on stable storage on return.  The current size is not an error, a smaller one is.  After a
+            failure the disk is unchanged.
             """
 
         def close(self) -> None:
-            """Finish what is to be finished and let the descriptors go.
+            """Flush, and close the descriptors.
 
             Raises:
-                FlushFailed: something that was acknowledged is not on stable storage, and this was not said before.
+                FlushFailed: an acknowledged write is not on stable storage, and no earlier call has reported this.
             """

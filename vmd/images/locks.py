@@ -1,13 +1,14 @@
-"""Locks on image files that QEMU and we respect in each other.
+"""Locks on image files, compatible with those of QEMU.
 
-QEMU marks what it does to a file with read locks on single bytes: byte 100+n says "I use permission n",
-byte 200+n says "nobody else may use permission n".  Everybody sets the own marks first and then looks for
-contradicting ones of others, so that of two who come together at least one gives way.  The locks are those of the
-open file (OFD), so they go along when a descriptor is passed on and end with its last copy.
+QEMU declares its use of a file by read locks on single bytes, here called marks.  Byte 100+n means "I use permission
+n", byte 200+n means "nobody else may use permission n".  A process sets its own marks first.  Then it looks for
+conflicting marks of others, so that of two processes that start together at least one gives way.  The locks belong to
+the open file description (OFD locks): they stay with a descriptor that is sent to another process, and end when its
+last copy is closed.
 
-A writer of ours also has a write lock on byte 150, which QEMU does not use.  Nobody else can have any lock on that byte
-meanwhile, not even somebody who may only read the file.  So a writer that cannot take this lock again has lost it.
-Storage that was cut off from its host can lose locks: the server, or the other half of a cluster, drops them.
+A writer of ours also has a write lock on byte 150, which QEMU does not use.  While it has this lock, nobody else can
+lock that byte, not even for reading.  So a writer that cannot take this lock again has lost it.  Locks can be lost when
+network storage is cut off from the host: the server drops them.
 """
 
 import errno
@@ -30,11 +31,11 @@ flock = struct.Struct("hh4xqqi4x")  # l_type, l_whence, l_start, l_len, l_pid
 
 
 def lock(fd: int, path: str, *, writable: bool) -> None:
-    """Lock an image for one writer or any number of readers, for as long as the open file lives.
+    """Lock an image for one writer or any number of readers, until the last copy of `fd` is closed.
 
     Raises:
-        InUse: somebody else uses it in a way that excludes ours.
-        OperatorError: the file system has no locks.
+        InUse: another process uses it in a conflicting way.
+        OperatorError: the file system does not support locks.
     """
     uses, denies = WRITER if writable else READER
     marks = [USES + n for n in uses] + [DENIES + n for n in denies]
@@ -57,9 +58,9 @@ def lock(fd: int, path: str, *, writable: bool) -> None:
 
 
 def refresh(fd: int) -> None:
-    """Take the locks of a writer again, which changes nothing if it still has them.
+    """Take the locks of a writer again.  This has no effect if it still has them.
 
-    Raises OSError: EAGAIN or EACCES if somebody else has the file, else why the storage does not say.
+    Raises OSError: EAGAIN or EACCES if another process has locked the file, other errors if the storage fails.
     """
     fcntl.fcntl(fd, fcntl.F_OFD_SETLK, flock.pack(fcntl.F_WRLCK, SEEK_SET, ALONE, 1, 0))
     uses, denies = WRITER
@@ -68,15 +69,15 @@ def refresh(fd: int) -> None:
 
 
 def _held_by_others(fd: int, byte: int) -> bool:
-    """Return whether another open file has a mark on a byte; ours do not count."""
+    """Return whether another open file description has a lock on a byte.  Raises OSError."""
     answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, flock.pack(fcntl.F_WRLCK, SEEK_SET, byte, 1, 0))
     return bool(flock.unpack(answer)[0] != fcntl.F_UNLCK)
 
 
 def unlock(fd: int) -> None:
-    """Take our marks off; they also go when the open file does."""
+    """Release all our locks on the file."""
     for first, count in ((USES, RESIZE + 1), (DENIES, RESIZE + 1), (ALONE, 1)):
         try:
             fcntl.fcntl(fd, fcntl.F_OFD_SETLK, flock.pack(fcntl.F_UNLCK, SEEK_SET, first, count, 0))
         except OSError:
-            return  # never locked, where the file system knows no locks
+            return  # the file system does not support locks

@@ -1,4 +1,4 @@
-"""imgprobe: reads what images say about themselves, for an opener that must not.
+"""imgprobe: reads headers of images for an opener, which must not parse them.
 
 Runs as  an id of its own, in the cell, confined to its descriptors before it reads the first byte; for one start
 Peers    an opener, which asks it (`ipc/probing.py`); the parent starts it, and kills it with the opener
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def answer(fd: int, format_hint: str, more: "Sequence[str]" = ()) -> bytes:
-    """Return the line about an open image."""
+    """Return the answer for an open image: one line (`ipc/probemsg.py`)."""
     try:
         found = probe(fd, "image", format_hint)
         if BOOTS in more:
@@ -29,6 +29,6 @@ def answer(fd: int, format_hint: str, more: "Sequence[str]" = ()) -> bytes:
 
 
 def main() -> int:
-    """Answer until nobody asks; the first argument is the format that the image has to have, or nothing."""
-    confine(IMGPROBE)  # what the kernel lacks, others have said
+    """Answer questions until the socket is closed.  Argument 0 of a question is the required format, or ""."""
+    confine(IMGPROBE)  # other processes have logged what the kernel lacks
     return serve(lambda arguments, files: answer(files[0], arguments[0], arguments[1:]))

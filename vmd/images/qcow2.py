@@ -1,27 +1,26 @@
-"""qcow2 images, versions 2 and 3: reading, writing and what keeps them whole when anything dies.
+"""qcow2 images, versions 2 and 3: reading, writing, and the order of writes that keeps them consistent after a crash.
 
-Two levels of tables lead from a guest's cluster to one of the file: the L1 table is in memory, L2 tables are cached
-in slices.  A request whose clusters are all there costs one look at a slice and one preadv or pwritev; no lock is
-taken.  Whatever allocates or frees runs under `allocating`, one at a time.
+Two levels of tables map a cluster of the guest's disk to a cluster of the file.  The L1 table is in memory, L2 tables
+are cached in slices.  A request whose clusters are all allocated takes one lookup in a slice and one preadv or pwritev,
+and no lock.  Code that allocates or frees clusters holds the lock `allocating`.
 
-What a crash finds.  Changes of L2 entries, of the L1 table and of the refcount table stay in memory until `flush`
-(or until there are too many), which writes in this order, waiting for the disk at each bar:
+Crash consistency.  Changes of L2 entries, of the L1 table and of the refcount table stay in memory until `flush`, or
+until there are too many.  A flush writes them in this order, with an fdatasync at each bar:
 
     refcounts of new clusters (their data has been written before) | refcount table | L2 entries | L1 entries |
 
-and only then are clusters that were replaced or discarded free for others.  So at any moment the file is
-consistent: kill -9 or a power cut can lose what was not flushed, and leave clusters that nobody uses (a leak,
-which qemu-img check -r leaks collects), but nothing on disk ever refers to a cluster that may be handed out.
-In-place writes need no order; they are as on any disk.
+Only after that are replaced and discarded clusters freed.  So the file is consistent at any moment.  A kill -9 or a
+power cut can lose data that was not flushed, and can leak clusters (`qemu-img check -r leaks` frees them).  But no
+table on disk ever refers to a free cluster.  Writes in place need no order, as on any disk.
 
-What finds no room.  A write that allocates fails alone: its clusters are free again, and the tables are as before.
-Metadata is written to its place as it is before it is changed in memory, so a flush needs no room; if one fails all the
-same, nothing is forgotten, and the next tries again.  Only after a failed fdatasync, which loses data, no flush
-succeeds any more.  The file is as long as what was written to it: its last cluster may end behind it, as in images of
-QEMU.  A block device is not made longer; its clusters are taken up to its last whole one.
+No space left.  A write that cannot allocate fails alone: its clusters are freed, and the tables are unchanged.  Before
+metadata is changed in memory, its unchanged bytes are written to their place in the file (`units.Prepared`), so a flush
+needs no new space.  If a flush fails all the same, nothing is forgotten, and the next flush tries again.  Only a failed
+fdatasync is final, because it loses data: no later flush succeeds.  The file may end inside its last cluster, as images
+of QEMU do.  A block device does not grow; only its whole clusters are used.
 
-Freed clusters are reused only when every request has ended that began before they were freed: a write that is still
-under way to its old place must not hit the new owner.
+Freed clusters are reused only after all requests that began before the freeing have ended.  Otherwise a write that is
+still in flight could overwrite the data of the new owner.
 """
 
 import _thread
@@ -83,31 +82,31 @@ if TYPE_CHECKING:
     from vmd.images.snapshots import Snapshot
 
     K = TypeVar("K")
-    # Returns what some bytes become, at most as many as are asked for; what is behind them may be anything.  Raises
-    # ValueError.
+    # Decompresses bytes to at most the given number of bytes.  The input may have garbage after the compressed data.
+    # Raises ValueError.
     Unpack = Callable[[bytes, int], bytes]
 
-COPIED = 1 << 63  # nobody else refers to this cluster
-DEFLATE_BITS = -15  # no header; QEMU writes windows of 2^12, this reads any
+COPIED = 1 << 63  # refcount 1: no snapshot shares this cluster
+DEFLATE_BITS = -15  # raw deflate with any window; QEMU writes windows of 2^12
 
 L1_PLACE = struct.Struct(">IQ")
 
-SLICE_BYTES = 1 << 16  # of an L2 table; what is read and cached at once
+SLICE_BYTES = 1 << 16  # the part of an L2 table that is read and cached at once
 CACHE_BYTES = 8 << 20
 MAX_SLICES = 4096
 INFLATED_BYTES = 1 << 20
-MAX_RETIRED = 4096  # runs that wait for a flush before there is one of our own
-MAX_WAITING = 1 << 16  # runs that wait for requests to end
+MAX_RETIRED = 4096  # runs that wait for a flush; with more we flush ourselves
+MAX_WAITING = 1 << 16  # runs that wait for requests to end; further ones are leaked
 SPAN_BYTES = 64 << 20
-SPAN_FIRST_BYTES = 1 << 20  # data is often in short runs, and whoever has read one asks again
-WALK_MAX_BYTES = 256 << 20  # of L2 tables that are read to find the end of use: two terabytes of 64 KiB clusters
+SPAN_FIRST_BYTES = 1 << 20  # looked up first: most runs of data are short
+WALK_MAX_BYTES = 256 << 20  # of L2 tables read to find the end of use: those of 2 TiB in 64 KiB clusters
 REPAIR = "repair it first with qemu-img check -r all"
 
-DATA, HOLE, ZERO, PACKED = range(4)  # kinds of a run; a hole shows the backing file
+DATA, HOLE, ZERO, PACKED = range(4)  # kinds of a run; in a hole the backing file is visible
 
 
 def inflate(packed: bytes, most: int) -> bytes:
-    """Undo zlib.  Raises ValueError; see Unpack."""
+    """Decompress a cluster of zlib; see Unpack.  Raises ValueError."""
     try:
         return zlib.decompressobj(DEFLATE_BITS).decompress(packed, most)
     except zlib.error as error:
@@ -118,30 +117,30 @@ UNPACK: "Mapping[str, Unpack]" = {"zlib": inflate}  # by names of `header.COMPRE
 
 
 def at_snapshot(header: Header, one: "Snapshot") -> Header:
-    """Return the header of an image whose disk is what it was at a snapshot; the machine's state is behind it."""
+    """Return the header of an image that shows the disk as of a snapshot, followed by the state of the machine."""
     size = state_offset(one, header) + one.state_bytes if one.state_bytes else one.size
     return header.replace(size=size, l1_offset=one.l1_offset, l1_entries=one.l1_entries)
 
 
 class Slice:
-    """Part of an L2 table in native numbers; `units` are not written yet."""
+    """A part of an L2 table, in native byte order.  `units`: bit set of the units that are not written yet."""
 
     __slots__ = ("pinned", "table", "units", "used")
 
     def __init__(self, table: memoryview) -> None:
         self.table = table
         self.units = 0
-        self.pinned = False  # a flush has yet to write it
+        self.pinned = False  # a flush is writing it: keep it in the cache
         self.used = 0
 
     @property
     def dirty(self) -> bool:
-        """Whether something is not written yet."""
+        """Whether it has changes that are not written yet."""
         return self.units != 0
 
 
 class Qcow2Image:
-    """One qcow2 image on top of its backing image, which it owns; see Image."""
+    """A qcow2 image and its backing image, which it owns; see Image."""
 
     def __init__(
         self,
@@ -154,12 +153,13 @@ class Qcow2Image:
         snapshot: "Snapshot | None" = None,
         unpack: "Mapping[str, Unpack]" = UNPACK,
     ) -> None:
-        """Take the descriptor, which `close` closes; `discard_granularity` is of a device.
+        """Open the image behind `fd`; `close` closes the descriptor.  `discard_granularity` is that of a block device.
 
-        With `snapshot` the image is what its disk was then, with the machine's state behind it: for reading only.
+        With `snapshot`, the image shows its disk as of that snapshot, followed by the state of the machine.  It must
+        not be writable then.
 
         Raises:
-            ImageError: the file is no qcow2 image, damaged, or needs what we do not have.
+            ImageError: the file is not a qcow2 image, is damaged, or needs a feature that we do not have.
         """
         self.fd = fd
         self.path = path
@@ -186,32 +186,34 @@ class Qcow2Image:
         self.slice_shift = self.cluster_bits + self.slice_entries.bit_length() - 1  # guest bytes of a slice
         self.table_shift = 2 * self.cluster_bits - 3  # guest bytes of an L2 table
         misplaced = OFFSET_MASK & self.cluster_mask
-        # Bits that make an entry something else than a plain cluster, or than one that may be written in place.
+        # A plain cluster has none of the bits `special` in its L2 entry.  One that may be written in place has COPIED
+        # and no other bit of `in_place`.
         self.special = COMPRESSED | ALL_ZERO | misplaced
         self.in_place = self.special | COPIED
         self.packed_shift = 62 - (self.cluster_bits - 8)
 
         self.slices: dict[int, Slice] = {}
         self.max_slices = min(MAX_SLICES, CACHE_BYTES // slice_bytes)
-        self.absent = Slice(zeroes(slice_bytes // 8))  # stands for every table that does not exist
+        self.absent = Slice(zeroes(slice_bytes // 8))  # the slice for tables that do not exist
         self.dirty: dict[int, Slice] = {}
-        self.held: Slice | None = None  # the one that is about to be changed
+        self.held: Slice | None = None  # is about to be changed: keep it in the cache
         self.clock = 0
         self.inflated: dict[int, bytes] = {}
 
-        self.loading = _thread.allocate_lock()  # the cache of slices, and that of inflated clusters
-        self.allocating = _thread.allocate_lock()  # refcounts, tables, and everything below
-        self.committing = _thread.allocate_lock()  # one flush after another; taken before `allocating`
+        self.loading = _thread.allocate_lock()  # protects the caches of slices and of decompressed clusters
+        self.allocating = _thread.allocate_lock()  # protects refcounts, tables and the attributes below
+        self.committing = _thread.allocate_lock()  # one flush at a time; taken before `allocating`
         self.prepared = Prepared(fd, self.cluster_size)
         self.unit_entries = unit_bytes(self.cluster_size) // 8
         self.dirty_l1: set[int] = set()
-        self.retired: list[tuple[int, int]] = []  # runs of clusters to be freed after the next flush
-        self.limbo: list[tuple[int, list[tuple[int, int]]]] = []  # ... once requests as old as this have ended
-        self.waiting = 0  # number of those runs
+        self.retired: list[tuple[int, int]] = []  # runs of clusters that the next flush moves to `deferred`
+        # (generation, runs): to be freed when no request of this generation, or an older one, is in flight.
+        self.deferred: list[tuple[int, list[tuple[int, int]]]] = []
+        self.waiting = 0  # number of runs in `deferred`
         self.generation = 0
         self.in_flight: dict[int, int] = {}  # thread -> generation in which its request began
         self.untouched = True
-        self.failed = ""  # how the image contradicts itself, which forbids to write it
+        self.failed = ""  # why the image is corrupt; then it must not be written
         self.stable = StableStorage(fd, path)
         self.remark = odd_length(header.size)
 
@@ -226,14 +228,14 @@ class Qcow2Image:
     # -- opening
 
     def _read_table(self, offset: int, length: int) -> bytes:
-        """Read a table that has to be there.  Raises ImageError, OSError."""
+        """Read a table of the file.  Raises ImageError if it is not complete; OSError."""
         raw = read_bytes(self.fd, length, offset)
         if len(raw) != length:
             raise ImageError(self.path, f"table at {offset} is cut short")
         return raw
 
     def _open_refcounts(self) -> Refcounts:
-        """Read what only a writer needs, and refuse what is not fit to be written.  Raises ImageError, OSError."""
+        """Read the refcount table for a writer.  Raises ImageError if the image must not be written; OSError."""
         header = self.header
         if header.incompatible & CORRUPT:
             raise ImageError(self.path, "is marked as corrupt; repair it with qemu-img check -r all")
@@ -255,8 +257,8 @@ class Qcow2Image:
                     raise ImageError(self.path, f"{name} at {offset} overlaps other metadata")
                 refcounts.metadata.add(offset >> self.cluster_bits)
         if header.dirty:
-            # Its last writer kept refcounts in memory and did not come to write them, so none that exists counts.
-            # Nothing up to the end of use is handed out or freed, and the mark stays for those who repair.
+            # The last writer kept refcounts in memory and did not write them, so no refcount can be trusted.  Clusters
+            # before the end of use are neither allocated nor freed.  The dirty bit stays set until a repair.
             refcounts.floor = self._end_of_use(refcounts, file_bytes)
             if refcounts.floor > len(table) * refcounts.per_block:
                 raise ImageError(self.path, f"is dirty, and clusters in use have no refcount; {REPAIR}")
@@ -264,10 +266,10 @@ class Qcow2Image:
         return refcounts
 
     def _end_of_use(self, refcounts: Refcounts, file_bytes: int) -> int:
-        """Return the first cluster of a dirty image behind all that are in use.  Raises ImageError, OSError."""
+        """Return the first cluster of a dirty image after all clusters in use.  Raises ImageError, OSError."""
         tables = [entry & OFFSET_MASK for entry in self.l1 if entry & OFFSET_MASK]
-        # Only the active tables are known here; snapshots have their own, and what features that are cleared by
-        # writers refer to is not known at all.
+        # Only the active tables are read here.  Snapshots have tables of their own, and an autoclear feature may use
+        # clusters that we do not know of.
         if self.header.snapshots or self.header.autoclear or len(tables) * self.cluster_size > WALK_MAX_BYTES:
             if self.device:
                 raise ImageError(self.path, f"is dirty, and the end of its use is not known; {REPAIR}")
@@ -290,7 +292,7 @@ class Qcow2Image:
     # -- looking up
 
     def _load(self, number: int) -> Slice:
-        """Return a slice that may not be in the cache.  Raises OSError."""
+        """Return a slice; read it if it is not in the cache.  Raises OSError."""
         with self.loading:
             found = self.slices.get(number)
             if found is not None:
@@ -301,14 +303,14 @@ class Qcow2Image:
                 return self.absent
             offset = table + (start >> self.cluster_bits << 3 & self.cluster_mask)
             if table & self.cluster_mask or table < self.cluster_size:
-                raise self._damaged(f"L2 table at {table} is not at the start of a cluster behind the header")
+                raise self._damaged(f"L2 table at {table} is not at the start of a cluster after the header")
             raw = read_bytes(self.fd, self.slice_entries * 8, offset)
             if len(raw) != self.slice_entries * 8:
                 raise self._damaged(f"L2 table at {table} is outside the file")
             return self._keep(number, Slice(native(raw)))
 
     def _keep(self, number: int, new: Slice) -> Slice:
-        """Put a slice into the cache; when that is full, the quarter used least recently leaves it."""
+        """Put a slice into the cache.  If the cache is full, evict the least recently used quarter of it."""
         if len(self.slices) >= self.max_slices:
             clean = [
                 item
@@ -324,13 +326,14 @@ class Qcow2Image:
         return new
 
     def _damaged(self, what: str) -> OSError:
-        """Return the error for an image that is not what it should be."""
+        """Return the error for a damaged image."""
         return OSError(errno.EIO, f"{self.path}: {what}")
 
     def _map(self, position: int, length: int) -> list[tuple[int, int, int]]:
-        """Return the runs (kind, place, length) that make up a range of the disk.
+        """Return a range of the disk as runs (kind, place, length).
 
-        The place of DATA is in the file, of HOLE and ZERO on the disk, of PACKED the L2 entry.  Raises OSError.
+        The place is an offset in the file for DATA, an offset on the disk for HOLE and ZERO, and the L2 entry for
+        PACKED.  Raises OSError.
         """
         runs: list[tuple[int, int, int]] = []
         end = position + length
@@ -383,13 +386,13 @@ class Qcow2Image:
         return runs
 
     def _special_entry(self, entry: int, position: int) -> tuple[int, int]:
-        """Return kind and place of an L2 entry that is no plain cluster.  Raises OSError."""
+        """Return kind and place of an L2 entry that is not a plain cluster.  Raises OSError."""
         if entry & COMPRESSED:
             return PACKED, entry
         if entry & OFFSET_MASK & self.cluster_mask:
-            raise self._damaged(f"L2 entry for {position} leads to {entry & OFFSET_MASK}, no start of a cluster")
+            raise self._damaged(f"L2 entry for {position} leads to {entry & OFFSET_MASK}, not the start of a cluster")
         if self.header.version < 3:
-            raise self._damaged(f"L2 entry for {position} is one of a newer version of qcow2")
+            raise self._damaged(f"L2 entry for {position} needs a newer version of qcow2")
         return ZERO, position
 
     # -- reading
@@ -408,7 +411,7 @@ class Qcow2Image:
             self._read(offset, views, length)
             return
         thread = _thread.get_ident()
-        # Before anything is looked up: what is found then is not handed to others until this is undone.
+        # Set before the lookup: the clusters that it finds are not reused until this entry is removed.
         self.in_flight[thread] = self.generation
         try:
             self._read(offset, views, length)
@@ -416,7 +419,7 @@ class Qcow2Image:
             del self.in_flight[thread]
 
     def _read(self, offset: int, views: "Sequence[memoryview]", length: int) -> None:
-        """Fill views from what the tables say.  Raises OSError."""
+        """Fill views with a range of the disk.  Raises OSError."""
         runs = self._map(offset, length)
         if len(runs) == 1:
             self._read_run(runs[0], offset, views)
@@ -445,7 +448,7 @@ class Qcow2Image:
             clear(views)
 
     def _past_end(self, place: int, length: int, got: int, views: "Sequence[memoryview]") -> None:
-        """Clear what a read did not get: a file may end inside its last cluster, not before it."""
+        """Clear the bytes after the end of the file.  Raises OSError unless the file ends inside this last cluster."""
         if place + got <= place + length - 1 & ~self.cluster_mask:
             raise self._ends_before_data()
         cursor = Cursor(views)
@@ -453,7 +456,7 @@ class Qcow2Image:
         clear(cursor.take(length - got))
 
     def _read_backing(self, position: int, length: int, views: "Sequence[memoryview]") -> None:
-        """Fill views from the backing image, and with zeroes behind its end."""
+        """Fill views from the backing image, with zeroes after its end.  Raises OSError."""
         assert self.backing is not None
         inside = min(length, max(0, self.backing.size - position))
         if inside == length:
@@ -465,13 +468,13 @@ class Qcow2Image:
         clear(cursor.take(length - inside))
 
     def packed_place(self, entry: int) -> tuple[int, int]:
-        """Return where the bytes of a compressed cluster are: offset and length, of which the last may be padding."""
+        """Return offset and length of the bytes of a compressed cluster.  There may be padding at their end."""
         offset = entry & ((1 << self.packed_shift) - 1)
         sectors = (entry & (COMPRESSED - 1)) >> self.packed_shift
         return offset, (sectors + 1) * 512 - (offset & 511)
 
     def _inflate(self, entry: int) -> bytes:
-        """Return a compressed cluster's bytes, never more than a cluster.  Raises OSError."""
+        """Return the decompressed bytes of a cluster: exactly cluster_size.  Raises OSError."""
         with self.loading:
             plain = self.inflated.get(entry)
         if plain is not None:
@@ -490,7 +493,7 @@ class Qcow2Image:
         return plain
 
     def _reads_as_zeroes(self, position: int, length: int) -> bool:
-        """Return whether the tables say that a range is zero, without a look at data.  Raises OSError."""
+        """Return whether a range is zero according to the tables; data is not read.  Raises OSError."""
         below = self.backing.size if self.backing is not None else 0
         return all(
             kind == ZERO or (kind == HOLE and place >= below) for kind, place, _ in self._map(position, length)
@@ -529,13 +532,13 @@ class Qcow2Image:
             self._touch()
 
     def _refuse(self) -> None:
-        """Raise OSError if nothing may be written any more."""
+        """Raise OSError if the image must not be written any more."""
         if self.failed:
             raise DataLost(errno.EIO, f"{self.path}: {self.failed}")
         self.stable.check()
 
     def _touch(self) -> None:
-        """Before the first change: take off what holds only as long as all who write understand it."""
+        """Clear the autoclear feature bits before the first write.  Raises OSError."""
         with self.allocating:
             if self.untouched and self.header.version > 2 and self.header.autoclear:
                 write_bytes(self.fd, (self.header.autoclear & GOING_BACK).to_bytes(8, "big"), AT_AUTOCLEAR)
@@ -566,31 +569,31 @@ class Qcow2Image:
             del self.in_flight[thread]
 
     def _bound_memory(self) -> None:
-        """Before more is changed in memory: flush if that is much already.  Raises FlushFailed."""
+        """Flush if there are many unwritten changes in memory.  Raises FlushFailed."""
         if len(self.dirty) > self.max_slices // 2 or len(self.retired) > MAX_RETIRED:
             self.flush()
 
     def _is_in_place(self, entry: int) -> bool:
-        """Return whether a cluster is there, and ours alone.  Raises OSError; Damage if it cannot hold data."""
+        """Return whether an L2 entry has a cluster that is not shared.  Raises OSError; Damage if it is metadata."""
         if entry & self.in_place != COPIED:
             return False
         cluster = (entry & OFFSET_MASK) >> self.cluster_bits
         if not cluster:
             return False
         if cluster in self.refcounts.metadata:
-            raise Damage(f"an L2 entry leads to {entry & OFFSET_MASK}, which holds no data")
+            raise Damage(f"an L2 entry leads to {entry & OFFSET_MASK}, which is metadata")
         if cluster >= self.refcounts.end:
             self._look_behind_end(cluster)
         return True
 
     def _look_behind_end(self, cluster: int) -> None:
-        """Raise OSError, or Damage, unless a cluster is in a file that has grown since its end was looked at."""
+        """Look up the end of the file again.  Raises OSError or Damage unless the cluster is before it now."""
         file_bytes = os.lseek(self.fd, 0, SEEK_END)
         self.refcounts.extend(-(-file_bytes >> self.cluster_bits))
         if cluster < self.refcounts.end:
             return
         if not self.refcounts.get(cluster):
-            raise Damage(f"an L2 entry leads to {cluster << self.cluster_bits}, which holds no data")
+            raise Damage(f"an L2 entry leads to {cluster << self.cluster_bits}, which has refcount 0")
         raise self._ends_before_data()
 
     def _ends_before_data(self) -> OSError:
@@ -599,7 +602,7 @@ class Qcow2Image:
         return self._damaged(f"file ends at {end}, before a cluster that is in use")
 
     def _map_in_place(self, position: int, length: int) -> list[tuple[int, int]] | None:
-        """Return the runs (place, length) to write a range to, or None if something has to be allocated."""
+        """Return the runs (place, length) of the file for a range of the disk; None if clusters must be allocated."""
         runs: list[tuple[int, int]] = []
         end = position + length
         place = size = 0
@@ -615,14 +618,14 @@ class Qcow2Image:
             while position < stop:
                 entry = table[index]
                 index += 1
-                # As _is_in_place does; flat, because this is every write of a guest.
+                # The checks of _is_in_place, inlined: every write of a guest comes here.
                 if entry & in_place != COPIED:
                     return None
                 host = entry & OFFSET_MASK
                 if not host:
                     return None
                 if host >> bits in metadata or host >> bits >= file_end:
-                    return None  # says why not
+                    return None  # _is_in_place then raises the error
                 inside = position & self.cluster_mask
                 step = self.cluster_size - inside
                 if step > stop - position:
@@ -639,7 +642,7 @@ class Qcow2Image:
         return runs
 
     def _give_up(self, damage: Damage) -> OSError:
-        """Stop all writing: the image contradicts itself, and going on could destroy what is left."""
+        """Forbid all further writes to a corrupt image, which could destroy more.  Return the error for the caller."""
         with self.allocating:
             if not self.failed:
                 self.failed = f"image is corrupt: {damage}; repair it with qemu-img check -r all"
@@ -648,17 +651,20 @@ class Qcow2Image:
                     if self.header.version > 2:
                         write_bytes(self.fd, mark, AT_INCOMPATIBLE)
                 except OSError:
-                    pass  # what is wrong is more important than what could not be marked
+                    pass  # the caller reports the damage itself, which matters more than the mark
         return OSError(errno.EIO, f"{self.path}: {self.failed}")
 
     def _allocate(self, want: int) -> tuple[int, int]:
-        """Take clusters, reusing freed ones if possible.  Raises OSError, Damage."""
-        if self.limbo:
+        """Allocate up to `want` clusters in a row; return the first and their number.  Raises OSError, Damage."""
+        if self.deferred:
             self._release()
         return self.refcounts.allocate(want)
 
     def _own_table(self, position: int, end: int) -> Slice:
-        """Return the slice for a range of the disk, whose entries may be changed then.  Raises OSError, Damage."""
+        """Return the slice for a range of the disk, in an L2 table that no snapshot shares.  Raises OSError, Damage.
+
+        A shared table is copied first.  The entries of the range may be changed afterwards.
+        """
         number = position >> self.slice_shift
         l1_index = position >> self.table_shift
         entry = self.l1[l1_index]
@@ -669,7 +675,7 @@ class Qcow2Image:
         old = entry & OFFSET_MASK
         if old:
             raw = read_bytes(self.fd, self.cluster_size, old)
-            if len(raw) != self.cluster_size:  # it was there when the image was opened
+            if len(raw) != self.cluster_size:  # the file has been cut short since it was opened
                 raise self._damaged(f"file now ends before the L2 table at {old}")
         else:
             raw = bytes(self.cluster_size)
@@ -691,7 +697,7 @@ class Qcow2Image:
         return self._hold(number)
 
     def _hold(self, number: int) -> Slice:
-        """Return a slice that stays in the cache until the next one is held or it is written.  Raises OSError."""
+        """Return a slice, and keep it in the cache until another one is held.  Raises OSError."""
         while True:
             part = self.slices.get(number) or self._load(number)
             with self.loading:
@@ -700,12 +706,12 @@ class Qcow2Image:
                     return part
 
     def _entry_place(self, position: int) -> int:
-        """Return where the L2 entry for a position of the disk is in the file."""
+        """Return the offset in the file of the L2 entry for a position of the disk."""
         table = self.l1[position >> self.table_shift] & OFFSET_MASK
         return table + (position >> self.cluster_bits << 3 & self.cluster_mask)
 
     def _set(self, number: int, part: Slice, index: int, entry: int) -> None:
-        """Change an entry of a slice, whose old cluster is given up unless the new entry has it as well."""
+        """Change an entry of a slice.  Retire the old cluster, unless the new entry has the same one."""
         old = part.table[index]
         part.table[index] = entry
         part.units |= 1 << index // self.unit_entries
@@ -713,23 +719,23 @@ class Qcow2Image:
         if old & COMPRESSED:
             offset, length = self.packed_place(old)
             first = offset >> self.cluster_bits
-            # Where the sectors reach over the end of the file they reach over nothing that has a refcount.
+            # The padding may reach beyond the end of the file, where clusters have no refcount.
             last = min(offset + length - 1 >> self.cluster_bits, self.refcounts.end - 1)
             self._retire(first, last + 1 - first)
         elif old & OFFSET_MASK and (old ^ entry) & OFFSET_MASK:
             self._retire((old & OFFSET_MASK) >> self.cluster_bits, 1)
 
     def _retire(self, first: int, count: int) -> None:
-        """Have clusters lose a reference once nothing on disk refers to them any more."""
+        """Schedule clusters to lose a reference, once no table on disk refers to them any more."""
         if first < self.refcounts.floor or self.waiting > MAX_WAITING:
-            return  # leaked: its refcount means nothing, or a request hangs and would have us remember for ever
+            return  # leaked: the refcount cannot be trusted, or a hanging request keeps too many runs waiting
         if self.retired and sum(self.retired[-1]) == first:
             self.retired[-1] = (self.retired[-1][0], self.retired[-1][1] + count)
         else:
             self.retired.append((first, count))
 
     def _write_allocating(self, position: int, views: "Sequence[memoryview]", length: int) -> None:
-        """Write a range some of whose clusters are missing, shared, zero or compressed.  Raises OSError, Damage."""
+        """Write a range in which some clusters are missing, shared, zero or compressed.  Raises OSError, Damage."""
         self._refuse()
         cursor = Cursor(views)
         end = position + length
@@ -741,7 +747,7 @@ class Qcow2Image:
             index = position >> self.cluster_bits & self.slice_mask
             count = (stop - 1 >> self.cluster_bits) - (position >> self.cluster_bits) + 1
             entry = table[index]
-            if self._is_in_place(entry):  # by a request that came before this one
+            if self._is_in_place(entry):  # another request has allocated it meanwhile
                 step = min(stop, (position | self.cluster_mask) + 1) - position
                 write_views(self.fd, cursor.take(step), (entry & OFFSET_MASK) + (position & self.cluster_mask), step)
                 position += step
@@ -769,7 +775,7 @@ class Qcow2Image:
             position += step
 
     def _reserved(self, table: memoryview, index: int, count: int) -> int:
-        """Return how many entries from `index` on read as zeroes but have a cluster in place, one after another."""
+        """Return how many entries from `index` on read as zeroes but have clusters, which are consecutive."""
         reserved = 0
         first = table[index]
         while reserved < count:
@@ -782,7 +788,7 @@ class Qcow2Image:
         return reserved
 
     def _write_clusters(self, position: int, data: list[memoryview], length: int, first: int, fresh: bool) -> None:
-        """Write to clusters from `first` on, with what the disk has before and behind the data in them.
+        """Write data to clusters from `first` on.  Fill the rest of the first and last one with the old content.
 
         `fresh`: the clusters were never part of a regular file, so they are zero already.
         """
@@ -801,7 +807,7 @@ class Qcow2Image:
         write_views(self.fd, data, place, length)
 
     def _old_content(self, position: int, length: int, fresh: bool) -> memoryview | None:
-        """Return a range of the disk to be copied; None: there is nothing to be written."""
+        """Return the old content of a range of the disk; None if the new cluster has the same content already."""
         inside = max(0, min(length, self.size - position))
         if fresh and self._reads_as_zeroes(position, inside):
             return None
@@ -813,13 +819,13 @@ class Qcow2Image:
     # -- flushing and freeing
 
     def flush(self) -> None:
-        """See Image; the module's docstring has the order."""
+        """See Image.  The docstring of this module has the order of writes."""
         if not self.writable:
             return
         try:
             with self.committing:
                 self._commit()
-                if self.limbo:
+                if self.deferred:
                     with self.allocating:
                         self._release()
         except Damage as damage:
@@ -830,7 +836,7 @@ class Qcow2Image:
             raise FlushFailed(error.errno, error.strerror) from error
 
     def _commit(self) -> None:
-        """Bring everything that is in memory to the disk.  Raises OSError; then nothing is forgotten."""
+        """Write all changes to the disk.  Raises OSError; then the changes stay in memory for the next attempt."""
         with self.allocating:
             self._refuse()
             self.refcounts.write_blocks()
@@ -881,11 +887,11 @@ class Qcow2Image:
                 part.pinned = False
         if retired:
             with self.allocating:
-                self.limbo.append((stamp, retired))
+                self.deferred.append((stamp, retired))
                 self.waiting += len(retired)
 
     def _write_each(self, pieces: "dict[K, tuple[int, bytearray]]") -> OSError | None:
-        """Write pieces of metadata, (place, bytes) each; one that fails stays in `pieces` and stops no other."""
+        """Write pieces of metadata, (place, bytes) each, even if one fails.  Those that fail stay in `pieces`."""
         failure: OSError | None = None
         for key, (place, raw) in list(pieces.items()):
             try:
@@ -896,24 +902,24 @@ class Qcow2Image:
         return failure
 
     def _release(self) -> None:
-        """Free clusters that no request still under way can mean.  Raises OSError, Damage."""
+        """Free deferred clusters that no request in flight can still use.  Raises OSError, Damage."""
         oldest = min(list(self.in_flight.values()), default=self.generation)
-        while self.limbo and self.limbo[0][0] < oldest:
-            _, runs = self.limbo.pop(0)
+        while self.deferred and self.deferred[0][0] < oldest:
+            _, runs = self.deferred.pop(0)
             self.waiting -= len(runs)
             for first, count in runs:
                 for free, length in self.refcounts.free(first, count):
                     self.punch(free, length)
 
     def punch(self, first: int, count: int) -> None:
-        """Give the storage of free clusters back to the file system, if it takes it."""
+        """Give the storage of free clusters back to the file system, if it supports that."""
         try:
             mode = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
             fallocate(self.fd, mode, first << self.cluster_bits, count << self.cluster_bits)
         except OSError:
-            return  # they are free in the image all the same
+            return  # in the image they are free anyway
 
-    # -- when the whole image changes (`rewrite`)
+    # -- for `rewrite`, which replaces all tables
 
     def settle(self) -> None:
         """See Image."""
@@ -922,12 +928,12 @@ class Qcow2Image:
         self._check_write(0, 0)
         self.flush()
         self.finish()
-        if self.limbo or self.retired or self.in_flight:
+        if self.deferred or self.retired or self.in_flight:
             raise OSError(errno.EBUSY, f"{self.path}: requests are under way")
 
     def reload(self) -> None:
-        """See Image; nothing of it is in memory only."""
-        before, self.failed = self.failed, "what was written by somebody else cannot be read; open the image again"
+        """See Image.  There must be no changes in memory."""
+        before, self.failed = self.failed, "the image has changed and could not be read again; open it again"
         header = parse_header(self.fd, self.path, self.unpack)
         l1 = native(self._read_table(header.l1_offset, header.l1_entries * 8))
         with self.loading:
@@ -942,7 +948,7 @@ class Qcow2Image:
         self.failed = before
 
     def give_back(self, clusters: "Sequence[int]") -> None:
-        """Give back the storage of clusters that are free."""
+        """Give the storage of free clusters back to the file system."""
         first = count = 0
         for cluster in sorted(clusters):
             if count and cluster == first + count:
@@ -957,7 +963,7 @@ class Qcow2Image:
     # -- discarding
 
     def _whole_clusters(self, offset: int, length: int) -> tuple[int, int]:
-        """Return start and end of the clusters that a range covers; the end of the disk completes its last."""
+        """Return start and end of the whole clusters in a range.  The last cluster of the disk counts as whole."""
         start = -(-offset >> self.cluster_bits) << self.cluster_bits
         end = offset + length
         if end < self.size:
@@ -965,31 +971,31 @@ class Qcow2Image:
         return start, max(start, end)
 
     def discard(self, offset: int, length: int) -> None:
-        """See Image; parts of clusters stay what they are.
+        """See Image.  Only whole clusters are discarded.
 
-        They stay so when the rest of the cluster is discarded as well: which parts of a cluster have been discarded is
-        remembered nowhere.  `discard_granularity` tells the guest to discard whole clusters.
+        A cluster whose parts are discarded one after the other stays allocated, because these parts are not recorded.
+        `discard_granularity` tells the guest to discard whole clusters.
         """
         self._check_write(offset, length)
         start, end = self._whole_clusters(offset, length)
         if self.backing is not None and self.header.version < 3:
-            return  # it would uncover the backing file's content
+            return  # the content of the backing file would become visible
         self._each_slice(start, end, self._discarded)
 
     def _discarded(self, entry: int, position: int) -> int:
-        """Return what an L2 entry becomes by a discard."""
+        """Return the L2 entry for a discarded cluster."""
         if entry in (0, ALL_ZERO):
             return entry
         return ALL_ZERO if self.backing is not None else 0
 
     def _zeroed(self, entry: int, position: int) -> int:
-        """Return what an L2 entry becomes when its cluster is zeroed and given up."""
+        """Return the L2 entry for a cluster that is zeroed and freed."""
         if entry == 0 and (self.backing is None or position >= self.backing.size):
             return 0
         return ALL_ZERO if self.header.version > 2 else 0
 
     def _zeroed_in_place(self, entry: int, position: int) -> int:
-        """Return what an L2 entry becomes when its cluster is zeroed and kept."""
+        """Return the L2 entry for a cluster that is zeroed and kept allocated."""
         if entry & (self.special & ~ALL_ZERO | COPIED) == COPIED and entry & OFFSET_MASK:
             return entry | ALL_ZERO
         return self._zeroed(entry, position)
@@ -1019,7 +1025,7 @@ class Qcow2Image:
         self._write_zero_bytes(end, stop)
 
     def _write_zero_bytes(self, position: int, end: int) -> None:
-        """Write zeroes as data, where there is something else."""
+        """Write zeroes as data, except where the disk reads as zeroes already.  Raises OSError."""
         while position < end:
             step = min(end, ((position >> 20) + 1) << 20) - position
             if not self._reads_as_zeroes(position, step):
@@ -1040,7 +1046,7 @@ class Qcow2Image:
             if new != entry:
                 changed.append((position, index, new))
             index += 1
-        if changed:  # else a table that does not exist stays so
+        if changed:  # otherwise no table must be created
             part = self._own_table(changed[0][0], changed[0][0] + 1)
             for position, _, _ in changed:
                 self.prepared.prepare(self._entry_place(position), 8)
@@ -1056,7 +1062,7 @@ class Qcow2Image:
     # -- growing
 
     def grow(self, size: int) -> None:
-        """See Image.  The size in the header comes last: until then everything that is new is behind the disk's end."""
+        """See Image.  The size in the header is written last.  Until then the new part is after the end of the disk."""
         self._check_write(0, 0)
         require_larger(self.path, self.size, size)
         before = self.size
@@ -1066,7 +1072,7 @@ class Qcow2Image:
                 self._commit()
                 with self.allocating:
                     self._grow_l1(size)
-            self.size = size  # in memory, so that what is new can be cleared
+            self.size = size  # in memory only, so that the new part can be cleared
             self._clear_new(before, size)
             self.flush()
             write_bytes(self.fd, size.to_bytes(8, "big"), AT_SIZE)
@@ -1081,14 +1087,14 @@ class Qcow2Image:
         self.remark = left_dirty(self.path) if self.header.dirty else ""
 
     def _require_growable(self, before: int, size: int) -> None:
-        """Raise OSError unless this image can become so large."""
+        """Raise OSError unless this image can grow to `size` bytes."""
         if -(-size >> self.table_shift) * 8 > MAX_TABLE_BYTES:
             what = f"{size} bytes are too many for its clusters of {self.cluster_size}"
             raise OSError(errno.EFBIG, f"{self.path}: {what}")
         below = self.backing.size if self.backing is not None else 0
         if self.header.version < 3 and before < below and before < size:
             raise OSError(
-                errno.ENOTSUP, f"{self.path}: its backing file is larger, and qcow2 of version 2 cannot hide the rest"
+                errno.ENOTSUP, f"{self.path}: its backing file is larger, and qcow2 version 2 cannot hide its rest"
             )
         if size == before or not self.header.snapshots:
             return
@@ -1098,11 +1104,11 @@ class Qcow2Image:
             raise self._damaged(error.what) from None
         for one in snapshots:
             if ENTRY.unpack_from(one.raw)[-1] < LEAST_EXTRA:
-                what = f"snapshot {one.name or one.id} in it does not record how large the disk was; delete it first"
+                what = f"snapshot {one.name or one.id} in it does not record the size of the disk; delete it first"
                 raise OSError(errno.ENOTSUP, f"{self.path}: {what}")
 
     def _grow_l1(self, size: int) -> None:
-        """Have L1 entries for so large a disk.  Nothing of the table is in memory only.  Raises OSError, Damage."""
+        """Grow the L1 table for `size` bytes of disk.  It must have no unwritten changes.  Raises OSError, Damage."""
         header, per_cluster = self.header, self.cluster_size // 8
         entries = -(-size >> self.table_shift)
         if entries <= header.l1_entries:
@@ -1111,7 +1117,7 @@ class Qcow2Image:
         table[: header.l1_entries] = self.l1
         offset = header.l1_offset
         if header.l1_entries and entries <= -(-header.l1_entries // per_cluster) * per_cluster:
-            # The rest of its last cluster is nobody's.
+            # The new entries fit into the last cluster of the table, whose rest is unused.
             at = offset + header.l1_entries * 8
             write_bytes(self.fd, bytes((entries - header.l1_entries) * 8), at)
         else:
@@ -1140,9 +1146,9 @@ class Qcow2Image:
                 self.refcounts.free(first, -(-header.l1_entries // per_cluster))
 
     def _clear_new(self, before: int, size: int) -> None:
-        """Have what is new read as zeroes.  Raises OSError.
+        """Make the new part of the disk read as zeroes.  Raises OSError.
 
-        A backing file may have something there, and so may a table that is left of a disk which was larger once.
+        The backing file may have data there.  So may L2 tables from a time when the disk was larger.
         """
         below = self.backing.size if self.backing is not None else 0
         if before < below:
@@ -1155,7 +1161,7 @@ class Qcow2Image:
                     self._clear(start, end)
 
     def _clear(self, start: int, end: int) -> None:
-        """Have a range read as zeroes; the end of the disk, or of a table, completes its last cluster."""
+        """Make a range read as zeroes.  `end` must be the end of the disk or of an L2 table: a whole cluster."""
         whole = min(end, -(-start >> self.cluster_bits) << self.cluster_bits)
         self._write_zero_bytes(start, whole)
         if self.header.version < 3:
@@ -1175,7 +1181,7 @@ class Qcow2Image:
                 self.backing.close()
 
     def _store_freed(self) -> None:
-        """Write the refcounts of freed clusters; without them these would be leaked, no more."""
+        """Write the refcounts of freed clusters.  If that fails, the clusters are leaked, which does no harm."""
         try:
             with self.allocating:
                 self._release()

@@ -1,7 +1,7 @@
 """Raw images: the file is the disk.
 
-A disk consists of sectors.  A file that ends inside one is read as if zeroes followed, as QEMU does; a write to that
-sector makes the file longer, if it can become longer.
+A disk consists of whole sectors.  If a file ends inside a sector, the rest of that sector reads as zeroes, as with
+QEMU.  A write to that sector extends the file; a device cannot be extended.
 """
 
 import _stat as stat
@@ -35,21 +35,24 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-BLOCK = 4096  # at most what the page cache of a device reads and writes at once
+BLOCK = 4096  # largest block that the page cache of a device reads and writes at once
 UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV)
 
 
 class RawImage:
-    """A file or block device whose bytes are the disk's.
+    """A file or block device that has the bytes of the disk.
 
-    `guessed`: nobody said that it is raw, its bytes only were no signature.  A guest that could write one would
-    have the file read as what it says when the disk is opened next, so it may not.
+    `guessed`: the format is not configured, and the bytes are not the signature of another format.  Then a guest must
+    not write such a signature: the next time the disk is opened, the file would be taken for that format (`Guard`).
     """
 
     def __init__(
         self, fd: int, path: str, *, writable: bool, guessed: bool = False, discard_granularity: int = 0
     ) -> None:
-        """Take the descriptor, which is closed by `close`; `discard_granularity` is of a device.  Raises ImageError."""
+        """Open the image behind `fd`; `close` closes the descriptor.  `discard_granularity` is that of a block device.
+
+        Raises ImageError.
+        """
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode) and not stat.S_ISBLK(status.st_mode):
             raise ImageError(path, "neither a regular file nor a block device")
@@ -76,7 +79,7 @@ class RawImage:
             raise OSError(errno.EROFS, f"{self.path}: opened for reading only")
 
     def preadv(self, offset: int, views: "Sequence[memoryview]") -> None:
-        """See Image; a file that has been cut short is an error, never zeroes."""
+        """See Image.  Reading after the new end of a file that was cut short is an error."""
         length = total(views)
         if offset < 0 or offset + length > self.size:
             self.check(offset, length)
@@ -104,7 +107,7 @@ class RawImage:
             self.stable.sync()
 
     def discard(self, offset: int, length: int) -> None:
-        """See Image; a file system that cannot is no error."""
+        """See Image.  A file system without support for it is not an error."""
         self.check_write(offset, length)
         start, end = self._whole_blocks(offset, offset + length)
         if start < end:
@@ -122,16 +125,17 @@ class RawImage:
             write_zeroes(self.fd, offset, length)
 
     def _whole_blocks(self, start: int, end: int) -> tuple[int, int]:
-        """Return the part of a range that may be left to fallocate; its end may be before its start.
+        """Return start and end of the part of a range that fallocate may handle.  The end may be before the start.
 
-        On a device fallocate does not keep out those who write beside it in the same block: one that reads the block
-        to change another sector of it brings back what the kernel is about to discard.
+        On a device, fallocate does not exclude concurrent writes to other sectors of the same block.  Such a write
+        reads the block, changes its sector and writes the old data of the others back, after the kernel has discarded
+        them.
         """
         start += -start % self.granularity
         return start, end - end % self.granularity if end < self.size else end
 
     def _fallocate(self, mode: int, offset: int, length: int) -> bool:
-        """Return whether the file system could do it."""
+        """Call fallocate; return whether the file system supports the mode.  Raises OSError."""
         try:
             fallocate(self.fd, mode, offset, length)
         except OSError as error:
@@ -148,20 +152,21 @@ class RawImage:
         """See Image."""
 
     def settle(self) -> None:
-        """See Image: nothing is in memory only."""
+        """See Image.  There are no changes in memory."""
 
     def reload(self) -> None:
         """See Image."""
 
     def grow(self, size: int) -> None:
-        """See Image.  What others have made larger, such as a logical volume, is only looked at again."""
+        """See Image.  A device, such as a logical volume, must have been enlarged before; its size is read again."""
         self.check_write(0, 0)
         found = os.lseek(self.fd, 0, SEEK_END)
         if found < self.file_bytes:
             raise OSError(errno.EIO, f"{self.path}: the file has become shorter than {self.file_bytes} bytes")
         if is_device(self.fd):
             if found + padding(found) != size:
-                raise OSError(errno.EINVAL, f"{self.path}: is a device of {found} bytes, and so is the disk")
+                what = f"is a device of {found} bytes, and the disk has the size of its device"
+                raise OSError(errno.EINVAL, f"{self.path}: {what}")
         else:
             require_larger(self.path, found, size)
             os.ftruncate(self.fd, size)

@@ -1,12 +1,12 @@
-"""Refcounts of a qcow2 image: which clusters are in use, and the search for those that are not.
+"""Refcounts of a qcow2 image: which clusters are in use, and the search for free ones.
 
-Everything here is called with the image's allocation lock held.  What a refcount says on disk may be too
-high after a crash (a leak), never too low: increments are written before what uses the cluster is,
-decrements after nothing does any more.  So a block may be written at any time, but the entry of the refcount table
-that names a new block only once the block itself is on stable storage.
+The caller of every method holds the image's lock `allocating`.  After a crash a refcount on disk may be too high (a
+leak), but never too low.  An increment is written before the tables that refer to the cluster, a decrement after no
+table refers to it any more.  So a block can be written at any time.  Only the entry of the refcount table for a new
+block must wait until the block is on stable storage.
 
-An allocation that fails leaves nothing behind but clusters that are no longer known to be zero.  Metadata that is
-changed in memory has been written to its place before, so that to write the change later needs no room.
+A failed allocation has one effect: some free clusters are no longer known to be zero.  Before metadata is changed in
+memory, its unchanged bytes are written to their place in the file, so that the later write needs no new space.
 """
 
 import errno
@@ -33,11 +33,11 @@ table_place = struct.Struct(">QI")
 
 
 class Damage(Exception):
-    """The image contradicts itself in a way that forbids to go on writing; says how."""
+    """The image is corrupt, so that it must not be written any more; the text says how."""
 
 
 class Block:
-    """A refcount block in memory; `units` are not written yet."""
+    """A refcount block in memory.  `units`: bit set of the units that are not written yet."""
 
     __slots__ = ("data", "number", "offset", "units", "used")
 
@@ -50,13 +50,13 @@ class Block:
 
 
 def full_bytes(bits: int) -> bytes:
-    """Return a translation that makes a byte 0 if one of its refcounts of `bits` < 8 bits is 0, else 1."""
+    """Return a table for bytes.translate: a byte becomes 0 if one of its refcounts of `bits` < 8 bits is 0, else 1."""
     mask = (1 << bits) - 1
     return bytes(all(byte >> shift & mask for shift in range(0, 8, bits)) for byte in range(256))
 
 
 class Refcounts:
-    """Allocates and frees clusters, numbered by their place in the file."""
+    """Allocates and frees clusters.  The number of a cluster is its offset divided by the cluster size."""
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class Refcounts:
         *,
         device: bool,
     ) -> None:
-        """`table` has the native numbers of the refcount table."""
+        """`table` is the refcount table in native byte order."""
         self.fd = fd
         self.stable = stable
         self.prepared = prepared
@@ -81,26 +81,26 @@ class Refcounts:
         self.per_block = self.cluster_size * 8 >> self.order
         self.table = table
         self.table_offset = header.refcount_offset
-        self.unpublished: set[int] = set()  # entries of the table that are in memory only
+        self.unpublished: set[int] = set()  # numbers of new blocks whose entry of the table is not written yet
         self.blocks: dict[int, Block] = {}
         self.max_blocks = max(4, CACHE_BYTES // self.cluster_size)
         self.clock = 0
         self.full = full_bytes(self.bits) if self.bits < 8 else b""
         self.zero = bytes(self.bits // 8)
         self.end = -(-file_bytes // self.cluster_size)  # first cluster that was never part of the file
-        self.limit = file_bytes // self.cluster_size if device else NO_LIMIT  # first cluster that cannot be had
+        self.limit = file_bytes // self.cluster_size if device else NO_LIMIT  # first cluster after a device
         self.hint = 0  # no cluster before this one is free
-        self.floor = 0  # clusters before this one are left alone: their refcounts are not to be trusted
+        self.floor = 0  # clusters before this one keep their refcounts, which cannot be trusted
         self.metadata: set[int] = set()
 
     def protect(self, offset: int, length: int) -> None:
-        """Never hand out the clusters of a piece of metadata, whatever their refcounts say."""
+        """Never allocate the clusters of a piece of metadata, even if their refcounts are 0."""
         self.metadata.update(range(offset >> self.cluster_bits, -(-(offset + length) >> self.cluster_bits)))
 
     # -- blocks
 
     def _load(self, number: int) -> "Block | None":
-        """Return a refcount block, or None if there is none: all refcounts are 0."""
+        """Return a refcount block; None if it does not exist: its refcounts are 0.  Raises OSError, Damage."""
         block = self.blocks.get(number)
         self.clock += 1
         if block is None:
@@ -110,14 +110,14 @@ class Refcounts:
             if offset & (self.cluster_size - 1):
                 raise Damage(f"refcount block at {offset} is not at the start of a cluster")
             data = bytearray(read_bytes(self.fd, self.cluster_size, offset))
-            if len(data) != self.cluster_size:  # it was there when the image was opened
+            if len(data) != self.cluster_size:  # the file has been cut short since it was opened
                 raise OSError(errno.EIO, f"the file now ends before the refcount block at {offset}")
             block = self._keep(Block(number, offset, data))
         block.used = self.clock
         return block
 
     def _keep(self, block: Block) -> Block:
-        """Put a block into the cache; of those that can be written, the one used least recently leaves it."""
+        """Put a block into the cache.  If it is full, write and evict blocks, the least recently used ones first."""
         failure: OSError | None = None
         for oldest in sorted(self.blocks.values(), key=lambda kept: kept.used):
             if len(self.blocks) < self.max_blocks:
@@ -133,19 +133,19 @@ class Refcounts:
         return block
 
     def _write(self, block: Block) -> None:
-        """Write what has changed."""
+        """Write the changed units of a block.  Raises OSError."""
         for first, end in runs(block.units):
             start, stop = first * self.unit_bytes, end * self.unit_bytes
             write_bytes(self.fd, memoryview(block.data)[start:stop], block.offset + start)
             block.units &= ~((1 << end) - 1)
 
     def _make_ready(self, block: Block, start: int, stop: int) -> None:
-        """Before refcounts are changed: see whether they can be written.  Raises OSError."""
+        """Check that refcounts can be written, before they are changed in memory.  Raises OSError."""
         first = start << self.order >> 3
         self.prepared.prepare(block.offset + first, ((stop << self.order) + 7 >> 3) - first)
 
     def require(self, end: int) -> None:
-        """Raise OSError unless there can be clusters up to `end`; a device may have grown since it was opened."""
+        """Raise OSError unless the file can have clusters up to `end`.  A device may have grown since it was opened."""
         if end > self.limit:
             device_bytes = os.lseek(self.fd, 0, SEEK_END)
             self.limit = device_bytes >> self.cluster_bits
@@ -153,14 +153,14 @@ class Refcounts:
                 raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: it ends after {device_bytes} bytes")
 
     def extend(self, end: int) -> None:
-        """Take clusters up to `end` for part of the file, before one of them is written.
+        """Count clusters up to `end` as part of the file, before one of them is written.
 
-        A write that fails half-way leaves something else there than zeroes.
+        Even if that write fails, these clusters may not be zero any more.
         """
         self.end = max(self.end, end)
 
     def _create(self, number: int) -> Block:
-        """Make the block of a range of clusters that has none; it is the first cluster of that range itself."""
+        """Make a missing refcount block, in the first of the clusters that it counts.  Raises OSError, Damage."""
         cluster = number * self.per_block
         if cluster in self.metadata:
             raise Damage(f"cluster {cluster} is in use and has no refcount")
@@ -169,7 +169,7 @@ class Refcounts:
         block = Block(number, cluster << self.cluster_bits, bytearray(self.cluster_size))
         self._set(block, 0, 1)
         self.extend(cluster + 1)
-        # All of it now: a disk that is full is to be found out before anything depends on this block.
+        # Written as a whole now, so that a full file system is noticed before anything depends on this block.
         self.prepared.write(block.data, block.offset)
         block.units = 0
         self._keep(block)
@@ -207,7 +207,7 @@ class Refcounts:
         return self._get(block, index) if block else 0
 
     def _find_free(self, block: Block, index: int) -> int:
-        """Return the first index from `index` on whose refcount is 0, or -1."""
+        """Return the first index of a refcount 0, from `index` on; -1 if there is none."""
         if self.bits >= 8:
             width = self.bits >> 3
             at = block.data.find(self.zero, index * width)
@@ -229,11 +229,11 @@ class Refcounts:
     # -- allocation
 
     def allocate(self, want: int) -> tuple[int, int]:
-        """Take up to `want` clusters that follow one another; return the first and how many there are.
+        """Allocate up to `want` consecutive clusters.  Return the first one and their number.
 
         Raises:
-            Damage: what is free according to its refcount is in use.
-            OSError: there is no room, or the refcount table is at its largest.
+            Damage: a cluster with refcount 0 is in use.
+            OSError: there is no space, or the refcount table has its maximum size.
         """
         index = max(self.hint, self.floor)
         while True:
@@ -243,7 +243,7 @@ class Refcounts:
             block = self._load(number)
             if block is None:
                 if number * self.per_block < self.floor:
-                    index = (number + 1) * self.per_block  # its place is not ours to take
+                    index = (number + 1) * self.per_block  # the new block would be before `floor`
                     continue
                 block = self._create(number)
             start = self._find_free(block, start)
@@ -267,10 +267,10 @@ class Refcounts:
             return first, stop - start
 
     def allocate_together(self, count: int) -> int:
-        """Take `count` clusters that follow one another, and return the first.  Raises Damage, OSError."""
+        """Allocate `count` consecutive clusters, and return the first.  Raises Damage, OSError."""
         if count >= self.per_block:
             return self._allocate_behind_end(count)
-        aside = []  # what was found before, and is too short
+        aside = []  # runs that are too short; freed at the end
         try:
             while True:
                 first, found = self.allocate(count)
@@ -282,7 +282,10 @@ class Refcounts:
                 self.free(first, found)
 
     def _allocate_behind_end(self, count: int) -> int:
-        """Take more clusters than a refcount block covers: a range of new blocks, which are its first clusters."""
+        """Allocate more clusters than a refcount block counts, after the end of the file.
+
+        The new refcount blocks for these clusters are directly before them.
+        """
         blocks = 1
         while blocks * self.per_block < blocks + count:
             blocks += 1
@@ -292,7 +295,7 @@ class Refcounts:
             number = -(-self.end // self.per_block)
         first = number * self.per_block
         if any(self.table[number : number + blocks]) or self.metadata & set(range(first, first + blocks + count)):
-            raise Damage(f"what is behind cluster {first} is in use, and behind the end of the file")
+            raise Damage(f"clusters from {first} on are in use, after the end of the file")
         self.require(first + blocks + count)
         self.extend(first + blocks + count)
         for position in range(blocks):
@@ -309,9 +312,9 @@ class Refcounts:
         return first + blocks
 
     def free(self, first: int, count: int) -> list[tuple[int, int]]:
-        """Drop one reference of each cluster of a run; return the runs nobody refers to any more.
+        """Drop one reference of each cluster of a run.  Return the runs of clusters that are free now.
 
-        Clusters whose refcount cannot be read, or has no room to be written, are leaked: nothing fails for that.
+        A cluster whose refcount cannot be read or written is leaked, which is not an error.
         """
         gone: list[tuple[int, int]] = []
         for cluster in range(first, first + count):
@@ -337,15 +340,16 @@ class Refcounts:
         return gone
 
     def _grow(self) -> None:
-        """Put a refcount table of twice the size behind all that the present one covers.
+        """Replace the refcount table by one of twice the size.
 
-        It lies in the range it adds, after the blocks that cover it.  Rare, so it waits for the disk: blocks and
-        table are there before the header names them.
+        The new table is in the first clusters that the old one cannot count.  The refcount blocks for them are directly
+        before it.  This is rare, so it waits for the disk: blocks and table are on stable storage before the header
+        names them.
         """
         per_cluster = self.cluster_size // 8
         clusters = -(-len(self.table) * 2 // per_cluster)
         if clusters * self.cluster_size > MAX_TABLE_BYTES:
-            raise OSError(errno.ENOSPC, "the refcount table of the image is at its largest")
+            raise OSError(errno.ENOSPC, "the refcount table of the image has its maximum size")
         blocks = 1
         while blocks * self.per_block < blocks + clusters:
             blocks += 1
@@ -366,7 +370,7 @@ class Refcounts:
         self.prepared.write(big_endian(table), offset)
         self.stable.sync()
         write_bytes(self.fd, table_place.pack(offset, clusters), AT_REFCOUNT_TABLE)
-        # From here on the header names the new table, so memory does as well, whatever fails next.
+        # The header names the new table now, so memory must as well, even if the following fails.
         old_offset, old_bytes = self.table_offset, len(self.table) * 8
         self.table, self.table_offset = table, offset
         self.unpublished.clear()
@@ -379,7 +383,7 @@ class Refcounts:
     # -- writing back
 
     def write_blocks(self) -> None:
-        """Write all that has changed in blocks; one that cannot be written keeps no other from it.  Raises OSError."""
+        """Write the changes of all blocks, even if one of them fails.  Raises OSError."""
         failure: OSError | None = None
         for block in self.blocks.values():
             try:
@@ -390,7 +394,7 @@ class Refcounts:
             raise failure
 
     def publish(self, entries: "set[int]") -> None:
-        """Write entries of the table; their blocks are on stable storage."""
+        """Write entries of the refcount table.  Their blocks must be on stable storage.  Raises OSError."""
         for number in sorted(entries & self.unpublished):
             write_bytes(self.fd, self.table[number].to_bytes(8, "big"), self.table_offset + number * 8)
             self.unpublished.discard(number)

@@ -1,4 +1,4 @@
-"""imgresize: makes the disk of a VM that does not run larger, for an opener that must read none of its bytes.
+"""imgresize: enlarges the disk of a stopped VM, for an opener, which must not parse images.
 
 Runs as  an id of its own, in the cell, confined to its descriptors before it reads the first byte; for one disk
 Peers    an opener, which asks it (`ipc/probing.py`); the parent starts it, and kills it with the opener
@@ -11,11 +11,11 @@ from vmd.ipc.probemsg import Probe, pack_error, pack_image
 from vmd.ipc.probing import serve
 from vmd.privsep.confine import IMGRESIZE, confine
 
-OF_IMAGE = 3  # arguments of each image, behind the size: path, format, and "1" if only its first bytes say that
+OF_IMAGE = 3  # arguments for each image, after the size: path, format, and "1" if the format is guessed
 
 
 def answer(arguments: list[str], files: list[int]) -> bytes:
-    """Return the line about a disk that has its new size on stable storage; its files are closed by then."""
+    """Enlarge a disk, close its files, and return the line of the answer.  The new size is on stable storage."""
     fds = files[:]
     files.clear()
     size, rows = int(arguments[0]), arguments[1:]
@@ -40,6 +40,6 @@ def answer(arguments: list[str], files: list[int]) -> bytes:
 
 
 def main() -> int:
-    """Answer until nobody asks."""
-    confine(IMGRESIZE)  # what the kernel lacks, others have said
+    """Answer questions until the socket is closed."""
+    confine(IMGRESIZE)  # other processes have logged what the kernel lacks
     return serve(answer)

@@ -1,18 +1,18 @@
-"""Snapshots of a qcow2 image: made, deleted and gone back to, each by one write of one sector.
+"""Makes, deletes and reverts to snapshots of a qcow2 image.  Each change takes effect by one write of one sector.
 
-A snapshot changes refcounts of every cluster, and with them a flag in every L2 entry, which QEMU takes for damage if
-they do not agree.  So nothing is changed in its place: new L1 and L2 tables, a new snapshot table and new refcounts
-are written to clusters that are free, and the header is then made to name them all at once.  Whenever this ends before
-that, the file is what it was, and what was written are free clusters; afterwards it is what it is to be.  There is no
-moment with a leak.
+A snapshot changes the refcount of every cluster, and the flag COPIED in every L2 entry; QEMU reports an image as
+corrupt if the two do not agree.  So no table is changed in place.  New L1 and L2 tables, a new snapshot table and new
+refcounts are written to free clusters.  Then one write to the header makes it name all of them at once.  After a crash
+before that write the image is unchanged, and the written clusters are free.  After that write the change is complete.
+No cluster is leaked at any moment.
 
-    new tables and refcounts, the state of the machine | header | what was given up is free
+    new tables and refcounts, the state of the machine | header | old clusters are free
 
-A snapshot takes over the tables that there were; the disk goes on with new ones.  The flag COPIED in tables of
-snapshots means nothing.
+A new snapshot gets the old tables, and the disk gets the new ones.  The flag COPIED has no meaning in the tables of
+snapshots.
 
-Refcounts are numbers in one array meanwhile, and L2 tables are taken apart as one large number: 100 GiB in clusters of
-64 KiB are 1.6 million entries, and a guest waits.
+For speed, all refcounts are in one array meanwhile, and an L2 table is processed as one large integer: 100 GiB in
+clusters of 64 KiB have 1.6 million entries, and the guest is paused.
 """
 
 import errno
@@ -42,18 +42,18 @@ if TYPE_CHECKING:
 
 LARGEST_WRITE = 8 << 20
 NO_REFCOUNT = "a cluster in use has no refcount"
-MAX_COUNTS_BYTES = 512 << 20  # of refcounts in memory: 16 TiB of clusters of 64 KiB; three times as much for a moment
+MAX_COUNTS_BYTES = 512 << 20  # of refcounts in memory, briefly three times that; for 16 TiB in 64 KiB clusters
 
 
 class Full(Exception):
-    """A refcount has no room for one more."""
+    """A refcount is at the maximum of its width."""
 
 
 class Counts:
-    """All refcounts of an image, as numbers of 1, 2, 4 or 8 bytes."""
+    """All refcounts of an image, as an array of numbers of 1, 2, 4 or 8 bytes."""
 
     def __init__(self, raw: bytearray, order: int) -> None:
-        """`raw` has refcount blocks, one behind the other; the numbers are of 2^order bits."""
+        """`raw` is the concatenated refcount blocks.  A refcount has 2^order bits."""
         self.order = order
         self.most = (1 << (1 << order)) - 1
         self.width = max(1, (1 << order) >> 3)
@@ -65,21 +65,21 @@ class Counts:
                 wide[place::per_byte] = raw.translate(bytes(byte >> shift & self.most for byte in range(256)))
             raw = wide
         self.numbers = native(raw, self.width)
-        # What is in use before or after the change: what is freed by it is not free yet.
+        # Clusters in use before or after the change.  Those that it frees are reused only after it.
         self.taken = bytearray(self.numbers.cast("B"))
 
     def __len__(self) -> int:
         return len(self.numbers)
 
     def extend(self, more: int) -> None:
-        """Have so many more, all 0."""
+        """Append `more` refcounts, all 0."""
         raw = bytearray(self.numbers.cast("B"))
         raw.extend(bytes(more * self.width))
         self.numbers = memoryview(raw).cast(FORMATS[self.width])
         self.taken.extend(bytes(more * self.width))
 
     def find(self, count: int, start: int) -> int:
-        """Return the first of so many free clusters in a row, from `start` on; without such ones, where they begin."""
+        """Return the first of `count` consecutive free clusters, from `start` on; they may be after the end."""
         nothing, width = bytes(count * self.width), self.width
         at = self.taken.find(nothing, start * width)
         while at >= 0 and at % width:
@@ -90,13 +90,13 @@ class Counts:
         return max(start, -(-at // width))
 
     def take(self, first: int, count: int) -> None:
-        """Count free clusters once."""
+        """Set the refcounts of free clusters to 1."""
         for cluster in range(first, first + count):
             self.numbers[cluster] = 1
         self.taken[first * self.width : (first + count) * self.width] = b"\xff" * (count * self.width)
 
     def add(self, clusters: "Iterable[int]") -> None:
-        """Count clusters once more; 0 stands for none.  Raises Damage, Full."""
+        """Increment the refcounts of clusters.  Cluster 0 stands for none.  Raises Damage, Full."""
         numbers = self.numbers
         try:
             for cluster in clusters:
@@ -111,7 +111,7 @@ class Counts:
             raise Damage(NO_REFCOUNT) from None
 
     def drop(self, clusters: "Iterable[int]", freed: list[int]) -> None:
-        """Count clusters once less; those that nobody has any more are added to `freed`.  Raises Damage."""
+        """Decrement the refcounts of clusters.  Those that become free are appended to `freed`.  Raises Damage."""
         numbers = self.numbers
         try:
             for cluster in clusters:
@@ -126,7 +126,7 @@ class Counts:
             raise Damage(NO_REFCOUNT) from None
 
     def block(self, first: int, count: int) -> bytearray:
-        """Return a refcount block as it stands in a file.  Raises Full."""
+        """Return a refcount block in the format of the file.  Raises Full."""
         part = self.numbers[first : first + count]
         if self.order >= 3:
             return big_endian(part)
@@ -141,10 +141,10 @@ class Counts:
 
 
 class Rewrite:
-    """One change of an image that nobody reads or writes meanwhile: one of `create`, `delete`, `go_back`, `commit`.
+    """One change of an image.  Nobody else may read or write the image meanwhile.
 
-    Until `commit`, `abandon` leaves the image as it was.  Every method raises ImageError with what is wrong with the
-    image, or OSError.
+    One of `create`, `delete` and `go_back` prepares the change, `commit` makes it.  `abandon` instead of `commit`
+    leaves the image unchanged.  Every method raises ImageError if something is wrong with the image, or OSError.
     """
 
     def __init__(self, image: Qcow2Image) -> None:
@@ -153,36 +153,36 @@ class Rewrite:
         if not image.writable:
             raise ImageError(image.path, "opened for reading only")
         if header.dirty:
-            raise ImageError(image.path, f"is dirty: its refcounts are not to be trusted; {REPAIR}")
+            raise ImageError(image.path, f"is dirty: its refcounts cannot be trusted; {REPAIR}")
         image.settle()
         self.snapshots = read_snapshots(image.fd, header, image.path)
         self._table_bytes = sum(len(one.raw) for one in self.snapshots)
         self.cluster_size, self.bits = image.cluster_size, image.cluster_bits
         self.entries = self.cluster_size // 8
         every = int.from_bytes((1).to_bytes(8, "big") * self.entries, "big")
-        # Of each entry of an L2 table:
+        # Bits of an L2 entry, repeated for all entries of a table:
         self._offsets = OFFSET_MASK * every
         self._special = (COMPRESSED | OFFSET_MASK & image.cluster_mask) * every
         self._not_copied = (~COPIED & (1 << 64) - 1) * every
         self.counts = self._read_counts()
-        self.ours: list[tuple[int, int]] = []  # runs of clusters that were taken
+        self.ours: list[tuple[int, int]] = []  # runs of clusters that this change has allocated
         self.freed: list[int] = []
-        self.state: list[int] = []  # clusters
+        self.state: list[int] = []  # clusters with the state of the machine
         self.state_bytes = 0
         self.announced = False
         self._hint = 0
         self.l1, self.l1_offset = image.l1, header.l1_offset
         self.size = header.size
-        self._pending: list[tuple[int, bytes | bytearray]] = []  # to be written: (cluster, bytes)
+        self._pending: list[tuple[int, bytes | bytearray]] = []  # unwritten tables: (first cluster, bytes)
 
     def _read_counts(self) -> Counts:
-        """Read all refcount blocks."""
+        """Read all refcount blocks.  Raises ImageError, OSError."""
         table = self.image.refcounts.table
         used = max((number for number, entry in enumerate(table) if entry & TABLE_OFFSET_MASK), default=-1) + 1
         size = used * self.cluster_size << max(0, 3 - self.header.refcount_order)
         if size > MAX_COUNTS_BYTES:
-            what = f"its {size} bytes of refcounts are more than the {MAX_COUNTS_BYTES} that can be changed"
-            raise ImageError(self.image.path, f"has no snapshots: {what}")
+            what = f"its {size} bytes of refcounts are more than {MAX_COUNTS_BYTES}"
+            raise ImageError(self.image.path, f"cannot have snapshots: {what}")
         raw = bytearray()
         for entry in table[:used]:
             offset = entry & TABLE_OFFSET_MASK
@@ -190,7 +190,7 @@ class Rewrite:
         return Counts(raw, self.header.refcount_order)
 
     def _read(self, offset: int, what: str, length: int = 0) -> bytes:
-        """Return a cluster of the file, or `length` bytes."""
+        """Return `length` bytes of the file, or one cluster.  `what` is for the error.  Raises OSError."""
         raw = read_bytes(self.image.fd, length or self.cluster_size, offset)
         if len(raw) != (length or self.cluster_size):
             raise OSError(errno.EIO, f"file ends before the {what} at {offset}")
@@ -199,7 +199,7 @@ class Rewrite:
     # --- clusters
 
     def _take(self, count: int, start: int = 0) -> int:
-        """Take free clusters in a row, not before `start`; return the first.  Raises OSError if there is no room."""
+        """Allocate consecutive clusters from `start` on, and return the first.  Raises OSError, Damage."""
         image, counts = self.image, self.counts
         first = counts.find(count, self._hint if count == 1 else start)
         if count == 1:
@@ -222,7 +222,7 @@ class Rewrite:
         return first
 
     def _put(self, raw: "bytes | bytearray") -> int:
-        """Have a table written to clusters of its own; return its offset."""
+        """Allocate clusters for a table that is written later; return its offset.  Raises OSError, Damage."""
         raw += bytes(-len(raw) % self.cluster_size)
         first = self._take(len(raw) >> self.bits)
         self._pending.append((first, raw))
@@ -231,7 +231,7 @@ class Rewrite:
         return first << self.bits
 
     def _write_pending(self) -> None:
-        """Write what is to be written, neighbours together.  Raises OSError."""
+        """Write the pending tables; adjacent ones with one call.  Raises OSError."""
         pending, self._pending = sorted(self._pending, key=lambda one: one[0]), []
         while pending:
             first, raw = pending.pop(0)
@@ -244,14 +244,14 @@ class Rewrite:
     # --- L2 tables
 
     def _clusters(self, raw: bytes) -> "Iterable[int]":
-        """Return the clusters that the entries of an L2 table lead to, with zeroes between them."""
+        """Return the clusters of the entries of an L2 table; 0 for an entry that has none."""
         number = int.from_bytes(raw, "big")
         if not number & self._special:
             return native(((number & self._offsets) >> self.bits).to_bytes(len(raw), "big"))
         return self._any_clusters(native(raw))
 
     def _any_clusters(self, table: memoryview) -> "Iterator[int]":
-        """Yield the same for a table with compressed clusters: each takes all clusters that it touches."""
+        """Yield the same for any L2 table.  A compressed cluster yields all clusters of the file that it is in."""
         image = self.image
         for entry in table:
             if entry & COMPRESSED:
@@ -259,31 +259,31 @@ class Rewrite:
                 last = min(offset + length - 1 >> self.bits, image.refcounts.end - 1)
                 yield from range(offset >> self.bits, last + 1)
             elif entry & OFFSET_MASK & image.cluster_mask:
-                raise Damage(f"an L2 entry leads to {entry & OFFSET_MASK}, no start of a cluster")
+                raise Damage(f"an L2 entry leads to {entry & OFFSET_MASK}, not the start of a cluster")
             else:
                 yield (entry & OFFSET_MASK) >> self.bits
 
     def _l2(self, entry: int) -> bytes:
-        """Return the L2 table of an L1 entry."""
+        """Return the L2 table of an L1 entry.  Raises Damage, OSError."""
         offset = entry & OFFSET_MASK
         if offset & self.image.cluster_mask or offset < self.cluster_size:
-            raise Damage(f"an L1 entry leads to {offset}, no cluster of a table")
+            raise Damage(f"an L1 entry leads to {offset}, which is not a cluster for a table")
         return self._read(offset, "L2 table")
 
     def _drop_l1(self, l1: "Sequence[int] | memoryview") -> None:
-        """Drop all that entries of an L1 table lead to."""
+        """Drop a reference of each L2 table of an L1 table, and of all their clusters."""
         for entry in l1:
             if entry & OFFSET_MASK:
                 self.counts.drop(self._clusters(self._l2(entry)), self.freed)
                 self.counts.drop([(entry & OFFSET_MASK) >> self.bits], self.freed)
 
     def _drop_run(self, offset: int, length: int) -> None:
-        """Drop the clusters of a table."""
+        """Drop a reference of each cluster of a table."""
         if length:
             self.counts.drop(range(offset >> self.bits, (offset + length - 1 >> self.bits) + 1), self.freed)
 
     def _shared(self, l1: "Sequence[int] | memoryview") -> list[int]:
-        """Return entries for new L2 tables that lead to the same clusters, which are counted once more."""
+        """Copy the L2 tables of an L1 table; their clusters get one more reference.  Return the new L1 entries."""
         new = []
         for entry in l1:
             if entry & OFFSET_MASK:
@@ -295,16 +295,16 @@ class Rewrite:
         return new
 
     def _new_l1(self, entries: list[int], least: int) -> None:
-        """Have the disk go on with other L2 tables."""
+        """Make a new L1 table for the disk."""
         l1 = zeroes(max(1, least, len(entries)))
         for index, entry in enumerate(entries):
             l1[index] = entry
         self.l1, self.l1_offset = l1, self._put(big_endian(l1))
 
-    # --- what can be done
+    # --- preparing a change
 
     def add_state(self, views: "Sequence[memoryview]", length: int) -> None:
-        """Write more of the machine's state; all calls but the last one have whole clusters.
+        """Write more of the state of the machine.  Only the last call may have a part of a cluster.
 
         Raises ImageError, OSError.
         """
@@ -319,7 +319,7 @@ class Rewrite:
         self.state_bytes += length
 
     def create(self, name: str, date_ns: int = 0, clock_ns: int = 0) -> None:
-        """Prepare a new snapshot, with the state that was added.  Raises ImageError, OSError."""
+        """Prepare a new snapshot, with the state from `add_state`.  Raises ImageError, OSError."""
         path = self.image.path
         try:
             check_name(name)
@@ -377,7 +377,7 @@ class Rewrite:
             yield self._put(big_endian(table)) | COPIED
 
     def delete(self, tag: str) -> None:
-        """Prepare the end of a snapshot.  Raises ImageError, OSError."""
+        """Prepare to delete a snapshot.  Raises ImageError, OSError."""
         one = self._find(tag)
         with self.image.allocating:
             try:
@@ -393,11 +393,11 @@ class Rewrite:
                 raise self._corrupt(damage) from None
 
     def go_back(self, tag: str) -> None:
-        """Prepare that the disk is again what it was at a snapshot.  Raises ImageError, OSError."""
+        """Prepare to revert the disk to a snapshot.  Raises ImageError, OSError."""
         one = self._find(tag)
         with self.image.allocating:
             try:
-                # First what is counted once more: what both have is never free.
+                # Increments come first, so that a cluster of both the disk and the snapshot never becomes free.
                 new = self._shared(self._l1_of(one)[: tables(one.size, self.header)])
                 self._drop_l1(self.l1)
                 self._drop_run(self.l1_offset, len(self.l1) * 8)
@@ -422,9 +422,9 @@ class Rewrite:
         return native(self._read(one.l1_offset, "L1 table of a snapshot", one.l1_entries * 8))
 
     def _mark_copied(self) -> None:
-        """Have the disk's tables say again which clusters are the disk's alone."""
+        """Set the flag COPIED in the disk's tables anew: it marks clusters with refcount 1."""
         entries, numbers = list(self.l1), self.counts.numbers
-        numbers[0] = 0  # for what is no cluster
+        numbers[0] = 0  # cluster 0 stands for an entry without a cluster
         for place, entry in enumerate(entries):
             if not entry & OFFSET_MASK:
                 continue
@@ -445,7 +445,7 @@ class Rewrite:
             self._new_l1(entries, 0)
 
     def _plain_clusters(self, raw: bytes) -> "Iterable[int]":
-        """Return the cluster of each entry of an L2 table, 0 for one that has none, or a compressed one."""
+        """Return the cluster of each entry of an L2 table; 0 for an entry without one and for a compressed cluster."""
         number = int.from_bytes(raw, "big")
         if not number & self._special:
             return self._clusters(raw)
@@ -454,7 +454,7 @@ class Rewrite:
     # --- the change
 
     def _write_tables(self) -> None:
-        """Write the snapshot table and all refcounts, last: they count what everything else has taken."""
+        """Write the snapshot table, then all refcounts, which count everything else.  Raises ImageError, OSError."""
         image, header, counts = self.image, self.header, self.counts
         try:
             packed = pack_snapshots(self.snapshots)
@@ -467,12 +467,13 @@ class Rewrite:
         for entry in refcounts.table:
             self._drop_run(entry & TABLE_OFFSET_MASK, self.cluster_size if entry & TABLE_OFFSET_MASK else 0)
         self._drop_run(refcounts.table_offset, len(refcounts.table) * 8)
-        # The table first: how large it is depends on how many clusters its blocks take, one in thousands.
+        # The refcount table is allocated first, with room for all blocks and some more.  The clusters of the blocks
+        # themselves need few further blocks, because one block counts thousands of clusters.
         blocks = len(counts) // per_block
         wanted = max(len(refcounts.table), blocks + 2 + blocks // 4)
         clusters = -(-wanted // self.entries)
         if clusters * self.cluster_size > MAX_TABLE_BYTES:
-            raise OSError(errno.ENOSPC, "the refcount table of the image is at its largest")
+            raise OSError(errno.ENOSPC, "the refcount table of the image has its maximum size")
         table = zeroes(clusters * self.entries)
         self.table_first, self.table_clusters = self._take(clusters), clusters
         while True:
@@ -483,7 +484,7 @@ class Rewrite:
             if not missing:
                 break
             if blocks > len(table):
-                raise OSError(errno.ENOSPC, "the refcount table of the image is at its largest")
+                raise OSError(errno.ENOSPC, "the refcount table of the image has its maximum size")
             for number in missing:
                 table[number] = self._take(1) << self.bits
         for number in range(blocks):
@@ -495,7 +496,7 @@ class Rewrite:
         image.stable.sync()
 
     def _in_use(self, first: int, count: int) -> bool:
-        """Return whether one of some clusters is in use."""
+        """Return whether any of `count` clusters is in use."""
         raw = self.counts.numbers[first : first + count].cast("B")
         return raw.tobytes().count(0) != len(raw)
 
@@ -507,9 +508,10 @@ class Rewrite:
         return ImageError(self.image.path, f"has refcounts of {bits} bits, too few for one more snapshot")
 
     def announce(self) -> None:
-        """Mark the disk as one of several that go back, until `commit`: they may not be used before all have.
+        """Mark the disk as one of several that are being reverted.  `commit` removes the mark.
 
-        Raises OSError.  Images of version 2 have no room for that.
+        The disks must not be used before all of them are reverted.  An image of version 2 has no field for the mark.
+        Raises OSError.
         """
         if self.header.version > 2:
             self.announced = True
@@ -517,15 +519,15 @@ class Rewrite:
             self.image.stable.sync()
 
     def commit(self) -> None:
-        """Make the change that was prepared.  Raises OSError; the image then takes no writes any more."""
+        """Make the prepared change.  Raises OSError; then the image cannot be written any more."""
         image = self.image
         raw = CONTENT.pack(
             self.size, 0, len(self.l1), self.l1_offset, self.table_first << self.bits, self.table_clusters,
             len(self.snapshots), self.snapshots_offset,
         )  # fmt: skip
         with image.allocating:
-            image.failed = "a snapshot was begun and not completed; open the image again"
-            if self.header.version > 2:  # what features it has stays, but for the mark
+            image.failed = "a change of its snapshots was not completed; open the image again"
+            if self.header.version > 2:  # keep the feature bits; clear the autoclear bits with the mark
                 raw += read_bytes(image.fd, AT_AUTOCLEAR - AT_INCOMPATIBLE, AT_INCOMPATIBLE) + bytes(8)
             write_bytes(image.fd, raw, AT_CONTENT)
             image.stable.sync()
@@ -534,7 +536,7 @@ class Rewrite:
             image.give_back(self.freed)
 
     def abandon(self) -> None:
-        """Leave the image as it is, and give back the room of what was written."""
+        """Leave the image unchanged, and give back the storage of the clusters that were written.  Raises OSError."""
         self._pending = []
         with self.image.allocating:
             if self.announced:

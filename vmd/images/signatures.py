@@ -1,8 +1,8 @@
-"""Tells formats that we do not read, from the first and last bytes of an image.
+"""Recognises formats that we do not read, from the first and last bytes of an image.
 
-The bytes are from anybody: nothing that they name is followed.  The names are those of `vmd.ipc.foreign`.  Of a disk
-the first HEAD_BYTES and the last TAIL_BYTES are all that counts, so that `guard.py` can keep a guest from writing what
-is recognised here.
+The bytes are untrusted: names of other files in them are not opened.  The names of formats are those of
+`vmd.ipc.foreign`.  For a disk only the first HEAD_BYTES and the last TAIL_BYTES count, so that `guard.py` can keep a
+guest from writing a signature.
 """
 
 import struct
@@ -17,7 +17,7 @@ CD_SYNC = b"\0" + b"\xff" * 10 + b"\0"
 
 QCOW_MAGIC = b"QFI\xfb"
 
-# (name, offset, bytes); the first that is there counts.
+# (name, offset, bytes); the first match counts.
 SIGNATURES = (
     ("QED", 0, b"QED\0"),
     ("VMDK", 0, b"KDMV"),
@@ -41,7 +41,7 @@ SIGNATURES = (
     ("xz", 0, b"\xfd7zXZ\0"),
     ("zstd", 0, b"\x28\xb5\x2f\xfd"),
     *(("bzip2", 0, b"BZh%d1AY&SY" % level) for level in range(1, 10)),
-    *(("bzip2", 0, b"BZh%d\x17rE8P\x90" % level) for level in range(1, 10)),  # of nothing
+    *(("bzip2", 0, b"BZh%d\x17rE8P\x90" % level) for level in range(1, 10)),  # an empty file
     ("lz4", 0, b"\x04\x22\x4d\x18"),
     ("lz4", 0, b"\x02\x21\x4c\x18"),
     ("lzip", 0, b"LZIP"),
@@ -68,7 +68,7 @@ KOLY = struct.Struct(">4sII")  # a DMG's last sector: magic, version, length
 
 
 def recognise(head: bytes, tail: bytes) -> str:
-    """Return the name of the format that a disk's first and last bytes are those of, or ""."""
+    """Return the name of the format that the first and last bytes of a disk have, or ""."""
     if head[:4] == QCOW_MAGIC:
         return "QCOW" if head[4:8] == b"\0\0\0\1" else ""
     for name, at, signature in SIGNATURES:
@@ -78,9 +78,10 @@ def recognise(head: bytes, tail: bytes) -> str:
 
 
 def recognise_disc(head: bytes, tail: bytes, descriptor: bytes) -> str:
-    """Return the name of the format of what should be a disc, or ""; `descriptor` is what stands at DISC_AT.
+    """Return the name of the format of an image that should be a disc, or "" if it is one.
 
-    A disc may begin with anything: its first 32 KiB belong to whatever starts from it.
+    `descriptor` is the DISC_DESCRIPTOR bytes at DISC_AT.  It decides first, because the first 32 KiB of a disc may have
+    any bytes: they are for boot code.
     """
     if descriptor[1:6] in DISC_NAMES or descriptor[9:14] in DISC_NAMES:
         return ""
@@ -94,18 +95,18 @@ def recognise_disc(head: bytes, tail: bytes, descriptor: bytes) -> str:
 
 
 def holds_ovf(head: bytes) -> bool:
-    """Return whether the first file of a tar archive describes a VM, as that of an OVA has to."""
+    """Return whether the first file of a tar archive is an OVF description, as in an OVA."""
     return head[:TAR_NAME_BYTES].partition(b"\0")[0].lower().endswith(b".ovf")
 
 
 def described(head: bytes) -> str:
-    """Return the name of the format that a text belongs to, or ""."""
+    """Return the name of a format whose header is text: OVF or a VMDK descriptor; else ""."""
     text = head.removeprefix(b"\xef\xbb\xbf")
     if text.lstrip()[:1] == b"<":
         return "OVF" if b"/ovf/envelope" in text else ""
     if text[:1] not in (b"#", b"v", b" ", b"\n", b"\r"):
         return ""
-    # QEMU takes any text for a VMDK whose first line, comments and empty ones apart, is a version.
+    # QEMU takes a text for a VMDK if its first line that is not empty and not a comment is a version.
     for line in text.split(b"\n")[:-1]:
         line = line.strip(b" \r")
         if line and not line.startswith(b"#"):
@@ -114,7 +115,7 @@ def described(head: bytes) -> str:
 
 
 def trailing(tail: bytes) -> str:
-    """Return the name of the format that the last TAIL_BYTES of an image belong to, or ""."""
+    """Return the name of the format that the last TAIL_BYTES of an image have, or ""."""
     if len(tail) < TAIL_BYTES:
         return ""
     cookie, _, _, _, _, kind = FOOTER.unpack_from(tail)

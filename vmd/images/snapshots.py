@@ -1,7 +1,7 @@
-"""The snapshot table of a qcow2 image: bytes from anybody, checked into records, and written back.
+"""The snapshot table of a qcow2 image: untrusted bytes, checked and turned into records.  Also writes the table.
 
-A snapshot is an L1 table of its own.  It leads to the clusters of the disk as they were and, behind the end of the
-disk, to those of the machine's state if there is one.  QEMU's docs/interop/qcow2.txt is the specification.
+A snapshot has an L1 table of its own.  It maps the disk as it was and, after the end of the disk, the state of the
+machine if there is one.  QEMU's docs/interop/qcow2.txt is the specification.
 """
 
 import posix as os
@@ -14,40 +14,40 @@ from vmd.images.hostfile import read_bytes
 from vmd.record import Record
 
 ENTRY = struct.Struct(">QIHHIIQII")
-EXTRA = struct.Struct(">QQQ")  # bytes of state, bytes of the disk, instructions executed
-LEAST_EXTRA = 16  # without the last
+EXTRA = struct.Struct(">QQQ")  # bytes of state, bytes of the disk, number of executed instructions
+LEAST_EXTRA = 16  # without the last field
 MAX_EXTRA = 1024  # QEMU's limit
 MAX_BYTES = 64 << 20  # of the whole table: QEMU's limit
-NOT_COUNTED = (1 << 64) - 1  # instructions, by anything but QEMU's emulation
+NOT_COUNTED = (1 << 64) - 1  # number of instructions is not known
 
 
 class Snapshot(Record):
     """One entry of the table."""
 
-    id: str  # a number, by whoever made it
+    id: str  # usually a decimal number
     name: str
     l1_offset: int
     l1_entries: int
     size: int  # bytes of the disk
     date_s: int = 0  # seconds since 1970
     date_ns: int = 0
-    clock_ns: int = 0  # how long the machine had run
+    clock_ns: int = 0  # running time of the machine
     state_bytes: int = 0
-    raw: bytes = b""  # as it stands in the table; of a new one nothing
+    raw: bytes = b""  # the entry as read from the table; empty for a new snapshot
 
 
 def find(snapshots: "list[Snapshot]", tag: str) -> "Snapshot | None":
-    """Return the snapshot of a name, or of an id if no name is that."""
+    """Return the snapshot with the name `tag`; if there is none, the one with that id."""
     named = (one for one in snapshots if one.name == tag)
     return next(named, None) or next((one for one in snapshots if one.id == tag), None)
 
 
 def read_snapshots(fd: int, header: Header, path: str) -> "list[Snapshot]":
-    """Return the snapshots of an image; `path` is for sentences.
+    """Return the snapshots of an image; `path` is for errors.
 
     Raises:
-        ImageError: the table is not what it should be.
-        OSError: it cannot be read.
+        ImageError: the table is invalid.
+        OSError: the table cannot be read.
     """
     found: list[Snapshot] = []
     file_bytes = os.lseek(fd, 0, SEEK_END)
@@ -90,7 +90,7 @@ def read_snapshots(fd: int, header: Header, path: str) -> "list[Snapshot]":
 
 
 def _check(one: Snapshot, header: Header, path: str, file_bytes: int) -> None:
-    """Raise ImageError unless the numbers of a snapshot can be used."""
+    """Check the numbers of a snapshot.  Raises ImageError."""
     what = f"snapshot {one.name or one.id}"
     if one.l1_entries * 8 > MAX_TABLE_BYTES:
         raise ImageError(path, f"{what}: L1 table of {one.l1_entries * 8} bytes is larger than {MAX_TABLE_BYTES}")
@@ -107,22 +107,22 @@ def _check(one: Snapshot, header: Header, path: str, file_bytes: int) -> None:
 
 
 def tables(length: int, header: Header) -> int:
-    """Return how many L2 tables so many bytes need."""
+    """Return how many L2 tables `length` bytes need."""
     return -(-length // (header.cluster_size * (header.cluster_size // 8)))
 
 
 def state_offset(one: Snapshot, header: Header) -> int:
-    """Return where the state of a snapshot begins, as an offset on its disk."""
+    """Return the offset on the disk of a snapshot at which the state of the machine begins."""
     return tables(one.size, header) * header.cluster_size * (header.cluster_size // 8)
 
 
 def new_id(snapshots: "list[Snapshot]") -> str:
-    """Return an id that no snapshot has."""
+    """Return an unused id."""
     return str(1 + max((int(one.id) for one in snapshots if one.id.isascii() and one.id.isdigit()), default=0))
 
 
 def pack_snapshots(snapshots: "list[Snapshot]") -> bytes:
-    """Return the table.  Raises ValueError if it would be larger than any may be."""
+    """Return the table as bytes.  Raises ValueError if it would be too large."""
     if len(snapshots) > MAX_SNAPSHOTS:
         raise ValueError(f"{len(snapshots)} snapshots are more than {MAX_SNAPSHOTS}")
     packed = b"".join(map(_pack, snapshots))
@@ -132,7 +132,7 @@ def pack_snapshots(snapshots: "list[Snapshot]") -> bytes:
 
 
 def _pack(one: Snapshot) -> bytes:
-    """Return one entry."""
+    """Return one entry as bytes."""
     if one.raw:
         return one.raw
     name, number = one.name.encode(), one.id.encode()

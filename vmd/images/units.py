@@ -1,6 +1,6 @@
-"""The units in which metadata of a qcow2 image is written: 4 KiB, or a cluster where that is less.
+"""The units in which metadata of a qcow2 image is written: 4 KiB, or a cluster if that is smaller.
 
-A unit lies in one cluster, and a file system gives it storage as a whole.
+A unit is inside one cluster, and a file system allocates storage for it as a whole.
 """
 
 from vmd.images.hostfile import read_bytes, write_bytes
@@ -18,7 +18,7 @@ def unit_bytes(cluster_size: int) -> int:
 
 
 def runs(units: int) -> "Iterator[tuple[int, int]]":
-    """Yield the runs (first, end) of units in a set, which is a number with their bits."""
+    """Yield the runs (first, end) of units in a bit set."""
     first = 0
     while units:
         skip = (units & -units).bit_length() - 1
@@ -31,9 +31,10 @@ def runs(units: int) -> "Iterator[tuple[int, int]]":
 
 
 class Prepared:
-    """Knows which units can be written later, whatever else happens to the file.
+    """Makes sure that units of metadata can be written later without new space, and remembers them.
 
-    They were written as they are: they have storage then, and are inside every limit.
+    A unit is written once with its unchanged bytes.  After that the file system has storage for it, and it is within
+    every quota and size limit.
     """
 
     def __init__(self, fd: int, cluster_size: int) -> None:
@@ -42,10 +43,10 @@ class Prepared:
         self.known: set[int] = set()
 
     def prepare(self, offset: int, length: int) -> None:
-        """Make sure of the units of some metadata, which nobody else may write meanwhile.  Raises OSError."""
+        """Prepare the units of a piece of metadata.  Nobody else may write them meanwhile.  Raises OSError."""
         size = self.unit_bytes
         first, last = offset // size, (offset + length - 1) // size
-        if first == last and first in self.known:  # nearly always
+        if first == last and first in self.known:  # the usual case
             return
         for unit in range(first, last + 1):
             if unit not in self.known:
@@ -53,6 +54,6 @@ class Prepared:
                 self.known.add(unit)
 
     def write(self, data: "bytes | bytearray", offset: int) -> None:
-        """Write whole units, which are known from then on.  Raises OSError."""
+        """Write whole units, which are prepared by this.  Raises OSError."""
         write_bytes(self.fd, data, offset)
         self.known.update(range(offset // self.unit_bytes, (offset + len(data)) // self.unit_bytes))

@@ -145,13 +145,13 @@ LIES: dict[str, list[tuple[dict[int, tuple[str, int | bytes]], str]]] = {
         ({72: ("Q", 2)}, "is marked as corrupt"),
         ({72: ("Q", 3)}, "is marked as corrupt"),
         ({72: ("Q", 4)}, "needs an external data file"),
-        ({72: ("Q", 8)}, "not compressed with zlib, but not with what"),
-        ({72: ("Q", 8), 100: ("I", 112), 104: ("B", 1)}, "uses zstd compression, which no VM reads"),
-        ({72: ("Q", 0), 100: ("I", 112), 104: ("B", 1)}, "compressed in way 1, but not that its reader has to know"),
+        ({72: ("Q", 8)}, "for a compression type, but names none"),
+        ({72: ("Q", 8), 100: ("I", 112), 104: ("B", 1)}, "uses zstd compression, which a VM cannot read"),
+        ({72: ("Q", 0), 100: ("I", 112), 104: ("B", 1)}, "has compression type 1 without its incompatible feature bit"),
         ({72: ("Q", 8), 100: ("I", 112), 104: ("B", 9)}, "uses type 9 compression"),
         ({72: ("Q", 16)}, "needs extended L2 entries"),
         ({72: ("Q", 1 << 40)}, "needs incompatible qcow2 feature 40"),
-        ({72: ("Q", 0xFFFFFFFFFFFFFFFF)}, "not compressed with zlib, but not with what"),
+        ({72: ("Q", 0xFFFFFFFFFFFFFFFF)}, "for a compression type, but names none"),
         (
             {72: ("Q", 1 << 9), 104: ("Q", 0x6803F85700000030), 112: ("48s", b"\0\x09wings" + bytes(41))},
             'needs "wings", which is not supported',
@@ -259,7 +259,7 @@ def test_entry_into_metadata_is_not_written_to_52(image: Path, entry: int, words
 @pytest.mark.parametrize(
     ("entry", "words"),
     [
-        (0x8000000000050200, "no start of a cluster"),
+        (0x8000000000050200, "not the start of a cluster"),
         (0x80FFFFFFFFFF0000, "before a cluster that is in use"),
         (0x4000000000000000, "compressed cluster at 0"),
         (0x7FFFFFFFFFFFFFFF, "compressed cluster at"),

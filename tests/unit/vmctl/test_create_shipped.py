@@ -104,7 +104,7 @@ def test_zstd_is_no_base(shipped: Path, folder: Path, vmctl: Vmctl) -> None:
     status, _, said = vmctl("create", "-b", f"qcow2:{shipped}/zstd", str(folder / "a.qcow2"))
 
     assert status == 1
-    assert "uses zstd compression, which no VM reads; vmctl create -i makes an image of it that VMs do" in said
+    assert "uses zstd compression, which a VM cannot read; vmctl create -i converts it" in said
 
 
 @pytest.mark.parametrize("word", ["zlib", "raw:disk.raw"])
