@@ -24,7 +24,7 @@ from vmd.privsep.cell import Cell
 pytestmark = pytest.mark.root
 
 NOBODY = pwd.getpwnam("nobody")
-FUSE_WORDS = "it is on a FUSE file system, which serves only who has mounted it; mount it with -o allow_other"
+FUSE_WORDS = "it is on a FUSE file system, which serves only the user who mounted it; mount it with -o allow_other"
 
 
 @pytest.fixture(scope="module")

@@ -124,7 +124,7 @@ def test_what_an_openbsd_system_cannot_boot(imgboot: Reader, tmp_path: Path) -> 
     """Says what its boot.conf named."""
     for conf, why in (
         (b"set image /gone", "partition a (FFS2): /gone: there is no /gone"),
-        (b"boot hd0b:/bsd", "partition b: there is no file system that is known"),
+        (b"boot hd0b:/bsd", "partition b: has no known file system"),
         (b"boot hd1a:/bsd", "/etc/boot.conf: device 'hd1a' is no partition of the disk itself, such as hd0a"),
     ):
         disk = ffs_disk(tmp_path / "bsd.img", {"bsd": b"bsd", "etc/boot.conf": conf})
@@ -176,7 +176,7 @@ def test_what_is_on_a_disk(imgboot: Reader, tmp_path: Path) -> None:
         "bsd": ffs_disk(tmp_path / "bsd.img", {"bsd": b"k"}),
         "empty": tmp_path / "empty.img",
     }
-    nothing = "there is no file system that is known"
+    nothing = "has no known file system"
     assert {name: imgboot.look(disk) for name, disk in disks.items()} == {
         "both": (
             f'MBR; partition p1: {nothing}; partition p2: ext4; boot "disk1p2:/vmlinuz" initrd "disk1p2:/initrd.img"'

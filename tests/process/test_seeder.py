@@ -175,7 +175,7 @@ def test_memory_has_a_bound(cell: Cell) -> None:
 @pytest.mark.parametrize(
     ("function", "why"),
     [
-        ("leave_open", "seed: cannot be made: seeder answered nonsense: there is no disk"),
+        ("leave_open", "seed: cannot be made: seeder answered nonsense: there is no disk image"),
         ("nonsense", "seed: cannot be made: seeder answered nonsense: "),
         ("flood", "seed: cannot be made: seeder answered nonsense: line of "),
         ("die", "seed: cannot be made: seeder has ended"),

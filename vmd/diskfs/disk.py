@@ -1,10 +1,10 @@
-"""Files of a disk, by path, without mounting it: what boots a kernel from a guest's own file system.
+"""Reads files of a disk by path, without mounting it.  A VM can boot a kernel from its own file system this way.
 
     disk = Disk(read, size)
     kernel = disk.find("/bsd")  # or disk.find("/vmlinuz", "p1")
     for offset, piece in kernel.pieces(): ...
 
-Everything that comes out is DiskFsError with a sentence, and the work for one disk has a bound (`source.py`).
+Functions raise only DiskFsError, with a sentence.  The work for one disk is bounded (`source.py`).
 """
 
 from vmd.diskfs import ext, ffs, foreign, walk
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from vmd.diskfs.source import Read
     from vmd.diskfs.walk import File, FileSystem
 
-NAMED_MAX = 8  # partitions in a sentence
+NAMED_MAX = 8  # partitions that a sentence names
 READERS = ((ext.recognise, ext.Ext), (ffs.recognise, ffs.Ffs))
 
 
 class Disk:
-    """A disk of a guest, which may be that of another guest's making."""
+    """A disk of a guest.  All its bytes are untrusted."""
 
     def __init__(self, read: "Read", size: int) -> None:
         """`read(offset, length)` returns exactly `length` bytes, and raises OSError.  Raises DiskFsError."""
@@ -30,11 +30,11 @@ class Disk:
         self.filesystems: dict[str, FileSystem] = {}
 
     def find(self, path: str, partition: str = "") -> "File":
-        """Return a file: of the partition of that name, or of the first one that has it.
+        """Return a file of the named partition, or of the first partition that has the file.
 
         Raises:
-            NoSuchFile: there is none, and nothing was wrong with what was read.
-            DiskFsError: it cannot be read; without `partition` it names all that were tried.
+            NoSuchFile: there is no such file, and everything could be read.
+            DiskFsError: it cannot be read; without `partition`, the sentence names all partitions that were tried.
         """
         if partition:
             return self._find(path, self._named(partition))
@@ -55,7 +55,7 @@ class Disk:
         raise (NoSuchFile if missing else DiskFsError)(f"no partition has {printable(path)}: {said}{more}")
 
     def describe(self) -> str:
-        """Return what is on the disk, for people: its partition table and its file systems.  Raises nothing."""
+        """Return the partition table and the file systems as text.  Raises nothing."""
         parts = [self.table.problem] if self.table.problem else []
         candidates = self._candidates()
         for candidate in candidates[:NAMED_MAX]:
@@ -69,7 +69,7 @@ class Disk:
         return f"{self.table.kind or 'no partition table'}; {'; '.join(parts)}"
 
     def _named(self, name: str) -> Partition:
-        """Return a partition.  Raises DiskFsError if there is none, or if only others are in it."""
+        """Return a partition.  Raises DiskFsError if it does not exist or only contains other partitions."""
         for partition in self.table.partitions:
             if partition.name == name:
                 if partition.holds:
@@ -80,7 +80,7 @@ class Disk:
         raise DiskFsError(self.table.problem or f"there is no partition {printable(name)}: {has}")
 
     def _candidates(self) -> list[Partition]:
-        """Return where files may be, none twice, though an MBR and a disklabel may both tell of it."""
+        """Return the partitions that may have files.  One that is in both the MBR and a disklabel comes once."""
         found: dict[int, Partition] = {}
         for partition in self.table.partitions:
             if not partition.holds:
@@ -100,7 +100,7 @@ class Disk:
         return found
 
     def _filesystem(self, partition: Partition) -> "FileSystem":
-        """Return the file system of a partition.  Raises DiskFsError, with its name where that is known."""
+        """Return the file system of a partition.  Raises DiskFsError, with its name if that is known."""
         if (known := self.filesystems.get(partition.name)) is not None:
             return known
         source = self.source.part(partition.start, partition.size)
@@ -112,4 +112,4 @@ class Disk:
                     raise error.at(filesystem=name) from error
                 return found
         name = foreign.recognise(source)
-        raise DiskFsError("is not read here" if name else "there is no file system that is known", filesystem=name)
+        raise DiskFsError("is not supported" if name else "has no known file system", filesystem=name)

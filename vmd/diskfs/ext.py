@@ -1,7 +1,7 @@
 """ext2, ext3 and ext4, read only: Linux, Documentation/filesystems/ext4.
 
-Checksums of metadata are not looked at.  A journal that was not replayed is read as if it had been (`journal.py`).
-Directories are read from their first to their last block: the index of a hashed one hides in blocks without names.
+Checksums of metadata are not verified.  If the journal was not replayed, files are read as if it had been
+(`journal.py`).  Directories are searched linearly: to a linear reader the blocks of a hash index look like empty ones.
 """
 
 import struct
@@ -14,11 +14,11 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    Run = tuple[int, int, int]  # first block of the file, first block on the disk, blocks
+    Run = tuple[int, int, int]  # first block of the file, first block on the disk, number of blocks
 
 SUPERBLOCK_AT, SUPERBLOCK_BYTES = 1024, 1024
 MAGIC_AT, MAGIC = 56, b"\x53\xef"
-# Of the superblock: what counts, by its name in the kernel without `s_`.
+# Fields of the superblock that are used, by their names in the kernel without `s_`.
 COUNTS = struct.Struct("<11I")  # from 0: inodes_count to inodes_per_group
 REVISION_AT, REVISION = 76, struct.Struct("<I4xIHHIII")  # rev_level, first_ino, inode_size, block_group_nr, features
 JOURNAL_AT = 224  # journal_inum, journal_dev
@@ -27,20 +27,20 @@ FIRST_META_BG_AT = 260
 BLOCKS_HI_AT = 336
 BACKUP_GROUPS_AT = 588
 
-SPARSE_SUPER2 = 0x200  # compatible
-SPARSE_SUPER = 0x1  # for reading
+SPARSE_SUPER2 = 0x200  # a compatible feature
+SPARSE_SUPER = 0x1  # a read-only compatible feature
 RECOVER, META_BG, EXTENTS, HAS_64BIT, LARGEDIR = 0x4, 0x10, 0x40, 0x80, 0x4000
 INLINE_DATA = 0x8000
-# Besides: types in directories, multiple mounts, flexible groups, attributes in inodes, a seed of checksums, encryption
-# and case folding of single directories.
+# The numbers: file types in directories, multiple mount protection, flexible groups, attributes in inodes, a seed of
+# checksums, encryption and case folding of single directories.
 KNOWN = (
     RECOVER | META_BG | EXTENTS | HAS_64BIT | LARGEDIR | INLINE_DATA
     | 0x2 | 0x100 | 0x200 | 0x400 | 0x2000 | 0x10000 | 0x20000
 )  # fmt: skip
-UNREAD = {0x1: "compression", 0x8: "that it is the journal of another file system", 0x1000: "data in directories"}
-HAS_JOURNAL = 0x4  # compatible
+UNREAD = {0x1: "uses compression", 0x8: "is the journal of another file system", 0x1000: "has data in directories"}
+HAS_JOURNAL = 0x4  # a compatible feature
 
-INODE_BYTES = 128  # the least, and all of revision 0
+INODE_BYTES = 128  # the minimum, and the size in revision 0
 MAP_AT, MAP_BYTES = 40, 60
 SIZE_HI_AT = 108
 EXTRA_AT = 128
@@ -51,7 +51,7 @@ EXTENT_MAGIC = 0xF30A
 EXTENT = struct.Struct("<IHHI")
 EXTENT_INDEX = struct.Struct("<IIH2x")
 EXTENT_DEPTH_MAX = 5
-WRITTEN_MAX = 0x8000  # a longer extent was not written yet, and reads as zeroes
+WRITTEN_MAX = 0x8000  # an extent with a larger length is unwritten, and reads as zeroes
 DIRECT = 12
 
 ATTRIBUTES_MAGIC = struct.pack("<I", 0xEA020000)
@@ -63,7 +63,7 @@ ENTRY_BYTES = 8
 
 
 def recognise(source: Source) -> str:
-    """Return the name of what is there: "ext2", "ext3" or "ext4"; "" if it is none of them.  Raises DiskFsError."""
+    """Return "ext2", "ext3" or "ext4", or "" if there is another file system or none.  Raises DiskFsError."""
     if source.size < SUPERBLOCK_AT + SUPERBLOCK_BYTES:
         return ""
     raw = source.read(SUPERBLOCK_AT, SUPERBLOCK_BYTES)
@@ -76,13 +76,13 @@ def recognise(source: Source) -> str:
 
 
 class Ext:
-    """A file system that `recognise` has found."""
+    """A file system of a source that `recognise` has recognised."""
 
     def __init__(self, source: Source, name: str) -> None:
-        """Raises DiskFsError if it is damaged or needs what is not read here."""
+        """Raises DiskFsError if the file system is damaged or has an unsupported feature."""
         self.source = source
         self.name = name
-        self.replayed: dict[int, tuple[int, bool]] = {}  # by block: the one of the journal, and whether it is escaped
+        self.replayed: dict[int, tuple[int, bool]] = {}  # see Journal.changed
         raw = source.read(SUPERBLOCK_AT, SUPERBLOCK_BYTES)
         counts: tuple[int, ...] = COUNTS.unpack_from(raw)
         self.inodes, blocks, _, _, _, self.first_data_block, log_block, _, self.blocks_per_group, _, _ = counts
@@ -121,15 +121,15 @@ class Ext:
 
     @staticmethod
     def _refuse_features(incompatible: int) -> None:
-        """Raise DiskFsError if there is something that cannot be passed over by who does not know it."""
+        """Raise DiskFsError if there is an incompatible feature that is not supported."""
         for bit, what in UNREAD.items():
             if incompatible & bit:
-                raise DiskFsError(f"its superblock says {what}, which is not read")
+                raise DiskFsError(f"{what}, which is not supported")
         if unknown := incompatible & ~KNOWN:
-            raise DiskFsError(f"has features that are not known: {unknown:#x}")
+            raise DiskFsError(f"has unknown features: {unknown:#x}")
 
     def _replay(self, compatible: int, inode: int, device: int) -> None:
-        """Read from now on as if the journal had been written to its places."""
+        """Replay the journal in memory: `block` and `pieces` use it from now on.  Raises DiskFsError."""
         if not compatible & HAS_JOURNAL or not inode:
             where = " is on another device" if device else " is missing"
             raise DiskFsError(f"was not unmounted, and its journal{where}: mount it once, or run e2fsck")
@@ -157,22 +157,22 @@ class Ext:
     # inodes
 
     def node(self, number: int) -> Node:
-        """Return what an inode says.  Raises DiskFsError."""
+        """Return an inode.  Raises DiskFsError."""
         if not 0 < number <= self.inodes:
-            raise DiskFsError(f"has {self.inodes} inodes, and a name for {number}")
+            raise DiskFsError(f"points to inode {number}, of {self.inodes}")
         group, index = divmod(number - 1, self.inodes_per_group)
         block, within = divmod(index * self.inode_bytes, self.block_bytes)
         raw = self.block(self._inode_table(group) + block)[within : within + self.inode_bytes]
         mode, size = int.from_bytes(raw[:2], "little"), int.from_bytes(raw[4:8], "little")
         kind = kind_of(mode)
-        if kind != DIRECTORY or self.features & LARGEDIR:  # for others it was an access list once
+        if kind != DIRECTORY or self.features & LARGEDIR:  # in others the field is i_dir_acl
             size |= int.from_bytes(raw[SIZE_HI_AT : SIZE_HI_AT + 4], "little") << 32
         node = Node(number=number, kind=kind, size=size, raw=raw)
         self._refuse_flags(node)
         return node
 
     def _inode_table(self, group: int) -> int:
-        """Return the first block of a group's inodes.  Raises DiskFsError."""
+        """Return the first block of the inode table of a group.  Raises DiskFsError."""
         per_block = self.block_bytes // self.descriptor_bytes
         number, index = divmod(group, per_block)
         at = index * self.descriptor_bytes
@@ -183,7 +183,7 @@ class Ext:
         return table
 
     def _descriptor_block(self, number: int, per_block: int) -> int:
-        """Return where a block of group descriptors is; `meta_bg` keeps them with the groups they are about."""
+        """Return the place of a block of group descriptors.  With `meta_bg` it is in the first of its groups."""
         if not self.features & META_BG or number < self.first_meta_bg:
             return SUPERBLOCK_AT // self.block_bytes + number + 1
         group = number * per_block
@@ -204,7 +204,7 @@ class Ext:
         return int.from_bytes(node.raw[32:36], "little")
 
     def _refuse_flags(self, node: Node) -> None:
-        """Raise DiskFsError if what is in an inode cannot be read."""
+        """Raise DiskFsError if the content of an inode is encrypted or compressed."""
         flags, what = self._flags(node), ""
         if flags & ENCRYPTED:
             what = "is encrypted"
@@ -216,7 +216,7 @@ class Ext:
     # what is in them
 
     def entry(self, directory: Node, name: bytes) -> int:
-        """Return the inode that a name stands for; 0: there is no such name.  Raises DiskFsError."""
+        """Return the number of the inode for a name; 0 if there is no such name.  Raises DiskFsError."""
         if self._flags(directory) & INLINE:
             content = self._inline(directory)
             return self._entry_in(content[4:MAP_BYTES], name) or self._entry_in(content[MAP_BYTES:], name)
@@ -227,7 +227,7 @@ class Ext:
         return 0
 
     def _entry_in(self, block: bytes, name: bytes) -> int:
-        """Return the inode of a name in one block of a directory, or 0.  Raises DiskFsError."""
+        """Return the number of the inode for a name in one block of a directory, or 0.  Raises DiskFsError."""
         if name not in block:
             return 0
         at, passed = 0, 0
@@ -246,7 +246,7 @@ class Ext:
         return 0
 
     def target(self, link: Node) -> bytes:
-        """Return where a link leads.  Raises DiskFsError."""
+        """Return the target of a symbolic link.  Raises DiskFsError."""
         flags = self._flags(link)
         if not flags & (INLINE | USES_EXTENTS) and link.size < MAP_BYTES:
             return link.raw[MAP_AT : MAP_AT + link.size]
@@ -256,11 +256,11 @@ class Ext:
         return bytes(target)
 
     def pieces(self, file: Node) -> "Iterator[tuple[int, bytes]]":
-        """Yield what is not a hole: offset in the file and bytes, ascending.  Raises DiskFsError."""
+        """Yield (offset in the file, bytes) in ascending order, without holes.  Raises DiskFsError."""
         if self._flags(file) & INLINE:
             content = self._inline(file)
             if file.size > len(content):
-                raise DiskFsError(f"has {file.size} bytes, and {len(content)} of them in its inode")
+                raise DiskFsError(f"has {file.size} bytes, but its inode has only {len(content)} of them")
             yield 0, content[: file.size]
             return
         size = self.block_bytes
@@ -268,7 +268,7 @@ class Ext:
             runs = ((first * size, place * size, count * size) for first, place, count in self._runs(file))
             yield from pieces_of(self.source, runs, file.size)
             return
-        # Of some blocks the right content is in the journal.
+        # The current content of some blocks is in the journal.
         for first, place, count in self._runs(file):
             number = 0
             while number < count:
@@ -283,7 +283,10 @@ class Ext:
                 number += many
 
     def _inline(self, node: Node) -> bytes:
-        """Return what is in an inode itself: in place of the map, and behind that in its attribute `system.data`."""
+        """Return the content inside an inode: from the place of the block map, then from the attribute system.data.
+
+        Raises DiskFsError.
+        """
         raw = node.raw
         content = raw[MAP_AT : MAP_AT + MAP_BYTES]
         extra = int.from_bytes(raw[EXTRA_AT : EXTRA_AT + 2], "little")
@@ -297,7 +300,7 @@ class Ext:
             if index == SYSTEM and name == b"data":
                 value = raw[first + value_at : first + value_at + value_bytes]
                 if value_inode or len(value) != value_bytes:
-                    raise DiskFsError("its inode is damaged: system.data is not inside")
+                    raise DiskFsError("its inode is damaged: system.data is not inside it")
                 return content + value
             at += (ATTRIBUTE.size + length + 3) & ~3
         return content
@@ -305,7 +308,7 @@ class Ext:
     # where they are
 
     def _runs(self, node: Node) -> "Iterator[Run]":
-        """Yield the blocks of an inode that are not holes, ascending, none of them outside.  Raises DiskFsError."""
+        """Yield the blocks of an inode in ascending order, without holes, all inside the disk.  Raises DiskFsError."""
         blocks = (node.size + self.block_bytes - 1) // self.block_bytes
         block_map = node.raw[MAP_AT : MAP_AT + MAP_BYTES]
         found = self._extents(block_map) if self._flags(node) & USES_EXTENTS else self._mapped(block_map, blocks)
@@ -321,7 +324,7 @@ class Ext:
             least = first + count
 
     def _extents(self, raw: bytes, depth: int | None = None) -> "Iterator[Run]":
-        """Yield the extents of one node of a tree and of all below it."""
+        """Yield the extents of a node of an extent tree and of all nodes below it.  Raises DiskFsError."""
         magic, entries, _, own_depth = EXTENT_HEADER.unpack_from(raw)
         if magic != EXTENT_MAGIC or own_depth > EXTENT_DEPTH_MAX or (depth is not None and own_depth != depth):
             raise DiskFsError("its tree of extents is damaged")
@@ -338,7 +341,10 @@ class Ext:
                     yield first, low | high << 32, count
 
     def _mapped(self, raw: bytes, blocks: int) -> "Iterator[Run]":
-        """Yield the blocks of a map: twelve numbers, then those in indirect blocks, of one level to three."""
+        """Yield the blocks of a block map: twelve direct ones, then those of indirect blocks of one to three levels.
+
+        Raises DiskFsError.
+        """
         numbers = struct.unpack("<15I", raw)
         for first, place in enumerate(numbers[:DIRECT]):
             if place:
@@ -353,7 +359,7 @@ class Ext:
             covers *= self.block_bytes // 4
 
     def _indirect(self, block: int, level: int, first: int, blocks: int) -> "Iterator[Run]":
-        """Yield the blocks that an indirect one tells of; those that follow each other as one."""
+        """Yield the blocks of an indirect block; consecutive ones as one run.  Raises DiskFsError."""
         self.source.spend(self.block_bytes // POINTERS_SPENT)
         each = (self.block_bytes // 4) ** level
         begin = start = count = 0

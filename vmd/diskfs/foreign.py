@@ -1,8 +1,8 @@
-"""Names what a partition has that is not read here, so that a refusal can say it."""
+"""Recognises file systems and other contents that we do not read, so that an error can name them."""
 
 from vmd.diskfs.source import Source
 
-# (name, offset, bytes); the first that is there counts.
+# (name, offset, bytes); the first match counts.
 SIGNATURES = (
     ("LUKS", 0, b"LUKS\xba\xbe"),
     ("XFS", 0, b"XFSB"),
@@ -26,7 +26,7 @@ SIGNATURES = (
 
 
 def recognise(source: Source) -> str:
-    """Return what is there, or "".  Raises DiskFsError."""
+    """Return the name of the content of a partition, or "".  Raises DiskFsError."""
     for name, at, signature in SIGNATURES:
         if at + len(signature) <= source.size and source.read(at, len(signature)) == signature:
             return name

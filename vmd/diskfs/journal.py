@@ -1,7 +1,8 @@
 """The journal of ext3 and ext4, replayed in memory: Linux, Documentation/filesystems/ext4/journal.rst.
 
-A guest that was killed leaves changes that are complete in the journal and not at their places.  What is read here is
-which block of the journal holds the newest content of which block of the file system; nothing is written.
+After a guest was killed, committed changes may be in the journal but not at their places in the file system.  This
+module finds out which block of the journal has the newest content of which block of the file system.  Nothing is
+written.
 """
 
 import struct
@@ -22,12 +23,12 @@ REVOKE_HEADER_BYTES = 16
 TAIL_BYTES = 4  # a checksum
 UUID_BYTES = 16
 ESCAPED, SAME_UUID, LAST = 1, 2, 8
-ENTRIES_MAX = 1 << 17  # blocks that a journal changes, or revokes; half as many as the longest of mke2fs has
+ENTRIES_MAX = 1 << 17  # blocks that a journal changes or revokes; half of the blocks of the longest one of mke2fs
 RUNS_MAX = 1 << 14
 
 
 class Journal:
-    """A journal whose transactions are to be read, in blocks `runs` of the file system."""
+    """A journal in the blocks `runs` of the file system."""
 
     def __init__(
         self,
@@ -38,8 +39,8 @@ class Journal:
     ) -> None:
         """`read` returns a block of the file system, `spend` counts work.
 
-        A run is: block of the journal, block of the file system, blocks.  Raises DiskFsError if it is damaged or cannot
-        be read.
+        A run is (block of the journal, block of the file system, number of blocks).  Raises DiskFsError if the journal
+        is damaged or not supported.
         """
         self.read = read
         self.spend = spend
@@ -52,10 +53,10 @@ class Journal:
         size, self.blocks, self.first, self.transaction, self.start = SUPERBLOCK.unpack_from(raw, HEADER.size)
         features = FEATURES.unpack_from(raw, FEATURES_AT)[1] if kind == SUPERBLOCK_V2 else 0
         if features & (ASYNC_COMMIT | FAST_COMMIT):
-            what = "fast commits" if features & FAST_COMMIT else "commits that are not waited for"
+            what = "fast commits" if features & FAST_COMMIT else "asynchronous commits"
             raise DiskFsError(f"its journal was not replayed, and has {what}: mount it once, or run e2fsck")
         if unknown := features & ~(HAS_REVOKE | HAS_64BIT | CSUM_V2 | CSUM_V3):
-            raise DiskFsError(f"its journal was not replayed, and has features that are not known: {unknown:#x}")
+            raise DiskFsError(f"its journal was not replayed, and has unknown features: {unknown:#x}")
         most = sum(count for _, _, count in runs)
         if size != block_bytes or not 0 < self.first < self.blocks <= most or (
             self.start and not self.first <= self.start < self.blocks
@@ -67,12 +68,12 @@ class Journal:
         self.tag_bytes = 16 if self.v3 else 8 + 2 * bool(features & CSUM_V2) + 4 * self.has_64bit
 
     def changed(self) -> "dict[int, tuple[int, bool]]":
-        """Return the blocks whose content is in the journal: the block there, and whether it is escaped.
+        """Return for each block with content in the journal the block of that content, and whether it is escaped.
 
         Raises DiskFsError.
         """
         newest: dict[int, tuple[int, int, int]] = {}  # (transaction, block of the journal, flags)
-        revoked: dict[int, int] = {}  # the last transaction that did
+        revoked: dict[int, int] = {}  # block -> the last transaction that revoked it
         pending: list[tuple[int, int, int]] = []
         revoking: list[int] = []
         at, transaction, left = self.start, self.transaction, self.blocks if self.start else 0
@@ -114,7 +115,7 @@ class Journal:
         return number if number < self.blocks else number - self.blocks + self.first
 
     def _place(self, number: int) -> int:
-        """Return where on the file system a block of the journal is.  Raises DiskFsError."""
+        """Return the block of the file system for a block of the journal.  Raises DiskFsError."""
         first, place, count = self.run
         if not first <= number < first + count:
             low, high = 0, len(self.runs)
@@ -130,7 +131,7 @@ class Journal:
         return place + number - first
 
     def _tags(self, raw: bytes) -> "list[tuple[int, int]]":
-        """Return which blocks those behind a descriptor are, with their flags."""
+        """Return the tags of a descriptor block: block of the file system and flags, for each block that follows it."""
         found = []
         at, end = HEADER.size, len(raw) - self.tail
         while at + self.tag_bytes <= end:
@@ -146,7 +147,7 @@ class Journal:
         return found
 
     def _revoked(self, raw: bytes) -> list[int]:
-        """Return the blocks whose earlier content must not be written any more."""
+        """Return the blocks that a revoke block names: their earlier content in the journal is void."""
         end = min(int.from_bytes(raw[12:16], "big"), len(raw) - self.tail)
         number = self.number
         self.spend(end // number.size)
@@ -156,10 +157,10 @@ class Journal:
 
 
 def restored(raw: bytes) -> bytes:
-    """Return the content of an escaped block: it begins as blocks of a journal do, so that was taken off."""
+    """Return the content of an escaped block.  It begins with MAGIC, which the journal has replaced by zeroes."""
     return MAGIC.to_bytes(4, "big")[: len(raw)] + raw[4:]
 
 
 def _reached(revoked: int, when: int) -> bool:
-    """Return whether a transaction is not later than another; their numbers wrap."""
+    """Return whether transaction `when` is not later than `revoked`.  Transaction numbers wrap."""
     return (revoked - when) & 0xFFFFFFFF < 1 << 31

@@ -1,7 +1,7 @@
-"""Partition tables: MBR with extended partitions, GPT, and OpenBSD's disklabel in one of theirs or alone.
+"""Partition tables: MBR with extended partitions, GPT, and OpenBSD's disklabel, alone or inside a partition of these.
 
-Partitions have the names that people know: `p1` is Linux's first one, `a` is OpenBSD's.  One that makes no sense is
-kept with its `problem`, so that it can be named.
+Partitions have their usual names: `p1` is the first one of Linux, `a` the first one of OpenBSD.  An invalid partition
+is in the result, too, with its `problem`, so that an error can name it.
 """
 
 import struct
@@ -28,7 +28,7 @@ GPT_ENTRY_BYTES = (128, 256, 512, 1024, 2048, 4096)
 GUID_OPENBSD = bytes.fromhex("a0c74c82a836e311890a952519ad3f61")  # 824cc7a0-36a8-11e3-890a-952519ad3f61
 
 LABEL_AT = SECTOR  # in the partition
-LABEL = struct.Struct("<I36xI")  # magic, then bytes of a sector
+LABEL = struct.Struct("<I36xI")  # magic, bytes of a sector
 LABEL_MAGIC = 0x82564557
 LABEL_MAGIC2_AT = 132
 LABEL_COUNT_AT = 138
@@ -40,9 +40,9 @@ UNUSED = 0
 
 
 class Partition(Record):
-    """A part of a disk: `start` and `size` in bytes.
+    """A part of a disk.  `start` and `size` are in bytes.
 
-    `problem` says why it cannot be read; `holds` that it only holds others, and which.
+    `problem`: why it cannot be read.  `holds`: the partitions that it contains, if it contains only partitions.
     """
 
     name: str  # "p1", "a"; "" is the whole disk
@@ -53,26 +53,26 @@ class Partition(Record):
 
     @property
     def title(self) -> str:
-        """What it is called in a sentence."""
+        """Its name in a sentence."""
         return f"partition {self.name}" if self.name else "the whole disk"
 
 
 class Table(Record):
-    """What a disk says it is divided into; `kind` is for sentences, `problem` that there is one that is damaged."""
+    """The partition table of a disk.  `kind` is its name for sentences, `problem` says what is damaged."""
 
-    kind: str = ""  # "MBR", "GPT and OpenBSD disklabel"; "" is none
+    kind: str = ""  # "MBR", "GPT and OpenBSD disklabel"; "": there is no table
     partitions: tuple[Partition, ...] = ()
     problem: str = ""
 
 
 def read_table(disk: Source) -> Table:
-    """Return how a disk is divided.  Raises DiskFsError if it cannot be read at all."""
+    """Return the partition table of a disk.  Raises DiskFsError if the disk cannot be read."""
     if disk.size < 2 * SECTOR:
         return Table()
     sector = disk.read(0, SECTOR)
     entries = _entries(sector)
     kinds, found, problem = [], list[Partition](), ""
-    label_at = 0  # where the disk, or the partition with a disklabel, begins
+    label_at = 0  # start of the partition with a disklabel, in bytes; 0: the whole disk
     if any(kind == PROTECTIVE for _, kind, _, _ in entries):
         kinds.append("GPT")
         try:
@@ -101,20 +101,20 @@ def read_table(disk: Source) -> Table:
 
 
 def _partition(disk: Source, name: str, first: int, sectors: int, holds: str = "") -> Partition:
-    """Return a partition, with its problem if it is not inside the disk."""
+    """Return a partition; `problem` is set if it is empty or not inside the disk."""
     start, size = first * SECTOR, sectors * SECTOR
     problem = ""
     if not sectors:
         problem = "is empty"
     elif start >= disk.size:
-        problem = f"begins at {start}, behind the end of the disk at {disk.size}"
+        problem = f"begins at {start}, after the end of the disk at {disk.size}"
     elif start + size > disk.size:
-        problem = f"ends at {start + size}, behind the end of the disk at {disk.size}"
+        problem = f"ends at {start + size}, after the end of the disk at {disk.size}"
     return Partition(name=name, start=start, size=size, problem=problem, holds=holds)
 
 
 def _entries(sector: bytes) -> list[tuple[int, int, int, int]]:
-    """Return the entries of an MBR: status, type, first sector, sectors; none if it is something else."""
+    """Return the entries of an MBR: status, type, first sector, sectors; [] if it is not an MBR."""
     if sector[SIGNATURE_AT : SIGNATURE_AT + 2] != SIGNATURE:
         return []
     entries = [ENTRY.unpack_from(sector, ENTRIES_AT + number * ENTRY.size) for number in range(ENTRIES)]
@@ -122,7 +122,7 @@ def _entries(sector: bytes) -> list[tuple[int, int, int, int]]:
 
 
 def _mbr(disk: Source, entries: list[tuple[int, int, int, int]]) -> tuple[list[Partition], int]:
-    """Return the partitions of an MBR, and where the one with a disklabel begins, or 0.  Raises DiskFsError."""
+    """Return the partitions of an MBR, and the start of the one with a disklabel, or 0.  Raises DiskFsError."""
     found, logical = [], list[Partition]()
     label_at = 0
     for number, (_, kind, first, sectors) in enumerate(entries, 1):
@@ -142,9 +142,9 @@ def _mbr(disk: Source, entries: list[tuple[int, int, int, int]]) -> tuple[list[P
 
 
 def _extended(disk: Source, base: int) -> list[Partition]:
-    """Return the logical partitions of an extended one, which begins at sector `base`.
+    """Return the logical partitions of the extended partition that begins at sector `base`.
 
-    Each has a sector with an entry for itself and one that leads to the next.  A chain that is damaged ends there.
+    Each has a boot record with an entry for the partition and one for the next record.  A damaged record is the last.
     """
     found: list[Partition] = []
     passed: set[int] = set()
@@ -153,7 +153,7 @@ def _extended(disk: Source, base: int) -> list[Partition]:
         name = f"p{LOGICAL_FIRST + len(found)}"
         entries = _entries(disk.read(at * SECTOR, SECTOR)) if (at + 1) * SECTOR <= disk.size else []
         if not entries or at in passed:
-            what = "comes for the second time" if at in passed else "is damaged"
+            what = "is in the chain twice" if at in passed else "is damaged"
             found.append(Partition(name=name, start=0, size=0, problem=f"its boot record at sector {at} {what}"))
             break
         passed.add(at)
@@ -170,9 +170,9 @@ def _extended(disk: Source, base: int) -> list[Partition]:
 
 
 def _gpt(disk: Source) -> tuple[list[Partition], int]:
-    """Return the partitions of a GPT, and where the one with a disklabel begins, or 0.
+    """Return the partitions of a GPT, and the start of the one with a disklabel, or 0.
 
-    Raises DiskFsError if neither it nor its backup is whole.
+    Raises DiskFsError if both the GPT and its backup are damaged.
     """
     try:
         table, size = _gpt_table(disk, 1)
@@ -180,7 +180,7 @@ def _gpt(disk: Source) -> tuple[list[Partition], int]:
         try:
             table, size = _gpt_table(disk, disk.size // SECTOR - 1)
         except DiskFsError as backup:
-            raise DiskFsError(f"its GPT {error}, and the backup of that {backup}") from error
+            raise DiskFsError(f"its GPT {error}, and the backup {backup}") from error
     found, label_at = [], 0
     for number in range(len(table) // size):
         kind, _, first, last = GPT_ENTRY.unpack_from(table, number * size)
@@ -193,7 +193,7 @@ def _gpt(disk: Source) -> tuple[list[Partition], int]:
 
 
 def _gpt_table(disk: Source, at: int) -> tuple[bytes, int]:
-    """Return the entries that the header in a sector tells of, and the size of each.  Raises DiskFsError."""
+    """Return the entries of the GPT with its header in sector `at`, and the size of an entry.  Raises DiskFsError."""
     raw = disk.read(at * SECTOR, SECTOR)
     magic, _, header_bytes, crc, here, _, _, _, _, first, count, size, table_crc = GPT_HEADER.unpack_from(raw)
     if magic != GPT_MAGIC:
@@ -201,19 +201,19 @@ def _gpt_table(disk: Source, at: int) -> tuple[bytes, int]:
     if not GPT_HEADER.size <= header_bytes <= SECTOR:
         raise DiskFsError(f"has a header of {header_bytes} bytes")
     if zlib.crc32(raw[:GPT_CRC_AT] + bytes(4) + raw[GPT_CRC_AT + 4 : header_bytes]) != crc or here != at:
-        raise DiskFsError("has a header whose checksum is wrong" if here == at else f"has the header of sector {here}")
+        raise DiskFsError("has a header with a wrong checksum" if here == at else f"has the header of sector {here}")
     if count > GPT_ENTRIES_MAX or size not in GPT_ENTRY_BYTES or count * size > READ_MAX:
         raise DiskFsError(f"has {count} entries of {size} bytes")
     table = disk.read(first * SECTOR, count * size)
     if zlib.crc32(table) != table_crc:
-        raise DiskFsError("has entries whose checksum is wrong")
+        raise DiskFsError("has entries with a wrong checksum")
     return table, size
 
 
 def _disklabel(disk: Source, begin: int) -> list[Partition] | None:
-    """Return the partitions of the disklabel in the partition that begins at `begin`; None: there is none.
+    """Return the partitions of the disklabel in the partition that begins at `begin`; None if there is no label.
 
-    They count from the beginning of the disk, whatever partition the label is in.  Raises DiskFsError.
+    Their offsets are relative to the beginning of the disk, not of that partition.  Raises DiskFsError.
     """
     at = begin + LABEL_AT
     if at + 2 * SECTOR > disk.size:
@@ -230,7 +230,7 @@ def _disklabel(disk: Source, begin: int) -> list[Partition] | None:
     for word in words:
         check ^= word
     if check:
-        raise DiskFsError("its disklabel has a checksum that is wrong")
+        raise DiskFsError("its disklabel has a wrong checksum")
     if sector != SECTOR:
         raise DiskFsError(f"its disklabel is for sectors of {sector} bytes")
     found = []

@@ -1,7 +1,7 @@
-"""Bytes of a disk from which file systems are read: bounds, a small cache, and a bound on the work for one disk.
+"""Reads bytes of a disk for the file systems: checks bounds, has a small cache, and limits the work for one disk.
 
-A guest wrote all of it.  Every reader in this package goes through `Source`, so that no structure can make us read
-outside of the disk or of its partition, keep more than the cache, or look for longer than WORK_MAX allows.
+All the bytes are from a guest.  Every reader in this package uses `Source`.  So no structure on the disk can make us
+read outside of the disk or partition, use more memory than the cache, or do more work than WORK_MAX.
 """
 
 from vmd.errors import VmdError
@@ -13,29 +13,29 @@ if TYPE_CHECKING:
 
     Read = Callable[[int, int], bytes]
 
-CACHED_BYTES = 4096  # what is cached together
-CACHED = 256  # how many of these
-READ_MAX = 1 << 20  # of structures, at once
-# One for each read, one for each sector that it covers, one for each name of a directory that is looked at: some
-# seconds.  A journal of 1 GiB, full of the smallest transactions, takes 1.6 million.
+CACHED_BYTES = 4096  # size of a block of the cache
+CACHED = 256  # blocks in the cache
+READ_MAX = 1 << 20  # bytes of one structure
+# Units of work: one for each read, one for each sector that it covers, one for each directory entry that is compared.
+# The limit takes some seconds.  A journal of 1 GiB, full of the smallest transactions, takes 1.6 million units.
 WORK_MAX = 1 << 21
-POINTERS_SPENT = 32  # bytes of numbers of blocks that are looked at for one unit of work
+POINTERS_SPENT = 32  # bytes of block numbers for one unit of work
 SHOWN_MAX = 100
 
 
 def printable(text: str) -> str:
-    """Return a text for a sentence: on one line, whatever is in it."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)  # no codec is loaded once we are confined
+    """Return a text as one line for a sentence: unprintable characters are escaped."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)  # codecs cannot be loaded after confinement
 
 
 def shown(name: bytes) -> str:
-    """Return a name from a disk for a sentence: on one line, and not too long."""
+    """Return a name from a disk as one line of limited length for a sentence."""
     text = printable(name[: SHOWN_MAX + 1].decode(errors="backslashreplace"))
     return text if len(text) <= SHOWN_MAX else text[:SHOWN_MAX] + "..."
 
 
 class DiskFsError(VmdError):
-    """A file cannot be read from a disk: `partition p2 (ext4): /vmlinuz: what`, as much of it as is known."""
+    """A file cannot be read from a disk.  The text is `partition p2 (ext4): /vmlinuz: what`, without unknown parts."""
 
     def __init__(self, what: str, *, partition: str = "", filesystem: str = "", path: str = "") -> None:
         super().__init__(what)
@@ -45,7 +45,7 @@ class DiskFsError(VmdError):
         self.path = path
 
     def at(self, *, partition: str = "", filesystem: str = "", path: str = "") -> "DiskFsError":
-        """Return the same with what was not known where it was raised."""
+        """Return the same error with parts that were not known where it was raised."""
         return type(self)(
             self.what,
             partition=self.partition or partition,
@@ -61,27 +61,27 @@ class DiskFsError(VmdError):
 
 
 class NoSuchFile(DiskFsError):
-    """There is no such file; nothing was wrong with what was read."""
+    """There is no such file, and the directories could be read."""
 
 
 class Store:
-    """A whole disk, with the cache and the work left."""
+    """A whole disk, with its cache and the remaining work."""
 
     def __init__(self, read: "Read", size: int) -> None:
         """`read(offset, length)` returns exactly `length` bytes, and raises OSError."""
         self.read = read
         self.size = size
         self.work = WORK_MAX
-        self.cache: dict[int, bytes] = {}  # the one used last is the last
+        self.cache: dict[int, bytes] = {}  # block number -> bytes; the most recently used one is last
 
     def spend(self, work: int) -> None:
-        """Count work.  Raises DiskFsError when too much was done for this disk."""
+        """Count work.  Raises DiskFsError if it exceeds WORK_MAX for this disk."""
         self.work -= work
         if self.work < 0:
             raise DiskFsError("too much would have to be read to find it")
 
     def plain(self, offset: int, length: int) -> bytes:
-        """Read past the cache.  Raises DiskFsError."""
+        """Read without the cache.  Raises DiskFsError."""
         try:
             data = self.read(offset, length)
         except OSError as error:
@@ -118,20 +118,20 @@ class Source:
         self.size = size
 
     def part(self, start: int, size: int) -> "Source":
-        """Return a part of it.  Raises DiskFsError if that is not inside."""
+        """Return a part of this source.  Raises DiskFsError if it is not inside."""
         self.inside(start, size)
         return Source(self.store, self.start + start, size)
 
     def read(self, offset: int, length: int) -> bytes:
         """Return bytes of a structure; at most READ_MAX.  Raises DiskFsError."""
         if length > READ_MAX:
-            raise DiskFsError(f"a structure of {length} bytes, where {READ_MAX} are the most")
+            raise DiskFsError(f"a structure of {length} bytes (limit is {READ_MAX})")
         self.inside(offset, length)
         self.store.spend(1 + (length + SECTOR - 1) // SECTOR)
         return self.store.cached(self.start + offset, length) if length else b""
 
     def content(self, offset: int, length: int) -> bytes:
-        """Return bytes of a file, neither cached nor counted: the size of the file is their bound.
+        """Return bytes of a file.  They are not cached, and not counted as work: the size of the file limits them.
 
         Raises DiskFsError.
         """
@@ -139,10 +139,10 @@ class Source:
         return self.store.plain(self.start + offset, length) if length else b""
 
     def spend(self, work: int) -> None:
-        """Count work besides reading.  Raises DiskFsError."""
+        """Count work other than reading.  Raises DiskFsError."""
         self.store.spend(work)
 
     def inside(self, offset: int, length: int) -> None:
-        """Raise DiskFsError if a range is not inside."""
+        """Raise DiskFsError unless a range is inside this source."""
         if offset < 0 or length < 0 or offset + length > self.size:
-            raise DiskFsError(f"{length} bytes at {offset} are behind its end at {self.size}")
+            raise DiskFsError(f"{length} bytes at {offset} are after its end at {self.size}")

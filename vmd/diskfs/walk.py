@@ -1,7 +1,7 @@
-"""From a path to a file, in any file system: what all readers have in common.
+"""Finds a file by its path in any file system: the code that all readers share.
 
-Links are followed inside the file system only.  `..` goes back the way that was come, so no loop of directories can
-be walked forever.
+Symbolic links are followed inside the file system only.  `..` goes back to the directory before in the path, without
+reading the entry on disk, so a loop of directories cannot be walked for ever.
 """
 
 from vmd.diskfs.source import DiskFsError, NoSuchFile, Source, shown
@@ -13,29 +13,29 @@ if TYPE_CHECKING:
     from typing import Protocol
 
     class FileSystem(Protocol):
-        """A file system that was recognised; every method raises DiskFsError, and nothing else."""
+        """A file system that was recognised.  Every method raises DiskFsError only."""
 
         name: str  # "ext4", "FFS2"
 
         def node(self, number: int) -> "Node":
-            """Return what an inode says."""
+            """Return an inode."""
 
         def entry(self, directory: "Node", name: bytes) -> int:
-            """Return the inode that a name stands for; 0: there is no such name."""
+            """Return the number of the inode for a name; 0 if there is no such name."""
 
         def target(self, link: "Node") -> bytes:
-            """Return where a link leads; `link.size` is at most PATH_MAX."""
+            """Return the target of a symbolic link.  `link.size` is at most PATH_MAX."""
 
         def pieces(self, file: "Node") -> "Iterator[tuple[int, bytes]]":
-            """Yield what is not a hole: offset in the file and bytes, ascending, at most PIECE_BYTES each."""
+            """Yield (offset in the file, bytes) in ascending order, without holes, at most PIECE_BYTES each."""
 
 
 PIECE_BYTES = 1 << 20
 PATH_MAX = 4096
 NAME_MAX = 255
-DEPTH_MAX = 256  # directories inside one another
+DEPTH_MAX = 256  # nested directories
 LINKS_MAX = 40
-ROOT = 2  # the inode of the root directory, of ext and of FFS alike
+ROOT = 2  # the inode of the root directory, in both ext and FFS
 FILE_MAX = 1 << 30
 
 FILE, DIRECTORY, LINK, OTHER = "a file", "a directory", "a symbolic link", "neither a file nor a directory"
@@ -43,7 +43,7 @@ KINDS = {0x8: FILE, 0x4: DIRECTORY, 0xA: LINK}  # by the upper four bits of a mo
 
 
 class Node(Record):
-    """An inode: `size` in bytes, `raw` as it is on the disk."""
+    """An inode.  `size` is in bytes; `raw` are its bytes on the disk."""
 
     number: int
     kind: str
@@ -52,12 +52,12 @@ class Node(Record):
 
 
 def kind_of(mode: int) -> str:
-    """Return what a mode says an inode is."""
+    """Return the kind of inode for a mode."""
     return KINDS.get(mode >> 12, OTHER)
 
 
 class File:
-    """A file that was found; `size` in bytes, as its inode says, which is at most FILE_MAX."""
+    """A file that was found.  `size` is the size in its inode in bytes, at most FILE_MAX."""
 
     def __init__(self, filesystem: "FileSystem", node: Node, path: str) -> None:
         self.filesystem = filesystem
@@ -67,7 +67,7 @@ class File:
         self.size = node.size
 
     def pieces(self) -> "Iterator[tuple[int, bytes]]":
-        """Yield offset in the file and bytes, ascending, at most PIECE_BYTES each; what is left out is zeroes.
+        """Yield (offset in the file, bytes) in ascending order, at most PIECE_BYTES each.  The rest is zeroes.
 
         Raises DiskFsError.
         """
@@ -77,10 +77,10 @@ class File:
             raise error.at(partition=self.partition, filesystem=self.filesystem.name, path=self.path) from error
 
     def content(self, most: int) -> bytes:
-        """Return the bytes of a small file.  Raises DiskFsError, also if it is larger than `most`."""
+        """Return the bytes of a small file.  Raises DiskFsError, also if it has more than `most` bytes."""
         if self.size > most:
             raise DiskFsError(
-                f"has {self.size} bytes, where {most} are the most",
+                f"has {self.size} bytes (limit is {most})",
                 partition=self.partition,
                 filesystem=self.filesystem.name,
                 path=self.path,
@@ -92,21 +92,21 @@ class File:
 
 
 def find(filesystem: "FileSystem", path: str) -> File:
-    """Return the file of a path, which begins with `/` or is taken as if it did.
+    """Return the file of a path.  The path is relative to the root directory, even without a `/` at its beginning.
 
     Raises:
-        NoSuchFile: a name of it is not there.
-        DiskFsError: it is no file, or something on the way to it cannot be read.
+        NoSuchFile: the file or a directory in the path does not exist.
+        DiskFsError: it is not a regular file, or something in the path cannot be read.
     """
     try:
         try:
             node = _walk(filesystem, path.encode(errors="surrogateescape"))
         except UnicodeEncodeError:
-            raise NoSuchFile("no name of a file is like that") from None
+            raise NoSuchFile("cannot be the name of a file") from None
         if node.kind != FILE:
             raise DiskFsError(f"is {node.kind}")
         if node.size > FILE_MAX:
-            raise DiskFsError(f"has {node.size} bytes, where {FILE_MAX} are the most")
+            raise DiskFsError(f"has {node.size} bytes (limit is {FILE_MAX})")
     except DiskFsError as error:
         raise error.at(filesystem=filesystem.name, path=path) from error
     return File(filesystem, node, path)
@@ -121,12 +121,12 @@ def root_of(filesystem: "FileSystem") -> Node:
 
 
 def _walk(filesystem: "FileSystem", path: bytes) -> Node:
-    """Return the inode of a path, links followed.  Raises DiskFsError."""
+    """Return the inode of a path, and follow symbolic links.  Raises DiskFsError."""
     if len(path) > PATH_MAX:
-        raise DiskFsError(f"a path of {len(path)} bytes, where {PATH_MAX} are the most")
-    names = path.split(b"/")[::-1]  # those still to go, the next one last
-    way = [root_of(filesystem)]  # directories from the root down to where we are
-    done: list[bytes] = []  # their names, without the root's
+        raise DiskFsError(f"a path of {len(path)} bytes (limit is {PATH_MAX})")
+    names = path.split(b"/")[::-1]  # remaining names, the next one last
+    way = [root_of(filesystem)]  # inodes from the root to the current one
+    done: list[bytes] = []  # names of `way`, without the root
     links = 0
     while names:
         name = names.pop()
@@ -138,9 +138,9 @@ def _walk(filesystem: "FileSystem", path: bytes) -> Node:
                 done.pop()
             continue
         if way[-1].kind != DIRECTORY:
-            raise DiskFsError(f"{_at(done)} is {way[-1].kind}, where a directory is needed")
+            raise DiskFsError(f"{_at(done)} is {way[-1].kind}, not a directory")
         if len(way) > DEPTH_MAX:
-            raise DiskFsError(f"more than {DEPTH_MAX} directories inside one another")
+            raise DiskFsError(f"more than {DEPTH_MAX} nested directories")
         number = filesystem.entry(way[-1], name) if len(name) <= NAME_MAX else 0
         if not number:
             raise NoSuchFile(f"there is no {_at([*done, name])}" + (", where a link leads" if links else ""))
@@ -172,9 +172,9 @@ def _at(names: list[bytes]) -> str:
 def pieces_of(
     source: Source, runs: "Iterator[tuple[int, int, int]]", size: int
 ) -> "Iterator[tuple[int, bytes]]":
-    """Yield a file's bytes from its runs: (offset in the file, offset on the source, length), in bytes, ascending.
+    """Yield the bytes of a file from its runs: (offset in the file, offset in the source, length), ascending, in bytes.
 
-    Runs that are side by side are read together.  Raises DiskFsError.
+    Adjacent runs are read together.  Raises DiskFsError.
     """
     at = start = length = 0
     for offset, begin, more in runs:

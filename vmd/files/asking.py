@@ -1,4 +1,4 @@
-"""Has a leaf do something with files that are open here, and makes a sentence of whatever comes of it."""
+"""Asks a leaf to do something with open files.  Turns every failure into a sentence."""
 
 import errno
 
@@ -28,10 +28,10 @@ def ask_patiently(
     failed: str,
     late: str,
 ) -> "T":
-    """Return what a leaf answers; `go_on` is called now and then.
+    """Send a question to a leaf and return its answer.  `go_on` is called now and then while this waits.
 
-    `unpack` reads the line, and raises OSError, or ValueError for one that no such leaf writes.  `failed` is the
-    beginning of a sentence, as in "disk d: cannot be read", and `late` all of one.  Raises OperatorError.
+    `unpack` parses the line of the answer.  It raises OSError, or ValueError if the line is malformed.  `failed` is the
+    beginning of a sentence, as in "disk d: cannot be read"; `late` is a whole sentence.  Raises OperatorError.
     """
     line = b""
     try:

@@ -1,6 +1,6 @@
-"""What a VM boots: a kernel and its initrd, or firmware, opened here or by a client.
+"""Opens what a VM boots: a kernel and its initrd, or firmware.  A client may have opened them instead.
 
-Nothing here looks at what a file says: that is for a process without privileges.
+The content of the files is not parsed here, but by a process without privileges.
 """
 
 import errno
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 PIECE = 1 << 20
-# Where distributions put SeaBIOS: Debian's package seabios, Fedora's seabios-bin, Arch's seabios, QEMU's own.
+# SeaBIOS as packaged by distributions: seabios of Debian and Arch, seabios-bin of Fedora, and QEMU's own.
 FIRMWARE_PATHS = (
     "/usr/share/seabios/bios-256k.bin",
     "/usr/share/seabios/bios.bin",
@@ -28,7 +28,7 @@ FIRMWARE_PATHS = (
 
 
 class BootFiles:
-    """Descriptors a VM boots from, until they are handed over; closes what was not."""
+    """The descriptors that a VM boots from.  `close` closes those that were not taken."""
 
     def __init__(self) -> None:
         self.boot: int | None = None
@@ -36,18 +36,18 @@ class BootFiles:
         self.initrd: int | None = None
 
     def take_boot(self) -> int:
-        """Return the kernel or firmware, which is the caller's from now on."""
+        """Return the kernel or firmware.  The caller owns the descriptor."""
         boot, self.boot = self.boot, None
         assert boot is not None
         return boot
 
     def take_initrd(self) -> list[int]:
-        """Return the initrd, if there is one; it is the caller's from now on."""
+        """Return the initrd if there is one, else [].  The caller owns the descriptor."""
         initrd, self.initrd = self.initrd, None
         return [initrd] if initrd is not None else []
 
     def close(self) -> None:
-        """Close what nobody took."""
+        """Close the descriptors that were not taken."""
         for fd in (self.boot, self.initrd):
             if fd is not None:
                 close(fd)
@@ -55,9 +55,9 @@ class BootFiles:
 
 
 def open_regular(path: str, what: str) -> int:
-    """Open a regular file for reading; that of a user only by names that lead to it.
+    """Open a regular file for reading.  With the rights of a user, `open_image` does it, which checks the file first.
 
-    Raises OperatorError naming `what` and the path.  O_NONBLOCK: a FIFO would keep us waiting.
+    O_NONBLOCK, because opening a FIFO would block.  Raises OperatorError naming `what` and the path.
     """
     if os.geteuid():
         fd = open_image(path, f"{what} {path}", writable=False, missing=errno.ENOENT)
@@ -65,7 +65,7 @@ def open_regular(path: str, what: str) -> int:
         try:
             fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
         except OSError as error:
-            if os.path.isdir(path):  # an opener lists none, so it opens none
+            if os.path.isdir(path):  # the opener has no right to list directories, so the error may be another one
                 raise OperatorError(errno.EINVAL, f"{what} {path}: not a regular file") from None
             number = error.errno or errno.EIO
             raise OperatorError(number, f"{what} {path}: {os.strerror(number)}") from None
@@ -87,15 +87,15 @@ def require_regular(fd: int, name: str) -> None:
     if not stat.S_ISREG(mode):
         advice = " but a block device: give it as disk" if stat.S_ISBLK(mode) else ""
         raise OperatorError(errno.EINVAL, f"{name}: not a regular file{advice}")
-    # One that was opened as a mere place proves that somebody could name the file, not that he may read it.
+    # A descriptor with O_PATH does not prove that its owner may read the file.
     if flags & os.O_PATH or flags & os.O_ACCMODE == os.O_WRONLY:
         raise OperatorError(errno.EACCES, f"{name}: not open for reading")
 
 
 def require_readable(fd: int, name: str, groups: "Sequence[int]") -> None:
-    """Raise OperatorError unless this user, who has these groups, may read the open file, by its own mode bits.
+    """Raise OperatorError unless the mode bits of an open file let this user, with these groups, read it.
 
-    The check is made on the descriptor that will be used, so that no path can be swapped in between.
+    The check is of the descriptor that will be used, so nobody can exchange the file in between.
     """
     user = os.geteuid()
     if user == 0:
@@ -115,16 +115,16 @@ def require_readable(fd: int, name: str, groups: "Sequence[int]") -> None:
 
 
 def copy_to_memory(fd: int, memory: int, name: str, bytes_max: int, on_piece: "Callable[[], None]") -> None:
-    """Copy a file into an empty memory file, which nothing changes any more then.
+    """Copy a file to an empty memory file, and seal that against changes.
 
-    `on_piece` is called again and again.  Raises OperatorError.
+    `on_piece` is called after each piece.  Raises OperatorError.
     """
     done = 0
     try:
         while piece := os.pread(fd, PIECE, done):
             done += len(piece)
             if done > bytes_max:
-                raise OperatorError(errno.EFBIG, f"{name}: larger than {bytes_max >> 20} MiB, so that no copy is kept")
+                raise OperatorError(errno.EFBIG, f"{name}: larger than {bytes_max >> 20} MiB, the limit for a copy")
             os.write(memory, piece)
             on_piece()
         seal(memory, CONSTANT)
@@ -133,7 +133,7 @@ def copy_to_memory(fd: int, memory: int, name: str, bytes_max: int, on_piece: "C
 
 
 def open_firmware() -> tuple[int, str]:
-    """Open the BIOS image of the distribution; OperatorError(VMD_BIOS_MISSING) if there is none."""
+    """Open the BIOS image of the distribution.  Raises OperatorError, VMD_BIOS_MISSING if there is none."""
     for path in FIRMWARE_PATHS:
         try:
             return open_regular(path, "firmware"), path
@@ -147,7 +147,10 @@ def open_firmware() -> tuple[int, str]:
 
 
 def open_boot_files(kernel: str, initrd: str) -> BootFiles:
-    """Open a kernel and its initrd, if it has one; without a kernel this host's firmware.  Raises OperatorError."""
+    """Open a kernel, or the firmware of this host if `kernel` is "", and the initrd if there is one.
+
+    Raises OperatorError.
+    """
     files = BootFiles()
     try:
         if kernel:

@@ -1,4 +1,4 @@
-"""Why a file may not be used although its mode allows it: some file systems serve some users only."""
+"""Explains why a file cannot be used although its mode allows it: some file systems serve only some users."""
 
 import errno
 import os
@@ -11,15 +11,15 @@ FUSE, NFS = 0x65735546, 0x6969  # <linux/magic.h>
 DENIALS = (errno.EACCES, errno.EPERM, errno.EOVERFLOW)
 
 REASONS = {
-    FUSE: "it is on a FUSE file system, which serves only who has mounted it; mount it with -o allow_other, as a user"
-    " of this host",
-    NFS: "it is on NFS, whose server may take root for nobody (root_squash); export it with no_root_squash, or let"
+    FUSE: "it is on a FUSE file system, which serves only the user who mounted it; mount it with -o allow_other,"
+    " outside of any user namespace",
+    NFS: "it is on NFS, whose server may treat root as nobody (root_squash); export it with no_root_squash, or let"
     " everybody read and write the file",
 }
 
 
 def explained(number: int, path: str, who: str) -> str:
-    """Return the words for an errno, and what is behind it if that is known; `who` wanted to use the file."""
+    """Return the text for an errno, with the reason if it is known.  `who` is the user who was refused."""
     words = os.strerror(number)
     if number not in DENIALS:
         return words
@@ -30,12 +30,12 @@ def explained(number: int, path: str, who: str) -> str:
 
 
 def file_system(path: str) -> int:
-    """Return the magic number of the file system that a file is on, or would be; 0 if that cannot be known."""
+    """Return the magic number of the file system of a path, which need not exist; 0 if it is not known."""
     while True:
         try:
             fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
         except (OSError, ValueError):
-            # Not let into it, we see where it is mounted: that belongs to it already.
+            # Without access to the path itself, its mount point can still be opened: that is on the same file system.
             above = os.path.dirname(path)
             if above in ("", path):
                 return 0
@@ -50,11 +50,11 @@ def file_system(path: str) -> int:
 
 
 def file_system_of(fd: int) -> int:
-    """Return the magic number of the file system that an open file is on.  Raises HostError."""
+    """Return the magic number of the file system of an open file.  Raises HostError."""
     try:
         return linux.file_system_type(fd) & 0xFFFFFFFF
     except HostError as error:
-        if error.number != errno.ENOSYS:  # which only a FUSE server answers that has not thought of it
+        if error.number != errno.ENOSYS:  # ENOSYS is the answer of a FUSE server without statfs
             raise
         return FUSE
 

@@ -1,6 +1,6 @@
-"""Has imgboot read a kernel or initrd out of the file systems of a disk, whose images are open and locked.
+"""Asks imgboot to read a kernel or initrd from a file system of a disk, whose images are open and locked.
 
-Each is a memory file, which nobody can change any more once this has it.
+The file is copied to a memory file, which is then sealed against changes.
 """
 
 import errno
@@ -23,20 +23,20 @@ if TYPE_CHECKING:
 
 
 class NothingToStart(OperatorError):
-    """On no disk of a VM a BIOS finds something to start; says what is known of each."""
+    """A BIOS finds no boot code on any disk of a VM; the sentence says what each disk has."""
 
     def __init__(self, disks: list[str]) -> None:
         super().__init__(errno.ENOEXEC, f"nothing to boot from: no boot sector on {'; '.join(disks)}")
 
 
 class FromDisks:
-    """What was read so far; whoever has this owns the descriptors."""
+    """The kernel and initrd that were read from disks.  Owns their descriptors."""
 
     def __init__(self) -> None:
         self.kernel: list[int] = []
         self.initrd: list[int] = []
-        self.kernel_name = ""  # as DiskFile in words, with the partition where it was found
-        self.options = ""  # of boot(8), without the hyphen
+        self.kernel_name = ""  # text of a DiskFile, with the partition in which it was found
+        self.options = ""  # options of boot(8), without the hyphen
 
     def read(
         self,
@@ -47,7 +47,10 @@ class FromDisks:
         memory: int,
         go_on: "Callable[[], None]",
     ) -> None:
-        """Have a file copied to `memory`, which is ours; `go_on` is called now and then.  Raises OperatorError."""
+        """Copy a file of a disk to `memory`, and take that descriptor.  Raises OperatorError.
+
+        `go_on` is called now and then while this waits.
+        """
         (self.kernel if name == "kernel" else self.initrd).append(memory)
         top = disk.links[0].path
         what = f"{str(file).removesuffix(':')}: disk {top}"
@@ -64,12 +67,12 @@ class FromDisks:
             self.kernel_name, self.options = found.name, found.options
 
     def close(self) -> None:
-        """Let go of what was read."""
+        """Close the descriptors."""
         close_all((*self.kernel, *self.initrd))
 
 
 def look(sock: "socket.socket", index: int, disk: "OpenDisk", go_on: "Callable[[], None]") -> str:
-    """Return what there is on a disk that no BIOS starts from, and what may be done.  Raises OperatorError."""
+    """Return a sentence about a disk without boot code: what it has, and what can be booted.  Raises OperatorError."""
     name = f"disk {disk.links[0].path}"
     found = ask(sock, DiskFile(disk=index), disk, name, [], go_on)
     return f"{name}: {found if isinstance(found, str) else found.name}"
@@ -83,12 +86,12 @@ def ask(
     memory: list[int],
     go_on: "Callable[[], None]",
 ) -> BootFile | str:
-    """Return what imgboot answers.  Raises OperatorError, whose sentence begins with `what`."""
+    """Return the answer of imgboot.  Raises OperatorError, whose sentence begins with `what`."""
     copies: list[int] = []
     failed = f"{what}: cannot be read"
     try:
         for link in disk.links:
-            # For reading only, and without our lock and claim.
+            # Opened again: for reading only, and without our locks and O_EXCL.
             flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
             copies.append(os.open(f"/proc/self/fd/{link.fd}", flags))
         links = [BootLink(path=one.path, format=one.format, guessed=one.guessed) for one in disk.links]

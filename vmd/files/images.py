@@ -1,7 +1,7 @@
-"""Opens disks and ISO images, with the rights that this process has, and looks at no byte of them (*cat. 4.3, 8*).
+"""Opens disks and ISO images with the rights of this process, without reading any of their bytes (*cat. 4.3, 8*).
 
-What a file is gets checked before it is opened: opening a device can have an effect, such as arming a watchdog.
-What an image says of itself, imgprobe reads; what is taken from it, at most, is the path of a backing file.
+The type of a file is checked before the open, because opening a device can have an effect, such as arming a watchdog.
+imgprobe reads the headers of images.  Of its answer, only the path of a backing file is used to open further files.
 """
 
 import errno
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 DISC_BLOCK = 2048
 
-# File systems whose files are the kernel, or processes: a backing file there could be root's own memory.
+# File systems of the kernel.  A backing file on one of these could be, for example, the memory of a process of root.
 KERNEL_FILE_SYSTEMS = {
     0x9FA0: "proc", 0x62656572: "sysfs", 0x64626720: "debugfs", 0x74726163: "tracefs", 0x73636673: "securityfs",
     0x62656570: "configfs", 0x63677270: "cgroup2", 0x27E0EB: "cgroup", 0xCAFE4A11: "bpf", 0xDE5E81E4: "efivarfs",
@@ -49,7 +49,7 @@ KERNEL_FILE_SYSTEMS = {
 
 
 class OpenImage(Record):
-    """One image of a disk; `guessed`: nobody but its first bytes said that it has this format."""
+    """One image of a disk.  `guessed`: the format is known only from the first bytes of the image."""
 
     fd: int
     path: str
@@ -58,37 +58,37 @@ class OpenImage(Record):
 
 
 class OpenDisk:
-    """The images of a disk, open and locked: the disk itself first, what it is based on after it.
+    """The images of a disk, open and locked: the top image first, then its backing files.
 
-    The locks belong to the open files: they last until the last copy of a descriptor is closed.
+    The locks belong to the open file descriptions, and last until the last copy of a descriptor is closed.
     """
 
-    read_only = False  # upstream has no disk that is: what cannot be written is an error
+    read_only = False  # as upstream, there are no read-only disks: a disk that cannot be written is an error
 
     def __init__(self) -> None:
         self.links: list[OpenImage] = []
-        self.notes: list[str] = []  # sentences that its operator should read
-        self.boots: bool | None = None  # whether a BIOS may find something to start; None: nobody has looked
+        self.notes: list[str] = []  # sentences for the operator
+        self.boots: bool | None = None  # whether it may have boot code for a BIOS; None: not known
 
     def take_fds(self) -> list[int]:
-        """Return the descriptors, which are the caller's from now on."""
+        """Return the descriptors.  The caller owns them."""
         fds = [link.fd for link in self.links]
         self.links = []
         return fds
 
     def close(self) -> None:
-        """Close what nobody took."""
+        """Close the descriptors that were not taken."""
         for fd in self.take_fds():
             close(fd)
 
 
 class Use(Record):
-    """How images are opened."""
+    """The purpose for which images are opened."""
 
-    in_conf: bool = True  # whether advice is for who writes a vm.conf, else for who types a command
-    mends: bool = False  # to complete what was cut off in the middle
-    boots: bool = False  # to see whether a BIOS finds something to start
-    locked: bool = True  # as for a VM; else for reading only, for who just wants to know
+    in_conf: bool = True  # advice in sentences is for vm.conf; False: for a command line
+    mends: bool = False  # to repeat a revert that was interrupted
+    boots: bool = False  # to find out whether there is boot code for a BIOS
+    locked: bool = True  # as for a VM; False: for reading only, without locks
 
 
 FOR_A_VM = Use()
@@ -97,13 +97,13 @@ FOR_A_VM = Use()
 def open_disk(
     config: DiskConfig, prober: "Prober", use: Use = FOR_A_VM, at: "Callable[[str], None]" = lambda _what: None
 ) -> OpenDisk:
-    """Open and lock a disk, for writing, and the images it is based on, for reading: each is named by the one before.
+    """Open and lock the image of a disk for writing, and the chain of its backing files for reading.
 
-    `at` is told what is opened next.
+    `at` is called with the name of what is opened next.
 
     Raises:
-        OperatorError: VMD_DISK_MISSING if a file cannot be opened, EBUSY if somebody uses it, EACCES if this
-            user may not, else what is wrong with it.
+        OperatorError: VMD_DISK_MISSING if a file cannot be opened, EBUSY if it is in use, EACCES if this user may not
+            open it, EINVAL and others if something is wrong with it.
     """
     disk = OpenDisk()
     try:
@@ -116,7 +116,7 @@ def open_disk(
 
 def _follow(disk: OpenDisk, config: DiskConfig, use: Use, prober: "Prober", at: "Callable[[str], None]") -> None:
     path = config.path
-    # The name is the operator's, or of the user with whose rights all of this is opened; no guest can change it.
+    # The name is from the operator or from the user whose rights open the files.  A guest cannot change it.
     format_hint = config.format or named_format(path)
     raw = given_as("raw", path, in_conf=use.in_conf)
     name = top = f"disk {path}"
@@ -147,7 +147,7 @@ def _follow(disk: OpenDisk, config: DiskConfig, use: Use, prober: "Prober", at: 
         except BaseException:
             close(fd)
             raise
-        # With a hint its answer cannot make the image something else: imgprobe has seen bytes from anybody.
+        # A hint takes precedence over the answer, because imgprobe has parsed untrusted bytes.
         link = OpenImage(fd=fd, path=path, format=format_hint or probe.format, guessed=not format_hint)
         disk.links.append(link)
         if use.boots and disk.boots is None and not (BELOW in probe.notes and probe.backing):
@@ -157,7 +157,7 @@ def _follow(disk: OpenDisk, config: DiskConfig, use: Use, prober: "Prober", at: 
         if link.format == "raw" or not probe.backing:
             return
         if link.guessed:
-            # A guest writes the first bytes of its disk, so what they say must not open another file.
+            # A guest can write the first bytes of its disk, so they must not decide which other file is opened.
             if first:
                 given = given_as(link.format, path, in_conf=use.in_conf)
                 advice = f"configure it with {given}" if use.in_conf else f"give it as {given}"
@@ -172,7 +172,7 @@ def _follow(disk: OpenDisk, config: DiskConfig, use: Use, prober: "Prober", at: 
 
 
 def _ask(fd: int, path: str, name: str, hint: str, prober: "Prober", *, boots: bool = False) -> Probe:
-    """Return what imgprobe says; if it may not even ask the file for its size, say why.  Raises OperatorError."""
+    """Return the answer of imgprobe.  If it has no access to the file, explain why.  Raises OperatorError."""
     try:
         return prober.probe(fd, name, hint, boots=boots)
     except OperatorError as error:
@@ -184,12 +184,13 @@ def _ask(fd: int, path: str, name: str, hint: str, prober: "Prober", *, boots: b
 
 
 def _examine(fd: int, path: str, name: str, format_hint: str, prober: "Prober", *, boots: bool = False) -> Probe:
-    """Return what an image is.  What is raw by somebody's word is never taken for anything else.
+    """Return the format, size and so on of an image.  Raises OperatorError.
 
-    It is not even looked at, but for `boots`.  Raises OperatorError.
+    An image that is stated to be raw is always raw.  It is not probed then, except for `boots` and on FUSE.
     """
     stated = format_hint == "raw"
-    # FUSE asks at each call who makes it.  imgprobe reads nothing of what is raw, but is the user who will serve it.
+    # FUSE checks the user at each call.  imgprobe reads no bytes of a raw image, but runs as the user of the VM's
+    # device process, so its access shows whether that will have access.
     unasked = stated and not boots and not on_fuse(fd)
     probe = Probe(format="raw", size=0) if unasked else _ask(fd, path, name, format_hint, prober, boots=boots)
     if probe.format != "raw":
@@ -201,33 +202,33 @@ def _examine(fd: int, path: str, name: str, format_hint: str, prober: "Prober", 
 
 
 def unfit(probe: Probe, path: str, use: Use = FOR_A_VM) -> str:
-    """Return why an image cannot be written to as a disk, or ""."""
+    """Return why an image cannot be used as a writable disk, or ""."""
     if CORRUPT in probe.notes:
         return f"is marked as corrupt; repair it with qemu-img check -r all {quoted(path)}"
     if GOING_BACK in probe.notes and not use.mends:
         return (
-            "was going back to a snapshot with other disks when that was cut off, and they may not be of one time:"
-            " do that again with vmctl snapshot -r"
+            "reverting it and other disks to a snapshot was interrupted, and the disks may not match:"
+            " repeat it with vmctl snapshot -r"
         )
-    return "has no bytes: a disk has one sector at least" if probe.format == "raw" and not probe.size else ""
+    return "has no bytes: a disk needs at least one sector" if probe.format == "raw" and not probe.size else ""
 
 
 def warnings_of_disk(probe: Probe, path: str) -> list[str]:
-    """Return what is said of an image that is written to."""
+    """Return warnings about an image that is opened for writing."""
     notes = (odd_length(probe.size), left_dirty(path) if DIRTY in probe.notes else "")
     return [note for note in notes if note]
 
 
 def discard_granularity(fd: int) -> int:
-    """Return in which pieces a block device gives room back, in bytes; 0 if it is none, or does not say.
+    """Return the discard granularity of a block device in bytes; 0 if it is not a device, or if it is not known.
 
-    A device process sees neither sysfs nor may it make ioctls, so it is told.
+    A device process has no access to sysfs and may not call ioctl, so it gets this value.
     """
     status = os.fstat(fd)
     if not stat.S_ISBLK(status.st_mode):
         return 0
     device = f"/sys/dev/block/{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
-    for queue in ("queue", "../queue"):  # of the device; of the device whose partition it is
+    for queue in ("queue", "../queue"):  # of the device itself; of the disk if the device is a partition
         try:
             with open(f"{device}/{queue}/discard_granularity", "rb") as file:
                 return int(file.read(32))
@@ -237,7 +238,7 @@ def discard_granularity(fd: int) -> int:
 
 
 def open_cdrom(path: str, prober: "Prober", *, locked: bool = True) -> tuple[int, list[str]]:
-    """Open and lock an ISO image, or a drive, for reading; also return sentences that its operator should read.
+    """Open and lock an ISO image or a drive for reading.  Also return sentences for the operator.
 
     Raises OperatorError: VMD_CDROM_MISSING if it cannot be opened, VMD_CDROM_INVALID if it is neither a regular
     file nor a block device; else like `open_disk`.
@@ -254,9 +255,9 @@ def open_cdrom(path: str, prober: "Prober", *, locked: bool = True) -> tuple[int
 
 
 def examine_disc(fd: int, path: str, name: str, prober: "Prober") -> list[str]:
-    """Return what should be said of a disc.  Raises OperatorError for an image of something else.
+    """Return sentences about a disc.  Raises OperatorError if the file is not an image of a disc.
 
-    A drive is not looked at: it may have no disc yet, or take its time.
+    A drive is not probed, because it may be empty or slow.
     """
     if stat.S_ISBLK(os.fstat(fd).st_mode):
         return []
@@ -276,9 +277,9 @@ def open_image(
     missing: int = VMD_DISK_MISSING,
     invalid: int = errno.EINVAL,
 ) -> int:
-    """Open a regular file or block device; a device that is to be written is claimed, but for `claim`.
+    """Open a regular file or block device.  A device for writing is opened with O_EXCL if `claim`.
 
-    Raises OperatorError with code `missing` or `invalid`, or EACCES; `name` begins its sentence.
+    Raises OperatorError with code `missing` or `invalid`, or EACCES.  `name` is the beginning of its sentence.
     """
     raw = os.fsencode(path)
     if not raw or b"\0" in raw:
@@ -290,9 +291,9 @@ def open_image(
             mode = require_image(place, name, invalid)
             flags = os.O_RDWR if writable else os.O_RDONLY
             if writable and claim and stat.S_ISBLK(mode):
-                flags |= os.O_EXCL  # not while it is mounted
+                flags |= os.O_EXCL  # fails with EBUSY while the device is mounted
             doing = "cannot be opened for writing: " if writable else ""
-            # The file that was looked at, whatever the path leads to by now.
+            # This opens the file that was checked, even if the path leads to another one now.
             return os.open(f"/proc/self/fd/{place}", flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
         except OSError as error:
             if error.errno == errno.EBUSY:
@@ -311,16 +312,16 @@ def open_image(
 
 
 def require_image(fd: int, name: str, invalid: int) -> int:
-    """Return the mode of what can be an image.  Raises OperatorError with code `invalid` for anything else."""
+    """Return the mode of a file that can be an image.  Raises OperatorError with code `invalid`; OSError."""
     try:
         mode = os.fstat(fd).st_mode
         kind = KERNEL_FILE_SYSTEMS.get(file_system_of(fd))
     except OSError:
-        raise  # which its caller explains
+        raise  # the caller makes the sentence
     except HostError as error:
         raise OperatorError(invalid, f"{name}: {os.strerror(error.number)}") from None
     if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
         raise OperatorError(invalid, f"{name}: neither a regular file nor a block device")
     if kind is not None:
-        raise OperatorError(invalid, f"{name}: a file of {kind} is no image")
+        raise OperatorError(invalid, f"{name}: a file of {kind} is not an image")
     return mode

@@ -1,4 +1,4 @@
-"""The disks and the disc of a VM, from their opening to their being handed over."""
+"""The open disks and the open disc of a VM, until their descriptors are handed over."""
 
 import errno
 import os
@@ -20,19 +20,19 @@ if TYPE_CHECKING:
     from vmd.config.model import DiskConfig
     from vmd.files.prober import Prober
 
-NAME_MAX_BYTES = 240  # of a path, in what other processes log; sixteen images fit one message
+NAME_MAX_BYTES = 240  # of a path for the logs of other processes; sixteen images fit into one message
 RETRY_S = 0.02
 
 
 class Media:
-    """Open files; `close` closes what nobody took."""
+    """Open files.  `close` closes those that were not taken."""
 
     def __init__(self) -> None:
         self.disks: list[OpenDisk] = []
         self.cdrom: int | None = None
         self.cdrom_path = ""
-        self.notes: list[str] = []  # sentences that the operator should read
-        self.in_use: tuple[OpenedFile, ...] = ()  # disks that somebody else has, where that may be
+        self.notes: list[str] = []  # sentences for the operator
+        self.in_use: tuple[OpenedFile, ...] = ()  # disks that another process writes to (`others_have`)
 
     @classmethod
     def open(
@@ -48,17 +48,17 @@ class Media:
         mends: bool = False,
         boots: bool = False,
     ) -> "Media":
-        """Open and lock everything; all or nothing.  `at` is told what is next.
+        """Open and lock all files, or none.  `at` is called with the name of what is opened next.
 
-        With `boots` it is seen whether a BIOS finds something to start on the disks.
+        `boots`: find out whether the disks have boot code for a BIOS.
 
-        With `others_have` disks are passed over that somebody else writes to: they are `in_use`.
+        `others_have`: a disk that another process writes to is not an error.  It is left out, and is in `in_use`.
 
-        `patience_s` is for a VM that has just been killed, or is about to let go: its device processes hold the locks
-        until the kernel has ended them.
+        `patience_s`: how long to try again while a file is in use.  A VM that was just killed, or that is giving up its
+        disks, holds the locks until the kernel has ended its device processes.
 
         Raises:
-            OperatorError: a file cannot be had, or is in use.
+            OperatorError: a file cannot be opened, or is in use.
         """
         deadline_s = time.monotonic() + patience_s
         use = Use(in_conf=in_conf, mends=mends, boots=boots)
@@ -91,12 +91,12 @@ class Media:
                 return media
 
     def unused(self) -> tuple[str, ...]:
-        """Return the paths of disks that nobody else has, but for devices: their locks are those of this host."""
+        """Return the paths of disks that are certainly not in use elsewhere: not devices, whose locks are local."""
         tops = (disk.links[0] for disk in self.disks if not disk.read_only)
         return tuple(shortened(top.path) for top in tops if not stat.S_ISBLK(os.fstat(top.fd).st_mode))
 
     def files(self) -> tuple[OpenedFile, ...]:
-        """Return which file each image and the disc is; before they are taken."""
+        """Return the identity of each image and of the disc.  Must be called before they are taken."""
         found = []
         for disk in self.disks:
             for link in disk.links:
@@ -108,7 +108,7 @@ class Media:
         return tuple(found)
 
     def describe(self) -> tuple[DiskImages, ...]:
-        """Return what a VM process is told of its disks."""
+        """Return the description of the disks for the VM process."""
         return tuple(
             DiskImages(
                 images=tuple(
@@ -126,20 +126,20 @@ class Media:
         )
 
     def take_disks(self) -> list[int]:
-        """Return the images of all disks, one disk after the other; they are the caller's from now on."""
+        """Return the images of all disks, disk by disk.  The caller owns the descriptors."""
         return [fd for disk in self.disks for fd in disk.take_fds()]
 
     def take_cdrom(self) -> list[int]:
-        """Return the disc, if there is one; it is the caller's from now on."""
+        """Return the disc if there is one, else [].  The caller owns the descriptor."""
         cdrom, self.cdrom = self.cdrom, None
         return [cdrom] if cdrom is not None else []
 
     def close(self) -> None:
-        """Close what nobody took."""
+        """Close the descriptors that were not taken."""
         close_all((*self.take_disks(), *self.take_cdrom()))
 
 
 def shortened(path: str) -> str:
-    """Return a path, or the end of a long one, which tells most."""
+    """Return a path, or the last part of a long one."""
     raw = os.fsencode(path)
     return path if len(raw) <= NAME_MAX_BYTES else "..." + raw[3 - NAME_MAX_BYTES :].decode("utf-8", "replace")

@@ -1,6 +1,6 @@
-"""Asks a probe what a file is: imgprobe of images, bootprobe of what is booted.
+"""Asks a probe about a file: imgprobe about images, bootprobe about kernels and firmware.
 
-A probe reads what anybody may have written, and has nothing to lose: it runs in the cell, under an id of its own.
+A probe parses untrusted bytes.  It has no rights that could be abused: it runs in the cell, under an id of its own.
 """
 
 import errno
@@ -21,22 +21,22 @@ if TYPE_CHECKING:
     from vmd.privsep.spawn import Place
 
     class Prober(Protocol):
-        """Finds out what an image says about itself."""
+        """Reads the headers of images."""
 
         def probe(self, fd: int, name: str, format_hint: str, *, boots: bool = False) -> Probe:
-            """Return it; the format is told from the bytes if no hint is given.  Raises OperatorError.
+            """Return the format, size and so on of an image.  Without a hint, the format is guessed from its bytes.
 
-            With `boots` there are notes about its first sector, too.
+            `boots`: also return notes about the first sector.  Raises OperatorError.
             """
 
 
-PROBE_TIMEOUT_S = 8.0  # an image on storage that does not answer must not hold up its start for ever
+PROBE_TIMEOUT_S = 8.0  # storage that does not answer must not delay a start for ever
 END_TIMEOUT_S = 1.0
 IMGPROBE_ENTRY = "vmd.images.probe:main"
 
 
 class ProbeSocket:
-    """A probe that somebody has started, at the other end of a socket."""
+    """A probe that another process has started, at the other end of a socket."""
 
     def __init__(self, sock: socket.socket, title: str = "imgprobe", timeout_s: float = PROBE_TIMEOUT_S) -> None:
         self.sock = sock
@@ -44,15 +44,15 @@ class ProbeSocket:
         self.timeout_s = timeout_s
 
     def probe(self, fd: int, name: str, format_hint: str, *, boots: bool = False) -> Probe:
-        """Return what the image behind `fd` says; see Prober."""
+        """Probe the image behind `fd`; see Prober."""
         return self.ask([fd], name, [format_hint, *([BOOTS] if boots else [])])
 
     def ask(self, files: "Sequence[int]", name: str, arguments: "Sequence[str]") -> Probe:
-        """Return what the probe says of these files.  Raises OperatorError with its sentence behind the name."""
+        """Return the answer of the probe about these files.  Raises OperatorError: the name and a sentence."""
         copies: list[int] = []
         try:
             for fd in files:
-                # An open file of its own: for reading only, without our lock and, on a block device, our claim.
+                # Opened again: for reading only, without our locks and, for a block device, without O_EXCL.
                 flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
                 copies.append(os.open(f"/proc/self/fd/{fd}", flags))
             line = ask(self.sock, arguments, copies, self.timeout_s)
@@ -77,9 +77,9 @@ class ProbeSocket:
 def start_probe(
     place: "Place | None", log_fd: int = 2, *, entry: str = IMGPROBE_ENTRY, title: str = "imgprobe"
 ) -> tuple[Child, socket.socket]:
-    """Start a probe; return it and our end of its socket.  Raises HostError, VmdError.
+    """Start a probe.  Return it and our end of its socket.  Raises HostError, VmdError.
 
-    `place` is the cell; None, where there is none, leaves the probe its own confinement.
+    `place` is the cell.  None: there is no cell, and the probe only has the confinement that it sets up itself.
     """
     try:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -94,7 +94,7 @@ def start_probe(
 
 
 class ImageProber:
-    """Starts a probe for each question, and waits for its answer."""
+    """Starts a probe for each question and waits for the answer."""
 
     def __init__(
         self,
@@ -107,14 +107,14 @@ class ImageProber:
         self.timeout_s = timeout_s
         self.entry = entry
         self.title = title
-        self.ending: list[Child] = []  # killed, but not gone: they wait for storage
+        self.ending: list[Child] = []  # killed, but not ended yet: they wait for storage
 
     def probe(self, fd: int, name: str, format_hint: str, *, boots: bool = False) -> Probe:
-        """Return what the image behind `fd` says; see Prober."""
+        """Probe the image behind `fd`; see Prober."""
         return self.ask([fd], name, [format_hint, *([BOOTS] if boots else [])])
 
     def ask(self, files: "Sequence[int]", name: str, arguments: "Sequence[str]") -> Probe:
-        """Return what a probe says of these files.  Raises OperatorError with its sentence behind the name."""
+        """Return the answer of a new probe about these files.  Raises OperatorError: the name and a sentence."""
         self.ending = [child for child in self.ending if child.reap() is None]
         try:
             child, sock = start_probe(self.place, entry=self.entry, title=self.title)

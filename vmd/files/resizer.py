@@ -1,4 +1,4 @@
-"""Has imgresize make a disk larger, whose images are open and locked."""
+"""Asks imgresize to enlarge a disk, whose images are open and locked."""
 
 import errno
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def resize(sock: "socket.socket", disk: "OpenDisk", size: int, go_on: "Callable[[], None]") -> None:
-    """Have a disk become larger; `go_on` is called now and then.  Raises OperatorError."""
+    """Enlarge a disk to `size` bytes.  `go_on` is called now and then while this waits.  Raises OperatorError."""
     name = f"disk {disk.links[0].path}"
     arguments = [str(size)]
     for link in disk.links:

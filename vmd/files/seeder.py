@@ -1,4 +1,4 @@
-"""Has seeder make the seed of a VM."""
+"""Asks seeder to make the seed of a VM."""
 
 import errno
 import os
@@ -25,10 +25,10 @@ FAILED = "seed: cannot be made"
 def make_seed(
     sock: "socket.socket", parts: "SeedParts", packed: int, image: int, go_on: "Callable[[], None]"
 ) -> list[str]:
-    """Have a seed made; return what is to be said of it.  Raises OperatorError.
+    """Make a seed; return sentences for the operator.  Raises OperatorError.
 
-    `packed` and `image` are empty memory files, and stay the caller's.  Nobody can change them any more then, and
-    `image` is the disk.  `go_on` is called now and then.
+    `packed` and `image` are empty memory files, which stay the caller's.  On return both are sealed against changes,
+    and `image` is the disk.  `go_on` is called now and then while this waits.
     """
     raw = pack(parts)
     if len(raw) > PARTS_MAX:
@@ -41,7 +41,7 @@ def make_seed(
     def read(line: bytes) -> list[str] | str:
         answer = unpack(line)
         if not isinstance(answer, str) and not (is_constant(image) and 0 < os.fstat(image).st_size <= MAX_SEED_BYTES):
-            raise ValueError("there is no disk")
+            raise ValueError("there is no disk image")
         return answer
 
     answer = ask_patiently(

@@ -1,6 +1,6 @@
-"""What the seed of a VM is made from: the files that its configuration names, or what a client has read.
+"""Reads the parts of the seed of a VM: the files that its configuration names, or a copy of them from a client.
 
-None of it is looked at here but the first line of a password's file: the seed is made by a seeder.
+The parts are not parsed here, except for the first line of the file with the password.  A seeder makes the seed.
 """
 
 import errno
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def read_file(path: str, what: str, at: "Callable[[str], None]") -> SeedFile:
-    """Return a file of a seed.  Raises OperatorError naming it."""
+    """Read a file of a seed.  Raises OperatorError naming the file."""
     name = f"{what} {path}"
     at(name)
     fd = open_regular(path, what)
@@ -36,7 +36,7 @@ def read_file(path: str, what: str, at: "Callable[[str], None]") -> SeedFile:
 
 
 def read_all(fd: int, most: int) -> bytes:
-    """Return what a file holds, and no more than one byte beyond `most`.  Raises OSError."""
+    """Return the content of a file, at most `most` + 1 bytes.  Raises OSError."""
     data = b""
     while len(data) <= most and (piece := os.pread(fd, most + 1 - len(data), len(data))):
         data += piece
@@ -44,7 +44,7 @@ def read_all(fd: int, most: int) -> bytes:
 
 
 def parts_of(name: str, seed: "SeedConfig", at: "Callable[[str], None]") -> SeedParts:
-    """Return what the seed of a VM of that name is made from, its files read.  Raises OperatorError."""
+    """Read the files of a seed, and return the parts for the VM `name`.  Raises OperatorError."""
 
     def read(path: str, what: str) -> SeedFile | None:
         return read_file(path, what, at) if path else None
@@ -64,7 +64,7 @@ def parts_of(name: str, seed: "SeedConfig", at: "Callable[[str], None]") -> Seed
 
 
 def hash_of(password: str, at: "Callable[[str], None]") -> str:
-    """Return the hash of a password, which is given or is the first line of a file.  Raises OperatorError."""
+    """Return a password hash, which is given itself or is the first line of a file.  Raises OperatorError."""
     if not password or password.startswith(HASHED):
         return password
     line, _, _ = read_file(password, "password-hash", at).data.strip().partition(b"\n")
@@ -76,13 +76,13 @@ def hash_of(password: str, at: "Callable[[str], None]") -> str:
 
 
 def given_parts(fd: int, name: str, seed: "SeedConfig") -> SeedParts:
-    """Return what a client has read for the seed of a VM of that name.  Raises OperatorError."""
+    """Return the parts that a client has read for the seed of the VM `name`.  Raises OperatorError."""
     try:
         raw = read_all(fd, PARTS_MAX)
         if len(raw) > PARTS_MAX:
-            raise OperatorError(errno.EFBIG, f"vm {name}: what its seed is made from is larger than {PARTS_MAX} bytes")
+            raise OperatorError(errno.EFBIG, f"vm {name}: the parts of its seed are larger than {PARTS_MAX} bytes")
         parts = unpack(SeedParts, raw)
     except (OSError, ValueError) as error:
-        raise OperatorError(errno.EINVAL, f"vm {name}: what its seed is made from: {sentence(error)}") from None
-    # What others go by is what was said with the request.
+        raise OperatorError(errno.EINVAL, f"vm {name}: the parts of its seed: {sentence(error)}") from None
+    # These fields are from the request, because other processes have seen those.
     return parts.replace(vm=name, hostname=seed.hostname, user=seed.user)

@@ -141,7 +141,11 @@ def test_what_vm_conf_cannot_say(fields: dict[str, Any]) -> None:
             {"disks": (DISK,), "boot_device": BootDevice.CDROM}, False,
             [(errno.ENODEV, "boot device cdrom: the vm has no cdrom")],
         ),
-        ({"cdrom": "/c", "boot_device": BootDevice.DISK}, False, [(errno.ENODEV, "boot device disk: the vm has no disk")]),
+        (
+            {"cdrom": "/c", "boot_device": BootDevice.DISK},
+            False,
+            [(errno.ENODEV, "boot device disk: the vm has no disk")],
+        ),
         ({"boot_device": BootDevice.DISK}, True, []),
         (
             {"kernel": "/k", "sev": True}, False,

@@ -184,8 +184,8 @@ def test_a_journal_is_read_once() -> None:
         (16, struct.pack(">I", 4096), "the superblock of its journal is damaged"),
         (20, struct.pack(">I", 0), "the superblock of its journal is damaged"),
         (28, struct.pack(">I", 12), "the superblock of its journal is damaged"),
-        (40, struct.pack(">I", 0x40), "has features that are not known: 0x40"),
-        (40, struct.pack(">I", 0x4), "has commits that are not waited for"),
+        (40, struct.pack(">I", 0x40), "has unknown features: 0x40"),
+        (40, struct.pack(">I", 0x4), "has asynchronous commits"),
     ],
 )
 def test_a_journal_that_makes_no_sense_is_refused(at: int, value: bytes, said: str) -> None:

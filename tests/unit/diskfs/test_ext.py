@@ -262,14 +262,14 @@ def superblock(image: Path, at: int, value: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("at", "value", "said"),
     [
-        (96, b"\x42\x00\x00\x80", "has features that are not known: 0x80000000"),
-        (96, b"\x43\x00\x00\x00", "its superblock says compression, which is not read"),
+        (96, b"\x42\x00\x00\x80", "has unknown features: 0x80000000"),
+        (96, b"\x43\x00\x00\x00", "uses compression, which is not supported"),
         (24, b"\x07\x00\x00\x00", "its superblock has blocks of 2^17 bytes"),
         (88, b"\x7f\x00", "its superblock has inodes of 127 bytes"),
         (254, b"\x21\x00", "its superblock has group descriptors of 33 bytes"),
         (32, b"\x00\x00\x00\x00", "its superblock has groups of 0 blocks and 2048 inodes"),
         (20, b"\x02\x00\x00\x00", "its superblock has 8192 blocks, the first one 2"),
-        (0, b"\x01\x00\x00\x00", "has 1 inodes, and a name for 2"),
+        (0, b"\x01\x00\x00\x00", "points to inode 2, of 1"),
     ],
 )
 def test_a_superblock_that_makes_no_sense_is_refused(tmp_path: Path, at: int, value: bytes, said: str) -> None:
@@ -342,12 +342,12 @@ def inode_of(path: str, raw: bytes | bytearray) -> int:
 @pytest.mark.parametrize(
     ("at", "value", "said"),
     [
-        (4, b"\xff\xff", "has 65535 bytes, and 150 of them in its inode"),
-        (128 + 32, bytes(4), "has 150 bytes, and 60 of them in its inode"),
-        (128 + 32 + 4 + 1, b"\x06", "has 150 bytes, and 60 of them in its inode"),
-        (128 + 32 + 4, b"\xff\x01", "has 150 bytes, and 60 of them in its inode"),  # with others up to its very end
-        (128 + 32 + 4 + 2, b"\xf0\xff", "its inode is damaged: system.data is not inside"),
-        (128 + 32 + 4 + 4, b"\x01", "its inode is damaged: system.data is not inside"),
+        (4, b"\xff\xff", "has 65535 bytes, but its inode has only 150 of them"),
+        (128 + 32, bytes(4), "has 150 bytes, but its inode has only 60 of them"),
+        (128 + 32 + 4 + 1, b"\x06", "has 150 bytes, but its inode has only 60 of them"),
+        (128 + 32 + 4, b"\xff\x01", "has 150 bytes, but its inode has only 60 of them"),  # others up to the end
+        (128 + 32 + 4 + 2, b"\xf0\xff", "its inode is damaged: system.data is not inside it"),
+        (128 + 32 + 4 + 4, b"\x01", "its inode is damaged: system.data is not inside it"),
     ],
 )
 def test_inline_data_that_is_not_there_is_said(tmp_path: Path, at: int, value: bytes, said: str) -> None:

@@ -208,7 +208,7 @@ def test_ffs1_with_its_copy_where_ffs2_would_be(tmp_path: Path) -> None:
         (52, 256, "its superblock has fragments of 256 bytes"),
         (44, 0, "its superblock has 0 groups"),
         (184, 0, "groups of 0 inodes"),
-        (1324, 0xFFFFFFFF, "is of before 4.4BSD, which is not read here"),
+        (1324, 0xFFFFFFFF, "has the inode format of before 4.4BSD, which is not supported"),
         (36, 20, "/a: points to fragment"),
     ],
 )
@@ -231,7 +231,7 @@ def test_the_other_byte_order_is_said(tmp_path: Path) -> None:
     for version in (1, 2):
         image = tmp_path / f"image{version}"
         run("makefs", "-t", "ffs", "-B", "be", "-o", f"version={version}", "-M", "2m", image, tmp_path / "tree")
-        with pytest.raises(DiskFsError, match=rf"^the whole disk \(big-endian FFS{version}\): is not read here$"):
+        with pytest.raises(DiskFsError, match=rf"^the whole disk \(big-endian FFS{version}\): is not supported$"):
             opened_file(image).find("/a")
 
 
@@ -282,7 +282,7 @@ def test_an_inode_that_is_not_there_is_said(tmp_path: Path) -> None:
     at = disk.raw.index(b"\1a\0\0") - 7
     disk.raw[at : at + 4] = b"\xff\xff\xff\xff"
 
-    with pytest.raises(DiskFsError, match=r"inodes, and a name for 4294967295$"):
+    with pytest.raises(DiskFsError, match=r"points to inode 4294967295, of \d+$"):
         opened(disk.raw).find("/a")
     with pytest.raises(NoSuchFile):
         opened(disk.raw).find("/b")

@@ -65,7 +65,7 @@ def test_a_chain_of_boot_records_without_an_end_ends() -> None:
     """One that leads back, and one that leads nowhere, are named; those before them are kept."""
     raw = mbr_disk(*[Part(first, FILLED) for first in (8, 16, 24, 33, 41)])
     put(raw, 40, boot_record((0x83, 1, 4), (0x05, 0, 9)))
-    assert named(raw, "p7").problem == "its boot record at sector 32 comes for the second time"
+    assert named(raw, "p7").problem == "its boot record at sector 32 is in the chain twice"
     assert named(raw, "p6").problem == ""
     put(raw, 40, boot_record((0x83, 1, 4), (0x05, 1 << 30, 9)))
     assert named(raw, "p7").problem == "its boot record at sector 1073741856 is damaged"
@@ -86,8 +86,8 @@ def test_partitions_outside_of_the_disk_are_named() -> None:
     end = len(raw)
     put(raw, 0, boot_record((0x83, 8, 4), (0x83, 16, 1000), (0x83, 5000, 4)))
 
-    assert named(raw, "p2").problem == f"ends at {1016 * SECTOR}, behind the end of the disk at {end}"
-    assert named(raw, "p3").problem == f"begins at {5000 * SECTOR}, behind the end of the disk at {end}"
+    assert named(raw, "p2").problem == f"ends at {1016 * SECTOR}, after the end of the disk at {end}"
+    assert named(raw, "p3").problem == f"begins at {5000 * SECTOR}, after the end of the disk at {end}"
     assert places(raw) == [("p1", 8, 4)]
 
 
@@ -123,7 +123,7 @@ def test_a_gpt_of_which_nothing_is_left_is_named() -> None:
     raw[last * SECTOR] ^= 1
 
     assert table(raw).problem == (
-        f"its GPT has a header whose checksum is wrong, and the backup of that has no header in sector {last}"
+        f"its GPT has a header with a wrong checksum, and the backup has no header in sector {last}"
     )
     with pytest.raises(DiskFsError, match="its GPT has a header"):
         opened(raw).find("/a")
@@ -183,7 +183,7 @@ def test_disklabel_of_more_than_sixteen() -> None:
     ("at", "value", "said"),
     [
         (138, 53, "its disklabel has 53 partitions"),
-        (136, 1, "its disklabel has a checksum that is wrong"),
+        (136, 1, "its disklabel has a wrong checksum"),
     ],
 )
 def test_a_disklabel_that_makes_no_sense_is_named(at: int, value: int, said: str) -> None:

@@ -235,9 +235,9 @@ def test_missing_refcount_block_gives_nothing_away_52(image: Path) -> None:
 @pytest.mark.parametrize(
     ("entry", "words"),
     [
-        (0x8000000000000000 | 3 * CLUSTER, "holds no data"),
-        (0x8000000000000000 | 4 * CLUSTER, "holds no data"),
-        (0x80FFFFFFFFFF0000, "holds no data"),
+        (0x8000000000000000 | 3 * CLUSTER, "is metadata"),
+        (0x8000000000000000 | 4 * CLUSTER, "is metadata"),
+        (0x80FFFFFFFFFF0000, "has refcount 0"),
     ],
 )
 def test_entry_into_metadata_is_not_written_to_52(image: Path, entry: int, words: str) -> None:

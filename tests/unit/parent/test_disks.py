@@ -195,8 +195,8 @@ def test_image_without_a_recorded_format_ends_the_chain(tmp_path: Path, opens: O
         ("5", "disk {0}/5: backing chain is longer than 4 images"),
         ("lost", "disk {0}/lost: backing file {0}/gone: No such file or directory"),
         ("folder", "disk {0}/folder: backing file {0}/.: neither a regular file nor a block device"),
-        ("memory", "disk {0}/memory: backing file /proc/self/mem: a file of proc is no image"),
-        ("kernel", "disk {0}/kernel: backing file /sys/power/state: a file of sysfs is no image"),
+        ("memory", "disk {0}/memory: backing file /proc/self/mem: a file of proc is not an image"),
+        ("kernel", "disk {0}/kernel: backing file /sys/power/state: a file of sysfs is not an image"),
         ("open", "disk {0}/open: backing file /proc/self/fd/0: Too many levels of symbolic links"),
         ("watchdog", "disk {0}/watchdog: backing file /dev/null: neither a regular file nor a block device"),
         ("url", "disk {0}/url: backing file nbd:localhost is not a plain path"),
@@ -204,7 +204,7 @@ def test_image_without_a_recorded_format_ends_the_chain(tmp_path: Path, opens: O
     ],
 )
 def test_chain_that_leads_astray_52(tmp_path: Path, name: str, words: str) -> None:
-    """Hostile input 52: loops, depth, and what is no image."""
+    """Hostile input 52: loops, depth, and what is not an image."""
     backing = {
         "self": "self", "a": "b", "b": "a", "lost": "gone", "folder": ".", "memory": "/proc/self/mem",
         "kernel": "/sys/power/state", "open": "/proc/self/fd/0", "watchdog": "/dev/null", "url": "nbd:localhost",
