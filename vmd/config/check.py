@@ -266,11 +266,11 @@ def check_limit(vm: VmConfig, settings: Globals, warn: Warn) -> None:
 def check_locals(vms: Iterable[VmConfig], warn: Warn) -> None:
     """Warn of two VMs that forward the same port of the host, or have fixed addresses in overlapping networks."""
     seen: list[tuple[VmConfig, NicConfig]] = []
-    had_by: dict[Claim, list[int]] = {}  # indices into `seen`
+    claimed_by: dict[Claim, list[int]] = {}  # indices into `seen`
     for vm in vms:
         for nic in vm.nics:
-            has, meets = claims(nic)
-            for index in sorted({index for claim in meets for index in had_by.get(claim, ())}):
+            own, conflicting = claims(nic)
+            for index in sorted({index for claim in conflicting for index in claimed_by.get(claim, ())}):
                 other, theirs = seen[index]
                 if other is vm:
                     continue
@@ -282,9 +282,9 @@ def check_locals(vms: Iterable[VmConfig], warn: Warn) -> None:
                 if ours is not None and fixed is not None and rules.same_network(ours, fixed):
                     what = f'address {rules.shown_prefix(ours)}: vm "{other.name}" has {rules.shown_prefix(fixed)}'
                     warn(f'{vm.origin}: vm "{vm.name}": {what}: only one of them can run')
-            for claim in has:
-                had_by.setdefault(claim, []).append(len(seen))
-            if has:
+            for claim in own:
+                claimed_by.setdefault(claim, []).append(len(seen))
+            if own:
                 seen.append((vm, nic))
 
 
@@ -296,16 +296,16 @@ def claims(nic: NicConfig) -> tuple[list[Claim], list[Claim]]:
     ("is", ...) for itself.  It conflicts with networks inside it, which have "in" of it, and with networks around it,
     which have "is" of those.
     """
-    has: list[Claim] = [(forward.protocol, port, 0) for forward in nic.forwards for port in forward.ports]
-    meets = list(has)
+    own: list[Claim] = [(forward.protocol, port, 0) for forward in nic.forwards for port in forward.ports]
+    conflicting = list(own)
     if nic.address is not None:
         number, length = int.from_bytes(nic.address.address, "big"), nic.address.length
         networks = [(each, number >> 32 - each) for each in range(FIXED_LENGTHS.start, length + 1)]
-        has += [("in", *each) for each in networks]
-        has.append(("is", *networks[-1]))
-        meets.append(("in", *networks[-1]))
-        meets += [("is", *each) for each in networks[:-1]]
-    return has, meets
+        own += [("in", *each) for each in networks]
+        own.append(("is", *networks[-1]))
+        conflicting.append(("in", *networks[-1]))
+        conflicting += [("is", *each) for each in networks[:-1]]
+    return own, conflicting
 
 
 def check_secret(vm: VmConfig, warn: Warn) -> None:

@@ -481,7 +481,7 @@ class Grammar:
 
     def p_disk_limit(self, p: Production) -> None:
         """disk_option : LIMIT disk_limits"""
-        p[0] = "limit", self.together(p[2])
+        p[0] = "limit", self.limits_by_name(p[2])
 
     def p_disk_limits(self, p: Production) -> None:
         """disk_limits : disk_limit
@@ -501,7 +501,7 @@ class Grammar:
                 | RATE string"""
         p[0] = self.value(values.rate, p[2], 0)
 
-    def together(self, limits: list[tuple[str, int]]) -> dict[str, int]:
+    def limits_by_name(self, limits: list[tuple[str, int]]) -> dict[str, int]:
         """Return limits as a dictionary; report a limit that is given twice."""
         found = dict(reversed(limits))
         if len(found) != len(limits):
@@ -513,7 +513,7 @@ class Grammar:
     def p_vm_limit(self, p: Production) -> None:
         """vm_option : LIMIT '{' limit_body '}'"""
         if self.once("limit"):
-            limits = self.together(p[3])
+            limits = self.limits_by_name(p[3])
             self.draft.fields["limit"] = VmLimits(
                 memory_bytes=limits.get("memory", 0), cpu_percent=limits.get("cpu", 0), weight=limits.get("weight", 0)
             )
@@ -757,7 +757,7 @@ class Grammar:
                      | nic_name '{' nic_body '}'"""
         nic = NicConfig(**self.nic)
         self.value(rules.local_options, nic, nic)
-        self.value(rules.apart, (*self.draft.nics, nic), tuple(self.draft.nics))
+        self.value(rules.without_conflicts, (*self.draft.nics, nic), tuple(self.draft.nics))
         if self.value(rules.nic_count, len(self.draft.nics) + 1, 0):
             self.draft.nics.append(nic)
 

@@ -384,10 +384,10 @@ def nics(given: "Sequence[NicConfig]") -> None:
         if nic.rdomain is not None:
             rdomain(nic.rdomain)
         local_options(nic)
-    apart(given)
+    without_conflicts(given)
 
 
-def apart(given: "Sequence[NicConfig]") -> "tuple[NicConfig, ...]":
+def without_conflicts(given: "Sequence[NicConfig]") -> "tuple[NicConfig, ...]":
     """Return the interfaces of a VM.  Two of them must not have the same port of the host, or overlapping networks."""
     for index, nic in enumerate(given):
         for number, other in enumerate(given[:index]):

@@ -271,13 +271,13 @@ def convert(
     """
     assert size >= source.size
     with new_file(path, "failed to create destination image file", WRITING) as fd:
-        whole, room = _data_bytes(source), _free_bytes(fd)
+        data_bytes, free_bytes = _data_bytes(source), _free_bytes(fd)
         try:
             write_empty(fd, path, image_format, size)
             own = os.dup(fd)
             try:
                 target = _open_target(own, path, image_format)
-                _copy(source, target, whole, progress)
+                _copy(source, target, data_bytes, progress)
                 if verify is not None:
                     with reading():
                         verify()
@@ -289,8 +289,8 @@ def convert(
         except OSError as error:
             if error.errno not in NO_ROOM:
                 raise
-            needs = f"{WRITING} {path}, which needs up to {fmt_scaled(whole)}"
-            raise HostError(f"{needs} where {fmt_scaled(room)} were free", error) from None
+            needs = f"{WRITING} {path}, which needs up to {fmt_scaled(data_bytes)}"
+            raise HostError(f"{needs} where {fmt_scaled(free_bytes)} were free", error) from None
 
 
 def _free_bytes(fd: int) -> int:
@@ -326,8 +326,8 @@ def _open_target(fd: int, path: str, image_format: str) -> "Image":
     return Qcow2Image(fd, path, writable=True)
 
 
-def _copy(source: "Image", target: "Image", whole: int, progress: "Callable[[int, int], None] | None") -> None:
-    """Copy the data that is not zero; `whole` is for `progress`.
+def _copy(source: "Image", target: "Image", data_bytes: int, progress: "Callable[[int, int], None] | None") -> None:
+    """Copy the data that is not zero; `data_bytes` is for `progress`.
 
     Raises HostError for the source, OSError for the target.
     """
@@ -344,7 +344,7 @@ def _copy(source: "Image", target: "Image", whole: int, progress: "Callable[[int
             done += length
             if progress is not None:
                 with reading():
-                    progress(done, whole)
+                    progress(done, data_bytes)
         position += length
 
 

@@ -193,8 +193,8 @@ def write_zeroes(fd: int, offset: int, length: int) -> None:
     """Write zeroes as data, without fallocate(2).  Raises OSError."""
     while length:
         step = min(length, len(ZEROES) * IOV_MAX)
-        whole, rest = divmod(step, len(ZEROES))
-        views = [ZEROES] * whole + ([ZEROES[:rest]] if rest else [])
+        full, rest = divmod(step, len(ZEROES))
+        views = [ZEROES] * full + ([ZEROES[:rest]] if rest else [])
         write_views(fd, views, offset, step)
         offset += step
         length -= step

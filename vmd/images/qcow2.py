@@ -583,10 +583,10 @@ class Qcow2Image:
         if cluster in self.refcounts.metadata:
             raise Damage(f"an L2 entry leads to {entry & OFFSET_MASK}, which is metadata")
         if cluster >= self.refcounts.end:
-            self._look_behind_end(cluster)
+            self._check_end(cluster)
         return True
 
-    def _look_behind_end(self, cluster: int) -> None:
+    def _check_end(self, cluster: int) -> None:
         """Look up the end of the file again.  Raises OSError or Damage unless the cluster is before it now."""
         file_bytes = os.lseek(self.fd, 0, SEEK_END)
         self.refcounts.extend(-(-file_bytes >> self.cluster_bits))
@@ -1029,8 +1029,8 @@ class Qcow2Image:
         while position < end:
             step = min(end, ((position >> 20) + 1) << 20) - position
             if not self._reads_as_zeroes(position, step):
-                whole, rest = divmod(step, len(ZEROES))
-                self.pwritev(position, [ZEROES] * whole + [ZEROES[:rest]])
+                full, rest = divmod(step, len(ZEROES))
+                self.pwritev(position, [ZEROES] * full + [ZEROES[:rest]])
             position += step
 
     def _change_entries(self, start: int, end: int, change: "Callable[[int, int], int]") -> None:
@@ -1162,12 +1162,12 @@ class Qcow2Image:
 
     def _clear(self, start: int, end: int) -> None:
         """Make a range read as zeroes.  `end` must be the end of the disk or of an L2 table: a whole cluster."""
-        whole = min(end, -(-start >> self.cluster_bits) << self.cluster_bits)
-        self._write_zero_bytes(start, whole)
+        aligned = min(end, -(-start >> self.cluster_bits) << self.cluster_bits)
+        self._write_zero_bytes(start, aligned)
         if self.header.version < 3:
-            self._write_zero_bytes(whole, end)
+            self._write_zero_bytes(aligned, end)
         else:
-            self._each_slice(whole, end, self._zeroed)
+            self._each_slice(aligned, end, self._zeroed)
 
     def close(self) -> None:
         """See Image."""

@@ -269,19 +269,19 @@ class Refcounts:
     def allocate_together(self, count: int) -> int:
         """Allocate `count` consecutive clusters, and return the first.  Raises Damage, OSError."""
         if count >= self.per_block:
-            return self._allocate_behind_end(count)
-        aside = []  # runs that are too short; freed at the end
+            return self._allocate_after_end(count)
+        too_short = []  # runs that are too short; freed at the end
         try:
             while True:
                 first, found = self.allocate(count)
                 if found == count:
                     return first
-                aside.append((first, found))
+                too_short.append((first, found))
         finally:
-            for first, found in aside:
+            for first, found in too_short:
                 self.free(first, found)
 
-    def _allocate_behind_end(self, count: int) -> int:
+    def _allocate_after_end(self, count: int) -> int:
         """Allocate more clusters than a refcount block counts, after the end of the file.
 
         The new refcount blocks for these clusters are directly before them.
@@ -316,7 +316,7 @@ class Refcounts:
 
         A cluster whose refcount cannot be read or written is leaked, which is not an error.
         """
-        gone: list[tuple[int, int]] = []
+        freed: list[tuple[int, int]] = []
         for cluster in range(first, first + count):
             number, index = divmod(cluster, self.per_block)
             try:
@@ -333,11 +333,11 @@ class Refcounts:
                 continue
             self.metadata.discard(cluster)
             self.hint = min(self.hint, cluster)
-            if gone and sum(gone[-1]) == cluster:
-                gone[-1] = (gone[-1][0], gone[-1][1] + 1)
+            if freed and sum(freed[-1]) == cluster:
+                freed[-1] = (freed[-1][0], freed[-1][1] + 1)
             else:
-                gone.append((cluster, 1))
-        return gone
+                freed.append((cluster, 1))
+        return freed
 
     def _grow(self) -> None:
         """Replace the refcount table by one of twice the size.

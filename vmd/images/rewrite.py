@@ -165,7 +165,7 @@ class Rewrite:
         self._special = (COMPRESSED | OFFSET_MASK & image.cluster_mask) * every
         self._not_copied = (~COPIED & (1 << 64) - 1) * every
         self.counts = self._read_counts()
-        self.ours: list[tuple[int, int]] = []  # runs of clusters that this change has allocated
+        self.allocated: list[tuple[int, int]] = []  # runs of clusters that this change has allocated
         self.freed: list[int] = []
         self.state: list[int] = []  # clusters with the state of the machine
         self.state_bytes = 0
@@ -215,10 +215,10 @@ class Rewrite:
                 raise Damage(f"cluster {cluster} is in use and has refcount 0")
         counts.take(first, count)
         image.refcounts.extend(first + count)
-        if self.ours and sum(self.ours[-1]) == first:
-            self.ours[-1] = (self.ours[-1][0], self.ours[-1][1] + count)
+        if self.allocated and sum(self.allocated[-1]) == first:
+            self.allocated[-1] = (self.allocated[-1][0], self.allocated[-1][1] + count)
         else:
-            self.ours.append((first, count))
+            self.allocated.append((first, count))
         return first
 
     def _put(self, raw: "bytes | bytearray") -> int:
@@ -542,6 +542,6 @@ class Rewrite:
             if self.announced:
                 write_bytes(self.image.fd, bytes(8), AT_AUTOCLEAR)
                 self.announced = False
-            for first, count in self.ours:
+            for first, count in self.allocated:
                 self.image.punch(first, count)
-        self.ours = []
+        self.allocated = []
