@@ -168,7 +168,7 @@ def test_disklabel_in_a_gpt() -> None:
     raw = gpt_disk(Part(40, labelled), Part(48, FILLED * 2), guid=OPENBSD)
 
     assert places(raw) == [("p2", 48, 8), ("a", 48, 4)]
-    assert named(raw, "d").problem.startswith(f"ends at {(52 + (1 << 33)) * SECTOR}, behind")
+    assert named(raw, "d").problem.startswith(f"ends at {(52 + (1 << 33)) * SECTOR}, after")
 
 
 def test_disklabel_of_more_than_sixteen() -> None:
