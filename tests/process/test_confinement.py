@@ -22,7 +22,8 @@ from tests.support.cells import HERE, PACKAGES, USER, insider_cell
 from vmd.config.model import DEFAULT_FIRST_ID, IDS
 from vmd.errors import HostError
 from vmd.privsep import landlock, linux
-from vmd.privsep.cell import Cell, LockholderCell, import_path
+from vmd.privsep.cell import Cell, LockholderCell
+from vmd.privsep.cellfiles import import_path
 from vmd.privsep.hostfiles import HostFiles
 from vmd.privsep.spawn import DEBUG, INTERPRETER, Child, spawn
 
@@ -44,7 +45,8 @@ SCRIPT_HEAD = """
 import os, select, socket, sys
 sys.path[:0] = {path!r}
 from vmd.privsep import linux
-from vmd.privsep.cell import Cell, PrivPlace
+from vmd.privsep.cell import Cell
+from vmd.privsep.privplace import PrivPlace
 from vmd.privsep.spawn import spawn
 def ask(place, *arguments, fds=None, import_path=None):
     ours, theirs = socket.socketpair()

@@ -27,7 +27,7 @@ from vmd.ipc.messages.priv import (
     SwitchRequest,
 )
 from vmd.parent.forpriv import open_tables, open_tuns
-from vmd.privsep import cell, linux
+from vmd.privsep import linux, privplace
 from vmd.privsep.spawn import spawn
 from vmd.record import Record
 
@@ -60,7 +60,7 @@ class Made:
             os.close(self.fds.pop())
 
 
-class Poor(cell.PrivPlace):
+class Poor(privplace.PrivPlace):
     """The host as priv sees it, without some files: each is covered by what is of no use."""
 
     def __init__(self, *without: str) -> None:
@@ -99,7 +99,7 @@ class Priv:
     """A running priv; a context manager that tells it to quit and reaps it."""
 
     def __init__(
-        self, network: Network, place: cell.PrivPlace | None = None, adopted: AdoptNics | None = None
+        self, network: Network, place: privplace.PrivPlace | None = None, adopted: AdoptNics | None = None
     ) -> None:
         """`adopted` are interfaces that a priv before this one has made for a VM that runs."""
         RUN_DIRECTORY.parent.mkdir(exist_ok=True)
@@ -113,7 +113,7 @@ class Priv:
                 "priv",
                 ["priv", "stderr", "2"],
                 channel=theirs,
-                place=place or cell.PrivPlace(),
+                place=place or privplace.PrivPlace(),
                 log_fd=self.log_file.fileno(),
             )
         theirs.close()

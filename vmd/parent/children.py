@@ -15,9 +15,10 @@ from vmd.ipc.routes import Proc
 from vmd.log import log
 from vmd.parent import groups, usage
 from vmd.privsep import linux
-from vmd.privsep.cell import Cell, PrivPlace, VmmCell
+from vmd.privsep.cell import Cell, VmmCell
 from vmd.privsep.hostfiles import HostFiles
 from vmd.privsep.ids import Ids, user_namespace
+from vmd.privsep.privplace import PrivPlace
 from vmd.privsep.spawn import Child, spawn
 
 TYPE_CHECKING = False

@@ -26,8 +26,9 @@ from vmd.parent.statemem import StateMemory
 from vmd.parent.store import VMM, Store, inherited
 from vmd.parent.truth import Truth, config_of, read, vms_of
 from vmd.privsep import landlock
-from vmd.privsep.cell import Cell, PrivPlace
+from vmd.privsep.cell import Cell
 from vmd.privsep.confine import PARENT_CAPABILITIES, give_up_capabilities
+from vmd.privsep.privplace import PrivPlace
 from vmd.privsep.spawn import DEBUG
 from vmd.stdio import say, show
 

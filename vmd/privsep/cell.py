@@ -1,4 +1,4 @@
-"""The places that root prepares for its children: the cell for unprivileged processes, and the place for priv.
+"""The cell: the place that root prepares for unprivileged processes.  `privplace.py` has that of priv.
 
 The cell is a root file system that has the interpreter, its shared libraries and our own code, all read-only, and
 nothing else of the host.  It is built once, in a mount namespace of its own.  Each child enters that namespace, and
@@ -8,66 +8,35 @@ gets new IPC, network and host name namespaces.
     /lib/x86_64-linux-gnu/libc.so.6, /lib64/ld-linux-x86-64.so.2, …  one bind mount each
     /etc/ld.so.cache  /dev/null                                      bind mounts
     /vmd                                                             a copy of vmd and msgpack
-
-priv sees the host's file system, because it runs nft.  But /run is hidden from it, except for a directory of its own,
-where it records host settings that have to be restored.  So it reaches no named socket in /run: not the daemon's own,
-and not that of another service.
-
-Our code is copied into the cell, not mounted, for two reasons.  It may come from an archive, or from a checkout of mode
-0700 with files of mode 0600, which `_vmd` could not read.  And if an upgrade replaces the files of a running daemon,
-all its later processes still start from the daemon's own version.
 """
 
-import contextlib
-import ctypes
 import fcntl
-import importlib
-import importlib.machinery
-import importlib.util
-import marshal
 import os
 import socket
-import stat
-import struct
-import sys
-import zipfile
-import zipimport
 
-from vmd.config.model import DEFAULT_FIRST_ID, IDS
 from vmd.errors import HostError, VmdError
 from vmd.privsep import linux
-from vmd.privsep.confine import PRIV_DIRECTORY
+from vmd.privsep.cellfiles import (
+    CODE,
+    NO_PACKAGES,
+    PACKAGES,
+    interpreter_mounts,
+    loaded_libraries,
+    package_directory,
+    package_files,
+)
 from vmd.privsep.ids import Ids, limit_tasks
-from vmd.privsep.spawn import FD_TARGETS, INTERPRETER
+from vmd.privsep.spawn import FD_TARGETS
 from vmd.tasks import fork
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from importlib.machinery import ModuleSpec
     from typing import NoReturn
 
-CODE = "/vmd"  # where our packages are, in the cell
-PACKAGES = ("vmd", "msgpack")
-# Extension modules that children import.  They are loaded here to find out which shared libraries they need.
-NATIVE = ("_ctypes", "_hashlib", "_socket", "array", "fcntl", "mmap", "resource", "select", "termios", "zlib")
 SCAFFOLD = "/run"  # the root is built on this directory, which every Linux system has
 BUILT = "built"  # the builder's report of success; otherwise it reports an errno and what was tried
 OLD_ROOT = "/.old"
 EMPTY = "/.empty"
-NO_PACKAGES = ("site-packages", "dist-packages")  # directories beneath the standard library that do not belong to it
-RTLD_DI_LINKMAP = 2
-PYC_UNCHECKED_HASH = 1  # PEP 552: byte code that is used without a check against its source
-
-
-class link_map(ctypes.Structure):
-    """One loaded shared object (<link.h>)."""
-
-    _fields_ = [
-        ("l_addr", ctypes.c_void_p),
-        ("l_name", ctypes.c_char_p),
-        ("l_ld", ctypes.c_void_p),
-        ("l_next", ctypes.c_void_p),
-    ]
 
 
 class Cell:
@@ -180,242 +149,6 @@ def above_targets(fd: int) -> int:
         raise HostError("build the cell: keep its descriptors", error) from error
     finally:
         os.close(fd)
-
-
-
-
-class PrivPlace:
-    """The place of priv: an ordinary user of the host, with the capabilities for network interfaces."""
-
-    own_pids = False
-    vital = True
-    # priv gives up the last two when it confines itself.  Before that it must read a checkout that root does not own,
-    # and reduce its bounding set.
-    CAPABILITIES = (
-        1 << linux.CAP_NET_ADMIN | 1 << linux.CAP_NET_RAW | 1 << linux.CAP_DAC_READ_SEARCH | 1 << linux.CAP_SETPCAP
-    )
-
-    def __init__(self, uid: int = DEFAULT_FIRST_ID + IDS) -> None:
-        """`uid` is priv's user.  It is not `_vmd`: VM processes may run as `_vmd`, and could then signal priv."""
-        self.import_path = import_path(("vmd", "msgpack", "pyroute2"))
-        self.uid = uid
-
-    def prepare(self) -> None:
-        """Do nothing."""
-
-    def enter(self) -> None:
-        """Hide /run, become the user, and give up all other capabilities."""
-        os.chdir("/")
-        hide_run(self.uid)
-        linux.limit_bounding_set(self.CAPABILITIES)
-        linux.become_user(self.uid, self.uid, linux.permitted_capabilities() & self.CAPABILITIES)
-
-
-def hide_run(uid: int) -> None:
-    """Cover /run by a directory that has only `PRIV_DIRECTORY`, in a new mount namespace."""
-    with contextlib.suppress(OSError):  # priv will report that it cannot write there
-        make_priv_directory(uid)
-    linux.unshare(linux.CLONE_NEWNS)
-    linux.mount(None, "/", None, linux.MS_REC | linux.MS_SLAVE)  # the host's unmounts take effect here too
-    try:
-        own = os.open(PRIV_DIRECTORY, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError:
-        own = -1
-    flags = linux.MS_NOSUID | linux.MS_NODEV | linux.MS_NOEXEC
-    linux.mount("vmd", "/run", "tmpfs", flags, "mode=0755,size=64k")
-    if own >= 0:
-        os.umask(0o022)
-        os.makedirs(PRIV_DIRECTORY)
-        os.umask(0o077)
-        linux.mount(f"/proc/self/fd/{own}", PRIV_DIRECTORY, None, linux.MS_BIND)
-        os.close(own)
-    linux.mount(None, "/run", None, linux.MS_REMOUNT | linux.MS_BIND | linux.MS_RDONLY | flags)
-
-
-def make_priv_directory(uid: int) -> None:
-    """Make priv's directory if it is missing; give it and its files to `uid`, which is priv's user now.
-
-    Files that an earlier version has left in the directory above are moved into it.  Raises OSError.
-    """
-    with contextlib.suppress(FileExistsError):
-        os.mkdir(PRIV_DIRECTORY, 0o700)
-    above = os.path.dirname(PRIV_DIRECTORY)
-    for name in os.listdir(above):
-        if name.startswith("network-"):
-            os.rename(f"{above}/{name}", f"{PRIV_DIRECTORY}/{name}")
-    # Only root and priv can put a file there.  A link that a taken-over priv has made is not followed.
-    os.chown(PRIV_DIRECTORY, uid, uid)
-    for name in os.listdir(PRIV_DIRECTORY):
-        give_file(f"{PRIV_DIRECTORY}/{name}", uid)
-
-
-def give_file(path: str, uid: int) -> None:
-    """Give a file to a user, if it is a regular file without other hard links.  Raises OSError."""
-    fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        status = os.fstat(fd)
-        if stat.S_ISREG(status.st_mode) and status.st_nlink == 1:
-            os.chown(f"/proc/self/fd/{fd}", uid, uid)
-    finally:
-        os.close(fd)
-
-
-def import_path(packages: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the directories or archives that these packages are imported from, each once."""
-    return tuple(dict.fromkeys(os.path.dirname(package_directory(package)) for package in packages))
-
-
-def package_spec(package: str) -> "tuple[ModuleSpec, str]":
-    """Return a package's import specification, without importing the package, and its directory.  Raises VmdError."""
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise VmdError(f"python package {package} is not installed")
-    return spec, os.path.abspath(spec.submodule_search_locations[0])
-
-
-def package_directory(package: str) -> str:
-    """Return the directory of a package, which may be inside an archive.  Raises VmdError."""
-    return package_spec(package)[1]
-
-
-def package_files(package: str) -> list[tuple[str, bytes]]:
-    """Return (path in the cell, content) of a package's modules, byte code included.  Raises HostError."""
-    spec, top = package_spec(package)
-    archive = getattr(spec.loader, "archive", None)  # loaders of zipimport have this attribute
-    try:
-        return directory_files(package, top) if archive is None else archived_files(package, archive)
-    except OSError as error:
-        raise HostError(f"read {error.filename or top}", error) from error
-    except (zipimport.ZipImportError, zipfile.BadZipFile) as error:
-        raise VmdError(f"read {top}: {error}") from error
-
-
-def directory_files(package: str, top: str) -> list[tuple[str, bytes]]:
-    """Return the files of a package that is a directory.  Raises OSError."""
-    files = []
-    for directory, subdirectories, names in os.walk(top):
-        subdirectories[:] = sorted(name for name in subdirectories if name != "__pycache__")
-        inside = os.path.join(CODE, package, os.path.relpath(directory, top))
-        for name in sorted(names):
-            path = os.path.join(directory, name)
-            target = os.path.normpath(os.path.join(inside, name))
-            if name.endswith(".py"):
-                source = read(path)
-                files += module_files(target, source, byte_code(path, len(source)))
-            elif is_extension(name):
-                files.append((target, read(path)))
-    return files
-
-
-def archived_files(package: str, path: str) -> list[tuple[str, bytes]]:
-    """Return the files of a package in an archive.  The archive may have byte code of this or another interpreter.
-
-    Raises OSError, zipimport.ZipImportError or zipfile.BadZipFile.
-    """
-    files = []
-    with zipfile.ZipFile(path) as archive:
-        for name in sorted(archive.namelist()):
-            if name.startswith(f"{package}/") and name.endswith(".py"):
-                directory, _, module = name.rpartition("/")
-                code = zipimport.zipimporter(f"{path}/{directory}").get_code(module.removesuffix(".py"))
-                files += module_files(f"{CODE}/{name}", archive.read(name), marshal.dumps(code))
-    return files
-
-
-def byte_code(path: str, length: int) -> bytes:
-    """Return the byte code of a source file of `length` bytes, marshalled.  Raises OSError.
-
-    It is copied from the host's __pycache__ if time and length there match the file (PEP 552).  Otherwise the
-    interpreter loads the module, which takes four times as long.
-    """
-    written_s = int(os.stat(path).st_mtime)
-    header = importlib.util.MAGIC_NUMBER + struct.pack("<III", 0, written_s & 0xFFFFFFFF, length & 0xFFFFFFFF)
-    with contextlib.suppress(FileNotFoundError):
-        cached = read(importlib.util.cache_from_source(path))
-        if cached.startswith(header):
-            return cached[len(header) :]
-    return marshal.dumps(importlib.machinery.SourceFileLoader("", path).get_code(""))
-
-
-def module_files(target: str, source: bytes, code: bytes) -> list[tuple[str, bytes]]:
-    """Return a module's source file and its byte code file.  With the latter no process has to compile it again."""
-    header = importlib.util.MAGIC_NUMBER + PYC_UNCHECKED_HASH.to_bytes(4, "little")
-    pyc = header + importlib.util.source_hash(source) + code
-    return [(target, source), (importlib.util.cache_from_source(target), pyc)]
-
-
-def read(path: str) -> bytes:
-    """Return a file's content."""
-    with open(path, "rb") as file:
-        return file.read()
-
-
-def interpreter_mounts(libraries: list[str]) -> dict[str, str]:
-    """Return the mounts of interpreter, standard library and shared libraries: path in the cell -> path on the host."""
-    standard_library = os.path.dirname(os.path.abspath(os.__file__))
-    mounts = {INTERPRETER: INTERPRETER}
-    directories = [standard_library]
-    directories += [entry for entry in sys.path if os.path.basename(entry) == "lib-dynload" and os.path.isdir(entry)]
-    for directory in directories:
-        # The interpreter in the cell looks for it from its own real path.  Our path may have symbolic links.
-        for name in (directory, os.path.realpath(directory)):
-            if not beneath(name, mounts):
-                mounts[name] = os.path.realpath(directory)
-    for library in libraries:
-        if not beneath(library, mounts):
-            mounts[library] = library
-    return mounts
-
-
-def beneath(path: str, mounts: dict[str, str]) -> bool:
-    """Return whether the path is one of the mounts, or beneath one."""
-    return any(path == mount or path.startswith(mount + "/") for mount in mounts)
-
-
-def loaded_libraries(packages: list[str]) -> list[str]:
-    """Return the shared libraries that extension modules of our packages and of the standard library need.
-
-    The modules are loaded here, and the dynamic loader is asked for the paths of all loaded libraries.  It will look
-    for the same paths in the cell.  /proc/self/maps has other paths, with symbolic links resolved.
-    """
-    for module in NATIVE:
-        with contextlib.suppress(ImportError):  # some interpreters are built without some of them
-            importlib.import_module(module)
-    with contextlib.suppress(OSError):
-        linux.load_library("libgcc_s.so.1")  # see `confine.prime`
-    extensions = {getattr(module, "__file__", None) for module in sys.modules.values()}
-    for package in packages:
-        for directory, _, names in os.walk(package):
-            for name in names:
-                if is_extension(name):
-                    path = os.path.join(directory, name)
-                    with contextlib.suppress(OSError):  # a module that cannot be loaded here is not needed in the cell
-                        linux.load_library(path)
-                    extensions.add(path)
-    return [path for path in link_map_names() if path not in extensions]
-
-
-def is_extension(name: str) -> bool:
-    """Return whether a file is an extension module for this version of the interpreter."""
-    _, dot, suffix = name.partition(".")
-    return dot + suffix in importlib.machinery.EXTENSION_SUFFIXES
-
-
-def link_map_names() -> list[str]:
-    """Return the path of every shared object in this process.  Raises VmdError."""
-    address = ctypes.c_void_p()
-    program = ctypes.c_void_p(linux.libc._handle)
-    if linux.libc.dlinfo(program, RTLD_DI_LINKMAP, ctypes.byref(address)):
-        raise VmdError("the dynamic loader does not tell which libraries are loaded")
-    names = []
-    following = address.value
-    while following:
-        entry = link_map.from_address(following)
-        name = os.fsdecode(entry.l_name or b"")
-        if name.startswith("/"):  # excludes the program itself and the vDSO
-            names.append(name)
-        following = entry.l_next
-    return names
 
 
 def build_in_namespace(mounts: dict[str, str], code: list[tuple[str, bytes]]) -> tuple[int, int]:

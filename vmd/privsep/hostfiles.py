@@ -6,7 +6,7 @@ An opener later becomes the user who has named the files.
 import os
 
 from vmd.privsep import linux
-from vmd.privsep.cell import import_path
+from vmd.privsep.cellfiles import import_path
 from vmd.privsep.confine import OPENER
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from tools.install import byte_code
 from vmd.errors import VmdError
-from vmd.privsep.cell import import_path, package_files
+from vmd.privsep.cellfiles import import_path, package_files
 
 MODULES = {"__init__.py": "", "main.py": "NAME = __name__\n", "deep/__init__.py": "", "deep/down.py": "WHERE = 2\n"}
 FOREIGN = b"\x01\x02\r\n" + bytes(12) + marshal.dumps(compile("WHERE = 'another Python'\n", "x", "exec"))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from vmd.errors import VmdError
-from vmd.privsep import cell, spawn
+from vmd.privsep import cellfiles, spawn
 
 
 @pytest.mark.parametrize(
@@ -32,19 +32,19 @@ def test_interpreter_is_the_real_one() -> None:
 def test_missing_package_is_named() -> None:
     """A dependency that is not installed gives a sentence."""
     with pytest.raises(VmdError, match="python package nosuchpackage is not installed"):
-        cell.import_path(("vmd", "nosuchpackage"))
+        cellfiles.import_path(("vmd", "nosuchpackage"))
 
 
 def test_import_path_names_each_directory_once() -> None:
     """Packages side by side need one entry."""
-    assert cell.import_path(("vmd", "vmctl")) == (
-        os.path.dirname(os.path.dirname(cell.package_directory("vmd.privsep"))),
+    assert cellfiles.import_path(("vmd", "vmctl")) == (
+        os.path.dirname(os.path.dirname(cellfiles.package_directory("vmd.privsep"))),
     )
 
 
 def test_cell_code_has_byte_code_for_every_module() -> None:
     """No process in the cell compiles, and none writes: each source comes with unchecked byte code."""
-    files = dict(cell.package_files("vmd"))
+    files = dict(cellfiles.package_files("vmd"))
     sources = {path for path in files if path.endswith(".py")}
 
     assert "/vmd/vmd/privsep/cell.py" in sources
@@ -56,7 +56,7 @@ def test_cell_code_has_byte_code_for_every_module() -> None:
 
 def test_libraries_have_the_names_the_loader_asks_for() -> None:
     """The C library and the dynamic loader are among them, our extension modules are not."""
-    names = cell.loaded_libraries([cell.package_directory("msgpack")])
+    names = cellfiles.loaded_libraries([cellfiles.package_directory("msgpack")])
 
     assert any(os.path.basename(name).startswith("ld-") for name in names)
     assert any(os.path.basename(name).startswith("libc.") for name in names)
@@ -67,9 +67,9 @@ def test_extensions_of_other_interpreters_are_not_ours() -> None:
     """A module built for another version is neither loaded nor copied; one for any version is."""
     ours = f"_c.cpython-{sys.version_info[0]}{sys.version_info[1]}-x86_64-linux-gnu.so"
 
-    assert [cell.is_extension(name) for name in (ours, "_c.abi3.so", "_c.so")] == [True, True, True]
-    assert not cell.is_extension("_c.cpython-36m-x86_64-linux-gnu.so")
-    assert not cell.is_extension("libc.so.6")
+    assert [cellfiles.is_extension(name) for name in (ours, "_c.abi3.so", "_c.so")] == [True, True, True]
+    assert not cellfiles.is_extension("_c.cpython-36m-x86_64-linux-gnu.so")
+    assert not cellfiles.is_extension("libc.so.6")
 
 
 def test_what_lies_beside_our_packages_does_not_hide_the_standard_library(tmp_path: Path) -> None:
@@ -77,6 +77,6 @@ def test_what_lies_beside_our_packages_does_not_hide_the_standard_library(tmp_pa
     (tmp_path / "bisect.py").write_text("import os\nos._exit(3)\n")
     (tmp_path / "probe.py").write_text("import bisect\n\n\ndef main():\n    return bisect.bisect([1, 2], 3)\n")
 
-    child = spawn.spawn("probe", import_path=(str(tmp_path), *cell.import_path(("vmd",))), entry="probe:main")
+    child = spawn.spawn("probe", import_path=(str(tmp_path), *cellfiles.import_path(("vmd",))), entry="probe:main")
 
     assert child.reap(60) == 2
