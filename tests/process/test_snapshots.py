@@ -184,7 +184,7 @@ def test_going_back_that_was_cut_off_between_two_disks(vmd: Daemon) -> None:
     for words in (("start", "web"), ("snapshot", "web", "two"), ("snapshot", "-d", "web", "one")):
         done = vmd.vmctl(*words)
         assert done.returncode == 1
-        assert f"disk {vmd.directory}/data: reverting it and other disks to a snapshot was interrupted" in done.stderr
+        assert f"disk {vmd.directory}/data: going back to a snapshot with other disks was interrupted" in done.stderr
     assert listed(vmd) == [("one", True)]
     vmd.must("snapshot", "-r", "web", "one")
     assert filled(vmd) == [1, 1]

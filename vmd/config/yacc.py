@@ -26,11 +26,12 @@
 # THEORY OF LIABILITY, WHETHER IN CONTRACT, STRICT LIABILITY, OR TORT
 # (INCLUDING NEGLIGENCE OR OTHERWISE) ARISING IN ANY WAY OUT OF THE USE
 # OF THIS SOFTWARE, EVEN IF ADVISED OF THE POSSIBILITY OF SUCH DAMAGE.
-"""LALR(1) parsers from productions in docstrings: the part of PLY 3.11 that vm.conf needs, altered.
+"""Makes LALR(1) parsers from productions in docstrings.  This is a modified part of PLY 3.11.
 
-PLY has no further release.  This module keeps its table construction (DeRemer and Pennello), its parser and its way to
-recover from errors.  Left out is what vmd never used: tables in pickles (CVE-2025-56005) and in modules, the files for
-debugging, precedence and positions.  A conflict that the caller has not settled is an error here; PLY chooses a side.
+PLY has no further release.  This module keeps its construction of tables (DeRemer and Pennello), its parser and its
+error recovery.  It leaves out the parts that vmd never used: tables in pickles (CVE-2025-56005) and in modules, debug
+files, precedence and positions.  In a conflict PLY chooses one side; here a conflict is an error, unless the caller
+has resolved it (`shifted`).
 """
 
 from collections.abc import Callable, Collection, Iterable
@@ -39,31 +40,31 @@ from typing import Any, Protocol
 END = "$end"
 ERROR = "error"
 START = "S'"
-SHIFTS_MAX = 3  # tokens that must be shifted after an error before the next one is reported
+SHIFTS_MAX = 3  # tokens that must be shifted after an error before another one is reported
 
-Transition = tuple[int, str]  # a state, and a nonterminal that is behind the dot there
+Transition = tuple[int, str]  # a state, and a nonterminal after a dot in it
 
 
 class GrammarError(Exception):
-    """The productions make no LALR(1) grammar."""
+    """The productions are not an LALR(1) grammar."""
 
 
 class Symbol(Protocol):
-    """A token of the lexer, or a nonterminal; the parser's stack consists of them."""
+    """A token of the lexer, or a nonterminal.  The stack of the parser has these."""
 
     type: str
     value: Any
 
 
 class Lexer(Protocol):
-    """What tokens come from."""
+    """The source of tokens."""
 
-    def token(self) -> Any:  # noqa: ANN401 - a token of the lexer's own, which `on_error` is given
+    def token(self) -> Any:  # noqa: ANN401 - of the type that `on_error` takes
         """Return the next token, a `Symbol`, or None at the end."""
 
 
 class Made:
-    """A symbol that the parser makes: a nonterminal, the end, or the place of an error."""
+    """A symbol that the parser makes itself: a nonterminal, the end, or an error."""
 
     def __init__(self, kind: str, value: object = None) -> None:
         self.type = kind
@@ -71,13 +72,13 @@ class Made:
 
 
 class Production:
-    """What each action is given: item 0 is the result, the others are the values of the right-hand side."""
+    """The argument of each action.  Item 0 is its result; the others are the values of the right-hand side."""
 
     def __init__(self, parser: "Parser") -> None:
         self.parser = parser
         self.symbols: list[Symbol] = []
 
-    def __getitem__(self, index: Any) -> Any:  # noqa: ANN401 - values are what actions have made
+    def __getitem__(self, index: Any) -> Any:  # noqa: ANN401 - actions decide about the types of values
         if isinstance(index, slice):
             return [symbol.value for symbol in self.symbols[index]]
         return self.symbols[index].value
@@ -106,7 +107,7 @@ def rules_of(grammar: object) -> list[Rule]:
     """Return the rules in the docstrings of the methods p_* of an object, in the order of its class.
 
     Raises:
-        GrammarError: a docstring is no production.
+        GrammarError: a docstring is not a production.
     """
     rules = []
     for method in vars(type(grammar)):
@@ -116,20 +117,19 @@ def rules_of(grammar: object) -> list[Rule]:
             first, *others = text.split("\n")
             lines = [line.split() for line in others if line.strip()]
             if not colon or not name.isidentifier() or any(line[0] != "|" for line in lines):
-                raise GrammarError(f"the docstring of {method} is no production")
+                raise GrammarError(f"the docstring of {method} is not a production")
             for words in (first.split(), *(line[1:] for line in lines)):
                 rules.append(Rule(name, tuple(word.strip("'") for word in words), action))
     return rules
 
 
 class Tables:
-    """What an LALR(1) parser does in each state.
+    """The tables of an LALR(1) parser, by state.
 
-    A token of `shifted` that could go on with what is being read, or begin something else, goes on.  Any other choice
-    is an error.
+    In a conflict between shifting and reducing, a terminal in `shifted` is shifted.  Any other conflict is an error.
 
-    `action`: by terminal the state to shift to, or less the number of the rule to reduce, or 0 to accept.
-    `goto`: by nonterminal the state to go to behind it.
+    `action`: terminal -> the state to shift to, or the negative number of the rule to reduce, or 0 to accept.
+    `goto`: nonterminal -> the state after its reduction.
     """
 
     def __init__(
@@ -138,27 +138,27 @@ class Tables:
         """Raises GrammarError."""
         self.shifted = shifted
         self.rules = [Rule(START, (start,), lambda _p: None), *rules]
-        self.of: dict[str, list[int]] = {}  # the rules of a nonterminal
+        self.of: dict[str, list[int]] = {}  # nonterminal -> numbers of its rules
         for number, rule in enumerate(self.rules):
             self.of.setdefault(rule.name, []).append(number)
         self.check({*terminals, ERROR})
-        # An item is a rule with a dot in it.  They are numbered, so that the next one has the dot moved on.
+        # An item is a rule with a dot in it.  Item n + 1 is item n with the dot one symbol further.
         self.first_item: list[int] = []
-        self.behind: list[str] = []  # the symbol behind the dot, "" at the end
+        self.behind: list[str] = []  # by item: the symbol after the dot, "" at the end of the rule
         self.rule_at: list[int] = []
         for number, rule in enumerate(self.rules):
             self.first_item.append(len(self.behind))
             self.behind += [*rule.symbols, ""]
             self.rule_at += [number] * (rule.length + 1)
         self.states: list[list[int]] = []
-        self.moves: list[dict[str, int]] = []  # by state and symbol
+        self.moves: list[dict[str, int]] = []  # by state: symbol -> next state
         self.find_states()
         self.action: list[dict[str, int]] = []
         self.goto: list[dict[str, int]] = []
         self.fill(self.lookaheads())
 
     def check(self, terminals: set[str]) -> None:
-        """Raise GrammarError if a symbol is neither a terminal nor defined, or both."""
+        """Raise GrammarError unless each symbol is either a terminal or the name of a rule."""
         for rule in self.rules:
             if rule.name in terminals:
                 raise GrammarError(f"{rule.name} is a token, and cannot be a production")
@@ -166,10 +166,10 @@ class Tables:
                 if symbol not in self.of and symbol not in terminals:
                     raise GrammarError(f"{symbol} is neither a token nor a production: {rule}")
 
-    # Which states there are
+    # States
 
     def closure(self, kernel: tuple[int, ...]) -> list[int]:
-        """Return these items, and those that can begin behind their dots."""
+        """Return the closure of items: also those that begin where these have a nonterminal after the dot."""
         items = list(kernel)
         added: set[str] = set()
         for item in items:
@@ -180,7 +180,7 @@ class Tables:
         return items
 
     def find_states(self) -> None:
-        """Find the LR(0) sets of items, and the moves between them."""
+        """Make the states, which are the LR(0) sets of items, and the moves between them."""
         known: dict[tuple[int, ...], int] = {(0,): 0}
         self.states.append(self.closure((0,)))
         for items in self.states:
@@ -196,10 +196,10 @@ class Tables:
                 moves[symbol] = state
             self.moves.append(moves)
 
-    # Which tokens may follow a reduction
+    # Lookaheads
 
     def nullable(self) -> set[str]:
-        """Return the nonterminals that may be empty."""
+        """Return the nonterminals that can be empty."""
         found: set[str] = set()
         before = -1
         while len(found) > before:
@@ -208,7 +208,7 @@ class Tables:
         return found
 
     def lookaheads(self) -> dict[tuple[int, int], set[str]]:
-        """Return the terminals that may follow a rule, by the state in which it is complete, and the rule.
+        """Return the terminals that may follow a rule, by (state in which the rule is complete, rule).
 
         DeRemer and Pennello, Efficient Computation of LALR(1) Look-Ahead Sets, TOPLAS 4 (4), October 1982.
         """
@@ -241,7 +241,7 @@ class Tables:
         return found
 
     def fill(self, lookaheads: dict[tuple[int, int], set[str]]) -> None:
-        """Make the tables."""
+        """Fill `action` and `goto`.  Raises GrammarError."""
         for state, items in enumerate(self.states):
             moves = self.moves[state]
             action = {symbol: then for symbol, then in moves.items() if symbol not in self.of}
@@ -256,17 +256,17 @@ class Tables:
                         action[terminal] = -number
                     elif other <= 0:
                         raise GrammarError(
-                            f"before {terminal} two productions end: {self.rules[-other]} and {self.rules[number]}"
+                            f"before {terminal} two rules can be reduced: {self.rules[-other]} and {self.rules[number]}"
                         )
                     elif terminal not in self.shifted:
-                        raise GrammarError(f"{terminal} could go on here, or come behind {self.rules[number]}")
+                        raise GrammarError(f"{terminal} can be shifted, or {self.rules[number]} be reduced before it")
             self.action.append(action)
 
 
 def digraph(
     sets: dict[Transition, set[str]], relation: dict[Transition, list[Transition]]
 ) -> dict[Transition, set[str]]:
-    """Return for each node its set and those of all nodes that it is related to, through however many others."""
+    """Return for each node the union of its set and the sets of all nodes that it reaches by `relation`."""
     depth = dict.fromkeys(sets, 0)
     found: dict[Transition, set[str]] = {}
     stack: list[Transition] = []
@@ -293,11 +293,11 @@ def digraph(
 
 
 class Parser:
-    """Parses by tables; one can parse any number of inputs, one after the other.
+    """Parses with tables.  It can parse several inputs, one after the other.
 
-    `on_error` is called with a token that no rule takes here, or None at the end of the input.  The parser then drops
-    what it has read up to a state in which the symbol `error` can be shifted, and tokens up to one that goes on there.
-    An action calls `errok` when what follows is to be reported at once.
+    `on_error` is called with the token of a syntax error, or None at the end of the input.  To recover, the parser pops
+    states until the symbol `error` can be shifted.  Then it skips tokens until one can be shifted or reduced after it.
+    An action can call `errok`, so that an error directly after that is reported.
     """
 
     def __init__(self, tables: Tables, on_error: Callable[[Any], None]) -> None:
@@ -305,27 +305,27 @@ class Parser:
         self.action = tables.action
         self.goto = tables.goto
         self.on_error = on_error
-        # States in which only one reduction is possible, and which do not look at the next token.
+        # state -> the only possible reduction, which is done without lookahead
         self.defaulted: dict[int, int] = {}
         self.recovered = True
         self.states: list[int] = []
         self.symbols: list[Any] = []
 
     def errok(self) -> None:
-        """Report the next error, however near it is."""
+        """Report the next error, even directly after this one."""
         self.recovered = True
 
     def parse(self, lexer: Lexer) -> None:
-        """Parse an input; return at its end, or at an error there."""
+        """Parse an input.  Return at its end."""
         actions, goto, rules, defaulted = self.action, self.goto, self.rules, self.defaulted
         states = self.states = [0]
         symbols: list[Symbol] = [Made(END)]
         self.symbols = symbols
         production = Production(self)
         self.recovered = True
-        errors = 0  # tokens to shift until the next error counts as another one
+        errors = 0  # tokens to shift until a further error is reported
         lookahead: Symbol | None = None
-        waiting: list[Symbol] = []  # behind it
+        waiting: list[Symbol] = []  # tokens after the lookahead
         state = 0
         while True:
             act = defaulted.get(state)
@@ -334,7 +334,7 @@ class Parser:
                     lookahead = waiting.pop() if waiting else lexer.token() or Made(END)
                 act = actions[state].get(lookahead.type)
             if act is None:
-                assert lookahead is not None, "a state that looks at no token has its action"
+                assert lookahead is not None, "a defaulted state has an action"
                 if errors == 0 or self.recovered:
                     self.recovered = False
                     self.on_error(None if lookahead.type == END else lookahead)
@@ -353,7 +353,7 @@ class Parser:
                     waiting.append(lookahead)
                     lookahead = Made(ERROR, lookahead)
             elif act > 0:
-                assert lookahead is not None, "only a reduction looks at no token"
+                assert lookahead is not None, "a shift needs a lookahead"
                 states.append(act)
                 state = act
                 symbols.append(lookahead)

@@ -213,7 +213,7 @@ class Ext:
         if what:
             raise DiskFsError(what if node.kind == FILE else f"{node.kind} on the way to it {what}")
 
-    # what is in them
+    # contents
 
     def entry(self, directory: Node, name: bytes) -> int:
         """Return the number of the inode for a name; 0 if there is no such name.  Raises DiskFsError."""
@@ -305,7 +305,7 @@ class Ext:
             at += (ATTRIBUTE.size + length + 3) & ~3
         return content
 
-    # where they are
+    # block maps and extents
 
     def _runs(self, node: Node) -> "Iterator[Run]":
         """Yield the blocks of an inode in ascending order, without holes, all inside the disk.  Raises DiskFsError."""

@@ -120,7 +120,7 @@ class Ffs:
         size = int.from_bytes(raw[layout.size_at : layout.size_at + 8], "little")
         return Node(number=number, kind=kind_of(int.from_bytes(raw[:2], "little")), size=size, raw=raw)
 
-    # what is in them
+    # contents
 
     def entry(self, directory: Node, name: bytes) -> int:
         """Return the number of the inode for a name; 0 if there is no such name.  Raises DiskFsError."""
@@ -162,7 +162,7 @@ class Ffs:
         """Yield (offset in the file, bytes) in ascending order, without holes.  Raises DiskFsError."""
         return pieces_of(self.source, self._runs(file), file.size)
 
-    # where they are
+    # block maps
 
     def _inside(self, at: int, length: int) -> None:
         if at + length > self.fragments * self.fragment_bytes:

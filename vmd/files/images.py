@@ -86,7 +86,7 @@ class Use(Record):
     """The purpose for which images are opened."""
 
     in_conf: bool = True  # advice in sentences is for vm.conf; False: for a command line
-    mends: bool = False  # to repeat a revert that was interrupted
+    mends: bool = False  # to repeat a `vmctl snapshot -r` that was interrupted
     boots: bool = False  # to find out whether there is boot code for a BIOS
     locked: bool = True  # as for a VM; False: for reading only, without locks
 
@@ -207,7 +207,7 @@ def unfit(probe: Probe, path: str, use: Use = FOR_A_VM) -> str:
         return f"is marked as corrupt; repair it with qemu-img check -r all {quoted(path)}"
     if GOING_BACK in probe.notes and not use.mends:
         return (
-            "reverting it and other disks to a snapshot was interrupted, and the disks may not match:"
+            "going back to a snapshot with other disks was interrupted, and the disks may not match:"
             " repeat it with vmctl snapshot -r"
         )
     return "has no bytes: a disk needs at least one sector" if probe.format == "raw" and not probe.size else ""

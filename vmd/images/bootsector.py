@@ -16,9 +16,9 @@ VERSION, ENTRY = struct.Struct(">I"), struct.Struct(">Q")
 
 
 def first_sector(fd: int, image_format: str) -> tuple[str, ...]:
-    """Return notes about the first sector: NO_CODE, BELOW (it is in the backing file), or none.
+    """Return notes about the first sector: NO_CODE, or BELOW if it is in the backing file.
 
-    None: a BIOS may find boot code there, or that is not known.
+    () means that a BIOS may find boot code there, or that this is not known.
     """
     try:
         at = 0

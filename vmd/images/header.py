@@ -43,13 +43,13 @@ COMMON = ("zlib",)  # supported by every reader
 ZSTD_UNREAD = "uses zstd compression, which a VM cannot read; vmctl create -i converts it"
 ENCRYPTIONS = {1: "AES", 2: "LUKS"}
 
-# An autoclear feature bit of ours: the disks of a VM are being reverted to a snapshot, and some may have been already.
+# An autoclear feature bit of ours: the disks of a VM are going back to a snapshot, and some may have done so already.
 # QEMU clears it when it writes to the image.
 GOING_BACK = 1 << 58
 
-OFFSET_MASK = 0x00FFFFFFFFFFFE00  # of an entry of an L1 or L2 table: where on the disk that is
+OFFSET_MASK = 0x00FFFFFFFFFFFE00  # of an entry of an L1 or L2 table: offset in the file
 COMPRESSED = 1 << 62  # of an entry of an L2 table
-ALL_ZERO = 1  # ... of version 3
+ALL_ZERO = 1  # of an entry of an L2 table in version 3: the cluster reads as zeroes
 MIN_CLUSTER_BITS, MAX_CLUSTER_BITS = 9, 21
 MAX_REFCOUNT_ORDER = 6
 MAX_SIZE = (1 << 63) - 1

@@ -1,4 +1,4 @@
-"""Makes, deletes and reverts to snapshots of a qcow2 image.  Each change takes effect by one write of one sector.
+"""Makes, deletes and goes back to snapshots of a qcow2 image.  Each change takes effect by one write of one sector.
 
 A snapshot changes the refcount of every cluster, and the flag COPIED in every L2 entry; QEMU reports an image as
 corrupt if the two do not agree.  So no table is changed in place.  New L1 and L2 tables, a new snapshot table and new
@@ -393,7 +393,7 @@ class Rewrite:
                 raise self._corrupt(damage) from None
 
     def go_back(self, tag: str) -> None:
-        """Prepare to revert the disk to a snapshot.  Raises ImageError, OSError."""
+        """Prepare to take the disk back to a snapshot.  Raises ImageError, OSError."""
         one = self._find(tag)
         with self.image.allocating:
             try:
@@ -508,9 +508,9 @@ class Rewrite:
         return ImageError(self.image.path, f"has refcounts of {bits} bits, too few for one more snapshot")
 
     def announce(self) -> None:
-        """Mark the disk as one of several that are being reverted.  `commit` removes the mark.
+        """Mark the disk as one of several that are going back to a snapshot.  `commit` removes the mark.
 
-        The disks must not be used before all of them are reverted.  An image of version 2 has no field for the mark.
+        The disks must not be used before all of them have gone back.  An image of version 2 has no field for the mark.
         Raises OSError.
         """
         if self.header.version > 2:

@@ -191,7 +191,7 @@ LIMITS = {
     "CMDLINE_MAX", "GROUP_MAX", "MAX_DISKS", "MAX_MEMORY_BYTES", "MAX_RDOMAIN", "MAX_VCPUS", "MIN_MEMORY_BYTES",
     "SERIAL_MAX",
 }  # fmt: skip
-ASK_THEMSELVES = {"vmd/priv/host.py": {"MAX_RDOMAIN"}}  # ... which must not trust who asks it, nor say more than that
+ASK_THEMSELVES = {"vmd/priv/requests.py": {"MAX_RDOMAIN"}}  # it trusts no peer
 
 
 # Flags, and what only vm.conf says.

@@ -193,14 +193,14 @@ def test_what_contains_itself_by_way_of_others() -> None:
 @pytest.mark.parametrize(
     ("productions", "what"),
     [
-        (("s : A", "s A"), "the docstring of p_1 is no production"),
-        (("s : A", "s+ : A"), "the docstring of p_1 is no production"),
-        (("s : A\n  B",), "the docstring of p_0 is no production"),
+        (("s : A", "s A"), "the docstring of p_1 is not a production"),
+        (("s : A", "s+ : A"), "the docstring of p_1 is not a production"),
+        (("s : A\n  B",), "the docstring of p_0 is not a production"),
         (("s : a",), "a is neither a token nor a production: s : a"),
         (("s : A error", "error : B"), "error is a token, and cannot be a production"),
-        (("s : a\n | a A", "a : X\n | X A"), "A could go on here, or come behind a : X"),
-        (("s : a\n | b", "a : A", "b : A"), "before $end two productions end: a : A and b : A"),
-        (("s : s\n | A",), "before $end two productions end: S' : s and s : s"),
+        (("s : a\n | a A", "a : X\n | X A"), "A can be shifted, or a : X be reduced before it"),
+        (("s : a\n | b", "a : A", "b : A"), "before $end two rules can be reduced: a : A and b : A"),
+        (("s : s\n | A",), "before $end two rules can be reduced: S' : s and s : s"),
     ],
 )
 def test_what_is_no_grammar(productions: tuple[str, ...], what: str) -> None:
@@ -217,7 +217,7 @@ def test_a_choice_that_was_made() -> None:
 
     assert [takes(of, text) for text in ("X", "XA", "XAA")] == [True] * 3
     assert not takes(of, "XAAA")
-    with pytest.raises(GrammarError, match="before A two productions end"):
+    with pytest.raises(GrammarError, match="before A two rules can be reduced"):
         tables("s : a A\n | b A", "a : X", "b : X", shifted=("A",))
 
 
