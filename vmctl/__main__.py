@@ -1,4 +1,4 @@
-"""vmctl(8): asks a running vmd to do things, and shows what it answers."""
+"""vmctl(8): sends requests to a running vmd, and shows its answers."""
 
 import errno
 import gc
@@ -15,11 +15,11 @@ from vmd.client import DEFAULT_SOCKET, ClientError
 from vmd.errors import VmdError
 from vmd.stdio import STDERR, STDOUT
 
-COMPLETE = "--complete"  # what the completions of shells ask with
+COMPLETE = "--complete"  # first argument of the completions of shells
 
 
 def fail(session: Session, error: VmdError) -> int:
-    """Say what went wrong; return the exit status."""
+    """Show the error; return the exit status."""
     text = sentence_of(error)
     if text and not session.quiet:
         for line in text.split("\n"):  # a configuration has a line for each mistake
@@ -39,16 +39,16 @@ def run_command(session: Session, command: Command, words: list[str]) -> int:
     given = Given([])
     try:
         try:
-            session.json = "--json" in words  # also of a command line that cannot be read
+            session.json = "--json" in words  # also for a command line that cannot be parsed
             session.json_fd = STDERR if command.writes_data else STDOUT
             given = parse(command, words)
             session.json = given.has("--json")
             if given.wants_help:
                 return explain(command.name)
             name = f"vmctl.commands.{command.module}"
-            __import__(name)  # `importlib` itself is one more to load
+            __import__(name)  # saves loading `importlib`
             module = sys.modules[name]
-            gc.freeze()  # what is imported is no garbage, at the end either
+            gc.freeze()  # so that no collection examines the imported modules, at exit either
             gc.enable()
             status: int = module.run(session, given)
             return status
@@ -62,7 +62,7 @@ def run_command(session: Session, command: Command, words: list[str]) -> int:
         except VmdError as error:
             return fail(session, error)
     except CommandError as error:
-        return error.exit_status  # standard output is gone, which may be the very failure
+        return error.exit_status  # standard output fails; this may also be the error itself
     except KeyboardInterrupt:
         return interrupted(session, command)
     finally:
@@ -70,7 +70,7 @@ def run_command(session: Session, command: Command, words: list[str]) -> int:
 
 
 def interrupted(session: Session, command: Command) -> int:
-    """Say that ^C has ended a command; return the exit status."""
+    """Show that ^C has ended a command; return the exit status."""
     try:
         return fail(session, CommandError(f"{command.name}: interrupted", errno.EINTR))
     except CommandError as error:
@@ -97,7 +97,7 @@ def show_version() -> int:
 
 
 def no_command(words: list[str], error: UsageError) -> int:
-    """Return the exit status of a command line that names no command; programs get a document, too."""
+    """Return the exit status for a command line without a valid command.  With --json, print a document, too."""
     if "--json" in words:
         try:
             put_error(str(error), None)

@@ -1,4 +1,4 @@
-"""What `vmctl status -v` says that a VM has done and uses, besides its network interfaces."""
+"""The figures of a VM that `vmctl status -v` shows, except those of its network interfaces."""
 
 from vmctl.output import clean
 from vmd.ipc.figures import (
@@ -13,11 +13,11 @@ from vmd.ipc.figures import (
 from vmd.ipc.messages.figures import VmFigures
 from vmd.scaled import fmt_scaled
 
-UNCOUNTED = "not counted: an earlier vmd has started it"
+UNCOUNTED = "not counted: started by an earlier vmd"
 
 
 def describe(vm: VmFigures) -> list[str]:
-    """Return the lines of a VM; nothing is said of one that does not run, but how often it was started."""
+    """Return the lines of a VM.  One that does not run only has the line about its starts."""
     name = clean(vm.name)
     lines = [f"{name} life: {times(vm.starts, 'start')}, {times(vm.restarts, 'reset')} by its guest"]
     if not vm.pid:
@@ -51,7 +51,7 @@ def device_lines(label: str, device: DeviceFigures, lines: list[str]) -> list[st
 
 
 def disk_lines(disk: DiskFigures) -> list[str]:
-    """Return what a disk has done, and nothing of what it has not."""
+    """Return the figures of a disk, without those that are 0."""
     lines = [fmt_scaled(disk.size_bytes)]
     rows = (
         ("read", disk.read_requests, disk.read_bytes, disk.read_ns),
@@ -77,20 +77,20 @@ def disk_lines(disk: DiskFigures) -> list[str]:
 
 
 def cdrom_words(cdrom: CdromFigures) -> str:
-    """Return what a drive has done."""
+    """Return the figures of a CD drive."""
     disc = fmt_scaled(cdrom.size_bytes) if cdrom.size_bytes else "no disc"
     words = [disc, times(cdrom.commands, "command"), f"{cdrom.read_bytes} bytes read", f"busy {seconds(cdrom.busy_ns)}"]
     return ", ".join([*words, f"{cdrom.errors} failed"] if cdrom.errors else words)
 
 
 def entropy_words(entropy: EntropyFigures) -> str:
-    """Return what the guest has asked for."""
+    """Return the figures of the entropy device."""
     words = f"{times(entropy.requests, 'request')}, {entropy.bytes} bytes"
     return f"{words}, delayed {times(entropy.delayed, 'time')}" if entropy.delayed else words
 
 
 def nic_limit_words(nic: NicFigures) -> str:
-    """Return the limit of an interface, and what it has done; nothing where there is and was none."""
+    """Return the limit of an interface, and how often frames have waited for it; "" without either."""
     words = [f"{fmt_scaled(nic.rate_limit)} each second"] if nic.rate_limit else []
     ways = (("received", nic.rx_throttled, nic.rx_throttled_ns), ("sent", nic.tx_throttled, nic.tx_throttled_ns))
     words += [f"{way} {throttled_words(count, waited_ns)}" for way, count, waited_ns in ways if count]
@@ -98,19 +98,19 @@ def nic_limit_words(nic: NicFigures) -> str:
 
 
 def limit_words(limit: LimitFigures) -> str:
-    """Return what a control group is limited to."""
+    """Return the limits of a control group."""
     words = [f"memory {fmt_scaled(limit.memory_bytes)}"] if limit.memory_bytes else []
     words += [f"processor {limit.cpu_percent}%"] if limit.cpu_percent else []
     return ", ".join([*words, f"weight {limit.weight}"] if limit.weight else words)
 
 
 def throttled_words(count: int, waited_ns: int) -> str:
-    """Return how often something had to wait for a limit; nothing if it never had to."""
+    """Return how often and how long something had to wait for a limit; "" if it never had to."""
     return f"throttled {times(count, 'time')}, for {seconds(waited_ns)}" if count else ""
 
 
 def group_words(group: GroupFigures) -> str:
-    """Return what is known of a control group."""
+    """Return the figures of a control group."""
     words = []
     if group.cpu_ns is not None:
         words.append(f"processor {seconds(group.cpu_ns)}")
@@ -119,14 +119,14 @@ def group_words(group: GroupFigures) -> str:
     if group.memory_bytes is not None:
         words.append(f"memory {fmt_scaled(group.memory_bytes)}")
     if group.oom_kills:
-        words.append(f"{times(group.oom_kills, 'process', 'processes')} killed for want of memory")
+        words.append(f"{times(group.oom_kills, 'process', 'processes')} killed because memory ran out")
     if group.tasks is not None:
         words.append(times(group.tasks, "task"))
     return ", ".join(words) or "nothing is counted"
 
 
 def times(count: int, word: str, plural: str = "") -> str:
-    """Return a number of things."""
+    """Return a count with its noun."""
     return f"{count} {word if count == 1 else plural or word + 's'}"
 
 

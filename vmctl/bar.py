@@ -1,4 +1,4 @@
-"""How far something has come, for whoever waits for it at a terminal."""
+"""A progress bar for a terminal."""
 
 import os
 import time
@@ -12,15 +12,15 @@ if TYPE_CHECKING:
     from vmd.ipc.messages.shared import TransferProgress
 
 BAR_WIDTH = 40
-MIN_NAME = 8  # letters that a narrow terminal keeps of the name, rather than a bar
-DEFAULT_COLUMNS = 80  # of a terminal that does not know its size
+MIN_NAME = 8  # letters of the name that a narrow terminal shows, even if there is no room for the bar
+DEFAULT_COLUMNS = 80  # for a terminal without a size
 REDRAW_S = 0.1
 ROUND = " round {:4}"
-SETTLED_S = 1.0  # a rate of less time says nothing of what remains
+SETTLED_S = 1.0  # before this time the rate is too inaccurate to be shown
 
 
 class Bar:
-    """Name, percentage, bar, size and, where asked for, rate, remaining time and round; redrawn in place."""
+    """Name, percentage, bar, size and, as options, rate with remaining time, and round.  Redrawn in place."""
 
     def __init__(self, name: str, *, rate: bool = False, rounds: bool = False, shown: bool = True) -> None:
         self.rate = rate
@@ -28,7 +28,7 @@ class Bar:
         self.began_s = time.monotonic()
         self.shown = shown and os.isatty(STDERR)
         columns = os.get_terminal_size(STDERR).columns if self.shown else 0
-        # One column stays free: what fills a line to its end is followed by another.
+        # One column stays free: a full line would make some terminals begin a new one.
         fixed = len(f" 100% || {fmt_scaled(0):>6}") + (len(self._pace(0, 1)) if rate else 0)
         fixed += len(ROUND.format(0)) if rounds else 0
         room = (columns or DEFAULT_COLUMNS) - 1 - fixed
@@ -36,23 +36,23 @@ class Bar:
         self.width = max(0, min(BAR_WIDTH, room - len(name), room - MIN_NAME))
         self.name = name[: max(0, room - self.width)]
         self.drawn_s = 0.0
-        self.whole = 0  # bytes, as the daemon has said last
+        self.whole = 0  # bytes, from the daemon's last report
 
     def follow(self, progress: "TransferProgress") -> None:
-        """Draw what the daemon says, once it can say anything."""
+        """Draw a report of the daemon, if it has a total."""
         self.whole = progress.total_bytes
         if self.whole:
             self.show(progress.done_bytes, self.whole, progress.round)
 
     def complete(self) -> None:
-        """Draw that all is done."""
+        """Draw the full bar."""
         if self.whole:
             self.show(self.whole, self.whole)
 
     def show(self, done: int, whole: int, number: int = 0) -> None:
-        """Draw, but not more often than somebody can read; `whole` may be an estimate, and too small.
+        """Draw, at most once in REDRAW_S.  `whole` may be an estimate that is too small.
 
-        `number` is the round that this is, of what is done in rounds.
+        `number` is the number of the round, if there are rounds.
         """
         now_s = time.monotonic()
         if not self.shown or (done < whole and now_s - self.drawn_s < REDRAW_S):
@@ -65,7 +65,7 @@ class Bar:
         notice(f"\r{self.name} {done * 100 // whole:3}% |{filled:{self.width}}| {fmt_scaled(done):>6}{pace}{turn}")
 
     def _pace(self, done: int, whole: int) -> str:
-        """Return rate and remaining time, always of one width."""
+        """Return rate and remaining time, always with the same width."""
         spent_s = time.monotonic() - self.began_s
         if spent_s < SETTLED_S or not done:
             return f" {'-':>6}/s {'-':>8}"
@@ -73,6 +73,6 @@ class Bar:
         return f" {fmt_scaled(int(done / spent_s)):>6}/s {left_s // 3600:02}:{left_s // 60 % 60:02}:{left_s % 60:02}"
 
     def end(self) -> None:
-        """Leave the line."""
+        """End the line of the bar."""
         if self.drawn_s:
             notice("\n")

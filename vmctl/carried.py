@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 
 def receive_in_steps(session: Session, name: str, *, force: bool) -> int:
-    """Receive for `vmctl migrate` at another host, which is told on standard output how far it is.
+    """Receive for `vmctl migrate` at another host, and report each step to it on standard output.
 
-    Returns the exit status; all that goes wrong is told.
+    Returns the exit status.  Failures are reported to the other host, too.
     """
     client = session.client
-    told = False  # the daemon may have been told to have the guest run
+    told = False  # whether the daemon may have been told to let the guest run
     try:
         judged = client.migrate_in(name, STDIN, force=force)
         carry.say(STDOUT, carry.TARGET, carry.ASKED, locks_travel=judged.locks_travel)
@@ -35,8 +35,8 @@ def receive_in_steps(session: Session, name: str, *, force: bool) -> int:
         carry.say(STDOUT, carry.TARGET, carry.COMPLETE)
         words = carry.Ear(STDIN, carry.SOURCE).hear(carry.COMMIT)
         if words is None:
-            raise CommandError("the sender has left")
-        if is_hung_up(client.fileno()):  # the word would reach nobody: it does not run here
+            raise CommandError("the sender has closed the connection")
+        if is_hung_up(client.fileno()):  # the request could not arrive, so the guest cannot run here
             raise CommandError("vmd has ended")
         told = True
         received = take_step(client, judged, Step.COMMIT, VmReceived, paused=words.get("paused") is True)
@@ -48,13 +48,13 @@ def receive_in_steps(session: Session, name: str, *, force: bool) -> int:
         return CommandError.exit_status
     except OSError as error:
         raise CommandError(f"standard output: {sentence(error)}", error.errno) from None
-    with contextlib.suppress(OSError):  # whatever the sender makes of it, it runs here
+    with contextlib.suppress(OSError):  # the guest runs here even if the sender is gone
         carry.say(STDOUT, carry.TARGET, carry.RUNNING, id=received.vmid, tty=clean(received.tty))
     return 0
 
 
 def is_hung_up(fd: int) -> bool:
-    """Return whether nobody reads what is written there."""
+    """Return whether the other side has closed the connection."""
     poll = select.poll()
     poll.register(fd, 0)
     return bool(poll.poll(0))

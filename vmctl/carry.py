@@ -1,13 +1,13 @@
-"""What the two ends of `vmctl migrate` say to each other: a JSON object a line.
+"""The protocol between the two ends of `vmctl migrate`: each line is a JSON object.
 
     target      {"vmctl": "receive", "at": "asked", "locks_travel": true}
                 {"vmctl": "receive", "at": "complete"}
-    source      {"vmctl": "migrate", "at": "commit", "paused": false}    behind the last byte of the stream
+    source      {"vmctl": "migrate", "at": "commit", "paused": false}    after the last byte of the stream
     target      {"vmctl": "receive", "at": "running", "id": 3, "tty": "/dev/pts/7"}
 
-or, instead of any of its lines and as its last one, the target says {"vmctl": "receive", "at": "failed", "text": ...,
-"in_doubt": false}.  With `in_doubt` it does not know whether the VM runs there, or has done so.  Lines that are
-anything else are passed over: what logs in for us may greet, or say what the motto of the day is.
+At any step the target can fail instead.  Its last line is then {"vmctl": "receive", "at": "failed", "text": ...,
+"in_doubt": false}.  With `in_doubt` the target does not know whether the VM runs there, or has run there.  All other
+lines are skipped, because the remote shell may print a greeting.
 """
 
 import json
@@ -19,7 +19,7 @@ from vmctl.output import write_all
 from vmd.errors import sentence
 
 LINE_MAX = 8192
-LINES_MAX = 1000  # that are passed over
+LINES_MAX = 1000  # lines that may be skipped
 SOURCE, TARGET = "migrate", "receive"
 ASKED, COMPLETE, COMMIT, RUNNING, FAILED = "asked", "complete", "commit", "running", "failed"
 
@@ -32,7 +32,7 @@ def say(fd: int, who: str, at: str, **more: object) -> None:
 
 
 class Ear:
-    """Reads what the other side says from a descriptor."""
+    """Reads the lines of the other side from a descriptor."""
 
     def __init__(self, fd: int, who: str) -> None:
         self.fd = fd
@@ -41,15 +41,15 @@ class Ear:
         self._passed_over = 0
 
     def hear(self, *wanted: str) -> Words | None:
-        """Return the next line of those wanted; None if there will be none.  Raises CommandError."""
+        """Return the next line, which must be one of those wanted; None at the end.  Raises CommandError."""
         while True:
             words = self._next_line()
             if words is None or words.get("at") in wanted:
                 return words
-            raise CommandError(f"the other side says {words.get('at')!r}, where {' or '.join(wanted)} was due")
+            raise CommandError(f"the other side says {words.get('at')!r}, where {' or '.join(wanted)} was expected")
 
     def poll(self, timeout_ms: int) -> bool:
-        """Wait for something to be said, or the end."""
+        """Wait for a line or the end; return False after `timeout_ms`."""
         poll = select.poll()
         poll.register(self.fd, select.POLLIN)
         return bool(self._read.count(b"\n") or poll.poll(timeout_ms))
@@ -67,7 +67,7 @@ class Ear:
                 self._read = b""
                 self._passed_over += 1
             if self._passed_over > LINES_MAX:
-                raise CommandError("the other side says something else than vmctl does")
+                raise CommandError("the other side does not answer as vmctl")
             if not newline:
                 try:
                     piece = os.read(self.fd, LINE_MAX)
@@ -79,7 +79,7 @@ class Ear:
 
 
 def words_of(line: bytes, who: str) -> Words | None:
-    """Return what a line says; None if it is none of ours."""
+    """Return the object of a line; None if the line is not part of the protocol."""
     try:
         words = json.loads(line)
     except ValueError:

@@ -1,9 +1,9 @@
-"""What can come next on a command line, for the completions of shells.
+"""Candidates for the next word of a command line, for the completions of shells.
 
-`vmctl --complete WORD ...` is what the files in completions/ run.  It gets the words behind `vmctl`, of which the last
-one is still being typed, and answers with lines:
+The files in completions/ run `vmctl --complete WORD ...` with the words after `vmctl`.  The last word is still being
+typed.  The answer has these lines:
 
-    words | files       whether names of files can come next, too
+    words | files       `files` if names of files are candidates, too
     WORD<tab>WHAT       one for each candidate; WHAT may be empty
 """
 
@@ -30,22 +30,22 @@ from vmd import signals as signal
 from vmd.client import DEFAULT_SOCKET
 from vmd.errors import VmdError
 
-DEADLINE_S = 2  # a daemon that is not so fast must not hold up somebody who types
+DEADLINE_S = 2  # a slow daemon must not block the user who types
 
 Candidates = list[tuple[str, str]]
 
 
 class Place:
-    """The place of the cursor: what the words before it were."""
+    """The place of the cursor, found from the words before it."""
 
     def __init__(self, words: list[str]) -> None:
-        """Read the words before the cursor.  Raises UsageError if nothing sensible can follow them."""
+        """Read the words before the cursor.  Raises UsageError if they are wrong."""
         self.command: Command | None = None
         self.options: tuple[Option, ...] = GLOBAL
         self.given: dict[str, str] = {}
         self.operands = 0
         self.only_operands = False  # after --
-        self.pending: Option | None = None  # has got no value yet
+        self.pending: Option | None = None  # an option whose value comes next
         for word in words:
             self._take(word)
 
@@ -81,17 +81,17 @@ class Place:
                 return
 
     def next(self) -> "Option | Operand | None":
-        """Return what the word that is being typed is, if it is neither an option nor the command."""
+        """Return the option or operand that the typed word is the value of; None if there is none."""
         if self.pending is not None:
             return self.pending
         if self.command and self.command.behind and self.only_operands:
-            return None  # what comes now is not for us
+            return None  # these words are for another program
         operands = self.command.operands if self.command else ()
         left = [operand for operand in operands if not self._excluded(operand.name)][self.operands :]
         return left[0] if left else None
 
     def free_options(self) -> list[Option]:
-        """Return the options that can still be given; those with a value can be given again."""
+        """Return the options that can still be given.  Options with a value can be given again."""
         return [
             option
             for option in self.options
@@ -108,7 +108,7 @@ class Place:
 def answer(words: list[str]) -> int:
     """Write the candidates for the last of some words; return the exit status."""
     *before, typed = words or [""]
-    signal.alarm(DEADLINE_S)  # ends us, without a word
+    signal.alarm(DEADLINE_S)  # SIGALRM ends us, without a message
     try:
         found, files = candidates(Place(before), typed)
     except VmdError:
@@ -122,7 +122,7 @@ def answer(words: list[str]) -> int:
 
 
 def candidates(place: Place, typed: str) -> tuple[Candidates, bool]:
-    """Return what can come next, and whether names of files can.  Raises VmdError."""
+    """Return the candidates, and whether names of files are candidates, too.  Raises VmdError."""
     if typed.startswith("-") and place.pending is None and not place.only_operands:
         return [(option.name, option.help) for option in place.free_options()], False
     if place.command is None and place.pending is None:

@@ -1,4 +1,4 @@
-"""What `stop` and `wait` have in common: one line per VM that says how its end came about (*cat. 3.5*)."""
+"""The end of VMs, for `stop` and `wait`: one line per VM says how it ended (*cat. 3.5*)."""
 
 import errno
 import time
@@ -17,12 +17,12 @@ REFUSALS = {
     errno.ENOENT: "vm not found",
     errno.EINTR: "interrupted call",
 }
-SOON_S, SOON_MAX = 1.0, 3  # so often a daemon may hang up so soon after it was asked
+SOON_S, SOON_MAX = 1.0, 3  # a daemon may hang up SOON_MAX times in a row within SOON_S of a request
 REQUESTED, TERMINATED, FAILED = "requested", "terminated", "failed"
 
 
 class Result(Record):
-    """What became of one VM; for --json."""
+    """The result for one VM; also for --json."""
 
     vmid: int
     name: str
@@ -33,7 +33,7 @@ class Result(Record):
 
     @property
     def interrupted(self) -> bool:
-        """Whether the operator would not wait any longer."""
+        """Whether the operator has interrupted the wait."""
         return self.code == errno.EINTR
 
     def as_json(self) -> dict[str, object]:
@@ -54,11 +54,11 @@ def announce(doing: str, ref: VmRef) -> None:
 
 
 def ask_end(client: Client, ref: VmRef, request: StopRequest | WaitRequest, doing: str = "") -> Result:
-    """Send the request and tell its outcome; with `doing`, begin the line of the VM before.
+    """Send the request and return the result.  With `doing`, first begin the line of the VM.
 
     Raises:
-        ClientError: the daemon is gone; the line has been ended.
-        PeerError: the same, of one that cannot be understood.
+        ClientError: the daemon has ended; the line was completed.
+        PeerError: the daemon's answer cannot be understood; the line was completed.
     """
     if doing:
         announce(doing, ref)
@@ -79,9 +79,11 @@ def ask_end(client: Client, ref: VmRef, request: StopRequest | WaitRequest, doin
 
 
 def ask_until_answered(client: Client, request: StopRequest | WaitRequest) -> Record:
-    """Return the answer, StopAccepted or VmTerminated; of the next daemon, if one takes the place of this one.
+    """Return the answer, StopAccepted or VmTerminated.  If another daemon replaces this one, ask it.
 
-    Raises HungUp if none does, Refused, PeerError.
+    Raises:
+        HungUp: no other daemon replaces this one.
+        Refused, PeerError
     """
     again, in_a_row = False, 0
     while True:
@@ -91,7 +93,7 @@ def ask_until_answered(client: Client, request: StopRequest | WaitRequest) -> Re
         except HungUp as lost:
             in_a_row = in_a_row + 1 if time.monotonic() - asked_s < SOON_S else 0
             if in_a_row > SOON_MAX:
-                raise  # it is this request that it hangs up on
+                raise  # this request makes the daemon hang up
             try:
                 client.connect_again()
             except ClientError:
@@ -101,7 +103,7 @@ def ask_until_answered(client: Client, request: StopRequest | WaitRequest) -> Re
             if not again:
                 raise
             if error.number == errno.EALREADY and isinstance(request, StopRequest) and request.wait:
-                request = WaitRequest(vmid=request.vmid, name=request.name)  # the one before has told it to stop
+                request = WaitRequest(vmid=request.vmid, name=request.name)  # the daemon before this one has stopped it
                 continue
             ended = how_it_ended(client, request)
             if ended is None:
@@ -110,7 +112,7 @@ def ask_until_answered(client: Client, request: StopRequest | WaitRequest) -> Re
 
 
 def how_it_ended(client: Client, request: StopRequest | WaitRequest) -> VmTerminated | None:
-    """Return how a VM has ended while nobody could say so; None if it has not, or nobody knows."""
+    """Return how a VM has ended while we were not connected.  None if it still runs, or if this is not known."""
     for vm in client.list_vms():
         if (vm.vmid == request.vmid or vm.name == request.name) and vm.ended is not None and not vm.pid:
             return VmTerminated(vmid=vm.vmid, name=vm.name, text=vm.ended.text, how=vm.ended.how)
@@ -118,7 +120,7 @@ def how_it_ended(client: Client, request: StopRequest | WaitRequest) -> VmTermin
 
 
 def conclude(session: Session, result: Result, *, forced: bool = False) -> None:
-    """End the line of a VM with upstream's words; `forced` is a stop that did not mean to wait."""
+    """Complete the line of a VM with upstream's words.  `forced` is for `stop -f` without -w."""
     if result.result == FAILED:
         assert result.code is not None
         words = REFUSALS.get(result.code, f"failed: {result.text}")

@@ -1,10 +1,10 @@
-"""The escapes of a console: a `~` typed at the start of a line speaks to us, not to the guest (cu(1))."""
+"""The escapes of a console: a `~` typed at the start of a line is a command for us, not for the guest (cu(1))."""
 
 from vmd.enums import Enum
 
 
 class Action(Enum):
-    """What an escape asks for."""
+    """The action of an escape."""
 
     LEAVE = 0
     BREAK = 1
@@ -27,12 +27,12 @@ HELP = """\
 ~^Z   suspend vmctl
 ~?    this text
 ~~    send one ~
-Escapes are seen at the start of a line only.
+Escapes work only at the start of a line.
 """
 
 
 class Escapes:
-    """Splits what is typed into bytes for the guest and actions for us, however it is cut into reads."""
+    """Splits typed bytes into bytes for the guest and actions for us, at whatever bytes reads divide them."""
 
     def __init__(self) -> None:
         self._at_line_start = True
@@ -51,9 +51,9 @@ class Escapes:
                         parts.append(bytes(plain))
                         plain.clear()
                     parts.append(action)
-                    continue  # still at the start of a line, as far as the guest knows
+                    continue  # for the guest this is still the start of a line
                 if byte != TILDE:
-                    plain.append(TILDE)  # no escape of ours: both belong to the guest
+                    plain.append(TILDE)  # not an escape: both bytes are for the guest
             elif byte == TILDE and self._at_line_start:
                 self._after_tilde = True
                 continue

@@ -1,4 +1,4 @@
-"""Figures of VMs under keys that stay: what `vmctl metrics --json` prints."""
+"""Figures of VMs as `vmctl metrics --json` prints them."""
 
 from vmctl.output import clean
 from vmd.record import Record
@@ -7,13 +7,13 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from vmd.ipc.messages.figures import VmFigures
 
-# Of a VM, under another name in documents.
+# Fields that have another name in documents.
 KEYS = {"vmid": "id", "since_s": "since", "started_s": "started", "nics": "interfaces"}
-NOT_YET = ("since_s", "started_s", "pid")  # 0 is none
+NOT_YET = ("since_s", "started_s", "pid")  # 0 stands for no value
 
 
 def as_json(vm: "VmFigures") -> dict[str, object]:
-    """Return all figures of a VM; null is what does not apply, or what this host does not tell."""
+    """Return all figures of a VM.  A value is null if it does not apply, or if this host does not provide it."""
     document = {}
     for field in type(vm).fields:
         value = getattr(vm, field)
@@ -24,7 +24,7 @@ def as_json(vm: "VmFigures") -> dict[str, object]:
 
 
 def plain(value: object) -> object:
-    """Return a value as JSON has it; text that is empty is null."""
+    """Return a value for JSON; empty text is null."""
     if isinstance(value, str):
         return clean(value) or None
     if isinstance(value, bytes):

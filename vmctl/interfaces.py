@@ -1,4 +1,4 @@
-"""What `vmctl status -v` says of network interfaces."""
+"""The lines of `vmctl status -v` about network interfaces."""
 
 import socket
 import time
@@ -12,7 +12,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from vmd.config.model import Forward
 
-# Why frames were dropped, in words, and nothing of what did not happen.
+# Why frames were dropped, in words.
 RECEIVE_DROPS = (
     ("rx_no_room", "larger than the guest's buffers"),
     ("rx_filtered", "not for this address"),
@@ -27,12 +27,12 @@ SEND_DROPS = (
     ("tx_link_down", "while the link was down"),
     ("tx_busy", "the host was busy"),
 )
-# Why requests of DHCP were not answered.
+# Why DHCP requests were not answered.
 UNANSWERED = (
     ("dhcp_other_server", "for another server"),
     ("dhcp_other_address", "about another address"),
     ("dhcp_other_client", "from another Ethernet address"),
-    ("dhcp_declines", "to decline the address: the guest says that somebody else has it"),
+    ("dhcp_declines", "to decline the address: the guest says that another host has it"),
     ("dhcp_no_address", "without an address"),
     ("dhcp_unknown_type", "of unknown type"),
     ("dhcp_malformed", "malformed"),
@@ -93,13 +93,13 @@ def forward_words(forward: "Forward") -> str:
 
 
 def source_text(forward: "Forward") -> str:
-    """Return whom a forward is for; "" for everybody."""
+    """Return the addresses that may use a forward; "" if all may."""
     source = forward.source
     return f"{text4(source.address)}/{source.length}" if source is not None else ""
 
 
 def lease_words(nic: NicInfo, figures: dict[str, int]) -> str:
-    """Return whether the guest has got its address from us."""
+    """Return the state of the lease in words."""
     if not figures["lease_s"]:
         return "lease released" if figures.get("dhcp_releases") else "no lease given"
     try:
@@ -111,19 +111,19 @@ def lease_words(nic: NicInfo, figures: dict[str, int]) -> str:
 
 
 def traffic_words(figures: dict[str, int], direction: str, drops: tuple[tuple[str, str], ...]) -> str:
-    """Return what went one way, and what was dropped on it."""
+    """Return packets and bytes in one direction, and dropped packets."""
     words = f"{figures[direction + '_packets']} packets, {figures[direction + '_bytes']} bytes"
     dropped = counted_words(figures, drops)
     return f"{words}; dropped {dropped}" if dropped else words
 
 
 def counted_words(figures: dict[str, int], reasons: tuple[tuple[str, str], ...]) -> str:
-    """Return how often each of these happened, and nothing of what did not."""
+    """Return how often each reason occurred, without those that are 0."""
     return ", ".join(f"{figures[name]} {why}" for name, why in reasons if figures.get(name))
 
 
 def as_json(nic: NicInfo) -> dict[str, object]:
-    """Return an interface under keys that stay; null is what does not apply."""
+    """Return an interface for --json; a value that does not apply is null."""
     return {
         "index": nic.index,
         "tap": clean(nic.tap) or None,
@@ -154,7 +154,7 @@ def as_json(nic: NicInfo) -> dict[str, object]:
 
 
 def lease(nic: NicInfo) -> dict[str, object] | None:
-    """Return what is known of the lease of an interface's guest; None if it has none."""
+    """Return the lease of an interface's guest for --json; None if it has no lease."""
     since_s = dict(zip(COUNTER_NAMES, nic.counters, strict=False)).get("lease_s")
     if not nic.local or not since_s:
         return None
@@ -162,10 +162,10 @@ def lease(nic: NicInfo) -> dict[str, object] | None:
 
 
 def text4(address: bytes) -> str:
-    """Return an IPv4 address in the usual notation; nothing for none."""
+    """Return an IPv4 address in the usual notation; "" if there is none."""
     return socket.inet_ntop(socket.AF_INET, address) if len(address) == 4 else ""
 
 
 def text6(address: bytes) -> str:
-    """Return an IPv6 address in the usual notation; nothing for none."""
+    """Return an IPv6 address in the usual notation; "" if there is none."""
     return socket.inet_ntop(socket.AF_INET6, address) if len(address) == 16 else ""

@@ -1,4 +1,4 @@
-"""The files of a console log, read with the rights of whoever runs vmctl, while vmd puts full ones aside."""
+"""The files of a console log, read with the rights of the user while vmd may rotate them."""
 
 import errno
 import os
@@ -16,30 +16,30 @@ LOOK_S = 0.2
 
 
 class KeptLog:
-    """A log: `path`, and before that `path`.1 up to `path`.`keep`.  `show` gets what is in there, in order."""
+    """A log: `path`, and the older files `path`.1 to `path`.`keep`.  `show` gets their content, the oldest first."""
 
     def __init__(self, path: str, keep: int, show: "Callable[[bytes], None]") -> None:
         self.paths = [path, *(f"{path}.{number}" for number in range(1, keep + 1))]
         self.show = show
-        self.file = -1  # the newest one that was shown
-        self.at = (0, 0)  # which that is
+        self.file = -1  # the newest file that was shown
+        self.at = (0, 0)  # its device and inode
 
     def show_all(self, *, wait: bool = False) -> None:
-        """Show what there is; with `wait` there may be nothing yet.  Raises CommandError."""
+        """Show the present content.  Without `wait` there must be a file.  Raises CommandError."""
         self._go_through(self._newer(None))
         if self.file < 0 and not wait:
             raise CommandError(f"console log {self.paths[0]}: {os.strerror(errno.ENOENT)}", errno.ENOENT)
 
     def follow(self) -> None:
-        """Show what comes, for ever.  Raises CommandError."""
+        """Show new content; does not return.  Raises CommandError."""
         while True:
             self.follow_once()
             select.select([], [], [], LOOK_S)
 
     def follow_once(self) -> None:
-        """Show what there is by now.  Raises CommandError."""
+        """Show the content that is new since the last call.  Raises CommandError."""
         newer = self._newer(self.at)
-        # As long as the next file is empty, its writer may not have seen that there is one.
+        # While the next file is empty, its writer may still append to the present one.
         if newer and (len(newer) > 1 or self._size(newer[0])):
             self._show_rest()
             self._go_through(newer)
@@ -49,24 +49,22 @@ class KeptLog:
         self._show_rest()
 
     def close(self) -> None:
-        """Let the last file go."""
+        """Close the last file."""
         if self.file >= 0:
             os.close(self.file)
             self.file = -1
 
     def _go_through(self, files: list[int]) -> None:
-        """Show these files, oldest first, and stay at the last one."""
+        """Show these files, the oldest first.  The last one becomes the present file."""
         for fd in files:
             self.close()
             self.file, self.at = fd, which(fd)
             self._show_rest()
 
     def _newer(self, known: tuple[int, int] | None) -> list[int]:
-        """Return the files that are newer than the present one, which is `known`, open, the oldest first.
+        """Return open files that are newer than the present file `known`, the oldest first.  Raises CommandError.
 
-        Raises CommandError.
-
-        They are opened the newest first: so none is missed while they get other names, and one met twice is known.
+        The newest is opened first.  So a rotation in between hides no file, and a file that is met twice is recognised.
         """
         found: dict[tuple[int, int], int] = {}
         for path in self.paths:
@@ -85,7 +83,7 @@ class KeptLog:
                 found[this] = fd
         else:
             if known is not None and self.file >= 0:
-                # It was removed, or put aside so often that it is gone: what was written after it is newer.
+                # The present file was removed, also by rotation: newer files were modified after it.
                 changed_ns = os.fstat(self.file).st_mtime_ns
                 for this, fd in list(found.items()):
                     if os.fstat(fd).st_mtime_ns <= changed_ns:
@@ -96,7 +94,7 @@ class KeptLog:
         return os.fstat(fd).st_size
 
     def _show_rest(self) -> None:
-        """Show what has been added to the present file; from its beginning if it was cut.  Raises CommandError."""
+        """Show new content of the present file, or all of it if the file was truncated.  Raises CommandError."""
         if self.file < 0:
             return
         try:
@@ -109,6 +107,6 @@ class KeptLog:
 
 
 def which(fd: int) -> tuple[int, int]:
-    """Return which file it is, whatever it is called."""
+    """Return the device and inode of a file, which do not depend on its name."""
     status = os.fstat(fd)
     return status.st_dev, status.st_ino

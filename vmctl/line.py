@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from vmd.record import Record
 
 READ_MAX = 16384
-# What waits for a guest that does not read; beyond it we do not read the operator either.  Large, since an
-# escape behind it would not be seen: who has pasted a book into a hung guest must still be able to leave.
+# Limit of typed bytes that wait for a guest which does not read.  When it is reached, we stop reading the operator, and
+# escapes are not seen any more.  So it is large: one must be able to leave after pasting a book into a hung guest.
 TYPED_MAX = 1 << 20
-GONE = (errno.EIO, errno.ENXIO, errno.EBADF)  # what a terminal that hung up, or was never there, answers
+GONE = (errno.EIO, errno.ENXIO, errno.EBADF)  # errors of a terminal that has hung up or was never open
 
 
 class Ending(Enum):
@@ -34,25 +34,25 @@ class Ending(Enum):
     LEFT = 0
     VM_ENDED = 1
     DAEMON_LOST = 2
-    TAKEN = 3  # by another viewer
+    TAKEN = 3  # by another user
 
 
 def failed(what: str, error: OSError) -> CommandError:
-    """Return a failed call as a sentence."""
+    """Return the error for a failed system call."""
     return CommandError(f"{what}: {sentence(error)}", error.errno)
 
 
 def open_line(path: str) -> int:
-    """Open the pty with our own rights: they decide who may use a console.  Raises CommandError.
+    """Open the pty with our own rights, which decide whether we may use the console.  Raises CommandError.
 
-    O_NOCTTY: it must not become the terminal whose ^C ends us.
+    O_NOCTTY: the pty must not become our controlling terminal.
     """
     try:
         fd = os.open(path, os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         raise failed(f"cannot open console {path}", error) from None
     try:
-        # Whoever used it before us may have left it echoing, which turns the guest's output into its input.
+        # An earlier user may have left echo on, which would send the guest's output back to it as input.
         tty.setraw(fd, termios.TCSANOW)
     except termios.error:
         os.close(fd)
@@ -61,7 +61,7 @@ def open_line(path: str) -> int:
 
 
 class Relay:
-    """One attachment: the line, the operator on `stdin` and standard output, and the daemon."""
+    """One connection to a console: the line, the operator at the terminal, and the daemon."""
 
     def __init__(self, client: Client, attached: ConsoleAttached, line: int, terminal: RawTerminal) -> None:
         self.client = client
@@ -69,10 +69,10 @@ class Relay:
         self.line = line
         self.terminal = terminal
         self.escapes = Escapes()
-        self.typed = bytearray()  # not yet taken by the line
+        self.typed = bytearray()  # typed bytes that were not yet written to the line
         self.leaving = False
-        self.last_words = ""  # of the daemon
-        self.on_message: Callable[[Record], None] = lambda _message: None  # ... what it says besides
+        self.last_words = ""  # the daemon's last failure
+        self.on_message: Callable[[Record], None] = lambda _message: None  # called with the daemon's messages
 
     def run(self) -> Ending:
         """Relay until the operator leaves, the VM has ended or the daemon is gone."""
@@ -98,7 +98,7 @@ class Relay:
         return {fd for fd, _ in poll.poll(LOOK_UP_MS)}
 
     def _on_daemon(self) -> Ending | None:
-        """Take a message that came unasked; return what it ends."""
+        """Take a message of the daemon; return how it ends the connection, or None."""
         try:
             message = self.client.receive()
         except ClientError:
@@ -112,7 +112,7 @@ class Relay:
         return None
 
     def _on_output(self) -> bool:
-        """Show what the guest printed; False if the line is no more."""
+        """Show output of the guest; return False if the line is closed."""
         try:
             data = os.read(self.line, READ_MAX)
         except BlockingIOError:
@@ -127,7 +127,7 @@ class Relay:
         return True
 
     def _flush(self) -> bool:
-        """Write what was typed, as far as the line takes it; False if the line is no more."""
+        """Write typed bytes, as many as the line takes; return False if the line is closed."""
         try:
             while self.typed:
                 del self.typed[: os.write(self.line, self.typed)]
@@ -157,12 +157,12 @@ class Relay:
                 else:
                     self._act(part)
         else:
-            self.typed += typed  # a file or pipe means every byte of it
+            self.typed += typed  # a file or pipe has no escapes
 
     def _act(self, action: Action) -> None:
         if action is Action.LEAVE:
             self._flush()
-            # What the guest does not take now would keep us here.
+            # Bytes that the guest does not take now are dropped: we would wait for it otherwise.
             self.leaving = True
             self.typed.clear()
         elif action is Action.BREAK:

@@ -1,42 +1,42 @@
-"""What a guest's output has changed of the operator's terminal, and how to undo it.
+"""Changes that a guest's output has made to the operator's terminal, and how to undo them.
 
-Only what differs from a terminal's usual state is undone: a guest that cleans up after itself leaves nothing to do,
-and the screen of an operator whose guest printed plain text is not touched.
+Only differences from the usual state of a terminal are undone.  If the guest has restored the terminal itself, or has
+printed only plain text, the screen is not touched.
 """
 
 from vmctl.vt import Item, Kind
 
-NUMBERS_MAX = 16  # parameters of one sequence that are looked at
-CHANGES_MAX = 256  # a guest may name modes that nobody knows
-STYLES_MAX = 256  # bytes of colours and the like, which add up
+NUMBERS_MAX = 16  # parameters of one sequence that are examined
+CHANGES_MAX = 256  # a guest may use any numbers of modes
+STYLES_MAX = 256  # bytes of SGR sequences, which are collected
 
 # Private modes that are usually on: ANSI (not VT52), line wrap, auto-repeat, cursor, xterm's and readline's.
 ON = frozenset((2, 7, 8, 25, 1034, 1035, 1046, 1070))
 ANSI_ON = frozenset((12,))  # no local echo
-ALTERNATE = frozenset((47, 1047, 1049))  # three ways to one alternate screen
-REPORTING = frozenset((9, 1000, 1001, 1002, 1003, 1004))  # mouse and focus: the terminal speaks by itself
-TO_BOTTOM = b"\x1b[999;1H"  # after what moves the cursor to the top of a screen that is in use
+ALTERNATE = frozenset((47, 1047, 1049))  # all three select the alternate screen
+REPORTING = frozenset((9, 1000, 1001, 1002, 1003, 1004))  # mouse and focus: the terminal sends reports
+TO_BOTTOM = b"\x1b[999;1H"  # follows a sequence that moves the cursor to the top
 SAVE_TITLE, RESTORE_TITLE = b"\x1b[22;0t", b"\x1b[23;0t"
 TAB_WIDTH = 8
 COLUMNS_MAX = 400
 
-# Finals of CSI that ask for an answer, whatever their other parts: DA, DSR, DECREQTPARM, checksums, reports of windows.
+# Final bytes of CSI that always ask for an answer: DA, DSR, DECREQTPARM, checksums, window reports.
 ASKING = frozenset("cnxyt")
 ASKING_WITH = {"p": b"$", "u": b"?", "q": b">"}  # DECRQM, the kitty keyboard, XTVERSION
 
 
 class Change:
-    """One thing that is not as usual."""
+    """One difference from the usual state."""
 
     __slots__ = ("again", "undo")
 
     def __init__(self, again: bytes, undo: bytes) -> None:
-        self.again = again  # makes it so once more
-        self.undo = undo
+        self.again = again  # the sequence that makes the change again
+        self.undo = undo  # the sequence that undoes it
 
 
 class Modes:
-    """Follows the output, item by item."""
+    """Follows the output, item by item, and collects the changes."""
 
     def __init__(self, *, utf8: bool = True, columns: int = 80) -> None:
         self._utf8 = utf8
@@ -44,23 +44,23 @@ class Modes:
         self._changes: dict[str, Change] = {}
 
     def undo(self) -> bytes:
-        """Return what puts everything back."""
-        # VT52 mode first: in it no other sequence is understood.  Then the alternate screen, whose end brings back
-        # the colours and character sets that were saved at its beginning.
+        """Return the sequences that undo all changes."""
+        # First leave VT52 mode, in which no other sequence is understood.  Then leave the alternate screen, which
+        # restores the colours and character sets that were saved when it was entered.
         first = [key for key in ("?2", "alternate") if key in self._changes]
         return b"".join(self._changes[key].undo for key in dict.fromkeys((*first, *self._changes)))
 
     def again(self) -> bytes:
-        """Return what makes everything as the guest has made it."""
+        """Return the sequences that make all changes again."""
         return b"".join(change.again for change in self._changes.values())
 
     @property
     def reports(self) -> bool:
-        """Whether the terminal tells of the mouse or of its focus, without being asked."""
+        """Whether the terminal sends reports of the mouse or of its focus."""
         return any(f"?{number}" in self._changes for number in REPORTING)
 
     def follow(self, item: Item) -> bytes:
-        """Note what an item changes; return what has to be printed before it, so that it can be undone."""
+        """Note the changes of an item; return the sequence that has to be printed before it to make them undoable."""
         before = b""
         if item.kind is Kind.CONTROL:
             self._control(item.final)
@@ -144,7 +144,7 @@ class Modes:
             case (b"?", "W"):
                 self._clear("tabs")
             case (b"?", "c"):
-                self._put("cursor size", values[:1] in ([], [0]), raw, b"\x1b[?0c")  # of Linux
+                self._put("cursor size", values[:1] in ([], [0]), raw, b"\x1b[?0c")  # of the Linux console
             case (b">", "m"):
                 kind = str(values[0]).encode() if values else b""
                 self._put(f"keys {kind.decode()}", len(values) < 2, raw, b"\x1b[>" + kind + b"m")
@@ -183,7 +183,7 @@ class Modes:
             if not value:
                 self._clear(f"colour {kind.decode()[1:].lstrip('0')}")
         elif kind[:1] == b"P":
-            self._set("palette", b"", b"\x1b]R\x1b\\")  # of Linux
+            self._set("palette", b"", b"\x1b]R\x1b\\")  # of the Linux console
         elif kind == b"R":
             self._clear("palette")
         elif kind == b"8":
@@ -196,7 +196,7 @@ class Modes:
 
 
 def asks(item: Item) -> bool:
-    """Return whether a terminal answers to an item, as if somebody had typed the answer."""
+    """Return whether a terminal answers an item.  The answer arrives like typed input."""
     if item.kind is Kind.CONTROL:
         return item.final == "\x05"  # ENQ
     if item.kind is Kind.ESCAPE:
@@ -208,5 +208,5 @@ def asks(item: Item) -> bool:
 
 
 def numbers(parameters: bytes) -> list[int]:
-    """Return parameters as numbers; what is none is left out."""
+    """Return the parameters that are numbers."""
     return [int(each[:5]) for each in parameters.split(b";")[:NUMBERS_MAX] if each.isdigit()]

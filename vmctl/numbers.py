@@ -5,7 +5,7 @@ from vmd.config.model import COUNT_MAX
 
 
 def count(text: str, what: str) -> int:
-    """Return a number from 1; what is none is refused in strtonum(3)'s words."""
+    """Return a number from 1.  Raises ArgumentError in the words of strtonum(3)."""
     digits = text.removeprefix("-")
     if not (digits.isascii() and digits.isdigit()):
         raise ArgumentError(f"{what} is invalid: {text}")

@@ -1,7 +1,7 @@
-"""Reads a command line as the table has it, much as getopt(3) does.
+"""Parses a command line by the table, much as getopt(3) does.
 
-Our own: the module `getopt` imports `gettext`, and that `re`, which is a third of a status command's time.
-Unlike vmd's, options may follow operands, as everywhere on Linux; `--` ends them.
+We do not use the module `getopt`: it imports `gettext`, which imports `re`, and that takes a third of the time of a
+status command.  Unlike vmd: options may follow operands, as is usual on Linux.  `--` ends the options.
 """
 
 from vmctl.errors import UsageError
@@ -13,16 +13,16 @@ if TYPE_CHECKING:
 
 
 class Given:
-    """What was typed after a command: options in their order, each with its value, and the operands."""
+    """The words after a command: options in their order, each with its value, and the operands."""
 
     def __init__(self, options: list[tuple[str, str]]) -> None:
         self.options = options
         self.operands: list[str] = []
-        self.behind: list[str] = []  # words behind `--`, of a command that hands them on
+        self.behind: list[str] = []  # words after `--`, for commands that pass them on
 
     @property
     def operand(self) -> str:
-        """The first operand; "" where it is optional and was not given."""
+        """The first operand; "" if it is optional and was not given."""
         return self.operands[0] if self.operands else ""
 
     def has(self, name: str) -> bool:
@@ -30,20 +30,20 @@ class Given:
         return any(option == name for option, _ in self.options)
 
     def value(self, name: str) -> str | None:
-        """Return the last value that an option was given; None without one."""
+        """Return the last value of an option; None if it was not given."""
         values = [value for option, value in self.options if option == name]
         return values[-1] if values else None
 
     @property
     def wants_help(self) -> bool:
-        """Whether the command is to be explained, not run."""
+        """Whether to explain the command instead of running it."""
         return any(self.has(option.name) for option in HELP)
 
 
 def find_command(word: str) -> Command:
     """Return the command that `word` is, or the only one that it abbreviates.  Raises UsageError.
 
-    A command that vmd's vmctl does not have takes no abbreviation from those that it has.
+    Abbreviations that upstream's vmctl has keep their meaning: our own commands do not make them ambiguous.
     """
     found = [command for command in COMMANDS if command.name.startswith(word)]
     exact = [command for command in found if command.name == word]
@@ -57,11 +57,11 @@ def find_command(word: str) -> Command:
 
 
 def parse(command: Command, words: list[str]) -> Given:
-    """Return what `words` say.
+    """Return the parsed `words`.
 
     Raises:
-        UsageError: an option is unknown, lacks its value or does not go with another; a word is missing, too many, or
-            none of those that there are.
+        UsageError: an option is unknown, has no value or conflicts with another; or a word is missing, unexpected or
+            unknown.
     """
     behind: list[str] = []
     given, operands = split(words, (*command.options, *COMMON), behind=behind if command.behind else None)
@@ -75,7 +75,7 @@ def parse(command: Command, words: list[str]) -> Given:
     replaced = {option.instead_of for option in command.options if found.has(option.name)}
     wanted = [operand for operand in command.operands if operand.name not in replaced]
     if len(operands) > len(wanted):
-        hint = f": {command.behind} belongs behind --" if command.behind else ""
+        hint = f": {command.behind} belongs after --" if command.behind else ""
         raise UsageError(f"unexpected argument: {operands[len(wanted)]}{hint}")
     for operand, word in zip(wanted, operands, strict=False):
         if not word:
@@ -92,9 +92,9 @@ def split(
 ) -> tuple[list[tuple[str, str]], list[str]]:
     """Return ([(option, value)], operands).  Without `permute` the first operand ends the options.
 
-    What is behind `--` are operands, or, if there is a list for them, words that are no operands.
+    The words after `--` are operands.  If there is a list `behind`, they are added to it instead.
 
-    Raises UsageError: an option is unknown or lacks its value.
+    Raises UsageError: an option is unknown or has no value.
     """
     known = {option.name: option for option in options}
     given: list[tuple[str, str]] = []
@@ -110,7 +110,7 @@ def split(
         if word.startswith("--"):
             if word not in known:
                 misplaced = not permute and any(word == option.name for option in COMMON)
-                hint = ": it belongs behind the command" if misplaced else meant(word, known)
+                hint = ": it belongs after the command" if misplaced else meant(word, known)
                 raise UsageError(f"unknown option -- {word[2:]}{hint}")
             given.append((word, ""))
         elif word.startswith("-") and word != "-":
@@ -123,7 +123,7 @@ def split(
 
 
 def take_letters(letters: str, rest: list[str], known: dict[str, Option], given: list[tuple[str, str]]) -> None:
-    """Split `-cLm 1G` into its options; a value is the rest of the word, or else the next word."""
+    """Split `-cLm 1G` into its options.  A value is the rest of the word, or the next word if there is no rest."""
     for index, letter in enumerate(letters):
         option = known.get(f"-{letter}")
         if option is None:
@@ -141,7 +141,7 @@ def take_letters(letters: str, rest: list[str], known: dict[str, Option], given:
 
 
 def one_of(operand: Operand, word: str) -> str:
-    """Return the word of an operand that can be only one of some.  Raises UsageError."""
+    """Return the word for an operand.  Raises UsageError if the operand has a list of words and this is not one."""
     if not operand.words or word in operand.words:
         return word
     if operand.abbreviated and word:
@@ -152,7 +152,7 @@ def one_of(operand: Operand, word: str) -> str:
 
 
 def meant(word: str, known: "Iterable[str]") -> str:
-    """Return the end of a sentence that asks for the known word that is close to `word`, if there is one."""
+    """Return ": did you mean ...?" with the known word that is close to `word`; "" if there is none."""
     from vmd import nearest  # only a mistake needs it
 
     return nearest.meant(word, known)

@@ -1,8 +1,8 @@
-"""What vmctl writes: sentences to standard error, results to standard output.
+"""Output of vmctl: sentences to standard error, results to standard output.
 
-Written without buffering, so that no text waits for an exit that a signal may prevent, and a reader that
-has gone is noticed at once.  Everything but a console's bytes is cleaned of control characters: names and
-sentences come from the daemon, and through it from others.
+Output is not buffered.  So no text is lost if a signal ends vmctl, and the end of a reader is noticed at once.
+Control characters are removed from everything except the bytes of a console: names and sentences come from the daemon,
+and may have been chosen by other users.
 """
 
 import os
@@ -21,12 +21,12 @@ SCHEMA_VERSION = 1  # of docs/vmctl.schema.json
 
 
 def clean(text: str) -> str:
-    """Return `text` with everything visible that a terminal would not simply show."""
+    """Return `text` with unprintable characters as escapes."""
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
 
 def write_all(fd: int, data: bytes) -> None:
-    """Write everything; waits for a descriptor that somebody made non-blocking.  Raises OSError."""
+    """Write everything; waits if the descriptor is non-blocking.  Raises OSError."""
     view = memoryview(data)
     while view:
         try:
@@ -38,12 +38,12 @@ def write_all(fd: int, data: bytes) -> None:
 
 
 def warn(text: str) -> None:
-    """Say one sentence, as warnx(3) does."""
+    """Print a sentence to standard error, as warnx(3) does."""
     notice(f"vmctl: {clean(text)}\n")
 
 
 def notice(text: str) -> None:
-    """Write to standard error as it is; one that is closed or full does not stop a command."""
+    """Write text to standard error, unchanged.  Errors of writing are ignored."""
     try:
         write_all(STDERR, text.encode("utf-8", "backslashreplace"))
     except OSError:
@@ -51,7 +51,7 @@ def notice(text: str) -> None:
 
 
 def put(data: bytes, fd: int = STDOUT) -> None:
-    """Write to standard output, or to standard error what must arrive.  Raises CommandError."""
+    """Write to standard output, or to standard error if the text must arrive.  Raises CommandError."""
     try:
         write_all(fd, data)
     except OSError as error:
@@ -73,7 +73,7 @@ def put_json_line(document: "Mapping[str, object]") -> None:
 
 def put_json(document: "Mapping[str, object]", fd: int = STDOUT) -> None:
     """Write the one JSON document of a command.  Raises CommandError."""
-    import json  # reads `re`, half of our start-up time; few runs need it
+    import json  # imports `re`, which takes half of our start-up time, and few runs need it
 
     document = {"schema": SCHEMA_VERSION, **document}
     put((json.dumps(document, indent=2) + "\n").encode(), fd)

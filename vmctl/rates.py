@@ -1,4 +1,4 @@
-"""What VMs are doing now: the difference of two readings of their figures."""
+"""The activity of VMs: the difference of two readings of their figures."""
 
 from vmctl.output import clean
 from vmd.ipc.messages.figures import VmFigures
@@ -16,20 +16,20 @@ HOUR_S, MINUTE_S = 3600, 60
 
 
 class Reading(Record):
-    """The figures of all VMs, and when they came, by a clock that nobody sets."""
+    """The figures of all VMs, with their time by the monotonic clock."""
 
     at_ns: int
     vms: tuple[VmFigures, ...]
 
 
 class Row(Record):
-    """One VM.  What is per second is None until there are two readings of one life of its guest."""
+    """One VM.  Rates are None until there are two readings of one run of its guest."""
 
     vmid: int
     name: str
     state: str
     vcpus: int
-    memory_bytes: int  # that it takes from the host
+    memory_bytes: int  # that the VM takes from the host
     up_s: int
     cpu_percent: float | None = None  # of one processor of the host
     read_bytes: float | None = None
@@ -40,16 +40,16 @@ class Row(Record):
 
     @property
     def disk_bytes(self) -> float:
-        """What goes from and to its disks."""
+        """Bytes per second that its disks read and write."""
         return (self.read_bytes or 0) + (self.write_bytes or 0)
 
     @property
     def net_bytes(self) -> float:
-        """What it sends and receives."""
+        """Bytes per second that it sends and receives."""
         return (self.receive_bytes or 0) + (self.send_bytes or 0)
 
 
-# By what rows can be sorted: the key, what it is called, and the value of a row.
+# The orders of rows, by key: the name of the order, and the sort key of a row.
 ORDERS: "dict[str, tuple[str, Callable[[Row], Any]]]" = {
     "c": ("cpu", lambda row: -(row.cpu_percent or 0)),
     "m": ("memory", lambda row: -row.memory_bytes),
@@ -62,7 +62,7 @@ FIRST_ORDER = "c"
 
 
 def counters(vm: VmFigures) -> dict[str, int]:
-    """Return what only grows while a guest lives; what nobody counts is not there."""
+    """Return the figures that only grow while a guest runs, without those that are not counted."""
     found = {"cpu_percent": vm.cpu_ns * 100}  # percent are hundredths of a second per second
     if all(disk.counted for disk in vm.disks):
         found["read_bytes"] = sum(disk.read_bytes for disk in vm.disks)
@@ -78,14 +78,14 @@ def counters(vm: VmFigures) -> dict[str, int]:
 
 
 def rows(before: Reading | None, now: Reading, now_s: float) -> list[Row]:
-    """Return those VMs that have a process; `now_s` is the time of day."""
+    """Return a row for each VM that has a process; `now_s` is the time of day."""
     past = {vm.vmid: vm for vm in before.vms if vm.pid} if before is not None else {}
     elapsed_ns = now.at_ns - before.at_ns if before is not None else 0
     return [row(past.get(vm.vmid), vm, elapsed_ns, now_s) for vm in now.vms if vm.pid]
 
 
 def row(before: VmFigures | None, now: VmFigures, elapsed_ns: int, now_s: float) -> Row:
-    """Return one VM; a guest that has reset itself begins anew."""
+    """Return the row of one VM.  After a reset of the guest there are no rates until the next reading."""
     rates: dict[str, float] = {}
     if before is not None and before.pid == now.pid and elapsed_ns > 0:
         past = counters(before)
@@ -106,14 +106,14 @@ def row(before: VmFigures | None, now: VmFigures, elapsed_ns: int, now_s: float)
 
 
 def ordered(found: "Iterable[Row]", order: str, *, reverse: bool = False) -> list[Row]:
-    """Return rows by the key of an order; those that are alike by their number."""
+    """Return rows in an order; equal rows are in the order of their ids."""
     by_id = sorted(found, key=lambda each: each.vmid)
     return sorted(by_id, key=ORDERS[order][1], reverse=reverse)
 
 
 # --- for people ------------------------------------------------------------------------------------------
 
-LINE = "{:>4} {:>6} {:>6} {:>6} {:>6} {:>6} {:>6} {:>6} {:>7} {}".format  # a screen has 80 columns, or more
+LINE = "{:>4} {:>6} {:>6} {:>6} {:>6} {:>6} {:>6} {:>6} {:>7} {}".format  # for a screen of 80 columns or more
 HEADER = LINE("ID", "CPU%", "MEM", "READ/s", "WRIT/s", "IO/s", "RECV/s", "SEND/s", "UP", "NAME")
 RUNNING = "running"
 
@@ -140,7 +140,7 @@ def size(number: float | None) -> str:
 
 
 def up(seconds: int) -> str:
-    """Return for how long a VM has run, in the two largest units."""
+    """Return how long a VM has run, in the two largest units."""
     if seconds >= DAY_S:
         return f"{seconds // DAY_S}d {seconds % DAY_S // HOUR_S}h"
     if seconds >= HOUR_S:
@@ -159,7 +159,7 @@ def summary(found: list[Row], known: int) -> str:
 
 
 def as_json(one: Row) -> dict[str, object]:
-    """Return a row under keys that stay; null is what is not known."""
+    """Return a row for --json; an unknown value is null."""
     return {
         "id": one.vmid,
         "name": clean(one.name),
@@ -177,5 +177,5 @@ def as_json(one: Row) -> dict[str, object]:
 
 
 def rounded(number: float | None, digits: int | None = None) -> float | None:
-    """Return a number as precise as it is worth."""
+    """Return a rounded number, or None."""
     return None if number is None else round(number, digits)

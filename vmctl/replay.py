@@ -1,24 +1,24 @@
-"""A console's backlog, made fit to be shown again.
+"""Filters the backlog of a console, so that it can be shown again.
 
-Output of a guest acts on the terminal at which it is printed.  What is shown again later is only read: text, lines,
-colours and what happens within one line.  Everything else stays out, above all what clears or moves the screen, sets
-modes, or makes the terminal answer (the answer would be typed into the guest, or into a shell).
+Output of a guest controls the terminal.  Of the backlog, only text, lines, colours and changes within one line are
+shown.  Everything else is left out: sequences that clear or move the screen, set modes, or make the terminal answer.
+Such an answer would be typed into the guest, or into a shell.
 """
 
 from vmctl.vt import Item, Kind, Parser
 
-# CSI with digits only: colours (SGR), and what changes the line that the cursor is on:
+# CSI with digits only: colours (SGR), and changes of the line that the cursor is on:
 # EL, CUF, CUB, CHA, DCH, ECH, ICH.
 HARMLESS = frozenset("mKCDGPX@")
-# The cursor goes to another line: to a place, or a line up or down.  Their texts would run into each other.
+# These move the cursor to another line, so a new line begins: otherwise the texts of two lines would be joined.
 TO_OTHER_LINES = frozenset("HfdE")
-DIGITS_MAX = 4  # of one parameter; no screen is larger
+DIGITS_MAX = 4  # of one parameter; screens are smaller
 PARAMETERS_MAX = 64
 KEPT_CONTROLS = {"\n": b"\n", "\r": b"\r", "\t": b"\t", "\b": b"\b", "\v": b"\n", "\f": b"\n"}
 
 
 class Replay:
-    """Takes the backlog, in pieces, and then the end of what the backlog has cut off."""
+    """Takes the backlog in pieces, and then live output, whose beginning may complete a sequence of the backlog."""
 
     def __init__(self, *, utf8: bool = True) -> None:
         self.utf8 = utf8
@@ -26,7 +26,7 @@ class Replay:
         self._line_used = False
 
     def shown(self, backlog: bytes) -> bytes:
-        """Return what of it may be shown."""
+        """Return the part of the backlog that may be shown."""
         return b"".join(self._piece(item) for item in self._parser.feed(backlog))
 
     def rest(self, live: bytes) -> bytes:
@@ -67,7 +67,7 @@ class Replay:
 
 
 def are_small(parameters: bytes) -> bool:
-    """Return whether parameters are numbers that a terminal has to expect."""
+    """Return whether all parameters are small numbers, as terminals expect them."""
     if len(parameters) > PARAMETERS_MAX:
         return False
     values = parameters.replace(b":", b";").split(b";")

@@ -1,4 +1,4 @@
-"""Standard output while it shows a console; if it is a terminal, it is given back as it was."""
+"""Standard output while it shows a console.  A terminal is restored afterwards."""
 
 import os
 import select
@@ -13,10 +13,10 @@ from vmd.stdio import STDOUT
 
 # Without any of these bytes output is plain text.
 MARKS = bytes((0x05, 0x0E, 0x0F, 0x1B)) + bytes(range(0x80, 0xA0)) + b"\xc2"
-ASKED_S = 1.0  # a question of the guest may be unanswered for so long
-ANSWER_S = 1.0  # for the terminal to answer us
-QUESTION, ANSWER = b"\x1b[5n", b"\x1b[0n"  # DSR: are you well?
-GIVE_UP = b"\x18\x1b\\"  # ends a sequence that the guest has not: CAN, and ST for strings
+ASKED_S = 1.0  # the terminal may take this long to answer a question of the guest
+ANSWER_S = 1.0  # the terminal may take this long to answer us
+QUESTION, ANSWER = b"\x1b[5n", b"\x1b[0n"  # DSR, device status report
+GIVE_UP = b"\x18\x1b\\"  # ends an unfinished sequence of the guest: CAN, and ST for strings
 
 
 class Screen:
@@ -36,11 +36,11 @@ class Screen:
         self._asked_s = -ASKED_S
 
     def replay(self, backlog: bytes) -> None:
-        """Show what the console showed last.  Raises CommandError."""
+        """Show the backlog.  Raises CommandError."""
         self._show(self._replay.shown(backlog) if self.is_tty else backlog)
 
     def show(self, data: bytes) -> None:
-        """Show what the guest prints now; it is between the guest and the terminal.  Raises CommandError."""
+        """Show live output of the guest, which may control the terminal.  Raises CommandError."""
         self._show(self._replay.rest(data) if self.is_tty else data)
 
     def _show(self, data: bytes) -> None:
@@ -54,9 +54,9 @@ class Screen:
         put(data)
 
     def put_back(self) -> None:
-        """Undo what the guest has done to the terminal, and take answers that nobody waits for any more.
+        """Undo what the guest has done to the terminal, and discard answers of the terminal that are still to come.
 
-        Harmless when it is done already.
+        A second call has no effect.
         """
         if not self.is_tty or self._given_back:
             return
@@ -67,11 +67,11 @@ class Screen:
             write_all(STDOUT, undo)
             if awaited and self._keyboard is not None:
                 self._take_answers(self._keyboard)
-        except OSError:  # a terminal that hung up has no modes
+        except OSError:  # the terminal has hung up
             return
 
     def again(self) -> None:
-        """Make the terminal what the guest had made it, after `put_back`."""
+        """Restore the guest's changes of the terminal, after `put_back`."""
         self._given_back = False
         if self.is_tty:
             try:
@@ -80,7 +80,7 @@ class Screen:
                 return
 
     def _take_answers(self, keyboard: int) -> None:
-        """Ask the terminal something: when it answers, it has answered everything before."""
+        """Discard answers of the terminal.  We ask it a question: when this is answered, so are all earlier ones."""
         write_all(STDOUT, QUESTION)
         poll = select.poll()
         poll.register(keyboard, select.POLLIN)

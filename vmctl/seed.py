@@ -1,4 +1,4 @@
-"""`vmctl start -C`: what the seed of a new VM is made from, read with the rights of whoever types that."""
+"""`vmctl start -C`: the parts of the seed of a new VM.  Files are read with the rights of the user."""
 
 import os
 import posixpath
@@ -30,7 +30,7 @@ KEYS = (*WORDS, SSH_KEY, PASSWORD_HASH, *FILES)
 
 
 class Seed:
-    """What was given with -C so far."""
+    """The parts that were given with -C so far."""
 
     def __init__(self) -> None:
         self.given: dict[str, Any] = {}
@@ -41,7 +41,7 @@ class Seed:
         key, equals, value = text.partition("=")
         if key not in KEYS:
             close = meant(key, KEYS) or f": it is {alternatives(KEYS)}"
-            raise ArgumentError(f"-C {key}: no part of a seed{close}")
+            raise ArgumentError(f"-C {key}: not a part of a seed{close}")
         if key == SSH_KEY:
             self.keys += own_keys() if not equals else [read(key, value)]
             ruled(rules.key_files, len(self.keys))
@@ -61,16 +61,16 @@ class Seed:
             self.given[field] = read(key, value)
 
     def config(self) -> SeedConfig:
-        """Return what the daemon may know of it.  Raises ArgumentError."""
+        """Return the part of the seed that the daemon needs.  Raises ArgumentError."""
         if "password_hash" in self.given and "user" not in self.given:
-            raise ArgumentError("-C password-hash: whose it is has to be said with -C user=...")
+            raise ArgumentError("-C password-hash needs a user: -C user=...")
         return SeedConfig(hostname=self.given.get("hostname", ""), user=self.given.get("user", ""))
 
     def file(self, name: str) -> int:
-        """Return a memory file with all of it, for a VM of that name; the caller's.  Raises CommandError."""
+        """Return a memory file with the seed for a VM of that name.  The caller closes it.  Raises CommandError."""
         raw = pack(SeedParts(vm=name, keys=tuple(self.keys), **self.given))
         if len(raw) > PARTS_MAX:
-            raise CommandError(f"the seed is made from {len(raw)} bytes, and {PARTS_MAX} are the most")
+            raise CommandError(f"the parts of the seed have {len(raw)} bytes, and may have {PARTS_MAX} at most")
         fd = memory_file("seed-parts")
         try:
             fill_file(fd, raw)
@@ -81,7 +81,7 @@ class Seed:
 
 
 def ruled(rule: "Callable[[T], T]", value: "T") -> "T":
-    """Return a value that follows a rule.  Raises ArgumentError with the rule's sentence."""
+    """Return what a rule makes of a value.  Raises ArgumentError with the rule's sentence."""
     try:
         return rule(value)
     except ValueError as error:
@@ -89,9 +89,9 @@ def ruled(rule: "Callable[[T], T]", value: "T") -> "T":
 
 
 def read(key: str, path: str) -> SeedFile:
-    """Return a file; a pipe will do.  Raises CommandError."""
+    """Return a file, which may be a pipe.  Raises CommandError."""
     try:
-        # Of ssh-key=~/.ssh/a.pub most shells leave the ~ to us.
+        # Most shells do not expand the ~ in ssh-key=~/.ssh/a.pub.
         with open(posixpath.expanduser(path), "rb") as file:
             data = file.read(FILE_MAX + 1)
     except (OSError, ValueError) as error:
@@ -102,16 +102,16 @@ def read(key: str, path: str) -> SeedFile:
 
 
 def hash_in(path: str) -> str:
-    """Return the hash of a password, which the first line of a file has.  Raises ArgumentError, CommandError."""
+    """Return the hash of a password from the first line of a file.  Raises ArgumentError, CommandError."""
     if path.startswith(HASHED):
-        why = "while vmctl runs all users see its arguments"
+        why = "all users can see the arguments of vmctl while it runs"
         raise ArgumentError(f"-C {PASSWORD_HASH} takes the name of a file with the hash in it: {why}")
     lines = read(PASSWORD_HASH, path).data.decode("ascii", "replace").split("\n", 1)
     return ruled(rules.password_hash, lines[0].strip())
 
 
 def own_keys() -> list[SeedFile]:
-    """Return the public keys of whoever runs this.  Raises CommandError."""
+    """Return the public keys of the user.  Raises CommandError."""
     folder = posixpath.expanduser("~/.ssh")
     try:
         names = sorted(name for name in os.listdir(folder) if name.endswith(".pub") and not name.endswith("-cert.pub"))

@@ -1,4 +1,4 @@
-"""What one run of vmctl was asked, besides the command."""
+"""One run of vmctl: the options before the command, and the connection."""
 
 from vmctl.output import warn
 from vmd.client import DEFAULT_SOCKET, Client
@@ -7,13 +7,13 @@ from vmd.stdio import STDERR, STDOUT
 
 
 class Session:
-    """The options before the command, and the connection, made when a command first needs it."""
+    """The options before the command, and the connection, which is made when a command first needs it."""
 
     def __init__(self, socket_path: str = DEFAULT_SOCKET, *, verbose: bool = False) -> None:
         self.socket_path = socket_path
         self.verbose = verbose
-        self.json = False  # set by --json; failures are then a document, too
-        self.json_fd = STDOUT  # where that goes
+        self.json = False  # set by --json; a failure is then a document, too
+        self.json_fd = STDOUT  # for the document
         self._client: Client | None = None
 
     @property
@@ -24,12 +24,12 @@ class Session:
         return self._client
 
     def reconnect(self) -> None:
-        """Hang up; the connection is made anew when it is needed."""
+        """Close the connection; a new one is made when it is needed."""
         self.close()
         self._client = None
 
     def meant(self, name: str) -> str:
-        """Return the end of a sentence that asks for the VM whose name is close to one that no VM has."""
+        """Return ": did you mean ...?" with a name of a VM that is close to `name`; "" if none is or `name` exists."""
         from vmctl.options import meant  # only a mistake needs it
 
         try:
@@ -40,10 +40,10 @@ class Session:
 
     @property
     def quiet(self) -> bool:
-        """Whether standard error is for the document alone."""
+        """Whether only the document may go to standard error."""
         return self.json and self.json_fd == STDERR
 
     def close(self) -> None:
-        """Hang up, if we ever called."""
+        """Close the connection, if there is one."""
         if self._client is not None:
             self._client.close()

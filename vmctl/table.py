@@ -1,12 +1,12 @@
 """The commands of vmctl with their options.
 
-Parser, usage, help and completions are made from this table, so a new command, option or word is written down here and
-in vmctl(8), and nowhere else.
+Parser, usage, help and completions are made from this table.  A new command, option or word is only added here and in
+vmctl(8).
 """
 
 from vmd.record import Record
 
-# What a word of the command line names; completion looks there for candidates.
+# Kinds of words on the command line.  The kind decides where completion finds candidates.
 TEXT, VM, SWITCH, FILE, COMMAND = "text", "vm", "switch", "file", "command"
 
 
@@ -15,19 +15,19 @@ class Option(Record):
 
     name: str
     help: str
-    value: str = ""  # what its value is called; options without a name for it take none
+    value: str = ""  # the name of its value; "" if it takes no value
     kind: str = TEXT  # of the value
-    words: tuple[str, ...] = ()  # all values that there are, if they can be listed
+    words: tuple[str, ...] = ()  # all possible values, if they can be listed
     instead_of: str = ""  # the option or operand that it excludes
 
 
 class Operand(Record):
-    """A word that a command is about."""
+    """A word that is not an option."""
 
     name: str
     kind: str = TEXT
     words: tuple[str, ...] = ()
-    abbreviated: bool = False  # whether the beginning of one of `words` will do, in any case
+    abbreviated: bool = False  # whether the beginning of one of `words` is enough, in upper or lower case
     optional: bool = False
 
 
@@ -39,14 +39,14 @@ class Command(Record):
     help: str
     options: tuple[Option, ...] = ()
     operand: Operand | None = None
-    more: tuple[Operand, ...] = ()  # operands behind it
-    upstream: bool = True  # vmd's vmctl has it: what abbreviates it there does so here
-    writes_data: bool = False  # to standard output, where its document then has no place
-    behind: str = ""  # what the words behind `--` are, which are for somebody else; "": further operands
+    more: tuple[Operand, ...] = ()  # operands after it
+    upstream: bool = True  # upstream's vmctl has it, and its abbreviations keep their meaning
+    writes_data: bool = False  # to standard output, so its document goes to standard error
+    behind: str = ""  # the name of the words after `--`, if they are for another program; "": they are operands
 
     @property
     def operands(self) -> tuple[Operand, ...]:
-        """All operands, in their order."""
+        """All operands, in order."""
         return (self.operand, *self.more) if self.operand else ()
 
 
@@ -54,12 +54,12 @@ HELP = (
     Option(name="-h", help="show this help"),
     Option(name="--help", help="show this help"),
 )
-# What every command takes.
+# Options of every command.
 COMMON = (Option(name="--json", help="print one JSON document, for programs"), *HELP)
-# What stands before the command.
+# Options before the command.
 GLOBAL = (
     Option(name="-s", value="socket", kind=FILE, help="talk to the daemon at another socket than /run/vmd.sock"),
-    Option(name="-v", help="say more: which messages are exchanged, and how or why a VM has ended"),
+    Option(name="-v", help="say more: which messages are exchanged, and how and why a VM has ended"),
     Option(name="-V", help="show the version of vmctl"),
     Option(name="--version", help="show the version of vmctl"),
     *HELP,
@@ -69,7 +69,7 @@ SEED_WORDS = (
     "hostname=", "instance-id=", "network-config=", "password-hash=", "ssh-key", "ssh-key=", "user-data=", "user=",
     "vendor-data=",
 )  # fmt: skip
-SEED_FILES = ("network-config=", "password-hash=", "ssh-key=", "user-data=", "vendor-data=")  # a file comes behind
+SEED_FILES = ("network-config=", "password-hash=", "ssh-key=", "user-data=", "vendor-data=")  # a file follows
 ID = Operand(name="id", kind=VM)
 STATUS = Command(
     name="status",
@@ -77,7 +77,7 @@ STATUS = Command(
     help="show all VMs, or one",
     options=(
         Option(name="-r", help="only those that run"),
-        Option(name="-v", help="add interfaces, what is wrong with devices, and why a VM does not run"),
+        Option(name="-v", help="add figures, interfaces, problems of devices, and why a VM does not run"),
     ),
     operand=Operand(name="id", kind=VM, optional=True),
 )
@@ -87,9 +87,9 @@ COMMANDS = (
         name="cdrom",
         module="cdrom",
         upstream=False,
-        help="put an ISO image into the CD drive of a VM, which may run, or take it out",
+        help="put an ISO image into the CD drive of a VM, or take it out; the VM may run",
         options=(
-            Option(name="-f", help="do so even though the guest has locked the drive"),
+            Option(name="-f", help="even if the guest has locked the drive"),
             Option(name="-e", instead_of="path", help="take the disc out"),
         ),
         operand=ID,
@@ -108,10 +108,10 @@ COMMANDS = (
         module="console",
         help="use the serial line of a VM; ~. leaves, ~? helps",
         options=(
-            Option(name="-f", help="take it over from whoever uses it"),
-            Option(name="-r", instead_of="-f", help="watch what the guest prints, without typing"),
-            Option(name="-l", instead_of="-f", help="show its console log, also of a VM that does not run"),
-            Option(name="-F", help="with -l: go on with what is printed, until ^C"),
+            Option(name="-f", help="take it over from its present user"),
+            Option(name="-r", instead_of="-f", help="only watch the output of the guest"),
+            Option(name="-l", instead_of="-f", help="show its console log; the VM need not run"),
+            Option(name="-F", help="with -l: follow new output, until ^C"),
         ),
         operand=ID,
     ),
@@ -120,10 +120,10 @@ COMMANDS = (
         module="create",
         help="make a disk image: raw, or qcow2 if its name ends in .qcow2",
         options=(
-            Option(name="-b", value="base", kind=FILE, help="store only what differs from this qcow2 image"),
+            Option(name="-b", value="base", kind=FILE, help="store only the differences from this qcow2 image"),
             Option(name="-i", value="disk", kind=FILE, instead_of="-b", help="copy this image"),
-            Option(name="-c", value="sum", help="with -i: only if its file has this sha256:sum or sha512:sum"),
-            Option(name="-s", value="size", help="the size, such as 20G; with -b or -i it need not be given"),
+            Option(name="-c", value="sum", help="with -i: only if the file has this sha256:... or sha512:... checksum"),
+            Option(name="-s", value="size", help="the size, such as 20G; may be left out with -b or -i"),
         ),
         operand=Operand(name="disk", kind=FILE),
     ),
@@ -131,10 +131,10 @@ COMMANDS = (
         name="events",
         module="events",
         upstream=False,
-        help="show what happens, to all VMs or to one, until it is interrupted",
+        help="show the events of all VMs, or of one, until interrupted",
         options=(
-            Option(name="-a", help="show first what has happened, as far as the daemon remembers it"),
-            Option(name="-l", instead_of="-a", help="show only that, and end"),
+            Option(name="-a", help="show the remembered events first"),
+            Option(name="-l", instead_of="-a", help="show only the remembered events"),
         ),
         operand=Operand(name="id", kind=VM, optional=True),
     ),
@@ -142,13 +142,13 @@ COMMANDS = (
         name="help",
         module="help",
         upstream=False,
-        help="show what vmctl can do, or more of one command",
+        help="show all commands, or one command with its options",
         operand=Operand(name="command", kind=COMMAND, optional=True),
     ),
     Command(
         name="load",
         module="load",
-        help="read a further configuration file",
+        help="read an additional configuration file",
         operand=Operand(name="filename", kind=FILE),
     ),
     Command(
@@ -161,7 +161,7 @@ COMMANDS = (
         name="metrics",
         module="metrics",
         upstream=False,
-        help="print what VMs have done and what they use, for Prometheus",
+        help="print the figures of all VMs, or of one, for Prometheus",
         options=(Option(name="-o", help="in the format of OpenMetrics"),),
         operand=Operand(name="id", kind=VM, optional=True),
     ),
@@ -169,52 +169,52 @@ COMMANDS = (
         name="migrate",
         module="migrate",
         upstream=False,
-        help="have a running VM go on at another host, by ssh",
+        help="move a running VM to another host, by ssh",
         options=(
-            Option(name="-d", value="ms", help="let it stand still for this many milliseconds (300)"),
-            Option(name="-e", value="command", help="run this instead of ssh; it may have options of its own"),
-            Option(name="-f", help="the storage does not carry locks: take it on trust that it is the same at both"),
-            Option(name="-r", value="rounds", help="let it stand still after this many rounds (30)"),
-            Option(name="-v", help="say how far it is"),
+            Option(name="-d", value="ms", help="the longest pause at the end, in milliseconds (300)"),
+            Option(name="-e", value="command", help="run this command instead of ssh; it may have options"),
+            Option(name="-f", help="do not check by locks that both hosts have the same disks"),
+            Option(name="-r", value="rounds", help="the largest number of rounds (30)"),
+            Option(name="-v", help="show each step"),
         ),
         operand=ID,
         more=(Operand(name="[user@]host[:name]"),),
     ),
     Command(
-        name="pause", module="pause", help="have a VM stand still until unpause", operand=ID
+        name="pause", module="pause", help="pause a VM until unpause", operand=ID
     ),
     Command(
         name="receive",
         module="receive",
-        help="read a VM that send has written from standard input, and let it go on under this name",
+        help="read a VM that send has written from standard input, and let it continue under this name",
         options=(
-            Option(name="-p", help="leave it paused"),
-            Option(name="-w", instead_of="-p", help="let it go on when the sender says so: what migrate runs"),
-            Option(name="-f", help="with -w: take it on trust that the disks here are the sender's"),
+            Option(name="-p", help="let it stay paused"),
+            Option(name="-w", instead_of="-p", help="let it continue only when the sender says so; used by migrate"),
+            Option(name="-f", help="with -w: do not check by locks that the disks are those of the sender"),
         ),
         operand=Operand(name="name", kind=VM),
     ),
     Command(
         name="reload",
         module="reload",
-        help="read the main configuration file again; running VMs go on, others start",
+        help="read the main configuration file again; running VMs continue, others start",
     ),
     Command(
         name="reset",
         module="reset",
-        help="forget VMs after terminating them, or switches, or all",
+        help="kill and forget all VMs, forget all switches, or both",
         operand=Operand(name="all | switches | vms", words=("all", "switches", "vms"), optional=True),
     ),
     Command(
         name="send",
         module="send",
-        help="write a running VM to standard output, for receive; it is gone then",
+        help="write a running VM to standard output, for receive; it ends here",
         writes_data=True,
         options=(
-            Option(name="-k", help="keep it: it goes on when it has been written"),
-            Option(name="-l", help="write it while it runs; it stands still for the rest only"),
-            Option(name="-d", value="ms", help="with -l: let it stand still for this many milliseconds (300)"),
-            Option(name="-r", value="rounds", help="with -l: let it stand still after this many rounds (30)"),
+            Option(name="-k", help="keep it: it continues after it was written"),
+            Option(name="-l", help="write it while it runs; it is paused only for the rest"),
+            Option(name="-d", value="ms", help="with -l: the longest pause at the end, in milliseconds (300)"),
+            Option(name="-r", value="rounds", help="with -l: the largest number of rounds (30)"),
         ),
         operand=ID,
     ),
@@ -222,7 +222,7 @@ COMMANDS = (
         name="resize",
         module="resize",
         upstream=False,
-        help="make a disk of a VM larger, which may run",
+        help="make a disk of a VM larger; the VM may run",
         operand=ID,
         more=(Operand(name="disk"), Operand(name="size")),
     ),
@@ -231,11 +231,11 @@ COMMANDS = (
         name="snapshot",
         module="snapshot",
         upstream=False,
-        help="make a snapshot of the disks of a VM, called by the time if it has no tag",
+        help="make a snapshot of the disks of a VM; without a tag it is called by the time",
         options=(
-            Option(name="-d", help="delete this one"),
-            Option(name="-l", instead_of="-d", help="list them"),
-            Option(name="-r", instead_of="-d", help="go back to this one: what was written since then is lost"),
+            Option(name="-d", help="delete the snapshot"),
+            Option(name="-l", instead_of="-d", help="list the snapshots"),
+            Option(name="-r", instead_of="-d", help="go back to the snapshot: data written since then is lost"),
         ),
         operand=ID,
         more=(Operand(name="tag", optional=True),),
@@ -246,12 +246,12 @@ COMMANDS = (
         upstream=False,
         help="log in to the guest of a VM that has a local interface, or run a command there",
         options=(
-            Option(name="-n", help="its host key may be a new one: forget the old one"),
+            Option(name="-n", help="forget the known host key of this VM"),
             Option(name="-i", value="identity", kind=FILE, help="use this private key"),
-            Option(name="-l", value="user", help="log in as this user, not as the one that its seed names"),
-            Option(name="-o", value="option", help="an option of ssh_config(5), such as ForwardAgent=yes"),
-            Option(name="-p", value="port", help="its server is at this port (22)"),
-            Option(name="-w", value="seconds", help="wait for it so long (180)"),
+            Option(name="-l", value="user", help="log in as this user, not as the user of its seed"),
+            Option(name="-o", value="option", help="pass an option of ssh_config(5), such as ForwardAgent=yes"),
+            Option(name="-p", value="port", help="connect to this port (22)"),
+            Option(name="-w", value="seconds", help="wait at most this long for an answer (180)"),
         ),
         operand=ID,
         behind="command ...",
@@ -261,21 +261,21 @@ COMMANDS = (
         module="start",
         help="start a VM of vm.conf, or one that the options describe",
         options=(
-            Option(name="-c", help="go on to its console"),
+            Option(name="-c", help="then connect to its console"),
             Option(name="-L", help="add a local interface: an address by DHCP, and NAT"),
             Option(name="-B", value="device", words=("cdrom", "disk", "net"), help="boot from cdrom, disk or net"),
             Option(name="-b", value="path", kind=FILE, help="boot this kernel, or BIOS image, or disk0:/path"),
             Option(
                 name="-C", value="key=value", words=SEED_WORDS,
-                help="have a seed for cloud-init that says this; see vmctl(8)",
+                help="give it a seed for cloud-init with this setting; see vmctl(8)",
             ),
-            Option(name="-d", value="disk", kind=FILE, help="add a disk; raw: or qcow2: before it says its format"),
-            Option(name="-I", value="initrd", kind=FILE, help="hand the kernel this initial RAM disk"),
-            Option(name="-i", value="count", help="have this many network interfaces"),
-            Option(name="-k", value="cmdline", help="hand the kernel this command line"),
-            Option(name="-m", value="size", help="have this much memory, such as 512M (the default) or 1.5G"),
+            Option(name="-d", value="disk", kind=FILE, help="add a disk; raw: or qcow2: in front gives its format"),
+            Option(name="-I", value="initrd", kind=FILE, help="pass the kernel this initial RAM disk"),
+            Option(name="-i", value="count", help="give it this many network interfaces"),
+            Option(name="-k", value="cmdline", help="pass the kernel this command line"),
+            Option(name="-m", value="size", help="give it this much memory, such as 512M (the default) or 1.5G"),
             Option(name="-n", value="switch", kind=SWITCH, help="add an interface that is attached to this switch"),
-            Option(name="-p", value="vcpus", help="have this many virtual CPUs"),
+            Option(name="-p", value="vcpus", help="give it this many virtual CPUs"),
             Option(name="-r", value="path", kind=FILE, help="put this ISO image into the CD drive"),
             Option(name="-t", value="name", kind=VM, help="make an instance of this VM"),
         ),
@@ -285,10 +285,10 @@ COMMANDS = (
     Command(
         name="stop",
         module="stop",
-        help="ask a guest to shut down; its VM is killed if it has not done so after two minutes",
+        help="ask a guest to shut down; its VM is killed if it still runs after two minutes",
         options=(
-            Option(name="-f", help="kill the VM; the guest is not asked"),
-            Option(name="-w", help="wait until the VM is gone"),
+            Option(name="-f", help="kill the VM without asking the guest"),
+            Option(name="-w", help="wait until the VM has ended"),
             Option(name="-a", instead_of="id", help="stop all VMs that run or wait for their start"),
         ),
         operand=ID,
@@ -297,26 +297,26 @@ COMMANDS = (
         name="top",
         module="top",
         upstream=False,
-        help="show what VMs are doing now, every two seconds or as often as said; q leaves",
-        options=(Option(name="-n", value="count", help="end after so many tables"),),
+        help="show the activity of VMs, every two seconds or after each interval; q leaves",
+        options=(Option(name="-n", value="count", help="end after this many tables"),),
         operand=Operand(name="interval", optional=True),
     ),
     Command(
         name="unpause",
         module="unpause",
-        help="let a paused VM go on",
-        options=(Option(name="-f", help="one that is in doubt, or whose disks others have written to, too"),),
+        help="let a paused VM continue",
+        options=(Option(name="-f", help="even if it is in doubt, or others have written to its disks"),),
         operand=ID,
     ),
     Command(
         name="upgrade",
         module="upgrade",
         upstream=False,
-        help="let the version that is installed now take over from the daemon; VMs run on",
-        options=(Option(name="-n", help="only find out whether it can"),),
+        help="let the installed version take over from the daemon; VMs continue to run",
+        options=(Option(name="-n", help="only check whether it can take over"),),
     ),
     Command(
         name="version", module="version", upstream=False, help="show the versions of vmctl and of the daemon"
     ),
-    Command(name="wait", module="wait", help="wait until a VM is gone", operand=ID),
+    Command(name="wait", module="wait", help="wait until a VM has ended", operand=ID),
 )

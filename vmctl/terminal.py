@@ -1,4 +1,4 @@
-"""The operator's terminal while it is a console: raw, and always given back as it was."""
+"""The operator's terminal while it shows a console: in raw mode, and always restored afterwards."""
 
 import os
 import termios
@@ -17,10 +17,10 @@ ENDING = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
 
 
 class RawTerminal:
-    """A context in which `fd` is in raw mode and `screen` shows a guest; anything else than a terminal is left alone.
+    """A context in which `fd` is in raw mode and `screen` shows a guest.  Only a terminal is changed.
 
-    In it a signal that ends us raises CommandError, so that the terminal is restored on every way out, and
-    SIGTSTP restores it for as long as we are stopped.
+    Within the context, a signal that ends vmctl raises CommandError, so that the terminal is always restored.
+    SIGTSTP restores the terminal while vmctl is stopped.
     """
 
     def __init__(self, fd: int, command: str = "console") -> None:
@@ -50,18 +50,18 @@ class RawTerminal:
         try:
             self._ended = True
         finally:
-            # Not interrupted by a signal: `_on_end` raises at most once, before or at the line above.
+            # No signal interrupts this: `_on_end` raises at most once, before or at the line above.
             self._give_back()
 
     def say(self, text: str) -> None:
-        """Tell the operator something; in raw mode a line feed does not return the carriage."""
+        """Show a text to the operator.  In raw mode a line feed needs a carriage return, too."""
         notice(text.replace("\n", "\r\n") if self.is_tty else text)
 
     def suspend(self) -> None:
-        """Stop, with everybody else in our pipeline, until we are continued; for a terminal only."""
+        """Stop with our whole process group until SIGCONT.  For a terminal only."""
         self._restore()
         handler = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
-        os.kill(0, signal.SIGTSTP)  # returns when SIGCONT has come
+        os.kill(0, signal.SIGTSTP)  # returns after SIGCONT
         signal.signal(signal.SIGTSTP, handler)
         self._set_raw()
         self.screen.again()
@@ -75,7 +75,7 @@ class RawTerminal:
         if self.is_tty:
             try:
                 termios.tcsetattr(self.fd, termios.TCSADRAIN, self._saved)
-            except termios.error:  # a terminal that hung up has no mode to restore
+            except termios.error:  # the terminal has hung up
                 return
 
     def _give_back(self) -> None:

@@ -1,4 +1,4 @@
-"""What `vmctl status -v` says is wrong with the devices of a VM."""
+"""The problems of the devices of a VM, as `vmctl status -v` shows them."""
 
 import time
 
@@ -7,12 +7,12 @@ from vmd.ipc.messages.clients import TroubleInfo
 
 
 def describe(vm_name: str, trouble: TroubleInfo) -> str:
-    """Return a line."""
+    """Return the line of a trouble."""
     return f"{clean(vm_name)} {clean(trouble.device)}: {clean(trouble.text)}{since(trouble.since_s)}"
 
 
 def since(seconds: int) -> str:
-    """Return the words for a time; none for a number that is no time, because it comes from the VM."""
+    """Return the words for a time.  The number comes from the VM: "" if it is not a time."""
     try:
         return time.strftime(" (since %Y-%m-%d %H:%M:%S)", time.localtime(seconds))
     except (OverflowError, ValueError, OSError):
@@ -20,5 +20,5 @@ def since(seconds: int) -> str:
 
 
 def as_json(trouble: TroubleInfo) -> dict[str, object]:
-    """Return a trouble under keys that stay."""
+    """Return a trouble for --json."""
     return {"device": clean(trouble.device), "text": clean(trouble.text), "since": trouble.since_s}

@@ -1,4 +1,4 @@
-"""How the commands are used, in one line each, from the table."""
+"""The usage lines of the commands, made from the table."""
 
 from vmctl.table import COMMANDS, Command
 
@@ -9,7 +9,7 @@ HINT = f"{GENERAL}Try 'vmctl help'.\n"
 def synopsis(command: Command, together: str = " ") -> str:
     """Return a command with its options and operands, as vmctl(8) shows it.
 
-    `together` is the space within what brackets hold.
+    `together` is the space between words inside brackets.
     """
     behind = [f"[-- {command.behind}]"] if command.behind else []
     parts = [command.name, *option_words(command), *operand_words(command), *behind]
@@ -17,13 +17,13 @@ def synopsis(command: Command, together: str = " ") -> str:
 
 
 def option_words(command: Command) -> list[str]:
-    """Return the options: letters without values together, the others one by one."""
+    """Return the options: letters without values in one bracket, each other option in its own."""
     by_name = {option.name: option for option in command.options}
     letters = ""
     valued, long = [], []
     for option in command.options:
         if option.instead_of:
-            continue  # it stands where the other one does
+            continue  # it is shown with the option or operand that it excludes
         also = [other for other in by_name.values() if other.instead_of == option.name]
         if option.value or also:
             valued.append(f"[{' | '.join(f'{one.name} {one.value}'.strip() for one in (option, *also))}]")
@@ -35,7 +35,7 @@ def option_words(command: Command) -> list[str]:
 
 
 def operand_words(command: Command) -> list[str]:
-    """Return the operands, each with the options that may stand in its place."""
+    """Return the operands, each with the options that may replace it."""
     found = []
     for operand in command.operands:
         words = " | ".join([operand.name, *(one.name for one in command.options if one.instead_of == operand.name)])
@@ -44,11 +44,11 @@ def operand_words(command: Command) -> list[str]:
 
 
 def usage_of(command: Command) -> str:
-    """Return the line for a command that was used wrongly."""
+    """Return the usage line of a command."""
     return f"usage:\tvmctl [-v] {synopsis(command)}\n"
 
 
 def usage() -> str:
-    """Return what vmctl takes, command by command."""
+    """Return the usage of all commands."""
     lines = [f"\tvmctl {synopsis(command)}\n" for command in COMMANDS]
-    return GENERAL + "".join(lines) + "Try 'vmctl help' for what they do.\n"
+    return GENERAL + "".join(lines) + "'vmctl help' explains them.\n"

@@ -1,7 +1,7 @@
-"""How a command line refers to a VM: a number is an id, all else a name (*cat. 3.1*).
+"""How a command line refers to a VM: a number is an id, and any other word is a name (*cat. 3.1*).
 
-Unlike vmd's, a number is also the name of a VM that is called so, which comes first: `stop -f 2` must not end another
-one.
+Unlike vmd: if a VM has a number as its name, the number means this VM, and not the VM with this id.  `stop -f 2` must
+not kill the wrong VM.
 """
 
 from vmctl.errors import ArgumentError
@@ -18,7 +18,7 @@ ID_MAX = 0xFFFFFFFF
 
 
 class VmRef(Record):
-    """A VM by id or, with id 0, by name; both, if one word can be either."""
+    """A VM by id or, with id 0, by name.  Both are set if the word can be either."""
 
     vmid: int = 0
     name: str = ""
@@ -32,7 +32,7 @@ class VmRef(Record):
         return "" if self.vmid else self.name
 
     def find(self, vms: "Iterable[VmInfo]") -> "VmInfo | None":
-        """Return the VM that is meant, as the daemon would find it."""
+        """Return the VM that the daemon would find, or None."""
         found = None
         for vm in vms:
             if self.name and vm.name == self.name:
@@ -46,11 +46,11 @@ def parse_vmref(word: str) -> VmRef:
     """Return what `word` refers to.
 
     Raises:
-        ArgumentError: it can be no VM.
+        ArgumentError: the word is neither an id nor a name.
     """
     digits = word.lstrip("0")
     if word.isascii() and word.isdigit() and len(digits) <= len(str(ID_MAX)) and int(digits or 0) <= ID_MAX:
-        # Unlike vmd, where 0 is silently "no id": no VM has it.
+        # Unlike vmd, where 0 stands for "no id": 0 is refused, because no VM has it.
         if not digits:
             raise ArgumentError(f"invalid id: {word}")
         return VmRef(vmid=int(digits), name=word)

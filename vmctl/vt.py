@@ -1,32 +1,32 @@
-"""What a guest prints, told apart: text, control characters and escape sequences (ECMA-48, as xterm reads them)."""
+"""Splits output of a guest into text, control characters and escape sequences (ECMA-48, as xterm reads them)."""
 
 from vmd.enums import Enum
 
 CAN, SUB, ESC, BEL, DEL = 0x18, 0x1A, 0x1B, 0x07, 0x7F
-C1_LEAD = 0xC2  # in UTF-8 the characters U+0080 to U+009F, which are controls, are this byte and their own
+C1_LEAD = 0xC2  # in UTF-8 the C1 controls, U+0080 to U+009F, are this byte and then 80 to 9F
 ST = ord("\\")  # as the second byte of ESC \, the end of a string
 INTRODUCERS = {ord("]"): "OSC", ord("P"): "DCS", ord("X"): "SOS", ord("^"): "PM", ord("_"): "APC"}
-KEPT_MAX = 4096  # bytes of one sequence; a longer one is passed over to its end
+KEPT_MAX = 4096  # bytes of one sequence that are kept; the rest of a longer one is skipped
 
 
 class Kind(Enum):
-    """What an item of the output is."""
+    """The kind of an item."""
 
     TEXT = 0
     CONTROL = 1  # one C0 control character
     ESCAPE = 2  # ESC, intermediates, final
     CSI = 3  # CSI, parameters, intermediates, final
-    STRING = 4  # OSC, DCS and the like: `final` is the introducer, `parameters` the string
+    STRING = 4  # OSC, DCS, SOS, PM or APC: `final` is the introducer, `parameters` the string
 
 
 class State(Enum):
-    """What the next byte belongs to."""
+    """The state of the parser: what the next byte belongs to."""
 
     GROUND = 0
     ESCAPE = 1
     CSI = 2
     STRING = 3
-    STRING_ESCAPE = 4  # an ESC in a string: it ends with ESC \, and is given up for any other sequence
+    STRING_ESCAPE = 4  # after ESC in a string: ESC \ ends the string, and any other sequence discards it
 
 
 class Item:
@@ -42,7 +42,7 @@ class Item:
 
 
 class Parser:
-    """Takes output apart, however it is cut into reads.
+    """Splits output into items, at whatever bytes reads divide it.
 
     With `utf8`, C1 controls are the characters U+0080 to U+009F; without, the bytes 80 to 9F.
     """
@@ -59,11 +59,11 @@ class Parser:
 
     @property
     def in_sequence(self) -> bool:
-        """Whether a sequence has begun that is not complete."""
+        """Whether there is an unfinished sequence."""
         return self._state is not State.GROUND or self._lead
 
     def feed(self, data: bytes) -> list[Item]:
-        """Return the items that are complete with `data`; text is returned at once."""
+        """Return the items that `data` completes.  Text is returned at once."""
         self._items = []
         for byte in data:
             if self._lead:
@@ -82,12 +82,12 @@ class Parser:
         return self._items
 
     def _c1(self, byte: int) -> None:
-        """Take a C1 control: it is ESC and a letter."""
+        """Take a C1 control, which stands for ESC and a letter."""
         self._byte(ESC)
         self._byte(byte - 0x40)
 
     def _plain(self, byte: int) -> None:
-        """Take a byte above 7F, which no sequence but a string has."""
+        """Take a byte above 7F, which can only be in text or in a string."""
         if self._state is State.STRING:
             self._keep(self._parameters, byte)
         else:
@@ -98,7 +98,7 @@ class Parser:
         if self._state is State.GROUND and byte >= 0x20 and byte != DEL:
             self._text.append(byte)
             return
-        self._end_text()  # bytes that stood apart must not become one character
+        self._end_text()  # bytes before and after a control must not join to one character
         if byte == ESC:
             self._state = State.STRING_ESCAPE if self._state is State.STRING else State.ESCAPE
             self._intermediates.clear()
@@ -106,7 +106,7 @@ class Parser:
             self._state = State.GROUND
         elif self._state is State.STRING:
             self._string(byte)
-        elif byte < 0x20:  # it acts where it stands, also within a sequence
+        elif byte < 0x20:  # it takes effect at once, also within a sequence
             self._item(Kind.CONTROL, final=chr(byte))
         elif byte == DEL:
             return
@@ -119,7 +119,7 @@ class Parser:
 
     def _string(self, byte: int) -> None:
         ends = byte == BEL and self._introducer == "OSC"
-        # A terminal would wait on for the end, and show nothing. No string but DCS has lines.
+        # Only DCS strings have line ends.  A terminal would wait for the end of the string, and show nothing.
         if ends or (byte in b"\r\n" and self._introducer != "DCS"):
             self._end_string()
             if not ends:

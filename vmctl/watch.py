@@ -1,4 +1,4 @@
-"""Shows a console that somebody else may have: vmctl console -r."""
+"""vmctl console -r: show a console that another user may be connected to."""
 
 import os
 import select
@@ -11,11 +11,11 @@ from vmctl.vmref import VmRef
 from vmd.client import LOOK_UP_MS, Client, ClientError, Refused, failed_text
 from vmd.ipc.messages.clients import ConsoleOutput, ConsoleWatch, ConsoleWatched, Failed
 
-INTERRUPT = b"\x03"  # ^C has nothing else to end here: nothing that is typed reaches the guest
+INTERRUPT = b"\x03"  # ^C, which does not reach the guest here
 
 
 class Watch:
-    """One viewer without a keyboard.  It asks again and again for what has come since."""
+    """A viewer whose input does not reach the guest.  It repeatedly asks the daemon for new output."""
 
     def __init__(self, client: Client, ref: VmRef) -> None:
         self.client = client
@@ -26,7 +26,7 @@ class Watch:
         self.running = True
 
     def begin(self) -> None:
-        """Have what the console showed last.  Raises CommandError, Refused."""
+        """Get the backlog.  Raises CommandError, Refused."""
         try:
             request = ConsoleWatch(vmid=self.ref.vmid, name=self.ref.name)
             answer = self.client.ask(request, ConsoleOutput, ConsoleWatched)
@@ -40,7 +40,7 @@ class Watch:
         self._seen(answer)
 
     def run(self, terminal: RawTerminal) -> Ending:
-        """Show what there is until the operator leaves, the VM has ended or the daemon is gone."""
+        """Show the output until the operator leaves, the VM has ended or the daemon is gone."""
         terminal.screen.replay(bytes(self.backlog))
         while self.running:
             ready = self._poll(terminal)
@@ -58,7 +58,7 @@ class Watch:
         return {fd for fd, _ in poll.poll(LOOK_UP_MS)}
 
     def _seen(self, answer: ConsoleWatched) -> None:
-        """All up to a place has been seen: ask for more."""
+        """The answer ends with a position in the output: ask for the output after it."""
         self.running = answer.running
         if answer.running:
             self.client.send(ConsoleWatch(vmid=answer.vmid, name=answer.name, since=answer.end))
@@ -80,7 +80,7 @@ class Watch:
         return True
 
     def _leaves(self, terminal: RawTerminal) -> bool:
-        """Take what was typed; return whether it means to leave."""
+        """Read typed input; return whether the operator wants to leave."""
         try:
             typed = os.read(terminal.fd, READ_MAX)
         except OSError:

@@ -1,7 +1,6 @@
-"""zstd, where this Python can undo it: its own module from 3.14 on, backports.zstd or zstandard.
+"""Decompression of zstd, if this Python has it: its own module from 3.14 on, backports.zstd or zstandard.
 
-Only `vmctl create -i` reads such images, once.  What a VM is given is read by processes that have the standard library
-only.
+Only `vmctl create -i` reads such images.  The processes that read the images of VMs have only the standard library.
 """
 
 import contextlib
@@ -13,13 +12,13 @@ if TYPE_CHECKING:
 
     from vmd.images.qcow2 import Unpack
 
-OF_PYTHON = ("compression.zstd", "backports.zstd")  # the second is the first for earlier versions
+OF_PYTHON = ("compression.zstd", "backports.zstd")  # the second is the same module for earlier versions
 OTHER = "zstandard"
 PACKAGES = "python3-zstandard, or backports.zstd by pip"
 
 
 def find() -> "Unpack | None":
-    """Return what undoes zstd; None: nothing here does."""
+    """Return a function that decompresses zstd, or None if there is no module for it."""
     for name in OF_PYTHON:
         with contextlib.suppress(ImportError):
             return by_python(importlib.import_module(name))
@@ -29,11 +28,11 @@ def find() -> "Unpack | None":
 
 
 def by_python(module: "ModuleType") -> "Unpack":
-    """Return how Python's own module does it."""
+    """Return a function that uses Python's own module."""
 
     def unpack(packed: bytes, most: int) -> bytes:
         made = b""
-        while packed and len(made) < most:  # it may be several frames
+        while packed and len(made) < most:  # there may be several frames
             one = module.ZstdDecompressor()
             try:
                 made += one.decompress(packed, most - len(made))
@@ -46,7 +45,7 @@ def by_python(module: "ModuleType") -> "Unpack":
 
 
 def by_zstandard(module: "ModuleType") -> "Unpack":
-    """Return how zstandard does it."""
+    """Return a function that uses zstandard."""
 
     def unpack(packed: bytes, most: int) -> bytes:
         reader = module.ZstdDecompressor().stream_reader(packed, read_across_frames=True)

@@ -100,7 +100,8 @@ def test_to_and_fro(two: Two) -> None:
     status, said = two.migrate("-v")
 
     assert (status, state(two.here), state(two.there)) == (0, "stopped", "running"), said
-    assert said.startswith("vmctl: there takes it\nvmctl: there has everything\nvmctl: its disks are let go\n")
+    steps = ("there accepts the VM", "there has received the VM", "the disks are unlocked here")
+    assert said.startswith("".join(f"vmctl: {step}\n" for step in steps))
     assert "vmctl: migrated vm 1 to there successfully, id 1 there (" in said
     assert " downtime " in said
     assert two.here.status("a")["text"] == "sent"
@@ -180,7 +181,7 @@ def test_goes_on_here_when_it_never_ran_there(two: Two) -> None:
 
 @pytest.mark.deep
 def test_an_interrupt_comes_too_late(two: Two) -> None:
-    """Once the disks are let go the VM is just going over; before, it stays."""
+    """An interrupt before the disks are unlocked keeps the VM here; after that the first one is ignored."""
     status, said = two.migrate(place="after asked", victim=migration.OPERATOR)
     assert (status, said.splitlines()[-1]) == (1, "vmctl: migrate: interrupted")
     wait(lambda: state(two.here) == "running" and not two.there.rows())
@@ -188,7 +189,7 @@ def test_an_interrupt_comes_too_late(two: Two) -> None:
     status, said = two.migrate(place="after commit", victim=migration.OPERATOR)
 
     assert status == 0, said
-    assert "vmctl: the VM is just going over; once more, and it is left in doubt\n" in said
+    assert "vmctl: the VM is being handed over: another interrupt leaves it in doubt\n" in said
     works(two.there, "a")
 
 

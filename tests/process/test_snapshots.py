@@ -242,7 +242,7 @@ def limits_of(vmd: Daemon, name: str) -> tuple[list[int], list[int], tuple[int, 
 
 CLONING_MISTAKES = (
     (("web@gone", "new"), 1, "disk {0}/root.qcow2: has no snapshot gone"),
-    (("web@", "new"), 2, "no tag behind the @: web@"),
+    (("web@", "new"), 2, "no tag after the @: web@"),
     (("bare@one", "new"), 1, "disk {0}/plain.raw: is raw: only qcow2 images have snapshots"),
     (("none", "new"), 1, "vm none has no disks"),
     (("nobody", "new"), 4, "vm nobody not found"),

@@ -1,4 +1,4 @@
-"""vmctl cdrom: put another disc into the drive of a VM, or take it out."""
+"""vmctl cdrom: put a disc into the drive of a VM, or take it out."""
 
 import os
 
@@ -12,7 +12,7 @@ from vmd.errors import sentence
 
 
 def run(session: Session, given: Given) -> int:
-    """Change the disc, and say what the drive has.  Raises CommandError."""
+    """Change the disc, and print the new content of the drive.  Raises CommandError."""
     ref = parse_vmref(given.operand)
     path = disc_path(given)
     try:
@@ -38,7 +38,7 @@ def run(session: Session, given: Given) -> int:
 
 
 def disc_path(given: Given) -> str:
-    """Return the path of the disc from the root: the daemon is elsewhere; "" with -e.  Raises CommandError."""
+    """Return the absolute path of the disc, for the daemon; "" with -e.  Raises CommandError."""
     if given.has("-e"):
         return ""
     try:

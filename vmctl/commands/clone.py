@@ -1,6 +1,6 @@
 """vmctl clone: copy the disks of a VM, as they are or as they were at a snapshot, for a new VM.
 
-Done here and not by the daemon, with the rights of whoever runs it.
+vmctl makes the copies itself, with the rights of its user.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ UNITS = ((40, "T"), (30, "G"), (20, "M"), (10, "K"))
 
 
 def run(session: Session, given: Given) -> int:
-    """Copy all disks, or none, and print the block of the new VM for vm.conf."""
+    """Copy all disks, and print the block of the new VM for vm.conf.  If one copy fails, all are removed."""
     word, new = given.operands
     vms = session.client.list_vms()
     old, tag = which(vms, word)
@@ -46,7 +46,7 @@ def run(session: Session, given: Given) -> int:
     if any(vm.name == new for vm in vms):
         raise CommandError(f"vm {new} already exists", errno.EEXIST)
     if old.files is None:
-        raise CommandError(f"vm {old.name}: its owner only may see which disks it has", errno.EPERM)
+        raise CommandError(f"vm {old.name}: only its owner may see its disks", errno.EPERM)
     if not old.files.disks:
         raise CommandError(f"vm {old.name} has no disks", errno.EINVAL)
     if not tag and old.state not in ("stopped", "waiting"):
@@ -54,7 +54,7 @@ def run(session: Session, given: Given) -> int:
             f"vm {old.name} is {old.state}: stop it, or make a snapshot and clone {old.name}@TAG", errno.EBUSY
         )
     for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup(1) has it
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup(1) ignores it
             signal.signal(number, interrupt)
     limits = Limits(session.client.figures(old))
     made: list[tuple[str, str]] = []  # path, format
@@ -85,7 +85,7 @@ def which(vms: "list[VmInfo]", word: str) -> "tuple[VmInfo, str]":
     """Return the VM and the tag of `vm` or `vm@tag`.  Raises NoSuchVm, ArgumentError."""
     name, at, tag = word.partition("@")
     if at and not tag:
-        raise ArgumentError(f"no tag behind the @: {word}")
+        raise ArgumentError(f"no tag after the @: {word}")
     found = parse_vmref(name).find(vms)
     if found is None:
         raise NoSuchVm(f"vm {name} not found")
@@ -116,7 +116,7 @@ def clone_file(disk: "DiskInfo", target: str) -> str:
 def clone_snapshot(disk: "DiskInfo", tag: str, target: str) -> str:
     """Write a disk as it was at a snapshot to an image of its own; return its format.  Raises CommandError.
 
-    Its VM may run: what belongs to a snapshot does not change as long as there is that snapshot.
+    The VM may run: the clusters of a snapshot do not change while the snapshot exists.
     """
     try:
         fd = open_disk(disk.path)
@@ -166,10 +166,10 @@ def snapshot_of(image: Qcow2Image, tag: str) -> "Snapshot":
 
 
 class Limits:
-    """The limits of a VM, as vm.conf takes them: of each disk and interface, and of the VM as a whole."""
+    """The limits of a VM in the form of vm.conf: of each disk, of each interface, and of the VM."""
 
     def __init__(self, figures: "list[VmFigures]") -> None:
-        """`figures` are those of the VM, or none if it is gone meanwhile."""
+        """`figures` are those of the VM; none if it is gone by now."""
         self.disks, self.nics, self.vm = dict[int, str](), dict[int, str](), ""
         for vm in figures:
             for disk in vm.disks:
@@ -186,7 +186,7 @@ class Limits:
 
 
 def limit(*given: tuple[str, int]) -> str:
-    """Return the limits of a device, or nothing; a value of 0 is none."""
+    """Return the limits of a device, or "".  A value of 0 means no limit."""
     words = " ".join(words for words, value in given if value)
     return f"limit {words}" if words else ""
 
@@ -197,13 +197,13 @@ def rate(value: int) -> str:
 
 
 def size(value: int) -> str:
-    """Return a number of bytes in the largest unit that has it whole."""
+    """Return a number of bytes in the largest unit that divides it."""
     shift, unit = next((pair for pair in UNITS if value % (1 << pair[0]) == 0), (0, ""))
     return f"{value >> shift}{unit}"
 
 
 def block(old: "VmInfo", new: str, disks: list[tuple[str, str]], limits: Limits) -> list[str]:
-    """Return the new VM as a block of vm.conf; it has addresses of its own."""
+    """Return the block of the new VM for vm.conf.  It has no addresses, so the new VM gets its own."""
     assert old.files is not None
     lines = [f'vm "{new}" {{', f"    memory {old.memory_bytes >> 20}M"]
     if old.vcpus > 1:
@@ -221,14 +221,14 @@ def block(old: "VmInfo", new: str, disks: list[tuple[str, str]], limits: Limits)
     if any(nic.forwards for nic in old.nics):
         lines.append(f"    # forwards of {old.name} are in its block; the new VM needs other ports of the host")
     if old.files.seed:
-        lines.append(f"    # a seed as in the block of {old.name} belongs here, with which the guest is another one")
+        lines.append(f"    # add a seed here, as in the block of {old.name}: it makes the guest another instance")
     if limits.vm:
         lines.append(f"    {limits.vm}")
     return [*lines, "}"]
 
 
 def interface(nic: "NicInfo", limited: str) -> str:
-    """Return an interface like another one."""
+    """Return the line of an interface with the same options."""
     words = f"{'local ' if nic.local else ''}interface"
     options = [f'switch "{nic.switch}"'] if nic.switch else []
     if nic.locked:
@@ -241,6 +241,6 @@ def interface(nic: "NicInfo", limited: str) -> str:
 
 
 def quoted(path: str) -> str:
-    """Return a path as vm.conf takes it."""
+    """Return a path in quotes for vm.conf."""
     escaped = path.replace("\\", "\\\\").replace('"', '\\"')
     return f'"{escaped}"'

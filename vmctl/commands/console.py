@@ -1,7 +1,7 @@
 """vmctl console: use a VM's serial line until the operator leaves or the VM ends, or read its console log.
 
-Unlike vmd's, which runs cu(1), we relay ourselves: what the console showed before can be seen, a BREAK
-reaches the guest although a Linux pty carries none, and two operators do not read half of the output each.
+Unlike vmd, which runs cu(1): vmctl relays itself.  So earlier output can be shown, a BREAK reaches the guest although a
+Linux pty does not carry it, and two operators cannot each get a half of the output.
 """
 
 import errno
@@ -41,7 +41,7 @@ SPEED = 115200
 
 
 def run(session: Session, given: Given) -> int:
-    """Attach to the console of a VM, or watch it; or only tell a program where it is."""
+    """Connect to the console of a VM, watch it, show its log, or only print where it is."""
     ref = parse_vmref(given.operand)
     if given.has("-l"):
         if given.has("-r"):
@@ -59,7 +59,7 @@ def run(session: Session, given: Given) -> int:
 
 
 def tell(session: Session, ref: VmRef) -> int:
-    """Print where the console of a VM is, and leave it to whoever has it.  Raises CommandError."""
+    """Print where the console of a VM is, without connecting.  Raises CommandError."""
     vm = ref.find(session.client.list_vms())
     if vm is None:
         raise NoSuchVm(f"console not found: vm {ref} not found")
@@ -70,7 +70,7 @@ def tell(session: Session, ref: VmRef) -> int:
 
 
 def show_log(session: Session, ref: VmRef, *, follow: bool) -> int:
-    """Show the console log of a VM, which need not run; or only tell a program where it is.  Raises CommandError."""
+    """Show the console log of a VM, which need not run, or only print where it is.  Raises CommandError."""
     try:
         log = session.client.find_console_log(ref)
     except Refused as error:
@@ -89,7 +89,7 @@ def show_log(session: Session, ref: VmRef, *, follow: bool) -> int:
         if follow:
             kept.follow()
     except KeyboardInterrupt:
-        return 0  # there is no other end to that
+        return 0  # the only way to end this
     finally:
         kept.close()
         screen.put_back()
@@ -97,7 +97,7 @@ def show_log(session: Session, ref: VmRef, *, follow: bool) -> int:
 
 
 def attach(client: Client, ref: VmRef, *, force: bool = False) -> int:
-    """Relay; the console is ours as long as the connection lasts.  Raises CommandError."""
+    """Connect and relay.  We have the console as long as the connection lasts.  Raises CommandError."""
     attached, backlog = request_console(client, ref, force=force)
     if attached is None:
         return 0
@@ -109,15 +109,15 @@ def attach(client: Client, ref: VmRef, *, force: bool = False) -> int:
 
 
 def attach_to_start(client: Client, ready: ConsoleReady, say_started: "Callable[[VmStarted, Notice], None]") -> int:
-    """Relay from the first byte of a VM on that is being started; the console is ours already.
+    """Relay for a VM that is being started, from its first byte on.  We already have the console.
 
-    `say_started` is called when the daemon says that it runs.  Until then, or until its guest shows something, the
-    terminal stays as it is.  Raises Refused if the VM is not started, and CommandError.
+    `say_started` is called when the daemon reports that the VM runs.  The terminal is not changed before this report or
+    the first output of the guest.  Raises Refused if the VM is not started, and CommandError.
     """
     try:
         line = open_line(ready.tty)
     except CommandError:
-        say_started(client.answer(VmStarted), notice)  # or it is not started: then there is no line any more
+        say_started(client.answer(VmStarted), notice)  # raises Refused if the start has failed: that closes the line
         raise
     try:
         attached = ConsoleAttached(vmid=ready.vmid, name=ready.name, tty=ready.tty)
@@ -141,7 +141,7 @@ def relay(
     backlog: bytes = b"",
     say_started: "Callable[[VmStarted, Notice], None] | None" = None,
 ) -> int:
-    """Relay on a console that is ours until there is an end; return the exit status.  Raises CommandError."""
+    """Relay until the connection ends; return the exit status.  Raises CommandError."""
     with RawTerminal(STDIN) as terminal:
         relay = Relay(client, attached, line, terminal)
         terminal.say(f"Connected to {clean(attached.tty)} (speed {SPEED})\n")
@@ -163,9 +163,9 @@ def relay(
 
 
 def request_console(client: Client, ref: VmRef, *, force: bool) -> tuple[ConsoleAttached | None, bytes]:
-    """Return the console and what it showed last.
+    """Return the console and its backlog.
 
-    The console of a VM that does not run is only shown, here: there is none to attach to then.
+    If the VM does not run, its backlog is shown here, and there is no console to return.
     Raises CommandError, Refused.
     """
     backlog = bytearray()
@@ -188,7 +188,7 @@ def request_console(client: Client, ref: VmRef, *, force: bool) -> tuple[Console
 
 
 def show(backlog: bytes) -> None:
-    """Show what a console showed last.  Raises CommandError."""
+    """Show the backlog of a console.  Raises CommandError."""
     screen = Screen()
     try:
         screen.replay(backlog)
@@ -197,7 +197,7 @@ def show(backlog: bytes) -> None:
 
 
 def watch(client: Client, ref: VmRef) -> int:
-    """Show what the guest prints, and what it printed last.  Raises CommandError."""
+    """Show the backlog and the output of the guest.  Raises CommandError."""
     watcher = Watch(client, ref)
     watcher.begin()
     with RawTerminal(STDIN) as terminal:
@@ -211,9 +211,9 @@ def watch(client: Client, ref: VmRef) -> int:
 
 
 def tell_end(ending: Ending, name: str) -> int:
-    """Say why a console is no longer shown; return the exit status.  Raises NoDaemon."""
+    """Say why the connection has ended; return the exit status.  Raises NoDaemon."""
     if ending is Ending.DAEMON_LOST:
-        raise NoDaemon("pipe closed: vmd has ended or is started again; the guest may run on", errno.EPIPE)
+        raise NoDaemon("pipe closed: vmd has ended or is started again; the guest may still run", errno.EPIPE)
     if ending is Ending.VM_ENDED:
         warn(f"vm {name} has ended")
     return 0

@@ -1,6 +1,6 @@
-"""vmctl create: make a disk image, empty, on top of a base or as copy of another (*cat. 3.6*).
+"""vmctl create: make a disk image: empty, on a base, or as a copy of another one (*cat. 3.6*).
 
-Done here and not by the daemon, with the rights of whoever runs it.
+vmctl makes the image itself, with the rights of its user.
 """
 
 import os
@@ -31,41 +31,41 @@ if TYPE_CHECKING:
 
 
 class Target:
-    """The image to be made: path and format; `suggests` is the format that its name is of, or ""."""
+    """The image to be made: path and format.  `suggests` is the format that its name suggests, or ""."""
 
     def __init__(self, word: str) -> None:
-        """Tell the format from a prefix, else from the extension; else it is raw.
+        """Find the format: from a prefix, or else from the extension, or else raw.
 
-        Raises UsageError; CommandError for a name of a format that we do not make.
+        Raises UsageError; CommandError if the name suggests a format that we cannot make.
         """
         self.format, self.path = split_format(word)
         if not self.path:
             raise UsageError("disk without a name")
         suggested = os.path.splitext(self.path)[1].removeprefix(".").lower()
         self.suggests = suggested if suggested in FORMATS else named(self.path)
-        self.notes: list[str] = []  # what the user was told besides
+        self.notes: list[str] = []  # for --json
         if not self.format:
             if self.suggests and self.suggests not in FORMATS:
                 raise CommandError(
                     f"{self.path} would not be {FOREIGN[self.suggests].what}: only raw and qcow2 images can be made;"
                     f" give {given_as('raw', self.path, in_conf=False)} or"
-                    f" {given_as('qcow2', self.path, in_conf=False)} to have one under this name"
+                    f" {given_as('qcow2', self.path, in_conf=False)} to make one with this name"
                 )
             self.format = self.suggests or "raw"
 
     def note(self, text: str, before: str = "") -> None:
-        """Say something that is worth knowing."""
+        """Show a note to the user, and keep it for --json."""
         warn(f"{before}{text}")
         self.notes.append(clean(text))
 
     def done(self) -> None:
-        """Say what was made, and what nobody would expect of its name."""
+        """Say what was made, with a warning if its name suggests another format."""
         if self.suggests not in ("", self.format):
-            self.note(f"{self.path} is {self.format}, which its name does not say: {self.advice()}", "warning: ")
+            self.note(f"{self.path} is {self.format}, but its name says otherwise: {self.advice()}", "warning: ")
         warn(f"{self.format} imagefile created")
 
     def advice(self) -> str:
-        """Return how to give such an image to a VM."""
+        """Return how to name such an image for a VM."""
         on_line = given_as(self.format, self.path, in_conf=False)
         return f"give it as {on_line}, or with {given_as(self.format, self.path, in_conf=True)} in vm.conf"
 
@@ -97,16 +97,16 @@ def create_empty(target: Target, size: int) -> int:
 
 
 def create_overlay(target: Target, word: str, size: int | None) -> int:
-    """Make a disk that shows a base until it is written to; return its size.
+    """Make a disk that stores only its differences from a base; return its size.
 
-    Refuses what no VM could be started with: a base that is missing where the disk will look for it, or too
-    many of them.  Raises VmdError.
+    Images that no VM could use are refused: the base must exist at the recorded path, and there must not be too many
+    bases.  Raises VmdError.
     """
     if target.format != "qcow2":
         raise CommandError(f"base images require qcow2 disk format; give the disk as qcow2:{target.path}")
     base_format, base = split_format(word)
     found = base_path(target, base)
-    not_qcow2 = f"base image is not a qcow2 file: {found}; vmctl create -i makes one of it"
+    not_qcow2 = f"base image is not a qcow2 file: {found}; vmctl create -i converts it"
     if base_format == "raw":
         raise CommandError(not_qcow2)
     try:
@@ -124,16 +124,17 @@ def create_overlay(target: Target, word: str, size: int | None) -> int:
         chain.close()
     if size is not None and size != base_size:
         raise CommandError(
-            f"base size does not match requested size: {base_size} bytes are not {size}; it need not be given"
+            f"base size does not match requested size: the base has {base_size} bytes, not {size}; -s may be left out"
         )
     create(target.path, "qcow2", base_size, base, "qcow2")
     return base_size
 
 
 def base_path(target: Target, base: str) -> str:
-    """Return where the base is, seen from here: it is recorded as typed, and looked for from where the disk is.
+    """Return the path of the base from our working directory.
 
-    Raises CommandError for one that would not be found there.
+    The path is recorded as typed, and a relative one starts at the directory of the disk.  Raises CommandError if the
+    base does not exist there.
     """
     folder = os.path.dirname(target.path)
     if folder and not os.path.isdir(folder):
@@ -143,13 +144,13 @@ def base_path(target: Target, base: str) -> str:
         seen = os.path.relpath(os.path.realpath(base), os.path.realpath(folder))
         raise CommandError(f"base image {base} must be given by its path from {folder}: {seen}")
     if ":" in base.partition("/")[0]:
-        # Whoever opens the disk would take the part before it for a protocol, or refuse it, as we do.
+        # Programs that open the disk would take the part before the colon for a protocol.  We refuse such a path.
         raise CommandError(f"base image {base} must be given as ./{base}")
     return found
 
 
 def open_source(target: Target, word: str, checksum: "Checksum | None") -> "Image":
-    """Return the image to be copied; its file is what the checksum is of.  Raises CommandError."""
+    """Return the image to be copied.  The checksum is that of its file.  Raises CommandError."""
     from vmctl import zstd  # nothing else needs it
 
     source_format, path = split_format(word)
@@ -169,15 +170,15 @@ def open_source(target: Target, word: str, checksum: "Checksum | None") -> "Imag
     if checksum is not None:
         checksum.begin(source.fd)
         if chain.probes[0].backing:
-            target.note(f"the checksum is of {source.path} only, and not of what it is based on", "warning: ")
+            target.note(f"the checksum is of {source.path} only, and not of its backing file", "warning: ")
     return source
 
 
 def say_partitions(target: Target, source: "Image", whole: int) -> None:
-    """Say what becomes of a partition table whose copy is not at the end of the disk.  Raises CommandError.
+    """Show a note about a partition table whose second copy is not at the end of the disk.  Raises CommandError.
 
-    It is copied as it is: what a guest finds is what was shipped, and every guest that makes its partitions larger
-    moves the copy itself.
+    The table is copied unchanged, so the guest finds it as it was shipped.  Guests that enlarge their partitions move
+    the second copy themselves.
     """
     try:
         end = gpt_end(source)
@@ -185,14 +186,14 @@ def say_partitions(target: Target, source: "Image", whole: int) -> None:
         raise CommandError(f"failed to read from source: {error.strerror}") from None
     if end > source.size:
         target.note(
-            f"{source.path} may have been cut short: its partition table is one of a disk of {fmt_scaled(end)}"
+            f"{source.path} may be truncated: its partition table is for a disk of {fmt_scaled(end)}"
             f" ({end} bytes), and it has {source.size} bytes",
             "warning: ",
         )
     elif 0 < end < whole:
         target.note(
-            f"the partition table is still one of a disk of {fmt_scaled(end)}: the guest moves its end when it makes a"
-            " partition larger (cloud-init and growpart do)"
+            f"the partition table is still for a disk of {fmt_scaled(end)}: the guest corrects it when it enlarges a"
+            " partition (cloud-init and growpart do)"
         )
 
 
@@ -206,7 +207,7 @@ def create_copy(target: Target, word: str, size: int | None, checksum: "Checksum
             raise CommandError(
                 f"size cannot be smaller than input disk size: {wanted} bytes are less than {source.size}"
             )
-        # Unlike vmd: -s is bytes here as everywhere, not bytes times a megabyte.
+        # Unlike vmd: -s is bytes here, as in other commands, and not megabytes.
         whole = max(wanted - wanted % MIB, rounded_up)
         if whole != wanted:
             target.note(f"disk size rounded to {fmt_scaled(whole)}")
@@ -225,7 +226,7 @@ def create_copy(target: Target, word: str, size: int | None, checksum: "Checksum
 
 
 def convert_verified(source: "Image", target: Target, whole: int, bar: Bar, checksum: "Checksum") -> None:
-    """Copy an image, and let go of the copy if the image's file has another checksum.  Raises VmdError."""
+    """Copy an image, and remove the copy if the image's file has another checksum.  Raises VmdError."""
 
     def follow(done: int, data: int) -> None:
         checksum.follow(done, data)
@@ -235,7 +236,7 @@ def convert_verified(source: "Image", target: Target, whole: int, bar: Bar, chec
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:
-    """End as if by ^C, so that no half of an image is left."""
+    """End as ^C does, so that no partial image remains."""
     raise KeyboardInterrupt
 
 
@@ -250,13 +251,13 @@ def run(session: Session, given: Given) -> int:
     size = disk_size(values["-s"]) if "-s" in values else None
     checksum = None
     if "-c" in values:
-        from vmctl.checksum import Checksum  # OpenSSL takes its time
+        from vmctl.checksum import Checksum  # loading OpenSSL takes time
 
         if "-i" not in values:
             raise UsageError("-c needs -i")
         checksum = Checksum(values["-c"])
     for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup(1) has it
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup(1) ignores it
             signal.signal(number, interrupt)
     if "-b" in values:
         made = create_overlay(target, values["-b"], size)

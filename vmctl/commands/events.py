@@ -1,4 +1,4 @@
-"""vmctl events: what happens, a line each; with --json a document on each line."""
+"""vmctl events: one line per event; with --json one document per line."""
 
 import time
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def run(session: Session, given: Given) -> int:
-    """Show what there is, and then what comes."""
+    """Show events."""
     ref = parse_vmref(given.operand) if given.operand else None
     try:
         if given.has("-l"):
@@ -27,13 +27,13 @@ def run(session: Session, given: Given) -> int:
             follow(session, ref, past=given.has("-a"))
     except Refused as error:
         raise refused("events", error) from None
-    except KeyboardInterrupt:  # how this ends
+    except KeyboardInterrupt:  # the usual end
         return 0
     return 0
 
 
 def follow(session: Session, ref: VmRef | None, *, past: bool) -> None:
-    """Show what happens, also in the next daemon, if one takes the place of this one.  Raises ClientError."""
+    """Show new events, also those of the next daemon if it replaces this one.  Raises ClientError."""
     client, in_a_row = session.client, 0
     while True:
         asked_s = time.monotonic()
@@ -48,7 +48,7 @@ def follow(session: Session, ref: VmRef | None, *, past: bool) -> None:
                 client.connect_again()
             except ClientError:
                 raise lost from None
-            past = True  # of that daemon nothing was seen yet
+            past = True  # no event of that daemon was shown yet
 
 
 def show(session: Session, event: "Event") -> None:
@@ -67,7 +67,7 @@ def line(event: "Event") -> str:
 
 
 def as_json(event: "Event") -> dict[str, object]:
-    """Return an event under keys that stay; null is what does not apply."""
+    """Return an event for --json; a value that does not apply is null."""
     return {
         "number": event.number,
         "at_ms": event.at_ms,

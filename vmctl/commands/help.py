@@ -1,4 +1,4 @@
-"""vmctl help: what there is, or one command with its options, from the table."""
+"""vmctl help: all commands, or one command with its options, from the table."""
 
 import textwrap
 
@@ -14,7 +14,7 @@ TOGETHER = "\N{NO-BREAK SPACE}"  # keeps an option and its value on one line
 
 
 def run(session: Session, given: Given) -> int:
-    """Show it; the daemon is not asked."""
+    """Show the help; the daemon is not asked."""
     if session.json:
         put_json({"commands": [described(each) for each in commands(given.operand)]})
     else:
@@ -23,12 +23,12 @@ def run(session: Session, given: Given) -> int:
 
 
 def commands(word: str) -> tuple[Command, ...]:
-    """Return the command that `word` is or abbreviates, or all.  Raises UsageError."""
+    """Return the command that `word` is or abbreviates, or all commands without a word.  Raises UsageError."""
     return (find_command(word),) if word else COMMANDS
 
 
 def described(command: Command) -> dict[str, object]:
-    """Return a command under keys that stay."""
+    """Return a command for --json."""
     return {
         "name": command.name,
         "help": command.help,
@@ -40,7 +40,7 @@ def described(command: Command) -> dict[str, object]:
 
 
 def show(word: str = "") -> None:
-    """Explain the command that `word` is or abbreviates, or all of vmctl.  Raises UsageError, CommandError."""
+    """Show the help for the command that `word` is or abbreviates, or for vmctl.  Raises UsageError, CommandError."""
     text = explain(find_command(word)) if word else overview()
     put(text.encode())
 
@@ -54,7 +54,7 @@ def overview() -> str:
         + "\nOptions before the command:\n"
         + "".join(rows(GLOBAL))
         + "\nA command may be shortened to any beginning that no other command shares.\n"
-        "'vmctl help command' shows its options; vmctl(8) has the rest.\n"
+        "'vmctl help command' shows its options; vmctl(8) explains everything.\n"
     )
 
 
@@ -68,7 +68,7 @@ def explain(command: Command) -> str:
 
 
 def rows(options: tuple[Option, ...]) -> list[str]:
-    """Return a row for each option; two names of one option that follow each other share a row."""
+    """Return a row for each option.  Two names of the same option share a row if they are neighbours."""
     found: list[tuple[str, str]] = []
     for option in options:
         name = f"{option.name} {option.value}".rstrip()
@@ -80,6 +80,6 @@ def rows(options: tuple[Option, ...]) -> list[str]:
 
 
 def row(name: str, text: str) -> str:
-    """Return a name and what it stands for, in two columns."""
+    """Return a name and its explanation, in two columns."""
     filled = textwrap.fill(text, WIDTH, initial_indent=f"  {name:<{INDENT - 2}}", subsequent_indent=" " * INDENT)
     return f"{filled}\n"

@@ -1,4 +1,4 @@
-"""vmctl load: have the daemon read a further configuration file."""
+"""vmctl load: let the daemon read an additional configuration file."""
 
 import os
 
@@ -10,7 +10,7 @@ from vmd.errors import sentence
 
 
 def run(session: Session, given: Given) -> int:
-    """Send the path; the daemon opens it, and its working directory is not ours."""
+    """Send the absolute path: the daemon opens the file, and has another working directory."""
     try:
         path = os.path.abspath(given.operand)
     except OSError as error:  # our directory has been removed

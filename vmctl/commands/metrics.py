@@ -1,4 +1,4 @@
-"""vmctl metrics: what VMs have done and what they use, as Prometheus reads it."""
+"""vmctl metrics: the figures of VMs in the format of Prometheus."""
 
 from vmctl.errors import refused
 from vmctl.options import Given

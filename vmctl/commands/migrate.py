@@ -1,4 +1,4 @@
-"""vmctl migrate: have a VM go on at another host, which reads it with `vmctl receive -w` (*vmd.parent.migrations*)."""
+"""vmctl migrate: move a VM to another host, where `vmctl receive -w` reads it (*vmd.parent.migrations*)."""
 
 import contextlib
 import errno
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     A = TypeVar("A", MigrationAt, VmSent, VmReceived)
 
 SHELL = "ssh"
-MOVABLE = ("running", "paused")  # states in which a VM can go
-END_S = 10.0  # for the remote shell, after the last word
+MOVABLE = ("running", "paused")  # states in which a VM can be moved
+END_S = 10.0  # for the remote shell to end, after the last message
 
 
 def run(session: Session, given: Given) -> int:
@@ -44,7 +44,7 @@ def run(session: Session, given: Given) -> int:
     vm = ref.find(session.client.list_vms())
     if vm is None:
         raise NoSuchVm(f"migrate vm command failed: vm {ref} not found")
-    if vm.state not in MOVABLE:  # before somebody types a password for nothing
+    if vm.state not in MOVABLE:  # checked first, because ssh may ask for a password
         raise CommandError(f"migrate vm command failed: vm {vm.name} is {vm.state}", errno.EINVAL)
     name = name or vm.name
     begin_s = time.monotonic()
@@ -72,7 +72,8 @@ def run(session: Session, given: Given) -> int:
 
 def started(command: list[str]) -> "subprocess.Popen[bytes]":
     """Start the remote shell.  Raises CommandError."""
-    # ^C is for us, who know whether it may still be heeded.  The shell keeps the terminal: it may ask for a password.
+    # The remote shell ignores ^C: only we know whether it may end the migration.  The shell stays in our process group
+    # with the terminal, because it may ask for a password.
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
@@ -83,7 +84,7 @@ def started(command: list[str]) -> "subprocess.Popen[bytes]":
 
 
 def destination(word: str) -> tuple[str, str]:
-    """Return the host of `[user@]host[:name]` and the name, "" without one; an IPv6 address may be in brackets.
+    """Return the host of `[user@]host[:name]` and the name, or "".  An IPv6 address may be in brackets.
 
     Raises ArgumentError.
     """
@@ -91,7 +92,7 @@ def destination(word: str) -> tuple[str, str]:
     if not colon or (word.startswith("[") and word.endswith("]")):
         host, name = word, ""
     elif not name:
-        raise ArgumentError(f"invalid destination: {word}: no name behind the colon")
+        raise ArgumentError(f"invalid destination: {word}: no name after the colon")
     elif ":" in host and "[" not in host:
         raise ArgumentError(f"invalid destination: {word}: an IPv6 address belongs in brackets")
     user, at, address = host.rpartition("@")
@@ -105,7 +106,7 @@ def destination(word: str) -> tuple[str, str]:
 
 
 def shell_words(text: str) -> list[str]:
-    """Return the command that runs another one at a host.  Raises ArgumentError."""
+    """Return the words of -e, the command that runs another one at a host.  Raises ArgumentError."""
     try:
         words = shlex.split(text)
     except ValueError as error:
@@ -116,7 +117,7 @@ def shell_words(text: str) -> list[str]:
 
 
 class Source:
-    """One migration, from here."""
+    """One migration, seen from the source."""
 
     def __init__(
         self,
@@ -141,7 +142,7 @@ class Source:
         self.bar = Bar(str(ref), rate=True, rounds=True, shown=not session.quiet)
 
     def close(self) -> None:
-        """End the other side, which gives up unless it was told to run."""
+        """End the connection.  The target gives up unless it was told to let the guest run."""
         self.bar.end()
         assert self.process.stdin is not None
         with contextlib.suppress(OSError):
@@ -153,31 +154,31 @@ class Source:
             self.process.wait()
 
     def run(self) -> "tuple[VmSent, Words]":
-        """Take all steps; returns what each side said in the end.  Raises CommandError."""
+        """Take all steps; return the last answers of the source and the target.  Raises CommandError."""
         try:
             self.session.client.migrate(self.ref, self.to_target, live=self.goal)
         except Refused as error:
             raise self._refused(error) from None
         words = self._hear(ASKED)
-        self._note(f"{self.host} takes it")
+        self._note(f"{self.host} accepts the VM")
         self._step(Step.GO_ON, MigrationAt, locks_travel=words.get("locks_travel") is True)
         self.bar.end()
         self._hear(COMPLETE)
-        self._note(f"{self.host} has everything")
-        with uninterrupted():  # to leave now is to leave the VM in doubt
+        self._note(f"{self.host} has received the VM")
+        with uninterrupted():  # an end in here would leave the VM in doubt
             let_go = self._step(Step.COMMIT, MigrationAt)
-            self._note("its disks are let go")
+            self._note("the disks are unlocked here")
             try:
                 say(self.to_target, SOURCE, COMMIT, paused=let_go.paused)
             except OSError:
-                self._give_up(f"{self.host}: {self._how_it_ended()}")  # not a byte of it has left
+                self._give_up(f"{self.host}: {self._how_it_ended()}")  # no byte of the message was sent
             running = self._hear(RUNNING, committed=True)
             return self._end(), running
 
     def _ask(
         self, step: Step, expected: "type[A]", *, locks_travel: bool = False, in_doubt: bool = False, text: str = ""
     ) -> "A":
-        """Take a step here, and show how far it is.  Raises ClientError, PeerError."""
+        """Take a step at the source, and show the progress.  Raises ClientError, PeerError."""
         request = MigrationStep(
             vmid=self.ref.vmid,
             name=self.ref.name,
@@ -189,21 +190,21 @@ class Source:
         return self.session.client.carry_out(request, expected, self.bar.follow)
 
     def _step(self, step: Step, expected: "type[A]", *, locks_travel: bool = False) -> "A":
-        """Take a step here.  Raises CommandError; why the other side has failed says more than that this one has."""
+        """Take a step at the source.  Raises CommandError, if possible with the reason of the target."""
         try:
             return self._ask(step, expected, locks_travel=locks_travel)
         except Refused as error:
             raise self._refused(error) from None
 
     def _refused(self, error: Refused) -> CommandError:
-        """Return why the daemon here has refused; if that was the stream, the other side may know why."""
+        """Return the error for a refusal of the daemon.  If the stream has failed, ask the target for the reason."""
         if error.number != errno.EIO:
             return refused("migrate vm command failed", error)
         why = self._last_words() or self._how_it_ended()
         return CommandError(f"migrate vm command failed: {error.text}: {self.host}: {why}", error.number)
 
     def _last_words(self) -> str:
-        """Return why the other side has failed; "" if it does not say so."""
+        """Return why the target has failed; "" if it does not say."""
         with contextlib.suppress(CommandError):
             while self.ear.poll(int(END_S * 1000)):
                 words = self.ear.hear(ASKED, COMPLETE, FAILED)
@@ -214,7 +215,7 @@ class Source:
         return ""
 
     def _hear(self, wanted: str, *, committed: bool = False) -> "Words":
-        """Return what the other side says.  Raises CommandError if it has failed, or is gone."""
+        """Return the wanted line of the target.  Raises CommandError if it has failed or is gone."""
         try:
             words = self.ear.hear(wanted, FAILED)
         except CommandError as error:
@@ -238,7 +239,7 @@ class Source:
         )  # fmt: skip
 
     def _give_up(self, why: str, *, in_doubt: bool = False) -> None:
-        """Have the VM go on here, or be in doubt.  Raises CommandError."""
+        """Let the VM continue here, or be in doubt.  Always raises: CommandError, PeerError."""
         try:
             self._ask(Step.BACK, MigrationAt, in_doubt=in_doubt, text=why)
         except Refused as error:
@@ -246,11 +247,11 @@ class Source:
         raise PeerError("vmd", "does not say what has become of the VM")
 
     def _end(self) -> VmSent:
-        """End it here: it runs there.  Raises CommandError."""
+        """End the VM here, because it runs at the target.  Raises CommandError."""
         try:
             return self._ask(Step.DONE, VmSent)
         except (Refused, NoDaemon) as error:
-            text = f"vm {self.ref} runs at {self.host}, but what there is of it here could not be ended: {error}"
+            text = f"vm {self.ref} runs at {self.host}, but it could not be ended here: {error}"
             raise CommandError(text, errno.EIO) from None
 
     def _note(self, text: str) -> None:
@@ -260,12 +261,12 @@ class Source:
 
 @contextlib.contextmanager
 def uninterrupted() -> "Iterator[None]":
-    """Heed ^C no more; a second one counts."""
+    """Ignore the first ^C; the second one ends us."""
     before = signal.getsignal(signal.SIGINT)
 
     def on_interrupt(_number: int, _frame: object) -> None:
         signal.signal(signal.SIGINT, before)
-        warn("the VM is just going over; once more, and it is left in doubt")
+        warn("the VM is being handed over: another interrupt leaves it in doubt")
 
     signal.signal(signal.SIGINT, on_interrupt)
     try:

@@ -1,4 +1,4 @@
-"""vmctl pause: have a VM stand still until `unpause`."""
+"""vmctl pause: pause a VM until `unpause`."""
 
 from vmctl.errors import refused
 from vmctl.options import Given
@@ -14,7 +14,7 @@ def run(session: Session, given: Given) -> int:
 
 
 def change(session: Session, given: Given, *, paused: bool, force: bool = False) -> int:
-    """Pause or unpause, and say so in upstream's words.  Raises CommandError."""
+    """Pause or unpause, and report it in upstream's words.  Raises CommandError."""
     ref = parse_vmref(given.operand)
     word = "pause" if paused else "unpause"
     try:

@@ -1,4 +1,4 @@
-"""vmctl receive: read a VM from standard input, and let it go on (*cat. 4.7*)."""
+"""vmctl receive: read a VM from standard input, and let it continue (*cat. 4.7*)."""
 
 import os
 
@@ -14,7 +14,7 @@ from vmd.stdio import STDIN
 
 
 def run(session: Session, given: Given) -> int:
-    """Receive; with -p the VM waits to be unpaused."""
+    """Receive the VM.  With -p it stays paused."""
     ref = parse_vmref(given.operand)
     if ref.vmid:
         raise ArgumentError("invalid vm name")
@@ -23,7 +23,7 @@ def run(session: Session, given: Given) -> int:
     if access_mode(STDIN) == os.O_WRONLY:
         raise CommandError("standard input is not open for reading: redirect it from a file, or from a pipe")
     if given.has("-w"):
-        from vmctl.carried import receive_in_steps  # which reads `json`
+        from vmctl.carried import receive_in_steps  # it imports `json`
 
         return receive_in_steps(session, ref.name, force=given.has("-f"))
     request = ReceiveRequest(name=ref.name, paused=given.has("-p"))

@@ -1,4 +1,4 @@
-"""vmctl reload: have the daemon read its main configuration file again."""
+"""vmctl reload: let the daemon read its main configuration file again."""
 
 from vmctl.errors import CommandError
 from vmctl.options import Given
@@ -9,7 +9,7 @@ from vmd.ipc.messages.clients import Ok
 
 
 def show_notes(session: Session, done: Ok) -> None:
-    """Say what the daemon thinks worth saying about a success."""
+    """Show the daemon's notes about a success."""
     for note in done.notes:
         warn(note)
     if session.json:
@@ -17,7 +17,7 @@ def show_notes(session: Session, done: Ok) -> None:
 
 
 def read_configuration(session: Session, path: str = "") -> None:
-    """Have the daemon read a file, or its main one, and say what it has to say about that.  Raises ClientError."""
+    """Let the daemon read a file, or its main file, and show its notes.  Raises ClientError."""
     try:
         done = session.client.load(path) if path else session.client.reload()
     except Refused as error:
@@ -28,6 +28,6 @@ def read_configuration(session: Session, path: str = "") -> None:
 
 
 def run(session: Session, given: Given) -> int:
-    """Ask, and show what the daemon has to say about it."""
+    """Reload, and show the daemon's notes."""
     read_configuration(session)
     return 0

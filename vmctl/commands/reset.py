@@ -1,4 +1,4 @@
-"""vmctl reset: have the daemon forget VMs, switches or both."""
+"""vmctl reset: let the daemon forget VMs, switches or both."""
 
 from vmctl.commands.reload import show_notes
 from vmctl.options import Given
@@ -6,7 +6,7 @@ from vmctl.session import Session
 
 
 def run(session: Session, given: Given) -> int:
-    """Send what is to be forgotten: all, unless told otherwise."""
+    """Ask the daemon to forget what was named, or everything."""
     what = given.operand or "all"
     show_notes(session, session.client.reset(vms=what != "switches", switches=what != "vms"))
     return 0

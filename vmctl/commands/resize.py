@@ -10,7 +10,7 @@ from vmd.scaled import fmt_scaled, scan_scaled
 
 
 def run(session: Session, given: Given) -> int:
-    """Ask for it, and say how large the disk is.  Raises CommandError."""
+    """Resize the disk, and print its new size.  Raises CommandError."""
     word, disk, text = given.operands
     ref = parse_vmref(word)
     size_bytes = disk_size(text)

@@ -1,4 +1,4 @@
-"""vmctl send: write a VM to standard output, to go on elsewhere (*cat. 4.7*)."""
+"""vmctl send: write a VM to standard output, so that it can continue elsewhere (*cat. 4.7*)."""
 
 import fcntl
 import os
@@ -29,7 +29,7 @@ NULL_DEVICE = os.makedev(1, 3)  # /dev/null
 
 
 def run(session: Session, given: Given) -> int:
-    """Send; with -k the VM goes on here, and the stream is a snapshot of it."""
+    """Send the VM.  With -k it continues here, and the stream is a snapshot of it."""
     ref = parse_vmref(given.operand)
     keep = given.has("-k")
     if os.isatty(STDOUT):
@@ -57,7 +57,7 @@ LIVE = (("-d", "still_ms", "number of milliseconds"), ("-r", "rounds", "number o
 
 
 def live_options(given: Given) -> Live | None:
-    """Return how a VM runs while it is sent; None if it does not.  Raises UsageError, ArgumentError."""
+    """Return the options of -l; None without -l.  Raises UsageError, ArgumentError."""
     for option, _, _ in LIVE:
         if given.has(option) and not given.has("-l"):
             raise UsageError(f"{option} without -l")
@@ -65,7 +65,7 @@ def live_options(given: Given) -> Live | None:
 
 
 def live_goal(given: Given) -> Live:
-    """Return when a VM that runs while it is sent comes to stand still.  Raises ArgumentError."""
+    """Return when a VM that is sent while it runs is paused.  Raises ArgumentError."""
     values = ((field, given.value(option), what) for option, field, what in LIVE)
     return Live(**{field: count(value, what) for field, value, what in values if value is not None})
 
@@ -78,7 +78,7 @@ def access_mode(fd: int) -> int:
 def transfer(
     session: Session, request: "SendRequest | ReceiveRequest", expected: "type[A]", fd: int, name: str
 ) -> "A":
-    """Have the daemon use our descriptor, and show how far it is.  Raises Refused, PeerError."""
+    """Let the daemon use our descriptor, and show the progress.  Raises Refused, PeerError."""
     rounds = isinstance(request, SendRequest) and request.live is not None
     bar = Bar(name, rate=True, rounds=rounds, shown=not session.quiet)
     try:

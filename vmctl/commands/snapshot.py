@@ -18,7 +18,7 @@ TAG_NOW = "%Y-%m-%d_%H:%M:%S"
 
 
 def run(session: Session, given: Given) -> int:
-    """Do what the option says; without one make a snapshot, which is called by the time if it has no tag."""
+    """List, delete or go back to a snapshot; without an option make one.  Without a tag it is called by the time."""
     ref = parse_vmref(given.operand)
     tag = given.operands[1] if len(given.operands) > 1 else ""
     action = SnapshotAction.CREATE
@@ -69,7 +69,7 @@ def run(session: Session, given: Given) -> int:
 
 
 def described(one: SnapshotInfo) -> dict[str, object]:
-    """Return a snapshot for programs."""
+    """Return a snapshot for --json."""
     return {
         "tag": clean(one.tag),
         "made": one.date_s,
@@ -79,7 +79,7 @@ def described(one: SnapshotInfo) -> dict[str, object]:
 
 
 def table(found: list[SnapshotInfo]) -> list[str]:
-    """Return a line for each snapshot below a head."""
+    """Return the lines of the table, with a header."""
     width = max([len("TAG"), *(len(clean(one.tag)) for one in found)])
     lines = [f"{'TAG':<{width}}  {'MADE':<19}  {'MEMORY':>7}"]
     for one in found:

@@ -1,7 +1,7 @@
-"""vmctl ssh: log in to a guest.  We find out where it is and wait until it answers; then ssh(1) takes our place.
+"""vmctl ssh: log in to a guest.  We find its address and wait until it answers; then ssh(1) replaces us.
 
-A guest's host keys are kept under the name of its VM, and apart from those of real hosts: addresses of VMs are given to
-one VM after another, and a VM that moves to another host has another address and the same keys.
+A guest's host keys are kept under the name of its VM, in a file of their own.  They are not kept under its address: an
+address may later belong to another VM, and a VM that moves to another host may get another address, with the same keys.
 """
 
 import errno
@@ -23,12 +23,12 @@ from vmd.record import Record
 
 PORT = 22
 PORTS = range(1, 1 << 16)
-WAIT_S = 180  # a first start makes host keys, grows a file system, perhaps fetches packages
+WAIT_S = 180  # a first start makes host keys, grows a file system, and may install packages
 WAITS_S = range(86401)
-QUIET_S = 2.0  # a wait that is no longer is not worth a word
+QUIET_S = 2.0  # a shorter wait is not reported
 AGAIN_S = 0.5
-ANSWER_S = 10.0  # for a guest that has taken a connection
-COMING = ("waiting", "starting", "receiving")  # states in which a VM is not there yet
+ANSWER_S = 10.0  # for the greeting, after the guest has accepted a connection
+COMING = ("waiting", "starting", "receiving")  # states in which a VM does not run yet
 THERE = ("running", "sending", "saving")
 KNOWN_HOSTS = "known_hosts.vmd"  # in ~/.ssh
 GREETING = b"\nSSH-"  # RFC 4253, 4.2; lines may come before it
@@ -36,27 +36,27 @@ GREETING_MAX = 8192
 
 
 class Place(Record):
-    """Where a guest is reached."""
+    """The address and user of a guest."""
 
     vmid: int
     name: str
     address: str
     port: int
-    user: str = ""  # "": as ssh decides
-    host: str = ""  # our own address at its interface: from another one we would reach somebody else
+    user: str = ""  # "": ssh decides
+    host: str = ""  # our address at its interface; without it we might reach another guest with the same address
 
     @property
     def alias(self) -> str:
-        """The name that its host keys are kept under."""
+        """The name under which its host keys are kept."""
         return f"{self.name}.vmd"
 
 
 class Later(Exception):
-    """It is not reached yet; the text is a sentence that says why."""
+    """The guest cannot be reached yet; the text says why."""
 
 
 def run(session: Session, given: Given) -> int:
-    """Wait for the guest and become ssh; or only tell a program where it is."""
+    """Wait for the guest and become ssh, or only print where the guest is."""
     ref = parse_vmref(given.operand)
     port = number(given, "-p", "port", PORTS, PORT)
     wait_s = number(given, "-w", "number of seconds", WAITS_S, WAIT_S)
@@ -76,11 +76,11 @@ def run(session: Session, given: Given) -> int:
 
 
 def home() -> str:
-    """Return the home directory as ssh(1) finds it, which is not by $HOME.  Raises CommandError."""
+    """Return the home directory as ssh(1) finds it: from the user database, not from $HOME.  Raises CommandError."""
     try:
         return pwd.getpwuid(os.getuid()).pw_dir
     except KeyError:
-        raise CommandError(f"ssh: no user has uid {os.getuid()}, and ssh works for users only", errno.ENOENT) from None
+        raise CommandError(f"ssh: uid {os.getuid()} is not in the user database", errno.ENOENT) from None
 
 
 def number(given: Given, option: str, what: str, allowed: range, default: int) -> int:
@@ -94,7 +94,7 @@ def number(given: Given, option: str, what: str, allowed: range, default: int) -
 
 
 def tell(place: Place) -> None:
-    """Print where the guest is, whether it answers or not.  Raises CommandError."""
+    """Print where the guest is, even if it does not answer.  Raises CommandError."""
     put_json({
         "id": place.vmid,
         "name": clean(place.name),
@@ -105,13 +105,13 @@ def tell(place: Place) -> None:
     })  # fmt: skip
 
 
-# --- where it is ----------------------------------------------------------------------------------------------------
+# --- the address ----------------------------------------------------------------------------------------------------
 
 
 def find(session: Session, ref: VmRef, port: int, user: str | None) -> Place:
-    """Return where a guest is to be reached.
+    """Return where a guest can be reached.
 
-    Raises Later, and CommandError for what does not change by waiting.
+    Raises Later if waiting may help, otherwise CommandError.
     """
     vm = ref.find(session.client.list_vms())
     if vm is None:
@@ -120,11 +120,11 @@ def find(session: Session, ref: VmRef, port: int, user: str | None) -> Place:
         raise Later(f"vm {vm.name} is {vm.state}")
     if vm.state not in THERE:
         state = "not running" if vm.state == "stopped" else vm.state
-        hint = ": vmctl unpause lets it go on" if vm.state == "paused" else ""
+        hint = ": vmctl unpause lets it continue" if vm.state == "paused" else ""
         raise CommandError(f"ssh: vm {vm.name} is {state}{hint}", errno.ESRCH)
     local = [nic for nic in vm.nics if nic.local]
     if not local:
-        text = f"ssh: vm {vm.name} has no local interface, so vmd does not know its address; its console is there"
+        text = f"ssh: vm {vm.name} has no local interface, so vmd does not know its address; use its console"
         raise CommandError(f"{text}: vmctl console {vm.name}", errno.EADDRNOTAVAIL)
     nic = next((nic for nic in local if nic.guest4), None)
     if nic is None:
@@ -136,7 +136,7 @@ def find(session: Session, ref: VmRef, port: int, user: str | None) -> Place:
 
 
 def await_place(session: Session, ref: VmRef, port: int, user: str | None, wait_s: int) -> Place:
-    """Return where a guest is reached, once it answers.  Raises CommandError; at the deadline with the reason."""
+    """Wait until a guest answers, and return its place.  Raises CommandError, also at the deadline, with the reason."""
     begin_s = time.monotonic()
     said = ""
     while True:
@@ -156,7 +156,7 @@ def await_place(session: Session, ref: VmRef, port: int, user: str | None, wait_
 
 
 def greeted(session: Session, place: Place, within_s: float) -> None:
-    """Have an ssh server say its greeting.  Raises Later, and CommandError if it is another kind of server."""
+    """Wait for the greeting of the ssh server.  Raises Later, and CommandError if it is another kind of server."""
     where = f"port {place.port} of {place.address}"
     due_s = time.monotonic() + min(ANSWER_S, within_s)
     ours = (place.host, 0) if place.host else None
@@ -170,14 +170,14 @@ def greeted(session: Session, place: Place, within_s: float) -> None:
                     raise Later(f"{where} closes the connection at once")
                 said += data
                 if len(said) > GREETING_MAX:
-                    raise CommandError(f"ssh: {where} is served by something else than ssh", errno.EPROTO)
+                    raise CommandError(f"ssh: {where} is not served by ssh", errno.EPROTO)
     except ConnectionRefusedError:
         raise Later(f"{where} is closed: no ssh server runs in the guest") from None
     except OSError as error:
         if error.errno == errno.EADDRNOTAVAIL and place.host:
-            what = f"ssh: vm {place.name} is not reached from here, where {place.host} is no address of this host"
-            hint = "of an interface in an rdomain only `ip vrf exec` leads to it"
-            raise CommandError(f"{what}: {hint}", error.errno) from None
+            what = f"ssh: vm {place.name} cannot be reached from here: {place.host} is not an address of this host"
+            hint = "if the interface is in an rdomain, use `ip vrf exec`"
+            raise CommandError(f"{what}; {hint}", error.errno) from None
         if not has_lease(session, place):
             raise Later(f"the guest of vm {place.name} has not asked for its address, {place.address}") from None
         how = "does not answer" if isinstance(error, TimeoutError) else f"cannot be reached: {sentence(error)}"
@@ -185,18 +185,18 @@ def greeted(session: Session, place: Place, within_s: float) -> None:
 
 
 def has_lease(session: Session, place: Place) -> bool:
-    """Return whether the guest has got this address from us."""
+    """Return whether the guest has a lease of this address."""
     nics, _ = session.client.list_devices(place.vmid)
     return any(lease(nic) is not None for nic in nics if text4(nic.guest4) == place.address)
 
 
-# --- who it is ------------------------------------------------------------------------------------------------------
+# --- the host key -----------------------------------------------------------------------------------------------------
 
 
 def check_host_key(place: Place, path: str, *, forget: bool) -> None:
-    """Say it in a sentence if the guest has another host key than before.  Raises CommandError.
+    """Raise CommandError, with one sentence, if the guest has another host key than before.
 
-    ssh looks for itself afterwards, and refuses such a guest with a page of warnings.
+    ssh also checks the key afterwards, but refuses such a guest with a page of warnings.
     """
     known = known_keys(place, path)
     if not known:
@@ -208,14 +208,14 @@ def check_host_key(place: Place, path: str, *, forget: bool) -> None:
     shown = shown_key(place, kind)
     if shown and shown not in known[kind]:
         raise CommandError(
-            f"ssh: vm {place.name} has another host key than when you logged in last: if it was made anew, "
+            f"ssh: vm {place.name} has another host key than at your last login: if it was installed again, "
             f"vmctl ssh -n {place.name} forgets the old one",
             errno.EKEYREJECTED,
         )
 
 
 def known_keys(place: Place, path: str) -> dict[str, list[str]]:
-    """Return the host keys that are known of a VM, by their kind.  Raises CommandError."""
+    """Return the known host keys of a VM, by kind.  Raises CommandError."""
     known: dict[str, list[str]] = {}
     for line in lines_of(path):
         words = line.split()
@@ -225,7 +225,7 @@ def known_keys(place: Place, path: str) -> dict[str, list[str]]:
 
 
 def lines_of(path: str) -> list[str]:
-    """Return the lines of a file, none if it is not there.  Raises CommandError."""
+    """Return the lines of a file; none if it does not exist.  Raises CommandError."""
     try:
         with open(path, encoding="utf-8", errors="surrogateescape") as file:
             return file.readlines()
@@ -236,7 +236,7 @@ def lines_of(path: str) -> list[str]:
 
 
 def forget_keys(place: Place, path: str) -> None:
-    """Take a VM out of the file of host keys, which another login may be reading.  Raises CommandError."""
+    """Remove a VM from the file of host keys, which another login may be reading.  Raises CommandError."""
     kept = [line for line in lines_of(path) if line.split()[:1] != [place.alias]]
     fresh = f"{path}.{os.getpid()}"
     try:
@@ -248,7 +248,7 @@ def forget_keys(place: Place, path: str) -> None:
 
 
 def shown_key(place: Place, kind: str) -> str:
-    """Return the guest's host key of a kind; "" if it shows none."""
+    """Return the guest's host key of a kind; "" if it has none."""
     command = ["ssh-keyscan", "-T", str(int(ANSWER_S)), "-t", kind, "-p", str(place.port), "--", place.address]
     try:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
@@ -262,7 +262,7 @@ def shown_key(place: Place, kind: str) -> str:
 
 
 def ssh_words(place: Place, known_hosts: str, given: Given) -> list[str]:
-    """Return the command that logs in.  Of two values of an option ssh takes the first: those that were typed."""
+    """Return the command that logs in.  ssh uses the first value of an option, so the user's options come first."""
     typed = [word for option, value in given.options if option in ("-i", "-o") for word in (option, value)]
     ours = {
         "HostKeyAlias": place.alias,
@@ -271,7 +271,7 @@ def ssh_words(place: Place, known_hosts: str, given: Given) -> list[str]:
         "HashKnownHosts": "no",
         "CheckHostIP": "no",
         **({"BindAddress": place.host} if place.host else {}),
-        # Nobody else is at the other end of a tap: the first key that is shown is the guest's.
+        # Only the guest is at the other end of its tap, so the first key is that of the guest.
         "StrictHostKeyChecking": "accept-new",
         "LogLevel": "ERROR",
     }
@@ -281,13 +281,13 @@ def ssh_words(place: Place, known_hosts: str, given: Given) -> list[str]:
 
 
 def quoted(path: str) -> str:
-    """Return a path as ssh_config(5) takes it, where blanks part several and % begins a token."""
+    """Return a path for ssh_config(5), in which blanks separate paths and % begins a token."""
     return f'"{path.replace("%", "%%")}"'
 
 
 def become(words: list[str]) -> None:
-    """Run a program in our place.  Raises CommandError."""
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores it, and what is ignored stays so
+    """Replace ourselves by a program.  Raises CommandError."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores it, and exec keeps ignored signals
     try:
         os.execvp(words[0], words)  # noqa: S606 - no shell
     except OSError as error:

@@ -1,7 +1,7 @@
 """vmctl start: start a VM of vm.conf, or one that the options describe (*cat. 3.4*).
 
-Options -B, -b, -I and -k change a single boot of a VM that exists.  -b also describes a new VM, so with it
-the daemon is asked first what it knows.  -I, -k and -p are ours.
+Options -B, -b, -I and -k change a single boot of a known VM.  -b may also describe a new VM, so with it the daemon is
+first asked for its VMs.  -I, -k and -p are ours.
 """
 
 import errno
@@ -62,7 +62,7 @@ REFUSALS = {
 
 
 class Wanted:
-    """What the options say, in the order in which they say it."""
+    """The values of the options."""
 
     def __init__(self) -> None:
         self.given = VmFlag(0)
@@ -155,7 +155,7 @@ class Wanted:
         self.given |= VmFlag.SEED
 
     def add_disk(self, value: str) -> None:
-        """-d; without a format the daemon tells it from the file."""
+        """-d; without a format the daemon finds it out from the file."""
         ruled(rules.disk_count, len(self.disks) + 1)
         prefix, colon, path = value.partition(":")
         disk_format = prefix if colon and prefix in rules.DISK_FORMATS else ""
@@ -173,11 +173,11 @@ class Wanted:
 
     @property
     def only_boot(self) -> bool:
-        """Whether nothing is given but what may change a single boot."""
+        """Whether only options are given that may change a single boot."""
         return not self.given & ~VmFlag.KERNEL
 
     def config(self, name: str) -> VmConfig:
-        """Return the description of a new VM, or of what an instance does not inherit."""
+        """Return the description of a new VM, or the values that an instance does not inherit."""
         nics = self.nics + [NicConfig()] * ((self.nic_count or 0) - len(self.nics))
         return VmConfig(
             name=name,
@@ -195,9 +195,9 @@ class Wanted:
         )
 
     def require_bootable(self) -> None:
-        """Check a new VM that stands for itself (*cat. 3.4*).  Raises ArgumentError.
+        """Check a new VM without a template (*cat. 3.4*).  Raises ArgumentError.
 
-        Unlike vmd: a VM without disks or interfaces is what was asked for, and no reason for a warning.
+        Unlike vmd: there is no warning about a VM without disks or interfaces, because the user has asked for it.
         """
         if not self.given & (VmFlag.KERNEL | VmFlag.DISK | VmFlag.CDROM):
             raise ArgumentError("no kernel or disk/cdrom specified")
@@ -221,8 +221,8 @@ def once(value: str, what: str) -> None:
 
 
 def real_path(path: str, what: str) -> str:
-    """Return an existing path without links: the daemon must not see another file than we do."""
-    if not path:  # realpath(3) refuses it, Python's takes it for the working directory
+    """Return an existing path without symbolic links, so that the daemon finds the same file as we do."""
+    if not path:  # realpath(3) refuses "", but Python's realpath returns the working directory
         raise CommandError(f"invalid {what}: {path}")
     try:
         real = os.path.realpath(path, strict=True)
@@ -236,7 +236,7 @@ def real_path(path: str, what: str) -> str:
 
 
 def boot_path(path: str, what: str) -> str:
-    """Return an existing path without links, or which file on a disk of the VM itself is meant."""
+    """Return an existing path without symbolic links; a file on a disk of the VM is returned unchanged."""
     return path if on_disk(path) else real_path(path, what)
 
 
@@ -259,9 +259,9 @@ def memory_size(text: str) -> int:
 
 
 def open_boot_file(path: str, what: str) -> int:
-    """Open a kernel or initrd with our own rights, so that a user may boot what only he can read.
+    """Open a kernel or initrd with our own rights, so that users may boot files that only they can read.
 
-    O_NONBLOCK: a FIFO must not keep us waiting for its writer.
+    O_NONBLOCK: the open must not wait for the writer of a FIFO.
     """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -275,7 +275,7 @@ def open_boot_file(path: str, what: str) -> int:
 
 
 def request_for(session: Session, wanted: Wanted, ref: VmRef) -> StartRequest:
-    """Decide whether a known VM is meant or a new one, and build the request.  Raises CommandError."""
+    """Decide whether a known or a new VM is to be started, and build the request.  Raises CommandError."""
     known = wanted.only_boot
     if not wanted.template and wanted.given & (VmFlag.KERNEL | VmFlag.SEED):
         exists = ref.find(session.client.list_vms()) is not None
@@ -306,7 +306,7 @@ def request_for(session: Session, wanted: Wanted, ref: VmRef) -> StartRequest:
 
 
 def is_known(session: Session, ref: VmRef) -> bool:
-    """Return whether the daemon knows a VM; it does as long as it does not say that it does not."""
+    """Return whether the daemon knows a VM; True if it cannot be asked."""
     try:
         return ref.find(session.client.list_vms()) is not None
     except VmdError:
@@ -314,12 +314,12 @@ def is_known(session: Session, ref: VmRef) -> bool:
 
 
 def refusal(session: Session, error: Refused, ref: VmRef, request: StartRequest) -> CommandError:
-    """Return the daemon's answer after upstream's words for it."""
+    """Return the error for a refusal: upstream's words and then the daemon's sentence."""
     close = session.meant(request.template) if error.number == VMD_PARENT_INVALID else ""
     words = REFUSALS.get(error.number)
     if words is None:
         sentence = f"start vm command failed: {error.text}"
-        # A file that is missing has the same errno.
+        # A missing file has the same errno as an unknown VM.
         if request.config is None and error.number == errno.ENOENT and not is_known(session, ref):
             return NoSuchVm(sentence)
         return CommandError(sentence, error.number)
@@ -327,7 +327,7 @@ def refusal(session: Session, error: Refused, ref: VmRef, request: StartRequest)
 
 
 def load_console() -> None:
-    """Import what is needed once the VM runs, and takes almost as long as starting it."""
+    """Import the console while the VM starts: the import takes almost as long as the start."""
     import vmctl.commands.console  # noqa: F401
 
 
@@ -341,7 +341,7 @@ def start(session: Session, wanted: Wanted, ref: VmRef) -> "tuple[StartRequest, 
         request = request_for(session, wanted, ref)
         if wanted.seed is not None:
             fds["seed"] = [wanted.seed.file(request.name)]
-        if wanted.console and session.client.daemon is not None:  # one without a Hello knows nothing of that
+        if wanted.console and session.client.daemon is not None:  # a daemon without Hello does not know this field
             request = request.replace(console=True)
         meanwhile = load_console if wanted.console else None
         try:
@@ -356,7 +356,7 @@ def start(session: Session, wanted: Wanted, ref: VmRef) -> "tuple[StartRequest, 
 
 
 def say_started(started: VmStarted, say: "Callable[[str], None]" = notice) -> None:
-    """Say that a VM runs, and what else the daemon has to say of its start."""
+    """Say that a VM runs, with the daemon's notes about its start."""
     for note in started.notes:
         say(f"vmctl: warning: {clean(note)}\n")
     say(f"vmctl: started vm {started.vmid} successfully, tty {clean(started.tty)}\n")

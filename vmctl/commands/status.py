@@ -1,4 +1,4 @@
-"""vmctl status, vmctl show: every VM, one per line (*cat. 3.3*); -v, which is ours, adds their devices."""
+"""vmctl status, vmctl show: one line per VM (*cat. 3.3*).  -v, which is ours, adds figures and devices."""
 
 import errno
 
@@ -12,13 +12,13 @@ from vmd.ipc.messages.clients import NicInfo, TroubleInfo, VmInfo
 from vmd.ipc.messages.figures import VmFigures
 from vmd.scaled import fmt_scaled
 
-OWNER_MAX = 15  # a longer one is cut, and moves the rest of its row: the column is 12 wide
+OWNER_MAX = 15  # longer names are cut; the column has 12, so names above that shift the rest of their row
 ROW = "{:>5} {:>5} {:>5} {:>7} {:>7} {:>7} {:>12} {:>8} {}".format
 HEADER = ROW("ID", "PID", "VCPUS", "MAXMEM", "CURMEM", "TTY", "OWNER", "STATE", "NAME")
 
 
 def run(session: Session, given: Given) -> int:
-    """Fetch the list and show all of it, what runs, or one VM."""
+    """Show all VMs, the running ones, or one VM."""
     wanted = parse_vmref(given.operand) if given.operand else None
     vms = session.client.list_vms()
     found = vms if wanted is None else [vm for vm in [wanted.find(vms)] if vm is not None]
@@ -28,7 +28,7 @@ def run(session: Session, given: Given) -> int:
     detailed = given.has("-v")
     rows, lines = [as_json(vm) if session.json else {} for vm in shown], [HEADER, *(row(vm) for vm in shown)]
     if detailed:
-        from vmctl import activity, figures, interfaces, troubles  # most runs do without
+        from vmctl import activity, figures, interfaces, troubles  # most runs do not need them
 
         devices = [devices_of(session, vm) for vm in shown]
         counted = figures_of(session, shown)
@@ -54,7 +54,7 @@ def run(session: Session, given: Given) -> int:
 
 
 def devices_of(session: Session, vm: VmInfo) -> tuple[list[NicInfo], list[TroubleInfo]]:
-    """Return the interfaces of a VM, and what is wrong with its devices; nothing of a VM that has gone meanwhile."""
+    """Return the interfaces of a VM and the problems of its devices; none for a VM that is gone by now."""
     try:
         return session.client.list_devices(vm.vmid)
     except Refused as error:
@@ -64,7 +64,7 @@ def devices_of(session: Session, vm: VmInfo) -> tuple[list[NicInfo], list[Troubl
 
 
 def figures_of(session: Session, vms: list[VmInfo]) -> dict[int, VmFigures]:
-    """Return what VMs have done, by id; asked last, because a daemon of an earlier version hangs up."""
+    """Return the figures of VMs, by id.  This is the last request: a daemon of an earlier version hangs up after it."""
     try:
         rows = session.client.figures(vms[0].vmid) if len(vms) == 1 else session.client.figures() if vms else []
     except ClientError as error:
@@ -75,7 +75,7 @@ def figures_of(session: Session, vms: list[VmInfo]) -> dict[int, VmFigures]:
 
 
 def row(vm: VmInfo) -> str:
-    """Return a line of the table; a VM that does not run has no process, no memory in use and no console."""
+    """Return a line of the table.  A VM that does not run has no process, no memory in use and no console."""
     running = vm.pid != 0
     return ROW(
         vm.vmid,
@@ -91,8 +91,8 @@ def row(vm: VmInfo) -> str:
 
 
 def as_json(vm: VmInfo) -> dict[str, object]:
-    """Return a VM under keys that stay; null is what does not apply."""
-    from vmctl import interfaces  # most runs do without
+    """Return a VM for --json; a value that does not apply is null."""
+    from vmctl import interfaces  # most runs do not need it
 
     running, files, end = vm.pid != 0, vm.files, vm.ended
     return {

@@ -1,4 +1,4 @@
-"""vmctl stop: ask a guest to shut down, or kill its VM; one, or all of them (*cat. 3.5*)."""
+"""vmctl stop: ask a guest to shut down, or kill its VM; for one VM or all (*cat. 3.5*)."""
 
 import errno
 
@@ -12,12 +12,12 @@ from vmd.ipc.messages.clients import StopRequest, VmInfo, WaitRequest
 
 STOPPED, STOPPING = "stopped", "stopping"  # states of VmInfo
 
-# What a wait is answered with when the VM has ended between our request to stop and this one.
+# Answers to a wait if the VM has ended after our request to stop, but before this one.
 GONE = (errno.ENOENT, errno.EINVAL, VMD_VM_STOP_INVALID)
 
 
 def run(session: Session, given: Given) -> int:
-    """Stop what was named."""
+    """Stop the VM, or all VMs."""
     force, wait = given.has("-f"), given.has("-w")
     if given.has("-a"):
         return stop_all(session, force=force, wait=wait)
@@ -33,10 +33,10 @@ def stop_request(ref: VmRef, *, force: bool, wait: bool) -> StopRequest:
 
 
 def stop_all(session: Session, *, force: bool, wait: bool) -> int:
-    """Stop whatever runs, or is about to.
+    """Stop all VMs that run or wait for their start.
 
-    Unlike vmd, which with -w waits for each VM before it asks the next one: all are asked first, so that
-    they shut down side by side, and a VM that is stopping already is no failure.
+    Unlike vmd: with -w, all guests are asked before we wait for the first one, so that they shut down at the same time.
+    A VM that is already stopping is not an error.
     """
     client = session.client
     vms = [vm for vm in client.list_vms() if vm.pid or vm.state != STOPPED]
@@ -52,7 +52,7 @@ def stop_all(session: Session, *, force: bool, wait: bool) -> int:
     for vm in vms:
         asked.append(ask_one(client, vm, force=force))
         if asked[-1].interrupted:
-            break  # its answer may still come, and would be taken for the next one's
+            break  # its answer may still come, and would be taken for the answer about the next VM
     for result in asked:
         ref = VmRef(name=result.name)
         if result.result == REQUESTED and not asked[-1].interrupted:
@@ -70,7 +70,7 @@ def stop_all(session: Session, *, force: bool, wait: bool) -> int:
 
 
 def ask_one(client: Client, vm: VmInfo, *, force: bool, doing: str = "") -> Result:
-    """Ask for the end of one of all VMs, without waiting for it."""
+    """Ask for the end of one of several VMs, without waiting for it."""
     requested = Result(vmid=vm.vmid, name=vm.name, result=REQUESTED, text="")
     ref = VmRef(name=vm.name)
     if vm.state == STOPPING and not force:
@@ -79,5 +79,5 @@ def ask_one(client: Client, vm: VmInfo, *, force: bool, doing: str = "") -> Resu
         return requested
     result = ask_end(client, ref, stop_request(ref, force=force, wait=False), doing)
     if result.result == FAILED and result.code == errno.EALREADY:
-        return requested  # somebody else was faster
+        return requested  # another request was faster
     return result

@@ -1,4 +1,4 @@
-"""vmctl top: what VMs are doing now, again and again."""
+"""vmctl top: the activity of VMs, again after each interval."""
 
 import os
 import select
@@ -25,7 +25,7 @@ KEYS = "c m d n i a sort, r reverses, space reads now, q quits"
 
 
 def run(session: Session, given: Given) -> int:
-    """Show a table after each interval, on a terminal until it is enough."""
+    """Show a table after each interval."""
     interval_s = interval(given.operand) if given.operand else INTERVAL_S
     times = count(given.value("-n") or "", "number of tables") if given.has("-n") else None
     if session.json:
@@ -40,7 +40,7 @@ def run(session: Session, given: Given) -> int:
         else:
             stream(session, interval_s, times)
     except KeyboardInterrupt:
-        return 0  # the usual way to end it
+        return 0  # the usual end
     return 0
 
 
@@ -62,14 +62,14 @@ def read(session: Session) -> Reading:
 
 
 def put_document(before: Reading, now: Reading) -> None:
-    """Print what VMs have done between two readings."""
+    """Print the activity between two readings."""
     found = rates.ordered(rates.rows(before, now, time.time()), rates.FIRST_ORDER)
     elapsed_s = (now.at_ns - before.at_ns) / NS
     put_json({"interval_s": round(elapsed_s, 3), "vms": [rates.as_json(one) for one in found]})
 
 
 def stream(session: Session, interval_s: float, times: int | None) -> None:
-    """Print a table after each interval, where there is no screen."""
+    """Print a table after each interval, if standard output is not a terminal."""
     before = read(session)
     while times is None or times > 0:
         time.sleep(interval_s)
@@ -95,7 +95,7 @@ class Top:
         self.quits = False
 
     def run(self) -> None:
-        """Show tables until the operator leaves, or there were as many as wanted.  Raises CommandError."""
+        """Show tables until the operator leaves or the wanted number was shown.  Raises CommandError."""
         self._show(OPEN)
         self.now = read(self.session)
         self._paint()
@@ -106,7 +106,7 @@ class Top:
                 self.times -= 1
 
     def _read(self) -> None:
-        """Have another reading; the daemon may be away for a moment, as while it is upgraded."""
+        """Take another reading.  The daemon may be away for a moment, for example during an upgrade."""
         try:
             now = read(self.session)
         except NoDaemon as error:
@@ -116,7 +116,7 @@ class Top:
         self.before, self.now, self.trouble = self.now, now, ""
 
     def _wait(self, until_s: float) -> bool:
-        """Serve keys until a moment, or until one asks for the next table; return whether there is to be one."""
+        """Handle keys until `until_s`, or until a key asks for the next table.  Return False if the operator quits."""
         size = self._size()
         poll = select.poll()
         if self.terminal.is_tty:
@@ -131,7 +131,7 @@ class Top:
         return not self.quits
 
     def _on_keys(self) -> bool:
-        """Take what was typed; return whether it asks for a new reading."""
+        """Read keys; return whether one asks for a new reading."""
         try:
             typed = os.read(self.terminal.fd, 256).decode("ascii", "replace")
         except OSError:
@@ -175,7 +175,7 @@ class Top:
         painted = [fitting(each, columns) for each in head]
         painted.append(f"{REVERSE}{fitting(rates.HEADER, columns):<{columns}}{PLAIN}")
         painted += [fitting(each, columns) for each in lines]
-        # Without a line's end after the last one: on a full screen it would scroll.
+        # No line end after the last line: a full screen would scroll.
         self._show(BEGIN + END_OF_LINE.join(painted) + "\x1b[K" + END_OF_SCREEN)
 
     def _show(self, text: str) -> None:
@@ -183,5 +183,5 @@ class Top:
 
 
 def fitting(text: str, columns: int) -> str:
-    """Return what of a line fits the screen, without what it would not simply show."""
+    """Return the part of a line that fits the screen, with unprintable characters as escapes."""
     return clean(text)[:columns]

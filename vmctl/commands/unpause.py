@@ -1,4 +1,4 @@
-"""vmctl unpause: let a paused VM go on."""
+"""vmctl unpause: let a paused VM continue."""
 
 from vmctl.commands.pause import change
 from vmctl.options import Given

@@ -1,4 +1,4 @@
-"""vmctl upgrade: have the daemon go on as the version that is installed now, while VMs run."""
+"""vmctl upgrade: let the installed version take over from the daemon, while VMs run."""
 
 from vmctl.commands import version
 from vmctl.errors import CommandError
@@ -9,7 +9,7 @@ from vmd.client import Refused
 
 
 def run(session: Session, given: Given) -> int:
-    """Ask, and show what serves afterwards; with -n only ask whether it could be done."""
+    """Upgrade, and show the versions afterwards; with -n only ask whether an upgrade is possible."""
     try:
         if not given.has("-n"):
             session.client.upgrade()
@@ -17,5 +17,5 @@ def run(session: Session, given: Given) -> int:
         session.client.rehearse_upgrade()
     except Refused as error:
         raise CommandError(error.text, error.number) from None
-    warn("the version that is installed now can take over")
+    warn("the installed version can take over")
     return version.run(session, given) if session.json else 0

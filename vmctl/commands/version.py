@@ -1,4 +1,4 @@
-"""vmctl version: which versions of vmctl and of the daemon meet here, and which others still serve VMs."""
+"""vmctl version: the versions of vmctl and of the daemon, and other versions that still serve VMs."""
 
 from vmctl.options import Given
 from vmctl.output import clean, put_json, put_lines
@@ -7,11 +7,11 @@ from vmd.client import Refused
 from vmd.ipc.messages.clients import GenerationInfo
 from vmd.version import VERSION
 
-OLDER = "older than 0.2.0"  # said no Hello
+OLDER = "older than 0.2.0"  # a daemon that does not send Hello
 
 
 def run(session: Session, given: Given) -> int:
-    """Show them; that of vmctl also where there is no daemon."""
+    """Show the versions; that of vmctl is shown even without a daemon."""
     if not session.json:
         show()
     daemon = session.client.daemon
@@ -26,7 +26,7 @@ def run(session: Session, given: Given) -> int:
 
 
 def generations(session: Session) -> list[GenerationInfo]:
-    """Return the generations of VMs; none where the daemon is older than these.  Raises VmdError."""
+    """Return the generations of VMs; none if the daemon is too old to know them.  Raises VmdError."""
     if session.client.daemon is None:
         return []
     try:
@@ -36,7 +36,7 @@ def generations(session: Session) -> list[GenerationInfo]:
 
 
 def in_words(row: GenerationInfo) -> str:
-    """Return what a generation is."""
+    """Return the line of a generation."""
     return f"generation {row.number}: vmd {row.version}, {row.vms} VM{'' if row.vms == 1 else 's'}"
 
 

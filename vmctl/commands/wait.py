@@ -1,4 +1,4 @@
-"""vmctl wait: return when a VM is gone."""
+"""vmctl wait: return when a VM has ended."""
 
 from vmctl.ending import ask_end, conclude, finish
 from vmctl.options import Given
@@ -8,7 +8,7 @@ from vmd.ipc.messages.clients import WaitRequest
 
 
 def run(session: Session, given: Given) -> int:
-    """Wait, as long as it takes."""
+    """Wait, without a time limit."""
     ref = parse_vmref(given.operand)
     result = ask_end(session.client, ref, WaitRequest(vmid=ref.vmid, name=ref.name), "waiting for")
     conclude(session, result)

@@ -64,12 +64,12 @@ def test_one_that_runs() -> None:
         "a processor: 2.00 s, of which vcpu0 1.50 s, vcpu1 0.00 s",
         "a memory: 512M of 1.0G touched, and 24.0M of its processes",
         "a control group: processor 5.00 s, throttled 2 times, for 0.01 s, memory 1.0M, "
-        "1 process killed for want of memory",
+        "1 process killed because memory ran out",
         "a disk 0: 1.0G",
         "    read 2 requests, 1024 bytes, 1.500 ms each",
         "    flushed 1 request, 0.500 ms each",
         "    busy 1.23 s, 1 in flight, 2 failed, 3 refused",
-        "a disk 1: not counted: an earlier vmd has started it",
+        "a disk 1: not counted: started by an earlier vmd",
         "a cdrom: no disc, 1 command, 0 bytes read, busy 0.00 s, 1 failed",
         "a entropy: 2 requests, 64 bytes, delayed 1 time",
     ]

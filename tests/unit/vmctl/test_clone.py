@@ -75,4 +75,4 @@ def test_a_seed_is_not_forgotten() -> None:
     """What is in it is not known here; without one, the guest would take itself for the old one."""
     old = vm_info("old", files=VmFiles(seed=True))
 
-    assert "    # a seed as in the block of old belongs here" in "\n".join(block(old, "new", [], Limits([])))
+    assert "    # add a seed here, as in the block of old" in "\n".join(block(old, "new", [], Limits([])))

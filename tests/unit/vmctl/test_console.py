@@ -198,7 +198,7 @@ def test_help(line: Line, operator: Operator) -> None:
     """Every escape; the guest hears nothing of it."""
     operator.types(b"~?")
 
-    shown = operator.sees("start of a line only.\r\n")
+    shown = operator.sees("at the start of a line.\r\n")
     assert all(escape in shown for escape in ("~.", "~^D", "~#", "~b", "~^Z", "~?", "~~"))
     operator.types(b"x")
     assert line.gets("x") == "x"
@@ -264,7 +264,7 @@ def test_end_of_the_daemon(daemon: FakeDaemon, operator: Operator) -> None:
     """A failure: nobody holds the line any more."""
     daemon.hang_up()
 
-    operator.sees("vmctl: pipe closed: vmd has ended or is started again; the guest may run on\r\n")
+    operator.sees("vmctl: pipe closed: vmd has ended or is started again; the guest may still run\r\n")
     assert operator.ended() == 3
     assert operator.mode() == operator.before
 

@@ -79,7 +79,7 @@ def test_name_that_says_something_else_is_said(folder: Path, vmctl_create: Creat
     image_format, path = word.split(":")
 
     assert vmctl_create("-s", "1M", word) == (
-        f"vmctl: warning: {path} is {image_format}, which its name does not say:"
+        f"vmctl: warning: {path} is {image_format}, but its name says otherwise:"
         f" give it as {word}, or with `format {image_format}` in vm.conf\n"
         f"vmctl: {image_format} imagefile created\n"
     )
@@ -103,7 +103,7 @@ def test_name_of_another_format_is_refused(folder: Path, vmctl_create: Create, p
     shown = f"'{path}'" if " " in path else path
     assert str(refused.value) == (
         f"{path} would not be {what}: only raw and qcow2 images can be made;"
-        f" give raw:{shown} or qcow2:{shown} to have one under this name"
+        f" give raw:{shown} or qcow2:{shown} to make one with this name"
     )
     assert os.listdir(folder) == []
 
@@ -145,7 +145,7 @@ def test_wrong_arguments(vmctl_create: Create, arguments: tuple[str, ...], words
         (("-s", "1M", "no/a"), "could not create no/a: no: No such file or directory"),
         (("-s", "1000T", "a.qcow2"), "a.qcow2: 1099511627776000 bytes are too large for a qcow2 image"),
         (("-b", "base.qcow2", "a.raw"), "base images require qcow2 disk format; give the disk as qcow2:a.raw"),
-        (("-b", "there", "a.qcow2"), "base image is not a qcow2 file: there; vmctl create -i makes one of it"),
+        (("-b", "there", "a.qcow2"), "base image is not a qcow2 file: there; vmctl create -i converts it"),
         (("-b", "raw:base.qcow2", "a.qcow2"), "base image is not a qcow2 file: base.qcow2; vmctl create -i"),
         (("-b", "gone", "a.qcow2"),
          "failed to open base image file: gone: cannot be opened: No such file or directory"),
@@ -158,7 +158,7 @@ def test_wrong_arguments(vmctl_create: Create, arguments: tuple[str, ...], words
          " its format is qcow2; if you trust it, record that:"
          " qemu-img rebase -u -f qcow2 -F qcow2 -b 1.qcow2 unsaid.qcow2"),
         (("-b", "base.qcow2", "-s", "3M", "a.qcow2"),
-         "base size does not match requested size: 2097152 bytes are not 3145728"),
+         "base size does not match requested size: the base has 2097152 bytes, not 3145728"),
         (("-b", "lost.qcow2", "a.qcow2"),
          "failed to open base image file: backing file gone: cannot be opened: No such file or directory"),
         (("-b", "3.qcow2", "a.qcow2"), "a.qcow2: backing chain would be longer than 4 images"),

@@ -62,8 +62,8 @@ def test_compressed_image_becomes_a_larger_disk(shipped: Path, folder: Path, vmc
 
     assert status == 0, said
     assert said == (
-        "vmctl: the partition table is still one of a disk of 8.0M: the guest moves its end when it makes a"
-        " partition larger (cloud-init and growpart do)\n"
+        "vmctl: the partition table is still for a disk of 8.0M: the guest corrects it when it enlarges a"
+        " partition (cloud-init and growpart do)\n"
         "vmctl: qcow2 imagefile created\n"
     )
     same(folder / "web.qcow2", (shipped / "disk.raw").read_bytes().ljust(64 * MIB, b"\0"), folder)
@@ -122,7 +122,7 @@ def test_wrong_checksum_leaves_nothing(
 
     values = [value.partition(":")[2] for value in (right, wrong)]
     assert (status, said) == (1, (
-        f"vmctl: {shipped}/{name} is damaged, or not what was meant: its {kind} is {values[0]}, and not {values[1]}\n"
+        f"vmctl: {shipped}/{name} is damaged, or is another file: its {kind} is {values[0]}, not {values[1]}\n"
     ))  # fmt: skip
     assert os.listdir(folder) == []
     assert vmctl("create", "-i", source, "-c", f"{kind}:{values[0].upper()}", "copy.qcow2")[0] == 0
@@ -155,7 +155,7 @@ def test_checksum_of_an_image_with_a_base(folder: Path, vmctl: Vmctl) -> None:
     status, _, said = vmctl("create", "-i", "top.qcow2", "-c", checksum("sha256", folder / "top.qcow2"), "a.raw")
 
     assert status == 0
-    assert "warning: the checksum is of top.qcow2 only, and not of what it is based on" in said
+    assert "warning: the checksum is of top.qcow2 only, and not of its backing file" in said
 
 
 @pytest.mark.parametrize(
@@ -163,10 +163,10 @@ def test_checksum_of_an_image_with_a_base(folder: Path, vmctl: Vmctl) -> None:
     [
         ("md5:00", "md5:00 begins with neither sha256: nor sha512:\n"),
         ("", " begins with neither sha256: nor sha512:\n"),
-        ("a" * 64, f"{'a' * 64} begins with neither sha256: nor sha512:; say sha256: before it if it is one\n"),
-        ("sha256:" + "a" * 63, f"one of sha256 has 64 digits, and {'a' * 63} has 63\n"),
-        ("sha512:" + "a" * 64, f"one of sha512 has 128 digits, and {'a' * 64} has 64\n"),
-        ("sha256:" + "g" * 64, f"{'g' * 64} is no hexadecimal number\n"),
+        ("a" * 64, f"{'a' * 64} begins with neither sha256: nor sha512:; if it is a sha256, write sha256: in front\n"),
+        ("sha256:" + "a" * 63, f"a sha256 has 64 digits, and {'a' * 63} has 63\n"),
+        ("sha512:" + "a" * 64, f"a sha512 has 128 digits, and {'a' * 64} has 64\n"),
+        ("sha256:" + "g" * 64, f"{'g' * 64} is not a hexadecimal number\n"),
     ],
 )
 def test_what_is_no_checksum(folder: Path, vmctl: Vmctl, word: str, words: str) -> None:
@@ -184,7 +184,7 @@ def test_image_that_was_cut_short_is_said(shipped: Path, folder: Path, vmctl: Vm
     status, _, said = vmctl("create", "-i", "disk", *size, "a")
     assert status == 0
     assert said.startswith(
-        f"vmctl: warning: disk may have been cut short: its partition table is one of a disk of 8.0M ({SIZE} bytes),"
+        f"vmctl: warning: disk may be truncated: its partition table is for a disk of 8.0M ({SIZE} bytes),"
         f" and it has {CUT} bytes\n"
     )
 

@@ -326,7 +326,7 @@ def test_path_too_long_for_a_socket(vmctl: Vmctl) -> None:
 def test_an_option_of_commands_before_the_command(capfd: pytest.CaptureFixture[str]) -> None:
     """It is not unknown, but stands in the wrong place."""
     assert main(["--json", "status"]) == 2
-    assert capfd.readouterr().err.startswith("vmctl: unknown option -- json: it belongs behind the command\n")
+    assert capfd.readouterr().err.startswith("vmctl: unknown option -- json: it belongs after the command\n")
 
 
 def test_socket_of_somebody_else_is_explained(tmp_path: Path) -> None:

@@ -88,9 +88,9 @@ def test_no_words(said: bytes) -> None:
 
 def test_other_words_than_were_due() -> None:
     """Whoever says them is not to be relied upon."""
-    with pytest.raises(CommandError, match="'asked', where running or failed was due"):
+    with pytest.raises(CommandError, match="'asked', where running or failed was expected"):
         hear(b'{"vmctl": "receive", "at": "asked"}\n', carry.RUNNING, FAILED)
-    with pytest.raises(CommandError, match="something else than vmctl does"):
+    with pytest.raises(CommandError, match="does not answer as vmctl"):
         hear(b"no\n" * 2000, ASKED)
 
 
@@ -252,4 +252,4 @@ def test_the_source_cannot_be_ended(daemon: FakeDaemon, tmp_path: Path) -> None:
     script(daemon, DONE=None)
     status, said = migrate(daemon, tmp_path, ASKED_LINE, COMPLETE_LINE, "...", RUNNING_LINE)
     assert status == 1
-    assert said.startswith("vmctl: vm web runs at host, but what there is of it here could not be ended: ")
+    assert said.startswith("vmctl: vm web runs at host, but it could not be ended here: ")

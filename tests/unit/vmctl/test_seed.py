@@ -78,8 +78,8 @@ def test_the_keys_of_whoever_runs_it(
 @pytest.mark.parametrize(
     ("words", "status", "error"),
     [
-        (("colour=red",), 2, "-C colour: no part of a seed: it is hostname, user, instance-id, ssh-key, "),
-        (("hostnam=a",), 2, '-C hostnam: no part of a seed: did you mean hostname?'),
+        (("colour=red",), 2, "-C colour: not a part of a seed: it is hostname, user, instance-id, ssh-key, "),
+        (("hostnam=a",), 2, '-C hostnam: not a part of a seed: did you mean hostname?'),
         (("hostname",), 2, "-C hostname needs a value: -C hostname=..."),
         (("network-config=",), 2, "-C network-config needs a value: -C network-config=no"),
         (("hostname=-",), 2, "-C hostname -: no name of a host"),
@@ -87,7 +87,7 @@ def test_the_keys_of_whoever_runs_it(
         (("network-config=no", "network-config=no"), 2, "-C network-config specified multiple times"),
         ((f"password-hash={HASH}",), 2, "-C password-hash takes the name of a file with the hash in it"),
         (("user=a", "password-hash={tmp}/plain"), 2, "-C password-hash: not as crypt(5) has it"),
-        (("password-hash={tmp}/hash",), 2, "-C password-hash: whose it is has to be said with -C user=..."),
+        (("password-hash={tmp}/hash",), 2, "-C password-hash needs a user: -C user=..."),
         (("user-data={tmp}/none",), 1, "cannot read user-data '{tmp}/none': No such file or directory"),
         (("user-data={tmp}/large",), 1, "user-data '{tmp}/large': larger than 1024 KiB"),
     ],

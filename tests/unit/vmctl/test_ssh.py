@@ -149,8 +149,8 @@ def test_nobody_else_is_taken_for_the_guest(vmctl: Vmctl, daemon: FakeDaemon) ->
         script(daemon, vm_info(nics=(nic(host4=socket.inet_aton("192.0.2.77")),)))
         status, _, errors = vmctl("ssh", "-p", str(guest.port), "web")
     assert settings(output)["bindaddress"] == "127.0.0.9"
-    why = "where 192.0.2.77 is no address of this host: of an interface in an rdomain only `ip vrf exec` leads to it"
-    assert (status, errors) == (1, f"vmctl: ssh: vm web is not reached from here, {why}\n")
+    why = "192.0.2.77 is not an address of this host; if the interface is in an rdomain, use `ip vrf exec`"
+    assert (status, errors) == (1, f"vmctl: ssh: vm web cannot be reached from here: {why}\n")
 
 
 def test_the_command_is_handed_on_as_it_is(tmp_path: Path, daemon: FakeDaemon) -> None:
@@ -187,7 +187,7 @@ def test_nobody_in_particular(vmctl: Vmctl, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(os, "getuid", lambda: 4_000_000_000)
 
     assert vmctl("ssh", "web") == (
-        1, "", "vmctl: ssh: no user has uid 4000000000, and ssh works for users only\n"
+        1, "", "vmctl: ssh: uid 4000000000 is not in the user database\n"
     )  # fmt: skip
 
 
@@ -196,9 +196,9 @@ def test_nobody_in_particular(vmctl: Vmctl, monkeypatch: pytest.MonkeyPatch) -> 
     (vm_info(running=False), 1, "ssh: vm web is not running"),
     (vm_info(state="stopping"), 1, "ssh: vm web is stopping"),
     (vm_info(state="in doubt"), 1, "ssh: vm web is in doubt"),
-    (vm_info(state="paused", nics=(nic(),)), 1, "ssh: vm web is paused: vmctl unpause lets it go on"),
+    (vm_info(state="paused", nics=(nic(),)), 1, "ssh: vm web is paused: vmctl unpause lets it continue"),
     (vm_info(nics=(nic(local=False, switch="lan"),)), 1,
-     "ssh: vm web has no local interface, so vmd does not know its address; its console is there: vmctl console web"),
+     "ssh: vm web has no local interface, so vmd does not know its address; use its console: vmctl console web"),
 ])  # fmt: skip
 def test_what_no_waiting_helps(vmctl: Vmctl, daemon: FakeDaemon, vm: VmInfo, status: int, sentence: str) -> None:
     """It is said at once, with --json, too."""
@@ -267,7 +267,7 @@ def test_a_guest_that_is_not_heard(
     (b"", "closes the connection at once; waited 0 s"),
     (b"SSH-2.0-half", "closes the connection at once; waited 0 s"),
     (b"no SSH-2.0-x\n", "closes the connection at once; waited 0 s"),
-    (b"HTTP/1.1 400\r\n" * 1000, "is served by something else than ssh"),
+    (b"HTTP/1.1 400\r\n" * 1000, "is not served by ssh"),
 ])  # fmt: skip
 def test_no_greeting_of_an_ssh_server(vmctl: Vmctl, daemon: FakeDaemon, greeting: bytes, said: str) -> None:
     """A server that is not up yet, and one of another kind."""
@@ -311,7 +311,7 @@ def test_a_vm_that_was_made_anew(vmctl: Vmctl, daemon: FakeDaemon, home: Path, t
         status, output, errors = vmctl(*words)
         assert (status, output) == (1, "")
         assert errors == (
-            "vmctl: ssh: vm web has another host key than when you logged in last: if it was made anew, "
+            "vmctl: ssh: vm web has another host key than at your last login: if it was installed again, "
             "vmctl ssh -n web forgets the old one\n"
         )
         assert OLD in known.read_text()
@@ -350,5 +350,5 @@ def test_a_command_belongs_behind_the_dashes(vmctl: Vmctl, daemon: FakeDaemon) -
     """Or its options would be taken for ours."""
     status, _, errors = vmctl("ssh", "web", "uptime")
 
-    assert (status, errors.splitlines()[0]) == (2, "vmctl: unexpected argument: uptime: command ... belongs behind --")
+    assert (status, errors.splitlines()[0]) == (2, "vmctl: unexpected argument: uptime: command ... belongs after --")
     assert daemon.requests == []

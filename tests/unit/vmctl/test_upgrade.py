@@ -33,7 +33,7 @@ def test_rehearsal(vmctl: Vmctl, daemon: FakeDaemon) -> None:
     """Changes nothing."""
     daemon.script = lambda request: (Ok(),) if isinstance(request, UpgradeRequest) else (GENERATION, End())
 
-    assert vmctl("upgrade", "-n") == (0, "", "vmctl: the version that is installed now can take over\n")
+    assert vmctl("upgrade", "-n") == (0, "", "vmctl: the installed version can take over\n")
     assert schema.check(vmctl("upgrade", "-n", "--json")[1], "upgrade")["vmd"] == "9.9"
     assert daemon.requests[0] == UpgradeRequest(rehearse_only=True)
 
