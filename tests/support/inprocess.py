@@ -106,16 +106,14 @@ class InProcess(Generic[P]):
         deadline_s = self.monotonic() + DEADLINE_S
 
         def look() -> None:
-            if condition():
+            if condition() or self.monotonic() > deadline_s:
                 self.loop.stop()
             else:
-                assert self.monotonic() < deadline_s
                 self.loop.call_later(0, look)
 
-        look()
-        if not condition():
-            self.loop.run()
-        assert condition(), "the process has ended its loop"
+        self.loop.call_later(0, look)
+        self.loop.run()
+        assert condition(), "the process has ended its loop, or it takes too long"
 
     def turn(self, rounds: int = 8) -> None:
         """Turn the loop so often, where no Ping is answered: what was sent before is served in the first round."""
