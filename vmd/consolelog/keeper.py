@@ -1,7 +1,7 @@
-"""One console log: takes what a VM prints out of its backlog and writes it to a file, on a thread that may wait.
+"""One console log: copies the output of a VM from its backlog to a file, on a thread that may block.
 
-Storage may keep the thread for ever, and with it nothing but this log.  What the file has no room for stays in the
-backlog, which has 64 KiB; what is lost beyond that is counted, and said where it is missing.
+Storage that does not answer may block the thread for ever, and this log alone.  Output that does not fit into the file
+stays in the backlog, which has 64 KiB.  Output that the backlog loses is counted, and the log says where it is missing.
 """
 
 import errno
@@ -24,28 +24,28 @@ if TYPE_CHECKING:
 
 RETRY_S = 5.0  # after a write that has failed
 SAY_S = 5.0  # between two reports of losses only
-TRIES = 4  # to read what is not written over meanwhile, until the next look
-STUCK_S = 30.0  # in one write
-# The file may grow so much larger than it should while the next one is opened.
+TRIES = 4  # to read output before the guest overwrites it; then the next look tries again
+STUCK_S = 30.0  # a write that takes longer is reported
+# The file may exceed its limit by so much while the next file is opened.
 OVERRUN_BYTES = 256 << 10
-FULL = (errno.ENOSPC, errno.EDQUOT)  # of which another file is no cure
+FULL = (errno.ENOSPC, errno.EDQUOT)  # another file would not help
 MISSING = "\r\n[vmd: {} bytes are missing here]\r\n"
 
 
 class State:
-    """How a log fares, for the parent."""
+    """The state of a log, for the parent."""
 
     def __init__(
         self, text: str = "", lost: int = 0, *, files: int = 0, wants_file: bool = False, ended: bool = False
     ) -> None:
-        self.text = text  # why it is not written
-        self.lost = lost  # bytes
-        self.files = files  # that it was given
-        self.wants_file = wants_file  # another one
+        self.text = text  # why the log cannot be written; empty if it can
+        self.lost = lost  # bytes that are missing in the log
+        self.files = files  # number of files that the keeper was given
+        self.wants_file = wants_file  # needs another file
         self.ended = ended
 
     def copy(self, **changes: "str | int") -> "State":
-        """Return one like it."""
+        """Return a copy with some fields changed."""
         return State(**{**vars(self), **changes})
 
     def __eq__(self, other: object) -> bool:
@@ -55,7 +55,7 @@ class State:
 
 
 class Keeper:
-    """Writes one log.  `look`, `take_file` and `end` belong to the main thread, where `report` is called, too."""
+    """Writes one log.  The main thread calls `look`, `take_file` and `end`, and `report` is called on it."""
 
     def __init__(
         self,
@@ -71,13 +71,13 @@ class Keeper:
         self._changed = threading.Condition()
         self._woken = self._ending = False
         self._next: socket.socket | None = None  # a courier with another file
-        self._limit = 0  # of its size
-        self._busy_s = 0.0  # since when the thread is at work
-        self._stuck = False  # for so long that this was said
+        self._limit = 0  # bytes of a file
+        self._busy_s = 0.0  # when the thread began its present work; 0 if it has none
+        self._stuck = False  # it was reported that the present write takes too long
         # Of the thread:
         self._file = -1
         self._size = 0
-        self._gap = 0  # bytes that are missing and of which the file does not say so yet
+        self._gap = 0  # bytes that are missing, which the file does not say yet
         self._retry_s = 0.0
         self._state = State()
         self._said, self._said_s = State(), 0.0
@@ -87,7 +87,7 @@ class Keeper:
     # --- the main thread -----------------------------------------------------------------------------------
 
     def look(self) -> bool:
-        """Have written what is there, and return whether there is something; say so if that does not end."""
+        """Wake the thread if there is output.  Return whether there is.  Report a write that takes too long."""
         now_s, busy_s, state = time.monotonic(), self._busy_s, self._state
         stuck = bool(busy_s) and now_s > busy_s + STUCK_S
         if stuck != self._stuck:
@@ -101,7 +101,7 @@ class Keeper:
         return prints
 
     def take_file(self, sock: socket.socket | None, size_bytes: int) -> None:
-        """Write to the file that comes over a courier from now on; without one to the same, up to another size."""
+        """Continue with the file that comes over a courier.  Without one, only change the size limit."""
         self._limit = size_bytes
         if sock is None:
             return
@@ -112,7 +112,7 @@ class Keeper:
         self._wake()
 
     def end(self) -> None:
-        """Nothing more will be printed: write what is left and end."""
+        """Write the rest and end: the VM prints nothing more."""
         self._ending = True
         self._wake()
 
@@ -142,7 +142,7 @@ class Keeper:
             self._say()
 
     def _say(self) -> None:
-        """Tell the parent what has changed; of losses alone only now and then."""
+        """Tell the parent what has changed.  If only the count of lost bytes has changed, wait for SAY_S seconds."""
         now, said = self._state, self._said
         only_lost = said.copy(lost=now.lost) == now
         if now == said or (only_lost and time.monotonic() < self._said_s + SAY_S):
@@ -152,12 +152,12 @@ class Keeper:
         self._call(lambda: self._report(state))
 
     def _fetch(self, sock: socket.socket) -> None:
-        """Go on with another file; without one as before."""
+        """Continue with another file.  If none comes, keep the present one."""
         with sock:
             try:
                 (fd,) = courier.fetch(sock)["log"]
             except (OSError, ValueError, KeyError):
-                return  # who should have opened it says why
+                return  # the process "logfile" tells the parent why
         self._close()
         self._file, self._retry_s = fd, 0.0
         self._state.wants_file, self._state.text = False, ""
@@ -169,12 +169,12 @@ class Keeper:
             close(fd)
 
     def _write_all(self) -> None:
-        """Write all there is, as far as there is a file with room."""
+        """Write the output, as far as there is a file with room for it."""
         try:
             if self._file >= 0:
                 status = os.fstat(self._file)
                 self._size = status.st_size
-                if not status.st_nlink:  # somebody has removed it
+                if not status.st_nlink:  # it was removed
                     self._close()
                     self._state.wants_file = True
             while self._file >= 0 and (data := self._take()):
@@ -195,7 +195,7 @@ class Keeper:
             self._fail(error)
 
     def _take(self) -> bytes:
-        """Return what is to be written next; what the backlog has no more is counted."""
+        """Return the next output.  Count the bytes that the backlog has lost."""
         for _ in range(TRIES):
             missing, data = self.backlog.fresh()
             if missing:
@@ -207,12 +207,12 @@ class Keeper:
         return b""
 
     def _count_rest(self) -> None:
-        """Count what will be written no more."""
+        """Count the output that will not be written."""
         self._state.lost += max(0, self.backlog.shown() - self.backlog.logged)
 
     def _fail(self, error: OSError) -> None:
         self._state.text = sentence(error)
         self._retry_s = time.monotonic() + RETRY_S
         if error.errno not in FULL:
-            self._close()  # and with that unlock it
+            self._close()  # which also unlocks it
             self._state.wants_file = True

@@ -1,11 +1,11 @@
-"""consolelog: writes what guests print to the console logs of their VMs.
+"""consolelog: writes the output of guests to the console logs of their VMs.
 
 Runs as  an id of its own, in the cell, confined to its descriptors
 Peers    parent; at the other ends of couriers the processes "logfile", which open the files
-Holds    the backlogs of VMs that have a console log, and those files, for appending
+Holds    the backlogs of VMs that have a console log, and their files, for appending
 
-How far each log has come is noted in the backlog itself: another one of these goes on there.  No guest waits for it.
-It outlives the daemon for a moment, to write what there is.
+Each backlog itself notes how much of it is written, so the next consolelog continues at the right byte.  No guest waits
+for this process.  It ends a moment later than the daemon, so that it can write the rest.
 """
 
 import os
@@ -28,15 +28,15 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from vmd.ipc.process import Handlers
 
-# Between two looks at the backlogs, and while guests print.  A look costs half a microsecond for each log and no system
-# call.  In that time a UART that Python emulates prints less than the 64 KiB that a backlog has, even with REP OUTSB;
-# so nobody has to wake us, and no guest does more for its log than without.
+# Between two looks at the backlogs, and the same while guests print.  A look takes half a microsecond for each log, and
+# no system call.  Between two looks an emulated UART prints less than the 64 KiB of a backlog, even with REP OUTSB.  So
+# no VM process has to wake this one, and a log costs its guest nothing.
 LOOK_S, LOOK_AGAIN_S = 0.05, 0.02
 LAST_WORDS_S = 3.0
 
 
 class ConsoleLogger(Process):
-    """Has a keeper for each log."""
+    """Has one keeper for each log."""
 
     def __init__(self) -> None:
         super().__init__(Proc.CONSOLELOG)
@@ -45,7 +45,7 @@ class ConsoleLogger(Process):
         self.parent = self.attach_parent(Proc.PARENT)
 
     def on_keep(self, message: KeepConsole, envelope: Envelope, _channel: Channel) -> None:
-        """Begin a log, as soon as there is a file."""
+        """Start a keeper for a log.  It writes once it has a file."""
         fd = envelope.take_fd("shown")
         assert fd is not None
         number = message.number
@@ -64,14 +64,14 @@ class ConsoleLogger(Process):
             self.loop.call_later(LOOK_S, self.look)
 
     def look(self) -> None:
-        """Have written what was printed."""
+        """Have the keepers write the new output of their guests."""
         prints = sum([keeper.look() for keeper in self.keepers.values()])
         self.looking = bool(self.keepers)
         if self.looking:
             self.loop.call_later(LOOK_AGAIN_S if prints else LOOK_S, self.look)
 
     def report(self, number: int, state: State) -> None:
-        """Tell the parent how a log fares."""
+        """Tell the parent the state of a log."""
         if state.ended and number in self.keepers:
             self.keepers.pop(number).backlog.close()
         self.parent.send(
@@ -86,24 +86,24 @@ class ConsoleLogger(Process):
         )
 
     def on_file(self, message: ConsoleFile, envelope: Envelope, _channel: Channel) -> None:
-        """Write to another file, or let this one become another size."""
+        """Write to another file, or change the size limit of the present one."""
         keeper = self.keepers.get(message.number)
         if keeper is not None:
             fd = envelope.take_fd("courier")
             keeper.take_file(None if fd is None else socket.socket(fileno=fd), message.size_bytes)
 
     def on_drop(self, message: DropConsole, _envelope: Envelope, _channel: Channel) -> None:
-        """End a log."""
+        """Write the rest of a log, and end its keeper."""
         keeper = self.keepers.get(message.number)
         if keeper is not None:
             keeper.end()
 
     def on_ping(self, _message: Ping, _envelope: Envelope, channel: Channel) -> None:
-        """Show that we are there."""
+        """Answer the parent's watchdog."""
         channel.send(Pong())
 
     def on_quit(self, _message: Quit, _envelope: Envelope, _channel: Channel) -> None:
-        """Write what there is, and end."""
+        """Write the rest, and end."""
         self.loop.stop()
 
     HANDLERS: "Handlers" = {
@@ -115,7 +115,7 @@ class ConsoleLogger(Process):
     }
 
     def finish(self) -> None:
-        """Write the rest of everything, for a moment."""
+        """Write the rest of all logs, for at most LAST_WORDS_S seconds."""
         deadline_s = time.monotonic() + LAST_WORDS_S
         for keeper in self.keepers.values():
             keeper.end()
@@ -127,7 +127,7 @@ def main() -> int:
     """Run process consolelog."""
     process = ConsoleLogger()
     process.ignore_terminal_signals()
-    confine(CONSOLELOG)  # what this kernel lacks is said by others
+    confine(CONSOLELOG)  # the parent has logged what this kernel lacks
     process.loop.run()
     process.finish()
-    os._exit(process.exit_status)  # a thread may be waiting for its storage
+    os._exit(process.exit_status)  # a thread may be blocked by its storage

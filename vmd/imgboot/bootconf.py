@@ -1,22 +1,22 @@
-"""What /etc/boot.conf of an OpenBSD system says, as far as vmd(8) of 2016 to 2018 read it (boot.conf(8), boot(8)).
+"""The part of OpenBSD's /etc/boot.conf that vmd(8) of 2016 to 2018 read (boot.conf(8), boot(8)).
 
     set device hd0a | set image /bsd | boot [[hd0a:]/bsd] [-acds]
 
-All else is for a boot loader and passed over.  The last of several lines counts.
+Other lines are for a boot loader and are skipped.  Of several lines of one kind the last counts.
 """
 
 from vmd.ipc.bootmsg import OPTIONS
 from vmd.record import Record
 
 DEFAULT_DEVICE, DEFAULT_IMAGE = "hd0a", "/bsd"
-BYTES_MAX = 64 << 10  # of the file: more is no boot.conf
+BYTES_MAX = 64 << 10  # a larger file is no boot.conf
 WORD_MAX = 1023  # bytes
 PARTITIONS = frozenset("abcdefghijklmnopqrstuvwxyz")
-DISKS = ("hd", "sd", "wd")  # a disk; what else there is cannot be booted from here, such as softraid's sr0
+DISKS = ("hd", "sd", "wd")  # other devices, such as softraid's sr0, cannot be booted from here
 
 
 class BootConf(Record):
-    """What it says; `partition` is a letter of the disklabel, `options` those of boot(8), without the hyphen."""
+    """The kernel that it names.  `partition` is a letter of the disklabel, `options` are letters of boot(8)."""
 
     partition: str
     image: str
@@ -24,7 +24,7 @@ class BootConf(Record):
 
 
 def parse(text: bytes) -> BootConf:
-    """Return what an /etc/boot.conf says, of which "" is one.  Raises ValueError."""
+    """Parse an /etc/boot.conf, which may be empty.  Raises ValueError."""
     device, image, options = DEFAULT_DEVICE, DEFAULT_IMAGE, ""
     for line in text.split(b"\n"):
         match [word.decode("utf-8", "surrogateescape") for word in line.split()]:
@@ -42,7 +42,7 @@ def parse(text: bytes) -> BootConf:
 
 
 def partition_of(device: str) -> str:
-    """Return which partition of the disk itself a device is, such as hd0a.  Raises ValueError."""
+    """Return the partition of the disk itself that a device such as hd0a names.  Raises ValueError."""
     kind, number, letter = device[:2], device[2:-1], device[-1:]
     if kind not in DISKS or number != "0" or letter not in PARTITIONS:
         raise ValueError(f"device {device[:WORD_MAX]!r} is no partition of the disk itself, such as hd0a")

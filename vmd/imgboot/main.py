@@ -1,10 +1,10 @@
-"""imgboot: reads a kernel or initrd out of the file systems of a disk, for an opener that must not.
+"""imgboot: reads a kernel or initrd from the file systems of a disk, for an opener, which must not parse them.
 
 Runs as  an id of its own, in the cell, confined to its descriptors before it reads the first byte; for one start
 Peers    an opener, which asks it (`ipc/bootmsg.py`); the parent starts it, and kills it with the opener
 Holds    its socket; the images of one disk at a time, for reading; the memory file that it fills, which cannot grow
 
-Its guest has written all of the disk, and its last opener may have been anybody: `vmd/diskfs` has the bounds.
+A guest may have written every byte of the disk, or another user.  The bounds for that are in `vmd/diskfs`.
 """
 
 import posix as os
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from vmd.diskfs.source import Read
     from vmd.images.image import Image
 
-MEMORY_BYTES = 1 << 30  # a kernel is copied in pieces; the rest is what qcow2 keeps of its tables
+MEMORY_BYTES = 1 << 30  # a kernel is copied in pieces; most of it is for cached tables of qcow2
 
 
 def answer(words: list[str], files: list[int]) -> bytes:
-    """Return the line about a file; it has been copied to the memory file, and the images are closed."""
+    """Copy the wanted file to the memory file, close the images, and return the line that describes the file."""
     wanted, links = asked(words)
     images, memory = files[: len(links)], files[len(links) :]
     del files[: len(links)]
@@ -52,7 +52,7 @@ def answer(words: list[str], files: list[int]) -> bytes:
 
 
 def reader(image: "Image") -> "Read":
-    """Return what reads bytes of an image: exactly so many, or OSError."""
+    """Return a function that reads exactly so many bytes of an image.  It raises OSError."""
 
     def read(offset: int, length: int) -> bytes:
         data = bytearray(length)
@@ -63,7 +63,7 @@ def reader(image: "Image") -> "Read":
 
 
 def copy(found: Found, memory: int) -> BootFile:
-    """Copy a file; what is not written stays zero.  Raises DiskFsError, OSError."""
+    """Copy a file.  Holes stay zero.  Raises DiskFsError, OSError."""
     most = os.fstat(memory).st_size
     if found.file.size > most:
         what = f"has {found.file.size} bytes, and {most} are the most for this vm"
@@ -78,7 +78,7 @@ def copy(found: Found, memory: int) -> BootFile:
 
 
 def main() -> int:
-    """Answer until nobody asks."""
-    confine(IMGBOOT)  # what the kernel lacks, others have said
+    """Answer requests until the opener closes the socket."""
+    confine(IMGBOOT)  # the parent has logged what this kernel lacks
     limit_memory(MEMORY_BYTES)
     return serve(answer)

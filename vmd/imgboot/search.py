@@ -1,4 +1,4 @@
-"""Finds what a VM boots on its disk: a file by its path, or what an OpenBSD system itself would boot."""
+"""Finds the file that a VM boots on its disk: by its path, or the kernel that OpenBSD itself would boot."""
 
 from vmd.diskfs.source import DiskFsError
 from vmd.imgboot import bootconf
@@ -12,12 +12,12 @@ if TYPE_CHECKING:
 
 BOOT_CONF = "/etc/boot.conf"
 EMPTY_BYTES = 128 << 10
-# Where systems keep a name for the kernel they would boot, and for its initrd.
+# Paths under which systems keep links to their newest kernel and its initrd.
 KERNELS = (("/vmlinuz", "/initrd.img"), ("/boot/vmlinuz", "/boot/initrd.img"), ("/bsd", ""))
 
 
 class Found(Record):
-    """A file, where it is, as DiskFile in words, and with which options of boot(8) it is booted."""
+    """A file.  `name` is its place in the words of DiskFile; `options` are those of boot(8)."""
 
     file: "File"
     name: str
@@ -25,7 +25,7 @@ class Found(Record):
 
 
 def search(disk: "Disk", wanted: "DiskFile") -> Found:
-    """Return what is wanted.  Raises DiskFsError."""
+    """Return the file that is wanted.  Raises DiskFsError."""
     if not wanted.path:
         return kernel_of_openbsd(disk, wanted)
     file = disk.find(wanted.path, wanted.partition)
@@ -33,11 +33,11 @@ def search(disk: "Disk", wanted: "DiskFile") -> Found:
 
 
 def kernel_of_openbsd(disk: "Disk", wanted: "DiskFile") -> Found:
-    """Return what /etc/boot.conf names, or /bsd.  Raises DiskFsError."""
+    """Return the kernel that /etc/boot.conf names, else /bsd.  Raises DiskFsError."""
     text, partition = b"", wanted.partition
     try:
         file = disk.find(BOOT_CONF, wanted.partition)
-    except DiskFsError:  # then it is /bsd, or its error is the answer
+    except DiskFsError:  # boot /bsd; if that fails too, its error is the answer
         pass
     else:
         text, partition = file.content(bootconf.BYTES_MAX), name_of(file)
@@ -57,12 +57,12 @@ def name_of(file: "File") -> str:
 
 
 def place_of(file: "File", wanted: "DiskFile") -> str:
-    """Return where a file is, as DiskFile in words."""
+    """Return the place of a file in the words of DiskFile."""
     return str(wanted.replace(partition=name_of(file), path=file.path))
 
 
 def describe(disk: "Disk", number: int) -> str:
-    """Return what there is on a disk that has no boot sector, and what may be booted from it."""
+    """Describe a disk that has no boot sector, and what may be booted from it."""
     if is_empty(disk):
         return "it is empty: start its VM once from a CD (-r) or a kernel (-b) that installs a system"
     found = disk.describe()
@@ -77,7 +77,7 @@ def describe(disk: "Disk", number: int) -> str:
 
 
 def partition_with(disk: "Disk", path: str, partition: str) -> str | None:
-    """Return the name of the partition that has a file; None if none has, or not the one that is named."""
+    """Return the name of the partition that has a file; None if no partition, or not the one named, has it."""
     try:
         return name_of(disk.find(path, partition))
     except DiskFsError:
@@ -85,5 +85,5 @@ def partition_with(disk: "Disk", path: str, partition: str) -> str | None:
 
 
 def is_empty(disk: "Disk") -> bool:
-    """Return whether nothing has been written where partition tables and file systems begin.  Raises DiskFsError."""
+    """Return whether the bytes where partition tables and file systems begin are all zero.  Raises DiskFsError."""
     return not any(disk.source.read(0, min(EMPTY_BYTES, disk.source.size)))

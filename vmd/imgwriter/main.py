@@ -1,12 +1,12 @@
-"""imgwriter: makes, deletes, lists and goes back to snapshots of one VM's disks.
+"""imgwriter: creates, deletes, lists and restores snapshots of one VM's disks.
 
 Runs as  an id of its own, in the cell, confined to its descriptors before it reads the first byte; for one request
-Peers    parent (starts it, and ends it when that takes too long); at the other end of a courier who has the files: an
-         opener, or, of a VM that runs, the process of a disk, which touches it no more until it is told to
+Peers    parent (starts it, and ends it when that takes too long); at the other end of a courier the process that has
+         the files: an opener, or the disk processes of a running VM, which wait until the change is done
 Holds    the disks, and the reading end of a pipe with a machine's state
 
-All disks are prepared before the first one is changed, and each is changed by one write.  The first disk, which has the
-state of the machine, gets a new snapshot last and loses an old one first: what it has is whole.
+All disks are prepared before the first one is changed, and one write changes each of them.  The first disk has the
+state of the machine.  It gets a new snapshot last and loses an old one first, so a snapshot on it is always complete.
 """
 
 import contextlib
@@ -50,15 +50,15 @@ if TYPE_CHECKING:
 
 LAST_WORDS_S = 5.0
 SAY_S = 5.0
-MEMORY_BYTES = 4 << 30  # refcounts of the largest images are half of it, for a moment
-FILES_S = 60.0  # for a disk to bring to stable storage what its guest has written
+MEMORY_BYTES = 4 << 30  # the refcounts of the largest images take half of it
+FILES_S = 60.0  # for a disk process to flush what its guest has written
 PIECE_BYTES = 1 << 20
-STATE_BYTES = 4 << 20  # whole clusters of every size
+STATE_BYTES = 4 << 20  # a multiple of every cluster size
 
 
 @contextlib.contextmanager
 def named(path: str) -> "Iterator[None]":
-    """Have an OSError say with which disk it has to do.  Raises OperatorError."""
+    """Turn an OSError into an OperatorError that names the disk."""
     try:
         yield
     except OSError as error:
@@ -75,7 +75,7 @@ class ImgWriter(Process):
         self.images: list[Qcow2Image] = []
         self.changes: list[tuple[str, Rewrite]] = []  # by disk
         self.tag, self.action = "", SnapshotAction.LIST
-        self.state: int | None = None  # a courier, where the state of the machine is asked for
+        self.state: int | None = None  # a courier for the state of the machine, if the client wants it
         self.said_s = time.monotonic()
 
     def on_change(self, message: ChangeSnapshots, envelope: Envelope, _channel: Channel) -> None:
@@ -97,14 +97,14 @@ class ImgWriter(Process):
             self.parent.send(SnapshotsReady())
 
     def fail(self, error: Exception) -> None:
-        """Leave everything as it was, say why, and end."""
+        """Abandon the change, report why, and end."""
         for _, change in self.changes:
             change.abandon()
         self.parent.send(SnapshotsFailed(code=number(error), text=brief(sentence(error))))
         self.be_over()
 
     def be_over(self) -> None:
-        """Let go of the files, and end."""
+        """Close the files, and end."""
         for image in self.images:
             with contextlib.suppress(OSError):
                 image.close()
@@ -113,7 +113,7 @@ class ImgWriter(Process):
         self.loop.stop()
 
     def say(self) -> None:
-        """Say now and then that something large is under way."""
+        """Tell the parent, every SAY_S seconds, that the work goes on."""
         if time.monotonic() >= self.said_s + SAY_S:
             self.said_s = time.monotonic()
             self.parent.send(SnapshotWord())
@@ -155,14 +155,14 @@ class ImgWriter(Process):
         raise ImageError(name, f"is {disk.images[0].format}: only qcow2 images have snapshots")
 
     def snapshots(self) -> "Iterator[list[Snapshot]]":
-        """Give the snapshots of each disk.  Raises ImageError, OSError."""
+        """Yield the snapshots of each disk.  Raises ImageError, OSError."""
         for image in self.images:
             yield read_snapshots(image.fd, image.header, image.path)
 
     # --- what can be asked
 
     def list(self) -> None:
-        """Tell of each snapshot that some disk has, as the first that has it says it is."""
+        """Report each snapshot that any disk has, as the first disk that has it describes it."""
         tables = list(self.snapshots())
         told: set[str] = set()
         for table in tables:
@@ -184,7 +184,7 @@ class ImgWriter(Process):
                 )
 
     def prepare(self, message: ChangeSnapshots, stream: int | None) -> None:
-        """Prepare a change of every disk that it concerns.  Raises VmdError, OSError."""
+        """Prepare the change on all disks that it concerns.  Raises VmdError, OSError."""
         tag, action = message.tag, message.action
         has = [find(table, tag) is not None for table in self.snapshots()]
         if action is SnapshotAction.CREATE:
@@ -212,7 +212,7 @@ class ImgWriter(Process):
                 raise ImageError(image.path, what)
         for image, there in zip(self.images, has, strict=True):
             if action is SnapshotAction.DELETE and not there:
-                continue  # it was left by one that was not completed
+                continue  # an interrupted change has already deleted it here
             with named(image.path):
                 self.changes.append((image.path, Rewrite(image)))
             self.say()
@@ -230,13 +230,13 @@ class ImgWriter(Process):
             self.say()
 
     def saved(self, tag: str) -> Snapshot:
-        """Return a snapshot of the first disk, which has the state of the machine."""
+        """Return a snapshot of the first disk, the one with the state of the machine."""
         found = find(next(self.snapshots()), tag)
         assert found is not None
         return found
 
     def at(self, one: Snapshot) -> tuple[Qcow2Image, int]:
-        """Return the first disk as it was at a snapshot, and where the state of the machine begins in that.
+        """Return the first disk as it was at a snapshot, and the offset of the machine's state in it.
 
         Raises ImageError, OSError.
         """
@@ -245,7 +245,7 @@ class ImgWriter(Process):
         return image, state_offset(one, first.header)
 
     def take_state(self, stream: int, change: Rewrite) -> None:
-        """Write what comes through a pipe to a disk.  Raises ImageError, OSError."""
+        """Copy the machine's state from a pipe to a disk.  Raises ImageError, OSError."""
         buffer = memoryview(bytearray(STATE_BYTES))
         with open(stream, "rb", buffering=0) as pipe:
             filled = 0
@@ -262,7 +262,7 @@ class ImgWriter(Process):
                     return
 
     def on_finish(self, message: FinishSnapshots, _envelope: Envelope, _channel: Channel) -> None:
-        """Make the change, or leave everything as it was."""
+        """Commit the change, or abandon it."""
         if not message.commit:
             for _, change in self.changes:
                 change.abandon()
@@ -289,7 +289,7 @@ class ImgWriter(Process):
         else:
             if self.state is not None:
                 for image in self.images:
-                    unlock(image.fd)  # of the machine that was; the one that is to be locks them itself
+                    unlock(image.fd)  # the machine that is restored locks them itself
             self.parent.send(SnapshotsChanged())
             if self.state is not None:
                 self.parent.flush_blocking(LAST_WORDS_S)
@@ -300,7 +300,7 @@ class ImgWriter(Process):
         self.be_over()
 
     def give_state(self, fd: int) -> None:
-        """Write the state of the machine to a pipe, whose other end is asked for.  Raises ImageError, OSError."""
+        """Send the reading end of a pipe over a courier, and write the machine's state.  Raises ImageError, OSError."""
         one = self.saved(self.tag)
         image, at = self.at(one)
         end = at + one.state_bytes
@@ -329,7 +329,7 @@ def main() -> int:
     """Run process imgwriter."""
     process = ImgWriter()
     process.ignore_terminal_signals()
-    confine(IMGWRITER)  # what the kernel lacks, others have said
+    confine(IMGWRITER)  # the parent has logged what this kernel lacks
     limit_memory(MEMORY_BYTES)
     process.loop.run()
     return process.exit_status

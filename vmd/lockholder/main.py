@@ -1,11 +1,11 @@
-"""lockholder: finds out which process has a lock on a file that a VM cannot have.
+"""lockholder: finds the process whose lock keeps a VM from a file.
 
-Runs as  an id of its own, in the cell, with CAP_SYS_PTRACE: else no user's process shows its locks to another user.
-         Landlock would keep it from that, capability or not, so its filter is all that it is confined by
+Runs as  an id of its own, in the cell, with CAP_SYS_PTRACE, which it needs to read the locks of other users' processes.
+         Landlock would forbid that even with the capability, so only the seccomp filter confines this process
 Peers    parent (starts it, reads one record of `ipc/holdermsg.py`, kills it if that takes too long)
 Holds    the host's /proc, and a pipe's writing end
 
-The kernel tells whose a lock of an open file is nowhere else: F_OFD_GETLK and /proc/locks say -1.
+Only /proc/PID/fdinfo names the owner of an open file description's lock: F_OFD_GETLK and /proc/locks give -1 as pid.
 """
 
 import contextlib
@@ -25,12 +25,12 @@ OURS = range(USES, DENIES + RESIZE + 1)  # disks are locked with some of these b
 
 
 def main() -> int:
-    """Answer and be gone."""
+    """Write the answer, and end."""
     device, inode, *marks = (int(argument) for argument in sys.argv[1:])
-    confine(LOCKHOLDER)  # what the kernel lacks, others have said
+    confine(LOCKHOLDER)  # the parent has logged what this kernel lacks
     answer = find(FD_PROC, device, inode, marks or OURS)
     if answer:
-        with contextlib.suppress(BrokenPipeError):  # who has asked waits no longer
+        with contextlib.suppress(BrokenPipeError):  # the parent no longer waits
             os.write(FD_ANSWER, answer)
     return 0
 
@@ -38,7 +38,7 @@ def main() -> int:
 def find(proc: int, device: int, inode: int, marks: "Sequence[int]") -> bytes:
     """Return the first process that has a lock on one of these bytes of a file, packed; b"" if there is none.
 
-    flock(2) excludes no disk but on file systems of a network, so such a lock counts only where there is no other.
+    A lock by flock(2) conflicts with ours only on network file systems, so it counts only if there is no other lock.
     """
     file = b"%02x:%02x:%d" % (os.major(device), os.minor(device), inode)
     flocked = b""
@@ -58,7 +58,7 @@ def processes(proc: int) -> list[int]:
 
 
 def locks_of(proc: int, pid: int, file: bytes, marks: "Sequence[int]") -> set[bytes]:
-    """Return what kinds of locks a process has on these bytes of a file."""
+    """Return the kinds of locks that a process has on these bytes of a file."""
     kinds: set[bytes] = set()
     for info in descriptions(proc, pid):
         if b"\nlock:" in info and file in info:
@@ -67,7 +67,7 @@ def locks_of(proc: int, pid: int, file: bytes, marks: "Sequence[int]") -> set[by
 
 
 def descriptions(proc: int, pid: int) -> "Iterator[bytes]":
-    """Give what the kernel says of each descriptor of a process; nothing of one that ends meanwhile."""
+    """Yield the fdinfo of each descriptor of a process.  A process that ends meanwhile yields no more."""
     with contextlib.suppress(OSError):
         folder = os.open(f"{pid}/fdinfo", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=proc)
         try:
@@ -101,7 +101,7 @@ def describe(proc: int, pid: int) -> bytes:
 
 
 def read(path: str, folder: int) -> bytes:
-    """Return what a small file has.  Raises OSError."""
+    """Return the contents of a small file.  Raises OSError."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=folder)
     try:
         return os.read(fd, READ_MAX)

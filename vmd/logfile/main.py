@@ -1,11 +1,11 @@
-"""logfile: opens the file of a console log as the VM's owner, puts a full one aside, and hands it to "consolelog".
+"""logfile: opens the file of a console log as the VM's owner, rotates a full one, hands it to "consolelog".
 
-Runs as  the owner of the VM, from before it touches the path; root keeps the right to use files of others.  It sees the
-         host's files, and Landlock leaves it the one directory
+Runs as  the owner of the VM, before it touches the path.  If the owner is root, it keeps the right to use others'
+         files.  It sees the host's files; Landlock permits only the log's directory
 Peers    parent (starts it, reads one line, kills it if that takes too long); consolelog, at the other end of a courier
 Holds    the directory, the file, and a pipe's writing end
 
-What is full is PATH.1, what was that is PATH.2, and so on.  A log has one writer: whoever has it open has it locked.
+A full log is renamed to PATH.1, an older one to PATH.2, and so on.  A log has one writer, which locks it.
 """
 
 import contextlib
@@ -24,15 +24,15 @@ from vmd.ipc.logfile import FD_ANSWER, FD_COURIER, LogFile, unpack
 from vmd.privsep import landlock
 from vmd.privsep.confine import LOGFILE, confine
 
-LOCK_S = 10.0  # for another writer to let go: the last life of the VM, or the consolelog before this one
+LOCK_S = 10.0  # for the previous writer to unlock it: of the VM's last life, or the previous consolelog
 LOCK_ROUND_S = 0.05
-NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # some file systems of networks
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # of some network file systems
 FLAGS = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 RIGHTS = landlock.WRITE_FILE | landlock.MAKE_REG | landlock.REMOVE_FILE
 
 
 def main() -> int:
-    """Open the file, hand it over, and be gone."""
+    """Open the file, hand it over, and end."""
     wanted = unpack(sys.argv[1:])
     try:
         become(wanted)
@@ -44,14 +44,14 @@ def main() -> int:
         answer(sentence(error))
         return 0
     answer("")
-    with socket.socket(fileno=FD_COURIER) as sock, contextlib.suppress(OSError):  # nobody wants it any more
+    with socket.socket(fileno=FD_COURIER) as sock, contextlib.suppress(OSError):  # consolelog no longer waits
         courier.give(sock, {"log": [fd]})
     return 0
 
 
 def answer(text: str) -> None:
-    """Say why there is no file; nothing if there is one."""
-    with contextlib.suppress(BrokenPipeError):  # the parent waits no longer
+    """Tell the parent why there is no file.  An empty text says that there is one."""
+    with contextlib.suppress(BrokenPipeError):  # the parent no longer waits
         os.write(FD_ANSWER, f"{text}\n".encode("utf-8", "surrogateescape")[: 1 << 12])
 
 
@@ -63,8 +63,9 @@ def become(wanted: LogFile) -> None:
 
 
 def stay_in(directory: int) -> None:
-    """Keep the right to files of one directory, and no other.  Raises HostError."""
-    confine(LOGFILE.replace(files=((f"/proc/self/fd/{directory}", RIGHTS),)))  # what the kernel lacks, others have said
+    """Give up the right to all files outside one directory.  Raises HostError."""
+    # No warnings here: the parent has logged what this kernel lacks.
+    confine(LOGFILE.replace(files=((f"/proc/self/fd/{directory}", RIGHTS),)))
 
 
 def open_log(directory: int, wanted: LogFile) -> int:
@@ -99,7 +100,7 @@ def open_log(directory: int, wanted: LogFile) -> int:
 
 
 def strange(error: OSError) -> str:
-    """Return why something cannot be opened as a log."""
+    """Return why a path cannot be opened as a log."""
     if error.errno == errno.ELOOP:
         return "is a symbolic link"
     if error.errno in (errno.ENXIO, errno.EISDIR):
@@ -108,7 +109,7 @@ def strange(error: OSError) -> str:
 
 
 def lock(fd: int) -> bool:
-    """Lock a file, where that is possible; return False if somebody else has it.  Raises OSError."""
+    """Lock a file.  Return False if another process has locked it.  Raises OSError, but not for lack of locks."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -120,7 +121,7 @@ def lock(fd: int) -> bool:
 
 
 def is_there(directory: int, name: str, status: os.stat_result) -> bool:
-    """Return whether a file still has its name: until it was locked its writer may have put it aside."""
+    """Return whether a file still has its name: the previous writer may have rotated it before we had the lock."""
     try:
         now = os.stat(name, dir_fd=directory, follow_symlinks=False)
     except FileNotFoundError:
@@ -129,7 +130,7 @@ def is_there(directory: int, name: str, status: os.stat_result) -> bool:
 
 
 def put_aside(directory: int, name: str, keep: int) -> None:
-    """Give a full log the next name, and so on; those that are too many are gone.  Raises OSError."""
+    """Rotate a full log: rename it and the older ones, and remove those beyond `keep`.  Raises OSError."""
     names = [name, *(f"{name}.{number}" for number in range(1, MAX_LOGS_KEPT + 1))]
     for old in names[max(keep, 1) :]:
         with contextlib.suppress(FileNotFoundError):

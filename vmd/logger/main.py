@@ -1,10 +1,10 @@
-"""log: takes the lines of all other processes and writes them, so that nobody else ever waits for a reader of the log.
+"""log: writes the log lines of all other processes, so that none of them waits for a slow reader of the log.
 
 Runs as  an id of its own, in the cell, without files
 Peers    parent; every process that writes lines, on one socket for each VM and each process of the daemon
-Holds    those sockets; standard error, or what leads to the journal or to syslog
+Holds    those sockets; standard error, or a socket of the journal or of syslog
 
-It outlives the daemon for a moment: the last words of the others are written, too.
+It ends a moment later than the daemon, so that it can write the last lines of the other processes.
 """
 
 import os
@@ -28,18 +28,18 @@ if TYPE_CHECKING:
     from vmd.ipc.process import Handlers
 
 BATCH = 32  # lines taken from one source before the others get their turn
-# Lines that are taken from one VM, and from all VMs of one owner: so many at once, and then one in each interval.
+# Token buckets for the lines of one VM, and for those of all VMs of one owner: a burst, then one line per interval.
 VM_BURST, VM_INTERVAL_S = 500, 0.02
 OWNER_BURST, OWNER_INTERVAL_S = 2000, 0.005
-PAUSE_S = 1.0  # in which a source that writes too much is not read; what it writes meanwhile its socket may lose
+PAUSE_S = 1.0  # a source that writes too much is not read for so long; its socket may drop lines meanwhile
 SAY_AGAIN_S = 60.0
-LAST_WORDS_S = 1.5  # for what others wrote last to be written
+LAST_WORDS_S = 1.5  # for the last lines of the other processes
 
 
 class Logger(Process):
-    """Reads from every source in turn."""
+    """Reads the sources in turn."""
 
-    sink: Sink  # where lines go, once this process is confined: it has a thread
+    sink: Sink  # made once this process is confined, because it has a thread
 
     def __init__(self) -> None:
         super().__init__(Proc.LOG)
@@ -49,7 +49,7 @@ class Logger(Process):
         self.parent = self.attach_parent(Proc.PARENT)
 
     def on_source(self, message: LogSource, envelope: Envelope, _channel: Channel) -> None:
-        """Read from a further source."""
+        """Add a source."""
         fd = envelope.take_fd("source")
         assert fd is not None
         limits: tuple[RateLimit, ...] = ()
@@ -61,11 +61,11 @@ class Logger(Process):
         self.listen(source)
 
     def listen(self, source: Source) -> None:
-        """Read from a source whenever it has something."""
+        """Wait for lines of a source."""
         self.loop.add(source.fileno(), lambda _events: self.on_readable(source))
 
     def on_readable(self, source: Source) -> None:
-        """Take some lines, as many as there is room for and as the source may write."""
+        """Take up to BATCH lines, as far as there is room for them and the source keeps within its limits."""
         for _ in range(BATCH):
             if not self.sink.has_room(source, lambda: self.listen(source)):
                 self.loop.remove(source.fileno())
@@ -82,19 +82,19 @@ class Logger(Process):
             self.forget(source)
 
     def take(self, source: Source) -> bool:
-        """Pass on what a source has next; return whether there may be more."""
+        """Pass on the next lines of a source.  Return whether there may be more."""
         lines = source.receive()
         for line in lines or ():
             self.sink.put(line)
         return lines is not None and not source.ended
 
     def forget(self, source: Source) -> None:
-        """A source has ended: all its processes have, or one of them has shut its socket down."""
+        """A source has ended: all its processes have ended, or one of them has shut the socket down."""
         self.sources.discard(source)
         source.sock.close()
 
     def say_too_much(self, source: Source) -> None:
-        """Say that a VM writes more than it may; once in a while."""
+        """Log, at most every SAY_AGAIN_S seconds, that a VM writes too many lines."""
         now_s = time.monotonic()
         if not source.said_s or now_s >= source.said_s + SAY_AGAIN_S:
             source.said_s = now_s
@@ -103,11 +103,11 @@ class Logger(Process):
             self.sink.put(Line(source, WARNING, text, os.getpid()))
 
     def on_ping(self, _message: Ping, _envelope: Envelope, channel: Channel) -> None:
-        """Show that we are there."""
+        """Answer the parent's watchdog."""
         channel.send(Pong())
 
     def on_quit(self, _message: Quit, _envelope: Envelope, _channel: Channel) -> None:
-        """Write what there is, and end."""
+        """Write the lines that have arrived, and end."""
         self.told_to_quit = True
         self.loop.stop()
 
@@ -118,9 +118,10 @@ class Logger(Process):
     }
 
     def finish(self) -> None:
-        """Write everybody's last words, for a moment.
+        """Write the last lines of all sources, for at most LAST_WORDS_S seconds.
 
-        Who tells us to quit has seen the end of all others.  Without that the parent is gone, and they are ending.
+        The parent sends Quit after all other processes have ended.  Without Quit the parent itself has died, and the
+        other processes are still ending.
         """
         deadline_s = time.monotonic() + LAST_WORDS_S
         while (left_s := deadline_s - time.monotonic()) > 0:
@@ -137,10 +138,10 @@ class Logger(Process):
 
 def main() -> int:
     """Run process log."""
-    journal = socket.socket(fileno=JOURNAL_FD) if has_journal() else None  # before something else has that number
+    journal = socket.socket(fileno=JOURNAL_FD) if has_journal() else None  # before another descriptor gets that number
     process = Logger()
     process.ignore_terminal_signals()
-    confine(LOG)  # what this kernel lacks is said by others
+    confine(LOG)  # the parent has logged what this kernel lacks
     process.sink = Sink(log.form, journal, process.loop.call_from_thread)
     process.loop.run()
     process.finish()
@@ -148,7 +149,7 @@ def main() -> int:
 
 
 def has_journal() -> bool:
-    """Return whether we were given a socket that leads to the journal."""
+    """Return whether the parent has passed a socket of the journal."""
     try:
         os.fstat(JOURNAL_FD)
     except OSError:

@@ -1,8 +1,8 @@
-"""Where lines go: standard error, the journal or syslog, written by a thread of its own, which may wait.
+"""Writes lines to standard error, the journal or syslog, on a thread of its own, which may block.
 
-Whoever reads the log may take as long as they like, and a terminal, pipe, file or socket makes its writer wait.  What
-waits to be written is bounded for each source: its next lines stay in its socket, and when that is full its processes
-lose lines, which they count.
+A terminal, pipe, file or socket makes its writer wait for a slow reader.  The number of unwritten lines is bounded for
+each source.  Beyond it the source's lines stay in its socket.  When that is full, its processes drop lines and count
+them.
 """
 
 import os
@@ -25,7 +25,7 @@ OUTPUT_FD = 2
 
 
 def entry(line: Line) -> bytes:
-    """Return a line as the journal's own protocol has it (systemd.journal-fields(7))."""
+    """Return a line in the journal's native protocol (systemd.journal-fields(7))."""
     fields = [f"PRIORITY={line.severity}", f"SYSLOG_FACILITY={LOG_DAEMON >> 3}", "SYSLOG_IDENTIFIER=vmd"]
     fields += [f"SYSLOG_PID={line.pid}"] if line.pid else []
     if line.source.vmid:
@@ -35,23 +35,23 @@ def entry(line: Line) -> bytes:
 
 
 class Sink:
-    """Lines on their way out.  `put` and `idle` belong to the main thread; `call` makes a call there."""
+    """A queue of lines and the thread that writes them.  The main thread calls `put`, `has_room` and `wait_idle`."""
 
     def __init__(self, form: str, journal: socket.socket | None, call: "Callable[[Callable[[], None]], None]") -> None:
-        """Where there is a `journal`, it gets entries with fields, and what it refuses goes to standard error.
+        """Start the thread.  `call` makes a call on the main thread.  Raises HostError.
 
-        Raises HostError.
+        A `journal` gets entries with fields.  Entries that it refuses go to standard error.
         """
         self.form = form
         self.journal = journal
         self._call = call
         self._lines: deque[Line] = deque()
         self._changed = threading.Condition()
-        self._lost = 0  # for which there is no place any more
+        self._lost = 0  # lines that could not be written
         start_thread("writer", threading.Thread(target=self._run, name="writer", daemon=True).start)
 
     def put(self, line: Line) -> bool:
-        """Have a line written; return whether another one of its source would have room."""
+        """Queue a line.  Return whether there is room for another line of its source."""
         with self._changed:
             line.source.waiting += 1
             self._lines.append(line)
@@ -59,7 +59,7 @@ class Sink:
             return line.source.waiting < WAITING_MAX
 
     def has_room(self, source: "Source", on_room: "Callable[[], None]") -> bool:
-        """Return whether a line of a source has room; if not, `on_room` is called as soon as it has."""
+        """Return whether there is room for a line of a source.  If not, `on_room` is called once there is."""
         with self._changed:
             if source.waiting < WAITING_MAX:
                 return True
@@ -67,7 +67,7 @@ class Sink:
             return False
 
     def wait_idle(self, timeout_s: float) -> bool:
-        """Wait until everything is written; return whether it is."""
+        """Wait until all lines are written.  Return False if that takes longer than `timeout_s`."""
         with self._changed:
             return self._changed.wait_for(lambda: not self._lines, timeout_s)
 
@@ -87,7 +87,7 @@ class Sink:
                 self._changed.notify_all()
 
     def _deliver(self, line: Line) -> None:
-        """Write a line, and before it how many could not be written."""
+        """Write a line.  If lines before it were lost, first write how many."""
         if self._lost:
             if not self._write(Line(line.source, WARNING, f"log: {self._lost} lines could not be written", 0)):
                 self._lost += 1
@@ -101,14 +101,14 @@ class Sink:
             try:
                 self.journal.send(entry(line))
             except OSError:
-                pass  # a journal that was replaced; the stream may be another one
+                pass  # the journal was restarted; standard error may still have a reader
             else:
                 return True
         raw = shaped(JOURNAL if self.journal is not None else self.form, line.severity, line.text, line.pid)
         try:
             while raw:
                 raw = raw[os.write(OUTPUT_FD, raw) :]
-        except BlockingIOError:  # whoever else has this open made it so
+        except BlockingIOError:  # another process that shares it has made it non-blocking
             return False
         except OSError:
             return False

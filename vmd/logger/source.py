@@ -1,7 +1,7 @@
-"""Where lines come from: the processes of one VM, or one process of the daemon, at the other end of one socket.
+"""Sources of lines: each is the socket of one VM's processes, or of one process of the daemon.
 
-A packet is a line, `<6>title: text`, or else a piece of what an interpreter writes by itself, such as a traceback.
-Anybody may have written it.  The source says which VM a line is of, whatever the line claims.
+A packet is a line, `<6>title: text`, or a piece of text that an interpreter writes itself, such as a traceback.
+Any process of the source may have written it.  So the source decides which VM a line belongs to, not its text.
 """
 
 import os
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 CREDENTIALS_SPACE = socket.CMSG_SPACE(UCRED.size)  # no room for descriptors: the kernel closes them
-TITLE_MAX = 64  # of what follows the name of the VM
+TITLE_MAX = 64  # characters of a title behind the name of its VM
 
 
 class Line:
@@ -31,9 +31,9 @@ class Line:
 
 
 class Source:
-    """A socket that lines come from; `vmid` is 0 if they are of no VM, `limits` how many are taken.
+    """A socket that lines come from.  `vmid` is 0 if they belong to no VM; `limits` are its token buckets.
 
-    `waiting` is how many of its lines are not written yet; it belongs to the sink.
+    `waiting` is the number of its lines that are not written yet.  The sink changes it.
     """
 
     def __init__(self, sock: socket.socket, name: str, vmid: int, limits: "tuple[RateLimit, ...]" = ()) -> None:
@@ -44,8 +44,8 @@ class Source:
         self.ended = False
         self.waiting = 0
         self.on_room: Callable[[], None] | None = None
-        self.said_s = 0.0  # when it was said last that it writes too much
-        self._unfinished = b""  # of what an interpreter writes
+        self.said_s = 0.0  # when the log last said that this source writes too much
+        self._unfinished = b""  # the begin of a line that an interpreter writes
         sock.setblocking(False)
 
     def fileno(self) -> int:
@@ -57,7 +57,7 @@ class Source:
         return all(limit.allow() for limit in self.limits)
 
     def receive(self) -> "list[Line] | None":
-        """Return the lines of the next packet, or None if there is none now.  At the end `ended` is set, too."""
+        """Return the lines of the next packet, or None if there is none now.  At the end of the socket, set `ended`."""
         try:
             packet, credentials, _, _ = self.sock.recvmsg(LINE_MAX + 1, CREDENTIALS_SPACE)
         except (BlockingIOError, InterruptedError):
@@ -97,7 +97,7 @@ class Source:
 
 
 def sender(ancillary: "list[tuple[int, int, bytes]]") -> int:
-    """Return the pid of who has sent a packet; 0 if nobody has."""
+    """Return the pid of the process that sent a packet; 0 at the end of the socket."""
     for level, kind, data in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_CREDENTIALS and len(data) == UCRED.size:
             pid: int = UCRED.unpack(data)[0]

@@ -1,11 +1,11 @@
-"""opener: opens the files of one VM, as whoever has named them, and hands them to its process.
+"""opener: opens the files of one VM, as the user who named them, and hands them to the VM process.
 
-Runs as  root, with the rights to open files and to become somebody else, until it has its one job; from then on for
-         good as the user of that job.  It sees the host's files, makes no sockets, and starts nothing
-Peers    parent (one job, one answer); an imgprobe, which it asks; at the other end of a courier the process of a VM
-Holds    what it opens, until that has left or is not wanted any more
+Runs as  root, with the capabilities to open files and to become another user, until its one job arrives.  From then on
+         it is the user of that job, for good.  It sees the host's files, creates no sockets, and starts no processes
+Peers    parent (one job, one answer); an imgprobe, which examines images; the VM process at the other end of a courier
+Holds    the files that it has opened, until the VM process has them or nobody wants them any more
 
-Storage may keep it for ever: then the parent goes on without it.
+Storage that does not answer may block it for ever.  The parent then goes on without it.
 """
 
 import errno
@@ -43,16 +43,16 @@ if TYPE_CHECKING:
     from vmd.ipc.process import Handlers
 
 LAST_WORDS_S = 5.0
-SAY_S = 5.0  # between two signs of life while a large file is copied
-NAME_BYTES_MAX = 1000  # of a file, where it is told what is opened
-NOTES_MAX, NOTES_BYTES_MAX = 30, 5000  # with the names of seventeen files they fit one message
+SAY_S = 5.0  # between two messages to the parent while a large file is copied
+NAME_BYTES_MAX = 1000  # of a file name in the messages that tell the parent what is opened
+NOTES_MAX, NOTES_BYTES_MAX = 30, 5000  # so that they and the names of seventeen files fit into one message
 
 
 class NoProbe:
-    """What is asked where nothing is to be asked."""
+    """Stands in for an imgprobe in a job that came without one."""
 
     def probe(self, _fd: int, name: str, _format_hint: str, *, boots: bool = False) -> "Probe":
-        """Refuse."""
+        """Raise OperatorError."""
         raise OperatorError(errno.EIO, f"{name}: cannot be examined: nobody was asked to")
 
 
@@ -66,7 +66,7 @@ class Opener(Process):
         self.last, self.said_s = "", 0.0
 
     def on_open(self, message: OpenFiles, envelope: Envelope, _channel: Channel) -> None:
-        """Do the job; from here on this process may be kept by storage at any point."""
+        """Do the job.  From here on storage that does not answer may block this process at any point."""
         fd = envelope.take_fd("courier")
         assert fd is not None
         set_title(f"opener/{message.name}")
@@ -90,7 +90,7 @@ class Opener(Process):
         self.parent.flush_blocking(LAST_WORDS_S)
 
     def do(self, message: OpenFiles, envelope: Envelope) -> tuple[dict[str, list[int]] | None, FilesOpened]:
-        """Do the job; return the files to be handed over, if any are, and what to say.  Raises OperatorError."""
+        """Do the job.  Return the files for the VM process, if there are any, and the answer.  Raises OperatorError."""
         if message.only_writable:
             return None, FilesOpened(files=self.writable(message))
         if message.resize_bytes:
@@ -98,7 +98,7 @@ class Opener(Process):
         return self.open(message, envelope)
 
     def writable(self, message: OpenFiles) -> tuple[OpenedFile, ...]:
-        """Return which files the images of disks are, all of which this user may write to.  Raises OperatorError."""
+        """Return the identities of the disks' images.  Raises OperatorError if the user may not write to one."""
         found = []
         for disk in message.disks:
             name = f"disk {disk.path}"
@@ -109,7 +109,7 @@ class Opener(Process):
         return tuple(found)
 
     def resize(self, message: OpenFiles, envelope: Envelope) -> tuple[OpenedFile, ...]:
-        """Have a disk become larger that nobody uses; return which files it is of.  Raises OperatorError."""
+        """Grow a disk that no VM uses.  Return the identities of its files.  Raises OperatorError."""
         media = self.open_media(message, envelope)
         resizer = envelope.take_fd("resizer")
         assert resizer is not None
@@ -118,10 +118,10 @@ class Opener(Process):
                 resize(sock, media.disks[0], message.resize_bytes, self.go_on)
             return media.files()
         finally:
-            media.close()  # whoever hears that it is done may start the VM
+            media.close()  # a client that gets the answer may start the VM at once
 
     def open(self, message: OpenFiles, envelope: Envelope) -> tuple[dict[str, list[int]], FilesOpened]:
-        """Open everything; return the files, and what to say of them.  Raises OperatorError."""
+        """Open all files of a VM.  Return them, and the answer about them.  Raises OperatorError."""
         given = self.take_given(message, envelope)
         boot = BootFiles()
         if message.boots:
@@ -150,7 +150,7 @@ class Opener(Process):
         return files, opened
 
     def seed(self, message: OpenFiles, envelope: Envelope, given: list[int]) -> list[str]:
-        """Have the seed be made, if there is to be one; return what is odd about it.  Raises OperatorError."""
+        """Have the seeder make the seed, if the VM has one.  Return warnings about it.  Raises OperatorError."""
         seeder, packed, made = (envelope.take_fd(name) for name in ("seeder", "seed_parts", "seed_made"))
         if message.seed is None or seeder is None or packed is None or made is None:
             return []
@@ -164,7 +164,7 @@ class Opener(Process):
             return make_seed(sock, parts.replace(interfaces=interfaces), packed, made, self.go_on)
 
     def open_media(self, message: OpenFiles, envelope: Envelope) -> Media:
-        """Open and lock disks and disc.  Raises OperatorError."""
+        """Open and lock the disks and the disc of the CD drive.  Raises OperatorError."""
         probe = envelope.take_fd("probe")
         prober: Prober = ProbeSocket(socket.socket(fileno=probe)) if probe is not None else NoProbe()
         return Media.open(
@@ -180,7 +180,7 @@ class Opener(Process):
         )
 
     def what_there_is(self, message: OpenFiles, envelope: Envelope, media: Media) -> list[str]:
-        """Return what there is on disks that no BIOS starts from, as far as it was asked for."""
+        """Describe what is on the disks, none of which has a boot sector.  Without `looks`, return only their names."""
         reader = envelope.take_fd("reader")
         if reader is None or not message.looks:
             return [f"disk {disk.links[0].path}" for disk in media.disks]
@@ -192,7 +192,7 @@ class Opener(Process):
         return found
 
     def read_from_disks(self, message: OpenFiles, envelope: Envelope, media: Media) -> FromDisks:
-        """Have the kernel and initrd copied that are on disks of the VM itself.  Raises OperatorError."""
+        """Have the kernel and initrd copied from the VM's own disks, if they are there.  Raises OperatorError."""
         found = FromDisks()
         reader = envelope.take_fd("reader")
         if reader is None:
@@ -206,7 +206,7 @@ class Opener(Process):
         return found
 
     def take_given(self, message: OpenFiles, envelope: Envelope) -> dict[str, list[int]]:
-        """Return what a client has opened, by name, but for what was copied.  Raises OperatorError."""
+        """Return the files that the client has opened, by name, but not those copied.  Raises OperatorError."""
         fd = envelope.take_fd("client")
         if fd is None:
             return {}
@@ -231,18 +231,18 @@ class Opener(Process):
         return files
 
     def go_on(self) -> None:
-        """Say now and then that something large is under way."""
+        """Tell the parent, every SAY_S seconds, that the work goes on."""
         if time.monotonic() >= self.said_s + SAY_S:
             self.say(self.last)
 
     def say(self, what: str) -> None:
-        """Say what this is at."""
+        """Tell the parent what is opened now."""
         self.last, self.said_s = what, time.monotonic()
         self.parent.send(OpenerAt(what=brief(what, NAME_BYTES_MAX)))
 
     def at(self, what: str) -> None:
-        """Say what is opened next: if that never ends, it is to be named."""
-        if what in self.said:  # one more try
+        """Tell the parent what is opened next, so that it can name the file if that never ends."""
+        if what in self.said:  # this is another attempt
             return
         self.said.add(what)
         self.say(what)
@@ -251,7 +251,7 @@ class Opener(Process):
 
 
 def hand_over(ours: socket.socket, files: dict[str, list[int]]) -> None:
-    """Give files to the VM process, or keep them until we end, if nobody wants them any more."""
+    """Give files to the VM process.  If it is gone, the files are closed when this process ends."""
     try:
         courier.give(ours, files)
     except OSError:
@@ -259,7 +259,7 @@ def hand_over(ours: socket.socket, files: dict[str, list[int]]) -> None:
 
 
 def limit_copies(bytes_max: int) -> None:
-    """Make no file larger than a copy may be, whoever gives orders here.  Raises HostError."""
+    """Limit the size of the files that this process writes, even if it is taken over.  Raises HostError."""
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_max, bytes_max))
     except OSError as error:
@@ -280,6 +280,6 @@ def main() -> int:
     """Run process opener."""
     process = Opener()
     process.ignore_terminal_signals()
-    confine(OPENER)  # what the kernel lacks, others have said
+    confine(OPENER)  # the parent has logged what this kernel lacks
     process.loop.run()
     return process.exit_status
