@@ -1,11 +1,11 @@
-"""agentx: tells an SNMP agent of VMs: a subagent of it (RFC 2741), for VM-MIB (RFC 7666).
+"""agentx: a subagent of the host's SNMP agent (RFC 2741), for VM-MIB (RFC 7666).
 
 Runs as  an id of its own, in the cell, without files
-Peers    parent (what there is, and what happens); an SNMP agent, on a stream that the parent has connected
+Peers    parent (figures of VMs, and events); an SNMP agent, on a stream that the parent has connected
 Holds    that stream
 
-What the agent asks is answered from what the parent has said within the last second.  Unlike vmd: it does not connect
-by itself, and so needs neither a path nor a group.
+Its answers are at most one second old: then it asks the parent again.  Unlike in vmd, this process does not connect by
+itself, so it needs neither a path nor a group.
 """
 
 import socket
@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     from vmd.errors import PeerError
     from vmd.ipc.process import Handlers
 
-MEMORY_BYTES = 512 << 20  # whatever the agent asks
-FRESH_S = 1.0  # for which what the parent has said is good
+MEMORY_BYTES = 512 << 20  # a bound against a hostile agent
+FRESH_S = 1.0  # so long the figures of the parent are used
 
 
 class Agentx(Process):
@@ -53,18 +53,18 @@ class Agentx(Process):
         self.session: Session | None = None
         self.switches = {mib.PER_VM: True, mib.BULK: False}
         self.notifications = Notifications(self.loop, self.switches)
-        self.vms: list[AgentxVm] = []  # that the parent is telling of
+        self.vms: list[AgentxVm] = []  # that the parent has listed so far
         self.told: tuple[list[AgentxVm], AgentxVms] | None = None
         self.told_s = 0.0
-        self.view: mib.View | None = None  # of what was told
+        self.view: mib.View | None = None  # made from the last figures
         self.asks = False
-        self.said = ""  # why the last agent was lost that had not taken us in
+        self.said = ""  # why the last agent was lost that did not accept us
         self.waiting: deque[Callable[[mib.View], None]] = deque()
 
     # --- the agent -------------------------------------------------------------------------------------------
 
     def on_master(self, message: AgentxMaster, envelope: Envelope, _channel: Channel) -> None:
-        """Talk to this agent."""
+        """Open a session with an agent."""
         fd = envelope.take_fd("master")
         assert fd is not None
         self.leave()
@@ -77,7 +77,7 @@ class Agentx(Process):
             self.notifications.begin(session)
 
         def lost(why: str) -> None:
-            if why != self.said:  # or one that refuses us would be in the log with each try
+            if why != self.said:  # an agent that refuses us is logged once, not with each attempt
                 log.warn(f"the SNMP agent at {message.path} {why}")
             self.said = why
             self.session = None
@@ -96,7 +96,7 @@ class Agentx(Process):
         )
 
     def leave(self) -> None:
-        """Take leave of the agent."""
+        """Close the session with the agent."""
         if self.session is not None:
             self.session.close()
         self.session = None
@@ -106,7 +106,7 @@ class Agentx(Process):
     # --- what there is ---------------------------------------------------------------------------------------
 
     def ask(self, done: "Callable[[mib.View], None]") -> None:
-        """Have `done` called with all variables, at once where they are known."""
+        """Call `done` with all variables: at once if they are fresh, else when the parent has answered."""
         if self.told is None or time.monotonic() >= self.told_s + FRESH_S:
             self.waiting.append(done)
             if not self.asks:
@@ -125,34 +125,34 @@ class Agentx(Process):
         return self.view
 
     def forget_view(self) -> None:
-        """Something of it was set."""
+        """Forget the variables, because one of them was set."""
         self.view = None
 
     def on_vm(self, message: AgentxVm, _envelope: Envelope, _channel: Channel) -> None:
-        """Hear of one VM."""
+        """The parent lists one VM."""
         self.vms.append(message)
 
     def on_vms(self, message: AgentxVms, _envelope: Envelope, _channel: Channel) -> None:
-        """Hear that these are all, and answer who waits."""
+        """The list of VMs is complete: answer the requests that wait."""
         self.told, self.told_s, self.vms = (self.vms, message), time.monotonic(), []
         self.asks, self.view = False, None
         while self.waiting:
             self.waiting.popleft()(self.current_view())
 
     def on_changed(self, message: AgentxChanged, _envelope: Envelope, _channel: Channel) -> None:
-        """Something has happened: the agent is told, and what we know is old."""
+        """Something has happened: notify the agent, and forget the old figures."""
         self.told = None
         self.notifications.add(message)
 
     # --- the end ---------------------------------------------------------------------------------------------
 
     def on_quit(self, _message: Quit, _envelope: Envelope, _channel: Channel) -> None:
-        """Take leave and end."""
+        """Close the session, and end."""
         self.leave()
         self.loop.stop()
 
     def on_parent_lost(self, channel: Channel, error: "PeerError | None") -> None:
-        """Without the parent there is nothing to tell."""
+        """The parent is gone: close the session, and end."""
         self.leave()
         super().on_parent_lost(channel, error)
 
@@ -171,6 +171,6 @@ def main() -> int:
     process.ignore_terminal_signals()
     set_title("agentx")
     limit_memory(MEMORY_BYTES)
-    confine(AGENTX)  # what this kernel lacks is said by others
+    confine(AGENTX)  # the parent has logged what this kernel lacks
     process.loop.run()
     return process.exit_status

@@ -1,4 +1,4 @@
-"""VM-MIB (RFC 7666): which variables there are, and their values.
+"""VM-MIB (RFC 7666): its variables and their values.
 
     236.1.1   hypervisor     .1 software   .2 version   .3 object id   .4 uptime
     236.1.2   vmNumber       236.1.3   vmTableLastChange
@@ -8,7 +8,7 @@
     236.1.8   vmNetworkTable by vmIndex, vmNetworkIndex   interfaces, from 1 on
     236.1.9   vmPerVMNotificationsEnabled                 236.1.10  vmBulkNotificationsEnabled
 
-Not there: vmCpuAffinityTable.  A vCPU of vmd is bound to no processor.
+vmCpuAffinityTable is absent, because vmd binds no vCPU to a processor.
 """
 
 import time
@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from vmd.ipc.figures import DiskFigures
     from vmd.ipc.messages.agentx import AgentxVm, AgentxVms
 
-    Column = tuple[int, int, Callable[[Any], Value]]  # its number, the kind of its values, and its value in a row
-    Row = tuple[Oid, Any]  # the index, and what columns are given
+    Column = tuple[int, int, Callable[[Any], Value]]  # number, kind of the values, value in a row
+    Row = tuple[Oid, Any]  # index, argument of the columns
 
 VM_MIB: "Oid" = (1, 3, 6, 1, 2, 1, 236)
 NOTIFICATIONS: "Oid" = (*VM_MIB, 0)
@@ -54,10 +54,10 @@ NAME, UUID, OPER_STATE, PERSISTENT = (*VM_ENTRY, 2), (*VM_ENTRY, 3), (*VM_ENTRY,
 SOFTWARE = "vmd on Linux KVM"
 TEXT_MAX = 255  # bytes, of SnmpAdminString
 INT_MAX = 0x7FFFFFFF
-UNIT_BYTES = 1 << 20  # in which memory and disks are counted
+UNIT_BYTES = 1 << 20  # unit of sizes of memory and disks
 TICK_NS = 10_000_000
 TICKS_MAX = 0xFFFFFFFF
-DRIVE_INDEX = 101  # of the CD-ROM drive among the storage of its VM: it keeps that when a disk is added
+DRIVE_INDEX = 101  # of the CD-ROM drive: it stays the same when a disk is added
 TRUE, FALSE = 1, 2
 
 # VirtualMachineOperState
@@ -68,7 +68,7 @@ OPER_STATES = {
     "sending": SUSPENDING, "migrating": MIGRATING, "saving": PAUSED, "receiving": RESUMING,
     "stopping": SHUTTING_DOWN, "in doubt": UNKNOWN, "crashed": CRASHED,
 }  # fmt: skip
-# VirtualMachineAdminState: what its operator wants of it.
+# VirtualMachineAdminState: the state that the operator wants.
 ADMIN_RUNNING, ADMIN_SUSPENDED, ADMIN_PAUSED, ADMIN_SHUTDOWN = 1, 2, 3, 4
 ADMIN_STATES = {
     PREPARING: ADMIN_RUNNING, RUNNING: ADMIN_RUNNING, RESUMING: ADMIN_RUNNING, MIGRATING: ADMIN_RUNNING,
@@ -82,17 +82,17 @@ HARD_DISK, OPTICAL_DISK = 3, 4
 
 
 def text(value: str) -> bytes:
-    """Return a text as SNMP has it."""
+    """Return a text as a SnmpAdminString."""
     return value.encode("utf-8", "replace")[:TEXT_MAX].decode("utf-8", "ignore").encode()
 
 
 def ticks(since_ns: int, now_ns: int) -> int:
-    """Return how long ago that was, in hundredths of a second; these begin anew after 497 days."""
+    """Return the time since `since_ns` in hundredths of a second, which wrap around after 497 days."""
     return max(0, now_ns - since_ns) // TICK_NS & TICKS_MAX
 
 
 def units(size_bytes: int) -> int:
-    """Return a size in units."""
+    """Return a size in units of UNIT_BYTES."""
     return min(size_bytes // UNIT_BYTES, INT_MAX)
 
 
@@ -102,25 +102,25 @@ def micros(value_ns: int) -> int:
 
 
 def oper_state(state: str) -> int:
-    """Return what a state is called there; one that a later version has is unknown here."""
+    """Return the VirtualMachineOperState of a state; a state that only a later version has is `unknown`."""
     return OPER_STATES.get(state, UNKNOWN)
 
 
 def persistent(known: bool) -> int:
-    """Return VirtualMachinePersistent of a VM that vm.conf has, or not."""
+    """Return the VirtualMachinePersistent of a VM: whether vm.conf has it."""
     return 2 if known else 3
 
 
 def up_ticks(vm: "AgentxVm") -> int:
-    """Return for how long a VM runs."""
+    """Return how long a VM has been running, in hundredths of a second."""
     started_s = vm.started_s
     return ticks(started_s * NS, time.time_ns()) if started_s else 0
 
 
 VM_COLUMNS: "Sequence[Column]" = (
     (2, OCTET_STRING, lambda vm: text(vm.name)),
-    (3, OCTET_STRING, lambda _vm: b""),  # it has no UUID
-    (4, OCTET_STRING, lambda _vm: b""),  # nobody knows what its guest is
+    (3, OCTET_STRING, lambda _vm: b""),  # VMs have no UUID
+    (4, OCTET_STRING, lambda _vm: b""),  # the guest's system is not known
     (5, INTEGER, lambda vm: ADMIN_STATES.get(oper_state(vm.state), ADMIN_SHUTDOWN)),
     (6, INTEGER, lambda vm: oper_state(vm.state)),
     (7, INTEGER, lambda vm: 2 if vm.enabled else 3),
@@ -137,7 +137,7 @@ VM_COLUMNS: "Sequence[Column]" = (
 )
 CPU_COLUMNS: "Sequence[Column]" = ((2, COUNTER64, lambda vcpu: micros(vcpu.cpu_ns)),)
 STORAGE_COLUMNS: "Sequence[Column]" = (
-    (3, INTEGER, lambda _each: 0),  # hrStorageTable does not have it
+    (3, INTEGER, lambda _each: 0),  # hrStorageTable has no row for it
     (4, INTEGER, lambda each: each.source),
     (5, OCTET_STRING, lambda each: text(each.format)),
     (6, OCTET_STRING, lambda each: text(each.path)),
@@ -172,7 +172,7 @@ class Storage:
 
 
 def of_disk(disk: "DiskFigures", form: str) -> Storage:
-    """Return what a disk is and has done."""
+    """Return the row of a disk."""
     block = disk.path.startswith("/dev/")
     source = SOURCE_BLOCK if block else {"raw": SOURCE_RAW, "qcow2": SOURCE_SPARSE}.get(form, SOURCE_UNKNOWN)
     storage = Storage(source, HARD_DISK, READ_WRITE, form, disk.path)
@@ -184,7 +184,7 @@ def of_disk(disk: "DiskFigures", form: str) -> Storage:
 
 
 def of_drive(vm: "AgentxVm") -> Storage:
-    """Return what a CD-ROM drive has done."""
+    """Return the row of a CD-ROM drive."""
     cdrom = vm.cdrom
     assert cdrom is not None
     storage = Storage(SOURCE_RAW, OPTICAL_DISK, READ_ONLY, "raw", vm.disc)
@@ -194,7 +194,7 @@ def of_drive(vm: "AgentxVm") -> Storage:
 
 
 def storage_rows(vms: "Iterable[AgentxVm]") -> "Iterator[Row]":
-    """Give the rows of vmStorageTable."""
+    """Yield the rows of vmStorageTable."""
     for vm in vms:
         for disk in vm.disks:
             form = vm.formats[disk.index] if disk.index < len(vm.formats) else ""
@@ -204,10 +204,10 @@ def storage_rows(vms: "Iterable[AgentxVm]") -> "Iterator[Row]":
 
 
 class View:
-    """All variables at one moment, in their order."""
+    """All variables at one moment, sorted by object identifier."""
 
     def __init__(self, vms: "Iterable[AgentxVm]", about: "AgentxVms", *, per_vm: bool, bulk: bool) -> None:
-        """`per_vm` and `bulk`: such notifications are sent."""
+        """`per_vm` and `bulk` say whether these notifications are sent."""
         self.names: list[Oid] = []
         self.values: list[tuple[int, Value]] = []
         self.objects: set[Oid] = set()  # scalars and columns
@@ -244,7 +244,7 @@ class View:
                 self.values.append((kind, value(row)))
 
     def get(self, name: "Oid") -> VarBind:
-        """Return a variable; of which kind its absence is, if there is none."""
+        """Return a variable.  If there is none, its value says whether the object or the instance is missing."""
         at = bisect_left(self.names, name)
         if at < len(self.names) and self.names[at] == name:
             kind, value = self.values[at]
@@ -253,7 +253,7 @@ class View:
         return VarBind(name=name, kind=NO_SUCH_INSTANCE if known else NO_SUCH_OBJECT)
 
     def following(self, wanted: SearchRange) -> VarBind:
-        """Return the first variable of a range, or that there is none."""
+        """Return the first variable of a range, or an endOfMibView."""
         at = (bisect_left if wanted.include else bisect_right)(self.names, wanted.start)
         if at == len(self.names) or (wanted.end and self.names[at] >= wanted.end):
             return VarBind(name=wanted.start, kind=END_OF_MIB_VIEW)
@@ -261,7 +261,7 @@ class View:
         return VarBind(name=self.names[at], kind=kind, value=value)
 
     def bulk(self, ranges: "Sequence[SearchRange]", non_repeaters: int, repetitions: int, most: int) -> list[VarBind]:
-        """Return what a GetBulk asks for (RFC 2741, 7.2.3.3), but no more than `most` variables, or one round."""
+        """Return the answer to a GetBulk (RFC 2741, 7.2.3.3): one round, then at most `most` variables in all."""
         found = [self.following(wanted) for wanted in ranges[:non_repeaters]]
         rest = list(ranges[non_repeaters:])
         for round_ in range(repetitions if rest else 0):

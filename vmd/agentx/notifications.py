@@ -1,6 +1,6 @@
-"""Notifications (RFC 7666): that a VM is in another state, to the agent, which makes traps of it.
+"""Notifications (RFC 7666) about changes of a VM's state.  The agent makes traps of them.
 
-Of those that could be sent while there is no agent, the latest wait a moment for one.
+While there is no agent, the latest notifications wait for one.
 """
 
 import time
@@ -17,22 +17,22 @@ if TYPE_CHECKING:
     from vmd.ipc.messages.agentx import AgentxChanged
 
 SNMP_TRAP_OID: "Oid" = (1, 3, 6, 1, 6, 3, 1, 1, 4, 1, 0)
-# By VirtualMachineOperState: the one of a single VM; that of many is BULK_OFFSET behind it.  Of other states there is
-# none.
+# The notification of a single VM by VirtualMachineOperState.  The number of the bulk notification is larger by
+# BULK_OFFSET.  Other states have no notification.
 RUNNING, SHUTTING_DOWN, SHUTDOWN, PAUSED, SUSPENDING, RESUMING, MIGRATING, CRASHED, DELETED = 1, 2, 3, 4, 5, 7, 8, 9, 10
 BULK_OFFSET = 10
 OF_STATE = {
     mib.RUNNING: RUNNING, mib.SHUTTING_DOWN: SHUTTING_DOWN, mib.SHUTDOWN: SHUTDOWN, mib.PAUSED: PAUSED,
     mib.SUSPENDING: SUSPENDING, mib.RESUMING: RESUMING, mib.MIGRATING: MIGRATING, mib.CRASHED: CRASHED,
 }  # fmt: skip
-KEPT_MAX, KEPT_S = 100, 60.0  # while there is no agent
-BULK_S = 1.0  # in which those of many VMs become one
+KEPT_MAX, KEPT_S = 100, 60.0  # notifications kept while there is no agent, and for how long
+BULK_S = 1.0  # changes of several VMs within that time become one notification
 BURST, INTERVAL_S = 1000, 0.02
-VMS_MAX = 1 << 16  # ids of VMs that have a bit
+VMS_MAX = 1 << 16  # VM ids that have a bit in a VirtualMachineList
 
 
 class Notifications:
-    """Sends them, as far as `switches` say.  Too many are not sent: the log says how many."""
+    """Sends the notifications that `switches` enable.  If there are too many, it drops some and logs how many."""
 
     def __init__(self, loop: "Loop", switches: "dict[Oid, bool]") -> None:
         self.loop = loop
@@ -40,11 +40,11 @@ class Notifications:
         self.session: Session | None = None
         self.limit = RateLimit(BURST, INTERVAL_S)
         self._kept: deque[tuple[float, AgentxChanged]] = deque(maxlen=KEPT_MAX)
-        self._affected: dict[int, set[int]] = {}  # by notification: VMs
+        self._affected: dict[int, set[int]] = {}  # ids of VMs by notification
         self._bulk: Timer | None = None
 
     def begin(self, session: "Session") -> None:
-        """There is an agent: tell it what has just happened."""
+        """There is an agent: send it the notifications that were kept."""
         self.session = session
         kept, self._kept = list(self._kept), deque(maxlen=KEPT_MAX)
         for at_s, change in kept:
@@ -52,11 +52,11 @@ class Notifications:
                 self.add(change)
 
     def end(self) -> None:
-        """There is none."""
+        """The agent is gone."""
         self.session = None
 
     def add(self, change: "AgentxChanged") -> None:
-        """Tell of a change."""
+        """Send, or keep, the notification about a change."""
         number = DELETED if change.deleted else OF_STATE.get(mib.oper_state(change.state))
         if number is None:
             return
@@ -87,7 +87,7 @@ class Notifications:
 
 
 def of_one(number: int, change: "AgentxChanged") -> bytes:
-    """Return a notification of one VM: vmName, vmUUID, vmOperState, and vmPersistent of one that is deleted."""
+    """Return a notification of one VM: vmName, vmUUID, vmOperState, and vmPersistent if it is deleted."""
     index = (change.vmid,)
     binds = [
         head(number),
@@ -106,12 +106,12 @@ def of_many(number: int, vms: set[int]) -> bytes:
 
 
 def head(number: int) -> bytes:
-    """Return the variable that says which notification it is."""
+    """Return the variable that identifies the notification (snmpTrapOID)."""
     return pdu.bind(pdu.OBJECT_IDENTIFIER, SNMP_TRAP_OID, (*mib.NOTIFICATIONS, number))
 
 
 def affected(vms: set[int]) -> bytes:
-    """Return a VirtualMachineList: a bit for each id, that of id 1 the highest one of the first byte."""
+    """Return a VirtualMachineList: a bit for each id.  Id 1 has the highest bit of the first byte."""
     bits = bytearray(max(min(max(vms), VMS_MAX) + 7 >> 3, 1))
     for vmid in vms:
         if 1 <= vmid <= VMS_MAX:

@@ -1,8 +1,8 @@
-"""AgentX packets (RFC 2741, 6): what a subagent and its master say to each other.
+"""AgentX packets (RFC 2741, 6), between a subagent and its master.
 
     version u8   type u8   flags u8   0 u8   session u32   transaction u32   packet u32   payload length u32
 
-We write in network byte order, and read both.  Everything in a payload is padded to four bytes.
+We write network byte order, and read both orders.  Every item of a payload is padded to four bytes.
 """
 
 import struct
@@ -22,7 +22,7 @@ MASTER = "the SNMP agent"
 VERSION = 1
 HEADER = struct.Struct(">BBBBIIII")
 LITTLE_HEADER = struct.Struct("<BBBBIIII")
-PAYLOAD_MAX = 1 << 20  # bytes; what an agent asks at once is far less
+PAYLOAD_MAX = 1 << 20  # bytes; requests of agents are far smaller
 SUBIDS_MAX = 128
 
 OPEN, CLOSE, REGISTER, UNREGISTER, GET, GET_NEXT, GET_BULK, TEST_SET = 1, 2, 3, 4, 5, 6, 7, 8
@@ -45,19 +45,19 @@ ERRORS = {  # of an answer about the session itself
     264: "not registered", 266: "parse error", 267: "request denied", 268: "processing error",
 }  # fmt: skip
 
-SHUTDOWN = 5  # why a session is closed
+SHUTDOWN = 5  # a reason for the end of a session
 REASONS = {1: "other", 2: "parse error", 3: "protocol error", 4: "timeouts", 5: "shutdown", 6: "by its manager"}
 
-INTERNET = (1, 3, 6, 1)  # what the prefix of an object identifier stands for
+INTERNET = (1, 3, 6, 1)  # the prefix byte of an object identifier stands for it
 
 
 def error(number: int) -> str:
-    """Return what an error is called."""
+    """Return the name of an error."""
     return ERRORS.get(number, f"error {number}")
 
 
 class Header(Record):
-    """What every packet begins with."""
+    """The header of every packet."""
 
     kind: int
     flags: int = 0
@@ -76,15 +76,15 @@ class VarBind(Record):
 
 
 class SearchRange(Record):
-    """What is asked for: `start` itself, or the first variable behind it (or at it, if `include`) and before `end`."""
+    """For a Get `start`; else the first variable behind `start` (or at it, if `include`) and before `end`."""
 
     start: "Oid"
     include: bool = False
-    end: "Oid" = ()  # (): without an end
+    end: "Oid" = ()  # (): no end
 
 
 class Packet(Record):
-    """A packet that has come, as far as a subagent is told by one."""
+    """A packet from the master: the fields that a subagent needs."""
 
     header: Header
     context: bytes = b""
@@ -101,7 +101,7 @@ class Packet(Record):
 
 def packet(kind: int, payload: bytes = b"", *, session: int = 0, transaction: int = 0, number: int = 0,
            context: bytes = b"") -> bytes:  # fmt: skip
-    """Return a packet; a context other than the default one comes before the payload."""
+    """Return a packet.  A context other than the default one precedes the payload."""
     flags = NETWORK_BYTE_ORDER
     if context:
         flags |= NON_DEFAULT_CONTEXT
@@ -115,7 +115,7 @@ def string(value: bytes) -> bytes:
 
 
 def oid(value: "Oid", *, include: bool = False) -> bytes:
-    """Return an object identifier, short if it is below 1.3.6.1."""
+    """Return an object identifier, in the short form if it is below 1.3.6.1."""
     prefix = 0
     if len(value) > len(INTERNET) and value[: len(INTERNET)] == INTERNET and 0 < value[len(INTERNET)] < 256:
         prefix, value = value[len(INTERNET)], value[len(INTERNET) + 1 :]
@@ -131,7 +131,7 @@ def bind(kind: int, name: "Oid", value: "Value" = None) -> bytes:
         return head + oid(value)
     if value is None:
         return head
-    size = 8 if kind == COUNTER64 else 4  # a number that is too large begins anew, as counters do
+    size = 8 if kind == COUNTER64 else 4  # larger numbers wrap around, as counters do
     return head + (value & (1 << 8 * size) - 1).to_bytes(size, "big")
 
 
@@ -146,7 +146,7 @@ def register(subtree: "Oid", priority: int = 127) -> bytes:
 
 
 def response(error: int = 0, index: int = 0, binds: "Iterable[bytes]" = ()) -> bytes:
-    """Return the payload of an answer; `index` says at which variable, from 1 on, there was an error."""
+    """Return the payload of an answer.  `index`, from 1 on, is the variable that had the error."""
     return struct.pack(">IHH", 0, error, index) + b"".join(binds)
 
 
@@ -154,7 +154,7 @@ def response(error: int = 0, index: int = 0, binds: "Iterable[bytes]" = ()) -> b
 
 
 def parse_header(raw: bytes) -> Header:
-    """Return what the first HEADER.size bytes say.  Raises PeerError."""
+    """Parse the first HEADER.size bytes of a packet.  Raises PeerError."""
     form = HEADER if raw[2] & NETWORK_BYTE_ORDER else LITTLE_HEADER
     version, kind, flags, _, session, transaction, number, length = form.unpack(raw)
     if version != VERSION:
@@ -165,7 +165,7 @@ def parse_header(raw: bytes) -> Header:
 
 
 def parse(header: Header, payload: bytes) -> Packet:
-    """Return a packet, completely read and checked.  Raises PeerError; nothing half-read comes out."""
+    """Parse and check a whole packet.  Raises PeerError."""
     reader = Reader(payload, big=bool(header.flags & NETWORK_BYTE_ORDER))
     try:
         return reader.packet(header)
@@ -174,7 +174,7 @@ def parse(header: Header, payload: bytes) -> Packet:
 
 
 class Reader:
-    """Takes one thing after the other from a payload.  Its methods raise struct.error where that ends too early."""
+    """Reads the items of a payload in order.  Its methods raise struct.error if the payload ends too early."""
 
     def __init__(self, raw: bytes, *, big: bool) -> None:
         self.raw = raw
@@ -183,7 +183,7 @@ class Reader:
 
     @property
     def left(self) -> bool:
-        """Whether there is more."""
+        """Whether the payload has more items."""
         return self.at < len(self.raw)
 
     def take(self, form: str) -> tuple[int, ...]:
@@ -194,7 +194,7 @@ class Reader:
         return values
 
     def packet(self, header: Header) -> Packet:
-        """Return the packet of this header; what a master does not send is left unread."""
+        """Return the packet of this header.  Payloads that a master does not send are left unread."""
         kind, context = header.kind, b""
         if header.flags & NON_DEFAULT_CONTEXT and kind not in (COMMIT_SET, UNDO_SET, CLEANUP_SET, CLOSE, RESPONSE):
             context = self.string()

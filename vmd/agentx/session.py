@@ -1,7 +1,7 @@
-"""One session with an SNMP agent, the AgentX master (RFC 2741, 7): opened, registered, asked, and told.
+"""One session with an SNMP agent, the AgentX master (RFC 2741, 7): open, register, answer requests, notify.
 
-The agent is not believed: a packet is read completely before anything is done, and what it may have waiting here is
-bounded.  Nothing here waits for it.
+The agent is not trusted.  A packet is parsed as a whole before anything is done.  The requests and bytes that may wait
+here are bounded, and nothing here blocks.
 """
 
 import socket
@@ -21,22 +21,22 @@ if TYPE_CHECKING:
     from vmd.ipc.loop import Loop
 
 ANSWER_S = 30.0  # for the agent to open a session
-TIMEOUT_S = 20  # that it is asked to give us for an answer
+TIMEOUT_S = 20  # the time for our answers that we ask the agent for
 PIECE_BYTES = 1 << 16
-UNREAD_MAX = 4 << 20  # bytes that wait for an agent that does not read
-REQUESTS_MAX = 64  # that wait for figures
-ANSWERS_MAX = 2000  # that the agent may owe us
+UNREAD_MAX = 4 << 20  # unsent bytes for an agent that does not read
+REQUESTS_MAX = 64  # requests that wait for figures
+ANSWERS_MAX = 2000  # outstanding answers of the agent
 BULK_MAX = 2000  # variables in an answer to GetBulk
-SETS_MAX = 64  # at a time
+SETS_MAX = 64  # transactions at a time
 DESCRIPTION = b"vmd"
 
 
 class Session:
     """A connection to an agent.
 
-    `ask(done)` has `done(view)` called with a `mib.View`, perhaps at once.  `on_up` is called when the agent has taken
-    us in, and `on_lost(why)` once, when the connection is no more.  `switches` are the variables that the agent may
-    set; after that `on_set` is called.
+    `ask(done)` calls `done` with a `mib.View`, perhaps at once.  `on_up` is called when the agent has accepted us, and
+    `on_lost(why)` once, when the connection has ended.  `switches` are the variables that the agent may set; `on_set`
+    is called after that.
     """
 
     def __init__(
@@ -62,11 +62,11 @@ class Session:
         self.up = False
         self.closed = False
         self.number = 0  # of the session
-        self.packets = 0  # that we have sent by ourselves
-        self.answers: dict[int, Callable[[Packet], None]] = {}  # that the agent owes us, by packet
-        self.requests: deque[Packet] = deque()  # that wait for figures
-        self.sets: dict[int, tuple[dict[Oid, bool], dict[Oid, bool]]] = {}  # by transaction: what is to be, and was
-        self.unread = bytearray()  # what has come of a packet
+        self.packets = 0  # number of packets sent that are no answers
+        self.answers: dict[int, Callable[[Packet], None]] = {}  # handlers of outstanding answers, by packet number
+        self.requests: deque[Packet] = deque()  # requests that wait for figures
+        self.sets: dict[int, tuple[dict[Oid, bool], dict[Oid, bool]]] = {}  # new and old values by transaction
+        self.unread = bytearray()  # the received part of a packet
         self.unsent = bytearray()
         self.complaints = RateLimit()
         sock.setblocking(False)
@@ -92,7 +92,7 @@ class Session:
         self.on_up()
 
     def close(self) -> None:
-        """Take leave; `on_lost` is not called."""
+        """Close the session.  `on_lost` is not called."""
         if not self.closed:
             if self.number:
                 self._send(pdu.packet(pdu.CLOSE, bytes((pdu.SHUTDOWN, 0, 0, 0)), session=self.number))
@@ -105,13 +105,13 @@ class Session:
         close(self.sock.detach())
 
     def lose(self, why: str) -> None:
-        """Give the connection up."""
+        """Close the connection, and call `on_lost`."""
         if not self.closed:
             self._close()
             self.on_lost(why)
 
     def lose_soon(self, why: str) -> None:
-        """Give the connection up, but not while our caller is still at work."""
+        """Close the connection once the present call has returned to the loop."""
         self.loop.call_later(0, lambda: self.lose(why))
 
     # --- packets ---------------------------------------------------------------------------------------------
@@ -144,7 +144,7 @@ class Session:
             self.loop.modify(self.sock.fileno(), READ | WRITE)
             return
         except OSError:
-            self.unsent.clear()  # that it is gone is what we read
+            self.unsent.clear()  # the next read reports that the agent is gone
         self.loop.modify(self.sock.fileno(), READ)
 
     def _on_ready(self, events: int) -> None:
@@ -170,7 +170,7 @@ class Session:
             self.lose(error.what)
 
     def _take(self) -> bool:
-        """Serve the next packet, if it is all there."""
+        """Serve the next packet, if it has arrived as a whole."""
         if len(self.unread) < pdu.HEADER.size:
             return False
         header = pdu.parse_header(bytes(self.unread[: pdu.HEADER.size]))
@@ -210,7 +210,7 @@ class Session:
             )
         )
 
-    # --- what it asks ----------------------------------------------------------------------------------------
+    # --- requests -------------------------------------------------------------------------------------------
 
     def _on_question(self, packet: "Packet") -> None:
         if packet.context != self.context:
@@ -235,15 +235,15 @@ class Session:
                 binds = view.bulk(ranges, packet.non_repeaters, packet.repetitions, BULK_MAX)
             self._answer(packet, binds=binds)
 
-    # --- what it sets ----------------------------------------------------------------------------------------
+    # --- sets -----------------------------------------------------------------------------------------------
 
     def _on_set(self, packet: "Packet") -> None:
-        """Whether notifications are sent: tested, then done or left, then perhaps undone, and forgotten."""
+        """Serve a step of a transaction that sets the switches: test, commit or not, perhaps undo, and clean up."""
         kind, transaction = packet.header.kind, packet.header.transaction
         if kind == pdu.TEST_SET:
             self._test_set(packet)
         elif kind == pdu.CLEANUP_SET:
-            self.sets.pop(transaction, None)  # which is not answered
+            self.sets.pop(transaction, None)  # CleanupSet has no answer
         elif transaction not in self.sets:
             self._answer(packet, error=pdu.COMMIT_FAILED, index=1)
         else:
@@ -267,15 +267,15 @@ class Session:
                 return
             wanted[each.name] = each.value == mib.TRUE
         self.sets.pop(packet.header.transaction, None)
-        if len(self.sets) >= SETS_MAX:  # that were never cleaned up
+        if len(self.sets) >= SETS_MAX:  # the agent never cleaned them up
             del self.sets[next(iter(self.sets))]
         self.sets[packet.header.transaction] = wanted, {name: self.switches[name] for name in wanted}
         self._answer(packet)
 
-    # --- what it is told -------------------------------------------------------------------------------------
+    # --- notifications --------------------------------------------------------------------------------------
 
     def notify(self, payload: bytes) -> None:
-        """Send a notification: variables, of which the first is which one it is."""
+        """Send a notification.  The first of its variables identifies it."""
         self._tell(pdu.NOTIFY, payload, self._on_notified)
 
     def _on_notified(self, packet: "Packet") -> None:

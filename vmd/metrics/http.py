@@ -1,4 +1,4 @@
-"""As much of HTTP as a reader of figures needs (RFC 9112): one request for one page, one answer, and the end."""
+"""The part of HTTP that a scraper needs (RFC 9112): one request for one page, one answer, then the end."""
 
 from vmd.errors import VmdError
 from vmd.exposition import OPENMETRICS_TYPE, TEXT_TYPE
@@ -26,17 +26,17 @@ class BadRequest(VmdError):
 
 
 class Asked:
-    """What a client wants."""
+    """The request of a client."""
 
     __slots__ = ("head", "openmetrics")
 
     def __init__(self, *, head: bool, openmetrics: bool) -> None:
-        self.head = head  # only the header of the answer
+        self.head = head  # the client wants only the header of the answer
         self.openmetrics = openmetrics
 
 
 def parse(data: bytes) -> Asked | None:
-    """Return what the bytes that a client has sent so far ask for; None if that is not all.
+    """Parse the bytes that a client has sent so far.  Return None if the request is not complete.
 
     Raises BadRequest.
     """
@@ -71,7 +71,7 @@ def parse(data: bytes) -> Asked | None:
 
 
 def prefers_openmetrics(accept: str) -> bool:
-    """Return whether a client would rather have OpenMetrics than text, by its Accept (RFC 9110, 12.5.1)."""
+    """Return whether a client prefers OpenMetrics to text, by its Accept header (RFC 9110, 12.5.1)."""
     best = {"application/openmetrics-text": 0.0, "text/plain": 0.0}
     for item in accept.split(","):
         kind, *parameters = (part.strip().lower() for part in item.split(";"))
@@ -82,7 +82,7 @@ def prefers_openmetrics(accept: str) -> bool:
 
 
 def quality(parameters: list[str]) -> float:
-    """Return the weight of a kind among others, from 0 to 1; one that cannot be read is 0."""
+    """Return the weight of a media type, from 0 to 1.  A malformed weight is 0."""
     for parameter in parameters:
         name, _, value = parameter.partition("=")
         if name.strip() == "q":
@@ -94,7 +94,7 @@ def quality(parameters: list[str]) -> float:
 
 
 def page(asked: Asked, text: bytes) -> list[bytes]:
-    """Return the answer to a request, in pieces; `text`, which many have, is in the format that was asked for."""
+    """Return the answer to a request, in pieces.  `text` has the requested format; clients share it."""
     head = header(200, OPENMETRICS_TYPE if asked.openmetrics else TEXT_TYPE, len(text))
     return [head] if asked.head else [head, text]
 
@@ -106,7 +106,7 @@ def refusal(status: int) -> list[bytes]:
 
 
 def header(status: int, kind: str, length: int) -> bytes:
-    """Return what stands before the text of an answer."""
+    """Return the header of an answer."""
     lines = [
         f"HTTP/1.1 {status} {REASONS[status]}",
         f"Content-Type: {kind}",

@@ -1,8 +1,8 @@
-"""metrics: what VMs have done and what they use, served by HTTP.
+"""metrics: serves the activity and resource usage of VMs by HTTP.
 
 Runs as  an id of its own, in the cell, without files
-Peers    parent (sockets and figures in, questions out); whoever can connect, whom nobody trusts
-Holds    the sockets that the parent listens at, and the connections of its clients
+Peers    parent (sends sockets and figures, gets requests for figures); every client that can connect, none trusted
+Holds    the listening sockets, which the parent has made, and the connections of clients
 """
 
 import socket
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
     from vmd.ipc.process import Handlers
 
 CLIENTS_MAX = 32
-BATCH = 16  # connections that are accepted before others get their turn
-REQUEST_S = 10.0  # for a client to say what it wants
+BATCH = 16  # connections accepted before other events are served
+REQUEST_S = 10.0  # for a client to send its request
 FIGURES_S = 10.0  # for the parent to answer
-TAKE_S = 30.0  # for a client to take the answer
-HANG_UP_S = 2.0  # for a client to hang up when it has it
-FRESH_S = 1.0  # so long one answer of the parent is good for all
+TAKE_S = 30.0  # for a client to receive the answer
+HANG_UP_S = 2.0  # for a client to close the connection after that
+FRESH_S = 1.0  # so long one answer of the parent serves all clients
 
 
 class Client:
@@ -42,35 +42,35 @@ class Client:
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
         self.data = bytearray()  # of the request, until it is complete
-        self.asked: Asked | None = None  # it waits for figures
+        self.asked: Asked | None = None  # the request, while it waits for figures
         self.answer: list[memoryview] | None = None  # what is left to send
         self.timer: Timer | None = None
 
     @property
     def idle(self) -> bool:
-        """Whether it has not said yet what it wants, or has what it wanted."""
+        """Whether its request is not complete yet, or its answer is sent."""
         return self.asked is None and not self.answer
 
 
 class Metrics(Process):
-    """Serves clients; asks the parent for figures, once for all who wait, and no more often than once a second."""
+    """Serves clients.  Asks the parent for figures once for all waiting clients, at most once a second."""
 
     def __init__(self) -> None:
         super().__init__(Proc.METRICS)
         self.listeners: list[socket.socket] = []
         self.accepts = False
-        self.clients: dict[Client, None] = {}  # the oldest first
+        self.clients: dict[Client, None] = {}  # oldest first
         self.asking = False  # the parent has not answered yet
-        self.rows: list[VmFigures] = []  # what it has answered so far
-        self.texts: dict[bool, bytes] = {}  # of the last answer, by whether it is OpenMetrics
+        self.rows: list[VmFigures] = []  # the part of its answer that has arrived
+        self.texts: dict[bool, bytes] = {}  # pages from the last answer, by whether they are OpenMetrics
         self.vms: list[VmFigures] = []
-        self.at_s = -FRESH_S  # when that came
+        self.at_s = -FRESH_S  # when the last answer came
         self.parent = self.attach_parent(Proc.PARENT)
 
     # --- the parent --------------------------------------------------------------------------------------
 
     def on_at(self, _message: MetricsAt, envelope: Envelope, _channel: Channel) -> None:
-        """Listen at these sockets, and no longer at others."""
+        """Listen on these sockets instead of the present ones."""
         fds = envelope.take_fds("sockets")
         self.accept(accepts=False)
         for listener in self.listeners:
@@ -87,7 +87,7 @@ class Metrics(Process):
         self.accept(accepts=True)
 
     def ask(self) -> None:
-        """Have figures that are new enough, now or soon."""
+        """Serve the waiting clients, at once if the figures are fresh, else when the parent has answered."""
         if time.monotonic() < self.at_s + FRESH_S:
             self.serve()
         elif not self.asking:
@@ -96,11 +96,11 @@ class Metrics(Process):
             self.parent.send(AskFigures())
 
     def on_figures(self, message: VmFigures, _envelope: Envelope, _channel: Channel) -> None:
-        """One VM."""
+        """The figures of one VM have arrived."""
         self.rows.append(message)
 
     def on_end(self, _message: AllFigures, _envelope: Envelope, _channel: Channel) -> None:
-        """That was all."""
+        """The answer of the parent is complete."""
         self.asking = False
         self.vms, self.rows = self.rows, []
         self.texts.clear()
@@ -108,20 +108,20 @@ class Metrics(Process):
         self.serve()
 
     def text(self, *, openmetrics: bool) -> bytes:
-        """Return the last figures, in a format in which they may have been asked for before."""
+        """Return the page with the last figures in a format.  It is made once for all clients."""
         if openmetrics not in self.texts:
             self.texts[openmetrics] = expose(self.vms, openmetrics=openmetrics).encode("utf-8", "replace")
         return self.texts[openmetrics]
 
     def serve(self) -> None:
-        """Answer all who wait."""
+        """Answer all waiting clients."""
         for client in [client for client in self.clients if client.asked is not None]:
             asked = client.asked
             assert asked is not None
             self.answer(client, page(asked, self.text(openmetrics=asked.openmetrics)))
 
     def on_quit(self, _message: Quit, _envelope: Envelope, _channel: Channel) -> None:
-        """The daemon ends, or nobody is to be served any more."""
+        """The daemon ends, or metrics were switched off."""
         self.loop.stop()
 
     HANDLERS: "Handlers" = {
@@ -134,7 +134,7 @@ class Metrics(Process):
     # --- clients -----------------------------------------------------------------------------------------
 
     def accept(self, *, accepts: bool) -> None:
-        """Accept connections from now on, or none."""
+        """Start or stop accepting connections."""
         if accepts == self.accepts:
             return
         self.accepts = accepts
@@ -145,17 +145,17 @@ class Metrics(Process):
                 self.loop.remove(listener.fileno())
 
     def on_connect(self, listener: socket.socket, _events: int) -> None:
-        """Take new clients; when there are too many, in place of those that have waited longest and say nothing."""
+        """Accept new clients.  If there are too many, they replace the idle clients that have waited longest."""
         for _ in range(BATCH):
             if len(self.clients) == CLIENTS_MAX:
                 idle = next((client for client in self.clients if client.idle), None)
                 if idle is None:
-                    self.accept(accepts=False)  # until one of those that are served has gone
+                    self.accept(accepts=False)  # until a client that is served has gone
                     return
                 self.end(idle)
             try:
                 sock, _ = listener.accept()
-            except OSError:  # none, or it has hung up already
+            except OSError:  # no client, or it has closed the connection already
                 return
             sock.setblocking(False)
             client = Client(sock)
@@ -164,29 +164,29 @@ class Metrics(Process):
             self.loop.add(sock.fileno(), partial(self.on_ready, client))
 
     def give_time(self, client: Client, time_s: float) -> None:
-        """End a client that is not further in some time."""
+        """Set the time that a client has for its next step."""
         if client.timer is not None:
             client.timer.cancel()
         client.timer = self.loop.call_later(time_s, lambda: self.on_late(client))
 
     def on_late(self, client: Client) -> None:
-        """Nothing has come of it."""
+        """A client has taken too long: close its connection."""
         if client.asked is not None:
             self.answer(client, refusal(503))
         else:
             self.end(client)
 
     def on_ready(self, client: Client, events: int) -> None:
-        """Read its request, or send its answer."""
+        """Read the request of a client, or send its answer."""
         if client.answer and events & WRITE:
             self.send(client)
         elif client.asked is not None or events & ~(READ | WRITE):
-            self.end(client)  # it has hung up
+            self.end(client)  # it has closed the connection
         else:
             self.receive(client)
 
     def receive(self, client: Client) -> None:
-        """Read what a client says; one that has its answer is to hang up."""
+        """Read from a client.  A client that has its answer should only close the connection."""
         try:
             data = client.sock.recv(REQUEST_BYTES_MAX)
         except BlockingIOError:
@@ -208,7 +208,7 @@ class Metrics(Process):
                 self.ask()
 
     def answer(self, client: Client, pieces: list[bytes]) -> None:
-        """Send a client its answer."""
+        """Begin to send an answer to a client."""
         client.asked = None
         client.answer = [memoryview(piece) for piece in pieces]
         self.loop.modify(client.sock.fileno(), WRITE)
@@ -216,7 +216,7 @@ class Metrics(Process):
         self.send(client)
 
     def send(self, client: Client) -> None:
-        """Send as much as the client takes; after the last byte it has a moment to hang up, or it would lose some."""
+        """Send as much as the client takes.  Then wait for it to close, because a close by us could lose bytes."""
         assert client.answer is not None
         try:
             while client.answer:
@@ -233,7 +233,7 @@ class Metrics(Process):
         self.give_time(client, HANG_UP_S)
 
     def end(self, client: Client) -> None:
-        """Forget a client."""
+        """Close the connection of a client."""
         if client not in self.clients:
             return
         del self.clients[client]
@@ -248,6 +248,6 @@ def main() -> int:
     """Run process metrics."""
     process = Metrics()
     process.ignore_terminal_signals()
-    confine(METRICS)  # what this kernel lacks is said by others
+    confine(METRICS)  # the parent has logged what this kernel lacks
     process.loop.run()
     return process.exit_status

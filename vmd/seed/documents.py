@@ -1,7 +1,7 @@
 """The texts of a seed (cloud-init's NoCloud): meta-data, user-data, vendor-data and network-config.
 
-Of what people have written nothing is parsed but the first line.  What is made here is YAML in which each text is
-in quotes, so that `no`, `1e3` or `: #` stay what they are.
+Of a user's own file only the first line is parsed.  The YAML that is generated here has every text in quotes, so that
+`no`, `1e3` or `: #` stay texts.
 """
 
 import base64
@@ -35,11 +35,11 @@ if TYPE_CHECKING:
 
 INSTANCES = uuid.UUID("5d1c3b0e-31a2-5c0c-9a43-7c9fd0d4f6a1")  # the name space of instance-ids made from names
 GZIP = b"\x1f\x8b"
-# How texts begin that cloud-init takes (`INCLUSION_TYPES_MAP`), in lower case; blanks may stand before them.
+# The beginnings by which cloud-init knows a text (`INCLUSION_TYPES_MAP`), in lower case.  Blanks may precede them.
 HEADS = (
     b"#cloud-config", b"#!", b"#include", b"#part-handler", b"#cloud-boothook", b"## template: jinja",
 )  # fmt: skip
-MIME, MIME_WITHIN = b"mime-version:", 4096  # ... or where this is so near to the beginning
+MIME, MIME_WITHIN = b"mime-version:", 4096  # cloud-init also takes a text that has this in so many bytes
 
 META_DATA, USER_DATA, VENDOR_DATA, NETWORK_CONFIG = "meta-data", "user-data", "vendor-data", "network-config"
 
@@ -48,7 +48,7 @@ META_DATA, USER_DATA, VENDOR_DATA, NETWORK_CONFIG = "meta-data", "user-data", "v
 
 
 def quoted(text: str) -> str:
-    """Return a text as YAML has it in double quotes (YAML 1.1, 5.6), in ASCII.  Raises SeedError."""
+    """Return a text in YAML's double quotes (YAML 1.1, 5.6), in ASCII.  Raises SeedError."""
     return '"' + "".join(map(escaped, text)) + '"'
 
 
@@ -65,12 +65,12 @@ def escaped(char: str) -> str:
 
 
 def yaml(value: "dict[str, Yaml]") -> str:
-    """Return a document of YAML; keys are plain words.  Raises SeedError."""
+    """Return a YAML document.  Keys are plain words.  Raises SeedError."""
     return "".join(f"{line}\n" for line in lines(value)) or "{}\n"
 
 
 def lines(value: "Yaml") -> "Iterator[str]":
-    """Give the lines of a value, from the left margin.  Raises SeedError."""
+    """Yield the lines of a value, without indentation.  Raises SeedError."""
     if isinstance(value, bool):
         yield "true" if value else "false"
     elif isinstance(value, int):
@@ -96,12 +96,12 @@ def lines(value: "Yaml") -> "Iterator[str]":
 
 
 def instance_id(parts: SeedParts) -> str:
-    """Return the instance-id: that of a name is the same at each start, and on every host.  Raises SeedError."""
+    """Return the instance-id.  Made from a name, it is the same at each start and on every host.  Raises SeedError."""
     return ruled(rules.instance_id, parts.instance_id) or str(uuid.uuid5(INSTANCES, parts.vm))
 
 
 def ruled(rule: "Callable[[str], str]", text: str) -> str:
-    """Return a word that has to follow a rule if there is one.  Raises SeedError."""
+    """Return a word that follows a rule, or an empty one.  Raises SeedError."""
     try:
         return rule(text) if text else ""
     except ValueError as error:
@@ -109,38 +109,38 @@ def ruled(rule: "Callable[[str], str]", text: str) -> str:
 
 
 def public_keys(parts: SeedParts) -> list[str]:
-    """Return all keys, each once.  Raises SeedError."""
+    """Return all public keys without duplicates.  Raises SeedError."""
     if len(parts.keys) > KEY_FILES_MAX:
         raise SeedError(f"ssh-key: {len(parts.keys)} files, and {KEY_FILES_MAX} are the most")
     return list(dict.fromkeys(key for file in parts.keys for key in keys_of(bounded("ssh-key", file))))
 
 
 def bounded(key: str, file: SeedFile) -> SeedFile:
-    """Return a file that is not too large.  Raises SeedError."""
+    """Return the file.  Raises SeedError if it is too large."""
     if len(file.data) > FILE_MAX:
         raise SeedError(f"{key} {file.name}: larger than {FILE_MAX >> 10} KiB")
     return file
 
 
 def meta_data(parts: SeedParts) -> bytes:
-    """Return what says who the guest is, and whose keys it takes.  Raises SeedError."""
+    """Return the meta-data: the guest's identity and public keys.  Raises SeedError."""
     values: dict[str, Yaml] = {"instance-id": instance_id(parts)}
     if parts.hostname:
         values["local-hostname"] = ruled(rules.hostname, parts.hostname)
     if keys := public_keys(parts):
-        # cloud-init adds these to the keys of user-data, whatever that is.
+        # cloud-init adds these to the keys of user-data, also to those of a user's own file.
         values["public-keys"] = keys
     return yaml(values).encode()
 
 
 def defaults(parts: SeedParts) -> "dict[str, Yaml]":
-    """Return what is said of the guest in the form of cloud-config, beside meta-data.  Raises SeedError."""
+    """Return the settings that go into cloud-config, because meta-data has no place for them.  Raises SeedError."""
     values: dict[str, Yaml] = {}
     if parts.hostname:
-        # The name of a host that does not find its own name: sudo says so each time.
+        # Without an entry in /etc/hosts, sudo complains each time that it cannot resolve the host name.
         values["manage_etc_hosts"] = "localhost"
     if parts.user:
-        # The groups, the shell and the rule of sudo stay those that the image has for its own user.
+        # The user gets the groups, the shell and the sudo rule of the image's default user.
         user: dict[str, Yaml] = {"name": ruled(rules.user, parts.user)}
         if parts.password_hash:
             user |= {"hashed_passwd": ruled(rules.password_hash, parts.password_hash), "lock_passwd": False}
@@ -153,7 +153,7 @@ def defaults(parts: SeedParts) -> "dict[str, Yaml]":
 
 
 def user_data(parts: SeedParts) -> bytes:
-    """Return somebody's own file as it is, or else one that is made.  Raises SeedError."""
+    """Return the user's own file unchanged, or a generated one.  Raises SeedError."""
     if parts.user_data is not None:
         return bounded(USER_DATA, parts.user_data).data
     values = defaults(parts)
@@ -161,7 +161,7 @@ def user_data(parts: SeedParts) -> bytes:
         name, dot, _ = ruled(rules.hostname, parts.hostname).partition(".")
         values = {"hostname": name, **({"fqdn": parts.hostname} if dot else {}), **values}
     if keys := public_keys(parts):
-        # Again, for readers that are not cloud-init, and do not look into meta-data for them.
+        # Meta-data has them too, but readers other than cloud-init do not look there.
         values["ssh_authorized_keys"] = keys
     return cloud_config(values)
 
@@ -172,7 +172,7 @@ def cloud_config(values: "dict[str, Yaml]") -> bytes:
 
 
 def vendor_data(parts: SeedParts) -> bytes | None:
-    """Return what user-data goes before: somebody's own file, and what is not in a user-data of somebody's own.
+    """Return the vendor-data: the user's own file, and the settings that the user's own user-data lacks.
 
     Raises SeedError.
     """
@@ -184,7 +184,7 @@ def vendor_data(parts: SeedParts) -> bytes | None:
 
 
 def together(made: bytes, own: SeedFile) -> bytes:
-    """Return a MIME message with two parts, of which the second replaces what both say.  Raises SeedError."""
+    """Return a MIME message with two parts.  Where they differ, the second one counts.  Raises SeedError."""
     if own.data.startswith(GZIP):
         raise SeedError(f"{VENDOR_DATA} {own.name}: goes with user or hostname and user-data only uncompressed")
     boundary = b"=_" + hashlib.sha256(own.data).hexdigest().encode()
@@ -195,20 +195,20 @@ def together(made: bytes, own: SeedFile) -> bytes:
 
 
 def attachment(data: bytes) -> bytes:
-    """Return a part of a message; what it is cloud-init tells by its first line."""
+    """Return a part of a MIME message.  cloud-init tells its kind by the first line of `data`."""
     head = b'Content-Type: text/plain; charset="utf-8"\nContent-Transfer-Encoding: base64\n\n'
     return head + base64.encodebytes(data)
 
 
 def network_config(parts: SeedParts) -> bytes | None:
-    """Return somebody's own file, or one for the interfaces; None if there is nothing to say.  Raises SeedError."""
+    """Return the user's own file, or a generated one; None without interfaces.  Raises SeedError."""
     if parts.network_config is not None:
         return bounded(NETWORK_CONFIG, parts.network_config).data
     if not parts.network or not parts.interfaces:
         return None
     if len(parts.interfaces) > INTERFACES_MAX:
         raise SeedError(f"{len(parts.interfaces)} interfaces, and {INTERFACES_MAX} are the most")
-    # Versions of cloud-init that write /etc/network/interfaces want to be told the name.
+    # Versions of cloud-init that write /etc/network/interfaces need the name.
     named: dict[str, Yaml] = {
         f"eth{index}": ethernet(f"eth{index}", each) for index, each in enumerate(parts.interfaces)
     }
@@ -216,7 +216,7 @@ def network_config(parts: SeedParts) -> bytes | None:
 
 
 def ethernet(name: str, interface: Interface) -> "dict[str, Yaml]":
-    """Return an interface in the words of network-config, version 2.  Raises SeedError."""
+    """Return an interface in the form of network-config, version 2.  Raises SeedError."""
     if len(interface.lladdr) != LLADDR_BYTES:
         raise SeedError(f"interface {name}: an address of {len(interface.lladdr)} bytes")
     values: dict[str, Yaml] = {"match": {"macaddress": interface.lladdr.hex(":")}, "set-name": name}
@@ -225,7 +225,7 @@ def ethernet(name: str, interface: Interface) -> "dict[str, Yaml]":
     else:
         values["addresses"] = [parsed(name, ipaddress.ip_interface, each) for each in few(name, interface.addresses)]
     for gateway in (parsed(name, ipaddress.ip_address, each) for each in few(name, interface.gateways)):
-        # Not as a route to ::/0: cloud-init 22.4 makes one to ::/64 of that for all but netplan.
+        # A route to ::/0 would be wrong: except for netplan, cloud-init 22.4 turns it into one to ::/64.
         key = "gateway6" if ":" in gateway else "gateway4"
         if key in values:
             raise SeedError(f"interface {name}: two gateways of one family")
@@ -242,7 +242,7 @@ def ethernet(name: str, interface: Interface) -> "dict[str, Yaml]":
 
 
 def parsed(name: str, form: "Callable[[str], object]", text: str) -> str:
-    """Return an address as everybody writes it.  Raises SeedError."""
+    """Return an address in its canonical form.  Raises SeedError."""
     try:
         return str(form(text))
     except ValueError:
@@ -250,7 +250,7 @@ def parsed(name: str, form: "Callable[[str], object]", text: str) -> str:
 
 
 def few(name: str, items: "tuple[str, ...]") -> "tuple[str, ...]":
-    """Return no more than an interface may have.  Raises SeedError."""
+    """Return the items.  Raises SeedError if an interface may not have so many."""
     if len(items) > ADDRESSES_MAX:
         raise SeedError(f"interface {name}: {len(items)} addresses of a kind, and {ADDRESSES_MAX} are the most")
     return items
@@ -263,7 +263,7 @@ def seed_files(parts: SeedParts) -> dict[str, bytes]:
     """Return the files of a seed by name.  Raises SeedError."""
     files = {
         META_DATA: meta_data(parts),
-        USER_DATA: user_data(parts),  # cloud-init takes no seed without it
+        USER_DATA: user_data(parts),  # cloud-init ignores a seed without it
         VENDOR_DATA: vendor_data(parts),
         NETWORK_CONFIG: network_config(parts),
     }
@@ -271,7 +271,7 @@ def seed_files(parts: SeedParts) -> dict[str, bytes]:
 
 
 def seed_image(parts: SeedParts) -> bytes:
-    """Return a seed as a disk of whole sectors, the same for the same parts.  Raises SeedError."""
+    """Return the disk image of a seed.  The same parts give the same bytes.  Raises SeedError."""
     made = image(LABEL, seed_files(parts))
     if len(made) > MAX_SEED_BYTES:
         raise SeedError(f"the seed is larger than {MAX_SEED_BYTES >> 20} MiB")
@@ -279,7 +279,7 @@ def seed_image(parts: SeedParts) -> bytes:
 
 
 def notes(parts: SeedParts) -> list[str]:
-    """Return what whoever starts the VM should know, though a seed can be made.  No text of a file is in it."""
+    """Return warnings for the user who starts the VM.  They show no text of a file."""
     said = [
         f"{key} {file.name}: {why}"
         for key, file in ((USER_DATA, parts.user_data), (VENDOR_DATA, parts.vendor_data))
@@ -291,7 +291,7 @@ def notes(parts: SeedParts) -> list[str]:
 
 
 def strange(data: bytes) -> str:
-    """Return what is strange about a user-data or vendor-data, or ""."""
+    """Return why cloud-init will not understand a user-data or vendor-data; "" if it will."""
     begin = data[:MIME_WITHIN].lower()
     text = begin.lstrip()
     if not text:

@@ -1,14 +1,13 @@
-"""A CD-ROM with a few files: ISO 9660 with Joliet and Rock Ridge, as a seed needs it, and no more.
+"""Writes a CD-ROM image with a few files for a seed: ISO 9660 with Joliet and Rock Ridge.
 
-Written by ourselves because that is all of it: one directory, files of one extent each, and nothing that is read back.
-A library for it (pycdlib) has 14 000 lines, most of them to read and change discs, and would be one more package that
-each installation needs.
+This is our own code because so little is needed: one directory, files of one extent each, and no reading.  The library
+for it (pycdlib) has 14 000 lines, most of them to read and change discs, and every installation would need it.
 
 ECMA-119 (ISO 9660), second edition; Joliet specification, 1995; SUSP and RRIP 1.10 (IEEE P1281, P1282).  Numbers in
-brackets are sections of ECMA-119.  The same files give the same bytes: all dates are the same.
+brackets are sections of ECMA-119.  The same files give the same bytes, because all dates are constant.
 """
 
-import encodings.utf_16_be  # noqa: F401 - of Joliet's names, and loaded before this process is confined
+import encodings.utf_16_be  # noqa: F401 - the codec of Joliet's names; a confined process could not load it
 import struct
 
 TYPE_CHECKING = False
@@ -19,12 +18,12 @@ SECTOR = 2048
 SYSTEM_SECTORS = 16  # before the first descriptor, for boot loaders
 PRIMARY, JOLIET, TERMINATOR = 1, 2, 255  # [8.4, 8.5, 8.3]
 DIRECTORY = 0x02  # [9.1.6]
-YEAR, MONTH, DAY = 2000, 1, 1  # of everything
+YEAR, MONTH, DAY = 2000, 1, 1  # the date of every file and of the volume
 RECORD_DATE = bytes((YEAR - 1900, MONTH, DAY, 0, 0, 0, 0))  # [9.1.5]
 VOLUME_DATE = b"%04d%02d%02d" % (YEAR, MONTH, DAY) + b"0" * 8 + b"\0"  # [8.4.26.1]
 NO_DATE = b"0" * 16 + b"\0"
 UCS2_LEVEL_3 = b"%/E"
-MODE_DIRECTORY, MODE_FILE = 0o040500, 0o100400  # there may be a password in it
+MODE_DIRECTORY, MODE_FILE = 0o040500, 0o100400  # for root only: user-data may have a password
 ROOT, PARENT = b"\0", b"\1"  # names of the directory itself, and of the one above it [7.6.2]
 
 NAME_MAX = 31  # [7.5.1]
@@ -41,12 +40,12 @@ def both16(number: int) -> bytes:
 
 
 def sectors(size: int) -> int:
-    """Return how many sectors so many bytes take."""
+    """Return the number of sectors for so many bytes."""
     return -(-size // SECTOR)
 
 
 def padded(data: bytes) -> bytes:
-    """Return bytes as whole sectors."""
+    """Return the bytes, padded to whole sectors."""
     return data.ljust(sectors(len(data)) * SECTOR, b"\0")
 
 
@@ -67,17 +66,17 @@ def susp(signature: bytes, data: bytes) -> bytes:
 
 
 def posix(mode: int, links: int) -> bytes:
-    """Return who may do what with a file, which is root's (RRIP 1.10, 4.1.1), and its dates (4.1.6)."""
+    """Return the mode and owner (root) of a file (RRIP 1.10, 4.1.1), and its dates (4.1.6)."""
     entry = susp(b"PX", both(mode) + both(links) + both(0) + both(0))
     return entry + susp(b"TF", bytes((0x0E,)) + 3 * RECORD_DATE)  # changed, read, status changed
 
 
-# It is what the first record of a disc says: that there are such entries (SUSP 5.3), and which (5.5).
+# The first record of a disc says that it has such entries (SUSP 5.3), and of which kind (5.5).
 USED = susp(b"SP", b"\xbe\xef\0") + susp(b"ER", bytes((10, 0, 0, 1)) + b"RRIP_1991A")
 
 
 def plain(name: str) -> bytes:
-    """Return a name for those who know neither extension: in capitals, with a version [7.5.1]."""
+    """Return the name for systems that know neither extension: in capitals, with a version [7.5.1]."""
     return b"%s.;1" % name.upper().replace("-", "_").encode("ascii")
 
 
@@ -85,12 +84,12 @@ def plain(name: str) -> bytes:
 
 
 def image(label: str, files: "Mapping[str, bytes]") -> bytes:
-    """Return a disc with these files in its only directory.
+    """Return the image of a disc with these files in its only directory.
 
     A name has up to 27 lower-case letters, digits and hyphens.
     """
     names = sorted(files)
-    paths = SYSTEM_SECTORS + 3  # four tables of one sector each, and then two directories
+    paths = SYSTEM_SECTORS + 3  # four path tables of one sector each; two directories follow
     roots = paths + 4, paths + 5
     places: dict[str, int] = {}
     end = roots[1] + 1
@@ -115,17 +114,17 @@ def image(label: str, files: "Mapping[str, bytes]") -> bytes:
 
 
 def path_table(order: str, root: int) -> bytes:
-    """Return the table of directories, of which there is one [9.4]."""
+    """Return the path table, which has one directory [9.4]."""
     return padded(path_entry(order, root))
 
 
 def path_entry(order: str, root: int) -> bytes:
-    """Return what a path table says of the only directory."""
+    """Return the path table's entry for the only directory."""
     return struct.pack(f"{order}BBIH", 1, 0, root, 1) + ROOT + b"\0"
 
 
 def directory_of_rock_ridge(root: int, listed: "Sequence[tuple[str, int, int]]") -> bytes:
-    """Return the directory of the primary volume, with names for all."""
+    """Return the directory of the primary volume, with plain names and those of Rock Ridge."""
     owner = posix(MODE_DIRECTORY, 2)
     made = record(ROOT, root, SECTOR, DIRECTORY, USED + owner) + record(PARENT, root, SECTOR, DIRECTORY, owner)
     for name, extent, size in listed:
@@ -143,13 +142,13 @@ def directory_of_joliet(root: int, listed: "Sequence[tuple[str, int, int]]") -> 
 
 
 def one_sector(data: bytes) -> bytes:
-    """Return a directory; it is small."""
+    """Return a directory, padded to the one sector that it takes."""
     assert len(data) <= SECTOR
     return padded(data)
 
 
 def descriptor(kind: int, label: str, end: int, paths: int, root: int) -> bytes:
-    """Return what says where everything of a volume is [8.4, 8.5]."""
+    """Return a volume descriptor [8.4, 8.5]."""
     joliet = kind == JOLIET
 
     def text(value: str, size: int) -> bytes:

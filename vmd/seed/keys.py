@@ -1,4 +1,4 @@
-"""Public keys of ssh in the form of authorized_keys (sshd(8)): what people keep in ~/.ssh/*.pub."""
+"""Public keys of ssh in the form of authorized_keys (sshd(8)), as in ~/.ssh/*.pub."""
 
 import base64
 import binascii
@@ -13,7 +13,7 @@ CERTIFICATE = "-cert-v"
 
 
 def keys_of(file: SeedFile) -> list[str]:
-    """Return the keys of a file, one line each.  Raises SeedError, which names file and line and shows none of it."""
+    """Return the keys of a file, one line each.  Raises SeedError, which names file and line but shows no text."""
     found: list[str] = []
     for number, raw in enumerate(file.data.splitlines(), 1):
         where = f"ssh-key {file.name}:{number}"
@@ -43,7 +43,7 @@ def keys_of(file: SeedFile) -> list[str]:
 
 
 def type_of(text: str) -> str:
-    """Return the type of a key that begins with it, as the key itself says; "" if this is none."""
+    """Return the type of the key in a text `TYPE BASE64 ...`; "" if it is no key or the key itself has another type."""
     words = text.split(None, 2)
     if len(words) < 2 or len(words[0]) > TYPE_MAX:
         return ""
@@ -57,7 +57,7 @@ def type_of(text: str) -> str:
 
 
 def fields_of(blob: bytes) -> list[bytes]:
-    """Return what a key consists of (RFC 4253, 6.6), or [] if it does not end where it should."""
+    """Return the fields of a key (RFC 4253, 6.6); [] if the last one does not end with the key."""
     fields: list[bytes] = []
     at = 0
     while at < len(blob):
@@ -71,7 +71,7 @@ def fields_of(blob: bytes) -> list[bytes]:
 
 
 def without_options(line: str) -> str:
-    """Return what is behind the first blank that is not in quotes."""
+    """Return the text behind the first blank that is not in quotes."""
     quoted = False
     before = ""
     for place, char in enumerate(line):

@@ -1,37 +1,38 @@
-"""What the seed of a VM is made of: what vm.conf and `vmctl start -C` say, and the files that they name.
+"""The parts of a VM's seed: the settings in vm.conf or of `vmctl start -C`, and the files that they name.
 
 A seed is a small disk with the label `cidata`, which cloud-init and others read at the first boot of an image
-(cloud-init's NoCloud).  Whoever names a file reads it; `documents.py` makes the texts of the seed, `iso.py` the disk.
+(cloud-init's NoCloud).  A file is read as the user who names it.  `documents.py` makes the texts of the seed, `iso.py`
+the disk.
 """
 
 from vmd.errors import VmdError
 from vmd.record import Part, Record
 
 LABEL = "cidata"
-# Bytes.  A cloud gives 16 KiB to 64 KiB of user data; all of a seed is in memory several times while it is made.
+# Bytes.  Clouds permit 16 KiB to 64 KiB of user data.  Several copies of a seed are in memory while it is made.
 FILE_MAX = 1 << 20
 PARTS_MAX = 4 << 20  # packed
 KEY_FILES_MAX = 64
 INTERFACES_MAX = 16
 ADDRESSES_MAX = 16  # of each kind, of an interface
-HASHED = "$"  # with which the hash of a password begins; anything else is the path of a file that has one
+HASHED = "$"  # a password hash begins with it; other words are paths of files with a hash
 
 
 class SeedError(VmdError):
-    """A seed cannot be made; says what of it is wrong.  No text of a file nor a password is in it."""
+    """Says why a seed cannot be made.  It shows no text of a file and no password."""
 
 
 class SeedFile(Record):
-    """A file that somebody has named: its name, for messages, and what it holds."""
+    """A file that the user has named: its name, for messages, and its contents."""
 
     name: str
     data: bytes
 
 
 class Interface(Record):
-    """An interface of the guest; without `addresses` it asks for them by DHCP.
+    """An interface of the guest.  Without `addresses` the guest uses DHCP.
 
-    `addresses` have a prefix length each (`192.0.2.5/24`), `gateways` are one of each family at most.
+    Each of `addresses` has a prefix length (`192.0.2.5/24`).  There is at most one gateway of each family.
     """
 
     lladdr: bytes
@@ -42,11 +43,11 @@ class Interface(Record):
 
 
 class SeedParts(Part):
-    """All that a seed is made of.
+    """All parts of a seed.
 
-    `instance_id` says whether the guest is the same as at its last boot: with another one cloud-init does the work of a
-    first boot again.  `user` is made, and has the keys and the password, in place of the user that the image would
-    make.  A `user_data` of somebody's own goes to the guest unchanged; what `user` says is in `vendor-data` then.
+    With an `instance_id` other than at the last boot, cloud-init does the work of a first boot again.  `user` replaces
+    the default user of the image, and gets the keys and the password.  The user's own `user_data` goes to the guest
+    unchanged; then `user` is in `vendor-data`.
     """
 
     vm: str  # name
@@ -58,5 +59,5 @@ class SeedParts(Part):
     user_data: SeedFile | None = None
     vendor_data: SeedFile | None = None
     network_config: SeedFile | None = None  # None: made from `interfaces`
-    network: bool = True  # else the seed says nothing of the network, and the guest does as it likes
+    network: bool = True  # False: no network-config, so the guest's own default counts
     interfaces: tuple[Interface, ...] = ()

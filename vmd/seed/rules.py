@@ -1,6 +1,6 @@
-"""What single words of a seed may be: a rule returns its value, or raises ValueError with a sentence.
+"""Rules for single words of a seed.  A rule returns its value, or raises ValueError with a sentence.
 
-The parent and vmctl load this for vm.conf and `vmctl start -C`, so it imports little, and reads no file of a user.
+The parent and vmctl load this for vm.conf and `vmctl start -C`.  So it imports little, and reads no user's file.
 """
 
 from vmd.config.rules import DIGITS, LABEL_MAX, LETTERS, path, shown
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 HOSTNAME_MAX = 253
 USER_MAX = 32  # utmp(5) and useradd(8)
-HASH_MAX = 512  # longer than any of crypt(5)
+HASH_MAX = 512  # longer than any hash of crypt(5)
 INSTANCE_ID_MAX = 128
 
 LABEL_CHARS = LETTERS | DIGITS | {"-"}
@@ -41,7 +41,7 @@ def is_label(text: str) -> bool:
 
 
 def hostname_of(vm: str) -> str:
-    """Return the host name of a VM that nobody has given one: its name, with hyphens for what no host name has.
+    """Return the default host name of a VM: its name, with hyphens for characters that a host name cannot have.
 
     "" if nothing is left of it.
     """
@@ -63,7 +63,7 @@ def user(name: str) -> str:
 
 
 def password_hash(text: str) -> str:
-    """Rule of `password-hash`; the sentence does not show it, for it may be a password."""
+    """Rule of `password-hash`.  The sentence does not show the text, because it may be a password."""
     parts = text.split("$", 2)
     begin, method, rest = parts if len(parts) == 3 else ("?", "", "")
     if begin or not method or not METHOD_CHARS.issuperset(method) or not rest or not HASH_CHARS.issuperset(rest):

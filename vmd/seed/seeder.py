@@ -1,8 +1,8 @@
-"""seeder: makes the seed of a VM from texts of its users, for an opener that must read none of them.
+"""seeder: makes the seed of a VM from its user's texts, for an opener, which must not parse them.
 
 Runs as  an id of its own, in the cell, confined to its descriptors before it reads the first byte; for one VM
 Peers    an opener, which asks it (`ipc/probing.py`); the parent starts it, and kills it with the opener
-Holds    its socket, and two memory files: the parts of a seed, and what becomes the disk
+Holds    its socket, and two memory files: the parts of a seed, and the disk image that it writes
 """
 
 import os
@@ -20,7 +20,7 @@ MEMORY_BYTES = 256 << 20
 
 
 def answer(files: list[int]) -> bytes:
-    """Return the line about a seed, which is in the second file then, where nobody can change it any more."""
+    """Write a seed to the second file and seal it.  Return the line that describes it."""
     source, target = files
     try:
         raw = os.pread(source, PARTS_MAX + 1, 0)
@@ -44,7 +44,7 @@ def write(fd: int, data: bytes) -> None:
 
 
 def main() -> int:
-    """Answer until nobody asks."""
-    limit_memory(MEMORY_BYTES)  # as long as it may
-    confine(SEEDER)  # what the kernel lacks, others have said
+    """Answer requests until the opener closes the socket."""
+    limit_memory(MEMORY_BYTES)  # the confinement forbids it later
+    confine(SEEDER)  # the parent has logged what this kernel lacks
     return serve(lambda _arguments, files: answer(files))
