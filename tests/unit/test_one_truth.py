@@ -58,6 +58,16 @@ COPIES = (
     ("vmd.parent.vhost:ROUTER_SOLICITATION", "vmd.devices.vionet.ra:ROUTER_SOLICITATION"),
 )
 
+# Times of which one must pass before the other: else the wrong process ends, with the wrong sentence or with none.
+SOONER = (
+    ("vmd.devices.process:QUIESCE_TIMEOUT_S", "vmd.ipc.devmsg:ANSWER_TIMEOUT_S"),
+    ("vmd.priv.rules:NFT_TIMEOUT_S", "vmd.parent.askpriv:ANSWER_S"),
+    ("vmd.priv.main:REST_MAX_S", "vmd.parent.status:COUNT_TIMEOUT_S"),
+    ("vmd.files.asking:LONGEST_S", "vmd.parent.opening:LONGEST_S"),
+    ("vmd.files.seeder:LONGEST_S", "vmd.parent.opening:LONGEST_S"),
+    ("vmd.vm.shutdown:SHUTDOWN_TIMEOUT_S", "vmd.vmm.main:ORPHANS_S"),
+)
+
 # What no other code of the two programs names.
 FOR_TESTS = "tests build run pages and states with it"
 UNUSED = {
@@ -134,6 +144,21 @@ def test_a_constant_has_one_home() -> None:
 def test_copies_of_a_constant_agree(one: str, other: str) -> None:
     """As long as they have to be two."""
     assert value_of(one) == value_of(other), f"{one} is {value_of(one)!r}, and {other} {value_of(other)!r}"
+
+
+@pytest.mark.parametrize(("sooner", "later"), SOONER)
+def test_one_time_is_over_before_the_other(sooner: str, later: str) -> None:
+    """Both are constants of processes that do not see each other's."""
+    first, second = value_of(sooner), value_of(later)
+
+    assert isinstance(first, float)
+    assert isinstance(second, float)
+    assert first < second, f"{sooner} is {first:g} s, which is not less than the {second:g} s of {later}"
+
+
+def test_a_guest_has_the_same_time_to_shut_down_whoever_asks_it() -> None:
+    """`vmctl stop`, and the end of the daemon."""
+    assert value_of("vmd.parent.life:STOP_GRACE_S") == value_of("vmd.vm.shutdown:SHUTDOWN_TIMEOUT_S")
 
 
 def test_both_sides_of_a_tap_make_the_same_link_local_address() -> None:
