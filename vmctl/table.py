@@ -4,6 +4,7 @@ Parser, usage, help and completions are made from this table.  A new command, op
 vmctl(8).
 """
 
+from vmd.config.model import DEFAULT_SOCKET
 from vmd.record import Record
 
 # Kinds of words on the command line.  The kind decides where completion finds candidates.
@@ -58,7 +59,7 @@ HELP = (
 COMMON = (Option(name="--json", help="print one JSON document, for programs"), *HELP)
 # Options before the command.
 GLOBAL = (
-    Option(name="-s", value="socket", kind=FILE, help="talk to the daemon at another socket than /run/vmd.sock"),
+    Option(name="-s", value="socket", kind=FILE, help=f"talk to the daemon at another socket than {DEFAULT_SOCKET}"),
     Option(name="-v", help="say more: which messages are exchanged, and how and why a VM has ended"),
     Option(name="-V", help="show the version of vmctl"),
     Option(name="--version", help="show the version of vmctl"),

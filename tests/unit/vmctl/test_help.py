@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import schema
+from tests.support import manual, schema
 from tests.support.manual import items
 from tests.unit.vmctl.conftest import Vmctl
 from tests.unit.vmctl.fake import ROOT, Answers, FakeDaemon, vm_info
 from vmctl.__main__ import main
-from vmctl.table import COMMANDS, COMMON, GLOBAL, Command
+from vmctl.table import COMMANDS, COMMON, GLOBAL, Command, Option
 from vmctl.usage import synopsis
 from vmd.errors import VMD_PARENT_INVALID
 from vmd.ipc.messages.clients import End, Failed, GenerationInfo, ListRequest, StartRequest
@@ -138,6 +138,16 @@ def heads() -> dict[str, list[str]]:
         elif name and item.startswith("-"):
             found[name].append(item)
     return found
+
+
+@pytest.mark.parametrize("option", GLOBAL, ids=lambda option: option.name)
+def test_manual_has_every_option_before_the_command(option: Option) -> None:
+    """In the synopsis, but for its long name, and as an item."""
+    page = Path(ROOT, "man/vmctl.8").read_text()
+    item = f"{option.name} {option.value}".rstrip()
+
+    assert item in [name for each in items(page) for name in each.split(" , ")], f"vmctl(8) does not explain {item}"
+    assert option.name.startswith("--") or item in re.split(r"[][|]| (?=-)", manual.synopsis(page).replace(" | ", "|"))
 
 
 @every_command
