@@ -272,8 +272,8 @@ def test_abandoned_snapshot_leaves_no_room_taken(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "what"),
     [
-        ("", "1 to 64"), ("x" * 65, "1 to 64"), ("7", "no number"), (".x", "begins"), ("a/b", "a/b"), ("ä", "ä"),
-        ("twice", "already"),
+        ("", "1 to 64"), ("x" * 65, "1 to 64"), ("7", "must not be a number"), (".x", "must begin"),
+        ("a/b", "a/b"), ("ä", "ä"), ("twice", "already"),
     ],
 )  # fmt: skip
 def test_bad_name_of_a_snapshot_is_refused(tmp_path: Path, name: str, what: str) -> None:

@@ -153,7 +153,7 @@ def check_bridges(switches: Iterable[SwitchConfig], warn: Warn) -> None:
         other = users.setdefault(switch.interface, switch)
         if (other.rdomain or 0, other.up) != (switch.rdomain or 0, switch.up):
             bridge = f"bridge {switch.interface}"
-            warn(f'{switch.origin}: switch "{switch.name}": {bridge} is set up for switch "{other.name}"')
+            warn(f'{switch.origin}: switch "{switch.name}": {bridge} is set up differently by switch "{other.name}"')
 
 
 def check_prefixes(settings: Globals, warn: Warn) -> None:

@@ -395,7 +395,8 @@ def without_conflicts(given: "Sequence[NicConfig]") -> "tuple[NicConfig, ...]":
                 if ours.overlaps(theirs):
                     raise ValueError(f"forward {ours}: interface {number} of this vm has {theirs}")
             if nic.address is not None and other.address is not None and same_network(nic.address, other.address):
-                raise ValueError(f"address {shown_prefix(nic.address)}: interface {number} of this vm has its network")
+                what = f"interface {number} of this vm is in the same network"
+                raise ValueError(f"address {shown_prefix(nic.address)}: {what}")
     return tuple(given)
 
 
@@ -448,7 +449,7 @@ def forwards(given: "Sequence[Forward]") -> None:
         forward(each)
         for other in given[:index]:
             if each.overlaps(other):
-                raise ValueError(f"forward {each}: {other} is there already")
+                raise ValueError(f"forward {each}: {other} has the same port of the host")
 
 
 def local_options(nic: "NicConfig") -> "NicConfig":
@@ -466,7 +467,7 @@ def local_options(nic: "NicConfig") -> "NicConfig":
         host_name(nic.host_name)
     for size in (4, 16):
         if sum(len(address) == size for address in nic.dns) > MAX_NAME_SERVERS:
-            raise ValueError(f"more than {MAX_NAME_SERVERS} name servers of a family")
+            raise ValueError(f"more than {MAX_NAME_SERVERS} IPv4 or IPv6 name servers")
     if any(len(address) not in (4, 16) for address in nic.dns):
         raise ValueError("invalid name server")
     return nic

@@ -76,9 +76,9 @@ def listen(text: str) -> Listen:
         kind = ipaddress.IPv6Address if six else ipaddress.IPv4Address
         address = str(kind(host[1:-1] if six else host))
     except ValueError:
-        raise ValueError(f"metrics listen {shown(text)}: neither address:port nor a path") from None
+        raise ValueError(f"metrics listen {shown(text)}: must be address:port or a path") from None
     if "%" in address or not PORT.fullmatch(port) or not 1 <= int(port) <= PORT_MAX:
-        raise ValueError(f"metrics listen {shown(text)}: no address and port from 1 to {PORT_MAX}")
+        raise ValueError(f"metrics listen {shown(text)}: must have an address and a port from 1 to {PORT_MAX}")
     return Listen(address=address, port=int(port))
 
 

@@ -195,7 +195,7 @@ def test_switches_that_share_a_bridge(conf: Loader) -> None:
         "switch e {\n interface br0\n down\n disable\n}\n"
     )
 
-    assert conf.warnings == [f'{conf.path}:7: switch "d": bridge br1 is set up for switch "c"']
+    assert conf.warnings == [f'{conf.path}:7: switch "d": bridge br1 is set up differently by switch "c"']
 
 
 @pytest.mark.parametrize(

@@ -677,7 +677,7 @@ def test_vm_names_accepted(conf: Loader, name: str) -> None:
         ),
         (
             "local interface { forward port 1:9 to port 1, forward tcp port 9 to port 2 }",
-            "forward tcp port 9 to port 2: tcp port 1:9 to port 1 is there already",
+            "forward tcp port 9 to port 2: tcp port 1:9 to port 1 has the same port of the host",
         ),
         (
             "local interface { rdomain 3, forward port 1 to port 1 }",
@@ -689,7 +689,7 @@ def test_vm_names_accepted(conf: Loader, name: str) -> None:
         ),
         (
             "local interface { address 10.0.0.2 }\nlocal interface { address 10.0.0.9/24 }",
-            "address 10.0.0.9/24: interface 0 of this vm has its network",
+            "address 10.0.0.9/24: interface 0 of this vm is in the same network",
         ),
         (
             "local interface {" + ",".join(f"forward port {port} to port 1" for port in range(1, 18)) + "}",
