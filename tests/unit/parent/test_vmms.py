@@ -224,6 +224,7 @@ def test_a_vmm_of_this_version_is_adopted_and_no_other_one_is_started(rig: Rig) 
     assert Proc.VMM in rig.core.ready
     assert rig.expected == [newest]
     assert rig.core.slots.groups is newest.groups is not None
+    assert rig.core.slots.all_groups == [newest.groups]
 
 
 def test_a_vmm_of_another_version_gets_no_new_vms(rig: Rig) -> None:
@@ -374,6 +375,16 @@ def test_who_waits_for_a_silent_vmm_is_told(rig: Rig) -> None:
     assert SILENT in cast("Failed", failed).text
     assert [wait.vmid for wait in rig.silent] == [a.vmid]
     assert rig.failures == 0
+
+
+def test_all_who_wait_are_told_where_the_only_vmm_is_silent(rig: Rig) -> None:
+    """Also who waits for a VM that no vmm has yet, or for all of them."""
+    rig.begin()
+    for client, what, vmid in ((1, For.START, 5), (2, For.RESET, 0), (3, For.CONSOLE, 5)):
+        rig.core.clients.wait(client, what, vmid)
+    rig.room.on_no_answer(rig.generations.all[1].channel)
+
+    assert sorted(client for client, _ in rig.answers) == [1, 2]
 
 
 def test_a_daemon_that_ends_does_not_wait_for_a_silent_vmm(rig: Rig) -> None:
