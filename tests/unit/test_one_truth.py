@@ -7,10 +7,12 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from vmd.devices.vionet import ethernet
+from vmd.parent.vm import State
 from vmd.priv import nics
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -159,6 +161,21 @@ def test_one_time_is_over_before_the_other(sooner: str, later: str) -> None:
 def test_a_guest_has_the_same_time_to_shut_down_whoever_asks_it() -> None:
     """`vmctl stop`, and the end of the daemon."""
     assert value_of("vmd.parent.life:STOP_GRACE_S") == value_of("vmd.vm.shutdown:SHUTDOWN_TIMEOUT_S")
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "vmctl.rates:RUNNING", "vmctl.commands.migrate:MOVABLE", "vmctl.commands.ssh:COMING",
+        "vmctl.commands.ssh:THERE", "vmctl.commands.stop:STOPPED", "vmctl.commands.stop:STOPPING",
+    ],
+)  # fmt: skip
+def test_what_vmctl_takes_for_a_state_is_one(place: str) -> None:
+    """The parent tells states in words."""
+    value = value_of(place)
+    words = {value} if isinstance(value, str) else set(cast("tuple[str, ...]", value))
+
+    assert words - {state.value for state in State} == set(), f"{place} has words that are no states of a VM"
 
 
 def test_both_sides_of_a_tap_make_the_same_link_local_address() -> None:
