@@ -3,6 +3,7 @@
 import ast
 import functools
 import importlib
+import json
 import re
 from collections import defaultdict
 from collections.abc import Iterator
@@ -176,6 +177,16 @@ def test_what_vmctl_takes_for_a_state_is_one(place: str) -> None:
     words = {value} if isinstance(value, str) else set(cast("tuple[str, ...]", value))
 
     assert words - {state.value for state in State} == set(), f"{place} has words that are no states of a VM"
+
+
+def test_documents_have_every_state() -> None:
+    """The schema of `vmctl status --json`, and vmctl(8)."""
+    states = {state.value for state in State}
+    schema = json.loads(Path(ROOT, "docs/vmctl.schema.json").read_text())
+    manual = Path(ROOT, "man/vmctl.8").read_text()
+
+    assert set(schema["$defs"]["vm"]["properties"]["state"]["enum"]) == states
+    assert states - set(re.findall(r"^\.Sq ([a-z ]+?)(?: [.,;:])?$", manual, re.MULTILINE)) == set(), "not in vmctl(8)"
 
 
 def test_both_sides_of_a_tap_make_the_same_link_local_address() -> None:
