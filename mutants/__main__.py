@@ -124,7 +124,7 @@ class Bench:
             lines = self.module, change.line, change.last_line
             reaching = {name: test for name, test in tests.items() if test.reaches(*lines)}
             if not reaching and loading.reaches(*lines):
-                reaching = {name: test for name, test in tests.items() if test.lines} or tests
+                reaching = tests  # any of them may use what is made then
             yield reaching
         if far == ALL:
             yield self._processes()
