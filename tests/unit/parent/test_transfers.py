@@ -702,3 +702,158 @@ def test_one_shot_boots_are_sent_as_such(parent: AnyParent, once: bool) -> None:
     """What only that start had is not to be had on the other side either."""
     running(parent).once_because = "it was so" if once else ""
     send(parent)
+
+
+# --- on the way in, step by step -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def slots(parent: AnyParent, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many messages vmm had been sent at each time when it was given its slots."""
+    given: list[int] = []
+    monkeypatch.setattr(parent.core.slots, "give", lambda: given.append(len(parent.vmm.sent)))
+    return given
+
+
+def new_seeds(monkeypatch: pytest.MonkeyPatch) -> list[Vm]:
+    """Return a list of the VMs that are given a new seed from now on."""
+    found: list[Vm] = []
+    new_seed = Vm.new_seed
+
+    def note(vm: Vm) -> None:
+        found.append(vm)
+        new_seed(vm)
+
+    monkeypatch.setattr(Vm, "new_seed", note)
+    return found
+
+
+def test_vmm_has_a_slot_before_it_receives(parent: AnyParent, slots: list[int]) -> None:
+    """It would start the process without a user of its own."""
+    parent.transfers.serve_receive(ReceiveRequest(name="b"), ROOT, envelope())
+
+    assert slots == [0]
+    assert [type(message) for message in parent.vmm.sent] == [ReceiveVm]
+    parent.vms.get(0, "b").drop_pty()
+
+
+def test_a_vm_that_goes_back_to_a_snapshot_has_a_slot_and_a_seed(
+    parent: AnyParent, slots: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It keeps its user, its console and what it ran with; its process is a new one."""
+    seeds = new_seeds(monkeypatch)
+    vm = running(parent)
+    vm.uid, vm.running_config = 1000, vm.config.replace(vcpus=2)
+    vm.open_console()
+    tty = vm.pty
+    reading, writing = os.pipe()
+
+    parent.transfers.begin_revival(vm, reading, paused=True)
+
+    assert (slots, seeds) == ([0], [vm])
+    assert [type(message) for message in parent.vmm.sent] == [ReceiveVm]
+    assert (vm.state, vm.uid, vm.pty) == (State.RECEIVING, 1000, tty)
+    assert vm.receiving is not None
+    assert (vm.receiving.paused, vm.receiving.config) == (True, vm.config.replace(vcpus=2))
+    os.close(writing)
+    vm.drop_pty()
+
+
+def test_a_vm_that_vmd_cannot_take_any_more_does_not_go_back(parent: AnyParent) -> None:
+    """Its stream is closed, and its caller ends it."""
+    vm = running(parent)
+    vm.open_console()
+    parent.core.ending = True
+    reading, writing = os.pipe()
+
+    with pytest.raises(OperatorError, match="vmd is stopping"):
+        parent.transfers.begin_revival(vm, reading, paused=False)
+
+    with pytest.raises(BrokenPipeError):
+        os.write(writing, b"x")
+    assert parent.vmm.sent == []
+    os.close(writing)
+    vm.drop_pty()
+
+
+def test_a_vm_that_could_not_be_received_is_forgotten(parent: AnyParent, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody has configured it, so that nothing is left of it."""
+
+    def no_room() -> None:
+        raise HostError("open a pty for the console", errno.EMFILE)
+
+    monkeypatch.setattr(vmtable, "Pty", no_room)
+    with pytest.raises(HostError, match="open a pty"):
+        parent.transfers.serve_receive(ReceiveRequest(name="b"), ROOT, envelope())
+
+    assert parent.vms.find(0, "b") is None
+    assert parent.vms.find(0, "a") is not None
+    assert parent.vmm.sent == []
+
+
+def test_a_received_vm_has_a_seed_of_its_own(parent: AnyParent, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is there before the process that writes into it."""
+    seeds = new_seeds(monkeypatch)
+    vm = receive(parent)
+    assert seeds == [vm]
+    vm.drop_pty()
+
+
+def test_a_vm_that_is_being_stopped_is_not_resumed(parent: AnyParent, disks: Disks) -> None:
+    """Its disks are not opened once more; nor those of one that has been received anew meanwhile."""
+    vm = receive(parent)
+    header(parent, vm)
+    receiving = vm.receiving
+    assert receiving is not None
+    opened = disks.opened
+    parent.transfers.resume(vm, receiving.__class__(paused=False))
+    vm.begin_stop(force=False)
+    parent.transfers.resume(vm, receiving)
+    assert disks.opened == opened
+    vm.drop_pty()
+
+
+def test_a_paused_vm_that_arrives_is_paused(parent: AnyParent) -> None:
+    """To pause it is to do nothing, which is said at once."""
+    vm = receive(parent)
+    message = PauseRequest(vmid=vm.vmid, paused=True)
+    parent.answers.clear()
+    vm._state = State.PAUSED
+
+    parent.transfers.serve_pause(message, ROOT, Envelope(message, CLIENT, 0, {}))
+
+    assert parent.answers == [(CLIENT, VmPaused(vmid=vm.vmid, name="b", paused=True))]
+    assert parent.vmm.sent == []
+    vm.drop_pty()
+
+
+def test_the_log_says_how_a_running_vm_left(parent: AnyParent, capfd: pytest.CaptureFixture[str]) -> None:
+    """Rounds, and how long it stood still, of one that ran meanwhile; nothing of that of another."""
+    for rounds in (0, 3):
+        vm = running(parent)
+        send(parent, keep=True)
+        message = SendDone(vmid=vm.vmid, sent_bytes=100, text="", rounds=rounds, still_ms=20)
+        parent.transfers.on_send_done(message, UNUSED)
+        said = capfd.readouterr().err
+        assert ("3 rounds, stood still for 20 ms" in said) == bool(rounds)
+        assert "sent vm 1, 100 bytes" in said
+
+
+def test_a_vm_in_doubt_is_for_the_room_of_migrations(parent: AnyParent, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To unpause it may be wrong, and is decided there; so whether it is forced is passed on."""
+    asked: list[tuple[Vm, int, bool]] = []
+    vm = running(parent, State.IN_DOUBT)
+    monkeypatch.setattr(
+        parent.transfers.migrations, "unpause", lambda vm, client, *, force: asked.append((vm, client, force))
+    )
+    for force in (False, True):
+        message = PauseRequest(vmid=vm.vmid, paused=False, force=force)
+        parent.transfers.serve_pause(message, ROOT, Envelope(message, CLIENT, 0, {}))
+    assert asked == [(vm, CLIENT, False), (vm, CLIENT, True)]
+    assert parent.vmm.sent == []
+
+
+def test_a_client_of_a_vm_that_is_gone_leaves(parent: AnyParent) -> None:
+    """There is nothing to cancel."""
+    parent.transfers.on_client_gone(4711)
+    assert parent.vmm.sent == []
