@@ -358,6 +358,7 @@ def test_a_host_without_name_servers_for_guests_is_warned_of(
     """At the start, and in the status for as long as it is so; not if vm.conf has some."""
     monkeypatch.setattr("vmd.parent.nameservers.resolvers", lambda _paths: ((), ()))
     monkeypatch.setattr("vmd.parent.nameservers.host_answers", lambda _host4: False)
+    monkeypatch.setattr("vmd.parent.network.time.time", lambda: 1000.5)
     vm, _ = launch(parent, VmConfig(name="a", nics=(NicConfig(), NicConfig(local=True), NicConfig(local=True))))
     made(parent)
     assert len(vm.notes) == 2
@@ -367,7 +368,7 @@ def test_a_host_without_name_servers_for_guests_is_warned_of(
     assert [(trouble.device, trouble.text) for trouble in wrong(parent, 1)] == [
         ("interface1", vm.notes[0]), ("interface2", vm.notes[1]),
     ]  # fmt: skip
-    assert all(trouble.since_s for trouble in wrong(parent, 1))
+    assert {trouble.since_s for trouble in wrong(parent, 1)} == {1000}
     parent.core.config = parent.core.config.replace(settings=Globals(local_dns=(bytes((9, 9, 9, 9)),)))
     serve(parent, vm, 2)
     assert wrong(parent, 2) == []
@@ -1247,3 +1248,33 @@ def test_a_host_without_tun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 
     with pytest.raises(OperatorError, match=r"tun: No such file or directory: load the kernel module tun$"):
         open_tuns(2)
+
+
+def test_a_host_without_tun_starts_nothing(
+    parent: FakeParent, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The request fails at once, and not when priv would be asked; a VM without interfaces does not need it."""
+    monkeypatch.setattr("vmd.parent.forpriv.TUN", str(tmp_path / "tun"))
+    before = len(os.listdir("/proc/self/fd"))
+
+    with pytest.raises(OperatorError, match="load the kernel module tun"):
+        launch(parent, VmConfig(name="a", nics=(NicConfig(),)))
+
+    assert (parent.network.launches, parent.peers[Proc.PRIV].sent) == ({}, [])
+    assert len(os.listdir("/proc/self/fd")) == before
+    launch(parent, VmConfig(name="b"))
+    assert started(parent).config.name == "b"
+
+
+def test_the_end_of_the_daemon_leaves_nothing(parent: FakeParent) -> None:
+    """What waited and what ran is closed, and nobody is told of an end of priv that follows."""
+    before = len(os.listdir("/proc/self/fd"))
+    launch(parent, VmConfig(name="a", nics=(NicConfig(),)))
+    made(parent)
+    _, failures = launch(parent, VmConfig(name="b", nics=(NicConfig(),)))
+
+    parent.network.close()
+    parent.network.on_priv_lost(for_good=True)
+
+    assert (parent.network.launches, parent.network.taps, failures) == ({}, {}, [])
+    assert len(os.listdir("/proc/self/fd")) <= before
