@@ -320,6 +320,28 @@ def test_what_an_argument_may_be(rule: str, argument: int, allowed: set[int]) ->
     assert passing == allowed
 
 
+def test_instructions_are_the_kernels() -> None:
+    """Each is made up of a class, an operation and a mode of <linux/bpf_common.h>."""
+    made_of = {
+        "LD_ABS": "BPF_LD | BPF_W | BPF_ABS", "JA": "BPF_JMP | BPF_JA", "JEQ": "BPF_JMP | BPF_JEQ | BPF_K",
+        "JGE": "BPF_JMP | BPF_JGE | BPF_K", "JSET": "BPF_JMP | BPF_JSET | BPF_K",
+        "ALU_AND": "BPF_ALU | BPF_AND | BPF_K", "RET": "BPF_RET | BPF_K",
+    }  # fmt: skip
+    source = "#include <linux/bpf_common.h>\n" + "".join(f"{name} = {of}\n" for name, of in made_of.items())
+    output = subprocess.run(["gcc", "-E", "-P", "-"], input=source, capture_output=True, text=True, check=True).stdout
+    theirs = dict(line.split(" = ") for line in output.splitlines() if " = " in line)
+
+    values = {name: sum(int(part, 0) for part in expression.split("|")) for name, expression in theirs.items()}
+    assert values == {name: getattr(seccomp, name) for name in made_of}
+
+
+def test_a_filter_for_no_process_lets_nobody_be_signalled() -> None:
+    """The number of the only one that may be is given when the filter is made."""
+    program = assemble({"tgkill"})
+
+    assert {verdict(program, NUMBERS["tgkill"], pid) for pid in (1, 2, 4711, 0xFFFFFFFF)} == {RET_KILL_PROCESS}
+
+
 class Kernel:
     """Takes filter programs; answers so."""
 
