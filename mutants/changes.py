@@ -23,6 +23,7 @@ COMPARISONS: dict[type[ast.cmpop], tuple[type[ast.cmpop], ...]] = {
 }
 LEAVES = (ast.Return, ast.Raise, ast.Continue, ast.Break)
 QUIET = ("log.debug",)  # for us only: no test asks what it says
+PLACE = ", place "  # in the line, from the second on that has the same change
 SHOWN = 160  # characters of a change
 
 
@@ -173,6 +174,8 @@ class _Finder(ast.NodeVisitor):
         assert node.end_lineno is not None
         assert node.end_col_offset is not None
         start = self.starts[node.lineno - 1] + node.col_offset
+        what = what if len(what) <= SHOWN else what[:SHOWN] + "..."
+        same = sum(each.line == node.lineno and each.what.partition(PLACE)[0] == what for each in self.changes)
         self.changes.append(
             Change(
                 module=self.module,
@@ -180,7 +183,7 @@ class _Finder(ast.NodeVisitor):
                 line=node.lineno,
                 last_line=node.end_lineno,
                 text=self.lines[node.lineno - 1].decode().strip(),
-                what=what if len(what) <= SHOWN else what[:SHOWN] + "...",
+                what=f"{what}{PLACE}{same + 1}" if same else what,
                 start=start,
                 end=self.starts[node.end_lineno - 1] + node.end_col_offset,
                 new=new,

@@ -1,5 +1,6 @@
 """The hot loops of vionet do what the slow walk does, on any ring; and a tap that takes nothing is waited for."""
 
+import errno
 import os
 import posix
 import random
@@ -901,6 +902,66 @@ def test_answers_of_our_own_that_wait_are_few(ends: Ends) -> None:
         worker.large = 3
         worker.forget()
         assert (len(worker.injected), len(worker.held), worker.large) == (0, 0, 0)
+        worker.begin()
+        close(worker)
+        release(queue)
+        del queue, worker
+
+
+@pytest.mark.parametrize("filtered", [False, True])
+@pytest.mark.parametrize(
+    ("number", "gone"),
+    [(errno.EBADFD, True), (errno.ENODEV, True), (errno.EIO, True), (errno.EINVAL, False), (errno.ENOMEM, False)],
+)
+def test_reads_that_fail(ends: Ends, monkeypatch: pytest.MonkeyPatch, number: int, gone: bool, filtered: bool) -> None:
+    """A tap that is gone or down is waited for no more; of any other error one frame was lost, and the next is read."""
+    failures: list[OSError] = []
+    read = os.readv
+    left = [number]
+
+    def fail_once(fd: int, views: Sequence[bytearray | memoryview]) -> int:
+        if left:
+            raise OSError(left[0], os.strerror(left.pop()))
+        return read(fd, views)
+
+    monkeypatch.setattr(posix, "readv", fail_once)
+    with GuestMemory.create(LAYOUT) as memory:
+        ring = Ring(memory, SIZE)
+        queue = queue_of(memory, ring)
+        worker = ends.receiver()
+        worker.failed = failures.append
+        worker.accepted = b"\xff" * 6 if filtered else b""
+        ring.add([Desc(DATA, 2048, WRITE)])
+        ends.host.send(bytes(12) + b"\xff" * 60)
+        assert not worker.serve(queue)
+
+        assert [error.errno for error in failures] == ([number] if gone else [])
+        assert (worker.link_up, worker.malformed) == (not gone, 0 if gone else 1)
+        assert ring.reap() == ([] if gone else [(0, 72)])
+        # Without buffers it would not be waited for either.
+        ring.add([Desc(DATA, 2048, WRITE)])
+        worker.serve(queue)
+        assert worker.tap_events == (0 if gone else select.EPOLLIN)
+        failures.clear()
+        worker.begin()
+        close(worker)
+        release(queue)
+        del queue, worker
+
+
+@pytest.mark.parametrize(("room", "fits"), [(72, True), (71, False)])
+def test_a_frame_of_ours_may_fill_its_buffer(ends: Ends, room: int, fits: bool) -> None:
+    """To the last byte; one for which the buffer is too small is dropped, and the buffer stays."""
+    with GuestMemory.create(LAYOUT) as memory:
+        ring = Ring(memory, SIZE)
+        queue = queue_of(memory, ring)
+        worker = ends.receiver()
+        ring.add([Desc(DATA, room, WRITE)])
+        worker.inject(b"\xff" * 60)
+        worker.serve(queue)
+
+        assert ring.reap() == ([(0, 72)] if fits else [])
+        assert (worker.packets, worker.no_room) == ((1, 0) if fits else (0, 1))
         worker.begin()
         close(worker)
         release(queue)

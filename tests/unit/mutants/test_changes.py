@@ -64,6 +64,15 @@ def test_name_survives_lines_that_move() -> None:
     assert [change.line for change in after] == [5, 5]
 
 
+def test_names_tell_places_of_a_line_apart() -> None:
+    """An entry is for one of them."""
+    changes = changes_of("vmd/it.py", b"x = 1, 1\ny = 1\n")
+
+    assert [(change.line, change.what) for change in changes if "-> 2" in change.what] == [
+        (1, "1 -> 2"), (1, "1 -> 2, place 2"), (2, "1 -> 2"),
+    ]  # fmt: skip
+
+
 def test_sample_is_stable() -> None:
     """The seed decides, and what else is in the module does not."""
     source = b"".join(b"x%d = a < b%d\n" % (number, number) for number in range(50))

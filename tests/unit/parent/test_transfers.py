@@ -782,7 +782,7 @@ def test_a_vm_that_could_not_be_received_is_forgotten(parent: AnyParent, monkeyp
     def no_room() -> None:
         raise HostError("open a pty for the console", errno.EMFILE)
 
-    monkeypatch.setattr(vmtable, "Pty", no_room)
+    monkeypatch.setattr(vms, "Pty", no_room)
     with pytest.raises(HostError, match="open a pty"):
         parent.transfers.serve_receive(ReceiveRequest(name="b"), ROOT, envelope())
 

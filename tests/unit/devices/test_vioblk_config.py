@@ -1,18 +1,22 @@
 """What a disk says of itself, and what it counts, without a process."""
 
 import errno
+import gc
 import os
 import struct
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from queue import SimpleQueue
 
 import pytest
 
 from tests.support.fakedriver import DATA, EVENT_IDX, LAYOUT, WRITE, Desc, Ring
 from tests.unit.devices.test_vioblk_ring import CONTENT, DISK, FLUSHES, HEADERS, SIZE, Held, MemoryDisk, Now, Services
 from vmd.devices.vioblk import device as vioblk
-from vmd.devices.vioblk.device import Vioblk
+from vmd.devices.vioblk.device import Vioblk, Workers
 from vmd.devices.vioblk.request import DISCARD_MAX_SECTORS, WRITE_ZEROES_MAX_SECTORS
 from vmd.guestmem import GuestMemory
+from vmd.images.hostfile import FlushFailed
 from vmd.ipc.devmsg import FIGURES
 from vmd.virtio import spec
 from vmd.virtio.queue import Queue
@@ -113,6 +117,7 @@ def drive() -> Iterator[Callable[..., Driven]]:
         yield make
         for each in made:
             each.close()
+        gc.collect()  # errors that were raised know where that was, and so the views of memory there
 
 
 def test_what_a_disk_counts(drive: Callable[..., Driven]) -> None:
@@ -224,3 +229,62 @@ def test_a_disk_that_has_grown_tells(monkeypatch: pytest.MonkeyPatch) -> None:
     disk.on_done()
     assert (told, disk.size) == ([full], DISK * 2)
     os.close(disk.workers.done)
+
+
+@pytest.mark.parametrize(
+    ("remark", "flushes", "lock", "reported"),
+    [
+        ("", "", "", ()),
+        ("left dirty", "", "", ("left dirty",)),
+        ("left dirty", "flush fails: full", "lost", ("lost", "flush fails: full", "left dirty")),
+    ],
+)
+def test_all_that_is_wrong_with_a_disk_is_reported(
+    monkeypatch: pytest.MonkeyPatch, remark: str, flushes: str, lock: str, reported: tuple[str, ...]
+) -> None:
+    """At each change, whole: what is left out is mended."""
+    disk = new()
+    told: list[tuple[str, ...]] = []
+    monkeypatch.setattr(disk.services, "report", lambda *troubles: told.append(troubles))
+    disk.image.remark, disk.flush_trouble = remark, flushes
+    disk.lock_reported = disk.lock_trouble = lock
+
+    disk.resize(DISK)
+    disk.on_done()
+
+    assert told == [reported]
+    os.close(disk.workers.done)
+
+
+def test_flushes_that_fail_are_told_once(
+    drive: Callable[..., Driven], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """And once more when they work again, or when what failed is worse."""
+    driven = drive(FLUSHES)
+    told: list[tuple[str, ...]] = []
+    monkeypatch.setattr(driven.services, "report", lambda *troubles: told.append(troubles))
+    failing = [True, True, False, False]
+
+    def flush() -> None:
+        if failing.pop(0):
+            raise FlushFailed(errno.ENOSPC, "no room")
+
+    monkeypatch.setattr(driven.image, "flush", flush)
+    answers = [driven.ask(spec.VIRTIO_BLK_T_FLUSH, 0) for _ in range(4)]
+
+    assert answers == [spec.VIRTIO_BLK_S_IOERR] * 2 + [spec.VIRTIO_BLK_S_OK] * 2
+    assert told == [("flush fails: no room",), ()]
+    said = capfd.readouterr().err
+    assert said.count("flush fails: disk: no room") == 1
+    assert said.count("flush works again") == 1
+    assert driven.figure("errors") == 2
+
+
+def test_threads_have_names() -> None:
+    """By which they are told apart in a list of processes."""
+    workers = Workers(1)
+    found: SimpleQueue[str] = SimpleQueue()
+
+    workers.submit(lambda: found.put(Path("/proc/thread-self/comm").read_text()))
+
+    assert found.get(timeout=60) == "io\n"
