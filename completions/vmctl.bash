@@ -1,10 +1,10 @@
-# Completion of vmctl(8) for bash: vmctl itself says what can come next.
+# Completion of vmctl(8) for bash.  vmctl itself prints the candidates.
 
 _vmctl() {
     local word line
     local -a words=() lines
     COMPREPLY=()
-    # bash takes `raw:disk` and `a=b` apart; here they are one word again.
+    # bash splits `raw:disk` and `a=b` into several words; join them again.
     for word in "${COMP_WORDS[@]:1:COMP_CWORD}"; do
         if [[ ${#words[@]} -gt 0 && ($word == [:=] || ${words[-1]} == *[:=]) ]]; then
             words[-1]+=$word

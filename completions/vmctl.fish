@@ -1,4 +1,4 @@
-# Completion of vmctl(8) for fish: vmctl itself says what can come next.
+# Completion of vmctl(8) for fish.  vmctl itself prints the candidates.
 
 function __vmctl_complete
     set -l words (commandline -opc)

@@ -1,8 +1,8 @@
 #!/usr/bin/python3 -I
 """The resource agent ocf:vmd:vm: a VM of vmd(8) as a resource of Pacemaker.
 
-Called by the cluster with the action as its argument and everything else in the environment (OCF resource agent API
-1.1).  All that it does it does through vmctl(8).  vmd-ocf(7) is its manual page.
+The cluster runs it with the action as its argument and everything else in the environment (OCF resource agent API
+1.1).  It uses vmctl(8) for everything.  vmd-ocf(7) is its manual page.
 """
 
 import errno
@@ -21,22 +21,22 @@ from typing import Any
 
 SUCCESS, GENERIC, ARGUMENTS, UNIMPLEMENTED, PERMISSION, INSTALLED, CONFIGURED, NOT_RUNNING = range(8)
 NO_DAEMON, NO_SUCH_VM = 3, 4  # exit statuses of vmctl
-BETWEEN_S = 0.5  # two looks at something that is waited for
-FORCE_S = 15.0  # of the time of a stop, for what the guest has not done itself
-SLACK_S = 2.0  # of the time of any action, to say how it went
-NAME = re.compile(r"(?!\d+$)[A-Za-z0-9][A-Za-z0-9._-]*")  # digits alone are a number of vmctl status
+BETWEEN_S = 0.5  # between two checks while we wait for something
+FORCE_S = 15.0  # the part of the timeout of a stop that is left for killing the VM
+SLACK_S = 2.0  # the part of the timeout of any action that is left for its report
+NAME = re.compile(r"(?!\d+$)[A-Za-z0-9][A-Za-z0-9._-]*")  # digits alone would be an id
 SERVES = {"running", "paused", "starting", "waiting", "stopping", "sending", "receiving", "saving"}
-VMCTL = "vmctl"  # where it is installed, in an agent that is installed
+VMCTL = "vmctl"  # an installation writes its path here
 
-PARAMETERS = (  # name, whether it tells resources apart, type, default, first line, and the rest
-    ("name", 1, "string", "", "Name of the VM", "A VM of vm.conf(5).  By default it has the name of the resource."),
+PARAMETERS = (  # name, whether it is unique for each resource, type, default, short and long description
+    ("name", 1, "string", "", "Name of the VM", "A VM of vm.conf(5).  The default is the name of the resource."),
     (
         "socket", 0, "string", "/run/vmd.sock", "Control socket",
         "The socket of the daemon, the same at all nodes.",
     ),
     (
         "shell", 0, "string", "ssh", "Remote shell",
-        "The command by which a migration runs vmctl at the other node, as of vmctl migrate -e.",
+        "The command by which a migration runs vmctl at the other node, as vmctl migrate -e.",
     ),
     (
         "host_suffix", 0, "string", "", "Suffix of host names",
@@ -44,18 +44,18 @@ PARAMETERS = (  # name, whether it tells resources apart, type, default, first l
     ),
     (
         "trust_disks", 0, "boolean", "false", "Disks of both nodes are the same",
-        "Migrate although the storage does not carry locks from one node to the other, as of vmctl migrate -f.",
+        "Migrate although the storage does not carry locks from one node to the other, as vmctl migrate -f.",
     ),
     ("vmctl", 0, "string", VMCTL, "Program vmctl", "Its path, or its name if it is found in PATH."),
 )  # fmt: skip
-ACTIONS = (  # with what the cluster should give them at least, in seconds
+ACTIONS = (  # name, recommended minimum of the timeout in seconds, further attributes
     ("start", 90, ""), ("stop", 180, ""), ("monitor", 30, ' interval="10s" depth="0"'), ("migrate_to", 300, ""),
     ("migrate_from", 60, ""), ("validate-all", 20, ""), ("meta-data", 5, ""),
 )  # fmt: skip
 
 
 class Failed(Exception):
-    """The action has failed: an exit status, and a sentence for the cluster to show."""
+    """The action has failed: an exit status, and a sentence that the cluster shows."""
 
     def __init__(self, status: int, why: str) -> None:
         super().__init__(why)
@@ -64,7 +64,7 @@ class Failed(Exception):
 
 
 class Vm:
-    """The VM that this resource is."""
+    """The VM of this resource."""
 
     def __init__(self, environment: dict[str, str]) -> None:
         given = {name: environment.get(f"OCF_RESKEY_{name}") or default for name, _, _, default, _, _ in PARAMETERS}
@@ -86,7 +86,7 @@ class Vm:
     def call(self, *arguments: str, timeout_s: float | None = None) -> tuple[int, dict[str, Any]]:
         """Return the exit status of a command of vmctl, and its document.  Raises Failed if it cannot be run.
 
-        -1 and what a failed command prints: it has taken too long.
+        After a timeout the status is -1, and the document has an error.
         """
         left_s = max(self.deadline_s - time.monotonic(), SLACK_S)
         command = [self.vmctl, "-s", self.socket, arguments[0], "--json", *arguments[1:]]
@@ -110,10 +110,9 @@ class Vm:
         return ran.returncode, document
 
     def look(self) -> dict[str, Any] | None:
-        """Return the VM's row of `vmctl status`; None if it does not run because there is no daemon, or no such VM.
+        """Return the VM's row of `vmctl status`; None without such a VM, or without a daemon or guests of an earlier one.
 
-        A daemon that is about to be started again is waited for, as long as guests of the last one run.
-        Raises Failed.
+        While guests of an earlier daemon run, wait for the next daemon.  Raises Failed.
         """
         while True:
             status, document = self.call("status", self.name)
@@ -145,19 +144,19 @@ class Vm:
     # --- actions -----------------------------------------------------------------------------------------------
 
     def monitor(self) -> int:
-        """Return whether the VM runs.  Raises Failed if it does, but not as it should."""
+        """Return whether the VM runs.  Raises Failed if it runs, but has a problem."""
         row = self.look()
         if row is None or row["state"] == "stopped":
             if not self.probed:
                 say(f"vm {self.name} does not run{reason(row)}")
             return NOT_RUNNING
-        # A VM that an operator has paused has no text.  One that was paused for a disk has.
+        # A VM that an operator has paused has no text.  A VM that was paused because of a disk has one.
         if row["state"] not in SERVES or (row["state"] == "paused" and row["text"]):
             raise Failed(GENERIC, f"vm {self.name} is {row['state']}{reason(row)}")
         return SUCCESS
 
     def start(self) -> int:
-        """Start it.  A disk that is in use is waited for: storage may let go of the locks of a lost node late."""
+        """Start the VM.  Wait while a disk is in use: storage may keep the locks of a lost node for some time."""
         self.validate()
         while True:
             row = self.look()
@@ -177,7 +176,7 @@ class Vm:
             time.sleep(BETWEEN_S)
 
     def stop(self) -> int:
-        """Have the guest shut down; one that does not in time, or cannot be asked, is ended."""
+        """Ask the guest to shut down.  Kill the VM if that takes too long, or if the guest cannot be asked."""
         row = self.look()
         if row is None or row["state"] == "stopped":
             return SUCCESS
@@ -194,12 +193,12 @@ class Vm:
         return SUCCESS
 
     def is_down(self) -> bool:
-        """Return whether it does not run."""
+        """Return whether the VM does not run."""
         row = self.look()
         return row is None or row["state"] == "stopped"
 
     def migrate_to(self) -> int:
-        """Have it go on at another node.  If that fails it goes on here, or is in doubt, which the cluster resolves."""
+        """Move the VM to another node.  On failure it continues here, or is in doubt, which the cluster resolves."""
         if not self.target:
             raise Failed(ARGUMENTS, "the cluster has not said where the vm is to go")
         options = ["-e", self.shell, *(["-f"] if self.trusts else [])]
@@ -209,7 +208,7 @@ class Vm:
         return SUCCESS
 
     def migrate_from(self) -> int:
-        """Find it here, where it has come to."""
+        """Wait until the VM has arrived here."""
         self.wait({"running", "paused"}, unless={"stopped", "in doubt"})
         return self.monitor()
 
@@ -232,7 +231,7 @@ class Vm:
 
 
 def guests_live(socket: str) -> bool:
-    """Return whether guests of a daemon that has ended run on: they hold a lock, on a file that its socket names."""
+    """Return whether guests of an ended daemon still run.  They lock a file whose name is derived from its socket."""
     digest = hashlib.sha256(os.fsencode(os.path.abspath(socket))).hexdigest()
     try:
         fd = os.open(f"/run/vmd/guests-{digest[:16]}", os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -250,17 +249,17 @@ def guests_live(socket: str) -> bool:
 
 
 def reason(row: dict[str, Any] | None) -> str:
-    """Return why a VM is as it is, to be appended to a sentence; "" if nobody says."""
+    """Return the reason for the state of a VM, to be appended to a sentence; "" if there is none."""
     return f": {row['text']}" if row and row.get("text") else ""
 
 
 def say(why: str) -> None:
-    """Have the cluster show why."""
+    """Give the cluster a reason to show."""
     print(f"ocf-exit-reason:{why}", file=sys.stderr)
 
 
 def meta_data() -> str:
-    """Return what the agent is, for the cluster."""
+    """Return the description of the agent for the cluster."""
 
     def line(name: str, unique: int, kind: str, default: str, short: str, long: str) -> str:
         return f"""<parameter name="{name}" unique="{unique}">
@@ -299,7 +298,7 @@ ACTS: dict[str, Callable[[Vm], int]] = {
 
 
 def main(arguments: list[str]) -> int:
-    """Do what the cluster wants; returns what it is to know."""
+    """Run the action; return the exit status for the cluster."""
     action = arguments[0] if arguments else ""
     if action == "meta-data":
         print(meta_data())

@@ -142,7 +142,7 @@ def test_version_that_cannot_take_over(box: Box, tmp_path: Path) -> None:
     said = done.stdout + done.stderr
     assert done.returncode == 0, said
     assert "vmctl: the version that is installed now cannot take over:\nvmctl: this version cannot read it\n" in said
-    assert "vmd: the daemon was not restarted, for its guests would end: it goes on with the version" in said
+    assert "vmd: the daemon was not restarted, because its guests would end: the earlier version still runs" in said
     assert box.properties("vmd.service")["MainPID"] == main
     assert version(box) == BROKEN
     assert serving(box) == [f"vmd {VERSION}"]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 DOCUMENTATION = """
 name: vmd
-short_description: VMs of hosts that run vmd, as hosts
+short_description: VMs of vmd as hosts of the inventory
 description:
-  - Asks C(vmctl status --json) of each host.
+  - Runs C(vmctl status --json) on each host.
   - Each VM is in the group C(vmd), in C(vmd_STATE), such as C(vmd_running), and in C(vmd_on_HOST).
-  - Its variable C(vmd) is its row, see vmctl.schema.json, and C(vmd_host) the host.  C(ansible_host) is the address of
-    its first C(local interface), if there is one.
-  - A VM that several hosts have, as those of a cluster do, is that of the host on which it runs.
+  - The variable C(vmd) of a VM is its row, see vmctl.schema.json, and C(vmd_host) is its host.  C(ansible_host) is the
+    address of its first C(local interface), if there is one.
+  - A VM that several hosts have, for example the hosts of a cluster, belongs to the host on which it runs.
 options:
   plugin:
     description: V(vmd.vmd.vmd)
@@ -18,7 +18,7 @@ options:
     required: true
     choices: [vmd.vmd.vmd]
   hosts:
-    description: Whom to ask; V(localhost) is asked without a shell.
+    description: The hosts to ask; for V(localhost) no shell is used.
     type: list
     elements: str
     default: [localhost]
@@ -47,12 +47,12 @@ COMMAND = ["vmctl", "status", "--json"]
 
 
 class InventoryModule(BaseInventoryPlugin):  # type: ignore[misc]
-    """What Ansible looks for."""
+    """The plugin class that Ansible loads."""
 
     NAME = "vmd.vmd.vmd"
 
     def verify_file(self, path: str) -> bool:
-        """Return whether a file can be for us."""
+        """Return whether the name of a file is one for this plugin."""
         return bool(super().verify_file(path)) and path.endswith(("vmd.yml", "vmd.yaml"))
 
     def parse(self, inventory: Any, loader: Any, path: str, cache: bool = True) -> None:
@@ -92,5 +92,5 @@ def ask(host: str, shell: list[str]) -> list[dict[str, Any]]:
 
 
 def word(text: str) -> str:
-    """Return a text as a part of the name of a group."""
+    """Return a text in a form that the name of a group may have."""
     return re.sub(r"\W", "_", text)

@@ -1,4 +1,4 @@
-"""vmctl of a host, for the modules of this collection: a command, and the JSON document that it prints."""
+"""vmctl on a host, for the modules of this collection: run a command, and return its JSON document."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ COMMON = {
 
 
 class VmctlError(Exception):
-    """A command has failed: what it has said, and its exit status."""
+    """A command has failed: its message, and its exit status."""
 
     def __init__(self, text: str, status: int) -> None:
         super().__init__(text)

@@ -5,14 +5,14 @@ from __future__ import annotations
 
 DOCUMENTATION = """
 module: vmd_config
-short_description: Write vm.conf of a host, and have vmd read it
+short_description: Write vm.conf of a host, and let vmd read it
 description:
-  - A file with a mistake is refused by C(vmd -n), line by line, and changes nothing.
-  - A daemon that runs reads the file again if that has changed.  VMs that run are not touched by that; new ones start,
-    but for those that are C(disable)d.
+  - C(vmd -n) checks the file first.  It reports each mistake with its line, and a file with a mistake changes nothing.
+  - A running daemon reads the file again if it has changed.  Running VMs stay unchanged, except for their limits.  VMs
+    that do not run are started, unless they are C(disable)d.
 options:
   content:
-    description: What the file is to have, whole; see vm.conf(5).
+    description: The whole content of the file; see vm.conf(5).
     type: str
     required: true
   path:
@@ -20,11 +20,11 @@ options:
     type: path
     default: /etc/vm.conf
   reload:
-    description: Have the daemon read it.
+    description: Let the daemon read the file.
     type: bool
     default: true
   backup:
-    description: Keep a copy of the file as it was.
+    description: Keep a copy of the former file.
     type: bool
     default: false
   vmd:
@@ -54,11 +54,11 @@ EXAMPLES = """
 
 RETURN = """
 notes:
-  description: What vmd warns of.
+  description: The warnings of vmd.
   returned: success
   type: list
 backup_file:
-  description: The copy of the file as it was.
+  description: The copy of the former file.
   returned: if there is one
   type: str
 """
@@ -94,7 +94,7 @@ def main() -> None:
         before = ""
     except OSError as error:
         module.fail_json(msg=f"{path}: {error.strerror}")
-    # Beside the file that it becomes: what it includes is named from there.
+    # The draft is in the directory of the final file, because relative names of included files start there.
     fd, draft = tempfile.mkstemp(dir=os.path.dirname(path), prefix=".vm.conf-")
     module.add_cleanup_file(draft)
     with open(fd, "w", encoding="utf-8", errors="surrogateescape") as file:
@@ -116,7 +116,7 @@ def main() -> None:
 
 
 def reload(module: AnsibleModule, result: dict[str, object]) -> None:
-    """Have the daemon read the file, if there is one."""
+    """Let the daemon read the file, if there is a daemon."""
     try:
         Vmctl(module).call("reload")
     except VmctlError as error:

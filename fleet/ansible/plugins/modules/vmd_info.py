@@ -5,15 +5,15 @@ from __future__ import annotations
 
 DOCUMENTATION = """
 module: vmd_info
-short_description: Say which VMs a host has
+short_description: Return the VMs of a host
 description:
-  - Returns what C(vmctl status --json) and C(vmctl version --json) print; vmctl.schema.json describes it.
+  - Returns the output of C(vmctl status --json) and C(vmctl version --json), which vmctl.schema.json describes.
 options:
   name:
-    description: Of this VM only.
+    description: Only this VM.
     type: str
   details:
-    description: With counters of interfaces, and what is wrong with devices.
+    description: Add figures, counters of interfaces, and problems of devices.
     type: bool
     default: false
   vmctl:
@@ -37,7 +37,7 @@ EXAMPLES = """
 
 RETURN = """
 vms:
-  description: A dict for each VM; empty if there is none of that name.
+  description: A dict for each VM; empty if there is no VM of that name.
   returned: success
   type: list
 version:

@@ -8,21 +8,22 @@ module: vmd_vm
 short_description: Start, stop or pause a VM of vmd
 description:
   - The VM has to be one of vm.conf(5), see M(vmd.vmd.vmd_config).
-  - A VM that a cluster manages is not for this module.
+  - Do not use this module for a VM that a cluster manages.
 options:
   name:
-    description: Its name.
+    description: The name of the VM.
     type: str
     required: true
   state:
     description:
-      - V(running) starts it, or lets it go on; V(stopped) asks its guest to shut down and waits until it has, at most
-        two minutes, after which vmd kills it; V(paused) has one that runs stand still, and starts no other.
+      - V(running) starts the VM, or unpauses it.
+      - V(stopped) asks its guest to shut down, and waits for that.  After two minutes vmd kills the VM.
+      - V(paused) pauses a running VM, and fails for a VM that does not run.
     type: str
     choices: [running, stopped, paused]
     default: running
   force:
-    description: Stop it without asking the guest.
+    description: Stop the VM without asking its guest.
     type: bool
     default: false
   vmctl:
@@ -47,7 +48,7 @@ EXAMPLES = """
 
 RETURN = """
 vm:
-  description: The VM as vmctl status --json shows it, in the end.
+  description: The row of the VM in vmctl status --json, after the change.
   returned: success
   type: dict
 """
@@ -55,7 +56,7 @@ vm:
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.vmd.vmd.plugins.module_utils.vmctl import COMMON, Vmctl, VmctlError
 
-# What has a VM come into a state, by the state that it is in; None: it is in it.
+# For each wanted state: the command for a VM, by its present state.  None: nothing to do.
 STEPS: dict[str, dict[str, list[str] | None]] = {
     "running": {"running": None, "starting": None, "waiting": None, "paused": ["unpause"], "stopped": ["start"]},
     "stopped": {"stopped": None, "running": ["stop", "-w"], "paused": ["stop", "-w"], "waiting": ["stop", "-w"],
