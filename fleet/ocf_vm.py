@@ -110,7 +110,7 @@ class Vm:
         return ran.returncode, document
 
     def look(self) -> dict[str, Any] | None:
-        """Return the VM's row of `vmctl status`; None without such a VM, or without a daemon or guests of an earlier one.
+        """Return the VM's row of `vmctl status`; None if there is no such VM, or no daemon and no guests.
 
         While guests of an earlier daemon run, wait for the next daemon.  Raises Failed.
         """
