@@ -26,7 +26,6 @@ from vmd.virtio.queue import FEATURES, Queue
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections import deque
     from collections.abc import Callable
     from struct import Struct
     from typing import Any, Protocol
@@ -82,8 +81,6 @@ if TYPE_CHECKING:
 
         def resume(self) -> None:
             """Let the threads go on, and look at every queue.  Called after `activate` and after a pause."""
-else:
-    from _collections import deque
 
 PEER = "vm process"  # the peer that errors about the channels name
 MEMORY_BESIDES_BYTES = 512 << 20  # limit besides the mapped guest memory; stacks of 16 threads are 128 MiB of it
@@ -493,7 +490,7 @@ class ThreadedProcess(Process):
 
     def __init__(self, sync: _socket.socket, informs: _socket.socket, host: Host, kind: str) -> None:
         super().__init__(sync, informs, host, kind)
-        self.posts: deque[Callable[[], None]] = deque()  # threads append, and the main thread takes
+        self.posts: list[Callable[[], None]] = []  # threads append; the main thread takes the first
         self.posted = eventfd()
         self.watch(self.posted, self.on_posted)
 
@@ -517,7 +514,7 @@ class ThreadedProcess(Process):
         except BlockingIOError:
             return
         while self.posts:
-            self.posts.popleft()()
+            self.posts.pop(0)()
 
     def broke(self, text: str) -> None:
         """Called by a thread: the driver broke its ring, and the thread has stopped serving."""

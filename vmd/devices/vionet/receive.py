@@ -21,14 +21,11 @@ from vmd.virtio import spec
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections import deque
     from collections.abc import Callable
 
     from vmd.devices.vionet.tap import Tap
     from vmd.devices.vionet.worker import Services
     from vmd.virtio.queue import Queue
-else:
-    from _collections import deque
 
 NUMBER = 0  # the queue's number
 ALONE = 128, 1 << 20  # the most frames, and about the most bytes, of one turn
@@ -78,7 +75,7 @@ class Receiver(Worker):
         self.large = 0  # number of reads, from now on, that are offered room for the largest frame
         self.held = bytearray()  # a frame, with its header, that waits for buffers
         self.held_until_s = 0.0
-        self.injected: deque[bytes] = deque()
+        self.injected: list[bytes] = []
         self.injection = eventfd()
         self.bells.append(self.injection)
         self.others: tuple[int, ...] = ()  # the rarely changing figures, as they were stored last
@@ -120,7 +117,7 @@ class Receiver(Worker):
         """Remove and return the frames of this process that wait in `injected`."""
         found = []
         while self.injected:
-            found.append(self.injected.popleft())
+            found.append(self.injected.pop(0))
         return found
 
     # --- on any thread -------------------------------------------------------------------------------------------
@@ -186,7 +183,7 @@ class Receiver(Worker):
         while self.injected:
             if not self._stock(queue, STOCK):
                 return Ended.NO_BUFFERS
-            if not self._place(queue, bytearray(self.header) + self.injected.popleft()):
+            if not self._place(queue, bytearray(self.header) + self.injected.pop(0)):
                 return Ended.NO_BUFFERS
         if not self.link_up:
             return Ended.NO_FRAMES
