@@ -92,8 +92,8 @@ def test_a_disk_without_a_boot_sector(tmp_path: Path) -> None:
         refused = vmd.vmctl("start", "web")
         assert refused.returncode == 1
         assert (
-            f"nothing to boot from: no boot sector on disk {disk}: MBR; partition p1: there is no file system that is"
-            ' known; partition p2: ext4; boot "disk0p2:/boot/vmlinuz" initrd "disk0p2:/boot/initrd.img" may help'
+            f"nothing to boot from: no boot sector on disk {disk}: MBR; partition p1: has no known file system"
+            '; partition p2: ext4; boot "disk0p2:/boot/vmlinuz" initrd "disk0p2:/boot/initrd.img" may help'
         ) in refused.stderr
         refused = vmd.vmctl("start", "new")
         empty = "it is empty: start its VM once from a CD (-r) or a kernel (-b) that installs a system"

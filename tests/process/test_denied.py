@@ -99,7 +99,7 @@ def test_vmctl_says_so(mounted: tuple[Path, int], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("number", "kind", "words"),
     [
-        (errno.EACCES, denied.NFS, "Permission denied: root may not use it: it is on NFS, whose server may take root"),
+        (errno.EACCES, denied.NFS, "Permission denied: root may not use it: it is on NFS, whose server may treat root"),
         (errno.EPERM, denied.NFS, "Operation not permitted: root may not use it: it is on NFS"),
         (errno.EOVERFLOW, denied.FUSE, f"Value too large for defined data type: root may not use it: {FUSE_WORDS}"),
         (errno.EOVERFLOW, 0xEF53, "Value too large for defined data type: its owner is not known in this user namesp"),

@@ -150,7 +150,7 @@ def test_what_cannot_be_had(imgboot: Reader, disk: Path, tmp_path: Path) -> None
     few = f"has {len(KERNEL)} bytes, and {MIB} are the most for this vm"
     said = imgboot.refusal(raw, DiskFile(disk=0, path="/vmlinuz"), MIB)
     assert said == f"disk0:/vmlinuz: disk IMAGE: partition p2: /vmlinuz: {few}"
-    assert "the whole disk: there is no file system" in imgboot.refusal(
+    assert "the whole disk: has no known file system" in imgboot.refusal(
         DiskConfig(path=str(empty), format="raw"), DiskFile(disk=0)
     )
     assert imgboot.read(raw, DiskFile(disk=0, path="/etc/hostname"))[1] == b"web\n"  # it goes on

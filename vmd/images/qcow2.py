@@ -538,7 +538,7 @@ class Qcow2Image:
         self.stable.check()
 
     def _touch(self) -> None:
-        """Clear the autoclear feature bits before the first write.  Raises OSError."""
+        """Clear the autoclear feature bits, except GOING_BACK, before the first write.  Raises OSError."""
         with self.allocating:
             if self.untouched and self.header.version > 2 and self.header.autoclear:
                 write_bytes(self.fd, (self.header.autoclear & GOING_BACK).to_bytes(8, "big"), AT_AUTOCLEAR)

@@ -208,7 +208,7 @@ class ImgWriter(Process):
                 raise OperatorError(errno.EINVAL, f"snapshot {tag} {what}")
         for image in self.images:
             if image.header.autoclear & GOING_BACK and action is not SnapshotAction.GO_BACK:
-                what = "was going back to a snapshot with other disks when that was cut off: do that again with -r"
+                what = "going back to a snapshot with other disks was interrupted: repeat it with -r"
                 raise ImageError(image.path, what)
         for image, there in zip(self.images, has, strict=True):
             if action is SnapshotAction.DELETE and not there:
