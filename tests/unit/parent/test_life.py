@@ -1,0 +1,494 @@
+"""Starts and ends of VMs: what a start asks for, what each end releases, and who is answered."""
+
+import errno
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import pytest
+
+from vmd.config.model import Config, DiskConfig, Globals, NicConfig, Owner, VmConfig
+from vmd.errors import VMD_VM_STOP_INVALID, HostError, OperatorError, PeerError, VmdError
+from vmd.ipc.fence import OUR_FAULT
+from vmd.ipc.imsg import Envelope
+from vmd.ipc.loop import Timer
+from vmd.ipc.messages.clients import (
+    Caller,
+    Failed,
+    ResizeRequest,
+    StartRequest,
+    StopAccepted,
+    StopRequest,
+    VmStarted,
+    VmTerminated,
+    WaitRequest,
+)
+from vmd.ipc.messages.priv import NicsFailed
+from vmd.ipc.messages.vm import Outcome, PauseDone, StartVm, StopMode, StopVm, VmFailed, VmRunning
+from vmd.ipc.messages.vmm import VmExited, VmSlot
+from vmd.ipc.routes import Proc
+from vmd.parent import service
+from vmd.parent.clients import For
+from vmd.parent.consoles import Consoles
+from vmd.parent.core import Core
+from vmd.parent.endings import FAILED, KILLED, POWERED_OFF
+from vmd.parent.life import STOP_GRACE_S, Life
+from vmd.parent.opening import Opened
+from vmd.parent.vm import State, Vm
+from vmd.record import Record
+
+ROOT, OTHER = Caller(uid=0, gid=0, pid=1), Caller(uid=2000, gid=200, pid=2)
+CLIENT, SECOND = 7, 8
+UNUSED = cast("Any", None)
+
+
+class Peer:
+    """Notes what is sent, but for slots, and closes what goes along."""
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[int, Record]] = []
+
+    def send(self, message: Record, *, peerid: int, fds: dict[str, list[int]]) -> None:
+        """Note a message."""
+        if not isinstance(message, VmSlot):
+            self.sent.append((peerid, message))
+        for fd in [one for each in fds.values() for one in each]:
+            os.close(fd)
+
+    def take(self) -> list[tuple[int, Record]]:
+        """Return what was sent since the last call, and to whom."""
+        sent, self.sent = self.sent, []
+        return sent
+
+
+class Openings:
+    """Files that are opened when the test wants it."""
+
+    def __init__(self) -> None:
+        self.asked: dict[int, tuple[Callable[[Opened], None], Callable[[VmdError], None]]] = {}  # by vmid
+        self.boots: list[bool] = []
+
+    def require_answers(self, _user: int) -> None:
+        """Find that no opener hangs."""
+
+    def open(
+        self, vm: Vm, _config: VmConfig, _user: int, on_opened: Callable[[Opened], None],
+        on_failed: Callable[[VmdError], None], *, boots: bool, **_more: object,
+    ) -> None:  # fmt: skip
+        """Take a job."""
+        self.asked[vm.vmid] = on_opened, on_failed
+        self.boots.append(boots)
+
+    def give_up(self, vm: Vm) -> bool:
+        """Forget the job of a VM."""
+        return self.asked.pop(vm.vmid, None) is not None
+
+
+class Network:
+    """Interfaces that can be had at once, unless there is `trouble`; with `slow` only later."""
+
+    def __init__(self, core: Core) -> None:
+        self.core = core
+        self.trouble: VmdError | None = None
+        self.slow = False
+        self.waiting: dict[int, Callable[[int, str], None]] = {}
+        self.released: list[int] = []
+
+    def notes(self, config: VmConfig) -> list[str]:
+        """Return a note for each interface."""
+        return [f"note {index}" for index in range(len(config.nics))]
+
+    def launch(self, vm: Vm, message: Record, fds: dict[str, list[int]], on_failed: Callable[[int, str], None]) -> None:
+        """Give a VM to vmm, or keep it."""
+        if self.trouble is not None or self.slow:
+            for fd in [one for each in fds.values() for one in each]:
+                os.close(fd)
+        if self.trouble is not None:
+            raise self.trouble
+        if self.slow:
+            self.waiting[vm.vmid] = on_failed
+        else:
+            self.core.peers.send(Proc.VMM, message, fds=fds)
+
+    def give_up(self, vm: Vm) -> bool:
+        """Forget a VM that waits."""
+        return self.waiting.pop(vm.vmid, None) is not None
+
+    def release(self, vmid: int) -> None:
+        """Note it."""
+        self.released.append(vmid)
+
+
+class Rig:
+    """The room, and what it asks others for."""
+
+    def __init__(self) -> None:
+        self.timers: list[tuple[float, Timer]] = []
+        self.stopped = False
+        self.core = Core(cast("Any", self), Config())
+        self.core.serving = True
+        self.vmm, self.control = Peer(), Peer()
+        self.core.peers.channels = cast("Any", {Proc.VMM: self.vmm, Proc.CONTROL: self.control})
+        self.openings, self.network = Openings(), Network(self.core)
+        self.devices: list[int] = []
+        self.consoles = Consoles(self.core)
+        self.life = Life(
+            self.core, self.consoles, cast("Any", self.openings), cast("Any", self.network), cast("Any", self)
+        )
+
+    def answer_devices(self, vmid: int) -> None:
+        """Be the room of status."""
+        self.devices.append(vmid)
+
+    def call_later(self, delay_s: float, callback: Callable[[], None], _source: object = None) -> Timer:
+        """Be the loop."""
+        timer = Timer(delay_s, callback)
+        self.timers.append((delay_s, timer))
+        return timer
+
+    def stop(self) -> None:
+        """Be the loop."""
+        self.stopped = True
+
+    def fire(self, delay_s: float) -> None:
+        """Run the timers of this delay."""
+        due = [timer for each, timer in self.timers if each == delay_s]
+        self.timers = [each for each in self.timers if each[0] != delay_s]
+        for timer in due:
+            callback, timer.callback = timer.callback, None
+            if callback is not None:
+                callback()
+
+    def add(self, name: str = "a", **fields: Any) -> Vm:  # noqa: ANN401 - of a VmConfig
+        """Return a VM of vm.conf."""
+        config = VmConfig(name=name, owner=Owner(uid=os.getuid()), disks=(DiskConfig(path="/d"),)).replace(**fields)
+        return self.core.vms.add(config, from_config=True)
+
+    def ask(self, vm: Vm, client: int = CLIENT, caller: Caller = ROOT) -> None:
+        """Let a client start a VM."""
+        message = StartRequest(name=vm.name)
+        self.life.serve_start(message, caller, Envelope(message, client, 0, {}))
+
+    def opened(self, vm: Vm, **found: object) -> None:
+        """Let the files of a VM be open."""
+        opened = Opened()
+        for name, value in found.items():
+            setattr(opened, name, value)
+        self.openings.asked.pop(vm.vmid)[0](opened)
+
+    def running(self, vm: Vm) -> None:
+        """Let a VM that was asked for run."""
+        self.opened(vm)
+        self.life.on_running(VmRunning(vmid=vm.vmid), Envelope(VmRunning(vmid=vm.vmid), 0, 0, {}))
+
+    def run(self, vm: Vm) -> Vm:
+        """Let a VM run."""
+        self.ask(vm)
+        self.running(vm)
+        self.control.take()
+        self.vmm.take()
+        return vm
+
+    def exited(self, vm: Vm, outcome: Outcome = Outcome.POWER_OFF, text: str = "") -> None:
+        """Let the process of a VM end."""
+        self.life.on_exited(VmExited(vmid=vm.vmid, pid=1, outcome=outcome, text=text), UNUSED)
+
+    def stop_vm(self, vm: Vm, client: int = CLIENT, *, force: bool = False, wait: bool = False) -> None:
+        """Let a client stop a VM."""
+        message = StopRequest(name=vm.name, force=force, wait=wait)
+        self.life.serve_stop(message, ROOT, Envelope(message, client, 0, {}))
+
+
+@pytest.fixture
+def rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
+    """Give the room."""
+    monkeypatch.setattr(service, "notify", lambda *_: True)
+    rig = Rig()
+    yield rig
+    rig.consoles.close()
+    for leaving in rig.consoles.leaving:
+        leaving._pty.close()
+    for vm in rig.core.vms:
+        vm.drop_files()
+
+
+def stop_of(vm: Vm, mode: StopMode) -> tuple[int, Record]:
+    """Return what vmm is told to stop a VM."""
+    return 0, StopVm(vmid=vm.vmid, mode=mode)
+
+
+# --- starts ---------------------------------------------------------------------------------------------------
+
+
+def test_a_start_from_the_request_to_the_answer(rig: Rig) -> None:
+    """Files first, then interfaces and vmm; the client is answered when the guest executes, with all notes."""
+    vm = rig.add(nics=(NicConfig(),))
+    rig.ask(vm)
+    assert (vm.state, rig.vmm.take(), rig.control.take()) == (State.STARTING, [], [])
+    rig.opened(vm, notes=("odd length",), boot_name="bsd")
+    ((_, start),) = rig.vmm.take()
+    assert isinstance(start, StartVm)
+    assert (start.vmid, start.config, start.boot_name) == (vm.vmid, vm.config, "bsd")
+    rig.life.on_running(VmRunning(vmid=vm.vmid), Envelope(VmRunning(vmid=vm.vmid), 0, 0, {}))
+
+    assert vm.pty is not None
+    started = VmStarted(vmid=vm.vmid, name="a", pid=0, tty=vm.pty.path, notes=("odd length", "note 0"))
+    assert rig.control.take() == [(CLIENT, started)]
+    assert vm.state is State.RUNNING
+
+
+def test_a_start_is_for_the_owner(rig: Rig) -> None:
+    """And for nobody when the daemon ends, or the VM runs already."""
+    vm = rig.add()
+    with pytest.raises(OperatorError) as refused:
+        rig.ask(vm, caller=OTHER)
+    assert refused.value.number == errno.EPERM
+    rig.ask(vm)
+    with pytest.raises(OperatorError):
+        rig.ask(vm, SECOND)
+    rig.core.ending = True
+    with pytest.raises(OperatorError, match="vmd is stopping"):
+        rig.ask(rig.add("b"))
+    assert [*rig.openings.asked] == [vm.vmid]
+
+
+def test_files_that_cannot_be_opened_end_the_start(rig: Rig, capfd: pytest.CaptureFixture[str]) -> None:
+    """The client has the sentence and the errno, whoever waits for the end has it too; the next start is possible."""
+    vm = rig.add()
+    rig.ask(vm)
+    rig.life.serve_wait(WaitRequest(name="a"), ROOT, Envelope(WaitRequest(name="a"), SECOND, 0, {}))
+    rig.openings.asked.pop(vm.vmid)[1](OperatorError(errno.ENOENT, "vm a: disk /d: not there"))
+
+    assert rig.control.take() == [
+        (SECOND, VmTerminated(vmid=vm.vmid, name="a", text="disk /d: not there", how=FAILED)),
+        (CLIENT, Failed(code=errno.ENOENT, text="vm a: disk /d: not there")),
+    ]
+    assert (vm.state, vm.pty, rig.network.released) == (State.STOPPED, None, [vm.vmid])
+    assert capfd.readouterr().err.count("disk /d: not there") == 1
+    rig.ask(vm)
+
+
+def test_interfaces_that_cannot_be_had_end_the_start(rig: Rig) -> None:
+    """At once, or later; a VM of vm.conf stays known."""
+    vm = rig.add()
+    rig.network.trouble = HostError("open /dev/net/tun", errno.EACCES)
+    rig.ask(vm)
+    rig.opened(vm, couriers=[os.open(os.devnull, os.O_RDONLY)])
+    assert rig.control.take() == [(CLIENT, Failed(code=errno.EACCES, text="open /dev/net/tun: Permission denied"))]
+    rig.network.trouble, rig.network.slow = None, True
+    rig.ask(vm)
+    rig.opened(vm)
+    rig.network.waiting.pop(vm.vmid)(errno.EPIPE, "priv has ended")
+
+    assert rig.control.take() == [(CLIENT, Failed(code=errno.EPIPE, text="vm a: priv has ended"))]
+    assert (vm.state, rig.core.vms.find(0, "a"), rig.vmm.take()) == (State.STOPPED, vm, [])
+
+
+def test_a_vm_that_a_client_has_described_is_gone_when_it_does_not_start(rig: Rig) -> None:
+    """Its name is free again."""
+    config = VmConfig(name="mine", disks=(DiskConfig(path="/d"),))
+    message = StartRequest(name="mine", config=config)
+    rig.life.serve_start(message, ROOT, Envelope(message, CLIENT, 0, {}))
+    (vm,) = rig.core.vms
+    with pytest.raises(OperatorError):
+        rig.life.serve_start(message, ROOT, Envelope(message, SECOND, 0, {}))
+    rig.openings.asked.pop(vm.vmid)[1](OperatorError(errno.ENOENT, "no kernel"))
+
+    assert [*rig.core.vms] == []
+    rig.core.config = Config(settings=Globals(limit_vms=0))
+    with pytest.raises(OperatorError, match="limit vms"):
+        rig.life.serve_start(message, ROOT, Envelope(message, CLIENT, 0, {}))
+    assert [*rig.core.vms] == []
+    with pytest.raises(OperatorError):
+        rig.life.serve_start(message, OTHER, Envelope(message, CLIENT, 0, {}))
+
+
+def test_vms_of_a_configuration_start_in_batches(rig: Rig) -> None:
+    """So many at a time, the next after the delay; one that cannot is left out, and says why."""
+    rig.core.config = Config(settings=Globals(start_parallel=2, start_delay_s=30))
+    vms = [rig.add(name) for name in "abc"] + [rig.add("d", fault="no such owner")]
+    for vm in vms:
+        vm.enqueue()
+    rig.core.serving = False
+    rig.life.start_batch()
+    assert [*rig.openings.asked] == []
+    rig.core.serving = True
+    rig.life.start_batch()
+    assert [*rig.openings.asked] == [vm.vmid for vm in vms[:2]]
+    rig.fire(30)
+
+    assert [vm.state for vm in vms] == [State.STARTING, State.STARTING, State.STARTING, State.STOPPED]
+    assert "no such owner" in vms[3].text
+    assert rig.life.batch_timer is None
+
+
+# --- stops ----------------------------------------------------------------------------------------------------
+
+
+def test_stop_answers_at_once_or_at_the_end(rig: Rig) -> None:
+    """A client that waits twice is answered once."""
+    vm = rig.run(rig.add())
+    rig.stop_vm(vm)
+    assert rig.control.take() == [(CLIENT, StopAccepted(vmid=vm.vmid, name="a"))]
+    assert rig.vmm.take() == [stop_of(vm, StopMode.GRACEFUL)]
+    with pytest.raises(OperatorError, match="already stopping"):
+        rig.stop_vm(vm, SECOND)
+    for _ in range(2):
+        rig.stop_vm(vm, SECOND, force=True, wait=True)
+    assert rig.control.take() == []
+    rig.exited(vm, Outcome.ENDED)
+
+    assert rig.control.take() == [(SECOND, VmTerminated(vmid=vm.vmid, name="a", text="", how=KILLED))]
+    with pytest.raises(OperatorError) as refused:
+        rig.stop_vm(vm)
+    assert refused.value.number == VMD_VM_STOP_INVALID
+
+
+@pytest.mark.parametrize("at", ["files", "interfaces"])
+def test_a_vm_that_has_no_process_yet_is_stopped_without_one(rig: Rig, at: str) -> None:
+    """vmm is not told; who has started it is."""
+    vm = rig.add()
+    rig.network.slow = True
+    rig.ask(vm)
+    if at == "interfaces":
+        rig.opened(vm)
+    rig.stop_vm(vm, SECOND, wait=True)
+
+    text = "stopped before its guest began"
+    assert rig.control.take() == [
+        (SECOND, VmTerminated(vmid=vm.vmid, name="a", text=text, how=KILLED)),
+        (CLIENT, Failed(code=errno.EIO, text=f"vm a: {text}")),
+    ]
+    assert (rig.vmm.take(), vm.state, vm.pty) == ([], State.STOPPED, None)
+    assert vm.vmid in rig.network.released
+
+
+def test_a_vm_that_waits_for_its_turn_is_not_started(rig: Rig) -> None:
+    """Its stop is answered at once."""
+    vm = rig.add()
+    vm.enqueue()
+    rig.stop_vm(vm)
+    ((client, terminated),) = rig.control.take()
+    assert (client, isinstance(terminated, VmTerminated), vm.state) == (CLIENT, True, State.STOPPED)
+    rig.life.start_batch()
+    assert rig.openings.asked == {}
+
+
+def test_wait_is_for_vms_that_run_and_for_their_owners(rig: Rig) -> None:
+    """Once for each client."""
+    vm = rig.add()
+    message = WaitRequest(name="a")
+    with pytest.raises(OperatorError, match="is not running"):
+        rig.life.serve_wait(message, ROOT, Envelope(message, CLIENT, 0, {}))
+    rig.run(vm)
+    with pytest.raises(OperatorError) as refused:
+        rig.life.serve_wait(message, OTHER, Envelope(message, CLIENT, 0, {}))
+    assert refused.value.number == errno.EPERM
+    rig.life.serve_wait(message, ROOT, Envelope(message, CLIENT, 0, {}))
+    with pytest.raises(OperatorError, match="already waited for"):
+        rig.life.serve_wait(message, ROOT, Envelope(message, CLIENT, 0, {}))
+    rig.exited(vm)
+    assert rig.control.take() == [(CLIENT, VmTerminated(vmid=vm.vmid, name="a", text="", how=POWERED_OFF))]
+
+
+def test_a_daemon_that_ends_asks_all_guests_and_then_kills_them(rig: Rig) -> None:
+    """It ends when the last VM has, and does not wait for guests that do not shut down."""
+    a, b, c = (rig.add(name) for name in "abc")
+    rig.run(a)
+    rig.run(b)
+    rig.ask(c)  # which has no process yet
+    rig.life.stop_all()
+    assert rig.vmm.take() == [stop_of(vm, StopMode.GRACEFUL) for vm in (a, b)]
+    assert (c.state, rig.core.ending) == (State.STOPPED, True)
+    rig.exited(a)
+    rig.fire(STOP_GRACE_S)
+    assert rig.vmm.take() == [stop_of(b, StopMode.KILL)]
+    assert not rig.stopped
+    rig.exited(b, Outcome.KILLED)
+    for delay_s in {each for each, _ in rig.timers}:
+        rig.fire(delay_s)
+    assert rig.stopped
+
+
+# --- ends -----------------------------------------------------------------------------------------------------
+
+
+def test_why_a_vm_could_not_be_built_is_the_answer_to_its_start(rig: Rig) -> None:
+    """With the errno that its process has told; whoever waits for its console hears of the end."""
+    vm = rig.add()
+    rig.ask(vm)
+    rig.opened(vm)
+    rig.life.on_failed(VmFailed(vmid=vm.vmid, code=errno.ENOEXEC, text="not a kernel"), UNUSED)
+    assert rig.control.take() == []
+    rig.exited(vm, Outcome.FAILED)
+
+    assert rig.control.take() == [(CLIENT, Failed(code=errno.ENOEXEC, text="vm a: not a kernel"))]
+    assert (vm.state, vm.text) == (State.STOPPED, "not a kernel")
+    with pytest.raises(PeerError, match="which does not run"):
+        rig.exited(vm)
+
+
+def test_a_guest_that_resets_itself_starts_again(rig: Rig) -> None:
+    """With its console and its number; who waits for something of the process before is told so."""
+    vm = rig.run(rig.add())
+    pty, vmid = vm.pty, vm.vmid
+    rig.core.clients.wait(SECOND, For.PAUSE, vmid)
+    rig.core.clients.wait(CLIENT, For.END, vmid)
+    rig.exited(vm, Outcome.REBOOT)
+    assert rig.control.take() == [(SECOND, Failed(code=errno.EAGAIN, text="vm a: was reset by its guest meanwhile"))]
+    assert rig.devices == [vmid]
+    rig.running(vm)
+    assert (vm.state, vm.pty, vm.vmid, vm.guest_resets) == (State.RUNNING, pty, vmid, 1)
+    assert rig.network.released == []
+    rig.exited(vm)
+    assert rig.control.take() == [(CLIENT, VmTerminated(vmid=vmid, name="a", text="", how=POWERED_OFF))]
+
+
+def test_a_guest_that_cannot_start_again_has_failed(rig: Rig) -> None:
+    """Its disk has gone meanwhile: the reason is the text of its end."""
+    vm = rig.run(rig.add())
+    rig.core.clients.wait(CLIENT, For.END, vm.vmid)
+    rig.exited(vm, Outcome.REBOOT)
+    rig.openings.asked.pop(vm.vmid)[1](OperatorError(errno.ENOENT, "disk /d: not there"))
+
+    text = "cannot reboot: disk /d: not there"
+    assert rig.control.take() == [(CLIENT, VmTerminated(vmid=vm.vmid, name="a", text=text, how=FAILED))]
+    assert rig.network.released == [vm.vmid] * len(rig.network.released) != []
+
+
+def test_a_guest_that_resets_itself_again_and_again_is_stopped(rig: Rig) -> None:
+    """It would keep the host busy."""
+    vm = rig.run(rig.add())
+    for _ in range(10):
+        rig.exited(vm, Outcome.REBOOT)
+        if vm.state is State.STOPPED:
+            break
+        rig.running(vm)
+    assert (vm.state, vm.text) == (State.STOPPED, "restarted too quickly")
+    assert rig.openings.asked == {}
+
+
+# --- what a handler did not expect ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("message", "state", "killed"),
+    [
+        (VmExited(vmid=1, pid=1, outcome=Outcome.POWER_OFF, text=""), State.STOPPED, False),
+        (NicsFailed(vmid=1, ticket=1, code=1, text=""), State.STOPPED, False),
+        (VmRunning(vmid=1), State.STOPPING, True),
+        (PauseDone(vmid=1, paused=True), State.RUNNING, False),
+    ],
+    ids=lambda each: type(each).__name__ if isinstance(each, Record) else None,
+)
+def test_a_bug_ends_no_more_than_it_must(rig: Rig, message: Record, state: State, killed: bool) -> None:
+    """The VM ends where nobody knows its state any more; who waits is answered in any case."""
+    vm = rig.run(rig.add())
+    rig.core.clients.wait(CLIENT, For.PAUSE, vm.vmid)
+    rig.life.give_up(vm.vmid, message)
+
+    assert vm.state is state
+    assert rig.vmm.take() == ([stop_of(vm, StopMode.KILL)] if killed else [])
+    answered = [] if killed else [(CLIENT, True)]
+    assert [(client, OUR_FAULT in repr(answer)) for client, answer in rig.control.take()] == answered
+    rig.life.give_up(99, ResizeRequest(disk="x", size_bytes=1))
