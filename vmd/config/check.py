@@ -293,8 +293,8 @@ def claims(nic: NicConfig) -> tuple[list[Claim], list[Claim]]:
 
     A claim is a key for a dictionary, so that not every interface has to be compared with every other one.  A port of
     the host conflicts with the same port.  A network claims ("in", ...) for itself and each network around it, and
-    ("is", ...) for itself.  It conflicts with networks inside it, which have "in" of it, and with networks around it,
-    which have "is" of those.
+    ("is", ...) for itself.  It conflicts with each network inside it, which claims "in" for it.  It also conflicts with
+    each network around it, which claims "is" for itself.
     """
     own: list[Claim] = [(forward.protocol, port, 0) for forward in nic.forwards for port in forward.ports]
     conflicting = list(own)

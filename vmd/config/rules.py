@@ -270,7 +270,7 @@ def disk_initrd(text: str) -> DiskFile | None:
 
 
 def files_on_disks(config: VmConfig) -> tuple[DiskFile | None, DiskFile | None]:
-    """Return the kernel and the initrd that a VM boots from its own disks; None for each other.  Raises ValueError."""
+    """Return the kernel and the initrd on its own disks that a VM boots; None if it has none.  Raises ValueError."""
     return disk_file(config.kernel), disk_initrd(config.initrd)
 
 
