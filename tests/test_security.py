@@ -20,9 +20,9 @@ def defined() -> dict[str, set[str]]:
 
 
 def statements() -> Iterator[str]:
-    """Give each point of a list, what is had by an intruder, and each row of a table whose last column is for tests."""
+    """Yield each list item, each paragraph about an attacker, and each row of a table whose last column has tests."""
     for block in re.split(r"\n\n|\n(?=\* )", DOCUMENT.read_text()):
-        if block.startswith(("* ", "Who has taken over")):
+        if block.startswith(("* ", "An attacker who controls")):
             yield " ".join(block.split())
         elif block.startswith("| ") and "| test |" in block.splitlines()[0]:
             yield from block.splitlines()[2:]
