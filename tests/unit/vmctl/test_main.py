@@ -488,5 +488,5 @@ def test_status_loads_nothing_heavy(daemon: FakeDaemon) -> None:
         "vmd.ipc.first",
         "vmd.ipc.imsg", "vmd.ipc.messages", "vmd.ipc.messages.clients", "vmd.ipc.messages.figures",
         "vmd.ipc.messages.shared", "vmd.ipc.packing", "vmd.ipc.routes", "vmd.record", "vmd.scaled",
-        "vmd.stdio", "vmd.version",
+        "vmd.stdio", "vmd.units", "vmd.version",
     }  # fmt: skip
