@@ -36,6 +36,7 @@ PLACES = (*PORTS, *ADDRESSES)
 # ... and places at which no access is made, but something else happens.
 INPUT, BREAK, LATER, BUTTON, INTERRUPT, STATES = range(len(PLACES), len(PLACES) + 6)
 EVENTS = (INPUT, BREAK, LATER, BUTTON, INTERRUPT, STATES)
+ACCESSES_MAX = 512  # of one input: with more of them fewer inputs would be tried
 DMA_AT = 0x8000  # where memory has an access of fw_cfg's DMA to begin with
 
 
@@ -157,10 +158,11 @@ class Board:
 
 
 def run(data: bytes) -> None:
-    """Make all accesses of an input."""
+    """Make the accesses of an input."""
+    accesses = data[: ACCESSES_MAX * ACCESS.size]
     board = Board()
     try:
-        for how, place, offset, value in ACCESS.iter_unpack(data[: len(data) // ACCESS.size * ACCESS.size]):
+        for how, place, offset, value in ACCESS.iter_unpack(accesses[: len(accesses) // ACCESS.size * ACCESS.size]):
             board.access(how, place, offset, value)
     finally:
         board.close()
