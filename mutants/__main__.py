@@ -95,7 +95,7 @@ class Bench:
         self.copy = copy
         self.module = module
         self.slack_s = slack_s
-        self.source = (copy.source / module).read_bytes()
+        self.source = (copy.top / module).read_bytes()
         self.files = unit_tests(copy.top, module)
         self.unit: list[tuple[dict[str, Test], Test]] = []  # of `files`: those that were needed up to now
         self.output = copy.folder / "output"
