@@ -716,3 +716,24 @@ def test_a_socket_that_cannot_be_read_is_a_peer_that_is_lost(loop: Loop, recorde
 
     assert (channel.closed, recorder.lost, recorder.messages) == (True, [None], [])
     theirs.close()
+
+
+def test_it_is_said_when_the_last_that_waited_has_been_sent(loop: Loop, recorder: Recorder) -> None:
+    """Once, and not for what never had to wait."""
+    ours, theirs = socketpair()
+    channel = control_channel(loop, recorder, ours)
+    sent: list[int] = []
+    channel.on_sent = lambda: sent.append(channel.waiting)
+    channel.send(Ok())
+    run_once(loop)
+    assert sent == []
+    theirs.recv(MAX_MESSAGE)
+
+    for number in range(NUMBERED):
+        channel.send(numbered(number))
+    peer = Slow(loop, theirs)
+    recorder.run()
+
+    assert len(peer.seen) == NUMBERED
+    assert sent == [0]
+    theirs.close()
