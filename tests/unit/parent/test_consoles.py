@@ -430,6 +430,24 @@ def test_a_viewer_that_does_not_read(rig: Rig, monkeypatch: pytest.MonkeyPatch, 
     assert (is_open(pty.master), left) == (False, ["all"])
 
 
+def test_a_daemon_that_ends_waits_for_viewers_only_so_long(rig: Rig) -> None:
+    """It is called back in any case; with no viewer at once."""
+    called: list[str] = []
+    rig.consoles.when_left(lambda: called.append("nobody"), 2.0)
+    assert called == ["nobody"]
+    vm = rig.vm()
+    rig.attach(vm)
+    rig.writers[vm.vmid].write(b"bye")
+    rig.end(vm)
+    rig.consoles.when_left(lambda: called.append("somebody"), 2.0)
+    for delay_s, timer in rig.timers:
+        if delay_s == 2.0 and timer.callback is not None:
+            timer.callback()
+
+    assert called == ["nobody", "somebody"]
+    assert rig.consoles.leaving
+
+
 def test_last_output_is_kept_for_who_comes_later(rig: Rig) -> None:
     """Until the next start; then the console is the new one's."""
     vm = rig.vm()
