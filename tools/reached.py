@@ -31,7 +31,7 @@ def open_marks() -> int:
         low = os.open(FILE, os.O_RDWR | os.O_CLOEXEC)
     except OSError:
         return -1
-    high = fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, FD)  # standard output may be closed, and is to stay so
+    high = fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, FD)  # low numbers have a meaning, also where they are closed
     os.close(low)
     return high
 
@@ -45,5 +45,18 @@ def hand_on(spawn: "Callable[..., Any]") -> "Callable[..., Any]":
     return spawn_with_marks
 
 
+def map_marks() -> "mmap.mmap | bytearray":
+    """Return the marks.  The mapping has a descriptor of its own, which gets no low number either."""
+    if fd < 0:
+        return bytearray(SIZE)
+    low = [os.dup(fd)]
+    while low[-1] < FD:
+        low.append(os.dup(fd))
+    mapped = mmap.mmap(fd, SIZE)
+    for each in low:
+        os.close(each)
+    return mapped
+
+
 fd = open_marks()
-marks = mmap.mmap(fd, SIZE) if fd >= 0 else bytearray(SIZE)
+marks = map_marks()

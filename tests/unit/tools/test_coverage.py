@@ -85,6 +85,16 @@ def test_a_process_that_is_killed_has_left_its_marks(checkout: Path, tmp_path: P
     assert not list(checkout.rglob("__pycache__"))
 
 
+def test_no_descriptor_with_a_low_number_is_left_open(checkout: Path, tmp_path: Path) -> None:
+    """Some processes have a descriptor of a fixed number, or none, and look."""
+    tree, _file, _number = prepare(tmp_path)
+    (tree / "vmd/n.py").write_text("import vmd.reached, os\nprint(sorted(map(int, os.listdir('/proc/self/fd'))))\n")
+    listed = subprocess.run([sys.executable, "-c", "import vmd.n"], cwd=tree, stdout=subprocess.PIPE, check=True).stdout
+
+    assert [int(word) for word in listed.strip(b"[]\n").split(b",")][:4] == [0, 1, 2, 3]  # 3 is the folder's
+    assert [int(word) for word in listed.strip(b"[]\n").split(b",")][4] > 60
+
+
 CONFINED = """
 import os, sys, types
 sys.modules["m"] = started = types.ModuleType("m")
