@@ -436,7 +436,7 @@ def test_a_name_that_is_a_number(tmp_path: Path) -> None:
     with Daemon(tmp_path, block("2") + block("b") + block("c")) as vmd:
         ids = {row["name"]: row["id"] for row in vmd.rows()}
         assert ids == {"2": 1, "b": 2, "c": 3}
-        vmd.wait_log(f'vmd: warning: {vmd.conf}:1: vm "2": a name that is a number')
+        vmd.wait_log(f'vmd: warning: {vmd.conf}:1: vm "2": the name is a number')
         for name in ("2", "b", "3"):  # the last is an id: nobody is called so
             vmd.must("start", name)
         assert states(vmd) == {"2": "running", "b": "running", "c": "running"}
