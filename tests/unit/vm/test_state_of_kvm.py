@@ -6,8 +6,14 @@ from typing import Any, cast
 import pytest
 
 from tests.support import saved
-from vmd.vm import state
+from tests.support.saved import MIB
+from vmd.config.model import MAX_SEED_BYTES, SeedConfig, VmConfig
+from vmd.errors import OperatorError
+from vmd.ipc.imsg import pack
+from vmd.vm import state, stream
+from vmd.vm.boot.kind import FIRMWARE_MAX
 from vmd.vm.clocks import MSR_TSC, MSR_TSC_DEADLINE, Clocks, VcpuClocks
+from vmd.vm.header import DeviceHead
 from vmd.vm.state import MSR, PICS, MachineState
 
 LSTAR, KERNEL_GS_BASE, PAT, GONE = 0xC0000082, 0xC0000102, 0x277, 0x4B564D99
@@ -195,3 +201,121 @@ def test_a_state_of_another_machine(held: list[Clocks], changes: dict[str, objec
     assert str(refused.value) == sentence
     assert [thread.vcpu.calls for thread in made.vcpus] == [[], []]
     assert (made.kvm.set_to, made.pci.restored, held) == ([], [], [])
+
+
+# --- headers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"firmware_bytes": 0}, ""),
+        ({"firmware_bytes": 4096}, ""),
+        ({"firmware_bytes": FIRMWARE_MAX}, ""),
+        ({"firmware_bytes": FIRMWARE_MAX + 4096}, f"it has firmware of {FIRMWARE_MAX + 4096} bytes"),
+        ({"firmware_bytes": -4096}, "it has firmware of -4096 bytes"),
+        ({"firmware_bytes": 4097}, "it has firmware of 4097 bytes"),
+        ({"memory_bytes": 8 * MIB + 4096}, ""),
+        ({"memory_bytes": 8 * MIB + 1}, f"it has {8 * MIB + 1} bytes of memory"),
+        ({"memory_bytes": 0}, "memory"),
+        ({"vcpus": 0}, "cpu"),
+        ({"vcpus": 1 << 20}, "cpu"),
+        ({"devices": ()}, "its 0 devices are not the 2 of its configuration"),
+    ],
+    ids=str,
+)
+def test_what_a_machine_may_be(changes: dict[str, object], sentence: str) -> None:
+    """Of any host: whole pages, firmware that fits below 4 GiB, processors, and the devices of the configuration."""
+    theirs = saved.header()
+    inner = {name: value for name, value in changes.items() if name in ("memory_bytes", "vcpus")}
+    outer = {name: value for name, value in changes.items() if name not in inner}
+    theirs = theirs.replace(config=theirs.config.replace(**inner), **outer)
+
+    if sentence:
+        with pytest.raises(ValueError, match=sentence):
+            state.check_header(theirs)
+    else:
+        state.check_header(theirs)
+
+
+def test_how_much_state_is_accepted() -> None:
+    """So much for each vCPU with its extended registers, and for a seed if there is one."""
+    one = saved.header()
+    seed = one.replace(config=one.config.replace(seed=SeedConfig()))
+    two = one.replace(config=one.config.replace(vcpus=2), xsave_bytes=100)
+
+    assert state.bytes_max(one) == state.VCPU_BYTES_MAX + one.xsave_bytes + state.OTHER_BYTES_MAX
+    assert state.bytes_max(two) == 2 * (state.VCPU_BYTES_MAX + 100) + state.OTHER_BYTES_MAX
+    assert state.bytes_max(seed) == state.bytes_max(one) + MAX_SEED_BYTES
+
+
+def test_what_a_machine_says_of_itself() -> None:
+    """To a receiver, before anything else."""
+    made = machine(
+        config=VmConfig(name="sent", memory_bytes=8 * MIB),
+        slots=[],
+        firmware_bytes=65536,
+        memory=SimpleNamespace(resident_bytes=lambda: 12345),
+        tsc_khz=saved.TSC_KHZ,
+        cpuid=saved.entries(saved.CPUID),
+    )
+    for thread in made.vcpus:
+        thread.vcpu.xsave_bytes = 4096
+
+    said = state.header(made, one_shot=True)
+
+    assert (said.one_shot, said.firmware_bytes, said.touched_bytes, said.xsave_bytes) == (True, 65536, 12345, 4096)
+    assert (said.tsc_khz, said.cpuid, said.devices) == (saved.TSC_KHZ, saved.CPUID, ())
+    assert said.config == made.config
+
+
+class Sent:
+    """A machine whose own stream is checked before it is written."""
+
+    def __init__(self, **changes: object) -> None:
+        self.header = saved.header(config=VmConfig(name="sent", memory_bytes=8 * MIB), devices=RNG).replace(**changes)
+        self.machine = machine(cpuid=saved.entries(saved.CPUID), virtio=[SimpleNamespace(check_registers=self.check)])
+        self.checked: list[object] = []
+        self.machine.spare_chips = dict
+
+    def check(self, _saved: object, features: int) -> None:
+        """Note the features of the device."""
+        self.checked.append(features)
+
+
+RNG = (DeviceHead(kind="rng", slot=1, features=5),)
+
+
+def test_a_stream_is_checked_by_its_sender() -> None:
+    """As a receiver would: the header, the processor, the size of the state, and what it says."""
+    sent = Sent()
+    kept = saved_machine().replace(virtio=(saved.device(),))
+    raw = pack(kept)
+
+    state.check_sent(pack(sent.header), raw, sent.machine)
+    assert sent.checked == [5]
+
+    with pytest.raises(ValueError, match="bytes, at most"):
+        state.check_sent(pack(sent.header), raw.ljust(state.bytes_max(sent.header) + 1), sent.machine)
+    fewer = kept.replace(vcpus=kept.vcpus[:1])
+    with pytest.raises(ValueError, match="vcpus, not 2"):
+        state.check_sent(pack(sent.header), pack(fewer), sent.machine)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"config": VmConfig(name="-", memory_bytes=8 * MIB)}, "name"),
+        ({"firmware_bytes": 1}, "firmware"),
+        ({"cpuid": (*saved.CPUID[:1], saved.leaf(1, ecx=0x1F))}, "processor features"),
+    ],
+    ids=["name", "firmware", "processor"],
+)
+def test_a_header_that_no_receiver_takes(changes: dict[str, object], sentence: str) -> None:
+    """Is found while the machine is still here."""
+    sent = Sent(**changes)
+
+    with pytest.raises((ValueError, OperatorError), match=sentence):
+        state.check_sent_header(pack(sent.header), sent.machine)
+    with pytest.raises(ValueError, match="the header has"):
+        state.check_sent_header(b"x" * (stream.HEADER_MAX + 1), sent.machine)
