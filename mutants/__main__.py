@@ -121,9 +121,8 @@ class Bench:
             if at == len(self.unit):
                 self.unit.append(self._follow(files, [self.module]))
             tests, loading = self.unit[at]
-            lines = self.module, change.line, change.last_line
-            reaching = {name: test for name, test in tests.items() if test.reaches(*lines)}
-            if not reaching and loading.reaches(*lines):
+            reaching = {name: test for name, test in tests.items() if test.reaches(self.module, *change.lines)}
+            if change.at_import or (not reaching and loading.reaches(self.module, *change.lines)):
                 reaching = tests  # any of them may use what is made then
             yield reaching
         if far == ALL:

@@ -34,8 +34,9 @@ class Change:
     module: str  # a path below the top
     function: str  # with its classes, "" outside of functions and classes
     line: int
-    last_line: int
-    text: str  # of that line, before the change
+    lines: tuple[int, int]  # the first and the last of its statement: some of them run if it does
+    at_import: bool  # it runs when the module is loaded
+    text: str  # of the line, before the change
     what: str
     start: int  # in bytes of the source
     end: int
@@ -91,7 +92,17 @@ class _Finder(ast.NodeVisitor):
         for line in self.lines:
             self.starts.append(self.starts[-1] + len(line))
         self.names: list[str] = []
+        self.functions = 0  # that we are in
+        self.statement = (0, 0)  # its lines
         self.changes: list[Change] = []
+
+    def visit(self, node: ast.AST) -> None:
+        """Look at a node; remember the lines of a statement, but for those of the statements in it."""
+        if isinstance(node, ast.stmt):
+            inside = getattr(node, "body", None)
+            last = max(node.lineno, inside[0].lineno - 1) if inside else node.end_lineno or node.lineno
+            self.statement = node.lineno, last
+        super().visit(node)
 
     def generic_visit(self, node: ast.AST) -> None:
         """Take what may replace the node, then look into it."""
@@ -116,7 +127,9 @@ class _Finder(ast.NodeVisitor):
         for default in (*node.decorator_list, *node.args.defaults, *node.args.kw_defaults):
             if default is not None:
                 self.visit(default)
+        self.functions += 1
         self._inside(node.name, node.body)
+        self.functions -= 1
 
     visit_AsyncFunctionDef = visit_FunctionDef
 
@@ -181,7 +194,8 @@ class _Finder(ast.NodeVisitor):
                 module=self.module,
                 function=".".join(self.names),
                 line=node.lineno,
-                last_line=node.end_lineno,
+                lines=(min(self.statement[0], node.lineno), max(self.statement[1], node.end_lineno)),
+                at_import=not self.functions,
                 text=self.lines[node.lineno - 1].decode().strip(),
                 what=f"{what}{PLACE}{same + 1}" if same else what,
                 start=start,

@@ -73,6 +73,23 @@ def test_names_tell_places_of_a_line_apart() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("source", "lines", "at_import"),
+    [
+        ("x = (\n    1,\n)\n", (1, 3), True),
+        ("def f(a=1):\n    return a\n", (1, 1), True),
+        ("def f():\n    return (\n        1\n    )\n", (2, 4), False),
+        ("def f(a):\n    if (\n        a == b\n    ):\n        return a\n", (2, 4), False),
+        ("class A:\n    b = 1\n", (2, 2), True),
+    ],
+)
+def test_lines_of_a_statement(source: str, lines: tuple[int, int], at_import: bool) -> None:
+    """Python has no event for each line of one; a test that reaches some of them reaches the change."""
+    changes = changes_of("vmd/it.py", source.encode())
+
+    assert {(change.lines, change.at_import) for change in changes} == {(lines, at_import)}
+
+
 def test_sample_is_stable() -> None:
     """The seed decides, and what else is in the module does not."""
     source = b"".join(b"x%d = a < b%d\n" % (number, number) for number in range(50))

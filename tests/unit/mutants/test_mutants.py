@@ -21,7 +21,9 @@ def loose(number: int) -> bool:
     return number < 10
 
 
-SIZES = {"small": 1}
+SIZES = (
+    ("small", 1),
+)
 
 
 def endless(number: int) -> int:
@@ -38,7 +40,7 @@ from vmd.it import SIZES, held, loose
 
 
 def test_sizes():
-    assert SIZES == {"small": 1}
+    assert SIZES == (("small", 1),)
 
 
 def test_held():
@@ -134,7 +136,7 @@ def test_what_changes_nothing_that_matters_is_not_tried(top: Path) -> None:
 
 def test_a_change_of_what_is_made_at_import_is_noticed(top: Path) -> None:
     """Also by a test that calls nothing of the module."""
-    assert "all: 2 of 2 noticed, 100 %" in mutants(top, "vmd/it.py:12").stdout
+    assert "all: 2 of 2 noticed, 100 %" in mutants(top, "vmd/it.py:13").stdout
 
 
 def test_a_change_that_never_ends_is_noticed(top: Path) -> None:
@@ -142,9 +144,9 @@ def test_a_change_that_never_ends_is_noticed(top: Path) -> None:
     tests = top / "tests/unit/test_it.py"
     tests.write_text(TESTS + "\n\ndef test_endless():\n    from vmd.it import endless\n    assert endless(3) == 0\n")
 
-    done = mutants(top, "--slack", "1", "vmd/it.py:17")
+    done = mutants(top, "--slack", "1", "vmd/it.py:19")
 
-    assert "vmd/it.py:17: by the deadline only: 1 -> 0" in done.stdout
+    assert "vmd/it.py:19: by the deadline only: 1 -> 0" in done.stdout
     assert "all: 2 of 2 noticed" in done.stdout
 
 
