@@ -54,14 +54,14 @@ def _tries(where):
             log.warn(f"{{where}}: {{what}} is refused: {{error.errno}}")
         else:
             log.warn(f"{{where}}: {{what}} has connected")
-_confine, _make_nics = confine, Network.make_nics
+_confine, _make_nics = confine, HostNetwork.make_nics
 def confine(*arguments):
     _tries("before its filter")
     return _confine(*arguments)
 def _made(self, *arguments):
     _tries("in its filter")
     return _make_nics(self, *arguments)
-Network.make_nics = _made
+HostNetwork.make_nics = _made
 '''
 
 
