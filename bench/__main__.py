@@ -1,7 +1,8 @@
-"""`make bench`: this vmd against QEMU, the same guest program on both sides, in one run; prints one table.
+"""`make bench`: compares this vmd with QEMU in one run, with the same guest program on both sides, and prints a table.
 
-`make bench ROWS="net disk"` makes a part of it.  Figures are ratios of runs in turn, because hosts differ and are noisy
-(`table.py`).  A goal that is missed is marked, not hidden; only a measurement that could not be made fails.
+`make bench ROWS="net disk"` makes a part of the table.  Hosts differ and are noisy, so vmd and QEMU run in turn, and
+their ratios count (`table.py`).  A missed goal is marked in the table.  Only a measurement that was impossible is a
+failure.
 """
 
 import sys
@@ -19,7 +20,7 @@ MEASUREMENTS = {
 
 
 def main(names: list[str]) -> int:
-    """Run these measurements, or every one, and show the table."""
+    """Run the named measurements, or all of them without names, and show the table."""
     if unknown := [name for name in names if name not in MEASUREMENTS]:
         print(f"bench: no rows {', '.join(unknown)}; there are {', '.join(MEASUREMENTS)}", file=sys.stderr)
         return 2

@@ -1,6 +1,6 @@
-"""Device processes: how long from being spawned to being ready, and how much memory each adds to the host.
+"""Device processes: the time from spawn to ready, and the memory that each adds to the host.
 
-Alone, without a VM around them; in a VM they start beside one another, and before it needs them.
+The processes run here without a VM.  In a VM they start in parallel, and before the VM needs them.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ IMAGE_BYTES = 64 << 20
 
 
 def measure(directory: Path, _guest: Callable[[str], Path]) -> list[Row]:
-    """Start each kind, again and again."""
+    """Start each kind of device process several times."""
     image = directory / "image"
     with image.open("wb") as file:
         file.truncate(IMAGE_BYTES)

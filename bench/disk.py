@@ -1,12 +1,13 @@
-"""Disks: how much a guest moves in a second, and what a request costs the host, against QEMU's virtio-blk-pci.
+"""Disks: a guest's throughput and the host's cost of a request, compared with QEMU's virtio-blk-pci.
 
-The guest (`guests/blk`) is the same program on both sides and does what it is told on its serial line.  Both VMs
-run all the time; while one works, the other is asleep.  Each load runs twice: once the guest sleeps until an
-interrupt comes, as guests do; once it polls, which takes what interrupts cost on this host out of the comparison,
-and a processor away from what serves the disk.  The cost is that of the first: all processor time of all
-processes of that side, the guest's own included.
+The guest (`guests/blk`) is the same program on both sides, and takes commands on its serial line.  Both VMs run all the
+time.  While one works, the other sleeps.  Each load runs twice.  In the first run the guest sleeps until an interrupt
+comes, as real guests do.  In the second run it polls: the comparison is then free of the host's interrupt costs, but
+the guest occupies a processor that could serve the disk.  The cost is measured in the first run: the processor time of
+all processes of that side, including the guest's own.
 
-Images lie in memory if the host has room there, and were written whole before: equally warm for both.
+The images are in memory if the host has room for them there.  They are written completely before the measurement, so
+both sides find them equally cached.
 """
 
 import contextlib
@@ -34,15 +35,15 @@ RESULT = re.compile(r"done (\d+) requests in (\d+) cycles")
 
 
 class Load(NamedTuple):
-    """What the guest is told, and how its rate is shown."""
+    """A load for the guest: its command, its name in the table and its goal."""
 
     what: str
     command: str
     bytes: int  # of one request
-    depth: int  # requests under way
+    depth: int  # number of outstanding requests
     requests: int
-    goal: float  # of the rate
-    piece: int = 0  # bytes that lie together in guest memory, if not all: a page cache is scattered over it
+    goal: float  # ratio of the rates
+    piece: int = 0  # contiguous bytes in guest memory; 0: all.  The pages of a page cache are scattered
 
     @property
     def line(self) -> str:
@@ -64,10 +65,10 @@ LOADS = (
 
 
 class DiskSide(Side):
-    """A running guest that works on its disk."""
+    """A running guest that accesses its disk on command."""
 
     def run(self, line: str) -> tuple[float, float]:
-        """Have the guest do something; return TSC cycles and processor time in seconds, of one request."""
+        """Send the guest a command.  Return TSC cycles and processor time in seconds, both per request."""
         said, spent_s = self.tell(line)
         found = RESULT.search(said)
         if found is None:
@@ -77,7 +78,7 @@ class DiskSide(Side):
 
 
 def measure(directory: Path, guest: Callable[[str], Path]) -> list[Row]:
-    """Compare both formats."""
+    """Compare vmd and QEMU with disks of each image format."""
     hertz = tsc_hertz()
     rows = []
     with roomy(directory) as place:
@@ -93,7 +94,7 @@ def measure(directory: Path, guest: Callable[[str], Path]) -> list[Row]:
 
 
 def compare(load: Load, image_format: str, vmd: DiskSide, qemu: DiskSide, hertz: float) -> list[Row]:
-    """Alternate both sides; one round before the first is not counted."""
+    """Run both sides in turn.  The round before the first counted one is a warm-up."""
     rates: dict[DiskSide, list[float]] = {vmd: [], qemu: []}
     polled: dict[DiskSide, list[float]] = {vmd: [], qemu: []}
     costs: dict[DiskSide, list[float]] = {vmd: [], qemu: []}
@@ -117,7 +118,7 @@ def compare(load: Load, image_format: str, vmd: DiskSide, qemu: DiskSide, hertz:
 
 @contextlib.contextmanager
 def roomy(directory: Path) -> Iterator[Path]:
-    """Give a directory in memory if all images fit in there, else on disk."""
+    """Yield a directory in memory if all images fit there, else `directory`."""
     needed = 4 * DISK_MIB * MIB
     with contextlib.ExitStack() as stack:
         place = directory
@@ -141,7 +142,7 @@ def make_images(place: Path, image_format: str) -> tuple[Path, Path]:
 
 @contextlib.contextmanager
 def vmd_side(directory: Path, kernel: Path, image: Path, image_format: str) -> Iterator[DiskSide]:
-    """Run the guest under a daemon of our own."""
+    """Run the guest under a new daemon."""
     boot, disk = f'boot "{kernel}" cmdline "bench"', f'disk "{image}" format {image_format}'
     conf = f'vm "disk" {{\n disable\n memory 64M\n {boot}\n {disk}\n}}\n'
     with Daemon(directory, conf) as vmd:

@@ -1,7 +1,8 @@
-"""How much memory a VM takes besides its guest's, with a disk, an interface and entropy, while there are many.
+"""The memory overhead of a VM with a disk, an interface and entropy, while many VMs run.
 
-That is the proportional share (PSS) of private and file-backed pages of all processes of the VM: what is the same in
-all of them counts once for all.  The guest sleeps on both sides; its own memory is a file on both, and left out.
+The overhead is the proportional set size (PSS) of the private and file-backed pages of all processes of the VM.  Each
+sharer of a page counts an equal part of it.  The guest sleeps on both sides.  Guest memory is a shared file on both
+sides, and does not count.
 """
 
 import contextlib
@@ -21,12 +22,12 @@ VMS = 200
 MEMORY_MIB = 16
 DISK_BYTES = 16 << 20
 DEADLINE_S = 120.0
-EACH_MIB = 15.0  # what is aimed at
+EACH_MIB = 15.0  # goal for each VM
 OF_VMS = "vmd: vm/"
 
 
 def measure(directory: Path, guest: Callable[[str], Path]) -> list[Row]:
-    """Run as many VMs under each, one after the other."""
+    """Run VMS VMs under vmd, then under QEMU."""
     kernel = guest("tick")
     images = make_images(directory)
     with Network() as network:
@@ -40,7 +41,7 @@ def measure(directory: Path, guest: Callable[[str], Path]) -> list[Row]:
 
 
 def make_images(directory: Path, count: int = VMS) -> list[Path]:
-    """Make an empty disk for each VM."""
+    """Create an empty disk for each VM."""
     images = [directory / f"image{number}" for number in range(count)]
     for image in images:
         with image.open("wb") as file:
@@ -49,7 +50,7 @@ def make_images(directory: Path, count: int = VMS) -> list[Path]:
 
 
 def configuration(kernel: Path, images: list[Path], more: str = "") -> str:
-    """Return a vm.conf with a VM for each image; `more` are options of each."""
+    """Return a vm.conf with a VM for each image.  `more` are further options of each VM."""
     return "".join(
         f'vm "n{number}" {{\n{more} memory {MEMORY_MIB}M\n boot "{kernel}" cmdline "idle"\n'
         f' disk "{image}"\n interface\n}}\n'
@@ -58,7 +59,7 @@ def configuration(kernel: Path, images: list[Path], more: str = "") -> str:
 
 
 def under_vmd(directory: Path, network: Network, kernel: Path, images: list[Path]) -> tuple[list[float], float]:
-    """Return what each VM takes, and what all other processes take together."""
+    """Return the overhead of each VM, and the memory of all other processes together."""
     conf = configuration(kernel, images, " disable\n")
     each: defaultdict[str, float] = defaultdict(float)
     with NetDaemon(directory, network, conf) as vmd:
@@ -78,7 +79,7 @@ def under_vmd(directory: Path, network: Network, kernel: Path, images: list[Path
 
 
 def under_qemu(network: Network, kernel: Path, images: list[Path]) -> list[float]:
-    """Return what each VM takes."""
+    """Return the overhead of each VM."""
     with contextlib.ExitStack() as stack, network.inside():
         processes = [
             stack.enter_context(
@@ -107,5 +108,5 @@ def under_qemu(network: Network, kernel: Path, images: list[Path]) -> list[float
 
 
 def settle() -> None:
-    """Let what has just started come to rest."""
+    """Wait until the processes that have just started are idle."""
     time.sleep(2.0)

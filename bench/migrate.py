@@ -1,9 +1,9 @@
-"""How long a VM takes to another host, and how long its guest stands still for that: `vmctl migrate` against QEMU.
+"""The total time and the downtime of a migration to another host: `vmctl migrate` compared with QEMU.
 
-Both hosts are this one; what stands in for ssh runs its command.  All of the time is from the command, with which the
-target begins, to the guest's going on there.  The downtime is what either side says: vmd from when the guest stood
-still to when it was known to run at the target, QEMU from STOP at its source to RESUME at its target.  Both aim at
-300 ms, which are their defaults.
+Both hosts are this one.  The replacement for ssh runs the command locally.  The total time is from the command until
+the guest runs at the target, and includes the start of QEMU's target process.  Each side measures its own downtime:
+vmd from the guest's stop until the source knows that the guest runs at the target, QEMU from STOP at the source to
+RESUME at the target.  Both have their default downtime limit of 300 ms.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from bench.table import Row
 from bench.transfer import BYTES_PER_S, DEADLINE_S, SPARE_MIB, Qemu
 from tests.support.daemon import Daemon
 
-ROUNDS = 6  # half of them to, half of them fro
+ROUNDS = 6  # half of them from the first side to the second, half of them back
 DOWNTIME_MS = 300.0
 LOADS = (
     (512, "touched, idle", ""),
@@ -27,12 +27,12 @@ LOADS = (
 
 
 def measure(directory: Path, guest: Callable[[str], Path]) -> list[Row]:
-    """Alternate sides."""
+    """Compare vmd and QEMU."""
     return [row for load in LOADS for row in compare(directory, guest("fill"), *load)]
 
 
 def compare(directory: Path, kernel: Path, mib: int, what: str, options: str) -> list[Row]:
-    """Migrate as often as ROUNDS says, and twice more before that."""
+    """Migrate ROUNDS times on each side, after two migrations that are not counted."""
     totals: tuple[list[float], list[float]] = ([], [])
     downtimes: tuple[list[float], list[float]] = ([], [])
     with contextlib.ExitStack() as stack:
@@ -54,7 +54,7 @@ def compare(directory: Path, kernel: Path, mib: int, what: str, options: str) ->
 
 
 class Ours:
-    """Two daemons."""
+    """Two daemons; the VM is at one of them."""
 
     def __init__(self, directory: Path, kernel: Path, mib: int, options: str) -> None:
         self.directory = directory
@@ -63,7 +63,7 @@ class Ours:
 
     @contextlib.contextmanager
     def running(self) -> "Iterator[Ours]":
-        """Run them, and the VM at the first one until it has touched its memory."""
+        """Start both daemons, and the VM at the first one.  Yield when the guest has touched its memory."""
         here, there = self.directory / "here", self.directory / "there"
         for path in (here, there):
             path.mkdir(parents=True)
@@ -76,7 +76,7 @@ class Ours:
             yield self
 
     def migrate(self) -> tuple[float, float]:
-        """Return how long it took in all, and for how long the guest stood still, in seconds."""
+        """Migrate to the other side.  Return the total time and the downtime, in seconds."""
         shell = self.directory / "shell"
         shell.write_text(f'shift 2; exec {shlex.join([*VMCTL, "-s", str(self.target.socket)])} "$@"\n')
         began_s = time.perf_counter()
@@ -87,7 +87,7 @@ class Ours:
 
 
 class Theirs:
-    """A QEMU that runs, and one that it goes to."""
+    """The QEMU that runs the guest, and during a migration a second one, the target."""
 
     def __init__(self, directory: Path, kernel: Path, mib: int, options: str) -> None:
         self.path = directory / "migration"
@@ -96,7 +96,7 @@ class Theirs:
 
     @contextlib.contextmanager
     def running(self) -> "Iterator[Theirs]":
-        """Run the first one until its guest has touched its memory."""
+        """Start the first QEMU.  Yield when its guest has touched its memory."""
         self.source = contextlib.ExitStack()
         try:
             self.monitor, console = self.source.enter_context(self.machine.started(self.at))
@@ -106,7 +106,7 @@ class Theirs:
             self.source.close()
 
     def migrate(self) -> tuple[float, float]:
-        """Return how long it took in all, and for how long the guest stood still, in seconds."""
+        """Migrate to the other side.  Return the total time and the downtime, in seconds."""
         self.at = "there" if self.at == "here" else "here"
         self.path.unlink(missing_ok=True)
         with contextlib.ExitStack() as target:

@@ -1,19 +1,19 @@
-"""Networks: frames and bytes that a guest sends and gets in a second, how late one is, what one costs the host,
-against QEMU's virtio-net-pci.
+"""Networks: throughput, latency and the host's cost of a frame, compared with QEMU's virtio-net-pci.
 
-The guest (`guests/net`) is the same program on both sides and does what it is told on its serial line; so is its
-peer on the host (`peer.c`), on a tap of each side's own in a network of its own.  What is sent ends in that network,
-and is counted there.  What is received the peer sends as fast as the tap's queue takes it.  Large frames are TCP
-segments of 64 KiB, which both sides pass on whole.
+The guest (`guests/net`) is the same program on both sides, and takes commands on its serial line.  Its peer on the host
+(`peer.c`) is the same program, too.  Each side has its own tap, in a network namespace made for the benchmark.  The
+frames that the guest sends are counted at the tap, and go no further.  The frames that the guest receives come from the
+peer, as fast as the tap's queue accepts them.  Large frames are TCP segments of 64 KiB, which both sides pass on whole.
 
-Both VMs run all the time; while one works, the other is asleep.  What runs a guest has a processor of the host to
-itself, everything else of the VM has the others.  Left alone, the scheduler has both on one processor for some runs and
-apart for others, which halves or doubles what passes, for either side.  No two pieces of a large frame lie side by
-side: nor do they where programs write them, or files have them.
+Both VMs run all the time.  While one works, the other sleeps.  The threads that run a guest have one processor of the
+host for themselves, and all other threads of the VM have the other processors.  Without this the scheduler would put
+both on one processor in some runs and not in others, which halves or doubles the throughput of either side.  No two
+pieces of a large frame are adjacent in memory, as with data of real programs and files.
 
-Each load runs twice: once the guest sleeps until an interrupt comes, as guests do; once it polls, which takes what
-interrupts cost on this host out of the comparison, and a processor away from what serves the interface.  The cost is
-that of the first: all processor time of all processes of that side, the guest's own included, the peer's not.
+Each load runs twice.  In the first run the guest sleeps until an interrupt comes, as real guests do.  In the second run
+it polls: the comparison is then free of the host's interrupt costs, but the guest occupies a processor that could serve
+the interface.  The cost is measured in the first run: the processor time of all processes of that side, including the
+guest's own, without the peer.
 """
 
 import contextlib
@@ -33,22 +33,22 @@ from tests.support.network import Interface, Network
 
 PEER = Path(__file__).with_name("peer.c")
 ROUNDS = 11
-PASS_S = 0.3  # how long one load runs
+PASS_S = 0.3  # duration of one load
 PASSED = re.compile(r"done (\d+) sent (\d+) received 0 wrong in (\d+) cycles")
 TIMED = re.compile(r"done \d+ median (\d+) high (\d+) cycles")
 MIB, KIB = 1 << 20, 1 << 10
 GSO_BYTES = 65_160 + 54  # 45 segments and their headers
-SEND_PIECE, PAGE = 32 * KIB, 4 * KIB  # bytes that lie together: what a program has written, and what lies in a file
-LARGE_BUFFERS = 4 * KIB  # a driver's, when it has seen large frames
+SEND_PIECE, PAGE = 32 * KIB, 4 * KIB  # contiguous bytes: in a program's buffer, and in a file
+LARGE_BUFFERS = 4 * KIB  # receive buffers of a driver that has seen large frames
 PLAIN_BYTES = 1514
-VCPUS = ("vcpu", "CPU ")  # what names of threads that run a guest begin with, ours and QEMU's
+VCPUS = ("vcpu", "CPU ")  # prefixes of the names of vCPU threads, ours and QEMU's
 
-SMALL, LARGE, SCATTERED, BOTH_WAYS = 0.9, 1.0, 0.9, 0.7  # goals of rates
-ASLEEP, POLLED, HIGH = 1.5, 1.3, 1.5  # of times
+SMALL, LARGE, SCATTERED, BOTH_WAYS = 0.9, 1.0, 0.9, 0.7  # goals: ratios of rates
+ASLEEP, POLLED, HIGH = 1.5, 1.3, 1.5  # goals: ratios of times
 
 
 class Load(NamedTuple):
-    """What passes, and which of both ways."""
+    """A load: the kind of frames, and their directions."""
 
     what: str
     bytes: int
@@ -58,7 +58,7 @@ class Load(NamedTuple):
 
     @property
     def goal(self) -> float:
-        """What is aimed at."""
+        """The wanted ratio of the rates."""
         if self.send and self.receive:
             return BOTH_WAYS
         if self.bytes <= PLAIN_BYTES:
@@ -90,7 +90,7 @@ PINGS = (
 
 
 class Passed(NamedTuple):
-    """What one run moved: frames a second, and processor seconds of each."""
+    """The result of one run: frames per second, and processor seconds per frame."""
 
     sent: float
     received: float
@@ -109,7 +109,7 @@ class NetSide(Side):
         self.peer = peer
 
     def place(self) -> None:
-        """Have what runs the guest on the last processor, everything else on the others."""
+        """Put the vCPU threads on the last processor, and all other threads on the other processors."""
         *others, last = sorted(os.sched_getaffinity(0))
         for pid in self.pids:
             for thread in Path(f"/proc/{pid}/task").iterdir():
@@ -117,7 +117,7 @@ class NetSide(Side):
                 os.sched_setaffinity(int(thread.name), {last} if runs_guest or not others else others)
 
     def run(self, load: Load, hertz: float, *, asleep: bool) -> Passed:
-        """Have frames pass.  Raises RuntimeError if some did not get there, or were not what was sent."""
+        """Run a load.  Raises RuntimeError if frames were lost or changed."""
         line = load.line(int(PASS_S * hertz / 1000)) + " asleep" * asleep
         before = self.arrived()
         with self.peering("flood", str(load.bytes)) if load.receive else contextlib.nullcontext():
@@ -132,7 +132,7 @@ class NetSide(Side):
         return Passed(sent / seconds, received / seconds, spent_s / max(1, sent + received))
 
     def time(self, line: str, hertz: float, *, asleep: bool) -> tuple[float, float]:
-        """Have something timed; return the median in microseconds, and what nine of ten are below."""
+        """Have the guest measure a time.  Return the median and the 90th percentile, in microseconds."""
         line += " asleep" * asleep
         with self.peering("echo"):
             said, _ = self.tell(line)
@@ -142,7 +142,7 @@ class NetSide(Side):
         return int(found[1]) / hertz * 1e6, int(found[2]) / hertz * 1e6
 
     def arrived(self) -> int:
-        """Return how many frames the host has had from the guest."""
+        """Return the number of frames that the host has received from the guest."""
         with self.tap.network.inside():
             rows = Path("/proc/thread-self/net/dev").read_text().splitlines()
         (row,) = (row.split(":")[1].split() for row in rows if row.strip().startswith(f"{self.tap.name}:"))
@@ -169,7 +169,7 @@ def measure(directory: Path, guest: Callable[[str], Path]) -> list[Row]:
     subprocess.run(["gcc", "-O2", "-Wall", "-Wextra", "-Werror", "-o", peer, PEER], check=True)
     rows = []
     with Network() as network:
-        for scope in ("all", "default"):  # nobody in it speaks of his own accord
+        for scope in ("all", "default"):  # the hosts in this network send nothing unasked
             network.write(f"/proc/sys/net/ipv6/conf/{scope}/disable_ipv6", "1")
         with vmd_side(directory, guest("net"), network, peer) as vmd, qemu_side(guest("net"), network, peer) as other:
             for load in LOADS:
@@ -180,7 +180,7 @@ def measure(directory: Path, guest: Callable[[str], Path]) -> list[Row]:
 
 
 def compare(load: Load, vmd: NetSide, qemu: NetSide, hertz: float) -> list[Row]:
-    """Alternate both sides; one round before the first is not counted."""
+    """Run both sides in turn.  The round before the first counted one is a warm-up."""
     asleep: dict[NetSide, list[Passed]] = {vmd: [], qemu: []}
     polled: dict[NetSide, list[Passed]] = {vmd: [], qemu: []}
     for counted, side in turns((vmd, qemu), ROUNDS):
@@ -203,7 +203,7 @@ def compare(load: Load, vmd: NetSide, qemu: NetSide, hertz: float) -> list[Row]:
 
 
 def compare_times(what: str, line: str, vmd: NetSide, qemu: NetSide, hertz: float) -> list[Row]:
-    """Alternate both sides in the same way."""
+    """Compare times instead of rates, with both sides in turn as in `compare`."""
     rows = []
     for name, asleep, goal in (("", True, ASLEEP), (", polled", False, POLLED)):
         times: dict[NetSide, list[tuple[float, float]]] = {vmd: [], qemu: []}
@@ -219,7 +219,7 @@ def compare_times(what: str, line: str, vmd: NetSide, qemu: NetSide, hertz: floa
 
 @contextlib.contextmanager
 def vmd_side(directory: Path, kernel: Path, network: Network, peer: Path) -> Iterator[NetSide]:
-    """Run the guest under a daemon of our own."""
+    """Run the guest under a new daemon."""
     conf = f'vm "net" {{\n disable\n memory 64M\n boot "{kernel}"\n interface\n}}\n'
     with NetDaemon(directory, network, conf) as vmd:
         vmd.must("start", "net")
@@ -232,7 +232,7 @@ def vmd_side(directory: Path, kernel: Path, network: Network, peer: Path) -> Ite
 
 @contextlib.contextmanager
 def qemu_side(kernel: Path, network: Network, peer: Path, *, vhost: bool = False) -> Iterator[NetSide]:
-    """Run the guest under QEMU; with `vhost` the kernel moves its frames."""
+    """Run the guest under QEMU.  With `vhost` the kernel moves its frames."""
     tap = Interface(network, "qemu0")
     devices = (
         "-name", "net,debug-threads=on",

@@ -1,7 +1,7 @@
-"""A network process by itself: frames and bytes a second each way, what a frame costs it, and how long one takes.
+"""A network process alone: throughput each way, the cost of a frame, and its latency.
 
-Its driver is ours and its tap lies in a namespace of its own, so these are the process's and the kernel's figures;
-guest and interrupts come on top.  The cost is the processor time of the process alone.  QEMU has no such part.
+The benchmark itself drives the rings, and the tap is in its own namespace.  So the figures are those of the process and
+the kernel, without guest and interrupts.  The cost is the processor time of the process only.  QEMU has no counterpart.
 """
 
 import os
@@ -28,7 +28,7 @@ from tests.support.network import Host, Network, TapInterface
 from tests.support.packets import any_frame, tcp4
 
 ROUNDS = 5
-SEND_BYTES, SEND_FRAMES = 2 << 30, 100_000  # of a round, whichever is less
+SEND_BYTES, SEND_FRAMES = 2 << 30, 100_000  # limits of a round; the first one reached ends it
 RECEIVE_S = 1.0
 LATENCIES = 2000
 BUFFER_BYTES = 4096
@@ -41,7 +41,7 @@ FRAMES = {
 
 
 def measure(_directory: Path, _guest: Callable[[str], Path]) -> list[Row]:
-    """Move frames of each length, each way, and one at a time."""
+    """Measure frames of each length in each direction, and the latency of single frames."""
     rows = []
     with Network() as network, TapInterface(network) as tap:
         driver = NetDriver(tap)
@@ -63,7 +63,7 @@ def measure(_directory: Path, _guest: Callable[[str], Path]) -> list[Row]:
 
 
 def busy_seconds(device: Device) -> float:
-    """Return the processor time that a process has used."""
+    """Return the processor time that the process of a device has used, in seconds."""
     total_ns = 0
     for thread in Path(f"/proc/{device.child.pid}/task").iterdir():
         total_ns += int((thread / "schedstat").read_text().split()[0])
@@ -71,7 +71,7 @@ def busy_seconds(device: Device) -> float:
 
 
 def send(driver: NetDriver, _tap: TapInterface, header: bytes, frame: bytes) -> tuple[int, float, float]:
-    """Keep the ring as full as one interrupt for each round allows; return frames, seconds, and those of processors."""
+    """Fill the ring, and again at each interrupt.  Return the frames, elapsed seconds and processor seconds."""
     driver.renew(ALL)
     parts = driver.lay_out(frame, header)
     heads = range(0, SIZE, len(parts))
@@ -91,7 +91,7 @@ def send(driver: NetDriver, _tap: TapInterface, header: bytes, frame: bytes) -> 
 
 
 def receive(driver: NetDriver, tap: TapInterface, header: bytes, frame: bytes) -> tuple[int, float, float]:
-    """Take what another process sends as fast as it can; return frames, seconds, and those of processors."""
+    """Receive what `flood` sends.  Return the number of frames, elapsed seconds and processor seconds."""
     driver.renew(ALL)
     ring = driver.rx
     for head in range(SIZE):
@@ -128,7 +128,7 @@ def receive(driver: NetDriver, tap: TapInterface, header: bytes, frame: bytes) -
 
 
 def flood(tap: TapInterface, header: bytes, frame: bytes) -> int:
-    """Have a process of its own send one frame again and again; return its pid."""
+    """Start a process that sends one frame repeatedly.  Return its pid."""
     pid = os.fork()
     if pid:
         return pid
@@ -142,7 +142,7 @@ def flood(tap: TapInterface, header: bytes, frame: bytes) -> int:
 
 
 def sent_alone(driver: NetDriver, tap: TapInterface) -> float:
-    """Return the median of microseconds from a notification until the frame is at the host."""
+    """Return the median time in microseconds from the notification until the frame is at the host."""
     driver.renew(ALL)
     frame, times_ns = any_frame(60), []
     with Host(tap) as host:
@@ -158,7 +158,7 @@ def sent_alone(driver: NetDriver, tap: TapInterface) -> float:
 
 
 def got_alone(driver: NetDriver, tap: TapInterface) -> float:
-    """Return the median of microseconds from a frame of the host's until the interrupt."""
+    """Return the median time in microseconds from the host's sending of a frame until the interrupt."""
     driver.renew(ALL)
     driver.post(16)
     frame, times_ns = any_frame(60), []

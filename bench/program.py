@@ -1,4 +1,4 @@
-"""vmctl as `make install` leaves it: started without site-packages, which take longer than the command itself."""
+"""vmctl as `make install` installs it: without site-packages, whose import takes longer than the command itself."""
 
 import os
 from importlib.util import find_spec

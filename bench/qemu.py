@@ -1,4 +1,4 @@
-"""QEMU, as the other side of a comparison."""
+"""Starts QEMU, the other side of the comparisons."""
 
 import contextlib
 import subprocess
@@ -9,7 +9,7 @@ COMMAND = (
     "qemu-system-x86_64", "-accel", "kvm", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
 )  # fmt: skip
 MICROVM = ("-M", "microvm")
-# With PCI, and the firmware that is quickest to start a kernel.
+# A machine with PCI, and the firmware that starts a kernel fastest.
 PC = ("-M", "pc", "-bios", "/usr/share/qemu/qboot.rom")
 
 
@@ -22,7 +22,7 @@ def qemu(
     machine: Sequence[str] = MICROVM,
     devices: Sequence[str] = (),
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a guest with its serial line on our pipes."""
+    """Run a guest whose serial line is connected to pipes of this process."""
     boot = ("-kernel", kernel, "-append", cmdline)
     process = subprocess.Popen(
         [*COMMAND, *machine, "-m", str(memory_mib), "-serial", "stdio", *devices, *boot],

@@ -1,7 +1,7 @@
-"""What the daemon's own processes cost for each idle VM, among few and among many: it should be the same.
+"""The daemon's own processor time per idle VM, with few and with many VMs.  It should not grow with their number.
 
-Processor time is counted, not how long something takes: the parent, control, vmm, priv, log, and what they start and
-reap, such as nft.  Each VM has a disk and a `local` interface, which is the one that costs most.
+Processor time counts, not elapsed time: of the parent, control, vmm, priv, log, and of processes that they start and
+reap, such as nft.  Each VM has a disk and a `local` interface, the kind of interface with the highest cost.
 """
 
 import contextlib
@@ -19,18 +19,18 @@ from vmd.client import Client
 
 STEPS = (100, 200, 500)
 MEMORY_MIB = 16
-NEEDED_MIB = 28  # of the host for each VM, its processes included
-SAME = 1.25  # times what it is among the fewest: more is growth
+NEEDED_MIB = 28  # host memory for each VM, including its processes
+SAME = 1.25  # largest ratio to the cost with the fewest VMs that does not count as growth
 DEADLINE_S = 500.0
-PARALLEL = 16  # that start at a time, every second
-SETTLE_S = 1.5  # for what is put off, such as a look at whether the network is as it should be
+PARALLEL = 16  # VMs that start together, each second
+SETTLE_S = 1.5  # for deferred work, such as the check of the network configuration
 TICK_NS = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
 OF_VMS, VMM = "vmd: vm/", "vmd: vmm"
-MORE = "more"  # the VM that is started among the others
+MORE = "more"  # the additional VM that is started while the others run
 
 
 def measure(directory: Path, guest: Callable[[str], Path]) -> list[Row]:
-    """Measure among each number of VMs that this host has memory for."""
+    """Measure with each number of VMs in STEPS that fits into the memory of this host."""
     steps = [count for count in STEPS if count * NEEDED_MIB <= available_mib()]
     found = {}
     for count in steps:
@@ -49,13 +49,13 @@ def measure(directory: Path, guest: Callable[[str], Path]) -> list[Row]:
 
 
 def available_mib() -> int:
-    """Return how much memory this host has to give."""
+    """Return the available memory of this host, in MiB."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     return next(int(line.split()[1]) >> 10 for line in lines if line.startswith("MemAvailable:"))
 
 
 def configuration(kernel: Path, images: list[Path]) -> str:
-    """Return a vm.conf with a VM for each image, all of which start with the daemon but the last."""
+    """Return a vm.conf with a VM for each image.  All but the last VM start with the daemon."""
     names = [*(f"n{number}" for number in range(len(images) - 1)), MORE]
     return f"staggered start parallel {PARALLEL} delay 1\nlimit vms 4000\nlimit vcpus 4000\n" + "".join(
         f'vm "{name}" {{\n{" disable" if name == MORE else ""} memory {MEMORY_MIB}M\n'
@@ -65,7 +65,7 @@ def configuration(kernel: Path, images: list[Path]) -> str:
 
 
 def costs(directory: Path, kernel: Path, count: int) -> dict[str, float]:
-    """Return the milliseconds of processor time that things take among so many VMs, for each VM or for one."""
+    """Return the processor time of each operation in milliseconds, per VM or for one VM, while `count` VMs run."""
     conf = configuration(kernel, make_images(directory, count + 1))
     found: dict[str, float] = {}
     with Network() as network, NetDaemon(directory, network, conf) as vmd:
@@ -101,24 +101,24 @@ def costs(directory: Path, kernel: Path, count: int) -> dict[str, float]:
 
 
 def upgraded(vmd: NetDaemon, count: int) -> None:
-    """Have the same program take over all VMs."""
+    """Upgrade the daemon to the same program, which takes over all VMs."""
     vmd.must("upgrade", timeout_s=DEADLINE_S)
     assert sum(row["state"] == "running" for row in vmd.rows()) == count
 
 
 def cpu_ns(vmd: NetDaemon) -> int:
-    """Return how long the processes of the daemon itself have run, with what they have reaped but for VMs."""
+    """Return the processor time of the daemon's own processes and of those they have reaped, VMs excluded."""
     return sum(each_ns(vmd).values())
 
 
 def each_ns(vmd: NetDaemon) -> dict[str, int]:
-    """Return how long each process of the daemon itself has run."""
+    """Return the processor time of each of the daemon's own processes."""
     found: dict[str, int] = {}
     for title, pid in {"vmd": vmd.pid, **vmd.processes()}.items():
         if title.startswith(OF_VMS):
             continue
         total = 0
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # the process has just ended
             for thread in Path(f"/proc/{pid}/task").iterdir():
                 total += int((thread / "schedstat").read_text().split()[0])
             words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

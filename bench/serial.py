@@ -1,6 +1,6 @@
-"""What one byte on the serial line costs: a guest that writes as fast as it can, polling the line status or not.
+"""The cost of a byte on the serial line.  The guest writes as fast as it can, with or without polling the line status.
 
-The guest itself counts, by the time stamp counter, so that what reads its output does not matter.
+The guest itself measures the time with its time stamp counter, so the speed of the reader does not matter.
 """
 
 import os
@@ -20,7 +20,7 @@ RESULT = re.compile(rb"(\d+) cycles per byte")
 
 
 def measure(directory: Path, guest: Callable[[str], Path]) -> list[Row]:
-    """Measure both ways of writing, alternating sides."""
+    """Measure both ways of writing, with vmd and QEMU in turn."""
     kernel = guest("serial")
     rows = []
     for what, options in (("polled", f"kib={KIB}"), ("not polled", f"kib={KIB} nopoll")):
@@ -37,7 +37,7 @@ def measure(directory: Path, guest: Callable[[str], Path]) -> list[Row]:
 
 
 def under_vmd(vmd: Daemon) -> float:
-    """Run the guest with its console attached."""
+    """Run the guest under vmd with its console attached.  Return the cycles per byte."""
     process = subprocess.Popen(
         [*VMCTL, "-s", vmd.socket, "start", "-c", "serial"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
@@ -53,7 +53,7 @@ def under_vmd(vmd: Daemon) -> float:
 
 
 def cycles_per_byte(fd: int) -> float:
-    """Read the guest's output up to its result."""
+    """Read the guest's output up to its result, and return the result."""
     seen = b""
     while data := os.read(fd, 65536):
         seen = seen[-200:] + data

@@ -1,7 +1,7 @@
-"""Starts: from the command to the first byte of the guest, `vmctl start -c` against `qemu-system-x86_64 -M microvm`.
+"""The time from the command to the guest's first byte: `vmctl start -c` against `qemu-system-x86_64 -M microvm`.
 
-With the processors free and with one busy loop for each of them; of a VM with nothing, and of one with a disk and an
-interface.  And how long many VMs take together, from the start of a daemon that is told to run them.
+It is measured on an idle host, and with one busy loop per processor.  It is measured for a VM without devices, and for
+a VM with a disk and an interface.  The time from the start of a daemon until many configured VMs run is measured too.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ DEADLINE_S = 300.0
 
 
 def measure(directory: Path, guest: Callable[[str], Path]) -> list[Row]:
-    """Compare single starts, and then time many."""
+    """Compare starts of single VMs.  Then measure the start of many VMs."""
     kernel = guest("hello")
     images = [directory / name for name in ("ours", "theirs")]
     for image in images:
@@ -58,7 +58,7 @@ def measure(directory: Path, guest: Callable[[str], Path]) -> list[Row]:
 def compare(
     vmd: Daemon, name: str, kernel: Path, network: Network, devices: tuple[str, ...]
 ) -> tuple[list[float], list[float]]:
-    """Return the milliseconds of both sides; the daemon runs before, as it does on a host."""
+    """Return the milliseconds of both sides.  The daemon runs already, as on a real host."""
     ours: list[float] = []
     theirs: list[float] = []
     for counted, times in turns((ours, theirs), ROUNDS):
@@ -70,7 +70,7 @@ def compare(
 
 @contextlib.contextmanager
 def busy_host() -> Iterator[None]:
-    """Have as many busy loops as there are processors."""
+    """Run one busy loop per processor."""
     with contextlib.ExitStack() as stack:
         for _ in os.sched_getaffinity(0):
             process = stack.enter_context(subprocess.Popen([sys.executable, "-c", "while True: pass"]))
@@ -108,7 +108,7 @@ def start_under_qemu(kernel: Path, network: Network, devices: tuple[str, ...]) -
 
 
 def wait_for_byte(fd: int) -> None:
-    """Read until the guest's byte has come; a line of vmctl's own has none."""
+    """Read until the guest's byte arrives.  Messages of vmctl itself do not contain this byte."""
     while data := os.read(fd, 4096):
         if FIRST_BYTE in data:
             return

@@ -1,8 +1,8 @@
 """The table that `make bench` prints: pairs of runs, their ratios, and a verdict where the spread permits one.
 
-Hosts differ and are noisy, and the noise comes in waves that are longer than a run.  So both sides run in turn, what
-counts is the ratio of each pair, and of these the middle one with an interval in which the true one is by a sign test,
-9 times of 10.  A goal is reached or missed if all of that interval is on one side of it, and open otherwise.
+Hosts differ and are noisy, and the noise comes in waves that are longer than a run.  So both sides run in turn.  The
+result is the median of the ratios of the pairs, with a confidence interval of 90% by the sign test.  A goal is reached
+or missed if the whole interval is on one side of the goal.  Otherwise it is open.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,26 +13,26 @@ from typing import NamedTuple, TypeVar
 Side = TypeVar("Side")
 
 SURE = 0.9
-PAIRS_MIN = 5  # with fewer, all of them on one side are not sure enough
+PAIRS_MIN = 5  # with fewer pairs, the interval of all ratios has less than the wanted confidence
 
 
 class Row(NamedTuple):
-    """One comparison; for times and costs smaller is better, for rates larger is.
+    """One comparison.  Times and costs are better if smaller, rates are better if larger.
 
-    `ours` and `qemu` are pairs, in order, if there are as many of both.
+    If `ours` and `qemu` have the same length, their items are pairs, in order.
     """
 
     what: str
     unit: str
     ours: Sequence[float]
-    qemu: Sequence[float] = ()  # none where QEMU has nothing like it
-    goal: float | None = None  # the ratio ours / QEMU that is aimed at
+    qemu: Sequence[float] = ()  # empty if QEMU has no counterpart
+    goal: float | None = None  # wanted ratio ours / QEMU
     larger_is_better: bool = False
-    limit: float | None = None  # of ours, where that and not the ratio is aimed at
+    limit: float | None = None  # largest wanted value of ours, if the goal is no ratio
 
     @property
     def ratios(self) -> list[float]:
-        """Ours over QEMU's, sorted: of each pair, or of medians where there are none."""
+        """The ratios ours / QEMU, sorted: one per pair, or the ratio of the medians if there are no pairs."""
         if not self.qemu:
             return []
         if len(self.ours) != len(self.qemu):
@@ -41,7 +41,7 @@ class Row(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """Whether the goal is reached."""
+        """Whether the goal is reached, and the goal; empty without a goal."""
         if self.limit is not None:
             return f"{said(sorted(self.ours), self.limit, larger=False)} (<= {self.limit:.4g} {self.unit})"
         if self.goal is None or not self.qemu:
@@ -51,9 +51,9 @@ class Row(NamedTuple):
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Return between which of these sorted values the true middle is, as sure as SURE or as they permit."""
+    """Return the confidence interval of the median of sorted values: at SURE, or all of them if they are too few."""
     count = len(values)
-    cut, beyond = 0, 1 / 2**count  # how many are left out at each end, and how likely the middle is among them
+    cut, beyond = 0, 1 / 2**count  # values left out at each end, and the probability that the median is beyond one end
     while beyond + comb(count, cut + 1) / 2**count <= (1 - SURE) / 2:
         cut += 1
         beyond += comb(count, cut) / 2**count
@@ -61,7 +61,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def said(values: Sequence[float], goal: float, *, larger: bool) -> str:
-    """Return what sorted values say about a goal."""
+    """Return the verdict of sorted values on a goal."""
     low, high = interval(values)
     if (low >= goal) if larger else (high <= goal):
         return "reached" if len(values) >= PAIRS_MIN else "reached?"
@@ -71,14 +71,14 @@ def said(values: Sequence[float], goal: float, *, larger: bool) -> str:
 
 
 def turns(sides: "tuple[Side, Side]", rounds: int) -> "Iterator[tuple[bool, Side]]":
-    """Yield whether it counts, and whose turn it is: each once before, then in pairs of changing order."""
+    """Yield whether the run counts, and the side: once each uncounted, then `rounds` pairs, in alternating order."""
     for number in range(rounds + 1):
         for side in sides if number % 2 else sides[::-1]:
             yield number > 0, side
 
 
 def show(rows: Sequence[Row], *, header: bool = False) -> None:
-    """Print rows: medians, their range, the middle ratio and its interval, the goal."""
+    """Print rows: medians, ranges, the median ratio with its interval, and the verdict."""
     if header:
         print(f"{'measurement':48} {'unit':8} {'vmd':>22} {'QEMU':>22} {'ratio':>18}  goal")
     for row in rows:
@@ -90,7 +90,7 @@ def show(rows: Sequence[Row], *, header: bool = False) -> None:
 
 
 def between(ratios: Sequence[float]) -> str:
-    """Return the middle ratio and its interval."""
+    """Return the text of the median ratio and its interval."""
     if not ratios:
         return ""
     low, high = interval(ratios)
@@ -98,5 +98,5 @@ def between(ratios: Sequence[float]) -> str:
 
 
 def spread(values: Sequence[float]) -> str:
-    """Return median [smallest-largest]."""
+    """Return the text "median [smallest-largest]"."""
     return f"{median(values):.4g} [{min(values):.4g}-{max(values):.4g}]" if values else ""

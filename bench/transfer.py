@@ -1,8 +1,8 @@
-"""How long a VM stands still while it is sent to a file in memory, and how long it takes to be had again.
+"""The time that sending a VM to a file in memory takes, and the time that receiving it from there takes.
 
-`vmctl send -k` and `vmctl receive` against QEMU's migration of the same guest, whose machine is stopped before and
-whose bandwidth is not limited, through the same `cat`.  The guest has touched some memory, every word another one, so
-that no page is zero; what else it has was never touched, and is skipped by both sides.
+`vmctl send -k` and `vmctl receive` are compared with a migration of the same guest by QEMU.  QEMU's machine is stopped
+before, its bandwidth is not limited, and the stream passes through `cat`.  The guest has written different values to
+all words of a part of its memory, so no page of that part is zero.  Both sides skip the rest, which was never touched.
 """
 
 import contextlib
@@ -33,14 +33,14 @@ SEND_GOAL, RECEIVE_GOAL, RECEIVE_FEW_GOAL = 1.3, 1.0, 1.3
 
 
 def measure(directory: Path, guest: Callable[[str], Path]) -> list[Row]:
-    """Measure a large and a small VM, alternating sides."""
+    """Measure a large and a small VM, with vmd and QEMU in turn."""
     with roomy(directory) as place:
         return [row for mib in (TOUCHED_MIB, TOUCHED_FEW_MIB) for row in compare(place, guest("fill"), mib)]
 
 
 @contextlib.contextmanager
 def roomy(directory: Path) -> Iterator[Path]:
-    """Give a directory in memory, or on disk where that does not fit, which is measured then."""
+    """Yield a directory in memory if the files fit there, else `directory`.  The disk is then measured, too."""
     with contextlib.ExitStack() as stack:
         place = directory
         if SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free > 6 * TOUCHED_MIB * MIB:
@@ -49,7 +49,7 @@ def roomy(directory: Path) -> Iterator[Path]:
 
 
 def compare(place: Path, kernel: Path, mib: int) -> list[Row]:
-    """Send and receive as often as ROUNDS says, and once more before that."""
+    """Send and receive ROUNDS times, after one round that is not counted."""
     sent: tuple[list[float], list[float]] = ([], [])
     received: tuple[list[float], list[float]] = ([], [])
     ours, theirs, other = place / "vmd", place / "qemu", Qemu(place, kernel, mib)
@@ -109,7 +109,7 @@ class Monitor:
     def __init__(self, path: Path) -> None:
         self.sock = socket.socket(socket.AF_UNIX)
         deadline = time.monotonic() + DEADLINE_S
-        while True:  # QEMU makes it early, but not at once
+        while True:  # QEMU needs a moment to create the socket
             try:
                 self.sock.connect(str(path))
                 break
@@ -118,12 +118,12 @@ class Monitor:
         self.sock.settimeout(DEADLINE_S)
         self.lines = self.sock.makefile("rb")
         self.events: list[dict[str, Any]] = []
-        json.loads(self.lines.readline())  # the greeting
+        json.loads(self.lines.readline())  # the greeting of QMP
         self.ask("qmp_capabilities")
         self.ask("migrate-set-capabilities", capabilities=[{"capability": "events", "state": True}])
 
     def ask(self, command: str, **arguments: object) -> None:
-        """Have a command done; raises RuntimeError if it is refused."""
+        """Run a command.  Raises RuntimeError if QEMU refuses it."""
         self.sock.sendall(json.dumps({"execute": command, "arguments": arguments}).encode())
         while "event" in (answer := json.loads(self.lines.readline())):
             self.events.append(answer)
@@ -131,14 +131,14 @@ class Monitor:
             raise RuntimeError(f"{command}: {answer['error']}")
 
     def wait(self, event: str, **data: object) -> float:
-        """Wait for an event with this data; return its time in seconds."""
+        """Wait for an event with this data.  Return its time in seconds."""
         while True:
             found = self.events.pop(0) if self.events else json.loads(self.lines.readline())
             if found.get("event") == event and data.items() <= found.get("data", {}).items():
                 return float(found["timestamp"]["seconds"] + found["timestamp"]["microseconds"] / 1e6)
 
     def send(self, path: Path) -> float:
-        """Return the seconds that a stopped machine takes to be written to a file; it goes on then."""
+        """Stop the machine, write it to a file, and continue it.  Return the seconds that the writing takes."""
         self.ask("migrate-set-parameters", **{"max-bandwidth": BYTES_PER_S})
         self.ask("stop")
         began_s = time.perf_counter()
@@ -146,7 +146,7 @@ class Monitor:
         self.wait("MIGRATION", status="completed")
         took_s = time.perf_counter() - began_s
         deadline = time.monotonic() + DEADLINE_S
-        while True:  # it says that it is done a little before it is
+        while True:  # QEMU refuses "cont" for a moment after it has reported the end
             try:
                 self.ask("cont")
             except RuntimeError:
@@ -155,7 +155,7 @@ class Monitor:
                 return took_s
 
     def close(self) -> None:
-        """Hang up."""
+        """Close the connection."""
         self.lines.close()
         self.sock.close()
 
@@ -171,7 +171,7 @@ class Qemu:
 
     @contextlib.contextmanager
     def started(self, name: str, *options: str) -> Iterator[tuple[Monitor, Console]]:
-        """Start it, with a monitor of this name."""
+        """Start QEMU, with a monitor socket of this name.  Yield the monitor and the console."""
         path = self.place / name
         path.unlink(missing_ok=True)
         devices = ("-qmp", f"unix:{path},server=on,wait=off", *options)
@@ -186,13 +186,13 @@ class Qemu:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[Monitor]:
-        """Run it until it has touched its memory."""
+        """Start QEMU.  Yield when the guest has touched its memory."""
         with self.started("sender") as (monitor, console):
             console.expect("filled", DEADLINE_S)
             yield monitor
 
     def receive(self, path: Path) -> float:
-        """Return the seconds from the command to the guest's going on."""
+        """Return the seconds from the start of QEMU until the received guest runs."""
         began_s = time.perf_counter()
         with self.started("receiver", "-incoming", "defer") as (monitor, _):
             monitor.ask("migrate-incoming", uri=f"exec:cat {path}")

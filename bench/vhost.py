@@ -1,11 +1,11 @@
-"""Interfaces whose frames the kernel moves (`vhost`), against QEMU's with vhost=on, and against our own process.
+"""Interfaces whose frames the kernel moves (`vhost`), compared with QEMU's vhost=on and with our own network process.
 
-Of hosts that have `/dev/vhost-net`.  The emulated machine is one:
+The host needs `/dev/vhost-net`.  The emulated machine has it:
 
     python -m tests.l1.machine .venv/bin/python -m bench vhost
 
-Three VMs run all the time, each with a tap of its own, all in one network.  Two of them take turns, and the third is
-asleep.  The guest sleeps until it is interrupted, by MSI-X: the kernel serves no guest that has none.
+Three VMs run all the time, each with its own tap, all in one network.  Two of them run in turn, and the third sleeps.
+The guest sleeps until an interrupt by MSI-X comes, because the kernel serves no guest without MSI-X.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ VMS = ("kernel", "process")
 
 
 def measure(directory: Path, guest: Callable[[str], Path]) -> list[Row]:
-    """Compare rates, then how long a frame takes there and back."""
+    """Compare rates, then round-trip times."""
     load_modules()
     if not VHOST.exists():
         print(f"bench: vhost: this host has no {VHOST}")
@@ -43,7 +43,7 @@ def measure(directory: Path, guest: Callable[[str], Path]) -> list[Row]:
     subprocess.run(["gcc", "-O2", "-o", peer, PEER], check=True)
     rows = []
     with Network() as network:
-        for scope in ("all", "default"):  # nobody in it speaks of their own accord
+        for scope in ("all", "default"):  # the hosts in this network send nothing unasked
             network.write(f"/proc/sys/net/ipv6/conf/{scope}/disable_ipv6", "1")
         with (
             vmd_sides(directory, guest("net"), network, peer) as (kernel, process),
@@ -56,7 +56,7 @@ def measure(directory: Path, guest: Callable[[str], Path]) -> list[Row]:
 
 
 def compare(load: Load, ours: NetSide, other: NetSide, hertz: float, name: str) -> Row:
-    """Alternate both sides."""
+    """Run both sides in turn."""
     found: dict[NetSide, list[float]] = {ours: [], other: []}
     for counted, side in turns((ours, other), ROUNDS):
         passed = side.run(load, hertz, asleep=True)
@@ -69,7 +69,7 @@ def compare(load: Load, ours: NetSide, other: NetSide, hertz: float, name: str) 
 
 
 def compare_times(what: str, ours: NetSide, other: NetSide, hertz: float) -> Row:
-    """Alternate both sides."""
+    """Run both sides in turn."""
     found: dict[NetSide, list[float]] = {ours: [], other: []}
     for counted, side in turns((ours, other), ROUNDS):
         time_us, _ = side.time(PINGS, hertz, asleep=True)
@@ -80,7 +80,7 @@ def compare_times(what: str, ours: NetSide, other: NetSide, hertz: float) -> Row
 
 @contextlib.contextmanager
 def vmd_sides(directory: Path, image: Path, network: Network, peer: Path) -> Iterator[list[NetSide]]:
-    """Run a guest whose frames the kernel moves, and one of the process, under one daemon of our own."""
+    """Run two guests under a new daemon: the kernel moves the frames of one, our process those of the other."""
     block = 'vm "{}" {{\n disable\n memory 64M\n boot "{}"\n interface {}\n}}\n'
     conf = "".join(block.format(name, image, "{ vhost }" * (name == "kernel")) for name in VMS)
     with NetDaemon(directory, network, conf) as vmd, contextlib.ExitStack() as stack:
