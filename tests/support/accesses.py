@@ -1,4 +1,4 @@
-"""A driver that does, word by word, what a row of `tests/unit/virtio/orders.py` says, through one view of a device."""
+"""A driver that makes the accesses listed in a row of `tests/unit/virtio/orders.py`, through one view of a device."""
 
 from tests.support.virtiopci import LEGACY, Machine
 from vmd.virtio import spec
@@ -23,7 +23,7 @@ PORTS, MEMORY, LEGACY_PORTS, WINDOW = "ports", "memory", "legacy ports", "window
 
 
 class Driver:
-    """A driver at work; `symbols` are the values that rows have names for."""
+    """A driver of one device.  `symbols` maps the names that rows may use to their values."""
 
     def __init__(self, machine: Machine, view: str, symbols: dict[str, int]) -> None:
         self.machine = machine
@@ -33,17 +33,17 @@ class Driver:
         transport = machine.function.transport
         offered = transport.offered_legacy if self.legacy else transport.offered & 0xFFFFFFFF
         self.symbols = {"F": offered, **symbols}
-        self.vectors: set[int] = set()  # whose entries of the table are filled in
-        self.early = False  # the device was at work before DRIVER_OK
+        self.vectors: set[int] = set()  # those whose MSI-X table entry is filled in
+        self.early = False  # the device was active before the driver wrote DRIVER_OK
         machine.mapped = view == MEMORY
 
     def run(self, steps: str) -> None:
-        """Do it all."""
+        """Carry out all steps of a row, which blanks separate."""
         for step in steps.split():
             self.step(step)
 
     def step(self, step: str) -> None:
-        """Make one access, or the two that a value of eight bytes takes."""
+        """Carry out one step; a value of eight bytes takes two accesses.  Raises AssertionError for a wrong value."""
         place, asks, given = step.partition("?") if "?" in step else step.partition("=")
         name, _, width = place.partition(":")
         if asks == "?":
@@ -62,7 +62,7 @@ class Driver:
             self.write(name, int(width or 0), self.value(given))
 
     def notify(self, queue: int) -> None:
-        """Notify where the driver was told to."""
+        """Notify a queue at the address that the device gave."""
         if self.view == WINDOW:
             capability = self.machine.capabilities()[spec.VIRTIO_PCI_CAP_NOTIFY_CFG]
             at, multiplier = (self.machine.config_read(capability + word, 4) for word in (8, 16))
@@ -71,14 +71,14 @@ class Driver:
             self.machine.notify(queue, LEGACY + virtio.LEGACY_NOTIFY if self.legacy else None)
 
     def value(self, text: str) -> int:
-        """Return what a value stands for."""
+        """Return the number that a word of a row stands for: a symbol, or hexadecimal digits."""
         if text == "OFF":
             transport = self.machine.function.transport
             return transport.queue_select if transport.separate_notify else 0
         return self.symbols[text] if text in self.symbols else int(text, 16)
 
     def place(self, name: str, width: int) -> tuple[int, int]:
-        """Return offset and width of an access."""
+        """Return offset and width of an access to a register."""
         if self.legacy and name == "config":
             return self.machine.function.transport.legacy_config_offset(), width or 1
         at, own = self.registers[name]
@@ -109,7 +109,7 @@ class Driver:
                 self.machine.write(at, size, value)
 
     def point(self, at: int, size: int) -> int:
-        """Have VIRTIO_PCI_CAP_PCI_CFG point there, as iPXE does; return where its data is."""
+        """Point VIRTIO_PCI_CAP_PCI_CFG at a register, as iPXE does; return the offset of the window's data."""
         capability = self.machine.capabilities()[spec.VIRTIO_PCI_CAP_PCI_CFG]
         bar = self.machine.config_read(self.machine.capabilities()[spec.VIRTIO_PCI_CAP_COMMON_CFG] + 4, 1)
         for word, width, value in ((4, 1, bar), (12, 4, size), (8, 4, at)):

@@ -1,4 +1,4 @@
-"""An SNMP agent's end of an AgentX connection (RFC 2741), as good or bad as a test wants it."""
+"""The master agent's end of an AgentX connection (RFC 2741).  Tests also send invalid packets with it."""
 
 import select
 import socket
@@ -13,7 +13,7 @@ SESSION = 77
 
 
 class Master:
-    """What a subagent talks to; requests are numbered by themselves."""
+    """A master agent for one subagent.  It numbers its requests itself."""
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
@@ -38,13 +38,13 @@ class Master:
         self.send(pdu.RESPONSE, pdu.response(error), number=header.packet)
 
     def send(self, kind: int, payload: bytes = b"", *, number: int = 0, context: bytes = b"") -> None:
-        """Send a packet."""
+        """Send a packet to the subagent."""
         self.sock.sendall(
             pdu.packet(kind, payload, session=SESSION, transaction=self.transactions, number=number, context=context)
         )
 
     def take_in(self) -> Header:
-        """Open the session, and accept what is registered; return what has opened it."""
+        """Accept the session and the registration; return the header of the packet that opened the session."""
         opening, _ = self.receive()
         self.answer(opening)
         registering, _ = self.receive()
@@ -55,14 +55,14 @@ class Master:
     def ask(
         self, kind: int, *ranges: SearchRange, head: bytes = b"", context: bytes = b"", same: bool = False
     ) -> tuple[int, Sequence[VarBind]]:
-        """Return the error and the variables that a question is answered by."""
+        """Send a request; return the error and the variables of its answer."""
         payload = b"".join(pdu.oid(each.start, include=each.include) + pdu.oid(each.end) for each in ranges)
         return self.request(kind, head + payload, context=context, same=same)
 
     def request(
         self, kind: int, payload: bytes = b"", *, context: bytes = b"", same: bool = False
     ) -> tuple[int, Sequence[VarBind]]:
-        """Send a request, of the `same` transaction as the last one or another, and return its answer."""
+        """Send a request, in the transaction of the last one (`same`) or in a new one; return its answer."""
         if not same:
             self.transactions += 1
         self.send(kind, payload, number=self.transactions, context=context)
@@ -78,10 +78,10 @@ class Master:
 
 
 def bulk(non_repeaters: int, repetitions: int) -> bytes:
-    """Return how much is asked for."""
+    """Return the two counts of a GetBulk request as bytes."""
     return struct.pack(">HH", non_repeaters, repetitions)
 
 
 def asked(*names: Oid) -> list[SearchRange]:
-    """Return ranges that begin behind these names and have no end."""
+    """Return search ranges that begin after each of these names and have no end."""
     return [SearchRange(start=name) for name in names]

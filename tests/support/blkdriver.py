@@ -1,4 +1,4 @@
-"""A disk driver with many requests in flight at once, of every kind and shape, on the real device process."""
+"""A disk driver that keeps many requests of every kind and shape in flight, on the real device process."""
 
 import itertools
 import os
@@ -42,7 +42,7 @@ DATA_MAX = SLOT_BYTES - DATA_AT
 
 
 class Request:
-    """A request in flight, or done."""
+    """A request, in flight or completed."""
 
     def __init__(self, kind: int, sector: int, length: int, note: object = None) -> None:
         self.kind = kind
@@ -54,7 +54,7 @@ class Request:
 
 
 class BlockDriver:
-    """A disk process with a chain of images, the disk itself first; a context manager that ends it."""
+    """A disk process with a chain of images, top image first.  A context manager that ends the process."""
 
     def __init__(
         self,
@@ -67,9 +67,9 @@ class BlockDriver:
         slots: int = SLOTS,
         granularity: int = 0,
     ) -> None:
-        """Without `formats` all are qcow2.  Fewer `slots` share the same memory: fewer, but larger requests.
+        """Without `formats` all images are qcow2.  The slots share one memory: fewer `slots` allow larger requests.
 
-        `granularity` is that of a block device, in bytes.
+        `granularity` is the discard granularity of a block device, in bytes.
         """
         self.choice = random.Random(seed)
         notes = [devmsg.RESOURCE_QCOW2 if kind == "qcow2" else 0 for kind in formats or ("qcow2",) * len(paths)]
@@ -105,7 +105,7 @@ class BlockDriver:
         self.device.__exit__(kind, error, trace)
 
     def reset(self) -> list[Request]:
-        """Reset the device, and give it a new ring; return the requests that have never come back."""
+        """Reset the device and give it a new ring; return the requests that were never completed."""
         self.device.command(devmsg.RESET)
         self.take()
         lost, self.flying = list(self.flying.values()), {}
@@ -113,7 +113,7 @@ class BlockDriver:
         return lost
 
     def shut_down(self, *, quiet: bool = True) -> str:
-        """End the process as a VM does that stops; return what it has logged, which `quiet` does not let it."""
+        """End the process as a stopping VM does; return its log.  With `quiet` the log must be empty."""
         self.device.informs.send(devmsg.TYPE.pack(devmsg.SHUTDOWN))
         status = self.device.status()
         log = self.device.read_log()
@@ -134,7 +134,7 @@ class BlockDriver:
         return [Desc(start + a, b - a, flags) for a, b in itertools.pairwise(edges)]
 
     def submit(self, request: Request, data: bytes = b"", ranges: Sequence[tuple[int, int, int]] = ()) -> None:
-        """Offer a request; waits for one that is in flight if there are too many."""
+        """Offer a request.  If all slots are in use, first wait until a request completes."""
         while len(self.flying) == self.slots:
             self.wait()
         slot = request.slot = next(number for number in range(self.slots) if number not in self.flying)
@@ -185,13 +185,13 @@ class BlockDriver:
         return request
 
     def result(self, request: Request) -> bytes:
-        """Return what a read that is done has read, before its slot is used again."""
+        """Return the data of a completed read; valid until its slot is used again."""
         return self.device.memory.read(self._base(request.slot) + DATA_AT, request.length)
 
     # --- completions -----------------------------------------------------------------------------------------------
 
     def take(self) -> list[Request]:
-        """Return what has come back meanwhile."""
+        """Return the requests completed since the last call, without waiting."""
         found = []
         for head, length in self.ring.reap():
             request = self.flying.pop(head // SLOT_DESCRIPTORS)
@@ -203,18 +203,18 @@ class BlockDriver:
         return found
 
     def wait(self) -> list[Request]:
-        """Wait until something comes back; return it."""
+        """Wait until requests complete; return them."""
         found = self.take()
         while not found:
             self.ring.set_used_event(self.ring.used_idx)
-            found = self.take()  # what came before the device could know
+            found = self.take()  # completed before the device could see that an interrupt is wanted
             if not found:
                 self.device.wait_interrupt()
                 found = self.take()
         return found
 
     def wait_for(self, request: Request) -> Request:
-        """Wait until one request has come back."""
+        """Wait until one request is completed."""
         while request.status == UNSET:
             self.wait()
         return request
@@ -225,7 +225,7 @@ class BlockDriver:
             self.wait()
 
     def read_now(self, sector: int, length: int) -> bytes:
-        """Read, however long it is, with nothing else in flight."""
+        """Read any length, with no other request in flight; return the data."""
         self.wait_all()
         parts = []
         step = self.data_max // SECTOR * SECTOR
@@ -237,9 +237,9 @@ class BlockDriver:
 
 
 class BlockScribbler:
-    """Changes a disk through its driver, and a flat copy of it, at random; compares all it reads.
+    """Changes a disk through its driver, and a flat copy of the disk, at random; compares every read with the copy.
 
-    Requests that are in flight together never touch the same sectors: they would have no order.
+    Requests in flight at the same time never touch the same sectors, because their order is not defined.
     """
 
     def __init__(self, driver: BlockDriver, flat: bytearray, seed: int) -> None:
@@ -249,13 +249,13 @@ class BlockScribbler:
         self.choice = random.Random(seed)
 
     def place(self, most: int = 600) -> tuple[int, int]:
-        """Return sector and number of sectors."""
+        """Return a random range: first sector and number of sectors."""
         count = self.choice.choice((1, 8, self.choice.randrange(1, 64), self.choice.randrange(1, most)))
         sector = self.choice.randrange(self.sectors)
         return sector, min(count, self.sectors - sector, DATA_MAX // SECTOR)
 
     def make_room(self, ranges: Sequence[tuple[int, int]]) -> None:
-        """Wait until nothing in flight touches one of some ranges."""
+        """Wait until no request in flight overlaps the ranges."""
         while any(
             sector < theirs + count and theirs < sector + sectors
             for request in self.driver.flying.values()
@@ -272,7 +272,7 @@ class BlockScribbler:
         return [(request.sector, request.length // SECTOR)]
 
     def settle(self, requests: Sequence[Request]) -> None:
-        """Look at what has come back, before its slots are used again."""
+        """Check completed requests before their slots are used again."""
         for request in requests:
             assert request.status == OK
             if request.kind == READ:
@@ -308,7 +308,7 @@ class BlockScribbler:
             driver.flush()
 
     def discard(self, ranges: list[tuple[int, int]]) -> None:
-        """Discard, and take over what that has left: the specification does not say what it is."""
+        """Discard, then read the sectors into the flat copy: virtio does not define what discarded sectors hold."""
         self.make_room(ranges)
         request = self.driver.change_ranges(DISCARD, [(*one, 0) for one in ranges], ranges)
         while request.status == UNSET:
@@ -319,12 +319,12 @@ class BlockScribbler:
             self.flat[sector * SECTOR : (sector + sectors) * SECTOR] = left
 
     def drain(self) -> None:
-        """Wait for everything in flight."""
+        """Wait until all requests in flight are completed, and check them."""
         while self.driver.flying:
             self.settle(self.driver.wait())
 
     def run(self, steps: int) -> None:
-        """Do many things, and compare all of it."""
+        """Do many steps, then compare the whole disk with the copy."""
         for _ in range(steps):
             self.step()
         self.drain()

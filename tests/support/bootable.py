@@ -1,7 +1,7 @@
-"""Disks and a CD that a BIOS boots, with GRUB on them: what `cat`, `ls` and a kernel loader need to be told true.
+"""Disks and a CD that a BIOS boots with GRUB: GRUB's `cat`, `ls` and kernel loader check what they read from them.
 
-Made without root, loop devices and mounts.  Since a stock kernel is on one of them, they are made once for each
-state of what they are made from, and kept.
+They are made without root, loop devices and mounts.  They are made once for each state of their sources (a stock
+kernel among them), and kept.
 """
 
 import hashlib
@@ -29,14 +29,14 @@ CLUSTER = 64 * 1024
 PARTITION_OFFSET = 1 * MIB  # bytes; GRUB's core lies between the boot record and this
 FAT16, LINUX = 0x06, 0x83  # partition types
 
-# Where GRUB's boot record has its partition table, and how one entry looks: active flag, first sector's
-# cylinder, head and sector (here: beyond what they can say), type, last sector's, first sector, sectors.
+# The partition table's offset in the boot record, and one entry: active flag, cylinder, head and sector of the first
+# sector (here the value for "not addressable"), type, the same of the last sector, first sector, number of sectors.
 TABLE_AT = 0x1BE
 ENTRY = struct.Struct("<B3sB3sII")
 BEYOND_CHS = b"\xfe\xff\xff"
 
 MODULES = ("biosdisk", "serial", "terminal", "terminfo", "echo", "ls", "cat", "linux", "reboot", "halt")
-# A dumb terminal: each byte is an exit, and cursor movements would be five for each letter typed.
+# A dumb terminal: each byte costs a VM exit, and cursor movements would add five bytes to each letter typed.
 EARLY = """\
 serial --unit=0 --speed=115200
 terminal_input serial
@@ -48,7 +48,7 @@ LAYERS = ("base", "middle", "top")  # of the qcow2 disk, the one written to last
 
 
 class Bootable:
-    """The images in one folder; tests copy what they write to."""
+    """The images in one folder.  A test that writes to an image copies it first."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -58,25 +58,25 @@ class Bootable:
         self.data = folder / "data.raw"  # ext4 without partitions, nothing to boot
 
     def copy(self, source: Path, target: Path) -> Path:
-        """Copy an image, holes and all, to a file or into a folder; returns where it is."""
+        """Copy an image with its holes, to a file or into a folder; return the path of the copy."""
         target = target / source.name if target.is_dir() else target
         _run("cp", "--sparse=always", source, target)
         return target
 
 
 def text_of(name: str) -> str:
-    """Return the line that the file `<name>.txt` has, on the medium or in the layer of that name."""
+    """Return the line in the file `<name>.txt` of the medium or layer `name`."""
     return f"written on the {name}"
 
 
 def noise(name: str) -> bytes:
-    """Return what the larger files consist of: reproducible, and no two sectors alike."""
+    """Return the content of a larger file: reproducible, and no two sectors are equal."""
     return random.Random(name).randbytes(3 * MIB + 777)
 
 
 @cache
 def bootable() -> Bootable:
-    """Return the images, made when needed.  Raises CalledProcessError, KernelError."""
+    """Return the images; make them if they do not exist yet.  Raises CalledProcessError, KernelError."""
     made = CACHE / _digest()
     if made.exists():
         return Bootable(made)
@@ -93,14 +93,14 @@ def bootable() -> Bootable:
         try:
             fresh.rename(made)
         except OSError:
-            # Another test run was faster; what it made is the same.
+            # Another test run was faster.  Its images are the same.
             if not made.exists():
                 raise
     return Bootable(made)
 
 
 def _digest() -> str:
-    """Return a name for all that the images are made from, as it is now."""
+    """Return a digest of everything that the images are made from."""
     digest = hashlib.sha256()
     code = [Path(__file__), CHECKOUT / "vmctl/commands/create.py", *sorted((CHECKOUT / "vmd/images").glob("*.py"))]
     for path in (*code, GRUB / "kernel.img"):
@@ -114,7 +114,7 @@ def _digest() -> str:
 
 
 def _make_fat_disk(result: Bootable, scratch: Path) -> None:
-    """A disk as old as it gets."""
+    """Make a raw disk with GRUB and FAT16."""
     size = 32 * MIB
     _start_disk(result.fat, size, FAT16, "fat", scratch)
     drive = f"{result.fat}@@{PARTITION_OFFSET}"
@@ -124,7 +124,7 @@ def _make_fat_disk(result: Bootable, scratch: Path) -> None:
 
 
 def _make_linux_disk(result: Bootable, scratch: Path) -> None:
-    """A disk in three layers, each of which has a file that those below have not."""
+    """Make a disk of three layers.  Each layer adds a file that the layers below do not have."""
     size = 64 * MIB
     kernel, initrd = linux_guest()
     raw = scratch / "linux.raw"
@@ -146,7 +146,7 @@ def _make_linux_disk(result: Bootable, scratch: Path) -> None:
 
 
 def _write_changes(layer: Path, result: Bootable, before: bytes, after: bytes) -> None:
-    """Write to an overlay what has changed since the layer below was made."""
+    """Write the differences from the layer below to an overlay."""
     chain = result.layers[: result.layers.index(layer) + 1]
     image = images.opened(*reversed(chain), writable=True)
     try:
@@ -160,7 +160,7 @@ def _write_changes(layer: Path, result: Bootable, before: bytes, after: bytes) -
 
 
 def _make_cd(result: Bootable, scratch: Path) -> None:
-    """A disc after El Torito, without emulation of a floppy."""
+    """Make an El Torito CD without floppy emulation."""
     tree = _tree(scratch / "cd", "cd")
     (tree / "noise").write_bytes(noise("cd"))
     _make_core("i386-pc-eltorito", "(cd)", ("iso9660",), tree / "boot/eltorito.img", scratch)
@@ -171,7 +171,7 @@ def _make_cd(result: Bootable, scratch: Path) -> None:
 
 
 def _make_data_disk(result: Bootable, scratch: Path) -> None:
-    """A file system to write to, large enough to lose something."""
+    """Make a file system that guests write to, large enough that lost writes show."""
     tree = scratch / "data"
     tree.mkdir()
     (tree / "noise").write_bytes(noise("data"))
@@ -182,7 +182,7 @@ def _make_data_disk(result: Bootable, scratch: Path) -> None:
 
 
 def _tree(folder: Path, name: str) -> Path:
-    """Return a folder with the files that every medium has; GRUB reads its configuration and says so."""
+    """Return a folder with the files that every medium has, GRUB's configuration among them."""
     (folder / "boot/grub").mkdir(parents=True)
     (folder / "boot/grub/grub.cfg").write_text(f"echo GRUB from the {name}\n")
     (folder / f"{name}.txt").write_text(text_of(name) + "\n")
@@ -193,8 +193,8 @@ def _start_disk(path: Path, size: int, kind: int, file_system: str, scratch: Pat
     """Write boot record, partition table and GRUB's core to a new raw disk with one partition."""
     core = scratch / "core.img"
     _make_core("i386-pc", "(hd0,msdos1)", ("part_msdos", file_system), core, scratch)
-    # GRUB's own boot record looks for its core right behind itself, and that for its remaining sectors
-    # behind the first one: nothing has to be filled in but the partition table.
+    # GRUB's boot record expects the core in the next sector, and the core expects the rest of itself right after its
+    # first sector.  Only the partition table has to be filled in.
     record = bytearray((GRUB / "boot.img").read_bytes())
     first, sectors = PARTITION_OFFSET // SECTOR, (size - PARTITION_OFFSET) // SECTOR
     entry = ENTRY.pack(0x80, BEYOND_CHS, kind, BEYOND_CHS, first, sectors)
@@ -217,7 +217,7 @@ def _vmctl(*words: object) -> None:
 
 
 def _run(*words: object) -> None:
-    """Run a program.  Raises CalledProcessError, with what it said as its notes."""
+    """Run a program.  Raises CalledProcessError, with the program's output as notes."""
     try:
         subprocess.run(
             [str(word) for word in words], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True,

@@ -1,4 +1,4 @@
-"""A guest that must not notice what is done to another one, and a daemon that serves root all the while."""
+"""A guest that attacks on other guests must not affect, while the daemon keeps answering root."""
 
 import json
 import select
@@ -16,20 +16,20 @@ NAME = "bystander"
 GUEST_S = 30.0
 
 
-DRIVE = f'cdrom "{guest("demo")}"'  # a statement for a VM that is to have a device with a process; any file will do
+DRIVE = f'cdrom "{guest("demo")}"'  # a statement that gives a VM a device process; any file will do
 
 
 def vm_block(name: str, *more: str) -> str:
-    """Return a VM of a configuration that runs the demo guest; `more` are statements of it."""
+    """Return a `vm` block that runs the demo guest, with the statements `more`."""
     statements = ["disable", "memory 32M", f'boot "{guest("demo")}"', *more]
     return "\n".join((f'vm "{name}" {{', *(f"  {statement}" for statement in statements), "}\n"))
 
 
 class Bystander:
-    """The guest, and root's questions, from the beginning of a test to its end; a context manager.
+    """A context manager that runs the guest and asks the daemon as root during a whole test.
 
-    All the while another process asks for the status, and the guest for its prompt (`watcher`).  No status may take
-    longer than `status_s`, as far as that is the daemon's doing.
+    Another process (`watcher`) repeatedly asks vmd for the status and the guest for its prompt.  No status may take
+    longer than `status_s`, not counting time for which the daemon is not responsible.
     """
 
     status_s: ClassVar[float] = 30.0  # 1 s where the long rounds run, see tests/process/conftest.py
@@ -49,7 +49,7 @@ class Bystander:
 
     def __enter__(self) -> Self:
         try:
-            self.ask_watcher()  # it has seen the guest's first words
+            self.ask_watcher()  # the watcher has seen the guest's first output
         except BaseException:
             self.end()
             raise
@@ -65,16 +65,16 @@ class Bystander:
             self.end()
 
     def end(self) -> None:
-        """Ask no more."""
+        """End the watcher."""
         self._watcher.kill()
         self._watcher.communicate()
 
     def core_now(self) -> dict[str, int]:
-        """Return the processes that all guests hang on."""
+        """Return titles and pids of the processes that all guests depend on."""
         return {title: pid for title, pid in self.vmd.processes().items() if "/" not in title and title != "vmd: vm"}
 
     def check(self) -> None:
-        """It runs on in the same process and answers what is typed; root is answered, by the same processes."""
+        """Check that the guest runs in the same process and answers, and that the same daemon processes answer root."""
         longest = self.ask_watcher()
         assert longest.status_s <= self.status_s, f"root has waited for a status: {longest}\n{self.vmd.log}"
         assert longest.guest_s <= GUEST_S, f"the guest said nothing: {longest}\n{self.vmd.log}"
@@ -85,7 +85,7 @@ class Bystander:
             assert now.get(title) == self.core.get(title), self.vmd.log
 
     def ask_watcher(self) -> Longest:
-        """Wait until both are answered once more; return what took longest so far."""
+        """Wait until vmd and the guest have answered once more; return the longest times so far."""
         watcher = self._watcher
         assert watcher.stdin is not None
         assert watcher.stdout is not None

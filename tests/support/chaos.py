@@ -1,7 +1,7 @@
-"""All that can go wrong, at once and at random, for some time; and the guests that none of it was meant for.
+"""Random attacks on a daemon and its VMs for some time, and the check that they do not affect other guests.
 
-A life is a VM from its start to its end, in one process.  A life that was attacked itself, or that its owner ended, is
-excused.  Each other one has to last to the end: it answers at its console all the while, and is never lost.
+A life is a VM from its start to its end, in one process.  A life is excused if it was attacked itself or if its owner
+ended it.  Every other life must last to the end of the round and answer at its console all the time.
 """
 
 import contextlib
@@ -45,16 +45,16 @@ from vmd.ipc.routes import BY_CLASS
 from vmd.record import Record
 
 OWNERS = {40001: ("a1", "a2", "a3"), 40002: ("b1", "b2", "b3"), 40003: ("c1", "c2")}
-ROOT, STRANGER = 0, 65534  # who has no VM
-MAY_CONNECT = 40000  # a group
+ROOT, STRANGER = 0, 65534  # users without a VM
+MAY_CONNECT = 40000  # a group whose members may connect to the control socket
 NAMES = tuple(itertools.chain.from_iterable(OWNERS.values()))
 PARTIAL = tuple(cls for cls in ANSWERS if BY_CLASS[cls].partial)
-ANSWER_S = 300.0  # a watchdog: a VM that is not built is given up after 120 s, and so is its successor
+ANSWER_S = 300.0  # a watchdog: vmd gives up a VM that is not built within 120 s, and its successor likewise
 TRY_AGAIN_S = 0.2
-KEPT = ("a1", "b1", "c1")  # VMs that nobody ends: they are to run from the first attack to the last
+KEPT = ("a1", "b1", "c1")  # VMs that no test step ends: they must run from the first attack to the last
 ON_STORAGE = "c2"  # the VM whose disk may hang
 BRIDGE = "br7"
-LONG_S = 60.0  # a round that takes longer also leaves processes stopped for good
+LONG_S = 60.0  # a round at least this long also stops some processes until its end
 
 
 class Life:
@@ -65,9 +65,9 @@ class Life:
         self.pid = pid
         self.excused = ""
         self.beats = 0
-        self.lock = threading.Lock()  # of who looks at its console
+        self.lock = threading.Lock()  # held while a thread reads the console
         self.pidfd = os.pidfd_open(pid)
-        self.terminal = Terminal(tty)  # from now on: a later VM may have a pty of the same name
+        self.terminal = Terminal(tty)  # opened now, because a later VM may get a pty of the same name
 
     @property
     def ended(self) -> bool:
@@ -75,15 +75,15 @@ class Life:
         return bool(select.select([self.pidfd], [], [], 0)[0])
 
     def beat(self) -> None:
-        """Have the guest answer once more.  Raises AssertionError or OSError."""
-        if self.beats == 0:  # what is typed before its UART is set up is lost
+        """Type to the guest and wait for its answer.  Raises AssertionError or OSError."""
+        if self.beats == 0:  # input before the guest has set up its UART is lost
             self.expect(PROMPT)
         self.beats += 1
         self.terminal.type(f"echo beat {self.beats}\r")
         self.expect(f"beat {self.beats}\r\nbeat {self.beats}\r\n{PROMPT}")
 
     def expect(self, wanted: str) -> None:
-        """Wait for what the guest says, unless it is excused meanwhile.  Raises AssertionError."""
+        """Wait for a text from the guest, or until the life is excused.  Raises AssertionError."""
         deadline_s = time.monotonic() + DEADLINE_S
         while True:
             try:
@@ -95,13 +95,13 @@ class Life:
                 return
 
     def close(self) -> None:
-        """Let go of it."""
+        """Close its console."""
         os.close(self.pidfd)
         os.close(self.terminal.fd)
 
 
 class StallingLog:
-    """What reads a daemon's log, into its file, and does not while it is told not to."""
+    """A reader that copies a daemon's log from a FIFO to its file, and that can be made to stop reading."""
 
     def __init__(self, vmd: NetDaemon) -> None:
         self.path = vmd.directory / "log.fifo"
@@ -127,7 +127,7 @@ class StallingLog:
         os.close(self.fd)
 
     def note(self, what: str) -> None:
-        """Add a line of our own, with the time since the start, as each line gets it."""
+        """Append lines to the log file, each with the time since the start."""
         with self.lock, self.log_path.open("a") as log:
             for line in what.splitlines():
                 log.write(f"{time.monotonic() - self.began_s:7.2f} {line}\n")
@@ -148,10 +148,10 @@ class StallingLog:
 
 
 class Chaos:
-    """The daemon, the lives of its VMs, and what is done to them."""
+    """The daemon, the lives of its VMs, and the attacks on them."""
 
     def __init__(self, vmd: NetDaemon, log: StallingLog, storage: FuseFile, seed: int, duration_s: float) -> None:
-        """`storage` is that of VM ON_STORAGE."""
+        """`storage` holds the disk of VM ON_STORAGE."""
         self.vmd = vmd
         self.network = vmd.network
         self.log = log
@@ -165,24 +165,24 @@ class Chaos:
         self.over = threading.Event()
         self.faults: list[str] = []
         self._struck: Counter[str] = Counter()  # by name: how often a VM was attacked
-        self._shared = 0  # how often what has no VM yet was attacked, or what starts need
+        self._shared = 0  # attacks on processes other than control, log and vmm
         self._lock = threading.Lock()
-        self._later: list[tuple[float, Callable[[], None]]] = []  # what ends an attack, and when
-        self._for_good: list[Callable[[], None]] = []  # ... and for what has no end within the round
+        self._later: list[tuple[float, Callable[[], None]]] = []  # time and function of each attack's end
+        self._for_good: list[Callable[[], None]] = []  # ends of attacks that last the whole round
 
     def life_of(self, name: str) -> Life | None:
         """Return the last life of a VM."""
         return next((life for life in reversed(self.lives) if life.name == name), None)
 
     def fault(self, what: str) -> None:
-        """Note something that must not be, and end the round."""
+        """Record a failure and end the round."""
         self.faults.append(f"{what} (after {self.done.total()} attacks)")
         self.over.set()
 
     # --- what users do, in a thread each
 
     def ask(self, uid: int, request: Record, stream: int | None = None) -> list[Record]:
-        """Return the answers to a request of a user's; the last of them is missing if the connection ended early."""
+        """Send a request as a user; return the answers, without the last one if the connection ended early."""
         answers: list[Record] = []
         with connect_as(self.vmd.socket, uid, uid, [MAY_CONNECT]) as client:
             client.settimeout(ANSWER_S)
@@ -206,7 +206,7 @@ class Chaos:
         return answers[-1] if answers and not isinstance(answers[-1], PARTIAL) else None
 
     def rows(self, uid: int = 0) -> dict[str, VmInfo]:
-        """Return what a user is told of all VMs; a control that has gone meanwhile is asked for once more."""
+        """Return the status of all VMs as a user sees it.  Ask again if control ended before its last answer."""
         while True:
             answers = self.ask(uid, ListRequest())
             if self.faults or (answers and isinstance(answers[-1], End)):
@@ -215,7 +215,7 @@ class Chaos:
         return {row.name: row for row in answers if isinstance(row, VmInfo)}
 
     def renew(self, uid: int, name: str) -> None:
-        """Have a VM start anew, whatever state it is in, and however often that takes."""
+        """Stop and start a VM, from any state.  Try again until it has started."""
         deadline_s = time.monotonic() + ANSWER_S
         if (old := self.life_of(name)) is not None:
             old.excused = old.excused or "was ended by its owner"
@@ -235,7 +235,7 @@ class Chaos:
         self.bear(name, started.pid, started.tty, struck)
 
     def bear(self, name: str, pid: int, tty: str, struck: int) -> None:
-        """A life begins, of a VM that had been attacked so often when that was asked for."""
+        """Record a new life.  `struck` is how often the VM had been attacked when its start was requested."""
         try:
             life = Life(name, pid, tty)
         except OSError:
@@ -248,7 +248,7 @@ class Chaos:
             self.lives.append(life)
 
     def own(self, uid: int, seed: int) -> None:
-        """Be the owner of some VMs: whatever ends is started, and some are stopped or paused for no reason."""
+        """Act as the owner of some VMs: start VMs that ended, and stop, reset or pause some at random."""
         chance = random.Random(seed)
         while not self.over.wait(chance.uniform(0.1, 1.0)):
             name = chance.choice(OWNERS[uid])
@@ -264,15 +264,15 @@ class Chaos:
                 self.rows(uid)
 
     def reset(self, uid: int, old: Life) -> None:
-        """Have a guest reset itself: its VM goes on in another process, unless what it needs is attacked meanwhile."""
-        with old.lock:  # what its guest says from now on, a later life is to read
+        """Have a guest reset itself.  Its VM must continue in a new process unless an attack hit a process it needs."""
+        with old.lock:  # the next life reads what the guest writes from now on
             old.excused = "was reset"
         struck, shared = self._struck[old.name], self._shared
         old.terminal.type("\rreset\r")
         deadline_s = time.monotonic() + ANSWER_S
         while not self.faults:
             row = self.rows(uid).get(old.name)
-            if row is None:  # the round is over, for another reason
+            if row is None:  # the round has ended for another reason
                 return
             if row.state == "running" and row.pid != old.pid:
                 self.bear(row.name, row.pid, row.tty, struck)
@@ -286,7 +286,7 @@ class Chaos:
             select.select([], [], [], TRY_AGAIN_S)
 
     def pause(self, uid: int, life: Life) -> None:
-        """Have a VM stand still for a moment."""
+        """Pause and unpause a VM."""
         self.ask(uid, PauseRequest(name=life.name, paused=True))
         while not self.faults and not life.excused:
             if isinstance(self.answer(uid, PauseRequest(name=life.name, paused=False)), VmPaused):
@@ -294,7 +294,7 @@ class Chaos:
             select.select([], [], [], TRY_AGAIN_S)
 
     def be_root(self, seed: int) -> None:
-        """Look at all VMs, read the configuration again, and write copies of VMs that run on."""
+        """Act as root: list all VMs, reload the configuration, and send copies of VMs that continue to run."""
         chance = random.Random(seed)
         with (self.vmd.directory / "stream").open("wb") as stream:
             while not self.over.wait(chance.uniform(0.1, 1.0)):
@@ -307,13 +307,13 @@ class Chaos:
                     self.rows()
 
     def watch(self) -> None:
-        """See that guests go on."""
+        """Check repeatedly that the guests answer."""
         while not self.over.wait(0.05):
             for life in [each for each in self.lives if not each.excused]:
                 self.look_at(life)
 
     def look_at(self, life: Life) -> None:
-        """Have a guest answer, and complain if it does not."""
+        """Have a guest answer; record a failure if it does not."""
         try:
             with life.lock:
                 if not life.excused:
@@ -325,7 +325,7 @@ class Chaos:
     # --- what is done to them
 
     def strike(self, title: str) -> None:
-        """A process is attacked: if it is of a VM, that one is excused."""
+        """Record an attack on a process.  If the process belongs to a VM, the VM's life is excused."""
         part, _, rest = title.removeprefix("vmd: ").partition("/")
         with self._lock:
             self._shared += part not in ("control", "log", "vmm")
@@ -338,7 +338,7 @@ class Chaos:
                 life.excused = life.excused or "was attacked"
 
     def victims(self) -> list[tuple[str, int]]:
-        """Return titles and pids of all processes of the daemon but the first."""
+        """Return titles and pids of all processes of the daemon except the parent."""
         found, family = [], [self.vmd.pid]
         while family:
             for pid in children_of(family.pop()):
@@ -347,11 +347,11 @@ class Chaos:
         return sorted((title, pid) for title, pid in found if title.startswith("vmd: "))
 
     def pick(self, wanted: Callable[[str], bool]) -> tuple[str, int] | None:
-        """Stop a process with SIGSTOP; return its title, which does not change any more, and its pidfd."""
+        """Stop a process with SIGSTOP; return its title, which cannot change while it is stopped, and its pidfd."""
         victims = [(title, pid) for title, pid in self.victims() if wanted(title) and not is_kept(title)]
         if not victims:
             return None
-        kinds = sorted({kind_of(title) for title, _ in victims})  # one of many is as likely as the only one
+        kinds = sorted({kind_of(title) for title, _ in victims})  # each kind is equally likely, however many it has
         kind = self.random.choice(kinds)
         title, pid = self.random.choice([victim for victim in victims if kind_of(victim[0]) == kind])
         try:
@@ -381,7 +381,7 @@ class Chaos:
         return f"kill {kind_of(title)}"
 
     def stop(self, wanted: Callable[[str], bool], most_s: float = 3.0, *, for_good: bool = True) -> str:
-        """Stop a process, for some time or for good."""
+        """Stop a process for some time, or until the end of the round."""
         picked = self.pick(wanted)
         if picked is None:
             return ""
@@ -399,11 +399,11 @@ class Chaos:
         return f"stop {kind_of(title)}"
 
     def later(self, most_s: float, end: Callable[[], None]) -> None:
-        """Have an attack end within so long."""
+        """Schedule the end of an attack at a random time, in at most `most_s` seconds."""
         self._later.append((time.monotonic() + self.random.uniform(0.1, most_s), end))
 
     def be_hostile(self) -> str:
-        """Let a client do harm for a while."""
+        """Run a hostile client for a while."""
         uid, kind = self.random.choice((STRANGER, 40003)), self.random.choice(list(KINDS))
         stack = contextlib.ExitStack()
         seed = self.random.randrange(1 << 30)
@@ -418,13 +418,13 @@ class Chaos:
         return kind
 
     def stall_log(self) -> str:
-        """Let nobody read the log for a while."""
+        """Stop reading the log for a while."""
         self.log.reads.clear()
         self.later(4.0, self.log.reads.set)
         return "stall log"
 
     def hang_storage(self) -> str:
-        """Let a disk not answer for a while: whatever becomes of its VM, it is that VM's alone."""
+        """Make a disk not answer for a while.  This may affect only the VM that has the disk."""
         self.strike(f"vmd: vm/{ON_STORAGE}")
         for operation in self.random.choice(((READ,), (OPEN,), (OPEN, READ))):
             self.storage.rule(operation, HELD)
@@ -437,7 +437,7 @@ class Chaos:
         return "flush nftables"
 
     def delete_link(self) -> str:
-        """Remove an interface, whose guest is to run on without."""
+        """Delete an interface of a VM.  Its guest must continue without the interface."""
         ours = [
             name for name, link in links(self.network).items() if ALIAS.match(link.get("ifalias", "")) or name == BRIDGE
         ]
@@ -462,7 +462,7 @@ class Chaos:
     )
 
     def attack(self) -> None:
-        """Do one thing, and end those whose time is over."""
+        """Start one random attack, and end the attacks that are due."""
         (thing,) = self.random.choices([thing for _, thing in self.ATTACKS], [weight for weight, _ in self.ATTACKS])
         done = thing(self)
         if done:
@@ -471,7 +471,7 @@ class Chaos:
         self.end_attacks(time.monotonic())
 
     def end_attacks(self, until_s: float = float("inf")) -> None:
-        """End attacks whose time comes before that."""
+        """End the attacks that are due at a time."""
         due = [each for each in self._later if each[0] <= until_s]
         self._later = [each for each in self._later if each[0] > until_s]
         for _, end in due:
@@ -481,7 +481,7 @@ class Chaos:
 
     @contextlib.contextmanager
     def at_work(self) -> Iterator[None]:
-        """Start all VMs, and let owners and the watchman work."""
+        """Start all VMs and the threads of the owners, of root and of the check."""
         with ThreadPoolExecutor(len(OWNERS)) as pool:
             list(pool.map(self.begin, OWNERS))
         threads = [
@@ -506,7 +506,7 @@ class Chaos:
             self.renew(uid, name)
 
     def run(self) -> str:
-        """Do it all; return what was done.  Raises AssertionError if a guest was lost."""
+        """Run a whole round; return a summary of its attacks.  Raises AssertionError if a guest was lost."""
         with self.at_work():
             end_s, longest_s = time.monotonic() + self.duration_s, 1.0 if self.is_long else 0.5
             while time.monotonic() < end_s and not self.over.wait(self.random.uniform(0.05, longest_s)):
@@ -539,27 +539,27 @@ class Chaos:
 
 
 def is_running(row: VmInfo | None, life: Life) -> bool:
-    """Return whether a VM runs, in the process that it has always had."""
+    """Return whether a VM still runs in the same process."""
     return row is not None and (row.state, row.pid) == ("running", life.pid)
 
 
 def is_core(title: str) -> bool:
-    """Return whether a process is no VM's, and not vmm, with which all guests would go."""
+    """Return whether a process belongs to no VM and is not vmm.  The end of vmm would end all guests."""
     return title != "vmd: vmm" and not is_of_a_vm(title)
 
 
 def is_of_a_vm(title: str) -> bool:
-    """Return whether a process is of a VM that has a name."""
+    """Return whether a process belongs to a named VM."""
     return title.startswith("vmd: vm/")
 
 
 def is_kept(title: str) -> bool:
-    """Return whether a process is of a VM that runs from the first attack to the last."""
+    """Return whether a process belongs to a VM of KEPT."""
     return is_of_a_vm(title) and title.split("/")[1] in KEPT
 
 
 def kind_of(title: str) -> str:
-    """Return what kind of process it is."""
+    """Return the kind of a process."""
     words = title.removeprefix("vmd: ").split("/")
     if words[0] == "vm" and len(words) > 1:
         return f"vm/*/{words[2].rstrip('0123456789')}" if len(words) > 2 else "vm/*"
@@ -579,7 +579,7 @@ def children_of(pid: int) -> list[int]:
 
 
 def title_of(pid: int) -> str:
-    """Return the title of a process, or nothing."""
+    """Return the title of a process; empty if it has none."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].decode(errors="replace").strip()
     except OSError:
@@ -599,9 +599,9 @@ def is_below(pid: int, ancestor: int) -> bool:
 
 
 def configuration(directory: Path, storage: Path) -> str:
-    """Return 8 VMs of 3 users, each with a disk, and interfaces of one kind, the other, both or none.
+    """Return a configuration of 8 VMs of 3 users, each with a disk; their kinds of interfaces differ.
 
-    That of ON_STORAGE is the file `storage`, whose format is to be found out.
+    The disk of ON_STORAGE is the file `storage`, whose format vmd detects.
     """
     conf = [f"socket owner :{MAY_CONNECT}\n", f'switch "lan" {{\n    interface {BRIDGE}\n}}\n']
     nics = (("local interface",), ('interface switch "lan"',), ('interface switch "lan"', "local interface"), ())

@@ -1,4 +1,4 @@
-"""The guest that keeps its disk busy for ever (`guests/blk/churn.c`), and what it says of that."""
+"""The guest that keeps its disk busy for ever (`guests/blk/churn.c`), and its reports."""
 
 import re
 import time
@@ -12,7 +12,7 @@ LINE = re.compile(
     r"churn: rounds=(\d+) errors=(\d+) lost=(\d+) silent=(\d+) interrupts=(\d+) spurious=(\d+) beats=(\d+)"
     r" backwards=(\d+)\r\n"
 )
-# What the guest is told to use, and lines of its VM.
+# The guest's parameters, and the statements of its VM.
 LOADS = [
     ("smp", ("vcpus 2",)),
     ("smp intx-ioapic", ("vcpus 2",)),
@@ -27,7 +27,7 @@ WAYS = pytest.mark.parametrize(("cmdline", "lines"), [
 
 
 class Report(NamedTuple):
-    """One line of it."""
+    """One line of the guest's report."""
 
     rounds: int
     errors: int
@@ -44,18 +44,18 @@ class Report(NamedTuple):
 
 
 def begin(console: Attached, timeout_s: float = DEADLINE_S) -> None:
-    """Wait until it is at work."""
+    """Wait until the guest has begun its rounds."""
     console.expect("churn: begin\r\n", timeout_s)
 
 
 def ask(console: Attached, timeout_s: float = DEADLINE_S) -> Report:
-    """Have it report, and check what it says."""
+    """Have the guest report; check and return the report."""
     console.type("\r")
     return _next(console, timeout_s)
 
 
 def ask_until_rounds(console: Attached, more: int, timeout_s: float = DEADLINE_S) -> Report:
-    """Wait until it has made so many more rounds; returns its last report."""
+    """Wait until the guest has done `more` further rounds; return its last report."""
     deadline = time.monotonic() + timeout_s
     wanted = ask(console, timeout_s).rounds + more
     while (report := ask(console, timeout_s)).rounds < wanted:
@@ -64,7 +64,7 @@ def ask_until_rounds(console: Attached, more: int, timeout_s: float = DEADLINE_S
 
 
 def finish(console: Attached, timeout_s: float = DEADLINE_S) -> Report:
-    """Have it end its rounds, and switch itself off."""
+    """Have the guest end its rounds and switch itself off; return its last report."""
     console.type("q\r")
     console.expect("churn: end\r\n", timeout_s)
     reports = list(LINE.finditer(console.text()))

@@ -1,4 +1,4 @@
-"""Connections to the control socket, for messages that no vmctl would send."""
+"""Connections to the control socket, for messages that vmctl never sends."""
 
 import os
 import socket
@@ -11,15 +11,15 @@ from vmd.record import Record
 
 
 def connect(path: Path) -> socket.socket:
-    """Return a connection of our own."""
+    """Return a connection of this process's user."""
     client = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    client.connect(str(path))  # with a time-out it would not wait for its place in the queue, but fail
+    client.connect(str(path))  # with a timeout, connect fails at once while the backlog is full
     client.settimeout(DEADLINE_S)
     return client
 
 
 def connect_as(path: Path, uid: int, gid: int, groups: Sequence[int] = ()) -> socket.socket:
-    """Return a connection that the kernel says is a user's: a child that is that user makes it."""
+    """Return a connection with a user's peer credentials: a child process with that uid makes it."""
     ours, theirs = socket.socketpair()
     with ours:
         with theirs:
@@ -41,7 +41,7 @@ def connect_as(path: Path, uid: int, gid: int, groups: Sequence[int] = ()) -> so
 
 
 def receive(client: socket.socket) -> Record | None:
-    """Return the next answer, None at the end of the connection."""
+    """Return the next answer, or None at the end of the connection."""
     try:
         packet = client.recv(MAX_MESSAGE)
     except ConnectionResetError:

@@ -1,4 +1,4 @@
-"""The guest that says what time each of its clocks has (`guests/clocks`)."""
+"""The guest that reports all of its clocks (`guests/clocks`)."""
 
 import os
 import re
@@ -18,40 +18,40 @@ PM_HERTZ = 3579545
 BEAT_NS = 10_000_000
 PIT_NS = 11932 * 10**9 // 1193182
 PERIODIC_NS = 500_000_000
-ALIKE = 500e-6  # clocks of a host run at rates that differ by no more: what adjtimex(2) allows
-STOP_CALLS = 20  # requests to KVM: what stopping and setting all of them, one after the other, may be wrong by
+ALIKE = 500e-6  # the largest difference of the rates of a host's clocks: the limit of adjtimex(2)
+STOP_CALLS = 20  # the error of stopping and setting all clocks in turn, in KVM requests
 RTC_EPOCH_S = 946684800  # 2000-01-01
 
 
 class Clocks(NamedTuple):
-    """One answer."""
+    """One report of the guest."""
 
     tsc: int
     kvmclock: int  # ns
-    pm: int  # of 24 bits, 3 579 545 a second
-    beats: int  # 100 a second
+    pm: int  # 24 bits, 3 579 545 Hz
+    beats: int  # 100 Hz
     rtc: int  # seconds
-    up: int  # what tsc was when it came up
-    # What recorded guests do not say:
-    lost: int = 0  # model-specific registers that no longer hold what the guest wrote when it came up
+    up: int  # tsc when the guest came up
+    # Recorded guests do not report these:
+    lost: int = 0  # model-specific registers that have lost the value that the guest wrote when it came up
     tsc_to: int = 0
-    timer: int = 0  # pm, of 32 bits, between two readings of kvmclock
+    timer: int = 0  # pm with 32 bits, read between two readings of kvmclock
     timer_from: int = 0
     timer_to: int = 0
-    left: int = 0  # ns to the next beat, between two readings of kvmclock
+    left: int = 0  # ns to the next beat, read between two readings of kvmclock
     left_from: int = 0
     left_to: int = 0
     pit: int = 0  # interrupts
     periodic: int = 0  # interrupts of the rtc
-    began: int = 0  # kvmclock when the beats and these interrupts began
-    held: int = 0  # ns for which the rtc was held the last time
-    skew: int = 0  # times when another processor's tsc was not between two of this one's
-    asked_s: float = 0.0  # the host's clocks before and after it was asked
+    began: int = 0  # kvmclock when beats, pit and periodic began to count
+    held: int = 0  # ns for which the guest last held the rtc
+    skew: int = 0  # how often another processor's tsc was not between two readings of this one's
+    asked_s: float = 0.0  # the host's clock before and after the question
     said_s: float = 0.0
 
     @classmethod
     def ask(cls, console: Attached, line: str = "") -> "Clocks":
-        """Have it answer once; `s` and `c` have it hold its battery-backed clock first, or let it go."""
+        """Have the guest report once; the line `s` makes it hold its battery-backed clock first, `c` release it."""
         asked_s = time.time()
         console.type(f"{line}\r")
         console.expect("tsc=", DEADLINE_S)
@@ -63,7 +63,7 @@ class Clocks(NamedTuple):
 
     @classmethod
     def ask_until(cls, console: Attached, enough: "Callable[[Clocks], bool]") -> "Clocks":
-        """Have it answer until that is enough."""
+        """Have the guest report until `enough` is true of a report; return that report."""
         deadline = time.monotonic() + DEADLINE_S
         while not enough(now := cls.ask(console)):
             assert time.monotonic() < deadline, f"not enough after {DEADLINE_S} s: {now}"
@@ -71,24 +71,24 @@ class Clocks(NamedTuple):
 
     @classmethod
     def ask_at_rest(cls, console: Attached) -> "Clocks":
-        """Have it answer until it says where the local APIC's timer is in its period.
+        """Have the guest report until the report gives an exact position in the local APIC timer's period.
 
-        That timer counts nothing while the host is late with it, and a guest that was interrupted by its host in the
-        middle of reading does not know when it read.
+        The timer does not count while the host delivers its interrupt late.  A guest that its host interrupted during
+        the reading does not know the time of the reading.
         """
         return cls.ask_until(console, lambda now: now.left > 0 and now.left_to - now.left_from < BEAT_NS // 4)
 
 
 class Host(NamedTuple):
-    """What a host's KVM can do."""
+    """The capabilities of a host's KVM."""
 
-    sets_tsc: bool  # gives a guest a TSC of its own; one without hardware cannot
+    sets_tsc: bool  # KVM can give a guest its own TSC, which it cannot without hardware support
     tsc_khz: int
-    call_ns: int  # how long a request takes
+    call_ns: int  # time of one KVM request
 
     @classmethod
     def here(cls) -> "Host":
-        """Return what this one can do."""
+        """Return the capabilities of this host."""
         with System(os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)) as system, system.create_vm() as vm:
             vm.create_irqchip()
             with vm.create_vcpu(0) as vcpu:
@@ -100,21 +100,24 @@ class Host(NamedTuple):
 
 
 class Watch:
-    """Compares the clocks of a guest with one another and with the host's, from one answer to the next.
+    """Compares the clocks of a guest with one another and with the host's, from one report to the next.
 
-    What they may differ by is what the guest needed to read them one after the other, which it says, what their rates
-    may differ by, and what its host needs for a few requests to KVM for each time that the machine stopped.
+    The allowed difference is the sum of three times: the time that the guest needed to read the clocks, which it
+    reports; the drift that ALIKE allows; and STOP_CALLS requests to KVM for each stop of the machine.
     """
 
     def __init__(self, first: Clocks) -> None:
         self.last = first
         self.host = Host.here()
         self.holding = False
-        self.held_least_s = self.held_most_s = 0  # whole seconds that the guest kept from its rtc
+        self.held_least_s = self.held_most_s = 0  # seconds for which the guest held its rtc
         self.stops = 0
 
     def check(self, now: Clocks, paused_s: float, stops: int) -> None:
-        """Raise AssertionError unless all clocks agree; the machine has stopped so often, for that long at least."""
+        """Raise AssertionError unless all clocks agree.
+
+        Since the last report the machine was stopped `stops` times, for at least `paused_s` seconds in all.
+        """
         last, self.last = self.last, now
         self.stops += stops
         ran_ns = now.kvmclock - last.kvmclock
@@ -125,8 +128,8 @@ class Watch:
         timer_ns = (now.timer - last.timer) % (1 << 32) * 10**9 // PM_HERTZ
         self._alike("ACPI timer", timer_ns, last.timer_from, last.timer_to, now.timer_from, now.timer_to, slack_ns)
 
-        # Of the local APIC's timer we know where in its period it is.  KVM does not make up for beats that its host was
-        # too busy for, and begins a new period then; so this can be told only where none was missed.
+        # The report gives the position of the local APIC timer in its period.  When the host is too busy, KVM drops
+        # beats and begins a new period, so the position can be checked only when no beat was missed.
         least_ns, most_ns = now.left_from - last.left_to - slack_ns, now.left_to - last.left_from + slack_ns
         span_ns = most_ns - least_ns
         assert span_ns < BEAT_NS * 9 // 10, f"too slow to tell: {span_ns} ns"
@@ -148,8 +151,8 @@ class Watch:
         for name, count, period_ns in (
             ("beats", now.beats, BEAT_NS), ("8254", now.pit, PIT_NS), ("rtc", now.periodic, PERIODIC_NS),
         ):  # fmt: skip
-            # It may miss some, as it would on a busy host, but there is none too many.  One may have been latched in
-            # the 8259 before these began.
+            # Interrupts may be missing, as on a busy host, but there must not be too many.  One may have been latched
+            # in the 8259 before the count began.
             assert count <= all_ns * (1 + ALIKE) // period_ns + 2, f"{count} interrupts of {name} in {all_ns} ns"
         if not self.holding:
             least_s = int(now.asked_s) - self.held_most_s - RTC_EPOCH_S
@@ -158,7 +161,7 @@ class Watch:
 
     @staticmethod
     def _alike(name: str, ns: int, last_from: int, last_to: int, now_from: int, now_to: int, slack_ns: float) -> None:
-        """Compare a span with what the reference says of it."""
+        """Compare an interval of one clock with the bounds from the reference clock."""
         least_ns, most_ns = now_from - last_to - slack_ns, now_to - last_from + slack_ns
         assert least_ns <= ns <= most_ns, f"{name} {ns} ns, not {least_ns} to {most_ns}"
 
@@ -169,7 +172,7 @@ class Watch:
         self.check(Clocks.ask_at_rest(console), 0, 0)
 
     def release(self, console: Attached, paused_s: float, stops: int) -> None:
-        """Have the guest let it go, after what has happened since it took it."""
+        """Have the guest release its rtc, and check.  `paused_s` and `stops` count since `hold`."""
         held_s = Clocks.ask(console, "c").held // 10**9
         self.holding = False
         self.held_least_s += held_s
@@ -178,7 +181,7 @@ class Watch:
 
 
 class Session:
-    """A guest with clocks, and what happens to it; each step adds to `stops` and `paused_s`."""
+    """A guest with clocks, and the steps that stop or move it.  Each step adds to `stops` and `paused_s`."""
 
     def __init__(self, vmd: Daemon) -> None:
         self.vmd = vmd
@@ -191,7 +194,7 @@ class Session:
             self.watch = Watch(Clocks.ask_at_rest(console))
 
     def dwell(self, seconds: float) -> None:
-        """Let a machine that stands still do so for a while."""
+        """Let a paused machine stay paused for a while."""
         began_s = time.monotonic()
         while time.monotonic() < began_s + seconds:
             self.vmd.must("status")
@@ -225,7 +228,7 @@ class Session:
         self.stops += 1
 
     def chain(self, seconds: float) -> None:
-        """Pause, send, receive -p, send and receive, pause and unpause: it does not run before the last receive."""
+        """Pause, send, receive -p, send and receive, pause, unpause.  The guest first runs after the last receive."""
         self.vmd.must("pause", self.name)
         self.dwell(seconds)
         self.move_and_stay(seconds)
@@ -240,7 +243,7 @@ class Session:
         self.dwell(seconds)
 
     def snapshot(self, seconds: float) -> None:
-        """Send -k, stop the VM, and receive it some time later: it goes on from where it was sent."""
+        """Send -k, stop the VM, and receive it some time later.  The guest continues from the moment of the send."""
         path = self.vmd.directory / "stream"
         to_file(self.vmd, self.name, path, "-k")
         self.vmd.must("stop", "-fw", self.name)
@@ -251,7 +254,7 @@ class Session:
         self.stops += 1
 
     def do(self, step: Callable[[float], None], seconds: float, *, hold: bool = False) -> None:
-        """Do something, and compare; with `hold` while the guest is about to set its battery-backed clock."""
+        """Do a step, then compare the clocks.  With `hold` the guest holds its battery-backed clock during the step."""
         if hold:
             with self.vmd.console(self.name) as console:
                 self.watch.hold(console)
@@ -265,18 +268,18 @@ class Session:
         print(f"{step.__name__} {seconds} s, hold {hold}: {self.watch.last}")
 
     def stop_in_every_way(self) -> None:
-        """Do each of the above once, or as a part of something."""
+        """Do every step at least once, alone or as part of another."""
         self.do(self.pause, 2.2, hold=True)
         self.do(self.pause_and_move, 0.3)
         self.do(self.chain, 0.1, hold=True)
         self.do(self.snapshot, 0.0)
 
     def steps(self) -> list[Callable[[float], None]]:
-        """Return all that can happen."""
+        """Return all steps."""
         return [self.pause, self.move, self.pause_and_move, self.move_and_unpause, self.chain, self.snapshot]
 
 
 def daemon(tmp_path: Path, *lines: str) -> Daemon:
-    """Return a daemon with such a guest."""
+    """Return a daemon with the `clocks` guest."""
     options = ("disable", "memory 64M", f'boot "{guest("clocks")}"', *lines)
     return Daemon(tmp_path, 'vm "a" {\n' + "\n".join(options) + "\n}\n")
