@@ -1,4 +1,4 @@
-"""The real, confined network process on a real tap (hostile-input 1-3, 6, 11-26, 36-41, 43).
+"""The real, confined network process on a real tap (hostile-input 6, 12, 18, 23, 24, 36-41, 43).
 
 Everything is in a network namespace of its own.
 """
@@ -21,8 +21,6 @@ from tests.support.fakedriver import (
     DATA,
     DEADLINE_S,
     EVENT_IDX,
-    EXTRA,
-    EXTRA_END,
     INDIRECT,
     INDIRECT_DESC,
     KIB,
@@ -31,7 +29,6 @@ from tests.support.fakedriver import (
     NEXT,
     RAM_END,
     RING_BASE,
-    ROM,
     WRITE,
     Desc,
     Device,
@@ -52,7 +49,6 @@ from tests.support.netdriver import (
     RX,
     RX_BASE,
     SIZE,
-    TABLES,
     TX,
     NetDriver,
     Nic,
@@ -192,20 +188,6 @@ def test_largest_frame_without_segmentation(nic: Nic, features: int) -> None:
     received = nic.gets(any_frame(MTU_MAX + 14, 6))
     assert received.buffers == (5 if features & MRG else 1)
     assert nic.driver.counters()["tx_long"] == 0
-
-
-def test_memory_of_two_regions_16(nic: Nic) -> None:
-    """Hostile input 16: buffers may run on where memory touches."""
-    frame = any_frame(400)
-    nic.memory.load(EXTRA - 100, bytes(12) + frame[:88])
-    nic.memory.load(EXTRA, frame[88:])
-    nic.driver.give([Desc(EXTRA - 100, 412)])
-    assert nic.host.receive() == frame
-
-    nic.driver.rx.describe(0, [Desc(EXTRA - 50, 1600, WRITE)])
-    nic.driver.posted[0] = [Desc(EXTRA - 50, 1600, WRITE)]
-    nic.driver.rx.offer(0)
-    nic.gets(any_frame(400, 3))
 
 
 # --- unfinished frames ---------------------------------------------------------------------------------------------
@@ -406,49 +388,6 @@ def row(**changed: int) -> bytes:
 both_queues = pytest.mark.parametrize("queue", [RX, TX], ids=["rx", "tx"])
 
 
-@both_queues
-@pytest.mark.parametrize(
-    "bad",
-    [
-        pytest.param({"size": 0}, id="1-size-0"),
-        pytest.param({"size": 100}, id="1-size-100"),
-        pytest.param({"size": 0xFFFF}, id="1-size-65535"),
-        pytest.param({"desc": RING_BASE + 8}, id="2-unaligned"),
-        pytest.param({"avail": 3 * RAM_END}, id="2-beyond-ram"),
-        pytest.param({"used": EXTRA_END - 64}, id="2-straddling-the-end"),
-        pytest.param({"desc": (1 << 64) - 16}, id="2-wrapping"),
-        pytest.param({"used": ROM}, id="25-read-only"),
-    ],
-)
-def test_unusable_ring(nic: Nic, queue: int, bad: dict[str, int]) -> None:
-    """Hostile input 1, 2, 25: the answer says so, and nothing else happens."""
-    nic.device.command(devmsg.RESET)
-    rows = [row(), row()]
-    rows[queue] = row(**bad)
-
-    assert nic.device.activate_rows(ALL, *rows) == 1
-    for number in (RX, TX):
-        nic.device.kick(number)
-    assert nic.works()
-
-
-def test_overlapping_rings_3(nic: Nic) -> None:
-    """Hostile input 3: all six parts in one place; the guest harms itself."""
-    nic.device.command(devmsg.RESET)
-    nic.memory.load(RING_BASE, bytes(64 * KIB))
-    nic.memory.load(RING_BASE + 2, struct.pack("<H", 200))
-    same = row(desc=RING_BASE, avail=RING_BASE, used=RING_BASE)
-
-    assert nic.device.activate_rows(ALL, same, same) == 0
-    for number in (RX, TX):
-        nic.device.kick(number)
-    nic.host.send(any_frame(100))
-    nic.device.command(devmsg.PAUSE)
-    nic.device.command(devmsg.RESET)
-    drain_informs(nic.device)
-    assert nic.works()
-
-
 def drain_informs(device: Device) -> None:
     """Take what waits on the async channel."""
     while select.select([device.informs], [], [], 0)[0]:
@@ -475,23 +414,6 @@ def test_notification_of_a_queue_without_ring_6(nic: Nic) -> None:
 
 # --- hostile: rings --------------------------------------------------------------------------------------------------
 
-GOOD = {RX: Desc(RX_BASE, 2048, WRITE), TX: Desc(DATA, 100)}
-BAD_FOR_BOTH = {
-    "13-next": [Desc(DATA, 16, NEXT, SIZE)],
-    "14-self-loop": [Desc(DATA, 16, NEXT, 0)],
-    "14-loop": [Desc(DATA, 16, NEXT, 1), Desc(DATA, 16, NEXT, 0)],
-    "16-nowhere": [Desc(RAM_END * 4, 1600)],
-    "16-last-byte-of-all": [Desc((1 << 64) - 1, 1600)],
-    "16-across-the-end": [Desc(EXTRA_END - 8, 1600)],
-    "16-no-length": [Desc(DATA, 0)],
-    "17-more-than-4-gib": [Desc(DATA, 0xFFFFFFFF, NEXT, 1), Desc(DATA, 0xFFFFFFFF)],
-    "19-empty": [Desc(TABLES, 0, INDIRECT)],
-    "19-no-multiple-of-16": [Desc(TABLES, 24, INDIRECT)],
-    "19-outside": [Desc(EXTRA_END - 16, 48, INDIRECT)],
-    "19-and-next": [Desc(TABLES, 16, INDIRECT | NEXT, 1), Desc(DATA, 100)],
-}
-
-
 def asleep(device: Device) -> bool:
     """Return whether all threads of the process wait for something, and go on waiting."""
     threads = [entry / "stat" for entry in Path(f"/proc/{device.child.pid}/task").iterdir()]
@@ -504,26 +426,6 @@ def asleep(device: Device) -> bool:
         if time.monotonic() > deadline_s:
             return False
     return True
-
-
-@both_queues
-@pytest.mark.parametrize("parts", BAD_FOR_BOTH.values(), ids=BAD_FOR_BOTH)
-def test_broken_chain_asks_for_a_reset(nic: Nic, queue: int, parts: list[Desc]) -> None:
-    """Hostile input 13, 14, 16, 17, 19; the number is in the case's name."""
-    ring = (nic.driver.rx, nic.driver.tx)[queue]
-    writable = WRITE if queue == RX else 0
-    ring.describe(0, [part if part.flags & INDIRECT else part._replace(flags=part.flags | writable) for part in parts])
-    ring.offer(0)
-    nic.device.kick(queue)
-
-    assert nic.device.needs_reset()
-    for number in (RX, TX):
-        nic.device.kick(number)
-    nic.device.command(devmsg.PAUSE)
-    nic.device.command(devmsg.RESUME)
-    assert ring.reap() == []
-    assert asleep(nic.device)
-    assert nic.works()
 
 
 @both_queues
@@ -552,18 +454,18 @@ def test_broken_ring_stops_both_queues(nic: Nic, queue: int) -> None:
     [
         pytest.param(RX, [Desc(DATA, 2048)], id="18-rx-for-reading"),
         pytest.param(RX, [Desc(DATA, 12, NEXT, 1), Desc(DATA, 2048, WRITE)], id="18-rx-partly-for-reading"),
-        pytest.param(RX, [Desc(DATA, 12, NEXT | WRITE, 1), Desc(DATA, 2048)], id="18-rx-order"),
         pytest.param(TX, [Desc(DATA, 100, WRITE)], id="18-tx-for-writing"),
         pytest.param(TX, [Desc(DATA, 100, NEXT, 1), Desc(DATA, 100, WRITE)], id="18-tx-partly-for-writing"),
-        pytest.param(RX, [Desc(ROM, 2048, WRITE)], id="16-rx-read-only"),
+        pytest.param(TX, [Desc(DATA, 0)], id="36-header-of-0"),
         pytest.param(TX, [Desc(DATA, 11)], id="36-header-of-11"),
         pytest.param(TX, [Desc(DATA, 5, NEXT, 1), Desc(DATA, 6)], id="36-header-of-5-and-6"),
+        pytest.param(RX, [Desc(DATA, 0, WRITE)], id="38-room-of-0"),
         pytest.param(RX, [Desc(DATA, 11, WRITE)], id="38-room-of-11"),
         pytest.param(RX, [Desc(DATA, 1, WRITE)], id="38-room-of-1"),
     ],
 )
 def test_chain_for_the_other_direction_asks_for_a_reset(nic: Nic, queue: int, parts: list[Desc]) -> None:
-    """Hostile input 16, 18, 36, 38: direction, header and least room."""
+    """Hostile input 18, 36, 38: direction, header and least room."""
     ring = (nic.driver.rx, nic.driver.tx)[queue]
     ring.describe(0, parts)
     ring.offer(0)
@@ -586,133 +488,6 @@ def test_buffer_without_room_for_any_frame_38(nic: Nic) -> None:
     assert nic.works()
 
 
-@both_queues
-def test_nested_indirect_table_19(nic: Nic, queue: int) -> None:
-    """Hostile input 19: the inner table would be right."""
-    ring = (nic.driver.rx, nic.driver.tx)[queue]
-    inner = GOOD[queue]
-    nic.memory.load(TABLES + 256, struct.pack("<QIHH", *inner))
-    nic.memory.load(TABLES, struct.pack("<QIHH", TABLES + 256, 16, INDIRECT, 0))
-    ring.add([Desc(TABLES, 16, INDIRECT)])
-    nic.device.kick(queue)
-
-    assert "indirect" in nic.device.needs_reset()
-    assert nic.works()
-
-
-@both_queues
-def test_indirect_table_in_the_descriptor_table_19(nic: Nic, queue: int) -> None:
-    """Hostile input 19: it is its own entry."""
-    ring = (nic.driver.rx, nic.driver.tx)[queue]
-    ring.describe(0, [Desc(ring.desc, 16, INDIRECT)])
-    ring.offer(0)
-    nic.device.kick(queue)
-
-    assert "indirect" in nic.device.needs_reset()
-    assert nic.works()
-
-
-@both_queues
-def test_indirect_descriptor_not_negotiated_19(nic: Nic, queue: int) -> None:
-    """Hostile input 19."""
-    nic.driver.renew(ALL & ~INDIRECT_DESC)
-    ring = (nic.driver.rx, nic.driver.tx)[queue]
-    ring.add_indirect([GOOD[queue]], TABLES)
-    nic.device.kick(queue)
-
-    assert "indirect" in nic.device.needs_reset()
-    assert nic.works()
-
-
-@both_queues
-@pytest.mark.parametrize("ahead", [SIZE + 1, 0x7FFF, 0xFFFF])
-def test_available_index_jumps_11(nic: Nic, queue: int, ahead: int) -> None:
-    """Hostile input 11."""
-    (nic.driver.rx, nic.driver.tx)[queue].set_avail_idx(ahead)
-    nic.device.kick(queue)
-
-    assert "ahead" in nic.device.needs_reset()
-    assert nic.works()
-
-
-@both_queues
-def test_head_outside_the_table_12(nic: Nic, queue: int) -> None:
-    """Hostile input 12, behind a good chain: that one is given back."""
-    ring = (nic.driver.rx, nic.driver.tx)[queue]
-    ring.describe(0, [GOOD[queue]])
-    ring.offer(0)
-    ring.offer(0xFFFF)
-    nic.device.kick(queue)
-
-    assert "outside" in nic.device.needs_reset()
-    assert ring.reap() == ([(0, 0)] if queue == TX else [])
-    assert nic.works()
-
-
-def test_same_head_again_and_again_15(nic: Nic) -> None:
-    """Hostile input 15: it is served as often as it is offered."""
-    frame = any_frame(88)
-    nic.memory.load(DATA, bytes(12) + frame)
-    nic.driver.tx.describe(0, [Desc(DATA, 100)])
-    for _ in range(SIZE):
-        nic.driver.tx.offer(0)
-    assert nic.device.collect(nic.driver.tx, SIZE, TX) == [(0, 0)] * SIZE
-    assert nic.host.receive_all(SIZE) == [frame] * SIZE
-
-    nic.driver.rx.describe(0, [Desc(RX_BASE, 2048, WRITE)])
-    nic.driver.posted[0] = [Desc(RX_BASE, 2048, WRITE)]
-    for _ in range(SIZE):
-        nic.driver.rx.offer(0)
-    for number in range(10):
-        nic.gets(any_frame(60, number))
-    assert nic.works()
-
-
-def test_descriptors_that_change_all_the_time_20(nic: Nic) -> None:
-    """Hostile input 20: what was checked is what is used; the process outlives all it can be shown."""
-    rows = [
-        struct.pack("<QIHH", *part)
-        for part in (
-            Desc(DATA, 100), Desc(RAM_END * 9, 100), Desc(DATA, 0xFFFFFFFF, NEXT, 1), Desc(DATA, 60, NEXT, 1),
-            Desc(TABLES, 32, INDIRECT), Desc(DATA, 100, WRITE),
-        )
-    ]  # fmt: skip
-    table = nic.memory.memory
-    choice = random.Random(20)
-    for _ in range(60):
-        nic.driver.renew()
-        nic.driver.tx.describe(0, [Desc(DATA, 100), Desc(DATA, 100)])
-        nic.driver.rx.describe(0, [Desc(RX_BASE, 2048, WRITE), Desc(RX_BASE, 2048, WRITE)])
-        for ring, queue in ((nic.driver.tx, TX), (nic.driver.rx, RX)):
-            for _ in range(SIZE):
-                ring.offer(0)
-            nic.device.kick(queue)
-        for _ in range(300):
-            for ring in (nic.driver.tx, nic.driver.rx):
-                table[ring.desc : ring.desc + 16] = choice.choice(rows)
-                table[ring.desc + 16 : ring.desc + 32] = choice.choice(rows)
-        nic.host.try_send(any_frame(60))
-    nic.device.command(devmsg.RESET)
-    drain_informs(nic.device)
-    assert nic.works()
-
-
-@pytest.mark.parametrize("event", [0, 1, 255, 0x7FFF, 0x8000, 0xFFFF])
-def test_absurd_event_index_21(nic: Nic, event: int) -> None:
-    """Hostile input 21: interrupts come or not; frames do."""
-    nic.driver.post(16)
-    for ring in (nic.driver.tx, nic.driver.rx):
-        ring.set_used_event(event)
-    for number in range(20):
-        nic.driver.submit(any_frame(60, number))
-    nic.device.kick(TX)
-    assert nic.host.receive_all(20) == [any_frame(60, number) for number in range(20)]
-    before = nic.driver.counters()["rx_packets"]
-    nic.host.send(any_frame(99))
-    nic.driver.counter("rx_packets", before + 1)
-    assert nic.works()
-
-
 def test_frames_into_rings_23(nic: Nic) -> None:
     """Hostile input 23: receive buffers on both queues' own rings; whatever comes of it, the process is there."""
     for target in (nic.driver.rx.desc, nic.driver.rx.avail, nic.driver.rx.used, nic.driver.tx.desc, nic.driver.tx.used):
@@ -729,14 +504,6 @@ def test_frames_into_rings_23(nic: Nic) -> None:
         nic.device.command(devmsg.RESUME)
         nic.device.command(devmsg.RESET)
         drain_informs(nic.device)
-    assert nic.works()
-
-
-def test_transmit_buffer_on_rings_23(nic: Nic) -> None:
-    """Hostile input 23: to send a ring is no harm."""
-    nic.driver.tx.describe(0, [Desc(nic.driver.tx.desc, 700)])
-    nic.driver.tx.offer(0)
-    assert nic.device.collect(nic.driver.tx, 1, TX) == [(0, 0)]
     assert nic.works()
 
 
@@ -776,19 +543,6 @@ def test_frame_in_more_pieces_than_the_kernel_takes(nic: Nic, parts: int) -> Non
     before = nic.driver.counters()["rx_packets"]
     nic.host.send(any_frame(500))
     nic.driver.counter("rx_packets", before + 1)
-    assert nic.works()
-
-
-@both_queues
-def test_state_from_a_stream_26(nic: Nic, queue: int) -> None:
-    """Hostile input 26: indices that have nothing to do with the ring."""
-    nic.device.command(devmsg.RESET)
-    rings = [Ring(nic.memory, SIZE, 0x40000), Ring(nic.memory, SIZE, 0x60000)]
-    rows = [ring.row() for ring in rings]
-    rows[queue] = rings[queue].row(next_avail=5000, next_used=9)
-
-    assert nic.device.activate_rows(ALL, *rows) == 0
-    assert "ahead" in nic.device.needs_reset()
     assert nic.works()
 
 
@@ -1063,43 +817,6 @@ def test_pause_stands_still_and_resume_goes_on(nic: Nic) -> None:
     assert nic.driver.receive().frame == any_frame(60, 4)
 
 
-def test_rings_that_come_during_a_pause_wait_for_its_end(nic: Nic) -> None:
-    """As those of a machine that was received: both queues stand until it goes on."""
-    nic.driver.post(8)
-    nic.device.command(devmsg.PAUSE)
-    rows = [ring.row() for ring in (nic.driver.rx, nic.driver.tx)]
-    assert nic.device.activate_rows(ALL, *rows) == 0
-    nic.driver.submit(any_frame(60, 3))
-    nic.device.kick(TX)
-    nic.device.kick(RX)
-    nic.host.send(any_frame(60, 4))
-    assert asleep(nic.device)
-    assert (nic.driver.rx.device_idx, nic.driver.tx.device_idx) == (0, 0)
-
-    nic.device.command(devmsg.RESUME)
-    assert nic.host.receive() == any_frame(60, 3)
-    assert nic.driver.receive().frame == any_frame(60, 4)
-    assert nic.works()
-
-
-def test_exported_rings_go_on_in_another_life(nic: Nic) -> None:
-    """Export, reset, activate with the exported indices: the chains that were looked at are there again."""
-    nic.driver.post(8)
-    for number in range(5):
-        nic.sends(any_frame(60, number))
-        nic.gets(any_frame(60, number))
-    nic.device.command(devmsg.PAUSE)
-    (rx_avail, rx_used), (tx_avail, tx_used) = nic.device.export()
-    assert (rx_avail, rx_used, tx_avail, tx_used) == (5, 5, 5, 5)
-    nic.device.command(devmsg.RESET)
-    nic.driver.submit(any_frame(60, 77))
-    rows = nic.driver.rx.row(True, rx_avail, rx_used), nic.driver.tx.row(True, tx_avail, tx_used)
-    assert nic.device.activate_rows(ALL, *rows) == 0
-
-    assert nic.host.receive() == any_frame(60, 77)
-    nic.gets(any_frame(60, 78))
-
-
 def flood(nic: Nic, stop: Callable[[], bool]) -> None:
     """Send to the guest and from it as fast as it goes, until told to stop."""
     number = 0
@@ -1167,27 +884,6 @@ def test_receiving_goes_on_while_sending_is_saturated(nic: Nic) -> None:
         nic.forget()
     assert expected > 2900
     assert nic.works()
-
-
-def test_memory_and_log_stay_bounded(nic: Nic) -> None:
-    """Hundreds of broken rings cost nothing that stays."""
-
-    def break_ring() -> None:
-        ring = (nic.driver.rx, nic.driver.tx)[next(turns) % 2]
-        ring.offer(SIZE)
-        nic.device.kick(RX if ring is nic.driver.rx else TX)
-        nic.device.needs_reset()
-        nic.driver.renew()
-
-    turns = itertools.count()
-    for _ in range(50):
-        break_ring()
-    before = nic.device.own_kib()
-    for _ in range(300):
-        break_ring()
-
-    assert nic.device.own_kib() < before + 512
-    assert nic.device.read_log().count("\n") <= 6
 
 
 # --- locked ----------------------------------------------------------------------------------------------------------
@@ -1294,50 +990,6 @@ def test_source_that_changes_while_it_is_looked_at_40(locked: Nic) -> None:
 
 
 # --- interrupts and notifications ------------------------------------------------------------------------------------
-
-
-@both_queues
-def test_unseen_interrupt_is_raised_again(nic: Nic, queue: int) -> None:
-    """INTx: the counters say which queue's interrupt has not been seen; each thread counts its own queue's only."""
-    raised = list(nic.device.counters[: devmsg.QUEUES_MAX])
-    for number, count in enumerate(raised):
-        nic.device.counters[devmsg.QUEUES_MAX + number] = count
-    nic.driver.post(4)
-    if queue == RX:
-        nic.gets(any_frame(60))
-    else:
-        nic.sends(any_frame(60))
-    nic.device.command(devmsg.PAUSE)  # a driver that looks at its ring finds the frame before the interrupt comes
-    after = list(nic.device.counters[: devmsg.QUEUES_MAX])
-    assert after[queue] > raised[queue]
-    assert after[1 - queue] == raised[1 - queue]
-    Device.take_event(nic.device.calls[queue])
-    os.eventfd_write(nic.device.resample, 1)
-    nic.device.wait_interrupt(queue)
-
-    nic.device.counters[devmsg.QUEUES_MAX + queue] = after[queue]
-    os.eventfd_write(nic.device.resample, 1)
-    nic.driver.settle()
-    assert Device.take_event(nic.device.calls[queue]) == 0
-
-
-def test_driver_that_polls_gets_no_interrupts(nic: Nic) -> None:
-    """VIRTQ_AVAIL_F_NO_INTERRUPT, which both queues heed."""
-    nic.driver.renew(MODERN)
-    for ring in (nic.driver.rx, nic.driver.tx):
-        ring.set_flags(spec.VIRTQ_AVAIL_F_NO_INTERRUPT)
-    nic.driver.post(8)
-    for number in range(4):
-        nic.driver.submit(any_frame(60, number))
-    nic.device.kick(TX)
-    assert nic.host.receive_all(4) == [any_frame(60, number) for number in range(4)]
-    before = nic.driver.counters()["rx_packets"]
-    nic.host.send(any_frame(60))
-    nic.device.ask(devmsg.TYPE.pack(devmsg.ADDRESSES))
-    nic.driver.counter("rx_packets", before + 1)
-    nic.device.command(devmsg.PAUSE)
-
-    assert [Device.take_event(call) for call in nic.device.calls] == [0, 0]
 
 
 def test_notifications_are_asked_for_only_when_there_is_nothing_to_do(nic: Nic) -> None:

@@ -1,4 +1,4 @@
-"""The CD-ROM's process, really confined, against a driver that does what it likes (hostile input 10-20, 23, 24)."""
+"""The CD-ROM's process, really confined, against a driver that does what it likes (hostile input 9, 10, 16, 18, 33)."""
 
 import errno
 import os
@@ -14,8 +14,6 @@ from hypothesis import strategies as st
 
 from tests.support.fakedriver import (
     DATA,
-    EVENT_IDX,
-    EXTRA,
     INDIRECT_DESC,
     KIB,
     MIB,
@@ -238,19 +236,6 @@ def test_read_into_more_descriptors_than_one_call_takes(cdrom: Cdrom) -> None:
     assert cdrom.memory.read(2 * MIB, 3 * 4096) == DISC[1021 * 4096 : 1024 * 4096]
 
 
-def test_read_into_adjacent_regions(cdrom: Cdrom) -> None:
-    """Hostile 16: one buffer in two regions of memory that touch."""
-    cdrom.put_request(read10(3, 2))
-    cdrom.offer(
-        Desc(REQUEST_AT, REQUEST_BYTES), Desc(RESPONSE_AT, RESPONSE_BYTES, WRITE), Desc(EXTRA - BLOCK, 2 * BLOCK, WRITE)
-    )
-
-    cdrom.collect()
-
-    assert cdrom.memory.read(EXTRA - BLOCK, BLOCK) == DISC[3 * BLOCK : 4 * BLOCK]
-    assert cdrom.memory.read(EXTRA, BLOCK) == DISC[4 * BLOCK : 5 * BLOCK]
-
-
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_layout(cdrom: Cdrom, data: st.DataObject) -> None:
@@ -284,14 +269,6 @@ def test_any_command(cdrom: Cdrom, cdb: bytes, room: int) -> None:
 
 
 BAD_CHAINS = {
-    "16: no memory behind the request": [Desc(64 * MIB, 51), Desc(RESPONSE_AT, 108, WRITE)],
-    "16: request behind the end of memory": [Desc(EXTRA + MIB - 10, 51), Desc(RESPONSE_AT, 108, WRITE)],
-    "16: address wraps": [Desc(REQUEST_AT, 51), Desc((1 << 64) - 8, 108, WRITE)],
-    "16: response in read-only memory": [Desc(REQUEST_AT, 51), Desc(ROM, 108, WRITE)],
-    "16: data without memory": [Desc(REQUEST_AT, 51), Desc(RESPONSE_AT, 108, WRITE), Desc(64 * MIB, 4096, WRITE)],
-    "16: data in read-only memory": [Desc(REQUEST_AT, 51), Desc(RESPONSE_AT, 108, WRITE), Desc(ROM, 4096, WRITE)],
-    "17: more than 4 GiB": [Desc(REQUEST_AT, 51), *[Desc(RESPONSE_AT, 0xFFFFFFFF, WRITE)] * 2],
-    "18: response before request": [Desc(RESPONSE_AT, 108, WRITE), Desc(REQUEST_AT, 51)],
     "18: nothing to write": [Desc(REQUEST_AT, 51), Desc(RESPONSE_AT, 108)],
     "18: nothing to read": [Desc(REQUEST_AT, 51, WRITE), Desc(RESPONSE_AT, 108, WRITE)],
     "short request": [Desc(REQUEST_AT, 50), Desc(RESPONSE_AT, 108, WRITE)],
@@ -312,15 +289,6 @@ def test_broken_request_needs_a_reset(cdrom: Cdrom, name: str) -> None:
     assert cdrom.works()
 
 
-@pytest.mark.parametrize("queue", [CONTROL, EVENT, REQUEST])
-def test_index_beyond_the_queue_needs_a_reset(cdrom: Cdrom, queue: int) -> None:
-    """Hostile 11, on each queue."""
-    cdrom.rings[queue].set_avail_idx(129)
-    cdrom.device.kick(queue)
-
-    assert "129" in cdrom.device.needs_reset()
-
-
 def test_length_of_4_gib_is_not_touched_where_it_is_not_needed(cdrom: Cdrom) -> None:
     """Hostile 16: the residue is right, and nothing is allocated or read."""
     room = 0xFFFFFFFF - RESPONSE_BYTES - REQUEST_BYTES
@@ -332,29 +300,6 @@ def test_length_of_4_gib_is_not_touched_where_it_is_not_needed(cdrom: Cdrom) -> 
     assert cdrom.answer(used)[:3] == (RESPONSE_BYTES + 36, b"", room - 36)
 
 
-def test_read_into_the_rings_themselves(cdrom: Cdrom) -> None:
-    """Hostile 23: whatever the driver has then, the process is there and the next reset puts it right."""
-    ring = cdrom.rings[REQUEST]
-    cdrom.put_request(read10(0, 2))
-    cdrom.offer(Desc(REQUEST_AT, 51), Desc(RESPONSE_AT, 108, WRITE), Desc(ring.desc, 2 * BLOCK, WRITE))
-    cdrom.device.kick(REQUEST)
-
-    cdrom.activate()
-
-    assert cdrom.works()
-
-
-def test_full_ring_is_served_in_rounds(cdrom: Cdrom) -> None:
-    """Hostile 24: every request of a full ring is answered, those that share descriptors too."""
-    cdrom.put_request(bytes(6))
-    ring = cdrom.rings[REQUEST]
-    head = cdrom.offer(Desc(REQUEST_AT, REQUEST_BYTES), Desc(RESPONSE_AT, RESPONSE_BYTES, WRITE))
-    for _ in range(127):
-        ring.offer(head)
-
-    assert cdrom.collect(128) == [(head, RESPONSE_BYTES)] * 128
-
-
 def test_reads_beyond_a_rounds_budget_are_finished(cdrom: Cdrom) -> None:
     """Sixteen reads of 4 MiB with one notification."""
     cdrom.put_request(read10(0, 2048))
@@ -362,19 +307,6 @@ def test_reads_beyond_a_rounds_budget_are_finished(cdrom: Cdrom) -> None:
     heads = [cdrom.offer(*parts) for _ in range(16)]
 
     assert cdrom.collect(16) == [(head, RESPONSE_BYTES + 4 * MIB) for head in heads]
-
-
-def test_event_index(cdrom: Cdrom) -> None:
-    """The device asks to hear of the next request, and interrupts where it was asked to."""
-    cdrom.activate(MODERN | EVENT_IDX)
-
-    ring = cdrom.rings[REQUEST]
-
-    for index in range(3):
-        ring.set_used_event(index)
-        assert cdrom.works()
-
-    assert ring.avail_event == ring.avail_idx == 3
 
 
 @pytest.mark.parametrize(
@@ -511,19 +443,6 @@ def test_drive_without_a_disc() -> None:
 
         assert cdrom.ask(bytes(6)).sense == bytes.fromhex("7000020000000006000000003a00")
         assert cdrom.ask(bytes.fromhex("120000002400"), 36).residual == 0
-
-
-def test_pause_and_resume(cdrom: Cdrom) -> None:
-    """What came while it was paused is served after it."""
-    cdrom.device.command(devmsg.PAUSE)
-    cdrom.put_request(bytes(6))
-    head = cdrom.offer(Desc(REQUEST_AT, 51), Desc(RESPONSE_AT, 108, WRITE))
-    cdrom.device.kick(REQUEST)
-    assert cdrom.device.export()[REQUEST] == (0, 0)
-
-    cdrom.device.command(devmsg.RESUME)
-
-    assert cdrom.collect() == [(head, RESPONSE_BYTES)]
 
 
 def test_memory_does_not_grow_with_requests(cdrom: Cdrom) -> None:

@@ -315,6 +315,11 @@ class Device:
 
     # --- events ----------------------------------------------------------------------------------------------
 
+    @property
+    def end_fd(self) -> int:
+        """A descriptor that is readable when the process has ended."""
+        return self.child.pidfd
+
     def kick(self, queue: int = 0) -> None:
         """Notify."""
         os.eventfd_write(self.kicks[queue], 1)
@@ -337,11 +342,11 @@ class Device:
     def wait_for(self, *fds: int) -> list[int]:
         """Wait until one of some descriptors, or the end of the process, is readable; the latter fails."""
         poll = select.poll()
-        for fd in (*fds, self.child.pidfd):
+        for fd in (*fds, self.end_fd):
             poll.register(fd, select.POLLIN)
         ready = [fd for fd, _ in poll.poll(DEADLINE_S * 1000)]
         assert ready, "nothing happened"
-        assert self.child.pidfd not in ready, f"the process has ended: {self.read_log()}"
+        assert self.end_fd not in ready, f"the process has ended: {self.read_log()}"
         return ready
 
     def wait_interrupt(self, queue: int = 0) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.ringdevices import ADAPTERS
 from vmd.config.model import DiskConfig, VmConfig
 from vmd.devices import process
 from vmd.ipc.messages.shared import DiskImages, ImageLink
@@ -37,6 +38,14 @@ def test_a_device_process_is_described_and_attacked(process: str) -> None:
         part = (ROOT / document).read_text().partition(start)[2].partition(end)[0]
         assert process in part, f"{document}, from {start!r} on, does not name {process}"
     assert list(ROOT.glob(f"tests/process/test_{process}*.py")), f"tests/process has no test of {process}"
+
+
+def test_each_queue_is_in_the_tests_of_rings() -> None:
+    """A driver of each queue is there, for what holds of every ring."""
+    queues = {(kind.process, number) for kind in KINDS for number in range(len(kind.queues))}
+    driven = {(adapter.kind.process, adapter.queue) for adapter in ADAPTERS}
+    assert queues - driven == set(), "tests/support/ringdevices.py has no adapter for these queues"
+    assert driven - queues == set(), "KINDS has no such queues"
 
 
 def test_kinds_are_told_apart() -> None:
