@@ -38,6 +38,7 @@ FEATURES = (  # features of rings, which all devices offer
 DESC = Struct("<QIHH")
 U16 = Struct("<H")
 CHAIN_BYTES_MAX = 1 << 32  # largest sum of the lengths in a chain (2.7.5.2)
+TABLE_BYTES_MAX = DESC_BYTES << 15  # largest indirect table: as many descriptors as the largest queue has
 # Longest chain in an indirect table.  A driver may not exceed the size of its queue (2.7.5.3.1), but some drivers do.
 CHAIN_MAX = 1024
 
@@ -154,7 +155,7 @@ class Queue:
             if flags & VIRTQ_DESC_F_INDIRECT:
                 if not self.indirect or nested or flags & VIRTQ_DESC_F_NEXT:
                     raise GuestError(f"descriptor {index} is indirect, which is not allowed here")
-                if length == 0 or length % DESC_BYTES or length > DESC_BYTES * 32768:
+                if length == 0 or length % DESC_BYTES or length > TABLE_BYTES_MAX:
                     raise GuestError(f"indirect table of {length} bytes")
                 base, size, nested = self.memory.offset(gpa, length), length // DESC_BYTES, True
                 index, steps = 0, 0

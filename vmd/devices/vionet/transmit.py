@@ -19,7 +19,7 @@ from vmd.ipc import devmsg
 from vmd.log import RateLimit
 from vmd.units import IOV_MAX
 from vmd.virtio import spec
-from vmd.virtio.queue import CHAIN_BYTES_MAX, DESC
+from vmd.virtio.queue import CHAIN_BYTES_MAX, DESC, TABLE_BYTES_MAX
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -200,7 +200,7 @@ class Transmitter(Worker):
         """Return views of a chain's buffers, and their total length.  The caller has read the first descriptor."""
         try:
             table: memoryview | bytes = queue.table
-            if flags == INDIRECT and queue.indirect and length and not length & 15:
+            if flags == INDIRECT and queue.indirect and 0 < length <= TABLE_BYTES_MAX and not length & 15:
                 low, high, delta = self.region
                 if gpa < low or gpa + length > high:
                     low, high, delta = self._find_region(queue, gpa, length)
