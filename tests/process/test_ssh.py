@@ -114,7 +114,7 @@ def test_a_guest_is_known_by_the_name_of_its_vm(
 
     guest.start()
     status, _, errors = vmctl("web", "true")
-    assert (status, errors[:42]) == (1, "vmctl: ssh: vm web has another host key at")
+    assert (status, errors[:42]) == (1, "vmctl: ssh: vm web has another host key th")
     with monkeypatch.context() as unseen:
         unseen.setattr(ssh, "shown_key", lambda _place, _kind: "")
         status, _, errors = vmctl("web", "true")  # ssh looks for itself
