@@ -85,7 +85,8 @@ def test_missing_leaf_is_a_missing_feature() -> None:
 
 def test_osxsave_is_the_guests() -> None:
     """KVM shows it in a table once a guest has switched it on."""
-    theirs = saved.header(cpuid=(*CPUID[:1], leaf(1, ecx=state.OSXSAVE)))
+    assert state.OSXSAVE == 1 << 27  # bit 27 of leaf 1's ECX
+    theirs = saved.header(cpuid=(*CPUID[:1], leaf(1, ecx=1 << 27)))
     state.check_processor(theirs, entries((*CPUID[:1], leaf(1))))
 
 
