@@ -414,6 +414,7 @@ def test_notification_of_a_queue_without_ring_6(nic: Nic) -> None:
 
 # --- hostile: rings --------------------------------------------------------------------------------------------------
 
+
 def asleep(device: Device) -> bool:
     """Return whether all threads of the process wait for something, and go on waiting."""
     threads = [entry / "stat" for entry in Path(f"/proc/{device.child.pid}/task").iterdir()]
