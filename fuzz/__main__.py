@@ -2,8 +2,8 @@
 
     python -m fuzz [seconds [target ...]]
 
-Each target runs in a process of its own; afterwards the lines of its parsers that it has reached are counted.  An input
-that fails stays in build/fuzz/TARGET; it belongs into a unit test.
+Each target runs in its own process.  Afterwards the lines of its parsers that its inputs have reached are counted.  An
+input that fails is kept in build/fuzz/TARGET.  It should become a unit test.
 """
 
 import os
@@ -15,11 +15,11 @@ ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_S = 30
 INPUT_MAX = 1 << 16
 MEMORY_MIB = 1024
-LINES_S = 30  # of processor time at most, to run what a target has kept once more
+LINES_S = 30  # most processor time for running the kept inputs of a target again
 
 
 def main(arguments: list[str]) -> int:
-    """Run the targets one after the other; return how many failed."""
+    """Run the targets one after the other.  Return the number of failed ones."""
     from fuzz.seeds import refused, seeds
     from fuzz.targets import TARGETS
 
@@ -52,26 +52,26 @@ def main(arguments: list[str]) -> int:
 
 
 def one(name: str, options: list[str]) -> None:
-    """Fuzz one target in this process; does not return."""
+    """Fuzz one target in this process.  Does not return."""
     import atheris
 
     with atheris.instrument_imports(include=["vmd"]):
         from fuzz.targets import TARGETS
         from vmd.log import log
-    log.fd = os.open(os.devnull, os.O_WRONLY)  # a parser may warn of each input
+    log.fd = os.open(os.devnull, os.O_WRONLY)  # a parser may log a warning about each input
     atheris.Setup([sys.argv[0], *options], TARGETS[name])
     atheris.Fuzz()
 
 
 def show_lines(name: str) -> None:
-    """Print how many lines of its parsers the inputs that a target has kept reach."""
+    """Print how many lines of its parsers the kept inputs of a target reach."""
     from fuzz.reach import Share, reached
     from fuzz.targets import PARSERS, TARGETS
     from vmd.log import log
 
     log.fd = os.open(os.devnull, os.O_WRONLY)
     found = sorted((ROOT / "build" / "fuzz" / name / "corpus").iterdir(), key=lambda path: path.stat().st_size)
-    corpus = sorted(found, key=lambda path: not path.name.startswith("seed"))  # these first, whatever they take
+    corpus = sorted(found, key=lambda path: not path.name.startswith("seed"))  # seeds first: they always have time
     lines = reached(TARGETS[name], (path.read_bytes() for path in corpus), LINES_S)
     for module in PARSERS[name]:
         print(f"      {Share(module, lines)}")

@@ -1,6 +1,6 @@
-"""What processes that may be taken over, and others of the host, say to those that have more rights.
+"""Targets for messages that processes which may be taken over, and other programs, send to more privileged processes.
 
-Each function takes an input and raises what its parser raises.
+Each function takes an input and raises the exceptions of its parser.
 """
 
 import os
@@ -26,13 +26,13 @@ LENGTH = struct.Struct("<H")
 
 
 def has_sentence(error: Exception) -> None:
-    """Check that a refusal says something."""
+    """Check that a refusal has a message."""
     if not str(error):
         raise RuntimeError(f"{type(error).__name__} without a sentence")
 
 
 def pieces(data: bytes) -> "list[bytes]":
-    """Return the packets in an input: each has its length before it, and the last one may be shorter."""
+    """Return the packets in an input.  Each follows its length.  The last one may be shorter."""
     found, at = [], 0
     while at + LENGTH.size <= len(data):
         end = at + LENGTH.size + LENGTH.unpack_from(data, at)[0]
@@ -42,7 +42,7 @@ def pieces(data: bytes) -> "list[bytes]":
 
 
 def joined(*packets: bytes) -> bytes:
-    """Return the input of some packets."""
+    """Return the input that contains some packets."""
     return b"".join(LENGTH.pack(len(packet)) + packet for packet in packets)
 
 
@@ -54,7 +54,7 @@ ANSWERS: "tuple[Callable[[bytes], object], ...]" = (
 
 
 def answer(data: bytes) -> int:
-    """Have each reader of an answer read it; return how many take it.  Raises nothing but what they may."""
+    """Parse an answer with each of its parsers.  Return how many accept it.  Expected errors are caught."""
     taken = 0
     for unpack in ANSWERS:
         try:
@@ -68,15 +68,15 @@ def answer(data: bytes) -> int:
 
 
 class Ended:
-    """A process that has ended well."""
+    """A process that has ended with status 0."""
 
     def reap(self, _timeout_s: float) -> int:
-        """Return how."""
+        """Return the exit status."""
         return 0
 
 
 class Impostor(DeviceProcess):
-    """A device process of which there is nothing but what it says."""
+    """The VM's side of a device process that consists only of its messages."""
 
     def __init__(self, interface: bool) -> None:
         self.kind = INTERFACE if interface else DISK
@@ -95,7 +95,7 @@ class Impostor(DeviceProcess):
         self._answer = b""
 
     def ask(self, packet: bytes, fds: "list[int] | None" = None) -> bytes:
-        """Return the answer that is next."""
+        """Return the current packet as the answer."""
         kind = self._kind(self._answer)
         if kind == devmsg.ERROR:
             raise PeerError(self.title, self._error(self._answer)[1])
@@ -104,7 +104,7 @@ class Impostor(DeviceProcess):
         return self._answer
 
     def take(self, number: int, packet: bytes) -> None:
-        """Take a packet: the first ones as answers to a question each, the others as news.  Raises PeerError."""
+        """Handle a packet: the first ones as answers to a request each, the others as news.  Raises PeerError."""
         self._answer = packet
         questions: tuple[Callable[[], object], ...] = (
             lambda: self._ready(packet), self.export, self.addresses, lambda: self.write_config(0, b"a"),
@@ -117,7 +117,7 @@ class Impostor(DeviceProcess):
 
 
 def device(data: bytes) -> int:
-    """Have a VM hear what a device says; return how much of it is taken.  Raises nothing but what is meant."""
+    """Handle a device's packets as a VM does.  Return how many are accepted.  Expected errors are caught."""
     taken = 0
     process = Impostor(bool(data[:1]))
     process.kind = INTERFACE if data[:1] == b"\1" else DISK
@@ -135,7 +135,7 @@ def device(data: bytes) -> int:
 
 
 def shared(data: bytes) -> int:
-    """Read a file of figures and a backlog that say this; return what there was."""
+    """Read these bytes as a file of figures and as a backlog.  Return the number of items found."""
     fd = os.memfd_create("shared", os.MFD_CLOEXEC)
     try:
         os.write(fd, data)
@@ -159,11 +159,11 @@ def shared(data: bytes) -> int:
     return found
 
 
-# --- who serves SNMP, and who logs -----------------------------------------------------------------------------------
+# --- an SNMP master agent, and log lines -----------------------------------------------------------------------------
 
 
 def snmp(data: bytes) -> int:
-    """Parse the packets of a master agent; return how many there are.  Raises PeerError."""
+    """Parse the packets of a master agent.  Return their number.  Raises PeerError."""
     count = at = 0
     while at + pdu.HEADER.size <= len(data):
         header = pdu.parse_header(data[at : at + pdu.HEADER.size])
@@ -177,7 +177,7 @@ def snmp(data: bytes) -> int:
 
 
 def lines(data: bytes) -> int:
-    """Take the lines that processes of a VM log; return how many there are."""
+    """Parse the lines that processes of a VM log.  Return their number."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     found = 0
     try:

@@ -1,4 +1,4 @@
-"""Which lines of the parsers some inputs reach: how far a target comes is seen by that, and by nothing else."""
+"""Finds the lines of the parsers that some inputs reach, which is the measure of a target."""
 
 import sys
 import time
@@ -16,7 +16,7 @@ PARSERS = str(ROOT / "vmd") + "/"
 
 
 def reached(target: "Callable[[bytes], None]", inputs: "Iterable[bytes]", limit_s: float) -> dict[str, set[int]]:
-    """Return the lines of functions of vmd that run for these inputs, by path; tried as long as there is time."""
+    """Return the lines of vmd's functions that run for these inputs, by path.  Stop after `limit_s` seconds."""
     lines: dict[str, set[int]] = {}
 
     def on_line(frame: "FrameType", event: str, _argument: object) -> "Tracer":
@@ -41,7 +41,7 @@ def reached(target: "Callable[[bytes], None]", inputs: "Iterable[bytes]", limit_
 
 
 def inside_functions(path: str, names: "Collection[str]" = ()) -> set[int]:
-    """Return the lines with code inside the functions of a module: all, or those in `names`, functions or classes."""
+    """Return the lines of code inside functions of a module: all, or only those of the functions or classes `names`."""
     found: set[int] = set()
     left = [(compile(Path(path).read_bytes(), path, "exec"), not names)]
     while left:
@@ -54,17 +54,17 @@ def inside_functions(path: str, names: "Collection[str]" = ()) -> set[int]:
 
 
 def is_function(code: "CodeType") -> bool:
-    """Return whether it is the code of a function, not of a module or a class."""
+    """Return whether a code object is a function's, not a module's or a class's."""
     return bool(code.co_flags & 2)  # CO_NEWLOCALS
 
 
 class Share:
-    """How many of the lines inside a module's functions, or inside some of them, were reached."""
+    """The share of lines inside a module's functions, or some of them, that was reached."""
 
     def __init__(self, module: str, lines: dict[str, set[int]]) -> None:
-        """`module` is a path below vmd without its suffix, and perhaps names of functions behind a colon.
+        """`module` is a path below vmd without its suffix.  Names of functions or classes may follow after a colon.
 
-        `lines` is what `reached` has found.
+        `lines` is the result of `reached`.
         """
         self.module, _, names = module.partition(":")
         path = f"vmd/{self.module}.py"

@@ -1,6 +1,6 @@
-"""A machine's bus as a vCPU has it: chips, PCI, a virtio function and vmmci, and accesses of any kind in any order.
+"""A target for a machine's bus: chips, PCI, a virtio function and vmmci, with accesses of any kind in any order.
 
-There is no KVM and no process behind it; time stands where the last access has left it.
+There are no KVM and no other processes.  Time passes only by events in the input.
 """
 
 import struct
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 MIB = 1 << 20
 SLOT_VMMCI, VMMCI = 5, 0xC200
 
-# What an access is: bits of `how`, a place, an offset from it, and what is written.
+# An access: bits of `how`, a place, an offset from it, and the value to be written.
 ACCESS = struct.Struct("<BBHQ")
-SIZES = (1, 2, 4, 8)  # the two lowest bits; ports have no 8
+SIZES = (1, 2, 4, 8)  # chosen by the two lowest bits of `how`; port accesses have at most 4 bytes
 WRITE, STRING = 4, 8
 PORTS = (
     layout.PORT_COM1, layout.PORT_RTC_INDEX, layout.PORT_ACPI_PM, layout.PORT_PCI_ADDRESS, layout.PORT_FWCFG_SELECT,
@@ -33,22 +33,22 @@ PORTS = (
 )  # fmt: skip
 ADDRESSES = (TABLE, MAPPED, 0)
 PLACES = (*PORTS, *ADDRESSES)
-# ... and places at which no access is made, but something else happens.
+# Further values of the place: not accesses, but other events.
 INPUT, BREAK, LATER, BUTTON, INTERRUPT, STATES = range(len(PLACES), len(PLACES) + 6)
 EVENTS = (INPUT, BREAK, LATER, BUTTON, INTERRUPT, STATES)
-ACCESSES_MAX = 512  # of one input: with more of them fewer inputs would be tried
-DMA_AT = 0x8000  # where memory has an access of fw_cfg's DMA to begin with
+ACCESSES_MAX = 512  # in one input.  Longer inputs would leave time for fewer inputs
+DMA_AT = 0x8000  # address of a prepared fw_cfg DMA request in guest memory
 
 
 class Timer:
-    """A call of a chip that is due some day."""
+    """A scheduled call of a chip."""
 
     def __init__(self, due_s: float, call: "Callable[[], None]") -> None:
         self.due_s = due_s
         self.call: Callable[[], None] | None = call
 
     def cancel(self) -> None:
-        """Never make it."""
+        """Cancel the call."""
         self.call = None
 
 
@@ -58,7 +58,7 @@ class Board:
     def __init__(self) -> None:
         self.now_s = 1_700_000_000.0
         self.timers: list[Timer] = []
-        self.ended = 0  # how often it was reset or switched off
+        self.ended = 0  # number of resets and power-offs
         self.memory = GuestMemory.create([RegionSpec(gpa=0, size=MIB, name="ram")])
         self.memory.load(DMA_AT, struct.pack(">IIQ", 0x19 << 16 | 8 | 2, 64, 0x9000))
         self.machine = Machine.fake()
@@ -84,10 +84,10 @@ class Board:
             bus.pio_write(layout.PORT_PCI_DATA, size, value)
 
     def line(self, _level: bool) -> None:
-        """Take the level of an interrupt line."""
+        """Ignore the level of an interrupt line."""
 
     def end(self) -> None:
-        """Be reset or switched off: here the guest runs on."""
+        """Count a reset or power-off.  The guest continues here."""
         self.ended += 1
 
     def schedule(self, seconds: float, call: "Callable[[], None]") -> Timer:
@@ -97,7 +97,7 @@ class Board:
         return timer
 
     def pass_time(self, seconds: float) -> None:
-        """Let time pass, and make the calls that have become due."""
+        """Advance the time, and make the calls that are due."""
         self.now_s += seconds
         due = [timer for timer in self.timers if timer.due_s <= self.now_s]
         self.timers = [timer for timer in self.timers if timer.due_s > self.now_s and timer.call is not None]
@@ -106,7 +106,7 @@ class Board:
                 timer.call()
 
     def access(self, how: int, place: int, offset: int, value: int) -> None:
-        """Let a vCPU do one thing, or something else happen to the machine."""
+        """Do one access of a vCPU, or one other event of the machine."""
         bus, place, size = self.machine.bus, place % (len(PLACES) + len(EVENTS)), SIZES[how & 3]
         if place < len(PORTS):
             self.access_port(how, PORTS[place] + offset & 0xFFFF, min(size, 4), value)
@@ -130,7 +130,7 @@ class Board:
             self.save_and_restore()
 
     def access_port(self, how: int, port: int, size: int, value: int) -> None:
-        """Let a vCPU use a port."""
+        """Do one port access of a vCPU."""
         bus = self.machine.bus
         if how & WRITE and how & STRING:
             bus.pio_write_string(port, size, value.to_bytes(8, "little"))
@@ -142,7 +142,7 @@ class Board:
             assert 0 <= bus.pio_read(port, size) < 1 << 8 * size
 
     def save_and_restore(self) -> None:
-        """Have each chip go on from its own state."""
+        """Save the state of each chip, and restore it."""
         self.uart.restore(self.uart.state())
         self.rtc.restore(self.rtc.state())
         self.pm.restore(self.pm.state())
@@ -152,13 +152,13 @@ class Board:
         self.fwcfg.restore(self.fwcfg.state())
 
     def close(self) -> None:
-        """Let go of memory and eventfds."""
+        """Free memory and eventfds."""
         self.machine.close()
         self.memory.close()
 
 
 def run(data: bytes) -> None:
-    """Make the accesses of an input."""
+    """Do the accesses of an input."""
     accesses = data[: ACCESSES_MAX * ACCESS.size]
     board = Board()
     try:
@@ -169,7 +169,7 @@ def run(data: bytes) -> None:
 
 
 def packed(accesses: "Iterator[tuple[int, int, int, int]]") -> bytes:
-    """Return an input; each access is a place or an event, an offset, a size, and what is written or -1."""
+    """Return an input.  Each access is a place or an event, an offset, a size, and the value to write or -1 to read."""
     return b"".join(
         ACCESS.pack(SIZES.index(size) | (WRITE if value >= 0 else 0), place, offset, max(value, 0))
         for place, offset, size, value in accesses
@@ -177,7 +177,7 @@ def packed(accesses: "Iterator[tuple[int, int, int, int]]") -> bytes:
 
 
 def drivers() -> "list[bytes]":
-    """Return what drivers do that mean well: of each chip, of the virtio function by both interfaces, and of vmmci."""
+    """Return the accesses of well-behaved drivers: of each chip, of virtio by both interfaces, and of vmmci."""
     com1, rtc, pm, pci, fwcfg, keyboard, port_a, legacy, modern, vmmci, _any = range(len(PORTS))
     table = len(PORTS)
     mapped = table + 1

@@ -1,4 +1,4 @@
-"""Valid inputs to start from, by target: what no mutation would find by chance, such as a magic number or a digest."""
+"""Valid seed inputs by target.  They have parts that no mutation finds by chance, such as magic numbers and digests."""
 
 import gzip
 import os
@@ -56,7 +56,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def made(write: "Callable[[int], object]") -> bytes:
-    """Return what a function writes to a descriptor."""
+    """Return the bytes that a function writes to a descriptor."""
     fd = os.memfd_create("seed", os.MFD_CLOEXEC)
     try:
         write(fd)
@@ -66,7 +66,7 @@ def made(write: "Callable[[int], object]") -> bytes:
 
 
 def file_of(data: bytes) -> int:
-    """Return a descriptor at the beginning of these bytes; the caller's to close."""
+    """Return a descriptor at the beginning of a file with these bytes.  The caller closes it."""
     fd = os.memfd_create("seed", os.MFD_CLOEXEC)
     os.write(fd, data)
     os.lseek(fd, 0, os.SEEK_SET)
@@ -74,7 +74,7 @@ def file_of(data: bytes) -> int:
 
 
 def small_stream(fd: int) -> None:
-    """Write a stream of some memory and a small machine."""
+    """Write a stream with some memory and a small machine."""
     writer = StreamWriter(Pipe(os.dup(fd), select.POLLOUT))
     writer.header(imsg.pack(saved.header()))
     writer.runs(((0, 400), (4096, 100), (0, 100)), memoryview(b"memory" * 100))
@@ -87,17 +87,17 @@ def small_stream(fd: int) -> None:
 def small_qcow2(
     version: int, *, backing: bytes = b"", snapshot: bool = False, incompatible: int = 0, named: bytes = b""
 ) -> bytes:
-    """Return an image of 32 KiB in clusters of 512 bytes: one of data, one compressed, in version 3 one of zeroes.
+    """Return an image of 32 KiB with 512-byte clusters: one of data, one compressed, and in version 3 one of zeroes.
 
-    In version 3 it may have `incompatible` features, and a `named` one in its table of names.
+    In version 3 it may have `incompatible` features, and a `named` one in its feature name table.
 
     Each table has a cluster of its own, in this order: header, refcount table and block, L1, L2, data, compressed data,
-    L1 of the snapshot, table of snapshots.
+    L1 of the snapshot, snapshot table.
     """
     bits, clusters = 9, 9
     at = [number << bits for number in range(clusters)]
     _, refcount_table, refcounts, l1, l2, data, packed, old_l1, table = at
-    shared = 2 if snapshot else 1  # of what both L1 tables lead to
+    shared = 2 if snapshot else 1  # reference count of the clusters that both L1 tables lead to
     copied = 0 if snapshot else 1 << 63
     squeeze = zlib.compressobj(wbits=-12)
     squeezed = squeeze.compress(b"compressed" * 51 + b"!!") + squeeze.flush()
@@ -130,7 +130,7 @@ def small_qcow2(
 
 
 def boot_images() -> list[bytes]:
-    """Return one boot image of each kind that is loaded, none larger than what is fuzzed with."""
+    """Return one boot image of each supported kind, none larger than the inputs of the fuzzer."""
     xen = samples.note(b"Xen", 18, struct.pack("<I", samples.PVH_ENTRY), 8)
     code = samples.Part(1, 0x100000, b"\xf4" * 64)
     by_section = samples.elf_file([code], entry=0, sections=[samples.Named(b".note.Xen", 7, xen)])
@@ -149,7 +149,7 @@ def boot_images() -> list[bytes]:
 
 
 def recorded_stream(version: int) -> bytes:
-    """Return what an earlier version wrote, with the first bytes of its memory only."""
+    """Return a stream that an earlier version wrote, with only the first bytes of its memory."""
     parts = golden.recorded(version, "clocks")
     (kind, body), *_, state, _ = parts.sections
     parts.sections = [(kind, body[: GPA.size + 100]), state, (END, COUNT.pack(2))]
@@ -157,7 +157,7 @@ def recorded_stream(version: int) -> bytes:
 
 
 def configurations() -> list[bytes]:
-    """Return the example without its comments, and each of its blocks alone: short ones are tried more often."""
+    """Return the example without comments, and each of its blocks alone, because short inputs are tried more often."""
     text = re.sub(r'(?m)^#.*\n|(?<=\s)#[^"\n]*$', "", (ROOT / "vm.conf.example").read_text())
     head, *_ = re.split(r"(?m)^(?:vm|switch) ", text)
     blocks: list[str] = re.findall(r"(?ms)^(?:vm|switch) .*?^}\n", text)
@@ -165,7 +165,7 @@ def configurations() -> list[bytes]:
 
 
 def disk_says() -> bytes:
-    """Return what a disk answers and tells, in the order of `peers.Impostor.take`."""
+    """Return the answers and notifications of a disk, in the order of `peers.Impostor.take`."""
     ready = devmsg.READY_HEAD.pack(devmsg.READY, 0x1234, 60) + bytes(60)
     row = devmsg.QUEUE.pack(256, True, 0, 0x1000, 0x2000, 0x3000, 5, 5)
     status = [devmsg.STATUS.pack(kind, 0) for kind in (devmsg.RESET, devmsg.SETTLE, devmsg.TAKE_BACK)]
@@ -181,7 +181,7 @@ def disk_says() -> bytes:
 
 
 def interface_says() -> bytes:
-    """Return what an interface answers and tells, likewise."""
+    """Return the answers and notifications of an interface, in the same order."""
     ready = devmsg.READY_HEAD.pack(devmsg.READY, 0x1234, 12) + bytes(12)
     known = devmsg.ANNOUNCED.pack(devmsg.ANNOUNCED_6, GUEST_LL)
     return peers.joined(
@@ -192,7 +192,7 @@ def interface_says() -> bytes:
 
 
 def shared_memory() -> bytes:
-    """Return figures of two devices, with a host name, which are also the counters of a backlog."""
+    """Return figures of two devices, with a host name.  They also serve as the counters of a backlog."""
     slot = bytearray(devmsg.FIGURES_SLOT_BYTES)
     struct.pack_into("<QQQ", slot, 0, 1 + devmsg.FIGURES_KINDS.index("vionet"), 0, len(devmsg.FIGURES["vionet"]))
     slot[-devmsg.HOST_NAME_BYTES :] = b"guest".ljust(devmsg.HOST_NAME_BYTES, b"\0")
@@ -201,7 +201,7 @@ def shared_memory() -> bytes:
 
 
 def snmp_packets() -> list[bytes]:
-    """Return what a master agent sends: answers and questions of each kind, of either order of bytes."""
+    """Return packets of a master agent: responses and requests of each kind, in both byte orders."""
     name = (*pdu.INTERNET, 2, 1, 236)
     asked = pdu.oid(name, include=True) + pdu.oid(())
     numbers = [pdu.bind(pdu.INTEGER, name, 1), pdu.bind(pdu.COUNTER64, name, 2)]
@@ -221,7 +221,7 @@ def snmp_packets() -> list[bytes]:
 
 
 def drive_rings() -> list[bytes]:
-    """Return rings of one request, with the kind of queue before them: commands, and controls."""
+    """Return rings with one request each: commands and controls.  The first byte of the input is the kind of queue."""
     lun = bytes((1, 0, 0x40, 0, 0, 0, 0, 0))
 
     def of(head: bytes, answer: int, room: int, queue: bytes = b"\0") -> bytes:
@@ -239,7 +239,7 @@ def drive_rings() -> list[bytes]:
 
 
 def seeds(target: str) -> list[bytes]:
-    """Return the inputs of a target."""
+    """Return the seeds of a target."""
     match target:
         case "config":
             return configurations()
@@ -333,7 +333,7 @@ def seeds(target: str) -> list[bytes]:
 
 
 def refused(target: str) -> list[bytes]:
-    """Return inputs that a target refuses, where only such ones lead to some of its code."""
+    """Return inputs that a target refuses, for code that no valid input reaches."""
     match target:
         case "qcow2":
             new = small_qcow2(3, incompatible=1 << 9, named=b"a new feature")

@@ -1,6 +1,6 @@
-"""Parsers of untrusted bytes, each with what it may raise: a function that takes an input and returns, or fails.
+"""The targets: functions that give an input to a parser of untrusted bytes and catch only the errors that it may raise.
 
-Unit tests hold these parsers against prefixes, bit flips and random bytes; here coverage leads the way.
+Unit tests try these parsers with prefixes, bit flips and random bytes.  Here coverage guides the search.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ import select
 import struct
 import zlib
 
-import tests.support.messages  # noqa: F401 - any of them may be decoded
+import tests.support.messages  # noqa: F401 - registers all messages, so that each may be decoded
 from fuzz import peers, registers
 from tests.support.figures import unseen
 from tests.support.packets import GUEST4, HOST4, HOST_LLADDR, LLADDR
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 MIB = 1 << 20
 RING_SIZE = 8
 DESC, AVAIL, USED, DATA = 0x1000, 0x2000, 0x3000, 0x4000
-IP_SUM = HEADER_BYTES + 10  # where the checksum of an IPv4 header is in a frame
+IP_SUM = HEADER_BYTES + 10  # offset of the IPv4 header's checksum in a frame
 NIC = Interface(
     lladdr=LLADDR, host_lladdr=HOST_LLADDR, local=True, guest4=GUEST4, host4=HOST4,
     prefix6=bytes.fromhex("fd00112233440305") + bytes(8),
@@ -63,12 +63,12 @@ NIC = Interface(
 
 
 def said(error: Exception) -> None:
-    """Note that an input was refused; check that the refusal has a sentence."""
+    """Note that an input was refused.  Check that the refusal has a message."""
     peers.has_sentence(error)
 
 
 def file_of(data: bytes) -> int:
-    """Return a file with these bytes; the caller's to close."""
+    """Return a descriptor of a file with these bytes.  The caller closes it."""
     fd = os.memfd_create("input", os.MFD_CLOEXEC)
     os.write(fd, data)
     os.lseek(fd, 0, os.SEEK_SET)
@@ -76,7 +76,7 @@ def file_of(data: bytes) -> int:
 
 
 def config(data: bytes) -> None:
-    """Read a vm.conf."""
+    """Parse a vm.conf."""
     fd = file_of(data)
     try:
         check.load(f"/proc/self/fd/{fd}", warn=lambda _text: None)
@@ -95,25 +95,25 @@ def message(data: bytes) -> None:
 
 
 def answer(data: bytes) -> None:
-    """Decode what a process says that answers one question: a probe, imgboot, seeder, streamprobe, lockholder."""
+    """Decode the answer of a process that answers one request: a probe, imgboot, seeder, streamprobe, lockholder."""
     if not peers.answer(data):
         said(ValueError("nobody's answer"))
 
 
 def device(data: bytes) -> None:
-    """Hear what the process of a device answers and tells."""
+    """Handle the answers and notifications of a device process."""
     if not peers.device(data):
         said(ValueError("nothing that a device says"))
 
 
 def shared(data: bytes) -> None:
-    """Read memory that the processes of a VM write: figures, and what a console has shown."""
+    """Read memory that the processes of a VM write: figures, and the backlog of a console."""
     if not peers.shared(data):
         said(ValueError("nothing in there"))
 
 
 def snmp(data: bytes) -> None:
-    """Parse what a master agent sends."""
+    """Parse packets of a master agent."""
     try:
         if not peers.snmp(data):
             said(ValueError("no packet"))
@@ -122,13 +122,13 @@ def snmp(data: bytes) -> None:
 
 
 def lines(data: bytes) -> None:
-    """Take lines of a log."""
+    """Parse log lines."""
     if not peers.lines(data):
         said(ValueError("no line"))
 
 
 def boot_conf(data: bytes) -> None:
-    """Read an /etc/boot.conf from somebody's disk."""
+    """Parse an /etc/boot.conf from a guest's disk."""
     try:
         bootconf.parse(data)
     except ValueError as error:
@@ -136,7 +136,7 @@ def boot_conf(data: bytes) -> None:
 
 
 def identify(data: bytes) -> None:
-    """Tell what an image is, as a disk and as a disc."""
+    """Identify an image, as a disk and as the disc of a CD drive."""
     fd = file_of(data)
     refusals: list[Exception] = []
     hints = ("", "qcow2", probemsg.DISC)
@@ -158,7 +158,7 @@ def identify(data: bytes) -> None:
 
 
 def qcow2(data: bytes) -> None:
-    """Open an image, on top of a raw one if it names any; read its snapshots, read and write it."""
+    """Open an image, with a raw backing file if it names one.  Read its snapshots; read and write data."""
     fd = file_of(data)
     try:
         header = parse_header(fd, "image")
@@ -203,7 +203,7 @@ def load_boot_image(data: bytes) -> None:
 
 
 def boot_image(data: bytes) -> None:
-    """Load a kernel or firmware, or say why not."""
+    """Load a kernel or firmware, or note why it is refused."""
     try:
         load_boot_image(data)
     except ImageError as error:
@@ -211,7 +211,7 @@ def boot_image(data: bytes) -> None:
 
 
 def with_ip_sum(frame: bytes) -> bytes:
-    """Return a frame with the checksum that belongs to its IPv4 header, if it has one."""
+    """Return a frame with a correct checksum in its IPv4 header, if it has one."""
     if len(frame) < HEADER_BYTES + 20 or frame[TYPE] != IPV4:
         return frame
     end = HEADER_BYTES + (frame[HEADER_BYTES] & 15) * 4
@@ -220,7 +220,7 @@ def with_ip_sum(frame: bytes) -> bytes:
 
 
 def dhcp_packet(data: bytes) -> None:
-    """Answer what a guest sends, with the checksum of UDP left to the device as guests may do."""
+    """Answer a DHCP packet of a guest.  The UDP checksum is left to the device, as guests may do."""
     try:
         reply = dhcp.answer(with_ip_sum(data), NIC, sum_missing=True)
     except dhcp.Unanswered as reason:
@@ -239,14 +239,14 @@ def solicitation(data: bytes) -> None:
 
 
 class NoServices:
-    """What a device is served with: figures that nobody reads."""
+    """The services of a device process, without guest, time and readers of the figures."""
 
     def __init__(self, kind: str) -> None:
         self.figures = unseen(kind)
         self.slot = memoryview(bytearray(devmsg.FIGURES_SLOT_BYTES - 8 * devmsg.FIGURES_HEAD)).cast("Q")
 
     def post(self, job: "Callable[[], None]") -> None:
-        """Do it."""
+        """Run a job at once."""
         job()
 
     def call_after(self, _delay_s: float, _handler: "Callable[[], None]") -> None:
@@ -257,7 +257,7 @@ class NoServices:
 
 
 def frame(data: bytes) -> None:
-    """Look at a frame of a guest: what it tells of its addresses, and whether its network is asked for something."""
+    """Parse a guest's frame: learn its addresses, and answer a request to the local network."""
     addresses, given = Addresses(LLADDR), list[bytes]()
     addresses.learn(data[:LOOK_BYTES])
     local = LocalNetwork(NIC, given.append, NoServices("vionet"), given.append)
@@ -275,13 +275,13 @@ def ring(data: bytes) -> None:
 
 
 def drive(data: bytes) -> None:
-    """Walk the chains of a ring as requests to a CD-ROM drive, or as controls of it: the first byte says which."""
+    """Walk the chains of a ring as requests or controls of a CD-ROM drive.  The first byte chooses."""
     number = CONTROL if data[:1] > b"\0" else REQUEST
     with_ring(data[1:], lambda memory: serve_drive(memory, number))
 
 
 def serve_drive(memory: GuestMemory, number: int) -> None:
-    """Do so with what is there."""
+    """Serve a queue of a CD-ROM drive whose ring is in memory."""
     queue = Queue(memory, (1 << 28) | (1 << 29) | (1 << 32), RING_SIZE, DESC, AVAIL, USED)
     controller = Vioscsi(NoServices("vioscsi"), file_of(bytes(range(256)) * 256))
     try:
@@ -296,7 +296,7 @@ def serve_drive(memory: GuestMemory, number: int) -> None:
 
 
 def with_ring(data: bytes, serve: "Callable[[GuestMemory], None]") -> None:
-    """Have a ring in memory served, with its table, its heads and the memory that it describes."""
+    """Put a ring into memory, with its table, heads and the buffers that it describes, and serve it."""
     memory = GuestMemory.create([RegionSpec(gpa=0, size=MIB, name="ram")])
     try:
         table = data[: 16 * RING_SIZE]
@@ -310,7 +310,7 @@ def with_ring(data: bytes, serve: "Callable[[GuestMemory], None]") -> None:
 
 
 def serve_ring(memory: GuestMemory) -> None:
-    """Do so with what is there; the queue's views of memory go with it."""
+    """Serve a disk's queue whose ring is in memory.  On return no view of the memory is left."""
     queue = Queue(memory, (1 << 28) | (1 << 29) | (1 << 32), RING_SIZE, DESC, AVAIL, USED)
     served = 0
     try:
@@ -326,7 +326,7 @@ def serve_ring(memory: GuestMemory) -> None:
 
 
 def command_block(data: bytes) -> None:
-    """Carry out a SCSI command."""
+    """Execute a SCSI command."""
     reply = Drive(700 * MIB).execute(data[:255])
     assert len(reply.data) <= 1 << 16
     if reply.status != GOOD:
@@ -334,7 +334,7 @@ def command_block(data: bytes) -> None:
 
 
 def mended(data: bytes) -> bytes:
-    """Return a stream with the digests that belong to it, as far as it has room for them."""
+    """Return a stream with correct digests, as far as it has room for them."""
     raw, at = bytearray(data), 0
     length = PREAMBLE.unpack_from(raw)[2] + PREAMBLE.size if len(raw) >= PREAMBLE.size else len(raw)
     while at + length + DIGEST_BYTES <= len(raw):
@@ -348,7 +348,7 @@ def mended(data: bytes) -> bytes:
 
 
 def receive(data: bytes) -> "tuple[state.MachineState, int]":
-    """Return the machine in a stream, and how much memory came with it.  Raises StreamError or ValueError."""
+    """Return the machine in a stream, and the amount of its memory.  Raises StreamError or ValueError."""
     fd = file_of(data)
     reader = StreamReader(Pipe(fd, select.POLLIN))
     machines: list[state.MachineState] = []
@@ -374,7 +374,7 @@ def receive(data: bytes) -> "tuple[state.MachineState, int]":
 
 
 def stream(data: bytes) -> None:
-    """Receive a machine."""
+    """Receive a machine from a stream."""
     try:
         receive(mended(data))
     except (StreamError, ValueError) as error:
@@ -382,9 +382,9 @@ def stream(data: bytes) -> None:
 
 
 def with_checksums(data: bytes) -> bytes:
-    """Return a disk whose partition tables have the checksums that belong to them."""
+    """Return a disk with correct checksums in its partition tables."""
     raw = bytearray(data)
-    for at in (512, 1024, 4 * 512 + 512):  # of a disklabel, in the places that the seeds have it
+    for at in (512, 1024, 4 * 512 + 512):  # offsets of the disklabels in the seeds
         count = int.from_bytes(raw[at + 138 : at + 140], "little")
         end = at + 148 + 16 * count
         if raw[at : at + 4] == b"\x57\x45\x56\x82" and end <= len(raw):
@@ -406,7 +406,7 @@ READ_OF_FILES = 1 << 20
 
 
 def find_files(data: bytes) -> "list[bytes | DiskFsError]":
-    """Return the first bytes of each file of FOUND_ON_DISKS, or why it cannot be read."""
+    """Return, for each file of FOUND_ON_DISKS, its first bytes or the error."""
     found: list[bytes | DiskFsError] = []
     try:
         disk = Disk(lambda offset, length: data[offset : offset + length], len(data))
@@ -446,7 +446,7 @@ def disk(data: bytes) -> None:
 
 
 def http_request(data: bytes) -> None:
-    """Read what a client of `metrics listen` says."""
+    """Parse a request of a client of `metrics listen`."""
     try:
         http.parse(data)
     except http.BadRequest as error:
@@ -455,7 +455,7 @@ def http_request(data: bytes) -> None:
 
 
 def seed(data: bytes) -> None:
-    """Make a disk from the packed parts of a seed, and say what is strange about them."""
+    """Make a disk from the packed parts of a seed, and produce the warnings about them."""
     with contextlib.suppress(ValueError, SeedError):
         parts = imsg.unpack(SeedParts, data)
         seed_image(parts)
@@ -489,8 +489,8 @@ TARGETS: "dict[str, Callable[[bytes], None]]" = {
 
 UNPACKING = "decode unpack _count_fits _name_fds _record _named_record _checked _decoder"
 SAID = "are_addresses export addresses _disk_status _kind _status _ready _error _handle_async _take_troubles"
-# Modules of vmd that a target is there for: `make fuzz` prints how many of their lines it reaches.  Where only some
-# functions or classes of a module read, they stand behind a colon.
+# The modules of vmd that each target tests.  `make fuzz` prints how many of their lines it reaches.  If only some
+# functions or classes of a module are parsers, their names follow after a colon.
 PARSERS = {
     "config": ("config/grammar", "config/lexer", "config/values", "config/rules", "config/yacc: parse"),
     "message": (f"ipc/imsg: {UNPACKING}",),

@@ -1,11 +1,12 @@
-"""`make mutants`: how many random single changes of a module its own tests notice.
+"""`make mutants`: mutation testing.  It counts how many random single changes of a module the module's tests notice.
 
     python -m mutants [--count N] [--seed N] [--near | --unit] [module[:line] ...]
 
-Each change is made in a copy of this checkout, one at a time.  The module's nearest unit tests that reach the changed
-lines are run first, then others that do, then the tests with processes that hold the module.  The first failure ends
-it.  What no test notices is printed.  Changes that change nothing that matters stand in mutants/equal.toml with a
-reason; `--entries` prints the others as entries for that file.
+Each change is made in a copy of this checkout, one at a time.  First the module's nearest unit tests that reach the
+changed lines run, then other unit tests that reach them, then the tests with processes that cover the module.  After
+the first failure no more tests run for this change.  Changes that no test notices are printed.  mutants/equal.toml
+lists the changes that change no behaviour that matters, each with the reason.  `--entries` prints the unnoticed changes
+as entries for that file.
 """
 
 import argparse
@@ -29,18 +30,18 @@ from mutants.holders import modules, process_tests, unit_tests
 from mutants.reach import Choose, Follow, Test, file_of
 
 TOP = Path(__file__).resolve().parents[1]
-ENOUGH = 95  # in a hundred of the changes that matter
+ENOUGH = 95  # wanted percentage of noticed changes
 COUNT, SEED = 10, 1
-NEAR, UNIT, ALL = range(3)  # which tests are run
+NEAR, UNIT, ALL = range(3)  # which tests run
 OPTIONS = (
     "-q", "--no-header", "--tb=short", "-p", "no:cacheprovider", "-o", "timeout=0",
     "-W", "ignore::pytest.PytestAssertRewriteWarning",
 )  # fmt: skip
-SLACK_S, TIMES = 10.0, 10.0  # a deadline is a multiple of what the tests take without a change, and some more
+SLACK_S, TIMES = 10.0, 10.0  # a deadline is TIMES times the tests' duration without a change, plus SLACK_S
 FOLLOW_S = 3600.0
 USAGE = pytest.ExitCode.USAGE_ERROR
 NONE = pytest.ExitCode.NO_TESTS_COLLECTED
-# What a run of tests loads from elsewhere anyway: it is here once, and not in each process.
+# Third-party modules that every test run needs.  They are imported here once, before the fork of each run.
 LOADED = (
     "hypothesis",
     "hypothesis.strategies",
@@ -54,27 +55,27 @@ LOADED = (
 
 @dataclass(slots=True)
 class Score:
-    """What became of the changes of one module, or of all."""
+    """The counted results for the changes of one module, or of all."""
 
     noticed: int = 0
-    late: int = 0  # of them, by the deadline only
-    equal: int = 0  # they change nothing that matters
+    late: int = 0  # those of `noticed` that only exceeded the deadline
+    equal: int = 0  # listed in equal.toml
     missed: int = 0
 
     @property
     def mattering(self) -> int:
-        """How many of them matter."""
+        """The number of changes that matter."""
         return self.noticed + self.missed
 
     def add(self, other: "Score") -> None:
-        """Count another one's, too."""
+        """Add the counts of another score."""
         self.noticed += other.noticed
         self.late += other.late
         self.equal += other.equal
         self.missed += other.missed
 
     def is_enough(self) -> bool:
-        """Return whether so many are noticed as should be."""
+        """Return whether at least ENOUGH percent are noticed."""
         return self.noticed * 100 >= self.mattering * ENOUGH
 
     def __str__(self) -> str:
@@ -86,10 +87,10 @@ class Score:
 
 
 class Bench:
-    """The copy, and the tests that hold one module."""
+    """The copy of the checkout, and the tests that cover one module."""
 
-    process: ClassVar[dict[str, dict[str, Test]]] = {}  # what is known of the tests with processes, by file
-    names: ClassVar[set[str]] = set()  # of all tests, also of those that fail without a change
+    process: ClassVar[dict[str, dict[str, Test]]] = {}  # the tests with processes, by file
+    names: ClassVar[set[str]] = set()  # of all known tests, including those that fail without a change
 
     def __init__(self, copy: Copy, module: str, slack_s: float) -> None:
         self.copy = copy
@@ -97,11 +98,11 @@ class Bench:
         self.slack_s = slack_s
         self.source = (copy.top / module).read_bytes()
         self.files = unit_tests(copy.top, module)
-        self.unit: list[tuple[dict[str, Test], Test]] = []  # of `files`: those that were needed up to now
+        self.unit: list[tuple[dict[str, Test], Test]] = []  # of `files`, on demand: tests, and import record
         self.output = copy.folder / "output"
 
     def notices(self, change: Change, far: int) -> tuple[bool, bool]:
-        """Return whether some of the tests notice a change, and whether that is only by the deadline."""
+        """Return whether any test notices a change, and whether only the deadline did."""
         try:
             for tests in filter(None, self._choices(change, far)):
                 self.copy.write(change.module, change.apply(self.source))
@@ -116,20 +117,20 @@ class Bench:
         return False, False
 
     def _choices(self, change: Change, far: int) -> Iterator[dict[str, Test]]:
-        """Yield the tests that hold a change, the near ones first.  Meanwhile the source is as it was."""
+        """Yield groups of tests that cover a change, the nearest first.  The source must be unchanged at each step."""
         for at, files in enumerate(self.files[: None if far > NEAR else 1]):
             if at == len(self.unit):
                 self.unit.append(self._follow(files, [self.module]))
             tests, loading = self.unit[at]
             reaching = {name: test for name, test in tests.items() if test.reaches(self.module, *change.lines)}
             if change.at_import or (not reaching and loading.reaches(self.module, *change.lines)):
-                reaching = tests  # any of them may use what is made then
+                reaching = tests  # any test may depend on code that runs at import
             yield reaching
         if far == ALL:
             yield self._processes()
 
     def _processes(self) -> dict[str, Test]:
-        """Return the tests with processes that hold the module."""
+        """Return the tests with processes that cover the module."""
         found: dict[str, Test] = {}
         for file in process_tests(self.copy.top, self.module):
             if file not in self.process:
@@ -138,7 +139,7 @@ class Bench:
         return found
 
     def _follow(self, files: Collection[str], changed: list[str]) -> tuple[dict[str, Test], Test]:
-        """Run tests without a change; return those that pass, with what they reach of the modules."""
+        """Run tests without a change.  Return the passing ones, and the record of the imports."""
         result = self.copy.folder / "followed"
         result.unlink(missing_ok=True)
 
@@ -166,7 +167,7 @@ class Bench:
         def work() -> int:
             try:
                 return int(pytest.main([*OPTIONS, "-x", *files], plugins=[Choose(tests, self.names)]))
-            except Exception:  # of what a failed test has left behind
+            except Exception:  # a consequence of what a failed test has left behind
                 traceback.print_exc()
                 return int(pytest.ExitCode.INTERNAL_ERROR)
 
@@ -180,12 +181,12 @@ class Bench:
 
 
 def say(line: str) -> None:
-    """Print at once: a run takes hours."""
+    """Print a line, and flush it at once because a run takes hours."""
     print(line, flush=True)
 
 
 def wanted(top: Path, names: list[str]) -> dict[str, set[int]]:
-    """Return the modules that are named, with the lines if only these are.  Raises SystemExit for one that is none."""
+    """Return the named modules with their named lines; no lines mean all.  Raises SystemExit for unknown names."""
     there = modules(top)
     found: dict[str, set[int]] = {}
     for name in names or there:
@@ -197,7 +198,7 @@ def wanted(top: Path, names: list[str]) -> dict[str, set[int]]:
 
 
 def chosen(source: Path, module: str, lines: set[int], count: int, seed: int) -> list[Change]:
-    """Return the changes that are tried: a sample, or all of the lines that are named."""
+    """Return the changes to be tried: all changes of the named lines, or a sample if no line is named."""
     changes = changes_of(module, source.read_bytes())
     if lines:
         return [change for change in changes if change.line in lines]
@@ -205,7 +206,7 @@ def chosen(source: Path, module: str, lines: set[int], count: int, seed: int) ->
 
 
 def show(change: Change, source: bytes, entries: bool) -> None:
-    """Print a change that nothing has noticed."""
+    """Print a change that no test has noticed."""
     lines = change.apply(source).decode().splitlines()
     after = lines[change.line - 1].removesuffix("\\").strip()
     say(f"{change.module}:{change.line}: {change.what}\n    - {change.text}\n    + {after}")
@@ -214,7 +215,7 @@ def show(change: Change, source: bytes, entries: bool) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Try the changes; return 0 if enough of them are noticed."""
+    """Try the changes.  Return 0 if the tests notice enough of them."""
     parser = argparse.ArgumentParser(prog="mutants", description="How many single changes the tests notice.")
     parser.add_argument("modules", nargs="*", help="vmd/ipc/channel.py, or vmd/ipc/channel.py:154 for all of a line")
     parser.add_argument("--count", type=int, default=COUNT, help=f"changes of each module ({COUNT})")
@@ -236,7 +237,7 @@ def main(arguments: list[str]) -> int:
     names = wanted(given.top, given.modules)
     for name in LOADED:
         importlib.import_module(name)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("mutants: ended"))  # and remove what there is
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("mutants: ended"))  # SystemExit removes the copy
     total = Score()
     with Copy(given.top.resolve()) as copy:
         for module, lines in names.items():

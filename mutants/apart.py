@@ -1,7 +1,7 @@
-"""A copy of the checkout in which a module is changed, and processes that run its tests apart from everything else.
+"""A copy of the checkout in which a module is changed, and isolated processes that run its tests.
 
-A changed program may kill, mount and remove what it should not.  As root, the tests run with processes, mounts and
-networks of their own, and what they leave behind ends with them.
+A changed program may kill, mount and remove the wrong things.  So, as root, the tests run in their own process, mount
+and network namespaces, and everything that they leave behind ends with these.
 """
 
 import contextlib
@@ -22,17 +22,17 @@ from pathlib import Path
 from types import TracebackType
 
 LEFT_OUT = {".git", ".venv", "build", ".mypy_cache", ".ruff_cache", ".pytest_cache", ".hypothesis"}
-LINKS = (".venv", "build")  # are the checkout's in the copy, too
+LINKS = (".venv", "build")  # symbolic links from the copy to the checkout
 CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWPID, CLONE_NEWNET = 1 << 17, 1 << 26, 1 << 27, 1 << 29, 1 << 30
 MS_REC, MS_PRIVATE = 1 << 14, 1 << 18
 PR_SET_PDEATHSIG = 1
-MEMORY_MAX = 8 << 30  # for a change that makes a loop endless
+MEMORY_MAX = 8 << 30  # bytes; a change may make a loop endless
 FAILED = 127
 libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Copy:
-    """The checkout once more; `top` is where."""
+    """A copy of the checkout in the folder `top`."""
 
     def __init__(self, top: Path) -> None:
         self.source = top
@@ -41,7 +41,7 @@ class Copy:
         self.top = self.folder / "vmd"
 
     def __enter__(self) -> "Copy":
-        """Copy, with what is compiled."""
+        """Make the copy, including byte code."""
         shutil.copytree(self.source, self.top, symlinks=True, ignore=lambda _folder, names: LEFT_OUT & set(names))
         for name in LINKS:
             if (self.source / name).exists():
@@ -51,20 +51,20 @@ class Copy:
     def __exit__(
         self, _kind: type[BaseException] | None, _error: BaseException | None, _at: TracebackType | None
     ) -> None:
-        """Remove it."""
+        """Remove the copy."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def write(self, module: str, source: bytes) -> None:
-        """Be with this source: what was compiled of another one is removed, since its time may be the same."""
+        """Write a module's source.  Remove its byte code, because the modification times may be equal."""
         Path(cache_from_source(str(self.top / module))).unlink(missing_ok=True)
         (self.top / module).write_bytes(source)
 
 
 def run(work: Callable[[], int], top: Path, output: Path, deadline_s: float) -> int | None:
-    """Return what `work` returns in a process of its own, below `top`; None if the deadline passes.
+    """Run `work` in a new process in the folder `top`.  Return its result, or None if the deadline passes.
 
-    What it prints goes to `output`.  A busy machine makes the deadline later: the time for which the processes were
-    ready to run, and others ran, does not count.
+    Its output goes to the file `output`.  A busy machine makes the deadline later: time in which the processes were
+    ready to run, but others ran, does not count.
     """
     child = os.fork()
     if child == 0:
@@ -85,7 +85,7 @@ def run(work: Callable[[], int], top: Path, output: Path, deadline_s: float) -> 
 
 
 def _delay_s(group: int) -> float:
-    """Return how long the process of a group that has waited longest for a processor has waited, in seconds."""
+    """Return the longest time that a process of the group has waited for a processor, in seconds."""
     found = 0.0
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -95,7 +95,7 @@ def _delay_s(group: int) -> float:
 
 
 def _be(work: Callable[[], int]) -> None:
-    """End this process with what `work` returns."""
+    """Run `work`, and end this process with its result as the exit status."""
     status = FAILED
     try:
         status = work()
@@ -113,13 +113,13 @@ def _fork(work: Callable[[], int]) -> int:
 
 
 def _status(raw: int) -> int:
-    """Return an exit status as a shell does, so that a signal is one, too."""
+    """Return an exit status as a shell does: a signal is 128 and its number."""
     status = os.waitstatus_to_exitcode(raw)
     return status if status >= 0 else 128 - status
 
 
 def _first(work: Callable[[], int], top: Path, output: Path) -> int:
-    """Be the leader of the group that is killed when the deadline passes."""
+    """Be the leader of the process group, which is killed when the deadline passes."""
     os.setsid()
     os.nice(10)
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_MAX, MEMORY_MAX))
@@ -136,7 +136,7 @@ def _first(work: Callable[[], int], top: Path, output: Path) -> int:
 
 
 def _second(work: Callable[[], int]) -> int:
-    """Be the first process of the namespace: what loses its parent becomes our child."""
+    """Be the first process of the namespace, which adopts and reaps orphans."""
     _call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL)
     _call("mount", b"none", b"/", None, MS_REC | MS_PRIVATE, None)
     _call("mount", b"proc", b"/proc", b"proc", 0, None)

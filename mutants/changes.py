@@ -1,4 +1,4 @@
-"""Single changes of a module's source: what a slip of the hand would do, one at a time."""
+"""Single changes of a module's source, each like a small slip of a programmer."""
 
 import ast
 import hashlib
@@ -22,20 +22,20 @@ COMPARISONS: dict[type[ast.cmpop], tuple[type[ast.cmpop], ...]] = {
     ast.NotIn: (ast.In,),
 }
 LEAVES = (ast.Return, ast.Raise, ast.Continue, ast.Break)
-QUIET = ("log.debug",)  # for us only: no test asks what it says
-PLACE = ", place "  # in the line, from the second on that has the same change
-SHOWN = 160  # characters of a change
+QUIET = ("log.debug",)  # only for developers: no test checks debug messages
+PLACE = ", place "  # numbers equal changes in one line, from the second one on
+SHOWN = 160  # characters shown of a change
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
-    """One change.  `function`, `text` and `what` name it after lines have moved."""
+    """One change.  `function`, `text` and `what` still identify it after lines have moved."""
 
     module: str  # a path below the top
-    function: str  # with its classes, "" outside of functions and classes
+    function: str  # qualified with its classes; "" outside of functions and classes
     line: int
-    lines: tuple[int, int]  # the first and the last of its statement: some of them run if it does
-    at_import: bool  # it runs when the module is loaded
+    lines: tuple[int, int]  # first and last line of its statement.  If it runs, some of them have an event
+    at_import: bool  # the changed code runs when the module is imported
     text: str  # of the line, before the change
     what: str
     start: int  # in bytes of the source
@@ -44,17 +44,17 @@ class Change:
 
     @property
     def name(self) -> tuple[str, str, str, str]:
-        """Return what stays the same while lines move."""
+        """Return the identity of the change, which stays the same when lines move."""
         return self.module, self.function, self.text, self.what
 
     def apply(self, source: bytes) -> bytes:
-        """Return the module's source with this change; the number of lines stays."""
+        """Return the module's source with this change.  The number of lines does not change."""
         lost = source[self.start : self.end].count(b"\n")
         return source[: self.start] + self.new.encode() + b"\\\n" * lost + source[self.end :]
 
 
 def sample(changes: list[Change], count: int, seed: int) -> list[Change]:
-    """Return `count` of the changes in the order of their lines.  The others do not decide whether one is taken."""
+    """Return `count` of the changes, in line order.  The rank of a change does not depend on the other changes."""
 
     def rank(change: Change) -> bytes:
         return hashlib.sha256(f"{seed}:{change.name}:{change.new}".encode()).digest()
@@ -63,14 +63,14 @@ def sample(changes: list[Change], count: int, seed: int) -> list[Change]:
 
 
 def changes_of(module: str, source: bytes) -> list[Change]:
-    """Return every change that we know of a module."""
+    """Return all changes of a module."""
     found = _Finder(module, source)
     found.visit(ast.parse(source))
     return found.changes
 
 
 def _others(node: ast.AST) -> Iterator[ast.expr]:
-    """Yield what may stand in an expression's place."""
+    """Yield the replacements of an expression."""
     if isinstance(node, ast.Compare):
         for at, operator in enumerate(node.ops):
             for other in COMPARISONS[type(operator)]:
@@ -83,7 +83,7 @@ def _others(node: ast.AST) -> Iterator[ast.expr]:
 
 
 class _Finder(ast.NodeVisitor):
-    """Walks a module.  Annotations, assertions and f-strings, whose parts have no places of their own, are left out."""
+    """Walks a module.  It omits annotations, assertions, and f-strings, whose parts have no source positions."""
 
     def __init__(self, module: str, source: bytes) -> None:
         self.module = module
@@ -92,12 +92,12 @@ class _Finder(ast.NodeVisitor):
         for line in self.lines:
             self.starts.append(self.starts[-1] + len(line))
         self.names: list[str] = []
-        self.functions = 0  # that we are in
-        self.statement = (0, 0)  # its lines
+        self.functions = 0  # nesting depth
+        self.statement = (0, 0)  # lines of the current statement
         self.changes: list[Change] = []
 
     def visit(self, node: ast.AST) -> None:
-        """Look at a node; remember the lines of a statement, but for those of the statements in it."""
+        """Visit a node.  Note the lines of a statement, without those of statements inside it."""
         if isinstance(node, ast.stmt):
             inside = getattr(node, "body", None)
             last = max(node.lineno, inside[0].lineno - 1) if inside else node.end_lineno or node.lineno
@@ -105,25 +105,25 @@ class _Finder(ast.NodeVisitor):
         super().visit(node)
 
     def generic_visit(self, node: ast.AST) -> None:
-        """Take what may replace the node, then look into it."""
+        """Collect the replacements of the node, then visit its children."""
         if isinstance(node, ast.expr):
             for other in _others(node):
                 self._add(node, f"{ast.unparse(node)} -> {ast.unparse(other)}", f"({ast.unparse(other)})")
         super().generic_visit(node)
 
     def visit_JoinedStr(self, node: ast.JoinedStr) -> None:
-        """Leave it out."""
+        """Omit f-strings."""
 
     def visit_Assert(self, node: ast.Assert) -> None:
-        """Leave it out: it never checks input."""
+        """Omit assertions, which never check input."""
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
-        """Leave out the annotation."""
+        """Omit the annotation."""
         if node.value is not None:
             self.visit(node.value)
 
     def visit_FunctionDef(self, node: "Function") -> None:
-        """Leave out the annotations."""
+        """Omit the annotations."""
         for default in (*node.decorator_list, *node.args.defaults, *node.args.kw_defaults):
             if default is not None:
                 self.visit(default)
@@ -134,13 +134,13 @@ class _Finder(ast.NodeVisitor):
     visit_AsyncFunctionDef = visit_FunctionDef
 
     def visit_ClassDef(self, node: ast.ClassDef) -> None:
-        """Remember its name."""
+        """Note the name of the class."""
         for part in (*node.decorator_list, *node.bases, *node.keywords):
             self.visit(part)
         self._inside(node.name, node.body)
 
     def visit_If(self, node: ast.If) -> None:
-        """Negate the condition; drop a guard.  What only types need is left out."""
+        """Negate the condition; drop a guard.  Omit blocks for type checkers."""
         if isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
             return
         if not node.orelse and isinstance(node.body[-1], LEAVES):
@@ -165,7 +165,7 @@ class _Finder(ast.NodeVisitor):
         self.generic_visit(node)
 
     def visit_Expr(self, node: ast.Expr) -> None:
-        """Drop a statement that is a call."""
+        """Drop a call that is a whole statement."""
         if isinstance(node.value, ast.Call) and ast.unparse(node.value.func) not in QUIET:
             self._add(node, f"{ast.unparse(node)} dropped", "pass")
         self.generic_visit(node)
@@ -178,7 +178,7 @@ class _Finder(ast.NodeVisitor):
 
     def _negate(self, test: ast.expr) -> None:
         if isinstance(test, ast.Compare) and len(test.ops) == 1:
-            return  # its operator is changed
+            return  # the operator is changed elsewhere
         if isinstance(test, ast.Constant):
             return
         self._add(test, f"{ast.unparse(test)} -> not", f"(not ({ast.unparse(test)}))")

@@ -1,18 +1,18 @@
-"""Which tests hold a module: those of its name, and those that import it.
+"""Finds the tests that cover a module: those with its name, and those that import it.
 
-A unit test that only imports what imports the module counts, too.  If there is none, those of the folder count, since
-commands are loaded by their names.  Which of them reach a changed line is found by running them (`reach`).  Tests with
-processes cannot be followed like that, so they go by names.
+A unit test that imports the module indirectly counts, too.  If no unit test imports it, those of the folder count,
+because commands are loaded by name.  Running the tests shows which of them reach a changed line (`reach`).  That is
+not possible for tests with processes, which are chosen by name.
 """
 
 import ast
 import functools
 from pathlib import Path
 
-FAR = 2  # imports between a unit test and a module that it still holds; our own support counts for none
+FAR = 2  # most imports between a unit test and a module that it covers; imports of test support do not count
 PROGRAMS = ("vmd", "vmctl")
 UNIT, REST = "tests/unit", ("tests/process", "tests/guest")
-# By the beginning of a module's path, where tests with processes have other names.
+# Tests with processes whose names differ from the module's, by the beginning of the module's path.
 NAMES = {
     "vmd/agentx/": "agentx",
     "vmd/config/": "config_check mistakes",
@@ -46,13 +46,13 @@ NAMES = {
 
 
 def modules(top: Path) -> list[str]:
-    """Return the modules that may be changed: those that are not empty."""
+    """Return the modules that can be changed: all that are not empty."""
     found = [path for program in PROGRAMS for path in sorted((top / program).rglob("*.py")) if path.stat().st_size]
     return [str(path.relative_to(top)) for path in found]
 
 
 def unit_tests(top: Path, module: str) -> list[list[str]]:
-    """Return the unit tests that hold a module: the nearest, then those that are one import farther."""
+    """Return the unit tests that cover a module: the nearest first, then those one import farther away."""
     far = {str(test.relative_to(top)): _far(top, test, module) for test in sorted((top / UNIT).rglob("test_*.py"))}
     nearest = min(far.values(), default=FAR + 1)
     found = [[test for test in far if far[test] == distance] for distance in (nearest, nearest + 1) if distance <= FAR]
@@ -62,7 +62,7 @@ def unit_tests(top: Path, module: str) -> list[list[str]]:
 
 
 def process_tests(top: Path, module: str) -> list[str]:
-    """Return the tests with processes or guests that hold a module."""
+    """Return the tests with processes or guests that cover a module."""
     path = Path(module)
     words = {path.parent.name if path.stem in ("main", "device") else path.stem}
     for beginning, names in NAMES.items():
@@ -76,7 +76,7 @@ def process_tests(top: Path, module: str) -> list[str]:
 
 
 def _far(top: Path, test: Path, module: str) -> int:
-    """Return how many imports lie between a test and a module: 0 if the names say that they belong together."""
+    """Return the number of imports between a test and a module, or 0 if their names match."""
     path = Path(module)
     names = {f"test_{path.stem}_", f"test_{path.parent.name}_{path.stem}_"}
     beside = _is_beside(test.relative_to(top / UNIT).parent, module)
@@ -87,7 +87,7 @@ def _far(top: Path, test: Path, module: str) -> int:
 
 
 def _is_beside(folder: Path, module: str) -> bool:
-    """Return whether a folder of unit tests is that of a module, or the one above."""
+    """Return whether a folder of unit tests is the module's, or its parent."""
     place = Path(module).parent
     own = place.relative_to("vmd") if place.parts[0] == "vmd" else place
     return folder in (own, own.parent)
@@ -95,7 +95,7 @@ def _is_beside(folder: Path, module: str) -> bool:
 
 @functools.cache
 def _rings(top: Path, test: Path) -> tuple[frozenset[str], ...]:
-    """Return what a test imports, what these import, and so on: as many as there are imports."""
+    """Return the modules that a test imports, then those that these import, and so on until there are no more."""
     rings: list[frozenset[str]] = []
     seen: set[Path] = set()
     now = {test, *_conftests(top, test)}
@@ -117,7 +117,7 @@ def _conftests(top: Path, test: Path) -> list[Path]:
 
 
 def _with_support(top: Path, files: set[Path]) -> set[Path]:
-    """Return files with those of ours that they share, which are part of the tests."""
+    """Return files and the test support that they import, which is part of the tests."""
     found, left = set(files), set(files)
     while left:
         names = {name for one in left for name in _imports(one) if name.startswith("tests.")}
@@ -134,7 +134,7 @@ def _files(top: Path, name: str) -> tuple[Path, ...]:
 
 @functools.cache
 def _imports(path: Path) -> frozenset[str]:
-    """Return the modules that a file imports, and what it imports from them, as names with dots."""
+    """Return the modules that a file imports, and the names that it imports from them, as dotted names."""
     found = set()
     for node in ast.walk(ast.parse(path.read_bytes())):
         if isinstance(node, ast.Import):

@@ -1,4 +1,4 @@
-"""The changes that change nothing that matters, each with its reason: `equal.toml`."""
+"""Reads `equal.toml`: the changes that change no behaviour that matters, each with the reason."""
 
 import tomllib
 from pathlib import Path
@@ -12,7 +12,7 @@ Name = tuple[str, str, str, str]
 
 
 def read(top: Path) -> dict[Name, str]:
-    """Return the reasons by the names of changes.  Raises ValueError if an entry lacks something, or is there twice."""
+    """Return the reasons by the names of changes.  Raises ValueError if an entry is incomplete or a duplicate."""
     path = top / FILE
     entries = tomllib.loads(path.read_text()).get("change", []) if path.exists() else []
     reasons: dict[Name, str] = {}
@@ -28,7 +28,7 @@ def read(top: Path) -> dict[Name, str]:
 
 
 def stale(top: Path, reasons: dict[Name, str]) -> list[str]:
-    """Return what is in the file and is no change of the source any more."""
+    """Describe the entries that no longer match a change of the source."""
     possible: set[Name] = set()
     for module in {name[0] for name in reasons}:
         path = top / module
@@ -38,13 +38,13 @@ def stale(top: Path, reasons: dict[Name, str]) -> list[str]:
 
 
 def describe(name: Name) -> str:
-    """Return a name as people read it."""
+    """Return a readable form of a name."""
     module, function, text, what = name
     return f"{module}, {function or 'module'}, {text!r}: {what}"
 
 
 def entry(change: Change) -> str:
-    """Return the entry of a change, but for the reason."""
+    """Return the entry of a change, without the reason."""
     keys = zip(KEYS, change.name, strict=True)
     return "\n".join(["[[change]]", *(f"{key} = {_quoted(value)}" for key, value in keys)])
 

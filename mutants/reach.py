@@ -1,6 +1,6 @@
-"""A plugin of pytest: which lines of some modules each test reaches, how long it takes, and whether it passes.
+"""Plugins of pytest.  `Follow` records for each test the lines that it reaches, its duration, and whether it passes.
 
-With tests given, only these are run: the quickest file first, and in it the quickest test.
+`Choose` runs only given tests: the fastest file first, and in each file the fastest test first.
 """
 
 import sys
@@ -22,37 +22,37 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Test:
-    """What is known of a test."""
+    """The record of a test."""
 
-    __test__ = False  # it is not one itself
+    __test__ = False  # tells pytest that this class is no test
 
     seconds: float = 0.0
     passed: bool = True
     lines: dict[str, int] = field(default_factory=dict)  # by module: a bit for each line
 
     def reaches(self, module: str, first: int, last: int) -> bool:
-        """Return whether it reaches one of these lines."""
+        """Return whether the test reaches one of these lines."""
         return bool(self.lines.get(module, 0) >> first & (1 << (last - first + 1)) - 1)
 
     def add(self, lines: dict[str, int]) -> None:
-        """Reach these lines, too."""
+        """Add lines that the test reaches."""
         for module, bits in lines.items():
             self.lines[module] = self.lines.get(module, 0) | bits
 
 
 def file_of(test: str) -> str:
-    """Return the file that a test is in."""
+    """Return the file of a test."""
     return test.partition("::")[0]
 
 
 class Follow:
-    """Follows each test into the modules."""
+    """Records the lines of the modules that each test reaches."""
 
     def __init__(self, top: Path, modules: list[str]) -> None:
         self.files = {str(top / module): module for module in modules}
         self.tests: dict[str, Test] = {}
-        self.shared: dict[str, Test] = {}  # by file: what fixtures reach, which several tests may share
-        self.loading = Test()  # reaches what runs when modules are loaded
+        self.shared: dict[str, Test] = {}  # by file: the lines that fixtures reach; several tests may share fixtures
+        self.loading = Test()  # the lines that run when modules are imported
         self.now: dict[str, set[int]] = {module: set() for module in modules}
 
     def _on_call(self, frame: "FrameType", _event: str, _argument: object) -> "Tracer | None":
@@ -64,40 +64,40 @@ class Follow:
         return self._on_line
 
     def load(self) -> None:
-        """Begin to follow what the tests load."""
+        """Begin to record what runs at imports."""
         sys.settrace(self._on_call)
 
     def pytest_collection_finish(self) -> None:
-        """End it: all of it is loaded."""
+        """End the recording of imports: all modules are loaded."""
         sys.settrace(None)
         self._take(self.loading)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> Iterator[None]:
-        """Follow the fixtures."""
+        """Record what the fixtures reach."""
         with self._into(self.shared.setdefault(file_of(item.nodeid), Test())):
             yield
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Iterator[None]:
-        """Follow the test."""
+        """Record what the test reaches."""
         with self._into(self.tests.setdefault(item.nodeid, Test())):
             yield
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_teardown(self, item: pytest.Item) -> Iterator[None]:
-        """Follow the ends of fixtures."""
+        """Record what the ends of fixtures reach."""
         with self._into(self.shared.setdefault(file_of(item.nodeid), Test())):
             yield
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Remember how long it took, and whether it passed."""
+        """Note the duration of a test, and whether it passed."""
         test = self.tests.setdefault(report.nodeid, Test())
         test.seconds += report.duration
         test.passed = test.passed and report.passed
 
     def found(self) -> dict[str, Test]:
-        """Return what was found; a test reaches what the fixtures of its file reach."""
+        """Return the records.  Each test also reaches the lines that the fixtures of its file reach."""
         for name, test in self.tests.items():
             shared = self.shared.get(file_of(name))
             if shared is not None:
@@ -106,7 +106,7 @@ class Follow:
 
     @contextmanager
     def _into(self, test: Test) -> Iterator[None]:
-        """Follow every call of every thread that begins meanwhile."""
+        """Record for `test` the lines of all calls that begin meanwhile, in all threads."""
         threading.settrace(self._on_call)
         sys.settrace(self._on_call)
         try:
@@ -123,7 +123,7 @@ class Follow:
 
 
 class Choose:
-    """Runs the tests that are given, and those that nobody knows: a change may give tests other names."""
+    """Runs the given tests, and unknown ones: a change may rename parametrised tests."""
 
     def __init__(self, tests: Mapping[str, Test], known: Container[str]) -> None:
         self.tests = tests
@@ -134,7 +134,7 @@ class Choose:
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """Take and sort them."""
+        """Select and sort the tests."""
 
         def seconds(item: pytest.Item) -> tuple[float, str, float]:
             file = file_of(item.nodeid)
