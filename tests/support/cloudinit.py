@@ -1,4 +1,4 @@
-"""cloud-init itself, of Debian's package; installed, it would change this host at its next boot, so it is unpacked."""
+"""Debian's cloud-init, unpacked instead of installed: installed, it would change this host at its next boot."""
 
 import contextlib
 import hashlib
@@ -15,7 +15,7 @@ from tools.debian_image import made_once
 from tools.debian_kernel import cache_dir
 
 INSIDE = Path(__file__).with_name("cloudinit_inside.py")
-PYTHON = "/usr/bin/python3"  # whose modules these are
+PYTHON = "/usr/bin/python3"  # the Python that the packaged modules are for
 PACKAGES = (
     "cloud-init",
     "python3-attr",
@@ -28,7 +28,7 @@ PACKAGES = (
     "python3-serial",
 )  # fmt: skip - and, of ansible-core, jinja2, oauthlib, requests and yaml
 MODULES = "usr/lib/python3/dist-packages"
-# What touches disks and services of a guest is left out; the user of the image is called debian.
+# Without the modules that change a guest's disks and services.  The image's default user is called debian.
 CONFIG = """\
 datasource_list: [NoCloud, None]
 disable_root: true
@@ -54,7 +54,7 @@ system_info:
 
 @cache
 def unpacked() -> Path:
-    """Return where cloud-init is.  Raises DebianError."""
+    """Return the folder of the unpacked cloud-init.  Raises DebianError."""
     tree = cache_dir() / f"cloud-init-{hashlib.sha256(repr(PACKAGES).encode()).hexdigest()[:12]}"
     with made_once(tree) as fresh:
         if fresh:
@@ -67,7 +67,7 @@ def unpacked() -> Path:
 
 @contextlib.contextmanager
 def loops(discs: Iterable[Path]) -> Iterator[list[str]]:
-    """Give a loop device for each disc."""
+    """Attach a loop device to each disc while the context lasts."""
     with contextlib.ExitStack() as stack:
         found = []
         for disc in discs:
@@ -78,7 +78,7 @@ def loops(discs: Iterable[Path]) -> Iterator[list[str]]:
 
 
 def ask(wanted: dict[str, Any]) -> dict[str, Any]:
-    """Have cloud-init do something, in namespaces of its own."""
+    """Run `cloudinit_inside.py` with a request, in namespaces of its own; return its answer."""
     tree = unpacked()
     apart = ["unshare", "--mount", "--pid", "--fork", "--mount-proc", "--net", "--uts", "--ipc"]
     done = subprocess.run(
@@ -98,12 +98,12 @@ def booted(
     documents: Sequence[bytes] = (),
     networks: Sequence[tuple[dict[str, str], bytes]] = (),
 ) -> dict[str, Any]:
-    """Boot guests one after the other, each as often as it has a disc and a wish.
+    """Boot guests one after the other, each once for every pair of a disc and a request.
 
-    `boots` of what is returned is what is there each time.  A wish has `interfaces`, which are names and Ethernet
-    addresses, `show`, which are files, `commands` for sh, whose output is returned, and `remove`, which are files that
-    are to be gone before the boot.  `schema` is what is wrong with each document, and `rendered` what becomes of
-    network-configs on a host with such interfaces: files, by kind.
+    A request may have `interfaces` (names and Ethernet addresses), `show` (files to return), `commands` (for sh; their
+    output is returned), and `remove` (files to delete before the boot).  In the answer, `boots` has the result of every
+    boot, `schema` the errors of each document, and `rendered` the files that each network-config becomes on a host with
+    the given interfaces, by kind.
     """
     discs = sorted({disc for guest in guests for disc, _ in guest})
     usual: dict[str, Any] = {"interfaces": {}, "show": [], "commands": []}

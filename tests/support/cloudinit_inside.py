@@ -1,8 +1,8 @@
-"""Boots cloud-init, as the guest of a seed has it: run by `cloudinit.py`, by Debian's Python.
+"""Runs the boot of cloud-init as a guest with a seed does.  `cloudinit.py` starts it with Debian's Python.
 
-It is pid 1 of namespaces of its own, with copies of /etc, /var and /usr/sbin that are thrown away, an empty /home,
-/root, /run and /dev, and nothing else that could be written to.  What it is to do comes as JSON on its standard input;
-what was found leaves as JSON on standard output.
+It is pid 1 of namespaces of its own, with throw-away copies of /etc, /var and /usr/sbin, and an empty /home, /root,
+/run and /dev.  Everything else is read-only.  It reads its request as JSON from standard input and writes its answer
+as JSON to standard output.
 """
 
 import importlib
@@ -15,7 +15,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-# A kernel without ISO 9660 has its discs mounted by this.
+# Mounts discs where the kernel has no ISO 9660.
 HELPER = """#!/bin/sh
 set -e
 mount -t tmpfs seed "$2"
@@ -31,13 +31,13 @@ LOG = Path("/var/log/cloud-init.log")
 
 
 def run(*command: str) -> str:
-    """Run a program to its end; return what it has printed."""
+    """Run a program to its end; return its output."""
     done = subprocess.run(command, check=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
     return done.stdout
 
 
 def prepare(work: str, tree: str, loops: list[str]) -> None:
-    """Have everything that cloud-init changes to ourselves, and all else for reading; its tree is `work`/tree then."""
+    """Make private copies of what cloud-init changes and the rest read-only; bind cloud-init to `work`/tree."""
     of_host = [line.split()[4].encode().decode("unicode_escape") for line in Path(MOUNTS).read_text().splitlines()]
     run("mount", "--make-rprivate", "/")
     run("mount", "-t", "tmpfs", "work", work)
@@ -56,7 +56,7 @@ def prepare(work: str, tree: str, loops: list[str]) -> None:
         scratch.mkdir()
         run("mount", "-t", "overlay", "-o", f"lowerdir={place},upperdir={upper},workdir={scratch}", "overlay", place)
     for place in of_host:
-        # Those that are hidden by others by now cannot be reached anyway.
+        # Fails for mounts that later ones hide.  They cannot be reached anyway.
         subprocess.run(["mount", "-o", "remount,bind,ro", place], check=False, capture_output=True)
     for place in ("/home", "/root", "/run"):
         run("mount", "-t", "tmpfs", "-o", "mode=755", "empty", place)
@@ -70,18 +70,18 @@ def prepare(work: str, tree: str, loops: list[str]) -> None:
 
 
 def configure(work: str, config: str) -> None:
-    """Have what the package of cloud-init has in /etc, with other settings, and nothing of an earlier boot."""
+    """Install the package's files of /etc with our settings; remove everything from earlier boots."""
     shutil.rmtree(CLOUD, ignore_errors=True)
     shutil.copytree(Path(work, "tree/etc/cloud"), CLOUD)
     Path(CLOUD, "cloud.cfg").write_text(config)
     shutil.rmtree("/var/lib/cloud", ignore_errors=True)
     LOG.unlink(missing_ok=True)
     HOST_KEY.parent.mkdir(exist_ok=True)
-    HOST_KEY.touch()  # so that none is made
+    HOST_KEY.touch()  # so that cloud-init makes none
 
 
 def interfaces(addresses: dict[str, str]) -> None:
-    """Have interfaces with these names and Ethernet addresses, and no others."""
+    """Create interfaces with these names and Ethernet addresses, and remove all others."""
     for link in json.loads(run("ip", "-json", "link", "show", "type", "veth")):
         if not link.get("ifname", "-end").endswith("-end"):
             run("ip", "link", "delete", link["ifname"])
@@ -107,14 +107,14 @@ def stage(*arguments: str) -> int:
 
 
 def boot(work: str, what: dict[str, Any]) -> dict[str, Any]:
-    """Boot once; return what is there then."""
+    """Boot once; return the requested files and outputs."""
     for path in what.get("remove", ()):
         Path(path).unlink()
     for folder in ("/run/cloud-init", "/run/blkid"):
         shutil.rmtree(folder, ignore_errors=True)
     os.truncate(LOG, 0) if LOG.exists() else LOG.touch()
     interfaces(what["interfaces"])
-    disc = Path(what["loop"])  # the only one that this guest sees
+    disc = Path(what["loop"])  # the only disc that this guest sees
     disc.touch()
     run("mount", "--bind", str(Path(work, "discs", disc.name)), str(disc))
     statuses = [stage("init", "--local"), stage("init")]
@@ -136,7 +136,7 @@ def boot(work: str, what: dict[str, Any]) -> dict[str, Any]:
 
 
 def text(path: str) -> str | None:
-    """Return what is in a file, if there is one."""
+    """Return the text of a file; None if it does not exist."""
     try:
         return Path(path).read_bytes().decode(errors="backslashreplace")
     except FileNotFoundError:
@@ -144,7 +144,7 @@ def text(path: str) -> str | None:
 
 
 def schema(documents: list[str]) -> list[str]:
-    """Return what `cloud-init schema` says of each of these."""
+    """Return the output of `cloud-init schema` for each document."""
     main = importlib.import_module("cloudinit.config.schema")
     yaml = importlib.import_module("yaml")
     wanted, said = main.get_schema(), []
@@ -159,7 +159,7 @@ def schema(documents: list[str]) -> list[str]:
 
 
 def render(work: str, addresses: dict[str, str], document: str) -> dict[str, dict[str, str | None]]:
-    """Return the files that each kind of configuration has for a network-config."""
+    """Return the files of each kind of network configuration that a network-config is rendered to."""
     interfaces(addresses)
     source = Path(work, "network-config")
     source.write_text(document)
@@ -176,7 +176,7 @@ def render(work: str, addresses: dict[str, str], document: str) -> dict[str, dic
 
 
 def main() -> None:
-    """Do what was asked for."""
+    """Carry out the request."""
     wanted = json.load(sys.stdin)
     work = wanted["work"]
     prepare(work, wanted["tree"], sorted({each["loop"] for guest in wanted["boots"] for each in guest}))

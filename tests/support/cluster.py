@@ -1,8 +1,8 @@
 """A cluster of three hosts: corosync, pacemaker and vmd, in pid, mount, ipc, uts and net namespaces for each node.
 
-The nodes share the file system of this host.  Its locks reach all of them, as those of good shared storage do.  They
-reach one another by a bridge in a network namespace of its own.  Pacemaker has nodes fenced by a program that writes
-down what it wants; `Cluster` does it, by a kill of everything that the node runs.
+The nodes share the file system of this host.  Its locks work between them, as on good shared storage.  A bridge in
+another network namespace connects the nodes.  Pacemaker fences nodes with a program that only writes the request to a
+file; `Cluster` then kills everything that the node runs.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from tests.support.daemon import ROOT
 NAMES = ("n1", "n2", "n3")
 DEADLINE_S = 300.0
 POLL_S = 0.1
-TOKEN_MS = 5000  # a busy host is no dead one
+TOKEN_MS = 5000  # long, so that a busy host is not taken for a dead one
 
 COROSYNC = """totem {
     version: 2
@@ -44,15 +44,16 @@ logging {
 nodelist {
 %s}
 """
-ACTIONS = {"monitor": 120, "start": 120, "stop": 120, "migrate_to": 240, "migrate_from": 120}  # with their time
+ACTIONS = {"monitor": 120, "start": 120, "stop": 120, "migrate_to": 240, "migrate_from": 120}  # timeouts, s
 EACH_S = {"monitor": 2}
 OPTIONS = {"allow-migrate": "true", "migration-threshold": "1000", "resource-stickiness": "100"}
 
 
 def abort_fuse(mountinfo: str) -> None:
-    """Have nothing wait for the FUSE file systems of a host that is off.
+    """Abort the FUSE connections of a host that is switched off, so that nothing waits for them.
 
-    A GlusterFS client that is killed can wait for a page, which a request of somebody else holds that waits for it.
+    A killed GlusterFS client can deadlock: it waits for a page that another process's request holds, and that request
+    waits for the client.
     """
     rows = [line.split() for line in mountinfo.splitlines() if " - fuse." in line]
     orders = "".join(f"; echo 1 >$c/{row[2].partition(':')[2]}/abort" for row in rows)
@@ -68,13 +69,13 @@ def pairs(kind: str, owner: str, values: dict[str, str]) -> str:
 
 
 def fence() -> str:
-    """Return the resource that fences."""
+    """Return the fencing resource."""
     given = pairs("instance_attributes", "fence", {"pcmk_host_list": " ".join(NAMES)})
     return f'<primitive id="fence" class="stonith" type="fence_test">{given}</primitive>'
 
 
 def resource(vm: str, shell: str) -> str:
-    """Return the resource that a VM is."""
+    """Return the resource of a VM."""
     actions = "".join(
         f'<op id="{vm}-op-{name}" name="{name}" interval="{EACH_S.get(name, 0)}s" timeout="{timeout_s}s"/>'
         for name, timeout_s in ACTIONS.items()
@@ -85,7 +86,7 @@ def resource(vm: str, shell: str) -> str:
 
 
 def until(what: Callable[[], object], why: str) -> None:
-    """Wait until something is so."""
+    """Wait until a condition holds."""
     deadline = time.monotonic() + DEADLINE_S
     while not what():
         assert time.monotonic() < deadline, f"{why}: not so after {DEADLINE_S:.0f} s"
@@ -103,10 +104,10 @@ class Node:
         self.init = 0
         self.process: subprocess.Popen[str] | None = None
         self.lives = 0
-        self.switch = threading.Lock()  # its power switch is the test's and the fencer's
+        self.switch = threading.Lock()  # held to switch power: the test and the fencer both do
 
     def switch_on(self) -> None:
-        """Start it; what it had in its own memory is gone."""
+        """Start the node, with empty memory."""
         with self.switch:
             self._start()
 
@@ -134,11 +135,11 @@ class Node:
 
     @property
     def own(self) -> Path:
-        """The directory of its present life."""
+        """The directory of the node since it was last switched on."""
         return self.directory / f"life{self.lives}"
 
     def switch_off(self) -> None:
-        """End it as a power cut does."""
+        """Kill everything on the node at once, as a power cut does."""
         with self.switch:
             if self.process is None:
                 return
@@ -155,8 +156,8 @@ class Node:
             self.process = None
 
     def run(self, *command: str | Path) -> subprocess.CompletedProcess[str]:
-        """Run a program there."""
-        command = tuple(self.entered(*command)) if self.init else ("false",)  # it may be fenced at any moment
+        """Run a program on the node."""
+        command = tuple(self.entered(*command)) if self.init else ("false",)  # the node may be fenced at any moment
         return subprocess.run(
             command,
             stdin=subprocess.DEVNULL,
@@ -167,23 +168,23 @@ class Node:
         )
 
     def agent(self, vm: str, action: str, **more: str) -> subprocess.CompletedProcess[str]:
-        """Call the resource agent as the cluster would."""
+        """Call the resource agent as the cluster does."""
         given = {"name": vm, "shell": self.cluster.shell, "CRM_meta_timeout": "120000", **more}
         words = [f"OCF_RESKEY_{name}={value}" for name, value in given.items()]
         return self.run("env", *words, "/usr/lib/ocf/resource.d/vmd/vm", action)
 
     def entered(self, *command: str | Path) -> list[str | Path]:
-        """Return the command that runs a program there."""
+        """Return the command that runs a program on the node."""
         return ["nsenter", "-t", str(self.init), "-m", "-i", "-u", "-n", "-p", *command]
 
     def must(self, *command: str | Path) -> str:
-        """Run a program that has to succeed; returns what it prints."""
+        """Run a program that must succeed; return its output."""
         done = self.run(*command)
         assert done.returncode == 0, f"{self.name}: {command}: {done.stdout}{done.stderr}"
         return done.stdout
 
     def state(self, vm: str) -> dict[str, Any]:
-        """Return what vmd says of a VM; an empty row if it does not answer."""
+        """Return the status of a VM from the node's vmd; an empty row if vmd does not answer."""
         done = self.run("vmctl", "status", "--json", vm) if self.init else None
         if done is None or done.returncode:
             return {"state": "", "text": ""}
@@ -191,7 +192,7 @@ class Node:
         return row
 
     def host_pid(self, title: str) -> int:
-        """Return the pid that a process of the node has outside of it."""
+        """Return the pid, in the host's namespace, of a process of the node."""
         children: dict[int, list[int]] = {}
         for entry in filter(str.isdigit, os.listdir("/proc")):
             with contextlib.suppress(OSError):
@@ -208,7 +209,7 @@ class Node:
 
     @contextlib.contextmanager
     def console(self, vm: str) -> Iterator[int]:
-        """Open the pty of a VM there."""
+        """Open the pty of a VM on the node."""
         fd = os.open(f"/proc/{self.init}/root{self.state(vm)['tty']}", os.O_RDWR | os.O_NOCTTY)
         try:
             yield fd
@@ -217,7 +218,7 @@ class Node:
 
 
 class Cluster:
-    """All of it; a context manager."""
+    """The nodes, their network and the fencer; a context manager."""
 
     kind = "pacemaker"
 
@@ -235,7 +236,7 @@ class Cluster:
         )
         assert self.wire.stdout is not None
         with self.wire.stdout as said:
-            assert said.readline() == "ready\n"  # before that we would change this host's own network
+            assert said.readline() == "ready\n"  # before, `ip` would change the host's network
         self.ended = threading.Event()
         self.fencer = threading.Thread(target=self._fence, daemon=True)
 
@@ -269,7 +270,7 @@ class Cluster:
         self.wire.wait()
 
     def show(self) -> None:
-        """Print what could explain a failure."""
+        """Print logs that may explain a failure."""
         for node in self.nodes:
             for name in ("vmd.log", "init.log", "corosync.log", "pacemaker.log"):
                 path = node.own / name
@@ -304,7 +305,7 @@ class Cluster:
 
     def plug(self, node: Node) -> None:
         """Connect a node to the wire."""
-        with contextlib.suppress(subprocess.CalledProcessError):  # it went with the node's last life, mostly
+        with contextlib.suppress(subprocess.CalledProcessError):  # usually gone with the node's last namespace
             subprocess.run(
                 ["nsenter", "-t", str(self.wire.pid), "-n", "ip", "link", "del", node.name],
                 check=True, stderr=subprocess.DEVNULL,
@@ -323,7 +324,7 @@ class Cluster:
         self._wire("ip", "link", "set", node.name, "up")
 
     def _fence(self) -> None:
-        """Switch off whom pacemaker wants to be off."""
+        """Switch off the nodes that pacemaker asks to fence."""
         while not self.ended.wait(POLL_S / 2):
             for asked in self.fences.iterdir():
                 name = asked.name.partition(".")[0]
@@ -349,7 +350,7 @@ class Cluster:
         return [node for node in self.nodes if node.init]
 
     def online(self, node: Node) -> int:
-        """Return how many nodes one of them sees."""
+        """Return how many nodes are online as one of them sees it."""
         done = node.run("crm_mon", "-1", "--output-as=xml")
         if done.returncode:
             return 0
@@ -360,7 +361,7 @@ class Cluster:
         return sum(each.get("online") == "true" and each.get("pending") == "false" for each in tree.iter("node"))
 
     def make_whole(self) -> None:
-        """Have all nodes on, and in the cluster.  One that comes back too soon is fenced all the same."""
+        """Switch on all nodes and wait until they are in the cluster.  A node that returns too soon gets fenced."""
 
         def is_whole() -> bool:
             for node in self.nodes:
@@ -371,11 +372,11 @@ class Cluster:
         until(is_whole, "all nodes are in the cluster")
 
     def running(self, vm: str) -> list[Node]:
-        """Return the nodes whose vmd says that the VM is there."""
+        """Return the nodes whose vmd reports the VM as running."""
         return [node for node in self.alive if node.state(vm)["state"] == "running"]
 
     def wait_running(self, vm: str, *, but: Node | None = None) -> Node:
-        """Wait until a VM runs at one node, another one than `but`; returns it."""
+        """Wait until a VM runs on one node other than `but`; return that node."""
         found: list[Node] = []
 
         def runs() -> bool:
@@ -394,13 +395,13 @@ class Cluster:
 
 
 class GlusterHosts(Cluster):
-    """The same hosts without a cluster, but with storage of their own: a volume of GlusterFS, at /mnt of each."""
+    """The same hosts without a cluster, with a GlusterFS volume of their own at /mnt of each."""
 
     kind = "gluster"
     place = "/mnt"
 
     def __init__(self, directory: Path, conf: str, *, replicas: tuple[str, ...], options: dict[str, str]) -> None:
-        """`replicas`: how many bricks, and of which kind, as `gluster volume create` has it."""
+        """`replicas`: number and kind of the bricks, as arguments of `gluster volume create`."""
         super().__init__(directory, conf, ())
         self.replicas = replicas
         self.options = options

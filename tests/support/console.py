@@ -1,4 +1,4 @@
-"""Reads a guest's console with a deadline, and remembers everything it said."""
+"""Reads a guest's console with a deadline, and keeps everything that was read."""
 
 import os
 import select
@@ -6,7 +6,7 @@ import time
 
 
 class Console:
-    """The output side of a console; `fd` may be a pipe, a pty master or a socket, and stays its owner's."""
+    """The output side of a console.  `fd` may be a pipe, a pty master or a socket; its owner closes it."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
@@ -15,10 +15,10 @@ class Console:
         self.ended = False
 
     def expect(self, wanted: str, timeout_s: float) -> str:
-        """Wait for a text; return what was said since the last call, up to and including it.
+        """Wait for a text; return the output since the last call, up to and including the text.
 
         Raises:
-            AssertionError: the console ended or the time is up; shows all that was said.
+            AssertionError: the console ended or the time is up.  The message has all output.
         """
         raw = wanted.encode()
         deadline = time.monotonic() + timeout_s
@@ -29,17 +29,17 @@ class Console:
         return self.said[begin : self.seen].decode(errors="replace")
 
     def drain(self, timeout_s: float) -> None:
-        """Read to the end; raises AssertionError if it does not come."""
+        """Read to the end.  Raises AssertionError if the end does not come in time."""
         deadline = time.monotonic() + timeout_s
         while not self.ended:
             assert self._read(deadline), f"the console did not end within {timeout_s} s:\n{self.text()}"
 
     def text(self) -> str:
-        """Return all that was said so far."""
+        """Return all output so far."""
         return self.said.decode(errors="replace")
 
     def _read(self, deadline: float) -> bool:
-        """Take what is there or comes before the deadline; return whether anything did."""
+        """Read what comes before the deadline; return whether anything came."""
         ready, _, _ = select.select([self.fd], [], [], max(0, deadline - time.monotonic()))
         if not ready:
             return False

@@ -1,4 +1,4 @@
-"""How much is done, counted instead of timed: hosts are noisy, and tests are not to be."""
+"""Counts work instead of timing it, because times on a busy host vary."""
 
 import os
 import sys
@@ -11,7 +11,7 @@ CODE = str(Path(__file__).parents[2] / "vmd") + os.sep
 
 
 def instructions(call: Callable[[], object]) -> int:
-    """Return how many instructions of ours the interpreter executes in a call; none of C code, such as sorting."""
+    """Return how many bytecode instructions of our code a call executes.  C code, such as sorting, is not counted."""
     count = 0
 
     def trace(frame: FrameType, event: str, _argument: object) -> Any:  # noqa: ANN401 - a trace function, or None

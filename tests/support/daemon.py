@@ -1,4 +1,4 @@
-"""A vmd of a test's own: its configuration, socket and log in a directory that goes away with the test."""
+"""A vmd for one test.  Its configuration, socket and log are in a directory that is deleted with the test."""
 
 import contextlib
 import json
@@ -21,18 +21,18 @@ from vmd.client import Client, ClientError
 from vmd.privsep.spawn import INTERPRETER
 
 ROOT = Path(__file__).resolve().parents[2]
-START_DEADLINE_S = 300.0  # in an emulated machine beside other work
-DEADLINE_S = 100.0  # a watchdog; nothing is expected to take so long, but on a busy host
+START_DEADLINE_S = 300.0  # long enough for an emulated machine that has other work
+DEADLINE_S = 100.0  # a watchdog: only a busy host takes this long
 
 
 class Daemon:
-    """A running `vmd -d`; a context manager that ends it and checks that it leaves nothing behind."""
+    """A running `vmd -d`.  A context manager that ends the daemon and checks that it leaves nothing behind."""
 
     vmd: Sequence[str | Path] = (sys.executable, "-m", "vmd")
     client: Sequence[str | Path] = (sys.executable, "-m", "vmctl")
 
     def __init__(self, directory: Path, conf: str = "", *, code: Path = ROOT, prefix: Sequence[str] = ()) -> None:
-        """`prefix` is a program that runs another one, in whose surroundings the daemon is to be."""
+        """`prefix` is a command that the daemon's command line is appended to, such as one that enters namespaces."""
         self.directory = directory
         self.code = code
         self.prefix = list(prefix)
@@ -40,9 +40,9 @@ class Daemon:
         self.socket = directory / "vmd.sock"
         self.log_path = directory / "vmd.log"
         self.state = directory / "state"
-        self.notices = directory / "vmctl-console.log"  # what it says besides the guest's words
+        self.notices = directory / "vmctl-console.log"  # vmctl's own messages, without the guest's output
         self.process: subprocess.Popen[bytes] | None = None
-        self.asked = 0.0  # when it said last which VMs there are
+        self.asked = 0.0  # time of its last list of VMs
         self.conf.write_text(conf)
 
     def __enter__(self) -> Self:
@@ -59,7 +59,7 @@ class Daemon:
         self.stop()
 
     def start(self) -> None:
-        """Start it and wait until it says that it serves."""
+        """Start the daemon and wait until it logs that it serves."""
         notify_path = self.directory / "notify.sock"
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
             with contextlib.suppress(FileNotFoundError):
@@ -84,7 +84,7 @@ class Daemon:
                     raise AssertionError(f"vmd is not ready after {START_DEADLINE_S} s:\n{self.log}")
 
     def stop(self) -> int:
-        """End it as init would; returns its exit status."""
+        """End the daemon as init does; return its exit status."""
         if self.process is None:
             return 0
         process, self.process = self.process, None
@@ -104,12 +104,12 @@ class Daemon:
 
     @property
     def pid(self) -> int:
-        """The parent's."""
+        """The parent's pid."""
         assert self.process is not None
         return self.process.pid
 
     def processes(self) -> dict[str, int]:
-        """Return titles and pids of everything it started, as soon as all have titles of their own."""
+        """Wait until all descendants of the daemon have titles of their own; return titles and pids."""
         deadline = time.monotonic() + DEADLINE_S
         while True:
             found = self.family()
@@ -118,23 +118,23 @@ class Daemon:
             pause()
 
     def family(self) -> dict[str, int]:
-        """Return what the processes that it started, and theirs, are called just now, and their pids."""
+        """Return the current titles and pids of all descendants of the daemon."""
         listing = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
-        # What has ended, and will be reaped soon, is no process any more.
+        # A zombie, which will be reaped soon, does not count.
         rows = [line.split(None, 2) for line in listing.splitlines() if not line.endswith("<defunct>")]
         children: dict[int, list[tuple[int, str]]] = {}
         for pid, ppid, args in rows:
             children.setdefault(int(ppid), []).append((int(pid), args.strip()))
         found: dict[str, int] = {}
-        family = [self.pid]  # a child's number may be the lower one: they come round
+        family = [self.pid]  # a child may have a lower pid than its parent, because pids wrap around
         while family:
             for number, title in children.get(family.pop(), []):
                 family.append(number)
-                found.setdefault(title, number)  # a child has its parent's until it runs its own program
+                found.setdefault(title, number)  # a child has its parent's title until it executes its own program
         return found
 
     def threads(self) -> str:
-        """Return what each thread of everything it started is at, for people."""
+        """Return, as text for people, what each thread of the daemon's descendants is doing."""
         if self.process is None or self.process.poll() is not None:
             return ""
         pids = ",".join(str(pid) for pid in (self.pid, *self.family().values()))
@@ -150,19 +150,19 @@ class Daemon:
         )  # fmt: skip
 
     def must(self, *arguments: str | Path, timeout_s: float = DEADLINE_S) -> str:
-        """Run a vmctl that has to succeed; returns all it printed."""
+        """Run a vmctl that must succeed; return its output."""
         done = self.vmctl(*arguments, timeout_s=timeout_s)
         assert done.returncode == 0, f"vmctl {arguments}: {done.stderr}\n--- log of vmd\n{self.log}"
         return done.stdout + done.stderr
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return what `vmctl status --json` says of every VM.
+        """Return the rows of `vmctl status --json` for every VM.
 
-        Its own code says it, but in this process: a start of vmctl takes thirty times as long, and tests ask thousands
-        of times.  Whoever asks again at once waits a little first, and leaves the processor to what is waited for.
+        vmctl's own code makes them, but in this process: starting vmctl takes thirty times as long, and tests ask
+        thousands of times.  A second call right after the first sleeps a little, to leave the processor to vmd.
         """
         rows: list[dict[str, Any]]
-        if self.code != ROOT or self.client is not Daemon.client:  # another vmctl
+        if self.code != ROOT or self.client is not Daemon.client:  # this daemon is used with another vmctl
             rows = json.loads(self.must("status", "--json"))["vms"]
             return rows
         select.select([], [], [], max(0.0, self.asked + PAUSE_S - time.monotonic()))
@@ -175,7 +175,7 @@ class Daemon:
         return rows
 
     def status(self, name: str) -> dict[str, Any]:
-        """Return what `vmctl status --json` says of one VM."""
+        """Return the row of `vmctl status --json` for one VM."""
         rows = self.rows()
         for row in rows:
             if row["name"] == name:
@@ -200,7 +200,7 @@ class Daemon:
             pause()
 
     def run_to_end(self, name: str) -> str:
-        """Start a VM with its console attached; returns all it said until it ended by itself."""
+        """Start a VM with its console attached; return its output when it has ended by itself."""
         with subprocess.Popen(
             [*self.client, "-s", self.socket, "start", "-c", name],
             cwd=self.code, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
@@ -212,7 +212,7 @@ class Daemon:
 
     @contextlib.contextmanager
     def attached(self, name: str) -> Iterator["Attached"]:
-        """Attach with `vmctl console`: what was said before comes first."""
+        """Attach with `vmctl console`; earlier output comes first."""
         with self.notices.open("ab") as notices, subprocess.Popen(
             [*self.client, "-s", self.socket, "console", name],
             cwd=self.code, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=notices,
@@ -221,29 +221,29 @@ class Daemon:
             assert process.stdout is not None
             try:
                 yield Attached(process.stdout.fileno(), process.stdin.fileno())
-                process.stdin.close()  # which means to leave
+                process.stdin.close()  # end of input detaches
                 process.wait(DEADLINE_S)
             finally:
                 process.kill()
 
     def console(self, name: str) -> "Terminal":
-        """Open the pty of a running VM, as cu would."""
+        """Open the pty of a running VM, as cu does."""
         return Terminal(self.status(name)["tty"])
 
 
 class Attached(Console):
-    """The viewer's side of a console, for tests that read and type; both descriptors stay their owner's."""
+    """The viewer's side of a console, for tests that read and type.  The owner of both descriptors closes them."""
 
     def __init__(self, output: int, keyboard: int) -> None:
         super().__init__(output)
         self.keyboard = keyboard
 
     def type(self, text: str) -> None:
-        """Send what a user types."""
+        """Send a user's input."""
         os.write(self.keyboard, text.encode())
 
     def answer(self, text: str, wanted: str, timeout_s: float = DEADLINE_S) -> str:
-        """Type a line and return what comes, up to the wanted text."""
+        """Type a line; return the output up to the wanted text."""
         self.type(text + "\r")
         return self.expect(wanted, timeout_s)
 

@@ -20,16 +20,16 @@ CANNOT_READ = b"""
 def read(memory: StateMemory) -> Truth:
     raise VmdError("this version cannot read it")
 """
-LIMIT_S = 1800  # a watchdog: what comes from the network may take minutes
+LIMIT_S = 1800  # a watchdog: downloads may take minutes
 ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive"}
 
 
 class DebianError(Exception):
-    """A program that makes a package or a system has failed; the text is what it said."""
+    """A program that makes a package or a system has failed.  The text is its output."""
 
 
 def run(*command: str | Path, cwd: Path = CHECKOUT) -> str:
-    """Run a program to its end; return what it said.  Raises DebianError."""
+    """Run a program to its end; return its output.  Raises DebianError."""
     done = subprocess.run(
         ["timeout", "--kill-after=5", str(LIMIT_S), *command], cwd=cwd, env=ENVIRONMENT,
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -52,7 +52,7 @@ def built_deb() -> Path:
 
 
 def _digest() -> str:
-    """Return a name for this state of everything that goes into the package."""
+    """Return a digest of everything that goes into the package."""
     makefile = Path(CHECKOUT, "Makefile").read_text()
     sources = next(line for line in makefile.splitlines() if line.startswith("SOURCES = ")).split()[2:]
     names = [Path(CHECKOUT, name) for name in sources]
@@ -65,9 +65,9 @@ def _digest() -> str:
 
 
 def newer_deb(folder: Path, *, depends: str = "", broken: bool = False) -> Path:
-    """Return a package like ours of version NEWER, perhaps with one more dependency, in a folder.
+    """Make our package as version NEWER in a folder, with `depends` as one more dependency; return its path.
 
-    A `broken` one, of version BROKEN, has a program that cannot take over from ours.
+    With `broken` the version is BROKEN, and its vmd cannot take over the VMs of ours.
     """
     version = BROKEN if broken else NEWER
     tree = folder / "newer"
@@ -98,10 +98,10 @@ def newer_deb(folder: Path, *, depends: str = "", broken: bool = False) -> Path:
 
 @cache
 def debian_root() -> Path:
-    """Return a small Debian system that can be a box, for overlays only: it is never to be changed.
+    """Return the root of a small Debian system for containers.  Use it only below overlays: it must not be changed.
 
-    It is made once (debootstrap, from the network), and kept with the other things that tests have from there.  What
-    the package depends on is not installed, but waits in its package cache.  Raises DebianError.
+    It is made once (debootstrap, from the network) and kept with the other downloads of tests.  The dependencies of our
+    package are in its package cache, but not installed.  Raises DebianError.
     """
     name = hashlib.sha256(repr((SUITE, INSTALLED, DOWNLOADED)).encode()).hexdigest()[:12]
     root = cache_dir() / f"debian-{SUITE}-{name}"
@@ -114,9 +114,9 @@ def debian_root() -> Path:
 
 @cache
 def debian_host() -> Path:
-    """Return a Debian system that lacks nothing of what the package needs but the package; not to be changed, either.
+    """Return a Debian system with all dependencies of our package installed.  It must not be changed either.
 
-    With udev and the means to load modules it can be a machine's, too.  Raises DebianError.
+    It also has udev and can load modules, so a virtual machine can boot it.  Raises DebianError.
     """
     name = hashlib.sha256(repr((SUITE, INSTALLED, DOWNLOADED, OF_A_MACHINE)).encode()).hexdigest()[:12]
     root = cache_dir() / f"debian-host-{SUITE}-{name}"

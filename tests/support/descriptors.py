@@ -1,4 +1,4 @@
-"""What processes have open."""
+"""The open descriptors of processes."""
 
 import contextlib
 import gc
@@ -6,14 +6,14 @@ import os
 
 
 def open_descriptors() -> list[str]:
-    """Return the numbers, in order, after whatever earlier tests have left to the garbage collector is gone."""
+    """Return the numbers of our descriptors, sorted, after a garbage collection has closed leftovers of earlier tests."""
     gc.collect()
-    listed = os.listdir("/proc/self/fd")  # also the one that it is listed with, which is closed by now
+    listed = os.listdir("/proc/self/fd")  # includes the listing's own descriptor, which is closed again
     return sorted(number for number in listed if os.path.lexists(f"/proc/self/fd/{number}"))
 
 
 def open_files(pid: int) -> dict[int, str]:
-    """Return what a process has open, by number; what it closes meanwhile is left out."""
+    """Return the open files of a process by number, without those that it closes meanwhile."""
     found = {}
     for number in os.listdir(f"/proc/{pid}/fd"):
         with contextlib.suppress(FileNotFoundError):
@@ -29,5 +29,5 @@ def inheritable() -> list[int]:
             if int(entry) > 2 and os.get_inheritable(int(entry)):
                 found.append(int(entry))
         except OSError:
-            continue  # the listing's own
+            continue  # the descriptor of the listing
     return found

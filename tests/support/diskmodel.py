@@ -1,7 +1,7 @@
-"""What a disk may hold: for each sector the values that reading it may give now, or after its process was killed.
+"""A model of a disk: for each sector the values that a read may return now, or after the disk process was killed.
 
-A value is a number: START is what the sector held when the model was made, ZERO is zeroes, ANY are bytes of which
-nothing is known, anything above is the write of that number, whose bytes differ from those of all others.
+A value is a number.  START is the content when the model was made, ZERO is zeroes, ANY is unknown content.  A higher
+number is the write of that number; the bytes of each write differ from those of all other writes.
 """
 
 import bisect
@@ -16,27 +16,27 @@ _words = struct.Struct("<QQ")
 
 
 def written(number: int, sector: int, count: int = 1) -> bytes:
-    """Return what a write puts into some sectors."""
+    """Return the bytes that write `number` puts into some sectors."""
     numbers = range(number << 40 | sector, (number << 40 | sector) + count)
     return b"".join([_words.pack(word, ~word & (1 << 64) - 1) * (SECTOR // _words.size) for word in numbers])
 
 
 class Change:
-    """One request that changes sectors to a value.  Until it has succeeded it may or may not have been done."""
+    """One request that changes sectors to a value.  Until it has succeeded, the sectors may have either value."""
 
     __slots__ = ("certain_at", "durable", "value")
 
     def __init__(self, value: int) -> None:
         self.value = value
-        self.certain_at = math.inf  # when the driver saw that it was done
-        self.durable = False  # ... and that meant: on storage
+        self.certain_at = math.inf  # when the driver saw its completion
+        self.durable = False  # whether its completion meant that it is on storage
 
 
 class DiskModel:
     """The sectors of one disk, and the changes made to each of them in their order.
 
     Requests that overlap are never in flight together, so the order is known.  A discard never becomes certain: the
-    sector has its old value or zeroes.  A read makes certain what it has seen: what was undecided stays as it was read.
+    sector has its old value or zeroes.  A read decides between several possible values: the sector keeps what was read.
     """
 
     def __init__(self, start: bytes) -> None:
@@ -46,7 +46,7 @@ class DiskModel:
         self.cuts = [0, self.sectors]
         self.changes: list[list[Change]] = [[], []]
         self.now = 0
-        self.flushed_at = -1  # when the last flush that succeeded was asked for
+        self.flushed_at = -1  # when the last successful flush was submitted
         self.held = bytearray(self.sectors)  # 1: the sector held data of a write when the model was made
 
     def tick(self) -> int:
@@ -57,7 +57,7 @@ class DiskModel:
     # -- parts of the disk
 
     def _cut(self, sector: int) -> int:
-        """Have a part begin at a sector; return its number."""
+        """Split a part so that one begins at a sector; return the number of that part."""
         at = bisect.bisect_left(self.cuts, sector)
         if self.cuts[at] != sector:
             self.cuts.insert(at, sector)
@@ -77,7 +77,7 @@ class DiskModel:
     # -- what happens
 
     def begin(self, value: int, ranges: Sequence[tuple[int, int]]) -> Change:
-        """A change of (sector, sectors) is asked for."""
+        """Record a submitted change of the ranges (first sector, number of sectors); return it."""
         change = Change(value)
         for first, count in ranges:
             if count:
@@ -87,12 +87,12 @@ class DiskModel:
         return change
 
     def succeed(self, change: Change, *, durable: bool = False) -> None:
-        """The driver has seen that a write is done."""
+        """Record that the driver has seen a change complete."""
         change.certain_at = self.tick()
         change.durable = durable
 
     def flush_succeeded(self, asked_at: int) -> None:
-        """The driver has seen that a flush is done, which covers all that was done before it was asked for."""
+        """Record a successful flush.  It covers all changes that completed before it was submitted."""
         self.flushed_at = max(self.flushed_at, asked_at)
 
     # -- what is allowed
@@ -112,26 +112,26 @@ class DiskModel:
         return next(self._values(changes, killed=killed) for _, _, changes in self.parts(sector, 1))
 
     def content(self, value: int, first: int, count: int = 1) -> bytes:
-        """Return the bytes that sectors have with a value."""
+        """Return the bytes of sectors that have a value."""
         if value == START:
             return self.start[first * SECTOR : (first + count) * SECTOR]
         assert value != ANY
         return written(value, first, count) if value else bytes(count * SECTOR)
 
     def _is_one_of(self, values: set[int], sector: int, data: bytes) -> bool:
-        """Return whether bytes are what a sector has with one of some values."""
+        """Return whether a sector's bytes match one of some values."""
         if ANY in values:
             return True
         candidates = [self.content(value, sector) for value in values]
         if data in candidates:
             return True
-        # Of several values each byte may be of any: a write may have stopped in the middle.
+        # A write may have stopped in the middle, so each byte may come from any of the values.
         return len(candidates) > 1 and all(
             byte in bytes_there for byte, *bytes_there in zip(data, *candidates, strict=True)
         )
 
     def holds_data(self, ranges: Sequence[tuple[int, int]]) -> bool:
-        """Return whether each of some sectors certainly holds data of a write, so that it has its place on storage."""
+        """Return whether every sector certainly holds written data, so that its space on storage is allocated."""
         for first, count in ranges:
             for start, end, changes in self.parts(first, count):
                 values = self._values(changes)
@@ -143,7 +143,7 @@ class DiskModel:
     # -- what is found
 
     def read(self, first: int, data: bytes) -> int | None:
-        """Compare what a read has given; return the first sector that is wrong."""
+        """Compare the data of a read; return the first wrong sector, or None."""
         seen: list[tuple[int, int]] = []
         for start, end, changes in self.parts(first, len(data) // SECTOR):
             values = self._values(changes)
@@ -164,7 +164,7 @@ class DiskModel:
         return None
 
     def compare(self, data: bytes, *, killed: bool = False) -> Iterator[int]:
-        """Compare all of the disk; yield the sectors that are wrong."""
+        """Compare the whole disk; yield the wrong sectors."""
         for start, end, changes in self.parts(0, self.sectors):
             values = self._values(changes, killed=killed)
             found = data[start * SECTOR : end * SECTOR]
@@ -175,7 +175,7 @@ class DiskModel:
                     yield sector
 
     def settled(self, data: bytes, *, killed: bool = False) -> "DiskModel":
-        """Return the model of the disk's next life, from what it was found to hold."""
+        """Return a model for the next disk process, from the content that was found."""
         after = DiskModel(data)
         for start, end, changes in self.parts(0, min(self.sectors, after.sectors)):
             values = self._values(changes, killed=killed)

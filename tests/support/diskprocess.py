@@ -1,4 +1,4 @@
-"""The driver of a disk, good or bad, against the real, confined process."""
+"""A disk driver, correct or faulty, with the real, confined device process."""
 
 import random
 import struct
@@ -27,12 +27,12 @@ UNSET = 0xEE
 
 
 def content(length: int = DISK) -> bytes:
-    """Return bytes that differ everywhere."""
+    """Return content without repetition."""
     return random.Random(1).randbytes(length)
 
 
 class Disk:
-    """A disk process with one image, and a driver's ring."""
+    """A disk process with one image, and the driver's ring."""
 
     def __init__(self, device: Device, path: Path) -> None:
         self.path = path
@@ -52,7 +52,7 @@ class Disk:
         return Desc(gpa, 16)
 
     def do(self, parts: Sequence[Desc], status: int = STATUS) -> tuple[int, int]:
-        """Have one chain served; return its status byte and the length in the used ring."""
+        """Submit one chain and wait; return its status byte and the length in the used ring."""
         self.memory.load(status, bytes((UNSET,)))
         head = self.ring.add(parts)
         ((used, length),) = self.device.collect(self.ring, 1)
@@ -60,11 +60,11 @@ class Disk:
         return self.memory.read(status, 1)[0], length
 
     def request(self, kind: int, sector: int = 0, data: Sequence[Desc] = ()) -> tuple[int, int]:
-        """Serve a request of the usual form."""
+        """Submit a request of the usual form and wait; return status byte and length."""
         return self.do([self.header(kind, sector), *data, Desc(STATUS, 1, WRITE)])
 
     def works(self) -> bool:
-        """Reset, and see whether a good request is served by the same process."""
+        """Reset the device; return whether the same process then serves a valid request."""
         self.renew()
         expected = self.path.read_bytes()[1024 : 1024 + 4096]
         self.memory.load(BUFFER, bytes(4096))

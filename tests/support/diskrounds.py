@@ -1,11 +1,11 @@
-"""Sequences of random requests to a disk, on every kind of image and storage, judged by a model: arch. 5.
+"""Random sequences of disk requests on every kind of image and storage, checked with a model: arch. 5.
 
-A number, the seed, makes a sequence: its cell (which image, on what storage, with which end), and its steps.  A step
-depends on the seed and its own number only, so any of them can be left out:
+A seed determines a sequence: its cell (the kind of image, its storage, how it ends), and its steps.  A step depends
+only on the seed and its own number, so any step can be left out:
 
-    python -m tests.support.diskrounds 1234             does it again
+    python -m tests.support.diskrounds 1234             runs the sequence again
     python -m tests.support.diskrounds 1234 --only 3,17  only some of its steps
-    python -m tests.support.diskrounds 1234 --shrink     finds out which steps it takes
+    python -m tests.support.diskrounds 1234 --shrink     finds the steps that the failure needs
 """
 
 import argparse
@@ -51,7 +51,7 @@ SHARED_MEMORY = "/dev/shm"
 
 
 class Cell(NamedTuple):
-    """What one sequence is about."""
+    """The factors of one sequence."""
 
     format: str
     cluster: int
@@ -64,12 +64,12 @@ class Cell(NamedTuple):
 
 
 def pairs(cell: Cell) -> set[tuple[tuple[int, object], tuple[int, object]]]:
-    """Return each two of a cell's factors."""
+    """Return all pairs of a cell's factors."""
     return set(itertools.combinations(enumerate(cell), 2))
 
 
 def ordered(cells: Iterable[Cell]) -> tuple[Cell, ...]:
-    """Return cells so that as few as possible of the first have every two factors together."""
+    """Return cells in an order in which as few cells as possible cover all pairs of factors."""
     rest = list(cells)
     random.Random(0).shuffle(rest)
     missing = set().union(*map(pairs, rest))
@@ -89,7 +89,7 @@ CELLS = ordered(
     for storage in STORAGES
     for end in ENDS
 )
-# The first so many seeds have every two factors of a cell together.
+# This many seeds from the first cover all pairs of factors.
 PAIRWISE = next(
     count for count in range(len(CELLS))
     if set().union(*map(pairs, CELLS[:count])) == set().union(*map(pairs, CELLS))
@@ -100,7 +100,7 @@ PAIRWISE = next(
 
 
 class Step(NamedTuple):
-    """One request, or something else that happens to a disk."""
+    """One request, or another event of a disk."""
 
     number: int
     kind: str
@@ -115,7 +115,7 @@ REQUESTS = ("write", "read", "flush", "discard", "zero", "unmap")
 
 
 class Plan:
-    """What a seed says."""
+    """The sequence that a seed determines."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
@@ -127,15 +127,15 @@ class Plan:
         if choice.random() < 0.3:
             self.sectors = self.sectors * SECTOR // cluster * cluster // SECTOR
         self.cluster_sectors = cluster // SECTOR
-        # A raw file may end inside a sector, which is as good as any other.
+        # A raw file may end inside a sector.  That last sector counts as a whole one.
         odd = self.cell.format == "raw" and "device" not in self.cell.storage and choice.random() < 0.3
         self.bytes = self.sectors * SECTOR - (choice.choice((1, 5, SECTOR - 1)) if odd else 0)
-        # Every seed has its own mixture: what is rare in one is all that another does.
+        # Every seed weighs the kinds of steps differently: a kind that is rare in one sequence dominates another.
         self.weights = [choice.choice((1, 3, 9)), *(choice.choice((0, 1, 1, 3)) for _ in REQUESTS[1:])]
         self.depth = choice.choice((1, 4, SLOTS))
         self.slots = choice.choice((SLOTS, SLOTS, 6))
-        self.window = choice.choice((1, 0.3, 0.05))  # of the disk, where most requests go
-        self.long = choice.choice((8, 64, 600, 4000))  # sectors of most requests
+        self.window = choice.choice((1, 0.3, 0.05))  # the part of the disk that most requests go to
+        self.long = choice.choice((8, 64, 600, 4000))  # the longest of most requests, in sectors
         self.write_through = choice.random() < 0.15
         self.steps = list(self._steps(choice))
 
@@ -173,7 +173,7 @@ class Plan:
         return Step(number, kind, tuple(self._range(choice, longest) for _ in range(count)))
 
     def _range(self, choice: random.Random, longest: int) -> tuple[int, int]:
-        """Return sector and sectors, often in the window, often with one end or both at a cluster's."""
+        """Return first sector and number of sectors; often in the window, often with an end at a cluster boundary."""
         sectors, unit = self.sectors, self.cluster_sectors
         window = max(1, int(sectors * self.window)) if choice.random() < 0.8 else sectors
         count = choice.choice((1, 8, unit, choice.randrange(1, longest + 1)))
@@ -190,18 +190,18 @@ class Plan:
 
 
 class Made(NamedTuple):
-    """An image that nobody has used yet."""
+    """A new image."""
 
     path: Path
-    start: bytes  # what the disk has
+    start: bytes  # the content of the disk
     backing: tuple[Path, ...] = ()
     formats: tuple[str, ...] = ("raw",)
-    dirty: bool = False  # its refcounts are not to be trusted
+    dirty: bool = False  # its refcounts may be wrong
     snapshot: str = ""
 
 
 def make_image(plan: Plan, folder: Path) -> Made:
-    """Make the image of a plan as a regular file."""
+    """Make the image of a plan, as a regular file."""
     if plan.cell.format == "raw":
         return make_raw(plan, folder)
     choice, size = plan.choice, plan.sectors * SECTOR
@@ -242,7 +242,7 @@ def make_raw(plan: Plan, folder: Path) -> Made:
 
 
 def forget_refcounts(path: Path, choice: random.Random) -> None:
-    """Leave an image as a writer with lazy refcounts does that is killed: clusters in use count as free."""
+    """Change an image as a killed writer with lazy refcounts leaves it: some used clusters are marked free."""
     raw = bytearray(path.read_bytes())
     cluster, order = 1 << int.from_bytes(raw[20:24], "big"), int.from_bytes(raw[96:100], "big")
     per_block = cluster * 8 >> order
@@ -268,17 +268,17 @@ def forget_refcounts(path: Path, choice: random.Random) -> None:
 
 
 class Flying(NamedTuple):
-    """What is known of a request in flight."""
+    """What the run knows about a request in flight."""
 
     step: Step
     change: Change | None
     asked_at: int
     must_succeed: bool
-    broken: bool  # the storage had failed before it was asked for
+    broken: bool  # the storage had failed before the request was submitted
 
 
 class Difference(AssertionError):
-    """The disk is not what the model says."""
+    """The disk differs from the model."""
 
 
 class Run:
@@ -296,7 +296,7 @@ class Run:
         self.was_limited = False
 
     def run(self) -> None:
-        """Do it.  Raises Difference."""
+        """Carry out the plan.  Raises Difference."""
         choice = random.Random(f"storage {self.plan.seed}")
         with STORAGES[self.plan.cell.storage](self.folder, choice) as self.storage:
             self.made = made = make_image(self.plan, self.folder)
@@ -319,7 +319,7 @@ class Run:
     # -- a life
 
     def _live(self, steps: Iterable[Step]) -> None:
-        """Start a process, and do steps until one ends it."""
+        """Start a disk process, and do steps until one of them ends it."""
         features = WRITE_THROUGH if self.plan.write_through else FEATURES
         paths, formats = (self.storage.path, *self.made.backing), self.made.formats
         with BlockDriver(paths, formats, features=features, seed=self.plan.seed, slots=self.plan.slots) as self.driver:
@@ -333,7 +333,7 @@ class Run:
                 self._do(step)
 
     def _measure(self) -> None:
-        """A raw disk may be larger than it was made, as a device is."""
+        """Adapt the model: a raw disk on a block device is as long as the device, which may exceed the image."""
         sectors = len(self.model.start) // SECTOR
         if self.storage.raw and self.driver.sectors > sectors:
             with self.storage.path.open("rb") as file:
@@ -383,7 +383,7 @@ class Run:
             driver.change_ranges(kind, [(*one, flags) for one in ranges], note)
 
     def _make_room(self, ranges: Sequence[tuple[int, int]]) -> None:
-        """Wait until few enough are in flight, and none that touches some ranges."""
+        """Wait until few enough requests are in flight and none of them overlaps the ranges."""
         driver = self.driver
         while len(driver.flying) >= min(self.plan.depth, driver.slots) or any(
             first < theirs + count and theirs < first + sectors
@@ -403,7 +403,7 @@ class Run:
         return request.note
 
     def _settle(self, requests: Sequence[Request]) -> None:
-        """Tell the model what has come back."""
+        """Record completed requests in the model."""
         for request in requests:
             note = self._note(request)
             if request.status != OK:
@@ -412,7 +412,7 @@ class Run:
                     log = self.driver.device.read_log()
                     raise self._fail(f"step {note.step} failed with status {request.status}\n{log}")
             elif self.storage.broken:
-                # Until the process ends nothing is known, but that no flush may claim that all is well.
+                # After a failure of the storage only one thing is checked: a later flush must not succeed.
                 if request.kind == FLUSH and note.broken:
                     raise self._fail(f"step {note.step} succeeded after data was lost")
             elif request.kind == READ:
@@ -444,7 +444,7 @@ class Run:
         )
 
     def _name(self, sector: int, found: bytes) -> str:
-        """Say what some bytes are."""
+        """Describe the bytes found in a sector."""
         if not any(found):
             return "zeroes"
         if found == self.model.content(START, sector):
@@ -457,7 +457,7 @@ class Run:
     # -- the end
 
     def _end(self, *, killed: bool) -> None:
-        """End the process, and let others read what it has left."""
+        """End the process; check what QEMU and our own code read from the image."""
         device = self.driver.device
         if killed:
             device.child.kill()
@@ -467,7 +467,7 @@ class Run:
         else:
             self._drain()
             log = self.driver.shut_down(quiet=False)
-            if self.storage.broken:  # no more than after a kill can be expected
+            if self.storage.broken:  # guarantees no more than after a kill
                 killed = self.was_killed = True
             else:
                 words = ("close:", "flush") if self.was_limited else ("close:", "flush", "request")
@@ -482,7 +482,7 @@ class Run:
         self.model = self.model.settled(found, killed=killed)
 
     def _read_back(self) -> bytes:
-        """Return what the disk holds: what QEMU reads, which has to be what our own code reads."""
+        """Return the disk's content as QEMU reads it.  Our own code must read the same."""
         size, path, flat = len(self.model.start), self.storage.readable(), self.folder / "flat"
         with contextlib.closing(opened(path, *self.made.backing, formats=self.made.formats)) as image:
             ours = read(image, 0, image.size)
@@ -505,7 +505,7 @@ class Run:
         return theirs[:size]
 
     def _compare_snapshot(self) -> None:
-        """A snapshot is what it was."""
+        """Check that a snapshot is unchanged."""
         flat = self.folder / "flat"
         qemu("qemu-img", "convert", "-f", "qcow2", "-O", "raw", "-l", self.made.snapshot, self.storage.readable(), flat)
         if flat.read_bytes() != self.made.start:
@@ -513,9 +513,9 @@ class Run:
 
 
 def run_seed(seed: int, only: frozenset[int] | None = None) -> Cell:
-    """Do one sequence in a directory of its own; return its cell.  Raises Difference, which says how to do it again."""
+    """Run one sequence in its own directory; return its cell.  Raises Difference, with the command to repeat it."""
     plan = Plan(seed)
-    # Most in memory, where a flush costs nothing.
+    # Most sequences run in memory, where a flush is cheap.
     in_memory = random.Random(f"folder {seed}").random() < 0.75 and os.access(SHARED_MEMORY, os.W_OK)
     folder = Path(tempfile.mkdtemp(prefix="diskround", dir=SHARED_MEMORY if in_memory else None))
     try:
@@ -530,7 +530,7 @@ def run_seed(seed: int, only: frozenset[int] | None = None) -> Cell:
 
 
 def run_seeds(seeds: range) -> str:
-    """Do sequences; return how many there were of each kind.  Raises Difference."""
+    """Run sequences; return how many ran of each kind.  Raises Difference."""
     cells = Counter(run_seed(seed) for seed in seeds)
     often = [cells[cell] for cell in CELLS]
     often_text = f"each of {len(CELLS)} cells {min(often)} to {max(often)} times"
@@ -547,7 +547,7 @@ def run_seeds(seeds: range) -> str:
 
 
 def fails(seed: int, only: frozenset[int]) -> str:
-    """Return how some steps of a sequence fail, or nothing."""
+    """Return how some steps of a sequence fail; empty if they succeed."""
     try:
         run_seed(seed, only)
     except Difference as difference:
@@ -556,7 +556,7 @@ def fails(seed: int, only: frozenset[int]) -> str:
 
 
 def shrink(seed: int, fails: Callable[[int, frozenset[int]], str] = fails) -> frozenset[int]:
-    """Return steps of a sequence none of which can be left out if it is to fail."""
+    """Return a minimal set of steps with which a sequence still fails."""
     steps = [step.number for step in Plan(seed).steps]
     size = len(steps) // 2
     while size:
@@ -572,7 +572,7 @@ def shrink(seed: int, fails: Callable[[int, frozenset[int]], str] = fails) -> fr
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Do one sequence again."""
+    """Run one sequence again."""
     parser = argparse.ArgumentParser(prog="python -m tests.support.diskrounds", description=__doc__)
     parser.add_argument("seed", type=int)
     parser.add_argument("--only", metavar="STEPS", help="numbers of the steps to do, with commas between them")

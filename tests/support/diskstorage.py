@@ -1,4 +1,4 @@
-"""Where the image of a disk may lie: in files and on block devices that fill up, end in odd places, or grow."""
+"""Storage of disk images: files and block devices that fill up, have odd sizes, or grow."""
 
 import contextlib
 import errno
@@ -14,26 +14,26 @@ from tests.support.images import KIB, MIB
 SECTOR = 512
 PAGE = 4 * KIB
 GARBAGE = b"\xdb"
-AMPLE = 512 * MIB  # more than a sequence ever writes; nothing of it is allocated before
+AMPLE = 512 * MIB  # bytes; more than a sequence ever writes, and allocated only when written
 
 
 def run(*command: object) -> str:
-    """Run a program that has to succeed; return what it prints."""
+    """Run a program that must succeed; return its output."""
     return subprocess.run([str(word) for word in command], check=True, capture_output=True, text=True).stdout.strip()
 
 
 class Storage:
     """A regular file without limits.  A context manager; `path` is the image once `place` has put it there."""
 
-    limited = False  # it may say that there is no room
-    broken = False  # it has lost something and said so
-    forgets = False  # a raw disk on it may show anything old where it was discarded
+    limited = False  # it may run out of space
+    broken = False  # it has lost data and reported that
+    forgets = False  # discarded sectors of a raw disk on it may have any old content
 
     def __init__(self, folder: Path, choice: random.Random) -> None:
         self.folder = folder
         self.choice = choice
         self.path = folder / "image"
-        self.raw = False  # the disk is as long as what it lies on
+        self.raw = False  # the image is raw, so the disk is as long as the storage
         self.undo = contextlib.ExitStack()
 
     def __enter__(self) -> "Storage":
@@ -43,20 +43,20 @@ class Storage:
         self.undo.close()
 
     def place(self, made: Path, room: int) -> None:
-        """Bring an image that was made as a regular file to where it is used; `room` bytes are what it may need."""
+        """Copy an image from a regular file to this storage; the image may need `room` bytes."""
         os.rename(made, self.path)
 
     def confine(self, pid: int) -> None:
-        """Put limits on a process that has just started."""
+        """Set the resource limits of a new disk process."""
 
     def grow(self) -> None:
-        """Give more room."""
+        """Add space."""
 
     def repair(self) -> None:
-        """Forget what was broken; a new process starts."""
+        """End the failure, before a new process starts."""
 
     def readable(self) -> Path:
-        """Return where others read the image."""
+        """Return the path at which other programs read the image."""
         return self.path
 
     def odd(self, least: int, most: int) -> int:
@@ -66,10 +66,10 @@ class Storage:
 
 
 class LoopDevice(Storage):
-    """A block device that has all the room in the world, and an odd size.
+    """A block device with ample space and an odd size.
 
-    Where the device cannot write zeroes itself, fallocate(2) first forgets what the page cache has and then fails: a
-    discarded sector shows what the device had before the last writes.
+    On a device that cannot write zeroes, fallocate(2) drops the page cache before it fails, so a discarded sector shows
+    the device's content from before the last writes.
     """
 
     forgets = True
@@ -79,11 +79,11 @@ class LoopDevice(Storage):
         self.file = folder / "device"
 
     def size(self, made: int, room: int) -> int:
-        """Return the bytes of the device, for an image of `made` bytes that may come to need `room`."""
+        """Return the size of the device in bytes, for an image of `made` bytes that may need `room` in the end."""
         return self.odd(made, made + MIB) if self.raw else self.odd(AMPLE, 2 * AMPLE)
 
     def place(self, made: Path, room: int) -> None:
-        """See Storage; what the device held before is garbage."""
+        """See Storage.  The rest of the device holds garbage."""
         os.rename(made, self.file)
         used = self.file.stat().st_size
         with self.file.open("ab") as file:
@@ -93,12 +93,12 @@ class LoopDevice(Storage):
         self.undo.callback(run, "losetup", "-d", self.path)
 
     def resize(self, size: int) -> None:
-        """Set the length of the file below the device; what it held before is garbage as well."""
+        """Set the length of the file below the device.  Added space holds garbage."""
         os.truncate(self.file, size)
 
 
 class FullDevice(LoopDevice):
-    """A block device that ends before the image does."""
+    """A block device that is too short for the image."""
 
     limited = True
 
@@ -108,7 +108,7 @@ class FullDevice(LoopDevice):
 
 
 class GrowingDevice(FullDevice):
-    """A block device that ends too early, and is extended while it is in use."""
+    """A block device that is too short, and is extended during use."""
 
     def grow(self) -> None:
         """See Storage."""
@@ -123,7 +123,7 @@ class GrowingDevice(FullDevice):
 
 
 class FullFileSystem(Storage):
-    """A file on a file system with next to no room, which may get some."""
+    """A file on an almost full file system, which can get more space."""
 
     limited = True
 
@@ -147,7 +147,7 @@ class FullFileSystem(Storage):
 
 
 class LimitedFile(Storage):
-    """A file that may not become longer than what a limit says: EFBIG."""
+    """A file that cannot grow above the process's file size limit: EFBIG."""
 
     limited = True
 
@@ -172,7 +172,7 @@ class LimitedFile(Storage):
 
 
 class ForgetfulFile(FuseFile):
-    """A file whose fsync fails once when it is told to; what was written since the last one is lost in part."""
+    """A file whose fsync fails once on request.  Part of what was written since the last fsync is then lost."""
 
     def __init__(self, content: bytes, choice: random.Random) -> None:
         self.choice = choice
@@ -191,7 +191,7 @@ class ForgetfulFile(FuseFile):
         super()._decide(unique, operation, body)
 
     def sync(self) -> bool:
-        """Make what was written durable, or lose some of it; return whether it was lost."""
+        """Make the writes durable, or lose some of them; return whether any were lost."""
         lost = self.failing and not self.failed
         self.synced.extend(bytes(max(0, len(self.content) - len(self.synced))))
         for sector in self.unsynced:
@@ -206,7 +206,7 @@ class ForgetfulFile(FuseFile):
 
 
 class FailingFile(Storage):
-    """A file on storage that fails: FUSE.  `grow` lets the next fsync fail, and no other, as the kernel has it."""
+    """A FUSE file that fails.  `grow` makes only the next fsync fail, because the kernel reports an error once."""
 
     def place(self, made: Path, room: int) -> None:
         """See Storage."""
@@ -225,7 +225,7 @@ class FailingFile(Storage):
         return self.file.failed
 
     def repair(self) -> None:
-        """From now on nothing fails, and what there is stays."""
+        """End all failures; the present content stays."""
         self.file.failing = self.file.failed = False
         self.file.sync()
 
