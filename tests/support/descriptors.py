@@ -6,7 +6,7 @@ import os
 
 
 def open_descriptors() -> list[str]:
-    """Return the numbers of our descriptors, sorted, after a garbage collection has closed leftovers of earlier tests."""
+    """Return the sorted numbers of our descriptors, after garbage collection has closed leftovers of earlier tests."""
     gc.collect()
     listed = os.listdir("/proc/self/fd")  # includes the listing's own descriptor, which is closed again
     return sorted(number for number in listed if os.path.lexists(f"/proc/self/fd/{number}"))

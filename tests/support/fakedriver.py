@@ -1,7 +1,7 @@
-"""A driver of a virtio device without a guest: the real, confined device process and the other side of everything.
+"""The driver of a virtio device without a guest: the real, confined device process, and the test at its other side.
 
-`Device` is a started process with both channels, eventfds and guest memory in our hands; `Ring` is a driver's half
-of a queue, which puts whatever it is told into it, valid or not.  No KVM is needed.
+`Device` starts a process and holds the other ends of its channels and eventfds, and guest memory.  `Ring` is a driver's
+half of a queue; it writes any content that a test wants, valid or not.  No KVM is needed.
 """
 
 import mmap
@@ -24,13 +24,13 @@ from vmd.virtio.queue import Queue
 from vmd.vm.kinds import KERNEL, MAIN, RAW
 
 KIB, MIB = 1 << 10, 1 << 20
-DEADLINE_S = 60.0  # a watchdog; nothing is expected to take so long
+DEADLINE_S = 60.0  # a watchdog
 
 NEXT, WRITE, INDIRECT = spec.VIRTQ_DESC_F_NEXT, spec.VIRTQ_DESC_F_WRITE, spec.VIRTQ_DESC_F_INDIRECT
 INDIRECT_DESC, EVENT_IDX = 1 << spec.VIRTIO_F_RING_INDIRECT_DESC, 1 << spec.VIRTIO_F_RING_EVENT_IDX
 MODERN = 1 << spec.VIRTIO_F_VERSION_1
 
-# Two regions that touch, one that may not be written, and holes around them.
+# Two adjacent regions, a read-only one, and holes around them.
 RAM_END = 16 * MIB
 EXTRA, EXTRA_END = RAM_END, RAM_END + MIB
 ROM, ROM_END = 32 * MIB, 33 * MIB
@@ -40,12 +40,12 @@ LAYOUT = (
     RegionSpec(gpa=ROM, size=MIB, name="rom", read_only=True),
 )
 RING_BASE = 0x10000
-DATA = MIB  # where tests put their buffers
-FIGURES_SLOT = 5  # any
+DATA = MIB  # the address of the tests' buffers
+FIGURES_SLOT = 5  # any slot will do
 
 
 class Desc(NamedTuple):
-    """One descriptor as it stands in a table."""
+    """One descriptor, with the fields of the table."""
 
     gpa: int
     length: int
@@ -54,7 +54,7 @@ class Desc(NamedTuple):
 
 
 def chained(parts: Sequence[Desc], first: int = 0) -> list[Desc]:
-    """Link descriptors that stand behind one another from index `first` on."""
+    """Link descriptors to a chain; they take consecutive indices from `first` on."""
     last = len(parts) - 1
     return [
         part._replace(flags=part.flags | (NEXT if i < last else 0), next=first + i + 1 if i < last else 0)
@@ -77,11 +77,11 @@ class Ring:
         memory.load(base, bytes(self.used + 6 + 8 * size - base))
 
     def row(self, enabled: bool = True, next_avail: int = 0, next_used: int = 0) -> bytes:
-        """Return the queue as ACTIVATE has it."""
+        """Return the row of this queue in ACTIVATE."""
         return devmsg.QUEUE.pack(self.size, enabled, 0, self.desc, self.avail, self.used, next_avail, next_used)
 
     def describe(self, index: int, parts: Sequence[Desc]) -> None:
-        """Write descriptors from an index of the table on."""
+        """Write descriptors to the table, from an index on."""
         for position, part in enumerate(parts):
             self.memory.load(self.desc + 16 * (index + position), struct.pack("<QIHH", *part))
 
@@ -96,7 +96,7 @@ class Ring:
         self.memory.memory[self.avail + 2 : self.avail + 4].cast("H")[0] = self.avail_idx
 
     def add(self, parts: Sequence[Desc]) -> int:
-        """Link parts, put them into free descriptors, offer them; return the head."""
+        """Write parts as a chain to free descriptors and make it available; return the head."""
         if self.free + len(parts) > self.size:
             self.free = 0
         head = self.free
@@ -106,7 +106,7 @@ class Ring:
         return head
 
     def add_indirect(self, parts: Sequence[Desc], table: int) -> int:
-        """Put linked parts into a table of their own, and offer it."""
+        """Write parts as a chain to an indirect table, and make that available; return the head."""
         raw = b"".join(struct.pack("<QIHH", *part) for part in chained(parts))
         self.memory.load(table, raw)
         return self.add([Desc(table, len(raw), INDIRECT)])
@@ -116,21 +116,21 @@ class Ring:
         self.memory.load(self.avail, struct.pack("<H", flags))
 
     def set_used_event(self, index: int) -> None:
-        """Store the used index of which the driver wants to hear."""
+        """Store used_event: the used index at which the driver wants an interrupt."""
         self.memory.load(self.avail + 4 + 2 * self.size, struct.pack("<H", index & 0xFFFF))
 
     @property
     def avail_event(self) -> int:
-        """The available index of which the device wants to hear."""
+        """avail_event: the available index at which the device wants a notification."""
         return int.from_bytes(self.memory.read(self.used + 4 + 8 * self.size, 2), "little")
 
     @property
     def device_idx(self) -> int:
-        """The used index."""
+        """The used index, which the device writes."""
         return int.from_bytes(self.memory.read(self.used + 2, 2), "little")
 
     def reap(self) -> list[tuple[int, int]]:
-        """Return (head, length) of what has come back."""
+        """Return (head, length) of the used elements since the last call."""
         found = []
         while self.used_idx != self.device_idx:
             raw = self.memory.read(self.used + 4 + 8 * (self.used_idx % self.size), 8)
@@ -140,14 +140,14 @@ class Ring:
 
 
 def release(queue: Queue) -> None:
-    """Have the device's side of a ring let go of guest memory."""
+    """Release the references to guest memory of the device's side of a ring."""
     for value in vars(queue).values():
         if isinstance(value, memoryview):
             value.release()
 
 
 class Device:
-    """A device process and everything that it is connected to; a context manager that ends it."""
+    """A device process and the other ends of its connections.  A context manager that ends the process."""
 
     def __init__(
         self,
@@ -160,7 +160,7 @@ class Device:
         net: bytes = b"",
         host_name: str = "",
     ) -> None:
-        """`net` is devmsg.NET, of a network interface."""
+        """`net` is devmsg.NET, only for a network interface."""
         self.kind = kind
         self.net = net
         self.host_name = host_name
@@ -189,8 +189,8 @@ class Device:
             devmsg.FD_RESAMPLE: self.resample,
             **dict(enumerate((*self.kicks, *self.calls), devmsg.FD_FIRST_QUEUE)),
         }
-        # As a VM does it: a disk with one image, which is raw, has a process for such disks, and so has such a network
-        # interface.
+        # The same choice as in a VM: a disk with a single raw image has a program of its own, and so has a network
+        # interface with vhost.
         is_raw = kind == "vioblk" and len(self.notes) == 1 and not self.notes[0] & devmsg.RESOURCE_QCOW2
         vhost = len(net) == devmsg.NET.size and devmsg.NET.unpack(net)[2] & devmsg.NET_VHOST
         entry = f"vmd.devices.{kind}.{RAW if is_raw else KERNEL if vhost else MAIN}:main"
@@ -225,7 +225,7 @@ class Device:
         rows: bytes | None = None, form: int = 0, resources: int | None = None, notes: Sequence[int] = (),
         slot: int = FIGURES_SLOT,
     ) -> bytes:  # fmt: skip
-        """Return START, with lies on request."""
+        """Return START; arguments replace its correct fields."""
         if rows is None:
             rows = b"".join(
                 devmsg.REGION.pack(r.gpa, r.size, r.offset, devmsg.REGION_READ_ONLY if r.read_only else 0)
@@ -246,11 +246,11 @@ class Device:
         return head + rows + "\0".join(words).encode()
 
     def send_start(self, packet: bytes) -> None:
-        """Send START, or something else, with memory, figures and resources."""
+        """Send a packet, usually START, with the descriptors of memory, figures and resources."""
         socket.send_fds(self.sync, [packet], [self.memory.fd, self.figures_fd, *self.resources])
 
     def start(self) -> Self:
-        """Say START and wait until the process is ready."""
+        """Send START and wait until the process is ready."""
         self.send_start(self.start_packet())
         for channel in (self.sync, self.informs):
             packet = channel.recv(devmsg.PACKET_MAX)
@@ -261,28 +261,28 @@ class Device:
         return self
 
     def figures(self) -> dict[str, int]:
-        """Return what the process has counted."""
+        """Return the counters of the process."""
         found = slots(self.figures_fd)
-        assert set(found) == {(self.kind, 0)}  # it has left the other slots alone
+        assert set(found) == {(self.kind, 0)}  # it has written no other slot
         return found[self.kind, 0]
 
     def ask(self, packet: bytes) -> bytes:
-        """Ask on the sync channel."""
+        """Send a packet on the sync channel; return the answer."""
         self.sync.send(packet)
         return self.sync.recv(devmsg.PACKET_MAX)
 
     def inform(self, packet: bytes) -> None:
-        """Tell it something, and wait until it has taken that: with a second question, as `NetDriver.settle` says."""
+        """Send a packet on the async channel, and wait until it is handled.  `NetDriver.settle` explains how."""
         self.informs.send(packet)
         for _ in range(2):
             self.command(devmsg.RESUME)
 
     def command(self, kind: int) -> None:
-        """RESET, PAUSE or RESUME."""
+        """Send RESET, PAUSE or RESUME, and wait for the answer."""
         assert self.ask(devmsg.TYPE.pack(kind)) == devmsg.STATUS.pack(kind, 0)
 
     def activate_rows(self, features: int, *rows: bytes) -> int:
-        """Hand over queues as given; return the status."""
+        """Send ACTIVATE with these rows; return the status of the answer."""
         self.activations += 1
         answer = self.ask(devmsg.ACTIVATE_HEAD.pack(devmsg.ACTIVATE, features, len(rows)) + b"".join(rows))
         kind, status = devmsg.STATUS.unpack(answer)
@@ -295,7 +295,7 @@ class Device:
         return ring
 
     def activate_all(self, sizes: Sequence[int], features: int = MODERN, base: int = RING_BASE) -> list[Ring]:
-        """Reset the device and give it new rings, behind one another."""
+        """Reset the device and give it new rings at consecutive places."""
         self.command(devmsg.RESET)
         for fd in (*self.kicks, *self.calls):
             self.take_event(fd)
@@ -321,7 +321,7 @@ class Device:
         return self.child.pidfd
 
     def kick(self, queue: int = 0) -> None:
-        """Notify."""
+        """Notify a queue."""
         os.eventfd_write(self.kicks[queue], 1)
 
     @staticmethod
@@ -334,13 +334,13 @@ class Device:
 
     @staticmethod
     def readable(fd: int) -> bool:
-        """Return whether a descriptor has something to read."""
+        """Return whether a descriptor is readable."""
         poll = select.poll()
         poll.register(fd, select.POLLIN)
         return bool(poll.poll(0))
 
     def wait_for(self, *fds: int) -> list[int]:
-        """Wait until one of some descriptors, or the end of the process, is readable; the latter fails."""
+        """Wait until one of some descriptors is readable; return the readable ones.  Fails if the process ends."""
         poll = select.poll()
         for fd in (*fds, self.end_fd):
             poll.register(fd, select.POLLIN)
@@ -360,14 +360,14 @@ class Device:
         self.kick(queue)
         while len(found) < count:
             ring.set_used_event(ring.used_idx + count - len(found) - 1)
-            found += ring.reap()  # what came before the device could know
+            found += ring.reap()  # elements used before the device could see that an interrupt is wanted
             if len(found) < count:
                 self.wait_interrupt(queue)
                 found += ring.reap()
         return found
 
     def needs_reset(self) -> str:
-        """Wait for NEEDS_RESET of this life of the device; return its sentence."""
+        """Wait for NEEDS_RESET of the present activation; return its sentence."""
         while True:
             self.wait_for(self.informs.fileno())
             packet = self.informs.recv(devmsg.PACKET_MAX)
@@ -391,25 +391,25 @@ class Device:
         return number, packet[devmsg.ERROR_HEAD.size :].decode()
 
     def status(self) -> int | None:
-        """Wait for the end; return the exit status."""
+        """Wait for the end of the process; return its exit status."""
         return self.child.reap(DEADLINE_S)
 
     # --- looking at it -----------------------------------------------------------------------------------------
 
     def read_log(self) -> str:
-        """Return what it has logged since the last look."""
+        """Return the log since the last call."""
         try:
             return os.read(self.log, 1 << 20).decode()
         except BlockingIOError:
             return ""
 
     def own_kib(self) -> int:
-        """Return the memory that is the process's alone, whoever else runs: for whether it grows."""
+        """Return the process's private memory.  It does not depend on other processes, so a test can see it grow."""
         with open(f"/proc/{self.child.pid}/smaps_rollup") as rollup:
             return next(int(line.split()[1]) for line in rollup if line.startswith("Anonymous:"))
 
     def pss_kib(self) -> int:
-        """Return the process's share of memory, guest memory left out."""
+        """Return the process's proportional share of memory, without guest memory."""
         total, skip = 0, False
         with open(f"/proc/{self.child.pid}/smaps") as smaps:
             for line in smaps:

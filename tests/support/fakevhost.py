@@ -1,4 +1,4 @@
-"""/dev/vhost-net as far as a process of ours can see it: rings whose indices move as the kernel moves them."""
+"""A fake of /dev/vhost-net as a device process sees it: it moves the indices of rings as the kernel does."""
 
 import errno
 import fcntl
@@ -17,7 +17,7 @@ HEADER = spec.NET_HDR_BYTES
 
 
 class FakeRing:
-    """What the kernel knows of one ring."""
+    """The kernel's state of one ring."""
 
     def __init__(self) -> None:
         self.size = self.desc = self.used = self.avail = self.next_avail = self.next_used = 0
@@ -25,9 +25,9 @@ class FakeRing:
 
 
 class FakeVhost:
-    """The file, and the kernel behind it; `move` has it do what there is to do.
+    """The file, and the kernel behind it; `move` transfers frames.
 
-    With `refuses`, requests of that name fail, or with " off" behind it those that take a descriptor away.
+    Requests with the name `refuses` fail.  With " off" after the name, only those that remove a descriptor fail.
     """
 
     def __init__(self, memory: GuestMemory) -> None:
@@ -43,16 +43,16 @@ class FakeVhost:
         self.real = fcntl.ioctl
 
     def serves(self) -> bool:
-        """Whether it has any ring."""
+        """Whether it serves any ring."""
         return any(ring.tap != vhost.NONE for ring in self.rings)
 
     def ioctl(self, fd: int, request: int, argument: bytes | int = 0) -> bytes | int:
-        """Answer a request to it; pass others on."""
+        """Answer an ioctl on this file; pass others to the kernel."""
         if fd != self.fd:
             return self.real(fd, request, argument)
         name = NAMES[request]
         self.asked.append(name)
-        off = isinstance(argument, bytes) and argument[-4:] == b"\xff" * 4  # of a descriptor
+        off = isinstance(argument, bytes) and argument[-4:] == b"\xff" * 4  # it removes a descriptor
         if name + " off" * off == self.refuses:
             raise OSError(errno.ENOTTY, os.strerror(errno.ENOTTY))
         if not self.owned and name not in ("VHOST_SET_OWNER", "VHOST_GET_FEATURES"):
@@ -61,48 +61,48 @@ class FakeVhost:
         return argument if answer is None else answer
 
     def set_owner(self, _argument: int) -> None:
-        """Take the memory of who asks."""
+        """Take the caller's address space."""
         assert not self.owned
         self.owned = True
 
     def get_features(self, _argument: bytes) -> bytes:
-        """Say what is known; headers of its own, too."""
+        """Return the supported features, virtio headers of its own among them."""
         return vhost.FEATURES.pack(self.offered | 1 << 27)
 
     def set_features(self, argument: bytes) -> None:
-        """Take what both sides know; with bit 27 it would put headers before those of the tap."""
+        """Take the negotiated features.  Bit 27 would add headers to those of the tap."""
         (self.features,) = vhost.FEATURES.unpack(argument)
         assert not self.features & ~self.offered
         assert not self.serves()
 
     def set_mem_table(self, argument: bytes) -> None:
-        """Take where guest memory is."""
+        """Take the regions of guest memory."""
         count, zero = vhost.MEMORY.unpack_from(argument)
         self.regions = list(vhost.REGION.iter_unpack(argument[vhost.MEMORY.size :]))
         assert (len(self.regions), zero) == (count, 0)
 
     def set_num(self, argument: bytes) -> None:
-        """Take a size."""
+        """Take the size of a ring."""
         self._idle(argument).size = vhost.STATE.unpack(argument)[1]
 
     def set_base(self, argument: bytes) -> None:
-        """Take how far a ring is."""
+        """Take the next available index of a ring."""
         self._idle(argument).next_avail = vhost.STATE.unpack(argument)[1]
 
     def get_base(self, argument: bytes) -> bytes:
-        """Say how far a ring is."""
+        """Return the next available index of a ring."""
         index, _ = vhost.STATE.unpack(argument)
         return vhost.STATE.pack(index, self.rings[index].next_avail)
 
     def set_addr(self, argument: bytes) -> None:
-        """Take where a ring is."""
+        """Take the addresses of a ring."""
         index, flags, desc, used, avail, log = vhost.ADDR.unpack(argument)
         ring = self.rings[index]
         ring.desc, ring.used, ring.avail = (place - self.memory.base for place in (desc, used, avail))
         assert (flags, log) == (0, 0)
 
     def set_backend(self, argument: bytes) -> None:
-        """Begin to serve a ring, whose used index counts, or stop."""
+        """Begin to serve a ring, from the used index in its memory, or stop."""
         index, fd = vhost.FILE.unpack(argument)
         ring = self.rings[index]
         ring.tap = fd
@@ -140,7 +140,7 @@ class FakeVhost:
     # --- moving frames ---------------------------------------------------------------------------------------------
 
     def move(self) -> None:
-        """Send all that waits in the ring, then give the guest all that waits in the tap and has a buffer."""
+        """Send all frames of the transmit ring, then fill the guest's receive buffers with frames from the tap."""
         for ring, step in ((self.rings[TX], self._send), (self.rings[RX], self._receive)):
             before = ring.next_used
             while ring.tap != vhost.NONE and self._u16(ring.avail + 2) != ring.next_avail and step(ring):
@@ -151,7 +151,7 @@ class FakeVhost:
                 os.eventfd_write(ring.call, 1)
 
     def complain(self, number: int) -> None:
-        """Find something in a ring that it does not take."""
+        """Report an invalid ring."""
         os.eventfd_write(self.rings[number].err, 1)
 
     def _send(self, ring: FakeRing) -> bool:

@@ -20,14 +20,14 @@ SECTOR = 512
 
 
 class Content(NamedTuple):
-    """A file that is a hole but for some stretches: offset, length; what is in them is derived from `seed`."""
+    """A sparse file.  `stretches` are offset and length of its data, whose bytes derive from `seed`."""
 
     size: int
     stretches: tuple[tuple[int, int], ...] = ()
     seed: int = 0
 
     def pieces(self) -> list[tuple[int, bytes]]:
-        """Return offset and bytes of each stretch."""
+        """Return offset and bytes of each stretch of data."""
         source = random.Random(self.seed)
         return [(offset, source.randbytes(length)) for offset, length in self.stretches]
 
@@ -58,7 +58,7 @@ def plant(folder: Path, tree: Tree) -> None:
 
 
 def run(*command: str | Path, stdin: str = "") -> str:
-    """Run a program; return what it said."""
+    """Run a program; return its output."""
     done = subprocess.run(
         command, input=stdin, capture_output=True, text=True, check=False, env={"LC_ALL": "C", "PATH": PATH}
     )
@@ -67,14 +67,14 @@ def run(*command: str | Path, stdin: str = "") -> str:
 
 
 def ext_image(image: Path, folder: Path, *options: str, size: int = 8 * MIB) -> Path:
-    """Make a file system of the ext family of what is in a folder."""
+    """Make a file system of the ext family from a folder."""
     image.unlink(missing_ok=True)
     run("mke2fs", "-q", "-F", "-E", "lazy_itable_init=1", *options, "-d", folder, image, f"{size >> 10}k")
     return image
 
 
 def ffs_image(image: Path, folder: Path, options: str = "version=2") -> Path:
-    """Make a FFS of what is in a folder; its holes are filled with zeroes."""
+    """Make an FFS from a folder.  makefs stores holes as zeroes."""
     image.unlink(missing_ok=True)
     run("makefs", "-t", "ffs", "-o", options, "-M", "2m", "-b", "20%", "-f", "20%", image, folder)
     return image
@@ -86,7 +86,7 @@ def opened(image: bytes | bytearray) -> Disk:
 
 
 def opened_file(image: Path) -> Disk:
-    """Return the disk in a file, which has to stay what it is."""
+    """Return the disk in a file.  The file must not change while the disk is in use."""
 
     def read(offset: int, length: int) -> bytes:
         with image.open("rb") as file:
@@ -97,14 +97,14 @@ def opened_file(image: Path) -> Disk:
 
 
 def check_tree(disk: Disk, tree: Tree) -> None:
-    """Compare all that is in a tree with what is found on a disk."""
+    """Compare every file and link of a tree with the disk."""
     for path, what in tree.items():
         if isinstance(what, Content):
             check_content(disk, path, what)
 
 
 def check_content(disk: Disk, path: str, what: Content) -> None:
-    """Compare a file: every byte of it, without making anything of its size."""
+    """Compare every byte of a file, without allocating memory of the file's size."""
     file = disk.find("/" + path)
     assert file.size == what.size, path
     found = [(offset, piece) for offset, piece in file.pieces() if piece.strip(b"\0")]
@@ -112,7 +112,7 @@ def check_content(disk: Disk, path: str, what: Content) -> None:
 
 
 def laid_out(pieces: Sequence[tuple[int, bytes]]) -> dict[int, bytes]:
-    """Return pieces as 4 KiB blocks that are not all zeroes, by number."""
+    """Return the 4 KiB blocks of some pieces by number, without blocks that are all zeroes."""
     blocks: dict[int, bytearray] = {}
     for offset, piece in pieces:
         done = 0
@@ -131,10 +131,10 @@ NAMES = st.text(
 
 @st.composite
 def trees(draw: st.DrawFn, *, sparse: bool = True) -> Tree:
-    """Return a tree of some files, sparse ones among them, in directories, and a link to each."""
+    """Draw a tree of some files in directories, sparse files among them, with a link to each."""
     tree: dict[str, Content | Link] = {}
     for number in range(draw(st.integers(1, 5))):
-        # The number keeps a file from being a directory of another.
+        # With the number, no file has the name of another file's directory.
         folder = "/".join(f"d{name}" for name in draw(st.lists(NAMES, max_size=6)))
         name = f"{number}{draw(NAMES)}"
         path = f"{folder}/{name}" if folder else name
@@ -153,13 +153,13 @@ def trees(draw: st.DrawFn, *, sparse: bool = True) -> Tree:
 
 
 def links_of(tree: Tree) -> dict[str, Content]:
-    """Return for each link of `trees` the file that it leads to."""
+    """Return the target file of each link of a tree from `trees`."""
     files = {path.rpartition("/")[2][0]: what for path, what in tree.items() if isinstance(what, Content)}
     return {path: files[path[-1]] for path, what in tree.items() if isinstance(what, Link) and path[-1] in files}
 
 
 class Part(NamedTuple):
-    """A partition: `first` sector, its content, and what kind the table says it is."""
+    """A partition: its first sector, its content, and its type in the table."""
 
     first: int
     content: bytes
@@ -167,12 +167,12 @@ class Part(NamedTuple):
 
     @property
     def sectors(self) -> int:
-        """How many sectors it has."""
+        """The number of its sectors."""
         return -(-len(self.content) // SECTOR)
 
 
 def disk_of(*parts: Part, size: int = 0) -> bytearray:
-    """Return a disk with the contents of partitions at their places, without a table."""
+    """Return a disk with the contents of partitions, without a partition table."""
     end = max((part.first + part.sectors for part in parts), default=0) * SECTOR
     disk = bytearray(max(size, end + 34 * SECTOR))
     for part in parts:
@@ -181,7 +181,7 @@ def disk_of(*parts: Part, size: int = 0) -> bytearray:
 
 
 def boot_record(*entries: tuple[int, int, int]) -> bytes:
-    """Return a sector with partitions: type, first sector, sectors."""
+    """Return a boot record with entries of (type, first sector, number of sectors)."""
     packed = b"".join(struct.pack("<B3xB3xII", 0, *entry) for entry in entries)
     return bytes(446) + packed.ljust(64, b"\0") + b"\x55\xaa"
 
@@ -192,7 +192,7 @@ def put(disk: bytearray, sector: int, data: bytes) -> None:
 
 
 def mbr_disk(*parts: Part, size: int = 0) -> bytearray:
-    """Return a disk with an MBR; partitions behind the third are logical, each behind its own boot record."""
+    """Return a disk with an MBR.  Partitions after the third are logical, each with its own boot record before it."""
     disk = disk_of(*parts, size=size)
     primary, logical = (parts[:3], parts[3:]) if len(parts) > 4 else (parts, ())
     entries = [(part.kind, part.first, part.sectors) for part in primary]
@@ -231,7 +231,7 @@ def gpt_disk(*parts: Part, guid: bytes = LINUX, entry_bytes: int = 128, size: in
 
 
 def label(*parts: tuple[str, int, int, int], sector_bytes: int = SECTOR) -> bytes:
-    """Return an OpenBSD disklabel of partitions: letter, type, first sector, sectors."""
+    """Return an OpenBSD disklabel with partitions of (letter, type, first sector, number of sectors)."""
     count = max(16, *(ord(letter) - ord("a") + 1 for letter, *_ in parts))
     raw = bytearray(148 + 16 * count)
     struct.pack_into("<I36xI", raw, 0, 0x82564557, sector_bytes)
@@ -247,7 +247,7 @@ def label(*parts: tuple[str, int, int, int], sector_bytes: int = SECTOR) -> byte
 
 
 def openbsd_disk(content: bytes, *, mbr: bool = True, first: int = 64) -> bytearray:
-    """Return a disk as OpenBSD's installer makes it: `a` with a file system, `b` to swap to, `c` for all of it."""
+    """Return a disk as OpenBSD's installer makes it: `a` is the file system, `b` swap, `c` the whole disk."""
     disk = disk_of(Part(first, content))
     total, own = len(disk) // SECTOR, -(-len(content) // SECTOR)
     if mbr:
@@ -267,7 +267,7 @@ def journal(block: str, content: bytes, block_bytes: int = 1024) -> bytes:
     blocks = [
         superblock,
         head.pack(0xC03B3998, 1, 7) + escaped,
-        b"kern" + content[4:],  # whose beginning is taken from it
+        b"kern" + content[4:],  # escaped: the journal lacks the block's first four bytes
         head.pack(0xC03B3998, 2, 7),
         head.pack(0xC03B3998, 5, 8) + struct.pack(">II", 20, int(block)),
         head.pack(0xC03B3998, 2, 8),
@@ -275,7 +275,7 @@ def journal(block: str, content: bytes, block_bytes: int = 1024) -> bytes:
         content,
         head.pack(0xC03B3998, 2, 9),
     ]
-    # mke2fs makes holes of zeroes.
+    # The padding at the end is not zero, because mke2fs turns zeroes into holes.
     return b"".join(each.ljust(block_bytes, b"\0") for each in blocks).ljust(12 * block_bytes, b"\xff")
 
 
@@ -308,7 +308,7 @@ def _small_disks(folder: Path) -> dict[str, bytes]:
         sizes = f"version={version},bsize=4096,fsize=512,minfree=0"
         run("makefs", "-t", "ffs", "-o", sizes, "-s", "60k", image, tree)
         found[f"FFS{version}"] = image.read_bytes()
-    # Twice, for the journal has to say where the file is.
+    # Twice, because the journal contains the block number of the file, which the first file system tells.
     (tree / "journal").write_bytes(bytes(12 << 10))
     for _ in range(2):
         image.write_bytes(bytes(64 << 10))

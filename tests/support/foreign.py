@@ -1,4 +1,4 @@
-"""Files in formats that are not ours, made by the programs whose formats they are."""
+"""Files in formats that vmd does not support, made by the programs that define the formats."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ Make = Callable[[Path], None]
 
 
 def converted(image_format: str, options: str = "") -> Make:
-    """Return what has qemu-img make an image of some content."""
+    """Return a function that makes an image with some content, with qemu-img."""
 
     def make(path: Path) -> None:
         source = path.with_name("source.bin")
@@ -45,7 +45,7 @@ def luks2(path: Path) -> None:
 
 
 def compressed(*command: str) -> Make:
-    """Return what has a program compress a disk, to its standard output."""
+    """Return a function that makes a compressed disk with a program that writes to standard output."""
 
     def make(path: Path) -> None:
         disk = bytes(510) + b"\x55\xaa" + os.urandom(3001)
@@ -79,7 +79,7 @@ def ova(path: Path) -> None:
 
 
 def plain(content: bytes) -> Make:
-    """Return what writes these bytes."""
+    """Return a function that writes these bytes to a file."""
 
     def make(path: Path) -> None:
         path.write_bytes(content)
@@ -88,7 +88,7 @@ def plain(content: bytes) -> Make:
 
 
 def once(make: Make) -> Make:
-    """Return what makes a file once, and copies of it from then on: some programs take their time."""
+    """Return a function that makes the file only once and copies it later, because some programs are slow."""
     made: list[bytes] = []
 
     def again(path: Path) -> None:
@@ -101,7 +101,7 @@ def once(make: Make) -> Make:
     return again
 
 
-# (name in foreign.FOREIGN, label of the sample, how it is made)
+# (name in foreign.FOREIGN, label of the sample, the function that makes it)
 KINDS: list[tuple[str, str, Make]] = [
     ("VMDK", "vmdk-monolithicSparse", converted("vmdk", "subformat=monolithicSparse")),
     ("VMDK", "vmdk-streamOptimized", converted("vmdk", "subformat=streamOptimized")),
@@ -142,11 +142,11 @@ NAMES = {"gzip": "gz", "bzip2": "bz2", "zstd": "zst"}
 
 
 def whole_sectors(path: Path) -> None:
-    """Make a file one of whole sectors, as an archive on a disk is; it stays a valid one for its program."""
+    """Pad a file to whole sectors, like an archive on a disk.  It stays valid for its program."""
     os.truncate(path, -(-path.stat().st_size // 512) * 512)
 
 
 def odd(path: Path) -> None:
-    """Make a file one that is not of whole sectors."""
+    """Make the length of a file no multiple of a sector."""
     if path.stat().st_size % 512 == 0:
         os.truncate(path, path.stat().st_size + 1)

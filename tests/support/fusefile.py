@@ -1,7 +1,7 @@
-"""A file whose storage does what a test wants: it fails, is full, is slow, or never answers (fuse(4), fuse.h 7.31).
+"""A file whose storage fails, is full, is slow, or never answers, as a test wants (fuse(4), fuse.h 7.31).
 
-The file system is mounted nowhere: the file is opened through the descriptor of a detached mount, and all of it is
-gone with that descriptor.  Every read and write of the file comes here, for nothing is cached.
+The file system is attached nowhere: the file is opened through the descriptor of a detached mount, and the mount ends
+with that descriptor.  Nothing is cached, so the test serves every read and write of the file.
 """
 
 import ctypes
@@ -46,7 +46,7 @@ BUFFER_BYTES = MAX_WRITE + (1 << 16)
 SYS_MOVE_MOUNT, SYS_FSOPEN, SYS_FSCONFIG, SYS_FSMOUNT = 429, 430, 431, 432
 AT_FDCWD, MOVE_MOUNT_F_EMPTY_PATH = -100, 4
 FSCONFIG_SET_FLAG, FSCONFIG_SET_STRING, FSCONFIG_CMD_CREATE = 0, 1, 6
-HELD = -1  # an outcome: no answer until `release`
+HELD = -1  # an outcome of a rule: no answer until `release`
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -61,7 +61,7 @@ def call(number: int, *arguments: object) -> int:
 
 
 def mount(device: int, user: int, *, for_all: bool) -> int:
-    """Return the descriptor of a mount of a user's that is attached nowhere; with `for_all` others may use it too."""
+    """Return the descriptor of a detached mount of a user.  With `for_all` other users may use it too."""
     context = call(SYS_FSOPEN, b"fuse", 1)
     try:
         for key, value in (("fd", device), ("rootmode", "40000"), ("user_id", user), ("group_id", user)):
@@ -75,7 +75,7 @@ def mount(device: int, user: int, *, for_all: bool) -> int:
 
 
 class Operation(NamedTuple):
-    """What the kernel asked for; offset and length are 0 for what has none, but for OF_A_NODE the first is its node."""
+    """A request of the kernel.  Without offset and length both are 0; for OF_A_NODE `offset` is the node."""
 
     opcode: int
     offset: int
@@ -83,7 +83,7 @@ class Operation(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """What becomes of an operation that touches [start, end): an errno, HELD, or only `most` bytes of it."""
+    """The result of an operation that touches [start, end): an errno, HELD, or at most `most` bytes."""
 
     opcode: int
     start: int
@@ -93,20 +93,20 @@ class Rule(NamedTuple):
 
 
 class FuseFile:
-    """The file system and its one file, of which `content` is the storage; `fd` is an open descriptor of it."""
+    """A file system with one file.  `content` is the file's storage and `fd` an open descriptor of it."""
 
     def __init__(
         self, content: bytes, *, user: int = 0, for_all: bool = False, flushes: bool = False, locks: bool = False
     ) -> None:
-        """`user` has mounted it; the kernel lets nobody else in, unless it is `for_all`.  With `locks` they come here.
+        """`user` mounts it; the kernel refuses other users unless `for_all`.  With `locks` we answer lock requests.
 
-        With `flushes` each close asks us (FLUSH), and nothing is opened yet (`open`): while a test has such a file
-        open, it must start no process.
+        With `flushes` each close sends us FLUSH, and `fd` is not opened here; the test uses `open`.  While a test has
+        such a file open, it must start no process.
         """
         self.flushes = flushes
         self.locks = locks
         self.content = bytearray(content)
-        self.room = 1 << 40  # the file gets no larger than this
+        self.room = 1 << 40  # the largest size of the file, in bytes
         self.log: list[Operation] = []
         self.held: list[tuple[int, Operation, bytes]] = []
         self.rules: list[Rule] = []
@@ -116,8 +116,8 @@ class FuseFile:
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self._mount = mount(self._device, user, for_all=for_all)
         self._thread.start()
-        # The first close is answered ENOSYS, and no later one asks: a child that closes what it has inherited, while
-        # its parent waits for it, would wait for our thread for ever.
+        # We answer the first FLUSH with ENOSYS, so that the kernel sends no more.  Otherwise a child that closes the
+        # inherited descriptor while its parent waits for it would wait for our thread for ever.
         self.fd = -1
         if user == 0 and not flushes:
             os.close(self.open())
@@ -132,7 +132,7 @@ class FuseFile:
         self.close()
 
     def close(self) -> None:
-        """Let everybody who still waits have an error, and end."""
+        """Answer held operations with an error, and end the file system."""
         if self._device >= 0:
             for fd in (self.fd, self._mount, self._stopped):
                 if fd >= 0:
@@ -143,26 +143,26 @@ class FuseFile:
             self._device = -1
 
     def attach(self, folder: Path) -> Path:
-        """Mount it on a folder, until somebody unmounts that; return the file's path."""
+        """Attach it to a folder, until the folder is unmounted; return the file's path."""
         target = os.fsencode(folder)
         call(SYS_MOVE_MOUNT, self._mount, b"", ctypes.c_long(AT_FDCWD), target, MOVE_MOUNT_F_EMPTY_PATH)
         return folder / "disk"
 
     def open(self) -> int:
-        """Open it; the descriptor is the caller's."""
+        """Open the file.  The caller closes the descriptor."""
         return os.open("disk", os.O_RDWR | os.O_CLOEXEC, dir_fd=self._mount)
 
     # --- what a test says
 
     def rule(self, opcode: int, outcome: int = 0, start: int = 0, end: int = 1 << 63, most: int = 1 << 30) -> Rule:
-        """Decide what becomes of operations from now on; the newest rule that fits wins."""
+        """Set the outcome of later operations.  The newest rule that matches wins."""
         made = Rule(opcode, start, end, outcome, most)
         with self._changed:
             self.rules.insert(0, made)
         return made
 
     def release(self) -> None:
-        """Forget all rules, and answer what was held."""
+        """Remove all rules, and answer held operations."""
         with self._changed:
             self.rules.clear()
             held, self.held = self.held, []
@@ -173,7 +173,7 @@ class FuseFile:
                 self._answer(unique, operation, body)
 
     def wait_held(self, count: int) -> list[Operation]:
-        """Wait until so many operations are held; return them."""
+        """Wait until `count` operations are held; return them."""
         limit_s = time.monotonic() + DEADLINE_S
         with self._changed:
             while len(self.held) < count:
@@ -181,7 +181,7 @@ class FuseFile:
             return [operation for _, operation, _ in self.held]
 
     def count(self, opcode: int) -> int:
-        """Return how often this was asked for."""
+        """Return how many operations of this kind came."""
         with self._changed:
             return sum(1 for operation in self.log if operation.opcode == opcode)
 
@@ -196,7 +196,7 @@ class FuseFile:
                 return
             try:
                 request = os.read(self._device, BUFFER_BYTES)
-            except (BlockingIOError, FileNotFoundError):  # it was interrupted before we looked
+            except (BlockingIOError, FileNotFoundError):  # the operation was interrupted before we read it
                 continue
             except OSError:
                 return
@@ -217,7 +217,7 @@ class FuseFile:
             case _ if opcode == GETATTR:
                 self._reply(unique, ATTR_OUT.pack(0, 0, 0) + self._attributes(nodeid))
             case _ if opcode == GETLK and self.locks:
-                self._reply(unique, LK_OUT.pack(0, 0, fcntl.F_UNLCK, 0))  # whoever asks may have what they like
+                self._reply(unique, LK_OUT.pack(0, 0, fcntl.F_UNLCK, 0))  # every lock is granted
             case _ if opcode == SETLK and self.locks:
                 self._reply(unique)
             case _ if opcode == RELEASE:
@@ -292,4 +292,4 @@ class FuseFile:
         try:
             os.write(self._device, OUT_HEADER.pack(OUT_HEADER.size + len(body), -error, unique) + body)
         except FileNotFoundError:
-            return  # whoever asked is gone
+            return  # the process that asked has ended

@@ -1,11 +1,11 @@
-"""What earlier versions wrote, kept in `tests/golden` for every later one to read, and how it is recorded.
+"""Recorded output of earlier versions in `tests/golden`, which every later version must read; and its recording.
 
-A golden stream is a VM that `vmctl send` wrote, with what its disk held.  A golden transcript is what vmctl and a
-daemon said to each other over the control socket, packet by packet.  None is ever recorded anew: a version that writes
-something else adds files of its own (`python -m tests.support.golden DIRECTORY`).
+A golden stream is the output of `vmctl send` with the content of the VM's disk.  A golden transcript has the packets
+between vmctl and a daemon on the control socket.  No file is ever recorded again: a version with other output adds
+files of its own (`python -m tests.support.golden DIRECTORY`).
 
-Paths in them begin with a directory whose name has a fixed length, so that a test can put its own in.  A stream is
-adapted to the processor of the host that receives it, field by field as its own version laid them out.
+Paths in the recordings begin with a directory name of fixed length, so that a test can replace it with its own
+directory.  A stream is adapted to the processor of the receiving host, field by field in the layout of its version.
 """
 
 import array
@@ -40,7 +40,7 @@ from vmd.kvmapi.system import System
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 PLACE = "/tmp/vmd-golden-"
-RECORDED = PLACE + "recorded"  # the directory that all recorded paths are below
+RECORDED = PLACE + "recorded"  # the parent directory of all recorded paths
 FACTOR_INVERSE = pow(FACTOR, -1, 1 << 64)
 MAX_PACKET = 1 << 16
 MAX_FDS = 64
@@ -51,7 +51,7 @@ LLADDR = "fe:e1:ba:00:00:09"
 
 
 class Kind(NamedTuple):
-    """A VM that is recorded: its guest, its command line, and what else its block says."""
+    """A recorded VM: its guest, its command line, and other statements of its block."""
 
     kernel: str
     cmdline: str
@@ -69,14 +69,14 @@ KINDS = {
 
 @contextlib.contextmanager
 def place() -> Iterator[Path]:
-    """Have a directory whose name is as long as that of the recorded one."""
+    """Make a directory whose name is as long as the recorded one."""
     with tempfile.TemporaryDirectory(prefix=PLACE) as name:
         assert len(name) == len(RECORDED)
         yield Path(name)
 
 
 def conf(name: str, directory: Path) -> str:
-    """Return the configuration in which a VM was recorded; the VM is called `golden`."""
+    """Return the configuration for recording a VM.  The VM is called `golden`."""
     kind = KINDS[name]
     boot = f'boot "{directory}/kernel" cmdline "{kind.cmdline}"'
     text = "\n".join(('vm "golden" {', "disable", "memory 64M", boot, *kind.lines, "}\n"))
@@ -84,7 +84,7 @@ def conf(name: str, directory: Path) -> str:
 
 
 def furnish(name: str, directory: Path) -> None:
-    """Put the files there that the VM names."""
+    """Make the files that the VM's configuration names."""
     (directory / "kernel").write_bytes(guest(KINDS[name].kernel).read_bytes())
     (directory / "disk").write_bytes(pattern(0, SECTORS, HOST))
     (directory / "disc").write_bytes(bytes(1 << 20))
@@ -92,7 +92,7 @@ def furnish(name: str, directory: Path) -> None:
 
 @contextlib.contextmanager
 def daemon(directory: Path, text: str = "") -> Iterator[NetDaemon]:
-    """Run a daemon in a network where nothing else speaks."""
+    """Run a daemon in a network namespace of its own."""
     with Network() as network:
         for scope in ("all", "default"):
             network.write(f"/proc/sys/net/ipv6/conf/{scope}/disable_ipv6", "1")
@@ -104,7 +104,7 @@ def daemon(directory: Path, text: str = "") -> Iterator[NetDaemon]:
 
 
 def record_streams(where: Path) -> None:
-    """Send each kind of VM into a file of its own, while it stands still and while it runs."""
+    """Send each kind of VM to a file, once paused and once running."""
     for name, options in itertools.product(KINDS, ((), ("-l",))):
         with place() as directory:
             furnish(name, directory)
@@ -121,7 +121,7 @@ def record_streams(where: Path) -> None:
 
 
 def _make_busy(name: str, vmd: NetDaemon, stack: contextlib.ExitStack) -> None:
-    """Wait until the guest is in the middle of its work."""
+    """Wait until the guest has begun its work."""
     console = stack.enter_context(vmd.console("golden"))
     if name == "net":
         tap = Interface(vmd.network, vmd.interfaces("golden")[0]["tap"])
@@ -137,13 +137,13 @@ def _make_busy(name: str, vmd: NetDaemon, stack: contextlib.ExitStack) -> None:
 
 
 def streams(*names: str) -> list[tuple[int, str]]:
-    """Return version and name of every recorded stream, or of those of these names."""
+    """Return version and name of every recorded stream, or only of those with one of `names`."""
     found = [path.stem.split("-") for path in sorted(GOLDEN.glob("stream-*.xz"))]
     return [(int(version), name) for _, version, name in found if name in (names or KINDS)]
 
 
 def stream(version: int, name: str, directory: Path) -> bytes:
-    """Return a recorded stream, for files in this directory and for this host's processor."""
+    """Return a recorded stream, adapted to files in this directory and this host's processor."""
     return _adapt(_recorded(version, name).replace(RECORDED.encode(), str(directory).encode()), KEYS[version])
 
 
@@ -157,14 +157,14 @@ def recorded(version: int, name: str) -> "Parts":
 
 
 def restore_disk(version: int, name: str, directory: Path) -> None:
-    """Make the disk what it was when the VM was sent."""
+    """Make the disk with its content at the time of the send."""
     generations = lzma.decompress((GOLDEN / f"disk-{version}-{name}.xz").read_bytes())
     content = b"".join(pattern(sector, sector + 1, generation) for sector, generation in enumerate(generations))
     (directory / "disk").write_bytes(content)
 
 
 def _generations(disk: bytes) -> bytes:
-    """Return which pattern each sector of a disk holds."""
+    """Return the generation of each sector's pattern."""
     found = bytearray()
     for sector in range(SECTORS):
         content = disk[sector * SECTOR : (sector + 1) * SECTOR]
@@ -175,7 +175,7 @@ def _generations(disk: bytes) -> bytes:
 
 
 class Parts:
-    """A stream taken apart: its header, and its sections with kind and body; `joined` puts it together again."""
+    """The parts of a stream: its header, and kind and body of its sections.  `joined` makes a stream of them."""
 
     def __init__(self, raw: bytes) -> None:
         self.magic, self.version, length = PREAMBLE.unpack_from(raw)
@@ -190,7 +190,7 @@ class Parts:
             at += length + DIGEST_BYTES
 
     def joined(self) -> bytes:
-        """Return the bytes, every digest being right."""
+        """Return the stream, with correct digests."""
         head = PREAMBLE.pack(self.magic, self.version, len(self.header)) + self.header
         bodies = [SECTION.pack(kind, 0, len(body)) + body for kind, body in self.sections]
         return b"".join(part + hashlib.sha256(part).digest() for part in (head, *bodies))
@@ -201,9 +201,9 @@ def _signed_anew(raw: bytes) -> bytes:
 
 
 class Keys(NamedTuple):
-    """How fields are found: in the header, in the state, and in each vCPU of the state."""
+    """The keys of the processor's fields in the header, in the state, and in each vCPU of the state."""
 
-    named: bool  # whether records are maps, or lists
+    named: bool  # whether records are maps (True) or lists
     xsave_bytes: int | str
     tsc_khz: int | str
     cpuid: int | str
@@ -217,7 +217,7 @@ LEAF = ("function", "index", "flags", "eax", "ebx", "ecx", "edx")
 
 
 def _adapt(raw: bytes, keys: Keys) -> bytes:
-    """Put this host's processor into a stream whose records have these keys."""
+    """Replace the processor in a stream with this host's.  `keys` are those of the stream's records."""
     parts = Parts(raw)
     here = _processor()
     header = msgpack.unpackb(parts.header, unicode_errors="surrogateescape")
@@ -238,7 +238,7 @@ def _adapt(raw: bytes, keys: Keys) -> bytes:
 
 
 class Processor(NamedTuple):
-    """What a stream says of the processor."""
+    """The fields of a stream that describe the processor."""
 
     xsave_bytes: int
     tsc_khz: int
@@ -246,7 +246,7 @@ class Processor(NamedTuple):
 
 
 def _processor() -> Processor:
-    """Ask KVM what this host has."""
+    """Return this host's processor, as KVM reports it."""
     with contextlib.ExitStack() as stack:
         system = stack.enter_context(System(os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)))
         vm = system.create_vm()
@@ -261,7 +261,7 @@ def _processor() -> Processor:
 
 
 class Packet(NamedTuple):
-    """One packet; `asked`: vmctl sent it."""
+    """One packet.  `asked` is true if vmctl sent it."""
 
     asked: bool
     data: bytes
@@ -269,7 +269,7 @@ class Packet(NamedTuple):
 
 
 class Session(NamedTuple):
-    """What one vmctl and the daemon said to each other."""
+    """The packets between one vmctl and the daemon."""
 
     command: list[str]
     packets: list[Packet]
@@ -285,7 +285,7 @@ COMMANDS = (
 
 
 def transcript_conf(directory: Path) -> str:
-    """Return the configuration against which all commands were given."""
+    """Return the daemon's configuration for all commands."""
     return (
         f'switch "lan" {{ interface br9 }}\nvm "a" {{ disable\n memory 16M\n boot "{directory}/kernel" }}\n'
         f'vm "t" {{ disable\n disk "{directory}/disk" format raw\n allow instance {{\n disk\n owner root }}\n}}\n'
@@ -293,20 +293,20 @@ def transcript_conf(directory: Path) -> str:
 
 
 def arguments(command: str, directory: Path) -> list[str]:
-    """Return a command's words, files by their paths."""
+    """Return a command's words, with the paths of its files."""
     files = ("kernel", "disk", "more.conf")
     return [str(directory / word) if word in files else word for word in command.split()]
 
 
 def furnish_transcript(directory: Path) -> None:
-    """Put the files there that the commands name."""
+    """Make the files that the commands name."""
     (directory / "kernel").write_bytes(guest("demo").read_bytes())
     (directory / "disk").write_bytes(bytes(1 << 20))
     (directory / "more.conf").write_text(f'vm "more" {{ disable\n boot "{directory}/kernel" }}\n')
 
 
 def record_transcript(where: Path) -> None:
-    """Give every command through a relay that writes down what passes."""
+    """Run every command through a relay that records the packets."""
     sessions: list[dict[str, Any]] = []
     with place() as directory:
         furnish_transcript(directory)
@@ -335,7 +335,7 @@ def _elsewhere(data: bytes, directory: Path) -> bytes:
 
 
 def transcript(number: int, directory: Path) -> list[Session]:
-    """Return a recorded transcript, for files in this directory."""
+    """Return a recorded transcript, adapted to files in this directory."""
     sessions = json.loads((GOLDEN / f"transcript-{number}.json").read_text())
     return [
         Session(
@@ -354,7 +354,7 @@ def transcript(number: int, directory: Path) -> list[Session]:
 
 
 class Relay:
-    """Between a vmctl and a daemon, a thread that passes every packet on and keeps a copy."""
+    """A thread between vmctl and a daemon that passes on every packet and keeps a copy."""
 
     def __init__(self, real: Path, path: Path) -> None:
         self.packets: list[Packet] = []

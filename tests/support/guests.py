@@ -19,16 +19,16 @@ JOBS = 2
 
 
 class GuestBuildError(Exception):
-    """The compiler refused; the message is what it said."""
+    """The build failed.  The message is the compiler's output."""
 
 
 def build(out: Path) -> str:
-    """Build all guests into `out`; return what make and the compiler said.
+    """Build all guests into `out`; return the output of make and the compiler.
 
     Raises:
         GuestBuildError: a guest does not compile, warnings included.
     """
-    # MAKEFLAGS and its like would carry the options of a make that runs the tests, and its job server.
+    # MAKEFLAGS and similar variables would pass on the options and job server of a make that runs the tests.
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
     done = subprocess.run(
         ["make", "-C", SOURCES, f"-j{JOBS}", "--no-print-directory", "-s", f"OUT={out}"],
@@ -61,7 +61,7 @@ def guests() -> Path:
         try:
             fresh.rename(built)
         except OSError:
-            # Another test run was faster; what it built is the same.
+            # Another test run was faster.  Its build is the same.
             if not built.exists():
                 raise
     return built
@@ -75,7 +75,7 @@ def guest(name: str) -> Path:
 
 
 def _digest() -> str:
-    """Return a name for the sources and the compiler as they are now."""
+    """Return a digest of the sources and the compiler."""
     digest = hashlib.sha256()
     digest.update(subprocess.run(["gcc", "--version"], stdout=subprocess.PIPE, check=True).stdout)
     for path in sorted(SOURCES.rglob("*")):

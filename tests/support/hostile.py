@@ -1,9 +1,10 @@
-"""A program that means harm to a daemon: it connects as some user and does one thing again and again.
+"""A program that attacks a daemon: it connects as a user and repeats one kind of attack.
 
     python -m tests.support.hostile SOCKET UID GROUP KIND SEED
 
-It ends with its standard input.  The files of poison are served by a process that has none of them open, and the
-client's process ends with it: else the last close of each, at the client's end, would wait for its own server.
+It ends at the end of its standard input.  The FUSE files of the attack `poison` are served by the parent process, which
+has none of them open, and the client's process dies with it.  Otherwise the last close of each file, when the client
+ends, would wait for its own server.
 """
 
 import contextlib
@@ -37,35 +38,35 @@ from vmd.ipc.messages.clients import (
 )
 
 PR_SET_PDEATHSIG = 1
-OTHERS = ("a1", "b1", "b2", "nowhere")  # VMs of users that no hostile client is
-CROWD = 70  # more than a user may have
+OTHERS = ("a1", "b1", "b2", "nowhere")  # VMs of other users, or that do not exist
+CROWD = 70  # more connections than a user may have
 WAIT_S = 2.0
 
 
 class Client:
-    """The user."""
+    """The attacking user."""
 
     def __init__(self, path: Path, seed: int, file: FuseFile) -> None:
         self.path = path
         self.random = random.Random(seed)
         self.file = file
-        self.kept: list[int] = []  # what is passed: we do not close it ourselves, for that may wait
+        self.kept: list[int] = []  # descriptors to pass; not closed here, because a close may block
 
     def flood(self) -> None:
-        """Ask without reading any answer, up to the end of the connection."""
+        """Send requests without reading answers, until the connection ends."""
         packet = encode(ListRequest())[0]
         with connect(self.path) as client:
             while True:
                 client.send(packet)
 
     def come_and_go(self) -> None:
-        """Ask, and leave before there is an answer."""
+        """Send requests, and disconnect before an answer comes."""
         with connect(self.path) as client:
             for _ in range(16):
                 client.send(encode(ListRequest())[0])
 
     def crowd(self) -> None:
-        """Have more connections than there are, each with something that waits."""
+        """Open more connections than allowed, each with a request that waits."""
         with contextlib.ExitStack() as stack:
             for number in range(CROWD):
                 client = stack.enter_context(connect(self.path))
@@ -74,9 +75,9 @@ class Client:
             select.select([], [], [], WAIT_S)
 
     def garbage(self) -> None:
-        """Send what is no message, or none of a client's."""
+        """Send invalid messages, and messages that no client sends."""
         chance = self.random
-        stop = StopRequest(vmid=1 << 20, name="nobody", force=True)  # no change of one byte makes a VM of this user's
+        stop = StopRequest(vmid=1 << 20, name="nobody", force=True)  # no change of one byte makes it this user's VM
         with connect(self.path) as client:
             client.settimeout(WAIT_S)
             while True:
@@ -95,7 +96,7 @@ class Client:
                     client.recv(MAX_MESSAGE)
 
     def others(self) -> None:
-        """Ask for what is somebody else's."""
+        """Send requests for VMs of other users."""
         for name in OTHERS:
             for request in (
                 StopRequest(name=name, force=True), StartRequest(name=name), PauseRequest(name=name, paused=True),
@@ -107,7 +108,7 @@ class Client:
                     client.recv(MAX_MESSAGE)
 
     def poison(self) -> None:
-        """Pass files whose close fails or waits, and others that nobody expects, as boot images or as nothing."""
+        """Pass files whose close fails or blocks, and unusual files, as boot images or as unexpected descriptors."""
         if not self.kept:
             self.kept = [
                 self.file.open(), os.memfd_create("m"), os.open("/", os.O_RDONLY), os.pidfd_open(os.getpid()),
@@ -122,12 +123,12 @@ class Client:
             client.settimeout(WAIT_S)
             lingering, peer = lingering_pair()
             with peer:
-                with lingering:  # the last close is to be theirs
+                with lingering:  # so that vmd has the last descriptor and closes the socket
                     self.give(client, lingering.fileno())
                 client.recv(MAX_MESSAGE)
 
     def give(self, client: socket.socket, fd: int) -> None:
-        """Pass a file."""
+        """Send a request with a descriptor."""
         as_kernel = self.random.random() < 0.5
         request = StartRequest(name=self.random.choice(("c1", *OTHERS))) if as_kernel else ListRequest()
         packet, order = encode(request, fds={"kernel": [fd]} if as_kernel else {})
@@ -135,7 +136,7 @@ class Client:
 
 
 def lingering_pair() -> tuple[socket.socket, socket.socket]:
-    """Return a TCP connection: the first one's close waits for what the second one does not read."""
+    """Return a TCP connection.  Closing the first socket blocks until the second one reads, which it does not."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         first = socket.create_connection(listener.getsockname())
         second, _ = listener.accept()
@@ -148,7 +149,7 @@ def lingering_pair() -> tuple[socket.socket, socket.socket]:
 
 
 def in_a_circle() -> list[int]:
-    """Return two sockets, of which each is on its way to itself."""
+    """Return two sockets whose queues hold descriptors of the sockets themselves, in a cycle."""
     first, second = socket.socketpair()
     for sock in (first, second):
         socket.send_fds(sock, [b"x"], [first.fileno(), second.fileno()])
@@ -170,11 +171,11 @@ USUAL = (
 
 
 def attack(client: Client, uid: int, group: int, kind: str) -> None:
-    """Become the user, and do it."""
+    """Become the user, and repeat the attack."""
     os.setgroups([group])
     os.setresgid(uid, uid, uid)
     os.setresuid(uid, uid, uid)
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # which changing the user has cleared
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # changing the user has cleared it
     while True:
         try:
             KINDS[kind](client)
@@ -189,7 +190,7 @@ def attack(client: Client, uid: int, group: int, kind: str) -> None:
 def hostile(
     path: Path, uid: int, group: int, kind: str, seed: int, network: Network
 ) -> Iterator["subprocess.Popen[bytes]"]:
-    """Have such a client for some time, on a host with this network; members of `group` may use the socket."""
+    """Run a hostile client while the context lasts, in this network.  Members of `group` may use the socket."""
     command = [sys.executable, "-m", "tests.support.hostile", str(path), str(uid), str(group), kind, str(seed)]
     with network.inside():
         process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE)
@@ -213,7 +214,7 @@ def main() -> None:
             except BaseException:
                 sys.excepthook(*sys.exc_info())
             os._exit(1)
-        # A client that waits for one of our files ends when we do.
+        # A client that waits for one of our files ends when this process ends.
         select.select([0, os.pidfd_open(pid)], [], [])
         os._exit(1)
 

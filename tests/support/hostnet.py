@@ -1,4 +1,4 @@
-"""What a test sees of a host's network, and a daemon that lives in one of its own."""
+"""A daemon in a network namespace of its own, and functions that show the state of such a network."""
 
 import contextlib
 import json
@@ -25,13 +25,13 @@ ALIAS = re.compile(r"vm\d+-if\d+-|switch\d+-|rdomain\d+$")
 
 
 def load_modules() -> None:
-    """Have what networks are made of, where it is not built in: nobody in a namespace can have it loaded."""
+    """Load the kernel modules for networks.  A process in a namespace cannot make the kernel load them."""
     for module in MODULES:
         subprocess.run(["modprobe", "-q", module], check=False)
 
 
 class NetDaemon(Daemon):
-    """A daemon whose host's network is this one, and whose name servers are these, if they are given."""
+    """A daemon in a network namespace, with other name servers if they are given."""
 
     def __init__(
         self,
@@ -43,9 +43,9 @@ class NetDaemon(Daemon):
         numbers: Mapping[str, int] | None = None,
         vhost_net: bool = False,
     ) -> None:
-        """`numbers` are those that local addresses of root's VMs follow from, as if an earlier daemon had left them.
+        """`numbers` are the ids of root's VMs, the source of local addresses, as if an earlier daemon had stored them.
 
-        `vhost_net`: there is a /dev/vhost-net, which knows no request.
+        `vhost_net`: /dev/vhost-net exists, but answers no request.
         """
         prefix = with_name_servers(directory, name_servers) if name_servers else []
         super().__init__(directory, conf, prefix=with_vhost_net(directory) if vhost_net else prefix)
@@ -58,12 +58,12 @@ class NetDaemon(Daemon):
             (self.state / FILE).write_bytes(identities.encode())
 
     def start(self) -> None:
-        """Start it in there."""
+        """Start the daemon in its network."""
         with self.network.inside():
             super().start()
 
     def interfaces(self, name: str) -> list[dict[str, Any]]:
-        """Return what `vmctl status -v --json` says of a VM's interfaces."""
+        """Return a VM's interfaces from `vmctl status -v --json`."""
         (row,) = json.loads(self.must("status", "-v", "--json", name))["vms"]
         found: list[dict[str, Any]] = row["interfaces"]
         return found
@@ -71,7 +71,7 @@ class NetDaemon(Daemon):
 
 @contextlib.contextmanager
 def switched_off(vmd: Daemon, tap: Interface) -> Iterator[None]:
-    """Have a tap be down inside, for as long as it takes; priv, which would put that right, waits."""
+    """Set a tap down while the context lasts.  priv is stopped meanwhile, because it would set the tap up again."""
     priv = vmd.processes()["vmd: priv"]
     os.kill(priv, signal.SIGSTOP)
     try:
@@ -83,7 +83,7 @@ def switched_off(vmd: Daemon, tap: Interface) -> Iterator[None]:
 
 
 def with_name_servers(directory: Path, servers: Sequence[str]) -> list[str]:
-    """Return a prefix for a program that is to find these in /etc/resolv.conf, whatever the host has there."""
+    """Return a command prefix with which a program sees these servers in /etc/resolv.conf."""
     etc = directory / "etc"
     etc.mkdir()
     (etc / "resolv.conf").write_text("".join(f"nameserver {server}\n" for server in servers))
@@ -92,7 +92,7 @@ def with_name_servers(directory: Path, servers: Sequence[str]) -> list[str]:
 
 
 def with_vhost_net(directory: Path) -> list[str]:
-    """Return a prefix for a program that is to find a /dev/vhost-net, which is /dev/null."""
+    """Return a command prefix with which a program sees /dev/null as /dev/vhost-net."""
     over, real = directory / "dev", directory / "real-dev"
     for each in (over, real):
         each.mkdir()
@@ -116,7 +116,7 @@ def addresses(link: dict[str, Any]) -> list[str]:
 
 
 def ours(network: Network) -> list[str]:
-    """Return all that can only have come from vmd."""
+    """Return everything in the network that only vmd can have made."""
     found = [
         f"{name} ({link['ifalias']})" for name, link in links(network).items() if ALIAS.match(link.get("ifalias", ""))
     ]
@@ -126,7 +126,7 @@ def ours(network: Network) -> list[str]:
 
 
 def state_file(network: Network) -> Path:
-    """Return where a daemon in this network notes what it has to put back."""
+    """Return the file in which a daemon in this network records the settings that it must restore."""
     with network.inside():
         return Path(state_path())
 
@@ -137,5 +137,5 @@ def setting(network: Network, name: str) -> str:
 
 
 def rules(network: Network) -> str:
-    """Return our table as one line."""
+    """Return vmd's nftables table as one line."""
     return " ".join(network.run("nft", "list", "table", "inet", "vmd").split())

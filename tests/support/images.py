@@ -1,4 +1,4 @@
-"""Images for tests: qemu-img as the other implementation, and a disk that is known byte by byte."""
+"""Images for tests: qemu-img as the second implementation, and a flat copy of a disk's content."""
 
 import contextlib
 import json
@@ -21,7 +21,7 @@ MIB = 1 << 20
 
 
 def qemu(program: str, *arguments: object) -> str:
-    """Run one of QEMU's programs; return what it prints.  Raises CalledProcessError."""
+    """Run one of QEMU's programs; return its output.  Raises CalledProcessError."""
     done = subprocess.run([program, *map(str, arguments)], capture_output=True, text=True, check=False)
     if done.returncode:
         raise subprocess.CalledProcessError(done.returncode, done.args, done.stdout, done.stdout + done.stderr)
@@ -29,7 +29,7 @@ def qemu(program: str, *arguments: object) -> str:
 
 
 def check_report(path: Path) -> dict[str, Any]:
-    """Return what `qemu-img check` finds; it leaves 2 for corruption and 3 for leaks."""
+    """Return the report of `qemu-img check`.  Its exit status may be 2 (corruption) or 3 (leaks)."""
     done = subprocess.run(
         ["qemu-img", "check", "-f", "qcow2", "--output=json", str(path)], capture_output=True, text=True, check=False
     )
@@ -39,13 +39,13 @@ def check_report(path: Path) -> dict[str, Any]:
 
 
 def problems(path: Path) -> dict[str, int]:
-    """Return how many corruptions and leaks there are, without those that are 0."""
+    """Return the numbers of corruptions and leaks, without those that are 0."""
     report = check_report(path)
     return {name: report[name] for name in ("corruptions", "leaks", "check-errors") if report.get(name)}
 
 
 def opened(*paths: Path, writable: bool = False, formats: tuple[str, ...] = (), guessed: bool = False) -> "Image":
-    """Open a chain, the disk itself first; qcow2 unless told otherwise."""
+    """Open a chain of images, top image first; by default all are qcow2."""
     links = []
     for number, path in enumerate(paths):
         fd = os.open(path, os.O_RDWR if writable and not number else os.O_RDONLY)
@@ -74,14 +74,14 @@ def write(image: "Image", offset: int, data: bytes) -> None:
 
 
 def pieces(data: "bytearray | bytes", choice: random.Random) -> list[memoryview]:
-    """Return views that make up `data`, cut anywhere."""
+    """Return `data` as views, cut at random places."""
     view = memoryview(data)
     cuts = sorted(choice.randrange(len(data) + 1) for _ in range(choice.randrange(4)))
     return [view[a:b] for a, b in zip([0, *cuts], [*cuts, len(data)], strict=True)]
 
 
 class Scribbler:
-    """Changes a disk and a flat copy of it at random; what a discard leaves is taken over from the disk."""
+    """Changes a disk and a flat copy of it at random.  After a discard the copy takes the disk's content."""
 
     def __init__(self, image: "Image", flat: bytearray, seed: int) -> None:
         self.image = image
@@ -98,7 +98,7 @@ class Scribbler:
         return offset, min(length, len(self.flat) - offset)
 
     def step(self) -> None:
-        """Do one thing."""
+        """Do one random operation."""
         what = self.choice.random()
         offset, length = self.place()
         if what < 0.5:
@@ -127,7 +127,7 @@ class Scribbler:
         assert buffer == self.flat[offset : offset + length], f"{length} bytes at {offset} differ"
 
     def run(self, steps: int) -> None:
-        """Do many things, and compare all of it."""
+        """Do many operations, then compare the whole disk."""
         for _ in range(steps):
             self.step()
         for offset in range(0, len(self.flat), MIB):
@@ -141,7 +141,7 @@ def flat_file(path: Path, size: int, seed: int, *, density: float = 0.5) -> byte
     for offset in range(0, size, 16 * KIB):
         if choice.random() < density:
             piece = choice.randbytes(choice.randrange(1, 16 * KIB))
-            # Half of it compresses well, so that compressed images have clusters of both kinds.
+            # Half of the data compresses well, so that compressed images have both kinds of clusters.
             piece = piece if choice.random() < 0.5 else piece[:50] * (len(piece) // 50)
             flat[offset : offset + len(piece)] = piece[: size - offset]
     path.write_bytes(flat)
@@ -159,7 +159,7 @@ def same(image_path: Path, raw: "bytes | bytearray", tmp_path: Path) -> None:
 def make_chain(tmp_path: Path, options: str, size: int, levels: int) -> tuple[list[Path], bytearray]:
     """Have QEMU make an empty image on top of `levels` backing images; return the paths, top first, and content.
 
-    The lower ones are shorter, of other cluster sizes, and the lowest is raw.
+    Lower images are shorter and have other cluster sizes; the lowest image is raw.
     """
     flat = bytearray(size)
     paths: list[Path] = []
@@ -191,7 +191,7 @@ def chain_formats(paths: list[Path]) -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def small_file_system(path: Path) -> Iterator[Path]:
-    """Give a file system of 2 MiB, mounted at a new directory; for root."""
+    """Mount a file system of 2 MiB at a new directory while the context lasts.  Needs root."""
     path.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "small", path], check=True)
     try:

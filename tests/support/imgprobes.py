@@ -1,4 +1,4 @@
-"""Processes in the place of imgprobe, and of seeder, that do not do what these do."""
+"""Misbehaving replacements of the processes imgprobe, seeder and imgboot."""
 
 import mmap
 import os
@@ -13,38 +13,38 @@ GOOD = pack_image(Probe(format="raw", size=1))
 
 
 def hang() -> int:
-    """Say nothing, for ever."""
+    """Never answer."""
     signal.pause()
     return 0
 
 
 def stay() -> int:
-    """Answer, and do not end."""
+    """Answer, but do not end."""
     return serve(lambda _arguments, _files: GOOD) or hang()
 
 
 def trickle() -> int:
-    """Stop in the middle."""
+    """Stop in the middle of the answer."""
     return serve(lambda _arguments, _files: GOOD[:5])
 
 
 def flood() -> int:
-    """Answer with more than a line has."""
+    """Answer with more bytes than an answer may have."""
     return serve(lambda _arguments, _files: b"x" * (2 * ANSWER_MAX))
 
 
 def nonsense() -> int:
-    """Answer something else."""
+    """Give an answer of another kind."""
     return serve(lambda _arguments, _files: b"image\0vmdk\0" + GOOD)
 
 
 def die() -> int:
-    """End without a word."""
+    """End without an answer."""
     return 3
 
 
 def be_killed() -> int:
-    """End as the filter ends processes, in the middle of a question."""
+    """Die from SIGSYS before the answer, as if the seccomp filter had killed the process."""
 
     def answer(_arguments: list[str], _files: list[int]) -> bytes:
         signal.signal(signal.SIGSYS, signal.SIG_DFL)
@@ -55,7 +55,7 @@ def be_killed() -> int:
 
 
 def write_image() -> int:
-    """Try to change the image; answer whether that was possible as its size."""
+    """Try to change the image; answer with the number of bytes written as its size."""
 
     def answer(_arguments: list[str], files: list[int]) -> bytes:
         try:
@@ -68,7 +68,7 @@ def write_image() -> int:
 
 
 def leave_open() -> int:
-    """Make a seed that can still be changed."""
+    """Make a seed, but leave it writable."""
 
     def answer(_arguments: list[str], files: list[int]) -> bytes:
         os.write(files[1], b"seed")
@@ -78,12 +78,12 @@ def leave_open() -> int:
 
 
 def claim() -> int:
-    """Be an imgboot that says it has copied what it has not."""
+    """Be an imgboot that reports a file that it has not copied."""
     return serve(lambda _arguments, _files: pack_file(BootFile(size=1 << 40, name="disk0:/vmlinuz")))
 
 
 def keep() -> int:
-    """Be an imgboot that keeps a way to change what it has copied."""
+    """Be an imgboot that keeps a writable mapping of the copied file."""
     kept = []
 
     def answer(_arguments: list[str], files: list[int]) -> bytes:
@@ -95,7 +95,7 @@ def keep() -> int:
 
 
 def overstep() -> int:
-    """Be an imgboot that would write to the disk, and have a larger file; its options say what was possible."""
+    """Be an imgboot that tries to write to the disk and to extend the file; its options tell what succeeded."""
 
     def answer(_arguments: list[str], files: list[int]) -> bytes:
         image, memory = files

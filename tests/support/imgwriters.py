@@ -1,4 +1,4 @@
-"""The imgwriter of `vmctl snapshot`, found while it is at work."""
+"""Finds the imgwriter of `vmctl snapshot` while it runs."""
 
 import contextlib
 import subprocess
@@ -15,7 +15,7 @@ def imgwriter(vmd: Daemon) -> int:
 
 @contextlib.contextmanager
 def caught(vmd: Daemon, *words: str) -> Iterator[tuple["subprocess.Popen[str]", int]]:
-    """Run `vmctl snapshot` until its imgwriter is seen; give both.  The pid is 0 if it was too fast."""
+    """Run `vmctl snapshot` until its imgwriter is seen; yield both.  The pid is 0 if the imgwriter ended too soon."""
     with subprocess.Popen(
         [*vmd.client, "-s", vmd.socket, "snapshot", *words], stderr=subprocess.PIPE, text=True, cwd=vmd.code
     ) as client:

@@ -1,4 +1,4 @@
-"""A process of the daemon that runs here, on a loop that is turned by hand; the test is its parent and its peers."""
+"""A process of the daemon that runs inside the test, on a loop that the test turns.  The test plays its peers."""
 
 import os
 import socket
@@ -21,7 +21,7 @@ DEADLINE_S = 60.0
 
 
 class Serves(Protocol):
-    """A process that has a parent."""
+    """A process of the daemon, with a channel to its parent."""
 
     loop: Loop
     parent: Channel
@@ -35,7 +35,7 @@ class End:
     """One end of a channel, on the test's side."""
 
     def __init__(self, loop: Loop, sock: socket.socket, me: Proc, peer: Proc) -> None:
-        self.got: list[Envelope] = []  # what has come, with descriptors that are the test's
+        self.got: list[Envelope] = []  # received messages; the test owns their descriptors
         self.lost = False
         self.error: PeerError | None = None
         self.channel = Channel(
@@ -51,11 +51,11 @@ class End:
         self.lost, self.error = True, error
 
     def send(self, message: Record, *, peerid: int = 0, fds: Mapping[str, Sequence[int]] = NO_FDS) -> None:
-        """Send a message; descriptors are gone then."""
+        """Send a message.  Its descriptors are closed."""
         self.channel.send(message, peerid=peerid, fds=fds)
 
     def take(self) -> list[Record]:
-        """Return the messages that have come since the last call, but for Pong; descriptors with them are closed."""
+        """Return the messages since the last call, without Pong, and close their descriptors."""
         got, self.got = self.got, []
         for envelope in got:
             for fd in envelope.untaken():
@@ -63,13 +63,13 @@ class End:
         return [envelope.message for envelope in got if not isinstance(envelope.message, Pong)]
 
     def close(self) -> None:
-        """Be gone."""
+        """Close the channel."""
         self.take()
         self.channel.close()
 
 
 class InProcess(Generic[P]):
-    """Has a process: `parent` is where its parent would be."""
+    """Runs a process of the daemon.  `parent` is its parent's end of the channel."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, make: Callable[[], P], me: Proc) -> None:
         ours, theirs = socketpair()
@@ -79,7 +79,7 @@ class InProcess(Generic[P]):
         monkeypatch.setattr(time, "monotonic", self.clock)
         self.process = make()
         self.loop = self.process.loop
-        self.unexpected: list[str] = []  # errors that the fence has caught; a test that causes some removes them
+        self.unexpected: list[str] = []  # errors that the fence has caught; a test that causes errors removes them
         assert self.loop.fence is not None
         self.report = self.loop.fence.report
         monkeypatch.setattr(self.loop.fence, "report", self.note_error)
@@ -87,17 +87,17 @@ class InProcess(Generic[P]):
         self.ends = [self.parent]
 
     def clock(self) -> float:
-        """Be the clock of the process.  Each call takes a nanosecond, so that timers stay in order."""
+        """The clock of the process.  Each call advances it by a nanosecond, so that timers stay in order."""
         self.now_s += 1e-9
         return self.now_s
 
     def note_error(self, doing: str, error: Exception) -> None:
-        """Be `Fence.report`."""
+        """Replaces `Fence.report`."""
         self.unexpected.append(f"{doing}: {error!r}")
         self.report(doing, error)
 
     def peer(self, sock: socket.socket, me: Proc, peer: Proc) -> End:
-        """Be another peer, at the other end of its channel."""
+        """Return the test's end of a channel to another peer."""
         self.ends.append(End(self.loop, sock, me, peer))
         return self.ends[-1]
 
@@ -116,17 +116,17 @@ class InProcess(Generic[P]):
         assert condition(), "the process has ended its loop, or it takes too long"
 
     def turn(self, rounds: int = 8) -> None:
-        """Turn the loop so often, where no Ping is answered: what was sent before is served in the first round."""
+        """Turn the loop `rounds` times, for processes without Ping.  The first round handles all earlier messages."""
         for _ in range(rounds):
             self.loop.call_later(0, self._stop_soon)
             self.loop.run()
 
     def _stop_soon(self) -> None:
-        """Stop when the next round begins: whatever is ready in this one is served."""
+        """Stop the loop when the next round begins, so that this round handles everything that is ready."""
         self.loop.call_later(0, self.loop.stop)
 
     def settle(self) -> None:
-        """Turn the loop until all that was sent so far is served, and what follows from that has come."""
+        """Turn the loop until all earlier messages are handled, and their consequences have arrived."""
         for _ in range(2):
             pongs = self.pongs() + 1
             self.parent.send(Ping())
@@ -137,17 +137,17 @@ class InProcess(Generic[P]):
         return sum(isinstance(envelope.message, Pong) for envelope in self.parent.got)
 
     def pass_time(self, seconds: float) -> None:
-        """Have so much time gone by after what was sent so far is served, and what is due then done."""
+        """Handle all earlier messages, advance the clock, and run the timers that are due."""
         self.settle()
         self.now_s += seconds
         self.settle()
 
     def run_to_end(self) -> None:
-        """Turn the loop until the process ends it."""
+        """Turn the loop until the process stops it."""
         self.loop.run()
 
     def close(self) -> None:
-        """Let go of everything."""
+        """Close everything.  Raises AssertionError if there were unexpected errors."""
         for end in self.ends[1:]:
             end.close()
         self.turn()

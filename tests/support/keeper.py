@@ -1,4 +1,4 @@
-"""Plays the service manager for one daemon: keeps what it stores, and starts the next one with that (sd_notify(3))."""
+"""Plays the service manager for one daemon: keeps stored descriptors and passes them to the next (sd_notify(3))."""
 
 import contextlib
 import os
@@ -17,8 +17,8 @@ from typing import Self
 from tests.support.daemon import DEADLINE_S, START_DEADLINE_S, Daemon
 
 MESSAGE_BYTES = 4096
-FDS_MAX = 253  # of a message (SCM_MAX_FD)
-# Becomes a program whose descriptors from 3 on are those named by the first argument.
+FDS_MAX = 253  # descriptors in one message (SCM_MAX_FD)
+# Executes a program whose descriptors from 3 on are those that the first argument lists.
 LAUNCHER = """
 import fcntl, os, sys
 fds = [fcntl.fcntl(int(word), fcntl.F_DUPFD_CLOEXEC, 3 + len(sys.argv[1])) for word in sys.argv[1].split()]
@@ -32,24 +32,24 @@ os.execvp(sys.argv[2], sys.argv[2:])
 
 
 class Stored:
-    """One descriptor of the store."""
+    """One stored descriptor."""
 
     def __init__(self, name: str, fd: int, *, poll: bool) -> None:
         self.name = name
         self.fd = fd
-        self.poll = poll  # it is dropped when it hangs up
+        self.poll = poll  # it is removed when it hangs up
 
 
 class Keeper:
     """The store and the notifications of one service; a context manager.
 
-    A thread serves the daemon, for it may wait until its message is taken.
+    A thread serves the daemon, because the daemon may wait until its message is read.
     """
 
     def __init__(self, path: Path) -> None:
-        """`path` is where the socket for notifications will be."""
+        """`path` is the path of the notification socket, which is made here."""
         self.path = path
-        self.said: list[str] = []  # every line but those about descriptors, in order
+        self.said: list[str] = []  # every line in order, except those about descriptors
         self._stored: list[Stored] = []
         self._changed = threading.Condition()
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -71,29 +71,29 @@ class Keeper:
 
     @property
     def names(self) -> list[str]:
-        """Return the names of what is stored, sorted; what has hung up is not among them."""
+        """Return the sorted names of the stored descriptors, without those that have hung up."""
         with self._changed:
             return sorted(stored.name for stored in self._stored)
 
     def fd(self, name: str) -> int:
-        """Return the descriptor of a name; it stays the keeper's."""
+        """Return the descriptor of a name.  The keeper closes it."""
         with self._changed:
             return next(stored.fd for stored in self._stored if stored.name == name)
 
     def empty(self) -> None:
-        """Forget everything, as for a unit that is stopped."""
+        """Remove all descriptors, as for a stopped unit."""
         with self._changed:
             for stored in self._stored:
                 os.close(stored.fd)
             self._stored.clear()
 
     def wait_said(self, line: str, *, after: int = 0, timeout_s: float = DEADLINE_S) -> bool:
-        """Wait until a line was said, not counting the first `after` lines; return whether it was."""
+        """Wait for a line after the first `after` lines; return whether it came in time."""
         with self._changed:
             return self._changed.wait_for(lambda: line in self.said[after:], timeout_s)
 
     def wait_names(self, *names: str) -> None:
-        """Wait until exactly these are stored."""
+        """Wait until exactly these names are stored."""
         with self._changed:
             kept = self._changed.wait_for(
                 lambda: sorted(stored.name for stored in self._stored) == sorted(names), DEADLINE_S
@@ -103,7 +103,7 @@ class Keeper:
     def spawn(
         self, command: Sequence[str | Path], *, log: Path, cwd: Path, environment: Mapping[str, str]
     ) -> subprocess.Popen[bytes]:
-        """Start a program with all that is stored; its standard output and error go to the end of `log`."""
+        """Start a program with all stored descriptors; append its standard output and error to `log`."""
         with self._changed:
             stored = tuple(self._stored)
             listen = {"LISTEN_FDS": str(len(stored)), "LISTEN_FDNAMES": ":".join(one.name for one in stored)}
@@ -130,7 +130,7 @@ class Keeper:
             if self._end_fd in ready:
                 return
             with self._changed:
-                # What was said before a hang-up is heard before it, as by systemd.
+                # Like systemd, handle messages from before a hang-up before the hang-up.
                 if self._socket.fileno() in ready:
                     self._hear()
                 else:
@@ -160,7 +160,7 @@ class Keeper:
 
 
 class KeptDaemon(Daemon):
-    """A daemon that has a keeper: the next one of the same directory is started with what the last one has stored."""
+    """A daemon with a keeper.  The next daemon of the same directory starts with the descriptors of the last one."""
 
     keeper: Keeper
 
@@ -179,7 +179,7 @@ class KeptDaemon(Daemon):
             super().__exit__(kind, error, trace)
 
     def start(self) -> None:
-        """Start it and wait until it says that it serves."""
+        """Start the daemon and wait until it logs that it serves."""
         said = len(self.keeper.said)
         self.process = process = self.keeper.spawn(
             [*self.prefix, *self.vmd, "-d", "-s", self.socket, "-f", self.conf], log=self.log_path, cwd=self.code,
@@ -195,13 +195,13 @@ class KeptDaemon(Daemon):
                 raise AssertionError(f"vmd is not ready after {START_DEADLINE_S} s:\n{self.log}")
 
     def stop(self) -> int:
-        """Stop the service: the guests are asked to end, and then nothing is stored any more."""
+        """Stop the service: the daemon asks the guests to shut down, and afterwards the store is empty."""
         status = super().stop()
         self.keeper.empty()
         return status
 
     def hand_over(self) -> int:
-        """Have the daemon end for a restart (SIGUSR2), without its guests; return its exit status."""
+        """End the daemon for a restart (SIGUSR2) while its guests go on; return its exit status."""
         return self._end(signal.SIGUSR2)
 
     def kill(self) -> int:
@@ -209,7 +209,7 @@ class KeptDaemon(Daemon):
         return self._end(signal.SIGKILL)
 
     def restart(self) -> None:
-        """Restart it as `systemctl restart` does."""
+        """Restart the daemon as `systemctl restart` does."""
         assert self.hand_over() == 0, self.log
         self.start()
 

@@ -1,4 +1,4 @@
-"""Kernels that others made, as `boot` images of several kinds; fetched or made once, and kept outside the checkout."""
+"""Third-party kernels as `boot` images of several kinds.  They are fetched or made once, and kept in a cache."""
 
 import gzip
 import os
@@ -11,8 +11,8 @@ from tools.debian_kernel import KernelError, cache_dir, fetch_package
 
 SECTOR = 512
 SETUP_SECTS_AT, PAYLOAD_AT = 0x1F1, 0x248  # in the setup header of a bzImage
-PAYLOAD = struct.Struct("<II")  # where what it unpacks begins in its code, and how long it is
-SIZE_BYTES = 4  # of the unpacked kernel, behind the payload
+PAYLOAD = struct.Struct("<II")  # offset and length of the compressed kernel in its code
+SIZE_BYTES = 4  # the size of the unpacked kernel follows the payload
 UNPACKERS = {b"\x02\x21\x4c\x18": "lz4", b"\xfd7zXZ": "xz", b"\x1f\x8b\x08": "gzip"}
 
 
@@ -37,7 +37,7 @@ def packed_linux() -> Path:
 
 
 def vmlinux() -> Path:
-    """Return the ELF file that Debian's bzImage unpacks.  Raises KernelError."""
+    """Return the ELF file inside Debian's bzImage.  Raises KernelError."""
     kernel = linux_guest().kernel
     path = kernel.with_name(kernel.name.replace("vmlinuz", "vmlinux"))
     if not path.exists():
@@ -56,7 +56,7 @@ def vmlinux() -> Path:
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Write a file that is there only when it is complete."""
+    """Write a file that appears only when it is complete."""
     fresh = path.with_name(f"{path.name}.{os.getpid()}")
     fresh.write_bytes(data)
     fresh.rename(path)

@@ -1,4 +1,4 @@
-"""Does priv's work in a child that is killed right after one of its changes to the host, whichever is wanted."""
+"""Does priv's work in a child that is killed right after a chosen change to the host."""
 
 import os
 import signal
@@ -9,12 +9,12 @@ import pytest
 
 from vmd.priv import host, sysctl, tap
 
-LOOKING = ("get", "dump", "show")  # commands of pyroute2 that change nothing
+LOOKING = ("get", "dump", "show")  # commands of pyroute2 that only read
 Call = Callable[..., Any]
 
 
 class Killer:
-    """Counts what has been changed, says so on `report`, and kills us after change number `turn`, from 0."""
+    """Counts changes, writes each to `report`, and kills this process after change number `turn` (from 0)."""
 
     def __init__(self, turn: int, report: int) -> None:
         self.turn = turn
@@ -22,7 +22,7 @@ class Killer:
         self.count = 0
 
     def after(self, what: str, call: Call) -> Call:
-        """Return a function that does the same, and may be the last."""
+        """Return a function that calls `call`, counts the change, and may then kill this process."""
 
         def changing(*arguments: Any, **options: Any) -> Any:  # noqa: ANN401 - it stands in for whatever it wraps
             result = call(*arguments, **options)
@@ -37,7 +37,7 @@ class Killer:
         return changing
 
     def lie_in_wait(self, patch: pytest.MonkeyPatch, network: host.HostNetwork) -> None:
-        """Take the place of all that changes the host: netlink, settings, rules, taps, and our own file."""
+        """Wrap all functions that change the host: netlink, settings, rules, taps, and priv's own file."""
         netlink = network.links.netlink
         for name in ("link", "addr", "route"):
             patch.setattr(netlink, name, self.after(name, getattr(netlink, name)), raising=False)
@@ -49,9 +49,9 @@ class Killer:
 
 
 def die_after(turn: int, work: Callable[[host.HostNetwork], None]) -> tuple[bool, list[str]]:
-    """Do some work and be killed after its change number `turn`, or with -1 not at all.
+    """Do some work in a child that is killed after change number `turn`; with -1 it is not killed.
 
-    Returns whether there was such a change, and what had been changed until then.
+    Return whether that change was reached, and the changes made.
     """
     reader, writer = os.pipe()
     pid = os.fork()

@@ -8,10 +8,10 @@ from tools.debian_kernel import cache_dir, fetch
 
 
 class LinuxGuest(NamedTuple):
-    """What a `boot` line takes; the steps of `tools/guest-init` go on the command line as `vmdtest=`.
+    """Kernel and initramfs for a `boot` line.  `vmdtest=` on the command line selects steps of `tools/guest-init`.
 
-    Say `quiet` there as well: a character on the serial port is an exit, and inside the emulated machine the
-    messages of a booting kernel take three times as long as the rest of its start.
+    Put `quiet` there too: every character on the serial port is a VM exit.  In the emulated machine, the messages of a
+    booting kernel take three times as long as the rest of its start.
     """
 
     kernel: Path
@@ -19,6 +19,6 @@ class LinuxGuest(NamedTuple):
 
 
 def linux_guest() -> LinuxGuest:
-    """Return the guest, fetched or built when needed; raises KernelError."""
+    """Return the guest, which is fetched or built if necessary.  Raises KernelError."""
     kernel = fetch("cloud-amd64", cache_dir())
     return LinuxGuest(kernel.image, initramfs.guest(kernel))

@@ -1,4 +1,4 @@
-"""Who reads a daemon's log: a socket that standard error leads to, read only when a test says so."""
+"""A reader of a daemon's log: a socket as standard error, which is read only when a test asks for it."""
 
 import ctypes
 import os
@@ -25,7 +25,7 @@ os.execvp(command[0], command)
 
 
 class LogReader:
-    """The reading end.  What was read is kept."""
+    """The reading end of the log.  It keeps everything that was read."""
 
     def __init__(self, directory: Path) -> None:
         path = directory / "log.sock"
@@ -34,7 +34,7 @@ class LogReader:
         self._listener.listen(1)
         self._sock: socket.socket | None = None
         self._raw = b""
-        self.prefix = [sys.executable, "-c", CONNECT, str(path)]  # of a Daemon
+        self.prefix = [sys.executable, "-c", CONNECT, str(path)]  # the prefix for a Daemon
 
     def __enter__(self) -> Self:
         return self
@@ -46,7 +46,7 @@ class LogReader:
 
     @property
     def lines(self) -> list[str]:
-        """Read all there is, and return every line so far."""
+        """Read everything available; return all lines so far."""
         if self._sock is None:
             self._sock, _ = self._listener.accept()
         while select.select([self._sock], [], [], 0)[0]:
@@ -68,7 +68,7 @@ class LogReader:
             select.select([self._sock], [], [], 1)
 
     def fill(self, vmd: Daemon) -> None:
-        """Let nothing more fit before somebody reads."""
+        """Fill the socket's buffer, so that vmd cannot log more until it is read."""
         with borrowed(vmd.pid, 2) as sock:
             while select.select([], [sock], [], 0)[1]:
                 try:
@@ -83,7 +83,7 @@ class LogReader:
 
 
 def borrowed(pid: int, fd: int) -> socket.socket:
-    """Return a copy of a process's descriptor, as who has taken the process over would use it."""
+    """Return a copy of a process's descriptor, to act as an attacker who controls the process."""
     pidfd = os.pidfd_open(pid)
     try:
         copy = ctypes.CDLL(None, use_errno=True).syscall(SYS_PIDFD_GETFD, pidfd, fd, 0)

@@ -1,4 +1,4 @@
-"""A block device of any size, full of what was there before; for root."""
+"""A block device of any size, full of old content.  Needs root."""
 
 import os
 import subprocess
@@ -42,7 +42,7 @@ class LoopDevice:
             file.write(image.read_bytes())
 
     def resize(self, size: int) -> None:
-        """Make the device longer or shorter, while it is in use, too."""
+        """Change the size of the device, also during use."""
         if size > self.size:
             self._lengthen(size)
         else:

@@ -1,4 +1,4 @@
-"""Takes the lock of a disk away from a running VM, as storage does that was cut off from its host."""
+"""Takes the lock of a disk away from a running VM, like storage that has lost the connection to its host."""
 
 import ctypes
 import os
@@ -14,7 +14,7 @@ SYS_PIDFD_GETFD = 438
 
 @contextmanager
 def stolen(process: int, path: Path) -> Iterator[None]:
-    """Lock a disk of a running VM for ourselves: its storage has forgotten that `process`, its vioblk, has it."""
+    """Lock a disk of a running VM in this process, after its vioblk, `process`, has lost the lock."""
     number = next(fd for fd, name in open_files(process).items() if name == str(path))
     pidfd = os.pidfd_open(process)
     theirs = ctypes.CDLL(None, use_errno=True).syscall(SYS_PIDFD_GETFD, pidfd, number, 0)

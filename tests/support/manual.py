@@ -1,11 +1,11 @@
-"""Manual pages in mdoc(7), as they are read."""
+"""Text of manual pages in mdoc(7) without their macros."""
 
 import re
 import shlex
 
 
 def items(page: str) -> list[str]:
-    """Return the heads of the list items of a manual page as they are read."""
+    """Return the heads of a manual page's list items as plain text."""
     found = []
     for several, one in re.findall(r"^\.It (?:Xo\b ?(.*?)\n\.Xc$|([^\n]*)$)", page, flags=re.M | re.S):
         lines = several.split("\n") if several else [one]
@@ -14,7 +14,7 @@ def items(page: str) -> list[str]:
 
 
 def plain(macros: str) -> str:
-    """Return a line of mdoc(7) macros as it is read."""
+    """Return a line of mdoc(7) macros as plain text."""
     words: list[str] = []
     flag = optional = False
     for word in shlex.split(macros):
@@ -31,6 +31,6 @@ def plain(macros: str) -> str:
 
 
 def synopsis(page: str) -> str:
-    """Return what stands below the heading SYNOPSIS, on one line."""
+    """Return the section SYNOPSIS on one line."""
     text = page.partition("\n.Sh SYNOPSIS\n")[2].partition("\n.Sh ")[0]
     return " ".join(plain(line.removeprefix(".")) for line in text.splitlines())

@@ -1,4 +1,4 @@
-"""Whether a device's process marks all that it changes in guest memory (`vmd.guestmem`)."""
+"""Checks that a device process marks every page that it changes in guest memory (`vmd.guestmem`)."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,9 +10,9 @@ from vmd.units import PAGE
 
 @contextmanager
 def all_marked(device: Device, rings: Sequence[Ring]) -> Iterator[None]:
-    """Raise AssertionError unless, when the device stands still at the end, each page it has changed is marked.
+    """Pause the device when the context ends; raise AssertionError unless every page that it changed is marked.
 
-    What the driver stores meanwhile is stored into a copy, too, so that what differs is the device's.
+    Stores of the driver also go to a copy of guest memory, so every difference at the end is a change by the device.
     """
     memory = device.memory
     memory.marks[:] = bytes(len(memory.marks))
@@ -45,6 +45,6 @@ def all_marked(device: Device, rings: Sequence[Ring]) -> Iterator[None]:
 
 
 def pages_that_differ(one: memoryview, other: bytearray) -> set[int]:
-    """Return the numbers of the pages that are not the same."""
+    """Return the numbers of the pages that differ."""
     whole = memoryview(other)
     return {at // PAGE for at in range(0, len(one), PAGE) if one[at : at + PAGE] != whole[at : at + PAGE]}

@@ -1,4 +1,4 @@
-"""All messages, of all borders: no process but the parent knows as many."""
+"""All messages between all processes.  Only the parent imports as many."""
 
 import importlib
 from pathlib import Path

@@ -1,7 +1,7 @@
-"""vmctl migrate between two daemons of this host: what stands in for ssh, and cuts when it is told to.
+"""vmctl migrate between two daemons of this host, with a replacement of ssh that can interrupt the migration.
 
-Run as a program it is the remote shell, `migration.py PLAN HOST vmctl receive ...`: it runs that vmctl against the
-socket that the plan names, passes on what the two ends say, and, at the place that the plan names, ends one of them.
+As a program it is the remote shell, `migration.py PLAN HOST vmctl receive ...`.  It runs that vmctl with the socket in
+the plan and passes on the data of both ends.  At the place in the plan it kills the plan's victim.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 PIECE = 1 << 16
 COMMIT = b'"at": "commit"'
-# Where it can be cut: in the stream, and before and after each word of either side has been passed on.
+# Places of an interruption: in the stream, and before and after each message of either side is passed on.
 BEFORE_COMMIT = ("stream", "before asked", "after asked", "before complete")
 AROUND_COMMIT = ("after complete", "before commit", "after commit", "later", "before running", "after running")
 NOWHERE = "nowhere"
@@ -27,15 +27,15 @@ PLACES = (*BEFORE_COMMIT, *AROUND_COMMIT, *[NOWHERE] * 3)
 SHELL, TARGET, SOURCE, GUEST, OPERATOR, HERE, THERE = (
     "shell", "target", "source", "guest", "operator", "daemon here", "daemon there"
 )  # fmt: skip
-# The connection; one of the two vmctl; the VM's process at the target; nobody, but somebody types ^C; or a daemon, of
-# which the next one goes on with its VMs.
+# The connection; one of the two vmctl; the VM's process at the target; the source's vmctl by a typed ^C; or a daemon,
+# whose successor takes over its VMs.
 VICTIMS = (SHELL, TARGET, SOURCE, GUEST, OPERATOR, HERE, THERE)
 # The target's daemon is killed, but its vmctl has said that it has everything: the source goes on to the commit.
 ONLY_SEEN_LATER = ("before complete", THERE)
 
 
 class Plan:
-    """The file that tells the shell what to do, and the command that runs it."""
+    """The file with the shell's orders, and the command that runs the shell."""
 
     def __init__(self, path: Path, into: "Daemon", *, out_of: "Daemon | None" = None, **cut: object) -> None:
         """`cut`: `place`, `victim`, `bytes` of the stream, `later_ms` after the commit."""
@@ -46,12 +46,12 @@ class Plan:
 
     @property
     def command(self) -> str:
-        """What -e takes."""
+        """The argument of `vmctl migrate -e`."""
         return f"{sys.executable} {Path(__file__).resolve()} {self.path}"
 
 
 def descendants(pid: int) -> dict[int, str]:
-    """Return the processes below one, with their titles."""
+    """Return the descendants of a process with their titles."""
     parents: dict[int, list[int]] = {}
     for entry in os.listdir("/proc"):
         if entry.isdigit():
@@ -68,7 +68,7 @@ def descendants(pid: int) -> dict[int, str]:
 
 
 class Shell:
-    """The program."""
+    """The remote shell."""
 
     def __init__(self, plan: dict[str, Any], arguments: list[str]) -> None:
         self.plan = plan
@@ -81,13 +81,13 @@ class Shell:
         self.passed_bytes = 0
 
     def cut(self, place: str) -> bool:
-        """End somebody, if this is the place; return whether that was who has spoken."""
+        """Kill the victim if this is the plan's place; return whether the victim was the target's vmctl."""
         if self.plan.get("place") != place:
             return False
         self.plan["place"] = ""
         victim = self.plan["victim"]
         if victim == SHELL:
-            os._exit(255)  # its child finds that out by its descriptors
+            os._exit(255)  # the child sees the end of its descriptors
         elif victim == TARGET:
             self.child.kill()
         elif victim == SOURCE:
@@ -104,7 +104,7 @@ class Shell:
         return bool(victim == TARGET)
 
     def run(self) -> int:
-        """Pass on; returns the exit status of the other side."""
+        """Pass on data in both directions; return the exit status of the target's vmctl."""
         assert self.child.stdin is not None
         assert self.child.stdout is not None
         there, back = self.child.stdin.fileno(), self.child.stdout.fileno()
@@ -137,7 +137,7 @@ class Shell:
                     self.cut("after commit")
 
     def _there(self, fd: int, back: int, data: bytes) -> None:
-        """Pass on a piece of the stream; whoever is to read it may have ended, and have left it open to others."""
+        """Pass on a piece of the stream.  Its reader may have ended while other processes still hold the pipe open."""
         os.set_blocking(fd, False)
         poll = select.poll()
         poll.register(fd, select.POLLOUT)
@@ -160,7 +160,7 @@ class Shell:
         for line in data.splitlines(keepends=True):
             at = json.loads(line)["at"]
             if self.cut(f"before {at}"):
-                return  # it has not said that, either
+                return  # the killed target did not send this message
             with contextlib.suppress(BrokenPipeError):
                 os.write(1, line)
             self.cut(f"after {at}")

@@ -1,4 +1,4 @@
-"""A driver of the real, confined network process: buffers posted and taken back, frames sent, in any layout."""
+"""A driver of the real, confined network process.  It posts buffers and sends frames in any layout."""
 
 import itertools
 import struct
@@ -46,7 +46,7 @@ TABLE_BYTES = 512
 
 
 class Received(NamedTuple):
-    """A frame that the driver got."""
+    """A frame that the driver received."""
 
     header: bytes
     frame: bytes
@@ -69,13 +69,13 @@ class NetDriver:
     def __init__(
         self, tap: TapInterface, net: bytes = b"", *, host_name: str = "", features: int = ALL, more: Sequence[int] = ()
     ) -> None:
-        """`more` are descriptors behind the tap."""
+        """`more` are descriptors after the tap's."""
         self.device = Device("vionet", [tap.fd, *more], queues=2, net=net or net_start(), host_name=host_name).start()
         self.memory = self.device.memory
         self.renew(features)
 
     def renew(self, features: int = ALL, *, size: int = SIZE) -> None:
-        """Reset, and start with new rings; nothing is posted."""
+        """Reset the device and start it with new, empty rings."""
         self.features = features
         self.rx, self.tx = self.device.activate_all((size, size), features)
         self.header_bytes = 12 if features & (MODERN | MRG) else 10
@@ -91,7 +91,7 @@ class NetDriver:
     # --- receiving -------------------------------------------------------------------------------------------------
 
     def post(self, count: int, sizes: Sequence[int] = (), *, kick: bool = True) -> None:
-        """Give buffers of the driver's, each with parts of the given sizes; by default one that fits any frame."""
+        """Post receive buffers, each with parts of the given sizes; by default one part that fits any frame."""
         if not sizes:
             sizes = (2048,) if self.features & MRG or not self.features & GUEST_TSO else (65562,)
         place = RX_BASE
@@ -115,7 +115,7 @@ class NetDriver:
             self.device.kick(RX)
 
     def try_receive(self) -> Received | None:
-        """Return a frame that has come, and post its buffers again."""
+        """Return a received frame and post its buffers again; None if there is none."""
         self.arrived += self.rx.reap()
         if not self.arrived:
             return None
@@ -151,13 +151,13 @@ class NetDriver:
                 self.device.wait_interrupt(RX)
 
     def receive_all(self, count: int) -> list[Received]:
-        """Wait for as many frames."""
+        """Wait for `count` frames."""
         return [self.receive() for _ in range(count)]
 
     # --- sending ---------------------------------------------------------------------------------------------------
 
     def lay_out(self, frame: bytes, header: bytes | None = None, cuts: Sequence[int] | None = None) -> list[Desc]:
-        """Write a frame into a buffer of its own, cut at some places; by default behind the header."""
+        """Write a frame into its own buffer, cut into descriptors at `cuts`; by default after the header."""
         raw = (header or b"").ljust(self.header_bytes, b"\0") + frame
         base = TX_BASE + self.slot * TX_STRIDE
         self.slot = (self.slot + 1) % TX_SLOTS
@@ -166,31 +166,31 @@ class NetDriver:
         return [Desc(base + a, b - a) for a, b in itertools.pairwise(edges)]
 
     def submit(self, frame: bytes, header: bytes | None = None, cuts: Sequence[int] | None = None) -> int:
-        """Offer a frame, without a notification; return the head."""
+        """Make a frame available without a notification; return the head."""
         parts = self.lay_out(frame, header, cuts)
         if self.features & INDIRECT_DESC and len(parts) > 1:
             return self.tx.add_indirect(parts, TABLES + TABLE_BYTES * (SIZE + self.slot))
         return self.tx.add(parts)
 
     def send(self, frame: bytes, header: bytes | None = None, cuts: Sequence[int] | None = None) -> None:
-        """Send a frame and wait until its buffer is back."""
+        """Send a frame and wait until the device has used its buffer."""
         head = self.submit(frame, header, cuts)
         assert self.device.collect(self.tx, 1, TX) == [(head, 0)]
 
     def give(self, parts: Sequence[Desc]) -> None:
-        """Send what is already laid out, and wait until it is back."""
+        """Send descriptors from `lay_out`, and wait until the device has used them."""
         head = self.tx.add(parts)
         assert self.device.collect(self.tx, 1, TX) == [(head, 0)]
 
     # --- the rest ----------------------------------------------------------------------------------------------------
 
     def counters(self) -> dict[str, int]:
-        """Return what the process has counted, once its main thread has answered a question."""
+        """Return the counters of the process, after its main thread has answered a question."""
         self.device.ask(devmsg.TYPE.pack(devmsg.ADDRESSES))
         return self.device.figures()
 
     def counter(self, name: str, least: int) -> int:
-        """Wait until a counter has come so far; the question itself gives the threads time."""
+        """Wait until a counter is at least `least`.  Asking for it gives the threads time."""
         deadline_s = time.monotonic() + DEADLINE_S
         while (value := self.counters()[name]) < least:
             assert time.monotonic() < deadline_s, f"{name} stays {value}"
@@ -199,14 +199,14 @@ class NetDriver:
     def settle(self) -> None:
         """Wait until the process has handled every message sent to it, and every job that its threads have posted.
 
-        It looks at all its channels in each turn, in any order.  So a question may be answered before what was there
-        earlier, but a second question is not.
+        In each round it handles all its channels, in any order.  It may answer a first question before earlier messages
+        of the same round, but not a second question.
         """
         for _ in range(2):
             self.counters()
 
     def link(self) -> bool:
-        """Wait for the next change of configuration; return whether the link is up then."""
+        """Wait for the next configuration change; return whether the link is then up."""
         self.device.wait_for(self.device.informs.fileno())
         packet = self.device.informs.recv(devmsg.PACKET_MAX)
         kind, _, length = devmsg.READY_HEAD.unpack_from(packet)
@@ -217,7 +217,7 @@ class NetDriver:
 
 
 class Nic:
-    """A network process, the tap it holds, and the host at the tap's other side."""
+    """A network process, its tap, and the host at the other side of the tap."""
 
     def __init__(self, tap: TapInterface, driver: NetDriver) -> None:
         self.tap = tap
@@ -233,24 +233,24 @@ class Nic:
         self.tap.close()
 
     def sends(self, frame: bytes, cuts: Sequence[int] | None = None, header: bytes | None = None) -> None:
-        """Send a frame and see it arrive."""
+        """Send a frame; check that it arrives at the host."""
         self.driver.send(frame, header, cuts)
         assert self.host.receive() == frame
 
     def gets(self, frame: bytes) -> Received:
-        """Have the host send a frame and see it arrive."""
+        """Have the host send a frame; check that it arrives and return it."""
         self.host.send(frame)
         received = self.driver.receive()
         assert received.frame == frame
         return received
 
     def forget(self) -> None:
-        """Throw away what came from the guest."""
+        """Discard frames that came from the guest."""
         while self.host.try_receive() is not None:
             pass
 
     def works(self) -> bool:
-        """Reset, and see whether the same process still moves frames both ways."""
+        """Reset the device; return whether the same process still moves frames in both directions."""
         self.driver.renew()
         self.forget()
         self.driver.post(4)
@@ -260,5 +260,5 @@ class Nic:
         return True
 
     def no_frame(self) -> bool:
-        """Return whether nothing has come from the guest; what it sent before is there when it has its buffer back."""
+        """Return whether no frame has come from the guest.  A sent frame has arrived once its buffer is used."""
         return self.host.try_receive() is None

@@ -1,7 +1,7 @@
-"""The other end of the wire of `guests/net`: judges what comes, sends it back, and sends what it is asked for.
+"""The peer of `guests/net`: it checks frames, sends them back, and sends frames that the guest asks for.
 
-Every frame carries a number, and bytes that belong to it.  The formulas are the guest's (`guests/net/frames.c`),
-written a second time, so that neither side believes the other.
+Every frame has a number and bytes that derive from it.  The formulas are those of the guest (`guests/net/frames.c`),
+implemented a second time, so that each side checks the other.
 """
 
 import select
@@ -16,7 +16,7 @@ TYPE_OURS, TYPE_IPV4, TYPE_IPV6 = 0x88B5, 0x0800, 0x86DD
 DATA, ECHO, ECHOED, ASK, COUNT, COUNTED = range(1, 7)
 ASK_TCP4, ASK_TCP6 = 4, 6
 LLADDR = bytes.fromhex("020000000001")
-HEAD = struct.Struct("<HIIQ")  # behind addresses and type: operation, number, argument, time stamp
+HEAD = struct.Struct("<HIIQ")  # after addresses and type: operation, number, argument, time stamp
 PATTERN_AT = 32
 LEAST, MOST = 32, 1514
 WORDS = 16384 + 8192
@@ -34,24 +34,24 @@ ADDRESSES = {
     TYPE_IPV4: (bytes((192, 0, 2, 1)), bytes((192, 0, 2, 2))),
     TYPE_IPV6: (bytes.fromhex("20010db8" + "0" * 23 + "1"), bytes.fromhex("20010db8" + "0" * 23 + "2")),
 }  # of the guest, and of its peer
-DATAGRAMS_MAX = 64  # read before other things are looked at
+DATAGRAMS_MAX = 64  # read in a row before other descriptors
 
 
 def pattern(number: int, length: int) -> bytes:
-    """Return the bytes that belong to a number."""
+    """Return `length` bytes derived from a number."""
     start = number * 40 % 65536
     return PATTERN[start : start + length]
 
 
 class Seen(NamedTuple):
-    """What came since the guest last asked."""
+    """Counts of frames since the guest last asked."""
 
     good: int = 0
     bad: int = 0
 
 
 class Peer:
-    """Answers on a thread of its own while the context lasts; afterwards raises what went wrong there."""
+    """Answers on its own thread while the context lasts.  When it ends, raises an error of that thread."""
 
     def __init__(self, tap: Interface) -> None:
         self.host = Host(tap, unfinished=True, buffer_bytes=64 << 20)
@@ -133,7 +133,7 @@ class Peer:
         self.host.send(bytes(VNET_HDR_BYTES) + head + pattern(number, length - PATTERN_AT))
 
     def _segment(self, kind: int, number: int) -> bytes:
-        """Return a segment of many, with its header, for the kernel or the guest to finish."""
+        """Return a large segment with its virtio header; the kernel or the guest completes it."""
         guest, here = ADDRESSES[kind]
         payload = pattern(number, STREAM_BYTES)
         length = TCP_BYTES + len(payload)
@@ -152,7 +152,7 @@ class Peer:
 
     @staticmethod
     def _segment_problem(raw: bytes, frame: bytes, kind: int) -> str:
-        """Return what is wrong with a segment, if anything."""
+        """Return the problem of a segment; empty if it is correct."""
         head = HEADS[kind]
         flags, gso, _, size, start, offset = VNET_HEADER.unpack(raw)
         tcp, packet = frame[head - TCP_BYTES :], frame[14:]
@@ -178,7 +178,7 @@ class Peer:
 
 
 def pseudo(source: bytes, destination: bytes, length: int) -> bytes:
-    """Return the header that TCP sums and never sends."""
+    """Return the TCP pseudo-header."""
     if len(source) == 4:
         return source + destination + struct.pack(">HH", IP_TCP, length)
     return source + destination + struct.pack(">II", length, IP_TCP)

@@ -1,4 +1,4 @@
-"""Network namespaces of our own, with taps in them and a host's view of these; nothing is ever made in the host's."""
+"""Network namespaces with taps, and the host's side of the taps.  Nothing is made in the host's namespace."""
 
 import array
 import contextlib
@@ -24,20 +24,20 @@ SIOCGIFHWADDR = 0x8927
 SOL_PACKET, PACKET_VNET_HDR, PACKET_QDISC_BYPASS = 263, 15, 20
 ETH_P_ALL = 3
 PACKET_OUTGOING = 4
-VNET_HDR_BYTES = 10  # of packet sockets
-DEV_SENT = 9  # of /proc/net/dev: the column of packets sent
+VNET_HDR_BYTES = 10  # the header of packet sockets
+DEV_SENT = 9  # the column of sent packets in /proc/net/dev
 
 libc = ctypes.CDLL(None, use_errno=True)
 
 
 def enter(call: int) -> None:
-    """Raise what a call of libc reports."""
+    """Raise the error of a failed libc call."""
     if call:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 class Network:
-    """A network namespace that is gone when everything in it is closed; a context manager."""
+    """A network namespace.  A context manager; the namespace ends when everything in it is closed."""
 
     def __init__(self) -> None:
         home = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
@@ -59,7 +59,7 @@ class Network:
 
     @contextlib.contextmanager
     def inside(self) -> Iterator[None]:
-        """Be in the namespace; the calling thread only."""
+        """Run the block in the namespace, only in the calling thread."""
         home = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         enter(libc.setns(self.fd, CLONE_NEWNET))
         try:
@@ -69,17 +69,17 @@ class Network:
             os.close(home)
 
     def run(self, *command: str) -> str:
-        """Run a program inside; return what it says."""
+        """Run a program in the namespace; return its output."""
         with self.inside():
             return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
     def write(self, path: str, text: str) -> None:
-        """Write a file of /proc/sys/net, which shows the namespace of who looks."""
+        """Write a file of /proc/sys/net from inside, because it shows the namespace of its opener."""
         with self.inside(), open(path, "w") as file:
             file.write(text)
 
     def socket(self, family: int, kind: int, protocol: int = 0) -> socket.socket:
-        """Make a socket inside."""
+        """Make a socket in the namespace."""
         with self.inside():
             return socket.socket(family, kind, protocol)
 
@@ -97,10 +97,10 @@ class Interface:
 
 
 class TapInterface(Interface):
-    """A tap in a namespace: `fd` is the device process's end; a context manager."""
+    """A tap in a namespace; `fd` is the device process's end.  A context manager."""
 
     def __init__(self, network: Network, name: str = "tap0", *, ipv6: bool = False, mtu: int = 1500) -> None:
-        """Without `ipv6` the kernel sends nothing of its own accord."""
+        """Without `ipv6` the kernel sends no frames by itself."""
         super().__init__(network, name)
         with network.inside():
             self.fd = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -112,7 +112,7 @@ class TapInterface(Interface):
         self.set("up")
 
     def be_a_card(self, lladdr: bytes) -> None:
-        """Have a guest's address, and those of IPv6 that follow from it at once."""
+        """Give the interface a guest's Ethernet address, and the IPv6 addresses derived from it without delay."""
         self.set("down")
         self.set("address", lladdr.hex(":"))
         self.network.write(f"/proc/sys/net/ipv6/conf/{self.name}/accept_dad", "0")
@@ -127,7 +127,7 @@ class TapInterface(Interface):
         self.close()
 
     def close(self) -> None:
-        """Close our end; the interface is gone when the device process closes its own."""
+        """Close our end.  The interface is deleted when the device process closes its end too."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
@@ -137,38 +137,38 @@ class TapInterface(Interface):
         self.network.run("ip", "link", "delete", self.name)
 
     def taken(self) -> int:
-        """Return how many frames the device process has read.  The host has sent them."""
+        """Return how many frames of the host the device process has read."""
         with self.network.inside(), open("/proc/thread-self/net/dev") as file:
             rows = dict(line.split(":") for line in file if ":" in line)
         return int({name.strip(): row.split() for name, row in rows.items()}[self.name][DEV_SENT])
 
     def wait_taken(self, count: int) -> None:
-        """Wait until the device process has read so many frames."""
+        """Wait until the device process has read `count` frames."""
         deadline_s = time.monotonic() + DEADLINE_S
         while self.taken() < count:
             assert time.monotonic() < deadline_s, f"{self.taken()} of {count} frames are read"
 
     def set_send_buffer(self, size: int) -> None:
-        """Have the tap take no more than so many bytes that nobody has read."""
+        """Limit the unread bytes that the tap holds."""
         fcntl.ioctl(self.fd, TUNSETSNDBUF, struct.pack("i", size))
 
     @property
     def lladdr(self) -> bytes:
-        """The address of the interface, at the host's side."""
+        """The Ethernet address of the interface, on the host's side."""
         with self.network.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
             raw = fcntl.ioctl(any_socket, SIOCGIFHWADDR, struct.pack("16s24x", self.name.encode()))
         return raw[18:24]
 
 
 class Host:
-    """A packet socket on an interface: sends frames to the guest, sees those that the guest sends."""
+    """A packet socket on an interface.  It sends frames to the guest and receives the guest's frames."""
 
     def __init__(self, tap: Interface, *, unfinished: bool = False, buffer_bytes: int = 8 << 20) -> None:
-        """With `unfinished`, frames have a virtio header of 10 bytes before them."""
+        """With `unfinished`, frames begin with a virtio header of 10 bytes."""
         self.socket = tap.network.socket(socket.AF_PACKET, socket.SOCK_RAW)
         self.socket.setsockopt(socket.SOL_SOCKET, 33, buffer_bytes)  # SO_RCVBUFFORCE
         self.socket.setsockopt(socket.SOL_SOCKET, 32, buffer_bytes)  # SO_SNDBUFFORCE
-        # What goes around the queue discipline is not segmented.
+        # The kernel does not segment frames that bypass the queue discipline, so only one of the options is set.
         self.socket.setsockopt(SOL_PACKET, PACKET_VNET_HDR if unfinished else PACKET_QDISC_BYPASS, 1)
         self.socket.bind((tap.name, ETH_P_ALL))
         self.socket.setblocking(False)
@@ -190,7 +190,7 @@ class Host:
             except (BlockingIOError, InterruptedError):
                 wait_for(self.socket.fileno(), select.POLLOUT)
             except OSError as error:
-                if error.errno != errno.ENOBUFS:  # what a packet socket says of a full queue that it goes around
+                if error.errno != errno.ENOBUFS:  # with the bypass, this is the error of a full queue
                     raise
                 os.sched_yield()
 
@@ -218,14 +218,14 @@ class Host:
             except BlockingIOError:
                 return None
             except OSError as error:
-                if error.errno != errno.ENETDOWN:  # said once
+                if error.errno != errno.ENETDOWN:  # reported once
                     raise
                 continue
             if where[2] != PACKET_OUTGOING:
                 return frame
 
     def receive_all(self, count: int) -> list[bytes]:
-        """Return as many frames."""
+        """Return the next `count` frames that came from the guest."""
         return [self.receive() for _ in range(count)]
 
 

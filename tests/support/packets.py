@@ -1,4 +1,4 @@
-"""Packets as guests and networks send them, byte by byte, right or wrong."""
+"""Packets of guests and networks, made byte by byte, valid or invalid."""
 
 import struct
 
@@ -22,7 +22,7 @@ def ethernet(payload: bytes, kind: int, source: bytes = LLADDR, destination: byt
 
 
 def any_frame(length: int, seed: int = 0, *, source: bytes = LLADDR, destination: bytes = BROADCAST) -> bytes:
-    """Return a frame of nothing that any protocol knows; those of different seeds differ."""
+    """Return a frame of no known protocol.  Frames of different seeds differ."""
     body = struct.pack(">I", seed) + (seed.to_bytes(4, "big") + bytes(range(251))) * (length // 250 + 1)
     return ethernet(body[: length - 14], 0x88B5, source, destination)
 
@@ -31,7 +31,7 @@ def ipv4(
     payload: bytes, protocol: int, source: bytes, destination: bytes, *,
     first: int = 0x45, fragment: int = 0, options: bytes = b"", total: int | None = None, right_sum: bool = True,
 ) -> bytes:  # fmt: skip
-    """Return a packet, with lies on request."""
+    """Return an IPv4 packet; arguments replace its correct fields."""
     length = 20 + len(options) + len(payload) if total is None else total
     head = struct.pack(">BBHHHBBH4s4s", first, 0, length, 1, fragment, 64, protocol, 0, source, destination) + options
     total_sum = checksum(head) if right_sum else checksum(head) ^ 0x5555
@@ -42,7 +42,7 @@ def udp(
     payload: bytes, source: bytes, destination: bytes, ports: tuple[int, int] = (68, 67), *,
     length: int | None = None, kind: str = "right",
 ) -> bytes:  # fmt: skip
-    """Return a datagram whose sum is `right`, `wrong`, `none`, or only the `pseudo` header's, as offloads want it."""
+    """Return a UDP datagram.  Its checksum is `right`, `wrong`, `none`, or only the `pseudo` header's, for offloads."""
     size = 8 + len(payload) if length is None else length
     head = struct.pack(">HHHH", *ports, size, 0)
     pseudo = source + destination + struct.pack(">HH", 17, size)
@@ -65,7 +65,7 @@ def bootp(
     flags: int = 0, ciaddr: bytes = ANY4, giaddr: bytes = ANY4, chaddr: bytes = LLADDR, file: bytes = b"",
     cookie: bytes = COOKIE, size: int = 300,
 ) -> bytes:  # fmt: skip
-    """Return a request, padded to the size that old servers insist on."""
+    """Return a BOOTP request, padded to the size that old servers require."""
     head = struct.pack(
         ">BBBBIHH4s4s4s4s16s64s128s",
         op, htype, hlen, hops, xid, 3, flags, ciaddr, ANY4, ANY4, giaddr, chaddr, b"", file,
@@ -74,7 +74,7 @@ def bootp(
 
 
 def request(body: bytes, *, source: bytes = ANY4, destination: bytes = ALL4) -> bytes:
-    """Return the frame of a BOOTP body, right in everything around it."""
+    """Return a frame with a BOOTP body and valid headers."""
     return ethernet(ipv4(udp(body, source, destination), 17, source, destination), 0x0800)
 
 
@@ -87,7 +87,7 @@ def dhcp(
 
 
 class Answer:
-    """A DHCP answer, taken apart and checked."""
+    """A DHCP answer, parsed and checked."""
 
     def __init__(self, frame: bytes) -> None:
         self.frame = frame
@@ -118,17 +118,17 @@ class Answer:
 
     @property
     def kind(self) -> int:
-        """The message type; 0 of BOOTP."""
+        """The message type; 0 for BOOTP."""
         return self.options.get(53, b"\0")[0]
 
 
 def ipv6(payload: bytes, following: int, source: bytes, destination: bytes, hops: int = 255) -> bytes:
-    """Return a packet."""
+    """Return an IPv6 packet."""
     return struct.pack(">IHBB16s16s", 6 << 28, len(payload), following, hops, source, destination) + payload
 
 
 def icmpv6(kind: int, body: bytes, source: bytes, destination: bytes, code: int = 0) -> bytes:
-    """Return a message with its sum."""
+    """Return an ICMPv6 message with its checksum."""
     message = struct.pack(">BBH", kind, code, 0) + body
     pseudo = source + destination + struct.pack(">II", len(message), 58)
     return message[:2] + checksum(pseudo + message).to_bytes(2, "big") + message[4:]
@@ -144,7 +144,7 @@ def solicitation(
 
 
 def tcp4(payload: bytes, *, sums: bool = False, source: bytes = LLADDR, destination: bytes = HOST_LLADDR) -> bytes:
-    """Return a frame; without `sums` the TCP checksum is the pseudo header's, as offloads want it."""
+    """Return a TCP frame.  Without `sums` its checksum is only the pseudo header's, for offloads."""
     return _tcp(payload, 4, sums, source, destination)
 
 

@@ -6,7 +6,7 @@ from vmd.devices.vionet.tap import Tap
 
 
 class PacketTap(Tap):
-    """What a tap is to the threads, without an interface behind it."""
+    """A tap as the threads see it, without an interface."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd

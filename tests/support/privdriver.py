@@ -1,4 +1,4 @@
-"""The parent's side of a real priv process, in a network namespace of its test's own."""
+"""The parent's side of a real priv process, in the test's own network namespace."""
 
 import contextlib
 import os
@@ -39,7 +39,7 @@ R = TypeVar("R", bound=Record)
 
 
 class Made:
-    """Interfaces that were made; a context manager that closes their descriptors."""
+    """Interfaces that priv made.  A context manager that closes their descriptors."""
 
     def __init__(self, nics: tuple[NicMade, ...], fds: list[int]) -> None:
         self.nics = nics
@@ -61,14 +61,14 @@ class Made:
 
 
 class Poor(privplace.PrivPlace):
-    """The host as priv sees it, without some files: each is covered by what is of no use."""
+    """The host as priv sees it, with some files hidden below empty mounts."""
 
     def __init__(self, *without: str) -> None:
         super().__init__()
         self.without = without
 
     def enter(self) -> None:
-        """Cover them, then do as ever."""
+        """Hide the files, then enter as usual."""
         linux.unshare(linux.CLONE_NEWNS)
         linux.mount(None, "/", None, linux.MS_REC | linux.MS_PRIVATE)
         for path in self.without:
@@ -80,7 +80,7 @@ class Poor(privplace.PrivPlace):
 
 
 class Grouped(Poor):
-    """The host as priv sees it, with one more group of interfaces: `web`, which has the number 7."""
+    """The host as priv sees it, with one more interface group: `web`, number 7."""
 
     def __init__(self, directory: Path, *without: str) -> None:
         super().__init__(*without)
@@ -88,7 +88,7 @@ class Grouped(Poor):
         self.file.write_text("0\tdefault\n7\tweb\n")
 
     def enter(self) -> None:
-        """Put the file where the host's is."""
+        """Mount the file over the host's, then enter as usual."""
         linux.unshare(linux.CLONE_NEWNS)
         linux.mount(None, "/", None, linux.MS_REC | linux.MS_PRIVATE)
         linux.mount(str(self.file), GROUPS, None, linux.MS_BIND)
@@ -96,18 +96,18 @@ class Grouped(Poor):
 
 
 class Priv:
-    """A running priv; a context manager that tells it to quit and reaps it."""
+    """A running priv.  A context manager that makes it quit and reaps it."""
 
     def __init__(
         self, network: Network, place: privplace.PrivPlace | None = None, adopted: AdoptNics | None = None
     ) -> None:
-        """`adopted` are interfaces that a priv before this one has made for a VM that runs."""
+        """`adopted` are the interfaces that an earlier priv made for a running VM."""
         RUN_DIRECTORY.parent.mkdir(exist_ok=True)
         self.network = network
         self.log_file = tempfile.TemporaryFile()  # noqa: SIM115 - closed in __exit__
         self.sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.sock.settimeout(DEADLINE_S)
-        self.troubles: list[NetworkTrouble] = []  # that were told unasked
+        self.troubles: list[NetworkTrouble] = []  # unsolicited messages
         with network.inside():
             self.child = spawn(
                 "priv",
@@ -136,14 +136,14 @@ class Priv:
         self.log_file.close()
 
     def quit(self) -> None:
-        """End it as the parent does, if it has not ended yet."""
+        """End priv as the parent does, if it still runs."""
         if self.status is None:
             with contextlib.suppress(OSError):
                 self.send(Quit())
             self.wait()
 
     def wait(self) -> int:
-        """Return the status it ends with."""
+        """Wait for the end of priv; return its exit status."""
         self.status = self.child.reap(DEADLINE_S)
         assert self.status is not None
         return self.status
@@ -154,14 +154,14 @@ class Priv:
         return os.pread(self.log_file.fileno(), 1 << 20, 0).decode(errors="replace")
 
     def send(self, message: Record, fds: dict[str, list[int]] | None = None) -> None:
-        """Send a message, with descriptors that are closed here."""
+        """Send a message and close its descriptors."""
         packet, order = encode(message, fds=fds or {})
         socket.send_fds(self.sock, [packet], order)
         for fd in order:
             os.close(fd)
 
     def receive_any(self) -> Envelope:
-        """Return the next message but those about troubles, which come unasked."""
+        """Return the next message that is not an unsolicited NetworkTrouble."""
         while True:
             envelope = self._next()
             if not isinstance(envelope.message, NetworkTrouble):
@@ -169,7 +169,7 @@ class Priv:
             self.troubles.append(envelope.message)
 
     def hear(self) -> NetworkTrouble:
-        """Return the next trouble that was told unasked; nothing else is awaited."""
+        """Return the next unsolicited NetworkTrouble.  No answer may be outstanding."""
         if not self.troubles:
             message = self._next().message
             assert isinstance(message, NetworkTrouble), message
@@ -182,20 +182,20 @@ class Priv:
         return decode(packet, list(fds), "priv")
 
     def receive(self, kind: type[R]) -> R:
-        """Return the next message, which is of this kind."""
+        """Return the next message, which must be of this kind."""
         message = self.receive_any().message
         assert isinstance(message, kind), message
         return message
 
     def configure(self, *switches: SwitchRequest, nat: bool = True, again: bool = False) -> tuple[str, ...]:
-        """Configure; return what could not be done."""
+        """Configure the network; return the problems."""
         self.send(ConfigureNetwork(nat=nat, switches=switches, again=again))
         return self.receive(NetworkConfigured).problems
 
     def ask(
         self, *nics: NicWanted, vmid: int = 1, reserved: tuple[str, ...] = (), tuns: int | None = None
     ) -> Made | NicsFailed:
-        """Ask for interfaces; give it as many descriptors to make them from, or `tuns`."""
+        """Ask for interfaces, with one tun descriptor for each, or with `tuns` descriptors."""
         with self.network.inside():
             fds = {"tuns": open_tuns(len(nics) if tuns is None else tuns), **open_tables()}
         self.send(MakeNics(vmid=vmid, ticket=7, nics=nics, reserved=reserved), fds)
@@ -209,13 +209,13 @@ class Priv:
         return Made(message.nics, envelope.take_fds("taps"))
 
     def make(self, *nics: NicWanted, vmid: int = 1, reserved: tuple[str, ...] = ()) -> Made:
-        """Make interfaces, which must succeed."""
+        """Ask for interfaces; priv must make them."""
         made = self.ask(*nics, vmid=vmid, reserved=reserved)
         assert isinstance(made, Made), made
         return made
 
     def refuse(self, *nics: NicWanted, vmid: int = 1) -> NicsFailed:
-        """Ask for interfaces that must not be made."""
+        """Ask for interfaces; priv must refuse."""
         failed = self.ask(*nics, vmid=vmid)
         assert isinstance(failed, NicsFailed), failed
         return failed

@@ -1,4 +1,4 @@
-"""Copies of the program that are not quite the program: with bugs, or with code of somebody who has taken it over."""
+"""Changed copies of vmd and vmctl: with bugs, or with the code of an attacker."""
 
 import shutil
 from collections.abc import Mapping
@@ -8,9 +8,9 @@ from tests.support.daemon import ROOT
 
 
 def changed_program(code: Path, more: Mapping[str, str]) -> Path:
-    """Copy vmd and vmctl to `code`; `more` is what is added at the end of files there, or is all of a new one."""
+    """Copy vmd and vmctl to `code`.  `more` maps files to text, which is appended or becomes a new file."""
     for package in ("vmd", "vmctl"):
-        # With what is compiled: the processes cannot keep it, and each would compile everything for itself.
+        # Including compiled files: the processes cannot store them, so each process would compile everything.
         shutil.copytree(ROOT / package, code / package)
     for name, text in more.items():
         with (code / name).open("a") as file:

@@ -1,6 +1,6 @@
 """Guests of a few bytes of real-mode code, for questions to /dev/kvm.
 
-Every guest starts at 0:1000h with 64 KiB of memory at address 0; what lies above is not backed.
+Every guest starts at 0:1000h with 64 KiB of memory at address 0; addresses above have no memory.
 """
 
 import os
@@ -29,7 +29,7 @@ PIC_SETUP = (
     + b"\xfb"
 )  # sti
 HALT_FOR_EVER = b"\xf4\xeb\xfd"
-# Says 55h on port 500h, ends the interrupt at the 8259, returns.
+# Writes 55h to port 500h, ends the interrupt at the 8259, returns.
 PIC_HANDLER = b"\x50\x52\xba\x00\x05\xb0\x55\xee\xb0\x20\xe6\x20\x5a\x58\xcf"
 
 
@@ -55,7 +55,7 @@ class Guest:
         self.vcpu = self.add_vcpu(system, 0)
 
     def add_vcpu(self, system: System, index: int) -> Vcpu:
-        """Make one more vCPU, with the host's CPUID."""
+        """Make another vCPU, with the host's CPUID."""
         vcpu = self.vm.create_vcpu(index)
         vcpu.set_cpuid2(system.supported_cpuid())
         return vcpu
@@ -75,20 +75,20 @@ class Guest:
         self.memory.write(0x25 * 4, HANDLER.to_bytes(4, "little"))
 
     def close(self) -> None:
-        """Take it all down."""
+        """Close everything."""
         self.vcpu.close()
         self.vm.close()
         self.memory.close()
 
 
 class Runner:
-    """Runs a vCPU on a thread of its own until an exit that `proceed` does not want to go on from."""
+    """Runs a vCPU on its own thread until `proceed` returns False for an exit."""
 
     def __init__(self, vcpu: Vcpu, proceed: Callable[[Exit], bool] = lambda _: False) -> None:
         self.vcpu = vcpu
         self.exits: list[Exit] = []
         self._proceed = proceed
-        # A daemon, so that a guest which hangs fails its own test and not the end of all of them.
+        # A daemon thread, so that a hanging guest fails only its own test and does not block the end of the test run.
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -110,7 +110,7 @@ class Runner:
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    """Look again and again; give up at the deadline."""
+    """Wait until a condition holds.  Raises AssertionError at the deadline."""
     limit = time.monotonic() + DEADLINE_S
     while not condition():
         assert time.monotonic() < limit

@@ -1,8 +1,8 @@
-"""A program in surroundings that do not know some system calls, as containers and old filters do not.
+"""Runs a program with some system calls refused, as in containers and under old filters.
 
     python -m tests.support.refusing ERRNO FIRST-LAST KNOWN,... -- COMMAND [ARGUMENT ...]
 
-Calls with the numbers FIRST to LAST are answered with ERRNO, but for those that are KNOWN.
+Calls with the numbers FIRST to LAST fail with ERRNO, except those that KNOWN lists.
 """
 
 import errno
@@ -24,7 +24,7 @@ from vmd.privsep.seccomp import (
 
 
 def program(first: int, last: int, known: list[int], number: int) -> bytes:
-    """Return the filter."""
+    """Return the seccomp filter."""
     allow = instruction(RET, RET_ALLOW)
     steps = [instruction(LD_ABS, OFFSET_NR), instruction(JGE, first, 1, 0), allow]
     steps += [instruction(JGE, last + 1, 0, 1), allow]
@@ -34,7 +34,7 @@ def program(first: int, last: int, known: list[int], number: int) -> bytes:
 
 
 def refusing(number: int, first: int, last: int = X32_SYSCALL_BIT - 1, known: tuple[int, ...] = ()) -> list[str]:
-    """Return the beginning of a command that is to run so."""
+    """Return a command prefix that runs a program so."""
     listed = ",".join(map(str, known))
     return [sys.executable, "-m", "tests.support.refusing", errno.errorcode[number], f"{first}-{last}", listed, "--"]
 

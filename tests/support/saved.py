@@ -1,4 +1,4 @@
-"""Records of a machine that was sent, small and well-formed, for tests that need one to begin with."""
+"""Small valid records of a sent machine, which tests change."""
 
 from vmd.config.model import DiskConfig, VmConfig
 from vmd.kvmapi import abi
@@ -20,7 +20,7 @@ CPUID = (leaf(0, eax=0xD, ebx=INTEL[0], ecx=INTEL[2], edx=INTEL[1]), leaf(1, ecx
 
 
 def entries(leaves: tuple[CpuidLeaf, ...]) -> list[abi.kvm_cpuid_entry2]:
-    """Return a table as KVM has it."""
+    """Return a CPUID table in KVM's form."""
     return [abi.kvm_cpuid_entry2(*(getattr(each, name) for name in CpuidLeaf.fields)) for each in leaves]
 
 
@@ -40,7 +40,7 @@ def header(**changes: object) -> Header:
 
 
 def queue(**changes: object) -> QueueState:
-    """Return a queue that runs."""
+    """Return a running queue."""
     made = QueueState(
         size=64, enabled=True, desc=0x10000, avail=0x11000, used=0x12000, pfn=0, vector=0xFFFF, next_avail=7,
         next_used=7, called=False, unseen=False,
@@ -49,7 +49,7 @@ def queue(**changes: object) -> QueueState:
 
 
 def device(queues: int = 2, config: bytes = bytes(60), **changes: object) -> VirtioState:
-    """Return a device whose driver of virtio 1.x is up."""
+    """Return a device whose virtio 1.x driver is running."""
     made = VirtioState(
         status=0xF, driver_features=1 << 32, features_locked=True, active=True, device_feature_select=0,
         driver_feature_select=1, queue_select=1, config_vector=0xFFFF, generation=3, config=config,
@@ -70,7 +70,7 @@ def chip(name: str, **registers: int | bytes) -> ChipState:
 
 
 def machine_state(**changes: object) -> MachineState:
-    """Return everything but memory, of a machine without devices."""
+    """Return the state, without memory, of a machine without devices."""
     vcpu = VcpuState(
         mp_state=0, regs=b"", sregs=b"", xsave=b"", xcrs=b"", debugregs=b"", events=b"", lapic=b"", msrs=b"", tsc=1,
         tsc_deadline=None,

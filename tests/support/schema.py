@@ -1,4 +1,4 @@
-"""What vmctl --json prints is compared with `docs/vmctl.schema.json`, by as much of JSON Schema as that uses."""
+"""Checks output of vmctl --json with `docs/vmctl.schema.json`.  Implements the part of JSON Schema that it uses."""
 
 import json
 from typing import Any
@@ -15,20 +15,20 @@ KNOWN = {
 
 
 def definition(name: str) -> dict[str, Any]:
-    """Return what is said of a command, or of `error`."""
+    """Return the schema of a command's output, or of `error`."""
     found: dict[str, Any] = SCHEMA["$defs"][name]
     return found
 
 
 def check(text: str, name: str) -> dict[str, Any]:
-    """Return the one document that a command has printed.  Raises AssertionError if it is not as described."""
+    """Parse a command's output and return it.  Raises AssertionError if it does not match the schema."""
     document: dict[str, Any] = json.loads(text)
     compare(document, definition(name), name)
     return document
 
 
 def compare(value: object, schema: "dict[str, Any]", where: str) -> None:
-    """Raise AssertionError if a value is not as described; a description that this cannot read is a mistake."""
+    """Raise AssertionError if a value does not match a schema, or if the schema has an unsupported keyword."""
     assert set(schema) <= KNOWN, f"{where}: {set(schema) - KNOWN}"
     if "$ref" in schema:
         compare(value, definition(schema["$ref"].removeprefix("#/$defs/")), where)
@@ -49,7 +49,7 @@ def compare(value: object, schema: "dict[str, Any]", where: str) -> None:
 
 
 def compare_object(value: "dict[str, Any]", schema: "dict[str, Any]", where: str) -> None:
-    """Compare the keys of an object, and what they have."""
+    """Compare the keys and values of an object with a schema."""
     properties = schema.get("properties", {})
     missing = set(schema.get("required", ())) - set(value)
     assert not missing, f"{where}: no {missing}"
@@ -60,7 +60,7 @@ def compare_object(value: "dict[str, Any]", schema: "dict[str, Any]", where: str
 
 
 def holds(value: object, schema: "dict[str, Any]", where: str) -> bool:
-    """Return whether a value is as described."""
+    """Return whether a value matches a schema."""
     try:
         compare(value, schema, where)
     except AssertionError:

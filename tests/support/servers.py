@@ -1,4 +1,4 @@
-"""Servers for guests: files by HTTP and TFTP, a sink that tells what it got, names; each in a namespace of a test's."""
+"""Servers for guests, in a test's network namespace: HTTP, TFTP, DNS, and a sink that returns an MD5."""
 
 import contextlib
 import hashlib
@@ -14,7 +14,7 @@ from tests.support.network import Network
 
 MIB = 1 << 20
 PIECE = random.Random(0).randbytes(MIB)
-STEP = 1009  # bytes by which each piece is shifted, so that no two of them are alike
+STEP = 1009  # bytes by which each piece is shifted, so that no two pieces are equal
 
 DNS_HEADER = struct.Struct(">HHHHHH")  # RFC 1035, 4.1.1: id, flags, questions, answers, two more counts
 DNS_RECORD = struct.Struct(">HHHIH")  # 4.1.3: name, type, class, time to live, length
@@ -32,14 +32,14 @@ Content = Callable[[], Iterable[bytes]]
 
 
 def noise(mebibytes: int) -> Iterator[bytes]:
-    """Yield the pieces of a large file; the same ones each time."""
+    """Yield the pieces of a large file.  They are the same each time."""
     for number in range(mebibytes):
         at = number * STEP % MIB
         yield PIECE[at:] + PIECE[:at]
 
 
 def md5(pieces: Iterable[bytes]) -> str:
-    """Return what md5sum prints of it."""
+    """Return the MD5 of the pieces as md5sum prints it."""
     digest = hashlib.md5(usedforsecurity=False)
     for piece in pieces:
         digest.update(piece)
@@ -48,7 +48,7 @@ def md5(pieces: Iterable[bytes]) -> str:
 
 @contextlib.contextmanager
 def running(network: Network, make: Callable[[], socketserver.BaseServer]) -> Iterator[None]:
-    """Make a server in a namespace, and let it serve while the context lasts."""
+    """Make a server in a namespace; it serves while the context lasts."""
     with network.inside():
         server = make()
     with server:
@@ -62,14 +62,14 @@ def running(network: Network, make: Callable[[], socketserver.BaseServer]) -> It
 
 
 class _Server(socketserver.ThreadingTCPServer):
-    """A thread for each connection; none of them keeps a test from its end."""
+    """Has a daemon thread for each connection, so that no connection blocks the end of a test."""
 
     daemon_threads = True
     block_on_close = False
     allow_reuse_address = True
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A client that goes away is found out by what it should have got."""
+        """Ignore clients that disconnect.  Tests check what the client received."""
 
 
 class _Server6(_Server):
@@ -77,13 +77,13 @@ class _Server6(_Server):
 
 
 def files(network: Network, address: str, contents: Mapping[str, Content]) -> Serving:
-    """Serve files by HTTP, on port 80, by their names."""
+    """Serve files by name with HTTP on port 80."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         """One request."""
 
         def do_GET(self) -> None:
-            """Send a file; its end is that of the connection."""
+            """Send a file, then close the connection to mark its end."""
             content = contents.get(self.path.removeprefix("/"))
             if content is None:
                 self.send_error(404)
@@ -94,27 +94,27 @@ def files(network: Network, address: str, contents: Mapping[str, Content]) -> Se
                 self.wfile.write(piece)
 
         def log_message(self, format: str, *arguments: object) -> None:
-            """Say nothing."""
+            """Write no log."""
 
     kind = _Server6 if ":" in address else _Server
     return running(network, lambda: kind((address, 80), Handler))
 
 
 def sink(network: Network, address: str, port: int) -> Serving:
-    """Take what comes to its end, and answer with its MD5."""
+    """Read each connection to its end, and answer with the MD5."""
 
     class Handler(socketserver.BaseRequestHandler):
         """One connection."""
 
         def handle(self) -> None:
-            """Read all, then tell."""
+            """Read everything, then send the MD5."""
             self.request.sendall(md5(iter(lambda: self.request.recv(1 << 18), b"")).encode())
 
     return running(network, lambda: _Server((address, port), Handler))
 
 
 def names(network: Network, address: str, table: Mapping[str, Sequence[bytes]]) -> Serving:
-    """Be the name server of these names and no others."""
+    """Serve DNS for exactly these names."""
 
     class Handler(socketserver.DatagramRequestHandler):
         """One question."""
@@ -144,10 +144,10 @@ def resolve(query: bytes, table: Mapping[str, Sequence[bytes]]) -> bytes:
 
 
 def tftp(network: Network, address: str, contents: Mapping[str, bytes]) -> Serving:
-    """Serve files by TFTP, by their names (RFC 1350, 2347, 2348, 2349)."""
+    """Serve files by name with TFTP (RFC 1350, 2347, 2348, 2349)."""
 
     class Handler(socketserver.BaseRequestHandler):
-        """One transfer, from a port of its own."""
+        """One transfer, which has a port of its own."""
 
         def handle(self) -> None:
             """Send a file."""
@@ -159,7 +159,7 @@ def tftp(network: Network, address: str, contents: Mapping[str, bytes]) -> Servi
                 send_file(transfer, request, contents)
 
     class Server(socketserver.ThreadingUDPServer):
-        """A thread for each transfer."""
+        """Has a thread for each transfer."""
 
         daemon_threads = True
         block_on_close = False
@@ -168,7 +168,7 @@ def tftp(network: Network, address: str, contents: Mapping[str, bytes]) -> Servi
 
 
 def send_file(transfer: socket.socket, request: bytes, contents: Mapping[str, bytes]) -> None:
-    """Answer a read request, to the last block."""
+    """Serve a read request up to its last block."""
     if int.from_bytes(request[:2], "big") != RRQ:
         return
     name, _mode, *words = (word.decode() for word in request[2:].split(b"\0")[:-1])
@@ -184,13 +184,13 @@ def send_file(transfer: socket.socket, request: bytes, contents: Mapping[str, by
     if accepted:
         words = [word for pair in accepted.items() for word in pair]
         send_block(transfer, struct.pack(">H", OACK) + b"".join(word.encode() + b"\0" for word in words), 0)
-    for at in range(0, len(data) + 1, size):  # the last block is shorter, be it empty
+    for at in range(0, len(data) + 1, size):  # the last block is shorter than `size`, and possibly empty
         block = block + 1 & 0xFFFF
         send_block(transfer, struct.pack(">HH", DATA, block) + data[at : at + size], block)
 
 
 def send_block(transfer: socket.socket, packet: bytes, block: int) -> None:
-    """Send until it is acknowledged; raises TimeoutError."""
+    """Send a block again until it is acknowledged.  Raises TimeoutError."""
     for _ in range(TFTP_TRIES):
         transfer.send(packet)
         with contextlib.suppress(TimeoutError):

@@ -1,8 +1,8 @@
-"""vm.conf files of the shapes that others write, each with what OpenBSD's `vmd -n` says of it.
+"""vm.conf files in the styles of other users, each with the verdict of OpenBSD's `vmd -n`.
 
-The head of a file says `# upstream: accepted`, or the line and the sentence of its first error there; `# here: ...`
-stands where we say something else, on purpose, and `# differs: ...` has the words of vm.conf(5) that tell of it.  Their
-images are in /var/vm, in whose place a test puts a folder of its own.
+The head of a file has `# upstream: accepted`, or line and text of the first upstream error.  `# here: ...` is present
+where our verdict differs on purpose, and `# differs: ...` quotes what vm.conf(5) says about the difference.  Images are
+in /var/vm, which a test replaces with its own folder.
 """
 
 import re
@@ -20,7 +20,7 @@ VERDICT = re.compile(rb"# (upstream|here|differs): ([^\r\n]*)")
 
 
 class Shape(NamedTuple):
-    """One file."""
+    """One file with its verdicts."""
 
     name: str
     text: bytes
@@ -30,7 +30,7 @@ class Shape(NamedTuple):
 
 
 def shapes() -> list[Shape]:
-    """Return all of them."""
+    """Return all files."""
     found = []
     for path in sorted(FOLDER.glob("*.conf")):
         said = {who.decode(): verdict.decode() for who, verdict in VERDICT.findall(path.read_bytes())}
@@ -40,7 +40,7 @@ def shapes() -> list[Shape]:
 
 
 def fill(folder: Path) -> None:
-    """Make the images that the files name, but for those that are called missing."""
+    """Make the images that the files name, except those with `missing` in the name."""
     for name in ("disk", "second", "third", "fourth", "fifth"):
         create(str(folder / f"{name}.img"), "raw", MIB)
     create(str(folder / "disk.qcow2"), "qcow2", MIB)
@@ -51,7 +51,7 @@ def fill(folder: Path) -> None:
 
 
 def write(shape: Shape, folder: Path) -> Path:
-    """Write a file that names the images of a folder; return its path."""
+    """Write the file with the image paths in a folder; return its path."""
     path = folder / "vm.conf"
     path.write_bytes(shape.text.replace(IMAGES, str(folder).encode()))
     return path

@@ -5,12 +5,12 @@ import re
 from tests.support.daemon import Attached
 from vmd.virtio import spec
 
-NOTICE = "the power button powers this guest off"  # which comes before or behind the prompt
-DEADLINE_S = 60.0  # a watchdog, as everywhere
+NOTICE = "the power button powers this guest off"  # comes before or after the prompt
+DEADLINE_S = 60.0  # a watchdog
 
 
 class Shell:
-    """Takes over the shell of `vmdtest=shell`; from here on nothing is echoed, and there is no prompt."""
+    """Takes over the shell of `vmdtest=shell`, and turns off echo and prompt."""
 
     def __init__(self, console: Attached, timeout_s: float) -> None:
         self.console = console
@@ -18,25 +18,25 @@ class Shell:
         console.expect("/ # ", timeout_s)
         if NOTICE not in console.text():
             console.expect(NOTICE, timeout_s)
-        # A shell that runs a script edits no lines: on this console each of its cursor movements has its price.
-        # (Not `cat | sh`: busybox's cat splices, and what comes from a terminal then arrives one line late.)
+        # A shell that runs a script does no line editing, whose cursor movements are slow on this console.
+        # (Not `cat | sh`: busybox's cat uses splice, with which input from a terminal arrives one line late.)
         console.answer("stty -echo; exec sh -c 'echo re''ady; exec sh /proc/self/fd/0'", "ready\r\n")
 
     def run(self, command: str, timeout_s: float = DEADLINE_S) -> str:
-        """Run a command; return what it said.  Raises AssertionError, with that, if it fails."""
+        """Run a command; return its output.  Raises AssertionError with the output if the command fails."""
         output, status = self.tried(command, timeout_s)
         assert status == 0, f"status {status} of {command!r}:\n{output}"
         return output
 
     def wait_for(self, condition: str) -> None:
-        """Wait until it holds; a shell that waited for ever would answer nothing else any more."""
+        """Wait until a shell condition holds.  The wait is limited, because the shell is busy until it ends."""
         self.run(f"for i in $(seq 600); do {condition} && break; sleep 0.1; done; {condition}", 2 * DEADLINE_S)
 
     def tried(self, command: str, timeout_s: float = DEADLINE_S) -> tuple[str, int]:
-        """Run a command; return what it said and its exit status."""
+        """Run a command; return its output and exit status."""
         self.count += 1
         mark = f"<{self.count}:"
-        # Quoted apart, so that no echo of what is typed looks like the answer.
+        # Quoted in parts, so that an echo of the command does not look like the mark.
         self.console.type(f"{{ {command}\n}} 2>&1; echo '<'{self.count}:$?'>'\r")
         output = self.console.expect(mark, timeout_s).removesuffix(mark)
         status = int(self.console.expect(">\r\n", timeout_s).removesuffix(">\r\n"))
@@ -44,7 +44,7 @@ class Shell:
 
 
 def interrupts(shell: Shell) -> dict[str, str]:
-    """Return which kind of interrupt each virtio device or queue has had; those that had none are left out."""
+    """Return the kind of interrupt of each virtio device or queue, without those that had none."""
     kinds: dict[str, str] = {}
     for line in shell.run("grep virtio /proc/interrupts").splitlines():
         row = re.fullmatch(r" *\d+:((?: +\d+)+) +(\S+) +\S+ +(.*)", line)
@@ -55,6 +55,6 @@ def interrupts(shell: Shell) -> dict[str, str]:
 
 
 def version_1(shell: Shell) -> set[str]:
-    """Return what the drivers of all virtio devices agreed to: "1" for VERSION_1, "0" for legacy."""
+    """Return the drivers' choice for all virtio devices: "1" for VERSION_1, "0" for legacy."""
     features = shell.run("cat /sys/bus/virtio/devices/*/features").split()
     return {bits[spec.VIRTIO_F_VERSION_1] for bits in features}

@@ -1,4 +1,4 @@
-"""Debian's own SNMP agent and its tools, each with files of its own: nothing of this host's is read or written."""
+"""Debian's SNMP agent and tools with their own files.  They use no SNMP file of this host."""
 
 import contextlib
 import os
@@ -15,7 +15,7 @@ DEADLINE_S = 100.0
 AGENT, TRAPS = "127.0.0.1:1161", "127.0.0.1:1162"
 CONTEXT = "vms"
 MIB = ".1.3.6.1.2.1.236"
-# `public` may read, `private` may also write, and `vms` reads what is in the context of that name.
+# `public` may read, `private` may also write, and `vms` reads in the context of that name.
 AGENT_CONF = """
 master agentx
 agentXSocket {socket}
@@ -29,12 +29,12 @@ view all included .1
 access readers {context} v2c noauth exact all none none
 trap2sink {traps} public
 """
-SERVES = "NET-SNMP version"  # what both say then
+SERVES = "NET-SNMP version"  # both daemons log this when they serve
 TRAPS_CONF = "disableAuthorization yes\n"
 
 
 class Agent:
-    """An snmpd in a network of its own, and an snmptrapd; a context manager."""
+    """An snmpd and an snmptrapd in their own network; a context manager."""
 
     def __init__(self, directory: Path, network: Network) -> None:
         self.directory = directory
@@ -51,7 +51,7 @@ class Agent:
         (directory / "snmptrapd.conf").write_text(TRAPS_CONF)
 
     def start(self) -> None:
-        """Start the agent, and wait until it serves: what is sent to it before is only repeated after half a minute."""
+        """Start the agent, and wait until it serves.  Senders repeat earlier packets only after half a minute."""
         before = self.log.read_text().count(SERVES) if self.log.exists() else 0
         self.process = self._run(
             "snmpd", "-f", "-r", "-LE", "6", "-C", "-c", self.directory / "snmpd.conf", "-p",
@@ -60,7 +60,7 @@ class Agent:
         wait_for(lambda: self.log.read_text().count(SERVES) > before, self.log)
 
     def listen(self) -> None:
-        """Start what takes notifications."""
+        """Start the receiver of notifications."""
         self.listener = self._run(
             "snmptrapd", "-f", "-n", "-Lo", "-On", "-C", "-c", self.directory / "snmptrapd.conf", "-p",
             self.directory / "snmptrapd.pid", "-F", "%v\\n", TRAPS, log=self.traps,
@@ -87,41 +87,41 @@ class Agent:
         end(self.listener)
 
     def ask(self, tool: str, community: str, *arguments: str) -> str:
-        """Return what a tool prints, with numbers for names; what it complains of, too."""
+        """Run an SNMP tool; return its output and errors, with numeric names."""
         with self.network.inside():
             command = [tool, "-v2c", "-c", community, "-On", "-Oe", "-OU", "-r", "12", "-t", "5", AGENT, *arguments]
             done = subprocess.run(command, capture_output=True, text=True, check=False, env=self.environment)
         return done.stdout + done.stderr
 
     def walk(self, tool: str = "snmpbulkwalk", community: str = "public", root: str = MIB) -> dict[str, str]:
-        """Return all variables below a root, each as `type: value`, by what follows the root."""
+        """Return all variables below a root, each as `type: value`; keys are the rest of the name after the root."""
         return variables(self.ask(tool, community, root), root)
 
     def serves(self, community: str = "public") -> bool:
-        """Return whether the agent has VM-MIB now."""
+        """Return whether the agent serves VM-MIB."""
         return "STRING" in self.ask("snmpget", community, f"{MIB}.1.1.1.0")
 
     def wait_served(self, community: str = "public", *, served: bool = True) -> None:
-        """Wait until the agent has VM-MIB, or has it no more."""
+        """Wait until the agent serves VM-MIB, or until it no longer does."""
         wait_for(lambda: self.serves(community) == served, self.log)
 
     def wait_heard(self, *wanted: str, since: int = 0) -> None:
-        """Wait for the notifications of VM-MIB, by their numbers and in this order, after the first ones."""
+        """Wait until exactly these VM-MIB notifications, by number and in this order, follow the first `since`."""
         wait_for(lambda: self.heard()[since:] == list(wanted), self.traps)
 
     def heard(self) -> list[str]:
-        """Return the numbers of all notifications of VM-MIB that have come."""
+        """Return the numbers of all received notifications of VM-MIB."""
         names = [each[".1.3.6.1.6.3.1.1.4.1.0"].removeprefix("OID: ") for each in self.notifications()]
         return [name.removeprefix(f"{MIB}.0.") for name in names if name.startswith(f"{MIB}.0.")]
 
     def notifications(self) -> list[dict[str, str]]:
-        """Return what has been heard so far, each as `walk` has it."""
+        """Return all received notifications, in the form of `walk`."""
         lines = [line for line in self.traps.read_text().splitlines() if ".1.3.6.1.6.3.1.1.4.1.0" in line]
         return [variables("\n".join(line.split("\t")), "") for line in lines]
 
 
 def variables(text: str, root: str) -> dict[str, str]:
-    """Return the variables that a tool has printed."""
+    """Return the variables in a tool's output."""
     found = {}
     for line in text.splitlines():
         name, equals, value = line.partition(" = ")
@@ -131,7 +131,7 @@ def variables(text: str, root: str) -> dict[str, str]:
 
 
 def wait_for(what: Callable[[], bool], log: Path) -> None:
-    """Wait until something is so."""
+    """Wait until a condition holds."""
     deadline = time.monotonic() + DEADLINE_S
     while not what():
         assert time.monotonic() < deadline, log.read_text()
@@ -151,7 +151,7 @@ def end(process: "subprocess.Popen[bytes] | None", signum: int = signal.SIGTERM)
 
 @contextlib.contextmanager
 def agent(directory: Path, network: Network) -> Iterator[Agent]:
-    """Give an agent that is not started yet."""
+    """Yield an agent that is not started yet; end it afterwards."""
     directory.mkdir()
     with Agent(directory, network) as made:
         yield made

@@ -14,7 +14,7 @@ FIRST = 2 * MIB // SECTOR
 def ext4_disk(image: Path, files: Files, *, divided: bool = False) -> Path:
     """Make a raw disk whose file system has these files; return its path.
 
-    With `divided` it is on the second partition of an MBR, and the first one has nothing.
+    With `divided` the file system is on the second partition of an MBR, and the first one is empty.
     """
     with tempfile.TemporaryDirectory() as name:
         plant(Path(name), files)
@@ -26,7 +26,7 @@ def ext4_disk(image: Path, files: Files, *, divided: bool = False) -> Path:
 
 
 def ffs_disk(image: Path, files: Files) -> Path:
-    """Make a raw disk as OpenBSD divides it: FFS on partition a of a disklabel, in an MBR; return its path."""
+    """Make a raw disk in OpenBSD's layout, FFS on partition a of a disklabel in an MBR; return its path."""
     with tempfile.TemporaryDirectory() as name:
         plant(Path(name), files)
         ffs_image(image, Path(name))
@@ -46,7 +46,7 @@ def plant(tree: Path, files: Files) -> None:
 
 
 def replace(image: Path, name: str, content: bytes) -> None:
-    """Put another file in the place of one in an ext4 file system, as the system on it does that is upgraded."""
+    """Replace a file in an ext4 file system, as an upgrade of the system on it does."""
     with tempfile.NamedTemporaryFile() as file:
         file.write(content)
         file.flush()

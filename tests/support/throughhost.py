@@ -1,4 +1,4 @@
-"""Traffic through a host: a guest on one of its taps, and the world at the other end of a cable."""
+"""Traffic through a host: a guest on a tap, and an outside network at the other end of a cable."""
 
 import os
 import select
@@ -14,7 +14,7 @@ VNET_HEADER = bytes(10)
 
 
 class World:
-    """What is beyond the host: a network of its own at the other end of a cable; a context manager."""
+    """The outside network: a namespace at the other end of a cable; a context manager."""
 
     def __init__(self, host: Network, uplink: str = "uplink") -> None:
         self.network = Network()
@@ -54,7 +54,7 @@ def udp6(source: bytes, target: bytes, payload: bytes) -> bytes:
 
 
 class Guest:
-    """A guest on a tap that knows nothing but to send and receive frames."""
+    """A guest on a tap that only sends and receives frames."""
 
     lladdr = bytes.fromhex("fee1bbd10001")
 
@@ -70,7 +70,7 @@ class Guest:
         os.write(self.fd, VNET_HEADER + (to or self.tap.lladdr) + self.lladdr + kind.to_bytes(2, "big") + packet)
 
     def receive(self, wanted: bytes) -> bytes:
-        """Return the next packet for us with these bytes in it."""
+        """Return the next packet for this guest that contains these bytes."""
         while True:
             ready, _, _ = select.select([self.fd], [], [], DEADLINE_S)
             assert ready, "nothing came"

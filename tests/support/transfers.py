@@ -1,4 +1,4 @@
-"""vmctl send and receive with a test in between, which may look into the stream, change it, or not let it pass."""
+"""vmctl send and receive with a test in between, which may read, change or stop the stream."""
 
 import contextlib
 import hashlib
@@ -23,7 +23,7 @@ PIECE = 1 << 16
 
 
 def vmctl(vmd: Daemon, *arguments: str, stdin: int | None = None, stdout: int | None = None) -> "subprocess.Popen[str]":
-    """Start vmctl with its descriptors where they are wanted."""
+    """Start vmctl with these descriptors as standard input and output."""
     return subprocess.Popen(
         [sys.executable, "-m", "vmctl", "-s", vmd.socket, *arguments],
         cwd=vmd.code,
@@ -35,7 +35,7 @@ def vmctl(vmd: Daemon, *arguments: str, stdin: int | None = None, stdout: int | 
 
 
 def ended(process: "subprocess.Popen[str]", timeout_s: float = DEADLINE_S) -> tuple[int, str]:
-    """Wait for the end; returns exit status and what it said."""
+    """Wait for the end; return exit status and output."""
     _, errors = process.communicate(timeout=timeout_s)
     return process.returncode, errors
 
@@ -44,7 +44,7 @@ def move(
     vmd: Daemon, name: str, to: str, *, send: tuple[str, ...] = (), receive: tuple[str, ...] = (),
     into: Daemon | None = None, timeout_s: float = DEADLINE_S,
 ) -> tuple[str, str]:  # fmt: skip
-    """Do `vmctl send NAME | vmctl receive TO`, both successful; returns what they said."""
+    """Do `vmctl send NAME | vmctl receive TO`, both successful; return their output."""
     reading, writing = os.pipe2(os.O_CLOEXEC)
     sender = vmctl(vmd, "send", *send, name, stdout=writing)
     os.close(writing)
@@ -56,7 +56,7 @@ def move(
 
 
 def to_file(vmd: Daemon, name: str, path: Path, *options: str) -> str:
-    """Do `vmctl send NAME > path`, successfully; returns what it said."""
+    """Do `vmctl send NAME > path`, successfully; return its output."""
     with path.open("wb") as file:
         status, errors = ended(vmctl(vmd, "send", *options, name, stdout=file.fileno()))
     assert status == 0, f"{errors}\n--- log of vmd\n{vmd.log}"
@@ -64,13 +64,13 @@ def to_file(vmd: Daemon, name: str, path: Path, *options: str) -> str:
 
 
 def from_file(vmd: Daemon, name: str, path: Path, *options: str) -> tuple[int, str]:
-    """Do `vmctl receive NAME < path`; returns exit status and what it said."""
+    """Do `vmctl receive NAME < path`; return exit status and output."""
     with path.open("rb") as file:
         return ended(vmctl(vmd, "receive", *options, name, stdin=file.fileno()))
 
 
 class Relay:
-    """A sender, a receiver, and a thread between them that changes the header, its digest being right then."""
+    """A sender, a receiver, and a thread between them that changes the header and corrects its digest."""
 
     def __init__(self, vmd: Daemon, name: str, to: str, change: Callable[[bytes], bytes]) -> None:
         self.change = change
@@ -84,7 +84,7 @@ class Relay:
         self.thread.start()
 
     def ended(self) -> tuple[tuple[int, str], tuple[int, str]]:
-        """Wait for both; returns how the sender and the receiver ended."""
+        """Wait for both; return exit status and output of the sender and of the receiver."""
         received, sent = ended(self.receiver), ended(self.sender)
         self.thread.join(DEADLINE_S)
         assert not self.thread.is_alive()
@@ -121,12 +121,12 @@ def changed_version(preamble: bytes, version: int) -> bytes:
 
 
 def signed(raw: bytes) -> bytes:
-    """Return bytes with their digest."""
+    """Return bytes followed by their digest."""
     return raw + hashlib.sha256(raw).digest()
 
 
 class Stream:
-    """A stream that was sent, taken apart."""
+    """A sent stream, parsed into its parts."""
 
     def __init__(self, raw: bytes) -> None:
         self.preamble = raw[: PREAMBLE.size + PREAMBLE.unpack_from(raw)[2] + DIGEST_BYTES]
@@ -148,12 +148,12 @@ class Stream:
         return changed_header(self.preamble, change) + self._rest(self.sections)
 
     def with_state(self, change: "Callable[[MachineState], Record] | bytes") -> bytes:
-        """Return the stream with another state; every digest is right."""
+        """Return the stream with another state and correct digests."""
         body = change if isinstance(change, bytes) else pack(change(self.state))
         return self.preamble + self._rest([(kind, body if kind == STATE else old) for kind, old in self.sections])
 
     def with_sections(self, change: "Callable[[list[tuple[int, bytes]]], list[tuple[int, bytes]]]") -> bytes:
-        """Return the stream with other sections, counted anew."""
+        """Return the stream with other sections, and their new count."""
         sections = change([each for each in self.sections if each[0] != END])
         return self.preamble + self._rest([*sections, (END, COUNT.pack(len(sections)))])
 
@@ -176,31 +176,32 @@ def open_files(pid: int) -> int:
 
 
 RESERVE = {"vmd: vm", "vmd: opener", "vmd: imgprobe", "vmd: control/reserve"}
-OF_THE_NEXT_VM = {"vmd: vionet", "vmd: vioblk"}  # such as the last one had
+OF_THE_NEXT_VM = {"vmd: vionet", "vmd: vioblk"}  # the reserve prepares those that the last VM had
 
 
 def is_settled(processes: Collection[str]) -> bool:
-    """Return whether what the next VM and the next user need is in reserve, and priv runs no program of others."""
+    """Return whether all reserve processes exist, and priv runs no other program."""
     return set(processes) >= RESERVE and all(title.startswith("vmd: ") for title in processes)
 
 
 class Footprint:
-    """What a daemon has: its processes by title, and the descriptors of those that stay."""
+    """A daemon's resources: the titles of its processes, and the descriptors of the permanent ones."""
 
     def __init__(self, vmd: Daemon) -> None:
         deadline = time.monotonic() + DEADLINE_S
         while not is_settled(processes := vmd.processes()):
             assert time.monotonic() < deadline, processes
             pause()
-        vmd.must("status")  # whatever was asked before has been done
+        vmd.must("status")  # all earlier requests are done
         self.titles = sorted(set(processes) - OF_THE_NEXT_VM)
         lasting = ("vmd: priv", "vmd: control", "vmd: vmm")
         self.files = {title: open_files(processes[title]) for title in lasting} | {"parent": open_files(vmd.pid)}
 
     def check(self, vmd: Daemon) -> None:
-        """Raise AssertionError unless the daemon comes to have no more again: an ended VM's console stays for a second.
+        """Wait until the daemon has no more resources than this.  An ended VM's console stays for a second.
 
-        It may have less: when we looked before, vmm may have been about to put a process in reserve.
+        It may have fewer: at the first count, vmm may have been about to put a process in reserve.  Raises
+        AssertionError at the deadline.
         """
         deadline = time.monotonic() + DEADLINE_S
         while not (now := Footprint(vmd)).is_within(self):
@@ -208,7 +209,7 @@ class Footprint:
             pause()
 
     def is_within(self, other: "Footprint") -> bool:
-        """Return whether these are the same processes, with no more descriptors."""
+        """Return whether the processes are the same, with no more descriptors."""
         return self.titles == other.titles and all(count <= other.files[title] for title, count in self.files.items())
 
     def __repr__(self) -> str:

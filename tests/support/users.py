@@ -1,4 +1,4 @@
-"""Users and groups of a test's own: a user database that only processes in its mount namespace see."""
+"""Users and groups of a test: a user database that only processes in its mount namespace see."""
 
 import contextlib
 import os
@@ -22,7 +22,7 @@ from vmd.record import Record
 
 NO_FDS: Mapping[str, Sequence[int]] = MappingProxyType({})
 
-# Everything is imported before the user is changed: another user need not be able to read this checkout.
+# All modules are imported before the user is changed, because the user may not be able to read this checkout.
 AS_USER = """
 import grp, importlib, os, pkgutil, pwd, sys
 import vmctl.commands
@@ -44,7 +44,7 @@ mount --bind "$0/etc" /etc
 echo ready
 exec cat
 """
-# Hides the first folder above the checkout that is its owner's alone, and puts the checkout into the new one.
+# Covers the topmost folder above the checkout that others cannot enter, and mounts the checkout below the cover.
 ENTERABLE = """
 exec 9<"$0"
 mount -t tmpfs -o mode=755 none "$1"
@@ -58,7 +58,7 @@ exec "$@"
 
 
 def as_uid(uid: int, *command: str | Path) -> list[str | Path]:
-    """Return what runs a program of this checkout as a user without groups, wherever the checkout lies."""
+    """Return a command that runs a program of this checkout as a user without groups, wherever the checkout is."""
     dropped: list[str | Path] = ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups", "--", *command]
     above = [folder for folder in ROOT.parents if not folder.stat().st_mode & 0o001]
     if not above:
@@ -68,14 +68,14 @@ def as_uid(uid: int, *command: str | Path) -> list[str | Path]:
 
 @contextlib.contextmanager
 def public_folder() -> Iterator[Path]:
-    """Give a new folder that every user may enter, with all above it; pytest keeps its own to itself, now and then."""
+    """Make a folder that every user may enter.  Other users cannot always enter pytest's folders."""
     with tempfile.TemporaryDirectory(prefix="vmd-test-") as name:
         os.chmod(name, 0o755)
         yield Path(name)
 
 
 class Users:
-    """A host whose users the test makes; a context manager."""
+    """A host with the test's users; a context manager."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -92,16 +92,16 @@ class Users:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with self.keeper:  # closes its input, which ends it
+        with self.keeper:  # closing its input ends it
             pass
 
     @property
     def inside(self) -> list[str]:
-        """The beginning of a command that is to see these users."""
+        """A command prefix with which a program sees these users."""
         return ["nsenter", f"--mount=/proc/{self.keeper.pid}/ns/mnt", f"--wd={ROOT}"]
 
     def run(self, *command: str) -> str:
-        """Run a program that sees, or changes, these users; returns what it says."""
+        """Run a program that sees or changes these users; return its output."""
         done = subprocess.run(
             [*self.inside, *command], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
         )
@@ -109,12 +109,12 @@ class Users:
         return done.stdout
 
     def add_group(self, name: str) -> int:
-        """Make a group; returns its number."""
+        """Make a group; return its number."""
         self.run("groupadd", name)
         return int(self.run("getent", "group", name).split(":")[2])
 
     def add_user(self, name: str, *groups: str, primary: str = "") -> int:
-        """Make a user who is in some groups; returns its number."""
+        """Make a user in some groups; return the user's number."""
         options = ["--groups", ",".join(groups)] if groups else []
         options += ["--gid", primary] if primary else ["--user-group"]
         self.run("useradd", "--no-create-home", "--no-log-init", *options, name)
@@ -122,7 +122,7 @@ class Users:
 
 
 class UsersDaemon(NetDaemon):
-    """A vmd on such a host, with a network of its own."""
+    """A vmd on a host with these users, with a network of its own."""
 
     def __init__(self, directory: Path, users: Users, network: Network, conf: str = "") -> None:
         super().__init__(directory, network, conf)
@@ -141,19 +141,19 @@ class UsersDaemon(NetDaemon):
         )  # fmt: skip
 
     def must_as(self, user: str, *arguments: str | Path) -> str:
-        """Run a vmctl of a user that has to succeed; returns all it printed."""
+        """Run vmctl as a user.  It must succeed; return its output."""
         done = self.vmctl_as(user, *arguments)
         assert done.returncode == 0, f"{user}: vmctl {arguments}: {done.stderr}\n--- log of vmd\n{self.log}"
         return done.stdout + done.stderr
 
     def connect_as(self, user: str) -> socket.socket:
-        """Return a connection to the daemon that the kernel says is this user's, for messages no vmctl would send."""
+        """Return a connection with this user's peer credentials, for messages that vmctl never sends."""
         said = self.users.run("id", user)  # uid=1001(ulf) gid=1001(ulf) groups=1001(ulf),1002(club)
         uid, gid, *groups = (int(number) for number in re.findall(r"(\d+)\(", said))
         return connect_as(self.socket, uid, gid, groups)
 
     def ask_as(self, user: str, request: Record, fds: Mapping[str, Sequence[int]] = NO_FDS) -> Record:
-        """Send a message as this user; returns the answer."""
+        """Send a message as this user; return the answer."""
         with self.connect_as(user) as client:
             packet, order = encode(request, fds=fds)
             socket.send_fds(client, [packet], order)
@@ -162,7 +162,7 @@ class UsersDaemon(NetDaemon):
 
 @contextlib.contextmanager
 def acting_as(user: Owner | None) -> Iterator[None]:
-    """Within the block this process has the rights of a user, as an opener has; None changes nothing."""
+    """Run the block with a user's rights, as an opener does.  None changes nothing."""
     if user is None or not user.uid:
         yield
         return

@@ -1,6 +1,6 @@
-"""A guest's view of one virtio PCI function: the real bus, registers and MSI-X, with a KVM and a device that only note.
+"""A guest's view of a virtio PCI function: the real bus, registers and MSI-X, with a fake KVM and device that record.
 
-`Kvm` refuses what the kernel refuses; give `Machine` a real `kvmapi.vm.Vm` instead to have the kernel's own word.
+`Kvm` refuses the same calls as the kernel.  Give `Machine` a real `kvmapi.vm.Vm` to test with the kernel itself.
 """
 
 import contextlib
@@ -32,13 +32,13 @@ MEMORY = 128 * MIB
 ADDRESS, DATA = layout.PORT_PCI_ADDRESS, layout.PORT_PCI_DATA
 SLOT = 1
 IRQ = layout.pci_irq(SLOT, 1)
-LEGACY, MODERN, TABLE, MAPPED = 0xC000, 0xC100, 0x80000000, 0x80001000  # where a machine's BARs are put
+LEGACY, MODERN, TABLE, MAPPED = 0xC000, 0xC100, 0x80000000, 0x80001000  # the addresses of a machine's BARs
 CONFIG = bytes(range(1, 61))
 FEATURES = 1 << spec.VIRTIO_BLK_F_FLUSH | 1 << spec.VIRTIO_F_RING_EVENT_IDX | spec.LEGACY_ONLY
 VERSION_1 = 1 << spec.VIRTIO_F_VERSION_1
 QUEUES = (256, 64)
 NO_VECTOR = spec.VIRTIO_MSI_NO_VECTOR
-CONFIG_VECTOR = 2  # as the driver of these tests numbers them: the queues, then configuration
+CONFIG_VECTOR = 2  # this driver's vector numbers: first the queues, then configuration
 
 ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK = spec.ACKNOWLEDGE, spec.DRIVER, spec.DRIVER_OK, spec.FEATURES_OK
 
@@ -50,17 +50,17 @@ LEGACY_PFN, LEGACY_SIZE, LEGACY_SELECT, LEGACY_NOTIFY, LEGACY_STATUS, LEGACY_ISR
 
 
 class Kvm:
-    """Notes eventfds and routes.  Raises OSError where KVM does."""
+    """Records eventfds and routes.  Raises OSError where KVM does."""
 
     def __init__(self) -> None:
         self.irqfds: dict[int, tuple[int, int | None]] = {}  # eventfd -> gsi, resample eventfd
         self.ioeventfds: dict[tuple[int, int, int | None], int] = {}  # port, size, value -> eventfd
-        self.mapped_ioeventfds: dict[tuple[int, int, int | None], int] = {}  # the same of addresses
+        self.mapped_ioeventfds: dict[tuple[int, int, int | None], int] = {}  # the same for memory addresses
         self.messages: dict[int, tuple[int, int]] = {}  # gsi -> address, data
         self.injected: list[int] = []
 
     def set_gsi_routing(self, routes: Iterable[Any]) -> None:
-        """Take the whole table."""
+        """Replace the whole routing table."""
         self.messages = {
             route.gsi: (route.u.msi.address_lo | route.u.msi.address_hi << 32, route.u.msi.data)
             for route in routes
@@ -68,14 +68,14 @@ class Kvm:
         }
 
     def assign_irqfd(self, fd: int, gsi: int, resample_fd: int | None = None) -> None:
-        """Let an eventfd raise a GSI, at once if it counts already."""
+        """Let an eventfd raise a GSI; at once if its count is not 0."""
         if fd in self.irqfds:
             raise OSError(errno.EBUSY, "irqfd is assigned")
         self.irqfds[fd] = (gsi, resample_fd)
         self.deliver()
 
     def deassign_irqfd(self, fd: int, gsi: int) -> None:
-        """Undo it; KVM would not mind if it is not so, we do."""
+        """Undo `assign_irqfd`.  Unlike KVM, fail if it is not assigned."""
         assert self.irqfds.pop(fd)[0] == gsi
 
     def assign_ioeventfd(
@@ -84,7 +84,7 @@ class Kvm:
         """Let a write to a port or an address signal an eventfd."""
         assert size in (1, 2, 4, 8) or (size == 0 and datamatch is None)
         registered = self._ioeventfds(pio=pio)
-        # One that takes any value or width collides with every other one there.
+        # One for any value or width conflicts with every other one at its address.
         if any(at == address and (None in (value, datamatch) or (width, value) == (size, datamatch))
                for at, width, value in registered):  # fmt: skip
             raise OSError(errno.EEXIST, "ioeventfd is taken")
@@ -93,7 +93,7 @@ class Kvm:
     def deassign_ioeventfd(
         self, fd: int, address: int, size: int, datamatch: int | None = None, *, pio: bool = False
     ) -> None:
-        """Undo it."""
+        """Undo `assign_ioeventfd`."""
         registered = self._ioeventfds(pio=pio)
         if registered.get((address, size, datamatch)) != fd:
             raise OSError(errno.ENOENT, "no such ioeventfd")
@@ -103,14 +103,14 @@ class Kvm:
         return self.ioeventfds if pio else self.mapped_ioeventfds
 
     def deliver(self) -> None:
-        """Inject what assigned eventfds have counted, as KVM does the moment they are written."""
+        """Inject the interrupts of signalled eventfds, as KVM does at once when they are written."""
         for fd, (gsi, _) in list(self.irqfds.items()):
             if taken(fd):
                 self.injected.append(gsi)
 
 
 class Process:
-    """A device process that notes what it is asked; `failing` makes it break the protocol."""
+    """A fake device process that records requests; `failing` makes every request fail with PeerError."""
 
     def __init__(self, kind: Kind = DISK) -> None:
         self.kind = kind.replace(queues=QUEUES)
@@ -132,10 +132,10 @@ class Process:
         self.answer = CONFIG
         self.during_reset: Callable[[], object] = dict
         self.direct = False
-        self.on_direct: Callable[[bool], object] = bool  # when it changes
+        self.on_direct: Callable[[bool], object] = bool  # called when `direct` changes
 
     def activate(self, features: int, queues: list[tuple[int, ...]]) -> bool:
-        """Note a life that begins."""
+        """Record an activation."""
         self.activations += 1
         self._answer()
         assert not self.running
@@ -144,7 +144,7 @@ class Process:
         return self.usable
 
     def command(self, kind: int) -> bool:
-        """Note a life that ends."""
+        """Record a reset."""
         self._answer()
         assert kind == devmsg.RESET
         assert self.running or self.written
@@ -154,14 +154,14 @@ class Process:
         return True
 
     def tell_direct(self, direct: bool) -> None:
-        """Note it."""
+        """Record the setting."""
         if direct != self.direct:
             self.direct = direct
             self._answer()
             self.on_direct(direct)
 
     def write_config(self, offset: int, data: bytes) -> bytes:
-        """Note what the driver writes."""
+        """Record a driver's write."""
         self._answer()
         self.written.append((offset, data))
         return self.answer
@@ -182,20 +182,20 @@ class Process:
 
 
 def taken(fd: int) -> int:
-    """Take what an eventfd has counted."""
+    """Return an eventfd's count and reset it."""
     with contextlib.suppress(BlockingIOError):
         return os.eventfd_read(fd)
     return 0
 
 
 class Machine:
-    """A bus with the function in slot 1, its BARs assigned and decoding on, and a guest's hands on it."""
+    """A bus with the function in slot 1, its BARs assigned and decoding on, accessed as by a guest."""
 
     def __init__(
         self, kvm: Any, process: Any, mode: VirtioMode = VirtioMode.TRANSITIONAL,  # noqa: ANN401
         function_layout: int = LAYOUT,
     ) -> None:  # fmt: skip
-        self.mapped = mode is VirtioMode.MEMORY  # whether the driver has mapped the structures, and uses no ports
+        self.mapped = mode is VirtioMode.MEMORY  # whether the driver uses the mapped structures instead of ports
         self.kvm = kvm
         self.process = process
         self.failures: list[str] = []
@@ -213,11 +213,11 @@ class Machine:
 
     @classmethod
     def fake(cls, mode: VirtioMode = VirtioMode.TRANSITIONAL, **given: Any) -> Self:  # noqa: ANN401
-        """Make one without a kernel or another process."""
+        """Make a machine with the fake KVM and process."""
         return cls(Kvm(), Process(), mode, **given)
 
     def close(self) -> None:
-        """Let go of eventfds."""
+        """Close the eventfds."""
         self.process.close()
         os.close(self.function.config_call)
         os.close(self.function.config_resample)
@@ -239,14 +239,14 @@ class Machine:
         self.config_write(0x10 + 4 * index, 4, base)
 
     def capabilities(self) -> dict[int, int]:
-        """Return virtio cfg_type -> offset of the first of its kind; MSI-X is under 0x11."""
+        """Return the offset of the first capability of each virtio cfg_type; MSI-X has the key 0x11."""
         found: dict[int, int] = {}
         for kind, at in self.all_capabilities():
             found.setdefault(kind, at)
         return found
 
     def all_capabilities(self) -> list[tuple[int, int]]:
-        """Return virtio cfg_type, or 0x11, and offset of each, in the order of the list."""
+        """Return virtio cfg_type (0x11 for MSI-X) and offset of each capability, in list order."""
         found = []
         at = self.config_read(0x34, 1)
         while at:
@@ -297,7 +297,7 @@ class Machine:
         return self.read(STATUS, 1)
 
     def negotiate(self, features: int = VERSION_1) -> None:
-        """Come up to FEATURES_OK."""
+        """Initialise the device up to FEATURES_OK."""
         self.write(STATUS, 1, ACKNOWLEDGE)
         self.write(STATUS, 1, ACKNOWLEDGE | DRIVER)
         for select_, half in ((0, features & 0xFFFFFFFF), (1, features >> 32)):
@@ -315,7 +315,7 @@ class Machine:
         self.write(STATUS, 1, ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK)
 
     def place_queue(self, queue: int, base: int, size: int = 0) -> None:
-        """Say where a queue is, and enable it."""
+        """Write the addresses of a queue, and enable it."""
         self.write(QUEUE_SELECT, 2, queue)
         if size:
             self.write(QUEUE_SIZE, 2, size)
@@ -332,7 +332,7 @@ class Machine:
         self.write(STATUS, 1, ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK)
 
     def start_legacy(self, features: int = 0) -> None:
-        """Bring the device up as a driver of old."""
+        """Bring the device up as a legacy driver."""
         self.legacy_write(LEGACY_STATUS, 1, ACKNOWLEDGE | DRIVER)
         self.legacy_write(4, 4, features)
         for queue in (0, 1):
@@ -341,7 +341,7 @@ class Machine:
         self.legacy_write(LEGACY_STATUS, 1, ACKNOWLEDGE | DRIVER | DRIVER_OK)
 
     def notify(self, queue: int, port: int | None = None, size: int = 2) -> None:
-        """Write to a port, or where the driver has mapped notifications, as the guest does: KVM has the first look."""
+        """Notify by a port or a mapped address, as the guest does.  A registered ioeventfd takes the write first."""
         by_port = port is not None or not self.mapped
         at = MODERN + virtio.NOTIFY if port is None else port
         if not by_port:
@@ -357,11 +357,11 @@ class Machine:
             self.bus.mmio_write(at, size, queue)
 
     def kicked(self) -> list[int]:
-        """Return which queues were notified since the last look."""
+        """Return the queues that were notified since the last call."""
         return [queue for queue, fd in enumerate(self.process.kicks) if taken(fd)]
 
 
-# What a driver, its other processors and the device process may do, in any order.
+# Actions of a driver, its other processors and the device process, in any order.
 VALUES = st.one_of(
     st.integers(0, 0xFFFFFFFF),
     st.sampled_from((0, 1, 2, 3, 4, 7, 0xF, 0x8000, 0xC000, 0xC080, 0xC100, 0xFFFF, 0x10000, 0x80000000, 0x407)),
@@ -381,7 +381,7 @@ ACTIONS = st.lists(
 
 
 def act(machine: Machine, what: str, at: int, size: int, value: int) -> None:
-    """Do one thing that a guest or the device process can do."""
+    """Do one action of ACTIONS."""
     value &= (1 << 8 * size) - 1
     match what:
         case "config":
@@ -411,7 +411,7 @@ def act(machine: Machine, what: str, at: int, size: int, value: int) -> None:
 
 
 class BothHalves:
-    """A device in slot 1 with its real process, over a KVM that only notes; the driver's half of its first queue."""
+    """A device in slot 1 with its real process and the fake KVM, and the driver's half of its first queue."""
 
     RING = 0x10000
 
@@ -428,7 +428,7 @@ class BothHalves:
         self.renew()
 
     def renew(self) -> None:
-        """Have an empty ring."""
+        """Make a new, empty ring."""
         self.ring = Ring(self.memory, self.process.kind.queues[0], self.RING)
 
     def start(self, features: int = VERSION_1) -> None:
@@ -436,7 +436,7 @@ class BothHalves:
         self.machine.come_up(self.ring, features)
 
     def close(self) -> None:
-        """End the process, however it is."""
+        """End the process, in any state."""
         self.process.child.kill()
         self.process.reap(DEADLINE_S)
         self.process.interrupts._words.release()

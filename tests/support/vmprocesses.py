@@ -1,4 +1,4 @@
-"""A vmm in this process; its VM processes are children of ours that end when told to, and the test speaks for them."""
+"""A vmm in this process.  Its VM processes are children that only wait to end; the test sends their messages."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ from vmd.vmm.main import GROUP_FD, Vmm
 
 
 class VmProcess:
-    """A VM process; the test has its side of channel and log."""
+    """A VM process.  The test has its end of channel and log."""
 
     def __init__(self, end: End, log_fd: int, arguments: Sequence[str], uid: int, *, in_group: bool) -> None:
         self.end = end
@@ -30,18 +30,18 @@ class VmProcess:
         self.uid = uid
         self.in_group = in_group
         reading, self.writing = os.pipe()
-        # A program of its own, which has none of our descriptors: a channel ends when the test closes its side.
+        # A separate program inherits no descriptors, so a channel ends when the test closes its end.
         program = ["sh", "-c", "read -r status && exit $status"]
         self.pid = os.posix_spawn("/bin/sh", program, {}, file_actions=[(os.POSIX_SPAWN_DUP2, reading, 0)])
         os.close(reading)
 
     def exit(self, status: int) -> None:
-        """End with a status, and wait until that has happened; it is not reaped by that."""
+        """Make it end with a status and wait for its end, without reaping it."""
         os.write(self.writing, b"%d\n" % status)
         os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
 
     def is_reaped(self) -> bool:
-        """Return whether it is gone."""
+        """Return whether it was reaped."""
         try:
             os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         except ChildProcessError:
@@ -49,7 +49,7 @@ class VmProcess:
         return False
 
     def close(self) -> None:
-        """Be gone."""
+        """Kill and reap the process if needed, and close its descriptors."""
         os.close(self.writing)
         os.close(self.log_fd)
         if not self.is_reaped():
@@ -58,7 +58,7 @@ class VmProcess:
 
 
 class VmmRig(InProcess[Vmm]):
-    """A vmm, its parent and its VM processes, in the order in which they were started."""
+    """A vmm, its parent, and its VM processes in the order of their start."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__(monkeypatch, Vmm, Proc.VMM)
@@ -72,7 +72,7 @@ class VmmRig(InProcess[Vmm]):
         self, title: str, arguments: Sequence[str], *, channel: socket.socket, fds: Mapping[int, int], log_fd: int,
         uid: int, group: int,
     ) -> Child:  # fmt: skip
-        """Be `spawn`."""
+        """Replaces `spawn`."""
         if self.cannot_start is not None:
             raise self.cannot_start
         assert KVM_FD in fds
@@ -83,7 +83,7 @@ class VmmRig(InProcess[Vmm]):
         return Child(title, vm.pid)
 
     def wait_any(self) -> "os.waitid_result | None":
-        """Be `wait_any`, for our VM processes only: the tests may have other children."""
+        """Replaces `wait_any`, for our VM processes only, because tests may have other children."""
         for vm in self.vms:
             if not vm.is_reaped():
                 ended = os.waitid(os.P_PID, vm.pid, os.WEXITED | os.WNOHANG)
@@ -92,39 +92,39 @@ class VmmRig(InProcess[Vmm]):
         return None
 
     def slot(self, uid: int = 0, group: int = 0) -> None:
-        """Give it a slot."""
+        """Give vmm a slot."""
         self.parent.send(VmSlot(uid=uid, group=group), fds={"group": [null()]} if group else {})
 
     def begin(self, *groups: int) -> None:
-        """Give it /dev/kvm and slots, the first of which its reserve has."""
+        """Give vmm /dev/kvm, and slots with these groups; the reserve uses the first slot."""
         for group in groups:
             self.slot(uid=1000 + group, group=group)
         self.parent.send(KvmFd(), fds={"kvm": [null()]})
         self.settle()
 
     def start(self, vmid: int, config: VmConfig, fds: Mapping[str, Sequence[int]] | None = None) -> VmProcess:
-        """Have a VM started; returns its process, which has not said anything yet."""
+        """Have vmm start a VM; return its process, which has not sent a message yet."""
         self.parent.send(start_of(vmid, config), fds=fds or start_fds())
         self.settle()
         return self.vms[self.pids().index(self.process.running[vmid].pid)]
 
     def pids(self) -> list[int]:
-        """Return those of all VM processes."""
+        """Return the pids of all VM processes."""
         return [vm.pid for vm in self.vms]
 
     def told(self) -> list[Record]:
-        """Return what the parent was told since the last call."""
+        """Return the messages to the parent since the last call."""
         self.settle()
         return self.parent.take()
 
     def ended(self, vm: VmProcess) -> None:
-        """Turn the loop until a VM process that has ended, or was killed, is reaped."""
+        """Turn the loop until an ended VM process is reaped."""
         self.until(vm.is_reaped)
         self.settle()
 
     def close(self) -> None:
-        """Let go of everything."""
-        self.process.retired = True  # it starts nothing meanwhile
+        """Close everything."""
+        self.process.retired = True  # so that it starts no more processes
         for vm in self.vms:
             vm.close()
         known = {*self.process.by_channel.values(), *self.process.children(), *self.process.over.values()}
@@ -146,10 +146,10 @@ def null() -> int:
 
 
 def start_of(vmid: int, config: VmConfig) -> StartVm:
-    """Return what starts a VM."""
+    """Return the message that starts a VM."""
     return StartVm(vmid=vmid, config=config, boot_name="", verbosity=0)
 
 
 def start_fds() -> dict[str, list[int]]:
-    """Return what goes along with it."""
+    """Return the descriptors of that message."""
     return {name: [null()] for name in ("memory", "tty", "tty_slave", "shown")}

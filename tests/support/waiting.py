@@ -1,4 +1,4 @@
-"""How tests wait for what nobody tells them."""
+"""Waiting for conditions without an event to wait for."""
 
 import select
 
@@ -6,5 +6,5 @@ PAUSE_S = 0.02
 
 
 def pause() -> None:
-    """Leave the processor to what is waited for, before it is looked at again."""
+    """Sleep a little before the next check, to leave the processor to other processes."""
     select.select([], [], [], PAUSE_S)

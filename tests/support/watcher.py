@@ -1,6 +1,6 @@
-"""Asks a daemon for its status as root, and a guest for a prompt, again and again, and says how long each took at most.
+"""Asks a daemon for its status as root, and a guest for a prompt, repeatedly, and reports the longest times.
 
-A program of its own, so that nothing a test does, and no file it has open, is in the way:
+It is a separate program, so that the test's work and open files do not disturb it:
 `python -m tests.support.watcher SOCKET TTY PID`.  A line on its standard input asks for a `Longest` as JSON, which is
 written after one more round of both questions; the end of its input ends it.
 """
@@ -19,11 +19,11 @@ from vmd.ipc.messages.clients import End, Failed, ListRequest
 
 PROMPT = b"vmd-demo> "
 TICK_S = 0.01
-PAUSE_S = 0.1  # between two rounds
+PAUSE_S = 0.1  # the pause between two rounds
 
 
 class Longest(NamedTuple):
-    """What was waited for longest, in seconds, and how often both were asked."""
+    """The longest waits, in seconds, and the number of rounds."""
 
     status_s: float
     guest_s: float
@@ -31,10 +31,10 @@ class Longest(NamedTuple):
 
 
 class Stopwatch:
-    """How long somebody waits because of the daemon, and not because the machine has other things to do.
+    """Measures the part of a wait that the daemon causes, without delays by a busy machine.
 
-    It counts the ticks that this process, which wants no processor for itself, has slept: a machine that stands still
-    counts one.  The time that the daemon was ready to run and had no processor is taken off.
+    It counts the ticks that this otherwise idle process has slept, so a machine that stops for a while adds only one
+    tick.  The time that the daemon was ready to run but had no processor is subtracted.
     """
 
     def __init__(self, parent: int) -> None:
@@ -44,28 +44,28 @@ class Stopwatch:
         self.starved_s = self._starved_s()
 
     def wait(self, fd: int) -> None:
-        """Wait until something can be read."""
+        """Wait until a descriptor is readable."""
         poll = select.poll()
         poll.register(fd, select.POLLIN)
         while not poll.poll(TICK_S * 1000):
             self.ticks += 1
 
     def tick(self) -> None:
-        """Wait a little, for there is nothing to wait for."""
+        """Sleep for one tick, where there is no descriptor to wait for."""
         select.select([], [], [], TICK_S)
         self.ticks += 1
 
     def passed_s(self) -> float:
-        """Return how long it was."""
+        """Return the measured time."""
         return max(0.0, self.ticks * TICK_S - max(0.0, self._starved_s() - self.starved_s))
 
     def _starved_s(self) -> float:
-        """Return how long the processes that answer root have waited for a processor in their lives."""
+        """Return the total time that the processes that answer root have waited for a processor."""
         starved_ns = 0
         with contextlib.suppress(OSError):
             children = Path(f"/proc/{self.parent}/task/{self.parent}/children").read_text().split()
             for pid in (self.parent, *children):
-                with contextlib.suppress(OSError):  # it has ended meanwhile
+                with contextlib.suppress(OSError):  # the process has ended
                     title = Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0")
                     if pid == self.parent or title == b"vmd: control":
                         starved_ns += int(Path(f"/proc/{pid}/schedstat").read_text().split()[1])
@@ -73,7 +73,7 @@ class Stopwatch:
 
 
 def ask(path: str, watch: Stopwatch) -> None:
-    """Ask the daemon for its status, over as many connections as it takes until there is an answer."""
+    """Ask the daemon for its status, with new connections until one gets an answer."""
     while True:
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
             client.setblocking(False)
@@ -83,7 +83,7 @@ def ask(path: str, watch: Stopwatch) -> None:
                 if is_answered(client, watch):
                     return
             except (BlockingIOError, ConnectionError, FileNotFoundError):
-                watch.tick()  # nobody accepts, or what serves us is being replaced
+                watch.tick()  # vmd does not accept yet, or control is being replaced
 
 
 def is_answered(client: socket.socket, watch: Stopwatch) -> bool:
@@ -121,7 +121,7 @@ class Guest:
 
 
 def main(path: str, tty: str, parent: int) -> None:
-    """Ask until nobody wants to know any more."""
+    """Ask until standard input ends."""
     guest = Guest(tty, Stopwatch(parent))
     longest = Longest(0.0, 0.0, 0)
     while True:

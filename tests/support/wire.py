@@ -1,4 +1,4 @@
-"""A guest that is a Linux network stack: a namespace whose only interface is wired to a tap of the host."""
+"""A guest made of a Linux network stack: a namespace whose only interface is connected to a tap of the host."""
 
 import contextlib
 import os
@@ -15,7 +15,7 @@ FRAME_MAX = 1 << 17
 
 
 class Runner:
-    """A context manager with a thread, which ends when `ending` can be read."""
+    """A context manager with a thread that ends when `ending` is readable."""
 
     def __init__(self, name: str) -> None:
         self.ending = os.eventfd(0, os.EFD_CLOEXEC)
@@ -34,19 +34,19 @@ class Runner:
         self.close()
 
     def run(self) -> None:
-        """Be the thread."""
+        """The thread's work."""
         raise NotImplementedError
 
     def close(self) -> None:
-        """Let go of what the thread had."""
+        """Close the thread's descriptors."""
         raise NotImplementedError
 
 
 class KernelGuest(Runner):
-    """The stack at the other end of a tap; the thread carries the frames."""
+    """The network stack at the other end of a tap.  The thread carries the frames."""
 
     def __init__(self, fd: int, lladdr: bytes, address: str, router: str) -> None:
-        """`fd` is the device's end of the host's tap, and `address` has the length of its network."""
+        """`fd` is the device's end of the host's tap.  `address` includes the prefix length."""
         self.network = Network()
         self.card = TapInterface(self.network, "eth0")
         self.card.set("down")
@@ -58,7 +58,7 @@ class KernelGuest(Runner):
         super().__init__("wire")
 
     def close(self) -> None:
-        """Unplug the card, and have the network go."""
+        """Close the interface and the network."""
         self.card.close()
         self.network.__exit__(None, None, None)
 
@@ -73,16 +73,16 @@ class KernelGuest(Runner):
             if self.ending in ready:
                 return
             for fd in ready:
-                with contextlib.suppress(BlockingIOError, OSError):  # an interface that is down takes nothing
+                with contextlib.suppress(BlockingIOError, OSError):  # an interface that is down accepts no frames
                     os.write(other[fd], os.read(fd, FRAME_MAX))
 
     def listen(self, port: int, kind: socket.SocketKind = socket.SOCK_STREAM) -> "Server":
-        """Serve a port: whoever asks is told who they are."""
+        """Serve a port: each client is sent its own address."""
         return Server(self.network, port, kind)
 
 
 class Server(Runner):
-    """Tells everybody which address they come from."""
+    """Sends each client the address from which it connects."""
 
     def __init__(self, network: Network, port: int, kind: socket.SocketKind) -> None:
         self.socket = network.socket(socket.AF_INET, kind)
@@ -93,11 +93,11 @@ class Server(Runner):
         super().__init__(f"port {port}")
 
     def close(self) -> None:
-        """Give the port back."""
+        """Close the port."""
         self.socket.close()
 
     def run(self) -> None:
-        """Answer."""
+        """Answer clients."""
         poll = select.poll()
         poll.register(self.socket, select.POLLIN)
         poll.register(self.ending, select.POLLIN)
@@ -112,7 +112,7 @@ class Server(Runner):
 
 
 def ask(network: Network, address: str, port: int, kind: socket.SocketKind = socket.SOCK_STREAM) -> str:
-    """Return who a `Server` says that we are, asked from a network; raises OSError if nobody is there."""
+    """Ask a `Server` from a network; return the address that it sees.  Raises OSError if no server answers."""
     with network.socket(socket.AF_INET, kind) as client:
         client.settimeout(DEADLINE_S)
         client.connect((address, port))
