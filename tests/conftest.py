@@ -1,4 +1,4 @@
-"""Which tests run on this host, where, and what is said about those that do not."""
+"""Chooses the tests that run on this host, and where they run, and reports those that do not run."""
 
 import compileall
 import gc
@@ -14,11 +14,11 @@ from tests.l1.sessions import InsideL1, OutsideL1
 from tests.support.linux import LinuxGuest, linux_guest
 
 KVM = Path("/dev/kvm")
-SOFTWARE_KVM = Path("/sys/module/kvm_pvm")  # interprets guest kernels, and boots no stock one
+SOFTWARE_KVM = Path("/sys/module/kvm_pvm")  # this KVM interprets guest kernels, and cannot boot stock kernels
 SHOWN_LINES = 60
 
 REAL = pytest.StashKey[frozenset[str]]()  # the tests marked `l1`
-DONE = "done"  # name of a property of a test: what it says of itself when it has passed
+DONE = "done"  # name of a test's property: the text that is shown if the test has passed
 NOT_RUN = pytest.StashKey[dict[str, int]]()  # reason -> number of tests
 
 
@@ -37,14 +37,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """Decide where the tests marked `l1` run: here if KVM is the hardware's, else in the emulated machine."""
-    # No time is asserted, and the fast tier is the same each time: what random examples find the deep one finds.
+    """Decide where the tests marked `l1` run: here if KVM uses hardware, else in the emulated machine."""
+    # No time is asserted.  The fast tier runs the same examples each time; only the deep tier tries random ones.
     deep = bool(config.getoption("--deep"))
     settings.register_profile("vmd", deadline=None, derandomize=not deep, suppress_health_check=[HealthCheck.too_slow])
     settings.load_profile("vmd")
     config.stash[REAL] = frozenset()
     config.stash[NOT_RUN] = {}
-    # A run in the background may have been told to ignore them, which the programs under test would inherit.
+    # A run in the background may ignore these signals, and the programs under test would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     inside = config.getoption("--inside-l1")
@@ -55,7 +55,7 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(OutsideL1(config), "outside-l1")
     two.configure(config)
     if config.option.two and not config.option.second:
-        # Tests of one process copy our sources, where programs of the other one would now write what they compile.
+        # Tests in one process copy our sources, while programs of the other process would write byte code there.
         for program in ("vmd", "vmctl", "tools"):
             compileall.compile_dir(config.rootpath / program, quiet=2)
 
@@ -67,14 +67,14 @@ def emulated() -> bool:
 
 @pytest.fixture(autouse=True, scope="session")
 def _state_directory(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Let no daemon of ours keep anything where the one of this host does."""
+    """Give the tests' daemons another state directory than that of this host's daemon."""
     os.environ["STATE_DIRECTORY"] = str(tmp_path_factory.mktemp("state"))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what was not asked for, skip what cannot run, and put the real guests last."""
+    """Deselect tests that were not asked for, skip tests that cannot run here, and put the real guests last."""
     soak, deep = config.getoption("--soak"), config.getoption("--deep")
-    apart = emulated() and config.option.second  # the first process answers for the emulated machine
+    apart = emulated() and config.option.second  # the first process reports for the emulated machine
     left_out = []
     for item in list(items):
         marks = {mark.name for mark in item.iter_markers()}
@@ -92,24 +92,24 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         missing["root"] = "not root"
     for item in items:
         if outside and item.nodeid in real:
-            continue  # what that machine lacks is found out in there
+            continue  # the same check runs inside that machine
         reason = next((why for marker, why in missing.items() if item.get_closest_marker(marker)), None)
         if reason is not None:
             item.add_marker(pytest.mark.skip(reason=reason))
             config.stash[NOT_RUN][reason] = config.stash[NOT_RUN].get(reason, 0) + 1
-    # Two processes begin with what mostly waits: the emulated machine takes a processor for the first minutes.
+    # Two processes begin with tests that mostly wait, since the emulated machine uses a processor for some minutes.
     mixed = config.option.two
     items.sort(key=lambda item: (item.nodeid in real, mixed and item.path.parent.name != "process"))
 
 
 def pytest_collection_finish() -> None:
-    """Take what was collected out of the garbage collector's sight, which would look at a million objects each time."""
+    """Exclude the collected tests, a million objects, from garbage collection."""
     gc.collect()
     gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Show what real guests said, and loudly what was not tested."""
+    """Show what real guests printed, and in red what was not tested."""
     real = [report for report in terminalreporter.getreports("passed") if report.nodeid in config.stash[REAL]]
     if real:
         where = "inside the emulated machine" if config.pluginmanager.has_plugin("outside-l1") else "here"
@@ -132,5 +132,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 @pytest.fixture(scope="session")
 def linux() -> LinuxGuest:
-    """A stock Linux guest; see `tools/guest-init` for what it can be told to do."""
+    """A stock Linux guest.  `tools/guest-init` describes its commands."""
     return linux_guest()

@@ -1,4 +1,4 @@
-"""Citations lead somewhere: numbers to a section, names to a file, standards to the list of them.
+"""Citations are valid: numbers name a section, names a file, and standards are in the list of standards.
 
 A citation is one of
 
@@ -23,7 +23,7 @@ PLACES = (
     "bench", "completions", "debian", "docs", "etc", "fleet", "fuzz", "guests", "man", "mutants", "tests", "tools",
     "vmctl", "vmd",
 )  # fmt: skip
-# What was, in CHANGELOG.md, need not be there any more.
+# CHANGELOG.md may name files that no longer exist.
 HANDBOOK = sorted(path for path in (*ROOT.glob("*.md"), *DOCS.glob("*.md")) if path.name != "CHANGELOG.md")
 
 NUMBER = r"\d+(?:\.\d+)?"
@@ -32,7 +32,7 @@ SHORT = re.compile(rf"\b(cat\.|[Hh]ostile(?:[- ]input)?|arch\.) ({NUMBERS})", re
 LONG = re.compile(rf"\bdocs/([\w-]+\.md) ({NUMBERS})")
 FILE = re.compile(r"\b(?:docs/[\w.-]+\.(?:md|json)|[A-Z]{4,}\.md)\b")
 HEADING = re.compile(rf"^(?:#{{2,3}} )?({NUMBER})\.? ", re.MULTILINE)
-# Written apart, so that this file does not find itself.
+# Written in parts, so that this file does not match its own pattern.
 NOT_HERE = re.compile(
     r"\b(?:DES" r"IGN \d|STY" r"LE \d|linux-no" r"tes\b|guests\.m" r"d\b|vmd-cata" r"logue\b|field-rep" r"orts\b)"
 )
@@ -41,8 +41,8 @@ STANDARD = re.compile(
     r"|System V ABI|api\.rst)(?![\w-])"
 )
 PATH = re.compile(r"`([\w.-]+(?:/[\w.-]+)*/?[\w-]*\.(?:py|md|json|conf|service))`")
-NO_STANDARD = {"virtio 2.0"}  # a test's wrong value
-OF_USERS = {"vm.conf"}  # files that vmd reads, and that are not in the checkout
+NO_STANDARD = {"virtio 2.0"}  # a deliberately wrong value in a test
+OF_USERS = {"vm.conf"}  # files of users, which are not in the checkout
 ROOTS = ("", "vmd", "vmd/devices", "vmctl", "tests", "tests/process", "tests/unit")
 
 
@@ -58,14 +58,14 @@ class Place(NamedTuple):
 
 
 def files() -> list[Path]:
-    """Return every text file of ours in the checkout; golden files are what they are."""
+    """Return every text file of ours in the checkout, without golden files."""
     found = [path for path in ROOT.iterdir() if path.is_file() and path.suffix in (".md", ".toml", ".example", "")]
     found += [path for place in PLACES for path in Path(ROOT, place).rglob("*") if path.is_file()]
     return sorted(path for path in found if not {"golden", "__pycache__"}.intersection(path.parts))
 
 
 def lines(paths: list[Path]) -> Iterator[Place]:
-    """Give each line, joined with the next one where a citation may go on there."""
+    """Yield each line, joined with the next one if a citation may continue there."""
     for path in paths:
         text = path.read_bytes().decode(errors="replace").splitlines()
         for number, line in enumerate(text, 1):
@@ -86,7 +86,7 @@ def sections(document: str) -> set[str]:
 
 
 def numbers(text: str) -> list[str]:
-    """Return the numbers that a citation means: `1-3, 6` is 1, 2, 3 and 6; of `2.3 - 2.5` the two ends."""
+    """Return the numbers that a citation means: for `1-3, 6` 1, 2, 3 and 6, for `2.3 - 2.5` both ends."""
     found: list[str] = []
     for part in re.split(r", and |, | and ", text):
         first, _, last = (each.strip() for each in part.partition("-"))
@@ -98,7 +98,7 @@ def numbers(text: str) -> list[str]:
 
 
 def cited(place: Place) -> Iterator[tuple[str, str]]:
-    """Give each section that a line cites, with its document."""
+    """Yield each section that a line cites, with its document."""
     for word, text in SHORT.findall(place.text):
         document = DOCUMENTS["hostile" if word.lower().startswith("hostile") else word.lower()]
         yield from ((document, number) for number in numbers(text))
@@ -107,7 +107,7 @@ def cited(place: Place) -> Iterator[tuple[str, str]]:
 
 
 def test_sections_that_are_cited_are_there(places: list[Place]) -> None:
-    """In the document that the citation means."""
+    """Each cited section is in its document."""
     known = {path.name: sections(path.name) for path in DOCS.glob("*.md")}
     missing = [
         f"{place}: there is no {number} in docs/{document}"
@@ -119,7 +119,7 @@ def test_sections_that_are_cited_are_there(places: list[Place]) -> None:
 
 
 def test_documents_that_are_named_are_there(places: list[Place]) -> None:
-    """And none is named that is not in this tree."""
+    """Each named document is in this tree."""
     missing = [
         f"{place}: there is no {name}"
         for place in places
@@ -132,7 +132,7 @@ def test_documents_that_are_named_are_there(places: list[Place]) -> None:
 
 @pytest.mark.parametrize("document", HANDBOOK, ids=lambda path: path.name)
 def test_files_that_documents_name_are_there(document: Path) -> None:
-    """A path in backquotes is below the checkout, or below `vmd` and the like; a name alone is anywhere."""
+    """A path in backquotes is below the checkout, `vmd` or `vmd/devices`.  A bare name may be anywhere."""
     anywhere = OF_USERS | {path.name for path in files()}
     missing = [
         f"{place}: there is no {name}"
@@ -144,7 +144,7 @@ def test_files_that_documents_name_are_there(document: Path) -> None:
 
 
 def test_standards_that_are_cited_are_listed(places: list[Place]) -> None:
-    """With title and year, in docs/standards.md."""
+    """docs/standards.md lists each cited standard, with title and year."""
     listed = set(re.findall(r"^\| ([^|`]+?) \|", (DOCS / "standards.md").read_text(), re.MULTILINE))
     missing = {
         f"{place}: {name} is not in docs/standards.md"
@@ -156,7 +156,7 @@ def test_standards_that_are_cited_are_listed(places: list[Place]) -> None:
 
 
 def test_hostile_input_is_tried(places: list[Place]) -> None:
-    """Each number has a test that cites it, unless the document says that vmd has nothing of the kind."""
+    """A test cites each number, unless the document says that it does not apply to vmd."""
     tested = {
         number
         for place in places

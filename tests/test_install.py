@@ -1,4 +1,4 @@
-"""`make install` leaves programs that run from where it put them, and needs nothing for it that it does not have."""
+"""`make install` installs programs that run from their installed place, and needs no downloads for it."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ from tests.support.hostnet import NetDaemon, ours
 from tests.support.network import Network
 
 ROOT = Path(__file__).resolve().parent.parent
-# What an installation did once, and is not to do again where the three modules are there.
+# Programs that an installation must not run if the three modules are there.
 UNWANTED = ("apt-get", "pip", "pip3", "pipx", "sudo", "gcc", "cc", "git", "curl")
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(300)]
@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.root, pytest.mark.timeout(300)]
 
 def make(rule: str, *variables: str, path: str = os.environ["PATH"]) -> subprocess.CompletedProcess[str]:
     """Run a rule of this checkout's Makefile."""
-    # MAKEFLAGS and its like would carry the options of a make that runs the tests.
+    # MAKEFLAGS and similar variables would pass on the options of a make that runs the tests.
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS", "VIRT"))}
     return subprocess.run(
         ["make", rule, *variables], cwd=ROOT, env={**environment, "PATH": path, "LC_ALL": "C"},
@@ -29,20 +29,20 @@ def make(rule: str, *variables: str, path: str = os.environ["PATH"]) -> subproce
 
 
 def must(rule: str, *variables: str) -> None:
-    """Run a rule that has to succeed."""
+    """Run a rule of the Makefile, which must succeed."""
     done = make(rule, *variables)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def run(program: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run an installed program far from the checkout."""
+    """Run an installed program outside of the checkout."""
     return subprocess.run(
         [program, *arguments], cwd="/", env={"PATH": os.environ["PATH"]}, capture_output=True, text=True, check=False
     )
 
 
 def test_installed_programs_run_and_are_removed(tmp_path: Path) -> None:
-    """Neither pip, nor apt, nor the checkout is needed, and uninstall takes back every file."""
+    """They need no pip, no apt and no checkout, and uninstall removes every file."""
     tripwires = tmp_path / "bin"
     tripwires.mkdir()
     for name in UNWANTED:
@@ -74,7 +74,7 @@ def test_installed_programs_run_and_are_removed(tmp_path: Path) -> None:
 
 
 def test_installation_for_a_package_stays_below_destdir(tmp_path: Path) -> None:
-    """Nothing names the staging directory, and a failure leaves none of it."""
+    """No installed file contains the name of the staging directory, and a failure leaves nothing there."""
     (tmp_path / "full").touch()
 
     failed = make("install", "PREFIX=/usr", f"DESTDIR={tmp_path}/full")
@@ -88,7 +88,7 @@ def test_installation_for_a_package_stays_below_destdir(tmp_path: Path) -> None:
 
 
 class InstalledDaemon(NetDaemon):
-    """A daemon that `make install` has put below a prefix."""
+    """A daemon that `make install` has installed below a prefix."""
 
     def __init__(self, directory: Path, network: Network, conf: str, prefix: Path) -> None:
         super().__init__(directory, network, conf)
@@ -99,7 +99,7 @@ class InstalledDaemon(NetDaemon):
 
 @pytest.fixture
 def network() -> Iterator[Network]:
-    """Give an empty network; afterwards nothing of ours is left in it."""
+    """Yield an empty network.  Check at the end that vmd has left nothing in it."""
     with Network() as made:
         yield made
         assert ours(made) == []
@@ -108,7 +108,7 @@ def network() -> Iterator[Network]:
 @pytest.mark.deep
 @pytest.mark.kvm
 def test_an_installation_does_not_touch_a_daemon_that_runs(network: Network, tmp_path: Path) -> None:
-    """It goes on with the code it has loaded, starts VMs, and is served by the new vmctl; so after an uninstall."""
+    """The daemon continues with its loaded code, starts VMs, and obeys the new vmctl, also after an uninstall."""
     prefix = tmp_path / "prefix"
     must("install", f"PREFIX={prefix}")
     vm = f'vm "%s" {{\n\tdisable\n\tmemory 32M\n\tboot "{guest("demo")}"\n\tlocal interface\n}}\n'

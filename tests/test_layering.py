@@ -1,7 +1,7 @@
 """Imports are privileges: a process that has loaded a parser can be made to run it.
 
-What each process holds is taken from a fresh interpreter that imports the process's own modules and nothing
-else, so it is what `sys.modules` really has, however it got there.  Modules are found by listing the tree.
+For each kind of process, a fresh interpreter imports only the process's own modules.  `sys.modules` then shows all
+modules that the process has loaded, including indirect imports.  Modules are found by listing the tree.
 """
 
 import ast
@@ -22,7 +22,7 @@ from vmd.privsep.confine import CODECS
 ROOT = Path(__file__).resolve().parent.parent
 SITE = sysconfig.get_path("purelib")
 
-# -I and -S as in our own children: what site and .pth files load is not the process's doing.
+# -I and -S as in our own children: the site module and .pth files would load further modules.
 PROBE = """
 import sys
 root, site, *modules = sys.argv[1:]
@@ -37,7 +37,7 @@ print(json.dumps({
 }))
 """
 
-THIRD_PARTY = {  # whoever is not named here has none
+THIRD_PARTY = {  # processes that are not listed have none
     "parent": {"msgpack"},
     "control": {"msgpack"},
     "priv": {"msgpack", "pyroute2"},
@@ -53,16 +53,16 @@ THIRD_PARTY = {  # whoever is not named here has none
     "vmctl": {"msgpack"},
 }
 HOMES = {"msgpack": "vmd/ipc/packing.py", "pyroute2": "vmd/priv/netlink.py"}
-# Who may hold what several processes share and not all may; "device" is every device process.
+# The processes that may load modules which several, but not all, processes share.  "device" is every device process.
 SHARED = {
     "vmd.config.lexer": {"parent"},
     "vmd.config.grammar": {"parent"},
     "vmd.config.yacc": {"parent"},
-    "vmd.diskfs": {"imgboot"},  # it reads what guests have written, by the page
+    "vmd.diskfs": {"imgboot"},  # reads data that guests have written, page by page
     "vmd.images": {"device", "imgboot", "imgprobe", "imgwriter", "vmctl"},
-    "vmd.files": {"opener", "parent"},  # of the parent's only `examine` opens files, for `vmd -n`
+    "vmd.files": {"opener", "parent"},  # in the parent only `examine` opens files, for `vmd -n`
     "vmd.kvmapi": {"vm"},
-    # What reads and makes the texts of a seed; its parts and the rules of single words are for all who pass them on.
+    # These read and make the texts of a seed.  The parts of a seed and the rules of single words are for all processes.
     "vmd.seed.documents": {"seeder"},
     "vmd.seed.iso": {"seeder"},
     "vmd.seed.keys": {"seeder"},
@@ -70,7 +70,7 @@ SHARED = {
     "vmd.virtio": {"vm", "device"},
     "vmd.ipc.imsg": {*THIRD_PARTY},
 }
-# ... and the parts of it that harm nobody, for they read nothing.
+# Exceptions inside those packages: these modules parse nothing.
 HARMLESS = {name: {"vmd.images", "vmd.images.locks", "vmd.images.names"} for name in ("opener", "parent", "lockholder")}
 VMCTL_MAY_HOLD = (
     "vmctl", "vmd.client", "vmd.ipc", "vmd.config.model", "vmd.config.rules", "vmd.images", "vmd.errors", "vmd.fileid",
@@ -79,19 +79,19 @@ VMCTL_MAY_HOLD = (
     "vmd.version",
 )  # fmt: skip
 OF_SEVERAL_BORDERS = {"vmd.ipc.messages.children", "vmd.ipc.messages.shared"}
-# Each costs every VM milliseconds of start-up or megabytes of memory.
+# Each of these costs every VM milliseconds at start-up or megabytes of memory.
 TOO_HEAVY = {
     "argparse", "asyncio", "ast", "contextlib", "ctypes", "dataclasses", "inspect", "logging", "re", "selectors",
     "socket", "subprocess", "typing",
 }  # fmt: skip
-# ... and these cost each process of it a millisecond or some hundred KiB that a smaller module does without: `_heapq`,
+# Each of these costs a process of a VM a millisecond or some hundred KiB.  Smaller modules replace them: `_heapq`,
 # `_collections`, `vmd.enums`, `vmd.signals`, `vmd.threads`, `vmd.ipc.sockets`, `vmd.ipc.rights`.
 TOO_HEAVY_FOR_VMS = {"array", "collections", "enum", "functools", "heapq", "signal", "socket", "threading", "types"}
-# What `posix` has is enough of `os` for devices, and takes 0.24 MiB less; so it is with `_stat`.
+# Devices need only the part of `os` that `posix` has, which takes 0.24 MiB less.  The same holds for `_stat`.
 TOO_HEAVY_FOR_DEVICES = TOO_HEAVY_FOR_VMS | {"os", "stat"}
 
-# What makes enumerations takes 4 ms of every start; `vmd.enums`, `vmd.signals` and `vmd.ipc.sockets` do without.
-# The exceptions start once with the daemon, or load it with what they need (`re`).
+# Making enumerations takes 4 ms at every start.  `vmd.enums`, `vmd.signals` and `vmd.ipc.sockets` avoid it.
+# The exceptions start only once, with the daemon, or need a module that loads it (`re`).
 SLOW_TO_START = {"enum", "signal", "socket"}
 MAY_BE_SLOW = {"parent", "priv", "metrics", "agentx", "seeder"}
 QUICK_COMMANDS = ("start", "stop", "console", "status", "wait", "pause", "unpause")
@@ -110,13 +110,13 @@ class Process(NamedTuple):
 
 
 class Held(NamedTuple):
-    """What an interpreter has loaded."""
+    """The modules that an interpreter has loaded."""
 
     modules: tuple[str, ...]
     third_party: frozenset[str]
 
     def below(self, *prefixes: str) -> set[str]:
-        """Return the loaded modules that are, or are inside, one of some packages."""
+        """Return the loaded modules that are one of these packages, or inside one."""
         return {name for name in self.modules if any(within(name, prefix) for prefix in prefixes)}
 
 
@@ -126,13 +126,13 @@ def within(name: str, package: str) -> bool:
 
 
 def modules_in(folder: str) -> tuple[str, ...]:
-    """Return the names of all modules below a folder, without the empty package files."""
+    """Return the names of all modules below a folder, without the empty `__init__.py` files."""
     paths = sorted(Path(ROOT, folder).rglob("*.py"))
     return tuple(".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths if path.name != "__init__.py")
 
 
 def processes() -> list[Process]:
-    """Return every process whose code is there."""
+    """Return every kind of process."""
     found = [
         Process(name, name, modules_in(f"vmd/{name}"))
         for name in (
@@ -160,7 +160,7 @@ of_each_vm = pytest.mark.parametrize(
 
 @functools.cache
 def loaded_by(modules: tuple[str, ...]) -> Held:
-    """Return what a fresh interpreter holds after importing some modules."""
+    """Return the modules that a fresh interpreter has loaded after importing some modules."""
     done = subprocess.run(
         [sys.executable, "-I", "-S", "-c", PROBE, str(ROOT), SITE, *modules],
         capture_output=True, text=True, check=False,
@@ -182,7 +182,7 @@ def test_process_holds_no_other_process(process: Process) -> None:
 
 @of_each_process
 def test_process_holds_only_its_third_party_packages(process: Process) -> None:
-    """The parser is the parent's, netlink is priv's, and devices have the standard library."""
+    """Only the parent has the parser generator, only priv has netlink, and devices have only the standard library."""
     held = loaded_by(process.modules)
 
     assert held.third_party <= THIRD_PARTY.get(process.kind, set())
@@ -190,7 +190,7 @@ def test_process_holds_only_its_third_party_packages(process: Process) -> None:
 
 @of_each_process
 def test_process_holds_only_what_is_shared_with_it(process: Process) -> None:
-    """Code that several processes share is not for all of them."""
+    """Modules of SHARED are only in the processes that are listed there."""
     held = loaded_by(process.modules)
 
     not_for_it = [package for package, holders in SHARED.items() if process.kind not in holders]
@@ -200,7 +200,7 @@ def test_process_holds_only_what_is_shared_with_it(process: Process) -> None:
 
 @of_each_process
 def test_a_process_knows_the_messages_of_its_own_borders(process: Process) -> None:
-    """All that it sends, passes on or is sent; and it imports no border at which it has nothing to say."""
+    """It has all messages that it sends, forwards or receives, and imports the messages of no other border."""
     proc = Proc.__members__.get({"vmctl": "client"}.get(process.title, process.title).upper())
     held = loaded_by(process.modules)
 
@@ -214,7 +214,7 @@ def test_a_process_knows_the_messages_of_its_own_borders(process: Process) -> No
 
 @of_each_vm
 def test_vm_and_device_processes_import_little(process: Process) -> None:
-    """A host runs hundreds of them, and a VM waits for all of its own; what starts them is counted, too."""
+    """A host runs hundreds of them, and a VM waits for all of its own.  The code that starts them counts, too."""
     held = loaded_by(("vmd.privsep.start", *process.modules))
 
     assert (TOO_HEAVY | TOO_HEAVY_FOR_VMS) & set(held.modules) == set()
@@ -222,7 +222,7 @@ def test_vm_and_device_processes_import_little(process: Process) -> None:
 
 @pytest.mark.parametrize("process", [p for p in PROCESSES if p.kind == "device"], ids=lambda process: process.title)
 def test_device_processes_import_less(process: Process) -> None:
-    """A VM has several of them."""
+    """A VM has several device processes."""
     held = loaded_by(("vmd.privsep.start", *process.modules))
 
     assert TOO_HEAVY_FOR_DEVICES & set(held.modules) == set()
@@ -232,7 +232,7 @@ def test_device_processes_import_less(process: Process) -> None:
     "process", [p for p in PROCESSES if p.kind not in {*MAY_BE_SLOW, "vmctl"}], ids=lambda process: process.title
 )
 def test_what_starts_again_and_again_makes_no_enumerations(process: Process) -> None:
-    """Somebody waits for each of these starts."""
+    """A user waits for each start of such a process."""
     held = loaded_by(process.modules)
 
     assert SLOW_TO_START & set(held.modules) == set()
@@ -240,14 +240,14 @@ def test_what_starts_again_and_again_makes_no_enumerations(process: Process) -> 
 
 @pytest.mark.parametrize("command", QUICK_COMMANDS)
 def test_commands_of_every_day_make_no_enumerations(command: str) -> None:
-    """Most of the time of a command is the time until it can ask."""
+    """A command spends most of its time until it can send its request."""
     held = loaded_by(("vmctl.__main__", f"vmctl.commands.{command}"))
 
     assert SLOW_TO_START & set(held.modules) == set()
 
 
 def test_priv_holds_a_part_of_pyroute2() -> None:
-    """The whole has a database of interfaces and more, which would double the time until a daemon is there."""
+    """All of pyroute2 has a database of interfaces and more, which would double the start-up time of the daemon."""
     held = loaded_by(("vmd.priv.main",))
 
     assert "pyroute2.iproute.linux" in held.modules
@@ -255,21 +255,21 @@ def test_priv_holds_a_part_of_pyroute2() -> None:
 
 
 def test_a_raw_disk_holds_no_other_format() -> None:
-    """Its process cannot be made to parse what it has not, and there are more raw disks than others."""
+    """The process of a raw disk cannot be made to parse other formats, and raw disks are the most frequent."""
     held = loaded_by(("vmd.devices.vioblk.raw",))
 
     assert held.below("vmd.images.qcow2", "vmd.images.header", "vmd.images.refcounts", "vmd.images.chain") == set()
 
 
 def test_streamprobe_holds_little_of_a_vm() -> None:
-    """A stream may be anybody's, and whoever receives a VM waits until its beginning was read."""
+    """A stream may be from anybody.  A client that receives a VM waits for streamprobe."""
     held = loaded_by(("vmd.vm.streamprobe",))
 
     assert held.below("vmd.kvmapi", "vmd.guestmem", "vmd.vm.chips", "vmd.vm.machine", "vmd.vm.state") == set()
 
 
 def test_kvmapi_stands_alone() -> None:
-    """It could be lifted out: the standard library and itself, with its share of ctypes."""
+    """Other programs could use it: it imports only the standard library and itself, with its part of ctypes."""
     held = loaded_by(modules_in("vmd/kvmapi"))
 
     assert held.below("vmd") - held.below("vmd.kvmapi") == {"vmd", "vmd.native", "vmd.signals"}
@@ -277,7 +277,7 @@ def test_kvmapi_stands_alone() -> None:
 
 
 def test_readers_of_file_systems_stand_alone() -> None:
-    """They read what guests have written: whoever takes them over finds nothing else there."""
+    """They read data that guests have written.  An attacker who takes them over finds no other code there."""
     held = loaded_by(modules_in("vmd/diskfs"))
 
     assert held.below("vmd") - held.below("vmd.diskfs") == {"vmd", "vmd.errors", "vmd.record", "vmd.units"}
@@ -286,7 +286,7 @@ def test_readers_of_file_systems_stand_alone() -> None:
 
 
 def test_vmctl_holds_what_it_talks_and_nothing_of_the_daemon() -> None:
-    """What it parses comes from a less interesting place than what the daemon holds, so it stays small."""
+    """Of the daemon it loads only the modules of VMCTL_MAY_HOLD."""
     modules = modules_in("vmctl")
     held = loaded_by(modules)
 
@@ -296,7 +296,7 @@ def test_vmctl_holds_what_it_talks_and_nothing_of_the_daemon() -> None:
 
 
 def test_the_client_library_needs_nothing_of_vmctl_or_the_daemon() -> None:
-    """Other programs import it alone."""
+    """Other programs import only this library."""
     held = loaded_by(("vmd.client",))
 
     talks = {"vmd.client", "vmd.config.model", "vmd.enums", "vmd.errors", "vmd.record", "vmd.units", "vmd.version"}
@@ -311,7 +311,7 @@ def sources() -> list[Path]:
 
 
 def imports(tree: ast.AST) -> set[str]:
-    """Return the modules that a piece of code names in its import statements."""
+    """Return the modules that the import statements of some code name."""
     names: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -323,7 +323,7 @@ def imports(tree: ast.AST) -> set[str]:
 
 @pytest.mark.parametrize(("package", "home"), HOMES.items())
 def test_third_party_package_has_one_home(package: str, home: str) -> None:
-    """Whoever wants another package's services asks the module that wraps it."""
+    """Only one module, its wrapper, imports a third-party package."""
     users = [
         str(path.relative_to(ROOT))
         for path in sources()
@@ -334,9 +334,9 @@ def test_third_party_package_has_one_home(package: str, home: str) -> None:
 
 
 def test_processes_import_nothing_later() -> None:
-    """Once confined, a process can open no module."""
-    # The first chooses a process; the second's imports are what it does before the door is shut.
-    # The last is in no process of the daemon.
+    """A confined process cannot open the file of a module."""
+    # The first one chooses a process.  The second one imports before the process is confined.
+    # The last one is in no process of the daemon.
     exempt = {ROOT / "vmd/__main__.py", ROOT / "vmd/privsep/confine.py", ROOT / "vmd/client.py"}
     late = [
         f"{path.relative_to(ROOT)}:{node.lineno}"
@@ -352,7 +352,7 @@ def test_processes_import_nothing_later() -> None:
 
 
 def test_no_codec_is_looked_for_too_late() -> None:
-    """A process that is confined can open no module of another codec: who needs one has imported it."""
+    """A confined process cannot open the module of a codec, so it must have imported the codecs that it needs."""
     late = []
     for path in (ROOT / "vmd").rglob("*.py"):
         text = path.read_text()
@@ -366,7 +366,7 @@ def test_no_codec_is_looked_for_too_late() -> None:
 
 
 def imports_of(path: Path) -> set[str]:
-    """Return the modules of the same folder that a module names in an import, for type checkers included."""
+    """Return the modules of the same folder that a module imports, including imports for type checkers."""
     folder = ".".join(path.relative_to(ROOT).parent.parts)
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -379,7 +379,7 @@ def imports_of(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("folder", ["vmd/parent", "vmd/vm", "vmd/vm/boot", "vmd/vm/chips"])
 def test_no_module_needs_itself(folder: str) -> None:
-    """What a module leans on does not lean on it: one that is in a circle is understood only with all the others."""
+    """Imports have no cycles.  A module in a cycle can only be understood together with the others."""
     left = {path.stem: imports_of(path) for path in (ROOT / folder).glob("*.py")}
     left = {module: needs & set(left) for module, needs in left.items()}
 

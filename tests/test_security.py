@@ -1,4 +1,4 @@
-"""docs/security.md: a test stands behind each statement, and all that are named are there."""
+"""docs/security.md: each statement names a test, and all named tests exist."""
 
 import re
 from collections.abc import Iterator
@@ -7,12 +7,12 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 DOCUMENT = HERE.parent / "docs" / "security.md"
 NAMED = re.compile(r"`(test_\w+(?:\.py)?)`")
-IN_A_FILE = re.compile(r"`(test_\w+\.py)`: ((?:`test_\w+`(?:, )?)+)")  # which names stand behind that of a file
+IN_A_FILE = re.compile(r"`(test_\w+\.py)`: ((?:`test_\w+`(?:, )?)+)")  # a file name and the names of its tests
 DEFINED = re.compile(r"^def (test_\w+)\(", re.MULTILINE)
 
 
 def defined() -> dict[str, set[str]]:
-    """Return the tests of all files of a name."""
+    """Return the names of tests by file name."""
     found: dict[str, set[str]] = {}
     for path in HERE.rglob("test_*.py"):
         found.setdefault(path.name, set()).update(DEFINED.findall(path.read_text()))
@@ -29,7 +29,7 @@ def statements() -> Iterator[str]:
 
 
 def test_the_tests_that_are_named_are_there() -> None:
-    """Each of them, and in the file that is named before them."""
+    """Each named test exists, in the file that is named before it."""
     text, found = " ".join(DOCUMENT.read_text().split()), defined()
     known = {*found, *(name for names in found.values() for name in names)}
     assert [name for name in NAMED.findall(text) if name not in known] == []
@@ -39,5 +39,5 @@ def test_the_tests_that_are_named_are_there() -> None:
 
 
 def test_each_statement_has_a_test() -> None:
-    """One that nothing holds is a wish."""
+    """A statement without a test would be only a wish."""
     assert [statement for statement in statements() if not NAMED.search(statement)] == []

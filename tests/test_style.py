@@ -1,4 +1,4 @@
-"""The linters, and the rules of this code that no linter knows."""
+"""Runs the linters, and checks rules of this code that no linter knows."""
 
 import ast
 import re
@@ -13,12 +13,12 @@ PLACES = ("vmd", "vmctl", "tests", "bench", "fleet", "fuzz", "mutants", "tools")
 CODE = [name for name in PLACES if any(Path(ROOT, name).rglob("*.py"))]
 TEXT = (*CODE, "man", "etc", "guests", "Makefile", "pyproject.toml", "README.md", "vm.conf.example")
 PAGES = sorted(Path(ROOT, "man").glob("*.[1-9]"))
-# Written apart, so that this file does not find itself.
+# Written in parts, so that this file does not match its own pattern.
 UNFINISHED = re.compile(r"\b(TO" r"DO|FIX" r"ME)\b")
 
 
 def files(*names: str, suffix: str = "") -> list[Path]:
-    """Return the files below some of the checkout's folders, which may also be files themselves."""
+    """Return the files below some of the checkout's folders.  A name may also be a file."""
     roots = [ROOT / name for name in names]
     found = [root for root in roots if root.is_file()]
     found += [path for root in roots for path in root.rglob("*") if path.is_file()]
@@ -26,43 +26,43 @@ def files(*names: str, suffix: str = "") -> list[Path]:
 
 
 def check(*command: str) -> None:
-    """Fail with what a program has to complain about."""
+    """Run a checker.  Fail with its output if it complains."""
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         pytest.fail(f"{done.stdout}{done.stderr}", pytrace=False)
 
 
 def test_ruff_is_content() -> None:
-    """The rules are those of pyproject.toml."""
+    """Ruff has no complaints, with the rules of pyproject.toml."""
     check(sys.executable, "-m", "ruff", "check", "--quiet", *CODE)
 
 
 @pytest.mark.timeout(600)
 def test_mypy_is_content() -> None:
-    """Strict, tests included."""
+    """Mypy has no complaints in strict mode, also about the tests."""
     check(sys.executable, "-m", "mypy", "--no-error-summary", *CODE)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_manual_page_is_well_formed(page: Path) -> None:
-    """Nothing at the level of a warning or above."""
+    """The checker gives no warnings or errors."""
     check("mandoc", "-Tlint", "-Wwarning", str(page))
 
 
 def shell_scripts() -> list[Path]:
-    """Return every script, by its first line."""
+    """Return every shell script, recognised by its first line."""
     found = files("tools", "tests", "etc", ".ci")
     return sorted(path for path in found if re.match(rb"#!.*(ba|busybox )?sh\n", path.read_bytes()[:40]))
 
 
 @pytest.mark.parametrize("script", shell_scripts(), ids=lambda script: script.name)
 def test_shell_script_parses(script: Path) -> None:
-    """A slip in a branch that is seldom taken is seen here."""
+    """This finds syntax errors even in branches that seldom run."""
     check("bash", "-n", str(script))
 
 
 def test_shared_memory_is_not_stored_to_with_pack_into() -> None:
-    """It clears its target before it writes, and a guest on another processor sees that."""
+    """`pack_into` clears its target before it writes, and a guest on another processor can see that."""
     found = [
         f"{path.relative_to(ROOT)}:{node.lineno}"
         for path in files("vmd/devices", "vmd/virtio", "vmd/guestmem.py", suffix=".py")
@@ -73,7 +73,7 @@ def test_shared_memory_is_not_stored_to_with_pack_into() -> None:
 
 
 def test_descriptors_are_not_received_so_that_they_are_inherited() -> None:
-    """`socket.recv_fds` forgets its flags."""
+    """`socket.recv_fds` ignores its flags, so it cannot set close-on-exec."""
     found = [
         f"{path.relative_to(ROOT)}:{node.lineno}"
         for path in files("vmd", "vmctl", suffix=".py")
@@ -84,7 +84,7 @@ def test_descriptors_are_not_received_so_that_they_are_inherited() -> None:
 
 
 def test_programs_make_no_code_of_text_or_pickles() -> None:
-    """Where nothing does, no file can become code: PLY's tables could (CVE-2025-56005)."""
+    """Without eval, exec and pickle no file can become code, as PLY's tables could (CVE-2025-56005)."""
     found = [
         f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
         for path in files("vmd", "vmctl", suffix=".py")
@@ -96,7 +96,7 @@ def test_programs_make_no_code_of_text_or_pickles() -> None:
 
 
 def test_nothing_is_left_for_later() -> None:
-    """What is missing is either done or not in the tree."""
+    """The tree has no notes about unfinished work."""
     found = []
     for path in files(*TEXT):
         text = path.read_bytes().decode(errors="replace")
@@ -105,14 +105,14 @@ def test_nothing_is_left_for_later() -> None:
 
 
 def test_package_files_are_empty() -> None:
-    """So that an import pulls in only what it names."""
+    """`__init__.py` files are empty, so that an import loads only the modules that it names."""
     markers = files("vmd", "vmctl", suffix="__init__.py")
     assert markers
     assert [str(path.relative_to(ROOT)) for path in markers if path.read_bytes()] == []
 
 
 def test_errors_are_told_in_words() -> None:
-    """An OSError may be without a number, and `strerror(0)` is "Success": `vmd.errors.sentence` knows."""
+    """An OSError may lack a number, and `strerror(0)` is "Success".  `vmd.errors.sentence` handles that."""
     bad = [
         f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
         for path in files("vmd", "vmctl", suffix=".py")
@@ -124,7 +124,7 @@ def test_errors_are_told_in_words() -> None:
 
 
 def test_programs_do_not_count_on_python_s_files() -> None:
-    """`sys.stdout` and its like are None where a descriptor was closed, and `print` then says nothing."""
+    """`sys.stdout` is None if its descriptor was closed at the start, and `print` then silently does nothing."""
     bad = [
         f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
         for path in files("vmd", "vmctl", suffix=".py")

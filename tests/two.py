@@ -1,9 +1,9 @@
 """Shares the tests between two processes of pytest (`--two`), since many tests mostly wait.
 
-Both collect the same tests, and take one module after the other until none is left.  A module is run by one process
-as a whole, with its fixtures.  The second process writes its reports to a file.  The first one shows them as if they
-were its own, a module at a time, so there is one summary and one exit status.  Tests are told apart by their places in
-the collection: the name of a parameter may differ between two processes, if the time is in it, for example.
+Both processes collect the same tests, and take one module after the other until none is left.  One process runs all
+tests of a module, with their fixtures.  The second process writes its reports to a file.  The first process shows them
+like its own, one module at a time, so there is one summary and one exit status.  A test is identified by its position
+in the collection, because a parameter's name may differ between the processes, for example if it contains the time.
 """
 
 import json
@@ -21,20 +21,20 @@ from tests.support.reports import line_of, report_of
 
 REPORTS, OUTPUT = "reports", "output"  # names inside the shared folder
 MODULES = "modules"
-END_S = 60.0  # for the second process to put away what its test has made
+END_S = 60.0  # for the second process to run the teardown of its test
 POLL_S = 0.2
 TAIL_LINES = 60
 ENDED_WELL = (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED)
 
 
 def add_options(parser: pytest.Parser) -> None:
-    """Add what chooses this."""
+    """Add the options of this module."""
     parser.addoption("--two", action="store_true", help="share the tests between two processes")
     parser.addoption("--second", metavar="FOLDER", help="we are the second of them, and report to FOLDER")
 
 
 def configure(config: pytest.Config) -> None:
-    """Be the process that the options name; to be called when the terminal's reporter is there."""
+    """Become the first or second process, as the options say.  The terminal reporter must be registered already."""
     if config.option.second:
         config.pluginmanager.register(Second(config, Path(config.option.second)))
     elif config.option.two and not config.option.collectonly:
@@ -42,7 +42,7 @@ def configure(config: pytest.Config) -> None:
 
 
 def module_of(nodeid: str) -> str:
-    """Return the name of the module that a test is in."""
+    """Return the name of a test's module."""
     return nodeid.partition("::")[0]
 
 
@@ -52,14 +52,14 @@ def function_of(nodeid: str) -> str:
 
 
 class Modules:
-    """Which modules are ours: each belongs to the process that makes a file of its name first."""
+    """The modules of this process.  A module belongs to the process that first creates a file of its name."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.ours: dict[str, bool] = {}
 
     def ask(self, item: pytest.Item) -> bool:
-        """Return whether a test is ours; takes its module if that is free."""
+        """Return whether a test belongs to this process.  Take its module if it is free."""
         module = module_of(item.nodeid)
         if module not in self.ours:
             try:
@@ -71,10 +71,10 @@ class Modules:
 
 
 def run(session: pytest.Session, items: Iterator[pytest.Item], before: Callable[[pytest.Item], None]) -> None:
-    """Do what pytest's own loop does, with these tests only; `before` is called before each.
+    """Run these tests as pytest's own loop does.  `before` is called before each test.
 
-    Each test is told which one follows, and leaves the fixtures of modules and folders that both are in.  So a process
-    takes its next module before the last test of the one before.
+    pytest needs to know the next test: the fixtures of modules and folders that contain both tests then stay.  So a
+    process takes its next module before it runs the last test of the current one.
     """
     if session.testsfailed and not session.config.option.continue_on_collection_errors:
         raise session.Interrupted(f"{session.testsfailed} errors during collection")
@@ -89,7 +89,7 @@ def run(session: pytest.Session, items: Iterator[pytest.Item], before: Callable[
 
 
 def stop_if_told(session: pytest.Session) -> None:
-    """Raise what ends a run early, if there were too many failures or someone has asked for it."""
+    """Raise the exception that ends a run early, after too many failures or on request."""
     if session.shouldfail:
         raise session.Failed(session.shouldfail)
     if session.shouldstop:
@@ -97,16 +97,16 @@ def stop_if_told(session: pytest.Session) -> None:
 
 
 class Second:
-    """Runs its modules, and writes down each report at once."""
+    """The second process: runs its modules, and writes each report to the file at once."""
 
     def __init__(self, config: pytest.Config, folder: Path) -> None:
         self.config = config
         self.modules = Modules(folder / MODULES)
         self.reports = folder / REPORTS
-        self.places: dict[str, int] = {}  # by test: which of all it is
+        self.places: dict[str, int] = {}  # position in the collection, by test
         self.output = (folder / OUTPUT).open("w", encoding="utf-8")
 
-        # Our own account of the run goes to a file; what tests print past the capture is still shown.
+        # The terminal report of this process goes to a file.  Uncaptured output of tests is still shown.
         config.pluginmanager.unregister(name="terminalreporter")
         config.pluginmanager.register(pytest.TerminalReporter(config, self.output), "terminalreporter")
 
@@ -123,12 +123,12 @@ class Second:
             reports.write(line_of(self.config, report, place=self.places[report.nodeid]))
 
     def pytest_unconfigure(self) -> None:
-        """Close what was opened."""
+        """Close the output file."""
         self.output.close()
 
 
 class First:
-    """Starts the second process, runs its own modules, and reports on all."""
+    """The first process: starts the second one, runs its own modules, and reports on all."""
 
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
@@ -138,20 +138,20 @@ class First:
         self.modules = Modules(self.folder / MODULES)
         self.process: subprocess.Popen[bytes] | None = None
         self.all: list[pytest.Item] = []
-        self.items: dict[str, dict[str, pytest.Item]] = {}  # by module and name: what may be the other process's
+        self.items: dict[str, dict[str, pytest.Item]] = {}  # tests that the second process may run, by module and name
         self.lines = (self.folder / REPORTS).open(encoding="utf-8")
-        self.begun = ""  # a line that is not written to its end
-        self.reports: dict[str, list[pytest.TestReport]] = {}  # by test, until they are shown
-        self.complete: dict[str, int] = {}  # by module: how many tests were run to their end
-        self.said = ""  # what the second process said last, if it did not end well
+        self.begun = ""  # an incomplete line of the reports
+        self.reports: dict[str, list[pytest.TestReport]] = {}  # reports that are not shown yet, by test
+        self.complete: dict[str, int] = {}  # number of completed tests, by module
+        self.said = ""  # the last output of the second process, if it failed
 
     def pytest_sessionstart(self) -> None:
-        """Start the second process, so that both collect at the same time."""
-        # A process that is killed cannot tell the other one to end, but the kernel does.
+        """Start the second process, so that both collect in parallel."""
+        # A killed process cannot end the other one, so the kernel does.
         command = ["setpriv", "--pdeathsig", "INT", sys.executable, "-m", "pytest"]
         options = [f"--second={self.folder}"]
         if self.config.option.basetemp:
-            options += [f"--basetemp={self.config.option.basetemp}-second"]  # each empties its own at the start
+            options += [f"--basetemp={self.config.option.basetemp}-second"]  # each process empties its own
         capture = self.config.pluginmanager.getplugin("capturemanager")
         assert capture is not None
         with capture.global_and_fixture_disabled():
@@ -161,28 +161,28 @@ class First:
             )  # fmt: skip
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
-        """Remember what there is to run."""
+        """Note the collected tests."""
         self.all = session.items
         for item in session.items:
             if not self._elsewhere(item):
                 self.items.setdefault(module_of(item.nodeid), {})[item.nodeid] = item
 
     def _elsewhere(self, item: pytest.Item) -> bool:
-        """Return whether a test is run by neither process, but in the emulated machine."""
+        """Return whether a test runs in the emulated machine instead of these processes."""
         return item.get_closest_marker("l1") is not None and self.config.pluginmanager.has_plugin("outside-l1")
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
-        """Run what the second process does not run; show what both have run."""
+        """Run the tests that the second process does not take.  Show the results of both."""
         run(session, (item for item in session.items if self._elsewhere(item) or self.modules.ask(item)), self._before)
         self._finish(session)
         stop_if_told(session)
         return True
 
     def _before(self, item: pytest.Item) -> None:
-        """Show what the second process has done meanwhile."""
+        """Show new results of the second process."""
         if self._elsewhere(item):
-            self._finish(item.session)  # they come last
+            self._finish(item.session)  # the tests of the emulated machine come last
         else:
             self._show()
 
@@ -195,18 +195,18 @@ class First:
                 self.process.wait()
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        """Show what the second process said if it did not end well."""
+        """Show the last output of the second process if it failed."""
         if self.said:
             terminalreporter.section("the second process did not end as it should", "!", red=True, bold=True)
             terminalreporter.write_line(self.said)
 
     def pytest_unconfigure(self) -> None:
-        """Leave nothing behind."""
+        """Remove the shared folder."""
         self.lines.close()
         shutil.rmtree(self.folder)
 
     def _ended(self, timeout_s: float) -> bool:
-        """Wait at most so long; return whether the second process has ended."""
+        """Wait at most `timeout_s`.  Return whether the second process has ended."""
         assert self.process is not None
         try:
             self.process.wait(timeout_s)
@@ -215,7 +215,7 @@ class First:
         return True
 
     def _finish(self, session: pytest.Session) -> None:
-        """Show all that the second process does, to its end; tests that it took and has not run have failed."""
+        """Show the second process's results until it ends.  Tests that it took but did not complete have failed."""
         assert self.process is not None
         while not self._ended(POLL_S):
             self._show()
@@ -238,7 +238,7 @@ class First:
         self.items.clear()
 
     def _read(self) -> None:
-        """Take up the reports that have been written since."""
+        """Read the reports that were written since the last call."""
         *lines, self.begun = (self.begun + self.lines.read()).split("\n")
         for line in lines:
             data = json.loads(line)
@@ -250,16 +250,16 @@ class First:
                 self.complete[module] = self.complete.get(module, 0) + 1
 
     def _here(self, place: int, name: str) -> str:
-        """Return the name that the test at this place has in this process.  Raises UsageError if it is another one."""
+        """Return this process's name of the test at a position.  Raises UsageError if it is a different test."""
         here = self.all[place].nodeid if place < len(self.all) else "nothing"
         if function_of(here) != function_of(name):
             raise pytest.UsageError(f"the two processes collect different tests: {here} here, {name} there")
         return here
 
     def _show(self) -> None:
-        """Show the modules that the second process has finished, so that the tests of a module stand together.
+        """Show the modules that the second process has finished, so that the tests of a module are shown together.
 
-        Once it has ended, show all tests that it has finished; and with -x, which is to end this process soon.
+        After its end, show all tests that it has finished.  With -x show them at once, to end this process soon.
         """
         ended = self._ended(0)
         self._read()
@@ -268,7 +268,7 @@ class First:
                 self._show_tests(module)
 
     def _show_tests(self, module: str) -> None:
-        """Show what there is of a module."""
+        """Show the completed tests of a module."""
         del self.complete[module]
         tests = self.items.get(module, {})
         for nodeid, item in list(tests.items()):
@@ -278,7 +278,7 @@ class First:
                 del tests[nodeid], self.reports[nodeid]
 
     def _show_test(self, item: pytest.Item, reports: list[pytest.TestReport]) -> None:
-        """Report on one test as if it had run here."""
+        """Report a test as if it had run in this process."""
         item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
         for report in reports:
             item.ihook.pytest_runtest_logreport(report=report)

@@ -1,10 +1,10 @@
-"""`make coverage`: which statements of vmd and vmctl the tests run, in all processes, confined or killed ones too.
+"""`make coverage`: reports the statements of vmd and vmctl that the tests run, also in confined and killed processes.
 
     python -m tools.coverage [--into FOLDER] [ARGUMENT ...]      of pytest, such as tests/unit or --deep
 
-The tests run in a copy of the checkout, whose sources are the same.  The byte code beside them is not: there each
-statement first stores a mark (tools/reached.py).  So nothing of it is in the programs that users run, and there is
-no tracer that a process without rights would have to load, or that is lost with a process that is killed.
+The tests run in a copy of the checkout.  Its sources are the same, but in its byte code each statement first stores a
+mark (tools/reached.py).  So the programs that users run are not affected.  There is no tracer, which a confined process
+could not load, and whose results a killed process would lose.
 """
 
 import argparse
@@ -24,9 +24,9 @@ from tools.reached import MAGIC
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = ("vmd", "vmctl")
 NOT_COPIED = (".git", ".venv", "build", "__pycache__", ".*_cache", ".hypothesis")
-MARKS = "vmd/reached.py"  # in the copy
+MARKS = "vmd/reached.py"  # path in the copy
 SPAWN = "vmd/privsep/spawn.py"  # starts all processes
-# They look at the sources and at what is imported, and run none of what is counted.
+# These tests check sources and imports, and run no counted statements.
 LEFT_OUT = (
     "--ignore=tests/test_style.py", "--ignore=tests/test_layering.py", "--ignore=tests/test_citations.py",
     "--ignore=tests/test_security.py", "--deselect=tests/unit/vmctl/test_main.py::test_status_loads_nothing_heavy",
@@ -38,12 +38,12 @@ class Marker(ast.NodeTransformer):
     """Puts a mark before each statement of a module."""
 
     def __init__(self, path: str, number: dict[Place, int]) -> None:
-        """`number` is what each place has in the file of marks; it grows."""
+        """`number` is the index of each place in the file of marks.  New places are added to it."""
         self.path = path
         self.number = number
 
     def statements(self, body: list[ast.stmt]) -> list[ast.stmt]:
-        """Return the statements of a block, with marks."""
+        """Return the statements of a block, with marks before them."""
         marked: list[ast.stmt] = []
         for statement in body:
             if not is_text(statement):
@@ -58,7 +58,7 @@ class Marker(ast.NodeTransformer):
     def generic_visit(self, node: ast.AST) -> ast.AST:
         """Mark the blocks of a statement."""
         for child in ast.iter_child_nodes(node):
-            if not isinstance(child, ast.stmt | ast.expr):  # what has an `except` or a `case`
+            if not isinstance(child, ast.stmt | ast.expr):  # an `except` or `case` clause
                 self.generic_visit(child)
         for block in ("body", "orelse", "finalbody"):
             body = getattr(node, block, None)
@@ -68,17 +68,17 @@ class Marker(ast.NodeTransformer):
 
 
 def is_text(statement: ast.stmt) -> bool:
-    """Return whether it is a docstring or an ellipsis, for which nothing runs."""
+    """Return whether a statement is a docstring or an ellipsis, which have no code."""
     return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
 
 
 def is_for_types(statement: ast.stmt) -> bool:
-    """Return whether only type checkers look at what is in it."""
+    """Return whether the body of a statement is only for type checkers."""
     return isinstance(statement, ast.If) and ast.unparse(statement.test) == "TYPE_CHECKING"
 
 
 def marked_code(source: bytes, path: str, number: dict[Place, int]) -> bytes:
-    """Return the byte code, marshalled, of a module that leaves marks."""
+    """Return the marshalled byte code of a module, with marks."""
     tree = ast.parse(source)
     first = 1 if ast.get_docstring(tree) is not None else 0
     Marker(path, number).generic_visit(tree)
@@ -89,7 +89,7 @@ def marked_code(source: bytes, path: str, number: dict[Place, int]) -> bytes:
 
 
 def write_byte_code(path: Path, code: bytes) -> None:
-    """Write what the interpreter takes for the byte code of a source file (PEP 552)."""
+    """Write code as the .pyc file that the interpreter uses for a source file (PEP 552)."""
     status = path.stat()
     header = importlib.util.MAGIC_NUMBER + struct.pack("<III", 0, int(status.st_mtime), status.st_size)
     cached = Path(importlib.util.cache_from_source(str(path)))
@@ -98,19 +98,19 @@ def write_byte_code(path: Path, code: bytes) -> None:
 
 
 def prepare(into: Path) -> tuple[Path, Path, dict[Place, int]]:
-    """Make the copy and the file of marks; returns both, and which mark is whose."""
+    """Make the copy and the file of marks.  Return both, and the index of each place in the file."""
     tree, file = into / "tree", into / "marks"
     shutil.rmtree(tree, ignore_errors=True)
     shutil.copytree(ROOT, tree, symlinks=True, ignore=shutil.ignore_patterns(*NOT_COPIED))
     (tree / ".venv").symlink_to(ROOT / ".venv")
-    for cache in (ROOT / "build").glob("*-cache"):  # guests that tests have made
+    for cache in (ROOT / "build").glob("*-cache"):  # guests that the tests have built
         shutil.copytree(cache, tree / "build" / cache.name, symlinks=True)
     number: dict[Place, int] = {}
     for source in (source for program in PROGRAMS for source in sorted((tree / program).rglob("*.py"))):
         write_byte_code(source, marked_code(source.read_bytes(), str(source.relative_to(tree)), number))
     size = len(MAGIC) + len(number)
     file.write_bytes(MAGIC.ljust(size, b"\0"))
-    file.chmod(0o666)  # whoever runs vmctl
+    file.chmod(0o666)  # any user may run vmctl
     text = (ROOT / "tools/reached.py").read_text()
     text = text.replace('FILE = ""', f"FILE = {str(file)!r}").replace("SIZE = 0", f"SIZE = {size}")
     (tree / MARKS).write_text(text)
@@ -118,7 +118,7 @@ def prepare(into: Path) -> tuple[Path, Path, dict[Place, int]]:
 
 
 def ranges(lines: "Iterable[tuple[int, bool]]") -> Iterator[str]:
-    """Yield what was not reached, as `12` or `14-19`, of (line, whether it was reached), in order."""
+    """Yield the lines not reached, as `12` or `14-19`.  The input is (line, whether it was reached), in order."""
     first = last = 0
     for line, reached in (*sorted(lines), (0, True)):
         if not reached:
@@ -129,7 +129,7 @@ def ranges(lines: "Iterable[tuple[int, bool]]") -> Iterator[str]:
 
 
 def report(number: dict[Place, int], marks: bytes) -> Iterator[str]:
-    """Yield the lines of the report: what was not reached in each file, and a table of the packages."""
+    """Yield the lines of the report: the lines not reached in each file, and a table of the packages."""
     files: dict[str, list[tuple[int, bool]]] = {}
     for (path, line), mark in number.items():
         files.setdefault(path, []).append((line, bool(marks[mark])))
@@ -146,12 +146,12 @@ def report(number: dict[Place, int], marks: bytes) -> Iterator[str]:
 
 
 def share(reached: list[bool]) -> str:
-    """Return how many were reached, in percent."""
+    """Return the reached share, in percent."""
     return f"{100 * sum(reached) / len(reached):.1f} %"
 
 
 def main(arguments: list[str]) -> int:
-    """Run the tests in the copy and print the report, which is also kept; returns pytest's exit status."""
+    """Run the tests in the copy.  Print and save the report.  Return pytest's exit status."""
     parser = argparse.ArgumentParser(prog="coverage")
     parser.add_argument("--into", type=Path, default=ROOT / "build/coverage")
     given, tests = parser.parse_known_args(arguments)

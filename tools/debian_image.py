@@ -1,9 +1,9 @@
-"""A small Debian as clouds ship it, made from its packages: an image with cloud-init, an ssh server, no password.
+"""Makes a small Debian cloud image from packages: with cloud-init and an ssh server, and without a password.
 
-    python -m tools.debian_image        makes it, unless it is in the cache; prints where it is
+    python -m tools.debian_image        makes the image if it is not in the cache; prints its path
 
-It is for guests of ours, so it has a kernel for virtual machines and virtio's modules.  Made as root, by debootstrap
-from the network, and kept in the cache: nothing of this host goes into it.
+The image is for guests of the tests and of `make run`, so it has a kernel for virtual machines and virtio's modules.
+It is made as root, by debootstrap from the network, and kept in the cache.  It contains nothing of this host.
 """
 
 import contextlib
@@ -21,19 +21,19 @@ from tools.debian_kernel import cache_dir
 
 SUITE = "bookworm"
 MIRROR = "http://deb.debian.org/debian"
-BASE = ("systemd-sysv", "udev")  # debootstrap follows no virtual packages, so the others are apt's
+BASE = ("systemd-sysv", "udev")  # debootstrap cannot resolve virtual packages, so apt installs the others
 PACKAGES = (
     "cloud-init", "cloud-guest-utils", "fdisk", "e2fsprogs", "openssh-server", "sudo", "iproute2", "dbus",
     "systemd-resolved", "initramfs-tools", "linux-image-cloud-amd64",
 )  # fmt: skip
-# Read when the kernel is installed.  With all modules that there are, the initramfs would be five times as large.
+# This file is read when the kernel is installed.  With all modules the initramfs would be five times as large.
 INITRAMFS = {
     "etc/initramfs-tools/conf.d/vmd": "MODULES=list\nCOMPRESS=gzip\n",
     "usr/share/initramfs-tools/modules.d/vmd": "virtio_pci\nvirtio_blk\next4\n",
 }
-# cloud-init looks for no other kind of seed and does nothing for packages that are not installed (locales, GRUB).  It
-# makes one host key: where processors are emulated, the primes of an RSA key take longer than everything else.
-# It prints nothing on the console, because each character is an exit to the host.
+# cloud-init looks for no other kind of seed, and skips packages that are not installed (locales, GRUB).  It makes only
+# one host key: on emulated processors the primes of an RSA key would take longer than everything else.  It prints
+# nothing on the console, because each character is an exit to the host.
 CLOUD = """\
 datasource_list: [NoCloud, None]
 locale: false
@@ -44,9 +44,9 @@ no_ssh_fingerprints: true
 output: {all: ">> /var/log/cloud-init-output.log"}
 """
 FILES = {
-    "etc/fstab": "LABEL=root / ext4 errors=remount-ro 0 0\n",  # no fsck at each start
+    "etc/fstab": "LABEL=root / ext4 errors=remount-ro 0 0\n",  # no fsck at startup
     "etc/hostname": "debian\n",
-    "etc/machine-id": "",  # each guest makes its own
+    "etc/machine-id": "",  # empty: each guest makes its own
     "etc/cloud/cloud.cfg.d/90_vmd.cfg": CLOUD,
     "etc/network/interfaces": "",
 }
@@ -62,30 +62,30 @@ LINKS = {
     "etc/resolv.conf": "../run/systemd/resolve/stub-resolv.conf",
     **{f"etc/systemd/system/{unit}": "/dev/null" for unit in MASKED},
 }
-# Of no use in a guest of minutes: half of what is installed.
+# Folders that a short-lived guest does not need.  They are half of the installed files.
 USELESS = (
     "etc/ssh/ssh_host_*", "var/lib/dbus/machine-id", "debootstrap", "usr/share/doc/*", "usr/share/man/*",
     "usr/share/info/*", "usr/share/locale/*", "usr/share/i18n/*", "var/cache/apt/*.bin", "var/cache/apt/archives/*.deb",
     "var/lib/apt/lists/*_*", "var/log/*.log", "var/log/apt/*",
 )  # fmt: skip
 DISK_MIB = 1024
-FIRST_MIB = 1  # of the root partition, as all partitioning programs have it
-LAST_MIB = 1  # room for the second header of the partition table
+FIRST_MIB = 1  # start of the root partition, as partitioning programs place it
+LAST_MIB = 1  # room for the backup of the partition table
 TABLE = "label: gpt\nstart=2048, type=4f68bce3-e8cd-4db1-96e7-fbcaf984b709, name=root\n"
 MIB = 1 << 20
-LIMIT_S = 3600  # a watchdog: what comes from the network may take minutes
+LIMIT_S = 3600  # watchdog; downloads may take minutes
 ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive"}
-# What vm.conf says for a guest with it: both files are links to those of the newest kernel.
+# The boot lines in vm.conf for a guest with this image.  Both files are links to those of the newest kernel.
 BOOT = 'boot "disk0:/vmlinuz" initrd "disk0:/initrd.img"'
 CMDLINE = "root=LABEL=root ro console=ttyS0"
 
 
 class ImageError(Exception):
-    """There is no image; the text says what was tried."""
+    """The image could not be made.  The text says which step failed."""
 
 
 def cached() -> Path:
-    """Return the image, a raw, sparse disk with one partition; it is made when needed.  Raises ImageError."""
+    """Return the image, a raw, sparse disk with one partition.  Make it if necessary.  Raises ImageError."""
     recipe = repr((SUITE, BASE, PACKAGES, INITRAMFS, FILES, LINKS, USELESS, DISK_MIB, TABLE))
     home = cache_dir() / f"debian-image-{SUITE}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
     with made_once(home) as fresh:
@@ -99,7 +99,7 @@ def cached() -> Path:
 
 @contextlib.contextmanager
 def made_once(path: Path) -> Iterator[Path | None]:
-    """Give a new directory that becomes `path` at the end, or None where that is there; one process at a time."""
+    """Yield a new directory that becomes `path` at the end, or None if `path` exists.  One process at a time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{path}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -135,7 +135,7 @@ def make(folder: Path) -> None:
 
 
 def make_disk(disk: Path, root: Path, size_mib: int) -> None:
-    """Make a sparse disk whose one partition has this root, and can be grown.  Raises ImageError."""
+    """Make a sparse disk with one partition that contains this root and can be grown.  Raises ImageError."""
     disk.touch()
     os.truncate(disk, size_mib * MIB)
     run("sfdisk", "--quiet", disk, given=TABLE)
@@ -144,7 +144,7 @@ def make_disk(disk: Path, root: Path, size_mib: int) -> None:
 
 
 def write(root: Path, files: dict[str, str]) -> None:
-    """Write text files below a root, in place of links."""
+    """Write text files below a root.  They replace symbolic links."""
     for name, text in files.items():
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -153,13 +153,13 @@ def write(root: Path, files: dict[str, str]) -> None:
 
 
 def inside(root: Path, *command: str) -> None:
-    """Run a program in a root, with a /proc that goes when it ends.  Raises ImageError."""
+    """Run a program in a root, with a temporary /proc.  Raises ImageError."""
     script = 'mount -t proc proc "$0/proc" && exec chroot "$0" "$@"'
     run("unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-c", script, root, *command)
 
 
 def run(*command: str | Path, given: str = "") -> None:
-    """Run a program to its end.  Raises ImageError."""
+    """Run a program and wait for its end.  Raises ImageError if it fails."""
     try:
         done = subprocess.run(
             ["timeout", "--kill-after=5", str(LIMIT_S), *command], env=ENVIRONMENT,
@@ -173,7 +173,7 @@ def run(*command: str | Path, given: str = "") -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Make the image, and say where it is."""
+    """Make the image, and print its path."""
     if arguments:
         print(__doc__, file=sys.stderr)
         return 2

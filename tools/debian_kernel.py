@@ -1,6 +1,6 @@
-"""Debian's stock kernels, unpacked into a cache outside the checkout; nothing is installed.
+"""Fetches Debian's stock kernels, and unpacks them into a cache outside of the checkout.  Nothing is installed.
 
-Guests of the tests and of `make run` boot them, and so does the emulated machine of `tests/l1`.
+Guests of the tests and of `make run`, and the emulated machine of `tests/l1`, boot these kernels.
 """
 
 import os
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 
 class KernelError(Exception):
-    """No kernel could be had; the text says what was tried."""
+    """No kernel was found or fetched.  The text says what was tried."""
 
 
 class Kernel(NamedTuple):
@@ -21,11 +21,11 @@ class Kernel(NamedTuple):
 
     version: str
     image: Path
-    root: Path  # holds lib/modules/<version>, with the indices of depmod(8)
+    root: Path  # contains lib/modules/<version>, with the indices of depmod(8)
 
 
 def cache_dir() -> Path:
-    """Return the folder that holds what is fetched or built once per host."""
+    """Return the folder for files that are fetched or built once per host."""
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     cache = base / "vmd-tests"
     cache.mkdir(parents=True, exist_ok=True)
@@ -35,7 +35,7 @@ def cache_dir() -> Path:
 def fetch(flavour: str, cache: Path) -> Kernel:
     """Return the newest kernel of a flavour, `amd64` or `cloud-amd64`, from the cache or by apt-get.
 
-    A kernel in the cache is used as it is, so that a run needs the network only once.
+    A kernel in the cache is not updated, so only the first run needs the network.
     Raises KernelError.
     """
     home = cache / f"linux-{flavour}"
@@ -46,23 +46,23 @@ def fetch(flavour: str, cache: Path) -> Kernel:
 
 
 def fetch_package(package: str, home: Path, finish: Callable[[Path], None] = lambda tree: None) -> None:
-    """Unpack a package into `home` in the cache; `finish` is called with where it is until it is complete.
+    """Unpack a package into `home` in the cache.  `finish` completes the tree, at its temporary place.
 
     Raises KernelError.
     """
     with tempfile.TemporaryDirectory(dir=home.parent, prefix="unpack-") as scratch:
         print(f"fetching {package}", file=sys.stderr, flush=True)
-        # As root apt-get drops to a user that has no access to a cache below /root.
+        # As root, apt-get switches to a user without access to a cache below /root.
         _run(["apt-get", "-q", "-o", "APT::Sandbox::User=root", "download", package], cwd=scratch)
         archive = next(Path(scratch).glob("*.deb"))
         tree = Path(scratch, "tree")
         _run(["dpkg", "-x", str(archive), str(tree)])
         finish(tree)
         try:
-            # Renamed when complete: an interrupted fetch leaves nothing that looks like a package.
+            # The rename comes last, so that an interrupted fetch leaves no incomplete package.
             tree.rename(home)
         except OSError:
-            # Another run was faster; what it fetched is the same.
+            # Another run was faster, and has fetched the same package.
             if not home.exists():
                 raise
 
@@ -74,7 +74,7 @@ def _index_modules(tree: Path) -> None:
 
 
 def installed() -> Kernel | None:
-    """Return the newest kernel under /boot that we may read and whose modules are there."""
+    """Return the newest kernel in /boot that is readable and whose modules are installed."""
     candidates = [
         Kernel(image.name.removeprefix("vmlinuz-"), image, Path("/"))
         for image in Path("/boot").glob("vmlinuz-*")
@@ -85,7 +85,7 @@ def installed() -> Kernel | None:
 
 
 def _package_of(flavour: str) -> str:
-    """Return the package that the metapackage of the flavour stands for."""
+    """Return the kernel package that the metapackage of the flavour depends on."""
     metapackage = f"linux-image-{flavour}"
     for line in _run(["apt-cache", "depends", metapackage]).splitlines():
         kind, _, package = line.strip().partition(": ")

@@ -1,8 +1,8 @@
-"""Builds an initial RAM file system out of busybox, an init script and kernel modules.
+"""Builds an initramfs from busybox, an init script and kernel modules.
 
-    python -m tools.initramfs      makes that of tools/guest-init; prints the paths of a kernel and of it
+    python -m tools.initramfs      makes one with tools/guest-init; prints the paths of a kernel and of the initramfs
 
-Written as a cpio archive by ourselves, because that needs neither root for device nodes nor a staging folder.
+This module writes the cpio archive itself, so it needs neither root for device nodes nor a staging folder.
 """
 
 import gzip
@@ -19,7 +19,7 @@ from pathlib import Path
 from tools.debian_kernel import Kernel, KernelError, cache_dir, fetch, installed
 
 GUEST_INIT = Path(__file__).parent / "guest-init"
-# What a guest may meet in one of our machines; a module that is missing or built in is passed over.
+# Drivers for the devices of our machines.  Modules that are missing or built in are skipped.
 GUEST_MODULES = (
     "button", "evdev",
     "virtio_pci", "virtio_blk", "virtio_net", "virtio_scsi", "virtio_rng",
@@ -36,7 +36,7 @@ class Cpio:
         self.inode = 0
 
     def add(self, name: str, mode: int, data: bytes = b"", rdev: tuple[int, int] = (0, 0)) -> None:
-        """Append one file; `mode` includes its type."""
+        """Append one file.  `mode` includes the file type."""
         self.inode += 1
         raw_name = name.encode() + b"\0"
         header = (self.inode, mode, 0, 0, 1, 0, len(data), 0, 0, *rdev, len(raw_name), 0)
@@ -46,7 +46,7 @@ class Cpio:
         self._pad()
 
     def finish(self) -> bytes:
-        """Return the archive, closed."""
+        """Return the complete archive."""
         self.add("TRAILER!!!", 0)
         return self.buffer.getvalue()
 
@@ -57,7 +57,7 @@ class Cpio:
 def build(init: Path, kernel: Kernel, modules: Sequence[str], extra: Sequence[Path] = ()) -> bytes:
     """Return a compressed initramfs: busybox, `/init`, `/modules` with its `order`, and `extra` in `/`.
 
-    Raises KernelError when busybox or a program that finds the modules is missing.
+    Raises KernelError if busybox or a program that finds the modules is missing.
     """
     busybox = shutil.which("busybox", path="/bin:/usr/bin")
     if busybox is None:
@@ -80,27 +80,27 @@ def build(init: Path, kernel: Kernel, modules: Sequence[str], extra: Sequence[Pa
 
 
 def cached(name: str, init: Path, modules: Sequence[str], kernel: Kernel) -> Path:
-    """Return an initramfs in the cache, made anew when something it is made of is newer; raises KernelError."""
+    """Return an initramfs in the cache.  Rebuild it if one of its sources is newer.  Raises KernelError."""
     path = cache_dir() / f"{name}-{kernel.version}.initrd"
     sources = (init, Path(__file__), kernel.image)
     made = path.stat().st_mtime if path.exists() else 0
     if any(source.stat().st_mtime > made for source in sources):
         fresh = path.with_suffix(f".{os.getpid()}")
         fresh.write_bytes(build(init, kernel, modules))
-        fresh.rename(path)  # at once: another run may be reading the old one
+        fresh.rename(path)  # atomic, because another run may be reading the old one
     return path
 
 
 def guest(kernel: Kernel) -> Path:
-    """Return the initramfs whose behaviour is chosen on the kernel's command line (see guest-init)."""
+    """Return the initramfs with guest-init, which takes its steps from the kernel's command line."""
     return cached("guest", GUEST_INIT, GUEST_MODULES, kernel)
 
 
 def _load_order(kernel: Kernel, modules: Sequence[str]) -> list[Path]:
-    """Return the files of the modules, each after those it needs."""
+    """Return the files of the modules.  Each follows the modules that it needs."""
     command = ["/sbin/modprobe", "-d", str(kernel.root), "-S", kernel.version, "--show-depends", "--all"]
     try:
-        # Fails as a whole if one module is unknown to this kernel, but prints all others.
+        # modprobe fails if this kernel lacks one module, but prints all others.
         done = subprocess.run([*command, *modules], capture_output=True, text=True, check=False)
     except OSError as error:
         raise KernelError("no modprobe: install the package kmod") from error
@@ -113,7 +113,7 @@ def _plain_name(path: Path) -> str:
 
 
 def _plain_module(path: Path) -> bytes:
-    """Return a module as the kernel loads it: busybox's insmod unpacks nothing."""
+    """Return a module uncompressed, because busybox's insmod cannot decompress it."""
     raw = path.read_bytes()
     match path.suffix:
         case ".gz":
@@ -127,7 +127,7 @@ def _plain_module(path: Path) -> bytes:
 
 
 def main(arguments: list[str]) -> int:
-    """Make the guest's initramfs for an installed kernel or, failing that, Debian's cloud kernel."""
+    """Make the guest's initramfs for an installed kernel or, if there is none, for Debian's cloud kernel."""
     if arguments:
         print(__doc__, file=sys.stderr)
         return 2

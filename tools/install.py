@@ -5,9 +5,9 @@
 The program is one file, `vmd.zip`, and two short scripts that run it.  It holds the byte code of the interpreter that
 runs this module, and the sources, so that it also runs, with a slower start, from another version of Python.
 
-Every file is first written, and brought to storage, beside the one that it replaces.  Only when all are there are they
-renamed, the program by a single rename.  So a disk that is full, a kill or a power cut leaves the old version whole.
-A daemon that runs is not touched, and goes on with the code that it has loaded.
+Every file is first written and synced to storage next to the file that it replaces.  When all files are there, they are
+renamed, the program by a single rename.  So a full disk, a kill or a power failure leaves the old version intact.  A
+running daemon is not touched, and continues with the code that it has loaded.
 """
 
 import contextlib
@@ -26,18 +26,18 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = ("vmd", "vmctl")  # each is also the name of its package
 PLACES = ("library", "sbin", "bin", "man", "doc", "units", "sysusers", "bash", "zsh", "fish", "ocf", "ansible")
-OWN = ("library", "doc", "ocf", "ansible")  # nothing but our files is in these
+OWN = ("library", "doc", "ocf", "ansible")  # directories that contain only our files
 COMPLETIONS = (  # place, the name that the shell looks for, and our file
     ("bash", "vmctl", ROOT / "completions/vmctl.bash"),
     ("zsh", "_vmctl", ROOT / "completions/_vmctl"),
     ("fish", "vmctl.fish", ROOT / "completions/vmctl.fish"),
 )
 ARCHIVE = "vmd.zip"
-STAGED = ".vmd-new"  # appended to the name of a file that is not in its place yet
-PYC_UNCHECKED_HASH = 1  # PEP 552: the source is not looked at
-EPOCH = (1980, 1, 1, 0, 0, 0)  # the archive depends on its content only
+STAGED = ".vmd-new"  # appended to the name of a file until it is renamed
+PYC_UNCHECKED_HASH = 1  # PEP 552: the interpreter does not check the source
+EPOCH = (1980, 1, 1, 0, 0, 0)  # a fixed time, so that equal content gives an equal archive
 
-# Started with -S: .pth files, which may run anything, are not read.
+# -S: the interpreter does not read .pth files, which may run any code.
 SCRIPT = """\
 #!{interpreter} -IS
 import gc
@@ -53,11 +53,11 @@ sys.exit(main())
 
 
 class InstallError(Exception):
-    """A step failed; the text says which, and what has become of the installation."""
+    """A step failed.  The text says which one, and in which state the installation is."""
 
 
 class File(NamedTuple):
-    """A file to install; `content` is called when it is needed."""
+    """A file to install.  `content` returns its bytes when they are needed."""
 
     path: str
     content: Callable[[], bytes]
@@ -65,7 +65,7 @@ class File(NamedTuple):
 
 
 def plan(places: dict[str, str]) -> list[File]:
-    """Return everything that is installed.  The program comes first, for the scripts need it."""
+    """Return all files to install.  The program comes first, because the scripts need it."""
     archive = f"{places['library']}/{ARCHIVE}"
 
     def script(program: str) -> bytes:
@@ -102,7 +102,7 @@ def manual_pages() -> list[Path]:
 
 
 def collection() -> list[tuple[str, Path]]:
-    """Return the files of the Ansible collection, by their names in it."""
+    """Return the files of the Ansible collection, with their names inside it."""
     top = Path(ROOT, "fleet/ansible")
     return [
         (str(path.relative_to(top)), path)
@@ -112,9 +112,9 @@ def collection() -> list[tuple[str, Path]]:
 
 
 def program_archive(path: str) -> bytes:
-    """Return the archive of all modules, which is to be installed as `path`."""
+    """Return the archive of all modules.  It will be installed as `path`."""
     packed = io.BytesIO()
-    with zipfile.ZipFile(packed, "w", zipfile.ZIP_STORED) as archive:  # stored: an import is a read and no more
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_STORED) as archive:  # uncompressed, so that an import is only a read
         for program in PROGRAMS:
             for module in sorted(Path(ROOT, program).rglob("*.py")):
                 name = str(module.relative_to(ROOT))
@@ -125,14 +125,14 @@ def program_archive(path: str) -> bytes:
 
 
 def byte_code(source: bytes, path: str) -> bytes:
-    """Return what a .pyc file of this interpreter holds, for a module that is imported from `path`."""
+    """Return the content of this interpreter's .pyc file for a module that is imported from `path`."""
     code = compile(source, path, "exec", dont_inherit=True, optimize=0)
     header = importlib.util.MAGIC_NUMBER + PYC_UNCHECKED_HASH.to_bytes(4, "little")
     return header + importlib.util.source_hash(source) + marshal.dumps(code)
 
 
 def install(files: Sequence[File], destdir: str) -> bool:
-    """Put every file in its place, or leave all as they were; return whether any was new.  Raises InstallError."""
+    """Install all files, or change none.  Return whether any file was new.  Raises InstallError."""
     made: list[str] = []  # directories
     staged: list[str] = []  # targets
     try:
@@ -164,7 +164,7 @@ def install(files: Sequence[File], destdir: str) -> bool:
 
 
 def holds(path: str, content: bytes, mode: int) -> bool:
-    """Return whether a file is there, as it is to be."""
+    """Return whether a file exists with this content and mode."""
     try:
         with open(path, "rb") as file:
             return file.read() == content and os.fstat(file.fileno()).st_mode & 0o7777 == mode
@@ -173,7 +173,7 @@ def holds(path: str, content: bytes, mode: int) -> bool:
 
 
 def make_directories(path: str, made: list[str]) -> None:
-    """Make a directory and those above it, whatever the umask; add those that were missing to `made`."""
+    """Make a directory and its missing parents, independent of the umask.  Add the new ones to `made`."""
     missing = []
     while not os.path.isdir(path):
         missing.append(path)
@@ -185,7 +185,7 @@ def make_directories(path: str, made: list[str]) -> None:
 
 
 def write(path: str, content: bytes, mode: int) -> None:
-    """Write a file and bring it to storage; what an earlier attempt has left is overwritten."""
+    """Write a file and sync it to storage.  Overwrite a file that an earlier attempt has left."""
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         with open(fd, "wb", buffering=0) as file:
@@ -199,7 +199,7 @@ def write(path: str, content: bytes, mode: int) -> None:
 
 
 def synchronise(directory: str) -> None:
-    """Bring the names in a directory to storage."""
+    """Sync the names in a directory to storage."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
@@ -208,7 +208,7 @@ def synchronise(directory: str) -> None:
 
 
 def take_back(staged: Sequence[str], made: Sequence[str]) -> None:
-    """Remove files that did not get to their places, and directories that were made for them."""
+    """Remove staged files that were not renamed, and the directories that were made for them."""
     for target in staged:
         with contextlib.suppress(OSError):
             os.unlink(target + STAGED)
@@ -218,7 +218,7 @@ def take_back(staged: Sequence[str], made: Sequence[str]) -> None:
 
 
 def remove_others(library: str) -> None:
-    """Remove what is in the library beside the archive: version 0.1.0 had a directory tree there."""
+    """Remove everything in the library but the archive.  Version 0.1.0 had a directory tree there."""
     with os.scandir(library) as entries:
         others = [entry for entry in entries if entry.name != ARCHIVE]
     for entry in others:
@@ -229,7 +229,7 @@ def remove_others(library: str) -> None:
 
 
 def uninstall(files: Sequence[File], places: dict[str, str], destdir: str) -> bool:
-    """Remove all files, and the directories that are ours alone; return whether one was there.  Raises InstallError."""
+    """Remove all files, and directories with only our files.  Return whether any existed.  Raises InstallError."""
     found = any(os.path.lexists(destdir + file.path) for file in files)
     try:
         for path in (destdir + file.path for file in files):
@@ -245,7 +245,7 @@ def uninstall(files: Sequence[File], places: dict[str, str], destdir: str) -> bo
 
 
 def read_places(words: Sequence[str]) -> dict[str, str]:
-    """Return place -> path from PLACE=PATH words.  Raises InstallError."""
+    """Parse PLACE=PATH words.  Return a dictionary from place to path.  Raises InstallError."""
     places = dict(word.split("=", 1) for word in words if "=" in word)
     wrong = set(places) ^ set(PLACES)
     if wrong or len(places) != len(words):
@@ -260,7 +260,7 @@ def read_places(words: Sequence[str]) -> dict[str, str]:
 
 
 def result(places: dict[str, str], changed: bool) -> Iterator[str]:
-    """Say what was done, and what is left to the operator."""
+    """Yield what was installed, and what the operator must still do."""
     programs = f"{places['sbin']}/vmd and {places['bin']}/vmctl"
     if not changed:
         yield f"{programs} are up to date"
@@ -270,7 +270,7 @@ def result(places: dict[str, str], changed: bool) -> Iterator[str]:
 
 
 def farewell(places: dict[str, str], removed: bool) -> Iterator[str]:
-    """Say what was removed, and what is left to the operator."""
+    """Yield what was removed, and what the operator must still do."""
     programs = f"{places['sbin']}/vmd and {places['bin']}/vmctl"
     if not removed:
         yield f"{programs} are not installed"
@@ -280,7 +280,7 @@ def farewell(places: dict[str, str], removed: bool) -> Iterator[str]:
 
 
 def advice() -> Iterator[str]:
-    """Say what the daemon would miss on this host."""
+    """Yield what the daemon needs and this host lacks."""
     search = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
     if not shutil.which("nft", path=search):
         yield "nft is not here (package nftables): VMs with interfaces need it"
@@ -289,7 +289,7 @@ def advice() -> Iterator[str]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run a rule of the Makefile; return the exit status."""
+    """Run an action for a rule of the Makefile.  Return the exit status."""
     try:
         if len(arguments) < 2 or arguments[0] not in ("install", "uninstall"):
             raise InstallError("usage: install.py install|uninstall DESTDIR PLACE=PATH ...")

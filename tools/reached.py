@@ -1,8 +1,9 @@
-"""Where the statements that `make coverage` counts leave their marks: a file that all processes have mapped.
+"""The marks of the statements that `make coverage` counts, in a file that all processes map.
 
-`tools/coverage.py` puts this module into a copy of the checkout, as `vmd/reached.py`, with FILE and SIZE set, and makes
-each statement there store a one.  It is in no program that users run.  A mark is in the file as soon as the statement
-runs: a process that is killed has left its marks too, and a confined one needs no right but what it has mapped before.
+`tools/coverage.py` puts this module into a copy of the checkout, as `vmd/reached.py`, with FILE and SIZE set.  Each
+statement of the copy stores a one.  Programs that users run do not contain this module.  A mark is in the file as soon
+as the statement runs, so a killed process has left its marks, too.  A confined process needs no further rights, because
+it has mapped the file before.
 """
 
 import fcntl
@@ -16,12 +17,12 @@ if TYPE_CHECKING:
 
 FILE = ""
 SIZE = 0
-MAGIC = b"marks of vmd"  # the file begins with it
-FD = 63  # of the file, in a process that another one has started: `privsep/spawn.py` has no higher number
+MAGIC = b"marks of vmd"  # the first bytes of the file
+FD = 63  # of the file in a started process; `privsep/spawn.py` uses no higher number
 
 
 def open_marks() -> int:
-    """Return a descriptor of the file: the one that we were started with, else one by name, or -1."""
+    """Return a descriptor of the file: the inherited one, else a new one by name, or -1."""
     try:
         if os.fstat(FD).st_size == SIZE and os.pread(FD, len(MAGIC), 0) == MAGIC:
             return FD
@@ -31,13 +32,13 @@ def open_marks() -> int:
         low = os.open(FILE, os.O_RDWR | os.O_CLOEXEC)
     except OSError:
         return -1
-    high = fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, FD)  # low numbers have a meaning, also where they are closed
+    high = fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, FD)  # low numbers have a meaning, even if they are closed
     os.close(low)
     return high
 
 
 def hand_on(spawn: "Callable[..., Any]") -> "Callable[..., Any]":
-    """Return `spawn`, with the file for each process that it starts."""
+    """Return a `spawn` that also passes the file to each process that it starts."""
 
     def spawn_with_marks(*arguments: "Any", fds: "Mapping[int, int] | None" = None, **named: "Any") -> "Any":  # noqa: ANN401
         return spawn(*arguments, fds={**(fds or {}), FD: fd} if fd >= 0 else fds, **named)
@@ -46,7 +47,7 @@ def hand_on(spawn: "Callable[..., Any]") -> "Callable[..., Any]":
 
 
 def map_marks() -> "mmap.mmap | bytearray":
-    """Return the marks.  The mapping has a descriptor of its own, which gets no low number either."""
+    """Return the marks.  The mapping duplicates the descriptor, also to a high number."""
     if fd < 0:
         return bytearray(SIZE)
     low = [os.dup(fd)]

@@ -1,9 +1,9 @@
-"""Starts the daemon of this checkout with one virtual machine and ends at a shell in it (`make run`).
+"""Starts the daemon of this checkout with one virtual machine, and opens a shell in it (`make run`).
 
-Where KVM is the hardware's, the guest is a Debian made from packages, which cloud-init sets up as its seed says, and
-the shell is ssh's.  Where no such image can be made, it is a kernel with a busybox of ours, at its console.  A software
-KVM boots no stock kernel; there the guest is our demonstration program.
-Everything is stopped and removed when the shell or console (`~.`) is left, or the guest powers off.
+If KVM uses hardware, the guest is a Debian made from packages.  cloud-init configures it from a seed, and the shell
+is by ssh.  If that image cannot be made, the guest is a stock kernel with busybox, and the shell is at its console.  A
+software KVM cannot boot a stock kernel, so there the guest is our demonstration program.
+Everything is stopped and removed when the user leaves the shell or the console (`~.`), or the guest powers off.
 """
 
 import contextlib
@@ -35,27 +35,27 @@ USER = "debian"
 DISK_SIZE = "10G"
 Vmctl = list[str]
 START_S = 30
-STOP_S = 130  # a guest is given 120 s to power off
+STOP_S = 130  # the daemon gives a guest 120 s to power off
 
 
 class RunError(Exception):
-    """The daemon did not get to where we could use it."""
+    """The daemon did not start."""
 
 
 class Guest(NamedTuple):
-    """A virtual machine: the lines of its `vm` block, and what takes us to a shell in it, with an exit status."""
+    """A virtual machine: the lines of its `vm` block, and a function that runs a shell in it and returns its status."""
 
     lines: tuple[str, ...]
     enter: Callable[[Vmctl], int]
 
     @property
     def conf(self) -> str:
-        """The configuration."""
+        """The text of vm.conf."""
         return f'vm "{NAME}" {{\n' + "".join(f"\t{line}\n" for line in ("disable", *self.lines)) + "}\n"
 
 
 def chosen() -> Guest:
-    """Return what this host can run; raises KernelError or RunError."""
+    """Return the best guest that this host can run.  Raises KernelError or RunError."""
     if SOFTWARE_KVM.exists():
         if not DEMO.exists():
             raise RunError(f"{DEMO} is missing: build it with: make -C guests OUT={DEMO.parent}")
@@ -68,7 +68,7 @@ def chosen() -> Guest:
 
 
 def small() -> Guest:
-    """Return a stock kernel with a busybox of ours; raises KernelError."""
+    """Return a stock kernel with busybox.  Raises KernelError."""
     kernel = installed() or fetch("cloud-amd64", cache_dir())
     cmdline = "console=ttyS0 quiet vmdtest=info,shell"
     boot = f'boot "{kernel.image}" initrd "{initramfs.guest(kernel)}" cmdline "{cmdline}"'
@@ -76,7 +76,7 @@ def small() -> Guest:
 
 
 def debian() -> Guest:
-    """Return a Debian with a disk of its own, to which a key made for this run is the only one; raises ImageError."""
+    """Return a Debian with a new disk.  Only a key made for this run can log in.  Raises ImageError."""
     image = debian_image.cached()
     disk, key = FOLDER / "disk.qcow2", FOLDER / "key"
     for path in (disk, key, FOLDER / "key.pub"):
@@ -89,19 +89,19 @@ def debian() -> Guest:
 
 
 def shown(command: list[str], *, check: bool = True) -> int:
-    """Run a program after saying so; return its exit status.  Raises CalledProcessError."""
+    """Print a command, and run it.  Return its exit status.  Raises CalledProcessError."""
     print(f"run: {' '.join(command)}", flush=True)
     return subprocess.run(command, check=check).returncode
 
 
 def console(vmctl: Vmctl) -> int:
-    """Be at the console of the guest."""
+    """Attach to the console of the guest.  Return the exit status."""
     print("run: the console of the guest; leave it with ~. at the beginning of a line", flush=True)
     return subprocess.run([*vmctl, "console", NAME], check=False).returncode
 
 
 def ssh(vmctl: Vmctl) -> int:
-    """Be at a shell of the guest, or at its console if there is none."""
+    """Open a shell in the guest by ssh, or its console if that fails.  Return the exit status."""
     known = f"UserKnownHostsFile={FOLDER}/known_hosts"
     command = [*vmctl, "ssh", "-i", str(FOLDER / "key"), "-o", "IdentitiesOnly=yes", "-o", known, NAME]
     print(f"run: the guest sets itself up; to watch it: {' '.join([*vmctl, 'console', NAME])}", flush=True)
@@ -112,12 +112,12 @@ def ssh(vmctl: Vmctl) -> int:
 
 @contextlib.contextmanager
 def daemon(conf: Path) -> Iterator[list[str]]:
-    """A daemon that serves, and the command that talks to it; it is stopped at the end.
+    """Run a daemon.  Yield the vmctl command for it, and stop it at the end.
 
-    Raises RunError if it does not come up.
+    Raises RunError if the daemon does not start.
     """
     with contextlib.ExitStack() as stack:
-        # Not below the checkout: the path of a socket has 107 bytes at most.
+        # Not below the checkout, because the path of a socket has at most 107 bytes.
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="vmd-run-"))
         control = f"{folder}/vmd.sock"
         notices = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
@@ -127,7 +127,7 @@ def daemon(conf: Path) -> Iterator[list[str]]:
             [VMD, "-d", "-f", conf, "-s", control],
             stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             env={**os.environ, "NOTIFY_SOCKET": f"{folder}/notify", "STATE_DIRECTORY": f"{folder}/state"},
-            start_new_session=True,  # an interrupt at the terminal is for us; it is told by us
+            start_new_session=True,  # ^C at the terminal is only for this process, which then stops the daemon
         )  # fmt: skip
         try:
             await_ready(vmd, notices)
@@ -142,7 +142,7 @@ def daemon(conf: Path) -> Iterator[list[str]]:
 
 
 def await_ready(vmd: subprocess.Popen[bytes], notices: socket.socket) -> None:
-    """Wait for the daemon's READY=1 (sd_notify(3)); raises RunError if it exits first or takes too long."""
+    """Wait for the daemon's READY=1 (sd_notify(3)).  Raises RunError if it exits first or takes too long."""
     exited = os.pidfd_open(vmd.pid)
     try:
         while True:
@@ -158,12 +158,12 @@ def await_ready(vmd: subprocess.Popen[bytes], notices: socket.socket) -> None:
 
 
 def interrupted(_signal: int, _frame: object) -> None:
-    """End in order on a signal that would otherwise leave a daemon behind."""
+    """Exit with clean-up on a signal that would otherwise leave the daemon running."""
     raise KeyboardInterrupt
 
 
 def main() -> int:
-    """Run it; the exit status is that of the console session."""
+    """Run the guest.  The exit status is that of the shell or console."""
     if os.geteuid() != 0:
         print("run: vmd runs as root, so through sudo", file=sys.stderr, flush=True)
         os.execvp("sudo", ["sudo", sys.executable, "-m", "tools.run"])
@@ -190,7 +190,7 @@ def main() -> int:
         owner = int(os.environ.get("SUDO_UID", "0"))
         for path in (FOLDER.parent, FOLDER, conf, LOG):
             if owner and path.exists():
-                os.chown(path, owner, -1)  # what we leave can be removed by whoever called sudo
+                os.chown(path, owner, -1)  # the user who called sudo can remove the files that remain
     shutil.rmtree(FOLDER)
     return status
 
