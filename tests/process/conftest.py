@@ -1,4 +1,4 @@
-"""What tests of whole processes begin with."""
+"""Fixtures of the tests of whole processes."""
 
 from collections.abc import Iterator
 
@@ -11,7 +11,7 @@ from tests.support.network import Network
 
 @pytest.fixture
 def network() -> Iterator[Network]:
-    """Give an empty network; afterwards nothing of ours is left in it, nor beside it."""
+    """Yield an empty network; check afterwards that vmd has left nothing in it or in the host's network."""
     with Network() as made:
         yield made
         assert ours(made) == []
@@ -20,6 +20,6 @@ def network() -> Iterator[Network]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _root_is_answered_in_time(pytestconfig: pytest.Config) -> None:
-    """The long rounds hold the daemon to what it promises; the others find out whether anybody waits at all."""
+    """Set the longest status time: the promised one in the long rounds, one that only detects hanging elsewhere."""
     if pytestconfig.getoption("--deep"):
         Bystander.status_s = 1.0

@@ -1,4 +1,4 @@
-"""What the daemon says of a VM besides its state: its files, since when, how it ended, whose it is, what it uses."""
+"""Status fields of a VM besides its state: its files, times, the reason of its end, its owner, its resource use."""
 
 import errno
 import os
@@ -50,7 +50,7 @@ WITHOUT_PTRACE = ("setpriv", "--bounding-set=-sys_ptrace", "--inh-caps=-sys_ptra
 
 @pytest.fixture(scope="module")
 def vmd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    """Give a daemon that may not look into other processes, with a VM that has all sorts of things."""
+    """Yield a daemon without the right to inspect other processes, with a VM that has every kind of device."""
     tmp_path = tmp_path_factory.mktemp("accounts")
     (tmp_path / "disk.raw").write_bytes(bytes(1 << 20))
     (tmp_path / "disc.iso").write_bytes(bytes(4096))
@@ -63,14 +63,14 @@ def vmd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
 
 
 def described(vmd: Daemon, *options: str, name: str = "demo") -> dict[str, Any]:
-    """Return the row of a VM, which is as the schema says."""
+    """Return the row of a VM, after checking it with the schema."""
     (row,) = schema.check(vmd.must("status", "--json", *options, name), "status")["vms"]
     found: dict[str, Any] = row
     return found
 
 
 def test_one_life(vmd: Daemon) -> None:
-    """Before, while it runs, after a reset by its guest, and after its end."""
+    """Status is correct before the start, while the VM runs, after a reset by its guest, and after its end."""
     before_s = int(time.time())
     row = described(vmd)
     assert (row["state"], row["started"], row["ended"], row["autostart"]) == ("stopped", None, None, False)
@@ -108,9 +108,9 @@ def test_one_life(vmd: Daemon) -> None:
 
 
 def test_a_received_vm(vmd: Daemon, tmp_path: Path) -> None:
-    """It is its owner's, as is its console; and the memory that its stream has brought is counted.
+    """The VM and its console belong to its owner, and the memory that came in its stream is counted.
 
-    Its own process has not touched that memory; nothing else than blocks of a file says that it is there.
+    The VM's process has not touched that memory, so only the allocated blocks of the memory file show it.
     """
     vmd.must("start", "full")
     with vmd.console("full") as console:
@@ -127,11 +127,11 @@ def test_a_received_vm(vmd: Daemon, tmp_path: Path) -> None:
     assert row["resident_bytes"] >= memory + private(row["pid"])
     vmd.must("stop", "-fw", "full")
     assert described(vmd, name="full")["resident_bytes"] is None
-    assert guest_memories(vmd.pid) == []  # what is not used any more is not held
+    assert guest_memories(vmd.pid) == []  # memory of ended guests is not held
 
 
 def test_every_command_prints_what_the_schema_says(vmd: Daemon, tmp_path: Path) -> None:
-    """Of a real daemon, and when it fails; standard output has the document and nothing else."""
+    """With a real daemon and on failure, standard output has exactly the document of the schema."""
     image = tmp_path / "new.qcow2"
     (tmp_path / "more.conf").write_text(
         f'vm "more" {{ disable\n disk "/nonexistent/disk" }}\nvm "one" {{ disable\n disk "{image}" }}\n'
@@ -170,7 +170,7 @@ def test_every_command_prints_what_the_schema_says(vmd: Daemon, tmp_path: Path) 
     assert ask("stop", "-fw", "demo")["vms"][0]["how"] == "killed"
     assert [row["name"] for row in ask("metrics")["vms"]] == ["demo", "full"]
     assert {row["name"] for row in ask("top", "0.1")["vms"]} <= {"demo", "full"}
-    asked.add("events")  # which prints one document after the other (`test_events.py`)
+    asked.add("events")  # prints one document after another (`test_events.py`)
     ask("log", "verbose")
     ask("log", "brief")
     assert ask("load", tmp_path / "more.conf")["notes"] == []
@@ -186,17 +186,17 @@ def test_every_command_prints_what_the_schema_says(vmd: Daemon, tmp_path: Path) 
     ask("reload")
     ask("reset", "switches")
     assert ask("upgrade")["vmd"] == VERSION
-    (ended,) = ask("wait", "nobody", status=4, name="wait")["vms"]  # which says VM by VM what has failed
+    (ended,) = ask("wait", "nobody", status=4, name="wait")["vms"]  # reports the failure for each VM
     assert (ended["result"], ended["code"]) == ("failed", errno.ENOENT)
     assert "broken.conf:1: " in ask("load", tmp_path / "broken.conf", status=1)["error"]
     with (tmp_path / "stream").open("wb") as stream:
         assert "not found" in ask("send", "nobody", status=4, stdout=stream)["error"]
-    assert "not found" in ask("ssh", "nobody", status=4)["error"]  # one that is there: `test_ssh.py`
+    assert "not found" in ask("ssh", "nobody", status=4)["error"]  # an existing VM: `test_ssh.py`
     assert {each.name for each in COMMANDS} <= asked
 
 
 def guest_memories(pid: int) -> list[int]:
-    """Return how much there is of each guest's memory that a process has open."""
+    """Return the allocated size of each guest memory that a process has open."""
     found = {}
     for fd in Path(f"/proc/{pid}/fd").iterdir():
         if "guest-memory" in os.readlink(fd):
@@ -206,13 +206,13 @@ def guest_memories(pid: int) -> list[int]:
 
 
 def guest_memory(pid: int) -> int:
-    """Return how much there is of the guest's memory, by its VM's process."""
+    """Return the allocated size of the guest's memory, from its VM's process."""
     (found,) = guest_memories(pid)
     return found
 
 
 def private(pid: int) -> int:
-    """Return what a process has for itself."""
+    """Return the private memory of a process."""
     rollup = Path(f"/proc/{pid}/status").read_text()
     found = re.search(r"RssAnon:\s+(\d+) kB", rollup)
     assert found is not None

@@ -1,4 +1,4 @@
-"""A daemon that is killed or restarted, and the next one, which goes on with its VMs."""
+"""A daemon is killed or restarted, and its successor takes over the VMs."""
 
 import json
 import os
@@ -40,13 +40,13 @@ class NetKeptDaemon(NetDaemon, KeptDaemon):
 
 @pytest.fixture
 def vmd(tmp_path: Path) -> Iterator[KeptDaemon]:
-    """Give a daemon with a keeper that knows two stopped VMs."""
+    """Yield a daemon with a keeper and two stopped VMs."""
     with KeptDaemon(tmp_path, demo("a") + demo("b")) as daemon:
         yield daemon
 
 
 def lasting(vmd: Daemon) -> dict[str, Any]:
-    """Return what the status of the VM says, but for its memory: processes in reserve that it did not need may end."""
+    """Return the status of the VM without its memory use, which changes when unneeded reserve processes end."""
     return {key: value for key, value in vmd.status("a").items() if key != "resident_bytes"}
 
 
@@ -57,25 +57,25 @@ def again(vmd: KeptDaemon) -> None:
 
 
 def figures(vmd: KeptDaemon, name: str) -> dict[str, Any]:
-    """Return what a VM that stands still has done."""
+    """Return the counters of a paused VM."""
     (row,) = json.loads(vmd.must("status", "-v", "--json", name))["vms"]
     found: dict[str, Any] = row["figures"]
     return {key: found[key] for key in ("starts", "vcpus", "entropy", "guest_bytes")}
 
 
 def until(what: Callable[[], bool]) -> None:
-    """Wait until something is so."""
+    """Wait until a condition holds."""
     deadline = time.monotonic() + DEADLINE_S
     while not what():
         assert time.monotonic() < deadline
         select.select([], [], [], 0.02)
 
 
-# --- what goes on --------------------------------------------------------------------------------------------
+# --- VMs that are taken over -------------------------------------------------------------------------------
 
 
 def test_guests_go_on_when_the_daemon_is_killed(vmd: KeptDaemon) -> None:
-    """With their processes, consoles and states; the next daemon can do everything with them."""
+    """Guests keep their processes, consoles and states, and the next daemon can control them completely."""
     for name in "ab":
         vmd.must("start", name)
     vmd.must("pause", "b")
@@ -104,7 +104,7 @@ def test_guests_go_on_when_the_daemon_is_killed(vmd: KeptDaemon) -> None:
 def test_interfaces_disks_and_owner_go_on(network: Network, tmp_path: Path) -> None:
     """Taps, addresses and rules are as before; a guest that resets itself has the same ones, and its disk."""
     disk = Disk(tmp_path / "disk.raw")
-    kernel = "local interface { locked lladdr, vhost }"  # filters on its tap are among the rules
+    kernel = "local interface { locked lladdr, vhost }"  # the rules include filters on its tap
     conf = block("a", "interface", "local interface", kernel, f"disk {disk.path}", "owner nobody")
     with NetKeptDaemon(tmp_path, network, conf, vhost_net=True) as vmd:
         vmd.must("start", "a")
@@ -127,13 +127,13 @@ def test_interfaces_disks_and_owner_go_on(network: Network, tmp_path: Path) -> N
             console.answer("reset", PROMPT)
             assert vmd.interfaces("a") == before
         vmd.must("stop", "-fw", "a")
-        until(lambda: "tap" not in network.run("ip", "link"))  # the answer does not wait for that
+        until(lambda: "tap" not in network.run("ip", "link"))  # the answer does not wait for the removal
     disk.check_untouched()
 
 
 @pytest.mark.deep
 def test_a_stop_that_is_under_way_goes_on(tmp_path: Path) -> None:
-    """With its deadline, which is kept by the VM's own process; it can be overtaken by force."""
+    """The VM's own process keeps the deadline of the stop, and the next daemon can stop it by force earlier."""
     with KeptDaemon(tmp_path, LINGERS + LINGERS.replace("mci", "other", 1)) as vmd:
         for name in ("mci", "other"):
             vmd.must("start", name)
@@ -154,7 +154,7 @@ def test_a_stop_that_is_under_way_goes_on(tmp_path: Path) -> None:
 
 @pytest.mark.deep
 def test_a_guest_that_resets_itself_meanwhile_boots_again(network: Network, tmp_path: Path) -> None:
-    """As soon as there is a daemon, on the same console and taps."""
+    """The guest boots again when the next daemon runs, with the same console and taps."""
     with NetKeptDaemon(tmp_path, network, block("a", "local interface")) as vmd:
         vmd.must("start", "a")
         before = vmd.interfaces("a")
@@ -172,7 +172,7 @@ def test_a_guest_that_resets_itself_meanwhile_boots_again(network: Network, tmp_
 
 @pytest.mark.deep
 def test_a_guest_that_ends_meanwhile_has_ended(vmd: KeptDaemon) -> None:
-    """How, is said; what it showed last can be seen; and it can be started again."""
+    """The next daemon knows how the VM ended and shows its last output, and the VM can be started again."""
     vmd.must("start", "a")
     with vmd.console("a") as console:
         console.expect(PROMPT, DEADLINE_S)
@@ -188,7 +188,7 @@ def test_a_guest_that_ends_meanwhile_has_ended(vmd: KeptDaemon) -> None:
 
 @pytest.mark.deep
 def test_a_vm_process_that_is_killed_meanwhile_has_ended(vmd: KeptDaemon) -> None:
-    """The next daemon says so."""
+    """The next daemon reports the end of the VM."""
     vmd.must("start", "a")
     pid = vmd.status("a")["pid"]
     vmd.kill()
@@ -199,9 +199,9 @@ def test_a_vm_process_that_is_killed_meanwhile_has_ended(vmd: KeptDaemon) -> Non
 
 @pytest.mark.deep
 def test_a_vm_that_is_sent_meanwhile_stays(vmd: KeptDaemon) -> None:
-    """Whoever wanted it sent has gone with the daemon."""
+    """The VM stays, because its sender's connection ended with the daemon."""
     vmd.must("start", "a")
-    reader, writer = os.pipe()  # which nobody reads, so that sending takes as long as it likes
+    reader, writer = os.pipe()  # nobody reads it, so the send does not end
     sender = vmctl(vmd, "send", "a", stdout=writer)
     os.close(writer)
     vmd.wait_state("a", "sending")
@@ -215,7 +215,7 @@ def test_a_vm_that_is_sent_meanwhile_stays(vmd: KeptDaemon) -> None:
 
 @pytest.mark.deep
 def test_without_its_vmm_nothing_goes_on(vmd: KeptDaemon) -> None:
-    """VMs whose vmm has died are stopped, and the next daemon begins as the first one did."""
+    """VMs whose vmm has died are stopped, and the next daemon starts without them."""
     vmd.must("start", "a")
     vmm = vmd.processes()["vmd: vmm"]
     vmd.kill()
@@ -230,7 +230,7 @@ def test_without_its_vmm_nothing_goes_on(vmd: KeptDaemon) -> None:
 
 
 def test_a_broken_vm_conf_ends_nobody(vmd: KeptDaemon) -> None:
-    """After a crash it is not even read; after a restart its mistakes are said, and what was in force stays so."""
+    """After a crash vm.conf is not read.  After a restart its errors are logged and the old one stays in force."""
     vmd.must("start", "a")
     row = lasting(vmd)
     vmd.conf.write_text(demo("a") + "nonsense\n")
@@ -254,7 +254,7 @@ def test_a_broken_vm_conf_ends_nobody(vmd: KeptDaemon) -> None:
 
 @pytest.mark.deep
 def test_a_vm_that_vm_conf_does_not_name_goes_on(vmd: KeptDaemon) -> None:
-    """One that a client has described, with a kernel of its own, boots again from that."""
+    """A VM that a client described, with its own kernel, boots again from that kernel."""
     vmd.must("start", "mine", "-m", "32M", "-b", guest("demo"))
     again(vmd)
     with vmd.console("mine") as console:
@@ -267,13 +267,13 @@ def test_a_vm_that_vm_conf_does_not_name_goes_on(vmd: KeptDaemon) -> None:
 
 @pytest.mark.deep
 def test_a_state_that_is_damaged(vmd: KeptDaemon) -> None:
-    """Nobody knows whose these guests are: they are asked to shut down, and the daemon begins anew."""
+    """Without it the owners of guests are unknown: the guests are asked to shut down, and the daemon starts afresh."""
     vmd.must("start", "a")
     with vmd.console("a") as console:
         console.expect(PROMPT, DEADLINE_S)
     vmd.kill()
     os.pwrite(vmd.keeper.fd("state"), bytes(4096), 0)
-    vmd.start()  # long before they would be killed
+    vmd.start()  # long before the guests would be killed
     assert "its guests are shut down" in vmd.log
     assert vmd.status("a")["state"] == "stopped"
     vmd.must("start", "a")
@@ -283,7 +283,7 @@ def test_a_state_that_is_damaged(vmd: KeptDaemon) -> None:
 
 @pytest.mark.deep
 def test_a_daemon_that_cannot_go_on_leaves_guests_to_the_next(tmp_path: Path) -> None:
-    """A program that is broken ends, again and again; guests run on, and a better one adopts them."""
+    """A broken program ends at every start.  Guests run on, and a working program then adopts them."""
     code = copy(tmp_path)
     with KeptDaemon(tmp_path, demo("a")) as vmd:
         vmd.must("start", "a")
@@ -310,7 +310,7 @@ def test_a_daemon_that_cannot_go_on_leaves_guests_to_the_next(tmp_path: Path) ->
 
 @pytest.mark.deep
 def test_nothing_is_left_of_many_daemons(vmd: KeptDaemon) -> None:
-    """No descriptor and no process becomes more, of the daemon and of vmm, with each one that is killed."""
+    """The descriptors and processes of the daemon and vmm do not increase with each killed daemon."""
     vmd.must("start", "a")
     again(vmd)
     vmm = family(vmd)["vmd: vmm"]
@@ -336,7 +336,7 @@ def open_files(pid: int) -> int:
 
 
 def family(vmd: KeptDaemon) -> dict[str, int]:
-    """Return the processes of the daemon, and of what it has adopted: vmm is the parent of a VM."""
+    """Return the processes of the daemon and of its adopted VMs, whose parent is vmm."""
     pid = vmd.status("a")["pid"]
     vmm = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
     return {**vmd.processes(), "vmd: vmm": vmm}
@@ -344,7 +344,7 @@ def family(vmd: KeptDaemon) -> dict[str, int]:
 
 @pytest.mark.deep
 def test_frames_and_sectors_are_not_lost(network: Network, tmp_path: Path) -> None:
-    """While daemons are killed, a guest checks each byte of what it sends and receives, another of what it writes."""
+    """While daemons are killed, one guest checks all its network data, and another guest all its disk data."""
     for scope in ("all", "default"):
         network.write(f"/proc/sys/net/ipv6/conf/{scope}/disable_ipv6", "1")
     disk = Disk(tmp_path / "disk.raw")
@@ -383,7 +383,7 @@ def copy(directory: Path) -> Path:
 
 
 def other_version(directory: Path) -> Path:
-    """Return a program that is the same, and calls itself another version."""
+    """Return a copy of the program that reports another version."""
     code = copy(directory)
     (code / "vmd/version.py").write_text(f'"""The version."""\n\nVERSION = "{OTHER_VERSION}"\n')
     return code
@@ -391,7 +391,7 @@ def other_version(directory: Path) -> Path:
 
 @pytest.mark.deep
 def test_a_new_version_starts_new_guests_and_serves_the_old_ones(network: Network, tmp_path: Path) -> None:
-    """Each with the vmm that it has; a guest that resets itself goes on with the newer one, and the older one ends."""
+    """Each guest keeps its vmm.  A guest that resets itself moves to the newer vmm, and then the older one ends."""
     with NetKeptDaemon(tmp_path, network, block("a", "local interface") + block("b", "interface")) as vmd:
         vmd.must("start", "a")
         old = family(vmd)["vmd: vmm"]
@@ -418,7 +418,7 @@ def test_a_new_version_starts_new_guests_and_serves_the_old_ones(network: Networ
 
 @pytest.mark.deep
 def test_a_vmm_of_an_older_version_that_dies_takes_its_guests_only(tmp_path: Path) -> None:
-    """The daemon goes on, and so do those of the other."""
+    """The daemon and the guests of the other vmm go on."""
     with KeptDaemon(tmp_path, demo("a") + demo("b")) as vmd:
         vmd.must("start", "a")
         old = family(vmd)["vmd: vmm"]
@@ -442,7 +442,7 @@ NAMES = ("a", "b", "c")
 @pytest.mark.deep
 @pytest.mark.timeout(1200)
 def test_daemons_that_are_killed_at_any_moment(network: Network, tmp_path: Path) -> None:
-    """While VMs start, stop, pause and reset themselves: each ends up in a state that is true, and can be used."""
+    """Daemons are killed while VMs start, stop, pause and reset: then every VM's state is correct and usable."""
     conf = "".join(block(name, "local interface", "interface") for name in NAMES)
     chance = random.Random(5)
     with NetKeptDaemon(tmp_path, network, conf) as vmd:
@@ -453,7 +453,7 @@ def test_daemons_that_are_killed_at_any_moment(network: Network, tmp_path: Path)
                 clients.append(vmctl(vmd, *what, name))
             if number % 2:
                 clients[-1].wait(DEADLINE_S)
-            time.sleep(chance.random() * 0.6)  # for the kill to come anywhere
+            time.sleep(chance.random() * 0.6)  # so that the kill comes at any moment
             again(vmd)
             check(vmd, network)
         for client in clients:
@@ -471,7 +471,7 @@ def test_daemons_that_are_killed_at_any_moment(network: Network, tmp_path: Path)
 
 
 def check(vmd: NetKeptDaemon, network: Network) -> None:
-    """Raise AssertionError unless there is a process for each VM that is said to have one, and no more taps."""
+    """Raise AssertionError unless every VM with a pid has that process, and there are no other taps."""
 
     def is_true() -> bool:
         rows = vmd.rows()
@@ -487,7 +487,7 @@ def check(vmd: NetKeptDaemon, network: Network) -> None:
 
 @pytest.mark.deep
 def test_whoever_waits_for_a_vm_waits_on(tmp_path: Path) -> None:
-    """With the next daemon, and hears of an end that came while there was none."""
+    """The client waits on with the next daemon, and hears of an end that came while no daemon ran."""
     with KeptDaemon(tmp_path, LINGERS + demo("a")) as vmd:
         for name in ("mci", "a"):
             vmd.must("start", name)

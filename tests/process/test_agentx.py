@@ -1,4 +1,4 @@
-"""VMs as an SNMP agent has them: Debian's own, asked by its tools, and heard by its receiver of traps."""
+"""VMs in SNMP: Debian's agent, queried with its tools, and its receiver of traps."""
 
 import json
 import os
@@ -50,7 +50,7 @@ class Rig:
         self.snmp = snmp
 
     def configure(self, agentx: str) -> None:
-        """Have another configuration."""
+        """Load another configuration."""
         self.vmd.conf.write_text(configured(self.vmd.directory, agentx))
         self.vmd.must("reload")
 
@@ -62,7 +62,7 @@ def configured(directory: Path, agentx: str) -> str:
 
 @pytest.fixture(scope="module")
 def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
-    """Give both."""
+    """Yield a daemon and an agent."""
     tmp_path = tmp_path_factory.mktemp("agentx")
     for name, size in (("disk.raw", 1 << 20), ("busy.raw", 16 << 20), ("disc.iso", 1 << 20)):
         (tmp_path / name).write_bytes(bytes(size))
@@ -77,7 +77,7 @@ def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
 
 
 def test_what_there_is_and_what_happens(rig: Rig) -> None:
-    """Walked, compared with the host, and heard; the agent was not there when the daemon began."""
+    """Variables match the host, and notifications arrive, with an agent that starts after the daemon."""
     vmd, snmp = rig.vmd, rig.snmp
     assert vmd.log.count("no SNMP agent at") == 1
     limits = Path(f"/proc/{vmd.processes()['vmd: agentx']}/limits").read_text()
@@ -123,7 +123,7 @@ def test_what_there_is_and_what_happens(rig: Rig) -> None:
 
 
 def _cpu_time_is_the_kernel_s(vmd: NetDaemon, walked: dict[str, str]) -> None:
-    """Of a VM that is paused: nothing of its vCPUs runs."""
+    """Compare the CPU time of a paused VM, whose vCPUs do not run."""
     pid = vmd.status("demo")["pid"]
     for task in Path(f"/proc/{pid}/task").iterdir():
         thread = (task / "comm").read_text().strip()
@@ -134,7 +134,7 @@ def _cpu_time_is_the_kernel_s(vmd: NetDaemon, walked: dict[str, str]) -> None:
 
 @pytest.mark.deep
 def test_a_vm_that_crashes_and_one_that_is_forgotten(rig: Rig) -> None:
-    """The state stays; an ad hoc VM is deleted with its end."""
+    """The state of a crashed VM stays; an ad hoc VM is deleted when it ends."""
     vmd, snmp = rig.vmd, rig.snmp
     since = len(snmp.heard())
     vmd.must("start", "demo")
@@ -151,7 +151,7 @@ def test_a_vm_that_crashes_and_one_that_is_forgotten(rig: Rig) -> None:
 
 @pytest.mark.deep
 def test_what_a_disk_has_done(rig: Rig) -> None:
-    """As its guest says, to the last request."""
+    """The disk's counters match those of its guest exactly."""
     vmd, snmp = rig.vmd, rig.snmp
     since = len(snmp.heard())
     vmd.must("start", "other")
@@ -161,7 +161,7 @@ def test_what_a_disk_has_done(rig: Rig) -> None:
             console.type(f"{command} bytes={length} depth=4 count={requests} piece={min(length, 65536)} asleep\r")
             console.expect(f"done {requests} requests", DEADLINE_S)
     vmd.must("pause", "other")
-    snmp.wait_heard(RUNNING, PAUSED, since=since)  # after which figures are not those of a second ago
+    snmp.wait_heard(RUNNING, PAUSED, since=since)  # from now on the cached figures of the last second are not used
     storage = snmp.walk(root=".1.3.6.1.2.1.236.1.7.1")
     counted = [storage[f".{column}.2.1"] for column in range(11, 17)]
     assert counted == [
@@ -176,7 +176,7 @@ def test_what_a_disk_has_done(rig: Rig) -> None:
 
 @pytest.mark.deep
 def test_a_daemon_that_takes_over(rig: Rig) -> None:
-    """Nothing has happened to a VM by that; what happens then is told."""
+    """A takeover sends no notification of a VM; later events do."""
     vmd, snmp = rig.vmd, rig.snmp
     vmd.must("start", "other")
     since, process = len(snmp.heard()), vmd.processes()["vmd: agentx"]
@@ -190,7 +190,7 @@ def test_a_daemon_that_takes_over(rig: Rig) -> None:
 
 @pytest.mark.deep
 def test_an_agent_that_is_started_again(rig: Rig) -> None:
-    """However it has ended."""
+    """The daemon connects again, however the agent ended."""
     vmd, snmp = rig.vmd, rig.snmp
     for signum in (signal.SIGTERM, signal.SIGKILL):
         lost = vmd.log.count(f"the SNMP agent at {snmp.socket} ")
@@ -202,7 +202,7 @@ def test_an_agent_that_is_started_again(rig: Rig) -> None:
 
 @pytest.mark.deep
 def test_a_process_that_is_killed_is_started_again(rig: Rig) -> None:
-    """No VM minds."""
+    """A killed AgentX process is started again, and no VM is affected."""
     vmd, snmp = rig.vmd, rig.snmp
     vmd.must("start", "other")
     before = vmd.status("other")["pid"]
@@ -216,7 +216,7 @@ def test_a_process_that_is_killed_is_started_again(rig: Rig) -> None:
 
 @pytest.mark.deep
 def test_another_configuration(rig: Rig) -> None:
-    """None, with a context, and the first one again; a reload that changes nothing of it changes nothing."""
+    """Change to no agent, to a context, and back.  A reload without such a change keeps the session."""
     vmd, snmp = rig.vmd, rig.snmp
     process, heard = vmd.processes()["vmd: agentx"], snmp.heard()
     vmd.must("reload")
@@ -237,7 +237,7 @@ def test_another_configuration(rig: Rig) -> None:
 
 @pytest.mark.deep
 def test_notifications_are_switched(rig: Rig) -> None:
-    """By who may write; those of many VMs name them by bits."""
+    """Only a community that may write can switch them.  A notification of several VMs names them by bits."""
     vmd, snmp = rig.vmd, rig.snmp
     since = len(snmp.heard())
     per_vm, bulk = ".1.3.6.1.2.1.236.1.9.0", ".1.3.6.1.2.1.236.1.10.0"

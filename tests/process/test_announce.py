@@ -1,4 +1,4 @@
-"""The real network process tells the network, and the guest, that the guest goes on at another place."""
+"""The real network process tells the network and the guest that the guest has moved to another host."""
 
 from collections.abc import Iterator
 
@@ -33,7 +33,7 @@ WITHOUT_OFFLOADS = 1 << spec.VIRTIO_F_VERSION_1
 
 @pytest.fixture
 def network() -> Iterator[Network]:
-    """Give a namespace."""
+    """Yield a network namespace."""
     with Network() as made:
         yield made
 
@@ -46,7 +46,7 @@ def start(network: Network, net: bytes) -> Nic:
 
 @pytest.mark.parametrize("features", [0, WITHOUT_OFFLOADS, 1 << spec.VIRTIO_NET_F_MRG_RXBUF], ids=hex)
 def test_switches_learn_where_the_guest_is(network: Network, features: int) -> None:
-    """By RARP, as other hypervisors do, and again: in headers of either length."""
+    """The process sends RARP several times, as other hypervisors do, with headers of either length."""
     nic = start(network, net_start(flags=devmsg.NET_LOCKED))
     try:
         nic.driver.renew(features)
@@ -62,7 +62,7 @@ def test_switches_learn_where_the_guest_is(network: Network, features: int) -> N
 
 
 def advertisement(target: bytes, flags: int = 0, *, source: bytes = GUEST_LL, destination: bytes = ALL_NODES) -> bytes:
-    """Return a frame of the guest that says that it has an address."""
+    """Return a frame of the guest that advertises an address."""
     body = bytes((flags, 0, 0, 0)) + target + b"\x02\x01" + LLADDR
     return neighbour(136, body, source, destination)
 
@@ -79,7 +79,7 @@ def arp(operation: int, source4: bytes, *, source: bytes = LLADDR) -> bytes:
 
 @pytest.mark.parametrize("features", [0, WITHOUT_OFFLOADS], ids=hex)
 def test_neighbours_learn_where_the_guest_is(network: Network, features: int) -> None:
-    """What it has told them of itself, told last or not, and nothing that it has said of others, or too often."""
+    """Repeat what the guest told neighbours about its own addresses, but nothing about others, and not too often."""
     nic = start(network, net_start())
     try:
         nic.driver.renew(features)
@@ -115,7 +115,7 @@ def test_neighbours_learn_where_the_guest_is(network: Network, features: int) ->
 
 
 def test_not_more_addresses_than_are_remembered(network: Network) -> None:
-    """The last ones."""
+    """The last announced addresses are remembered."""
     nic = start(network, net_start())
     try:
         nic.driver.renew(WITHOUT_OFFLOADS)
@@ -129,11 +129,11 @@ def test_not_more_addresses_than_are_remembered(network: Network) -> None:
 
 
 def test_nothing_is_said_without_a_link(network: Network) -> None:
-    """An interface that is down stays silent, and what was to be said later is said when it is up."""
+    """An interface that is down sends nothing; the pending announcements follow when it is up."""
     nic = start(network, net_start())
     try:
         nic.tap.set("down")
-        nic.driver.send(any_frame(60))  # shows that nothing goes there
+        nic.driver.send(any_frame(60))  # shows that no frame passes
         assert nic.driver.link() is False
         nic.device.informs.send(ANNOUNCE)
         nic.tap.set("up")
@@ -144,7 +144,7 @@ def test_nothing_is_said_without_a_link(network: Network) -> None:
 
 
 def test_a_local_guest_learns_where_its_router_is(network: Network) -> None:
-    """Before it asks: it would go on to use what it has learned at the other place.  The host needs no telling."""
+    """The guest is told the router's address unasked, because it would still use the old host's."""
     net = net_start(host_lladdr=HOST_LLADDR, flags=devmsg.NET_LOCAL, guest4=GUEST4, host4=HOST4)
     nic = start(network, net)
     try:

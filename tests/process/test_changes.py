@@ -1,7 +1,6 @@
-"""A disk that becomes larger and a disc that is changed, by vmctl, of VMs that run and that do not.
+"""vmctl enlarges disks and changes discs of running and of stopped VMs.
 
-What guests see of it is in `tests/l1/test_storage.py`, and what drivers are told in `test_vioblk_resize.py` and
-`test_vioscsi.py`.
+`tests/l1/test_storage.py` tests the view of guests, `test_vioblk_resize.py` and `test_vioscsi.py` that of drivers.
 """
 
 import errno
@@ -57,13 +56,13 @@ class Place:
         self.vmd: Daemon
 
     def image_of(self, name: str) -> str:
-        """Return the file of a title's descriptor that is an ISO image, or ""."""
+        """Return the ISO image that the process with a title has open, or ""."""
         pid = self.vmd.processes()[name]
         links = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
         return next((Path(link).name for link in links if link.endswith(".iso")), "")
 
     def fails(self, *words: "str | Path") -> str:
-        """Return the sentence with which vmctl fails."""
+        """Run vmctl, which must fail; return its message."""
         done = self.vmd.vmctl(*words)
         assert (done.returncode, done.stdout) == (1, "")
         return done.stderr.removeprefix("vmctl: ").partition(" failed: ")[2].rstrip("\n")
@@ -71,7 +70,7 @@ class Place:
 
 @pytest.fixture(scope="module")
 def place() -> Iterator[Place]:
-    """Give that daemon."""
+    """Yield the daemon."""
     with public_folder() as folder:
         made = Place(folder)
         with Daemon(folder, made.conf) as made.vmd:
@@ -80,7 +79,7 @@ def place() -> Iterator[Place]:
 
 @pytest.fixture
 def running(place: Place) -> Iterator[Place]:
-    """Give it while `demo` runs."""
+    """Yield the daemon with `demo` running."""
     place.vmd.must("start", "demo")
     yield place
     if place.vmd.status("demo")["state"] != "stopped":
@@ -89,7 +88,7 @@ def running(place: Place) -> Iterator[Place]:
 
 @pytest.fixture(params=[False, True], ids=["stopped", "running"])
 def either(place: Place, request: pytest.FixtureRequest) -> Iterator[tuple[Place, bool]]:
-    """Give it while `demo` runs, and while it does not; and whether it does."""
+    """Yield the daemon and whether `demo` runs; both cases."""
     if request.param:
         place.vmd.must("start", "demo")
     yield place, request.param
@@ -98,7 +97,7 @@ def either(place: Place, request: pytest.FixtureRequest) -> Iterator[tuple[Place
 
 
 def test_disks_of_a_vm_that_does_not_run(place: Place) -> None:
-    """Each kind, by each of its names; nobody holds a lock on it when vmctl has ended."""
+    """Resize each kind of disk by each of its names.  No lock remains when vmctl has ended."""
     assert place.vmd.must("resize", "demo", "0", "2M") == "vmctl: disk0 of vm 1 has 2.0M now; it does not run\n"
     place.vmd.must("resize", "demo", place.top, "3M")
     document = json.loads(place.vmd.vmctl("resize", "--json", "1", "disk1", "4M").stdout)
@@ -113,7 +112,7 @@ def test_disks_of_a_vm_that_does_not_run(place: Place) -> None:
 
 
 def test_disks_of_a_vm_that_runs(running: Place) -> None:
-    """While it is paused, too; its own process does it."""
+    """The disk's own process resizes it, also while the VM is paused."""
     assert running.vmd.must("resize", "demo", "0", "5M") == "vmctl: disk0 of vm 1 has 5.0M now\n"
     running.vmd.must("pause", "demo")
     running.vmd.must("resize", "demo", "1", "6M")
@@ -129,7 +128,7 @@ def test_disks_of_a_vm_that_runs(running: Place) -> None:
 
 @pytest.mark.deep
 def test_what_cannot_be_resized(either: tuple[Place, bool]) -> None:
-    """Sentences name the thing and what it is; nothing has changed."""
+    """Messages name the object and its kind, and nothing changes."""
     place, runs = either
     size = place.raw.stat().st_size
     have = f"it has disk0 ({place.raw}), disk1 ({place.top})"
@@ -156,7 +155,7 @@ def test_what_cannot_be_resized(either: tuple[Place, bool]) -> None:
 
 @pytest.mark.deep
 def test_a_disk_that_was_replaced_is_not_resized(running: Place) -> None:
-    """Neither the file that the guest has nor the one that its next start would have."""
+    """Neither the file that the guest uses nor the one that its next start would use is resized."""
     kept = running.folder / "kept.raw"
     size = running.raw.stat().st_size
     running.raw.rename(kept)
@@ -171,7 +170,7 @@ def test_a_disk_that_was_replaced_is_not_resized(running: Place) -> None:
 
 
 def test_the_disc_of_a_vm_that_runs(running: Place) -> None:
-    """The drive's process has another one, or none; a guest that resets itself, or goes elsewhere, finds that."""
+    """The drive's process gets another disc or none, and this stays after a reset and after a move of the guest."""
     drive = "vmd: vm/demo/vioscsi0"
     with running.vmd.console("demo") as console:
         console.expect(PROMPT, DEADLINE_S)
@@ -203,7 +202,7 @@ def test_the_disc_of_a_vm_that_runs(running: Place) -> None:
 
 @pytest.mark.deep
 def test_the_disc_of_a_vm_that_does_not_run(place: Place) -> None:
-    """Its next starts have it, until vm.conf is read again; the drive stays without one."""
+    """Later starts use the new disc until vm.conf is read again.  The drive stays without one."""
     assert place.vmd.must("cdrom", "demo", place.other).endswith(f"{place.other} now; it does not run\n")
     assert place.vmd.status("demo")["cdrom"] == str(place.other)
     place.vmd.must("cdrom", "-e", "demo")
@@ -218,7 +217,7 @@ def test_the_disc_of_a_vm_that_does_not_run(place: Place) -> None:
 
 @pytest.mark.deep
 def test_what_is_no_disc(either: tuple[Place, bool]) -> None:
-    """The drive keeps what it has."""
+    """The drive keeps its disc."""
     place, runs = either
     qcow2 = place.folder / "image.iso"
     qemu("qemu-img", "create", "-qf", "qcow2", qcow2, MIB)
@@ -235,7 +234,7 @@ def test_what_is_no_disc(either: tuple[Place, bool]) -> None:
 
 
 def test_whose_files_are_changed(place: Place) -> None:
-    """Of those who control the VM: who may write to its disk, and with the rights of who has named the disc."""
+    """Only users who control the VM can change it; they must be able to write to the disk, or to read the disc."""
     place.hers.chmod(0o600)
     place.other.chmod(0o600)
 
@@ -280,7 +279,7 @@ def test_whose_files_are_changed(place: Place) -> None:
 
 
 def discs_of(pid: int) -> set[str]:
-    """Return the ISO images that the processes below a VM's have open."""
+    """Return the ISO images that the device processes of a VM have open."""
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     links = [os.readlink(f"/proc/{child}/fd/{fd}") for child in children for fd in os.listdir(f"/proc/{child}/fd")]
     return {Path(link).name for link in links if link.endswith(".iso")}
@@ -288,7 +287,7 @@ def discs_of(pid: int) -> set[str]:
 
 @pytest.mark.deep
 def test_changes_outlive_the_daemon(tmp_path: Path) -> None:
-    """The next one finds the disc that the drive has, has a guest that resets itself find it, and can change it."""
+    """The next daemon knows the disc in the drive, keeps it over a reset of the guest, and can change it."""
     disk, disc, other = tmp_path / "disk.raw", tmp_path / "disc.iso", tmp_path / "other.iso"
     for path in (disk, disc, other):
         path.write_bytes(bytes(MIB))

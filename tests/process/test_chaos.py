@@ -1,7 +1,7 @@
-"""Everything goes wrong at once: processes killed and stopped, hostile clients, storage, log, rules and taps.
+"""Many attacks at the same time: processes killed and stopped, hostile clients, storage, log, rules and taps.
 
-8 VMs of 3 users run meanwhile.  Nobody loses a guest that was not attacked itself.  `tests/support/chaos.py` says what
-is done; `--seed` chooses what is drawn, though not in which order it meets.
+8 VMs of 3 users run meanwhile.  No guest is lost that was not attacked itself.  `tests/support/chaos.py` has the
+attacks.  `--seed` chooses them, but not the order in which the attacks take effect.
 """
 
 import subprocess
@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.root, pytest.mark.kvm, pytest.mark.timeout(600)]
 
 
 def run(directory: Path, seed: int, duration_s: float) -> str:
-    """Run a round in a new daemon, which leaves nothing behind; return what was done."""
+    """Run a round with a new daemon, which must leave nothing behind; return a summary of the attacks."""
     print(f"seed {seed}")
     folder = directory / "storage"
     folder.mkdir()
@@ -47,7 +47,7 @@ def run(directory: Path, seed: int, duration_s: float) -> str:
 
 
 def footprint(vmd: NetDaemon) -> Footprint:
-    """Return what a daemon has before all: priv keeps two files of the first start of a VM with interfaces."""
+    """Return the footprint after a first start of a VM with interfaces, from which priv keeps two files."""
     vmd.must("start", "a1")
     vmd.must("stop", "-fw", "a1")
     return Footprint(vmd)
@@ -57,7 +57,7 @@ def footprint(vmd: NetDaemon) -> Footprint:
     "duration_s", [10, pytest.param(480, marks=[pytest.mark.deep, pytest.mark.timeout(1800)])]
 )
 def test_nobody_else_loses_a_guest(duration_s: float, request: pytest.FixtureRequest, record_property: Say) -> None:
-    """The number of lost guests is printed: 0."""
+    """Run one round.  The number of lost guests, 0, is printed."""
     with public_folder() as directory:
         record_property("done", run(directory, request.config.getoption("--seed"), duration_s))
 
@@ -65,7 +65,7 @@ def test_nobody_else_loses_a_guest(duration_s: float, request: pytest.FixtureReq
 @pytest.mark.soak
 @pytest.mark.timeout(0)
 def test_nobody_else_loses_a_guest_for_ever(request: pytest.FixtureRequest, record_property: Say) -> None:
-    """The same, as many rounds as one likes."""
+    """Run many rounds."""
     first, count = request.config.getoption("--seed"), request.config.getoption("--sequences")
     for seed in range(first, first + count):
         with public_folder() as directory:

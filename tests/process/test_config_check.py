@@ -1,4 +1,4 @@
-"""`vmd -n` says of an image what the start would say, in the same words, without touching it."""
+"""`vmd -n` reports problems of images with the same messages as a start, without changing the images."""
 
 import gzip
 import os
@@ -45,7 +45,7 @@ def check(conf: Path, user: int | None = None) -> tuple[int, list[str]]:
 
 @pytest.fixture
 def images() -> Iterator[Path]:
-    """Give a folder with an image of every kind of mistake, and two that are good; every user may look at them."""
+    """Yield a folder with an image of every kind of error and two good ones, readable by every user."""
     with public_folder() as folder:
         fill(folder)
         yield folder
@@ -80,12 +80,12 @@ GOOD = ["good.qcow2", "top.qcow2"]
 
 
 def block(number: int, options: str) -> str:
-    """Return a VM of four lines."""
+    """Return a `vm` block of four lines."""
     return f'vm "v{number}" {{\n disable\n memory 32M\n boot "{guest("demo")}"\n {options}\n}}\n'
 
 
 def start_says(vm: VmConfig, prober: ImageProber) -> tuple[bool, list[str]]:
-    """Return whether a start gets the disks and discs of a VM, and what it says of them."""
+    """Return whether a start can open a VM's disks and discs, and the messages about them."""
     try:
         media = Media.open(vm.disks, vm.cdrom, prober)
     except OperatorError as error:
@@ -95,7 +95,7 @@ def start_says(vm: VmConfig, prober: ImageProber) -> tuple[bool, list[str]]:
 
 
 def test_check_says_what_the_start_says(images: Path) -> None:
-    """Sentence by sentence: what cannot start, what starts with a warning, and what starts without one."""
+    """The messages are equal, for VMs that cannot start, that start with a warning, and that start without one."""
     names = [*MISTAKES, *ODDITIES, *GOOD]
     text = "".join(block(number, f'disk "{images}/{name}"') for number, name in enumerate(names))
     discs = ["good.qcow2", "odd.raw", "missing.iso", "disk.gz"]
@@ -123,7 +123,7 @@ def test_check_says_what_the_start_says(images: Path) -> None:
 
 
 def test_check_leaves_images_in_use_alone(images: Path) -> None:
-    """They are neither locked nor written, and those of VMs that run are no mistake."""
+    """A check neither locks nor writes images, and images of running VMs are no error."""
     disk = images / "good.qcow2"
     (images / "check.conf").write_text(block(0, f'disk "{disk}"') + block(1, f'disk "{disk}"'))
     before = (disk.read_bytes(), disk.stat().st_mtime_ns)
@@ -136,7 +136,7 @@ def test_check_leaves_images_in_use_alone(images: Path) -> None:
 
 
 def test_check_by_a_user(images: Path) -> None:
-    """Who may read an image is told what is in it, who may not is told that."""
+    """A user who may read an image is told its content; a user who may not is told that."""
     (images / "disk.gz").chmod(0o600)
     names = ("a.vmdk", "disk.gz", "good.qcow2")
     text = "".join(block(number, f'disk "{images}/{name}"') for number, name in enumerate(names))
@@ -155,7 +155,7 @@ def test_check_by_a_user(images: Path) -> None:
 
 
 def test_missing_disk_stops_nobody_else(images: Path) -> None:
-    """The daemon starts, the others run, and it can be started when its disk is there."""
+    """The daemon starts and the other VMs run.  The VM can be started once its disk exists."""
     late = images / "late/disk.raw"
     conf = block(0, f'disk "{late}"').replace("disable", "enable") + block(1, "vcpus 1").replace("disable", "enable")
     with Daemon(images, conf) as vmd:
@@ -171,7 +171,7 @@ def test_missing_disk_stops_nobody_else(images: Path) -> None:
 
 
 def test_link_that_is_called_qcow2_states_the_format(images: Path) -> None:
-    """What the operator typed is the word, as much as what it leads to; both are in vm.conf, and on a command line."""
+    """The link's own name states the format, not its target's, in vm.conf and on a command line."""
     (images / "link.qcow2").symlink_to("derived.img")
     (images / "link.img").symlink_to("top.qcow2")
     (images / "wrong.qcow2").symlink_to("odd.raw")
@@ -218,7 +218,7 @@ SAID: list[tuple[str, list[str]]] = [
 
 
 def test_a_boot_image_and_its_initrd(tmp_path: Path) -> None:
-    """Are examined together, by root and by others; each pair once."""
+    """A check examines both together, for root and for other users, and each pair only once."""
     (tmp_path / "empty").touch()
     conf = tmp_path / "vm.conf"
     vms = "".join(f"vm v{number} {{\n{DEMO} initrd empty\n}}\n" for number in range(2))
@@ -234,7 +234,7 @@ def test_a_boot_image_and_its_initrd(tmp_path: Path) -> None:
 
 
 def test_a_boot_image_on_a_disk(tmp_path: Path) -> None:
-    """Is looked for as by a start, and looked at as any other; a disk that is not there is named once."""
+    """A check finds and examines it as a start does.  A missing disk is reported once."""
     files = {"demo": guest("demo").read_bytes(), "text": b"text", "empty": b""}
     disk = ext4_disk(tmp_path / "disk.img", files)
     conf = tmp_path / "vm.conf"
@@ -258,7 +258,7 @@ def test_a_boot_image_on_a_disk(tmp_path: Path) -> None:
 
 @pytest.mark.deep
 def test_what_a_check_accepts_starts_or_was_warned_of(tmp_path: Path) -> None:
-    """By file and line; and the start of each says the first of its sentences."""
+    """Warnings have file and line.  The start of each VM fails with the first of its messages."""
     (tmp_path / "good.raw").write_bytes(bytes(MIB))
     (tmp_path / "text").write_text("hello\n")
     (tmp_path / "program").write_bytes(Path("/bin/true").read_bytes())
@@ -284,7 +284,7 @@ def test_what_a_check_accepts_starts_or_was_warned_of(tmp_path: Path) -> None:
 
 
 def test_vms_that_cannot_run_together(tmp_path: Path) -> None:
-    """Those that are started with the daemon: a disk that two of them have, and limits."""
+    """A check finds conflicts of VMs that start with the daemon: a disk of two VMs, and limits."""
     (tmp_path / "disk.raw").write_bytes(bytes(MIB))
     conf = tmp_path / "vm.conf"
     conf.write_text(
@@ -304,13 +304,13 @@ def test_vms_that_cannot_run_together(tmp_path: Path) -> None:
 
 
 def test_a_switch_that_is_no_bridge(tmp_path: Path) -> None:
-    """Is seen before its first VM starts."""
+    """A check reports it before the first VM of the switch starts."""
     with Network() as network:
         check_switches(network, tmp_path)
 
 
 def check_switches(network: Network, tmp_path: Path) -> None:
-    """Of three, one is no bridge."""
+    """Check three switches, one of which is no bridge."""
     network.run("ip", "link", "add", "wire", "type", "veth", "peer", "name", "other")
     network.run("ip", "link", "add", "br5", "type", "bridge")
     conf = tmp_path / "vm.conf"
@@ -325,7 +325,7 @@ def check_switches(network: Network, tmp_path: Path) -> None:
 
 
 def test_what_a_host_has_itself_of_a_local_interface(network: Network, tmp_path: Path) -> None:
-    """Ports of its programs, and networks that it reaches."""
+    """A check reports ports that programs of the host use, and networks that the host reaches itself."""
     network.run("ip", "link", "add", "wire", "type", "veth", "peer", "name", "other")
     network.run("ip", "address", "add", "10.9.0.1/24", "dev", "wire")
     network.run("ip", "link", "set", "wire", "up")
@@ -346,7 +346,7 @@ def test_what_a_host_has_itself_of_a_local_interface(network: Network, tmp_path:
 
 @pytest.mark.deep
 def test_what_a_host_does_not_have_stops_nobody_else(tmp_path: Path) -> None:
-    """The daemon starts, each VM that cannot says why, the others run; a check and a reload take it for an error."""
+    """The daemon and the other VMs start, and failing VMs report why.  A check and a reload report an error."""
     late = tmp_path / "late"
     conf = f"socket owner nobody-here\ninclude more.conf\nvm lost {{\n memory 32M\n {DEMO}\n owner nobody-here\n}}\n"
     conf += f"vm late {{\n memory 32M\n boot late\n}}\nvm good {{\n memory 32M\n {DEMO}\n}}\n"
