@@ -1,10 +1,10 @@
 /* The host's end of the wire in the network benchmark: a packet socket on one interface.
  *
- *     peer INTERFACE flood BYTES      send frames of that length as fast as the interface takes them; ones larger
- *                                     than 1514 bytes are TCP segments for the guest to take as they are
- *     peer INTERFACE echo             send back what is to be echoed, and beats as asked for (guests/net/net.h)
+ *     peer INTERFACE flood BYTES      send frames of that length as fast as the interface takes them; frames
+ *                                     of more than 1514 bytes are TCP segments, which the guest takes unsegmented
+ *     peer INTERFACE echo             answer requests for echoes and beats (guests/net/net.h)
  *
- * Runs until it is killed.  It says "ready" when it listens. */
+ * Runs until it is killed.  It prints "ready" when it listens. */
 
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -64,7 +64,7 @@ static uint64_t clock_cycles(void)
     return __builtin_ia32_rdtsc();
 }
 
-/* Let nothing but requests through: the guest may be sending hundreds of thousands of other frames a second. */
+/* Accept only requests: the guest may be sending hundreds of thousands of other frames a second. */
 static void filter_requests(void)
 {
     struct sock_filter code[] = {
@@ -93,13 +93,13 @@ static void open_wire(const char *name, bool bypass)
         fail("socket");
     if (setsockopt(wire, SOL_PACKET, PACKET_VNET_HDR, &one, sizeof(one)))
         fail("PACKET_VNET_HDR");
-    /* Straight to the interface: a full queue is then said to us, and nothing is segmented on the way. */
+    /* Bypass the queueing discipline: the socket then reports a full queue, and nothing is segmented. */
     if (bypass && setsockopt(wire, SOL_PACKET, PACKET_QDISC_BYPASS, &one, sizeof(one)))
         fail("PACKET_QDISC_BYPASS");
     setsockopt(wire, SOL_SOCKET, SO_SNDBUFFORCE, &buffer, sizeof(buffer));
     setsockopt(wire, SOL_SOCKET, SO_RCVBUFFORCE, &buffer, sizeof(buffer));
     if (bypass)
-        address.sll_protocol = 0; /* it never looks at what comes */
+        address.sll_protocol = 0; /* this socket only sends */
     else
         filter_requests();
     if (!address.sll_ifindex || bind(wire, (struct sockaddr *)&address, sizeof(address)))
@@ -147,13 +147,13 @@ static void build_segment(struct frame *frame, uint32_t bytes)
     tcp[12] = TCP_HEAD / 4 << 4;
     tcp[13] = 0x10;
     put16(tcp + 14, 0xFFFF);
-    /* The sum is left to whoever takes it; nobody here looks at what it starts from. */
+    /* The receiver completes the checksum.  Nobody here checks the partial sum. */
     frame->header = (struct virtio_net_hdr){
         .flags = VIRTIO_NET_HDR_F_NEEDS_CSUM, .gso_type = VIRTIO_NET_HDR_GSO_TCPV4, .hdr_len = TCP4_HEAD,
         .gso_size = SEGMENT_BYTES, .csum_start = TCP4_HEAD - TCP_HEAD, .csum_offset = 16};
 }
 
-/* Number and bytes: of a frame of our type, or of a segment, whose bytes stay in the pattern itself. */
+/* Set the number and the bytes of a frame of our type, or of a segment, whose bytes stay in the pattern. */
 static void number_frame(struct frame *frame, struct iovec *parts, uint32_t number, uint32_t bytes)
 {
     if (bytes > PLAIN) {
@@ -189,7 +189,7 @@ _Noreturn static void flood(uint32_t bytes)
         sent = sendmmsg(wire, messages, BATCH, 0);
         if (sent > 0)
             number += (uint32_t)sent;
-        /* The interface's queue is full, and lasts for longer than this. */
+        /* The interface's queue is full, and takes longer than this to drain. */
         if (sent != BATCH)
             usleep(FULL_US);
         if (sent < 0 && errno != ENOBUFS && errno != EAGAIN && errno != ENETDOWN)

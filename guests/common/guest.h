@@ -1,15 +1,15 @@
-/* What our guests share: a PVH start in long mode, a console, interrupts, ACPI.
+/* The common parts of our guests: a PVH start in long mode, a console, interrupts, ACPI.
  *
- * A KVM without hardware behind it interprets ring 0 at about a million instructions a second and lacks some:
+ * A KVM without hardware interprets ring 0, at about a million instructions a second.  It lacks some instructions:
  * LOCK CMPXCHG16B, XSAVE, CLAC and STAC, POPCNT, INT3, FWAIT, IRET in 32-bit code.  So nothing here uses
- * floating point or SSE, loops are short, and whoever has nothing to do halts. */
+ * floating point or SSE, loops are short, and an idle processor halts. */
 
 #ifndef GUEST_H
 #define GUEST_H
 
 #include "io.h"
 
-/* boot.c: what the loader tells (Xen's hvm_start_info, version 1) */
+/* boot.c: information from the loader (Xen's hvm_start_info, version 1) */
 
 struct memory_range {
     uint64_t address;
@@ -37,13 +37,13 @@ struct start_info {
 
 extern const struct start_info *start_info;
 
-/* Each guest's own part; may return, which switches the machine off. */
+/* The main function of each guest.  When it returns, the machine is switched off. */
 void guest_main(void);
 
 unsigned memory_range_count(void);
 const struct memory_range *memory_range(unsigned index);
 const char *cmdline(void);
-/* Whether a word stands on the command line by itself. */
+/* Whether the command line contains a word. */
 bool option(const char *name);
 /* The number in NAME=NUMBER on the command line. */
 uint32_t option_number(const char *name, uint32_t otherwise);
@@ -55,11 +55,11 @@ void *memset(void *to, int byte, size_t count);
 int memcmp(const void *a, const void *b, size_t count);
 size_t strlen(const char *text);
 bool same(const char *a, const char *b);
-/* Decimal; anything but digits up to the end or a space gives `otherwise`. */
+/* Parse a decimal number up to a space or the end.  Return `otherwise` if there are other characters. */
 uint32_t parse_number(const char *text, uint32_t otherwise);
-/* Take memory that nobody else uses, whole pages, not cleared; ends the guest when there is none. */
+/* Allocate whole pages, not cleared.  Ends the guest if there is no memory left. */
 void *take_pages(size_t size);
-/* Make the page at an address above 4 GiB accessible; false if there are no page tables left. */
+/* Map the page at an address above 4 GiB.  False if no page tables are left. */
 bool map_high(uint64_t address);
 
 /* console.c: COM1 at 115200 baud; output is polled */
@@ -80,7 +80,7 @@ enum {
     FCR_ON_AND_CLEAR = 0x07,
     LCR_8N1 = 0x03,
     LCR_DIVISOR = 0x80,
-    MCR_LINES = 0x0B, /* DTR, RTS, and OUT2, which lets the interrupt out of the chip */
+    MCR_LINES = 0x0B, /* DTR, RTS, and OUT2, which enables the interrupt output of the chip */
     MCR_LOOPBACK = 0x10,
     LSR_READY = 0x01,
     LSR_OVERRUN = 0x02,
@@ -94,7 +94,7 @@ void put_char(char c);
 /* %s %c %u %x, with a width, a leading 0, and l for 64 bits; \n becomes CR LF. */
 __attribute__((format(printf, 1, 2))) void print(const char *format, ...);
 
-/* trap.c: interrupts and exceptions; the two 8259s deliver until somebody masks them */
+/* trap.c: interrupts and exceptions; the two 8259s deliver interrupts until they are masked */
 
 struct frame {
     uint64_t r15, r14, r13, r12, r11, r10, r9, r8, rbp, rdi, rsi, rdx, rcx, rbx, rax;
@@ -105,7 +105,7 @@ struct frame {
 enum {
     VECTOR_GP = 13,
     VECTOR_PIC = 0x20,  /* IRQ 0-15 */
-    VECTOR_FREE = 0x30, /* the rest is for the guest */
+    VECTOR_FREE = 0x30, /* from here on free for the guest */
     VECTOR_ALARM = 0x4E, /* wait_until */
     VECTOR_SPURIOUS = 0x4F,
     VECTORS = 0x50, /* start.S has this many stubs */
@@ -116,13 +116,13 @@ enum {
 void traps_init(void);
 void traps_load(void);
 void vector_set(unsigned vector, void (*handler)(struct frame *));
-/* Have `handler` called for an ISA interrupt; it need not talk to the 8259. */
+/* Call `handler` for an ISA interrupt.  The handler need not acknowledge it at the 8259. */
 void irq_enable(unsigned irq, void (*handler)(void));
 void irq_disable(unsigned irq);
-/* Call a function in ring 0 with interrupts off, from either ring.  From ring 3 it goes by the fault of a HLT: of
- * SYSCALL and INT a KVM without hardware makes something else. */
+/* Call a function in ring 0 with interrupts off, from ring 0 or 3.  From ring 3 the fault of a HLT enters ring 0,
+ * because a KVM without hardware does not handle SYSCALL and INT as a processor does. */
 void in_ring0(void (*function)(void *), void *argument);
-/* RDMSR and WRMSR that return false where the processor answers with #GP. */
+/* RDMSR and WRMSR.  They return false if the processor raises #GP. */
 bool try_rdmsr(uint32_t msr, uint64_t *value);
 bool try_wrmsr(uint32_t msr, uint64_t value);
 
@@ -185,17 +185,17 @@ static inline void ioapic_route(unsigned pin, uint32_t how)
 
 /* report.c: checks by name */
 
-/* What the names of the checks that follow begin with, up to a dot. */
+/* Set the prefix of the names of the following checks.  A dot follows it. */
 void check_group(const char *name);
-/* A name of words with dots between them, until the next is asked for: of 80 bytes at most, with its end. */
+/* Join words by dots, to at most 80 bytes with the final 0.  The next call overwrites the result. */
 const char *dotted(const char *const *words, unsigned count);
-/* Whether something happens before it must be given up. */
+/* Wait until something happens.  False if that takes too long. */
 bool soon(bool (*happened)(void));
 void check(const char *name, bool good);
 void check_equal(const char *name, uint64_t got, uint64_t want);
 void check_range(const char *name, uint64_t got, uint64_t least, uint64_t most);
 void skip(const char *name);
-/* Print how many were good and how many were not, since the last report. */
+/* Print the numbers of passed and failed checks since the last report. */
 void report(const char *title);
 
 /* command.c: lines of at most COMMAND_MAX bytes from the serial line, of words and NAME=NUMBER */
@@ -203,14 +203,14 @@ void report(const char *title);
 #define COMMAND_MAX 128
 
 void commands_init(void);
-/* Say "ready", sleep until a line comes, and copy it.  The host sends one at a time, and can look at its clocks
- * while nothing happens. */
+/* Print "ready", sleep until a line comes, and copy it.  The host sends one line at a time, and can read its clocks
+ * while the guest sleeps. */
 void read_command(char *line);
-/* Whether a word stands at the beginning of some text. */
+/* Whether a text begins with a word. */
 bool word_is(const char *text, const char *word);
-/* Whether a word stands in a line, behind its first. */
+/* Whether a line contains a word after its first one. */
 bool has_word(const char *line, const char *word);
-/* The number behind NAME= in a line. */
+/* The number after NAME= in a line. */
 uint32_t number_in(const char *line, const char *name, uint32_t otherwise);
 
 /* acpi.c */
@@ -260,7 +260,7 @@ enum {
 
 struct power {
     uint16_t event, control, timer; /* ports */
-    uint32_t timer_half; /* what the timer counts to, halved */
+    uint32_t timer_half; /* half of the timer's range */
     uint8_t sci;
 };
 
@@ -271,7 +271,7 @@ const struct acpi_rsdp *acpi_rsdp(void);
 const struct acpi_rsdp *acpi_scan_rsdp(void);
 const void *acpi_table(const char *signature);
 bool acpi_sum_is_zero(const void *table, size_t size);
-/* The next MADT entry of a type behind `previous` (NULL: the first), or NULL. */
+/* The next MADT entry of a type after `previous` (NULL: the first), or NULL. */
 const uint8_t *madt_entry(uint8_t type, const uint8_t *previous);
 void acpi_enable(void);
 void power_button_enable(void (*pressed)(void));
@@ -284,10 +284,10 @@ enum { MADT_LAPIC = 0, MADT_IOAPIC = 1, MADT_OVERRIDE = 2 };
 /* clock.c: the ACPI timer, and the battery-backed clock */
 
 uint32_t pm_ticks(void);
-/* Let interrupts in until *what has reached `least` or time is up, at most 4 s; return whether it has.
- * From ring 0 with interrupts off, as they are afterwards, or, wait_until only, from ring 3.  Waiting is asleep, with the local APIC's timer as alarm: a guest that
- * reads a clock in a loop keeps its VMM so busy that what it waits for comes late.  Spinning is for testing
- * that timer. */
+/* Take interrupts until *what is at least `least`, or the time is up (at most 4 s).  Return whether the value was
+ * reached.  Callers are in ring 0 with interrupts off, as they are afterwards, or, for wait_until only, in ring 3.
+ * wait_until sleeps, with the local APIC's timer as alarm: a guest that reads a clock in a loop keeps its VMM so busy
+ * that the awaited event comes late.  spin_until is for tests of that timer. */
 bool wait_until(const volatile uint32_t *what, uint32_t least, uint32_t milliseconds);
 bool spin_until(const volatile uint32_t *what, uint32_t least, uint32_t milliseconds);
 void delay(uint32_t milliseconds);
@@ -306,20 +306,20 @@ struct date rtc_date(void);
 /* Seconds since the start of the year 2000. */
 uint32_t rtc_seconds(void);
 
-/* smp.c: other processors, which all use one stack: only one that has ended its work may be followed by another */
+/* smp.c: other processors.  They share one stack, so each must have ended its work before the next one starts. */
 
-/* The next processor but this one behind an entry of the MADT (NULL: the first); false if there is none. */
+/* The next processor after an entry of the MADT (NULL: the first), except this one.  False if there is none. */
 bool next_processor(const uint8_t **entry, uint8_t *id);
-/* Have a processor do something, in ring 0 with interrupts off; when that returns, it halts.  False if it does not
- * come up. */
+/* Start a processor.  It calls a function in ring 0 with interrupts off, and halts afterwards.  False if it does not
+ * start. */
 bool processor_start(uint8_t id, void (*work)(void));
 void processor_interrupt(uint8_t id, uint8_t vector);
-/* How many have come to the first instruction of theirs. */
+/* The number of processors that have executed their first instruction. */
 uint32_t processors_in_real_mode(void);
 
 /* start.S */
 
-/* Go on in ring 3, where even a KVM without hardware runs natively, and with IOPL 3, so that port I/O works. */
+/* Continue in ring 3, which even a KVM without hardware runs natively, and with IOPL 3, so that port I/O works. */
 _Noreturn void run_in_ring3(void (*function)(void));
 
 #endif

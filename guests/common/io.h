@@ -1,4 +1,4 @@
-/* Instructions that C has no word for. */
+/* Instructions that C cannot express. */
 
 #ifndef IO_H
 #define IO_H
@@ -55,8 +55,8 @@ static inline void cpu_pause(void)
     __asm__ volatile("pause" : : : "memory");
 }
 
-/* A KVM that interprets looks for interrupts every so many instructions only, even where a processor would take
- * one at once: leave them on for as long as something takes, a window of a few instructions may pass unseen. */
+/* A KVM that interprets checks for interrupts only after many instructions.  So interrupts must stay on as long as
+ * an operation takes: a window of a few instructions may pass unnoticed. */
 
 static inline void interrupts_on(void)
 {
@@ -68,9 +68,9 @@ static inline void interrupts_off(void)
     __asm__ volatile("cli" : : : "memory");
 }
 
-/* Sleep until an interrupt comes; interrupts are off before and after.  Between STI and HLT none can slip in and
- * leave HLT waiting for the next.  May return before the interrupt has been served, for the reason above: call it
- * in a loop that looks for what it waits for. */
+/* Sleep until an interrupt comes.  Interrupts are off before and after.  None can be taken between STI and HLT, so
+ * HLT does not miss it.  This may return before the interrupt has been served, for the reason above: call it in a
+ * loop that checks the condition. */
 static inline void wait_for_interrupt(void)
 {
     __asm__ volatile("sti; hlt; nop; nop; nop; nop; nop; nop; nop; cli" : : : "memory");
@@ -109,13 +109,13 @@ static inline unsigned current_ring(void)
     return code & 3;
 }
 
-/* Have every store done before any later load; nothing else can be seen out of order (Intel SDM 3A, 8.2.2). */
+/* Complete all stores before any later load.  Only this order is not guaranteed anyway (Intel SDM 3A, 8.2.2). */
 static inline void full_fence(void)
 {
     __asm__ volatile("lock; orl $0, (%%rsp)" : : : "memory", "cc");
 }
 
-/* Memory by address, address 0 included, which to a C compiler is not memory. */
+/* Access to memory by address, including address 0, which a C compiler does not treat as memory. */
 
 static inline uint64_t peek64(uint64_t address)
 {

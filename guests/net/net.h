@@ -1,7 +1,7 @@
-/* net: a driver of virtio network interfaces that tests them, or measures them, as lines on its serial line say:
+/* net: a driver that tests or measures virtio network interfaces.  Commands on its serial line:
  *
- *     test                   all checks, with the peer of the tests at the other end of the wire
- *     link [legacy] [intx]   tell of each change of the link, until it was down twice
+ *     test                   all checks, with the tests' peer at the other end
+ *     link [legacy] [intx]   report each change of the link, until it was down twice
  *     frames count=N         N frames to the peer and back, asleep between them, by MSI-X
  *     pass, ping, beat       measure (bench.c)
  *     dhcp                   ask for addresses (dhcp.c)
@@ -9,11 +9,11 @@
  *
  * On the command line:
  *
- *     mapped                 use no ports, only registers in memory; so legacy ones are not tested
- *     slot=N                 not the first interface but the one in PCI slot N, or behind it
- *     qemu                   run under QEMU, for testing this guest: leaves out what is ours alone
+ *     mapped                 use no ports, only registers in memory, so legacy registers are not tested
+ *     slot=N                 use the first interface in PCI slot N or a later one
+ *     qemu                   run under QEMU, to test this guest; omits checks that only vmd passes
  *
- * Works in ring 3, natively even where ring 0 is interpreted. */
+ * Works in ring 3, which runs natively even if ring 0 is interpreted. */
 
 #ifndef NET_H
 #define NET_H
@@ -55,22 +55,22 @@ struct net_header {
 
 enum { LLADDR = 6, ETHERNET = 14, MTU = 1500, FRAME_PLAIN = ETHERNET + MTU, FRAME_MAX = ETHERNET + 40 + 65535 };
 
-#define SLOTS 256u       /* frames of up to 1514 bytes that can be under way */
-#define SLOTS_LARGE 32u  /* and larger ones */
+#define SLOTS 256u       /* most frames of up to 1514 bytes that can be in transmission */
+#define SLOTS_LARGE 32u  /* the same for larger frames */
 #define ARRIVAL_PIECES 64u
 
-/* A frame to be sent.  Of a large one, `head` bytes end where a page ends: the payload may be given in pages. */
+/* A frame to be sent.  A large one has `head` bytes up to the end of a page, so its payload can be cut into pages. */
 struct slot {
     struct slot *next;
-    uint8_t *base; /* of its memory: there a frame of our own type begins, or the payload of a segment */
+    uint8_t *base; /* where a frame of our own type, or the payload of a segment, begins */
     uint8_t *frame;
-    uint32_t length, head, piece; /* piece: bytes that lie together; 0: all of them */
+    uint32_t length, head, piece; /* piece: contiguous bytes; 0: all */
     struct net_header header;
-    uint32_t kept; /* what the benchmark has built here before */
+    uint32_t kept; /* frame length for which the benchmark has prepared this slot */
     bool large;
 };
 
-/* A frame that has come, still in the buffers of its queue. */
+/* A received frame, still in the buffers of its queue. */
 struct arrival {
     struct net_header header;
     uint32_t length; /* of the frame */
@@ -87,10 +87,10 @@ struct nic {
     unsigned merge_bytes;
     uint8_t lladdr[LLADDR];
     unsigned under_way; /* frames being sent */
-    uint32_t strange;   /* arrivals that the device made nonsense of */
+    uint32_t strange;   /* arrivals that the device described wrongly */
 };
 
-/* What an interface is to be driven with. */
+/* The way to drive an interface. */
 struct way {
     bool legacy, mergeable, offloads, indirect, event_index;
     bool separate;       /* the header of a frame to be sent is a descriptor of its own */
@@ -105,21 +105,21 @@ bool under_qemu(void);
 /* nic.c */
 unsigned find_nic(void);
 bool has_interface(bool legacy);
-/* Reset the interface, and make it ready; it has buffers from then on.  False, and a failed check, if it does not
- * get ready.  The second only resets it. */
+/* start_nic resets the interface, makes it ready, and gives it buffers.  False, and a failed check, if it does not
+ * get ready.  stop_nic only resets it. */
 bool start_nic(const struct way *way);
 void stop_nic(void);
-/* A slot to build a frame in, waiting for one if all are under way; NULL if the device is stuck. */
+/* A free slot for a frame.  Waits if all are in use.  NULL if the device is stuck. */
 struct slot *take_slot(bool large);
-/* Put a frame into the queue; false if it is full.  It is sent when the queue is kicked. */
+/* Put a frame into the queue.  False if the queue is full.  The device sends it after kick_tx. */
 bool send_slot(struct slot *slot);
 void kick_tx(void);
 void kick_rx(void);
-/* Take back what has been sent; returns how many frames that were. */
+/* Take back the slots of sent frames.  Returns their number. */
 unsigned reclaim(void);
 /* Wait until all has been sent; false if it takes too long. */
 bool flush(void);
-/* The next frame that has come, or false; give_back returns its buffers, seen by the device at kick_rx. */
+/* The next received frame, or false.  give_back returns its buffers, which the device sees after kick_rx. */
 bool receive(struct arrival *arrival);
 void give_back(const struct arrival *arrival);
 /* Wait for a frame; false if none comes for some seconds. */
@@ -127,10 +127,10 @@ bool wait_for_frame(void);
 /* Sleep until a frame has come, or `sent` frames have been sent (0: never mind); false after some seconds. */
 bool sleep_for_either(unsigned sent);
 
-/* frames.c: what goes over the wire
+/* frames.c: the frames
  *
- * Frames of our own Ethernet type carry a number, and, from byte FRAME_PATTERN on, bytes that belong to it; so do
- * TCP segments, whose sequence number is that number times 65536, and the place in the pattern. */
+ * Frames of our own Ethernet type carry a number and, from byte FRAME_PATTERN on, the pattern of this number.  TCP
+ * segments carry the pattern, too.  Their sequence number is the number times 65536, plus the place in the pattern. */
 
 enum { TYPE_OURS = 0x88B5, TYPE_IPV4 = 0x0800, TYPE_IPV6 = 0x86DD };
 enum {
@@ -153,21 +153,21 @@ struct frame_head {
     uint64_t stamp;
 } __attribute__((packed));
 
-/* Numbers as they are on the wire. */
+/* Numbers in network byte order. */
 void put16(uint8_t *at, uint32_t value);
 uint32_t get16(const uint8_t *at);
-/* What the payload of a frame with this number is, from some place of it on. */
+/* The payload of a frame with this number, from an offset on. */
 const uint8_t *pattern(uint32_t number, uint32_t from);
 bool same_bytes(const uint8_t *a, const uint8_t *b, uint32_t length);
 /* Build a frame of our own type. */
 void build_frame(struct slot *slot, unsigned op, uint32_t number, uint32_t argument, uint32_t length);
-/* Build a TCP segment with a payload of so many bytes, to be segmented and summed by the device. */
+/* Build a TCP segment with a payload of so many bytes.  The device segments it and adds the checksums. */
 void build_segment(struct slot *slot, bool ipv6, uint32_t number, uint32_t payload);
 /* Copy an arrival; returns its frame. */
 const uint8_t *flatten(const struct arrival *arrival);
-/* Whether this is an OP_DATA frame with nothing wrong in it. */
+/* Whether this is a correct OP_DATA frame. */
 bool is_data(const uint8_t *frame, uint32_t length);
-/* The payload of a TCP segment of `number` if all its headers and sums are right, and the payload, too; 0 if not. */
+/* The payload length of a TCP segment of `number`, or 0 if a header, a checksum or the payload is wrong. */
 uint32_t good_segment(const struct net_header *header, const uint8_t *frame, uint32_t length, bool ipv6,
                       uint32_t number, uint32_t from);
 
@@ -178,14 +178,14 @@ void ask_dhcp(const char *line);
 void test_traffic(const char *name, const struct way *way);
 /* Put a frame of our own type into the queue, waiting for room. */
 bool send(unsigned op, uint32_t number, uint32_t argument, uint32_t length);
-/* Wait for a frame of our own type, and copy it; NULL if none comes, or another one. */
+/* Wait for a frame of our own type, and copy it.  NULL if none comes, or a different one. */
 const uint8_t *next_frame(unsigned op, uint32_t *length);
-/* Take what was on its way when the interface was reset, for the wire has no resets, and have the peer count anew;
- * false if it does not answer. */
+/* Drop the frames that were on the wire when the interface was reset, and reset the peer's counts.  False if the peer
+ * does not answer. */
 bool settle(void);
-/* One frame there and back; false if it does not come back as it went. */
+/* Send one frame to the peer and back.  False if it does not come back unchanged. */
 bool echo(uint32_t number, uint32_t length);
-/* How long the peer makes the frames that it is asked for. */
+/* The length of the frames that the peer sends on request. */
 uint32_t length_of(uint32_t number);
 /* controls.c */
 void test_controls(const char *name, bool legacy);

@@ -196,7 +196,7 @@ void virtio_set_config(const struct virtio_device *device, unsigned offset, unsi
 
 /* ---- queues */
 
-/* One layout for both interfaces: legacy devices know no other (2.7.2). */
+/* The same layout for both interfaces, because legacy devices support only this one (2.7.2). */
 static void lay_out(struct queue *queue, unsigned size)
 {
     size_t table = sizeof(struct descriptor) * QUEUE_MAX, available = 6 + 2 * QUEUE_MAX;
@@ -220,7 +220,7 @@ static void lay_out(struct queue *queue, unsigned size)
     }
 }
 
-/* Whole where that can be done, as drivers do that have mapped the registers; else by halves. */
+/* As one access in memory, like drivers that map the registers; in ports as two halves. */
 static void set64(const struct virtio_device *device, unsigned offset, uint64_t value)
 {
     if (!device->registers.io) {
@@ -269,7 +269,7 @@ static struct virtio_device *on_line;
 
 static void on_intx(void)
 {
-    uint8_t isr = virtio_isr(on_line); /* reading lets the line go */
+    uint8_t isr = virtio_isr(on_line); /* reading lowers the line */
 
     on_line->interrupted += isr & ISR_QUEUE;
     on_line->reconfigured += (isr & ISR_CONFIG) != 0;

@@ -16,12 +16,12 @@ enum {
 #define ENABLE 0x80000000u
 #define CAPABILITIES_MAX 48
 
-/* Where BARs go that nobody has placed: behind what firmware hands out, and in the hole below 4 GiB. */
+/* Addresses for BARs that firmware has not placed: outside of its own range, and in the hole below 4 GiB. */
 #define FREE_PORTS 0xE000
 #define FREE_PORTS_END 0xFFFF
 #define FREE_MEMORY 0xF8000000
 
-/* The PIIX3, which QEMU has and we do not, chooses IRQs for the four INTx lines by registers. */
+/* The PIIX3, which QEMU has and vmd does not, has registers for the IRQs of the four INTx lines. */
 #define PIIX3 0x70008086u
 #define PIIX3_SLOT 1
 #define PIIX3_ROUTE 0x60
@@ -142,14 +142,14 @@ void pci_move_bar(struct pci_device *device, unsigned index, uint64_t base)
 
 static void place_bars(struct pci_device *device)
 {
-    pci_write16(device->slot, PCI_COMMAND, 0); /* a BAR that is being sized decodes nonsense */
+    pci_write16(device->slot, PCI_COMMAND, 0); /* while a BAR is sized, its address is invalid */
     for (unsigned index = 0; index < PCI_BARS; index++) {
         struct pci_bar *bar = &device->bars[index];
 
         size_bar(device, index);
         if (bar->size && !bar->base)
             pci_move_bar(device, index, bar->io ? pci_free_ports(bar->size) : pci_free_memory(bar->size));
-        index += bar->wide; /* its other half is the next register */
+        index += bar->wide; /* the next register is its upper half */
     }
     pci_write16(device->slot, PCI_COMMAND, COMMAND_IO | COMMAND_MEMORY | COMMAND_MASTER);
 }
@@ -255,7 +255,7 @@ static void on_intx(struct frame *frame)
     lapic_write(LAPIC_EOI, 0);
 }
 
-/* Which of the four lines a slot's INTA is, as an i440FX has them wired. */
+/* The INTx line of a slot's INTA, as wired with an i440FX. */
 static unsigned intx_line(const struct pci_device *device)
 {
     return (pci_read8(device->slot, PCI_INTERRUPT_PIN) - 1u + device->slot - 1u) & 3;
@@ -267,7 +267,7 @@ static unsigned intx_irq(const struct pci_device *device)
 
     if (pci_read32(PIIX3_SLOT, PCI_VENDOR) != PIIX3)
         return pci_read8(device->slot, PCI_INTERRUPT_LINE);
-    /* There the interrupt line register is what firmware believes, and not all firmware is right. */
+    /* There firmware has set the interrupt line register, and not always correctly. */
     pci_write8(PIIX3_SLOT, PIIX3_ROUTE + line, irqs[line]);
     return irqs[line];
 }

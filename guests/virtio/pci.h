@@ -1,4 +1,4 @@
-/* PCI as a driver needs it: configuration mechanism 1 on bus 0, BARs, capabilities, MSI-X and INTx (PCI 3.0). */
+/* PCI for a driver: configuration mechanism 1 on bus 0, BARs, capabilities, MSI-X and INTx (PCI 3.0). */
 
 #ifndef PCI_H
 #define PCI_H
@@ -26,7 +26,7 @@ enum {
     CAP_MSIX = 0x11,
 };
 
-/* Registers somewhere in ports or in memory. */
+/* A block of registers in ports or in memory. */
 struct window {
     uint64_t base;
     bool io;
@@ -52,27 +52,27 @@ void pci_write8(unsigned slot, unsigned offset, uint8_t value);
 void pci_write16(unsigned slot, unsigned offset, uint16_t value);
 void pci_write32(unsigned slot, unsigned offset, uint32_t value);
 
-/* Size the BARs of the device in a slot, place those that firmware has not, and switch decoding and DMA on; false
- * if there is none. */
+/* Size the BARs of the device in a slot, place those that firmware has not placed, and enable decoding and DMA.
+ * False if there is no device. */
 bool pci_open(struct pci_device *device, unsigned slot);
-/* Move a BAR; the device goes on decoding. */
+/* Move a BAR while the device decodes. */
 void pci_move_bar(struct pci_device *device, unsigned index, uint64_t base);
-/* Somewhere free and aligned for as many bytes. */
+/* A free, aligned address for so many bytes. */
 uint64_t pci_free_ports(uint64_t size);
 uint64_t pci_free_memory(uint64_t size);
-/* The offset of the next capability of a kind behind another (0: the first), or 0. */
+/* The offset of the next capability of a kind after another (0: the first), or 0. */
 unsigned pci_capability(const struct pci_device *device, unsigned kind, unsigned previous);
 
 uint32_t window_read(const struct window *window, unsigned offset, unsigned size);
 void window_write(const struct window *window, unsigned offset, unsigned size, uint32_t value);
 
-/* Each interrupt that comes by an entry adds 1 to *count; the entry is unmasked. */
+/* Unmask an entry.  Each of its interrupts adds 1 to *count. */
 void msix_route(struct pci_device *device, unsigned entry, volatile uint32_t *count);
 void msix_mask(struct pci_device *device, unsigned entry, bool masked);
 bool msix_pending(const struct pci_device *device, unsigned entry);
 void msix_enable(struct pci_device *device, bool enabled);
 
-/* Have `handler` called for a device's INTx, through the 8259s or the I/O APIC; one device at a time. */
+/* Call `handler` for a device's INTx, through the 8259s or the I/O APIC.  One device at a time. */
 void intx_enable(const struct pci_device *device, bool by_ioapic, void (*handler)(void));
 void intx_disable(const struct pci_device *device, bool by_ioapic);
 

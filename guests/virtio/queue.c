@@ -35,7 +35,7 @@ static bool add_chain(struct queue *queue, const struct segment *segments, unsig
     for (unsigned i = 0; i < count; i++) {
         volatile struct descriptor *descriptor = &queue->table[at];
 
-        put(descriptor, &segments[i]); /* `next` links the free ones, too */
+        put(descriptor, &segments[i]); /* `next` also links the free descriptors */
         if (i + 1 < count)
             descriptor->flags |= DESC_NEXT;
         at = descriptor->next;
@@ -82,10 +82,10 @@ bool queue_publish(struct queue *queue)
 {
     uint16_t old = queue->notified, new = queue->next_available;
 
-    /* x86 keeps stores in order, so that descriptors and ring are there before the index. */
+    /* x86 keeps stores in order, so descriptors and ring are visible before the index. */
     queue->available->index = new;
     queue->notified = new;
-    full_fence(); /* the index must be visible before we look whether the device watches for it */
+    full_fence(); /* the index must be visible before we read whether the device wants a notification */
     if (queue->event_index)
         return (uint16_t)(new - *available_event(queue) - 1) < (uint16_t)(new - old);
     return new != old && !(queue->used->flags & USED_NO_NOTIFY);
@@ -129,13 +129,13 @@ bool queue_want_interrupt(struct queue *queue, unsigned more)
         *used_event(queue) = (uint16_t)(queue->next_used + more - 1);
     else
         queue->available->flags = 0;
-    full_fence(); /* the device must see this before we look whether we missed something */
+    full_fence(); /* the device must see this before we check for missed buffers */
     return (uint16_t)(queue->used->index - queue->next_used) >= (queue->event_index ? more : 1);
 }
 
 void queue_no_interrupt(struct queue *queue)
 {
-    /* There is always some event; this one is as far away as can be, on both sides. */
+    /* The event index cannot be switched off.  This value is as far away as possible in both directions. */
     if (queue->event_index)
         *used_event(queue) = (uint16_t)(queue->next_used + 0x8000);
     else

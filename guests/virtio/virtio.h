@@ -1,4 +1,4 @@
-/* A virtio driver's half: registers over PCI, legacy or virtio 1.x, and split queues (virtio 1.2, 2.7 and 4.1).
+/* The driver's side of virtio: registers over PCI, legacy or virtio 1.x, and split queues (virtio 1.2, 2.7 and 4.1).
  *
  * Order of calls: virtio_open; then virtio_accept, virtio_add_queue for each queue, virtio_interrupts, virtio_ready,
  * and requests; virtio_reset, and again.  All of it works from ring 3, where it is fast. */
@@ -94,7 +94,7 @@ struct used {
     struct used_element ring[];
 };
 
-/* One piece of a buffer; those the device writes come last. */
+/* One piece of a buffer.  Pieces that the device writes come last. */
 struct segment {
     const void *address;
     uint32_t length;
@@ -108,7 +108,7 @@ struct queue {
     volatile struct descriptor *table;
     volatile struct available *available;
     volatile struct used *used;
-    /* These run on and on; only a place in a ring is cut to its size. */
+    /* These counters are not reduced.  Only a position in a ring is taken modulo the ring's size. */
     uint16_t next_available, next_used, notified;
     uint16_t first_free;
     unsigned free;
@@ -119,13 +119,13 @@ struct queue {
 /* Add a buffer; the device sees it at queue_publish.  False if too few descriptors are free.  `token` is what
  * queue_take will return.  Descriptors of the queue itself, or of a table of its own where `indirect` is set. */
 bool queue_add(struct queue *queue, const struct segment *segments, unsigned count, void *token, bool indirect);
-/* Let the device see what was added; true if it wants to be notified of it. */
+/* Make the added buffers visible to the device.  True if it wants a notification. */
 bool queue_publish(struct queue *queue);
-/* Return the token of a buffer that the device is done with, and how much it wrote; NULL if there is none. */
+/* Return the token of a used buffer, and how much the device wrote; NULL if there is none. */
 void *queue_take(struct queue *queue, uint32_t *length);
 bool queue_has_used(const struct queue *queue);
-/* Ask for an interrupt when as many more buffers have come back, or, without the event index, when any has.
- * True if that has happened already. */
+/* Request an interrupt after so many more used buffers or, without the event index, after any.  True if that has
+ * happened already. */
 bool queue_want_interrupt(struct queue *queue, unsigned more);
 void queue_no_interrupt(struct queue *queue);
 
@@ -137,7 +137,7 @@ struct virtio_device {
     struct window registers; /* the legacy block, or the common configuration */
     struct window notify, isr, config;
     uint32_t notify_multiplier;
-    uint64_t features; /* agreed on */
+    uint64_t features; /* negotiated */
     enum interrupts interrupts;
     bool msix;
     /* How many interrupts there were: of queues, of configuration changes, and INTx ones that were neither. */
@@ -146,18 +146,18 @@ struct virtio_device {
 
 /* The first virtio device of a type whose slot is at least `slot`; returns its slot, or PCI_SLOTS. */
 unsigned virtio_find(unsigned type, unsigned slot);
-/* From now on be a driver that cannot use ports: of the structures of virtio 1.x it takes those in memory BARs. */
+/* From now on use no ports: of the structures of virtio 1.x only those in memory BARs are used. */
 void virtio_use_memory_only(void);
-/* Take a device by one of its two interfaces, and reset it; false if it does not have that one.  One that was open
- * before has been reset. */
+/* Open a device by one of its two interfaces, and reset it.  False if it does not have that one.  A device that was
+ * open before must have been reset. */
 bool virtio_open(struct virtio_device *device, unsigned slot, bool legacy);
 void virtio_reset(struct virtio_device *device);
 uint64_t virtio_offered(const struct virtio_device *device);
-/* Ask for features; false if the device does not accept them. */
+/* Negotiate features.  False if the device does not accept them. */
 bool virtio_accept(struct virtio_device *device, uint64_t features);
-/* Set a queue up, at most as large as asked for (legacy ones have one size); false if the device has none there. */
+/* Set up a queue of at most the given size (legacy queues have a fixed size).  False if the device has none there. */
 bool virtio_add_queue(struct virtio_device *device, struct queue *queue, unsigned index, unsigned size);
-/* Choose how the device interrupts; all queues by MSI-X entry 1, configuration changes by entry 0. */
+/* Choose the kind of interrupts.  With MSI-X all queues use entry 1, and configuration changes use entry 0. */
 void virtio_interrupts(struct virtio_device *device, enum interrupts interrupts);
 /* Set the MSI-X entry of a queue; false if the device refuses. */
 bool virtio_queue_vector(struct virtio_device *device, const struct queue *queue, unsigned entry);
@@ -166,11 +166,11 @@ void virtio_notify(const struct virtio_device *device, const struct queue *queue
 uint8_t virtio_status(const struct virtio_device *device);
 void virtio_set_status(const struct virtio_device *device, uint8_t status);
 uint8_t virtio_isr(const struct virtio_device *device);
-/* Device configuration; fields of 1, 2 or 4 bytes. */
+/* Fields of 1, 2 or 4 bytes in the device configuration. */
 uint32_t virtio_config(const struct virtio_device *device, unsigned offset, unsigned size);
 void virtio_set_config(const struct virtio_device *device, unsigned offset, unsigned size, uint32_t value);
-/* Wait, asleep or polling, until a queue has used buffers, `more` of them if the device can be told so many; false
- * after some seconds. */
+/* Wait, asleep or polling, until a queue has used buffers: `more` of them with the event index.  False after some
+ * seconds. */
 bool virtio_wait(struct virtio_device *device, struct queue *queue, unsigned more);
 
 #endif

@@ -1,11 +1,10 @@
-"""Tells a guest that the emulator broke from one that a defect of ours did.
+"""Distinguishes a guest that the emulator broke from a guest that a defect of ours broke.
 
-QEMU's SVM notes on an exit that an interrupt must not part the guest's next two instructions, and forgets it on
-the next entry; and at other times a guest that has just run well faults at its next instruction.  Guests that
-change their stacks with interrupts on, as firmware and boot loaders do, suffer most: one of ten starts of iPXE's
-CD under QEMU's own KVM machine ended in a triple fault, as now and then under ours.  So a test that fails while this
-has happened has proved nothing; it is run once more in a fresh machine, and that is said.  A defect of ours would
-show again.
+The SVM emulation of QEMU has two defects.  On an exit it saves the guest's interrupt shadow, but on the next entry it
+forgets it.  And sometimes a guest that has run well faults at its next instruction.  Guests that change their stacks
+with interrupts on, as firmware and boot loaders do, suffer most: one of ten starts of iPXE's CD under QEMU's own KVM
+machine ended in a triple fault, and some under vmd, too.  So a test that fails with a triple fault proves nothing.  It
+runs once more in a new machine, and the summary says so.  A defect of ours would show again.
 """
 
 import subprocess
@@ -17,7 +16,7 @@ SVM_EXIT_SHUTDOWN = 0x7F  # AMD64 Architecture Programmer's Manual, volume 2, ap
 
 
 class TripleFaults:
-    """Counts the triple faults of all guests, by the kernel's trace of KVM's exits."""
+    """Counts the triple faults of all guests, with the kernel's trace of KVM exits."""
 
     def __init__(self) -> None:
         if not KVM_EXIT.exists():
@@ -26,5 +25,5 @@ class TripleFaults:
         (KVM_EXIT / "enable").write_text("1")
 
     def count(self) -> int:
-        """Return how many there have been."""
+        """Return the number of triple faults up to now."""
         return (TRACING / "trace").read_text().count(" kvm_exit: ")

@@ -1,10 +1,10 @@
-"""The emulated machine ("L1"): hardware-like KVM on a host whose own KVM cannot run stock guests, or has none.
+"""The emulated machine ("L1"): KVM as with hardware, on a host that has no KVM, or one that cannot run stock guests.
 
-It is QEMU's TCG with SVM, so that Debian's stock kernel loads its real kvm_amd, with this host's own root
-file system under an overlay: the checkout, its virtual environment and every program are at their usual
-paths.  Nothing written in there comes back, but for what goes to `/l1`, which is a folder outside.
+QEMU's TCG emulates a processor with SVM, so Debian's stock kernel loads its real kvm_amd.  The root file system is this
+host's own, under an overlay, so the checkout, its virtual environment and every program have their usual paths.  Writes
+inside the machine are lost, except in `/l1`, which is a folder of the host.
 
-    python -m tests.l1.machine COMMAND [ARGUMENT ...]      runs a command in it; exits with its status
+    python -m tests.l1.machine COMMAND [ARGUMENT ...]      runs a command in the machine; exits with its status
 """
 
 import contextlib
@@ -22,40 +22,40 @@ from tools.debian_kernel import Kernel, KernelError, cache_dir, fetch
 
 HERE = Path(__file__).parent
 MODULES = ("kvm-amd", "virtio_pci", "9pnet_virtio", "9p", "overlay", "tun")
-# All others are run one after the other, and would be done last.
+# The host's other tests run one after the other.  Without this they would end last.
 PRIORITY = ("nice", "-n", "5")
-MEMORY_MIB = 8192  # a guest of 5 GiB, to have memory above the hole, and the overlay
-# With two, guests break now and then, and take this machine's kernel along, which was seen to go on with a guest's
-# registers.  With one, that was not seen, and guests are no slower.
+MEMORY_MIB = 8192  # for a guest of 5 GiB, which has memory above the PCI hole, and for the overlay
+# With two processors guests sometimes break, and so does this machine's kernel: it was seen to continue with the
+# registers of a guest.  With one processor that was not seen, and guests are as fast.
 VCPUS = 1
-# TCG is SVM's only emulator; the rest is the fastest of what was measured: translation cache of 512 MiB, nested
-# paging on, no mitigations in the kernel.
+# Only TCG emulates SVM.  The other options were the fastest in measurements: a translation cache of 512 MiB, nested
+# paging, and a kernel without mitigations.
 QEMU = (
     "qemu-system-x86_64", "-M", "q35", "-accel", "tcg,thread=multi,tb-size=512", "-cpu", "EPYC,+svm",
     "-display", "none", "-vga", "none", "-nic", "none", "-no-reboot", "-nodefaults", "-no-user-config",
 )  # fmt: skip
-# The emulator loses an interrupt now and then.  If it was a timer's, the machine sleeps for ever, unless another
-# interrupt makes the emulator look again (see `_wake`).  If it was one between two processors, the machine's own kernel
-# notices it and ends the machine.  The times are long enough for a busy host.
+# The emulator sometimes loses an interrupt.  If it is a timer's, the machine sleeps for ever, unless another interrupt
+# makes the emulator check again (see `_wake`).  If it is one between two processors, the machine's own kernel notices
+# the loss and ends the machine.  The times are long enough for a busy host.
 WATCHDOGS = "softlockup_panic=1 watchdog_thresh=30 rcupdate.rcu_cpu_stall_timeout=60 sysctl.kernel.panic_on_rcu_stall=1"
-# A kernel with one processor trusts the emulated TSC, measures it a second time, and KVM then gives guests no timer if
-# the second result is the higher one (`virtual_tsc_khz` stays 0).  Where the host is busy, ticks come too late for a
-# kernel that counts them at its start, and it ends with "IO-APIC + timer doesn't work", unless it is told not to.
+# tsc=unstable: a kernel with one processor trusts the emulated TSC and measures it twice.  If the second result is the
+# higher one, KVM gives guests no timer (`virtual_tsc_khz` stays 0).  no_timer_check: on a busy host ticks come too late
+# for a kernel that counts them at its start, and it would end with "IO-APIC + timer doesn't work".
 APPEND = f"console=ttyS0 quiet panic=-1 mitigations=off nokaslr tsc=unstable no_timer_check {WATCHDOGS}"
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 PASSED_ON = ("HOME", "XDG_CACHE_HOME", "CI", "LANG", "TERM")
-HEARTBEAT = "heartbeat"  # inside the shared folder; touched again and again while all is well
-WAKE_S = 30.0  # without a touch: it may be asleep
-STUCK_S = 180.0  # ... and nothing wakes it
+HEARTBEAT = "heartbeat"  # in the shared folder; touched regularly while the machine works
+WAKE_S = 30.0  # without a touch: the machine may have lost a timer interrupt
+STUCK_S = 180.0  # without a touch: nothing can wake the machine
 TAIL_LINES = 60
 
 
 class L1Error(Exception):
-    """The machine did not run its command to the end; the text tells why."""
+    """The machine did not run its command to the end.  The text says why."""
 
 
 class Emulated:
-    """A machine that boots a kernel with some devices; `out` is a folder that it sees as the share `out`."""
+    """A machine that boots a kernel with some devices.  The folder `out` is its share `out`."""
 
     def __init__(
         self, out: Path, kernel: Kernel, initrd: Path, devices: Sequence[str], limit_s: int,
@@ -86,7 +86,7 @@ class Emulated:
             )  # fmt: skip
 
     def _wake(self) -> None:
-        """Send the machine an interrupt, a character on its second serial port, whenever it has been silent."""
+        """Send a silent machine an interrupt, by a character to its second serial port, until the machine ends."""
         assert self.qemu.stdin is not None
         with contextlib.suppress(BrokenPipeError), self.qemu.stdin as line:
             while not self.ended(WAKE_S / 4):
@@ -96,7 +96,7 @@ class Emulated:
                     self.wakes += 1
 
     def ended(self, timeout_s: float) -> bool:
-        """Wait at most so long; return whether the machine is off."""
+        """Wait at most `timeout_s`.  Return whether the machine is off."""
         try:
             self.qemu.wait(timeout_s)
         except subprocess.TimeoutExpired:
@@ -104,15 +104,15 @@ class Emulated:
         return True
 
     def silent_s(self) -> float:
-        """Return how long ago the machine, which still runs, has given a sign of life."""
+        """Return the seconds since the last heartbeat of the machine."""
         return time.time() - Path(self.out, HEARTBEAT).stat().st_mtime
 
     def stuck(self) -> bool:
-        """Return whether the machine, which still runs, has given no sign of life for too long."""
+        """Return whether the machine, which must be running, has had no heartbeat for too long."""
         return self.silent_s() > STUCK_S
 
     def tail(self) -> str:
-        """Return the ends of all that the machine said."""
+        """Return the last lines of each output of the machine."""
         parts = []
         for name in ("qemu-errors", "console", "output"):
             path = self.out / name
@@ -122,14 +122,14 @@ class Emulated:
         return "\n".join(parts)
 
     def stop(self) -> None:
-        """End the machine, if it still runs."""
+        """End the machine if it is still running."""
         if self.qemu.poll() is None:
-            self.qemu.terminate()  # timeout(1) hands this on to QEMU
+            self.qemu.terminate()  # timeout(1) forwards the signal to QEMU
         self.qemu.wait()
 
 
 class Machine(Emulated):
-    """One run of one command on this host's root file system."""
+    """A machine that runs one command on this host's root file system."""
 
     def __init__(self, out: Path, command: Sequence[str], limit_s: int) -> None:
         kernel, initrd = prepare()
@@ -141,7 +141,7 @@ class Machine(Emulated):
         super().__init__(out, kernel, initrd, root, limit_s)
 
     def status(self) -> int:
-        """Return the exit status of the command, once the machine is off; L1Error if it has none."""
+        """Return the exit status of the command, after the machine is off.  Raises L1Error if there is none."""
         written = self.out / "status"
         if written.exists():
             return int(written.read_text())
@@ -150,15 +150,15 @@ class Machine(Emulated):
         raise L1Error(f"the emulated machine ended before its command did\n{self.tail()}")
 
     def died(self) -> bool:
-        """Return whether the machine, now off, has reset itself in the middle of its command: no test's fault.
+        """Return whether the machine, which is off, has reset itself during its command, for which no test is to blame.
 
-        Its kernel found itself stuck, or its memory other than it was; or all handlers of faults faulted.
+        Its kernel was stuck or found corrupt memory, or had a triple fault.
         """
         return self.qemu.returncode == 0 and not Path(self.out, "status").exists()
 
 
 def prepare() -> tuple[Kernel, Path]:
-    """Return kernel and initramfs of the machine, fetched or built when needed; L1Error if that fails."""
+    """Return kernel and initramfs of the machine.  Fetch and build them if necessary.  Raises L1Error."""
     try:
         kernel = fetch("amd64", cache_dir())
         return kernel, initramfs.cached("l1", HERE / "init", MODULES, kernel)
@@ -173,7 +173,7 @@ def _script(command: Sequence[str]) -> str:
 
 
 def share(tag: str, folder: Path, options: str) -> str:
-    """Return the option of QEMU that shows a folder to the machine."""
+    """Return QEMU's option that shares a folder with the machine."""
     return f"local,mount_tag={tag},path={folder},security_model=none,{options}"
 
 

@@ -1,8 +1,8 @@
 """Runs the tests marked `l1` inside one emulated machine, and reports each as if it had run here.
 
-Two halves of one pytest run.  Outside, `OutsideL1` starts the machine as soon as it knows which tests are
-wanted, lets the other tests go first, and then takes each `l1` test's reports from a file.  Inside,
-`InsideL1` writes that file: one line of JSON for each report, in pytest's own serialised form.
+Two pytest processes work together.  Outside, `OutsideL1` starts the machine after the collection, lets the other tests
+run first, and then reads each `l1` test's reports from a file.  Inside, `InsideL1` writes that file: one line of JSON
+for each report, in pytest's own serialised form.
 """
 
 import json
@@ -27,24 +27,24 @@ from tools import debian_image
 from tools.debian_image import ImageError
 from tools.debian_kernel import KernelError
 
-REPORTS = "reports"  # names inside the shared folder
+REPORTS = "reports"  # names in the shared folder
 TESTS = "tests"
-BROKEN = "broken_by_the_emulator"  # in a report: the failure is not the test's
+BROKEN = "broken_by_the_emulator"  # in a report: the emulator caused the failure
 HEARTBEAT_S = 5.0
 RESTARTS = 2
 LIMIT_S = 1200  # watchdogs, for busy hosts
-DEEP_LIMIT_S = 5400  # a third of it for three boots of a Debian that sets itself up
+DEEP_LIMIT_S = 5400  # a third of it is for three boots of a Debian with cloud-init
 
 
 class InsideL1:
-    """Writes each report where the other side reads it, at once."""
+    """Writes each report at once to the file that the outer side reads."""
 
     def __init__(self, config: pytest.Config, path: str) -> None:
         self.config = config
         self.path = path
         self.faults = TripleFaults()
         self.faults_before = 0
-        self.broken_module = ""  # its guests, which later tests may share, are not what they were
+        self.broken_module = ""  # later tests may share the broken guests of this module
         threading.Thread(target=self._beat, daemon=True).start()
 
     def _beat(self) -> None:
@@ -53,7 +53,7 @@ class InsideL1:
             time.sleep(HEARTBEAT_S)
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
-        """Remember how things are before a test."""
+        """Note the number of triple faults before a test."""
         self.faults_before = self.faults.count()
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -67,34 +67,34 @@ class InsideL1:
 
 
 class OutsideL1:
-    """Starts the machine and answers for the tests that run in it."""
+    """Starts the machine, and reports the tests that run in it."""
 
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
         self.out = config.rootpath / "build" / "l1" / str(os.getpid())  # runs may overlap
         self.machine: Machine | None = None
         self.failure = ""
-        self.restarts: list[str] = []  # why
-        self.wakes = 0  # of machines that are off
-        self.over = False  # nothing more will be reported
+        self.restarts: list[str] = []  # reasons
+        self.wakes = 0  # total of the machines that have ended
+        self.over = False  # no more reports will come
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """Take the watchdog off: it would count the wait for the machine; inside, each test has its own."""
+        """Remove the timeout, which would include the wait for the machine.  Inside, each test has its own timeout."""
         for item in items:
             if item.get_closest_marker("l1"):
                 item.add_marker(pytest.mark.timeout(0), append=False)
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
-        """Start the machine if one of the tests to run is for it."""
+        """Start the machine if one of the tests needs it."""
         wanted = [item.nodeid for item in session.items if item.get_closest_marker("l1")]
         if not wanted or self.config.option.collectonly or session.testsfailed:
-            return  # with a module that cannot be collected, pytest runs nothing
+            return  # after a collection error pytest runs no tests
         self.out.mkdir(parents=True, exist_ok=True)
         Path(self.out, REPORTS).write_text("")
         self._start(wanted)
 
     def _start(self, tests: list[str]) -> None:
-        """Start the machine for some tests; what prevents that is their failure."""
+        """Start the machine for some tests.  If that fails, the tests fail with the reason."""
         Path(self.out, TESTS).write_text("".join(f"{nodeid}\n" for nodeid in tests))
         deep = self.config.getoption("--deep")
         command = [
@@ -102,7 +102,7 @@ class OutsideL1:
             "--inside-l1", f"/l1/{REPORTS}", *(["--deep"] if deep else []), f"@/l1/{TESTS}",
         ]  # fmt: skip
         try:
-            # Made and fetched here: there is no network inside, and all is slower.
+            # Make and fetch these outside: inside there is no network, and everything is slower.
             bootable()
             if any(nodeid.startswith("tests/l1/test_login.py") for nodeid in tests):
                 debian_image.cached()
@@ -115,12 +115,12 @@ class OutsideL1:
             self.failure = f"the emulated machine was not started: {error}"
 
     def _ended(self, timeout_s: float) -> bool:
-        """Wait at most so long; return whether nothing more will be reported."""
+        """Wait at most `timeout_s`.  Return whether no more reports will come."""
         self.over = self.over or self._over(timeout_s)
         return self.over
 
     def _over(self, timeout_s: float) -> bool:
-        """Do so; the machine is started again for what it spoilt."""
+        """Do the work of `_ended`.  Start the machine again for the tests that it broke or did not complete."""
         if self.machine is None:
             return True
         stuck = False
@@ -141,12 +141,12 @@ class OutsideL1:
         lines = [json.dumps(data) + "\n" for nodeid in reports.keys() - rest for data in reports[nodeid]]
         Path(self.out, REPORTS).write_text("".join(lines))
         ended_in = [nodeid for nodeid in rest if nodeid not in spoilt][:1]
-        rest.sort(key=lambda nodeid: nodeid in spoilt + ended_in)  # last, lest they take the others along again
+        rest.sort(key=lambda nodeid: nodeid in spoilt + ended_in)  # last, because they may break the machine again
         self._start(rest)
         return bool(self.failure)
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        """Say that a result took more than one start."""
+        """Say that the machine had to be restarted or woken."""
         for why in self.restarts:
             terminalreporter.section("THE EMULATED MACHINE WAS STARTED AGAIN", "!", red=True, bold=True)
             terminalreporter.write_line(why)
@@ -155,7 +155,7 @@ class OutsideL1:
             terminalreporter.write_line(f"it was silent for long, and was sent {self.wakes} interrupts to wake it")
 
     def pytest_unconfigure(self) -> None:
-        """Leave nothing behind when the run was interrupted."""
+        """Stop the machine if the run was interrupted."""
         if self.machine is not None:
             self.machine.stop()
             if not self.failure:
@@ -163,9 +163,9 @@ class OutsideL1:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> bool | None:
-        """Report on one test of the machine, when it is done in there; all others run as usual."""
+        """Report a test of the machine after it has run there.  All other tests run as usual."""
         if item.get_closest_marker("l1") is None:
-            self._ended(0)  # so that one that has to be started again is so soon
+            self._ended(0)  # so that a machine that needs a restart gets it soon
             return None
         item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
         for report in self._reports_on(item):
@@ -174,14 +174,14 @@ class OutsideL1:
         return True
 
     def _reports_on(self, item: pytest.Item) -> Iterator[pytest.TestReport]:
-        """Yield the reports on a test, or one failure if it was not run to its end."""
+        """Yield the reports of a test, or one failure if the test was not completed."""
         began = time.time()
         while not self._complete(item.nodeid):
             if self._ended(1.0):
                 break
         reports = self._read().get(item.nodeid, [])
         if not self._complete(item.nodeid):
-            reports = []  # the test that the machine died in; its set-up may have passed
+            reports = []  # the machine died during this test; its set-up may have passed
             yield pytest.TestReport(
                 item.nodeid, item.location, dict.fromkeys(item.keywords, 1), "failed",
                 self._why(), "call", start=began, stop=time.time(), duration=time.time() - began,
@@ -190,13 +190,13 @@ class OutsideL1:
             yield report_of(self.config, data)
 
     def _complete(self, nodeid: str) -> bool:
-        """Return whether a test was run to its end, and its result counts."""
+        """Return whether a test was completed, and its result counts."""
         reports = self._read().get(nodeid, [])
         counts = len(self.restarts) == RESTARTS or not _broken(reports)
         return counts and any(data["when"] == "teardown" for data in reports)
 
     def _read(self) -> dict[str, list[dict[str, Any]]]:
-        """Return the reports that are there, by test; the last line may be half written."""
+        """Return the reports written up to now, by test.  The last line may be incomplete."""
         path = self.out / REPORTS
         by_test: dict[str, list[dict[str, Any]]] = {}
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
@@ -207,7 +207,7 @@ class OutsideL1:
         return by_test
 
     def _why(self) -> str:
-        """Return why a test has no result; at length for the first, in a sentence for the others."""
+        """Return why a test has no result: with details for the first test, in a sentence for the others."""
         if self.failure:
             return self.failure.partition("\n")[0]
         if self.machine is None:

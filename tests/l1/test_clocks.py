@@ -1,7 +1,7 @@
-"""The TSC stops with the other clocks, where KVM can give a guest one of its own: one without hardware cannot.
+"""The TSC stops in a pause, like the other clocks, if KVM can offset a guest's TSC.  A KVM without hardware cannot.
 
-`tests/guest/test_clocks.py` compares the others, as closely as they can be read.  This machine's own TSC is not stable,
-and KVM then lets a guest's be some milliseconds late: a tenth of each pause is allowed.
+`tests/guest/test_clocks.py` compares the other clocks, as exactly as they can be read.  The emulated machine's own TSC
+is not stable, and KVM then lets a guest's TSC be some milliseconds late.  So a tenth of each pause is tolerated.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.l1, pytest.mark.root, pytest.mark.deep, pytest.mark.ti
 
 
 def test_the_tsc_stops_too(tmp_path: Path) -> None:
-    """In pauses shorter than the second by which KVM bends a TSC that is written, and in longer ones."""
+    """In pauses shorter and longer than a second: KVM adjusts TSC writes that differ by less than a second."""
     with daemon(tmp_path) as vmd:
         session = Session(vmd)
         host = session.watch.host

@@ -1,4 +1,4 @@
-"""Control groups of VMs where the kernel has the controller, and no systemd runs the host."""
+"""Control groups of VMs, on a kernel with the controller and a host without systemd."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.l1, pytest.mark.deep, pytest.mark.timeout(400)]
 
 
 def test_tasks_of_a_vm_are_limited(tmp_path: Path) -> None:
-    """With those of its devices, in a group of its own; the daemon itself makes way for that."""
+    """A VM and its device processes have their own group.  The daemon moves itself to a subgroup to allow that."""
     with Daemon(tmp_path, vm_block("a", DRIVE)) as vmd:
         vmd.must("start", "a")
         processes = vmd.processes()

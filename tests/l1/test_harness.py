@@ -1,4 +1,4 @@
-"""The ground that the real-guest tests stand on, tried with QEMU as the VMM: KVM, kernel, initramfs, console."""
+"""Tests the basis of the real-guest tests with QEMU as the VMM: KVM, kernel, initramfs, console."""
 
 import re
 import socket
@@ -19,25 +19,25 @@ MEMORY_MIB = 512
 
 
 class Monitor:
-    """QEMU's monitor, as far as a power button needs it."""
+    """QEMU's monitor, for the power button only."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def press_power_button(self) -> None:
-        """Do what a finger does."""
+        """Press the power button."""
         with socket.socket(socket.AF_UNIX) as monitor:
             monitor.settimeout(10)
             monitor.connect(str(self.path))
             monitor.sendall(b"system_powerdown\n")
             monitor.shutdown(socket.SHUT_WR)
-            while monitor.recv(4096):  # it hangs up when the command is done
+            while monitor.recv(4096):  # QEMU closes the connection after the command
                 pass
 
 
 @pytest.fixture
 def qemu(linux: LinuxGuest, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], Monitor]]:
-    """QEMU, under this KVM, booting the guest with two processors, a network and a power button to wait for."""
+    """QEMU with this KVM boots the guest, with two processors and a network.  The guest waits for the power button."""
     path = tmp_path / "monitor"
     process = subprocess.Popen(
         [
@@ -56,7 +56,7 @@ def qemu(linux: LinuxGuest, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[b
 
 
 def test_kvm_is_the_real_thing() -> None:
-    """The module that needs a processor's virtualisation has bound, and its device opens."""
+    """The KVM module for the processor is loaded, and its device can be opened."""
     loaded = [name for name in ("kvm_amd", "kvm_intel") if Path("/sys/module", name).exists()]
     print(f"{loaded[0]} on {Path('/proc/sys/kernel/osrelease').read_text().strip()}")
     assert Path("/dev/kvm").is_char_device()
@@ -65,7 +65,7 @@ def test_kvm_is_the_real_thing() -> None:
 def test_stock_kernel_boots_and_obeys_the_power_button(
     qemu: tuple[subprocess.Popen[bytes], Monitor],
 ) -> None:
-    """Debian's cloud kernel reaches our init, sees its machine, gets a lease, and powers off when told to."""
+    """Debian's cloud kernel starts our init, detects its machine, gets a lease, and obeys the power button."""
     process, monitor = qemu
     assert process.stdout is not None
     console = Console(process.stdout.fileno())

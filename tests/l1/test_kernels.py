@@ -1,4 +1,4 @@
-"""Kernels that others made, unchanged, and what a VM says of them: each kind of `boot` image to its own screen."""
+"""Unchanged kernels of other projects: each kind of `boot` image runs up to its own screen or console."""
 
 import re
 import time
@@ -17,13 +17,13 @@ PROGRESS_S = 60
 
 
 def block(boot: Path, cmdline: str, *lines: str) -> str:
-    """Return the block of a VM that boots this."""
+    """Return the block of a VM that boots this image."""
     options = "\n".join(f"    {line}" for line in ("disable", f'boot "{boot}" cmdline "{cmdline}"', *lines))
     return f'vm "other" {{\n{options}\n}}\n'
 
 
 def screen(text: str, rows: int = 25, columns: int = 80) -> list[str]:
-    """Return what a terminal shows after these bytes: cursor positions are all that memtest86+ uses."""
+    """Return the screen of a terminal after these bytes.  memtest86+ uses only cursor positions."""
     cells = [[" "] * columns for _ in range(rows)]
     row = column = 0
     for position, character in re.findall(r"\x1b\[(\d+;\d+H|[?\d]*[A-Za-z])|([^\x1b])", text):
@@ -36,14 +36,14 @@ def screen(text: str, rows: int = 25, columns: int = 80) -> list[str]:
 
 
 def field(shown: list[str], pattern: str) -> str:
-    """Return the first group of a pattern that one row of the screen has."""
+    """Return the first group of a pattern that matches one row of the screen."""
     found = re.search(pattern, "\n".join(shown))
     assert found is not None, "\n".join(shown)
     return found[1].strip()
 
 
 def watch_memtest(console: Attached) -> None:
-    """Wait for the screen of memtest86+, and for its test to get on."""
+    """Wait for the screen of memtest86+, and for progress of its test."""
     console.expect("Memtest86+ v", BOOT_S)
     console.expect("Errors: ", BOOT_S)
     began = time.monotonic()
@@ -64,7 +64,7 @@ def watch_memtest(console: Attached) -> None:
 
 
 def run_memtest(tmp_path: Path, bits: str, cmdline: str) -> None:
-    """Run it for a while; it has no end, and goes with the daemon."""
+    """Run memtest86+ for a while.  It runs for ever, so it ends with the daemon."""
     with Daemon(tmp_path, block(memtest86(bits), cmdline, "memory 64M")) as vmd:
         vmd.must("start", "other")
         with vmd.console("other") as console:
@@ -72,18 +72,18 @@ def run_memtest(tmp_path: Path, bits: str, cmdline: str) -> None:
 
 
 def test_memtest86(tmp_path: Path) -> None:
-    """Debian's memtest86+x64.bin by the 64-bit entry: its file is 8 bytes shorter than its header says."""
+    """Debian's memtest86+x64.bin starts at its 64-bit entry.  The file is 8 bytes shorter than its header says."""
     run_memtest(tmp_path, "x64", "console=ttyS0 nopause")
 
 
 def test_memtest86_of_32_bits(tmp_path: Path) -> None:
-    """Debian's memtest86+ia32.bin, which only has the 32-bit entry."""
+    """Debian's memtest86+ia32.bin, which has only the 32-bit entry, starts."""
     run_memtest(tmp_path, "ia32", "console=ttyS0")
 
 
 @pytest.mark.parametrize("kind", ["bzImage.gz", "vmlinux"])
 def test_stock_kernel_in_other_wrappings(tmp_path: Path, linux: LinuxGuest, kind: str) -> None:
-    """Debian's kernel compressed in two members, and as the ELF file within, entered by PVH: both find their initrd."""
+    """Debian's kernel boots with two gzip members, and as its ELF file by PVH.  Both find their initrd."""
     boot = {"bzImage.gz": packed_linux, "vmlinux": vmlinux}[kind]()
     cmdline = "console=ttyS0 quiet panic=-1 vmdtest=info"
     with Daemon(tmp_path, block(boot, cmdline, "memory 256M", f'initrd "{linux.initrd}"')) as vmd:

@@ -1,4 +1,4 @@
-"""Debian's stock kernel at work while its machine is paused, and sent from one name to another and back."""
+"""Debian's stock kernel works while its machine is paused, and is sent from one name to another and back."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ BOOT_S = 150
 MIB = 1 << 20
 PAUSES = 5
 COMPLAINTS = "stall|lockup|unstable|i/o error|lost|hung|call trace|oops"
-# Written, and read back from the disk; what differs is noted.
+# Data is written to the disk and read back.  Differences are noted.
 WORK = (
     "(i=0; while [ ! -e /stop ]; do i=$((i+1)); dd if=/dev/urandom of=/d/file bs=64k count=8; a=$(md5sum </d/file);"
     ' sync; echo 3 >/proc/sys/vm/drop_caches; [ "$a" = "$(md5sum </d/file)" ] || echo $i >>/bad;'
@@ -27,20 +27,20 @@ WORK = (
 
 
 def done(shell: Shell) -> int:
-    """Return how much work has been done, and found good."""
+    """Return the number of completed and correct rounds of work."""
     shell.run("[ ! -e /bad ]")
     return int(shell.run("cat /done"))
 
 
 def goes_on(shell: Shell) -> None:
-    """Wait until more work has been done."""
+    """Wait until the guest has completed more rounds."""
     before = done(shell)
     shell.wait_for(f"[ $(cat /done) -ge {before + 2} ]")
     done(shell)
 
 
 def test_pauses_and_moves(linux: LinuxGuest, tmp_path: Path) -> None:
-    """Two processors, a disk that is written and read, kvmclock: nothing is lost, and the kernel has no complaint."""
+    """With two processors, a busy disk and kvmclock, nothing is lost, and the kernel logs no warnings."""
     disk = tmp_path / "disk.raw"
     disk.touch()
     os.truncate(disk, 64 * MIB)
@@ -59,7 +59,7 @@ vm "a" {{
         vmd.must("start", "a")
         with vmd.console("a") as console:
             shell = Shell(console, BOOT_S)
-            shell.run("dmesg -c >/dev/null")  # what it has to say about the emulated machine is not our doing
+            shell.run("dmesg -c >/dev/null")  # drop messages about the emulated machine
             shell.run("mkdir /d && mount -t ext4 /dev/vda /d && echo 0 >/done")
             shell.run(WORK)
             goes_on(shell)

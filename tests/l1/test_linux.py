@@ -1,4 +1,4 @@
-"""Debian's stock cloud kernel under vmd, as a sysadmin would run it: vm.conf, vmctl, console."""
+"""Debian's stock cloud kernel under vmd, as an administrator runs it: vm.conf, vmctl, console."""
 
 import re
 import time
@@ -17,7 +17,7 @@ MIB = 1024
 
 
 def conf(linux: LinuxGuest, name: str, steps: str, *, vcpus: int = 1, memory: str = "256M") -> str:
-    """Return a vm block that boots the stock kernel with these steps of the guest's init."""
+    """Return a vm block that boots the stock kernel.  The guest's init runs these steps."""
     return f"""
 vm "{name}" {{
     disable
@@ -29,7 +29,7 @@ vm "{name}" {{
 
 
 def test_two_processors_and_the_power_button(linux: LinuxGuest, tmp_path: Path) -> None:
-    """`vcpus 2`, 5 GiB: /proc agrees; `vmctl stop -w` presses the power button and the guest obeys."""
+    """With `vcpus 2` and 5 GiB /proc shows both.  `vmctl stop -w` presses the power button, and the guest obeys."""
     with Daemon(tmp_path, conf(linux, "big", "info,wait", vcpus=2, memory="5G")) as vmd:
         began = time.monotonic()
         vmd.must("start", "big")
@@ -53,7 +53,7 @@ def test_two_processors_and_the_power_button(linux: LinuxGuest, tmp_path: Path) 
 
 
 def test_one_processor_reboots_and_powers_off(linux: LinuxGuest, tmp_path: Path) -> None:
-    """`vcpus 1`, 128 MiB: the guest reboots itself on the same console; then powers itself off."""
+    """With `vcpus 1` and 128 MiB the guest reboots itself on the same console, then powers itself off."""
     with Daemon(tmp_path, conf(linux, "small", "info,shell", memory="128M")) as vmd:
         vmd.must("start", "small")
         before = vmd.status("small")

@@ -1,6 +1,6 @@
-"""From an image to a login: a Debian with cloud-init, made from packages, as whoever has a cloud image would run it.
+"""From an image to a login: a Debian with cloud-init, made from packages, run like a cloud image.
 
-One guest, started twice, and a clone of it: each start takes minutes in here, and two at once take longer.
+One guest starts twice, and its clone once.  Each start takes minutes in the emulated machine, and longer in parallel.
 """
 
 import contextlib
@@ -20,15 +20,15 @@ from tools import debian_image
 pytestmark = [pytest.mark.l1, pytest.mark.deep, pytest.mark.root, pytest.mark.timeout(2400)]
 
 BOOT_S = 900
-CONSOLE_SHOWN = 8000  # characters, of what a guest has printed last
+CONSOLE_SHOWN = 8000  # characters of a guest's last output
 GIB = 1 << 30
 SIZE = "3G"
 MARK = "@@"
 USER, HOSTNAME, PORT = "ann", "www", 8022
 RESOLVER = "203.0.113.53"
-RESULT = "/run/cloud-init/result.json"  # cloud-init writes it when all its stages have ended
-# A login takes seconds in here, so all is asked in one.  What cloud-init does once in the life of an instance leaves a
-# file in `sem`; they say when each was done.
+RESULT = "/run/cloud-init/result.json"  # cloud-init writes this file after its last stage
+# A login takes seconds in the emulated machine, so one login asks everything.  A step that cloud-init does once per
+# instance leaves a file in `sem`.  The file's time says when the step was done.
 QUESTIONS = {
     "cloud-init": f"until [ -e {RESULT} ]; do sleep 1; done; cat {RESULT}",
     "id": "id",
@@ -41,14 +41,14 @@ QUESTIONS = {
     "instance": "cat /var/lib/cloud/data/instance-id",
     "once": "sudo ls --full-time /var/lib/cloud/instance/sem",
 }
-# Devices and units that a processor of hardware has ready in a second take minutes here.
+# Devices and units that are ready after a second on hardware take minutes here.
 PATIENCE = f"systemd.default_timeout_start_sec={BOOT_S} systemd.default_device_timeout_sec={BOOT_S}"
-SILENCE = "quiet systemd.show_status=false"  # each character on the console is an exit to the host
+SILENCE = "quiet systemd.show_status=false"  # each character on the console costs an exit to the host
 STRANGER = ("-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR")
 
 
 class Lab:
-    """A host with a daemon, the world outside, and a key."""
+    """A host with a daemon, the network outside, and an ssh key."""
 
     def __init__(self, folder: Path, host: Network, world: Network, vmd: NetDaemon) -> None:
         self.folder = folder
@@ -58,7 +58,7 @@ class Lab:
         self.vmd = vmd
 
     def logs_in(self, name: str, command: str) -> str:
-        """Run a command in a guest by `vmctl ssh`; return what it said."""
+        """Run a command in a guest by `vmctl ssh`.  Return its output."""
         words = ["ssh", "-w", str(BOOT_S), "-i", str(self.key), "-o", "IdentitiesOnly=yes", name, "--", command]
         with self.host.inside():
             done = self.vmd.vmctl(*words, timeout_s=BOOT_S + 300)
@@ -67,12 +67,12 @@ class Lab:
         return done.stdout.strip()
 
     def logs_in_from(self, network: Network, address: str) -> str:
-        """Run id(1) in the guest by ssh to the port that is forwarded; return what it said."""
+        """Run id(1) in the guest by ssh to the forwarded port.  Return its output."""
         words = ["-i", str(self.key), "-o", "IdentitiesOnly=yes", *STRANGER, "-p", str(PORT), f"{USER}@{address}", "id"]
         return network.run("ssh", *words).strip()
 
     def starts(self, name: str) -> dict[str, str]:
-        """Start a VM, wait until its guest has set itself up, and return what it answers."""
+        """Start a VM, wait until cloud-init has finished, and return the guest's answers."""
         began = time.monotonic()
         self.vmd.must("start", name)
         said = self.logs_in(name, "; ".join(f"echo {MARK} {key}; {command}" for key, command in QUESTIONS.items()))
@@ -83,13 +83,13 @@ class Lab:
         return answers
 
     def stops(self, name: str) -> None:
-        """Have the guest power off."""
+        """Stop a VM by its power button, and wait for its end."""
         self.vmd.must("stop", "-w", name, timeout_s=BOOT_S)
         assert self.vmd.status(name)["text"] == "powered off by the guest"
 
 
 def block(name: str, disk: Path, folder: Path, forward: str = "", hostname: str = "") -> str:
-    """Return a VM with this disk and a seed; the kernel comes from the disk."""
+    """Return the block of a VM with this disk and a seed.  The kernel comes from the disk."""
     return f"""
 vm "{name}" {{
     disable
@@ -107,7 +107,7 @@ vm "{name}" {{
 def lab(tmp_path: Path) -> Iterator[Lab]:
     """A VM `web` whose disk is a grown copy of the image."""
     load_modules()
-    subprocess.run(["modprobe", "-q", "nft_ct"], check=False)  # for what is masqueraded with forwards
+    subprocess.run(["modprobe", "-q", "nft_ct"], check=False)  # needed by the rules for forwarded ports
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / "key"], check=True)
     disk = tmp_path / "web.qcow2"
     conf = block("web", disk, tmp_path, f"forward tcp port {PORT} to port 22", f"hostname {HOSTNAME}")
@@ -120,7 +120,7 @@ def lab(tmp_path: Path) -> Iterator[Lab]:
 
 
 def test_an_image_a_seed_and_a_login(lab: Lab) -> None:
-    """The guest is what the seed says, is reached, does nothing twice, and its clone is somebody else."""
+    """The guest follows its seed, can be reached, does nothing twice, and its clone has another identity."""
     first = lab.starts("web")
 
     assert f"({USER})" in first["id"]

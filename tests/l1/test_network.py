@@ -1,4 +1,4 @@
-"""Networking with real guests: two of Debian's stock kernels on all kinds of interfaces, and the world behind NAT."""
+"""Networking with two guests with Debian's stock kernel: all kinds of interfaces, and the world behind NAT."""
 
 import contextlib
 import ipaddress
@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.l1, pytest.mark.root, pytest.mark.timeout(900)]
 BOOT_S = 200
 MIB = 1 << 20
 
-# The far side of the host's only uplink; no route leads from there to a guest.
+# The network beyond the host's only uplink.  It has no route to a guest.
 HOST, WORLD, RESOLVER = "203.0.113.1", "203.0.113.2", "203.0.113.53"
 HOST6, WORLD6 = "2001:db8:1::1", "2001:db8:1::2"
 ADDRESSES = (ipaddress.ip_address(WORLD).packed, ipaddress.ip_address(WORLD6).packed)
@@ -49,7 +49,7 @@ switch "giant" {
 
 
 class Guest:
-    """A guest at its shell, whose interfaces are: local, then one on each switch."""
+    """A guest at its shell.  Its first interface is `local`, and each further one is on a switch."""
 
     def __init__(self, vmd: NetDaemon, name: str, number: int, shell: Shell) -> None:
         self.vmd = vmd
@@ -61,40 +61,41 @@ class Guest:
         self.wait_for = shell.wait_for
 
     def address(self, interface: str) -> str:
-        """Return its address on a switch."""
+        """Return the guest's address on the switch of an interface."""
         return f"10.0.{interface.removeprefix('eth')}.{self.number}"
 
     def set_addresses(self) -> None:
-        """Take these addresses."""
+        """Set the addresses on all switches."""
         for interface in MTUS:
             self.run(f"ip link set {interface} up && ip address add {self.address(interface)}/24 dev {interface}")
 
     def nic(self, index: int) -> dict[str, object]:
-        """Return what vmctl says of an interface."""
+        """Return the entry of an interface in vmctl's output."""
         return self.vmd.interfaces(self.name)[index]
 
     def counters(self, index: int) -> dict[str, int]:
-        """Return what vmctl says that has happened on it."""
+        """Return the counters of an interface in vmctl's output."""
         found = self.nic(index)["counters"]
         assert isinstance(found, dict)
         return found
 
     def statistics(self, interface: str) -> dict[str, int]:
-        """Return what the guest's kernel says of it."""
+        """Return the counters of an interface in the guest's kernel."""
         keys = ("rx_packets", "rx_bytes", "tx_packets", "tx_bytes")
         said = self.run(f"cd /sys/class/net/{interface}/statistics && cat {' '.join(keys)}; cd /").split()
         return dict(zip(keys, map(int, said), strict=True))
 
     def pings(self, address: str, options: str = "", count: int = 3) -> str:
-        """Ask an address, each time until it has answered; return what ping(8) said.
+        """Ping an address `count` times, and wait for each answer.  Return the output of ping(8).
 
-        One at a time: of several, the last has only as long as the slowest before it took, which is too short here.
+        Each ping is a separate command.  In a series, ping(8) waits for the last answer only as long as the slowest one
+        before took, which is too short here.
         """
         one = f"ping {options} -c 1 -W 20 {address}"
         return self.run(f"(for i in $(seq {count}); do {one} || exit 1; done)")
 
     def fetches(self, mebibytes: int, address: str = WORLD) -> None:
-        """Get a large file from the world and send it back; both times it is what it was."""
+        """Download a large file from the world, and send it back.  Check the contents both times."""
         wanted = servers.md5(servers.noise(mebibytes))
         began = time.monotonic()
         got = self.run(f"wget -q -O /tmp/file http://{address}/{mebibytes} && md5sum </tmp/file", 300)
@@ -105,7 +106,7 @@ class Guest:
         assert (got.split()[0], took) == (wanted, wanted)
 
     def moves(self, mebibytes: int) -> tuple[float, float]:
-        """Do so; return how long frames were on average on the local interface, in bytes, each way."""
+        """Call `fetches`.  Return the average length of received and sent frames on the local interface, in bytes."""
         before = self.counters(0)
         self.fetches(mebibytes)
         after = self.counters(0)
@@ -113,7 +114,7 @@ class Guest:
         return more["rx_bytes"] / more["rx_packets"], more["tx_bytes"] / more["tx_packets"]
 
     def leases(self) -> str:
-        """Have an address on the local interface; returns what was leased."""
+        """Get an address for the local interface by DHCP.  Return the lease."""
         self.run("ip address flush dev eth0; ip link set eth0 up")
         return self.run("udhcpc -i eth0 -n -q -f -s /bin/leased 2>/dev/null")
 
@@ -135,7 +136,7 @@ class Lab:
 
 
 def bridge_address(interface: str) -> str:
-    """Return the host's address on the switch that a guest's interface is on."""
+    """Return the host's address on the switch of a guest's interface."""
     return f"10.0.{interface.removeprefix('eth')}.254"
 
 
@@ -147,9 +148,9 @@ def block(name: str, linux: LinuxGuest, append: str, *lines: str) -> str:
 
 
 def join(host: Network, world: Network) -> None:
-    """Lay a cable from a host to the world."""
+    """Connect a host to the world by a pair of veth interfaces."""
     with world.inside():
-        holder = subprocess.Popen(["cat"], stdin=subprocess.PIPE)  # ip(8) knows a namespace by who is in it
+        holder = subprocess.Popen(["cat"], stdin=subprocess.PIPE)  # ip(8) names a namespace by a process in it
     with holder:
         host.run("ip", "link", "add", "uplink", "type", "veth", "peer", "name", "far", "netns", str(holder.pid))
     for network, name, addresses in (
@@ -163,7 +164,7 @@ def join(host: Network, world: Network) -> None:
 
 @pytest.fixture(scope="module")
 def lab(linux: LinuxGuest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    """Both guests at their shells, with addresses on the switches; the old one has legacy registers and INTx."""
+    """Both guests, at their shells and with addresses on the switches.  `old` has legacy registers and INTx."""
     load_modules()
     nics = ("local interface", 'interface switch "lan"', 'interface switch "jumbo"', 'interface switch "giant"')
     locked = 'interface { switch "lan", locked lladdr }'
@@ -197,12 +198,12 @@ def lab(linux: LinuxGuest, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 
 def check_empty(host: Network) -> None:
-    """Raise AssertionError if vmd has left anything."""
+    """Raise AssertionError if vmd has left anything in the network."""
     assert ours(host) == []
 
 
 def eui64(prefix: str, lladdr: str) -> str:
-    """Return the address that a guest makes of a /64 and its link-layer address (RFC 4291, appendix A)."""
+    """Return the address that a guest forms from a /64 and its link-layer address (RFC 4291, appendix A)."""
     raw = bytearray.fromhex(lladdr.replace(":", ""))
     raw[0] ^= 2
     suffix = int.from_bytes(raw[:3] + b"\xff\xfe" + raw[3:], "big")
@@ -210,7 +211,7 @@ def eui64(prefix: str, lladdr: str) -> str:
 
 
 def test_local_interfaces(lab: Lab) -> None:
-    """An address by DHCP, the host, the world behind NAT, names; and `vmctl status -v` has seen it all."""
+    """DHCP, the host, the world behind NAT, and names work.  `vmctl status -v` shows the traffic."""
     for guest in lab.guests:
         assert "no lease given" in lab.vmd.must("status", "-v", guest.name)
         nic = guest.nic(0)
@@ -232,7 +233,7 @@ def test_local_interfaces(lab: Lab) -> None:
 
 @pytest.mark.deep
 def test_a_lease_is_renewed(lab: Lab) -> None:
-    """A client that has its address asks the host itself, not everybody; more than once if the answer is late."""
+    """A client with an address sends its requests to the host, not by broadcast, and repeats them if necessary."""
     guest = lab.new
     guest.run("ip link set eth0 up; udhcpc -i eth0 -f -p /tmp/udhcpc -s /bin/leased >/tmp/leases 2>&1 &")
     guest.wait_for("grep -q 'lease of' /tmp/leases")
@@ -249,7 +250,7 @@ def test_a_lease_is_renewed(lab: Lab) -> None:
 
 @pytest.mark.deep
 def test_ipv6_configures_itself(lab: Lab) -> None:
-    """SLAAC from our advertisement, the host's addresses, and the world behind NAT."""
+    """SLAAC from our advertisement, the host's addresses, and the world behind NAT work."""
     for guest in lab.guests:
         nic = guest.nic(0)
         prefix = str(nic["prefix6"])
@@ -269,14 +270,14 @@ def test_ipv6_configures_itself(lab: Lab) -> None:
 
 @pytest.mark.deep
 def test_switches_and_their_sizes(lab: Lab) -> None:
-    """Guests reach each other and the bridge's own address, in one piece, up to the largest frame."""
+    """Guests reach each other and the bridge's address with frames up to the MTU, without fragments."""
     for interface, mtu in MTUS.items():
         for guest, other in ((lab.old, lab.new), (lab.new, lab.old)):
             assert guest.run(f"cat /sys/class/net/{interface}/mtu").strip() == str(mtu)
             for address in (other.address(interface), bridge_address(interface)):
                 assert f"{mtu - 20} bytes from" in guest.pings(address, f"-s {mtu - 28}")
     for guest in lab.guests:
-        # Nothing was cut into pieces, on either side.
+        # Neither side has made fragments.
         keys, values = guest.run("grep ^Ip: /proc/net/snmp").splitlines()
         counts = dict(zip(keys.split(), values.split(), strict=True))
         assert {counts[name] for name in ("FragCreates", "ReasmReqds")} == {"0"}
@@ -284,7 +285,7 @@ def test_switches_and_their_sizes(lab: Lab) -> None:
 
 @pytest.mark.deep
 def test_a_locked_guest_that_changes_its_address(lab: Lab) -> None:
-    """Nothing that it says is heard, and it hears nothing that is not for it; with its own address all is well."""
+    """Its frames are dropped, and it gets no others' frames.  With its own address everything works again."""
     guest, other = lab.new, lab.old
     own = str(guest.nic(1)["lladdr"])
     guest.pings(other.address("eth1"))
@@ -313,7 +314,7 @@ def test_a_locked_guest_that_changes_its_address(lab: Lab) -> None:
 
 @pytest.mark.deep
 def test_figures_are_true(lab: Lab) -> None:
-    """What vmctl counts is what the guest counts, in packets and bytes."""
+    """The counters of vmctl equal those of the guest, in packets and bytes."""
     for guest in lab.guests:
         first = guest.counters(1)
         guest_before = guest.statistics("eth1")
@@ -329,11 +330,11 @@ def test_figures_are_true(lab: Lab) -> None:
 
 @pytest.mark.deep
 def test_frames_are_finished_by_the_host_or_not(lab: Lab) -> None:
-    """TCP in frames of up to 64 KiB and, with `csum=0 gso=0` for the driver, in those that a wire takes; both right."""
+    """TCP is correct with frames up to 64 KiB and, with `csum=0 gso=0` for the driver, with frames up to the MTU."""
     for guest, size in ((lab.old, SMALL), (lab.new, LARGE)):
         guest.leases()
         most_received = most_sent = 0.0
-        for _ in range(TRIES):  # a sender that is slowed down makes short frames
+        for _ in range(TRIES):  # a slow sender makes short frames
             received, sent = guest.moves(size)
             print(f"{guest.name}: on average {received:.0f} bytes in a received frame, {sent:.0f} in a sent one")
             most_received, most_sent = max(most_received, received), max(most_sent, sent)
@@ -351,7 +352,7 @@ def test_frames_are_finished_by_the_host_or_not(lab: Lab) -> None:
 
 @pytest.mark.deep
 def test_the_two_ways_to_a_device(lab: Lab) -> None:
-    """Each guest had the registers and the interrupts that it was meant to have."""
+    """Each guest uses the intended registers and interrupts."""
     for guest, version, kind in ((lab.old, "0", "IO-APIC"), (lab.new, "1", "PCI-MSI")):
         kinds = interrupts(guest.shell)
         print(kinds)
@@ -360,7 +361,7 @@ def test_the_two_ways_to_a_device(lab: Lab) -> None:
 
 
 def ipxe_block(mode: str) -> str:
-    """Return a vm block that boots iPXE from its CD, and then what the network has."""
+    """Return a vm block that boots iPXE from its CD.  iPXE then boots from the network."""
     return f"""
 vm "{mode}" {{
     disable
@@ -374,7 +375,7 @@ vm "{mode}" {{
 
 
 def ipxe_script(name: str, *commands: str) -> bytes:
-    """Return a script that fills many packets, tells by a sum whether it was read to the last one, and goes on."""
+    """Return a script of many packets.  It prints a sum, which shows that all of it was read, and runs commands."""
     steps = [number * number for number in range(1000)]
     lines = [
         "#!ipxe",
@@ -388,7 +389,7 @@ def ipxe_script(name: str, *commands: str) -> bytes:
 
 @pytest.mark.deep
 def test_ipxe(tmp_path: Path) -> None:
-    """A driver that is not Linux's boots from the network, by either registers: a lease, TFTP and HTTP."""
+    """iPXE's own driver boots from the network by DHCP, TFTP and HTTP, with legacy and modern registers."""
     first = ipxe_script(
         "auto_install",
         "imgfetch --name small tftp://${next-server}/large && imgstat && imgfree small",
@@ -429,7 +430,7 @@ def test_ipxe(tmp_path: Path) -> None:
 
 @pytest.mark.deep
 def test_a_large_file(lab: Lab) -> None:
-    """100 MiB there and back."""
+    """100 MiB are received and sent back correctly."""
     for guest in lab.guests:
         guest.leases()
         guest.fetches(LARGE)
