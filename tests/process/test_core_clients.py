@@ -1,7 +1,7 @@
-"""What clients, and the controls that serve them, do to others: nothing.  One `control` for each user; root's goes on.
+"""Clients, and the controls that serve them, cannot harm other users.  Each user has a `control`; root's goes on.
 
-The controls and priv here run a copy of this program in which they do what somebody does who has taken them over: under
-their real confinement, with their real channels.
+The controls and priv here run a changed copy of this program, in which they act as if an attacker controlled them, with
+their real confinement and channels.
 """
 
 import contextlib
@@ -43,10 +43,10 @@ from vmd.record import Record
 
 pytestmark = [pytest.mark.root, pytest.mark.kvm]
 
-EVE, BOB = 65534, 40001  # nobody, and a number without a name
-ROOT = Caller(uid=0, gid=0, pid=1)  # whom a control that was taken over claims to speak for
+EVE, BOB = 65534, 40001  # user nobody, and a uid without a name
+ROOT = Caller(uid=0, gid=0, pid=1)  # the caller that a compromised control claims
 VISITS = 6000
-# What a control does that was taken over: a request whose VM is named so is the intruder's word.
+# Actions of a compromised control.  A request with such a VM name is the attacker's order.
 TAKEN_OVER_CONTROL = """
 _on_request = Control.on_request
 def _intruder(control, message, envelope, channel):
@@ -113,7 +113,7 @@ AND_SO = "Priv.HANDLERS[(Proc.PARENT, ConfigureNetwork)] = _intruder\n"
 
 @pytest.fixture(scope="module")
 def bystander() -> Iterator[Bystander]:
-    """Give a VM that must not notice anything, in a daemon whose socket everybody may open."""
+    """Yield a VM that must not be affected, in a daemon whose socket every user may open."""
     with public_folder() as directory:
         taken_over_priv = TAKEN_OVER_PRIV.format(path=str(directory / "vmd.sock")) + AND_SO
         more = {"vmd/control/main.py": TAKEN_OVER_CONTROL, "vmd/priv/main.py": taken_over_priv}
@@ -125,14 +125,14 @@ def bystander() -> Iterator[Bystander]:
 
 @pytest.fixture
 def vmd(bystander: Bystander) -> Iterator[Daemon]:
-    """Give that daemon; afterwards its guest has not noticed anything, and root is served by the same processes."""
+    """Yield that daemon; check afterwards that its guest is unaffected and the same processes serve root."""
     yield bystander.vmd
     bystander.check()
 
 
 def connect(vmd: Daemon, uid: int = 0) -> socket.socket:
-    """Return a connection to the control socket that the kernel says is a user's."""
-    vmd.socket.chmod(0o666)  # a reload gives it back to its owner
+    """Return a connection to the control socket with a user's peer credentials."""
+    vmd.socket.chmod(0o666)  # a reload restores its mode
     return connect_as(vmd.socket, uid, uid)
 
 
@@ -145,7 +145,7 @@ def ask(client: socket.socket, request: Record, **fds: int) -> Record | None:
 
 
 def serves(client: socket.socket) -> bool:
-    """Return whether a client is answered."""
+    """Return whether a client gets an answer."""
     return isinstance(ask(client, NicsRequest(name="hers")), End)
 
 
@@ -154,11 +154,11 @@ def control_of(vmd: Daemon, uid: int) -> int:
     return vmd.processes()["vmd: control" if uid == 0 else f"vmd: control/{uid}"]
 
 
-# --- a control that was taken over -----------------------------------------------------------------------
+# --- a compromised control -----------------------------------------------------------------------
 
 
 def test_a_control_speaks_for_its_user_only(vmd: Daemon, tmp_path: Path) -> None:
-    """It writes that root asks; the parent knows who does, and opens nothing of the host for it."""
+    """The control claims that root asks.  The parent knows the real user, and opens no file of the host for it."""
     secret = tmp_path / "secret"
     secret.write_bytes(bytes(1 << 20))
     secret.chmod(0o600)
@@ -181,7 +181,7 @@ def test_a_control_speaks_for_its_user_only(vmd: Daemon, tmp_path: Path) -> None
 
 
 def test_a_control_speaks_for_its_own_clients_only(vmd: Daemon) -> None:
-    """Under the number of another user's connection it is ended; nothing was done, and that one does not notice."""
+    """A control that uses another user's connection number is ended.  Nothing is done, and that user is unaffected."""
     with connect(vmd) as root, connect(vmd, BOB) as bob, connect(vmd, EVE) as eve:
         assert serves(root)
         assert serves(bob)
@@ -189,12 +189,12 @@ def test_a_control_speaks_for_its_own_clients_only(vmd: Daemon) -> None:
         assert serves(root)
         assert serves(bob)
     vmd.wait_log(f"control/{EVE}: speaks for client ")
-    with connect(vmd, EVE) as eve:  # it was started again
+    with connect(vmd, EVE) as eve:  # the control was started again
         assert serves(eve)
 
 
 def test_the_daemon_s_own_processes_are_no_clients(vmd: Daemon) -> None:
-    """One that was taken over has nothing to ask of the parent as somebody else: priv is root, others are _vmd."""
+    """Processes of the daemon cannot act as clients: neither a compromised priv nor a connection of uid _vmd."""
     before = vmd.log.count("priv is ")
     vmd.must("reload")
     vmd.wait_log("priv is ", times=before + 1)
@@ -212,7 +212,7 @@ def test_the_daemon_s_own_processes_are_no_clients(vmd: Daemon) -> None:
 
 
 def test_a_control_that_dies_costs_its_user_s_connections(vmd: Daemon) -> None:
-    """Their next one is served; others do not notice."""
+    """The user's next connection is served, and other users are not affected."""
     with connect(vmd) as root, connect(vmd, BOB) as bob, connect(vmd, EVE) as eve, connect(vmd, EVE) as other:
         for client in (root, bob, other):
             assert serves(client)
@@ -220,13 +220,13 @@ def test_a_control_that_dies_costs_its_user_s_connections(vmd: Daemon) -> None:
         assert receive(other) is None
         assert serves(root)
         assert serves(bob)
-        vmd.wait_log(f"lost control/{EVE}")  # until then a new connection can be handed to what is just ending
+        vmd.wait_log(f"lost control/{EVE}")  # until then the ending control may get a new connection
         with connect(vmd, EVE) as again:
             assert serves(again)
 
 
 def test_root_s_control_is_started_again(tmp_path: Path) -> None:
-    """At once; and so is the one in reserve.  Guests run on, and who waited is told that the connection ended."""
+    """Root's control and the one in reserve are replaced at once.  Guests run on; connections of clients end."""
     with Daemon(tmp_path, vm_block(NAME) + vm_block("hers")) as vmd, Bystander(vmd) as bystander:
         for title in ("vmd: control", "vmd: control/reserve"):
             deadline_s = time.monotonic() + DEADLINE_S
@@ -251,9 +251,9 @@ def test_root_s_control_is_started_again(tmp_path: Path) -> None:
 
 @pytest.mark.deep
 def test_files_whose_close_never_returns() -> None:
-    """They keep the control of who has passed them, SIGKILL or not: others and root do not notice, and it is replaced.
+    """Such files block the control of their user, even after SIGKILL.  It is replaced, and others are unaffected.
 
-    A user who does so again and again is served no more until their storage answers.  The daemon ends all the same.
+    A user who repeats this is not served until their storage answers.  The daemon still can end.
     """
     conf = vm_block(NAME) + vm_block("hers", "owner nobody:nogroup")
     with (
@@ -283,7 +283,7 @@ def test_files_whose_close_never_returns() -> None:
 
 
 def test_a_boot_image_whose_close_never_returns(vmd: Daemon) -> None:
-    """It keeps the control of who has passed it, and the opener that looks at it: nobody else ever has it."""
+    """Only the user's own control and the opener that examines the image ever have it open, and block."""
     with FuseFile(bytes(4096), flushes=True, for_all=True) as file, connect(vmd, BOB) as bob:
         file.rule(FLUSH, HELD)
         sender = pass_and_wait(vmd, file, StartRequest(name="hers"))
@@ -298,7 +298,7 @@ def test_a_boot_image_whose_close_never_returns(vmd: Daemon) -> None:
 
 
 def test_no_descriptor_goes_up(vmd: Daemon) -> None:
-    """The kernel refuses what a control that was taken over sends to the parent besides its words."""
+    """The kernel refuses descriptors that a compromised control sends to the parent."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as any_socket:
         try:
             any_socket.setsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS, 0)
@@ -310,9 +310,9 @@ def test_no_descriptor_goes_up(vmd: Daemon) -> None:
 
 
 def pass_and_wait(vmd: Daemon, file: FuseFile, request: Record | None = None) -> int:
-    """Pass a file with a request, in another process: who closes the file waits.  Return its pid.
+    """Pass a file with a request, from another process whose close of the file blocks.  Return its pid.
 
-    By default it is a request that takes no file.
+    The default request takes no file.
     """
     pid = os.fork()
     if pid == 0:
@@ -335,9 +335,9 @@ def pass_and_wait(vmd: Daemon, file: FuseFile, request: Record | None = None) ->
 
 
 def test_what_a_user_asks_is_not_queued(vmd: Daemon) -> None:
-    """While the parent does not read, a control does not read its clients: what they ask waits with them.
+    """While the parent does not read, a control does not read from its clients: their requests wait in their sockets.
 
-    All of it is answered later, but for what those have asked who have left meanwhile.
+    All requests are answered later, except those of clients that have disconnected.
     """
     with contextlib.ExitStack() as stack:
         clients = [stack.enter_context(connect(vmd, EVE)) for _ in range(MAX_CLIENTS_PER_USER - 1)]
@@ -353,7 +353,7 @@ def test_what_a_user_asks_is_not_queued(vmd: Daemon) -> None:
                     for _ in range(16):
                         client.send(encode(StopRequest(name="nobody"))[0])
                         sent[client] += 1
-            wait_asleep(pid)  # it has done what it could
+            wait_asleep(pid)  # it has handled everything that it can
             for client in clients[::2]:
                 client.close()
         finally:
@@ -365,12 +365,12 @@ def test_what_a_user_asks_is_not_queued(vmd: Daemon) -> None:
         answer = ask(clients[1], StopRequest(name="peak:"))
         assert isinstance(answer, Failed)
         assert sum(sent.values()) > 500
-        assert int(answer.text) <= MAX_CLIENTS_PER_USER  # that so many have left is said all the same
+        assert int(answer.text) <= MAX_CLIENTS_PER_USER  # the parent still hears of the disconnected clients
 
 
 @pytest.mark.deep
 def test_a_user_who_asks_and_leaves(vmd: Daemon) -> None:
-    """Thousands of times, without a look at the answers: root does not wait behind what nobody wants to know."""
+    """A user sends thousands of requests and disconnects.  Root does not wait for these requests."""
     vmd.must("status")
     vmd.socket.chmod(0o666)
     packet = encode(ListRequest())[0]
@@ -394,7 +394,7 @@ def test_a_user_who_asks_and_leaves(vmd: Daemon) -> None:
 
 
 def wait_asleep(pid: int) -> None:
-    """Wait until a process has nothing to do."""
+    """Wait until a process sleeps."""
     deadline_s = time.monotonic() + DEADLINE_S
     while Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "S":
         assert time.monotonic() < deadline_s
@@ -405,7 +405,7 @@ def wait_asleep(pid: int) -> None:
 
 
 def test_a_user_s_share_of_connections(vmd: Daemon) -> None:
-    """The next one is told so; other users and root are served meanwhile."""
+    """A connection above the limit is refused with a message; other users and root are served meanwhile."""
     with contextlib.ExitStack() as stack:
         clients = [stack.enter_context(connect(vmd, EVE)) for _ in range(MAX_CLIENTS_PER_USER)]
         for client in clients:
@@ -440,7 +440,7 @@ def test_refusals_that_wait(vmd: Daemon) -> None:
 
 
 def test_a_list_is_the_same_for_everybody(vmd: Daemon) -> None:
-    """Each control is told what the others are."""
+    """Each control lists the same VMs."""
     with connect(vmd, BOB) as client:
         rows = [ask(client, ListRequest()), *(receive(client) for _ in range(3))]
     assert [type(row) for row in rows] == [VmInfo, VmInfo, VmInfo, End]

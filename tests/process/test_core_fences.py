@@ -1,4 +1,4 @@
-"""What nobody expected costs the client or the VM that led to it: terminals, files whose close fails, bugs of ours."""
+"""Unexpected errors affect only the client or VM that causes them: terminals, files whose close fails, our bugs."""
 
 import ast
 import errno
@@ -36,7 +36,7 @@ from vmd.record import Record
 pytestmark = [pytest.mark.root, pytest.mark.kvm]
 
 NOBODY = 65534
-# A line discipline that knows no request: FIONREAD and TCFLSH fail on this terminal from now on.
+# A line discipline without ioctl requests: from now on FIONREAD and TCFLSH fail on this terminal.
 NO_LINE_DISCIPLINE = """
 import fcntl, os, struct, sys
 fd = os.open(sys.argv[1], os.O_WRONLY | os.O_NOCTTY)
@@ -46,7 +46,7 @@ fcntl.ioctl(fd, 0x5423, struct.pack("i", 27))  # TIOCSETD, N_NULL
 
 @pytest.fixture(scope="module")
 def bystander(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bystander]:
-    """Give a VM that must not notice anything, in a daemon with a VM of a user's and one of root's."""
+    """Yield a VM that must not be affected, in a daemon with a user's VM and one of root's."""
     conf = vm_block(NAME) + vm_block("hers", "owner nobody:nogroup") + vm_block("roots")
     with Daemon(tmp_path_factory.mktemp("fences"), conf) as daemon, Bystander(daemon) as made:
         yield made
@@ -54,7 +54,7 @@ def bystander(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bystander]:
 
 @pytest.fixture
 def vmd(bystander: Bystander) -> Iterator[Daemon]:
-    """Give that daemon; afterwards it has not noticed anything."""
+    """Yield that daemon; check afterwards that the VM is unaffected."""
     yield bystander.vmd
     bystander.check()
 
@@ -63,7 +63,7 @@ def vmd(bystander: Bystander) -> Iterator[Daemon]:
 
 
 def test_a_terminal_that_knows_no_request(vmd: Daemon) -> None:
-    """Whoever may open a console may give its pty another line discipline; its VM ends as any other."""
+    """A user of a console may set another line discipline of its pty.  The VM still ends as usual."""
     name = "hers"
     vmd.must("start", name)
 
@@ -71,7 +71,7 @@ def test_a_terminal_that_knows_no_request(vmd: Daemon) -> None:
         ["/usr/bin/python3", "-I", "-c", NO_LINE_DISCIPLINE, vmd.status(name)["tty"]],
         user=NOBODY, group=NOBODY, extra_groups=[], check=True,
     )  # fmt: skip
-    with connect(vmd.socket) as client:  # who is shown what was said before, in place of what waits in the terminal
+    with connect(vmd.socket) as client:  # is shown the earlier output instead of the terminal's queue
         client.send(encode(ConsoleRequest(name=name))[0])
         while isinstance(answer := receive(client), ConsoleOutput):
             pass
@@ -88,7 +88,7 @@ def test_a_terminal_that_knows_no_request(vmd: Daemon) -> None:
 
 
 def test_files_whose_close_fails(vmd: Daemon) -> None:
-    """Storage that answers EIO to each close(2): with requests that carry files, and with those that have none."""
+    """Storage answers EIO to each close(2), with requests that take files and with those that do not."""
     requests: tuple[tuple[Record, set[str]], ...] = (
         (ListRequest(), set()),
         (StartRequest(name="nowhere"), {"kernel"}),
@@ -114,13 +114,13 @@ def test_files_whose_close_fails(vmd: Daemon) -> None:
                 client.send(encode(ListRequest())[0])
                 assert isinstance(receive(client), VmInfo)
         flushed = file.count(FLUSH)
-    assert flushed > 2 * len(requests)  # not by us alone
+    assert flushed > 2 * len(requests)  # not only by this test
     assert "unexpected" not in vmd.log
 
 
 def test_nothing_but_vmd_closing_closes_a_descriptor() -> None:
-    """In the processes that all guests hang on, and in a VM's, no os.close is left that a file could make fail."""
-    wants_to_know = {ROOT / "vmd/vm/stream.py"}  # of a stream to a file only that tells whether all of it is there
+    """The processes that all guests depend on, and VM processes, have no os.close that a file can make fail."""
+    wants_to_know = {ROOT / "vmd/vm/stream.py"}  # only close reports whether a stream to a file is complete
     found = [
         f"{path.relative_to(ROOT)}:{node.lineno}"
         for package in ("parent", "control", "priv", "vmm", "vm", "ipc")
@@ -134,7 +134,7 @@ def test_nothing_but_vmd_closing_closes_a_descriptor() -> None:
 
 # --- bugs of ours ----------------------------------------------------------------------------------------
 
-# Appended to modules of the program: a handler of each process that fails, and a timer that does.
+# Code for modules of the program: a handler in each process that fails, and a timer that fails.
 BUGS = {
     "control/main.py": """
 def _bug(*_):
@@ -171,7 +171,7 @@ Priv.HANDLERS[(Proc.PARENT, MakeNics)] = _bug
 
 @pytest.fixture(scope="module")
 def among_bugs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bystander]:
-    """Give a VM in a daemon that has these bugs."""
+    """Yield a VM in a daemon with these bugs."""
     directory = tmp_path_factory.mktemp("bugs")
     code = changed_program(directory / "code", {f"vmd/{path}": bug for path, bug in BUGS.items()})
     conf = vm_block(NAME) + vm_block("hers") + vm_block("roots") + vm_block("networked", "interface tap")
@@ -181,14 +181,14 @@ def among_bugs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bystander]:
 
 @pytest.fixture
 def buggy(among_bugs: Bystander) -> Iterator[Daemon]:
-    """Give that daemon; afterwards the VM has not noticed anything."""
+    """Yield that daemon; check afterwards that the VM is unaffected."""
     yield among_bugs.vmd
     among_bugs.check()
 
 
 @pytest.mark.deep
 def test_a_bug_costs_its_client_or_its_vm(buggy: Daemon) -> None:
-    """Each is answered, each traceback is in the log, each process goes on."""
+    """Each request is answered, each traceback is logged, and each process goes on."""
     buggy.must("start", "roots")
 
     with connect(buggy.socket) as client:
@@ -201,7 +201,7 @@ def test_a_bug_costs_its_client_or_its_vm(buggy: Daemon) -> None:
         assert OUR_FAULT in done.stderr
     assert buggy.status("hers")["state"] == "stopped"
     assert buggy.status("networked")["state"] == "stopped"
-    buggy.must("stop", "-fw", "roots")  # its terminal is closed in a timer, which fails
+    buggy.must("stop", "-fw", "roots")  # its terminal is closed in a timer, and that fails
 
     for process in ("control", "parent", "vmm", "priv"):
         buggy.wait_log(f"ZeroDivisionError: a bug of {process}")
@@ -210,7 +210,7 @@ def test_a_bug_costs_its_client_or_its_vm(buggy: Daemon) -> None:
 
 @pytest.mark.deep
 def test_a_client_that_leads_to_bugs_is_cut_off(buggy: Daemon) -> None:
-    """After so many it is served no more, and others are."""
+    """After a number of bugs the client is no longer served; others still are."""
     with connect(buggy.socket) as client:
         for _ in range(STRIKES):
             client.send(encode(ConsoleWatch(name=NAME))[0])

@@ -1,6 +1,6 @@
-"""The log: a reader that does not read, and processes that have been taken over, cost nobody else their lines.
+"""The log: neither a reader that does not read nor compromised processes lose the lines of others.
 
-The attacker has VM `bad`, or its drive; the bystander is another VM.
+The attacker controls VM `bad`, or its drive; the bystander is another VM.
 """
 
 import os
@@ -23,9 +23,9 @@ from tests.support.logreader import LogReader, borrowed
 pytestmark = [pytest.mark.root, pytest.mark.kvm]
 
 CONF = vm_block(NAME, DRIVE) + vm_block("bad", DRIVE)
-ERRORS = 99  # of one configuration; each of them is a line of the log
+ERRORS = 99  # errors in one configuration; each is a line of the log
 BROKEN = "nonsense\n" * ERRORS
-# A journal of the test's own, for a daemon that does not log to standard error.
+# The test's own journal, for a daemon that does not log to standard error.
 WITH_JOURNAL = """
 mount -t tmpfs none /run && mkdir -p /run/systemd/journal && mount --bind "$0" /run/systemd/journal && exec "$@"
 """
@@ -35,32 +35,32 @@ LOST = re.compile(r"^vmd: (\d+) lines were lost: the log did not take them$")
 
 @pytest.fixture
 def reader(tmp_path: Path) -> Iterator[LogReader]:
-    """Give who reads the log."""
+    """Yield a reader of the log."""
     with LogReader(tmp_path) as made:
         yield made
 
 
 @pytest.fixture
 def vmd(tmp_path: Path, reader: LogReader) -> Iterator[Daemon]:
-    """Give a daemon whose log leads there."""
+    """Yield a daemon that logs to that reader."""
     with Daemon(tmp_path, CONF, prefix=reader.prefix) as daemon:
         yield daemon
 
 
 @pytest.fixture
 def bystander(vmd: Daemon) -> Iterator[Bystander]:
-    """Give a VM that must not notice what is done to another one."""
+    """Yield a VM that attacks on another VM must not affect."""
     with Bystander(vmd) as made:
         yield made
 
 
 def last_words(vmd: Daemon, title: str) -> "socket.socket":
-    """Return what a process of the daemon writes its lines to."""
+    """Return the socket to which a process of the daemon writes its log lines."""
     return borrowed(vmd.processes()[title], 2)
 
 
 def test_a_log_that_nobody_reads_stops_nobody(vmd: Daemon, reader: LogReader, tmp_path: Path) -> None:
-    """All goes on, up to the end of the daemon; lines that find no room are counted, and the number is said."""
+    """Everything goes on, and the daemon can end.  Lines without room are counted, and the number is logged."""
     broken = tmp_path / "broken.conf"
     broken.write_text(BROKEN)
     with Bystander(vmd):
@@ -81,14 +81,14 @@ def test_a_log_that_nobody_reads_stops_nobody(vmd: Daemon, reader: LogReader, tm
         assert time.monotonic() < deadline, reader.lines
         select.select([], [], [], 0.1)
     assert 0 < arrived < 10 * ERRORS
-    assert arrived + lost < 10 * ERRORS + 20  # and what is said besides
+    assert arrived + lost < 10 * ERRORS + 20  # and other lines
     reader.fill(vmd)
     assert vmd.stop() == 0
 
 
 @pytest.mark.usefixtures("bystander")
 def test_a_device_can_only_shut_down_the_log_of_its_own_vm(vmd: Daemon, reader: LogReader) -> None:
-    """shutdown(2) on what it writes its lines to: all others are heard as before, and the log says so."""
+    """A device calls shutdown(2) on its log socket.  Other lines arrive as before, and the log reports it."""
     vmd.must("start", "bad")
 
     with last_words(vmd, "vmd: vm/bad/vioscsi0") as taken:
@@ -100,7 +100,7 @@ def test_a_device_can_only_shut_down_the_log_of_its_own_vm(vmd: Daemon, reader: 
     for title in (f"vm/{NAME}", f"vm/{NAME}/vioscsi0", "vmm", "control", "priv"):
         reader.wait(f"{title}: is heard")
     reader.wait("vm bad: one of its processes has shut down its log")
-    vmd.must("stop", "-fw", "bad")  # which nothing of this hinders
+    vmd.must("stop", "-fw", "bad")  # works all the same
     vmd.must("start", "bad")
     with last_words(vmd, "vmd: vm/bad") as own:
         own.send(b"<6>vm/bad: is heard again")
@@ -108,7 +108,7 @@ def test_a_device_can_only_shut_down_the_log_of_its_own_vm(vmd: Daemon, reader: 
 
 
 def test_every_line_of_a_vm_bears_its_name(vmd: Daemon, reader: LogReader) -> None:
-    """Lines under other titles, several in one, half ones, control characters, empty packets: all are of that VM."""
+    """Lines with other titles, several in one packet, parts of lines, control characters: all get that VM's name."""
     vmd.must("start", NAME)
     vmd.must("start", "bad")
     before = len(reader.lines)
@@ -133,7 +133,7 @@ def test_every_line_of_a_vm_bears_its_name(vmd: Daemon, reader: LogReader) -> No
 @pytest.mark.deep
 @pytest.mark.usefixtures("bystander")
 def test_a_vm_that_writes_without_end_is_held_back(vmd: Daemon, reader: LogReader) -> None:
-    """Another VM's line arrives meanwhile, and the log says who writes too much."""
+    """Another VM's line arrives meanwhile, and the log names the VM that writes too much."""
     vmd.must("start", "bad")
     heard = False
     with last_words(vmd, "vmd: vm/bad/vioscsi0") as taken, last_words(vmd, f"vmd: vm/{NAME}") as own:
@@ -155,9 +155,9 @@ def test_a_vm_that_writes_without_end_is_held_back(vmd: Daemon, reader: LogReade
 @pytest.mark.deep
 @pytest.mark.usefixtures("bystander")
 def test_a_log_process_that_is_killed_is_started_again(vmd: Daemon, reader: LogReader) -> None:
-    """What was written while there was none is not lost, and the log says what has happened."""
+    """Lines written while no log process ran are not lost, and the log reports the restart."""
     first = vmd.processes()["vmd: log"]
-    os.kill(first, signal.SIGSTOP)  # so that it has read none of this
+    os.kill(first, signal.SIGSTOP)  # so that it reads none of these lines
     with last_words(vmd, f"vmd: vm/{NAME}") as own:
         for number in range(100):
             own.send(f"<6>vm/{NAME}: line {number};".encode())
@@ -171,7 +171,7 @@ def test_a_log_process_that_is_killed_is_started_again(vmd: Daemon, reader: LogR
 
 
 def test_lines_of_a_vm_have_fields_in_the_journal(tmp_path: Path, reader: LogReader) -> None:
-    """With its name and id; lines of the daemon have none."""
+    """The fields are the VM's name and id; lines of the daemon have none."""
     journal = tmp_path / "journal"
     journal.mkdir()
     prefix = ["unshare", "-m", "sh", "-c", WITH_JOURNAL, str(journal), *reader.prefix, sys.executable, "-c", NO_DEBUG]
@@ -191,7 +191,7 @@ def test_lines_of_a_vm_have_fields_in_the_journal(tmp_path: Path, reader: LogRea
     assert started.keys().isdisjoint({"VM_NAME", "VM_ID"})
     assert started["PRIORITY"] == "6"
     heard = found[-1]
-    assert heard.pop("SYSLOG_PID") == str(os.getpid()) != str(pid)  # the test has written it
+    assert heard.pop("SYSLOG_PID") == str(os.getpid()) != str(pid)  # the test process has written it
     assert heard == {
         "PRIORITY": "4", "SYSLOG_FACILITY": "3", "SYSLOG_IDENTIFIER": "vmd", "VM_NAME": NAME, "VM_ID": str(vmid),
         "MESSAGE": f"vm/{NAME}/vioscsi0: hears\\x0aVM_NAME=bad",
@@ -201,7 +201,7 @@ def test_lines_of_a_vm_have_fields_in_the_journal(tmp_path: Path, reader: LogRea
 @pytest.mark.deep
 @pytest.mark.usefixtures("bystander")
 def test_a_log_process_that_is_stopped_is_replaced(vmd: Daemon, reader: LogReader) -> None:
-    """It has to answer within a time; nobody waits for it meanwhile, and no line is lost."""
+    """A log process must answer in time.  No other process waits for it, and no line is lost."""
     first = vmd.processes()["vmd: log"]
 
     os.kill(first, signal.SIGSTOP)
@@ -213,7 +213,7 @@ def test_a_log_process_that_is_stopped_is_replaced(vmd: Daemon, reader: LogReade
 
 @pytest.mark.deep
 def test_the_log_goes_on_for_the_last_words_of_a_killed_daemon(vmd: Daemon, reader: LogReader) -> None:
-    """What others had written before the parent was killed is written, and then there is no process left."""
+    """Lines from before the parent was killed are written, and then no process is left."""
     vmd.must("start", NAME)
     process = vmd.process
     assert process is not None
@@ -231,7 +231,7 @@ def test_the_log_goes_on_for_the_last_words_of_a_killed_daemon(vmd: Daemon, read
 
 @pytest.mark.deep
 def test_the_log_process_holds_nothing_but_sockets(vmd: Daemon) -> None:
-    """It has a filter, an ordinary uid, no capability, and opens nothing."""
+    """The log process has a filter, an ordinary uid, no capability, and no other open file."""
     vmd.must("start", NAME)
     pid = vmd.processes()["vmd: log"]
     status = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())

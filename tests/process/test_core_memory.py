@@ -1,6 +1,6 @@
-"""A VM or device process that was taken over maps all the memory it can: there is a bound, without control groups.
+"""A compromised VM or device process maps as much memory as it can.  There is a limit without control groups.
 
-The processes here run a copy of this program in which they do so, under their real filters and limits.
+The processes here run a changed copy of this program that does so, with their real filters and limits.
 """
 
 import re
@@ -46,7 +46,7 @@ VmProcess.HANDLERS[(Proc.VMM, SetVerbosity)] = _taken_over
 
 @pytest.mark.deep
 def test_memory_that_is_mapped(tmp_path: Path) -> None:
-    """A device has half a gibibyte beside the guest's, a VM process one; whoever wants more does not get it."""
+    """Beyond guest memory a device gets at most half a gibibyte, and a VM process one gibibyte."""
     more = {"vmd/devices/vioscsi/main.py": GREEDY + DEVICE, "vmd/vm/main.py": GREEDY + VM}
     code = changed_program(tmp_path / "code", more)
     with Daemon(tmp_path, vm_block("a") + vm_block("b", DRIVE), code=code) as vmd, Bystander(vmd, "a"):

@@ -1,4 +1,4 @@
-"""Files are opened by processes that may be lost: whatever storage does, only the VM whose file it is notices.
+"""Expendable processes open files, so failing storage affects only the VM of the file.
 
 The storage is a real FUSE file system that does not answer.
 """
@@ -29,19 +29,19 @@ from vmd.privsep.confine import OPENER
 pytestmark = [pytest.mark.root, pytest.mark.kvm]
 
 EVE = 65534  # nobody
-FILES = {"first": "vioblk0", "second": "vioblk1", "disc.iso": "vioscsi0"}  # of VM `several`, and who serves each
+FILES = {"first": "vioblk0", "second": "vioblk1", "disc.iso": "vioscsi0"}  # VM `several`: file and device
 
 
 @pytest.fixture(scope="module")
 def file() -> Iterator[FuseFile]:
-    """Give a file whose storage does what a test says."""
+    """Yield a file whose storage the test controls."""
     with FuseFile(bytes(MIB), for_all=True) as made:
         yield made
 
 
 @pytest.fixture(scope="module")
 def bystander(file: FuseFile) -> Iterator[Bystander]:
-    """Give a VM that must not notice anything; `slow` and `probed` are on that storage."""
+    """Yield a VM that must not be affected; VMs `slow` and `probed` are on that storage."""
     with public_folder() as directory:
         folder = directory / "mnt"
         folder.mkdir()
@@ -62,14 +62,14 @@ def bystander(file: FuseFile) -> Iterator[Bystander]:
 
 @pytest.fixture
 def vmd(bystander: Bystander, file: FuseFile) -> Iterator[Daemon]:
-    """Give that daemon; afterwards its guest has not noticed anything."""
+    """Yield that daemon; check afterwards that the VM's guest is unaffected."""
     yield bystander.vmd
     file.release()
     bystander.check()
 
 
 def wait_for(what: Callable[[], object], vmd: Daemon) -> None:
-    """Wait until something is so."""
+    """Wait until a condition holds."""
     deadline_s = time.monotonic() + DEADLINE_S
     while not what():
         assert time.monotonic() < deadline_s, vmd.log
@@ -77,13 +77,13 @@ def wait_for(what: Callable[[], object], vmd: Daemon) -> None:
 
 
 def begin(vmd: Daemon, *command: str) -> "subprocess.Popen[str]":
-    """Run vmctl, and do not wait for it."""
+    """Start vmctl without waiting for it."""
     arguments = [*vmd.client, "-s", str(vmd.socket), *command]
     return subprocess.Popen(arguments, cwd=vmd.code, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def test_a_disk_that_does_not_open_is_stopped(vmd: Daemon, file: FuseFile) -> None:
-    """Its start waits; root is served meanwhile, and `stop` ends it at once, whether its opener ends or not."""
+    """The start waits, while root is served.  `stop` ends it at once, even if its opener does not end."""
     file.rule(OPEN, HELD)
     starting = begin(vmd, "start", "slow")
     file.wait_held(1)
@@ -99,7 +99,7 @@ def test_a_disk_that_does_not_open_is_stopped(vmd: Daemon, file: FuseFile) -> No
 
 
 def test_others_start_meanwhile(vmd: Daemon, file: FuseFile) -> None:
-    """Root's starts wait for nobody's storage."""
+    """Root's starts do not wait for the storage of others."""
     file.rule(OPEN, HELD)
     starting = begin(vmd, "start", "slow")
     file.wait_held(1)
@@ -113,7 +113,7 @@ def test_others_start_meanwhile(vmd: Daemon, file: FuseFile) -> None:
 
 
 def test_each_device_has_its_file_and_nobody_else_has(vmd: Daemon) -> None:
-    """Those who opened them have ended, and what a VM has booted nobody has any more."""
+    """Only the devices have the files: the openers have ended, and no process keeps a boot image."""
     vmd.must("start", "several")
     wait_for(lambda: "vmd: vm" in (found := vmd.processes()) and "vmd: opener/several" not in found, vmd)
     held = {
@@ -130,7 +130,7 @@ def test_each_device_has_its_file_and_nobody_else_has(vmd: Daemon) -> None:
 
 
 def test_what_a_vm_process_has(bystander: Bystander) -> None:
-    """Its guest, its console, and channels: no file, and no way to make another VM."""
+    """A VM process has its guest, its console and channels, but no file and no way to make another VM."""
     pid = bystander.pid
     held = {re.sub(r"[0-9]+", "N", name) for name in open_files(pid).values()}
     memory = {f"/memfd:{name} (deleted)" for name in ("guest-memory", "console", "interrupts", "figures")}
@@ -141,7 +141,7 @@ def test_what_a_vm_process_has(bystander: Bystander) -> None:
 
 
 def test_a_vm_process_in_reserve_has_an_empty_machine(vmd: Daemon) -> None:
-    """KVM takes its time to make one, and no start waits for that: the next VM has this one."""
+    """KVM is slow to make a machine, so one is made in advance, and the next VM uses it."""
 
     def machines(title: str) -> list[str]:
         names = open_files(vmd.processes()[title]).values()
@@ -158,7 +158,7 @@ def test_a_vm_process_in_reserve_has_an_empty_machine(vmd: Daemon) -> None:
 
 
 def test_processes_of_devices_are_in_reserve(vmd: Daemon) -> None:
-    """As many disks as the last VM had, and what a VM does not need ends."""
+    """The reserve has as many as the last VM had.  Processes that a VM does not need end."""
     devices = "vmd: vm/several/vioblk0", "vmd: vm/several/vioblk1"
 
     def children(title: str) -> set[int] | None:
@@ -184,7 +184,7 @@ def test_processes_of_devices_are_in_reserve(vmd: Daemon) -> None:
 
 @pytest.mark.deep
 def test_a_disk_that_does_not_open_is_named(vmd: Daemon, file: FuseFile) -> None:
-    """After a while its start is given up."""
+    """After a time limit the start fails, and names the disk."""
     file.rule(OPEN, HELD)
 
     done = vmd.vmctl("start", "slow")
@@ -197,7 +197,7 @@ def test_a_disk_that_does_not_open_is_named(vmd: Daemon, file: FuseFile) -> None
 
 @pytest.mark.deep
 def test_a_disk_that_cannot_be_read_is_named(vmd: Daemon, file: FuseFile) -> None:
-    """Its format is to be found out."""
+    """The start fails when the format of the disk cannot be detected, and names the disk."""
     file.rule(READ, HELD)
 
     done = vmd.vmctl("start", "probed")
@@ -208,13 +208,13 @@ def test_a_disk_that_cannot_be_read_is_named(vmd: Daemon, file: FuseFile) -> Non
 
 @pytest.mark.deep
 def test_a_user_whose_openers_do_not_end_is_told_so(vmd: Daemon, file: FuseFile) -> None:
-    """At once, instead of one more that would hang as well; root's VMs start."""
+    """A further start fails at once, because its opener would hang too.  Root's VMs start."""
     file.rule(OPEN, HELD)
     vmd.socket.chmod(0o666)
     with connect_as(vmd.socket, EVE, EVE) as eve:
 
         def start() -> str:
-            """Try to start the VM, which root stops; return why it is not started."""
+            """Try to start the VM, then stop it as root; return the error of the start."""
             eve.send(encode(StartRequest(name="hers"))[0])
             wait_for(lambda: select.select([eve], [], [], 0)[0] or vmd.status("hers")["state"] == "starting", vmd)
             vmd.vmctl("stop", "-fw", "hers")
@@ -231,7 +231,7 @@ def test_a_user_whose_openers_do_not_end_is_told_so(vmd: Daemon, file: FuseFile)
 
 @pytest.mark.deep
 def test_the_daemon_ends_though_a_disk_does_not_open(tmp_path: Path) -> None:
-    """SIGTERM waits for no storage."""
+    """The daemon ends after SIGTERM without waiting for storage."""
     with public_folder() as folder, FuseFile(bytes(MIB)) as file:
         path = file.attach(folder)
         try:
@@ -246,7 +246,7 @@ def test_the_daemon_ends_though_a_disk_does_not_open(tmp_path: Path) -> None:
 
 
 def test_an_opener_in_reserve_has_only_its_channel(vmd: Daemon) -> None:
-    """It is root, for it does not know yet whom it will open files for; and it can do little else."""
+    """It runs as root, because the user whose files it will open is not known yet, but it can do little else."""
     wait_for(lambda: "vmd: opener" in vmd.processes(), vmd)
     pid = vmd.processes()["vmd: opener"]
 

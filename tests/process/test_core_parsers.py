@@ -1,6 +1,6 @@
-"""Code that runs where a VM process parses what others give it: kernels, headers, states and memory of streams.
+"""An attacker's code runs where a VM process parses input: kernels, and headers, states and memory of streams.
 
-The daemon here is a copy of this program in which those functions do first what the guest's command line says.
+The daemon here is a changed copy of this program.  Its parsers first do what the guest's command line says.
 """
 
 import os
@@ -89,7 +89,7 @@ ATTACKS = ("fork", "execute", "spawn", "signal_pidfd", "signal_thread")
 
 @pytest.fixture(scope="module")
 def bystander(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bystander]:
-    """Give a VM of somebody else that runs, in a daemon with such code in it."""
+    """Yield a running VM of another user, in a daemon with such code."""
     directory = tmp_path_factory.mktemp("parsers")
     hooks = {f"vmd/{path}": hook for path, hook in HOOKS.items()}
     code = changed_program(directory / "code", {"vmd/vm/intruder.py": INTRUDER, **hooks})
@@ -99,20 +99,20 @@ def bystander(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bystander]:
 
 @pytest.fixture
 def vmd(bystander: Bystander) -> Iterator[Daemon]:
-    """Give that daemon; afterwards the other VM has not noticed anything."""
+    """Yield that daemon; check afterwards that the other VM is unaffected."""
     yield bystander.vmd
     bystander.check()
 
 
 def order(vmd: Daemon, where: str, what: str) -> str:
-    """Return a command line; a process that is to be signalled is named as its own kind sees it."""
+    """Return a command line with an order.  A process to signal is given by the pid in its namespace."""
     status = Path(f"/proc/{vmd.processes()['vmd: vm/other']}/status").read_text()
     (line,) = (line for line in status.splitlines() if line.startswith("NSpid:"))
     return f"{where}:{what}:{line.split()[-1]}"
 
 
 def check_nothing_came_of_it(vmd: Daemon, what: str, errors: str, processes: dict[str, int]) -> None:
-    """The process was ended for trying, and nothing is left of the attack."""
+    """Check that the process was killed for the attempt, and that nothing is left of the attack."""
     log = vmd.log
     assert f"vm/b tries {what}\n" in log
     assert f"vm/b has done {what}" not in log
@@ -123,7 +123,7 @@ def check_nothing_came_of_it(vmd: Daemon, what: str, errors: str, processes: dic
 
 
 def with_reserve(vmd: Daemon) -> dict[str, int]:
-    """Return what runs once the processes in reserve do."""
+    """Wait for the processes in reserve; return all processes."""
     deadline_s = time.monotonic() + DEADLINE_S
     while not {"vmd: vm", "vmd: opener"} <= (found := vmd.processes()).keys():
         assert time.monotonic() < deadline_s
@@ -133,13 +133,13 @@ def with_reserve(vmd: Daemon) -> dict[str, int]:
 
 @pytest.fixture
 def reserve(vmd: Daemon) -> dict[str, int]:
-    """What runs before an attack."""
+    """The processes before an attack."""
     return with_reserve(vmd)
 
 
 @pytest.mark.parametrize("what", ATTACKS)
 def test_code_in_the_loader_of_a_kernel(vmd: Daemon, reserve: dict[str, int], what: str) -> None:
-    """It starts no process, becomes no other program, and ends no VM."""
+    """Such code cannot start a process, execute a program, or end another VM."""
     cmdline = order(vmd, "load", what)
     status, errors = ended(vmctl(vmd, "start", "-m", "32M", "-b", str(guest("demo")), "-k", cmdline, "b"))
 
@@ -151,7 +151,7 @@ def test_code_in_the_loader_of_a_kernel(vmd: Daemon, reserve: dict[str, int], wh
 def test_code_in_the_reader_of_a_stream(
     vmd: Daemon, reserve: dict[str, int], tmp_path: Path, where: str, what: str
 ) -> None:
-    """The same of the process that reads what another one was."""
+    """The same for code in the process that reads streams."""
     vmd.must("start", "-m", "32M", "-b", guest("demo"), "-k", order(vmd, where, what), "a")
     to_file(vmd, "a", tmp_path / "stream")
 
@@ -163,9 +163,9 @@ def test_code_in_the_reader_of_a_stream(
 
 @pytest.mark.deep
 def test_a_streamprobe_that_does_not_answer(tmp_path: Path) -> None:
-    """The VM process gives it up, with a sentence, and is gone; one that waits for its stream is not given up for that.
+    """The VM process gives up with a message and ends.  Waiting for the stream alone does not count as no answer.
 
-    In this copy of the program it takes seconds where it takes a minute.
+    In this copy of the program the limit is seconds instead of a minute.
     """
     code = changed_program(tmp_path / "code", {"vmd/vm/arrival.py": "\nPROBE_LOOK_S = 3.0\n"})
     with Daemon(tmp_path, vm_block("other"), code=code) as vmd, Bystander(vmd, "other"):
@@ -207,7 +207,7 @@ def test_code_that_looks_at_a_boot_image_makes_no_vm(vmd: Daemon, tmp_path: Path
 
 
 def test_a_stopped_device_does_not_outlive_its_vm(vmd: Daemon) -> None:
-    """The signal at the death of its parent reaches it, though both are confined."""
+    """The signal at its parent's death kills it, although both are confined."""
     vmd.must("start", "-m", "32M", "-b", guest("demo"), "-r", guest("demo"), "a")
     device = vmd.processes()["vmd: vm/a/vioscsi0"]
     gone = os.pidfd_open(device)

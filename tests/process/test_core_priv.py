@@ -1,4 +1,4 @@
-"""priv is taken over, ended or stopped, and what it made is damaged: what comes of it, and who must not notice."""
+"""priv is compromised, killed or stopped, or its network is damaged: the consequences, and VMs that are unaffected."""
 
 import contextlib
 import json
@@ -34,7 +34,7 @@ def block(name: str, *lines: str) -> str:
     return f'vm "{name}" {{\n' + "".join(f"    {line}\n" for line in options) + "}\n"
 
 
-# --- taken over ------------------------------------------------------------------------------------------------
+# --- compromised -----------------------------------------------------------------------------------------------
 
 INTRUDER = '''
 import ctypes, socket
@@ -66,7 +66,7 @@ HostNetwork.make_nics = _made
 
 
 def test_a_taken_over_priv_is_not_root_to_the_daemon(network: Network, tmp_path: Path) -> None:
-    """It does not reach the control socket: not with its filter, and not with its user alone."""
+    """priv cannot connect to the control socket: its filter refuses, and its user alone would be refused too."""
     conf = SWITCH + block("a", 'interface switch "lan"') + block("b")
     vmd = NetDaemon(tmp_path, network, conf)
     vmd.code = changed_program(tmp_path / "code", {"vmd/priv/main.py": INTRUDER.format(path=vmd.socket)})
@@ -82,7 +82,7 @@ def test_a_taken_over_priv_is_not_root_to_the_daemon(network: Network, tmp_path:
 
 
 def test_priv_is_no_root_and_has_a_filter(network: Network, tmp_path: Path) -> None:
-    """Its user is its own, no VM's and nobody's on the host."""
+    """priv has a user of its own, which is no VM's and no user of the host."""
     with NetDaemon(tmp_path, network, block("b")) as vmd, Bystander(vmd, "b"):
         people = {title: Path(f"/proc/{pid}/status").read_text() for title, pid in vmd.processes().items()}
     status = {
@@ -98,7 +98,7 @@ def test_priv_is_no_root_and_has_a_filter(network: Network, tmp_path: Path) -> N
 
 
 def test_what_an_earlier_version_has_to_put_back_is_put_back(network: Network) -> None:
-    """Its file was beside the directory that priv has now."""
+    """An earlier version kept its file beside the directory that priv uses now."""
     with network.inside():
         new = Path(state_path())
     old = new.parents[1] / new.name
@@ -114,7 +114,7 @@ def test_what_an_earlier_version_has_to_put_back_is_put_back(network: Network) -
 
 
 def test_what_a_priv_of_another_id_has_to_put_back_is_put_back(network: Network, tmp_path: Path) -> None:
-    """vm.conf may have said other ids then.  A link that it left gives away nothing."""
+    """vm.conf may have had other ids before.  A link that the earlier priv left discloses nothing."""
     target = tmp_path / "root-s"
     target.touch()
     with network.inside():
@@ -142,7 +142,7 @@ def test_what_a_priv_of_another_id_has_to_put_back_is_put_back(network: Network,
 
 
 def another_priv(vmd: NetDaemon, before: int) -> int:
-    """Wait until there is another priv, and it has been told of everything; return its pid."""
+    """Wait until a new priv has got the whole configuration; return its pid."""
     deadline_s = time.monotonic() + DEADLINE_S
     while vmd.processes().get("vmd: priv", before) == before:
         assert time.monotonic() < deadline_s
@@ -151,7 +151,7 @@ def another_priv(vmd: NetDaemon, before: int) -> int:
 
 
 def world(network: Network) -> dict[str, object]:
-    """Return what there is of the network: every interface with its number, master and addresses, and our rules."""
+    """Return the state of the network: every interface with number, master and addresses, and our rules."""
     there = {
         name: (link["ifindex"], link.get("master"), link.get("ifalias"), link["operstate"], sorted(addresses(link)))
         for name, link in links(network).items()
@@ -160,7 +160,7 @@ def world(network: Network) -> dict[str, object]:
 
 
 def world_without_rules(network: Network) -> dict[str, object]:
-    """Return every interface."""
+    """Return the state of every interface."""
     return {name: (link["ifindex"], link.get("master"), addresses(link)) for name, link in links(network).items()}
 
 
@@ -174,7 +174,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 @contextlib.contextmanager
 def starting(vmd: NetDaemon, name: str) -> Iterator[subprocess.Popen[str]]:
-    """Give a client that starts a VM."""
+    """Yield a client that starts a VM."""
     with subprocess.Popen(
         [sys.executable, "-m", "vmctl", "-s", vmd.socket, "start", name],
         cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
@@ -183,7 +183,7 @@ def starting(vmd: NetDaemon, name: str) -> Iterator[subprocess.Popen[str]]:
 
 
 def test_priv_is_killed_and_guests_go_on(network: Network, tmp_path: Path) -> None:
-    """Another one goes on with all that it had made; a start that waited is made by it; what nobody needs, goes."""
+    """The next priv continues with the existing network, serves a waiting start, and removes unneeded interfaces."""
     network.run("ip", "tuntap", "add", "tap7", "mode", "tap")
     before = world_without_rules(network)
     conf = SWITCH + block("a", 'interface switch "lan"', "local interface", "local interface tap7")
@@ -191,7 +191,7 @@ def test_priv_is_killed_and_guests_go_on(network: Network, tmp_path: Path) -> No
     with NetDaemon(tmp_path, network, conf) as vmd:
         vmd.must("start", "b")
         with Bystander(vmd, "a") as bystander:
-            # The kernel notices a carrier some time later, and gives the interface its second address then.
+            # The kernel notices a carrier later, and only then adds the interface's second address.
             wait_for(lambda: len(addresses(links(network)["tap7"])) == 2)
             made = world(network)
             priv = vmd.processes()["vmd: priv"]
@@ -210,7 +210,7 @@ def test_priv_is_killed_and_guests_go_on(network: Network, tmp_path: Path) -> No
             bystander.core = bystander.core_now()
         priv = vmd.processes()["vmd: priv"]
         os.kill(priv, signal.SIGSTOP)
-        vmd.must("stop", "-fw", "b")  # nobody hears of its interface but the next one
+        vmd.must("stop", "-fw", "b")  # only the next priv hears of its interface
         vmd.must("stop", "-fw", "a")
         os.kill(priv, signal.SIGKILL)
         wait_for(lambda: {**before, **world_without_rules(network)} == {**world_without_rules(network), **before})
@@ -222,7 +222,7 @@ def test_priv_is_killed_and_guests_go_on(network: Network, tmp_path: Path) -> No
 
 @pytest.mark.deep
 def test_priv_that_does_not_answer_is_replaced(network: Network, tmp_path: Path) -> None:
-    """SIGSTOP: a start waits no longer than its deadline, root has its status meanwhile, and other guests run."""
+    """After SIGSTOP a start waits at most until its deadline, while root gets the status and other guests run."""
     conf = SWITCH + block("a", 'interface switch "lan"') + block("b", "local interface")
     with NetDaemon(tmp_path, network, conf) as vmd, Bystander(vmd, "b") as bystander:
         priv = vmd.processes()["vmd: priv"]
@@ -240,10 +240,10 @@ def test_priv_that_does_not_answer_is_replaced(network: Network, tmp_path: Path)
 
 @pytest.mark.parametrize("signum", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.deep)])
 def test_the_daemon_ends_without_its_priv(network: Network, tmp_path: Path, signum: signal.Signals) -> None:
-    """Killed, so that no other one knows the network yet, or stopped for good: nothing is left of it all the same."""
+    """priv is killed, before a new one knows the network, or stopped: nothing of the network is left at the end."""
     before = world_without_rules(network)
     with NetDaemon(tmp_path, network, SWITCH + block("a", 'interface switch "lan"', "local interface")) as vmd:
-        if signum == signal.SIGSTOP:  # after a kill another one would be up before the guest has shut down
+        if signum == signal.SIGSTOP:  # after a kill, a new priv would run before the guest has shut down
             vmd.must("start", "a")
         assert world_without_rules(network) != before
         os.kill(vmd.processes()["vmd: priv"], signum)
@@ -266,7 +266,7 @@ Network.close = _slowly
 
 @pytest.mark.deep
 def test_a_priv_that_takes_its_time_to_end_is_waited_for(network: Network, tmp_path: Path) -> None:
-    """On a busy host, with many interfaces: what it is at, it brings to its end."""
+    """priv may be slow on a busy host with many interfaces.  It finishes its work."""
     vmd = NetDaemon(tmp_path, network, SWITCH)
     vmd.code = changed_program(tmp_path / "code", {"vmd/priv/main.py": SLOW})
     with vmd:
@@ -281,7 +281,7 @@ def test_a_priv_that_takes_its_time_to_end_is_waited_for(network: Network, tmp_p
 
 
 def test_what_others_delete_is_made_again_and_said(network: Network, tmp_path: Path) -> None:
-    """A bridge, an address and the rules are there again within seconds; of a tap, `status -v` says that it is gone."""
+    """A bridge, an address and the rules are restored within seconds; for a tap, `status -v` reports the loss."""
     conf = SWITCH + block("a", 'interface switch "lan"', "local interface") + block("b", "local interface")
 
     def told(name: str, words: str) -> bool:
@@ -297,7 +297,7 @@ def test_what_others_delete_is_made_again_and_said(network: Network, tmp_path: P
         network.run("ip", "addr", "del", host4, "dev", local)
         wait_for(lambda: host4 in addresses(links(network)[local]))
         network.run("nft", "flush", "ruleset")
-        # Whatever happens before that is part of the same damage.
+        # Changes before that moment belong to the same damage.
         wait_for(lambda: told("b", "the nftables table inet vmd was removed by another program: it was written again"))
         assert "masquerade" in rules(network)
         network.run("nft", "flush", "table", "inet", "vmd")
@@ -311,7 +311,7 @@ def test_what_others_delete_is_made_again_and_said(network: Network, tmp_path: P
         assert told("a", f"was removed from {local} by another program: it was added again")
         assert not told("b", "br7")
         assert vmd.interfaces("b")
-        assert vmd.log.count("rules or elements of the nftables table") == 1  # what priv has done itself is no damage
+        assert vmd.log.count("rules or elements of the nftables table") == 1  # priv's own changes do not count
         assert "Traceback" not in vmd.log
         vmd.must("stop", "-fw", "a")
         vmd.must("start", "a")
@@ -320,7 +320,7 @@ def test_what_others_delete_is_made_again_and_said(network: Network, tmp_path: P
 
 @pytest.mark.deep
 def test_what_others_change_is_put_right_and_said(network: Network, tmp_path: Path) -> None:
-    """Rules and elements of sets one by one, ports, interfaces that are switched off, settings."""
+    """Repaired are single rules and set elements, bridge ports, interfaces that are down, and settings."""
     lines = 'interface switch "lan"', "local interface"
     conf = "local inet6\n" + SWITCH + block("a", *lines) + block("b", *lines)
     with NetDaemon(tmp_path, network, conf) as vmd, Bystander(vmd, "b"):
@@ -382,7 +382,7 @@ def test_what_others_change_is_put_right_and_said(network: Network, tmp_path: Pa
 
 
 def test_a_guest_whose_tap_was_deleted_resets_itself(network: Network, tmp_path: Path) -> None:
-    """It comes back, and has an interface again."""
+    """The guest boots again, with a new interface."""
     with NetDaemon(tmp_path, network, SWITCH + block("a", 'interface switch "lan"')) as vmd:
         vmd.must("start", "a")
         pid, (nic,) = vmd.status("a")["pid"], vmd.interfaces("a")

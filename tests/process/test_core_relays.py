@@ -1,7 +1,7 @@
-"""VM processes that somebody has taken over, and what vmm does about what they send, keep and park.
+"""Compromised VM processes, and how vmm limits what they send, keep open and leave in queues.
 
-The daemon here is a copy of this program in which a VM process does, under its own filter and limits, what its guest's
-command line says.  Another guest must not notice (`Bystander`).
+The daemon here is a changed copy of this program.  A VM process does what its guest's command line says, with its real
+filter and limits.  Another guest must not be affected (`Bystander`).
 """
 
 import errno
@@ -131,12 +131,12 @@ VmProcess.HANDLERS[(Proc.VMM, StartVm)] = _early
 '''
 FLOODS = ("flood_ending", "flood_progress", "flood_resolvers")
 DEEP = [pytest.param(flood, marks=pytest.mark.deep) for flood in FLOODS[1:]]
-MANY = 128  # numbers of VMs from here on take a byte more
+MANY = 128  # VM ids from here on take one more byte
 
 
 @pytest.fixture(scope="module")
 def bystander(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bystander]:
-    """Give a VM that must not notice anything, in a daemon with intruders."""
+    """Yield a VM that must not be affected, in a daemon with compromised VM processes."""
     directory = tmp_path_factory.mktemp("relays")
     code = changed_program(directory / "code", {"vmd/vm/intruder.py": INTRUDER, "vmd/vm/main.py": HOOK})
     attacks = (*FLOODS, "park", "leave_child", "build_more", "many_threads")
@@ -149,14 +149,14 @@ def bystander(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bystander]:
 
 @pytest.fixture
 def vmd(bystander: Bystander) -> Iterator[Daemon]:
-    """Give that daemon; afterwards the VM has not noticed anything."""
+    """Yield that daemon; check afterwards that the VM is unaffected."""
     yield bystander.vmd
     bystander.check()
 
 
 @pytest.mark.parametrize("flood", [FLOODS[0], *DEEP])
 def test_a_vm_that_sends_without_end_is_cut_off(vmd: Daemon, flood: str) -> None:
-    """With a sentence, and long before anybody else has to wait for vmm."""
+    """The VM is ended with a message, long before others must wait for vmm."""
     vmd.must("start", flood)
 
     row = vmd.wait_state(flood, "stopped")
@@ -166,14 +166,14 @@ def test_a_vm_that_sends_without_end_is_cut_off(vmd: Daemon, flood: str) -> None
 
 @pytest.mark.deep
 def test_descriptors_on_their_way_count_against_who_sent_them(vmd: Daemon) -> None:
-    """As many as a VM can have on their way keep nobody from passing on files: a kernel, a disk, a console."""
+    """All descriptors that one VM can have in flight do not prevent others from passing kernels, disks and consoles."""
     vmd.must("start", "park")
     vmd.wait_log("intruder: parked")
     parked = int(vmd.log.rpartition("intruder: parked ")[2].partition(":")[0])
     assert parked > RUNNING_FILES
     assert os.strerror(errno.ETOOMANYREFS) in vmd.log
 
-    vmd.must("start", "-b", guest("demo"), "plain")  # vmctl passes the kernel
+    vmd.must("start", "-b", guest("demo"), "plain")  # vmctl passes the kernel's descriptor
     with vmd.attached("plain") as console:
         console.expect(PROMPT, DEADLINE_S)
     vmd.must("stop", "-fw", "plain")
@@ -182,7 +182,7 @@ def test_descriptors_on_their_way_count_against_who_sent_them(vmd: Daemon) -> No
 
 
 def test_a_packet_that_grows_in_the_relay(vmd: Daemon) -> None:
-    """It just fits until vmm writes the VM's real number into it: the VM is at fault."""
+    """A packet fits until vmm writes the VM's real id into it.  That is an error of the VM."""
     vmd.must("start", "long_answer")
     assert vmd.status("long_answer")["id"] >= MANY
 
@@ -193,7 +193,7 @@ def test_a_packet_that_grows_in_the_relay(vmd: Daemon) -> None:
 
 
 def test_a_vm_that_runs_builds_nothing_more(vmd: Daemon) -> None:
-    """What KVM was asked for while the machine was built is not asked for any more."""
+    """Requests to KVM that build a machine are refused once it runs."""
     vmd.must("start", "build_more")
 
     row = vmd.wait_state("build_more", "stopped")
@@ -202,7 +202,7 @@ def test_a_vm_that_runs_builds_nothing_more(vmd: Daemon) -> None:
 
 
 def test_threads_without_end(vmd: Daemon) -> None:
-    """A VM has so many, and its devices share them; then it gets no more."""
+    """A VM and its devices share a limited number of threads."""
     vmd.must("start", "many_threads")
     vmd.wait_log("intruder: threads: ")
     assert int(vmd.log.rpartition("intruder: threads: ")[2].partition("\n")[0]) < TASKS_MAX
@@ -212,7 +212,7 @@ def test_threads_without_end(vmd: Daemon) -> None:
 
 
 def test_a_child_that_keeps_the_channel_of_its_vm(vmd: Daemon) -> None:
-    """vmm does not wait for its end of the line, whatever it goes on saying."""
+    """vmm does not wait for the child's end of the channel, even if the child goes on sending."""
     vmd.must("start", "leave_child")
     vmd.wait_log("intruder: child is")
     vmd.must("stop", "-fw", "leave_child")
@@ -223,7 +223,7 @@ def test_a_child_that_keeps_the_channel_of_its_vm(vmd: Daemon) -> None:
 
 @pytest.mark.deep
 def test_a_vm_process_that_cannot_be_killed(vmd: Daemon) -> None:
-    """Storage keeps it in a read(2): its VM ends all the same, and may be started again."""
+    """The process hangs in a read(2) from storage.  Its VM still ends, and can be started again."""
     with FuseFile(guest("demo").read_bytes(), for_all=True) as file:
         file.rule(READ, HELD)
         with connect(vmd.socket) as client:
@@ -242,7 +242,7 @@ def test_a_vm_process_that_cannot_be_killed(vmd: Daemon) -> None:
 
 @pytest.mark.deep
 def test_a_vm_that_is_not_built_in_time(tmp_path: Path) -> None:
-    """Its storage answers some other day: the start fails, and says why.  The time is 120 s, and here 3 s."""
+    """The storage does not answer in time, so the start fails with a reason.  The limit is 120 s, and here 3 s."""
     code = changed_program(tmp_path / "code", {"vmd/vmm/main.py": "\nSTART_S = 3.0\n"})
     with (
         FuseFile(guest("demo").read_bytes(), for_all=True) as file,
@@ -261,7 +261,7 @@ def test_a_vm_that_is_not_built_in_time(tmp_path: Path) -> None:
 
 @pytest.mark.deep
 def test_the_daemon_ends_though_a_vm_process_does_not(tmp_path: Path) -> None:
-    """It is killed, and nobody waits for it longer than for others."""
+    """The VM process is killed, and the daemon does not wait longer for it than for others."""
     with FuseFile(guest("demo").read_bytes(), for_all=True) as file, Daemon(tmp_path, vm_block("plain")) as vmd:
         file.rule(READ, HELD)
         with connect(vmd.socket) as client:
@@ -271,7 +271,7 @@ def test_the_daemon_ends_though_a_vm_process_does_not(tmp_path: Path) -> None:
         os.kill(vmd.pid, signal.SIGTERM)
         vmd.wait_log("stopping 1 VMs")
 
-        assert vmd.stop() == 0  # asks a second time
+        assert vmd.stop() == 0  # asks again to stop
 
         assert "waits for storage" in vmd.log
         file.release()

@@ -1,7 +1,7 @@
-"""A message that somebody has forgotten to serve: it is dropped and said, and no process and no guest ends of it.
+"""A message without a handler is dropped and logged, and no process and no guest ends because of it.
 
-The message is declared, and sent, by a copy of this program; `tests/unit/ipc/test_routes.py` is what finds such a thing
-before that.
+A changed copy of this program declares and sends the message.  In the real program `tests/unit/ipc/test_routes.py`
+finds such messages.
 """
 
 import errno
@@ -82,7 +82,7 @@ VmProcess.HANDLERS.update(handles(Proc.VMM, AskDevices, _say))
 
 
 def forgetful(code: Path) -> Path:
-    """Return a copy of the program with messages that nobody serves."""
+    """Return a copy of the program with messages that have no handler."""
     borders = {f"vmd/ipc/messages/{border}.py": text for border, text in MESSAGES.items()}
     return changed_program(code, {**borders, "vmd/parent/main.py": PARENT, "vmd/vm/main.py": VM})
 
@@ -93,7 +93,7 @@ def block(name: str) -> str:
 
 
 def test_a_message_that_nobody_serves_ends_nobody(tmp_path: Path) -> None:
-    """Neither one from above nor one from below; both guests go on, and whoever asks is answered."""
+    """Neither a message to a child nor one to a parent ends a process; both guests go on, and clients are answered."""
     with Daemon(tmp_path, block("a") + block("b"), code=forgetful(tmp_path / "code")) as vmd:
         for name in "ab":
             vmd.must("start", name)
@@ -122,7 +122,7 @@ def test_a_message_that_nobody_serves_ends_nobody(tmp_path: Path) -> None:
 
 
 def asked_in_vain(path: Path) -> None:
-    """Ask what nobody serves, and be told so."""
+    """Send a request without a handler; check the error answer."""
     with connect(path) as client:
         client.send(encode(Hello(version=PROTOCOL), form=Form.NAMED)[0])
         assert isinstance(decode(client.recv(MAX_MESSAGE), [], "vmd").message, Hello)

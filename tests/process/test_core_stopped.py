@@ -1,4 +1,4 @@
-"""Processes of the core that are stopped (SIGSTOP), or hang: who waits for them is told, and guests run on."""
+"""Core processes are stopped (SIGSTOP) or hang: clients that wait for them are told, and guests run on."""
 
 import os
 import signal
@@ -20,20 +20,20 @@ CONF = vm_block(NAME) + vm_block("a") + vm_block("b")
 
 
 class Patient(Bystander):
-    """Root may wait for root's own control."""
+    """A bystander that lets root wait for root's own control."""
 
     status_s = DEADLINE_S
 
 
 @pytest.fixture
 def vmd(tmp_path: Path) -> Iterator[Daemon]:
-    """Give a daemon."""
+    """Yield a daemon."""
     with Daemon(tmp_path, CONF) as daemon:
         yield daemon
 
 
 def test_vmm_that_is_stopped_is_named(vmd: Daemon) -> None:
-    """A start says so, and so does all else that waits for a VM; when vmm goes on, what was asked of it is done."""
+    """A start and other requests that wait for a VM report it.  When vmm continues, it does what was requested."""
     requests = (
         StartRequest(name="a"), PauseRequest(name="b", paused=True), StopRequest(name="b", wait=True),
         ConsoleRequest(name=NAME),
@@ -62,7 +62,7 @@ def test_vmm_that_is_stopped_is_named(vmd: Daemon) -> None:
 
 
 def test_the_daemon_ends_though_vmm_is_stopped(vmd: Daemon) -> None:
-    """Its VMs, whom nobody can ask to shut down, are killed with it."""
+    """The VMs cannot be asked to shut down, so they are killed with vmm."""
     vmd.must("start", "a")
     processes = [*vmd.processes().values()]
     os.kill(vmd.processes()["vmd: vmm"], signal.SIGSTOP)
@@ -74,7 +74,7 @@ def test_the_daemon_ends_though_vmm_is_stopped(vmd: Daemon) -> None:
 
 
 def test_root_s_control_that_is_stopped_is_replaced(vmd: Daemon) -> None:
-    """With a sentence in the log.  Root waits that long, and then is served."""
+    """The log reports the replacement.  Root waits until then, and is then served."""
     with Patient(vmd) as bystander:
         control = vmd.processes()["vmd: control"]
         os.kill(control, signal.SIGSTOP)

@@ -1,4 +1,4 @@
-"""Storage that does not answer, locks of strangers, and files whose close waits: they cost who has named them."""
+"""Storage that does not answer, locks of other users, and files whose close blocks affect only their own user."""
 
 import contextlib
 import fcntl
@@ -36,7 +36,7 @@ pytestmark = [pytest.mark.root, pytest.mark.kvm]
 
 EVE = 65534  # nobody
 MIB = 1 << 20
-# What is asked of storage that does not answer; of which word of a vm block.
+# The operation that storage does not answer, and the statement of the vm block with the file.
 HANGS = {
     "look-up": (fusefile.LOOKUP, "disk"),
     "attributes": (fusefile.GETATTR, "disk"),
@@ -50,7 +50,7 @@ HANGS = {
 
 @contextlib.contextmanager
 def mounted(path: Path, content: bytes = bytes(MIB)) -> Iterator[FuseFile]:
-    """Have a file of a FUSE file system at a path; in the end whatever waits for it is answered."""
+    """Mount a file of a FUSE file system at a path; at the end held operations are answered."""
     with FuseFile(content, for_all=True, locks=True) as file:
         assert file.attach(path.parent) == path
         try:
@@ -62,7 +62,7 @@ def mounted(path: Path, content: bytes = bytes(MIB)) -> Iterator[FuseFile]:
 
 @contextlib.contextmanager
 def starting(vmd: Daemon, name: str) -> Iterator["subprocess.Popen[str]"]:
-    """Give a client that starts a VM."""
+    """Yield a client that starts a VM."""
     with subprocess.Popen(
         [sys.executable, "-m", "vmctl", "-s", vmd.socket, "start", name],
         cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -74,7 +74,7 @@ def starting(vmd: Daemon, name: str) -> Iterator["subprocess.Popen[str]"]:
 
 
 def refused(client: "subprocess.Popen[str]") -> str:
-    """Wait until a client is told that its VM does not start; return what it says."""
+    """Wait until a client's start fails; return its message."""
     said, _ = client.communicate(timeout=DEADLINE_S)
     assert client.returncode == 1, said
     return said
@@ -92,7 +92,7 @@ def ask(client: socket.socket, request: Record, **fds: int) -> Record | None:
 
 @pytest.mark.deep
 def test_a_disk_that_does_not_answer(tmp_path: Path) -> None:
-    """It costs its VM the start, and the reset of its guest; both can be stopped, and so can the daemon."""
+    """Its VM cannot start or come back from a reset.  Both can be stopped, and the daemon can end."""
     path = tmp_path / "mnt" / "disk"
     path.parent.mkdir()
     conf = vm_block(NAME) + vm_block("hung", f'disk "{path}" format raw')
@@ -122,7 +122,7 @@ def test_a_disk_that_does_not_answer(tmp_path: Path) -> None:
 @pytest.mark.deep
 @pytest.mark.timeout(300)
 def test_storage_that_does_not_answer(tmp_path: Path) -> None:
-    """Whatever it is asked, and for whatever it is named: a sentence says so in the end, and all can begin anew."""
+    """For every operation and statement a message reports it in the end, and VMs can start again."""
     paths = {name: tmp_path / name / "disk" for name in HANGS}
     conf = vm_block(NAME)
     for name, path in paths.items():
@@ -153,7 +153,7 @@ def test_storage_that_does_not_answer(tmp_path: Path) -> None:
 @pytest.mark.deep
 @pytest.mark.timeout(300)
 def test_a_daemon_that_begins_while_storage_does_not_answer(tmp_path: Path) -> None:
-    """It serves, the other VMs that begin with it run, and the one that cannot says why; so does one that arrives."""
+    """The daemon serves and its other VMs run.  A VM that cannot start reports why, and so does a received one."""
     path = tmp_path / "mnt" / "disk"
     path.parent.mkdir()
     hung = vm_block("hung", f'disk "{path}" format raw')
@@ -178,7 +178,7 @@ def test_a_daemon_that_begins_while_storage_does_not_answer(tmp_path: Path) -> N
 
 @pytest.mark.deep
 def test_a_user_whose_storage_never_answers() -> None:
-    """As many processes of theirs hang in it, and no more: the next start is refused at once.  Others start theirs."""
+    """A limited number of the user's processes hang; then starts are refused at once.  Others can start VMs."""
     names = [f"hers{number}" for number in range(STUCK_MAX + 1)]
     with public_folder() as directory:
         path = directory / "mnt" / "disk"
@@ -195,19 +195,19 @@ def test_a_user_whose_storage_never_answers() -> None:
                         vmd.must("stop", "-fw", name)
                         assert isinstance(receive(eve), Failed)
                 answer: Record | None = None
-                while not (isinstance(answer, Failed) and "do not end" in answer.text):  # those just killed may yet end
+                while not (isinstance(answer, Failed) and "do not end" in answer.text):  # killed ones may end late
                     with connect_as(vmd.socket, EVE, EVE) as eve:
                         answer = ask(eve, StartRequest(name=names[-1]))
                 vmd.must("start", "roots")
             assert vmd.stop() == 0
 
 
-# --- locks of strangers ----------------------------------------------------------------------------------
+# --- locks of others -------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def locked(path: Path, uid: int, byte: int) -> Iterator[int]:
-    """Have a user who may read a file take a lock on a byte by which disks are locked; give the pid."""
+    """Let a user with read permission lock a byte that locks of disks use; yield the user's pid."""
     ready, done = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -253,7 +253,7 @@ def test_who_has_a_lock_is_named() -> None:
 
 @pytest.mark.deep
 def test_a_vm_that_only_reads_a_file_is_not_blamed() -> None:
-    """Two VMs are based on one image, and a stranger marks it as written to: the second VM's start says who."""
+    """Two VMs share a base image, and another user marks it as written to: the second VM's start names that user."""
     with public_folder() as directory:
         base = directory / "base.qcow2"
         create(str(base), "qcow2", MIB)
@@ -274,7 +274,7 @@ def test_a_vm_that_only_reads_a_file_is_not_blamed() -> None:
 
 
 def chains(directory: Path) -> tuple[Path, ...]:
-    """Make as many disks as a VM may have, each with as many images below it as there may be; the last has none."""
+    """Make the maximum of disks, each with the longest chain of images; the last disk's base is missing."""
     tops = []
     for number in range(MAX_DISKS):
         below: Path | None = None
@@ -295,7 +295,7 @@ def chains(directory: Path) -> tuple[Path, ...]:
 @pytest.mark.deep
 @pytest.mark.timeout(600)
 def test_a_user_who_starts_one_instance_after_the_other() -> None:
-    """128 starts with all the images there can be, of which the last is missing: others do not wait for them."""
+    """128 starts with the most images possible, the last of them missing, do not delay others."""
     template = vm_block("template", "allow instance { disk, owner nobody }")
     with public_folder() as directory, contextlib.ExitStack() as stack:
         vmd = stack.enter_context(Daemon(directory, vm_block(NAME) + vm_block("roots") + template))
@@ -327,7 +327,7 @@ REQUESTS: tuple[tuple[int, Record, tuple[str, ...]], ...] = (
 
 
 def lingering() -> int:
-    """Return a connection whose close waits for its peer, who does not read, for as long as there may be."""
+    """Return a connection whose close waits the longest possible time for its peer, which does not read."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         sender = socket.create_connection(server.getsockname())
         server.accept()[0].detach()  # stays open
@@ -340,17 +340,17 @@ def lingering() -> int:
 
 
 def pass_on(vmd: Daemon, uid: int, request: Record, names: tuple[str, ...], file: FuseFile | None) -> tuple[int, int]:
-    """Pass a file in another process, which is kept if it closes it; return its pid, and what tells of the answer."""
+    """Pass a file from another process, whose own close may block; return its pid and a descriptor for the answer."""
     answered, done = os.pipe()
     pid = os.fork()
     if pid == 0:
         try:
             with connect_as(vmd.socket, uid, uid) as client:
-                fd = file.open() if file is not None else lingering()  # no process is started from here on
+                fd = file.open() if file is not None else lingering()  # from here on start no process
                 packet, order = encode(request, fds={name: [fd] for name in names})
                 socket.send_fds(client, [packet], order or [fd])
                 if file is None:
-                    os.close(fd)  # who is last waits
+                    os.close(fd)  # the last close blocks
                 receive(client)
                 os.write(done, b"!")
                 signal.pause()
@@ -372,7 +372,7 @@ def end(senders: list[tuple[int, int]]) -> None:
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("kind", ["never answers", "lingers"])
 def test_files_whose_close_waits(network: Network, kind: str) -> None:
-    """Of requests that take files, and of those that take none: others do not wait, and the daemon ends."""
+    """Files come with requests that take files and with others.  Other users do not wait, and the daemon can end."""
     conf = vm_block(NAME) + vm_block("hers", "owner nobody:nogroup")
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(public_folder())
@@ -388,7 +388,7 @@ def test_files_whose_close_waits(network: Network, kind: str) -> None:
             with network.inside():
                 senders += [pass_on(vmd, *request, file) for request in REQUESTS]
             if file is not None:
-                file.wait_held(len(REQUESTS) + 1)  # each close waits, through SIGKILL: of four controls, and an opener
+                file.wait_held(len(REQUESTS) + 1)  # the closes block, even after SIGKILL: four controls, an opener
             for _, answered in senders:
                 assert file is not None or select.select([answered], [], [], DEADLINE_S)[0]
         assert vmd.stop() == 0
