@@ -1,7 +1,7 @@
-"""A driver of ours against our disks, on this host's KVM under the whole daemon (`guests/blk`).
+"""Our own guest driver (`guests/blk`) with disks of the whole daemon, on this host's KVM.
 
-What it drives is the whole path: registers, notifications and interrupts in the VM process and KVM, rings and
-requests in the device process, images behind them.
+This tests the whole path: registers, notifications and interrupts in the VM process and KVM, rings and requests in
+the device process, and images.
 """
 
 import json
@@ -32,14 +32,14 @@ def conf(disk: str, *lines: str, cmdline: str = "") -> str:
 
 
 def run(vmd: Daemon) -> str:
-    """Run the guest to its end; return what it said."""
+    """Run the guest to its end; return its output."""
     said = vmd.run_to_end("blk")
     assert vmd.wait_state("blk", "stopped")["text"] == "powered off by the guest"
     return said.replace("\r", "")
 
 
 def check(report: str, *interfaces: str) -> None:
-    """Raise AssertionError unless all checks of these interfaces were made, and good."""
+    """Raise AssertionError unless all checks of these interfaces were made and passed."""
     assert f"interfaces: {' '.join(interfaces)}\n" in report
     assert not re.findall(r"^FAIL .*", report, re.MULTILINE)
     assert not re.findall(r"^skip .*", report, re.MULTILINE)
@@ -69,7 +69,7 @@ def test_raw_disk(tmp_path: Path, lines: tuple[str, ...], interfaces: tuple[str,
 
 @pytest.mark.deep
 def test_qcow2_disk_on_a_backing_file(tmp_path: Path) -> None:
-    """The same through a qcow2 image that lies on a raw one, which is not written."""
+    """The same checks with a qcow2 image on a raw backing file, which is not written."""
     base, overlay = Disk(tmp_path / "base"), tmp_path / "overlay"
     qemu("qemu-img", "create", "-q", "-f", "qcow2", "-b", base.path, "-F", "raw", overlay)
     with Daemon(tmp_path, conf(f'"{overlay}" format qcow2')) as vmd:
@@ -83,7 +83,7 @@ def test_qcow2_disk_on_a_backing_file(tmp_path: Path) -> None:
 
 
 def test_what_is_wrong_with_a_disk_is_in_the_status(tmp_path: Path) -> None:
-    """From the device process to `vmctl status -v`, for as long as the VM runs."""
+    """Problems reach `vmctl status -v` from the device process, while the VM runs."""
     disk = Disk(tmp_path / "disk")
     with disk.path.open("ab") as file:
         file.write(b"tail!")
@@ -106,7 +106,7 @@ def test_what_is_wrong_with_a_disk_is_in_the_status(tmp_path: Path) -> None:
 def test_the_second_disk_is_another(tmp_path: Path) -> None:
     """A guest that works on its second disk leaves the first one alone."""
     first, second = Disk(tmp_path / "first"), Disk(tmp_path / "second")
-    slot = 3  # behind the random numbers' and the first disk's
+    slot = 3  # after the slots of the random numbers and the first disk
     lines = (f'disk "{second.path}" format raw', "virtio modern")
     text = conf(f'"{first.path}" format raw', *lines, cmdline=f"slot={slot}")
     with Daemon(tmp_path, text) as vmd:
@@ -118,7 +118,7 @@ def test_the_second_disk_is_another(tmp_path: Path) -> None:
 
 
 def test_serial_number_goes_with_the_guest(tmp_path: Path) -> None:
-    """Also to a VM of another name, which has its own in the next life only."""
+    """The serial number stays when the guest moves to a VM of another name, until that VM starts again."""
     disk = Disk(tmp_path / "disk")
     with Daemon(tmp_path, conf(f'"{disk.path}" format raw', cmdline="churn")) as vmd:
         vmd.must("start", "blk")
@@ -137,7 +137,7 @@ def test_serial_number_goes_with_the_guest(tmp_path: Path) -> None:
 
 
 def exits_of_reads(directory: Path, count: int, mode: str = "transitional", option: str = "") -> int:
-    """Return how often a vCPU came back to the VM process while its guest made so many reads, asleep between them."""
+    """Return the vCPU's exits to the VM process while its guest makes `count` reads and sleeps between them."""
     directory.mkdir()
     disk = Disk(directory / "disk")
     text = conf(f'"{disk.path}" format raw', f"virtio {mode}", cmdline=f"reads={count}{option}")
@@ -151,7 +151,7 @@ def exits_of_reads(directory: Path, count: int, mode: str = "transitional", opti
 
 @pytest.mark.parametrize("mode", [pytest.param("transitional", marks=pytest.mark.deep), "memory"])
 def test_requests_of_mapped_registers_do_not_enter_the_vm_process(tmp_path: Path, mode: str) -> None:
-    """The same where a guest notifies in memory, at one address for all queues or at one for each."""
+    """The same for notifications in memory, with one address for all queues or one for each."""
     few, many = (exits_of_reads(tmp_path / str(count), count, mode, " mapped") for count in (1000, 9000))
 
     assert many == few

@@ -1,4 +1,4 @@
-"""Every kind of image boots on this host's KVM under the whole daemon, and finds what it is promised."""
+"""Every kind of image boots on this host's KVM with the whole daemon, and finds the documented machine."""
 
 import re
 from pathlib import Path
@@ -24,7 +24,7 @@ def block(name: str, boot: str, *lines: str) -> str:
 
 @pytest.mark.deep
 def test_seabios_says_that_there_is_nothing_to_boot(tmp_path: Path) -> None:
-    """An unmodified SeaBIOS finds its machine, speaks on the serial line, and ends its search with a sentence."""
+    """An unmodified SeaBIOS finds its machine, writes to the serial line, and reports that nothing can be booted."""
     with Daemon(tmp_path, block("bios", f'"{FIRMWARE}"', "memory 128M", "vcpus 2")) as vmd:
         vmd.must("start", "bios")
         with vmd.console("bios") as console:
@@ -69,7 +69,7 @@ def test_openbsd_kernel_from_the_network_gets_its_address(tmp_path: Path) -> Non
 
 
 def test_a_second_kernel_kind_is_told_from_its_bytes(tmp_path: Path) -> None:
-    """A gzip'ed kernel boots like a plain one, whatever it is called."""
+    """A gzip'ed kernel boots like a plain one, with any file name."""
     import gzip
 
     packed = tmp_path / "vmlinuz.img"

@@ -1,4 +1,4 @@
-"""All clocks of a guest stop at one moment and go on from it: pause, unpause, send and receive in any order.
+"""All clocks of a guest stop and continue together: pause, unpause, send and receive in any order.
 
 The guest compares its clocks with one another, and the test with the host's (`tests.support.clocks`).
 """
@@ -18,7 +18,7 @@ DWELLS_S = (0.0, 0.1, 0.4, 1.2)
 
 
 def test_every_clock_stops_at_one_moment(tmp_path: Path) -> None:
-    """One pause is longer than what a clock of a second's resolution hides; twice the guest holds that clock."""
+    """One pause is longer than the battery-backed clock's resolution of 1 s.  Twice the guest holds that clock."""
     with daemon(tmp_path, "vcpus 2") as vmd:
         Session(vmd).stop_in_every_way()
 
@@ -27,7 +27,7 @@ def test_every_clock_stops_at_one_moment(tmp_path: Path) -> None:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("seed", range(SEEDS_DEEP))
 def test_random_sequences(tmp_path: Path, seed: int) -> None:
-    """One and two processors by turns."""
+    """Random steps, alternately with one and with two processors."""
     generator = random.Random(seed)
     with daemon(tmp_path, f"vcpus {1 + seed % 2}") as vmd:
         session = Session(vmd)

@@ -1,6 +1,6 @@
-"""Processes that are killed while a VM starts or stops: states are right afterwards, and nothing is left.
+"""Processes are killed while a VM starts or stops: afterwards states are correct, and nothing is left.
 
-While it is paused, sent or received: `test_pause.py`, `test_transfer.py`.
+`test_pause.py` and `test_transfer.py` do the same while a VM is paused, sent or received.
 """
 
 import os
@@ -26,7 +26,7 @@ Client = subprocess.Popen[str]
 
 
 def wait_gone(pids: list[int]) -> None:
-    """Wait until no such process is left."""
+    """Wait until all these processes have ended."""
     deadline = time.monotonic() + DEADLINE_S
     while any(Path(f"/proc/{pid}").exists() for pid in pids):
         assert time.monotonic() < deadline
@@ -35,7 +35,7 @@ def wait_gone(pids: list[int]) -> None:
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Path:
-    """Give an image without anything on it."""
+    """Yield an empty image."""
     disk = tmp_path / "disk"
     disk.touch()
     os.truncate(disk, 1 << 20)
@@ -43,22 +43,22 @@ def disk(tmp_path: Path) -> Path:
 
 
 def configuration(disk: Path) -> str:
-    """Return a VM whose guest acknowledges that it is to stop, and does not."""
+    """Return a VM whose guest acknowledges the power button, but does not shut down."""
     boot = f'boot "{guest("vmmci")}" cmdline "linger"'
     return f'vm "a" {{\n disable\n memory 32M\n {boot}\n disk "{disk}"\n}}\n'
 
 
 @pytest.fixture
 def vmd(tmp_path: Path, disk: Path) -> Iterator[Daemon]:
-    """A daemon with such a VM."""
+    """Yield a daemon with such a VM."""
     with Daemon(tmp_path, configuration(disk)) as made:
         yield made
 
 
 @contextmanager
 def starting(vmd: Daemon, held: str = "vm") -> Iterator[tuple[Client, int]]:
-    """Have a VM start that cannot, because a process that waits for it has been stopped."""
-    Footprint(vmd)  # the processes in reserve are there
+    """Start a VM that stays in the state "starting", because a process that it needs is stopped."""
+    Footprint(vmd)  # wait for the processes in reserve
     deadline = time.monotonic() + DEADLINE_S
     while (pid := vmd.processes().get(f"vmd: {held}", 0)) == 0:
         assert time.monotonic() < deadline
@@ -66,7 +66,7 @@ def starting(vmd: Daemon, held: str = "vm") -> Iterator[tuple[Client, int]]:
     os.kill(pid, signal.SIGSTOP)
     client = vmctl(vmd, "start", "a")
     vmd.wait_state("a", "starting")
-    with borrowed(pid, CHANNEL_FD) as channel:  # it is this VM's as soon as it has been sent something
+    with borrowed(pid, CHANNEL_FD) as channel:  # the VM has taken this process once a message is in its channel
         assert select.select([channel], [], [], DEADLINE_S)[0]
     try:
         yield client, pid
@@ -77,7 +77,7 @@ def starting(vmd: Daemon, held: str = "vm") -> Iterator[tuple[Client, int]]:
 
 @contextmanager
 def stopping(vmd: Daemon) -> Iterator[tuple[Client, int]]:
-    """Have a VM that is stopping, and somebody who waits for its end."""
+    """Yield a client that waits for the end of a stopping VM."""
     vmd.must("start", "a")
     with vmd.console("a") as console:
         console.expect("ready", DEADLINE_S)
@@ -91,7 +91,7 @@ def stopping(vmd: Daemon) -> Iterator[tuple[Client, int]]:
 
 
 def check_usable(vmd: Daemon, before: Footprint) -> None:
-    """Raise AssertionError unless the VM can be started and ended, and all is as it was before."""
+    """Raise AssertionError unless the VM can be started and ended, and the footprint is as before."""
     vmd.must("start", "a")
     vmd.must("stop", "-fw", "a")
     before.check(vmd)
@@ -99,7 +99,7 @@ def check_usable(vmd: Daemon, before: Footprint) -> None:
 
 @pytest.mark.parametrize("victim", ["vm", "vioblk"])
 def test_death_while_starting(vmd: Daemon, victim: str) -> None:
-    """Of the VM's process, or of a device's: the start fails, and says how that process ended."""
+    """The VM's process or a device's is killed: the start fails, and the message tells how the process ended."""
     before = Footprint(vmd)
     with starting(vmd, victim) as (client, pid):
         os.kill(pid, signal.SIGKILL)
@@ -112,7 +112,7 @@ def test_death_while_starting(vmd: Daemon, victim: str) -> None:
 
 
 def test_death_in_reserve(vmd: Daemon) -> None:
-    """Of a process that no VM has yet: the next start takes another one."""
+    """A process in reserve is killed: the next start takes another one."""
     before = Footprint(vmd)
     pidfd = os.pidfd_open(vmd.processes()["vmd: vm"])
     signal.pidfd_send_signal(pidfd, signal.SIGKILL)
@@ -122,7 +122,7 @@ def test_death_in_reserve(vmd: Daemon) -> None:
 
 
 def test_death_of_vmctl_while_starting(vmd: Daemon) -> None:
-    """The VM starts all the same: it was asked for."""
+    """The VM still starts, because the request stays valid."""
     before = Footprint(vmd)
     with starting(vmd) as (client, pid):
         client.kill()
@@ -134,7 +134,7 @@ def test_death_of_vmctl_while_starting(vmd: Daemon) -> None:
 
 
 def test_stop_while_starting(vmd: Daemon) -> None:
-    """By force; the one who started it is told."""
+    """The VM is stopped by force, and the client that started it is told."""
     before = Footprint(vmd)
     with starting(vmd) as (client, pid):
         stopper = vmctl(vmd, "stop", "-fw", "a")
@@ -147,7 +147,7 @@ def test_stop_while_starting(vmd: Daemon) -> None:
 
 @pytest.mark.parametrize("victim", ["vm/a", "vm/a/vioblk0"])
 def test_death_while_stopping(vmd: Daemon, victim: str) -> None:
-    """The VM is over, which is what was wanted; how is told."""
+    """The VM has ended, as requested, and the answer tells how."""
     before = Footprint(vmd)
     with stopping(vmd) as (client, _):
         os.kill(vmd.processes()[f"vmd: {victim}"], signal.SIGKILL)
@@ -157,7 +157,7 @@ def test_death_while_stopping(vmd: Daemon, victim: str) -> None:
 
 
 def test_death_of_vmctl_while_stopping(vmd: Daemon) -> None:
-    """Nobody waits any more; it stops all the same."""
+    """No client waits any more, but the VM still stops."""
     before = Footprint(vmd)
     with stopping(vmd) as (client, _):
         client.kill()
@@ -169,7 +169,7 @@ def test_death_of_vmctl_while_stopping(vmd: Daemon) -> None:
 
 @pytest.mark.parametrize("state", ["starting", "paused", "stopping"])
 def test_death_of_vmm(vmd: Daemon, state: str) -> None:
-    """It ends the daemon, with a failure, a reason and no orphans, whatever its VMs were doing."""
+    """The death of vmm ends the daemon, with a failure, a reason and no orphans, in every state of its VMs."""
     if state == "paused":
         vmd.must("start", "a")
         vmd.must("pause", "a")
@@ -181,7 +181,7 @@ def test_death_of_vmm(vmd: Daemon, state: str) -> None:
 
 
 def end_by_vmm(vmd: Daemon) -> None:
-    """Kill vmm, and wait for the end of all the others."""
+    """Kill vmm, and wait for the end of all other processes."""
     processes = vmd.processes()
     os.kill(processes["vmd: vmm"], signal.SIGKILL)
     assert vmd.process is not None
@@ -189,5 +189,5 @@ def end_by_vmm(vmd: Daemon) -> None:
     assert "lost child: vmm" in vmd.log
     for pid in processes.values():
         if Path(f"/proc/{pid}").exists():
-            os.kill(pid, signal.SIGCONT)  # one that was stopped could not notice
+            os.kill(pid, signal.SIGCONT)  # a stopped process could not notice
     wait_gone(list(processes.values()))

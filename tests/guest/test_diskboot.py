@@ -1,4 +1,4 @@
-"""Kernels that are on disks of the VM itself: `boot "disk0:/vmlinuz"`, `vmctl start -b disk0:/vmlinuz`."""
+"""Kernels on the VM's own disks: `boot "disk0:/vmlinuz"`, `vmctl start -b disk0:/vmlinuz`."""
 
 import re
 from pathlib import Path
@@ -17,7 +17,7 @@ PROMPT = "vmd-demo> "
 
 
 def test_a_kernel_on_the_disk(tmp_path: Path) -> None:
-    """It is read anew at each start and at each reboot of the guest; what cannot be had is a sentence."""
+    """The kernel is read again at each start and each reboot of the guest.  A missing kernel gives a message."""
     demo, bsd = guest("demo").read_bytes(), guest("openbsd-amd64").read_bytes()
     disk = ext4_disk(tmp_path / "web.img", {"boot/demo": demo, "vmlinuz": "/boot/demo"})
     other = ffs_disk(tmp_path / "bsd.img", {"obsd": bsd, "etc/boot.conf": b"set image /obsd\nboot -s\n"})
@@ -49,7 +49,7 @@ def test_a_kernel_on_the_disk(tmp_path: Path) -> None:
             console.expect(PROMPT, DEADLINE_S)
             replace(disk, "/boot/demo", bsd)
             console.type("reset\r")
-            console.expect("memmap", DEADLINE_S)  # by the kernel that was installed meanwhile
+            console.expect("memmap", DEADLINE_S)  # from the kernel that was installed meanwhile
         vmd.wait_state("web", "stopped")
         assert re.search(r"howto=2\b.*memmap", vmd.run_to_end("bsd"), re.DOTALL)
         replace(disk, "/boot/demo", demo)
@@ -64,7 +64,7 @@ def test_a_kernel_on_the_disk(tmp_path: Path) -> None:
 
 @pytest.mark.deep
 def test_a_disk_without_a_boot_sector(tmp_path: Path) -> None:
-    """Says what is on it, instead of starting firmware that finds nothing; a disc in the drive is another way."""
+    """The start fails and describes the disk, because firmware would find nothing.  With a disc it succeeds."""
     disk = ext4_disk(tmp_path / "web.img", {"boot/vmlinuz": b"k", "boot/initrd.img": b"i"}, divided=True)
     qemu("qemu-img", "create", "-qf", "qcow2", tmp_path / "new.qcow2", "1G")
     other = tmp_path / "other.img"

@@ -1,7 +1,7 @@
-"""Several clients at a time who want everything of the same VMs, with processes that die meanwhile (arch. 8).
+"""Several clients send all kinds of requests for the same VMs, while processes die (arch. 8).
 
-What happens is drawn from a fixed seed, though not in which order it meets.  Whatever that is: every request is
-answered, once; nothing hangs, and nothing is left.
+A fixed seed determines the requests, but not their order in time.  In every order each request is answered once,
+nothing hangs, and nothing is left.
 """
 
 import contextlib
@@ -43,10 +43,10 @@ from vmd.record import Record
 pytestmark = [pytest.mark.root, pytest.mark.kvm, pytest.mark.timeout(600)]
 
 CONFIGURED = ("a", "b", "c")
-NAMES = (*CONFIGURED, "x")  # which is there only when it was received
+NAMES = (*CONFIGURED, "x")  # exists only after it was received
 PARTIAL = tuple(cls for cls in ANSWERS if BY_CLASS[cls].partial)
 CLIENTS = 3
-LEAVES = 0.1  # how many do so before their answer
+LEAVES = 0.1  # the share of clients that disconnect before their answer
 
 
 def block(name: str, kernel: str, *lines: str) -> str:
@@ -66,7 +66,7 @@ class Request:
         socket.send_fds(self.socket, [packet], fds)
 
     def answer(self) -> Record:
-        """Wait for the answer, and hang up."""
+        """Wait for the answer, then disconnect."""
         with self.socket:
             while True:
                 try:
@@ -81,7 +81,7 @@ class Request:
 
 
 class Client:
-    """Somebody who does one thing after the other."""
+    """A client that sends one request after another."""
 
     def __init__(self, vmd: NetDaemon, seed: int) -> None:
         self.vmd = vmd
@@ -92,7 +92,7 @@ class Client:
             path.touch()
 
     def run(self, steps: int) -> None:
-        """Do so many things."""
+        """Do a number of steps."""
         things: Sequence[tuple[int, Callable[[str], None]]] = (
             (12, lambda name: self.ask(StartRequest(name=name))),
             (4, lambda name: self.ask(StopRequest(name=name, force=True, wait=self.random.random() < 0.5))),
@@ -113,11 +113,11 @@ class Client:
             thing(self.random.choice(NAMES))
 
     def ask(self, message: Record, stream: int | None = None) -> None:
-        """Ask, and wait for the answer, or leave."""
+        """Send a request, and wait for the answer or disconnect."""
         self.end(Request(self.vmd, message, stream))
 
     def end(self, request: Request) -> None:
-        """Wait for an answer, or leave."""
+        """Wait for an answer, or disconnect."""
         if self.random.random() < LEAVES:
             request.socket.close()
         else:
@@ -129,17 +129,17 @@ class Client:
         return SendRequest(name=name, keep=self.random.random() < keep, live=live)
 
     def send(self, name: str) -> None:
-        """Into a file."""
+        """Send a VM to a file."""
         with self.random.choice(self.streams).open("wb") as file:
             self.ask(self.send_request(name, keep=0.5), file.fileno())
 
     def receive(self, name: str) -> None:
-        """From a file, which may be empty, or cut off."""
+        """Receive a VM from a file, which may be empty or cut off."""
         with self.random.choice(self.streams).open("rb") as file:
             self.ask(ReceiveRequest(name=name, paused=self.random.random() < 0.3), file.fileno())
 
     def move(self, name: str) -> None:
-        """Through a pipe."""
+        """Send and receive a VM through a pipe."""
         reading, writing = os.pipe2(os.O_CLOEXEC)
         receiver = Request(self.vmd, ReceiveRequest(name=self.random.choice(NAMES)), reading)
         sender = Request(self.vmd, self.send_request(name, keep=0.3), writing)
@@ -161,7 +161,7 @@ class Client:
     ("seed", "steps"), [(1, 60), *(pytest.param(seed, 400, marks=pytest.mark.deep) for seed in range(2, 6))]
 )
 def test_everything_at_once(tmp_path: Path, seed: int, steps: int) -> None:
-    """Afterwards every VM can be ended and started, and the daemon holds nothing that it did not before."""
+    """Afterwards every VM can be ended and started, and the daemon has no more resources than before."""
     conf = (
         block("a", "demo", "vcpus 2", "local interface")
         + block("b", "blk", 'cmdline "churn smp"', "vcpus 2", f'disk "{Disk(tmp_path / "disk").path}" format raw')
@@ -169,7 +169,7 @@ def test_everything_at_once(tmp_path: Path, seed: int, steps: int) -> None:
     )
     with Network() as network:
         with NetDaemon(tmp_path, network, conf) as vmd:
-            vmd.must("start", "a")  # priv keeps two files of the first start of a VM with interfaces
+            vmd.must("start", "a")  # priv keeps two files from the first start of a VM with interfaces
             vmd.must("stop", "-fw", "a")
             before = Footprint(vmd)
             clients = [Client(vmd, 100 * seed + number) for number in range(CLIENTS)]

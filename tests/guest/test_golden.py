@@ -1,4 +1,4 @@
-"""What an earlier version wrote is read by this one: streams and talk, kept in `tests/golden` (docs/formats.md 1)."""
+"""This version reads recordings of earlier versions in `tests/golden`: streams and transcripts (docs/formats.md 1)."""
 
 import contextlib
 import socket
@@ -28,11 +28,11 @@ from vmd.vm.stream import OLDEST, VERSION
 pytestmark = [pytest.mark.root, pytest.mark.kvm, pytest.mark.timeout(240)]
 
 ROUNDS = 10
-PARTIAL = (ConsoleOutput, TransferProgress)  # how many of them come differs from time to time
+PARTIAL = (ConsoleOutput, TransferProgress)  # their number differs between runs
 
 
 def each(*names: str, deep: tuple[str, ...] = ()) -> pytest.MarkDecorator:
-    """Run a test with every recorded stream, or with those of these names; with some in the long rounds only."""
+    """Run a test with every recorded stream, or those with these names; those in `deep` only in the long rounds."""
     return pytest.mark.parametrize(("version", "name"), [
         pytest.param(version, name, marks=[pytest.mark.deep] if {name, f"{version}-{name}"} & {*deep} else [])
         for version, name in golden.streams(*names)
@@ -40,13 +40,13 @@ def each(*names: str, deep: tuple[str, ...] = ()) -> pytest.MarkDecorator:
 
 
 def test_every_version_is_recorded() -> None:
-    """The present one, too: when it changes, what it was is here."""
+    """The present version is recorded too, so that the recording exists when the version changes."""
     assert {version for version, _ in golden.streams()} == set(range(OLDEST, VERSION + 1))
 
 
 @contextlib.contextmanager
 def received(version: int, name: str, *options: str) -> Iterator[NetDaemon]:
-    """Receive a recorded VM, as `golden`, with the files that it needs."""
+    """Receive a recorded VM, named `golden`, with its files."""
     with golden.place() as directory:
         golden.furnish(name, directory)
         if name in ("churn", "legacy"):
@@ -60,7 +60,7 @@ def received(version: int, name: str, *options: str) -> Iterator[NetDaemon]:
 
 @each("churn", "legacy", deep=("4-churn",))
 def test_a_disk_goes_on(version: int, name: str) -> None:
-    """The guest finds its disk, its interrupts and its clock as it left them; and can be sent once more."""
+    """The guest's disk, interrupts and clock continue, and it can be sent once more."""
     with received(version, name) as vmd:
         with vmd.console("golden") as console:
             churn.ask_until_rounds(console, ROUNDS)
@@ -75,7 +75,7 @@ def test_a_disk_goes_on(version: int, name: str) -> None:
 
 @each("net")
 def test_a_network_interface_goes_on(version: int, name: str) -> None:
-    """The guest hears of its link, by an interrupt, and its frames pass."""
+    """The guest gets the link's interrupt, and its frames pass."""
     with received(version, name) as vmd, vmd.console("golden") as console:
         tap = Interface(vmd.network, vmd.interfaces("golden")[0]["tap"])
         with Peer(tap):
@@ -88,19 +88,19 @@ def test_a_network_interface_goes_on(version: int, name: str) -> None:
 
 @each("clocks")
 def test_clocks_go_on(version: int, name: str) -> None:
-    """All of them move, and a guest's time that was recorded long ago has not run meanwhile."""
+    """All clocks run, and the guest's time has not run since the recording."""
     with received(version, name) as vmd, vmd.console("golden") as console:
         first = Clocks.ask(console)
         later = Clocks.ask_until(console, lambda now: now.beats > first.beats + 10)
     assert later.kvmclock > first.kvmclock
     assert later.tsc > first.tsc
     assert later.pm != first.pm
-    assert (first.tsc - first.up) / first.tsc < 1  # it came up before it was sent
+    assert (first.tsc - first.up) / first.tsc < 1  # the guest came up before the send
 
 
-@each(deep=("clocks", "net", "4-churn"))  # whose devices are those of the others, or none
+@each(deep=("clocks", "net", "4-churn"))  # without devices, or with the same devices as the others
 def test_a_received_vm_keeps_what_it_was_sent_with(version: int, name: str) -> None:
-    """BARs, capabilities and all else of PCI are where its drivers found them; it has not run in between."""
+    """BARs, capabilities and the rest of PCI are at the same places.  The VM has not run in between."""
     with received(version, name, "-p") as vmd:
         recorded = golden.recorded(version, name)
         (body,) = (body for kind, body in recorded.sections if kind == golden.STATE)
@@ -112,7 +112,7 @@ def test_a_received_vm_keeps_what_it_was_sent_with(version: int, name: str) -> N
         assert now == then, f"slot {then.slot}"
     assert again.state.pci_address == sent.pci_address
     kinds = [device.kind for device in again.header.devices]
-    assert [device.kind for device in again.state.virtio] == kinds  # which the recorded ones did not say
+    assert [device.kind for device in again.state.virtio] == kinds  # old streams do not have it
     assert again.state.virtio == tuple(
         device.replace(kind=kind) for device, kind in zip(sent.virtio, kinds, strict=True)
     )
@@ -146,12 +146,12 @@ def test_old_requests_are_answered(number: int) -> None:
                 replay(vmd, session)
 
 
-# Sentences that have become others since.
+# Messages that have changed since.
 REWORDED = {"vm x: the stream ends after 0 bytes, before its end": "vm x: the stream is empty"}
 
 
 def replay(vmd: NetDaemon, session: Session) -> None:
-    """Send what was asked, and compare what is answered with what was."""
+    """Send the recorded requests, and compare the answers with the recorded ones."""
     command = " ".join(session.command)
     file = vmd.directory / "stream"
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client, file.open("ab+") as stream:
@@ -172,7 +172,7 @@ def replay(vmd: NetDaemon, session: Session) -> None:
 
 
 def next_answer(client: socket.socket) -> bytes:
-    """Return the next answer that is none of those whose number differs from time to time."""
+    """Return the next answer that is not one of PARTIAL."""
     while kind(data := client.recv(golden.MAX_PACKET)) in PARTIAL:
         pass
     return data
@@ -185,22 +185,22 @@ def kind(data: bytes) -> RecordType:
 
 
 def assert_same(answer: bytes, recorded: bytes, command: str) -> None:
-    """Raise AssertionError unless an answer says what the recorded one said."""
+    """Raise AssertionError unless an answer matches the recorded one."""
     assert kind(answer) is kind(recorded), command
     now, then = (msgpack.unpackb(data[HEADER.size :]) for data in (answer, recorded))
     assert_has(now, then, command, exact=kind(recorded) is Failed)
 
 
 def assert_has(now: object, then: object, where: str, *, exact: bool) -> None:
-    """Raise AssertionError unless a value has the recorded type, and what it had; numbers are of their day.
+    """Raise AssertionError unless a value has the recorded type and content; numbers may differ.
 
-    Only where fields have names may there be more of them.
+    Only where fields have names may there be additional ones.
     """
     assert type(now) is type(then), f"{where}: {now!r}, recorded: {then!r}"
     if isinstance(now, dict) and isinstance(then, dict):
         for name, value in then.items():
             if name == "program":
-                continue  # the release has another number
+                continue  # the version number differs
             assert name in now, f"{where}: no {name} in {now!r}"
             assert_has(now[name], value, f"{where}: {name}", exact=exact)
     elif isinstance(now, list) and isinstance(then, list):

@@ -1,6 +1,6 @@
-"""Our own guests compile without a warning, are what loaders take them for, and run under another VMM too.
+"""Our own guests compile without a warning, have the right formats for loaders, and run under QEMU too.
 
-That other one is QEMU: a guest that misbehaves there is itself to blame, not our machine.
+A guest that fails under QEMU has a bug itself; our machine is not the cause.
 """
 
 import socket
@@ -36,7 +36,7 @@ MISSING = {
 
 @contextmanager
 def under_qemu(name: str, *options: str) -> Iterator[tuple["subprocess.Popen[bytes]", Console]]:
-    """Run a guest under QEMU; kills it at the end if it did not end by itself."""
+    """Run a guest under QEMU; kill QEMU at the end if it still runs."""
     with subprocess.Popen(
         [*QEMU, "-kernel", guest(name), *options],
         stdin=subprocess.PIPE,
@@ -52,7 +52,7 @@ def under_qemu(name: str, *options: str) -> Iterator[tuple["subprocess.Popen[byt
 
 
 def qemu_disk(path: Path, options: str = "") -> tuple[str, ...]:
-    """Return the options for a virtio disk; with all it can, as ours."""
+    """Return the options for a virtio disk with all features, like ours."""
     drive = f"if=none,id=disk,format=raw,cache=writeback,discard=unmap,file={path}{options}"
     return ("-drive", drive, "-device", "virtio-blk-pci,drive=disk,serial=disk0")
 
@@ -64,19 +64,19 @@ def ask(process: "subprocess.Popen[bytes]", line: str) -> None:
 
 
 def sections(path: Path) -> str:
-    """Return what readelf says of headers and notes."""
+    """Return the output of readelf for headers and notes."""
     return subprocess.run(["readelf", "-hlnW", path], capture_output=True, text=True, check=True).stdout
 
 
 def test_builds_without_warning(tmp_path: Path) -> None:
-    """Neither compiler nor linker has anything to say, and every guest is there."""
+    """Compiler and linker print nothing, and every guest is built."""
     assert build(tmp_path / "out") == ""
 
     assert {path.stem for path in (tmp_path / "out").glob("*.elf")} == {*PVH_GUESTS, *OPENBSD_KERNELS}
 
 
 def test_build_says_what_is_wrong(tmp_path: Path) -> None:
-    """A failing build raises with what the compiler said."""
+    """A failing build raises an error with the compiler's output."""
     (tmp_path / "file").touch()
 
     with pytest.raises(GuestBuildError, match="file"):
@@ -84,7 +84,7 @@ def test_build_says_what_is_wrong(tmp_path: Path) -> None:
 
 
 def test_unchanged_sources_are_not_built_again() -> None:
-    """The second call finds the first one's directory."""
+    """The second call returns the directory of the first one."""
     first = guests()
     guests.cache_clear()
 
@@ -106,7 +106,7 @@ def test_pvh_guest_has_the_note(name: str) -> None:
     ("openbsd-i386", "ELF32", "0xd0200000"),
 ])  # fmt: skip
 def test_openbsd_kernel_has_no_pvh_note(name: str, elf: str, entry: str) -> None:
-    """Linked high, with a segment to be filled with random bytes, and nothing that makes it a PVH kernel."""
+    """It is linked high, has a segment for random bytes, and no PVH note."""
     text = sections(guest(name))
 
     assert elf in text
@@ -117,7 +117,7 @@ def test_openbsd_kernel_has_no_pvh_note(name: str, elf: str, entry: str) -> None
 
 @pytest.mark.parametrize("name", PVH_GUESTS)
 def test_guest_uses_nothing_that_cannot_be_interpreted(name: str) -> None:
-    """No instruction that a KVM without hardware lacks, and no vector register."""
+    """Guests use no vector register, and no instruction that a KVM without hardware support lacks."""
     listing = subprocess.run(
         ["objdump", "-d", "--no-show-raw-insn", guest(name)], capture_output=True, text=True, check=True
     ).stdout
@@ -130,7 +130,7 @@ def test_guest_uses_nothing_that_cannot_be_interpreted(name: str) -> None:
 
 @pytest.mark.kvm
 def test_hello_under_qemu() -> None:
-    """One byte, and nothing after it."""
+    """The guest prints one byte, and nothing after it."""
     with under_qemu("hello") as (_, console):
         console.expect("!", TIMEOUT_S)
 
@@ -153,7 +153,7 @@ def test_demo_under_qemu() -> None:
         ask(process, "\x03pci")
         console.expect("host bridge", TIMEOUT_S)
         for _ in range(10):
-            ask(process, "spin 1000\r\x03")  # some come before the command has begun
+            ask(process, "spin 1000\r\x03")  # some input arrives before the command has begun
             console.expect("^C\r\n", TIMEOUT_S)
         ask(process, "off")
         console.drain(TIMEOUT_S)
@@ -164,7 +164,7 @@ def test_demo_under_qemu() -> None:
 @pytest.mark.kvm
 @pytest.mark.parametrize("name", ["demo", "tick"])
 def test_power_button_under_qemu(name: str, tmp_path: Path) -> None:
-    """An ACPI power button is heard by the SCI, out of HLT."""
+    """The ACPI power button wakes the guest from HLT by the SCI."""
     path = tmp_path / "monitor"
     with under_qemu(name, "-monitor", f"unix:{path},server=on,wait=off") as (process, console):
         console.expect({"demo": "vmd-demo> ", "tick": "READY"}[name], TIMEOUT_S)
@@ -190,7 +190,7 @@ def test_panic_resets_under_qemu() -> None:
 @pytest.mark.kvm
 @pytest.mark.parametrize(("cmdline", "kib", "how"), [("kib=2", 2, "polled"), ("kib=3 nopoll", 3, "not polled")])
 def test_serial_under_qemu(cmdline: str, kib: int, how: str) -> None:
-    """As many bytes as asked for stand between the two markers."""
+    """The requested number of bytes is between the two markers."""
     with under_qemu("serial", "-append", cmdline) as (process, console):
         console.expect("serial: begin\r\n", TIMEOUT_S)
         written = console.expect("serial: end, ", TIMEOUT_S)
@@ -202,7 +202,7 @@ def test_serial_under_qemu(cmdline: str, kib: int, how: str) -> None:
 
 @pytest.mark.kvm
 def test_selftest_under_qemu() -> None:
-    """The checks that any PC passes pass, and those that are ours alone are left out by name."""
+    """Checks for any PC pass, and those for our machine only are skipped by name."""
     with under_qemu("selftest", "-smp", "2", "-append", "qemu cpus=2 mem=64") as (_, console):
         console.expect("selftest: begin", TIMEOUT_S)
         report = console.expect(" failed", TIMEOUT_S).splitlines()
@@ -216,7 +216,7 @@ def test_selftest_under_qemu() -> None:
 @pytest.mark.deep
 @pytest.mark.kvm
 def test_blk_under_qemu(tmp_path: Path) -> None:
-    """A disk of QEMU's passes, and what QEMU does in another way is left out by name."""
+    """A disk of QEMU passes.  Checks of behaviour in which QEMU differs are skipped by name."""
     disk = Disk(tmp_path / "disk")
     with under_qemu("blk", "-append", "qemu", *qemu_disk(disk.path)) as (process, console):
         console.expect("blk: begin", TIMEOUT_S)
@@ -234,7 +234,7 @@ def test_blk_under_qemu(tmp_path: Path) -> None:
 
 @pytest.mark.kvm
 def test_blk_read_only_under_qemu(tmp_path: Path) -> None:
-    """Nothing is written to a disk that may not be."""
+    """The guest writes nothing to a read-only disk."""
     disk = Disk(tmp_path / "disk")
     with under_qemu("blk", "-append", "qemu readonly", *qemu_disk(disk.path, ",readonly=on")) as (_, console):
         report = console.expect(" failed", TIMEOUT_S).splitlines()
@@ -247,7 +247,7 @@ def test_blk_read_only_under_qemu(tmp_path: Path) -> None:
 @pytest.mark.kvm
 @pytest.mark.parametrize("cmdline", ["smp", "smp intx-ioapic", "intx-pic legacy flags", "polled"])
 def test_churn_under_qemu(tmp_path: Path, cmdline: str) -> None:
-    """A disk of QEMU's loses nothing, and gives back what was written."""
+    """A disk of QEMU loses nothing, and returns the written data."""
     disk = Disk(tmp_path / "disk")
     with under_qemu("blk", "-smp", "2", "-append", f"churn {cmdline}", *qemu_disk(disk.path)) as (process, console):
         assert process.stdin is not None
@@ -264,7 +264,7 @@ def test_churn_under_qemu(tmp_path: Path, cmdline: str) -> None:
 
 @pytest.mark.kvm
 def test_clocks_under_qemu() -> None:
-    """All of them go forward."""
+    """All clocks go forward."""
     with under_qemu("clocks") as (process, console):
         assert process.stdin is not None
         attached = Attached(console.fd, process.stdin.fileno())

@@ -1,4 +1,4 @@
-"""vmctl send -l through the whole daemon: guests that store, and look at what they stored, while they are sent."""
+"""vmctl send -l with the whole daemon: guests write memory, and check it, while they are sent."""
 
 import json
 import os
@@ -24,7 +24,7 @@ SOME = 1 << 16  # bytes of a stream
 
 
 def rounds(said: str) -> int:
-    """Return how many rounds a transfer took that succeeded."""
+    """Return the number of rounds of a successful transfer."""
     found = SAID.fullmatch(said)
     assert found is not None, said
     return int(found[2])
@@ -32,14 +32,14 @@ def rounds(said: str) -> int:
 
 @contextmanager
 def storing(tmp_path: Path, mib: int, rest_ms: int) -> Iterator[Daemon]:
-    """VM `a` stores into each of its pages again and again, and looks whether it holds what was stored before."""
+    """Yield a daemon whose VM `a` repeatedly writes each of its pages, after checking the page's earlier content."""
     cmdline = f"mib={mib} again rest={rest_ms}"
     with running(tmp_path, "fill", cmdline, ready="pass 16\r\n") as vmd:
         yield vmd
 
 
 def has_lost_nothing(vmd: Daemon, name: str) -> None:
-    """Raise AssertionError unless a whole pass, and more, has found all there was before."""
+    """Raise AssertionError unless the guest has found all earlier content in more than one whole pass."""
     with vmd.console(name) as console:
         for _ in range(3):
             console.expect("pass ", DEADLINE_S)
@@ -49,7 +49,7 @@ def has_lost_nothing(vmd: Daemon, name: str) -> None:
 @pytest.mark.deep
 @churn.WAYS
 def test_moving_while_it_runs_under_load(tmp_path: Path, cmdline: str, lines: tuple[str, ...]) -> None:
-    """To and fro: no request, interrupt or byte of the disk is lost."""
+    """The VM moves there and back: no request, interrupt or byte of the disk is lost."""
     with running(tmp_path, "blk", f"churn {cmdline}", *lines, ready="churn: begin") as vmd:
         before = works(vmd, "a")
         for here, there in (("a", "c"), ("c", "a")):
@@ -64,7 +64,7 @@ def test_moving_while_it_runs_under_load(tmp_path: Path, cmdline: str, lines: tu
 
 @pytest.mark.deep
 def test_a_guest_that_stores_faster_than_it_is_sent(tmp_path: Path) -> None:
-    """It stands still after as many rounds as it may, and finds all its memory."""
+    """The guest is paused after the largest number of rounds, and finds all its memory."""
     with storing(tmp_path, 16, 0) as vmd:
         said, _ = move(vmd, "a", "c", send=("-l", "-d", "1", "-r", "3"))
         assert rounds(said) == 3
@@ -74,7 +74,7 @@ def test_a_guest_that_stores_faster_than_it_is_sent(tmp_path: Path) -> None:
 
 @pytest.mark.deep
 def test_a_guest_that_stores_now_and_then(tmp_path: Path) -> None:
-    """Again and again, between two daemons; the rest fits into the goal long before there were too many rounds."""
+    """The guest moves repeatedly between two daemons.  The goal is reached long before the limit of rounds."""
     for name in ("here", "there"):
         (tmp_path / name).mkdir()
     with storing(tmp_path / "here", 32, 50) as here, Daemon(tmp_path / "there") as there:
@@ -88,7 +88,7 @@ def test_a_guest_that_stores_now_and_then(tmp_path: Path) -> None:
 
 @pytest.mark.deep
 def test_keep(tmp_path: Path) -> None:
-    """The guest goes on, and so does its copy: each finds what it stored.  It can be sent once more, as it stands."""
+    """The guest and its copy go on, and each finds its memory.  The guest can be sent again, also paused."""
     with storing(tmp_path, 8, 20) as vmd:
         assert rounds(to_file(vmd, "a", tmp_path / "live", "-lk")) >= 2
         has_lost_nothing(vmd, "a")
@@ -108,7 +108,7 @@ def versions(*files: Path) -> list[int]:
 
 @pytest.mark.deep
 def test_a_paused_vm_is_sent_as_it_stands(tmp_path: Path) -> None:
-    """There is nothing to look at; what reads it needs not be new."""
+    """No rounds are needed, and a reader of an older version can read the stream."""
     with running(tmp_path, "demo", "", ready=PROMPT) as vmd:
         vmd.must("pause", "a")
         assert "round" not in to_file(vmd, "a", tmp_path / "stream", "-lk")
@@ -120,7 +120,7 @@ def test_a_paused_vm_is_sent_as_it_stands(tmp_path: Path) -> None:
 
 @pytest.mark.deep
 def test_goals_that_there_cannot_be(tmp_path: Path) -> None:
-    """Refused with the limit; the VM goes on.  And what --json says."""
+    """An impossible goal is refused with the limit, also with --json, and the VM goes on."""
     with running(tmp_path, "demo", "", ready=PROMPT) as vmd:
         for words, what in (
             (("-d", "3600001"), "stand-still of 3600001 ms (limit is 3600000)"),
@@ -138,7 +138,7 @@ def test_goals_that_there_cannot_be(tmp_path: Path) -> None:
 
 
 def cut_off(vmd: Daemon, after_bytes: int, signum: int) -> bool:
-    """Send `a`, read so much of the stream, and end the client; returns whether it had sent all by then."""
+    """Send `a`, read part of the stream, and end the client; return whether everything was sent by then."""
     reading, writing = os.pipe2(os.O_CLOEXEC)
     client = vmctl(vmd, "send", "-l", "a", stdout=writing)
     os.close(writing)
@@ -152,7 +152,7 @@ def cut_off(vmd: Daemon, after_bytes: int, signum: int) -> bool:
 
 @pytest.mark.deep
 def test_interrupted_in_any_round(tmp_path: Path) -> None:
-    """The guest goes on as if nothing had been, with nothing lost, and can be sent."""
+    """The guest goes on without loss, and can be sent."""
     choice = random.Random(3)
     with storing(tmp_path, 8, 10) as vmd:
         for signum in (signal.SIGINT, signal.SIGKILL, signal.SIGTERM):
@@ -166,7 +166,7 @@ def test_interrupted_in_any_round(tmp_path: Path) -> None:
 
 @pytest.mark.deep
 def test_a_reader_that_goes(tmp_path: Path) -> None:
-    """The stream is closed in the middle, and the sender's VM goes on."""
+    """The reader closes the stream in the middle, and the sender's VM goes on."""
     with storing(tmp_path, 8, 10) as vmd:
         reading, writing = os.pipe2(os.O_CLOEXEC)
         client = vmctl(vmd, "send", "-l", "a", stdout=writing)
@@ -191,7 +191,7 @@ ENDINGS = {
 @pytest.mark.deep
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_a_guest_that_ends_while_it_is_sent(tmp_path: Path, ending: str) -> None:
-    """The sender is told how, the receiver that the stream ends early; a reset is one."""
+    """The sender is told how the guest ended, the receiver that the stream is cut off.  A reset counts as an end."""
     with running(tmp_path, "demo", "", ready=PROMPT) as vmd:
         reading, writing = os.pipe2(os.O_CLOEXEC)
         client = vmctl(vmd, "send", "-l", "a", stdout=writing)
@@ -218,7 +218,7 @@ def test_a_guest_that_ends_while_it_is_sent(tmp_path: Path, ending: str) -> None
 @pytest.mark.deep
 @pytest.mark.timeout(600)
 def test_cut_at_random(tmp_path: Path) -> None:
-    """Thirty times, at random places and in random ways; two moves succeed in between."""
+    """Transfers are cut off thirty times, at random places and in random ways; two moves succeed in between."""
     choice = random.Random(13)
     with running(tmp_path, "blk", "churn smp", "vcpus 2", ready="churn: begin") as vmd:
         before = works(vmd, "a")

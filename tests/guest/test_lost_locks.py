@@ -1,4 +1,4 @@
-"""A VM whose disk somebody else may have stands still, though nobody has asked for that."""
+"""A VM that has lost the lock of its disk is paused, because another host may use the disk."""
 
 import json
 import os
@@ -22,12 +22,12 @@ LOST = "its lock is lost: somebody else has locked the image, and may have chang
 
 
 def vioblk(vmd: Daemon) -> int:
-    """Return the process of the disk."""
+    """Return the pid of the disk's process."""
     return next(pid for name, pid in vmd.family().items() if name.endswith("/vioblk0"))
 
 
 def troubles(vmd: Daemon) -> list[str]:
-    """Return what is wrong with the VM."""
+    """Return the VM's reported problems."""
     (row,) = json.loads(vmd.must("status", "-v", "--json", "busy"))["vms"]
     return [trouble["text"] for trouble in row["troubles"]]
 
@@ -45,14 +45,14 @@ def busy(tmp_path: Path) -> Iterator[tuple[Daemon, Attached, Path]]:
 
 
 def looks(process: int) -> int:
-    """Return how often a disk has looked at its lock."""
+    """Return how often a disk's process has checked its lock."""
     (task,) = (task for task in Path(f"/proc/{process}/task").iterdir() if (task / "comm").read_text() == "lock\n")
     (line,) = (line for line in (task / "status").read_text().splitlines() if line.startswith("voluntary_ctxt"))
     return int(line.split()[1])
 
 
 def wait_for_looks(process: int) -> None:
-    """Wait until a disk has seen how its image was left: a paused VM's lock is lost, and it has looked since."""
+    """Wait until a paused VM's disk process, whose lock is lost, has recorded the state of its image."""
     deadline_s, before = time.monotonic() + DEADLINE_S, looks(process)
     while looks(process) < before + 4:
         assert time.monotonic() < deadline_s
@@ -60,7 +60,7 @@ def wait_for_looks(process: int) -> None:
 
 
 def test_a_guest_goes_on_when_its_lock_is_back(tmp_path: Path) -> None:
-    """It is paused with a sentence, and not before the lock can be had does anything let it go on."""
+    """The guest is paused with a message, and nothing lets it go on before the lock is available again."""
     with busy(tmp_path) as (vmd, console, path):
         with stolen(vioblk(vmd), path):
             vmd.wait_log(f"vm busy: paused: disk0: {LOST}")
@@ -84,13 +84,13 @@ def test_a_guest_goes_on_when_its_lock_is_back(tmp_path: Path) -> None:
 
 
 def test_a_guest_does_not_go_on_over_what_somebody_else_has_written(tmp_path: Path) -> None:
-    """It stays as it is, however often it is told to go on, but for force."""
+    """The guest stays paused after every `unpause` without force."""
     with busy(tmp_path) as (vmd, console, path):
         disk = vioblk(vmd)
         with stolen(disk, path):
             vmd.wait_state("busy", "paused")
             wait_for_looks(disk)
-            os.utime(path)  # as of a write
+            os.utime(path)  # as after a write
         for _ in range(2):
             refused = vmd.vmctl("unpause", "busy")
             assert refused.returncode == 1
@@ -107,7 +107,7 @@ def test_a_guest_does_not_go_on_over_what_somebody_else_has_written(tmp_path: Pa
 
 
 def test_a_guest_without_its_lock_is_stopped_at_once(tmp_path: Path) -> None:
-    """It is not asked to shut down, for it would write; neither does its disk's process write at its end."""
+    """The guest is not asked to shut down, because it would write.  Its disk's process writes nothing either."""
     with busy(tmp_path) as (vmd, _console, path), stolen(vioblk(vmd), path):
         vmd.wait_state("busy", "paused")
         before = path.read_bytes(), path.stat().st_mtime_ns

@@ -1,4 +1,4 @@
-"""The cell of vmm and the VMs: what is below vmm ends with it, and is told apart by the host."""
+"""The cell of vmm and the VMs: processes below vmm end with it, and have ids of their own on the host."""
 
 import ast
 import errno
@@ -34,12 +34,12 @@ pytestmark = pytest.mark.root
 
 SYS_UNSHARE = 272
 APART = ("ipc", "mnt", "net", "uts")  # namespaces of the cell
-FIRST_ID = DEFAULT_FIRST_ID - 2 * IDS  # not the default, nor near it
+FIRST_ID = DEFAULT_FIRST_ID - 2 * IDS  # far from the default
 FILTERED = "2"  # SECCOMP_MODE_FILTER
 
 
 def can_have_groups() -> bool:
-    """Return whether a daemon that runs here can have control groups."""
+    """Return whether a daemon on this host can use control groups."""
     try:
         return os.access(groups.directory_of(os.getpid()), os.W_OK)
     except HostError:
@@ -86,7 +86,7 @@ def field(pid: int, name: str) -> str:
 
 
 def score(pid: int) -> int:
-    """Return how much rather than others a process is ended when memory runs out."""
+    """Return a process's oom_score_adj."""
     return int(Path(f"/proc/{pid}/oom_score_adj").read_text())
 
 
@@ -102,7 +102,7 @@ def states_below(pid: int) -> dict[int, str]:
 
 
 def wait_for(found: Callable[[], bool]) -> None:
-    """Wait until that is so."""
+    """Wait until a condition holds."""
     deadline_s = time.monotonic() + DEADLINE_S
     while not found():
         assert time.monotonic() < deadline_s
@@ -110,7 +110,7 @@ def wait_for(found: Callable[[], bool]) -> None:
 
 
 def test_nothing_survives_vmm(cell: Cell) -> None:
-    """Not even what code in vmm has started behind everybody's back, and lets no death of a parent reach."""
+    """Not even a process survives that code in vmm has started, and that ignores the death of its parent."""
     reader, writer = os.pipe()
     ours, theirs = socket.socketpair()
     with ours:
@@ -131,7 +131,7 @@ def test_nothing_survives_vmm(cell: Cell) -> None:
 
 
 def test_a_vm_can_do_nothing_to_another(cell: Cell) -> None:
-    """Under vmm each has an id of its own: it can neither signal the other, nor become it, nor use up its tasks."""
+    """Each VM has an id of its own, so it can neither signal another VM, nor become it, nor use up its tasks."""
     place = VmmCell(cell, user_namespace(), own_pids=True)
     place.ids = Ids(DEFAULT_FIRST_ID + 1000, 1)
     ours, theirs = socket.socketpair()
@@ -148,11 +148,11 @@ def test_a_vm_can_do_nothing_to_another(cell: Cell) -> None:
     assert int(said[2].removeprefix("many_threads done ")) < TASKS_MAX
     assert said[3:] == ["capabilities done 0"]
     assert lived
-    assert status == -signal.SIGKILL  # vmm may
+    assert status == -signal.SIGKILL  # vmm may signal it
 
 
 def test_each_process_of_the_cell_has_an_id_of_its_own(cell: Cell) -> None:
-    """One after the other, such as probes."""
+    """Processes that run one after another, such as probes, also get different ids."""
     ids = Ids(DEFAULT_FIRST_ID + 3000, 10)
     place = Cell(cell.uid, cell.gid, cell.namespace_fd, cell.root_fd, ids)
     found = []
@@ -171,7 +171,7 @@ def test_each_process_of_the_cell_has_an_id_of_its_own(cell: Cell) -> None:
 
 
 def test_an_id_that_has_a_process_is_not_given_again() -> None:
-    """After the last the first comes again, without those whose processes are still there, such as stuck ones."""
+    """After the last id the first is used again, except ids whose processes still exist, such as stuck ones."""
     ours, theirs = socket.socketpair()
     ids = Ids(DEFAULT_FIRST_ID + 2000, 4)
     first = ids.take()
@@ -194,7 +194,7 @@ def test_an_id_that_has_a_process_is_not_given_again() -> None:
 
 @pytest.mark.kvm
 def test_who_is_who_on_the_host(tmp_path: Path) -> None:
-    """Every VM has an id of its own, which its devices share; nothing that lasts but parent and opener is root."""
+    """Every VM has an id of its own, shared with its devices.  Permanent root processes are only parent and opener."""
     conf = f"ids {FIRST_ID}\n" + vm_block("a", DRIVE) + vm_block("b", DRIVE)
     # In /run/vmd is what priv has to put back, of all daemons of a host; for those of other tests it has another id.
     own_run = ("unshare", "--mount", "sh", "-ec", 'mkdir -p /run/vmd; mount -t tmpfs run /run/vmd; exec "$@"', "sh")
@@ -239,9 +239,9 @@ def test_who_is_who_on_the_host(tmp_path: Path) -> None:
 @pytest.mark.kvm
 @pytest.mark.deep
 def test_who_is_ended_first_when_memory_runs_out(tmp_path: Path) -> None:
-    """A VM, and before what all VMs depend on also what can be started again.
+    """VMs are killed first, then processes that can be started again, and last those that all VMs depend on.
 
-    With other figures than the program's: these need no capability.
+    The scores here differ from the program's, because these need no capability.
     """
     more = {"vmd/parent/oom.py": "CORE_SCORE = 100\n", "vmd/privsep/spawn.py": "LEAF_SCORE = 300\n"}
     high = "echo 500 >/proc/self/oom_score_adj; exec \"$@\""
@@ -260,7 +260,7 @@ def test_who_is_ended_first_when_memory_runs_out(tmp_path: Path) -> None:
 
 @pytest.mark.kvm
 def test_a_host_without_user_namespaces(tmp_path: Path) -> None:
-    """One warning, and all VMs run as `_vmd`, as ever."""
+    """vmd logs one warning, and all VMs run as `_vmd`."""
     with Daemon(tmp_path, vm_block("a", DRIVE), prefix=(sys.executable, "-c", NO_USER_NAMESPACES)) as vmd:
         vmd.must("start", "a")
         processes = vmd.processes()
@@ -273,7 +273,7 @@ def test_a_host_without_user_namespaces(tmp_path: Path) -> None:
 
 @pytest.mark.kvm
 def test_what_a_vm_leaves_behind_is_buried(tmp_path: Path) -> None:
-    """vmm is pid 1 of its pid namespace; a VM is known to the host by the host's pid, and leaves no zombies."""
+    """vmm is pid 1 of its pid namespace and reaps what a VM leaves.  Status shows the host's pids."""
     with Daemon(tmp_path, vm_block("a", DRIVE) + vm_block("b", DRIVE)) as vmd, Bystander(vmd, "b"):
         vmd.must("start", "a")
         processes = vmd.processes()
@@ -283,7 +283,7 @@ def test_what_a_vm_leaves_behind_is_buried(tmp_path: Path) -> None:
         assert vmd.status("a")["pid"] == victim
         assert field(device, "NSpid").split()[0] == str(device)
         assert len(field(device, "NSpid").split()) == 2
-        os.kill(device, signal.SIGSTOP)  # so that its VM, which ends first, leaves it
+        os.kill(device, signal.SIGSTOP)  # so that it outlives its VM
         os.kill(victim, signal.SIGKILL)
         vmd.wait_state("a", "stopped")
         wait_for(lambda: not Path(f"/proc/{device}").exists())
@@ -294,7 +294,7 @@ def test_what_a_vm_leaves_behind_is_buried(tmp_path: Path) -> None:
 @needs_groups
 @pytest.mark.kvm
 def test_every_vm_has_a_control_group(tmp_path: Path) -> None:
-    """Its devices are in it, and nothing else; what is left in it ends with the VM, and so does the group."""
+    """The group holds only the VM and its devices.  When the VM ends, the rest of the group and the group end too."""
     with Daemon(tmp_path, vm_block("a", DRIVE) + vm_block("b", DRIVE)) as vmd:
         vmd.must("start", "a")
         vmd.must("start", "b")
@@ -305,14 +305,14 @@ def test_every_vm_has_a_control_group(tmp_path: Path) -> None:
         assert len({group["vmm"], group["vm/a"], group["vm/b"], group["control"]}) == 4
         assert group["vm/a/vioscsi0"] == group["vm/a"]
         assert group["vm/a"].parent == top
-        for title in ("vmm", "vm/a", "vm/a/vioscsi0", "vm"):  # vmm only has the way into that of the reserve
+        for title in ("vmm", "vm/a", "vm/a/vioscsi0", "vm"):  # vmm holds only the descriptor of the reserve's group
             files = open_files(processes[title]).values()
             assert len([file for file in files if "cgroup" in file]) == (title == "vmm")
         assert groups.CONTROLLER not in (top / "cgroup.controllers").read_text() or (
             (group["vm/a"] / "pids.max").read_text() == f"{TASKS_MAX}\n"
         )
 
-        for title in ("vm", "vm/a", "vm/a/vioscsi0"):  # the first has read nothing so far
+        for title in ("vm", "vm/a", "vm/a/vioscsi0"):  # the process in reserve has not read anything yet
             assert not any("cgroup" in file for file in open_files(processes[title]).values())
 
         with subprocess.Popen(["sleep", "infinity"]) as left:
@@ -329,7 +329,7 @@ def test_every_vm_has_a_control_group(tmp_path: Path) -> None:
 @pytest.mark.kvm
 @pytest.mark.deep
 def test_a_host_without_control_groups(tmp_path: Path) -> None:
-    """One warning, and VMs run all the same."""
+    """vmd logs one warning, and VMs still run."""
     hidden = "umount -a -t cgroup2; exec \"$@\""
     with Daemon(tmp_path, vm_block("a"), prefix=("unshare", "-m", "sh", "-c", hidden, "sh")) as vmd:
         vmd.must("start", "a")
@@ -343,7 +343,7 @@ def test_a_host_without_control_groups(tmp_path: Path) -> None:
 @pytest.mark.kvm
 @pytest.mark.deep
 def test_control_groups_of_a_killed_daemon(tmp_path: Path) -> None:
-    """The next one removes them when they are empty."""
+    """The next daemon removes them when they are empty."""
     with Daemon(tmp_path, vm_block("a")) as vmd:
         vmd.must("start", "a")
         lost = vmd.processes()["vmd: vm/a"]

@@ -231,7 +231,7 @@ def test_the_log_goes_on_for_the_last_words_of_a_killed_daemon(vmd: Daemon, read
 
 @pytest.mark.deep
 def test_the_log_process_holds_nothing_but_sockets(vmd: Daemon) -> None:
-    """The log process has a filter, an ordinary uid, no capability, and no other open file."""
+    """The log process has a filter, an ordinary uid, no capability, and no open regular file."""
     vmd.must("start", NAME)
     pid = vmd.processes()["vmd: log"]
     status = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())

@@ -1,4 +1,4 @@
-"""Files that the kernel or a server lets nobody use but some: the file is named, and who may not use it."""
+"""Files that the kernel or a server refuses to some users: messages name the file and the refused user."""
 
 import errno
 import pwd
@@ -29,7 +29,7 @@ FUSE_WORDS = "it is on a FUSE file system, which serves only the user who mounte
 
 @pytest.fixture(scope="module")
 def prober() -> Iterator[ImageProber]:
-    """Give what the parent has."""
+    """Yield the parent's prober."""
     cell = Cell.build(NOBODY.pw_uid, NOBODY.pw_gid)
     yield ImageProber(cell)
     cell.close()
@@ -37,7 +37,7 @@ def prober() -> Iterator[ImageProber]:
 
 @pytest.fixture(params=[0, NOBODY.pw_uid], ids=["of-root", "of-a-user"])
 def mounted(request: pytest.FixtureRequest) -> Iterator[tuple[Path, int]]:
-    """Give a file on a FUSE file system, and who has mounted it."""
+    """Yield a file on a FUSE file system, and the uid that mounted it."""
     with public_folder() as above, FuseFile(bytes(MIB), user=request.param) as file:
         folder = above / "mnt"
         folder.mkdir()
@@ -48,7 +48,7 @@ def mounted(request: pytest.FixtureRequest) -> Iterator[tuple[Path, int]]:
 
 @pytest.mark.parametrize("image_format", ["", "raw", "qcow2"])
 def test_fuse_without_allow_other(mounted: tuple[Path, int], prober: ImageProber, image_format: str) -> None:
-    """Root's own lets root in, but not who serves the disk; a user's lets nobody in."""
+    """A mount of root refuses the disk's process but not root; a mount of a user refuses both."""
     path, user = mounted
 
     with pytest.raises(OperatorError) as refused:
@@ -71,7 +71,7 @@ def test_disc_on_fuse_without_allow_other(mounted: tuple[Path, int], prober: Ima
 
 
 def test_fuse_by_a_user_who_has_not_mounted_it(mounted: tuple[Path, int], prober: ImageProber) -> None:
-    """An instance's disk is opened by a process that is its user, who gets at nothing that another has mounted."""
+    """A process with the user's uid opens an instance's disk, and cannot use mounts of other users."""
     path, _ = mounted
     somebody = Owner(uid=12345, gid=12345)
 
@@ -84,7 +84,7 @@ def test_fuse_by_a_user_who_has_not_mounted_it(mounted: tuple[Path, int], prober
 
 @pytest.mark.kvm
 def test_vmctl_says_so(mounted: tuple[Path, int], tmp_path: Path) -> None:
-    """At the start, before a device's process trips over it."""
+    """The start reports it, before a device process fails."""
     path, user = mounted
     conf = f'vm "a" {{\n disable\n memory 32M\n boot "{guest("demo")}"\n disk "{path}" format raw\n}}\n'
     with Daemon(tmp_path, conf) as vmd:
@@ -110,13 +110,13 @@ def test_vmctl_says_so(mounted: tuple[Path, int], tmp_path: Path) -> None:
 def test_what_is_behind_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, kind: int, words: str
 ) -> None:
-    """By the file system of the file, or of the first folder above that can be seen."""
+    """The cause is the file system of the file, or of the first accessible folder above it."""
     monkeypatch.setattr(linux, "file_system_type", lambda fd: kind)
 
     assert denied.explained(number, f"{tmp_path}/not/there", "root").startswith(words)
 
 
 def test_file_system_of_what_cannot_be_known() -> None:
-    """No path at all, or one with a NUL: then that of the folder."""
+    """Without a path, or with a NUL in it, the folder's file system is used."""
     assert denied.file_system("") == 0
     assert denied.file_system("/a\0b") == denied.file_system("/") != 0

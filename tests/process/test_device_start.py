@@ -1,4 +1,4 @@
-"""How any device process begins and ends, shown by the one that needs least: a drive without a disc."""
+"""Start and end of device processes, tested with the simplest one: a drive without a disc."""
 
 import os
 import socket
@@ -17,14 +17,14 @@ def drive() -> Device:
 
 
 def test_process_is_small_and_starts_soon() -> None:
-    """The figures are shown, not judged."""
+    """The figures are printed, not checked."""
     with drive() as device:
         device.start()
         print(f"vioscsi: ready {device.ready_ms:.1f} ms after spawn, PSS {device.pss_kib() / 1024:.1f} MiB")
 
 
 def test_a_vm_that_ends_while_it_starts() -> None:
-    """The process ends as well, without a word: there is nobody to tell, and nothing to tell of."""
+    """The process ends too, and logs nothing."""
     with drive() as device:
         device.send_start(device.start_packet())
         device.sync.shutdown(socket.SHUT_RDWR)
@@ -34,7 +34,7 @@ def test_a_vm_that_ends_while_it_starts() -> None:
 
 
 def test_a_slot_that_there_is_not() -> None:
-    """The process ends; what other devices have is not touched."""
+    """The process ends, and the figures of other devices are unchanged."""
     with drive() as device:
         device.send_start(device.start_packet(slot=devmsg.FIGURES_SLOTS))
         assert b"slot 16 of 16 for figures" in device.sync.recv(devmsg.PACKET_MAX)
@@ -42,7 +42,7 @@ def test_a_slot_that_there_is_not() -> None:
 
 
 def test_end_of_a_channel_ends_the_process() -> None:
-    """The VM is gone."""
+    """The process ends when a channel closes, because the VM has ended."""
     with drive() as device:
         device.start().sync.close()
 
@@ -51,7 +51,7 @@ def test_end_of_a_channel_ends_the_process() -> None:
 
 @pytest.mark.parametrize("packet", [b"", b"\0", struct.pack("<I", 77), bytes(range(64))])
 def test_process_is_not_started_by_garbage(packet: bytes) -> None:
-    """Whatever it is, the process ends."""
+    """The process ends on any invalid start message."""
     with drive() as device:
         if packet:
             device.send_start(packet)
@@ -63,7 +63,7 @@ def test_process_is_not_started_by_garbage(packet: bytes) -> None:
 
 
 def test_process_is_confined() -> None:
-    """Filtered."""
+    """The process has a seccomp filter."""
     with drive() as device:
         device.start()
         assert "Seccomp:\t2\n" in Path(f"/proc/{device.child.pid}/status").read_text()

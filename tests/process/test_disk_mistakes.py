@@ -1,4 +1,4 @@
-"""Every mistake with disks that a user can make is answered by vmctl with one sentence that names the file."""
+"""For every mistake with disks, vmctl prints one message that names the file."""
 
 import contextlib
 import gzip
@@ -20,16 +20,16 @@ pytestmark = [pytest.mark.root, pytest.mark.kvm]
 
 @pytest.fixture
 def vmd(tmp_path: Path) -> Iterator[Daemon]:
-    """Give a daemon without a configuration."""
+    """Yield a daemon without a configuration."""
     with Daemon(tmp_path) as daemon:
         yield daemon
 
 
 def refused(vmd: Daemon, *arguments: str | Path, words: tuple[str, ...]) -> str:
-    """Start a VM with these options; it has to fail with one sentence, and to leave nothing behind."""
+    """Start a VM with these options.  It must fail with one message, and leave nothing behind."""
     done = vmd.vmctl("start", "-m", "32M", *arguments, "wrong")
     lines = done.stderr.splitlines()
-    assert done.returncode in (1, 2)  # 2: the options alone say that it cannot be
+    assert done.returncode in (1, 2)  # 2: vmctl already sees the error in the options
     assert len(lines) == 1, done.stderr
     for word in words:
         assert word in lines[0]
@@ -59,7 +59,7 @@ def layered(directory: Path, layers: int) -> Path:
 
 
 def test_missing(vmd: Daemon, tmp_path: Path) -> None:
-    """A disk, its backing file, or a disc, that does not exist."""
+    """A disk, its backing file, or a disc does not exist."""
     base = qcow2(tmp_path / "base")
     top = qcow2(tmp_path / "top", "-b", base.name, "-F", "qcow2", size="")
     base.unlink()
@@ -70,7 +70,7 @@ def test_missing(vmd: Daemon, tmp_path: Path) -> None:
 
 
 def test_missing_when_a_configured_vm_starts(tmp_path: Path) -> None:
-    """The files were there when the configuration was read; a VM that cannot start stays known, and says why."""
+    """The files existed when the configuration was read.  A VM that cannot start stays listed, with the reason."""
     disk, disc = raw(tmp_path / "disk"), raw(tmp_path / "disc")
     conf = f'vm "a" {{\n disable\n disk "{disk}"\n}}\nvm "b" {{\n disable\n cdrom "{disc}"\n}}\n'
     with Daemon(tmp_path, conf) as vmd:
@@ -97,7 +97,7 @@ def test_neither_file_nor_device(vmd: Daemon, tmp_path: Path) -> None:
 
 
 def test_of_another_format(vmd: Daemon, tmp_path: Path) -> None:
-    """What is no qcow2 image, a damaged one, and one that needs what we do not have."""
+    """A file that is no qcow2 image, a damaged image, and one with unsupported features."""
     plain = raw(tmp_path / "plain")
     damaged = tmp_path / "damaged"
     damaged.write_bytes(b"QFI\xfb\0\0\0\3" + bytes(100))
@@ -109,7 +109,7 @@ def test_of_another_format(vmd: Daemon, tmp_path: Path) -> None:
 
 
 def test_format_that_is_not_ours(vmd: Daemon, tmp_path: Path) -> None:
-    """A container as a disk, and a disk's image as a disc: named, with what converts it."""
+    """A container as a disk, and a disk's image as a disc: the message names the format and the conversion."""
     vmdk, gz, disc = tmp_path / "my disk.vmdk", tmp_path / "disk.gz", qcow2(tmp_path / "disc.iso")
     qemu("qemu-img", "create", "-q", "-f", "vmdk", vmdk, "1M")
     gz.write_bytes(gzip.compress(bytes(MIB)))
@@ -123,7 +123,7 @@ def test_format_that_is_not_ours(vmd: Daemon, tmp_path: Path) -> None:
 
 
 def test_format_by_name(tmp_path: Path) -> None:
-    """A derived image that is called *.qcow2 starts; where it is configured, advice is for a vm.conf."""
+    """A derived image named *.qcow2 starts.  For a configured VM the advice is a change of vm.conf."""
     base = qcow2(tmp_path / "base.qcow2")
     top = qcow2(tmp_path / "top.qcow2", "-b", base.name, "-F", "qcow2", size="")
     plain = raw(tmp_path / "plain.qcow2")
@@ -141,7 +141,7 @@ def test_format_by_name(tmp_path: Path) -> None:
 
 
 def test_what_is_odd_is_said(tmp_path: Path) -> None:
-    """Once, by vmctl and in the log, with the line of the configuration; a disk and a disc of odd lengths."""
+    """vmctl and the log warn once, with the line of the configuration, of a disk and a disc of odd lengths."""
     disk, disc, archive = raw(tmp_path / "disk", MIB + 5), raw(tmp_path / "disc", MIB + 5), tmp_path / "archive"
     archive.write_bytes(gzip.compress(bytes(MIB)).ljust(MIB, b"\0"))
     conf = (
@@ -163,14 +163,14 @@ def test_what_is_odd_is_said(tmp_path: Path) -> None:
 
 
 def test_too_small_for_a_disk(vmd: Daemon, tmp_path: Path) -> None:
-    """An empty file; the guest would see a disk without a sector."""
+    """An empty file, which would be a disk without sectors."""
     empty = raw(tmp_path / "empty", 0)
 
     refused(vmd, "-d", f"raw:{empty}", words=(str(empty),))
 
 
 def test_too_many(vmd: Daemon, tmp_path: Path) -> None:
-    """Five disks, by options and by a configuration."""
+    """Five disks, given by options and by a configuration."""
     disks = [raw(tmp_path / f"disk{number}") for number in range(5)]
     options = [word for disk in disks for word in ("-d", str(disk))]
     more = tmp_path / "more.conf"
@@ -183,7 +183,7 @@ def test_too_many(vmd: Daemon, tmp_path: Path) -> None:
 
 
 def test_chain_too_long(vmd: Daemon, tmp_path: Path) -> None:
-    """Five images; and a chain that bites its tail."""
+    """A chain of five images, and a chain that is a cycle."""
     refused(vmd, "-d", f"qcow2:{layered(tmp_path, 5)}", words=(f"disk {tmp_path}/layer4", "longer than 4 images"))
     one = qcow2(tmp_path / "one", "-u", "-b", "two", "-F", "qcow2")
     qcow2(tmp_path / "two", "-u", "-b", "one", "-F", "qcow2")
@@ -191,21 +191,21 @@ def test_chain_too_long(vmd: Daemon, tmp_path: Path) -> None:
 
 
 def test_format_guessed(vmd: Daemon, tmp_path: Path) -> None:
-    """A disk whose format nobody states is used, but what it says of a backing file is not believed."""
+    """A disk without a stated format is used, but its backing file is refused."""
     top = layered(tmp_path, 2)
 
     refused(vmd, "-d", top, words=(f"disk {top}", "has backing file layer0", f"give it as qcow2:{top}"))
 
 
 def threads_of(vmd: Daemon, title: str) -> set[str]:
-    """Return under which names ps -L shows the threads of a process."""
+    """Return the names of a process's threads, as in ps -L."""
     tasks = Path(f"/proc/{vmd.processes()[f'vmd: {title}']}/task")
     names = {(task / "comm").read_text().rstrip("\n") for task in tasks.iterdir()}
-    return {name for name in names if not name.startswith("kvm-")}  # the kernel's own, which works for the VM
+    return {name for name in names if not name.startswith("kvm-")}  # a thread of the kernel for the VM
 
 
 def test_in_use(vmd: Daemon, tmp_path: Path) -> None:
-    """By another VM, by the same one twice, and by QEMU; as a disk's base by a VM that writes to it."""
+    """The disk is used by another VM, twice by the same VM, or by QEMU, or its base is another VM's disk."""
     disk, kernel = raw(tmp_path / "disk"), guest("demo")
     base = qcow2(tmp_path / "base")
     top = qcow2(tmp_path / "top", "-b", base.name, "-F", "qcow2", size="")
@@ -227,7 +227,7 @@ def test_in_use(vmd: Daemon, tmp_path: Path) -> None:
 
 @contextlib.contextmanager
 def writer(disk: Path) -> Iterator[None]:
-    """Have QEMU hold a disk open for writing."""
+    """Let QEMU hold a disk open for writing."""
     with subprocess.Popen(
         ["qemu-io", "-f", "raw", disk], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     ) as process:
@@ -235,7 +235,7 @@ def writer(disk: Path) -> Iterator[None]:
         assert process.stdout is not None
         process.stdin.write(b"length\n")
         process.stdin.flush()
-        process.stdout.readline()  # it has opened the file
+        process.stdout.readline()  # QEMU has opened the file
         try:
             yield
         finally:
@@ -243,7 +243,7 @@ def writer(disk: Path) -> Iterator[None]:
 
 
 def test_read_only(vmd: Daemon, tmp_path: Path) -> None:
-    """A disk that cannot be written is refused as a disk, and is fine as a disc."""
+    """A read-only file is refused as a disk, and accepted as a disc."""
     mounted = tmp_path / "mounted"
     mounted.mkdir()
     disk = raw(mounted / "disk")
@@ -258,7 +258,7 @@ def test_read_only(vmd: Daemon, tmp_path: Path) -> None:
 
 
 def test_killed_device_ends_its_vm_only(vmd: Daemon, tmp_path: Path) -> None:
-    """`vmctl status` says what happened; the daemon and the other VM go on, and the disk can be used again."""
+    """`vmctl status` shows the reason.  The daemon and the other VM go on, and the disk can be used again."""
     disk, kernel = raw(tmp_path / "disk"), guest("demo")
     vmd.must("start", "-m", "32M", "-b", kernel, "other")
     more = tmp_path / "more.conf"
@@ -280,7 +280,7 @@ def test_killed_device_ends_its_vm_only(vmd: Daemon, tmp_path: Path) -> None:
 
 
 def test_status_tells_of_disks(vmd: Daemon, tmp_path: Path) -> None:
-    """The processes of a VM's devices are named after them, and threads after what they do."""
+    """Device processes are named after their devices, and threads after their work."""
     disk = raw(tmp_path / "disk")
     disc = raw(tmp_path / "disc")
     vmd.must("start", "-m", "32M", "-b", guest("demo"), "-d", disk, "-r", disc, "full")

@@ -18,7 +18,7 @@ Say = Callable[[str, object], None]
 
 @pytest.mark.root
 def test_nothing_acknowledged_is_lost(record_property: Say) -> None:
-    """Every two of image, cluster size, storage and end together."""
+    """Sequences cover all pairs of image, cluster size, storage and end."""
     record_property("done", run_seeds(range(PAIRWISE)))
 
 
@@ -26,7 +26,7 @@ def test_nothing_acknowledged_is_lost(record_property: Say) -> None:
 @pytest.mark.deep
 @pytest.mark.timeout(3600)
 def test_nothing_acknowledged_is_lost_in_many_sequences(record_property: Say) -> None:
-    """The same, every cell several times."""
+    """Sequences cover every cell several times."""
     record_property("done", run_seeds(range(PAIRWISE, PAIRWISE + DEEP)))
 
 
@@ -34,7 +34,7 @@ def test_nothing_acknowledged_is_lost_in_many_sequences(record_property: Say) ->
 @pytest.mark.soak
 @pytest.mark.timeout(0)
 def test_nothing_acknowledged_is_lost_for_ever(record_property: Say, request: pytest.FixtureRequest) -> None:
-    """The same, as many sequences as one likes."""
+    """Run many sequences."""
     first, count = request.config.getoption("--seed"), request.config.getoption("--sequences")
     record_property("done", run_seeds(range(first, first + count)))
 
@@ -43,14 +43,14 @@ def test_nothing_acknowledged_is_lost_for_ever(record_property: Say, request: py
 
 
 def test_first_seeds_have_every_two_factors_together() -> None:
-    """What the fast tier runs is few, but no pair is missing."""
+    """The fast tier runs few sequences, but they cover all pairs."""
     assert set().union(*map(pairs, CELLS[:PAIRWISE])) == set().union(*map(pairs, CELLS))
     assert len(CELLS) > 4 * PAIRWISE
     assert [Plan(seed).cell for seed in range(PAIRWISE)] == list(CELLS[:PAIRWISE])
 
 
 def test_seed_makes_the_same_sequence_again() -> None:
-    """Otherwise nobody could look for what a sequence has found."""
+    """The same seed gives the same sequence, so that a failure can be repeated."""
     for seed in range(50):
         assert Plan(seed).steps == Plan(seed).steps
     assert Plan(1).steps != Plan(1 + len(CELLS)).steps
@@ -87,7 +87,7 @@ class Liar(BlockDriver):
 @pytest.mark.root
 @pytest.mark.parametrize("lie", ["lost", "zeroes", "elsewhere", "no flush"])
 def test_disk_that_lies_is_found(monkeypatch: pytest.MonkeyPatch, lie: str) -> None:
-    """The third write is lost, or writes something else, or elsewhere; flushes are acknowledged and not done."""
+    """A third write that is lost, wrong or misplaced is found, and so are flushes that are not done."""
     seeds = [seed for seed in range(2 * PAIRWISE) if CELLS[seed].storage == "file"]
     monkeypatch.setattr(diskrounds, "BlockDriver", Liar)
     monkeypatch.setattr(Liar, "lie", lie)
@@ -97,7 +97,7 @@ def test_disk_that_lies_is_found(monkeypatch: pytest.MonkeyPatch, lie: str) -> N
 
 
 def test_fewest_steps_of_a_failure_are_found() -> None:
-    """A failure that takes two steps is reduced to these."""
+    """A failure that needs two steps is reduced to these two."""
     steps = [step.number for step in Plan(7).steps]
     needed = {steps[2], steps[-3]}
 
@@ -108,7 +108,7 @@ def test_fewest_steps_of_a_failure_are_found() -> None:
 
 
 def test_write_that_is_not_flushed_may_be_lost_by_a_kill_only() -> None:
-    """What virtio 1.2, 5.2.6.2 promises."""
+    """The model allows what virtio 1.2, 5.2.6.2 allows."""
     model = DiskModel(bytes(4 * SECTOR))
     model.succeed(model.begin(1, [(0, 2)]))
     assert model.allowed(0) == {1}
@@ -124,7 +124,7 @@ def test_write_that_is_not_flushed_may_be_lost_by_a_kill_only() -> None:
 
 
 def test_write_that_failed_or_was_discarded_is_undecided_until_it_is_read() -> None:
-    """Old or new; once read, what was read."""
+    """Old or new content is allowed; after a read only the content that was read."""
     model = DiskModel(bytes(2 * SECTOR))
     model.succeed(model.begin(1, [(0, 2)]))
     model.begin(2, [(0, 1)])
@@ -143,7 +143,7 @@ def test_write_that_failed_or_was_discarded_is_undecided_until_it_is_read() -> N
 
 
 def test_overwriting_what_is_there_needs_no_room() -> None:
-    """So it has to succeed, on storage that is full as well."""
+    """Overwriting allocated data must succeed on full storage."""
     model = DiskModel(bytes(4 * SECTOR))
     model.succeed(model.begin(1, [(0, 2)]))
     assert model.holds_data([(0, 2)])

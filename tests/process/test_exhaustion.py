@@ -109,7 +109,7 @@ def reserve(vmd: Daemon, without: int = 0) -> int:
 
 @pytest.mark.parametrize("spare", [8, 30, 50])
 def test_descriptors_of_the_parent(vmd: Daemon, spare: int) -> None:
-    """Refused before anything is opened; a moment later, with room, it works."""
+    """A request is refused before anything is opened.  Later, with free descriptors, it works."""
     before = settled(vmd)
     old = limit(vmd.pid, "nofile", before + spare)
     refused(vmd, "b", "no room for another vm among the ", " files that vmd may have open")
@@ -120,7 +120,7 @@ def test_descriptors_of_the_parent(vmd: Daemon, spare: int) -> None:
 
 
 def test_descriptors_of_vmm(vmd: Daemon) -> None:
-    """As well."""
+    """The same for descriptors of vmm."""
     vmm = vmd.processes()["vmd: vmm"]
     reserve(vmd)
     old = limit(vmm, "nofile", 65)
@@ -130,7 +130,7 @@ def test_descriptors_of_vmm(vmd: Daemon) -> None:
 
 
 def test_descriptors_of_a_vm(vmd: Daemon) -> None:
-    """Its start fails; its processes and descriptors are gone with it."""
+    """The VM's start fails, and its processes and descriptors are gone."""
     parent_before = settled(vmd)
     pid = reserve(vmd)
     limit(pid, "nofile", descriptors(pid) + 12)
@@ -143,7 +143,7 @@ def test_descriptors_of_a_vm(vmd: Daemon) -> None:
 
 
 def test_processes_of_vmm(vmd: Daemon) -> None:
-    """A host that lets us start none more: the process in reserve is one, and the next VM is one too many."""
+    """vmm cannot start more processes: one VM can use the process in reserve, and the next one fails."""
     vmm = vmd.processes()["vmd: vmm"]
     reserve(vmd)
     old = limit(vmm, "nproc", 1)
@@ -155,7 +155,7 @@ def test_processes_of_vmm(vmd: Daemon) -> None:
 
 
 def test_processes_of_a_vm(vmd: Daemon) -> None:
-    """A VM that cannot have its device does not run without it."""
+    """A VM whose device process cannot start does not run."""
     limit(reserve(vmd), "nproc", 1)
     refused(vmd, "b", "start vio", "Resource temporarily unavailable")
     vmd.must("start", "b")
@@ -163,7 +163,7 @@ def test_processes_of_a_vm(vmd: Daemon) -> None:
 
 @pytest.mark.deep
 def test_tasks_run_out_anywhere(vmd: Daemon, tmp_path: Path) -> None:
-    """Of a VM that is started, received or sent: what fails fails with one sentence, and nothing is left half done."""
+    """Tasks run out while a VM is started, received or sent: the request fails with one message, and leaves nothing."""
     last, ends, failures = 0, set(), set()
     vmd.must("start", "b")
     to_file(vmd, "b", tmp_path / "stream")
@@ -226,7 +226,7 @@ class Tasks:
 
 @pytest.mark.deep
 def test_tasks_of_the_daemon(tmp_path: Path) -> None:
-    """It starts with a sentence or not at all; when it runs, it says what it cannot do, and goes on."""
+    """The daemon starts with a message or not at all.  When it runs, it reports what it cannot do, and goes on."""
     with contextlib.ExitStack() as stack:
         tasks = Tasks()
         stack.callback(tasks.close)
@@ -283,7 +283,7 @@ def test_tasks_of_the_daemon(tmp_path: Path) -> None:
 
 
 def test_memory_of_a_guest(vmd: Daemon) -> None:
-    """A VM whose memory cannot be mapped says how much it wanted."""
+    """A VM whose memory cannot be mapped reports the size."""
     pid = reserve(vmd)
     limit(pid, "as", (int(status(pid)["VmSize"].split()[0]) << 10) + (16 << 20))
     refused(vmd, "c", "Cannot allocate memory")
@@ -291,7 +291,7 @@ def test_memory_of_a_guest(vmd: Daemon) -> None:
 
 
 def test_descriptors_for_clients(vmd: Daemon) -> None:
-    """Without the one in reserve, too, clients wait, and are served when there is room; nobody is thrown out."""
+    """Clients wait until descriptors are free, also without the one in reserve; no client is disconnected."""
     old = limit(vmd.pid, "nofile", 3)
     clients = []
     try:
@@ -343,7 +343,7 @@ def test_no_descriptors_left() -> None:
 
 
 def test_descriptors_for_a_reload(vmd: Daemon) -> None:
-    """A reload of a file that cannot be read for want of a descriptor changes nothing."""
+    """A reload that cannot open the file, because no descriptor is free, changes nothing."""
     with connect(vmd.socket) as client:
         client.send(encode(ListRequest())[0])
         listed(client)  # so that it has been accepted, which takes a descriptor, too
@@ -358,7 +358,7 @@ def test_descriptors_for_a_reload(vmd: Daemon) -> None:
 
 
 def test_an_end_without_descriptors(tmp_path: Path) -> None:
-    """A daemon that cannot even tell systemd ends its guests and itself."""
+    """A daemon without a descriptor for systemd's socket still ends its guests and itself."""
     with Daemon(tmp_path, f'vm "a" {{\n memory 32M\n boot "{guest("demo")}"\n}}\n') as daemon:
         daemon.wait_state("a", "running")
         limit(daemon.pid, "nofile", 3)

@@ -91,7 +91,7 @@ def used_us(group: Path) -> int:
 
 
 def test_processor_and_memory(vmd: NetDaemon) -> None:
-    """Between what the kernel says before and after; a guest that is paused has none."""
+    """Values are between the kernel's before and after; a paused guest uses no processor time."""
     assert (figures(vmd).pid, figures(vmd).starts) == (0, 0)
     vmd.must("start", "demo")
     with vmd.console("demo") as console:
@@ -141,7 +141,7 @@ def test_processor_and_memory(vmd: NetDaemon) -> None:
 
 
 def test_a_disk_counts_what_its_guest_does(vmd: NetDaemon) -> None:
-    """Requests and bytes, to the last one, as soon as the guest has its answers; and `status -v` shows them."""
+    """Requests and bytes are exact once the guest has its answers, and `status -v` shows them."""
     began_ns = time.monotonic_ns()
     vmd.must("start", "blk")
     with vmd.console("blk") as console:
@@ -180,7 +180,7 @@ def test_a_disk_counts_what_its_guest_does(vmd: NetDaemon) -> None:
 
 @pytest.mark.deep
 def test_a_disk_that_waits_for_its_limits_is_one_event(vmd: NetDaemon) -> None:
-    """However often it waits; and none for what it does without a limit."""
+    """A disk that waits often is one event; work without a limit is none."""
     conf = vmd.conf.read_text()
     line = f'"{vmd.directory}/busy.raw" format raw'
     vmd.conf.write_text(conf.replace(line, f"{line} limit iops 40") + "\n")
@@ -205,7 +205,7 @@ def test_a_disk_that_waits_for_its_limits_is_one_event(vmd: NetDaemon) -> None:
 
 
 def test_a_disk_waits_for_its_limits_and_counts_that(vmd: NetDaemon) -> None:
-    """They are those of vm.conf, also when that is read anew while the guest is at work."""
+    """The limits are those of vm.conf, also after a reload while the guest works."""
     conf = vmd.conf.read_text()
     line = f'"{vmd.directory}/busy.raw" format raw'
     vmd.conf.write_text(conf.replace(line, f"{line} limit iops 40 rate 64M") + "\n")

@@ -64,12 +64,12 @@ def place() -> Iterator[Place]:
 
 @pytest.mark.parametrize("port", [8022, 8001, 9002, 8080])
 def test_from_outside(place: Place, port: int) -> None:
-    """The guest sees who asks; a range keeps its order, moved or not."""
+    """The guest sees the client's address.  A range keeps its order, whether moved or not."""
     assert ask(place.world, HOST, port) == OUTSIDE
 
 
 def test_from_outside_by_udp(place: Place) -> None:
-    """As well, and TCP of that number is nobody's."""
+    """UDP is forwarded too; TCP of the same port number is not."""
     assert ask(place.world, HOST, 5353, socket.SOCK_DGRAM) == OUTSIDE
     with pytest.raises(ConnectionRefusedError):
         ask(place.world, HOST, 5353)
@@ -77,19 +77,19 @@ def test_from_outside_by_udp(place: Place) -> None:
 
 @pytest.mark.parametrize("port", [22, 8003, 9003, 8081])
 def test_what_is_not_forwarded(place: Place, port: int) -> None:
-    """Other ports, and those for others, are the host's."""
+    """Other ports, and ports at other addresses, stay the host's."""
     with pytest.raises(ConnectionRefusedError):
         ask(place.world, HOST, port)
 
 
 @pytest.mark.parametrize("address", [HOST, "100.64.1.2", "10.9.0.1"])
 def test_from_the_host_itself(place: Place, address: str) -> None:
-    """By any of its addresses."""
+    """The host reaches a forward at each of its addresses."""
     assert ask(place.host, address, 8022) == address
 
 
 def test_not_by_the_loopback_interface(place: Place) -> None:
-    """What listens at 127.0.0.1 is for the host alone, in both directions."""
+    """Services at 127.0.0.1 stay private to the host, in both directions."""
     with pytest.raises(ConnectionRefusedError):
         ask(place.host, "127.0.0.1", 8022)
     assert place.host.run("cat", "/proc/sys/net/ipv4/conf/tap0/route_localnet").strip() == "0"
@@ -97,17 +97,17 @@ def test_not_by_the_loopback_interface(place: Place) -> None:
 
 @pytest.mark.parametrize("address", [HOST, "10.9.0.1"])
 def test_from_another_guest(place: Place, address: str) -> None:
-    """It asks the host, and is seen as it is."""
+    """Another guest connects to the host's address, and its own address is visible."""
     assert ask(place.other.network, address, 8022) == "10.9.0.77"
 
 
 def test_from_the_guest_itself(place: Place) -> None:
-    """It is answered by way of the host."""
+    """The guest reaches its own forward through the host."""
     assert ask(place.web.network, HOST, 8022) == "100.64.1.2"
 
 
 def test_addresses_that_are_not_the_hosts_are_left_alone(place: Place) -> None:
-    """A guest that asks the world for such a port reaches the world."""
+    """A guest's connection to a forwarded port at an outside address goes outside."""
     with place.world.socket(socket.AF_INET, socket.SOCK_STREAM) as server:
         server.bind((OUTSIDE, 8022))
         server.listen()
@@ -120,7 +120,7 @@ def test_addresses_that_are_not_the_hosts_are_left_alone(place: Place) -> None:
 
 
 def test_others_while_it_runs(place: Place) -> None:
-    """Ports come and go; what is no forward changes nothing."""
+    """Forwards are added and removed while the VM runs; invalid ones change nothing."""
     new = Forward(port=7022, to=22)
     place.priv.send(SetForwards(vmid=1, forwards=((SSH, new),)))
     assert place.priv.receive(ForwardsSet) == ForwardsSet(vmid=1)
@@ -149,7 +149,7 @@ def test_others_while_it_runs(place: Place) -> None:
 
 @pytest.mark.parametrize("command", ["flush ruleset", "flush chain inet vmd forwards", "flush chain inet vmd output"])
 def test_what_a_firewall_flushes_is_written_again(place: Place, command: str) -> None:
-    """Without a word of anybody; until then the ports are the host's."""
+    """vmd notices a flush by itself.  Until then the ports are the host's."""
     before = rules(place.host).count("dnat ip to")
     place.host.run("nft", command)
     deadline_s = time.monotonic() + DEADLINE_S
@@ -161,7 +161,7 @@ def test_what_a_firewall_flushes_is_written_again(place: Place, command: str) ->
 
 
 def test_no_rules_without_nat(network: Network) -> None:
-    """The operator has rules of their own then."""
+    """Without NAT the operator has their own rules."""
     with Priv(network) as priv:
         priv.configure(nat=False)
         with priv.make(nic(**WEB, forwards=FORWARDS)):
@@ -183,7 +183,7 @@ def test_no_rules_without_nat(network: Network) -> None:
     ids=range(8),
 )
 def test_what_no_configuration_leads_to_is_refused(place: Place, wrong: dict[str, Any]) -> None:
-    """Whoever has taken over the parent gets no further by it."""
+    """priv refuses forwards that no configuration allows, even from a compromised parent."""
     before = rules(place.host)
     failed = place.priv.ask(nic(alias="vm3-if0-c", **wrong), vmid=3)
     assert isinstance(failed, NicsFailed)
@@ -192,7 +192,7 @@ def test_what_no_configuration_leads_to_is_refused(place: Place, wrong: dict[str
 
 
 def test_an_interface_that_an_earlier_version_has_made(network: Network) -> None:
-    """It does not say which address the guest has, which is the other one of two."""
+    """Its record lacks the guest's address, which is the other one of two."""
     with Priv(network) as first:
         request = nic(host4=HOST4)
         with first.make(request) as made, Network() as other, Priv(other) as second:

@@ -168,7 +168,7 @@ def test_requests_without_reading_answers(vmd: UsersDaemon) -> None:
 
 
 def test_requests_that_wait(vmd: UsersDaemon) -> None:
-    """So many at a time; what comes behind them is looked at when they have been answered."""
+    """The number at a time is limited; later requests are read when these are answered."""
     with vmd.connect_as(EVE) as client:
         client.send(GREETING)
         assert isinstance(receive(client), Hello)
@@ -186,7 +186,7 @@ def test_requests_that_wait(vmd: UsersDaemon) -> None:
 
 
 def test_waiting_twice(vmd: UsersDaemon) -> None:
-    """A client is told once of the end of a VM, however often it asks."""
+    """A client that waits several times is told once of the end of a VM."""
     with vmd.connect_as(EVE) as client:
         for _ in range(3):
             send(client, WaitRequest(name="hers"))
@@ -197,7 +197,7 @@ def test_waiting_twice(vmd: UsersDaemon) -> None:
 
 
 def test_as_many_connections_as_there_are(vmd: UsersDaemon) -> None:
-    """A user has a share of them; the next one is told so, and others are served meanwhile."""
+    """A user has a share of the connections.  One more is refused with a message, and others are served meanwhile."""
     clients = [vmd.connect_as(EVE) for _ in range(MAX_CLIENTS_PER_USER - 1)]  # she has one more (`daemon`)
     try:
         for client in clients:
@@ -218,7 +218,7 @@ def test_as_many_connections_as_there_are(vmd: UsersDaemon) -> None:
 
 @pytest.mark.deep
 def test_connections_that_come_and_go(vmd: UsersDaemon) -> None:
-    """Hundreds of them, some in the middle of a request."""
+    """Hundreds of connections come and go, some in the middle of a request."""
     for number in range(150):
         with vmd.connect_as("root" if number % 2 else EVE) as client:
             for request in (ListRequest(), WaitRequest(name="hers"), ConsoleRequest(name="hers"))[: number % 4]:
@@ -231,7 +231,7 @@ def test_connections_that_come_and_go(vmd: UsersDaemon) -> None:
 
 @pytest.mark.parametrize("count", [1, 3, 64, 253])
 def test_descriptors_with_requests_that_have_none(vmd: UsersDaemon, count: int) -> None:
-    """They are closed, with the connection that brought them."""
+    """The descriptors and their connection are closed."""
     reader, writer = os.pipe()
     packet = bytearray(encode(ListRequest())[0])
     with vmd.connect_as(EVE) as client:
@@ -250,7 +250,7 @@ def test_descriptors_with_requests_that_have_none(vmd: UsersDaemon, count: int) 
 
 
 def test_descriptors_that_are_announced_only(vmd: UsersDaemon) -> None:
-    """A header is not believed."""
+    """A header that only announces descriptors is refused."""
     packet = bytearray(encode(StartRequest(name="hers"))[0])
     packet[:] = HEADER.pack(*HEADER.unpack_from(packet)[:2], 2, 0, 0) + packet[HEADER.size :]
     with vmd.connect_as(EVE) as client:
@@ -259,7 +259,7 @@ def test_descriptors_that_are_announced_only(vmd: UsersDaemon) -> None:
 
 
 def test_descriptors_of_a_refused_start_are_closed(vmd: UsersDaemon) -> None:
-    """Whether its VM exists, runs, or is none of hers."""
+    """Descriptors are closed if the VM does not exist, runs already, or belongs to another user."""
     reader, writer = os.pipe()
     for name in ("hers", "other", "nowhere"):
         answer = vmd.ask_as(EVE, StartRequest(name=name), {"kernel": [writer], "initrd": [writer]})
@@ -275,7 +275,7 @@ def test_descriptors_of_a_refused_start_are_closed(vmd: UsersDaemon) -> None:
 
 
 def test_messages_that_are_none_of_a_client_s(vmd: UsersDaemon) -> None:
-    """What only our own processes say to each other ends the connection, root's too."""
+    """A message between the daemon's own processes ends the connection, also for root."""
     reserved = [each.code for each in MESSAGES if (Proc.CLIENT, Proc.CONTROL) not in each.routes]
     assert len(reserved) > 20
     for code in reserved:
@@ -286,7 +286,7 @@ def test_messages_that_are_none_of_a_client_s(vmd: UsersDaemon) -> None:
 
 
 def test_a_request_that_no_vmd_knows_yet(vmd: UsersDaemon) -> None:
-    """A later vmctl is told which vmd it talks to."""
+    """A later vmctl is told the version of this vmd."""
     packet = bytearray(encode(ListRequest(), form=Form.NAMED)[0])
     packet[:4] = (0x4242).to_bytes(4, "little")
     with vmd.connect_as(EVE) as client:
@@ -299,7 +299,7 @@ def test_a_request_that_no_vmd_knows_yet(vmd: UsersDaemon) -> None:
 
 
 def test_answers_go_in_the_form_that_the_client_speaks(vmd: UsersDaemon) -> None:
-    """By name after a Hello, as the first release had them without one."""
+    """Answers are by name after a Hello, and in the form of the first release without one."""
     for greeting, named in ((b"", False), (encode(Hello(version=2), form=Form.NAMED)[0], True)):
         with vmd.connect_as(EVE) as client:
             if greeting:
@@ -310,7 +310,7 @@ def test_answers_go_in_the_form_that_the_client_speaks(vmd: UsersDaemon) -> None
 
 
 def test_random_changes_of_real_requests(vmd: UsersDaemon) -> None:
-    """With a fixed seed: each is served, refused or cut off; no process minds."""
+    """Each changed request (with a fixed seed) is served, refused or cut off; no process is affected."""
     chance = random.Random(56)
     requests = [ListRequest(), StopRequest(name="other", wait=True), StartRequest(name="x")]
     client = vmd.connect_as(EVE)
@@ -334,7 +334,7 @@ def test_random_changes_of_real_requests(vmd: UsersDaemon) -> None:
 
 
 def test_who_lies_about_himself_is_not_believed(vmd: UsersDaemon) -> None:
-    """Neither in the message nor in its header."""
+    """False credentials are ignored, in the message and in its header."""
     for request in (
         StopRequest(name="other", force=True, caller=Caller(uid=0, gid=0, pid=1)),
         StartRequest(name="other", caller=Caller(uid=0, gid=0, pid=1)),
@@ -350,7 +350,7 @@ def test_who_lies_about_himself_is_not_believed(vmd: UsersDaemon) -> None:
     "name", ["../../etc/passwd", "a\x1b]0;title\x07", "x\ny", "\u202egnp", "n" * 63, "", "0", "-1", "%n%s"]
 )
 def test_names_of_nobody(vmd: UsersDaemon, name: str) -> None:
-    """Whatever a name has in it, it comes back to whoever asked, and goes nowhere else."""
+    """A name with any content is only returned to the client that sent it."""
     for request in (
         StartRequest(name=name), StopRequest(name=name), WaitRequest(name=name), ConsoleRequest(name=name),
         ConsoleWatch(name=name),
@@ -366,7 +366,7 @@ def test_names_of_nobody(vmd: UsersDaemon, name: str) -> None:
 
 
 def test_numbers_of_nobody(vmd: UsersDaemon) -> None:
-    """Beyond any width, below zero: there is no such VM."""
+    """Negative and very large ids: there is no such VM."""
     for vmid in (-1, 1 << 31, 1 << 32, (1 << 63) - 1, -(1 << 63), 99):
         answer = vmd.ask_as(EVE, StopRequest(vmid=vmid))
         assert isinstance(answer, Failed)
@@ -377,7 +377,7 @@ def test_numbers_of_nobody(vmd: UsersDaemon) -> None:
 
 
 def test_a_console_is_free_again_when_its_viewer_has_left(vmd: UsersDaemon) -> None:
-    """However it left, and whoever asks next."""
+    """The console is free again after every kind of end of its viewer, for any next client."""
     for number in range(20):
         with vmd.connect_as(EVE) as client:
             send(client, ConsoleRequest(name="hers"))
@@ -388,7 +388,7 @@ def test_a_console_is_free_again_when_its_viewer_has_left(vmd: UsersDaemon) -> N
 
 
 def test_many_viewers_at_a_time(vmd: UsersDaemon) -> None:
-    """One has the console, the others are told who."""
+    """One viewer has the console, and the others are told which."""
     clients = [vmd.connect_as(EVE) for _ in range(10)]
     for client in clients:
         send(client, ConsoleRequest(name="hers"))
@@ -403,7 +403,7 @@ def test_many_viewers_at_a_time(vmd: UsersDaemon) -> None:
 
 
 def test_viewers_take_a_console_from_each_other(vmd: UsersDaemon) -> None:
-    """Again and again: the last one has it, each other one is told, and no descriptor is left."""
+    """Viewers take over repeatedly: the last one has the console, every other is told, and no descriptor is left."""
     before = len(os.listdir(f"/proc/{vmd.pid}/fd"))
     clients = [vmd.connect_as(EVE) for _ in range(10)]
     for client in clients:
@@ -434,7 +434,7 @@ def watched(client: socket.socket, since: int | None) -> ConsoleWatched:
 
 
 def test_watchers_that_see_more_than_there_is(vmd: UsersDaemon) -> None:
-    """Numbers that nobody was told, and more requests at a time than anybody has."""
+    """Watchers give positions outside the output, and send too many requests at a time."""
     for since in (-1, -(1 << 63)):
         with vmd.connect_as(EVE) as client:
             client.send(GREETING)
@@ -449,14 +449,14 @@ def test_watchers_that_see_more_than_there_is(vmd: UsersDaemon) -> None:
 
 
 def test_the_pty_is_its_owner_s(vmd: UsersDaemon) -> None:
-    """Nobody else opens what a guest says, or types into it (cat. 4.3)."""
+    """No other user can read a guest's console or type into it (cat. 4.3)."""
     tty = Path(vmd.status("hers")["tty"]).stat()
     uid = int(vmd.users.run("id", "-u", EVE))
     assert (tty.st_uid, tty.st_mode & 0o777) == (uid, 0o600)
 
 
 def test_a_client_that_leaves_before_its_vm_has_stopped(vmd: UsersDaemon) -> None:
-    """What was asked for happens, and nobody is told."""
+    """The request is carried out, without an answer."""
     vmd.must("start", "other")
     with vmd.connect_as("root") as client:
         send(client, StopRequest(name="other", force=True, wait=True))
@@ -466,7 +466,7 @@ def test_a_client_that_leaves_before_its_vm_has_stopped(vmd: UsersDaemon) -> Non
 
 
 def test_list_is_complete_for_everybody(vmd: UsersDaemon) -> None:
-    """As many rows as there are VMs, then an end."""
+    """A list has a row for every VM, then an end."""
     with vmd.connect_as(EVE) as client:
         send(client, ListRequest())
         rows = [receive(client) for _ in range(3)]

@@ -24,7 +24,7 @@ LISTENERS = (
 
 @pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_DGRAM])
 def test_programs_that_listen(network: Network, kind: socket.SocketKind) -> None:
-    """For others, that is; by the same protocol, at any port of a range."""
+    """Conflicts are programs that listen for others, with the same protocol, at any port of a range."""
     udp = kind == socket.SOCK_DGRAM
     network.run("ip", "address", "add", "192.0.2.1/32", "dev", "lo")
     protocol, flags = ("udp", "-lunp") if udp else ("tcp", "-ltnp")
@@ -44,7 +44,7 @@ def test_programs_that_listen(network: Network, kind: socket.SocketKind) -> None
 
 
 def test_a_connection_is_in_nobodys_way(network: Network) -> None:
-    """Its port is that of the other end's address, too."""
+    """An established connection with the port is no conflict."""
     with network.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
         listener.bind(("127.0.0.1", 8022))
         listener.listen()

@@ -33,7 +33,7 @@ def kill(vmd: NetDaemon) -> None:
 
 
 def test_other_vms_in_vm_conf_change_nothing(network: Network, tmp_path: Path) -> None:
-    """Not when they are put above, not after a kill; with IPv6, too."""
+    """Other VMs change no identity: not when they come before it in vm.conf, and not after a kill; also with IPv6."""
     with NetDaemon(tmp_path, network, "local inet6\n" + VM) as vmd:
         before = identity(vmd)
         assert before["nics"][1][3].startswith("fd")
@@ -46,7 +46,7 @@ def test_other_vms_in_vm_conf_change_nothing(network: Network, tmp_path: Path) -
 
 
 def test_a_state_that_cannot_be_kept(network: Network, tmp_path: Path) -> None:
-    """It is said once, with the reason, and everything works."""
+    """vmd logs it once, with the reason, and everything works."""
     vmd = NetDaemon(tmp_path, network, VM)
     vmd.prefix = ["unshare", "--mount", "sh", "-c", f'mount -t tmpfs -o ro tmpfs {vmd.state} && exec "$0" "$@"']
     vmd.state.mkdir()
