@@ -18,13 +18,13 @@ from vmd.virtio import spec
 pytestmark = [pytest.mark.l1, pytest.mark.timeout(400)]
 
 BOOT_S = 150
-BLOCK = 2048  # of a disc
+BLOCK = 2048  # bytes of a disc's block
 PROMPT = "grub> "
 
 
 @pytest.fixture(scope="module")
 def media() -> Bootable:
-    """What there is to boot from."""
+    """The bootable disk and CD."""
     return bootable()
 
 
@@ -35,55 +35,55 @@ def block(name: str, *lines: str) -> str:
 
 
 def linux_block(name: str, linux: LinuxGuest, append: str, *lines: str) -> str:
-    """Return a vm block that boots the stock kernel directly, to a shell."""
+    """Return a vm block that boots the stock kernel directly to a shell."""
     append = f"console=ttyS0 quiet panic=-1 nowatchdog vmdtest=shell {append}"
     return block(name, f'boot "{linux.kernel}" initrd "{linux.initrd}" cmdline "{append}"', "memory 256M", *lines)
 
 
 def full_block(name: str, *media: Path) -> str:
-    """Return a vm block with everything there can be, legacy only; the last of the media is the disc."""
+    """Return a vm block with all devices, in legacy mode.  The last of the media is the disc of the CD drive."""
     *disks, cd = media
     lines = [f'disk "{disk}" format {disk.suffix.removeprefix(".")}' for disk in disks]
     return block(name, "memory 256M", "virtio legacy", *lines, f'cdrom "{cd}"')
 
 
 def disk_bytes(path: Path) -> int:
-    """Return how many bytes a file occupies."""
+    """Return the number of bytes that a file occupies on disk."""
     return path.stat().st_blocks * 512
 
 
 def grub(console: Attached, command: str) -> str:
-    """Type a command at GRUB's prompt; return its output."""
+    """Type a command at GRUB's prompt.  Return its output."""
     return console.answer(command, PROMPT).replace("\r", "")
 
 
 def md5(data: bytes) -> str:
-    """Return what md5sum prints of it."""
+    """Return the MD5 of data as md5sum prints it."""
     return hashlib.md5(data, usedforsecurity=False).hexdigest()
 
 
 def check_entropy(shell: Shell) -> None:
-    """The kernel takes random bytes from our device, and they are."""
+    """Check that the kernel uses our entropy device, and that its bytes look random."""
     assert shell.run("cat /sys/class/misc/hw_random/rng_current").startswith("virtio_rng")
     take = "dd if=/dev/hwrng bs=256 count=1 iflag=fullblock 2>/dev/null | hexdump -ve '1/1 \"%02x\"'"
     first, second = (bytes.fromhex(shell.run(take)) for _ in range(2))
     assert len(first) == len(second) == 256
-    # Of 256 values, 512 draws leave out 35 on average; fewer than 180 different ones are as good as impossible.
+    # 512 random bytes have about 221 different values of 256.  Fewer than 180 are practically impossible.
     assert len({*first, *second}) > 180
 
 
 def check_cd(shell: Shell) -> None:
-    """The disc can be mounted and says what is on it."""
-    shell.wait_for("[ -b /dev/sr0 ]")  # the kernel looks for drives on a bus at leisure
+    """Check that the disc can be mounted and read."""
+    shell.wait_for("[ -b /dev/sr0 ]")  # the kernel scans the SCSI bus in the background
     shell.run("mkdir -p /cd && mount -t iso9660 -o ro /dev/sr0 /cd")
     assert shell.run("cat /cd/cd.txt").strip() == text_of("cd")
     assert shell.run("md5sum </cd/noise").split()[0] == md5(noise("cd"))
 
 
 def check_changes(vmd: Daemon, name: str, shell: Shell, disc: Path, other: Path) -> None:
-    """While the kernel runs its first disk becomes larger, and its disc is taken out, exchanged and put back.
+    """While the kernel runs, grow its first disk, and eject, exchange and insert the disc of its CD drive.
 
-    The disc is mounted at /cd.  A kernel that polls hears of it without anybody opening the drive.
+    The disc is mounted at /cd.  A kernel that polls the drive notices changes although nobody opens it.
     """
     size = 512 * int(shell.run("cat /sys/block/vda/size")) + 64 * MIB
     vmd.must("resize", name, "disk0", str(size))
@@ -119,17 +119,17 @@ def check_changes(vmd: Daemon, name: str, shell: Shell, disc: Path, other: Path)
 
 
 def check_ports(shell: Shell, *, devices: int) -> None:
-    """The kernel uses the virtio 1.x structures in ports of so many devices, of none those in memory."""
+    """Check that the kernel uses the virtio 1.x registers in ports for `devices` devices, and in memory for none."""
     assert shell.run("grep -c virtio-pci-modern /proc/ioports").strip() == str(devices)
     assert shell.run("grep -c virtio-pci-modern /proc/iomem || true").strip() == "0"
 
 
 def rebind(shell: Shell, driver: str) -> None:
-    """Take a driver from its device while that is being read, and give it back: reset, and rings anew."""
+    """Unbind a driver from its device during reads, and bind it again.  That resets the device and its rings."""
     device = shell.run(f"basename /sys/bus/virtio/drivers/{driver}/virtio*").strip()
     shell.run("dd if=/dev/vda of=/dev/null bs=64k >/dev/null 2>&1 &")
     shell.run(f"echo {device} >/sys/bus/virtio/drivers/{driver}/unbind")
-    # Reset, and acknowledged by nobody but the bus.
+    # The device is reset, and only the virtio bus has acknowledged it.
     assert shell.run(f"cat /sys/bus/virtio/devices/{device}/status").strip() == "0x00000001"
     shell.run(f"echo {device} >/sys/bus/virtio/drivers/{driver}/bind")
     status = int(shell.run(f"cat /sys/bus/virtio/devices/{device}/status"), 16)
@@ -137,7 +137,7 @@ def rebind(shell: Shell, driver: str) -> None:
 
 
 def move_interrupts(shell: Shell, work: str) -> None:
-    """Send the interrupts of all virtio devices to the other processor and back while something is done twice over.
+    """Run some work, and meanwhile move the interrupts of all virtio devices to the other processor and back.
 
     The kernel moves an interrupt by masking it, changing its message or its route, and unmasking it.
     """
@@ -152,13 +152,13 @@ def move_interrupts(shell: Shell, work: str) -> None:
 
 
 def write_and_sync(shell: Shell, folder: str) -> str:
-    """Write 8 MiB below a folder and make them last; return their MD5 as read back from the device."""
+    """Write and sync 8 MiB below a folder.  Return their MD5 as read back from the device."""
     shell.run(f"dd if=/dev/urandom of={folder}/kept bs=64k count=128 2>/dev/null && sync")
     return shell.run(f"echo 3 >/proc/sys/vm/drop_caches; md5sum <{folder}/kept").split()[0]
 
 
 def kill_while_writing(vmd: Daemon, name: str, shell: Shell, folder: str) -> None:
-    """Kill the VM in the middle of writes: between data, journal and what the journal stands for."""
+    """Kill the VM during writes, with data, journal and metadata in different states."""
     shell.run(
         f"cd {folder}; (i=0; while i=$((i+1)); do mkdir d$i; dd if=/dev/zero of=d$i/f bs=64k count=7 conv=fsync; done)"
         " >/dev/null 2>&1 &"
@@ -168,9 +168,9 @@ def kill_while_writing(vmd: Daemon, name: str, shell: Shell, folder: str) -> Non
 
 
 def test_grub_on_a_raw_disk(media: Bootable, tmp_path: Path) -> None:
-    """SeaBIOS starts GRUB from an MBR; it lists and prints files of a FAT16 partition, reboots and powers off.
+    """SeaBIOS starts GRUB from an MBR.  GRUB lists and prints files of a FAT16 partition, reboots and powers off.
 
-    The disc has to wait: disks come first.
+    There is a bootable disc, too, but disks have priority.
     """
     disk = media.copy(media.fat, tmp_path)
     conf = block("raw", "memory 128M", f'disk "{disk}" format raw', f'cdrom "{media.cd}"')
@@ -184,7 +184,7 @@ def test_grub_on_a_raw_disk(media: Bootable, tmp_path: Path) -> None:
             listing = grub(console, "ls (hd0,msdos1)/")
             printed = grub(console, "cat (hd0,msdos1)/fat.txt")
             assert "GRUB from the fat" in console.answer("reboot", PROMPT, BOOT_S)
-            console.type("halt\r")  # finds ACPI's tables where SeaBIOS put them
+            console.type("halt\r")  # GRUB finds the ACPI tables that SeaBIOS has installed
             console.drain(BOOT_S)
         print(f"{listing}{printed}\nrebooted, and off after {time.monotonic() - began:.1f} s")
 
@@ -197,9 +197,9 @@ def test_grub_on_a_raw_disk(media: Bootable, tmp_path: Path) -> None:
 @pytest.mark.deep
 @pytest.mark.parametrize("mode", ["transitional", "memory"])
 def test_grub_on_a_cd(mode: str, media: Bootable, tmp_path: Path) -> None:
-    """`boot device cdrom` prefers the disc to a disk, which is there all the same; a reboot ends the VM.
+    """`boot device cdrom` prefers the disc to the disk.  A reboot ends the VM.
 
-    GRUB reads through SeaBIOS's virtio-scsi and El Torito, by ports or, where there are none, by memory.
+    GRUB reads by SeaBIOS's virtio-scsi and El Torito, with registers in ports or, if there are none, in memory.
     """
     disk = media.copy(media.fat, tmp_path)
     lines = (f"virtio {mode}", f'disk "{disk}" format raw', f'cdrom "{media.cd}"', "boot device cdrom")
@@ -225,9 +225,9 @@ def test_grub_on_a_cd(mode: str, media: Bootable, tmp_path: Path) -> None:
 
 @pytest.mark.deep
 def test_linux_modern_with_msix(media: Bootable, linux: LinuxGuest, tmp_path: Path) -> None:
-    """Modern registers, MSI-X: a raw disk with ext4 survives a kill, the CD and the entropy device are read.
+    """With modern registers and MSI-X a raw disk with ext4 survives a kill, and CD and entropy device can be read.
 
-    The kernel takes the registers that cost less, and finds the serial number by which the disk can be mounted.
+    The kernel uses the cheaper registers, and sees the serial number, by which the disk can be mounted.
     """
     disk = media.copy(media.data, tmp_path)
     lines = ("virtio modern", f'disk "{disk}" format raw serial "data 1"', f'cdrom "{media.cd}"')
@@ -261,9 +261,9 @@ def test_linux_modern_with_msix(media: Bootable, linux: LinuxGuest, tmp_path: Pa
 
 @pytest.mark.deep
 def test_grub_and_linux_on_a_qcow2_chain_with_all_slots_full(media: Bootable, tmp_path: Path) -> None:
-    """Legacy registers, INTx: GRUB and the kernel it loads find their files in three layers, among every other device.
+    """With legacy registers, INTx and all other devices GRUB and its kernel read files from three qcow2 layers.
 
-    Then the file system is written to, trimmed and killed; an independent reader agrees with what is left.
+    Then the guest writes to the file system and trims it, and the VM is killed.  An independent reader checks the rest.
     """
     *_, top = layers = [media.copy(layer, tmp_path) for layer in media.layers]
     fat, data = media.copy(media.fat, tmp_path), media.copy(media.data, tmp_path)
@@ -295,7 +295,7 @@ def test_grub_and_linux_on_a_qcow2_chain_with_all_slots_full(media: Bootable, tm
             digest = write_and_sync(shell, "/mnt")
             shell.run("dd if=/dev/urandom of=/mnt/gone bs=64k count=160 2>/dev/null && sync")
             before = disk_bytes(top)
-            # Behind the trim, a flush: only then are clusters nobody's.
+            # A flush follows the trim.  Only then are the clusters free.
             shell.run("rm /mnt/gone && sync && fstrim /mnt && sync")
             after = disk_bytes(top)
             features, kinds = version_1(shell), interrupts(shell)
@@ -332,7 +332,7 @@ def test_grub_and_linux_on_a_qcow2_chain_with_all_slots_full(media: Bootable, tm
 def test_all_combinations(
     mode: str, interrupt: str, image_format: str, media: Bootable, linux: LinuxGuest, tmp_path: Path
 ) -> None:
-    """Two processors, every register interface and kind of interrupt: resets under load, a kill, a check."""
+    """Two processors, every kind of registers and interrupts: resets under load, a kill, and a file system check."""
     disk = tmp_path / f"data.{image_format}"
     if image_format == "raw":
         media.copy(media.data, disk)

@@ -1,4 +1,4 @@
-"""Debian's stock kernel is sent and received while it works: its processors, memory, disk and connections go along."""
+"""Debian's stock kernel is sent and received while it works, with its processors, memory, disk and connections."""
 
 import contextlib
 import hashlib
@@ -22,15 +22,15 @@ pytestmark = [pytest.mark.l1, pytest.mark.root, pytest.mark.timeout(400)]
 
 BOOT_S = 150
 WAIT_S = 120
-LIVE_S = 600  # a watchdog for a guest that is written several times over
+LIVE_S = 600  # watchdog; the memory of a running guest is sent several times
 ROUNDS = "3"
 MIB = 1 << 20
-CONSTANT, WRITTEN = 12, 4  # MiB of the disk: what is on it, and what the guest writes behind that
+CONSTANT, WRITTEN = 12, 4  # MiB of the disk: constant data, and the part behind it that the guest writes
 HOST, GUEST = "10.0.0.1", "10.0.0.2"
 
 
 class Stream:
-    """A file by HTTP that ends when it is told to."""
+    """An endless file by HTTP, until `end` is called."""
 
     def __init__(self) -> None:
         self.digest = hashlib.md5(usedforsecurity=False)
@@ -54,19 +54,19 @@ class Stream:
         self.ended.set()
 
     def goes_on(self, sent: int) -> None:
-        """Wait until more than that is sent."""
+        """Wait until more than `sent` bytes are sent."""
         with self.more:
             assert self.more.wait_for(lambda: self.sent > sent, WAIT_S)
 
     def end(self) -> str:
-        """End it; return the MD5 of all that was sent."""
+        """End the file.  Return the MD5 of all that was sent."""
         self.last.set()
         assert self.ended.wait(WAIT_S)
         return self.digest.hexdigest()
 
 
 class Traveller:
-    """A guest that reads and writes its disk, reads its memory, and downloads a file, on two processors."""
+    """A guest with two processors that reads and writes its disk, reads its memory, and downloads a file."""
 
     def __init__(self, vmd: NetDaemon, disk: Path, stream: Stream, shell: Shell) -> None:
         self.vmd = vmd
@@ -79,7 +79,7 @@ class Traveller:
         self.sums = {servers.md5([whole[: CONSTANT * MIB]]), servers.md5([whole[: WRITTEN * MIB]])}
 
     def begin(self) -> None:
-        """Set it to work."""
+        """Start the guest's work."""
         run = self.shell.run
         run(f"ip link set eth0 up && ip address add {GUEST}/24 dev eth0")
         run(f"dd if=/dev/vda of=/tmp/memory bs=1M count={WRITTEN} 2>/dev/null && md5sum </tmp/memory")
@@ -96,23 +96,23 @@ class Traveller:
         self.works()
 
     def works(self) -> None:
-        """Wait until it has got further with everything."""
+        """Wait for progress of all its work."""
         sums, sent = self.counted(), self.stream.sent
         self.shell.wait_for(f"[ $(wc -l </tmp/sums) -gt {sums + 3} ]")
         self.stream.goes_on(sent)
 
     def counted(self) -> int:
-        """Return how many sums it has made."""
+        """Return the number of checksums that the guest has made."""
         return int(self.shell.run("wc -l </tmp/sums"))
 
     def moved(self, name: str) -> None:
-        """Use its console where it is now."""
+        """Attach to the console of the VM that the guest is in now."""
         self.name = name
         self.consoles.close()
         self.shell.console = self.consoles.enter_context(self.vmd.attached(name))
 
     def finish(self) -> None:
-        """Have it end its work, and see that all of it was right, on the disk too."""
+        """End the guest's work, and check all results, including the disk."""
         wanted = self.stream.end()
         self.shell.run("touch /tmp/stop")
         self.shell.wait_for("grep -q ended /tmp/sums")
@@ -136,7 +136,7 @@ def conf(vms: str = "") -> str:
 
 
 def add_lan(network: Network, *addresses: str) -> None:
-    """Make the administrator's bridge: the other end of the guest's connection stays when the daemon ends."""
+    """Create the administrator's bridge, so that the other end of the guest's connection outlives the daemon."""
     network.run("ip", "link", "add", "lan", "type", "bridge")
     for address in addresses:
         network.run("ip", "address", "add", address, "dev", "lan")
@@ -145,7 +145,7 @@ def add_lan(network: Network, *addresses: str) -> None:
 
 @pytest.fixture
 def traveller(linux: LinuxGuest, tmp_path: Path) -> Iterator[Traveller]:
-    """It is at work, as VM `a`."""
+    """Yield the guest, which works as VM `a`."""
     load_modules()
     disk, stream = tmp_path / "disk", Stream()
     disk.write_bytes(b"".join(servers.noise(CONSTANT)) + bytes(WRITTEN * MIB))
@@ -180,7 +180,7 @@ vm "a" {{
 
 @pytest.fixture
 def elsewhere(traveller: Traveller, tmp_path: Path) -> Iterator[NetDaemon]:
-    """Another daemon, on a host of its own, whose switch is in the same network."""
+    """Run another daemon on another host, whose switch is in the same network."""
     (tmp_path / "there").mkdir()
     with Network() as other:
         add_lan(other)
@@ -195,7 +195,7 @@ def elsewhere(traveller: Traveller, tmp_path: Path) -> Iterator[NetDaemon]:
 
 @pytest.mark.deep
 def test_a_guest_at_work_is_sent(traveller: Traveller) -> None:
-    """`vmctl pause a`, `vmctl unpause a`, `vmctl send a | vmctl receive b`."""
+    """The guest continues after `vmctl pause a`, `vmctl unpause a`, and `vmctl send a | vmctl receive b`."""
     for command in ("pause", "unpause"):
         traveller.vmd.must(command, "a")
     traveller.works()
@@ -210,7 +210,7 @@ def test_a_guest_at_work_is_sent(traveller: Traveller) -> None:
 @pytest.mark.deep
 @pytest.mark.timeout(1200)
 def test_a_guest_at_work_is_sent_often(traveller: Traveller, tmp_path: Path) -> None:
-    """Back and forth, mostly while it runs, once paused, and through a file into another life of the daemon."""
+    """The guest is sent back and forth, mostly running, once paused, and through a file across a daemon restart."""
     vmd = traveller.vmd
     here, there = "a", "b"
     for turn in range(2):
@@ -235,7 +235,7 @@ def test_a_guest_at_work_is_sent_often(traveller: Traveller, tmp_path: Path) -> 
 @pytest.mark.deep
 @pytest.mark.timeout(1200)
 def test_a_guest_at_work_migrates(traveller: Traveller, elsewhere: NetDaemon, tmp_path: Path) -> None:
-    """To another host and back, while it writes to its memory; its connection and its sums go on."""
+    """The guest migrates to another host and back while it writes to memory.  Its connection and sums stay right."""
     here, there = traveller.vmd, elsewhere
     for turn in range(2):
         plan = Plan(tmp_path / "plan", there, out_of=here)

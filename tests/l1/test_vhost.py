@@ -1,4 +1,4 @@
-"""Interfaces whose frames the kernel moves, with a kernel that does: the emulated machine has vhost-net."""
+"""Interfaces whose frames the kernel moves.  The kernel of the emulated machine has vhost-net."""
 
 import os
 import random
@@ -38,7 +38,7 @@ PROCESSES = (MODERN, MODERN | MRG, MODERN | OFFLOADS, 0)
 
 @pytest.fixture
 def nic() -> Iterator[Nic]:
-    """Give an interface whose rings the kernel has."""
+    """Yield an interface whose rings the kernel serves."""
     load_modules()
     net = net_start(flags=devmsg.NET_VHOST)
     with Network() as network, TapInterface(network) as tap, packet_socket(tap) as ear, open(VHOST, "rb+", 0) as vhost:
@@ -52,12 +52,12 @@ def nic() -> Iterator[Nic]:
 
 
 def in_kernel(nic: Nic) -> bool:
-    """Return whether the kernel has the rings."""
+    """Return whether the kernel serves the rings."""
     return bool(nic.device.figures()["vhost"])
 
 
 def wait_in_kernel(nic: Nic, *, wanted: bool) -> None:
-    """Wait until the kernel has the rings, or has them no more: the process is told of a tap, and tells of it first."""
+    """Wait until the kernel serves, or no longer serves, the rings.  The process first handles the tap's change."""
     deadline_s = time.monotonic() + DEADLINE_S
     while in_kernel(nic) != wanted:
         assert time.monotonic() < deadline_s
@@ -65,14 +65,14 @@ def wait_in_kernel(nic: Nic, *, wanted: bool) -> None:
 
 
 def threads_of_kernel(pid: int) -> list[str]:
-    """Return the names of kernel threads that work for a process (named after it)."""
+    """Return the names of the kernel threads that work for a process.  They contain its pid."""
     names = [path.read_text().strip() for path in Path("/proc").glob("[0-9]*/comm")]
     return [name for name in names if name == f"vhost-{pid}"]
 
 
 @pytest.mark.parametrize("features", [*KERNELS, *PROCESSES], ids=hex)
 def test_frames_of_any_length_go_both_ways(nic: Nic, features: int) -> None:
-    """By the kernel where it knows all that was agreed on, and by the process elsewhere."""
+    """The kernel moves them if it supports all negotiated features, else the process does."""
     nic.driver.renew(features)
     assert in_kernel(nic) == (features in KERNELS)
     nic.driver.post(8)
@@ -84,18 +84,18 @@ def test_frames_of_any_length_go_both_ways(nic: Nic, features: int) -> None:
 
 
 def of_limit(nic: Nic, on: bool) -> None:
-    """Limit it, or no more; so high that nothing has to wait for it."""
+    """Set or remove a rate limit, which is so high that no frame waits."""
     nic.device.informs.send(devmsg.LIMIT_BODY.pack(devmsg.LIMIT, 0, 1 << 40 if on else 0))
     nic.driver.settle()
 
 
 def of_marks(nic: Nic, on: bool) -> None:
-    """Have it mark what it changes, or no more."""
+    """Start or stop the marking of changed memory."""
     nic.device.command(devmsg.MARK if on else devmsg.UNMARK)
 
 
 def of_pause(nic: Nic, on: bool) -> None:
-    """Pause it, or let it go on."""
+    """Pause or resume the interface."""
     nic.device.command(devmsg.PAUSE if on else devmsg.RESUME)
 
 
@@ -110,7 +110,7 @@ PAUSE = CAUSES.index(of_pause)
 
 @pytest.mark.parametrize("features", [ALL, ALL & ~EVENT_IDX], ids=hex)
 def test_no_frame_is_lost_or_twice_there_while_rings_change_hands(nic: Nic, features: int) -> None:
-    """Both ways, in order, while rings go round several times."""
+    """Frames arrive in order in both directions, while the rings wrap several times."""
     random_ = random.Random(features)
     driver = nic.driver
     driver.renew(features)
@@ -141,7 +141,7 @@ def test_no_frame_is_lost_or_twice_there_while_rings_change_hands(nic: Nic, feat
 
 
 def test_a_pause_leaves_the_rings_alone(nic: Nic) -> None:
-    """Frames wait, and the indices of EXPORT are those of the rings."""
+    """Frames wait, and EXPORT gives the indices of the rings."""
     nic.driver.post(8)
     for number in range(3):
         nic.sends(any_frame(60, number))
@@ -161,7 +161,7 @@ def test_a_pause_leaves_the_rings_alone(nic: Nic) -> None:
 
 
 def test_what_is_received_while_marks_are_kept_is_marked(nic: Nic) -> None:
-    """The kernel marks nothing, so it has no rings then."""
+    """The kernel marks no memory, so the process serves the rings meanwhile."""
     nic.driver.post(4)
     nic.gets(any_frame(60, 1, destination=LLADDR))
     nic.device.command(devmsg.MARK)
@@ -174,7 +174,7 @@ def test_what_is_received_while_marks_are_kept_is_marked(nic: Nic) -> None:
 
 
 def test_a_ring_that_the_kernel_does_not_take(nic: Nic) -> None:
-    """The process says what is wrong with it; the next driver has the kernel again."""
+    """The process reports the error.  For the next driver the kernel serves the rings again."""
     nic.driver.tx.describe(0, [Desc(1 << 40, 60)])
     nic.driver.tx.offer(0)
     nic.device.kick(TX)
@@ -186,7 +186,7 @@ def test_a_ring_that_the_kernel_does_not_take(nic: Nic) -> None:
 
 
 def test_a_tap_that_goes_down_and_comes_up(nic: Nic) -> None:
-    """The guest has no link, and then has one, and the kernel its rings."""
+    """The guest loses its link and gets it back, and then the kernel serves the rings again."""
     nic.driver.post(4)
     for _ in range(2):
         nic.sends(any_frame(60, 1))
@@ -202,7 +202,7 @@ def test_a_tap_that_goes_down_and_comes_up(nic: Nic) -> None:
 
 
 def test_a_tap_that_is_removed(nic: Nic) -> None:
-    """The interface has no link any more; the process goes on, for a driver may still send."""
+    """The interface loses its link.  The process continues, because a driver may still send."""
     nic.tap.remove()
 
     assert nic.driver.link() is False
@@ -212,7 +212,7 @@ def test_a_tap_that_is_removed(nic: Nic) -> None:
 
 
 def test_the_kernel_lets_go_of_the_tap_when_the_process_is_killed(nic: Nic) -> None:
-    """Its thread is gone with it, and the tap is another's."""
+    """The kernel thread ends with the process, and another process can use the tap."""
     pid = nic.device.child.pid
     os.close(nic.device.resources.pop(1))  # our own /dev/vhost-net
     nic.sends(any_frame(60, 1))

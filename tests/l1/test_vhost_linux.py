@@ -1,4 +1,4 @@
-"""Debian's stock kernel on interfaces whose frames the host's kernel moves: nothing that it is used to is missing."""
+"""Debian's stock kernel on interfaces whose frames the host's kernel moves: everything works as with the process."""
 
 import contextlib
 import ipaddress
@@ -40,7 +40,7 @@ CONF = 'local inet6 prefix fd42:1:2::/48\nswitch "lan" {\n    interface br0\n}\n
 
 
 def test_a_stock_kernel(linux: LinuxGuest, tmp_path: Path) -> None:
-    """DHCP, advertisements, NAT, names, segments, a locked address, and the driver loaded again: all by the kernel."""
+    """DHCP, advertisements, NAT, names, segments, a locked address and a reloaded driver work, all by the kernel."""
     load_modules()
     nics = ("local interface { vhost }", 'interface { switch "lan", locked lladdr, vhost }')
     with contextlib.ExitStack() as stack:
@@ -66,12 +66,12 @@ def test_a_stock_kernel(linux: LinuxGuest, tmp_path: Path) -> None:
 
 
 def moved_by_kernel(guest: Guest) -> None:
-    """Check that neither interface has been given back to its process."""
+    """Check that the kernel still moves the frames of both interfaces."""
     assert all(by_kernel(guest.vmd, VM, index) for index in (LOCAL, LAN))
 
 
 def has_the_network(guest: Guest) -> None:
-    """Have addresses of both kinds, and reach the host, the world and the switch, with frames of all sizes."""
+    """Check addresses of both families, and reach the host, the world and the switch with frames of all sizes."""
     nic, acks = guest.nic(LOCAL), guest.counters(LOCAL)["dhcp_acks"]
     leased = guest.leases()
     assert leased.startswith(f"dhcp: eth0 {nic['guest4']}/31 router {nic['host4']} dns {RESOLVER} ")
@@ -90,7 +90,7 @@ def has_the_network(guest: Guest) -> None:
 
 
 def is_held_to_its_address(guest: Guest) -> None:
-    """Change the link-layer address of the locked interface: nothing passes until it is the right one again."""
+    """Change the link-layer address of the locked interface.  No frame passes until the address is right again."""
     own, address = str(guest.nic(LAN)["lladdr"]), bridge_address("eth1")
     guest.pings(address)
     before = guest.counters(LAN)

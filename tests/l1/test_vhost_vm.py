@@ -1,4 +1,4 @@
-"""A VM whose frames the kernel moves: what happens to a VM happens to its interfaces, and the kernel has them again."""
+"""A VM whose frames the kernel moves.  After each operation on the VM the kernel serves its interfaces again."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ def by_kernel(vmd: NetDaemon, name: str, index: int = 0) -> bool:
 
 
 def test_a_vm_whose_frames_the_kernel_moves(tmp_path: Path) -> None:
-    """Each frame comes back while it is paused and goes on, and on the tap of the place that it is sent to."""
+    """No frame is lost when the VM is paused and resumed, or sent, after which it uses another tap."""
     load_modules()
     text = conf().replace(f"lladdr {LLADDR}", f"lladdr {LLADDR}, vhost")
     with daemon(tmp_path, text) as vmd:

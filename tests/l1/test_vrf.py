@@ -1,4 +1,4 @@
-"""Routing domains, where the kernel has VRFs: priv and the whole daemon, in networks of their own."""
+"""Routing domains on a kernel with VRFs: priv alone, and the whole daemon, each in its own network."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +17,7 @@ HOST4 = bytes((100, 64, 1, 2))
 
 @pytest.fixture
 def network() -> Iterator[Network]:
-    """Give an empty network; afterwards nothing of ours is left in it."""
+    """Yield an empty network.  Check at the end that vmd has left nothing in it."""
     load_modules()
     with Network() as made:
         made.run("ip", "link", "add", "probe", "type", "vrf", "table", "99")
@@ -27,7 +27,7 @@ def network() -> Iterator[Network]:
 
 
 def routes(network: Network, table: int) -> str:
-    """Return both families' routes of a table."""
+    """Return the IPv4 and IPv6 routes of a table."""
     return network.run("ip", "route", "show", "table", str(table)) + network.run(
         "ip", "-6", "route", "show", "table", str(table)
     )
@@ -35,7 +35,7 @@ def routes(network: Network, table: int) -> str:
 
 @pytest.mark.deep
 def test_a_vrf_is_made_and_removed(network: Network) -> None:
-    """It is shared, ends in "unreachable", holds the interface's routes, and goes with its last user."""
+    """A VRF is shared, ends in "unreachable", has the interface's routes, and is removed with its last user."""
     with Priv(network) as priv:
         priv.configure()
         with (
@@ -60,7 +60,7 @@ def test_a_vrf_is_made_and_removed(network: Network) -> None:
 
 @pytest.mark.deep
 def test_a_vrf_that_was_there_is_left_alone(network: Network) -> None:
-    """The administrator's is used, and stays."""
+    """An existing VRF of the administrator is used, and is not removed."""
     network.run("ip", "link", "add", "vrf4", "type", "vrf", "table", "4")
     network.run("ip", "link", "set", "vrf4", "up")
     before = links(network)["vrf4"]
@@ -72,7 +72,7 @@ def test_a_vrf_that_was_there_is_left_alone(network: Network) -> None:
 @pytest.mark.deep
 @pytest.mark.parametrize("kind", [("vrf", "table", "6"), ("bridge",)])
 def test_another_interface_of_that_name(network: Network, kind: tuple[str, ...]) -> None:
-    """It is not taken for the VRF."""
+    """An interface of another kind is not mistaken for the VRF."""
     network.run("ip", "link", "add", "vrf5", "type", *kind)
     with Priv(network) as priv:
         assert priv.refuse(nic(rdomain=5)).text == "interface vrf5 is not the VRF of routing table 5"
@@ -80,7 +80,7 @@ def test_another_interface_of_that_name(network: Network, kind: tuple[str, ...])
 
 @pytest.mark.deep
 def test_switches_in_routing_domains(network: Network) -> None:
-    """Ours are put there; one that was there before is only looked at."""
+    """Our switches are put into their domains.  An existing bridge is only checked."""
     network.run("ip", "link", "add", "theirs", "type", "bridge")
     with Priv(network) as priv:
         problems = priv.configure(switch("br0", rdomain=7), switch("theirs", alias="switch2-theirs", rdomain=7))
@@ -91,13 +91,13 @@ def test_switches_in_routing_domains(network: Network) -> None:
         assert priv.configure(switch("theirs", rdomain=7)) == ()
         with priv.make(nic(bridge="theirs", rdomain=7)):
             assert links(network)["tap0"]["master"] == "theirs"
-    assert links(network)["theirs"].get("master") == "vrf7"  # not ours to empty
+    assert links(network)["theirs"].get("master") == "vrf7"  # it is not ours, so its ports stay
     network.run("ip", "link", "delete", "vrf7")
 
 
 @pytest.mark.deep
 def test_a_switch_leaves_its_routing_domain(network: Network) -> None:
-    """The configuration was read again, and says nothing of it any more; or names another."""
+    """A reloaded configuration gives the switch no routing domain, or another one."""
     with Priv(network) as priv:
         priv.configure(switch("br0", rdomain=7))
         assert priv.configure(switch("br0", rdomain=8)) == ()
@@ -109,7 +109,7 @@ def test_a_switch_leaves_its_routing_domain(network: Network) -> None:
 
 @pytest.mark.deep
 def test_what_a_killed_priv_left(network: Network) -> None:
-    """VRFs and the ends of their tables too."""
+    """The next priv also removes VRFs and the last routes of their tables."""
     with Priv(network) as first:
         first.configure(switch("br0", rdomain=7))
         with first.make(nic(rdomain=3, host4=HOST4)):
@@ -123,7 +123,7 @@ def test_what_a_killed_priv_left(network: Network) -> None:
 
 @pytest.mark.deep
 def test_the_whole_way_from_vm_conf(network: Network, linux: LinuxGuest, tmp_path: Path) -> None:
-    """`rdomain` of an interface and of a switch, NAT switched on, and everything gone at the end."""
+    """`rdomain` of an interface and of a switch works, NAT is enabled, and nothing is left at the end."""
     conf = f"""
 switch "lan" {{
     interface br0
