@@ -1,11 +1,11 @@
-/* Measuring: the host says what to do, line by line, and this guest says how long it took.
+/* Benchmark: the host sends commands, one per line, and this guest answers with the time that each took.
  *
  *     WHAT bytes=B depth=D count=N [piece=P] [asleep]
  *
- * WHAT is one of read, write (one after the other through the disk), randread, randwrite.  Each request moves B
- * bytes, in pieces of P in memory; D of them are under way at any time, until N are done.  Meanwhile the guest
- * polls, or sleeps for an interrupt by MSI-X.  The answer is "done N requests in C cycles"; before each command
- * it says "ready" and sleeps, so that the host can look at its clocks while nothing happens. */
+ * WHAT is read, write (both sequential), randread or randwrite.  Each request moves B bytes, in pieces of P bytes in
+ * memory.  D requests are outstanding at any time, until N are done.  Meanwhile the guest polls, or with `asleep`
+ * sleeps until an interrupt by MSI-X.  The answer is "done N requests in C cycles".  Before each command the guest
+ * prints "ready" and sleeps, so that the host can read its clocks meanwhile. */
 
 #include "blk.h"
 
@@ -26,7 +26,7 @@ static uint64_t place(const struct load *load, uint64_t number)
     return (load->random ? random_number() : number) % slots * (load->bytes / SECTOR);
 }
 
-/* Run a load; return the cycles it took, or 0 if a request failed. */
+/* Run a load.  Return the cycles that it took, or 0 if a request failed. */
 static uint64_t run(const struct load *load)
 {
     static uint8_t *buffers;
@@ -38,7 +38,7 @@ static uint64_t run(const struct load *load)
 
     if (!buffers)
         buffers = take_pages((size_t)DEPTH_MAX * BYTES_MAX / 4);
-    /* From the top down: no piece follows the one before it, or a driver would have made them one. */
+    /* In descending order, so that no two pieces are contiguous: a driver would merge contiguous ones. */
     for (unsigned i = 0; i < load->depth; i++)
         for (uint32_t at = 0; at < load->bytes; at += load->piece)
             pieces[i][count - 1 - at / load->piece] = (struct segment){
@@ -55,7 +55,7 @@ static uint64_t run(const struct load *load)
 
         if (!request)
             return 0;
-        /* All that have come back, and then one notification for what takes their place. */
+        /* Replace all finished requests, then notify the device once. */
         for (; request; request = queue_take(&disk.queue, NULL)) {
             size_t which = (size_t)(request - requests);
 

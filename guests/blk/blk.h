@@ -1,15 +1,15 @@
-/* blk: a driver of virtio disks that tests them, or measures them.
+/* blk: a driver that tests or measures virtio disks.
  *
- *     (nothing)       all checks on the first disk, which the host has filled with pattern 0; changes it
- *     readonly        the checks that fit a disk that may not be written
+ *     (nothing)       all checks on the first disk, which the host has filled with pattern 0; they change the disk
+ *     readonly        the checks for a read-only disk
  *     reads=N         N reads of 4 KiB, asleep between them, by MSI-X; then off
  *     bench           serve commands on the serial line (bench.c)
- *     churn           keep the disk busy until a line says otherwise, and tell what was wrong (churn.c)
- *     mapped          use no ports, only registers in memory; so legacy ones are not tested
- *     slot=N          not the first disk but the one in PCI slot N, or behind it
- *     qemu            run under QEMU, for testing this guest: leaves out what is ours alone
+ *     churn           keep the disk busy until a command ends that, and report errors (churn.c)
+ *     mapped          use no ports, only registers in memory, so legacy registers are not tested
+ *     slot=N          use the first disk in PCI slot N or a later one
+ *     qemu            run under QEMU, to test this guest; omits checks that only vmd passes
  *
- * Works in ring 3, natively even where ring 0 is interpreted. */
+ * Works in ring 3, which runs natively even if ring 0 is interpreted. */
 
 #ifndef BLK_H
 #define BLK_H
@@ -21,7 +21,7 @@
 #define MIB (1024u * KIB)
 
 enum { T_IN = 0, T_OUT = 1, T_FLUSH = 4, T_GET_ID = 8, T_DISCARD = 11, T_WRITE_ZEROES = 13 };
-enum { S_OK = 0, S_IOERR = 1, S_UNSUPP = 2, S_NONE = 0xEE /* ours: the device wrote none, or gave no answer */ };
+enum { S_OK = 0, S_IOERR = 1, S_UNSUPP = 2, S_NONE = 0xEE /* ours: no status, or no answer */ };
 enum {
     CONFIG_CAPACITY = 0,
     CONFIG_SEG_MAX = 12,
@@ -58,7 +58,7 @@ struct range {
 struct request {
     struct header header;
     uint8_t status;
-    uint32_t written; /* what the device says */
+    uint32_t written; /* number of bytes, from the device */
 };
 
 struct disk {
@@ -68,12 +68,12 @@ struct disk {
     bool indirect; /* whether to use tables */
 };
 
-/* What a disk is to be driven with. */
+/* The way to drive a disk. */
 struct way {
     bool legacy, indirect, event_index;
-    bool featureless; /* as a driver that knows of no feature of disks */
+    bool featureless; /* accept no disk features */
     enum interrupts interrupts;
-    unsigned size; /* of the queue, at most; 0: as large as it can be */
+    unsigned size; /* largest size of the queue; 0: as large as possible */
 };
 
 extern struct disk disk;
@@ -83,28 +83,28 @@ bool under_qemu(void);
 /* disk.c */
 unsigned find_disk(void);
 bool has_interface(bool legacy);
-/* Reset the disk and make it ready; false, and a failed check, if it does not get ready. */
+/* Reset the disk and make it ready.  False, and a failed check, if it does not get ready. */
 bool start_disk(const struct way *way);
-/* Put a request with its data between header and status into the queue; false if it is full. */
+/* Put a request with its data between header and status into the queue.  False if the queue is full. */
 bool submit(struct request *request, uint32_t type, uint64_t sector, const struct segment *data, unsigned count);
 void kick(void);
-/* Wait for requests to be done, as virtio_wait; a disk that has been silent for some seconds is given up. */
+/* Wait for finished requests, like virtio_wait.  Gives up a disk that does not answer for some seconds. */
 bool wait_for_disk(unsigned more);
-/* Take a finished request, waiting for it; NULL if none comes. */
+/* Wait for a finished request, and take it.  NULL if none comes. */
 struct request *finish(void);
-/* One request from beginning to end; returns its status and what was written. */
+/* Do one request.  Returns its status, and the number of bytes that the device wrote. */
 uint8_t carry_out(uint32_t type, uint64_t sector, const struct segment *data, unsigned count, uint32_t *written);
 uint8_t read_disk(uint64_t sector, void *to, uint32_t length);
 uint8_t write_disk(uint64_t sector, const void *from, uint32_t length);
-/* A chain given as it is, in the queue's own descriptors; returns the byte at `status` when it has come back. */
+/* Submit an arbitrary chain in the queue's own descriptors.  Returns the byte at `status` after its return. */
 uint8_t run_chain(const struct segment *chain, unsigned count, const volatile uint8_t *status, uint32_t *written);
-/* Fill with, or look for, what belongs into some sectors.  Tests on the host know the formula. */
+/* Fill a buffer with the pattern of some sectors, or compare it.  Tests on the host use the same formula. */
 void fill_pattern(void *at, uint64_t sector, unsigned sectors, uint8_t generation);
 bool is_pattern(const void *at, uint64_t sector, unsigned sectors, uint8_t generation);
 bool is_filled_with(const void *at, size_t size, uint8_t byte);
 uint32_t random_number(void);
 
-/* The disk's regions, in sectors: what nobody writes, what the last check leaves behind, and room to play. */
+/* The disk's regions, in sectors: one that is never written, one for the last check's result, and scratch space. */
 enum { KEPT = 2048, KEPT_END = 4096, FINAL = 0, FINAL_END = 2048, SCRATCH = 4096, SCRATCH_END = 12288 };
 enum { PATTERN_HOST = 0, PATTERN_FINAL = 0xAB };
 

@@ -1,14 +1,14 @@
-/* Churn: the queue is kept busy for ever with patterns that are written, read back and compared, each in its own
- * region of the disk and with a number of its own.  For each line that comes, this guest says
+/* Churn: keep the queue busy with patterns that are written, read back and compared.  Each job has its own region of
+ * the disk and its own number.  For each line of input, this guest prints
  *
  *     churn: rounds=N errors=E lost=L silent=S interrupts=I spurious=P beats=B backwards=W
  *
- * errors are requests that failed or data that is wrong; lost are interrupts that never came for what was in the used
- * ring, silent are requests of which nothing was heard for half a minute.  A line with a q in it ends it all.
+ * `errors` counts failed requests and wrong data.  `lost` counts interrupts that did not come although the used ring
+ * had buffers.  `silent` counts waits of half a minute without any used buffer.  A line with a q ends the guest.
  *
- * With `smp` another processor reads the ACPI timer meanwhile (beats), which must not run backwards.
+ * With `smp` another processor reads the ACPI timer meanwhile, which must not run backwards.  `beats` counts the reads.
  *
- * It sleeps for interrupts: MSI-X, or with intx-pic or intx-ioapic INTx; with `polled` it does not. */
+ * The guest sleeps for interrupts: MSI-X, or INTx with intx-pic or intx-ioapic.  With `polled` it polls. */
 
 #include "blk.h"
 
@@ -44,8 +44,8 @@ static void on_receive(void)
     }
 }
 
-/* What the other processor does.  A timer of 24 bits looks as if it ran backwards after 2.4 s without a processor;
- * where it has 32, no host takes us half of them away. */
+/* The work of the other processor.  A 24-bit timer seems to run backwards if the host does not run this processor for
+ * 2.4 s.  For half the range of a 32-bit timer no host stops it. */
 static void watch_time(void)
 {
     uint32_t mask = power.timer_half * 2 + 1;
@@ -105,8 +105,8 @@ static void go_on(struct job *job)
     }
 }
 
-/* Sleep until something has come back.  A machine that stands still for a while looks as if an interrupt were lost,
- * for the alarm has been ringing meanwhile; but only once. */
+/* Sleep until there are used buffers.  After a pause of the machine the alarm may come before the interrupt, but only
+ * once.  So the first alarm does not count as a lost interrupt. */
 static void sleep(void)
 {
     uint32_t before = disk.device.interrupted;

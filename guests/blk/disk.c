@@ -5,7 +5,7 @@
 struct disk disk;
 
 static unsigned slot;
-static bool dead; /* has once not answered, so that nothing more is waited for */
+static bool dead; /* it has not answered once, so nothing waits for it any more */
 
 unsigned find_disk(void)
 {
@@ -16,7 +16,7 @@ unsigned find_disk(void)
 bool has_interface(bool legacy)
 {
     if (disk.device.registers.base)
-        virtio_reset(&disk.device); /* its interrupt line is let go by this only */
+        virtio_reset(&disk.device); /* only this lowers its interrupt line */
     return virtio_open(&disk.device, slot, legacy);
 }
 

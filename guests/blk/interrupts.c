@@ -1,4 +1,4 @@
-/* Interrupts: asked for, suppressed, masked and moved. */
+/* Interrupts: requested, suppressed, masked and moved. */
 
 #include "blk.h"
 
@@ -8,7 +8,7 @@
 static uint8_t *data;
 static struct request requests[MANY];
 
-/* Send reads off; none is waited for. */
+/* Submit reads without waiting for them. */
 static void send(unsigned count)
 {
     for (unsigned i = 0; i < count; i++)
@@ -16,13 +16,13 @@ static void send(unsigned count)
     kick();
 }
 
-/* Take them back without asking for an interrupt. */
+/* Take the reads back without requesting an interrupt. */
 static bool collect(unsigned count)
 {
     enum interrupts how = disk.device.interrupts;
     bool good = true;
 
-    disk.device.interrupts = POLLED; /* of virtio_wait only; the device goes on as before */
+    disk.device.interrupts = POLLED; /* only for virtio_wait; the device continues to interrupt */
     for (unsigned i = 0; i < count && good; i++) {
         const struct request *request = finish();
 
@@ -71,7 +71,7 @@ static void test_suppressed(void)
     before = disk.device.interrupted;
     send(MANY);
     check("suppressed-comes-back", collect(MANY));
-    send(1); /* the device is past the point where it would have interrupted for the others */
+    send(1); /* the device has passed the point of an interrupt for the others */
     collect(1);
     check_equal("suppressed-is-silent", disk.device.interrupted, before);
     queue_want_interrupt(&disk.queue, 1);
@@ -125,7 +125,7 @@ static void test_event_index(void)
     queue_want_interrupt(&disk.queue, MANY);
     send(MANY / 2);
     check("half-is-done", soon(half_is_done));
-    check("device-asks-for-the-next-again", soon(device_caught_up)); /* its interrupt would be before that */
+    check("device-asks-for-the-next-again", soon(device_caught_up)); /* its interrupt would come before that */
     check_equal("not-before-the-event", disk.device.interrupted, before);
     for (unsigned i = MANY / 2; i < MANY; i++)
         submit(&requests[i], T_IN, KEPT + i, &(struct segment){data + i * SECTOR, SECTOR, true}, 1);
@@ -163,7 +163,7 @@ void test_interrupts(const char *name, bool legacy)
         return;
     test_suppressed();
     test_masked();
-    if (!under_qemu()) /* it looks at the vector when the driver is ready, and never again */
+    if (!under_qemu()) /* QEMU reads the vector only when the driver becomes ready */
         test_moved();
     if (!start_disk(&(struct way){.legacy = legacy, .interrupts = MSIX, .event_index = true}))
         return;

@@ -1,4 +1,4 @@
-/* What is to be done, and the list of ways to do it. */
+/* The modes, and the list of ways to drive the disk. */
 
 #include "blk.h"
 

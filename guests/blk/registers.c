@@ -7,7 +7,7 @@ enum { CFG_PCI = 5, CAP_TYPE = 3, CAP_BAR = 4, CAP_OFFSET = 8, CAP_LENGTH = 12, 
 #define POLLS 100000
 #define WAIT_MS 4000
 #define IN_FLIGHT 64
-#define NOWHERE 0x4000 /* a queue, or a descriptor, that no device has */
+#define NOWHERE 0x4000 /* the index of a queue or descriptor that does not exist */
 
 static uint8_t *data;
 static struct request requests[IN_FLIGHT];
@@ -66,7 +66,7 @@ static void test_features(bool legacy)
     check("accepts-nothing-but-version-1", virtio_accept(&disk.device, 0));
 }
 
-/* Requests are under way when the device is reset: they may be done or not, but nothing comes afterwards. */
+/* The device is reset with outstanding requests.  They may be done or not, but nothing happens afterwards. */
 static void test_reset_in_flight(bool legacy)
 {
     struct way way = {.legacy = legacy, .indirect = true, .event_index = true};
@@ -91,7 +91,7 @@ static void test_reset_in_flight(bool legacy)
     check("works-after-reset", start_disk(&way) && works());
 }
 
-/* A head that no table has ends the device's trust; only a reset brings it back (virtio 1.2, 2.1.2). */
+/* After a head outside of the table the device needs a reset (virtio 1.2, 2.1.2). */
 static void test_broken_ring(bool legacy)
 {
     struct way way = {.legacy = legacy, .interrupts = MSIX};
@@ -102,7 +102,7 @@ static void test_broken_ring(bool legacy)
     before = disk.device.reconfigured;
     disk.queue.available->ring[disk.queue.next_available++ % disk.queue.size] = NOWHERE;
     kick();
-    if (legacy && under_qemu()) { /* it knows that status for virtio 1.x only */
+    if (legacy && under_qemu()) { /* QEMU has that status only for virtio 1.x */
         skip("broken-ring");
     } else {
         check("broken-ring-interrupts", wait_until(&disk.device.reconfigured, before + 1, WAIT_MS));
@@ -111,7 +111,7 @@ static void test_broken_ring(bool legacy)
     check("works-after-broken-ring", start_disk(&way) && works());
 }
 
-/* Nothing that runs is given another size or place. */
+/* The size and place of an active queue cannot be changed. */
 static void test_late_writes(bool legacy)
 {
     const struct window *registers = &disk.device.registers;
@@ -147,12 +147,12 @@ static void test_strange_notifications(bool legacy)
         outb((uint16_t)queue->notify, 0);
         outl((uint16_t)queue->notify, 0);
     }
-    virtio_notify(&disk.device, queue); /* there is nothing new */
+    virtio_notify(&disk.device, queue); /* without new buffers */
     check("works-after-strange-notifications", works());
     check_equal("none-needs-a-reset", virtio_status(&disk.device) & STATUS_NEEDS_RESET, 0);
 }
 
-/* The window through which BARs can be reached without mapping them (4.1.4.9). */
+/* The window that gives access to BARs without mapping them (4.1.4.9). */
 static void test_window(void)
 {
     const struct pci_device *pci = &disk.device.pci;
@@ -175,7 +175,7 @@ static void test_window(void)
     check("works-after-a-window-to-nowhere", works());
 }
 
-/* The place of notifications moves with its BAR, while the queue runs. */
+/* The notification address moves with its BAR while the queue is active. */
 static void test_moved_bar(bool legacy)
 {
     struct pci_device *pci = &disk.device.pci;
@@ -197,7 +197,7 @@ static void test_moved_bar(bool legacy)
     disk.device.registers.base += new - old;
     check("works-at-another-place", works());
     pci_write16(pci->slot, PCI_COMMAND, (uint16_t)((io ? COMMAND_MEMORY : COMMAND_IO) | COMMAND_MASTER));
-    if (io || !under_qemu()) /* where memory that is not there reads as zeroes */
+    if (io || !under_qemu()) /* on QEMU missing memory reads as zeroes */
         check_equal("switched-off", window_read(&disk.device.registers, 0, 1), 0xFF);
     pci_write16(pci->slot, PCI_COMMAND, COMMAND_IO | COMMAND_MEMORY | COMMAND_MASTER);
     check("works-after-switching-on", works());

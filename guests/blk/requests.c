@@ -1,4 +1,4 @@
-/* Every type of request, and what a device has to refuse (virtio 1.2, 5.2.6). */
+/* Every type of request, and requests that a device must refuse (virtio 1.2, 5.2.6). */
 
 #include "blk.h"
 
@@ -26,7 +26,7 @@ static void test_id(void)
     check_equal("get-id-used-length", written, ID_BYTES + 1);
     id[ID_BYTES] = '\0';
     check("id-has-a-name", id[0] > ' ' && id[0] < 0x7F);
-    if (!under_qemu()) /* it writes as much as there is */
+    if (!under_qemu()) /* QEMU writes only the name, without padding */
         check("id-is-padded", is_filled_with(id + strlen((char *)id), ID_BYTES - strlen((char *)id), 0));
     print("id %s\n", id);
 }
@@ -58,7 +58,7 @@ static uint8_t change_range(uint32_t type, uint64_t sector, uint32_t sectors, ui
     return carry_out(type, 0, &(struct segment){&range, sizeof(range), false}, 1, NULL);
 }
 
-/* Zero some sectors in the middle of others; look at both. */
+/* Zero some sectors between others, and check all. */
 static void test_zeroes(const char *name, const char *neighbours, uint32_t type, uint32_t flags)
 {
     const uint64_t at = SCRATCH + 2048;
@@ -68,7 +68,7 @@ static void test_zeroes(const char *name, const char *neighbours, uint32_t type,
     write_disk(at, data, AREA);
     check_equal(name, change_range(type, at + from, count, flags), S_OK);
     read_disk(at, copy, AREA);
-    if (type == T_WRITE_ZEROES) /* what was discarded may read as anything */
+    if (type == T_WRITE_ZEROES) /* discarded sectors may read as anything */
         check("reads-zero", is_filled_with(copy + from * SECTOR, count * SECTOR, 0));
     check(neighbours, memcmp(copy, data, from * SECTOR) == 0 &&
                       memcmp(copy + (from + count) * SECTOR, data + (from + count) * SECTOR,
@@ -126,7 +126,7 @@ static void test_flush(void)
     check_equal("flush-used-length", written, 1);
 }
 
-/* A driver that knows of no feature cannot flush: what is written has to be safe. */
+/* A driver without features cannot flush, so its writes must be safe at once. */
 static void test_without_features(bool legacy)
 {
     if (!start_disk(&(struct way){.legacy = legacy, .featureless = true}))

@@ -1,4 +1,4 @@
-/* What a queue carries, in every way it can be driven. */
+/* Requests in every form that a queue allows. */
 
 #include "blk.h"
 
@@ -36,7 +36,7 @@ static void test_transfers(void)
     check("reads-what-was-written", memcmp(data, copy, LARGE) == 0);
 }
 
-/* Cut a buffer into pieces of odd lengths, which therefore begin at odd addresses; return their number. */
+/* Cut a buffer into pieces of odd lengths, so that pieces begin at odd addresses.  Return their number. */
 static unsigned cut(struct segment *pieces, uint8_t *at, uint32_t length, bool write)
 {
     static const uint16_t lengths[] = {1, 511, 513, 7, 1023, 2, 4093, 64, 129};
@@ -105,7 +105,7 @@ static void test_layouts(void)
     check("layouts-carry-the-same", memcmp(whole.data, answer.data, SECTOR) == 0);
 }
 
-/* As many requests as there is room for, made available at once. */
+/* Make as many requests as fit available at once. */
 static void test_full_queue(void)
 {
     uint64_t sectors[QUEUE_MAX];
@@ -127,7 +127,7 @@ static void test_full_queue(void)
             break;
         }
         wrong += request->status != S_OK || request->written != SECTOR + 1;
-        request->status = S_NONE; /* one that came twice would be seen */
+        request->status = S_NONE; /* shows a request that comes twice */
     }
     check_equal("full-queue-comes-back", lost, 0);
     check_equal("full-queue-is-good", wrong, 0);
@@ -137,7 +137,7 @@ static void test_full_queue(void)
     check_equal("full-queue-has-the-data", wrong, 0);
 }
 
-/* One request after the other, each with its interrupt: whoever loses one, or a notification, stands still here. */
+/* One request after the other, each with its interrupt.  A lost interrupt or notification stops this test. */
 static void test_singles(void)
 {
     const struct segment sector = {data, SECTOR, true};
@@ -179,7 +179,7 @@ void test_rings(const char *name, const struct way *way)
     check_equal("no-reset-needed", virtio_status(&disk.device) & STATUS_NEEDS_RESET, 0);
 }
 
-/* So many requests that every 16-bit index has come round: both rings', and those of events. */
+/* So many requests that every 16-bit index wraps: those of both rings, and the event indices. */
 void test_wrap(const char *name, const struct way *way)
 {
     uint32_t done = 0, wrong = 0;

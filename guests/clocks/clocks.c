@@ -1,24 +1,24 @@
-/* clocks: says what time each of its clocks has, once for every line that it is sent.
+/* clocks: prints the time of each of its clocks for every line of input.
  *
- *     tsc=N tsc_to=N     the time stamp counter, before and after the next
- *     kvmclock=N         the paravirtual clock, in nanoseconds (0: there is none)
- *     pm=N               24 bits of the ACPI timer, 3579545 a second
- *     timer=N            all of it,
- *     timer_from=N timer_to=N   between these readings of the paravirtual clock
- *     left=N             what the local APIC's timer still has to count in its period, in nanoseconds,
- *     left_from=N left_to=N     between these
+ *     tsc=N tsc_to=N     the time stamp counter, before and after the reading of kvmclock
+ *     kvmclock=N         the paravirtual clock, in nanoseconds (0: not available)
+ *     pm=N               24 bits of the ACPI timer, at 3579545 Hz
+ *     timer=N            all bits of the ACPI timer, read
+ *     timer_from=N timer_to=N   between these times of the paravirtual clock
+ *     left=N             rest of the local APIC timer's period, in nanoseconds, read
+ *     left_from=N left_to=N     between these times of the paravirtual clock
  *     beats=N            interrupts of that timer, 100 a second
  *     pit=N              interrupts of the 8254, 100 a second
  *     periodic=N         interrupts of the battery-backed clock, 2 a second
  *     rtc=N              seconds of that clock since 2000
- *     began=N            the paravirtual clock when these three began
- *     held=N             how long the clock has been held the last time, in nanoseconds by the paravirtual clock
- *     up=N               what the time stamp counter was when it came up
- *     lost=N             model-specific registers that no longer hold what it wrote when it came up
- *     skew=N             answers of another processor whose time stamp counter was not between two of this one
+ *     began=N            the paravirtual clock at the start of these three counts
+ *     held=N             how long that clock was stopped the last time, in nanoseconds of the paravirtual clock
+ *     up=N               the time stamp counter when the guest started
+ *     lost=N             model-specific registers that have lost the values written at the start
+ *     skew=N             readings of another processor's time stamp counter that were not between two of this one
  *
- * A line with an s in it first takes hold of the battery-backed clock by its SET bit, as to set it, and one with a c
- * writes the seconds that it had and lets go. */
+ * A line with an s first stops the battery-backed clock by its SET bit, as if to set it.  A line with a c writes the
+ * seconds that were read before, and lets the clock run again. */
 
 #include "guest.h"
 
@@ -49,7 +49,7 @@ static volatile struct {
     uint8_t flags, pad2[2];
 } kvmclock __attribute__((aligned(64)));
 
-/* What a 64-bit kernel sets once and relies on for ever. */
+/* Registers that a 64-bit kernel sets once, and relies on from then on. */
 static struct {
     uint32_t msr;
     uint64_t mark;
@@ -57,7 +57,7 @@ static struct {
     {0x174, 0x10},                          /* SYSENTER_CS */
     {0x175, 0xFFFFFFFF80175175},            /* SYSENTER_ESP */
     {0x176, 0xFFFFFFFF80176176},            /* SYSENTER_EIP */
-    {0x277, 0x0007010600070106},            /* PAT, not as a reset leaves it */
+    {0x277, 0x0007010600070106},            /* PAT, different from its value after a reset */
     {0xC0000081, 0x0023001000000000},       /* STAR */
     {0xC0000082, 0xFFFFFFFF81C00082},       /* LSTAR */
     {0xC0000084, 0x47700},                  /* SFMASK */
@@ -153,7 +153,7 @@ static uint64_t kvmclock_ns(void)
     return time;
 }
 
-/* Have the other processor read its counter; it must be between two of ours. */
+/* Have the other processor read its counter.  The result must be between two readings of ours. */
 static bool in_step(void)
 {
     uint32_t before = answers;
@@ -167,7 +167,7 @@ static bool in_step(void)
     return answer >= sent && answer <= rdtsc();
 }
 
-/* As a system that sets the clock: what it writes are the seconds that it has read before. */
+/* Do the same as a system that sets the clock.  It writes the seconds that it has read before. */
 static uint64_t hold_or_release(void)
 {
     static uint64_t since, held;
@@ -241,7 +241,7 @@ void guest_main(void)
         left = lapic_read(LAPIC_CURRENT);
         left_to = kvmclock_ns();
         seconds = rtc_seconds();
-        interrupts_on(); /* so that none is lost while the line is slow */
+        interrupts_on(); /* so that no interrupt is lost while the serial line is slow */
         print("tsc=%lu tsc_to=%lu kvmclock=%lu pm=%u ", tsc, tsc_to, ns, timer & PM_TIMER_MASK);
         print("timer=%u timer_from=%lu timer_to=%lu ", timer, timer_from, timer_to);
         print("left=%u left_from=%lu left_to=%lu ", left, left_from, left_to);

@@ -1,9 +1,9 @@
-/* demo: a monitor on the serial line, for hosts whose KVM boots no stock kernel.
+/* demo: a command monitor on the serial line, for hosts whose KVM cannot boot a stock kernel.
  *
  *     quiet       no banner
  *     noprompt    no prompt and no echo, for programs that talk to it
  *
- * It sleeps whenever there is nothing to do: input, the power button and nothing else wake it. */
+ * It sleeps whenever it is idle.  Only input and the power button wake it. */
 
 #include "guest.h"
 
@@ -14,7 +14,7 @@ enum { CTRL_C = 3, BACKSPACE = 8, CTRL_U = 21, ESCAPE = 27, DELETE = 127 };
 
 static volatile char input[INPUT_MAX];
 static volatile unsigned input_head, input_tail;
-static volatile bool full; /* no interrupts of the UART: input waits there, and behind it */
+static volatile bool full; /* UART interrupts are off; further input waits in the UART and at its sender */
 static volatile bool running, interrupted, pressed;
 static bool interactive;
 static uint32_t started;
@@ -25,13 +25,13 @@ static void on_receive(void)
     while (inb(UART_LSR) & LSR_READY) {
         char c;
 
-        if (input_head - input_tail == INPUT_MAX) { /* a paste: what we do not read is not lost */
+        if (input_head - input_tail == INPUT_MAX) { /* after a paste; unread input is not lost */
             full = true;
             outb(UART_IER, 0);
             return;
         }
         c = (char)inb(UART_DATA);
-        if (c == CTRL_C && running) { /* ends the command, with what was typed ahead of it */
+        if (c == CTRL_C && running) { /* ends the command, and discards the input before it */
             interrupted = true;
             input_tail = input_head;
             continue;
@@ -63,7 +63,7 @@ static char read_char(void)
             switch_off();
         if (full && input_head - input_tail <= INPUT_MAX / 2) {
             full = false;
-            outb(UART_IER, IER_RECEIVE); /* interrupts at once if something waits */
+            outb(UART_IER, IER_RECEIVE); /* interrupts at once if input waits */
         }
         if (input_head != input_tail)
             return input[input_tail++ % INPUT_MAX];
@@ -71,7 +71,7 @@ static char read_char(void)
     }
 }
 
-/* Whether a ^C has come between the end of a line and the start of its command; what was typed before it goes. */
+/* Whether a ^C came between the end of a line and the start of its command.  Discards the input before it. */
 static bool take_ctrl_c(void)
 {
     for (unsigned at = input_tail; at != input_head; at++)
@@ -95,7 +95,7 @@ static void rub_out(void)
     echo('\b');
 }
 
-/* Swallow the rest of what an arrow or function key sends: ESC [ parameters letter, or ESC O letter. */
+/* Discard the rest of the sequence of an arrow or function key: ESC [ parameters letter, or ESC O letter. */
 static void skip_key(void)
 {
     char c = read_char();
@@ -107,7 +107,7 @@ static void skip_key(void)
     while (c >= ' ' && c < '@');
 }
 
-/* Return a line without its end; an abandoned one is empty. */
+/* Return a line without its end.  A line abandoned by ^C is empty. */
 static const char *read_line(void)
 {
     static char line[LINE_MAX + 1];
@@ -227,7 +227,7 @@ static void show_cpu(const char *argument)
 
 static void show_uptime(const char *argument)
 {
-    /* From the RTC: a timer that ticked would cost every idle second of the VM. */
+    /* From the RTC, because a periodic timer would cost processor time while the VM is idle. */
     uint32_t up = rtc_seconds() - started;
 
     (void)argument;
@@ -284,7 +284,7 @@ static void spin(const char *argument)
 {
     uint32_t seconds = parse_number(argument, 1), begin = rtc_seconds();
 
-    /* Chunks that take some 20 ms where ring 0 is interpreted, and next to nothing elsewhere. */
+    /* Chunks of about 20 ms if ring 0 is interpreted, and much less elsewhere. */
     while (rtc_seconds() - begin < seconds && !should_stop())
         for (unsigned i = 0; i < 10000; i++)
             __asm__ volatile("");
@@ -375,7 +375,7 @@ static void run(const char *line)
         if (same(commands[i].name, name)) {
             interrupted = take_ctrl_c();
             running = true;
-            interrupts_on(); /* so that ^C and the power button end what takes long */
+            interrupts_on(); /* so that ^C and the power button end a long command */
             commands[i].run(line);
             interrupts_off();
             running = false;

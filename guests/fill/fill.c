@@ -1,9 +1,9 @@
-/* fill: touches memory, and then has nothing to do: a VM of a known weight.
+/* fill: writes to memory, and then sleeps: a VM with a known amount of memory in use.
  *
- *     mib=N        so much of it, each word another one than all before
- *     again        ... and stores into each page once more, for ever, having looked whether it holds what was stored
- *                  there before; says now and then how often, or where something was lost
- *     rest=MS      between two passes, in which it does nothing */
+ *     mib=N        write N MiB, with a different value in each word
+ *     again        then check and rewrite each page, for ever; print the number of passes now and then, and each page
+ *                  that does not contain the values stored before
+ *     rest=MS      sleep so long between two passes */
 
 #include "guest.h"
 

@@ -1,5 +1,5 @@
-/* hello: says that it runs, with its very first instructions, and sleeps.  What comes before the byte on COM1 is
- * all of a VM's start-up and nothing of a guest's. */
+/* hello: writes a byte to COM1 with its first instructions, and sleeps.  So the time until the byte comes is the
+ * start-up time of the VM alone, without that of a guest. */
 
     .text
     .code32

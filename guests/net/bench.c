@@ -1,17 +1,17 @@
-/* Measuring:
+/* Benchmark commands:
  *
  *     pass [send=B] [receive] [piece=P] [depth=D] [buffers=Q] kcycles=K [asleep]
- *         for K thousand cycles send frames of B bytes as fast as the device takes them (segments of 64 KiB, to be
- *         cut by whoever needs that, if B is larger than frames are; P bytes of these lie together), D at a time, and
- *         take what comes into buffers of Q bytes.  The answer is "done S sent R received W wrong in C cycles".
+ *         for K thousand cycles send frames of B bytes as fast as the device takes them, with D in transmission, and
+ *         receive frames into buffers of Q bytes.  If B is larger than a frame, they are TCP segments of 64 KiB with
+ *         P contiguous bytes in memory.  The answer is "done S sent R received W wrong in C cycles".
  *     ping count=N [asleep]
- *         N frames of 64 bytes to the peer and back, one at a time.  "done N median M high H cycles", where nine
- *         of ten took at most H.
+ *         N frames of 64 bytes to the peer and back, one at a time.  The answer is "done N median M high H cycles",
+ *         where H is the 90th percentile.
  *     beat count=N us=U [send=B] [asleep]
- *         take N frames, which the peer sends one each U microseconds, while sending as above.  "done N median M
- *         high H cycles", from the peer's sending to this guest's seeing it.
+ *         receive N frames, of which the peer sends one each U microseconds, while sending as above.  The answer is
+ *         "done N median M high H cycles", the time from the peer's sending to this guest's receiving.
  *
- * Meanwhile the guest polls, or sleeps for interrupts by MSI-X, one for each queue. */
+ * Meanwhile the guest polls, or with `asleep` sleeps for interrupts by MSI-X, with one entry per queue. */
 
 #include "net.h"
 
@@ -40,7 +40,7 @@ static bool start(bool asleep, unsigned merge_bytes)
         .event_index = true, .merge_bytes = merge_bytes, .interrupts = asleep ? MSIX : POLLED});
 }
 
-/* What a slot holds is made once: a driver adds no more than descriptors, and numbers. */
+/* The content of a slot is built once, because a real driver adds only descriptors and numbers. */
 static void build(struct slot *slot, const struct load *load)
 {
     if (load->send <= FRAME_PLAIN)
@@ -52,7 +52,7 @@ static void build(struct slot *slot, const struct load *load)
     number++;
 }
 
-/* Keep as many frames under way as the load has it; return how many have been sent, and whether any was added. */
+/* Keep as many frames in transmission as the load says.  Return how many were sent, and whether any was added. */
 static uint32_t fill(const struct load *load, bool *added)
 {
     uint32_t sent = reclaim();
@@ -69,7 +69,7 @@ static uint32_t fill(const struct load *load, bool *added)
     return sent;
 }
 
-/* Sleep, or look again at once, where there was nothing to do.  A sender is woken when it can send a good many. */
+/* If there was nothing to do, sleep, or poll again at once.  A sender is woken when it can send many frames. */
 static bool rest(const struct load *load)
 {
     if (load->asleep)
@@ -82,7 +82,7 @@ struct taken {
     uint32_t frames, wrong;
 };
 
-/* Look at a frame of the peer's: its bytes belong to its number; of large ones only those in its first buffer. */
+/* Check a frame of the peer: its bytes must match its number.  Of a large one only the first buffer is checked. */
 static void judge(const struct arrival *arrival, struct taken *taken)
 {
     const uint8_t *frame = arrival->piece[0].address;
@@ -157,8 +157,8 @@ static void tell_samples(unsigned count)
     print("done %u median %u high %u cycles\n", count, samples[count / 2], samples[count * 9 / 10]);
 }
 
-/* Wait for a frame of the peer's, and let go of all others, which are left from what was measured before; meanwhile
- * send what the load wants sent.  False if it does not come. */
+/* Wait for a frame of the peer, and drop all others, which are left from earlier measurements.  Meanwhile send the
+ * frames of the load.  False if the frame does not come. */
 static bool await(const struct load *load, unsigned op, uint32_t wanted, struct frame_head *head)
 {
     static struct arrival arrival;
@@ -180,7 +180,7 @@ static bool await(const struct load *load, unsigned op, uint32_t wanted, struct 
     }
 }
 
-/* One frame to the peer and back; returns the cycles it took, or 0, and the peer's clock half-way. */
+/* Send one frame to the peer and back.  Returns the cycles that this took, or 0, and the peer's clock half-way. */
 static uint32_t ping(const struct load *load, uint64_t *stamp, uint64_t *middle)
 {
     struct frame_head head;
@@ -212,7 +212,7 @@ static void pings(const struct load *load)
     tell_samples(load->count);
 }
 
-/* How far the peer's time stamp counter is ahead of ours: as the quickest of many pings has it. */
+/* The difference between the peer's time stamp counter and ours, from the fastest of many pings. */
 static bool compare_clocks(int64_t *ahead)
 {
     static const struct load idle = {0};

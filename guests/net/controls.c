@@ -5,8 +5,8 @@
 #define WAIT_MS 4000
 #define POLLS 100000
 #define MANY 8
-#define STARVED 600u /* frames; more than there are buffers, and fewer than a tap keeps */
-#define NOWHERE 0x4000 /* a queue, or a descriptor, that no device has */
+#define STARVED 600u /* frames: more than there are buffers, and fewer than a tap queues */
+#define NOWHERE 0x4000 /* the index of a queue or descriptor that does not exist */
 #define LINK_CHANGES 4
 #define BEAT_MS 20
 
@@ -38,14 +38,14 @@ static bool ask(uint32_t count)
     return good;
 }
 
-/* Take frames that have been asked for, without waiting for interrupts. */
+/* Receive requested frames without waiting for interrupts. */
 static bool collect(uint32_t count)
 {
     enum interrupts how = nic.device.interrupts;
     uint32_t good = 0, length;
     const uint8_t *frame;
 
-    nic.device.interrupts = POLLED; /* of virtio_wait only; the device goes on as before */
+    nic.device.interrupts = POLLED; /* only for virtio_wait; the device continues to interrupt */
     while (good < count && (frame = next_frame(OP_DATA, &length)) && is_data(frame, length))
         good++;
     nic.device.interrupts = how;
@@ -122,7 +122,7 @@ static void test_event_index(void)
     queue_want_interrupt(&nic.rx, MANY);
     ask(MANY / 2);
     check("half-comes", soon(half_is_there));
-    check("half-is-sent-for", soon(is_sent)); /* its interrupt would be before that */
+    check("half-is-sent-for", soon(is_sent)); /* its interrupt would come before that */
     check_equal("not-before-the-event", nic.device.interrupted, before);
     ask(MANY / 2);
     check("at-the-event", wait_until(&nic.device.interrupted, before + 1, WAIT_MS));
@@ -145,7 +145,7 @@ static void test_sent(void)
     flush();
 }
 
-/* A driver that gives no buffers back has those frames that came first, and the others when it does. */
+/* A driver that returns no buffers gets the first frames, and the others when it returns buffers. */
 static void test_starved(void)
 {
     static struct arrival arrivals[QUEUE_MAX];
@@ -170,7 +170,7 @@ static void test_starved(void)
     check("works-after-starving", works());
 }
 
-/* Frames are coming and going when the interface is reset; nothing moves afterwards. */
+/* The interface is reset while frames pass in both directions.  Nothing may move afterwards. */
 static void test_reset_in_flight(const struct way *way)
 {
     unsigned moved = 0;
@@ -193,7 +193,7 @@ static void test_reset_in_flight(const struct way *way)
     check_equal("rings-are-let-go", moved, 0);
 }
 
-/* A head that no table has ends the device's trust; only a reset brings it back (virtio 1.2, 2.1.2). */
+/* After a head outside of the table the device needs a reset (virtio 1.2, 2.1.2). */
 static void test_broken_ring(const struct way *way, bool tx)
 {
     struct queue *queue = tx ? &nic.tx : &nic.rx;
@@ -203,14 +203,14 @@ static void test_broken_ring(const struct way *way, bool tx)
         return;
     before = nic.device.reconfigured;
     if (!tx) {
-        ask(queue->size + 1); /* so that one more buffer is looked for */
+        ask(queue->size + 1); /* so that the device looks for one more buffer */
         while (queue->free < queue->size && wait_for_frame() && queue_take(queue, NULL))
             ;
         check_equal("buffers-are-used-up", queue->free, queue->size);
     }
     queue->available->ring[queue->next_available++ % queue->size] = NOWHERE;
     (tx ? kick_tx : kick_rx)();
-    if (way->legacy && under_qemu()) { /* it knows that status for virtio 1.x only */
+    if (way->legacy && under_qemu()) { /* QEMU has that status only for virtio 1.x */
         skip("broken-ring");
     } else {
         check("broken-ring-interrupts", wait_until(&nic.device.reconfigured, before + 1, WAIT_MS));
@@ -230,7 +230,7 @@ static void test_strange_notifications(const struct way *way)
         outb((uint16_t)nic.tx.notify, 0);
         outl((uint16_t)nic.tx.notify, 0);
     }
-    virtio_notify(&nic.device, &nic.tx); /* there is nothing new */
+    virtio_notify(&nic.device, &nic.tx); /* without new buffers */
     virtio_notify(&nic.device, &nic.rx);
     check("works-after-strange-notifications", works());
     check_equal("none-needs-a-reset", virtio_status(&nic.device) & STATUS_NEEDS_RESET, 0);
@@ -277,7 +277,7 @@ void watch_link(const char *line)
         bool now = virtio_config(&nic.device, CONFIG_STATUS, 2) & STATUS_LINK_UP;
 
         if (now == up) {
-            /* The host says nothing of a tap that goes down until something is sent through it. */
+            /* The host does not report that a tap is down until something is sent through it. */
             while (!wait_until(&nic.device.reconfigured, seen + 1, BEAT_MS))
                 if (up && send(OP_DATA, changes, 0, FRAME_LEAST))
                     kick_tx();

@@ -1,9 +1,9 @@
 /* One question to the host's DHCP server (RFC 2131):
  *
- *     dhcp [legacy]          send DISCOVER; the answer is "offer A servers B ...", with the address and the name servers
- *     dhcp [legacy] lease    send REQUEST, as a host called guest-of-net; the answer is "ack A servers B ..."
+ *     dhcp [legacy]          send DISCOVER; print "offer A servers B ...", with the address and the name servers
+ *     dhcp [legacy] lease    send REQUEST, as a host called guest-of-net; print "ack A servers B ..."
  *
- * and in either case, on a line of its own, "called NAME DOMAIN", as far as one is told. */
+ * In either case a further line is "called NAME DOMAIN", with the names that the answer contains. */
 
 #include "net.h"
 
@@ -49,7 +49,7 @@ static void build_question(struct slot *slot, const uint8_t *options, uint32_t l
     put16(frame + UDP_AT, PORT_CLIENT);
     put16(frame + UDP_AT + 2, PORT_SERVER);
     put16(frame + UDP_AT + 4, question - UDP_AT);
-    frame[BODY_AT] = 1; /* a request, of Ethernet, whose addresses have six bytes */
+    frame[BODY_AT] = 1; /* a request, for Ethernet with its addresses of six bytes */
     frame[BODY_AT + 1] = 1;
     frame[BODY_AT + 2] = LLADDR;
     put16(frame + BODY_AT + 6, TRANSACTION);
@@ -73,7 +73,7 @@ static void print_address(const uint8_t *at)
     print(" %u.%u.%u.%u", at[0], at[1], at[2], at[3]);
 }
 
-/* Return where the data of an option is, behind its length; NULL if it is not there. */
+/* Return the data of an option, which follows its length byte; NULL if the option is missing. */
 static const uint8_t *find_option(const uint8_t *frame, uint32_t length, uint8_t code)
 {
     for (uint32_t at = OPTIONS_AT; at + 2 <= length && frame[at] != OPTION_END; at += 2u + frame[at + 1])

@@ -1,4 +1,4 @@
-/* Frames: built, and looked at.  Tests on the host know the same formulas. */
+/* Builds and checks frames.  Tests on the host use the same formulas. */
 
 #include "net.h"
 
@@ -86,7 +86,7 @@ const uint8_t *flatten(const struct arrival *arrival)
 
 /* ---- TCP */
 
-/* The sum that checksums are the complement of (RFC 1071), so far. */
+/* Continue the sum whose complement is the checksum (RFC 1071). */
 static uint32_t add_up(uint32_t sum, const uint8_t *at, uint32_t length)
 {
     for (; length > 1; at += 2, length -= 2)

@@ -1,4 +1,4 @@
-/* What is to be done, and the list of ways to do it. */
+/* The commands, and the list of ways to drive the interface. */
 
 #include "net.h"
 

@@ -3,9 +3,9 @@
 #include "net.h"
 
 #define PAGE 4096u
-#define FRAME_PLACE 64u                     /* where the frame is in a buffer whose header is apart */
+#define FRAME_PLACE 64u                     /* offset of the frame in a buffer with a separate header */
 #define SMALL_BYTES 2048u                   /* a buffer for frames that are not large */
-#define BIG_BYTES (FRAME_PLACE + 17 * PAGE) /* one that takes any frame */
+#define BIG_BYTES (FRAME_PLACE + 17 * PAGE) /* a buffer for any frame */
 #define BIG_BUFFERS 48u
 #define PATIENCE_MS 4000
 #define PATIENCE_CYCLES 40000000000ull
@@ -15,7 +15,7 @@ enum { ENTRY_RX = 1, ENTRY_TX = 2 };
 struct nic nic;
 
 static unsigned pci_slot;
-static bool dead; /* has once not answered, so that nothing more is waited for */
+static bool dead; /* it has not answered once, so nothing waits for it any more */
 static struct slot slots[SLOTS + SLOTS_LARGE], *free_slots[2];
 static uint8_t *buffers;
 
@@ -28,7 +28,7 @@ unsigned find_nic(void)
 bool has_interface(bool legacy)
 {
     if (nic.device.registers.base)
-        stop_nic(); /* its interrupt line is let go by this only */
+        stop_nic(); /* only this lowers its interrupt line */
     return virtio_open(&nic.device, pci_slot, legacy);
 }
 
@@ -78,7 +78,7 @@ static void post_all(void)
     unsigned count = nic.rx.size, bytes = SMALL_BYTES;
 
     if (!buffers)
-        buffers = take_pages(BIG_BUFFERS * BIG_BYTES); /* as many of the others have room in there */
+        buffers = take_pages(BIG_BUFFERS * BIG_BYTES); /* the same number of small ones fits in there */
     if (nic.mergeable) {
         bytes = nic.merge_bytes;
     } else if (nic.offloads) {
@@ -167,7 +167,7 @@ unsigned reclaim(void)
     return count;
 }
 
-/* Wait for a queue alone; the other one does not interrupt. */
+/* Wait for one queue only.  The other one does not interrupt. */
 static bool wait_for(struct queue *queue, unsigned more)
 {
     if (!dead)
@@ -203,7 +203,7 @@ bool send_slot(struct slot *slot)
     } else {
         pieces[count++] = (struct segment){header, nic.header + first, false};
     }
-    /* The last one first, so that no two lie side by side: nor do pages of a file, or of a program. */
+    /* In descending order, so that no two are contiguous, like the pages of a file or a program. */
     if (first + whole * slot->piece < slot->length)
         pieces[count++] = (struct segment){
             slot->frame + first + whole * slot->piece, slot->length - first - whole * slot->piece, false};
@@ -255,7 +255,7 @@ bool receive(struct arrival *arrival)
     if (written < nic.header || count == 0 || count > ARRIVAL_PIECES)
         nic.strange++;
     while (arrival->pieces < count && arrival->pieces < ARRIVAL_PIECES) {
-        /* The device makes all buffers of a frame known at once (5.1.6.4.1). */
+        /* The device publishes all buffers of a frame at once (5.1.6.4.1). */
         buffer = queue_take(&nic.rx, &written);
         if (!buffer) {
             nic.strange++;

@@ -1,14 +1,14 @@
-/* What passes, both ways, in every way an interface can be driven. */
+/* Traffic in both directions, in every way to drive an interface. */
 
 #include "net.h"
 
 #define ASKED 400u
-#define SENT 700u /* more than there are slots, and than a queue has room for */
+#define SENT 700u /* more than the number of slots, and than a queue has room for */
 #define SENT_STEP 37u
 #define STREAM_FRAMES 6u
 #define STREAM_BYTES 60000u
 
-static uint32_t serial; /* so that no two tests use the same numbers */
+static uint32_t serial; /* makes the numbers of each test unique */
 
 uint32_t length_of(uint32_t number)
 {
@@ -90,7 +90,7 @@ static void test_echoes(void)
     check_equal("echoes", good, sizeof(lengths) / sizeof(lengths[0]));
 }
 
-/* Ask the peer what it has seen, and compare. */
+/* Ask the peer for its counts, and compare them. */
 static void check_count(const char *name, uint32_t want)
 {
     const struct frame_head *head;
@@ -174,7 +174,7 @@ static void test_segments_out(void)
     }
 }
 
-/* Segments come whole, or in segments of the size the peer wants; not one byte is missing. */
+/* Segments arrive whole, or cut to the size that the peer wants.  No byte is missing. */
 static void test_segments_in(bool ipv6)
 {
     static struct arrival arrival;
@@ -220,7 +220,7 @@ void test_traffic(const char *name, const struct way *way)
     test_segments_in(false);
     test_segments_in(true);
     check_equal("nothing-is-strange", nic.strange, 0);
-    /* A line may be raised for what its handler has just seen; that must stay the exception. */
+    /* The line may be raised for buffers that its handler has just taken, but only rarely. */
     check_range("interrupts-have-causes", nic.device.spurious, 0, nic.device.interrupted);
     check_equal("needs-no-reset", virtio_status(&nic.device) & STATUS_NEEDS_RESET, 0);
     stop_nic();

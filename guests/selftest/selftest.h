@@ -1,9 +1,9 @@
 /* selftest: checks the machine from inside and reports each check by name.
  *
- *     cpus=N mem=MIB      what the VM was configured with, checked where given
- *     qemu                run under QEMU, for testing this guest: leaves out what is ours alone
+ *     cpus=N mem=MIB      the configuration of the VM, which is checked if given
+ *     qemu                run under QEMU, to test this guest; omits checks that only vmd passes
  *
- * Each part is one file; nothing may take long where ring 0 is interpreted, and nothing may wait for ever. */
+ * Each part is one file.  No check may take long if ring 0 is interpreted, and none may wait for ever. */
 
 #ifndef SELFTEST_H
 #define SELFTEST_H

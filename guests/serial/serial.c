@@ -1,11 +1,11 @@
-/* serial: what a byte on COM1 costs.
+/* serial: measures the cost of a byte on COM1.
  *
- *     kib=N       how much to write, default 64
- *     nopoll      write without asking LSR first whether there is room
+ *     kib=N       KiB to write, default 64
+ *     nopoll      write without polling LSR for room
  *
- * Runs in ring 3 with IOPL 3, where a KVM without hardware executes natively: what is measured is then the way
- * from OUT to the VMM and back.  Between the lines "serial: begin" and "serial: end" there are exactly N KiB.
- * The last line tells the time stamp counter's cycles per byte, so that no reader's speed is measured. */
+ * It runs in ring 3 with IOPL 3, which a KVM without hardware executes natively.  So the time is that from OUT to the
+ * VMM and back.  Between the lines "serial: begin" and "serial: end" there are exactly N KiB.  The last line is the
+ * number of time stamp counter cycles per byte, so the speed of the reader does not matter. */
 
 #include "guest.h"
 
@@ -19,7 +19,7 @@ static void write_bytes(void)
     print("serial: begin\n");
     began = rdtsc();
     for (uint32_t i = 0; i < bytes; i++) {
-        /* Lines of 64 columns, so that consoles and backlogs see ordinary text. */
+        /* Lines of 64 columns, so that the output is ordinary text for consoles and backlogs. */
         uint8_t byte = (i & 63) == 63 ? '\n' : (uint8_t)('0' + (i & 63));
 
         if (poll)

@@ -1,7 +1,7 @@
-/* tick: a VM that has next to nothing to do, of which a host should be able to run many.  It wakes up twice a
- * second, the slowest that an RTC can, and switches off when the power button is pressed.
+/* tick: a nearly idle VM, of which a host should be able to run many.  It wakes up twice a second, the slowest rate of
+ * an RTC, and switches off when the power button is pressed.
  *
- *     idle        does not even do that: what it costs then is the VMM's */
+ *     idle        never wake up, so that the remaining cost is only the VMM's */
 
 #include "guest.h"
 
@@ -11,7 +11,7 @@ static volatile uint32_t pressed;
 
 static void tick(void)
 {
-    cmos_read(RTC_C); /* lets the line go; without this there is no second interrupt */
+    cmos_read(RTC_C); /* lowers the line; without this there is no second interrupt */
 }
 
 static void button(void)
@@ -25,7 +25,7 @@ void guest_main(void)
         cmos_write(RTC_A, SLOWEST_RATE);
         irq_enable(IRQ_RTC, tick);
         cmos_write(RTC_B, RTC_24H | RTC_PERIODIC);
-        cmos_read(RTC_C); /* an interrupt left pending would keep the line up, and no edge would follow */
+        cmos_read(RTC_C); /* a pending interrupt would keep the line high, and no edge would follow */
     }
     power_button_enable(button);
     print("READY\n");

@@ -1,18 +1,18 @@
-/* vmmci: a driver of the VM control device, as OpenBSD has one, and what such a driver may do instead.
+/* vmmci: a driver of the VM control device, like OpenBSD's, and variants that behave differently.
  *
- *     (nothing)    acknowledges a request to end, and resets the machine
+ *     (nothing)    acknowledges a shutdown request, and resets the machine
  *     slow         acknowledges, and takes two seconds for it
  *     linger       acknowledges, and never ends
- *     ignore       takes no notice
+ *     ignore       ignores the request
  *     crash        crashes instead: a triple fault
  *     off          acknowledges, and switches itself off
- *     silent       is a driver that knows of no acknowledgements; resets the machine
- *     flood        acknowledges for ever
+ *     silent       does not acknowledge; resets the machine
+ *     flood        acknowledges again and again
  *     announce     announces its own end, and waits for it
- *     announce-flood   announces it for ever
+ *     announce-flood   announces it again and again
  *     announce-reset   announces it, and resets the machine
  *
- * Other requests, to read the clock again, are always obeyed.  It says what it is asked. */
+ * Requests to read the clock again are always obeyed.  The guest prints each request. */
 
 #include "virtio.h"
 
