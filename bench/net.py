@@ -127,7 +127,7 @@ class NetSide(Side):
             raise RuntimeError(f"{line}: the guest said {said!r}")
         sent, received, cycles = map(int, found.groups())
         if self.arrived() - before < sent:
-            raise RuntimeError(f"{line}: {sent} frames are sent, and {self.arrived() - before} arrived")
+            raise RuntimeError(f"{line}: {sent} frames were sent, and {self.arrived() - before} arrived")
         seconds = cycles / hertz
         return Passed(sent / seconds, received / seconds, spent_s / max(1, sent + received))
 

@@ -124,7 +124,7 @@ def many(directory: Path, kernel: Path) -> Row:
     with Network() as network, NetDaemon(place, network, conf) as vmd:
         while sum(row["state"] == "running" for row in vmd.rows()) < VMS:
             if time.monotonic() - began > DEADLINE_S:
-                raise RuntimeError(f"of {VMS} VMs some do not run")
+                raise RuntimeError(f"some of {VMS} VMs do not run")
             time.sleep(POLL_S)
         took_s = time.monotonic() - began
         vmd.must("stop", "-afw", timeout_s=DEADLINE_S)

@@ -219,14 +219,14 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="mutants", description="How many single changes the tests notice.")
     parser.add_argument("modules", nargs="*", help="vmd/ipc/channel.py, or vmd/ipc/channel.py:154 for all of a line")
     parser.add_argument("--count", type=int, default=COUNT, help=f"changes of each module ({COUNT})")
-    parser.add_argument("--seed", type=int, default=SEED, help=f"chooses them ({SEED})")
+    parser.add_argument("--seed", type=int, default=SEED, help=f"seed of their random choice ({SEED})")
     parser.add_argument(
-        "--slack", type=float, default=SLACK_S, help=f"seconds more than the tests need ({SLACK_S:.0f})"
+        "--slack", type=float, default=SLACK_S, help=f"seconds beyond the tests' duration ({SLACK_S:.0f})"
     )
     parser.add_argument("--near", action="store_true", help="the module's nearest unit tests only")
     parser.add_argument("--unit", action="store_true", help="unit tests only")
-    parser.add_argument("--verbose", action="store_true", help="print also what is noticed")
-    parser.add_argument("--entries", action="store_true", help=f"print entries for {known.FILE}, too")
+    parser.add_argument("--verbose", action="store_true", help="also print noticed changes")
+    parser.add_argument("--entries", action="store_true", help=f"also print entries for {known.FILE}")
     parser.add_argument("--top", type=Path, default=TOP, help="another checkout")
     given = parser.parse_args(arguments)
 

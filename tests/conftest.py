@@ -25,12 +25,12 @@ NOT_RUN = pytest.StashKey[dict[str, int]]()  # reason -> number of tests
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add our options."""
     parser.addoption("--deep", action="store_true", help="also run the long rounds")
-    parser.addoption("--soak", action="store_true", help="run the rounds without an end of their own, and nothing else")
-    parser.addoption("--sequences", type=int, metavar="N", default=10000, help="how many sequences of each with --soak")
-    parser.addoption("--snapshot-rounds", type=int, metavar="N", default=12, help="how often a snapshot is cut off")
-    parser.addoption("--seed", type=int, metavar="N", default=1 << 20, help="the first of them")
+    parser.addoption("--soak", action="store_true", help="run only the tests that have no end of their own")
+    parser.addoption("--sequences", type=int, metavar="N", default=10000, help="sequences of each test with --soak")
+    parser.addoption("--snapshot-rounds", type=int, metavar="N", default=12, help="how often a snapshot is interrupted")
+    parser.addoption("--seed", type=int, metavar="N", default=1 << 20, help="the seed of the first sequence")
     parser.addoption(
-        "--inside-l1", metavar="FILE", help="we are in the emulated machine: run its tests, report to FILE"
+        "--inside-l1", metavar="FILE", help="this is the emulated machine: run its tests, report to FILE"
     )
     two.add_options(parser)
 

@@ -30,7 +30,7 @@ ENDED_WELL = (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.
 def add_options(parser: pytest.Parser) -> None:
     """Add the options of this module."""
     parser.addoption("--two", action="store_true", help="share the tests between two processes")
-    parser.addoption("--second", metavar="FOLDER", help="we are the second of them, and report to FOLDER")
+    parser.addoption("--second", metavar="FOLDER", help="this is the second process, which reports to FOLDER")
 
 
 def configure(config: pytest.Config) -> None:

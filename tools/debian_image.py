@@ -91,8 +91,8 @@ def cached() -> Path:
     with made_once(home) as fresh:
         if fresh is not None:
             if os.geteuid() != 0:
-                raise ImageError("a Debian image is made as root")
-            print("making a Debian image from packages, which takes some minutes, once", file=sys.stderr, flush=True)
+                raise ImageError("only root can make a Debian image")
+            print("making a Debian image from packages; this takes minutes, only once", file=sys.stderr, flush=True)
             make(fresh)
     return home / "disk.raw"
 

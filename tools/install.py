@@ -255,7 +255,7 @@ def read_places(words: Sequence[str]) -> dict[str, str]:
             raise InstallError(f"{place}: not a plain absolute path: {path}")
     for place in OWN:
         if os.path.basename(places[place]) != "vmd":
-            raise InstallError(f"{place}: is cleared by us, so its name must be vmd: {places[place]}")
+            raise InstallError(f"{place}: its directory is removed, so its name must be vmd: {places[place]}")
     return places
 
 

@@ -63,7 +63,7 @@ def chosen() -> Guest:
     try:
         return debian()
     except ImageError as error:
-        print(f"run: {error}\nrun: so the guest is a small one", file=sys.stderr, flush=True)
+        print(f"run: {error}\nrun: running a small guest instead", file=sys.stderr, flush=True)
         return small()
 
 
@@ -104,7 +104,7 @@ def ssh(vmctl: Vmctl) -> int:
     """Open a shell in the guest by ssh, or its console if that fails.  Return the exit status."""
     known = f"UserKnownHostsFile={FOLDER}/known_hosts"
     command = [*vmctl, "ssh", "-i", str(FOLDER / "key"), "-o", "IdentitiesOnly=yes", "-o", known, NAME]
-    print(f"run: the guest sets itself up; to watch it: {' '.join([*vmctl, 'console', NAME])}", flush=True)
+    print(f"run: cloud-init configures the guest; to watch it: {' '.join([*vmctl, 'console', NAME])}", flush=True)
     if shown([*command, "--", "true"], check=False):
         return console(vmctl)
     return shown(command, check=False)
@@ -165,7 +165,7 @@ def interrupted(_signal: int, _frame: object) -> None:
 def main() -> int:
     """Run the guest.  The exit status is that of the shell or console."""
     if os.geteuid() != 0:
-        print("run: vmd runs as root, so through sudo", file=sys.stderr, flush=True)
+        print("run: vmd needs root: running it through sudo", file=sys.stderr, flush=True)
         os.execvp("sudo", ["sudo", sys.executable, "-m", "tools.run"])
     signal.signal(signal.SIGTERM, interrupted)
     signal.signal(signal.SIGHUP, interrupted)

@@ -2,7 +2,7 @@
 
 #include "guest.h"
 
-/* Defaults for a machine whose tables cannot be found; a guest should still be able to switch it off. */
+/* Defaults if the tables cannot be found, so that a guest can still switch the machine off. */
 struct power power = {.event = 0x600, .control = 0x604, .timer = 0x608, .sci = 9};
 
 #define SLEEP_TYPE_DEFAULT 5
@@ -29,7 +29,7 @@ bool acpi_sum_is_zero(const void *table, size_t size)
 const struct acpi_rsdp *acpi_scan_rsdp(void)
 {
     for (uint64_t at = BIOS_AREA; at < BIOS_AREA_END; at += 16) {
-        /* "RSD PTR ", eight bytes that always stand on a 16-byte boundary (5.2.5.1) */
+        /* "RSD PTR ": eight bytes, always at a 16-byte boundary (5.2.5.1) */
         if (peek64(at) == 0x2052545020445352ull && acpi_sum_is_zero((const void *)at, 20))
             return (const struct acpi_rsdp *)at;
     }
@@ -109,7 +109,7 @@ static unsigned sleep_type(void)
         if (peek32(at) != 0x5F35535F || peek8(at + 4) != 0x12)
             continue;
         at += 5;
-        at += 1 + (peek8(at) >> 6); /* the length, of one byte and as many as its top bits say */
+        at += 1 + (peek8(at) >> 6); /* the length: one byte, and as many more as its top bits say */
         at += 1;                    /* the count */
         return peek8(at) == 0x0A ? peek8(at + 1) : peek8(at) & 7;
     }

@@ -1,4 +1,4 @@
-/* What the loader tells, and the way to guest_main. */
+/* Reads the loader's information, and calls guest_main. */
 
 #include "guest.h"
 
@@ -31,7 +31,7 @@ const char *cmdline(void)
     return start_info->cmdline ? (const char *)start_info->cmdline : "";
 }
 
-/* Return what follows `name` where a word of the command line begins with it. */
+/* Return the text after `name` if a word of the command line begins with it. */
 static const char *find_word(const char *name)
 {
     size_t length = strlen(name);

@@ -112,7 +112,7 @@ struct date rtc_date(void)
 {
     struct date date = read_once();
 
-    /* The second may have changed half-way: two equal readings cannot both be torn. */
+    /* The second may have changed during a reading.  Two equal readings are consistent. */
     for (unsigned tries = 0; tries < 3; tries++) {
         struct date again = read_once();
 

@@ -1,4 +1,4 @@
-/* Commands that the host gives line by line, WORD NAME=NUMBER WORD: for guests that serve a benchmark. */
+/* Commands from the host, one per line, WORD NAME=NUMBER WORD, for guests that serve a benchmark. */
 
 #include "guest.h"
 
@@ -35,7 +35,7 @@ void read_command(char *line)
     while (!wait_until(&lines, seen + 1, 4000))
         ;
     seen = lines;
-    memcpy(line, input, COMMAND_MAX); /* one line at a time: the host waits for the answer */
+    memcpy(line, input, COMMAND_MAX); /* there is only one line, because the host waits for the answer */
     input_length = 0;
 }
 

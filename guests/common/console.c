@@ -19,7 +19,7 @@ void console_init(void)
 
 void put_char(char c)
 {
-    /* Bounded: a transmitter that never gets ready must not keep a report from ending. */
+    /* The loop is bounded, so that a transmitter that never gets ready does not block a report. */
     for (unsigned polls = 0; !(inb(UART_LSR) & LSR_THRE) && polls < POLLS_MAX; polls++)
         cpu_pause();
     outb(UART_DATA, (uint8_t)c);

@@ -1,8 +1,8 @@
-/* Memory and strings: what gcc expects to find, and page tables above 4 GiB. */
+/* Memory and string functions that gcc needs, and page tables above 4 GiB. */
 
 #include "guest.h"
 
-/* The string instructions do a whole block in one step even where a KVM interprets instructions. */
+/* String instructions process a whole block in one step, even if a KVM interprets instructions. */
 
 void *memcpy(void *to, const void *from, size_t count)
 {
@@ -59,7 +59,7 @@ uint32_t parse_number(const char *text, uint32_t otherwise)
 }
 
 #define PAGE 4096ull
-/* What loaders and firmware leave at the end of memory stays untouched. */
+/* Do not touch data of loaders and firmware at the end of memory. */
 #define TOP_RESERVE (1ull << 20)
 
 extern const uint8_t bss_end[];
@@ -96,7 +96,7 @@ extern uint64_t pdpt[512];
 
 bool map_high(uint64_t address)
 {
-    /* One page directory for each GiB touched; the tests touch the ends of few ranges. */
+    /* One page directory per GiB.  Few are needed, because the tests touch only the ends of a few ranges. */
     static uint64_t spare[8][512] __attribute__((aligned(4096)));
     static unsigned used;
     uint64_t *directory;
@@ -109,7 +109,7 @@ bool map_high(uint64_t address)
         pdpt[address >> 30] = (uint64_t)spare[used++] | PTE_TABLE;
     }
     directory = (uint64_t *)(pdpt[address >> 30] & ~0xFFFull);
-    /* Not present entries are never cached, so there is nothing to flush. */
+    /* The TLB does not cache entries that are not present, so no flush is necessary. */
     directory[address >> 21 & 511] = (address & ~(PAGE_2M - 1)) | PTE_2M;
     return true;
 }

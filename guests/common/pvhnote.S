@@ -1,4 +1,4 @@
-/* The note by which loaders know where a kernel wants to be entered in 32-bit mode (Xen's PVH, type 18). */
+/* The ELF note with the kernel's 32-bit entry point for loaders (Xen's PVH, type 18). */
 
     .section .note.pvh, "a", @note
     .balign 4

@@ -1,8 +1,8 @@
-/* Checks by name, and their sum: what a guest that tests something reports. */
+/* Named checks, and the report about them, for guests that test something. */
 
 #include "guest.h"
 
-#define SOON_CYCLES 10000000000ull /* some seconds; what is looked for comes within microseconds, on an idle host */
+#define SOON_CYCLES 10000000000ull /* some seconds; on an idle host the events come within microseconds */
 #define NAME_MAX 80u
 
 static unsigned good_count, bad_count;

@@ -12,7 +12,7 @@ enum {
 };
 
 extern const uint8_t trampoline_start[], trampoline_end[];
-extern volatile uint32_t trampoline_counter; /* in the copy; its offset is what we need */
+extern volatile uint32_t trampoline_counter; /* used in the copy; only its offset matters here */
 _Noreturn void ap_main(void);
 
 static volatile uint32_t online;
@@ -56,7 +56,7 @@ bool processor_start(uint8_t id, void (*work)(void))
     ap_work = work;
     send(id, ICR_INIT);
     delay(10);
-    for (unsigned tries = 0; tries < 2; tries++) { /* the second one is for lost first ones (Intel MP, B.4) */
+    for (unsigned tries = 0; tries < 2; tries++) { /* a second try, because the first may get lost (Intel MP, B.4) */
         send(id, ICR_STARTUP | TRAMPOLINE >> 12);
         if (wait_until(&online, before + 1, tries ? WAIT_MS : WAIT_MS / 4))
             return true;

@@ -47,7 +47,7 @@ long_mode:
     xorl %eax, %eax
     movl %eax, %fs
     movl %eax, %gs
-    /* A TSS holds the stack for traps from ring 3; the processor wants its address in four pieces. */
+    /* A TSS holds the stack for traps from ring 3; the descriptor has its address in four pieces. */
     movl $tss, %eax
     movw %ax, gdt_task + 2
     shrl $16, %eax
@@ -69,8 +69,8 @@ run_in_ring3:
     pushq %rdi
     iretq
 
-/* One stub for each vector, 16 bytes apart; all leave the same frame, with an error code of 0 where the
- * processor pushes none. */
+/* One stub for each vector, 16 bytes apart.  All push the same frame, with an error code of 0 if the processor pushes
+ * none. */
     .balign 16
     .globl trap_stubs
 trap_stubs:
@@ -133,7 +133,7 @@ gdt:
 gdt_task:
     .quad 0x0000890000002068 /* 28: TSS, address filled in above; the upper half of it is 0 */
     .quad 0
-    .quad 0x00CF9B000000FFFF /* 38: ring 0 code, 32 bits, for processors on their way up */
+    .quad 0x00CF9B000000FFFF /* 38: ring 0 code, 32 bits, for processors that start */
 gdt_end:
     .globl gdt, gdt_register
 gdt_register:
@@ -145,12 +145,12 @@ tss:
     .long 0
     .quad stack_top
     .fill 23, 4, 0
-    .word 0, 104 /* An I/O bitmap that allows every port follows, with the byte of ones that ends it: */
-    .fill 8192, 1, 0 /* a software KVM forgets the IOPL of ring 3. */
+    .word 0, 104 /* An I/O bitmap that allows every port follows, with its final byte of ones, */
+    .fill 8192, 1, 0 /* because a software KVM ignores the IOPL of ring 3. */
     .byte 0xFF
 
-/* Page tables are laid out by the assembler, since filling them would take a slow KVM some 20 ms.  4 GiB are
- * mapped as they are, the last 512 MiB uncached, where only devices live. */
+/* The assembler makes the page tables, because filling them would take a slow KVM about 20 ms.  They map 4 GiB to the
+ * same physical addresses.  The last 512 MiB, where only devices are, are uncached. */
     .balign 4096
     .globl pml4, pdpt
 pml4:

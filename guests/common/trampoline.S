@@ -1,4 +1,4 @@
-/* Where another processor starts: in real mode, at the copy of this page in conventional memory (smp.c). */
+/* Another processor starts here in real mode, in a copy of this page in conventional memory (smp.c). */
 
 #define CR0_PE 0x1
 #define CR0_PG 0x80000000
@@ -26,7 +26,7 @@ trampoline_start:
     .balign 4
 trampoline_counter:
     .long 0
-trampoline_gdt: /* the limit covers all that start.S has; only the linker knows where that is */
+trampoline_gdt: /* the limit covers the whole table of start.S, whose address only the linker knows */
     .word 0x3F
     .long gdt
 trampoline_end:

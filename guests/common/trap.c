@@ -28,7 +28,7 @@ static struct gate idt[VECTORS];
 static void (*handlers[VECTORS])(struct frame *);
 static void (*irq_handlers[16])(void);
 
-/* Where to go on after a #GP; null where none is expected. */
+/* Where to continue after a #GP; null if none is expected. */
 uint64_t fault_resume;
 
 void vector_set(unsigned vector, void (*handler)(struct frame *))
@@ -60,7 +60,7 @@ void trap(struct frame *frame)
         return;
     }
     if (frame->vector == VECTOR_SPURIOUS)
-        return; /* wants no EOI */
+        return; /* a spurious interrupt needs no EOI */
     __asm__ volatile("movq %%cr2, %0" : "=r"(address));
     print("unexpected trap %lu, error %lx, at %lx, cr2 %lx\n", frame->vector, frame->error, frame->rip, address);
     power_off();
@@ -78,7 +78,7 @@ static void irq_trap(struct frame *frame)
 {
     unsigned irq = (unsigned)frame->vector - VECTOR_PIC;
 
-    /* A line that went away before it was acknowledged arrives as IRQ 7 or 15, and is not in service. */
+    /* A line that is lowered before the acknowledgement gives a spurious IRQ 7 or 15, which is not in service. */
     if (irq == 7 || irq == 15) {
         uint16_t port = irq == 7 ? PIC_MASTER : PIC_SLAVE;
 
@@ -108,7 +108,7 @@ static void pic_init(void)
     outb(PIC_SLAVE + 1, 0x01);
     outb(PIC_MASTER + 1, 0xFB); /* all masked but the cascade */
     outb(PIC_SLAVE + 1, 0xFF);
-    /* Firmware would have connected the 8259s; here there may have been none. */
+    /* Firmware would have connected the 8259s, but there may be no firmware. */
     lapic_write(LAPIC_SPURIOUS, LAPIC_ON | 0xFF); /* while it is off, every LVT entry stays masked */
     lapic_write(LAPIC_LINT0, LAPIC_EXTINT);
 }

@@ -1,8 +1,8 @@
-/* openbsd: a kernel by OpenBSD's boot protocol that says what it was told, and switches off.
+/* openbsd: a kernel for OpenBSD's boot protocol that prints what the loader has told it, and switches off.
  *
- * Built for both architectures, i386 and amd64.  It runs at its load address instead of where it is linked, so
- * all code is position independent and no table holds a pointer.  No interrupts: IRET in 32-bit code is missing
- * where a KVM interprets. */
+ * Built for both architectures, i386 and amd64.  It runs at its load address instead of its linked address, so all
+ * code is position independent, and no table contains a pointer.  It takes no interrupts, because a KVM that
+ * interprets lacks IRET in 32-bit code. */
 
 #include "../common/io.h"
 
@@ -12,7 +12,7 @@
 #define PM_CONTROL 0x604
 #define PM_SLEEP_S5 (5 << 10 | 0x2000)
 
-/* What stands on the stack above the return address (sys/arch/amd64/amd64/locore.S) */
+/* The arguments on the stack above the return address (sys/arch/amd64/amd64/locore.S) */
 struct arguments {
     uint32_t howto, bootdev, api_version, end, extended_memory, base_memory, size, address;
 };
@@ -52,7 +52,7 @@ enum { SHT_SYMTAB = 2 };
 extern char kernel_end[] HIDDEN;
 _Noreturn void kernel_main(const struct arguments *arguments) HIDDEN;
 
-/* A name to be found again in the symbols that were loaded. */
+/* A name that must be in the loaded symbols. */
 const char symbol_to_find[] HIDDEN __attribute__((used)) = "symbol_to_find";
 static volatile uint8_t random_bytes[64] __attribute__((section(".openbsd.randomdata")));
 

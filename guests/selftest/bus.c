@@ -1,9 +1,9 @@
-/* Accesses that nobody answers. */
+/* Accesses to addresses without a device. */
 
 #include "selftest.h"
 
 #define NOBODY_PORT 0xE00
-#define NOBODY_MMIO 0xFE000000u /* in the PCI window; BARs are given out from its other end */
+#define NOBODY_MMIO 0xFE000000u /* in the PCI window; BARs are allocated from its other end */
 
 static void read_string(uint16_t port, unsigned size, void *to, uint64_t count)
 {
@@ -52,7 +52,7 @@ void test_ports(void)
               all_ones(buffer, 8 * size) && buffer[8 * size] == 0);
         write_string(NOBODY_PORT, size, buffer, 8);
     }
-    check("port.rep-outs", true); /* that we are still here is the check */
+    check("port.rep-outs", true); /* passed if the guest still runs */
 }
 
 void test_mmio(void)

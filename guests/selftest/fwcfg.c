@@ -34,7 +34,7 @@ static void read_by_port(uint16_t item, void *to, uint64_t count)
     __asm__ volatile("rep insb" : "+D"(to), "+c"(count) : "d"((uint16_t)DATA) : "memory");
 }
 
-/* Return what is left in the control word: 0, or the error bit. */
+/* Return the final control word: 0, or the error bit. */
 static uint32_t run_dma(uint32_t control, uint64_t address, uint32_t length)
 {
     uint64_t at = (uint64_t)&dma;
@@ -78,7 +78,7 @@ static void test_e820(void)
     if (count > 16 || count != memory_range_count())
         return;
     read_by_port(__builtin_bswap16(file->select), entries, count * 20);
-    for (unsigned i = 0; i < count; i++) /* address, size and type stand in both at the same offsets */
+    for (unsigned i = 0; i < count; i++) /* address, size and type have the same offsets in both */
         wrong += memcmp(entries + 20 * i, memory_range(i), 20) != 0;
     check_equal("fwcfg.e820-is-memory-map", wrong, 0);
 }
@@ -119,7 +119,7 @@ void test_fwcfg(void)
     read_by_port(ITEM_NONE, &word, 4);
     check_equal("fwcfg.unknown-item-reads-zeros", word, 0);
     outw(SELECT, ITEM_ID);
-    inl(DATA); /* wide reads of this port are ours alone; whatever they do, the next selection starts anew */
+    inl(DATA); /* only vmd has wide reads of this port; the next selection starts at offset 0 in any case */
     read_by_port(ITEM_SIGNATURE, by_dma, 8);
     check_equal("fwcfg.zeros-after-the-end", *(uint32_t *)(by_dma + 4), 0);
     test_e820();

@@ -1,4 +1,4 @@
-/* The memory map, and whether memory is where it says. */
+/* The memory map, and checks that memory is at its addresses. */
 
 #include "selftest.h"
 
@@ -55,8 +55,8 @@ static bool reachable(uint64_t address)
     return address < FOUR_GIB || map_high(address);
 }
 
-/* Give the first and last word of every RAM range a value of its own, all before any is read back: two addresses
- * for one piece of memory would show.  What was there is put back, for this guest lives in it as well. */
+/* Write a different value to the first and last word of every RAM range, before any is read back.  This shows two
+ * addresses for the same memory.  Then restore the old values, because this guest uses the memory, too. */
 static void test_edges(void)
 {
     uint64_t edges[EDGES_MAX], saved[EDGES_MAX];
@@ -92,10 +92,10 @@ void test_memory(void)
     uint32_t mib = option_number("mem", 0);
     uint64_t *word, dirty = 0;
 
-    /* Only ends and a few words between: a loop over all of it takes too long where it is interpreted. */
+    /* Only the ends and a few words between them: an interpreted loop over all words takes too long. */
     for (word = bss_start; word < bss_end; word += 64)
         dirty |= *word && word != (uint64_t *)&start_info;
-    (void)dirty; /* stacks and variables are in use by now; that reading them did not fault is the check */
+    (void)dirty; /* stacks and variables are in use already; passed if the reads did not fault */
     check_equal("start.magic", start_info->magic, START_MAGIC);
     check("start.memory-map", memory_range_count() > 0);
     if (under_qemu()) {
@@ -118,7 +118,7 @@ void test_memory(void)
     }
     check_equal("memory.no-ram-in-low-area", ram_above(0xA0000, 0x100000), 0);
     check_equal("memory.no-ram-below-4g", ram_above(0xE0000000, FOUR_GIB), 0);
-    if (mib) /* all but what the low area takes, and what firmware keeps for itself under QEMU */
+    if (mib) /* without the low area, and without the part that firmware reserves under QEMU */
         check_equal("memory.size", (ram_bytes() + MIB - 1) / MIB, mib);
     test_edges();
 }

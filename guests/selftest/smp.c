@@ -15,7 +15,7 @@ static void on_wake(struct frame *frame)
     woken++;
 }
 
-/* What a new processor does.  All use one stack, each until it has been woken: they come one at a time. */
+/* The work of a new processor.  All share one stack, so they start one at a time. */
 static void look_around(void)
 {
     uint32_t before = woken;

@@ -18,7 +18,7 @@ enum {
 
 #define PIT_HZ 1193182
 #define PIT_MS(n) (PIT_HZ / 1000 * (n))
-#define WAIT_MS 1000 /* for what should take some 10: hosts are busy at times */
+#define WAIT_MS 1000 /* for events that should take about 10 ms; the host may be busy */
 
 static volatile uint32_t events;
 
@@ -78,7 +78,7 @@ void test_pit(void)
     latched |= (uint32_t)inb(PIT_0) << 8;
     check_range("pit.count-in-range", latched, 0, PIT_MS(10));
     irq_disable(IRQ_PIT);
-    pit_start(PIT_0, 0x30, PIT_MS(1)); /* end the periodic one */
+    pit_start(PIT_0, 0x30, PIT_MS(1)); /* end the periodic mode */
     delay(2);
 
     vector_set(VECTOR_IOAPIC, on_vector);
@@ -164,7 +164,7 @@ static void test_periodic(void)
     cmos_read(RTC_C);
     check_equal("rtc.reading-flags-clears-them", cmos_read(RTC_C) & ~0x10u, 0); /* the clock may just have ticked */
     cmos_write(RTC_A, rate);
-    /* 8 periods are 62 ms, 224 000 ticks; some may come late and the next then early. */
+    /* 8 periods are 62 ms, 224 000 ticks.  An interrupt may be late, and the next one then early. */
     check_range("rtc.rate", passed, 110000, 224000 * 20);
 }
 

@@ -1,4 +1,4 @@
-/* The UART, which is also what the report goes through: results are gathered first and told afterwards. */
+/* The UART.  It also carries the report, so results are collected first and reported afterwards. */
 
 #include "selftest.h"
 

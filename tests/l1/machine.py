@@ -146,7 +146,7 @@ class Machine(Emulated):
         if written.exists():
             return int(written.read_text())
         if self.qemu.returncode in (124, 137):
-            raise L1Error(f"the emulated machine was not done after {self.limit_s} s\n{self.tail()}")
+            raise L1Error(f"the emulated machine had not finished after {self.limit_s} s\n{self.tail()}")
         raise L1Error(f"the emulated machine ended before its command did\n{self.tail()}")
 
     def died(self) -> bool:

@@ -208,7 +208,7 @@ def test_uninstall_removes_what_a_killed_install_has_left(tmp_path: Path) -> Non
         ([*places(), "bin=/y"], "is given once"),
         (places(bin="usr/bin"), "bin: not a plain absolute path: usr/bin"),
         (places(bin='/usr/"bin'), "bin: not a plain absolute path"),
-        (places(library="/usr/lib"), "library: is cleared by us, so its name must be vmd: /usr/lib"),
+        (places(library="/usr/lib"), "library: its directory is removed, so its name must be vmd: /usr/lib"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -97,7 +97,7 @@ def test_without_an_image_the_guest_is_a_small_one(
     monkeypatch.setattr(run, "small", lambda: run.Guest(("memory 1G",), run.console))
 
     assert run.chosen().conf == 'vm "demo" {\n\tdisable\n\tmemory 1G\n}\n'
-    assert "E: no such host\nrun: so the guest is a small one\n" in capfd.readouterr().err
+    assert "E: no such host\nrun: running a small guest instead\n" in capfd.readouterr().err
 
 
 @pytest.fixture
