@@ -1,4 +1,4 @@
-"""vmctl migrate between two daemons: to and fro, refused early, cut at any place (*vmd.parent.migrations*)."""
+"""vmctl migrate between two daemons: there and back, refused early, interrupted anywhere (*vmd.parent.migrations*)."""
 
 import contextlib
 import random
@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.root, pytest.mark.kvm, pytest.mark.timeout(300)]
 
 DEEP_ROUNDS = 12  # with each kind of disk
 SEED = 13
-STREAM_BYTES = 1 << 20  # of the guest that keeps its disk busy, about
+STREAM_BYTES = 1 << 20  # the approximate stream size of the guest that keeps its disk busy
 
 
 class Two(NamedTuple):
@@ -35,7 +35,7 @@ class Two(NamedTuple):
     folder: Path
 
     def migrate(self, *arguments: str, back: bool = False, **cut: object) -> tuple[int, str]:
-        """Migrate VM `a`; returns exit status and what was said."""
+        """Migrate VM `a`; return exit status and output."""
         source, target = (self.there, self.here) if back else (self.here, self.there)
         plan = Plan(self.folder / "plan", target, out_of=source, **cut)
         done = source.vmctl("migrate", *arguments, "-e", plan.command, "a", "there")
@@ -46,14 +46,14 @@ class Two(NamedTuple):
 
 
 def is_killed(vmd: Daemon) -> bool:
-    """Return whether a daemon has ended, and reap it then."""
+    """Return whether a daemon has ended; reap it if so."""
     assert vmd.process is not None
     return vmd.process.poll() is not None
 
 
 @pytest.fixture
 def kind() -> str:
-    """Give the format of the disk, unless a test says another one."""
+    """Return the format of the disk; a test may give another one."""
     return "raw"
 
 
@@ -76,17 +76,17 @@ def two(tmp_path: Path, kind: str) -> Iterator[Two]:
             if state(vmd):
                 vmd.vmctl("stop", "-fw", "a")
     if kind == "qcow2":
-        assert problems(disk).keys() <= {"leaks"}  # which is all that a killed process may leave
+        assert problems(disk).keys() <= {"leaks"}  # a killed process may leave no other problem
 
 
 def state(vmd: Daemon, name: str = "a") -> str:
-    """Return the state of a VM, "" if nobody knows it."""
+    """Return the state of a VM; "" if the daemon does not have it."""
     with contextlib.closing(Client(str(vmd.socket))) as client:
         return next((row.state for row in client.list_vms() if row.name == name), "")
 
 
 def wait(what: Callable[[], bool]) -> None:
-    """Wait until something is so."""
+    """Wait until a condition holds."""
     deadline = time.monotonic() + DEADLINE_S
     while not what():
         assert time.monotonic() < deadline
@@ -94,7 +94,7 @@ def wait(what: Callable[[], bool]) -> None:
 
 
 def test_to_and_fro(two: Two) -> None:
-    """It goes on there with nothing lost, is gone here, and comes back; the sentence has the figures."""
+    """The VM goes on at the target without loss, is gone at the source, and returns.  The message has the figures."""
     before = works(two.here, "a")
 
     status, said = two.migrate("-v")
@@ -116,7 +116,7 @@ def test_to_and_fro(two: Two) -> None:
 
 @pytest.mark.deep
 def test_in_doubt(two: Two) -> None:
-    """A cut behind the commit: it runs there, stands still here, says so, and nothing has it run here as well."""
+    """After an interruption behind the commit the VM runs at the target, and stays paused at the source."""
     status, said = two.migrate(place="before running", victim=migration.SHELL)
 
     assert status == 1
@@ -138,7 +138,7 @@ def test_in_doubt(two: Two) -> None:
 
 @pytest.mark.deep
 def test_in_doubt_for_ever_if_it_has_run_there(two: Two) -> None:
-    """Its disks are free, and not as they were left."""
+    """The source stays in doubt when the disks are unlocked but have changed."""
     two.migrate(place="before running", victim=migration.SHELL)
     wait(lambda: state(two.there) == "running")
     works(two.there, "a")
@@ -152,7 +152,7 @@ def test_in_doubt_for_ever_if_it_has_run_there(two: Two) -> None:
 
 @pytest.mark.deep
 def test_in_doubt_for_ever_if_it_has_run_there_and_written_nothing(tmp_path: Path) -> None:
-    """The guest at its prompt does not use its disk; that it has run is known all the same."""
+    """The guest at its prompt does not write to its disk, but the source still sees that it has run."""
     for name in ("here", "there"):
         (tmp_path / name).mkdir()
     disk = Disk(tmp_path / "disk")
@@ -171,7 +171,7 @@ def test_in_doubt_for_ever_if_it_has_run_there_and_written_nothing(tmp_path: Pat
 
 @pytest.mark.deep
 def test_goes_on_here_when_it_never_ran_there(two: Two) -> None:
-    """The word to run was lost: by itself, as soon as it has its disks again."""
+    """The message to run was lost.  The VM goes on at the source by itself, as soon as it has its disks again."""
     before = works(two.here, "a")
     assert two.migrate(place="before commit", victim=migration.SHELL)[0] == 1
     wait(lambda: state(two.here) == "running")
@@ -195,7 +195,7 @@ def test_an_interrupt_comes_too_late(two: Two) -> None:
 
 @pytest.mark.deep
 def test_without_disks_only_its_operator_knows(tmp_path: Path) -> None:
-    """No lock tells whether it runs there: `unpause -f` is what has it go on."""
+    """Without disks no lock shows whether the VM runs at the target.  Only `unpause -f` lets it go on."""
     for name in ("here", "there"):
         (tmp_path / name).mkdir()
     with Daemon(tmp_path / "here", block("a", "demo")) as here, Daemon(tmp_path / "there") as there:
@@ -217,7 +217,7 @@ def test_without_disks_only_its_operator_knows(tmp_path: Path) -> None:
 
 @pytest.mark.deep
 def test_refused_early(two: Two, tmp_path: Path) -> None:
-    """The guest runs on, nothing is left there, and the reason is the target's."""
+    """The guest runs on, nothing is left at the target, and the message has the target's reason."""
     before = works(two.here, "a")
     two.there.conf.write_text(block("a", "demo"))
     two.there.must("reload")
@@ -246,7 +246,7 @@ def test_refused_early(two: Two, tmp_path: Path) -> None:
 
 
 class Counters:
-    """What has become of the rounds."""
+    """Counts of the rounds' results."""
 
     def __init__(self) -> None:
         self.rounds = self.moved = self.stayed = self.lost = self.two = self.wrong = 0
@@ -260,7 +260,7 @@ class Counters:
 
 
 def rounds(two: Two, count: int, seed: int) -> Counters:
-    """Migrate to and fro, and cut each time at a random place."""
+    """Migrate there and back, each time with an interruption at a random place."""
     choice = random.Random(seed)
     found = Counters()
     ends = [two.here, two.there]
@@ -299,7 +299,7 @@ def rounds(two: Two, count: int, seed: int) -> Counters:
 
 
 def settle(two: Two, source: Daemon, target: Daemon, found: Counters, plan: object) -> Daemon | None:
-    """Wait until it is clear where the VM runs; None if it does nowhere, for it was killed there."""
+    """Wait until it is clear where the VM runs; return that daemon, or None if the VM was killed at the target."""
     deadline = time.monotonic() + DEADLINE_S
     while True:
         here, there = state(source), state(target)
@@ -329,7 +329,7 @@ KINDS = pytest.mark.parametrize("kind", ["raw", "qcow2"])
 @pytest.mark.timeout(1200)
 @KINDS
 def test_cut_at_random(two: Two, record_property: Callable[[str, object], None]) -> None:
-    """Never two, no wrong byte, and in doubt only behind the commit."""
+    """The VM never runs twice, no byte is wrong, and it is in doubt only after the commit."""
     found = rounds(two, DEEP_ROUNDS, SEED)
     print(found)
     record_property(DONE, str(found))
@@ -342,7 +342,7 @@ def test_cut_at_random(two: Two, record_property: Callable[[str, object], None])
 def test_cut_at_random_for_long(
     two: Two, pytestconfig: pytest.Config, record_property: Callable[[str, object], None]
 ) -> None:
-    """The same, as often as is asked for."""
+    """Run as many rounds as requested."""
     found = rounds(two, pytestconfig.getoption("--sequences"), pytestconfig.getoption("--seed"))
     record_property(DONE, str(found))
     assert (found.two, found.wrong, found.doubted_early) == (0, 0, 0)

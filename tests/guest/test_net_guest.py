@@ -1,7 +1,7 @@
-"""A driver of ours against our network interfaces, on this host's KVM under the whole daemon (`guests/net`).
+"""Our own guest driver (`guests/net`) with network interfaces of the whole daemon, on this host's KVM.
 
-What it drives is the whole path: registers, notifications and interrupts in the VM process and KVM, rings and
-frames in the device process, a tap that priv has made, and a peer on the host that looks at every byte.
+This tests the whole path: registers, notifications and interrupts in the VM process and KVM, rings and frames in the
+device process, a tap that priv has made, and a peer on the host that checks every byte.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ def conf(*lines: str, name: str = "net", cmdline: str = "", interface: str = "")
 
 
 class Guest:
-    """The running guest, which has its peer."""
+    """The running guest and its peer."""
 
     def __init__(self, vmd: NetDaemon, name: str, console: Terminal, tap: Interface, peer: Peer) -> None:
         self.vmd = vmd
@@ -44,11 +44,11 @@ class Guest:
         console.expect("ready", DEADLINE_S)
 
     def tell(self, line: str) -> str:
-        """Have it do something; return what it says meanwhile."""
+        """Give the guest a command; return its output until it is done."""
         return self.console.answer(line, "ready", DEADLINE_S).replace("\r", "")
 
     def switch_off(self) -> None:
-        """Have it end."""
+        """Switch the guest off."""
         self.console.type("off\r")
         self.console.drain(DEADLINE_S)
         assert self.vmd.wait_state(self.name, "stopped")["text"] == "powered off by the guest"
@@ -56,7 +56,7 @@ class Guest:
 
 @contextlib.contextmanager
 def daemon(directory: Path, text: str) -> Iterator[NetDaemon]:
-    """Run a daemon in a network where nothing else speaks."""
+    """Run a daemon in a network namespace of its own."""
     with Network() as network:
         for scope in ("all", "default"):
             network.write(f"/proc/sys/net/ipv6/conf/{scope}/disable_ipv6", "1")
@@ -76,13 +76,13 @@ def started(vmd: NetDaemon, name: str, *, number: int = 0) -> Iterator[Guest]:
 
 @contextlib.contextmanager
 def running(directory: Path, text: str, *, number: int = 0) -> Iterator[Guest]:
-    """Run the VM of a configuration that has one."""
+    """Run the only VM of a configuration."""
     with daemon(directory, text) as vmd, started(vmd, "net", number=number) as net:
         yield net
 
 
 def check(report: str, *interfaces: str) -> None:
-    """Raise AssertionError unless all checks of these interfaces were made, and good."""
+    """Raise AssertionError unless all checks of these interfaces were made and passed."""
     assert f"interfaces: {' '.join(interfaces)}\n" in report
     assert not re.findall(r"^FAIL .*", report, re.MULTILINE)
     assert not re.findall(r"^skip .*", report, re.MULTILINE)
@@ -105,7 +105,7 @@ def test_frames(tmp_path: Path) -> None:
     ("legacy", "legacy", ""), ("modern", "modern", ""), ("memory", "modern", ""), ("transitional", "modern", "mapped"),
 ])  # fmt: skip
 def test_frames_of_one_kind(tmp_path: Path, kind: str, interface: str, cmdline: str) -> None:
-    """`virtio legacy`, `modern` and `memory`: frames pass by the only registers that there are, or that are used.
+    """With `virtio legacy`, `modern` and `memory`, frames pass with the only registers that exist or are used.
 
     Each of the two queues is notified at an address of its own with `virtio memory`, else at the same one.
     """
@@ -159,7 +159,7 @@ def test_the_link_goes_and_comes_back(tmp_path: Path, how: str) -> None:
 
 def test_the_second_interface_is_another(tmp_path: Path) -> None:
     """A guest that works on its second interface has that one's address, and that one's frames."""
-    slot = 3  # behind the random numbers' and the first interface's
+    slot = 3  # after the slots of the random numbers and the first interface
     text = conf("interface lladdr fe:e1:ba:00:00:0a", cmdline=f"slot={slot}", interface="tap5")
     with running(tmp_path, text, number=1) as net:
         assert net.tap.name == "tap0"
@@ -169,7 +169,7 @@ def test_the_second_interface_is_another(tmp_path: Path) -> None:
 
 
 def exits_of_frames(directory: Path, count: int) -> int:
-    """Return how often a vCPU came back to the VM process while its guest sent and got so many frames, asleep."""
+    """Return the vCPU's exits to the VM process while its guest sends and receives `count` frames, with sleeps."""
     directory.mkdir()
     with running(directory, conf()) as net:
         assert "frames are through" in net.tell(f"frames count={count:05}")

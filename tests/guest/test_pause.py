@@ -1,4 +1,4 @@
-"""vmctl pause and unpause under load: nothing is lost, and time stands still (*cat. 4.5*, arch. 8)."""
+"""vmctl pause and unpause under load: nothing is lost, and the guest's time stops (*cat. 4.5*, arch. 8)."""
 
 import os
 import signal
@@ -21,8 +21,8 @@ pytestmark = [pytest.mark.root, pytest.mark.kvm, pytest.mark.timeout(240)]
 
 PROMPT = "vmd-demo> "
 TIMES, TIMES_DEEP = 20, 1000
-STATUS_EACH = 10  # pauses: to ask takes as long as to pause
-ROUNDS = 10  # of the guest between two pauses, so that it is at work when the next one comes
+STATUS_EACH = 10  # pauses between two queries, because a query takes as long as a pause
+ROUNDS = 10  # rounds of the guest between two pauses, so that it works when the next one comes
 PM_HERTZ = 3579545
 
 
@@ -45,7 +45,7 @@ def busy(tmp_path: Path, cmdline: str, *lines: str) -> Iterator[tuple[Daemon, At
 
 
 def pause_often(tmp_path: Path, times: int, cmdline: str, *lines: str) -> None:
-    """Pause and unpause under load; each time the guest must have gone on."""
+    """Pause and unpause under load; check each time that the guest has gone on."""
     with busy(tmp_path, cmdline, *lines) as (vmd, console):
         for number in range(times):
             vmd.must("pause", "busy")
@@ -66,7 +66,7 @@ def pause_often(tmp_path: Path, times: int, cmdline: str, *lines: str) -> None:
 
 @churn.WAYS
 def test_pauses_under_load(tmp_path: Path, cmdline: str, lines: tuple[str, ...]) -> None:
-    """No interrupt and no request is lost, by MSI-X, by INTx through either controller, and without."""
+    """No interrupt or request is lost, with MSI-X, with INTx by either controller, and without interrupts."""
     pause_often(tmp_path, TIMES, cmdline, *lines)
 
 
@@ -74,21 +74,21 @@ def test_pauses_under_load(tmp_path: Path, cmdline: str, lines: tuple[str, ...])
 @pytest.mark.timeout(1200)
 @churn.WAYS
 def test_many_pauses_under_load(tmp_path: Path, cmdline: str, lines: tuple[str, ...]) -> None:
-    """A thousand of them; as the other ways differ in interrupts only, a tenth of that there."""
+    """Pause a thousand times; for the variants, which differ only in interrupts, a hundred times."""
     pause_often(tmp_path, TIMES_DEEP if (cmdline, lines) == churn.LOADS[0] else TIMES_DEEP // 10, cmdline, *lines)
 
 
 def test_a_paused_machine_does_nothing(tmp_path: Path) -> None:
-    """Its processes use no processor, its disk is not touched, and what is typed waits."""
+    """Its processes use no processor time, its disk is not touched, and input waits."""
     with busy(tmp_path, "smp", "vcpus 2") as (vmd, console):
         vmd.must("pause", "busy")
         disk = (tmp_path / "disk").read_bytes()
         pids = [pid for title, pid in vmd.processes().items() if title.startswith("vmd: vm/busy")]
-        assert len(pids) == 2  # with the disk's
+        assert len(pids) == 2  # with the disk's process
         console.type("\r")
         before = [ticks(pid) for pid in pids]
         for _ in range(3):
-            vmd.must("status")  # some time, in units of work
+            vmd.must("status")  # lets some time pass, measured in work
 
         assert [ticks(pid) for pid in pids] == before
         assert (tmp_path / "disk").read_bytes() == disk
@@ -105,9 +105,9 @@ def ticks(pid: int) -> int:
 
 
 def test_clocks_stand_still(tmp_path: Path) -> None:
-    """kvmclock, the ACPI timer and the APIC's go on where they were; the clock on the wall has gone on.
+    """kvmclock, the ACPI timer and the APIC's continue where they stopped; the battery-backed clock has gone on.
 
-    How long the guest ran is measured by itself, so that a busy host does not matter.
+    The guest measures its own running time, so that a busy host does not matter.
     """
     with Daemon(tmp_path, block("clocks", "clocks")) as vmd:
         vmd.must("start", "clocks")
@@ -132,7 +132,7 @@ def test_clocks_stand_still(tmp_path: Path) -> None:
 
 @pytest.mark.deep
 def test_a_guest_at_its_firmware_can_be_paused(tmp_path: Path) -> None:
-    """In real mode, whatever it does: upstream would wait for it to halt."""
+    """A guest in real mode can be paused at any moment.  Upstream waits until it halts."""
     firmware = "/usr/share/seabios/bios-256k.bin"
     conf = f'vm "bios" {{\n disable\n memory 64M\n vcpus 2\n boot "{firmware}"\n}}\n'
     with Daemon(tmp_path, conf) as vmd:
@@ -155,7 +155,7 @@ def demo(tmp_path: Path) -> Iterator[Daemon]:
 
 
 def test_pausing_twice_is_no_failure(demo: Daemon) -> None:
-    """Nor unpausing twice (cat. 4.5)."""
+    """Neither pausing nor unpausing twice is an error (cat. 4.5)."""
     for word in ("pause", "pause", "unpause", "unpause"):
         assert demo.must(word, "demo") == f"vmctl: {word}d vm 1 successfully\n"
     for word in ("pause", "unpause"):
@@ -163,7 +163,7 @@ def test_pausing_twice_is_no_failure(demo: Daemon) -> None:
 
 
 def test_what_does_not_run_cannot_be_paused(demo: Daemon) -> None:
-    """With a sentence each."""
+    """Each case gives a message."""
     refused = demo.vmctl("pause", "nobody")
     assert refused.stderr == "vmctl: pause vm command failed: vm nobody not found\n"
     demo.must("stop", "-fw", "demo")
@@ -173,19 +173,19 @@ def test_what_does_not_run_cannot_be_paused(demo: Daemon) -> None:
 
 
 def test_a_paused_machine_can_be_used(demo: Daemon) -> None:
-    """Its console attached, its state shown; what was typed arrives when it goes on."""
+    """Its console can be attached and its state shown.  Input arrives when it goes on."""
     with demo.console("demo") as console:
         console.expect(PROMPT, DEADLINE_S)
         demo.must("pause", "demo")
         console.type("echo back again\r")
         with demo.attached("demo") as viewer:
-            viewer.expect(PROMPT, DEADLINE_S)  # the backlog
+            viewer.expect(PROMPT, DEADLINE_S)  # earlier output
         demo.must("unpause", "demo")
         console.expect("back again\r\nback again\r\n", DEADLINE_S)
 
 
 def test_a_paused_machine_can_be_stopped(demo: Daemon) -> None:
-    """It goes on to be asked, and shuts down as any other; by force it just ends."""
+    """A stop lets the machine run, so that its guest shuts down.  A stop by force ends it at once."""
     with demo.console("demo") as console:
         console.expect(PROMPT, DEADLINE_S)
     demo.must("pause", "demo")
@@ -199,7 +199,7 @@ def test_a_paused_machine_can_be_stopped(demo: Daemon) -> None:
 
 
 def test_a_daemon_that_ends_lets_paused_machines_shut_down(demo: Daemon) -> None:
-    """As it does with those that run."""
+    """Paused machines run again and shut down like running ones."""
     with demo.console("demo") as console:
         console.expect(PROMPT, DEADLINE_S)
     demo.must("pause", "demo")
@@ -209,7 +209,7 @@ def test_a_daemon_that_ends_lets_paused_machines_shut_down(demo: Daemon) -> None
 
 @pytest.mark.parametrize("victim", ["vm/busy", pytest.param("vm/busy/vioblk0", marks=pytest.mark.deep)])
 def test_death_while_paused(tmp_path: Path, victim: str) -> None:
-    """The VM is over, with the reason; whoever unpauses it is told, and it can be started again."""
+    """The VM has ended, with a reason that `unpause` prints, and it can be started again."""
     with busy(tmp_path, "smp", "vcpus 2") as (vmd, _console):
         vmd.must("pause", "busy")
         os.kill(vmd.processes()[f"vmd: {victim}"], signal.SIGKILL)
@@ -223,7 +223,7 @@ def test_death_while_paused(tmp_path: Path, victim: str) -> None:
 
 
 def test_many_clients_at_once(tmp_path: Path) -> None:
-    """Pauses and unpauses in a heap: each is answered, with what it asked for, and the guest lives."""
+    """Many concurrent pauses and unpauses: each is answered with its own result, and the guest lives."""
     with busy(tmp_path, "smp", "vcpus 2") as (vmd, console):
         clients = [
             subprocess.Popen(

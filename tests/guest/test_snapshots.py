@@ -1,4 +1,4 @@
-"""vmctl snapshot of VMs that run: the disks and the machine at one moment, under load."""
+"""vmctl snapshot of running VMs under load: disks and machine at the same moment."""
 
 import contextlib
 import os
@@ -47,15 +47,15 @@ def busy(tmp_path: Path) -> Iterator[Daemon]:
 
 
 def works(vmd: Daemon, more: int = ROUNDS) -> churn.Report:
-    """Raise AssertionError unless the guest goes on, with nothing lost; it checks its memory and its disk."""
+    """Raise AssertionError unless the guest, which checks its memory and disk, goes on without loss."""
     with vmd.console("a") as console:
         return churn.ask_until_rounds(console, more)
 
 
 def listed(vmd: Daemon, *, cut: str = "") -> dict[str, int]:
-    """Return the snapshots, and how large the state of the machine is that each has.
+    """Return the snapshots, and the size of each one's machine state.
 
-    All are complete, but perhaps one that was `cut` off between two disks.
+    All are complete, except possibly the snapshot `cut`, which was interrupted between two disks.
     """
     document = schema.check(vmd.vmctl("snapshot", "-l", "a", "--json").stdout, "snapshot")
     assert {one["tag"] for one in document["snapshots"] if not one["complete"]} <= {cut}
@@ -63,7 +63,7 @@ def listed(vmd: Daemon, *, cut: str = "") -> dict[str, int]:
 
 
 def test_snapshot_of_a_vm_that_runs(tmp_path: Path) -> None:
-    """It goes on, has lost nothing, and QEMU finds the snapshot with the state of the machine."""
+    """The VM goes on without loss, and QEMU finds the snapshot with the machine's state."""
     with busy(tmp_path) as vmd:
         works(vmd)
         made = vmd.vmctl("snapshot", "a", "one")
@@ -91,7 +91,7 @@ def test_snapshot_of_a_vm_that_runs(tmp_path: Path) -> None:
 
 
 def test_going_back_with_the_machine(tmp_path: Path) -> None:
-    """Its disks and its memory are what they were; it goes on from there with nothing lost, under the same console."""
+    """Disks and memory have their earlier content.  The guest goes on from there without loss, on the same console."""
     with busy(tmp_path) as vmd:
         works(vmd)
         vmd.must("snapshot", "a", "then")
@@ -121,7 +121,7 @@ def test_going_back_with_the_machine(tmp_path: Path) -> None:
 
 @pytest.mark.deep
 def test_going_back_is_refused_and_the_vm_goes_on(tmp_path: Path) -> None:
-    """To what is not there, or has the disks only."""
+    """Going back to a snapshot that does not exist, or that has no machine state, is refused."""
     with busy(tmp_path) as vmd:
         vmd.must("stop", "-fw", "a")
         vmd.must("snapshot", "a", "cold")
@@ -147,7 +147,7 @@ def test_going_back_is_refused_and_the_vm_goes_on(tmp_path: Path) -> None:
 
 @pytest.mark.deep
 def test_going_back_takes_only_the_machine_from_the_disks(tmp_path: Path) -> None:
-    """The disks of `c` say that their machine uses those of `a`, which runs; and `d` is another machine."""
+    """`c` goes back with its own disks, although the saved machine names those of `a`.  `d` is refused."""
     with busy(tmp_path) as vmd:
         works(vmd)
         vmd.must("snapshot", "a", "then")
@@ -177,7 +177,7 @@ def test_going_back_takes_only_the_machine_from_the_disks(tmp_path: Path) -> Non
 
 @pytest.mark.deep
 def test_snapshot_that_finds_no_room(tmp_path: Path) -> None:
-    """The sentence names the disk; the guest goes on, and its disk is not larger than before."""
+    """The message names the disk.  The guest goes on, and its disk is not larger than before."""
     with small_file_system(tmp_path / "small") as folder:
         qemu("qemu-img", "create", "-qf", "qcow2", folder / "tiny", "1M")
         (tmp_path / "more.conf").write_text(
@@ -204,14 +204,14 @@ def test_snapshot_that_finds_no_room(tmp_path: Path) -> None:
 
 
 def begun(vmd: Daemon) -> None:
-    """Start the VM, and wait until its guest is at work."""
+    """Start the VM, and wait until its guest works."""
     vmd.must("start", "a")
     with vmd.console("a") as console:
         churn.begin(console)
 
 
 def settled(vmd: Daemon) -> str:
-    """Wait until no snapshot is under way; return what the VM is then."""
+    """Wait until no snapshot is in progress; return the VM's state."""
     deadline = time.monotonic() + DEADLINE_S
     while (state := vmd.status("a")["state"]) not in ("running", "stopped") or imgwriter(vmd):
         assert time.monotonic() < deadline, state
@@ -219,7 +219,7 @@ def settled(vmd: Daemon) -> str:
 
 
 def cut_off(vmd: Daemon, choice: random.Random, *words: str) -> bool:
-    """Run `vmctl snapshot`, and perhaps kill it or its imgwriter at any moment; return whether it has succeeded."""
+    """Run `vmctl snapshot`, and perhaps kill it or its imgwriter at a random moment; return whether it succeeded."""
     with caught(vmd, *words) as (client, pid):
         how = choice.randrange(3)
         time.sleep(choice.random())
@@ -235,7 +235,7 @@ def cut_off(vmd: Daemon, choice: random.Random, *words: str) -> bool:
 @pytest.mark.deep
 @pytest.mark.timeout(3600)
 def test_snapshot_that_is_cut_off(tmp_path: Path, pytestconfig: pytest.Config) -> None:
-    """Made, gone back to or cloned, and cut off anywhere: all of it or nothing, and the guest finds nothing lost."""
+    """Making, going back and cloning are interrupted anywhere: each is done completely or not at all, without loss."""
     rounds = pytestconfig.getoption("--snapshot-rounds")
     choice = random.Random(rounds)
     cut = {"make": 0, "go back": 0, "clone": 0}
@@ -254,7 +254,7 @@ def test_snapshot_that_is_cut_off(tmp_path: Path, pytestconfig: pytest.Config) -
                 for path in tmp_path.glob(f"{tag}-disk*"):
                     assert problems(path) == {}
                     path.unlink()
-            if settled(vmd) == "stopped":  # it was cut off when the disks had gone back, and the machine had not yet
+            if settled(vmd) == "stopped":  # interrupted after the disks had gone back, but before the machine
                 assert what == "go back"
                 ended += 1
                 begun(vmd)
@@ -280,7 +280,7 @@ def test_snapshot_that_is_cut_off(tmp_path: Path, pytestconfig: pytest.Config) -
 
 @pytest.mark.deep
 def test_vm_that_is_killed_while_it_is_saved(tmp_path: Path) -> None:
-    """`stop -f` ends it and the snapshot; the disks are whole, and it starts again."""
+    """`stop -f` ends the VM and the snapshot.  The disks are consistent, and the VM starts again."""
     with busy(tmp_path) as vmd:
         for _ in range(20):
             with caught(vmd, "a", "x") as (client, pid):

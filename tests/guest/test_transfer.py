@@ -1,4 +1,4 @@
-"""vmctl send and receive through the whole daemon: under load, refused, interrupted, and with streams that lie.
+"""vmctl send and receive with the whole daemon: under load, refused, interrupted, and with false streams.
 
 *cat. 4.7*, docs/formats.md 4, hostile-input 26 and 55.
 """
@@ -47,7 +47,7 @@ pytestmark = [pytest.mark.root, pytest.mark.kvm, pytest.mark.timeout(240)]
 
 PROMPT = "vmd-demo> "
 ROUNDS = 10
-CPUID_MAX = 256  # leaves that KVM takes
+CPUID_MAX = 256  # the most leaves that KVM accepts
 
 
 def block(name: str, kernel: str, cmdline: str = "", *lines: str) -> str:
@@ -71,26 +71,26 @@ def running(tmp_path: Path, kernel: str, cmdline: str = "", *lines: str, ready: 
 
 @pytest.fixture
 def demo(tmp_path: Path) -> Iterator[Daemon]:
-    """VM `a` is at its prompt; it has a disk that it does not use."""
+    """Yield a daemon whose VM `a` is at its prompt and does not use its disk."""
     with running(tmp_path, "demo", "", "vcpus 2", ready=PROMPT) as vmd:
         yield vmd
 
 
 @pytest.fixture
 def busy(tmp_path: Path) -> Iterator[Daemon]:
-    """VM `a` keeps its disk busy."""
+    """Yield a daemon whose VM `a` keeps its disk busy."""
     with running(tmp_path, "blk", "churn smp", "vcpus 2", ready="churn: begin") as vmd:
         yield vmd
 
 
 def works(vmd: Daemon, name: str, more: int = ROUNDS) -> churn.Report:
-    """Raise AssertionError unless the busy guest goes on, with nothing lost."""
+    """Raise AssertionError unless the busy guest goes on without loss."""
     with vmd.console(name) as console:
         return churn.ask_until_rounds(console, more)
 
 
 def answers(vmd: Daemon, name: str) -> None:
-    """Raise AssertionError unless the guest at its prompt is alive."""
+    """Raise AssertionError unless the guest at its prompt answers."""
     with vmd.console(name) as console:
         console.answer("echo a" "live", "alive\r\nalive\r\n")
 
@@ -117,7 +117,7 @@ def move_often(tmp_path: Path, times: int, cmdline: str, lines: tuple[str, ...])
 
 @churn.WAYS
 def test_moving_under_load(tmp_path: Path, cmdline: str, lines: tuple[str, ...]) -> None:
-    """Three times, under a new name and back into the configured VM: no request or interrupt is lost."""
+    """The guest moves three times, to a new name and back to the configured VM: no request or interrupt is lost."""
     move_often(tmp_path, 3, cmdline, lines)
 
 
@@ -125,12 +125,12 @@ def test_moving_under_load(tmp_path: Path, cmdline: str, lines: tuple[str, ...])
 @pytest.mark.timeout(1200)
 @churn.WAYS
 def test_moving_often_under_load(tmp_path: Path, cmdline: str, lines: tuple[str, ...]) -> None:
-    """A hundred times in a row."""
+    """The guest moves a hundred times in a row."""
     move_often(tmp_path, 100, cmdline, lines)
 
 
 def test_what_is_said(demo: Daemon) -> None:
-    """By both commands, by the state, and by the log."""
+    """Both commands, the state and the log report the transfer."""
     sent, received = move(demo, "a", "c")
 
     row = demo.status("c")
@@ -143,7 +143,7 @@ def test_what_is_said(demo: Daemon) -> None:
 
 
 def test_between_two_daemons(tmp_path: Path) -> None:
-    """As between two hosts: nothing but the stream and the disk is shared."""
+    """As between two hosts, only the stream and the disk are shared."""
     for name in ("here", "there"):
         (tmp_path / name).mkdir()
     with running(tmp_path / "here", "blk", "churn smp", "vcpus 2", ready="churn: begin") as here:
@@ -181,7 +181,7 @@ def test_paused_machines_are_sent_and_stay_paused_where_wanted(busy: Daemon) -> 
         busy.must("pause", "c")
     assert (busy.directory / "disk").read_bytes() == disk
 
-    move(busy, "c", "d", receive=("-p",))  # once more, and still it has not run
+    move(busy, "c", "d", receive=("-p",))  # moved again, without having run
     assert (busy.directory / "disk").read_bytes() == disk
     busy.must("unpause", "d")
 
@@ -192,7 +192,7 @@ def test_paused_machines_are_sent_and_stay_paused_where_wanted(busy: Daemon) -> 
 
 
 def test_keep(demo: Daemon, tmp_path: Path) -> None:
-    """`send -k` takes a snapshot: the VM is as before, running or paused, and the snapshot can be had again."""
+    """`send -k` takes a snapshot.  The VM stays running or paused, and the snapshot can be received repeatedly."""
     for state in ("running", "paused"):
         demo.must("unpause" if state == "running" else "pause", "a")
         assert "successfully" in to_file(demo, "a", tmp_path / state, "-k")
@@ -210,7 +210,7 @@ def test_keep(demo: Daemon, tmp_path: Path) -> None:
 
 
 def test_into_a_configured_vm(demo: Daemon) -> None:
-    """The VM is what the stream says, for this life; then the configuration counts again."""
+    """The VM has the stream's configuration until it ends; then it has its own again."""
     move(demo, "a", "b")
     assert demo.status("b")["vcpus"] == 2
     answers(demo, "b")
@@ -220,7 +220,7 @@ def test_into_a_configured_vm(demo: Daemon) -> None:
 
 @pytest.mark.parametrize("name", ["b", "c"])
 def test_reset_of_a_received_guest(demo: Daemon, name: str) -> None:
-    """It reboots as what it is, whatever is configured under its name, as often as it likes."""
+    """The guest reboots with the received configuration, not that of its name in vm.conf, any number of times."""
     move(demo, "a", name)
     before = demo.status(name)
     with demo.console(name) as console:
@@ -238,7 +238,7 @@ def test_reset_of_a_received_guest(demo: Daemon, name: str) -> None:
 
 
 def test_reset_of_a_received_guest_that_was_booted_once(demo: Daemon) -> None:
-    """It ends, as it would have where it was started: nobody here can boot what it has booted."""
+    """The VM ends, as it would have at its source, because its boot image is not available here."""
     demo.must("start", "-b", guest("demo"), "-k", "once", "b")
     with demo.console("b") as console:
         console.answer("", PROMPT)
@@ -253,7 +253,7 @@ def test_reset_of_a_received_guest_that_was_booted_once(demo: Daemon) -> None:
 
 @pytest.mark.deep
 def test_firmware_can_be_sent(tmp_path: Path) -> None:
-    """In real mode, with its read-only memory and its disks on the way."""
+    """A guest in its firmware can be sent, with its read-only memory and disks."""
     firmware = "/usr/share/seabios/bios-256k.bin"
     conf = f'vm "bios" {{\n disable\n memory 64M\n boot "{firmware}"\n}}\n'
     with Daemon(tmp_path, conf) as vmd:
@@ -267,7 +267,7 @@ def test_firmware_can_be_sent(tmp_path: Path) -> None:
 
 
 def test_clocks_go_on(tmp_path: Path) -> None:
-    """kvmclock and the ACPI timer from where they were, the clock on the wall from where it is."""
+    """kvmclock and the ACPI timer continue where they stopped; the battery-backed clock has the present time."""
     with running(tmp_path, "clocks", ready="clocks: ready") as vmd:
         with vmd.console("a") as console:
             before = Clocks.ask(console)
@@ -286,7 +286,7 @@ def test_clocks_go_on(tmp_path: Path) -> None:
 
 
 def test_model_specific_registers_arrive(tmp_path: Path) -> None:
-    """What a 64-bit kernel sets once: where SYSCALL and SYSENTER lead, KERNEL_GS_BASE, the PAT."""
+    """Registers that a 64-bit kernel sets once arrive: the entries of SYSCALL and SYSENTER, KERNEL_GS_BASE, the PAT."""
     with running(tmp_path, "clocks", ready="clocks: ready") as vmd:
         with vmd.console("a") as console:
             assert "no msr" not in console.text()
@@ -352,7 +352,7 @@ HEADERS: list[tuple[str, Callable[[Header], Record], str]] = [
 
 @pytest.mark.deep
 def test_refused_by_its_header(busy: Daemon) -> None:
-    """The receiver says why, before it has read any memory; the sender's VM goes on as if nothing had been."""
+    """The receiver reports the reason before it reads any memory, and the sender's VM goes on unaffected."""
     before = Footprint(busy)
     for name, change, what in HEADERS:
         sent, received = Relay(busy, "a", "c", lambda raw, change=change: changed_header(raw, change)).ended()  # type: ignore[misc]
@@ -367,7 +367,7 @@ def test_refused_by_its_header(busy: Daemon) -> None:
 
 
 def test_refused_by_its_version(busy: Daemon) -> None:
-    """The same."""
+    """The same for the version."""
     sent, received = Relay(busy, "a", "c", lambda raw: changed_version(raw, 99)).ended()
     assert received[1] == (
         "vmctl: receive vm command failed: vm c: the stream has version 99 of the format, this vmd reads versions"
@@ -378,7 +378,7 @@ def test_refused_by_its_version(busy: Daemon) -> None:
 
 
 def test_a_reader_that_leaves(busy: Daemon) -> None:
-    """`vmctl send a | false`, and a full disk."""
+    """The sender's VM goes on after `vmctl send a | false`, and after a full disk."""
     reading, writing = os.pipe2(os.O_CLOEXEC)
     os.close(reading)
     assert ended(vmctl(busy, "send", "a", stdout=writing)) == (1, NOT_SENT)
@@ -393,11 +393,11 @@ def test_a_reader_that_leaves(busy: Daemon) -> None:
 
 @pytest.mark.deep
 def test_a_disk_that_somebody_has(busy: Daemon, tmp_path: Path) -> None:
-    """After all was read the receiver has the VM: it stays paused until the disk is free, and says so.
+    """After the whole stream the receiver has the VM, which stays paused until the disk is free, and reports that.
 
-    As the manual has it for who wants to be careful: a VM that is paused and kept, and let go only when the other side
-    has everything.  There are three of those, as each waits for ten seconds: one goes on in the end, one is stopped and
-    one by force.
+    This is the careful way in the manual: the source pauses and keeps the VM, and ends it only when the target has
+    everything.  Three VMs do this, because each waits for ten seconds: one goes on in the end, one is stopped, and
+    one is stopped by force.
     """
     stream, rounds, before = tmp_path / "stream", works(busy, "a").rounds, Footprint(busy)
     busy.must("pause", "a")
@@ -434,7 +434,7 @@ def test_a_disk_that_somebody_has(busy: Daemon, tmp_path: Path) -> None:
 
 
 def test_names_that_are_taken(demo: Daemon, tmp_path: Path) -> None:
-    """By a VM that lives; nothing is read then."""
+    """The name belongs to a running VM, so nothing is read."""
     to_file(demo, "a", tmp_path / "stream", "-k")
     assert from_file(demo, "a", tmp_path / "stream") == (
         1, "vmctl: receive vm command failed: vm a exists, and is running\n"
@@ -449,12 +449,12 @@ def test_names_that_are_taken(demo: Daemon, tmp_path: Path) -> None:
         )  # fmt: skip
 
 
-# --- streams that lie ------------------------------------------------------------------------------------------------
+# --- false streams ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def snapshot(demo: Daemon, tmp_path: Path) -> Stream:
-    """A stream of a VM that goes on; its disk is free for others in it."""
+    """Return the stream of a VM that goes on; in the stream its disk is not locked."""
     path = tmp_path / "snapshot"
     to_file(demo, "a", path, "-k")
     Disk(tmp_path / "other")
@@ -470,9 +470,9 @@ def receive(vmd: Daemon, raw: bytes) -> tuple[int, str]:
 
 
 def damage(vmd: Daemon, snapshot: Stream, times: int) -> None:
-    """Refuse streams that were cut, changed, or are none; nobody takes harm."""
+    """Check that cut, changed and random streams are refused, without effect on others."""
     raw = snapshot.with_state(lambda state: state)
-    assert receive(vmd, raw)[0] == 0  # as it is it is good
+    assert receive(vmd, raw)[0] == 0  # unchanged it is accepted
     answers(vmd, "c")
     vmd.must("stop", "-fw", "c")
     before, generator = Footprint(vmd), random.Random(55)
@@ -491,14 +491,14 @@ def damage(vmd: Daemon, snapshot: Stream, times: int) -> None:
 
 
 def test_damaged_streams(demo: Daemon, snapshot: Stream) -> None:
-    """At twenty places."""
+    """Streams are damaged at twenty places."""
     damage(demo, snapshot, 5)
 
 
 @pytest.mark.deep
 @pytest.mark.timeout(1800)
 def test_many_damaged_streams(demo: Daemon, snapshot: Stream) -> None:
-    """At a thousand."""
+    """Streams are damaged at a thousand places."""
     damage(demo, snapshot, 250)
 
 
@@ -513,7 +513,7 @@ def disk(**changes: object) -> Callable[[MachineState], Record]:
 
 
 def ring(**changes: object) -> Callable[[MachineState], Record]:
-    """Return a disk whose driver is up, with rings somewhere."""
+    """Return a change to a disk with a running driver and rings at some address."""
 
     def change(state: MachineState) -> Record:
         queues = tuple(
@@ -625,7 +625,7 @@ BAD_STATES: list[tuple[str, Callable[[MachineState], Record], str]] = [
 
 @pytest.mark.deep
 def test_states_that_no_machine_has(demo: Daemon, snapshot: Stream) -> None:
-    """Each is refused in its own sentence, by the VM's process, which ends; nothing else does (hostile-input 26)."""
+    """The VM's process refuses each with its own message and ends; no other process ends (hostile-input 26)."""
     before = Footprint(demo)
     for name, change, what in BAD_STATES:
         status, errors = receive(demo, snapshot.with_state(change))
@@ -673,7 +673,7 @@ ODD_STATES: list[tuple[str, Callable[[MachineState], Record]]] = [
 
 @pytest.mark.deep
 def test_states_that_no_driver_makes(demo: Daemon, snapshot: Stream) -> None:
-    """They are a guest's own business: it may run or not, and be refused with a sentence; its host goes on."""
+    """Such states affect only the guest: it may run, fail or be refused with a message, and the host goes on."""
     before = Footprint(demo)
     for name, change in ODD_STATES:
         status, errors = receive(demo, snapshot.with_state(change))
@@ -681,7 +681,7 @@ def test_states_that_no_driver_makes(demo: Daemon, snapshot: Stream) -> None:
         assert errors.count("\n") == 1, name
         if status == 0:
             if demo.status("c")["state"] == "running":
-                demo.vmctl("pause", "c")  # its devices answer, or it has ended by itself
+                demo.vmctl("pause", "c")  # its devices answer, or the VM has ended by itself
             demo.vmctl("stop", "-fw", "c")
         else:
             assert "vm c: the stream is not usable: " in errors, name
@@ -711,7 +711,7 @@ BOMBS: list[tuple[str, bytes | Callable[[Stream], bytes], str]] = [
 
 
 def test_bombs(demo: Daemon, snapshot: Stream) -> None:
-    """Good digests, and something that would take time or memory without end."""
+    """Streams with correct digests that would take unlimited time or memory are refused."""
     for name, bomb, what in BOMBS:
         raw = snapshot.with_state(bomb) if isinstance(bomb, bytes) else bomb(snapshot)
         status, errors = receive(demo, raw)
@@ -727,7 +727,7 @@ def test_bombs(demo: Daemon, snapshot: Stream) -> None:
 
 
 class Stuck:
-    """A transfer that does not get on: VM `a` is sent and nobody reads, or VM `c` received and nothing comes."""
+    """A transfer without progress: VM `a` is sent and nobody reads, or VM `c` is received and nothing comes."""
 
     def __init__(self, vmd: Daemon, command: str) -> None:
         self.vmd = vmd
@@ -751,7 +751,7 @@ class Stuck:
             assert time.monotonic() < deadline, vmd.rows()
 
     def close(self) -> None:
-        """Let go of the other end."""
+        """Close the other end."""
         os.close(self.end)
         if self.client.poll() is None:
             self.client.kill()
@@ -760,7 +760,7 @@ class Stuck:
 
 @contextmanager
 def stuck(vmd: Daemon, command: str) -> Iterator[Stuck]:
-    """Have such a transfer."""
+    """Yield a transfer without progress."""
     made = Stuck(vmd, command)
     try:
         yield made
@@ -772,7 +772,7 @@ COMMANDS = pytest.mark.parametrize("command", ["send", "receive"])
 
 
 def as_before(vmd: Daemon) -> None:
-    """Raise AssertionError unless the guest goes on, and nothing is left of the other."""
+    """Raise AssertionError unless the guest goes on, and nothing is left of the other VM."""
     deadline = time.monotonic() + DEADLINE_S
     while {row["name"]: row["state"] for row in vmd.rows()} != {"a": "running", "b": "stopped"}:
         assert time.monotonic() < deadline, vmd.rows()
@@ -781,7 +781,7 @@ def as_before(vmd: Daemon) -> None:
 
 @COMMANDS
 def test_client_that_is_ended(busy: Daemon, command: str) -> None:
-    """^C, or worse: half a stream is of no use, so that the VM goes on and the other one is gone."""
+    """After ^C or a kill the stream is incomplete, so the sent VM goes on and the received one is gone."""
     before = Footprint(busy)
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
         with stuck(busy, command) as transfer:
@@ -792,7 +792,7 @@ def test_client_that_is_ended(busy: Daemon, command: str) -> None:
 
 
 def test_sending_meanwhile(busy: Daemon) -> None:
-    """What else is asked is refused, with the state; only force ends it, and the client is told."""
+    """Other requests are refused with the state.  Only a stop by force ends the VM, and the client is told."""
     with stuck(busy, "send") as transfer:
         for words in (("pause", "a"), ("unpause", "a"), ("send", "-k", "a")):
             assert "vm a is sending" in ended(vmctl(busy, *words))[1]
@@ -808,7 +808,7 @@ def test_sending_meanwhile(busy: Daemon) -> None:
 
 @pytest.mark.parametrize("options", [(), ("-f",)])
 def test_receiving_meanwhile(busy: Daemon, options: tuple[str, ...]) -> None:
-    """What else is asked is refused, with the state; stopping ends it, and the client is told."""
+    """Other requests are refused with the state.  A stop ends the VM, and the client is told."""
     with stuck(busy, "receive") as transfer:
         for words in (("pause", "c"), ("unpause", "c"), ("send", "-k", "c")):
             assert "vm c is receiving" in ended(vmctl(busy, *words))[1]
@@ -824,7 +824,7 @@ def test_receiving_meanwhile(busy: Daemon, options: tuple[str, ...]) -> None:
 
 @COMMANDS
 def test_daemon_that_ends_meanwhile(busy: Daemon, command: str) -> None:
-    """Guests are asked to shut down, those under way as well; nothing hangs, and nothing is left."""
+    """Guests are asked to shut down, also those in a transfer.  Nothing hangs, and nothing is left."""
     pids = list(busy.processes().values())
     with stuck(busy, command) as transfer:
         assert busy.stop() == 0
@@ -833,7 +833,7 @@ def test_daemon_that_ends_meanwhile(busy: Daemon, command: str) -> None:
 
 
 def wait_gone(pids: list[int]) -> None:
-    """Wait until no such process is left."""
+    """Wait until all these processes have ended."""
     deadline = time.monotonic() + DEADLINE_S
     while any(Path(f"/proc/{pid}").exists() for pid in pids):
         assert time.monotonic() < deadline
@@ -844,7 +844,7 @@ def wait_gone(pids: list[int]) -> None:
     ("send", "vm/a"), ("send", "vm/a/vioblk0"), ("receive", "vm/c"),
 ])  # fmt: skip
 def test_death_meanwhile(busy: Daemon, command: str, victim: str) -> None:
-    """The client is told, the VM is over, and all the others live."""
+    """The client is told, the VM has ended, and all other processes live."""
     with stuck(busy, command) as transfer:
         os.kill(busy.processes()[f"vmd: {victim}"], signal.SIGKILL)
         status, errors = ended(transfer.client)
@@ -860,14 +860,14 @@ def test_death_meanwhile(busy: Daemon, command: str, victim: str) -> None:
 
 @pytest.mark.parametrize("command", ["send", "pause"])
 def test_death_of_a_device_that_is_to_stand_still(busy: Daemon, tmp_path: Path, command: str) -> None:
-    """The VM that waits for its answer is over, and the client hears why; not that all is as before."""
+    """The VM that waits for the device's answer ends, and the client is told why."""
     processes = busy.processes()
     waiting = Path(f"/proc/{processes['vmd: vm/a']}/wchan")
     os.kill(processes["vmd: vm/a/vioblk0"], signal.SIGSTOP)
     with (tmp_path / "stream").open("wb") as stream:
         client = vmctl(busy, command, "a", stdout=stream.fileno())
     deadline = time.monotonic() + DEADLINE_S
-    while not re.search("sys_poll|poll_schedule", waiting.read_text()):  # for one answer; the event loop is another
+    while not re.search("sys_poll|poll_schedule", waiting.read_text()):  # the poll for one answer, not the event loop
         assert time.monotonic() < deadline
         pause()
     os.kill(processes["vmd: vm/a/vioblk0"], signal.SIGKILL)
@@ -883,7 +883,7 @@ def test_death_of_a_device_that_is_to_stand_still(busy: Daemon, tmp_path: Path, 
 
 @COMMANDS
 def test_death_of_vmm_meanwhile(busy: Daemon, command: str) -> None:
-    """It takes the daemon with it, cleanly."""
+    """The daemon ends too, cleanly."""
     with stuck(busy, command) as transfer:
         processes = busy.processes()
         os.kill(processes["vmd: vmm"], signal.SIGKILL)
@@ -916,7 +916,7 @@ def test_a_sender_whose_reader_dies_goes_on(busy: Daemon) -> None:
 
 @pytest.mark.deep
 def test_two_at_once(tmp_path: Path) -> None:
-    """Two VMs change places."""
+    """Two VMs are moved at the same time."""
     disks = [Disk(tmp_path / name) for name in "xy"]
     conf = "".join(
         block(name, "blk", "churn", f'disk "{each.path}" format raw') for name, each in zip("xy", disks, strict=True)
@@ -939,7 +939,7 @@ def test_two_at_once(tmp_path: Path) -> None:
             works(vmd, f"new-{name}")
 
 
-# What is wrong with each state that a machine is sent as, one after the other; the last one is right.
+# The errors in the state of each send, in order; the last state is correct.
 BROKEN = '''
 
 _right = save
@@ -969,7 +969,7 @@ REFUSALS = (
 
 @pytest.mark.deep
 def test_a_machine_that_nobody_could_receive_stays(tmp_path: Path) -> None:
-    """A sender whose program is wrong finds it out before it lets go of the guest, and says what is wrong."""
+    """A sender with a bug notices the invalid state before it gives up the guest, and reports what is wrong."""
     code = tmp_path / "code"
     code.mkdir()
     subprocess.run(["cp", "-a", ROOT / "vmd", ROOT / "vmctl", code], check=True)
@@ -994,7 +994,7 @@ def test_a_machine_that_nobody_could_receive_stays(tmp_path: Path) -> None:
 
 
 def test_a_viewer_sees_the_end(busy: Daemon, tmp_path: Path) -> None:
-    """Who watches a VM that is sent is let go when it is gone."""
+    """A viewer of a sent VM is disconnected when the VM is gone."""
     with busy.attached("a") as viewer:
         viewer.expect("churn: begin", DEADLINE_S)
         to_file(busy, "a", tmp_path / "stream")
@@ -1006,7 +1006,7 @@ def test_a_viewer_sees_the_end(busy: Daemon, tmp_path: Path) -> None:
 
 
 def test_a_disk_that_cannot_be_flushed_keeps_its_vm_here(tmp_path: Path) -> None:
-    """What the guest was told is written would be missing where it goes on; so it stays, and is told why."""
+    """Data that the guest was told is written would be lost at the target, so the VM stays, with a message."""
     folder = tmp_path / "mnt"
     folder.mkdir()
     with FuseFile(bytes(1 << 20), for_all=True) as file, attached(file, folder) as path:
@@ -1033,7 +1033,7 @@ def test_a_disk_that_cannot_be_flushed_keeps_its_vm_here(tmp_path: Path) -> None
 
 @contextmanager
 def attached(file: FuseFile, folder: Path) -> Iterator[Path]:
-    """Have a FUSE file system at a place."""
+    """Attach a FUSE file system to a folder while the context lasts."""
     try:
         yield file.attach(folder)
     finally:

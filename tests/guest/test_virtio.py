@@ -1,7 +1,7 @@
-"""Virtio functions and KVM's own word on them: real-mode guests, real devices (hostile-input 4-10).
+"""Virtio functions with the real KVM: real-mode guests and real devices (hostile-input 4-10).
 
-A guest here only does what has to be done on its processor: notify, take interrupts, read ISR.  The rest of the
-driver is the test, whose accesses reach the same registers as another vCPU's would.
+A guest here does only what needs its processor: notify, take interrupts, read ISR.  The test does the rest of the
+driver's work, with accesses to the same registers as from another vCPU.
 """
 
 import os
@@ -52,7 +52,7 @@ pytestmark = [
 ]
 
 NOTIFY, ISR = MODERN + virtio.NOTIFY, MODERN + virtio.ISR
-SAW, TOLD = 0x500, 0x502  # ports on which a guest says what ISR was, and that it has an interrupt
+SAW, TOLD = 0x500, 0x502  # ports to which a guest writes the ISR, and that it had an interrupt
 MAY_READ_ISR = 0x2000  # a byte in its memory
 RINGS = 0x4000
 BUFFER, HEADER = 0x9000, 0x9800
@@ -97,9 +97,9 @@ def system() -> Iterator[System]:
 
 @pytest.fixture
 def guest(system: System) -> Iterator[Guest]:
-    """A VM with KVM's interrupt controllers; IRQ 10 is level triggered from the start, as in a machine of ours.
+    """A VM with KVM's interrupt controllers.  IRQ 10 is level triggered from the start, as in our machine.
 
-    Else an interrupt that comes before the guest has set up its 8259s would be forgotten.
+    Otherwise an interrupt before the guest has set up its 8259s would be lost.
     """
     made = Guest(system, irqchip=True)
     chip = made.vm.get_irqchip(abi.KVM_IRQCHIP_PIC_SLAVE)
@@ -110,11 +110,11 @@ def guest(system: System) -> Iterator[Guest]:
 
 
 class Subject:
-    """A device in slot 1 of a VM with one vCPU; the driver's half of its queue.  What serves it is a class below."""
+    """A device in slot 1 of a VM with one vCPU, and the driver's half of its queue.  Subclasses serve the device."""
 
     process: DeviceProcess | Entropy
     size: int  # of its queue
-    answer_bytes: int  # that a request is given back with
+    answer_bytes: int  # the used length of a request
 
     def __init__(self, guest: Guest) -> None:
         self.guest = guest
@@ -124,22 +124,22 @@ class Subject:
         self.renew()
 
     def open(self) -> None:
-        """Make what serves the device."""
+        """Make the server of the device."""
         raise NotImplementedError
 
     def renew(self) -> None:
-        """Have a new ring, as a driver of old lays it out."""
+        """Make a new ring in the legacy layout."""
         self.ring = Ring(self.guest.memory, self.size, RINGS)
         self.ring.used = self.ring.avail + 6 + 2 * self.size + 0xFFF & ~0xFFF
 
     def come_up(self) -> None:
-        """Be a driver of old, up to DRIVER_OK."""
+        """Initialise the device as a legacy driver, up to DRIVER_OK."""
         self.machine.legacy_write(LEGACY_STATUS, 1, ACKNOWLEDGE | DRIVER)
         self.machine.legacy_write(LEGACY_PFN, 4, RINGS >> 12)
         self.machine.legacy_write(LEGACY_STATUS, 1, ACKNOWLEDGE | DRIVER | DRIVER_OK)
 
     def offer(self) -> None:
-        """Ask for some bytes, without notifying."""
+        """Make a request available, without notifying."""
         self.guest.memory.write(BUFFER, bytes(512))
         self.ring.add(self.request())
 
@@ -148,12 +148,12 @@ class Subject:
         raise NotImplementedError
 
     def filled(self) -> bool:
-        """Return whether they have come."""
+        """Return whether the bytes have come."""
         ((_, length),) = self.ring.reap()
         return length == self.answer_bytes and self.guest.memory.read(BUFFER, 64) != bytes(64)
 
     def run(self, enough: Callable[[list[int]], bool]) -> list[Exit]:
-        """Let the guest run, with the bus behind it, until it has said enough on SAW and TOLD; return its exits."""
+        """Run the guest with the bus until its writes to SAW and TOLD are enough; return its exits."""
         said: list[int] = []
 
         def proceed(exit_: Exit) -> bool:
@@ -168,7 +168,7 @@ class Subject:
         return Runner(self.guest.vcpu, proceed).join()
 
     def close(self) -> None:
-        """Let go of everything."""
+        """Close everything."""
         function = self.machine.function
         self.process.interrupts._words.release()
         for fd in (*self.process.kicks, *self.process.calls, function.config_call, function.config_resample,
@@ -217,7 +217,7 @@ class Rng(Subject):
     answer_bytes = 64
 
     def open(self) -> None:
-        """Make the device; it is heard as soon as there is its function."""
+        """Make the device; it is served once its function exists."""
         slot = Slot(kind=ENTROPY, index=0, number=1)
         self.process = self.rng = Entropy(slot, self.guest.memory, self.figures_fd, 0)
 
@@ -244,13 +244,13 @@ class Rng(Subject):
         self.loop.call_from_thread(self.loop.stop)
         self.events.join(END_TIMEOUT_S)
         self.loop.close()
-        self.rng.command(devmsg.RESET)  # which lets go of memory
+        self.rng.command(devmsg.RESET)  # releases guest memory
         super().close()
 
 
 @pytest.fixture(params=[Disk, Rng])
 def subject(request: pytest.FixtureRequest, guest: Guest) -> Iterator[Subject]:
-    """A device of either kind, which ends well."""
+    """Yield a device of either kind, and close it."""
     made = request.param(guest)
     yield made
     made.close()
@@ -263,7 +263,7 @@ def handle(guest: Guest, vector: int, code: bytes, at: int = HANDLER) -> None:
 
 
 def test_notification_and_line_interrupt(subject: Subject) -> None:
-    """The guest sees the interrupt once the device has answered; neither of the two passed through us."""
+    """The guest gets the interrupt after the answer; neither notification nor interrupt passes through the test."""
     handle(subject.guest, IRQ10_VECTOR, LINE_HANDLER)
     subject.guest.memory.write(MAY_READ_ISR, b"\1")
     subject.come_up()
@@ -277,7 +277,7 @@ def test_notification_and_line_interrupt(subject: Subject) -> None:
 
 
 def test_interrupt_that_was_not_read_comes_again(subject: Subject) -> None:
-    """The end of the interrupt wakes what serves the device, which finds that ISR has not been read."""
+    """The end of the interrupt wakes the device's server, which sees that ISR has not been read."""
     handle(subject.guest, IRQ10_VECTOR, LINE_HANDLER)
     subject.come_up()
     subject.offer()
@@ -296,7 +296,7 @@ def test_interrupt_that_was_not_read_comes_again(subject: Subject) -> None:
 
 
 def test_masked_message_waits_and_follows_its_vector_9(subject: Subject) -> None:
-    """Hostile input 9: what came while the vector was masked is delivered once, as the message that it has then."""
+    """Hostile input 9: an interrupt of a masked vector is delivered once, with the message at the unmasking."""
     lapic = bytearray(subject.guest.vcpu.get_lapic())
     lapic[0xF0:0xF4] = (0x1FF).to_bytes(4, "little")  # switched on, in the spurious vector register
     subject.guest.vcpu.set_lapic(bytes(lapic))
@@ -319,8 +319,8 @@ def test_masked_message_waits_and_follows_its_vector_9(subject: Subject) -> None
 
 
 def test_reset_while_notifications_come_6_7(subject: Subject) -> None:
-    """Hostile input 6, 7: the guest notifies for all it is worth while the device is reset and set up again."""
-    subject.guest.load(out(NOTIFY, 0, 2) + out(TOLD, 1) + b"\xeb\xf1")  # and again; the port exits when nobody listens
+    """Hostile input 6, 7: the guest notifies without pause while the device is reset and set up again."""
+    subject.guest.load(out(NOTIFY, 0, 2) + out(TOLD, 1) + b"\xeb\xf1")  # and again; without an ioeventfd the port exits
     rounds = 0
 
     def enough(said: list[int]) -> bool:
@@ -361,7 +361,7 @@ def test_notify_port_moves_with_its_bar_8(guest: Guest) -> None:
 def test_kvm_takes_whatever_the_driver_does_4_to_10(
     system: System, actions: list[tuple[str, int, int, int]]
 ) -> None:
-    """Hostile input 4-10: KVM refuses nothing, whatever messages, ports and vectors a guest programs."""
+    """Hostile input 4-10: KVM accepts all messages, ports and vectors that a guest programs."""
     with system.create_vm() as vm:
         vm.create_irqchip()
         machine = Machine(vm, Process())

@@ -1,4 +1,4 @@
-"""vmmci through the whole daemon: every way in which a guest may take a request to end (*cat. 4.4, 4.6*)."""
+"""vmmci with the whole daemon: every reaction of a guest to a request to end (*cat. 4.4, 4.6*)."""
 
 import re
 import time
@@ -28,7 +28,7 @@ def block(what: str) -> str:
 
 @contextmanager
 def running(tmp_path: Path, what: str) -> Iterator[tuple[Daemon, Attached]]:
-    """Run the guest, its driver up."""
+    """Run the guest until its driver is up."""
     with Daemon(tmp_path, block(what)) as vmd:
         vmd.must("start", "mci")
         with vmd.console("mci") as console:
@@ -37,7 +37,7 @@ def running(tmp_path: Path, what: str) -> Iterator[tuple[Daemon, Attached]]:
 
 
 ENDINGS = [
-    ("", "stopped as asked"),  # by a triple fault, as OpenBSD resets a machine
+    ("", "stopped as asked"),  # by a triple fault, with which OpenBSD resets a machine
     ("slow", "stopped as asked"),
     ("silent", "stopped as asked"),
     ("crash", "stopped as asked"),
