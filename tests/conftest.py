@@ -29,9 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--sequences", type=int, metavar="N", default=10000, help="sequences of each test with --soak")
     parser.addoption("--snapshot-rounds", type=int, metavar="N", default=12, help="how often a snapshot is interrupted")
     parser.addoption("--seed", type=int, metavar="N", default=1 << 20, help="the seed of the first sequence")
-    parser.addoption(
-        "--inside-l1", metavar="FILE", help="this is the emulated machine: run its tests, report to FILE"
-    )
+    parser.addoption("--inside-l1", metavar="FILE", help="this is the emulated machine: run its tests, report to FILE")
     two.add_options(parser)
 
 
