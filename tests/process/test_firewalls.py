@@ -102,7 +102,7 @@ FORWARDING = {
     "name", ["firewalld", "docker", *(pytest.param(name, marks=pytest.mark.deep) for name in ("ufw", "tailscale"))]
 )
 def test_a_firewall_that_drops_what_guests_send_is_named(network: Network, priv: Priv, name: str) -> None:
-    """With numbers, the program and its remedy; until a packet gets through, however the rules look then."""
+    """The trouble has numbers, the program and its remedy.  It ends when a packet gets through."""
     words, remedy = FORWARDING[name]
     # Tailscale drops only what goes to its own network.
     with World(network, "tailscale0" if name == "tailscale" else "uplink") as world, priv.make(
@@ -147,7 +147,7 @@ def test_a_firewall_that_drops_what_guests_send_is_named(network: Network, priv:
     ],
 )
 def test_a_firewall_that_keeps_guests_from_the_host(network: Network, priv: Priv, name: str, words: str) -> None:
-    """It is shown, and not logged: that is what firewalls of hosts are for."""
+    """The trouble is shown but not logged, because this is the purpose of a host's firewall."""
     load(network, name)
     with priv.make(nic(host4=HOST4)) as made:
         say(Guest(network, made), HOST4, 5000, 2)
@@ -160,7 +160,7 @@ def test_a_firewall_that_keeps_guests_from_the_host(network: Network, priv: Priv
 
 
 def test_docker_and_a_switch(network: Network, priv: Priv) -> None:
-    """With br_netfilter, frames between guests on a bridge are judged by Docker: each VM on it is told."""
+    """With br_netfilter, Docker filters frames between guests on a bridge; each VM on it shows the trouble."""
     load(network, "docker")
     with (
         priv.make(nic(bridge="br0")) as one,
@@ -186,7 +186,7 @@ def test_docker_and_a_switch(network: Network, priv: Priv) -> None:
 
 @pytest.mark.deep
 def test_docker_that_comes_later(network: Network, priv: Priv) -> None:
-    """Bridges are counted as soon as somebody judges them, and no longer than that."""
+    """Frames on bridges are counted only while a firewall filters them."""
     with priv.make(nic(bridge="br0")) as made:
         guest = Guest(network, made)
         assert dropped(priv) == ()
@@ -203,7 +203,7 @@ def test_docker_that_comes_later(network: Network, priv: Priv) -> None:
 
 @pytest.mark.deep
 def test_a_table_that_was_flushed_is_written_again(network: Network, priv: Priv) -> None:
-    """As by whoever restarts nftables.service; it is said, and told once for all VMs."""
+    """A flush, as by a restart of nftables.service, is logged, and reported once for all VMs."""
     with priv.make(nic(host4=HOST4)), priv.make(nic(host4=bytes((100, 64, 2, 2))), vmid=2):
         before = rules(network)
         network.run("nft", "flush", "ruleset")
@@ -218,7 +218,7 @@ def test_a_table_that_was_flushed_is_written_again(network: Network, priv: Priv)
 
 @pytest.mark.deep
 def test_what_is_counted_is_not_forgotten_when_other_vms_come_and_go(network: Network, priv: Priv) -> None:
-    """The rules are written anew, and the counters of the kernel begin again."""
+    """Counts are kept, although the rules are written again and the kernel's counters start from 0."""
     load(network, "docker")
     with World(network), priv.make(nic(host4=HOST4)) as made:
         guest = Guest(network, made)
@@ -230,7 +230,7 @@ def test_what_is_counted_is_not_forgotten_when_other_vms_come_and_go(network: Ne
 
 @pytest.mark.deep
 def test_what_nobody_drops_is_no_trouble(network: Network, priv: Priv) -> None:
-    """A packet that belongs to no connection, one that nobody routes, one that says it is from elsewhere."""
+    """Not counted: a packet of no connection, one without a route, one with a false source."""
     load(network, "ufw")
     network.run("nft", "insert rule ip filter ufw-user-forward ip saddr 100.64.0.0/10 accept")
     with World(network), priv.make(nic(host4=HOST4)) as made:
@@ -249,7 +249,7 @@ def test_what_nobody_drops_is_no_trouble(network: Network, priv: Priv) -> None:
 @pytest.mark.deep
 @pytest.mark.parametrize("policy", ["drop", "accept"])
 def test_a_firewall_of_the_administrators_own(network: Network, priv: Priv, policy: str) -> None:
-    """Its chain is named; what is advised can be done, and helps."""
+    """The message names its chain, and its advice works."""
     network.run("nft", "add table inet mine")
     network.run("nft", f"add chain inet mine transit {{ type filter hook forward priority 0; policy {policy}; }}")
     if policy == "accept":
@@ -273,7 +273,7 @@ def test_a_firewall_of_the_administrators_own(network: Network, priv: Priv, poli
 
 @pytest.mark.kvm
 def test_status_shows_it(network: Network, tmp_path: Path) -> None:
-    """`vmctl status -v`: what comes from the world does not reach the guest, and why."""
+    """`vmctl status -v` shows that outside packets do not reach the guest, and why."""
     conf = f'vm "db1" {{\n disable\n memory 32M\n boot "{guest_image("demo")}"\n local interface\n}}\n'
     load(network, "docker")
     with World(network) as world, NetDaemon(tmp_path, network, conf) as vmd:
@@ -299,7 +299,7 @@ def test_status_shows_it(network: Network, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.program)
 def test_the_old_iptables_are_seen_too(network: Network, priv: Priv, family: Family) -> None:
-    """What nft does not list; and tables that nobody has loaded are left so."""
+    """Rules that nft does not list are seen, and tables that are not loaded stay so."""
     with network.inside():
         loaded = Path(f"/proc/net/{family.name}_tables_names")
         assert not loaded.exists() or loaded.read_text() == ""

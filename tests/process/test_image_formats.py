@@ -60,7 +60,7 @@ def refusal(path: Path, image_format: str = "", *, in_conf: bool = True) -> str:
 
 @every_sample
 def test_disk_without_a_format_is_refused_by_name(tmp_path: Path, name: str, make: Make) -> None:
-    """With what converts it; raw it is only by the operator's word, and then it is not looked at."""
+    """The message has the conversion.  Only `format raw` makes it a raw disk, without a check."""
     path = tmp_path / "it's a disk"
     make(path)
     if FOREIGN[name].content:
@@ -92,7 +92,7 @@ def test_luks_container_of_qemu_is_refused_by_name(tmp_path: Path) -> None:
 
 @every_sample
 def test_disk_that_should_be_qcow2_is_refused_by_name(tmp_path: Path, name: str, make: Make) -> None:
-    """Whether the configuration says so, or the file's name."""
+    """The configuration or the file's name states qcow2."""
     make(tmp_path / "disk")
     shutil.copy(tmp_path / "disk", tmp_path / "disk.qcow2")
     words = "unsupported qcow2 version 1" if name == "QCOW" else f"is {FOREIGN[name].what}"
@@ -103,7 +103,7 @@ def test_disk_that_should_be_qcow2_is_refused_by_name(tmp_path: Path, name: str,
 
 @every_sample
 def test_disc_is_refused_by_name(tmp_path: Path, name: str, make: Make) -> None:
-    """No guest has written it, so there is no doubt."""
+    """No guest has written to a disc, so its format is certain."""
     make(tmp_path / "disc")
 
     with pytest.raises(OperatorError) as refused:
@@ -117,7 +117,7 @@ def test_disc_is_refused_by_name(tmp_path: Path, name: str, make: Make) -> None:
 
 @every_sample
 def test_base_without_a_recorded_format_is_refused_by_name(tmp_path: Path, name: str, make: Make) -> None:
-    """The way out is to have the format recorded."""
+    """The message advises to record the format."""
     make(tmp_path / "base")
     if FOREIGN[name].content:
         odd(tmp_path / "base")
@@ -164,7 +164,7 @@ COMPRESSED = ["gzip", "xz", "zstd", "bzip2", "lz4"]
     ("label", "named"), [(label, False) for label in IMAGES + COMPRESSED] + [(label, True) for label in COMPRESSED]
 )
 def test_command_that_is_named_does_it(tmp_path: Path, label: str, named: bool) -> None:
-    """Typed as it is shown, it makes an image that is used."""
+    """The command from the message makes a usable image."""
     name, make = next((name, make) for name, found, make in SAMPLES if found == label)
     path = tmp_path / f"a, 'quoted' \"name\".{NAMES.get(label, label) if named else 'disk'}"
     make(path)
@@ -184,7 +184,7 @@ def test_command_that_is_named_does_it(tmp_path: Path, label: str, named: bool) 
 
 @pytest.mark.parametrize("path", ["-rf", "a:b", "a b", "$(x)", "a'b", "ok.img", "/x/y;z", "*", "~", "~/x"])
 def test_paths_are_words_of_a_shell(path: str) -> None:
-    """One word, that is no option and no protocol."""
+    """A path becomes one shell word, which is neither an option nor a protocol."""
     for name in FOREIGN:
         words = shlex.split(command(name, path).replace("<", " ").replace(">", " ").replace("&&", " "))
         if words and name != "LUKS" and "{image}" in FOREIGN[name].remedy:
@@ -215,7 +215,7 @@ def test_disk_that_begins_like_an_archive_is_used_with_a_warning(tmp_path: Path,
 
 @contents
 def test_archive_that_is_called_so_is_refused(tmp_path: Path, name: str, make: Make) -> None:
-    """Whatever its length: the name is not the guest's."""
+    """It is refused with any length, because the guest does not choose the name."""
     if not FOREIGN[name].names:
         return
     path = tmp_path / f"disk{FOREIGN[name].names[0].upper()}"
@@ -226,7 +226,7 @@ def test_archive_that_is_called_so_is_refused(tmp_path: Path, name: str, make: M
 
 
 def test_tar_archive(tmp_path: Path) -> None:
-    """As a disk, and as a disc: some guests read one without a file system.  Only the warning is different."""
+    """A tar archive is accepted as a disk and as a disc: some guests read it directly.  Only the warning differs."""
     archive("a", b"x", tmp_path / "a.img")
 
     found = disk(tmp_path / "a.img")
@@ -313,7 +313,7 @@ def test_kernel_given_as_disk(tmp_path: Path) -> None:
 
 
 def test_qcow2_is_no_disc(tmp_path: Path) -> None:
-    """The guest would see its header."""
+    """A qcow2 image is refused as a disc, because the guest would see its header."""
     create(str(tmp_path / "a.iso"), "qcow2", MIB)
 
     with pytest.raises(OperatorError) as refused:
@@ -324,7 +324,7 @@ def test_qcow2_is_no_disc(tmp_path: Path) -> None:
 
 
 def test_iso_image_is_a_disc_and_a_disk(tmp_path: Path) -> None:
-    """Whatever stands in its first 32 KiB, which are for whatever starts from it."""
+    """It is accepted with any content in its first 32 KiB, which are for boot loaders."""
     (tmp_path / "content").mkdir()
     (tmp_path / "content/file").write_bytes(b"x")
     iso = tmp_path / "a.iso"
@@ -355,7 +355,7 @@ def test_dump_of_cd_sectors_is_no_disc(tmp_path: Path) -> None:
 
 
 def test_derived_image_that_is_called_qcow2_is_one(tmp_path: Path) -> None:
-    """The name is the operator's word, as `format qcow2` is."""
+    """The name states the format, as `format qcow2` does."""
     create(str(tmp_path / "base.qcow2"), "qcow2", MIB)
     create(str(tmp_path / "top.qcow2"), "qcow2", MIB, "base.qcow2", "qcow2")
     create(str(tmp_path / "top.img"), "qcow2", MIB, "base.qcow2", "qcow2")
@@ -370,7 +370,7 @@ def test_derived_image_that_is_called_qcow2_is_one(tmp_path: Path) -> None:
 
 
 def test_raw_image_that_is_called_qcow2_is_never_raw(tmp_path: Path) -> None:
-    """Unless somebody says so: its guest could write a header."""
+    """It is raw only with `format raw`, because its guest could write a qcow2 header."""
     path = tmp_path / "disk.QCOW2"
     path.write_bytes(bytes(MIB))
 

@@ -224,7 +224,7 @@ def test_snapshot_keeps_compressed_clusters_and_those_of_the_backing_file(tmp_pa
 
 
 def test_snapshot_without_room_changes_nothing(tmp_path: Path) -> None:
-    """ENOSPC is said; the disk is written to afterwards as before."""
+    """The snapshot fails with ENOSPC, and the disk stays writable."""
     with small_file_system(tmp_path / "small") as folder:
         path = folder / "image"
         qemu("qemu-img", "create", "-qf", "qcow2", path, SIZE)
@@ -290,7 +290,7 @@ def test_bad_name_of_a_snapshot_is_refused(tmp_path: Path, name: str, what: str)
 
 
 def test_refcounts_without_room_refuse_one_more_snapshot(tmp_path: Path) -> None:
-    """Refcounts of one bit count nobody twice."""
+    """A refcount of one bit cannot count a second user of a cluster."""
     path = tmp_path / "image"
     qemu("qemu-img", "create", "-qf", "qcow2", "-o", "refcount_bits=1", path, SIZE)
     image = opened_qcow2(path)
@@ -357,7 +357,7 @@ def test_damaged_snapshot_table_is_refused_not_believed(tmp_path: Path) -> None:
 
 
 def test_dirty_image_takes_no_snapshot(tmp_path: Path) -> None:
-    """Its refcounts are not to be trusted."""
+    """The refcounts of a dirty image may be wrong."""
     path = tmp_path / "image"
     qemu("qemu-img", "create", "-qf", "qcow2", "-o", "lazy_refcounts=on", path, SIZE)
     with path.open("r+b") as file:
@@ -413,7 +413,7 @@ def test_mark_of_several_disks_goes_with_the_change(tmp_path: Path) -> None:
 
 
 def test_image_whose_refcounts_are_too_many_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a sentence, before memory runs out."""
+    """The image is refused with a message, before memory runs out."""
     path = tmp_path / "image"
     qemu("qemu-img", "create", "-qf", "qcow2", "-o", "refcount_bits=1", path, SIZE)
     image = opened_qcow2(path)

@@ -79,7 +79,7 @@ def test_images_are_told_apart(prober: ImageProber, tmp_path: Path) -> None:
 
 
 def test_what_is_wrong_is_said_by_name(prober: ImageProber, tmp_path: Path) -> None:
-    """The sentence is imgprobe's, the name ours."""
+    """The message is imgprobe's, and vmd adds the name."""
     path = tmp_path / "image"
     path.write_bytes(b"QFI\xfb" + bytes(MIB))
 
@@ -89,7 +89,7 @@ def test_what_is_wrong_is_said_by_name(prober: ImageProber, tmp_path: Path) -> N
 
 
 def test_chain_is_opened_with_real_processes(prober: ImageProber, tmp_path: Path) -> None:
-    """Each image whose format or backing file is not known is looked at."""
+    """Each image with an unknown format or backing file is probed."""
     (tmp_path / "0").write_bytes(bytes(MIB))
     for level in range(1, 4):
         create(str(tmp_path / f"{level}"), "qcow2", MIB, f"{level - 1}", "qcow2" if level > 1 else "raw")
@@ -115,7 +115,7 @@ def blocked(child: Child) -> dict[str, str]:
 
 
 def test_imgprobe_holds_its_socket_and_nothing_else(cell: Cell) -> None:
-    """Seen while it waits to be asked."""
+    """Checked while it waits for a request."""
     child, sock = start_probe(cell)
     try:
         status = blocked(child)
@@ -177,7 +177,7 @@ def test_imgprobe_is_asked_again_and_again(cell: Cell, tmp_path: Path) -> None:
 
 
 def test_whoever_has_asked_is_gone(cell: Cell, tmp_path: Path) -> None:
-    """An imgprobe whose opener was given up ends, and says nothing."""
+    """An imgprobe whose opener was given up ends without a message."""
     reader, writer = os.pipe()
     child, sock = start_probe(cell, log_fd=writer)
     os.close(writer)
@@ -215,7 +215,7 @@ def children() -> set[str]:
     ],
 )
 def test_imgprobe_that_fails_57(tmp_path: Path, function: str, words: str) -> None:
-    """Hostile input 57: whatever became of it, the disk is refused, and nothing of it is left."""
+    """Hostile input 57: after any failure the disk is refused, and no process is left."""
     (tmp_path / "image").write_bytes(bytes(MIB))
     prober = bad(function)
     before, others = open_descriptors(), children()
@@ -227,7 +227,7 @@ def test_imgprobe_that_fails_57(tmp_path: Path, function: str, words: str) -> No
 
 
 def test_imgprobe_that_does_not_answer_57(tmp_path: Path) -> None:
-    """Hostile input 57: it is waited for so long and no longer."""
+    """Hostile input 57: the wait for it has a limit."""
     (tmp_path / "image").write_bytes(bytes(MIB))
     prober, others = bad("hang", timeout_s=0.5), children()
 
@@ -239,7 +239,7 @@ def test_imgprobe_that_does_not_answer_57(tmp_path: Path) -> None:
 
 
 def test_imgprobe_that_does_not_end(tmp_path: Path) -> None:
-    """It has answered, and that is what counts; nothing of it is left."""
+    """Its answer counts, and the process is killed."""
     (tmp_path / "image").write_bytes(bytes(MIB))
     prober, others = bad("stay"), children()
 
@@ -250,7 +250,7 @@ def test_imgprobe_that_does_not_end(tmp_path: Path) -> None:
 
 
 def test_imgprobe_cannot_write_the_image(tmp_path: Path) -> None:
-    """Ours is open for writing; what it gets is not."""
+    """Our descriptor is writable; the one that it gets is not."""
     (tmp_path / "image").write_bytes(bytes(MIB))
 
     assert probed(bad("write_image"), tmp_path / "image").size == 0
@@ -273,7 +273,7 @@ def test_no_descriptors_left_is_a_sentence(prober: ImageProber, tmp_path: Path) 
 
 
 def test_cost_of_a_probe(prober: ImageProber, tmp_path: Path) -> None:
-    """The figure is shown, not judged."""
+    """The figure is printed, not checked."""
     create(str(tmp_path / "image"), "qcow2", MIB)
     times_ms = []
     for _ in range(ROUNDS):

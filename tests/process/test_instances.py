@@ -191,7 +191,7 @@ def test_an_instance_has_what_its_template_has_but_no_disk(vmd: UsersDaemon, pla
 
 
 def test_an_instance_beside_its_template(vmd: UsersDaemon) -> None:
-    """The two run at the same time."""
+    """Instance and template run at the same time."""
     vmd.must("start", "template")
     vmd.must_as(INES, "start", "-t", "template", "i")
     assert vmd.interfaces("template")[0]["tap"] == "tap5"
@@ -199,7 +199,7 @@ def test_an_instance_beside_its_template(vmd: UsersDaemon) -> None:
 
 
 def test_what_is_given_wins(vmd: UsersDaemon, place: Place) -> None:
-    """Memory, vcpus, disks, disc, interfaces and kernel, all of them the user's own."""
+    """The user's memory, vcpus, disks, disc, interfaces and kernel replace the template's."""
     disk, disc = place.file("own.img"), place.file("own.iso")
     kernel = place.file("kernel", mode=0o400, content=guest("demo").read_bytes())
     place.home.chmod(0o700)
@@ -234,7 +234,7 @@ def test_what_is_given_wins(vmd: UsersDaemon, place: Place) -> None:
 def test_each_aspect_has_to_be_allowed(
     vmd: UsersDaemon, place: Place, options: tuple[str, ...], what: str
 ) -> None:
-    """A template that allows nothing can only be copied; what was too much is named."""
+    """A template that allows nothing can only be copied; the message names the forbidden aspect."""
     place.file("mine")
     done = vmd.vmctl_as(INES, "start", "-t", "closed", *(each.format(home=place.home) for each in options), "i")
     assert done.returncode == 1
@@ -243,7 +243,7 @@ def test_each_aspect_has_to_be_allowed(
 
 
 def test_mistakes(vmd: UsersDaemon) -> None:
-    """A template that is not there, a name that is taken, somebody who may not."""
+    """A template that does not exist, a name that is taken, a user without permission."""
     missing = vmd.vmctl_as(INES, "start", "-t", "nowhere", "i")
     assert (missing.returncode, missing.stderr) == (
         1, "vmctl: invalid template: vm i: template nowhere not found\n",
@@ -259,7 +259,7 @@ def test_mistakes(vmd: UsersDaemon) -> None:
 
 @pytest.mark.parametrize("user", ["root", INES])
 def test_the_disk_of_the_template_stays_the_template_s(vmd: UsersDaemon, place: Place, user: str) -> None:
-    """Whoever asks."""
+    """No user can use the template's disk in an instance."""
     disk = place.root / "template.img"
     config = DiskConfig(path=str(disk), format="raw")
     failed = refusal(vmd.ask_as(user, start(given=VmFlag.DISK, disks=(config,))))
@@ -291,7 +291,7 @@ def test_interface_and_address_of_the_template_stay_the_template_s(vmd: UsersDae
 def test_a_disk_has_to_be_the_user_s_to_read_and_write(
     vmd: UsersDaemon, place: Place, owner: str, mode: int
 ) -> None:
-    """By the file's mode."""
+    """The file's mode must let the user read and write."""
     disk = place.file("some.img", owner, mode)
     done = vmd.vmctl_as(INES, "start", "-t", "template", "-d", disk, "i")
     assert done.returncode == 1
@@ -304,7 +304,7 @@ def test_a_disk_has_to_be_the_user_s_to_read_and_write(
 def test_a_disk_may_be_the_user_s_through_groups_and_others(
     vmd: UsersDaemon, place: Place, owner: str, mode: int
 ) -> None:
-    """As for any program that he runs."""
+    """Permissions of groups and others count, as for any program of the user."""
     disk = place.file("some.img", owner, mode)
     vmd.must_as(INES, "start", "-t", "template", "-d", f"raw:{disk}", "i")
     assert str(disk) in open_files(vmd, "i")
@@ -380,7 +380,7 @@ def test_a_reboot_opens_with_the_user_s_rights(vmd: UsersDaemon, place: Place) -
 
 
 def test_a_reboot_does_not_follow_a_link_to_what_is_root_s(vmd: UsersDaemon, place: Place) -> None:
-    """The path may lead elsewhere by then."""
+    """The path may lead to another file by the time of the reboot."""
     disk = place.file("mine.img")
     vmd.must_as(INES, "start", "-t", "open", "-d", f"raw:{disk}", "i")
     with vmd.console("i") as console:
@@ -428,7 +428,7 @@ def test_a_kernel_on_a_disk_that_only_the_user_can_read(vmd: UsersDaemon, place:
 
 
 def test_backing_files_are_the_user_s_as_well(vmd: UsersDaemon, place: Place) -> None:
-    """An overlay names another file, and the user has written that name."""
+    """The user must have rights to backing files too, because the user has chosen their names."""
     overlay = place.home / "overlay.qcow2"
     overlay.unlink(missing_ok=True)
     subprocess.run(
@@ -446,7 +446,7 @@ def test_backing_files_are_the_user_s_as_well(vmd: UsersDaemon, place: Place) ->
 
 
 def test_an_instance_of_an_instance(vmd: UsersDaemon) -> None:
-    """Where the template says that its permissions go on."""
+    """It is possible where the template passes on its permissions."""
     vmd.must_as(INES, "start", "-t", "open", "-m", "24M", "i")
     vmd.must_as(INES, "start", "-t", "i", "-p", "2", "j")
     row = vmd.status("j")
@@ -562,7 +562,7 @@ def test_lies(vmd: UsersDaemon, place: Place, case: str) -> None:
 
 
 def test_fields_that_are_not_the_client_s_do_not_count(vmd: UsersDaemon) -> None:
-    """Owner, address plan, origin and parent are the daemon's to say."""
+    """The daemon sets owner, address plan, origin and parent itself."""
     answer = vmd.ask_as(
         INES,
         start(
@@ -597,7 +597,7 @@ def test_a_descriptor_has_to_be_open_for_reading(vmd: UsersDaemon, place: Place,
 
 @pytest.mark.parametrize("kind", ["directory", "fifo", "device", "socket"])
 def test_a_descriptor_has_to_be_a_file(vmd: UsersDaemon, place: Place, kind: str) -> None:
-    """Anything else that can be open is refused before anybody reads it."""
+    """Descriptors of other kinds are refused before they are read."""
     reader, writer = os.pipe()
     there = {
         "directory": lambda: os.open(place.home, os.O_RDONLY),
@@ -671,7 +671,7 @@ def test_instances_in_the_configuration(vmd: UsersDaemon, place: Place) -> None:
     ids=["no template", "of itself", "of each other", "disk", "interface", "lladdr"],
 )
 def test_an_instance_that_cannot_be_is_left_out(vmd: UsersDaemon, place: Place, block: str, words: str) -> None:
-    """The others are there, and the operator hears of it."""
+    """Other VMs are kept, and the operator gets a message."""
     vmd.conf.write_text(vmd.conf.read_text() + block.format(root=place.root))
     said = vmd.must("reload")
     assert f"{vmd.conf}:" in said

@@ -48,7 +48,7 @@ CONF = block("a") + block("b") + block("smp", "vcpus 4")
     ids=["vms", "vcpus", "memory"],
 )  # fmt: skip
 def test_a_start_beyond_a_limit_is_refused(tmp_path: Path, limit: str, who: str, words: str) -> None:
-    """With a sentence; what runs goes on, may reset itself, and makes room when it ends."""
+    """The start fails with a message.  Running VMs go on, may reset themselves, and free their share when they end."""
     with Daemon(tmp_path, f"{limit}\n{CONF}") as vmd:
         vmd.must("start", "a")
         refused = vmd.vmctl("start", who)
@@ -97,7 +97,7 @@ def memory_lack(group):
     ],
 )
 def test_a_vm_that_was_killed_for_its_memory_says_so(tmp_path: Path, lack: str, words: str) -> None:
-    """In the log, in `vmctl status` and in the event; the next end says nothing of it."""
+    """The log, `vmctl status` and the event report it; the next end does not."""
     code = changed_program(tmp_path / "code", {"vmd/parent/groups.py": KILLED.format(lack=lack)})
     with Daemon(tmp_path, block("a", "limit { memory 160M }"), code=code) as vmd:
         vmd.must("start", "a")
@@ -117,7 +117,7 @@ def test_a_vm_that_was_killed_for_its_memory_says_so(tmp_path: Path, lack: str, 
 
 
 def test_a_batch_goes_as_far_as_the_limit(tmp_path: Path) -> None:
-    """Those that find no room say so in `vmctl status`."""
+    """VMs beyond the limit show the reason in `vmctl status`."""
     enabled = "".join(block(name).replace("disable", "enable") for name in ("a", "b", "c"))
     with Daemon(tmp_path, "limit vms 2\nstaggered start parallel 3 delay 1\n" + enabled) as vmd:
         for name in ("a", "b"):

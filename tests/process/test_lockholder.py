@@ -150,7 +150,7 @@ def test_who_is_in_the_way_is_named_and_not_who_reads_it_besides(cell: Lockholde
 
 
 def test_nobody_waits_for_one_that_does_not_answer(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is killed at its deadline."""
+    """A lockholder that does not answer is killed at its deadline."""
     monkeypatch.setattr(holders, "ANSWER_S", 0.2)
     with locked(image, ofd(DENIES)):
         assert holder(None, image, "tests.support.imgprobes:hang") is None
@@ -158,12 +158,12 @@ def test_nobody_waits_for_one_that_does_not_answer(image: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize("entry", ["nonsense", "die", "be_killed"])
 def test_one_that_does_not_know_names_nobody(image: Path, entry: str) -> None:
-    """It answers something else, or ends without a word."""
+    """The lockholder gives another answer, or ends without one."""
     assert holder(None, image, f"tests.support.imgprobes:{entry}") is None
 
 
 def test_a_crowd_is_not_served() -> None:
-    """So many at a time; others are told at once that nobody knows."""
+    """The number at a time is limited; others get an unknown holder at once."""
     with contextlib.closing(Loop()) as loop:
         asked = Holders(loop, None, lines_of, entry="tests.support.imgprobes:hang")
         answers: list[Holder | None] = []

@@ -109,7 +109,7 @@ def test_the_same_figures_everywhere(vmd: NetDaemon) -> None:
 
 
 def test_the_path_is_for_those_who_may_use_the_control_socket(vmd: NetDaemon) -> None:
-    """Others could not ask vmctl either."""
+    """Users who may not use the control socket cannot read the metrics."""
     ours, control = path_of(vmd).stat(), vmd.socket.stat()
     assert (ours.st_mode, ours.st_uid, ours.st_gid) == (
         control.st_mode & ~0o170000 | 0o140000, control.st_uid, control.st_gid
@@ -117,7 +117,7 @@ def test_the_path_is_for_those_who_may_use_the_control_socket(vmd: NetDaemon) ->
 
 
 def test_clients_that_say_nothing_keep_nobody_out(vmd: NetDaemon) -> None:
-    """The one that has waited longest makes room for the next."""
+    """The client that has been silent longest is disconnected for the next one."""
     with contextlib.ExitStack() as stack:
         silent = [stack.enter_context(connect(vmd)) for _ in range(2 * CLIENTS_MAX)]
         silent[-1].sendall(b"GET /metr")
@@ -128,7 +128,7 @@ def test_clients_that_say_nothing_keep_nobody_out(vmd: NetDaemon) -> None:
 
 
 def test_a_client_that_takes_nothing_keeps_nobody_out(vmd: NetDaemon) -> None:
-    """Nor one that says too much, or hangs up in the middle."""
+    """Clients that do not read, send too much, or disconnect early do not block others."""
     with connect(vmd) as rude, connect(vmd) as gone, connect(vmd) as endless:
         rude.sendall(b"GET /metrics HTTP/1.0\r\n\r\n" * 20)
         gone.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
@@ -140,7 +140,7 @@ def test_a_client_that_takes_nothing_keeps_nobody_out(vmd: NetDaemon) -> None:
 
 
 def test_the_process_is_started_again(vmd: NetDaemon) -> None:
-    """When it dies nothing else does, and who connects meanwhile waits."""
+    """Its death ends no other process, and clients that connect meanwhile wait."""
     pid = server(vmd)
     os.kill(pid, signal.SIGKILL)
     vmd.wait_log("lost child: metrics: it is started again")
@@ -167,7 +167,7 @@ def test_a_daemon_that_does_not_answer(vmd: NetDaemon) -> None:
 
 
 def test_it_holds_sockets_and_nothing_else(vmd: NetDaemon) -> None:
-    """And runs as nobody else does."""
+    """It has only sockets, and a uid of its own."""
     pid = server(vmd)
     held = {os.readlink(f"/proc/{pid}/fd/{fd}").partition(":")[0] for fd in os.listdir(f"/proc/{pid}/fd")}
     assert held == {"/dev/null", "socket", "anon_inode"}
