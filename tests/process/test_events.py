@@ -1,4 +1,4 @@
-"""What a daemon and its VMs have done, as those hear of it who listen: vmctl events, and the client library."""
+"""Events of a daemon and its VMs, as listeners receive them: vmctl events, and the client library."""
 
 import contextlib
 import itertools
@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.root, pytest.mark.kvm, pytest.mark.timeout(400)]
 
 
 class Listener:
-    """`vmctl events -a --json`, which has the past first, so that nothing is missed."""
+    """`vmctl events -a --json`, which begins with past events, so that none is missed."""
 
     def __init__(self, vmd: KeptDaemon) -> None:
         self.process = subprocess.Popen(
@@ -57,7 +57,7 @@ class Listener:
 
 @contextlib.contextmanager
 def listening(vmd: KeptDaemon) -> Iterator[Listener]:
-    """Listen; ^C ends that."""
+    """Listen while the context lasts; ^C ends the listener."""
     listener = Listener(vmd)
     try:
         yield listener

@@ -1,4 +1,4 @@
-"""A host that runs out of something (hostile 60): one start fails with a sentence, and nothing else happens."""
+"""A host runs out of a resource (hostile 60): one start fails with a message, and nothing else happens."""
 
 import contextlib
 import errno
@@ -33,7 +33,7 @@ RESERVE = {"vmd: control/reserve", "vmd: opener", "vmd: imgprobe", "vmd: vm"}
 
 @pytest.fixture
 def vmd() -> Iterator[Daemon]:
-    """Give a daemon with a VM that runs, `a`, and two that do not; `b` has a disk.  All may reach its socket."""
+    """Yield a daemon with the running VM `a` and two stopped ones; `b` has a disk.  All users may open its socket."""
     with public_folder() as directory:
         (directory / "disk").write_bytes(bytes(1 << 20))
         conf = f'images = "{directory}"\n' + "".join(
@@ -60,7 +60,7 @@ def status(pid: int) -> dict[str, str]:
 
 
 def limit(pid: int, what: str, number: int | str) -> str:
-    """Limit a process that runs already, as its own user may; returns the limit that it had."""
+    """Limit a running process, as its own user may; return the earlier limit."""
     uid, gid = (int(status(pid)[key].split()[0]) for key in ("Uid", "Gid"))
     prlimit = ["prlimit", "--pid", str(pid), f"--{what}"]
     old = subprocess.run(
@@ -72,7 +72,7 @@ def limit(pid: int, what: str, number: int | str) -> str:
 
 
 def settled(vmd: Daemon) -> int:
-    """Wait until all reserves are there, and nothing is left of a start; returns how much the parent has open."""
+    """Wait until all reserves exist and no start is in progress; return the parent's number of descriptors."""
     seen = 0
     while seen < 3:
         found = vmd.processes()
@@ -90,7 +90,7 @@ def listed(client: socket.socket) -> None:
 
 
 def refused(vmd: Daemon, name: str, *words: str) -> None:
-    """Check that a VM cannot be started, and why."""
+    """Check that a start fails, and its reason."""
     done = vmd.vmctl("start", name)
     assert done.returncode == 1
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
@@ -100,7 +100,7 @@ def refused(vmd: Daemon, name: str, *words: str) -> None:
 
 
 def reserve(vmd: Daemon, without: int = 0) -> int:
-    """Wait for the process that is to be the next VM; returns its pid."""
+    """Wait for the VM process in reserve; return its pid."""
     while True:  # each look is a process of its own
         found = {pid for title, pid in vmd.processes().items() if title == "vmd: vm"} - {without}
         if found:
@@ -194,7 +194,7 @@ def test_tasks_run_out_anywhere(vmd: Daemon, tmp_path: Path) -> None:
 
 
 class Tasks:
-    """A control group that limits how many tasks some processes, and what they start, have together."""
+    """A control group that limits the tasks of some processes and their descendants together."""
 
     def __init__(self) -> None:
         """Skips the test where this host has none to give away."""

@@ -1,4 +1,4 @@
-"""What VMs have done and use, by a daemon that counts, compared with what the host and the guest know."""
+"""Counters and resource use of VMs, as the daemon reports them, compared with the host's and the guest's."""
 
 import json
 import os
@@ -47,7 +47,7 @@ DISK_BYTES = 16 << 20
 
 @pytest.fixture(scope="module")
 def vmd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NetDaemon]:
-    """Give a daemon that may not look into other processes."""
+    """Yield a daemon without the right to inspect other processes."""
     tmp_path = tmp_path_factory.mktemp("figures")
     (tmp_path / "disk.raw").write_bytes(bytes(1 << 20))
     (tmp_path / "busy.raw").write_bytes(bytes(DISK_BYTES))
@@ -61,7 +61,7 @@ def vmd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NetDaemon]:
 
 
 def figures(vmd: NetDaemon, name: str = "demo") -> VmFigures:
-    """Return what the daemon says of a VM."""
+    """Return the daemon's figures of a VM."""
     client = Client(str(vmd.socket))
     try:
         (row,) = client.figures(name)
@@ -71,7 +71,7 @@ def figures(vmd: NetDaemon, name: str = "demo") -> VmFigures:
 
 
 def vcpus_ns(pid: int) -> list[int]:
-    """Return what the kernel says that the vCPUs have had."""
+    """Return the vCPUs' processor time from the kernel."""
     tasks = {(task / "comm").read_text().strip(): task for task in Path(f"/proc/{pid}/task").iterdir()}
     return [int((tasks[f"vcpu{index}"] / "schedstat").read_text().split()[0]) for index in range(2)]
 
@@ -84,7 +84,7 @@ def ticks_ns(pid: int) -> int:
 
 
 def used_us(group: Path) -> int:
-    """Return what the processes of a control group have had."""
+    """Return the processor time of a control group."""
     found = re.search(r"usage_usec (\d+)", (group / "cpu.stat").read_text())
     assert found is not None
     return int(found[1])

@@ -1,4 +1,4 @@
-"""What other firewalls of a host drop of guests' packets: found by counting, with these programs' own rule sets."""
+"""Guests' packets that other firewalls of the host drop, found by counting, with the rule sets of real firewalls."""
 
 import ctypes
 import errno
@@ -61,7 +61,7 @@ def load(network: Network, name: str) -> None:
 
 
 def dropped(priv: Priv, vmid: int = 1) -> tuple[Trouble, ...]:
-    """Return what priv says is dropped now of a VM's packets."""
+    """Return the drops of a VM's packets that priv reports now."""
     with priv.network.inside():
         tables = open_tables()
     priv.send(AskDrops(vmid=vmid), tables)
@@ -71,7 +71,7 @@ def dropped(priv: Priv, vmid: int = 1) -> tuple[Trouble, ...]:
 
 
 def say(guest: Guest, target: bytes, port: int, count: int = 1, *, to: bytes = b"") -> None:
-    """Send packets of a connection, known by its port; the kernel has judged them when this returns."""
+    """Send packets of a connection, identified by its port.  The kernel has filtered them when this returns."""
     for _ in range(count):
         guest.send(0x0800, udp4(GUEST4, target, b"hello", port), to)
 
@@ -331,7 +331,7 @@ def test_the_old_iptables_are_seen_too(network: Network, priv: Priv, family: Fam
 
 
 def set_policy(family: Family, policy: str) -> None:
-    """Do what `iptables -P FORWARD` does, which loads the table if need be (struct ipt_replace)."""
+    """Do the same as `iptables -P FORWARD`, which loads the table if necessary (struct ipt_replace)."""
     with socket.socket(family.family, socket.SOCK_RAW, socket.IPPROTO_RAW) as any_socket:
         fd = any_socket.fileno()
         info = linux.getsockopt(fd, family.level, SO_GET_INFO, INFO.pack(TABLE, *bytes(13)))

@@ -1,4 +1,4 @@
-"""Ports of the host that guests serve: real packets from outside, from the host itself, and from other guests."""
+"""Ports of the host that are forwarded to guests: real packets from outside, from the host, and from other guests."""
 
 import errno
 import socket
@@ -35,7 +35,7 @@ FORWARDS = (SSH, RANGE, MOVED, DNS, FROM_WORLD, FROM_NOBODY)
 
 
 class Place(NamedTuple):
-    """A host between a world and two guests, of which the first has ports of the host."""
+    """A host between an outside network and two guests; the first guest has forwarded ports."""
 
     host: Network
     world: Network
@@ -46,7 +46,7 @@ class Place(NamedTuple):
 
 @pytest.fixture(scope="module")
 def place() -> Iterator[Place]:
-    """Give it, with servers in the first guest."""
+    """Yield the host, with servers in the first guest."""
     fixed: dict[str, Any] = {"host4": bytes((10, 9, 0, 1)), "guest4": bytes((10, 9, 0, 77)), "length4": 24}
     with (
         Network() as network,

@@ -1,7 +1,7 @@
-"""Drivers that put anything anywhere, against every kind of device process (hostile-input 11-24).
+"""Drivers with random memory contents, for every kind of device process (hostile-input 11-24).
 
-Each round fills rings, tables and buffers with bytes that are half plausible, and goes on changing them while the
-device works.  Whatever it makes of that, it answers its VM, keeps to its memory, and serves a driver that behaves.
+Each round fills rings, tables and buffers with half plausible bytes, and changes them while the device works.  The
+device must still answer its VM, keep within its memory, and serve a correct driver afterwards.
 """
 
 import os
@@ -38,7 +38,7 @@ BLK_FEATURES = 1 << spec.VIRTIO_BLK_F_FLUSH | 1 << spec.VIRTIO_BLK_F_DISCARD | 1
 
 
 class Garbage:
-    """A source of driver's mistakes; the same for the same seed."""
+    """A source of random driver errors, which a seed determines."""
 
     def __init__(self, device: Device, rings: list[Ring], seed: int) -> None:
         self.device = device
@@ -101,7 +101,7 @@ class Garbage:
 
 
 def renew(device: Device, sizes: tuple[int, ...], features: int) -> list[Ring]:
-    """Reset the device and give it empty rings, behind one another."""
+    """Reset the device and give it empty rings at consecutive places."""
     device.command(devmsg.RESET)
     rings = [Ring(device.memory, size, 0x10000 * (number + 1)) for number, size in enumerate(sizes)]
     assert device.activate_rows(features, *(ring.row() for ring in rings)) == 0

@@ -1,4 +1,4 @@
-"""Clients of the control socket that mean harm (hostile 48, 56, 58): they hurt themselves, and nobody else."""
+"""Hostile clients of the control socket (hostile 48, 56, 58) affect only themselves."""
 
 import array
 import contextlib
@@ -71,7 +71,7 @@ vm "other" {{
 
 @pytest.fixture(scope="module")
 def daemon() -> Iterator[UsersDaemon]:
-    """Give a daemon with a VM of a user's that runs, and one of root's that does not."""
+    """Yield a daemon with a running VM of a user and a stopped one of root."""
     with tempfile.TemporaryDirectory(prefix="vmd-hostile-") as name, Users(Path(name)) as users, Network() as network:
         Path(name).chmod(0o755)
         users.add_group(MAY_CONNECT)
@@ -89,7 +89,7 @@ def daemon() -> Iterator[UsersDaemon]:
 
 @pytest.fixture
 def vmd(daemon: UsersDaemon) -> Iterator[UsersDaemon]:
-    """Give the daemon; afterwards everybody else is served, by the same processes, and nothing is left open."""
+    """Yield the daemon; check afterwards that the same processes serve others, and no descriptor is left open."""
     processes = {title: pid for title, pid in daemon.processes().items() if title.count("/") < 2}
     daemon.wait_state("other", "stopped")
     pid = daemon.status("hers")["pid"]
@@ -129,7 +129,7 @@ def send(client: socket.socket, request: Record) -> None:
 
 
 def cut_off(client: socket.socket) -> bool:
-    """Return whether the connection ends without another word, but for answers."""
+    """Return whether the connection ends; answers may come before that."""
     while receive(client) is not None:
         pass
     return True
@@ -425,7 +425,7 @@ def test_viewers_take_a_console_from_each_other(vmd: UsersDaemon) -> None:
 
 
 def watched(client: socket.socket, since: int | None) -> ConsoleWatched:
-    """Look at the console of `hers` once, on a connection that has said Hello."""
+    """Watch the console of `hers` once, on a connection after its Hello."""
     client.send(encode(ConsoleWatch(name="hers", since=since), form=Form.NAMED)[0])
     while isinstance(answer := receive(client), ConsoleOutput):
         pass

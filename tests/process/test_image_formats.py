@@ -1,4 +1,4 @@
-"""Images in other formats than ours, made by the programs they belong to: refused by name, with what converts them."""
+"""Images in unsupported formats, made by their own programs: refused with the format's name and the conversion."""
 
 import contextlib
 import errno
@@ -36,7 +36,7 @@ contents = pytest.mark.parametrize(
 
 
 class InProcess:
-    """imgprobe without a process."""
+    """imgprobe inside the test process."""
 
     def probe(self, fd: int, name: str, format_hint: str, *, boots: bool = False) -> Probe:
         """Look at the image."""
@@ -52,7 +52,7 @@ def disk(path: Path, image_format: str = "", *, in_conf: bool = True) -> OpenDis
 
 
 def refusal(path: Path, image_format: str = "", *, in_conf: bool = True) -> str:
-    """Return why a disk is refused."""
+    """Return the message with which a disk is refused."""
     with pytest.raises(OperatorError) as refused:
         disk(path, image_format, in_conf=in_conf)
     return str(refused.value)
@@ -425,7 +425,7 @@ def test_random_bytes_are_told_apart(tmp_path: Path) -> None:
 
 
 def answered(path: Path, hint: str) -> None:
-    """Have a file examined; anything but an answer or an ImageError fails the test."""
+    """Examine a file.  Any other exception than ImageError fails the test."""
     with path.open("rb") as file:
         try:
             found = probe(file.fileno(), "image", hint)

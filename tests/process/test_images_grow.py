@@ -1,4 +1,4 @@
-"""Disks that become larger: what was in them stays, what is new is zeroes, and QEMU finds nothing wrong."""
+"""Disks grow: their content stays, the new part is zeroes, and QEMU finds no error."""
 
 import json
 import os
@@ -45,7 +45,7 @@ GROWN = [
 
 
 def virtual_size(path: Path) -> int:
-    """Return how large the disk in an image is by what QEMU says."""
+    """Return the size of the disk in an image, from QEMU."""
     size: int = json.loads(qemu("qemu-img", "info", "--output=json", path))["virtual-size"]
     return size
 

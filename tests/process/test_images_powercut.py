@@ -1,8 +1,8 @@
-"""qcow2 when the power goes: what was not flushed may have reached the disk in any part and any order.
+"""qcow2 images after a power cut: any part of the unflushed writes may be on the disk, in any order.
 
-A kill leaves all that was written; this is the harder case.  Everything that an image does to its file is recorded;
-a file is then put together as a disk might have it after a power cut: all before the last fdatasync, and of what came
-after it any sectors.  QEMU has to find no corruption in it, and the content has to be what was promised.
+This is harder than a kill, after which all writes remain.  The tests record everything that an image writes to its
+file.  They then make files that a disk could hold after a power cut: all writes before the last fdatasync, and any
+sectors of the later ones.  QEMU must find no corruption in them, and the content must be one that is allowed.
 """
 
 import os
@@ -30,7 +30,7 @@ CUTS = 50
 
 
 class Recorder:
-    """What has been done to a file: (offset, bytes) of each write, and a BARRIER for each fdatasync."""
+    """The recorded operations on a file: (offset, bytes) of each write, and a BARRIER for each fdatasync."""
 
     def __init__(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.before = path.read_bytes()

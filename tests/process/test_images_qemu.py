@@ -1,4 +1,4 @@
-"""Images against QEMU's own programs: what either writes the other reads, whatever happens meanwhile."""
+"""Images tested with QEMU's programs: each side reads what the other has written."""
 
 import contextlib
 import json
@@ -395,7 +395,7 @@ def test_conversion_keeps_content_and_holes(tmp_path: Path, source: str, target:
 
 @contextlib.contextmanager
 def held_by_qemu(path: Path, *, writable: bool, image_format: str = "raw") -> Iterator[None]:
-    """Have a qemu-io keep an image open, with those below it."""
+    """Let a qemu-io keep an image and its backing files open."""
     mode = () if writable else ("-r",)
     holder = subprocess.Popen(
         ["stdbuf", "-oL", "qemu-io", "-f", image_format, *mode, str(path)],
@@ -479,7 +479,7 @@ def test_running_image_can_still_be_looked_at(tmp_path: Path) -> None:
 
 
 class Recorded:
-    """What the images say, by a prober without a process."""
+    """A prober without a process, which returns what images record."""
 
     def probe(self, fd: int, name: str, format_hint: str, *, boots: bool = False) -> Probe:
         """Look."""
@@ -492,7 +492,7 @@ def disk_of(path: Path) -> OpenDisk:
 
 
 def refused_by_qemu(*command: object) -> str:
-    """Return why one of QEMU's programs refuses."""
+    """Return the error message of one of QEMU's programs."""
     with pytest.raises(subprocess.CalledProcessError) as refused:
         qemu(*map(str, command))
     return str(refused.value.stderr)
@@ -500,7 +500,7 @@ def refused_by_qemu(*command: object) -> str:
 
 @pytest.fixture
 def overlays(tmp_path: Path) -> tuple[Path, Path, Path]:
-    """Give two disks on one base."""
+    """Return two disks on one base."""
     base, one, other = tmp_path / "base", tmp_path / "one", tmp_path / "other"
     create(str(base), "qcow2", MIB)
     for top in (one, other):

@@ -1,4 +1,4 @@
-"""Snapshots of qcow2 images against QEMU's own programs, and when the power goes in the middle of one."""
+"""Snapshots of qcow2 images, tested with QEMU's programs and with power cuts during a snapshot."""
 
 import os
 import random
@@ -51,14 +51,14 @@ def delete(image: Qcow2Image, name: str) -> None:
 
 
 def go_back(image: Qcow2Image, name: str) -> None:
-    """Have the disk be what it was at a snapshot."""
+    """Set the disk back to a snapshot."""
     change = Rewrite(image)
     change.go_back(name)
     change.commit()
 
 
 def at_snapshot(path: Path, name: str) -> tuple[bytes, bytes]:
-    """Return disk and state of a snapshot, as they are read from an image that is only read."""
+    """Return disk and state of a snapshot, read from a read-only image."""
     fd = os.open(path, os.O_RDONLY)
     plain = Qcow2Image(fd, str(path), writable=False)
     one = find(read_snapshots(fd, plain.header, str(path)), name)

@@ -1,4 +1,4 @@
-"""imgboot as it is started: in the cell, as somebody else, for the moment in which it copies a kernel out of a disk."""
+"""The real imgboot process: it runs in the cell as another user, only while it copies a kernel from a disk."""
 
 import os
 import pwd
@@ -57,7 +57,7 @@ def imgboot(cell: Cell) -> "Iterator[Reader]":
 
 
 class Reader:
-    """A process that reads from disks, and what an opener does with it."""
+    """A process that reads from disks, used as an opener uses it."""
 
     def __init__(self, cell: Cell, child: Child, sock: socket.socket) -> None:
         self.cell = cell

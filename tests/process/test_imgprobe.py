@@ -1,4 +1,4 @@
-"""imgprobe as it is started: in the cell, as somebody else, and not for long."""
+"""The real imgprobe process: it runs in the cell as another user, and ends soon."""
 
 import os
 import pwd
@@ -57,7 +57,7 @@ def probed(prober: ImageProber | ProbeSocket, path: Path, format_hint: str = "")
 
 
 def refusal(prober: ImageProber | ProbeSocket, path: Path, format_hint: str = "") -> str:
-    """Return why a file is no image."""
+    """Return the message with which a file is refused as an image."""
     with pytest.raises(OperatorError) as refused:
         probed(prober, path, format_hint)
     return str(refused.value)
@@ -199,7 +199,7 @@ def bad(function: str, timeout_s: float = DEADLINE_S) -> ImageProber:
 
 
 def children() -> set[str]:
-    """Return the processes that this one has, ended ones that nobody has reaped included."""
+    """Return the children of this process, including zombies."""
     return {pid for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()}
 
 

@@ -1,4 +1,4 @@
-"""Instances (*cat. 2.6*): what users make of a template, through vmctl and with messages that no vmctl would send."""
+"""Instances (*cat. 2.6*) that users make of a template, with vmctl and with messages that vmctl never sends."""
 
 import errno
 import os
@@ -126,7 +126,7 @@ def daemon(place: Place) -> Iterator[UsersDaemon]:
 
 @pytest.fixture
 def vmd(daemon: UsersDaemon) -> Iterator[UsersDaemon]:
-    """Give the daemon, and let it be as before afterwards."""
+    """Yield the daemon, and restore its state afterwards."""
     conf = daemon.conf.read_text()
     before = [(name, "stopped") for name in TEMPLATES]
     yield daemon
@@ -153,7 +153,7 @@ def open_files(vmd: UsersDaemon, name: str) -> set[str]:
 
 
 def wait_ended(vmd: UsersDaemon, name: str) -> str:
-    """Wait for the end of a VM that the configuration does not have; returns why it ended."""
+    """Wait for the end of a VM that is not in vm.conf; return the reason."""
     waited = vmd.vmctl("wait", name)
     assert waited.returncode == 0 or "not found" in waited.stderr
     assert [row["name"] for row in vmd.rows()] == TEMPLATES
@@ -161,7 +161,7 @@ def wait_ended(vmd: UsersDaemon, name: str) -> str:
 
 
 def refusal(answer: Record) -> Failed:
-    """Return the answer, which has to be a refusal."""
+    """Check that an answer is a refusal; return it."""
     assert isinstance(answer, Failed), answer
     return answer
 
@@ -485,7 +485,7 @@ def test_what_an_instance_hands_on_is_opened_with_its_user_s_rights(vmd: UsersDa
 
 
 def lies(root: Path, home: Path) -> dict[str, tuple[StartRequest, str]]:
-    """Return requests that contradict themselves, or what is allowed, and words of the refusals."""
+    """Return requests that are inconsistent or not allowed, and words of the refusals."""
     mine = DiskConfig(path=str(home / "mine.img"), format="raw")
     secret = str(root / "secret")
     return {

@@ -1,4 +1,4 @@
-"""Limits on what VMs may have of the host together, asked of a daemon; and what hundreds of them cost it."""
+"""Limits on the resources of all VMs together, and the daemon's cost of many VMs."""
 
 import json
 import os

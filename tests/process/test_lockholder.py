@@ -1,4 +1,4 @@
-"""lockholder as the parent starts it: it names the process whose lock keeps a VM from a file."""
+"""The real lockholder process, which names the process whose lock prevents a VM from using a file."""
 
 import contextlib
 import fcntl
@@ -54,13 +54,13 @@ def posix(byte: int) -> Callable[[int], object]:
 
 
 def flock(fd: int) -> None:
-    """Take a lock that is no disk's."""
+    """Take a lock of another kind than those of disks."""
     fcntl.flock(fd, fcntl.LOCK_SH)
 
 
 @contextlib.contextmanager
 def locked(path: Path, *locks: Callable[[int], object]) -> Iterator[int]:
-    """Have a process of a user's, with a name of its own, take locks; give its pid."""
+    """Let a user's process with its own name take locks; yield its pid."""
     fd = os.open(path, os.O_RDONLY)
     ready, done = os.pipe()
     pid = os.fork()
@@ -87,14 +87,14 @@ def locked(path: Path, *locks: Callable[[int], object]) -> Iterator[int]:
 
 
 def lines_of(_title: str) -> socket.socket:
-    """Return what nobody reads."""
+    """Return a descriptor for log lines that nobody reads."""
     return socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
 
 
 def holder(
     place: LockholderCell | None, path: Path, entry: str = LOCKHOLDER_ENTRY, marks: tuple[int, ...] = ()
 ) -> Holder | None:
-    """Ask who it is."""
+    """Ask for the holder of a lock."""
     with contextlib.closing(Loop()) as loop:
         asked = Holders(loop, place, lines_of, entry=entry)
         answers: list[Holder | None] = []

@@ -1,4 +1,4 @@
-"""`metrics listen`: figures by HTTP, from a process that nobody depends on and that clients cannot block."""
+"""`metrics listen`: figures by HTTP, from a process that no other depends on and that clients cannot block."""
 
 import contextlib
 import http.client
@@ -60,7 +60,7 @@ def connect(vmd: NetDaemon, place: "tuple[str, int] | Path" = ("127.0.0.1", PORT
 
 
 class Answer:
-    """What a server has answered."""
+    """A server's answer."""
 
     def __init__(self, raw: http.client.HTTPResponse) -> None:
         self.status = raw.status
@@ -77,7 +77,7 @@ def get(vmd: NetDaemon, place: "tuple[str, int] | Path" = ("127.0.0.1", PORT), a
 
 
 def patiently(vmd: NetDaemon, place: "tuple[str, int] | Path" = ("127.0.0.1", PORT)) -> Answer:
-    """Read the figures as soon as somebody serves them there."""
+    """Read the figures as soon as they are served."""
     deadline_s = time.monotonic() + DEADLINE_S
     while True:
         try:

@@ -1,4 +1,4 @@
-"""What a configuration that is read anew does to the VMs there are (*cat. 2.8, 2.9*)."""
+"""The effects of a reload of the configuration on existing VMs (*cat. 2.8, 2.9*)."""
 
 import os
 import signal
@@ -28,7 +28,7 @@ def block(name: str, *lines: str, memory: str = "32M", enabled: bool = False) ->
 
 @pytest.fixture
 def vmd(tmp_path: Path) -> Iterator[Daemon]:
-    """Give a daemon with one VM that runs, `a`, and one that does not, `b`."""
+    """Yield a daemon with the running VM `a` and the stopped VM `b`."""
     with Daemon(tmp_path, block("a") + block("b")) as daemon:
         daemon.must("start", "a")
         yield daemon
@@ -47,7 +47,7 @@ def states(vmd: Daemon) -> dict[str, str]:
 
 
 def reload(vmd: Daemon, conf: str) -> str:
-    """Read another configuration; returns what vmctl says."""
+    """Load another configuration; return vmctl's output."""
     vmd.conf.write_text(conf)
     return vmd.must("reload")
 

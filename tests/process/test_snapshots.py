@@ -1,4 +1,4 @@
-"""vmctl snapshot of VMs that do not run: a real daemon, real disks, QEMU's word for what is in them."""
+"""vmctl snapshot of stopped VMs, with a real daemon and real disks, whose content QEMU confirms."""
 
 import contextlib
 import json
@@ -55,7 +55,7 @@ def fill(vmd: Daemon, byte: int) -> None:
 
 
 def filled(vmd: Daemon) -> list[int]:
-    """Return with what each disk is filled, by QEMU."""
+    """Return each disk's fill byte, from QEMU."""
     found = []
     for name in ("root.qcow2", "data"):
         raw = vmd.directory / "content"
@@ -192,7 +192,7 @@ def test_going_back_that_was_cut_off_between_two_disks(vmd: Daemon) -> None:
 
 
 def raw_of(path: Path) -> bytes:
-    """Return the content of a disk, by QEMU."""
+    """Return the content of a disk, from QEMU."""
     raw = path.with_name("raw-content")
     qemu("qemu-img", "convert", "-O", "raw", path, raw)
     return raw.read_bytes()

@@ -1,4 +1,4 @@
-"""Another version takes the place of the daemon, in the same process, and guests do not notice."""
+"""Another version replaces the daemon in the same process, and guests are not affected."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""The real, confined disk process against a driver that does not care (hostile-input 16, 20, 21, 27-34)."""
+"""The real, confined disk process with a faulty driver (hostile-input 16, 20, 21, 27-34)."""
 
 import os
 import struct
@@ -55,7 +55,7 @@ from vmd.virtio.fence import full_fence
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Disk]:
-    """Give a disk process that all hostile cases share: whoever breaks it breaks the next."""
+    """Yield a disk process that all hostile cases share, so that damage by one case shows in the next."""
     disk = start_disk(tmp_path_factory.mktemp("disk") / "disk.raw")
     yield disk
     disk.close()

@@ -94,7 +94,7 @@ def network() -> Iterator[Network]:
 
 @pytest.fixture(scope="module")
 def shared(network: Network) -> Iterator[Nic]:
-    """Give a network process that all cases share: whoever breaks it breaks the next."""
+    """Yield a network process that all cases share, so that damage by one case shows in the next."""
     nic = start(network, mtu=MTU_MAX)
     yield nic
     nic.close()
@@ -379,7 +379,7 @@ def test_frames_above_the_limit_wait(make: Make) -> None:
 
 
 def row(**changed: int) -> bytes:
-    """Return a queue as ACTIVATE has it, with one thing wrong."""
+    """Return the row of a queue in ACTIVATE, with one error."""
     fields = {"size": SIZE, "enabled": 1, "desc": 0x40000, "avail": 0x50000, "used": 0x60000} | changed
     size, enabled, *places = fields.values()
     return devmsg.QUEUE.pack(size, enabled, 0, *places, 0, 0)
@@ -819,7 +819,7 @@ def test_pause_stands_still_and_resume_goes_on(nic: Nic) -> None:
 
 
 def flood(nic: Nic, stop: Callable[[], bool]) -> None:
-    """Send to the guest and from it as fast as it goes, until told to stop."""
+    """Send to and from the guest as fast as possible, until told to stop."""
     number = 0
     while not stop():
         for _ in range(32):

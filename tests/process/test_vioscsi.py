@@ -1,4 +1,4 @@
-"""The CD-ROM's process, really confined, against a driver that does what it likes (hostile input 9, 10, 16, 18, 33)."""
+"""The real, confined CD-ROM process with a faulty driver (hostile input 9, 10, 16, 18, 33)."""
 
 import errno
 import os

@@ -37,7 +37,7 @@ WRITEBACK = virtio.DEVICE_CONFIG + 32
 
 
 class Disk(BothHalves):
-    """A raw disk, and whoever listens to its process."""
+    """A raw disk, and the listener to its process."""
 
     def __init__(self, memory: GuestMemory, fd: int) -> None:
         super().__init__(DISK, memory, fd)
