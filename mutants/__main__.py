@@ -46,8 +46,6 @@ LOADED = (
     "hypothesis",
     "hypothesis.strategies",
     "msgpack",
-    "ply.lex",
-    "ply.yacc",
     "pytest_timeout",
     "_pytest.assertion.rewrite",
 )
