@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import posix
 import random
 import select
 import struct
@@ -54,6 +55,7 @@ CONTENT = random.Random(2).randbytes(DISK)
 HEADERS = DATA - 0x8000
 TABLES, TABLE_BYTES = DATA - 0x4000, 512
 DATA_BYTES = 2 << 20  # more than any requests have
+PREADV = os.preadv
 
 
 class MemoryDisk:
@@ -220,6 +222,7 @@ class ServedAgain(Services):
     def serve(self, number: int) -> None:
         """Do it at once."""
         assert self.device is not None
+        assert number == 0  # the only queue
         self.device.on_notify(number)
 
 
@@ -447,6 +450,41 @@ def offer_two_reads(memory: GuestMemory, ring: Ring) -> None:
     for number, length in enumerate((1024, 512)):
         memory.write(HEADERS + 16 * number, struct.pack("<IIQ", 0, 0, 0))
         ring.add([Desc(HEADERS + 16 * number, 16), Desc(DATA, length, WRITE), Desc(HEADERS + 256, 1, WRITE)])
+
+
+@pytest.mark.parametrize("failure", [None, errno.EAGAIN, errno.EIO], ids=["short", "would wait", "error"])
+def test_a_read_that_does_not_wait_may_end_early(failure: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A short or refused read from the page cache is repeated by a worker: the guest gets all of its data."""
+    flags_seen = []
+
+    def preadv(fd: int, views: Sequence[memoryview], offset: int, flags: int = 0) -> int:
+        flags_seen.append(flags)
+        if flags and failure is not None:
+            raise OSError(failure, os.strerror(failure))
+        return PREADV(fd, [views[0][:100]] if flags else views, offset, flags)
+
+    services, workers = ServedAgain(), Now()
+    disk = disk_in_file(writable=True)
+    device = services.device = Vioblk(disk, services, workers)
+    monkeypatch.setattr(posix, "preadv", preadv)
+    with GuestMemory.create(LAYOUT) as memory:
+        ring = Ring(memory, SIZE)
+        queue = Queue(memory, EVENT_IDX, SIZE, ring.desc, ring.avail, ring.used)
+        device.activate(EVENT_IDX | FLUSHES, [queue])
+        offer_two_reads(memory, ring)
+        while device.on_notify(0):
+            pass
+        device.on_done()
+
+        assert sorted(ring.reap()) == [(0, 1025), (3, 513)]
+        assert memory.read(DATA, 1024) == CONTENT[:1024]
+        assert memory.read(HEADERS + 256, 1) == b"\0"
+        device.quiesce(forget=True)
+        del queue  # its views on memory
+    os.close(workers.done)
+    disk.close()
+    assert flags_seen[0]
+    assert not all(flags_seen)
 
 
 @pytest.fixture

@@ -140,6 +140,30 @@ def test_host_bridge_is_what_seabios_looks_for(machine: Machine) -> None:
     assert [machine.guest.read(0, at) for at in range(0x10, 0x28, 4)] == [0] * 6
 
 
+def test_a_header_begins_with_nothing_but_what_it_was_given() -> None:
+    """All registers without a value of their own are zero; the guest's firmware sets them."""
+    given = {pci.VENDOR_ID: 0x1AF4, pci.DEVICE_ID: 0x1000, pci.SUBSYSTEM_VENDOR_ID: 0x0B5D, pci.SUBSYSTEM_ID: 1}
+    header = bytearray(pci.HEADER_END)
+    for register, value in given.items():
+        header[register : register + 2] = value.to_bytes(2, "little")
+    header[pci.REVISION_ID] = 5
+    header[pci.CLASS_CODE : pci.CLASS_CODE + 3] = (0x020001).to_bytes(3, "little")
+    header[pci.INTERRUPT_PIN] = 1
+
+    function = pci.PciFunction(
+        vendor=0x1AF4,
+        device=0x1000,
+        class_code=0x020001,
+        subsystem_vendor=0x0B5D,
+        subsystem=1,
+        revision=5,
+        interrupt_pin=1,
+    )
+
+    assert function.config[: pci.HEADER_END] == header
+    assert not any(function.config[pci.HEADER_END :])
+
+
 def test_host_bridge_remembers_pam_and_nothing_beside_it(machine: Machine) -> None:
     """SeaBIOS reads 58h-5Fh as two dwords, finds RAM not enabled, and writes both back."""
     assert machine.guest.read(0, 0x58) == machine.guest.read(0, 0x5C) == 0
