@@ -13,7 +13,7 @@ from vmd.ipc import process as processes
 from vmd.ipc.channel import Channel, socketpair
 from vmd.ipc.imsg import NO_FDS, Envelope
 from vmd.ipc.loop import Loop
-from vmd.ipc.messages.children import Ping, Pong
+from vmd.ipc.messages.children import Ping, Pong, Quit
 from vmd.ipc.routes import Proc
 from vmd.record import Record
 
@@ -145,6 +145,17 @@ class InProcess(Generic[P]):
     def run_to_end(self) -> None:
         """Turn the loop until the process stops it."""
         self.loop.run()
+
+    def end_by_parent(self, how: str) -> int:
+        """Have the parent send Quit (`quit`), go (`gone`) or send `garbage`.  Return the status of the process."""
+        if how == "quit":
+            self.parent.send(Quit())
+        elif how == "gone":
+            self.parent.channel.close()
+        else:
+            self.parent.channel._sock.send(b"x")
+        self.run_to_end()
+        return self.process.exit_status
 
     def close(self) -> None:
         """Close everything.  Raises AssertionError if there were unexpected errors."""

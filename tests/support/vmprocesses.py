@@ -20,6 +20,15 @@ from vmd.vmm import main as module
 from vmd.vmm.main import GROUP_FD, Vmm
 
 
+def is_reaped(pid: int) -> bool:
+    """Return whether a child of ours was reaped."""
+    try:
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return True
+    return False
+
+
 class VmProcess:
     """A VM process.  The test has its end of channel and log."""
 
@@ -42,11 +51,7 @@ class VmProcess:
 
     def is_reaped(self) -> bool:
         """Return whether it was reaped."""
-        try:
-            os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        except ChildProcessError:
-            return True
-        return False
+        return is_reaped(self.pid)
 
     def close(self) -> None:
         """Kill and reap the process if needed, and close its descriptors."""

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import pytest
 
+from tests.support.vmprocesses import is_reaped
 from vmd.parent import children as module
 from vmd.parent import usage
 from vmd.parent.adoption import Adopted
@@ -51,12 +52,8 @@ class Process:
         os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
 
     def is_reaped(self) -> bool:
-        """Return whether nobody can wait for it any more."""
-        try:
-            os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        except ChildProcessError:
-            return True
-        return False
+        """Return whether it was reaped."""
+        return is_reaped(self.pid)
 
 
 @pytest.fixture

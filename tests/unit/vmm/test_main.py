@@ -15,7 +15,7 @@ from tests.support.vmprocesses import VmmRig, VmProcess, null, start_fds, start_
 from vmd.config.model import VmConfig
 from vmd.errors import HostError
 from vmd.ipc.fence import OUR_FAULT, STRIKES
-from vmd.ipc.messages.children import Quit, SetVerbosity
+from vmd.ipc.messages.children import SetVerbosity
 from vmd.ipc.messages.shared import TEXT_BYTES_MAX, DiskImages, ImageLink
 from vmd.ipc.messages.vm import (
     AskDevices,
@@ -652,15 +652,7 @@ def test_guests_that_do_not_shut_down_are_not_waited_for(rig: VmmRig) -> None:
 def test_it_ends_with_its_parent_if_it_has_no_guest(rig: VmmRig, how: str, status: int) -> None:
     """The reserve is nobody's guest."""
     rig.begin(1)
-    if how == "quit":
-        rig.parent.send(Quit())
-    elif how == "gone":
-        rig.parent.channel.close()
-    else:
-        rig.parent.channel._sock.send(b"x")
-    rig.run_to_end()
-
-    assert rig.process.exit_status == status
+    assert rig.end_by_parent(how) == status
 
 
 # --- what a handler did not expect ----------------------------------------------------------------------------
