@@ -771,6 +771,54 @@ def test_a_frame_says_in_how_many_buffers_it_is(ends: Ends, count: int, gap: int
         del queue, worker
 
 
+@pytest.mark.parametrize("header", [10, 12])
+def test_a_frame_stays_in_its_buffer_if_buffers_are_not_merged(ends: Ends, header: int) -> None:
+    """A longer one is dropped, and the buffer behind it keeps its bytes, though both are adjacent."""
+    room = 100
+    with GuestMemory.create(LAYOUT) as memory:
+        ring = Ring(memory, SIZE)
+        queue = Queue(memory, FEATURES, SIZE, ring.desc, ring.avail, ring.used)
+        worker = ends.receiver(header)
+        for head in range(4):
+            ring.describe(head, [Desc(DATA + room * head, room, WRITE)])
+            ring.offer(head)
+        memory.write(DATA, b"?" * 4 * room)
+        for length in (150, 60):
+            ends.host.send(random.Random(length).randbytes(header + length))
+
+        worker.serve(queue)
+
+        assert ring.reap() == [(0, header + 60)]
+        assert (worker.packets, worker.no_room) == (1, 1)
+        assert memory.read(DATA + room, 3 * room) == b"?" * 3 * room
+        worker.begin()
+        close(worker)
+        release(queue)
+        del queue, worker
+
+
+@pytest.mark.parametrize("first", [1, 9, 10, 11, 12, 13])
+def test_a_header_may_lie_in_two_pieces(ends: Ends, first: int) -> None:
+    """The number of buffers is right wherever its two bytes are."""
+    with GuestMemory.create(LAYOUT) as memory:
+        ring = Ring(memory, SIZE)
+        queue = Queue(memory, FEATURES, SIZE, ring.desc, ring.avail, ring.used)
+        worker = ends.receiver(mergeable=True)
+        frame = random.Random(first).randbytes(12 + 60)
+        ring.add([Desc(DATA, first, WRITE), Desc(DATA + 64, 2048, WRITE)])
+        ends.host.send(frame)
+
+        worker.serve(queue)
+
+        assert ring.reap() == [(0, len(frame))]
+        got = memory.read(DATA, first) + memory.read(DATA + 64, len(frame) - first)
+        assert got == frame[:10] + b"\1\0" + frame[12:]
+        worker.begin()
+        close(worker)
+        release(queue)
+        del queue, worker
+
+
 @pytest.mark.parametrize("filtered", [False, True])
 @pytest.mark.parametrize("gap", [0, 8], ids=["side by side", "apart"])
 def test_a_frame_that_a_full_ring_has_no_room_for_is_dropped(ends: Ends, gap: int, filtered: bool) -> None:
