@@ -86,7 +86,7 @@ def items(page: str) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize(("page", "head", "words"), SAID)
 def test_a_default_is_what_the_manual_says(page: str, head: str, words: str) -> None:
-    """Whoever changes one changes the other."""
+    """A change of one needs the same change of the other."""
     said = [sentences for name, sentences in items(page) if name.startswith(head) and sentences]
 
     assert any(re.search(rf"(?<![\w/]){re.escape(words)}(?!\w)", each) for each in said), (
