@@ -1,6 +1,7 @@
-"""A VM whose vm.conf says `vhost`: what it is given, what its users are told, and what is left of it.
+"""A VM whose vm.conf says `vhost`: its packet sockets and filters, the messages to users, and the cleanup.
 
-Here no kernel moves frames: a /dev/vhost-net that knows no request stands for one, and a process moves them after all.
+The kernel moves no frames here.  A file without the requests of vhost-net replaces /dev/vhost-net, so the process of
+the interface moves the frames in the end.
 """
 
 import os
@@ -22,20 +23,20 @@ pytestmark = [pytest.mark.root, pytest.mark.kvm]
 
 
 def packet_sockets(network: Network) -> set[str]:
-    """Return the packet sockets of a host, as they are called in /proc."""
+    """Return the packet sockets of a host, by their names in /proc/PID/fd."""
     rows = network.run("cat", "/proc/thread-self/net/packet").splitlines()[1:]
     return {f"socket:[{row.split()[-1]}]" for row in rows}
 
 
 def holders(vmd: NetDaemon, files: set[str]) -> set[str]:
-    """Return the processes of a daemon that have one of these open."""
+    """Return the processes of a daemon that have at least one of these files open."""
     return {title for title, pid in vmd.processes().items() if files & set(open_files(pid).values())}
 
 
 @pytest.mark.deep
 @pytest.mark.skipif(os.path.exists("/dev/vhost-net"), reason="this host has vhost-net")
 def test_a_host_without_vhost_net(network: Network, tmp_path: Path) -> None:
-    """The VM starts, its process moves the frames, and who starts it is told why."""
+    """The VM starts, the process of the interface moves the frames, and the user who starts the VM is told why."""
     with NetDaemon(tmp_path, network, block("db1", "interface { vhost }", "local interface")) as vmd:
         said = vmd.must("start", "db1")
         why = "/dev/vhost-net: No such file or directory: load the kernel module vhost_net"
@@ -49,15 +50,15 @@ def test_a_host_without_vhost_net(network: Network, tmp_path: Path) -> None:
 
 
 @pytest.mark.deep
-def test_what_the_kernel_needs_is_given_anew_for_each_life_and_kept_by_nobody(network: Network, tmp_path: Path) -> None:
-    """A packet socket is open in the process of its interface and nowhere else; filters are there as long as the VM."""
+def test_each_life_of_a_vm_gets_new_packet_sockets(network: Network, tmp_path: Path) -> None:
+    """A packet socket is open only in the process of its interface.  The filters exist as long as the VM."""
     nics = "local interface { vhost }", 'interface { switch "lan", vhost }', "interface { vhost, limit rate 1M }"
     with NetDaemon(tmp_path, network, SWITCH + block("db1", *nics), vhost_net=True) as vmd:
         assert "vhost" not in vmd.must("start", "db1")
         processes = {f"vmd: vm/db1/vionet{index}" for index in range(3)}
         first = packet_sockets(network)
         assert (len(first), holders(vmd, first)) == (3, processes)
-        assert tables(network) == ["vmd_tap0", "vmd_tap1"]  # a plain one has nothing to filter
+        assert tables(network) == ["vmd_tap0", "vmd_tap1"]  # a plain interface needs no filters
 
         with vmd.console("db1") as console:
             console.expect(PROMPT, DEADLINE_S)

@@ -1,6 +1,6 @@
-"""Taps whose frames the kernel moves: what filters of priv's, and packet sockets, do in place of the process.
+"""Taps whose frames the kernel moves: the filters of priv and the packet sockets, which replace checks of the process.
 
-There is no vhost-net here: frames that a test writes to a tap, and reads from it, are those that the kernel would move.
+There is no vhost-net here.  The test writes and reads the frames of a tap, as the kernel would.
 """
 
 import contextlib
@@ -64,26 +64,26 @@ IPV4, IPV6 = 0x0800, 0x86DD
 
 @pytest.fixture
 def network() -> Iterator[Network]:
-    """A network namespace that is a host."""
+    """A network namespace as the host."""
     with Network() as network:
         yield network
 
 
 @pytest.fixture
 def priv(network: Network) -> Iterator[Priv]:
-    """A priv that has the network of that host."""
+    """A priv in the network of that host."""
     with Priv(network) as priv:
         yield priv
 
 
 def tables(network: Network) -> list[str]:
-    """Return the tables for taps."""
+    """Return the names of the nftables tables for taps."""
     found = json.loads(network.run("nft", "-j", "list", "tables"))["nftables"]
     return sorted(each["table"]["name"] for each in found if each.get("table", {}).get("family") == "netdev")
 
 
 def until(true: Callable[[], bool], what: str) -> None:
-    """Wait until something is so."""
+    """Wait until a condition holds.  `what` is the failure message."""
     deadline_s = time.monotonic() + DEADLINE_S
     while not true():
         assert time.monotonic() < deadline_s, what
@@ -91,7 +91,7 @@ def until(true: Callable[[], bool], what: str) -> None:
 
 
 def taken(fd: int) -> list[bytes]:
-    """Return the frames that a tap or a packet socket has now."""
+    """Read all frames that wait in a tap or a packet socket."""
     found = []
     with contextlib.suppress(BlockingIOError):
         while True:
@@ -100,7 +100,7 @@ def taken(fd: int) -> list[bytes]:
 
 
 def received(fd: int, last: bytes) -> list[bytes]:
-    """Return the frames that a tap gets before a certain one."""
+    """Return the frames that a tap receives before the frame `last`."""
     found: list[bytes] = []
 
     def come() -> bool:
@@ -112,7 +112,7 @@ def received(fd: int, last: bytes) -> list[bytes]:
 
 
 def of_guests(frames: list[bytes]) -> list[bytes]:
-    """Return those that guests have sent; the host may send some of its own accord."""
+    """Return the frames that guests have sent.  The host may send frames by itself."""
     return [frame for frame in frames if frame[6:12] in (LLADDR, OTHER, NEAR, bytes(6))]
 
 
@@ -123,11 +123,11 @@ def send(fd: int, *sent: bytes) -> None:
 
 
 def dropped(priv: Priv) -> tuple[int, int]:
-    """Return what priv says anew that filters have dropped: spoofed, and unwanted."""
+    """Return the next counts of dropped frames that priv reports: spoofed, and unwanted."""
     found: list[tuple[int, int]] = []
 
     def said() -> bool:
-        """Ask; a priv that has just looked does not look again for that."""
+        """Ask for the counts.  A priv that has read them just before does not read them again for the question."""
         priv.send(AskDrops(vmid=1))
         while not isinstance(message := priv.receive_any().message, DropsReported):
             assert isinstance(message, FramesDropped), message
@@ -140,13 +140,13 @@ def dropped(priv: Priv) -> tuple[int, int]:
 
 
 def quiet(network: Network, *names: str) -> None:
-    """Have the host send nothing on some interfaces of its own accord."""
+    """Stop the host from sending frames by itself on some interfaces."""
     for name in names:
         network.write(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6", "1")
 
 
-def test_a_locked_guest_is_who_it_is(network: Network, priv: Priv) -> None:
-    """What it sends from another address does not leave its tap, nor does what is for another get there."""
+def test_a_locked_guest_uses_only_its_own_address(network: Network, priv: Priv) -> None:
+    """Frames that it sends from another address, and frames to another address, are dropped at its tap."""
     priv.configure(switch("br0"))
     with (
         priv.make(nic("tap0", bridge="br0", **LOCKED)) as ours,
@@ -175,7 +175,7 @@ def test_a_locked_guest_is_who_it_is(network: Network, priv: Priv) -> None:
 
 
 def unusual() -> Iterator[bytes]:
-    """Yield frames: those that concern a `local` interface, those that look like them, and some that were changed."""
+    """Yield frames for the process of a `local` interface, frames that resemble them, and randomly changed ones."""
     drawn = random.Random(3)
     request, ask = dhcp(DISCOVER), solicitation()
     yield from (request, ask, tcp4(b"a" * 100), tcp6(b"b" * 100))
@@ -197,21 +197,21 @@ def unusual() -> Iterator[bytes]:
 
 
 def is_ip(frame: bytes) -> bool:
-    """Return whether the host would take a frame for an IP packet at all."""
+    """Return whether the host would accept a frame as an IP packet."""
     if int.from_bytes(frame[12:14], "big") == IPV6:
         return True
     return frame[14] >> 4 == 4 and frame[14] & 15 >= 5 and int.from_bytes(frame[16:18], "big") <= len(frame) - 14
 
 
 @pytest.mark.deep
-def test_each_frame_has_one_who_hears_it(network: Network, priv: Priv) -> None:
-    """What is for the process of a `local` interface its socket hears, and the host does not; else it is vice versa."""
+def test_each_frame_goes_either_to_the_process_or_to_the_host(network: Network, priv: Priv) -> None:
+    """Only the socket of a `local` interface gets the frames for its process.  Only the host gets all others."""
     with priv.make(nic("tap0", **LOCAL)) as made, contextlib.ExitStack() as stack:
         with network.inside():
             process = packet_socket("tap0", made.nics[0].index, local=True)
         stack.callback(os.close, process)
         hosts = [stack.enter_context(network.socket(socket.AF_PACKET, socket.SOCK_RAW)) for _ in range(2)]
-        for each, kind in zip(hosts, (IPV4, IPV6), strict=True):  # such sockets are behind the filters
+        for each, kind in zip(hosts, (IPV4, IPV6), strict=True):  # these sockets get a frame only after the filters
             each.setblocking(False)
             each.bind(("tap0", kind))
         heard_by_process = 0
@@ -224,17 +224,17 @@ def test_each_frame_has_one_who_hears_it(network: Network, priv: Priv) -> None:
             heard_by_process += heard
             assert heard + by_host == 1 or (not is_ip(frame) and heard + by_host > 1), (frame.hex(), heard, by_host)
         assert 3 <= heard_by_process < 120
-        assert heard_by_process_of(made.fds[0], process, dhcp(DISCOVER)) == [dhcp(DISCOVER)]
+        assert process_receives(made.fds[0], process, dhcp(DISCOVER)) == [dhcp(DISCOVER)]
 
 
-def heard_by_process_of(tap: int, process: int, frame: bytes) -> list[bytes]:
-    """Return what a process hears of a frame."""
+def process_receives(tap: int, process: int, frame: bytes) -> list[bytes]:
+    """Send a frame from the guest.  Return the frames that the packet socket of the process then has."""
     send(tap, frame)
     return taken(process)
 
 
 def at_host(sock: socket.socket) -> list[bytes]:
-    """Return what came from the guest, and is the host's."""
+    """Return the frames from the guest that the host has received."""
     found = []
     with contextlib.suppress(BlockingIOError):
         while True:
@@ -244,8 +244,8 @@ def at_host(sock: socket.socket) -> list[bytes]:
     return found
 
 
-def test_the_socket_of_a_process_hears_no_more_than_it_has_to(network: Network, priv: Priv) -> None:
-    """Neither other frames, nor those for the guest; its filter stays, and what it sends is the guest's."""
+def test_a_packet_socket_gets_only_the_frames_that_it_needs(network: Network, priv: Priv) -> None:
+    """It gets no other frames, and none to the guest.  Its filter stays.  Frames that it sends reach the guest."""
     with priv.make(nic("tap0", vhost=True)) as made, network.inside():
         quiet(network, "tap0")
         stats = TapStats()
@@ -272,7 +272,7 @@ def test_the_socket_of_a_process_hears_no_more_than_it_has_to(network: Network, 
 
 
 class Answers:
-    """What the process of an interface does while the kernel moves the frames; its loop is the test's."""
+    """The work of an interface's process while the kernel moves the frames.  The test is its event loop."""
 
     def __init__(self, interface: Interface, fd: int) -> None:
         self.figures = unseen("vionet")
@@ -286,21 +286,21 @@ class Answers:
         assert self.packets.send(frame)
 
     def post(self, job: Callable[[], None]) -> None:
-        """Do it at once."""
+        """Run the job at once."""
         job()
 
     def call_after(self, delay_s: float, handler: Callable[[], None]) -> None:
-        """Nothing is said unasked."""
+        """Do nothing: the tests need no messages that the process sends by itself."""
 
     def watch(self, fd: int, handler: Callable[[], None], events: int = 0) -> None:
-        """The test looks."""
+        """Do nothing: the test calls the handler."""
 
     def unwatch(self, fd: int) -> None:
-        """The test looks."""
+        """Do nothing: nothing is watched."""
 
 
 class KernelGuest:
-    """A Linux in a namespace of its own; what moves the frames between its card and our tap stands for vhost-net."""
+    """A Linux guest in its own namespace.  `pump` moves the frames between its card and our tap, as vhost-net would."""
 
     def __init__(self, network: Network, tap: int, answers: Answers) -> None:
         self.network, self.tap, self.answers = network, tap, answers
@@ -308,15 +308,15 @@ class KernelGuest:
         self.card.be_a_card(LLADDR)
 
     def pump(self) -> None:
-        """Carry what waits, both ways, and answer."""
+        """Move waiting frames both ways, and let the process answer."""
         send(self.tap, *taken(self.card.fd))
         self.answers.packets.on_readable()
         for frame in taken(self.tap):
-            with contextlib.suppress(OSError):  # a stack that refuses what it gets is judged by what it does
+            with contextlib.suppress(OSError):  # the guest's stack may refuse a frame
                 send(self.card.fd, frame)
 
     def run(self, *command: str) -> str:
-        """Run a program in the guest until it ends; return what it says."""
+        """Run a program in the guest until it ends.  Return its output."""
         with self.network.inside():
             process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         poll = select.poll()
@@ -336,7 +336,7 @@ class KernelGuest:
 
 @pytest.mark.deep
 def test_a_guest_is_given_its_addresses(network: Network, priv: Priv, tmp_path: Path) -> None:
-    """A real client and a real kernel are content with what they get over the socket, and reach the host."""
+    """A real DHCP client and a real kernel get their addresses over the socket, and reach the host."""
     script = tmp_path / "script"
     script.write_text("#!/bin/sh\n[ $1 = bound ] && env\nexit 0\n")
     script.chmod(0o755)
@@ -360,7 +360,7 @@ def test_a_guest_is_given_its_addresses(network: Network, priv: Priv, tmp_path: 
                 guest.run("busybox", "ping", "-c", "2", "-W", "10", "100.64.1.2")
                 until(lambda: "dynamic" in guest.run("ip", "-6", "address", "show", "dev", "eth0"), "no prefix")
                 guest.run("busybox", "ping6", "-c", "2", "-W", "10", "fd42:42:42:4::1")
-                guest.run("ip", "link", "set", "eth0", "address", OTHER.hex(":"))  # it becomes somebody else
+                guest.run("ip", "link", "set", "eth0", "address", OTHER.hex(":"))  # it takes another address
                 assert "100% packet loss" in guest.run("sh", "-c", "busybox ping -c 1 -W 1 100.64.1.2; true")
             with pytest.raises(BlockingIOError):
                 server.recv(1)
@@ -369,7 +369,7 @@ def test_a_guest_is_given_its_addresses(network: Network, priv: Priv, tmp_path: 
 
 @pytest.mark.deep
 def test_filters_are_there_as_long_as_the_interface(network: Network) -> None:
-    """They survive the end of a priv, and the next one goes on with them; or removes them if nobody needs them."""
+    """They survive the end of a priv.  The next priv adopts those of known interfaces, and removes all others."""
     plain = nic("tap2", vhost=True, alias="vm1-if2-a")
     requests = nic("tap0", **LOCKED), nic("tap1", **LOCAL, alias="vm1-if1-a"), plain
     with Priv(network) as first, first.make(*requests) as made:
@@ -391,7 +391,7 @@ def test_filters_are_there_as_long_as_the_interface(network: Network) -> None:
 
 
 def test_a_host_that_cannot_filter(network: Network) -> None:
-    """Where filters are needed a process moves the frames, and the parent is told why; else nothing is lacking."""
+    """An interface that needs filters gets no vhost, and the parent is told why.  A plain interface gets vhost."""
     with (
         Priv(network, Poor(*NFT_PATHS)) as priv,
         priv.make(nic("tap0", **LOCKED), nic("tap1", vhost=True, alias="vm1-if1-a")) as made,
@@ -402,8 +402,8 @@ def test_a_host_that_cannot_filter(network: Network) -> None:
 
 
 @pytest.mark.deep
-def test_filters_that_others_remove_are_laid_again(network: Network, priv: Priv) -> None:
-    """By whoever flushes all rules; what is said names the tap."""
+def test_priv_restores_filters_that_others_remove(network: Network, priv: Priv) -> None:
+    """After a flush of all rules, and of one chain.  The message names the tap."""
     with priv.make(nic("tap0", **LOCKED)):
         before = network.run("nft", "list", "table", "netdev", "vmd_tap0")
         network.run("nft", "flush", "ruleset")
@@ -413,8 +413,8 @@ def test_filters_that_others_remove_are_laid_again(network: Network, priv: Priv)
         until(lambda: network.run("nft", "list", "table", "netdev", "vmd_tap0") == before, "not laid again")
 
 
-def test_what_was_dropped_is_not_forgotten_with_the_filters(network: Network, priv: Priv) -> None:
-    """Who counts would take it for another interface."""
+def test_the_counts_of_dropped_frames_survive_the_filters(network: Network, priv: Priv) -> None:
+    """A counter that goes back would look like a new interface."""
     with priv.make(nic("tap0", **LOCKED)) as made:
         spoofed = any_frame(60, source=OTHER)
         send(made.fds[0], spoofed)
@@ -426,8 +426,8 @@ def test_what_was_dropped_is_not_forgotten_with_the_filters(network: Network, pr
 
 
 @pytest.mark.deep
-def test_filters_are_not_those_of_the_next_tap_of_that_name(network: Network, priv: Priv) -> None:
-    """A tap that somebody deletes leaves its name to another VM, whose guest has another address."""
+def test_the_filters_of_a_deleted_tap_do_not_apply_to_the_next_tap_of_that_name(network: Network, priv: Priv) -> None:
+    """Another VM, whose guest has another address, may get the name of a tap that was deleted by hand."""
     priv.configure(switch("br0"))
     with (
         priv.make(nic("tap0", **LOCKED)),

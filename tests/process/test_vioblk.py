@@ -55,7 +55,7 @@ from vmd.virtio.fence import full_fence
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Disk]:
-    """Yield a disk process that all hostile cases share, so that damage by one case shows in the next."""
+    """Yield a disk process for all hostile cases.  Damage by one case then shows in the next."""
     disk = start_disk(tmp_path_factory.mktemp("disk") / "disk.raw")
     yield disk
     disk.close()
@@ -93,8 +93,8 @@ def make(tmp_path: Path) -> Iterator[Factory]:
 # --- good requests ---------------------------------------------------------------------------------------------
 
 
-def test_configuration_says_what_the_disk_is(disk: Disk) -> None:
-    """5.2.4, field by field."""
+def test_configuration_space_describes_the_disk(disk: Disk) -> None:
+    """All fields of virtio 1.1, 5.2.4."""
     fields = struct.unpack("<QIIHBBIBBHIBBHIIIIIB3x", disk.device.config)
 
     assert fields[0] == SECTORS
@@ -105,7 +105,7 @@ def test_configuration_says_what_the_disk_is(disk: Disk) -> None:
 
 
 def test_process_is_small_and_starts_soon(make: Factory) -> None:
-    """The figures are shown, not judged."""
+    """The test prints the figures, and does not judge them."""
     device = make().device
 
     print(f"vioblk: ready {device.ready_ms:.1f} ms after spawn, PSS {device.pss_kib() / 1024:.1f} MiB")
@@ -113,8 +113,8 @@ def test_process_is_small_and_starts_soon(make: Factory) -> None:
 
 
 @pytest.mark.parametrize("features", [0, FEATURES, FEATURES & ~EVENT_IDX, MODERN], ids=hex)
-def test_what_is_written_is_read(disk: Disk, features: int) -> None:
-    """Legacy without anything, and with all there is."""
+def test_a_read_returns_written_data(disk: Disk, features: int) -> None:
+    """With a legacy driver without any feature, with all features, and in between."""
     disk.renew(features)
     data = content(8192)[::-1]
     disk.memory.write(BUFFER, data)
@@ -126,8 +126,8 @@ def test_what_is_written_is_read(disk: Disk, features: int) -> None:
 
 
 @pytest.mark.parametrize("features", [FEATURES, MODERN | 1 << 13 | 1 << 14], ids=["write-back", "write-through"])
-def test_what_a_disk_counts(make: Factory, features: int) -> None:
-    """Each request by its type, with its bytes and its time, before the guest hears of it; what fails by itself."""
+def test_the_figures_of_a_disk(make: Factory, features: int) -> None:
+    """Requests, bytes and time by type, and failures apart, all counted before the guest gets the answer."""
     disk = make()
     assert disk.device.figures()["size_bytes"] == DISK
     disk.renew(features)
@@ -167,7 +167,7 @@ def test_what_a_disk_counts(make: Factory, features: int) -> None:
 
 @pytest.mark.parametrize("megabytes", [1, 4])
 def test_large_request(disk: Disk, megabytes: int) -> None:
-    """Beyond what the main thread does itself."""
+    """Requests that are too large for the main thread."""
     length = megabytes * MIB
     data = content(length)[::-1]
     disk.memory.write(2 * MIB, data)
@@ -179,7 +179,7 @@ def test_large_request(disk: Disk, megabytes: int) -> None:
 
 
 def test_segments_of_any_length_and_alignment(disk: Disk) -> None:
-    """Only the sum is a number of sectors."""
+    """Only their sum has to be a whole number of sectors."""
     lengths = [1, 511, 0, 3, 700, 321]
     gpas = [BUFFER + 5000 * i + 3 * i for i in range(len(lengths))]
     parts = [Desc(gpa, length, WRITE) for gpa, length in zip(gpas, lengths, strict=True)]
@@ -214,7 +214,7 @@ def test_serial_number(disk: Disk) -> None:
 
 
 def test_discard_and_write_zeroes(disk: Disk) -> None:
-    """What was zeroed reads as zeroes, what lies beside it as before."""
+    """The range reads as zeroes, and the bytes beside it are unchanged."""
     before = disk.path.read_bytes()
     disk.memory.write(BUFFER, struct.pack("<QIIQII", 8, 8, 0, 64, 16, 1))
     assert disk.request(WRITE_ZEROES, 0, [Desc(BUFFER, 32)]) == (OK, 1)
@@ -235,7 +235,7 @@ def test_discard_and_write_zeroes(disk: Disk) -> None:
     ],
 )
 def test_discard_and_write_zeroes_are_two_features(disk: Disk, feature: int, served: int, unknown: int) -> None:
-    """A driver may know one of them only."""
+    """A driver may know only one of them."""
     disk.renew(MODERN | 1 << feature)
     disk.memory.write(BUFFER, struct.pack("<QII", 8, 8, 0))
 
@@ -244,8 +244,8 @@ def test_discard_and_write_zeroes_are_two_features(disk: Disk, feature: int, ser
     disk.path.write_bytes(content())
 
 
-def test_write_through_is_the_mode_of_drivers_without_flush(disk: Disk) -> None:
-    """And of those that ask for it; either way the requests are served."""
+def test_drivers_without_flush_get_write_through(disk: Disk) -> None:
+    """So do drivers that ask for it.  The requests are served in both modes."""
     for features in (MODERN, FEATURES):
         disk.renew(features)
         answer = disk.device.ask(devmsg.CONFIG_WRITE_HEAD.pack(devmsg.CONFIG_WRITE, 32, 1) + b"\0")
@@ -277,7 +277,7 @@ BROKEN = [
 
 @pytest.mark.parametrize("parts", BROKEN)
 def test_broken_chain_asks_for_a_reset(disk: Disk, parts: list[Desc]) -> None:
-    """Hostile input 16, 27, 28; the number is in the case's name."""
+    """Hostile input 16, 27, 28.  The id of a case begins with its number."""
     disk.header(IN, 0)
     disk.ring.describe(0, parts)
     disk.ring.offer(0)
@@ -307,8 +307,8 @@ def test_data_outside_memory_16(disk: Disk, data: Desc) -> None:
     assert disk.works()
 
 
-def test_data_is_what_was_checked_20(disk: Disk) -> None:
-    """Hostile input 20: the read overwrites its own header, descriptors and available ring."""
+def test_a_read_that_overwrites_its_own_descriptors_20(disk: Disk) -> None:
+    """Hostile input 20: it also overwrites its header and the available ring.  The device uses only checked copies."""
     disk.path.write_bytes(b"\xff" * DISK)
     base = RING_BASE
     parts = [disk.header(IN, 0), Desc(base, 512, WRITE), Desc(HEAD, 512, WRITE), LAST]
@@ -344,7 +344,7 @@ def test_data_is_what_was_checked_20(disk: Disk) -> None:
     ],
 )
 def test_odd_request(disk: Disk, kind: int, sector: int, length: int, status: int) -> None:
-    """Hostile input 29, 30; a write has no data if all of it is for writing."""
+    """Hostile input 29, 30.  A write whose buffers are all device-writable has no data."""
     before = disk.path.read_bytes()
     got, used = disk.request(kind, sector, [Desc(BUFFER, length, WRITE)] if length else [])
 
@@ -355,7 +355,7 @@ def test_odd_request(disk: Disk, kind: int, sector: int, length: int, status: in
 
 
 def ranges(*rows: tuple[int, int, int]) -> bytes:
-    """Return discard ranges."""
+    """Return the data of a discard or write-zeroes request: (sector, sectors, flags) of each range."""
     return b"".join(struct.pack("<QII", *fields) for fields in rows)
 
 
@@ -416,7 +416,7 @@ def test_guessed_raw_disk_gets_no_signature_31(make: Factory) -> None:
 
 
 def test_file_that_becomes_shorter_33(make: Factory) -> None:
-    """Hostile input 33: no zeroes are made up, and the log does not fill."""
+    """Hostile input 33: reads behind the new end fail instead of returning zeroes, and the log stays short."""
     disk = make()
     os.truncate(disk.path, 64 * KIB)
 
@@ -427,7 +427,7 @@ def test_file_that_becomes_shorter_33(make: Factory) -> None:
 
 
 def test_reset_with_requests_in_flight_34(disk: Disk) -> None:
-    """Hostile input 34: what was in flight touches neither the old rings after the answer nor the new ones."""
+    """Hostile input 34: after the answer, requests in flight touch neither the old rings nor the new ones."""
     for _ in range(20):
         for number in range(16):
             base = DATA + 4096 * number
@@ -442,8 +442,8 @@ def test_reset_with_requests_in_flight_34(disk: Disk) -> None:
     assert disk.works()
 
 
-def test_pause_finishes_what_is_in_flight(disk: Disk) -> None:
-    """After it the indices agree, and nothing moves until the device is resumed."""
+def test_pause_completes_requests_in_flight(disk: Disk) -> None:
+    """After it available and used indices agree, and do not change until the device is resumed."""
     for number in range(8):
         base = DATA + 4096 * number
         disk.header(IN, 0, base)
@@ -463,10 +463,10 @@ def test_pause_finishes_what_is_in_flight(disk: Disk) -> None:
 
 
 def test_event_index_loses_no_wake_up_21(disk: Disk) -> None:
-    """Hostile input 21: a driver that notifies and waits only when told to goes round for ever (2.7.7, 2.7.10).
+    """Hostile input 21: a driver that notifies and waits only when told to never gets stuck (2.7.7, 2.7.10).
 
-    Each side stores its index and then looks at what the other wants.  Without a fence in between, either may look
-    too early; then both wait, which this test would do too.
+    Each side stores its index and then reads the event index of the other.  Without a fence in between, either may read
+    too early.  Then both wait for ever, and this test would hang.
     """
     ring, device = disk.renew(), disk.device
     rounds, in_flight, offered, done = 20_000, 0, 0, 0
@@ -496,7 +496,7 @@ def test_event_index_loses_no_wake_up_21(disk: Disk) -> None:
 
 @pytest.mark.parametrize("channel", ["sync", "informs"])
 def test_end_of_a_channel_ends_the_process(make: Factory, channel: str) -> None:
-    """The VM is gone; what was written is flushed."""
+    """A closed channel means that the VM is gone.  The process ends in an orderly way."""
     device = make().device
     getattr(device, channel).close()
 
@@ -504,7 +504,7 @@ def test_end_of_a_channel_ends_the_process(make: Factory, channel: str) -> None:
 
 
 def test_shutdown_ends_the_process(make: Factory) -> None:
-    """As asked for."""
+    """It ends with status 0, and logs nothing."""
     device = make().device
     device.informs.send(devmsg.TYPE.pack(devmsg.SHUTDOWN))
 
@@ -529,7 +529,7 @@ def test_shutdown_ends_the_process(make: Factory) -> None:
 )
 @pytest.mark.parametrize("channel", ["sync", "informs"])
 def test_garbage_on_a_channel_ends_the_process(make: Factory, channel: str, packet: bytes) -> None:
-    """With a sentence on the async channel, and no traceback."""
+    """The process sends a sentence on the `informs` channel, and logs no traceback."""
     device = make().device
     getattr(device, channel).send(packet)
 
@@ -557,8 +557,8 @@ LIES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("lie", LIES.values(), ids=LIES)
-def test_start_that_lies_is_answered_with_a_sentence(tmp_path: Path, lie: dict[str, Any]) -> None:
-    """The process says what is wrong and ends."""
+def test_a_false_start_message_is_answered_with_a_sentence(tmp_path: Path, lie: dict[str, Any]) -> None:
+    """The process sends what is wrong, and ends."""
     path = tmp_path / "disk"
     path.write_bytes(bytes(MIB))
     with path.open("rb+") as file, Device("vioblk", [file.fileno()]) as device:
@@ -570,8 +570,8 @@ def test_start_that_lies_is_answered_with_a_sentence(tmp_path: Path, lie: dict[s
         assert "Traceback" not in device.read_log()
 
 
-def test_image_that_is_none_is_answered_with_a_sentence(tmp_path: Path) -> None:
-    """As a VM shows it."""
+def test_a_file_that_is_no_image_is_answered_with_a_sentence(tmp_path: Path) -> None:
+    """The sentence names the disk, because users of the VM see it."""
     path = tmp_path / "disk"
     path.write_bytes(b"QFI\xfb" + bytes(100))
     with path.open("rb+") as file, Device("vioblk", [file.fileno()], notes=[devmsg.RESOURCE_QCOW2]) as device:
@@ -582,7 +582,7 @@ def test_image_that_is_none_is_answered_with_a_sentence(tmp_path: Path) -> None:
 
 
 def open_chain(paths: Sequence[Path], notes: Sequence[int]) -> Device:
-    """Return a process, not started, that is given a chain of images, the disk itself first."""
+    """Return a process with a chain of images, the disk itself first.  It has not got its start message yet."""
     fds = [os.open(path, os.O_RDONLY if depth else os.O_RDWR) for depth, path in enumerate(paths)]
     try:
         return Device("vioblk", fds, notes=notes)
@@ -593,7 +593,7 @@ def open_chain(paths: Sequence[Path], notes: Sequence[int]) -> Device:
 
 @pytest.fixture
 def chain(tmp_path: Path) -> tuple[Path, Path]:
-    """Make a qcow2 disk on top of a file that any program would take for an empty qcow2 image."""
+    """Make a qcow2 disk on top of a raw file, whose content is an empty qcow2 image."""
     overlay, base = tmp_path / "overlay.qcow2", tmp_path / "base"
     with new_file(str(base)) as fd:
         write_empty(fd, str(base), "qcow2", MIB)
@@ -602,8 +602,8 @@ def chain(tmp_path: Path) -> tuple[Path, Path]:
     return overlay, base
 
 
-def test_backing_file_is_what_the_vm_says_it_is(chain: tuple[Path, Path]) -> None:
-    """Its first bytes, which a guest may once have written, say nothing."""
+def test_the_vm_decides_the_format_of_a_backing_file(chain: tuple[Path, Path]) -> None:
+    """Its first bytes, which a guest may once have written, do not count."""
     with open_chain(chain, (devmsg.RESOURCE_QCOW2, 0)) as device:
         disk = Disk(device.start(), chain[0])
 
@@ -611,8 +611,8 @@ def test_backing_file_is_what_the_vm_says_it_is(chain: tuple[Path, Path]) -> Non
         assert disk.memory.read(BUFFER, 512) == chain[1].read_bytes()[:512]
 
 
-def test_image_that_is_not_said_to_be_qcow2_has_no_backing_file_31(chain: tuple[Path, Path]) -> None:
-    """Hostile input 31, 52: neither a raw image nor one whose format was guessed is given one."""
+def test_only_an_image_declared_as_qcow2_gets_its_backing_file_31(chain: tuple[Path, Path]) -> None:
+    """Hostile input 31, 52: a raw image has no backing file, and neither has an image whose format was guessed."""
     for note in (0, devmsg.RESOURCE_QCOW2 | devmsg.RESOURCE_GUESSED):
         with open_chain(chain, (note, 0)) as device:
             device.send_start(device.start_packet())
@@ -623,7 +623,7 @@ def test_image_that_is_not_said_to_be_qcow2_has_no_backing_file_31(chain: tuple[
 
 @pytest.mark.parametrize("notes", [(devmsg.RESOURCE_QCOW2,), (0, 0)])
 def test_a_process_for_raw_disks_takes_no_other(notes: tuple[int, ...]) -> None:
-    """It has nothing that could read them."""
+    """It has no code for other formats."""
     fd = os.memfd_create("disk", os.MFD_CLOEXEC)
     os.ftruncate(fd, MIB)
     with Device("vioblk", [fd] * len(notes), notes=[0]) as device:
@@ -635,11 +635,11 @@ def test_a_process_for_raw_disks_takes_no_other(notes: tuple[int, ...]) -> None:
 
 
 def test_process_is_confined(disk: Disk) -> None:
-    """Filtered, without capabilities, and with no descriptor beside those it was given and its own loop's."""
+    """It has a seccomp filter, no capabilities, and only the descriptors that it got and those of its event loop."""
     pid = disk.device.child.pid
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     status = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
-    leaked = {os.readlink(f"/proc/self/fd/{fd}") for fd in inheritable()}  # by whatever runs the tests
+    leaked = {os.readlink(f"/proc/self/fd/{fd}") for fd in inheritable()}  # by the test runner
     links = open_files(pid)
     given = {*disk.device.fds, 0, 1, 2, devmsg.FD_SYNC}
     own = [link for fd, link in links.items() if fd not in given and link not in (*leaked, str(disk.path))]
@@ -655,9 +655,9 @@ def test_process_is_confined(disk: Disk) -> None:
 
 
 def test_requests_above_the_limit_wait_in_the_ring(make: Factory) -> None:
-    """In that of a paused disk too, and until there is no limit any more.  A limit of a wrong length ends the process.
+    """They stay there while the disk is paused, and until the limit is removed.  A malformed LIMIT ends the process.
 
-    The first ones are what is kept for whoever has not used it.
+    The first requests are served at once: they use up the burst.
     """
     disk = make()
     device, ring = disk.device, disk.ring

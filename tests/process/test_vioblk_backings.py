@@ -1,6 +1,6 @@
-"""The disk process on what ends, fills up, grows, shrinks or has limits: what was acknowledged is kept.
+"""The disk process on files and devices that end, fill up, grow, shrink or have limits keeps all acknowledged data.
 
-Each request fails or is done by itself: one that finds no room costs no other request, no flush and no end of use.
+Each request succeeds or fails by itself.  A request without room makes no other request, flush or shutdown fail.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ def make_image(path: Path, size: int, options: str = "cluster_size=64k") -> Path
 
 
 class Writer:
-    """Writes units of a disk in any order, and keeps what has been acknowledged."""
+    """Writes units of a disk in random order, and remembers the acknowledged content in `flat`."""
 
     def __init__(self, driver: BlockDriver, size: int, seed: int = 1) -> None:
         self.driver = driver
@@ -45,7 +45,7 @@ class Writer:
         self.done = self.refused = 0
 
     def write(self, count: int) -> None:
-        """Write so many units, one after the other; take over what one that is refused has left."""
+        """Write `count` units, one after the other.  After a refused write, read what is there now."""
         for _ in range(count):
             unit = self.order[(self.done + self.refused) % len(self.order)]
             data = self.choice.randbytes(UNIT)
@@ -83,7 +83,7 @@ def device_with(image: Path, size: int) -> Iterator[LoopDevice]:
     ],
 )
 def test_image_on_a_device_keeps_everything(tmp_path: Path, options: str, size: int) -> None:
-    """Whatever the device's size: all writes and flushes succeed, and all is there after an orderly end."""
+    """On a device of any size all writes and flushes succeed, and all data is there after an orderly end."""
     with device_with(make_image(tmp_path / "image", 16 * MIB, options), size) as device:
         with BlockDriver([device.path]) as driver:
             writer = Writer(driver, 16 * MIB)
@@ -97,8 +97,8 @@ def test_image_on_a_device_keeps_everything(tmp_path: Path, options: str, size: 
         same(device.path, writer.flat, tmp_path)
 
 
-def test_guest_that_writes_nothing_leaves_nothing_in_the_log(tmp_path: Path) -> None:
-    """To end a disk on a device is no occasion for an error."""
+def test_a_guest_that_writes_nothing_causes_no_log_line(tmp_path: Path) -> None:
+    """The end of a disk process on a device causes no error."""
     with device_with(make_image(tmp_path / "image", 16 * MIB), 64 * MIB + 512) as device:
         with BlockDriver([device.path]) as driver:
             driver.shut_down()
@@ -106,8 +106,8 @@ def test_guest_that_writes_nothing_leaves_nothing_in_the_log(tmp_path: Path) -> 
         assert problems(device.path) == {}
 
 
-def test_killed_process_has_left_on_the_device_what_was_flushed(tmp_path: Path) -> None:
-    """Nothing worse than leaks, and every flushed byte."""
+def test_flushed_data_is_on_the_device_after_a_kill(tmp_path: Path) -> None:
+    """The image has every flushed byte, and nothing worse than leaks."""
     with device_with(make_image(tmp_path / "image", 16 * MIB), 64 * MIB + 512) as device:
         with BlockDriver([device.path]) as driver:
             writer = Writer(driver, 16 * MIB)
@@ -122,7 +122,7 @@ def test_killed_process_has_left_on_the_device_what_was_flushed(tmp_path: Path) 
 
 @pytest.mark.parametrize("kind", ["raw", "qcow2"])
 def test_backing_file_may_be_a_device_of_any_size(tmp_path: Path, kind: str) -> None:
-    """What an overlay does not have is read from there, up to the end of the device."""
+    """Clusters that an overlay does not have are read from the device, up to its end."""
     size = 3 * MIB + 512
     flat = bytearray(random.Random(5).randbytes(size))
     (tmp_path / "flat").write_bytes(flat)
@@ -146,7 +146,7 @@ def test_backing_file_may_be_a_device_of_any_size(tmp_path: Path, kind: str) -> 
 
 
 def test_raw_device_is_a_disk_to_its_last_sector(tmp_path: Path) -> None:
-    """Also where its size is no multiple of a page."""
+    """The size of the device is not a multiple of the page size."""
     size = 2 * MIB + 3 * 512
     with LoopDevice(tmp_path / "device", size) as device:
         with BlockDriver([device.path], ("raw",)) as driver:
@@ -168,10 +168,10 @@ def test_raw_device_is_a_disk_to_its_last_sector(tmp_path: Path) -> None:
         (63 * KIB, 64 * KIB + 512, (64 * KIB, 64 * KIB + 512)),
     ],
 )
-def test_only_whole_blocks_of_a_device_are_left_to_its_driver(
+def test_only_whole_blocks_of_a_device_are_discarded_by_the_kernel(
     tmp_path: Path, start: int, end: int, whole: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The kernel keeps nobody out of the rest of a block meanwhile, and the old content would come back with it."""
+    """In a partial block the kernel would not lock out other writers, and could bring the old content back."""
     calls = []
 
     def note(fd: int, mode: int, offset: int, length: int) -> None:
@@ -202,7 +202,7 @@ def test_only_whole_blocks_of_a_device_are_left_to_its_driver(
 
 
 def fill_and_check(path: Path, tmp_path: Path, size: int, limit: Callable[[int], object] = str) -> None:
-    """Write until there is no room, and further; every flush succeeds, and all that was acknowledged is kept."""
+    """Write until there is no room, and go on.  Every flush succeeds, and all acknowledged data is kept."""
     with BlockDriver([path]) as driver:
         limit(driver.device.child.pid)
         writer = Writer(driver, size)
@@ -223,14 +223,14 @@ def fill_and_check(path: Path, tmp_path: Path, size: int, limit: Callable[[int],
 
 @pytest.mark.parametrize("options", ["cluster_size=64k", "cluster_size=4k", "cluster_size=512,refcount_bits=64"])
 def test_device_smaller_than_the_image(tmp_path: Path, options: str) -> None:
-    """What fits is kept, the rest is refused write by write."""
+    """Data that fits is kept.  Each write without room is refused by itself."""
     with device_with(make_image(tmp_path / "image", 8 * MIB, options), 3 * MIB + 512) as device:
         fill_and_check(device.path, tmp_path, 8 * MIB)
 
 
 @pytest.mark.parametrize("options", ["cluster_size=64k", "cluster_size=4k"])
 def test_device_that_grows_is_used_further(tmp_path: Path, options: str) -> None:
-    """The end of the device is looked at again when it is reached."""
+    """The process asks for the size of the device again when it reaches the end."""
     with device_with(make_image(tmp_path / "image", 8 * MIB, options), 3 * MIB + 512) as device:
         with BlockDriver([device.path]) as driver:
             writer = Writer(driver, 8 * MIB)
@@ -250,8 +250,8 @@ def test_device_that_grows_is_used_further(tmp_path: Path, options: str) -> None
         same(device.path, writer.flat, tmp_path)
 
 
-def test_device_that_shrinks_costs_what_was_behind_its_end(tmp_path: Path) -> None:
-    """No zeroes are made up, the image is not taken for corrupt, and what is left of the device works."""
+def test_device_that_shrinks_loses_only_the_data_behind_its_end(tmp_path: Path) -> None:
+    """Reads behind the end fail.  The image does not count as corrupt, and the rest of the device works."""
     with device_with(make_image(tmp_path / "image", 16 * MIB), 32 * MIB) as device:
         with BlockDriver([device.path]) as driver:
             for unit in range(16):
@@ -271,7 +271,7 @@ def test_device_that_shrinks_costs_what_was_behind_its_end(tmp_path: Path) -> No
 
 @pytest.mark.parametrize(("options", "limit"), [("cluster_size=64k", 3 * MIB + 700), ("cluster_size=4k", 3 * MIB)])
 def test_file_that_may_not_become_longer(tmp_path: Path, options: str, limit: int) -> None:
-    """EFBIG, of a limit as of FAT or a file system's largest file, and the signal that comes with it."""
+    """EFBIG, as of a file size limit or FAT's largest file, and the signal that the limit causes."""
     path = make_image(tmp_path / "image", 8 * MIB, options)
 
     def set_limit(pid: int) -> None:
@@ -281,10 +281,10 @@ def test_file_that_may_not_become_longer(tmp_path: Path, options: str, limit: in
 
 
 def test_full_file_system_with_an_image_full_of_holes(tmp_path: Path) -> None:
-    """A table that lies in a hole needs room as well: it has it before a write that depends on it is acknowledged."""
+    """A table in a hole also needs room.  It gets the room before a write that depends on it is acknowledged."""
     size = 32 * MIB
     made = make_image(tmp_path / "made", size, "cluster_size=16k")
-    qemu("qemu-io", "-f", "qcow2", "-c", "write -P 7 0 16k", made)  # the L2 table is there now, of four pages
+    qemu("qemu-io", "-f", "qcow2", "-c", "write -P 7 0 16k", made)  # now there is an L2 table, of four pages
     with small_file_system(tmp_path / "small") as small:
         path = small / "image"
         subprocess.run(["cp", "--sparse=always", made, path], check=True)
@@ -301,7 +301,7 @@ def test_full_file_system_with_an_image_full_of_holes(tmp_path: Path) -> None:
 
 
 def test_raw_file_without_room_fails_write_by_write(tmp_path: Path) -> None:
-    """A sparse file on a full file system: flushes succeed, and what was acknowledged is there."""
+    """A sparse file on a full file system: flushes succeed, and all acknowledged data is there."""
     with small_file_system(tmp_path / "small") as small:
         path = small / "image"
         with path.open("wb") as file:
@@ -330,8 +330,8 @@ def make_dirty(path: Path, size: int) -> Path:
     return path
 
 
-def test_dirty_image_on_a_device_is_written_behind_its_end_of_use(tmp_path: Path) -> None:
-    """The tables tell what is in use, the size of the device does not.  The VM is told that the image is dirty."""
+def test_new_clusters_of_a_dirty_image_on_a_device_go_behind_those_in_use(tmp_path: Path) -> None:
+    """The tables tell which clusters are in use; a device has no file size.  The VM hears that the image is dirty."""
     with device_with(make_dirty(tmp_path / "image", 8 * MIB), 16 * MIB + 512) as device:
         with BlockDriver([device.path]) as driver:
             (said,) = driver.device.troubles()
@@ -347,8 +347,8 @@ def test_dirty_image_on_a_device_is_written_behind_its_end_of_use(tmp_path: Path
         same(device.path, expected.ljust(8 * MIB, b"\0"), tmp_path)
 
 
-def test_dirty_image_of_which_the_tables_tell_not_all_is_refused_on_a_device(tmp_path: Path) -> None:
-    """Snapshots have tables of their own; a file has its length, a device only the advice."""
+def test_a_dirty_image_with_snapshots_is_refused_on_a_device(tmp_path: Path) -> None:
+    """Snapshots have their own tables, which are not read.  On a file the file's length tells the end instead."""
     image = make_image(tmp_path / "image", 8 * MIB, "lazy_refcounts=on,cluster_size=4k")
     qemu("qemu-img", "snapshot", "-c", "old", image)
     with contextlib.suppress(subprocess.CalledProcessError):
@@ -372,7 +372,7 @@ def test_dirty_image_of_which_the_tables_tell_not_all_is_refused_on_a_device(tmp
 
 
 def test_raw_file_that_ends_inside_a_sector(tmp_path: Path) -> None:
-    """The last sector is completed with zeroes, and the VM is told; a write to it makes the file longer."""
+    """The last sector is padded with zeroes, and the VM is told.  A write to that sector makes the file longer."""
     path = tmp_path / "image"
     path.write_bytes(b"a" * MIB + b"tail!")
 
@@ -391,7 +391,7 @@ def test_raw_file_that_ends_inside_a_sector(tmp_path: Path) -> None:
 
 
 def test_raw_file_that_ends_inside_a_sector_and_may_not_become_longer(tmp_path: Path) -> None:
-    """A write to the last sector is refused, any other is done."""
+    """A write to the last sector is refused, any other succeeds."""
     path = tmp_path / "image"
     path.write_bytes(b"a" * MIB + b"tail!")
 
@@ -406,7 +406,7 @@ def test_raw_file_that_ends_inside_a_sector_and_may_not_become_longer(tmp_path: 
 
 
 def test_raw_backing_file_that_ends_inside_a_sector(tmp_path: Path) -> None:
-    """Its last bytes are seen through an overlay, and kept when the rest of their cluster is written."""
+    """An overlay shows its last bytes, and keeps them when the rest of their cluster is written."""
     base, top = tmp_path / "base", tmp_path / "top"
     base.write_bytes(b"a" * MIB + b"tail!")
     qemu("qemu-img", "create", "-qf", "qcow2", "-F", "raw", "-b", base, top, 2 * MIB)

@@ -1,6 +1,6 @@
-"""Discard tells the truth: a guest that discards what it was told that it can discard gets the room back.
+"""The discard limits are true: a guest that discards pieces of the announced alignment frees the host's blocks.
 
-Through the real disk process; what the host has is seen in the number of blocks that it counts.
+The real disk process serves the requests.  The host's block counts show the result.
 """
 
 import os
@@ -22,7 +22,7 @@ SLACK = MIB // 2  # tables of the image and of the file system
 
 
 class Limits:
-    """What a disk says of discards and zeroes."""
+    """The fields of the configuration space about discard and write zeroes."""
 
     def __init__(self, config: bytes) -> None:
         (self.max_discard, self.discard_ranges, self.alignment, self.max_zeroes, self.zeroes_ranges) = (
@@ -31,19 +31,19 @@ class Limits:
 
 
 def held(path: Path) -> int:
-    """Return how many bytes a file takes from its file system."""
+    """Return the number of bytes that a file occupies in its file system."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
         return os.fstat(file.fileno()).st_blocks * 512
 
 
 def size_for(cluster: int) -> int:
-    """Return the size of a disk."""
+    """Return the size of the test disk for this cluster size."""
     return LARGE if cluster > MIB else SMALL
 
 
 def make(folder: Path, cluster: int, levels: int) -> tuple[list[Path], tuple[str, ...]]:
-    """Make an image; `cluster` is 0 for a raw one, and `levels` how many are below it."""
+    """Make an image.  A `cluster` of 0 makes a raw one.  `levels` is the number of backing files, 0 or 1."""
     size = size_for(cluster)
     top, base = folder / "top", folder / "base"
     if not cluster:
@@ -58,7 +58,7 @@ def make(folder: Path, cluster: int, levels: int) -> tuple[list[Path], tuple[str
 
 
 def fill(driver: BlockDriver) -> None:
-    """Write all of the disk."""
+    """Write the whole disk."""
     for at in range(0, driver.sectors * SECTOR, PIECE):
         driver.write(at // SECTOR, b"x" * PIECE)
     driver.wait_all()
@@ -73,7 +73,7 @@ def fill(driver: BlockDriver) -> None:
     ids=["raw", "512", "4k", "64k", "2m", "4k-overlay", "64k-overlay", "2m-overlay"],
 )
 def test_discarded_pieces_give_their_room_back(tmp_path: Path, cluster: int, levels: int, kind: int) -> None:
-    """In pieces of the alignment that the disk tells, one after the other."""
+    """The pieces have the announced alignment as their size, and follow each other."""
     paths, formats = make(tmp_path, cluster, levels)
     size = size_for(cluster)
     with BlockDriver(paths, formats) as driver:
@@ -90,15 +90,15 @@ def test_discarded_pieces_give_their_room_back(tmp_path: Path, cluster: int, lev
         driver.shut_down()
 
     assert full >= size
-    # Of clusters of 512 bytes one in 64 is a table, which keeps a block of the file system, one in 8.
+    # With 512-byte clusters, every 64th is a table.  It keeps one block of the file system (eight clusters) occupied.
     assert held(paths[0]) < SLACK + 5 * cluster + (size // 7 if cluster == 512 else 0)
     if cluster:
         assert problems(paths[0]) == {}
 
 
 @pytest.mark.parametrize("cluster", [0, 512, 4 * KIB, 64 * KIB, 2 * MIB])
-def test_limits_are_those_of_the_image(tmp_path: Path, cluster: int) -> None:
-    """The alignment is the cluster, but not less than a block of the file system; the limits are multiples of it."""
+def test_limits_depend_on_the_image(tmp_path: Path, cluster: int) -> None:
+    """The alignment is the cluster size, and at least the file system's block size.  Limits are multiples of it."""
     paths, formats = make(tmp_path, cluster, 0)
     with BlockDriver(paths, formats) as driver:
         limits = Limits(driver.device.config)
@@ -117,7 +117,7 @@ def test_limits_are_those_of_the_image(tmp_path: Path, cluster: int) -> None:
     ("told", "expected"), [(192 * KIB, 192 * KIB), (0, 4 * KIB), ((1 << 24) * SECTOR - SECTOR, 4 * KIB)]
 )
 def test_granularity_of_a_device_is_told_to_the_guest(tmp_path: Path, told: int, expected: int) -> None:
-    """Any number of sectors; nonsense counts as not known."""
+    """It may be any number of sectors.  An impossible value counts as unknown."""
     file = tmp_path / "device"
     with file.open("wb") as new:
         new.truncate(8 * MIB)
@@ -133,8 +133,8 @@ def test_granularity_of_a_device_is_told_to_the_guest(tmp_path: Path, told: int,
 
 
 @pytest.mark.root
-def test_granularity_of_a_device_is_what_the_kernel_says(tmp_path: Path) -> None:
-    """Of a device, and of none."""
+def test_granularity_of_a_device_comes_from_the_kernel(tmp_path: Path) -> None:
+    """A regular file has granularity 0."""
     file = tmp_path / "device"
     with file.open("wb") as new:
         new.truncate(8 * MIB)

@@ -1,6 +1,6 @@
-"""qcow2 through the real disk process: what a guest does to it, and what is left when the process is killed.
+"""qcow2 through the real disk process: requests of guests, and the image after the process is killed.
 
-QEMU's programs are the judge.  Hostile-input 33, 52, 53 as a guest and a host can cause them.
+QEMU's programs check the images.  Hostile-input 33, 52 and 53, as a guest or a host can cause them.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ SIZE = 6 * MIB + 3 * SECTOR
 
 
 def fingerprints(paths: list[Path]) -> list[str]:
-    """Return what tells whether a file has changed."""
+    """Return a hash of each file."""
     return [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
 
 
@@ -56,7 +56,7 @@ def fingerprints(paths: list[Path]) -> list[str]:
     ],
 )
 def test_scribble_through_the_device(tmp_path: Path, options: str, levels: int) -> None:
-    """Requests of every kind, many at a time; then a clean image with the right content, on untouched bases."""
+    """Requests of every kind, many at a time.  The image is then clean and right, and its bases are unchanged."""
     paths, flat = make_chain(tmp_path, options, SIZE, levels)
     assert chain_formats(paths).count("raw") == (levels > 0)
     before = fingerprints(paths[1:])
@@ -73,7 +73,7 @@ def test_scribble_through_the_device(tmp_path: Path, options: str, levels: int) 
 
 @pytest.mark.parametrize("features", [0, WRITE_THROUGH], ids=["legacy", "write-through"])
 def test_scribble_by_a_driver_that_never_flushes(tmp_path: Path, features: int) -> None:
-    """Whatever has been answered is there though the process is killed: such a driver cannot ask for more."""
+    """All answered writes are in the image after a kill, because this driver cannot flush."""
     paths, flat = make_chain(tmp_path, "cluster_size=64k", SIZE, 1)
 
     with BlockDriver(paths, chain_formats(paths), features=features) as driver:
@@ -92,7 +92,7 @@ def test_scribble_by_a_driver_that_never_flushes(tmp_path: Path, features: int) 
 
 
 def test_scribble_over_compressed_clusters_and_a_snapshot(tmp_path: Path) -> None:
-    """Nothing of either is written in place; the snapshot keeps what it was taken of."""
+    """Neither is overwritten in place, and the snapshot keeps its content."""
     path = tmp_path / "image"
     before = flat_file(tmp_path / "raw", SIZE, seed=9, density=0.8)
     qemu("qemu-img", "convert", "-c", "-O", "qcow2", "-o", "cluster_size=16k", "-f", "raw", tmp_path / "raw", path)
@@ -111,19 +111,19 @@ def test_scribble_over_compressed_clusters_and_a_snapshot(tmp_path: Path) -> Non
 
 # --- killed -------------------------------------------------------------------------------------------------------
 
-UNIT = 8 * KIB  # what a unit holds is one number, in each of its sectors
+UNIT = 8 * KIB  # a unit holds one number, repeated in each of its sectors
 UNITS = 512
 PER_UNIT = UNIT // SECTOR
-ANY = -1  # a discard leaves what it likes
+ANY = -1  # the content after a discard is undefined
 BASE_NUMBER = 0xBA5E
 
 
 class Ledger:
-    """What each sector may hold: what was there at the last flush, or anything written since."""
+    """The numbers that each unit may hold: the one of the last flush, or any written since."""
 
     def __init__(self, first: int, *, write_through: bool) -> None:
         self.possible: list[set[int]] = [{first} for _ in range(UNITS)]
-        self.settled = [first] * UNITS  # by the last answered change
+        self.settled = [first] * UNITS  # number of the last answered change
         self.write_through = write_through
 
     def submitted(self, unit: int, number: int) -> None:
@@ -137,11 +137,11 @@ class Ledger:
             self.possible[unit] = {number}
 
     def promise(self) -> list[int]:
-        """Return what a flush that is submitted now has to make last."""
+        """Return the numbers that a flush submitted now has to make durable."""
         return list(self.settled)
 
     def flushed(self, promised: list[int], since: list[set[int]]) -> None:
-        """A flush has been answered; `since` is what was in flight or submitted after it began."""
+        """A flush has been answered.  `since` has the numbers in flight when it began or submitted after that."""
         for unit in range(UNITS):
             self.possible[unit] &= {promised[unit]} | since[unit]
 
@@ -159,7 +159,7 @@ class Victim:
         self.answers = 0
 
     def submit(self) -> None:
-        """Submit something."""
+        """Submit a random request."""
         what = self.choice.random()
         if what < 0.06 and not self.ledger.write_through:
             since = [{self.busy[unit]} if unit in self.busy else set() for unit in range(UNITS)]
@@ -183,7 +183,7 @@ class Victim:
             self.driver.write(sector, number.to_bytes(4, "little") * (UNIT // 4), (unit, number))
 
     def take(self, requests: list[Request]) -> None:
-        """Note what has been answered."""
+        """Record answered requests."""
         for request in requests:
             assert request.status == OK
             self.answers += 1
@@ -198,20 +198,20 @@ class Victim:
                 self.ledger.answered(unit, number)
 
     def run(self, answers: int) -> None:
-        """Go on until so many have been answered; others are in flight then."""
+        """Submit requests until `answers` have been answered.  Others are still in flight then."""
         self.fill()
         while self.answers < answers:
             self.take(self.driver.wait())
             self.fill()
 
     def fill(self) -> None:
-        """Have as many in flight as there may be."""
+        """Submit requests until all slots are in flight."""
         while len(self.driver.flying) < SLOTS:
             self.submit()
 
 
 def kill_and_check(tmp_path: Path, seed: int) -> int:
-    """Kill the process in the middle of writes, and look at what is left; return how many it had not answered."""
+    """Kill the process in the middle of writes, and check the image.  Return the number of unanswered requests."""
     choice = random.Random(seed)
     options = f"cluster_size={choice.choice(('512', '4k', '64k', '64k', '2M'))},compat={choice.choice(('0.10', '1.1'))}"
     write_through = choice.random() < 0.3
@@ -231,10 +231,10 @@ def kill_and_check(tmp_path: Path, seed: int) -> int:
         victim = Victim(driver, ledger, seed)
         victim.run(choice.randrange(20, 200 if write_through else 2500))
         for _ in range(choice.choice((0, 10_000, 100_000))):
-            pass  # another moment each time
+            pass  # kill after a different delay each time
         driver.device.child.kill(signal.SIGKILL)
         assert driver.device.status() == -signal.SIGKILL
-        victim.take(driver.take())  # what it had answered and we had not seen
+        victim.take(driver.take())  # answers that had not been collected yet
         flying = len(driver.flying)
 
     found = problems(path)
@@ -249,7 +249,7 @@ def kill_and_check(tmp_path: Path, seed: int) -> int:
             number = int.from_bytes(data[:4], "little")
             assert number in possible, f"seed {seed}: sector {sector} holds {number}, not one of {possible}"
             assert data == data[:4] * (SECTOR // 4)
-    with BlockDriver(paths, chain_formats(paths), seed=seed) as driver:  # and the next VM goes on with it
+    with BlockDriver(paths, chain_formats(paths), seed=seed) as driver:  # the next VM can use the image
         flat = bytearray(raw)
         BlockScribbler(driver, flat, seed=seed).run(40)
         driver.shut_down()
@@ -262,21 +262,21 @@ def kill_and_check(tmp_path: Path, seed: int) -> int:
 
 @pytest.mark.parametrize("seed", [0])
 def test_killed_device_loses_nothing_that_was_flushed(tmp_path: Path, seed: int) -> None:
-    """Nothing worse than leaks is found, and everything that was promised."""
+    """The image has all flushed data, and nothing worse than leaks."""
     kill_and_check(tmp_path, seed)
 
 
 @pytest.mark.deep
 @pytest.mark.timeout(1800)
 def test_killed_devices_lose_nothing_that_was_flushed(tmp_path: Path) -> None:
-    """The same, fifty times: with and without base, with every cluster size, written through and not."""
+    """The same fifty times, with and without a base, with every cluster size, with and without write-through."""
     unanswered = [kill_and_check(tmp_path, seed) for seed in range(1, 51)]
 
     print(f"requests in flight when it was killed: {unanswered}")
-    assert sum(map(bool, unanswered)) > 25, "it was hardly ever killed in the middle of anything"
+    assert sum(map(bool, unanswered)) > 25, "the process was seldom killed with requests in flight"
 
 
-# --- images that lie, hosts that fail ------------------------------------------------------------------------------
+# --- malformed images, failing hosts -------------------------------------------------------------------------------
 
 CLUSTER = 64 * KIB
 HEADER_LIES: dict[str, tuple[int, bytes]] = {
@@ -302,8 +302,8 @@ def overwrite(path: Path, offset: int, data: bytes) -> None:
 
 
 @pytest.mark.parametrize("lie", HEADER_LIES)
-def test_image_that_lies_is_answered_with_a_sentence_52(tmp_path: Path, lie: str) -> None:
-    """Hostile input 52: the process says what is wrong with the image, and ends without a traceback."""
+def test_an_image_with_a_false_header_is_answered_with_a_sentence_52(tmp_path: Path, lie: str) -> None:
+    """Hostile input 52: the process sends what is wrong with the image, and ends without a traceback."""
     path = tmp_path / "image"
     create(str(path), "qcow2", MIB)
     overwrite(path, *HEADER_LIES[lie])
@@ -319,8 +319,8 @@ def test_image_that_lies_is_answered_with_a_sentence_52(tmp_path: Path, lie: str
     assert number == 0
 
 
-def test_image_whose_base_was_not_opened_is_answered_with_a_sentence_52(tmp_path: Path) -> None:
-    """Hostile input 52: a backing file is what the parent has opened, or nothing."""
+def test_an_image_without_its_base_is_answered_with_a_sentence_52(tmp_path: Path) -> None:
+    """Hostile input 52: the process uses no backing file except one that the parent has opened."""
     path = tmp_path / "image"
     create(str(path), "qcow2", MIB, "/etc/passwd", "raw")
     driver = BlockDriver([path])
@@ -342,14 +342,14 @@ def deflated(data: bytes) -> bytes:
     [
         (b"\xff" * 600, 5 * CLUSTER, IOERR),
         (deflated(b"short"), 5 * CLUSTER, IOERR),
-        (deflated(bytes(100 * MIB)), 5 * CLUSTER, OK),  # a bomb; what is needed of it is a cluster
+        (deflated(bytes(100 * MIB)), 5 * CLUSTER, OK),  # a decompression bomb, of which only one cluster is needed
         (deflated(bytes(CLUSTER)), (1 << 54) - 512, IOERR),
         (b"", 0, IOERR),
     ],
     ids=["bad", "short", "bomb", "past-eof", "header"],
 )
-def test_compressed_cluster_that_lies_52(tmp_path: Path, packed: bytes, at: int, status: int) -> None:
-    """Hostile input 52: an error of that cluster, in bounded memory; what lies beside it can be read and written."""
+def test_a_malformed_compressed_cluster_52(tmp_path: Path, packed: bytes, at: int, status: int) -> None:
+    """Hostile input 52: only that cluster fails, in bounded memory.  Other clusters can be read and written."""
     path = tmp_path / "image"
     create(str(path), "qcow2", 4 * MIB)
     with BlockDriver([path]) as driver:
@@ -368,12 +368,12 @@ def test_compressed_cluster_that_lies_52(tmp_path: Path, packed: bytes, at: int,
         assert driver.result(beside) == b"a" * 4 * KIB
         assert driver.wait_for(driver.write(2 * MIB // SECTOR, b"b" * 4 * KIB)).status == OK
         assert driver.device.own_kib() - before_kib < 8 * KIB
-        assert len(driver.device.read_log().splitlines()) <= 5 + 1  # a burst, not a line for each
+        assert len(driver.device.read_log().splitlines()) <= 5 + 1  # the burst of the log limit
         driver.shut_down()
 
 
 def test_corruption_found_while_writing_stops_the_writing_52(tmp_path: Path) -> None:
-    """Hostile input 52: an entry that leads into the refcounts; the rest of the disk can still be read."""
+    """Hostile input 52: a table entry points into the refcounts.  The rest of the disk can still be read."""
     path = tmp_path / "image"
     create(str(path), "qcow2", 4 * MIB)
     with BlockDriver([path]) as driver:
@@ -389,13 +389,13 @@ def test_corruption_found_while_writing_stops_the_writing_52(tmp_path: Path) -> 
         beside = driver.wait_for(driver.read(CLUSTER // SECTOR, 4 * KIB))
         assert driver.result(beside) == b"a" * 4 * KIB
         assert "image is corrupt" in driver.device.read_log()
-        assert "image is corrupt" in driver.shut_down(quiet=False)  # it says so again, and ends well
+        assert "image is corrupt" in driver.shut_down(quiet=False)  # it is logged again, and the process ends normally
 
     assert path.read_bytes()[2 * CLUSTER : 3 * CLUSTER] == refcounts
 
 
 def test_base_that_becomes_shorter_is_an_error_33(tmp_path: Path) -> None:
-    """Hostile input 33: no zeroes are made up for data that was there when the disk was opened."""
+    """Hostile input 33: data that was there when the disk was opened reads as an error now, not as zeroes."""
     base, top = tmp_path / "base", tmp_path / "top"
     base.write_bytes(b"b" * MIB)
     create(str(top), "qcow2", MIB, str(base), "raw")
@@ -417,7 +417,7 @@ def small(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.root
 @pytest.mark.parametrize("features", [FEATURES, WRITE_THROUGH])
 def test_host_without_room_33(small: Path, features: int) -> None:
-    """Hostile input 33: what does not fit is refused, all else is kept, and the guest goes on when there is room."""
+    """Hostile input 33: writes without room are refused, other data is kept, and writes work again with room."""
     path = small / "image"
     create(str(path), "qcow2", 8 * MIB)
     filler = small / "filler"

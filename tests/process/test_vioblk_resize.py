@@ -1,4 +1,4 @@
-"""The real, confined disk process whose disk becomes larger while its driver uses it."""
+"""The real, confined disk process: its disk becomes larger while the driver uses it."""
 
 import errno
 import os
@@ -29,7 +29,7 @@ def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Disk]:
 
 
 def inform(disk: Disk) -> bytes:
-    """Return the next message of the device, but for troubles."""
+    """Return the next message of the device that is not TROUBLES."""
     while True:
         disk.device.wait_for(disk.device.informs.fileno())
         packet = disk.device.informs.recv(devmsg.PACKET_MAX)
@@ -38,7 +38,7 @@ def inform(disk: Disk) -> bytes:
 
 
 def resize(disk: Disk, size: int) -> tuple[int, int, str]:
-    """Ask for a size; return the size that the guest is told (0: nothing), and errno and sentence of the answer."""
+    """Ask for a size.  Return the size that the guest is told (0: none), and errno and sentence of the answer."""
     disk.device.informs.send(devmsg.RESIZE_BODY.pack(devmsg.RESIZE, size))
     packet, told = inform(disk), 0
     if packet[:4] == devmsg.TYPE.pack(devmsg.CONFIG_CHANGED):
@@ -51,8 +51,8 @@ def resize(disk: Disk, size: int) -> tuple[int, int, str]:
     return told, number, packet[devmsg.CHANGED_HEAD.size :].decode()
 
 
-def test_the_driver_is_told_and_has_what_is_new(disk: Disk) -> None:
-    """Sectors behind the old end are errors before, and zeroes after; the last one can be written."""
+def test_the_driver_hears_of_the_new_sectors_and_can_use_them(disk: Disk) -> None:
+    """Sectors behind the old end are errors before the change, and zeroes after it.  The last one can be written."""
     last = 8 * MIB // 512 - 1
     disk.memory.load(BUFFER, b"n" * 512)
     assert disk.request(OUT, last, [Desc(BUFFER, 512)])[0] == IOERR
@@ -70,7 +70,7 @@ def test_the_driver_is_told_and_has_what_is_new(disk: Disk) -> None:
 
 
 def test_a_paused_disk(disk: Disk) -> None:
-    """It has the new size when it goes on."""
+    """It has the new size when it is resumed."""
     disk.device.command(devmsg.PAUSE)
 
     assert resize(disk, 2 * MIB) == (2 * MIB, 0, "")
@@ -80,8 +80,8 @@ def test_a_paused_disk(disk: Disk) -> None:
     assert disk.request(OUT, 2 * MIB // 512 - 8, [Desc(BUFFER, 4 * KIB)])[0] == OK
 
 
-def test_what_cannot_be_has_a_sentence_and_changes_nothing(disk: Disk) -> None:
-    """The guest is told nothing, and goes on."""
+def test_an_impossible_size_is_refused_with_a_sentence_and_changes_nothing(disk: Disk) -> None:
+    """The guest is not told, and its disk works as before."""
     told, number, text = resize(disk, 512 * KIB)
     assert (told, number) == (0, errno.EINVAL)
     assert text == f"disk 0: has {MIB} bytes, and a disk is never made smaller"
@@ -94,8 +94,8 @@ def test_what_cannot_be_has_a_sentence_and_changes_nothing(disk: Disk) -> None:
     assert resize(disk, MIB) == (MIB, 0, "")
 
 
-def test_the_end_comes_while_it_grows(disk: Disk) -> None:
-    """It has one size or the other."""
+def test_a_process_that_ends_while_its_disk_grows(disk: Disk) -> None:
+    """The disk has the old size or the new one, nothing in between."""
     disk.device.informs.send(devmsg.RESIZE_BODY.pack(devmsg.RESIZE, 64 * MIB))
     disk.device.informs.send(devmsg.TYPE.pack(devmsg.SHUTDOWN))
 

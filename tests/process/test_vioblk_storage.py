@@ -1,7 +1,7 @@
 """The disk process on storage that fails, is full, is slow or dead (hostile-input 33-35; arch. 5).
 
-The image is a file of a file system that the test serves, so the process sees exactly the errors and delays it is
-meant to see, and the test sees every call that reaches the storage.
+The image is a file of a file system that the test serves.  So the test decides every error and delay that the process
+sees, and sees every call that reaches the storage.
 """
 
 import errno
@@ -32,21 +32,21 @@ pytestmark = [
 ]
 
 BYTES = 4 * MIB
-HEADERS = 12 * MIB  # in memory
+HEADERS = 12 * MIB  # guest-physical address of the request headers
 CLUSTER = 64 * KIB
 TROUBLES = devmsg.TYPE.pack(devmsg.TROUBLES)
 QUIET = 5  # lines of log that a flood of one kind of error may cause
 
 
 class Rig:
-    """A disk on storage that is in the test's hands."""
+    """A disk on storage that the test controls."""
 
     def __init__(self, storage: FuseFile, disk: Disk) -> None:
         self.storage = storage
         self.disk = disk
 
     def put(self, kind: int, sector: int, data: Sequence[Desc], slot: int) -> int:
-        """Offer a request whose header and status have a place of their own; return its head."""
+        """Offer a request whose header and status are in the memory of its slot.  Return its head."""
         base = HEADERS + 4 * KIB * slot
         self.disk.memory.load(base + 16, bytes((UNSET,)))
         return self.disk.ring.add([self.disk.header(kind, sector, base), *data, Desc(base + 16, 1, WRITE)])
@@ -58,7 +58,7 @@ class Rig:
 
 @pytest.fixture
 def start() -> Iterator[Callable[..., Rig]]:
-    """Give a function that starts a disk process on given content; it ends with the test."""
+    """Give a function that starts a disk process on given content.  The process ends with the test."""
     rigs: list[Rig] = []
 
     def make(image: bytes, note: int = 0, features: int = FEATURES) -> Rig:
@@ -100,7 +100,7 @@ def read(sector: int, length: int = 4 * KIB, at: int = BUFFER) -> tuple[int, int
     ],
 )
 def test_error_of_the_host_33(rig: Rig, opcode: int, kind: int, error: int, words: str) -> None:
-    """Hostile input 33: the request fails, the guest can try as often as it likes, the log stays short."""
+    """Hostile input 33: the request fails.  The guest may repeat it without limit, and the log stays short."""
     rig.storage.rule(opcode, error, 64 * KIB, 128 * KIB)
     data = {IN: [Desc(BUFFER, 4 * KIB, WRITE)], OUT: [Desc(BUFFER, 4 * KIB)], FLUSH: []}[kind]
     if opcode == fusefile.FSYNC:
@@ -115,7 +115,7 @@ def test_error_of_the_host_33(rig: Rig, opcode: int, kind: int, error: int, word
 
 
 def test_lost_data_is_not_forgotten_33(rig: Rig) -> None:
-    """Hostile input 33: after a flush that failed none succeeds, though the kernel tells of it only once."""
+    """Hostile input 33: after one failed flush all flushes fail, although the kernel reports the loss only once."""
     rig.storage.rule(fusefile.FSYNC, errno.EIO)
     assert rig.disk.request(FLUSH) == (IOERR, 1)
     rig.storage.release()
@@ -128,7 +128,7 @@ def test_lost_data_is_not_forgotten_33(rig: Rig) -> None:
 
 
 def test_short_transfers_are_continued_33(rig: Rig) -> None:
-    """Hostile input 33: the host gives and takes a few bytes at a time."""
+    """Hostile input 33: the host reads and writes only a few bytes at a time."""
     rig.storage.rule(fusefile.READ, most=1000)
     rig.storage.rule(fusefile.WRITE, most=700)
     rig.disk.memory.write(BUFFER, content(8 * KIB)[::-1])
@@ -140,7 +140,7 @@ def test_short_transfers_are_continued_33(rig: Rig) -> None:
 
 
 def test_file_that_ends_early_33(rig: Rig) -> None:
-    """Hostile input 33: a read behind the end that the file has now is an error, not zeroes."""
+    """Hostile input 33: a read behind the present end of the file is an error, not zeroes."""
     del rig.storage.content[MIB:]
 
     assert rig.disk.request(*read(MIB // 512 - 4)) == (IOERR, 1)
@@ -156,14 +156,14 @@ def empty_qcow2(folder: Path) -> bytes:
 
 
 def check(storage: FuseFile, folder: Path) -> dict[str, int]:
-    """Return what qemu-img finds wrong with the image as it is on storage now."""
+    """Return the problems that qemu-img finds in the image that is on storage now."""
     path = folder / "found.qcow2"
     path.write_bytes(storage.content)
     return problems(path)
 
 
 def test_full_disk_while_a_qcow2_image_grows_33(start: Callable[..., Rig], tmp_path: Path) -> None:
-    """Hostile input 33: what fits is written, what does not is refused, nothing is damaged; with room all goes on."""
+    """Hostile input 33: writes without room are refused, and nothing is damaged.  With room, all writes succeed."""
     rig = start(empty_qcow2(tmp_path), devmsg.RESOURCE_QCOW2)
     rig.storage.room = len(rig.storage.content) + 6 * CLUSTER
     outcomes = []
@@ -195,12 +195,12 @@ def write_cluster(rig: Rig, cluster: int) -> int:
     return rig.disk.request(OUT, cluster * CLUSTER // 512, [Desc(BUFFER, CLUSTER)])[0]
 
 
-def test_failed_flush_is_said_once_for_each_change_whatever_else_is_logged_33(
+def test_each_change_of_a_failing_flush_is_logged_once_even_in_a_full_log_33(
     start: Callable[..., Rig], tmp_path: Path
 ) -> None:
-    """Hostile input 33: works, fails, works, fails: four lines, though the log's limit was reached before the first.
+    """Hostile input 33: a flush fails, works, fails and works: four lines, although the log's limit was reached before.
 
-    What found no room is not forgotten: the first flush that succeeds makes all of it last.
+    Data that found no room is kept.  The first flush that succeeds makes all of it durable.
     """
     rig = start(empty_qcow2(tmp_path), devmsg.RESOURCE_QCOW2)
     assert write_cluster(rig, 0) == OK
@@ -233,8 +233,8 @@ def test_failed_flush_is_said_once_for_each_change_whatever_else_is_logged_33(
     assert told == [TROUBLES + b"flush fails: No space left on device", TROUBLES] * 2
 
 
-def test_flush_that_fails_at_the_end_is_said_and_tried_again_33(start: Callable[..., Rig], tmp_path: Path) -> None:
-    """Hostile input 33: the log says why a write is gone.  Nothing is damaged."""
+def test_a_flush_that_fails_at_the_end_is_logged_and_tried_again_33(start: Callable[..., Rig], tmp_path: Path) -> None:
+    """Hostile input 33: the log says why a write is lost.  The image is not damaged."""
     rig = start(empty_qcow2(tmp_path), devmsg.RESOURCE_QCOW2)
     assert write_cluster(rig, 0) == OK
     assert rig.disk.request(FLUSH)[0] == OK
@@ -253,7 +253,7 @@ def test_flush_that_fails_at_the_end_is_said_and_tried_again_33(start: Callable[
 
 
 def test_write_of_a_driver_without_flush_is_on_storage_when_done(start: Callable[..., Rig]) -> None:
-    """Write-through (5.2.6.2): the flush comes before the answer, and its failure is the write's."""
+    """Write-through (5.2.6.2): the flush precedes the answer, and a write fails if its flush fails."""
     rig = start(content(BYTES), features=MODERN)
     for number in range(5):
         assert rig.disk.request(OUT, number, [Desc(BUFFER, 512)]) == (OK, 1)
@@ -286,7 +286,7 @@ def test_driver_chooses_when_a_write_is_done(rig: Rig) -> None:
     rig.disk.device.command(devmsg.PAUSE)
     rig.disk.device.command(devmsg.RESUME)
     flushes = rig.storage.count(fusefile.FSYNC)
-    assert flushes == 2  # one for what came before the change
+    assert flushes == 2  # one is for the write before the change
     set_writeback(1)
     assert rig.disk.request(OUT, 0, [Desc(BUFFER, 512)]) == (OK, 1)
     assert rig.storage.count(fusefile.FSYNC) == flushes
@@ -300,13 +300,13 @@ def test_driver_chooses_when_a_write_is_done(rig: Rig) -> None:
 
 
 def large_reads(rig: Rig, count: int) -> list[int]:
-    """Offer reads that are too large for the main thread, of the upper half of the disk; return their heads."""
+    """Offer reads in the upper half of the disk, too large for the main thread.  Return their heads."""
     return [rig.put(IN, BYTES // 1024, [Desc(4 * MIB, 2 * MIB, WRITE)], 10 + n) for n in range(count)]
 
 
 @pytest.mark.parametrize("slow", [1, 4, 12])
-def test_slow_requests_hold_no_other_up(rig: Rig, slow: int) -> None:
-    """Several are in flight: while some wait for storage, others are served, flushes too."""
+def test_slow_requests_delay_no_others(rig: Rig, slow: int) -> None:
+    """While some requests wait for storage, others are served, flushes too."""
     rig.storage.rule(fusefile.READ, HELD, BYTES // 2)
     heads = large_reads(rig, slow)
     rig.disk.device.kick()
@@ -323,8 +323,8 @@ def test_slow_requests_hold_no_other_up(rig: Rig, slow: int) -> None:
     assert rig.disk.memory.read(4 * MIB, 2 * MIB) == content(BYTES)[BYTES // 2 :]
 
 
-def test_answer_to_reset_waits_for_what_is_under_way_34(rig: Rig) -> None:
-    """Hostile input 34: until the storage has answered there is no reset, and after it nothing touches the old ring."""
+def test_the_answer_to_reset_waits_for_requests_in_flight_34(rig: Rig) -> None:
+    """Hostile input 34: the reset is done when the storage has answered.  Nothing touches the old ring after it."""
     rig.storage.rule(fusefile.READ, HELD, BYTES // 2)
     large_reads(rig, 8)
     rig.disk.device.kick()
@@ -343,8 +343,8 @@ def test_answer_to_reset_waits_for_what_is_under_way_34(rig: Rig) -> None:
     assert rig.storage.count(fusefile.READ) == reads + 1
 
 
-def test_pause_waits_for_what_is_under_way(rig: Rig) -> None:
-    """What was taken from the ring is given back before PAUSE is answered; nothing of it is lost."""
+def test_pause_waits_for_requests_in_flight(rig: Rig) -> None:
+    """Requests that were taken from the ring are completed before PAUSE is answered; none is lost."""
     rig.storage.rule(fusefile.READ, HELD, BYTES // 2)
     heads = large_reads(rig, 6)
     rig.disk.device.kick()
@@ -364,7 +364,7 @@ def test_pause_waits_for_what_is_under_way(rig: Rig) -> None:
 
 @pytest.fixture
 def vm() -> Iterator[tuple[BothHalves, FuseFile]]:
-    """A disk on storage that is in the test's hands, seen from its VM."""
+    """A disk on storage that the test controls, seen from its VM."""
     ram = [RegionSpec(gpa=0, size=16 * MIB, name="ram")]
     with GuestMemory.create(ram) as memory, FuseFile(content(BYTES)) as storage:
         made = BothHalves(DISK, memory, storage.fd)
@@ -384,7 +384,7 @@ def vm() -> Iterator[tuple[BothHalves, FuseFile]]:
 def test_dead_storage_ends_the_vm_with_a_sentence(
     vm: tuple[BothHalves, FuseFile], kind: int, opcode: int, sentence: str
 ) -> None:
-    """A reset that cannot be done: the vCPU comes back, and somebody is told why the VM has to end (arch. 5)."""
+    """The reset cannot be done: the vCPU returns, and the VM is told why it has to end (arch. 5)."""
     half, storage = vm
     storage.rule(opcode, HELD)
     half.start(1 << spec.VIRTIO_F_VERSION_1 | 1 << spec.VIRTIO_BLK_F_FLUSH)

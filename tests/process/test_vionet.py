@@ -77,7 +77,7 @@ Make = Callable[..., Nic]
 
 
 def start(network: Network, net: bytes = b"", *, mtu: int = 1500) -> Nic:
-    """Start a network process on a tap of its own."""
+    """Start a network process on its own tap."""
     tap = TapInterface(network, f"tap{next(NUMBERS)}", mtu=mtu)
     return Nic(tap, NetDriver(tap, net))
 
@@ -94,7 +94,7 @@ def network() -> Iterator[Network]:
 
 @pytest.fixture(scope="module")
 def shared(network: Network) -> Iterator[Nic]:
-    """Yield a network process that all cases share, so that damage by one case shows in the next."""
+    """Yield a network process for all cases.  Damage by one case then shows in the next."""
     nic = start(network, mtu=MTU_MAX)
     yield nic
     nic.close()
@@ -123,10 +123,10 @@ def make(network: Network) -> Iterator[Make]:
         one.close()
 
 
-def test_threads_are_told_apart(nic: Nic) -> None:
-    """By ps -L and top -H: who waits for events, who moves frames."""
+def test_threads_have_names(nic: Nic) -> None:
+    """ps -L and top -H show which thread waits for events, and which moves frames."""
     tasks = Path(f"/proc/{nic.device.child.pid}/task")
-    assert asleep(nic.device)  # so each has come far enough to have its name
+    assert asleep(nic.device)  # a thread that sleeps has set its name
 
     assert {(task / "comm").read_text() for task in tasks.iterdir()} == {"event\n", "frames\n"}
 
@@ -136,7 +136,7 @@ def test_threads_are_told_apart(nic: Nic) -> None:
 
 @pytest.mark.parametrize("features", COMBINATIONS, ids=hex)
 def test_frames_of_any_length_go_both_ways(nic: Nic, features: int) -> None:
-    """Legacy and modern, and all that changes headers and rings."""
+    """With legacy and modern drivers, and all features that change headers or rings."""
     nic.driver.renew(features)
     nic.driver.post(8)
 
@@ -151,7 +151,7 @@ def test_frames_of_any_length_go_both_ways(nic: Nic, features: int) -> None:
 @pytest.mark.parametrize("features", [MODERN, MODERN | INDIRECT_DESC, 0, ALL], ids=hex)
 @pytest.mark.parametrize("layout", ["one", "usual", "split-header", "bytes", "many"])
 def test_any_layout_for_sending_36(nic: Nic, features: int, layout: str) -> None:
-    """Hostile input 36: the header in a descriptor of its own, with the frame, or spread over several."""
+    """Hostile input 36: the header is in its own descriptor, in one with the frame, or spread over several."""
     nic.driver.renew(features)
     header = nic.driver.header_bytes
     frame = any_frame(600)
@@ -169,7 +169,7 @@ def test_any_layout_for_sending_36(nic: Nic, features: int, layout: str) -> None
 @pytest.mark.parametrize("features", [MODERN, MODERN | MRG | INDIRECT_DESC, 0, ALL], ids=hex)
 @pytest.mark.parametrize("sizes", [(12, 1514), (3, 4, 5, 6, 7, 2000), (1,) * 30 + (1600,), (700, 900), (1526,)])
 def test_any_layout_for_receiving(nic: Nic, features: int, sizes: tuple[int, ...]) -> None:
-    """The header wherever it falls, num_buffers with it."""
+    """The header, with num_buffers, may be split at any place."""
     nic.driver.renew(features)
     nic.driver.post(3, sizes)
 
@@ -190,7 +190,7 @@ def test_largest_frame_without_segmentation(nic: Nic, features: int) -> None:
     assert nic.driver.counters()["tx_long"] == 0
 
 
-# --- unfinished frames ---------------------------------------------------------------------------------------------
+# --- frames with offloads ---------------------------------------------------------------------------------------------
 
 
 def gso(kind: int, payload: int = 60_000, size: int = 1448) -> tuple[bytes, bytes]:
@@ -203,7 +203,7 @@ def gso(kind: int, payload: int = 60_000, size: int = 1448) -> tuple[bytes, byte
 @pytest.mark.parametrize("features", [MODERN | HOST_TSO, HOST_TSO, ALL, ALL & ~MODERN], ids=hex)
 @pytest.mark.parametrize("kind", [GSO_TCPV4, GSO_TCPV6])
 def test_large_segment_is_sent_unsegmented(nic: Nic, features: int, kind: int) -> None:
-    """Up to 64 KiB, straight to the kernel, with what it has to know to finish it."""
+    """Up to 64 KiB go to the kernel as they are, with the header that the kernel needs to segment them."""
     nic.driver.renew(features)
     with Host(nic.tap, unfinished=True) as host:
         for payload in (3000, 60_000, 65_535 - 60):
@@ -215,12 +215,12 @@ def test_large_segment_is_sent_unsegmented(nic: Nic, features: int, kind: int) -
             assert HEADER.unpack(raw[:10])[3:] == HEADER.unpack(header)[3:]
 
 
-def test_sum_of_a_frame_that_is_sent_is_finished_by_the_kernel(nic: Nic) -> None:
-    """VIRTIO_NET_HDR_F_NEEDS_CSUM."""
+def test_the_kernel_completes_the_checksum_of_a_sent_frame(nic: Nic) -> None:
+    """The driver sets VIRTIO_NET_HDR_F_NEEDS_CSUM."""
     frame = tcp4(b"payload" * 20)
     nic.driver.send(frame, HEADER.pack(NEEDS_CSUM, GSO_NONE, 54, 0, 34, 16))
 
-    # A packet socket sees it as it is in the kernel: with the sum still to be made.
+    # A packet socket gets the frame before the kernel completes the checksum.
     assert nic.host.receive() == frame
     assert nic.driver.counters()["tx_refused"] == 0
 
@@ -239,7 +239,7 @@ def test_sum_of_a_frame_that_is_sent_is_finished_by_the_kernel(nic: Nic) -> None
 )
 @pytest.mark.parametrize("kind", [GSO_TCPV4, GSO_TCPV6])
 def test_large_segment_is_received_unsegmented(nic: Nic, features: int, sizes: tuple[int, ...], kind: int) -> None:
-    """Over as many buffers as it takes, small frames between large ones; twice over, as reads grow and shrink."""
+    """It takes as many buffers as it needs.  Small and large frames alternate, so the reads grow and shrink."""
     nic.driver.renew(features)
     room = sum(sizes)
     nic.driver.post(min(SIZE // (1 if features & INDIRECT_DESC else len(sizes)), 10 * MIB // room, SIZE), sizes)
@@ -258,8 +258,8 @@ def test_large_segment_is_received_unsegmented(nic: Nic, features: int, sizes: t
 
 @pytest.mark.parametrize("features", [MODERN, MODERN | MRG, 0], ids=hex)
 @pytest.mark.parametrize("kind", [GSO_TCPV4, GSO_TCPV6])
-def test_kernel_segments_for_a_driver_that_cannot(nic: Nic, features: int, kind: int) -> None:
-    """And finishes sums; not a trace of offloads is left in headers."""
+def test_the_kernel_segments_for_a_driver_without_offloads(nic: Nic, features: int, kind: int) -> None:
+    """It also completes checksums.  The headers have no trace of offloads."""
     nic.driver.renew(features)
     nic.driver.post(64)
     header, frame = gso(kind, 20_000, 1400)
@@ -277,7 +277,7 @@ def test_kernel_segments_for_a_driver_that_cannot(nic: Nic, features: int, kind:
 
 
 def sum_of_tcp(frame: bytes, kind: int) -> int:
-    """Return what a segment adds up to with its pseudo header: 0 if its sum is right."""
+    """Return the checksum of a segment with its pseudo header: 0 if the segment's checksum is right."""
     if kind == GSO_TCPV4:
         segment = frame[34 : 14 + int.from_bytes(frame[16:18], "big")]
         return checksum(frame[26:34] + struct.pack(">HH", 6, len(segment)) + segment)
@@ -285,8 +285,8 @@ def sum_of_tcp(frame: bytes, kind: int) -> int:
     return checksum(frame[22:54] + struct.pack(">II", len(segment), 6) + segment)
 
 
-def test_frame_in_the_tap_is_not_for_the_next_driver(nic: Nic) -> None:
-    """It may be of a size that only the last one knew."""
+def test_frames_in_the_tap_are_dropped_for_the_next_driver(nic: Nic) -> None:
+    """Only the previous driver may have accepted their size."""
     nic.driver.renew(ALL)
     with Host(nic.tap, unfinished=True) as host:
         for _ in range(20):
@@ -301,7 +301,7 @@ def test_frame_in_the_tap_is_not_for_the_next_driver(nic: Nic) -> None:
 
 
 def test_features_and_configuration(make: Make) -> None:
-    """MAC, status, one pair of queues; an MTU when there is one to be told."""
+    """MAC, status and one pair of queues; an MTU only if one is configured."""
     plain, with_mtu = make(), make(net_start(mtu=9000))
     bits = [
         spec.VIRTIO_NET_F_MAC, spec.VIRTIO_NET_F_STATUS, spec.VIRTIO_NET_F_MRG_RXBUF, spec.VIRTIO_NET_F_CSUM,
@@ -317,7 +317,7 @@ def test_features_and_configuration(make: Make) -> None:
 
 
 def test_configuration_cannot_be_written(nic: Nic) -> None:
-    """Legacy drivers try it with the address."""
+    """Legacy drivers try to write the address."""
     before = nic.device.config
     write = devmsg.CONFIG_WRITE_HEAD.pack(devmsg.CONFIG_WRITE, 0, 6) + b"abcdef"
 
@@ -326,7 +326,7 @@ def test_configuration_cannot_be_written(nic: Nic) -> None:
 
 
 def test_process_is_small_and_starts_soon(make: Make) -> None:
-    """The figures are shown, not judged."""
+    """The test prints the figures, and does not judge them."""
     device = make().device
 
     print(f"vionet: ready {device.ready_ms:.1f} ms after spawn, PSS {device.pss_kib() / 1024:.1f} MiB")
@@ -334,7 +334,7 @@ def test_process_is_small_and_starts_soon(make: Make) -> None:
 
 
 def test_counters_count(make: Make) -> None:
-    """Frames and bytes each way, without virtio's headers."""
+    """They count frames and bytes each way, without virtio's headers."""
     nic = make()
     nic.driver.post(4)
     nic.sends(any_frame(100))
@@ -348,7 +348,7 @@ def test_counters_count(make: Make) -> None:
 
 
 def test_frames_above_the_limit_wait(make: Make) -> None:
-    """Each way by itself; none is lost, a pause does not wait for them, and without a limit all go at once."""
+    """Each direction has its own limit.  No frame is lost, a pause does not wait, and without a limit all move."""
     nic = make()
     driver, device = nic.driver, nic.device
     driver.post(200)
@@ -389,13 +389,13 @@ both_queues = pytest.mark.parametrize("queue", [RX, TX], ids=["rx", "tx"])
 
 
 def drain_informs(device: Device) -> None:
-    """Take what waits on the async channel."""
+    """Read all waiting messages of the `informs` channel."""
     while select.select([device.informs], [], [], 0)[0]:
         device.informs.recv(4096)
 
 
 def test_notification_of_a_queue_without_ring_6(nic: Nic) -> None:
-    """Hostile input 6: before DRIVER_OK, for a disabled queue, for the only one that there is."""
+    """Hostile input 6: before DRIVER_OK, for a disabled queue, with only one queue, and with none."""
     nic.device.command(devmsg.RESET)
     for number in (RX, TX):
         nic.device.kick(number)
@@ -416,14 +416,14 @@ def test_notification_of_a_queue_without_ring_6(nic: Nic) -> None:
 
 
 def asleep(device: Device) -> bool:
-    """Return whether all threads of the process wait for something, and go on waiting."""
+    """Return whether all threads of the process sleep, and keep sleeping."""
     threads = [entry / "stat" for entry in Path(f"/proc/{device.child.pid}/task").iterdir()]
     deadline_s = time.monotonic() + DEADLINE_S
     calm = 0
     while calm < 50:
         states = {path.read_text().rpartition(")")[2].split()[0] for path in threads}
         calm = calm + 1 if states == {"S"} else 0
-        device.ask(devmsg.TYPE.pack(devmsg.EXPORT))  # as good a clock as any
+        device.ask(devmsg.TYPE.pack(devmsg.EXPORT))  # the time between two samples
         if time.monotonic() > deadline_s:
             return False
     return True
@@ -433,7 +433,7 @@ def asleep(device: Device) -> bool:
 def test_broken_ring_stops_both_queues(nic: Nic, queue: int) -> None:
     """Until the driver resets, the device does nothing."""
     assert asleep(nic.device)
-    nic.driver.post(4, kick=False)  # so that all of it is looked at together
+    nic.driver.post(4, kick=False)  # so that the device sees all of it at once
     ring = (nic.driver.rx, nic.driver.tx)[queue]
     ring.offer(SIZE)
     nic.device.kick(queue)
@@ -466,7 +466,7 @@ def test_broken_ring_stops_both_queues(nic: Nic, queue: int) -> None:
     ],
 )
 def test_chain_for_the_other_direction_asks_for_a_reset(nic: Nic, queue: int, parts: list[Desc]) -> None:
-    """Hostile input 18, 36, 38: direction, header and least room."""
+    """Hostile input 18, 36, 38: wrong direction, short header, too little room."""
     ring = (nic.driver.rx, nic.driver.tx)[queue]
     ring.describe(0, parts)
     ring.offer(0)
@@ -490,7 +490,7 @@ def test_buffer_without_room_for_any_frame_38(nic: Nic) -> None:
 
 
 def test_frames_into_rings_23(nic: Nic) -> None:
-    """Hostile input 23: receive buffers on both queues' own rings; whatever comes of it, the process is there."""
+    """Hostile input 23: the receive buffers are the rings of both queues.  The process survives."""
     for target in (nic.driver.rx.desc, nic.driver.rx.avail, nic.driver.rx.used, nic.driver.tx.desc, nic.driver.tx.used):
         nic.driver.renew()
         nic.driver.rx.describe(0, [Desc(target & ~15, 1600, WRITE)])
@@ -509,7 +509,7 @@ def test_frames_into_rings_23(nic: Nic) -> None:
 
 
 def test_ring_full_of_single_bytes_24(nic: Nic) -> None:
-    """Hostile input 24: a frame of as many descriptors as there are, and questions are answered meanwhile."""
+    """Hostile input 24: a frame uses all descriptors, and the device still answers commands meanwhile."""
     nic.driver.renew(ALL & ~INDIRECT_DESC)
     frame = any_frame(SIZE - 12)
     nic.driver.tx.describe(0, chained([Desc(DATA + 7 * n, 1) for n in range(SIZE)]))
@@ -552,7 +552,7 @@ def test_frame_in_more_pieces_than_the_kernel_takes(nic: Nic, parts: int) -> Non
 
 @pytest.mark.parametrize("length", [0, 1, 13])
 def test_frame_that_is_too_short_36(nic: Nic, length: int) -> None:
-    """Hostile input 36: it is dropped, and its buffer given back."""
+    """Hostile input 36: the frame is dropped, and its buffer returned."""
     before = nic.driver.counters()["tx_short"]
     nic.driver.send(any_frame(60)[:length], cuts=() if not length else None)
 
@@ -565,7 +565,7 @@ def test_frame_that_is_too_short_36(nic: Nic, length: int) -> None:
     ("length", "kind"), [(MTU_MAX + 15, GSO_NONE), (65_000, GSO_NONE), (65_551, GSO_TCPV4), (90_000, GSO_TCPV4)]
 )
 def test_frame_that_is_too_long_36(nic: Nic, length: int, kind: int) -> None:
-    """Hostile input 36: it is dropped, and its buffer given back."""
+    """Hostile input 36: the frame is dropped, and its buffer returned."""
     before = nic.driver.counters()["tx_long"]
     nic.driver.send(any_frame(length), HEADER.pack(0, kind, 54, 1448, 0, 0))
 
@@ -575,7 +575,7 @@ def test_frame_that_is_too_long_36(nic: Nic, length: int, kind: int) -> None:
 
 
 def test_frame_of_4_gib_36(nic: Nic) -> None:
-    """Hostile input 36, 17: every descriptor is right, and nothing is copied."""
+    """Hostile input 36, 17: every descriptor is valid, and nothing is copied."""
     before = nic.driver.counters()["tx_long"]
     parts = [Desc(0, RAM_END)] * 255
     nic.driver.tx.describe(0, chained(parts))
@@ -598,7 +598,7 @@ BAD_HEADERS = {
 
 @pytest.mark.parametrize("header", BAD_HEADERS.values(), ids=BAD_HEADERS)
 def test_header_that_does_not_fit_the_frame_37(nic: Nic, header: bytes) -> None:
-    """Hostile input 37: the kernel refuses it; it is dropped, and the next one is sent."""
+    """Hostile input 37: the kernel refuses the frame.  It is dropped, and the next one is sent."""
     before = nic.driver.counters()["tx_refused"]
     nic.driver.send(tcp4(bytes(150)), header)
 
@@ -608,7 +608,7 @@ def test_header_that_does_not_fit_the_frame_37(nic: Nic, header: bytes) -> None:
 
 
 def test_headers_of_noise_37(nic: Nic) -> None:
-    """Hostile input 37: sent or refused, each comes back."""
+    """Hostile input 37: each frame is sent or refused, and its buffer is returned."""
     choice = random.Random(37)
     before = nic.driver.counters()
     for _ in range(500):
@@ -623,7 +623,7 @@ def test_headers_of_noise_37(nic: Nic) -> None:
 
 
 def test_log_does_not_fill_39(make: Make) -> None:
-    """Hostile input 39: a thousand refused frames are a few lines."""
+    """Hostile input 39: a thousand refused frames cause only a few lines."""
     nic = make()
     for _ in range(1000):
         nic.driver.submit(any_frame(100), BAD_HEADERS["unknown-gso"])
@@ -635,7 +635,7 @@ def test_log_does_not_fill_39(make: Make) -> None:
 
 @pytest.mark.parametrize("features", [MODERN, MODERN | MRG, MODERN | MRG | EVENT_IDX], ids=hex)
 def test_flood_without_buffers_38(nic: Nic, features: int) -> None:
-    """Hostile input 38: frames stay in the tap, nobody runs in circles, and the oldest are there when buffers come."""
+    """Hostile input 38: frames stay in the tap, no thread spins, and the oldest arrive when there are buffers."""
     nic.driver.renew(features)
     sent = 0
     while nic.host.try_send(any_frame(60, sent)):
@@ -649,7 +649,7 @@ def test_flood_without_buffers_38(nic: Nic, features: int) -> None:
 
 
 def test_flood_with_few_buffers_38(nic: Nic) -> None:
-    """Hostile input 38: two buffers at a time, a notification only when the device asks for one."""
+    """Hostile input 38: there are two buffers at a time.  The driver notifies only when the device asks for it."""
     nic.driver.renew(MODERN | MRG)
     for number in range(400):
         nic.host.send(any_frame(60, number))
@@ -658,7 +658,7 @@ def test_flood_with_few_buffers_38(nic: Nic) -> None:
 
 
 def test_large_frame_waits_for_buffers_38(nic: Nic) -> None:
-    """Hostile input 38: buffers that come in the middle of a frame."""
+    """Hostile input 38: some of its buffers are offered only in the middle of the frame."""
     nic.driver.renew(ALL)
     header, frame = gso(GSO_TCPV4, 60_000)
     with Host(nic.tap, unfinished=True) as host:
@@ -666,10 +666,10 @@ def test_large_frame_waits_for_buffers_38(nic: Nic) -> None:
         before = nic.tap.taken()
         host.send(header + frame)
         host.send(bytes(10) + any_frame(80, 7))
-        nic.tap.wait_taken(before + 1)  # and no longer than that: the device holds a frame for HOLD_S only
+        nic.tap.wait_taken(before + 1)  # not longer: the device holds a frame only for HOLD_S
         assert nic.driver.rx.device_idx == 0
 
-        # The ten are still the driver's first; further ones follow.
+        # The first ten buffers are still offered; more follow.
         place = RX_BASE + 10 * 2048
         for number in range(10, 40):
             part = Desc(place, 2048, WRITE)
@@ -690,10 +690,10 @@ def test_large_frame_waits_for_buffers_38(nic: Nic) -> None:
         pytest.param(ALL, 3, (2048,), id="driver-has-no-more"),
     ],
 )
-def test_frame_for_which_there_is_no_room_38(
+def test_a_frame_without_room_is_dropped_38(
     nic: Nic, features: int, count: int, sizes: tuple[int, ...]
 ) -> None:
-    """Hostile input 38: it is dropped whole, soon or late, and what comes behind it arrives."""
+    """Hostile input 38: the whole frame is dropped, at once or later, and the next frame arrives."""
     nic.driver.renew(features)
     before = nic.driver.counters()["rx_no_room"]
     nic.driver.post(count, sizes)
@@ -707,7 +707,7 @@ def test_frame_for_which_there_is_no_room_38(
 
 
 def test_no_control_queue_41(nic: Nic) -> None:
-    """Hostile input 41: what is not offered cannot be abused; a third queue ends a VM that claims it."""
+    """Hostile input 41: no control queue is offered, so none can be abused.  A third queue ends the VM."""
     assert not nic.device.features >> 17 & 1
     nic.device.kick(TX)
     assert nic.works()
@@ -717,7 +717,7 @@ def test_no_control_queue_41(nic: Nic) -> None:
 
 
 def test_tap_that_is_taken_down_and_up(make: Make) -> None:
-    """The guest sees its link go and come; frames sent meanwhile are dropped, and their buffers given back."""
+    """The guest sees its link go down and up.  Frames sent meanwhile are dropped, and their buffers returned."""
     nic = make()
     nic.tap.set("down")
     for _ in range(50):
@@ -733,7 +733,7 @@ def test_tap_that_is_taken_down_and_up(make: Make) -> None:
 
 
 def test_tap_that_is_down_at_the_start(network: Network) -> None:
-    """The link comes up with it."""
+    """The guest's link comes up when the tap does."""
     with TapInterface(network, "tapdown") as tap:
         tap.set("down")
         driver = NetDriver(tap)
@@ -746,7 +746,7 @@ def test_tap_that_is_down_at_the_start(network: Network) -> None:
 
 
 def test_tap_that_vanishes_43(make: Make) -> None:
-    """Hostile input 43: the link is down for good, said once; the process answers and gives buffers back."""
+    """Hostile input 43: the link stays down, one line says so, and the process still answers and returns buffers."""
     nic = make()
     nic.driver.post(4)
     nic.tap.remove()
@@ -768,7 +768,7 @@ def test_tap_that_vanishes_43(make: Make) -> None:
 
 
 def test_tap_that_vanishes_while_nothing_is_sent_43(make: Make) -> None:
-    """Hostile input 43: the receiving thread finds out."""
+    """Hostile input 43: the receiving thread notices."""
     nic = make()
     nic.driver.post(4)
     nic.gets(any_frame(60))
@@ -779,7 +779,7 @@ def test_tap_that_vanishes_while_nothing_is_sent_43(make: Make) -> None:
 
 
 def test_tap_that_is_down_and_vanishes_43(make: Make) -> None:
-    """Hostile input 43: the link stays down, and who waits for it to come up waits."""
+    """Hostile input 43: the link stays down, and the process sleeps."""
     nic = make()
     nic.tap.set("down")
     nic.driver.send(any_frame(60))
@@ -797,8 +797,8 @@ def test_tap_that_is_down_and_vanishes_43(make: Make) -> None:
 # --- pause, reset, export --------------------------------------------------------------------------------------------
 
 
-def test_pause_stands_still_and_resume_goes_on(nic: Nic) -> None:
-    """Between them neither queue moves, whatever comes; afterwards nothing is missing."""
+def test_pause_stops_both_queues_and_resume_continues(nic: Nic) -> None:
+    """Neither queue moves while the device is paused.  No frame is lost."""
     nic.driver.post(8)
     nic.sends(any_frame(60, 1))
     nic.gets(any_frame(60, 2))
@@ -835,7 +835,7 @@ def flood(nic: Nic, stop: Callable[[], bool]) -> None:
 
 @pytest.mark.parametrize("features", [ALL, MODERN], ids=hex)
 def test_reset_under_traffic(nic: Nic, features: int) -> None:
-    """Nothing touches the old rings after the answer, nor the new ones before they are given."""
+    """After the answer nothing touches the old rings, or the new ones before ACTIVATE."""
     for _ in range(25):
         nic.driver.renew(features)
         nic.driver.post(64)
@@ -853,7 +853,7 @@ def test_reset_under_traffic(nic: Nic, features: int) -> None:
 
 
 def test_pause_under_traffic(nic: Nic) -> None:
-    """Indices agree with the rings whenever it stands."""
+    """The exported indices agree with the rings after each pause."""
     nic.driver.renew(ALL)
     nic.driver.post(64)
     for _ in range(40):
@@ -869,7 +869,7 @@ def test_pause_under_traffic(nic: Nic) -> None:
 
 @pytest.mark.deep
 def test_receiving_goes_on_while_sending_is_saturated(nic: Nic) -> None:
-    """A full transmit ring at all times keeps no frame from the guest."""
+    """A transmit ring that is always full delays no received frame."""
     nic.driver.post(32)
     frame = any_frame(1514)
     parts = nic.driver.lay_out(frame, cuts=())
@@ -891,7 +891,7 @@ def test_receiving_goes_on_while_sending_is_saturated(nic: Nic) -> None:
 
 
 @pytest.fixture(scope="module")
-def locked_one(network: Network) -> Iterator[Nic]:
+def locked_nic(network: Network) -> Iterator[Nic]:
     """Give a process whose interface is locked."""
     nic = start(network, net_start(flags=devmsg.NET_LOCKED))
     yield nic
@@ -899,12 +899,12 @@ def locked_one(network: Network) -> Iterator[Nic]:
 
 
 @pytest.fixture
-def locked(locked_one: Nic) -> Nic:
-    """Give it after a reset."""
-    locked_one.device.read_log()
-    locked_one.driver.renew()
-    locked_one.forget()
-    return locked_one
+def locked(locked_nic: Nic) -> Nic:
+    """Give the process of the locked interface after a reset."""
+    locked_nic.device.read_log()
+    locked_nic.driver.renew()
+    locked_nic.forget()
+    return locked_nic
 
 
 def vlan(frame: bytes) -> bytes:
@@ -914,7 +914,7 @@ def vlan(frame: bytes) -> bytes:
 
 @pytest.mark.parametrize("features", [ALL, MODERN, 0], ids=hex)
 def test_locked_interface_sends_from_its_own_address_only_40(locked: Nic, features: int) -> None:
-    """Hostile input 40: another's, a multicast source, a tag; wherever descriptors end."""
+    """Hostile input 40: another host's address, multicast, VLAN tags, with descriptors that end anywhere."""
     locked.driver.renew(features)
     header = locked.driver.header_bytes
     spoofed = [
@@ -933,7 +933,7 @@ def test_locked_interface_sends_from_its_own_address_only_40(locked: Nic, featur
         assert locked.no_frame()
         locked.sends(any_frame(1514, 3), cuts)
         locked.driver.send(vlan(any_frame(60, 4)), cuts=cuts)
-        assert locked.host.receive() == any_frame(60, 4)  # a packet socket is told of the tag apart from the frame
+        assert locked.host.receive() == any_frame(60, 4)  # a packet socket gets the tag apart from the frame
         locked.sends(any_frame(14 + 4, 5)[:14], cuts)
 
     assert locked.driver.counters()["tx_spoofed"] == before + 4 * len(spoofed)
@@ -941,8 +941,8 @@ def test_locked_interface_sends_from_its_own_address_only_40(locked: Nic, featur
 
 
 @pytest.mark.parametrize("features", [ALL, MODERN | GUEST_TSO, MODERN, 0], ids=hex)
-def test_locked_interface_sees_what_is_for_it_only_40(locked: Nic, features: int) -> None:
-    """Hostile input 40: its own frames, multicast, broadcast; of the others not a byte gets into its memory."""
+def test_locked_interface_receives_only_its_own_frames_40(locked: Nic, features: int) -> None:
+    """Hostile input 40: frames to it, multicast and broadcast arrive.  No byte of others gets into its memory."""
     locked.driver.renew(features)
     locked.driver.post(8)
     locked.memory.load(RX_BASE, bytes(8 * 2048))
@@ -958,7 +958,7 @@ def test_locked_interface_sees_what_is_for_it_only_40(locked: Nic, features: int
 
 @pytest.mark.parametrize("features", [ALL, MODERN | GUEST_TSO], ids=hex)
 def test_locked_interface_moves_large_segments(locked: Nic, features: int) -> None:
-    """Both ways."""
+    """It sends and receives them."""
     locked.driver.renew(features)
     locked.driver.post(64 if features & MRG else 8)
     with Host(locked.tap, unfinished=True) as host:
@@ -972,8 +972,8 @@ def test_locked_interface_moves_large_segments(locked: Nic, features: int) -> No
         assert received.header[1] == GSO_TCPV4
 
 
-def test_source_that_changes_while_it_is_looked_at_40(locked: Nic) -> None:
-    """Hostile input 20, 40: what was judged is what is sent."""
+def test_a_source_address_that_changes_during_the_check_40(locked: Nic) -> None:
+    """Hostile input 20, 40: the checked copy of the header is the one that is sent."""
     parts = locked.driver.lay_out(any_frame(60), cuts=())
     locked.driver.tx.describe(0, parts)
     place = parts[0].gpa + 12 + 6
@@ -993,8 +993,8 @@ def test_source_that_changes_while_it_is_looked_at_40(locked: Nic) -> None:
 # --- interrupts and notifications ------------------------------------------------------------------------------------
 
 
-def test_notifications_are_asked_for_only_when_there_is_nothing_to_do(nic: Nic) -> None:
-    """Without event indices the flag says so: that frames to send, or buffers, are wanted."""
+def test_notifications_are_enabled_only_while_a_ring_is_empty(nic: Nic) -> None:
+    """Without event indices, the flag asks for notifications about buffers or frames to send."""
     nic.driver.renew(MODERN)
     assert asleep(nic.device)
     flags = [nic.memory.read(ring.used, 2) for ring in (nic.driver.rx, nic.driver.tx)]
@@ -1012,7 +1012,7 @@ def test_notifications_are_asked_for_only_when_there_is_nothing_to_do(nic: Nic) 
 
 
 class Soak:
-    """A driver that notifies and waits exactly as the event indices, or the flags, tell it to, and not once more."""
+    """A driver that notifies and waits only when the event indices, or the flags, tell it to."""
 
     def __init__(self, nic: Nic, features: int, seed: int) -> None:
         self.nic = nic
@@ -1027,7 +1027,7 @@ class Soak:
         for queue, part in ((RX, Desc(RX_BASE, 2048, WRITE)), (TX, Desc(DATA, self.header + len(frame)))):
             ring = self.ring(queue)
             ring.describe(0, [part])
-            nic.memory.load(ring.avail + 4, bytes(2 * SIZE))  # all of them head 0
+            nic.memory.load(ring.avail + 4, bytes(2 * SIZE))  # every entry is head 0
         self.words = {queue: self.views(self.ring(queue)) for queue in (RX, TX)}
         self.moved = {RX: 0, TX: 0}
         self.interrupts = {RX: 0, TX: 0}
@@ -1037,7 +1037,7 @@ class Soak:
         return (self.nic.driver.rx, self.nic.driver.tx)[queue]
 
     def views(self, ring: Ring) -> dict[str, memoryview]:
-        """Return the words of a ring that driver and device tell each other."""
+        """Return the shared words of a ring: flags, indices and event indices."""
         raw = self.nic.memory.memory
         places = {
             "flags": ring.avail, "avail": ring.avail + 2, "used_event": ring.avail + 4 + 2 * SIZE,
@@ -1046,12 +1046,12 @@ class Soak:
         return {name: raw[at : at + 2].cast("H") for name, at in places.items()}
 
     def offer(self, queue: int, count: int) -> None:
-        """Offer as many chains, and notify if the device wants to know."""
+        """Offer `count` chains, and notify if the device asks for it."""
         words = self.words[queue]
         old = words["avail"][0]
         new = old + count & 0xFFFF
         words["avail"][0] = new
-        os.sched_yield()  # a system call is fence enough here: it takes and drops the interpreter's lock
+        os.sched_yield()  # a system call suffices as a fence: it takes and drops the interpreter's lock
         if self.event_idx:
             wanted = (new - words["avail_event"][0] - 1 & 0xFFFF) < (new - old & 0xFFFF)
         else:
@@ -1060,7 +1060,7 @@ class Soak:
             self.nic.device.kick(queue)
 
     def collect(self, queue: int, seen: int, delay: int) -> int:
-        """Wait until something has come back, asked to be told `delay` elements later; return how many."""
+        """Wait for used elements, with an interrupt asked for `delay` elements later.  Return their number."""
         words = self.words[queue]
         call = self.nic.device.calls[queue]
         while words["used"][0] == seen:
@@ -1081,7 +1081,7 @@ class Soak:
         return words["used"][0] - seen & 0xFFFF
 
     def send(self, total: int) -> None:
-        """Send frames in bursts of any length, waiting for interrupts only."""
+        """Send frames in random bursts, and wait only for interrupts."""
         seen = outstanding = 0
         words = self.words[TX]
         words["used_event"][0] = 0xFFFF
@@ -1103,7 +1103,7 @@ class Soak:
             outstanding -= back
 
     def receive(self, total: int) -> None:
-        """Receive what a host sends in bursts of any length, with now many, now few buffers."""
+        """Receive random bursts of frames from a host, sometimes with many buffers, sometimes with few."""
         seen = posted = 0
         frame = any_frame(60)
         expected = 0
@@ -1138,7 +1138,7 @@ SOAKS = pytest.mark.parametrize("features", [MODERN | EVENT_IDX, MODERN | EVENT_
 
 @SOAKS
 def test_no_wake_up_is_lost(make: Make, features: int) -> None:
-    """100 000 frames each way, and over: a notification or interrupt that does not come is found by waiting for it."""
+    """Move many frames each way.  A lost notification or interrupt shows as a wait that never ends."""
     soak(make(), features, 70_000, 35_000)
 
 
@@ -1151,8 +1151,8 @@ def test_no_wake_up_is_lost_in_millions(make: Make, features: int) -> None:
 
 
 def soak(nic: Nic, features: int, sent: int, received: int) -> None:
-    """Move frames one way, then the other."""
-    nic.host.socket.setsockopt(socket.SOL_SOCKET, 33, 4096)  # the host need not keep what it is sent
+    """Move frames from the guest, then to the guest."""
+    nic.host.socket.setsockopt(socket.SOL_SOCKET, 33, 4096)  # the host socket may drop frames
     run = Soak(nic, features, features)
     run.send(sent)
     run.receive(received)
@@ -1170,7 +1170,7 @@ def soak(nic: Nic, features: int, sent: int, received: int) -> None:
 
 @pytest.mark.parametrize("channel", ["sync", "informs"])
 def test_end_of_a_channel_ends_the_process(make: Make, channel: str) -> None:
-    """The VM is gone; so is the tap."""
+    """A closed channel means that the VM is gone.  The tap goes with the process."""
     nic = make()
     getattr(nic.device, channel).close()
 
@@ -1183,7 +1183,7 @@ def test_end_of_a_channel_ends_the_process(make: Make, channel: str) -> None:
 
 
 def test_shutdown_ends_the_process_under_traffic(make: Make) -> None:
-    """As asked for, without a word."""
+    """It ends with status 0, and logs nothing."""
     nic = make()
     nic.driver.post(64)
     rounds = iter(range(10))
@@ -1208,7 +1208,7 @@ def test_shutdown_ends_the_process_under_traffic(make: Make) -> None:
 )
 @pytest.mark.parametrize("channel", ["sync", "informs"])
 def test_garbage_on_a_channel_ends_the_process(make: Make, channel: str, packet: bytes) -> None:
-    """With a sentence on the async channel, and no traceback."""
+    """The process sends a sentence on the `informs` channel, and logs no traceback."""
     device = make().device
     getattr(device, channel).send(packet)
 
@@ -1232,10 +1232,10 @@ STARTS: dict[str, tuple[bytes, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize(("net", "lie"), STARTS.values(), ids=STARTS)
-def test_start_that_lies_is_answered_with_a_sentence(
+def test_a_false_start_message_is_answered_with_a_sentence(
     network: Network, net: bytes, lie: dict[str, Any]
 ) -> None:
-    """The process says what is wrong and ends."""
+    """The process sends what is wrong, and ends."""
     with TapInterface(network, "taplie") as tap, Device("vionet", [tap.fd], queues=2, net=net) as device:
         device.send_start(device.start_packet(**lie))
 
@@ -1246,7 +1246,7 @@ def test_start_that_lies_is_answered_with_a_sentence(
 
 
 def test_interface_without_its_addresses_is_refused(network: Network) -> None:
-    """START as a disk would get it."""
+    """The START message is one for a disk."""
     with TapInterface(network, "taplie") as tap, Device("vionet", [tap.fd], queues=2) as device:
         device.send_start(device.start_packet())
 
@@ -1255,7 +1255,7 @@ def test_interface_without_its_addresses_is_refused(network: Network) -> None:
 
 
 def test_file_instead_of_a_tap_is_refused(tmp_path: Path) -> None:
-    """The sentence names it."""
+    """The sentence names the tap."""
     with (
         (tmp_path / "file").open("wb+") as file,
         Device("vionet", [file.fileno()], queues=2, net=net_start()) as device,
@@ -1267,14 +1267,14 @@ def test_file_instead_of_a_tap_is_refused(tmp_path: Path) -> None:
 
 
 def test_process_is_confined(make: Make) -> None:
-    """Filtered, without capabilities, and with no descriptor beside those it was given and its own loops'."""
+    """It has a seccomp filter, no capabilities, and only the descriptors that it got and those of its event loops."""
     device = make().device
     pid = device.child.pid
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     status = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
     links = open_files(pid)
     given = {*device.fds, 0, 1, 2, devmsg.FD_SYNC}
-    leaked = {os.readlink(f"/proc/self/fd/{fd}") for fd in inheritable()}  # by whatever runs the tests
+    leaked = {os.readlink(f"/proc/self/fd/{fd}") for fd in inheritable()}  # by the test runner
     own = [link for fd, link in links.items() if fd not in given and link not in leaked and "memfd:" not in link]
 
     assert status["Seccomp"] == "2"

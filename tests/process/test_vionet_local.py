@@ -1,6 +1,6 @@
-"""A local interface: what the process answers itself, what the host's kernel does, and real clients as judges.
+"""A local interface: the answers of the process, the work of the host's kernel, and real clients as a check.
 
-The guest is our driver, or a Linux network stack in a namespace of its own whose frames the driver carries.
+The guest is our driver, or a Linux network stack in its own namespace, whose frames the driver moves.
 """
 
 import contextlib
@@ -66,11 +66,11 @@ PREFIX6 = bytes.fromhex("fd00112233440305") + bytes(8)
 HOST6 = PREFIX6[:15] + b"\1"
 DNS4 = (bytes((9, 9, 9, 9)), bytes((1, 1, 1, 1)))
 DNS6 = (bytes.fromhex("26200000000000000000000000fe00fe"),)
-FEATURES = ALL & ~(1 << spec.VIRTIO_NET_F_GUEST_CSUM)  # so that what comes is finished
+FEATURES = ALL & ~(1 << spec.VIRTIO_NET_F_GUEST_CSUM)  # so that received frames have complete checksums
 
 
 def inet(address: bytes) -> str:
-    """Return an address as people write it."""
+    """Return an address in its usual notation."""
     return socket.inet_ntop(socket.AF_INET if len(address) == 4 else socket.AF_INET6, address)
 
 
@@ -112,7 +112,7 @@ def shared(network: Network) -> Iterator[Nic]:
 
 @pytest.fixture
 def nic(shared: Nic) -> Nic:
-    """Give it after a reset, with buffers posted."""
+    """Give the process after a reset, with buffers posted."""
     shared.device.read_log()
     shared.driver.renew(FEATURES)
     shared.forget()
@@ -121,7 +121,7 @@ def nic(shared: Nic) -> Nic:
 
 
 def next_of(nic: Nic, kind: int) -> bytes:
-    """Return the next frame of an EtherType that the guest gets; the host's kernel sends others of its own accord."""
+    """Return the next frame to the guest with this EtherType.  The host's kernel sends others by itself."""
     while True:
         received = nic.driver.receive()
         assert received.header[:10] == bytes(10)
@@ -136,7 +136,7 @@ def ask(nic: Nic, frame: bytes) -> Answer:
 
 
 def passed(nic: Nic, frame: bytes) -> bool:
-    """Send a frame and return whether it goes on to the host; each is followed by one that does."""
+    """Send a frame.  Return whether it reaches the host.  A second frame, which does, marks the end."""
     nic.forget()
     nic.driver.send(frame)
     nic.driver.send(any_frame(60, 99))
@@ -151,7 +151,7 @@ def passed(nic: Nic, frame: bytes) -> bool:
 
 @pytest.mark.parametrize("features", [FEATURES, FEATURES & ~MRG, 0], ids=hex)
 def test_guest_gets_its_lease(nic: Nic, features: int) -> None:
-    """DISCOVER, REQUEST, and the renewal to our own address; the tap sees nothing of it, and the VM hears once."""
+    """DISCOVER, REQUEST and a renewal to our own address are answered.  None reaches the tap; the VM hears once."""
     nic.driver.renew(features)
     while nic.device.readable(nic.device.informs.fileno()):
         nic.device.informs.recv(devmsg.PACKET_MAX)
@@ -180,7 +180,7 @@ def test_guest_gets_its_lease(nic: Nic, features: int) -> None:
 
 
 def test_requests_that_are_not_answered_are_counted(nic: Nic) -> None:
-    """By their reasons; they go on to the host, and a guest that gives its address back has none."""
+    """They are counted by reason, and go to the host.  A guest that releases its address has no lease."""
     ask(nic, dhcp(REQUEST))
     before = nic.driver.counters()
     frames = (
@@ -197,8 +197,8 @@ def test_requests_that_are_not_answered_are_counted(nic: Nic) -> None:
     }  # fmt: skip
 
 
-def test_name_servers_are_asked_for_when_the_guest_asks(make: Callable[..., Nic]) -> None:
-    """One question to the VM for all that wait; the answers have what it says, which may be that nothing is new."""
+def test_the_vm_is_asked_for_name_servers_when_the_guest_asks(make: Callable[..., Nic]) -> None:
+    """The VM gets one question for all waiting requests.  Its answer, new servers or no change, goes into theirs."""
     nic = make(local_net(devmsg.NET_ASKS))
     other4, other6 = bytes((192, 0, 2, 53)), bytes(15) + b"\x35"
 
@@ -211,7 +211,7 @@ def test_name_servers_are_asked_for_when_the_guest_asks(make: Callable[..., Nic]
         answer = Answer(next_of(nic, 0x0800))
         assert (answer.kind, answer.options[6]) == (kind, other4)
     assert other6 in advertised(nic)
-    # One was solicited, one tells of the change.  The router may have spoken up by itself, too.
+    # One was solicited, one announces the change.  The router may also have sent unsolicited ones.
     assert nic.driver.counters()["ra_sent"] >= before + 2
     for told, expected in (
         (devmsg.TYPE.pack(devmsg.SAME_RESOLVERS), other4),
@@ -225,8 +225,8 @@ def test_name_servers_are_asked_for_when_the_guest_asks(make: Callable[..., Nic]
 
 
 def asked_once(nic: Nic) -> None:
-    """Wait until the process asks the VM for name servers; it asks once for everything that the guest has sent."""
-    asked = devmsg.TYPE.pack(devmsg.LEASE)  # which may come before
+    """Wait until the process asks the VM for name servers.  Assert that it asks only once for all requests."""
+    asked = devmsg.TYPE.pack(devmsg.LEASE)  # a LEASE may come before it
     while asked == devmsg.TYPE.pack(devmsg.LEASE):
         nic.device.wait_for(nic.device.informs.fileno())
         asked = nic.device.informs.recv(devmsg.PACKET_MAX)
@@ -237,7 +237,7 @@ def asked_once(nic: Nic) -> None:
 
 @pytest.mark.deep
 def test_a_guest_that_never_stops_asking(make: Callable[..., Nic]) -> None:
-    """What waits is bounded, and a driver that goes away takes it along."""
+    """Waiting requests are bounded, and dropped when the driver resets."""
     nic = make(local_net(devmsg.NET_ASKS))
     same = devmsg.TYPE.pack(devmsg.SAME_RESOLVERS)
     for _ in range(100):
@@ -253,7 +253,7 @@ def test_a_guest_that_never_stops_asking(make: Callable[..., Nic]) -> None:
     nic.driver.renew(FEATURES)
     nic.driver.post(16)
     nic.device.informs.send(same)
-    nic.driver.settle()  # a request that comes before the answer would not be asked for
+    nic.driver.settle()  # a request before the answer would cause no question
     nic.driver.send(dhcp(REQUEST, requested=GUEST4))
     asked_once(nic)
     nic.device.informs.send(same)
@@ -261,16 +261,16 @@ def test_a_guest_that_never_stops_asking(make: Callable[..., Nic]) -> None:
     assert nic.driver.counters()["dhcp_offers"] == WAITING_MAX
 
 
-def test_lease_record_says_what_was_asked_for(nic: Nic) -> None:
-    """In the counters."""
+def test_the_lease_record_has_the_requested_address(nic: Nic) -> None:
+    """It is among the counters."""
     ask(nic, dhcp(REQUEST, requested=GUEST4))
     assert nic.driver.counters()["lease_requested"] == int.from_bytes(GUEST4, "big")
     ask(nic, dhcp(REQUEST))
     assert nic.driver.counters()["lease_requested"] == 0
 
 
-def test_request_whose_sum_was_left_to_the_device(nic: Nic) -> None:
-    """A guest with CSUM that renews through an ordinary socket."""
+def test_a_request_with_a_partial_checksum(nic: Nic) -> None:
+    """A guest with the feature CSUM renews through an ordinary socket, so the device has to complete the checksum."""
     body = bootp(option(53, bytes((REQUEST,))) + b"\xff", ciaddr=GUEST4)
     datagram = udp(body, GUEST4, HOST4, kind="pseudo")
     frame = ethernet(ipv4(datagram, 17, GUEST4, HOST4), 0x0800, LLADDR, HOST_LLADDR)
@@ -281,7 +281,7 @@ def test_request_whose_sum_was_left_to_the_device(nic: Nic) -> None:
 
 @pytest.mark.parametrize("cuts", [(), (20,), (12, 26, 46, 54, 300), tuple(range(1, 70))])
 def test_request_in_any_layout(nic: Nic, cuts: tuple[int, ...]) -> None:
-    """Unlike vmd, which looks at the first segment only."""
+    """OpenBSD's vmd reads only the first segment; we read all."""
     nic.driver.send(dhcp(DISCOVER), cuts=cuts)
 
     assert Answer(next_of(nic, 0x0800)).kind == OFFER
@@ -303,14 +303,14 @@ def test_request_in_any_layout(nic: Nic, cuts: tuple[int, ...]) -> None:
         pytest.param(solicitation(hops=254), id="forwarded-solicitation"),
     ],
 )
-def test_what_is_not_for_us_goes_on_42(nic: Nic, frame: bytes) -> None:
-    """Hostile input 42: to the host, as it came."""
+def test_other_frames_go_to_the_host_42(nic: Nic, frame: bytes) -> None:
+    """Hostile input 42: frames that we do not answer reach the host unchanged."""
     assert passed(nic, frame)
 
 
-def test_answers_that_nobody_takes_are_bounded_42(make: Callable[..., Nic]) -> None:
-    """Hostile input 42: a guest that asks and posts no buffers."""
-    nic = make(net_start(flags=devmsg.NET_LOCAL, guest4=GUEST4, host4=HOST4))  # no router, which speaks up by itself
+def test_undelivered_answers_are_bounded_42(make: Callable[..., Nic]) -> None:
+    """Hostile input 42: a guest sends requests, and posts no buffers."""
+    nic = make(net_start(flags=devmsg.NET_LOCAL, guest4=GUEST4, host4=HOST4))  # no router, which sends by itself
     nic.driver.renew(FEATURES)
     for _ in range(200):
         nic.driver.send(dhcp(DISCOVER))
@@ -323,7 +323,7 @@ def test_answers_that_nobody_takes_are_bounded_42(make: Callable[..., Nic]) -> N
 
 @pytest.fixture
 def make(network: Network) -> Iterator[Callable[..., Nic]]:
-    """Give a factory of further processes, which end with the test."""
+    """Give a factory of processes, which end with the test."""
     made: list[Nic] = []
 
     def nic(net: bytes, host_name: str = "") -> Nic:
@@ -338,7 +338,7 @@ def make(network: Network) -> Iterator[Callable[..., Nic]]:
 
 
 def test_boot_from_the_network(make: Callable[..., Nic]) -> None:
-    """Boot file, host name, MTU, and the lock, all at once."""
+    """The answer has boot file, host name and MTU, and the interface is locked."""
     nic = make(local_net(devmsg.NET_PXE | devmsg.NET_LOCKED, 9000), "db1")
 
     answer = ask(nic, dhcp(DISCOVER))
@@ -349,14 +349,14 @@ def test_boot_from_the_network(make: Callable[..., Nic]) -> None:
 
 
 def test_unknown_address_of_the_host(make: Callable[..., Nic]) -> None:
-    """Only broadcasts are for us, and nobody routes."""
+    """Without the host's address we answer only broadcasts, and there is no router."""
     nic = make(net_start(flags=devmsg.NET_LOCAL, guest4=GUEST4, host4=HOST4, prefix6=PREFIX6))
     assert ask(nic, dhcp(DISCOVER)).kind == OFFER
     assert passed(nic, solicitation())
 
 
 def test_renewal_at_the_host_s_address(nic: Nic) -> None:
-    """A client that renews asks the server that it knows, not all."""
+    """A client that renews sends to the server that it knows, not to all."""
     body = bootp(option(53, bytes((REQUEST,))) + b"\xff", ciaddr=GUEST4)
     renewal = ethernet(ipv4(udp(body, GUEST4, HOST4), 17, GUEST4, HOST4), 0x0800, LLADDR, HOST_LLADDR)
     assert ask(nic, renewal).kind == ACK
@@ -374,7 +374,7 @@ def advertised(nic: Nic) -> bytes:
 
 
 def test_solicitation_is_answered(nic: Nic) -> None:
-    """With the prefix, the host as router, and its name servers; the tap sees nothing of it."""
+    """The answer has the prefix, the host as router, and its name servers.  The tap gets no solicitation."""
     assert not passed(nic, solicitation())
 
     frame = advertised(nic)
@@ -384,8 +384,8 @@ def test_solicitation_is_answered(nic: Nic) -> None:
     assert DNS6[0] in frame
 
 
-def test_router_speaks_up_unasked(nic: Nic) -> None:
-    """Soon after a driver has begun, and again after another has."""
+def test_the_router_advertises_unsolicited(nic: Nic) -> None:
+    """It sends an advertisement soon after a driver has started, and again for the next driver."""
     for _ in range(2):
         before = nic.driver.counters()["ra_sent"]
         nic.driver.renew(FEATURES)
@@ -403,22 +403,22 @@ def test_kernel_answers_arp(nic: Nic) -> None:
     nic.driver.send(ethernet(arp.ljust(46, b"\0"), 0x0806))
 
     while (reply := next_of(nic, 0x0806))[20:22] != b"\0\2":
-        continue  # the host may ask, too
+        continue  # the host may also send requests
     assert reply[22:32] == HOST_LLADDR + HOST4
 
 
 class KernelGuest:
-    """A Linux network stack in a namespace of its own, with our driver as its network card."""
+    """A Linux network stack in its own namespace, with our driver as its network card."""
 
     def __init__(self, nic: Nic, network: Network) -> None:
         self.nic = nic
         self.network = network
-        # Its packets are finished before they get here: a tap offers nothing else by itself.
+        # Its packets have complete checksums: a tap offers no offloads by default.
         self.card = TapInterface(network, "eth0", ipv6=True)
         self.card.be_a_card(LLADDR)
 
     def pump(self) -> None:
-        """Carry what waits, both ways."""
+        """Move waiting frames both ways."""
         while True:
             try:
                 frame = os.read(self.card.fd, 1 << 16)[10:]
@@ -426,11 +426,11 @@ class KernelGuest:
                 break
             self.nic.driver.send(frame)
         while (received := self.nic.driver.try_receive()) is not None:
-            with contextlib.suppress(OSError):  # a stack that refuses what it gets is judged by what it does
+            with contextlib.suppress(OSError):  # the guest's stack may refuse a frame
                 os.writev(self.card.fd, [bytes(10), received.frame])
 
     def run(self, *command: str) -> str:
-        """Run a program in the guest, carrying its frames, until it ends; return what it says."""
+        """Run a program in the guest until it ends, and move its frames.  Return its output."""
         with self.network.inside():
             process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         end = os.pidfd_open(process.pid)
@@ -453,7 +453,7 @@ class KernelGuest:
         return output
 
     def until(self, text: str, *command: str) -> str:
-        """Run a program again and again until it says something."""
+        """Repeat a program until its output has a text."""
         deadline_s = time.monotonic() + DEADLINE_S
         while text not in (output := self.run(*command)):
             assert time.monotonic() < deadline_s, output
@@ -463,7 +463,7 @@ class KernelGuest:
 
 @pytest.fixture
 def guest(nic: Nic) -> Iterator[KernelGuest]:
-    """Give a kernel behind our driver."""
+    """Give a guest kernel behind our driver."""
     with Network() as network:
         made = KernelGuest(nic, network)
         with made.card:
@@ -471,7 +471,7 @@ def guest(nic: Nic) -> Iterator[KernelGuest]:
 
 
 def test_dhcp_client_configures_itself(guest: KernelGuest, tmp_path: Path) -> None:
-    """busybox's udhcpc is content, and what it was told leads to the host."""
+    """busybox's udhcpc accepts the lease, and its addresses reach the host."""
     script = tmp_path / "script"
     script.write_text("#!/bin/sh\n[ $1 = bound ] && env\nexit 0\n")
     script.chmod(0o755)
@@ -492,7 +492,7 @@ def test_dhcp_client_configures_itself(guest: KernelGuest, tmp_path: Path) -> No
 
 
 def test_guest_kernel_configures_itself_for_ipv6(guest: KernelGuest) -> None:
-    """Linux takes prefix, route and lifetimes from the advertisement, and reaches the host's address."""
+    """Linux takes prefix, route and lifetimes from the advertisement, and reaches the host."""
     addresses = guest.until(inet(PREFIX6).removesuffix("::"), "ip", "-6", "address", "show", "dev", "eth0")
     assert "dynamic" in addresses
     routes = guest.until("default", "ip", "-6", "route", "show")

@@ -1,6 +1,6 @@
-"""The real, confined process of an interface whose frames the kernel may move, on hosts whose kernel does not.
+"""The real, confined process of an interface with `vhost`, on a host whose kernel does not move the frames.
 
-`tests/l1/test_vhost.py` has a kernel that does.
+`tests/l1/test_vhost.py` has a kernel that moves them.
 """
 
 import socket
@@ -27,7 +27,7 @@ def network() -> Iterator[Network]:
 
 
 def packet_socket(tap: TapInterface) -> socket.socket:
-    """Return one on a tap, without a filter."""
+    """Return a packet socket on a tap, without a filter."""
     with tap.network.inside():
         made = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK, 0)
     made.setsockopt(SOL_PACKET, PACKET_VNET_HDR, 1)
@@ -35,8 +35,8 @@ def packet_socket(tap: TapInterface) -> socket.socket:
     return made
 
 
-def test_a_kernel_without_it(network: Network) -> None:
-    """What is no /dev/vhost-net refuses the first request: one line says so, and frames pass as ever."""
+def test_a_kernel_without_vhost(network: Network) -> None:
+    """A file that is no vhost-net refuses the first request.  One line says so, and the process moves the frames."""
     net = net_start(flags=devmsg.NET_VHOST)
     with TapInterface(network) as tap, packet_socket(tap) as ear, open("/dev/null", "rb+", buffering=0) as null:
         nic = Nic(tap, NetDriver(tap, net, more=(null.fileno(), ear.fileno())))
@@ -56,6 +56,6 @@ def test_a_kernel_without_it(network: Network) -> None:
 
 
 def direct(nic: Nic, *, on: bool) -> None:
-    """Say whether interrupts need nothing but their eventfds."""
+    """Tell the process whether an interrupt needs only its eventfd."""
     answer = nic.device.ask(devmsg.DIRECT_BODY.pack(devmsg.DIRECT, on))
     assert answer == devmsg.STATUS.pack(devmsg.DIRECT, 0)

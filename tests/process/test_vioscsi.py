@@ -38,7 +38,7 @@ REQUEST_AT, RESPONSE_AT, BUFFER = DATA, DATA + 4 * KIB, DATA + 64 * KIB
 
 
 class Answer(NamedTuple):
-    """A response as the driver sees it."""
+    """The fields of a response, and the data behind it."""
 
     used: int
     sense: bytes
@@ -49,7 +49,7 @@ class Answer(NamedTuple):
 
 
 class Cdrom:
-    """A device process, its three rings, and a driver that can ask for one thing at a time."""
+    """A device process, its three rings, and a driver with one request at a time."""
 
     def __init__(self, device: Device) -> None:
         self.device = device
@@ -58,12 +58,12 @@ class Cdrom:
         self.activate()
 
     def activate(self, features: int = MODERN | INDIRECT_DESC, size: int = 128) -> None:
-        """Reset the device and give it new rings."""
+        """Reset the device, and activate new rings."""
         self.device.command(devmsg.RESET)
         self.begin(features, size)
 
     def begin(self, features: int = MODERN | INDIRECT_DESC, size: int = 128) -> None:
-        """Give it new rings."""
+        """Activate new rings."""
         for fd in (*self.device.kicks, *self.device.calls):
             self.device.take_event(fd)
         self.rings = [Ring(self.memory, size, 0x10000 * (number + 1)) for number in range(3)]
@@ -78,11 +78,11 @@ class Cdrom:
         return self.rings[queue].add(parts)
 
     def collect(self, count: int = 1, queue: int = REQUEST) -> list[tuple[int, int]]:
-        """Notify, and wait for what comes back."""
+        """Notify, and wait for `count` used chains.  Return their heads and lengths."""
         return self.device.collect(self.rings[queue], count, queue)
 
     def answer(self, used: int, room: int = 0, at: int = RESPONSE_AT) -> Answer:
-        """Take a response and the data behind it apart."""
+        """Parse a response and the data behind it."""
         raw = self.memory.read(at, RESPONSE_BYTES)
         length, residual, _, status, response = struct.unpack_from("<IIHBB", raw)
         assert raw[12 + length :] == bytes(96 - length)
@@ -114,7 +114,7 @@ class Cdrom:
 
 
 def read10(lba: int, count: int) -> bytes:
-    """Return a READ(10)."""
+    """Return the command block of a READ(10)."""
     return b"\x28\0" + lba.to_bytes(4, "big") + b"\0" + count.to_bytes(2, "big") + b"\0"
 
 
@@ -138,17 +138,17 @@ def running(disc: Path) -> Iterator[Device]:
 
 @pytest.fixture
 def cdrom(running: Device) -> Cdrom:
-    """Return the drive, just reset."""
+    """Return the drive after a reset."""
     return Cdrom(running)
 
 
 def test_configuration_is_that_of_vmd(running: Device) -> None:
-    """*cat. 6.6*, field by field."""
+    """All fields of *cat. 6.6*."""
     assert struct.unpack("<IIIIIIIHHI", running.config) == (1, 17, 2048, 1, 0, 96, 32, 0, 1, 1)
 
 
 def test_inquiry(cdrom: Cdrom) -> None:
-    """Response, data, residue and used length of a command that leaves a part of its buffer."""
+    """Response, data, residue and used length are right for a command that fills only a part of its buffer."""
     got = cdrom.ask(bytes.fromhex("12000000ff00"), 255)
 
     assert got[:5] == (RESPONSE_BYTES + 36, b"", 255 - 36, 0, 0)
@@ -156,12 +156,12 @@ def test_inquiry(cdrom: Cdrom) -> None:
 
 
 def test_command_without_data(cdrom: Cdrom) -> None:
-    """There is a response and nothing else."""
+    """The answer is only the response."""
     assert cdrom.ask(bytes(6)) == (RESPONSE_BYTES, b"", 0, 0, 0, b"")
 
 
 def test_unknown_opcode_is_answered(cdrom: Cdrom) -> None:
-    """CHECK CONDITION with sense data, and one line in the log however often it comes."""
+    """The answer is CHECK CONDITION with sense data.  Repetitions cause only a few log lines."""
     cdrom.device.read_log()
     answers = {cdrom.ask(b"\xff", 100)[:5] for _ in range(50)}
 
@@ -173,22 +173,22 @@ def test_unknown_opcode_is_answered(cdrom: Cdrom) -> None:
 @pytest.mark.parametrize(
     "lun", [b"\1\1\x40\0", b"\1\0\x40\1", b"\1\0\x41\0", b"\0\0\x40\0", b"\xc1\1\0\0", b"\xff" * 4, b"\1\xff\0\0"]
 )
-def test_other_targets_and_luns_are_not_there(cdrom: Cdrom, lun: bytes) -> None:
-    """BAD_TARGET."""
+def test_other_targets_and_luns_do_not_exist(cdrom: Cdrom, lun: bytes) -> None:
+    """The response is BAD_TARGET."""
     got = cdrom.ask(bytes.fromhex("120000002400"), 36, lun + bytes(4))
 
     assert got == (RESPONSE_BYTES, b"", 36, 0, 3, b"\xee" * 36)
 
 
-def test_both_notations_of_lun_0_are_ours(cdrom: Cdrom) -> None:
-    """Peripheral and flat."""
+def test_both_notations_of_lun_0_reach_the_drive(cdrom: Cdrom) -> None:
+    """They are the peripheral and the flat notation."""
     answers = [cdrom.ask(bytes(6), lun=lun + bytes(5)) for lun in (b"\1\0\0", b"\1\0\x40")]
 
     assert [got.response for got in answers] == [0, 0]
 
 
-def test_what_a_drive_counts(cdrom: Cdrom) -> None:
-    """Commands, what was read, and what has failed."""
+def test_the_figures_of_a_drive(cdrom: Cdrom) -> None:
+    """They count commands, reads, read bytes and errors."""
     before = cdrom.device.figures()
     assert before["size_bytes"] == SPARSE_BLOCKS * BLOCK
     cdrom.ask(bytes(6))
@@ -203,7 +203,7 @@ def test_what_a_drive_counts(cdrom: Cdrom) -> None:
 
 @pytest.mark.parametrize(("lba", "count"), [(0, 1), (17, 33), (BLOCKS - 1, 1), (100, 1024)])
 def test_read(cdrom: Cdrom, lba: int, count: int) -> None:
-    """The disc's bytes, no residue."""
+    """The answer has the disc's bytes, and no residue."""
     size = count * BLOCK
 
     got = cdrom.ask(read10(lba, count), size)
@@ -213,18 +213,18 @@ def test_read(cdrom: Cdrom, lba: int, count: int) -> None:
 
 
 def test_read_beyond_4_gib(cdrom: Cdrom) -> None:
-    """The last block, and none behind it."""
+    """The last block can be read, and a block behind it is refused."""
     assert cdrom.ask(read10(SPARSE_BLOCKS - 1, 1), BLOCK).data == b"Z" * BLOCK
     assert cdrom.ask(read10(SPARSE_BLOCKS, 1), BLOCK).sense == bytes.fromhex("7000050000000006000000002100")
 
 
 def test_read_into_too_small_a_buffer_overruns(cdrom: Cdrom) -> None:
-    """OVERRUN, and the buffer stays as it was."""
+    """The response is OVERRUN, and the buffer is unchanged."""
     assert cdrom.ask(read10(0, 2), BLOCK) == (RESPONSE_BYTES, b"", BLOCK, 0, 1, b"\xee" * BLOCK)
 
 
 def test_read_into_more_descriptors_than_one_call_takes(cdrom: Cdrom) -> None:
-    """A table of 1024 descriptors: one page again and again, then three others."""
+    """A table of 1024 descriptors has one page many times, and then three other pages."""
     cdrom.put_request(read10(0, 2048))
     pages = [Desc(BUFFER, 4096, WRITE)] * 1021 + [Desc(2 * MIB, 3 * 4096, WRITE)]
     parts = [Desc(REQUEST_AT, REQUEST_BYTES), Desc(RESPONSE_AT, RESPONSE_BYTES, WRITE), *pages]
@@ -239,7 +239,7 @@ def test_read_into_more_descriptors_than_one_call_takes(cdrom: Cdrom) -> None:
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_layout(cdrom: Cdrom, data: st.DataObject) -> None:
-    """Requests, responses and buffers cut at random places, empty descriptors among them, give the same answer."""
+    """Requests, responses and buffers in random pieces, also empty ones, give the same answer."""
 
     def cut(start: int, size: int, flags: int) -> list[Desc]:
         cuts = sorted(data.draw(st.lists(st.integers(0, size), max_size=5)))
@@ -260,7 +260,7 @@ def test_any_layout(cdrom: Cdrom, data: st.DataObject) -> None:
 @settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(cdb=st.binary(max_size=32), room=st.sampled_from([0, 1, 36, 4096, 512 * KIB]))
 def test_any_command(cdrom: Cdrom, cdb: bytes, room: int) -> None:
-    """The accounts agree: what was written, what was not, and why."""
+    """Used length and residue add up to the buffer.  There is sense data exactly with CHECK CONDITION."""
     got = cdrom.ask(cdb, room)
 
     assert got.response in (0, 1)
@@ -279,7 +279,7 @@ BAD_CHAINS = {
 
 @pytest.mark.parametrize("name", BAD_CHAINS)
 def test_broken_request_needs_a_reset(cdrom: Cdrom, name: str) -> None:
-    """A sentence, and after the reset a drive as good as new."""
+    """The device sends a sentence.  After the reset the drive works."""
     cdrom.put_request(read10(0, 2))
     cdrom.offer(*BAD_CHAINS[name])
     cdrom.device.kick(REQUEST)
@@ -289,8 +289,8 @@ def test_broken_request_needs_a_reset(cdrom: Cdrom, name: str) -> None:
     assert cdrom.works()
 
 
-def test_length_of_4_gib_is_not_touched_where_it_is_not_needed(cdrom: Cdrom) -> None:
-    """Hostile 16: the residue is right, and nothing is allocated or read."""
+def test_only_the_needed_part_of_a_4_gib_buffer_is_touched(cdrom: Cdrom) -> None:
+    """Hostile 16: the residue is right, and nothing is allocated for the rest or read from it."""
     room = 0xFFFFFFFF - RESPONSE_BYTES - REQUEST_BYTES
     cdrom.put_request(bytes.fromhex("120000002400"))
     cdrom.offer(Desc(REQUEST_AT, 51), Desc(RESPONSE_AT, 108, WRITE), Desc(BUFFER, room, WRITE))
@@ -318,12 +318,12 @@ def test_reads_beyond_a_rounds_budget_are_finished(cdrom: Cdrom) -> None:
     ],
 )  # fmt: skip
 def test_task_management(cdrom: Cdrom, subtype: int, lun: bytes, response: int) -> None:
-    """Complete for what there is, rejected or refused for the rest."""
+    """Functions for the drive are complete.  Unknown functions are rejected, and other addresses refused."""
     assert cdrom.task(subtype, lun) == response
 
 
-def test_commands_end_before_they_are_said_to_be_aborted(cdrom: Cdrom) -> None:
-    """A driver that hears of an abort frees the memory of its commands."""
+def test_commands_end_before_their_abort_is_answered(cdrom: Cdrom) -> None:
+    """A driver that gets the answer frees the memory of its commands."""
     cdrom.put_request(read10(0, 2048), at=REQUEST_AT + KIB)
     parts = [Desc(REQUEST_AT + KIB, 51), Desc(RESPONSE_AT + KIB, 108, WRITE), Desc(4 * MIB, 4 * MIB, WRITE)]
     heads = [cdrom.offer(*parts) for _ in range(8)]
@@ -333,7 +333,7 @@ def test_commands_end_before_they_are_said_to_be_aborted(cdrom: Cdrom) -> None:
 
 
 def test_asynchronous_notification_is_answered(cdrom: Cdrom) -> None:
-    """Nothing can be subscribed to; an unknown request comes back as it was."""
+    """No event can be subscribed to.  An unknown request is returned without an answer."""
     cdrom.memory.load(REQUEST_AT, struct.pack("<I8sI", 2, OUR_LUN, 0xFF))
     cdrom.offer(Desc(REQUEST_AT, 16), Desc(RESPONSE_AT, 5, WRITE), queue=CONTROL)
     cdrom.memory.load(REQUEST_AT + 64, struct.pack("<I", 77))
@@ -350,7 +350,7 @@ def test_asynchronous_notification_is_answered(cdrom: Cdrom) -> None:
     [Desc(REQUEST_AT, 24), Desc(ROM, 1, WRITE)],
 ])  # fmt: skip
 def test_broken_control_request_needs_a_reset(cdrom: Cdrom, parts: list[Desc]) -> None:
-    """As on the request queue."""
+    """The control queue behaves like the request queue."""
     cdrom.memory.load(REQUEST_AT, bytes(24))
     cdrom.offer(*parts, queue=CONTROL)
     cdrom.device.kick(CONTROL)
@@ -359,7 +359,7 @@ def test_broken_control_request_needs_a_reset(cdrom: Cdrom, parts: list[Desc]) -
 
 
 def test_event_buffers_are_kept(cdrom: Cdrom) -> None:
-    """They are neither used nor given back."""
+    """They are neither used nor returned."""
     cdrom.offer(Desc(BUFFER, 16, WRITE), queue=EVENT)
     cdrom.device.kick(EVENT)
 
@@ -368,13 +368,13 @@ def test_event_buffers_are_kept(cdrom: Cdrom) -> None:
 
 
 def configure(device: Device, offset: int, data: bytes) -> tuple[int, ...]:
-    """Write configuration space; return it."""
+    """Write to the configuration space.  Return all its fields."""
     answer = device.ask(devmsg.CONFIG_WRITE_HEAD.pack(devmsg.CONFIG_WRITE, offset, len(data)) + data)
     return struct.unpack("<IIIIIIIHHI", answer[devmsg.READY_HEAD.size :])
 
 
 def test_driver_chooses_sizes(cdrom: Cdrom) -> None:
-    """Sense data is cut, the command block is longer; a reset takes both back."""
+    """Sense data is cut, and the command block is longer.  A reset undoes both."""
     assert configure(cdrom.device, 20, struct.pack("<II", 4, 48))[5:7] == (4, 48)
     cdrom.put_request(b"\xff")
     cdrom.memory.load(RESPONSE_AT, b"\xee" * RESPONSE_BYTES)
@@ -389,7 +389,7 @@ def test_driver_chooses_sizes(cdrom: Cdrom) -> None:
 
 
 def test_driver_chooses_sizes_before_it_starts(cdrom: Cdrom) -> None:
-    """As Linux does; they count until the reset."""
+    """Linux does so.  The sizes hold until the reset."""
     cdrom.device.command(devmsg.RESET)
     assert configure(cdrom.device, 20, struct.pack("<II", 4, 48))[5:7] == (4, 48)
     cdrom.begin()
@@ -402,15 +402,15 @@ def test_driver_chooses_sizes_before_it_starts(cdrom: Cdrom) -> None:
 
 
 @pytest.mark.parametrize(("offset", "data"), [(0, b"\xff" * 20), (20, b"\xff" * 8), (24, bytes(4)), (34, bytes(4))])
-def test_configuration_beyond_reason_changes_nothing(cdrom: Cdrom, offset: int, data: bytes) -> None:
-    """Hostile 9 and 10."""
+def test_an_invalid_configuration_changes_nothing(cdrom: Cdrom, offset: int, data: bytes) -> None:
+    """Hostile 9 and 10: zero, huge values, and writes to read-only fields or across the end."""
     assert configure(cdrom.device, offset, data) == (1, 17, 2048, 1, 0, 96, 32, 0, 1, 1)
     assert cdrom.works()
 
 
 @pytest.mark.parametrize("extra", [1, 512, BLOCK - 1])
 def test_disc_of_an_odd_length_ends_with_zeroes(tmp_path: Path, extra: int) -> None:
-    """Its last block is there, alone and behind others."""
+    """Its last block can be read alone and together with others."""
     path = tmp_path / "odd.iso"
     path.write_bytes(DISC[: 60 * BLOCK + extra])
     last = DISC[60 * BLOCK : 60 * BLOCK + extra].ljust(BLOCK, b"\0")
@@ -423,7 +423,7 @@ def test_disc_of_an_odd_length_ends_with_zeroes(tmp_path: Path, extra: int) -> N
 
 
 def test_disc_that_becomes_shorter_gives_read_errors(tmp_path: Path) -> None:
-    """Hostile 33: 3/3A and no data, and the rest of the disc still reads."""
+    """Hostile 33: the answer is sense 3/3A without data.  The rest of the disc can be read."""
     path = tmp_path / "short.iso"
     path.write_bytes(DISC[: 100 * BLOCK])
     with path.open("rb") as file, Device("vioscsi", [file.fileno()], queues=3) as device:
@@ -437,7 +437,7 @@ def test_disc_that_becomes_shorter_gives_read_errors(tmp_path: Path) -> None:
 
 
 def test_drive_without_a_disc() -> None:
-    """It is there, and says that nothing is in it."""
+    """The drive answers, and says that it has no medium."""
     with Device("vioscsi", queues=3) as device:
         cdrom = Cdrom(device.start())
 
@@ -446,7 +446,7 @@ def test_drive_without_a_disc() -> None:
 
 
 def test_memory_does_not_grow_with_requests(cdrom: Cdrom) -> None:
-    """Whatever has been asked before, asking more of the same costs nothing that stays."""
+    """A second run of the same requests leaves no more memory in use."""
 
     def ask_a_lot() -> None:
         for number in range(300):
@@ -465,7 +465,7 @@ def test_memory_does_not_grow_with_requests(cdrom: Cdrom) -> None:
 
 
 def change(device: Device, fd: int | None, *, force: bool = False) -> tuple[int, str]:
-    """Put a disc in, or take it out; return errno and sentence of the answer."""
+    """Insert a disc, or remove it (`fd` None).  Return errno and sentence of the answer."""
     packet = devmsg.DISC_HEAD.pack(devmsg.DISC, devmsg.DISC_FORCE if force else 0) + (b"" if fd is None else b"other")
     socket.send_fds(device.informs, [packet], [] if fd is None else [fd])
     device.wait_for(device.informs.fileno())
@@ -484,8 +484,8 @@ def key_and_code(answer: Answer) -> tuple[int, int]:
     return answer.sense[2], answer.sense[12]
 
 
-def test_a_disc_is_changed_while_the_driver_looks_on(disc: Path, tmp_path: Path) -> None:
-    """It is told once, and has the other disc; then none, and then one that is put into an empty drive."""
+def test_a_disc_is_changed_under_a_driver(disc: Path, tmp_path: Path) -> None:
+    """It is told once, and reads the other disc.  Then the disc is removed, and one inserted into the empty drive."""
     other = tmp_path / "other.iso"
     other.write_bytes(b"o" * 7 * BLOCK)
     with (
@@ -514,7 +514,7 @@ def test_a_disc_is_changed_while_the_driver_looks_on(disc: Path, tmp_path: Path)
 
 
 def test_a_drive_that_is_locked_keeps_its_disc(disc: Path) -> None:
-    """Its guest hears that somebody wants it; force takes it, and with it the lock."""
+    """The guest gets an eject request.  `force` removes the disc, and the lock with it."""
     with disc.open("rb") as file, Device("vioscsi", [file.fileno()], queues=3) as device:
         cdrom = Cdrom(device.start())
         events = b"\x4a\1\0\0\x10\0\0\0\x08\0"
@@ -530,8 +530,8 @@ def test_a_drive_that_is_locked_keeps_its_disc(disc: Path) -> None:
         assert change(device, file.fileno()) == (0, "")
 
 
-def test_a_disc_that_does_not_come_is_not_no_disc(disc: Path) -> None:
-    """Whose descriptor was lost on its way: the drive keeps what it has."""
+def test_a_lost_descriptor_does_not_empty_the_drive(disc: Path) -> None:
+    """A DISC message names a disc, but its descriptor is missing: the drive keeps its disc."""
     with disc.open("rb") as file, Device("vioscsi", [file.fileno()], queues=3) as device:
         cdrom = Cdrom(device.start())
         device.informs.send(devmsg.DISC_HEAD.pack(devmsg.DISC, 0) + b"other")
@@ -540,8 +540,8 @@ def test_a_disc_that_does_not_come_is_not_no_disc(disc: Path) -> None:
         assert cdrom.works()
 
 
-def test_what_the_guest_has_not_heard_goes_where_it_goes(disc: Path) -> None:
-    """EXPORT has it behind the indices, and RESTORE tells it another process."""
+def test_pending_unit_attentions_move_with_the_guest(disc: Path) -> None:
+    """EXPORT appends the drive's own state, and RESTORE gives it to another process."""
     with disc.open("rb") as file, Device("vioscsi", [file.fileno()], queues=3) as device:
         cdrom = Cdrom(device.start())
         assert change(device, file.fileno()) == (0, "")

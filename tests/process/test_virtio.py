@@ -1,4 +1,4 @@
-"""Both halves of a device at once: registers in the test, rings in the real process, an event loop in between."""
+"""Both halves of a device: registers in the test, rings in the real process, and an event loop between them."""
 
 import os
 import select
@@ -37,11 +37,11 @@ WRITEBACK = virtio.DEVICE_CONFIG + 32
 
 
 class Disk(BothHalves):
-    """A raw disk, and the listener to its process."""
+    """A raw disk, and an event loop for the messages of its process."""
 
     def __init__(self, memory: GuestMemory, fd: int) -> None:
         super().__init__(DISK, memory, fd)
-        self.injected = 0  # interrupts before the last read was offered
+        self.injected = 0  # number of interrupts before the last read was offered
         self.loop = Loop()
         function = self.machine.function
         self.process.serve(
@@ -56,7 +56,7 @@ class Disk(BothHalves):
         self.loop.add(function.config_resample, function.on_config_resample)
 
     def listen(self, until: Callable[[], bool]) -> None:
-        """Run the loop until something has come of it."""
+        """Run the loop until a condition holds."""
         overdue = self.loop.call_later(DEADLINE_S, lambda: pytest.fail("nothing came of it"))
         while not until():
             self.loop.call_later(0.01, self.loop.stop)
@@ -64,14 +64,14 @@ class Disk(BothHalves):
         overdue.cancel()
 
     def offer_read(self) -> None:
-        """Ask for the first sector, without notifying."""
+        """Offer a read of the first sector, without notifying."""
         self.injected = len(self.machine.kvm.injected)
         self.memory.write(BUFFER, bytes(512))
         self.memory.write(DATA, struct.pack("<IIQ", IN, 0, 0) + b"\xee")
         self.ring.add([Desc(DATA, 16), Desc(BUFFER, 512, WRITE), Desc(DATA + 16, 1, WRITE)])
 
     def wait_interrupt(self) -> None:
-        """Wait for the queue's interrupt, and let KVM have it."""
+        """Wait for the queue's interrupt, and deliver it to KVM."""
         assert select.select([self.process.calls[0]], [], [], DEADLINE_S)[0]
         self.machine.kvm.deliver()
 
@@ -82,8 +82,8 @@ class Disk(BothHalves):
         return self.was_served()
 
     def was_served(self) -> bool:
-        """Return whether the read is served that was asked for."""
-        if len(self.machine.kvm.injected) == self.injected:  # KVM has not had it when it was given the eventfd
+        """Return whether the offered read is served."""
+        if len(self.machine.kvm.injected) == self.injected:  # there was no interrupt yet when KVM got the eventfd
             self.wait_interrupt()
         return (
             self.ring.reap() == [(self.ring.free - 3, 513)]
@@ -92,14 +92,14 @@ class Disk(BothHalves):
         )
 
     def close(self) -> None:
-        """End it."""
+        """Close the loop, and end the device."""
         self.loop.close()
         super().close()
 
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Disk]:
-    """A disk, not yet set up by a driver."""
+    """A disk before a driver sets it up."""
     path = tmp_path / "disk"
     path.write_bytes(content())
     with GuestMemory.create([RegionSpec(gpa=0, size=16 * MIB, name="ram")]) as memory, path.open("rb+") as file:
@@ -109,7 +109,7 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
 
 
 def views(order: Order) -> list[str]:
-    """Return by which ways this driver could come to a device that has them all."""
+    """Return the ways by which this driver could access a device that has all of them."""
     return {LEGACY: [LEGACY_PORTS], MODERN: [PORTS, MEMORY, WINDOW]}.get(order.interface, [MEMORY])
 
 
@@ -122,8 +122,8 @@ def views(order: Order) -> list[str]:
         for view in views(order)
     ],
 )
-def test_order_of_a_driver_ends_in_a_disk_that_works(disk: Disk, order: Order, view: str) -> None:
-    """What a driver asks before its last notification is served by that one, or when the device starts."""
+def test_the_disk_works_after_each_known_order_of_a_driver(disk: Disk, order: Order, view: str) -> None:
+    """A request before the last notification is served by it, or when the device starts."""
     disk.ring = Ring(disk.memory, order.sizes[0], disk.RING)
     if view == LEGACY_PORTS:
         disk.ring.used = -(-(disk.ring.avail + 6 + 2 * disk.ring.size) // 4096) * 4096
@@ -143,7 +143,7 @@ def test_order_of_a_driver_ends_in_a_disk_that_works(disk: Disk, order: Order, v
 
 
 def test_device_is_used_until_it_is_reset_and_again(disk: Disk) -> None:
-    """Three lives, each with a ring of its own."""
+    """It is set up three times, each time with a new ring."""
     for _ in range(3):
         disk.renew()
         disk.start()
@@ -159,8 +159,8 @@ def test_device_is_used_until_it_is_reset_and_again(disk: Disk) -> None:
     ("serial", "told"),
     [(b"", b"vioblk0"), (b"db1-63bcf2c0b6-0", b"db1-63bcf2c0b6-0"), (b"x" * 20, b"x" * 20)],
 )
-def test_disk_tells_its_serial_number(tmp_path: Path, serial: bytes, told: bytes) -> None:
-    """Up to 20 bytes, zeroes behind a shorter one; without one it is the device's name."""
+def test_the_serial_number_of_a_disk(tmp_path: Path, serial: bytes, told: bytes) -> None:
+    """It has up to 20 bytes, padded with zeroes.  The default is the device's name."""
     path = tmp_path / "disk"
     path.write_bytes(bytes(512))
     with GuestMemory.create([RegionSpec(gpa=0, size=16 * MIB, name="ram")]) as memory, path.open("rb+") as file:
@@ -176,8 +176,8 @@ def test_disk_tells_its_serial_number(tmp_path: Path, serial: bytes, told: bytes
     assert found == told.ljust(20, b"\0")
 
 
-def test_broken_ring_shows_in_status_and_a_reset_mends_it(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
-    """DEVICE_NEEDS_RESET, a configuration interrupt, a line of log that names the device; then all is well (2.1.2)."""
+def test_a_broken_ring_shows_in_status_until_a_reset(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DEVICE_NEEDS_RESET, a configuration interrupt, and a log line with the device; a reset repairs it (2.1.2)."""
     lines: list[str] = []
     monkeypatch.setattr(log, "write", lambda _severity, text: lines.append(text))
     disk.start()
@@ -211,7 +211,7 @@ def test_rings_outside_memory_ask_for_a_reset_2(disk: Disk) -> None:
 
 
 def test_driver_writes_configuration(disk: Disk) -> None:
-    """It reaches the process, and what is read then is what the process made of it."""
+    """The write reaches the process, and later reads return the process's value."""
     disk.start(VERSION_1 | 1 << spec.VIRTIO_BLK_F_CONFIG_WCE | 1 << spec.VIRTIO_BLK_F_FLUSH)
     generation = disk.machine.read(GENERATION, 1)
     for value, kept in ((0, 0), (1, 1), (0xFE, 0)):
@@ -222,13 +222,13 @@ def test_driver_writes_configuration(disk: Disk) -> None:
         disk.machine.write(virtio.DEVICE_CONFIG + offset, 4, 0xFFFFFFFF)
 
     assert [disk.machine.read(virtio.DEVICE_CONFIG + offset, 4) for offset in range(0, 32, 4)] == before
-    assert disk.machine.read(GENERATION, 1) == generation  # a driver's own write is no news to it
+    assert disk.machine.read(GENERATION, 1) == generation  # a driver's own write does not change the generation
     assert disk.works()
 
 
 @pytest.mark.parametrize("started", [False, True])
-def test_reset_takes_back_what_the_driver_has_configured(disk: Disk, started: bool) -> None:
-    """What is read is what the process does, whether the device was in use or not."""
+def test_reset_undoes_the_configuration_of_the_driver(disk: Disk, started: bool) -> None:
+    """The register agrees with the process, whether the device was in use or not."""
     features = VERSION_1 | 1 << spec.VIRTIO_BLK_F_CONFIG_WCE | 1 << spec.VIRTIO_BLK_F_FLUSH
     if started:
         disk.start(features)
@@ -246,7 +246,7 @@ def test_reset_takes_back_what_the_driver_has_configured(disk: Disk, started: bo
 
 @pytest.mark.parametrize(("features", "kept"), [(0, 1), (1 << spec.VIRTIO_BLK_F_CONFIG_WCE, 0)])
 def test_driver_configures_before_it_starts(disk: Disk, features: int, kept: int) -> None:
-    """What it has negotiated decides whether that counts."""
+    """The write counts only if the driver then negotiates CONFIG_WCE."""
     disk.machine.write(WRITEBACK, 1, 0)
     disk.start(VERSION_1 | 1 << spec.VIRTIO_BLK_F_FLUSH | features)
 
@@ -255,8 +255,8 @@ def test_driver_configures_before_it_starts(disk: Disk, features: int, kept: int
     assert disk.works()
 
 
-def test_line_interrupt_that_was_not_read_is_raised_again(disk: Disk) -> None:
-    """At its end, by the process, as long as the driver has not read ISR."""
+def test_a_line_interrupt_is_raised_again_until_isr_is_read(disk: Disk) -> None:
+    """When KVM signals the end of the interrupt, the process raises it again if the driver has not read ISR."""
     disk.start()
     assert disk.works()
     for _ in range(3):
@@ -265,13 +265,13 @@ def test_line_interrupt_that_was_not_read_is_raised_again(disk: Disk) -> None:
         disk.wait_interrupt()
     assert disk.machine.read(virtio.ISR, 1) == spec.ISR_QUEUE
     os.eventfd_write(disk.process.resample, 1)
-    assert disk.works()  # which it comes to only after that
+    assert disk.works()  # the process serves this read after the resample event
 
     assert disk.machine.kvm.injected == [IRQ] * 5
 
 
-def test_process_that_dies_is_missed(disk: Disk) -> None:
-    """Its VM is told how, and the registers go on answering until it ends."""
+def test_the_vm_hears_of_a_process_that_dies(disk: Disk) -> None:
+    """The VM is told how the process ended.  The registers still answer until the VM ends."""
     disk.start()
     disk.process.child.kill()
     disk.listen(lambda: bool(disk.machine.failures))

@@ -1,4 +1,4 @@
-"""vmctl create as its user sees it: the real program, on a terminal, interrupted, and on a disk that is full."""
+"""vmctl create, the real program: on a terminal, interrupted, killed, and on a full disk."""
 
 import contextlib
 import fcntl
@@ -28,13 +28,13 @@ SETTLED_MS = 100
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Give the folder that the program is run in, with an image in it to copy."""
+    """Give the working directory of the program, with an image to copy."""
     (tmp_path / "source.raw").write_bytes(os.urandom(4 * MIB) + bytes(4 * MIB))
     return tmp_path
 
 
 def create(folder: Path, *arguments: str) -> tuple[int, str]:
-    """Run the program without a terminal; return its exit status and what it says."""
+    """Run the program without a terminal.  Return its exit status and its standard error."""
     done = subprocess.run(
         [*COMMAND, *arguments], cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=DEADLINE_S,
         check=False,
@@ -44,7 +44,7 @@ def create(folder: Path, *arguments: str) -> tuple[int, str]:
 
 
 class Terminal:
-    """A terminal of some size, with a program on it."""
+    """A terminal with a program on it.  A `full` one blocks the program's first write."""
 
     def __init__(self, folder: Path, arguments: list[str], columns: int, *, full: bool = False) -> None:
         self.master, slave = pty.openpty()
@@ -53,44 +53,44 @@ class Terminal:
             os.set_blocking(slave, False)
             room = select.poll()
             room.register(slave, select.POLLOUT)
-            while room.poll(SETTLED_MS):  # the kernel passes on what was written, and has room once more
+            while room.poll(SETTLED_MS):  # the kernel moves written bytes on, and then has room again
                 with contextlib.suppress(BlockingIOError):
                     while True:
                         os.write(slave, b"#")
-            os.set_blocking(slave, True)  # the next write waits until the other side is read
+            os.set_blocking(slave, True)  # the next write blocks until the other side is read
         self.program = subprocess.Popen(
             [*COMMAND, *arguments], cwd=folder, env=ENVIRONMENT, stdin=slave, stdout=slave, stderr=slave
         )
         os.close(slave)
 
     def text(self) -> str:
-        """Return everything that is shown until the program has ended."""
+        """Return all output until the program has ended."""
         shown = b""
         poll = select.poll()
         poll.register(self.master, select.POLLIN)
         try:
             while poll.poll(DEADLINE_S * 1000):
                 shown += os.read(self.master, 4096)
-        except OSError:  # what a pty answers when its other side is closed
+        except OSError:  # the answer of a pty whose other side is closed
             return shown.decode()
         finally:
             os.close(self.master)
         raise AssertionError(f"the program does not end: {shown!r}")
 
     def wait_until_it_writes(self) -> None:
-        """Wait until the program waits for somebody to read what it shows."""
+        """Wait until the program blocks because nobody reads its output."""
         deadline_s = time.monotonic() + DEADLINE_S
         while time.monotonic() < deadline_s:
             call = Path(f"/proc/{self.program.pid}/syscall").read_text().split()
             if call[:2] == ["1", "0x2"]:  # write(2, ...)
                 return
-            assert self.program.poll() is None, "it has ended"
-        raise AssertionError("it shows nothing")
+            assert self.program.poll() is None, "the program has ended"
+        raise AssertionError("the program writes nothing")
 
 
 @pytest.mark.parametrize(("columns", "bar"), [(120, 40), (100, 40), (80, 36), (55, 11), (40, 0)])
 def test_progress_on_a_terminal(folder: Path, columns: int, bar: int) -> None:
-    """A bar that fits in its line, redrawn in place, and at last the result on a line of its own."""
+    """A bar that fits into its line is redrawn in place.  The result comes last, on its own line."""
     terminal = Terminal(folder, ["-i", "source.raw", "copy.qcow2"], columns)
     text = terminal.text()
 
@@ -106,8 +106,8 @@ def test_progress_on_a_terminal(folder: Path, columns: int, bar: int) -> None:
     assert result == "vmctl: qcow2 imagefile created"
 
 
-def test_no_progress_where_nobody_looks(folder: Path) -> None:
-    """Nor any terminal's control characters."""
+def test_no_progress_without_a_terminal(folder: Path) -> None:
+    """There are no control characters for terminals either."""
     assert create(folder, "-i", "source.raw", "copy.raw") == (0, "vmctl: raw imagefile created\n")
     assert (folder / "copy.raw").read_bytes() == (folder / "source.raw").read_bytes()
 
@@ -115,7 +115,7 @@ def test_no_progress_where_nobody_looks(folder: Path) -> None:
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("name", ["copy.raw", "copy.qcow2"])
 def test_interrupted_copy_leaves_nothing(folder: Path, name: str, signum: signal.Signals) -> None:
-    """In the middle of it: nothing has the name yet."""
+    """The new file has no name before the copy is complete."""
     terminal = Terminal(folder, ["-i", "source.raw", name], 80, full=True)
     terminal.wait_until_it_writes()
     assert os.listdir(folder) == ["source.raw"]
@@ -130,7 +130,7 @@ def test_interrupted_copy_leaves_nothing(folder: Path, name: str, signum: signal
 
 @pytest.mark.parametrize("name", ["copy.raw", "copy.qcow2"])
 def test_killed_copy_leaves_nothing(folder: Path, name: str) -> None:
-    """Nobody can clean up after SIGKILL, so nothing may need it."""
+    """After SIGKILL nothing can clean up, so nothing may have to be cleaned up."""
     terminal = Terminal(folder, ["-i", "source.raw", name], 80, full=True)
     terminal.wait_until_it_writes()
 
@@ -142,8 +142,8 @@ def test_killed_copy_leaves_nothing(folder: Path, name: str) -> None:
     assert create(folder, "-i", "source.raw", name)[0] == 0
 
 
-def test_hangup_that_is_ignored_does_not_end_it(folder: Path) -> None:
-    """As nohup(1) has it."""
+def test_an_ignored_hangup_does_not_end_it(folder: Path) -> None:
+    """nohup(1) starts programs like this."""
     held = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         terminal = Terminal(folder, ["-i", "source.raw", "copy.raw"], 80, full=True)
@@ -166,7 +166,7 @@ def small(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.root
 @pytest.mark.parametrize("name", ["copy.raw", "copy.qcow2"])
 def test_full_disk_leaves_nothing(folder: Path, small: Path, name: str) -> None:
-    """The sentence says where there is no room, and how much would have been needed."""
+    """The sentence names the file without room, and how much room it needs."""
     status, text = create(folder, "-i", "source.raw", f"small/{name}")
 
     needs = "needs up to 8.0M where 2.0M were free"
@@ -176,8 +176,8 @@ def test_full_disk_leaves_nothing(folder: Path, small: Path, name: str) -> None:
 
 
 @pytest.mark.root
-def test_full_disk_has_no_room_for_an_empty_image_either(folder: Path, small: Path) -> None:
-    """Its tables are written at once."""
+def test_a_full_disk_has_no_room_for_an_empty_image(folder: Path, small: Path) -> None:
+    """The tables of the image are written at once, and need room."""
     (small / "filler").write_bytes(bytes(2 * MIB))
 
     status, text = create(folder, "-s", "1G", "small/disk.qcow2")
@@ -186,8 +186,8 @@ def test_full_disk_has_no_room_for_an_empty_image_either(folder: Path, small: Pa
     assert os.listdir(small) == ["filler"]
 
 
-def test_what_is_there_is_left_alone(folder: Path) -> None:
-    """A file, a folder, a device, and a link wherever it leads."""
+def test_existing_files_are_not_overwritten(folder: Path) -> None:
+    """The name may be that of a file, a directory, a device, or any symbolic link."""
     before = (folder / "source.raw").read_bytes()
     (folder / "dangling").symlink_to("elsewhere")
     (folder / "link").symlink_to("source.raw")
@@ -201,7 +201,7 @@ def test_what_is_there_is_left_alone(folder: Path) -> None:
 
 @pytest.mark.parametrize("name", ["disk.raw", "disk.qcow2"])
 def test_image_takes_no_room_before_it_is_used(folder: Path, name: str) -> None:
-    """Neither an empty one nor the zeroes of a copy."""
+    """An empty image takes no room, and zeroes in a copy take none."""
     assert create(folder, "-s", "100G", name)[0] == 0
     assert create(folder, "-i", "source.raw", f"copy-{name}")[0] == 0
 
@@ -211,8 +211,8 @@ def test_image_takes_no_room_before_it_is_used(folder: Path, name: str) -> None:
     assert (info["format"], info["virtual-size"]) == (name.rpartition(".")[2], 100 << 30)
 
 
-def test_chain_of_ours_is_one_to_qemu(folder: Path) -> None:
-    """Base, overlay and overlay of that, in other folders."""
+def test_qemu_reads_our_chains(folder: Path) -> None:
+    """A base, an overlay and an overlay of that, in two directories."""
     (folder / "vms").mkdir()
     assert create(folder, "-i", "source.raw", "base.qcow2")[0] == 0
     assert create(folder, "-b", "../base.qcow2", "vms/one.qcow2")[0] == 0
@@ -230,7 +230,7 @@ def test_chain_of_ours_is_one_to_qemu(folder: Path) -> None:
 
 
 def test_running_disk_is_not_copied(folder: Path) -> None:
-    """Half of it would be from before and half from after."""
+    """The copy would mix old and new data."""
     holder = subprocess.Popen(
         ["stdbuf", "-oL", "qemu-io", "-f", "raw", folder / "source.raw"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,

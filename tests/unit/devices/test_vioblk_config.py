@@ -120,7 +120,7 @@ def drive() -> Iterator[Callable[..., Driven]]:
         gc.collect()  # errors that were raised know where that was, and so the views of memory there
 
 
-def test_what_a_disk_counts(drive: Callable[..., Driven]) -> None:
+def test_the_figures_of_a_disk(drive: Callable[..., Driven]) -> None:
     """Each kind of request, with its bytes; errors and refusals apart; nothing counts elsewhere."""
     driven = drive(FLUSHES | DISCARDS | ZEROES)
     span = struct.pack("<QII", 8, 8, 0)
