@@ -94,7 +94,7 @@ def make(tmp_path: Path) -> Iterator[Factory]:
 
 
 def test_configuration_space_describes_the_disk(disk: Disk) -> None:
-    """All fields of virtio 1.1, 5.2.4."""
+    """All fields of struct virtio_blk_config (5.2.4)."""
     fields = struct.unpack("<QIIHBBIBBHIBBHIIIIIB3x", disk.device.config)
 
     assert fields[0] == SECTORS
