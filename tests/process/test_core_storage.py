@@ -232,7 +232,7 @@ def locked(path: Path, uid: int, byte: int) -> Iterator[int]:
         os.waitpid(pid, 0)
 
 
-def test_who_has_a_lock_is_named() -> None:
+def test_the_holder_of_a_lock_is_named() -> None:
     """Root is told the program, its pid and its user; others are not told the pid."""
     with public_folder() as directory:
         disk = directory / "disk"

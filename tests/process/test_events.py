@@ -48,7 +48,7 @@ class Listener:
         return schema.check(line.decode(), "events")
 
     def until(self, what: str) -> list[dict[str, Any]]:
-        """Return all events up to one that is called so."""
+        """Return all events up to the first one with this name."""
         events = [self.hear()]
         while events[-1]["event"] != what:
             events.append(self.hear())
@@ -70,16 +70,16 @@ def listening(vmd: KeptDaemon) -> Iterator[Listener]:
 
 
 def words(events: list[dict[str, Any]]) -> list[str]:
-    """Return what has happened."""
+    """Return the names of events."""
     return [event["event"] for event in events]
 
 
-def test_from_start_to_crash_and_from_daemon_to_daemon(tmp_path: Path) -> None:
-    """All that is done to a VM, and what it does itself, is heard of once, in order, by name and with its why."""
+def test_events_from_start_to_crash_and_across_daemons(tmp_path: Path) -> None:
+    """Each change of a VM is one event, in order, with name and reason, whether it was requested or not."""
     conf = demo("a", f'disk "{tmp_path}/a.qcow2" format qcow2') + demo("b", f'disk "{tmp_path}/none.img" format raw')
     with KeptDaemon(tmp_path, conf) as vmd, Client(str(vmd.socket), timeout_s=DEADLINE_S) as client:
         with listening(vmd) as listener:
-            theirs = client.events("b")  # of the other VM
+            theirs = client.events("b")  # events of the other VM
             assert words([listener.hear()]) == ["daemon"]
 
             vmd.must("create", "-s", "1M", tmp_path / "a.qcow2")

@@ -26,7 +26,7 @@ from vmd.ipc.messages.clients import End, Failed, ListRequest, ReloadRequest, Vm
 pytestmark = [pytest.mark.root, pytest.mark.kvm]
 
 PROMPT = "vmd-demo> "
-TASKS_ENOUGH = 8  # threads and processes of a VM, its devices and what helps to receive it
+TASKS_ENOUGH = 8  # threads and processes of a VM, its devices and the helpers of a receive
 NOBODY, OTHER = 65534, 40001
 RESERVE = {"vmd: control/reserve", "vmd: opener", "vmd: imgprobe", "vmd: vm"}
 
@@ -101,7 +101,7 @@ def refused(vmd: Daemon, name: str, *words: str) -> None:
 
 def reserve(vmd: Daemon, without: int = 0) -> int:
     """Wait for the VM process in reserve; return its pid."""
-    while True:  # each look is a process of its own
+    while True:  # each look takes time, because it starts a process
         found = {pid for title, pid in vmd.processes().items() if title == "vmd: vm"} - {without}
         if found:
             return found.pop()
@@ -139,7 +139,7 @@ def test_descriptors_of_a_vm(vmd: Daemon) -> None:
     assert vmd.status("b")["state"] == "stopped"
     vmd.must("start", "c")
     vmd.must("stop", "-fw", "c")
-    assert settled(vmd) <= parent_before + 2  # the console of one may be kept for a moment
+    assert settled(vmd) <= parent_before + 2  # a console may be kept for a moment
 
 
 def test_processes_of_vmm(vmd: Daemon) -> None:
@@ -197,7 +197,7 @@ class Tasks:
     """A control group that limits the tasks of some processes and their descendants together."""
 
     def __init__(self) -> None:
-        """Skips the test where this host has none to give away."""
+        """Skips the test on a host without the controller."""
         above = Path("/sys/fs/cgroup/pids")
         self.path = above / f"vmd-test-{os.getpid()}"
         if not above.is_dir():
@@ -205,18 +205,18 @@ class Tasks:
         self.path.mkdir()
 
     def take(self, pids: Iterable[int]) -> None:
-        """Have processes in it."""
+        """Move processes into the group."""
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 (self.path / "cgroup.procs").write_text(str(pid))
 
     def limit(self, more: int | None) -> None:
-        """Let there be so many more than there are; None: any number."""
+        """Allow `more` additional tasks.  None removes the limit."""
         now = int((self.path / "pids.current").read_text())
         (self.path / "pids.max").write_text("max" if more is None else str(now + more))
 
     def close(self) -> None:
-        """Be gone, with the last of them."""
+        """Wait for the last process of the group to end, and remove the group."""
         deadline_s = time.monotonic() + DEADLINE_S
         while (self.path / "cgroup.procs").read_text():
             assert time.monotonic() < deadline_s
@@ -235,7 +235,7 @@ def test_tasks_of_the_daemon(tmp_path: Path) -> None:
         bystander = stack.enter_context(Bystander(vmd, "a"))
         while not {"vmd: vm", "vmd: control/reserve"} <= vmd.processes().keys():
             vmd.must("status")
-        for _ in range(2):  # what is started meanwhile is in there the second time
+        for _ in range(2):  # the second time for processes that were started meanwhile
             tasks.take([vmd.pid, *vmd.processes().values()])
         failures = set()
         for more in range(8):
@@ -256,7 +256,7 @@ def test_tasks_of_the_daemon(tmp_path: Path) -> None:
             client = stack.enter_context(connect_as(vmd.socket, uid, uid))
             with contextlib.suppress(BrokenPipeError):
                 client.send(encode(ListRequest())[0])
-            answers.append(receive(client) or receive(client))  # the first may say that it was hung up on
+            answers.append(receive(client) or receive(client))  # the first may say that the connection ended
         vmd.must("status")
         tasks.limit(None)
         assert any(isinstance(each, Failed) and each.code == errno.EAGAIN for each in answers), answers
@@ -309,9 +309,9 @@ def test_descriptors_for_clients(vmd: Daemon) -> None:
 
 
 def test_no_descriptors_left() -> None:
-    """Root is served all the same, any number of times, and starts nothing; somebody without a control is told why.
+    """Root is still served, any number of times, but can start nothing.  A user without a control is told why.
 
-    The daemon has started nothing yet: the numbers below that of the descriptor in reserve are all in use, as where a
+    The daemon has started nothing yet, so all numbers below that of the descriptor in reserve are in use, as when a
     limit is really reached.
     """
     conf = f'vm "b" {{\n disable\n memory 32M\n boot "{guest("demo")}"\n}}\n'
@@ -346,7 +346,7 @@ def test_descriptors_for_a_reload(vmd: Daemon) -> None:
     """A reload that cannot open the file, because no descriptor is free, changes nothing."""
     with connect(vmd.socket) as client:
         client.send(encode(ListRequest())[0])
-        listed(client)  # so that it has been accepted, which takes a descriptor, too
+        listed(client)  # the connection is accepted now, which also takes a descriptor
         old = limit(vmd.pid, "nofile", 3)
         client.send(encode(ReloadRequest())[0])
         answer = receive(client)
@@ -357,7 +357,7 @@ def test_descriptors_for_a_reload(vmd: Daemon) -> None:
     vmd.must("reload")
 
 
-def test_an_end_without_descriptors(tmp_path: Path) -> None:
+def test_the_daemon_ends_without_descriptors(tmp_path: Path) -> None:
     """A daemon without a descriptor for systemd's socket still ends its guests and itself."""
     with Daemon(tmp_path, f'vm "a" {{\n memory 32M\n boot "{guest("demo")}"\n}}\n') as daemon:
         daemon.wait_state("a", "running")

@@ -77,7 +77,7 @@ def vcpus_ns(pid: int) -> list[int]:
 
 
 def ticks_ns(pid: int) -> int:
-    """Return the processor time of a process and of those that it has started, as far as they run."""
+    """Return the processor time of a process and of its running children."""
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     words = [Path(f"/proc/{each}/stat").read_text().rpartition(")")[2].split() for each in (pid, *children)]
     return sum(int(each[11]) + int(each[12]) for each in words) * TICK_NS
@@ -112,7 +112,7 @@ def test_processor_and_memory(vmd: NetDaemon) -> None:
         assert row.pid == pid
         for had, low, vcpu, high in zip(before.vcpus, least, row.vcpus, most, strict=True):
             assert had.cpu_ns <= low <= vcpu.cpu_ns <= high
-        assert before.vcpus[0].cpu_ns < row.vcpus[0].cpu_ns  # the other one waits to be woken
+        assert before.vcpus[0].cpu_ns < row.vcpus[0].cpu_ns  # the second vCPU has not been started
         assert least_ns <= row.cpu_ns <= most_ns
 
         guest_memory = [Path(f"/proc/{pid}/fd") / name for name in os.listdir(f"/proc/{pid}/fd")]
@@ -228,7 +228,7 @@ def test_a_disk_waits_for_its_limits_and_counts_that(vmd: NetDaemon) -> None:
         assert re.search(r"limited to 40 requests and 32.0M each second, throttled \d+ times, for \d+\.\d\d s\n", said)
         vmd.conf.write_text(conf)
         vmd.must("reload")
-        for _ in range(20):  # its process hears of it soon
+        for _ in range(20):  # its process gets the limits a moment later
             console.expect("ready", DEADLINE_S)
             before = figures(vmd, "blk").disks[0]
             console.type("randread bytes=4096 depth=4 count=60 piece=4096 asleep\r")

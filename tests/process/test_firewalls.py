@@ -56,7 +56,7 @@ def priv(network: Network) -> Iterator[Priv]:
 
 
 def load(network: Network, name: str) -> None:
-    """Have a host run a firewall."""
+    """Load the rule set of a firewall."""
     network.run("nft", "-f", str(RULE_SETS / f"{name}.nft"))
 
 
@@ -80,7 +80,7 @@ TRUSTED = "firewall-cmd --permanent --zone=trusted --add-interface=tap+; firewal
 FORWARDING = {
     "firewalld": (
         f"firewalld lets them through after: {TRUSTED}",
-        # what firewalld does for that
+        # the rule that firewalld adds for it
         ["nft insert rule inet firewalld filter_FORWARD_ZONES iifname tap* accept"],
     ),
     "ufw": (
@@ -104,7 +104,7 @@ FORWARDING = {
 def test_a_firewall_that_drops_what_guests_send_is_named(network: Network, priv: Priv, name: str) -> None:
     """The trouble has numbers, the program and its remedy.  It ends when a packet gets through."""
     words, remedy = FORWARDING[name]
-    # Tailscale drops only what goes to its own network.
+    # Tailscale drops only packets to its own network.
     with World(network, "tailscale0" if name == "tailscale" else "uplink") as world, priv.make(
         nic(host4=HOST4)
     ) as made, world.network.socket(socket.AF_INET, socket.SOCK_DGRAM) as server:
@@ -217,7 +217,7 @@ def test_a_table_that_was_flushed_is_written_again(network: Network, priv: Priv)
 
 
 @pytest.mark.deep
-def test_what_is_counted_is_not_forgotten_when_other_vms_come_and_go(network: Network, priv: Priv) -> None:
+def test_counts_are_kept_when_other_vms_start_and_stop(network: Network, priv: Priv) -> None:
     """Counts are kept, although the rules are written again and the kernel's counters start from 0."""
     load(network, "docker")
     with World(network), priv.make(nic(host4=HOST4)) as made:
@@ -229,8 +229,8 @@ def test_what_is_counted_is_not_forgotten_when_other_vms_come_and_go(network: Ne
 
 
 @pytest.mark.deep
-def test_what_nobody_drops_is_no_trouble(network: Network, priv: Priv) -> None:
-    """Not counted: a packet of no connection, one without a route, one with a false source."""
+def test_packets_that_no_firewall_drops_are_no_trouble(network: Network, priv: Priv) -> None:
+    """A packet of no connection, one without a route and one with a false source are not counted."""
     load(network, "ufw")
     network.run("nft", "insert rule ip filter ufw-user-forward ip saddr 100.64.0.0/10 accept")
     with World(network), priv.make(nic(host4=HOST4)) as made:
@@ -265,7 +265,7 @@ def test_a_firewall_of_the_administrators_own(network: Network, priv: Priv, poli
         assert "nftables chain inet mine transit" in trouble.text
 
         for command in trouble.text.rpartition(": ")[2].split("; "):
-            network.run(*shlex.split(command))  # what is advised can be done
+            network.run(*shlex.split(command))  # the advised commands succeed
         say(guest, WORLD4, 5001)
         assert server.recvfrom(100)[1] == ("192.0.2.1", 5001)
         assert dropped(priv) == ()
@@ -282,7 +282,7 @@ def test_status_shows_it(network: Network, tmp_path: Path) -> None:
         (local,) = vmd.interfaces("db1")
         shown = ""
         with world.network.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
-            while "another firewall" not in shown:  # a packet is judged a moment after it was sent
+            while "another firewall" not in shown:  # a firewall drops a packet a moment after it was sent
                 client.sendto(b"hello", (local["guest4"], 7000))
                 shown = vmd.must("status", "-v", "db1")
 

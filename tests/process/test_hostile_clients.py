@@ -79,7 +79,7 @@ def daemon() -> Iterator[UsersDaemon]:
         conf = CONF.format(group=MAY_CONNECT, kernel=guest("demo"), eve=EVE)
         with UsersDaemon(Path(name), users, network, conf) as daemon:
             daemon.must_as(EVE, "start", "hers")
-            with daemon.connect_as(EVE):  # so that her control stays
+            with daemon.connect_as(EVE):  # so that the control of this user stays
                 deadline = time.monotonic() + DEADLINE_S
                 while "vmd: control/reserve" not in daemon.processes():
                     assert time.monotonic() < deadline, daemon.log
@@ -95,7 +95,7 @@ def vmd(daemon: UsersDaemon) -> Iterator[UsersDaemon]:
     pid = daemon.status("hers")["pid"]
     before = (0, 0)
     while before != (before := open_descriptors(daemon)):
-        pause()  # whoever has just asked may not have been hung up on yet
+        pause()  # a connection that has just ended may still be open
     yield daemon
     assert daemon.status("hers")["pid"] == pid
     daemon.must_as(EVE, "pause", "hers")
@@ -150,7 +150,7 @@ def test_requests_without_reading_answers(vmd: UsersDaemon) -> None:
         client.setblocking(False)
         packet = encode(ListRequest())[0]
         sent, last = 0, -1
-        while sent != last:  # until nothing is taken from it while all others are served
+        while sent != last:  # until it can send no more while others are served
             last = sent
             assert sent < 20_000, "a client may fill the daemon with requests for ever"
             with contextlib.suppress(BlockingIOError):
@@ -196,9 +196,9 @@ def test_waiting_twice(vmd: UsersDaemon) -> None:
             assert answer.code == errno.EALREADY
 
 
-def test_as_many_connections_as_there_are(vmd: UsersDaemon) -> None:
+def test_a_user_who_opens_all_their_connections(vmd: UsersDaemon) -> None:
     """A user has a share of the connections.  One more is refused with a message, and others are served meanwhile."""
-    clients = [vmd.connect_as(EVE) for _ in range(MAX_CLIENTS_PER_USER - 1)]  # she has one more (`daemon`)
+    clients = [vmd.connect_as(EVE) for _ in range(MAX_CLIENTS_PER_USER - 1)]  # the user has one more (`daemon`)
     try:
         for client in clients:
             send(client, NicsRequest(name="hers"))
@@ -245,7 +245,7 @@ def test_descriptors_with_requests_that_have_none(vmd: UsersDaemon, count: int) 
     os.close(writer)
     poll = select.poll()
     poll.register(reader)
-    assert poll.poll(DEADLINE_S * 1000)[0][1] & select.POLLHUP  # nobody has it open any more
+    assert poll.poll(DEADLINE_S * 1000)[0][1] & select.POLLHUP  # no process has it open any more
     os.close(reader)
 
 
@@ -274,7 +274,7 @@ def test_descriptors_of_a_refused_start_are_closed(vmd: UsersDaemon) -> None:
 # --- nonsense --------------------------------------------------------------------------------------------
 
 
-def test_messages_that_are_none_of_a_client_s(vmd: UsersDaemon) -> None:
+def test_messages_that_clients_must_not_send(vmd: UsersDaemon) -> None:
     """A message between the daemon's own processes ends the connection, also for root."""
     reserved = [each.code for each in MESSAGES if (Proc.CLIENT, Proc.CONTROL) not in each.routes]
     assert len(reserved) > 20
@@ -298,7 +298,7 @@ def test_a_request_that_no_vmd_knows_yet(vmd: UsersDaemon) -> None:
         assert cut_off(client)
 
 
-def test_answers_go_in_the_form_that_the_client_speaks(vmd: UsersDaemon) -> None:
+def test_answers_have_the_form_of_the_client(vmd: UsersDaemon) -> None:
     """Answers are by name after a Hello, and in the form of the first release without one."""
     for greeting, named in ((b"", False), (encode(Hello(version=2), form=Form.NAMED)[0], True)):
         with vmd.connect_as(EVE) as client:
@@ -321,7 +321,7 @@ def test_random_changes_of_real_requests(vmd: UsersDaemon) -> None:
         packet = packet[: chance.choice((len(packet), chance.randrange(len(packet))))]
         try:
             client.send(packet)
-            # It may have become a request that waits; a ListRequest behind it is answered all the same.
+            # The changed request may be one that waits.  A ListRequest after it is answered nevertheless.
             send(client, ListRequest())
             while not isinstance(answer := receive(client), End | None):
                 pass
@@ -333,7 +333,7 @@ def test_random_changes_of_real_requests(vmd: UsersDaemon) -> None:
     client.close()
 
 
-def test_who_lies_about_himself_is_not_believed(vmd: UsersDaemon) -> None:
+def test_false_credentials_are_ignored(vmd: UsersDaemon) -> None:
     """False credentials are ignored, in the message and in its header."""
     for request in (
         StopRequest(name="other", force=True, caller=Caller(uid=0, gid=0, pid=1)),
@@ -349,7 +349,7 @@ def test_who_lies_about_himself_is_not_believed(vmd: UsersDaemon) -> None:
 @pytest.mark.parametrize(
     "name", ["../../etc/passwd", "a\x1b]0;title\x07", "x\ny", "\u202egnp", "n" * 63, "", "0", "-1", "%n%s"]
 )
-def test_names_of_nobody(vmd: UsersDaemon, name: str) -> None:
+def test_unknown_names(vmd: UsersDaemon, name: str) -> None:
     """A name with any content is only returned to the client that sent it."""
     for request in (
         StartRequest(name=name), StopRequest(name=name), WaitRequest(name=name), ConsoleRequest(name=name),
@@ -361,12 +361,12 @@ def test_names_of_nobody(vmd: UsersDaemon, name: str) -> None:
         assert answer.code == errno.ENOENT
     assert "\x1b" not in vmd.log
     done = vmd.vmctl_as(EVE, "stop", "--", name)
-    assert done.returncode in (2, 4)  # 2: it can be no VM's
+    assert done.returncode in (2, 4)  # 2: no VM can have this name
     assert not any(ord(c) < 32 and c != "\n" for c in done.stderr.expandtabs()), done.stderr
 
 
-def test_numbers_of_nobody(vmd: UsersDaemon) -> None:
-    """Negative and very large ids: there is no such VM."""
+def test_unknown_ids(vmd: UsersDaemon) -> None:
+    """No VM has a negative or a very large id."""
     for vmid in (-1, 1 << 31, 1 << 32, (1 << 63) - 1, -(1 << 63), 99):
         answer = vmd.ask_as(EVE, StopRequest(vmid=vmid))
         assert isinstance(answer, Failed)
@@ -412,7 +412,7 @@ def test_viewers_take_a_console_from_each_other(vmd: UsersDaemon) -> None:
         while isinstance(answer := receive(client), ConsoleOutput):
             pass
         if client is not clients[-1] and isinstance(answer, ConsoleAttached):
-            answer = receive(client)  # that it is taken may come before or after
+            answer = receive(client)  # the message about the takeover may come before or after it
         assert isinstance(answer, ConsoleAttached if client is clients[-1] else Failed | ConsoleAttached)
     assert len(os.listdir(f"/proc/{vmd.pid}/fd")) <= before + 4  # the pty that was taken last, for a moment
     for client in clients:
@@ -433,7 +433,7 @@ def watched(client: socket.socket, since: int | None) -> ConsoleWatched:
     return answer
 
 
-def test_watchers_that_see_more_than_there_is(vmd: UsersDaemon) -> None:
+def test_watchers_with_false_positions(vmd: UsersDaemon) -> None:
     """Watchers give positions outside the output, and send too many requests at a time."""
     for since in (-1, -(1 << 63)):
         with vmd.connect_as(EVE) as client:

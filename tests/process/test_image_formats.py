@@ -78,7 +78,7 @@ def test_disk_without_a_format_is_refused_by_name(tmp_path: Path, name: str, mak
 
 @pytest.mark.deep
 def test_luks_container_of_qemu_is_refused_by_name(tmp_path: Path) -> None:
-    """Its key takes QEMU seconds to make; the command that is named opens it, given the passphrase in a file."""
+    """The command in the message opens it with a passphrase from a file.  QEMU needs seconds to make the key."""
     path, secret = tmp_path / "a,b.luks", tmp_path / "PASSPHRASE-FILE"
     luks(path)
     secret.write_text("secret")
@@ -136,7 +136,7 @@ def test_base_without_a_recorded_format_is_refused_by_name(tmp_path: Path, name:
 def test_copy_is_refused_by_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, make: Make
 ) -> None:
-    """`vmctl create -i` of a container would be a copy of the container; raw: makes that one."""
+    """`vmctl create -i` would copy the container instead of the disk in it.  The prefix `raw:` permits that."""
     monkeypatch.chdir(tmp_path)
     make(Path("a"))
     if FOREIGN[name].content:
@@ -163,7 +163,7 @@ COMPRESSED = ["gzip", "xz", "zstd", "bzip2", "lz4"]
 @pytest.mark.parametrize(
     ("label", "named"), [(label, False) for label in IMAGES + COMPRESSED] + [(label, True) for label in COMPRESSED]
 )
-def test_command_that_is_named_does_it(tmp_path: Path, label: str, named: bool) -> None:
+def test_the_command_in_the_message_works(tmp_path: Path, label: str, named: bool) -> None:
     """The command from the message makes a usable image."""
     name, make = next((name, make) for name, found, make in SAMPLES if found == label)
     path = tmp_path / f"a, 'quoted' \"name\".{NAMES.get(label, label) if named else 'disk'}"
@@ -198,7 +198,7 @@ def test_paths_are_words_of_a_shell(path: str) -> None:
 
 @contents
 def test_disk_that_begins_like_an_archive_is_used_with_a_warning(tmp_path: Path, name: str, make: Make) -> None:
-    """A guest writes archives to whole disks, and has to start again; the length of those it cannot change."""
+    """A guest may write an archive to its disk, and must still start.  It cannot change the length of the disk."""
     path = tmp_path / "disk"
     make(path)
     whole_sectors(path)
@@ -214,7 +214,7 @@ def test_disk_that_begins_like_an_archive_is_used_with_a_warning(tmp_path: Path,
 
 
 @contents
-def test_archive_that_is_called_so_is_refused(tmp_path: Path, name: str, make: Make) -> None:
+def test_an_archive_with_the_name_of_one_is_refused(tmp_path: Path, name: str, make: Make) -> None:
     """It is refused with any length, because the guest does not choose the name."""
     if not FOREIGN[name].names:
         return
@@ -257,7 +257,7 @@ def writes(path: Path, offset: int, data: bytes) -> int:
 def test_guest_cannot_make_its_disk_unstartable(
     tmp_path: Path, name: str, make: Make, size: int, called: str
 ) -> None:
-    """Whatever it writes to its ends: either the write fails, or the disk is started as raw the next time."""
+    """A write to the ends of the disk fails, or the disk is raw at the next start."""
     make(tmp_path / "sample")
     sample = (tmp_path / "sample").read_bytes()
     path = tmp_path / (called if called != "disk" else f"disk{(FOREIGN[name].names or ('.img',))[0]}")
@@ -276,7 +276,7 @@ def test_guest_cannot_make_its_disk_unstartable(
 
 
 def test_guest_that_writes_at_random_keeps_its_disk(tmp_path: Path) -> None:
-    """In pieces of any size, of disks of any size, byte by byte out of signatures: it is always raw afterwards."""
+    """Pieces of signatures are written to disks of several sizes.  Each disk is raw afterwards."""
     choice = random.Random(5)
     for number, (_, _, make) in enumerate(SAMPLES):
         make(tmp_path / f"sample{number}")
@@ -299,7 +299,7 @@ def test_guest_that_writes_at_random_keeps_its_disk(tmp_path: Path) -> None:
 
 
 def test_kernel_given_as_disk(tmp_path: Path) -> None:
-    """An ELF file and a bzImage have lengths of their own."""
+    """An ELF file and a bzImage are refused as disks."""
     (tmp_path / "vmlinux").write_bytes(b"\x7fELF" + bytes(5000))
     linux = bytearray(9000 + 3)
     linux[510:512], linux[0x202:0x206] = b"\x55\xaa", b"HdrS"
@@ -344,7 +344,7 @@ def test_iso_image_is_a_disc_and_a_disk(tmp_path: Path) -> None:
 
 
 def test_dump_of_cd_sectors_is_no_disc(tmp_path: Path) -> None:
-    """The BIN file of a CUE sheet: its sectors have heads."""
+    """The BIN file of a CUE sheet is refused, because its sectors have headers."""
     (tmp_path / "a.bin").write_bytes((b"\0" + b"\xff" * 10 + b"\0" + bytes(2340)) * 20)
 
     with pytest.raises(OperatorError, match="is a dump of CD sectors of 2352 bytes; convert it: bchunk"):
@@ -354,7 +354,7 @@ def test_dump_of_cd_sectors_is_no_disc(tmp_path: Path) -> None:
 # --- *.qcow2 ------------------------------------------------------------------------------------------------------
 
 
-def test_derived_image_that_is_called_qcow2_is_one(tmp_path: Path) -> None:
+def test_a_derived_image_may_be_named_qcow2(tmp_path: Path) -> None:
     """The name states the format, as `format qcow2` does."""
     create(str(tmp_path / "base.qcow2"), "qcow2", MIB)
     create(str(tmp_path / "top.qcow2"), "qcow2", MIB, "base.qcow2", "qcow2")
@@ -369,7 +369,7 @@ def test_derived_image_that_is_called_qcow2_is_one(tmp_path: Path) -> None:
     assert refusal(tmp_path / "top.img", in_conf=False).endswith(f"give it as qcow2:{tmp_path}/top.img")
 
 
-def test_raw_image_that_is_called_qcow2_is_never_raw(tmp_path: Path) -> None:
+def test_a_raw_image_named_qcow2_is_refused(tmp_path: Path) -> None:
     """It is raw only with `format raw`, because its guest could write a qcow2 header."""
     path = tmp_path / "disk.QCOW2"
     path.write_bytes(bytes(MIB))
@@ -383,8 +383,8 @@ def test_raw_image_that_is_called_qcow2_is_never_raw(tmp_path: Path) -> None:
     found.close()
 
 
-def test_what_vmctl_made_vmctl_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A derived image by its name, without a prefix."""
+def test_vmctl_copies_its_own_derived_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A derived image with the name of a qcow2 image needs no prefix."""
     monkeypatch.chdir(tmp_path)
     for arguments in (["-s", "2M", "base.qcow2"], ["-b", "base.qcow2", "top.qcow2"], ["-i", "top.qcow2", "copy.raw"]):
         assert run(Session(), parse(CREATE, arguments)) == 0
@@ -392,12 +392,12 @@ def test_what_vmctl_made_vmctl_copies(tmp_path: Path, monkeypatch: pytest.Monkey
     assert Path("copy.raw").read_bytes() == bytes(2 * MIB)
 
 
-# --- bytes from anybody -------------------------------------------------------------------------------------------
+# --- untrusted bytes ----------------------------------------------------------------------------------------------
 
 
 @every_sample
-def test_every_prefix_is_told_apart(tmp_path: Path, name: str, make: Make) -> None:
-    """Hostile input 52: whatever is cut off, an answer or a sentence comes."""
+def test_every_prefix_of_a_sample_is_recognized_or_refused(tmp_path: Path, name: str, make: Make) -> None:
+    """Hostile input 52: each prefix of a sample is recognized, or refused with a sentence."""
     path = tmp_path / "cut"
     make(path)
     size = path.stat().st_size
@@ -407,8 +407,8 @@ def test_every_prefix_is_told_apart(tmp_path: Path, name: str, make: Make) -> No
             answered(path, hint)
 
 
-def test_random_bytes_are_told_apart(tmp_path: Path) -> None:
-    """Hostile input 52: the same for noise, and for samples with noise in them."""
+def test_random_bytes_are_recognized_or_refused(tmp_path: Path) -> None:
+    """Hostile input 52: the same for random bytes, and for samples with random changes."""
     choice = random.Random(52)
     make = compressed("gzip")
     make(tmp_path / "sample")

@@ -52,7 +52,7 @@ def virtual_size(path: Path) -> int:
 
 @pytest.mark.parametrize(("options", "levels"), GROWN)
 def test_a_disk_grows_again_and_again(tmp_path: Path, options: str, levels: int) -> None:
-    """Between requests of all kinds; the tables of small clusters move several times."""
+    """It grows between requests of all kinds.  The tables of small clusters move several times."""
     size = 2 * MIB + 3 * 512
     paths, flat = make_chain(tmp_path, options, size, levels)
     image = opened(*paths, writable=True, formats=chain_formats(paths))
@@ -74,7 +74,7 @@ def test_a_disk_grows_again_and_again(tmp_path: Path, options: str, levels: int)
 @pytest.mark.deep
 @pytest.mark.parametrize("cluster", ["512", "2k", "64k"])
 def test_a_large_table_finds_room_in_a_file_full_of_holes(tmp_path: Path, cluster: str) -> None:
-    """It lies in one piece: in a gap, behind the end, and behind refcount blocks of its own where one is too small."""
+    """The table is one contiguous piece: in a gap, behind the end, or behind new refcount blocks of its own."""
     path = tmp_path / "image"
     qemu("qemu-img", "create", "-qf", "qcow2", "-o", f"cluster_size={cluster}", path, "1M")
     image = opened_qcow2(path)
@@ -100,8 +100,8 @@ def test_a_large_table_finds_room_in_a_file_full_of_holes(tmp_path: Path, cluste
 
 
 @pytest.mark.parametrize("compat", ["1.1", "0.10"])
-def test_a_backing_file_that_is_larger_does_not_come_out(tmp_path: Path, compat: str) -> None:
-    """What it has behind the end of the disk above is not the disk's; version 2 cannot say so, and is refused."""
+def test_the_rest_of_a_larger_backing_file_stays_hidden(tmp_path: Path, compat: str) -> None:
+    """Data behind the end of the overlay is not part of its disk.  Version 2 cannot record that, and is refused."""
     base, path = tmp_path / "base", tmp_path / "top"
     base.write_bytes(random.Random(1).randbytes(5 * MIB))
     size = MIB + 3 * 512
@@ -122,8 +122,8 @@ def test_a_backing_file_that_is_larger_does_not_come_out(tmp_path: Path, compat:
     assert problems(path) == {}
 
 
-def test_what_a_table_has_behind_the_end_of_the_disk_does_not_come_out(tmp_path: Path) -> None:
-    """As left by somebody who has made the disk smaller and its tables not."""
+def test_table_entries_behind_the_end_of_the_disk_stay_hidden(tmp_path: Path) -> None:
+    """Another program may have made the disk smaller, and not its tables."""
     path = tmp_path / "image"
     qemu("qemu-img", "create", "-qf", "qcow2", path, "4M")
     image = opened_qcow2(path)
@@ -142,7 +142,7 @@ def test_what_a_table_has_behind_the_end_of_the_disk_does_not_come_out(tmp_path:
 
 
 def test_snapshots_in_the_image_keep_their_own_size(tmp_path: Path) -> None:
-    """QEMU goes back to one, and the disk is as large and has what it had."""
+    """QEMU goes back to one.  The disk then has its former size and content."""
     path = tmp_path / "image"
     qemu("qemu-img", "create", "-qf", "qcow2", "-o", "cluster_size=512", path, "1M")
     image = opened_qcow2(path)
@@ -163,28 +163,28 @@ def test_snapshots_in_the_image_keep_their_own_size(tmp_path: Path) -> None:
     assert problems(path) == {}
 
 
-def test_snapshots_that_do_not_say_how_large_the_disk_was(tmp_path: Path) -> None:
-    """Those of version 2: whoever goes back to one would have a disk of the wrong size."""
+def test_snapshots_without_the_size_of_the_disk(tmp_path: Path) -> None:
+    """Snapshots of version 2 prevent growth: after going back to one, the disk would have the wrong size."""
     path = tmp_path / "image"
     qemu("qemu-img", "create", "-qf", "qcow2", "-o", "compat=0.10", path, "1M")
     qemu("qemu-img", "snapshot", "-c", "first", path)
     raw = bytearray(path.read_bytes())
     table = int.from_bytes(raw[64:72], "big")
-    raw[table + 36 : table + 48] = bytes(4) + b"1first\0\0"  # as before there was more to say
+    raw[table + 36 : table + 48] = bytes(4) + b"1first\0\0"  # without the extra data, as in old images
     path.write_bytes(raw)
     image = opened_qcow2(path)
 
     with pytest.raises(OSError, match=r"snapshot first in it does not record the size of the disk; delete it first$"):
         image.grow(4 * MIB)
 
-    image.grow(MIB)  # which it is
+    image.grow(MIB)  # the present size
     image.close()
     assert path.read_bytes() == raw
 
 
 @pytest.mark.parametrize("image_format", ["raw", "qcow2"])
 def test_a_disk_is_never_made_smaller(tmp_path: Path, image_format: str) -> None:
-    """Whatever was asked for, it is as it was."""
+    """A request for a smaller size changes nothing."""
     path = tmp_path / "image"
     qemu("qemu-img", "create", "-qf", image_format, path, "4M")
     image = opened(path, writable=True, formats=(image_format,))
@@ -198,7 +198,7 @@ def test_a_disk_is_never_made_smaller(tmp_path: Path, image_format: str) -> None
 
 
 def test_raw_files(tmp_path: Path) -> None:
-    """One that ends inside a sector, and one that somebody has made longer meanwhile."""
+    """A file may end inside a sector, and may have been made longer or shorter meanwhile."""
     path = tmp_path / "image"
     path.write_bytes(b"x" * 1000)
     image = opened(path, writable=True, formats=("raw",))
@@ -219,8 +219,8 @@ def test_raw_files(tmp_path: Path) -> None:
     image.close()
 
 
-def test_a_device_is_as_large_as_it_is(tmp_path: Path) -> None:
-    """A logical volume is made larger by its own tools; then the disk is."""
+def test_a_disk_on_a_device_grows_with_the_device(tmp_path: Path) -> None:
+    """Its own tools make a logical volume larger.  Only then does the disk grow."""
     with LoopDevice(tmp_path / "backing", 4 * MIB) as device:
         image = opened(device.path, writable=True, formats=("raw",))
         with pytest.raises(OSError, match=f"is a device of {4 * MIB} bytes, and the disk has the size of its device$"):
@@ -233,8 +233,8 @@ def test_a_device_is_as_large_as_it_is(tmp_path: Path) -> None:
     assert (tmp_path / "backing").read_bytes()[-512:] == b"e" * 512
 
 
-def test_who_only_reads_a_disk_cannot_make_it_larger(tmp_path: Path) -> None:
-    """The image says so, not the kernel."""
+def test_a_read_only_disk_does_not_grow(tmp_path: Path) -> None:
+    """Our own code refuses, before the kernel would."""
     for image_format in ("raw", "qcow2"):
         path = tmp_path / image_format
         qemu("qemu-img", "create", "-qf", image_format, path, "1M")

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 SECTOR = 512
-UNIT = 8 * KIB  # each holds one number, in each of its sectors
+UNIT = 8 * KIB  # a unit holds one number, repeated in each of its sectors
 UNITS = 256
-ANY = -1  # what a discard leaves
+ANY = -1  # the content after a discard is undefined
 BARRIER = (-1, b"")
 CUTS = 50
 
@@ -48,7 +48,7 @@ class Recorder:
         return length
 
     def fdatasync(self, fd: int) -> None:
-        """Record that all before it is safe."""
+        """Record that all earlier operations are safe."""
         self.real[1](fd)
         self.done.append(BARRIER)
 
@@ -66,7 +66,7 @@ class Recorder:
             self.done.append((offset, bytes(end - offset)))
 
     def barriers(self, after: int = 0) -> list[int]:
-        """Return the numbers of the barriers from some operation on."""
+        """Return the numbers of the barriers from operation `after` on."""
         return [number for number in range(after, len(self.done)) if self.done[number] is BARRIER]
 
     def safe(self, at: int) -> int:
@@ -74,7 +74,7 @@ class Recorder:
         return max((number for number in range(at) if self.done[number] is BARRIER), default=0)
 
     def any_sectors(self, at: int, choice: random.Random) -> "Callable[[int], bool]":
-        """Return what decides of each sector that an operation before `at` wrote whether it reaches the disk."""
+        """Return a function that tells whether a sector written before operation `at` reaches the disk."""
         one = choice.randrange(self.safe(at), at)
         return choice.choice((
             lambda _number: False,
@@ -84,7 +84,7 @@ class Recorder:
         ))  # fmt: skip
 
     def after_cut(self, at: int, reaches: "Callable[[int], bool]") -> bytes:
-        """Return the file if the power goes before operation `at`, and some of what was not safe is lost."""
+        """Return the file after a power cut before operation `at`, where sectors that were not safe may be lost."""
         safe = self.safe(at)
         file = bytearray(self.before)
         for number, (offset, data) in enumerate(self.done[:at]):
@@ -122,7 +122,7 @@ def bounds(moments: list[tuple[int, list[set[int]]]], index: int) -> tuple[int, 
 def test_power_cut_leaves_a_consistent_image(
     tmp_path: Path, options: str, based: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At any moment: no corruption, and every unit holds what it held at the last flush, or was given since."""
+    """The image is never corrupt.  Every unit has its number from the last flush, or a later one."""
     path, base, cut = tmp_path / "image", tmp_path / "base", tmp_path / "cut"
     base.write_bytes(bytes(UNITS * UNIT))
     below = ("-F", "raw", "-b", base) if based else ()
@@ -132,7 +132,7 @@ def test_power_cut_leaves_a_consistent_image(
     image = opened(*paths, writable=True, formats=("qcow2", "raw")[: len(paths)])
     recorder = Recorder(path, monkeypatch)
     latest = [0] * UNITS
-    moments: list[tuple[int, list[set[int]]]] = []  # number of operations, and what was possible then
+    moments: list[tuple[int, list[set[int]]]] = []  # (number of operations, possible numbers of each unit at that time)
     possible = [{0} for _ in range(UNITS)]
 
     for number in range(1, 400):
@@ -156,7 +156,7 @@ def test_power_cut_leaves_a_consistent_image(
     flushes = [index for index in range(1, len(moments)) if BARRIER in recorder.done[slice(*bounds(moments, index))]]
     for _ in range(CUTS):
         index = choice.choice(flushes) if choice.random() < 0.8 else choice.randrange(1, len(moments))
-        # In the middle of a request, too: what it may leave is what was possible before or after it.
+        # A cut in the middle of a request may leave the content before or after it.
         (start, earlier), (end, later) = moments[index - 1], moments[index]
         at = choice.randint(max(1, start), max(1, end))
         cut.write_bytes(recorder.after_cut(at, recorder.any_sectors(at, choice)))
@@ -180,7 +180,7 @@ def consistent(path: Path) -> bool:
 
 
 def test_power_cut_while_the_refcount_table_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The header leads to the new table only when that is there."""
+    """The header points to the new table only after the table is on the disk."""
     path, cut = tmp_path / "image", tmp_path / "cut"
     qemu("qemu-img", "create", "-qf", "qcow2", "-o", "cluster_size=512,refcount_bits=64", path, "4M")
     image = opened(path, writable=True)
@@ -194,18 +194,18 @@ def test_power_cut_while_the_refcount_table_grows(tmp_path: Path, monkeypatch: p
     moved = [number for number, (offset, _) in enumerate(recorder.done) if offset == AT_REFCOUNT_TABLE]
     assert moved
     for number in moved:
-        for reaches in (True, False):  # of all that is not safe by then only this, or all but this
+        for reaches in (True, False):  # of all unsafe writes only this one, or all except this one
             cut.write_bytes(recorder.after_cut(number + 1, lambda one: (one == number) is reaches))  # noqa: B023
             assert consistent(cut)
 
 
 def test_power_cut_while_refcount_blocks_are_added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No table that is in use refers to a cluster before the block that counts it is known and there."""
+    """No used table refers to a cluster before its refcount block is on the disk and in the refcount table."""
     path, cut = tmp_path / "image", tmp_path / "cut"
     qemu("qemu-img", "create", "-qf", "qcow2", "-o", "cluster_size=512,refcount_bits=64", path, "1M")
     image = opened(path, writable=True)
     for offset in range(0, MIB, 32 * KIB):
-        write(image, offset, b"a" * SECTOR)  # every L2 table is there from now on
+        write(image, offset, b"a" * SECTOR)  # all L2 tables exist from now on
     image.flush()
     recorder = Recorder(path, monkeypatch)
     for offset in range(SECTOR, MIB, 16 * KIB):
@@ -227,7 +227,7 @@ def test_power_cut_while_refcount_blocks_are_added(tmp_path: Path, monkeypatch: 
 
 @pytest.mark.parametrize("based", [False, True])
 def test_power_cut_while_a_disk_grows(tmp_path: Path, based: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It has one size or the other, what was in it, and zeroes in what is new; never what a backing file has there."""
+    """It has the old or the new size, its content, and zeroes in the new part, never data of a backing file."""
     path, base, cut = tmp_path / "image", tmp_path / "base", tmp_path / "cut"
     before, after = 1 * MIB, 4 * MIB
     content = random.Random(1).randbytes(before)

@@ -63,8 +63,8 @@ SCRIBBLES = [
 
 
 @pytest.mark.parametrize(("options", "levels"), SCRIBBLES)
-def test_scribble_leaves_what_a_flat_disk_would_have(tmp_path: Path, options: str, levels: int) -> None:
-    """Random requests of every kind, then QEMU finds a clean image with the right content."""
+def test_random_requests_leave_the_right_content(tmp_path: Path, options: str, levels: int) -> None:
+    """After random requests of every kind, QEMU finds a clean image with the content of a flat disk."""
     size = 6 * MIB + 3 * 512
     paths, flat = make_chain(tmp_path, options, size, levels)
     image = opened(*paths, writable=True, formats=chain_formats(paths))
@@ -78,7 +78,7 @@ def test_scribble_leaves_what_a_flat_disk_would_have(tmp_path: Path, options: st
 
 @pytest.mark.parametrize("levels", [0, 1])
 def test_scribble_by_several_threads(tmp_path: Path, levels: int) -> None:
-    """Threads that each have their sectors, spread over the same clusters, never see another's."""
+    """Each thread has its own sectors in shared clusters, and never reads another's data."""
     size, threads, sector = 4 * MIB, 4, 512
     paths, flat = make_chain(tmp_path, "cluster_size=8k", size, levels)
     image = opened(*paths, writable=True, formats=chain_formats(paths))
@@ -115,7 +115,7 @@ def test_scribble_by_several_threads(tmp_path: Path, levels: int) -> None:
 @pytest.mark.parametrize("compat", ["0.10", "1.1"])
 @pytest.mark.parametrize("cluster_bits", range(9, 22))
 def test_image_of_qemu_reads_back_identically(tmp_path: Path, compat: str, cluster_bits: int) -> None:
-    """Every cluster size and both versions, plain and compressed, with a backing file."""
+    """Images have every cluster size, both versions, plain and compressed clusters, and a backing file."""
     size = 5 * MIB + 1024
     flat = flat_file(tmp_path / "raw", size, seed=cluster_bits)
     options = f"compat={compat},cluster_size={1 << cluster_bits}"
@@ -131,7 +131,7 @@ def test_image_of_qemu_reads_back_identically(tmp_path: Path, compat: str, clust
 @pytest.mark.parametrize("compat", ["0.10", "1.1"])
 @pytest.mark.parametrize("cluster_bits", [9, 12, 16, 21])
 def test_overlay_of_qemu_reads_back_identically(tmp_path: Path, compat: str, cluster_bits: int) -> None:
-    """On a base of another cluster size that is shorter: behind its end there are zeroes."""
+    """The base is shorter, and has another cluster size.  Behind its end there are zeroes."""
     size, below = 4 * MIB + 512, 3 * MIB - 1536
     flat = flat_file(tmp_path / "raw", below, seed=cluster_bits) + bytes(size - below)
     base, top = tmp_path / "base", tmp_path / "top"
@@ -158,7 +158,7 @@ def test_overlay_of_qemu_reads_back_identically(tmp_path: Path, compat: str, clu
 @pytest.mark.parametrize("mode", ["off", "metadata", "falloc", "full"])
 @pytest.mark.parametrize("more", ["lazy_refcounts=on", "refcount_bits=1", "cluster_size=4k", "compat=0.10"])
 def test_preallocated_image_reads_back_identically(tmp_path: Path, mode: str, more: str) -> None:
-    """What QEMU has reserved and never written reads as zeroes; what it has written and zeroed, discarded too."""
+    """Clusters that QEMU has only reserved read as zeroes.  So do those that it has zeroed or discarded."""
     path, size = tmp_path / "image", 2 * MIB
     qemu("qemu-img", "create", "-qf", "qcow2", "-o", f"preallocation={mode},{more}", path, size)
     commands = ["write -P 3 0 300k", "write -P 4 700k 1", "write -z 64k 130k", "discard 512k 256k", "write -z -u 1M 4k"]
@@ -177,7 +177,7 @@ def test_preallocated_image_reads_back_identically(tmp_path: Path, mode: str, mo
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8, 16, 32, 64])
 def test_every_refcount_width_is_written(tmp_path: Path, bits: int) -> None:
-    """Compressed clusters are replaced, and their places used again; the image is clean after it."""
+    """Compressed clusters are replaced, and their places used again.  The image is clean afterwards."""
     size = 4 * MIB
     flat = flat_file(tmp_path / "raw", size, seed=bits, density=0.9)
     path = tmp_path / "image"
@@ -195,7 +195,7 @@ def test_every_refcount_width_is_written(tmp_path: Path, bits: int) -> None:
 
 
 def test_internal_snapshot_keeps_its_content(tmp_path: Path) -> None:
-    """What a snapshot refers to is copied before it is changed, tables included."""
+    """Clusters and tables of a snapshot are copied before a change."""
     path = tmp_path / "image"
     before = flat_file(tmp_path / "raw", 4 * MIB, seed=5)
     qemu("qemu-img", "convert", "-f", "raw", "-O", "qcow2", "-o", "cluster_size=4k", tmp_path / "raw", path)
@@ -213,7 +213,7 @@ def test_internal_snapshot_keeps_its_content(tmp_path: Path) -> None:
 
 
 def test_refcount_table_grows(tmp_path: Path) -> None:
-    """An image of tiny clusters and wide refcounts outgrows its first refcount table several times."""
+    """An image with tiny clusters and wide refcounts needs a larger refcount table several times."""
     path = tmp_path / "image"
     qemu("qemu-img", "create", "-qf", "qcow2", "-o", "cluster_size=512,refcount_bits=64", path, "24M")
     image = opened_qcow2(path)
@@ -230,7 +230,7 @@ def test_refcount_table_grows(tmp_path: Path) -> None:
 
 
 def test_freed_clusters_are_used_again(tmp_path: Path) -> None:
-    """Data written, discarded and written elsewhere takes its room once."""
+    """Data that is written, discarded and written elsewhere takes room only once."""
     path = tmp_path / "image"
     create(str(path), "qcow2", 64 * MIB)
     image = opened_qcow2(path)
@@ -249,13 +249,13 @@ def test_freed_clusters_are_used_again(tmp_path: Path) -> None:
 
 
 def test_discarded_clusters_give_their_storage_back(tmp_path: Path) -> None:
-    """After the flush that frees them, the host has the room again: fstrim in a guest is worth something."""
+    """After the flush that frees them, the host has the room again, so fstrim in a guest is useful."""
     path = tmp_path / "image"
     create(str(path), "qcow2", 64 * MIB)
     image = opened_qcow2(path)
     write(image, 0, random.Random(3).randbytes(8 * MIB))
     image.flush()
-    os.fsync(image.fd)  # blocks are given when data is written back
+    os.fsync(image.fd)  # the file system allocates blocks when it writes data back
     before = path.stat().st_blocks
 
     image.discard(0, 7 * MIB)
@@ -268,7 +268,7 @@ def test_discarded_clusters_give_their_storage_back(tmp_path: Path) -> None:
 
 
 def test_dirty_image_is_written_without_trusting_its_refcounts(tmp_path: Path) -> None:
-    """Lazy refcounts of a writer that died: nothing it may have used is taken, and QEMU repairs it later."""
+    """With lazy refcounts of a killed writer, no cluster that it may have used is taken.  QEMU can repair it later."""
     path = tmp_path / "image"
     qemu("qemu-img", "create", "-qf", "qcow2", "-o", "lazy_refcounts=on,cluster_size=4k", path, "8M")
     with contextlib.suppress(subprocess.CalledProcessError):
@@ -323,7 +323,7 @@ def test_bitmaps_of_qemu_are_disowned_before_the_first_write(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("feature", ["extended_l2=on", "compression_type=zstd", "data_file=data"])
-def test_feature_that_we_lack_is_named(tmp_path: Path, feature: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unsupported_feature_is_named(tmp_path: Path, feature: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The refusal says what the image needs."""
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "image"
@@ -339,7 +339,7 @@ def test_feature_that_we_lack_is_named(tmp_path: Path, feature: str, monkeypatch
 
 @pytest.mark.parametrize("size", [0, 512, MIB, 5 * MIB + 512, 40 << 30, 9 << 40])
 def test_created_image_is_clean(tmp_path: Path, size: int) -> None:
-    """QEMU takes it for what we say it is."""
+    """QEMU reports the format and size that we chose."""
     path = tmp_path / "image"
 
     create(str(path), "qcow2", size)
@@ -351,7 +351,7 @@ def test_created_image_is_clean(tmp_path: Path, size: int) -> None:
 
 
 def test_created_overlay_names_its_base(tmp_path: Path) -> None:
-    """With path as typed and format, so that nobody has to guess."""
+    """The overlay records the path as it was typed, and the format, which then need not be guessed."""
     create(str(tmp_path / "base"), "qcow2", MIB)
 
     create(str(tmp_path / "top"), "qcow2", MIB, "base", "qcow2")
@@ -364,7 +364,7 @@ def test_created_overlay_names_its_base(tmp_path: Path) -> None:
 @pytest.mark.parametrize("target", ["raw", "qcow2"])
 @pytest.mark.parametrize("source", ["raw", "qcow2", "packed", "chain"])
 def test_conversion_keeps_content_and_holes(tmp_path: Path, source: str, target: str) -> None:
-    """From every kind to either, with the same bytes and no more room than needed."""
+    """Images of every kind become raw and qcow2 ones with the same bytes, which take no more room than needed."""
     size = 8 * MIB
     flat = flat_file(tmp_path / "source", size, seed=3, density=0.1)
     path = tmp_path / "source"
@@ -426,9 +426,9 @@ def locked_by_us(path: Path, *, writable: bool) -> int:
 
 @pytest.mark.parametrize(("first", "second"), [(True, True), (True, False), (False, True)])
 def test_writer_excludes_others_53(tmp_path: Path, first: bool, second: bool) -> None:
-    """Of two of whom one writes the second is refused, be it QEMU or one of ours (hostile 53)."""
+    """Of two users, at least one of which writes, the second is refused, QEMU or our process (hostile 53)."""
     path = tmp_path / "image"
-    create(str(path), "qcow2", MIB)  # readers of raw files do not mind a writer, to QEMU
+    create(str(path), "qcow2", MIB)  # QEMU lets raw files be read while another process writes
     open_it = ("qemu-io", "-c", "length", path) if second else ("qemu-img", "info", path)
 
     fd = locked_by_us(path, writable=first)
@@ -444,7 +444,7 @@ def test_writer_excludes_others_53(tmp_path: Path, first: bool, second: bool) ->
 
 @pytest.mark.parametrize("writable", [True, False])
 def test_image_that_qemu_writes_is_refused_53(tmp_path: Path, writable: bool) -> None:
-    """Neither as a disk nor as a base."""
+    """It is refused as a disk and as a base."""
     path = tmp_path / "image"
     create(str(path), "raw", MIB)
 
@@ -467,8 +467,8 @@ def test_readers_share_53(tmp_path: Path) -> None:
         os.close(fd)
 
 
-def test_running_image_can_still_be_looked_at(tmp_path: Path) -> None:
-    """`qemu-img info -U` says that it does not mind a writer."""
+def test_qemu_can_inspect_a_running_image(tmp_path: Path) -> None:
+    """`qemu-img info -U` accepts a writer."""
     path = tmp_path / "image"
     create(str(path), "qcow2", MIB)
     fd = locked_by_us(path, writable=True)
@@ -482,7 +482,7 @@ class Recorded:
     """A prober without a process, which returns what images record."""
 
     def probe(self, fd: int, name: str, format_hint: str, *, boots: bool = False) -> Probe:
-        """Look."""
+        """Examine an image."""
         return probe(fd, name, format_hint)
 
 
@@ -509,7 +509,7 @@ def overlays(tmp_path: Path) -> tuple[Path, Path, Path]:
 
 
 def test_disk_of_a_vm_is_locked_for_qemu_53(overlays: tuple[Path, Path, Path]) -> None:
-    """Hostile input 53: its base as well, against all that would change it; nothing else is."""
+    """Hostile input 53: its base is locked too, against changes.  Other files are not locked."""
     base, one, other = overlays
     disk = disk_of(one)
 
@@ -530,7 +530,7 @@ def test_disk_of_a_vm_is_locked_for_qemu_53(overlays: tuple[Path, Path, Path]) -
 
 
 def test_disk_of_qemu_is_refused_by_name_53(overlays: tuple[Path, Path, Path]) -> None:
-    """Hostile input 53: the file that is in use is the one that is named; a base is shared with QEMU."""
+    """Hostile input 53: the message names the file in use.  A base can be shared with QEMU."""
     base, one, other = overlays
 
     with held_by_qemu(one, writable=True, image_format="qcow2"):
@@ -547,8 +547,8 @@ def test_disk_of_qemu_is_refused_by_name_53(overlays: tuple[Path, Path, Path]) -
     disk_of(one).close()
 
 
-def test_lock_is_the_device_process_s_53(overlays: tuple[Path, Path, Path]) -> None:
-    """Hostile input 53: it holds while that lives, whoever else has let go, and not a moment longer."""
+def test_the_device_process_holds_the_lock_53(overlays: tuple[Path, Path, Path]) -> None:
+    """Hostile input 53: the lock lasts as long as that process, after all other holders have closed the file."""
     _, one, _ = overlays
     disk = disk_of(one)
     notes = [devmsg.RESOURCE_QCOW2] * len(disk.links)

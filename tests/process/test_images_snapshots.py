@@ -74,12 +74,12 @@ def at_snapshot(path: Path, name: str) -> tuple[bytes, bytes]:
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_snapshots_are_what_qemu_takes_them_for(tmp_path: Path, options: str) -> None:
-    """Whoever makes, deletes or goes back to one, nothing is lost, leaked or damaged."""
+def test_qemu_and_we_use_the_same_snapshots(tmp_path: Path, options: str) -> None:
+    """QEMU and we make, delete and go back to snapshots in turn.  Nothing is lost, leaked or damaged."""
     path = tmp_path / "image"
     qemu("qemu-img", "create", "-qf", "qcow2", "-o", options, path, SIZE)
     choice = random.Random(options)
-    most = 1 if "refcount_bits=2" in options else 5  # QEMU counts one more while it goes back
+    most = 1 if "refcount_bits=2" in options else 5  # QEMU needs one more reference while it goes back
     disk = bytearray(SIZE)
     saved: dict[str, tuple[bytes, bytes]] = {}
     image = opened_qcow2(path)
@@ -142,7 +142,7 @@ def test_snapshots_are_what_qemu_takes_them_for(tmp_path: Path, options: str) ->
 def test_power_cut_leaves_all_or_nothing_of_a_snapshot(
     tmp_path: Path, options: str, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At any moment: not even a leak, and the disk and each snapshot are what they were before, or are afterwards."""
+    """There is not even a leak.  The disk and each snapshot have the content before the operation, or after it."""
     path, cut = tmp_path / "image", tmp_path / "cut"
     size = 512 * KIB
     qemu("qemu-img", "create", "-qf", "qcow2", "-o", options, path, size)
@@ -199,7 +199,7 @@ def snapshots_of(path: Path) -> list[Snapshot]:
 
 
 def test_snapshot_keeps_compressed_clusters_and_those_of_the_backing_file(tmp_path: Path) -> None:
-    """A compressed cluster counts for each cluster that it touches; what shines through is the backing file's."""
+    """A compressed cluster is counted in each cluster that it touches.  Unallocated clusters show the backing file."""
     base, path = tmp_path / "base", tmp_path / "image"
     content = random.Random(3).randbytes(64) * (SIZE // 64)
     base.write_bytes(content[: SIZE // 2])
@@ -250,7 +250,7 @@ def test_snapshot_without_room_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_abandoned_snapshot_leaves_no_room_taken(tmp_path: Path) -> None:
-    """Whatever state was written: the file is as before, and its storage is given back."""
+    """After any amount of written state, the file is as before, and its storage is freed."""
     path = tmp_path / "image"
     qemu("qemu-img", "create", "-qf", "qcow2", path, SIZE)
     image = opened_qcow2(path)
@@ -277,7 +277,7 @@ def test_abandoned_snapshot_leaves_no_room_taken(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_bad_name_of_a_snapshot_is_refused(tmp_path: Path, name: str, what: str) -> None:
-    """The sentence has the name; nothing is changed."""
+    """The sentence has the name, and nothing is changed."""
     path = tmp_path / "image"
     qemu("qemu-img", "create", "-qf", "qcow2", path, SIZE)
     image = opened_qcow2(path)
@@ -305,7 +305,7 @@ def test_refcounts_without_room_refuse_one_more_snapshot(tmp_path: Path) -> None
 
 
 def test_disk_goes_back_to_the_size_that_it_had(tmp_path: Path) -> None:
-    """A disk that has grown since then is as small again."""
+    """A disk that has grown since then has its earlier size again."""
     path = tmp_path / "image"
     qemu("qemu-img", "create", "-qf", "qcow2", path, SIZE)
     image = opened_qcow2(path)
@@ -324,8 +324,8 @@ def test_disk_goes_back_to_the_size_that_it_had(tmp_path: Path) -> None:
     assert at_snapshot(path, "small")[1] == b"state" * 1000
 
 
-def test_damaged_snapshot_table_is_refused_not_believed(tmp_path: Path) -> None:
-    """Every prefix of the table, and every number in it turned to ones: a sentence, or a table that can be used."""
+def test_a_damaged_snapshot_table_is_refused(tmp_path: Path) -> None:
+    """Each prefix of the table, and each number in it set to ones, gives a sentence or a usable table."""
     path = tmp_path / "image"
     qemu("qemu-img", "create", "-qf", "qcow2", "-o", "cluster_size=4k", path, SIZE)
     image = opened_qcow2(path)
@@ -370,8 +370,8 @@ def test_dirty_image_takes_no_snapshot(tmp_path: Path) -> None:
     image.close()
 
 
-def test_what_was_written_by_qemu_goes_on_under_it(tmp_path: Path) -> None:
-    """qemu-io writes to a disk that ours has made snapshots of, and all of these stay."""
+def test_qemu_writes_to_a_disk_with_our_snapshots(tmp_path: Path) -> None:
+    """qemu-io writes to a disk with our snapshots, and the snapshots keep their content."""
     path = tmp_path / "image"
     qemu("qemu-img", "create", "-qf", "qcow2", path, SIZE)
     image = opened_qcow2(path)
@@ -389,8 +389,8 @@ def test_what_was_written_by_qemu_goes_on_under_it(tmp_path: Path) -> None:
     assert qcow2_content(path, tmp_path / "raw")[:MIB] == b"a" * MIB
 
 
-def test_mark_of_several_disks_goes_with_the_change(tmp_path: Path) -> None:
-    """Until then it is there, also for who looks at the image only; whoever gives up takes it off, as QEMU does."""
+def test_the_mark_of_several_disks_is_removed_with_the_change(tmp_path: Path) -> None:
+    """Until the end of the change a probe finds the mark.  An abandoned change removes it, as QEMU would."""
     path = tmp_path / "image"
     qemu("qemu-img", "create", "-qf", "qcow2", path, SIZE)
     image = opened_qcow2(path)
@@ -412,7 +412,7 @@ def test_mark_of_several_disks_goes_with_the_change(tmp_path: Path) -> None:
     assert problems(path) == {}
 
 
-def test_image_whose_refcounts_are_too_many_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_with_too_many_refcounts_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The image is refused with a message, before memory runs out."""
     path = tmp_path / "image"
     qemu("qemu-img", "create", "-qf", "qcow2", "-o", "refcount_bits=1", path, SIZE)
@@ -424,8 +424,8 @@ def test_image_whose_refcounts_are_too_many_is_refused(tmp_path: Path, monkeypat
     image.close()
 
 
-def test_table_that_leads_behind_all_refcounts_is_corrupt(tmp_path: Path) -> None:
-    """Nothing is changed then."""
+def test_a_table_entry_without_a_refcount_is_corruption(tmp_path: Path) -> None:
+    """The operation is refused, and changes nothing."""
     path = tmp_path / "image"
     qemu("qemu-img", "create", "-qf", "qcow2", path, SIZE)
     image = opened_qcow2(path)

@@ -25,7 +25,7 @@ from vmd.privsep.spawn import Child
 
 pytestmark = pytest.mark.root
 
-USER = pwd.getpwnam("nobody")  # any user does
+USER = pwd.getpwnam("nobody")  # any user will do
 DEADLINE_S = 60.0
 KERNEL = bytes(range(256)) * 4096 + bytes(2 * MIB) + b"end"  # with a hole
 FILES: Files = {
@@ -49,7 +49,7 @@ def disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def imgboot(cell: Cell) -> "Iterator[Reader]":
-    """Give the process."""
+    """Give an imgboot process."""
     child, sock = start_probe(cell, entry=IMGBOOT_ENTRY, title="imgboot")
     with sock:
         yield Reader(cell, child, sock)
@@ -57,7 +57,7 @@ def imgboot(cell: Cell) -> "Iterator[Reader]":
 
 
 class Reader:
-    """A process that reads from disks, used as an opener uses it."""
+    """A process that reads from disks, and the requests of an opener to it."""
 
     def __init__(self, cell: Cell, child: Child, sock: socket.socket) -> None:
         self.cell = cell
@@ -66,7 +66,7 @@ class Reader:
         self.options = ""
 
     def read(self, config: DiskConfig, file: DiskFile, most: int = 8 * MIB) -> tuple[str, bytes]:
-        """Return where a file was found, and what is in it."""
+        """Return the place of a file, and its content."""
         found = FromDisks()
         disk = open_disk(config, ImageProber(self.cell))
         with closing(disk), closing(found):
@@ -77,19 +77,19 @@ class Reader:
             return found.kernel_name, os.pread(fd, 2 * len(KERNEL), 0)
 
     def look(self, path: Path) -> str:
-        """Return what there is on a disk, the second one of its VM."""
+        """Return the description of a disk, as the second one of its VM."""
         with closing(open_disk(DiskConfig(path=str(path), format="raw"), ImageProber(self.cell))) as disk:
             return look(self.sock, 1, disk, lambda: None).removeprefix(f"disk {path}: ")
 
     def refusal(self, config: DiskConfig, file: DiskFile, most: int = 8 * MIB) -> str:
-        """Return why a file cannot be had."""
+        """Return why a file cannot be read."""
         with pytest.raises(OperatorError) as refused:
             self.read(config, file, most)
         return str(refused.value).replace(config.path, "IMAGE")
 
 
 def test_a_kernel_is_copied(imgboot: Reader, disk: Path, tmp_path: Path) -> None:
-    """From a raw disk, and from one with images below it; through a link; of a partition, or the first that has it."""
+    """From a raw disk or an overlay, through a link, from a given partition or the first one that has the file."""
     raw = DiskConfig(path=str(disk), format="raw")
     top = tmp_path / "top.qcow2"
     qemu("qemu-img", "create", "-qf", "qcow2", "-F", "raw", "-b", disk, tmp_path / "middle.qcow2")
@@ -113,7 +113,7 @@ def test_a_kernel_is_copied(imgboot: Reader, disk: Path, tmp_path: Path) -> None
 def test_what_an_openbsd_system_boots(
     imgboot: Reader, tmp_path: Path, conf: bytes | None, found: tuple[str, bytes, str]
 ) -> None:
-    """What its boot.conf says, and how, or /bsd."""
+    """It boots the kernel in its boot.conf, with the options there, or else /bsd."""
     files = {"bsd": b"bsd", "bsd.mp": b"mp", **({"etc/boot.conf": conf} if conf is not None else {})}
     config = DiskConfig(path=str(ffs_disk(tmp_path / "bsd.img", files)), format="raw")
 
@@ -121,7 +121,7 @@ def test_what_an_openbsd_system_boots(
 
 
 def test_what_an_openbsd_system_cannot_boot(imgboot: Reader, tmp_path: Path) -> None:
-    """Says what its boot.conf named."""
+    """The message has the file or device from its boot.conf."""
     for conf, why in (
         (b"set image /gone", "partition a (FFS2): /gone: there is no /gone"),
         (b"boot hd0b:/bsd", "partition b: has no known file system"),
@@ -132,8 +132,8 @@ def test_what_an_openbsd_system_cannot_boot(imgboot: Reader, tmp_path: Path) -> 
         assert said == f"disk0: disk IMAGE: {why}"
 
 
-def test_what_cannot_be_had(imgboot: Reader, disk: Path, tmp_path: Path) -> None:
-    """Each is one sentence, which names the disk, the partition, the file system and the file."""
+def test_refused_files(imgboot: Reader, disk: Path, tmp_path: Path) -> None:
+    """Each refusal is one sentence with the disk, the partition, the file system and the file."""
     raw = DiskConfig(path=str(disk), format="raw")
     empty = tmp_path / "empty.img"
     empty.write_bytes(bytes(MIB))
@@ -153,11 +153,11 @@ def test_what_cannot_be_had(imgboot: Reader, disk: Path, tmp_path: Path) -> None
     assert "the whole disk: has no known file system" in imgboot.refusal(
         DiskConfig(path=str(empty), format="raw"), DiskFile(disk=0)
     )
-    assert imgboot.read(raw, DiskFile(disk=0, path="/etc/hostname"))[1] == b"web\n"  # it goes on
+    assert imgboot.read(raw, DiskFile(disk=0, path="/etc/hostname"))[1] == b"web\n"  # the process still serves
 
 
 def test_imgboot_holds_one_disk_and_nothing_else(imgboot: Reader, disk: Path) -> None:
-    """Its images while it works, and by the time it has answered not even those; it can write to none of them."""
+    """It has the images only during a request, and can write to none of them."""
     imgboot.read(DiskConfig(path=str(disk), format="raw"), DiskFile(disk=0, path="/initrd.img"))
 
     status = blocked(imgboot.child)
@@ -166,8 +166,8 @@ def test_imgboot_holds_one_disk_and_nothing_else(imgboot: Reader, disk: Path) ->
     assert (held, Path(f"/proc/{imgboot.child.pid}/comm").read_text()) == ([0, 1, 2, 3], "imgboot\n")
 
 
-def test_what_is_on_a_disk(imgboot: Reader, tmp_path: Path) -> None:
-    """Is described, with the kernel and the initrd that could be booted, if there are such."""
+def test_the_description_of_a_disk(imgboot: Reader, tmp_path: Path) -> None:
+    """It has partitions and file systems, and the kernel and initrd that could be booted, if there are any."""
     (tmp_path / "empty.img").write_bytes(bytes(MIB))
     disks = {
         "both": ext4_disk(tmp_path / "both.img", FILES, divided=True),
@@ -191,7 +191,7 @@ def test_what_is_on_a_disk(imgboot: Reader, tmp_path: Path) -> None:
 
 @contextmanager
 def bad(function: str, cell: Cell) -> Iterator[Reader]:
-    """Give what is read by another process in the place of imgboot."""
+    """Start a faulty process instead of imgboot."""
     child, sock = start_probe(None, entry=f"tests.support.imgprobes:{function}", title="imgboot")
     with sock:
         yield Reader(cell, child, sock)
@@ -209,14 +209,14 @@ def bad(function: str, cell: Cell) -> Iterator[Reader]:
     ],
 )
 def test_imgboot_that_was_taken_over(cell: Cell, disk: Path, function: str, words: str) -> None:
-    """Whatever it says, the VM gets nothing that somebody can still change, or that is not there."""
+    """After a false answer the VM gets no file that is incomplete, or that another process can still change."""
     with bad(function, cell) as reader:
         said = reader.refusal(DiskConfig(path=str(disk), format="raw"), DiskFile(disk=0, path="/vmlinuz"), MIB)
         assert said.startswith(f"disk0:/vmlinuz: disk IMAGE: {words}")
 
 
-def test_imgboot_writes_no_disk_and_nothing_larger(cell: Cell, disk: Path) -> None:
-    """Ours is open for writing; what it gets is not.  And memory is as large as a kernel may be, and no larger."""
+def test_imgboot_cannot_write_a_disk_or_a_larger_copy(cell: Cell, disk: Path) -> None:
+    """Our descriptor is writable; the one that it gets is not.  The memory for the copy has the size limit."""
     with bad("overstep", cell) as reader:
         reader.read(DiskConfig(path=str(disk), format="raw"), DiskFile(disk=0, path="/vmlinuz"), MIB)
         assert reader.options == ""

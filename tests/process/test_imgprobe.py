@@ -27,7 +27,7 @@ from vmd.privsep.spawn import Child
 
 pytestmark = pytest.mark.root
 
-USER = pwd.getpwnam("nobody")  # any user does: `_vmd` need not exist where tests run
+USER = pwd.getpwnam("nobody")  # any user will do, because `_vmd` may not exist here
 DEADLINE_S = 60.0
 ROUNDS = 10
 
@@ -42,7 +42,7 @@ def cell() -> Iterator[Cell]:
 
 @pytest.fixture
 def prober(cell: Cell) -> ImageProber:
-    """Give what the parent has."""
+    """Give a prober, as the parent has one."""
     return ImageProber(cell)
 
 
@@ -63,8 +63,8 @@ def refusal(prober: ImageProber | ProbeSocket, path: Path, format_hint: str = ""
     return str(refused.value)
 
 
-def test_images_are_told_apart(prober: ImageProber, tmp_path: Path) -> None:
-    """A file that only root may read is no obstacle: imgprobe has it open."""
+def test_the_format_of_an_image_is_found(prober: ImageProber, tmp_path: Path) -> None:
+    """imgprobe gets an open descriptor, so it can also examine a file that only root may read."""
     path, base = tmp_path / "image", tmp_path / "base"
     base.write_bytes(bytes(2 * MIB))
     create(str(path), "qcow2", MIB)
@@ -78,7 +78,7 @@ def test_images_are_told_apart(prober: ImageProber, tmp_path: Path) -> None:
     assert probed(prober, top, "qcow2") == expected
 
 
-def test_what_is_wrong_is_said_by_name(prober: ImageProber, tmp_path: Path) -> None:
+def test_a_refusal_names_the_image(prober: ImageProber, tmp_path: Path) -> None:
     """The message is imgprobe's, and vmd adds the name."""
     path = tmp_path / "image"
     path.write_bytes(b"QFI\xfb" + bytes(MIB))
@@ -135,7 +135,7 @@ def test_imgprobe_holds_its_socket_and_nothing_else(cell: Cell) -> None:
 
 
 def test_imgresize_holds_one_disk_and_nothing_else(cell: Cell, tmp_path: Path) -> None:
-    """Its images while it works, and by the time it has answered not even those; it ends when nobody asks any more."""
+    """It has the images only during a request, and ends when its socket is closed."""
     (tmp_path / "base").write_bytes(b"b" * MIB)
     top = tmp_path / "top"
     qemu("qemu-img", "create", "-qf", "qcow2", "-F", "raw", "-b", tmp_path / "base", top)
@@ -160,8 +160,8 @@ def test_imgresize_holds_one_disk_and_nothing_else(cell: Cell, tmp_path: Path) -
     same(top, b"b" * MIB + bytes(7 * MIB), tmp_path)
 
 
-def test_imgprobe_is_asked_again_and_again(cell: Cell, tmp_path: Path) -> None:
-    """By the opener of one VM; it keeps none of the images, and ends when nobody asks any more."""
+def test_an_imgprobe_serves_many_requests(cell: Cell, tmp_path: Path) -> None:
+    """The opener of one VM sends them.  imgprobe keeps none of the images, and ends when its socket is closed."""
     create(str(tmp_path / "image"), "qcow2", MIB)
     (tmp_path / "base").write_bytes(bytes(MIB))
     child, sock = start_probe(cell)
@@ -170,13 +170,13 @@ def test_imgprobe_is_asked_again_and_again(cell: Cell, tmp_path: Path) -> None:
         for _ in range(3):
             assert probed(prober, tmp_path / "image", "qcow2").format == "qcow2"
             assert refusal(prober, tmp_path / "base", "qcow2").endswith("not a qcow2 image")
-        blocked(child)  # having closed the last image
+        blocked(child)  # the last image is closed now
         assert sorted(map(int, os.listdir(f"/proc/{child.pid}/fd"))) == [0, 1, 2, 3]
 
     assert child.reap(DEADLINE_S) == 0
 
 
-def test_whoever_has_asked_is_gone(cell: Cell, tmp_path: Path) -> None:
+def test_an_imgprobe_whose_opener_has_ended(cell: Cell, tmp_path: Path) -> None:
     """An imgprobe whose opener was given up ends without a message."""
     reader, writer = os.pipe()
     child, sock = start_probe(cell, log_fd=writer)
@@ -194,7 +194,7 @@ def test_whoever_has_asked_is_gone(cell: Cell, tmp_path: Path) -> None:
 
 
 def bad(function: str, timeout_s: float = DEADLINE_S) -> ImageProber:
-    """Return a prober that starts something else."""
+    """Return a prober that starts a faulty process instead of imgprobe."""
     return ImageProber(None, timeout_s, f"tests.support.imgprobes:{function}")
 
 
@@ -259,7 +259,7 @@ def test_imgprobe_cannot_write_the_image(tmp_path: Path) -> None:
 
 
 def test_no_descriptors_left_is_a_sentence(prober: ImageProber, tmp_path: Path) -> None:
-    """Hostile input 60."""
+    """Hostile input 60: the refusal has a reason."""
     (tmp_path / "image").write_bytes(bytes(MIB))
     fd = os.open(tmp_path / "image", os.O_RDWR)
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -71,7 +71,7 @@ vm "open" {{
 
 
 class Place:
-    """Directories of root's, which nobody else may enter, and of a user's."""
+    """A directory of root, which no other user may enter, and one of a user."""
 
     def __init__(self, path: Path, users: Users) -> None:
         self.path = path
@@ -167,15 +167,15 @@ def refusal(answer: Record) -> Failed:
 
 
 def start(template: str = "template", /, **fields: object) -> StartRequest:
-    """Return a request for an instance, `i`, of which these are the fields."""
+    """Return a request for the instance `i` with these fields in its configuration."""
     return StartRequest(name="i", template=template, config=VmConfig(name="i").replace(**fields))
 
 
-# --- what an instance is ---------------------------------------------------------------------------------
+# --- configuration ---------------------------------------------------------------------------------------
 
 
 def test_an_instance_has_what_its_template_has_but_no_disk(vmd: UsersDaemon, place: Place) -> None:
-    """Kernel and disc of the template, which its user could not read; no disk; interfaces of its own; his name."""
+    """It has the template's kernel and disc, which its user cannot read, no disk, and its own interface and owner."""
     vmd.must_as(INES, "start", "-t", "template", "i")
     row = vmd.status("i")
     assert (row["memory_bytes"], row["vcpus"], row["owner"]) == (40 * MIB, 2, INES)
@@ -198,7 +198,7 @@ def test_an_instance_beside_its_template(vmd: UsersDaemon) -> None:
     assert {vmd.status(name)["state"] for name in ("template", "i")} == {"running"}
 
 
-def test_what_is_given_wins(vmd: UsersDaemon, place: Place) -> None:
+def test_given_values_replace_those_of_the_template(vmd: UsersDaemon, place: Place) -> None:
     """The user's memory, vcpus, disks, disc, interfaces and kernel replace the template's."""
     disk, disc = place.file("own.img"), place.file("own.iso")
     kernel = place.file("kernel", mode=0o400, content=guest("demo").read_bytes())
@@ -272,7 +272,7 @@ def test_the_disk_of_the_template_stays_the_template_s(vmd: UsersDaemon, place: 
     ids=["interface", "lladdr"],
 )
 def test_interface_and_address_of_the_template_stay_the_template_s(vmd: UsersDaemon, nic: NicConfig) -> None:
-    """Its own instances cannot have them, and users no other VM's either."""
+    """No instance can have those of its template.  A user can have those of no other VM either."""
     for user in ("root", INES):
         failed = refusal(vmd.ask_as(user, start(given=VmFlag.NETWORK, nics=(nic,))))
         assert failed.code == errno.EBUSY
@@ -281,7 +281,7 @@ def test_interface_and_address_of_the_template_stay_the_template_s(vmd: UsersDae
     assert "is that of another vm" in failed.text
 
 
-# --- with whose rights -----------------------------------------------------------------------------------
+# --- the rights of the user ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -311,8 +311,8 @@ def test_a_disk_may_be_the_user_s_through_groups_and_others(
 
 
 @pytest.mark.parametrize("kind", ["disk", "cdrom"])
-def test_a_directory_that_is_closed_closes_what_is_in_it(vmd: UsersDaemon, place: Place, kind: str) -> None:
-    """A file that anybody could open, were it not where it is; by its path, by a link, by /proc."""
+def test_a_closed_directory_protects_the_files_in_it(vmd: UsersDaemon, place: Place, kind: str) -> None:
+    """The mode of the file permits everybody, but its directory does not: by its path, a link, or /proc."""
     fields: dict[str, object]
     there = place.root / "open to all"
     link = place.home / "link"
@@ -330,8 +330,8 @@ def test_a_directory_that_is_closed_closes_what_is_in_it(vmd: UsersDaemon, place
 
 
 @pytest.mark.deep
-def test_a_link_that_changes_while_it_is_looked_at(vmd: UsersDaemon, place: Place) -> None:
-    """Whichever file a start finds is one that the user may have: the kernel judges it as it opens it."""
+def test_a_link_that_changes_during_the_check(vmd: UsersDaemon, place: Place) -> None:
+    """Every start gets a file that the user may open, because the kernel checks the rights at the open."""
     mine, secret, link = place.file("mine.img"), place.root / "secret", place.home / "swapped"
     fresh = place.home / "fresh"
     over = threading.Event()
@@ -362,11 +362,11 @@ def test_a_link_that_changes_while_it_is_looked_at(vmd: UsersDaemon, place: Plac
         over.set()
         swapper.join()
         link.unlink()
-    assert outcomes == {VmStarted, Failed}  # else it did not change in between
+    assert outcomes == {VmStarted, Failed}  # otherwise the link never changed in between
 
 
 def test_a_reboot_opens_with_the_user_s_rights(vmd: UsersDaemon, place: Place) -> None:
-    """A reset of the guest opens the disk again: as long as the user may have it, and no longer."""
+    """A reset of the guest opens the disk again, which fails once the user may not open it any more."""
     disk = place.file("mine.img")
     vmd.must_as(INES, "start", "-t", "open", "-d", f"raw:{disk}", "i")
     with vmd.console("i") as console:
@@ -379,7 +379,7 @@ def test_a_reboot_opens_with_the_user_s_rights(vmd: UsersDaemon, place: Place) -
     assert "has no permission" in said
 
 
-def test_a_reboot_does_not_follow_a_link_to_what_is_root_s(vmd: UsersDaemon, place: Place) -> None:
+def test_a_reboot_does_not_follow_a_link_to_a_file_of_root(vmd: UsersDaemon, place: Place) -> None:
     """The path may lead to another file by the time of the reboot."""
     disk = place.file("mine.img")
     vmd.must_as(INES, "start", "-t", "open", "-d", f"raw:{disk}", "i")
@@ -395,7 +395,7 @@ def test_a_reboot_does_not_follow_a_link_to_what_is_root_s(vmd: UsersDaemon, pla
 
 
 def test_a_kernel_only_the_user_can_read(vmd: UsersDaemon, place: Place) -> None:
-    """The client opens it; the daemon keeps it for reboots, wherever it has gone."""
+    """The client opens it.  The daemon keeps it open for reboots, even if the file is removed."""
     kernel = place.file("kernel", mode=0o400, content=guest("demo").read_bytes())
     vmd.must_as(INES, "start", "-t", "open", "-b", kernel, "i")
     kernel.unlink()
@@ -406,7 +406,7 @@ def test_a_kernel_only_the_user_can_read(vmd: UsersDaemon, place: Place) -> None
 
 @pytest.mark.deep
 def test_a_kernel_on_a_disk_that_only_the_user_can_read(vmd: UsersDaemon, place: Place) -> None:
-    """It is read with the rights with which the disk is opened, and needs leave to set the boot image."""
+    """It is read with the rights with which the disk is opened.  The template must permit another boot image."""
     made = ext4_disk(place.root / "system.img", {"demo": guest("demo").read_bytes()})
     disk = place.file("system.img", content=made.read_bytes())
     words = "-b", "disk0:/demo", "-d"
@@ -427,7 +427,7 @@ def test_a_kernel_on_a_disk_that_only_the_user_can_read(vmd: UsersDaemon, place:
         assert why in refusal(vmd.ask_as(INES, request)).text
 
 
-def test_backing_files_are_the_user_s_as_well(vmd: UsersDaemon, place: Place) -> None:
+def test_backing_files_need_the_user_s_rights(vmd: UsersDaemon, place: Place) -> None:
     """The user must have rights to backing files too, because the user has chosen their names."""
     overlay = place.home / "overlay.qcow2"
     overlay.unlink(missing_ok=True)
@@ -456,14 +456,14 @@ def test_an_instance_of_an_instance(vmd: UsersDaemon) -> None:
     assert "has no permission to create instances of vm k" in done.stderr
 
 
-def test_permissions_of_an_instance_are_the_template_s_to_give(vmd: UsersDaemon) -> None:
-    """A user sets none, even where he may hand on those that there are."""
+def test_only_a_template_gives_permissions_to_its_instances(vmd: UsersDaemon) -> None:
+    """A user cannot set permissions, even where they may pass on the existing ones."""
     refused = vmd.ask_as(INES, start("open", allow=AllowInstance(flags=VmFlag.CPU, owner=Owner(uid=1))))
     assert "cannot change instance permissions" in refusal(refused).text
 
 
-def test_what_an_instance_hands_on_is_opened_with_its_user_s_rights(vmd: UsersDaemon, place: Place) -> None:
-    """A disc or kernel of his own that is a link to root's by the time somebody makes an instance of his instance."""
+def test_inherited_files_are_opened_with_the_rights_of_their_user(vmd: UsersDaemon, place: Place) -> None:
+    """A user's disc or kernel may be a link to a file of root when an instance of their instance is made."""
     secret, disc = place.root / "secret", place.file("mine.iso")
     vmd.must_as(INES, "start", "-t", "open", "-r", disc, "i")
     disc.unlink()
@@ -552,8 +552,8 @@ def lies(root: Path, home: Path) -> dict[str, tuple[StartRequest, str]]:
 
 
 @pytest.mark.parametrize("case", lies(Path("/r"), Path("/h")))
-def test_lies(vmd: UsersDaemon, place: Place, case: str) -> None:
-    """Cases 56 and 58: each is answered with a sentence; nothing is registered, started, or opened."""
+def test_false_requests(vmd: UsersDaemon, place: Place, case: str) -> None:
+    """Cases 56 and 58: each is answered with a sentence.  Nothing is registered, started or opened."""
     place.file("mine.img")
     request, words = lies(place.root, place.home)[case]
     failed = refusal(vmd.ask_as(INES, request))
@@ -584,7 +584,7 @@ def test_fields_that_are_not_the_client_s_do_not_count(vmd: UsersDaemon) -> None
 @pytest.mark.parametrize("flags", [os.O_PATH, os.O_WRONLY], ids=["a place", "for writing"])
 @pytest.mark.parametrize("name", ["kernel", "initrd"])
 def test_a_descriptor_has_to_be_open_for_reading(vmd: UsersDaemon, place: Place, flags: int, name: str) -> None:
-    """To name a file, or to write it, is not to read it; not even for a file that the user could open."""
+    """A descriptor for the path only, or for writing, is refused, even if the user could read the file."""
     wrong = os.open(place.file("mine.img", mode=0o600), flags)
     with guest("demo").open("rb") as kernel:
         fds = {"kernel": [kernel.fileno()], "initrd": [kernel.fileno()]} | {name: [wrong]}
@@ -631,7 +631,7 @@ def test_many_refusals_leave_nothing_behind(vmd: UsersDaemon) -> None:
 
 
 def test_instances_in_the_configuration(vmd: UsersDaemon, place: Place) -> None:
-    """Before or after their template, of each other, with what they have and what they inherit."""
+    """Instances come before or after their template, and may have instances.  They inherit what they do not set."""
     disk = place.root / "x.img"
     disk.write_bytes(bytes(DISK_BYTES))
     vmd.conf.write_text(
@@ -646,7 +646,7 @@ def test_instances_in_the_configuration(vmd: UsersDaemon, place: Place) -> None:
     assert str(disk) in open_files(vmd, "x")
     assert "vioblk0" not in devices(vmd, "z")
     vmd.must_as(OTHER, "stop", "-fw", "x")
-    assert vmd.status("x")["state"] == "stopped"  # it is the configuration's, and stays
+    assert vmd.status("x")["state"] == "stopped"  # a VM of the configuration stays known
 
 
 @pytest.mark.parametrize(
@@ -670,7 +670,7 @@ def test_instances_in_the_configuration(vmd: UsersDaemon, place: Place) -> None:
     ],
     ids=["no template", "of itself", "of each other", "disk", "interface", "lladdr"],
 )
-def test_an_instance_that_cannot_be_is_left_out(vmd: UsersDaemon, place: Place, block: str, words: str) -> None:
+def test_an_impossible_instance_is_left_out(vmd: UsersDaemon, place: Place, block: str, words: str) -> None:
     """Other VMs are kept, and the operator gets a message."""
     vmd.conf.write_text(vmd.conf.read_text() + block.format(root=place.root))
     said = vmd.must("reload")
@@ -680,7 +680,7 @@ def test_an_instance_that_cannot_be_is_left_out(vmd: UsersDaemon, place: Place, 
 
 
 def test_an_instance_is_taken_over_by_the_configuration(vmd: UsersDaemon, place: Place) -> None:
-    """A VM that a user has started, and vm.conf now names: it runs on, and is the configuration's from then on."""
+    """A user has started a VM that vm.conf now names.  It runs on, and belongs to the configuration from then on."""
     disk = place.file("mine.img")
     vmd.must_as(INES, "start", "-t", "open", "-d", f"raw:{disk}", "i")
     pid = vmd.status("i")["pid"]

@@ -56,7 +56,7 @@ def test_a_start_beyond_a_limit_is_refused(tmp_path: Path, limit: str, who: str,
         assert vmd.status(who)["state"] == "stopped"
         with vmd.console("a") as console:
             console.expect(PROMPT, DEADLINE_S)
-            console.answer("reset", PROMPT)  # its own place is not taken by itself
+            console.answer("reset", PROMPT)  # a reset VM does not compete with itself
         vmd.must("stop", "-fw", "a")
         vmd.must("start", who)
 
@@ -81,7 +81,7 @@ def test_limits_change_with_the_configuration(tmp_path: Path) -> None:
         vmd.must("start", "smp")
 
 
-# What a kernel says of a group when it has killed something there; the one here may have no controller for memory.
+# Replaces the kernel's report about a group with a killed process: this host may have no controller for memory.
 KILLED = """
 
 def memory_lack(group):
@@ -96,7 +96,7 @@ def memory_lack(group):
         pytest.param(HOST, "host out of memory: ", id="host", marks=pytest.mark.deep),
     ],
 )
-def test_a_vm_that_was_killed_for_its_memory_says_so(tmp_path: Path, lack: str, words: str) -> None:
+def test_a_vm_killed_for_its_memory_has_that_reason(tmp_path: Path, lack: str, words: str) -> None:
     """The log, `vmctl status` and the event report it; the next end does not."""
     code = changed_program(tmp_path / "code", {"vmd/parent/groups.py": KILLED.format(lack=lack)})
     with Daemon(tmp_path, block("a", "limit { memory 160M }"), code=code) as vmd:
@@ -126,8 +126,8 @@ def test_a_batch_goes_as_far_as_the_limit(tmp_path: Path) -> None:
         assert (row["state"], "limit vms" in row["text"]) == ("stopped", True)
 
 
-def test_what_is_received_counts(tmp_path: Path) -> None:
-    """A stream brings a VM along that nobody has looked at before; it is refused as soon as its size is known."""
+def test_a_received_vm_counts_for_the_limits(tmp_path: Path) -> None:
+    """The limits apply to the VM in a stream.  It is refused as soon as its size is known."""
     with Daemon(tmp_path, "limit vcpus 4\n" + CONF) as vmd:
         vmd.must("start", "smp")
         stream = tmp_path / "stream"
@@ -148,9 +148,9 @@ def test_what_is_received_counts(tmp_path: Path) -> None:
 
 
 def test_more_than_the_host_has(tmp_path: Path) -> None:
-    """Twice the memory of the host is the limit if nobody has set one; a guest may be larger than the host."""
+    """The default limit is twice the memory of the host.  A guest may be larger than the host."""
     host_bytes = host_memory_bytes()
-    fit = 2 * host_bytes >> 40  # so many of the largest
+    fit = 2 * host_bytes >> 40  # number of guests with 1 TiB
     conf = "".join(block(f"n{number}").replace("32M", "1024G") for number in range(fit + 1))
     conf += block("large").replace("32M", str(host_bytes + (64 << 20)))
     with Daemon(tmp_path, conf) as vmd:
@@ -164,7 +164,7 @@ def test_more_than_the_host_has(tmp_path: Path) -> None:
 
 
 def test_descriptors_of_a_vm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A VM with everything costs no process more descriptors than `vmd` has asked the kernel for; printed."""
+    """A VM with all devices costs no process more than FILES_PER_VM descriptors.  The test prints the numbers."""
     load_modules()
     kernel, disc = tmp_path / "kernel", tmp_path / "disc"
     kernel.write_bytes(guest("demo").read_bytes())
@@ -179,11 +179,11 @@ def test_descriptors_of_a_vm(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     with Network() as network, NetDaemon(tmp_path, network, block("a")) as vmd:
         idle = Footprint(vmd).files
         vmd.must(*command, "first")
-        # That of its console, which is kept for a moment, is among those of the second one.
+        # The descriptor of its console, which is kept for a moment, is counted for the second VM.
         vmd.must("stop", "-fw", "first")
         vmd.must(*command, "second")
         deadline = time.monotonic() + DEADLINE_S
-        while True:  # what is made for the reserve beside it is not the VM's
+        while True:  # descriptors for a new process in reserve are not the VM's
             busy = Footprint(vmd).files
             cost = {title: busy[title] - idle[title] for title in idle}
             if max(cost.values()) <= FILES_PER_VM or time.monotonic() > deadline:

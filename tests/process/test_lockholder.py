@@ -44,17 +44,17 @@ def image(tmp_path: Path) -> Path:
 
 
 def ofd(byte: int, length: int = 1) -> Callable[[int], object]:
-    """Return what takes a read lock of the open file."""
+    """Return a function that takes a read lock of the open file description."""
     return lambda fd: fcntl.fcntl(fd, fcntl.F_OFD_SETLK, lock_struct.pack(fcntl.F_RDLCK, os.SEEK_SET, byte, length, 0))
 
 
 def posix(byte: int) -> Callable[[int], object]:
-    """Return what takes a read lock of the process."""
+    """Return a function that takes a read lock of the process."""
     return lambda fd: fcntl.fcntl(fd, fcntl.F_SETLK, lock_struct.pack(fcntl.F_RDLCK, os.SEEK_SET, byte, 1, 0))
 
 
 def flock(fd: int) -> None:
-    """Take a lock of another kind than those of disks."""
+    """Take a lock by flock(2), which is not the kind for disks."""
     fcntl.flock(fd, fcntl.LOCK_SH)
 
 
@@ -94,7 +94,7 @@ def lines_of(_title: str) -> socket.socket:
 def holder(
     place: LockholderCell | None, path: Path, entry: str = LOCKHOLDER_ENTRY, marks: tuple[int, ...] = ()
 ) -> Holder | None:
-    """Ask for the holder of a lock."""
+    """Ask for the holder of a lock.  Return None if it is unknown."""
     with contextlib.closing(Loop()) as loop:
         asked = Holders(loop, place, lines_of, entry=entry)
         answers: list[Holder | None] = []
@@ -122,26 +122,26 @@ def holder(
     ],
     ids=["denies", "uses", "whole", "up-to", "process", "both", "flock"],
 )  # fmt: skip
-def test_who_has_a_lock_is_named(cell: LockholderCell, image: Path, locks: list[Callable[[int], object]]) -> None:
-    """Pid, user and program, of locks of open files, too, which the kernel says to nobody who asks the file."""
+def test_the_holder_of_a_lock_is_named(cell: LockholderCell, image: Path, locks: list[Callable[[int], object]]) -> None:
+    """The answer has pid, user and program.  The kernel's lock queries do not name owners of open file descriptions."""
     with locked(image, *locks) as pid:
         assert holder(cell, image) == Holder(pid=pid, uid=USER.pw_uid, program="a ?thief?")
 
 
-def test_who_has_another_lock_is_not(cell: LockholderCell, image: Path, tmp_path: Path) -> None:
-    """Other bytes, another file; and of two who have one, it is not the one whose lock does no harm."""
+def test_holders_of_other_locks_are_not_named(cell: LockholderCell, image: Path, tmp_path: Path) -> None:
+    """Locks on other bytes or another file do not count.  A lock by flock(2) counts only without another one."""
     other = tmp_path / "other"
     other.write_bytes(bytes(4096))
     with locked(image, ofd(0, USES), ofd(DENIES + WRITE + 10), flock), locked(other, ofd(DENIES)):
         found = holder(cell, image)
-        assert found is not None  # by flock(2)
+        assert found is not None  # the holder of the lock by flock(2)
         with locked(image, ofd(DENIES)) as culprit:
             assert holder(cell, image) == found.replace(pid=culprit)
     assert holder(cell, image) is None
 
 
-def test_who_is_in_the_way_is_named_and_not_who_reads_it_besides(cell: LockholderCell, image: Path) -> None:
-    """Of several who have locks, one of those on the bytes in question."""
+def test_only_a_holder_of_a_conflicting_lock_is_named(cell: LockholderCell, image: Path) -> None:
+    """The answer is one of the holders with a lock on the bytes in `marks`, not one that only reads the file."""
     reader = (ofd(USES), ofd(DENIES + WRITE))
     with locked(image, *reader), locked(image, ofd(USES + WRITE), flock) as culprit, locked(image, *reader):
         found = holder(cell, image, marks=(DENIES, USES + WRITE))
@@ -149,7 +149,7 @@ def test_who_is_in_the_way_is_named_and_not_who_reads_it_besides(cell: Lockholde
         assert found.pid == culprit
 
 
-def test_nobody_waits_for_one_that_does_not_answer(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lockholder_that_does_not_answer(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A lockholder that does not answer is killed at its deadline."""
     monkeypatch.setattr(holders, "ANSWER_S", 0.2)
     with locked(image, ofd(DENIES)):
@@ -157,12 +157,12 @@ def test_nobody_waits_for_one_that_does_not_answer(image: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("entry", ["nonsense", "die", "be_killed"])
-def test_one_that_does_not_know_names_nobody(image: Path, entry: str) -> None:
+def test_a_lockholder_without_an_answer(image: Path, entry: str) -> None:
     """The lockholder gives another answer, or ends without one."""
     assert holder(None, image, f"tests.support.imgprobes:{entry}") is None
 
 
-def test_a_crowd_is_not_served() -> None:
+def test_the_number_of_lockholders_is_limited() -> None:
     """The number at a time is limited; others get an unknown holder at once."""
     with contextlib.closing(Loop()) as loop:
         asked = Holders(loop, None, lines_of, entry="tests.support.imgprobes:hang")
@@ -183,8 +183,8 @@ def test_a_crowd_is_not_served() -> None:
             assert child.reap(TOO_LONG_S) is not None
 
 
-def test_what_it_says_is_no_text_of_ours() -> None:
-    """A process calls itself what it likes; an answer of another size is none."""
+def test_answers_of_a_lockholder_are_made_printable() -> None:
+    """A process can choose any name.  An answer of another size does not count."""
     assert unpack(pack(1, 2, b"\x1b[2J\xff\xc3\xa4'\"\\")) == Holder(pid=1, uid=2, program="?[2J???'??")
     assert unpack(pack(2**32 - 1, 2**32 - 1, b"x" * 15)) == Holder(pid=2**32 - 1, uid=2**32 - 1, program="x" * 15)
     for size in (*range(HOLDER.size), HOLDER.size + 1):

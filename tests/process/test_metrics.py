@@ -27,7 +27,7 @@ PORT, OTHER_PORT, SIX = 9177, 9178, "::1"
 
 @pytest.fixture(scope="module")
 def vmd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NetDaemon]:
-    """Give a daemon that serves figures at two addresses and a path; what it takes, it gives back."""
+    """Give a daemon that serves figures at two addresses and a path.  It removes the path at its end."""
     tmp_path = tmp_path_factory.mktemp("metrics")
     with Network() as network:
         daemon = NetDaemon(tmp_path, network)
@@ -39,12 +39,12 @@ def vmd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NetDaemon]:
 
 
 def conf(*places: str) -> str:
-    """Return a configuration that serves there."""
+    """Return a configuration that serves metrics at these places."""
     return "".join(f'metrics listen "{place}"\n' for place in places) + VMS
 
 
 def path_of(vmd: NetDaemon) -> Path:
-    """Return where the socket in the file system is."""
+    """Return the path of the Unix socket."""
     return vmd.directory / "metrics.sock"
 
 
@@ -60,7 +60,7 @@ def connect(vmd: NetDaemon, place: "tuple[str, int] | Path" = ("127.0.0.1", PORT
 
 
 class Answer:
-    """A server's answer."""
+    """Status, content type and text of an answer."""
 
     def __init__(self, raw: http.client.HTTPResponse) -> None:
         self.status = raw.status
@@ -77,7 +77,7 @@ def get(vmd: NetDaemon, place: "tuple[str, int] | Path" = ("127.0.0.1", PORT), a
 
 
 def patiently(vmd: NetDaemon, place: "tuple[str, int] | Path" = ("127.0.0.1", PORT)) -> Answer:
-    """Read the figures as soon as they are served."""
+    """Read the figures, and retry until they are served."""
     deadline_s = time.monotonic() + DEADLINE_S
     while True:
         try:
@@ -88,7 +88,7 @@ def patiently(vmd: NetDaemon, place: "tuple[str, int] | Path" = ("127.0.0.1", PO
 
 
 def server(vmd: NetDaemon) -> int:
-    """Return the pid of the process that serves, as soon as it is there."""
+    """Wait for the process that serves metrics.  Return its pid."""
     deadline_s = time.monotonic() + DEADLINE_S
     while not (pid := vmd.processes().get("vmd: metrics", 0)):
         assert time.monotonic() < deadline_s, vmd.log
@@ -97,7 +97,7 @@ def server(vmd: NetDaemon) -> int:
 
 
 def test_the_same_figures_everywhere(vmd: NetDaemon) -> None:
-    """At each place, in the format that is asked for, and those of vmctl."""
+    """Each place serves them, in the requested format.  They are the same as those of vmctl."""
     text = get(vmd)
     assert (text.status, text.kind) == (200, TEXT_TYPE)
     shown = samples(text.text)
@@ -116,7 +116,7 @@ def test_the_path_is_for_those_who_may_use_the_control_socket(vmd: NetDaemon) ->
     )  # fmt: skip
 
 
-def test_clients_that_say_nothing_keep_nobody_out(vmd: NetDaemon) -> None:
+def test_silent_clients_do_not_block_others(vmd: NetDaemon) -> None:
     """The client that has been silent longest is disconnected for the next one."""
     with contextlib.ExitStack() as stack:
         silent = [stack.enter_context(connect(vmd)) for _ in range(2 * CLIENTS_MAX)]
@@ -127,7 +127,7 @@ def test_clients_that_say_nothing_keep_nobody_out(vmd: NetDaemon) -> None:
         assert silent[-1].recv(12) == b"HTTP/1.1 200"
 
 
-def test_a_client_that_takes_nothing_keeps_nobody_out(vmd: NetDaemon) -> None:
+def test_clients_that_do_not_read_do_not_block_others(vmd: NetDaemon) -> None:
     """Clients that do not read, send too much, or disconnect early do not block others."""
     with connect(vmd) as rude, connect(vmd) as gone, connect(vmd) as endless:
         rude.sendall(b"GET /metrics HTTP/1.0\r\n\r\n" * 20)
@@ -150,7 +150,7 @@ def test_the_process_is_started_again(vmd: NetDaemon) -> None:
 
 @pytest.mark.deep
 def test_a_daemon_that_does_not_answer(vmd: NetDaemon) -> None:
-    """Who waits is told so after ten seconds, or hangs up; afterwards all is as before."""
+    """A waiting client gets an error after ten seconds, or disconnects.  Later requests are served again."""
     server(vmd)
     os.kill(vmd.pid, signal.SIGSTOP)
     try:
@@ -166,7 +166,7 @@ def test_a_daemon_that_does_not_answer(vmd: NetDaemon) -> None:
     assert get(vmd).status == 200
 
 
-def test_it_holds_sockets_and_nothing_else(vmd: NetDaemon) -> None:
+def test_the_process_holds_only_sockets(vmd: NetDaemon) -> None:
     """It has only sockets, and a uid of its own."""
     pid = server(vmd)
     held = {os.readlink(f"/proc/{pid}/fd/{fd}").partition(":")[0] for fd in os.listdir(f"/proc/{pid}/fd")}
@@ -175,8 +175,8 @@ def test_it_holds_sockets_and_nothing_else(vmd: NetDaemon) -> None:
     assert os.stat(f"/proc/{pid}").st_uid not in others
 
 
-def test_reload_moves_it(vmd: NetDaemon) -> None:
-    """Where another program has the address, the log says so, and tries again; without any there is no process."""
+def test_a_reload_changes_the_addresses(vmd: NetDaemon) -> None:
+    """While another program has an address, vmd logs that and retries.  Without any address there is no process."""
     before = vmd.conf.read_text()
     path = path_of(vmd)
     with vmd.network.inside():

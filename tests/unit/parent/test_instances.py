@@ -121,7 +121,7 @@ def test_of_each_field_it_is_known_whether_it_is_inherited() -> None:
     assert set(VmConfig.fields) - decided == OF_ITS_OWN
 
 
-def test_what_is_given_wins() -> None:
+def test_given_values_replace_those_of_the_template() -> None:
     """One by one."""
     own = VmConfig(
         name="i",
