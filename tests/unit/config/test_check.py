@@ -1,4 +1,4 @@
-"""Loading files, and the rules that span objects."""
+"""Loading files, and the rules about several objects."""
 
 import grp
 import itertools
@@ -34,15 +34,15 @@ from vmd.parent import instances
 
 
 def test_missing_file(tmp_path: Path) -> None:
-    """Nobody takes a file that is not there for an empty one."""
+    """A missing file is an error, and not an empty configuration."""
     path = str(tmp_path / "vm.conf")
 
     with pytest.raises(ConfigErrors, match=f"^{re.escape(path)}: No such file or directory$"):
         load(path, warn=lambda _text: None)
 
 
-def test_missing_file_that_may_be(tmp_path: Path) -> None:
-    """Means an empty configuration, and a warning."""
+def test_missing_file_that_is_optional(tmp_path: Path) -> None:
+    """The result is an empty configuration, with a warning."""
     warnings: list[str] = []
     settings = Globals(start_delay_s=5)
     path = str(tmp_path / "vm.conf")
@@ -61,7 +61,7 @@ def test_path_through_a_file(conf: Loader, may_be_missing: bool) -> None:
 
 
 def test_unreadable_file(conf: Loader) -> None:
-    """Whether for want of permission, which root has, or because links go in circles."""
+    """The error is reported.  A loop of links stands in for missing permission, which root never lacks."""
     conf.path.symlink_to(conf.path)
 
     with pytest.raises(ConfigErrors, match=r"/vm\.conf: Too many levels of symbolic links"):
@@ -70,7 +70,7 @@ def test_unreadable_file(conf: Loader) -> None:
 
 @pytest.mark.parametrize("kind", ["fifo", "directory", "device"])
 def test_special_files_are_refused(conf: Loader, kind: str) -> None:
-    """With a sentence, and at once."""
+    """They are refused at once with a message."""
     path = {"fifo": str(conf.directory / "fifo"), "directory": str(conf.directory), "device": "/dev/zero"}[kind]
     if kind == "fifo":
         os.mkfifo(path)
@@ -80,7 +80,7 @@ def test_special_files_are_refused(conf: Loader, kind: str) -> None:
 
 
 def test_errors_carry_file_and_line(conf: Loader) -> None:
-    """Their text is a line for each."""
+    """The text of the exception has one line for each error."""
     with pytest.raises(ConfigErrors) as refused:
         conf.load("vm a { vcpus 0 }\nfoo\n")
 
@@ -95,19 +95,19 @@ def test_errors_carry_file_and_line(conf: Loader) -> None:
     [("a=b", ("a", "b")), ("a=", ("a", "")), ("a_1=b c", ("a_1", "b c")), ("disk=/x", ("disk", "/x"))],
 )
 def test_macro_definition(text: str, expected: tuple[str, str]) -> None:
-    """Name and value, which may be empty."""
+    """The result is name and value; the value may be empty."""
     assert parse_macro_definition(text) == expected
 
 
 @pytest.mark.parametrize("text", ["", "a", "=b", "a b=c", "a-b=c", "a=b=c", "é=c"])
 def test_macro_definition_refused(text: str) -> None:
-    """The last `=` separates; what stands before it must be a name."""
+    """The last `=` separates name and value, and the name must be valid."""
     with pytest.raises(VmdError, match=f"could not parse macro definition {text}"):
         parse_macro_definition(text)
 
 
-def test_settings_of_a_further_file(conf: Loader) -> None:
-    """Are those of the daemon, with what the file says on top."""
+def test_settings_of_another_file(conf: Loader) -> None:
+    """They are those of the daemon, changed by the file."""
     conf.path.write_text("local nat disable\n")
     known = Globals(start_delay_s=5)
 
@@ -117,7 +117,7 @@ def test_settings_of_a_further_file(conf: Loader) -> None:
 
 
 def test_a_vm_beyond_the_limits(conf: Loader) -> None:
-    """Could not run even alone; wherever in the file the limit is."""
+    """A VM that could not run even alone gets a warning, wherever the limit is in the file."""
     conf.load("limit vcpus 2\nvm a { vcpus 3 }\nvm b { vcpus 2 }\nvm c { memory 2G }\nlimit memory 1G\n")
 
     assert conf.warnings == [
@@ -126,8 +126,8 @@ def test_a_vm_beyond_the_limits(conf: Loader) -> None:
     ]
 
 
-def test_what_two_vms_cannot_have_at_a_time(conf: Loader) -> None:
-    """A port of the host, of the same protocol, and an address; it is no error, for they may never run together."""
+def test_vms_that_cannot_run_together(conf: Loader) -> None:
+    """A shared host port of one protocol, or a shared network, is no error: the VMs may never run together."""
     conf.load(
         "vm a { local interface { forward port 80:89 to port 80, address 10.0.0.2/24 } }\n"
         "vm b { local interface { forward port 85 to port 1 } }\n"
@@ -142,8 +142,8 @@ def test_what_two_vms_cannot_have_at_a_time(conf: Loader) -> None:
     ]
 
 
-def test_what_two_interfaces_have_in_common() -> None:
-    """It is found without comparing each with each: exactly what a comparison would find."""
+def test_conflicts_of_two_interfaces() -> None:
+    """`claims` finds exactly the conflicts that a comparison of all pairs finds."""
     chance = random.Random(4)
 
     def interface() -> NicConfig:
@@ -165,14 +165,14 @@ def test_what_two_interfaces_have_in_common() -> None:
 
 
 def test_forwards_without_nat(conf: Loader) -> None:
-    """Wherever in the file that is."""
+    """The warning does not depend on the order of the statements."""
     conf.load("vm a { local interface { forward port 1 to port 1 } }\nlocal nat disable\n")
 
     assert conf.warnings == [f'{conf.path}:1: vm "a": interface 0: forward: not without NAT (local nat disable)']
 
 
 def test_second_vm_of_a_name_is_skipped(conf: Loader) -> None:
-    """The warning says where it is."""
+    """The warning has the place of the second VM."""
     config = conf.load("vm a { memory 1G }\nvm a { memory 2G }\n")
 
     assert [vm.memory_bytes >> 30 for vm in config.vms] == [1]
@@ -180,7 +180,7 @@ def test_second_vm_of_a_name_is_skipped(conf: Loader) -> None:
 
 
 def test_second_switch_of_a_name_is_skipped(conf: Loader) -> None:
-    """Nothing could ever be attached to it."""
+    """No interface could ever be attached to it."""
     config = conf.load("switch a { interface br0 }\nswitch a { interface br1 }\n")
 
     assert [switch.interface for switch in config.switches] == ["br0"]
@@ -188,7 +188,7 @@ def test_second_switch_of_a_name_is_skipped(conf: Loader) -> None:
 
 
 def test_switches_that_share_a_bridge(conf: Loader) -> None:
-    """They may, as long as it can be as all of them want it."""
+    """They may share it if their settings for the bridge agree."""
     conf.load(
         "switch a { interface br0 }\nswitch b {\n interface br0\n group lab\n}\n"
         "switch c { interface br1 }\nswitch d {\n interface br1\n rdomain 3\n}\n"
@@ -210,23 +210,23 @@ def test_switches_that_share_a_bridge(conf: Loader) -> None:
         ("inet6 prefix ::/0", "local inet6 prefix ::/0: guests cannot have addresses such as 0:0:0:4::"),
     ],
 )
-def test_prefixes_of_no_use(conf: Loader, prefix: str, warning: str) -> None:
-    """Their addresses mean something else."""
+def test_unusable_prefixes(conf: Loader, prefix: str, warning: str) -> None:
+    """Addresses in these prefixes have a special meaning."""
     conf.load(f"local {prefix}\n")
 
     assert conf.warnings == [f"{conf.path}:1: {warning}"]
 
 
 @pytest.mark.parametrize("prefix", ["prefix 10/8", "inet6 prefix fd00::/48", "inet6 prefix 2000::/8"])
-def test_prefixes_of_use(conf: Loader, prefix: str) -> None:
-    """Nothing is said of them."""
+def test_usable_prefixes(conf: Loader, prefix: str) -> None:
+    """There is no warning."""
     conf.load(f"local {prefix}\n")
 
     assert conf.warnings == []
 
 
 def test_unknown_and_disabled_switches(conf: Loader) -> None:
-    """Order in the file does not matter."""
+    """The order in the file does not matter."""
     conf.load(
         "vm a { interface switch late }\nvm b { interface switch off }\nvm c { interface switch no }\n"
         "vm d { interface switch laet }\n"
@@ -242,7 +242,7 @@ def test_unknown_and_disabled_switches(conf: Loader) -> None:
 
 
 def test_switch_of_an_earlier_file(conf: Loader) -> None:
-    """Is known to a file that is loaded on top."""
+    """A file that is loaded later may use it."""
     conf.path.write_text("vm a { interface switch lan }\n")
 
     load(str(conf.path), warn=conf.warnings.append, known_switches=[SwitchConfig(name="lan", interface="br0")])
@@ -253,8 +253,8 @@ def test_switch_of_an_earlier_file(conf: Loader) -> None:
 @pytest.mark.parametrize(
     ("option", "what"), [("tap3", "interface tap3"), ("lladdr fe:e1:ba:0:0:9", "lladdr fe:e1:ba:00:00:09")]
 )
-def test_what_only_one_interface_can_have(conf: Loader, option: str, what: str) -> None:
-    """Within one VM and between two."""
+def test_settings_that_only_one_interface_can_have(conf: Loader, option: str, what: str) -> None:
+    """A duplicate within one VM or between two gets a warning."""
     conf.load(f"vm a {{\n interface {option}\n interface {option}\n}}\nvm b {{ interface {option} }}\n")
 
     assert conf.warnings == [
@@ -264,7 +264,7 @@ def test_what_only_one_interface_can_have(conf: Loader, option: str, what: str) 
 
 
 def test_interfaces_without_names_do_not_collide(conf: Loader) -> None:
-    """The next free one is another each time."""
+    """Each gets another free tap."""
     config = conf.load("vm a {\n interface tap\n interface tap\n interfaces 4\n}\n")
 
     assert config.vms[0].nics == (NicConfig(tap="tap"), NicConfig(tap="tap"), NicConfig(), NicConfig())
@@ -272,7 +272,7 @@ def test_interfaces_without_names_do_not_collide(conf: Loader) -> None:
 
 
 def test_rdomain_of_an_interface_on_a_switch(conf: Loader) -> None:
-    """It is the switch's, or none is given; without a switch any will do."""
+    """It must be the rdomain of the switch, or absent.  Without a switch any is accepted."""
     conf.load(
         "switch s { interface br0 }\nswitch t { interface br1\n rdomain 3\n}\n"
         "vm a { interface { switch s rdomain 3 } }\nvm b { interface { switch t rdomain 0 } }\n"
@@ -288,7 +288,7 @@ def test_rdomain_of_an_interface_on_a_switch(conf: Loader) -> None:
 
 
 def test_name_that_is_a_number(conf: Loader) -> None:
-    """Upstream takes it, and its vmctl then means another VM."""
+    """Upstream accepts it, but its vmctl then takes the name for an id."""
     conf.load("vm '2' { disable }\nvm 2a { disable }\n")
 
     (warning,) = conf.warnings
@@ -296,18 +296,18 @@ def test_name_that_is_a_number(conf: Loader) -> None:
 
 
 class Accounts:
-    """A host whose groups and users are these."""
+    """A host with these members of group 0, and these users whose primary group is 0."""
 
     def __init__(self, members: list[str], primary: list[str]) -> None:
         self.members = members
         self.primary = primary
 
     def getgrgid(self, gid: int) -> grp.struct_group:
-        """Of the group 0."""
+        """Return the group 0."""
         return grp.struct_group(("root", "x", gid, self.members))
 
     def getpwall(self) -> list[pwd.struct_passwd]:
-        """Root, somebody, and who has group 0 for his own."""
+        """Return root, a user of another group, and the users with group 0 as their primary group."""
         users = [("root", 0, 0), ("ann", 1000, 1000), *((name, 1001, 0) for name in self.primary)]
         return [pwd.struct_passwd((name, "x", uid, gid, "", "/", "/bin/sh")) for name, uid, gid in users]
 
@@ -324,10 +324,10 @@ class Accounts:
         ("memory 1G", [], [], False),
     ],
 )
-def test_template_for_nobody(
+def test_template_that_no_user_may_use(
     conf: Loader, statement: str, members: list[str], primary: list[str], warned: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without an owner it is for group 0, as upstream; on most hosts nobody is in that."""
+    """Without an owner it is for group 0, as upstream.  On most hosts that group has no members."""
     accounts = Accounts(members, primary)
     monkeypatch.setattr("vmd.config.check.grp", SimpleNamespace(getgrgid=accounts.getgrgid))
     monkeypatch.setattr("vmd.config.check.pwd", SimpleNamespace(getpwall=accounts.getpwall, getpwuid=pwd.getpwuid))
@@ -340,7 +340,7 @@ def test_template_for_nobody(
 
 @pytest.mark.parametrize(("head", "count"), [("vm a", 1), ("vm p instance a", 0)])
 def test_command_line_without_kernel(conf: Loader, head: str, count: int) -> None:
-    """Nobody would read it, unless an instance gets a kernel from its parent."""
+    """It has no effect, unless an instance gets a kernel from its parent."""
     conf.load(f"{head} {{ cmdline 'quiet' }}\n")
 
     assert conf.warnings == [f'{conf.path}:1: vm "a": cmdline is of no use without boot'] * count
@@ -348,13 +348,13 @@ def test_command_line_without_kernel(conf: Loader, head: str, count: int) -> Non
 
 @pytest.mark.parametrize("name", ["a", "0", "a.b", "a-b_c", "a" * NAME_MAX])
 def test_valid_vm_names(name: str) -> None:
-    """Letters, digits and a few others."""
+    """They have letters, digits and a few other characters."""
     assert vm_name(name) == name
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "-a", "_a", "a/b", "a b", "a\n", "é", "a\0", "a" * (NAME_MAX + 1)])
 def test_invalid_vm_names(name: str) -> None:
-    """Nothing that leaves a directory or a line."""
+    """A name cannot leave a directory or end a line."""
     with pytest.raises(ValueError, match="vm name too long" if len(name) > NAME_MAX else "invalid VM name"):
         vm_name(name)
 
@@ -374,7 +374,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_regression_refused(conf: Loader, case: str) -> None:
-    """One error, at its place."""
+    """Each has one error, in the right line."""
     text, line, what = REFUSED[case]
 
     (error,) = conf.errors(text)
@@ -383,13 +383,13 @@ def test_regression_refused(conf: Loader, case: str) -> None:
 
 
 def test_regression_accepted(conf: Loader) -> None:
-    """`boot`, and a memory size that is no whole MiB."""
+    """`boot` is accepted, and so is a memory size that is not a multiple of 1 MiB."""
     config = conf.load(f'vm "x" {{\n\tboot "{conf.image}"\n\tmemory 1048577\n}}\n')
 
     assert (config.vms[0].kernel, config.vms[0].memory_bytes) == (str(conf.image), 1 << 20)
 
 
-# what this host does not have
+# users and groups that this host does not have
 
 
 MISSING = {
@@ -401,7 +401,7 @@ MISSING = {
 
 @pytest.mark.parametrize("case", MISSING)
 def test_unknown_owner(conf: Loader, case: str) -> None:
-    """An error for whoever checks or reloads; at a start that VM alone does without."""
+    """It is an error in a check or reload.  At the start of the daemon only this VM cannot start."""
     text, line, what = MISSING[case]
 
     assert conf.errors(text) == [f"{line}: {what}"]
@@ -426,7 +426,7 @@ def test_instance_of_a_vm_with_an_unknown_owner(conf: Loader) -> None:
 
 
 def test_unknown_owner_of_the_socket(conf: Loader) -> None:
-    """A daemon that starts leaves it to root."""
+    """A daemon that starts gives the socket to root."""
     text = "\nsocket owner no-such-user\n"
 
     assert conf.errors(text) == ["2: failed to get user: no-such-user"]
@@ -439,7 +439,7 @@ def test_unknown_owner_of_the_socket(conf: Loader) -> None:
 
 
 def test_included_file_that_is_not_there(conf: Loader) -> None:
-    """A daemon that starts goes on behind it; a reload would forget what is in it, so it is an error there."""
+    """At a start, the daemon skips it.  A reload would lose its VMs, so there it is an error."""
     text = "vm a { disable }\ninclude /nowhere/b.conf\nvm c { disable }\n"
     what = "failed to include file /nowhere/b.conf: No such file or directory"
 
@@ -451,7 +451,7 @@ def test_included_file_that_is_not_there(conf: Loader) -> None:
 
 
 def test_mistakes_are_errors_at_a_start_too(conf: Loader) -> None:
-    """No host could make sense of them."""
+    """They would be errors on every host."""
     conf.path.write_text("vm a { memory lots }\ninclude /dev/zero\n")
 
     with pytest.raises(ConfigErrors) as refused:
@@ -463,7 +463,7 @@ def test_mistakes_are_errors_at_a_start_too(conf: Loader) -> None:
 
 
 def test_group_wheel(conf: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files of OpenBSD name it; where there is none it is the group with its number there."""
+    """Files of OpenBSD name it.  On a host without it, gid 0 is used, which is its number on OpenBSD."""
     text = "socket owner :wheel\nvm a { owner daemon:wheel }\n"
     names = {"daemon": 1}
     no_wheel = SimpleNamespace(getgrnam=lambda name: grp.struct_group((name, "x", names[name], [])))
@@ -486,10 +486,10 @@ def test_group_wheel(conf: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
         ("subgid", "eve:{last}:65536", "eve"),
     ],
 )
-def test_ids_that_somebody_has(
+def test_ids_that_belong_to_a_user(
     conf: Loader, monkeypatch: pytest.MonkeyPatch, name: str, line: str, who: str
 ) -> None:
-    """By the files of this host; VMs could do to that user's processes what they like."""
+    """The host's files assign an id of the range to a user.  VMs could then control that user's processes."""
     first, last = 1 << 20, (1 << 20) + IDS
     path = conf.path.with_name(name)
     path.write_text(f"# comment\n\n{line.format(first=first, last=last, before=first - 65536)}\n")

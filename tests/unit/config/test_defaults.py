@@ -1,4 +1,4 @@
-"""What the manuals and the example say of defaults is what the code does."""
+"""Defaults in the manuals and in the example are those of the code."""
 
 import re
 from pathlib import Path
@@ -27,14 +27,14 @@ from vmd.units import MIB
 
 ROOT = Path(__file__).resolve().parents[3]
 CONF, VMD, VMCTL = "man/vm.conf.5", "man/vmd.8", "man/vmctl.8"
-MACROS = {"Ic", "Pa", "Pq", "No", "Xo"}  # of heads of items, which tests.support.manual does not take off
+MACROS = {"Ic", "Pa", "Pq", "No", "Xo"}  # macros in heads of items, which tests.support.manual does not remove
 NUMBERS = ("none", "one", "two")
 
 GLOBALS, VM, NIC, LIVE, LOG = Globals(), VmConfig(name="a"), NicConfig(), Live(), ConsoleLog(path="")
 SWITCH = SwitchConfig(name="a", interface="a")
 PREFIX = f"{'.'.join(map(str, GLOBALS.local_prefix.address))}/{GLOBALS.local_prefix.length}"
 
-# Of each manual and each of its items, by the beginning of its head: words of its sentences that have the word default.
+# For an item of a manual, named by the beginning of its head: words in its sentences about the default.
 SAID = (
     (CONF, "agentx", AgentxConfig().path),
     (CONF, "ids", str(GLOBALS.first_id)),
@@ -64,7 +64,7 @@ SAID = (
     (VMCTL, "-p vcpus", NUMBERS[VM.vcpus]),
 )
 
-# Items of vm.conf(5) whose default is a rule and no value, or what the keyword turns on.
+# Items of vm.conf(5) whose default is a rule instead of a value, or the state that the keyword turns on.
 RULES = (
     "local dns", "boot device", "disk", "enable", "local interface", "forward", "hostname", "locked lladdr", "up",
     "instance-id", "network-config", "user", "/etc/vm.conf",
@@ -72,7 +72,7 @@ RULES = (
 
 
 def items(page: str) -> list[tuple[str, str]]:
-    """Return the head of each item of a manual page, and its sentences that have the word default."""
+    """Return the head of each item of a manual page, with its sentences that contain the word default."""
     found = []
     for part in re.split(r"^(?=\.(?:It|Sh|Ss|El)\b)", (ROOT / page).read_text(), flags=re.MULTILINE):
         head, _, rest = part.partition("\n")
@@ -85,7 +85,7 @@ def items(page: str) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(("page", "head", "words"), SAID)
-def test_a_default_is_what_the_manual_says(page: str, head: str, words: str) -> None:
+def test_a_default_of_the_code_is_that_of_the_manual(page: str, head: str, words: str) -> None:
     """A change of one needs the same change of the other."""
     said = [sentences for name, sentences in items(page) if name.startswith(head) and sentences]
 
@@ -95,15 +95,15 @@ def test_a_default_is_what_the_manual_says(page: str, head: str, words: str) -> 
 
 
 @pytest.mark.parametrize(("head", "on"), [("enable", VM.enabled and SWITCH.enabled), ("up", NIC.up and SWITCH.up)])
-def test_a_keyword_that_turns_on_what_is_on(head: str, on: bool) -> None:
-    """In a VM and in a switch, or in an interface and in a switch."""
+def test_a_keyword_that_turns_on_the_default(head: str, on: bool) -> None:
+    """The manual calls it the default both in a VM or interface and in a switch."""
     said = [sentences for name, sentences in items(CONF) if name == head]
 
     assert [bool(each) for each in said] == [on] * 2, f"{head!r} is the default in the code, or in {CONF}, only"
 
 
 def test_every_default_of_vm_conf_is_compared() -> None:
-    """A new one has a row above, or is a rule."""
+    """A new default needs a row in SAID, or an entry in RULES."""
     known = (*RULES, *(head for page, head, _ in SAID if page == CONF))
     left = {name: said for name, said in items(CONF) if said and name and not name.startswith(known)}
 
@@ -119,14 +119,14 @@ def test_every_default_of_vm_conf_is_compared() -> None:
     ],
 )
 def test_a_default_of_the_example(statement: str, value: str) -> None:
-    """In the comment behind the statement."""
+    """It is in the comment behind the statement."""
     found = re.findall(rf"^{statement} \S+ +# default: (.*)$", (ROOT / "vm.conf.example").read_text(), re.MULTILINE)
 
     assert found == [value], f"vm.conf.example does not say that {value} is the default of {statement!r}"
 
 
 def test_help_says_the_defaults_of_a_live_send() -> None:
-    """That of send and that of migrate."""
+    """The help of send and the help of migrate have them."""
     helps = [option.help for command in COMMANDS for option in command.options if option.value in ("ms", "rounds")]
 
     assert len(helps) == 4

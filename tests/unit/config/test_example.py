@@ -1,4 +1,4 @@
-"""vm.conf.example and the manual: complete, and right."""
+"""vm.conf.example and the manual are complete and correct."""
 
 import re
 import shutil
@@ -18,13 +18,13 @@ OURS = lexer.BLOCK_WORDS | lexer.LOCAL_WORDS | lexer.LINE_WORDS | lexer.LIMITED_
 
 
 def statements(text: str) -> str:
-    """Return a file without its comments and quoted texts."""
+    """Return a file without its comments and quoted strings."""
     return re.sub(r'"[^"\n]*"|#.*', "", text)
 
 
 @pytest.fixture
 def example(tmp_path: Path) -> Config:
-    """The example, with a file in place of each it speaks of."""
+    """The example, loaded with an empty file for each file that it names."""
     for name in re.findall(r"\$images/(\S+)", EXAMPLE.read_text()):
         (tmp_path / name).touch()
     warnings: list[str] = []
@@ -34,14 +34,14 @@ def example(tmp_path: Path) -> Config:
 
 
 def test_example_is_a_configuration(example: Config) -> None:
-    """Of which nothing but one VM would start by itself."""
+    """Only one of its VMs would be started with the daemon."""
     assert [vm.name for vm in example.vms if vm.enabled] == ["db1"]
     assert len(example.vms) == len(re.findall(r"^vm ", EXAMPLE.read_text(), re.MULTILINE))
     assert len(example.switches) == len(re.findall(r"^switch ", EXAMPLE.read_text(), re.MULTILINE))
 
 
 def test_example_shows_every_reserved_word() -> None:
-    """In a statement; one whose file must be there, and those without a meaning, in a comment."""
+    """Words are in statements.  `include`, whose file must exist, and words without a meaning are in comments."""
     text = EXAMPLE.read_text()
     used = set(re.findall(r"[a-z0-9]+(?:-[a-z]+)*", statements(text)))
 
@@ -50,8 +50,8 @@ def test_example_shows_every_reserved_word() -> None:
     assert "add, id." in text
 
 
-def test_example_names_ours_apart() -> None:
-    """All of our keywords below the heading, none above."""
+def test_example_separates_our_keywords() -> None:
+    """All of our keywords are below the heading, and none is above."""
     upstream, ours = EXAMPLE.read_text().split("# ---- Ours: ")
     words = re.compile(r"[a-z0-9]+(?:-[a-z]+)*")
 
@@ -60,7 +60,7 @@ def test_example_names_ours_apart() -> None:
 
 
 def test_manual_explains_every_word() -> None:
-    """Ours marked as such."""
+    """Each keyword is an item, and each reserved word is mentioned."""
     text = MANUAL.read_text()
     keywords = set(re.findall(r"[a-z0-9]+(?:-[a-z]+)*", " ".join(re.findall(r"\bIc ([^\n]*)", text))))
 
@@ -70,14 +70,14 @@ def test_manual_explains_every_word() -> None:
 
 @pytest.mark.skipif(shutil.which("mandoc") is None, reason="mandoc is not installed")
 def test_manual_is_clean() -> None:
-    """mandoc has nothing to say about it."""
+    """mandoc has no complaints."""
     lint = subprocess.run(["mandoc", "-Tlint", "-Wwarning", str(MANUAL)], capture_output=True, text=True, check=False)
 
     assert (lint.stdout, lint.returncode) == ("", 0)
 
 
 def test_example_of_the_manual(tmp_path: Path) -> None:
-    """Is a configuration too, given its files and its user."""
+    """It is a valid configuration if its files and its user exist."""
     (text,) = re.findall(r"\.Bd -literal -offset indent\n(images.*?)\.Ed", MANUAL.read_text(), re.DOTALL)
     text = text.replace("\\e\n", "\\\n").replace("anna:operators", "root:root")
     for name in re.findall(r"\$images/(\S+)", text):

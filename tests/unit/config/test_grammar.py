@@ -1,4 +1,4 @@
-"""Every statement, every limit and its message, and going on behind errors."""
+"""Every statement, every limit with its message, and recovery from errors."""
 
 import os
 import pwd
@@ -52,7 +52,7 @@ BRACED = ": the limits of a vm need braces, limit { ... }"
 
 
 def test_empty_file_is_all_defaults(conf: Loader) -> None:
-    """As is one of comments and blank lines."""
+    """A file of comments and blank lines is empty, too."""
     assert conf.load("") == conf.load("\n\n # nothing \\\n here\n\t\n") == Config()
 
 
@@ -70,7 +70,7 @@ def test_empty_file_is_all_defaults(conf: Loader) -> None:
     ],
 )
 def test_local_prefix(conf: Loader, text: str, address: str, length: int) -> None:
-    """Short forms are as good as long ones."""
+    """Short forms are equal to long ones."""
     prefix = conf.load(f"local prefix {text}\n").settings.local_prefix
 
     assert (".".join(str(octet) for octet in prefix.address), prefix.length) == (address, length)
@@ -93,12 +93,12 @@ def test_local_prefix(conf: Loader, text: str, address: str, length: int) -> Non
     ],
 )
 def test_local_prefix_errors(conf: Loader, text: str, error: str) -> None:
-    """Bits behind the mask, a length that leaves no room, and nonsense."""
+    """Bits behind the mask, a length without room for addresses, and malformed text are refused."""
     assert conf.errors(f"\nlocal prefix {text}\n") == [f"2: invalid local prefix: {error}"]
 
 
 def test_local_inet6(conf: Loader) -> None:
-    """Without a prefix it is the daemon's random one."""
+    """Without a prefix, the daemon uses its random one."""
     config = conf.load("local inet6\n").settings
 
     assert (config.local_inet6, config.local_inet6_prefix) == (True, None)
@@ -106,7 +106,7 @@ def test_local_inet6(conf: Loader) -> None:
 
 @pytest.mark.parametrize(("text", "length"), [("fd00:1:2::/48", 48), ("fd00:1:2::", 48), ("fd00::/60", 60)])
 def test_local_inet6_prefix(conf: Loader, text: str, length: int) -> None:
-    """Switches IPv6 on too."""
+    """A prefix turns on IPv6, too."""
     config = conf.load(f"local inet6 prefix {text}\n").settings
 
     assert config.local_inet6
@@ -135,12 +135,15 @@ def test_local_inet6_prefix_errors(conf: Loader, text: str, error: str) -> None:
 
 @pytest.mark.parametrize(("word", "expected"), [("disable", False), ("enable", True)])
 def test_local_nat(conf: Loader, word: str, expected: bool) -> None:
-    """Ours; on unless switched off."""
+    """It is our keyword.  NAT is on by default."""
     assert conf.load(f"local nat {word}\n").settings.local_nat is expected
 
 
 def test_local_dns(conf: Loader) -> None:
-    """Ours; addresses of either family, each once; the last line counts; `dns` is a word like others elsewhere."""
+    """It is our keyword.
+
+    Addresses of both families are kept once each, and the last line counts.  Elsewhere `dns` is an ordinary word.
+    """
     nine, one, six = bytes((9, 9, 9, 9)), bytes((1, 1, 1, 1)), bytes.fromhex("26200000000000000000000000fe00fe")
     assert conf.load("").settings.local_dns == ()
     assert conf.load("local dns 9.9.9.9\n").settings.local_dns == (nine,)
@@ -164,7 +167,7 @@ def test_local_dns(conf: Loader) -> None:
     ],
 )
 def test_local_dns_errors(conf: Loader, text: str, error: str) -> None:
-    """What no guest could use is refused where it is written."""
+    """Addresses that no guest could use are refused with their line."""
     assert conf.errors(f"local dns {text}\n") == [f"1: {error}"]
 
 
@@ -181,7 +184,7 @@ def test_local_dns_errors(conf: Loader, text: str, error: str) -> None:
     ],
 )
 def test_owner(conf: Loader, text: str, owner: Owner) -> None:
-    """Names and numbers, of a VM and of the socket; the socket always has a group."""
+    """Names and numbers are accepted for a VM and for the socket.  The socket always has a group."""
     assert conf.vm(f"owner {text}").owner == owner
     assert conf.load(f"socket owner {text}\n").settings.socket_owner == owner.replace(gid=owner.gid or 0)
 
@@ -198,7 +201,7 @@ def test_owner(conf: Loader, text: str, owner: Owner) -> None:
     ],
 )
 def test_owner_errors(conf: Loader, text: str, error: str) -> None:
-    """The one uid that is no uid is refused as well."""
+    """The number 4294967295, which is not a valid uid, is refused, too."""
     assert conf.errors(f"socket owner {text}\n") == [f"1: {error}"]
     assert conf.errors(f"vm a {{\nallow instance owner {text}\n}}\n") == [f"2: {error}"]
 
@@ -226,12 +229,12 @@ def test_agentx(conf: Loader, text: str, expected: AgentxConfig) -> None:
     ],
 )
 def test_agentx_errors(conf: Loader, text: str, error: str) -> None:
-    """A socket's path has 107 bytes."""
+    """The path of a socket has at most 107 bytes."""
     assert conf.errors(f"agentx {text}\n") == [f"1: {error}"]
 
 
 def test_metrics(conf: Loader) -> None:
-    """Ours; each line adds a place, once, also one of a further file."""
+    """It is our keyword.  Each line adds a place, and a place is kept once."""
     text = 'metrics listen 127.0.0.1:9177\nmetrics listen "[::1]:9177"\nmetrics listen /run/m\nmetrics listen /run/m\n'
     places = conf.load(text).settings.metrics
 
@@ -245,14 +248,14 @@ def test_metrics(conf: Loader) -> None:
     "[127.0.0.1]:1", "[::1]", "[fe80::1%eth0]:1", "1.2.3:1", "127.0.0.1:+1", "run/m", f"/{'p' * 107}",
 ])  # fmt: skip
 def test_metrics_errors(conf: Loader, place: str) -> None:
-    """No name is resolved: a daemon would wait for that."""
+    """Names are not resolved, because the daemon would have to wait for that."""
     (error,) = conf.errors(f'metrics listen "{place}"\n')
 
     assert error.startswith(f"1: metrics listen {place[:20]}")
 
 
 def test_limits(conf: Loader) -> None:
-    """Ours; each stands for itself, and the last one counts."""
+    """They are our keywords.  Limits are independent, and the last line for each one counts."""
     config = conf.load("limit memory 48G\nlimit vms 20\nlimit vcpus 0\nlimit vms 10\n").settings
 
     assert (config.limit_memory_bytes, config.limit_vms, config.limit_vcpus) == (48 << 30, 10, 0)
@@ -277,13 +280,13 @@ def test_limits(conf: Loader) -> None:
     ],
 )
 def test_limit_errors(conf: Loader, text: str, error: str) -> None:
-    """Nothing below zero, nothing that does not exist, and only outside of blocks."""
+    """Negative numbers and unknown limits are refused, and these limits are only allowed outside of blocks."""
     line = 2 if "{" in text else 1
     assert conf.errors(text + "\n")[0] == f"{line}: {error}"
 
 
 def test_ids(conf: Loader) -> None:
-    """Ours; where the user ids of VMs begin."""
+    """It is our keyword: the first user id of VM processes."""
     assert conf.load("ids 65536\n").settings.first_id == 0x10000
     assert conf.load("ids 4294901758\n").settings.first_id + IDS == 0xFFFFFFFE
     assert conf.load("").settings.first_id == 0x7F000000
@@ -291,12 +294,12 @@ def test_ids(conf: Loader) -> None:
 
 @pytest.mark.parametrize("first", [-1, 0, 65535, 4294901759])
 def test_ids_that_are_not_for_vms(conf: Loader, first: int) -> None:
-    """A system's own, or what a user id cannot be."""
+    """System ids, and numbers that are not valid user ids, are refused."""
     assert conf.errors(f"ids {first}\n") == [f"1: ids {first}: must be from 65536 to 4294901758"]
 
 
 def test_staggered_start(conf: Loader) -> None:
-    """How many at a time, and how long between."""
+    """It sets the number of VMs at a time, and the delay between them."""
     config = conf.load("staggered start parallel 2 delay 15\n").settings
 
     assert (config.start_parallel, config.start_delay_s) == (2, 15)
@@ -313,7 +316,7 @@ def test_staggered_start(conf: Loader) -> None:
     ],
 )
 def test_staggered_start_errors(conf: Loader, text: str, error: str) -> None:
-    """Zero at a time would never start anything."""
+    """With zero at a time no VM would ever start."""
     assert conf.errors(f"staggered start {text}\n") == [f"1: {error}"]
 
 
@@ -321,7 +324,7 @@ def test_staggered_start_errors(conf: Loader, text: str, error: str) -> None:
 
 
 def test_switch(conf: Loader) -> None:
-    """All options, and the defaults of those not given."""
+    """All options, and the defaults of omitted ones."""
     config = conf.load(
         "switch all {\n interface veb0\n disable\n group lab\n locked lladdr\n rdomain 252\n down\n}\n"
         "switch 'one line' { interface br-lan }\n"
@@ -346,7 +349,7 @@ def test_switch_interface(conf: Loader, name: str) -> None:
     "name", ["tap0", "tap", "lo", "all", "default", "a" * 16, "a/b", "br%d", "'a b'", "'.'", "'..'", "''", "a:1", "'é'"]
 )
 def test_switch_interface_errors(conf: Loader, name: str) -> None:
-    """Not those of what cannot be a bridge, or of nothing at all."""
+    """Names of interfaces that cannot be bridges, and invalid names, are refused."""
     assert conf.errors(f"switch s {{\n interface {name}\n}}\n") == [
         f"2: invalid switch interface: {name.strip(chr(39))}"
     ]
@@ -375,12 +378,12 @@ def test_switch_interface_errors(conf: Loader, name: str) -> None:
     ],
 )
 def test_switch_errors(conf: Loader, text: str, error: str) -> None:
-    """One message each, on its own line."""
+    """Each mistake has its message and its line."""
     assert error in conf.errors(text + "\n")
 
 
 def test_longest_names(conf: Loader) -> None:
-    """63 characters, and 15 for a group."""
+    """A name may have 63 characters, and a group 15."""
     config = conf.load(f"switch {NAME63} {{ interface br0\n group {'g' * 15}\n}}\nvm {NAME63} {{ disable }}\n")
 
     assert (config.switches[0].name, config.vms[0].name) == (NAME63, NAME63)
@@ -464,7 +467,7 @@ def test_vm_with_everything(conf: Loader) -> None:
 
 
 def test_vm_defaults(conf: Loader) -> None:
-    """What an empty-handed VM is."""
+    """The values of a VM without options."""
     (vm,) = conf.load("vm a { enable }\n").vms
 
     assert (vm.memory_bytes, vm.vcpus, vm.owner, vm.allow) == (512 << 20, 1, Owner(), None)
@@ -473,14 +476,14 @@ def test_vm_defaults(conf: Loader) -> None:
 
 
 def test_instance(conf: Loader) -> None:
-    """Knows its parent, which may be in another file."""
+    """It has the name of its parent, which may be in another file."""
     (vm,) = conf.load('vm "tmpl" instance "scratch" { disable }\n').vms
 
     assert (vm.name, vm.parent, vm.given) == ("scratch", "tmpl", VmFlag.INSTANCE)
 
 
 def test_adjacent_strings_concatenate(conf: Loader) -> None:
-    """Also across kinds of quotes."""
+    """The kinds of their quotes may differ."""
     assert [vm.name for vm in conf.load("vm a \"b\" 'c' { disable }\n").vms] == ["abc"]
 
 
@@ -508,7 +511,7 @@ def test_vm_names_refused(conf: Loader, text: str, error: str) -> None:
 
 @pytest.mark.parametrize("name", ["a", "9", "a.b-c_d", "1a"])
 def test_vm_names_accepted(conf: Loader, name: str) -> None:
-    """A digit may come first, whatever vm.conf(5) says."""
+    """A digit may come first, although vm.conf(5) of OpenBSD says otherwise."""
     assert conf.load(f"vm '{name}' {{ disable }}\n").vms[0].name == name
 
 
@@ -698,7 +701,7 @@ def test_vm_names_accepted(conf: Loader, name: str) -> None:
     ],
 )
 def test_option_errors(conf: Loader, options: str, error: str) -> None:
-    """Every limit and its message; the line is that of the offending option."""
+    """Every limit has its message, with the line of the wrong option."""
     options = options.strip().replace("IMAGE", str(conf.image))
     line = 2 + options.count("\n")
 
@@ -710,14 +713,14 @@ def test_option_errors(conf: Loader, options: str, error: str) -> None:
     [("1048576", 1), ("1M", 1), ("1.9M", 1), ("1.5G", 1536), ("1g", 1024), ("1024G", 1 << 20), ("2000000K", 1953)],
 )
 def test_memory(conf: Loader, word: str, size_mb: int) -> None:
-    """A number is bytes; what is no whole MiB is rounded down."""
+    """A plain number is in bytes.  The size is rounded down to whole MiB."""
     assert conf.vm(f"memory {word}").memory_bytes == size_mb << 20
 
 
 def test_memory_rounding_is_a_debug_message(
     conf: Loader, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not a warning."""
+    """It is not a warning."""
     monkeypatch.setattr(log, "verbosity", 2)
 
     conf.vm("memory 1.5M")
@@ -727,7 +730,7 @@ def test_memory_rounding_is_a_debug_message(
 
 
 def test_paths_are_resolved(conf: Loader) -> None:
-    """Links mean what they mean now; a CD is looked for when it is needed."""
+    """Links of disks and kernels are resolved now.  The path of a CD is resolved when it is used."""
     (conf.directory / "link").symlink_to("disk.img")
 
     vm = conf.vm(f"disk '{conf.directory}/link'\nboot '{conf.directory}/./link'\ncdrom '{conf.directory}/link'")
@@ -736,7 +739,7 @@ def test_paths_are_resolved(conf: Loader) -> None:
 
 
 def test_relative_paths(conf: Loader, write: Callable[[str, str], str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are in the directory of the file that has them, wherever the daemon is at the moment."""
+    """They start at the directory of the file that has them; the daemon's current directory does not matter."""
     write("sub/inner.conf", "vm b {\n disk b.img\n boot './../kernel' initrd './initrd'\n cdrom b.iso\n}\n")
     monkeypatch.chdir("/")
 
@@ -748,8 +751,8 @@ def test_relative_paths(conf: Loader, write: Callable[[str, str], str], monkeypa
     assert b.cdrom == f"{conf.directory}/sub/b.iso"
 
 
-def test_files_need_not_be_there(conf: Loader) -> None:
-    """They may be mounted later, and until then only their VM does without."""
+def test_files_need_not_exist(conf: Loader) -> None:
+    """They may be mounted later.  Until then only their VM cannot start."""
     vm = conf.vm("disk /nowhere/disk.img\nboot /nowhere/kernel initrd /nowhere/initrd\ncdrom /nowhere/disc.iso")
 
     assert (vm.disks[0].path, vm.kernel, vm.initrd, vm.cdrom) == (
@@ -757,8 +760,8 @@ def test_files_need_not_be_there(conf: Loader) -> None:
     )  # fmt: skip
 
 
-def test_paths_may_be_no_utf8(conf: Loader) -> None:
-    """Linux does not care, so neither do we."""
+def test_paths_need_not_be_utf8(conf: Loader) -> None:
+    """Linux allows any bytes in a path."""
     name = os.path.join(os.fsencode(conf.directory), b"caf\xe9.img")
     with open(name, "wb"):
         pass
@@ -786,7 +789,10 @@ def test_paths_may_be_no_utf8(conf: Loader) -> None:
     ],
 )
 def test_boot(conf: Loader, options: str, boot: tuple[str, str, str]) -> None:
-    """Kernel, initial RAM disk and command line, on one line or several; of the host, or on a disk of the VM."""
+    """Kernel, initial RAM disk and command line, on one line or several.
+
+    The files are of the host, or on a disk of the VM.
+    """
     vm = conf.vm(options.replace("IMAGE", str(conf.image)))
 
     assert (vm.kernel, vm.initrd, vm.cmdline) == tuple(part.replace("IMAGE", str(conf.image)) for part in boot)
@@ -813,13 +819,13 @@ def test_boot(conf: Loader, options: str, boot: tuple[str, str, str]) -> None:
     ],
 )
 def test_interface(conf: Loader, statement: str, nic: NicConfig) -> None:
-    """On one line or in a block."""
+    """Options are on one line or in a block."""
     assert conf.vm(statement).nics == (nic,)
 
 
 @pytest.mark.parametrize(("number", "count"), [(0, 1), (1, 1), (4, 4)])
 def test_interfaces_is_a_minimum(conf: Loader, number: int, count: int) -> None:
-    """Plain ones are added behind those described."""
+    """Interfaces without options are added after the described ones."""
     nics = conf.vm(f"interfaces {number}\ninterface tap3").nics
 
     assert nics == (NicConfig(tap="tap3"), *[NicConfig()] * (count - 1))
@@ -840,12 +846,12 @@ def test_interfaces_is_a_minimum(conf: Loader, number: int, count: int) -> None:
     ],
 )
 def test_allow_instance(conf: Loader, statement: str, allow: AllowInstance) -> None:
-    """One flag, or a block of them; several statements add up.  It is for group 0 if nobody is named."""
+    """One flag or a block of flags.  Several statements add up.  Without an owner it is for group 0."""
     assert conf.vm(statement).allow == allow
 
 
 def test_allow_instance_does_not_leak_into_the_next_vm(conf: Loader) -> None:
-    """Even when the block that carried it was broken."""
+    """It does not, even if its block had an error."""
     errors = conf.errors("vm a {\n allow instance { disk foo\n}\n memory 0\n}\n")
     config = conf.load("vm a { allow instance disk }\nvm b { allow instance memory }\n")
 
@@ -868,7 +874,7 @@ def test_allow_instance_does_not_leak_into_the_next_vm(conf: Loader) -> None:
     ],
 )
 def test_blocks_accepted(conf: Loader, block: str) -> None:
-    """One option on one line, several on their own; the first line may carry two, as upstream."""
+    """One option on one line, or several on lines of their own.  The first line may have two, as upstream."""
     (vm,) = conf.load(f"vm a {block.replace('DISK', str(conf.image))}\n").vms
 
     assert vm.memory_bytes == 1 << 30
@@ -891,7 +897,7 @@ def test_blocks_accepted(conf: Loader, block: str) -> None:
     ],
 )
 def test_blocks_refused(conf: Loader, block: str, error: str) -> None:
-    """An option must end where its line does."""
+    """An option must end with its line."""
     assert conf.errors(f"vm a {block}\n")[0] == error
 
 
@@ -929,20 +935,20 @@ WORLD = Prefix(address=bytes((192, 0, 2, 0)), length=24)
     ids=range(12),
 )  # fmt: skip
 def test_options_of_a_local_interface(conf: Loader, options: str, fields: dict[str, Any]) -> None:
-    """In any order, on one line or several, with commas or without."""
+    """Options have any order, on one line or several, with or without commas."""
     assert conf.vm(f"local interface {options}").nics == (NicConfig(local=True, **fields),)
 
 
-# what is ours must not get in the way
+# our keywords must not change the meaning of upstream's files
 
 ALL_OF_OURS = lexer.BLOCK_WORDS | lexer.LOCAL_WORDS | lexer.LINE_WORDS | lexer.LIMITED_WORDS | lexer.METRICS_WORDS
 OUR_WORDS = sorted(word for word in ALL_OF_OURS | {"legacy", "modern", "transitional"} if word.isalpha())
-# What stands behind these begins with a digit, or is no statement of a vm block.
+# The next word after these begins with a digit, or it is outside of vm blocks.
 NO_WORD_FOLLOWS = {"CONTEXT", "CPU", "INCLUDE", "INSTANCE", "PATH", "RATE", "VM"}
 
 
-def test_behind_a_keyword_that_takes_a_string_no_word_is_one_of_ours() -> None:
-    """A keyword that a production has before a string is in STRING_FOLLOWS."""
+def test_each_keyword_before_a_string_is_in_string_follows() -> None:
+    """The next word after such a keyword is never read as one of our keywords."""
     productions = [method.__doc__ or "" for name, method in vars(Grammar).items() if name.startswith("p_")]
     before = set(re.findall(r"\b([A-Z][A-Z_0-9]*) (?:strings?|optional_string)\b", "\n".join(productions)))
     ours = {lexer.kind_of(word) for word in lexer.BLOCK_WORDS | lexer.RESERVED}
@@ -951,7 +957,7 @@ def test_behind_a_keyword_that_takes_a_string_no_word_is_one_of_ours() -> None:
 
 
 def test_each_word_of_a_production_is_one_of_the_lexer_s() -> None:
-    """Else there is no parser, and so no daemon."""
+    """Otherwise no parser could be made, and the daemon could not start."""
     productions = [method.__doc__ or "" for name, method in vars(Grammar).items() if name.startswith("p_")]
     words = {word for text in productions for word in re.findall(r"\b[A-Z][A-Z_0-9]*\b", text.partition(":")[2])}
 
@@ -960,7 +966,7 @@ def test_each_word_of_a_production_is_one_of_the_lexer_s() -> None:
 
 @pytest.mark.parametrize("word", OUR_WORDS)
 def test_our_words_are_still_words(conf: Loader, word: str) -> None:
-    """Wherever upstream takes a word, it may be one of our keywords."""
+    """Every upstream word or name may be one of our keywords."""
     config = conf.load(
         f"""
         {word} = {word}
@@ -1001,14 +1007,14 @@ def test_our_words_are_still_words(conf: Loader, word: str) -> None:
     ],
 )
 def test_disk_options(conf: Loader, options: str, form: str, serial: str) -> None:
-    """In any order; the serial number may be any printable word, and one of digits is not taken for a number."""
+    """Options have any order.  A serial number is any printable word, and one of digits is not read as a number."""
     (disk,) = conf.vm(f"disk {conf.image} {options}").disks
 
     assert (disk.format, disk.serial) == (form, serial)
 
 
 def test_serial_numbers_are_different_within_a_vm(conf: Loader) -> None:
-    """A guest could not tell two disks apart; another VM may have the same."""
+    """A guest could not distinguish the disks.  Disks of two VMs may share one."""
     line = f"disk {conf.image} serial a"
 
     assert conf.errors(f"vm a {{\n{line}\n{line}\n}}\n") == ["3: serial a is used by another disk of this vm"]
@@ -1026,7 +1032,7 @@ def test_serial_numbers_are_different_within_a_vm(conf: Loader) -> None:
     ],
 )
 def test_console_log(conf: Loader, options: str, size_bytes: int, keep: int) -> None:
-    """Its options in any order, and its path beside the file; the words are names elsewhere."""
+    """Options have any order, and the path starts at the file's directory.  The words may be names elsewhere."""
     assert conf.vm(f"console log keep.log {options}").console_log == ConsoleLog(
         path=f"{conf.directory}/keep.log", size_bytes=size_bytes, keep=keep
     )
@@ -1034,7 +1040,7 @@ def test_console_log(conf: Loader, options: str, size_bytes: int, keep: int) -> 
 
 
 def test_console_log_of_two_vms(conf: Loader) -> None:
-    """One file for both is warned of; with the names of the VMs in it, it is not one."""
+    """A file that two VMs share gets a warning.  With `%n` each VM has another file."""
     conf.load('vm a { console log "/v/a" }\nvm b { console log "/v/%n" }\n')
     assert conf.warnings == []
     conf.load('vm a { console log "/v/b" }\nvm b { console log "/v/%n" }\n')
@@ -1052,7 +1058,7 @@ def test_console_log_of_two_vms(conf: Loader) -> None:
     ],
 )
 def test_limits_of_a_vm(conf: Loader, text: str, limits: VmLimits) -> None:
-    """In any order, on one line or several; other memory than the guest's."""
+    """Limits have any order, on one line or several.  `memory` in it is not the guest's memory."""
     vm = conf.vm(f"memory 512M\nlimit {text}")
 
     assert (vm.limit, vm.memory_bytes) == (limits, 512 * MIB)
@@ -1069,7 +1075,7 @@ def test_limits_of_a_vm(conf: Loader, text: str, limits: VmLimits) -> None:
     ],
 )
 def test_limits_of_a_disk(conf: Loader, options: str, iops: int, rate: int) -> None:
-    """Beside its other options."""
+    """They stand among its other options."""
     (disk,) = conf.vm(f"disk {conf.image} {options}").disks
 
     assert (disk.iops_limit, disk.rate_limit) == (iops, rate)
@@ -1085,7 +1091,7 @@ def test_limits_of_a_disk(conf: Loader, options: str, iops: int, rate: int) -> N
     ],
 )  # fmt: skip
 def test_limit_of_an_interface(conf: Loader, text: str) -> None:
-    """Beside its other options."""
+    """It stands among the other options."""
     (nic,) = conf.load(f"switch lan {{ interface br0 }}\nvm a {{\n{text}\n}}\n").vms[0].nics
 
     assert nic.rate_limit == MIB
@@ -1099,8 +1105,8 @@ def test_limit_of_an_interface(conf: Loader, text: str) -> None:
         "interface { locked lladdr, vhost }", "local interface { hostname a vhost dns 192.0.2.1 }",
     ],
 )  # fmt: skip
-def test_an_interface_whose_frames_the_kernel_moves(conf: Loader, text: str) -> None:
-    """A word among its other options, of any interface."""
+def test_vhost_of_an_interface(conf: Loader, text: str) -> None:
+    """It is an option of every kind of interface."""
     (nic,) = conf.load(f"switch lan {{ interface br0 }}\nvm a {{\n{text}\n}}\n").vms[0].nics
 
     assert nic.vhost
@@ -1108,12 +1114,12 @@ def test_an_interface_whose_frames_the_kernel_moves(conf: Loader, text: str) -> 
 
 @pytest.mark.parametrize("mode", VirtioMode)
 def test_virtio_mode(conf: Loader, mode: VirtioMode) -> None:
-    """One of which is a keyword otherwise."""
+    """The name of each mode is accepted."""
     assert conf.vm(f"virtio {mode.name.lower()}").virtio is mode
 
 
-def test_our_words_keep_off_quoted_ones(conf: Loader) -> None:
-    """`boot "a" "initrd"` is one path, as it always was."""
+def test_quoted_words_are_not_our_keywords(conf: Loader) -> None:
+    """`boot "a" "initrd"` is one path, as upstream."""
     (conf.directory / "diskinitrd").touch()
 
     assert conf.vm(f'boot "{conf.directory}/disk" "initrd"').kernel == f"{conf.directory}/diskinitrd"
@@ -1121,16 +1127,16 @@ def test_our_words_keep_off_quoted_ones(conf: Loader) -> None:
 
 @pytest.mark.parametrize("word", sorted(RESERVED))
 def test_reserved_words_must_be_quoted(conf: Loader, word: str) -> None:
-    """And then they are names like others."""
+    """Quoted, they are ordinary names."""
     assert conf.errors(f"vm {word} {{ disable }}\n") == [f'1: syntax error at "{word}"']
     assert conf.load(f"vm '{word}' {{ disable }}\n").vms[0].name == word
 
 
-# going on behind errors
+# recovery from errors
 
 
 def test_all_errors_are_reported(conf: Loader) -> None:
-    """A bad line costs that line and no other, at every depth."""
+    """An error skips its own line only, at every depth of blocks."""
     errors = conf.errors(
         """\
 foo
@@ -1186,7 +1192,7 @@ socket owner nobody-here
 
 @pytest.mark.parametrize(("head", "bad"), [("vm a b =", "="), ("switch a b c instance", "instance")])
 def test_broken_head_skips_its_block(conf: Loader, head: str, bad: str) -> None:
-    """Options without the block they belong to would all be called wrong."""
+    """Without their block, all of its options would be reported as errors."""
     assert conf.errors(f"{head} x {{\n disk a\n interface {{\n up\n }}\n}}\nfoo\n") == [
         f'1: syntax error at "{bad}"',
         "7: syntax error at end of line",
@@ -1194,7 +1200,7 @@ def test_broken_head_skips_its_block(conf: Loader, head: str, bad: str) -> None:
 
 
 def test_brace_behind_an_error_still_closes(conf: Loader) -> None:
-    """So that what follows is not read as part of the block."""
+    """Otherwise the next statements would be read as part of the block."""
     assert conf.errors("vm a {\n disable\n memory }\nvm b {\n interface {\n foo }\n vcpus 0\n}\nbar\n") == [
         '3: syntax error at "}"',
         "6: syntax error at \"foo\"",
@@ -1204,7 +1210,7 @@ def test_brace_behind_an_error_still_closes(conf: Loader) -> None:
 
 
 def test_every_token_and_production_is_in_use(grammar: Grammar) -> None:
-    """A keyword that no production takes, or a production that none leads to, has been forgotten."""
+    """A keyword that no production uses, or a production that cannot be reached, was forgotten."""
     rules = yacc.rules_of(grammar)
     reached = ["file"]
     for name in reached:
@@ -1215,8 +1221,8 @@ def test_every_token_and_production_is_in_use(grammar: Grammar) -> None:
 
 
 @pytest.mark.parametrize("word", sorted(GOES_ON))
-def test_only_what_could_be_either_goes_on(grammar: Grammar, word: str) -> None:
-    """A word that is there for no reason would hide the day on which it gets a second meaning."""
+def test_each_word_of_goes_on_has_a_conflict(grammar: Grammar, word: str) -> None:
+    """An unnecessary word would hide a later conflict."""
     tokens = {*lexer.TOKENS, *lexer.LITERALS}
 
     with pytest.raises(yacc.GrammarError, match=f"^{word} can be shifted, "):
@@ -1261,12 +1267,12 @@ vm "db1" instance "x" { cdrom '/x' }
 
 @pytest.fixture(scope="module")
 def grammar() -> Grammar:
-    """One parser for thousands of texts; making it is what takes longest."""
+    """One parser for thousands of texts, because making it takes most of the time."""
     return Grammar()
 
 
 def load_or_refuse(conf: Loader, grammar: Grammar, text: bytes) -> None:
-    """Read a text; it is a configuration or has errors with something to say, and raises nothing."""
+    """Read a text.  It is a configuration, or has errors with messages; no exception is raised."""
     conf.path.write_bytes(text)
     lexer = Lexer({})
     lexer.open(str(conf.path))
@@ -1276,20 +1282,20 @@ def load_or_refuse(conf: Loader, grammar: Grammar, text: bytes) -> None:
 
 
 def test_valid_text_is_valid(conf: Loader) -> None:
-    """Else the tests below would prove little."""
+    """Otherwise the tests below would prove little."""
     assert len(conf.load(VALID).vms) == 2
 
 
 def test_the_tables_are_made_once(conf: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A daemon that reads its configuration anew does not pay for them again."""
+    """A reload of the configuration does not make them again."""
     conf.load(VALID)
     monkeypatch.setattr(yacc, "Tables", lambda *_of: pytest.fail("the tables are made again"))
 
     assert len(conf.load(VALID).vms) == 2
 
 
-def test_a_file_with_errors_leaves_nothing_to_the_next(conf: Loader, grammar: Grammar) -> None:
-    """Wherever it breaks off: the parser is the same for both, with its stacks, its drafts and its settings."""
+def test_a_file_with_errors_does_not_affect_the_next(conf: Loader, grammar: Grammar) -> None:
+    """The parser with its stacks, drafts and settings is used again, wherever the first file ends."""
     valid = conf.load(VALID)
     for length in range(0, len(VALID), 7):
         load_or_refuse(conf, grammar, VALID[:length] + b"{\n")
@@ -1317,7 +1323,7 @@ def test_one_byte_changed(conf: Loader, grammar: Grammar) -> None:
 
 
 def test_random_bytes(conf: Loader, grammar: Grammar) -> None:
-    """Noise is refused, not crashed on."""
+    """Random bytes are refused without an exception."""
     rng = random.Random(2)
     for _ in range(1000):
         load_or_refuse(conf, grammar, rng.randbytes(rng.randrange(200)))
@@ -1332,26 +1338,26 @@ WORDS = (
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200)
 @given(st.lists(st.sampled_from(WORDS), max_size=40))
 def test_random_words(conf: Loader, grammar: Grammar, words: list[str]) -> None:
-    """Neither does any sequence of tokens confuse the way back to the next line."""
+    """Recovery works after any sequence of tokens."""
     load_or_refuse(conf, grammar, " ".join(words).encode())
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=100)
 @given(st.lists(st.sampled_from(VALID.decode().splitlines(keepends=True)), max_size=20))
 def test_shuffled_lines(conf: Loader, grammar: Grammar, lines: list[str]) -> None:
-    """Nor lines in the wrong places."""
+    """Lines in wrong places load or are refused."""
     load_or_refuse(conf, grammar, "".join(lines).encode())
 
 
 def test_long_file_of_strings_is_read_in_time(conf: Loader) -> None:
-    """Concatenation is not quadratic, nor is what follows an error."""
+    """The time for concatenation and for recovery is not quadratic."""
     (error,) = conf.errors(b"vm " + b"'a' " * 20000 + b"{ disable }\n")
 
     assert error == "1: vm name too long"
 
 
 def test_owner_is_looked_up_in_the_password_file(conf: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A name made of digits is a name first."""
+    """A name of digits is looked up as a name first."""
     entry = pwd.getpwnam("daemon")
 
     def getpwnam(name: str) -> Any:  # noqa: ANN401 - a struct_passwd
@@ -1388,21 +1394,21 @@ MISTYPED = [
     ("vm x {\n virtio moden\n}", "unrecognized virtio mode moden: did you mean modern?"),
     ("vm x {\n disk /a format qcow\n}", "unrecognized disk format qcow: did you mean qcow2?"),
     ('disks = "/x"\nvm x {\n disk $diks\n}', "macro 'diks' not defined: did you mean disks?"),
-    # Near to a keyword that cannot be there, or to none.
+    # Similar to a keyword that cannot be there, or to no keyword.
     ("switch x {\n memroy 1G\n interface br0\n}", 'syntax error at "memroy"'),
     ('vm x {\n kernel "/bsd"\n}', 'syntax error at "kernel"'),
 ]
 
 
 def test_mistyped_keyword(conf: Loader) -> None:
-    """The keyword that was probably meant is named, of those that could have been there."""
+    """The message names the most similar keyword of those that could stand there."""
     errors = conf.errors("".join(f"{text}\n" for text, _ in MISTYPED))
 
     assert [error.partition(": ")[2] for error in errors] == [error for _, error in MISTYPED]
 
 
-def test_a_missing_quote_is_said_where_the_text_begins(conf: Loader) -> None:
-    """Everything behind it is read the wrong way round, so the first complaint has to name it."""
+def test_a_missing_quote_is_reported_where_its_string_begins(conf: Loader) -> None:
+    """Everything after it is misread, so the first error must name it."""
     errors = conf.errors('vm "a" {\n memory 1G\n disk "/srv/a\n}\nvm "b" {\n disk "/srv/b"\n}\n')
 
     assert errors[0] == "3: a quoted string begins here and ends on line 5: is a quote missing?"
@@ -1410,8 +1416,8 @@ def test_a_missing_quote_is_said_where_the_text_begins(conf: Loader) -> None:
     assert not any("quote" in error for error in errors[1:])
 
 
-def test_a_text_over_several_lines_is_no_mistake(conf: Loader) -> None:
-    """Neither where nothing is wrong nor where another line is, nor if its line ends are meant."""
+def test_a_string_over_several_lines_is_no_error(conf: Loader) -> None:
+    """It is not reported in a valid file, nor if another line has an error, nor with escaped line ends."""
     assert conf.load('place = "/srv\n/a"\nvm "a" { disk $place }\n').vms[0].disks[0].path == "/srv/a"
     assert conf.errors('place = "/srv\n/a"\nlimit disks 1\n')[0] == '3: syntax error at "disks"'
     assert conf.errors('limit "a\\\nb" 1\n') == ['1: syntax error at "ab"']

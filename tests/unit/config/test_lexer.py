@@ -12,7 +12,7 @@ from vmd.config.lexer import ERRORS_MAX, RESERVED, TOKENS, Lexer
 
 
 def tokens(tmp_path: Path, text: str, **macros: str) -> list[object]:
-    """Return the values of a text's tokens, without the newline at its end."""
+    """Return the values of a text's tokens, without the final newline."""
     path = tmp_path / "tokens.conf"
     path.write_text(text)
     lexer = Lexer(macros)
@@ -96,13 +96,13 @@ def test_tokens(tmp_path: Path, text: str, expected: list[object]) -> None:
     ],
 )
 def test_macros_are_pushed_back_onto_the_input(tmp_path: Path, text: str, expected: list[object]) -> None:
-    """A value is read as if it stood there, but `$` in it means nothing."""
+    """A value is read in place of the macro, but `$` in it is an ordinary character."""
     macros = {"m": "/srv/vm", "two": "a b", "empty": "", "n": "512", "quoted": "'a b'", "open": "'a"}
     assert tokens(tmp_path, text, bomb="$m", cut="#", **macros) == expected
 
 
 def test_macro_of_the_file(conf: Loader) -> None:
-    """Assignments apply from their line on, to numbers and sizes too."""
+    """An assignment applies from its line on, also to numbers and sizes."""
     config = conf.load('m = "2G"\nn = 3\nvm a { memory $m\n vcpus $n\n}\nm = 4G\nvm b { memory $m }\n')
 
     assert [(vm.memory_bytes >> 30, vm.vcpus) for vm in config.vms] == [(2, 3), (4, 1)]
@@ -117,14 +117,14 @@ def test_macro_is_defined_before_the_next_line_is_read(conf: Loader) -> None:
 
 
 def test_persistent_macro_wins(conf: Loader) -> None:
-    """`-D` stands above the file, as with vmd."""
+    """A macro of `-D` overrides the file, as with upstream's vmd."""
     (vm,) = conf.load("m = 2G\nvm a { memory $m }\n", m="1G").vms
 
     assert vm.memory_bytes == 1 << 30
 
 
-def test_unused_macros_are_told(conf: Loader) -> None:
-    """Those of the command line too."""
+def test_unused_macros_are_reported(conf: Loader) -> None:
+    """Macros of the command line are reported, too."""
     conf.load("a = 1\n", b="2")
 
     assert conf.warnings == ["warning: macro 'b' not used", "warning: macro 'a' not used"]
@@ -157,23 +157,23 @@ def test_unused_macros_are_told(conf: Loader) -> None:
     ],
 )
 def test_lexical_errors(conf: Loader, text: str, error: str) -> None:
-    """Each has its line and its sentence, and no second one from the parser."""
+    """Each has its line and its message, and the parser adds no second one."""
     assert conf.errors(text) == [error]
 
 
 @pytest.mark.parametrize("text", [f"a = {'b' * 8095}\n", f"a = '{'b' * 8095}'\n"])
 def test_longest_token(conf: Loader, text: str) -> None:
-    """One character less than what is too long."""
+    """It has one character less than a token that is too long."""
     conf.load(text)
 
 
 def test_line_numbers_count_continued_and_quoted_newlines(conf: Loader) -> None:
-    """What is reported is the line in the file."""
+    """An error has the line number in the file."""
     assert conf.errors("a = \\\n\\\n b\nc = 'd\ne'\n# x \\\n y\nfoo\n") == ["8: syntax error at end of line"]
 
 
 def test_include(conf: Loader, write: Callable[[str, str], str]) -> None:
-    """The file's statements stand where the include stands; macros pass both ways."""
+    """The file's statements replace the include.  Macros pass in both directions."""
     inner = write("inner.conf", 'vm $name { memory $ram }\nname = "outer"')
 
     config = conf.load(f'ram = 1G\nname = inner\ninclude "{inner}"\nvm $name {{ memory 2G }}')
@@ -183,7 +183,7 @@ def test_include(conf: Loader, write: Callable[[str, str], str]) -> None:
 
 
 def test_include_is_relative_to_the_including_file(conf: Loader, write: Callable[[str, str], str]) -> None:
-    """Each level beside its own file."""
+    """Each level starts at the directory of its own file."""
     write("sub/one.conf", 'include "two.conf"\n')
     write("sub/two.conf", "vm two { disable }\n")
 
@@ -193,14 +193,14 @@ def test_include_is_relative_to_the_including_file(conf: Loader, write: Callable
 def test_include_is_not_looked_for_elsewhere(
     conf: Loader, write: Callable[[str, str], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A daemon is in another directory when it reloads than when it was started."""
+    """The daemon's current directory at a reload differs from that at its start."""
     monkeypatch.chdir(Path(write("elsewhere/one.conf", "vm one { disable }\n")).parent)
 
     assert conf.errors("include 'one.conf'\n") == ["1: failed to include file one.conf: No such file or directory"]
 
 
 def test_error_in_an_included_file_names_that_file(conf: Loader, write: Callable[[str, str], str]) -> None:
-    """And the line after the include is one of the outer file again, even if the inner ended in mid-line."""
+    """The line after the include belongs to the outer file again, even if the inner file ends without a newline."""
     inner = write("inner.conf", "\nfoo")
 
     errors = conf.errors(f"include '{inner}'\nbar\n")
@@ -209,7 +209,7 @@ def test_error_in_an_included_file_names_that_file(conf: Loader, write: Callable
 
 
 def test_include_of_itself(conf: Loader, write: Callable[[str, str], str]) -> None:
-    """Directly, through another file, or through a link."""
+    """A file may include itself directly, through another file, or through a link."""
     other = write("other.conf", f"include '{conf.path}'\n")
     link = conf.directory / "link.conf"
     link.symlink_to(conf.path)
@@ -224,7 +224,7 @@ def test_include_of_itself(conf: Loader, write: Callable[[str, str], str]) -> No
 
 
 def test_include_depth_is_bounded(conf: Loader, write: Callable[[str, str], str]) -> None:
-    """A chain of seventeen files below the first is one too many."""
+    """Seventeen nested files below the first are one too many."""
     for i in range(20):
         write(f"{i}.conf", f"include '{i + 1}.conf'\n")
 
@@ -234,7 +234,7 @@ def test_include_depth_is_bounded(conf: Loader, write: Callable[[str, str], str]
 
 
 def test_size_is_bounded(conf: Loader, write: Callable[[str, str], str]) -> None:
-    """Of all files together, however often each is included."""
+    """The limit is for all files together, and a file counts each time it is included."""
     big = write("big.conf", "#" * (6 << 20))
 
     (error,) = conf.errors(f"include '{big}'\n" * 3)
@@ -250,7 +250,7 @@ def test_expansion_is_bounded(conf: Loader) -> None:
 
 
 def test_sparse_file_is_not_read(conf: Loader) -> None:
-    """A file of a terabyte costs no memory."""
+    """A file of a terabyte takes no memory."""
     with conf.path.open("wb") as file:
         file.truncate(1 << 40)
 
@@ -259,14 +259,14 @@ def test_sparse_file_is_not_read(conf: Loader) -> None:
 
 
 def test_fifo_does_not_hang(conf: Loader) -> None:
-    """Nobody will ever write to it."""
+    """No process will ever write to it."""
     os.mkfifo(conf.directory / "fifo")
 
     assert conf.errors("include fifo\n") == ["1: failed to include file fifo: not a regular file"]
 
 
 def test_number_of_errors_is_bounded(conf: Loader) -> None:
-    """A file that is no vm.conf at all does not fill the log."""
+    """A file that is not a vm.conf does not fill the log."""
     errors = conf.errors("x\n" * 100000)
 
     assert len(errors) == ERRORS_MAX + 1
@@ -274,17 +274,17 @@ def test_number_of_errors_is_bounded(conf: Loader) -> None:
 
 
 def test_every_reserved_word_is_a_token_or_means_nothing() -> None:
-    """So that a word added to one list is not forgotten in the other."""
+    """A word that is added to one list is not forgotten in the other."""
     assert {word.upper() for word in RESERVED} - set(TOKENS) == {"ADD", "ID"}
 
 
-# what editors leave
+# marks and line ends of editors
 
 
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["plain", "bom"])
 @pytest.mark.parametrize("end", [b"\n", b"\r\n"], ids=["lf", "crlf"])
 def test_ends_of_lines_and_mark(conf: Loader, mark: bytes, end: bytes) -> None:
-    """Files that were written elsewhere say the same; lines are counted as they are seen."""
+    """Files of other systems have the same meaning.  Line numbers are those that an editor shows."""
     lines = [b'ram = "1G"  # comment', b"vm a {", b"memory \\", b"$ram", b'cmdline "a', b'b"', b"boot '/k'", b"}", b""]
 
     (vm,) = conf.load(mark + end.join(lines)).vms
@@ -293,7 +293,7 @@ def test_ends_of_lines_and_mark(conf: Loader, mark: bytes, end: bytes) -> None:
 
 
 def test_marks_of_included_files(conf: Loader) -> None:
-    """Each may have one; elsewhere it is a character that no word begins with."""
+    """Each file may have one at its beginning.  Elsewhere no word can begin with that character."""
     (conf.directory / "inner.conf").write_bytes(b"\xef\xbb\xbfvm a { disable }\r\n")
 
     assert [vm.name for vm in conf.load("include inner.conf\n").vms] == ["a"]
@@ -302,7 +302,7 @@ def test_marks_of_included_files(conf: Loader) -> None:
 
 @pytest.mark.parametrize("coding", ["utf-16-le", "utf-16-be"])
 def test_utf16_is_named(conf: Loader, coding: str) -> None:
-    """Instead of an error in each of its lines."""
+    """One error names the encoding, instead of an error for each line."""
     text = "\ufeffvm a {\r\n disable\r\n}\r\n".encode(coding)
 
     with pytest.raises(ConfigErrors, match=r"/vm\.conf: its text is UTF-16; save it as UTF-8$"):
@@ -310,7 +310,7 @@ def test_utf16_is_named(conf: Loader, coding: str) -> None:
 
 
 def test_an_error_is_one_line(conf: Loader) -> None:
-    """Whatever is in a name of its file."""
+    """This holds for any file name."""
     path = conf.directory / "a\nb.conf"
     path.write_text("vm a { memory lots }\nfoo\n")
 

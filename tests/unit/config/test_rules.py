@@ -1,4 +1,4 @@
-"""What a VM may be is the same for vm.conf, for clients and streams, and for vmctl: one rule, one sentence."""
+"""One rule with one message limits a VM from vm.conf, from clients and streams, and from vmctl."""
 
 import ast
 import errno
@@ -17,7 +17,7 @@ from vmd.errors import OperatorError
 from vmd.parent.requests import checked_request, require_startable
 
 DISK = DiskConfig(path="/x")
-# (what vm.conf says, the same as a description, the same on a command line if there is a way, the sentence)
+# (options of vm.conf, the same as fields of a VmConfig, the same as options of vmctl if there are any, the message)
 BROKEN: dict[str, tuple[str, dict[str, Any], tuple[str, ...] | None, str]] = {
     "memory": ("memory 1B", {"memory_bytes": 1}, ("-m", "1B"), "memory size must be at least 1MB"),
     "much memory": (
@@ -77,8 +77,8 @@ BROKEN: dict[str, tuple[str, dict[str, Any], tuple[str, ...] | None, str]] = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_one_rule_one_sentence(conf: Loader, case: str) -> None:
-    """Whoever says it, and however."""
+def test_one_rule_has_one_message(conf: Loader, case: str) -> None:
+    """The message is the same for every source of the value."""
     text, fields, arguments, sentence = BROKEN[case]
 
     assert sentence in [error.partition(": ")[2] for error in conf.errors(f"vm a {{\n{text}\n}}\n")]
@@ -98,7 +98,7 @@ def take(arguments: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("name", ["", "-a", "a/b", "a" * 64, "a b"])
 def test_name(conf: Loader, name: str) -> None:
-    """Too."""
+    """The name of a VM has the same rule, too."""
     (error,) = conf.errors(f"vm '{name}' {{ disable }}\n")
     with pytest.raises(OperatorError) as refused:
         checked_request(VmConfig(name=name), bootable=True)
@@ -122,8 +122,8 @@ def test_name(conf: Loader, name: str) -> None:
     ],
     ids=repr,
 )
-def test_what_vm_conf_cannot_say(fields: dict[str, Any]) -> None:
-    """Is refused where it can be said."""
+def test_values_that_vm_conf_cannot_have(fields: dict[str, Any]) -> None:
+    """A client or a stream could have them, so check_vm refuses them."""
     with pytest.raises(ValueError, match=r"^\w"):
         rules.check_vm(VmConfig(name="a", **fields))
 
@@ -176,7 +176,7 @@ def test_what_vm_conf_cannot_say(fields: dict[str, Any]) -> None:
     ],
 )  # fmt: skip
 def test_obstacles(fields: dict[str, Any], bootable: bool, found: list[tuple[int, str]]) -> None:
-    """Each is known before anything is opened, and the first is the answer to a start."""
+    """Each is found before anything is opened, and the first is the answer to a start."""
     config = VmConfig(name="a", **fields)
 
     assert list(rules.obstacles(config, bootable=bootable)) == found
@@ -191,15 +191,18 @@ LIMITS = {
     "CMDLINE_MAX", "GROUP_MAX", "MAX_DISKS", "MAX_MEMORY_BYTES", "MAX_RDOMAIN", "MAX_VCPUS", "MIN_MEMORY_BYTES",
     "SERIAL_MAX",
 }  # fmt: skip
-ASK_THEMSELVES = {"vmd/priv/requests.py": {"MAX_RDOMAIN"}}  # it trusts no peer
+ASK_THEMSELVES = {"vmd/priv/requests.py": {"MAX_RDOMAIN"}}  # it does not trust its peers
 
 
-# Flags, and what only vm.conf says.
+# Flags, and fields that only vm.conf sets.
 WITHOUT_A_RULE = {"allow", "console_log", "enabled", "given", "origin", "parent", "virtio"}
 
 
 def test_each_field_of_a_vm_has_a_rule() -> None:
-    """Else a stream or client could say what vm.conf may not.  A new field is looked at in rules.py, or named here."""
+    """Otherwise a stream or a client could set values that vm.conf may not.
+
+    rules.py checks a new field, or it is named here.
+    """
     source = ast.parse(Path(rules.__file__).read_text())
     looked_at = {node.attr for node in ast.walk(source) if isinstance(node, ast.Attribute)}
 
@@ -207,7 +210,7 @@ def test_each_field_of_a_vm_has_a_rule() -> None:
 
 
 def test_limits_are_compared_in_one_place() -> None:
-    """Whoever else wants to know whether a VM may be so asks a rule, and has its sentence."""
+    """Other modules call a rule, which has the message."""
     root = Path(__file__).resolve().parents[3]
     found = {}
     for path in sorted([*root.glob("vmd/**/*.py"), *root.glob("vmctl/**/*.py")]):
@@ -237,7 +240,7 @@ def test_limits_are_compared_in_one_place() -> None:
     ],
 )
 def test_a_file_on_a_disk(text: str, found: DiskFile | None) -> None:
-    """Is told from files of the host, and written as it was read."""
+    """It is distinguished from files of the host, and formatted as it was read."""
     assert rules.disk_file(text) == found
     assert found is None or str(found) == text
 
@@ -247,7 +250,7 @@ def test_a_file_on_a_disk(text: str, found: DiskFile | None) -> None:
     ["disk0p0:/", "disk0p1000:/", "disk0ab:/", "disk1000:/", "disk0ab2:/", "disk0p2a:/",
      "disk0:bsd", "disk0:/a\0", "disk0:/" + "x" * 1023],
 )  # fmt: skip
-def test_what_is_no_file_on_a_disk(text: str) -> None:
-    """Is not taken for a file of the host either."""
+def test_malformed_names_of_files_on_disks(text: str) -> None:
+    """They are not taken for files of the host."""
     with pytest.raises(ValueError, match=r"^disk"):
         rules.disk_file(text)

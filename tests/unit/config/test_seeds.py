@@ -1,4 +1,4 @@
-"""`seed` in a vm block (ours)."""
+"""The option `seed` of a vm block, which is ours."""
 
 import pytest
 
@@ -19,7 +19,10 @@ FORM = "labels of letters, digits and hyphens, with dots between them"
     ],
 )
 def test_a_seed(conf: Loader, text: str) -> None:
-    """In any order, on one line or several, with commas or without; names of files are as seen from vm.conf."""
+    """Options have any order, on one line or several, with or without commas.
+
+    File names start at the directory of vm.conf.
+    """
     vm = conf.vm(text)
 
     assert vm.seed == SeedConfig(
@@ -32,8 +35,8 @@ def test_a_seed(conf: Loader, text: str) -> None:
     assert vm.given & VmFlag.SEED
 
 
-def test_all_that_a_seed_can_say(conf: Loader) -> None:
-    """The hash of a password begins with a dollar sign; a word that names an option may be its value."""
+def test_all_options_of_a_seed(conf: Loader) -> None:
+    """The hash of a password begins with a dollar sign.  A word that names an option may be the value of another."""
     assert conf.vm("seed").seed == SeedConfig()
     assert conf.vm("disable").seed is None
     rest = 'vendor-data seed network-config "./no" instance-id user user hostname'
@@ -52,7 +55,7 @@ def test_all_that_a_seed_can_say(conf: Loader) -> None:
 
 
 def test_its_words_are_names_elsewhere(conf: Loader) -> None:
-    """No file of upstream's that has them as names is read otherwise."""
+    """Upstream's files with these words as names keep their meaning."""
     config = conf.load('user = "x"\nseed = "y"\nswitch seed { interface user }\nvm hostname {\ndisk user\n}\n')
     assert [vm.name for vm in config.vms] == ["hostname"]
 
@@ -74,15 +77,15 @@ def test_its_words_are_names_elsewhere(conf: Loader) -> None:
     ],
 )  # fmt: skip
 def test_mistakes(conf: Loader, text: str, error: str) -> None:
-    """Are named, and a password is not shown."""
+    """Each has its message, and a password is not shown."""
     said = conf.errors(f"vm a {{\n{text}\n}}\n")[0]
 
     assert said.partition(": ")[2].startswith(error)
     assert "$" not in said.replace("$6$...", "")
 
 
-def test_secrets_stay(conf: Loader) -> None:
-    """The process of a VM, a stream and whoever prints a configuration do not see them."""
+def test_secrets_are_removed(conf: Loader) -> None:
+    """VM processes and streams do not get them, and repr does not show them."""
     vm = conf.vm(f'seed {{ user a hostname b password-hash "{HASH}" user-data c instance-id d }}')
 
     assert without_secrets(vm).seed == SeedConfig(user="a", hostname="b")
@@ -94,7 +97,7 @@ def test_secrets_stay(conf: Loader) -> None:
     ("mode", "password", "warned"), [(0o644, HASH, True), (0o600, HASH, False), (0o644, "file", False)]
 )
 def test_a_hash_that_everybody_may_read(conf: Loader, mode: int, password: str, warned: bool) -> None:
-    """Is warned of, without showing it."""
+    """A warning reports it without the hash."""
     conf.path.touch()
     conf.path.chmod(mode)
     conf.load(f'vm a {{\nseed {{ user a password-hash "{password}" }}\n}}\n')

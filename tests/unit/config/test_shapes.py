@@ -1,4 +1,4 @@
-"""Files of the shapes that others write get upstream's verdict, but where they say why not."""
+"""Files in the style of other projects get upstream's verdict; each file states where ours differs."""
 
 from pathlib import Path
 
@@ -13,21 +13,21 @@ SHAPES = shapes()
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Give a folder in place of theirs; what is in the files is not looked at here."""
+    """A folder in place of those in the files.  The contents of named files are not read here."""
     made = tmp_path_factory.mktemp("shapes")
     (made / "minimal.conf").write_text("vm inner { disable }\n")
     return made
 
 
 def test_there_are_many() -> None:
-    """Of every kind."""
+    """There are enough files of each verdict."""
     assert len([shape for shape in SHAPES if shape.upstream == ACCEPTED]) >= 30
     assert len([shape for shape in SHAPES if shape.upstream != ACCEPTED]) >= 20
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
 def test_verdict(shape: Shape, folder: Path) -> None:
-    """Accepted, or the first error and its line."""
+    """A file is accepted, or its first error has the expected line and text."""
     path = write(shape, folder)
 
     try:
@@ -40,8 +40,8 @@ def test_verdict(shape: Shape, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("shape", [each for each in SHAPES if each.here != each.upstream], ids=lambda shape: shape.name)
-def test_what_differs(shape: Shape) -> None:
-    """Stands in the manual: whoever brings a file from elsewhere has to know."""
+def test_differences_are_in_the_manual(shape: Shape) -> None:
+    """A user with a file from another system has to know."""
     manual = (ROOT / "man/vm.conf.5").read_text()
     section = manual[manual.index(".Sh DIFFERENCES") : manual.index(".Sh CAVEATS")]
 

@@ -1,4 +1,4 @@
-"""The parser of vm.conf by itself: what grammars it takes, what it parses, and how it goes on behind an error."""
+"""The parser generator of vm.conf by itself: which grammars it accepts, how it parses, and how it recovers."""
 
 import random
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ TOKENS = {"NUMBER", "+", "*", "(", ")", ";"}
 
 
 class Token:
-    """A token of the tests."""
+    """A token with its kind and value."""
 
     def __init__(self, kind: str, value: object) -> None:
         self.type = kind
@@ -20,13 +20,13 @@ class Token:
 
 
 class Words:
-    """A lexer: words and numbers between blanks."""
+    """A lexer of words and numbers between blanks."""
 
     def __init__(self, text: str) -> None:
         self.words: Iterator[str] = iter(text.split())
 
     def token(self) -> Token | None:
-        """Return the next one."""
+        """Return the next token."""
         word = next(self.words, None)
         if word is None:
             return None
@@ -34,7 +34,7 @@ class Words:
 
 
 class Sums:
-    """Sums and products, each ended by a semicolon."""
+    """Sums and products, each with a semicolon at its end."""
 
     def __init__(self) -> None:
         self.parser = Parser(Tables(rules_of(self), TOKENS, "lines"), self.wrong)
@@ -44,7 +44,7 @@ class Sums:
         self.errors.append(token.value if token else None)
 
     def read(self, text: str) -> list[int]:
-        """Return the results in a text."""
+        """Return the results of a text."""
         self.results: list[int] = []
         self.errors: list[object] = []
         self.parser.parse(Words(text))
@@ -91,7 +91,7 @@ def grammar(*productions: str) -> Any:  # noqa: ANN401 - made here
 
 
 def tables(*productions: str, shifted: tuple[str, ...] = ()) -> Tables:
-    """Return the tables of productions; the first one is where to start, and tokens are in capitals."""
+    """Return the tables of productions.  The first one is the start symbol, and tokens are in capitals."""
     rules = rules_of(grammar(*productions))
     terminals = {symbol for rule in rules for symbol in rule.symbols if symbol.isupper()}
     return Tables(rules, terminals, rules[0].name, shifted)
@@ -104,25 +104,25 @@ class Bare:
         self.kinds = iter(kinds)
 
     def token(self) -> Token | None:
-        """Return the next one."""
+        """Return the next token."""
         kind = next(self.kinds, None)
         return kind if kind is None else Token(kind, kind)
 
 
 def takes(of: Tables, text: str) -> bool:
-    """Return whether a text is one of a grammar whose tokens are single letters."""
+    """Return whether a grammar of single-letter tokens accepts a text."""
     errors: list[object] = []
     Parser(of, errors.append).parse(Bare(text))
     return errors == []
 
 
 def test_values() -> None:
-    """An action has the values of the right-hand side, by number and as a slice, and leaves its own."""
+    """An action reads the values of the right-hand side by number or as a slice, and sets its own value."""
     assert Sums().read("1 + 2 * ( 3 + 4 ) ; 5 ; ( 6 ) * 7 ;") == [15, 5, 42]
 
 
 def test_sums_are_python_s() -> None:
-    """Some hundred of them, of any shape."""
+    """The results of three hundred random expressions are those of Python."""
     generator = random.Random(1)
     sums = Sums()
 
@@ -139,15 +139,15 @@ def test_sums_are_python_s() -> None:
 
 
 def test_an_error_costs_its_line() -> None:
-    """Each is reported once, with the token that cannot be there, and what follows is read."""
+    """Each error is reported once with its token, and parsing continues after the line."""
     sums = Sums()
 
     assert sums.read("1 + + 2 + + ; 3 ; ( ; 4 ) ; 5 ;") == [3, 5]
     assert sums.errors == ["+", ";", ")"]
 
 
-def test_an_error_at_the_end_ends_it() -> None:
-    """Nothing can follow it."""
+def test_an_error_at_the_end_of_the_text() -> None:
+    """There is nothing to continue with, and the parser can be used again."""
     sums = Sums()
 
     assert sums.read("1 ; 2 +") == [1]
@@ -156,7 +156,7 @@ def test_an_error_at_the_end_ends_it() -> None:
 
 
 def test_errors_in_a_row_are_one() -> None:
-    """Where an action does not call `errok`, three tokens have to be right first."""
+    """Without a call of `errok`, three valid tokens must follow before the next error is reported."""
     of = tables("lines :\n | lines A B C\n | lines error")
     errors: list[Token | None] = []
 
@@ -166,15 +166,15 @@ def test_errors_in_a_row_are_one() -> None:
 
 
 def test_more_than_slr() -> None:
-    """Here FOLLOW(b) has D, and only behind E may it be reduced there."""
+    """FOLLOW(b) contains D, but b may be reduced before D only after E."""
     of = tables("s : a D\n | E b D\n | E a C\n | b C", "a : X", "b : X")
 
     assert [takes(of, text) for text in ("XD", "EXD", "EXC", "XC")] == [True] * 4
     assert [takes(of, text) for text in ("XE", "EX", "DX", "")] == [False] * 4
 
 
-def test_what_may_be_empty() -> None:
-    """Before, between and behind others."""
+def test_empty_productions() -> None:
+    """They stand before, between and after others."""
     of = tables("s : a B a c", "a :\n | A", "c : d e", "d :\n | D", "e :\n | E")
 
     every = {a + "B" + b + d for a in ("", "A") for b in ("", "A") for d in ("", "D", "E", "DE")}
@@ -182,8 +182,8 @@ def test_what_may_be_empty() -> None:
     assert not any(takes(of, text) for text in ("", "A", "AA", "BB", "AAB", "BDD", "BED", "BDA"))
 
 
-def test_what_contains_itself_by_way_of_others() -> None:
-    """The sets of what may follow them are one and the same."""
+def test_mutual_recursion() -> None:
+    """These symbols have the same lookahead sets."""
     of = tables("s : a", "a : A b\n | X", "b : B c\n | Y", "c : C a\n | Z")
 
     assert [takes(of, text) for text in ("X", "AY", "ABZ", "ABCX", "ABCABZ", "ABCABCAY")] == [True] * 6
@@ -203,16 +203,16 @@ def test_what_contains_itself_by_way_of_others() -> None:
         (("s : s\n | A",), "before $end two rules can be reduced: S' : s and s : s"),
     ],
 )
-def test_what_is_no_grammar(productions: tuple[str, ...], what: str) -> None:
-    """The sentence names the production."""
+def test_invalid_grammars(productions: tuple[str, ...], what: str) -> None:
+    """The message names the production."""
     with pytest.raises(GrammarError) as raised:
         tables(*productions)
 
     assert str(raised.value) == what
 
 
-def test_a_choice_that_was_made() -> None:
-    """The token goes on with what is being read; any other choice is still an error."""
+def test_a_conflict_that_is_resolved() -> None:
+    """The token is shifted.  Every other conflict is still an error."""
     of = tables("s : a\n | a A", "a : X\n | X A", shifted=("A",))
 
     assert [takes(of, text) for text in ("X", "XA", "XAA")] == [True] * 3
@@ -222,5 +222,5 @@ def test_a_choice_that_was_made() -> None:
 
 
 def test_the_symbol_for_errors_is_no_token() -> None:
-    """No text can have it."""
+    """No text can contain it."""
     assert ERROR not in TOKENS
