@@ -38,6 +38,8 @@ from tests.support.ringdevices import (
     TABLE,
     Adapter,
     Devices,
+    FramesIn,
+    FramesOut,
     RingDriver,
 )
 from vmd.ipc import devmsg
@@ -81,6 +83,9 @@ def adapters(condition: Callable[[type[Adapter]], bool] = lambda _adapter: True)
 
 each_queue = adapters()
 each_queue_that_is_served = adapters(lambda adapter: adapter.gives_back)
+each_queue_beside_questions = adapters(lambda adapter: adapter.kind is not INTERFACE and adapter.gives_back)
+each_receive_queue = adapters(lambda adapter: adapter.kind is INTERFACE and adapter.queue == 0)
+each_transmit_queue = adapters(lambda adapter: adapter.kind is INTERFACE and adapter.queue == 1)
 each_queue_of_a_process = adapters(lambda adapter: adapter.kind is not ENTROPY and adapter.gives_back)
 
 
@@ -523,11 +528,7 @@ def test_same_head_fills_the_ring_15(driver: RingDriver, start: int) -> None:
 
 @each_queue_that_is_served
 def test_questions_are_answered_while_the_driver_refills_its_ring_24_35(driver: RingDriver) -> None:
-    """Hostile input 24, 35: the device answers its VM.
-
-    This does not measure the budget of a notification: a device without one still answers when it is faster than this
-    driver, or when it publishes only after it has emptied the ring.
-    """
+    """Hostile input 24, 35: the device answers its VM, whatever the driver does meanwhile."""
     ring = driver.renew()
     ring.describe(0, chained(driver.adapter.request(0)))
     over = threading.Event()
@@ -554,14 +555,79 @@ def test_questions_are_answered_while_the_driver_refills_its_ring_24_35(driver: 
     assert driver.works()
 
 
+@each_queue_beside_questions
+def test_question_waits_for_the_budget_of_one_notification_24_35(driver: RingDriver) -> None:
+    """Hostile input 24, 35: the ring is full, and the VM asks; it waits for a part of the ring only."""
+    served = 0
+    while not served:  # the device may look at the question first
+        ring = driver.renew()
+        chain = longest(driver) if driver.adapter.counts_descriptors else driver.adapter.request(0)
+        ring.describe(0, [driver.table(chain, LONG_TABLE)])
+        with driver.device.held():
+            for _ in range(ring.size):
+                ring.offer(0)
+            driver.kick()
+            driver.device.sync.send(devmsg.TYPE.pack(devmsg.PAUSE))
+        assert driver.device.sync.recv(devmsg.PACKET_MAX) == devmsg.STATUS.pack(devmsg.PAUSE, 0)
+        served = driver.device.export()[driver.queue][0]
+    assert served <= driver.adapter.turn
+    driver.device.command(devmsg.RESUME)
+    driver.until(ring.size)
+
+
+def fill(driver: RingDriver, adapter: Adapter, count: int) -> Ring:
+    """Put the same request `count` times into the ring of an adapter's queue."""
+    ring = driver.all_rings[adapter.queue]
+    ring.describe(0, chained(adapter.request(0)))
+    for _ in range(count):
+        ring.offer(0)
+    return ring
+
+
+@each_receive_queue
+def test_receive_queue_leaves_turns_to_the_transmit_queue_24(driver: RingDriver) -> None:
+    """Hostile input 24: both have work; the transmit queue, which is broken, is looked at after one budget."""
+    turn = driver.adapter.turn
+    driver.device.command(devmsg.PAUSE)
+    ring = fill(driver, driver.adapter, driver.size_max)
+    driver.all_rings[1].offer(driver.all_rings[1].size)
+    driver.adapter.prompt(2 * turn)
+    driver.device.command(devmsg.RESUME)
+    driver.device.needs_reset()
+    assert 0 < ring.device_idx <= turn
+    assert driver.works()
+
+
+@each_transmit_queue
+def test_transmit_queue_leaves_turns_to_the_receive_queue_24(driver: RingDriver) -> None:
+    """Hostile input 24: both have work; between two budgets of frames to send, frames are received."""
+    assert isinstance(driver.adapter, FramesOut)
+    frames = FramesIn(driver.device, driver.adapter.wire)
+    frames.begin()
+    driver.device.command(devmsg.PAUSE)
+    ring = fill(driver, driver.adapter, driver.adapter.turn)
+    ring.offer(ring.size)  # the first of the second budget
+    others = fill(driver, frames, driver.all_rings[0].size)
+    frames.prompt(3 * frames.turn)
+    driver.device.command(devmsg.RESUME)
+    driver.device.needs_reset()
+    assert ring.device_idx == driver.adapter.turn
+    assert others.device_idx > frames.turn
+    assert driver.works()
+
+
+def longest(driver: RingDriver) -> list[Desc]:
+    """Return the longest chain that a driver may make: empty buffers in front of those of a request."""
+    parts = driver.adapter.request(0)
+    most = min(driver.size_max, CHAIN_MAX)
+    return [*[parts[0]._replace(length=0)] * (most - len(parts)), *parts]
+
+
 @each_queue_that_is_served
 def test_ring_full_of_long_chains_24(driver: RingDriver) -> None:
     """Hostile input 24: the longest chain that there is, of empty buffers in front of those of a request."""
-    parts = driver.adapter.request(0)
-    most = min(driver.size_max, CHAIN_MAX)
-    chain = [*[parts[0]._replace(length=0)] * (most - len(parts)), *parts]
     ring = driver.ring
-    ring.describe(0, [driver.table(chain, LONG_TABLE)])
+    ring.describe(0, [driver.table(longest(driver), LONG_TABLE)])
     for _ in range(8):
         ring.offer(0)
     driver.adapter.prompt(8)

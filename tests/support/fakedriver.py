@@ -4,13 +4,15 @@
 half of a queue; it writes any content that a test wants, valid or not.  No KVM is needed.
 """
 
+import contextlib
 import mmap
 import os
 import select
+import signal
 import socket
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import NamedTuple, Self
 
@@ -312,6 +314,16 @@ class Device:
         _, count = devmsg.EXPORT_HEAD.unpack_from(answer)
         rows = [devmsg.QUEUE.unpack_from(answer, devmsg.EXPORT_HEAD.size + i * devmsg.QUEUE.size) for i in range(count)]
         return [(row[6], row[7]) for row in rows]
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Stop the device process meanwhile: when it goes on, it finds at once all that was sent."""
+        signal.pidfd_send_signal(self.child.pidfd, signal.SIGSTOP)
+        os.waitid(os.P_PIDFD, self.child.pidfd, os.WSTOPPED)
+        try:
+            yield
+        finally:
+            signal.pidfd_send_signal(self.child.pidfd, signal.SIGCONT)
 
     # --- events ----------------------------------------------------------------------------------------------
 

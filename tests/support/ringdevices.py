@@ -10,7 +10,7 @@ import socket
 import struct
 import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import ClassVar, Self
@@ -74,6 +74,10 @@ class Adapter:
     queue: ClassVar[int] = 0
     features: ClassVar[int] = 0  # those that are not of rings
     gives_back: ClassVar[bool] = True  # whether requests come back
+    # The most requests that a notification may take before the device does its other work; 0: all stay in the ring.
+    # If the device counts descriptors, these are the longest chains.
+    turn: ClassVar[int]
+    counts_descriptors: ClassVar[bool] = False
 
     def __init__(self, device: Device, host: Host | None) -> None:
         self.device = device
@@ -117,7 +121,7 @@ def base(number: int) -> int:
 class DiskRequests(Adapter):
     """Reads of one sector."""
 
-    name, kind = "vioblk", DISK
+    name, kind, turn = "vioblk", DISK, 64
 
     def request(self, number: int) -> list[Desc]:
         """Return a read of the sector with this number."""
@@ -143,6 +147,7 @@ class DiscRequests(Adapter):
     """Reads of one block."""
 
     name, kind, queue = "vioscsi-request", CDROM, 2
+    turn, counts_descriptors = 32, True
 
     def request(self, number: int) -> list[Desc]:
         """Return a read of the block with this number."""
@@ -165,6 +170,7 @@ class DiscTasks(Adapter):
     """Task management: abort a command, of which there is none."""
 
     name, kind, queue = "vioscsi-control", CDROM, 0
+    turn, counts_descriptors = 32, True
 
     def request(self, number: int) -> list[Desc]:
         """Return a task: abort a command."""
@@ -180,7 +186,7 @@ class DiscTasks(Adapter):
 class DiscEvents(Adapter):
     """Buffers for events, which stay in the ring: there are no events."""
 
-    name, kind, queue, gives_back = "vioscsi-event", CDROM, 1, False
+    name, kind, queue, turn, gives_back = "vioscsi-event", CDROM, 1, 0, False
 
     def request(self, number: int) -> list[Desc]:
         """Return a buffer for an event."""
@@ -212,7 +218,7 @@ class Frames(Adapter):
 class FramesOut(Frames):
     """Frames that the guest sends."""
 
-    name, queue = "vionet-tx", 1
+    name, queue, turn = "vionet-tx", 1, 128
 
     def request(self, number: int) -> list[Desc]:
         """Return a frame, with its header in a buffer of its own."""
@@ -227,7 +233,7 @@ class FramesOut(Frames):
 class FramesIn(Frames):
     """Buffers for frames of the host: of two parts."""
 
-    name, queue = "vionet-rx", 0
+    name, queue, turn = "vionet-rx", 0, 64  # while the other queue has frames, too
 
     def begin(self) -> None:
         """Forget the frames that the host has sent, too."""
@@ -271,7 +277,7 @@ class MergeableFramesIn(FramesIn):
 class RandomBytes(Adapter):
     """Requests for random bytes, which the VM process serves itself."""
 
-    name, kind = "viornd", ENTROPY
+    name, kind, turn = "viornd", ENTROPY, 16
 
     def request(self, number: int) -> list[Desc]:
         """Return a buffer of two parts."""
@@ -302,7 +308,9 @@ class EntropyDevice(Device):
         self.entropy = Entropy(Slot(kind=ENTROPY, index=0, number=1), self.memory, self.figures_fd, FIGURES_SLOT)
         self.kicks, self.calls = self.entropy.kicks, self.entropy.calls
         self.informs, self.their_informs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.informs.settimeout(DEADLINE_S)
+        self.sync, self.their_sync = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for channel in (self.sync, self.informs):
+            channel.settimeout(DEADLINE_S)
         self.ended = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.activations = 0
         self.said = ""
@@ -313,6 +321,7 @@ class EntropyDevice(Device):
             on_needs_reset=self._on_needs_reset,
             on_event=lambda _what, _text: None,
         )
+        self.loop.add(self.their_sync.fileno(), self._on_question)
         self.thread = threading.Thread(target=self._run, daemon=True)
 
     def _run(self) -> None:
@@ -342,8 +351,8 @@ class EntropyDevice(Device):
         self.thread.join(DEADLINE_S)
         assert not self.thread.is_alive()
         self.loop.close()
-        self.informs.close()
-        self.their_informs.close()
+        for channel in (self.sync, self.their_sync, self.informs, self.their_informs):
+            channel.close()
         for fd in (*self.kicks, *self.calls, self.figures_fd, self.ended):
             os.close(fd)
 
@@ -351,18 +360,25 @@ class EntropyDevice(Device):
         """Return what ended the event thread."""
         return self.said
 
-    def ask(self, packet: bytes) -> bytes:
-        """Ask the event thread: a device that keeps it busy does not answer."""
-        answers: list[bytes] = []
-        answered = threading.Event()
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep the event thread busy meanwhile: when it goes on, it finds at once all that was sent."""
+        stopped, over = threading.Event(), threading.Event()
 
-        def answer() -> None:
-            answers.append(self._answer(packet))
-            answered.set()
+        def stop() -> None:
+            stopped.set()
+            over.wait(DEADLINE_S)
 
-        self.loop.call_from_thread(answer)
-        assert answered.wait(DEADLINE_S), f"no answer: {self.said}"
-        return answers[0]
+        self.loop.call_from_thread(stop)
+        assert stopped.wait(DEADLINE_S)
+        try:
+            yield
+        finally:
+            over.set()
+
+    def _on_question(self, _events: int) -> None:
+        """Answer on the event thread: a device that keeps it busy does not answer."""
+        self.their_sync.send(self._answer(self.their_sync.recv(devmsg.PACKET_MAX)))
 
     def _answer(self, packet: bytes) -> bytes:
         (kind,) = devmsg.TYPE.unpack_from(packet)
