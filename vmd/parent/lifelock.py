@@ -35,7 +35,7 @@ class LifeLock:
 
     def wait(self, *, notify: "Callable[[str], object]" = service.notify) -> None:
         """Wait until every vmm of an earlier daemon has ended.  Raises OperatorError if that daemon still runs."""
-        said_s = 0.0
+        said_s: float | None = None
         while True:
             fd = self._take(fcntl.LOCK_EX)
             if fd is not None:
@@ -44,13 +44,13 @@ class LifeLock:
                 break
             service.is_free(self.socket_path)
             now_s = time.monotonic()
-            if not said_s:
+            if said_s is None:
                 log.warn("guests of an earlier vmd are still shutting down: waiting for their end")
-            if now_s - said_s >= SAY_AGAIN_S:
+            if said_s is None or now_s - said_s >= SAY_AGAIN_S:
                 said_s = now_s
                 notify(f"EXTEND_TIMEOUT_USEC={EXTEND_US}\nSTATUS=Waiting for the guests of an earlier vmd to shut down")
             time.sleep(POLL_S)
-        if said_s:
+        if said_s is not None:
             log.info("the guests of an earlier vmd have ended")
             notify("STATUS=")
 
@@ -71,21 +71,23 @@ class LifeLock:
 
     def _take(self, kind: int) -> int | None:
         """Return a new descriptor with the lock; None if another process has it, -1 if there can be no file."""
+        try:
+            return self._locked(kind)
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            log.warn(f"{self.path}: {error.strerror}: {UNKNOWN}")
+            return -1
+
+    def _locked(self, kind: int) -> int:
+        """Return a new descriptor of the present file, with the lock.  Raises OSError."""
         while True:
-            try:
-                fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-            except OSError as error:
-                log.warn(f"{self.path}: {error.strerror}: {UNKNOWN}")
-                return -1
+            fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             try:
                 fcntl.flock(fd, kind | fcntl.LOCK_NB)
                 if os.fstat(fd).st_nlink:
                     return fd
-            except BlockingIOError:
+            except OSError:
                 close(fd)
-                return None
-            except OSError as error:
-                close(fd)
-                log.warn(f"{self.path}: {error.strerror}: {UNKNOWN}")
-                return -1
+                raise
             close(fd)  # another daemon has just removed the file
