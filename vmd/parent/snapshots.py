@@ -135,7 +135,7 @@ class Snapshots:
         elif listing == bool(message.tag):
             raise OperatorError(errno.EINVAL, "a list takes no tag; every other action needs one")
         if vm.alive:
-            vm.require_pausable()
+            vm.require_sendable()
         vm.require_unchanging()
         if not (vm.disks if vm.alive else vm.config.disks):
             raise OperatorError(errno.EINVAL, f"vm {vm.name} has no disks")
@@ -189,6 +189,8 @@ class Snapshots:
             self._begin(job, vm.disks, ours)
         except BaseException:
             close_all(fd for fds in theirs.values() for fd in fds)
+            if job.state >= 0:
+                close(job.state)
             raise
         if not look:
             vm.begin_send(keep=True, state=State.SAVING)
@@ -226,7 +228,8 @@ class Snapshots:
         try:
             channel.send(message, fds=fds)
         except ValueError as error:  # too long for one message
-            self._lose(job, OperatorError(errno.E2BIG, f"configuration too long: {error}"))
+            failure = OperatorError(errno.E2BIG, f"configuration too long: {error}")
+            self.loop.call_later(0, lambda: self._lose(job, failure))  # when the caller has registered the job
 
     # --- messages --------------------------------------------------------------------------------------
 
@@ -335,10 +338,11 @@ class Snapshots:
     def _revive(self, job: Job) -> None:
         """The disks are in the state of the snapshot: replace the VM's process, whose machine does not fit them."""
         vm, stream = job.vm, job.state
-        job.revived, job.state = True, -1
-        if job.vm_ended:
+        job.state = -1
+        if job.vm_ended:  # it stays stopped
             close(stream)
             return
+        job.revived = True
         paused = vm.sending is not None and vm.sending.state is State.PAUSED
 
         def revive() -> None:

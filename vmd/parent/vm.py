@@ -296,6 +296,13 @@ class Vm:
             state = "is not running" if not self.alive else f"is {self._state.value}"
             raise OperatorError(errno.EINVAL, f"vm {self.name} {state}")
 
+    def require_sendable(self) -> None:
+        """Raise OperatorError unless the machine can be written, to another host or to a snapshot."""
+        self.require_pausable()
+        if self.receiving is not None:
+            raise OperatorError(errno.EBUSY, f"vm {self.name} still waits for its disks: {self.text}")
+        self.require_unchanging()
+
     def pause_changed(self, *, paused: bool) -> None:
         """RUNNING <-> PAUSED.  A VM that is being stopped stays STOPPING.
 
@@ -319,10 +326,7 @@ class Vm:
 
     def begin_send(self, *, keep: bool, carried: bool = False, state: State = State.SENDING) -> None:
         """RUNNING or PAUSED -> SENDING or SAVING.  Raises OperatorError."""
-        self.require_pausable()
-        if self.receiving is not None:
-            raise OperatorError(errno.EBUSY, f"vm {self.name} still waits for its disks: {self.text}")
-        self.require_unchanging()
+        self.require_sendable()
         self.sending = Sending(keep=keep, state=self._state, carried=carried)
         self._enter(state, "saving" if state is State.SAVING else "migrate" if carried else "send")
 
