@@ -1,4 +1,4 @@
-"""What tests of vmctl share: a daemon to talk to, and a way to run a command in this process."""
+"""Fixtures of vmctl's tests: a daemon to talk to, and a function that runs a command in this process."""
 
 import os
 import tempfile
@@ -15,7 +15,7 @@ Vmctl = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def daemon(tmp_path: Path) -> Iterator[FakeDaemon]:
-    """Give a daemon that answers nothing until told what."""
+    """A daemon that gives no answers until it has a script."""
     fake = FakeDaemon(tmp_path / "vmd.sock")
     yield fake
     fake.close()
@@ -23,7 +23,7 @@ def daemon(tmp_path: Path) -> Iterator[FakeDaemon]:
 
 @pytest.fixture
 def open_folder() -> Iterator[Path]:
-    """Give a folder that other users may enter, unlike pytest's."""
+    """A folder that other users may enter, unlike pytest's."""
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o755)
         yield Path(folder)
@@ -31,7 +31,7 @@ def open_folder() -> Iterator[Path]:
 
 @pytest.fixture
 def vmctl(daemon: FakeDaemon, capfd: pytest.CaptureFixture[str]) -> Vmctl:
-    """Give a function that runs vmctl and returns its exit status, output and errors."""
+    """A function that runs vmctl and returns its exit status, output and errors."""
 
     def run(*arguments: str, socket: str = "") -> tuple[int, str, str]:
         status = main(["-s", socket or str(daemon.path), *arguments])

@@ -1,4 +1,4 @@
-"""A daemon that speaks vmd's side of the control socket and answers what a test tells it to."""
+"""A daemon at vmd's end of the control socket, with the answers that a test gives it."""
 
 import array
 import contextlib
@@ -24,24 +24,24 @@ Script = Callable[[Record], Answers]
 
 
 def nothing(_request: Record) -> Answers:
-    """Answer nothing."""
+    """Give no answer."""
     return ()
 
 
 class FakeDaemon:
-    """Serves one client after the other; `script` answers each request, in the order of arrival.
+    """Serves one client after another.  `script` answers each request, in the order of arrival.
 
-    An `older` one knows no Hello.
+    An `older` daemon does not know Hello.
     """
 
     def __init__(self, path: Path, *, older: bool = False) -> None:
         self.path = path
         self.older = older
         self.form = Form.FIRST if older else Form.NAMED
-        self.reads_files = True  # else they are closed: they are pipes, of which some end is open for longer
+        self.reads_files = True  # otherwise they are closed: a pipe that is still open could block
         self.script: Script = nothing
         self.requests: list[Record] = []
-        self.files: list[dict[str, bytes]] = []  # for each request, what its descriptors could read
+        self.files: list[dict[str, bytes]] = []  # for each request, the contents of its descriptors
         self._arrived: queue.SimpleQueue[Record] = queue.SimpleQueue()
         self._left: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -52,34 +52,34 @@ class FakeDaemon:
         self._thread.start()
 
     def answers(self, *messages: Record) -> None:
-        """Answer every request with these."""
+        """Answer every request with these messages."""
         self.script = lambda _request: messages
 
     def requested(self) -> Record:
-        """Return the next request, waiting for it."""
+        """Wait for the next request and return it."""
         return self._arrived.get(timeout=DEADLINE_S)
 
     def wait_left(self) -> None:
-        """Wait until a client has hung up."""
+        """Wait until a client has disconnected."""
         self._left.get(timeout=DEADLINE_S)
 
     def send(self, message: Record) -> None:
-        """Send a message that was not asked for."""
+        """Send a message that is no answer to a request."""
         assert self._client is not None
         self._client.send(encode(message, form=self.form)[0])
 
     def send_raw(self, packet: bytes) -> None:
-        """Send what no daemon would."""
+        """Send bytes that no real daemon would send."""
         assert self._client is not None
         self._client.send(packet)
 
     def hang_up(self) -> None:
-        """Drop the client, as a daemon that dies."""
+        """Close the client's connection, as a daemon that dies."""
         assert self._client is not None
         self._client.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """End."""
+        """Stop serving, and close all sockets."""
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         if self._client is not None:
@@ -130,7 +130,7 @@ class FakeDaemon:
 
 
 def read_files(envelope: Envelope) -> dict[str, bytes]:
-    """Return what the descriptors of a request read, and close them."""
+    """Return what can be read from the descriptors of a request, and close them."""
     contents = {}
     for name in tuple(envelope.fds):
         for fd in envelope.take_fds(name):
@@ -140,7 +140,7 @@ def read_files(envelope: Envelope) -> dict[str, bytes]:
 
 
 def vm_info(name: str = "web", *, vmid: int = 1, running: bool = True, state: str = "", **more: object) -> VmInfo:
-    """Return a row of the list."""
+    """Return a VmInfo, a row of the list."""
     info = VmInfo(
         vmid=vmid,
         name=name,
@@ -158,7 +158,7 @@ def vm_info(name: str = "web", *, vmid: int = 1, running: bool = True, state: st
 
 
 def spawn(daemon: FakeDaemon, *arguments: str, stdin: int = subprocess.DEVNULL) -> "subprocess.Popen[str]":
-    """Run vmctl in a process of its own."""
+    """Run vmctl in its own process."""
     return subprocess.Popen(
         [sys.executable, "-m", "vmctl", "-s", str(daemon.path), *arguments],
         cwd=ROOT, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

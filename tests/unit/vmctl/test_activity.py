@@ -1,4 +1,4 @@
-"""What `vmctl status -v` says that VMs have done, byte for byte."""
+"""The activity of VMs in `vmctl status -v`, byte for byte."""
 
 from vmctl.activity import describe
 from vmd.ipc.figures import (
@@ -39,8 +39,8 @@ LIMITED = STOPPED.replace(
 )  # fmt: skip
 
 
-def test_limits_and_what_they_have_kept_waiting() -> None:
-    """Of a limit that there was, too."""
+def test_limits_and_their_delays() -> None:
+    """Delays are shown even if the limit was removed since."""
     assert describe(LIMITED)[3:] == [
         "a limits: memory 3.0G, processor 150%, weight 200",
         "a disk 0: 0B",
@@ -52,13 +52,13 @@ def test_limits_and_what_they_have_kept_waiting() -> None:
     assert describe(STOPPED.replace(limit=LimitFigures(weight=7)))[1:] == []
 
 
-def test_one_that_does_not_run() -> None:
-    """There is nothing to say but how often it was started."""
+def test_a_stopped_vm() -> None:
+    """Only its starts and resets are shown."""
     assert describe(STOPPED) == ["a life: 1 start, 0 resets by its guest"]
 
 
-def test_one_that_runs() -> None:
-    """What has not happened is not said; nor is what nobody has counted, but for that."""
+def test_a_running_vm() -> None:
+    """Zero counts are left out.  A device without counters is reported as not counted."""
     assert describe(RUNNING) == [
         "a life: 2 starts, 1 reset by its guest",
         "a processor: 2.00 s, of which vcpu0 1.50 s, vcpu1 0.00 s",

@@ -29,7 +29,7 @@ from vmd.ipc.messages.figures import VmFigures
     ],
 )  # fmt: skip
 def test_limits_are_those_of_the_old_vm(figures: list[VmFigures], lines: list[str]) -> None:
-    """Each where it belongs, in whole units."""
+    """Each limit stands at its device or VM, in whole units where possible."""
     nics = [
         NicInfo(index=index, tap="", switch="", lladdr=b"", up=True, locked=False, local=local)
         for index, local in enumerate((False, True))
@@ -45,8 +45,8 @@ def test_limits_are_those_of_the_old_vm(figures: list[VmFigures], lines: list[st
 
 
 @pytest.mark.parametrize("options", list(itertools.product((False, True), repeat=5)), ids=str)
-def test_interfaces_are_as_vm_conf_has_them(tmp_path: Path, options: tuple[bool, ...]) -> None:
-    """Whatever options come together: what is printed is read as the same interface."""
+def test_printed_interfaces_can_be_loaded(tmp_path: Path, options: tuple[bool, ...]) -> None:
+    """The printed line is read as the same interface, for all combinations of options."""
     local, on_switch, locked, kernel, limited = options
     nic = NicInfo(
         index=0, tap="", switch="lan" if on_switch else "", lladdr=b"", up=True, locked=locked, local=local,
@@ -63,7 +63,7 @@ def test_interfaces_are_as_vm_conf_has_them(tmp_path: Path, options: tuple[bool,
 
 
 def test_forwards_are_not_forgotten() -> None:
-    """Two VMs cannot have the same ports of the host, so whoever clones one chooses others."""
+    """Two VMs cannot have the same host ports, so the user must choose others for the clone."""
     local = NicInfo(index=0, tap="", switch="", lladdr=bytes(6), up=True, locked=False, local=True)
     remark = "    # forwards of old are in its block; the new VM needs other ports of the host"
     for forwards, said in (((Forward(port=8022, to=22),), True), ((), False)):
@@ -72,7 +72,7 @@ def test_forwards_are_not_forgotten() -> None:
 
 
 def test_a_seed_is_not_forgotten() -> None:
-    """What is in it is not known here; without one, the guest would take itself for the old one."""
+    """Its options are unknown to vmctl.  Without a seed the clone's guest would keep the identity of the old one."""
     old = vm_info("old", files=VmFiles(seed=True))
 
     assert "    # add a seed here, as in the block of old" in "\n".join(block(old, "new", [], Limits([])))

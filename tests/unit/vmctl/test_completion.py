@@ -1,4 +1,4 @@
-"""What can come next: `vmctl --complete`, and the shells that ask it."""
+"""Completion of command lines by `vmctl --complete`, and by the shells that call it."""
 
 import os
 import pty
@@ -22,7 +22,7 @@ SWITCHES = (SwitchInfo(name="lan", interface="br0"), SwitchInfo(name="dmz", inte
 
 @pytest.fixture
 def busy(daemon: FakeDaemon) -> FakeDaemon:
-    """Give a daemon with two VMs on two switches."""
+    """A daemon with two VMs on two switches."""
 
     def script(request: Record) -> Answers:
         if isinstance(request, ListRequest):
@@ -35,7 +35,7 @@ def busy(daemon: FakeDaemon) -> FakeDaemon:
 
 
 def complete(daemon: FakeDaemon, capfd: pytest.CaptureFixture[str], *words: str) -> tuple[str, list[str]]:
-    """Return whether files are candidates, and the other candidates, without what they are."""
+    """Return the kind of candidates, which says whether files are candidates, and the candidates without their help."""
     assert main(["--complete", "-s", str(daemon.path), *words]) == 0
     output, errors = capfd.readouterr()
     assert errors == ""
@@ -63,7 +63,7 @@ def complete(daemon: FakeDaemon, capfd: pytest.CaptureFixture[str], *words: str)
         (["start", "-t", ""], ["web", "mail"]),
         (["start", "-n", ""], ["lan", "dmz"]),
         (["start", "-n", "lan", "-n", "d"], ["dmz"]),
-        # Enough has been said.
+        # No more arguments are allowed, or any text.
         (["stop", "web", ""], []),
         (["stop", "-a", ""], []),
         (["reload", ""], []),
@@ -79,7 +79,7 @@ def complete(daemon: FakeDaemon, capfd: pytest.CaptureFixture[str], *words: str)
     ],
 )
 def test_words(busy: FakeDaemon, capfd: pytest.CaptureFixture[str], words: list[str], found: list[str]) -> None:
-    """Commands, options, names: what the table has in this place, and nothing that was said already."""
+    """Commands, options and names that the table allows at this place, without those that are on the line already."""
     assert complete(busy, capfd, *words) == ("words", found)
 
 
@@ -92,26 +92,26 @@ def test_words(busy: FakeDaemon, capfd: pytest.CaptureFixture[str], words: list[
     ],
 )  # fmt: skip
 def test_files(busy: FakeDaemon, capfd: pytest.CaptureFixture[str], words: list[str]) -> None:
-    """Shells know files best."""
+    """Shells complete file names themselves."""
     assert complete(busy, capfd, *words) == ("files", [])
 
 
 @pytest.mark.parametrize("words", [["frobnicate", ""], ["st", ""], ["stop", "-x", ""], ["-x", ""]])
 def test_nothing_can_follow(busy: FakeDaemon, capfd: pytest.CaptureFixture[str], words: list[str]) -> None:
-    """A mistake is no place for advice: the shell shows nothing, and we say nothing."""
+    """After a mistake the shell shows no candidates, and vmctl prints nothing."""
     assert main(["--complete", *words]) == 1
     assert capfd.readouterr() == ("", "")
 
 
 def test_no_daemon(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """Then there are no names."""
+    """Without a daemon there are no names."""
     assert main(["--complete", "-s", str(tmp_path / "none"), "stop", ""]) == 1
     assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.deep
 def test_daemon_that_does_not_answer(daemon: FakeDaemon) -> None:
-    """It does not hold up somebody who types; nothing is shown."""
+    """A typing user does not have to wait for it, and nothing is shown."""
     done = subprocess.run(
         [sys.executable, "-m", "vmctl", "--complete", "-s", str(daemon.path), "stop", ""],
         cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE_S, check=False,
@@ -140,7 +140,7 @@ SHELLS = {
 @pytest.mark.deep
 @pytest.mark.parametrize("shell", SHELLS)
 def test_shell(busy: FakeDaemon, tmp_path: Path, shell: str) -> None:
-    """What is typed with tabs in it becomes the command line that was meant."""
+    """A line typed with tabs becomes the intended command line."""
     wrapper = tmp_path / "vmctl"
     wrapper.write_text(WRAPPER.format(python=sys.executable))
     wrapper.chmod(0o755)

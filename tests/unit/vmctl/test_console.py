@@ -1,4 +1,4 @@
-"""The console, through real terminals: the operator's, and the pty that is the guest's line."""
+"""The console, with real terminals: the operator's terminal, and the pty that is the guest's serial line."""
 
 import contextlib
 import errno
@@ -37,7 +37,7 @@ BACKLOG = b"boot> \x1b[1mready\x1b[0m\r\n"
 
 
 class Line:
-    """The guest's pty, both sides held as the daemon does."""
+    """The guest's pty, both ends open as in the daemon."""
 
     def __init__(self, daemon: FakeDaemon) -> None:
         self.master, self.slave = os.openpty()
@@ -56,41 +56,41 @@ class Line:
         os.write(self.master, data)
 
     def gets(self, wanted: str) -> str:
-        """Return what the guest receives, up to a text."""
+        """Return the guest's input up to a text."""
         return self.input.expect(wanted, DEADLINE_S)
 
     def end(self) -> None:
-        """End the VM."""
+        """End the VM by closing both ends."""
         for fd in (self.master, self.slave):
             with contextlib.suppress(OSError):
                 os.close(fd)
 
 
 class Operator:
-    """Somebody who has typed `vmctl console web` at a terminal."""
+    """A user who has typed `vmctl console web` at a terminal."""
 
     def __init__(self, daemon: FakeDaemon, *arguments: str) -> None:
         self.master, self.slave = os.openpty()
         self.before = termios.tcgetattr(self.slave)
         self.screen = Console(self.master)
-        # In a process group of its own, as a shell does it: an orphaned one could not be stopped.
+        # In its own process group, as shells do: the terminal cannot stop an orphaned group.
         self.process = subprocess.Popen(
             [sys.executable, "-m", "vmctl", "-s", str(daemon.path), *(arguments or ("console", "web"))],
             cwd=ROOT, stdin=self.slave, stdout=self.slave, stderr=self.slave, process_group=0,
         )  # fmt: skip
 
     def types(self, data: bytes) -> None:
-        """Type."""
+        """Type at the terminal."""
         view = memoryview(data)
         while view:
             view = view[os.write(self.master, view) :]
 
     def sees(self, wanted: str) -> str:
-        """Return what is shown, up to a text."""
+        """Return the output at the terminal up to a text."""
         return self.screen.expect(wanted, DEADLINE_S)
 
     def ended(self) -> int:
-        """Wait for the end; return the exit status."""
+        """Wait for the end of vmctl, and return its exit status."""
         return self.process.wait(DEADLINE_S)
 
     def mode(self) -> list[object]:
@@ -98,11 +98,11 @@ class Operator:
         return list(termios.tcgetattr(self.slave))
 
     def waiting(self) -> int:
-        """Return how many bytes are typed and not read."""
+        """Return the number of typed bytes that were not read."""
         return int.from_bytes(fcntl.ioctl(self.slave, termios.FIONREAD, bytes(4)), sys.byteorder)
 
     def close(self) -> None:
-        """Clean up."""
+        """End vmctl and close the terminal."""
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait()
@@ -112,7 +112,7 @@ class Operator:
 
 @pytest.fixture
 def line(daemon: FakeDaemon) -> Iterator[Line]:
-    """Give a guest's line that the daemon hands out."""
+    """A guest's line that the daemon hands out."""
     line = Line(daemon)
     yield line
     line.end()
@@ -120,7 +120,7 @@ def line(daemon: FakeDaemon) -> Iterator[Line]:
 
 @pytest.fixture
 def operator(daemon: FakeDaemon, line: Line) -> Iterator[Operator]:
-    """Give an operator who is attached and sees the backlog."""
+    """An operator who is attached and has seen the backlog."""
     operator = Operator(daemon)
     try:
         operator.sees("ready\x1b[0m\r\n")
@@ -130,7 +130,7 @@ def operator(daemon: FakeDaemon, line: Line) -> Iterator[Operator]:
 
 
 def is_raw(mode: list[object]) -> bool:
-    """Return whether a terminal passes every byte as it is."""
+    """Return whether a terminal passes every byte unchanged."""
     assert isinstance(mode[3], int)
     return not mode[3] & (termios.ICANON | termios.ECHO | termios.ISIG)
 
@@ -139,7 +139,7 @@ def is_raw(mode: list[object]) -> bool:
 
 
 def test_greeting(daemon: FakeDaemon, line: Line) -> None:
-    """Where we are, how to leave, then what the console showed before, untouched."""
+    """The console's name, how to leave, and then the backlog unchanged."""
     operator = Operator(daemon)
     try:
         shown = operator.sees("ready\x1b[0m\r\n")
@@ -153,7 +153,7 @@ def test_greeting(daemon: FakeDaemon, line: Line) -> None:
 
 
 def test_both_ways(line: Line, operator: Operator) -> None:
-    """Control characters included: ^C is the guest's."""
+    """Control characters pass, too: ^C goes to the guest."""
     operator.types(b"root\r\x03\x13\x11")
     assert line.gets("\x11") == "root\r\x03\x13\x11"
 
@@ -162,7 +162,7 @@ def test_both_ways(line: Line, operator: Operator) -> None:
 
 
 def test_leaving_gives_everything_back(daemon: FakeDaemon, line: Line, operator: Operator) -> None:
-    """The terminal's mode to the operator, the console to the daemon."""
+    """The terminal gets its mode back, and the daemon its console."""
     assert is_raw(operator.mode())
 
     operator.types(b"exit\r~.")
@@ -176,7 +176,7 @@ def test_leaving_gives_everything_back(daemon: FakeDaemon, line: Line, operator:
 
 @pytest.mark.parametrize("escape", [b"~#", b"~b"])
 def test_break(daemon: FakeDaemon, line: Line, operator: Operator, escape: bytes) -> None:
-    """A message: a pty on Linux has no BREAK."""
+    """BREAK is a message, because a pty on Linux cannot carry it."""
     operator.types(b"\r" + escape + b"after")
 
     assert line.gets("after") == "\rafter"
@@ -185,7 +185,7 @@ def test_break(daemon: FakeDaemon, line: Line, operator: Operator, escape: bytes
 
 
 def test_refused_break_is_shown(daemon: FakeDaemon, line: Line, operator: Operator) -> None:
-    """And the console goes on."""
+    """The console goes on after that."""
     daemon.script = lambda _request: [Failed(code=errno.EPERM, text="the console is not attached\x1b here")]
     operator.types(b"~#")
 
@@ -195,7 +195,7 @@ def test_refused_break_is_shown(daemon: FakeDaemon, line: Line, operator: Operat
 
 
 def test_help(line: Line, operator: Operator) -> None:
-    """Every escape; the guest hears nothing of it."""
+    """It lists every escape, and the guest gets none of it."""
     operator.types(b"~?")
 
     shown = operator.sees("at the start of a line.\r\n")
@@ -205,14 +205,14 @@ def test_help(line: Line, operator: Operator) -> None:
 
 
 def test_tilde_for_the_guest(line: Line, operator: Operator) -> None:
-    """`~~` sends one; in the middle of a line it is a character like others."""
+    """`~~` sends one tilde.  In the middle of a line a tilde is an ordinary character."""
     operator.types(b"~~.\recho ~.\r")
 
     assert line.gets("~.\r") + line.gets("~.\r") == "~.\recho ~.\r"
 
 
 def test_suspend(line: Line, operator: Operator) -> None:
-    """While we are stopped the terminal is the shell's; then it is ours again."""
+    """While vmctl is stopped, the terminal has the shell's mode.  Then it is raw again."""
     operator.types(b"~\x1a")
 
     os.waitid(os.P_PID, operator.process.pid, os.WSTOPPED)
@@ -229,7 +229,7 @@ def test_suspend(line: Line, operator: Operator) -> None:
 
 
 def test_stop_signal_from_outside(line: Line, operator: Operator) -> None:
-    """`kill -TSTP` suspends in the same way."""
+    """`kill -TSTP` suspends vmctl in the same way."""
     os.kill(operator.process.pid, signal.SIGTSTP)
 
     os.waitid(os.P_PID, operator.process.pid, os.WSTOPPED)
@@ -242,7 +242,7 @@ def test_stop_signal_from_outside(line: Line, operator: Operator) -> None:
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT])
 def test_signal_restores_the_terminal(operator: Operator, signum: signal.Signals) -> None:
-    """However we are ended."""
+    """Every signal that ends vmctl does so."""
     operator.process.send_signal(signum)
 
     operator.sees(f"vmctl: console: ended by {signum.name}\r\n")
@@ -251,7 +251,7 @@ def test_signal_restores_the_terminal(operator: Operator, signum: signal.Signals
 
 
 def test_end_of_the_vm(line: Line, operator: Operator) -> None:
-    """A sentence and success."""
+    """vmctl prints a message and ends successfully."""
     line.end()
 
     operator.sees("[EOT]\r\n")
@@ -261,7 +261,7 @@ def test_end_of_the_vm(line: Line, operator: Operator) -> None:
 
 
 def test_end_of_the_daemon(daemon: FakeDaemon, operator: Operator) -> None:
-    """A failure: nobody holds the line any more."""
+    """vmctl fails: no process holds the line any more."""
     daemon.hang_up()
 
     operator.sees("vmctl: pipe closed: vmd has ended or is started again; the guest may still run\r\n")
@@ -270,7 +270,7 @@ def test_end_of_the_daemon(daemon: FakeDaemon, operator: Operator) -> None:
 
 
 def test_daemon_that_breaks_the_protocol(daemon: FakeDaemon, operator: Operator) -> None:
-    """The terminal is given back here, too."""
+    """The terminal is restored here, too."""
     daemon.send_raw(b"noise")
 
     operator.sees("vmctl: vmd: packet of 5 bytes has no header")
@@ -279,7 +279,7 @@ def test_daemon_that_breaks_the_protocol(daemon: FakeDaemon, operator: Operator)
 
 
 def test_terminal_that_hangs_up(daemon: FakeDaemon, line: Line) -> None:
-    """A closed window is a way to leave."""
+    """Closing the window detaches from the console."""
     operator = Operator(daemon)
     operator.sees("ready")
     os.close(operator.slave)
@@ -290,7 +290,7 @@ def test_terminal_that_hangs_up(daemon: FakeDaemon, line: Line) -> None:
 
 
 def test_guest_that_does_not_read(line: Line, operator: Operator) -> None:
-    """What cannot be delivered does not keep the operator from leaving."""
+    """The operator can leave although typed bytes cannot be delivered."""
     operator.types(b"x" * 300_000 + b"\r~.")
 
     operator.sees("[EOT]\r\n")
@@ -298,7 +298,7 @@ def test_guest_that_does_not_read(line: Line, operator: Operator) -> None:
 
 
 def test_line_that_echoes_is_made_raw(daemon: FakeDaemon, line: Line) -> None:
-    """Whoever used it before us: else a guest would read its own output."""
+    """A previous user may have left it so.  The guest would read its own output."""
     cooked = termios.tcgetattr(line.slave)
     cooked[3] |= termios.ECHO | termios.ICANON
     termios.tcsetattr(line.slave, termios.TCSANOW, cooked)
@@ -313,11 +313,14 @@ def test_line_that_echoes_is_made_raw(daemon: FakeDaemon, line: Line) -> None:
         operator.close()
 
 
-# --- what guests do to terminals -------------------------------------------------------------------------
+# --- how guests change terminals -------------------------------------------------------------------------
 
 
 def test_backlog_does_not_act_on_the_terminal(daemon: FakeDaemon, line: Line) -> None:
-    """What SeaBIOS and others printed is text when it is shown again; what is cut off in it ends with live output."""
+    """Sequences of SeaBIOS and others are removed from the backlog.
+
+    A sequence cut by its end finishes in the live output.
+    """
     attached = line.answers[-1]
     replayed = b"\x1bc\x1b[?7l\x1b[2J\x1b[0mSeaBIOS\r\n\x1b[6n\x1b[c\x05\x1b]0;guest\x07ready\r\n\x1b]2;ti"
     line.answers = (ConsoleOutput(data=replayed[:30]), ConsoleOutput(data=replayed[30:]), attached)
@@ -332,7 +335,7 @@ def test_backlog_does_not_act_on_the_terminal(daemon: FakeDaemon, line: Line) ->
 
 
 def test_backlog_alone_at_a_terminal(daemon: FakeDaemon, line: Line) -> None:
-    """Only the screen is a terminal: it is what matters."""
+    """Only standard output is a terminal, and that is enough for the filter."""
     daemon.answers(ConsoleOutput(data=b"\x1bc\x1b[?7l\x1b[6n\x1b[31mred"), line.answers[-1])
     master, slave = os.openpty()
     with subprocess.Popen(
@@ -349,7 +352,7 @@ def test_backlog_alone_at_a_terminal(daemon: FakeDaemon, line: Line) -> None:
 
 @pytest.mark.parametrize("way", ["leave", "end", "signal", "daemon"])
 def test_terminal_is_given_back_as_it_was(daemon: FakeDaemon, line: Line, operator: Operator, way: str) -> None:
-    """Whatever the guest printed, a sequence without an end included, and however we end."""
+    """Modes of the guest are undone, also after an unfinished sequence, however vmctl ends."""
     line.prints(b"\x1b[?1049h\x1b[?7l\x1b[?25l\x1b[?1002h\x1b[?2004h\x1b(0\x1b[31mlogin\x1b]0;unended")
     operator.sees("unended")
 
@@ -365,14 +368,14 @@ def test_terminal_is_given_back_as_it_was(daemon: FakeDaemon, line: Line, operat
 
     undone = operator.sees("\x1b[m")
     assert undone == "\x18\x1b\\\x1b[?1049l\x1b[?7h\x1b[?25h\x1b[?1002l\x1b[?2004l\x1b(B\x1b[m"
-    operator.sees("\x1b[5n")  # reports of the mouse may still be on their way
+    operator.sees("\x1b[5n")  # reports of the mouse may still arrive
     operator.types(b"\x1b[<35;1;1M\x1b[0n")
     operator.ended()
-    assert operator.waiting() == 0  # for a shell
+    assert operator.waiting() == 0  # for a shell to read
 
 
 def test_plain_output_leaves_nothing_to_undo(line: Line, operator: Operator) -> None:
-    """Nor does a guest that has cleaned up."""
+    """A guest that has undone its modes leaves nothing, either."""
     line.prints(b"\x1b[?1049h\x1b[31mx\x1b[m\x1b[?1049ltext")
     operator.sees("text")
     operator.types(b"~.")
@@ -381,7 +384,7 @@ def test_plain_output_leaves_nothing_to_undo(line: Line, operator: Operator) -> 
 
 
 def test_late_answers_are_not_typed_into_the_shell(line: Line, operator: Operator) -> None:
-    """The guest asks where the cursor is, and is left."""
+    """The guest asks for the cursor's position, and the operator leaves before the answer."""
     line.prints(b"\x1b[6n")
     operator.sees("\x1b[6n")
     operator.types(b"~.")
@@ -393,7 +396,7 @@ def test_late_answers_are_not_typed_into_the_shell(line: Line, operator: Operato
 
 
 def test_suspending_gives_the_terminal_back_for_a_while(line: Line, operator: Operator) -> None:
-    """The guest's modes come again with us."""
+    """The guest's modes are set again when vmctl continues."""
     line.prints(b"\x1b[?25l\x1b[31mred")
     operator.sees("red")
     operator.types(b"~\x1a")
@@ -408,7 +411,7 @@ def test_suspending_gives_the_terminal_back_for_a_while(line: Line, operator: Op
 
 
 def test_pipes_carry_every_byte(daemon: FakeDaemon, line: Line) -> None:
-    """No escapes in what is no keyboard, and nothing but the guest's bytes on standard output."""
+    """Input from a pipe has no escapes, and standard output has the guest's bytes only."""
     process = spawn(daemon, "console", "web", stdin=subprocess.PIPE)
     assert process.stdin is not None
     assert process.stdout is not None
@@ -425,7 +428,7 @@ def test_pipes_carry_every_byte(daemon: FakeDaemon, line: Line) -> None:
 
 
 def test_end_of_input_waits_for_the_line(daemon: FakeDaemon, line: Line) -> None:
-    """What was piped in is delivered before we leave, however slowly the guest takes it."""
+    """vmctl delivers its whole input before it ends, even if the guest reads slowly."""
     process = spawn(daemon, "console", "web", stdin=subprocess.PIPE)
     assert process.stdin is not None
     process.stdin.write("y" * 200_000 + "z")
@@ -439,7 +442,7 @@ def test_end_of_input_waits_for_the_line(daemon: FakeDaemon, line: Line) -> None
 
 
 def test_backlog_alone(daemon: FakeDaemon, line: Line) -> None:
-    """Without any input we leave at once: what the console showed last."""
+    """Without any input, vmctl prints the backlog and ends."""
     process = spawn(daemon, "console", "web")
     output, _ = process.communicate(timeout=DEADLINE_S)
 
@@ -447,11 +450,11 @@ def test_backlog_alone(daemon: FakeDaemon, line: Line) -> None:
 
 
 def test_input_that_cannot_be_read(daemon: FakeDaemon, line: Line) -> None:
-    """It is named."""
+    """The error names standard input."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
         theirs.send(b"never read")
-        ours.close()  # which makes it a reset for the other side
+        ours.close()  # unread data makes this a reset for the other end
         process = spawn(daemon, "console", "web", stdin=theirs.fileno())
 
     _, errors = process.communicate(timeout=DEADLINE_S)
@@ -460,7 +463,7 @@ def test_input_that_cannot_be_read(daemon: FakeDaemon, line: Line) -> None:
 
 
 def test_reader_that_has_gone(daemon: FakeDaemon, line: Line) -> None:
-    """`vmctl console web | head -1`."""
+    """`vmctl console web | head -1`: the broken pipe is reported."""
     process = spawn(daemon, "console", "web", stdin=subprocess.PIPE)
     assert process.stdout is not None
     assert process.stderr is not None
@@ -479,7 +482,7 @@ def test_reader_that_has_gone(daemon: FakeDaemon, line: Line) -> None:
 
 
 def test_taking_over(daemon: FakeDaemon, line: Line) -> None:
-    """Asked for with -f."""
+    """The option -f requests it."""
     process = spawn(daemon, "console", "-f", "web")
     process.communicate(timeout=DEADLINE_S)
 
@@ -488,7 +491,7 @@ def test_taking_over(daemon: FakeDaemon, line: Line) -> None:
 
 
 def test_being_taken_over(daemon: FakeDaemon, operator: Operator) -> None:
-    """A sentence, a terminal as it was, and a failure."""
+    """vmctl prints a message, restores the terminal, and fails."""
     daemon.send(Failed(code=VMD_CONSOLE_TAKEN, text="the console of vm web was taken over by root (pid 9)"))
 
     operator.sees("[EOT]\r\nvmctl: the console of vm web was taken over by root (pid 9)\r\n")
@@ -497,7 +500,7 @@ def test_being_taken_over(daemon: FakeDaemon, operator: Operator) -> None:
 
 
 class Printed:
-    """The output of a guest, as a daemon tells it to those who watch."""
+    """A daemon that reports the output of a guest to watchers."""
 
     def __init__(self, daemon: FakeDaemon) -> None:
         self.pieces = [BACKLOG]
@@ -511,12 +514,15 @@ class Printed:
         return ()
 
     def seen(self, end: int, *, lost: int = 0, running: bool = True) -> ConsoleWatched:
-        """Return what ends an answer."""
+        """Return the last message of an answer."""
         return ConsoleWatched(vmid=3, name="web", end=end, lost=lost, running=running)
 
 
 def test_watching(daemon: FakeDaemon) -> None:
-    """The backlog as text, then what comes, to the end; nothing is typed and no pty opened."""
+    """The backlog comes as text, then live output until the end.
+
+    Nothing is sent to the guest, and no pty is opened.
+    """
     printed = Printed(daemon)
     operator = Operator(daemon, "console", "-r", "web")
     try:
@@ -540,7 +546,7 @@ def test_watching(daemon: FakeDaemon) -> None:
 
 @pytest.mark.parametrize("keys", [b"\x03", b"~."])
 def test_leaving_while_watching(daemon: FakeDaemon, keys: bytes) -> None:
-    """^C has nothing else to end."""
+    """^C leaves, too, because it cannot be meant for the guest."""
     Printed(daemon)
     operator = Operator(daemon, "console", "-r", "web")
     try:
@@ -554,7 +560,7 @@ def test_leaving_while_watching(daemon: FakeDaemon, keys: bytes) -> None:
 
 
 def test_watching_into_a_file(daemon: FakeDaemon) -> None:
-    """Without a keyboard it goes on until the VM ends."""
+    """Without a keyboard, watching goes on until the VM ends."""
     printed = Printed(daemon)
     process = spawn(daemon, "console", "-r", "web")
     assert daemon.requested() == ConsoleWatch(name="web")
@@ -567,7 +573,7 @@ def test_watching_into_a_file(daemon: FakeDaemon) -> None:
 
 
 def test_a_vm_that_does_not_run(daemon: FakeDaemon) -> None:
-    """What its console showed last, and a sentence."""
+    """vmctl prints the last output of its console, and a message."""
     refusal = Failed(code=errno.ESRCH, text="vm web is not running")
     daemon.answers(ConsoleOutput(data=b"panic: "), ConsoleOutput(data=b"out of luck\r\n"), refusal)
     process = spawn(daemon, "console", "web")
@@ -594,14 +600,14 @@ def test_a_vm_that_does_not_run(daemon: FakeDaemon) -> None:
     ],
 )
 def test_refused(vmctl: Vmctl, daemon: FakeDaemon, code: int, text: str, sentence: str) -> None:
-    """Upstream's words where it has some; the holder is named."""
+    """The texts are upstream's where it has some, and the message names the holder of a console."""
     daemon.answers(Failed(code=code, text=text))
 
     assert vmctl("console", "web") == (4 if code == errno.ENOENT else 1, "", f"vmctl: {sentence}\n")
 
 
 def test_line_that_cannot_be_opened(vmctl: Vmctl, daemon: FakeDaemon, tmp_path: Path) -> None:
-    """We open it with our own rights, and it has to be a terminal."""
+    """vmctl opens it with its own rights, and it must be a terminal."""
     for path, reason in (
         (tmp_path / "none", "No such file or directory"),
         (Path("/dev/null"), "not a terminal"),
@@ -611,7 +617,7 @@ def test_line_that_cannot_be_opened(vmctl: Vmctl, daemon: FakeDaemon, tmp_path: 
 
 
 def test_start_and_console(daemon: FakeDaemon, line: Line) -> None:
-    """`start -c` goes on to the console of what it started, also where an older daemon says nothing of that before."""
+    """`start -c` attaches to the new VM, also with an older daemon, which does not send ConsoleReady."""
     started = VmStarted(vmid=3, name="web", pid=77, tty=line.path)
     daemon.script = lambda request: (started,) if isinstance(request, StartRequest) else line.answers
     operator = Operator(daemon, "start", "-c", "web")
@@ -626,7 +632,7 @@ def test_start_and_console(daemon: FakeDaemon, line: Line) -> None:
 
 
 def test_start_and_console_from_the_first_byte(daemon: FakeDaemon, line: Line) -> None:
-    """What the guest says before the daemon says that it runs is shown at once, and nothing else is asked."""
+    """Output of the guest before VmStarted is shown at once, and no second request is sent."""
     daemon.answers(ConsoleReady(vmid=3, name="web", tty=line.path))
     operator = Operator(daemon, "start", "-c", "web")
     try:
@@ -646,7 +652,7 @@ def test_start_and_console_from_the_first_byte(daemon: FakeDaemon, line: Line) -
 
 
 def test_start_and_console_of_a_guest_that_is_silent(daemon: FakeDaemon, line: Line) -> None:
-    """The operator hears that it runs, and then has the console."""
+    """The operator gets the message about the start, and then the console."""
     started = VmStarted(vmid=3, name="web", pid=77, tty=line.path)
     daemon.answers(ConsoleReady(vmid=3, name="web", tty=line.path), started)
     operator = Operator(daemon, "start", "-c", "web")
@@ -659,8 +665,8 @@ def test_start_and_console_of_a_guest_that_is_silent(daemon: FakeDaemon, line: L
 
 
 @pytest.mark.parametrize("ends", [False, True], ids=["line stays", "line ends first"])
-def test_start_and_console_of_what_cannot_be_started(daemon: FakeDaemon, line: Line, ends: bool) -> None:
-    """The sentence and the status are those of a start, and the terminal was never raw."""
+def test_start_and_console_of_a_start_that_fails(daemon: FakeDaemon, line: Line, ends: bool) -> None:
+    """Message and status are those of a start, and the terminal stays as it is."""
     daemon.answers(ConsoleReady(vmid=3, name="web", tty=line.path))
     operator = Operator(daemon, "start", "-c", "web")
     try:

@@ -1,4 +1,4 @@
-"""vmctl create: texts and refusals of *cat. 3.6*, and nothing left behind."""
+"""vmctl create: texts and refusals of *cat. 3.6*, and no files left after failures."""
 
 import os
 import pty
@@ -27,14 +27,14 @@ Create = Callable[..., str]
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Give the folder that the command is run in."""
+    """The folder in which the command runs."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 @pytest.fixture
 def vmctl_create(folder: Path, capfd: pytest.CaptureFixture[str]) -> Iterator[Create]:
-    """Give a function that runs the command and returns what it says."""
+    """A function that runs the command and returns its messages."""
     handlers = [(number, signal.getsignal(number)) for number in (signal.SIGTERM, signal.SIGHUP)]
 
     def create_it(*arguments: str) -> str:
@@ -49,7 +49,7 @@ def vmctl_create(folder: Path, capfd: pytest.CaptureFixture[str]) -> Iterator[Cr
 
 
 def probed(path: Path) -> Probe:
-    """Return what an image is."""
+    """Return the result of a probe of an image."""
     with path.open("rb") as file:
         first = file.read(3)
         return probe(file.fileno(), str(path), "qcow2" if first == b"QFI" else "raw")
@@ -65,7 +65,7 @@ def probed(path: Path) -> Probe:
 def test_format_comes_from_prefix_or_extension(
     folder: Path, vmctl_create: Create, word: str, image_format: str
 ) -> None:
-    """Else it is raw."""
+    """Without either, the format is raw."""
     assert vmctl_create("-s", "3M", word) == f"vmctl: {image_format} imagefile created\n"
 
     path = folder / word.removeprefix("raw:").removeprefix("qcow2:")
@@ -74,8 +74,8 @@ def test_format_comes_from_prefix_or_extension(
 
 
 @pytest.mark.parametrize("word", ["raw:a.qcow2", "raw:a.vmdk", "qcow2:a.raw", "qcow2:a.vhdx", "raw:a.gz"])
-def test_name_that_says_something_else_is_said(folder: Path, vmctl_create: Create, word: str) -> None:
-    """It was asked for, so it is made; and how a VM is told of it follows."""
+def test_prefix_that_contradicts_the_name(folder: Path, vmctl_create: Create, word: str) -> None:
+    """The image has the requested format.  A warning says how to give it to a VM."""
     image_format, path = word.split(":")
 
     assert vmctl_create("-s", "1M", word) == (
@@ -96,7 +96,7 @@ def test_name_that_says_something_else_is_said(folder: Path, vmctl_create: Creat
     ],
 )  # fmt: skip
 def test_name_of_another_format_is_refused(folder: Path, vmctl_create: Create, path: str, what: str) -> None:
-    """A raw image of that name is not what was meant."""
+    """A raw image with such a name is probably a mistake."""
     with pytest.raises(CommandError) as refused:
         vmctl_create("-s", "1M", path)
 
@@ -109,7 +109,7 @@ def test_name_of_another_format_is_refused(folder: Path, vmctl_create: Create, p
 
 
 def test_size_is_whole_megabytes(folder: Path, vmctl_create: Create) -> None:
-    """Rounded down, which is said."""
+    """The size is rounded down, with a message."""
     assert vmctl_create("-s", "1.75M", "a") == "vmctl: disk size rounded to 1.0M\nvmctl: raw imagefile created\n"
 
     assert (folder / "a").stat().st_size == MIB
@@ -128,7 +128,7 @@ def test_size_is_whole_megabytes(folder: Path, vmctl_create: Create) -> None:
     ],
 )
 def test_wrong_arguments(vmctl_create: Create, arguments: tuple[str, ...], words: str) -> None:
-    """The usage follows, too."""
+    """These are usage errors."""
     with pytest.raises(UsageError) as refused:
         vmctl_create(*arguments)
 
@@ -175,10 +175,10 @@ def test_wrong_arguments(vmctl_create: Create, arguments: tuple[str, ...], words
         (("-i", "base.qcow2", "there"), "failed to create destination image file there: File exists"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_is_refused(
+def test_failures_leave_no_file(
     folder: Path, vmctl_create: Create, arguments: tuple[str, ...], words: str
 ) -> None:
-    """With one sentence, and no file is left."""
+    """Each has one message."""
     (folder / "dir").mkdir()
     for name in ("there", "there.qcow2"):
         (folder / name).write_bytes(bytes(512))
@@ -200,7 +200,7 @@ def test_what_cannot_be_is_refused(
 
 
 def test_overlay_records_the_path_as_typed(folder: Path, vmctl_create: Create) -> None:
-    """And takes its size from the base."""
+    """Without -s, it has the size of its base."""
     (folder / "dir").mkdir()
     create("base", "qcow2", 2 * MIB)
 
@@ -212,7 +212,7 @@ def test_overlay_records_the_path_as_typed(folder: Path, vmctl_create: Create) -
 
 
 def test_base_that_is_written_to_is_refused(folder: Path, vmctl_create: Create) -> None:
-    """It would change under its overlay."""
+    """Its overlay would become inconsistent."""
     create("base", "qcow2", 2 * MIB)
     with (folder / "base").open("r+b") as file:
         lock(file.fileno(), "base", writable=True)
@@ -223,7 +223,7 @@ def test_base_that_is_written_to_is_refused(folder: Path, vmctl_create: Create) 
 
 @pytest.mark.parametrize(("size", "made"), [(3 * MIB + 512, 4 * MIB), (2 * MIB, 2 * MIB), (0, MIB)])
 def test_copy_is_rounded_up(folder: Path, vmctl_create: Create, size: int, made: int) -> None:
-    """To whole megabytes, and filled with zeroes."""
+    """The size is rounded up to whole megabytes, and the rest is zeros."""
     content = os.urandom(size)
     (folder / "a").write_bytes(content)
 
@@ -234,7 +234,7 @@ def test_copy_is_rounded_up(folder: Path, vmctl_create: Create, size: int, made:
 
 
 def test_size_of_a_copy_is_in_bytes(folder: Path, vmctl_create: Create) -> None:
-    """Upstream multiplies it by a megabyte, by accident."""
+    """Upstream multiplies it by a megabyte, which is a bug."""
     (folder / "a").write_bytes(b"x" * MIB)
 
     vmctl_create("-i", "a", "-s", "3M", "b")
@@ -243,7 +243,7 @@ def test_size_of_a_copy_is_in_bytes(folder: Path, vmctl_create: Create) -> None:
 
 
 def test_chain_is_copied_when_its_format_is_given(folder: Path, vmctl_create: Create) -> None:
-    """Then it is the user who says that the image may name others."""
+    """With the format, the user allows the image to name a backing file."""
     create("base", "qcow2", 2 * MIB)
     base = opened(folder / "base", writable=True)
     write(base, MIB, b"b" * 512)
@@ -260,7 +260,7 @@ def test_chain_is_copied_when_its_format_is_given(folder: Path, vmctl_create: Cr
 def test_terminated_copy_leaves_nothing(
     folder: Path, vmctl_create: Create, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SIGTERM and SIGHUP end it like ^C."""
+    """SIGTERM and SIGHUP end it as ^C does."""
     (folder / "a").write_bytes(b"x" * 4 * MIB)
     monkeypatch.setattr(Bar, "show", lambda bar, done, whole: os.kill(os.getpid(), signal.SIGTERM))
 
@@ -271,7 +271,7 @@ def test_terminated_copy_leaves_nothing(
 
 
 def test_bar_is_drawn_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In place, and the line is left at its end; nothing where nobody looks."""
+    """It is redrawn in place, and the line is ended after the last one."""
     master, slave = pty.openpty()
     monkeypatch.setattr("vmctl.output.STDERR", slave)
     bar = Bar("disk.raw")
@@ -282,7 +282,7 @@ def test_bar_is_drawn_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     bar.show(4 * MIB, 4 * MIB)
     bar.end()
     drawn = ""
-    while "\n" not in drawn:  # the kernel passes on what is written in pieces of its own
+    while "\n" not in drawn:  # one write may arrive in several reads
         drawn += os.read(master, 4096).decode()
     os.close(slave)
     os.close(master)

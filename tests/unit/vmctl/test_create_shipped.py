@@ -1,4 +1,4 @@
-"""vmctl create of images as they are shipped: compressed, with a checksum, and with a disk's end inside them."""
+"""vmctl create from published images: compressed, with a checksum, and with a partition table for a smaller disk."""
 
 import hashlib
 import importlib
@@ -27,7 +27,7 @@ PACKERS = ("compression.zstd" if sys.version_info >= (3, 14) else "backports.zst
 
 @pytest.fixture(scope="module")
 def shipped(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Give a folder with a partitioned disk, raw and compressed in both ways; much of it is a hole."""
+    """A folder with a partitioned disk, raw and with both compressions.  Much of it is a hole."""
     folder = tmp_path_factory.mktemp("shipped")
     disk = folder / "disk.raw"
     content = b"".join(b"%d bottles " % number for number in range(80_000))
@@ -43,20 +43,20 @@ def shipped(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Give the folder that the command is run in."""
+    """The folder in which the command runs."""
     (tmp_path / "folder").mkdir()
     monkeypatch.chdir(tmp_path / "folder")
     return tmp_path / "folder"
 
 
 def checksum(kind: str, path: Path) -> str:
-    """Return what a publisher writes beside an image."""
+    """Return a checksum in the form that `-c` takes."""
     return f"{kind}:{hashlib.new(kind, path.read_bytes()).hexdigest()}"
 
 
 @pytest.mark.parametrize("kind", ["zlib", "zstd"])
 def test_compressed_image_becomes_a_larger_disk(shipped: Path, folder: Path, vmctl: Vmctl, kind: str) -> None:
-    """In one command, verified, and it says what the guest finds."""
+    """One command verifies and enlarges it.  The message says what the guest has to do."""
     status, _, said = vmctl("create", "-i", str(shipped / kind), "-c", checksum("sha512", shipped / kind), "-s", "64M",
                             "web.qcow2")  # fmt: skip
 
@@ -70,8 +70,8 @@ def test_compressed_image_becomes_a_larger_disk(shipped: Path, folder: Path, vmc
 
 
 @pytest.mark.parametrize("module", PACKERS)
-def test_each_module_undoes_zstd(module: str) -> None:
-    """Also a cluster of several frames, and one with something behind it; never more than was asked for."""
+def test_each_module_decompresses_zstd(module: str) -> None:
+    """Clusters with several frames, or with data after the frame, work.  The output has a limit."""
     packer = pytest.importorskip(module)
     compress: Callable[[bytes], bytes] = packer.compress
     unpack = (zstd.by_zstandard if module == "zstandard" else zstd.by_python)(importlib.import_module(module))
@@ -86,8 +86,8 @@ def test_each_module_undoes_zstd(module: str) -> None:
         unpack(b"no frame at all, but this text", len(plain))
 
 
-def test_zstd_that_nothing_undoes(shipped: Path, folder: Path, vmctl: Vmctl, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The sentence says what does."""
+def test_zstd_without_a_module(shipped: Path, folder: Path, vmctl: Vmctl, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message names packages that can decompress it."""
     monkeypatch.setattr(zstd, "find", lambda: None)
 
     status, _, said = vmctl("create", "-i", str(shipped / "zstd"), "a.qcow2")
@@ -100,7 +100,7 @@ def test_zstd_that_nothing_undoes(shipped: Path, folder: Path, vmctl: Vmctl, mon
 
 
 def test_zstd_is_no_base(shipped: Path, folder: Path, vmctl: Vmctl) -> None:
-    """A VM would have to read it."""
+    """A VM could not read it."""
     status, _, said = vmctl("create", "-b", f"qcow2:{shipped}/zstd", str(folder / "a.qcow2"))
 
     assert status == 1
@@ -112,7 +112,7 @@ def test_zstd_is_no_base(shipped: Path, folder: Path, vmctl: Vmctl) -> None:
 def test_wrong_checksum_leaves_nothing(
     shipped: Path, folder: Path, vmctl: Vmctl, word: str, kind: str
 ) -> None:
-    """It is of the file as it is, holes and all, and known before the copy has a name."""
+    """It covers the whole file with its holes, and is checked before the copy gets its name."""
     prefix, _, name = word.rpartition(":")
     source = f"{prefix}:{shipped}/{name}" if prefix else str(shipped / name)
     right = checksum(kind, shipped / name)
@@ -131,14 +131,14 @@ def test_wrong_checksum_leaves_nothing(
 def test_file_that_changes_meanwhile_has_no_checksum(
     folder: Path, vmctl: Vmctl, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was copied may be another file than the one that was verified."""
+    """The copied bytes may differ from the verified ones."""
     source = folder / "disk"
     source.write_bytes(os.urandom(2 * MIB))
     right = checksum("sha256", source)
     times = source.stat()
 
     def change(bar: Bar, done: int, whole: int) -> None:
-        os.utime(source, ns=(times.st_atime_ns, times.st_mtime_ns))  # as whoever wants it to be unseen
+        os.utime(source, ns=(times.st_atime_ns, times.st_mtime_ns))  # as a program does to hide the change
 
     monkeypatch.setattr(Bar, "show", change)
     status, _, said = vmctl("create", "-i", "disk", "-c", right, "copy")
@@ -148,7 +148,7 @@ def test_file_that_changes_meanwhile_has_no_checksum(
 
 
 def test_checksum_of_an_image_with_a_base(folder: Path, vmctl: Vmctl) -> None:
-    """It is of one file, which is said."""
+    """A warning says that it covers only one of the files."""
     create("base.qcow2", "qcow2", 2 * MIB)
     create("top.qcow2", "qcow2", 2 * MIB, "base.qcow2", "qcow2")
 
@@ -169,8 +169,8 @@ def test_checksum_of_an_image_with_a_base(folder: Path, vmctl: Vmctl) -> None:
         ("sha256:" + "g" * 64, f"{'g' * 64} is not a hexadecimal number\n"),
     ],
 )
-def test_what_is_no_checksum(folder: Path, vmctl: Vmctl, word: str, words: str) -> None:
-    """Said before anything is read."""
+def test_malformed_checksums(folder: Path, vmctl: Vmctl, word: str, words: str) -> None:
+    """They are refused before any file is read."""
     status, _, said = vmctl("create", "-i", "gone", "-c", word, "a")
 
     assert (status, said) == (2, f"vmctl: invalid checksum: {words}")
@@ -178,8 +178,8 @@ def test_what_is_no_checksum(folder: Path, vmctl: Vmctl, word: str, words: str) 
 
 
 @pytest.mark.parametrize("size", [(), ("-s", "1G")])
-def test_image_that_was_cut_short_is_said(shipped: Path, folder: Path, vmctl: Vmctl, size: tuple[str, ...]) -> None:
-    """Its partition table knows how long the disk was; a qcow2 image of which some is missing is refused."""
+def test_truncated_images(shipped: Path, folder: Path, vmctl: Vmctl, size: tuple[str, ...]) -> None:
+    """The partition table has the length of the disk.  A truncated qcow2 image is refused."""
     (folder / "disk").write_bytes((shipped / "disk.raw").read_bytes()[:CUT])
     status, _, said = vmctl("create", "-i", "disk", *size, "a")
     assert status == 0
@@ -197,8 +197,8 @@ def test_image_that_was_cut_short_is_said(shipped: Path, folder: Path, vmctl: Vm
     assert sorted(os.listdir(folder)) == ["a", "disk", "packed"]
 
 
-def test_what_is_no_partition_table_is_not_spoken_of(shipped: Path, folder: Path, vmctl: Vmctl) -> None:
-    """Each of these bytes is part of what the table's checksum is of."""
+def test_damaged_partition_tables_are_ignored(shipped: Path, folder: Path, vmctl: Vmctl) -> None:
+    """The table's checksum covers each of these bytes."""
     head = (shipped / "disk.raw").read_bytes()[: 2 * MIB]
     for at in (512, 512 + 16, 512 + 24, 512 + 32, 512 + 91):
         changed = bytearray(head)
@@ -208,7 +208,7 @@ def test_what_is_no_partition_table_is_not_spoken_of(shipped: Path, folder: Path
         assert gpt_end(with_table) == 0, at
         with_table.close()
     table = bytearray((shipped / "disk.raw").read_bytes()[: 2 * MIB])
-    table[512 + 32 : 512 + 40] = b"\xff" * 8  # where its copy is
+    table[512 + 32 : 512 + 40] = b"\xff" * 8  # the position of its copy
     table[512 + 16 : 512 + 20] = bytes(4)
     table[512 + 16 : 512 + 20] = zlib.crc32(table[512 : 512 + 92]).to_bytes(4, "little")
     (folder / "disk").write_bytes(table)
@@ -219,8 +219,8 @@ def test_what_is_no_partition_table_is_not_spoken_of(shipped: Path, folder: Path
 
 
 @pytest.mark.parametrize("name", ["disk.raw", "zlib"])
-def test_progress_is_of_what_is_no_hole(shipped: Path, folder: Path, name: str) -> None:
-    """Else neither rate nor remaining time would mean anything."""
+def test_progress_counts_data_only(shipped: Path, folder: Path, name: str) -> None:
+    """With holes, the rate and the remaining time would be meaningless."""
     source = opened(shipped / name, formats=("raw",) if name == "disk.raw" else ("qcow2",))
     seen: list[tuple[int, int]] = []
 
@@ -236,7 +236,7 @@ def test_progress_is_of_what_is_no_hole(shipped: Path, folder: Path, name: str) 
 
 
 def test_data_of_compressed_images_is_in_long_runs(shipped: Path) -> None:
-    """Else each cluster is looked up a thousand times."""
+    """Short runs would look up each cluster a thousand times."""
     packed = opened(shipped / "zlib")
     spans = []
     position = 0
@@ -252,7 +252,7 @@ def test_data_of_compressed_images_is_in_long_runs(shipped: Path) -> None:
 @pytest.mark.root
 @pytest.mark.deep
 def test_guest_that_grows_its_partition_moves_the_end(shipped: Path, folder: Path, vmctl: Vmctl) -> None:
-    """The kernel finds the partition all the same, and growpart does what is said of it."""
+    """The kernel finds the partition before that, and growpart works as the message says."""
     assert vmctl("create", "-i", str(shipped / "zlib"), "-s", "64M", "disk.raw")[0] == 0
     with LoopDevice(folder / "disk.raw", 0) as loop:
         subprocess.run(["partx", "-a", loop.path], check=True)

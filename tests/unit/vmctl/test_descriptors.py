@@ -1,4 +1,4 @@
-"""vmctl without standard input, output or error: what is closed is never taken for something else."""
+"""vmctl without standard input, output or error: the number of a closed descriptor is never used for another file."""
 
 import os
 import shlex
@@ -30,7 +30,7 @@ CLOSED_OUTPUT = "vmctl: standard output: Bad file descriptor\n"
 
 @pytest.fixture
 def serving(daemon: FakeDaemon) -> Iterator[FakeDaemon]:
-    """Give a daemon that answers what these tests ask."""
+    """A daemon that answers the requests of these tests."""
     master, slave = os.openpty()
     tty.setraw(slave)
     answers: dict[type[Record], tuple[Record, ...]] = {
@@ -46,7 +46,7 @@ def serving(daemon: FakeDaemon) -> Iterator[FakeDaemon]:
 
 
 def run(daemon: FakeDaemon, line: str) -> tuple[int, str, str]:
-    """Run `vmctl` with the words and redirections of a shell's command line."""
+    """Run `vmctl` with the arguments and redirections of a shell's command line."""
     vmctl = shlex.join([sys.executable, "-m", "vmctl", "-s", str(daemon.path)])
     done = subprocess.run(
         ["sh", "-c", f"exec {vmctl} {line}"],
@@ -66,21 +66,21 @@ def run(daemon: FakeDaemon, line: str) -> tuple[int, str, str]:
     ],
 )
 def test_output_that_cannot_be_written_is_a_failure(serving: FakeDaemon, line: str, errors: str) -> None:
-    """The socket to the daemon does not get the number of a closed output; the daemon hears requests only."""
+    """The daemon's socket does not get the number of a closed output.  The daemon gets only requests."""
     assert run(serving, line) == (1, "", errors)
 
     assert serving.requests == ([ListRequest()] if line.startswith("status") else [])
 
 
 def test_output_without_a_place_for_errors(serving: FakeDaemon) -> None:
-    """Nobody hears why, but the exit status tells."""
+    """No message is possible, but the exit status says that it failed."""
     assert run(serving, "status <&- >&- 2>&-") == (1, "", "")
     assert serving.requests == [ListRequest()]
 
 
 @pytest.mark.parametrize("redirections", ["2>&-", "<&- 2>/dev/full"])
-def test_what_a_command_does_not_need_may_be_closed(serving: FakeDaemon, redirections: str) -> None:
-    """A list is a list."""
+def test_unused_descriptors_may_be_closed(serving: FakeDaemon, redirections: str) -> None:
+    """The list is printed."""
     status, output, errors = run(serving, f"-v status {redirections}")
 
     assert status == 0
@@ -90,7 +90,7 @@ def test_what_a_command_does_not_need_may_be_closed(serving: FakeDaemon, redirec
 
 
 def test_version_with_errors_closed(serving: FakeDaemon) -> None:
-    """Goes where it should."""
+    """The version goes to standard output."""
     assert run(serving, "-V 2>&-") == (0, f"vmctl {VERSION}\n", "")
 
 
@@ -104,7 +104,7 @@ def test_version_with_errors_closed(serving: FakeDaemon) -> None:
     ],
 )
 def test_stream_that_goes_nowhere(serving: FakeDaemon, line: str, sentence: str) -> None:
-    """The VM is left alone: it is gone when it has been sent."""
+    """The VM is not sent, because it would be lost."""
     status, output, errors = run(serving, line)
 
     assert (status, output, serving.requests) == (1, "", [])
@@ -113,19 +113,19 @@ def test_stream_that_goes_nowhere(serving: FakeDaemon, line: str, sentence: str)
 
 
 def test_snapshot_into_the_null_device(serving: FakeDaemon) -> None:
-    """Costs nothing: the VM is kept."""
+    """It is allowed: the VM is kept."""
     assert run(serving, "send -k web 1<>/dev/null")[0] == 0
     assert serving.requests == [SendRequest(name="web", keep=True)]
 
 
 def test_receive_without_standard_input(serving: FakeDaemon) -> None:
-    """The daemon gets an empty stream, and says that it is one."""
+    """The daemon gets an empty stream."""
     assert run(serving, "receive web <&-")[0] == 0
     assert serving.files == [{"stream": b""}]
 
 
 def test_console_without_standard_input(serving: FakeDaemon) -> None:
-    """As with the null device: what the console showed last, and that is all."""
+    """As with the null device, vmctl prints the backlog and ends."""
     status, output, errors = run(serving, "console web <&-")
 
     assert (status, output) == (0, "backlog")

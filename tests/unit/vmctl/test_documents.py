@@ -1,4 +1,4 @@
-"""Command lines of vmctl in documents: the commands and options are there."""
+"""Command lines of vmctl in documents: their commands and options exist."""
 
 import re
 import shlex
@@ -19,15 +19,15 @@ SHOWN = re.compile(r"^(?: {4,}|\t)(?:[#$] )?(vmctl .*)$", re.MULTILINE)
 
 
 def lines(text: str) -> list[str]:
-    """Return the command lines of a document: those in quotes, and those that stand by themselves."""
+    """Return the command lines of a document: those in quotes, and those in indented blocks."""
     shown = [re.split(r"\s#|[|<>;]|&&", line)[0] for line in SHOWN.findall(text)]
     return [*QUOTED.findall(text), *shown]
 
 
 def wrong(line: str) -> str:
-    """Return what vmctl has to say of a command line that need not be complete; "" for nothing."""
+    """Return vmctl's complaint about a possibly incomplete command line, or ""."""
     try:
-        if line.split()[1] in {option.name for option in COMMON}:  # an option of every command
+        if line.split()[1] in {option.name for option in COMMON}:  # an option that every command has
             return ""
         _, words = split(shlex.split(line)[1:], GLOBAL, permute=False)
         if not words or words[0].startswith("<"):
@@ -42,15 +42,15 @@ def wrong(line: str) -> str:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
-def test_commands_and_options_are_there(document: str) -> None:
-    """What has gone, or has another name now, is not recommended."""
+def test_commands_and_options_exist(document: str) -> None:
+    """Documents do not name removed or renamed ones."""
     found = lines((ROOT / document).read_text())
 
     assert [f"{document}: {line}: {what}" for line in found if (what := wrong(line))] == []
 
 
-def test_the_readme_shows_what_is_done_every_day() -> None:
-    """Its list of daily commands says what each is for; others are in the manual."""
+def test_the_readme_shows_the_daily_commands() -> None:
+    """Its list explains the daily commands.  Others are in the manual only."""
     shown = {words[1] for line in lines((ROOT / "README.md").read_text()) if len(words := line.split()) > 1}
     rare = {"load", "log", "reset", "show", "unpause", "version", "wait"}
     missing = {command.name for command in COMMANDS} - shown - rare

@@ -38,10 +38,10 @@ TERMINATED = VmTerminated(vmid=3, name="web", text="powered off by the guest")
         (("3",), StopRequest(vmid=3, name="3")),
     ],
 )
-def test_stop_asks_for_what_was_said(
+def test_requests_of_stop(
     vmctl: Vmctl, daemon: FakeDaemon, arguments: tuple[str, ...], request_: Record
 ) -> None:
-    """Options before or after the VM, which is a name or an id."""
+    """Options stand before or after the VM, which is a name or an id."""
     daemon.answers(TERMINATED)
 
     vmctl("stop", *arguments)
@@ -76,10 +76,10 @@ def test_stop_asks_for_what_was_said(
         (("web",), Failed(code=errno.EPERM, text="no\nno"), 1, "stopping vm web: failed: no\\x0ano\n"),
     ],
 )
-def test_stop_says_how_it_went(
+def test_messages_of_stop(
     vmctl: Vmctl, daemon: FakeDaemon, arguments: tuple[str, ...], answer: Record, status: int, line: str
 ) -> None:
-    """One line on standard error, and nothing else."""
+    """Each is one line on standard error, and there is no other output."""
     daemon.answers(answer)
 
     assert vmctl("stop", *arguments) == (status, "", line)
@@ -100,7 +100,7 @@ def test_stop_says_how_it_went(
     ],
 )
 def test_wait(vmctl: Vmctl, daemon: FakeDaemon, word: str, answer: Record, status: int, line: str) -> None:
-    """The same words."""
+    """Its messages have the same form."""
     daemon.answers(answer)
 
     assert vmctl("wait", word) == (status, "", line)
@@ -109,20 +109,20 @@ def test_wait(vmctl: Vmctl, daemon: FakeDaemon, word: str, answer: Record, statu
 
 @pytest.mark.parametrize("command", [("wait", "--"), ("stop", "--")])
 def test_leading_dash_is_no_id(vmctl: Vmctl, daemon: FakeDaemon, command: tuple[str, ...]) -> None:
-    """A name never starts so."""
+    """No name begins with a dash."""
     assert vmctl(*command, "-x") == (2, "", "vmctl: invalid id: -x\n")
     assert daemon.requests == []
 
 
 def test_daemon_that_dies_while_we_wait(vmctl: Vmctl, daemon: FakeDaemon) -> None:
-    """The begun line is ended first."""
+    """The unfinished line is ended first."""
     daemon.script = lambda _request: None
 
     assert vmctl("wait", "web") == (3, "", "waiting for vm web: \nvmctl: pipe closed\n")
 
 
 def test_wait_goes_on_with_the_next_daemon(vmctl: Vmctl, daemon: FakeDaemon) -> None:
-    """The request is made again; what that one has seen end is told as an end."""
+    """The request is repeated.  If that daemon has seen the VM end, this counts as the end."""
     gone = vm_info("web", vmid=3, running=False).replace(ended=LifeEnd(at_s=1, how="powered-off", text="by itself"))
     script: Iterator[Answers] = iter((None, (Failed(code=errno.EINVAL, text="is not running"),), (gone, End())))
     daemon.script = lambda _request: next(script)
@@ -132,7 +132,7 @@ def test_wait_goes_on_with_the_next_daemon(vmctl: Vmctl, daemon: FakeDaemon) -> 
 
 
 def test_stop_goes_on_with_the_next_daemon(vmctl: Vmctl, daemon: FakeDaemon) -> None:
-    """The VM may have been told to stop already: then its end is waited for."""
+    """If the VM is stopping already, vmctl waits for its end."""
     script: Iterator[Answers] = iter((None, (Failed(code=errno.EALREADY, text="is already stopping"),), (TERMINATED,)))
     daemon.script = lambda _request: next(script)
 
@@ -142,7 +142,7 @@ def test_stop_goes_on_with_the_next_daemon(vmctl: Vmctl, daemon: FakeDaemon) -> 
 
 
 def test_verbose_says_how_the_vm_ended(vmctl: Vmctl, daemon: FakeDaemon) -> None:
-    """What upstream's words have no room for."""
+    """Upstream's text does not have the reason."""
     daemon.answers(TERMINATED)
 
     _, _, errors = vmctl("-v", "wait", "web")
@@ -154,7 +154,7 @@ def test_verbose_says_how_the_vm_ended(vmctl: Vmctl, daemon: FakeDaemon) -> None
     ("arguments", "begun"), [(("wait", "web"), "waiting for vm web: "), (("stop", "-w", "3"), "stopping vm: ")]
 )
 def test_interrupted(daemon: FakeDaemon, arguments: tuple[str, ...], begun: str) -> None:
-    """SIGINT ends the waiting, not the VM."""
+    """SIGINT ends the wait, and not the VM."""
     process = spawn(daemon, *arguments)
     daemon.requested()
 
@@ -195,7 +195,7 @@ def test_interrupted(daemon: FakeDaemon, arguments: tuple[str, ...], begun: str)
     ],
 )
 def test_json(vmctl: Vmctl, daemon: FakeDaemon, answer: Record, status: int, document: dict[str, object]) -> None:
-    """The same document from both commands, but that only `stop` is answered before the end."""
+    """Both commands print the same document, but only `stop` can be answered before the end."""
     daemon.answers(answer)
 
     for command in ("stop",) if answer is ACCEPTED else ("stop", "wait"):
@@ -214,7 +214,7 @@ VMS = (
 
 
 def all_vms(answer: Callable[[Record], Answers]) -> Callable[[Record], Answers]:
-    """Return a script that lists `VMS` and leaves other requests to `answer`."""
+    """Return a script that lists `VMS` and passes other requests to `answer`."""
     return lambda request: (*VMS, End()) if isinstance(request, ListRequest) else answer(request)
 
 
@@ -226,7 +226,7 @@ def terminated(request: Record) -> Answers:
 
 
 def accepted(request: Record) -> Answers:
-    """Accept a stop; a wait ends."""
+    """Accept a stop, and answer a wait with the end of the VM."""
     assert isinstance(request, StopRequest | WaitRequest)
     vmid = next(vm.vmid for vm in VMS if vm.name == request.name)
     if isinstance(request, StopRequest):
@@ -235,7 +235,7 @@ def accepted(request: Record) -> Answers:
 
 
 def test_stop_all(vmctl: Vmctl, daemon: FakeDaemon) -> None:
-    """Whatever runs or will run, by name, one after the other, on one connection."""
+    """All VMs that run or will run are stopped by name, in order, on one connection."""
     daemon.script = all_vms(accepted)
 
     assert vmctl("stop", "-a") == (
@@ -249,15 +249,15 @@ def test_stop_all(vmctl: Vmctl, daemon: FakeDaemon) -> None:
 
 
 def test_stop_all_by_force(vmctl: Vmctl, daemon: FakeDaemon) -> None:
-    """-af."""
+    """The options are -af."""
     daemon.script = all_vms(accepted)
 
     assert vmctl("stop", "-af")[0] == 0
     assert daemon.requests[1:] == [StopRequest(name=name, force=True) for name in ("a", "b", "late")]
 
 
-def test_stop_all_and_wait_lets_them_shut_down_side_by_side(vmctl: Vmctl, daemon: FakeDaemon) -> None:
-    """Every guest is asked before the first is waited for."""
+def test_stop_all_and_wait_asks_all_guests_first(vmctl: Vmctl, daemon: FakeDaemon) -> None:
+    """vmctl sends all stops before the first wait, so that guests shut down at the same time."""
     daemon.script = all_vms(accepted)
 
     assert vmctl("stop", "-aw") == (
@@ -270,7 +270,7 @@ def test_stop_all_and_wait_lets_them_shut_down_side_by_side(vmctl: Vmctl, daemon
 
 
 def test_stop_all_and_wait_with_vms_that_end_at_once(vmctl: Vmctl, daemon: FakeDaemon) -> None:
-    """One that is gone when we come to wait for it has ended, however it is reported; `late` never ran."""
+    """A VM that ended before the wait counts as terminated, whichever error reports it.  `late` never ran."""
 
     def script(request: Record) -> Answers:
         match request:
@@ -293,7 +293,7 @@ def test_stop_all_and_wait_with_vms_that_end_at_once(vmctl: Vmctl, daemon: FakeD
 
 @pytest.mark.parametrize("options", ["-a", "-aw"])
 def test_stop_all_goes_on_after_a_failure(vmctl: Vmctl, daemon: FakeDaemon, options: str) -> None:
-    """The exit status tells; the others are stopped all the same."""
+    """The exit status reports the failure, and the other VMs are stopped."""
 
     def script(request: Record) -> Answers:
         if isinstance(request, StopRequest) and request.name == "a":
@@ -310,10 +310,10 @@ def test_stop_all_goes_on_after_a_failure(vmctl: Vmctl, daemon: FakeDaemon, opti
 
 
 @pytest.mark.parametrize(("options", "words"), [("-a", "requested to shutdown vm 1"), ("-aw", "terminated vm 1")])
-def test_stop_all_takes_one_that_is_stopping_for_asked(
+def test_stop_all_counts_a_stopping_vm_as_asked(
     vmctl: Vmctl, daemon: FakeDaemon, options: str, words: str
 ) -> None:
-    """Whether the list said so or somebody was faster than we."""
+    """Either the list says so, or another client was faster."""
 
     def script(request: Record) -> Answers:
         if isinstance(request, ListRequest):
@@ -332,7 +332,7 @@ def test_stop_all_takes_one_that_is_stopping_for_asked(
 
 
 def test_stop_all_with_nothing_to_stop(vmctl: Vmctl, daemon: FakeDaemon) -> None:
-    """A success without a word."""
+    """It is a success without a message."""
     daemon.answers(vm_info(running=False), End())
 
     assert vmctl("stop", "-a") == (0, "", "")
@@ -341,7 +341,7 @@ def test_stop_all_with_nothing_to_stop(vmctl: Vmctl, daemon: FakeDaemon) -> None
 
 @pytest.mark.parametrize(("options", "at"), [("-a", StopRequest), ("-aw", StopRequest), ("-aw", WaitRequest)])
 def test_stop_all_interrupted(daemon: FakeDaemon, options: str, at: type[Record]) -> None:
-    """It ends there; what was asked for goes on."""
+    """vmctl ends.  The stops that it has requested go on."""
     daemon.script = all_vms(lambda request: [] if isinstance(request, at) else accepted(request))
     process = spawn(daemon, "stop", options)
     while not isinstance(daemon.requested(), at):
@@ -354,7 +354,7 @@ def test_stop_all_interrupted(daemon: FakeDaemon, options: str, at: type[Record]
 
 
 def test_json_of_stop_all(vmctl: Vmctl, daemon: FakeDaemon) -> None:
-    """One document for all of them."""
+    """There is one document for all VMs."""
     daemon.script = all_vms(accepted)
 
     _, output, _ = vmctl("stop", "-aw", "--json")

@@ -1,4 +1,4 @@
-"""What is typed at a console: bytes for the guest, escapes for us."""
+"""Typed bytes at a console: input for the guest, and escapes for vmctl."""
 
 import pytest
 from hypothesis import given
@@ -31,12 +31,12 @@ from vmctl.escapes import Action, Escapes
     ],
 )
 def test_escapes(typed: bytes, parts: list[bytes | Action]) -> None:
-    """Only a `~` at the start of a line is one; the beginning is such a start."""
+    """An escape begins with `~` at the start of a line, or at the start of the session."""
     assert Escapes().feed(typed) == parts
 
 
 def joined(parts: list[bytes | Action]) -> list[bytes | Action]:
-    """Return the parts with neighbouring bytes made one."""
+    """Return the parts with adjacent bytes joined."""
     result: list[bytes | Action] = []
     for part in parts:
         if isinstance(part, bytes) and result and isinstance(result[-1], bytes):
@@ -47,8 +47,8 @@ def joined(parts: list[bytes | Action]) -> list[bytes | Action]:
 
 
 @given(st.lists(st.binary(max_size=6) | st.text("~.#?\r\na", max_size=6).map(str.encode), max_size=8))
-def test_how_typing_is_cut_into_reads_changes_nothing(pieces: list[bytes]) -> None:
-    """An escape may come in two reads."""
+def test_escapes_do_not_depend_on_the_sizes_of_reads(pieces: list[bytes]) -> None:
+    """An escape may arrive in two reads."""
     escapes = Escapes()
     in_pieces = [part for piece in pieces for part in escapes.feed(piece)]
 
@@ -56,6 +56,6 @@ def test_how_typing_is_cut_into_reads_changes_nothing(pieces: list[bytes]) -> No
 
 
 @given(st.binary(max_size=200).filter(lambda typed: b"~" not in typed))
-def test_all_else_is_the_guests(typed: bytes) -> None:
-    """Every byte, in its order."""
+def test_all_other_bytes_go_to_the_guest(typed: bytes) -> None:
+    """Every byte arrives, in order."""
     assert b"".join(part for part in Escapes().feed(typed) if isinstance(part, bytes)) == typed

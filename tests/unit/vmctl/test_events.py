@@ -1,4 +1,4 @@
-"""vmctl events: what is shown of them, and what follows another daemon."""
+"""vmctl events: their output, and how it continues with another daemon."""
 
 import errno
 import json
@@ -30,7 +30,7 @@ def _in_utc(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_line_for_each(vmctl: Vmctl, daemon: FakeDaemon) -> None:
-    """With what there is to say, and nothing that a terminal would not simply show."""
+    """A line has the fields of its event, and control characters are escaped."""
     daemon.answers(*ALL)
 
     assert vmctl("events", "-l") == (0, (
@@ -43,7 +43,7 @@ def test_a_line_for_each(vmctl: Vmctl, daemon: FakeDaemon) -> None:
 
 
 def test_a_document_on_each_line(vmctl: Vmctl, daemon: FakeDaemon) -> None:
-    """As the schema has it."""
+    """It conforms to the schema."""
     daemon.answers(*ALL)
 
     status, output, errors = vmctl("events", "-l", "--json")
@@ -59,7 +59,7 @@ def test_a_document_on_each_line(vmctl: Vmctl, daemon: FakeDaemon) -> None:
 
 @pytest.mark.parametrize("json_", [True, False])
 def test_no_such_vm(vmctl: Vmctl, daemon: FakeDaemon, json_: bool) -> None:
-    """Exit status 4."""
+    """The exit status is 4."""
     daemon.answers(Failed(code=errno.ENOENT, text="vm nobody not found"))
 
     status, output, errors = vmctl("events", "nobody", *["--json"] * json_)
@@ -71,7 +71,7 @@ def test_no_such_vm(vmctl: Vmctl, daemon: FakeDaemon, json_: bool) -> None:
 
 
 def test_it_goes_on_with_the_next_daemon(daemon: FakeDaemon) -> None:
-    """From its first event on; ^C ends it, as nothing else does."""
+    """It shows that daemon's events from the first one on.  Only ^C ends it."""
     seen: list[EventsRequest] = []
 
     def answer(request: Record) -> Answers:
@@ -80,7 +80,7 @@ def test_it_goes_on_with_the_next_daemon(daemon: FakeDaemon) -> None:
         if not request.wait:
             return (EventsSeen(vmid=0, number=6, newest=6),)
         if request.since == 6:
-            return None  # it ends
+            return None  # the daemon ends
         return (OURS, EventsSeen(vmid=0, number=4, newest=4)) if request.since == 0 else ()
 
     daemon.script = answer
@@ -98,7 +98,7 @@ def test_it_goes_on_with_the_next_daemon(daemon: FakeDaemon) -> None:
 
 
 def test_a_daemon_that_has_ended(vmctl: Vmctl, daemon: FakeDaemon) -> None:
-    """Exit status 3; one that hangs up again and again is not asked for ever."""
+    """The exit status is 3.  A daemon that closes the connection repeatedly is not asked for ever."""
     daemon.script = lambda _request: None
 
     status, _, errors = vmctl("events")

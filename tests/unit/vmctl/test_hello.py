@@ -1,4 +1,4 @@
-"""How a connection begins (docs/formats.md 1): Hello both ways, and daemons that were started before there was one."""
+"""The start of a connection (docs/formats.md 1): Hello in both directions, and daemons from before Hello existed."""
 
 import errno
 import socket
@@ -18,12 +18,12 @@ from vmd.ipc.messages.clients import PROTOCOL, End, Failed, Hello, ListRequest, 
 from vmd.record import Record
 from vmd.version import VERSION
 
-# Commands that open what only a real daemon has: a pty, or a stream.
+# Commands that need a real daemon for a pty or a stream.
 NEED_MORE = ("console", "send", "receive")
 
 
 def test_both_sides_say_hello(daemon: FakeDaemon) -> None:
-    """vmctl's comes first; the daemon's says which release it is of."""
+    """vmctl's comes first.  The daemon's has its release."""
     client = Client(str(daemon.path))
 
     assert client.daemon == Hello(version=PROTOCOL, program="9.9")
@@ -31,7 +31,7 @@ def test_both_sides_say_hello(daemon: FakeDaemon) -> None:
 
 
 def test_the_first_packet_is_hello_by_name(tmp_path: Path) -> None:
-    """Whatever its program becomes, this packet is found by name and number."""
+    """This packet has field names and a fixed number, which all later programs keep."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         listener.bind(str(tmp_path / "s"))
         listener.listen()
@@ -48,7 +48,7 @@ def test_the_first_packet_is_hello_by_name(tmp_path: Path) -> None:
 
 
 def test_a_client_that_is_turned_away_is_told_why(vmctl: Vmctl, tmp_path: Path) -> None:
-    """The daemon refuses it before it has read anything, and then does not know how it wants its records."""
+    """The daemon refuses it before it reads Hello, so its answer has the first form of records."""
     path = str(tmp_path / "busy.sock")
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         listener.bind(path)
@@ -65,8 +65,8 @@ def test_a_client_that_is_turned_away_is_told_why(vmctl: Vmctl, tmp_path: Path) 
         thread.join()
 
 
-def test_what_a_later_daemon_says_is_named_with_its_release(vmctl: Vmctl, daemon: FakeDaemon) -> None:
-    """It may know more than we do; the sentence says whom to look at."""
+def test_unknown_messages_are_reported_with_the_release(vmctl: Vmctl, daemon: FakeDaemon) -> None:
+    """A later daemon may send messages that vmctl does not know.  The error names its release."""
     packet = bytearray(encode(Ok(), form=Form.NAMED)[0])
     packet[:2] = (0x777).to_bytes(2, "little")
     daemon.script = lambda _request: daemon.send_raw(bytes(packet))
@@ -77,19 +77,19 @@ def test_what_a_later_daemon_says_is_named_with_its_release(vmctl: Vmctl, daemon
     assert errors == f"vmctl: vmd 9.9: unknown message type 0x777, which vmctl {VERSION} does not know\n"
 
 
-# --- daemons of before -------------------------------------------------------------------------------------------
+# --- older daemons -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def older(tmp_path: Path) -> Iterator[FakeDaemon]:
-    """Give a daemon that knows no Hello, and hangs up on it."""
+    """A daemon that does not know Hello, and closes the connection when it gets one."""
     fake = FakeDaemon(tmp_path / "older.sock", older=True)
     yield fake
     fake.close()
 
 
 def test_an_older_daemon_is_listed_and_stopped(vmctl: Vmctl, older: FakeDaemon) -> None:
-    """An upgrade of the programs does not end the daemon that runs: its VMs can be seen and ended."""
+    """After an upgrade of the programs, the running daemon's VMs can still be listed and stopped."""
     older.script = lambda request: (
         (vm_info("web"), End()) if isinstance(request, ListRequest) else (StopAccepted(vmid=1, name="web"),)
     )
@@ -101,7 +101,7 @@ def test_an_older_daemon_is_listed_and_stopped(vmctl: Vmctl, older: FakeDaemon) 
 
 
 def test_an_older_daemon_that_hangs_up_on_a_request(vmctl: Vmctl, older: FakeDaemon) -> None:
-    """The likely reason is said."""
+    """The message has the likely reason."""
     older.script = lambda _request: None
 
     sentence = "vmctl: pipe closed: this vmd is older than vmctl, and may not know the request\n"
@@ -113,7 +113,7 @@ class Later(Request):
 
 
 class LaterStop(StopRequest):
-    """One that it had with fewer fields, under the name that it had."""
+    """A request that the first release had under the same name with fewer fields."""
 
     politely: bool = False
 
@@ -124,8 +124,8 @@ LaterStop.__name__ = "StopRequest"
 @pytest.mark.parametrize(
     ("request_", "unknown"), [(Later(), "Later"), (LaterStop(name="web", politely=True), "politely")]
 )
-def test_what_an_older_daemon_cannot_know_is_not_sent(older: FakeDaemon, request_: Record, unknown: str) -> None:
-    """It would be refused without a word, or done in another way than was asked."""
+def test_requests_unknown_to_an_older_daemon_are_not_sent(older: FakeDaemon, request_: Record, unknown: str) -> None:
+    """It would refuse them without a message, or do something else."""
     client = Client(str(older.path))
 
     with pytest.raises(ClientError, match=f"this vmd is older than vmctl, and does not know {unknown}$"):
@@ -135,7 +135,10 @@ def test_what_an_older_daemon_cannot_know_is_not_sent(older: FakeDaemon, request
 
 
 class Recorded:
-    """A daemon of the first release: it answers what was recorded, if it is asked what was asked then, to the byte."""
+    """A daemon of the first release.
+
+    It plays recorded answers if each request equals the recorded one, byte for byte.
+    """
 
     def __init__(self, path: Path, session: golden.Session) -> None:
         self.session = session
@@ -162,7 +165,7 @@ class Recorded:
                     return
 
     def join(self) -> None:
-        """Wait for the end of the talk."""
+        """Wait for the end of the session."""
         self._thread.join(60)
         self._listener.close()
         assert not self._thread.is_alive()
@@ -172,8 +175,8 @@ def _without_pid(packet: bytes) -> bytes:
     return packet[:12] + packet[16:]
 
 
-def test_the_first_release_is_spoken_to_as_its_own_vmctl_did(capfd: pytest.CaptureFixture[str]) -> None:
-    """Every recorded command: the same requests to the byte, and every answer understood."""
+def test_the_first_release_gets_the_requests_of_its_own_vmctl(capfd: pytest.CaptureFixture[str]) -> None:
+    """For every recorded command, requests are equal byte for byte, and every answer is understood."""
     with golden.place() as directory:
         for name in ("kernel", "disk", "more.conf"):
             (directory / name).write_bytes(bytes(512))

@@ -1,4 +1,4 @@
-"""Help, version and the manual: each has every command and option of the table."""
+"""Help, version and manual: each has every command and option of the table."""
 
 import errno
 import re
@@ -23,7 +23,7 @@ every_command = pytest.mark.parametrize("command", COMMANDS, ids=lambda command:
 
 @pytest.mark.parametrize("arguments", [["help"], ["--help"], ["-h"], ["-v", "-h"], ["help", "--help"]])
 def test_help(capfd: pytest.CaptureFixture[str], arguments: list[str]) -> None:
-    """It was asked for, so it is no error and comes on standard output; it fits a terminal."""
+    """It goes to standard output without an error, and its lines fit a terminal."""
     assert main(arguments) == 0
 
     output, errors = capfd.readouterr()
@@ -36,7 +36,7 @@ def test_help(capfd: pytest.CaptureFixture[str], arguments: list[str]) -> None:
 
 @every_command
 def test_help_of_a_command(vmctl: Vmctl, daemon: FakeDaemon, command: Command) -> None:
-    """However it is asked for, also with the rest of a command line; nothing is done."""
+    """Every form prints the same help, also at the end of a complete command line.  Nothing is done."""
     status, output, errors = vmctl("help", command.name)
 
     assert (status, errors) == (0, "")
@@ -51,8 +51,8 @@ def test_help_of_a_command(vmctl: Vmctl, daemon: FakeDaemon, command: Command) -
     assert daemon.requests == []
 
 
-def test_help_of_what_does_not_exist(vmctl: Vmctl) -> None:
-    """It is a mistake like any other."""
+def test_help_of_an_unknown_command(vmctl: Vmctl) -> None:
+    """It is an ordinary usage error."""
     assert vmctl("help", "stat")[0] == 0
     assert vmctl("help", "st") == (
         2, "", "vmctl: ambiguous argument: st: start, status or stop\nusage:\tvmctl [-v] help [command]\n"
@@ -61,21 +61,21 @@ def test_help_of_what_does_not_exist(vmctl: Vmctl) -> None:
 
 @pytest.mark.parametrize("option", ["--version", "-V"])
 def test_version_of_vmctl(capfd: pytest.CaptureFixture[str], option: str) -> None:
-    """Without a daemon; what follows does not count."""
+    """It needs no daemon, and later arguments are ignored."""
     assert main([option]) == main([option, "status"]) == 0
 
     assert capfd.readouterr() == (f"vmctl {VERSION}\n" * 2, "")
 
 
 def test_version(vmctl: Vmctl, daemon: FakeDaemon) -> None:
-    """The daemon's, too: it goes on with its own code when the programs are replaced."""
+    """It prints the daemon's version, too: a running daemon keeps its code when the programs are replaced."""
     daemon.answers(GenerationInfo(number=1, version="9.9", vms=3), End())
 
     assert vmctl("version") == (0, f"vmctl {VERSION}\nvmd 9.9\n", "")
 
 
 def test_versions_that_still_serve_vms(vmctl: Vmctl, daemon: FakeDaemon) -> None:
-    """Those of earlier daemons."""
+    """They are the versions of earlier daemons."""
     rows = [GenerationInfo(number=number, version=f"9.{number}", vms=number) for number in (1, 2)]
     daemon.answers(*rows, End())
 
@@ -87,14 +87,14 @@ def test_versions_that_still_serve_vms(vmctl: Vmctl, daemon: FakeDaemon) -> None
 
 
 def test_version_of_a_daemon_without_generations(vmctl: Vmctl, daemon: FakeDaemon) -> None:
-    """It does not know the question."""
+    """Such a daemon does not know the request."""
     daemon.answers(Failed(code=errno.ENOSYS, text="vmd 9.9 knows no request 0x2f; a later one may"))
 
     assert vmctl("version") == (0, f"vmctl {VERSION}\nvmd 9.9\n", "")
 
 
-def test_version_of_a_daemon_that_does_not_say(vmctl: Vmctl, tmp_path: Path) -> None:
-    """It is of the release before versions were said."""
+def test_version_of_a_daemon_without_hello(vmctl: Vmctl, tmp_path: Path) -> None:
+    """It is older than the release that introduced Hello."""
     older = FakeDaemon(tmp_path / "older.sock", older=True)
 
     assert vmctl("version", socket=str(older.path)) == (0, f"vmctl {VERSION}\nvmd older than 0.2.0\n", "")
@@ -102,7 +102,7 @@ def test_version_of_a_daemon_that_does_not_say(vmctl: Vmctl, tmp_path: Path) -> 
 
 
 def test_version_without_a_daemon(vmctl: Vmctl, tmp_path: Path) -> None:
-    """What is known comes first."""
+    """vmctl's own version comes first."""
     status, output, errors = vmctl("version", socket=str(tmp_path / "none"))
 
     assert (status, output) == (3, f"vmctl {VERSION}\n")
@@ -110,7 +110,7 @@ def test_version_without_a_daemon(vmctl: Vmctl, tmp_path: Path) -> None:
 
 
 def test_version_is_that_of_the_packages() -> None:
-    """Number and change log speak of the same program."""
+    """The version number is in the change log, unless it is one of development."""
     released = re.findall(r"^## (\S+), \d{4}-\d\d-\d\d$", Path(ROOT, "CHANGELOG.md").read_text(), re.M)
 
     assert re.fullmatch(r"\d+\.\d+\.\d+(\.dev\d+)?", VERSION)
@@ -118,7 +118,7 @@ def test_version_is_that_of_the_packages() -> None:
 
 
 def test_every_command_is_in_the_table() -> None:
-    """A module that the table does not name could not be run."""
+    """A module that is not in the table could not be run."""
     modules = {path.stem for path in Path(ROOT, "vmctl/commands").glob("*.py")} - {"__init__"}
 
     assert {command.module for command in COMMANDS} == modules
@@ -128,7 +128,7 @@ def test_every_command_is_in_the_table() -> None:
 
 
 def heads() -> dict[str, list[str]]:
-    """Return, for each command of vmctl(8), its synopsis and the options that are described below it."""
+    """Return, for each command of vmctl(8), its synopsis and the items of its options."""
     found: dict[str, list[str]] = {}
     name = ""
     for item in items(Path(ROOT, "man/vmctl.8").read_text()):
@@ -142,7 +142,7 @@ def heads() -> dict[str, list[str]]:
 
 @pytest.mark.parametrize("option", GLOBAL, ids=lambda option: option.name)
 def test_manual_has_every_option_before_the_command(option: Option) -> None:
-    """In the synopsis, but for its long name, and as an item."""
+    """Each is an item, and in the synopsis unless it is a long name."""
     page = Path(ROOT, "man/vmctl.8").read_text()
     item = f"{option.name} {option.value}".rstrip()
 
@@ -152,14 +152,14 @@ def test_manual_has_every_option_before_the_command(option: Option) -> None:
 
 @every_command
 def test_manual_has_the_synopsis(command: Command) -> None:
-    """What vmctl(8) shows is what the table has."""
+    """The synopsis in vmctl(8) is that of the table."""
     assert command.name in heads(), f"vmctl(8) has no item for {command.name}"
     assert heads()[command.name][0] == synopsis(command)
 
 
 @every_command
 def test_manual_explains_every_option(command: Command) -> None:
-    """But for those that all commands share, and of another name of the same command."""
+    """Excluded are options of all commands, and a second name of a command."""
     described = {word.split()[0] for word in heads().get(command.name, [])[1:]}
 
     if command.name != "show":
@@ -182,7 +182,7 @@ def test_manual_explains_every_option(command: Command) -> None:
     ],
 )
 def test_mistyped_vm(vmctl: Vmctl, daemon: FakeDaemon, arguments: list[str], errors: str) -> None:
-    """The one that was probably meant is named; nothing is done to it."""
+    """The message names the most similar VM, and nothing is done to that one."""
 
     def answer(request: Record) -> Answers:
         if isinstance(request, ListRequest):
@@ -200,7 +200,7 @@ def test_mistyped_vm(vmctl: Vmctl, daemon: FakeDaemon, arguments: list[str], err
 
 
 def test_manual_explains_every_option_before_the_command() -> None:
-    """With all their names."""
+    """It has all of their names."""
     page = Path(ROOT, "man/vmctl.8").read_text()
     heads = items(page[: page.index("The commands are")])
     described = {word for head in heads for word in head.replace(",", "").split() if word.startswith("-")}

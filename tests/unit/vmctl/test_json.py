@@ -1,4 +1,4 @@
-"""--json of commands that fail: one document, whatever the mistake, and every command takes the option."""
+"""--json of commands that fail: there is one document for any mistake, and every command takes the option."""
 
 import errno
 from pathlib import Path
@@ -16,8 +16,8 @@ from vmd.ipc.messages.clients import End, Failed, ListRequest
 every_command = pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
 
 
-def test_the_version_is_that_of_the_description() -> None:
-    """A program compares the key with what it was written for."""
+def test_the_version_is_that_of_the_schema() -> None:
+    """A program compares this key with the version that it was written for."""
     assert schema.definition("schema")["const"] == SCHEMA_VERSION
 
 
@@ -31,7 +31,7 @@ def test_every_command_is_described(command: Command) -> None:
 
 @every_command
 def test_a_wrong_command_line(vmctl: Vmctl, daemon: FakeDaemon, command: Command) -> None:
-    """The document says what is wrong; that of `send` is alone on standard error."""
+    """The document has the message.  That of `send` goes to standard error, without other text."""
     status, output, errors = vmctl(command.name, "--json", *["a"] * max(2, len(command.operands) + 1))
 
     assert status == 2
@@ -41,7 +41,7 @@ def test_a_wrong_command_line(vmctl: Vmctl, daemon: FakeDaemon, command: Command
 
 @pytest.mark.parametrize("words", [["nonsense", "--json"], ["s", "--json"], ["-x", "status", "--json"]])
 def test_no_command_at_all(vmctl: Vmctl, words: list[str]) -> None:
-    """Nor is there one to ask for its options."""
+    """Without a command, its options are unknown, too."""
     status, output, _ = vmctl(*words)
 
     assert status == 2
@@ -61,7 +61,7 @@ def test_no_such_vm(vmctl: Vmctl, daemon: FakeDaemon, command: str) -> None:
 
 
 def test_the_console_of_a_vm_that_does_not_run(vmctl: Vmctl, daemon: FakeDaemon) -> None:
-    """It has none; that of one that does is told and not taken."""
+    """A stopped VM has none.  That of a running VM is printed, and vmctl does not attach to it."""
     daemon.answers(vm_info("web", running=False), vm_info("db", vmid=2), End())
 
     status, output, _ = vmctl("console", "web", "--json")
@@ -73,7 +73,7 @@ def test_the_console_of_a_vm_that_does_not_run(vmctl: Vmctl, daemon: FakeDaemon)
 
 @pytest.mark.parametrize("option", ["-f", "-r"])
 def test_a_console_is_not_attached_to(vmctl: Vmctl, daemon: FakeDaemon, option: str) -> None:
-    """What would attach is refused, before anything is asked."""
+    """Options that would attach are refused before any request."""
     status, output, _ = vmctl("console", option, "web", "--json")
 
     assert status == 2
@@ -82,7 +82,7 @@ def test_a_console_is_not_attached_to(vmctl: Vmctl, daemon: FakeDaemon, option: 
 
 
 def test_versions(vmctl: Vmctl, daemon: FakeDaemon, tmp_path: Path) -> None:
-    """Both, or why that of the daemon cannot be had."""
+    """The document has both versions, or why the daemon's is unknown."""
     daemon.answers(End())
 
     assert schema.check(vmctl("version", "--json")[1], "version")["vmd"] == "9.9"
@@ -91,7 +91,7 @@ def test_versions(vmctl: Vmctl, daemon: FakeDaemon, tmp_path: Path) -> None:
 
 
 def test_an_image_that_cannot_be_made(vmctl: Vmctl) -> None:
-    """Without the daemon it is the same."""
+    """A command without a daemon has the same document."""
     status, output, _ = vmctl("create", "-s", "1M", "/nonexistent/x.raw", "--json")
 
     assert status == 1

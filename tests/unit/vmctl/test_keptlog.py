@@ -1,4 +1,4 @@
-"""`vmctl console -l`: the files of a console log, read while vmd puts full ones aside."""
+"""`vmctl console -l`: the files of a console log, read while vmd rotates them."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ from vmd.ipc.messages.clients import ConsoleLogAt, ConsoleLogRequest, Failed
 
 
 class Reader(KeptLog):
-    """Collects what is shown, and follows one round at a time."""
+    """Collects the output, and follows the log one round at a time."""
 
     def __init__(self, path: Path, keep: int = 3) -> None:
         self.path = path
@@ -24,13 +24,13 @@ class Reader(KeptLog):
         super().__init__(str(path), keep, self.shown.extend)
 
     def look(self) -> bytes:
-        """Follow for one round; return what was shown since the last time."""
+        """Follow for one round.  Return the new output."""
         self.shown.clear()
         self.follow_once()
         return bytes(self.shown)
 
     def put_aside(self, *, empty: bool = True) -> None:
-        """Do what vmd does to a full log."""
+        """Rotate the log as vmd does."""
         for number in range(len(self.paths) - 1, 0, -1):
             if os.path.exists(self.paths[number - 1]):
                 os.rename(self.paths[number - 1], self.paths[number])
@@ -44,21 +44,21 @@ class Reader(KeptLog):
 
 @pytest.fixture
 def reader(tmp_path: Path) -> Reader:
-    """Give the reader of a log of three files."""
+    """The reader of a log with three files."""
     for name, data in (("a.log.2", b"1"), ("a.log.1", b"2"), ("a.log", b"3")):
         (tmp_path / name).write_bytes(data)
     return Reader(tmp_path / "a.log")
 
 
 def test_all_files_are_shown_the_oldest_first(reader: Reader) -> None:
-    """Those that are missing, or not kept any more, are passed over."""
+    """Missing files, and files that are not kept any more, are skipped."""
     reader.show_all()
 
     assert bytes(reader.shown) == b"123"
 
 
-def test_following_goes_over_files_that_are_put_aside(reader: Reader) -> None:
-    """Also when its writer adds to the old file before it goes on with the new one, and when several have passed."""
+def test_following_a_log_that_is_rotated(reader: Reader) -> None:
+    """The writer may still append to the old file, and several rotations may happen between two rounds."""
     reader.show_all()
     reader.add(b"4")
     assert reader.look() == b"4"
@@ -79,7 +79,7 @@ def test_following_goes_over_files_that_are_put_aside(reader: Reader) -> None:
 
 
 def test_following_a_log_that_is_cut_or_removed(reader: Reader) -> None:
-    """It goes on from the beginning."""
+    """It continues from the beginning of the file."""
     reader.show_all()
     reader.path.write_bytes(b"")
     assert reader.look() == b""
@@ -101,7 +101,7 @@ def test_following_a_log_that_is_not_there_yet(tmp_path: Path) -> None:
 
 
 def test_a_log_that_cannot_be_read(tmp_path: Path) -> None:
-    """The sentence names the file."""
+    """The message names the file."""
     with pytest.raises(CommandError, match=r"console log /.*/a\.log: No such file or directory"):
         Reader(tmp_path / "a.log").show_all()
     (tmp_path / "a.log").mkdir()
@@ -110,7 +110,7 @@ def test_a_log_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 def test_show(vmctl: Vmctl, daemon: FakeDaemon, tmp_path: Path) -> None:
-    """The daemon says where it is; into a pipe it goes as it is."""
+    """The daemon gives the path.  Output into a pipe is unchanged."""
     (tmp_path / "log").write_bytes(b"one\x1b[2Jtwo\n")
     daemon.answers(ConsoleLogAt(vmid=3, name="web", path=str(tmp_path / "log"), keep=2))
 
@@ -120,7 +120,7 @@ def test_show(vmctl: Vmctl, daemon: FakeDaemon, tmp_path: Path) -> None:
 
 
 def test_a_vm_without_a_log(vmctl: Vmctl, daemon: FakeDaemon) -> None:
-    """The daemon says why."""
+    """The daemon's answer has the reason."""
     daemon.answers(Failed(code=61, text="vm web has no console log: see `console log` in vm.conf(5)"))
 
     assert vmctl("console", "-l", "web") == (
@@ -129,7 +129,7 @@ def test_a_vm_without_a_log(vmctl: Vmctl, daemon: FakeDaemon) -> None:
 
 
 def test_follow_until_interrupted(daemon: FakeDaemon, tmp_path: Path) -> None:
-    """By ^C, which is no failure."""
+    """^C ends it successfully."""
     path = tmp_path / "log"
     path.write_bytes(b"one ")
     daemon.answers(ConsoleLogAt(vmid=3, name="web", path=str(path)))
@@ -154,7 +154,7 @@ def test_follow_until_interrupted(daemon: FakeDaemon, tmp_path: Path) -> None:
     ],
 )
 def test_options_that_do_not_go_together(vmctl: Vmctl, options: str, sentence: str) -> None:
-    """Named, with the usage."""
+    """The message names them, and the usage follows."""
     status, _, errors = vmctl("console", options, "web")
 
     assert (status, errors.splitlines()[0]) == (2, f"vmctl: {sentence}")

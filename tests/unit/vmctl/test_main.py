@@ -1,4 +1,4 @@
-"""The command table, usage, abbreviations, the connection, and what start-up loads (*cat. 3.1, 3.2*)."""
+"""The command table, usage, abbreviations, the connection, and the modules loaded at start-up (*cat. 3.1, 3.2*)."""
 
 import errno
 import json
@@ -41,7 +41,7 @@ USAGE = "usage:\tvmctl [-v] command [arg ...]\n"
 
 
 def test_no_command_is_answered_with_usage(capfd: pytest.CaptureFixture[str]) -> None:
-    """The first line is upstream's; every command has a line."""
+    """The first line is upstream's, and every command has a line."""
     assert main([]) == 2
 
     output, errors = capfd.readouterr()
@@ -64,14 +64,14 @@ def test_no_command_is_answered_with_usage(capfd: pytest.CaptureFixture[str]) ->
     ],
 )
 def test_word_that_is_no_command(capfd: pytest.CaptureFixture[str], word: str, sentence: str) -> None:
-    """It is named with what it may have been meant to be, and the usage is one line."""
+    """The message has the candidates, and the usage is one line."""
     assert main([word]) == 2
 
     assert capfd.readouterr() == ("", f"{sentence}{USAGE}Try 'vmctl help'.\n")
 
 
 def test_unknown_option_before_the_command(capfd: pytest.CaptureFixture[str]) -> None:
-    """As getopt(3) says it."""
+    """The message is that of getopt(3)."""
     assert main(["-x", "status"]) == 2
 
     assert capfd.readouterr() == ("", f"vmctl: unknown option -- x\n{USAGE}Try 'vmctl help'.\n")
@@ -91,12 +91,12 @@ ABBREVIATIONS = [
 
 @pytest.mark.parametrize(("word", "name"), ABBREVIATIONS)
 def test_abbreviations_of_upstream(word: str, name: str) -> None:
-    """No command of ours may take one away; what is a whole name is that command."""
+    """None of our commands takes one away.  A complete name means that command."""
     assert find_command(word).name == name
 
 
 def test_which_commands_are_upstream_s() -> None:
-    """What is not of them takes no abbreviation away: an exact name wins, then one of theirs, then one of ours."""
+    """An exact name wins, then an abbreviation of an upstream command, then one of ours."""
     assert tuple(command.name for command in COMMANDS if command.upstream) == UPSTREAM
     for command in COMMANDS:
         assert find_command(command.name) is command
@@ -113,7 +113,7 @@ TWO = Command(
 
 
 def test_a_command_of_several_operands() -> None:
-    """They come in their order, and what stands instead of one leaves its place to the next."""
+    """They come in order.  An option that replaces an operand gives its place to the next one."""
     assert synopsis(TWO) == "two id [path | -e] [tag]"
     assert parse(TWO, ["web", "/a", "x"]).operands == ["web", "/a", "x"]
     assert parse(TWO, ["web", "/a"]).operands == ["web", "/a"]
@@ -157,18 +157,18 @@ def test_a_command_of_several_operands() -> None:
 def test_wrong_arguments_are_answered_with_the_usage_of_the_command(
     vmctl: Vmctl, daemon: FakeDaemon, arguments: list[str], sentence: str, usage: str
 ) -> None:
-    """One sentence and one line, and the daemon is not bothered."""
+    """There is one message and one line of usage, and no request to the daemon."""
     assert vmctl(*arguments) == (2, "", f"vmctl: {sentence}\nusage:\tvmctl [-v] {usage}\n")
     assert daemon.requests == []
 
 
 def too_many(command: Command) -> list[str]:
-    """Return more words than a command takes."""
+    """Return more arguments than a command takes."""
     return ["a"] * max(2, len(command.operands) + 1)
 
 
 def test_wrong_arguments_are_found_without_a_daemon(vmctl: Vmctl, tmp_path: Path) -> None:
-    """Nobody is called before it is clear what to say."""
+    """vmctl connects only when the command line is valid."""
     for command in COMMANDS:
         status, output, errors = vmctl(command.name, *too_many(command), socket=str(tmp_path / "none"))
 
@@ -177,7 +177,7 @@ def test_wrong_arguments_are_found_without_a_daemon(vmctl: Vmctl, tmp_path: Path
 
 
 def test_wrong_arguments_are_a_document_with_json(vmctl: Vmctl) -> None:
-    """A program that calls us reads standard output, whatever is wrong."""
+    """A calling program reads standard output, also after mistakes."""
     status, output, errors = vmctl("status", "--json", "a", "b")
 
     assert (status, json.loads(output)) == (
@@ -188,7 +188,7 @@ def test_wrong_arguments_are_a_document_with_json(vmctl: Vmctl) -> None:
 
 
 def test_usage_of_start_lists_every_option(vmctl: Vmctl) -> None:
-    """Upstream's and ours."""
+    """It has upstream's options and ours."""
     status, _, errors = vmctl("start")
 
     assert status == 2
@@ -209,7 +209,7 @@ def test_usage_of_start_lists_every_option(vmctl: Vmctl) -> None:
     ],
 )
 def test_wrong_option_is_named(vmctl: Vmctl, arguments: list[str], sentence: str) -> None:
-    """One sentence, then the usage of the command."""
+    """One message, then the usage of the command."""
     status, _, errors = vmctl(*arguments)
 
     assert status == 2
@@ -236,7 +236,7 @@ def test_wrong_option_is_named(vmctl: Vmctl, arguments: list[str], sentence: str
     ],
 )
 def test_simple_command(vmctl: Vmctl, daemon: FakeDaemon, arguments: list[str], request_: Record | None) -> None:
-    """What is sent; a success is silent.  `lo` is load or log."""
+    """The request is sent, and a success is silent.  `lo` is ambiguous: load or log."""
     daemon.answers(Ok())
 
     status, output, errors = vmctl(*arguments)
@@ -250,7 +250,7 @@ def test_simple_command(vmctl: Vmctl, daemon: FakeDaemon, arguments: list[str], 
 
 
 def test_notes_of_a_success_are_shown(vmctl: Vmctl, daemon: FakeDaemon) -> None:
-    """Each on a line, without the control characters somebody may have put into a name."""
+    """Each is a line, and control characters in names are escaped."""
     daemon.answers(Ok(notes=("vm web: memory changes at its next start", "odd \x1b[2Jname")))
 
     assert vmctl("reload") == (
@@ -261,26 +261,26 @@ def test_notes_of_a_success_are_shown(vmctl: Vmctl, daemon: FakeDaemon) -> None:
 
 
 def test_refusal_carries_the_daemons_sentence(vmctl: Vmctl, daemon: FakeDaemon) -> None:
-    """In the place of upstream's strerror."""
+    """It stands where upstream has strerror's text."""
     daemon.answers(Failed(code=errno.EPERM, text="only root may reload the configuration"))
 
     assert vmctl("reload") == (1, "", "vmctl: command failed: only root may reload the configuration\n")
 
 
 def test_refusal_without_a_sentence(vmctl: Vmctl, daemon: FakeDaemon) -> None:
-    """The errno speaks."""
+    """The errno's text is printed."""
     daemon.answers(Failed(code=errno.EPERM, text=""))
 
     assert vmctl("log", "brief") == (1, "", "vmctl: command failed: Operation not permitted\n")
 
 
 def test_too_long_a_path(vmctl: Vmctl, daemon: FakeDaemon) -> None:
-    """What does not fit a message is said, not sent."""
+    """A request that does not fit into a message is reported and not sent."""
     assert vmctl("load", "/" + "x" * 17000) == (1, "", "vmctl: LoadRequest is too long for one message\n")
 
 
 def test_load_from_a_directory_that_is_gone(daemon: FakeDaemon, tmp_path: Path) -> None:
-    """A name that stands for no path any more."""
+    """A relative name has no path there."""
     program = (
         "import os, sys, vmctl.commands.load; from vmctl.__main__ import main;"
         "os.mkdir(sys.argv[1]); os.chdir(sys.argv[1]); os.rmdir(sys.argv[1]); sys.exit(main(sys.argv[2:]))"
@@ -297,7 +297,7 @@ def test_load_from_a_directory_that_is_gone(daemon: FakeDaemon, tmp_path: Path) 
 
 
 def test_no_daemon(vmctl: Vmctl, tmp_path: Path) -> None:
-    """The path, the reason, and the most likely cause."""
+    """The message has the path, the reason, and the most likely cause."""
     path = str(tmp_path / "none.sock")
 
     status = vmctl("status", socket=path)
@@ -324,13 +324,13 @@ def test_path_too_long_for_a_socket(vmctl: Vmctl) -> None:
 
 @pytest.mark.root
 def test_an_option_of_commands_before_the_command(capfd: pytest.CaptureFixture[str]) -> None:
-    """It is not unknown, but stands in the wrong place."""
+    """The message says that it is in the wrong place."""
     assert main(["--json", "status"]) == 2
     assert capfd.readouterr().err.startswith("vmctl: unknown option -- json: it belongs after the command\n")
 
 
 def test_socket_of_somebody_else_is_explained(tmp_path: Path) -> None:
-    """Who may use it is what an operator has to know."""
+    """The message says who may use it."""
     path = tmp_path / "vmd.sock"
     path.touch()
     os.chown(path, 0, 4242424)
@@ -341,7 +341,7 @@ def test_socket_of_somebody_else_is_explained(tmp_path: Path) -> None:
 
 @pytest.mark.root
 def test_permission_denied(open_folder: Path) -> None:
-    """Another user is told whose socket it is."""
+    """Another user gets the owner of the socket in the message."""
     path = open_folder / "vmd.sock"
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         listener.bind(str(path))
@@ -362,7 +362,7 @@ def test_permission_denied(open_folder: Path) -> None:
 
 
 def test_lost_connection(vmctl: Vmctl, daemon: FakeDaemon) -> None:
-    """Upstream's words."""
+    """The text is upstream's."""
     daemon.script = lambda _request: None
 
     assert vmctl("reload") == (3, "", "vmctl: pipe closed\n")
@@ -376,7 +376,7 @@ def test_lost_connection(vmctl: Vmctl, daemon: FakeDaemon) -> None:
     ],
 )
 def test_daemon_that_speaks_something_else(vmctl: Vmctl, daemon: FakeDaemon, packet: bytes, sentence: str) -> None:
-    """One sentence, no traceback."""
+    """There is one message and no traceback."""
 
     def script(_request: Record) -> list[Record]:
         daemon.send_raw(packet)
@@ -399,14 +399,14 @@ def test_daemon_that_speaks_something_else(vmctl: Vmctl, daemon: FakeDaemon, pac
     ],
 )
 def test_answer_to_another_question(vmctl: Vmctl, daemon: FakeDaemon, answer: Record, sentence: str) -> None:
-    """It is not taken for ours."""
+    """An answer of the wrong type is an error."""
     daemon.answers(answer)
 
     assert vmctl("reload") == (1, "", f"vmctl: {sentence}\n")
 
 
 def test_failure_is_a_document_with_json(vmctl: Vmctl, tmp_path: Path) -> None:
-    """Programs read standard output; people read the sentence."""
+    """Programs read standard output, and people read the message."""
     status, output, errors = vmctl("status", "--json", socket=str(tmp_path / "none.sock"))
 
     assert status == 3
@@ -416,8 +416,8 @@ def test_failure_is_a_document_with_json(vmctl: Vmctl, tmp_path: Path) -> None:
     assert f"vmctl: {document['error']}\n" == errors
 
 
-def test_verbose_shows_the_talk(vmctl: Vmctl, daemon: FakeDaemon) -> None:
-    """-v."""
+def test_verbose_shows_the_messages(vmctl: Vmctl, daemon: FakeDaemon) -> None:
+    """The option is -v."""
     daemon.answers(Ok())
 
     assert vmctl("-v", "reload") == (
@@ -429,7 +429,7 @@ def test_verbose_shows_the_talk(vmctl: Vmctl, daemon: FakeDaemon) -> None:
 
 
 def test_interrupt_is_one_sentence(daemon: FakeDaemon) -> None:
-    """^C while a daemon takes its time."""
+    """^C ends the wait for a slow daemon."""
     process = spawn(daemon, "reload")
     daemon.requested()
 
@@ -440,7 +440,7 @@ def test_interrupt_is_one_sentence(daemon: FakeDaemon) -> None:
 
 
 def test_reader_that_has_gone(daemon: FakeDaemon) -> None:
-    """`vmctl status | true` ends with a sentence, not with a traceback."""
+    """`vmctl status | true` ends with a message and without a traceback."""
     daemon.answers(vm_info(), End())
     reader, writer = os.pipe()
     os.close(reader)
@@ -470,7 +470,7 @@ sys.exit(status)
 
 
 def test_status_loads_nothing_heavy(daemon: FakeDaemon) -> None:
-    """Start-up must stay below what an operator notices; other commands are not loaded at all."""
+    """Start-up must take no noticeable time, so modules of other commands are not loaded."""
     daemon.answers(End())
     done = subprocess.run(
         [sys.executable, "-I", "-S", "-c", PROBE, str(ROOT), sysconfig.get_path("purelib"),
@@ -481,7 +481,7 @@ def test_status_loads_nothing_heavy(daemon: FakeDaemon) -> None:
 
     loaded = set(done.stdout.splitlines()[-1].split())
 
-    assert loaded & HEAVY == {"datetime"}  # half of it: the other would bring `math` along
+    assert loaded & HEAVY == {"datetime"}  # its C part only: the Python part would import `math`
     assert {name for name in loaded if name.startswith("vmctl.commands.")} == {"vmctl.commands.status"}
     assert {name for name in loaded if name.startswith("vmd.")} == {
         "vmd.client", "vmd.config", "vmd.config.model", "vmd.enums", "vmd.errors", "vmd.ipc", "vmd.ipc.figures",

@@ -1,4 +1,4 @@
-"""vmctl metrics: the text, the document, and one VM of several."""
+"""vmctl metrics: the text, the document, and the choice of one VM."""
 
 import errno
 
@@ -19,7 +19,7 @@ NOTHING = EVERYTHING.replace(
 
 
 def test_the_text(vmctl: Vmctl, daemon: FakeDaemon) -> None:
-    """Of all, in both formats; the release is the daemon's."""
+    """It has all VMs, in both formats, and the daemon's release."""
     daemon.answers(EVERYTHING, NOTHING, End())
 
     assert vmctl("metrics") == (0, expose([EVERYTHING, NOTHING], "9.9"), "")
@@ -29,7 +29,7 @@ def test_the_text(vmctl: Vmctl, daemon: FakeDaemon) -> None:
 
 
 def test_the_document(vmctl: Vmctl, daemon: FakeDaemon) -> None:
-    """Every figure has a key, under the name that it has everywhere."""
+    """Every figure has a key, with its usual name."""
     daemon.answers(EVERYTHING, NOTHING, End())
 
     everything, nothing = schema.check(vmctl("metrics", "--json")[1], "metrics")["vms"]
@@ -45,7 +45,7 @@ def test_the_document(vmctl: Vmctl, daemon: FakeDaemon) -> None:
 
 @pytest.mark.parametrize("options", [[], ["--json"]])
 def test_one_vm(vmctl: Vmctl, daemon: FakeDaemon, options: list[str]) -> None:
-    """By name or number; one that is not there is status 4."""
+    """The VM is given by name or id.  If there is none, the exit status is 4."""
     daemon.answers(Failed(code=errno.ENOENT, text="vm 7 not found"))
 
     status, output, errors = vmctl("metrics", "7", *options)

@@ -1,4 +1,4 @@
-"""vmctl migrate: what its words may be, and what the two ends say to each other."""
+"""vmctl migrate: its arguments, and the messages between both ends."""
 
 import errno
 import json
@@ -37,7 +37,7 @@ from vmd.record import Record
     ("[fe80::1]", "fe80::1", ""), ("me@[::1]:b", "me@::1", "b"), ("10.0.0.1:b", "10.0.0.1", "b"),
 ])  # fmt: skip
 def test_destination(word: str, host: str, name: str) -> None:
-    """As ssh and scp have it."""
+    """The forms are those of ssh and scp."""
     assert destination(word) == (host, name)
 
 
@@ -46,13 +46,13 @@ def test_destination(word: str, host: str, name: str) -> None:
     "h2:-b", "-@h2",
 ])  # fmt: skip
 def test_no_destination(word: str) -> None:
-    """Nothing that ssh would take for an option, and no address that could be meant otherwise."""
+    """Words that ssh would read as options, and ambiguous addresses, are refused."""
     with pytest.raises(ArgumentError):
         destination(word)
 
 
 def test_shell() -> None:
-    """Its words, as a shell would split them."""
+    """Words are split as by a shell."""
     assert shell_words("ssh -p 22 -i 'a b'") == ["ssh", "-p", "22", "-i", "a b"]
     for text in ("", "'"):
         with pytest.raises(ArgumentError, match="command"):
@@ -60,7 +60,7 @@ def test_shell() -> None:
 
 
 def hear(said: bytes, *wanted: str, who: str = TARGET) -> "carry.Words | None":
-    """Return what is heard of something."""
+    """Return the first of the wanted messages in some output."""
     reading, writing = os.pipe()
     with os.fdopen(writing, "wb") as sink:
         sink.write(said)
@@ -68,8 +68,8 @@ def hear(said: bytes, *wanted: str, who: str = TARGET) -> "carry.Words | None":
         return Ear(source.fileno(), who).hear(*wanted)
 
 
-def test_words_are_heard_behind_whatever_a_login_says() -> None:
-    """Greetings, also long ones, and JSON of others."""
+def test_messages_are_found_after_the_output_of_a_login() -> None:
+    """That output may be long, and may contain other JSON."""
     reading, writing = os.pipe()
     os.write(writing, b'Welcome!\n\n[1]\n{"vmctl": 1}\n\xff\n' + b"x" * 20_000 + b"\n")
     say(writing, TARGET, ASKED, locks_travel=True)
@@ -81,13 +81,13 @@ def test_words_are_heard_behind_whatever_a_login_says() -> None:
 
 
 @pytest.mark.parametrize("said", [b"", b'{"vmctl": "receive", "at": "asked"', b"x" * 9000, b"no\n"])
-def test_no_words(said: bytes) -> None:
-    """Half a line is none: what was to be said was not."""
+def test_incomplete_messages(said: bytes) -> None:
+    """Half a line is no message."""
     assert hear(said, ASKED) is None
 
 
-def test_other_words_than_were_due() -> None:
-    """Whoever says them is not to be relied upon."""
+def test_unexpected_messages() -> None:
+    """An end that sends them is not trusted."""
     with pytest.raises(CommandError, match="'asked', where running or failed was expected"):
         hear(b'{"vmctl": "receive", "at": "asked"}\n', carry.RUNNING, FAILED)
     with pytest.raises(CommandError, match="does not answer as vmctl"):
@@ -95,12 +95,12 @@ def test_other_words_than_were_due() -> None:
 
 
 def test_one_end_does_not_hear_itself() -> None:
-    """A shell that sends back what it is sent."""
+    """A shell may echo its input."""
     assert hear(b'{"vmctl": "migrate", "at": "commit"}\n', COMMIT, FAILED) is None
     assert hear(b'{"vmctl": "migrate", "at": "commit"}\n', COMMIT, who=SOURCE) is not None
 
 
-# --- both ends, with a daemon that is none --------------------------------------------------------------------------
+# --- both ends, with a fake daemon ----------------------------------------------------------------------------------
 
 
 AT = MigrationAt(vmid=3, name="web", locks_travel=True, paused=True)
@@ -110,7 +110,7 @@ COMMIT_LINE = '{"vmctl": "migrate", "at": "commit", "paused": true}\n'
 
 
 def script(daemon: FakeDaemon, **answers: "Record | None") -> None:
-    """Answer each step, by its name, with this; the others as they go well.  None hangs up."""
+    """Answer a step with the given record.  Other steps succeed, and None closes the connection."""
 
     def answer(request: Record) -> "tuple[Record, ...] | None":
         if isinstance(request, ListRequest):
@@ -126,7 +126,7 @@ def script(daemon: FakeDaemon, **answers: "Record | None") -> None:
 
 
 def receive(daemon: FakeDaemon, said: str = COMMIT_LINE) -> tuple[int, list[Any]]:
-    """Run `vmctl receive -w web`, with what comes behind the stream; returns its status and what it says."""
+    """Run `vmctl receive -w web`, with this input after the stream.  Return its status and messages."""
     done = subprocess.run(
         [sys.executable, "-m", "vmctl", "-s", str(daemon.path), "receive", "-w", "web"],
         cwd=ROOT, input=said, capture_output=True, text=True, timeout=DEADLINE_S, check=False,
@@ -134,8 +134,8 @@ def receive(daemon: FakeDaemon, said: str = COMMIT_LINE) -> tuple[int, list[Any]
     return done.returncode, [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def test_the_target_tells_how_far_it_is(daemon: FakeDaemon) -> None:
-    """And runs the VM when it is told to, paused if it was."""
+def test_the_target_reports_each_step(daemon: FakeDaemon) -> None:
+    """On commit it runs the VM, paused if the VM was paused."""
     script(daemon, COMMIT=RECEIVED)
     status, said = receive(daemon)
     assert (status, [words["at"] for words in said]) == (0, ["asked", "complete", "running"])
@@ -158,10 +158,10 @@ def test_the_target_tells_how_far_it_is(daemon: FakeDaemon) -> None:
     ({"COMMIT": Failed(code=VMD_IN_DOUBT, text="no")}, COMMIT_LINE, True),
     ({"COMMIT": None}, COMMIT_LINE, True),
 ])  # fmt: skip
-def test_the_target_says_whether_it_may_run_there(
+def test_the_target_says_whether_the_vm_may_run_there(
     daemon: FakeDaemon, answers: "dict[str, Record | None]", said: str, in_doubt: bool
 ) -> None:
-    """Only after the commit, and if its daemon does not know better."""
+    """It may run there only after the commit, unless its daemon reports a definite failure."""
     script(daemon, **answers)
     status, lines = receive(daemon, said)
     assert status == 1
@@ -169,7 +169,7 @@ def test_the_target_says_whether_it_may_run_there(
 
 
 def test_a_daemon_that_ends_before_the_commit_runs_nothing(daemon: FakeDaemon) -> None:
-    """Its client has not told it yet, and knows that."""
+    """Its client has not sent the commit, and knows that."""
     script(daemon)
     command = [sys.executable, "-m", "vmctl", "-s", str(daemon.path), "receive", "-w", "web"]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
@@ -185,7 +185,7 @@ def test_a_daemon_that_ends_before_the_commit_runs_nothing(daemon: FakeDaemon) -
 
 
 def migrate(daemon: FakeDaemon, tmp_path: Path, *lines: str) -> tuple[int, str]:
-    """Run `vmctl migrate web host` with a shell that says these lines, and hears one where `...` is."""
+    """Run `vmctl migrate web host` with a shell that prints these lines, and reads one at `...`."""
     said = tmp_path / "said"
     said.write_text("".join(f"{line}\n" for line in lines if line != "..."))
     behind = lines.index("...") if "..." in lines else len(lines)
@@ -205,12 +205,12 @@ RUNNING_LINE = '{"vmctl": "receive", "at": "running", "id": 7, "tty": "/dev/pts/
 
 
 def failed_line(*, in_doubt: bool) -> str:
-    """Return the last words of a target that has failed."""
+    """Return the last message of a target that has failed."""
     return json.dumps({"vmctl": "receive", "at": "failed", "text": "no room", "in_doubt": in_doubt})
 
 
 def test_the_source_takes_its_steps(daemon: FakeDaemon, tmp_path: Path) -> None:
-    """One after the other, each when the target has taken its own."""
+    """It takes each step after the target has completed its own."""
     script(daemon)
     status, said = migrate(daemon, tmp_path, "Welcome!", ASKED_LINE, COMPLETE_LINE, "...", RUNNING_LINE)
     assert status == 0, said
@@ -224,7 +224,7 @@ def test_the_source_takes_its_steps(daemon: FakeDaemon, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("lines", "in_doubt"), [
-    ((failed_line(in_doubt=True),), False),  # it cannot know: it was not told to run it
+    ((failed_line(in_doubt=True),), False),  # not in doubt here: the target was not told to run the VM
     (("Welcome!",), False),
     ((ASKED_LINE, failed_line(in_doubt=False)), False),
     ((ASKED_LINE,), False),
@@ -235,10 +235,10 @@ def test_the_source_takes_its_steps(daemon: FakeDaemon, tmp_path: Path) -> None:
     ((ASKED_LINE, COMPLETE_LINE, "...", ASKED_LINE), True),
     ((ASKED_LINE, COMPLETE_LINE, "...", '{"vmctl": "receive", "at": "failed"}'), True),
 ])  # fmt: skip
-def test_the_source_says_whether_it_may_run_there(
+def test_the_source_says_whether_the_vm_may_run_there(
     daemon: FakeDaemon, tmp_path: Path, lines: tuple[str, ...], in_doubt: bool
 ) -> None:
-    """Only after the commit, and unless the target has said that it does not."""
+    """It may run there only after the commit, unless the target has denied it."""
     script(daemon)
     assert migrate(daemon, tmp_path, *lines) == (1, "vmctl: migrate vm command failed: vm web goes on here\n")
     back = daemon.requests[-1]
@@ -248,7 +248,7 @@ def test_the_source_says_whether_it_may_run_there(
 
 
 def test_the_source_cannot_be_ended(daemon: FakeDaemon, tmp_path: Path) -> None:
-    """That it runs there is said first."""
+    """The message first says that the VM runs at the target."""
     script(daemon, DONE=None)
     status, said = migrate(daemon, tmp_path, ASKED_LINE, COMPLETE_LINE, "...", RUNNING_LINE)
     assert status == 1

@@ -1,4 +1,4 @@
-"""What a guest changes of a terminal is undone, and nothing else is touched."""
+"""A guest's changes of a terminal are undone, and nothing else is changed."""
 
 import random
 
@@ -7,7 +7,7 @@ import pytest
 from vmctl.modes import Modes, asks
 from vmctl.vt import Parser
 
-# what a guest prints -> what undoes it
+# output of a guest -> the output that undoes it
 CHANGES = {
     b"\x1b[?7l": b"\x1b[?7h",
     b"\x1b[?25l": b"\x1b[?25h",
@@ -44,7 +44,7 @@ CHANGES = {
     b"\x1b]11;#000\x1b\\": b"\x1b]111\x1b\\",
     b"\x1b]8;;http://a\x07": b"\x1b]8;;\x1b\\",
     b"\xc2\x9b?25l": b"\x1b[?25h",
-    # VT52 mode first, then the screen, whose end brings colours back
+    # VT52 mode first, then the screen, because its end restores colours
     b"\x1b[31m\x1b[?1049h\x1b[?2l": b"\x1b<\x1b[?1049l\x1b[m",
 }
 TIDY = {
@@ -61,7 +61,7 @@ TIDY = {
 
 
 def after(raw: bytes) -> Modes:
-    """Return what follows some output."""
+    """Return the modes after some output."""
     modes, parser = Modes(), Parser()
     for item in parser.feed(raw):
         modes.follow(item)
@@ -70,22 +70,22 @@ def after(raw: bytes) -> Modes:
 
 @pytest.mark.parametrize(("raw", "undo"), CHANGES.items())
 def test_changes_are_undone(raw: bytes, undo: bytes) -> None:
-    """And when they are undone nothing is left to do; made again, they are what they were."""
+    """After that nothing is left to undo.  `again` sets the same modes again."""
     modes = after(raw)
 
     assert modes.undo() == undo
-    assert after(raw + undo).undo() in (b"", undo)  # what has no usual state, such as a key protocol, may stay
+    assert after(raw + undo).undo() in (b"", undo)  # modes without a usual state, such as a key protocol, may stay
     assert after(modes.again()).undo() == undo
 
 
 @pytest.mark.parametrize("raw", TIDY.values(), ids=TIDY.keys())
 def test_a_guest_that_cleans_up(raw: bytes) -> None:
-    """Leaves nothing to do."""
+    """There is nothing to undo."""
     assert after(raw).undo() == b""
 
 
 def test_title_is_kept_before_it_is_changed() -> None:
-    """Nothing tells what it was; a terminal can put it aside."""
+    """The old title cannot be read, but a terminal can save and restore it."""
     modes, parser = Modes(), Parser()
 
     assert [modes.follow(item) for item in parser.feed(b"\x1b]0;guest\x07\x1b]2;more\x07")] == [b"\x1b[22;0t", b""]
@@ -93,7 +93,7 @@ def test_title_is_kept_before_it_is_changed() -> None:
 
 
 def test_tabs() -> None:
-    """Eight apart."""
+    """They are set to every eighth column."""
     modes, parser = Modes(columns=20), Parser()
     for item in parser.feed(b"\x1b[3g"):
         modes.follow(item)
@@ -109,12 +109,12 @@ def test_tabs() -> None:
     ],
 )  # fmt: skip
 def test_questions(raw: bytes) -> None:
-    """A terminal answers to each."""
+    """A terminal sends an answer to each of these."""
     assert any(asks(item) for item in Parser().feed(raw))
 
 
 def test_noise_is_bounded() -> None:
-    """A guest cannot make us remember, or print, much."""
+    """A guest cannot make vmctl store or print an unlimited amount."""
     noise = random.Random(21)
     raw = b"".join(b"\x1b[?%dh\x1b[%dm" % (noise.randrange(99999), noise.randrange(1, 99)) for _ in range(5000))
 

@@ -13,16 +13,16 @@ WORDS = pytest.mark.parametrize(("word", "paused"), [("pause", True), ("unpause"
 
 
 @WORDS
-def test_request_and_upstreams_words(vmctl: Vmctl, daemon: FakeDaemon, word: str, paused: bool) -> None:
-    """By name, to standard error as upstream's."""
+def test_request_and_message(vmctl: Vmctl, daemon: FakeDaemon, word: str, paused: bool) -> None:
+    """The VM is named, and upstream's text goes to standard error."""
     daemon.answers(VmPaused(vmid=3, name="web", paused=paused))
 
     assert vmctl(word, "web") == (0, "", f"vmctl: {word}d vm 3 successfully\n")
     assert daemon.requests == [PauseRequest(name="web", paused=paused)]
 
 
-def test_what_should_be_known_of_it(vmctl: Vmctl, daemon: FakeDaemon) -> None:
-    """Before it is said that it was done."""
+def test_notes_come_first(vmctl: Vmctl, daemon: FakeDaemon) -> None:
+    """They stand before the message of success."""
     daemon.answers(VmPaused(vmid=3, name="web", paused=False, notes=("disk0: its lock was lost", "disk1: too")))
 
     assert vmctl("unpause", "-f", "web")[2] == (
@@ -33,7 +33,7 @@ def test_what_should_be_known_of_it(vmctl: Vmctl, daemon: FakeDaemon) -> None:
 
 @WORDS
 def test_by_number(vmctl: Vmctl, daemon: FakeDaemon, word: str, paused: bool) -> None:
-    """An id is one."""
+    """The VM is given by id."""
     daemon.answers(VmPaused(vmid=3, name="web", paused=paused))
 
     assert vmctl(word, "3")[0] == 0
@@ -42,7 +42,7 @@ def test_by_number(vmctl: Vmctl, daemon: FakeDaemon, word: str, paused: bool) ->
 
 @pytest.mark.parametrize("name", ["4294967296", "9" * 63, "0" * 22 + "9" * 30])
 def test_number_beyond_32_bits_is_a_name(vmctl: Vmctl, daemon: FakeDaemon, name: str) -> None:
-    """However it is written: it fits no message as a number."""
+    """In any form: as a number it would not fit into a message."""
     daemon.answers(VmPaused(vmid=3, name=name, paused=True))
 
     assert vmctl("pause", name)[0] == 0
@@ -51,7 +51,7 @@ def test_number_beyond_32_bits_is_a_name(vmctl: Vmctl, daemon: FakeDaemon, name:
 
 @WORDS
 def test_refusals(vmctl: Vmctl, daemon: FakeDaemon, word: str, paused: bool) -> None:
-    """With the daemon's sentence."""
+    """They have the daemon's text."""
     daemon.answers(Failed(code=errno.EINVAL, text="vm web is not running"))
 
     assert vmctl(word, "web") == (1, "", f"vmctl: {word} vm command failed: vm web is not running\n")
@@ -59,7 +59,7 @@ def test_refusals(vmctl: Vmctl, daemon: FakeDaemon, word: str, paused: bool) -> 
 
 @WORDS
 def test_json(vmctl: Vmctl, daemon: FakeDaemon, word: str, paused: bool) -> None:
-    """One document, for success and for failure."""
+    """Success and failure have one document each."""
     daemon.answers(VmPaused(vmid=3, name="web\n", paused=paused))
     status, output, _ = vmctl(word, "--json", "web")
     assert status == 0
@@ -77,7 +77,7 @@ def test_json(vmctl: Vmctl, daemon: FakeDaemon, word: str, paused: bool) -> None
 def test_wrong_arguments(
     vmctl: Vmctl, daemon: FakeDaemon, word: str, paused: bool, operands: tuple[str, ...]
 ) -> None:
-    """Answered with the usage; the daemon is not bothered."""
+    """The answer is the usage, without a request to the daemon."""
     status, output, errors = vmctl(word, *operands)
 
     assert (status, output, daemon.requests) == (2, "", [])

@@ -1,4 +1,4 @@
-"""What of a console's backlog is shown again: text and colours, and nothing that a terminal acts on or answers to."""
+"""The replay of a console's backlog: text and colours, without sequences that change a terminal or make it answer."""
 
 import random
 import re
@@ -8,14 +8,14 @@ import pytest
 from vmctl.replay import Replay
 from vmctl.vt import Parser
 
-# All that may come out, whatever goes in.
+# The only output that is allowed, for any input.
 SHOWABLE = re.compile(
     rb"(?:[\x20-\x7e\r\n\t\b]|[\xc3-\xf4][\x80-\xbf]+|\xc2[\xa0-\xbf]|\x1b\[[0-9;:]{0,64}[mKCDGPX@])*"
 )
 
-# What SeaBIOS prints on a serial line before its first text, and what GRUB does.
+# The first output of SeaBIOS on a serial line, and sequences as of GRUB.
 SEABIOS = b"\x1bc\x1b[?7l\x1b[2J\x1b[0mSeaBIOS (version 1.16)\r\n\x1b[02;01HBooting\r\n"
-# As they are seen in backlogs: each acts on a terminal, or makes it answer.
+# Sequences from real backlogs.  Each changes a terminal, or makes it answer.
 KEPT_OUT = {
     "soft reset": b"\x1b[!p",
     "no line wrap": b"\x1b[?7l",
@@ -74,8 +74,8 @@ KEPT = {
 
 
 @pytest.mark.parametrize("raw", KEPT_OUT.values(), ids=KEPT_OUT.keys())
-def test_what_acts_stays_out(raw: bytes) -> None:
-    """The text around it is shown."""
+def test_sequences_that_act_are_removed(raw: bytes) -> None:
+    """The text around them is shown."""
     shown = Replay().shown(b"before" + raw + b"after")
 
     assert shown.replace("\N{REPLACEMENT CHARACTER}".encode(), b"") == b"beforeafter"
@@ -83,12 +83,12 @@ def test_what_acts_stays_out(raw: bytes) -> None:
 
 @pytest.mark.parametrize("raw", KEPT.values(), ids=KEPT.keys())
 def test_text_is_shown_as_it_was(raw: bytes) -> None:
-    """With its colours, and as it was edited within its line."""
+    """Colours and changes within a line are kept."""
     assert Replay().shown(raw) == raw
 
 
 def test_seabios() -> None:
-    """Texts that stood on different lines do not run into each other."""
+    """Texts on different lines are not joined."""
     assert Replay().shown(b"a\x1bcb") == b"a\r\nb"
     assert Replay().shown(SEABIOS + b"a\x1b[10;1Hb\x1bDc\x1bEd") == (
         b"\x1b[0mSeaBIOS (version 1.16)\r\nBooting\r\na\r\nb\r\nc\r\nd"
@@ -97,7 +97,7 @@ def test_seabios() -> None:
 
 @pytest.mark.parametrize("raw", KEPT_OUT.values(), ids=KEPT_OUT.keys())
 def test_a_sequence_cut_in_two_is_left_out_as_a_whole(raw: bytes) -> None:
-    """Its end comes live: alone it would be text, or something else.  What is live is not touched."""
+    """Its end arrives in the live output, where it would be shown as text.  Other live output is unchanged."""
     for cut in range(1, len(raw)):
         replay, begun = Replay(), Parser()
         begun.feed(raw[:cut])
@@ -109,17 +109,17 @@ def test_a_sequence_cut_in_two_is_left_out_as_a_whole(raw: bytes) -> None:
 
 
 def test_a_string_without_an_end_hides_its_line_only() -> None:
-    """Noise may look like the beginning of one."""
+    """Random bytes may look like the start of one."""
     assert Replay().shown(b"a\x1b]noise\r\nb") == b"a\r\nb"
 
 
 def test_a_terminal_that_is_not_utf_8() -> None:
-    """Of a character of UTF-8 it would take single bytes as controls."""
+    """It would read single bytes of a UTF-8 character as controls."""
     assert Replay(utf8=False).shown("aě\x9b6nb".encode()) == b"a??b"
 
 
 def test_noise() -> None:
-    """Nothing else than what may come out does, however it is cut."""
+    """Only allowed output is produced, wherever the input is cut."""
     noise = random.Random(20)
     alphabet = b"\x1b\x1b\x1b[[]PX^_;?>!$ 0123456789mhlcnHJKrq\\\x07\x18\x05\x0e\x7f\xc2\xc2\x9b\x9d\x9c\xc4\x90\r\nab"
     for _ in range(300):

@@ -1,4 +1,4 @@
-"""start -C: what the seed of a new VM is made from."""
+"""start -C: the parts of a new VM's seed."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from vmd.seed.parts import FILE_MAX, SeedFile, SeedParts
 
 @pytest.fixture
 def known(daemon: FakeDaemon) -> FakeDaemon:
-    """Give a daemon that knows VM 3, `web`, and starts whatever it is asked to."""
+    """A daemon that knows VM 3, `web`, and accepts every start."""
 
     def script(request: Record) -> Answers:
         if isinstance(request, ListRequest):
@@ -28,12 +28,12 @@ def known(daemon: FakeDaemon) -> FakeDaemon:
 
 
 def parts_of(daemon: FakeDaemon) -> SeedParts:
-    """Return what the last request gave."""
+    """Return the parts of the seed in the last request."""
     return unpack(SeedParts, daemon.files[-1]["seed"])
 
 
-def test_all_that_can_be_given(vmctl: Vmctl, known: FakeDaemon, tmp_path: Path) -> None:
-    """The daemon itself is told the host name and the user only; the rest is in a file."""
+def test_all_parts_of_a_seed(vmctl: Vmctl, known: FakeDaemon, tmp_path: Path) -> None:
+    """The request itself has only host name and user.  The other parts are in a file."""
     key, data, hashed, disk = (tmp_path / name for name in ("a.pub", "data", "hash", "disk.raw"))
     key.write_text(public_key())
     data.write_text("#cloud-config\n")
@@ -55,10 +55,13 @@ def test_all_that_can_be_given(vmctl: Vmctl, known: FakeDaemon, tmp_path: Path) 
     )  # fmt: skip
 
 
-def test_the_keys_of_whoever_runs_it(
+def test_the_keys_of_the_user(
     vmctl: Vmctl, known: FakeDaemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All of them, and no certificate; without any the sentence says what to do."""
+    """All of the user's public keys are taken, without certificates.
+
+    If there are none, the message says what to do.
+    """
     monkeypatch.setenv("HOME", str(tmp_path))
     words = ("start", "-t", "web", "-C", "ssh-key", "-C", "network-config=no", "new")
     assert vmctl(*words)[2] == (
@@ -95,7 +98,7 @@ def test_the_keys_of_whoever_runs_it(
 def test_mistakes(
     vmctl: Vmctl, known: FakeDaemon, tmp_path: Path, words: tuple[str, ...], status: int, error: str
 ) -> None:
-    """Are named before the daemon is asked, and no password is shown."""
+    """They are reported before the daemon is asked, and no password is shown."""
     (tmp_path / "plain").write_text("hunter2")
     (tmp_path / "hash").write_text(HASH)
     (tmp_path / "large").write_bytes(bytes(FILE_MAX + 1))
@@ -110,7 +113,7 @@ def test_mistakes(
 
 
 def test_a_vm_that_exists_takes_no_other_seed(vmctl: Vmctl, known: FakeDaemon) -> None:
-    """What vm.conf says of it counts."""
+    """It has the seed of vm.conf."""
     status, _, error = vmctl("start", "-C", "hostname=a", "web")
 
     assert status == 1

@@ -1,6 +1,6 @@
-"""vmctl ssh: where a guest is, how long it is waited for, whose key it has, and what ssh is told.
+"""vmctl ssh: the guest's address, the wait for its server, its host key, and the arguments of ssh.
 
-ssh is the real one, with -G: it says how it would log in.
+A real ssh is used.  With -G it prints how it would log in.
 """
 
 import contextlib
@@ -26,13 +26,13 @@ from vmd.ipc.devmsg import COUNTER_NAMES
 from vmd.ipc.messages.clients import End, ListRequest, NicInfo, VmInfo
 from vmd.record import Record
 
-GUEST = "127.7.0.3"  # of the loopback interface, as all of 127/8
+GUEST = "127.7.0.3"  # on the loopback interface, as all of 127/8
 GREETING = b"SSH-2.0-OpenSSH_9.2p1\r\n"
 OLD, NEW = "AAAAC3NzaC1lZDI1NTE5AAAAIOld", "AAAAC3NzaC1lZDI1NTE5AAAAINew"
 
 
 def nic(**fields: object) -> NicInfo:
-    """Return a `local` interface of a VM that runs."""
+    """Return a `local` interface of a running VM."""
     base = {"index": 0, "tap": "tap0", "switch": "", "lladdr": bytes(6), "up": True, "locked": False, "local": True}
     return NicInfo(**{**base, "guest4": socket.inet_aton(GUEST), **fields})  # type: ignore[arg-type]
 
@@ -41,7 +41,7 @@ LEASED = nic(counters=tuple(int(name == "lease_s") for name in COUNTER_NAMES))
 
 
 def script(daemon: FakeDaemon, *lists: VmInfo, devices: NicInfo = LEASED) -> None:
-    """Answer each question for the list with the next of these, and with the last one from then on."""
+    """Answer requests for the list with these in order.  The last one is repeated."""
     left = list(lists)
 
     def answer(request: Record) -> Answers:
@@ -53,7 +53,7 @@ def script(daemon: FakeDaemon, *lists: VmInfo, devices: NicInfo = LEASED) -> Non
 
 
 class Server(NamedTuple):
-    """What says something to whoever connects."""
+    """A server that greets every client."""
 
     port: int
     listener: socket.socket
@@ -61,7 +61,7 @@ class Server(NamedTuple):
 
 @contextlib.contextmanager
 def serving(said: bytes | Callable[[socket.socket], object]) -> Iterator[Server]:
-    """Say this at a port of the guest, and hang up; or let something speak."""
+    """Send this to each client at a port of the guest, and close; or call a function with the connection."""
     speak = said if callable(said) else lambda connection: connection.sendall(said)
     with socket.create_server((GUEST, 0)) as listener:
 
@@ -81,7 +81,7 @@ def serving(said: bytes | Callable[[socket.socket], object]) -> Iterator[Server]
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Give a home, and stand-ins: ssh says what it would do, and ssh-keyscan what it is told to."""
+    """A home directory, and stand-ins: ssh prints what it would do, and ssh-keyscan prints a file."""
     place = tmp_path / "home of 100%"
     (place / ".ssh").mkdir(parents=True)
     entry = pwd.getpwuid(os.getuid())
@@ -98,13 +98,13 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def stand_in(path: Path, line: str) -> None:
-    """Make a program."""
+    """Write a shell script."""
     path.write_text(f"#!/bin/sh\n{line}\n")
     path.chmod(0o755)
 
 
 def become(words: list[str]) -> None:
-    """Run a program, in our own process's place no longer."""
+    """Run a program as a child, instead of replacing this process."""
     sys.stdout.write(subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True).stdout)
     sys.stdout.flush()
 
@@ -117,12 +117,15 @@ def _stays(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def settings(output: str) -> dict[str, str]:
-    """Return what ssh would do."""
+    """Return the settings that ssh -G prints."""
     return dict(line.split(" ", 1) for line in output.splitlines())
 
 
-def test_what_ssh_is_told(vmctl: Vmctl, daemon: FakeDaemon, home: Path) -> None:
-    """The guest's address, the seed's user, and keys under the name of the VM; what was typed comes first."""
+def test_arguments_of_ssh(vmctl: Vmctl, daemon: FakeDaemon, home: Path) -> None:
+    """It gets the guest's address, the seed's user, and host keys under the VM's name.
+
+    The user's own options come first.
+    """
     script(daemon, vm_info(nics=(nic(local=False, guest4=b""), nic(index=1)), login="ann"))
     with serving(b"hello\r\n" + GREETING) as guest:
         status, output, errors = vmctl("ssh", "-p", str(guest.port), "web", "--", "ls", "-l", "--", "")
@@ -141,8 +144,8 @@ def test_what_ssh_is_told(vmctl: Vmctl, daemon: FakeDaemon, home: Path) -> None:
 
 
 @pytest.mark.usefixtures("home")
-def test_nobody_else_is_taken_for_the_guest(vmctl: Vmctl, daemon: FakeDaemon) -> None:
-    """Who has its address elsewhere, as in an rdomain: only by the interface of the VM, from our address there."""
+def test_another_host_with_the_guest_s_address_is_not_reached(vmctl: Vmctl, daemon: FakeDaemon) -> None:
+    """ssh uses the host's address on the VM's interface, so it cannot reach one elsewhere, as in an rdomain."""
     script(daemon, vm_info(nics=(nic(host4=socket.inet_aton("127.0.0.9")),)))
     with serving(GREETING) as guest:
         _, output, _ = vmctl("ssh", "-p", str(guest.port), "web")
@@ -153,8 +156,8 @@ def test_nobody_else_is_taken_for_the_guest(vmctl: Vmctl, daemon: FakeDaemon) ->
     assert (status, errors) == (1, f"vmctl: ssh: vm web cannot be reached from here: {why}\n")
 
 
-def test_the_command_is_handed_on_as_it_is(tmp_path: Path, daemon: FakeDaemon) -> None:
-    """In a process of its own, which becomes ssh: words like options, an empty one; no signal is ignored."""
+def test_the_command_is_passed_unchanged(tmp_path: Path, daemon: FakeDaemon) -> None:
+    """vmctl becomes ssh.  Words like options and empty words are kept, and no signal is ignored."""
     script(daemon, vm_info(nics=(nic(),), login="-oProxyCommand=x"))
     stand_in(tmp_path / "ssh", 'for word; do printf "[%s]" "$word"; done; grep SigIgn /proc/$$/status; exit 7')
     with serving(GREETING) as guest:
@@ -172,7 +175,7 @@ def test_the_command_is_handed_on_as_it_is(tmp_path: Path, daemon: FakeDaemon) -
 
 
 def test_without_ssh(vmctl: Vmctl, daemon: FakeDaemon, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It says what to install."""
+    """The message names the package."""
     script(daemon, vm_info(nics=(nic(),)))
     monkeypatch.undo()
     monkeypatch.setenv("PATH", str(home))
@@ -182,8 +185,8 @@ def test_without_ssh(vmctl: Vmctl, daemon: FakeDaemon, home: Path, monkeypatch: 
     assert (status, errors) == (1, "vmctl: ssh: No such file or directory (package openssh-client)\n")
 
 
-def test_nobody_in_particular(vmctl: Vmctl, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A uid that no user has is told so, before the guest is waited for."""
+def test_a_uid_without_a_user(vmctl: Vmctl, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message comes before the wait for the guest."""
     monkeypatch.setattr(os, "getuid", lambda: 4_000_000_000)
 
     assert vmctl("ssh", "web") == (
@@ -200,8 +203,8 @@ def test_nobody_in_particular(vmctl: Vmctl, monkeypatch: pytest.MonkeyPatch) -> 
     (vm_info(nics=(nic(local=False, switch="lan"),)), 1,
      "ssh: vm web has no local interface, so vmd does not know its address; use its console: vmctl console web"),
 ])  # fmt: skip
-def test_what_no_waiting_helps(vmctl: Vmctl, daemon: FakeDaemon, vm: VmInfo, status: int, sentence: str) -> None:
-    """It is said at once, with --json, too."""
+def test_failures_without_a_wait(vmctl: Vmctl, daemon: FakeDaemon, vm: VmInfo, status: int, sentence: str) -> None:
+    """Waiting would not help, so vmctl fails at once, also with --json."""
     script(daemon, vm)
 
     assert vmctl("ssh", "web") == (status, "", f"vmctl: {sentence}\n")
@@ -211,7 +214,7 @@ def test_what_no_waiting_helps(vmctl: Vmctl, daemon: FakeDaemon, vm: VmInfo, sta
 
 @pytest.mark.usefixtures("home")
 def test_each_reason_to_wait_is_said_once(vmctl: Vmctl, daemon: FakeDaemon) -> None:
-    """From its start until its server answers; then ssh begins."""
+    """vmctl waits from the VM's start until its server answers.  Then ssh starts."""
     with serving(GREETING) as guest:
         script(
             daemon, vm_info(state="waiting"), vm_info(state="starting"), vm_info(state="starting"),
@@ -226,14 +229,14 @@ def test_each_reason_to_wait_is_said_once(vmctl: Vmctl, daemon: FakeDaemon) -> N
 
 
 def test_a_vm_that_ends_is_not_waited_for(vmctl: Vmctl, daemon: FakeDaemon) -> None:
-    """The first start of it may end in a panic."""
+    """Its first boot may have failed."""
     script(daemon, vm_info(state="starting"), vm_info(running=False))
 
     assert vmctl("ssh", "web") == (1, "", "vmctl: waiting: vm web is starting\nvmctl: ssh: vm web is not running\n")
 
 
 def test_a_closed_port(vmctl: Vmctl, daemon: FakeDaemon) -> None:
-    """The guest is there, and no server in it."""
+    """The guest answers, but no server runs in it."""
     script(daemon, vm_info(nics=(nic(),)))
     with serving(b"") as guest:
         pass
@@ -248,10 +251,10 @@ def test_a_closed_port(vmctl: Vmctl, daemon: FakeDaemon) -> None:
     (LEASED, "port 22 of 192.0.2.9 cannot be reached: Network is unreachable"),
     (nic(), "the guest of vm web has not asked for its address, 192.0.2.9"),
 ])  # fmt: skip
-def test_a_guest_that_is_not_heard(
+def test_a_guest_that_does_not_answer(
     vmctl: Vmctl, daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch, devices: NicInfo, said: str
 ) -> None:
-    """Whether it has asked for its address is known."""
+    """The message says whether the guest has asked for its address."""
     away = socket.inet_aton("192.0.2.9")
     script(daemon, vm_info(nics=(nic(guest4=away),)), devices=devices.replace(guest4=away))
 
@@ -270,7 +273,7 @@ def test_a_guest_that_is_not_heard(
     (b"HTTP/1.1 400\r\n" * 1000, "is not served by ssh"),
 ])  # fmt: skip
 def test_no_greeting_of_an_ssh_server(vmctl: Vmctl, daemon: FakeDaemon, greeting: bytes, said: str) -> None:
-    """A server that is not up yet, and one of another kind."""
+    """The server is not ready yet, or is of another kind."""
     script(daemon, vm_info(nics=(nic(),)))
     with serving(greeting) as guest:
         status, _, errors = vmctl("ssh", "-w", "0", "-p", str(guest.port), "web")
@@ -279,7 +282,7 @@ def test_no_greeting_of_an_ssh_server(vmctl: Vmctl, daemon: FakeDaemon, greeting
 
 
 def test_a_server_that_takes_its_time(vmctl: Vmctl, daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It may say a letter now and then, and is waited for no longer than one that says none."""
+    """Slow single bytes do not extend the wait."""
     monkeypatch.setattr(ssh, "ANSWER_S", 0.2)
     script(daemon, vm_info(nics=(nic(),)))
     ended = threading.Event()
@@ -295,8 +298,8 @@ def test_a_server_that_takes_its_time(vmctl: Vmctl, daemon: FakeDaemon, monkeypa
     assert (status, errors) == (1, f"vmctl: ssh: port {guest.port} of {GUEST} does not answer; waited 0 s\n")
 
 
-def test_a_vm_that_was_made_anew(vmctl: Vmctl, daemon: FakeDaemon, home: Path, tmp_path: Path) -> None:
-    """Another host key is a sentence; -n forgets the old one, and no other VM's."""
+def test_a_vm_that_was_installed_again(vmctl: Vmctl, daemon: FakeDaemon, home: Path, tmp_path: Path) -> None:
+    """Another host key is reported.  -n removes the old key, and keeps those of other VMs."""
     script(daemon, vm_info(nics=(nic(),)))
     known, shown = home / ".ssh/known_hosts.vmd", tmp_path / "shown"
     others = "# mine\nweb2.vmd ssh-ed25519 AAAA\nweb ssh-ed25519 AAAA\n"
@@ -319,12 +322,12 @@ def test_a_vm_that_was_made_anew(vmctl: Vmctl, daemon: FakeDaemon, home: Path, t
         assert known.read_text() == others
         assert known.stat().st_mode & 0o777 == 0o600
         known.write_text(f"web.vmd ssh-ed25519 {OLD}\n")
-        shown.write_text("")  # the server shows none of this kind: ssh will say what it thinks of that
+        shown.write_text("")  # the server has no key of this kind: ssh reports that itself
         assert vmctl(*words)[0] == 0
 
 
-def test_where_it_is(vmctl: Vmctl, daemon: FakeDaemon) -> None:
-    """For programs that log in by themselves; nothing is waited for."""
+def test_json(vmctl: Vmctl, daemon: FakeDaemon) -> None:
+    """It is for programs that log in by themselves.  vmctl does not wait."""
     script(daemon, vm_info(nics=(nic(),), login="ann"), vm_info(state="starting"))
 
     status, output, _ = vmctl("ssh", "--json", "web")
@@ -340,14 +343,14 @@ def test_where_it_is(vmctl: Vmctl, daemon: FakeDaemon) -> None:
     ["-p", "0"], ["-p", "65536"], ["-p", "ssh"], ["-w", "-1"], ["-w", "1e3"], ["-w", "86401"], ["-p", "9" * 5000],
 ])  # fmt: skip
 def test_invalid_numbers(vmctl: Vmctl, daemon: FakeDaemon, words: list[str]) -> None:
-    """Before anything is asked."""
+    """They are refused before any request."""
     status, _, errors = vmctl("ssh", *words, "web")
 
     assert (status, errors[:15], daemon.requests) == (2, "vmctl: invalid ", [])
 
 
 def test_a_command_belongs_behind_the_dashes(vmctl: Vmctl, daemon: FakeDaemon) -> None:
-    """Or its options would be taken for ours."""
+    """Otherwise its options would be read as those of vmctl."""
     status, _, errors = vmctl("ssh", "web", "uptime")
 
     assert (status, errors.splitlines()[0]) == (2, "vmctl: unexpected argument: uptime: command ... belongs after --")

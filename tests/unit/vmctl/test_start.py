@@ -1,4 +1,4 @@
-"""start: options and their errors, known VMs and new ones, boot files, answers (*cat. 3.4*)."""
+"""start: options and their errors, existing and new VMs, boot files, answers (*cat. 3.4*)."""
 
 import contextlib
 import errno
@@ -24,7 +24,7 @@ MIB = 1 << 20
 
 
 class Files:
-    """Files to start VMs from."""
+    """Files for starts of VMs."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -34,7 +34,7 @@ class Files:
         self.iso = self.make("install.iso", b"")
 
     def make(self, name: str, data: bytes) -> str:
-        """Make a file."""
+        """Write a file and return its path."""
         path = self.folder / name
         path.write_bytes(data)
         return str(path)
@@ -42,13 +42,13 @@ class Files:
 
 @pytest.fixture
 def files(tmp_path: Path) -> Files:
-    """Give the files."""
+    """The files in a folder."""
     return Files(tmp_path)
 
 
 @pytest.fixture
 def known(daemon: FakeDaemon) -> FakeDaemon:
-    """Give a daemon that knows VM 3, `web`, and starts whatever it is asked to."""
+    """A daemon that knows VM 3, `web`, and accepts every start."""
 
     def script(request: Record) -> Answers:
         if isinstance(request, ListRequest):
@@ -67,17 +67,17 @@ def start_request(daemon: FakeDaemon) -> StartRequest:
 
 
 def new_config(daemon: FakeDaemon) -> VmConfig:
-    """Return the new VM that the last request describes."""
+    """Return the new VM of the last request."""
     config = start_request(daemon).config
     assert config is not None
     return config
 
 
-# --- a VM the daemon knows -------------------------------------------------------------------------------
+# --- a VM that the daemon knows --------------------------------------------------------------------------
 
 
-def test_a_new_vm_with_a_name_that_none_can_have(vmctl: Vmctl, known: FakeDaemon, files: Files) -> None:
-    """It is a wrong command line, and the daemon is not asked for the start."""
+def test_a_new_vm_with_an_invalid_name(vmctl: Vmctl, known: FakeDaemon, files: Files) -> None:
+    """It is a usage error, and no start is requested."""
     status, _, errors = vmctl("start", "-b", files.kernel, "../a")
 
     assert (status, errors) == (2, f"vmctl: invalid VM name: ../a: {rules.NAME_FORM}\n")
@@ -88,7 +88,7 @@ def test_a_new_vm_with_a_name_that_none_can_have(vmctl: Vmctl, known: FakeDaemon
     ("word", "request_"), [("web", StartRequest(name="web")), ("3", StartRequest(vmid=3, name="3"))]
 )
 def test_known_vm(vmctl: Vmctl, known: FakeDaemon, word: str, request_: StartRequest) -> None:
-    """Without options nothing has to be asked first."""
+    """Without options, vmctl needs no other request first."""
     assert vmctl("start", word) == (0, "", SUCCESS)
     assert known.requests == [request_]
 
@@ -97,14 +97,14 @@ def test_known_vm(vmctl: Vmctl, known: FakeDaemon, word: str, request_: StartReq
     ("name", "device"), [("cdrom", BootDevice.CDROM), ("disk", BootDevice.DISK), ("net", BootDevice.NET)]
 )
 def test_boot_device_for_once(vmctl: Vmctl, known: FakeDaemon, name: str, device: BootDevice) -> None:
-    """-B describes no new VM."""
+    """-B alone does not make a new VM."""
     assert vmctl("start", "-B", name, "web") == (0, "", SUCCESS)
     assert known.requests == [StartRequest(name="web", boot_device=device)]
 
 
 @pytest.mark.parametrize("word", ["web", "3"])
 def test_kernel_for_once(vmctl: Vmctl, known: FakeDaemon, files: Files, word: str) -> None:
-    """-b with a name that exists boots that VM, with files that we opened."""
+    """-b with an existing name boots that VM, with files that vmctl opens."""
     status = vmctl("start", "-b", files.kernel, "-I", files.initrd, "-k", "single", word)
 
     assert status == (0, "", SUCCESS)
@@ -115,15 +115,15 @@ def test_kernel_for_once(vmctl: Vmctl, known: FakeDaemon, files: Files, word: st
 
 
 def test_initrd_and_command_line_for_once(vmctl: Vmctl, known: FakeDaemon, files: Files) -> None:
-    """Of a VM whose kernel vm.conf names; an empty command line is one."""
+    """vm.conf names the VM's kernel.  An empty command line is a command line."""
     assert vmctl("start", "-I", files.initrd, "-k", "", "web")[0] == 0
 
     assert known.requests == [StartRequest(name="web", cmdline="")]
     assert known.files == [{"initrd": b"initrd!"}]
 
 
-def test_what_is_on_a_disk_for_once(vmctl: Vmctl, known: FakeDaemon) -> None:
-    """Is named and not opened: only the daemon looks into the disk."""
+def test_files_on_a_disk_for_once(vmctl: Vmctl, known: FakeDaemon) -> None:
+    """They are named and not opened: only the daemon reads the disk."""
     status = vmctl("start", "-b", "disk0:/vmlinuz", "-I", "disk0p2:/initrd.img", "-k", "single", "web")
 
     assert status == (0, "", SUCCESS)
@@ -132,8 +132,8 @@ def test_what_is_on_a_disk_for_once(vmctl: Vmctl, known: FakeDaemon) -> None:
     assert known.files[-1] == {}
 
 
-def test_new_vm_from_what_is_on_its_disk(vmctl: Vmctl, known: FakeDaemon, files: Files) -> None:
-    """It is a boot image that was given."""
+def test_new_vm_from_a_kernel_on_its_disk(vmctl: Vmctl, known: FakeDaemon, files: Files) -> None:
+    """It counts as a given boot image."""
     assert vmctl("start", "-b", "disk0:", "-d", files.disk, "scratch") == (0, "", SUCCESS)
 
     config = new_config(known)
@@ -147,16 +147,16 @@ def test_new_vm_from_what_is_on_its_disk(vmctl: Vmctl, known: FakeDaemon, files:
         ("-I", "disk0:", "disk0:: an initrd needs the path of a file"),
     ],
 )
-def test_what_is_no_file_on_a_disk(vmctl: Vmctl, known: FakeDaemon, option: str, value: str, what: str) -> None:
-    """Is a wrong command line."""
+def test_malformed_names_of_files_on_disks(vmctl: Vmctl, known: FakeDaemon, option: str, value: str, what: str) -> None:
+    """They are usage errors."""
     status, _, errors = vmctl("start", option, value, "web")
 
     assert (status, errors.splitlines()[0]) == (2, f"vmctl: {what}")
     assert known.requests == []
 
 
-def test_known_vm_is_not_described_anew(vmctl: Vmctl, known: FakeDaemon, files: Files) -> None:
-    """Silence would look as if the memory had been changed."""
+def test_options_of_a_new_vm_with_a_known_name(vmctl: Vmctl, known: FakeDaemon, files: Files) -> None:
+    """Ignoring them silently would suggest that the memory was changed."""
     assert vmctl("start", "-b", files.kernel, "-m", "1G", "web") == (
         1,
         "",
@@ -169,7 +169,7 @@ def test_known_vm_is_not_described_anew(vmctl: Vmctl, known: FakeDaemon, files: 
 
 
 def test_new_vm_from_a_kernel(vmctl: Vmctl, known: FakeDaemon, files: Files) -> None:
-    """-b with an unknown name: a VM with a default size, no disks and no network."""
+    """-b with an unknown name makes a VM of the default size, without disks and network."""
     status = vmctl("start", "-b", files.kernel, "-I", files.initrd, "-k", "console=ttyS0", "scratch")
 
     assert status == (0, "", SUCCESS)
@@ -187,7 +187,7 @@ def test_new_vm_from_a_kernel(vmctl: Vmctl, known: FakeDaemon, files: Files) -> 
 
 
 def test_new_vm_with_everything(vmctl: Vmctl, known: FakeDaemon, files: Files) -> None:
-    """Every option arrives, in its order; -i adds what is left."""
+    """Every option is in the request, in order, and -i adds the missing interfaces."""
     # fmt: off
     status = vmctl(
         "start", "-B", "cdrom", "-d", files.disk, "-d", f"raw:{files.disk}", "-d", f"qcow2:{files.disk}", "-i", "4",
@@ -217,14 +217,14 @@ def test_new_vm_with_everything(vmctl: Vmctl, known: FakeDaemon, files: Files) -
 
 
 def test_count_of_interfaces_never_takes_one_away(vmctl: Vmctl, known: FakeDaemon, files: Files) -> None:
-    """-i 1 with two interfaces."""
+    """-i 1 is given with two interfaces."""
     vmctl("start", "-d", files.disk, "-i", "1", "-LL", "new")
 
     assert new_config(known).nics == (NicConfig(local=True), NicConfig(local=True))
 
 
 def test_links_are_followed(vmctl: Vmctl, known: FakeDaemon, files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The daemon gets the path of the file itself, whatever our directory is."""
+    """The daemon gets the absolute path of the file itself."""
     monkeypatch.chdir(files.folder)
     os.symlink("disk.qcow2", "link")
 
@@ -235,7 +235,7 @@ def test_links_are_followed(vmctl: Vmctl, known: FakeDaemon, files: Files, monke
 
 
 def test_file_name_with_a_colon(vmctl: Vmctl, known: FakeDaemon, files: Files) -> None:
-    """Only `raw:` and `qcow2:` are formats."""
+    """Only `raw:` and `qcow2:` are prefixes."""
     path = files.make("vmdk:disk", b"")
 
     vmctl("start", "-d", path, "new")
@@ -255,13 +255,13 @@ def test_file_name_with_a_colon(vmctl: Vmctl, known: FakeDaemon, files: Files) -
     ],
 )
 def test_memory(vmctl: Vmctl, known: FakeDaemon, files: Files, size: str, mib: int, note: str) -> None:
-    """Rounded down to megabytes, with a word about it."""
+    """It is rounded down to megabytes, with a message."""
     assert vmctl("start", "-m", size, "-d", files.disk, "new") == (0, "", note + SUCCESS)
     assert new_config(known).memory_bytes == mib * MIB
 
 
 def test_instance(vmctl: Vmctl, known: FakeDaemon) -> None:
-    """-t needs no device of its own: it inherits."""
+    """-t needs no device, because the instance inherits them."""
     assert vmctl("start", "-t", "tmpl", "-m", "1G", "new") == (0, "", SUCCESS)
     assert known.requests == [
         StartRequest(
@@ -273,7 +273,7 @@ def test_instance(vmctl: Vmctl, known: FakeDaemon) -> None:
 
 
 def test_instance_with_its_own_kernel(vmctl: Vmctl, known: FakeDaemon, files: Files) -> None:
-    """-t makes it a new VM; the daemon need not be asked."""
+    """-t makes a new VM, so vmctl does not request the list."""
     vmctl("start", "-t", "tmpl", "-b", files.kernel, "web")
 
     assert start_request(known).template == "tmpl"
@@ -340,7 +340,7 @@ def test_instance_with_its_own_kernel(vmctl: Vmctl, known: FakeDaemon, files: Fi
 def test_mistake_is_one_sentence(
     vmctl: Vmctl, known: FakeDaemon, files: Files, arguments: list[str], sentence: str
 ) -> None:
-    """It names the thing and the value, and nothing is started."""
+    """It names the thing and the value, and no VM is started."""
     places = {
         "none": str(files.folder / "none"), "folder": str(files.folder), "kernel": files.kernel,
         "initrd": files.initrd, "disk": files.disk, "iso": files.iso,
@@ -350,14 +350,14 @@ def test_mistake_is_one_sentence(
     status, _, errors = vmctl("start", *filled, "new")
 
     assert errors == f"vmctl: {sentence.format(**places)}\n"
-    # A word that can be none is a wrong command line; a file that cannot be used is a failure.
+    # An invalid value is a usage error (2).  A file that cannot be used is a failure (1).
     assert status == (1 if " path: " in sentence or "must be a regular file" in sentence else 2)
     assert not any(isinstance(request, StartRequest) for request in known.requests)
 
 
 @pytest.mark.root
 def test_unreadable_kernel(open_folder: Path) -> None:
-    """It is we who open it, with our own rights, before anybody is asked."""
+    """vmctl opens it with its own rights, before any request."""
     kernel = Files(open_folder).kernel
     os.chmod(kernel, 0o600)
     program = "os.setgroups([]); os.setgid(65534); os.setuid(65534); sys.exit(main(sys.argv[1:]))"
@@ -373,8 +373,8 @@ def test_unreadable_kernel(open_folder: Path) -> None:
     assert done.stderr == f"vmctl: cannot open kernel '{kernel}': Permission denied\n"
 
 
-def test_fifo_does_not_hold_us_up(vmctl: Vmctl, known: FakeDaemon, files: Files) -> None:
-    """Opening one for reading waits for a writer, unless told not to."""
+def test_fifo_does_not_block(vmctl: Vmctl, known: FakeDaemon, files: Files) -> None:
+    """An ordinary open for reading would wait for a writer."""
     path = str(files.folder / "fifo")
     os.mkfifo(path)
 
@@ -382,7 +382,7 @@ def test_fifo_does_not_hold_us_up(vmctl: Vmctl, known: FakeDaemon, files: Files)
 
 
 def opened_here() -> set[str]:
-    """Return what this process has open; other threads open and close things meanwhile."""
+    """Return the paths of this process's open files.  Other threads open and close files meanwhile."""
     links = set()
     for fd in os.listdir("/proc/self/fd"):
         with contextlib.suppress(FileNotFoundError):
@@ -391,7 +391,7 @@ def opened_here() -> set[str]:
 
 
 def test_boot_files_are_closed(vmctl: Vmctl, known: FakeDaemon, files: Files) -> None:
-    """Whatever becomes of the request."""
+    """They are closed after every outcome of the request."""
     vmctl("start", "-b", files.kernel, "-I", files.initrd, "new")
     vmctl("start", "-b", files.kernel, "-I", str(files.folder), "new")
     known.answers(End())
@@ -402,7 +402,7 @@ def test_boot_files_are_closed(vmctl: Vmctl, known: FakeDaemon, files: Files) ->
 
 @pytest.mark.parametrize("options", [("-d", "{disk}"), ("-b", "{kernel}"), ("-t", "tmpl")])
 def test_new_vm_needs_a_name(vmctl: Vmctl, known: FakeDaemon, files: Files, options: tuple[str, ...]) -> None:
-    """A number is an id: a VM of that name could never be spoken of."""
+    """A number is an id, so a VM with such a name could not be addressed."""
     filled = [option.format(disk=files.disk, kernel=files.kernel) for option in options]
 
     assert vmctl("start", *filled, "17") == (
@@ -413,8 +413,8 @@ def test_new_vm_needs_a_name(vmctl: Vmctl, known: FakeDaemon, files: Files, opti
 
 
 @pytest.mark.parametrize(("word", "sentence"), [("-x", "invalid id: -x"), ("v" * 64, "name too long: " + "v" * 64)])
-def test_what_can_be_no_vm(vmctl: Vmctl, known: FakeDaemon, word: str, sentence: str) -> None:
-    """Before anything else."""
+def test_invalid_names_of_vms(vmctl: Vmctl, known: FakeDaemon, word: str, sentence: str) -> None:
+    """They are refused before any request."""
     assert vmctl("start", "--", word) == (2, "", f"vmctl: {sentence}\n")
     assert known.requests == []
 
@@ -439,7 +439,7 @@ def test_what_can_be_no_vm(vmctl: Vmctl, known: FakeDaemon, word: str, sentence:
     ],
 )
 def test_refusal(vmctl: Vmctl, daemon: FakeDaemon, code: int, text: str, sentence: str) -> None:
-    """Upstream's words, then the daemon's."""
+    """Upstream's text, then the daemon's."""
     daemon.answers(Failed(code=code, text=text))
 
     assert vmctl("start", "web") == (1, "", f"vmctl: {sentence}\n")
@@ -447,7 +447,7 @@ def test_refusal(vmctl: Vmctl, daemon: FakeDaemon, code: int, text: str, sentenc
 
 @pytest.mark.parametrize(("listed", "status"), [((), 4), ((vm_info("web"),), 1)])
 def test_missing_vm_and_missing_file(vmctl: Vmctl, daemon: FakeDaemon, listed: tuple[VmInfo, ...], status: int) -> None:
-    """Both have the errno ENOENT, so the list decides what is missing."""
+    """Both are ENOENT, so the list shows which of them is missing."""
     refusal = Failed(code=errno.ENOENT, text="something not found")
     daemon.script = lambda request: (*listed, End()) if isinstance(request, ListRequest) else (refusal,)
 
@@ -455,7 +455,7 @@ def test_missing_vm_and_missing_file(vmctl: Vmctl, daemon: FakeDaemon, listed: t
 
 
 def test_json(vmctl: Vmctl, known: FakeDaemon) -> None:
-    """The keys are a promise; the sentence stays where people look for it."""
+    """Its keys must stay the same.  The message goes to standard error as usual."""
     status, output, errors = vmctl("start", "--json", "web")
 
     assert (status, errors) == (0, SUCCESS)
@@ -465,7 +465,7 @@ def test_json(vmctl: Vmctl, known: FakeDaemon) -> None:
 
 
 def test_json_of_a_refusal(vmctl: Vmctl, daemon: FakeDaemon) -> None:
-    """With the code for programs."""
+    """It has the code for programs."""
     daemon.answers(Failed(code=VMD_DISK_MISSING, text="/vm/a: no such file"))
 
     status, output, _ = vmctl("start", "--json", "web")

@@ -42,7 +42,7 @@ TMPL = vm_info(
 
 @pytest.fixture
 def two(daemon: FakeDaemon) -> FakeDaemon:
-    """Give a daemon with the two VMs of the catalogue's sample."""
+    """A daemon with the two VMs of the catalogue's sample."""
     daemon.answers(DB1, TMPL, End())
     return daemon
 
@@ -52,7 +52,7 @@ ROW_TMPL = "    2     -     1    512M       -       -         root  stopped tmpl
 
 
 def test_a_word_that_is_a_name_and_an_id(daemon: FakeDaemon, vmctl: Vmctl) -> None:
-    """The VM of that name is shown, wherever it stands in the list."""
+    """The VM with that name is shown, wherever it is in the list."""
     for vms in ([vm_info("2", vmid=1), vm_info("b", vmid=2)], [vm_info("b", vmid=2), vm_info("2", vmid=7)]):
         daemon.answers(*vms, End())
         status, out, _ = vmctl("status", "2")
@@ -61,13 +61,13 @@ def test_a_word_that_is_a_name_and_an_id(daemon: FakeDaemon, vmctl: Vmctl) -> No
 
 @pytest.mark.parametrize("command", ["status", "show", "stat", "sh"])
 def test_table(vmctl: Vmctl, two: FakeDaemon, command: str) -> None:
-    """Header and rows; both names of the command and their abbreviations."""
+    """Header and rows, with both names of the command and their abbreviations."""
     assert vmctl(command) == (0, HEADER + ROW_DB1 + ROW_TMPL, "")
     assert two.requests == [ListRequest()]
 
 
 def test_no_vms(vmctl: Vmctl, daemon: FakeDaemon) -> None:
-    """The header alone."""
+    """The output is the header."""
     daemon.answers(End())
 
     assert vmctl("status") == (0, HEADER, "")
@@ -75,23 +75,23 @@ def test_no_vms(vmctl: Vmctl, daemon: FakeDaemon) -> None:
 
 @pytest.mark.parametrize("arguments", [("-r",), ("-r", "db1")])
 def test_running_only(vmctl: Vmctl, two: FakeDaemon, arguments: tuple[str, ...]) -> None:
-    """-r."""
+    """The option is -r."""
     assert vmctl("status", *arguments) == (0, HEADER + ROW_DB1, "")
 
 
 @pytest.mark.parametrize(("word", "row"), [("db1", ROW_DB1), ("1", ROW_DB1), ("tmpl", ROW_TMPL), ("2", ROW_TMPL)])
 def test_one_vm(vmctl: Vmctl, two: FakeDaemon, word: str, row: str) -> None:
-    """By name and by id."""
+    """The VM is given by name or id."""
     assert vmctl("status", word) == (0, HEADER + row, "")
 
 
 def test_running_only_of_one_that_is_stopped(vmctl: Vmctl, two: FakeDaemon) -> None:
-    """It exists: no row, no failure."""
+    """The VM exists, so there is no row and no failure."""
     assert vmctl("status", "-r", "tmpl") == (0, HEADER, "")
 
 
 def test_unknown_vm(vmctl: Vmctl, two: FakeDaemon) -> None:
-    """The header, as ever, and a failure."""
+    """The header is printed, and the command fails."""
     assert vmctl("status", "web") == (4, HEADER, "vmctl: vm web not found\n")
 
 
@@ -102,14 +102,14 @@ def test_unknown_vm(vmctl: Vmctl, two: FakeDaemon) -> None:
         ("x" * 64, "name too long: " + "x" * 64),
     ],
 )
-def test_what_can_be_no_vm(vmctl: Vmctl, two: FakeDaemon, word: str, sentence: str) -> None:
-    """It is refused before the daemon is asked."""
+def test_invalid_names_of_vms(vmctl: Vmctl, two: FakeDaemon, word: str, sentence: str) -> None:
+    """They are refused before any request."""
     assert vmctl("status", word) == (2, "", f"vmctl: {sentence}\n")
     assert two.requests == []
 
 
 def test_number_beyond_32_bits_is_a_name(vmctl: Vmctl, two: FakeDaemon) -> None:
-    """As is a number that strtonum(3) would not take."""
+    """Numbers that strtonum(3) refuses are names, too."""
     assert vmctl("status", "4294967296") == (4, HEADER, "vmctl: vm 4294967296 not found\n")
 
 
@@ -130,14 +130,14 @@ def test_number_beyond_32_bits_is_a_name(vmctl: Vmctl, two: FakeDaemon) -> None:
     ],
 )
 def test_row(vmctl: Vmctl, daemon: FakeDaemon, vm: VmInfo, row: str) -> None:
-    """Owners are cut at 15 characters, which the column does not hold; nothing reaches the terminal raw."""
+    """Owners are cut at 15 characters, which are more than the column has.  Control characters are escaped."""
     daemon.answers(vm, End())
 
     assert vmctl("status") == (0, HEADER + row, "")
 
 
 def test_many_vms(vmctl: Vmctl, daemon: FakeDaemon) -> None:
-    """A list is as many messages as there are VMs."""
+    """A list has one message for each VM."""
     daemon.answers(*(vm_info(f"vm{n}", vmid=n) for n in range(1, 301)), End())
 
     status, output, _ = vmctl("status")
@@ -147,7 +147,7 @@ def test_many_vms(vmctl: Vmctl, daemon: FakeDaemon) -> None:
 
 
 def test_verbose_says_why_a_vm_does_not_run(vmctl: Vmctl, two: FakeDaemon) -> None:
-    """The table has no column for it."""
+    """The table has no column for the reason."""
     status, _, errors = vmctl("-v", "status")
 
     assert status == 0
@@ -155,7 +155,7 @@ def test_verbose_says_why_a_vm_does_not_run(vmctl: Vmctl, two: FakeDaemon) -> No
 
 
 def test_json(vmctl: Vmctl, two: FakeDaemon) -> None:
-    """The keys are a promise."""
+    """Its keys must stay the same."""
     status, output, errors = vmctl("status", "--json")
 
     assert (status, errors) == (0, "")
@@ -217,13 +217,13 @@ def test_json(vmctl: Vmctl, two: FakeDaemon) -> None:
 
 
 def test_json_of_one_vm_and_of_running_ones(vmctl: Vmctl, two: FakeDaemon) -> None:
-    """The same choices as for the table; options may come last."""
+    """VMs are chosen as for the table.  Options may come last."""
     assert [vm["name"] for vm in json.loads(vmctl("status", "2", "--json")[1])["vms"]] == ["tmpl"]
     assert [vm["name"] for vm in json.loads(vmctl("status", "--json", "-r")[1])["vms"]] == ["db1"]
 
 
 def test_json_of_an_unknown_vm(vmctl: Vmctl, two: FakeDaemon) -> None:
-    """One document, which is the failure."""
+    """The only document is that of the failure."""
     status, output, errors = vmctl("status", "--json", "web")
 
     assert (status, errors) == (4, "vmctl: vm web not found\n")
@@ -231,7 +231,7 @@ def test_json_of_an_unknown_vm(vmctl: Vmctl, two: FakeDaemon) -> None:
 
 
 def test_list_refused(vmctl: Vmctl, daemon: FakeDaemon) -> None:
-    """A busy daemon says so."""
+    """The message is that of the busy daemon."""
     daemon.answers(Failed(code=errno.EUSERS, text="too many connections of uid 5 (64)"))
 
     assert vmctl("status") == (1, "", "vmctl: command failed: too many connections of uid 5 (64)\n")
@@ -248,14 +248,14 @@ FROM_WORLD = Forward(
 
 
 def with_nics(daemon: FakeDaemon, *nics: NicInfo | TroubleInfo) -> None:
-    """Have the daemon know one VM with these interfaces."""
+    """Let the daemon know one VM with these interfaces."""
     daemon.script = lambda request: {
         ListRequest: (DB1, End()), NicsRequest: (*nics, End()), FiguresRequest: (End(),),
     }[type(request)]  # fmt: skip
 
 
 def counters(**figures: int) -> tuple[int, ...]:
-    """Return counters, zero but for these."""
+    """Return counters, zero except for these."""
     assert not figures.keys() - set(COUNTER_NAMES)
     return tuple(figures.get(name, 0) for name in COUNTER_NAMES)
 
@@ -305,7 +305,7 @@ def nic(**fields: object) -> NicInfo:
     ],
 )  # fmt: skip
 def test_interfaces_in_words(vmctl: Vmctl, daemon: FakeDaemon, each: NicInfo, lines: list[str]) -> None:
-    """-v: what it is, its addresses, traffic and what was dropped."""
+    """-v prints the interface, its addresses, its traffic and its drops."""
     with_nics(daemon, each)
 
     status, said, _ = vmctl("status", "-v", "db1")
@@ -315,7 +315,7 @@ def test_interfaces_in_words(vmctl: Vmctl, daemon: FakeDaemon, each: NicInfo, li
 
 
 def test_a_lease(vmctl: Vmctl, daemon: FakeDaemon) -> None:
-    """With its time; a number that is no time is none."""
+    """Its time is printed, unless the number is not a valid time."""
     leased = nic(local=True, guest4=bytes((100, 64, 1, 3)), counters=counters(lease_s=86400))
     with_nics(daemon, leased)
     assert "    lease 100.64.1.3 given 1970-01-0" in vmctl("show", "-v")[1]
@@ -329,7 +329,7 @@ def test_a_lease(vmctl: Vmctl, daemon: FakeDaemon) -> None:
 
 
 def test_requests_of_dhcp_that_were_not_answered(vmctl: Vmctl, daemon: FakeDaemon) -> None:
-    """Each reason has its words, and the line is there only if there were such."""
+    """Each reason has its text.  Without such requests there is no line."""
     reasons = {name: number for number, name in enumerate(REASONS, 1) if name != RELEASED}
     with_nics(daemon, nic(local=True, counters=counters(**reasons)))
     shown = vmctl("show", "-v")[1]
@@ -342,7 +342,7 @@ def test_requests_of_dhcp_that_were_not_answered(vmctl: Vmctl, daemon: FakeDaemo
 
 
 def test_interfaces_in_json(vmctl: Vmctl, daemon: FakeDaemon) -> None:
-    """Under keys that stay."""
+    """The keys must stay the same."""
     with_nics(daemon, nic(local=True, host4=bytes((100, 64, 1, 2)), counters=counters(rx_packets=3)))
 
     (row,) = json.loads(vmctl("status", "-v", "--json")[1])["vms"]
@@ -354,7 +354,7 @@ def test_interfaces_in_json(vmctl: Vmctl, daemon: FakeDaemon) -> None:
 
 
 def test_forwards_in_json(vmctl: Vmctl, daemon: FakeDaemon) -> None:
-    """What of the host leads where, and for whom."""
+    """Each has the host's ports, the guest's port, and the allowed source."""
     with_nics(daemon, nic(local=True, forwards=(Forward(port=8022, to=22), FROM_WORLD)))
 
     (row,) = json.loads(vmctl("status", "-v", "--json")[1])["vms"]
@@ -365,8 +365,8 @@ def test_forwards_in_json(vmctl: Vmctl, daemon: FakeDaemon) -> None:
     ]
 
 
-def test_what_is_wrong_with_a_device(vmctl: Vmctl, daemon: FakeDaemon) -> None:
-    """-v: below the interfaces, with its time; a number that is no time is none; cleaned, since a device says it."""
+def test_troubles_of_devices(vmctl: Vmctl, daemon: FakeDaemon) -> None:
+    """-v prints them below the interfaces.  An invalid time is left out, and the device's text is escaped."""
     disk = TroubleInfo(device="disk0", text="flush fails: No space left\x1b on device", since_s=86400 * 365)
     with_nics(daemon, disk, disk.replace(since_s=(1 << 64) - 1))
 
@@ -380,8 +380,8 @@ def test_what_is_wrong_with_a_device(vmctl: Vmctl, daemon: FakeDaemon) -> None:
     }  # fmt: skip
 
 
-def test_a_vm_that_goes_meanwhile(vmctl: Vmctl, daemon: FakeDaemon) -> None:
-    """Its row is shown, without interfaces; other failures are failures."""
+def test_a_vm_that_ends_meanwhile(vmctl: Vmctl, daemon: FakeDaemon) -> None:
+    """Its row is shown without interfaces.  Other failures are reported."""
     gone, broken = Failed(code=errno.ENOENT, text="vm 1 not found"), Failed(code=errno.EIO, text="no")
     daemon.script = lambda request: (DB1, End()) if isinstance(request, ListRequest) else (gone,)
     assert vmctl("status", "-v") == (0, HEADER + ROW_DB1, "")

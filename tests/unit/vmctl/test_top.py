@@ -1,4 +1,4 @@
-"""vmctl top: what VMs do is the difference of two readings, and a terminal is given back as it was."""
+"""vmctl top: the activity of VMs is the difference of two readings, and the terminal is restored."""
 
 import fcntl
 import os
@@ -29,7 +29,7 @@ WEB = a_vm(Numbers()).replace(started_s=1_000_000, guest_bytes=300 << 20, proces
 
 
 def later(vm: VmFigures, cpu_ns: int = 0, disk: int = 0, net: int = 0) -> VmFigures:
-    """Return a VM that has used so much time, and moved so many bytes each way."""
+    """Return a VM after so much processor time, and so many bytes in each direction."""
     first, *others = vm.disks
     first = first.replace(read_bytes=first.read_bytes + disk, write_requests=first.write_requests + 6)
     nics = tuple(nic.replace(tx_bytes=nic.tx_bytes + net) for nic in vm.nics)
@@ -37,14 +37,14 @@ def later(vm: VmFigures, cpu_ns: int = 0, disk: int = 0, net: int = 0) -> VmFigu
 
 
 def compared(before: VmFigures | None, now: VmFigures, elapsed_ns: int = 2 * NS) -> Row:
-    """Return the row of a VM, so long after another reading."""
+    """Return the row of a VM, at this time after another reading."""
     past = Reading(at_ns=5, vms=(before,)) if before is not None else None
     (row,) = rates.rows(past, Reading(at_ns=5 + elapsed_ns, vms=(now,)), 1_000_100)
     return row
 
 
 def test_a_row_is_a_difference() -> None:
-    """By the time between the readings; one disk counts with the others."""
+    """It is divided by the time between the readings.  All disks are added up."""
     row = compared(WEB, later(WEB, cpu_ns=3 * NS, disk=1 << 20, net=500))
 
     assert (row.cpu_percent, row.read_bytes, row.write_bytes, row.requests) == (150.0, 1 << 19, 0, 3.0)
@@ -55,16 +55,16 @@ def test_a_row_is_a_difference() -> None:
 @pytest.mark.parametrize("before", [
     None, WEB.replace(pid=0), WEB.replace(pid=WEB.pid + 1), WEB.replace(vmid=WEB.vmid + 1), later(WEB, 1, 1, 1),
 ])  # fmt: skip
-def test_nothing_is_said_without_two_readings_of_one_life(before: VmFigures | None) -> None:
-    """Another process, or a counter that goes back, is another life."""
+def test_rates_need_two_readings_of_one_life(before: VmFigures | None) -> None:
+    """Another process, or a smaller counter, is another life."""
     row = compared(before, WEB)
 
     assert (row.cpu_percent, row.read_bytes, row.send_bytes) == (None, None, None)
     assert rates.line(row).split()[:2] == ["3", "-"]
 
 
-def test_nothing_is_said_of_what_nobody_counts() -> None:
-    """A process of an earlier version has no figures; a VM without a disk reads nothing."""
+def test_rates_need_counters() -> None:
+    """A process of an earlier version has none.  A VM without a disk reads nothing."""
     uncounted = WEB.replace(disks=tuple(disk.replace(counted=False) for disk in WEB.disks))
     assert compared(uncounted, uncounted).read_bytes is None
     assert compared(WEB, WEB.replace(disks=())).read_bytes is None
@@ -74,7 +74,7 @@ def test_nothing_is_said_of_what_nobody_counts() -> None:
 
 @pytest.mark.parametrize("order", rates.ORDERS)
 def test_rows_are_ordered(order: str) -> None:
-    """The most first, or by number or name; and the other way round."""
+    """The largest comes first, or rows are ordered by id or name.  The order can be reversed."""
     small = compared(WEB, WEB)
     large = compared(WEB, later(WEB, NS, 1, 1)).replace(vmid=2, name="a", memory_bytes=1 << 40)
 
@@ -82,8 +82,8 @@ def test_rows_are_ordered(order: str) -> None:
     assert rates.ordered([large, small], order, reverse=True) == [small, large]
 
 
-def test_those_that_do_not_run_have_no_row() -> None:
-    """Nor do numbers that no VM can have end anything."""
+def test_stopped_vms_have_no_row() -> None:
+    """Impossible counter values do not make vmctl fail."""
     assert rates.rows(None, Reading(at_ns=0, vms=(WEB.replace(pid=0),)), 0) == []
     wild = later(WEB).replace(cpu_ns=(1 << 64) - 1, guest_bytes=(1 << 64) - 1)
     assert rates.line(compared(WEB, wild, 1)).endswith(" web")
@@ -93,19 +93,19 @@ def test_those_that_do_not_run_have_no_row() -> None:
 
 
 class Growing:
-    """A daemon's script: its VM moves one MiB between any two readings."""
+    """A script: its VM reads one MiB between any two readings."""
 
     def __init__(self) -> None:
         self.vm = WEB.replace(started_s=int(time.time()))
 
     def __call__(self, _request: Record) -> tuple[Record, ...]:
-        """Answer a reading."""
+        """Answer a request for figures."""
         self.vm = later(self.vm, NS // 10, 1 << 20)
         return self.vm, a_vm(Numbers(), "db").replace(vmid=4, pid=0), End()
 
 
-def test_tables_where_there_is_no_terminal(vmctl: Vmctl, daemon: FakeDaemon) -> None:
-    """Each is of an interval: there is none before the first."""
+def test_tables_without_a_terminal(vmctl: Vmctl, daemon: FakeDaemon) -> None:
+    """Each is for an interval, so none is printed before the first interval."""
     daemon.script = Growing()
 
     status, output, errors = vmctl("top", "-n", "2", "0.1")
@@ -119,7 +119,7 @@ def test_tables_where_there_is_no_terminal(vmctl: Vmctl, daemon: FakeDaemon) -> 
 
 
 def test_the_document(vmctl: Vmctl, daemon: FakeDaemon) -> None:
-    """Of one interval, however long that was."""
+    """It is for one interval of any length."""
     daemon.script = Growing()
 
     document = schema.check(vmctl("top", "--json", "0.1")[1], "top")
@@ -131,8 +131,8 @@ def test_the_document(vmctl: Vmctl, daemon: FakeDaemon) -> None:
 
 
 @pytest.mark.parametrize("words", [["x"], ["0"], ["nan"], ["1e9"], ["-n", "0"], ["-n", "x"], ["1", "2"]])
-def test_words_that_mean_nothing(vmctl: Vmctl, daemon: FakeDaemon, words: list[str]) -> None:
-    """Nothing is asked."""
+def test_invalid_arguments(vmctl: Vmctl, daemon: FakeDaemon, words: list[str]) -> None:
+    """No request is sent."""
     status, output, errors = vmctl("top", *words)
 
     assert (status, output, daemon.requests) == (2, "", [])
@@ -140,7 +140,7 @@ def test_words_that_mean_nothing(vmctl: Vmctl, daemon: FakeDaemon, words: list[s
 
 
 class OnTerminal:
-    """`vmctl top` on a terminal of its own."""
+    """`vmctl top` on its own terminal."""
 
     def __init__(self, daemon: FakeDaemon, *words: str) -> None:
         self.master, slave = pty.openpty()
@@ -154,7 +154,7 @@ class OnTerminal:
         self.shown = b""
 
     def expect(self, wanted: bytes) -> None:
-        """Wait until it has shown something since the last time."""
+        """Wait until vmctl has printed this since the last call."""
         deadline_s = time.monotonic() + 5 * DEADLINE_S
         while wanted not in self.shown:
             left_s = deadline_s - time.monotonic()
@@ -168,7 +168,7 @@ class OnTerminal:
         os.write(self.master, keys)
 
     def end(self) -> int:
-        """Wait for the end, and see that the terminal is as it was; return the exit status."""
+        """Wait for the end, check that the terminal's settings are restored, and return the exit status."""
         status = self.process.wait(5 * DEADLINE_S)
         assert termios.tcgetattr(self.slave) == self.before
         return status
@@ -176,7 +176,7 @@ class OnTerminal:
 
 @pytest.fixture
 def screen(daemon: FakeDaemon) -> Iterator[OnTerminal]:
-    """Give one that reads anew when it is told to only."""
+    """vmctl top that reads only when a key asks for it."""
     daemon.script = Growing()
     made = OnTerminal(daemon, "3600")
     yield made
@@ -187,7 +187,7 @@ def screen(daemon: FakeDaemon) -> Iterator[OnTerminal]:
 
 
 def test_keys(screen: OnTerminal) -> None:
-    """They sort, read and leave; the screen is the one before in the end."""
+    """They sort, read and leave.  The previous screen is shown again at the end."""
     screen.expect(b"\x1b[?1049h")
     screen.expect(b"by cpu")
     screen.expect(b"CPU%")
@@ -203,7 +203,7 @@ def test_keys(screen: OnTerminal) -> None:
 
 @pytest.mark.parametrize("ending", ["\x03", signal.SIGTERM])
 def test_the_terminal_is_given_back(screen: OnTerminal, ending: "str | signal.Signals") -> None:
-    """Whatever ends it."""
+    """It is restored after ^C and after a signal."""
     screen.expect(b"web")
     if isinstance(ending, str):
         screen.type(ending.encode())
@@ -214,7 +214,7 @@ def test_the_terminal_is_given_back(screen: OnTerminal, ending: "str | signal.Si
 
 
 def test_a_daemon_that_is_away_for_a_moment(screen: OnTerminal, daemon: FakeDaemon) -> None:
-    """As while it is upgraded: what was read last stays on the screen."""
+    """As during an upgrade: the last reading stays on the screen."""
     screen.expect(b"web")
     daemon.hang_up()
     screen.type(b" ")
@@ -227,7 +227,7 @@ def test_a_daemon_that_is_away_for_a_moment(screen: OnTerminal, daemon: FakeDaem
 
 
 def test_a_screen_that_is_too_small(daemon: FakeDaemon) -> None:
-    """It says how many there are besides."""
+    """The number of VMs that do not fit is shown."""
     vms = [WEB.replace(vmid=number, name=f"vm{number}") for number in range(1, 30)]
     daemon.script = lambda _request: (*vms, End())
     screen = OnTerminal(daemon, "-n", "1", "0.1")

@@ -1,4 +1,4 @@
-"""vmctl send and receive: whose descriptors go to the daemon, what is shown meanwhile, and how it ends."""
+"""vmctl send and receive: the descriptors for the daemon, progress, and the end."""
 
 import _thread
 import errno
@@ -26,7 +26,7 @@ PROGRESS = TransferProgress(done_bytes=MIB, total_bytes=4 * MIB)
 
 
 def run(daemon: FakeDaemon, *arguments: str, stdin: int, stdout: int) -> tuple[int, str]:
-    """Run vmctl with these descriptors; returns its exit status and errors."""
+    """Run vmctl with these descriptors.  Return its exit status and errors."""
     done = subprocess.run(
         [sys.executable, "-m", "vmctl", "-s", str(daemon.path), *arguments],
         cwd=ROOT, stdin=stdin, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=DEADLINE_S, check=False,
@@ -35,7 +35,7 @@ def run(daemon: FakeDaemon, *arguments: str, stdin: int, stdout: int) -> tuple[i
 
 
 def send(daemon: FakeDaemon, tmp_path: Path, *arguments: str) -> tuple[int, str]:
-    """Send into a file, which the daemon finds to have something in it already."""
+    """Send into a file, which has contents that the fake daemon reads."""
     with (tmp_path / "stream").open("w+b") as file:
         file.write(b"what stdout is")
         file.seek(0)
@@ -50,7 +50,7 @@ def receive(daemon: FakeDaemon, tmp_path: Path, *arguments: str) -> tuple[int, s
 
 
 def test_send_gives_standard_output_away(daemon: FakeDaemon, tmp_path: Path) -> None:
-    """vmctl itself writes nothing there; progress is shown to terminals only."""
+    """vmctl itself writes nothing to it, and progress is shown on terminals only."""
     daemon.answers(PROGRESS, PROGRESS, SENT)
 
     assert send(daemon, tmp_path, "web") == (0, "vmctl: sent vm 3 successfully (150M)\n")
@@ -59,14 +59,14 @@ def test_send_gives_standard_output_away(daemon: FakeDaemon, tmp_path: Path) -> 
 
 
 def test_send_and_keep(daemon: FakeDaemon, tmp_path: Path) -> None:
-    """A snapshot; by number."""
+    """It makes a snapshot, here of a VM given by id."""
     daemon.answers(SENT)
     assert send(daemon, tmp_path, "-k", "3")[0] == 0
     assert daemon.requests == [SendRequest(vmid=3, name="3", keep=True)]
 
 
 def test_send_while_it_runs(daemon: FakeDaemon, tmp_path: Path) -> None:
-    """What is said has the rounds, and how long the guest stood still."""
+    """The message has the number of rounds, and the time for which the guest was paused."""
     daemon.answers(PROGRESS.replace(round=1), SENT.replace(rounds=3, still_ms=87))
     assert send(daemon, tmp_path, "-l", "web") == (
         0,
@@ -89,14 +89,14 @@ def test_send_while_it_runs(daemon: FakeDaemon, tmp_path: Path) -> None:
     (("-l", "-r", "x", "web"), "number of rounds is invalid: x"),
 ])  # fmt: skip
 def test_wrong_goals(daemon: FakeDaemon, tmp_path: Path, arguments: tuple[str, ...], what: str) -> None:
-    """Refused before the daemon is asked."""
+    """They are refused before any request."""
     status, errors = send(daemon, tmp_path, *arguments)
     assert (status, daemon.requests) == (2, [])
     assert errors.startswith(f"vmctl: {what}\n")
 
 
 def test_receive_gives_standard_input_away(daemon: FakeDaemon, tmp_path: Path) -> None:
-    """And says where the VM's console is."""
+    """The message has the VM's console."""
     daemon.answers(PROGRESS, RECEIVED)
 
     assert receive(daemon, tmp_path, "www") == (0, "vmctl: received vm 4 successfully, tty /dev/pts/7\n")
@@ -105,7 +105,7 @@ def test_receive_gives_standard_input_away(daemon: FakeDaemon, tmp_path: Path) -
 
 
 def test_receive_and_stay_paused(daemon: FakeDaemon, tmp_path: Path) -> None:
-    """As was asked for."""
+    """The option is -p."""
     daemon.answers(RECEIVED.replace(paused=True))
 
     assert receive(daemon, tmp_path, "-p", "www") == (0, "vmctl: received vm 4 successfully, tty /dev/pts/7, paused\n")
@@ -116,15 +116,15 @@ def test_receive_and_stay_paused(daemon: FakeDaemon, tmp_path: Path) -> None:
     ("send", "send vm command failed: it goes wrong"), ("receive", "receive vm command failed: it goes wrong"),
 ])  # fmt: skip
 def test_failures(daemon: FakeDaemon, tmp_path: Path, command: str, sentence: str) -> None:
-    """With the daemon's sentence, also in the middle of it."""
+    """They have the daemon's text, also in the middle of a transfer."""
     daemon.answers(PROGRESS, Failed(code=errno.EIO, text="it goes wrong"))
 
     assert {"send": send, "receive": receive}[command](daemon, tmp_path, "web") == (1, f"vmctl: {sentence}\n")
 
 
 @pytest.mark.parametrize("command", ["send", "receive"])
-def test_daemon_that_goes(daemon: FakeDaemon, tmp_path: Path, command: str) -> None:
-    """Whatever became of the VM, nobody is left to tell."""
+def test_daemon_that_ends(daemon: FakeDaemon, tmp_path: Path, command: str) -> None:
+    """The fate of the VM is unknown."""
     daemon.script = lambda _request: None
 
     assert {"send": send, "receive": receive}[command](daemon, tmp_path, "web") == (3, "vmctl: pipe closed\n")
@@ -132,7 +132,7 @@ def test_daemon_that_goes(daemon: FakeDaemon, tmp_path: Path, command: str) -> N
 
 @pytest.mark.parametrize("command", ["send", "receive"])
 def test_daemon_that_answers_something_else(daemon: FakeDaemon, tmp_path: Path, command: str) -> None:
-    """Is not believed."""
+    """The wrong answer is an error."""
     daemon.answers(RECEIVED if command == "send" else SENT)
     status, errors = {"send": send, "receive": receive}[command](daemon, tmp_path, "web")
     assert status == 1
@@ -144,7 +144,7 @@ def test_daemon_that_answers_something_else(daemon: FakeDaemon, tmp_path: Path, 
     ("receive", "standard input is a terminal: redirect it from a file, or from a pipe"),
 ])  # fmt: skip
 def test_terminals_are_refused(daemon: FakeDaemon, command: str, what: str) -> None:
-    """A stream would wreck it, or never come."""
+    """A stream would confuse a terminal, or would never arrive from one."""
     master, slave = pty.openpty()
 
     assert run(daemon, command, "web", stdin=slave, stdout=slave) == (1, f"vmctl: {what}\n")
@@ -163,20 +163,20 @@ SEND_USAGE = "send [-kl] [-d ms] [-r rounds] id"
     (("receive",), "receive [-f] [-p | -w] name"), (("receive", "-k", "a"), "receive [-f] [-p | -w] name"),
 ])  # fmt: skip
 def test_wrong_arguments(daemon: FakeDaemon, arguments: tuple[str, ...], usage: str) -> None:
-    """Answered with the usage; the daemon is not bothered."""
+    """The answer is the usage, without a request to the daemon."""
     status, errors = run(daemon, *arguments, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     assert (status, daemon.requests) == (2, [])
     assert errors.endswith(f"usage:\tvmctl [-v] {usage}\n")
 
 
 def test_a_number_is_no_name(daemon: FakeDaemon, tmp_path: Path) -> None:
-    """The VM has none yet, and a name that looks like one could never be asked for."""
+    """The received VM needs a name, and a number is always read as an id."""
     assert receive(daemon, tmp_path, "7") == (2, "vmctl: invalid vm name\n")
     assert daemon.requests == []
 
 
 def test_interrupted(daemon: FakeDaemon, tmp_path: Path) -> None:
-    """^C ends vmctl at once, and by that the transfer: the daemon notices that its client is gone."""
+    """^C ends vmctl at once.  The daemon then ends the transfer, because its client is gone."""
     with (tmp_path / "stream").open("w+b") as file:
         process = subprocess.Popen(
             [sys.executable, "-m", "vmctl", "-s", str(daemon.path), "send", "web"],
@@ -191,9 +191,9 @@ def test_interrupted(daemon: FakeDaemon, tmp_path: Path) -> None:
 
 
 def test_interrupted_just_before_it_waits(daemon: FakeDaemon) -> None:
-    """A signal that came too early to end the wait for an answer is not left until there is one."""
+    """A signal that comes too early to interrupt the system call still ends the wait."""
     client = Client(str(daemon.path))
-    timer = threading.Timer(0.2, _thread.interrupt_main)  # in the middle of it, and ends no system call
+    timer = threading.Timer(0.2, _thread.interrupt_main)  # during the wait, and it interrupts no system call
     timer.start()
     with pytest.raises(KeyboardInterrupt):
         client.answer(VmSent)
@@ -202,7 +202,10 @@ def test_interrupted_just_before_it_waits(daemon: FakeDaemon) -> None:
 
 
 def test_progress_at_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Name, part, size, rate and what remains, once there was time to measure; an estimate may be too small."""
+    """The line has name, part, size, rate and remaining time, once the rate is measured.
+
+    The estimated total may be too small.
+    """
     master, slave = pty.openpty()
     monkeypatch.setattr("vmctl.output.STDERR", slave)
     monkeypatch.setattr("vmctl.bar.SETTLED_S", 0.0)
@@ -226,7 +229,7 @@ def test_progress_at_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_rounds_at_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which one it is stands at the end of the line, once there is one."""
+    """The number of the round stands at the end of the line, once it is known."""
     master, slave = pty.openpty()
     monkeypatch.setattr("vmctl.output.STDERR", slave)
     monkeypatch.setattr("vmctl.bar.REDRAW_S", 0.0)
@@ -246,7 +249,7 @@ def test_rounds_at_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_transfer_that_is_done_is_shown_as_done(daemon: FakeDaemon, tmp_path: Path) -> None:
-    """However little of it was reported on the way."""
+    """It shows 100%, however little progress was reported."""
     master, slave = pty.openpty()
     daemon.answers(TransferProgress(done_bytes=0, total_bytes=4 * MIB), SENT)
     with (tmp_path / "stream").open("w+b") as file:

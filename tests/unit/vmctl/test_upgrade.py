@@ -16,12 +16,12 @@ GENERATION = GenerationInfo(number=1, version="9.9", vms=1)
 
 
 def taken_over(request: Record) -> Answers:
-    """Hang up where the other version takes over, and tell of the generations afterwards."""
+    """Close the connection on an upgrade, and answer with the generations afterwards."""
     return (GENERATION, End()) if isinstance(request, GenerationsRequest) else None
 
 
 def test_other_version_takes_over(vmctl: Vmctl, daemon: FakeDaemon) -> None:
-    """That is what the end of the connection means; on another one the new version is asked what it is."""
+    """The end of the connection means success.  On a new connection vmctl asks for the new version."""
     daemon.script = taken_over
 
     assert vmctl("upgrade") == (0, f"vmctl {VERSION}\nvmd 9.9\n", "")
@@ -30,7 +30,7 @@ def test_other_version_takes_over(vmctl: Vmctl, daemon: FakeDaemon) -> None:
 
 
 def test_rehearsal(vmctl: Vmctl, daemon: FakeDaemon) -> None:
-    """Changes nothing."""
+    """It changes nothing."""
     daemon.script = lambda request: (Ok(),) if isinstance(request, UpgradeRequest) else (GENERATION, End())
 
     assert vmctl("upgrade", "-n") == (0, "", "vmctl: the installed version can take over\n")
@@ -40,7 +40,7 @@ def test_rehearsal(vmctl: Vmctl, daemon: FakeDaemon) -> None:
 
 @pytest.mark.parametrize("options", [(), ("-n",)])
 def test_refused(vmctl: Vmctl, daemon: FakeDaemon, options: tuple[str, ...]) -> None:
-    """Each line is said as one of vmctl's."""
+    """Each line of the answer gets the prefix of vmctl."""
     daemon.answers(Failed(code=errno.EINVAL, text="it cannot take over:\n/etc/vm.conf:3: syntax error"))
 
     said = "vmctl: it cannot take over:\nvmctl: /etc/vm.conf:3: syntax error\n"
@@ -48,7 +48,7 @@ def test_refused(vmctl: Vmctl, daemon: FakeDaemon, options: tuple[str, ...]) -> 
 
 
 def test_daemon_that_ends_in_the_rehearsal(vmctl: Vmctl, daemon: FakeDaemon) -> None:
-    """Nothing has taken over that could be asked."""
+    """No daemon has taken over that could be asked."""
     daemon.answers()
     daemon.script = lambda _request: None
 
@@ -59,5 +59,5 @@ def test_daemon_that_ends_in_the_rehearsal(vmctl: Vmctl, daemon: FakeDaemon) -> 
 
 
 def test_no_daemon(vmctl: Vmctl, tmp_path: Path) -> None:
-    """There is nothing to take over from."""
+    """There is no daemon to take over from."""
     assert vmctl("upgrade", socket=str(tmp_path / "none"))[0] == 3
