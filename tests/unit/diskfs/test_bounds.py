@@ -1,4 +1,4 @@
-"""Structures that lead in circles or multiply themselves: looking for a file on such a disk comes to an end."""
+"""Structures that form loops or repeat themselves: the search for a file on such a disk ends."""
 
 import re
 import struct
@@ -18,7 +18,7 @@ BLOCK_SIZES = (1024, 4096, 65536)
 
 
 class Crafted:
-    """A file system of the ext family whose inodes and free blocks a test fills in."""
+    """An ext file system whose inodes and free blocks a test fills."""
 
     def __init__(self, tmp_path: Path, block_bytes: int, *options: str) -> None:
         plant(tmp_path / "tree", {"dir/file": Content(5), "file": Content(5)})
@@ -28,7 +28,7 @@ class Crafted:
         self.free = len(self.raw) // block_bytes - 1
 
     def block(self, data: bytes | bytearray) -> int:
-        """Fill a block that is free; return its number."""
+        """Fill a free block, and return its number."""
         self.free -= 1
         self.raw[self.free * self.size : (self.free + 1) * self.size] = data.ljust(self.size, b"\0")
         return self.free
@@ -45,7 +45,7 @@ class Crafted:
 
 
 def endless_directory(tmp_path: Path, block_bytes: int) -> bytearray:
-    """Every block of it is the same one, which also tells of all others."""
+    """Return a directory in which every block is the same one, which is also each of its indirect blocks."""
     crafted = Crafted(tmp_path, block_bytes, "-t", "ext2")
     own = struct.pack("<I", crafted.free - 1)
     number = crafted.block(own * (block_bytes // 4))
@@ -54,7 +54,7 @@ def endless_directory(tmp_path: Path, block_bytes: int) -> bytearray:
 
 
 def many_names(tmp_path: Path, block_bytes: int) -> bytearray:
-    """Every block has the name that is looked for in as many places as there are, none of which is a name."""
+    """Return a directory whose blocks have the bytes of the wanted name everywhere, but only in unused entries."""
     crafted = Crafted(tmp_path, block_bytes, "-t", "ext2")
     entry = struct.pack("<IHBB4s", 0, 12, 4, 1, b"none")
     count = block_bytes // len(entry)
@@ -70,7 +70,7 @@ def many_names(tmp_path: Path, block_bytes: int) -> bytearray:
 
 
 def empty_tree(tmp_path: Path, block_bytes: int) -> bytearray:
-    """Each node of a tree of extents has the same one below it as often as it has room, and the leaves are empty."""
+    """Return a tree of extents: each node points to one child as often as it has room, and all leaves are empty."""
     crafted = Crafted(tmp_path, block_bytes, "-t", "ext4", "-O", "^has_journal,^metadata_csum")
     room = (block_bytes - 12) // 12
     below = crafted.block(struct.pack("<HHHHI", 0xF30A, room, room, 0, 0) + struct.pack("<IHHI", 0, 0, 0, 5) * room)
@@ -82,7 +82,7 @@ def empty_tree(tmp_path: Path, block_bytes: int) -> bytearray:
 
 
 def holes(tmp_path: Path, block_bytes: int) -> bytearray:
-    """All that a map leads to is a block that leads nowhere."""
+    """Return a directory with indirect blocks that are shared and lead to holes only."""
     crafted = Crafted(tmp_path, block_bytes, "-t", "ext2", "-O", "large_dir")
     once = crafted.block(b"")
     twice = crafted.block(struct.pack("<I", once) * (block_bytes // 4))
@@ -95,7 +95,7 @@ MADE: tuple[Callable[[Path, int], bytearray], ...] = (endless_directory, many_na
 
 
 def look(raw: bytes | bytearray) -> str:
-    """Return why a file is not found, and check what is kept meanwhile."""
+    """Return why a file is not found, and check the size of the cache."""
     disk = opened(raw)
     with pytest.raises(DiskFsError) as refused:
         disk.find("/dir/none")
@@ -108,14 +108,14 @@ def look(raw: bytes | bytearray) -> str:
 def test_a_search_comes_to_an_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: Callable[[Path, int], bytearray], block_bytes: int
 ) -> None:
-    """After the work that is allowed, however little of the disk that is."""
+    """It ends at the limit of work, however small the part of the disk is that it reads."""
     monkeypatch.setattr(source, "WORK_MAX", 1 << 15)
 
     assert look(made(tmp_path, block_bytes)) == TOO_MUCH
 
 
-def test_names_that_are_looked_at_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A block has many of them, and is read at once."""
+def test_examined_names_count_as_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block has many names and is read in one step."""
     monkeypatch.setattr(source, "WORK_MAX", 1 << 15)
     looked_at = 0
     entry_in = Ext._entry_in
@@ -137,12 +137,12 @@ def test_names_that_are_looked_at_count(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_search_comes_to_its_real_end(
     tmp_path: Path, made: Callable[[Path, int], bytearray], block_bytes: int
 ) -> None:
-    """With the bound that holds outside of tests."""
+    """It ends with the limit that applies outside of tests, too."""
     assert look(made(tmp_path, block_bytes)) == TOO_MUCH
 
 
 def with_journal(content: bytes) -> bytearray:
-    """Return a small disk whose journal has other content, of as many blocks."""
+    """Return a small disk whose journal begins with other content."""
     raw = bytearray(small_disks()["ext3"])
     at = raw.index(b"\xc0\x3b\x39\x98\0\0\0\4")
     raw[at : at + len(content)] = content
@@ -150,7 +150,7 @@ def with_journal(content: bytes) -> bytearray:
 
 
 def transactions(*bodies: tuple[int, bytes]) -> bytes:
-    """Return a journal of transactions of one block each: kind and what follows its header."""
+    """Return a journal of transactions with one block each, given by kind and data."""
     blocks = [journal("0", b"")[:1024]]
     for number, (kind, body) in enumerate(bodies):
         for each, what in ((kind, body), (2, b"")):
@@ -159,7 +159,7 @@ def transactions(*bodies: tuple[int, bytes]) -> bytes:
 
 
 def test_a_journal_that_changes_much_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is kept of it has a bound: of blocks that it changes, and of those that it revokes."""
+    """The numbers of changed and of revoked blocks are limited."""
     tags = struct.pack(">IHH16x", 0, 0, 0) + b"".join(struct.pack(">IHH", number, 0, 2) for number in range(1, 9))
     revoked = struct.pack(">I", 16 + 9 * 4) + struct.pack(">9I", *range(9))
     for kind, body in ((1, tags), (5, revoked)):
@@ -169,7 +169,7 @@ def test_a_journal_that_changes_much_is_refused(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_journal_is_read_once() -> None:
-    """One without an end, whose last block is followed by its first, has no transaction that counts."""
+    """A full journal without an end wraps around, and has no complete transaction."""
     revoking = struct.pack(">IIII", 0xC03B3998, 5, 7, 16).ljust(1024, b"\0")
     raw = with_journal(journal("0", b"")[:1024] + revoking * 11)
 
@@ -188,8 +188,8 @@ def test_a_journal_is_read_once() -> None:
         (40, struct.pack(">I", 0x4), "has asynchronous commits"),
     ],
 )
-def test_a_journal_that_makes_no_sense_is_refused(at: int, value: bytes, said: str) -> None:
-    """With what is wrong with it; a kernel from before it would be another one."""
+def test_damaged_journals_are_refused(at: int, value: bytes, said: str) -> None:
+    """The error names the damage.  Without the journal, an old kernel could be found."""
     superblock = bytearray(journal("0", b"")[:1024])
     superblock[at : at + len(value)] = value
 

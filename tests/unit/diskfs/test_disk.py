@@ -1,4 +1,4 @@
-"""A file is found in the partition that has it, and an error says where it was looked for."""
+"""A file is found in the partition that has it, and an error says where it was searched."""
 
 import re
 from pathlib import Path
@@ -51,8 +51,8 @@ def refusal(disk: Disk, path: str, partition: str = "") -> str:
     return str(refused.value)
 
 
-def test_the_first_partition_with_the_file_has_it(images: dict[str, bytes]) -> None:
-    """Others may be of any kind, or damaged."""
+def test_the_first_partition_with_the_file_is_used(images: dict[str, bytes]) -> None:
+    """Other partitions may have any type, or be damaged."""
     parts = [Part(64, FAT), Part(256, images["ext2"]), Part(4096, images["ext4"]), Part(16384, images["ext4"])]
     for made in (mbr_disk, gpt_disk):
         disk = opened(made(*parts))
@@ -62,7 +62,7 @@ def test_the_first_partition_with_the_file_has_it(images: dict[str, bytes]) -> N
 
 
 def test_openbsd_s_disk(images: dict[str, bytes]) -> None:
-    """With and without an MBR."""
+    """The disk has an MBR or none."""
     for mbr in (True, False):
         disk = opened(openbsd_disk(images["FFS2"], mbr=mbr))
         assert disk.find("/bsd").partition == "partition a"
@@ -70,14 +70,14 @@ def test_openbsd_s_disk(images: dict[str, bytes]) -> None:
 
 
 def test_a_disk_without_a_table(images: dict[str, bytes]) -> None:
-    """Its file system is all of it."""
+    """Its file system covers the whole disk."""
     assert opened(images["ext4"]).find("/vmlinuz").partition == "the whole disk"
     assert opened(images["FFS2"]).find("/bsd").partition == "the whole disk"
     assert refusal(opened(images["FFS2"]), "/bsd", "a") == "there is no partition a: it has no partition table"
 
 
-def test_all_that_were_tried_are_named(images: dict[str, bytes]) -> None:
-    """With what each of them is."""
+def test_all_searched_partitions_are_named(images: dict[str, bytes]) -> None:
+    """The error has the type of each one."""
     disk = opened(mbr_disk(Part(64, FAT), Part(256, images["ext2"]), Part(4096, SWAP), Part(5000, bytes(9000))))
 
     assert refusal(disk, "/bsd") == (
@@ -93,23 +93,23 @@ def test_all_that_were_tried_are_named(images: dict[str, bytes]) -> None:
     )
 
 
-def test_many_that_were_tried_are_not_all_named() -> None:
-    """A sentence has an end."""
+def test_the_number_of_named_partitions_is_limited() -> None:
+    """The error message must not become too long."""
     disk = opened(gpt_disk(*[Part(64 + 64 * number, bytes(SECTOR * 64)) for number in range(30)]))
 
     assert refusal(disk, "/bsd").endswith("partition p8: has no known file system; and 22 more")
     assert disk.describe().endswith("and 22 more")
 
 
-def test_a_partition_that_holds_others_is_none_of_them(images: dict[str, bytes]) -> None:
-    """The file system of `a` begins where OpenBSD's partition does."""
+def test_a_partition_with_a_disklabel_is_not_searched(images: dict[str, bytes]) -> None:
+    """The file system of `a` begins where OpenBSD's partition begins."""
     assert refusal(opened(openbsd_disk(images["FFS2"])), "/bsd", "p4") == (
         "partition p4: holds the partitions of a disklabel: a, b"
     )
 
 
-def test_a_file_that_is_not_there_is_no_damage(images: dict[str, bytes]) -> None:
-    """A reader of `/etc/boot.conf` has to know."""
+def test_a_missing_file_differs_from_damage(images: dict[str, bytes]) -> None:
+    """A reader of `/etc/boot.conf` must be able to distinguish them."""
     whole = opened(images["ext4"])
     with pytest.raises(NoSuchFile):
         whole.find("/etc/boot.conf")
@@ -121,8 +121,8 @@ def test_a_file_that_is_not_there_is_no_damage(images: dict[str, bytes]) -> None
     assert not isinstance(refused.value, NoSuchFile)
 
 
-def test_a_disk_with_nothing() -> None:
-    """It is empty, or too short for anything."""
+def test_an_empty_disk() -> None:
+    """It is empty, or too small for a file system."""
     for size in (0, 1, 512, 4096, MIB):
         disk = opened(bytes(size))
         assert refusal(disk, "/bsd") == "the whole disk: has no known file system"
@@ -130,7 +130,7 @@ def test_a_disk_with_nothing() -> None:
 
 
 def test_links(tmp_path: Path) -> None:
-    """They lead inside the file system, go back no further than to its root, and come to an end."""
+    """They stay within the file system and below its root, and their number is limited."""
     plant(
         tmp_path / "tree",
         {
@@ -162,7 +162,7 @@ def test_links(tmp_path: Path) -> None:
 
 
 def test_directories_have_a_bound(tmp_path: Path) -> None:
-    """Of those that are inside one another, 256 are walked through."""
+    """At most 256 nested directories are followed."""
     plant(tmp_path / "tree", {"d/" * 255 + "file": Content(3), "e" + "/d" * 256 + "/file": Content(3)})
     disk = opened_file(ext_image(tmp_path / "image", tmp_path / "tree", "-t", "ext4"))
 
@@ -171,7 +171,7 @@ def test_directories_have_a_bound(tmp_path: Path) -> None:
 
 
 def test_names_of_a_guest_are_shown_on_one_line(tmp_path: Path) -> None:
-    """Whatever is in them."""
+    """Control characters are escaped, and long names are cut."""
     plant(tmp_path / "tree", {"kernel": Link("\x1b[2J\n" + "x" * 150)})
 
     said = refusal(opened_file(ffs_image(tmp_path / "image", tmp_path / "tree")), "/kernel")
@@ -182,7 +182,7 @@ def test_names_of_a_guest_are_shown_on_one_line(tmp_path: Path) -> None:
 
 
 def test_paths_may_be_of_any_bytes(tmp_path: Path, images: dict[str, bytes]) -> None:
-    """As the command line has them; a sentence has them on one line."""
+    """They come from the command line.  In messages they take one line."""
     plant(tmp_path / "tree", {"k\udcff\n": Content(3)})
     disk = opened_file(ffs_image(tmp_path / "image", tmp_path / "tree"))
     assert disk.find("/k\udcff\n").size == 3
@@ -194,21 +194,21 @@ def test_paths_may_be_of_any_bytes(tmp_path: Path, images: dict[str, bytes]) -> 
 
 
 def test_a_small_file_has_a_bound(images: dict[str, bytes]) -> None:
-    """That of who reads it."""
+    """The reader of the file sets the limit."""
     with pytest.raises(DiskFsError, match=r"\(ext4\): /vmlinuz: has 9000 bytes \(limit is 100\)$"):
         opened(images["ext4"]).find("/vmlinuz").content(100)
 
 
 def test_a_file_has_a_bound(tmp_path: Path) -> None:
-    """A hole costs nothing on the disk, and much where it is written to."""
+    """A hole takes no space on the disk, but its copy would."""
     plant(tmp_path / "tree", {"kernel": Content((1 << 30) + 1)})
     image = ext_image(tmp_path / "image", tmp_path / "tree", "-t", "ext4")
 
     assert refusal(opened_file(image), "/kernel").endswith("has 1073741825 bytes (limit is 1073741824)")
 
 
-def test_what_cannot_be_read_is_said(images: dict[str, bytes]) -> None:
-    """With the kernel's reason, and with the place."""
+def test_read_errors_are_reported(images: dict[str, bytes]) -> None:
+    """The message has the kernel's reason and the position."""
     raw = images["ext4"]
 
     def failing(offset: int, length: int) -> bytes:
@@ -221,21 +221,21 @@ def test_what_cannot_be_read_is_said(images: dict[str, bytes]) -> None:
     assert re.fullmatch(r"the whole disk \(ext4\): /vmlinuz: cannot be read at \d+: Input/output error", said)
 
 
-def test_a_disk_that_is_shorter_than_it_says(images: dict[str, bytes]) -> None:
-    """A file may be cut while it is read."""
+def test_a_disk_that_becomes_shorter(images: dict[str, bytes]) -> None:
+    """A file may be truncated while it is read."""
     raw = images["ext4"][:65536]
 
     assert "ends at" in refusal(Disk(lambda offset, length: raw[offset : offset + length], 2 * MIB), "/vmlinuz")
 
 
 def test_the_work_for_a_disk_has_a_bound(images: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
-    """However its structures are made."""
+    """The limit holds for all structures."""
     monkeypatch.setattr(source, "WORK_MAX", 40)
 
     assert refusal(opened(images["ext4"]), "/vmlinuz").endswith("too much would have to be read to find it")
 
 
-def test_what_is_kept_of_a_disk_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_of_a_disk_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     """The block that was used last is kept longest."""
     monkeypatch.setattr(source, "CACHED", 2)
     asked: list[int] = []
@@ -256,7 +256,7 @@ def test_what_is_kept_of_a_disk_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_nothing_outside_is_read() -> None:
-    """Neither of a partition nor of the disk, and no structure of any size."""
+    """Reads are limited to the partition and to the disk, and in size."""
     store = source.Store(lambda _offset, length: bytes(length), 1 << 40)
     part = source.Source(store, 0, 1 << 40).part(4096, 1 << 30)
 
@@ -270,8 +270,8 @@ def test_nothing_outside_is_read() -> None:
     assert part.read((1 << 30) - 4, 4) == bytes(4)
 
 
-def test_a_partition_that_two_tables_tell_of_is_tried_once(images: dict[str, bytes]) -> None:
-    """OpenBSD's label also has those of the MBR."""
+def test_a_partition_in_two_tables_is_searched_once(images: dict[str, bytes]) -> None:
+    """OpenBSD's disklabel also lists partitions of the MBR."""
     raw = openbsd_disk(images["FFS2"])
     put(raw, 65, label(("a", 7, 64, 4096), ("i", 17, 64, 4096)))
 

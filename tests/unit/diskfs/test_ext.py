@@ -1,4 +1,4 @@
-"""Files of ext2, ext3 and ext4 are what mke2fs, e2fsck and the kernel have made of them."""
+"""Files of ext2, ext3 and ext4 are read as mke2fs, e2fsck and the kernel have written them."""
 
 import os
 import struct
@@ -49,8 +49,8 @@ VARIANTS = {
 
 
 def checked(tmp_path: Path, tree: Tree, *options: str, size: int = 16 * MIB) -> None:
-    """Make a file system of a tree, and compare."""
-    if any("inline_data" in option for option in options):  # there mke2fs gives files that end in a hole another size
+    """Make a file system of a tree, read it, and compare."""
+    if any("inline_data" in option for option in options):  # with it mke2fs gives files that end in a hole a wrong size
         tree = {path: what for path, what in tree.items() if not isinstance(what, Content) or not ends_in_a_hole(what)}
     folder = tmp_path / f"tree{len(list(tmp_path.iterdir()))}"
     plant(folder, tree)
@@ -61,13 +61,13 @@ def checked(tmp_path: Path, tree: Tree, *options: str, size: int = 16 * MIB) -> 
 
 
 def ends_in_a_hole(what: Content) -> bool:
-    """Return whether nothing is written up to the end of a file."""
+    """Return whether the end of a file was not written."""
     return what.size > max((offset + length for offset, length in what.stretches), default=0)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_files_are_read(tmp_path: Path, variant: str) -> None:
-    """Small and large, empty and sparse up to the third level of indirect blocks, by name and by links of all kinds."""
+    """Small, large, empty and sparse files, up to triple indirect blocks, found by name and by all kinds of links."""
     deep = "/".join(f"d{number}" for number in range(40))
     tree: Tree = {
         f"boot/0small{'x' * 200}": Content(50, ((0, 50),)),
@@ -88,7 +88,7 @@ def test_files_are_read(tmp_path: Path, variant: str) -> None:
 @settings(max_examples=6, suppress_health_check=list(HealthCheck))
 @given(tree=trees(), variant=st.sampled_from(sorted(VARIANTS)))
 def test_any_tree_is_read(tmp_path_factory: pytest.TempPathFactory, tree: Tree, variant: str) -> None:
-    """Whatever is in it, with whatever features."""
+    """Trees and features are random."""
     checked(tmp_path_factory.mktemp("any"), tree, *VARIANTS[variant])
 
 
@@ -97,7 +97,7 @@ def test_any_tree_is_read(tmp_path_factory: pytest.TempPathFactory, tree: Tree, 
 @settings(max_examples=600, suppress_health_check=list(HealthCheck))
 @given(tree=trees(), variant=st.sampled_from(sorted(VARIANTS)))
 def test_many_trees_are_read(tmp_path_factory: pytest.TempPathFactory, tree: Tree, variant: str) -> None:
-    """The same, more often."""
+    """The same test, with more examples."""
     checked(tmp_path_factory.mktemp("any"), tree, *VARIANTS[variant])
 
 
@@ -107,7 +107,7 @@ def test_hashed_directory_is_read(tmp_path: Path, variant: str) -> None:
     tree = {f"many/file{number:05}": Content(1, ((0, 1),), number) for number in range(800)}
     plant(tmp_path / "tree", tree)
     image = ext_image(tmp_path / "image", tmp_path / "tree", *VARIANTS[variant])
-    subprocess.run(["/usr/sbin/e2fsck", "-fyD", image], capture_output=True, check=False)  # 1: it has changed it
+    subprocess.run(["/usr/sbin/e2fsck", "-fyD", image], capture_output=True, check=False)  # 1: it was changed
     assert "Hash Version: 1" in run("debugfs", "-R", "htree_dump /many", image)
 
     disk = opened_file(image)
@@ -132,7 +132,7 @@ FAR = {
 
 @pytest.mark.parametrize("variant", FAR)
 def test_inodes_of_all_groups_are_found(tmp_path: Path, variant: str) -> None:
-    """Where the blocks with their descriptors are depends on which groups have a copy of the superblock."""
+    """The positions of descriptor blocks depend on which groups have a copy of the superblock."""
     folder = tmp_path / "tree"
     folder.mkdir()
     for number in range(900):
@@ -150,7 +150,7 @@ def test_inodes_of_all_groups_are_found(tmp_path: Path, variant: str) -> None:
     assert {number: file.content(9) for number, file in files.items()} == {number: b"%d" % number for number in files}
 
 
-def test_names_that_are_gone_are_not_found(tmp_path: Path) -> None:
+def test_removed_names_are_not_found(tmp_path: Path) -> None:
     """Their bytes are still in the directory."""
     plant(tmp_path / "tree", {"boot/old": Content(5, ((0, 5),)), "boot/kept": Content(5, ((0, 5),))})
     image = ext_image(tmp_path / "image", tmp_path / "tree")
@@ -168,8 +168,8 @@ def test_names_that_are_gone_are_not_found(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "options", [("-t", "ext4"), ("-t", "ext3", "-b", "1024"), ("-t", "ext4", "-O", "^metadata_csum")]
 )
-def test_what_is_only_in_the_journal_is_read(tmp_path: Path, options: tuple[str, ...]) -> None:
-    """A guest that was killed has left a kernel that no block at its place tells of."""
+def test_files_that_are_only_in_the_journal_are_read(tmp_path: Path, options: tuple[str, ...]) -> None:
+    """A killed guest has left a kernel whose blocks were not yet written to their places."""
     plant(tmp_path / "tree", {"vmlinuz": Content(3000, ((0, 3000),), 1), "gone": Content(5, ((0, 5),))})
     image = ext_image(tmp_path / "image", tmp_path / "tree", *options, size=32 * MIB)
     mount, killed = tmp_path / "mount", tmp_path / "killed"
@@ -199,14 +199,14 @@ def test_what_is_only_in_the_journal_is_read(tmp_path: Path, options: tuple[str,
 
 
 def journalled(image: Path, script: str, path: str = "/a") -> bytes:
-    """Have debugfs write to a journal; return what is found in a file that is 10 bytes long."""
+    """Let debugfs write to a journal.  Return the content of a file of 10 bytes."""
     run("debugfs", "-w", "-f", "-", image, stdin=script)
     return opened_file(image).find(path).content(100)
 
 
 @pytest.fixture
 def with_journal(tmp_path: Path) -> tuple[Path, str]:
-    """A file system with a file of 10 bytes, and the number of its block."""
+    """A file system with a file of 10 bytes, and the number of the file's block."""
     plant(tmp_path / "tree", {"a": Content(10, ((0, 10),)), "b": Content(9000, ((0, 9000),))})
     image = ext_image(tmp_path / "image", tmp_path / "tree", "-t", "ext4", "-b", "1024")
     (tmp_path / "one").write_bytes(b"first once".ljust(1024, b"1"))
@@ -215,7 +215,7 @@ def with_journal(tmp_path: Path) -> tuple[Path, str]:
 
 
 def test_the_last_of_several_transactions_counts(tmp_path: Path, with_journal: tuple[Path, str]) -> None:
-    """And one that was revoked afterwards does not."""
+    """A transaction that was revoked afterwards does not count."""
     image, block = with_journal
     before = opened_file(image).find("/a").content(100)
     one, two = f"jw -b {block} {tmp_path}/one\n", f"jw -b {block} {tmp_path}/two\n"
@@ -226,10 +226,10 @@ def test_the_last_of_several_transactions_counts(tmp_path: Path, with_journal: t
     assert journalled(image, f"jo\n{one}jc\n") == b"first once"
 
 
-def test_the_blocks_of_a_file_that_are_not_in_the_journal_are_its_own(
+def test_files_with_some_blocks_in_the_journal(
     tmp_path: Path, with_journal: tuple[Path, str]
 ) -> None:
-    """One in the middle of an extent is, and one that is escaped at the end of the file."""
+    """One journal block is in the middle of an extent, and an escaped one is at the end of the file."""
     image, _ = with_journal
     before = opened_file(image).find("/b").content(9000)
     blocks = run("debugfs", "-R", "blocks /b", image).split()
@@ -245,7 +245,7 @@ def test_the_blocks_of_a_file_that_are_not_in_the_journal_are_its_own(
 
 
 def test_a_transaction_without_its_end_does_not_count(tmp_path: Path, with_journal: tuple[Path, str]) -> None:
-    """The guest was killed while it wrote that."""
+    """The guest was killed while it wrote the transaction."""
     image, block = with_journal
     before = opened_file(image).find("/a").content(100)
 
@@ -253,7 +253,7 @@ def test_a_transaction_without_its_end_does_not_count(tmp_path: Path, with_journ
 
 
 def superblock(image: Path, at: int, value: bytes) -> bytes:
-    """Return a file system with bytes of its superblock changed."""
+    """Return a file system with other bytes in its superblock."""
     raw = bytearray(image.read_bytes())
     raw[1024 + at : 1024 + at + len(value)] = value
     return bytes(raw)
@@ -272,8 +272,8 @@ def superblock(image: Path, at: int, value: bytes) -> bytes:
         (0, b"\x01\x00\x00\x00", "points to inode 2, of 1"),
     ],
 )
-def test_a_superblock_that_makes_no_sense_is_refused(tmp_path: Path, at: int, value: bytes, said: str) -> None:
-    """With what is wrong with it."""
+def test_damaged_superblocks_are_refused(tmp_path: Path, at: int, value: bytes, said: str) -> None:
+    """The error names the damage."""
     plant(tmp_path / "tree", {"a": Content(10)})
     image = ext_image(tmp_path / "image", tmp_path / "tree", "-t", "ext4", "-b", "1024")
 
@@ -284,8 +284,8 @@ def test_a_superblock_that_makes_no_sense_is_refused(tmp_path: Path, at: int, va
     assert str(refused.value).startswith("the whole disk (ext")
 
 
-def test_what_is_encrypted_is_named(tmp_path: Path) -> None:
-    """A directory as well as a file."""
+def test_encrypted_files_are_reported(tmp_path: Path) -> None:
+    """Encrypted directories are reported, too."""
     plant(tmp_path / "tree", {"secret/a": Content(10), "b": Content(10)})
     image = ext_image(tmp_path / "image", tmp_path / "tree", "-t", "ext4", "-O", "encrypt")
     for name in ("secret", "b"):
@@ -298,8 +298,8 @@ def test_what_is_encrypted_is_named(tmp_path: Path) -> None:
         disk.find("/b")
 
 
-def test_a_journal_elsewhere_is_said(tmp_path: Path) -> None:
-    """There is nothing to replay from."""
+def test_a_missing_journal_is_reported(tmp_path: Path) -> None:
+    """There is nothing to replay."""
     plant(tmp_path / "tree", {"a": Content(10)})
     image = ext_image(tmp_path / "image", tmp_path / "tree", "-t", "ext4", "-O", "^has_journal")
     run("debugfs", "-w", "-R", "feature needs_recovery", image)
@@ -308,8 +308,8 @@ def test_a_journal_elsewhere_is_said(tmp_path: Path) -> None:
         opened_file(image).find("/a")
 
 
-def test_fast_commits_are_said(tmp_path: Path) -> None:
-    """They are not blocks that can be read in the place of others."""
+def test_fast_commits_are_reported(tmp_path: Path) -> None:
+    """They are not blocks that replace others."""
     plant(tmp_path / "tree", {"a": Content(10)})
     image = ext_image(tmp_path / "image", tmp_path / "tree", "-t", "ext4", "-O", "fast_commit", size=32 * MIB)
     run("debugfs", "-w", "-R", "feature needs_recovery", image)
@@ -321,8 +321,8 @@ def test_fast_commits_are_said(tmp_path: Path) -> None:
         opened(raw).find("/a")
 
 
-def test_an_extent_that_was_not_written_is_zeroes(tmp_path: Path) -> None:
-    """Whatever is on the disk there."""
+def test_an_unwritten_extent_reads_as_zeros(tmp_path: Path) -> None:
+    """The data on the disk does not matter."""
     plant(tmp_path / "tree", {"a": Content(9000, ((0, 9000),))})
     image = ext_image(tmp_path / "image", tmp_path / "tree", "-t", "ext4", "-b", "1024")
     raw = bytearray(image.read_bytes())
@@ -333,7 +333,7 @@ def test_an_extent_that_was_not_written_is_zeroes(tmp_path: Path) -> None:
 
 
 def inode_of(path: str, raw: bytes | bytearray) -> int:
-    """Return where an inode begins."""
+    """Return the position of an inode."""
     node = opened(raw).find(path).node
     assert raw.count(node.raw) == 1
     return raw.index(node.raw)
@@ -345,13 +345,13 @@ def inode_of(path: str, raw: bytes | bytearray) -> int:
         (4, b"\xff\xff", "has 65535 bytes, but its inode has only 150 of them"),
         (128 + 32, bytes(4), "has 150 bytes, but its inode has only 60 of them"),
         (128 + 32 + 4 + 1, b"\x06", "has 150 bytes, but its inode has only 60 of them"),
-        (128 + 32 + 4, b"\xff\x01", "has 150 bytes, but its inode has only 60 of them"),  # others up to the end
+        (128 + 32 + 4, b"\xff\x01", "has 150 bytes, but its inode has only 60 of them"),  # up to the end
         (128 + 32 + 4 + 2, b"\xf0\xff", "its inode is damaged: system.data is not inside it"),
         (128 + 32 + 4 + 4, b"\x01", "its inode is damaged: system.data is not inside it"),
     ],
 )
-def test_inline_data_that_is_not_there_is_said(tmp_path: Path, at: int, value: bytes, said: str) -> None:
-    """Less of it than the file is long, in an attribute that is not there, or elsewhere."""
+def test_missing_inline_data_is_reported(tmp_path: Path, at: int, value: bytes, said: str) -> None:
+    """It is shorter than the file, or its attribute is missing or points outside of the inode."""
     plant(tmp_path / "tree", {"a": Content(150, ((0, 150),))})
     image = ext_image(tmp_path / "image", tmp_path / "tree", "-t", "ext4", "-O", "inline_data", "-I", "512")
     raw = bytearray(image.read_bytes())
@@ -379,8 +379,8 @@ def test_inline_data_that_is_not_there_is_said(tmp_path: Path, at: int, value: b
         (20, b"\xff\xff\xff\xff", "points to block "),
     ],
 )
-def test_a_damaged_tree_of_extents_is_said(tmp_path: Path, at: int, value: bytes, said: str) -> None:
-    """Its head, its order, and where it leads."""
+def test_a_damaged_tree_of_extents_is_reported(tmp_path: Path, at: int, value: bytes, said: str) -> None:
+    """Its header, its order or its block numbers are wrong."""
     plant(tmp_path / "tree", {"a": Content(40 * MIB, ((0, 3000), (30 * MIB, 3000)))})
     image = ext_image(tmp_path / "image", tmp_path / "tree", "-t", "ext4", "-b", "1024")
     raw = bytearray(image.read_bytes())
@@ -395,8 +395,8 @@ def test_a_damaged_tree_of_extents_is_said(tmp_path: Path, at: int, value: bytes
     assert refused.value.what.startswith(said)
 
 
-def test_names_that_are_gone_from_a_block_of_64_kib(tmp_path: Path) -> None:
-    """Its length does not fit in the field that has it."""
+def test_removed_names_in_a_block_of_64_kib(tmp_path: Path) -> None:
+    """The block's length does not fit into the field for it."""
     plant(tmp_path / "tree", {"a": Content(3)})
     image = ext_image(tmp_path / "image", tmp_path / "tree", "-t", "ext4", "-b", "65536", "-O", "^metadata_csum")
     raw = bytearray(image.read_bytes())
@@ -408,8 +408,8 @@ def test_names_that_are_gone_from_a_block_of_64_kib(tmp_path: Path) -> None:
 
 
 @pytest.mark.root
-def test_what_the_kernel_has_written_is_read(tmp_path: Path) -> None:
-    """With its own hashed directories, trees of extents, ranges that were allocated or given back, and links."""
+def test_files_written_by_the_kernel_are_read(tmp_path: Path) -> None:
+    """It makes its own hashed directories, extent trees, unwritten extents, holes, and links."""
     plant(tmp_path / "tree", {"first": Content(3)})
     options = ("-t", "ext4", "-b", "1024", "-O", "inline_data", "-I", "256")
     image = ext_image(tmp_path / "image", tmp_path / "tree", *options, size=32 * MIB)
@@ -429,7 +429,7 @@ def test_what_the_kernel_has_written_is_read(tmp_path: Path) -> None:
         run("fallocate", "-l", "500000", mount / "allocated")
         for number in range(0, 1500, 2):
             (mount / f"many/{number}{'n' * 50}").unlink()
-        # It may be mounted still where a process has a copy of our mounts; then its end is in the journal.
+        # A process with a copy of our mounts may keep it mounted.  Then the last changes are only in the journal.
         run("sync", "-f", mount)
     finally:
         run("umount", mount)

@@ -1,4 +1,4 @@
-"""Files of FFS are what makefs has made of them, and what OpenBSD's layout says of those that makefs cannot make."""
+"""Files of FFS are read as makefs writes them, and as OpenBSD's layout demands where makefs has no such case."""
 
 import struct
 from pathlib import Path
@@ -35,7 +35,7 @@ VARIANTS = [
 
 
 def checked(tmp_path: Path, tree: Tree, options: str) -> None:
-    """Make a file system of a tree, and compare."""
+    """Make a file system of a tree, read it, and compare."""
     folder = tmp_path / f"tree{len(list(tmp_path.iterdir()))}"
     plant(folder, tree)
     disk = opened_file(ffs_image(tmp_path / "image", folder, options))
@@ -46,7 +46,7 @@ def checked(tmp_path: Path, tree: Tree, options: str) -> None:
 
 @pytest.mark.parametrize("options", VARIANTS)
 def test_files_are_read(tmp_path: Path, options: str) -> None:
-    """Of fragments, of blocks, of blocks and fragments, with indirect blocks, by name and by links of all kinds."""
+    """Files of fragments, of blocks, of both, and with indirect blocks, found by name and by all kinds of links."""
     deep = "/".join(f"d{number}" for number in range(40))
     tree: Tree = {
         f"boot/0small{'x' * 200}": Content(50, ((0, 50),)),
@@ -67,7 +67,7 @@ def test_files_are_read(tmp_path: Path, options: str) -> None:
 @settings(max_examples=4, suppress_health_check=list(HealthCheck))
 @given(tree=trees(sparse=False), options=st.sampled_from(VARIANTS))
 def test_any_tree_is_read(tmp_path_factory: pytest.TempPathFactory, tree: Tree, options: str) -> None:
-    """Whatever is in it, with whatever sizes."""
+    """Trees and block sizes are random."""
     checked(tmp_path_factory.mktemp("any"), tree, options)
 
 
@@ -76,12 +76,12 @@ def test_any_tree_is_read(tmp_path_factory: pytest.TempPathFactory, tree: Tree, 
 @settings(max_examples=600, suppress_health_check=list(HealthCheck))
 @given(tree=trees(sparse=False), options=st.sampled_from(VARIANTS))
 def test_many_trees_are_read(tmp_path_factory: pytest.TempPathFactory, tree: Tree, options: str) -> None:
-    """The same, more often."""
+    """The same test, with more examples."""
     checked(tmp_path_factory.mktemp("any"), tree, options)
 
 
 class Patched:
-    """A file system in memory with a large file `space` whose blocks a test may use for other things."""
+    """A file system in memory.  A test may use the blocks of its large file `space` for other purposes."""
 
     def __init__(self, folder: Path, options: str) -> None:
         plant(folder, {"space": Content(2 * MIB, ((0, 2 * MIB),)), "a": Content(10, ((0, 10),))})
@@ -94,22 +94,22 @@ class Patched:
         self.pointers = self.fs.block_bytes // self.layout.number_bytes
 
     def set_size(self, size: int) -> None:
-        """Have the file `a` be as long as that."""
+        """Set the size of the file `a`."""
         struct.pack_into("<Q", self.raw, self.inode_at + self.layout.size_at, size)
 
     def set_block(self, number: int, at: int) -> None:
-        """Set a number of the map in its inode to what is at byte `at`; 0 is a hole."""
+        """Set a block number in the inode of `a` to that of byte `at`.  0 is a hole."""
         place = self.inode_at + self.layout.map_at + number * self.layout.number_bytes
         struct.pack_into(f"<{self.layout.number}", self.raw, place, at // self.fs.fragment_bytes)
 
     def block(self, data: bytes = b"") -> int:
-        """Use a block that is free; return where it is."""
+        """Fill a free block, and return its position."""
         at = self.free.pop()
         self.raw[at : at + self.fs.block_bytes] = data.ljust(self.fs.block_bytes, b"\0")
         return at
 
     def indirect(self, **entries: int) -> int:
-        """Return where a block is that leads to others: `_NUMBER=at`."""
+        """Make an indirect block of the entries `_NUMBER=at`, and return its position."""
         at = self.block()
         for number, place in entries.items():
             where = at + int(number[1:]) * self.layout.number_bytes
@@ -121,7 +121,7 @@ class Patched:
 def test_holes_and_all_levels_of_indirect_blocks_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int
 ) -> None:
-    """A file of more than a gigabyte, of which five blocks are there."""
+    """The file is larger than a gigabyte, and has five blocks."""
     monkeypatch.setattr(walk, "FILE_MAX", 1 << 40)
     disk = Patched(tmp_path / "tree", f"version={version},bsize=4096,fsize=512")
     each = disk.pointers
@@ -148,8 +148,8 @@ def test_holes_and_all_levels_of_indirect_blocks_are_read(
     ]
 
 
-def test_a_directory_with_a_hole_is_read_past_it(tmp_path: Path) -> None:
-    """Nothing is in the hole."""
+def test_a_directory_with_a_hole(tmp_path: Path) -> None:
+    """Names behind the hole are found."""
     disk = Patched(tmp_path / "tree", "version=2")
     names = disk.fs._runs(walk.root_of(disk.fs))
     at = next(at for _, at, _ in names)
@@ -162,8 +162,8 @@ def test_a_directory_with_a_hole_is_read_past_it(tmp_path: Path) -> None:
     assert opened(disk.raw).find("/a").size == 10
 
 
-def test_groups_of_ffs1_may_begin_further_and_further_in(tmp_path: Path) -> None:
-    """As they did on disks whose cylinders were all as long: by an offset for each, which begins anew after some."""
+def test_groups_of_ffs1_may_have_an_offset(tmp_path: Path) -> None:
+    """On disks with cylinders of equal length, each group begins at a further offset, which wraps around."""
     disk = Patched(tmp_path / "tree", "version=1,bsize=4096,fsize=512")
     per_group = 40
     struct.pack_into("<II", disk.raw, 8192 + 24, 16, 0xFFFFFFFC)
@@ -178,8 +178,8 @@ def test_groups_of_ffs1_may_begin_further_and_further_in(tmp_path: Path) -> None
         assert fs.node(group * disk.fs.inodes_per_group + 2).raw == found
 
 
-def test_the_superblock_is_looked_for_where_openbsd_does(tmp_path: Path) -> None:
-    """Its place is in it, so that a copy of it, which may be old, is not taken for it; makefs has it at 8 KiB."""
+def test_the_superblock_is_at_a_place_of_openbsd(tmp_path: Path) -> None:
+    """It contains its own position, so an old copy elsewhere is not used.  makefs writes it at 8 KiB."""
     disk = Patched(tmp_path / "tree", "version=2")
     superblock = disk.raw[8192 : 8192 + 1376]
     disk.raw[8192 : 8192 + 1376] = bytes(1376)
@@ -191,8 +191,8 @@ def test_the_superblock_is_looked_for_where_openbsd_does(tmp_path: Path) -> None
         assert opened(moved).find("/a").size == 10
 
 
-def test_ffs1_with_its_copy_where_ffs2_would_be(tmp_path: Path) -> None:
-    """Blocks of 64 KiB put the first copy there, and what is in it may be old."""
+def test_ffs1_with_a_copy_of_its_superblock_at_64_kib(tmp_path: Path) -> None:
+    """With blocks of 64 KiB the first copy is at the place of FFS2's superblock, and may be old."""
     disk = Patched(tmp_path / "tree", "version=1,bsize=65536,fsize=8192")
     assert disk.raw[65536 + 1372 : 65536 + 1376] == (0x011954).to_bytes(4, "little")
     struct.pack_into("<I", disk.raw, 65536 + 8, 9999)
@@ -212,8 +212,8 @@ def test_ffs1_with_its_copy_where_ffs2_would_be(tmp_path: Path) -> None:
         (36, 20, "/a: points to fragment"),
     ],
 )
-def test_a_superblock_that_makes_no_sense_is_refused(tmp_path: Path, at: int, value: int, said: str) -> None:
-    """With what is wrong with it."""
+def test_damaged_superblocks_are_refused(tmp_path: Path, at: int, value: int, said: str) -> None:
+    """The error names the damage."""
     plant(tmp_path / "tree", {"a": Content(10)})
     raw = bytearray(ffs_image(tmp_path / "image", tmp_path / "tree", "version=1,bsize=16384,fsize=2048").read_bytes())
     struct.pack_into("<I", raw, 8192 + at, value)
@@ -225,8 +225,8 @@ def test_a_superblock_that_makes_no_sense_is_refused(tmp_path: Path, at: int, va
     assert str(refused.value).startswith("the whole disk (FFS1): ")
 
 
-def test_the_other_byte_order_is_said(tmp_path: Path) -> None:
-    """It is of a machine that this one is not."""
+def test_big_endian_file_systems_are_reported(tmp_path: Path) -> None:
+    """They come from machines of another architecture."""
     plant(tmp_path / "tree", {"a": Content(10)})
     for version in (1, 2):
         image = tmp_path / f"image{version}"
@@ -236,10 +236,10 @@ def test_the_other_byte_order_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_a_directory_without_an_end_comes_to_an_end(
+def test_a_search_in_an_endless_directory_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int
 ) -> None:
-    """Each of its blocks has what is looked for in as many places as there are, none of which is a name."""
+    """Its blocks have the bytes of the wanted name everywhere, but only in unused entries."""
     monkeypatch.setattr(source, "WORK_MAX", 1 << 15)
     disk = Patched(tmp_path / "tree", f"version={version},bsize=8192,fsize=1024")
     names = disk.block(struct.pack("<IHBB4s", 0, 12, 0, 1, b"none") * 42 + struct.pack("<IHBB", 0, 8, 0, 0))
@@ -266,8 +266,8 @@ def test_a_directory_without_an_end_comes_to_an_end(
     assert 1000 < looked_at < 1 << 16
 
 
-def test_a_damaged_directory_is_said(tmp_path: Path) -> None:
-    """A length that leads nowhere ends the search with a sentence."""
+def test_a_damaged_directory_is_reported(tmp_path: Path) -> None:
+    """An entry with an invalid length ends the search with an error."""
     disk = Patched(tmp_path / "tree", "version=2")
     at = disk.raw.index(b"\1a\0\0") - 7
     disk.raw[at + 4 : at + 6] = b"\0\0"
@@ -276,8 +276,8 @@ def test_a_damaged_directory_is_said(tmp_path: Path) -> None:
         opened(disk.raw).find("/a")
 
 
-def test_an_inode_that_is_not_there_is_said(tmp_path: Path) -> None:
-    """A name may stand for any number."""
+def test_an_invalid_inode_number_is_reported(tmp_path: Path) -> None:
+    """A name may have any inode number."""
     disk = Patched(tmp_path / "tree", "version=2")
     at = disk.raw.index(b"\1a\0\0") - 7
     disk.raw[at : at + 4] = b"\xff\xff\xff\xff"

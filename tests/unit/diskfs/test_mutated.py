@@ -1,4 +1,4 @@
-"""Whatever a guest writes to its disk, the answer is a file or a sentence, and comes to an end."""
+"""For any content of a guest's disk, the search ends with a file or an error message."""
 
 import random
 from collections.abc import Sequence
@@ -25,7 +25,10 @@ def test_seed_is_read(number: int) -> None:
 
 
 def large_disks(folder: Path) -> list[bytes]:
-    """Return disks with what small ones have no room for: trees of extents, all levels of maps, large blocks."""
+    """Return disks with structures for which small ones are too small:
+
+    extent trees, all levels of block maps, large blocks.
+    """
     scattered = tuple((at * 9000, 4000) for at in range(60))
     tree: Tree = {
         "boot/kernel": Content(80 * MIB, (*scattered, (20 * MIB, 4000), (75 * MIB, 9000))),
@@ -44,22 +47,22 @@ def large_disks(folder: Path) -> list[bytes]:
 
 
 class Mutator:
-    """Changes one disk in a few places, mostly in those where something is."""
+    """Changes a disk in a few places, most of which are in use."""
 
     def __init__(self, raw: bytes, chance: random.Random) -> None:
         self.raw = raw
         self.chance = chance
-        # One piece of each run of the same bytes is enough of what is in files.
+        # Of a run of equal bytes one piece is enough, because most runs are contents of files.
         self.used = [at for at in range(0, len(raw) - 8, 4) if raw[at : at + 4] != raw[at + 4 : at + 8]][:20_000]
 
     def place(self) -> int:
-        """Return where to change something, a multiple of 2."""
+        """Return a position to change, a multiple of 2."""
         if self.chance.random() < 0.8:
             return self.chance.choice(self.used) + self.chance.choice((0, 0, 2))
         return self.chance.randrange(0, len(self.raw) - 8, 2)
 
     def mutated(self) -> bytes:
-        """Return the disk with some changes."""
+        """Return the disk with random changes."""
         chance, raw = self.chance, bytearray(self.raw)
         for _ in range(chance.choice((1, 1, 1, 2, 3, 6))):
             at = self.place()
@@ -74,7 +77,7 @@ class Mutator:
                 case 3:
                     value = int.from_bytes(raw[at : at + 4], "little") + chance.choice((-64, -2, -1, 1, 2, 64))
                     raw[at : at + 4] = (value & 0xFFFFFFFF).to_bytes(4, "little")
-                case 4:  # what leads somewhere leads somewhere else, or back
+                case 4:  # a block number is replaced by another one
                     source = self.place()
                     raw[at : at + 4] = raw[source : source + 4]
                 case 5:
@@ -86,7 +89,10 @@ class Mutator:
 
 
 def rounds(count: int, seed: int, more: Sequence[bytes] = ()) -> tuple[int, int]:
-    """Look for files on so many disks, few of them of `more`; return how many were read and how many not."""
+    """Search so many changed disks, a tenth of them from `more`.
+
+    Return the numbers of files that were read and refused.
+    """
     chance = random.Random(seed)
     small = [Mutator(raw, chance) for raw in small_disks().values()]
     large = [Mutator(raw, chance) for raw in more]
@@ -103,7 +109,7 @@ def rounds(count: int, seed: int, more: Sequence[bytes] = ()) -> tuple[int, int]
 
 
 def test_changed_disks_are_read_or_refused() -> None:
-    """Nothing but DiskFsError comes out, with a sentence on one line; no more work is done than is allowed."""
+    """Only DiskFsError is raised, with a message of one line, and the limit of work holds."""
     read, refused = rounds(ROUNDS // 50, seed=15)
 
     assert read > 100
@@ -113,7 +119,7 @@ def test_changed_disks_are_read_or_refused() -> None:
 @pytest.mark.deep
 @pytest.mark.timeout(3600)
 def test_many_changed_disks_are_read_or_refused(tmp_path: Path) -> None:
-    """The same, more often."""
+    """The same test, with more disks."""
     read, refused = rounds(ROUNDS, 16, large_disks(tmp_path))
 
     assert read > ROUNDS // 20

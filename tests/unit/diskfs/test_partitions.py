@@ -1,4 +1,4 @@
-"""Partition tables are read as Linux and OpenBSD read them, and what makes no sense is named."""
+"""Partition tables are read as Linux and OpenBSD read them, and damage is reported."""
 
 import json
 import struct
@@ -29,12 +29,12 @@ FILLED = b"\x11" * 4 * SECTOR
 
 
 def table(raw: bytes | bytearray) -> Table:
-    """Return how a disk is divided."""
+    """Return the partition table of a disk."""
     return opened(raw).table
 
 
 def places(raw: bytes | bytearray) -> list[tuple[str, int, int]]:
-    """Return name, first sector and sectors of each partition that can be read."""
+    """Return name, first sector and number of sectors of each usable partition."""
     return [(p.name, p.start // SECTOR, p.size // SECTOR) for p in table(raw).partitions if not p.problem + p.holds]
 
 
@@ -44,7 +44,7 @@ def named(raw: bytes | bytearray, name: str) -> Partition:
 
 
 def test_primary_partitions() -> None:
-    """Four of them, without those that are unused."""
+    """There are up to four, and unused entries are skipped."""
     raw = mbr_disk(Part(8, FILLED), Part(16, FILLED, 0x82))
     assert places(raw) == [("p1", 8, 4), ("p2", 16, 4)]
     put(raw, 0, boot_record((0, 0, 0), (0x83, 8, 4)))
@@ -53,7 +53,7 @@ def test_primary_partitions() -> None:
 
 
 def test_logical_partitions_are_counted_from_five() -> None:
-    """Each is found by the boot record of the one before."""
+    """Each boot record has the position of the next one."""
     parts = [Part(first, FILLED) for first in (8, 16, 24, 33, 41, 57)]
     raw = mbr_disk(*parts)
 
@@ -62,7 +62,7 @@ def test_logical_partitions_are_counted_from_five() -> None:
 
 
 def test_a_chain_of_boot_records_without_an_end_ends() -> None:
-    """One that leads back, and one that leads nowhere, are named; those before them are kept."""
+    """A loop and a record outside of the disk are reported, and the partitions before them are kept."""
     raw = mbr_disk(*[Part(first, FILLED) for first in (8, 16, 24, 33, 41)])
     put(raw, 40, boot_record((0x83, 1, 4), (0x05, 0, 9)))
     assert named(raw, "p7").problem == "its boot record at sector 32 is in the chain twice"
@@ -72,7 +72,7 @@ def test_a_chain_of_boot_records_without_an_end_ends() -> None:
     for at in (len(raw) // SECTOR, len(raw) // SECTOR + 1):
         put(raw, 40, boot_record((0x83, 1, 4), (0x05, at - 32, 9)))
         assert named(raw, "p7").problem == f"its boot record at sector {at} is damaged"
-    # Each of them is another one, and the bound is one of numbers.
+    # All boot records differ, so only the limit of their number ends the chain.
     endless = disk_of(size=4096 * SECTOR)
     put(endless, 0, boot_record((0x05, 64, 4000)))
     for number in range(4000):
@@ -81,7 +81,7 @@ def test_a_chain_of_boot_records_without_an_end_ends() -> None:
 
 
 def test_partitions_outside_of_the_disk_are_named() -> None:
-    """A disk may have been cut short."""
+    """The disk may have been truncated."""
     raw = mbr_disk(Part(8, FILLED), Part(16, FILLED))
     end = len(raw)
     put(raw, 0, boot_record((0x83, 8, 4), (0x83, 16, 1000), (0x83, 5000, 4)))
@@ -92,7 +92,7 @@ def test_partitions_outside_of_the_disk_are_named() -> None:
 
 
 def test_a_boot_sector_is_no_table() -> None:
-    """That of FAT has text where an MBR has its partitions."""
+    """The boot sector of FAT has text in place of a partition table."""
     raw = mbr_disk(Part(8, FILLED))
     raw[446:510] = b"Remove disks or other media. Press any key to restart".ljust(64, b"\r")
 
@@ -101,22 +101,22 @@ def test_a_boot_sector_is_no_table() -> None:
 
 @pytest.mark.parametrize("entry_bytes", [128, 256])
 def test_gpt(entry_bytes: int) -> None:
-    """By the number of its entry, however long that is."""
+    """A partition has the number of its entry, for any size of entries."""
     raw = gpt_disk(Part(40, FILLED), Part(48, FILLED), entry_bytes=entry_bytes)
     assert places(raw) == [("p1", 40, 4), ("p2", 48, 4)]
     assert table(raw).kind == "GPT"
 
 
 def test_the_backup_of_a_gpt_is_used() -> None:
-    """Where the first one is damaged: its header, or its entries."""
+    """The header or the entries of the first GPT are damaged."""
     for at, sector in ((40, 1), (32, 2)):
         raw = gpt_disk(Part(40, FILLED))
         raw[sector * SECTOR + at] ^= 1
         assert places(raw) == [("p1", 40, 4)]
 
 
-def test_a_gpt_of_which_nothing_is_left_is_named() -> None:
-    """With what is wrong with both."""
+def test_a_gpt_without_a_valid_copy_is_reported() -> None:
+    """The message has the damage of both copies."""
     raw = gpt_disk(Part(40, FILLED))
     last = len(raw) // SECTOR - 1
     raw[SECTOR + 60] ^= 1
@@ -140,7 +140,7 @@ def test_a_gpt_of_which_nothing_is_left_is_named() -> None:
     ],
 )
 def test_a_gpt_has_bounds(count: int, size: int, header: int, said: str) -> None:
-    """Whatever its checksums say."""
+    """The limits hold although the checksums are right."""
     raw = gpt_disk(Part(40, FILLED))
     struct.pack_into("<I", raw, SECTOR + 12, header)
     struct.pack_into("<II", raw, SECTOR + 80, count, size)
@@ -153,7 +153,7 @@ def test_a_gpt_has_bounds(count: int, size: int, header: int, said: str) -> None
 
 @pytest.mark.parametrize("mbr", [True, False])
 def test_disklabel(mbr: bool) -> None:
-    """In a partition of OpenBSD's, and alone; the one that stands for the disk is none."""
+    """It is in a partition of OpenBSD or alone on the disk.  Its partition `c`, the whole disk, is skipped."""
     raw = openbsd_disk(FILLED, mbr=mbr)
 
     assert places(raw) == [("a", 64, 4), ("b", 68, len(raw) // SECTOR - 68)]
@@ -163,7 +163,7 @@ def test_disklabel(mbr: bool) -> None:
 
 
 def test_disklabel_in_a_gpt() -> None:
-    """OpenBSD's installer makes that for UEFI."""
+    """OpenBSD's installer makes this for UEFI."""
     labelled = bytes(SECTOR) + label(("a", 7, 48, 4), ("d", 7, 52, 1 << 33))
     raw = gpt_disk(Part(40, labelled), Part(48, FILLED * 2), guid=OPENBSD)
 
@@ -171,8 +171,8 @@ def test_disklabel_in_a_gpt() -> None:
     assert named(raw, "d").problem.startswith(f"ends at {(52 + (1 << 33)) * SECTOR}, after")
 
 
-def test_disklabel_of_more_than_sixteen() -> None:
-    """They go on with capital letters."""
+def test_disklabel_of_more_than_sixteen_partitions() -> None:
+    """Their letters continue after `p`."""
     raw = disk_of(Part(64, FILLED))
     put(raw, 1, label(("a", 7, 64, 4), ("z", 7, 65, 2)))
 
@@ -186,8 +186,8 @@ def test_disklabel_of_more_than_sixteen() -> None:
         (136, 1, "its disklabel has a wrong checksum"),
     ],
 )
-def test_a_disklabel_that_makes_no_sense_is_named(at: int, value: int, said: str) -> None:
-    """A disk with one is not a disk without."""
+def test_damaged_disklabels_are_reported(at: int, value: int, said: str) -> None:
+    """The disk is not treated as one without a disklabel."""
     raw = openbsd_disk(FILLED, mbr=False)
     struct.pack_into("<H", raw, SECTOR + at, value)
 
@@ -195,7 +195,7 @@ def test_a_disklabel_that_makes_no_sense_is_named(at: int, value: int, said: str
 
 
 def test_a_disklabel_for_other_sectors_is_named() -> None:
-    """Its numbers would mean something else."""
+    """Its sector numbers would have another meaning."""
     raw = disk_of(Part(64, FILLED))
     put(raw, 1, label(("a", 7, 8, 4), sector_bytes=4096))
 
@@ -204,7 +204,7 @@ def test_a_disklabel_for_other_sectors_is_named() -> None:
 
 @pytest.mark.parametrize("size", [0, 1, 511, 512, 1023, 1024, 2048])
 def test_a_disk_may_be_of_any_size(size: int) -> None:
-    """Where it has no room for a table it has none."""
+    """A disk without room for a table has none."""
     assert table(boot_record((0x83, 1, 1))[:size].ljust(size, b"\0")).problem == ""
 
 
@@ -219,7 +219,7 @@ def test_a_disk_may_be_of_any_size(size: int) -> None:
     ],
 )
 def test_sfdisk_agrees(tmp_path: Path, script: str) -> None:
-    """What it has written is what it reads, and what we read."""
+    """We read the partitions that sfdisk has written and reads."""
     image = tmp_path / "image"
     image.write_bytes(bytes(16 << 20))
     run("sfdisk", "-q", image, stdin=script)

@@ -1,4 +1,4 @@
-"""Whether a BIOS finds something to start on a disk: what images say of it, and nobody else."""
+"""Whether a disk has something for a BIOS to boot.  Only imgprobe reads the images for this."""
 
 import errno
 import os
@@ -23,10 +23,10 @@ TABLE_ONLY = bytes(446).ljust(SECTOR - 2, b"\x01") + SIGNATURE  # a protective M
 
 
 class InProcess:
-    """imgprobe without a process."""
+    """imgprobe without its process."""
 
     def probe(self, fd: int, name: str, format_hint: str, *, boots: bool = False) -> Probe:
-        """Ask it."""
+        """Probe an image."""
         said = unpack(answer(fd, format_hint, [BOOTS] if boots else []))
         if isinstance(said, str):
             raise OperatorError(errno.EINVAL, f"{name}: {said}")
@@ -34,13 +34,13 @@ class InProcess:
 
 
 def starts(path: Path, image_format: str = "") -> bool | None:
-    """Return what is found of a disk."""
+    """Return whether a disk has a boot sector, or None."""
     with closing(open_disk(DiskConfig(path=str(path), format=image_format), InProcess(), Use(boots=True))) as disk:
         return disk.boots
 
 
 def disk_with(path: Path, first: bytes) -> Path:
-    """Make a raw disk that begins with these bytes."""
+    """Make a raw disk that begins with these bytes, and return its path."""
     path.write_bytes(first.ljust(MIB, b"\0"))
     return path
 
@@ -51,12 +51,12 @@ def disk_with(path: Path, first: bytes) -> Path:
 )
 @pytest.mark.parametrize("image_format", ["", "raw"])
 def test_a_raw_disk(tmp_path: Path, first: bytes, found: bool, image_format: str) -> None:
-    """It takes a signature, and something to start; who said that it is raw makes no difference."""
+    """It needs a signature and code.  It does not matter whether `raw` was configured or guessed."""
     assert starts(disk_with(tmp_path / "disk.img", first), image_format) is found
 
 
 def test_a_disk_of_several_images(tmp_path: Path) -> None:
-    """The first sector is the topmost one that there is; zeroes are one, and of compressed data nobody can say."""
+    """The topmost image that has the first sector counts, also with zeros.  A compressed sector may be anything."""
     base = disk_with(tmp_path / "base.img", STARTS)
     create(str(tmp_path / "middle.qcow2"), "qcow2", MIB, "base.img", "raw")
     create(str(tmp_path / "top.qcow2"), "qcow2", MIB, "middle.qcow2", "qcow2")
@@ -71,8 +71,8 @@ def test_a_disk_of_several_images(tmp_path: Path) -> None:
     assert starts(tmp_path / "top.qcow2") is False
 
 
-def test_tables_that_lead_nowhere(tmp_path: Path) -> None:
-    """An image that lies about its first sector is not refused for that: whoever opens it says what is wrong."""
+def test_invalid_tables(tmp_path: Path) -> None:
+    """An image with a wrong table is not refused here, because its opener reports the damage."""
     image = tmp_path / "full.qcow2"
     qemu("qemu-img", "convert", "-O", "qcow2", disk_with(tmp_path / "base.img", STARTS), image)
     raw = image.read_bytes()
@@ -83,8 +83,8 @@ def test_tables_that_lead_nowhere(tmp_path: Path) -> None:
         assert starts(image) in (True, False)
 
 
-def test_nobody_looks_unless_asked(tmp_path: Path) -> None:
-    """A disk of a VM that boots a kernel has no need of a boot sector."""
+def test_the_boot_sector_is_not_read_without_a_request(tmp_path: Path) -> None:
+    """A VM that boots a kernel needs no boot sector."""
     disk = disk_with(tmp_path / "disk.img", b"")
     with closing(open_disk(DiskConfig(path=str(disk)), InProcess())) as opened:
         assert opened.boots is None

@@ -1,4 +1,4 @@
-"""qcow2 headers that lie (hostile 52): each is refused with a sentence, by prober and opener alike."""
+"""qcow2 headers with wrong values (hostile 52): imgprobe and the opener refuse each with a message."""
 
 import os
 import random
@@ -30,7 +30,7 @@ def header_of(path: Path, changes: dict[int, tuple[str, int | bytes]]) -> None:
 
 
 def refusal(path: Path) -> str:
-    """Return why an image is refused."""
+    """Return the message with which an image is refused."""
     with pytest.raises(ImageError) as refused:
         opened(path, writable=True).close()
     return str(refused.value)
@@ -38,13 +38,13 @@ def refusal(path: Path) -> str:
 
 @pytest.fixture
 def image(tmp_path: Path) -> Path:
-    """Return an empty image of ours."""
+    """An empty image of ours."""
     path = tmp_path / "disk.qcow2"
     create(str(path), "qcow2", SIZE)
     return path
 
 
-# By groups of QEMU's iotest 080, then what hostile input 52 adds to them.
+# The groups of QEMU's iotest 080, followed by those that hostile input 52 adds.
 LIES: dict[str, list[tuple[dict[int, tuple[str, int | bytes]], str]]] = {
     "header-length": [
         ({100: ("I", 96)}, "header claims to be 96 bytes long"),
@@ -171,7 +171,7 @@ EVERY_LIE = [
 
 @pytest.mark.parametrize(("changes", "words"), EVERY_LIE)
 def test_lie_is_refused_52(image: Path, changes: dict[int, tuple[str, int | bytes]], words: str) -> None:
-    """Hostile input 52: one lie at a time; the sentence names the file and the value."""
+    """Hostile input 52: one wrong value at a time.  The message names the file and the value."""
     header_of(image, changes)
 
     text = refusal(image)
@@ -182,7 +182,7 @@ def test_lie_is_refused_52(image: Path, changes: dict[int, tuple[str, int | byte
 
 @pytest.mark.parametrize(("changes", "words"), EVERY_LIE)
 def test_imgprobe_says_the_same_52(image: Path, changes: dict[int, tuple[str, int | bytes]], words: str) -> None:
-    """Hostile input 52: it is asked first.  What needs more than the header it leaves to whoever opens the image."""
+    """Hostile input 52: imgprobe is asked first.  Checks that need more than the header are left to the opener."""
     header_of(image, changes)
 
     with image.open("rb") as file:
@@ -208,14 +208,14 @@ def test_imgprobe_says_the_same_52(image: Path, changes: dict[int, tuple[str, in
     ],
 )
 def test_pointer_into_metadata_is_refused_52(image: Path, place: int, value: int, words: str) -> None:
-    """Tables that lead to the header, to tables or to themselves are no tables to write with."""
+    """An image whose tables point to the header, to tables or to themselves must not be written."""
     header_of(image, {place: ("Q", value)})
 
     assert words in refusal(image)
 
 
-def test_missing_refcount_block_gives_nothing_away_52(image: Path) -> None:
-    """No refcount says that the header is in use, and still it is not handed out."""
+def test_missing_refcount_block_frees_no_metadata_52(image: Path) -> None:
+    """Without a refcount, the header looks free.  It is not allocated all the same."""
     header_of(image, {CLUSTER: ("Q", 0)})
     before = image.read_bytes()[: 4 * CLUSTER]
     disk = opened(image, writable=True)
@@ -228,7 +228,7 @@ def test_missing_refcount_block_gives_nothing_away_52(image: Path) -> None:
     disk.close()
 
     after = image.read_bytes()[: 4 * CLUSTER]
-    assert after[72:80] == bytes(7) + b"\2"  # marked, so that nobody writes to it before it is repaired
+    assert after[72:80] == bytes(7) + b"\2"  # marked as corrupt, so that it is not written before it is repaired
     assert after[:72] + after[80:] == before[:72] + before[80:]
 
 
@@ -241,7 +241,7 @@ def test_missing_refcount_block_gives_nothing_away_52(image: Path) -> None:
     ],
 )
 def test_entry_into_metadata_is_not_written_to_52(image: Path, entry: int, words: str) -> None:
-    """Nor is one that leads far behind the end of the file, which it would make huge."""
+    """An entry far behind the end of the file is not written either: the file would become huge."""
     disk = opened(image, writable=True)
     write(disk, 0, b"x" * CLUSTER)
     disk.close()
@@ -267,7 +267,7 @@ def test_entry_into_metadata_is_not_written_to_52(image: Path, entry: int, words
     ],
 )
 def test_entry_that_leads_nowhere_is_an_error_52(image: Path, entry: int, words: str) -> None:
-    """Reading it fails; what is beside it can be read."""
+    """Reading its cluster fails, and other clusters can be read."""
     disk = opened(image, writable=True)
     write(disk, 0, b"x" * CLUSTER + b"z" * 512)
     disk.close()
@@ -280,8 +280,8 @@ def test_entry_that_leads_nowhere_is_an_error_52(image: Path, entry: int, words:
     disk.close()
 
 
-def test_cluster_that_is_in_use_and_counted_as_free_is_not_handed_out_52(image: Path) -> None:
-    """Hostile input 52, overlap on allocation: tables that the image needs are known whatever their refcounts say."""
+def test_cluster_in_use_with_refcount_0_is_not_allocated_52(image: Path) -> None:
+    """Hostile input 52, overlap on allocation: the image's tables are known, whatever their refcounts are."""
     disk = opened(image, writable=True)
     write(disk, 0, b"x" * CLUSTER)  # cluster 4 is its L2 table, 5 the data
     disk.close()
@@ -295,7 +295,7 @@ def test_cluster_that_is_in_use_and_counted_as_free_is_not_handed_out_52(image: 
         disk.close()
 
         after = image.read_bytes()
-        assert [at for at in range(len(before)) if before[at] != after[at]] == [79]  # the corrupt bit, nothing else
+        assert [at for at in range(len(before)) if before[at] != after[at]] == [79]  # the corrupt bit only
         header_of(image, {72: ("Q", 0), 2 * CLUSTER + 2 * cluster: ("H", 1)})
 
 
@@ -307,8 +307,8 @@ def test_cluster_that_is_in_use_and_counted_as_free_is_not_handed_out_52(image: 
         b"\xff" * 40,
     ],
 )
-def test_snapshot_that_lies_is_never_looked_at_52(image: Path, snapshot: bytes) -> None:
-    """Hostile input 52, iotest 080's invalid L1 table of a snapshot: nothing here reverts to one."""
+def test_invalid_snapshot_is_never_read_52(image: Path, snapshot: bytes) -> None:
+    """Hostile input 52, iotest 080's invalid L1 table of a snapshot: we never revert to a snapshot."""
     place = image.stat().st_size
     with image.open("r+b") as file:
         file.seek(place)
@@ -326,7 +326,7 @@ def test_snapshot_that_lies_is_never_looked_at_52(image: Path, snapshot: bytes) 
 
 
 def test_every_prefix_is_refused_or_whole_52(image: Path) -> None:
-    """A file cut anywhere gives an ImageError or, once all metadata is there, an image."""
+    """A truncated file raises ImageError, or is an image once all of its metadata is there."""
     whole = image.read_bytes()
     for length in [*range(300), *range(CLUSTER - 1, len(whole), 9973)]:
         image.write_bytes(whole[:length])
@@ -334,7 +334,10 @@ def test_every_prefix_is_refused_or_whole_52(image: Path) -> None:
 
 
 def test_random_bytes_only_raise_what_they_may_52(tmp_path: Path) -> None:
-    """Flipped bits and random fields, opened, read and written: ImageError or OSError, nothing else."""
+    """Images with flipped bits and random fields are opened, read and written.
+
+    Only ImageError or OSError is raised.
+    """
     path = tmp_path / "disk"
     create(str(path), "qcow2", SIZE)
     disk = opened(path, writable=True)
@@ -371,7 +374,7 @@ def test_random_bytes_only_raise_what_they_may_52(tmp_path: Path) -> None:
 
 
 def test_probe_tells_formats(image: Path, tmp_path: Path) -> None:
-    """By the first bytes if nobody says; what was said wins."""
+    """A given format is used.  Otherwise the first bytes decide."""
     with image.open("rb") as file:
         assert (probe(file.fileno(), "x").format, probe(file.fileno(), "x").size) == ("qcow2", SIZE)
         assert probe(file.fileno(), "x").guessed
@@ -385,7 +388,7 @@ def test_probe_tells_formats(image: Path, tmp_path: Path) -> None:
 
 
 def test_imgprobe_answers_with_one_line(image: Path) -> None:
-    """A refusal is a sentence without a name: imgprobe does not know any."""
+    """A refusal has no file name, because imgprobe does not know it."""
     with image.open("rb") as file:
         assert unpack(answer(file.fileno(), "qcow2")) == Probe(format="qcow2", size=SIZE)
         assert unpack(answer(file.fileno(), "raw")) == Probe(format="raw", size=4 * CLUSTER)
@@ -394,8 +397,8 @@ def test_imgprobe_answers_with_one_line(image: Path) -> None:
         assert unpack(answer(file.fileno(), "")) == "unsupported qcow2 version 9"
 
 
-def test_guessed_image_is_told_apart(tmp_path: Path) -> None:
-    """A guest may have written that header (hostile 52); by path no backing file comes of it."""
+def test_guessed_image_has_no_backing_file(tmp_path: Path) -> None:
+    """A guest may have written that header (hostile 52), so its backing file is not opened by path."""
     create(str(tmp_path / "top"), "qcow2", SIZE, "/etc/shadow", "raw")
 
     with (tmp_path / "top").open("rb") as file:
@@ -409,7 +412,7 @@ def test_guessed_image_is_told_apart(tmp_path: Path) -> None:
 
 
 def test_version_2_header_has_extensions_too_52(tmp_path: Path) -> None:
-    """They begin at byte 72 there."""
+    """They begin at byte 72."""
     path = tmp_path / "disk"
     create(str(path), "qcow2", SIZE)
     header_of(path, {4: ("I", 2), 72: ("Q", 0xE2792ACA00000003), 80: ("8s", b"raw"), 88: ("Q", 0)})

@@ -1,4 +1,4 @@
-"""Raw images, chains, and what qcow2 does when the host fails it."""
+"""Raw images, chains, and qcow2 on a failing host."""
 
 import errno
 import os
@@ -39,7 +39,7 @@ CLUSTER = 64 * KIB
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Path:
-    """Return an empty qcow2 image."""
+    """An empty qcow2 image."""
     path = tmp_path / "disk.qcow2"
     create(str(path), "qcow2", 16 * MIB)
     return path
@@ -47,18 +47,18 @@ def disk(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def raw(tmp_path: Path) -> Path:
-    """Return an empty raw image."""
+    """An empty raw image."""
     path = tmp_path / "disk.raw"
     create(str(path), "raw", 4 * MIB)
     return path
 
 
-# -- both
+# -- both formats
 
 
 @pytest.mark.parametrize("image_format", ["raw", "qcow2"])
 def test_scribble(tmp_path: Path, image_format: str) -> None:
-    """Random requests leave what a flat disk would have, also for who opens the image next."""
+    """Random requests have the same result as on a flat disk, also after the image is opened again."""
     path = tmp_path / "disk"
     create(str(path), image_format, 4 * MIB + 512)
     flat = bytearray(4 * MIB + 512)
@@ -75,7 +75,7 @@ def test_scribble(tmp_path: Path, image_format: str) -> None:
 @pytest.mark.parametrize("image_format", ["raw", "qcow2"])
 @pytest.mark.parametrize(("offset", "length"), [(-512, 512), (4 * MIB, 1), (4 * MIB - 512, 1024), (1 << 62, 512)])
 def test_request_outside_the_disk_is_refused(tmp_path: Path, image_format: str, offset: int, length: int) -> None:
-    """With an error, by every method (hostile 29, 32)."""
+    """Every method raises an error (hostile 29, 32)."""
     path = tmp_path / "disk"
     create(str(path), image_format, 4 * MIB)
     image = opened(path, writable=True, formats=(image_format,))
@@ -94,7 +94,7 @@ def test_request_outside_the_disk_is_refused(tmp_path: Path, image_format: str, 
 
 @pytest.mark.parametrize("image_format", ["raw", "qcow2"])
 def test_read_only_image_is_not_written(tmp_path: Path, image_format: str) -> None:
-    """Not even by what need not change anything."""
+    """Requests that need not change anything are refused, too."""
     path = tmp_path / "disk"
     create(str(path), image_format, 4 * MIB)
     image = opened(path, formats=(image_format,))
@@ -114,7 +114,7 @@ def test_read_only_image_is_not_written(tmp_path: Path, image_format: str) -> No
 
 @pytest.mark.parametrize("image_format", ["raw", "qcow2"])
 def test_more_views_than_the_kernel_takes(tmp_path: Path, image_format: str) -> None:
-    """A request of 3000 sectors in as many pieces."""
+    """A request has 3000 sectors in as many pieces."""
     path = tmp_path / "disk"
     create(str(path), image_format, 4 * MIB)
     image = opened(path, writable=True, formats=(image_format,))
@@ -131,13 +131,13 @@ def test_more_views_than_the_kernel_takes(tmp_path: Path, image_format: str) -> 
 
 
 def test_cut_views_are_counted() -> None:
-    """The sum of all lengths, however many there are."""
+    """Their lengths are added up, however many there are."""
     assert total(pieces(bytes(1000), random.Random(3))) == 1000
 
 
 @pytest.mark.parametrize("image_format", ["raw", "qcow2"])
 def test_lost_data_is_reported_ever_after(tmp_path: Path, image_format: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel tells of a failed write-back once; a later flush that succeeds would be a lie (hostile 33)."""
+    """The kernel reports a failed write-back only once.  A later successful flush would be wrong (hostile 33)."""
     path = tmp_path / "disk"
     create(str(path), image_format, 4 * MIB)
     image = opened(path, writable=True, formats=(image_format,))
@@ -156,7 +156,7 @@ def test_lost_data_is_reported_ever_after(tmp_path: Path, image_format: str, mon
 
 
 def test_no_flush_succeeds_beside_one_that_fails(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel tells one of two callers; the other would promise what is lost (hostile 33)."""
+    """The kernel reports the failure to one of two callers, but the data of both may be lost (hostile 33)."""
     image = opened(raw, writable=True, formats=("raw",))
     started, go_on, told = threading.Event(), threading.Event(), []
 
@@ -189,7 +189,7 @@ def test_no_flush_succeeds_beside_one_that_fails(raw: Path, monkeypatch: pytest.
 
 
 def test_raw_file_that_ends_inside_a_sector(raw: Path) -> None:
-    """A reader finds zeroes behind the file's last byte, up to the end of the sector."""
+    """Reads find zeros after the last byte, up to the end of the sector."""
     raw.write_bytes(b"a" * 1000)
     image = opened(raw, writable=True, formats=("raw",))
 
@@ -207,7 +207,7 @@ def test_raw_file_that_ends_inside_a_sector(raw: Path) -> None:
 
 
 def test_guessed_raw_file_shorter_than_a_signature_takes_none_31(raw: Path) -> None:
-    """Bytes that are not there yet count as zeroes (hostile 31)."""
+    """Missing bytes count as zeros (hostile 31)."""
     raw.write_bytes(b"QF")
     image = opened(raw, writable=True, formats=("raw",), guessed=True)
 
@@ -219,7 +219,7 @@ def test_guessed_raw_file_shorter_than_a_signature_takes_none_31(raw: Path) -> N
 
 
 def test_shrunk_file_has_no_holes_behind_its_end_33(raw: Path, disk: Path) -> None:
-    """A copy reads there, and fails; zeroes would be made up (hostile 33)."""
+    """A copy reads there and fails.  Zeros would be invented data (hostile 33)."""
     image = opened(raw, formats=("raw",))
     os.truncate(raw, MIB)
     assert image.span(MIB) == (True, 3 * MIB)
@@ -237,7 +237,7 @@ def test_shrunk_file_has_no_holes_behind_its_end_33(raw: Path, disk: Path) -> No
 
 
 def test_shrunk_file_is_an_error_33(raw: Path) -> None:
-    """Zeroes would be taken for the disk's content (hostile 33)."""
+    """Zeros would be taken for the disk's content (hostile 33)."""
     image = opened(raw, writable=True, formats=("raw",))
     os.truncate(raw, MIB)
 
@@ -251,7 +251,7 @@ def test_shrunk_file_is_an_error_33(raw: Path) -> None:
     [QCOW_MAGIC, *(bytes(at) + found for name, at, found in SIGNATURES if not FOREIGN[name].content)],
 )
 def test_guessed_raw_disk_takes_no_signature_31(raw: Path, signature: bytes) -> None:
-    """Whole, in pieces or byte by byte (hostile 31)."""
+    """It is refused as a whole, in pieces and byte by byte (hostile 31)."""
     image = opened(raw, writable=True, formats=("raw",), guessed=True)
     sector = signature + bytes(512 - len(signature))
 
@@ -270,7 +270,7 @@ def test_guessed_raw_disk_takes_no_signature_31(raw: Path, signature: bytes) -> 
 
 
 def test_memory_that_changes_under_the_check_gains_nothing_31(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is written is what was checked (hostile 20)."""
+    """The written bytes are those that were checked (hostile 20)."""
     image = opened(raw, writable=True, formats=("raw",), guessed=True)
     memory = bytearray(4096)
     real = os.pwritev
@@ -286,8 +286,8 @@ def test_memory_that_changes_under_the_check_gains_nothing_31(raw: Path, monkeyp
     image.close()
 
 
-def test_disk_that_is_said_to_be_raw_takes_any_bytes(raw: Path) -> None:
-    """Nobody will look at them."""
+def test_disk_configured_as_raw_takes_any_bytes(raw: Path) -> None:
+    """Its first bytes are never used to guess a format."""
     image = opened(raw, writable=True, formats=("raw",))
 
     write(image, 0, b"QFI\xfb" + bytes(508))
@@ -296,7 +296,7 @@ def test_disk_that_is_said_to_be_raw_takes_any_bytes(raw: Path) -> None:
 
 
 def test_raw_discard_gives_storage_back(raw: Path) -> None:
-    """And so do zeroes that may be unmapped."""
+    """Writing zeros that may be unmapped does so, too."""
     image = opened(raw, writable=True, formats=("raw",))
     write(image, 0, b"x" * 2 * MIB)
     image.flush()
@@ -311,7 +311,7 @@ def test_raw_discard_gives_storage_back(raw: Path) -> None:
 
 
 def test_qcow2_discard_gives_storage_back(disk: Path) -> None:
-    """And so do zeroes that may be unmapped, once nothing on disk refers to what was there."""
+    """Writing zeros that may be unmapped does so, too, once nothing on the disk refers to the old clusters."""
     image = opened_qcow2(disk, writable=True)
     write(image, 0, b"x" * 3 * MIB)
     image.flush()
@@ -327,8 +327,8 @@ def test_qcow2_discard_gives_storage_back(disk: Path) -> None:
     assert problems(disk) == {}
 
 
-def test_what_a_dirty_image_held_is_not_given_back(disk: Path) -> None:
-    """Its refcounts mean nothing.  What is allocated since, from the first cluster behind it on, is freed as ever."""
+def test_old_clusters_of_a_dirty_image_are_not_freed(disk: Path) -> None:
+    """Its refcounts are unreliable.  Clusters allocated since then, behind the old ones, are freed as usual."""
     image = opened_qcow2(disk, writable=True)
     write(image, 0, b"x" * MIB)
     image.close()
@@ -338,7 +338,7 @@ def test_what_a_dirty_image_held_is_not_given_back(disk: Path) -> None:
     image = opened_qcow2(disk, writable=True)
     floor = image.refcounts.floor
     assert floor > MIB // CLUSTER
-    write(image, 8 * MIB, b"y" * CLUSTER)  # in the slice of L2 that there is
+    write(image, 8 * MIB, b"y" * CLUSTER)  # in the existing slice of L2
     image.flush()
     before, end = disk.stat().st_blocks, disk.stat().st_size
 
@@ -349,17 +349,17 @@ def test_what_a_dirty_image_held_is_not_given_back(disk: Path) -> None:
     image.discard(8 * MIB, CLUSTER)
     image.flush()
     assert (before - disk.stat().st_blocks) * 512 == CLUSTER
-    write(image, 9 * MIB, b"z" * CLUSTER)  # where that was
+    write(image, 9 * MIB, b"z" * CLUSTER)  # at the freed place
     image.flush()
     assert (disk.stat().st_blocks, disk.stat().st_size) == (before, end)
     image.close()
 
 
 @pytest.mark.parametrize("unmap", [True, False])
-def test_zeroes_are_written_where_the_file_system_cannot(
+def test_zeroes_are_written_where_the_file_system_cannot_make_holes(
     raw: Path, monkeypatch: pytest.MonkeyPatch, unmap: bool
 ) -> None:
-    """Slowly, but right; a discard is then nothing."""
+    """This is slow but correct.  A discard then does nothing."""
     image = opened(raw, writable=True, formats=("raw",))
     write(image, 0, b"x" * 3 * MIB)
 
@@ -378,7 +378,7 @@ def test_zeroes_are_written_where_the_file_system_cannot(
 
 
 def test_backing_image_that_is_shorter_reads_as_zeroes_52(tmp_path: Path) -> None:
-    """Behind its end, which need not be at a sector (hostile 52)."""
+    """This holds behind its end, which need not be at a sector (hostile 52)."""
     (tmp_path / "base").write_bytes(b"b" * 70001)
     create(str(tmp_path / "top"), "qcow2", MIB, "base", "raw")
     image = opened(tmp_path / "top", tmp_path / "base", writable=True, formats=("qcow2", "raw"))
@@ -390,7 +390,7 @@ def test_backing_image_that_is_shorter_reads_as_zeroes_52(tmp_path: Path) -> Non
 
 
 def test_discard_uncovers_no_backing_file(tmp_path: Path) -> None:
-    """What the guest wrote is gone, and so is what was below it."""
+    """A discard also hides the data of the backing file."""
     (tmp_path / "base").write_bytes(b"b" * MIB)
     create(str(tmp_path / "top"), "qcow2", MIB, "base", "raw")
     image = opened(tmp_path / "top", tmp_path / "base", writable=True, formats=("qcow2", "raw"))
@@ -403,7 +403,7 @@ def test_discard_uncovers_no_backing_file(tmp_path: Path) -> None:
 
 
 def test_chain_that_does_not_fit_is_refused_52(tmp_path: Path, disk: Path) -> None:
-    """Too long, too short, below a raw image, or of a guessed image; the files are closed again."""
+    """It is too long or too short, below a raw image, or of a guessed image.  All files are closed."""
     create(str(tmp_path / "top"), "qcow2", MIB, "base", "qcow2")
     before = len(open_descriptors())
 
@@ -423,7 +423,7 @@ def test_chain_that_does_not_fit_is_refused_52(tmp_path: Path, disk: Path) -> No
 
 
 def test_chain_by_path_is_followed_with_care_52(tmp_path: Path) -> None:
-    """Missing files, loops and chains that are too long each get their sentence."""
+    """Missing files, loops and chains that are too long have a message each."""
     create(str(tmp_path / "self"), "qcow2", MIB, "self", "qcow2")
     create(str(tmp_path / "lost"), "qcow2", MIB, "gone", "qcow2")
     create(str(tmp_path / "0"), "qcow2", MIB)
@@ -445,11 +445,11 @@ def test_chain_by_path_is_followed_with_care_52(tmp_path: Path) -> None:
     chain.close()
 
 
-# -- qcow2 and a host that fails
+# -- qcow2 on a failing host
 
 
 def packed_image(path: Path, packed: bytes) -> None:
-    """Make the first cluster of an image a compressed one."""
+    """Make the first cluster of an image a compressed one with these bytes."""
     image = opened_qcow2(path)
     write(image, 0, b"x" * CLUSTER)
     image.close()
@@ -468,7 +468,7 @@ def deflated(data: bytes) -> bytes:
 
 
 def test_bomb_yields_no_more_than_a_cluster_52(disk: Path) -> None:
-    """Whatever a compressed cluster claims to become (hostile 52)."""
+    """The limit holds for any compressed data (hostile 52)."""
     packed_image(disk, deflated(bytes(50 * MIB))[:CLUSTER])
     image = opened_qcow2(disk)
 
@@ -485,7 +485,7 @@ def test_bomb_yields_no_more_than_a_cluster_52(disk: Path) -> None:
     ],
 )
 def test_bad_compressed_cluster_is_an_error_52(disk: Path, packed: bytes, words: str) -> None:
-    """Not inflatable, or too little."""
+    """It cannot be decompressed, or has too little data."""
     packed_image(disk, packed)
     image = opened_qcow2(disk)
 
@@ -495,7 +495,7 @@ def test_bad_compressed_cluster_is_an_error_52(disk: Path, packed: bytes, words:
 
 
 class FailingWrites:
-    """pwritev(2) that once fails half-way."""
+    """pwritev(2) that fails once after a part of the data."""
 
     def __init__(self, failing: int, error: int) -> None:
         self.real = os.pwritev
@@ -516,7 +516,7 @@ class FailingWrites:
 def test_failing_write_leaves_a_consistent_image_33(
     disk: Path, failing: int, error: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whichever write fails, the guest is told, and everything else stays what it is (hostile 33)."""
+    """For every write that may fail, the guest gets an error and all other data is kept (hostile 33)."""
     image = opened_qcow2(disk)
     write(image, 0, b"a" * CLUSTER)
     image.flush()
@@ -552,7 +552,7 @@ def test_failing_write_leaves_a_consistent_image_33(
 def test_failing_write_while_the_refcount_table_grows_33(
     tmp_path: Path, failing: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A table that was half made leaves nothing behind: it is made again, and all is there (hostile 33)."""
+    """A half-written table is made again, and no data is lost (hostile 33)."""
     disk = tmp_path / "disk"
     qemu("qemu-img", "create", "-qf", "qcow2", "-o", "cluster_size=512,refcount_bits=64", disk, "4M")
     image = opened_qcow2(disk)
@@ -584,7 +584,7 @@ def test_failing_write_while_the_refcount_table_grows_33(
 
 
 def test_flush_goes_round_a_table_that_cannot_be_written_33(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One place that fails costs no other table, and is tried again (hostile 33)."""
+    """A table that cannot be written does not stop the others, and is tried again (hostile 33)."""
     disk, second = tmp_path / "disk.qcow2", 512 * MIB
     create(str(disk), "qcow2", 2 * second)
     image = opened_qcow2(disk)
@@ -617,10 +617,13 @@ def test_flush_goes_round_a_table_that_cannot_be_written_33(tmp_path: Path, monk
 
 
 @pytest.mark.parametrize("where", ["in", "beside"])
-def test_refcounts_that_cannot_be_written_do_not_fail_what_needs_none_33(
+def test_unwritable_refcounts_do_not_fail_writes_in_place_33(
     disk: Path, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A block that a limit of the file forbids to write: writes in place are done, those that allocate are refused."""
+    """A file-size limit forbids writes to a refcount block.
+
+    Writes in place work, and those that allocate are refused.
+    """
     image = opened_qcow2(disk)
     write(image, 0, b"a" * CLUSTER)
     image.close()
@@ -649,7 +652,7 @@ def test_refcounts_that_cannot_be_written_do_not_fail_what_needs_none_33(
 def test_table_that_was_half_written_is_not_seen_by_the_guest_33(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its place at the end of the file is taken by data next, and no cluster of zeroes any more (hostile 33)."""
+    """Data takes its place at the end of the file next, so that place must be zeroed (hostile 33)."""
     disk, second = tmp_path / "disk.qcow2", 512 * MIB
     create(str(disk), "qcow2", 2 * second)
     image = opened_qcow2(disk)
@@ -671,7 +674,7 @@ def test_table_that_was_half_written_is_not_seen_by_the_guest_33(
 
 
 def test_cluster_is_not_reused_while_a_write_to_it_is_under_way(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A guest discards what it is writing, and something else gets the place: the late write must not hit that."""
+    """A guest discards a cluster during its write.  The late write must not reach the cluster's next user."""
     image = opened_qcow2(disk)
     write(image, 0, b"a" * CLUSTER)
     image.flush()
@@ -698,13 +701,13 @@ def test_cluster_is_not_reused_while_a_write_to_it_is_under_way(disk: Path, monk
 
     assert read(image, CLUSTER, 8 * CLUSTER) == b"n" * 8 * CLUSTER
     image.flush()
-    write(image, 9 * CLUSTER, b"m" * CLUSTER)  # now it may have that place
+    write(image, 9 * CLUSTER, b"m" * CLUSTER)  # now the cluster may be reused
     assert (image.l1[0], image.slices[0].table[9]) == place
     image.close()
 
 
 def test_read_goes_on_while_a_write_that_allocates_is_slow(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One slow request holds up no other that needs nothing new."""
+    """A slow request does not delay those that allocate nothing."""
     image = opened_qcow2(disk)
     write(image, 0, b"a" * CLUSTER)
     started, go_on = threading.Event(), threading.Event()
@@ -731,7 +734,7 @@ def test_read_goes_on_while_a_write_that_allocates_is_slow(disk: Path, monkeypat
 
 
 def test_cache_of_tables_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A disk with more tables than fit is read and written right, in bounded memory."""
+    """A disk with more tables than fit is read and written correctly in bounded memory."""
     monkeypatch.setattr(qcow2, "CACHE_BYTES", 4 * qcow2.SLICE_BYTES)
     path = tmp_path / "disk"
     create(str(path), "qcow2", 64 << 29)
@@ -753,7 +756,7 @@ def test_cache_of_tables_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_existing_file_is_left_alone(raw: Path) -> None:
-    """A file that is there is never written."""
+    """An existing file is never written."""
     raw.write_bytes(b"precious")
 
     with pytest.raises(HostError, match=f"could not create {raw}: File exists"):
@@ -766,8 +769,8 @@ def test_existing_file_is_left_alone(raw: Path) -> None:
     ("size", "backing", "words"),
     [(MAX_SIZE + 1, "", "too large for a qcow2 image"), (MIB, "b" * 1024, "1024 bytes long, more than 1023")],
 )
-def test_image_that_cannot_be_leaves_nothing_behind(tmp_path: Path, size: int, backing: str, words: str) -> None:
-    """Neither a file nor half of one."""
+def test_invalid_image_leaves_no_file(tmp_path: Path, size: int, backing: str, words: str) -> None:
+    """There is neither a file nor a part of one."""
     with pytest.raises(ImageError, match=words):
         create(str(tmp_path / "new"), "qcow2", size, backing, "qcow2")
 
@@ -779,7 +782,7 @@ def test_image_that_cannot_be_leaves_nothing_behind(tmp_path: Path, size: int, b
 def test_conversion_that_fails_leaves_nothing_behind(
     tmp_path: Path, raw: Path, image_format: str, failure: BaseException
 ) -> None:
-    """Whether the disk is full or the operator has enough of it."""
+    """The disk is full, or the operator interrupts it."""
     raw.write_bytes(b"x" * MIB)
     source = OpenedChain(str(raw), "raw").image()
 

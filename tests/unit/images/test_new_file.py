@@ -1,4 +1,4 @@
-"""A new file gets its name when it is complete, on file systems that have more or fewer means for that."""
+"""A new file gets its name when it is complete, on file systems with more or fewer features."""
 
 import ctypes
 import errno
@@ -12,7 +12,7 @@ from vmd.errors import HostError
 from vmd.images import create as module
 from vmd.images.create import STEM_BYTES, new_file
 
-# What a file system lacks, each with all before it: files without a name, renaming without replacing, links.
+# Features that a file system lacks, each in addition to the ones before: unnamed files, RENAME_NOREPLACE, links.
 KINDS = ["local", "no-tmpfile", "no-noreplace", "no-links"]
 
 
@@ -30,14 +30,14 @@ class Rename:
 
 @pytest.fixture(params=KINDS)
 def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Let the file system be of a kind."""
+    """Make the file system lack the features of a kind."""
     kind: str = request.param
     lacks = KINDS.index(kind)
     def no_link(*_: object, **__: object) -> None:
         raise OSError(errno.EPERM, "no links")
 
     if lacks >= 1:
-        monkeypatch.setattr(module, "UNNAMED", 0)  # what an old file system makes of it
+        monkeypatch.setattr(module, "UNNAMED", 0)  # an old file system ignores the flag
     if lacks >= 2:
         monkeypatch.setattr(module, "libc", Rename(errno.EINVAL))
     if lacks >= 3:
@@ -46,7 +46,7 @@ def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 
 def test_file_appears_complete(kind: str, tmp_path: Path) -> None:
-    """Before that there is none of its name, and afterwards nothing else."""
+    """Before the end its name does not exist.  Afterwards no other file is left."""
     path = tmp_path / ("n" * 255)
     with new_file(str(path)) as fd:
         os.write(fd, b"content")
@@ -63,7 +63,7 @@ def test_file_appears_complete(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("kind")
 def test_name_that_is_taken_meanwhile_is_left_alone(tmp_path: Path) -> None:
-    """Nothing is ever replaced."""
+    """No file is ever replaced."""
     path = tmp_path / "disk"
     with pytest.raises(HostError, match=r"could not create .*/disk: File exists"), new_file(str(path)):
         path.write_bytes(b"theirs")
@@ -74,7 +74,7 @@ def test_name_that_is_taken_meanwhile_is_left_alone(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("kind")
 def test_name_that_is_taken_is_said_before_anything_is_written(tmp_path: Path) -> None:
-    """A copy may take hours."""
+    """A copy may take hours, so the error comes first."""
     (tmp_path / "disk").symlink_to("nowhere")
 
     with pytest.raises(HostError, match=r"could not create .*/disk: File exists"), new_file(f"{tmp_path}/disk"):
@@ -86,7 +86,7 @@ def test_name_that_is_taken_is_said_before_anything_is_written(tmp_path: Path) -
 @pytest.mark.usefixtures("kind")
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("bad"), OSError(errno.ENOSPC, "full")])
 def test_failure_leaves_nothing(tmp_path: Path, error: BaseException) -> None:
-    """Whatever it is."""
+    """This holds for every exception."""
     def half(fd: int) -> None:
         os.write(fd, b"half")
         raise error
@@ -98,8 +98,8 @@ def test_failure_leaves_nothing(tmp_path: Path, error: BaseException) -> None:
 
 
 @pytest.mark.usefixtures("kind")
-def test_failure_to_make_it_last_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the file, or of its name: what is not on storage is not said to be there."""
+def test_failure_to_sync_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the file or its name is not on stable storage, it is not reported as made."""
     real: Callable[[int], None] = os.fsync
 
     for failing in (1, 2):
@@ -119,7 +119,7 @@ def test_failure_to_make_it_last_leaves_nothing(tmp_path: Path, monkeypatch: pyt
 
 
 def test_rename_that_fails_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file system without room for one more name, for one."""
+    """The file system may have no room for another name."""
     monkeypatch.setattr(module, "UNNAMED", 0)
     monkeypatch.setattr(module, "libc", Rename(errno.ENOSPC))
     with pytest.raises(HostError, match=r"could not write .*/disk: No space left"), new_file(f"{tmp_path}/disk"):
@@ -132,7 +132,7 @@ def test_rename_that_fails_is_an_error(tmp_path: Path, monkeypatch: pytest.Monke
     ("name", "words"), [("no/disk", "No such file"), ("file/disk", "Not a directory"), ("dir/", "Is a directory")]
 )
 def test_places_where_no_file_can_be(tmp_path: Path, name: str, words: str) -> None:
-    """Said at once."""
+    """The error comes before any data is written."""
     (tmp_path / "file").touch()
     (tmp_path / "dir").mkdir()
 
@@ -141,7 +141,7 @@ def test_places_where_no_file_can_be(tmp_path: Path, name: str, words: str) -> N
 
 
 def test_new_file_in_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By its bare name."""
+    """It is given by its bare name."""
     monkeypatch.chdir(tmp_path)
 
     with new_file("disk"):

@@ -1,4 +1,4 @@
-"""Units of metadata: what is known to be writable, and what a flush writes."""
+"""Units of metadata: which are known to be writable, and which a flush writes."""
 
 import errno
 import itertools
@@ -16,15 +16,15 @@ from vmd.images.units import Prepared, runs
 
 @given(st.sets(st.integers(0, 600)))
 def test_runs_are_those_of_the_set(units: set[int]) -> None:
-    """All of it, in order, and no two that touch."""
+    """They cover the set in order, and no two are adjacent."""
     found = list(runs(sum(1 << unit for unit in units)))
 
     assert [unit for first, end in found for unit in range(first, end)] == sorted(units)
     assert all(end < first for (_, end), (first, _) in itertools.pairwise(found))
 
 
-def test_unit_is_written_as_it_is_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a file has stays, the end of the file as well; a hole has storage afterwards."""
+def test_prepare_writes_a_unit_once_without_changing_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file's content and length stay the same, and a hole gets storage."""
     path = tmp_path / "file"
     with path.open("wb") as file:
         file.truncate(MIB)
@@ -48,14 +48,14 @@ def test_unit_is_written_as_it_is_once(tmp_path: Path, monkeypatch: pytest.Monke
     prepared = Prepared(fd, 64 * KIB)
     prepared.write(before[: 8 * KIB], 0)
     os.close(fd)
-    prepared.prepare(0, 8 * KIB)  # there is no file any more
+    prepared.prepare(0, 8 * KIB)  # the descriptor is closed, so nothing is written
     assert path.read_bytes() == before
 
 
 def test_clusters_are_freed_though_the_rest_of_their_refcounts_has_no_room(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A refcount block of 2 MiB that is mostly a hole: the unit that counts what is in use can be written."""
+    """A refcount block of 2 MiB is mostly a hole without room.  The unit with the used entries can be written."""
     path, cluster = tmp_path / "image", 2 * MIB
     qemu("qemu-img", "create", "-qf", "qcow2", "-o", "cluster_size=2M", path, 16 * MIB)
     image = opened_qcow2(path)
@@ -86,7 +86,7 @@ def test_clusters_are_freed_though_the_rest_of_their_refcounts_has_no_room(
 
 
 def test_flush_writes_no_unit_that_has_not_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first and the last entry of an L2 table: what lies between may be a hole that has no room."""
+    """The first and the last unit of an L2 table changed.  Between them may be a hole without room."""
     path = tmp_path / "image"
     qemu("qemu-img", "create", "-qf", "qcow2", path, 512 * MIB)
     image = opened_qcow2(path)

@@ -1,4 +1,4 @@
-"""What imgboot is asked and answers: what is packed is unpacked, and nothing else is."""
+"""Requests to imgboot and its answers: packed messages can be unpacked, and all others are refused."""
 
 import random
 
@@ -11,16 +11,16 @@ from vmd.ipc.probemsg import ANSWER_MAX
 GOOD = pack_file(BootFile(size=1 << 20, name="disk0p2:/vmlinuz", options="sd"))
 
 
-def test_question_comes_back() -> None:
-    """With all images of the disk."""
+def test_request_can_be_unpacked() -> None:
+    """It has all images of the disk."""
     file = DiskFile(disk=1, partition="a", path="/bsd")
     links = [BootLink(path="/a\udcff", format="qcow2", guessed=False), BootLink(path="/b", format="raw", guessed=True)]
 
     assert asked(question(file, links)) == (file, links)
 
 
-def test_answers_come_back() -> None:
-    """Both kinds; names may be any characters."""
+def test_answers_can_be_unpacked() -> None:
+    """There are two kinds.  Names may have any characters."""
     found = BootFile(size=2**63 - 1, name="disk0:/\u00e4\udcff\n")
     assert unpack_file(pack_file(found)) == found.replace(name="disk0:/\u00e4\\udcff\n")
     assert unpack_file(pack_error("is bad")) == "is bad"
@@ -35,14 +35,14 @@ def test_answers_come_back() -> None:
         b"error\0a\0b\n", b"error\0" + b"x" * ANSWER_MAX + b"\n", GOOD[:-1],
     ],
 )  # fmt: skip
-def test_line_of_nobody_we_know_is_refused(line: bytes) -> None:
+def test_malformed_lines_are_refused(line: bytes) -> None:
     """Every field is checked."""
     with pytest.raises(ValueError, match=r"\w"):
         unpack_file(line)
 
 
 def test_any_line() -> None:
-    """Of somebody who has taken imgboot over: a ValueError, or what fits a message."""
+    """The answer of an imgboot that was taken over raises ValueError, or is valid."""
     source = random.Random(15)
     for _ in range(2000):
         line = bytearray(GOOD)

@@ -1,4 +1,4 @@
-"""Channels: delivery with descriptors, bounded queues, peers that misbehave (hostile-input 56, 57)."""
+"""Channels: delivery with descriptors, bounded queues, misbehaving peers (hostile-input 56, 57)."""
 
 import contextlib
 import errno
@@ -26,7 +26,7 @@ DEADLINE_S = 20.0
 
 
 class Recorder:
-    """Collects what a channel reports, and stops the loop when there is enough."""
+    """Collects the messages and ends of channels, and stops the loop when there are enough."""
 
     def __init__(self, loop: Loop) -> None:
         self.loop = loop
@@ -37,7 +37,7 @@ class Recorder:
         self.channels: list[Channel] = []
 
     def on_message(self, _channel: Channel, envelope: Envelope) -> None:
-        """Note a message."""
+        """Record a message."""
         self.messages.append(envelope.message)
         if "client" in envelope.fds:
             fd = envelope.take_fd("client")
@@ -47,12 +47,12 @@ class Recorder:
             self.loop.stop()
 
     def on_lost(self, _channel: Channel, error: PeerError | None) -> None:
-        """Note the end."""
+        """Record the end of a channel."""
         self.lost.append(error)
         self.loop.stop()
 
     def run(self) -> None:
-        """Run until there is enough; a watchdog ends a test that hangs."""
+        """Run until there are enough messages.  A timer fails a test that hangs."""
         timer = self.loop.call_later(DEADLINE_S, lambda: pytest.fail("nothing happened"))
         self.loop.run()
         timer.cancel()
@@ -60,7 +60,7 @@ class Recorder:
 
 @pytest.fixture
 def loop() -> Iterator[Loop]:
-    """Give a loop."""
+    """A loop."""
     loop = Loop()
     yield loop
     loop.close()
@@ -68,7 +68,7 @@ def loop() -> Iterator[Loop]:
 
 @pytest.fixture
 def recorder(loop: Loop) -> Iterator[Recorder]:
-    """Give a recorder; its channels are closed at the end."""
+    """A recorder whose channels are closed at the end."""
     recorder = Recorder(loop)
     yield recorder
     for channel in recorder.channels:
@@ -76,7 +76,7 @@ def recorder(loop: Loop) -> Iterator[Recorder]:
 
 
 def control_channel(loop: Loop, recorder: Recorder, sock: socket.socket, limit: int | None = None) -> Channel:
-    """Return control's side of a connection to a client."""
+    """Return control's end of a connection to a client."""
     channel = Channel(
         sock,
         me=Proc.CONTROL,
@@ -92,7 +92,7 @@ def control_channel(loop: Loop, recorder: Recorder, sock: socket.socket, limit: 
 
 
 def test_messages_arrive_in_order(loop: Loop, recorder: Recorder) -> None:
-    """Several messages of one burst arrive one by one."""
+    """Several messages sent at once arrive one by one."""
     ours, theirs = socketpair()
     control_channel(loop, recorder, ours)
     recorder.enough = 3
@@ -106,7 +106,7 @@ def test_messages_arrive_in_order(loop: Loop, recorder: Recorder) -> None:
 
 
 def test_descriptors_ride_along_and_the_sender_closes_its_own(loop: Loop, recorder: Recorder) -> None:
-    """A descriptor that was sent is another open file number on the other side and closed on ours."""
+    """The receiver gets another descriptor of the same file, and the sender's is closed."""
     ours, theirs = socketpair()
     receiver = Channel(
         ours, me=Proc.CONTROL, peer=Proc.PARENT, label="parent", loop=loop,
@@ -131,8 +131,8 @@ def test_descriptors_ride_along_and_the_sender_closes_its_own(loop: Loop, record
 
 
 @pytest.mark.parametrize("sender", [Proc.PARENT, Proc.VMM])
-def test_processes_that_may_be_of_other_versions_speak_by_name(loop: Loop, recorder: Recorder, sender: Proc) -> None:
-    """What a later version says besides is ignored, and what an earlier one does not say takes its default."""
+def test_processes_of_other_versions_get_field_names(loop: Loop, recorder: Recorder, sender: Proc) -> None:
+    """Unknown fields of a later version are ignored.  Missing fields of an earlier version have their defaults."""
     receiver = {Proc.PARENT: Proc.VMM, Proc.VMM: Proc.VM}[sender]
     ours, theirs = socketpair()
     channel = Channel(
@@ -156,8 +156,8 @@ def test_processes_that_may_be_of_other_versions_speak_by_name(loop: Loop, recor
     theirs.close()
 
 
-def test_descriptors_nobody_asked_for_are_closed(loop: Loop, recorder: Recorder) -> None:
-    """Case 56: extra descriptors end the connection and leak nothing."""
+def test_extra_descriptors_are_closed(loop: Loop, recorder: Recorder) -> None:
+    """Case 56: they end the connection, and none stays open."""
     ours, theirs = socketpair()
     control_channel(loop, recorder, ours)
     reader, writer = os.pipe()
@@ -183,7 +183,7 @@ def test_descriptors_nobody_asked_for_are_closed(loop: Loop, recorder: Recorder)
     ],
 )
 def test_a_client_that_breaks_the_protocol_is_cut_off(loop: Loop, recorder: Recorder, packet: bytes) -> None:
-    """Case 56: malformed, oversized and foreign messages."""
+    """Case 56: malformed, oversized and forbidden messages."""
     ours, theirs = socketpair()
     control_channel(loop, recorder, ours)
     theirs.send(packet)
@@ -208,7 +208,7 @@ def test_a_client_that_breaks_the_protocol_is_cut_off(loop: Loop, recorder: Reco
 def test_a_process_that_breaks_the_protocol_is_cut_off(
     loop: Loop, recorder: Recorder, me: Proc, peer: Proc, foreign: Record, *, garbage: bool
 ) -> None:
-    """By whoever has started it: for what is no message, and for what is not its to say."""
+    """Its parent process ends the connection after a malformed or forbidden message."""
     ours, theirs = socketpair()
     channel = Channel(
         ours, me=me, peer=peer, label="peer", loop=loop,
@@ -225,12 +225,12 @@ def test_a_process_that_breaks_the_protocol_is_cut_off(
 
 
 @pytest.mark.parametrize("me", [Proc.CONTROL, Proc.VMM, Proc.PRIV, Proc.VM])
-def test_who_has_started_us_is_not_given_up_for_a_message(
+def test_a_bad_message_of_our_starter_is_dropped(
     loop: Loop, recorder: Recorder, capfd: pytest.CaptureFixture[str], me: Proc
 ) -> None:
-    """A message that a later version has, one that is for others, one that comes at a wrong time: dropped and said.
+    """Unknown, misdirected and untimely messages are logged and dropped, and their descriptors are closed.
 
-    Their descriptors are closed.  But what is no message ends even that.
+    A packet that is no message ends the channel all the same.
     """
     ours, theirs = socketpair()
     handled: list[Record] = []
@@ -266,7 +266,7 @@ def test_who_has_started_us_is_not_given_up_for_a_message(
 
 
 def test_a_client_that_does_not_read_is_cut_off(loop: Loop, recorder: Recorder) -> None:
-    """Case 56: what waits for a client is bounded."""
+    """Case 56: the queue for a client is bounded."""
     ours, theirs = socketpair()
     channel = control_channel(loop, recorder, ours, limit=10)
     for _ in range(2000):
@@ -283,7 +283,7 @@ LONG = 50  # answers to a request
 def answering_channel(
     loop: Loop, recorder: Recorder, sock: socket.socket, *, in_step: bool = False, batch: int = 32
 ) -> Channel:
-    """Return control's side of a connection on which every request has a long answer."""
+    """Return control's end of a connection on which every request gets a long answer."""
 
     def on_message(channel: Channel, envelope: Envelope) -> None:
         recorder.messages.append(envelope.message)
@@ -299,7 +299,7 @@ def answering_channel(
 
 
 def run_once(loop: Loop) -> None:
-    """Have everything looked at that is ready."""
+    """Let the loop serve everything that is ready."""
 
     def then() -> None:
         loop.call_later(0, loop.stop)
@@ -309,7 +309,7 @@ def run_once(loop: Loop) -> None:
 
 
 def ask_as_much_as_possible(loop: Loop, client: socket.socket) -> int:
-    """Send requests until the other side does not read any more; return how many were sent."""
+    """Send requests until the other end stops reading.  Return their number."""
     client.setblocking(False)
     sent = 0
     for _ in range(10_000):
@@ -328,8 +328,8 @@ def ask_as_much_as_possible(loop: Loop, client: socket.socket) -> int:
     pytest.fail("a peer may fill us for ever")
 
 
-def test_who_does_not_read_is_not_read(loop: Loop, recorder: Recorder) -> None:
-    """Requests stay where they are until the answers to those before have left; each is answered once."""
+def test_a_peer_that_does_not_read_is_not_read(loop: Loop, recorder: Recorder) -> None:
+    """Requests wait until the answers to earlier ones are sent.  Each is answered once."""
     ours, theirs = socketpair()
     channel = answering_channel(loop, recorder, ours, in_step=True)
     sent = ask_as_much_as_possible(loop, theirs)
@@ -355,7 +355,7 @@ def test_who_does_not_read_is_not_read(loop: Loop, recorder: Recorder) -> None:
 
 
 def test_a_peer_that_is_held(loop: Loop, recorder: Recorder) -> None:
-    """Nothing of it is read; with `hold` taken off it all is.  One that leaves before is lost with what it has sent."""
+    """It is read only after `hold` is released.  If it ends before, its pending messages are lost."""
     ours, theirs = socketpair()
     channel = control_channel(loop, recorder, ours)
     channel.hold(held=True)
@@ -375,7 +375,7 @@ def test_a_peer_that_is_held(loop: Loop, recorder: Recorder) -> None:
 
 
 def test_a_peer_has_its_turn(loop: Loop, recorder: Recorder) -> None:
-    """One with many messages does not keep us from another for longer than `batch` of them."""
+    """A peer with many messages delays another peer by at most `batch` messages."""
     many, few = socketpair(), socketpair()
     order: list[str] = []
     for name, (ours, theirs) in (("many", many), ("few", few)):
@@ -394,7 +394,7 @@ def test_a_peer_has_its_turn(loop: Loop, recorder: Recorder) -> None:
 
 
 def test_hang_up_is_reported_once(loop: Loop, recorder: Recorder) -> None:
-    """A peer that goes away is lost without an error."""
+    """A peer that closes its end is reported without an error."""
     ours, theirs = socketpair()
     control_channel(loop, recorder, ours)
     theirs.send(encode(ConsoleBreak())[0])
@@ -407,8 +407,8 @@ def test_hang_up_is_reported_once(loop: Loop, recorder: Recorder) -> None:
     assert recorder.lost == [None]
 
 
-def test_last_words_of_a_peer_that_has_not_read_ours(loop: Loop, recorder: Recorder) -> None:
-    """They arrive, and then its end: the kernel reports what it left unread before what it said."""
+def test_last_messages_of_a_peer_that_did_not_read_ours(loop: Loop, recorder: Recorder) -> None:
+    """They arrive before its end.  The kernel reports the unread message before the peer's own messages."""
     ours, theirs = socketpair()
     channel = control_channel(loop, recorder, ours)
     channel.send(Ok())
@@ -426,12 +426,12 @@ NUMBERED = 200
 
 
 def numbered(number: int) -> Failed:
-    """Return a message that is told from the others, and of which few fit a socket."""
+    """Return a distinguishable message.  Few of them fit into a socket."""
     return Failed(code=number, text="x" * 4000)
 
 
 class Slow:
-    """A peer that reads one message whenever the loop comes round, until it has had all or the channel is gone."""
+    """A peer that reads one message per turn of the loop, until it has all or the channel has ended."""
 
     def __init__(self, loop: Loop, sock: socket.socket) -> None:
         self.loop = loop
@@ -440,7 +440,7 @@ class Slow:
         loop.add(sock.fileno(), self.read)
 
     def read(self, _events: int) -> None:
-        """Take one message; that the other side has closed with something unread is said before what it sent."""
+        """Read one message.  The kernel may first report that the channel was closed with unread data."""
         packet = b""
         with contextlib.suppress(ConnectionResetError):
             packet = self.sock.recv(MAX_MESSAGE)
@@ -451,7 +451,7 @@ class Slow:
 
 
 def test_what_waits_for_a_slow_reader_arrives_once_and_in_order(loop: Loop, recorder: Recorder) -> None:
-    """The channel stays open: each message of a long burst comes as soon as there is room, no other comes twice."""
+    """The channel stays open, and each message of a long burst is sent once, as soon as there is room."""
     ours, theirs = socketpair()
     channel = control_channel(loop, recorder, ours)
     for number in range(NUMBERED):
@@ -466,7 +466,7 @@ def test_what_waits_for_a_slow_reader_arrives_once_and_in_order(loop: Loop, reco
 
 
 def test_finish_delivers_what_is_queued(loop: Loop, recorder: Recorder) -> None:
-    """Last words reach a client that reads slowly."""
+    """The last messages reach a slow client."""
     ours, theirs = socketpair()
     channel = control_channel(loop, recorder, ours)
     for number in range(NUMBERED):
@@ -482,7 +482,7 @@ def test_finish_delivers_what_is_queued(loop: Loop, recorder: Recorder) -> None:
 
 
 def test_a_channel_that_finishes_receives_nothing_more(loop: Loop, recorder: Recorder) -> None:
-    """What the peer goes on to say is not handled; a message that came before in the same burst is."""
+    """Later messages of the peer are not handled; an earlier one of the same burst was."""
     ours, theirs = socketpair()
 
     def on_message(channel: Channel, envelope: Envelope) -> None:
@@ -510,14 +510,14 @@ def test_a_channel_that_finishes_receives_nothing_more(loop: Loop, recorder: Rec
 @pytest.mark.parametrize(
     ("body", "descriptors"),
     [
-        (b"\0" * (MAX_MESSAGE + 1), 0),  # behind a message that is well-formed as far as it is received
+        (b"\0" * (MAX_MESSAGE + 1), 0),  # after a part that is a well-formed message by itself
         (b"", MAX_FDS + 10),
     ],
 )
-def test_what_does_not_fit_is_not_taken_for_what_fits(
+def test_truncated_packets_are_refused(
     loop: Loop, recorder: Recorder, body: bytes, descriptors: int
 ) -> None:
-    """Case 56: the kernel cuts off what is too long; what is left looks like a message, and is refused."""
+    """Case 56: the kernel truncates packets that are too long, and the rest looks like a message."""
     ours, theirs = socketpair()
     control_channel(loop, recorder, ours)
     whole = padded(MAX_MESSAGE if body else 200)
@@ -537,8 +537,8 @@ def padded(length: int) -> bytes:
     return encode(LoadRequest(path="x" * (2 * length - 200 - len(packet))))[0]
 
 
-def test_last_words_wait_for_room_and_keep_their_order(loop: Loop, recorder: Recorder) -> None:
-    """A process that ends says all it has to say to a peer that reads at its own pace, descriptors included."""
+def test_flush_blocking_sends_all_in_order(loop: Loop, recorder: Recorder) -> None:
+    """A process that ends sends all messages and descriptors to a slow peer."""
     ours, theirs = socketpair()
     channel = Channel(
         ours, me=Proc.PARENT, peer=Proc.CONTROL, label="control", loop=loop, on_message=recorder.on_message,
@@ -565,15 +565,15 @@ def test_last_words_wait_for_room_and_keep_their_order(loop: Loop, recorder: Rec
 
     assert seen == [*(numbered(number) for number in range(NUMBERED)), NewClient(uid=0)]
     assert os.read(reader, 2) == b"!"
-    assert os.read(reader, 2) == b""  # our own copy is closed
+    assert os.read(reader, 2) == b""  # our copy is closed
     channel.close()
-    channel.flush_blocking(DEADLINE_S)  # nothing is left to be said, and nowhere
+    channel.flush_blocking(DEADLINE_S)  # nothing is left to send, and the channel is closed
     os.close(reader)
     theirs.close()
 
 
-def test_last_words_do_not_make_a_receiver_wait(loop: Loop) -> None:
-    """A process that says them while it handles a message has not to wait for another one as long as that takes."""
+def test_flush_blocking_does_not_delay_reads(loop: Loop) -> None:
+    """Within the handler of a message, the socket stays non-blocking for reads."""
     ours, theirs = socketpair()
     said: list[bool] = []
 
@@ -597,7 +597,7 @@ def test_last_words_do_not_make_a_receiver_wait(loop: Loop) -> None:
 
 
 def test_drain_ends_with_what_is_there(loop: Loop, recorder: Recorder) -> None:
-    """Though somebody has the other side open and would go on talking."""
+    """It ends although the peer has its end open and could send more."""
     ours, theirs = socketpair()
     channel = control_channel(loop, recorder, ours)
     recorder.enough = 1 << 30
@@ -616,7 +616,10 @@ def test_drain_ends_with_what_is_there(loop: Loop, recorder: Recorder) -> None:
 def test_descriptors_that_cannot_be_passed_on(
     loop: Loop, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Somebody of our uid has too many on their way: this message is lost, its sender is told, and all else goes on."""
+    """Our uid has too many descriptors in flight.
+
+    This message is lost, the sender is told, and the channel goes on.
+    """
     ours, theirs = socketpair()
     sender = Channel(
         theirs, me=Proc.PARENT, peer=Proc.CONTROL, label="control", loop=loop,
@@ -641,7 +644,7 @@ def test_descriptors_that_cannot_be_passed_on(
     assert refused == ["client"]
     assert recorder.lost == []
     assert decode(ours.recv(MAX_MESSAGE), [], "parent").message == Quit()
-    assert os.read(reader, 1) == b""  # nobody has the writing end any more
+    assert os.read(reader, 1) == b""  # every copy of the writing end is closed
     os.close(reader)
     ours.close()
 
@@ -649,7 +652,7 @@ def test_descriptors_that_cannot_be_passed_on(
 def test_what_the_kernel_refuses_to_send_ends_the_channel(
     loop: Loop, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At the next turn of the loop, since the caller is still sending; the descriptors that wait are closed."""
+    """It ends in the next turn of the loop, because the caller is still sending.  Queued descriptors are closed."""
     ours, theirs = socketpair()
     sender = Channel(
         ours, me=Proc.PARENT, peer=Proc.CONTROL, label="control", loop=loop, on_message=recorder.on_message,
@@ -673,8 +676,8 @@ def test_what_the_kernel_refuses_to_send_ends_the_channel(
     theirs.close()
 
 
-def test_what_is_sent_over_a_channel_that_has_ended_is_closed(loop: Loop, recorder: Recorder) -> None:
-    """Also what does not fit a message, and what is sent after the last words."""
+def test_descriptors_sent_over_an_ended_channel_are_closed(loop: Loop, recorder: Recorder) -> None:
+    """This holds after `close`, and for messages sent after `finish`."""
     for end in (Channel.close, Channel.finish):
         ours, theirs = socketpair()
         sender = Channel(
@@ -690,8 +693,8 @@ def test_what_is_sent_over_a_channel_that_has_ended_is_closed(loop: Loop, record
         theirs.close()
 
 
-def test_a_message_that_has_no_way_is_a_mistake_of_ours(loop: Loop, recorder: Recorder) -> None:
-    """It is said which; nothing is sent."""
+def test_a_message_without_a_route_is_a_bug(loop: Loop, recorder: Recorder) -> None:
+    """The error names the message, and nothing is sent."""
     ours, theirs = socketpair()
     channel = control_channel(loop, recorder, ours)
 
@@ -702,7 +705,7 @@ def test_a_message_that_has_no_way_is_a_mistake_of_ours(loop: Loop, recorder: Re
 
 
 def test_a_socket_that_cannot_be_read_is_a_peer_that_is_lost(loop: Loop, recorder: Recorder) -> None:
-    """Else the loop would find it ready for ever."""
+    """Otherwise the loop would find the socket ready for ever."""
 
     class Broken(socket.socket):
         def recvmsg(self, *_arguments: int) -> NoReturn:
@@ -718,8 +721,8 @@ def test_a_socket_that_cannot_be_read_is_a_peer_that_is_lost(loop: Loop, recorde
     theirs.close()
 
 
-def test_it_is_said_when_the_last_that_waited_has_been_sent(loop: Loop, recorder: Recorder) -> None:
-    """Once, and not for what never had to wait."""
+def test_on_sent_is_called_when_the_queue_is_empty(loop: Loop, recorder: Recorder) -> None:
+    """It is called once, and not if no message had to wait."""
     ours, theirs = socketpair()
     channel = control_channel(loop, recorder, ours)
     sent: list[int] = []

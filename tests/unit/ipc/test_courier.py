@@ -1,4 +1,4 @@
-"""The courier: files travel only when whoever is to have them has asked, and nothing but files does."""
+"""The courier: files are sent only after a request for them, and only files are sent."""
 
 import errno
 import os
@@ -14,14 +14,14 @@ from vmd.ipc.rights import SO_PASSRIGHTS
 
 @pytest.fixture
 def ends() -> Iterator[tuple[socket.socket, socket.socket]]:
-    """Give both ends of a courier."""
+    """Both ends of a courier."""
     theirs, ours = courier.pair()
     with ours, theirs:
         yield ours, theirs
 
 
 def test_a_host_without_another_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """There is no courier, and a sentence says so."""
+    """No courier can be made, and the error says why."""
 
     def socketpair(*_: int) -> None:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
@@ -32,7 +32,7 @@ def test_a_host_without_another_descriptor(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_files_that_were_asked_for(ends: tuple[socket.socket, socket.socket]) -> None:
-    """By name, in their order; they stay open where they come from."""
+    """They arrive by name and in order, and stay open in the sender."""
     ours, theirs = ends
     reader, writer = os.pipe()
     courier.ask(theirs)
@@ -48,7 +48,10 @@ def test_files_that_were_asked_for(ends: tuple[socket.socket, socket.socket]) ->
 
 @pytest.mark.parametrize("said", [b"", b"file", b"other"])
 def test_nothing_leaves_unasked(ends: tuple[socket.socket, socket.socket], said: bytes) -> None:
-    """Whoever closes a socket last closes what is on its way there; so nothing is before that is somebody's."""
+    """The last process to close a socket also closes the files in it, which may block.
+
+    So nothing is sent before a request.
+    """
     ours, theirs = ends
     if said:
         theirs.send(said)
@@ -66,8 +69,8 @@ def test_nothing_leaves_unasked(ends: tuple[socket.socket, socket.socket], said:
         (b"boot", 0),
     ],
 )  # fmt: skip
-def test_what_is_no_files(ends: tuple[socket.socket, socket.socket], packet: bytes, count: int) -> None:
-    """It is refused, and closed: an opener may have been taken over."""
+def test_malformed_packets(ends: tuple[socket.socket, socket.socket], packet: bytes, count: int) -> None:
+    """They are refused and their descriptors closed, because an opener may have been taken over."""
     ours, theirs = ends
     reader, writer = os.pipe()
     socket.send_fds(ours, [packet], [writer] * count)
@@ -79,7 +82,7 @@ def test_what_is_no_files(ends: tuple[socket.socket, socket.socket], packet: byt
 
 
 def test_files_travel_one_way(ends: tuple[socket.socket, socket.socket]) -> None:
-    """Whoever gives is given none: it may be root's control, and who asks a VM that was taken over."""
+    """The sender accepts no descriptors: it may be root's process, and the requesting VM may have been taken over."""
     gives, asks = ends
     try:
         gives.getsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS)
@@ -90,7 +93,7 @@ def test_files_travel_one_way(ends: tuple[socket.socket, socket.socket]) -> None
 
 
 def test_no_files(ends: tuple[socket.socket, socket.socket]) -> None:
-    """There may be none, and that is said."""
+    """An empty set of files can be sent."""
     ours, theirs = ends
     courier.ask(theirs)
     assert courier.give(ours, {"boot": []})
@@ -98,7 +101,7 @@ def test_no_files(ends: tuple[socket.socket, socket.socket]) -> None:
 
 
 def test_files_that_do_not_come(ends: tuple[socket.socket, socket.socket]) -> None:
-    """Whoever is to open them does not answer in time, or has ended."""
+    """Their opener does not answer in time, or has ended."""
     ours, theirs = ends
     with pytest.raises(TimeoutError):
         courier.fetch(theirs, timeout_s=0)

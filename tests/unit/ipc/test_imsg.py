@@ -29,7 +29,7 @@ CONFIG = VmConfig(
     owner=Owner(uid=1000, gid=None),
     allow=AllowInstance(flags=VmFlag.DISK, owner=Owner(uid=5, gid=6)),
 )
-GONE = {0x6A, 0x91, 0x92}  # numbers of messages that there were
+GONE = {0x6A, 0x91, 0x92}  # numbers of removed messages
 START = StartRequest(caller=Caller(uid=1, gid=2, pid=3), name="db1", config=CONFIG)
 
 
@@ -53,7 +53,7 @@ def test_round_trip_with_nested_records_and_fds() -> None:
 
 
 def test_round_trip_by_name() -> None:
-    """The same message, records in it and descriptors included."""
+    """The same message with field names, including its records and descriptors."""
     packet, order = encode(START, peerid=9, pid=77, fds={"initrd": [41]}, form=Form.NAMED)
 
     envelope = decode(packet, order, "peer")
@@ -76,26 +76,26 @@ def test_round_trip_by_name() -> None:
     ],
 )
 def test_broken_bodies_by_name_are_refused(fields: list[object], complaint: str) -> None:
-    """Every field is checked as in the other form, and the two are not mixed."""
+    """Every field is checked as in the other form, and the two forms cannot be mixed."""
     with pytest.raises(PeerError, match=complaint):
         decode(body(0x31, fields, nfds=1 if complaint == "announces" else 0), [], "vmd")
 
 
-def test_by_name_what_is_unknown_is_ignored_and_what_is_missing_has_its_default() -> None:
-    """So programs of different versions understand each other."""
+def test_by_name_unknown_fields_are_ignored_and_missing_ones_have_defaults() -> None:
+    """Programs of different versions understand each other because of this."""
     packet = body(0x34, [{"new": 0}, {"name": "a", "color": {"r": [1]}, "vmid": 1}])
 
     assert decode(packet, [], "vmd").message == VmTerminated(vmid=1, name="a", text="")
 
 
 def test_descriptors_by_name_have_to_be_known() -> None:
-    """One that nobody takes would stay open."""
+    """An unknown one would stay open."""
     with pytest.raises(PeerError, match="counts name 0 descriptors, 1 came"):
         decode(body(0x31, [{"new": 1}, {"code": 1, "text": ""}], nfds=1), [5], "vmd")
 
 
 def test_every_prefix_of_a_packet_by_name_is_refused() -> None:
-    """As in the other form."""
+    """This is as in the other form."""
     packet = encode(START, form=Form.NAMED)[0]
     for length in range(HEADER.size, len(packet)):
         cut = HEADER.pack(0x10, length, 0, 0, 0) + packet[HEADER.size : length]
@@ -103,8 +103,8 @@ def test_every_prefix_of_a_packet_by_name_is_refused() -> None:
             decode(cut, [], "client")
 
 
-def test_programs_of_protocol_1_get_what_they_know() -> None:
-    """They refuse a record that is longer than theirs, also one in another."""
+def test_programs_of_protocol_1_get_known_fields_only() -> None:
+    """They refuse a record with more fields than theirs, also inside of another record."""
     started = VmStarted(vmid=1, name="a", pid=2, tty="/dev/pts/0", notes=("odd",))
     now = encode(START, form=Form.FIRST)[0]
     disk = DiskConfig(path="/a", serial="x")
@@ -115,7 +115,7 @@ def test_programs_of_protocol_1_get_what_they_know() -> None:
 
 
 def test_programs_of_protocol_1_know_fewer_descriptors() -> None:
-    """They neither get nor give those that are later: a start has two, as then."""
+    """They neither get nor send later ones: a start has two, as in protocol 1."""
     seeded = START.replace(config=CONFIG.replace(seed=SeedConfig()))
     packet, _ = encode(StartRequest(name="a"), form=Form.FIRST)
 
@@ -127,7 +127,7 @@ def test_programs_of_protocol_1_know_fewer_descriptors() -> None:
 
 
 def test_protocol_1_had_every_first_field_that_has_no_default() -> None:
-    """Records grow at their end, by fields with defaults: what protocol 1 had is still there, and is enough."""
+    """Records grow at their end, by fields with defaults.  All fields of protocol 1 still exist, and are sufficient."""
     messages = {cls.__name__: cls for cls in (*REQUESTS, *ANSWERS)}
     for name, count in first.FIELDS.items():
         cls = messages.get(name)
@@ -135,12 +135,12 @@ def test_protocol_1_had_every_first_field_that_has_no_default() -> None:
 
 
 def test_no_number_is_used_again() -> None:
-    """A vmm or vmctl of an earlier version would take one message for another.  Numbers that go are added to GONE."""
+    """Otherwise an older vmm or vmctl would take one message for another.  Numbers of removed messages go to GONE."""
     assert GONE & set(BY_CODE) == set(), "these numbers were those of other messages"
 
 
 def test_every_message_has_a_route_and_a_docstring() -> None:
-    """The table is complete: who sends each message to whom, and what it means."""
+    """The table has a sender and a receiver, and a meaning, for every message."""
     assert len(MESSAGES) > 30
     for info in MESSAGES:
         assert info.routes, info.cls
@@ -194,14 +194,14 @@ def test_broken_bodies_are_refused(packet: bytes, fds: list[int], complaint: str
 
 
 def test_fields_that_an_earlier_version_did_not_have_take_their_defaults() -> None:
-    """New fields are appended, with defaults: what a program sends that was built before them is understood."""
+    """New fields are appended with defaults, so messages of older programs are understood."""
     terminated = decode(body(0x34, [[], 1, "a"]), [], "vmd").message
 
     assert terminated == VmTerminated(vmid=1, name="a", text="")
 
 
 def test_every_prefix_of_a_valid_packet_is_refused() -> None:
-    """A truncated message is never taken for a message, even when its header agrees with its length."""
+    """A truncated message is refused, even when its header has its length."""
     packet = packet_of(START)
     for length in range(HEADER.size, len(packet)):
         cut = HEADER.pack(0x10, length, 0, 0, 0) + packet[HEADER.size : length]
@@ -210,7 +210,7 @@ def test_every_prefix_of_a_valid_packet_is_refused() -> None:
 
 
 def test_bit_flips_raise_nothing_else() -> None:
-    """Any single-bit error is decoded to a checked message or refused."""
+    """A packet with one flipped bit is decoded to a checked message, or raises PeerError."""
     packet = packet_of(START)
     for bit in range(len(packet) * 8):
         broken = bytearray(packet)
@@ -221,14 +221,14 @@ def test_bit_flips_raise_nothing_else() -> None:
 
 @given(st.binary(max_size=200), st.sampled_from(CODES))
 def test_random_bodies_raise_nothing_else(data: bytes, code: int) -> None:
-    """Only PeerError may come out of a body of random bytes."""
+    """A body of random bytes raises PeerError only."""
     packet = HEADER.pack(code, HEADER.size + len(data), 0, 0, 0) + data
     with contextlib.suppress(PeerError):
         assert isinstance(decode(packet, [], "client").message, Record)
 
 
 def test_deep_nesting_is_refused() -> None:
-    """A body that nests thousands of lists ends in PeerError, not in a crash of the decoder."""
+    """A body of thousands of nested lists raises PeerError, and the decoder does not crash."""
     data = b"\x91" * 16000
     packet = HEADER.pack(0x31, HEADER.size + len(data), 0, 0, 0) + data
     with pytest.raises(PeerError):
@@ -237,20 +237,20 @@ def test_deep_nesting_is_refused() -> None:
 
 @pytest.mark.parametrize("depth", [10, 900, 1000, 1010, 1020, 5000])
 def test_nesting_among_the_descriptor_counts_is_refused(depth: int) -> None:
-    """Nor does a body that just decodes end in a crash of whoever complains about it."""
+    """A body whose nesting can just be decoded does not crash the code of the error message."""
     data = b"\x91\x91" + b"\x91" * depth + b"\x01"
     with pytest.raises(PeerError):
         decode(HEADER.pack(0x13, HEADER.size + len(data), 0, 0, 0) + data, [], "client")
 
 
 def test_a_message_that_does_not_fit_is_refused_on_sending() -> None:
-    """A body beyond one packet is a ValueError at the sender."""
+    """A body larger than one packet raises ValueError at the sender."""
     with pytest.raises(ValueError, match=f"exceeds {MAX_MESSAGE}"):
         encode(Failed(code=1, text="x" * MAX_MESSAGE))
 
 
 def test_descriptor_names_are_checked_on_sending() -> None:
-    """Sending without a required descriptor, or with one that the message does not carry, is our bug."""
+    """A missing descriptor, or one that the message does not have, is our bug."""
     with pytest.raises(AssertionError):
         encode(StartVm(vmid=1, config=CONFIG, boot_name="k", verbosity=0))
     with pytest.raises(AssertionError):
@@ -258,7 +258,7 @@ def test_descriptor_names_are_checked_on_sending() -> None:
 
 
 def test_random_packets_with_fixed_seed() -> None:
-    """Whole random packets, headers included."""
+    """The packets are random, including their headers."""
     source = random.Random(20)
     for _ in range(3000):
         with pytest.raises(PeerError):

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def test_timers_run_in_order_and_can_be_cancelled() -> None:
-    """Timers due earlier run earlier, whatever the order in which they were made."""
+    """Timers run in the order of their times, whatever the order in which they were made."""
     loop = Loop()
     seen: list[str] = []
     loop.call_later(0.02, lambda: seen.append("second"))
@@ -33,7 +33,7 @@ def test_timers_run_in_order_and_can_be_cancelled() -> None:
 
 
 def test_a_callback_removed_in_the_same_round_is_not_called() -> None:
-    """Two ready descriptors; whichever comes first removes the other."""
+    """Two descriptors are ready, and the first callback removes the other."""
     loop = Loop()
     pipes = [os.pipe(), os.pipe()]
     calls: list[int] = []
@@ -58,7 +58,7 @@ def test_a_callback_removed_in_the_same_round_is_not_called() -> None:
 
 
 def test_an_event_of_a_closed_descriptor_is_not_given_to_a_new_one_of_the_same_number() -> None:
-    """Two ready descriptors; whichever comes first closes the other, and a new, silent pipe gets its number."""
+    """Two descriptors are ready.  The first callback closes the other, and a silent pipe gets its number."""
     loop = Loop()
     pipes = [os.pipe(), os.pipe()]
     silent = os.pipe()
@@ -89,7 +89,7 @@ def test_an_event_of_a_closed_descriptor_is_not_given_to_a_new_one_of_the_same_n
 
 
 def test_a_descriptor_added_in_a_round_is_served_in_the_next() -> None:
-    """What is ready when it is added is not forgotten."""
+    """It is served although it was ready before it was added."""
     loop = Loop()
     pipes = [os.pipe(), os.pipe()]
     calls: list[int] = []
@@ -116,7 +116,7 @@ def test_a_descriptor_added_in_a_round_is_served_in_the_next() -> None:
 
 
 def test_calls_from_threads_run_in_the_loop() -> None:
-    """A call asked for by another thread is made in the loop's own."""
+    """A call that another thread requests runs on the loop's thread."""
     loop = Loop()
     where: list[int] = []
 
@@ -134,7 +134,7 @@ def test_calls_from_threads_run_in_the_loop() -> None:
 
 
 def test_signals_are_handled_in_the_loop() -> None:
-    """A signal ends up as a call of the loop, once."""
+    """A signal becomes one call by the loop."""
     loop = Loop()
     old = signal.getsignal(signal.SIGUSR2)
     seen: list[int] = []
@@ -153,7 +153,7 @@ def test_signals_are_handled_in_the_loop() -> None:
 
 
 def test_an_exception_ends_the_loop_without_a_fence() -> None:
-    """As in a VM process, whose end costs nobody else."""
+    """An example is a VM process, whose end affects no other VM."""
     loop = Loop()
     loop.call_later(0, fails_at_once)
 
@@ -164,7 +164,10 @@ def test_an_exception_ends_the_loop_without_a_fence() -> None:
 
 
 def test_behind_a_fence_the_loop_goes_on(capfd: pytest.CaptureFixture[str]) -> None:
-    """After timers and descriptors whose callbacks fail; the latter rest, so that the loop does not spin."""
+    """It continues after failing callbacks of timers and descriptors.
+
+    A failing descriptor rests, so the loop does not spin.
+    """
     loop = Loop()
     cut_off: list[Source] = []
     loop.fence = Fence(cut_off.append)
@@ -198,12 +201,12 @@ def test_behind_a_fence_the_loop_goes_on(capfd: pytest.CaptureFixture[str]) -> N
 
 
 def fails_at_once() -> None:
-    """Do what nobody expected."""
+    """Raise an unexpected exception."""
     raise KeyError("at once")
 
 
 def test_a_resting_descriptor_may_be_changed_and_removed() -> None:
-    """And its number may be used again meanwhile: the rest of the one before does not touch it."""
+    """Its number may be used again meanwhile, and the end of the rest does not affect the new descriptor."""
     loop = Loop()
     loop.fence = Fence(lambda _source: None)
     reader, writer = os.pipe()

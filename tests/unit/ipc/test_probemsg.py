@@ -1,4 +1,4 @@
-"""The line that imgprobe writes: what is packed is unpacked, and nothing else is."""
+"""The line that imgprobe writes: packed answers can be unpacked, and all others are refused."""
 
 import random
 
@@ -19,21 +19,21 @@ GOOD = pack_image(PROBES[2])
 
 
 @pytest.mark.parametrize("probe", PROBES)
-def test_image_comes_back(probe: Probe) -> None:
-    """Paths may be any bytes but NUL."""
+def test_image_can_be_unpacked(probe: Probe) -> None:
+    """Paths may have any bytes but NUL."""
     assert unpack(pack_image(probe)) == probe
 
 
 @pytest.mark.parametrize(
     ("sentence", "comes_back"), [("is bad", "is bad"), ("a\nb\0c", "a\nb?c"), ("\udcff", "\\udcff"), ("", "")]
 )
-def test_sentence_comes_back(sentence: str, comes_back: str) -> None:
-    """In one piece, and with nothing that a terminal or a log could not write."""
+def test_message_can_be_unpacked(sentence: str, comes_back: str) -> None:
+    """It is one string, and can be written to a terminal or a log."""
     assert unpack(pack_error(sentence)) == comes_back
 
 
-def test_long_sentence_is_cut() -> None:
-    """The line always fits."""
+def test_long_message_is_cut() -> None:
+    """Every line fits the limit."""
     answer = unpack(pack_error("x" * 100_000))
 
     assert isinstance(answer, str)
@@ -56,21 +56,21 @@ def test_long_sentence_is_cut() -> None:
         b"error\0" + b"x" * ANSWER_MAX + b"\n",
     ],
 )  # fmt: skip
-def test_line_of_nobody_we_know_is_refused(line: bytes) -> None:
+def test_malformed_lines_are_refused(line: bytes) -> None:
     """Every field is checked."""
     with pytest.raises(ValueError, match=r"line|fields|format|size|flag|path|look|notes"):
         unpack(line)
 
 
 def test_truncated_line_is_refused() -> None:
-    """Each prefix of a good one."""
+    """This holds for each prefix of a valid line."""
     for length in range(len(GOOD)):
         with pytest.raises(ValueError, match=r"not complete|fields"):
             unpack(GOOD[:length])
 
 
 def test_random_changes_are_understood_or_refused() -> None:
-    """Nothing but ValueError comes out."""
+    """Only ValueError is raised."""
     choice = random.Random(1)
     for _ in range(5000):
         line = bytearray(GOOD)

@@ -1,4 +1,4 @@
-"""A route is declared once: what the processes serve, relay and refuse is compared with that."""
+"""A route is declared once.  The handlers, relays and senders of all processes agree with it."""
 
 import ast
 import errno
@@ -43,23 +43,23 @@ PROCESSES: dict[Proc, type[Process]] = {
     Proc.METRICS: Metrics,
 }
 ROOT = Path(__file__).resolve().parents[3]
-# Where the code of a process is, if not in a directory of its name; all share that of vmd/ipc.
+# Code of processes that is not in a directory of their name.  All of them share the code of vmd/ipc.
 HOMES = {Proc.CLIENT: ("vmd/client.py", "vmctl"), Proc.LOG: ("vmd/logger",)}
 
 
 def accepted(proc: Proc) -> set[tuple[Proc, type[Any]]]:
-    """Return all messages that a process receives, for itself or to relay, each with its sender."""
+    """Return all messages that a process receives or relays, each with its sender."""
     return {(sender, cls) for cls, info in BY_CLASS.items() for sender, receiver in info.routes if receiver is proc}
 
 
-def test_every_process_is_looked_at() -> None:
-    """Clients have no table."""
+def test_every_process_is_compared() -> None:
+    """Clients have no table of handlers."""
     assert {*PROCESSES, Proc.CLIENT} == set(Proc)
 
 
 @pytest.mark.parametrize("proc", PROCESSES)
-def test_a_process_serves_what_it_is_sent(proc: Proc) -> None:
-    """Each route that ends there, or goes on from there, has a handler, and each handler a route."""
+def test_handlers_agree_with_routes(proc: Proc) -> None:
+    """Each route to or through a process has a handler, and each handler has a route."""
     sent, served = accepted(proc), set(PROCESSES[proc].HANDLERS)
     assert {f"{cls.__name__} of {peer.name}" for peer, cls in sent - served} == set(), "nobody serves these"
     assert {f"{cls.__name__} of {peer.name}" for peer, cls in served - sent} == set(), "nobody sends these"
@@ -67,7 +67,7 @@ def test_a_process_serves_what_it_is_sent(proc: Proc) -> None:
 
 @functools.cache
 def made_by(proc: Proc) -> set[str]:
-    """Return the names of what is called, and so of the records that are made, in the code of a process."""
+    """Return the names that the code of a process calls, which include the records that it makes."""
     folders = ("vmd/ipc", *HOMES.get(proc, (f"vmd/{proc.name.lower()}",)))
     paths = [path for folder in folders for path in (ROOT / folder, *(ROOT / folder).rglob("*.py")) if path.is_file()]
     nodes = [node for path in paths for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
@@ -77,8 +77,8 @@ def made_by(proc: Proc) -> set[str]:
 
 
 @pytest.mark.parametrize("message", MESSAGES, ids=lambda message: message.cls.__name__)
-def test_somebody_sends_it(message: MessageInfo) -> None:
-    """A message that no process at the beginning of one of its ways makes is one that nobody ever gets."""
+def test_every_message_is_sent(message: MessageInfo) -> None:
+    """At least one of its first senders makes such a record."""
     senders = {path[0] for path in message.paths}
 
     assert any(message.cls.__name__ in made_by(proc) for proc in senders), (
@@ -87,12 +87,12 @@ def test_somebody_sends_it(message: MessageInfo) -> None:
 
 
 def test_the_parent_serves_every_request() -> None:
-    """What control relays."""
+    """control relays all of them."""
     assert set(SERVES) == set(REQUESTS)
 
 
-def test_requests_say_whom_they_are_served_to_and_all_can_fail() -> None:
-    """And nothing else does."""
+def test_requests_declare_who_may_send_them_and_can_fail() -> None:
+    """Other messages have no such declaration."""
     for cls, info in BY_CLASS.items():
         assert (info.who is not None) == (cls in REQUESTS), cls
         if info.who is not None:
@@ -101,8 +101,8 @@ def test_requests_say_whom_they_are_served_to_and_all_can_fail() -> None:
             assert [each for each in info.answers if not BY_CLASS[each].partial], cls
 
 
-def test_an_answer_comes_back_the_way_of_its_question() -> None:
-    """From whom it was for to whom has asked."""
+def test_an_answer_takes_the_route_of_its_request_back() -> None:
+    """It goes from the receiver of the request to its sender."""
     for info in BY_CLASS.values():
         for path in info.paths[:1]:  # Hello is its own answer
             for answer in info.answers:
@@ -110,25 +110,25 @@ def test_an_answer_comes_back_the_way_of_its_question() -> None:
 
 
 def test_answers_of_clients_belong_to_requests() -> None:
-    """Or none could be waited for."""
+    """Otherwise no client could wait for them."""
     assert [cls for cls in ANSWERS if not BY_CLASS[cls].is_answer] == []
 
 
-def test_what_is_relayed_to_a_vm_names_it() -> None:
-    """Or vmm could not find the process."""
+def test_messages_relayed_to_a_vm_have_its_id() -> None:
+    """Otherwise vmm could not find the VM's process."""
     for cls in relays(Proc.VMM, Proc.PARENT):
         assert cls.fields["vmid"] is int, cls
 
 
-def test_everybody_trusts_who_has_started_them() -> None:
-    """Up to the parent, and nobody trusts back."""
+def test_each_process_trusts_its_starter() -> None:
+    """The chain ends at the parent, and trust is never mutual."""
     assert set(Proc) - set(TRUSTED) == {Proc.PARENT}
     for proc, above in TRUSTED.items():
         assert TRUSTED.get(above) is not proc
 
 
-def test_who_may_ask_what() -> None:
-    """As vmctl(8) says; a new request has its place here, too."""
+def test_who_may_send_each_request() -> None:
+    """The table agrees with vmctl(8).  A new request needs an entry here, too."""
     found = {who: {cls.__name__ for cls in REQUESTS if BY_CLASS[cls].who is who} for who in Who}
     assert found == {
         Who.EVERYBODY: {
@@ -146,8 +146,8 @@ def test_who_may_ask_what() -> None:
 
 
 @pytest.mark.parametrize("cls", [cls for cls in REQUESTS if BY_CLASS[cls].who is Who.ROOT])
-def test_the_parent_refuses_what_is_roots(cls: type[Any]) -> None:
-    """Whatever control has let pass; others' requests are judged with their VM."""
+def test_the_parent_refuses_root_s_requests_of_others(cls: type[Any]) -> None:
+    """It does not rely on control.  Other requests are checked with their VM."""
     request = object.__new__(cls)
     require_allowed(request, Caller(uid=0, gid=0, pid=1))
     with pytest.raises(OperatorError, match=r"^only root may ") as refused:
@@ -156,13 +156,13 @@ def test_the_parent_refuses_what_is_roots(cls: type[Any]) -> None:
 
 
 class Wrong(Process):
-    """A process whose tables type checkers have to refuse: an ignored error that is none is an error of its own."""
+    """A process with wrong tables.  Type checkers must report them: an unused `type: ignore` is an error."""
 
     def on_pause_done(self, message: PauseDone, _envelope: Envelope, _channel: Channel) -> None:
-        """Serve something."""
+        """Serve a message."""
 
     def on_few(self, message: PauseDone) -> None:
-        """Serve something in another way."""
+        """Serve a message with too few parameters."""
 
     HANDLERS = {
         **handles(Proc.VMM, PauseDone, on_pause_done),
@@ -172,8 +172,8 @@ class Wrong(Process):
     }
 
 
-def test_a_row_is_what_it_was_made_of() -> None:
-    """The method, called for a process."""
+def test_a_row_calls_its_method() -> None:
+    """The handler calls the given method with the process."""
     told: list[Any] = []
     row = handles(Proc.VMM, PauseDone, lambda process, message, _envelope, _channel: told.append((process, message)))
     ((key, handler),) = row.items()

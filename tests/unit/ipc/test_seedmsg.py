@@ -1,4 +1,4 @@
-"""What seeder answers."""
+"""Answers of seeder."""
 
 import random
 
@@ -9,7 +9,7 @@ from vmd.ipc.seedmsg import pack_error, pack_made, unpack
 
 
 def test_both_answers() -> None:
-    """What is too long is cut, and a NUL is none."""
+    """Long answers are cut, and NUL is replaced."""
     assert unpack(pack_made([])) == []
     assert unpack(pack_made(["a", "b \u00e4"])) == ["a", "b \u00e4"]
     assert unpack(pack_made(["a\0b"])) == ["a?b"]
@@ -22,8 +22,8 @@ def test_both_answers() -> None:
 @pytest.mark.parametrize(
     "line", [b"", b"\n", b"made", b"image\0raw\n", b"error\n", b"error\0a\0b\n", b"made\0" * 9 + b"\n"]
 )
-def test_what_no_seeder_writes(line: bytes) -> None:
-    """Prefixes and random bytes, too."""
+def test_malformed_lines(line: bytes) -> None:
+    """Prefixes and random bytes are refused, too."""
     with pytest.raises(ValueError, match=r"is not complete|fields of kind"):
         unpack(line)
     chance = random.Random(line)
