@@ -1,4 +1,4 @@
-# Every rule installs what it needs and is missing (tools/setup), so a fresh checkout needs no other step.
+# Each rule installs the missing programs that it needs (tools/setup), so a fresh checkout needs no other step.
 
 PREFIX  = /usr/local
 DESTDIR =
@@ -20,38 +20,38 @@ DEB     = build/deb
 PLACES  = '$(DESTDIR)' 'library=$(LIBRARY)' 'sbin=$(SBIN)' 'bin=$(BIN)' 'man=$(MAN)' 'doc=$(EXAMPLE)' \
     'units=$(UNITS)' 'sysusers=$(USERS)' 'bash=$(BASH)' 'zsh=$(ZSH)' 'fish=$(FISH)' \
     'ocf=$(OCF)' 'ansible=$(ANSIBLE)'
-# What a package is made from.
+# The sources of the Debian package.
 SOURCES = debian etc man docs completions fleet tools vmd vmctl Makefile README.md CHANGELOG.md LICENSE vm.conf.example
 
 PYTHON  = .venv/bin/python
 SECONDS = 30
 SEQUENCES = 10000
 SEED    = $(shell date +%s)
-# Set where KVM interprets guest kernels: no stock kernel boots there, so the demonstration guest is ours.
+# Not empty on a host whose KVM interprets guest kernels.  No stock kernel boots there, so `run` boots a guest of ours.
 SOFTWARE_KVM = $(wildcard /sys/module/kvm_pvm)
 
 .PHONY: help run test test-deep coverage soak bench fuzz mutants install uninstall deb clean need-root
 
 help:
-	@echo 'make run         start the daemon with one VM, and end at a shell in it'
-	@echo 'make test        all tests but the long ones (as root)'
-	@echo 'make test-deep   all tests'
-	@echo 'make coverage    which statements the tests reach: those of make test, of all with TIER=deep, or of TESTS=tests/unit'
-	@echo 'make soak        endurance without limit: SEQUENCES=10000 of each kind, from SEED on'
-	@echo 'make bench       compare with QEMU; prints one table (ROWS=net: a part of it)'
-	@echo 'make fuzz        coverage-guided fuzzing of all parsers, SECONDS=30 for each'
-	@echo 'make mutants     changes the code at random and counts what the tests notice: MODULE=vmd/vm/bus.py COUNT=10 SEED=1'
-	@echo 'make install     to PREFIX=$(PREFIX), below DESTDIR'
-	@echo 'make uninstall   removes what make install has installed'
-	@echo 'make deb         a Debian package, into $(DEB)'
-	@echo 'make clean       remove what the rules above left in this checkout'
+	@echo 'make run         start the daemon with one VM, and open a shell in it'
+	@echo 'make test        run all tests except the long ones (as root)'
+	@echo 'make test-deep   run all tests'
+	@echo 'make coverage    show which statements tests reach: make test, all (TIER=deep) or some (TESTS=tests/unit)'
+	@echo 'make soak        run any number of random sequences: SEQUENCES=10000 of each kind, from SEED=1 on'
+	@echo 'make bench       compare with QEMU, and print one table (ROWS=net: a part of it)'
+	@echo 'make fuzz        fuzz all parsers, guided by coverage, SECONDS=30 for each'
+	@echo 'make mutants     change the code at random, and count the changes that tests notice: MODULE=vmd/vm/bus.py'
+	@echo 'make install     install to PREFIX=$(PREFIX), below DESTDIR'
+	@echo 'make uninstall   remove the files that make install has installed'
+	@echo 'make deb         build a Debian package in $(DEB)'
+	@echo 'make clean       remove the files that these rules have left in this checkout'
 
 run:
 	@tools/setup packages run venv user
 	@$(if $(SOFTWARE_KVM),$(MAKE) -s -C guests OUT=$(CURDIR)/build/guests)
 	@$(PYTHON) -m tools.run
 
-# Both processes of the tests and the emulated machine load the same modules, which takes a minute if each compiles them.
+# Both processes of the tests and the emulated machine load the same modules.  To compile them in each takes a minute.
 test test-deep: export PYTHONDONTWRITEBYTECODE =
 
 test: need-root
@@ -74,7 +74,7 @@ fuzz: need-root
 	@tools/setup packages test venv user fuzzer
 	@$(PYTHON) -m fuzz $(SECONDS)
 
-# Without MODULE all modules, which takes hours.
+# Without MODULE it changes all modules, which takes hours.
 mutants: need-root
 	@tools/setup packages test venv user
 	@$(PYTHON) -m mutants $(MODULE) $(if $(COUNT),--count $(COUNT)) $(if $(filter command,$(firstword $(origin SEED))),--seed $(SEED))
@@ -87,7 +87,7 @@ need-root:
 	@test "$$(id -u)" = 0 || { echo 'make: this needs root (namespaces, /dev/kvm, network interfaces):' \
 	    'sudo make $(MAKECMDGOALS)' >&2; exit 1; }
 
-# With DESTDIR nothing outside it is touched or looked for: that is for packages.
+# With DESTDIR nothing outside it is read or written.  That is for packages.
 install:
 	@$(if $(DESTDIR),,tools/setup modules user)
 	@"$$(tools/setup interpreter)" -I tools/install.py install $(PLACES)
@@ -95,7 +95,7 @@ install:
 uninstall:
 	@"$$(tools/setup interpreter)" -I tools/install.py uninstall $(PLACES)
 
-# The build is dpkg-buildpackage's, which writes beside its directory.  What it would check, tools/setup has installed.
+# dpkg-buildpackage writes beside its directory, so it builds a copy.  tools/setup has installed what it would check.
 deb:
 	@tools/setup packages deb
 	@rm -rf '$(DEB)'

@@ -46,7 +46,7 @@ class Garbage:
         self.choice = random.Random(seed)
 
     def gpa(self) -> int:
-        """Return an address, mostly of memory."""
+        """Return an address, mostly one in memory."""
         draw = self.choice.random()
         if draw < 0.5:
             return HEADERS + 64 * self.choice.randrange(64)
@@ -66,13 +66,13 @@ class Garbage:
         return struct.pack("<QIHH", gpa, length, flags, following)
 
     def header(self) -> bytes:
-        """Return what may be read as the head of a request of some device."""
+        """Return bytes that may pass for the header of a request of one of the devices."""
         kind = self.choice.choice((0, 1, 4, 8, 11, 13, 2, 99))
         cdb = bytes((self.choice.choice((0x00, 0x12, 0x25, 0x28, 0xA8, 0x43, 0xFF)),)) + self.choice.randbytes(15)
         return struct.pack("<IIQ", kind, 0, self.choice.choice((0, 1, 7, 2000, 1 << 60))) + cdb.ljust(48, b"\0")
 
     def fill(self) -> None:
-        """Fill everything."""
+        """Fill headers, tables and rings."""
         memory = self.device.memory
         for at in range(64):
             memory.load(HEADERS + 64 * at, self.header())
@@ -87,7 +87,7 @@ class Garbage:
                 ring.set_avail_idx(self.choice.randrange(1 << 16))
 
     def scribble(self) -> None:
-        """Change something that the device may be looking at."""
+        """Change bytes that the device may be reading."""
         ring = self.choice.choice(self.rings)
         slot, head = self.choice.randrange(ring.size), self.choice.randrange(ring.size)
         at, what = self.choice.choice((
@@ -101,7 +101,7 @@ class Garbage:
 
 
 def renew(device: Device, sizes: tuple[int, ...], features: int) -> list[Ring]:
-    """Reset the device and give it empty rings at consecutive places."""
+    """Reset the device, and activate empty rings at consecutive addresses."""
     device.command(devmsg.RESET)
     rings = [Ring(device.memory, size, 0x10000 * (number + 1)) for number, size in enumerate(sizes)]
     assert device.activate_rows(features, *(ring.row() for ring in rings)) == 0
@@ -109,13 +109,13 @@ def renew(device: Device, sizes: tuple[int, ...], features: int) -> list[Ring]:
 
 
 def raw_disk(path: Path) -> int:
-    """Make a raw image."""
+    """Make a raw image.  Return the note about its format."""
     path.write_bytes(random.Random(1).randbytes(4 * MIB))
     return 0
 
 
 def qcow2_disk(path: Path) -> int:
-    """Make a qcow2 image."""
+    """Make a qcow2 image.  Return the note about its format."""
     with new_file(str(path)) as fd:
         write_empty(fd, str(path), "qcow2", 4 * MIB)
     return devmsg.RESOURCE_QCOW2
@@ -131,7 +131,7 @@ KINDS: dict[str, tuple[str, tuple[int, ...], Callable[[Path], int] | None, int]]
 
 @pytest.fixture(params=KINDS.values(), ids=list(KINDS))
 def subject(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Device, tuple[int, ...], int]]:
-    """A running device process of each kind, the sizes of its queues and the features to take."""
+    """A running device process of each kind, the sizes of its queues, and the features to negotiate."""
     kind, sizes, make, features = request.param
     resources, notes = [], []
     if make is not None:
@@ -145,10 +145,10 @@ def subject(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[De
 
 
 @pytest.mark.parametrize("ring_features", [0, INDIRECT_DESC | EVENT_IDX])
-def test_any_garbage_in_any_place_11_to_24(
+def test_random_garbage_11_to_24(
     subject: tuple[Device, tuple[int, ...], int], ring_features: int
 ) -> None:
-    """Hostile input 11-24: alive, answering, small, and with a log that does not grow with the mistakes."""
+    """Hostile input 11-24: the process lives and answers, and neither its memory nor its log grows with the errors."""
     device, sizes, own_features = subject
     features = MODERN | ring_features | own_features
     before_kib, broken = 0, 0
@@ -167,7 +167,7 @@ def test_any_garbage_in_any_place_11_to_24(
         if number == ROUNDS // 3:
             before_kib = device.own_kib()
 
-    assert broken > ROUNDS // 2  # else it was too harmless to mean anything
+    assert broken > ROUNDS // 2  # otherwise the garbage was too harmless
     assert device.own_kib() < before_kib + GROWTH_MAX_KIB
     log = device.read_log()
     assert "Traceback" not in log

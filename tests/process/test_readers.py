@@ -1,4 +1,4 @@
-"""What readers say of a guest is what it, the kernel and the host's interface have counted, too."""
+"""Figures from `metrics listen` and `vmctl metrics` agree with the counts of guest, kernel and tap."""
 
 import json
 import time
@@ -34,11 +34,11 @@ vm "net" {{
 """
 REQUESTS, REQUEST_BYTES = 40, 65536
 FRAMES = 200
-TICKS_S = 0.1  # by which times that the kernel counts in ticks, of several threads, may differ
+TICKS_S = 0.1  # tolerance: the kernel counts the time of each thread in ticks
 
 
 class Scraped:
-    """One reading by HTTP."""
+    """The samples of one page, read by HTTP."""
 
     def __init__(self, vmd: NetDaemon) -> None:
         self.of: dict[tuple[str, ...], float] = {}
@@ -51,27 +51,27 @@ class Scraped:
 
 
 def fresh(vmd: NetDaemon) -> Scraped:
-    """Return figures of after this call: the last ones may be served for a second."""
+    """Return figures that are newer than this call.  Older ones may be served for a second."""
     time.sleep(1.1)
     return Scraped(vmd)
 
 
 def of_vmctl(vmd: NetDaemon, name: str) -> dict[str, Any]:
-    """Return what `vmctl metrics --json` says of a VM."""
+    """Return the figures of a VM from `vmctl metrics --json`."""
     (found,) = json.loads(vmd.must("metrics", "--json", name))["vms"]
     figures: dict[str, Any] = found
     return figures
 
 
 def cpu_s(pid: int) -> float:
-    """Return the processor time of a VM's processes, by the kernel."""
+    """Return the processor time of a VM's processes from the kernel."""
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     words = [Path(f"/proc/{each}/stat").read_text().rpartition(")")[2].split() for each in (pid, *children)]
     return sum(int(each[11]) + int(each[12]) for each in words) / 100
 
 
-def test_what_was_done_is_what_is_said(tmp_path: Path) -> None:
-    """Requests, bytes and packets to the last one, and processor time between what the kernel says before and after."""
+def test_reported_figures_are_right(tmp_path: Path) -> None:
+    """Requests, bytes and packets are exact.  Processor time is between the kernel's values before and after."""
     (tmp_path / "disk.raw").write_bytes(bytes(16 << 20))
     conf = CONF.format(directory=tmp_path, blk=guest("blk"), net=guest("net"))
     with Network() as network:
@@ -84,7 +84,7 @@ def test_what_was_done_is_what_is_said(tmp_path: Path) -> None:
 
 
 def disk(vmd: NetDaemon) -> None:
-    """A guest says how many requests it has made, the kernel how long that took."""
+    """Compare with the guest's count of requests, and with processor time from the kernel."""
     vmd.must("start", "blk")
     with vmd.console("blk") as console:
         console.expect("ready", DEADLINE_S)
@@ -109,7 +109,7 @@ def disk(vmd: NetDaemon) -> None:
 
 
 def interface(vmd: NetDaemon) -> None:
-    """The tap's own counters, and the frames that guest and peer say that they have exchanged."""
+    """Compare with the tap's counters, and with the number of frames that guest and peer have exchanged."""
     vmd.must("start", "net")
     (nic,) = vmd.interfaces("net")
     tap = Interface(vmd.network, nic["tap"])
@@ -119,7 +119,7 @@ def interface(vmd: NetDaemon) -> None:
         assert "frames are through" in said
     after = fresh(vmd)
     (host,) = json.loads(vmd.network.run("ip", "-j", "-s", "link", "show", nic["tap"]))
-    rx, tx = host["stats64"]["rx"], host["stats64"]["tx"]  # of the host: it receives what the guest sends
+    rx, tx = host["stats64"]["rx"], host["stats64"]["tx"]  # of the host, which receives the frames that the guest sends
     for name, unit in (("vmd_interface_packets_total", "packets"), ("vmd_interface_bytes_total", "bytes")):
         assert after[(name, "transmit", "0", "net")] == rx[unit]
         assert after[(name, "receive", "0", "net")] == tx[unit]

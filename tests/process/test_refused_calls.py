@@ -1,4 +1,4 @@
-"""Surroundings that refuse system calls (containers, settings of units, old kernels): done without, or named."""
+"""System calls refused by containers, settings of units or old kernels: vmd does without them, or names them."""
 
 import errno
 import os
@@ -18,21 +18,21 @@ from vmd.privsep.spawn import DEBUG
 
 pytestmark = [pytest.mark.root, pytest.mark.kvm]
 
-FIRST_RECENT = 424  # Linux 5.1; everything from here on is newer than some filters
+FIRST_RECENT = 424  # Linux 5.1: some filters know no calls from this number on
 PIDFD_SEND_SIGNAL, PIDFD_OPEN = 424, 434
-NEEDED = (PIDFD_SEND_SIGNAL, PIDFD_OPEN)  # no other call says of a process that it has ended, without a race
+NEEDED = (PIDFD_SEND_SIGNAL, PIDFD_OPEN)  # only these report the end of a process without a race
 MOUNT, PIVOT_ROOT, UNSHARE, SETNS, SECCOMP, MEMFD_CREATE = 165, 155, 272, 308, 317, 319
-FILTER_ERRORS = (errno.ENOSYS, errno.EPERM)  # either is seen, whoever wrote the filter
+FILTER_ERRORS = (errno.ENOSYS, errno.EPERM)  # filters use one or the other
 
 
 def conf(disk: Path) -> str:
-    """Return a VM with a disk."""
+    """Return the configuration of a VM with a disk."""
     return f'vm "demo" {{\n disable\n memory 32M\n boot "{guest("demo")}"\n disk "{disk}" format raw\n}}\n'
 
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Path:
-    """Give a disk."""
+    """Give the file of a disk."""
     path = tmp_path / "disk"
     with path.open("wb") as file:
         file.truncate(MIB)
@@ -41,7 +41,7 @@ def disk(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("number", FILTER_ERRORS, ids=["ENOSYS", "EPERM"])
 def test_recent_calls_have_a_substitute(tmp_path: Path, disk: Path, number: int) -> None:
-    """A VM with a disk runs and ends without openat2, clone3, close_range, landlock and all that is newer."""
+    """A VM with a disk runs and ends without openat2, clone3, close_range, landlock and all newer calls."""
     prefix = refusing(number, FIRST_RECENT, known=NEEDED)
     with Daemon(tmp_path, conf(disk), prefix=prefix) as vmd:
         vmd.must("start", "demo")
@@ -63,11 +63,11 @@ def test_recent_calls_have_a_substitute(tmp_path: Path, disk: Path, number: int)
         (PIVOT_ROOT, "build the cell: pivot_root"),
         (SETNS, "enter a namespace"),
         (SECCOMP, "install the system call filter"),
-        (MEMFD_CREATE, "have a memory file for the state"),  # and without it no VM would start
+        (MEMFD_CREATE, "have a memory file for the state"),  # without it no VM would start
     ],
 )
 def test_needed_calls_are_named(tmp_path: Path, call: int, words: str, number: int) -> None:
-    """The daemon ends with one sentence, which says what was refused and, where that is certain, by whom."""
+    """The daemon ends with a sentence about the refused call and, where that is certain, who refused it."""
     conf = tmp_path / "vm.conf"
     conf.touch()
     done = subprocess.run(
@@ -81,12 +81,12 @@ def test_needed_calls_are_named(tmp_path: Path, call: int, words: str, number: i
     assert ("the container or unit that vmd runs in" in done.stderr) == (number == errno.ENOSYS)
 
 
-# --- the substitutes, each by itself -----------------------------------------------------------------------------
+# --- the substitutes ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have calls by number refused."""
+    """Refuse all calls that are made by number."""
 
     def refuse(tried: str, *_: object) -> int:
         raise HostError(tried, errno.ENOSYS)
@@ -95,8 +95,8 @@ def refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("refused")
-def test_place_of_a_file(tmp_path: Path) -> None:
-    """By its name, by links and by odd ways there, it is the same file."""
+def test_open_place_finds_a_file(tmp_path: Path) -> None:
+    """It finds the same file by its name, by a link, and by a path with `..`."""
     file = tmp_path / "file"
     file.touch()
     (tmp_path / "link").symlink_to("file")
@@ -108,10 +108,10 @@ def test_place_of_a_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("with_openat2", [True, False])
 @pytest.mark.parametrize("name", ["file", "link to it"])
-def test_descriptors_of_others_are_no_places(
+def test_a_removed_file_cannot_be_opened_through_a_descriptor(
     tmp_path: Path, request: pytest.FixtureRequest, name: str, with_openat2: bool
 ) -> None:
-    """What has no name that leads to it cannot be had by the name of an open descriptor."""
+    """The name of the descriptor, and a link to it, are refused."""
     if not with_openat2:
         request.getfixturevalue("refused")
     path = tmp_path / "file"
@@ -130,7 +130,7 @@ def test_descriptors_of_others_are_no_places(
 @pytest.mark.usefixtures("refused")
 @pytest.mark.parametrize("listed", [True, False], ids=["with proc", "without"])
 def test_descriptors_are_closed_on_exec(monkeypatch: pytest.MonkeyPatch, listed: bool) -> None:
-    """Those of a range, and no others, also where nothing lists them."""
+    """Only the descriptors of the range are closed, also without a list of them in /proc."""
     if not listed:
         monkeypatch.setattr(linux, "DESCRIPTORS", "/nowhere")
     fds = [os.open("/dev/null", os.O_RDONLY) for _ in range(3)]
@@ -149,7 +149,7 @@ def test_descriptors_are_closed_on_exec(monkeypatch: pytest.MonkeyPatch, listed:
 
 
 def test_a_vm_under_the_developers_switch(tmp_path: Path, disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every process begins and works as it does without, and none makes a call that is refused."""
+    """With VMD_DEBUG_SECCOMP every process works as usual, and none makes a refused call."""
     monkeypatch.setenv(DEBUG, "1")
     with Daemon(tmp_path, conf(disk)) as vmd:
         vmd.must("start", "demo")

@@ -36,7 +36,7 @@ def vmd(tmp_path: Path) -> Iterator[Daemon]:
 
 @pytest.fixture
 def connected(tmp_path: Path) -> Iterator[Daemon]:
-    """Give a daemon on a host of its own, for VMs with interfaces."""
+    """Give a daemon on its own host, for VMs with interfaces."""
     with Network() as network, NetDaemon(tmp_path, network) as daemon:
         yield daemon
 
@@ -47,13 +47,13 @@ def states(vmd: Daemon) -> dict[str, str]:
 
 
 def reload(vmd: Daemon, conf: str) -> str:
-    """Load another configuration; return vmctl's output."""
+    """Load another configuration.  Return vmctl's output."""
     vmd.conf.write_text(conf)
     return vmd.must("reload")
 
 
 def test_ids_change_with_the_next_start_only(vmd: Daemon) -> None:
-    """Processes that run have the old ones; the warning says so."""
+    """Running processes keep the old ids, and a warning says so."""
     said = reload(vmd, "\nids 1879048192\n" + block("a"))
 
     assert said == f"vmctl: warning: {vmd.conf}:2: ids 1879048192 count when vmd is started again\n"
@@ -75,7 +75,7 @@ BROKEN = {
 
 
 def test_a_file_that_cannot_be_used_changes_nothing(vmd: Daemon) -> None:
-    """Case 59: not by reload, not by SIGHUP, not by load, however much of it was right; file and line are said."""
+    """Case 59: reload, SIGHUP and load refuse the whole file.  The message has file and line."""
     before = vmd.rows()
     socket_before = vmd.socket.stat()
     good = "staggered start parallel 1 delay 1\nsocket owner nobody:nogroup\n"
@@ -101,8 +101,8 @@ def test_a_file_that_cannot_be_used_changes_nothing(vmd: Daemon) -> None:
         assert (socket_after.st_uid, socket_after.st_gid) == (socket_before.st_uid, socket_before.st_gid), what
 
 
-def test_a_file_that_is_gone_changes_nothing(vmd: Daemon) -> None:
-    """It is no empty one: a path that was mistyped, or not mounted, forgets no VM."""
+def test_a_missing_file_changes_nothing(vmd: Daemon) -> None:
+    """A missing file does not count as an empty one, so a mistyped or unmounted path removes no VM."""
     text = vmd.conf.read_text()
     vmd.conf.unlink()
     for done in (vmd.vmctl("reload"), vmd.vmctl("load", vmd.conf)):
@@ -116,7 +116,7 @@ def test_a_file_that_is_gone_changes_nothing(vmd: Daemon) -> None:
 
 
 def test_every_error_has_its_line(vmd: Daemon) -> None:
-    """On the screen and in the log, as far as they fit; and then what follows from them."""
+    """vmctl prints as many errors as fit, and then their number.  The log has all of them."""
     vmd.conf.write_text("".join(f"memory lots {'x' * 60}\n" for _ in range(99)) + "# é\r\n")
     done = vmd.vmctl("reload")
     lines = done.stderr.splitlines()
@@ -128,8 +128,8 @@ def test_every_error_has_its_line(vmd: Daemon) -> None:
     assert [f"vmd: {vmd.conf}:{number}: syntax error" in vmd.log for number in range(1, 100)] == [True] * 99
 
 
-def test_relative_paths_are_those_of_the_file(vmd: Daemon) -> None:
-    """The daemon's own directory is another one at a reload than at the start."""
+def test_paths_are_relative_to_the_directory_of_the_file(vmd: Daemon) -> None:
+    """The daemon has changed its working directory since its start."""
     (vmd.directory / "kernel").write_bytes(Path(guest("demo")).read_bytes())
     (vmd.directory / "more.conf").write_text('vm "c" {\n disable\n memory 32M\n boot kernel\n}\n')
     assert reload(vmd, vmd.conf.read_text() + "include more.conf\n") == ""
@@ -137,8 +137,8 @@ def test_relative_paths_are_those_of_the_file(vmd: Daemon) -> None:
     assert states(vmd)["c"] == "running"
 
 
-def test_what_is_odd_is_said_to_who_reloads(vmd: Daemon, tmp_path: Path) -> None:
-    """The warnings of `vmd -n` that need no look at the host; and the same of a file that is loaded."""
+def test_vmctl_prints_the_warnings_of_a_reload(vmd: Daemon, tmp_path: Path) -> None:
+    """The warnings are those of `vmd -n` that do not depend on the host.  `load` prints them, too."""
     text = 'unused = "x"\n' + block("c", 'interface switch "nope"')
     (tmp_path / "more.conf").write_text(text.replace('"c"', '"d"'))
     said = [reload(vmd, vmd.conf.read_text() + text), vmd.must("load", tmp_path / "more.conf")]
@@ -149,11 +149,11 @@ def test_what_is_odd_is_said_to_who_reloads(vmd: Daemon, tmp_path: Path) -> None
     assert states(vmd) == {"a": "running", "b": "stopped", "c": "stopped", "d": "stopped"}
 
 
-# --- VMs that run ----------------------------------------------------------------------------------------
+# --- running VMs -----------------------------------------------------------------------------------------
 
 
-def test_what_changed_waits_for_the_next_start(vmd: Daemon) -> None:
-    """A running VM is not touched; the operator is told what waits, and it comes true."""
+def test_changes_wait_for_the_next_start(vmd: Daemon) -> None:
+    """A running VM is unchanged.  vmctl says which changes wait, and the next start applies them."""
     pid = vmd.status("a")["pid"]
     said = reload(vmd, block("a", "vcpus 2", memory="48M") + block("b"))
     assert "vm a: memory, vcpus changed; that waits for its next start" in said
@@ -161,9 +161,9 @@ def test_what_changed_waits_for_the_next_start(vmd: Daemon) -> None:
     assert (row["pid"], row["memory_bytes"], row["vcpus"]) == (pid, 32 * MIB, 1)
     with vmd.console("a") as console:
         console.expect(PROMPT, DEADLINE_S)
-        console.answer("reset", PROMPT)  # a guest that resets itself is not started anew by anybody
+        console.answer("reset", PROMPT)  # a guest that resets itself keeps its configuration
     assert vmd.status("a")["memory_bytes"] == 32 * MIB
-    assert "waits for its next start" in vmd.must("reload")  # it still does
+    assert "waits for its next start" in vmd.must("reload")  # the change still waits
     vmd.must("stop", "-fw", "a")
     assert vmd.status("a")["memory_bytes"] == 48 * MIB
     vmd.must("start", "a")
@@ -172,13 +172,13 @@ def test_what_changed_waits_for_the_next_start(vmd: Daemon) -> None:
 
 
 def limited(iops: int, rate: str, limits: str) -> str:
-    """Return the configuration of a VM with limits on all that can be limited."""
+    """Return the configuration of a VM with limits of every kind."""
     disk = f'disk "{guest("demo")}" format raw limit iops {iops}'
     return block("a", disk, f"interface {{ limit rate {rate} }}", f"limit {{ {limits} }}", memory="32M")
 
 
 def test_limits_change_at_once(connected: Daemon) -> None:
-    """Of a VM that runs; its other changes wait, and what is said twice is said only if it is so twice."""
+    """New limits apply to a running VM at once; other changes wait.  Each message appears once per change."""
     vmd = connected
     reload(vmd, limited(100, "1M", "memory 1G") + block("b"))
     vmd.must("start", "a")
@@ -197,8 +197,8 @@ def test_limits_change_at_once(connected: Daemon) -> None:
     assert vmd.status("a")["memory_bytes"] == 32 * MIB
 
 
-def test_a_change_that_is_taken_back(vmd: Daemon) -> None:
-    """There is nothing left to wait for."""
+def test_a_reverted_change(vmd: Daemon) -> None:
+    """No change waits any more."""
     conf = vmd.conf.read_text()
     assert "memory changed" in reload(vmd, block("a", memory="48M"))
     assert reload(vmd, conf) == ""
@@ -207,14 +207,14 @@ def test_a_change_that_is_taken_back(vmd: Daemon) -> None:
 
 
 def test_nothing_changed(vmd: Daemon) -> None:
-    """Moving lines about and adding comments is no change."""
+    """Moved lines, comments and explicit defaults are no changes."""
     conf = "# a comment\n\n" + block("b") + "# another\n" + block("a", "interfaces 0")
     assert reload(vmd, conf) == ""
     assert states(vmd) == {"a": "running", "b": "stopped"}
 
 
 def test_a_vm_that_is_removed_runs_on_and_is_then_forgotten(vmd: Daemon) -> None:
-    """And one that does not run is forgotten at once."""
+    """A stopped VM is forgotten at once."""
     said = reload(vmd, "")
     assert said == "vmctl: vm a is no longer configured; it is forgotten when it stops\n"
     assert states(vmd) == {"a": "running"}
@@ -223,7 +223,7 @@ def test_a_vm_that_is_removed_runs_on_and_is_then_forgotten(vmd: Daemon) -> None
 
 
 def test_a_vm_that_is_removed_and_comes_back(vmd: Daemon) -> None:
-    """While it runs: it is known again, with what the file says by then."""
+    """It comes back while it runs.  Then it is known again, with the values in the file."""
     reload(vmd, "")
     said = reload(vmd, block("a", memory="48M"))
     assert "vm a: memory changed" in said
@@ -232,7 +232,7 @@ def test_a_vm_that_is_removed_and_comes_back(vmd: Daemon) -> None:
 
 
 def test_ids_survive(vmd: Daemon) -> None:
-    """Of VMs that stay, and of those that come back (cat. 4.1)."""
+    """VMs that stay, and VMs that come back, keep their ids (cat. 4.1)."""
     before = {row["name"]: row["id"] for row in vmd.rows()}
     reload(vmd, block("new") + block("b") + block("a"))
     reload(vmd, block("new"))
@@ -241,8 +241,8 @@ def test_ids_survive(vmd: Daemon) -> None:
     assert after == {**before, "new": 3}
 
 
-def test_a_vm_of_vmctl_that_the_file_names(vmd: Daemon) -> None:
-    """It becomes one of the configuration, which says what it boots the next time."""
+def test_a_vm_of_vmctl_that_is_added_to_the_file(vmd: Daemon) -> None:
+    """It becomes a VM of the configuration, which decides what it boots the next time."""
     vmd.must("start", "-m", "24M", "-b", guest("hello"), "-k", "wait", "c")
     said = reload(vmd, vmd.conf.read_text() + block("c", "cmdline quiet"))
     assert "vm c: " in said
@@ -251,11 +251,11 @@ def test_a_vm_of_vmctl_that_the_file_names(vmd: Daemon) -> None:
     vmd.must("start", "c")
     with vmd.console("c") as console:
         console.expect(PROMPT, DEADLINE_S)
-        console.answer("reset", PROMPT)  # not the kernel of its first life
+        console.answer("reset", PROMPT)  # this kernel is not that of the first start
 
 
 def test_enabled_vms_start(vmd: Daemon) -> None:
-    """New ones, and those that were stopped by hand; what runs is not started twice."""
+    """New VMs and VMs that were stopped by hand start.  A running VM is not started again."""
     pid = vmd.status("a")["pid"]
     reload(vmd, block("a", enabled=True) + block("b", enabled=True) + block("c", enabled=True))
     for name in ("b", "c"):
@@ -264,7 +264,7 @@ def test_enabled_vms_start(vmd: Daemon) -> None:
 
 
 def test_sighup(vmd: Daemon) -> None:
-    """The same as `vmctl reload`; what there is to say is in the log."""
+    """SIGHUP does the same as `vmctl reload`.  The messages are in the log."""
     vmd.conf.write_text(block("a", memory="48M") + block("c"))
     assert vmd.process is not None
     vmd.process.send_signal(signal.SIGHUP)
@@ -273,14 +273,14 @@ def test_sighup(vmd: Daemon) -> None:
 
 
 def test_the_socket_has_its_new_owner(vmd: Daemon) -> None:
-    """Global statements count at once."""
+    """Global statements take effect at once."""
     reload(vmd, "socket owner nobody:nogroup\n" + vmd.conf.read_text())
     status = vmd.socket.stat()
     assert (status.st_uid, status.st_gid) == (65534, 65534)
 
 
 def test_a_reload_while_a_vm_stops(vmd: Daemon) -> None:
-    """It goes on stopping, and is known afterwards."""
+    """The VM still stops, and remains known."""
     with subprocess.Popen(
         [sys.executable, "-m", "vmctl", "-s", vmd.socket, "stop", "-w", "a"],
         cwd=ROOT, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -293,8 +293,8 @@ def test_a_reload_while_a_vm_stops(vmd: Daemon) -> None:
 # --- load ------------------------------------------------------------------------------------------------
 
 
-def test_load_leaves_vms_that_are_known_alone(vmd: Daemon, tmp_path: Path) -> None:
-    """Whether they run or not; new ones are added, and started if they are to be."""
+def test_load_does_not_change_known_vms(vmd: Daemon, tmp_path: Path) -> None:
+    """Running and stopped VMs are unchanged.  New VMs are added, and started if they are enabled."""
     extra = tmp_path / "extra.conf"
     extra.write_text(block("a", memory="48M") + block("b", memory="48M") + block("c", enabled=True))
     vmd.must("load", extra)
@@ -305,7 +305,7 @@ def test_load_leaves_vms_that_are_known_alone(vmd: Daemon, tmp_path: Path) -> No
 
 
 def test_load_of_an_instance(vmd: Daemon, tmp_path: Path) -> None:
-    """Its template may be one that is known already; one that is not is said, and the rest is there."""
+    """Its template may be a known VM.  An unknown template is reported, and the other VMs are added."""
     extra = tmp_path / "extra.conf"
     extra.write_text(
         'vm "a" instance "c" {\n disable\n vcpus 2\n}\nvm "nowhere" instance "d" {\n disable\n}\n' + block("e")
@@ -315,7 +315,7 @@ def test_load_of_an_instance(vmd: Daemon, tmp_path: Path) -> None:
 
 
 def test_a_reload_forgets_what_was_loaded(vmd: Daemon, tmp_path: Path) -> None:
-    """The main file is all there is then; what runs is forgotten when it stops."""
+    """Only the VMs of the main file remain.  A running one is forgotten when it stops."""
     extra = tmp_path / "extra.conf"
     extra.write_text(block("c") + block("d"))
     vmd.must("load", extra)
@@ -331,7 +331,7 @@ def test_a_reload_forgets_what_was_loaded(vmd: Daemon, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("what", ["vms", "all"])
 def test_reset_forgets_everything_before_it_answers(vmd: Daemon, what: str) -> None:
-    """So what follows at once begins anew, ids included."""
+    """A reload right after the answer starts from nothing, also with the ids."""
     pid = vmd.status("a")["pid"]
     vmd.must("start", "-m", "16M", "-b", guest("hello"), "adhoc")
     vmd.must("reset", what)
@@ -343,7 +343,7 @@ def test_reset_forgets_everything_before_it_answers(vmd: Daemon, what: str) -> N
 
 
 def test_reset_of_switches_leaves_vms_alone(vmd: Daemon) -> None:
-    """They run on."""
+    """Running VMs run on."""
     pid = vmd.status("a")["pid"]
     vmd.must("reset", "switches")
     assert vmd.status("a")["pid"] == pid
@@ -351,17 +351,17 @@ def test_reset_of_switches_leaves_vms_alone(vmd: Daemon) -> None:
 
 
 def test_a_reload_that_overtakes_a_reset(vmd: Daemon) -> None:
-    """VMs that are still dying come back when they are gone, as the file has them, and are started."""
+    """VMs that still end come back after their end with the values in the file, and are started."""
     before = vmd.status("a")["pid"]
     vmm = vmd.processes()["vmd: vmm"]
-    os.kill(vmm, signal.SIGSTOP)  # nothing can end while it stands still
+    os.kill(vmm, signal.SIGSTOP)  # no VM can end while vmm is stopped
     try:
         with subprocess.Popen(
             [sys.executable, "-m", "vmctl", "-s", vmd.socket, "reset", "vms"],
             cwd=ROOT, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE,
         ) as resetting:  # fmt: skip
             while set(states(vmd)) != {"a"} or states(vmd)["a"] != "stopping":
-                pass  # each look is a process of its own
+                pass  # each look takes time, because it starts a process
             assert reload(vmd, block("a", memory="48M", enabled=True) + block("c", enabled=True)) == ""
             assert states(vmd)["a"] == "stopping"
             busy = vmd.vmctl("start", "a")
@@ -377,7 +377,7 @@ def test_a_reload_that_overtakes_a_reset(vmd: Daemon) -> None:
 
 
 def test_a_reset_whose_client_has_left(vmd: Daemon) -> None:
-    """It happens all the same."""
+    """The reset is still carried out."""
     vmm = vmd.processes()["vmd: vmm"]
     os.kill(vmm, signal.SIGSTOP)
     try:
@@ -391,7 +391,7 @@ def test_a_reset_whose_client_has_left(vmd: Daemon) -> None:
             assert resetting.wait(DEADLINE_S) == 1
     finally:
         os.kill(vmm, signal.SIGCONT)
-    vmd.must("reset")  # waits for the same VMs
+    vmd.must("reset")  # it waits for the same VMs
     assert states(vmd) == {}
 
 
@@ -399,7 +399,7 @@ def test_a_reset_whose_client_has_left(vmd: Daemon) -> None:
 
 
 def test_a_batch_goes_on(tmp_path: Path) -> None:
-    """One by one, each waiting for its turn; a reload, or SIGHUP, does not hurry those that wait."""
+    """VMs start one by one.  A reload does not start waiting VMs earlier, unless it changes the delay."""
     names = ("a", "b", "c")
     conf = "".join(block(name, enabled=True) for name in names)
     with Daemon(tmp_path, "staggered start parallel 1 delay 3600\n" + conf) as vmd:
@@ -416,7 +416,7 @@ def test_a_batch_goes_on(tmp_path: Path) -> None:
 
 
 def test_a_vm_that_cannot_start_does_not_hold_up_the_others(tmp_path: Path) -> None:
-    """It says why, and its turn is over."""
+    """Its status has the reason, and the next VM starts."""
     kernel = tmp_path / "kernel"
     kernel.touch()
     conf = f'vm "a" {{\n memory 32M\n boot "{kernel}"\n cdrom "{tmp_path}/nothing"\n}}\n'
@@ -432,12 +432,12 @@ def test_a_vm_that_cannot_start_does_not_hold_up_the_others(tmp_path: Path) -> N
 
 @pytest.mark.deep
 def test_a_name_that_is_a_number(tmp_path: Path) -> None:
-    """Whoever types it means the VM that is called so, and never the one that happens to have this id."""
+    """A number means the VM with this name, and an id only if no VM has the name."""
     with Daemon(tmp_path, block("2") + block("b") + block("c")) as vmd:
         ids = {row["name"]: row["id"] for row in vmd.rows()}
         assert ids == {"2": 1, "b": 2, "c": 3}
         vmd.wait_log(f'vmd: warning: {vmd.conf}:1: vm "2": the name is a number')
-        for name in ("2", "b", "3"):  # the last is an id: nobody is called so
+        for name in ("2", "b", "3"):  # the last one is an id, because no VM has this name
             vmd.must("start", name)
         assert states(vmd) == {"2": "running", "b": "running", "c": "running"}
         vmd.must("pause", "2")

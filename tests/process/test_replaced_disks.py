@@ -1,4 +1,4 @@
-"""A disk that is another file when a guest resets itself is named: what the guest wrote is in the old one."""
+"""A disk that is another file after a reset of the guest is named, because the guest wrote to the old file."""
 
 import shutil
 from pathlib import Path
@@ -13,15 +13,15 @@ pytestmark = [pytest.mark.root, pytest.mark.kvm]
 WARNING = "is not the file that its guest had before it was reset"
 
 
-def warned_of(vmd: Daemon, console: Attached) -> list[str]:
-    """Have the guest reset itself; return what was warned of meanwhile."""
+def warnings_of_a_reset(vmd: Daemon, console: Attached) -> list[str]:
+    """Let the guest reset itself.  Return the warnings that this causes."""
     before = len(vmd.log)
     console.answer("reset", PROMPT)
     return [line.partition("vm demo: ")[2] for line in vmd.log[before:].splitlines() if WARNING in line]
 
 
-def test_files_that_are_replaced_while_a_guest_runs(tmp_path: Path) -> None:
-    """Disk, backing file and disc, each by its name; files that were only written to are the same."""
+def test_replaced_files_are_named_at_a_reset(tmp_path: Path) -> None:
+    """Disk, backing file and disc are each named.  A file that was only written to is still the same."""
     names = ("disk.raw", "base.qcow2", "top.qcow2", "disc.iso")
     disk, base, top, disc = (tmp_path / name for name in names)
     disk.write_bytes(bytes(1 << 20))
@@ -35,12 +35,12 @@ def test_files_that_are_replaced_while_a_guest_runs(tmp_path: Path) -> None:
             console.expect(PROMPT, DEADLINE_S)
             disk.write_bytes(b"other" * 100)
             disk.write_bytes(bytes(1 << 20))
-            assert warned_of(vmd, console) == []
+            assert warnings_of_a_reset(vmd, console) == []
 
             for path in (disk, base, disc):
                 shutil.copy(path, tmp_path / "copy")
                 (tmp_path / "copy").rename(path)
-            assert warned_of(vmd, console) == [
+            assert warnings_of_a_reset(vmd, console) == [
                 f"disk {disk} {WARNING}",
                 f"disk {top}: backing file {base} {WARNING}",
                 f"cdrom {disc} {WARNING}",

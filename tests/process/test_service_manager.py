@@ -1,4 +1,4 @@
-"""What a service manager wants of the daemon: to end for a restart, to be alive, to fail so that it can go on."""
+"""The daemon under a service manager: its end for a restart, its watchdog, and its exit status."""
 
 import os
 import signal
@@ -24,7 +24,7 @@ def vmd(tmp_path: Path) -> Iterator[KeptDaemon]:
 
 
 def test_daemon_ends_for_a_restart(vmd: KeptDaemon) -> None:
-    """With success, and with its socket left to the next one, which serves there."""
+    """It ends with status 0, and leaves its socket, on which the next daemon serves."""
     before = vmd.socket.stat().st_ino
 
     assert vmd.hand_over() == 0
@@ -35,8 +35,8 @@ def test_daemon_ends_for_a_restart(vmd: KeptDaemon) -> None:
     assert vmd.log.count("handing over to the next daemon") == 1
 
 
-def test_service_manager_hears_that_it_is_alive(vmd: KeptDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Time and again, if it wants to; a daemon that stands still says nothing."""
+def test_the_daemon_notifies_its_watchdog(vmd: KeptDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It notifies repeatedly if WATCHDOG_USEC is set.  A daemon that hangs does not."""
     assert "WATCHDOG=1" not in vmd.keeper.said
     vmd.kill()
     monkeypatch.setenv("WATCHDOG_USEC", "300000")
@@ -46,15 +46,15 @@ def test_service_manager_hears_that_it_is_alive(vmd: KeptDaemon, monkeypatch: py
     for _ in range(3):
         said = len(vmd.keeper.said)
         assert vmd.keeper.wait_said("WATCHDOG=1", after=said)
-    os.kill(vmd.pid, signal.SIGABRT)  # what systemd does to a daemon that it does not hear of
+    os.kill(vmd.pid, signal.SIGABRT)  # systemd does this to a daemon that does not notify
     assert vmd.process is not None
     assert vmd.process.wait(DEADLINE_S) == -signal.SIGABRT
-    assert "in run" in vmd.log  # where it was
+    assert "in run" in vmd.log  # the stack trace of the moment
 
 
 @pytest.mark.deep
-def test_nothing_is_left_of_the_guests(tmp_path: Path) -> None:
-    """The next daemon starts those of vm.conf, as the first one did."""
+def test_the_next_daemon_starts_lost_guests(tmp_path: Path) -> None:
+    """All guests are lost with vmm and the daemon.  The next daemon starts those of vm.conf, as the first one did."""
     with KeptDaemon(tmp_path, f'vm "demo" {{\nmemory 32M\nboot "{guest("demo")}"\n}}\n') as vmd:
         before = vmd.wait_state("demo", "running")
         vmm = vmd.processes()["vmd: vmm"]
@@ -74,7 +74,7 @@ def test_nothing_is_left_of_the_guests(tmp_path: Path) -> None:
 def test_mistake_in_the_configuration(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: tuple[str, ...], status: int
 ) -> None:
-    """It ends the unit for good only where nothing would be lost with that."""
+    """The status ends the unit for good only if no VM would be lost."""
     conf, log = tmp_path / "vm.conf", tmp_path / "log"
     conf.write_text("vm lots {\n")
     with Keeper(tmp_path / "notify") as keeper:

@@ -40,7 +40,7 @@ vm "none" {{
 
 @pytest.fixture
 def vmd(tmp_path: Path) -> Iterator[Daemon]:
-    """Give a daemon with a VM of two qcow2 disks, and one of a raw one."""
+    """Give a daemon with a VM with two qcow2 disks, one with a raw disk, and one without disks."""
     for name in ("root.qcow2", "data"):
         qemu("qemu-img", "create", "-qf", "qcow2", tmp_path / name, 4 * MIB)
     (tmp_path / "plain.raw").write_bytes(bytes(MIB))
@@ -74,7 +74,7 @@ def listed(vmd: Daemon) -> list[tuple[str, bool]]:
 
 
 def test_snapshots_of_a_stopped_vm(vmd: Daemon) -> None:
-    """Made, listed, gone back to and deleted, on all disks; with QEMU's own in between."""
+    """Snapshots of all disks are made, listed and deleted, and the disks go back to them, also to those of QEMU."""
     fill(vmd, 1)
     made = vmd.vmctl("snapshot", "web", "one")
     assert (made.returncode, made.stderr) == (0, "vmctl: made snapshot one of vm web\n")
@@ -117,7 +117,7 @@ MISTAKES = (
 
 
 def test_mistakes_are_named(vmd: Daemon) -> None:
-    """One sentence with the file or the word, and the disks are as before."""
+    """Each gets one sentence with the file or the word, and the disks are unchanged."""
     fill(vmd, 1)
     vmd.must("snapshot", "web", "twice")
 
@@ -131,7 +131,7 @@ def test_mistakes_are_named(vmd: Daemon) -> None:
 
 @pytest.mark.deep
 def test_incomplete_snapshot_is_shown_and_can_only_be_deleted(vmd: Daemon) -> None:
-    """One that only some disks have is not gone back to."""
+    """Disks cannot go back to a snapshot that only some of them have."""
     fill(vmd, 1)
     qemu("qemu-img", "snapshot", "-c", "half", vmd.directory / "data")
     fill(vmd, 2)
@@ -148,8 +148,8 @@ def test_incomplete_snapshot_is_shown_and_can_only_be_deleted(vmd: Daemon) -> No
 
 
 @pytest.mark.deep
-def test_disks_that_somebody_else_has_are_refused(vmd: Daemon) -> None:
-    """They are locked as for a start."""
+def test_disks_in_use_by_another_program_are_refused(vmd: Daemon) -> None:
+    """The disks are locked as for a start."""
     with subprocess.Popen(
         ["qemu-io", "-f", "qcow2", str(vmd.directory / "data")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as other:
@@ -165,8 +165,8 @@ def test_disks_that_somebody_else_has_are_refused(vmd: Daemon) -> None:
     vmd.must("snapshot", "web", "x")
 
 
-def test_going_back_that_was_cut_off_between_two_disks(vmd: Daemon) -> None:
-    """Nothing is started with disks of two times; to go back again completes it.  QEMU finds nothing wrong."""
+def test_going_back_was_interrupted_between_two_disks(vmd: Daemon) -> None:
+    """The VM does not start with disks of different times.  A second command to go back completes the first."""
     fill(vmd, 1)
     vmd.must("snapshot", "web", "one")
     fill(vmd, 2)
@@ -199,7 +199,7 @@ def raw_of(path: Path) -> bytes:
 
 
 def test_clone_of_a_vm_and_of_a_snapshot(vmd: Daemon) -> None:
-    """Its disks are what the other ones are, or were; what is printed is a block that vmd takes."""
+    """Its disks have the present content, or that of the snapshot.  vmctl prints a valid block for vm.conf."""
     fill(vmd, 1)
     vmd.must("snapshot", "web", "one")
     fill(vmd, 2)
@@ -230,7 +230,7 @@ def test_clone_of_a_vm_and_of_a_snapshot(vmd: Daemon) -> None:
 
 
 def limits_of(vmd: Daemon, name: str) -> tuple[list[int], list[int], tuple[int, ...]]:
-    """Return the limits of a VM: requests and bytes of each disk, and those of all of it."""
+    """Return the limits of a VM: requests and bytes of each disk, and those of the whole VM."""
     (vm,) = json.loads(vmd.must("metrics", name, "--json"))["vms"]
     disks, whole = vm["disks"], vm["limit"]
     return (
@@ -254,7 +254,7 @@ CLONING_MISTAKES = (
 
 @pytest.mark.deep
 def test_mistakes_of_cloning_leave_nothing_behind(vmd: Daemon) -> None:
-    """One sentence, and no file."""
+    """Each gets one sentence, and makes no file."""
     fill(vmd, 1)
     (vmd.directory / "taken-disk1").write_bytes(b"")
     before = sorted(os.listdir(vmd.directory))
@@ -268,7 +268,7 @@ def test_mistakes_of_cloning_leave_nothing_behind(vmd: Daemon) -> None:
 
 @pytest.mark.deep
 def test_clone_of_a_disk_with_a_backing_file(vmd: Daemon) -> None:
-    """What shines through is in the clone of a snapshot, which needs no other image."""
+    """The clone of a snapshot has the content of the backing file, and no backing file itself."""
     base = vmd.directory / "base.qcow2"
     qemu("qemu-img", "create", "-qf", "qcow2", base, 4 * MIB)
     qemu("qemu-io", "-f", "qcow2", "-c", "write -P 9 0 4M", base)
@@ -288,10 +288,10 @@ def test_clone_of_a_disk_with_a_backing_file(vmd: Daemon) -> None:
 
 @pytest.mark.deep
 def test_imgwriter_has_the_disks_of_one_vm(vmd: Daemon) -> None:
-    """Nothing else of the host, no capability, no other file; as an id of its own, behind a filter."""
+    """It has no other file, no capability, its own id, and a seccomp filter."""
     root = vmd.directory / "root.qcow2"
     root.unlink()
-    qemu("qemu-img", "create", "-qf", "qcow2", "-o", "preallocation=metadata", root, 100 << 30)  # takes a while
+    qemu("qemu-img", "create", "-qf", "qcow2", "-o", "preallocation=metadata", root, 100 << 30)  # slow to snapshot
     for number in range(20):
         with caught(vmd, "web", f"s{number}") as (client, pid):
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
@@ -311,7 +311,7 @@ def test_imgwriter_has_the_disks_of_one_vm(vmd: Daemon) -> None:
 
 
 def look_at(pid: int) -> dict[str, str]:
-    """Return what the kernel says of a process."""
+    """Return /proc/PID/status of a process as a mapping, and its open files."""
     found = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":\t" in line)
     found["files"] = "\n".join(open_files(pid).values())
     return found
@@ -319,7 +319,7 @@ def look_at(pid: int) -> dict[str, str]:
 
 @pytest.mark.deep
 def test_vm_is_not_started_while_its_disks_change(vmd: Daemon) -> None:
-    """The sentence says why; when the imgwriter is killed, the client is told, the disks are as before."""
+    """The sentence has the reason.  When imgwriter is killed, the client is told, and the disks are unchanged."""
     fill(vmd, 1)
     for _ in range(20):
         with caught(vmd, "web", "x") as (client, pid):
@@ -344,7 +344,7 @@ def test_vm_is_not_started_while_its_disks_change(vmd: Daemon) -> None:
 
 @pytest.mark.deep
 def test_kills_in_the_middle_leave_no_error_and_no_leak(vmd: Daemon, pytestconfig: pytest.Config) -> None:
-    """Rounds of making, going back and deleting, with the imgwriter killed at random: QEMU finds nothing wrong."""
+    """imgwriter is killed at random while it makes, deletes or goes back to snapshots.  QEMU finds no error."""
     rounds = pytestconfig.getoption("--snapshot-rounds")
     choice = random.Random(rounds)
     fill(vmd, 1)

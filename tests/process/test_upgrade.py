@@ -23,12 +23,12 @@ pytestmark = [pytest.mark.root, pytest.mark.kvm, pytest.mark.timeout(300)]
 
 LATER = "99.0"
 CANNOT = "vmctl: the version that is installed now cannot take over:\n"
-OUTLIVES = ("vmd: vmm", "vmd: vm")  # the beginnings of titles
+OUTLIVES = ("vmd: vmm", "vmd: vm")  # prefixes of process titles
 
 
 @pytest.fixture
 def code(tmp_path: Path) -> Path:
-    """An installation of its own, which a test may change."""
+    """A separate installation, which a test may change."""
     copy = tmp_path / "code"
     for package in ("vmd", "vmctl"):
         shutil.copytree(ROOT / package, copy / package, ignore=shutil.ignore_patterns("__pycache__"))
@@ -49,7 +49,7 @@ def install(code: Path, version: str = LATER) -> None:
 
 
 def open_files(daemon: Daemon) -> int:
-    """Return how many descriptors the parent has, when no client is connected."""
+    """Return the number of the parent's descriptors while no client is connected."""
     return len(os.listdir(f"/proc/{daemon.pid}/fd"))
 
 
@@ -59,17 +59,17 @@ def wait_reaped(daemon: Daemon) -> None:
     command = ["ps", "--ppid", str(daemon.pid), "-o", "stat="]
     while "Z" in subprocess.run(command, capture_output=True, text=True, check=False).stdout:
         assert time.monotonic() < deadline, "children that have ended are not reaped"
-        daemon.must("status")  # whoever serves that is started, and others are buried
+        daemon.must("status")  # this starts a control, and the parent reaps ended children
         pause()
 
 
 def test_guest_runs_on_under_another_version(vmd: Daemon, code: Path) -> None:
-    """The daemon is the same process.  A guest that resets itself goes on with the version that is new."""
+    """The daemon remains the same process.  A guest that resets itself continues in the new version."""
     before, pid = vmd.status("demo"), vmd.pid
     processes = vmd.processes()
     install(code)
     vmd.must("upgrade", "-n")
-    assert vmd.must("version") == f"vmctl {LATER}\nvmd {VERSION}\n"  # that was only a rehearsal
+    assert vmd.must("version") == f"vmctl {LATER}\nvmd {VERSION}\n"  # -n only checks
 
     said = vmd.must("upgrade")
 
@@ -117,7 +117,7 @@ def test_guest_runs_on_under_another_version(vmd: Daemon, code: Path) -> None:
 def test_version_that_cannot_take_over(
     vmd: Daemon, code: Path, break_it: Callable[[Path, Path], object], reason: str
 ) -> None:
-    """The daemon goes on, and says why."""
+    """The daemon continues, and gives the reason."""
     before = vmd.status("demo")
     break_it(code, vmd.conf)
 
@@ -134,7 +134,7 @@ def test_version_that_cannot_take_over(
 
 @pytest.mark.deep
 def test_store_without_room(vmd: Daemon, code: Path) -> None:
-    """No other generation begins: VMs go on to start with the vmm that there is, and the log says so."""
+    """No other generation starts: VMs still start with the existing vmm, and the log says so."""
     before = vmd.status("demo")
     install(code)
     store = code / "vmd/parent/store.py"
@@ -151,7 +151,7 @@ def test_store_without_room(vmd: Daemon, code: Path) -> None:
 
 @pytest.mark.deep
 def test_daemon_in_the_background(tmp_path: Path, code: Path) -> None:
-    """As a host without a service manager has it: the same process is another version, still in the background."""
+    """Without a service manager, the same process continues in the background with another version."""
     daemon = Daemon(tmp_path, demo(), code=code)
     environment = {key: value for key, value in os.environ.items() if key != "NOTIFY_SOCKET"}
     relative = os.path.relpath(daemon.conf, code)
@@ -192,7 +192,7 @@ def daemons(socket: Path) -> list[int]:
 
 
 def test_command_of_an_installed_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A script is started by its name, so that the first line of the new one counts; wherever we have gone since."""
+    """A script is run by its path, so that the first line of the new one counts, from any working directory."""
     script = tmp_path / "vmd"
     script.write_text("#!/bin/sh\n")
     script.chmod(0o755)
