@@ -165,7 +165,7 @@ class Bench:
         def work() -> int:
             try:
                 return int(pytest.main([*OPTIONS, "-x", *files], plugins=[Choose(tests, self.names)]))
-            except Exception:  # a consequence of what a failed test has left behind
+            except Exception:  # a consequence of an earlier failed test
                 traceback.print_exc()
                 return int(pytest.ExitCode.INTERNAL_ERROR)
 

@@ -32,7 +32,7 @@ Escapes work only at the start of a line.
 
 
 class Escapes:
-    """Splits typed bytes into bytes for the guest and actions for us, at whatever bytes reads divide them."""
+    """Splits typed bytes into bytes for the guest and actions for us.  A read may end at any byte."""
 
     def __init__(self) -> None:
         self._at_line_start = True

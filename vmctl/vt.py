@@ -20,7 +20,7 @@ class Kind(Enum):
 
 
 class State(Enum):
-    """The state of the parser: what the next byte belongs to."""
+    """The state of the parser: the item to which the next byte belongs."""
 
     GROUND = 0
     ESCAPE = 1
@@ -42,7 +42,7 @@ class Item:
 
 
 class Parser:
-    """Splits output into items, at whatever bytes reads divide it.
+    """Splits output into items.  A read may end at any byte.
 
     With `utf8`, C1 controls are the characters U+0080 to U+009F; without, the bytes 80 to 9F.
     """

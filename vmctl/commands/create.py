@@ -59,7 +59,7 @@ class Target:
         self.notes.append(clean(text))
 
     def done(self) -> None:
-        """Say what was made, with a warning if its name suggests another format."""
+        """Report the new image, with a warning if its name suggests another format."""
         if self.suggests not in ("", self.format):
             self.note(f"{self.path} is {self.format}, but its name says otherwise: {self.advice()}", "warning: ")
         warn(f"{self.format} imagefile created")

@@ -110,7 +110,7 @@ def load(
 
 
 def check(config: Config, warn: Warn, known_switches: Collection[SwitchConfig] = ()) -> Config:
-    """Warn of what cannot work as written.  Return the configuration, with only the first switch of each name.
+    """Warn of statements that cannot work.  Return the configuration, with only the first switch of each name.
 
     Upstream keeps a second switch of the same name.  It sets up the bridge of that switch, but no interface can use it.
     """

@@ -44,7 +44,7 @@ SEED_WORDS = frozenset({
     "hostname", "user", "ssh-key", "password-hash", "user-data", "vendor-data", "network-config", "instance-id",
 })  # fmt: skip
 
-# Our own keywords are plain words wherever vmd(8) takes a word, so that upstream's files keep their meaning.
+# Where vmd(8) takes a word, our own keywords are plain words, so that upstream's files keep their meaning.
 # Inside a block they are keywords only where no string can stand: not after a token of STRING_FOLLOWS.
 BLOCK_WORDS = frozenset({
     "vcpus", "virtio", "initrd", "cmdline", "serial", "console", "log", "keep", "limit", "cpu", "weight", "iops",

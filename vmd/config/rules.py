@@ -69,7 +69,7 @@ NAME_OTHER = NAME_FIRST | set(".-_")
 TAP_FORM = "a tap is called tap, tap0, tap1 and so on"
 NAME_FORM = "it has letters, digits, dots, hyphens and underscores, and begins with a letter or digit"
 GROUP_CHARS = NAME_FIRST | set("_.-")
-# What Linux allows in the name of an interface, except `%`: br%d is a pattern.
+# The characters that Linux allows in the name of an interface, except `%`: br%d is a pattern.
 BRIDGE_CHARS = frozenset(map(chr, range(0x21, 0x7F))) - set("%/:")
 NO_BRIDGES = (".", "..", "lo", "all", "default")  # sysctl has the last two for all interfaces and for new ones
 DISK_DIGITS = 3  # of the number of a disk or partition

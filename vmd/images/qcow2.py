@@ -15,7 +15,7 @@ table on disk ever refers to a free cluster.  Writes in place need no order, as 
 
 No space left.  A write that cannot allocate fails alone: its clusters are freed, and the tables are unchanged.  Before
 metadata is changed in memory, its unchanged bytes are written to their place in the file (`units.Prepared`), so a flush
-needs no new space.  If a flush fails all the same, nothing is forgotten, and the next flush tries again.  Only a failed
+needs no new space.  If a flush still fails, nothing is forgotten, and the next flush tries again.  Only a failed
 fdatasync is final, because it loses data: no later flush succeeds.  The file may end inside its last cluster, as images
 of QEMU do.  A block device does not grow; only its whole clusters are used.
 

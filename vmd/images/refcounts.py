@@ -370,7 +370,7 @@ class Refcounts:
         self.prepared.write(big_endian(table), offset)
         self.stable.sync()
         write_bytes(self.fd, table_place.pack(offset, clusters), AT_REFCOUNT_TABLE)
-        # The header names the new table now, so memory must as well, even if the following fails.
+        # The header names the new table now, so we must also use it, even if the next steps fail.
         old_offset, old_bytes = self.table_offset, len(self.table) * 8
         self.table, self.table_offset = table, offset
         self.unpublished.clear()

@@ -180,7 +180,7 @@ class Opener(Process):
         )
 
     def what_there_is(self, message: OpenFiles, envelope: Envelope, media: Media) -> list[str]:
-        """Describe what is on the disks, none of which has a boot sector.  Without `looks`, return only their names."""
+        """Describe the contents of disks without a boot sector.  Without `looks`, return only their names."""
         reader = envelope.take_fd("reader")
         if reader is None or not message.looks:
             return [f"disk {disk.links[0].path}" for disk in media.disks]

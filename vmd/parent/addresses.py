@@ -16,7 +16,7 @@ ULA = 0xFD  # first byte of a unique local IPv6 address (RFC 4193)
 
 
 class Plan(Record):
-    """What the addresses of a VM's `local` interfaces are computed from."""
+    """The data from which the addresses of a VM's `local` interfaces are computed."""
 
     number: int  # of the VM, among those that have such interfaces
     prefix4: Prefix

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class For(Enum):
-    """What a client waits for.  All except RESET, UPGRADE and some EVENTS concern one VM."""
+    """The event for which a client waits.  All except RESET, UPGRADE and some EVENTS concern one VM."""
 
     START = "the VM to start"
     END = "the VM to end"

@@ -1,4 +1,4 @@
-"""What the rooms of the parent share: the VMs, the peers, the clients, and the configuration in force.
+"""The state that the rooms of the parent share: VMs, peers, clients, and the configuration in force.
 
 It only holds state.  Each room (such as `life`, `network` or `transfers`) gets this object and the other rooms that it
 calls.  `main` makes all rooms, and brings each message to its room.

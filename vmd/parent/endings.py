@@ -36,7 +36,7 @@ def how_it_ended(outcome: Outcome, *, asked: bool, sent: bool) -> str:
     return FAILED
 
 
-# What was given for one start only is not available for another: at a reset such a VM stops (*cat. 4.4*).
+# A boot image given for one start is not available for the next, so the VM stops at a reset (*cat. 4.4*).
 ONLY_THAT_START = "only that start said what to boot"
 # Guests are booted from these to be installed.  A reset means that the installation is finished; it must not run again.
 # Unlike vmd, `boot device disk` does not stop a VM at a reset.

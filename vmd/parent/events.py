@@ -101,7 +101,7 @@ class Events:
     # --- clients -----------------------------------------------------------------------------------------
 
     def serve(self, message: EventsRequest, _caller: Caller, envelope: "Envelope") -> None:
-        """Answer with the events that a client has not seen.  Who may see the list of VMs may see events."""
+        """Answer with the events that a client has not seen.  All who may see the list of VMs may see events."""
         client, vmid = envelope.peerid, self._vmid(message)
         if message.since is None:
             self._seen(client, vmid, self._newest)

@@ -58,7 +58,7 @@ class Figures:
         self._vcpus: dict[int, tuple[int, dict[int, int]]] = {}  # by vmid: pid, and the thread of each vCPU
 
     def serve(self, message: FiguresRequest, caller: Caller, envelope: "Envelope") -> None:
-        """Answer with the figures of one VM or of all.  Who may see the list of VMs may see figures."""
+        """Answer with the figures of one VM or of all.  All who may see the list of VMs may see figures."""
         one = bool(message.vmid or message.name)
         vms = [self.core.vms.get(message.vmid, message.name)] if one else list(self.core.vms)
         self._answer(vms, caller, envelope.peerid)

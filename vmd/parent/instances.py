@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from vmd.parent.vm import Vm
     from vmd.record import Record
 
-# What a user may set for an instance, with the word for refusals.  Each needs its flag in `allow instance`.
+# The aspects that a user may set for an instance, with the word for refusals.  Each needs its flag in `allow instance`.
 ASPECTS = (
     (VmFlag.CPU, "cpus"),
     (VmFlag.MEMORY, "memory"),

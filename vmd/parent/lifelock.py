@@ -55,7 +55,7 @@ class LifeLock:
             notify("STATUS=")
 
     def share(self) -> int:
-        """Return a descriptor with a shared lock, which the caller owns; -1 if the lock cannot be had."""
+        """Return a descriptor with a shared lock, which the caller owns; -1 if it is not available."""
         fd = self._take(fcntl.LOCK_SH)
         return -1 if fd is None else fd
 

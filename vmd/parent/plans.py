@@ -208,7 +208,7 @@ class Plans:
     def route_to(
         self, config: VmConfig, plan: Plan, routes: "Sequence[HostRoute]"
     ) -> "tuple[IpNetwork, HostRoute] | None":
-        """Return a network of a VM's local interfaces that this host has a route to, and the route; None if none.
+        """Return a network of a VM's local interfaces that this host has a route to, and the route, or None.
 
         Raises OperatorError if the number is too large for the range of addresses.
         """

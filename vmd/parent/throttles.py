@@ -25,7 +25,7 @@ QUIET_LOOKS = 6  # looks without waiting, after which waiting is an event again
 
 
 class LastLook(Record):
-    """What the last look has found of a device with a limit, or of the vCPUs."""
+    """The result of the last look at a device with a limit, or at the vCPUs."""
 
     waited_ns: int  # in its whole life
     quiet: int = QUIET_LOOKS  # looks without waiting since it has waited, at most QUIET_LOOKS

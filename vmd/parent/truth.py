@@ -37,7 +37,7 @@ class FileKnown(Record):
 
 
 class Lack(Record):
-    """What is wrong with an interface."""
+    """A problem of an interface."""
 
     index: int
     text: str
@@ -54,7 +54,7 @@ class TapsKnown(Record):
 
 
 class Transfer(Record):
-    """What is kept of a VM's `Sending` or `Receiving`."""
+    """The part of a VM's `Sending` or `Receiving` that the next parent needs."""
 
     carried: bool = False  # of both
     paused: bool = False  # of Receiving
@@ -127,7 +127,7 @@ class VmChange(Record):
 
 
 class Change(Part):
-    """What has changed since the Truth or the Change before.  Short fields are always present."""
+    """The changes since the previous Truth or Change.  Short fields are always present."""
 
     vms: tuple[VmChange, ...] = ()
     config: bytes = b""  # "": unchanged

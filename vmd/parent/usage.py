@@ -1,4 +1,4 @@
-"""What a VM uses of the host: the memory that its guest has touched, the memory of its processes, and processor time.
+"""The resources that a VM uses: memory that its guest has touched, memory of its processes, and processor time.
 
 Only files of /proc that are readable without CAP_SYS_PTRACE are read, because not every vmd has it.
 """
@@ -22,7 +22,7 @@ def host_pid(pidfd: int) -> int:
 
 
 def used_bytes(memory: int | None, pid: int) -> int:
-    """Return the memory that a VM uses: what its guest has touched, and the private memory of its processes.
+    """Return the memory that a VM uses: the part that its guest has touched, and the private memory of its processes.
 
     `memory` is the descriptor of the guest's memory.  `pid` is the VM's process; its children are the devices.
     """

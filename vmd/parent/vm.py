@@ -64,7 +64,7 @@ class At(Enum):
 
 
 class Sending:
-    """What is known of a VM while it is sent, saved for a snapshot, or migrated away."""
+    """The state of a VM that is sent, saved for a snapshot, or migrated away."""
 
     def __init__(self, *, keep: bool, state: State, carried: bool = False) -> None:
         self.keep = keep
@@ -81,7 +81,7 @@ class Sending:
 
 
 class Receiving:
-    """What is known of a VM while it is received."""
+    """The state of a VM that is received."""
 
     def __init__(
         self, *, paused: bool, carried: bool = False, trusted: bool = False, config: VmConfig | None = None
@@ -109,7 +109,7 @@ class Vm:
     """One VM; owned by the table.
 
     Each assignment to an attribute increments `changes` and calls `on_change`: the next parent must learn it.
-    `on_event` is called with each change of its state: what has happened, why, and how the VM ended if it has ended.
+    `on_event` is called for each change of its state: with the event, its reason, and how the VM ended if it has ended.
     """
 
     config: VmConfig

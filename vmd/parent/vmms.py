@@ -98,7 +98,7 @@ class Vmms:
             self.adoption.expect(list(self.adoption.known.values()), there)
 
     def adopt(self, known: "GenerationKnown") -> Generation | None:
-        """Return a vmm of an earlier daemon; None if it has ended or its channel cannot be had."""
+        """Return a vmm of an earlier daemon; None if it has ended, or its descriptor cannot be duplicated."""
         name = f"{VMM}{known.number}"
         try:
             ours = socket.socket(fileno=self.store.duplicate(name))

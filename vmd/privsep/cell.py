@@ -4,7 +4,7 @@ The cell is a root file system that has the interpreter, its shared libraries an
 nothing else of the host.  It is built once, in a mount namespace of its own.  Each child enters that namespace, and
 gets new IPC, network and host name namespaces.
 
-    /usr/bin/python3.11, /usr/lib/python3.11 (or wherever they are)  bind mounts, without site-packages
+    /usr/bin/python3.11, /usr/lib/python3.11 (their real places)   bind mounts, without site-packages
     /lib/x86_64-linux-gnu/libc.so.6, /lib64/ld-linux-x86-64.so.2, …  one bind mount each
     /etc/ld.so.cache  /dev/null                                      bind mounts
     /vmd                                                             a copy of vmd and msgpack

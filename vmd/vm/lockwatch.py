@@ -11,7 +11,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from vmd.vm.devproc import DeviceProcesses
 
-# What users are told about an image whose lock is held again.
+# Sentences for users about an image whose lock is held again.
 WRITTEN = "somebody else has written to its image, and its guest does not know that"
 FOUND = {
     devmsg.TAKEN: "nobody has written to its image since this VM was paused",

@@ -404,7 +404,7 @@ class VmProcess(Process):
     def written(self, channel: Channel, asked: str) -> Departure | None:
         """Return the departure, if its stream is complete; else raise PeerError.
 
-        Return None if the VM has ended, which is the answer.
+        Return None if the VM has ended: the parent learns that instead of an answer.
         """
         if self.life.is_in(State.ENDED):
             return None

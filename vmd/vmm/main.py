@@ -267,7 +267,7 @@ class Vmm(Process):
         )
 
     def on_from_vm(self, message: Record, envelope: Envelope, channel: Channel) -> None:
-        """Relay a message to the parent.  The id of the VM is set here, whatever the VM claims."""
+        """Relay a message to the parent, with the true id of the VM instead of the claimed one."""
         child = self.child_of(channel)
         worth_passing_on = child.account(message)
         child.become(message)

@@ -55,7 +55,7 @@ class Request:
 
 
 class Limits:
-    """What a driver may do with a disk."""
+    """The size of a disk, and the requests that its driver may send."""
 
     __slots__ = ("discard", "size", "writable", "write_zeroes")
 
