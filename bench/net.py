@@ -173,7 +173,7 @@ def measure(directory: Path, guest: Callable[[str], Path]) -> list[Row]:
     subprocess.run(["gcc", "-O2", "-Wall", "-Wextra", "-Werror", "-o", peer, PEER], check=True)
     rows = []
     with Network() as network:
-        for scope in ("all", "default"):  # the hosts in this network send nothing by themselves
+        for scope in ("all", "default"):  # the hosts send nothing by themselves
             network.write(f"/proc/sys/net/ipv6/conf/{scope}/disable_ipv6", "1")
         with vmd_side(directory, guest("net"), network, peer) as vmd, qemu_side(guest("net"), network, peer) as other:
             for load in LOADS:

@@ -43,7 +43,7 @@ def measure(directory: Path, guest: Callable[[str], Path]) -> list[Row]:
     subprocess.run(["gcc", "-O2", "-o", peer, PEER], check=True)
     rows = []
     with Network() as network:
-        for scope in ("all", "default"):  # the hosts in this network send nothing by themselves
+        for scope in ("all", "default"):  # the hosts send nothing by themselves
             network.write(f"/proc/sys/net/ipv6/conf/{scope}/disable_ipv6", "1")
         with (
             vmd_sides(directory, guest("net"), network, peer) as (kernel, process),

@@ -106,7 +106,7 @@ class Packets:
                 self.answered()
 
     def _read(self) -> bytes | None:
-        """Return the next frame with its header; b"" after an error, which the read has cleared; None without a frame."""
+        """Return the next frame with its header; b"" after an error that the read has cleared; None without a frame."""
         try:
             return os.read(self.fd, FRAME_MAX)
         except BlockingIOError:
