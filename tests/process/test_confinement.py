@@ -1,4 +1,4 @@
-"""Every confinement, tried from inside a real process that was started as vmd starts its own (see `insider`)."""
+"""Tries each confinement from inside a real process, started as vmd starts its own processes (see `insider`)."""
 
 import contextlib
 import errno
@@ -40,7 +40,8 @@ LEAVES = (
 )  # fmt: skip
 NARROWED = (*LEAVES, "VM")
 REACHES_SIGNALS = landlock.abi() >= landlock.SCOPE_SINCE
-# Python of a test of its own, because it dies, moves to other namespaces, or runs other code.
+# The head of tests that run in an interpreter of their own, because they are killed, enter namespaces, or run a copy
+# of the code.
 SCRIPT_HEAD = """
 import os, select, socket, sys
 sys.path[:0] = {path!r}
@@ -60,14 +61,14 @@ def ask(place, *arguments, fds=None, import_path=None):
 
 @pytest.fixture(scope="module")
 def cell() -> Iterator[Cell]:
-    """Give a cell that holds the insider besides vmd."""
+    """Give a cell that contains vmd and the insider."""
     built = insider_cell()
     yield built
     built.close()
 
 
 class Run:
-    """What a finished process answered, how it ended and what it logged."""
+    """The answers, the exit status and the log of a process that has ended."""
 
     def __init__(self, answers: str, status: int | None, log: str) -> None:
         self.lines = answers.splitlines()
@@ -76,14 +77,14 @@ class Run:
 
     @property
     def answers(self) -> list[str]:
-        """What came after it was confined."""
+        """The answers that it gave after it was confined."""
         assert self.lines, self.log
         assert self.lines[0].endswith(" confined"), self.log
         return self.lines[1:]
 
 
 class Fate(NamedTuple):
-    """What a confined process answered, and how it ended."""
+    """The answers and the exit status of a confined process."""
 
     answers: list[str]
     status: int
@@ -95,7 +96,7 @@ KILLED_AT_ONCE = Fate([], KILLED)
 def try_each(
     place: Cell | HostFiles, kind: str, attempts: Sequence[str], paths: tuple[str, ...] | None = None
 ) -> dict[str, Fate]:
-    """Run a process with that confinement for each attempt, which may be several with + between them."""
+    """Run a process with that confinement for each attempt.  An attempt may consist of several, joined by "+"."""
     run = try_inside(place, "each", kind, *attempts, paths=paths)
     assert run.status == 0, run.log
     fates: dict[str, Fate] = {}
@@ -111,7 +112,7 @@ def try_each(
 
 
 def try_inside(place: Cell | HostFiles | None, kind: str, *attempts: str, paths: tuple[str, ...] | None = None) -> Run:
-    """Run a process with that confinement through its attempts; it also holds a victim's pidfd and a file."""
+    """Run a process with that confinement, which makes all attempts.  It also holds a pidfd of a victim, and a file."""
     ours, theirs = socket.socketpair()
     with lines_of_a_process() as (log, writer), tempfile.TemporaryFile() as data, ours:
         data.write(b"hello")
@@ -138,14 +139,14 @@ def try_inside(place: Cell | HostFiles | None, kind: str, *attempts: str, paths:
 
 @contextlib.contextmanager
 def lines_of_a_process() -> Iterator[tuple[io.FileIO, io.FileIO]]:
-    """Give both ends of a pipe: some processes may write no file, and log what they say to a socket."""
+    """Give both ends of a pipe for the log of a process, because some confinements forbid writing to a file."""
     reader, writer = os.pipe()
     with open(reader, "rb", 0) as log, open(writer, "wb", 0) as lines:
         yield log, lines
 
 
 def run_script(body: str, path: list[str] | None = None, interpreter: str = INTERPRETER) -> str:
-    """Run Python that has vmd, msgpack and the insider to import; returns what it prints."""
+    """Run Python code that can import vmd, msgpack and the insider; return its output."""
     path = path or [str(HERE), *import_path(("vmd", "msgpack", "pyroute2"))]
     done = subprocess.run(
         [interpreter, "-I", "-S", "-c", SCRIPT_HEAD.format(path=path) + body],
@@ -158,8 +159,8 @@ def run_script(body: str, path: list[str] | None = None, interpreter: str = INTE
 # --- the cell, before any filter ----------------------------------------------------------------------------------
 
 
-def test_cell_refuses_what_root_could(cell: Cell) -> None:
-    """The namespaces and the user alone refuse what reaches outside; nothing is killed for trying."""
+def test_cell_refuses_access_to_the_host(cell: Cell) -> None:
+    """Without any filter, the namespaces and the user refuse all access to the host.  No attempt is killed."""
     attempts = {
         "open_passwd": errno.ENOENT,
         "write_code": errno.EACCES,
@@ -181,7 +182,7 @@ def test_cell_refuses_what_root_could(cell: Cell) -> None:
 
 
 def test_cell_holds_the_interpreter_and_our_code_only(cell: Cell) -> None:
-    """No host directory appears in the root, and no package but the named ones beside our code."""
+    """The root has no directory of the host.  The directory of the code has only the named packages."""
     run = try_inside(cell, "-", "tree")
 
     top = {Path(path).parts[1] for path in (INTERPRETER, os.__file__)} | {"vmd", "dev", "etc", ".empty"}
@@ -203,7 +204,7 @@ def test_cell_has_what_our_processes_import(cell: Cell) -> None:
 
 
 def test_identity_in_the_cell(cell: Cell) -> None:
-    """The user in all three ids, no group of root's, no capability, and a working directory inside."""
+    """All three ids are the user's, without groups of root or capabilities.  The working directory is `/`."""
     uid, gid = USER.pw_uid, USER.pw_gid
     before = os.getgroups()
     os.setgroups([0, 6])
@@ -219,7 +220,7 @@ def test_identity_in_the_cell(cell: Cell) -> None:
     ]
 
 
-# --- filters: what kills, what fails, what works ------------------------------------------------------------------
+# --- filters: calls that kill, fail or work -----------------------------------------------------------------------
 
 KILLS = (
     "connect_inet", "connect_unix", "raw_packets", "send_elsewhere", "execute", "fork", "fork_by_vfork",
@@ -234,12 +235,12 @@ VMM_KILLS = (
 )  # fmt: skip
 
 
-NOT_RAISED = Fate([f"more_descriptors errno {errno.EPERM}"], 0)  # by the kernel; the process goes on
+NOT_RAISED = Fate([f"more_descriptors errno {errno.EPERM}"], 0)  # the kernel refuses it; the process continues
 
 
 @pytest.mark.parametrize("kind", [*LEAVES[1:], "VM", "LOCKHOLDER"])
 def test_forbidden_call_kills(cell: Cell, kind: str) -> None:
-    """A process that tries it is ended on the spot, by SIGSYS.  A device may lower its limits, but not raise them."""
+    """SIGSYS kills a process that makes a forbidden call.  A device may lower its limits, but not raise them."""
     fates = dict.fromkeys(KILLS, KILLED_AT_ONCE)
     if kind in ("VIOBLK", "VIONET", "VIONET_KERNEL", "IMGWRITER", "IMGBOOT"):
         fates["more_descriptors"] = NOT_RAISED
@@ -248,14 +249,14 @@ def test_forbidden_call_kills(cell: Cell, kind: str) -> None:
 
 
 def test_a_packet_socket_leads_to_one_interface_only(cell: Cell) -> None:
-    """It could be told to send to others, by an address, or to join them, by an option."""
+    """The filter kills for an address and for a socket option, because both could lead to another interface."""
     attempts = ("send_elsewhere", "send_with_an_address", "set_an_option")
 
     assert try_each(cell, "VIONET_KERNEL", attempts) == dict.fromkeys(attempts, KILLED_AT_ONCE)
 
 
 def test_forbidden_call_kills_a_vm_that_is_built(cell: Cell) -> None:
-    """It may narrow its requests to KVM later, once: that is all it may do more."""
+    """It has one right more than a built VM: it may narrow its requests to KVM, once."""
     attempts = [attempt for attempt in KILLS if attempt not in ("more_descriptors", "another_filter")]
     once = "narrow_requests+another_filter"
 
@@ -265,19 +266,19 @@ def test_forbidden_call_kills_a_vm_that_is_built(cell: Cell) -> None:
 
 
 def test_a_vm_that_is_built_may_have_fewer_descriptors_later_but_not_more(cell: Cell) -> None:
-    """It may change its limits until the guest exists, in one direction."""
+    """Until the guest exists, it may change its limits.  The kernel lets it only lower them."""
     run = try_inside(cell, "VM_BUILDING", "more_descriptors")
 
     assert (run.answers, run.status) == NOT_RAISED
 
 
-def test_a_vm_signals_nobody(cell: Cell) -> None:
-    """Whatever pidfd it holds, its devices' included."""
+def test_a_vm_can_signal_no_process(cell: Cell) -> None:
+    """It is killed for a signal, even if it holds a pidfd of the process."""
     assert try_inside(cell, "VM_BUILDING", "kill_victim").status == KILLED
 
 
 def test_forbidden_call_kills_vmm(cell: Cell) -> None:
-    """vmm may start processes; that is all it may do more."""
+    """The list is shorter than that of the other processes, because vmm may start processes."""
     assert try_each(cell, "VMM", VMM_KILLS) == dict.fromkeys(VMM_KILLS, KILLED_AT_ONCE)
 
 
@@ -288,14 +289,14 @@ OPENER_KILLS = (
 
 
 def test_an_opener_does_nothing_but_open_files() -> None:
-    """Even where it is root."""
+    """A forbidden call kills it, also if it is root."""
     fates = try_each(HostFiles(), "OPENER", OPENER_KILLS, paths=(str(HERE), *import_path(("vmd", "msgpack"))))
 
     assert fates == dict.fromkeys(OPENER_KILLS, KILLED_AT_ONCE)
 
 
 def test_an_opener_opens_files_and_nothing_else() -> None:
-    """It makes none, and lists no directory."""
+    """It can create no file, and list no directory."""
     attempts = ("open_passwd", "create_outside", "list_root")
 
     run = try_inside(HostFiles(), "OPENER", *attempts, paths=(str(HERE), *import_path(("vmd", "msgpack"))))
@@ -306,7 +307,7 @@ def test_an_opener_opens_files_and_nothing_else() -> None:
 
 
 def test_a_logfile_does_nothing_but_open_files() -> None:
-    """Even where it is root."""
+    """A forbidden call kills it, also if it is root."""
     attempts = [attempt for attempt in OPENER_KILLS if attempt != "become_traceable"]
 
     fates = try_each(HostFiles(), "LOGFILE", attempts, paths=(str(HERE), *import_path(("vmd", "msgpack"))))
@@ -316,7 +317,7 @@ def test_a_logfile_does_nothing_but_open_files() -> None:
 
 @pytest.mark.skipif(not landlock.abi(), reason="no landlock")
 def test_a_logfile_has_one_directory(tmp_path: Path) -> None:
-    """It makes, renames and removes files there; outside it can do nothing of that, nor read anywhere."""
+    """It can create, rename and remove files in its directory, but not outside.  It can read no file at all."""
     inside, outside = tmp_path / "in", tmp_path / "out"
     for folder in (inside, outside):
         folder.mkdir()
@@ -351,7 +352,7 @@ attempt("remove", os.unlink, "../out/old", dir_fd=directory)
 
 @pytest.mark.parametrize("kind", [*NARROWED, "VMM"])
 def test_32_bit_call_kills(cell: Cell, kind: str) -> None:
-    """int 0x80 has other numbers; the filter refuses them all."""
+    """The calls of int 0x80 have other numbers than 64-bit calls.  The filter kills for every one of them."""
     if try_inside(cell, "-", "int80").status == -signal.SIGSEGV:
         pytest.skip("kernel without 32-bit system calls")
 
@@ -359,8 +360,8 @@ def test_32_bit_call_kills(cell: Cell, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", NARROWED)
-def test_file_names_lead_nowhere(cell: Cell, kind: str) -> None:
-    """Files cannot be reached by name; an innocent attempt, such as a late import, does no harm."""
+def test_no_file_can_be_opened_by_name(cell: Cell, kind: str) -> None:
+    """The call fails instead of killing, because harmless code, such as a late import, also tries to open files."""
     run = try_inside(cell, kind, "open_passwd", "list_root", "write_code", "create_file", "load_library", "late_import")
 
     refused = [f"{name} errno {errno.EPERM}" for name in ("open_passwd", "list_root", "write_code", "create_file")]
@@ -370,7 +371,7 @@ def test_file_names_lead_nowhere(cell: Cell, kind: str) -> None:
 
 
 def test_lockholder_reads_and_has_one_capability(cell: Cell) -> None:
-    """Nothing can be opened for writing, not even what belongs to other processes."""
+    """It can list directories, but open no file for writing."""
     place = LockholderCell(cell)
     run = try_inside(place, "LOCKHOLDER", "list_root", "write_code", "create_file")
 
@@ -380,23 +381,23 @@ def test_lockholder_reads_and_has_one_capability(cell: Cell) -> None:
 
 
 def test_vmm_reads_its_cell_and_writes_nothing(cell: Cell) -> None:
-    """vmm's file system is the cell, for reading and running."""
+    """In its cell vmm can read files and run programs, but write nothing."""
     run = try_inside(cell, "VMM", "open_passwd", "write_code", "create_file", "become_traceable", "become_root")
 
     assert run.answers == [
         f"open_passwd errno {errno.ENOENT}",
         f"write_code errno {errno.EACCES}",
         f"create_file errno {errno.EROFS}",
-        "become_traceable done 0",  # its children have to set this flag, so its filter knows the call
-        f"become_root errno {errno.EPERM}",  # they become other users; the cell's user namespace says which there are
+        "become_traceable done 0",  # its children have to set this flag, so its filter allows the call
+        f"become_root errno {errno.EPERM}",  # allowed for its children, too; this process lacks the capability
     ]
 
 
 @pytest.mark.parametrize("kind", [*NARROWED, "VMM"])
-def test_ordinary_work_goes_on(cell: Cell, kind: str) -> None:
+def test_ordinary_calls_work(cell: Cell, kind: str) -> None:
     """Threads, wake-ups, timers, passing descriptors and exceptions work in every confinement."""
     attempts = ["threads", "events", "pass_descriptor", "formatted_traceback"]
-    if kind == "VIONET_KERNEL":  # has none to pass, and could send by an address in the same call
+    if kind == "VIONET_KERNEL":  # it passes none, and the call could name an address
         attempts.remove("pass_descriptor")
 
     run = try_inside(cell, kind, *attempts)
@@ -415,8 +416,8 @@ def test_ordinary_work_goes_on(cell: Cell, kind: str) -> None:
         ("VMM", ("memfd", "gather", "file_data", "signal_thread", "spawn_child")),
     ],
 )
-def test_own_work_goes_on(cell: Cell, kind: str, attempts: tuple[str, ...]) -> None:
-    """Each process can do what it is there for."""
+def test_each_process_can_do_its_own_work(cell: Cell, kind: str, attempts: tuple[str, ...]) -> None:
+    """Its filter allows the calls of its task."""
     run = try_inside(cell, kind, *attempts)
 
     assert run.answers == [f"{name} done None" for name in attempts]
@@ -425,7 +426,7 @@ def test_own_work_goes_on(cell: Cell, kind: str, attempts: tuple[str, ...]) -> N
 
 @pytest.mark.parametrize("kind", ["LEAF", "VIONET", "VIONET_KERNEL", "VIOSCSI"])
 def test_a_device_without_a_disk_writes_no_file(cell: Cell, kind: str) -> None:
-    """Not even through a descriptor that may be written to."""
+    """A writable descriptor does not help: its limit of file sizes is 0."""
     run = try_inside(cell, kind, "write_data")
 
     assert run.answers == [f"write_data errno {errno.EFBIG}"]
@@ -441,14 +442,14 @@ def test_uncaught_exception_is_logged(cell: Cell, kind: str) -> None:
     assert "ValueError: nobody catches this" in run.log
 
 
-def test_memfd_is_for_machines(cell: Cell) -> None:
-    """A device process makes no memory of its own to share."""
+def test_a_device_process_makes_no_memfd(cell: Cell) -> None:
+    """Only vmm and VMs create memory to share with other processes."""
     assert try_inside(cell, "VIOBLK", "memfd").status == KILLED
 
 
 @pytest.mark.skipif(not REACHES_SIGNALS, reason="kernel's landlock has no signal scope")
 def test_vmm_signals_nobody_outside(cell: Cell) -> None:
-    """control runs as the same user; a pidfd of a process outside is of no use to vmm."""
+    """vmm cannot signal a process outside its cell, even with a pidfd.  control, for example, runs as the same user."""
     run = try_inside(cell, "VMM", "kill_victim")
 
     assert run.answers == [f"kill_victim errno {errno.EPERM}"]
@@ -461,7 +462,7 @@ def test_vmm_signals_nobody_outside(cell: Cell) -> None:
 def test_a_refused_call_is_named_for_developers(
     cell: Cell, monkeypatch: pytest.MonkeyPatch, kind: str, attempt: str, call: str
 ) -> None:
-    """By name, arguments and place, before the process dies of it; only those are told who are asked to."""
+    """With VMD_DEBUG_SECCOMP a process logs the name, arguments and place of a forbidden call before it is killed."""
     quiet = try_inside(cell, kind, attempt)
     monkeypatch.setenv(DEBUG, "1")
     run = try_inside(cell, kind, attempt)
@@ -474,7 +475,7 @@ def test_a_refused_call_is_named_for_developers(
 
 
 def test_confinement_wants_a_single_thread(cell: Cell) -> None:
-    """Landlock would miss the other threads; that is a bug in the caller, found at once."""
+    """Landlock would not confine the other threads.  So the call refuses to run beside them."""
     body = """
 import threading
 from vmd.privsep.confine import LEAF, confine
@@ -495,7 +496,7 @@ stop.set()
 
 @pytest.fixture(scope="module")
 def priv() -> list[str]:
-    """Give what priv's confinement answers, in a network namespace of its own."""
+    """Give the answers of a process with priv's confinement, in a network namespace of its own."""
     attempts = (
         "run_nft", "run_ip", "forward", "tap_from_descriptor", "identity", "capabilities", "own_directory",
         "open_passwd", "write_etc", "give_away", "open_tun", "become_root", "connect_unix", "raw_packets",
@@ -522,7 +523,7 @@ def test_priv_can_do_its_work(priv: list[str]) -> None:
 
 
 def test_priv_can_do_nothing_else(priv: list[str]) -> None:
-    """It is a user of its own with two capabilities and a small view of the files; it connects to no named socket."""
+    """It has a user of its own, two capabilities and a limited view of files.  It can connect to no named socket."""
     ids = (DEFAULT_FIRST_ID + IDS,) * 3
     denied, refused = errno.EACCES, errno.EPERM
 
@@ -548,8 +549,8 @@ def test_priv_can_do_nothing_else(priv: list[str]) -> None:
     ["mount", "change_root", "unshare_net", "unshare_user", "bpf", "trace_me", "read_other_memory", "io_uring",
      "userfault"],
 )  # fmt: skip
-def test_priv_is_killed_for_what_no_program_of_its_does(attempt: str) -> None:
-    """Its filter forgives most calls, but not these."""
+def test_forbidden_call_kills_priv(attempt: str) -> None:
+    """Most calls that the filter refuses only fail.  These calls kill, because no program of priv's needs them."""
     output = run_script(f"""
 linux.unshare(linux.CLONE_NEWNET)
 place = PrivPlace()
@@ -564,13 +565,13 @@ print(ask(place, "PRIV", {attempt!r}, "threads"))
 
 
 def open_descriptors(pid: int) -> dict[int, str]:
-    """Return what a process has open."""
+    """Return the open descriptors of a process, and what they refer to."""
     directory = Path(f"/proc/{pid}/fd")
     return {int(entry.name): os.readlink(entry) for entry in directory.iterdir()}
 
 
 @contextlib.contextmanager
-def waiting(place: Cell, title: str, kind: str = "-", fds: dict[int, int] | None = None) -> Iterator[Child]:
+def waiting_process(place: Cell, title: str, kind: str = "-", fds: dict[int, int] | None = None) -> Iterator[Child]:
     """Give a process that has confined itself and waits."""
     ours, theirs = socket.socketpair()
     with ours:
@@ -584,11 +585,11 @@ def waiting(place: Cell, title: str, kind: str = "-", fds: dict[int, int] | None
             child.reap(DEADLINE_S)
 
 
-def test_nothing_but_the_named_descriptors(cell: Cell) -> None:
-    """A descriptor that some library left inheritable changes nothing."""
+def test_a_process_has_only_the_named_descriptors(cell: Cell) -> None:
+    """It does not get a descriptor that a library has left inheritable."""
     with tempfile.TemporaryFile() as wanted, tempfile.TemporaryFile() as leaked:
         os.set_inheritable(leaked.fileno(), True)
-        with waiting(cell, "insider", fds={5: wanted.fileno(), 9: wanted.fileno()}) as child:
+        with waiting_process(cell, "insider", fds={5: wanted.fileno(), 9: wanted.fileno()}) as child:
             found = open_descriptors(child.pid)
 
         assert sorted(found) == [0, 1, 2, 3, 5, 9]
@@ -597,18 +598,18 @@ def test_nothing_but_the_named_descriptors(cell: Cell) -> None:
 
 
 def test_descriptors_may_trade_places(cell: Cell) -> None:
-    """Each target gets what was meant for it, though its number is another one's source."""
+    """Two descriptors can be exchanged, although the number of each target is the number of the other's source."""
     with tempfile.TemporaryFile() as first, tempfile.TemporaryFile() as second:
         one, two = first.fileno(), second.fileno()
         names = {fd: os.readlink(f"/proc/self/fd/{fd}") for fd in (one, two)}
-        with waiting(cell, "insider", fds={one: two, two: one}) as child:
+        with waiting_process(cell, "insider", fds={one: two, two: one}) as child:
             found = open_descriptors(child.pid)
 
     assert (found[one], found[two]) == (names[two], names[one])
 
 
 def test_descriptors_do_not_pass_on_to_grandchildren(cell: Cell) -> None:
-    """What vmm was given does not reach the process that vmm starts."""
+    """A process that vmm starts does not get the descriptors of vmm."""
     reader, writer = os.pipe()
     ours, theirs = socket.socketpair()
     with ours:
@@ -633,8 +634,8 @@ def test_descriptors_do_not_pass_on_to_grandchildren(cell: Cell) -> None:
 
 @pytest.mark.parametrize("title", ["vm/db1", "vm/a-rather-long-name-for-a-machine/vionet0"])
 def test_title(cell: Cell, title: str) -> None:
-    """ps shows the title and nothing of the command line; the short name has the title's end."""
-    with waiting(cell, title) as child:
+    """ps shows the title instead of the command line.  The short name is the end of the title."""
+    with waiting_process(cell, title) as child:
         cmdline = Path(f"/proc/{child.pid}/cmdline").read_bytes()
         comm = Path(f"/proc/{child.pid}/comm").read_text().strip()
 
@@ -643,10 +644,10 @@ def test_title(cell: Cell, title: str) -> None:
 
 
 def test_process_state_is_clean(cell: Cell) -> None:
-    """A session of its own, no blocked or ignored signal of ours, no new privileges, no core dumps, no tracing."""
+    """A child has its own session and no inherited signal settings.  It can gain no privileges, nor dump core."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     try:
-        with waiting(cell, "insider", "CONTROL") as child:
+        with waiting_process(cell, "insider", "CONTROL") as child:
             status = dict(line.split(":\t", 1) for line in Path(f"/proc/{child.pid}/status").read_text().splitlines())
             limits = Path(f"/proc/{child.pid}/limits").read_text()
             session = os.getsid(child.pid)
@@ -657,17 +658,17 @@ def test_process_state_is_clean(cell: Cell) -> None:
     python_ignores = 1 << signal.SIGPIPE - 1 | 1 << signal.SIGXFSZ - 1
     assert session == child.pid
     assert int(status["SigBlk"], 16) == 0
-    libc_own = 3 << 31  # signals 32 and 33: glibc lets nobody but itself touch what it may have inherited
+    libc_own = 3 << 31  # signals 32 and 33: inherited, and glibc lets no program change them
     assert int(status["SigIgn"], 16) & ~(python_ignores | libc_own) == 0
     assert status["NoNewPrivs"] == "1"
     assert status["Seccomp"] == "2"
     assert {status[name] for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")} == {"0" * 16}
     assert re.search(r"^Max core file size +0 +0 ", limits, re.MULTILINE)
-    assert owner == 0  # what is not dumpable belongs to root
+    assert owner == 0  # the files in /proc of a process that is not dumpable belong to root
 
 
-def test_failure_before_exec_is_a_sentence(cell: Cell) -> None:
-    """The reason reaches the caller, and no process is left."""
+def test_failure_before_exec_is_reported(cell: Cell) -> None:
+    """The caller gets the reason, and no process is left."""
     broken = Cell(USER.pw_uid, USER.pw_gid, cell.root_fd, cell.root_fd)  # no namespace
     before = children()
 
@@ -683,7 +684,7 @@ def children() -> set[str]:
 
 
 def test_bug_before_exec_is_reported() -> None:
-    """An exception nobody thought of does not leave two copies of the parent running."""
+    """After an unexpected exception in the child, the child ends and the caller gets the exception's text."""
 
     class Broken:
         import_path: tuple[str, ...] = ("/",)
@@ -691,7 +692,7 @@ def test_bug_before_exec_is_reported() -> None:
         vital = False
 
         def prepare(self) -> None:
-            """Nothing."""
+            """Do nothing."""
 
         def enter(self) -> None:
             raise ZeroDivisionError("no such number")
@@ -701,20 +702,20 @@ def test_bug_before_exec_is_reported() -> None:
 
 
 def test_closed_descriptor_is_reported(cell: Cell) -> None:
-    """A descriptor that is not open is the caller's mistake, and says so."""
+    """A descriptor that is not open is an error."""
     with pytest.raises(HostError, match="prepare descriptors for insider: Bad file descriptor"):
         spawn("insider", fds={5: 987654}, place=cell)
 
 
-def hangs_up(reader: int, timeout_s: float = DEADLINE_S) -> bool:
-    """Return whether every writer of a pipe goes away in time."""
+def all_writers_close(reader: int, timeout_s: float = DEADLINE_S) -> bool:
+    """Return whether all writers of a pipe close it in time."""
     poller = select.poll()
     poller.register(reader, select.POLLHUP)
     return bool(poller.poll(timeout_s * 1000))
 
 
 def test_children_die_with_their_parent() -> None:
-    """Killing the parent takes a process in the cell along, though it waits for nothing of its parent's."""
+    """When the parent is killed, the kernel also kills the processes in the cell, even one that reads no channel."""
     reader, writer = os.pipe()
     body = f"""
 cell = Cell.build({USER.pw_uid}, {USER.pw_gid}, {PACKAGES!r})
@@ -735,11 +736,11 @@ select.select([], [], [])
         os.close(writer)
         assert parent.stdout is not None
         assert parent.stdout.readline() == b"ready\n"
-        assert os.read(reader, 1) == b"!"  # the orphan lives, and does nothing more
-        assert not hangs_up(reader, 0)
+        assert os.read(reader, 1) == b"!"  # the orphan runs, and only waits
+        assert not all_writers_close(reader, 0)
         parent.kill()
 
-    assert hangs_up(reader)
+    assert all_writers_close(reader)
     os.close(reader)
 
 
@@ -747,7 +748,7 @@ select.select([], [], [])
 
 
 def private_copy(directory: Path) -> Path:
-    """Copy vmd and the insider where only root can read them."""
+    """Copy vmd and the insider into a directory that only root can read."""
     top = directory / "home" / "checkout"
     for source in (ROOT / "vmd", HERE / "insider"):
         shutil.copytree(source, top / source.name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -758,7 +759,7 @@ def private_copy(directory: Path) -> Path:
 
 
 def test_private_checkout_and_upgrade(tmp_path: Path) -> None:
-    """Code that `_vmd` cannot read is served from the copy, which an upgrade underneath does not change."""
+    """Processes run the cell's copy of the code.  `_vmd` need not be able to read the original, and it may change."""
     top = private_copy(tmp_path)
     output = run_script(
         f"""
@@ -780,7 +781,7 @@ print(ask(cell, "-", "version"))
 
 
 def test_checkout_of_another_user_serves_priv(tmp_path: Path) -> None:
-    """priv has no right to pass by file modes once confined, but imports before that."""
+    """A confined priv has no capability to read files of other users, but it imports all code before."""
     top = private_copy(tmp_path)
     for path in (tmp_path / "home", *(tmp_path / "home").rglob("*")):
         os.chown(path, USER.pw_uid, USER.pw_gid)
@@ -797,7 +798,7 @@ print(ask(place, "PRIV", "capabilities"))
 
 
 def test_private_interpreter(tmp_path: Path) -> None:
-    """An interpreter under a home of mode 0700 works in the cell, where its directories are open."""
+    """The cell runs an interpreter from a home directory of mode 0700, because it has directories of its own."""
     home = tmp_path / "home"
     prefix = home / "python"
     (prefix / "bin").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Consoles of real VMs: who has them, who watches, and what is left when their VM has ended."""
+"""Consoles of real VMs: one user types, others watch, and the last output stays after the VM has ended."""
 
 import contextlib
 import os
@@ -16,12 +16,12 @@ from tests.support.guests import guest
 pytestmark = [pytest.mark.root, pytest.mark.kvm]
 
 PROMPT = "vmd-demo> "
-LINE = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz\r\n"  # of `fill`, 16 of them in a KiB
+LINE = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz\r\n"  # a line of `fill`; 16 of them are a KiB
 
 
 @pytest.fixture(scope="module")
 def vmd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    """Give a daemon that knows one VM, `demo`; each test leaves it stopped."""
+    """Give a daemon with one VM, `demo`.  Each test leaves it stopped."""
     conf = f'vm "demo" {{\n    disable\n    memory 32M\n    boot "{guest("demo")}"\n}}\n'
     with Daemon(tmp_path_factory.mktemp("console"), conf) as daemon:
         yield daemon
@@ -40,7 +40,7 @@ class Viewer(Attached):
         super().__init__(self.process.stdout.fileno(), self.process.stdin.fileno())
 
     def outcome(self) -> tuple[int, str]:
-        """Wait for its end; return its exit status and what it said to its user."""
+        """Wait until it ends; return its exit status and its messages to the user."""
         self.drain(DEADLINE_S)
         assert self.process.stderr is not None
         said = self.process.stderr.read().decode()
@@ -49,7 +49,7 @@ class Viewer(Attached):
 
 @contextlib.contextmanager
 def viewer(vmd: Daemon, *arguments: str) -> Iterator[Viewer]:
-    """Run a vmctl for as long as it takes."""
+    """Run a vmctl, and kill it at the end of the context."""
     viewer = Viewer(vmd, *arguments)
     with viewer.process as process:
         try:
@@ -58,24 +58,24 @@ def viewer(vmd: Daemon, *arguments: str) -> Iterator[Viewer]:
             process.kill()
 
 
-def test_last_words_reach_a_viewer_who_is_behind(vmd: Daemon) -> None:
-    """More than a pty holds, printed right before the end, to a viewer who stands still meanwhile.
+def test_a_stopped_viewer_gets_the_last_output(vmd: Daemon) -> None:
+    """The guest prints more than a pty holds and powers off, while the viewer's process is stopped.
 
-    Afterwards the console shows it again, to whoever asks, until the next start.
+    Until the next start, `vmctl console` shows this output again.
     """
-    with viewer(vmd, "start", "-c", "demo") as behind:
-        behind.expect(PROMPT, DEADLINE_S)
-        behind.process.send_signal(signal.SIGSTOP)
+    with viewer(vmd, "start", "-c", "demo") as stopped:
+        stopped.expect(PROMPT, DEADLINE_S)
+        stopped.process.send_signal(signal.SIGSTOP)
         with vmd.console("demo") as typing:
             os.write(typing.keyboard, b"fill 24\roff\r")
             vmd.wait_state("demo", "stopped")
-        behind.process.send_signal(signal.SIGCONT)
-        status, said = behind.outcome()
+        stopped.process.send_signal(signal.SIGCONT)
+        status, said = stopped.outcome()
 
     assert status == 0
     assert said.endswith("vm demo has ended\n")
-    assert behind.said.count(LINE) == 24 * 16
-    assert b"switching off" in behind.said[-100:]
+    assert stopped.said.count(LINE) == 24 * 16
+    assert b"switching off" in stopped.said[-100:]
     again = vmd.vmctl("console", "demo")
     assert (again.returncode, again.stderr) == (
         0, "vmctl: vm demo is not running; this is what its console showed last\n",
@@ -91,14 +91,14 @@ def test_last_words_reach_a_viewer_who_is_behind(vmd: Daemon) -> None:
     vmd.must("stop", "-fw", "demo")
 
 
-def test_the_console_of_a_vm_that_was_killed_or_is_forgotten(vmd: Daemon) -> None:
-    """However it ended; a VM that is in no configuration, too."""
+def test_the_console_of_a_killed_ad_hoc_vm_is_kept(vmd: Daemon) -> None:
+    """`vmctl console` shows the last output of a VM that was killed and that no configuration describes."""
     vmd.must("start", "-m", "32M", "-b", guest("demo"), "adhoc")
     with vmd.console("adhoc") as console:
         console.expect(PROMPT, DEADLINE_S)
         console.answer("echo last words", PROMPT)
     os.kill(vmd.status("adhoc")["pid"], signal.SIGKILL)
-    vmd.vmctl("wait", "adhoc")  # which may find it gone already
+    vmd.vmctl("wait", "adhoc")  # fails if the VM has ended already
 
     shown = vmd.vmctl("console", "adhoc")
 
@@ -108,13 +108,13 @@ def test_the_console_of_a_vm_that_was_killed_or_is_forgotten(vmd: Daemon) -> Non
 
 
 def test_taking_over_and_watching(vmd: Daemon) -> None:
-    """One types, others watch, over a reset of the guest; who takes over has the line to himself."""
+    """One user types and others watch, also across a reset.  After a takeover only the new user can type."""
     vmd.must("start", "demo")
     tty = vmd.status("demo")["tty"]
     with viewer(vmd, "console", "demo") as first, viewer(vmd, "console", "-r", "demo") as watching:
         first.expect(PROMPT, DEADLINE_S)
         watching.expect(PROMPT, DEADLINE_S)
-        other = os.open(tty, os.O_RDWR | os.O_NOCTTY)  # as cu does, without asking
+        other = os.open(tty, os.O_RDWR | os.O_NOCTTY)  # as cu does, without asking the daemon
         busy = vmd.vmctl("console", "demo")
         assert (busy.returncode, "in use by root" in busy.stderr) == (1, True)
 
@@ -125,7 +125,7 @@ def test_taking_over_and_watching(vmd: Daemon) -> None:
             assert said.splitlines()[-1] == (
                 f"vmctl: the console of vm demo was taken over by root (pid {second.process.pid})"
             )
-            Console(other).drain(DEADLINE_S)  # it has hung up
+            Console(other).drain(DEADLINE_S)  # the pty has hung up
             os.close(other)
             assert vmd.status("demo")["tty"] != tty
             second.answer("echo one", "one\r\n" + PROMPT)
@@ -136,11 +136,11 @@ def test_taking_over_and_watching(vmd: Daemon) -> None:
             second.type("off\r")
             assert second.outcome()[0] == 0
         assert watching.outcome() == (0, "Watching the console of vm demo\n\n[EOT]\nvmctl: vm demo has ended\n")
-    assert watching.said.count(b"echo one\r\none\r\n") == 1  # nothing twice
+    assert watching.said.count(b"echo one\r\none\r\n") == 1  # the output before the takeover is not repeated
 
 
 def test_a_paste_arrives(vmd: Daemon) -> None:
-    """The guest reads only what it has room for; the rest waits in the UART, the pty and vmctl."""
+    """The guest reads more slowly than the user pastes.  The rest waits in the UART, the pty and vmctl."""
     lines = [f"echo {number:04d} is one line of a paste" for number in range(60)]
     with viewer(vmd, "start", "-c", "demo") as console:
         console.expect(PROMPT, DEADLINE_S)

@@ -1,4 +1,4 @@
-"""Console logs of real VMs: whose they are, what they have, and what becomes of one that cannot be written."""
+"""Console logs of real VMs: their owner, their content, and a log that cannot be written."""
 
 import contextlib
 import os
@@ -33,28 +33,28 @@ VM = """vm "{name}" {{
 
 
 def block(name: str, log: Path, owner: str = f"{OWNER}:{GROUP}") -> str:
-    """Return a VM for vm.conf."""
+    """Return a VM's block for vm.conf."""
     return VM.format(name=name, boot=guest("demo"), owner=owner, log=log)
 
 
 @pytest.fixture
 def logs() -> Iterator[Path]:
-    """Give a directory of the owner's."""
+    """Give a directory that belongs to the owner of the VMs."""
     with public_folder() as folder:
         (folder / "logs").mkdir()
         os.chown(folder / "logs", OWNER, GROUP)
         yield folder / "logs"
 
 
-def until(condition: Callable[[], bool], vmd: Daemon) -> None:
-    """Wait for something that the daemon does."""
+def wait_until(condition: Callable[[], bool], vmd: Daemon) -> None:
+    """Wait until a condition is true."""
     deadline_s = time.monotonic() + DEADLINE_S
     while not condition():
         assert time.monotonic() < deadline_s, vmd.log
         time.sleep(0.05)
 
 
-def say(vmd: Daemon, name: str, word: str) -> None:
+def echo(vmd: Daemon, name: str, word: str) -> None:
     """Have a guest print a word."""
     with vmd.console(name) as console:
         console.answer(f"echo {word}", PROMPT)
@@ -71,10 +71,10 @@ def follow(vmd: Daemon, name: str) -> Iterator["subprocess.Popen[bytes]"]:
             process.kill()
 
 
-def test_what_a_guest_prints_is_in_its_log(tmp_path: Path, logs: Path) -> None:
-    """All of it, once and in order: over the end of a file, the end of the process that writes it, and a reload.
+def test_the_output_of_a_guest_is_in_its_log(tmp_path: Path, logs: Path) -> None:
+    """All output is logged once and in order, across a rotation, a kill of the writing process, and a reload.
 
-    Who follows the log sees it, too; and it is there when the VM is not.
+    `console -lF` follows it.  `console -l` also shows it after the VM has ended.
     """
     path, other = logs / "demo.log", logs / "other.log"
     before = b"x" * (SIZE - 50)
@@ -85,23 +85,23 @@ def test_what_a_guest_prints_is_in_its_log(tmp_path: Path, logs: Path) -> None:
         seen = Console(following.stdout.fileno())
         vmd.must("start", "demo")
         first = path.with_suffix(".log.1")
-        until(first.exists, vmd)
-        say(vmd, "demo", "next")
-        until(lambda: b"\nnext" in path.read_bytes(), vmd)
+        wait_until(first.exists, vmd)
+        echo(vmd, "demo", "next")
+        wait_until(lambda: b"\nnext" in path.read_bytes(), vmd)
         assert first.read_bytes().startswith(before)
         status = path.stat()
         assert (status.st_uid, status.st_gid, status.st_mode & 0o777) == (OWNER, GROUP, 0o640)
 
         os.kill(vmd.processes()["vmd: consolelog"], signal.SIGKILL)
-        say(vmd, "demo", "killed")
+        echo(vmd, "demo", "killed")
         vmd.wait_log("process consolelog has ended; starting another one")
-        until(lambda: b"\nkilled" in path.read_bytes(), vmd)
+        wait_until(lambda: b"\nkilled" in path.read_bytes(), vmd)
 
         vmd.conf.write_text(block("demo", other))
         assert "waits for its next start" not in vmd.must("reload")
-        until(other.exists, vmd)
-        say(vmd, "demo", "moved")
-        until(lambda: other.read_bytes().count(PROMPT.encode()) == 1, vmd)
+        wait_until(other.exists, vmd)
+        echo(vmd, "demo", "moved")
+        wait_until(lambda: other.read_bytes().count(PROMPT.encode()) == 1, vmd)
 
         printed = vmd.vmctl("console", "demo").stdout.replace("\n", "\r\n").encode()
         kept = first.read_bytes() + path.read_bytes() + other.read_bytes()
@@ -118,8 +118,8 @@ def test_what_a_guest_prints_is_in_its_log(tmp_path: Path, logs: Path) -> None:
 
 
 @pytest.mark.deep
-def test_the_owner_s_rights_count(tmp_path: Path, logs: Path) -> None:
-    """A log that its owner cannot make costs the VM nothing else, is said once, and begins when they can."""
+def test_a_log_that_its_owner_cannot_create(tmp_path: Path, logs: Path) -> None:
+    """The VM runs without its log, and one message says so.  The log begins as soon as the owner can create it."""
     os.chown(logs, 0, 0)
     path = logs / "demo.log"
     trouble = rf"demo console log: {path}: Permission denied"
@@ -132,7 +132,7 @@ def test_the_owner_s_rights_count(tmp_path: Path, logs: Path) -> None:
 
         os.chown(logs, OWNER, GROUP)
         vmd.wait_log(f"vm demo: console log {path} is written again")
-        until(lambda: PROMPT.encode() in path.read_bytes(), vmd)
+        wait_until(lambda: PROMPT.encode() in path.read_bytes(), vmd)
 
         assert not re.search(trouble, vmd.must("status", "-v", "demo"))
         vmd.must("stop", "-fw", "demo")
@@ -140,19 +140,19 @@ def test_the_owner_s_rights_count(tmp_path: Path, logs: Path) -> None:
 
 
 @pytest.mark.deep
-def test_a_log_goes_on_with_the_next_daemon(tmp_path: Path, logs: Path) -> None:
-    """What is printed while there is none, and while the next one begins, waits for it; nothing is there twice."""
+def test_the_next_daemon_continues_a_log(tmp_path: Path, logs: Path) -> None:
+    """It also writes the output of the time without a daemon.  No output is written twice."""
     path = logs / "demo.log"
     with KeptDaemon(tmp_path, block("demo", path)) as vmd:
         vmd.must("start", "demo")
         with vmd.console("demo") as console:
             console.expect(PROMPT, DEADLINE_S)
-            until(lambda: path.exists() and PROMPT.encode() in path.read_bytes(), vmd)
+            wait_until(lambda: path.exists() and PROMPT.encode() in path.read_bytes(), vmd)
             vmd.kill()
             console.answer("echo meanwhile", PROMPT)
             vmd.start()
             console.answer("echo after", PROMPT)
-        until(lambda: path.read_bytes().count(PROMPT.encode()) == 3, vmd)
+        wait_until(lambda: path.read_bytes().count(PROMPT.encode()) == 3, vmd)
 
         printed = vmd.vmctl("console", "demo").stdout.encode()
         assert path.read_bytes().replace(b"\r\n", b"\n") == printed.replace(b"\r\n", b"\n")

@@ -1,4 +1,4 @@
-"""The daemon as a whole: its processes, the life of a VM, and what is left when it ends."""
+"""The daemon as a whole: its processes, the life of a VM, consoles, the configuration, and clients."""
 
 import array
 import contextlib
@@ -46,30 +46,30 @@ PROMPT = "vmd-demo> "
 
 
 def demo(name: str = "demo", *lines: str) -> str:
-    """Return a vm block that boots the demonstration guest when it is told to."""
+    """Return a vm block that boots the demonstration guest, and is started only on request."""
     options = "\n".join(f"    {line}" for line in ("disable", "memory 32M", f'boot "{guest("demo")}"', *lines))
     return f'vm "{name}" {{\n{options}\n}}\n'
 
 
 @pytest.fixture
 def vmd(tmp_path: Path) -> Iterator[Daemon]:
-    """Give a daemon that knows one stopped VM, `demo`."""
+    """Give a daemon with one stopped VM, `demo`."""
     with Daemon(tmp_path, demo()) as daemon:
         yield daemon
 
 
-def gone(pid: int) -> bool:
-    """Return whether no such process runs any more; a zombie of somebody else's counts as gone."""
+def has_ended(pid: int) -> bool:
+    """Return whether a process has ended.  A zombie, which its parent has not reaped yet, has ended."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
     except (FileNotFoundError, ProcessLookupError):
         return True
 
 
-def wait_gone(pids: list[int]) -> None:
-    """Wait until all of these processes are gone."""
+def wait_ended(pids: list[int]) -> None:
+    """Wait until all of these processes have ended."""
     deadline = time.monotonic() + DEADLINE_S
-    while alive := [pid for pid in pids if not gone(pid)]:
+    while alive := [pid for pid in pids if not has_ended(pid)]:
         assert time.monotonic() < deadline, f"still running: {alive}"
         pause()
 
@@ -84,7 +84,7 @@ def status_lines(pid: int) -> dict[str, str]:
 
 
 def test_processes_titles_and_rights(vmd: Daemon) -> None:
-    """Each process has its title, its user, no privileges it does not need, and a filter (cat. 1.3)."""
+    """Each process has its title and its user, only the privileges that it needs, and a filter (cat. 1.3)."""
     vmd.must("start", "demo")
     processes = vmd.processes()
 
@@ -93,7 +93,7 @@ def test_processes_titles_and_rights(vmd: Daemon) -> None:
         status = status_lines(processes[title])
         assert "0" not in status["Uid"].split(), title
         assert int(status["CapBnd"], 16) == 0, title
-        # vmm's are for the user ids of VMs, in the cell's user namespace.
+        # The capabilities of vmm are for the user ids of VMs, and count only in the cell's user namespace.
         assert int(status["CapEff"], 16) == (VmmCell.CAPABILITIES if title == "vmd: vmm" else 0), title
         assert status["NoNewPrivs"] == "1", title
         assert status["Seccomp"] == "2", title
@@ -109,7 +109,7 @@ def test_processes_titles_and_rights(vmd: Daemon) -> None:
 
 
 def test_a_clean_end_leaves_nothing(vmd: Daemon) -> None:
-    """After SIGTERM there is no process, no socket, no pty."""
+    """After SIGTERM the daemon leaves no process, no socket and no pty."""
     vmd.must("start", "demo")
     tty = Path(vmd.status("demo")["tty"])
     made_ns = tty.stat().st_ctime_ns
@@ -117,15 +117,15 @@ def test_a_clean_end_leaves_nothing(vmd: Daemon) -> None:
 
     assert vmd.stop() == 0
 
-    wait_gone(pids)
+    wait_ended(pids)
     assert not vmd.socket.exists()
     with contextlib.suppress(FileNotFoundError):
-        assert tty.stat().st_ctime_ns != made_ns  # its number may be that of somebody else's pty by now
+        assert tty.stat().st_ctime_ns != made_ns  # another program's pty may have the same number by now
     assert "terminating" in vmd.log
 
 
 def test_losing_vmm_ends_the_daemon(vmd: Daemon) -> None:
-    """SIGKILL of it ends the daemon with a reason, a failure status and no orphans."""
+    """When vmm is killed, the daemon logs the reason and ends with status 1.  No process is left."""
     victim = "vmm"
     vmd.must("start", "demo")
     processes = vmd.processes()
@@ -135,13 +135,13 @@ def test_losing_vmm_ends_the_daemon(vmd: Daemon) -> None:
     os.kill(processes[f"vmd: {victim}"], signal.SIGKILL)
 
     assert vmd.process.wait(DEADLINE_S) == 1
-    wait_gone(pids)
+    wait_ended(pids)
     assert f"lost child: {victim}" in vmd.log
     assert not vmd.socket.exists()
 
 
 def test_killing_the_parent_leaves_no_orphan(vmd: Daemon) -> None:
-    """Children end with a parent that had no chance to tell them; the next daemon replaces the stale socket."""
+    """The children of a killed parent end by themselves.  The next daemon replaces the stale socket."""
     vmd.must("start", "demo")
     pids = list(vmd.processes().values())
     assert vmd.process is not None
@@ -149,13 +149,13 @@ def test_killing_the_parent_leaves_no_orphan(vmd: Daemon) -> None:
     vmd.process.kill()
     vmd.process.wait()
 
-    wait_gone(pids)
+    wait_ended(pids)
     vmd.start()
     assert vmd.status("demo")["state"] == "stopped"
 
 
 def test_killing_a_vm_process_is_reported(vmd: Daemon) -> None:
-    """A VM process that dies takes nothing with it; waiters hear why and the VM can be started again."""
+    """Only its VM ends.  `vmctl wait` returns, the status names the signal, and the VM can be started again."""
     vmd.must("start", "demo")
     pid = vmd.status("demo")["pid"]
     waiter = subprocess.Popen(
@@ -163,7 +163,7 @@ def test_killing_a_vm_process_is_reported(vmd: Daemon) -> None:
     )
     vmd.wait_log("started demo")
     assert waiter.stderr is not None
-    assert waiter.stderr.read(len("waiting")) == "waiting"  # it is connected; give the daemon its request
+    assert waiter.stderr.read(len("waiting")) == "waiting"  # it is connected; `status` is answered after its request
     vmd.must("status")
     os.kill(pid, signal.SIGKILL)
 
@@ -175,8 +175,8 @@ def test_killing_a_vm_process_is_reported(vmd: Daemon) -> None:
     assert vmd.status("demo")["pid"] != pid
 
 
-def test_works_from_a_checkout_nobody_else_may_enter(tmp_path: Path) -> None:
-    """A home of mode 0700 and files of mode 0600 are no obstacle for the unprivileged processes."""
+def test_works_from_a_private_checkout(tmp_path: Path) -> None:
+    """The unprivileged processes run, although only root can read the code."""
     home = tmp_path / "home"
     home.mkdir(mode=0o700)
     subprocess.run(["cp", "-r", ROOT / "vmd", ROOT / "vmctl", home], check=True)
@@ -191,7 +191,7 @@ def test_works_from_a_checkout_nobody_else_may_enter(tmp_path: Path) -> None:
 
 
 def test_start_reboot_power_off(vmd: Daemon) -> None:
-    """A reset keeps id and pty under a new process; S5 ends the VM, which stays known."""
+    """After a reset a new process has the same VM id and pty.  S5 ends the VM, which stays in the list."""
     vmd.must("start", "demo")
     before = vmd.status("demo")
     with vmd.console("demo") as console:
@@ -208,7 +208,7 @@ def test_start_reboot_power_off(vmd: Daemon) -> None:
 
 
 def test_a_guest_that_reboots_in_a_loop_is_stopped(vmd: Daemon) -> None:
-    """The third quick restart is refused, and said so (cat. 4.3)."""
+    """The third quick restart is refused.  The status and the log say so (cat. 4.3)."""
     vmd.must("start", "demo")
     with vmd.console("demo") as console:
         for _ in range(2):
@@ -222,7 +222,7 @@ def test_a_guest_that_reboots_in_a_loop_is_stopped(vmd: Daemon) -> None:
 
 
 def test_stop_presses_the_power_button(vmd: Daemon) -> None:
-    """`stop -w` ends when the guest has powered itself off."""
+    """`stop -w` returns when the guest has powered itself off."""
     vmd.must("start", "demo")
     with vmd.console("demo") as console:
         console.expect(PROMPT, DEADLINE_S)
@@ -233,7 +233,7 @@ def test_stop_presses_the_power_button(vmd: Daemon) -> None:
 
 
 def test_stop_of_a_guest_without_a_driver_ends_it_at_once(tmp_path: Path) -> None:
-    """A guest that never enabled the power button has nothing to be asked (cat. 4.4)."""
+    """A guest that never enabled the power button cannot be asked to power off (cat. 4.4)."""
     conf = f'vm "hello" {{\n disable\n memory 16M\n boot "{guest("hello")}"\n}}\n'
     with Daemon(tmp_path, conf) as vmd:
         vmd.must("start", "hello")
@@ -249,7 +249,7 @@ def test_force_stop(vmd: Daemon) -> None:
 
 
 def test_an_ad_hoc_vm_is_forgotten_when_it_ends(vmd: Daemon) -> None:
-    """`vmctl start -b` of an unknown name makes a VM that lasts until it stops."""
+    """`vmctl start -b` with an unknown name makes a VM that exists until it ends."""
     vmd.must("start", "-m", "32M", "-b", guest("demo"), "adhoc")
     assert vmd.status("adhoc")["state"] == "running"
     vmd.must("stop", "-fw", "adhoc")
@@ -267,7 +267,7 @@ def test_one_shot_boot_of_a_known_vm(vmd: Daemon) -> None:
 
 
 def test_an_ad_hoc_vm_reboots_from_the_file_its_client_opened(vmd: Daemon, tmp_path: Path) -> None:
-    """The daemon keeps what the client opened, even when the path is gone."""
+    """The daemon keeps the file that the client opened, so the reboot works although the path was removed."""
     kernel = tmp_path / "kernel"
     kernel.write_bytes(guest("demo").read_bytes())
     vmd.must("start", "-m", "32M", "-b", kernel, "adhoc")
@@ -279,7 +279,7 @@ def test_an_ad_hoc_vm_reboots_from_the_file_its_client_opened(vmd: Daemon, tmp_p
 
 
 def test_a_command_line_for_one_boot(vmd: Daemon) -> None:
-    """`start -k` of a known VM changes its command line this once."""
+    """`start -k` of a known VM sets its kernel command line for this boot only."""
     vmd.must("start", "-k", "quiet", "demo")
     with vmd.console("demo") as console:
         assert "small monitor" not in console.expect(PROMPT, DEADLINE_S)
@@ -290,7 +290,7 @@ def test_a_command_line_for_one_boot(vmd: Daemon) -> None:
 
 
 def test_a_boot_device_for_one_boot(tmp_path: Path) -> None:
-    """`start -B cdrom` is for installing: when the guest resets itself the VM stops; without -B it starts anew."""
+    """`start -B cdrom` is for installing, so a reset stops the VM.  Without -B a reset starts it again."""
     disc = tmp_path / "disc.iso"
     disc.write_bytes(bytes(4096))
     with Daemon(tmp_path, demo("demo", f'cdrom "{disc}"')) as vmd:
@@ -321,8 +321,8 @@ def test_several_vcpus(tmp_path: Path) -> None:
 # --- console ---------------------------------------------------------------------------------------------
 
 
-def test_output_nobody_reads_neither_blocks_nor_grows(vmd: Daemon) -> None:
-    """Case 45: a flood without a viewer goes on; the last 64 KiB are there for whoever attaches."""
+def test_output_without_a_viewer_neither_blocks_nor_grows(vmd: Daemon) -> None:
+    """Case 45: a flood of output without a viewer does not block.  The next viewer gets the last 64 KiB."""
     vmd.must("start", "demo")
     with vmd.console("demo") as console:
         console.expect(PROMPT, DEADLINE_S)
@@ -352,7 +352,7 @@ def test_output_nobody_reads_neither_blocks_nor_grows(vmd: Daemon) -> None:
     assert second.returncode == 1
     assert re.search(rf"in use by root \(pid {attached.pid}\)", second.stderr)
     assert vmd.status("demo")["resident_bytes"] < resident + (8 << 20)
-    third = vmd.vmctl("console", "demo")  # free again; its standard input is at its end at once
+    third = vmd.vmctl("console", "demo")  # the console is free again; standard input is empty, so it ends at once
     assert third.returncode == 0
 
 
@@ -360,7 +360,7 @@ def test_output_nobody_reads_neither_blocks_nor_grows(vmd: Daemon) -> None:
 
 
 def test_a_broken_reload_changes_nothing(vmd: Daemon) -> None:
-    """A file that does not parse is refused with file and line; the running and the stopped VMs stay."""
+    """A file that does not parse is refused, with file name and line.  All VMs stay as they are."""
     vmd.must("start", "demo")
     good = vmd.conf.read_text()
     vmd.conf.write_text(good + "\nvm broken {\n memory lots\n}\n")
@@ -385,7 +385,7 @@ def test_load_adds_vms(vmd: Daemon, tmp_path: Path) -> None:
 
 
 def test_reset_forgets_vms(vmd: Daemon) -> None:
-    """`reset vms` ends and forgets every VM; reload brings the configured ones back."""
+    """`reset vms` ends and forgets all VMs.  A reload adds the configured VMs again."""
     vmd.must("start", "demo")
     vmd.must("reset", "vms")
     deadline = time.monotonic() + DEADLINE_S
@@ -396,7 +396,7 @@ def test_reset_forgets_vms(vmd: Daemon) -> None:
 
 
 def test_staggered_start(tmp_path: Path) -> None:
-    """One VM starts, the other one waits for its turn (cat. 2.9)."""
+    """With `parallel 1` one VM starts and the other one waits (cat. 2.9)."""
     conf = "staggered start parallel 1 delay 3600\n" + "".join(
         demo(name).replace("    disable\n", "") for name in ("first", "second")
     )
@@ -406,7 +406,7 @@ def test_staggered_start(tmp_path: Path) -> None:
 
 
 def test_log_level_reaches_every_process(vmd: Daemon) -> None:
-    """`vmctl log verbose` reaches running VMs and those that start later."""
+    """`vmctl log verbose` also reaches processes that start later."""
     vmd.must("log", "verbose")
     vmd.must("start", "demo")
     vmd.wait_log("vm/demo: 64-bit ELF kernel")
@@ -418,8 +418,8 @@ def test_log_level_reaches_every_process(vmd: Daemon) -> None:
         ("sev", "encrypted memory (sev)"),
     ],
 )
-def test_what_is_not_supported_is_said(tmp_path: Path, option: str, words: str) -> None:
-    """A VM that needs what this version lacks is not started, and the sentence says what."""
+def test_an_unsupported_option_is_refused(tmp_path: Path, option: str, words: str) -> None:
+    """A VM with an option that this version does not support is not started, and the message names the option."""
     with Daemon(tmp_path, demo("demo", option.format(conf=tmp_path / "vm.conf"))) as vmd:
         refused = vmd.vmctl("start", "demo")
         assert refused.returncode == 1
@@ -427,7 +427,7 @@ def test_what_is_not_supported_is_said(tmp_path: Path, option: str, words: str) 
 
 
 def run_vmd(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run a vmd that is not expected to stay."""
+    """Run a vmd that ends by itself."""
     return subprocess.run(
         [sys.executable, "-m", "vmd", *arguments],
         cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=DEADLINE_S, check=False,
@@ -435,7 +435,7 @@ def run_vmd(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_second_daemon_on_the_socket_is_refused(vmd: Daemon) -> None:
-    """The living daemon keeps its socket."""
+    """The running daemon keeps its socket."""
     second = run_vmd("-d", "-s", vmd.socket, "-f", vmd.conf)
     assert second.returncode == 1
     assert f"another vmd is already serving {vmd.socket}" in second.stderr
@@ -443,7 +443,7 @@ def test_a_second_daemon_on_the_socket_is_refused(vmd: Daemon) -> None:
 
 
 def test_a_file_in_the_place_of_the_socket_is_left_alone(tmp_path: Path) -> None:
-    """Only a socket is ever removed."""
+    """The daemon removes a stale socket, but no other kind of file."""
     path = tmp_path / "precious"
     path.write_text("data")
     conf = tmp_path / "vm.conf"
@@ -455,7 +455,7 @@ def test_a_file_in_the_place_of_the_socket_is_left_alone(tmp_path: Path) -> None
 
 
 def test_configuration_check(tmp_path: Path) -> None:
-    """`-n` says OK, or every error with file and line."""
+    """`-n` prints OK, or all errors with file name and line."""
     good, bad = tmp_path / "good.conf", tmp_path / "bad.conf"
     good.write_text(demo())
     bad.write_text('vm "x" {\n memory 1K\n}\nswitch "s" {\n up\n}\n')
@@ -467,14 +467,14 @@ def test_configuration_check(tmp_path: Path) -> None:
 
 
 def test_usage() -> None:
-    """A wrong option is named and the usage shown."""
+    """After an unknown option the usage is shown."""
     refused = run_vmd("-Z")
     assert refused.returncode == 2
     assert "usage: vmd [-dhnVv]" in refused.stderr
 
 
 def test_malformed_packets_do_not_disturb_others(vmd: Daemon) -> None:
-    """Case 56: a client that talks nonsense is cut off; the next one is served."""
+    """Case 56: a client that sends a malformed packet is disconnected.  The next client is served."""
     for packet in (b"", b"x", b"\0" * 16, os.urandom(4096), b"\xff" * 16384):
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
             client.connect(str(vmd.socket))
@@ -495,7 +495,7 @@ LONG = (
 
 
 def test_requests_as_long_as_a_packet_are_answered(vmd: Daemon) -> None:
-    """Case 56: a name that fills its packet comes back cut, and nobody falls over it."""
+    """Case 56: an answer has only the begin of a name that fills its packet.  The daemon goes on."""
     for request in LONG:
         packet = encode(request)[0]
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
@@ -508,13 +508,13 @@ def test_requests_as_long_as_a_packet_are_answered(vmd: Daemon) -> None:
         assert vmd.status("demo")["state"] == "stopped"
 
 
-def test_tests_are_told_what_vmctl_says(vmd: Daemon) -> None:
-    """They ask it without its start."""
+def test_rows_are_those_of_vmctl(vmd: Daemon) -> None:
+    """`Daemon.rows` asks the daemon itself, without starting vmctl, and returns the same."""
     assert vmd.rows() == json.loads(vmd.must("status", "--json"))["vms"]
 
 
 def ask_as_nobody(path: Path, request: Request) -> list[Record]:
-    """Send a request from a process of user nobody; returns all answers."""
+    """Send a request over a connection that user nobody has made; return all answers."""
     ours, theirs = socket.socketpair()
     pid = os.fork()
     if pid == 0:
@@ -538,7 +538,7 @@ def ask_as_nobody(path: Path, request: Request) -> list[Record]:
     return answers
 
 
-OF_OTHERS = (
+FORBIDDEN = (
     StartRequest(name="demo"),
     StopRequest(name="demo"),
     WaitRequest(name="demo"),
@@ -548,12 +548,12 @@ OF_OTHERS = (
     LoadRequest(path="/etc/passwd"),
     ResetRequest(vms=True, switches=True),
     LogRequest(verbosity=0),
-    StartRequest(name="demo", caller=Caller(uid=0, gid=0, pid=1)),  # a lie about the caller is not believed
+    StartRequest(name="demo", caller=Caller(uid=0, gid=0, pid=1)),  # this claim about the caller is ignored
 )
 
 
 def test_a_user_may_look_but_not_touch(vmd: Daemon) -> None:
-    """Whoever may open the socket sees all VMs and may not do anything to those of others (cat. 4.8)."""
+    """A user who may open the socket can list all VMs, but do nothing to VMs of other users (cat. 4.8)."""
     with tempfile.TemporaryDirectory() as open_to_all:
         path = Path(open_to_all) / "vmd.sock"
         path.parent.chmod(0o755)
@@ -562,11 +562,11 @@ def test_a_user_may_look_but_not_touch(vmd: Daemon) -> None:
         vmd.must("start", "demo")
 
         listed = ask_as_nobody(path, ListRequest())
-        answers = [ask_as_nobody(path, request) for request in OF_OTHERS]
+        answers = [ask_as_nobody(path, request) for request in FORBIDDEN]
 
     assert isinstance(listed[0], VmInfo)
     assert listed[0].name == "demo"
-    for request, (refusal,) in zip(OF_OTHERS, answers, strict=True):
+    for request, (refusal,) in zip(FORBIDDEN, answers, strict=True):
         assert isinstance(refusal, Failed), request
         assert refusal.code == errno.EPERM, request
     assert vmd.status("demo")["state"] == "running"
@@ -574,9 +574,9 @@ def test_a_user_may_look_but_not_touch(vmd: Daemon) -> None:
 
 
 def test_started_without_descriptors(tmp_path: Path) -> None:
-    """Standard input, output and error of the daemon and of every process of a VM are the null device, nothing else.
+    """Descriptors 0, 1 and 2 of the daemon's processes are the null device.
 
-    But for those whose lines the process "log" writes to it.
+    The exception is 2, which is the socket to the process "log" in the processes that have one.
     """
     without = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh"]
     with Daemon(tmp_path, demo(), prefix=without) as vmd:

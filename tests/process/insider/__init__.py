@@ -1,8 +1,9 @@
-"""What test_confinement runs inside a process: it confines itself and tries things.
+"""The program that the tests start as a confined process.  It confines itself, and then tries calls.
 
-`main` is started exactly as vmd's own processes are.  It is told on the command line which confinement to enter
-(`-` for none) and which functions of `ATTEMPTS` to call, and answers on fd 3, a line for each.  To be told so of
-calls that kill, it is told `each` first: then it makes a process for each, which confines itself and tries it.
+`main` is started exactly as vmd's own processes are.  The command line names the confinement to enter (`-` for none)
+and the functions of `ATTEMPTS` to call.  The answers are lines on fd 3, one for each attempt.  A call that kills leaves
+no answer.  So with the first argument `each` the program forks a process for each attempt, which confines itself and
+makes the attempt, and the parent answers with its exit status.
 """
 # ruff: noqa: D103 - the names of the attempts say what is tried
 
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from vmd.privsep.spawn import Child
 
 libc = ctypes.CDLL(None, use_errno=True)
-VICTIM_FD = 7  # somebody else's pidfd
+VICTIM_FD = 7  # a pidfd of another process
 DATA_FD = 8  # a file
 KEPT: list[socket.socket] = []
 INT80 = b"\xb8\x14\0\0\0\xcd\x80\xc3"  # mov eax, 20 (getpid to a 32-bit process); int 0x80; ret
@@ -52,14 +53,14 @@ def raw(number: int, *arguments: object) -> int:
 
 
 def machine_code() -> "Callable[[], int]":
-    """Return a function that leaves 64-bit mode for its system call; made while that is still possible."""
+    """Return a function that makes a 32-bit system call.  Once confined, a process cannot make executable memory."""
     page = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
     page.write(INT80)
     address = ctypes.addressof(ctypes.c_char.from_buffer(page))
     return ctypes.CFUNCTYPE(ctypes.c_int)(address)
 
 
-# --- what must not work ---
+# --- calls that some confinements forbid ---
 
 
 def open_passwd() -> object:
@@ -240,7 +241,7 @@ def narrow_requests() -> None:
     confine.narrow_requests(confine.VM.ioctls)
 
 
-# --- what must work ---
+# --- the work of vmd's processes, and VMs that try to reach each other ---
 
 
 def threads() -> None:
@@ -324,13 +325,13 @@ def spawn_child() -> None:
 
 
 def spawn_orphan() -> None:
-    """Start a process that holds DATA_FD and a channel that never ends, for somebody to kill us."""
+    """Start a process that holds DATA_FD.  Its channel stays open until this process ends."""
     KEPT.extend(socket.socketpair())
     spawn("orphan", ["-", "announce_and_wait"], channel=KEPT[0], fds={DATA_FD: DATA_FD}, entry="insider:main")
 
 
 def hide_a_process() -> None:
-    """Leave a process that is nobody's child and holds DATA_FD."""
+    """Leave a process that is no child of this one and holds DATA_FD."""
     if os.fork() == 0:
         if os.fork() == 0:
             announce_and_wait()
@@ -339,7 +340,7 @@ def hide_a_process() -> None:
 
 
 def start_two_vms(first: int, second: int) -> "tuple[Child, Child, socket.socket]":
-    """Start two processes as vmm does, with these ids; the second tries to end the first, and has a channel."""
+    """Start two processes as vmm does, with these ids.  The second tries to kill the first, and has the channel."""
     idle, ours_of_idle = socket.socketpair()
     KEPT.append(ours_of_idle)
     victim = spawn("vm/victim", ["-", "wait"], channel=idle, uid=first, entry="insider:main")
@@ -354,11 +355,11 @@ def start_two_vms(first: int, second: int) -> "tuple[Child, Child, socket.socket
 
 
 def vms_of_one_vmm() -> object:
-    """Return what one VM can do to another, and that it lives until vmm ends it."""
+    """Return the answers of a VM that attacks another, whether the other survived, and its status when we kill it."""
     victim, attacker, channel = start_two_vms(FIRST_ID + 1001, FIRST_ID + 1002)
     with channel.makefile() as answers:
         said = [answers.readline().strip() for _ in range(5)][1:]
-    attacker.kill()  # it has many threads to wind up
+    attacker.kill()  # takes a while: it has many threads
     attacker.reap(30)
     lived = victim.reap() is None
     victim.kill()
@@ -370,7 +371,7 @@ def become_other() -> None:
 
 
 def many_threads() -> object:
-    """Start threads without end; how many there were."""
+    """Start threads until the kernel refuses; return their number."""
     threading.stack_size(1 << 18)
     wanted = 4000
     with contextlib.suppress(RuntimeError):
@@ -386,14 +387,14 @@ def announce_and_wait() -> None:
 
 
 def wait() -> None:
-    select.poll().poll()  # not pause(), which no filter has
+    select.poll().poll()  # not pause(), which no filter allows
 
 
-# --- what priv does ---
+# --- the work of priv, its limits, and the surroundings of a process ---
 
 
 def run(*argv: str) -> str:
-    """Run a program and return what it prints; without subprocess, whose import is not the point here."""
+    """Run a program and return its output.  It does not use subprocess, which imports much at run time."""
     reader, writer = os.pipe()
     pid = os.posix_spawnp(
         argv[0], argv, {}, file_actions=[(os.POSIX_SPAWN_DUP2, writer, 1), (os.POSIX_SPAWN_DUP2, writer, 2)]
@@ -490,7 +491,7 @@ ATTEMPTS: "dict[str, Callable[[], object]]" = {name: value for name, value in gl
 
 
 def main() -> int:
-    """Confine, try, answer; with `each` before the confinement, do so in a process for each attempt."""
+    """Confine this process, make the attempts and answer.  With `each` first, fork a process for each attempt."""
     channel = socket.socket(fileno=3)
     ATTEMPTS["int80"] = machine_code()
     kind, *attempts = sys.argv[1:]
@@ -511,7 +512,7 @@ def main() -> int:
 
 
 def confined(channel: socket.socket, kind: str, *attempts: str) -> int:
-    """Confine this process, and let it try."""
+    """Confine this process, make the attempts and answer; return the exit status."""
     if kind != "-":
         confine.confine(getattr(confine, kind))
     channel.sendall(f"{kind} confined\n".encode())

@@ -1,3 +1,3 @@
-"""Says which code a process runs."""
+"""Tells the tests which version of the code a process runs."""
 
 VERSION = "old"
