@@ -1,4 +1,4 @@
-"""Networking as an operator sees it: vm.conf, vmctl, and what `ip` and `nft` show; each in a network of its own."""
+"""Networking as an operator sees it, with vm.conf, vmctl, `ip` and `nft`.  Each test has its own network namespace."""
 
 import contextlib
 import errno
@@ -36,9 +36,9 @@ def block(name: str, *lines: str, boot: bool = True) -> str:
 
 
 def wait_for_links(vmd: NetDaemon, wanted: set[str], *, alone: str = "") -> None:
-    """Wait until these are all the interfaces, and one of them is in no bridge.
+    """Wait until exactly the wanted interfaces exist, and the interface `alone` is in no bridge.
 
-    Priv removes some a moment after vmctl has its answer.
+    priv removes some interfaces only after vmctl has its answer.
     """
     deadline_s = time.monotonic() + DEADLINE_S
     while set(there := links(vmd.network)) != wanted or (alone and "master" in there[alone]):
@@ -46,8 +46,8 @@ def wait_for_links(vmd: NetDaemon, wanted: set[str], *, alone: str = "") -> None
         pause()
 
 
-def test_switches_are_named(network: Network, tmp_path: Path) -> None:
-    """To whoever may open the socket, such as the completion of a shell; those that no VM uses, too."""
+def test_switches_are_listed(network: Network, tmp_path: Path) -> None:
+    """Every client gets the list, such as a shell's completion.  Switches that no VM uses are in it, too."""
     with NetDaemon(tmp_path, network, SWITCH + 'switch "dmz" { interface br8 }\n') as vmd:
         client = Client(str(vmd.socket))
         lan, dmz = SwitchInfo(name="lan", interface="br7"), SwitchInfo(name="dmz", interface="br8")
@@ -61,7 +61,7 @@ def test_switches_are_named(network: Network, tmp_path: Path) -> None:
 
 
 def test_interfaces_come_and_go_with_their_vm(network: Network, tmp_path: Path) -> None:
-    """Made before the guest runs, described by `status -v`, gone when the VM is; addresses stay the same."""
+    """Interfaces exist before the guest runs and until the VM ends.  The MAC addresses are the same at every start."""
     conf = SWITCH + block("db1", 'interface switch "lan"', "local interface", "interfaces 3")
     with NetDaemon(tmp_path, network, conf, numbers={"db1": 1}) as vmd:
         wait_for_links(vmd, {"lo", "br7"})
@@ -92,7 +92,7 @@ def test_interfaces_come_and_go_with_their_vm(network: Network, tmp_path: Path) 
 
 
 def test_a_guest_that_reboots_keeps_its_taps(network: Network, tmp_path: Path) -> None:
-    """Same interfaces, same addresses, under a new process."""
+    """The new process of the VM has the same interfaces with the same addresses."""
     with NetDaemon(tmp_path, network, block("db1", "local interface", "interface")) as vmd:
         vmd.must("start", "db1")
         before, taps = vmd.status("db1")["pid"], vmd.interfaces("db1")
@@ -107,21 +107,21 @@ def test_a_guest_that_reboots_keeps_its_taps(network: Network, tmp_path: Path) -
 
 
 @pytest.mark.deep
-def test_counters_of_an_interface_that_has_died(network: Network, tmp_path: Path) -> None:
-    """The VM ends, and says whose fault it is, also where it notices that by asking."""
+def test_an_interface_that_ends_while_it_is_asked_for_counters(network: Network, tmp_path: Path) -> None:
+    """The VM ends, and its status names the device."""
     with NetDaemon(tmp_path, network, block("db1", "local interface")) as vmd:
         vmd.must("start", "db1")
         processes = vmd.processes()
         os.kill(processes["vmd: vm/db1"], signal.SIGSTOP)
-        (nic,) = vmd.interfaces("db1")  # when it has been answered without the VM, the question is there
+        (nic,) = vmd.interfaces("db1")  # answered without the VM: the VM process has the question unread
         assert nic["counters"] is None
         os.kill(processes["vmd: vm/db1/vionet0"], signal.SIGKILL)
         os.kill(processes["vmd: vm/db1"], signal.SIGCONT)
         assert vmd.wait_state("db1", "stopped")["text"].startswith("vm/db1/vionet0: ")
 
 
-def test_status_says_it_in_words(network: Network, tmp_path: Path) -> None:
-    """One VM by name, or all of them."""
+def test_status_describes_interfaces(network: Network, tmp_path: Path) -> None:
+    """`status -v` has a line for each interface, for one VM or for all."""
     conf = "local inet6 prefix fd42:1:2::/48\n" + SWITCH
     conf += block("db1", 'interface tap5 { switch "lan", lladdr fe:e1:ba:0:0:9, down }', "local interface")
     with NetDaemon(tmp_path, network, conf, numbers={"db1": 1}) as vmd:
@@ -139,7 +139,7 @@ def test_status_says_it_in_words(network: Network, tmp_path: Path) -> None:
 
 
 def test_an_ad_hoc_vm_with_interfaces(network: Network, tmp_path: Path) -> None:
-    """`vmctl start -n lan -L -i 3`."""
+    """`vmctl start -n lan -L -i 3` makes an interface on a switch, a local one, and a plain one."""
     with NetDaemon(tmp_path, network, SWITCH) as vmd:
         vmd.must("start", "-n", "lan", "-L", "-i", "3", "-m", "32M", "-b", guest("demo"), "adhoc")
 
@@ -160,10 +160,10 @@ def test_an_ad_hoc_vm_with_interfaces(network: Network, tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_vm_that_cannot_have_its_interfaces_says_why(
+def test_a_vm_whose_interfaces_cannot_be_made(
     network: Network, tmp_path: Path, conf: str, words: str
 ) -> None:
-    """The client has the sentence, nothing of the VM is left, and the daemon goes on."""
+    """The client gets the reason, the VM is stopped, and other VMs can start."""
     network.run("ip", "link", "add", "wire", "type", "veth", "peer", "name", "other")
     network.run("ip", "tuntap", "add", "tap6", "mode", "tun")
     with NetDaemon(tmp_path, network, conf + block("other", "interface")) as vmd:
@@ -183,8 +183,8 @@ def test_a_vm_that_cannot_have_its_interfaces_says_why(
         pytest.param('switch "gone" {\n disable\n interface br0\n}\n', "is disabled", marks=pytest.mark.deep),
     ],
 )
-def test_a_switch_that_is_not_there(network: Network, tmp_path: Path, switch: str, state: str) -> None:
-    """The VM starts without it, as upstream; who starts it is told, and so is whoever looks later."""
+def test_a_missing_or_disabled_switch(network: Network, tmp_path: Path, switch: str, state: str) -> None:
+    """The VM starts without the switch, as upstream.  vmctl warns, and the log and `status -v` say so later."""
     with NetDaemon(tmp_path, network, switch + block("db1", 'interface switch "gone"', "interface")) as vmd:
         what = f'switch "gone" {state}: the interface is connected to nothing'
         assert f"vmctl: warning: interface 0: {what}\n" in vmd.vmctl("start", "db1").stderr
@@ -204,7 +204,7 @@ def test_a_switch_that_is_not_there(network: Network, tmp_path: Path, switch: st
 
 @pytest.mark.deep
 def test_a_tap_that_another_vm_has(network: Network, tmp_path: Path) -> None:
-    """Explicit names are kept for who asks for them; a second one is told who has it."""
+    """A name in vm.conf is given to no other VM.  A second VM with this name in vm.conf is refused."""
     conf = block("any", "interface") + block("one", "interface tap0") + block("two", "interface tap0")
     with NetDaemon(tmp_path, network, conf) as vmd:
         vmd.must("start", "any")
@@ -216,7 +216,7 @@ def test_a_tap_that_another_vm_has(network: Network, tmp_path: Path) -> None:
 
 
 def test_addresses_beyond_the_prefix(network: Network, tmp_path: Path) -> None:
-    """A /60 has room for three VMs."""
+    """A /60 has addresses for three VMs, and a fourth one is refused."""
     conf = "local inet6 prefix fd42:1:2::/60\n"
     conf += "".join(block(f"vm{number}", "local interface") for number in range(1, 5))
     with NetDaemon(tmp_path, network, conf, numbers={"vm1": 1, "vm2": 2, "vm3": 3}) as vmd:
@@ -228,7 +228,7 @@ def test_addresses_beyond_the_prefix(network: Network, tmp_path: Path) -> None:
 
 
 def test_reload_load_and_reset_of_switches(network: Network, tmp_path: Path) -> None:
-    """Bridges follow the configuration; one in use stays until its last VM has ended."""
+    """Bridges are added and removed with the configuration.  A bridge in use stays until its last VM has ended."""
     with NetDaemon(tmp_path, network, SWITCH + block("db1", 'interface switch "lan"')) as vmd:
         vmd.must("start", "db1")
         more = tmp_path / "more.conf"
@@ -247,7 +247,7 @@ def test_reload_load_and_reset_of_switches(network: Network, tmp_path: Path) -> 
 
 
 def test_a_vm_is_stopped_while_its_interfaces_are_made(network: Network, tmp_path: Path) -> None:
-    """It ends at once, and priv's late answer changes nothing."""
+    """The VM ends at once, and the late answer of priv changes nothing."""
     with NetDaemon(tmp_path, network, block("db1", "local interface"), numbers={"db1": 1}) as vmd:
         priv = vmd.processes()["vmd: priv"]
         os.kill(priv, signal.SIGSTOP)
@@ -270,7 +270,7 @@ def test_a_vm_is_stopped_while_its_interfaces_are_made(network: Network, tmp_pat
 
 @contextlib.contextmanager
 def starting(vmd: NetDaemon, name: str) -> Iterator[subprocess.Popen[str]]:
-    """Start a VM whose interfaces are being made while the context lasts; gives the vmctl that waits."""
+    """Start a VM, and keep it waiting for its interfaces until the context ends; give the vmctl that waits."""
     priv = vmd.processes()["vmd: priv"]
     os.kill(priv, signal.SIGSTOP)
     with subprocess.Popen(
@@ -283,7 +283,7 @@ def starting(vmd: NetDaemon, name: str) -> Iterator[subprocess.Popen[str]]:
 
 
 def test_the_configuration_changes_while_interfaces_are_made(network: Network, tmp_path: Path) -> None:
-    """The VM gets what was asked for: its switch, its locked address, and the addresses that the tap has."""
+    """The VM has the switch, the locked address and the host addresses of the configuration it was started with."""
     conf = SWITCH + block("db1", 'interface switch "lan"', "local interface")
     with NetDaemon(tmp_path, network, conf, numbers={"db1": 1}) as vmd:
         with starting(vmd, "db1") as waiting:
@@ -302,7 +302,7 @@ def test_the_configuration_changes_while_interfaces_are_made(network: Network, t
 
 
 def test_a_console_that_is_attached_while_interfaces_are_made(network: Network, tmp_path: Path) -> None:
-    """The viewer waits for the VM, and sees its first words."""
+    """The viewer waits for the VM, and sees its output from the begin."""
     with NetDaemon(tmp_path, network, block("db1", "local interface")) as vmd:
         priv = vmd.processes()["vmd: priv"]
         os.kill(priv, signal.SIGSTOP)
@@ -317,7 +317,7 @@ def test_a_console_that_is_attached_while_interfaces_are_made(network: Network, 
 
 
 def test_terminating_while_interfaces_are_made(network: Network, tmp_path: Path) -> None:
-    """SIGTERM does not wait for what never began."""
+    """SIGTERM does not wait for a VM whose guest has not begun."""
     with NetDaemon(tmp_path, network, block("db1", "local interface").replace("disable", "enable")) as vmd:
         vmd.wait_state("db1", "running")
         vmd.must("stop", "-fw", "db1")
@@ -335,8 +335,8 @@ def test_terminating_while_interfaces_are_made(network: Network, tmp_path: Path)
 
 
 @pytest.mark.parametrize("victims", [pytest.param(("parent",), marks=pytest.mark.deep), ("parent", "vmd: priv")])
-def test_kill_and_start_again(network: Network, tmp_path: Path, victims: tuple[str, ...]) -> None:
-    """Whatever is killed: the next daemon begins with a clean network, and leaves one."""
+def test_the_next_daemon_cleans_up_after_a_kill(network: Network, tmp_path: Path, victims: tuple[str, ...]) -> None:
+    """After a kill of the parent, with or without priv, the next daemon removes the interfaces, rules and settings."""
     network.run("ip", "link", "add", "office", "type", "bridge")
     network.run("ip", "addr", "add", "192.0.2.1/24", "dev", "office")
     before = links(network)
@@ -348,7 +348,7 @@ def test_kill_and_start_again(network: Network, tmp_path: Path, victims: tuple[s
         assert len(ours(network)) == 5
         assert vmd.process is not None
         for victim in victims:
-            os.kill(pids[victim], signal.SIGSTOP)  # so that none sees another's end
+            os.kill(pids[victim], signal.SIGSTOP)  # so that none of them notices the end of another
         for victim in victims:
             os.kill(pids[victim], signal.SIGKILL)
         vmd.process.wait(DEADLINE_S)
@@ -369,8 +369,8 @@ def test_kill_and_start_again(network: Network, tmp_path: Path, victims: tuple[s
     assert set(links(network)) == set(before)
 
 
-def test_a_tap_that_is_there_already(network: Network, tmp_path: Path) -> None:
-    """One that vm.conf names is used, as upstream uses it; when the VM has ended, and vmd too, it is still there."""
+def test_a_tap_that_exists_already(network: Network, tmp_path: Path) -> None:
+    """A VM uses an existing tap that vm.conf names, as upstream.  The tap stays after the VM and vmd have ended."""
     network.run("ip", "tuntap", "add", "tap4", "mode", "tap")
     network.run("ip", "link", "set", "tap4", "alias", "the accountants")
     with NetDaemon(tmp_path, network, SWITCH + block("db1", 'interface tap4 { switch "lan" }', "interface")) as vmd:
@@ -378,17 +378,17 @@ def test_a_tap_that_is_there_already(network: Network, tmp_path: Path) -> None:
         assert [nic["tap"] for nic in vmd.interfaces("db1")] == ["tap4", "tap0"]
         there = links(network)["tap4"]
         assert (there["master"], there["ifalias"]) == ("br7", "the accountants")
-        assert {"UP", "LOWER_UP"} <= set(there["flags"])  # somebody has its other end
+        assert {"UP", "LOWER_UP"} <= set(there["flags"])  # a process has it open
 
         vmd.must("stop", "-fw", "db1")
         wait_for_links(vmd, {"lo", "br7", "tap4"}, alone="tap4")
     assert set(links(network)) == {"lo", "tap4"}
 
 
-def test_a_vm_that_is_sent_takes_its_addresses_along(network: Network, tmp_path: Path) -> None:
-    """The guest has a lease for months: number, prefix and IPv6 prefix are the sender's, whatever the receiver's are.
+def test_a_vm_keeps_its_addresses_when_it_is_sent(network: Network, tmp_path: Path) -> None:
+    """The guest has a DHCP lease for months, so its addresses are still those of the sender's configuration.
 
-    A VM there that has the same id, and its local interface at the same place, has addresses of its own.
+    A VM of the receiver with the same id, and a local interface at the same place, has other addresses.
     """
     conf = SWITCH + block("first") + block("db1", 'interface switch "lan"', "local interface")
     here, there = tmp_path / "here", tmp_path / "there"
@@ -417,7 +417,7 @@ def test_a_vm_that_is_sent_takes_its_addresses_along(network: Network, tmp_path:
         assert [nic["tap"] for nic in moved] == ["tap2", "tap3"]
         for tap, before in (("tap2", "tap0"), ("tap3", "tap1")):
             assert links(other)[tap]["address"] == here_links[before]["address"]
-        frame = on_switch.receive()  # by which the switches there learn where it is
+        frame = on_switch.receive()  # the announcement, by which switches learn the guest's new port
         while frame[12:14] != RARP:
             frame = on_switch.receive()
         assert frame[6:12].hex(":") == moved[0]["lladdr"]
@@ -430,8 +430,8 @@ def test_a_vm_that_is_sent_takes_its_addresses_along(network: Network, tmp_path:
 
 
 @pytest.mark.deep
-def test_a_guest_that_stays_paused_is_announced_when_it_goes_on(network: Network, tmp_path: Path) -> None:
-    """Not before: it may yet go on where it came from."""
+def test_a_guest_that_is_received_paused_is_announced_when_it_runs(network: Network, tmp_path: Path) -> None:
+    """It is not announced before, because it may still run again on the sender."""
     here, there = tmp_path / "here", tmp_path / "there"
     here.mkdir()
     there.mkdir()
@@ -454,8 +454,8 @@ def test_a_guest_that_stays_paused_is_announced_when_it_goes_on(network: Network
 
 
 @pytest.mark.deep
-def test_a_vm_is_not_received_where_its_addresses_are_taken(network: Network, tmp_path: Path) -> None:
-    """The sentence says by whom; the sender's VM goes on."""
+def test_a_vm_is_not_received_if_its_addresses_are_in_use(network: Network, tmp_path: Path) -> None:
+    """The message names the VM that has them.  The VM runs again on the sender."""
     here, there = tmp_path / "here", tmp_path / "there"
     here.mkdir()
     there.mkdir()
@@ -476,7 +476,7 @@ def test_a_vm_is_not_received_where_its_addresses_are_taken(network: Network, tm
 
 @pytest.mark.deep
 def test_a_vm_is_stopped_while_it_is_received(network: Network, tmp_path: Path) -> None:
-    """All was read and its interfaces are being made: priv's late answer changes nothing."""
+    """The stream was read, and priv is making the interfaces.  The late answer of priv changes nothing."""
     here, there = tmp_path / "here", tmp_path / "there"
     here.mkdir()
     there.mkdir()
@@ -500,8 +500,8 @@ def test_a_vm_is_stopped_while_it_is_received(network: Network, tmp_path: Path) 
 
 
 @pytest.mark.deep
-def test_a_switch_that_the_receiver_has_not(network: Network, tmp_path: Path) -> None:
-    """The sentence names it; the sender's VM goes on."""
+def test_a_switch_that_the_receiver_lacks(network: Network, tmp_path: Path) -> None:
+    """The message names the switch.  The VM runs again on the sender."""
     here, there = tmp_path / "here", tmp_path / "there"
     here.mkdir()
     there.mkdir()
@@ -516,7 +516,7 @@ def test_a_switch_that_the_receiver_has_not(network: Network, tmp_path: Path) ->
 
 
 def move(sender: Daemon, receiver: Daemon, *arguments: str, fails: bool = False) -> str:
-    """Send a VM, whose name comes last, through a pipe; return what the receiver said."""
+    """Send a VM, whose name comes last, through a pipe.  Return the messages of `receive`, which has all arguments."""
     command = [sys.executable, "-m", "vmctl", "-s"]
     with subprocess.Popen(
         [*command, sender.socket, "send", arguments[-1]], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
@@ -533,7 +533,7 @@ def move(sender: Daemon, receiver: Daemon, *arguments: str, fails: bool = False)
 
 @pytest.mark.deep
 def test_a_second_daemon_in_the_same_network(network: Network, tmp_path: Path) -> None:
-    """It works, but for interfaces, and says why."""
+    """Its VMs without interfaces run.  A VM with an interface is refused, with the reason."""
     here, there = tmp_path / "here", tmp_path / "there"
     here.mkdir()
     there.mkdir()

@@ -1,4 +1,4 @@
-"""A VM's network is what vm.conf says, however early the VM is started, and again after a reload."""
+"""A VM has the network that vm.conf describes, also if it is started very early, and after a reload."""
 
 import ipaddress
 import subprocess
@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.root, pytest.mark.kvm]
 
 
 def start_early(vmd: NetDaemon, name: str, stop: threading.Event) -> None:
-    """Ask for a VM as soon as there is a socket to connect to."""
+    """Start a VM as soon as the control socket accepts a connection."""
     while not stop.is_set():
         try:
             client = Client(str(vmd.socket))
@@ -35,7 +35,7 @@ def start_early(vmd: NetDaemon, name: str, stop: threading.Event) -> None:
 
 
 def test_a_client_that_comes_while_the_daemon_starts(network: Network, tmp_path: Path) -> None:
-    """Its VM has its switch, its address, NAT and forwarding."""
+    """A VM that it starts has its switch, its address, NAT and forwarding."""
     vmd = NetDaemon(tmp_path, network, SWITCH + block("db1", 'interface switch "lan"', "local interface"))
     stop = threading.Event()
     client = threading.Thread(target=start_early, args=(vmd, "db1", stop))
@@ -53,7 +53,7 @@ def test_a_client_that_comes_while_the_daemon_starts(network: Network, tmp_path:
 
 
 def test_nat_that_is_switched_on_and_off(network: Network, tmp_path: Path) -> None:
-    """A reload changes the rules of VMs that run: `local nat` is the host's, not theirs."""
+    """A reload changes the NAT of running VMs, because `local nat` belongs to the host and not to a VM."""
     conf = block("db1", "local interface")
     with NetDaemon(tmp_path, network, "local nat disable\n" + conf) as vmd:
         vmd.must("start", "db1")
@@ -70,7 +70,7 @@ def test_nat_that_is_switched_on_and_off(network: Network, tmp_path: Path) -> No
 
 
 def test_a_range_that_covers_the_network_of_the_host(network: Network, tmp_path: Path) -> None:
-    """It is warned of with its line, at the start and by `vmd -n`; no guest gets addresses out of that network."""
+    """At the start and with `vmd -n` a warning names its line.  No guest gets an address of the host's network."""
     network.run("ip", "link", "add", "lan0", "up", "type", "bridge")
     for address in ("10.9.0.1/17", "10.9.128.1/18", "10.9.192.1/19", "10.9.224.1/20"):
         network.run("ip", "addr", "add", address, "dev", "lan0")
@@ -95,7 +95,7 @@ def test_a_range_that_covers_the_network_of_the_host(network: Network, tmp_path:
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
-    """Wait until priv has done what a reload asked it for, without waiting for it."""
+    """Wait until a condition is true.  A reload returns before priv has done its part."""
     deadline_s = time.monotonic() + DEADLINE_S
     while not condition():
         assert time.monotonic() < deadline_s, "priv has not done it"

@@ -1,4 +1,4 @@
-"""Who may do what (*cat. 4.8*): one test for each cell of the matrix, with real users and the demonstration guest."""
+"""Permissions (*cat. 4.8*): one test for each cell of the matrix, with real users and the demonstration guest."""
 
 import os
 import subprocess
@@ -41,7 +41,7 @@ vm "template" {{
 
 @pytest.fixture(scope="module")
 def place() -> Iterator[Path]:
-    """Give a directory that everybody may enter, with a kernel that everybody may read."""
+    """Give a directory that every user may enter, with a kernel that every user may read."""
     with tempfile.TemporaryDirectory(prefix="vmd-permissions-") as path:
         Path(path).chmod(0o755)
         kernel = Path(path) / "kernel"
@@ -52,7 +52,7 @@ def place() -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def host(place: Path) -> Iterator[Users]:
-    """Give a host with everybody in PEOPLE."""
+    """Give a host with all users of PEOPLE."""
     with Users(place) as users:
         for group in (TEAM, MAY_CONNECT):
             users.add_group(group)
@@ -75,7 +75,7 @@ def daemon(place: Path, host: Users) -> Iterator[UsersDaemon]:
         yield daemon
 
 
-def as_before(vmd: UsersDaemon) -> None:
+def restore(vmd: UsersDaemon) -> None:
     """Stop all VMs and forget those that vm.conf does not describe."""
     vmd.must("stop", "-afw")
     vmd.must("reload")
@@ -84,22 +84,22 @@ def as_before(vmd: UsersDaemon) -> None:
 
 @pytest.fixture
 def vmd(daemon: UsersDaemon) -> UsersDaemon:
-    """Give the daemon with nothing but the two VMs, stopped."""
+    """Give the daemon with only its two VMs, both stopped."""
     if [(row["name"], row["state"]) for row in daemon.rows()] != [("demo", "stopped"), ("template", "stopped")]:
-        as_before(daemon)
+        restore(daemon)
     return daemon
 
 
 @pytest.fixture
 def running(daemon: UsersDaemon, host: Users) -> Iterator[UsersDaemon]:
-    """Give the daemon with `demo` running, started by STARTER, who has left the group since.
+    """Give the daemon with `demo` running.  STARTER has started it, and is no member of the group any more.
 
-    Most cells are refusals, which leave it so for the next one.
+    Most requests are refused, so the VM need not be started again for the next test.
     """
     if [(row["name"], row["state"], row["owner"]) for row in daemon.rows()][:1] != [
         ("demo", "running", f"{STARTER}:{TEAM}")
     ]:
-        as_before(daemon)
+        restore(daemon)
         daemon.must_as(STARTER, "start", "demo")
     host.run("gpasswd", "--delete", STARTER, TEAM)
     yield daemon
@@ -107,7 +107,7 @@ def running(daemon: UsersDaemon, host: Users) -> Iterator[UsersDaemon]:
 
 
 def refused(done: subprocess.CompletedProcess[str], person: str, words: str) -> None:
-    """Check that vmctl failed with one sentence."""
+    """Check that vmctl failed, with one line that has these words."""
     assert done.returncode == 1
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     if person == OUTSIDER:
@@ -116,17 +116,17 @@ def refused(done: subprocess.CompletedProcess[str], person: str, words: str) -> 
 
 
 def cells(*allowed: str) -> Callable[..., Callable[..., None]]:
-    """Make a test of a row: one cell for each person, and whether it is allowed."""
+    """Parametrize the test of a row of the matrix: one cell for each person, and whether the request is allowed."""
     parameters = [pytest.param(person, person in allowed, id=person) for person in PEOPLE]
     return pytest.mark.parametrize(("person", "allowed"), parameters)
 
 
-# --- everybody who can open the socket -------------------------------------------------------------------
+# --- all users who can open the socket -------------------------------------------------------------------
 
 
 @cells(*PEOPLE[:-1])
-def test_list(running: UsersDaemon, person: str, allowed: bool) -> None:
-    """`status`, with interfaces too, shows all VMs to whoever can open the socket, and that is its group."""
+def test_status(running: UsersDaemon, person: str, allowed: bool) -> None:
+    """`status -v` shows all VMs to users who can open the socket: root and the members of its group."""
     done = running.vmctl_as(person, "status", "-v")
     if allowed:
         assert done.returncode == 0, done.stderr
@@ -141,7 +141,7 @@ def test_list(running: UsersDaemon, person: str, allowed: bool) -> None:
 
 @cells(ROOT, OWNER, MEMBER, PRIMARY, STARTER)
 def test_start_a_vm_that_exists(vmd: UsersDaemon, person: str, allowed: bool) -> None:
-    """It runs under the name of whoever started it."""
+    """The user who started the VM is its owner while it runs."""
     done = vmd.vmctl_as(person, "start", "demo")
     if allowed:
         assert done.returncode == 0, done.stderr
@@ -153,7 +153,7 @@ def test_start_a_vm_that_exists(vmd: UsersDaemon, person: str, allowed: bool) ->
 
 @cells(ROOT, OWNER, MEMBER, PRIMARY, STARTER)
 def test_boot_another_kernel_once(vmd: UsersDaemon, place: Path, person: str, allowed: bool) -> None:
-    """`start -b` of a VM that exists asks for the same right."""
+    """`start -b` of a VM that exists needs the same right as `start`."""
     done = vmd.vmctl_as(person, "start", "-b", place / "kernel", "demo")
     if allowed:
         assert done.returncode == 0, done.stderr
@@ -163,30 +163,30 @@ def test_boot_another_kernel_once(vmd: UsersDaemon, place: Path, person: str, al
         assert vmd.status("demo")["state"] == "stopped"
 
 
-# --- root only, or those whom a template names -----------------------------------------------------------
+# --- root only, or the owner that a template names -------------------------------------------------------
 
 
 @cells(ROOT)
-def test_start_a_vm_of_ones_own(vmd: UsersDaemon, place: Path, person: str, allowed: bool) -> None:
-    """Nobody but root describes VMs."""
+def test_start_a_vm_that_vm_conf_does_not_describe(vmd: UsersDaemon, place: Path, person: str, allowed: bool) -> None:
+    """Only root may start a VM with a configuration of their own."""
     done = vmd.vmctl_as(person, "start", "-m", "32M", "-b", place / "kernel", "adhoc")
     if allowed:
         assert done.returncode == 0, done.stderr
         assert vmd.status("adhoc")["state"] == "running"
     else:
-        refused_last(done, person, "only root may start a VM that vm.conf does not describe")
+        refused_in_last_line(done, person, "only root may start a VM that vm.conf does not describe")
         assert len(vmd.rows()) == 2
 
 
-def refused_last(done: subprocess.CompletedProcess[str], person: str, words: str) -> None:
-    """Check that vmctl failed, after warnings it had for the user."""
+def refused_in_last_line(done: subprocess.CompletedProcess[str], person: str, words: str) -> None:
+    """Check that vmctl failed, and that the last line has these words.  Warnings may precede it."""
     assert done.returncode == 1
     assert ("Permission denied" if person == OUTSIDER else words) in done.stderr.strip().splitlines()[-1]
 
 
 @cells(ROOT, INSTANCE_OWNER)
 def test_start_an_instance(vmd: UsersDaemon, person: str, allowed: bool) -> None:
-    """With no more of its own than the template lets it have."""
+    """The template allows its owner an instance with another size of memory."""
     done = vmd.vmctl_as(person, "start", "-t", "template", "-m", "48M", "instance")
     if allowed:
         assert done.returncode == 0, done.stderr
@@ -199,7 +199,7 @@ def test_start_an_instance(vmd: UsersDaemon, person: str, allowed: bool) -> None
 
 @cells(ROOT)
 def test_start_an_instance_beyond_what_is_allowed(vmd: UsersDaemon, person: str, allowed: bool) -> None:
-    """The instance owner is told what it was that he may not."""
+    """The message names the setting that the instance owner may not change."""
     done = vmd.vmctl_as(person, "start", "-t", "template", "-p", "2", "instance")
     if allowed:
         assert done.returncode == 0, done.stderr
@@ -210,24 +210,24 @@ def test_start_an_instance_beyond_what_is_allowed(vmd: UsersDaemon, person: str,
         assert len(vmd.rows()) == 2
 
 
-# --- of a VM that runs: root, who started it, the group --------------------------------------------------
+# --- a running VM: root, the user who started it, its group ----------------------------------------------
 
 
 @cells(ROOT, MEMBER, PRIMARY, STARTER)
 def test_stop(running: UsersDaemon, person: str, allowed: bool) -> None:
-    """Whoever started it counts then, and no longer the owner in vm.conf."""
+    """While the VM runs, the user who started it may stop it, and the owner in vm.conf may not."""
     done = running.vmctl_as(person, "stop", "-fw", "demo")
     if allowed:
         assert done.returncode == 0, done.stderr
         assert running.status("demo")["state"] == "stopped"
     else:
-        refused_last(done, person, "may not stop vm demo")
+        refused_in_last_line(done, person, "may not stop vm demo")
         assert running.status("demo")["state"] == "running"
 
 
 @cells(ROOT, MEMBER, PRIMARY, STARTER)
 def test_wait(running: UsersDaemon, person: str, allowed: bool) -> None:
-    """To be told that a VM has ended is for those who could have ended it."""
+    """The users who may stop a VM may wait for its end."""
     with subprocess.Popen(
         running.command_of(person, "wait", "demo"), stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     ) as waiter:
@@ -244,38 +244,38 @@ def test_wait(running: UsersDaemon, person: str, allowed: bool) -> None:
 
 @cells(ROOT, MEMBER, PRIMARY, STARTER)
 def test_pause(running: UsersDaemon, person: str, allowed: bool) -> None:
-    """As for stop."""
+    """The users who may stop a VM may pause it."""
     done = running.vmctl_as(person, "pause", "demo")
     if allowed:
         assert done.returncode == 0, done.stderr
     else:
-        refused_last(done, person, "may not pause vm demo")
+        refused_in_last_line(done, person, "may not pause vm demo")
     assert running.status("demo")["state"] == ("paused" if allowed else "running")
 
 
 @cells(ROOT, MEMBER, PRIMARY, STARTER)
 def test_unpause(running: UsersDaemon, person: str, allowed: bool) -> None:
-    """As for stop."""
+    """The users who may stop a VM may resume it."""
     running.must("pause", "demo")
     done = running.vmctl_as(person, "unpause", "demo")
     if allowed:
         assert done.returncode == 0, done.stderr
     else:
-        refused_last(done, person, "may not unpause vm demo")
+        refused_in_last_line(done, person, "may not unpause vm demo")
     assert running.status("demo")["state"] == ("running" if allowed else "paused")
 
 
 @cells(ROOT, MEMBER, PRIMARY, STARTER)
-def test_look_at_a_console(running: UsersDaemon, person: str, allowed: bool) -> None:
-    """Whoever may use it may watch it, take it over, and read it when its VM has ended."""
+def test_watch_or_take_over_a_console(running: UsersDaemon, person: str, allowed: bool) -> None:
+    """Users who may use a console may also watch it, take it over, and read it after its VM has ended."""
     for arguments, refusal in ((("console", "-f", "demo"), "attach to"), (("console", "-r", "demo"), "watch")):
         if allowed and "-r" in arguments:
-            running.must("stop", "-fw", "demo")  # which ends the watching
+            running.must("stop", "-fw", "demo")  # so that watching ends
         done = running.vmctl_as(person, *arguments)
         if allowed:
             assert done.returncode == 0, done.stderr
         else:
-            refused_last(done, person, f"may not {refusal} vm demo")
+            refused_in_last_line(done, person, f"may not {refusal} vm demo")
     running.vmctl("stop", "-fw", "demo")
     done = running.vmctl_as(person, "console", "demo")
     assert done.returncode == (0 if allowed else 1)
@@ -284,7 +284,7 @@ def test_look_at_a_console(running: UsersDaemon, person: str, allowed: bool) -> 
 
 @cells(ROOT, MEMBER, PRIMARY, STARTER)
 def test_console(running: UsersDaemon, person: str, allowed: bool) -> None:
-    """The daemon and the mode of the pty say the same."""
+    """The daemon refuses the same users as the mode of the pty."""
     with subprocess.Popen(
         running.command_of(person, "console", "demo"),
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -308,8 +308,8 @@ def test_console(running: UsersDaemon, person: str, allowed: bool) -> None:
 
 
 @pytest.mark.parametrize("verb", ["stop", "pause", "wait"])
-def test_the_owner_is_who_started_it(vmd: UsersDaemon, verb: str) -> None:
-    """A VM that its owner has started is the owner's; one that runs in batch from the configuration is, too."""
+def test_an_owner_who_starts_the_vm_may_stop_it(vmd: UsersDaemon, verb: str) -> None:
+    """A VM that its owner has started belongs to the owner.  A user outside the group may not touch it."""
     vmd.must_as(OWNER, "start", "demo")
     done = vmd.vmctl_as(USER, verb, "demo")
     assert done.returncode == 1
@@ -330,7 +330,7 @@ def test_the_owner_is_who_started_it(vmd: UsersDaemon, verb: str) -> None:
 def test_manage_the_daemon(
     vmd: UsersDaemon, place: Path, command: tuple[str, ...], person: str, allowed: bool
 ) -> None:
-    """The configuration and the log are the operator's."""
+    """Only root may change the configuration and the log."""
     words = [str(place / word) if word.endswith(".conf") else word for word in command]
     done = vmd.vmctl_as(person, *words)
     if allowed:
@@ -342,7 +342,7 @@ def test_manage_the_daemon(
 
 @cells(ROOT)
 def test_send_and_receive(running: UsersDaemon, place: Path, person: str, allowed: bool) -> None:
-    """A stream holds all that a guest has in memory, and is a guest that anybody could have made."""
+    """Only root may send a VM, whose memory is in the stream, or receive one, because a stream may be forged."""
     stream = place / "stream"
     with stream.open("wb") as out:
         sent = subprocess.run(
@@ -357,7 +357,7 @@ def test_send_and_receive(running: UsersDaemon, place: Path, person: str, allowe
     if allowed:
         assert (sent.returncode, received.returncode) == (0, 0), sent.stderr + received.stderr
     else:
-        refused_last(sent, person, "only root may do that")
-        refused_last(received, person, "only root may do that")
+        refused_in_last_line(sent, person, "only root may do that")
+        refused_in_last_line(received, person, "only root may do that")
         assert stream.stat().st_size == 0
     assert running.status("demo")["state"] == "running"
