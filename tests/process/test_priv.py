@@ -1,4 +1,4 @@
-"""priv, the real one, in network namespaces that end with their tests."""
+"""A real priv process.  Each test has network namespaces of its own."""
 
 import errno
 import fcntl
@@ -34,7 +34,7 @@ OTHER6 = OTHER_PREFIX6[:8] + bytes(7) + b"\x22"
 
 @pytest.fixture
 def priv(network: Network) -> Iterator[Priv]:
-    """Give a priv for that network."""
+    """Give a priv that runs in the network namespace."""
     with Priv(network) as running:
         assert running.configure() == ()
         yield running
@@ -44,7 +44,7 @@ def priv(network: Network) -> Iterator[Priv]:
 
 
 def test_a_tap_is_made_and_handed_over(network: Network, priv: Priv) -> None:
-    """It has our alias, is up, does not outlive its descriptor, and frames may be unfinished (TUNGETIFF)."""
+    """It has our alias, is up, and ends with its descriptor.  Its frames have virtio headers (TUNGETIFF)."""
     with priv.make(nic(alias="vm3-if0-db1"), vmid=3) as made:
         (tap,) = made.nics
         link = links(network)["tap0"]
@@ -59,7 +59,7 @@ def test_a_tap_is_made_and_handed_over(network: Network, priv: Priv) -> None:
 
 
 def test_the_next_free_name_is_taken(network: Network, priv: Priv) -> None:
-    """Names in use, by whomever, and names reserved for other VMs are passed over."""
+    """Names of existing interfaces, and names that are reserved for other VMs, are skipped."""
     network.run("ip", "tuntap", "add", "tap0", "mode", "tap")
 
     with priv.make(nic(), nic("tap9"), nic(), reserved=("tap2",)) as made:
@@ -67,7 +67,7 @@ def test_the_next_free_name_is_taken(network: Network, priv: Priv) -> None:
 
 
 def existing(name: str, **fields: object) -> NicWanted:
-    """Return a request for a tap that may be there already."""
+    """Return a request for a tap that may exist already."""
     return nic(name, existing=True, **fields)
 
 
@@ -82,7 +82,7 @@ def existing(name: str, **fields: object) -> NicWanted:
 def test_a_name_that_is_taken_is_refused(
     network: Network, priv: Priv, kind: tuple[str, ...], reason: str
 ) -> None:
-    """An interface that is no tap, or one that several could use at a time, is neither used nor changed."""
+    """An existing interface that is not a tap, or is a tap of several queues, is neither used nor changed."""
     network.run("ip", *kind)
     before = links(network)["tap4"]
 
@@ -92,60 +92,60 @@ def test_a_name_that_is_taken_is_refused(
     assert links(network)["tap4"] == before
 
 
-def test_a_tap_that_is_there_is_refused_to_those_who_may_not_have_it(network: Network, priv: Priv) -> None:
-    """Such as a user who names it for an instance: it may lead where they may not go."""
+def test_an_existing_tap_is_refused_if_the_request_does_not_allow_it(network: Network, priv: Priv) -> None:
+    """A user who names a tap for an instance could reach a network that they may not use."""
     network.run("ip", "tuntap", "add", "tap4", "mode", "tap")
-    before = settled(network, "tap4")
+    before = settings(network, "tap4")
 
     assert priv.refuse(nic("tap4")).text == "interface tap4 exists already"
-    assert settled(network, "tap4") == before
+    assert settings(network, "tap4") == before
 
 
 @pytest.mark.deep
 def test_a_tap_that_is_in_use_is_refused(network: Network, priv: Priv) -> None:
-    """By another program, or a VM of ours."""
+    """Another program uses it, or another of our VMs."""
     with TapInterface(network, "tap4"), priv.make(nic("tap5", alias="vm2-if0-web"), vmid=2):
         assert priv.refuse(existing("tap4")).text == "interface tap4 exists already, and another program uses it"
         assert priv.refuse(existing("tap5")).text == "interface tap5 exists already: vm2-if0-web"
 
 
-def settled(network: Network, name: str) -> dict[str, Any]:
-    """Return what somebody has set of an interface."""
+def settings(network: Network, name: str) -> dict[str, Any]:
+    """Return the settings of an interface that an administrator can make."""
     link = links(network)[name]
     keys = ("ifindex", "mtu", "group", "master", "ifalias", "address")
     given = [text for text in addresses(link) if not text.startswith("fe80")]
     return {key: link.get(key) for key in keys} | {"up": "UP" in link["flags"], "addresses": given}
 
 
-def test_a_tap_that_is_there_is_used_and_left(network: Network, priv: Priv) -> None:
-    """It keeps its name, alias and addresses; frames pass; and afterwards it is as it was, and can be used again."""
+def test_an_existing_tap_is_used_and_left(network: Network, priv: Priv) -> None:
+    """It keeps its name, alias and addresses, and passes frames.  Afterwards it is as before, and can be used again."""
     network.run("ip", "tuntap", "add", "tap4", "mode", "tap")
     network.run("ip", "link", "set", "tap4", "alias", "the accountants", "address", "0a:00:00:00:00:04", "mtu", "1400")
     network.run("ip", "address", "add", "10.9.0.1/24", "dev", "tap4")
-    before = settled(network, "tap4")
+    before = settings(network, "tap4")
 
     for _ in range(2):
         with priv.make(existing("tap4")) as made:
             (tap,) = made.nics
             assert (tap.name, tap.mtu, tap.lladdr.hex(":")) == ("tap4", 1400, "0a:00:00:00:00:04")
-            assert settled(network, "tap4") == before | {"up": True}
+            assert settings(network, "tap4") == before | {"up": True}
             network.run("ip", "neigh", "replace", "10.9.0.2", "lladdr", "02:00:00:00:00:02", "dev", "tap4")
             with network.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
                 client.sendto(b"hello", ("10.9.0.2", 7000))
             assert b"hello" in Guest(network, made).receive(b"hello")
             priv.remove()
-        assert settled(network, "tap4") == before
+        assert settings(network, "tap4") == before
 
 
-def test_a_tap_that_is_there_on_a_switch_and_in_a_group(network: Network, tmp_path: Path) -> None:
-    """It joins the bridge with its MTU, and leaves it; a bridge of the administrator's that it is in it stays in."""
+def test_an_existing_tap_on_a_switch_and_in_a_group(network: Network, tmp_path: Path) -> None:
+    """It takes the MTU of the bridge while it is in it.  A tap that was in the bridge before stays in it."""
     network.run("ip", "link", "add", "mine", "type", "bridge")
     network.run("ip", "link", "add", "wire", "mtu", "9000", "type", "veth", "peer", "name", "other")
     network.run("ip", "link", "set", "wire", "master", "mine")
     for name in ("tap4", "tap5", "tap6"):
         network.run("ip", "tuntap", "add", name, "mode", "tap")
     network.run("ip", "link", "set", "tap5", "master", "mine", "mtu", "9000")
-    before = [settled(network, name) for name in ("tap4", "tap5", "tap6")]
+    before = [settings(network, name) for name in ("tap4", "tap5", "tap6")]
     with Priv(network, Grouped(tmp_path)) as priv:
         priv.configure(switch("br0"), switch("mine"))
 
@@ -154,23 +154,23 @@ def test_a_tap_that_is_there_on_a_switch_and_in_a_group(network: Network, tmp_pa
             there = links(network)
             assert [there[name]["master"] for name in ("tap4", "tap5", "tap6")] == ["br0", "mine", "mine"]
             assert (there["tap4"]["group"], there["tap6"]["mtu"], there["mine"]["mtu"]) == ("7", 9000, 9000)
-            assert priv.configure(switch("mine")) == ()  # br0 goes with its last tap, which tap4 is
+            assert priv.configure(switch("mine")) == ()  # br0 stays until its last tap leaves, which is tap4
             assert "br0" in links(network)
             priv.remove()
-        assert [settled(network, name) for name in ("tap4", "tap5", "tap6")] == before
+        assert [settings(network, name) for name in ("tap4", "tap5", "tap6")] == before
         assert "br0" not in links(network)
         priv.configure(switch("br0"))
         assert "is in another bridge or VRF than br0" in priv.refuse(existing("tap5", bridge="br0")).text
-        assert settled(network, "tap5") == before[1]
+        assert settings(network, "tap5") == before[1]
 
 
 @pytest.mark.deep
-def test_a_tap_that_is_there_as_a_local_interface(network: Network, priv: Priv) -> None:
-    """It has our addresses, besides its own, for as long as its VM has it."""
+def test_an_existing_tap_as_a_local_interface(network: Network, priv: Priv) -> None:
+    """While a VM has it, it has our addresses besides its own."""
     priv.configure()
     network.run("ip", "tuntap", "add", "tap4", "mode", "tap")
     network.run("ip", "address", "add", "10.9.0.1/24", "dev", "tap4")
-    before = settled(network, "tap4")
+    before = settings(network, "tap4")
     rp_filter = setting(network, "ipv4/conf/tap4/rp_filter")
 
     local = existing("tap4", host4=HOST4, prefix6=PREFIX6)
@@ -185,16 +185,16 @@ def test_a_tap_that_is_there_as_a_local_interface(network: Network, priv: Priv) 
         Guest(network, made).send(0x0800, udp4(GUEST4, socket.inet_aton("192.0.2.2"), b"hello"))
         assert server.recvfrom(100)[0] == b"hello"
         priv.remove()
-    assert settled(network, "tap4") == before
+    assert settings(network, "tap4") == before
     priv.quit()
     assert setting(network, "ipv4/conf/tap4/rp_filter") == rp_filter
 
 
 @pytest.mark.deep
 def test_a_tap_that_was_in_use_when_priv_was_killed(network: Network) -> None:
-    """It is still there, as is the bridge that it is in, and both serve the next daemon as they served the first."""
+    """It still exists, and so does its bridge.  The next daemon can use both."""
     network.run("ip", "tuntap", "add", "tap4", "mode", "tap")
-    before = settled(network, "tap4")
+    before = settings(network, "tap4")
     with Priv(network) as first:
         first.configure(switch("br0"))
         with first.make(existing("tap4", bridge="br0")):
@@ -205,17 +205,17 @@ def test_a_tap_that_was_in_use_when_priv_was_killed(network: Network) -> None:
         with second.make(existing("tap4", bridge="br0")):
             assert links(network)["tap4"]["master"] == "br0"
     assert set(links(network)) == {"lo", "tap4"}
-    assert settled(network, "tap4") | {"up": False} == before
+    assert settings(network, "tap4") | {"up": False} == before
 
 
 def test_a_tap_may_be_down(network: Network, priv: Priv) -> None:
-    """`down`."""
+    """A tap of an interface with `down` is made, and not set up."""
     with priv.make(nic(up=False)):
         assert "UP" not in links(network)["tap0"]["flags"]
 
 
 def test_removing_does_not_wait_for_the_descriptor(network: Network, priv: Priv) -> None:
-    """Whoever still holds the tap holds nothing then."""
+    """A descriptor of a removed tap that is still open cannot be used."""
     with priv.make(nic(), nic()) as made:
         priv.remove()
 
@@ -225,7 +225,7 @@ def test_removing_does_not_wait_for_the_descriptor(network: Network, priv: Priv)
 
 
 def test_all_interfaces_of_a_vm_or_none(network: Network, priv: Priv) -> None:
-    """What was made before the one that cannot be is gone again, and the next request succeeds."""
+    """If one interface cannot be made, the earlier ones are removed.  The next request succeeds."""
     network.run("ip", "link", "add", "tap9", "type", "bridge")
 
     failed = priv.refuse(nic(host4=HOST4), nic("tap9"))
@@ -236,11 +236,11 @@ def test_all_interfaces_of_a_vm_or_none(network: Network, priv: Priv) -> None:
         assert made.names == ["tap0"]
 
 
-class Unforwarding(Poor):
-    """A host whose forwarding cannot be switched, such as a container."""
+class FixedForwarding(Poor):
+    """A host whose forwarding cannot be changed, such as a container."""
 
     def enter(self) -> None:
-        """Cover the setting by itself, read-only."""
+        """Mount the setting read-only over itself."""
         linux.unshare(linux.CLONE_NEWNS)
         linux.mount(None, "/", None, linux.MS_REC | linux.MS_PRIVATE)
         path = "/proc/sys/net/ipv4/ip_forward"
@@ -250,8 +250,8 @@ class Unforwarding(Poor):
 
 
 def test_a_request_that_fails_late_leaves_no_rules(network: Network) -> None:
-    """They stood already when forwarding could not be had."""
-    with Priv(network, Unforwarding()) as priv:
+    """The rules were made already when forwarding could not be switched on, so they are removed."""
+    with Priv(network, FixedForwarding()) as priv:
         priv.configure()
         failed = priv.refuse(nic(groups=("lab",), host4=HOST4))
 
@@ -262,13 +262,13 @@ def test_a_request_that_fails_late_leaves_no_rules(network: Network) -> None:
 
 
 def test_a_vm_asks_once(priv: Priv) -> None:
-    """Two lives of one VM would share names."""
+    """A second request for the same VM is refused, while the first one's interfaces exist."""
     with priv.make(nic()):
         assert priv.refuse(nic()).code == errno.EEXIST
 
 
-def test_linux_group_and_nftables_sets(network: Network, tmp_path: Path) -> None:
-    """The first group that the host knows is Linux's; both are sets of nftables."""
+def test_groups_are_linux_groups_and_nftables_sets(network: Network, tmp_path: Path) -> None:
+    """A tap gets the first of its groups that the host defines.  All of its groups are sets of nftables."""
     with (
         Priv(network, Grouped(tmp_path)) as priv,
         priv.make(nic(groups=("lab", "web")), nic(groups=("web",))),
@@ -280,7 +280,7 @@ def test_linux_group_and_nftables_sets(network: Network, tmp_path: Path) -> None
 
 
 def test_rules_of_the_administrator_stay(network: Network, priv: Priv) -> None:
-    """A chain put into our table that names one of our sets stays while VMs come and go."""
+    """A chain that the administrator puts into our table stays while VMs start and end, also if it names our sets."""
     with priv.make(nic(groups=("lab",))):
         network.run("nft", "add chain inet vmd mine { type filter hook input priority 0; }")
         network.run("nft", "add rule inet vmd mine iifname @vmd_lab tcp dport 22 drop")
@@ -292,7 +292,7 @@ def test_rules_of_the_administrator_stay(network: Network, priv: Priv) -> None:
 
 
 def test_rules_that_were_flushed_come_back_with_a_reload(network: Network, priv: Priv) -> None:
-    """As by whoever restarts his firewall, which begins with `flush ruleset`."""
+    """Many firewalls begin with `flush ruleset` when they are restarted."""
     with priv.make(nic(host4=HOST4)):
         before = rules(network)
         network.run("nft", "flush", "ruleset")
@@ -304,7 +304,7 @@ def test_rules_that_were_flushed_come_back_with_a_reload(network: Network, priv:
 
 
 def test_interfaces_and_addresses_are_those_that_ip_shows(network: Network) -> None:
-    """Of a bridge, a tap and cables; more than the kernel says at once."""
+    """There are a bridge, a tap and veth pairs: more than the kernel lists in one answer."""
     for number in range(0, 80, 2):
         network.run("ip", "link", "add", f"d{number}", "type", "veth", "peer", "name", f"d{number + 1}")
     network.run("ip", "link", "add", "br0", "mtu", "1400", "type", "bridge")
@@ -347,7 +347,7 @@ def test_interfaces_and_addresses_are_those_that_ip_shows(network: Network) -> N
 
 
 def test_a_bridge_is_made_and_removed(network: Network, priv: Priv) -> None:
-    """It is marked as ours, keeps its address whatever joins it, and goes when the daemon does."""
+    """It is marked as ours and keeps its address when a tap joins it.  It is removed when the daemon ends."""
     assert priv.configure(switch("br7", alias="switch1-lan")) == ()
     before = links(network)["br7"]
 
@@ -367,8 +367,8 @@ def test_a_bridge_is_made_and_removed(network: Network, priv: Priv) -> None:
     assert set(links(network)) == {"lo"}
 
 
-def test_a_bridge_that_was_there_is_left_alone(network: Network, priv: Priv) -> None:
-    """Nothing of it changes but its ports, and it is still there at the end."""
+def test_an_existing_bridge_is_not_changed(network: Network, priv: Priv) -> None:
+    """Only its ports change, and it still exists after the daemon has ended."""
     network.run("ip", "link", "add", "uplink", "type", "bridge", "forward_delay", "200")
     network.run("ip", "link", "set", "uplink", "alias", "the office", "address", "02:00:00:00:00:07")
     before = links(network)["uplink"]
@@ -379,7 +379,7 @@ def test_a_bridge_that_was_there_is_left_alone(network: Network, priv: Priv) -> 
     priv.quit()
 
     after = links(network)["uplink"]
-    for changing in (before, after):  # the kernel's own doing
+    for changing in (before, after):  # the kernel changes these itself
         changing["tso_max_size"] = changing["tso_max_segs"] = 0
         for key in ("tcn_timer", "gc_timer", "hello_timer", "topology_change_timer"):
             changing["linkinfo"]["info_data"].pop(key, None)
@@ -387,9 +387,9 @@ def test_a_bridge_that_was_there_is_left_alone(network: Network, priv: Priv) -> 
 
 
 def test_a_bridge_keeps_the_address_of_its_uplink(network: Network, priv: Priv) -> None:
-    """A bridge without an address of its own takes the lowest of its ports': that of a tap must not be it.
+    """A bridge without a set address takes the lowest address of its ports, so no tap may have a lower one.
 
-    The host would change its address under everybody who knows it.
+    Otherwise the host's MAC address would change when a VM starts.
     """
     network.run("ip", "link", "add", "uplink", "type", "bridge")
     network.run("ip", "link", "add", "wire", "type", "veth", "peer", "name", "other")
@@ -404,8 +404,8 @@ def test_a_bridge_keeps_the_address_of_its_uplink(network: Network, priv: Priv) 
         assert len({tap.lladdr for tap in made.nics} - set(guests)) == 4
 
 
-def test_the_tap_of_a_guest_has_the_same_address_every_time(network: Network, priv: Priv) -> None:
-    """Its guest knows it, and may come back, or come from another host, with what it knows."""
+def test_the_tap_of_a_guest_always_has_the_same_address(network: Network, priv: Priv) -> None:
+    """A guest that was stopped, or comes from another host, still has the address in its neighbour table."""
     guest = bytes.fromhex("525400123456")
     with priv.make(nic(lladdr=guest)) as made:
         before = made.nics[0].lladdr
@@ -416,7 +416,7 @@ def test_the_tap_of_a_guest_has_the_same_address_every_time(network: Network, pr
 
 
 def test_jumbo_frames_where_the_bridge_has_them(network: Network, priv: Priv) -> None:
-    """A tap takes the MTU of its bridge, 16384 at most; the bridge's does not change."""
+    """A tap takes the MTU of its bridge, up to 16384.  The MTU of the bridge does not change."""
     for name, mtu in (("jumbo", "9000"), ("giant", "60000")):
         network.run("ip", "link", "add", name, "type", "bridge")
         network.run("ip", "link", "set", name, "mtu", mtu)
@@ -429,8 +429,8 @@ def test_jumbo_frames_where_the_bridge_has_them(network: Network, priv: Priv) ->
         ]  # fmt: skip
 
 
-def test_what_is_no_bridge_is_said(network: Network, priv: Priv) -> None:
-    """It is neither used nor changed, and a VM that needs it hears the same."""
+def test_a_switch_on_an_interface_that_is_no_bridge(network: Network, priv: Priv) -> None:
+    """The interface is neither used nor changed.  A VM that needs it is refused with the same message."""
     network.run("ip", "link", "add", "wire", "type", "veth", "peer", "name", "other")
     before = links(network)["wire"]
 
@@ -442,7 +442,7 @@ def test_what_is_no_bridge_is_said(network: Network, priv: Priv) -> None:
 
 
 def test_switches_come_and_go_with_the_configuration(network: Network, priv: Priv) -> None:
-    """A bridge that the configuration no longer names goes with its last tap."""
+    """A bridge that the configuration no longer names is removed with its last tap."""
     priv.configure(switch("br0"), switch("br1", alias="switch2-b"))
     with priv.make(nic(bridge="br0")):
         priv.configure(switch("br2", alias="switch1-c"))
@@ -454,7 +454,7 @@ def test_switches_come_and_go_with_the_configuration(network: Network, priv: Pri
 
 
 def test_switches_in_several_messages(network: Network, priv: Priv) -> None:
-    """They take effect together, at the last; without an end to them they are forgotten."""
+    """They take effect with the last message.  If there are too many, they are dropped."""
     priv.send(ConfigureNetwork(nat=True, switches=(switch("br1", alias="switch1-a"),), more=True))
     assert priv.configure(switch("br2", alias="switch2-b")) == ()
     assert set(links(network)) == {"lo", "br1", "br2"}
@@ -470,7 +470,7 @@ def test_switches_in_several_messages(network: Network, priv: Priv) -> None:
 
 
 def test_a_bridge_that_was_deleted_is_made_again(network: Network, priv: Priv) -> None:
-    """An administrator's mistake costs the VMs that run no more than that."""
+    """If an administrator deletes a bridge, taps of running VMs join the new bridge."""
     priv.configure(switch("br0"))
     with priv.make(nic(bridge="br0")):
         network.run("ip", "link", "delete", "br0")
@@ -485,7 +485,7 @@ def test_a_bridge_that_was_deleted_is_made_again(network: Network, priv: Priv) -
 
 
 def test_a_bridge_with_somebody_elses_port_stays(network: Network) -> None:
-    """The administrator has put the uplink into our bridge: taking it down would cut the host off."""
+    """If the administrator has put the uplink into our bridge, removing the bridge would cut the host off."""
     with Priv(network) as priv:
         priv.configure(switch("br0"))
         network.run("ip", "link", "add", "uplink", "type", "veth", "peer", "name", "other")
@@ -499,13 +499,13 @@ def test_a_bridge_with_somebody_elses_port_stays(network: Network) -> None:
 
 
 def test_a_switch_may_be_down(network: Network, priv: Priv) -> None:
-    """`down`."""
+    """The bridge of a switch with `down` is made, and not set up."""
     priv.configure(switch("br0", up=False))
     assert "UP" not in links(network)["br0"]["flags"]
 
 
-def test_no_vrf_in_this_kernel_is_said(network: Network, priv: Priv) -> None:
-    """Where there are VRFs, `tests/l1/test_vrf.py` tries them."""
+def test_a_kernel_without_vrfs_is_reported(network: Network, priv: Priv) -> None:
+    """`tests/l1/test_vrf.py` has the tests with VRFs."""
     with network.inside():
         have_vrf = os.system("ip link add probe type vrf table 9 2>/dev/null") == 0
     if have_vrf:
@@ -520,8 +520,8 @@ def test_no_vrf_in_this_kernel_is_said(network: Network, priv: Priv) -> None:
     assert set(links(network)) == {"lo"}
 
 
-def test_a_table_that_packets_of_the_host_go_to_is_no_rdomain_either(network: Network, priv: Priv) -> None:
-    """A VPN's, say: a routing domain ends its table, so that the host would not find its way any further."""
+def test_a_routing_table_that_the_host_uses_is_no_rdomain(network: Network, priv: Priv) -> None:
+    """The last route of a routing domain's table refuses all other packets.  That would break a VPN of the host."""
     network.run("ip", "rule", "add", "pref", "5270", "lookup", "52")
     network.run("ip", "-6", "rule", "add", "fwmark", "1", "lookup", "51")
     for rdomain in (52, 51):
@@ -531,13 +531,13 @@ def test_a_table_that_packets_of_the_host_go_to_is_no_rdomain_either(network: Ne
 
 
 @pytest.mark.parametrize("rdomain", [253, 254, 255])
-def test_the_hosts_own_tables_are_no_rdomains(priv: Priv, rdomain: int) -> None:
-    """Main, local and default are the host's."""
+def test_the_tables_of_the_host_are_no_rdomains(priv: Priv, rdomain: int) -> None:
+    """The tables main, local and default belong to the host."""
     assert priv.refuse(nic(rdomain=rdomain)).code == errno.EINVAL
 
 
 def test_one_routing_domain_per_switch(priv: Priv) -> None:
-    """A bridge's port cannot be in another domain than the bridge; domain 0 is the host's."""
+    """A port of a bridge cannot be in another routing domain than the bridge.  Domain 0 is the host's."""
     priv.configure(switch("br0"))
     failed = priv.refuse(nic(bridge="br0", rdomain=3))
     assert (failed.code, "in the rdomain of the switch" in failed.text) == (errno.EINVAL, True)
@@ -549,7 +549,7 @@ def test_one_routing_domain_per_switch(priv: Priv) -> None:
 
 
 def test_local_addresses(network: Network, priv: Priv) -> None:
-    """A /31, and with IPv6 the ::1 of its /64 and a link-local address, usable at once."""
+    """A tap has a /31.  With IPv6 it also has ::1 of its /64 and a link-local address, and can use both at once."""
     with priv.make(nic(host4=HOST4, prefix6=PREFIX6)) as made:
         link = links(network)["tap0"]
         link_local = socket.inet_ntop(socket.AF_INET6, made.nics[0].link_local)
@@ -561,7 +561,7 @@ def test_local_addresses(network: Network, priv: Priv) -> None:
 
 
 def test_local_without_ipv6(network: Network, priv: Priv) -> None:
-    """Without `local inet6` a tap has no IPv6 at all."""
+    """Without `local inet6` a tap has no IPv6 address, not even a link-local one."""
     with priv.make(nic(host4=HOST4)) as made:
         assert addresses(links(network)["tap0"]) == ["100.64.1.2/31"]
         assert made.nics[0].link_local == b""
@@ -578,7 +578,7 @@ def test_local_without_ipv6(network: Network, priv: Priv) -> None:
 def test_addresses_that_the_host_uses_are_refused(
     network: Network, priv: Priv, command: str, request_: NicWanted, words: str
 ) -> None:
-    """A guest must not take over what the host talks to."""
+    """A guest must not get an address or a prefix in which the host has an address."""
     network.run("ip", "addr", "add", command, "dev", "lo")
 
     failed = priv.refuse(request_)
@@ -606,7 +606,7 @@ def test_addresses_that_the_host_uses_are_refused(
 def test_networks_that_the_host_reaches_are_refused(
     network: Network, priv: Priv, commands: list[str], words: str
 ) -> None:
-    """By whatever table: a VPN's is seldom the main one."""
+    """Routes of all tables count, because a VPN often has a table of its own."""
     network.run("ip", "link", "add", "wire", "up", "type", "bridge")
     for command in commands:
         network.run("ip", *command.split())
@@ -618,8 +618,8 @@ def test_networks_that_the_host_reaches_are_refused(
     assert set(links(network)) == {"lo", "wire"}
 
 
-def test_default_routes_are_no_networks(network: Network, priv: Priv) -> None:
-    """Nor their halves, which VPNs make so that they come first; nor what leads nowhere."""
+def test_default_routes_do_not_count_as_networks(network: Network, priv: Priv) -> None:
+    """Nor do blackhole routes, and the halves of a default route, which VPNs make to override it."""
     network.run("ip", "link", "add", "wire", "up", "type", "bridge")
     for command in ("default", "0.0.0.0/1", "128.0.0.0/1", "-6 default", "-6 2000::/3"):
         family = command.split()[:-1]
@@ -642,7 +642,7 @@ def test_nat(
     network: Network, priv: Priv, family: socket.AddressFamily, kind: int, ours_: Any, guest4: bytes, target: str,  # noqa: ANN401
     seen: str,
 ) -> None:  # fmt: skip
-    """The world sees the host's address, its answer reaches the guest, and spoofed packets reach nobody."""
+    """A server sees the host's address, and its answer reaches the guest.  Spoofed packets do not leave the host."""
     priv.configure()
     with World(network) as world, priv.make(nic(host4=HOST4, prefix6=PREFIX6)) as made:
         guest = Guest(network, made)
@@ -662,8 +662,8 @@ def test_nat(
         assert guest4 in answer
 
 
-def test_spoofed_packets_where_the_host_looks_less_closely(network: Network, priv: Priv) -> None:
-    """A host may set rp_filter to "loose" for all interfaces, as Ubuntu does: that wins over a single one's."""
+def test_spoofed_packets_are_dropped_although_rp_filter_is_loose(network: Network, priv: Priv) -> None:
+    """Ubuntu sets rp_filter to loose for all interfaces, which overrides the strict setting of one interface."""
     network.write("/proc/sys/net/ipv4/conf/all/rp_filter", "2")
     with World(network) as world, priv.make(nic(host4=HOST4)) as made:
         guest = Guest(network, made)
@@ -687,11 +687,11 @@ def test_spoofed_packets_where_the_host_looks_less_closely(network: Network, pri
     ],
     ids=["IPv4", "IPv6"],
 )
-def test_a_guest_that_says_it_is_another(
+def test_a_guest_cannot_use_the_address_of_another(
     network: Network, priv: Priv, family: socket.AddressFamily, kind: int, ours_: Any, own: bytes, other: bytes,  # noqa: ANN401
     target: str,
 ) -> None:  # fmt: skip
-    """An address that belongs to another guest's interface gets no farther than one that belongs to nobody's."""
+    """A packet with the address of another guest's interface is dropped, too."""
     network.write("/proc/sys/net/ipv4/conf/all/rp_filter", "2")
     priv.configure()
     with (
@@ -711,8 +711,8 @@ def test_a_guest_that_says_it_is_another(
         assert server.recvfrom(100)[0] == b"hello"
 
 
-def test_guests_reach_one_another_as_they_are(network: Network, priv: Priv) -> None:
-    """Between local interfaces nothing is masqueraded."""
+def test_guests_reach_each_other_without_nat(network: Network, priv: Priv) -> None:
+    """Packets between local interfaces keep their source address."""
     priv.configure()
     with (
         priv.make(nic(host4=HOST4)) as one,
@@ -727,12 +727,12 @@ def test_guests_reach_one_another_as_they_are(network: Network, priv: Priv) -> N
 
 
 def test_forwarding_is_switched_on_and_put_back(network: Network, priv: Priv) -> None:
-    """Only when it is needed; and the host still listens to its own routers meanwhile."""
+    """It is on only while a local interface needs it.  Meanwhile the host still accepts router advertisements."""
     names = (
         "ipv4/ip_forward", "ipv6/conf/all/forwarding", "ipv6/conf/default/accept_ra", "ipv6/conf/lo/accept_ra",
         "ipv4/conf/lo/forwarding", "ipv6/conf/lo/forwarding",
     )  # fmt: skip
-    network.write("/proc/sys/net/ipv4/conf/lo/forwarding", "1")  # the administrator's, for one interface
+    network.write("/proc/sys/net/ipv4/conf/lo/forwarding", "1")  # set by the administrator, for one interface
     before = [setting(network, name) for name in names]
     priv.configure(switch("br0"))
     with priv.make(nic(bridge="br0")):
@@ -747,8 +747,8 @@ def test_forwarding_is_switched_on_and_put_back(network: Network, priv: Priv) ->
     assert [setting(network, name) for name in names] == before
 
 
-def test_what_the_kernel_sets_along_with_forwarding_is_put_back(network: Network, priv: Priv) -> None:
-    """It lets redirects in again when forwarding is switched off, whatever the administrator had said."""
+def test_accept_redirects_is_put_back(network: Network, priv: Priv) -> None:
+    """When forwarding is switched off, the kernel accepts redirects again.  priv restores the administrator's value."""
     network.write("/proc/sys/net/ipv4/conf/all/accept_redirects", "0")
     with priv.make(nic(host4=HOST4)):
         assert setting(network, "ipv4/ip_forward") == "1"
@@ -757,8 +757,8 @@ def test_what_the_kernel_sets_along_with_forwarding_is_put_back(network: Network
     assert setting(network, "ipv4/ip_forward") == setting(network, "ipv4/conf/all/accept_redirects") == "0"
 
 
-def test_forwarding_that_is_on_is_none_of_our_business(network: Network, priv: Priv) -> None:
-    """It was on before, and stays."""
+def test_forwarding_that_was_on_before_stays_on(network: Network, priv: Priv) -> None:
+    """priv switches off only forwarding that it has switched on."""
     network.write("/proc/sys/net/ipv4/ip_forward", "1")
     with priv.make(nic(host4=HOST4)):
         pass
@@ -767,8 +767,8 @@ def test_forwarding_that_is_on_is_none_of_our_business(network: Network, priv: P
     assert "switched" not in priv.log
 
 
-def test_what_others_decide_meanwhile_stays(network: Network, priv: Priv) -> None:
-    """Forwarding that somebody has switched off again is not touched."""
+def test_forwarding_that_the_administrator_switches_off_stays_off(network: Network, priv: Priv) -> None:
+    """priv does not change it any more."""
     with priv.make(nic(host4=HOST4)):
         network.write("/proc/sys/net/ipv4/ip_forward", "0")
     network.write("/proc/sys/net/ipv4/conf/default/forwarding", "1")
@@ -777,28 +777,28 @@ def test_what_others_decide_meanwhile_stays(network: Network, priv: Priv) -> Non
 
 
 def with_nat(network: Network) -> Priv:
-    """Return a priv whose configuration has NAT."""
+    """Return a priv with NAT in its configuration."""
     priv = Priv(network)
     assert priv.configure() == ()
     return priv
 
 
 def give_address(network: Network, name: str, address: str, *kind: str) -> None:
-    """Make an interface with an address, as some other program does."""
+    """Make an interface with an address, as another program does."""
     network.run("ip", "link", "add", name, "type", *(kind or ("bridge",)))
     network.run("ip", "address", "add", address, "dev", name, *(("nodad",) if ":" in address else ()))
     network.run("ip", "link", "set", name, "up")
 
 
 def test_forwarding_that_others_may_rely_on_stays(network: Network) -> None:
-    """Docker, libvirt and WireGuard find it on, and leave it so: vmd's end is not to cut them off.
+    """Docker, libvirt and WireGuard may rely on forwarding that vmd has switched on, so it stays on when vmd ends.
 
-    It is said once for each family, with how to switch it off.
+    One message for each address family gives the command that switches forwarding off.
     """
     with with_nat(network) as priv, priv.make(nic(host4=HOST4, prefix6=PREFIX6)):
         give_address(network, "eth0", "192.0.2.7/24", "veth", "peer", "name", "wire")
         give_address(network, "docker0", "172.17.0.1/16")
-        give_address(network, "wg0", "fd77::1/64")  # one alone forwards nothing
+        give_address(network, "wg0", "fd77::1/64")  # the only IPv6 interface, so it forwards nothing
         priv.quit()
 
         assert setting(network, "ipv4/ip_forward") == "1"
@@ -811,8 +811,8 @@ def test_forwarding_that_others_may_rely_on_stays(network: Network) -> None:
 
 @pytest.mark.deep
 @pytest.mark.parametrize(("family", "rule"), [("ip", "masquerade"), ("inet", "tcp dport 80 dnat ip to 10.0.0.2")])
-def test_forwarding_stays_for_somebody_elses_nat(network: Network, family: str, rule: str) -> None:
-    """Whatever interfaces there are, such as with services of Kubernetes on a host with one."""
+def test_forwarding_stays_for_nat_of_others(network: Network, family: str, rule: str) -> None:
+    """NAT needs forwarding even on a host with one interface, for example for services of Kubernetes."""
     hook, priority = ("postrouting", "srcnat") if rule == "masquerade" else ("prerouting", "dstnat")
     with with_nat(network) as priv, priv.make(nic(host4=HOST4)):
         network.run("nft", f"add table {family} kube-proxy")
@@ -824,8 +824,8 @@ def test_forwarding_stays_for_somebody_elses_nat(network: Network, family: str, 
 
 
 @pytest.mark.deep
-def test_forwarding_is_put_back_where_a_firewall_only_could_translate(network: Network) -> None:
-    """firewalld has chains for that on every host, and no rules in them on most."""
+def test_forwarding_is_put_back_although_a_firewall_has_nat_chains(network: Network) -> None:
+    """firewalld has NAT chains on every host.  Without rules in them, nobody needs forwarding."""
     network.run("nft", "-f", str(ROOT / "tests/data/firewalls/firewalld.nft"))
     give_address(network, "eth0", "192.0.2.7/24", "veth", "peer", "name", "wire")
     with with_nat(network) as priv, priv.make(nic(host4=HOST4)):
@@ -833,8 +833,8 @@ def test_forwarding_is_put_back_where_a_firewall_only_could_translate(network: N
     assert setting(network, "ipv4/ip_forward") == "0"
 
 
-def test_forwarding_is_not_interrupted_by_a_daemon_that_recovers(network: Network) -> None:
-    """It stays on through crash and start, and is put back by the one that ends when nobody else is left."""
+def test_forwarding_stays_on_across_a_crash_and_restart(network: Network) -> None:
+    """The next daemon switches it off when it ends, because the interfaces of other programs are gone then."""
     with with_nat(network) as first, first.make(nic(host4=HOST4, prefix6=PREFIX6)):
         for name, number in (("docker0", 1), ("virbr0", 2)):
             give_address(network, name, f"172.17.{number}.1/24")
@@ -844,7 +844,7 @@ def test_forwarding_is_not_interrupted_by_a_daemon_that_recovers(network: Networ
         with Priv(network) as second:
             assert "IPv4 forwarding stays on" in second.log
             assert "IPv6 forwarding stays on" in second.log
-            assert " again" not in second.log  # nothing was put back, not even for a moment
+            assert " again" not in second.log  # it was not switched off, not even for a moment
             assert setting(network, "ipv4/ip_forward") == setting(network, "ipv6/conf/all/forwarding") == "1"
             assert setting(network, "ipv6/conf/lo/accept_ra") == "2"
             network.run("ip", "link", "delete", "docker0")
@@ -853,8 +853,8 @@ def test_forwarding_is_not_interrupted_by_a_daemon_that_recovers(network: Networ
     assert setting(network, "ipv6/conf/lo/accept_ra") == "1"
 
 
-def test_interfaces_that_appear_meanwhile_do_not_keep_our_settings(network: Network) -> None:
-    """They take over accept_ra 2 from the default; one that the administrator gave it keeps it."""
+def test_new_interfaces_do_not_keep_our_settings(network: Network) -> None:
+    """New interfaces inherit accept_ra 2 from our default.  An interface that had it before keeps it."""
     network.run("ip", "link", "add", "mine", "type", "bridge")
     network.write("/proc/sys/net/ipv6/conf/mine/accept_ra", "2")
     network.run("ip", "link", "add", "deaf", "type", "bridge")
@@ -867,7 +867,7 @@ def test_interfaces_that_appear_meanwhile_do_not_keep_our_settings(network: Netw
 
 
 def test_nat_disabled(network: Network, priv: Priv) -> None:
-    """`local nat disable`: addresses, and nothing else."""
+    """With `local nat disable` a tap has its addresses, but there are no rules and no forwarding."""
     priv.configure(nat=False)
     with priv.make(nic(host4=HOST4, prefix6=PREFIX6)):
         assert "100.64.1.2/31" in addresses(links(network)["tap0"])
@@ -875,8 +875,8 @@ def test_nat_disabled(network: Network, priv: Priv) -> None:
         assert setting(network, "ipv4/ip_forward") == setting(network, "ipv6/conf/all/forwarding") == "0"
 
 
-def test_the_table_goes_with_the_last_interface_that_needs_it(network: Network, priv: Priv) -> None:
-    """Each VM's networks come and go."""
+def test_the_table_is_removed_with_the_last_interface_that_needs_it(network: Network, priv: Priv) -> None:
+    """The networks of each VM are added and removed with its interfaces."""
     with priv.make(nic(host4=HOST4), nic(host4=bytes((100, 64, 1, 4)))):
         with priv.make(nic(host4=bytes((100, 64, 2, 2))), vmid=2):
             assert "elements = { 100.64.1.2/31, 100.64.1.4/31, 100.64.2.2/31 }" in rules(network)
@@ -886,18 +886,18 @@ def test_the_table_goes_with_the_last_interface_that_needs_it(network: Network, 
         assert ours(network) == []
 
 
-# --- ends and beginnings -------------------------------------------------------------------------------------
+# --- start and end of priv -----------------------------------------------------------------------------------
 
 
-def everything(priv: Priv) -> Made:
-    """Have priv make one of each."""
+def make_each_kind(priv: Priv) -> Made:
+    """Have priv make a switch, an interface on it, and a local interface."""
     priv.configure(switch("br0"))
     return priv.make(nic(bridge="br0", groups=("lab",)), nic("tap7", host4=HOST4, prefix6=PREFIX6))
 
 
-def test_a_parent_that_is_gone_takes_no_interfaces_with_it(network: Network) -> None:
-    """Its guests may go on: priv ends at the end of file, and leaves everything to the next one."""
-    with Priv(network) as priv, everything(priv):
+def test_priv_leaves_all_interfaces_when_the_parent_has_ended(network: Network) -> None:
+    """The guests may still run.  priv ends at the end of its channel, and the next priv removes the interfaces."""
+    with Priv(network) as priv, make_each_kind(priv):
         before = ours(network)
         priv.sock.close()
         assert priv.wait() == 0
@@ -909,13 +909,13 @@ def test_a_parent_that_is_gone_takes_no_interfaces_with_it(network: Network) -> 
 
 
 def test_what_a_killed_priv_left_is_removed_by_the_next(network: Network) -> None:
-    """Taps that are still open, bridges, rules, and forwarding; and what is not ours stays."""
+    """It removes bridges, rules and taps, also open ones, and restores forwarding.  Other interfaces and tables stay."""
     network.run("ip", "link", "add", "switch1", "type", "bridge")
     network.run("ip", "link", "set", "switch1", "alias", "switches of the third floor")
     network.run("ip", "tuntap", "add", "tap8", "mode", "tap")
     network.run("nft", "add table inet vmd2")
     foreign = links(network)
-    with Priv(network) as first, everything(first):
+    with Priv(network) as first, make_each_kind(first):
         os.kill(first.child.pid, signal.SIGKILL)
         first.wait()
         assert len(ours(network)) == 4
@@ -927,15 +927,15 @@ def test_what_a_killed_priv_left_is_removed_by_the_next(network: Network) -> Non
             assert set(links(network)) == set(foreign)
             assert setting(network, "ipv4/ip_forward") == setting(network, "ipv6/conf/all/forwarding") == "0"
             assert setting(network, "ipv6/conf/lo/accept_ra") == "1"
-            with everything(second):
+            with make_each_kind(second):
                 pass
     assert "vmd2" in network.run("nft", "list", "tables")
 
 
 @pytest.mark.deep
 def test_of_two_daemons_the_first_has_the_network(network: Network, priv: Priv) -> None:
-    """The second removes nothing of the first, makes nothing, and says why; and takes over when the first is gone."""
-    with everything(priv), Priv(network) as second:
+    """The second one removes and makes nothing, and says why.  It takes over when the first one has ended."""
+    with make_each_kind(priv), Priv(network) as second:
         assert len(ours(network)) == 4
         assert second.configure() == ()
         failed = second.refuse(nic())
@@ -949,8 +949,8 @@ def test_of_two_daemons_the_first_has_the_network(network: Network, priv: Priv) 
 # --- hosts that lack something ---------------------------------------------------------------------------------
 
 
-def test_descriptors_that_are_too_few_or_too_many_make_nothing(network: Network) -> None:
-    """A tap is made of a descriptor of the parent's, and none of another one's."""
+def test_too_few_or_too_many_descriptors_are_refused(network: Network) -> None:
+    """The parent must send exactly one descriptor of /dev/net/tun for each tap."""
     with Priv(network) as priv:
         for tuns in (0, 1, 3):
             failed = priv.ask(nic(), nic(), tuns=tuns)
@@ -962,7 +962,7 @@ def test_descriptors_that_are_too_few_or_too_many_make_nothing(network: Network)
 
 
 def test_a_host_without_nftables(network: Network, tmp_path: Path) -> None:
-    """NAT is what cannot be had; everything else can, and groups are Linux's own."""
+    """Only NAT is refused.  Groups are Linux groups, without sets of nftables."""
     with Priv(network, Grouped(tmp_path, *NFT_PATHS)) as priv:
         priv.configure(switch("br0"))
         failed = priv.refuse(nic(host4=HOST4))
@@ -979,7 +979,7 @@ def test_a_host_without_nftables(network: Network, tmp_path: Path) -> None:
 
 
 def test_a_host_without_ipv6(network: Network) -> None:
-    """It is said where IPv6 was asked for; the rest works."""
+    """A request with IPv6 is refused, with the reason.  All others work."""
     with Priv(network, Poor("/proc/sys/net/ipv6")) as priv:
         priv.configure(switch("br0"))
         failed = priv.refuse(nic(host4=HOST4, prefix6=PREFIX6))
@@ -989,7 +989,7 @@ def test_a_host_without_ipv6(network: Network) -> None:
 
 
 def test_a_host_whose_run_directory_cannot_be_written(network: Network) -> None:
-    """Without a place for what has to be put back nothing is changed."""
+    """priv changes nothing if it cannot record the settings that it has to restore."""
     with Priv(network, Poor(str(RUN_DIRECTORY))) as priv:
         failed = priv.refuse(nic())
         assert (failed.code, "open /run/vmd/priv/network-" in failed.text) == (errno.EROFS, True)
@@ -997,7 +997,7 @@ def test_a_host_whose_run_directory_cannot_be_written(network: Network) -> None:
     assert set(links(network)) == {"lo"}
 
 
-# --- requests no honest parent makes -------------------------------------------------------------------------
+# --- requests that no honest parent makes --------------------------------------------------------------------
 
 MALICIOUS = (
     (nic("eth0"),),
@@ -1028,7 +1028,7 @@ MALICIOUS = (
 
 
 def test_malicious_requests_change_nothing(network: Network, priv: Priv) -> None:
-    """Each is answered with a sentence, and priv goes on."""
+    """Each is refused with a message, and priv serves the next one."""
     network.run("ip", "link", "add", "eth0", "type", "veth", "peer", "name", "eth1")
     before = links(network)
 
@@ -1056,7 +1056,7 @@ def test_malicious_requests_change_nothing(network: Network, priv: Priv) -> None
     ids=repr,
 )  # fmt: skip
 def test_malicious_switches_change_nothing(network: Network, priv: Priv, request_: SwitchRequest) -> None:
-    """Each is answered with a sentence, and priv goes on."""
+    """Each is refused with a message, and priv serves the next one."""
     before = links(network)
 
     assert len(priv.configure(request_)) == 1
@@ -1065,16 +1065,16 @@ def test_malicious_switches_change_nothing(network: Network, priv: Priv, request
     assert priv.configure() == ()
 
 
-def test_more_problems_than_a_message_has_room_for(network: Network, priv: Priv) -> None:
-    """Some are in the answer, and all are somewhere."""
+def test_more_problems_than_fit_into_a_message(network: Network, priv: Priv) -> None:
+    """The answer has some of them, and the log has the others."""
     network.run("ip", "link", "add", "wire", "type", "veth", "peer", "name", "other")
     problems = priv.configure(*(switch("wire") for _ in range(40)))
     assert len(problems) + priv.log.count("is not a bridge but veth") >= 40
 
 
-def test_a_message_that_is_none_ends_it(network: Network) -> None:
-    """The parent is broken, or somebody else's: guests go on with what priv made, until the next one removes it."""
-    with Priv(network) as priv, everything(priv):
+def test_a_malformed_message_ends_priv(network: Network) -> None:
+    """The parent is broken or hostile.  Guests keep their interfaces until the next priv removes them."""
+    with Priv(network) as priv, make_each_kind(priv):
         made = ours(network)
         priv.sock.send(b"garbage")
         assert priv.wait() == 1
@@ -1085,7 +1085,7 @@ def test_a_message_that_is_none_ends_it(network: Network) -> None:
 
 
 def test_removing_what_is_not_there(priv: Priv) -> None:
-    """Is nothing to do."""
+    """The request is ignored."""
     priv.remove(77)
     with priv.make(nic()):
         pass

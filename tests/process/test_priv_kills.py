@@ -1,4 +1,4 @@
-"""priv is killed after each single thing that it changes; its successor finds all of it, and nothing else."""
+"""priv is killed after each of its changes.  The next priv undoes all of them, and changes nothing else."""
 
 import contextlib
 import os
@@ -20,13 +20,13 @@ from vmd.priv.nics import Nic
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(300)]
 
-Life = Callable[[host.HostNetwork, socket.socket], None]
+Work = Callable[[host.HostNetwork, socket.socket], None]
 PREFIX6 = bytes.fromhex("fd42004200420004") + bytes(8)
 
 
 @pytest.fixture
 def network() -> Iterator[Network]:
-    """Give a network with a bridge, addresses and settings that are not ours."""
+    """Give a network with a bridge, addresses and settings of the administrator."""
     RUN_DIRECTORY.mkdir(parents=True, exist_ok=True)
     load_modules()
     with Network() as made:
@@ -38,15 +38,15 @@ def network() -> Iterator[Network]:
 
 
 def hand_over(holder: socket.socket, nics: list[Nic]) -> None:
-    """Give taps away, as to a parent."""
+    """Send the descriptors of taps to `holder`, as priv sends them to the parent."""
     for nic in nics:
         fd = nic.take_fd()
         socket.send_fds(holder, [b"tap"], [fd])
         os.close(fd)
 
 
-def life(network: host.HostNetwork, holder: socket.socket) -> None:
-    """Do what priv does, a bit of everything, hand the taps to `holder`, and end."""
+def make_all_changes(network: host.HostNetwork, holder: socket.socket) -> None:
+    """Make all kinds of changes that priv makes, send the taps to `holder`, and end."""
     lan = NicWanted(lladdr=LLADDR, name="", alias="vm1-if0-db", bridge="br0", groups=("lab",))
     local = NicWanted(lladdr=LLADDR, name="", alias="vm1-if1-db", host4=bytes((100, 64, 1, 4)), prefix6=PREFIX6)
     office = NicWanted(lladdr=LLADDR, name="tap7", alias="vm1-if2-db", bridge="office")
@@ -63,8 +63,8 @@ def life(network: host.HostNetwork, holder: socket.socket) -> None:
     network.close()
 
 
-def life_in_routing_domains(network: host.HostNetwork, holder: socket.socket) -> None:
-    """Do the same with a switch and an interface in VRFs, and nothing else."""
+def make_changes_in_routing_domains(network: host.HostNetwork, holder: socket.socket) -> None:
+    """Do the same with one switch and one interface, both in VRFs."""
     alone = NicWanted(lladdr=LLADDR, name="", alias="vm2-if0-db", host4=bytes((100, 64, 2, 2)), rdomain=9)
     network.own()
     switches = (SwitchRequest(interface="br0", alias="switch1-lan", rdomain=3),)
@@ -74,13 +74,13 @@ def life_in_routing_domains(network: host.HostNetwork, holder: socket.socket) ->
 
 
 def succeed(network: host.HostNetwork) -> None:
-    """Do what the next priv does, with nothing to do."""
+    """Start and end as the next priv does, without any request."""
     assert network.own()
     network.close()
 
 
 def state(network: Network) -> dict[str, object]:
-    """Return what there is of interfaces, addresses, routes, rules and settings."""
+    """Return all interfaces, addresses, routes, rules and settings."""
     found: dict[str, object] = {
         name: (link.get("ifalias"), link["mtu"], link["address"], link["group"], addresses(link))
         for name, link in links(network).items()
@@ -89,7 +89,7 @@ def state(network: Network) -> dict[str, object]:
     found["routes"] = network.run("ip", "route", "show", "table", "all")
     with network.inside():
         for path in settings():
-            with contextlib.suppress(OSError):  # secrets that were never set
+            with contextlib.suppress(OSError):  # a secret that was never set cannot be read
                 found[str(path)] = path.read_text().strip()
     return found
 
@@ -101,13 +101,13 @@ def settings() -> list[Path]:
 
 
 def difference(before: dict[str, object], after: dict[str, object]) -> dict[str, tuple[object, object]]:
-    """Return what is not as it was."""
+    """Return all items that differ, with the values before and after."""
     names = [name for name in before | after if before.get(name) != after.get(name)]
     return {name: (before.get(name), after.get(name)) for name in names}
 
 
-def kill_after_changes(network: Network, work: Life, step: int) -> list[str]:
-    """Kill priv after every `step`th of its changes and let another one begin; returns all of them, in words."""
+def kill_after_changes(network: Network, work: Work, step: int) -> list[str]:
+    """Kill priv after every `step`th of its changes, and run the next priv each time; return all changes as text."""
     before = state(network)
     turn = 0
     while True:
@@ -138,8 +138,8 @@ def held(holder: socket.socket) -> Iterator[None]:
 
 @pytest.mark.parametrize("step", [12, pytest.param(1, marks=pytest.mark.deep)])
 def test_killed_after_changes(network: Network, step: int) -> None:
-    """Interfaces, addresses, routes, rules and settings are as they were, whatever the moment."""
-    changes = kill_after_changes(network, life, step)
+    """Interfaces, addresses, routes, rules and settings are as before, after whichever change priv was killed."""
+    changes = kill_after_changes(network, make_all_changes, step)
 
     assert len(changes) > 60
     for words in ("link add br0", "tap ", "addr add", "nft add table", "set ipv4/ip_forward 1", "link del", "unlink"):
@@ -149,8 +149,8 @@ def test_killed_after_changes(network: Network, step: int) -> None:
 @pytest.mark.l1
 @pytest.mark.deep
 def test_killed_after_changes_in_routing_domains(network: Network) -> None:
-    """VRFs as well, and the ends of their routing tables."""
-    changes = kill_after_changes(network, life_in_routing_domains, 1)
+    """The next priv also removes VRFs, and the last routes of their tables."""
+    changes = kill_after_changes(network, make_changes_in_routing_domains, 1)
 
     for words in ("link add vrf3", "link add vrf9", "route add", "link del"):
         assert any(change.startswith(words) for change in changes), words
