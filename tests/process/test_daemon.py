@@ -58,7 +58,7 @@ def vmd(tmp_path: Path) -> Iterator[Daemon]:
         yield daemon
 
 
-def has_ended(pid: int) -> bool:
+def gone(pid: int) -> bool:
     """Return whether a process has ended.  A zombie, which its parent has not reaped yet, has ended."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
@@ -66,10 +66,10 @@ def has_ended(pid: int) -> bool:
         return True
 
 
-def wait_ended(pids: list[int]) -> None:
+def wait_gone(pids: list[int]) -> None:
     """Wait until all of these processes have ended."""
     deadline = time.monotonic() + DEADLINE_S
-    while alive := [pid for pid in pids if not has_ended(pid)]:
+    while alive := [pid for pid in pids if not gone(pid)]:
         assert time.monotonic() < deadline, f"still running: {alive}"
         pause()
 
@@ -117,7 +117,7 @@ def test_a_clean_end_leaves_nothing(vmd: Daemon) -> None:
 
     assert vmd.stop() == 0
 
-    wait_ended(pids)
+    wait_gone(pids)
     assert not vmd.socket.exists()
     with contextlib.suppress(FileNotFoundError):
         assert tty.stat().st_ctime_ns != made_ns  # another program's pty may have the same number by now
@@ -135,7 +135,7 @@ def test_losing_vmm_ends_the_daemon(vmd: Daemon) -> None:
     os.kill(processes[f"vmd: {victim}"], signal.SIGKILL)
 
     assert vmd.process.wait(DEADLINE_S) == 1
-    wait_ended(pids)
+    wait_gone(pids)
     assert f"lost child: {victim}" in vmd.log
     assert not vmd.socket.exists()
 
@@ -149,7 +149,7 @@ def test_killing_the_parent_leaves_no_orphan(vmd: Daemon) -> None:
     vmd.process.kill()
     vmd.process.wait()
 
-    wait_ended(pids)
+    wait_gone(pids)
     vmd.start()
     assert vmd.status("demo")["state"] == "stopped"
 

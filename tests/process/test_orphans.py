@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.process.test_daemon import demo, wait_ended
+from tests.process.test_daemon import demo, wait_gone
 from tests.support.daemon import DEADLINE_S, Daemon
 from tests.support.descriptors import open_files
 from tests.support.guests import guest
@@ -35,7 +35,7 @@ def test_guests_of_a_killed_daemon_are_asked_to_shut_down(tmp_path: Path) -> Non
                 console.expect("vmd-demo> ", DEADLINE_S)  # it knows what a power button is
         pids = list(vmd.processes().values())
         kill(vmd)
-        wait_ended(pids)  # long before they would be killed
+        wait_gone(pids)  # long before they would be killed
 
         vmd.start()
         assert [row["state"] for row in vmd.rows()] == ["stopped", "stopped"]
@@ -82,7 +82,7 @@ def test_a_guest_that_does_not_shut_down_is_ended(tmp_path: Path) -> None:
             kill(vmd)
             console.expect("acknowledged", DEADLINE_S)
             console.drain(2 * DEADLINE_S)  # until nobody has the pty any more
-        wait_ended(pids)
+        wait_gone(pids)
 
 
 @pytest.mark.deep

@@ -909,7 +909,7 @@ def test_priv_leaves_all_interfaces_when_the_parent_has_ended(network: Network) 
 
 
 def test_what_a_killed_priv_left_is_removed_by_the_next(network: Network) -> None:
-    """It removes bridges, rules and taps, also open ones, and restores forwarding.  Other interfaces and tables stay."""
+    """It removes bridges, rules and taps, open ones too, and restores forwarding.  Other interfaces and tables stay."""
     network.run("ip", "link", "add", "switch1", "type", "bridge")
     network.run("ip", "link", "set", "switch1", "alias", "switches of the third floor")
     network.run("ip", "tuntap", "add", "tap8", "mode", "tap")
