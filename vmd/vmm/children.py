@@ -247,7 +247,7 @@ class Reaper:
             if child is not None:
                 child.gone = True
                 self.on_exit(child, *judge(ended.si_code, ended.si_status))
-                close(child.pidfd)  # not before what it has said last is passed on, which this goes with
+                close(child.pidfd)  # after on_exit, which passes the last messages on, and this descriptor with them
 
 
 def wait_any() -> "os.waitid_result | None":
