@@ -256,11 +256,11 @@ def test_the_daemon_ends_without_its_priv(network: Network, tmp_path: Path, sign
 
 SLOW = """
 import time
-_close = Network.close
+_close = HostNetwork.close
 def _slowly(network):
     time.sleep(8)
     _close(network)
-Network.close = _slowly
+HostNetwork.close = _slowly
 """
 
 
