@@ -1,4 +1,4 @@
-"""What a console showed last, in memory that a VM process writes and the parent reads."""
+"""The last output of a console, in memory that a VM process writes and the parent reads."""
 
 import os
 import random
@@ -12,19 +12,19 @@ from vmd.backlog import BACKLOG_BYTES, BEGUN, COUNTERS, PASSED, SHOWN, Backlog, 
 
 @pytest.fixture
 def backlog() -> Iterator[Backlog]:
-    """Give a new file."""
+    """A new backlog."""
     backlog = Backlog.create()
     yield backlog
     backlog.close()
 
 
 def writer_of(backlog: Backlog) -> BacklogWriter:
-    """Return a VM process's side."""
+    """Return the writer in a VM process."""
     return BacklogWriter(os.dup(backlog.fd))
 
 
 def test_random_output_is_kept_and_passed_on(backlog: Backlog) -> None:
-    """Against a plain record of it, over many turns of the ring and over changes of the writer."""
+    """It equals a plain record, while the ring wraps around many times and writers change."""
     noise = random.Random(3)
     writer = writer_of(backlog)
     printed, passed = b"", 0
@@ -51,7 +51,7 @@ def test_random_output_is_kept_and_passed_on(backlog: Backlog) -> None:
 
 
 def test_a_later_life_goes_on_counting() -> None:
-    """Positions in the output mean one thing in all lives of a VM; what was before is not there."""
+    """Positions in the output count through all lives of a VM.  Output of earlier lives is not there."""
     backlog = Backlog.create(100_000)
     writer = writer_of(backlog)
     writer.write(b"hello")
@@ -66,14 +66,14 @@ def test_a_later_life_goes_on_counting() -> None:
 
 
 def test_its_size_is_sealed(backlog: Backlog) -> None:
-    """A VM process can neither grow it nor take the ground from under a reader."""
+    """A VM process can neither grow it nor truncate it under a reader."""
     for size in (0, 1 << 20):
         with pytest.raises(PermissionError):
             os.ftruncate(backlog.fd, size)
 
 
 def test_any_counters_are_survived(backlog: Backlog) -> None:
-    """A VM process that was taken over may write what it likes."""
+    """A VM process that was taken over may write anything."""
     noise = random.Random(4)
     values = (0, 1, BACKLOG_BYTES, 1 << 32, (1 << 63) - 1, (1 << 64) - 1)
     for _ in range(300):
@@ -86,8 +86,8 @@ def test_any_counters_are_survived(backlog: Backlog) -> None:
             assert len(output.since(noise.getrandbits(64))) <= BACKLOG_BYTES
 
 
-def test_a_file_that_is_none(tmp_path: str) -> None:
-    """The writer refuses what is too short for it."""
+def test_a_file_that_is_too_short(tmp_path: str) -> None:
+    """The writer refuses it."""
     fd = os.memfd_create("short")
     os.write(fd, struct.pack("<Q", 1))
     with pytest.raises(ValueError, match="length"):

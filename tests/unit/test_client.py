@@ -1,4 +1,4 @@
-"""The client library: each request is a method, each failure an exception with a number."""
+"""The client library: each request is a method, and each failure is an exception with a number."""
 
 import errno
 import os
@@ -77,34 +77,34 @@ CALLS: dict[str, Callable[[Client, int], object]] = {
     "migrate_in": lambda vmd, fd: vmd.migrate_in("web", fd),
     "migration_step": lambda vmd, _: vmd.migration_step("web", Step.GO_ON),
 }
-# What is no request.
+# Methods that send no request of their own.
 OF_THE_CONNECTION = {"answer", "ask", "carry_out", "close", "connect_again", "fileno", "receive", "send"}
 
 
 @pytest.fixture
 def client(daemon: FakeDaemon) -> Iterator[Client]:
-    """Give a connection."""
+    """A connection to the daemon."""
     with Client(str(daemon.path)) as opened:
         yield opened
 
 
 @pytest.fixture
 def daemon(tmp_path: Path) -> Iterator[FakeDaemon]:
-    """Give a daemon that answers nothing until told what."""
+    """A daemon that gives no answers until it has a script."""
     fake = FakeDaemon(tmp_path / "vmd.sock")
     yield fake
     fake.close()
 
 
 def test_every_method_is_called_here() -> None:
-    """And so in the next test."""
+    """The next test calls all methods of CALLS."""
     methods = {name for name, value in vars(Client).items() if not name.startswith("_") and callable(value)}
 
     assert set(CALLS) == methods - OF_THE_CONNECTION
 
 
 def test_every_request_is_a_method(client: Client, daemon: FakeDaemon) -> None:
-    """A request that is added to the control socket needs a method, and each method raises what the daemon refuses."""
+    """A new request of the control socket needs a method.  Each method raises the daemon's refusal."""
     daemon.answers(Failed(code=errno.EBUSY, text="vm web is busy"))
     with open(os.devnull, "rb") as stream:
         for name, call in CALLS.items():
@@ -115,8 +115,8 @@ def test_every_request_is_a_method(client: Client, daemon: FakeDaemon) -> None:
     assert {type(request) for request in daemon.requests} == set(REQUESTS)
 
 
-def test_all_that_is_promised_is_there_and_described() -> None:
-    """docs/client.md names every method; what a method returns can be imported from here."""
+def test_every_public_name_exists_and_is_documented() -> None:
+    """docs/client.md names every method, and results of methods can be imported from vmd.client."""
     text = (ROOT / "docs/client.md").read_text()
     for name in (*CALLS, *vmd.client.__all__):
         assert re.search(rf"\b{name}\b", text), name
@@ -131,15 +131,15 @@ def test_all_that_is_promised_is_there_and_described() -> None:
     ("vm", "vmid", "name"), [(7, 7, ""), ("web", 0, "web"), ("7", 0, "7"), (vm_info("web", vmid=7), 7, "web")]
 )
 def test_a_vm_is_an_id_a_name_or_a_row(client: Client, daemon: FakeDaemon, vm: object, vmid: int, name: str) -> None:
-    """A name of digits is a name here: nobody has typed it."""
+    """A name of digits is a name here, because it was not typed by a user."""
     daemon.answers(VmPaused(vmid=7, name="web", paused=True))
 
     assert client.pause(vm).paused  # type: ignore[arg-type]
     assert daemon.requests == [PauseRequest(vmid=vmid, name=name, paused=True)]
 
 
-def test_what_is_asked_for_arrives(client: Client, daemon: FakeDaemon, tmp_path: Path) -> None:
-    """With its options and its files."""
+def test_a_start_has_its_options_and_files(client: Client, daemon: FakeDaemon, tmp_path: Path) -> None:
+    """The request has the options, and its files can be read."""
     daemon.answers(VmStarted(vmid=1, name="web", pid=2, tty="/dev/pts/1"))
     config = VmConfig(name="web", kernel="/bsd")
     (tmp_path / "bsd").write_bytes(b"kernel")
@@ -151,8 +151,8 @@ def test_what_is_asked_for_arrives(client: Client, daemon: FakeDaemon, tmp_path:
     assert daemon.files == [{"kernel": b"kernel", "initrd": b""}] or daemon.files == [{"kernel": b"kernel"}]
 
 
-def test_pieces_are_put_together_and_progress_is_told(client: Client, daemon: FakeDaemon) -> None:
-    """What comes before the last answer."""
+def test_partial_answers(client: Client, daemon: FakeDaemon) -> None:
+    """Output is joined, and progress is reported, before the last answer."""
     attached = ConsoleAttached(vmid=1, name="web", tty="/dev/pts/1")
     sent = VmSent(vmid=1, name="web", sent_bytes=9)
     half, whole = TransferProgress(done_bytes=4, total_bytes=8), TransferProgress(done_bytes=8, total_bytes=8)
@@ -173,8 +173,8 @@ def test_pieces_are_put_together_and_progress_is_told(client: Client, daemon: Fa
     assert client.list_snapshots("web") == [monday]
 
 
-def test_events_are_asked_for_again_and_again(client: Client, daemon: FakeDaemon) -> None:
-    """From the moment at which they were asked for; the number of the last one that was seen tells the daemon where."""
+def test_events_are_requested_repeatedly(client: Client, daemon: FakeDaemon) -> None:
+    """They begin at the call of `events`.  Each request has the number of the last event that was seen."""
     first, second = (Event(number=number, at_ms=1, what="start", vmid=7, name="web") for number in (5, 6))
     answers = {
         (None, True): (EventsSeen(vmid=7, number=4, newest=4),),
@@ -193,8 +193,8 @@ def test_events_are_asked_for_again_and_again(client: Client, daemon: FakeDaemon
     assert daemon.requests[1:] == [EventsRequest(vmid=7, since=since) for since in (4, 5, 9)]
 
 
-def test_what_is_remembered_is_fetched_until_all_is_there(client: Client, daemon: FakeDaemon) -> None:
-    """In as many answers as it takes."""
+def test_past_events_are_fetched_completely(client: Client, daemon: FakeDaemon) -> None:
+    """There may be several answers."""
     first, second = (Event(number=number, at_ms=1, what="start") for number in (1, 2))
     answers = {
         0: (first, EventsSeen(vmid=0, number=1, newest=2)),
@@ -207,7 +207,7 @@ def test_what_is_remembered_is_fetched_until_all_is_there(client: Client, daemon
 
 
 def test_an_end_is_waited_for(client: Client, daemon: FakeDaemon) -> None:
-    """It says how it came about."""
+    """The result has the reason of the end."""
     ended = VmTerminated(vmid=1, name="web", text="stopped as asked", how="stopped")
     daemon.answers(ended)
 
@@ -215,7 +215,7 @@ def test_an_end_is_waited_for(client: Client, daemon: FakeDaemon) -> None:
     assert daemon.requests == [StopRequest(name="web", wait=True)]
 
 
-def test_nobody_serves_the_socket(tmp_path: Path) -> None:
+def test_no_daemon(tmp_path: Path) -> None:
     """The number is that of connect(2)."""
     with pytest.raises(NoDaemon, match="is vmd running") as failed:
         Client(str(tmp_path / "vmd.sock"))
@@ -223,8 +223,8 @@ def test_nobody_serves_the_socket(tmp_path: Path) -> None:
     assert failed.value.number == errno.ENOENT
 
 
-def test_the_daemon_leaves(client: Client, daemon: FakeDaemon) -> None:
-    """Which is no refusal; a connection to the next one can be had."""
+def test_the_daemon_ends(client: Client, daemon: FakeDaemon) -> None:
+    """This is not a refusal, and the client can connect to the next daemon."""
     daemon.script = lambda request: None if isinstance(request, PauseRequest) else (End(),)
 
     with pytest.raises(HungUp):
@@ -234,7 +234,7 @@ def test_the_daemon_leaves(client: Client, daemon: FakeDaemon) -> None:
 
 
 def test_the_daemon_is_too_slow(client: Client, daemon: FakeDaemon) -> None:
-    """The connection is closed, for what comes later would answer something else."""
+    """The connection is closed, because a late answer would be taken for that of another request."""
     client.timeout_s = 0.0
 
     with pytest.raises(TimedOut, match=r"^vmd has not answered within 0 s") as failed:
@@ -246,7 +246,7 @@ def test_the_daemon_is_too_slow(client: Client, daemon: FakeDaemon) -> None:
 
 
 def test_a_daemon_that_does_not_know_a_request(client: Client, daemon: FakeDaemon) -> None:
-    """It says so itself, and the library passes that on."""
+    """The daemon reports it, and the library passes this on."""
     daemon.answers(Failed(code=errno.ENOSYS, text="vmd 0.1 knows no request 0x13; a later one may"))
 
     with pytest.raises(ClientError) as failed:
@@ -255,8 +255,8 @@ def test_a_daemon_that_does_not_know_a_request(client: Client, daemon: FakeDaemo
     assert failed.value.number == errno.ENOSYS
 
 
-def test_what_comes_is_checked(client: Client, daemon: FakeDaemon) -> None:
-    """A daemon that answers something else is not believed."""
+def test_wrong_answers_are_refused(client: Client, daemon: FakeDaemon) -> None:
+    """An answer of another type is an error."""
     daemon.script = lambda request: (Ok(),) if isinstance(request, ListRequest) else (vm_info(),)
 
     with pytest.raises(PeerError, match="sent Ok instead of VmInfo or End or Failed"):

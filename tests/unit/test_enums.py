@@ -1,4 +1,4 @@
-"""Enumerations of ours and those of the standard library are used alike."""
+"""Our enumerations behave like those of the standard library."""
 
 import copy
 import enum
@@ -36,21 +36,21 @@ class Flags(IntFlag):
 
 
 class Color(enums.Enum):
-    """A choice that other modules can name."""
+    """An enumeration at module level, so that it can be pickled."""
 
     RED = 1
     BLUE = "b"
 
 
 def made(module: ModuleType) -> dict[str, Any]:
-    """Return the three classes, as a module makes them."""
+    """Return the three classes, made with the enumerations of a module."""
     names = {name: getattr(module, name) for name in ("Enum", "IntEnum", "IntFlag")}
     exec(CLASSES, names)
     return names
 
 
 def said(module: ModuleType) -> list[object]:
-    """Return what classes of a module say of themselves."""
+    """Return the results of using the classes of a module."""
     classes = made(module)
     choice, number, flags = classes["Choice"], classes["Number"], classes["Flags"]
     both = flags.A | flags.B
@@ -67,13 +67,13 @@ def said(module: ModuleType) -> list[object]:
 
 
 def test_they_are_used_like_those_of_the_standard_library() -> None:
-    """Whoever reads code that uses them need not know the difference."""
+    """Readers need not know the difference."""
     assert said(enums) == said(enum)
 
 
 @pytest.mark.parametrize("value", [7, "A", [1], None])
-def test_a_value_that_is_none_is_refused_in_the_same_words(value: object) -> None:
-    """Messages are decoded by it, and what came may be of any type."""
+def test_invalid_values_have_the_same_message(value: object) -> None:
+    """Decoding of messages uses this, with values of any type."""
     words = []
     for module in (enums, enum):
         with pytest.raises(ValueError, match="is not a valid Number") as refused:
@@ -84,7 +84,7 @@ def test_a_value_that_is_none_is_refused_in_the_same_words(value: object) -> Non
 
 
 def test_a_copy_of_a_member_is_the_member() -> None:
-    """They are compared by identity."""
+    """Members are compared by identity."""
     assert copy.deepcopy(Color.RED) is Color.RED
     assert copy.copy(Color.BLUE) is Color.BLUE
     assert pickle.loads(pickle.dumps(Color.RED)) is Color.RED

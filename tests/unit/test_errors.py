@@ -1,4 +1,4 @@
-"""Every failure has a number for programs, under one name."""
+"""Every failure has a number for programs, in the same attribute."""
 
 import errno
 
@@ -25,12 +25,12 @@ from vmd.errors import ConfigError, GuestError, HostError, ImageError, InUse, Op
     (OverflowError("too large"), errno.EINVAL),
 ])  # fmt: skip
 def test_a_failure_has_a_number(error: Exception, expected: int) -> None:
-    """Which is never 0, for that would be success."""
+    """It is never 0, which means success."""
     assert number(error) == expected
 
 
 def test_there_is_one_name_for_it() -> None:
-    """In the whole family; an errno of an OSError is the kernel's word."""
+    """This holds for all of our exceptions.  Only an OSError has `errno`, which is the kernel's."""
     family = [OperatorError(1, ""), HostError("", 1), PeerError("", ""), InUse.__new__(InUse), Refused(1, "")]
     for error in family:
         assert isinstance(error, VmdError)

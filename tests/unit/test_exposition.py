@@ -1,4 +1,4 @@
-"""What Prometheus and OpenMetrics read: every figure, under a name that their own programs accept."""
+"""The output for Prometheus and OpenMetrics: it has every figure, with names that their programs accept."""
 
 import itertools
 import subprocess
@@ -22,21 +22,21 @@ from vmd.ipc.figures import (
 from vmd.ipc.messages.figures import LifeEnd, VmFigures
 from vmd.units import NS
 
-# Not a number of their own: they are labels, or say whether there are numbers.
+# No metrics of their own: they are labels, or say whether there are numbers.
 LABELS = {"index", "vmid", "uid", "pid"}
-# A number that is an address: nothing to draw a curve of.
+# An address stored as a number, which is no metric.
 LEFT_OUT = {"lease_requested"}
 
 
 class Numbers:
-    """Fills every number of a record with one that nothing else has."""
+    """Fills the number fields of records with unique numbers."""
 
     def __init__(self) -> None:
         self.given: dict[float, str] = {}
         self._next = itertools.count(1_000_001)
 
     def fill(self, cls: "type[Any]", **known: object) -> Any:  # noqa: ANN401 - any record
-        """Return a record of a class with its numbers filled in."""
+        """Return a record of a class with unique numbers in its other number fields."""
         values = dict(known)
         for field, kind in cls.fields.items():
             if field not in values and kind in (int, int | None) and field not in LABELS:
@@ -48,7 +48,7 @@ class Numbers:
 
 
 def a_vm(numbers: Numbers, name: str = "web") -> VmFigures:
-    """Return a VM with one of everything that is counted."""
+    """Return a VM with one of each counted device."""
     vm: VmFigures = numbers.fill(
         VmFigures,
         vmid=3,
@@ -69,18 +69,18 @@ def a_vm(numbers: Numbers, name: str = "web") -> VmFigures:
 
 
 def samples(text: str, parser: Any = prometheus) -> "list[tuple[str, dict[str, str], float]]":  # noqa: ANN401
-    """Return what a program of Prometheus' own finds in a text: name, labels, value."""
+    """Return what Prometheus' own parser finds in a text: name, labels, value."""
     return [(each.name, each.labels, each.value) for each in found_by(parser, text)]
 
 
 def found_by(parser: Any, text: str) -> Iterator[Any]:  # noqa: ANN401
-    """Give each sample."""
+    """Yield each sample that a parser finds."""
     for family in parser.text_string_to_metric_families(text):
         yield from family.samples
 
 
 def test_every_figure_has_a_line() -> None:
-    """One that is added to `vmd.ipc.figures` needs a row in `vmd.exposition`."""
+    """A figure that is added to `vmd.ipc.figures` needs a row in `vmd.exposition`."""
     numbers = Numbers()
     text = expose([a_vm(numbers)])
 
@@ -90,7 +90,7 @@ def test_every_figure_has_a_line() -> None:
 
 
 def test_every_family_is_used() -> None:
-    """And explained in one sentence."""
+    """Each has an explanation of one sentence."""
     text = expose([a_vm(Numbers())])
 
     families = {family.name: family for family in prometheus.text_string_to_metric_families(text)}
@@ -103,7 +103,7 @@ def test_every_family_is_used() -> None:
 
 @pytest.mark.parametrize("openmetrics_too", [False, True])
 def test_both_formats_have_the_same_values(openmetrics_too: bool) -> None:
-    """OpenMetrics' own parser is strict: of units, of counters, of the end."""
+    """OpenMetrics' own parser checks units, counters and the end."""
     vms = [a_vm(Numbers()), a_vm(Numbers(), "db").replace(group=None, cdrom=None)]
 
     text = expose(vms, openmetrics=openmetrics_too)
@@ -112,8 +112,8 @@ def test_both_formats_have_the_same_values(openmetrics_too: bool) -> None:
 
 
 @pytest.mark.parametrize("vms", [[], ["web"], ["web", "db"]])
-def test_promtool_has_nothing_to_say(vms: list[str]) -> None:
-    """Neither of the syntax nor of the names."""
+def test_promtool_has_no_complaints(vms: list[str]) -> None:
+    """It checks syntax and names."""
     text = expose([a_vm(Numbers(), name) for name in vms])
 
     done = subprocess.run(
@@ -124,7 +124,7 @@ def test_promtool_has_nothing_to_say(vms: list[str]) -> None:
 
 
 def test_no_line_is_there_twice() -> None:
-    """It would cost the whole reading."""
+    """A duplicate would make the whole text invalid."""
     text = expose([a_vm(Numbers()), a_vm(Numbers(), "db")])
 
     keys = [(name, tuple(sorted(labels.items()))) for name, labels, _ in samples(text)]
@@ -133,8 +133,8 @@ def test_no_line_is_there_twice() -> None:
 
 
 @pytest.mark.parametrize("name", ['a"b', "a\\b", "a\nb", "a\\nb", "ü", "}", "# EOF", "a,b=\"c\""])
-def test_any_text_comes_back(name: str) -> None:
-    """Whatever a VM, or a switch, is called."""
+def test_any_name_can_be_parsed(name: str) -> None:
+    """VMs, switches and states may have any names here."""
     vm = a_vm(Numbers(), name)
     vm = vm.replace(nics=(vm.nics[0].replace(switch=name),), state=name)
     for text, parser in ((expose([vm]), prometheus), (expose([vm], openmetrics=True), openmetrics)):
@@ -144,12 +144,12 @@ def test_any_text_comes_back(name: str) -> None:
 
 
 def of_kind(text: str, *prefixes: str) -> list[str]:
-    """Return the names that begin with one of some words."""
+    """Return the names of samples that begin with one of these prefixes."""
     return [name for name, _, _ in samples(text) if name.startswith(prefixes)]
 
 
-def test_what_nobody_counts_has_no_line() -> None:
-    """A device without figures, what the host does not tell, and a VM that does not run."""
+def test_missing_figures_have_no_line() -> None:
+    """A device has no figures, the host does not report a value, or the VM does not run."""
     vm = a_vm(Numbers())
     assert of_kind(expose([vm]), "vmd_disk", "vmd_vm_group_oom", "vmd_interface_packets") != []
     none = GroupFigures(**dict.fromkeys(GroupFigures.fields))
@@ -171,6 +171,6 @@ def test_what_nobody_counts_has_no_line() -> None:
 
 
 def test_nanoseconds_are_seconds_to_the_last_digit() -> None:
-    """A float would lose the last ones of a year."""
+    """For a year, a float would lose the last digits."""
     vm = a_vm(Numbers()).replace(cpu_ns=31_536_000_000_000_001)
     assert 'vmd_vm_cpu_seconds_total{vm="web"} 31536000.000000001\n' in expose([vm])

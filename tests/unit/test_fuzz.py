@@ -1,4 +1,4 @@
-"""Every target of the fuzzer starts from inputs that its parser accepts, so that mutation begins behind the checks."""
+"""Every fuzzing target starts from inputs that its parser accepts, so that mutations get past its first checks."""
 
 import random
 import re
@@ -19,21 +19,21 @@ SEEDS = [pytest.param(name, seed, id=f"{name}-{at}") for name in TARGETS for at,
 
 
 def refused(error: Exception) -> NoReturn:
-    """Take the place of what notes a refusal."""
+    """Fail, in place of the function that records a refusal."""
     raise AssertionError(f"refused: {error}")
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_target_has_a_seed(target: str) -> None:
-    """Without one a mutation would have to find magic numbers and addresses by chance."""
+    """Without a seed, mutations would have to find magic numbers and addresses by chance."""
     assert seeds(target)
 
 
 @pytest.mark.parametrize(("target", "seed"), SEEDS)
 def test_seeds_are_accepted(monkeypatch: pytest.MonkeyPatch, target: str, seed: bytes) -> None:
-    """A seed that is refused at once would leave everything behind the refusal untried; so would one that is cut.
+    """A seed that is refused or truncated would leave the code behind that check untested.
 
-    Those that are bad on purpose are below.
+    Seeds that are invalid on purpose are tested below.
     """
     monkeypatch.setattr(targets, "said", refused)
 
@@ -43,8 +43,8 @@ def test_seeds_are_accepted(monkeypatch: pytest.MonkeyPatch, target: str, seed: 
 
 
 @pytest.mark.parametrize("target", ["qcow2", "dhcp"])
-def test_seeds_that_are_bad_on_purpose_are_refused(monkeypatch: pytest.MonkeyPatch, target: str) -> None:
-    """Each of them, and these are all the targets that have such seeds."""
+def test_invalid_seeds_are_refused(monkeypatch: pytest.MonkeyPatch, target: str) -> None:
+    """Each of them is refused, and no other target has such seeds."""
     errors: list[Exception] = []
     monkeypatch.setattr(targets, "said", errors.append)
     for seed in refused_seeds(target):
@@ -58,7 +58,7 @@ def test_seeds_that_are_bad_on_purpose_are_refused(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize(("target", "changed"), [("dhcp", range(50, 54)), ("solicitation", range(64, 68))])
 def test_a_change_gets_past_the_checksums(monkeypatch: pytest.MonkeyPatch, target: str, changed: range) -> None:
-    """Where any value will do: in the seconds and flags of a DHCP request, and in an address of the link."""
+    """The changed fields may have any value: the seconds and flags of a DHCP request, and a link-layer address."""
     monkeypatch.setattr(targets, "said", refused)
     generator = random.Random(1)
     for seed in seeds(target)[:1]:
@@ -68,7 +68,7 @@ def test_a_change_gets_past_the_checksums(monkeypatch: pytest.MonkeyPatch, targe
 
 @pytest.mark.parametrize("target", PARSERS)
 def test_seeds_reach_the_parsers(target: str) -> None:
-    """A third of the lines of each at least: what is behind a check that no seed passes is not fuzzed."""
+    """They reach at least a third of the lines of each.  Code behind a check that no seed passes is not fuzzed."""
     lines = reached(TARGETS[target], seeds(target), 60)
 
     short = [str(share) for share in (Share(name, lines) for name in PARSERS[target]) if share.lines * 3 < share.all]
@@ -76,7 +76,7 @@ def test_seeds_reach_the_parsers(target: str) -> None:
 
 
 def test_lines_are_those_inside_functions(tmp_path: Path) -> None:
-    """Not those of the module and its classes, which run when it is loaded, nor the first line of a function."""
+    """Lines of the module and its classes run at import, so they do not count, nor does a function's first line."""
     module = tmp_path / "it.py"
     module.write_text("x = 1\nclass A:\n    y = 2\n    def f(self):\n        return 3\ndef g():\n    return [\n4]\n")
 
@@ -87,14 +87,14 @@ def test_lines_are_those_inside_functions(tmp_path: Path) -> None:
 
 
 def test_the_document_has_every_target() -> None:
-    """docs/hostile-input.md says what each reads and who may have written that, and nothing of others."""
+    """docs/hostile-input.md says for each target what it reads and who may have written the input."""
     text = (ROOT / "docs" / "hostile-input.md").read_text().partition("## What is fuzzed")[2]
 
     assert re.findall(r"^\| `([a-z0-9-]+)` \|", text, re.MULTILINE) == list(TARGETS)
 
 
-def test_every_target_has_a_parser_that_is_there() -> None:
-    """Else `make fuzz` would print nothing for it, or that it reaches none of no lines."""
+def test_every_target_has_an_existing_parser() -> None:
+    """Otherwise `make fuzz` would report no lines for it."""
     assert list(PARSERS) == list(TARGETS)
     shares = [Share(name, {}) for names in PARSERS.values() for name in names]
     assert [str(share) for share in shares if not share.all] == []

@@ -1,4 +1,4 @@
-"""Guest memory: the bounds check, the sealed file, sparse runs; no guest needed."""
+"""Guest memory, without a guest: the bounds check, the sealed file, sparse runs."""
 
 import fcntl
 import mmap
@@ -24,20 +24,20 @@ LAYOUT = [
 
 @pytest.fixture
 def memory() -> Iterator[GuestMemory]:
-    """Memory of four regions; two adjacent, one read-only that is also adjacent to the third."""
+    """Memory of four regions: two are adjacent, and the read-only one is adjacent to the third."""
     with GuestMemory.create(LAYOUT) as created:
         yield created
 
 
 def test_offsets_follow_the_order_of_the_layout(memory: GuestMemory) -> None:
-    """The file holds the regions back to back, firmware last although it is not the highest."""
+    """The regions follow each other in the file, with the firmware last although it is not the highest."""
     assert [region.offset for region in memory.regions] == [0, MIB, 2 * MIB, 3 * MIB]
     assert memory.mapped_bytes == 3 * MIB + 0x40000
-    assert os.fstat(memory.fd).st_size == 3 * MIB + 0x40000 + PAGE  # of marks
+    assert os.fstat(memory.fd).st_size == 3 * MIB + 0x40000 + PAGE  # for the marks
 
 
 def test_write_is_read_back_through_every_accessor(memory: GuestMemory) -> None:
-    """read, view, slices and the file itself show what write stored."""
+    """read, view, slices and the file itself have the written bytes."""
     memory.write(0x1234, b"guest")
 
     assert memory.read(0x1234, 5) == b"guest"
@@ -47,7 +47,7 @@ def test_write_is_read_back_through_every_accessor(memory: GuestMemory) -> None:
 
 
 def test_an_access_may_span_adjacent_regions_but_a_view_may_not(memory: GuestMemory) -> None:
-    """A range over a seam is two slices, and refused as one view."""
+    """A range across the border is two slices.  As one view it is refused."""
     memory.write(MIB - 2, b"abcd")
 
     assert memory.read(MIB - 2, 4) == b"abcd"
@@ -60,13 +60,13 @@ def test_an_access_may_span_adjacent_regions_but_a_view_may_not(memory: GuestMem
     ("gpa", "size"),
     [
         (2 * MIB, 1),  # right behind memory
-        (2 * MIB - 1, 2),  # runs out of it
+        (2 * MIB - 1, 2),  # ends behind memory
         (2 * MIB - 1, 1 << 64),
         (0, -1),
         (-1, 1),
         (1 << 63, 8),
         ((1 << 64) - 1, 8),
-        (2 * MIB, 0),  # even nothing needs an address
+        (2 * MIB, 0),  # even zero bytes need a valid address
     ],
 )
 def test_an_address_without_memory_is_refused_by_every_accessor(
@@ -87,7 +87,7 @@ def test_a_write_that_does_not_fit_changes_nothing(memory: GuestMemory) -> None:
 
 
 def test_read_only_memory_takes_load_but_no_write(memory: GuestMemory) -> None:
-    """Firmware is filled by us, and neither by a guest's DMA nor through a view."""
+    """We fill the firmware.  A guest's DMA and views cannot write to it."""
     firmware = (1 << 32) - 0x40000
     memory.load(firmware, b"bios")
 
@@ -104,7 +104,7 @@ def test_read_only_memory_takes_load_but_no_write(memory: GuestMemory) -> None:
 
 
 def test_fill_reaches_every_byte_of_the_file_and_none_behind(memory: GuestMemory) -> None:
-    """Read-only regions included, across their borders; a full file has no room for more."""
+    """It also fills read-only regions, across borders.  Beyond the end of the file it fails."""
     size = memory.mapped_bytes
     memory.fill(1, b"x" * (size - 1))
     assert bytes(memory.memory) == b"\0" + b"x" * (size - 1)
@@ -115,8 +115,8 @@ def test_fill_reaches_every_byte_of_the_file_and_none_behind(memory: GuestMemory
     assert not any(memory.marks)
 
 
-def test_a_copy_makes_no_page(memory: GuestMemory) -> None:
-    """What was never touched is read as zeroes, and stays so; behind the end there is nothing."""
+def test_a_copy_allocates_no_page(memory: GuestMemory) -> None:
+    """Untouched memory is read as zeros and stays unallocated.  Beyond the end there is nothing."""
     memory.load(PAGE, b"some")
     before = memory.resident_bytes()
     copy = memoryview(bytearray(b"x" * 3 * PAGE))
@@ -128,8 +128,8 @@ def test_a_copy_makes_no_page(memory: GuestMemory) -> None:
 
 
 @given(st.integers(min_value=1, max_value=1 << 40))
-def test_a_file_of_memory_and_marks_is_told_apart(pages: int) -> None:
-    """By its length alone: a byte for each page, in whole pages."""
+def test_the_length_of_a_file_gives_the_size_of_its_memory(pages: int) -> None:
+    """The file has a mark byte for each page of memory, rounded up to whole pages."""
     size = pages * PAGE
     marks = marks_bytes(size)
     assert pages <= marks < pages + PAGE
@@ -138,12 +138,12 @@ def test_a_file_of_memory_and_marks_is_told_apart(pages: int) -> None:
 
 
 def marked(memory: GuestMemory) -> list[int]:
-    """Return the numbers of the pages that are marked."""
+    """Return the numbers of the marked pages."""
     return [page for page, mark in enumerate(memory.marks) if mark]
 
 
-def test_what_is_written_is_marked_while_that_is_wanted(memory: GuestMemory) -> None:
-    """Each page of a range, in adjacent regions, too; another process that has the file sees it."""
+def test_written_pages_are_marked_while_marking(memory: GuestMemory) -> None:
+    """Each page of a range is marked, also across adjacent regions.  Other processes with the file see the marks."""
     memory.write(0, b"x")
     assert marked(memory) == []
 
@@ -160,7 +160,7 @@ def test_what_is_written_is_marked_while_that_is_wanted(memory: GuestMemory) -> 
 
 
 def test_a_mark_is_made_as_far_as_there_is_memory(memory: GuestMemory) -> None:
-    """A device has marked what it wrote, whatever else its guest has asked for."""
+    """A device has marked the pages that it wrote, even if its guest's request is longer than memory."""
     memory.mark(2 * MIB - 1, 1 << 40)
     assert marked(memory) == [511, *range(512, 832)]
     memory.mark(1 << 50, 1)
@@ -169,7 +169,7 @@ def test_a_mark_is_made_as_far_as_there_is_memory(memory: GuestMemory) -> None:
 
 
 def test_a_write_that_runs_into_memory_from_read_only_memory_is_refused_whole(memory: GuestMemory) -> None:
-    """Firmware ends where RAM above 4 GiB starts; neither side changes."""
+    """Firmware ends where RAM above 4 GiB starts, and neither of them changes."""
     with pytest.raises(GuestError, match="read-only"):
         memory.write((1 << 32) - 2, b"abcd")
 
@@ -179,7 +179,7 @@ def test_a_write_that_runs_into_memory_from_read_only_memory_is_refused_whole(me
 @given(gpa=st.integers(-8, 2 * MIB + 8) | st.integers(0, 1 << 64), size=st.integers(-8, 3 * MIB))
 @settings(max_examples=300)
 def test_slices_agree_with_a_byte_by_byte_model(gpa: int, size: int) -> None:
-    """What slices grants is what every single byte's membership in a region grants."""
+    """A range is allowed exactly if each of its bytes is in a region."""
     with GuestMemory.create(LAYOUT) as memory:
         inside = any(r.gpa <= gpa < r.end for r in LAYOUT) and size >= 0
         end = gpa
@@ -201,7 +201,7 @@ def test_slices_agree_with_a_byte_by_byte_model(gpa: int, size: int) -> None:
 
 
 def test_the_file_can_be_neither_shrunk_nor_grown_nor_unsealed(memory: GuestMemory) -> None:
-    """A process that is given the descriptor cannot end the others by SIGBUS."""
+    """A process with the descriptor cannot end other processes by SIGBUS."""
     for size in (0, 64 * MIB):
         with pytest.raises(PermissionError):
             os.ftruncate(memory.fd, size)
@@ -210,7 +210,7 @@ def test_the_file_can_be_neither_shrunk_nor_grown_nor_unsealed(memory: GuestMemo
 
 
 def test_attached_memory_is_the_same_memory(memory: GuestMemory) -> None:
-    """What one process stores the other reads, both ways."""
+    """Each process reads what the other has written."""
     with GuestMemory.attach(os.dup(memory.fd), memory.regions) as other:
         memory.write(0x5000, b"there")
         other.write(1 << 32, b"back")
@@ -220,7 +220,7 @@ def test_attached_memory_is_the_same_memory(memory: GuestMemory) -> None:
 
 
 def test_a_region_that_is_not_handed_over_is_not_there(memory: GuestMemory) -> None:
-    """A device that gets RAM only can neither read the firmware nor reach it in its mapping."""
+    """A device with only the RAM can neither read the firmware nor reach it in its mapping."""
     with GuestMemory.attach(os.dup(memory.fd), memory.regions[:3]) as other:
         with pytest.raises(GuestError, match="0xfffc0000"):
             other.read((1 << 32) - 0x40000, 1)
@@ -228,9 +228,9 @@ def test_a_region_that_is_not_handed_over_is_not_there(memory: GuestMemory) -> N
 
 
 def test_attach_refuses_a_file_that_could_shrink() -> None:
-    """An unsealed memfd, or one that is too short, would be a SIGBUS later."""
+    """An unsealed or short memfd would cause SIGBUS later."""
     fd = os.memfd_create("loose", os.MFD_ALLOW_SEALING)
-    os.ftruncate(fd, MIB + PAGE)  # of marks
+    os.ftruncate(fd, MIB + PAGE)  # for the marks
     region = Region(gpa=0, size=MIB, name="low", offset=0)
 
     with pytest.raises(ValueError, match="not sealed"):
@@ -255,13 +255,13 @@ def test_an_impossible_layout_is_refused(layout: list[RegionSpec], what: str) ->
 
 @pytest.mark.parametrize(("gpa", "size"), [(0, 0), (0, -PAGE), (1, PAGE), (0, 1), (-PAGE, PAGE)])
 def test_a_region_that_is_not_whole_pages_is_refused(gpa: int, size: int) -> None:
-    """KVM would refuse it later and say less."""
+    """KVM would refuse it later with a worse message."""
     with pytest.raises(ValueError, match="memory region odd"):
         RegionSpec(gpa=gpa, size=size, name="odd")
 
 
 def test_sixty_four_gigabytes_cost_only_what_is_touched() -> None:
-    """The last page of a huge guest works, and takes one page."""
+    """The last page of a huge guest works, and only touched pages take memory."""
     size = 64 << 30
     with GuestMemory.create([RegionSpec(gpa=0, size=size, name="ram")]) as memory:
         before = memory.resident_bytes()
@@ -273,7 +273,7 @@ def test_sixty_four_gigabytes_cost_only_what_is_touched() -> None:
 
 
 def test_touched_runs_find_what_was_written_and_nothing_else(memory: GuestMemory) -> None:
-    """Runs are split at region ends and carry guest address, file offset and length."""
+    """Runs end at region ends, and have guest address, file offset and length."""
     low, nxt, high, firmware = memory.regions
     memory.write(0x3000, bytes(2 * PAGE))
     memory.write(0x9000, b"x")
@@ -291,7 +291,7 @@ def test_touched_runs_find_what_was_written_and_nothing_else(memory: GuestMemory
 
 
 def test_a_touched_run_can_be_sent_from_the_file(memory: GuestMemory) -> None:
-    """The offset of a run is the one sendfile wants."""
+    """The offset of a run is an offset for sendfile."""
     memory.write((1 << 32) + 0x2000, b"payload".ljust(PAGE, b"."))
     reader, writer = os.pipe()
 
@@ -304,7 +304,7 @@ def test_a_touched_run_can_be_sent_from_the_file(memory: GuestMemory) -> None:
 
 
 def test_kvm_slots_describe_every_region(memory: GuestMemory) -> None:
-    """Slots are numbered in order, read-only is flagged, and the addresses are those of the bytes."""
+    """Slots are numbered in order, read-only ones are flagged, and addresses are those of the mapping."""
     slots = list(memory.kvm_slots())
 
     assert [(slot, gpa, size, flags) for slot, gpa, size, _, flags in slots] == [
@@ -315,7 +315,7 @@ def test_kvm_slots_describe_every_region(memory: GuestMemory) -> None:
 
 
 def test_close_releases_the_descriptor_once() -> None:
-    """A second close is harmless; a held view keeps the memory open."""
+    """A second close is harmless.  A view that is still in use keeps the memory open."""
     memory = GuestMemory.create(LAYOUT)
     held = memory.view(0, 4)
     with pytest.raises(BufferError):

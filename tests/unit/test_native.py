@@ -1,4 +1,4 @@
-"""What system calls are made with is what ctypes has under the same names."""
+"""Our replacements for ctypes agree with ctypes."""
 
 import ctypes
 import errno
@@ -13,7 +13,7 @@ TYPES = [name for name in native.__all__ if name.startswith("c_")]
 
 @pytest.mark.parametrize("name", TYPES)
 def test_types_are_those_of_c(name: str) -> None:
-    """Their size and their sign."""
+    """They have the same size and sign."""
     ours, theirs = getattr(native, name), getattr(ctypes, name)
     assert native.sizeof(ours) == ctypes.sizeof(theirs)
     if isinstance(theirs().value, int):
@@ -21,7 +21,7 @@ def test_types_are_those_of_c(name: str) -> None:
 
 
 def test_a_call_that_fails_leaves_its_errno() -> None:
-    """And returns a number, even where nothing was said of its arguments."""
+    """It returns an int, even if no argument types were declared."""
     libc = native.CDLL(None, use_errno=True)
     assert libc.close(native.c_int(-1)) == -1
     assert native.get_errno() == errno.EBADF
@@ -31,7 +31,7 @@ def test_a_call_that_fails_leaves_its_errno() -> None:
 
 
 def test_memory_is_seen_and_changed_in_place() -> None:
-    """A buffer has a copy of what it is made of, zeroes included; what is at its address is the buffer."""
+    """A buffer copies its initial bytes, including zeros.  Memory at its address is the buffer itself."""
     content = b"a\0b\0"
     made = native.buffer(content)
     there = native.memory_at(native.addressof(made), len(content))

@@ -1,4 +1,4 @@
-"""The word that was meant."""
+"""Suggestions for mistyped words."""
 
 import pytest
 
@@ -14,15 +14,15 @@ WORDS = ("boot", "cdrom", "disk", "interface", "interfaces", "local", "memory", 
         ("memori", "memory"),
         ("emmory", "memory"),
         ("Memory", "memory"),
-        ("mem", "memory"),  # only one begins so
+        ("mem", "memory"),  # only one word has this prefix
         ("dsik", "disk"),
         ("dis", "disk"),
         ("vmm", "vm"),
         ("interfcae", "interface"),
         ("interfacess", "interfaces"),
         ("vcpu", "vcpus"),
-        ("inter", ""),  # two begin so, and it is far from both
-        ("vx", ""),  # two letters have no room for a mistake
+        ("inter", ""),  # two words have this prefix, and it is not similar to either
+        ("vx", ""),  # with two letters no mistake is allowed
         ("size", ""),
         ("kernel", ""),
         ("", ""),
@@ -30,12 +30,12 @@ WORDS = ("boot", "cdrom", "disk", "interface", "interfaces", "local", "memory", 
     ],
 )
 def test_nearest(typed: str, meant: str) -> None:
-    """A suggestion is close, or none is made."""
+    """A suggestion is similar to the word.  Otherwise there is none."""
     assert nearest(typed, WORDS) == meant
 
 
 def test_nothing_to_choose_from() -> None:
-    """No word is close to none."""
+    """Without words there is no suggestion."""
     assert nearest("memory", ()) == ""
 
 
@@ -45,5 +45,5 @@ def test_nothing_to_choose_from() -> None:
      ("xyz", "abc", 3), ("", "abc", 3), ("abc", "", 3), ("ca", "abc", 3)],
 )  # fmt: skip
 def test_mistakes(typed: str, meant: str, mistakes: int) -> None:
-    """A swap of neighbours is one mistake; a pair that was swapped is not changed again."""
+    """A swap of neighbours is one mistake, and swapped letters are not changed again."""
     assert mistakes_in(typed, meant) == mistakes

@@ -1,4 +1,4 @@
-"""A fact stands in one place, and what nothing uses is not there: constants, functions, classes and methods."""
+"""A fact stands in one place, and there are no unused constants, functions, classes, methods and fields."""
 
 import ast
 import functools
@@ -18,7 +18,7 @@ from vmd.priv import nics
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Constants that have one name and one value in two modules, and yet are not one fact.
+# Constants with the same name and value in two modules that are independent facts.
 OWN_CHOICES = {
     "TYPE_CHECKING": "type checkers know it by its name, and `typing` is slow to import",
     "VERSION": "each format and protocol has its own",
@@ -43,7 +43,7 @@ OWN_CHOICES = {
 
 BOOT_SECTOR = ("SIGNATURE_AT", "SIGNATURE")
 
-# Facts that stand in two places because no process may hold both modules.
+# Facts that stand in two places, because no process may import both modules.
 COPIES = (
     ("vmd.parent.service:KVM_API_VERSION", "vmd.kvmapi.abi:KVM_API_VERSION"),
     ("vmd.parent.service:KVM_GET_API_VERSION", "vmd.kvmapi.abi:KVM_GET_API_VERSION"),
@@ -61,7 +61,7 @@ COPIES = (
     ("vmd.parent.vhost:ROUTER_SOLICITATION", "vmd.devices.vionet.ra:ROUTER_SOLICITATION"),
 )
 
-# Times of which one must pass before the other: else the wrong process ends, with the wrong sentence or with none.
+# Pairs of times, of which the first must be shorter: otherwise the wrong process is ended, or with a wrong message.
 SOONER = (
     ("vmd.devices.process:QUIESCE_TIMEOUT_S", "vmd.ipc.devmsg:ANSWER_TIMEOUT_S"),
     ("vmd.priv.rules:NFT_TIMEOUT_S", "vmd.parent.askpriv:ANSWER_S"),
@@ -71,7 +71,7 @@ SOONER = (
     ("vmd.vm.shutdown:SHUTDOWN_TIMEOUT_S", "vmd.vmm.main:ORPHANS_S"),
 )
 
-# What no other code of the two programs names.
+# Names that no other code of the two programs uses.
 FOR_TESTS = "tests build run pages and states with it"
 UNUSED = {
     "vmd.privsep.start:begin": "the program of each new process names it (privsep/spawn.py)",
@@ -89,7 +89,7 @@ UNUSED = {
         for name in ("PORT_KBD_STATUS", "PORT_RTC_DATA", "PORT_FWCFG_DATA", "PORT_FWCFG_DMA", "PORT_PCI_DATA")
     },
 }
-# Modules whose methods others call: ply, which finds productions by their names, and programs of users.
+# Modules whose methods are called from elsewhere: by vmd.config.yacc, which finds them by name, and by users' programs.
 CALLED_FROM_OUTSIDE = {"vmd.config.grammar", "vmd.client"}
 WORD = re.compile(r"[A-Za-z_]\w*")
 ENTRY = re.compile(r"(vmd[\w.]*):(\w+)")
@@ -103,7 +103,7 @@ def modules() -> dict[str, ast.Module]:
 
 
 def constants(tree: ast.Module) -> Iterator[tuple[str, object]]:
-    """Yield the module's constants whose values are written out: numbers, texts, bytes, and tuples of them."""
+    """Yield the module's constants with literal values: numbers, strings, bytes, and tuples of them."""
     for node in tree.body:
         match node:
             case ast.Assign(targets=[ast.Name(id=name)], value=value):
@@ -122,13 +122,13 @@ def constants(tree: ast.Module) -> Iterator[tuple[str, object]]:
 
 
 def value_of(place: str) -> object:
-    """Return what `module:NAME` is."""
+    """Return the value of `module:NAME`."""
     module, name = place.split(":")
     return getattr(importlib.import_module(module), name)
 
 
 def test_a_constant_has_one_home() -> None:
-    """Who changes one of two would have to know of the other."""
+    """A change of one copy would need the same change of the other."""
     homes: dict[tuple[str, str], list[str]] = defaultdict(list)
     for module, tree in modules().items():
         for name, value in constants(tree):
@@ -145,13 +145,13 @@ def test_a_constant_has_one_home() -> None:
 
 @pytest.mark.parametrize(("one", "other"), COPIES)
 def test_copies_of_a_constant_agree(one: str, other: str) -> None:
-    """As long as they have to be two."""
+    """These copies are necessary."""
     assert value_of(one) == value_of(other), f"{one} is {value_of(one)!r}, and {other} {value_of(other)!r}"
 
 
 @pytest.mark.parametrize(("sooner", "later"), SOONER)
-def test_one_time_is_over_before_the_other(sooner: str, later: str) -> None:
-    """Both are constants of processes that do not see each other's."""
+def test_one_time_is_shorter_than_the_other(sooner: str, later: str) -> None:
+    """They are constants of processes that do not import each other's modules."""
     first, second = value_of(sooner), value_of(later)
 
     assert isinstance(first, float)
@@ -159,8 +159,8 @@ def test_one_time_is_over_before_the_other(sooner: str, later: str) -> None:
     assert first < second, f"{sooner} is {first:g} s, which is not less than the {second:g} s of {later}"
 
 
-def test_a_guest_has_the_same_time_to_shut_down_whoever_asks_it() -> None:
-    """`vmctl stop`, and the end of the daemon."""
+def test_a_guest_always_has_the_same_time_to_shut_down() -> None:
+    """`vmctl stop` and the end of the daemon give the same time."""
     assert value_of("vmd.parent.life:STOP_GRACE_S") == value_of("vmd.vm.shutdown:SHUTDOWN_TIMEOUT_S")
 
 
@@ -171,8 +171,8 @@ def test_a_guest_has_the_same_time_to_shut_down_whoever_asks_it() -> None:
         "vmctl.commands.ssh:THERE", "vmctl.commands.stop:STOPPED", "vmctl.commands.stop:STOPPING",
     ],
 )  # fmt: skip
-def test_what_vmctl_takes_for_a_state_is_one(place: str) -> None:
-    """The parent tells states in words."""
+def test_vmctl_s_states_exist(place: str) -> None:
+    """The parent sends states as words."""
     value = value_of(place)
     words = {value} if isinstance(value, str) else set(cast("tuple[str, ...]", value))
 
@@ -180,7 +180,7 @@ def test_what_vmctl_takes_for_a_state_is_one(place: str) -> None:
 
 
 def test_documents_have_every_state() -> None:
-    """The schema of `vmctl status --json`, and vmctl(8)."""
+    """They are the schema of `vmctl status --json`, and vmctl(8)."""
     states = {state.value for state in State}
     schema = json.loads(Path(ROOT, "docs/vmctl.schema.json").read_text())
     manual = Path(ROOT, "man/vmctl.8").read_text()
@@ -190,17 +190,17 @@ def test_documents_have_every_state() -> None:
 
 
 def test_both_sides_of_a_tap_make_the_same_link_local_address() -> None:
-    """The interface's process answers as the host's side, whose address priv gives."""
+    """The interface's process answers in the name of the host's side, whose address priv sets."""
     lladdr = bytes.fromhex("fee1bbd10203")
 
     assert ethernet.link_local(lladdr) == nics.link_local(lladdr)
 
 
-# --- what nothing uses ---------------------------------------------------------------------------------------------
+# --- unused code ---------------------------------------------------------------------------------------------------
 
 
 def is_expression(text: str) -> bool:
-    """Return whether a text may be code; a sentence is none."""
+    """Return whether a text may be code.  A sentence is not."""
     try:
         ast.parse(text.strip(), mode="eval")
     except (SyntaxError, ValueError):
@@ -209,14 +209,14 @@ def is_expression(text: str) -> bool:
 
 
 class Used:
-    """What the code of the two programs names: module-level names by module, and attributes of anything."""
+    """Names used in the code of the two programs: module-level names by module, and attributes of any object."""
 
     def __init__(self) -> None:
         self.names: dict[str, set[str]] = defaultdict(set)
         self.attributes: set[str] = set()
         for module, tree in modules().items():
             self.module = module
-            self.modules = {"": module}  # by the names that this one has for them
+            self.modules = {"": module}  # modules by their names in this module
             nodes = list(ast.walk(tree))
             for node in nodes:
                 self._take_import(node)
@@ -243,19 +243,19 @@ class Used:
                 self.names[self.modules.get(ast.unparse(value), "")].add(name)
             case ast.Constant(value=str(text)) if entry := ENTRY.fullmatch(text):
                 self.names[entry[1]].add(entry[2])
-            case ast.Constant(value=str(text)) if is_expression(text):  # a type in quotes, or a name to look up
+            case ast.Constant(value=str(text)) if is_expression(text):  # a quoted type, or a name to look up
                 self.names[self.module].update(WORD.findall(text))
                 self.attributes.update(WORD.findall(text))
 
 
 @functools.cache
 def used() -> Used:
-    """Look at all code once."""
+    """Return the names used in all code.  They are collected once."""
     return Used()
 
 
 def defined(tree: ast.Module) -> Iterator[str]:
-    """Yield the module-level names that are defined one by one: not those of an enumeration in one assignment."""
+    """Yield the module-level names that have their own definition, without names that share one assignment."""
     for node in tree.body:
         match node:
             case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
@@ -265,7 +265,7 @@ def defined(tree: ast.Module) -> Iterator[str]:
 
 
 def test_every_name_is_used() -> None:
-    """What is left over when its last user goes, goes too."""
+    """A name without a user must be removed."""
     commands = {f"vmctl.commands.{path.stem}:run" for path in Path(ROOT, "vmctl/commands").glob("*.py")}
     devices = {f"{module}:main" for module in modules() if module.startswith("vmd.devices.")}  # `kinds` makes the names
     unused = {
@@ -282,7 +282,7 @@ def test_every_name_is_used() -> None:
 
 
 def test_every_method_is_called() -> None:
-    """By some name: of whose object the method is, cannot be seen."""
+    """Methods are compared by name only, because the object's class is unknown."""
     known = used().attributes.union(*used().names.values())
     uncalled = {
         f"{module}:{each.name}.{method.name}"
@@ -296,7 +296,7 @@ def test_every_method_is_called() -> None:
     assert uncalled == set(), f"nothing calls {sorted(uncalled)}"
 
 
-# Fields of what is copied or printed as a whole.
+# Fields of records that are copied or printed as a whole.
 WHOLE = {
     "vmd.vm.boot.elf:Segment.align", "vmd.vm.boot.elf:Section.addralign", "vmd.vm.boot.elf:Section.entsize",
     "vmd.kvmapi.exits:Unknown.hardware",
@@ -304,7 +304,7 @@ WHOLE = {
 
 
 def fields(tree: ast.ClassDef) -> Iterator[str]:
-    """Yield what a class declares for its objects, and what its methods store in them."""
+    """Yield the fields that a class declares, and those that its methods set."""
     for node in ast.walk(tree):
         match node:
             case ast.AnnAssign(target=ast.Name(id=name)) if node in tree.body:
@@ -314,7 +314,7 @@ def fields(tree: ast.ClassDef) -> Iterator[str]:
 
 
 def test_every_field_is_read() -> None:
-    """By some name, as of methods."""
+    """Fields are compared by name only, as methods are."""
     known = used().attributes.union(*used().names.values())
     unread = {
         f"{module}:{each.name}.{name}"

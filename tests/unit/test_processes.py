@@ -1,4 +1,4 @@
-"""What lists the processes names each of them."""
+"""Each list of the processes names all of them."""
 
 import functools
 import re
@@ -16,7 +16,7 @@ PARENT = "vmd"
 
 @functools.cache
 def entries() -> dict[str, str]:
-    """Return the programs of one question that are started by their entries: each entry, by the program's name."""
+    """Return the entries of single-purpose programs, by the program's name."""
     found = {}
     for path in sorted(Path(ROOT, "vmd").rglob("*.py")):
         for name, entry in ENTRY.findall(path.read_text()):
@@ -26,7 +26,7 @@ def entries() -> dict[str, str]:
 
 
 def processes() -> set[str]:
-    """Return the name of each process, without that of its VM or user."""
+    """Return the name of each process, without the name of its VM or user."""
     return {PARENT, *PROCESSES, *entries(), *(kind.process for kind in KINDS if not kind.inside)}
 
 
@@ -38,12 +38,12 @@ def table() -> list[str]:
 
 
 def test_each_entry_has_a_name() -> None:
-    """The constant NAME_ENTRY is how the rest of this file knows what a program is called."""
+    """The constant NAME_ENTRY gives the program's name to the rest of this file."""
     assert "" not in entries(), f"{entries().get('')} is started, and no constant NAME_ENTRY says what it is called"
 
 
 def test_the_readme_has_every_process() -> None:
-    """And none that is not there."""
+    """It has no other ones."""
     missing, others = processes() - set(table()), set(table()) - processes()
 
     assert missing == set(), f"the table of processes in README.md has no row for {sorted(missing)}"

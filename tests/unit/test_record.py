@@ -13,7 +13,7 @@ class Point(Record):
 
 
 class Positive(Point):
-    """A point with a rule."""
+    """A point with a check."""
 
     z: int = 0
 
@@ -24,7 +24,7 @@ class Positive(Point):
 
 
 def test_defaults_and_equality() -> None:
-    """A field that is not given has its default, and equal fields make equal records."""
+    """An omitted field has its default, and records with equal fields are equal."""
     assert Point(x=1) == Point(x=1, y=7)
     assert Point(x=1) != Point(x=2)
     assert hash(Point(x=1)) == hash(Point(x=1, y=7))
@@ -55,12 +55,12 @@ def test_wrong_fields_are_named(values: dict[str, int], complaint: str) -> None:
 
 
 def test_inherited_fields_come_first_and_rules_are_checked() -> None:
-    """A record extends the fields of its base, and replace checks anew."""
+    """A record extends the fields of its base, and `replace` checks again."""
     assert list(Positive.fields) == ["x", "y", "z"]
     with pytest.raises(ValueError, match="negative"):
         Positive(x=1).replace(x=-1)
 
 
 def test_values_that_a_list_must_have() -> None:
-    """All up to the last field without a default."""
+    """It must have all fields up to the last one without a default."""
     assert (Record.least, Point.least, Positive.least) == (0, 1, 1)

@@ -1,4 +1,4 @@
-"""Sizes with units, both ways."""
+"""Sizes with units, parsed and formatted."""
 
 import pytest
 from hypothesis import given
@@ -30,20 +30,20 @@ from vmd.scaled import INT64_MAX, fmt_scaled, scan_scaled
     ],
 )
 def test_scan(text: str, size: int) -> None:
-    """Each unit is 1024 times the one before; what is less than a byte is dropped."""
+    """Each unit is 1024 times the one before, and fractions of a byte are dropped."""
     assert scan_scaled(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "G", ".", ".G", "-", "1GB", "1X", "1 G", "1.2.3", "--1", "1_0", "\u0661", "1\0"])
 def test_scan_refuses_what_is_no_size(text: str) -> None:
-    """The sentence names the text."""
+    """The message has the text."""
     with pytest.raises(ValueError, match="invalid size: "):
         scan_scaled(text)
 
 
 @pytest.mark.parametrize("text", ["8E", "9223372036854775808", "9" * 20, "1" + "0" * 5000, "-8E", "99999999P"])
 def test_scan_refuses_what_does_not_fit(text: str) -> None:
-    """More than 63 bits is an error, not a smaller number."""
+    """More than 63 bits are an error, and not a smaller number."""
     with pytest.raises(ValueError, match="size out of range: "):
         scan_scaled(text)
 
@@ -66,26 +66,26 @@ def test_scan_refuses_what_does_not_fit(text: str) -> None:
     ],
 )
 def test_fmt(size: int, text: str) -> None:
-    """One decimal below 100 of a unit, none above."""
+    """There is one decimal below 100 of a unit, and none above."""
     assert fmt_scaled(size) == text
 
 
 @pytest.mark.parametrize("size", [1 << 63, -(1 << 63)])
 def test_fmt_refuses_what_does_not_fit(size: int) -> None:
-    """As fmt_scaled(3), which cannot take the absolute value of the smallest number either."""
+    """fmt_scaled(3) refuses it, too: the smallest number has no absolute value."""
     with pytest.raises(ValueError, match="size out of range"):
         fmt_scaled(size)
 
 
 @given(st.integers(0, INT64_MAX >> 1))
 def test_fmt_is_close(size: int) -> None:
-    """Reading back what was written is off by half of the last digit shown, and its own rounding, at most."""
+    """Parsing the formatted size gives the size, except for the rounding of the last digit."""
     assert abs(scan_scaled(fmt_scaled(size)) - size) <= max(size * 6 // 100, 1)
 
 
 @given(st.text(max_size=12))
 def test_scan_returns_or_refuses(text: str) -> None:
-    """No text raises anything else, or leaves the range."""
+    """Every text gives a size in range, or ValueError."""
     try:
         size = scan_scaled(text)
     except ValueError:

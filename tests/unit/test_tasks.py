@@ -1,4 +1,4 @@
-"""A host that has no room for another thread or process: one sentence, wherever one is started."""
+"""A host without room for another thread or process: all code that starts one raises the same error."""
 
 import errno
 import os
@@ -11,24 +11,24 @@ from tests.support.daemon import ROOT
 from vmd.errors import HostError
 from vmd.tasks import fork, start_thread
 
-ALLOWED = {  # what starts something, and where that is turned into a sentence
+ALLOWED = {  # calls that start a thread or process, and the modules that turn their failures into errors
     r"os\.fork\(": {"tasks.py", "privsep/spawn.py"},
     r"posix_spawn\(": {"privsep/spawn.py"},
-    r"^\s*_thread\.start_new_thread\(": {"threads.py"},  # but in a call of start_thread, as whoever starts those does
+    r"^\s*_thread\.start_new_thread\(": {"threads.py"},  # within a call of start_thread by its users
     r"(_thread|Thread\(.*\))\.start\(\)": set(),
 }
 
 
 @pytest.mark.parametrize("pattern", ALLOWED)
 def test_nothing_else_starts_threads_or_forks(pattern: str) -> None:
-    """A call beside these would be a traceback on such a host, for users to read."""
+    """Other calls would end in a traceback on such a host."""
     files = {path.relative_to(ROOT / "vmd"): path.read_text() for path in (ROOT / "vmd").rglob("*.py")}
     found = {str(path) for path, text in files.items() if re.search(pattern, text, re.MULTILINE)}
     assert found <= ALLOWED[pattern], f"use vmd.tasks in {found - ALLOWED[pattern]}"
 
 
 def test_no_room_for_a_thread() -> None:
-    """Python says so by a RuntimeError."""
+    """Python raises a RuntimeError."""
 
     def start() -> None:
         raise RuntimeError("can't start new thread")
@@ -39,7 +39,7 @@ def test_no_room_for_a_thread() -> None:
 
 
 def test_no_room_for_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel says so."""
+    """The kernel's error is reported."""
 
     def no_fork() -> int:
         raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))

@@ -1,4 +1,4 @@
-"""Threads, events and conditions do what `threading` has them do, as far as a VM asks it of them."""
+"""Our threads, events and conditions behave like those of `threading`, as far as a VM needs them."""
 
 import _thread
 import threading
@@ -16,7 +16,7 @@ both = pytest.mark.parametrize("module", [threads, threading], ids=["ours", "thr
 
 @both
 def test_a_thread_lives_from_its_start_to_its_end(module: ModuleType) -> None:
-    """And can be waited for, as long as one likes and after it has ended."""
+    """It can be waited for with a timeout, and after its end."""
     go = module.Lock()
     go.acquire()
     thread = module.Thread(target=go.acquire, name="waits", daemon=True)
@@ -35,7 +35,7 @@ def test_a_thread_lives_from_its_start_to_its_end(module: ModuleType) -> None:
 
 @both
 def test_an_event_wakes_all_who_wait(module: ModuleType) -> None:
-    """Those that wait with a deadline, those without, and those that come later."""
+    """Waiters with and without a deadline are woken, and later ones do not wait."""
     event, woken = module.Event(), []
     waiting = [
         module.Thread(target=lambda wait=wait: woken.append(event.wait(wait)), name="waits", daemon=True)
@@ -55,8 +55,8 @@ def test_an_event_wakes_all_who_wait(module: ModuleType) -> None:
     assert event.is_set()
 
 
-def test_who_has_given_up_waiting_is_forgotten() -> None:
-    """A vCPU that waits again and again must not fill memory."""
+def test_a_waiter_that_times_out_is_removed() -> None:
+    """A vCPU that waits repeatedly must not fill memory."""
     event: Any = threads.Event()
     for _ in range(3):
         assert not event.wait(0)
@@ -66,7 +66,7 @@ def test_who_has_given_up_waiting_is_forgotten() -> None:
 
 @both
 def test_a_condition_is_waited_for_without_its_lock(module: ModuleType) -> None:
-    """Whoever changes what it guards has the lock meanwhile, and a change before the wait needs no wake."""
+    """Another thread can change the guarded state meanwhile.  A change before the wait needs no wake-up."""
     condition, state = module.Condition(), [0]
     seen: SimpleQueue[int] = SimpleQueue()
 
@@ -90,7 +90,7 @@ def test_a_condition_is_waited_for_without_its_lock(module: ModuleType) -> None:
 
 
 def test_no_room_for_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It has not begun; the caller is told as `threading` tells it."""
+    """The thread has not begun, and the caller gets the same exception as from `threading`."""
 
     def refuse(_run: object, _arguments: object) -> None:
         raise RuntimeError("can't start new thread")

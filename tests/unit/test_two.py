@@ -1,4 +1,4 @@
-"""Two processes of pytest that share the tests give one result, whatever becomes of either."""
+"""Two pytest processes that share the tests give one result, whatever happens to either."""
 
 import os
 import re
@@ -32,7 +32,7 @@ def pytest_terminal_summary(terminalreporter):
         for name, text in report.user_properties:
             terminalreporter.write_line(f"{{name}} of {{report.nodeid}}: {{text}}")
 """
-# Both tests end only when each has begun, so no process can have run both.
+# Each test ends only when the other has begun, so one process cannot run both.
 MEETING = """
 import os
 import pytest
@@ -53,7 +53,7 @@ def kept():
 
 
 class Project:
-    """A folder with tests: two modules whose tests are the same, and more if wanted."""
+    """A folder with tests: two modules with the same tests, and more on request."""
 
     def __init__(self, above: Path, text: str) -> None:
         self.above = above
@@ -82,14 +82,14 @@ class Project:
         )  # fmt: skip
 
     def run(self, *options: str) -> tuple[int, str]:
-        """Run pytest to its end; returns its status, and what it printed.  Nothing of it is left."""
+        """Run pytest to its end.  Return its status and output, and check that no files are left."""
         with self.start(*options) as process:
             output, _ = process.communicate(timeout=DEADLINE_S)
         assert list(self.above.glob("vmd-two-*")) == []
         return process.returncode, output
 
     def start_and_wait(self) -> tuple["subprocess.Popen[str]", int]:
-        """Start pytest, and wait until both processes are in a test; returns it, and the number of the second one."""
+        """Start pytest, and wait until both processes are in a test.  Return it, and the pid of the second one."""
         begun = os.open(self.folder / "begun", os.O_RDWR)
         process = self.start()
         said = b""
@@ -102,12 +102,12 @@ class Project:
 
 
 def count(output: str) -> str:
-    """Return the last line of a run, without the time."""
+    """Return the last line of a run without its time."""
     return re.sub(r" in [0-9.]+s.*", "", output.splitlines()[-1].strip("= "))
 
 
-def test_both_run_and_one_tells(tmp_path: Path) -> None:
-    """Each test is run once, a module by one process, and a failure in the second one is told in full."""
+def test_both_run_and_one_reports(tmp_path: Path) -> None:
+    """Each test runs once, a module in one process, and failures of the second process are reported in full."""
     project = Project(tmp_path, """
         @pytest.mark.parametrize("number", [1, 2])
         def test_of_both(met, second, number, record_property):
@@ -134,13 +134,13 @@ def test_both_run_and_one_tells(tmp_path: Path) -> None:
 
 
 def test_a_failure_of_the_second_one_stops_both(tmp_path: Path) -> None:
-    """With -x: nothing is begun after the test that runs."""
+    """With -x, no test begins after the running one."""
     project = Project(tmp_path, """
         def test_of_both(met, second):
             assert not second
 
         def test_more(second):
-            open("end").read()  # ends when the second process has ended
+            open("end").read()  # blocks until the second process has ended
     """)
     second_ends = """
         @pytest.fixture(scope="session", autouse=True)
@@ -160,7 +160,7 @@ def test_a_failure_of_the_second_one_stops_both(tmp_path: Path) -> None:
 
 
 def test_the_second_one_is_killed(tmp_path: Path) -> None:
-    """What it had begun has failed, and what it had not is run."""
+    """The test that it had begun fails, and its other tests run in the first process."""
     project = Project(tmp_path, """
         def test_of_both(met, second):
             if second:
@@ -179,7 +179,7 @@ def test_the_second_one_is_killed(tmp_path: Path) -> None:
 
 
 def test_names_that_differ_between_the_two(tmp_path: Path) -> None:
-    """A parameter may be called otherwise in each process: the tests are the same."""
+    """A parameter may have another name in each process.  The tests are the same."""
     project = Project(tmp_path, """
         @pytest.mark.parametrize("number", [os.getpid(), os.urandom(8)])
         def test_of_both(met, second, number):
@@ -192,7 +192,7 @@ def test_names_that_differ_between_the_two(tmp_path: Path) -> None:
 
 
 def test_tests_that_differ_between_the_two(tmp_path: Path) -> None:
-    """What one of them does not know cannot be shown, which is said."""
+    """A test that one of them does not have cannot be reported, so pytest fails with a message."""
     project = Project(tmp_path, """
         if "--second" in " ".join(__import__("sys").argv):
             def test_of_one():
@@ -212,14 +212,14 @@ def test_tests_that_differ_between_the_two(tmp_path: Path) -> None:
 
 
 def test_fixtures_of_folders_end_with_the_last_test_of_the_process(tmp_path: Path) -> None:
-    """The test that follows a module is not that of the other process, which may be in the same folder."""
+    """The next test of a process is used, and not one of the other process in the same folder."""
     project = Project(tmp_path, """
         def test_of_both(met):
             pass
 
         def test_of_b():
             if __file__.endswith("b.py"):
-                open("end").close()  # until the process of `a` runs what follows
+                open("end").close()  # blocks until the other process runs the next module
 
         def test_more():
             pass
@@ -243,7 +243,7 @@ WAITING = """
 
 
 def test_an_interrupt_ends_both(tmp_path: Path) -> None:
-    """Both put away what their tests have made, and nothing is left."""
+    """Both tear down their fixtures, and no file is left."""
     process, second = Project(tmp_path, WAITING).start_and_wait()
     with process:
         process.send_signal(signal.SIGINT)
@@ -256,7 +256,7 @@ def test_an_interrupt_ends_both(tmp_path: Path) -> None:
 
 
 def test_the_second_one_does_not_outlive_the_first(tmp_path: Path) -> None:
-    """It is interrupted, and puts away what its test has made."""
+    """It is interrupted, and tears down its fixtures."""
     process, second = Project(tmp_path, WAITING).start_and_wait()
     end = os.pidfd_open(second)
     try:

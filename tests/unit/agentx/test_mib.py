@@ -1,4 +1,4 @@
-"""VM-MIB: which variables there are, in which order, and what is found behind which."""
+"""VM-MIB: its variables, their order, and the successor of each."""
 
 import time
 
@@ -17,7 +17,7 @@ ABOUT = AgentxVms(began_ns=0, changed_ns=50_000_000)
 
 
 def vm(vmid: int, **changes: object) -> AgentxVm:
-    """Return a VM with one of each."""
+    """Return a VM with one of each device."""
     made = AgentxVm(
         vmid=vmid,
         name=f"vm{vmid}",
@@ -59,7 +59,7 @@ def column(shown: mib.View, entry: tuple[int, ...], number: int) -> dict[tuple[i
 
 
 def test_variables_are_in_order() -> None:
-    """Or none would be found; and each is there once."""
+    """Otherwise lookups would fail.  Each variable exists once."""
     shown = view(vm(300), vm(2), vm(1))
     assert shown.names == sorted(set(shown.names))
     assert all(name[: len(mib.OBJECTS)] == mib.OBJECTS for name in shown.names)
@@ -77,7 +77,7 @@ def test_a_vm() -> None:
 
 
 def test_its_devices() -> None:
-    """RFC 7666, the tables of vCPUs, storage and interfaces; an index begins with 1."""
+    """RFC 7666, the tables of vCPUs, storage and interfaces.  An index begins with 1."""
     shown = view(vm(7))
     assert column(shown, mib.CPU_ENTRY, 2) == {(7, 1): 1000, (7, 2): 2000}
     storage = {number: tuple(column(shown, mib.STORAGE_ENTRY, number).values()) for number in range(3, 19)}
@@ -93,15 +93,15 @@ def test_its_devices() -> None:
 
 @pytest.mark.parametrize("state", [*(state.value for state in State), CRASHED, MIGRATING])
 def test_every_state_has_its_number(state: str) -> None:
-    """Also those that a later version adds: `unknown` is for a VM of which nobody knows whether it runs."""
+    """States of later versions are unknown.  `unknown` is also for a VM that may run at another host."""
     assert (mib.oper_state(state) == mib.UNKNOWN) == (state == State.IN_DOUBT.value)
     shown = view(vm(1, state=state))
     assert column(shown, mib.VM_ENTRY, 6) == {(1,): mib.OPER_STATES[state]}
     assert column(shown, mib.VM_ENTRY, 5)[(1,)] in (1, 2, 3, 4)
 
 
-def test_what_is_not_there() -> None:
-    """An object without that instance is told from no object."""
+def test_missing_variables() -> None:
+    """An object without this instance differs from a missing object."""
     shown = view(vm(1))
     assert shown.get((*mib.NAME, 1)).value == b"vm1"
     assert shown.get((*mib.NAME, 2)).kind == pdu.NO_SUCH_INSTANCE
@@ -112,7 +112,7 @@ def test_what_is_not_there() -> None:
 
 
 def test_a_walk_finds_everything_once() -> None:
-    """By GetNext, and by GetBulk of any size."""
+    """The walk uses GetNext, or GetBulk of any size."""
     shown = view(vm(1), vm(2))
     for size in (1, 2, 7, 1000):
         found, start = [], mib.VM_MIB
@@ -126,7 +126,7 @@ def test_a_walk_finds_everything_once() -> None:
 
 
 def test_ranges() -> None:
-    """The start counts if it is included, and the end never does."""
+    """The start is found if it is included.  The end is never found."""
     shown = view(vm(1))
     first, second = shown.names[:2]
     assert shown.following(SearchRange(start=first)).name == second
@@ -137,7 +137,7 @@ def test_ranges() -> None:
 
 
 def test_bulk() -> None:
-    """RFC 2741, 7.2.3.3: first the ones that are not repeated, then round by round; bounded."""
+    """RFC 2741, 7.2.3.3: non-repeated variables come first, then rounds.  The number of variables is bounded."""
     shown = view(vm(1), vm(2))
     number, name, state = (*mib.OBJECTS, 2), mib.NAME, mib.OPER_STATE
     ranges = [SearchRange(start=each) for each in (number, name, state)]
@@ -146,13 +146,13 @@ def test_bulk() -> None:
     assert [each.name for each in shown.bulk(ranges, 9, 5, 2000)] == [(*number, 0), (*name, 1), (*state, 1)]
     assert shown.bulk(ranges, 3, 5, 2000) == shown.bulk(ranges, 3, 0, 2000)
     assert len(shown.bulk(ranges, 0, 65535, 10)) == 9
-    assert len(shown.bulk(ranges, 0, 65535, 1)) == 3  # one round, whatever the bound
+    assert len(shown.bulk(ranges, 0, 65535, 1)) == 3  # one round, even if the bound is smaller
     ended = shown.bulk([SearchRange(start=shown.names[-1])], 0, 5, 2000)
     assert [each.kind for each in ended] == [pdu.END_OF_MIB_VIEW]
 
 
 def test_the_hypervisor() -> None:
-    """Of 200 VMs, too, and none."""
+    """The number of VMs is right for none and for 200."""
     assert view().get((*mib.OBJECTS, 2, 0)).value == 0
     shown = view(*(vm(number) for number in range(1, 201)))
     assert shown.get((*mib.OBJECTS, 2, 0)).value == 200
@@ -160,8 +160,8 @@ def test_the_hypervisor() -> None:
     assert len(shown.names) == 8 + 200 * (16 + 2 + 3 * 16 + 4)
 
 
-def test_texts_and_numbers_have_room() -> None:
-    """What is longer is cut between two characters; sizes do not become negative."""
+def test_texts_and_numbers_have_limits() -> None:
+    """Longer texts are cut between two characters, and sizes do not become negative."""
     assert mib.text("\N{SNOWMAN}" * 100) == ("\N{SNOWMAN}" * 85).encode()
     assert mib.text("\udcff") == b"?"
     assert mib.units(1 << 62) == mib.INT_MAX
@@ -177,5 +177,5 @@ def test_affected_vms() -> None:
 
 
 def test_notifications_have_a_state() -> None:
-    """Each number is that of one state; `suspended` there is none of, nor of a VM that is deleted."""
+    """Each number belongs to one state.  There is none for `suspended`, and the one for deleted VMs has no state."""
     assert sorted(OF_STATE.values()) == [1, 2, 3, 4, 5, 7, 8, 9]

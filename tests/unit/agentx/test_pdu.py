@@ -1,4 +1,4 @@
-"""AgentX packets: as RFC 2741 writes them, in both byte orders, and no prefix or noise is taken for one."""
+"""AgentX packets: they are as in RFC 2741, in both byte orders.  Truncated and random packets are refused."""
 
 import contextlib
 import random
@@ -20,14 +20,14 @@ VALUES: list[tuple[int, int | bytes | tuple[int, ...] | None]] = [
 
 
 def parsed(raw: bytes) -> pdu.Packet:
-    """Return what a packet says."""
+    """Return the parsed form of a packet."""
     header = pdu.parse_header(raw[: pdu.HEADER.size])
     assert header.length == len(raw) - pdu.HEADER.size
     return pdu.parse(header, raw[pdu.HEADER.size :])
 
 
 def test_object_identifiers() -> None:
-    """RFC 2741, 5.1: what is below 1.3.6.1.N leaves that out; the null one has nothing."""
+    """RFC 2741, 5.1: an identifier below 1.3.6.1.N omits this prefix, and the null identifier is empty."""
     assert pdu.oid(NAME).hex() == "04020000" + "00000001" * 3 + "00000000"
     assert pdu.oid((1, 2), include=True).hex() == "02000100" + "00000001" + "00000002"
     assert pdu.oid(()).hex() == "00000000"
@@ -35,7 +35,7 @@ def test_object_identifiers() -> None:
 
 
 def test_header() -> None:
-    """RFC 2741, 6.1: in network byte order, with the context before the payload."""
+    """RFC 2741, 6.1: it is in network byte order, and the context stands before the payload."""
     raw = pdu.packet(pdu.REGISTER, pdu.register((1, 3, 6, 1, 2)), session=1, transaction=2, number=3, context=b"vms")
     assert raw.hex() == (
         "01031800" "00000001" "00000002" "00000003" "00000014"
@@ -44,8 +44,8 @@ def test_header() -> None:
     assert len(raw) == 20 + 8 + 4 + 4
 
 
-def test_values_come_back() -> None:
-    """Of each kind."""
+def test_values_can_be_parsed() -> None:
+    """There is one of each type."""
     payload = b"".join(pdu.bind(kind, NAME, value) for kind, value in VALUES)
 
     packet = parsed(pdu.packet(pdu.TEST_SET, payload, context=b"c"))
@@ -54,14 +54,14 @@ def test_values_come_back() -> None:
     assert packet.binds == tuple(VarBind(name=NAME, kind=kind, value=value) for kind, value in VALUES)
 
 
-def test_counters_begin_anew() -> None:
-    """Numbers that are too large do not raise."""
+def test_counters_wrap_around() -> None:
+    """Numbers that are too large raise no exception."""
     (bind,) = parsed(pdu.packet(pdu.TEST_SET, pdu.bind(pdu.COUNTER64, NAME, (1 << 64) + 5))).binds
     assert bind.value == 5
 
 
 def test_both_byte_orders() -> None:
-    """A master may use that of its host."""
+    """A master may use the byte order of its host."""
     header = pdu.LITTLE_HEADER.pack(1, pdu.GET_BULK, 0, 0, 9, 8, 7, 4 + 12 + 4)
     payload = struct.pack("<HH", 1, 2) + struct.pack("<BBBBII", 2, 0, 1, 0, 1, 77) + struct.pack("<BBBB", 0, 0, 0, 0)
 
@@ -84,7 +84,7 @@ PACKETS = {
 
 @pytest.mark.parametrize("kind", PACKETS)
 def test_a_packet_that_ends_too_early(kind: int) -> None:
-    """Each prefix is either a shorter list, which ends between two things, or refused."""
+    """Each prefix is refused, or is a shorter list that ends between two items."""
     payload, whole = PACKETS[kind], pdu.parse(Header(kind=kind, flags=pdu.NETWORK_BYTE_ORDER), PACKETS[kind])
     for length in range(len(payload)):
         with contextlib.suppress(PeerError):
@@ -93,7 +93,7 @@ def test_a_packet_that_ends_too_early(kind: int) -> None:
 
 
 def test_noise() -> None:
-    """Only PeerError comes out, whatever is sent."""
+    """Any packet raises PeerError only."""
     rng = random.Random(2741)
     for _ in range(5000):
         kind = rng.choice((*PACKETS, pdu.NOTIFY, 99))
@@ -113,8 +113,8 @@ def test_noise() -> None:
         (pdu.HEADER.pack(1, 5, 16, 0, 0, 0, 0, 3), "sends a packet of 3 bytes"),
     ],
 )
-def test_headers_that_are_none(raw: bytes, error: str) -> None:
-    """What comes after them is not waited for."""
+def test_invalid_headers(raw: bytes, error: str) -> None:
+    """They are refused before the payload is read."""
     with pytest.raises(PeerError) as refused:
         pdu.parse_header(raw)
     assert refused.value.what == error

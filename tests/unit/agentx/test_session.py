@@ -1,4 +1,4 @@
-"""A session with an SNMP agent: opened, asked, set, told and ended, whatever the agent does."""
+"""A session with an SNMP agent: opening, requests, sets, notifications and its end, whatever the agent does."""
 
 import socket
 import threading
@@ -22,12 +22,12 @@ DEADLINE_S = 60.0
 
 
 def changed(state: str, vmid: int = 1, *, deleted: bool = False) -> AgentxChanged:
-    """Return what the parent says of a VM."""
+    """Return the parent's message about the state of a VM."""
     return AgentxChanged(vmid=vmid, name="a", state=state, persistent=True, deleted=deleted)
 
 
 class Rig:
-    """A subagent that runs on a thread, and the agent's end of its connection."""
+    """A subagent on a thread, and the agent's end of its connection."""
 
     def __init__(self, context: str = "") -> None:
         self.loop = Loop()
@@ -60,29 +60,29 @@ class Rig:
         self.gone.set()
 
     def do(self, call: Callable[[], None]) -> None:
-        """Have the subagent's thread do something."""
+        """Run a call on the subagent's thread."""
         self.loop.call_from_thread(call)
 
     def change(self, state: str, *, vmid: int = 1, deleted: bool = False) -> None:
-        """Have the subagent told of a VM."""
+        """Report a change of a VM to the subagent."""
         self.do(lambda: self.notifications.add(changed(state, vmid, deleted=deleted)))
 
     def notified(self) -> pdu.Packet:
-        """Return the next notification, which is answered."""
+        """Answer the next notification, and return it."""
         header, payload = self.master.receive()
         assert header.kind == pdu.NOTIFY
-        packet = pdu.parse(header.replace(kind=pdu.TEST_SET), payload)  # whose form it has
+        packet = pdu.parse(header.replace(kind=pdu.TEST_SET), payload)  # which has the same form
         self.master.answer(header)
         return packet
 
     def why(self) -> str:
-        """Return why the connection was given up."""
+        """Return why the connection was closed."""
         assert self.gone.wait(DEADLINE_S)
         (why,) = self.lost
         return why
 
     def close(self) -> None:
-        """End both."""
+        """End subagent and agent."""
         self.loop.call_from_thread(self.loop.stop)
         self.thread.join(DEADLINE_S)
         self.session.close()
@@ -92,7 +92,7 @@ class Rig:
 
 @pytest.fixture
 def rig() -> Iterator[Rig]:
-    """Give a subagent that has just begun."""
+    """A subagent that has just begun."""
     made = Rig()
     yield made
     made.close()
@@ -100,14 +100,14 @@ def rig() -> Iterator[Rig]:
 
 @pytest.fixture
 def served(rig: Rig) -> Rig:
-    """Give one that the agent has taken in."""
+    """A subagent whose session is open and registered."""
     rig.master.take_in()
     assert rig.up.wait(DEADLINE_S)
     return rig
 
 
-def test_it_is_taken_in_and_asked(served: Rig) -> None:
-    """Get, GetNext and GetBulk."""
+def test_it_is_registered_and_answers(served: Rig) -> None:
+    """It answers Get, GetNext and GetBulk."""
     assert served.master.ask(pdu.GET, *asked(STATE, (*mib.OPER_STATE, 9))) == (
         0,
         (
@@ -121,16 +121,16 @@ def test_it_is_taken_in_and_asked(served: Rig) -> None:
     assert [each.value for each in binds] == [b"vm1", b"vm2"]
 
 
-def test_what_is_asked_meanwhile_is_answered_with_it(served: Rig) -> None:
-    """In order, and the parent is asked once."""
+def test_requests_share_an_answer_of_the_parent(served: Rig) -> None:
+    """They are answered in order, with as few requests to the parent as possible."""
     for number in (1, 2, 3):
         served.master.send(pdu.GET, pdu.oid(STATE) + pdu.oid(()), number=number)
     assert [served.master.answered().header.packet for _ in range(3)] == [1, 2, 3]
     assert served.asks <= 3
 
 
-def test_questions_without_end(served: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So many wait for figures, and others are answered by an error."""
+def test_too_many_requests(served: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A limited number waits for figures.  Others get an error."""
     monkeypatch.setattr(session_module, "REQUESTS_MAX", 2)
     wait: list[Callable[[mib.View], None]] = []
     monkeypatch.setattr(served.session, "ask", wait.append)
@@ -143,7 +143,7 @@ def test_questions_without_end(served: Rig, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_another_context_than_ours() -> None:
-    """RFC 2741, 7.2: refused; and ours is said where it is registered."""
+    """RFC 2741, 7.2: it is refused.  Our own context is in the registration."""
     rig = Rig(CONTEXT)
     try:
         opening, _ = rig.master.receive()
@@ -162,7 +162,7 @@ def test_another_context_than_ours() -> None:
 
 
 def test_setting(served: Rig) -> None:
-    """Tested, done, undone: RFC 2741, 7.2.4."""
+    """RFC 2741, 7.2.4: a set is tested, committed and undone."""
     both = pdu.bind(pdu.INTEGER, mib.PER_VM, mib.FALSE) + pdu.bind(pdu.INTEGER, mib.BULK, mib.TRUE)
     before, after = dict(served.switches), {mib.PER_VM: False, mib.BULK: True}
     master = served.master
@@ -175,7 +175,7 @@ def test_setting(served: Rig) -> None:
     assert served.switches == before
     assert master.request(pdu.COMMIT_SET, same=True)[0] == 0
     master.send(pdu.CLEANUP_SET)
-    assert master.request(pdu.COMMIT_SET, same=True)[0] == pdu.COMMIT_FAILED  # it is forgotten
+    assert master.request(pdu.COMMIT_SET, same=True)[0] == pdu.COMMIT_FAILED  # the transaction was cleaned up
     assert served.switches == after
 
 
@@ -187,8 +187,8 @@ def test_setting(served: Rig) -> None:
         (pdu.bind(pdu.INTEGER, STATE, 1), pdu.NOT_WRITABLE),
     ],
 )
-def test_what_cannot_be_set(served: Rig, bind: bytes, error: int) -> None:
-    """Nothing of it is done."""
+def test_invalid_sets(served: Rig, bind: bytes, error: int) -> None:
+    """None of the variables is set."""
     good = pdu.bind(pdu.INTEGER, mib.BULK, mib.TRUE)
     assert served.master.request(pdu.TEST_SET, good + bind)[0] == error
     assert served.master.request(pdu.COMMIT_SET, same=True)[0] == pdu.COMMIT_FAILED
@@ -196,14 +196,14 @@ def test_what_cannot_be_set(served: Rig, bind: bytes, error: int) -> None:
 
 
 def test_transactions_that_are_never_cleaned_up(served: Rig) -> None:
-    """The oldest are forgotten."""
+    """The oldest ones are removed."""
     for _ in range(session_module.SETS_MAX + 5):
         served.master.request(pdu.TEST_SET, pdu.bind(pdu.INTEGER, mib.BULK, mib.TRUE))
     assert len(served.session.sets) == session_module.SETS_MAX
 
 
 def test_notifications(served: Rig) -> None:
-    """RFC 7666: which one, and of which VM; of states without one there is none."""
+    """RFC 7666: they name the notification and the VM.  Some states have no notification."""
     served.change("starting")
     served.change("running")
     served.change("stopped", deleted=True)
@@ -217,8 +217,8 @@ def test_notifications(served: Rig) -> None:
     assert [each.value for each in deleted.binds] == [(*mib.VM_MIB, 0, 10), b"a", b"", mib.SHUTDOWN, 2]
 
 
-def test_notifications_of_many(served: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of a moment are one, with a bit for each VM."""
+def test_bulk_notifications(served: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Changes within a short time are one notification, with a bit for each VM."""
     monkeypatch.setattr("vmd.agentx.notifications.BULK_S", 0.0)
     served.switches.update({mib.PER_VM: False, mib.BULK: True})
 
@@ -231,7 +231,7 @@ def test_notifications_of_many(served: Rig, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_notifications_wait_for_an_agent(rig: Rig) -> None:
-    """The latest of them."""
+    """The latest ones are kept."""
     for vmid in range(KEPT_MAX + 5):
         rig.change("running", vmid=vmid)
     rig.do(rig.up.set)  # after them
@@ -250,13 +250,13 @@ def test_notifications_wait_for_an_agent(rig: Rig) -> None:
     ],
 )
 def test_an_agent_that_cannot_be_served(served: Rig, raw: bytes, why: str) -> None:
-    """It is left, with a sentence."""
+    """The connection is closed, and the message says why."""
     served.master.sock.sendall(raw)
     assert served.why() == why
 
 
-def test_an_agent_that_goes(served: Rig) -> None:
-    """What is waiting for figures then is dropped."""
+def test_an_agent_that_ends(served: Rig) -> None:
+    """Requests that wait for figures are dropped."""
     served.master.send(pdu.GET, pdu.oid(STATE) + pdu.oid(()))
     served.master.sock.shutdown(socket.SHUT_RDWR)
     assert served.why().startswith("is gone")
@@ -264,7 +264,7 @@ def test_an_agent_that_goes(served: Rig) -> None:
 
 @pytest.mark.parametrize("step", [pdu.OPEN, pdu.REGISTER])
 def test_an_agent_that_refuses(rig: Rig, step: int) -> None:
-    """Either step."""
+    """It refuses to open the session, or to register the MIB."""
     opening, _ = rig.master.receive()
     if step == pdu.OPEN:
         rig.master.answer(opening, 256)
@@ -277,7 +277,7 @@ def test_an_agent_that_refuses(rig: Rig, step: int) -> None:
 
 
 def test_an_agent_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is given up."""
+    """The connection is closed."""
     monkeypatch.setattr(session_module, "ANSWER_S", 0.0)
     rig = Rig()
     try:
@@ -287,7 +287,7 @@ def test_an_agent_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_agent_that_does_not_read(served: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What waits for it is bounded."""
+    """The unsent data for it is bounded."""
     monkeypatch.setattr(session_module, "UNREAD_MAX", 1 << 16)
     payload = bulk(0, 60000) + pdu.oid(mib.VM_MIB) + pdu.oid(())
     served.master.sock.settimeout(DEADLINE_S)
@@ -300,7 +300,7 @@ def test_an_agent_that_does_not_read(served: Rig, monkeypatch: pytest.MonkeyPatc
 
 
 def test_an_agent_that_owes_answers(served: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To notifications: not without end."""
+    """The number of unanswered notifications is bounded."""
     monkeypatch.setattr(session_module, "ANSWERS_MAX", 3)
     for _ in range(4):
         served.change("running")
@@ -308,7 +308,7 @@ def test_an_agent_that_owes_answers(served: Rig, monkeypatch: pytest.MonkeyPatch
 
 
 def test_requests_of_another_session(served: Rig) -> None:
-    """And what a master does not send: an error, and the session goes on."""
+    """They get an error, as do packets that a master never sends, and the session goes on."""
     for session, kind, error in ((SESSION + 1, pdu.GET, pdu.NOT_OPEN), (SESSION, pdu.PING, pdu.PARSE_ERROR)):
         served.master.sock.sendall(pdu.packet(kind, session=session))
         header, payload = served.master.receive()
@@ -316,8 +316,8 @@ def test_requests_of_another_session(served: Rig) -> None:
     assert served.master.ask(pdu.GET, *asked(STATE))[0] == 0
 
 
-def test_leave_is_taken(served: Rig) -> None:
-    """Once, and it is not told as a loss."""
+def test_closing_a_session(served: Rig) -> None:
+    """One Close packet is sent, and `on_lost` is not called."""
     served.do(served.session.close)
     header, payload = served.master.receive()
     assert (header.kind, payload[0]) == (pdu.CLOSE, pdu.SHUTDOWN)

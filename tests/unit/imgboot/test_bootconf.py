@@ -1,4 +1,4 @@
-"""/etc/boot.conf: what of it counts, as vmd(8) of 2016 to 2018 read it."""
+"""/etc/boot.conf, as vmd(8) of 2016 to 2018 read it."""
 
 import random
 
@@ -24,8 +24,8 @@ from vmd.imgboot.bootconf import BootConf, parse
         (b"set device sd0a", ("a", "/bsd", "")),
     ],
 )
-def test_what_it_says(text: bytes, found: tuple[str, str, str]) -> None:
-    """The last of several lines counts, and what is for a boot loader is passed over."""
+def test_valid_files(text: bytes, found: tuple[str, str, str]) -> None:
+    """The last of several lines counts, and lines for a boot loader are skipped."""
     partition, image, options = found
     assert parse(text) == BootConf(partition=partition, image=image, options=options)
 
@@ -41,14 +41,14 @@ def test_what_it_says(text: bytes, found: tuple[str, str, str]) -> None:
         (b"set image /" + b"x" * 5000, "image '/x"),
     ],
 )
-def test_what_it_cannot_mean(text: bytes, why: str) -> None:
-    """Is said, with the word."""
+def test_invalid_values(text: bytes, why: str) -> None:
+    """The message has the value."""
     with pytest.raises(ValueError, match=f"^{why}"):
         parse(text)
 
 
 def test_any_bytes() -> None:
-    """A guest has written them."""
+    """A guest has written the file."""
     words = [b"set", b"boot", b"image", b"device", b"hd0a", b":", b"/", b"-s", b"\n", b" ", b"\0", b"\xff", b"\xc3"]
     source = random.Random(15)
     for _ in range(2000):

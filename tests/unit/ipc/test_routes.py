@@ -61,8 +61,8 @@ def test_every_process_is_compared() -> None:
 def test_handlers_agree_with_routes(proc: Proc) -> None:
     """Each route to or through a process has a handler, and each handler has a route."""
     sent, served = accepted(proc), set(PROCESSES[proc].HANDLERS)
-    assert {f"{cls.__name__} of {peer.name}" for peer, cls in sent - served} == set(), "nobody serves these"
-    assert {f"{cls.__name__} of {peer.name}" for peer, cls in served - sent} == set(), "nobody sends these"
+    assert {f"{cls.__name__} of {peer.name}" for peer, cls in sent - served} == set(), "no handler serves these"
+    assert {f"{cls.__name__} of {peer.name}" for peer, cls in served - sent} == set(), "no route has these"
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Tests of the emulated machine count as passed only when it said so."""
+"""A test in the emulated machine passes only if the machine has reported this."""
 
 import json
 import os
@@ -14,32 +14,32 @@ from tests.l1.sessions import BROKEN, REPORTS, TESTS, OutsideL1
 
 
 class BrokenMachine(Machine):
-    """A machine that went off before its command was done."""
+    """A machine that ended before its command."""
 
     def __init__(self) -> None:
         self.looked = 0
         self.wakes = 0
 
     def ended(self, timeout_s: float) -> bool:
-        """It is off."""
+        """The machine has ended."""
         self.looked += 1
         return True
 
     def status(self) -> int:
-        """Nothing was written."""
+        """The command wrote no status."""
         raise L1Error("the emulated machine ended before its command did\n--- console\nKernel panic")
 
     def died(self) -> bool:
-        """It was switched off."""
+        """It did not reset itself."""
         return False
 
     def stop(self) -> None:
-        """It is off already."""
+        """It has ended already."""
 
 
 @pytest.fixture
 def outside(pytestconfig: pytest.Config, tmp_path: Path) -> Iterator[OutsideL1]:
-    """The outer half, with a machine that does not work."""
+    """The outer half, with a broken machine."""
     half = OutsideL1(pytestconfig)
     half.out = tmp_path
     half.machine = BrokenMachine()
@@ -49,7 +49,7 @@ def outside(pytestconfig: pytest.Config, tmp_path: Path) -> Iterator[OutsideL1]:
 
 
 def inner_report(item: pytest.Item, when: str, outcome: str, *, broken: bool = False) -> str:
-    """Return a line as the inner half writes it."""
+    """Return a line in the form of the inner half."""
     report = pytest.TestReport.from_item_and_call(item, pytest.CallInfo.from_call(lambda: None, "call"))
     report.when = when  # type: ignore[assignment]
     report.outcome = outcome  # type: ignore[assignment]
@@ -58,7 +58,7 @@ def inner_report(item: pytest.Item, when: str, outcome: str, *, broken: bool = F
 
 
 def test_without_a_report_a_test_has_failed(outside: OutsideL1, request: pytest.FixtureRequest) -> None:
-    """The first failure shows what the machine said, the others do not repeat it."""
+    """The first failure has the machine's console, and later ones do not repeat it."""
     first, second = [next(outside._reports_on(request.node)) for _ in range(2)]
 
     assert (first.outcome, second.outcome) == ("failed", "failed")
@@ -67,7 +67,7 @@ def test_without_a_report_a_test_has_failed(outside: OutsideL1, request: pytest.
 
 
 def test_the_test_that_the_machine_died_in_has_failed(outside: OutsideL1, request: pytest.FixtureRequest) -> None:
-    """A set-up that passed, and a line that was being written, are not a result."""
+    """A set-up that passed and an unfinished line are no result."""
     Path(outside.out, REPORTS).write_text(
         inner_report(request.node, "setup", "passed") + inner_report(request.node, "call", "passed")[:-10]
     )
@@ -79,7 +79,7 @@ def test_the_test_that_the_machine_died_in_has_failed(outside: OutsideL1, reques
 
 @pytest.mark.parametrize("outcome", ["passed", "failed", "skipped"])
 def test_the_inner_result_is_the_result(outside: OutsideL1, request: pytest.FixtureRequest, outcome: str) -> None:
-    """All three phases, as they were reported."""
+    """All three phases are as reported."""
     phases = [("setup", "passed"), ("call", outcome), ("teardown", "passed")]
     Path(outside.out, REPORTS).write_text("".join(inner_report(request.node, *phase) for phase in phases))
 
@@ -92,7 +92,7 @@ def test_the_inner_result_is_the_result(outside: OutsideL1, request: pytest.Fixt
 def test_a_machine_that_could_not_be_started_fails_its_tests(
     outside: OutsideL1, request: pytest.FixtureRequest
 ) -> None:
-    """The reason is that of the start."""
+    """The message says why the start failed."""
     outside.machine = None
     outside.failure = "the emulated machine was not started: apt-get: no network"
 
@@ -103,22 +103,22 @@ def test_a_machine_that_could_not_be_started_fails_its_tests(
 
 
 class StuckMachine(BrokenMachine):
-    """A machine that says nothing any more, and would go on for ever."""
+    """A machine that is stuck, and would never end."""
 
     def __init__(self) -> None:
         super().__init__()
         self.stopped = False
 
     def ended(self, timeout_s: float) -> bool:
-        """When it was stopped."""
+        """It ends only when it is stopped."""
         return self.stopped
 
     def stuck(self) -> bool:
-        """It is."""
+        """It is stuck."""
         return True
 
     def stop(self) -> None:
-        """Pull the plug."""
+        """End the machine."""
         self.stopped = True
 
 
@@ -126,14 +126,14 @@ class DeadMachine(BrokenMachine):
     """A machine that has reset itself."""
 
     def died(self) -> bool:
-        """It did."""
+        """It has reset itself."""
         return True
 
 
 def restarted(
     outside: OutsideL1, monkeypatch: pytest.MonkeyPatch, machines: list[type[BrokenMachine]]
 ) -> list[list[str]]:
-    """Give it these machines, one after the other; return what they are started for."""
+    """Give the outer half these machines in turn.  Return the lists of tests for which they are started."""
     left = list(machines)
     outside.machine = left.pop(0)()
     started = []
@@ -162,7 +162,10 @@ def test_a_machine_that_died_or_is_stuck_is_started_again_a_few_times(
     machines: list[type[BrokenMachine]],
     restarts: list[str],
 ) -> None:
-    """For the tests without a result only, the one that it ended in last; and not for ever."""
+    """It runs the tests without a result, and last the one during which it ended.
+
+    The number of restarts is limited.
+    """
     later = "tests/later.py::test_later"
     Path(outside.out, TESTS).write_text(f"tests/done.py::test_done\n{request.node.nodeid}\n{later}\n")
     done = inner_report(request.node, "teardown", "passed").replace(request.node.nodeid, "tests/done.py::test_done")
@@ -181,7 +184,7 @@ def test_a_machine_that_died_or_is_stuck_is_started_again_a_few_times(
 def test_a_test_whose_guest_was_broken_is_run_again(
     outside: OutsideL1, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, *, again: bool
 ) -> None:
-    """What it says then is its result; and if guests are broken every time, that is."""
+    """The second result counts, also if guests are broken again."""
     nodeid = request.node.nodeid
     Path(outside.out, TESTS).write_text(f"{nodeid}\n")
     broken = inner_report(request.node, "call", "failed", broken=True) + inner_report(
@@ -212,7 +215,7 @@ def test_a_test_whose_guest_was_broken_is_run_again(
 def test_only_a_machine_that_reset_itself_has_died(
     tmp_path: Path, returncode: int, status: str | None, *, died: bool
 ) -> None:
-    """Not one whose command has ended, whose time was up, or that QEMU could not start."""
+    """A machine has not died if its command ended, its time was up, or QEMU could not start it."""
     machine = BrokenMachine()
     machine.out = tmp_path
     machine.qemu = subprocess.Popen(["sh", "-c", f"exit {returncode}"])
@@ -223,8 +226,8 @@ def test_only_a_machine_that_reset_itself_has_died(
     assert Machine.died(machine) is died
 
 
-def test_a_machine_without_a_sign_of_life_is_stuck(tmp_path: Path) -> None:
-    """For long enough."""
+def test_a_machine_without_a_heartbeat_is_stuck(tmp_path: Path) -> None:
+    """The heartbeat must be old enough."""
     machine = BrokenMachine()
     machine.out = tmp_path
     beat = tmp_path / HEARTBEAT
@@ -237,7 +240,7 @@ def test_a_machine_without_a_sign_of_life_is_stuck(tmp_path: Path) -> None:
 
 
 def test_a_silent_machine_is_sent_an_interrupt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Here the machine is a program that ends at the first character it gets."""
+    """The machine is here a program that ends at its first input character."""
     monkeypatch.setattr("tests.l1.machine.WAKE_S", 0.04)
     machine = BrokenMachine()
     machine.out = tmp_path

@@ -1,4 +1,4 @@
-"""What readers of figures may say, and what they are answered."""
+"""HTTP requests of scrapers, and the answers."""
 
 import contextlib
 import random
@@ -15,14 +15,14 @@ PROMETHEUS = (
 
 
 def asked(data: bytes) -> Asked:
-    """Return what a whole request asks for."""
+    """Return a complete request, parsed."""
     found = parse(data)
     assert found is not None
     return found
 
 
 def test_prometheus_gets_openmetrics() -> None:
-    """It says so; whoever says nothing gets text."""
+    """It asks for that.  Other clients get text."""
     assert (asked(PROMETHEUS).openmetrics, asked(PROMETHEUS).head) == (True, False)
     assert not asked(b"GET /metrics HTTP/1.0\r\n\r\n").openmetrics
     assert asked(b"HEAD /metrics?x=1 HTTP/1.1\r\nHost: x\r\n\r\n").head
@@ -38,7 +38,7 @@ def test_prometheus_gets_openmetrics() -> None:
     ("application/openmetrics-text;q=nan", False), ("application/openmetrics-text;q=-1", False),
 ])  # fmt: skip
 def test_the_format_is_the_one_that_is_preferred(accept: str, openmetrics: bool) -> None:
-    """By weights, of which a bad one counts as none."""
+    """The weights decide, and a malformed weight is 0."""
     assert prefers_openmetrics(accept) is openmetrics
 
 
@@ -52,7 +52,7 @@ def test_the_format_is_the_one_that_is_preferred(accept: str, openmetrics: bool)
     (b"GET /" + bytes(REQUEST_BYTES_MAX), 431), (b"GET /" + b"x" * REQUEST_BYTES_MAX + b" HTTP/1.1\r\n\r\n", 431),
 ])  # fmt: skip
 def test_all_else_is_refused(data: bytes, status: int) -> None:
-    """With the status that says why."""
+    """The status says why."""
     with pytest.raises(BadRequest) as refused:
         parse(data)
 
@@ -61,13 +61,13 @@ def test_all_else_is_refused(data: bytes, status: int) -> None:
     assert (b"\r\nAllow: GET, HEAD\r\n" in refusal(status)[0]) is (status == 405)
 
 
-def test_a_part_of_a_request_is_none_yet() -> None:
-    """However it is cut."""
+def test_an_incomplete_request() -> None:
+    """Every prefix is incomplete."""
     assert [parse(PROMETHEUS[:length]) for length in range(len(PROMETHEUS))] == [None] * len(PROMETHEUS)
 
 
 def test_any_bytes() -> None:
-    """Nothing but a refusal comes of them."""
+    """Any bytes are parsed or refused."""
     source = random.Random(1)
     for _ in range(2000):
         data = bytearray(PROMETHEUS)
@@ -79,7 +79,7 @@ def test_any_bytes() -> None:
 
 
 def test_answers() -> None:
-    """Their length is that of the text, which HEAD does not get."""
+    """The length is that of the text.  HEAD gets no text."""
     head, text = page(Asked(head=False, openmetrics=False), b"x 1\n")
     assert text == b"x 1\n"
     assert b"\r\nContent-Length: 4\r\n" in head

@@ -1,4 +1,4 @@
-"""Which single changes are made of a source."""
+"""The single changes of a source."""
 
 import ast
 
@@ -40,12 +40,12 @@ def made(source: str) -> set[str]:
     ],
 )
 def test_change(source: str, changed: set[str]) -> None:
-    """Each is what the sentence in HACKING.md lists."""
+    """They are those that HACKING.md lists."""
     assert made(source) == changed
 
 
 def test_lines_stay_where_they_are() -> None:
-    """What is shown of a change, and what the tests reach, goes by lines."""
+    """The display of a change and the lines that tests reach depend on line numbers."""
     source = "f(a,\n  b)\nif (a and\n    b):\n    return_ = c\n"
 
     for after in made(source):
@@ -54,7 +54,7 @@ def test_lines_stay_where_they_are() -> None:
 
 
 def test_name_survives_lines_that_move() -> None:
-    """The entries of equal.toml hold until the line itself is rewritten."""
+    """An entry of equal.toml is valid until its line is rewritten."""
     source = b"class A:\n    def f(self):\n        return a < b\n"
 
     before, after = changes_of("vmd/it.py", source), changes_of("vmd/it.py", b"import os\n\n" + source)
@@ -65,7 +65,7 @@ def test_name_survives_lines_that_move() -> None:
 
 
 def test_names_tell_places_of_a_line_apart() -> None:
-    """An entry is for one of them."""
+    """An entry is for one of these places."""
     changes = changes_of("vmd/it.py", b"x = 1, 1\ny = 1\n")
 
     assert [(change.line, change.what) for change in changes if "-> 2" in change.what] == [
@@ -84,14 +84,14 @@ def test_names_tell_places_of_a_line_apart() -> None:
     ],
 )
 def test_lines_of_a_statement(source: str, lines: tuple[int, int], at_import: bool) -> None:
-    """Python has no event for each line of one; a test that reaches some of them reaches the change."""
+    """Python has no event for each line of a statement.  A test that reaches some of them reaches the change."""
     changes = changes_of("vmd/it.py", source.encode())
 
     assert {(change.lines, change.at_import) for change in changes} == {(lines, at_import)}
 
 
 def test_sample_is_stable() -> None:
-    """The seed decides, and what else is in the module does not."""
+    """It depends on the seed, and not on other code of the module."""
     source = b"".join(b"x%d = a < b%d\n" % (number, number) for number in range(50))
     changes = changes_of("vmd/it.py", source)
 

@@ -1,4 +1,4 @@
-"""Which tests hold which module."""
+"""The tests of each module."""
 
 from pathlib import Path
 
@@ -20,12 +20,12 @@ ROOT = Path(__file__).resolve().parents[3]
     ],
 )
 def test_unit_tests_of_a_module(module: str, test: str) -> None:
-    """By their names, and by what they import."""
+    """They are found by their names and by their imports."""
     assert any(test in files for files in unit_tests(ROOT, module))
 
 
 def test_nearest_comes_first() -> None:
-    """That of the name, though others import the module, too."""
+    """The test with the module's name comes before others that import the module."""
     nearest, others = unit_tests(ROOT, "vmd/ipc/channel.py")
 
     assert nearest == ["tests/unit/ipc/test_channel.py"]
@@ -42,24 +42,24 @@ def test_nearest_comes_first() -> None:
     ],
 )
 def test_process_tests_of_a_module(module: str, test: str) -> None:
-    """By their names."""
+    """They are found by their names."""
     assert test in process_tests(ROOT, module)
 
 
-def test_a_word_is_a_whole_one() -> None:
+def test_names_are_compared_by_whole_words() -> None:
     """`test_privileged.py` would not be a test of priv."""
     assert not any("test_vioblk" in test for test in process_tests(ROOT, "vmd/devices/vionet/device.py"))
 
 
-def test_every_module_is_held() -> None:
-    """By some test at least; a module without one is a hole of its own."""
+def test_every_module_has_a_test() -> None:
+    """A module without any test cannot be checked."""
     found = modules(ROOT)
 
     assert [one for one in found if not unit_tests(ROOT, one) and not process_tests(ROOT, one)] == []
 
 
-def test_every_name_is_of_modules_and_tests() -> None:
-    """The table has nothing that has gone."""
+def test_every_name_in_the_table_exists() -> None:
+    """The table has no modules or tests that were removed."""
     names = {name for words in NAMES.values() for name in words.split()}
     tests = [test.stem for folder in ("process", "guest") for test in (ROOT / "tests" / folder).glob("test_*.py")]
 

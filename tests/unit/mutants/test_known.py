@@ -1,4 +1,4 @@
-"""The file of the changes that change nothing that matters."""
+"""The file of changes without an effect that matters."""
 
 import tomllib
 from pathlib import Path
@@ -22,12 +22,12 @@ def checkout(top: Path, text: str) -> Path:
 
 
 def test_every_entry_is_a_change_of_the_source() -> None:
-    """An entry whose line was rewritten goes, or is written anew."""
+    """An entry whose line was rewritten must be removed or rewritten."""
     assert known.stale(ROOT, known.read(ROOT)) == [], f"{known.FILE} names changes that cannot be made any more"
 
 
 def test_entry_is_read_as_it_is_printed(tmp_path: Path) -> None:
-    """Quotes and all."""
+    """Quotes and backslashes are kept."""
     changes = changes_of("vmd/it.py", SOURCE)
     entries = "".join(f'{known.entry(change)}\nwhy = "because"\n' for change in changes)
 
@@ -38,8 +38,8 @@ def test_entry_is_read_as_it_is_printed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("lost", known.KEYS)
-def test_what_cannot_be_changed_is_stale(tmp_path: Path, lost: str) -> None:
-    """Whichever of its parts it is."""
+def test_an_entry_that_does_not_match_is_stale(tmp_path: Path, lost: str) -> None:
+    """Any of its parts may differ."""
     entry = {**dict(zip(known.KEYS, changes_of("vmd/it.py", SOURCE)[0].name, strict=True)), lost: "other"}
     text = "[[change]]\n" + "".join(f"{key} = '''{value}'''\n" for key, value in entry.items()) + 'why = "because"\n'
 
@@ -51,7 +51,7 @@ def test_what_cannot_be_changed_is_stale(tmp_path: Path, lost: str) -> None:
 
 @pytest.mark.parametrize("text", ["[[change]]\nmodule = 'vmd/it.py'\n", "[[change]]\nwhy = 'because'\n"])
 def test_entry_that_lacks_something_is_refused(tmp_path: Path, text: str) -> None:
-    """A reason above all."""
+    """The reason is required, too."""
     with pytest.raises(ValueError, match="an entry has module, function, text, what, why"):
         known.read(checkout(tmp_path, text))
 
@@ -64,8 +64,8 @@ def test_entry_that_is_there_twice_is_refused(tmp_path: Path) -> None:
         known.read(checkout(tmp_path, entry * 2))
 
 
-def test_reason_is_a_text() -> None:
-    """Of the file that we have."""
+def test_every_reason_is_a_sentence() -> None:
+    """This checks our own file."""
     entries = tomllib.loads((ROOT / known.FILE).read_text()).get("change", [])
 
     assert [entry for entry in entries if len(entry["why"]) < 10] == []

@@ -1,4 +1,4 @@
-"""The whole of it, on a checkout of three functions and three tests."""
+"""The whole program, with a checkout of three functions and their tests."""
 
 import subprocess
 import sys
@@ -68,7 +68,7 @@ def test_it():
 
 @pytest.fixture
 def top(tmp_path: Path) -> Path:
-    """Make the checkout."""
+    """The checkout."""
     for path, text in (
         ("vmd/__init__.py", ""),
         ("vmd/it.py", MODULE),
@@ -82,13 +82,16 @@ def top(tmp_path: Path) -> Path:
 
 
 def mutants(top: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run it."""
+    """Run the program."""
     command = [sys.executable, "-m", "mutants", "--top", str(top), *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
-def test_what_nothing_notices_is_shown(top: Path) -> None:
-    """With the line before and after.  What fails without a change does not count, and the checkout stays as it is."""
+def test_unnoticed_changes_are_shown(top: Path) -> None:
+    """The line is shown before and after.
+
+    Tests that fail without a change are left out, and the checkout is not changed.
+    """
     done = mutants(top, "vmd/it.py:5", "vmd/it.py:9")
 
     assert done.returncode == 1, done.stderr
@@ -98,13 +101,13 @@ def test_what_nothing_notices_is_shown(top: Path) -> None:
         in done.stdout
     )
     assert "vmd/it.py:5" not in done.stdout
-    # The comparison and the number, each in two ways; of the second function only one is noticed.
+    # Two changes of the comparison and two of the number.  Of the second function's, one is noticed.
     assert "all: 5 of 8 noticed, 62 %; 0 more change nothing that matters" in done.stdout
     assert (top / "vmd/it.py").read_text() == MODULE
 
 
 def test_processes_load_the_change(top: Path) -> None:
-    """They are tried where no unit test notices it; one that leaves such tests out is told so."""
+    """Process tests run if no unit test notices a change.  --unit leaves them out."""
     (top / "tests/process").mkdir()
     (top / "tests/process/test_it.py").write_text(PROCESS_TESTS)
 
@@ -115,8 +118,8 @@ def test_processes_load_the_change(top: Path) -> None:
     assert "all: 1 of 4" in part.stdout
 
 
-def test_what_changes_nothing_that_matters_is_not_tried(top: Path) -> None:
-    """If all others are noticed, that is enough; an entry that is stale is not."""
+def test_known_changes_are_not_tried(top: Path) -> None:
+    """All other changes must be noticed.  A stale entry is an error."""
     entries = [
         f'{known.entry(change)}\nwhy = "this one is a test"\n'
         for change in changes_of("vmd/it.py", MODULE.encode())
@@ -134,13 +137,13 @@ def test_what_changes_nothing_that_matters_is_not_tried(top: Path) -> None:
     assert done.returncode == 1
 
 
-def test_a_change_of_what_is_made_at_import_is_noticed(top: Path) -> None:
-    """Also by a test that calls nothing of the module."""
+def test_a_change_at_import_is_noticed(top: Path) -> None:
+    """A test notices it even if it calls no function of the module."""
     assert "all: 2 of 2 noticed, 100 %" in mutants(top, "vmd/it.py:13").stdout
 
 
 def test_a_change_that_never_ends_is_noticed(top: Path) -> None:
-    """By the deadline, which is said."""
+    """The deadline ends it, and the output says so."""
     tests = top / "tests/unit/test_it.py"
     tests.write_text(TESTS + "\n\ndef test_endless():\n    from vmd.it import endless\n    assert endless(3) == 0\n")
 
@@ -151,8 +154,8 @@ def test_a_change_that_never_ends_is_noticed(top: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["vmd/gone.py", "tests/unit/test_it.py", "vmd/it.py:x"])
-def test_what_is_no_module_is_refused(top: Path, name: str) -> None:
-    """A slip is not taken for a module without changes."""
+def test_an_invalid_module_is_refused(top: Path, name: str) -> None:
+    """A mistyped name must not look like a module without changes."""
     done = mutants(top, name)
 
     assert done.returncode == 1

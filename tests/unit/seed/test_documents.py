@@ -1,4 +1,4 @@
-"""The texts of a seed, as a reader of YAML has them that others have written."""
+"""The texts of a seed, read by another project's YAML parser."""
 
 import json
 import random
@@ -17,7 +17,7 @@ LOAD = "import json, sys, yaml; json.dump(yaml.safe_load(sys.stdin), sys.stdout)
 
 
 def load(text: str | bytes) -> object:
-    """Return what PyYAML, which cloud-init has, reads in a document."""
+    """Return what PyYAML, which cloud-init uses, reads in a document."""
     data = text.encode() if isinstance(text, str) else text
     done = subprocess.run(["/usr/bin/python3", "-c", LOAD], input=data, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr.decode()
@@ -25,26 +25,26 @@ def load(text: str | bytes) -> object:
 
 
 def texts(parts: SeedParts) -> dict[str, object]:
-    """Return what the files of a seed say."""
+    """Return the contents of a seed's files."""
     return {name: load(data) for name, data in seed_files(parts).items()}
 
 
 def refusal(**changes: object) -> str:
-    """Return why a seed cannot be made."""
+    """Return the message with which a seed is refused."""
     with pytest.raises(SeedError) as refused:
         seed_image(usual(**changes))
     return str(refused.value)
 
 
-def test_every_text_is_read_as_it_was_meant() -> None:
-    """Whatever YAML could take it for, as a value and in a list."""
+def test_every_text_is_read_unchanged() -> None:
+    """Texts that look like other YAML values are read as texts, also in a list."""
     many: dict[str, Any] = {f"k{index}": text for index, text in enumerate(NASTY)}
 
     assert load(yaml(many | {"all": NASTY})) == many | {"all": list(NASTY)}
 
 
-def test_so_is_every_character() -> None:
-    """Each of the first, and some of the others, beside each other by chance."""
+def test_every_character_is_read_unchanged() -> None:
+    """The first 0x800 characters and some of the others, in random order."""
     chance = random.Random(1)
     codes = [*range(0x800), *chance.sample(range(0x800, 0xD800), 1000), *chance.sample(range(0xE000, 0x110000), 1000)]
     chance.shuffle(codes)
@@ -54,7 +54,7 @@ def test_so_is_every_character() -> None:
 
 
 def test_bytes_that_are_no_text_are_refused() -> None:
-    """They have come through somebody's command line."""
+    """Such bytes come from a command line."""
     with pytest.raises(SeedError, match="not UTF-8"):
         quoted("a\udcffb")
 
@@ -93,8 +93,8 @@ def test_usual_seed() -> None:
     assert seed_files(usual())["user-data"].startswith(b"#cloud-config\n")
 
 
-def test_who_the_guest_is() -> None:
-    """The instance-id comes from the name, or is given; a clone has another name."""
+def test_instance_id() -> None:
+    """It is derived from the VM's name, or given.  A clone has another name."""
     named = {vm: texts(SeedParts(vm=vm))["meta-data"] for vm in ("web", "db")}
 
     assert named["web"] == {"instance-id": "1fa1b7c8-c3c9-5058-af1b-3801cd98b041"}
@@ -103,7 +103,7 @@ def test_who_the_guest_is() -> None:
 
 
 def test_password_and_domain() -> None:
-    """A user may have a password instead of a key; root is let in."""
+    """A user may have a password instead of a key, and root may log in."""
     made = texts(usual(hostname="web.example.org", user="root", password_hash=HASH, keys=()))
 
     assert made["meta-data"] == {
@@ -119,8 +119,8 @@ def test_password_and_domain() -> None:
     }
 
 
-def test_somebody_s_own_user_data() -> None:
-    """It is not touched; what else was said is in the other files."""
+def test_the_user_s_own_user_data() -> None:
+    """It is unchanged.  The other settings are in the other files."""
     script = b"#!/bin/sh\r\nexit\xff\n"
     made = seed_files(usual(user_data=seed_file(script)))
 
@@ -129,8 +129,8 @@ def test_somebody_s_own_user_data() -> None:
     assert "vendor-data" not in seed_files(usual(user_data=seed_file(script), user="", hostname=""))
 
 
-def test_somebody_s_own_vendor_data_and_network() -> None:
-    """They are not touched, either; a seed can leave the network alone."""
+def test_the_user_s_own_vendor_data_and_network() -> None:
+    """They are unchanged, too.  A seed may have no network configuration."""
     own = usual(vendor_data=seed_file("#cloud-config\na: b\n"), network_config=seed_file("version: 1\n"))
     made = seed_files(own)
 
@@ -141,7 +141,7 @@ def test_somebody_s_own_vendor_data_and_network() -> None:
 
 
 def test_fixed_addresses() -> None:
-    """With a gateway of each family, name servers and domains to look in."""
+    """There are a gateway of each family, name servers and search domains."""
     interface = Interface(
         lladdr=LLADDR,
         addresses=("192.0.2.5/24", "2001:DB8::5/64"),
@@ -197,8 +197,8 @@ LARGE = SeedFile(name="/f", data=b"#!" + b"\n" * FILE_MAX)
         ),
     ],
 )
-def test_what_cannot_be_made(changes: dict[str, object], why: str) -> None:
-    """The sentence names the key and the file."""
+def test_invalid_parts(changes: dict[str, object], why: str) -> None:
+    """The message names the key and the file."""
     assert refusal(**changes).startswith(why)
 
 
@@ -222,7 +222,7 @@ def test_what_cannot_be_made(changes: dict[str, object], why: str) -> None:
     ],
 )
 def test_how_user_data_begins(text: bytes, why: str) -> None:
-    """Nothing of it is in what is said."""
+    """The messages contain nothing of its text."""
     said = notes(usual(user_data=seed_file(text, "/u")))
 
     assert [note[: len("user-data /u: ") + len(why)] for note in said] == ([f"user-data /u: {why}"] if why else [])
@@ -230,15 +230,15 @@ def test_how_user_data_begins(text: bytes, why: str) -> None:
 
 
 def test_nobody_can_log_in() -> None:
-    """It is what a seed is there for."""
+    """A warning says so, because a seed is mainly for a login."""
     assert notes(SeedParts(vm="web", hostname="web")) == [
         "neither ssh-key, password-hash nor user-data: nobody may be able to log in"
     ]
     assert notes(usual()) == []
 
 
-def test_parts_travel_by_name() -> None:
-    """The process that makes the disk reads what another one has packed."""
+def test_parts_can_be_unpacked() -> None:
+    """One process packs them, and the process that makes the disk reads them."""
     parts = usual(user_data=seed_file(b"\xff\0"), password_hash=HASH)
 
     assert unpack(SeedParts, pack(parts)) == parts

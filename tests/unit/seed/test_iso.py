@@ -1,4 +1,4 @@
-"""The disc of a seed, as programs read it that others have written."""
+"""The disc of a seed, read by programs of other projects."""
 
 import os
 import struct
@@ -12,7 +12,7 @@ from vmd.seed.iso import SECTOR, image
 
 
 def run(*command: str | Path) -> str:
-    """Run a program to its end; return what it has printed."""
+    """Run a program to its end, and return its output."""
     done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -20,7 +20,7 @@ def run(*command: str | Path) -> str:
 
 @pytest.fixture(scope="module")
 def disc(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Give a disc with files of all kinds of sizes."""
+    """A disc with files of various sizes."""
     path = tmp_path_factory.mktemp("disc") / "seed.iso"
     path.write_bytes(image("cidata", FILES))
     return path
@@ -35,7 +35,7 @@ def disc(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_libisofs_reads_each_of_the_trees(disc: Path, tmp_path: Path, tree: str, names: list[str]) -> None:
-    """Rock Ridge, Joliet and ISO 9660 alone name the same files."""
+    """Rock Ridge, Joliet and plain ISO 9660 have the same files."""
     run("xorriso", "-read_fs", tree, "-osirrox", "on", "-indev", disc, "-extract", "/", tmp_path / "out")
 
     found = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
@@ -43,7 +43,7 @@ def test_libisofs_reads_each_of_the_trees(disc: Path, tmp_path: Path, tree: str,
 
 
 def test_grub_reads_it(disc: Path) -> None:
-    """It has a reader of its own."""
+    """GRUB has its own implementation."""
     for name, data in FILES.items():
         if data:
             read = subprocess.run(["grub-fstest", disc, "cat", f"(loop0)/{name}"], capture_output=True, check=True)
@@ -52,12 +52,12 @@ def test_grub_reads_it(disc: Path) -> None:
 
 
 def test_it_is_found_by_its_label(disc: Path) -> None:
-    """As cloud-init looks for it."""
+    """cloud-init searches for this label."""
     assert {"LABEL=cidata", "TYPE=iso9660"} <= set(run("blkid", "-p", "-o", "export", disc).splitlines())
 
 
 def test_its_files_are_root_s_alone(disc: Path) -> None:
-    """There may be a password in them."""
+    """They may contain a password."""
     listing = run("xorriso", "-indev", disc, "-find", "/", "-exec", "lsdl", "--").splitlines()
 
     assert {line.split()[0] for line in listing if line.endswith("'")} == {"dr-x------", "-r--------"}
@@ -65,7 +65,7 @@ def test_its_files_are_root_s_alone(disc: Path) -> None:
 
 
 def test_it_is_whole_sectors_and_the_same_each_time(disc: Path) -> None:
-    """The volume ends where the file ends."""
+    """The volume ends where the file ends, and the order of the files does not matter."""
     data = disc.read_bytes()
 
     assert data == image("cidata", dict(reversed(FILES.items())))
@@ -74,7 +74,7 @@ def test_it_is_whole_sectors_and_the_same_each_time(disc: Path) -> None:
 
 
 def test_no_file_at_all(tmp_path: Path) -> None:
-    """It is a disc all the same."""
+    """A disc without files is valid."""
     (tmp_path / "empty.iso").write_bytes(image("cidata", {}))
     run("xorriso", "-osirrox", "on", "-indev", tmp_path / "empty.iso", "-extract", "/", tmp_path / "out")
 

@@ -1,4 +1,4 @@
-"""Public keys that somebody has named."""
+"""Files of public keys for a login."""
 
 import random
 
@@ -13,14 +13,14 @@ PRIVATE = f"-----BEGIN OPENSSH PRIVATE KEY-----\n{SECRET}\n-----END OPENSSH PRIV
 
 
 def refusal(text: str | bytes) -> str:
-    """Return why a file has no keys to log in with."""
+    """Return the message with which a file of keys is refused."""
     with pytest.raises(SeedError) as refused:
         keys_of(seed_file(text, "/k"))
     return str(refused.value)
 
 
 def test_keys_of_a_file() -> None:
-    """As in authorized_keys: with comments, options and keys of any type."""
+    """As in authorized_keys, it has comments, options and keys of any type."""
     first, second = public_key(), public_key("ssh-rsa", "a \u00e4 b", blob=bytes(400))
     third = 'command="echo \\"ssh-rsa AAAA\\"",no-pty ' + public_key("sk-ssh-ed25519@openssh.com", "")
     text = f"# mine\n\n{first}\r\n  {second} \n{third}"
@@ -46,8 +46,8 @@ def test_keys_of_a_file() -> None:
         (public_key(comment="x" * 20000), "ssh-key /k:1: longer than 16384 bytes"),
     ],
 )
-def test_what_is_no_key(text: str | bytes, why: str) -> None:
-    """File and line are named, and nothing of what it says is."""
+def test_invalid_keys(text: str | bytes, why: str) -> None:
+    """The message names file and line, and has nothing of the text."""
     said = refusal(text)
 
     assert said.startswith(why)
@@ -55,7 +55,7 @@ def test_what_is_no_key(text: str | bytes, why: str) -> None:
 
 
 def test_anything_else_is_refused() -> None:
-    """Prefixes and random bytes."""
+    """Prefixes and random bytes are refused."""
     whole, chance = public_key().encode(), random.Random(1)
     end = len(public_key(comment=""))
     for size in range(1, end):

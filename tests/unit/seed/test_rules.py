@@ -1,4 +1,4 @@
-"""Words of a seed."""
+"""Rules for the values of a seed."""
 
 import pytest
 from hypothesis import given
@@ -12,7 +12,7 @@ from vmd.seed import rules
     "name", ["web", "WEB-2", "a", "1a", "3com.example", "web.example.org", "x" * 63, ".".join(["x" * 61] * 4)]
 )
 def test_hostname(name: str) -> None:
-    """With a domain or without."""
+    """The domain is optional."""
     assert rules.hostname(name) == name
 
 
@@ -36,8 +36,8 @@ def test_hostname(name: str) -> None:
         "192.0.2.1",
     ],
 )
-def test_what_is_no_hostname(name: str) -> None:
-    """Nor may it be taken for an address: cloud-init would make another name from that."""
+def test_invalid_hostnames(name: str) -> None:
+    """A name that looks like an address is refused, too: cloud-init would derive another name from it."""
     with pytest.raises(ValueError, match=r"^hostname "):
         rules.hostname(name)
 
@@ -50,13 +50,13 @@ def test_what_is_no_hostname(name: str) -> None:
     ],
 )  # fmt: skip
 def test_hostname_of_a_vm(vm: str, name: str) -> None:
-    """As near to its own name as a host name can be."""
+    """It is as similar to the VM's name as a valid host name can be."""
     assert rules.hostname_of(vm) == name
 
 
 @given(st.text("aZ09._-", min_size=1, max_size=63))
 def test_hostname_of_any_vm(vm: str) -> None:
-    """It keeps the rule, or there is none."""
+    """It is valid or empty."""
     name = rules.hostname_of(vm)
 
     assert not name or rules.hostname(name) == name
@@ -64,13 +64,13 @@ def test_hostname_of_any_vm(vm: str) -> None:
 
 @pytest.mark.parametrize("name", ["alice", "_apt", "a-b.c_d9", "root", "x" * 32])
 def test_user(name: str) -> None:
-    """As useradd(8) takes them."""
+    """Names are those that useradd(8) accepts."""
     assert rules.user(name) == name
 
 
 @pytest.mark.parametrize("name", ["", "Alice", "-a", "9a", "a b", "a:b", "a\n", "../a", "x" * 33, "\u00e9"])
-def test_what_is_no_user(name: str) -> None:
-    """The sentence names it."""
+def test_invalid_users(name: str) -> None:
+    """The message names the user."""
     with pytest.raises(ValueError, match=r"^user "):
         rules.user(name)
 
@@ -83,7 +83,7 @@ def test_what_is_no_user(name: str) -> None:
     ],
 )  # fmt: skip
 def test_password_hash(text: str) -> None:
-    """Of any method."""
+    """Every method is accepted."""
     assert rules.password_hash(text) == text
 
 
@@ -91,7 +91,7 @@ def test_password_hash(text: str) -> None:
     "text", ["geheim", "", "$", "$$$", "$6$", "$6$a:b", "$6$a b", "x$6$a$b", "$6$a$b\n", "$6$" + "x" * 600]
 )
 def test_a_password_is_not_shown(text: str) -> None:
-    """Somebody has given the password itself, and the log is no place for it."""
+    """A user may give the password itself by mistake, and it must not get into the log."""
     with pytest.raises(ValueError, match=r"^password-hash: ") as refused:
         rules.password_hash(text)
 
@@ -99,7 +99,7 @@ def test_a_password_is_not_shown(text: str) -> None:
 
 
 def test_instance_id() -> None:
-    """A word."""
+    """It is one word."""
     assert rules.instance_id("i-0.1_a") == "i-0.1_a"
     for text in ("", "a b", "a\n", "x" * 129, '"'):
         with pytest.raises(ValueError, match=r"^instance-id "):

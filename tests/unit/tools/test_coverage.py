@@ -1,4 +1,4 @@
-"""Which statements are counted, in processes of which kinds, and what the report says of them."""
+"""Which statements are counted, in which kinds of processes, and the report."""
 
 import subprocess
 import sys
@@ -37,7 +37,7 @@ STATEMENTS = [3, 4, 8, 11, 13, 14, 16, 18, 20, 22]
 
 
 def test_each_statement_is_counted_once() -> None:
-    """But what is for readers and type checkers only."""
+    """Statements for readers and type checkers only are not counted."""
     number: dict[coverage.Place, int] = {}
     marked_code(SOURCE, "vmd/m.py", number)
 
@@ -46,7 +46,7 @@ def test_each_statement_is_counted_once() -> None:
 
 
 def test_report() -> None:
-    """Lines that follow each other are one range, whatever lines without a statement are between them."""
+    """Consecutive lines are one range, also with lines without a statement between them."""
     assert list(ranges([(1, True), (3, False), (5, False), (6, True), (9, False)])) == ["3-5", "9"]
     number = {("vmd/a/m.py", 1): 0, ("vmd/a/m.py", 2): 1, ("vmd/n.py", 7): 2}
     assert [line.split() for line in report(number, b"\1\0\1")] == [
@@ -60,7 +60,7 @@ def test_report() -> None:
 
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A checkout that consists of what starts processes, and of one module that is started."""
+    """A checkout of the code that starts processes, and of one module that is started."""
     root = tmp_path / "checkout"
     for name in ("vmd/__init__.py", "vmctl/__init__.py", "vmd/privsep/__init__.py", ".venv/x", "build/x"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -74,7 +74,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_process_that_is_killed_has_left_its_marks(checkout: Path, tmp_path: Path) -> None:
-    """Sources of the copy are those of the checkout, which itself has nothing of all this."""
+    """The sources of the copy equal those of the checkout, and the checkout is not changed."""
     tree, file, number = prepare(tmp_path)
     subprocess.run([sys.executable, "-c", "import vmd.m"], cwd=tree, check=False)
 
@@ -86,7 +86,7 @@ def test_a_process_that_is_killed_has_left_its_marks(checkout: Path, tmp_path: P
 
 
 def test_no_descriptor_with_a_low_number_is_left_open(checkout: Path, tmp_path: Path) -> None:
-    """Some processes have a descriptor of a fixed number, or none, and look."""
+    """Some processes check for a descriptor with a fixed number, or for none."""
     tree, _file, _number = prepare(tmp_path)
     (tree / "vmd/n.py").write_text("import vmd.reached, os\nprint(sorted(map(int, os.listdir('/proc/self/fd'))))\n")
     listed = subprocess.run([sys.executable, "-c", "import vmd.n"], cwd=tree, stdout=subprocess.PIPE, check=True).stdout
@@ -108,8 +108,8 @@ os.execv(sys.executable, [sys.executable, "-I", "-S", "-c", "import sys; sys.pat
 """
 
 
-def test_a_process_that_sees_no_files_has_the_marks_from_who_started_it(checkout: Path, tmp_path: Path) -> None:
-    """`spawn` hands them on, beside what it is told to."""
+def test_a_process_without_files_inherits_the_marks(checkout: Path, tmp_path: Path) -> None:
+    """`spawn` passes them on, beside the other descriptors."""
     tree, file, number = prepare(tmp_path)
     subprocess.run([sys.executable, "-c", CONFINED.format(file=str(file))], cwd=tree, check=False)
 
@@ -118,7 +118,7 @@ def test_a_process_that_sees_no_files_has_the_marks_from_who_started_it(checkout
 
 
 def test_without_the_file_programs_run_all_the_same(checkout: Path, tmp_path: Path) -> None:
-    """Such as one that the tests have installed, or one of a user that does not see it."""
+    """Examples are a program that the tests have installed, and a program of a user who cannot open the file."""
     tree, file, _number = prepare(tmp_path)
     file.unlink()
     (tree / "vmd/n.py").write_text("from vmd.reached import marks\nmarks[3] = 1\n")

@@ -1,4 +1,4 @@
-"""The disk of a Debian image: what its root holds is what a guest will find, and it can be grown."""
+"""The disk of a Debian image: a guest finds the files of its root, and it can be grown."""
 
 import json
 import os
@@ -26,8 +26,8 @@ def disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "disk.raw"
 
 
-def test_what_a_guest_finds(disk: Path) -> None:
-    """One partition with a label, whose links are links."""
+def test_files_on_the_disk(disk: Path) -> None:
+    """It has one partition with a label, and links are links."""
     with disk.open("rb") as file:
         found = Disk(lambda offset, length: os.pread(file.fileno(), length, offset), disk.stat().st_size)
         assert found.describe() == "GPT; partition p1: ext4"
@@ -36,7 +36,7 @@ def test_what_a_guest_finds(disk: Path) -> None:
 
 
 def test_it_is_whole_and_can_be_grown(disk: Path, tmp_path: Path) -> None:
-    """The partition ends where the file system does at most, and a copy grows by what cloud-init runs."""
+    """The file system fits into the partition, and a copy is grown by cloud-init's programs."""
     copy = tmp_path / "copy.raw"
     shutil.copy(disk, copy)
     os.truncate(copy, 2 * SIZE_MIB << 20)
@@ -52,7 +52,7 @@ def test_it_is_whole_and_can_be_grown(disk: Path, tmp_path: Path) -> None:
 
 
 def test_files_take_the_place_of_links(tmp_path: Path) -> None:
-    """What a link of the root leads to is this host's."""
+    """A link of the root could lead to a file of this host."""
     host = tmp_path / "resolv.conf"
     host.write_text("host")
     (tmp_path / "root/etc").mkdir(parents=True)
@@ -64,7 +64,7 @@ def test_files_take_the_place_of_links(tmp_path: Path) -> None:
 
 
 def test_a_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the program said is in the error, and the next run begins anew."""
+    """The error has the program's output, and the next run starts from the beginning."""
     monkeypatch.setattr(debian_image, "cache_dir", lambda: tmp_path)
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     monkeypatch.setattr(debian_image, "ENVIRONMENT", {"PATH": str(tmp_path / "bin")})

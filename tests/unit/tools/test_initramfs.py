@@ -1,4 +1,4 @@
-"""The archive is what cpio takes for one, and what the guest's init expects."""
+"""cpio can unpack the archive, and it has the files for the guest's init."""
 
 import gzip
 import lzma
@@ -14,12 +14,12 @@ from tools.debian_kernel import Kernel
 
 @pytest.fixture
 def kernel(tmp_path: Path) -> Kernel:
-    """A kernel with two modules, one of which needs the other, and one of them compressed."""
+    """A kernel with two modules.  One needs the other, and one is compressed."""
     folder = tmp_path / "lib/modules/1.2.3"
     (folder / "kernel").mkdir(parents=True)
     (folder / "kernel/low-er.ko.xz").write_bytes(lzma.compress(b"the lower module"))
     (folder / "kernel/upper.ko").write_bytes(b"the upper module")
-    # Finds no symbols in such modules, and hence no dependency: that is said separately.
+    # depmod finds no symbols and thus no dependency in such modules, so modules.softdep has it.
     subprocess.run(["/sbin/depmod", "-b", str(tmp_path), "1.2.3"], check=True, capture_output=True)
     (folder / "modules.softdep").write_text("softdep upper pre: low-er\n")
     image = tmp_path / "vmlinuz"
@@ -28,7 +28,7 @@ def kernel(tmp_path: Path) -> Kernel:
 
 
 def unpack(archive: bytes, folder: Path) -> Path:
-    """Return a folder with what busybox's cpio finds in an archive."""
+    """Unpack an archive with busybox's cpio, and return the folder."""
     folder.mkdir()
     plain = gzip.decompress(archive)
     subprocess.run(["busybox", "cpio", "-idm"], input=plain, cwd=folder, check=True, capture_output=True)
@@ -37,7 +37,7 @@ def unpack(archive: bytes, folder: Path) -> Path:
 
 @pytest.mark.root
 def test_archive_unpacks(kernel: Kernel, tmp_path: Path) -> None:
-    """Modules are plain and in loading order, init can be executed, the console is the kernel's."""
+    """Modules are uncompressed and in loading order, init is executable, and the console is the kernel's."""
     init = tmp_path / "init"
     init.write_text("#!/bin/busybox sh\n")
 
@@ -55,7 +55,7 @@ def test_archive_unpacks(kernel: Kernel, tmp_path: Path) -> None:
 def test_cached_archive_is_made_anew_when_its_init_changes(
     kernel: Kernel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And not otherwise."""
+    """Otherwise it is not made again."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     init = tmp_path / "init"
     init.write_text("old")
@@ -74,7 +74,7 @@ def test_cached_archive_is_made_anew_when_its_init_changes(
 
 
 def test_kernel_in_the_cache_needs_no_network(kernel: Kernel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was fetched once is used as it is."""
+    """A kernel that was fetched once is used without a download."""
     kernel.root.joinpath("lib").rename(tmp_path / "moved")
     home = tmp_path / "linux-cloud-amd64"
     home.mkdir()

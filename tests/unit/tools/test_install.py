@@ -1,4 +1,4 @@
-"""An installation that fails, or is killed, at any of its steps leaves the old version whole."""
+"""An installation that fails or is killed at any step leaves complete files of the old version."""
 
 import errno
 import importlib
@@ -33,29 +33,29 @@ WHOLE = {item for version in (OLD, NEW) for item in version.items()}
 
 
 def files(version: dict[str, str]) -> list[File]:
-    """Return a version's files."""
+    """Return the files of a version."""
     return [File(f"/{name}", text.encode) for name, text in version.items()]
 
 
 def tree(top: Path) -> dict[str, str]:
-    """Return what is there."""
+    """Return the files below a directory, with their contents."""
     return {str(path.relative_to(top)): path.read_text() for path in sorted(top.rglob("*")) if path.is_file()}
 
 
 def directories(top: Path) -> set[str]:
-    """Return which directories are there."""
+    """Return the directories below a directory."""
     return {str(path.relative_to(top)) for path in top.rglob("*") if path.is_dir()}
 
 
 @pytest.fixture
 def installed(tmp_path: Path) -> Path:
-    """Where the old version is installed."""
+    """A directory with the old version installed."""
     install(files(OLD), str(tmp_path))
     return tmp_path
 
 
 class Steps:
-    """Stands before the calls that change something, and acts at one of them, counted from 0."""
+    """Wraps the calls that change files, and acts before one of them, counted from 0."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, turn: int, act: Callable[[], None]) -> None:
         self.turn = turn
@@ -66,7 +66,7 @@ class Steps:
             monkeypatch.setattr(os, name, self.before(name, getattr(os, name)))
 
     def before(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        """Return the call with us before it."""
+        """Return a call with the counter before it."""
 
         def counted(*arguments: Any, **options: Any) -> Any:  # noqa: ANN401 - it stands in for whatever it wraps
             self.count += 1
@@ -84,7 +84,7 @@ def no_space() -> None:
 
 
 def steps_of_an_installation(top: Path) -> list[str]:
-    """Return the names of the calls that installing the new version makes."""
+    """Return the names of the calls that an installation of the new version makes."""
     with pytest.MonkeyPatch.context() as patch:
         steps = Steps(patch, -1, no_space)
         install(files(NEW), str(top))
@@ -92,12 +92,12 @@ def steps_of_an_installation(top: Path) -> list[str]:
 
 
 def turns() -> Iterator[int]:
-    """Every step of an installation, and one more."""
+    """Yield more numbers than an installation has steps."""
     yield from range(40)
 
 
 def test_a_full_disk_changes_nothing(installed: Path) -> None:
-    """Whichever write fails: until the first file is exchanged all is undone, directories included."""
+    """For every write that fails before the first file is replaced, all is undone, including directories."""
     before = tree(installed), directories(installed)
     failed = 0
     for turn in turns():
@@ -111,14 +111,14 @@ def test_a_full_disk_changes_nothing(installed: Path) -> None:
         assert (tree(installed), directories(installed)) == before, steps.names
         failed += 1
 
-    assert steps.names.count("replace") == 2  # the first exchange was the program's, and the second failed
+    assert steps.names.count("replace") == 2  # the first replaced the program, and the second failed
     assert failed == 3 * len(NEW) + 3  # open, fchmod and fsync; the new directory's mkdir and chmod; the first replace
     assert "lib/vmd/vmd.zip" in str(caught.value)
     assert tree(installed) == {**OLD, "lib/vmd/vmd.zip": "new program"}
 
 
 def test_a_kill_leaves_every_file_whole(installed: Path) -> None:
-    """The program is the old or the new one, and the next installation puts all in order."""
+    """The program is the old or the new one, and the next installation repairs everything."""
     programs = []
     for turn in turns():
         pid = os.fork()
@@ -144,7 +144,7 @@ def test_a_kill_leaves_every_file_whole(installed: Path) -> None:
     assert set(programs) == {"old program", "new program"}
 
 
-def test_what_is_there_already_is_not_written_again(installed: Path) -> None:
+def test_installed_files_are_not_written_again(installed: Path) -> None:
     """A second `make install` neither writes nor renames."""
     install(files(NEW), str(installed))
     (installed / "lib/vmd/vmd.zip").chmod(0o600)
@@ -154,8 +154,8 @@ def test_what_is_there_already_is_not_written_again(installed: Path) -> None:
     assert (installed / "lib/vmd/vmd.zip").stat().st_mode & 0o777 == 0o644
 
 
-def test_directories_are_for_all_to_read(tmp_path: Path) -> None:
-    """Whatever root's umask is."""
+def test_directories_are_readable_for_all(tmp_path: Path) -> None:
+    """This does not depend on root's umask."""
     before = os.umask(0o077)
     try:
         install(files(NEW), str(tmp_path))
@@ -166,7 +166,7 @@ def test_directories_are_for_all_to_read(tmp_path: Path) -> None:
 
 
 def test_the_tree_of_the_first_release_is_replaced(tmp_path: Path) -> None:
-    """Its modules were files beside each other where the archive is now."""
+    """Its modules were separate files at the place of the archive."""
     for name in ("vmd/__main__.py", "msgpack/__init__.py", "vmd-0.1.0.dist-info/METADATA"):
         Path(tmp_path, "lib/vmd", name).parent.mkdir(parents=True)
         Path(tmp_path, "lib/vmd", name).write_text("old")
@@ -178,14 +178,14 @@ def test_the_tree_of_the_first_release_is_replaced(tmp_path: Path) -> None:
 
 
 def places(**others: str) -> list[str]:
-    """Return the words of a good command line, with some places changed."""
+    """Return the arguments of a valid command line, with some places changed."""
     usual = {place: f"/x/{place}/vmd" if place in OWN else f"/x/{place}" for place in PLACES}
     usual["library"] = "/x/lib/vmd"
     return [f"{place}={path}" for place, path in (usual | others).items()]
 
 
 def test_uninstall_removes_what_a_killed_install_has_left(tmp_path: Path) -> None:
-    """Every file of the plan, its staged form, and our own directories."""
+    """It removes every file of the plan, its staged form, and our own directories."""
     given = read_places(places())
     planned = plan(given)
     for file in planned:
@@ -195,7 +195,7 @@ def test_uninstall_removes_what_a_killed_install_has_left(tmp_path: Path) -> Non
         Path(f"{path}{STAGED}").touch()
 
     uninstall(planned, given, str(tmp_path))
-    uninstall(planned, given, str(tmp_path))  # nothing is there any more, and that is no error
+    uninstall(planned, given, str(tmp_path))  # there is nothing left, which is no error
 
     assert tree(tmp_path) == {}
     assert not directories(tmp_path) & {"x/lib/vmd", "x/doc/vmd"}
@@ -213,13 +213,13 @@ def test_uninstall_removes_what_a_killed_install_has_left(tmp_path: Path) -> Non
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_bad_places_are_refused(words: list[str], said: str) -> None:
-    """Before anything is touched: a directory of the system's would be cleared, else."""
+    """They are refused before any change: a directory of the system could be removed."""
     with pytest.raises(InstallError, match=said):
         read_places(words)
 
 
 def test_completions_are_installed() -> None:
-    """Each under the name that its shell looks for; none is forgotten."""
+    """Each has the name that its shell searches for, and none is missing."""
     sources = {path.read_bytes() for path in (ROOT / "completions").iterdir()}
 
     planned = {file.path: file.content() for file in plan(read_places(places()))}
@@ -228,20 +228,20 @@ def test_completions_are_installed() -> None:
     assert found == sources
 
 
-def test_the_program_is_exchanged_first() -> None:
-    """The scripts that run it come after it."""
+def test_the_program_is_replaced_first() -> None:
+    """The scripts that run it follow."""
     assert plan(read_places(places()))[0].path == f"/x/lib/vmd/{ARCHIVE}"
 
 
 def test_the_package_has_the_version_of_the_program() -> None:
-    """A version is written in vmd/version.py, and again in debian/changelog, in Debian's form."""
+    """The version is in vmd/version.py, and in debian/changelog in Debian's form."""
     first = Path(ROOT, "debian/changelog").read_text().splitlines()[0]
 
     assert first.split()[1] == f"({VERSION.replace('.dev', '~dev')})"
 
 
-def test_everything_that_is_installed_goes_into_a_package_build() -> None:
-    """Sources of `make deb` that were left out would be missed on somebody else's machine only."""
+def test_a_package_build_has_all_installed_sources() -> None:
+    """Sources missing from `make deb` would be noticed on other machines only."""
     makefile = Path(ROOT, "Makefile").read_text()
     (sources,) = [line.split()[2:] for line in makefile.splitlines() if line.startswith("SOURCES = ")]
 
@@ -250,7 +250,7 @@ def test_everything_that_is_installed_goes_into_a_package_build() -> None:
 
 
 def test_pip_would_find_every_module() -> None:
-    """setuptools leaves out directories without __init__.py, and does not check the names that it makes programs of."""
+    """setuptools skips directories without __init__.py, and does not check the functions of programs."""
     project = tomllib.loads(Path(ROOT, "pyproject.toml").read_text())
     modules = [path for program in PROGRAMS for path in Path(ROOT, program).rglob("*.py")]
 

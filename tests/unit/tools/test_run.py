@@ -1,4 +1,4 @@
-"""`make run` waits for the daemon's own word, notices when it will not come, and leaves no daemon behind."""
+"""`make run` waits until the daemon is ready, notices its failure, and leaves no daemon running."""
 
 import signal
 import sys
@@ -24,13 +24,13 @@ REFUSES = 'print("vm.conf:1: syntax error"); raise SystemExit(1)'
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the log goes instead of the checkout."""
+    """A folder for the log, instead of the checkout."""
     monkeypatch.setattr(run, "LOG", tmp_path / "vmd.log")
     return tmp_path
 
 
 def stand_in(folder: Path, monkeypatch: pytest.MonkeyPatch, program: str) -> None:
-    """Put a program in vmd's place."""
+    """Replace vmd by a program."""
     path = folder / "vmd"
     path.write_text(f"#!{sys.executable}\n{program}")
     path.chmod(0o755)
@@ -38,7 +38,7 @@ def stand_in(folder: Path, monkeypatch: pytest.MonkeyPatch, program: str) -> Non
 
 
 def test_daemon_that_is_ready_is_used_and_stopped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Other notices are not the one; at the end the daemon is told, not killed."""
+    """Other notifications do not count.  At the end the daemon gets SIGTERM and is not killed."""
     stand_in(folder, monkeypatch, SERVES)
 
     with run.daemon(folder / "vm.conf") as vmctl:
@@ -51,7 +51,7 @@ def test_daemon_that_is_ready_is_used_and_stopped(folder: Path, monkeypatch: pyt
 
 
 def test_daemon_that_exits_first_is_an_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its exit is noticed at once, and its own words are in the log."""
+    """Its exit is noticed at once, and its output is in the log."""
     stand_in(folder, monkeypatch, REFUSES)
 
     with pytest.raises(run.RunError, match="vmd exited with status 1"), run.daemon(folder / "vm.conf"):
@@ -60,8 +60,8 @@ def test_daemon_that_exits_first_is_an_error(folder: Path, monkeypatch: pytest.M
     assert (folder / "vmd.log").read_text() == "vm.conf:1: syntax error\n"
 
 
-def test_daemon_that_says_nothing_is_not_waited_for_long(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And it is gone afterwards."""
+def test_daemon_that_does_not_get_ready(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The wait is limited, and the daemon is ended."""
     stand_in(folder, monkeypatch, "import signal; signal.pause()")
     monkeypatch.setattr(run, "START_S", 0.1)
 
@@ -70,13 +70,13 @@ def test_daemon_that_says_nothing_is_not_waited_for_long(folder: Path, monkeypat
 
 
 def test_signals_end_it_in_order() -> None:
-    """A terminal that goes away leaves no daemon behind."""
+    """A closed terminal leaves no daemon running."""
     with pytest.raises(KeyboardInterrupt):
         run.interrupted(signal.SIGHUP, None)
 
 
 def test_software_kvm_without_its_guest_says_how_to_build_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The sentence has the command."""
+    """The message has the command."""
     monkeypatch.setattr(run, "SOFTWARE_KVM", tmp_path)
     monkeypatch.setattr(run, "DEMO", tmp_path / "demo.elf")
 
@@ -87,7 +87,7 @@ def test_software_kvm_without_its_guest_says_how_to_build_it(tmp_path: Path, mon
 def test_without_an_image_the_guest_is_a_small_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """No network, say; why is shown."""
+    """An example is a host without a network.  The reason is shown."""
 
     def fails() -> Path:
         raise ImageError("debootstrap: status 1\nE: no such host")
@@ -102,7 +102,7 @@ def test_without_an_image_the_guest_is_a_small_one(
 
 @pytest.fixture
 def vmctl(folder: Path) -> list[str]:
-    """A vmctl that says what it is told, and succeeds as long as a file says so."""
+    """A vmctl that prints its arguments, and exits with the status in a file."""
     path = folder / "vmctl"
     path.write_text(f'#!/bin/sh\necho "$*"\nexit $(cat {folder}/status)\n')
     path.chmod(0o755)
@@ -112,7 +112,7 @@ def vmctl(folder: Path) -> list[str]:
 def test_a_guest_is_waited_for_and_entered(
     folder: Path, vmctl: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """By ssh; one that nobody can log in to, at its console."""
+    """The login is by ssh, or at the console if ssh is impossible."""
     monkeypatch.setattr(run, "FOLDER", folder)
     login = f"ssh -i {folder}/key -o IdentitiesOnly=yes -o UserKnownHostsFile={folder}/known_hosts demo"
     for status, entered in (("0", login), ("1", "console demo")):
@@ -125,7 +125,7 @@ def test_a_guest_is_waited_for_and_entered(
 def test_the_debian_guest_is_what_the_configuration_says(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Its disk is a grown copy, and its seed names the user and the key that the login is with."""
+    """Its disk is a grown copy, and its seed has the user and the key of the login."""
     (folder / "root").mkdir()
     debian_image.make_disk(folder / "image.raw", folder / "root", 8)
     monkeypatch.setattr(debian_image, "cached", lambda: folder / "image.raw")
@@ -133,7 +133,7 @@ def test_the_debian_guest_is_what_the_configuration_says(
     monkeypatch.setattr(run, "SOFTWARE_KVM", folder / "none")
 
     guest = run.chosen()
-    guest = run.chosen()  # as when a run before this one was killed
+    guest = run.chosen()  # again, as after a killed run
 
     (folder / "vm.conf").write_text(guest.conf)
     warnings: list[str] = []

@@ -1,4 +1,4 @@
-"""`tools/setup` ends with the first step that fails, and remembers none that has not succeeded."""
+"""`tools/setup` ends with the first step that fails, and does not record a failed step as done."""
 
 import os
 import shutil
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
-# Commands that a part runs, and the last words of the one that is to fail.
+# Stand-ins for commands of the parts.  A failing one prints a message.
 PIP = '#!/bin/sh\ncase "$*" in *--version*) exit 0 ;; *) echo "registry is unreachable" >&2; exit 1 ;; esac\n'
 UNREACHABLE = '#!/bin/sh\ncase "$*" in *update*) exit 0 ;; *) echo "mirror is unreachable" >&2; exit 100 ;; esac\n'
 FAILING = '#!/bin/sh\necho "failed: $0" >&2\nexit 1\n'
@@ -18,7 +18,7 @@ MISSING = "#!/bin/sh\nexit 1\n"
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A checkout with nothing but the script, and with programs of ours in `bin`."""
+    """A checkout with only the script, and with programs of ours in `bin`."""
     for name in ("tools", "etc", "bin", ".venv/bin"):
         Path(tmp_path, name).mkdir(parents=True)
     shutil.copy(ROOT / "tools/setup", tmp_path / "tools")
@@ -28,13 +28,13 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def program(path: Path, text: str) -> None:
-    """Make one."""
+    """Write an executable script."""
     path.write_text(text)
     path.chmod(0o755)
 
 
 def setup(checkout: Path, *parts: str) -> subprocess.CompletedProcess[str]:
-    """Run it; programs in `bin` come first."""
+    """Run tools/setup with the programs of `bin` first in PATH."""
     environment = {"PATH": f"{checkout}/bin:{os.environ['PATH']}"}
     return subprocess.run(
         [checkout / "tools/setup", *parts], env=environment, capture_output=True, text=True, check=False
@@ -43,7 +43,7 @@ def setup(checkout: Path, *parts: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("parts", [("venv", "user"), ("fuzzer", "user"), ("user", "venv")], ids=" ".join)
 def test_a_registry_that_is_not_reached_is_noticed(checkout: Path, parts: tuple[str, ...]) -> None:
-    """No later part runs, and the virtual environment does not count as installed: the next run tries again."""
+    """No later part runs.  The virtual environment does not count as installed, so the next run tries again."""
     program(checkout / ".venv/bin/python", PIP)
     program(checkout / "bin/getent", "#!/bin/sh\nexit 0\n")
     (checkout / ".venv/.installed").write_text(f"{checkout}\n")
@@ -58,7 +58,7 @@ def test_a_registry_that_is_not_reached_is_noticed(checkout: Path, parts: tuple[
 
 @pytest.mark.deep  # an earlier setup made it otherwise
 def test_a_start_of_the_interpreter_loads_nothing_for_this_checkout() -> None:
-    """A daemon and its clients start often, and half of the time went there."""
+    """A daemon and its clients start often, and such imports took half of their start-up time."""
     done = subprocess.run(
         [sys.executable, "-c", "import sys; print(*sys.modules)"], capture_output=True, text=True, check=True
     )
@@ -67,7 +67,7 @@ def test_a_start_of_the_interpreter_loads_nothing_for_this_checkout() -> None:
 
 @pytest.mark.parametrize("part", ["packages run", "packages test"])
 def test_a_mirror_that_is_not_reached_is_noticed(checkout: Path, part: str) -> None:
-    """The parts behind it are not run."""
+    """Later parts do not run."""
     program(checkout / "bin/dpkg-query", MISSING)
     program(checkout / "bin/apt-get", UNREACHABLE)
     program(checkout / "bin/sudo", '#!/bin/sh\nexec "$@"\n')
@@ -81,7 +81,7 @@ def test_a_mirror_that_is_not_reached_is_noticed(checkout: Path, part: str) -> N
 
 
 def test_a_user_that_cannot_be_added_is_noticed(checkout: Path) -> None:
-    """The part behind it is not run."""
+    """The later part does not run."""
     program(checkout / "bin/getent", MISSING)
     program(checkout / "bin/sudo", '#!/bin/sh\nexec "$@"\n')
     for name in ("systemd-sysusers", "useradd"):
@@ -95,7 +95,7 @@ def test_a_user_that_cannot_be_added_is_noticed(checkout: Path) -> None:
 
 @pytest.mark.parametrize("parts", [(), ("packages",), ("packages", "none"), ("user", "nothing")], ids=" ".join)
 def test_wrong_usage_is_refused(checkout: Path, parts: tuple[str, ...]) -> None:
-    """With status 2."""
+    """The exit status is 2."""
     program(checkout / "bin/getent", "#!/bin/sh\nexit 0\n")
 
     assert setup(checkout, *parts).returncode == 2
