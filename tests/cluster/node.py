@@ -1,10 +1,10 @@
-"""What a node of the test cluster runs besides corosync and pacemaker.
+"""The programs that a node of the test cluster runs besides corosync and pacemaker.
 
-    node.py vmd DIRECTORY          the daemon, started again whenever it ends, with all that it has stored
-    node.py serve                  what stands in for sshd: runs what comes, with the connection as input and output
-    node.py shell HOST WORD ...    what stands in for ssh
-    node.py ssh HOSTS OPTION ...   what stands in for ssh outside of all nodes; HOSTS is a file with their pids
-    node.py fence DIRECTORY        a fence agent: asks the test to switch a node off, and waits until it has
+    node.py vmd DIRECTORY          a service manager: restarts the daemon at each end, with its stored descriptors
+    node.py serve                  replaces sshd: runs commands, with the connection as input and output
+    node.py shell HOST WORD ...    replaces ssh
+    node.py ssh HOSTS OPTION ...   replaces ssh outside of all nodes; HOSTS is a file with their pids
+    node.py fence DIRECTORY        a fence agent: asks the test to switch a node off, and waits until that is done
 """
 
 import contextlib
@@ -38,7 +38,7 @@ METADATA = """<?xml version="1.0"?>
 
 
 def keep_vmd(own: Path) -> None:
-    """Run the daemon as a service manager does that keeps its descriptors."""
+    """Run the daemon like a service manager that keeps its descriptors."""
     from tests.support.keeper import Keeper
 
     command = [sys.executable, "-m", "vmd", "-d", "-f", str(own / "vm.conf")]
@@ -63,7 +63,7 @@ def serve() -> None:
 
 
 def shell(host: str, words: list[str]) -> int:
-    """Run a command at another node; between here and there everything is passed on."""
+    """Run a command at another node, and pass its input and output on."""
     with socket.create_connection((host, PORT), 20) as there:
         there.settimeout(None)
         there.sendall(shlex.join(words).encode() + b"\n")
@@ -86,7 +86,7 @@ def shell(host: str, words: list[str]) -> int:
 
 
 def enter(hosts: Path, words: list[str]) -> None:
-    """Become a command at a node: ssh's options, the host, and a line for a shell."""
+    """Execute a command at a node.  `words` are ssh's options, the host, and a line for a shell."""
     while words[0].startswith("-"):
         del words[: 2 if words[0] in ("-o", "-p", "-l", "-i", "-F") else 1]
     host, line = words[0], " ".join(words[1:])
@@ -95,7 +95,7 @@ def enter(hosts: Path, words: list[str]) -> None:
 
 
 def fence(place: Path) -> int:
-    """Do what pacemaker wants."""
+    """Carry out the action that pacemaker asks for."""
     options = dict(line.strip().partition("=")[::2] for line in sys.stdin) if not sys.argv[3:] else {}
     action = options.get("action", "metadata")
     if action == "metadata":
@@ -112,7 +112,7 @@ def fence(place: Path) -> int:
 
 
 def main() -> int:
-    """Be one of them."""
+    """Run one of the programs."""
     match sys.argv[1:]:
         case ["vmd", own]:
             keep_vmd(Path(own))

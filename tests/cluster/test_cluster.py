@@ -1,6 +1,6 @@
 """Three hosts under corosync and pacemaker, with our resource agent (`docs/fleet.md`).
 
-Times are printed, for whoever wants them; none is asserted.
+The tests print times, and assert none.
 """
 
 import json
@@ -37,7 +37,7 @@ DISK_BYTES = "8M"
 
 
 def made(directory: Path) -> Cluster:
-    """Return a cluster whose VM `mon` talks, and whose VM `db` keeps its disk busy; the disk is at `directory`/db."""
+    """Return a cluster with the VM `mon`, which answers at its console, and `db`, whose disk is `directory`/db."""
     disk = directory / "db"
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", disk, DISK_BYTES], check=True)
     db = f'boot "{guest("blk")}" cmdline "churn"'
@@ -47,7 +47,7 @@ def made(directory: Path) -> Cluster:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Give a cluster that has started both VMs."""
+    """Give a cluster where both VMs run."""
     begun_s = time.monotonic()
     with made(tmp_path_factory.mktemp("cluster")) as cluster:
         for vm in cluster.vms:
@@ -57,30 +57,30 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 def uptime_s(node: Node) -> int:
-    """Return how long the guest of `mon` says that it is up."""
+    """Return the uptime that the guest of `mon` reports."""
     with node.console("mon") as fd:
         console = Attached(fd, fd)
         found = UPTIME.search(console.answer("uptime", PROMPT, DEADLINE_S))
-        while found is None:  # what somebody has typed before
+        while found is None:  # an earlier viewer may have typed something
             found = UPTIME.search(console.expect(PROMPT, DEADLINE_S))
     hours, minutes, seconds = map(int, found.groups())
     return hours * 3600 + minutes * 60 + seconds
 
 
 def check_disk(node: Node, more: int = 3) -> None:
-    """Have the guest of `db` write and read some rounds, and say that nothing is wrong."""
+    """Let the guest of `db` write and read for some rounds, and check that it reports no error."""
     with node.console("db") as fd:
         churn.ask_until_rounds(Attached(fd, fd), more)
 
 
 def other(cluster: Cluster, *nodes: Node) -> Node:
-    """Return a node that is none of these."""
+    """Return a running node that is not one of these."""
     return next(node for node in cluster.alive if node not in nodes)
 
 
 @pytest.mark.deep
 def test_a_vm_whose_process_is_killed_is_started_again(cluster: Cluster) -> None:
-    """The next monitor finds it."""
+    """The next monitor action notices, and the cluster starts the VM again."""
     node = cluster.wait_running("mon")
     pid = node.state("mon")["pid"]
     node.must("kill", "-9", str(pid))
@@ -89,7 +89,7 @@ def test_a_vm_whose_process_is_killed_is_started_again(cluster: Cluster) -> None
 
 @pytest.mark.deep
 def test_a_vm_moves_while_its_guest_runs(cluster: Cluster) -> None:
-    """Neither its uptime nor its disk begins anew."""
+    """Its uptime and its disk continue."""
     for vm in cluster.vms:
         source = cluster.wait_running(vm)
         target = other(cluster, source)
@@ -99,7 +99,7 @@ def test_a_vm_moves_while_its_guest_runs(cluster: Cluster) -> None:
         assert cluster.wait_running(vm) is target
         print(f"move of {vm}: {time.monotonic() - begun_s:.1f} s")
         log = (target.own / "vmd.log").read_text()
-        assert log.rindex(f"received {vm} ") > log.rfind(f"started {vm} "), "it was started, not moved"
+        assert log.rindex(f"received {vm} ") > log.rfind(f"started {vm} "), "the VM was started, not moved"
         downtime = re.findall(rf"{vm}: migrated vm .*", (source.own / "vmd.log").read_text())
         print(downtime[-1])
         if vm == "mon":
@@ -109,8 +109,8 @@ def test_a_vm_moves_while_its_guest_runs(cluster: Cluster) -> None:
 
 
 @pytest.mark.deep
-def test_a_vm_that_cannot_be_received_goes_on_where_it_was(cluster: Cluster) -> None:
-    """The agent says so, and the guest has not noticed."""
+def test_a_vm_that_cannot_be_received_continues_at_its_node(cluster: Cluster) -> None:
+    """The agent reports the failure, and the guest does not notice."""
     source = cluster.wait_running("mon")
     target = other(cluster, source)
     before_s = uptime_s(source)
@@ -127,7 +127,7 @@ def test_a_vm_that_cannot_be_received_goes_on_where_it_was(cluster: Cluster) -> 
 
 @pytest.mark.deep
 def test_a_vm_is_refused_at_a_second_node(cluster: Cluster) -> None:
-    """Somebody starts it by hand: its disk is locked."""
+    """A start by hand fails, because the disk is locked."""
     source = cluster.wait_running("db")
     done = other(cluster, source).run("vmctl", "start", "db")
     assert done.returncode == 1
@@ -138,7 +138,7 @@ def test_a_vm_is_refused_at_a_second_node(cluster: Cluster) -> None:
 
 @pytest.mark.deep
 def test_guests_outlive_a_daemon_that_is_killed(cluster: Cluster) -> None:
-    """The cluster waits for the next one, and does nothing."""
+    """The cluster waits for the next daemon, and does nothing else."""
     node = cluster.wait_running("mon")
     pid, before_s, fenced = node.state("mon")["pid"], uptime_s(node), list(cluster.fenced)
     parent = node.must("pgrep", "-o", "-f", "^[^ ]*python[^ ]* -m vmd -d").strip()
@@ -147,7 +147,7 @@ def test_guests_outlive_a_daemon_that_is_killed(cluster: Cluster) -> None:
     node.must("kill", "-9", parent)
     alone = node.agent("mon", "monitor", CRM_meta_timeout="6000")
     node.must("kill", "-CONT", manager)
-    assert alone.returncode == 1, "who has no daemon to ask must not say that the VM does not run"
+    assert alone.returncode == 1, "an agent without a daemon must not report that the VM does not run"
     assert node.agent("mon", "monitor").returncode == 0
     assert node.state("mon")["pid"] == pid
     assert uptime_s(node) >= before_s
@@ -174,7 +174,7 @@ PLAYBOOK = """
 @pytest.mark.deep
 @pytest.mark.skipif(shutil.which("ansible-playbook") is None, reason="ansible-core is not installed")
 def test_a_playbook_brings_all_nodes_to_one_state(cluster: Cluster, tmp_path: Path) -> None:
-    """A second run changes nothing; a mistake in the configuration changes nothing either; the VMs are an inventory."""
+    """A second run changes nothing, nor does a mistake in the configuration.  The VMs form an inventory."""
     place = tmp_path / "ansible_collections/vmd"
     place.mkdir(parents=True)
     place.joinpath("vmd").symlink_to(ROOT / "fleet/ansible")
@@ -202,7 +202,7 @@ def test_a_playbook_brings_all_nodes_to_one_state(cluster: Cluster, tmp_path: Pa
         return done.returncode, set(re.findall(r"changed=(\d+)", done.stdout))
 
     one = ("--limit", cluster.nodes[0].name)
-    assert play("--check", *one) == (2, {"1"}), "it would write the file, and then there is no such VM yet"
+    assert play("--check", *one) == (2, {"1"}), "a check would write the file, and then find no such VM"
     assert [node.state("tool")["state"] for node in cluster.nodes] == [""] * 3
     assert play() == (0, {"2"})
     assert play() == (0, {"0"})
@@ -227,13 +227,13 @@ def test_a_playbook_brings_all_nodes_to_one_state(cluster: Cluster, tmp_path: Pa
 
 @pytest.mark.deep
 def test_a_vm_that_has_lost_its_lock_is_stopped_and_started_again(cluster: Cluster) -> None:
-    """It is paused, fails, is stopped without being asked, and is not started before the disk is free."""
+    """It is paused, so its monitor fails and the cluster stops it.  It starts again only when the disk is free."""
     node = cluster.wait_running("db")
     disk = cluster.directory / "db"
     with stolen(node.host_pid("vmd: vm/db/vioblk0"), disk):
-        until(lambda: "paused: disk0: its lock is lost" in (node.own / "vmd.log").read_text(), "it is paused")
+        until(lambda: "paused: disk0: its lock is lost" in (node.own / "vmd.log").read_text(), "the VM is paused")
         before = disk.read_bytes()
-        until(lambda: node.state("db")["state"] in ("stopped", ""), "the cluster stops it")
+        until(lambda: node.state("db")["state"] in ("stopped", ""), "the cluster stops the VM")
         assert disk.read_bytes() == before
         assert not cluster.running("db")
     check_disk(cluster.wait_running("db"))
@@ -241,7 +241,7 @@ def test_a_vm_that_has_lost_its_lock_is_stopped_and_started_again(cluster: Clust
 
 @pytest.mark.deep
 def test_a_node_that_dies_is_fenced_and_its_vms_start_elsewhere(cluster: Cluster) -> None:
-    """Not before somebody has said that it is off."""
+    """They start only after the fence agent has reported that the node is off."""
     node = cluster.wait_running("db")
     fenced = len(cluster.fenced)
     begun_s = time.monotonic()
@@ -255,18 +255,18 @@ def test_a_node_that_dies_is_fenced_and_its_vms_start_elsewhere(cluster: Cluster
 
 @pytest.mark.deep
 def test_a_node_that_is_cut_off_loses_its_vms(cluster: Cluster) -> None:
-    """It has no quorum, and is fenced by those that have; the VM never runs twice."""
+    """It has no quorum, and the other nodes fence it.  The VM never runs twice."""
     node = cluster.wait_running("db")
     cluster.cut(node)
     now = cluster.wait_running("db", but=node)
-    assert not node.init, "it was not fenced"
+    assert not node.init, "the node was not fenced"
     check_disk(now)
     cluster.make_whole()
 
 
 @pytest.mark.deep
 def test_two_nodes_that_are_cut_off_stop_their_vms(cluster: Cluster) -> None:
-    """Nobody has a quorum then, so nobody is fenced, and nothing runs anywhere; it does again when all is well."""
+    """No node has a quorum, so none is fenced, and no VM runs.  The VMs run again after the network is repaired."""
     fenced = list(cluster.fenced)
     for node in cluster.nodes:
         cluster.cut(node)
@@ -280,7 +280,7 @@ def test_two_nodes_that_are_cut_off_stop_their_vms(cluster: Cluster) -> None:
 
 
 def kill_nodes(cluster: Cluster, rounds: int, seed: int) -> None:
-    """Kill a node at a time, at any moment; the VMs run again, each once, and the disk is whole."""
+    """Kill one node at a time, at any moment.  Each VM runs again, once, and the disk has no error."""
     chance = random.Random(seed)
     for number in range(rounds):
         victim = chance.choice(cluster.nodes)
@@ -303,7 +303,7 @@ def kill_nodes(cluster: Cluster, rounds: int, seed: int) -> None:
 
 
 def end(cluster: Cluster) -> None:
-    """Stop everything in order, and look at the disk."""
+    """Stop everything in order, and check the disk."""
     for node in cluster.alive:
         node.run("vmctl", "stop", "-fw", "db")
     cluster.end()
@@ -316,15 +316,15 @@ def end(cluster: Cluster) -> None:
 
 @pytest.mark.deep
 def test_nodes_die_at_any_time(cluster: Cluster) -> None:
-    """Nothing is lost, and nothing runs twice."""
+    """No data is lost, and no VM runs twice."""
     kill_nodes(cluster, KILLS, 14)
     end(cluster)
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(0)
-def test_nodes_die_for_as_long_as_one_likes(tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    """The same, one round for each 200 sequences: 50 by default."""
+def test_nodes_die_for_any_number_of_rounds(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """The same, with one round for each 200 sequences: 50 rounds by default."""
     with made(tmp_path) as cluster:
         kill_nodes(cluster, max(1, request.config.getoption("--sequences") // 200), request.config.getoption("--seed"))
         end(cluster)

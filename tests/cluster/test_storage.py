@@ -1,7 +1,7 @@
-"""Hosts whose storage is cut in two: a volume of GlusterFS, on three hosts, without a cluster above it.
+"""Hosts whose storage is cut in two: a volume of GlusterFS on hosts without a cluster.
 
-Bricks drop the locks of a client that they do not hear of.  So another host can have the disk, while the guest of the
-first one runs.
+A brick drops the locks of a client after losing the connection.  So another host can get the disk while the guest of
+the first host runs.
 """
 
 import shutil
@@ -32,7 +32,7 @@ NO_QUORUM = {"cluster.quorum-type": "none"}
 
 @contextmanager
 def hosts(directory: Path, options: dict[str, str], *replicas: str) -> Iterator[GlusterHosts]:
-    """Have hosts, of which the first one runs `db`."""
+    """Yield hosts with a shared volume.  The first one runs `db`."""
     disk = f"{GlusterHosts.place}/db"
     conf = f'vm "db" {{\n disable\n memory 64M\n boot "{guest("blk")}" cmdline "churn"\n disk "{disk}" format raw\n}}\n'
     with GlusterHosts(directory, conf, replicas=replicas, options=PING | options) as made:
@@ -44,7 +44,7 @@ def hosts(directory: Path, options: dict[str, str], *replicas: str) -> Iterator[
 
 
 def check_disk(node: Node) -> None:
-    """Have the guest write and read some rounds, and say that nothing is wrong."""
+    """Let the guest write and read for some rounds, and check that it reports no error."""
     with node.console("db") as fd:
         churn.ask_until_rounds(Attached(fd, fd), 3)
 
@@ -54,16 +54,16 @@ def has_said(node: Node, text: str) -> bool:
     return text in (node.own / "vmd.log").read_text()
 
 
-def test_a_host_without_a_quorum_of_its_storage_does_not_go_on(tmp_path: Path) -> None:
-    """Its guest stands still, or has ended, when another host gets the disk; nothing has it go on or write then."""
+def test_a_host_without_a_quorum_of_its_storage_stops_its_guest(tmp_path: Path) -> None:
+    """Its guest is paused or has ended when another host gets the disk.  Then nothing can resume it."""
     with hosts(tmp_path, QUORUM, "replica", "3", "arbiter", "1") as made:
         first, second, _ = made.nodes
         assert "in use" in second.run("vmctl", "start", "db").stderr
 
         made.cut(first)
-        until(lambda: has_said(first, "/mnt/db: its lock may be lost: "), "the lock is missed")
-        # A VM whose requests hang in its storage cannot stand still, and is ended.
-        until(lambda: first.state("db")["state"] in ("paused", "stopped"), "it does not run")
+        until(lambda: has_said(first, "/mnt/db: its lock may be lost: "), "the lost lock is noticed")
+        # A VM whose requests hang in the storage cannot pause, and is ended.
+        until(lambda: first.state("db")["state"] in ("paused", "stopped"), "the VM does not run")
         until(lambda: second.run("vmctl", "start", "db").returncode == 0, "the disk is free")
         made.heal(first)
 
@@ -73,12 +73,12 @@ def test_a_host_without_a_quorum_of_its_storage_does_not_go_on(tmp_path: Path) -
         check_disk(second)
 
 
-def test_two_hosts_that_had_the_same_disk_do_not_go_on(tmp_path: Path) -> None:
-    """Without a quorum each half hands out the lock.  When they meet again, one VM at least stands still or ends."""
+def test_two_hosts_with_the_same_disk_do_not_both_continue(tmp_path: Path) -> None:
+    """Without a quorum each half gives out the lock.  When they are connected again, at least one VM pauses or ends."""
     with hosts(tmp_path, NO_QUORUM, "replica", "2") as made:
         first, second, _ = made.nodes
         made.cut(first)
-        until(lambda: second.run("vmctl", "start", "db").returncode == 0, "the other half hands out the lock")
+        until(lambda: second.run("vmctl", "start", "db").returncode == 0, "the other half gives out the lock")
         made.heal(first)
-        until(lambda: any(node.state("db")["state"] != "running" for node in (first, second)), "one does not run")
+        until(lambda: any(node.state("db")["state"] != "running" for node in (first, second)), "one VM does not run")
         assert any(has_said(node, "/mnt/db: its lock ") for node in (first, second))

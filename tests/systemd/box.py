@@ -1,7 +1,7 @@
-"""A host with a systemd of its own, without a machine: Debian's, as pid 1 in fresh namespaces.
+"""A host with its own systemd, without a machine: Debian's systemd runs as pid 1 in new namespaces.
 
-The root file system is an overlay: nothing that happens in there comes back.  Network, processes, mounts, control
-groups, devices and the host's name are its own, too; the kernel with its KVM is this host's.
+The root file system is an overlay, so no change in it reaches this host.  The box also has its own network, processes,
+mounts, control groups, devices and host name.  It shares the kernel and KVM with this host.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ POLL_S = 0.02
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 NODES = ("null", "zero", "full", "random", "urandom", "tty", "net/tun", "kvm")
 NO_FILES: Mapping[str, str] = MappingProxyType({})
-# Units that would change what belongs to the whole host, or look for devices that are not there.
+# Units that would change the whole host, or look for devices that do not exist here.
 MASKED = (
     "e2scrub_reap.service", "proc-sys-fs-binfmt_misc.automount", "systemd-binfmt.service",
     "systemd-modules-load.service",
@@ -41,7 +41,7 @@ After=sysinit.target
 """
 
 
-# Holds what is to be there over several boots of a box, and boots it for each line with a control group's path.
+# Holds the files that remain over several boots of a box.  Each line is the path of a control group, and boots the box.
 KEEPER = """
 scratch=$1; shift
 mount -t tmpfs -o mode=755 box "$scratch/layer"
@@ -53,10 +53,10 @@ done
 
 
 class Box:
-    """A running systemd; a context manager that ends it with all that it has started."""
+    """A running systemd, as a context manager, which ends it and all that it has started."""
 
     def __init__(self, *, root: Path = ROOT, files: Mapping[str, str] = NO_FILES, target: str = "box.target") -> None:
-        """`files` (path: text) lie over the system in `root`; `target` is what is started."""
+        """`files` (path: text) replace files of the system in `root`.  systemd starts `target`."""
         self.root = root
         self.files = {
             "etc/machine-id": "0123456789abcdef0123456789abcdef\n",
@@ -64,7 +64,7 @@ class Box:
             **files,
         }
         self.target = target
-        self.pid = 0  # of its pid 1, here
+        self.pid = 0  # of its pid 1, on this host
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
@@ -105,7 +105,7 @@ class Box:
         )  # fmt: skip
 
     def _end(self) -> None:
-        """Take the power away."""
+        """End the box at once, as when the power fails."""
         if self.pid:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)
@@ -117,7 +117,7 @@ class Box:
     # --- from outside --------------------------------------------------------------------------------------
 
     def boot(self) -> None:
-        """Switch it on, and wait until it is up."""
+        """Boot the box, and wait until it is up."""
         self.group = make_control_group(self.scratch.name)
         path = self.scratch / "notify/socket"
         path.unlink(missing_ok=True)
@@ -138,7 +138,7 @@ class Box:
         (self.pid,) = children(unshare)
 
     def power_off(self) -> None:
-        """Have it switch itself off, and wait until it has."""
+        """Let the box power itself off, and wait for that."""
         pidfd = os.pidfd_open(self.pid)
         try:
             self.must("systemctl", "poweroff")
@@ -148,11 +148,11 @@ class Box:
         self._end()
 
     def path(self, name: str | Path) -> Path:
-        """Return where a file of the box is for us."""
+        """Return the path on this host of a file of the box."""
         return Path(f"/proc/{self.pid}/root", str(name).removeprefix("/"))
 
     def copy(self, source: Path, name: str) -> str:
-        """Copy a file into the box; returns its name there."""
+        """Copy a file into the box.  Return its name there."""
         self.path(name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(source, self.path(name))
         return name
@@ -163,66 +163,66 @@ class Box:
         os.mknod(self.path("/dev/kvm"), status.st_mode, status.st_rdev)
 
     def unplug_kvm(self) -> None:
-        """Take /dev/kvm away, for those who have not opened it yet."""
+        """Remove /dev/kvm.  Processes that have it open keep it."""
         self.path("/dev/kvm").unlink()
 
-    # --- in there ------------------------------------------------------------------------------------------
+    # --- inside --------------------------------------------------------------------------------------------
 
     def command(self, *command: str | Path) -> list[str | Path]:
-        """Return what runs a program in there."""
+        """Return a command that runs a program in the box."""
         enter = ["nsenter", "--target", str(self.pid), "--all", "--root", "--wd"]
         return [*enter, "env", "-i", f"PATH={PATH}", "LC_ALL=C.UTF-8", "SYSTEMD_PAGER=", *command]
 
     def run(
         self, *command: str | Path, timeout_s: float = DEADLINE_S, under: Sequence[str] = ()
     ) -> subprocess.CompletedProcess[str]:
-        """Run a program in there to its end; `under` is a program out here that runs another one."""
+        """Run a program in the box to its end.  `under` is a program of this host that runs it, such as strace."""
         return subprocess.run(
             [*under, *self.command(*command)],
             stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout_s, check=False,
         )  # fmt: skip
 
     def must(self, *command: str | Path) -> str:
-        """Run a program that has to succeed; returns what it printed."""
+        """Run a program that must succeed.  Return its output."""
         done = self.run(*command)
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}\n{self.unit_log()}"
         return done.stdout
 
     def wait_for(self, condition: Callable[[], bool], otherwise: str) -> None:
-        """Wait until something is so."""
+        """Wait until a condition holds.  `otherwise` is the failure message."""
         deadline = time.monotonic() + DEADLINE_S
         while not condition():
             assert time.monotonic() < deadline, f"{otherwise}\n{self.unit_log()}"
             pause()
 
     def properties(self, unit: str) -> dict[str, str]:
-        """Return what `systemctl show` says of a unit."""
+        """Return the properties of a unit from `systemctl show`."""
         lines = self.must("systemctl", "show", unit).splitlines()
         return dict(line.split("=", 1) for line in lines if "=" in line)
 
     def wait_property(self, unit: str, name: str, value: str) -> dict[str, str]:
-        """Wait until a property of a unit has a value; returns all of them."""
+        """Wait until a property of a unit has a value.  Return all properties."""
         self.wait_for(lambda: self.properties(unit)[name] == value, f"{name} of {unit} does not become {value}")
         return self.properties(unit)
 
     def journal(self, unit: str = "vmd.service") -> list[dict[str, Any]]:
-        """Return the journal of a unit, an entry each."""
+        """Return the entries of a unit in the journal."""
         self.must("journalctl", "--sync")
         lines = self.must("journalctl", "--no-pager", "-o", "json", "-u", unit).splitlines()
         return [json.loads(line) for line in lines]
 
     def unit_log(self, unit: str = "vmd.service") -> str:
-        """Return the journal of a unit as text, for people."""
+        """Return the journal of a unit as readable text."""
         return self.run("journalctl", "--no-pager", "-o", "short-monotonic", "-u", unit).stdout
 
 
 def pause() -> None:
-    """Let others run before something is looked at again."""
+    """Wait a moment before the next look."""
     select.select([], [], [], POLL_S)
 
 
 def children(pid: int) -> list[int]:
-    """Return the processes that a process has started."""
+    """Return the children of a process."""
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
@@ -239,7 +239,7 @@ def make_control_group(name: str) -> Path:
 
 
 def remove_control_group(group: Path) -> None:
-    """Remove a group with all below it, as soon as the last process is gone."""
+    """Wait for the last process of a group to end, and remove the group with all groups below it."""
     deadline = time.monotonic() + DEADLINE_S
     while "populated 1" in (group / "cgroup.events").read_text():
         assert time.monotonic() < deadline, f"processes are left in {group}"

@@ -1,7 +1,7 @@
-"""The emulated host: Debian on a disk of its own, booted by its own systemd, with hardware-like KVM.
+"""The emulated host: Debian on its own disk, booted by its own systemd, with an emulated KVM.
 
-Unlike a `Box` it has a kernel of its own, so that udev loads KVM, control groups have their controllers, and the power
-goes off for good.  What is done in there is in `steps`, which the machine itself runs at each boot.
+Unlike a `Box` it has its own kernel.  So udev loads KVM, control groups have their controllers, and a power-off really
+ends the host.  The host itself runs the `steps` at each boot.
 """
 
 import json
@@ -22,9 +22,9 @@ HERE = Path(__file__).parent
 INIT = HERE / "initrd-init"
 MODULES = ("virtio_pci", "virtio_blk", "ext4", "crc32c_generic", "9pnet_virtio", "9p")
 DISK_SIZE = "3G"
-MACHINE_ID = "0123456789abcdef0123456789abcdef\n"  # with none, systemd would enable every unit
+MACHINE_ID = "0123456789abcdef0123456789abcdef\n"  # without one, systemd would enable every unit
 BOOT_LIMIT_S = 900  # a watchdog, for busy hosts
-MEMORY_MIB = 1024  # less is sooner looked through
+MEMORY_MIB = 1024  # the emulator scans less memory faster
 CONF = """switch "lan" { interface br0 }
 vm "full" {
     memory 32M
@@ -51,8 +51,8 @@ StandardError=inherit
 [Install]
 WantedBy=multi-user.target
 """
-PATIENCE = "[Manager]\nDefaultTimeoutStartSec=900\n"  # the machine is some thirty times as slow as others
-# With systemd's defaults: what the host itself does not need would take its time.
+PATIENCE = "[Manager]\nDefaultTimeoutStartSec=900\n"  # the machine is about thirty times slower than real ones
+# Units that the host does not need, and that would take time.
 MASKED = (
     "apt-daily.timer", "apt-daily-upgrade.timer", "dpkg-db-backup.timer", "e2scrub_all.timer", "e2scrub_reap.service",
     "fstrim.timer", "systemd-tmpfiles-clean.timer",
@@ -65,8 +65,8 @@ MASKED = (
 )  # fmt: skip
 
 
-# Files are laid over a system, a package is installed, and what that gives becomes a disk.  It has no lists of packages
-# that could be fetched: apt would read them for half a minute, and fetch nothing.
+# Copies files over a system, installs a package, and makes a disk of the result.  The lists of packages are removed,
+# because apt would read them for half a minute, and fetch nothing.
 MAKE_DISK = """
 mount -t tmpfs none "$5" && mkdir "$5/upper" "$5/work" "$5/root"
 mount -t overlay -o "lowerdir=$2,upperdir=$5/upper,workdir=$5/work" overlay "$5/root"
@@ -79,7 +79,7 @@ mke2fs -q -t ext4 -E root_owner=0:0 -d "$5/root" "$4" "$6"
 
 
 def make_disk(root: Path, package: Path, scratch: Path) -> Path:
-    """Return a disk with a system on it, a package, and what the steps need."""
+    """Return a disk with a system, the package, and the files that the steps need."""
     files = scratch / "files"
     units = files / "etc/systemd/system"
     wants = units / "multi-user.target.wants"
@@ -92,7 +92,7 @@ def make_disk(root: Path, package: Path, scratch: Path) -> Path:
     for name in MASKED:
         (units / name).symlink_to("/dev/null")
     (files / "etc/vm.conf").write_text(CONF)
-    for name in ("etc/.updated", "var/.updated"):  # else systemd makes the databases anew that packages have made
+    for name in ("etc/.updated", "var/.updated"):  # otherwise systemd would rebuild the databases of packages
         (files / name).touch()
     (files / "etc/hostname").write_text("host\n")
     (files / "etc/machine-id").write_text(MACHINE_ID)
@@ -117,7 +117,7 @@ def make_disk(root: Path, package: Path, scratch: Path) -> Path:
 
 
 def boot(out: Path, disk: Path) -> None:
-    """Run the machine until it switches itself off.  Raises L1Error if it does not."""
+    """Run the machine until it powers itself off.  Raises L1Error if it does not."""
     kernel = fetch("amd64", cache_dir())
     initrd = initramfs.cached("host", INIT, MODULES, kernel)
     drive = ("-drive", f"file={disk},format=raw,if=virtio,cache=unsafe")
@@ -133,9 +133,9 @@ def boot(out: Path, disk: Path) -> None:
 
 
 def run(root: Path, package: Path, later: Mapping[str, Path], scratch: Path) -> dict[str, dict[str, Any]]:
-    """Boot a host as often as there are steps for; returns their results by their names.
+    """Boot a host once for each group of steps.  Return the results of the steps by their names.
 
-    A `package` is installed before, and `later` ones, by their names, in there.  Raises L1Error.
+    `package` is installed before the first boot.  The packages of `later` are in /host/NAME.deb.  Raises L1Error.
     """
     out = scratch / "host"
     out.mkdir()
@@ -150,7 +150,7 @@ def run(root: Path, package: Path, later: Mapping[str, Path], scratch: Path) -> 
         boot(out, disk)
         results = {line["step"]: line for line in map(json.loads, written.read_text().splitlines())}
         missing = [step.__name__ for step in boot_steps if step.__name__ not in results]
-        if missing:  # the emulator has broken the machine, as it does now and then: see tests/l1/machine.py
+        if missing:  # the emulator sometimes breaks the machine: see tests/l1/machine.py
             raise L1Error(f"the emulated host ended before the steps {missing}")
     disk.unlink()
     return results

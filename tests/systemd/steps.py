@@ -1,11 +1,11 @@
-"""What is done on the emulated host, by its own Python: each step is a function, and what it returns is its result.
+"""The steps that run on the emulated host, with its own Python.  Each step is a function, which returns its result.
 
-Started by a unit at each boot, it goes on with the steps of that boot.  /host/results gets a line of JSON for each:
-{"step", "took_s", "seen"} or, if it raised something, {"step", "took_s", "error"}.  Steps that follow a failed one are
-done all the same.
+A unit starts this program at each boot, and it runs the steps of that boot.  Each step adds a line of JSON to
+/host/results: {"step", "took_s", "seen"} or, if it raised an exception, {"step", "took_s", "error"}.  Steps after a
+failed one still run.
 
-Every program that is started takes a second in there, and Python's take several: nothing is asked for again and again.
-What the daemon has done is waited for in the journal, and the rest is read from /proc and /sys.
+A program takes a second to start there, and a Python program several.  So the steps never poll with programs.  They
+wait for the daemon's lines in the journal, and read the rest from /proc and /sys.
 """
 
 import contextlib
@@ -25,10 +25,10 @@ from typing import Any
 HOST = Path("/host")
 CONF = Path("/etc/vm.conf")
 LINKS = Path("/sys/class/net")
-DEADLINE_S = 300.0  # the machine is some thirty times as slow as what it runs on
+DEADLINE_S = 300.0  # the machine is about thirty times slower than this host
 BOOT_COUNT = Path("/var/lib/boots")
 PROMPT = b"vmd-demo> "
-WHERE = b"\x1b[6n"  # with which a shell asks its terminal where the cursor is, behind its prompt
+WHERE = b"\x1b[6n"  # after its prompt, a shell asks the terminal for the position of the cursor with this
 BYTES = 20_000  # sent through a guest, and back
 SECOND = 'vm "second" {\n    memory 32M\n    boot "/srv/demo.elf"\n}\n'
 LIMITED = SECOND.replace("}", "    limit { memory 256M, cpu 5%, weight 50 }\n}")
@@ -36,7 +36,7 @@ MISTAKE = "vm lots {\n"
 
 
 def run(*command: str) -> tuple[int, str]:
-    """Run a program; returns its exit status and all that it said."""
+    """Run a program.  Return its exit status and its output."""
     done = subprocess.run(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
     )
@@ -44,7 +44,7 @@ def run(*command: str) -> tuple[int, str]:
 
 
 def must(*command: str) -> str:
-    """Run a program that has to succeed; returns what it said."""
+    """Run a program that must succeed.  Return its output."""
     status, said = run(*command)
     if status:
         raise RuntimeError(f"{' '.join(command)}: status {status}: {said}")
@@ -52,7 +52,7 @@ def must(*command: str) -> str:
 
 
 class Journal:
-    """What the journal has of the unit since the host started, as it comes: the daemon's lines and systemd's."""
+    """The journal of the unit since the boot, followed as it grows: lines of the daemon and of systemd."""
 
     def __init__(self) -> None:
         self.entries: list[dict[str, Any]] = []
@@ -67,7 +67,7 @@ class Journal:
                 self._lines.put(line)
 
     def wait(self, *texts: str) -> list[dict[str, Any]]:
-        """Wait until there is an entry for each of the texts; returns what has come since the last wait."""
+        """Wait until there is an entry with each of the texts.  Return the entries since the last wait."""
         news: list[dict[str, Any]] = []
         missing = set(texts)
         deadline = time.monotonic() + DEADLINE_S
@@ -93,19 +93,19 @@ def unit(*names: str) -> dict[str, str]:
 
 
 def rows() -> dict[str, Any]:
-    """Return what is said of each VM."""
+    """Return the row of each VM in `vmctl status`."""
     return {row["name"]: row for row in json.loads(must("vmctl", "status", "-v", "--json"))["vms"]}
 
 
 def links() -> dict[str, str]:
-    """Return the network interfaces, each with the bridge that it belongs to, or nothing."""
+    """Return the network interfaces, each with the name of its bridge, or ""."""
     return {
         link.name: (link / "master").resolve().name if (link / "master").exists() else "" for link in LINKS.iterdir()
     }
 
 
 def processes() -> dict[int, str]:
-    """Return the titles of all processes of ours, by their numbers."""
+    """Return the titles of all processes of ours, by pid."""
     found = {}
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
@@ -116,13 +116,13 @@ def processes() -> dict[int, str]:
 
 
 def ask(entries: list[dict[str, Any]], name: str, command: str) -> str:
-    """Type a command at the console of a VM, which an entry names; returns what the guest answers."""
+    """Type a command at the console of a VM, whose terminal is in a journal entry.  Return the guest's answer."""
     line = next(text for text in said(entries) if f"started {name} (" in text)
     return type_at(line.rpartition(" ")[2], command, PROMPT)
 
 
 def type_at(tty: str, command: str, wanted: bytes) -> str:
-    """Type a command at a terminal; return what the guest answers, up to the wanted text."""
+    """Type a command at a terminal.  Return the guest's answer up to the wanted text."""
     fd = os.open(tty, os.O_RDWR | os.O_NOCTTY)
     try:
         os.write(fd, command.encode() + b"\r")
@@ -133,7 +133,7 @@ def type_at(tty: str, command: str, wanted: bytes) -> str:
 
 
 def wait_at(tty: str, wanted: bytes) -> str:
-    """Wait until a guest says something at its terminal, where nobody else listens; return what it said until then."""
+    """Wait until a guest writes a text to its terminal, which has no other reader.  Return the output up to then."""
     fd = os.open(tty, os.O_RDWR | os.O_NOCTTY)
     try:
         return read_until(fd, lambda answer: wanted in answer)
@@ -142,13 +142,13 @@ def wait_at(tty: str, wanted: bytes) -> str:
 
 
 def read_until(fd: int, done: Callable[[bytes], bool]) -> str:
-    """Return what comes from a terminal until that is enough."""
+    """Return the output of a terminal until `done` accepts it."""
     console = select.poll()
     console.register(fd, select.POLLIN)
     answer = b""
     while not done(answer):
         if not console.poll(DEADLINE_S * 1000):
-            raise RuntimeError(f"a guest says no more: {answer!r}")
+            raise RuntimeError(f"a guest writes no more: {answer!r}")
         answer += os.read(fd, 4096)
     return answer.decode(errors="replace")
 
@@ -166,7 +166,7 @@ def connect(address: str, port: int) -> socket.socket:
 
 
 def echo(connection: socket.socket, count: int) -> bool:
-    """Send bytes to the guest, which sends them back; return whether they are the same."""
+    """Send bytes to the guest, which sends them back.  Return whether they are the same."""
     sent = bytes(number % 251 for number in range(count))
     connection.sendall(sent)
     received = b""
@@ -186,7 +186,7 @@ connection: socket.socket  # to the guest that serves TCP
 
 
 def enable() -> dict[str, Any]:
-    """Enable and start it, as the README says."""
+    """Enable and start the unit, as the README says."""
     must("systemctl", "enable", "--now", "vmd")
     entries = journal.wait("started full (")
     answer = ask(entries, "full", "pci")
@@ -194,12 +194,12 @@ def enable() -> dict[str, Any]:
 
 
 def control_group() -> dict[str, Any]:
-    """Look at what the host's control groups count of it."""
+    """Read the counters of the unit's control group."""
     return unit("MemoryCurrent", "TasksCurrent", "ControlGroup")
 
 
-def who_is_who() -> dict[str, Any]:
-    """Look at the rights and the control group of each of its processes."""
+def rights() -> dict[str, Any]:
+    """Read the rights and the control group of each process."""
     found = {}
     for pid, title in processes().items():
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
@@ -219,12 +219,12 @@ def who_is_who() -> dict[str, Any]:
 
 
 def journal_fields() -> dict[str, Any]:
-    """Look at its journal, but for what systemd says of the unit."""
+    """Return the daemon's entries in the journal, without those of systemd."""
     return {"entries": [entry for entry in journal.entries if entry["_PID"] != "1"]}
 
 
 def reload() -> dict[str, Any]:
-    """Reload a file with a mistake, then one with another VM."""
+    """Reload a file with a mistake, and then one with another VM."""
     before = processes()
     right = CONF.read_text()
     CONF.write_text(right + MISTAKE)
@@ -244,7 +244,7 @@ def group_of(title: str) -> Path:
 
 
 def limits() -> dict[str, Any]:
-    """Limit a VM while it runs, and have it be without limits again."""
+    """Limit a VM while it runs, and then remove the limits."""
     right, group, tty = CONF.read_text(), group_of("vmd: vm/second"), rows()["second"]["tty"]
     found: list[dict[str, str]] = []
     for block in (LIMITED, SECOND):
@@ -258,7 +258,7 @@ def limits() -> dict[str, Any]:
 
 
 def out_of_memory() -> dict[str, Any]:
-    """Have the kernel end a VM for its memory."""
+    """Let the kernel kill a VM for its use of memory."""
     before, group = processes(), group_of("vmd: vm/second")
     (group.parent / "cgroup.subtree_control").write_text("+memory")
     (group / "memory.oom.group").write_text("1")
@@ -270,7 +270,7 @@ def out_of_memory() -> dict[str, Any]:
 
 
 def linux() -> dict[str, Any]:
-    """Start a stock Linux, and have it serve TCP on its local interface."""
+    """Start a stock Linux, and let it serve TCP on its local interface."""
     global connection
     must("vmctl", "start", "linux")
     tty = rows()["linux"]["tty"]
@@ -287,7 +287,7 @@ def broken() -> dict[str, Any]:
 
 
 def upgrade() -> dict[str, Any]:
-    """Install a newer version while guests run, and have one of these restart."""
+    """Install a newer version while guests run, and let one of them reboot."""
     seen = install("/host/newer.deb")
     connection.close()
     tty = rows()["linux"]["tty"]
@@ -299,7 +299,7 @@ def upgrade() -> dict[str, Any]:
 
 
 def install(package: str) -> dict[str, Any]:
-    """Install a package while guests run, and one of them has a connection."""
+    """Install a package while guests run.  One of them has a TCP connection."""
     unit_before, before, before_rows, links_before = unit("MainPID"), processes(), rows(), links()
     text = must("apt-get", "-q", "-y", "install", package)
     same = echo(connection, BYTES)
@@ -311,7 +311,7 @@ def install(package: str) -> dict[str, Any]:
 
 
 def kill() -> dict[str, Any]:
-    """Kill the daemon without a warning, and wait for what systemd starts in its place."""
+    """Kill the daemon without a warning, and wait for the next one, which systemd starts."""
     unit_before, before, links_before = unit("MainPID"), processes(), links()
     tty = rows()["full"]["tty"]
     must("systemctl", "kill", "--kill-whom=main", "--signal=KILL", "vmd")
@@ -328,19 +328,19 @@ def kill() -> dict[str, Any]:
 
 
 def previous() -> dict[str, Any]:
-    """Look at how the host's power-off went for the guest."""
+    """Return the daemon's journal of the last boot, in which the host was powered off."""
     return {"said": must("journalctl", "-b", "-1", "-u", "vmd", "-o", "cat", "-n", "40").splitlines()}
 
 
 def again() -> dict[str, Any]:
-    """Wait until what is enabled runs, without being asked to."""
+    """Wait until the enabled unit runs, without a command."""
     entries = journal.wait("started full (")
     answer = ask(entries, "full", "pci")
     return {"said": said(entries), "answer": answer, "unit": unit("ActiveState", "NRestarts")}
 
 
 def stop() -> dict[str, Any]:
-    """Stop it while a guest runs."""
+    """Stop the unit while a guest runs."""
     before = processes()
     must("systemctl", "stop", "vmd")
     return {
@@ -350,7 +350,7 @@ def stop() -> dict[str, Any]:
 
 
 def mistake() -> dict[str, Any]:
-    """Start it with a mistake in its file."""
+    """Start the unit with a mistake in vm.conf."""
     with CONF.open("a") as conf:
         conf.write(MISTAKE)
     status, text = run("systemctl", "start", "vmd")
@@ -364,14 +364,14 @@ def mistake() -> dict[str, Any]:
 
 BOOTS: tuple[tuple[Callable[[], dict[str, Any]], ...], ...] = (
     (
-        enable, control_group, who_is_who, journal_fields, reload, limits, linux, broken, upgrade, out_of_memory, kill,
+        enable, control_group, rights, journal_fields, reload, limits, linux, broken, upgrade, out_of_memory, kill,
     ),
     (previous, again, stop, mistake),
 )
 
 
 def main() -> None:
-    """Do the steps of this boot, and switch the host off; at the end of the first one with a running guest."""
+    """Run the steps of this boot, and power the host off.  In the first boot a guest still runs then."""
     global journal
     journal = Journal()
     number = int(BOOT_COUNT.read_text()) if BOOT_COUNT.exists() else 0

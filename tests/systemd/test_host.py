@@ -1,4 +1,4 @@
-"""A whole host, from its first start over two boots: what needs a kernel, udev and a power switch of its own."""
+"""A whole host over two boots: the tests that need its own kernel, udev and a real power-off."""
 
 import contextlib
 import re
@@ -17,14 +17,14 @@ from vmd.version import VERSION
 
 pytestmark = [pytest.mark.root, pytest.mark.deep, pytest.mark.timeout(2400)]
 
-BUSY = "nft does not answer for 10 s"  # true where a busy host leaves the machine little time
-ATTEMPTS = 2  # the emulator breaks its machine now and then
+BUSY = "nft does not answer for 10 s"  # the machine may be that slow on a busy host
+ATTEMPTS = 2  # the emulator sometimes breaks its machine
 Results = dict[str, dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """Give what has been seen on the host."""
+    """Give the results of the steps on the host."""
     later = {
         "newer": newer_deb(tmp_path_factory.mktemp("newer")),
         "broken": newer_deb(tmp_path_factory.mktemp("broken"), broken=True),
@@ -37,21 +37,21 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
 
 @pytest.fixture
 def seen(results: Results, request: pytest.FixtureRequest) -> dict[str, Any]:
-    """Give what a step has seen, that is called as the test is."""
+    """Give the result of the step that has the name of the test."""
     name = request.node.name.removeprefix("test_")
-    result = results.get(name, {"error": "the host did not come to this step"})
+    result = results.get(name, {"error": "the host did not reach this step"})
     assert "error" not in result, result["error"]
     found: dict[str, Any] = result["seen"]
     return found
 
 
 def ours(processes: dict[str, str], name: str) -> dict[str, str]:
-    """Return those processes, by their numbers, that are a VM's."""
+    """Return the processes of a VM, by pid."""
     return {pid: title for pid, title in processes.items() if f"{title}/".startswith(f"vmd: vm/{name}/")}
 
 
 def test_enable(seen: dict[str, Any]) -> None:
-    """A VM with a disk, a CD, a switch and a local interface runs, its guest sees them, and nothing is odd about it."""
+    """A VM with a disk, a CD, a switch and a local interface runs without trouble, and its guest sees the devices."""
     assert "kvm" in seen["devices"]  # udev has loaded its module
     assert {row["text"] for row in seen["rows"].values()} == {""}
     taps = {nic["tap"] for nic in seen["rows"]["full"]["interfaces"]}
@@ -63,16 +63,16 @@ def test_enable(seen: dict[str, Any]) -> None:
 
 
 def test_control_group(seen: dict[str, Any]) -> None:
-    """The host's controllers count what is in it."""
+    """The host's controllers account the unit's memory and tasks."""
     assert seen["ControlGroup"] == "/system.slice/vmd.service"
     assert int(seen["MemoryCurrent"]) > 0
     assert int(seen["TasksCurrent"]) > len(("vmd", "priv", "control", "vmm", "vm/full"))
 
 
-def test_who_is_who(seen: dict[str, Any]) -> None:
-    """Nothing but the parent is unconfined, nor root; but for an opener in reserve.
+def test_rights(seen: dict[str, Any]) -> None:
+    """All processes are confined and not root, except the parent and an opener in reserve.
 
-    Each VM is a user and a control group of its own.
+    Each VM has its own user and its own control group.
     """
     processes = seen["processes"]
     opener = processes.pop("opener")
@@ -108,7 +108,7 @@ def test_journal_fields(seen: dict[str, Any]) -> None:
 
 
 def test_reload(seen: dict[str, Any]) -> None:
-    """A mistake fails, with its line in the journal, and changes nothing; a VM that is new in the file is started."""
+    """A file with a mistake is refused, with its line in the journal, and changes nothing.  A new VM is started."""
     assert seen["refused"] == 1
     assert any(re.match(r"vmd: /etc/vm.conf:\d+: ", line) for line in seen["complaint"])
     assert "vmctl: 1 error, configuration unchanged" in seen["complaint"]
@@ -118,7 +118,7 @@ def test_reload(seen: dict[str, Any]) -> None:
 
 
 def test_limits(seen: dict[str, Any]) -> None:
-    """Of a VM that runs: the kernel keeps them, as long as vm.conf has them."""
+    """The kernel enforces the limits of a running VM as long as vm.conf has them."""
     limited, free = seen["found"]
     assert (limited["cpu.max"], limited["cpu.weight"]) == ("5000 100000", "50")
     assert (limited["memory.max"], limited["memory.oom.group"]) == (str(256 << 20), "1")
@@ -138,7 +138,7 @@ def test_linux(seen: dict[str, Any]) -> None:
 
 
 def test_broken(seen: dict[str, Any]) -> None:
-    """A version that cannot take over leaves the daemon and its guests alone, and says why."""
+    """With a version that cannot take over, the daemon and its guests continue, and the message has the reason."""
     assert "the version that is installed now cannot take over" in seen["said"]
     assert "the daemon was not restarted" in seen["said"]
     assert seen["unit"] == seen["unit_before"]
@@ -147,7 +147,7 @@ def test_broken(seen: dict[str, Any]) -> None:
 
 
 def test_upgrade(seen: dict[str, Any]) -> None:
-    """A newer package restarts the daemon; guests run on, and go to the new version when they restart."""
+    """A newer package restarts the daemon.  Guests run on, and reach the new version when they reboot."""
     assert "the daemon was not restarted" not in seen["said"]
     assert seen["unit"]["MainPID"] not in ("0", seen["unit_before"]["MainPID"])
     old = f"generation 1: vmd {VERSION}"
@@ -160,7 +160,7 @@ def test_upgrade(seen: dict[str, Any]) -> None:
 
 
 def run_on(seen: dict[str, Any]) -> None:
-    """Raise AssertionError unless guests have their processes, interfaces and connections still."""
+    """Raise AssertionError unless guests still have their processes, interfaces and connections."""
     for name in ("full", "second", "linux"):
         assert ours(seen["before"], name)
         assert ours(seen["after"], name) == ours(seen["before"], name)
@@ -177,7 +177,7 @@ def run_on(seen: dict[str, Any]) -> None:
 
 
 def test_out_of_memory(seen: dict[str, Any]) -> None:
-    """The VM that has too much of it ends, and no other; nobody stops the guests' unit for that."""
+    """Only the VM that uses too much memory ends, and the unit of the guests is not stopped."""
     assert ours(seen["before"], "second")
     assert ours(seen["after"], "second") == {}
     ends = [line for line in seen["said"] if "second: terminated" in line]
@@ -189,7 +189,7 @@ def test_out_of_memory(seen: dict[str, Any]) -> None:
 
 
 def test_kill(seen: dict[str, Any]) -> None:
-    """Another daemon goes on with the guests, their interfaces and consoles."""
+    """The next daemon adopts the guests, their interfaces and consoles."""
     assert seen["unit"]["ActiveState"] == "active"
     assert seen["unit"]["NRestarts"] == "1"
     assert seen["unit"]["MainPID"] not in ("0", seen["unit_before"]["MainPID"])
@@ -202,20 +202,20 @@ def test_kill(seen: dict[str, Any]) -> None:
 
 
 def test_previous(seen: dict[str, Any]) -> None:
-    """The host's power-off asks its guests to do the same, and waits for them."""
+    """The host's power-off asks its guests to power off, and waits for them."""
     assert any("full: terminated" in line and "powered off by the guest" in line for line in seen["said"])
     assert "vmd: terminating" in seen["said"]
 
 
 def test_again(seen: dict[str, Any]) -> None:
-    """The next boot starts what is enabled, at once or when KVM is there."""
+    """The next boot starts the enabled unit, at once or when KVM appears."""
     assert seen["unit"] == {"ActiveState": "active", "NRestarts": "0"}
     assert "vmd: startup" in seen["said"]
     assert "virtio block" in seen["answer"]
 
 
 def test_stop(seen: dict[str, Any]) -> None:
-    """The guest is asked to power off; then nothing is left of it, of the daemon and of its network."""
+    """The guest is asked to power off.  Then nothing is left of it, of the daemon, and of its network."""
     assert ours(seen["before"], "full")
     assert any("full: terminated" in line and "powered off by the guest" in line for line in seen["said"])
     assert seen["said"][-1] == "vmd: terminating"
@@ -226,7 +226,7 @@ def test_stop(seen: dict[str, Any]) -> None:
 
 
 def test_mistake(seen: dict[str, Any]) -> None:
-    """A start fails once, with an exit status of its own; systemctl shows it, and the line of the file."""
+    """The start fails once, with its own exit status.  systemctl shows the status and the line of the file."""
     assert seen["status"] == 1
     assert "Job for vmd.service failed" in seen["said"]
     assert seen["unit"] == {"ActiveState": "failed", "ExecMainStatus": "78", "NRestarts": "0"}

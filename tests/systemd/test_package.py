@@ -33,7 +33,7 @@ def newer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def box() -> Iterator[Box]:
-    """A Debian with nothing of ours but the package's file, and a guest."""
+    """A Debian that has only the file of our package, and a guest."""
     with Box(root=debian_root()) as box:
         box.copy(built_deb(), DEB)
         box.copy(guest("demo"), "/root/demo.elf")
@@ -41,12 +41,12 @@ def box() -> Iterator[Box]:
 
 
 def version(box: Box) -> str:
-    """Return what vmctl says it is."""
+    """Return the version of the installed vmctl."""
     return box.must("vmctl", "--version").split()[1]
 
 
 def status(box: Box, name: str) -> dict[str, Any]:
-    """Return what is said of a VM, as this vmctl understands the daemon that runs."""
+    """Return the row of a VM, as the installed vmctl gets it from the running daemon."""
     (row,) = [row for row in json.loads(box.must("vmctl", "status", "--json"))["vms"] if row["name"] == name]
     found: dict[str, Any] = row
     return found
@@ -58,12 +58,12 @@ def state(box: Box, name: str) -> str:
 
 
 def serving(box: Box) -> list[str]:
-    """Return which versions of the daemon serve."""
+    """Return the lines of `vmctl version` about the daemon and its generations."""
     return [line for line in box.must("vmctl", "version").splitlines() if not line.startswith("vmctl ")]
 
 
 def files(box: Box) -> dict[str, str]:
-    """Return every file of the disk that is not a log or a package manager's, with a digest."""
+    """Return the digest of each file of the disk, without logs and files of the package manager."""
     top = box.path("/")
     found = {}
     for directory, subdirectories, names in os.walk(top):
@@ -82,7 +82,7 @@ def files(box: Box) -> dict[str, str]:
 
 
 def test_installed_run_upgraded_and_removed(box: Box, newer: Path) -> None:
-    """As an operator does it: apt, a guest, apt again while it runs, a restart, and away with it."""
+    """The steps of an operator: install, run a guest, upgrade while it runs, restart, remove."""
     box.path("/etc/vm.conf").write_text(CONF)
     box.must(*INSTALL, "nftables", "seabios", "python3-msgpack", "python3-pyroute2")
     before = files(box)
@@ -114,7 +114,7 @@ def test_installed_run_upgraded_and_removed(box: Box, newer: Path) -> None:
 
     box.must("systemctl", "stop", "vmd")
     box.must(*INSTALL, "--reinstall", NEW_DEB)
-    assert box.properties("vmd.service")["ActiveState"] == "inactive"  # what an operator has stopped stays so
+    assert box.properties("vmd.service")["ActiveState"] == "inactive"  # an upgrade does not start a stopped unit
     box.must("systemctl", "start", "vmd")
     box.must("apt-get", "-q", "-y", "remove", "vmd")
     assert box.run("systemctl", "is-active", "vmd").stdout == "inactive\n"
@@ -130,7 +130,7 @@ def test_installed_run_upgraded_and_removed(box: Box, newer: Path) -> None:
 
 
 def test_version_that_cannot_take_over(box: Box, tmp_path: Path) -> None:
-    """The old daemon goes on, serves the new vmctl, and the package says why."""
+    """The old daemon continues and serves the new vmctl.  The package reports the reason."""
     box.path("/etc/vm.conf").write_text(CONF)
     box.must(*INSTALL, DEB)
     box.wait_for(lambda: state(box, "demo") == "running", "the VM of vm.conf does not run")
@@ -153,7 +153,7 @@ def test_version_that_cannot_take_over(box: Box, tmp_path: Path) -> None:
 
 
 def test_an_upgrade_that_fails_leaves_the_old_version(box: Box, newer: Path, tmp_path: Path) -> None:
-    """Whether something cannot be fetched, the disk is full, or dpkg is killed at any of its renames."""
+    """A dependency cannot be fetched, the disk is full, or dpkg is killed at any of its renames."""
     box.path("/etc/vm.conf").write_text(CONF)
     box.must(*INSTALL, DEB)
     box.wait_for(lambda: state(box, "demo") == "running", "the VM of vm.conf does not run")

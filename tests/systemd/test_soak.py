@@ -1,4 +1,4 @@
-"""The daemon is killed and restarted again and again under guests that are at work, and none of them notices."""
+"""The daemon is killed and restarted repeatedly while guests work, and no guest notices."""
 
 import contextlib
 import os
@@ -25,11 +25,11 @@ Say = Callable[[str, object], None]
 pytestmark = [pytest.mark.root, pytest.mark.kvm]
 
 DISKS, NICS = 10, 10  # VMs of each kind
-FRAMES = 100  # of each kind, before a guest says that they are through
+FRAMES = 100  # of each kind, in one command to a guest
 DISK_BYTES = 8 << 20
-ROUND_S = 1.0  # from one end to the next, whether the daemon serves by then or not
-SERVES_EVERY = 10  # rounds: so often it is waited until a daemon serves
-BUSY_S = 300.0  # a watchdog for what guests do on a busy host
+ROUND_S = 1.0  # between two ends, even if the daemon does not serve yet
+SERVES_EVERY = 10  # rounds between two waits until a daemon serves
+BUSY_S = 300.0  # a watchdog for the work of guests on a busy host
 
 
 class BoxNetwork(Network):
@@ -40,7 +40,7 @@ class BoxNetwork(Network):
 
 
 class Worker:
-    """One guest at work, on a thread of its own; every byte is looked at, by the guest or by its peer."""
+    """One guest at work, with its own thread here.  The guest or its peer checks every byte."""
 
     def __init__(self, box: Box, tty: str) -> None:
         self.console = Terminal(str(box.path(tty)))
@@ -50,7 +50,7 @@ class Worker:
         self._thread = threading.Thread(target=self._run)
 
     def start(self) -> None:
-        """Begin."""
+        """Start the thread."""
         self._thread.start()
 
     def _run(self) -> None:
@@ -62,11 +62,11 @@ class Worker:
             self.failure = error
 
     def work(self) -> None:
-        """Do a piece of work.  Raises AssertionError if anything was lost, or wrong."""
+        """Let the guest do a piece of work.  Raises AssertionError if any data was lost or wrong."""
         raise NotImplementedError
 
     def end(self) -> None:
-        """Come to an end, and say how that went."""
+        """End the thread, and raise the exception that it had, if any."""
         self._end.set()
         self._thread.join()
         if self.failure is not None:
@@ -77,22 +77,22 @@ class DiskWorker(Worker):
     """Writes patterns to its disk, reads them back and compares."""
 
     def work(self) -> None:
-        """Wait until it has done more."""
+        """Wait until the guest has done another round."""
         churn.ask_until_rounds(self.console, 1, BUSY_S)
 
 
 class NetWorker(Worker):
-    """Passes frames of all sizes to its peer, and takes what that sends."""
+    """Sends frames of all sizes to its peer, and receives the peer's."""
 
     def work(self) -> None:
-        """Have some more passed."""
+        """Let the guest and its peer exchange more frames."""
         said = self.console.answer(f"frames count={FRAMES}", "ready", BUSY_S)
         assert "frames are through" in said, said
         assert "FAIL" not in said, said
 
 
 def conf() -> str:
-    """Return 20 VMs: each works on its disk or its interface, and each has a local interface besides."""
+    """Return the configuration of 20 VMs.  Each works on a disk or an interface, and also has a local interface."""
     blocks = ["staggered start parallel 5 delay 1", 'switch "lan" { interface br0 }']
     for number in range(DISKS):
         lines = ("memory 32M", 'boot "/srv/blk.elf" cmdline "churn"', f'disk "/srv/disk{number}" format raw')
@@ -105,7 +105,7 @@ def conf() -> str:
 
 
 def files(unit: Unit) -> Counter[str]:
-    """Return how many processes there are of each title, and how many descriptors those have that stay."""
+    """Return the number of processes of each title, and of the descriptors of the long-lived ones."""
     found: Counter[str] = Counter()
     for line in unit.box.must("ps", "-eo", "pid=,stat=,args=").splitlines():
         pid, stat, title = line.split(None, 2)
@@ -148,7 +148,7 @@ def unit(box: Box) -> Iterator[Unit]:
 
 @contextlib.contextmanager
 def working(unit: Unit) -> Iterator[list[Worker]]:
-    """Have all guests work; at the end each says how it went."""
+    """Let all guests work.  At the end, check that none has failed."""
     network = BoxNetwork(unit.box)
     with network, contextlib.ExitStack() as stack:
         workers: list[Worker] = []
@@ -179,17 +179,17 @@ def working(unit: Unit) -> Iterator[list[Worker]]:
 
 
 def cut(unit: Unit) -> None:
-    """Kill what systemd has started, however far it is; between two daemons there is none."""
+    """Kill the daemon at any point of its start.  There may be none at the moment."""
     unit.box.run("systemctl", "kill", "--kill-whom=main", "--signal=KILL", "vmd")
 
 
 def begin_restart(unit: Unit) -> None:
-    """Ask for a restart, whatever is going on."""
+    """Ask for a restart, without waiting for earlier ones."""
     unit.box.must("systemctl", "restart", "--no-block", "vmd")
 
 
 def wait_until_it_serves(unit: Unit) -> None:
-    """Wait for a daemon that nobody is about to restart."""
+    """Wait for a daemon that serves, and has no job in systemd."""
 
     def serves() -> bool:
         found = unit.box.properties("vmd.service")
@@ -199,12 +199,12 @@ def wait_until_it_serves(unit: Unit) -> None:
 
 
 def soak(unit: Unit, seed: int, duration_s: float) -> str:
-    """Kill and restart the daemon for so long; return what was done."""
+    """Kill and restart the daemon for `duration_s`.  Return a summary."""
     choose = random.Random(seed)
     names = [f"disk{number}" for number in range(DISKS)] + [f"net{number}" for number in range(NICS)]
     ends: Counter[str] = Counter()
     with working(unit) as workers:
-        restart(unit)  # from now on everything is as the next daemon has it
+        restart(unit)  # compare with rows of an adopted state
         before = {name: same(unit.status(name)) for name in names}
         network, had = unit.network(), files(unit)
         first_rounds = [worker.rounds for worker in workers]
@@ -216,12 +216,12 @@ def soak(unit: Unit, seed: int, duration_s: float) -> str:
             if ends.total() % SERVES_EVERY == 0:
                 wait_until_it_serves(unit)
                 ends["served"] += 1
-            time.sleep(max(0.0, began_s + ROUND_S - time.monotonic()))  # the rhythm is what this is about
+            time.sleep(max(0.0, began_s + ROUND_S - time.monotonic()))  # the test needs this rhythm
         wait_until_it_serves(unit)
         for worker, first in zip(workers, first_rounds, strict=True):
             unit.box.wait_for(
                 lambda worker=worker, first=first: worker.rounds > first or worker.failure is not None,  # type: ignore[misc]
-                "a guest does not work on",
+                "a guest does no more work",
             )
         assert {name: same(unit.status(name)) for name in names} == before
         assert unit.network() == network
@@ -236,13 +236,13 @@ def soak(unit: Unit, seed: int, duration_s: float) -> str:
 @pytest.mark.deep
 @pytest.mark.timeout(900, func_only=True)
 def test_two_minutes(unit: Unit, request: pytest.FixtureRequest, record_property: Say) -> None:
-    """The daemon is killed or restarted every second, mostly before it serves; counts are printed."""
+    """The daemon is killed or restarted every second, mostly before it serves.  The test prints counts."""
     record_property("done", soak(unit, request.config.getoption("--seed"), 120))
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(0)
-def test_as_long_as_one_likes(unit: Unit, request: pytest.FixtureRequest, record_property: Say) -> None:
-    """--sequences is the number of seconds."""
+def test_any_number_of_seconds(unit: Unit, request: pytest.FixtureRequest, record_property: Say) -> None:
+    """The option --sequences is the number of seconds."""
     option = request.config.getoption
     record_property("done", soak(unit, option("--seed"), option("--sequences")))

@@ -1,4 +1,4 @@
-"""The shipped unit under a real systemd: what it starts works, and it ends as it should."""
+"""The shipped unit under a real systemd: start, stop, restart, reload, and failures."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from tests.support.debian import built_deb, debian_host
 from tests.support.guests import guest
 from tests.systemd.box import Box
 
-# The limit is each test's own: the first one may have to wait until a Debian has been fetched, which has a limit, too.
+# The limit is for each test without its fixtures.  The first fixture may fetch a Debian, which has its own limit.
 pytestmark = [pytest.mark.root, pytest.mark.kvm, pytest.mark.timeout(240, func_only=True)]
 
 DEMO, BLK = Path("/srv/demo.elf"), Path("/srv/blk.elf")
@@ -22,11 +22,11 @@ DISK, DISC = "/srv/disk.img", "/srv/cd.iso"
 DISK_BYTES = 1 << 20
 EX_UNAVAILABLE, EX_CONFIG = "69", "78"
 CRIT = "2"
-EXPOSURE_MAX = 6.2  # of `systemd-analyze security`: 0 is no way to do harm, 10 is all of them
+EXPOSURE_MAX = 6.2  # of `systemd-analyze security`, from 0 (safe) to 10
 
 
 def conf(*more: str) -> str:
-    """Return a vm.conf with a switch, and a VM that has one of everything and ends when it is asked to."""
+    """Return a vm.conf with a switch, and a VM with one device of each kind, which powers off when asked."""
     return "\n".join((
         'switch "lan" { interface br0 }',
         'vm "demo" {', " memory 32M", f' boot "{DEMO}"', f' disk "{DISK}" format raw', f' cdrom "{DISC}"',
@@ -45,11 +45,11 @@ class Unit:
         self.box.path("/etc/vm.conf").write_text(text)
 
     def start(self) -> None:
-        """Start it; that ends when the daemon serves, and has given its VMs to be started."""
+        """Start the unit, and wait until the daemon serves and has begun to start its VMs."""
         self.box.must("systemctl", "start", "vmd")
 
     def status(self, name: str, *, verbose: bool = False) -> dict[str, Any]:
-        """Return what `vmctl status` says of a VM."""
+        """Return the row of a VM in `vmctl status`."""
         options = ("-v",) if verbose else ()
         rows = json.loads(self.box.must("vmctl", "status", *options, "--json"))["vms"]
         (row,) = [row for row in rows if row["name"] == name]
@@ -62,14 +62,14 @@ class Unit:
         return self.status(name)
 
     def said(self) -> list[dict[str, Any]]:
-        """Return the journal of the present or last run of the daemon, as far as it wrote it itself."""
+        """Return the daemon's own journal entries of its present or last run."""
         entries = [entry for entry in self.box.journal() if entry["_TRANSPORT"] in ("stdout", "journal")]
         last = entries[-1]["_SYSTEMD_INVOCATION_ID"] if entries else ""
         run = self.box.properties("vmd.service").get("InvocationID", last)  # systemd forgets a unit that has ended
         return [entry for entry in entries if entry["_SYSTEMD_INVOCATION_ID"] == run]
 
     def wait_said(self, text: str) -> dict[str, Any]:
-        """Wait until the journal of this run has an entry with a text; returns the first."""
+        """Wait until the journal of this run has an entry with a text.  Return the first one."""
         found: list[dict[str, Any]] = []
 
         def look() -> bool:
@@ -84,13 +84,13 @@ class Unit:
         return {link["ifname"] for link in json.loads(self.box.must("ip", "-j", "link"))}
 
     def network(self) -> list[str]:
-        """Return all interfaces, their addresses but for those that the kernel gives in its time, and all rules."""
+        """Return all interfaces, their global addresses, and all rules.  The kernel assigns other addresses later."""
         commands = ("ip -o address show scope global", "ip -o link", "nft --stateless list ruleset")
         return [line for command in commands for line in self.box.must(*command.split()).splitlines()]
 
     @property
     def main(self) -> int:
-        """The daemon's process; 0 if there is none."""
+        """The pid of the daemon; 0 if there is none."""
         return int(self.box.properties("vmd.service")["MainPID"])
 
     def groups(self) -> dict[str, str]:
@@ -105,7 +105,7 @@ class Unit:
 
 
 def same(row: dict[str, Any]) -> dict[str, Any]:
-    """Return what does not change of a VM that does nothing but run."""
+    """Return the fields that do not change while a VM only runs."""
     return {key: value for key, value in row.items() if key != "resident_bytes"}
 
 
@@ -124,7 +124,7 @@ def box() -> Iterator[Box]:
 
 @pytest.fixture
 def unit(box: Box) -> Iterator[Unit]:
-    """Give the unit, stopped, with a good vm.conf; it is stopped again afterwards."""
+    """Give the stopped unit with a valid vm.conf, and stop it again afterwards."""
     unit = Unit(box)
     unit.configure(conf())
     box.run("systemctl", "reset-failed", "vmd")
@@ -133,7 +133,7 @@ def unit(box: Box) -> Iterator[Unit]:
 
 
 def test_vm_with_disk_switch_and_local_interface(unit: Unit) -> None:
-    """It runs, has what vm.conf says, and the guest reads its disk."""
+    """It runs with the devices of vm.conf, and the guest reads its disk."""
     reader = ('vm "blk" {', " memory 64M", f' boot "{BLK}" cmdline "bench"', ' disk "/srv/blk.img"', "}")
     unit.box.path("/srv/blk.img").write_bytes(bytes(DISK_BYTES))
     unit.configure(conf(*reader))
@@ -142,7 +142,7 @@ def test_vm_with_disk_switch_and_local_interface(unit: Unit) -> None:
     row = unit.wait_running("demo")
     with Terminal(str(unit.box.path(unit.wait_running("blk")["tty"]))) as console:
         said = console.answer("read bytes=4096 depth=1 count=8", "requests")
-    unit.box.must("vmctl", "stop", "-f", "-w", "blk")  # it knows no power button
+    unit.box.must("vmctl", "stop", "-f", "-w", "blk")  # this guest has no driver for a power button
 
     assert row["text"] == ""
     assert "done 8 requests" in said
@@ -154,7 +154,7 @@ def test_vm_with_disk_switch_and_local_interface(unit: Unit) -> None:
 
 
 def test_stop_with_a_running_guest(unit: Unit) -> None:
-    """The guest is asked to power off; then nothing is left of it, of the daemon and of its network."""
+    """The guest is asked to power off.  Then nothing is left of it, of the daemon, and of its network."""
     unit.start()
     unit.wait_running("demo")
     assert unit.processes()
@@ -171,7 +171,7 @@ def test_stop_with_a_running_guest(unit: Unit) -> None:
 
 
 def test_power_off_and_the_next_boot(unit: Unit) -> None:
-    """A host that goes off asks its guests first, and waits for them; what is enabled runs when it is up again."""
+    """A host that powers off first asks its guests to, and waits for them.  The next boot starts the enabled unit."""
     unit.start()
     unit.wait_running("demo")
     run = unit.box.properties("vmd.service")["InvocationID"]
@@ -206,7 +206,7 @@ def kill(unit: Unit) -> None:
     pytest.param(kill, conf("vm lots {"), id="kill-mistake", marks=pytest.mark.deep),
 ])  # fmt: skip
 def test_guest_outlives_the_daemon(unit: Unit, end: Callable[[Unit], None], text: str) -> None:
-    """With its process, console and interfaces, whatever the file says by then; a stop ends it as ever."""
+    """It keeps process, console and interfaces, even with a mistake in vm.conf.  A stop still ends it."""
     unit.start()
     before, main = unit.wait_running("demo"), unit.main
     network = unit.network()
@@ -236,7 +236,7 @@ def test_guest_outlives_the_daemon(unit: Unit, end: Callable[[Unit], None], text
 
 @pytest.mark.deep
 def test_upgrade_in_place(unit: Unit) -> None:
-    """To systemd it is the same process all along, its lines go to the journal, and what is stored stays so."""
+    """For systemd it remains the same process.  Its lines go to the journal, and its stored descriptors remain."""
     unit.start()
     before, main = unit.wait_running("demo"), unit.main
     shown = ("MainPID", "NRestarts", "NFileDescriptorStore", "ActiveState", "InvocationID")
@@ -256,8 +256,8 @@ def test_upgrade_in_place(unit: Unit) -> None:
 
 
 @pytest.mark.deep
-def test_daemon_that_is_stuck_is_replaced(unit: Unit) -> None:
-    """Its guest runs on.  The time is short here."""
+def test_a_hanging_daemon_is_replaced(unit: Unit) -> None:
+    """Its guest runs on.  The test shortens systemd's timeouts."""
     drop_in = unit.box.path("/run/systemd/system/vmd.service.d/short.conf")
     drop_in.parent.mkdir(parents=True)
     drop_in.write_text("[Service]\nWatchdogSec=4\nTimeoutAbortSec=2\n")
@@ -278,7 +278,7 @@ def test_daemon_that_is_stuck_is_replaced(unit: Unit) -> None:
 
 
 def test_guests_are_in_a_unit_of_their_own(unit: Unit) -> None:
-    """Each in a group of its own; the unit outlives nothing, and is there again after the daemon was killed."""
+    """Each VM has its own group in the unit, which ends with the daemon."""
     unit.start()
     unit.wait_running("demo")
     unit.box.wait_for(lambda: "vmd: vm" in unit.groups(), "there is no VM process in reserve")
@@ -300,8 +300,8 @@ def test_guests_are_in_a_unit_of_their_own(unit: Unit) -> None:
     unit.box.wait_for(lambda: not unit.box.path(f"/sys/fs/cgroup{above}").exists(), f"{above} does not end")
 
 
-def test_a_unit_of_guests_that_is_there_already(unit: Unit) -> None:
-    """Such as that of a daemon whose last guest is about to end: the next number is taken."""
+def test_the_name_of_the_guests_unit_is_in_use(unit: Unit) -> None:
+    """The unit may be that of an earlier daemon whose last guest is about to end.  The next number is used."""
     hold = "systemd-run --scope --quiet --unit=vmd-guests-0 sleep infinity >/dev/null 2>&1 </dev/null &"
     unit.box.must("sh", "-c", hold)
     try:
@@ -314,8 +314,8 @@ def test_a_unit_of_guests_that_is_there_already(unit: Unit) -> None:
         unit.box.must("systemctl", "stop", "vmd-guests-0.scope")
 
 
-def test_mistake_is_no_reason_to_start_again(unit: Unit) -> None:
-    """An exit status of its own, and the line of the file in the journal as what it is, an error."""
+def test_systemd_does_not_restart_after_a_mistake(unit: Unit) -> None:
+    """The daemon ends with its own exit status, and the journal has the line of the file as an error."""
     unit.configure(conf("vm lots {"))
 
     started = unit.box.run("systemctl", "start", "vmd")
@@ -329,7 +329,7 @@ def test_mistake_is_no_reason_to_start_again(unit: Unit) -> None:
 
 
 def test_reload(unit: Unit) -> None:
-    """A mistake fails and changes nothing; what is right takes effect."""
+    """A file with a mistake is refused and changes nothing.  A valid one takes effect."""
     unit.start()
     first = unit.wait_running("demo")
 
@@ -343,8 +343,8 @@ def test_reload(unit: Unit) -> None:
     assert unit.status("demo")["pid"] == first["pid"]
 
 
-def test_kvm_that_comes_late(unit: Unit) -> None:
-    """At boot the unit may be started before udev has loaded the module."""
+def test_kvm_that_appears_late(unit: Unit) -> None:
+    """At boot, the unit may start before udev has loaded the module."""
     unit.box.unplug_kvm()
     unit.box.must("systemctl", "start", "--no-block", "vmd")
     try:
@@ -358,7 +358,7 @@ def test_kvm_that_comes_late(unit: Unit) -> None:
 
 
 def test_kvm_that_may_not_be_used(unit: Unit) -> None:
-    """That is final: the unit fails, with the daemon's sentence, and is not started again."""
+    """The unit fails with the daemon's sentence, and is not started again."""
     unit.box.unplug_kvm()
     os.mknod(unit.box.path("/dev/kvm"), 0o600 | 0o020000, os.makedev(1, 3))  # /dev/null's number
     try:
@@ -374,7 +374,7 @@ def test_kvm_that_may_not_be_used(unit: Unit) -> None:
 
 
 def test_journal(unit: Unit) -> None:
-    """Every line has its severity, its unit and its process's name; a start in good order warns of nothing."""
+    """Every line has its severity, its unit and the name of its process.  A normal start has no warning."""
     unit.start()
     unit.wait_running("demo")
 
@@ -388,12 +388,12 @@ def test_journal(unit: Unit) -> None:
 
 
 def test_unit_waits_for_remote_file_systems(box: Box) -> None:
-    """Disks may be on them."""
+    """Disks may be on remote file systems."""
     assert "remote-fs.target" in box.properties("vmd.service")["After"].split()
 
 
 def test_state_directory_is_the_daemons_own(unit: Unit) -> None:
-    """It is made before the daemon starts, and nobody else reads it."""
+    """It is made before the daemon starts, and no other user can read it."""
     unit.start()
 
     status = unit.box.path("/var/lib/vmd").stat()
@@ -401,8 +401,8 @@ def test_state_directory_is_the_daemons_own(unit: Unit) -> None:
     assert (status.st_uid, status.st_mode & 0o777) == (0, 0o700)
 
 
-def test_fence_around_the_daemon(box: Box) -> None:
-    """How much systemd takes away does not become less unnoticed."""
+def test_exposure_of_the_daemon(box: Box) -> None:
+    """The restrictions in the unit cannot become weaker unnoticed."""
     path = box.properties("vmd.service")["FragmentPath"]
     table = box.must("systemd-analyze", "security", "--offline=true", path)
 
@@ -411,7 +411,7 @@ def test_fence_around_the_daemon(box: Box) -> None:
 
 
 def test_unit_has_no_mistake(box: Box) -> None:
-    """Every line is one that systemd knows."""
+    """systemd knows every setting."""
     done = box.run("systemd-analyze", "verify", "--man=no", "vmd.service")
 
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
