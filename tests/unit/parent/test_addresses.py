@@ -1,4 +1,4 @@
-"""Addresses of interfaces: arithmetic and its limits, link-layer addresses."""
+"""The addresses of interfaces: how they are computed, the limits of the ranges, and link-layer addresses."""
 
 import ipaddress
 
@@ -13,13 +13,13 @@ DEFAULT = Prefix(address=bytes((100, 64, 0, 0)), length=10)
 
 
 def prefix(text: str) -> Prefix:
-    """Return a range."""
+    """Parse an address range."""
     network = ipaddress.ip_network(text)
     return Prefix(address=network.network_address.packed, length=network.prefixlen)
 
 
 def v4(address: bytes) -> str:
-    """Return an address as people write it."""
+    """Format an address."""
     return str(ipaddress.ip_address(address))
 
 
@@ -39,8 +39,8 @@ def test_the_example_of_the_catalogue() -> None:
         ("10.0.0.0/8", 65535, "10.255.255.2"),
     ],
 )
-def test_the_last_vm_that_a_prefix_has_room_for(text: str, last: int, host: str) -> None:
-    """The next one is told so, with its number and interface."""
+def test_the_last_vm_that_fits_into_a_prefix(text: str, last: int, host: str) -> None:
+    """The next VM is refused.  The message names its number and interface."""
     assert room(prefix(text), None) == last + 1
     assert v4(Plan(number=last, prefix4=prefix(text)).host4(0)) == host
     with pytest.raises(OperatorError, match=f"dhcp address range exceeded, vm number {last + 1} interface 2"):
@@ -48,7 +48,7 @@ def test_the_last_vm_that_a_prefix_has_room_for(text: str, last: int, host: str)
 
 
 def test_the_last_interface() -> None:
-    """127 fit; the addresses end before the next VM's begin."""
+    """A VM has room for 127 interfaces.  Its last address is below the first address of the next VM."""
     plan = Plan(number=1, prefix4=DEFAULT)
 
     assert v4(plan.guest4(126)) == "100.64.1.255"
@@ -58,7 +58,7 @@ def test_the_last_interface() -> None:
 
 @pytest.mark.parametrize("number", [0, -1])
 def test_there_is_no_vm_0(number: int) -> None:
-    """A plan that came from elsewhere is checked as well."""
+    """Numbers below 1 are also refused in a plan that came from elsewhere."""
     with pytest.raises(OperatorError):
         Plan(number=number, prefix4=DEFAULT).host4(0)
     with pytest.raises(OperatorError):
@@ -80,7 +80,7 @@ def test_no_two_interfaces_share_addresses() -> None:
 
 
 def test_a_60_has_room_for_three_vms() -> None:
-    """Vm.conf takes none that is smaller."""
+    """Vm.conf allows no smaller prefix."""
     small = prefix("fd42:1:2:70::/60")
 
     assert room(DEFAULT, small) == 4
@@ -89,8 +89,8 @@ def test_a_60_has_room_for_three_vms() -> None:
         Plan(number=4, prefix4=DEFAULT, prefix6=small).network6(0)
 
 
-def test_a_range_of_our_own() -> None:
-    """RFC 4193: fd, 40 random bits, nothing else."""
+def test_a_random_range() -> None:
+    """A random range is unique local (RFC 4193): fd, 40 random bits, then zeros."""
     one, other = random_ula(), random_ula()
 
     assert (one.length, one.address[0], one.address[6:]) == (48, 0xFD, bytes(10))
@@ -98,7 +98,7 @@ def test_a_range_of_our_own() -> None:
 
 
 def test_link_layer_addresses() -> None:
-    """Cat. 2.5: fe:e1:bb:d<n>:xx:xx; one that is taken is not given, and there is an end."""
+    """Cat. 2.5: fe:e1:bb:d<n>:xx:xx.  No address is given twice, and there is an error when all are taken."""
     assert random_lladdr(0, ()).hex(":")[:11] == "fe:e1:bb:d1"
     assert random_lladdr(3, ()).hex(":")[:11] == "fe:e1:bb:d4"
     all_but_one = {bytes.fromhex("fee1bbd1") + number.to_bytes(2, "big") for number in range(65535)}
@@ -107,8 +107,8 @@ def test_link_layer_addresses() -> None:
         random_lladdr(0, all_but_one | {bytes.fromhex("fee1bbd1ffff")})
 
 
-def test_they_stay_with_the_name_for_the_life_of_the_daemon() -> None:
-    """A VM that is forgotten and comes back has the same; what was given explicitly is not touched."""
+def test_link_layer_addresses_stay_with_the_name_for_the_life_of_the_daemon() -> None:
+    """A VM that is removed and added again has the same ones.  Configured addresses are not changed."""
     table = VmTable()
     config = VmConfig(name="a", nics=(NicConfig(), NicConfig(lladdr=b"\2\0\0\0\0\1"), NicConfig()))
     first = table.add(config, from_config=True)
@@ -133,7 +133,7 @@ def test_they_stay_with_the_name_for_the_life_of_the_daemon() -> None:
     ],
 )  # fmt: skip
 def test_an_address_that_the_operator_has_chosen(guest: str, host: str) -> None:
-    """Of one interface; the other ones have theirs from the number."""
+    """Only one interface has a chosen address.  The addresses of the others still follow from the VM's number."""
     interface = ipaddress.ip_interface(guest)
     chosen = Prefix(address=interface.packed, length=interface.network.prefixlen)
     plan = Plan(number=3, prefix4=DEFAULT, fixed=(None, chosen))

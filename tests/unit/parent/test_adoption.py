@@ -1,4 +1,4 @@
-"""What a parent that takes the place of another one makes of what a vmm tells it, message by message."""
+"""How a parent that replaces an earlier one handles the messages about VMs that a vmm sends."""
 
 import errno
 import os
@@ -36,7 +36,7 @@ from vmd.version import VERSION
 
 
 class Line:
-    """The channel to a vmm; notes what is sent."""
+    """The channel to a vmm.  It records what is sent."""
 
     def __init__(self) -> None:
         self.channel = self
@@ -44,14 +44,14 @@ class Line:
         self.sent: list[Any] = []
 
     def send(self, message: Record, *, peerid: int = 0, fds: dict[str, list[int]] | None = None) -> None:
-        """Note a message."""
+        """Record a message."""
         self.sent.append(message)
         for fd in (fd for each in (fds or {}).values() for fd in each):
             os.close(fd)
 
 
 class Room:
-    """Every room that is called; notes what it is told."""
+    """Stands in for every other room.  It records its calls."""
 
     scores = None
 
@@ -63,38 +63,38 @@ class Room:
         self.migrations = Migrations(core, cast("Any", self))
 
     def vm_ended(self, vm: Vm, text: str) -> None:
-        """End a VM."""
+        """Record that a VM has ended."""
         vm.ended(text)
         self.calls.append(("gone", vm.name, text))
 
     def kill(self, vm: Vm) -> None:
-        """End a VM by force."""
+        """Record that a VM is killed."""
         self.calls.append(("killed", vm.name))
 
     def process_ended(self, message: VmExited) -> None:
-        """Take notice of an end."""
+        """Record that a process has ended."""
         self.calls.append(("exited", message.vmid, message.outcome))
 
     def give_up(self, vm: Vm, code: int, _text: str) -> None:
-        """Give up receiving."""
+        """Record that receiving is given up."""
         self.calls.append(("given up", vm.name, code))
 
     def stay_paused(self, vm: Vm, code: int, _text: str) -> None:
-        """Have it wait for its disks."""
+        """Record that a VM stays paused."""
         self.calls.append(("paused", vm.name, code))
 
     def start_batch_in_time(self) -> None:
-        """Start what waits."""
+        """Record that waiting VMs are to be started."""
         self.calls.append(("batch",))
 
     def read_from(self, reader: Any, _name: str) -> None:  # noqa: ANN401
-        """Read a log."""
+        """Accept a log, and close it."""
         reader.close()
 
 
 @pytest.fixture
 def room(core: Core) -> Room:
-    """Return all other rooms."""
+    """Return the stand-in for all other rooms."""
     return Room(core)
 
 
@@ -110,7 +110,7 @@ def core() -> Core:
 
 
 def adoption(core: Core, room: Room, *numbers: int, version: str = VERSION) -> tuple[Adoption, list[Line]]:
-    """Return the room, with vmms of these numbers, and their channels."""
+    """Return the room with one vmm for each number, and the vmms' channels."""
     over: list[Generation] = []
     generations = Generations()
     generations.on_over = over.append
@@ -123,7 +123,7 @@ def adoption(core: Core, room: Room, *numbers: int, version: str = VERSION) -> t
 
 
 def known(core: Core, name: str, state: State, generation: int = 1, **fields: Any) -> Vm:  # noqa: ANN401
-    """Return a VM that the parent before us knew."""
+    """Return a VM that the earlier parent knew."""
     vm = core.vms.add(VmConfig(name=name), from_config=True)
     vm.restore_state(state)
     for field, value in fields.items():
@@ -132,20 +132,20 @@ def known(core: Core, name: str, state: State, generation: int = 1, **fields: An
 
 
 def expect(room: Adoption, core: Core, generation: int = 1) -> None:
-    """Ask the vmms; all VMs are of the one with this number, but for those that do not run."""
+    """Ask the vmms.  All running VMs belong to the generation with this number."""
     vms = [vm_known(vm, generation if vm.alive and vm.state is not State.STARTING else 0, None) for vm in core.vms]
-    for vm in core.vms:  # as they come from the truth
+    for vm in core.vms:  # which the truth does not contain
         vm.sending = vm.receiving = None
     room.expect(vms, list(room.generations))
 
 
 def hold(room: Adoption, line: Line, message: VmHeld) -> None:
-    """Have a vmm tell of a VM, without what belongs to it."""
+    """Have a vmm report a VM, without descriptors."""
     room.on_held(message, Envelope(message, 0, 0, {}), cast("Any", line))
 
 
 def all_held(room: Adoption, line: Line, *vms: int) -> None:
-    """Have a vmm say that this was all."""
+    """Have a vmm report the end of its list."""
     message = VmsHeld(version=VERSION, vms=vms, spare=1)
     fds = {"process": [os.pidfd_open(os.getpid())]}
     room.on_process = lambda _generation, child: os.close(child.pidfd)
@@ -153,7 +153,7 @@ def all_held(room: Adoption, line: Line, *vms: int) -> None:
 
 
 def adopted(core: Core, room: Room, vm: Vm, **held: Any) -> list[Record]:  # noqa: ANN401
-    """Adopt one VM that is held so; return what its vmm was told besides."""
+    """Adopt one VM that vmm reports with these fields.  Return what its vmm was told after the question."""
     made, (line,) = adoption(core, room, 1)
     expect(made, core)
     hold(made, line, VmHeld(vmid=vm.vmid, **held))
@@ -171,10 +171,10 @@ def adopted(core: Core, room: Room, vm: Vm, **held: Any) -> list[Record]:  # noq
     (State.RUNNING, {"running": True, "stopping": True}, State.STOPPING),
     (State.RUNNING, {}, State.STARTING),
 ])  # fmt: skip
-def test_vmm_knows_better_what_a_vm_is_at(
+def test_the_state_that_vmm_reports_is_right(
     core: Core, room: Room, before: State, held: dict[str, bool], state: State
 ) -> None:
-    """Since then, if that is not what its parent knew; else as long as before."""
+    """A state that differs from the one the earlier parent knew begins now; the same one keeps its time."""
     vm = known(core, "a", before, since_s=5.0)
     assert adopted(core, room, vm, **held) == []
     assert vm.state is state
@@ -183,7 +183,7 @@ def test_vmm_knows_better_what_a_vm_is_at(
 
 
 def test_a_vm_that_has_ended_meanwhile(core: Core, room: Room) -> None:
-    """Its end is taken notice of when clients are served: its guest may have reset itself."""
+    """Its end is handled once clients are served, because a guest that reset itself is started again."""
     vm = known(core, "a", State.RUNNING)
     assert adopted(core, room, vm, running=True, outcome=Outcome.REBOOT) == []
     assert room.calls == [("exited", vm.vmid, Outcome.REBOOT)]
@@ -198,10 +198,10 @@ def test_a_vm_that_has_ended_meanwhile(core: Core, room: Room) -> None:
     ({"two_way": True, "written": True, "let_go": True}, None, State.IN_DOUBT, At.COMMITTED),
     ({"two_way": True, "written": True, "let_go": True, "undoing": True}, None, State.SENDING, At.UNDOING),
 ])  # fmt: skip
-def test_whoever_wanted_a_vm_elsewhere_has_gone(
+def test_the_client_that_sent_a_vm_has_gone(
     core: Core, room: Room, held: dict[str, bool], told: type[Record] | None, state: State, at: At
 ) -> None:
-    """It is as before; once its disks were let go, nobody knows whether it runs elsewhere."""
+    """The VM stays here.  Once its disks were let go, it is in doubt, because it may run elsewhere."""
     vm = known(core, "a", State.SENDING, sending=Sending(keep=False, state=State.RUNNING, carried=True))
     sent = adopted(core, room, vm, running=True, sending=True, **held)
     assert [type(message) for message in sent] == ([told] if told else [])
@@ -215,8 +215,8 @@ def test_whoever_wanted_a_vm_elsewhere_has_gone(
 @pytest.mark.parametrize(("held", "told"), [
     ({}, [CancelTransfer]), ({"lent": True}, [TakeDisksBack]), ({"lent": True, "returning": True}, []),
 ])  # fmt: skip
-def test_a_vm_that_stood_still_for_a_snapshot(core: Core, room: Room, held: dict[str, bool], told: list[Any]) -> None:
-    """It goes on as soon as it has its disks again."""
+def test_a_vm_that_was_paused_for_a_snapshot(core: Core, room: Room, held: dict[str, bool], told: list[Any]) -> None:
+    """The VM continues as soon as it has its disks again."""
     vm = known(core, "a", State.RUNNING)
     assert [type(message) for message in adopted(core, room, vm, running=True, lending=True, **held)] == told
     assert vm.state is State.SAVING
@@ -224,15 +224,15 @@ def test_a_vm_that_stood_still_for_a_snapshot(core: Core, room: Room, held: dict
     assert vm.state.value == "running"
 
 
-def test_a_vm_that_was_going_back_to_a_snapshot(core: Core, room: Room) -> None:
-    """Its disks may be others than its guest has seen: it must not go on."""
+def test_a_vm_that_was_going_back_to_a_snapshot_is_killed(core: Core, room: Room) -> None:
+    """Its disks may differ from those that its guest has seen, so it must not continue."""
     vm = known(core, "a", State.RUNNING, going_back=True)
     assert adopted(core, room, vm, running=True, lending=True, lent=True) == []
     assert room.calls == [("killed", "a")]
 
 
 def test_a_vm_in_doubt_stays_so(core: Core, room: Room) -> None:
-    """And is tried again, if the locks of its disks can tell."""
+    """The question where it runs is tried again, if the locks of its disks can answer it."""
     vm = known(core, "a", State.IN_DOUBT)
     vm.sending = Sending(keep=False, state=State.PAUSED, carried=True)
     vm.sending.locks_travel = True
@@ -252,7 +252,7 @@ def test_a_vm_in_doubt_stays_so(core: Core, room: Room) -> None:
 def test_a_vm_that_was_being_received(
     core: Core, room: Room, held: dict[str, bool], judged: bool, calls: list[object]
 ) -> None:
-    """A half one is of no use; a whole one may be all that is left of it."""
+    """An incomplete VM is given up.  A complete one may be the only copy, so it stays, paused."""
     vm = known(core, "a", State.RECEIVING, receiving=Receiving(paused=True))
     if judged:
         vm.running_config = vm.config
@@ -264,7 +264,7 @@ def test_a_vm_that_was_being_received(
 
 
 def test_vms_that_no_vmm_has(core: Core, room: Room) -> None:
-    """One that ran has ended; one that was about to start begins anew; others are as they were."""
+    """A VM that ran has ended.  A VM that was about to start is enqueued again.  Others keep their state."""
     made, (line,) = adoption(core, room, 1)
     known(core, "ran", State.RUNNING)
     known(core, "started", State.STARTING)
@@ -285,8 +285,8 @@ def test_vms_that_no_vmm_has(core: Core, room: Room) -> None:
     assert made.generations.of == {}
 
 
-def test_a_vmm_that_tells_late_is_waited_for_no_longer(core: Core, room: Room) -> None:
-    """Its VMs are as they were known, and are adopted when it tells of them."""
+def test_a_vmm_that_reports_late_is_not_waited_for(core: Core, room: Room) -> None:
+    """Its VMs keep the state that was known, and are adopted when the vmm reports them."""
     made, (line,) = adoption(core, room, 1)
     settled: list[int] = []
     made.on_settled = lambda: settled.append(1)
@@ -304,8 +304,8 @@ def test_a_vmm_that_tells_late_is_waited_for_no_longer(core: Core, room: Room) -
     assert room.calls == []
 
 
-def test_a_vm_of_which_is_told_after_the_end_of_the_list(core: Core, room: Room) -> None:
-    """There was no room for its descriptors before: it has not ended."""
+def test_a_vm_that_is_reported_after_the_end_of_the_list(core: Core, room: Room) -> None:
+    """There was no room for its descriptors before.  It has not ended."""
     made, (line,) = adoption(core, room, 1)
     vm = known(core, "a", State.RUNNING)
     expect(made, core)
@@ -329,8 +329,8 @@ def test_without_a_vmm_nothing_is_waited_for(core: Core, room: Room) -> None:
     assert room.calls == [("gone", "a", UNSEEN)]
 
 
-def test_what_was_said_to_the_parent_before_does_not_count(core: Core, room: Room) -> None:
-    """Until vmm has told of the VM; with that comes what it still means."""
+def test_messages_for_the_earlier_parent_do_not_count(core: Core, room: Room) -> None:
+    """Messages about a VM are ignored until vmm has reported it.  The report contains all that they would say."""
     made, (line,) = adoption(core, room, 1)
     vm = known(core, "a", State.RUNNING)
     exited = VmExited(vmid=vm.vmid, pid=1, outcome=Outcome.REBOOT, text="")
@@ -343,8 +343,8 @@ def test_what_was_said_to_the_parent_before_does_not_count(core: Core, room: Roo
     assert not made.is_stale(exited, channel)
 
 
-def test_a_vmm_that_tells_of_vms_unasked(core: Core, room: Room) -> None:
-    """Breaks the protocol; so does one that tells of all of them twice."""
+def test_a_vmm_that_reports_vms_without_a_request(core: Core, room: Room) -> None:
+    """A report without a request breaks the protocol, and so does a second report of the whole list."""
     made, (line,) = adoption(core, room, 1)
     with pytest.raises(PeerError, match="without a request"):
         hold(made, line, VmHeld(vmid=1))
@@ -354,8 +354,8 @@ def test_a_vmm_that_tells_of_vms_unasked(core: Core, room: Room) -> None:
         all_held(made, line)
 
 
-def test_a_vm_that_nobody_knows_is_left_alone(core: Core, room: Room) -> None:
-    """It is said, and it runs on."""
+def test_an_unknown_vm_is_left_alone(core: Core, room: Room) -> None:
+    """An error is logged, and the VM runs on."""
     made, (line,) = adoption(core, room, 1)
     expect(made, core)
     hold(made, line, VmHeld(vmid=77, running=True))
@@ -367,17 +367,20 @@ def test_a_vm_that_nobody_knows_is_left_alone(core: Core, room: Room) -> None:
 
 
 def types(messages: list[Any]) -> list[Any]:
-    """Return what kinds of messages these are."""
+    """Return the types of messages."""
     return [type(message) for message in messages]
 
 
 def start(vmid: int) -> StartVm:
-    """Return a message that starts a VM."""
+    """Return the message that starts a VM."""
     return StartVm(vmid=vmid, config=VmConfig(name="x"), boot_name="", verbosity=0)
 
 
 def test_messages_find_the_vmm_of_their_vm(core: Core, room: Room) -> None:
-    """New VMs go to the newest one; a guest that resets itself moves there, and its older vmm ends with the last."""
+    """New VMs start in the newest vmm.
+
+    A guest that resets itself moves there.  The older vmm ends with its last VM.
+    """
     made, (old, new) = adoption(core, room, 1, 2)
     generations = made.generations
     for generation in generations:
@@ -400,8 +403,8 @@ def test_messages_find_the_vmm_of_their_vm(core: Core, room: Room) -> None:
     assert types(new.sent) == [StartVm, StartVm, Quit]
 
 
-def test_the_newest_stays_without_vms(core: Core, room: Room) -> None:
-    """Others are started there."""
+def test_the_newest_vmm_stays_without_vms(core: Core, room: Room) -> None:
+    """The next VMs are started there."""
     made, (line,) = adoption(core, room, 1)
     made.generations.all[1].told = True
     made.generations.send(start(1))
@@ -409,8 +412,8 @@ def test_the_newest_stays_without_vms(core: Core, room: Room) -> None:
     assert types(line.sent) == [StartVm, EndTaken]
 
 
-def test_a_message_about_no_vm_reaches_nobody(core: Core, room: Room) -> None:
-    """What goes along is closed."""
+def test_a_message_about_an_unknown_vm_reaches_no_vmm(core: Core, room: Room) -> None:
+    """Its descriptors are closed."""
     made, (line,) = adoption(core, room, 1)
     fd = os.memfd_create("x")
     made.generations.send(StopVm(vmid=9, mode=cast("Any", 0)), fds={"x": [fd]})
@@ -420,8 +423,8 @@ def test_a_message_about_no_vm_reaches_nobody(core: Core, room: Room) -> None:
 
 
 @pytest.mark.parametrize("version", ["0.1.0", VERSION])
-def test_a_vmm_of_the_first_release_knows_of_no_vhost(core: Core, room: Room, version: str) -> None:
-    """It would take the message for nonsense; with its VMs a process moves the frames."""
+def test_a_vmm_of_the_first_release_does_not_know_vhost(core: Core, room: Room, version: str) -> None:
+    """It would reject the message, so the frames of its VMs are moved by a process."""
     made, (line,) = adoption(core, room, 1, version=version)
     plain = NicLink(name="tap0", lladdr=bytes(6), host_mac=bytes(6), locked=False, local=False, mtu=1500)
     nics = plain.replace(vhost=True), plain
@@ -434,13 +437,13 @@ def test_a_vmm_of_the_first_release_knows_of_no_vhost(core: Core, room: Room, ve
         sent: Any = line.sent[-1]
         assert type(sent) is type(message)
         assert [nic.vhost for nic in sent.nics] == [version == VERSION, False]
-        for fd in fds:  # it is closed, or has gone with the message
+        for fd in fds:  # it was closed, or was sent with the message
             with pytest.raises(OSError, match="Bad file"):
                 os.fstat(fd)
 
 
 def test_a_vmm_of_the_first_release_gets_no_seed(core: Core, room: Room) -> None:
-    """It would take the message for nonsense: a VM that has a seed is refused, and one that may bring one goes on."""
+    """It would reject the message.  A VM with a seed is refused.  A VM that is received continues without the seed."""
     made, (line,) = adoption(core, room, 1, version="0.1.0")
     newest = made.generations
 
@@ -463,8 +466,8 @@ def test_a_vmm_of_the_first_release_gets_no_seed(core: Core, room: Room) -> None
     [cls for cls, info in BY_CLASS.items() if (Proc.PARENT, Proc.VMM) in info.routes and "config" in cls.fields],
     ids=lambda cls: cls.__name__,
 )
-def test_no_vmm_is_told_the_secrets_of_a_seed(core: Core, room: Room, cls: type[Any]) -> None:
-    """Whatever message has the configuration of a VM in it."""
+def test_no_vmm_gets_the_secrets_of_a_seed(core: Core, room: Room, cls: type[Any]) -> None:
+    """This holds for every message that contains the configuration of a VM."""
     made, (line,) = adoption(core, room, 1)
     made.generations.of[1] = made.generations.all[1]
     seed = SeedConfig(user="alice", hostname="web", password="$6$x", user_data="/root/data")

@@ -1,4 +1,4 @@
-"""What agentx is told: when, how often, and of which states; and how the agent is looked for."""
+"""What agentx is told: when, how often, and about which states; and how the agent is found."""
 
 import socket
 from collections.abc import Callable, Mapping, Sequence
@@ -43,18 +43,18 @@ from vmd.record import Record
 
 
 class Timer:
-    """A call that is to come."""
+    """A call that is due later."""
 
     def __init__(self, delay_s: float, call: Callable[[], None]) -> None:
         self.delay_s, self.call = delay_s, call
 
     def cancel(self) -> None:
-        """Never make it."""
+        """Cancel the call."""
         self.call = lambda: None
 
 
 class Loop:
-    """Timers that run when a test says so."""
+    """Timers that run when the test calls `run`."""
 
     def __init__(self) -> None:
         self.timers: list[Timer] = []
@@ -73,50 +73,50 @@ class Loop:
 
 
 class Process:
-    """The channel to agentx, which is started and killed."""
+    """The channel to agentx, and what starts and kills it."""
 
     def __init__(self) -> None:
         self.sent: list[Record] = []
         self.killed = 0
 
     def start(self, _proc: object, _open_log: object) -> tuple[None, None]:
-        """Start it."""
+        """Start agentx."""
         return None, None
 
     def kill(self, _proc: object) -> None:
-        """Count."""
+        """Count the kills."""
         self.killed += 1
 
     def send(self, message: Record, *, fds: Mapping[str, Sequence[int]] | None = None) -> None:
-        """Note a message."""
+        """Record a message."""
         self.sent.append(message)
         for each in (fds or {}).get("master", ()):
             socket.socket(fileno=each).close()
 
     def flush_blocking(self, _timeout_s: float) -> None:
-        """Nothing waits."""
+        """Do nothing, because nothing waits."""
 
     def finish(self) -> None:
-        """It is over."""
+        """Do nothing."""
 
     def took(self) -> list[Record]:
-        """Return what was sent since the last time."""
+        """Return the messages since the last call."""
         sent, self.sent = self.sent, []
         return sent
 
 
 class Network:
-    """One without interfaces."""
+    """A network without interfaces."""
 
     taps: dict[int, object] = {}
 
     def counted(self, _vmid: int, _index: int, figures: dict[str, Any]) -> dict[str, Any]:
-        """Return what its process has counted."""
+        """Return the figures that the device process has counted."""
         return figures
 
 
 class Rig:
-    """The room, with VM a, which is configured, and b, which is not; its agent's socket would be at `path`."""
+    """The room with two VMs: `a` is in vm.conf, `b` is not.  `path` is for the agent's socket."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -141,27 +141,27 @@ class Rig:
         return self.core.vms.add(config, from_config=name == "a")
 
     def told(self) -> list[tuple[str, str, bool]]:
-        """Return of which states the process was told since the last time."""
+        """Return the states that the process was told since the last call."""
         self.loop.run()
         changes = [each for each in self.process.took() if isinstance(each, AgentxChanged)]
         return [(each.name, each.state, each.deleted) for each in changes]
 
     def ask(self) -> None:
-        """Have the process ask."""
+        """Have the process ask for all VMs."""
         message = AskAgentxVms()
         self.room.on_ask(message, Envelope(message, 0, 0, {}))
 
 
 @pytest.fixture
 def rig(tmp_path: Path, said: list[str]) -> Rig:
-    """Give a room."""
+    """Return a room."""
     assert said == []
     return Rig(tmp_path / "master")
 
 
 @pytest.fixture
 def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Give the warnings."""
+    """Return the warnings and errors that are logged."""
     lines: list[str] = []
     monkeypatch.setattr("vmd.parent.agentx.log.warn", lines.append)
     monkeypatch.setattr("vmd.parent.agentx.log.error", lines.append)
@@ -169,7 +169,7 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_states_are_told_as_they_change(rig: Rig) -> None:
-    """Each once; what is over before anybody looks is not, as in a reset of a guest."""
+    """Each state is told once.  A state that is over before the next look, as in a guest's reset, is not told."""
     assert rig.told() == []
     rig.a.begin_start(0)
     assert rig.told() == [("a", "starting", False)]
@@ -188,8 +188,8 @@ def test_states_are_told_as_they_change(rig: Rig) -> None:
 
 
 @pytest.mark.parametrize(("how", "state"), [(FAILED, "crashed"), (KILLED, "stopped")])
-def test_how_it_ended(rig: Rig, how: str, state: str) -> None:
-    """One that could not go on is told from one that was stopped; until its next life."""
+def test_the_state_of_a_vm_that_ended_says_how(rig: Rig, how: str, state: str) -> None:
+    """A VM that crashed is told from one that was stopped, until its next start."""
     rig.a.begin_start(0)
     rig.told()
     rig.a.ended("", how)
@@ -199,7 +199,7 @@ def test_how_it_ended(rig: Rig, how: str, state: str) -> None:
 
 
 def test_a_vm_that_is_forgotten(rig: Rig) -> None:
-    """First how it ended, and then that it is gone."""
+    """The last state of a removed VM is told first, and then its removal."""
     rig.b.begin_start(0)
     rig.b.begin_run(1)
     rig.told()
@@ -208,8 +208,8 @@ def test_a_vm_that_is_forgotten(rig: Rig) -> None:
     assert rig.told() == [("b", "stopped", False), ("b", "stopped", True)]
 
 
-def test_a_vm_that_is_described_anew(rig: Rig) -> None:
-    """As by a reload: nothing has happened to it, though it is not known any more how it ended."""
+def test_a_vm_that_is_removed_and_added_again(rig: Rig) -> None:
+    """This is what a reload does.  No change is told, but how the VM ended is no longer known."""
     rig.a.begin_start(0)
     rig.a.ended("", FAILED)
     assert rig.told() == [("a", "crashed", False)]
@@ -220,8 +220,8 @@ def test_a_vm_that_is_described_anew(rig: Rig) -> None:
     assert rig.told() == [("a", "starting", False)]
 
 
-def test_what_is_asked_without_end(rig: Rig) -> None:
-    """Is answered once in a while."""
+def test_too_many_questions_are_answered_together(rig: Rig) -> None:
+    """Questions without end get one answer in each interval."""
     rig.process.took()
     rig.ask()
     rig.loop.run()
@@ -236,13 +236,13 @@ def test_what_is_asked_without_end(rig: Rig) -> None:
     assert [type(each) for each in rig.process.took()] == [AgentxVm, AgentxVm, AgentxVms]
 
 
-def test_others_are_served_meanwhile(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A few VMs are told of at a time; one that is forgotten meanwhile is not, and with its process all of it ends."""
+def test_an_answer_leaves_time_for_others(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """VMs are told in small batches, without those removed meanwhile.  If the process ends, so does the answer."""
     monkeypatch.setattr("vmd.parent.agentx.BATCH", 1)
     rig.process.took()
     rig.ask()
     rig.loop.run()
-    rig.ask()  # it is being answered
+    rig.ask()  # the first question is still being answered
     assert [type(each) for each in rig.process.took()] == [AgentxVm]
     rig.core.vms.remove(rig.b)
     rig.loop.run()
@@ -256,13 +256,13 @@ def test_others_are_served_meanwhile(rig: Rig, monkeypatch: pytest.MonkeyPatch) 
     rig.room._on_lost(cast("Any", rig.process), None)
     rig.loop.run()
     assert rig.process.took() == []
-    rig.ask()  # another one does
+    rig.ask()  # another process asks
     rig.loop.run()
     assert [type(each) for each in rig.process.took()] == [AgentxVm]
 
 
-def test_what_is_told_of_a_vm(rig: Rig) -> None:
-    """What vm.conf says, and the numbers of interfaces."""
+def test_the_answer_describes_a_vm(rig: Rig) -> None:
+    """It has what vm.conf says, and the numbers of interfaces."""
     rig.process.took()
     rig.ask()
     rig.loop.run()
@@ -273,8 +273,8 @@ def test_what_is_told_of_a_vm(rig: Rig) -> None:
     assert a.links == (AgentxLink(tap=0, parent=socket.if_nametoindex("lo")),)
 
 
-def test_an_agent_that_is_not_there(rig: Rig, said: list[str]) -> None:
-    """It is looked for ever less often, and the log says so once; then again if it leaves."""
+def test_an_agent_that_does_not_exist(rig: Rig, said: list[str]) -> None:
+    """It is tried at growing intervals, and logged once.  When it was there and has gone, it is logged again."""
     waits = [rig.loop.run()[-1] for _ in range(8)]
     assert waits == [min(FIRST_S * 2**tries, LONGEST_S) for tries in range(1, 9)]
     assert len(said) == 1
@@ -289,25 +289,25 @@ def test_an_agent_that_is_not_there(rig: Rig, said: list[str]) -> None:
         assert isinstance(master, AgentxMaster)
         up = AgentxUp(number=master.number)
         rig.room.on_up(up, Envelope(up, 0, 0, {}))
-        for number in (master.number - 1, master.number):  # the first one is late, and of another connection
+        for number in (master.number - 1, master.number):  # the first is late, from an earlier connection
             lost = AgentxLost(number=number)
             rig.room.on_gone(lost, Envelope(lost, 0, 0, {}))
     assert rig.loop.run() == [FIRST_S]
     assert len(said) == 2
 
 
-def test_a_path_that_is_none(rig: Rig, said: list[str]) -> None:
-    """Whatever connect(2) says to it."""
+def test_a_path_that_is_not_a_socket(rig: Rig, said: list[str]) -> None:
+    """The error of connect(2) is logged."""
     rig.path.write_text("no socket")
     rig.core.config = rig.config(AgentxConfig(path=str(rig.path), context="vms"))
     rig.process.took()
     rig.room.configure()
-    assert rig.process.took() == [Quit()]  # or it would stay with another agent
+    assert rig.process.took() == [Quit()]  # or it would keep its earlier agent
     assert said[-1].startswith(f"agentx: no SNMP agent at {rig.path}: Connection refused")
 
 
-def test_no_agent_any_more(rig: Rig, said: list[str]) -> None:
-    """The process ends, and nothing is told or tried; a process that is lost then is not started again."""
+def test_a_configuration_without_an_agent_ends_the_process(rig: Rig, said: list[str]) -> None:
+    """Nothing is told or tried any more.  A process that is lost then is not started again."""
     rig.core.config = rig.config(None)
     rig.room.configure()
     assert rig.process.took()[-1] == Quit()
@@ -318,7 +318,7 @@ def test_no_agent_any_more(rig: Rig, said: list[str]) -> None:
 
 
 def test_a_process_that_is_lost(rig: Rig, said: list[str]) -> None:
-    """Another one is started, and given the agent."""
+    """Another process is started, and gets the connection to the agent."""
     rig.loop.timers.clear()
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(rig.path))
@@ -330,8 +330,8 @@ def test_a_process_that_is_lost(rig: Rig, said: list[str]) -> None:
     assert [type(each) for each in rig.process.took()] == [AgentxMaster]
 
 
-def test_the_longest_fits_a_message() -> None:
-    """Of a VM that has as much as a VM can have."""
+def test_the_longest_answer_fits_a_message() -> None:
+    """It describes a VM with the largest number of everything."""
     path, name = "/" + "\N{SNOWMAN}" * 341, "n" * NAME_MAX
     row = filled(
         AgentxVm,

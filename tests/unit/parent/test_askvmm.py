@@ -1,4 +1,4 @@
-"""The line to vmm: when it is asked whether it is there, and what comes of no answer."""
+"""The line to vmm: when the parent sends a Ping, and what happens if there is no answer."""
 
 from collections.abc import Callable
 from typing import cast
@@ -24,53 +24,53 @@ class Vmm:
         self.line = LineToVmm(cast("Loop", self), cast("Channel", self), self.on_silent)
 
     def send(self, message: Record, **_with: object) -> None:
-        """Be the channel."""
+        """Record a message, as the channel."""
         self.told.append(message)
 
     def call_later(self, _delay_s: float, callback: Callable[[], None]) -> "Vmm":
-        """Be the loop."""
+        """Start a timer, as the loop."""
         self.due.append(callback)
         return self
 
     def cancel(self) -> None:
-        """Be the timer."""
+        """Cancel the timer, as the timer."""
         self.due.pop()
 
     def on_silent(self) -> None:
-        """Count."""
+        """Count the reports of silence."""
         self.silent += 1
 
     def pass_time(self, looks: int) -> None:
-        """Have so many timers run off, each set by the one before it."""
+        """Let a number of timers expire, each of which starts the next."""
         for _ in range(looks):
             (callback,) = self.due
             self.due.clear()
             callback()
 
     def asked(self) -> int:
-        """Return how often it was asked."""
+        """Return the number of Pings."""
         return sum(isinstance(message, Ping) for message in self.told)
 
 
-def test_one_question_for_all_that_was_sent() -> None:
-    """A later message is asked about later, and once there is nothing to find out no timer runs."""
+def test_one_ping_for_many_messages() -> None:
+    """Messages after the Ping get a later Ping.  When all are answered, no timer runs."""
     vmm = Vmm()
     for _ in range(100):
         vmm.line.send(KvmFd())
     assert vmm.asked() == 1
     vmm.line.on_pong()
-    vmm.pass_time(1)  # there were 99 behind it
+    vmm.pass_time(1)  # 99 messages were sent after the Ping
     assert vmm.asked() == 2
     assert isinstance(vmm.told[-1], Ping)
     vmm.line.on_pong()
     assert vmm.due == []
-    vmm.line.on_pong()  # which nobody has asked for
+    vmm.line.on_pong()  # a pong without a Ping
     assert vmm.due == []
     assert len(vmm.told) == 102
 
 
-def test_silence_is_told_again_and_again_and_logged_once(capfd: pytest.CaptureFixture[str]) -> None:
-    """Whoever has come meanwhile waits in vain, too; vmm itself gets no more questions than it has answered."""
+def test_silence_is_reported_at_each_check_and_logged_once(capfd: pytest.CaptureFixture[str]) -> None:
+    """Clients that came later would also wait in vain.  vmm gets no second Ping before its answer."""
     vmm = Vmm()
     vmm.line.send(KvmFd())
     vmm.pass_time(LOOKS_MAX - 1)
@@ -86,7 +86,7 @@ def test_silence_is_told_again_and_again_and_logged_once(capfd: pytest.CaptureFi
 
 
 def test_a_vmm_that_is_lost_is_not_silent() -> None:
-    """Its end is told in another way."""
+    """The end of vmm is reported in another way."""
     vmm = Vmm()
     vmm.line.send(KvmFd())
     vmm.closed = True

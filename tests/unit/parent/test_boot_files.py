@@ -1,4 +1,4 @@
-"""What may be opened to boot from."""
+"""Which files may be booted, and how they are copied."""
 
 import os
 import pwd
@@ -26,7 +26,7 @@ NOBODY = pwd.getpwnam("nobody")
     ],
 )
 def test_only_regular_files_are_booted(kind: int, sentence: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A block device is named with the keyword that takes it."""
+    """The message for a block device names the keyword to use instead."""
     fd = os.open("/dev/null", os.O_RDONLY)
     monkeypatch.setattr(os, "fstat", lambda fd: os.stat_result((kind | 0o600, *[0] * 9)))
     try:
@@ -46,12 +46,12 @@ def test_only_regular_files_are_booted(kind: int, sentence: str, monkeypatch: py
         (0o404, 0, 0, True),
         (0o400, NOBODY.pw_uid, 0, True),
         (0o040, 0, NOBODY.pw_gid, True),
-        (0o004, NOBODY.pw_uid, 0, False),  # the owner's bits decide for the owner, and only they
+        (0o004, NOBODY.pw_uid, 0, False),  # for the owner only the owner's bits count
         (0o004, 0, NOBODY.pw_gid, False),
     ],
 )
 def test_readable_is_judged_on_the_open_file(tmp_path: Path, mode: int, uid: int, gid: int, allowed: bool) -> None:
-    """Mode bits of the file that was opened, as the kernel would apply them to the caller."""
+    """The mode bits of the open file are applied to the caller as the kernel would."""
     path = tmp_path / "image"
     path.touch()
     os.chown(path, uid, gid)
@@ -67,8 +67,8 @@ def test_readable_is_judged_on_the_open_file(tmp_path: Path, mode: int, uid: int
         require_readable(file.fileno(), str(path), ())
 
 
-def test_a_copy_that_nobody_changes_any_more(tmp_path: Path) -> None:
-    """Of all that is in a file; one that is too large is not copied."""
+def test_a_copy_that_cannot_be_changed(tmp_path: Path) -> None:
+    """The copy has the whole file and is sealed.  A file that is too large is not copied."""
     content = os.urandom((2 << 20) + 5)
     (tmp_path / "image").write_bytes(content)
     with (tmp_path / "image").open("rb") as file, os.fdopen(memory_file("kernel"), "w+b") as copy:

@@ -1,4 +1,4 @@
-"""Changes of a VM: who may make them, which files are opened with whose rights, and what follows from each answer."""
+"""Changes of a VM: who may make them, with whose rights files are opened, and what each answer causes."""
 
 import errno
 import os
@@ -32,14 +32,14 @@ UNUSED = cast("Any", None)
 
 
 class Peer:
-    """Notes what is sent, and closes what goes along."""
+    """A channel that records messages, and closes their descriptors."""
 
     def __init__(self) -> None:
         self.sent: list[Record] = []
         self.fds: list[list[str]] = []
 
     def send(self, message: Record, *, peerid: int, fds: dict[str, list[int]]) -> None:
-        """Note a message."""
+        """Record a message."""
         assert peerid in (0, CLIENT)
         self.sent.append(message)
         self.fds.append([name for name, each in fds.items() if each])
@@ -47,21 +47,21 @@ class Peer:
             os.close(fd)
 
     def take(self) -> list[Record]:
-        """Return what was sent since the last call."""
+        """Return the messages since the last call."""
         sent, self.sent = self.sent, []
         return sent
 
 
 class Openings:
-    """Openers that answer when the test wants them to."""
+    """Stands in for the openers.  The test gives their answers."""
 
     def __init__(self) -> None:
-        self.jobs: list[tuple[int, OpenFiles]] = []  # with the user who has asked
+        self.jobs: list[tuple[int, OpenFiles]] = []  # with the user that asked
         self.answers: list[tuple[Callable[[Opened], None], Callable[[VmdError], None]]] = []
         self.hanging = False
 
     def require_answers(self, _user: int) -> None:
-        """Be the check whether openers of a user hang."""
+        """Refuse if openers of the user hang."""
         if self.hanging:
             raise OperatorError(errno.EBUSY, "their storage does not answer")
 
@@ -74,7 +74,7 @@ class Openings:
         on_opened: Callable[[Opened], None],
         on_failed: Callable[[VmdError], None],
     ) -> None:
-        """Take a job."""
+        """Accept a job."""
         self.jobs.append((user, job))
         self.answers.append((on_opened, on_failed))
 
@@ -85,7 +85,7 @@ class Openings:
         return user, job
 
     def opened(self, **found: object) -> Opened:
-        """Answer the oldest job; the files have one courier."""
+        """Answer the oldest job with success.  All files come over one courier."""
         opened = Opened()
         opened.couriers = [os.open(os.devnull, os.O_RDONLY)]
         for name, value in found.items():
@@ -94,12 +94,12 @@ class Openings:
         return opened
 
     def failed(self, error: VmdError) -> None:
-        """Answer the oldest job."""
+        """Answer the oldest job with an error."""
         self.answers.pop(0)[1](error)
 
 
 class Rig:
-    """The room, a VM, its owner, and who listens."""
+    """The room, a VM, its owner, and the channels."""
 
     def __init__(self) -> None:
         self.core = Core(UNUSED, Config())
@@ -111,24 +111,24 @@ class Rig:
         self.vm.uid = 1000
 
     def run(self, config: VmConfig = CONFIG) -> None:
-        """Let the VM run."""
+        """Set the VM to running."""
         self.vm._state, self.vm.pid = State.RUNNING, 4711
         self.vm.running_config = config
 
     def resize(self, disk: str = "disk1", size_bytes: int = GIB, caller: Caller = OWNER) -> None:
-        """Ask for a larger disk."""
+        """Request a larger disk."""
         message = ResizeRequest(name="a", disk=disk, size_bytes=size_bytes)
         self.changes.serve_resize(message, caller, Envelope(message, CLIENT, 0, {}))
 
     def disc(self, path: str, caller: Caller = OWNER, *, force: bool = False) -> None:
-        """Ask for another disc."""
+        """Request another disc."""
         message = DiscRequest(name="a", path=path, force=force)
         self.changes.serve_disc(message, caller, Envelope(message, CLIENT, 0, {}))
 
 
 @pytest.fixture
 def rig() -> Rig:
-    """Give the room."""
+    """Return the room."""
     return Rig()
 
 
@@ -137,12 +137,12 @@ def is_open(fd: int) -> bool:
     return os.path.exists(f"/proc/self/fd/{fd}")
 
 
-# --- who and what ---------------------------------------------------------------------------------------------
+# --- permissions ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ask", [Rig.resize, lambda rig, **more: rig.disc("/x", **more)], ids=["disk", "disc"])
-def test_only_who_controls_the_vm_may_change_it(rig: Rig, ask: Callable[..., None]) -> None:
-    """Nothing is opened for others."""
+def test_only_users_who_control_the_vm_may_change_it(rig: Rig, ask: Callable[..., None]) -> None:
+    """For other users nothing is opened."""
     with pytest.raises(OperatorError, match="its owner is") as refused:
         ask(rig, caller=OTHER)
     assert refused.value.number == errno.EPERM
@@ -154,14 +154,14 @@ def test_only_who_controls_the_vm_may_change_it(rig: Rig, ask: Callable[..., Non
 
 @pytest.mark.parametrize("word", ["disk1", "1", "/d1"])
 def test_a_disk_has_three_names(rig: Rig, word: str) -> None:
-    """Its number, with or without `disk`, and its path."""
+    """The names are its number, with or without `disk`, and its path."""
     rig.resize(word)
     assert rig.openings.job()[1].disks == (DISKS[1],)
 
 
 @pytest.mark.parametrize("word", ["disk2", "2", "-1", "disk", "", "/d", "\u00b2", "9" * 5000])
-def test_a_disk_that_is_not_there(rig: Rig, word: str) -> None:
-    """The client is told which disks there are."""
+def test_a_disk_that_does_not_exist(rig: Rig, word: str) -> None:
+    """The message lists the VM's disks."""
     with pytest.raises(OperatorError, match=r"it has disk0 \(/d0\), disk1 \(/d1\)$") as refused:
         rig.resize(word)
     assert refused.value.number == errno.ENODEV
@@ -169,7 +169,7 @@ def test_a_disk_that_is_not_there(rig: Rig, word: str) -> None:
 
 
 @pytest.mark.parametrize("size", [0, -512, 511, 513, SIZE_MAX + 1, 1 << 64])
-def test_a_size_that_no_disk_has(rig: Rig, size: int) -> None:
+def test_an_impossible_size_of_a_disk(rig: Rig, size: int) -> None:
     """It is refused before anything is opened."""
     with pytest.raises(OperatorError, match="bytes") as refused:
         rig.resize(size_bytes=size)
@@ -178,21 +178,21 @@ def test_a_size_that_no_disk_has(rig: Rig, size: int) -> None:
 
 
 @pytest.mark.parametrize("path", ["x.iso", "./x", "/a\0b", "/" + "x" * 5000])
-def test_a_path_that_no_disc_has(rig: Rig, path: str) -> None:
-    """A path is relative to the client's directory, which the daemon does not know; no file has a NUL in its name."""
+def test_an_impossible_path_of_a_disc(rig: Rig, path: str) -> None:
+    """A relative path is refused, because the daemon does not know the client's directory.  So is a NUL."""
     with pytest.raises(OperatorError) as refused:
         rig.disc(path)
     assert (refused.value.number, rig.openings.jobs, rig.vm.changing) == (errno.EINVAL, [], None)
 
 
 def test_a_path_with_a_backslash(rig: Rig) -> None:
-    """It is a name like any other."""
+    """A backslash has no special meaning in a path."""
     rig.disc("/a\\0b")
     assert rig.openings.job()[1].cdrom == "/a\\0b"
 
 
 def test_one_change_at_a_time(rig: Rig) -> None:
-    """The second client is told which change is under way; the first one goes on."""
+    """The second client gets a message that names the present change, which continues."""
     rig.resize()
     with pytest.raises(OperatorError, match="disk1 is being changed"):
         rig.disc("")
@@ -202,8 +202,8 @@ def test_one_change_at_a_time(rig: Rig) -> None:
     rig.disc("")
 
 
-def test_no_change_when_the_daemon_ends_or_storage_hangs(rig: Rig) -> None:
-    """The VM is not left as one that is being changed."""
+def test_no_change_when_the_daemon_ends_or_openers_hang(rig: Rig) -> None:
+    """After the refusal no change of the VM is recorded as under way."""
     rig.openings.hanging = True
     with pytest.raises(OperatorError, match="storage does not answer"):
         rig.resize()
@@ -218,7 +218,7 @@ def test_no_change_when_the_daemon_ends_or_storage_hangs(rig: Rig) -> None:
 
 
 def test_a_disk_of_a_vm_that_does_not_run(rig: Rig) -> None:
-    """First the caller's right to write is checked; then the file is changed with the rights of who has named it."""
+    """First the caller's right to write is checked.  Then the disk grows with the rights of the user who named it."""
     rig.resize()
     user, job = rig.openings.job()
     assert (user, job.uid, job.only_writable, job.resize_bytes) == (1000, 1000, True, 0)
@@ -234,7 +234,7 @@ def test_a_disk_of_a_vm_that_does_not_run(rig: Rig) -> None:
 
 
 def test_a_disk_of_a_vm_that_runs(rig: Rig) -> None:
-    """Its process makes it larger, after the caller's right to write was checked."""
+    """The VM's process makes the disk larger, after the caller's right to write was checked."""
     rig.run()
     rig.resize()
     rig.openings.opened()
@@ -246,8 +246,8 @@ def test_a_disk_of_a_vm_that_runs(rig: Rig) -> None:
     assert (rig.control.take(), rig.vm.changing) == ([resized], None)
 
 
-def test_a_file_that_has_taken_the_place_of_the_guest_s(rig: Rig) -> None:
-    """The caller may write to the new one; that says nothing of the one that the guest has."""
+def test_a_disk_whose_file_was_replaced(rig: Rig) -> None:
+    """The caller may write to the new file.  That does not prove the right to the file that the guest has open."""
     rig.run()
     rig.vm.files = {"disk /d1": (1, 2)}
     rig.resize()
@@ -261,7 +261,7 @@ def test_a_file_that_has_taken_the_place_of_the_guest_s(rig: Rig) -> None:
 
 @pytest.mark.parametrize("running", [False, True])
 def test_a_disk_that_does_not_become_larger(rig: Rig, running: bool, capfd: pytest.CaptureFixture[str]) -> None:
-    """The client has the sentence once, with the VM's name once; the next change is possible."""
+    """The client gets the message once, with the VM's name once.  The next change is possible."""
     if running:
         rig.run()
     rig.resize()
@@ -277,7 +277,7 @@ def test_a_disk_that_does_not_become_larger(rig: Rig, running: bool, capfd: pyte
 
 
 def test_an_opener_that_fails_for_a_reason_of_the_host(rig: Rig) -> None:
-    """The errno is the host's."""
+    """The answer has the errno of the host."""
     rig.resize()
     rig.openings.failed(HostError("open /d1", errno.EIO))
 
@@ -290,7 +290,7 @@ def test_an_opener_that_fails_for_a_reason_of_the_host(rig: Rig) -> None:
 
 
 def test_a_disc_for_a_vm_that_does_not_run(rig: Rig) -> None:
-    """Its next start has the disc, with the rights of the caller; the file is closed again."""
+    """The next start has the disc, with the caller's rights.  The file is closed now."""
     rig.disc("/new.iso")
     user, job = rig.openings.job()
     assert (user, job.uid, job.cdrom, job.in_conf) == (1000, 1000, "/new.iso", False)
@@ -304,7 +304,7 @@ def test_a_disc_for_a_vm_that_does_not_run(rig: Rig) -> None:
 
 
 def test_a_disc_for_a_vm_that_runs(rig: Rig) -> None:
-    """Its process is given the file; until it has answered, nothing is known to have changed."""
+    """The VM's process gets the file.  The configuration changes only after its answer."""
     rig.run()
     rig.vm.files = {"disk /d0": (1, 1), "cdrom /old.iso": (1, 2)}
     rig.vm.next_config = CONFIG.replace(vcpus=2)
@@ -324,7 +324,7 @@ def test_a_disc_for_a_vm_that_runs(rig: Rig) -> None:
 
 
 def test_the_disc_is_taken_out(rig: Rig) -> None:
-    """Nothing is opened for that, and no file goes along; the drive stays."""
+    """For that nothing is opened and no file is sent.  The drive stays."""
     rig.run()
     rig.vm.files = {"cdrom /old.iso": (1, 2)}
     rig.disc("")
@@ -336,7 +336,7 @@ def test_the_disc_is_taken_out(rig: Rig) -> None:
 
 
 def test_a_disc_that_the_drive_does_not_take(rig: Rig) -> None:
-    """The guest may have locked it: it has the disc before."""
+    """The guest may have locked the drive.  The old disc stays."""
     rig.run()
     rig.disc("/new.iso")
     rig.openings.opened(files={"cdrom /new.iso": (1, 3)})
@@ -347,7 +347,7 @@ def test_a_disc_that_the_drive_does_not_take(rig: Rig) -> None:
 
 
 def test_a_vm_that_runs_without_a_drive(rig: Rig) -> None:
-    """Devices do not come while it runs; one with an empty drive has one."""
+    """No device is added to a running VM.  An empty drive takes a disc."""
     bare = CONFIG.replace(cdrom="")
     rig.run(bare)
     with pytest.raises(OperatorError, match="has no cdrom drive"):
@@ -361,7 +361,7 @@ def test_a_vm_that_runs_without_a_drive(rig: Rig) -> None:
 
 
 def test_files_that_come_too_late_are_closed(rig: Rig) -> None:
-    """The VM has ended meanwhile, and the client was told so."""
+    """The VM has ended meanwhile, and the client already has its answer."""
     rig.run()
     rig.disc("/new.iso")
     rig.vm.changing = None
@@ -373,7 +373,7 @@ def test_files_that_come_too_late_are_closed(rig: Rig) -> None:
 
 
 def test_a_failure_that_comes_too_late_fails_no_other_change(rig: Rig) -> None:
-    """The client of the next change goes on waiting."""
+    """The client of the next change still waits."""
     rig.resize()
     rig.vm.changing = None
     rig.disc("/new.iso")
@@ -383,8 +383,8 @@ def test_a_failure_that_comes_too_late_fails_no_other_change(rig: Rig) -> None:
     assert rig.vm.changing is not None
 
 
-def test_a_vm_that_answers_what_it_was_not_asked(rig: Rig) -> None:
-    """Its answer to another change, or to none, changes nothing; one that does not run cannot answer."""
+def test_answers_without_a_request(rig: Rig) -> None:
+    """An answer to another change, or to none, changes nothing.  From a VM that does not run it is an error."""
     resized, changed = DiskResized(vmid=rig.vm.vmid), DiscChanged(vmid=rig.vm.vmid)
     for answer, serve in ((resized, rig.changes.on_disk_resized), (changed, rig.changes.on_disc_changed)):
         with pytest.raises(PeerError, match="which does not run"):

@@ -1,4 +1,4 @@
-"""The parent's children, when they end later than they were looked at."""
+"""The parent reaps children that end late: after the first look at them."""
 
 import os
 from collections.abc import Callable
@@ -17,17 +17,17 @@ from vmd.privsep.spawn import Child
 
 
 class Loop:
-    """A loop whose timers are run by hand."""
+    """A loop whose timers the test runs."""
 
     def __init__(self) -> None:
         self.timers: list[tuple[float, Callable[[], None]]] = []
 
     def call_later(self, delay_s: float, callback: Callable[[], None]) -> None:
-        """Be `Loop.call_later`."""
+        """Start a timer."""
         self.timers.append((delay_s, callback))
 
     def run(self) -> list[float]:
-        """Run the timers there are; return their delays."""
+        """Run the present timers.  Return their delays."""
         timers, self.timers = self.timers, []
         for _, callback in timers:
             callback()
@@ -35,7 +35,7 @@ class Loop:
 
 
 class Process:
-    """A child that ends when it is told to."""
+    """A child that ends when the test calls `end`."""
 
     def __init__(self) -> None:
         reading, self.writing = os.pipe()
@@ -47,24 +47,24 @@ class Process:
         os.close(reading)
 
     def end(self) -> None:
-        """End it, and wait until it has, without reaping it."""
+        """End the process, and wait for that without reaping it."""
         os.close(self.writing)
         os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
 
     def is_reaped(self) -> bool:
-        """Return whether it was reaped."""
+        """Return whether the process was reaped."""
         return is_reaped(self.pid)
 
 
 @pytest.fixture
 def process() -> Process:
-    """A child of ours."""
+    """Return a child process."""
     return Process()
 
 
 @pytest.fixture
 def make(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[int]], tuple[Children, Loop]]:
-    """Return what makes the parent's children, where an earlier program has left these."""
+    """Return a function that makes `Children`, with these children of an earlier program."""
     cell = SimpleNamespace(ids=None)
     monkeypatch.setattr(Cell, "build", lambda _uid, _gid: cell)
     monkeypatch.setattr(module, "vmm_place", lambda _cell, _first_id: cell)
@@ -80,11 +80,11 @@ def make(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[int]], tuple[Childre
 Make = Callable[[list[int]], tuple[Children, Loop]]
 
 
-def test_what_an_earlier_program_has_left_may_end_late(make: Make, process: Process) -> None:
-    """Each look is later than the one before, and there is none when all have ended."""
+def test_children_of_an_earlier_program_may_end_late(make: Make, process: Process) -> None:
+    """The delay between looks doubles up to a limit.  There are no more looks when all have ended."""
     children, loop = make([process.pid])
     children.begin(cast("Any", loop))
-    children.bury()  # whoever else looks does not make more of these
+    children.bury()  # other calls start no further timers
     delays = [delay for _ in range(8) for delay in loop.run()]
     assert delays == [LATE_S * 2**number for number in range(6)] + [LATEST_S] * 2
 
@@ -95,8 +95,8 @@ def test_what_an_earlier_program_has_left_may_end_late(make: Make, process: Proc
     assert not loop.timers
 
 
-def test_what_is_killed_may_end_late(make: Make, process: Process) -> None:
-    """Nobody looks at what runs, and has not been told to end."""
+def test_a_killed_child_may_end_late(make: Make, process: Process) -> None:
+    """There are no looks at a child that runs and was not killed."""
     children, loop = make([])
     children.begin(cast("Any", loop))
     child = Child("slow", process.pid)
@@ -104,7 +104,7 @@ def test_what_is_killed_may_end_late(make: Make, process: Process) -> None:
     children.bury()
     assert not loop.timers
 
-    child.killed = True  # what storage keeps does not end by that
+    child.killed = True  # a process that storage blocks does not end at once
     children.bury()
     assert loop.run() == [LATE_S]
     process.end()
@@ -113,8 +113,8 @@ def test_what_is_killed_may_end_late(make: Make, process: Process) -> None:
     assert (process.is_reaped(), child.pidfd, loop.timers) == (True, -1, [])
 
 
-def test_what_was_taken_over_is_looked_at_like_a_child_of_ours(make: Make, process: Process) -> None:
-    """An earlier daemon has started it; killed, it may end late, too."""
+def test_an_adopted_process_is_reaped_like_a_child(make: Make, process: Process) -> None:
+    """An earlier daemon has started it.  When it is killed, it may also end late."""
     children, loop = make([])
     children.begin(cast("Any", loop))
     child = Adopted("slow", os.pidfd_open(process.pid))

@@ -1,4 +1,4 @@
-"""Who waits for what, and who is answered."""
+"""Which clients wait for what, and which are answered."""
 
 import errno
 from typing import Any, cast
@@ -20,27 +20,27 @@ class Control:
         self.answers: list[tuple[int, Record]] = []
 
     def send(self, message: Record, *, peerid: int, fds: dict[str, list[int]]) -> None:
-        """Note an answer."""
+        """Record an answer."""
         assert not fds
         self.answers.append((peerid, message))
 
 
 @pytest.fixture
 def control() -> Control:
-    """Give what the answers go to."""
+    """Return the channel that the answers go to."""
     return Control()
 
 
 @pytest.fixture
 def clients(control: Control) -> Clients:
-    """Give the clients of a parent that has a control."""
+    """Return the clients of a parent that has a control."""
     peers = Peers()
     peers.channels[Proc.CONTROL] = cast("Any", control)
     return Clients(peers)
 
 
 def test_each_is_answered_once(clients: Clients, control: Control) -> None:
-    """All who wait for the same of the same VM, in the order in which they came, and nobody else."""
+    """An answer goes to all clients that wait for the same of the same VM, in the order in which they came."""
     for client, what, vmid in ((1, For.END, 7), (2, For.END, 8), (3, For.START, 7), (4, For.END, 7)):
         clients.wait(client, what, vmid)
 
@@ -54,8 +54,8 @@ def test_each_is_answered_once(clients: Clients, control: Control) -> None:
 
 
 @pytest.mark.parametrize("what", For)
-def test_who_has_left_is_not_answered(clients: Clients, control: Control, what: For) -> None:
-    """But has kept its place where the next answer would be the next client's."""
+def test_a_client_that_has_left_is_not_answered(clients: Clients, control: Control, what: For) -> None:
+    """Its place stays in queues where each answer is for the next client."""
     for client in (1, 2):
         clients.wait(client, what, 7)
 
@@ -68,7 +68,7 @@ def test_who_has_left_is_not_answered(clients: Clients, control: Control, what: 
 
 
 def test_a_wait_is_over_once(clients: Clients) -> None:
-    """Whoever would end it by its time finds that out; of two of one client it is that one."""
+    """A second end of a wait, as by its timeout, has no effect.  Two waits of one client are told apart."""
     first, second = clients.wait(1, For.DEVICES, 7), clients.wait(1, For.DEVICES, 7)
 
     assert [clients.done(second), clients.done(second)] == [True, False]
@@ -76,8 +76,8 @@ def test_a_wait_is_over_once(clients: Clients) -> None:
     assert not clients.done(first)
 
 
-def test_without_control_nobody_is_answered() -> None:
-    """It has been killed, and the VMs are stopped: they end as always."""
+def test_without_control_no_client_is_answered() -> None:
+    """Control was killed, and the VMs are stopped.  The waits end as usual."""
     clients = Clients(Peers())
     clients.wait(1, For.END, 7)
     clients.answer_all(For.END, 7, Ok())

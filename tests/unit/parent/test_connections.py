@@ -1,4 +1,4 @@
-"""What the parent takes of the controls, which may have been taken over."""
+"""The limits for controls, each of which may have been taken over by an attacker."""
 
 from collections.abc import Iterator
 from typing import Any, cast
@@ -36,7 +36,7 @@ ROW = VmInfo(
 
 
 class FakeChannel:
-    """Takes what is sent."""
+    """A channel that records messages."""
 
     label = "control/1000"
 
@@ -45,32 +45,32 @@ class FakeChannel:
         self.closed = False
 
     def close(self) -> None:
-        """Be closed."""
+        """Note that it was closed."""
         self.closed = True
 
     def send(self, message: Record, **_more: object) -> None:
-        """Take a message."""
+        """Record a message."""
         self.sent.append(message)
 
 
 class FakeChildren:
-    """Starts nothing."""
+    """Starts no processes."""
 
     def start(self, *_arguments: object) -> tuple[Any, Any]:
-        """Return what is as good as a child."""
+        """Return stand-ins for a child and its channel."""
         return None, None
 
     def are_ours(self, _caller: Caller) -> bool:
-        """They are not."""
+        """Return False for every caller."""
         return False
 
     def bury(self) -> None:
-        """Nobody has ended."""
+        """Reap nothing."""
 
 
 @pytest.fixture
 def connections() -> Iterator[Connections]:
-    """Give the room with one connection, of a user's control."""
+    """Yield the room with one connection, of the control of a user."""
     attached: list[dict[str, Any]] = []
 
     def attach(*_arguments: object, **more: Any) -> Channel:  # noqa: ANN401 (as `Process.attach`)
@@ -88,8 +88,8 @@ def connections() -> Iterator[Connections]:
     loop.close()
 
 
-def test_requests_that_are_not_answered(connections: Connections) -> None:
-    """A connection has so many; a control that passes on more is not to be trusted."""
+def test_a_connection_has_a_limit_of_unanswered_requests(connections: Connections) -> None:
+    """A control that passes on more is not trusted any more."""
     channel = connections.known[CLIENT].control.channel
     for _ in range(MAX_UNANSWERED):
         assert connections.asker(CLIENT, channel).uid == 1000
@@ -98,8 +98,8 @@ def test_requests_that_are_not_answered(connections: Connections) -> None:
         connections.asker(CLIENT, channel)
 
 
-def test_requests_that_are_answered(connections: Connections) -> None:
-    """There may be any number of them, and what comes unasked does not count."""
+def test_any_number_of_requests_may_be_answered(connections: Connections) -> None:
+    """A message without a request does not count as an answer."""
     channel = connections.known[CLIENT].control.channel
     connections.send(Failed(code=1, text="your console is taken"), peerid=CLIENT)
     for _ in range(3 * MAX_UNANSWERED):
@@ -115,11 +115,11 @@ class StuckChild:
     pidfd = 9
 
     def kill(self) -> None:
-        """It does not hear of it."""
+        """Do not end."""
 
 
 def test_a_control_that_does_not_end_is_counted(connections: Connections, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its user has no connection any more, and a file keeps it: as with those that are given up while there is one."""
+    """A file blocks it after its user's last connection has ended.  It counts towards the limit STUCK_MAX."""
     monkeypatch.setattr(rooms, "IDLE_S", 0.0)
     monkeypatch.setattr(rooms, "END_S", 0.0)
     monkeypatch.setattr(FakeChildren, "start", lambda *_arguments: (StuckChild(), None))
@@ -137,20 +137,20 @@ def test_a_control_that_does_not_end_is_counted(connections: Connections, monkey
 
 
 def refused(connections: Connections, uid: int) -> str:
-    """Return why a user gets no connection now."""
+    """Return why a user gets no connection now, or ""."""
     refusal = connections._refusal(Caller(uid=uid, gid=uid, pid=1))
     return refusal[1] if refusal is not None else ""
 
 
 def fill(connections: Connections, uid: int, count: int) -> None:
-    """Let a user have so many connections."""
+    """Give a user a number of connections."""
     for number in range(len(connections.known) + 100, len(connections.known) + 100 + count):
         known = connections.known[CLIENT]
         connections.known[number] = Connection(number, Caller(uid=uid, gid=uid, pid=1), known.control, refused=False)
 
 
-def test_the_shares_of_each_user_and_of_all(connections: Connections) -> None:
-    """Those of a user, and those of all users; root's are counted apart."""
+def test_the_limits_of_each_user_and_of_all_users(connections: Connections) -> None:
+    """There is a limit for one user and one for all users.  Root's connections have their own."""
     fill(connections, 2000, MAX_CLIENTS_PER_USER)
     assert refused(connections, 2000) == f"too many connections of uid 2000 ({MAX_CLIENTS_PER_USER})"
     for uid in range(3000, 3000 + MAX_CLIENTS // MAX_CLIENTS_PER_USER - 1):
@@ -161,8 +161,8 @@ def test_the_shares_of_each_user_and_of_all(connections: Connections) -> None:
     assert refused(connections, ROOT) == f"too many connections of uid 0 ({MAX_CLIENTS_OF_ROOT})"
 
 
-def test_as_many_users_as_there_are(connections: Connections) -> None:
-    """Each costs a process, so that only so many have one at a time; root and the refused are not counted."""
+def test_the_limit_of_users(connections: Connections) -> None:
+    """Each user costs a process, so their number is limited.  Root and the refused are not counted."""
     control = connections.known[CLIENT].control
     connections.controls |= dict.fromkeys((ROOT, REFUSED, *range(2000, 2000 + MAX_USERS - 1)), control)
     assert refused(connections, 5000) == ""

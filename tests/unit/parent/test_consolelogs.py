@@ -1,4 +1,4 @@
-"""Who has a console log, what the processes that write and open it are told, and what is said when they fail."""
+"""Which VMs have a console log, what its writer and openers are told, and what is logged when they fail."""
 
 import contextlib
 import os
@@ -29,15 +29,15 @@ class Child:
         self.pidfd = 99
 
     def kill(self) -> None:
-        """Note it."""
+        """Note that it was killed."""
         self.killed = True
 
     def reap(self) -> None:
-        """Say that it has not ended."""
+        """Return None: it has not ended."""
 
 
 class Opener(Child):
-    """A logfile; `answer` is what it says."""
+    """A logfile process.  The test calls `answer` for it."""
 
     def __init__(self, arguments: list[str], fds: dict[int, int]) -> None:
         super().__init__()
@@ -46,63 +46,63 @@ class Opener(Child):
         self.courier = socket.socket(fileno=os.dup(fds[FD_COURIER]))
 
     def answer(self, text: str) -> None:
-        """Say whether there is a file, and end."""
+        """Answer whether there is a file, and end."""
         os.write(self.writer, f"{text}\n".encode())
         self.end()
 
     def end(self) -> None:
-        """Let go of everything."""
+        """Close all descriptors."""
         os.close(self.writer)
         self.courier.close()
 
 
 class Timer:
-    """What cancels a timer."""
+    """A timer that can be cancelled."""
 
     def __init__(self, loop: "Loop", timer: tuple[float, Callable[[], None]]) -> None:
         self.loop = loop
         self.timer = timer
 
     def cancel(self) -> None:
-        """Forget it, if it has not been called."""
+        """Remove the timer, if it has not expired."""
         with contextlib.suppress(ValueError):
             self.loop.timers.remove(self.timer)
 
 
 class Loop:
-    """Has callbacks that a test calls."""
+    """Callbacks that the test calls."""
 
     def __init__(self) -> None:
         self.readers: dict[int, Callable[[int], None]] = {}
         self.timers: list[tuple[float, Callable[[], None]]] = []
 
     def add(self, fd: int, call: Callable[[int], None]) -> None:
-        """Note a descriptor."""
+        """Add a descriptor."""
         self.readers[fd] = call
 
     def remove(self, fd: int) -> None:
-        """Forget it."""
+        """Remove a descriptor."""
         del self.readers[fd]
 
     def call_later(self, delay_s: float, call: Callable[[], None]) -> Timer:
-        """Note a timer."""
+        """Start a timer."""
         self.timers.append((delay_s, call))
         return Timer(self, (delay_s, call))
 
     def read(self) -> None:
-        """Serve all descriptors that have something."""
+        """Call the callbacks of all descriptors."""
         for call in list(self.readers.values()):
             call(1)
 
     def fire(self, delay_s: float) -> None:
-        """Call the timers of this delay."""
+        """Run the timers of this delay."""
         for timer in [timer for timer in self.timers if timer[0] == delay_s]:
             self.timers.remove(timer)
             timer[1]()
 
 
 class Parent:
-    """As much of the parent as the room needs."""
+    """The part of the parent that the room needs."""
 
     def __init__(self) -> None:
         self.loop = Loop()
@@ -115,33 +115,33 @@ class Parent:
         self.starts = 0
 
     def start(self, _proc: object, _open_log: object) -> tuple[Child, None]:
-        """Start the process that writes."""
+        """Start the process that writes logs."""
         self.starts += 1
         return Child(), None
 
     def start_log_file(self, _open_log: object, _name: str, arguments: list[str], fds: dict[int, int]) -> Opener:
-        """Start one that opens."""
+        """Start a process that opens a log."""
         self.openers.append(Opener(arguments, fds))
         return self.openers[-1]
 
     def attach(self, *_arguments: object, on_lost: Callable[..., None], **_more: object) -> Any:  # noqa: ANN401 - us
-        """Be the channel."""
+        """Return this object as the channel."""
         self.on_lost = on_lost
         self.closed = False
         return self
 
     def send(self, message: Record, *, fds: dict[str, list[int]] | None = None) -> None:
-        """Note a message."""
+        """Record a message."""
         self.sent.append(message)
         for fd in (fd for each in (fds or {}).values() for fd in each):
             os.close(fd)
 
     def close(self) -> None:
-        """Be closed."""
+        """Note that the channel was closed."""
         self.closed = True
 
     def run(self, name: str = "a", wanted: ConsoleLog | None = None, owner: Owner | None = None) -> Vm:
-        """Have a VM that runs."""
+        """Return a running VM."""
         config = VmConfig(name=name, console_log=wanted or ConsoleLog(path="/v/%n"), owner=owner or Owner())
         vm = self.core.vms.add(config, from_config=True)
         vm.open_console()
@@ -151,13 +151,13 @@ class Parent:
         return vm
 
     def told(self) -> list[Record]:
-        """Return what the process was told since the last time, but for pings."""
+        """Return the messages to the process since the last call, except pings."""
         told: list[Record] = [each for each in self.sent if isinstance(each, TOLD)]
         self.sent = []
         return told
 
     def says(self, number: int = 1, **what: Any) -> None:  # noqa: ANN401 - fields of the message
-        """Have the process say how a log fares."""
+        """Have the process report the state of a log."""
         self.room.on_kept(ConsoleKept(number=number, **what), ENVELOPE)
 
 
@@ -166,7 +166,7 @@ TOLD = (KeepConsole, ConsoleFile, DropConsole)
 
 @pytest.fixture
 def parent() -> Iterator[Parent]:
-    """Give a parent without VMs."""
+    """Yield a parent without VMs."""
     made = Parent()
     yield made
     made.room.children = None
@@ -178,7 +178,7 @@ def parent() -> Iterator[Parent]:
 
 @pytest.fixture
 def lines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Give what is logged."""
+    """Return the list of logged lines."""
     found: list[str] = []
     for name in ("info", "warn", "error"):
         monkeypatch.setattr(log, name, found.append)
@@ -186,7 +186,7 @@ def lines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_from_the_start_to_the_end_of_a_vm(parent: Parent) -> None:
-    """One file is opened at the beginning, and another one whenever the process wants it; with the end it is let go."""
+    """A file is opened at the start, and another one whenever the process wants it.  The log ends with the VM."""
     vm = parent.run(owner=Owner(uid=4711, gid=4712))
     assert parent.told() == [KeepConsole(number=1, name="a"), ConsoleFile(number=1, size_bytes=10 << 20)]
     (opener,) = parent.openers
@@ -212,8 +212,8 @@ def test_from_the_start_to_the_end_of_a_vm(parent: Parent) -> None:
     assert not parent.room.kept
 
 
-def test_a_reload(parent: Parent) -> None:
-    """Another size counts at once, another path is opened, and none ends the log."""
+def test_a_reload_changes_the_log(parent: Parent) -> None:
+    """Another size takes effect at once.  Another path is opened.  Without a path the log ends."""
     vm = parent.run()
     parent.openers[0].answer("")
     parent.loop.read()
@@ -234,7 +234,7 @@ def test_a_reload(parent: Parent) -> None:
 
 
 def test_a_log_that_cannot_be_opened_or_written(parent: Parent, lines: list[str]) -> None:
-    """It is said once, tried again, and said when it is over, with what is lost; and shown meanwhile."""
+    """The failure is logged once and shown until it is over.  Then it is logged how many bytes are lost."""
     vm = parent.run()
     for number in range(3):
         parent.openers[number].answer("Permission denied")
@@ -257,8 +257,8 @@ def test_a_log_that_cannot_be_opened_or_written(parent: Parent, lines: list[str]
     ]
 
 
-def test_storage_that_does_not_answer(parent: Parent, lines: list[str]) -> None:
-    """Its opener is given up, and no other one is started before that one has ended."""
+def test_an_opener_that_storage_blocks(parent: Parent, lines: list[str]) -> None:
+    """The opener is killed.  No other one is started before it has ended."""
     parent.run()
     parent.loop.fire(consolelogs.ANSWER_S)
     assert parent.openers[0].killed
@@ -275,7 +275,7 @@ def test_storage_that_does_not_answer(parent: Parent, lines: list[str]) -> None:
 
 
 def test_few_files_are_opened_at_a_time(parent: Parent) -> None:
-    """The others wait for their turn, also when one of those has ended meanwhile."""
+    """The other logs wait for their turn, which also comes when a VM whose log is being opened ends."""
     vms = [parent.run(f"vm{number}") for number in range(AT_A_TIME + 3)]
     assert len(parent.openers) == AT_A_TIME
     parent.openers[0].answer("")
@@ -290,8 +290,8 @@ def test_few_files_are_opened_at_a_time(parent: Parent) -> None:
         opener.end()
 
 
-def test_another_process_goes_on(parent: Parent, lines: list[str]) -> None:
-    """With every log there is; one of a VM that has ended meanwhile is written to its end."""
+def test_a_new_process_continues_the_logs(parent: Parent, lines: list[str]) -> None:
+    """It gets all logs.  The log of a VM that has ended meanwhile is completed."""
     first, second = parent.run("a"), parent.run("b")
     for opener in parent.openers:
         opener.answer("")
