@@ -1,4 +1,4 @@
-"""Consoles: who holds one, who watches, and what is left of one when its VM has ended.  Ptys and backlogs are real."""
+"""Consoles: their holders, their watchers, and their output after the end of a VM.  Ptys and backlogs are real."""
 
 import contextlib
 import errno
@@ -50,19 +50,19 @@ DATA = b"login: "
 
 
 class Peer:
-    """Notes what is sent, and keeps what goes along."""
+    """A channel that records messages and keeps their descriptors."""
 
     def __init__(self) -> None:
         self.sent: list[tuple[int, Record]] = []
         self.fds: list[dict[str, list[int]]] = []
 
     def send(self, message: Record, *, peerid: int, fds: dict[str, list[int]]) -> None:
-        """Note a message."""
+        """Record a message."""
         self.sent.append((peerid, message))
         self.fds.append(dict(fds))
 
     def take(self) -> list[Record]:
-        """Return the messages since the last call; close what came along."""
+        """Return the messages since the last call, and close their descriptors."""
         sent, fds, self.sent, self.fds = self.sent, self.fds, [], []
         for fd in [one for named in fds for each in named.values() for one in each]:
             os.close(fd)
@@ -81,13 +81,13 @@ class Rig:
         self.writers: dict[int, BacklogWriter] = {}
 
     def call_later(self, delay_s: float, callback: Callable[[], None], _source: object = None) -> Timer:
-        """Be the loop."""
+        """Start a timer, as the loop."""
         timer = Timer(0, callback)
         self.timers.append((delay_s, timer))
         return timer
 
     def run_timers(self) -> list[float]:
-        """Run the timers that there are; return their delays."""
+        """Run the present timers.  Return their delays."""
         timers, self.timers = self.timers, []
         for _, timer in timers:
             callback, timer.callback = timer.callback, None
@@ -96,7 +96,7 @@ class Rig:
         return [delay_s for delay_s, _ in timers]
 
     def vm(self, name: str = "a", uid: int = 0) -> Vm:
-        """Return a VM that runs."""
+        """Return a running VM."""
         config = VmConfig(name=name, owner=Owner(uid=uid))
         vm = self.core.vms.find(0, name) or self.core.vms.add(config, from_config=True)
         vm.uid, vm._state, vm.pid = uid, State.RUNNING, 4711
@@ -106,27 +106,27 @@ class Rig:
         return vm
 
     def attach(self, vm: Vm, client: int = HOLDER, caller: Caller = ROOT, *, force: bool = False) -> None:
-        """Ask for the console."""
+        """Request the console."""
         message = ConsoleRequest(name=vm.name, force=force)
         self.consoles.serve(message, caller, Envelope(message, client, 0, {}))
 
     def watch(self, vm: Vm, client: int, since: int | None = None, caller: Caller = ROOT) -> None:
-        """Ask for its output."""
+        """Request output of the console."""
         message = ConsoleWatch(name=vm.name, since=since)
         self.consoles.serve_watch(message, caller, Envelope(message, client, 0, {}))
 
     def snapshot(self, vm: Vm, end: int = 0) -> None:
-        """Let the VM process say what the pty has no more."""
+        """Let the VM process report the end of the output that is no longer in the pty."""
         message = ConsoleSnapshotEnd(end=end)
         self.consoles.on_snapshot_end(message, Envelope(message, vm.vmid, 0, {}))
 
     def end(self, vm: Vm) -> None:
-        """Let the VM end."""
+        """End the VM."""
         self.consoles.on_ended(vm)
         vm._state, vm.pid = State.STOPPED, 0
 
     def answers(self, client: int) -> list[Record]:
-        """Return what a client was answered since the last call."""
+        """Return the answers to a client since the last call."""
         found = [message for to, message in self.control.sent if to == client]
         self.control.sent = [each for each in self.control.sent if each[0] != client]
         return found
@@ -134,7 +134,7 @@ class Rig:
 
 @pytest.fixture
 def rig() -> Iterator[Rig]:
-    """Give the room."""
+    """Yield the room."""
     rig = Rig()
     yield rig
     rig.vmm.take()
@@ -151,7 +151,7 @@ def is_open(fd: int) -> bool:
 
 
 def ptys() -> int:
-    """Return how many masters of ptys are open here."""
+    """Return how many masters of ptys this process has open."""
     count = 0
     for number in os.listdir("/proc/self/fd"):
         with contextlib.suppress(FileNotFoundError):
@@ -162,8 +162,8 @@ def ptys() -> int:
 # --- the holder -----------------------------------------------------------------------------------------------
 
 
-def test_the_console_is_given_with_what_it_has_shown(rig: Rig) -> None:
-    """The VM process is asked first, so that the pty has no byte twice; later output comes through the pty."""
+def test_the_holder_gets_earlier_output_first(rig: Rig) -> None:
+    """The VM process is asked first, so that no byte is also in the pty.  Later output comes through the pty."""
     vm = rig.vm()
     rig.writers[vm.vmid].write(DATA + b"later")
     rig.attach(vm)
@@ -177,7 +177,7 @@ def test_the_console_is_given_with_what_it_has_shown(rig: Rig) -> None:
 
 
 def test_long_output_comes_in_pieces(rig: Rig) -> None:
-    """All that the backlog has, in its order."""
+    """The pieces are the whole backlog, in order."""
     vm = rig.vm()
     data = os.urandom(BACKLOG_BYTES + 1000)
     rig.writers[vm.vmid].write(data)
@@ -190,7 +190,7 @@ def test_long_output_comes_in_pieces(rig: Rig) -> None:
 
 
 def test_a_console_has_one_holder(rig: Rig) -> None:
-    """A second client is told who has it."""
+    """A second client gets a message that names the holder."""
     vm = rig.vm()
     rig.attach(vm)
     with pytest.raises(OperatorError, match=r"is in use by root \(pid 1\)") as refused:
@@ -198,15 +198,15 @@ def test_a_console_has_one_holder(rig: Rig) -> None:
     assert refused.value.number == errno.EBUSY
     rig.core.clients.gone(HOLDER)
     rig.attach(vm, SECOND)
-    rig.snapshot(vm)  # the answer to the first question, whose client has left
+    rig.snapshot(vm)  # this answers the first request, whose client has left
     assert rig.answers(SECOND) == []
     rig.snapshot(vm)
     assert [type(message) for message in rig.answers(SECOND)] == [ConsoleAttached]
 
 
 @pytest.mark.parametrize("ask", [Rig.attach, Rig.watch])
-def test_a_console_is_for_who_controls_the_vm(rig: Rig, ask: Callable[..., None]) -> None:
-    """While it runs, and after its end."""
+def test_a_console_is_for_users_who_control_the_vm(rig: Rig, ask: Callable[..., None]) -> None:
+    """Others are refused, while the VM runs and after its end."""
     vm = rig.vm()
     with pytest.raises(OperatorError) as refused:
         ask(rig, vm, SECOND, caller=OTHER)
@@ -219,7 +219,7 @@ def test_a_console_is_for_who_controls_the_vm(rig: Rig, ask: Callable[..., None]
 
 
 def test_a_vm_that_has_not_answered_many_viewers(rig: Rig) -> None:
-    """Its questions do not heap up."""
+    """The number of unanswered requests to a VM process is limited."""
     vm = rig.vm()
     for client in range(100, 100 + PENDING_MAX):
         rig.attach(vm, client)
@@ -230,7 +230,7 @@ def test_a_vm_that_has_not_answered_many_viewers(rig: Rig) -> None:
 
 
 def test_a_console_is_taken_over_by_force(rig: Rig) -> None:
-    """Its holder is told, and has a dead terminal a moment later; the VM process goes on with another one."""
+    """The earlier holder is told, and loses the pty a moment later.  The VM process gets a new pty."""
     vm = rig.vm()
     rig.attach(vm)
     rig.snapshot(vm)
@@ -256,8 +256,8 @@ def test_a_console_is_taken_over_by_force(rig: Rig) -> None:
     assert rig.answers(SECOND) == [ConsoleAttached(vmid=vm.vmid, name="a", tty=vm.pty.path)]
 
 
-def test_a_console_that_is_taken_again_and_again_costs_one_pty(rig: Rig) -> None:
-    """The one before is closed at once."""
+def test_repeated_takeovers_cost_one_pty(rig: Rig) -> None:
+    """Each takeover closes the pty before the last one at once."""
     vm = rig.vm()
     before = ptys()
     for client in range(4):
@@ -270,7 +270,7 @@ def test_a_console_that_is_taken_again_and_again_costs_one_pty(rig: Rig) -> None
 
 
 def test_a_takeover_that_fails_changes_nothing(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The holder goes on, and the new pty is closed."""
+    """The holder keeps the console, and the new pty is closed."""
     vm = rig.vm()
     rig.attach(vm)
     rig.vmm.take()
@@ -302,8 +302,8 @@ def test_only_the_holder_sends_a_break(rig: Rig) -> None:
     assert (rig.vmm.take(), rig.answers(HOLDER)) == ([SendBreak(vmid=vm.vmid)], [Ok()])
 
 
-def test_a_console_is_given_before_the_first_byte(rig: Rig) -> None:
-    """To the client that starts the VM, if nobody has it; whoever comes then is told so."""
+def test_the_client_that_starts_a_vm_gets_its_console(rig: Rig) -> None:
+    """It gets the console before the first byte of output, if there is no holder.  Later clients are refused."""
     vm = rig.vm()
     assert vm.pty is not None
     rig.consoles.give(vm, ROOT, HOLDER)
@@ -314,8 +314,8 @@ def test_a_console_is_given_before_the_first_byte(rig: Rig) -> None:
         rig.attach(vm, THIRD)
 
 
-def test_questions_are_asked_again_of_another_process(rig: Rig) -> None:
-    """One for each client that waits: the answers of the process before will not come."""
+def test_a_new_vm_process_gets_the_snapshot_requests_again(rig: Rig) -> None:
+    """There is one request for each waiting client, because the earlier process does not answer any more."""
     vm = rig.vm()
     rig.attach(vm)
     rig.attach(vm, SECOND, force=True)
@@ -325,11 +325,11 @@ def test_questions_are_asked_again_of_another_process(rig: Rig) -> None:
     assert rig.vmm.take() == [ConsoleSnapshot(vmid=vm.vmid)] * 2
 
 
-# --- who watches ----------------------------------------------------------------------------------------------
+# --- watchers -------------------------------------------------------------------------------------------------
 
 
-def test_who_watches_is_told_what_is_new(rig: Rig) -> None:
-    """At once, if there is something; else as soon as there is."""
+def test_a_watcher_gets_new_output(rig: Rig) -> None:
+    """It gets present output at once, and otherwise the next output."""
     vm = rig.vm()
     rig.writers[vm.vmid].write(DATA)
     rig.watch(vm, SECOND)
@@ -347,8 +347,8 @@ def test_who_watches_is_told_what_is_new(rig: Rig) -> None:
     assert rig.timers == []
 
 
-def test_who_watches_too_slowly_is_told_what_is_lost(rig: Rig) -> None:
-    """How many bytes, of which the backlog has none any more."""
+def test_a_slow_watcher_is_told_how_much_is_lost(rig: Rig) -> None:
+    """The answer has the number of bytes that were wanted and are not in the backlog any more."""
     vm = rig.vm()
     rig.writers[vm.vmid].write(bytes(BACKLOG_BYTES + 10))
     rig.watch(vm, SECOND, 4)
@@ -357,8 +357,8 @@ def test_who_watches_too_slowly_is_told_what_is_lost(rig: Rig) -> None:
     assert (watched.lost, watched.end) == (6, BACKLOG_BYTES + 10)
 
 
-def test_many_who_watch_cost_one_timer(rig: Rig) -> None:
-    """None when nobody waits any more."""
+def test_many_watchers_cost_one_timer(rig: Rig) -> None:
+    """No timer runs when nobody waits any more."""
     vm = rig.vm()
     for client in range(100, 110):
         rig.watch(vm, client, 0)
@@ -373,7 +373,7 @@ def test_many_who_watch_cost_one_timer(rig: Rig) -> None:
 
 
 def test_the_rest_of_the_output_goes_to_the_holder(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its pty stays until all was read; who watches or waits has it as an answer."""
+    """The pty stays until everything was read.  Watchers and waiting clients get the rest in their answers."""
     now_s = [time.monotonic()]
     monkeypatch.setattr(time, "monotonic", lambda: now_s[0])
     vm = rig.vm()
@@ -404,7 +404,7 @@ def test_the_rest_of_the_output_goes_to_the_holder(rig: Rig, monkeypatch: pytest
 
 @pytest.mark.parametrize("leaves", [False, True])
 def test_a_viewer_that_does_not_read(rig: Rig, monkeypatch: pytest.MonkeyPatch, leaves: bool) -> None:
-    """The pty is closed when the patience for it is over, which is short for nobody."""
+    """The pty is closed when nobody has read for VIEWER_PATIENCE_S, or for PATIENCE_S if the viewer has left."""
     now_s = [time.monotonic()]
     monkeypatch.setattr(time, "monotonic", lambda: now_s[0])
     vm = rig.vm()
@@ -430,8 +430,8 @@ def test_a_viewer_that_does_not_read(rig: Rig, monkeypatch: pytest.MonkeyPatch, 
     assert (is_open(pty.master), left) == (False, ["all"])
 
 
-def test_a_daemon_that_ends_waits_for_viewers_only_so_long(rig: Rig) -> None:
-    """It is called back in any case; with no viewer at once."""
+def test_a_daemon_that_ends_waits_for_viewers_with_a_timeout(rig: Rig) -> None:
+    """The callback is called at the timeout in any case, and at once if there is no viewer."""
     called: list[str] = []
     rig.consoles.when_left(lambda: called.append("nobody"), 2.0)
     assert called == ["nobody"]
@@ -448,8 +448,8 @@ def test_a_daemon_that_ends_waits_for_viewers_only_so_long(rig: Rig) -> None:
     assert rig.consoles.leaving
 
 
-def test_last_output_is_kept_for_who_comes_later(rig: Rig) -> None:
-    """Until the next start; then the console is the new one's."""
+def test_the_last_output_is_kept_until_the_next_start(rig: Rig) -> None:
+    """Clients that come later get it.  After the next start they get the new console."""
     vm = rig.vm()
     rig.writers[vm.vmid].write(DATA)
     rig.end(vm)
@@ -464,8 +464,8 @@ def test_last_output_is_kept_for_who_comes_later(rig: Rig) -> None:
     assert rig.answers(SECOND) == []
 
 
-def test_output_of_vms_that_nobody_knows_any_more_is_bounded(rig: Rig) -> None:
-    """That of VMs that are known is kept besides; each by its name, or by its last number."""
+def test_the_kept_output_of_removed_vms_is_bounded(rig: Rig) -> None:
+    """The output of known VMs does not count.  It is found by name, or by the last id."""
     kept = rig.vm("kept")
     rig.writers[kept.vmid].write(b"kept")
     rig.end(kept)
@@ -485,8 +485,8 @@ def test_output_of_vms_that_nobody_knows_any_more_is_bounded(rig: Rig) -> None:
     assert rig.answers(SECOND)[0] == ConsoleOutput(data=b"x%d" % (FORGOTTEN_MAX + 1))
 
 
-def test_a_vm_that_never_ran_leaves_what_there_was_before(rig: Rig) -> None:
-    """Its start has failed: the output of the life before is still worth reading."""
+def test_a_vm_that_never_ran_keeps_earlier_output(rig: Rig) -> None:
+    """Its start has failed, so the output before that is still of use."""
     vm = rig.vm()
     rig.writers[vm.vmid].write(DATA)
     rig.end(vm)

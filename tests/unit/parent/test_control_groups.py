@@ -33,12 +33,15 @@ OLD = "33 22 0:30 / /sys/fs/cgroup/pids rw - cgroup cgroup rw,pids\n"
     ],
 )
 def test_the_directory_of_a_group(mountinfo: str, cgroup: str, directory: str | None) -> None:
-    """On hosts with version 2, with both, and inside of containers; not where it is out of sight."""
+    """It is found on hosts with version 2, with both versions, and in containers.
+
+    It is None where it is not visible.
+    """
     assert located(mountinfo, cgroup) == directory
 
 
 class Tree:
-    """What a kernel shows of control groups, as far as it is read and written here; it does nothing by itself."""
+    """The files of control groups that the code reads and writes.  Nothing happens by itself."""
 
     def __init__(self, above: Path, name: str, controllers: str) -> None:
         self.above, self.top = above, above / name
@@ -49,16 +52,16 @@ class Tree:
             (group / "cgroup.subtree_control").write_text("")
 
     def give(self, *files: str) -> None:
-        """Have files of a controller in the group of the VM."""
+        """Create files of a controller in the group of the VM."""
         for file in files:
             (self.vm / file).write_text("")
 
     def limits(self) -> dict[str, str]:
-        """Return what the group of the VM has been limited to."""
+        """Return the limits of the group of the VM."""
         return {path.name: path.read_text() for path in sorted(self.vm.iterdir())}
 
     def controllers(self) -> list[str]:
-        """Return what was switched on, above and below the top."""
+        """Return which controllers were switched on, above the top and in it."""
         return [(group / "cgroup.subtree_control").read_text() for group in (self.above, self.top)]
 
 
@@ -67,7 +70,7 @@ FILES = ("cpu.max", "cpu.weight", "memory.max", "memory.oom.group")
 
 
 def test_a_group_has_the_limits_of_its_vm(tmp_path: Path) -> None:
-    """And loses them."""
+    """Limits are set, and removed again."""
     tree = Tree(tmp_path, "vmd-guests-0", "cpu memory pids\n")
     tree.give(*FILES)
 
@@ -88,14 +91,14 @@ def test_a_group_has_the_limits_of_its_vm(tmp_path: Path) -> None:
         (None, ""),
         ("", ""),
         ("no pair\n", ""),
-        ("low 0\nhigh 0\nmax 12\noom 3\noom_kill 0\n", ""),  # others have given way
+        ("low 0\nhigh 0\nmax 12\noom 3\noom_kill 0\n", ""),  # other groups had to free memory
         ("low 0\nhigh 0\nmax 12\noom 1\noom_kill 3\noom_group_kill 1\n", groups.LIMIT),
         ("low 0\nhigh 0\nmax 0\noom 0\noom_kill 1\n", groups.HOST),
         ("oom_kill 1\n", groups.HOST),
     ],
 )
-def test_whose_memory_was_at_its_end(tmp_path: Path, text: str | None, lack: str) -> None:
-    """As the group has it when its last process is gone, just before it is removed."""
+def test_which_memory_limit_killed_a_vm(tmp_path: Path, text: str | None, lack: str) -> None:
+    """The counters are read when the last process of the group has ended, just before the group is removed."""
     made = groups.Groups(str(tmp_path), limited=False)
     group = tmp_path / "vm-1"
     group.mkdir()
@@ -106,8 +109,8 @@ def test_whose_memory_was_at_its_end(tmp_path: Path, text: str | None, lack: str
 
 
 @pytest.mark.parametrize(("name", "above"), [("vmd-guests-0", "+cpu"), ("vmd-guests-0.scope", "")])
-def test_the_controller_for_processors_comes_with_the_first_limit(tmp_path: Path, name: str, above: str) -> None:
-    """In a scope systemd has it switched on above."""
+def test_the_cpu_controller_is_switched_on_with_the_first_cpu_limit(tmp_path: Path, name: str, above: str) -> None:
+    """In a scope systemd has switched it on above."""
     tree = Tree(tmp_path, name, "cpu memory pids\n")
     tree.give("memory.max", "memory.oom.group")
 
@@ -126,7 +129,7 @@ def test_the_controller_for_processors_comes_with_the_first_limit(tmp_path: Path
     ],
 )
 def test_what_a_host_cannot_limit_is_named(tmp_path: Path, limits: VmLimits, missing: dict[str, list[str]]) -> None:
-    """By the controller that it does not have, and nothing is written."""
+    """The answer names the missing controller, and nothing is written."""
     tree = Tree(tmp_path, "vmd-guests-0", "hugetlb\n")
 
     assert groups.limit(str(tree.vm), limits) == missing

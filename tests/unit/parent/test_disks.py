@@ -1,4 +1,4 @@
-"""Opening disks: which files, with whose rights, and what is refused (hostile-input 31, 52, 53)."""
+"""How disks are opened: which files, with whose rights, and which are refused (hostile-input 31, 52, 53)."""
 
 import errno
 import os
@@ -33,7 +33,7 @@ class InProcess:
         self.asked: list[tuple[str, str]] = []
 
     def probe(self, fd: int, name: str, format_hint: str, *, boots: bool = False) -> Probe:
-        """Look at the image, and keep what was asked."""
+        """Examine the image, and record the request."""
         self.asked.append((name, format_hint))
         try:
             return probe(fd, name, format_hint)
@@ -42,13 +42,13 @@ class InProcess:
 
 
 class Says:
-    """An imgprobe that has been taken over and says one thing."""
+    """An imgprobe that was taken over and always gives the same answer."""
 
     def __init__(self, answer: Probe) -> None:
         self.answer = answer
 
     def probe(self, fd: int, name: str, format_hint: str, *, boots: bool = False) -> Probe:
-        """Say it."""
+        """Return that answer."""
         return self.answer
 
 
@@ -57,7 +57,7 @@ Open = Callable[..., OpenDisk]
 
 @pytest.fixture
 def opens() -> Iterator[Open]:
-    """Give a function that opens a disk, which is closed with the test."""
+    """Yield a function that opens a disk and closes it after the test."""
     opened: list[OpenDisk] = []
 
     def open_it(path: Path | str, image_format: str = "", user: Owner | None = None) -> OpenDisk:
@@ -72,13 +72,13 @@ def opens() -> Iterator[Open]:
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """Give a folder that every user may enter."""
+    """Yield a folder that every user may enter."""
     with public_folder() as folder:
         yield folder
 
 
 def refusal(path: Path | str, image_format: str = "", user: Owner | None = None) -> OperatorError:
-    """Return why a disk is refused, having seen that no descriptor is left."""
+    """Return the error of a disk that is refused, after a check that no descriptor was left open."""
     before = open_descriptors()
     with pytest.raises(OperatorError) as refused, acting_as(user):
         open_disk(DiskConfig(path=str(path), format=image_format), InProcess())
@@ -87,22 +87,22 @@ def refusal(path: Path | str, image_format: str = "", user: Owner | None = None)
 
 
 def shown(disk: OpenDisk) -> list[tuple[str, str, bool]]:
-    """Return name, format and whether that was guessed of each image."""
+    """Return the name and format of each image, and whether the format was guessed."""
     return [(Path(link.path).name, link.format, link.guessed) for link in disk.links]
 
 
 # --- formats ------------------------------------------------------------------------------------------------------
 
 
-def test_raw_disk_without_a_word_is_guessed(tmp_path: Path, opens: Open) -> None:
-    """Hostile input 31: whoever serves it is told, and keeps signatures out of it."""
+def test_raw_disk_without_a_format_is_guessed(tmp_path: Path, opens: Open) -> None:
+    """Hostile input 31: the device process learns that it was guessed, and lets no image header be written."""
     (tmp_path / "disk").write_bytes(bytes(MIB))
 
     assert shown(opens(tmp_path / "disk")) == [("disk", "raw", True)]
 
 
-def test_raw_disk_by_configuration_is_not_looked_at(tmp_path: Path) -> None:
-    """Whatever its bytes say."""
+def test_disk_configured_as_raw_is_not_examined(tmp_path: Path) -> None:
+    """This holds even if its first bytes are a qcow2 header."""
     create(str(tmp_path / "disk"), "qcow2", MIB, "/etc/shadow", "raw")
     prober = InProcess()
 
@@ -114,14 +114,14 @@ def test_raw_disk_by_configuration_is_not_looked_at(tmp_path: Path) -> None:
 
 
 def test_qcow2_disk_may_be_guessed(tmp_path: Path, opens: Open) -> None:
-    """As long as it names no other file."""
+    """A guess is accepted if the image names no other file."""
     create(str(tmp_path / "disk"), "qcow2", MIB)
 
     assert shown(opens(tmp_path / "disk")) == [("disk", "qcow2", True)]
 
 
 def test_guessed_disk_gets_no_backing_file(tmp_path: Path) -> None:
-    """Hostile input 31: a guest may have written that header; the sentence says what to do."""
+    """Hostile input 31: a guest may have written that header.  The message says how to configure the disk."""
     create(str(tmp_path / "disk"), "qcow2", MIB, "/etc/shadow", "raw")
 
     refused = refusal(tmp_path / "disk")
@@ -134,7 +134,7 @@ def test_guessed_disk_gets_no_backing_file(tmp_path: Path) -> None:
 
 
 def test_disk_of_another_format_is_refused(tmp_path: Path) -> None:
-    """What is configured as qcow2 has to be that."""
+    """A disk that is configured as qcow2 must be qcow2."""
     (tmp_path / "disk").write_bytes(bytes(MIB))
 
     assert str(refusal(tmp_path / "disk", "qcow2")) == f"disk {tmp_path}/disk: not a qcow2 image"
@@ -144,7 +144,7 @@ def test_disk_of_another_format_is_refused(tmp_path: Path) -> None:
 
 
 def test_chain_is_followed_from_each_image_s_directory(tmp_path: Path, opens: Open) -> None:
-    """Relative paths, and formats as recorded."""
+    """Relative paths start at the image's directory.  Formats are those that the images record."""
     (tmp_path / "base").mkdir()
     (tmp_path / "base/0.raw").write_bytes(bytes(MIB))
     create(str(tmp_path / "base/1"), "qcow2", MIB, "0.raw", "raw")
@@ -157,8 +157,8 @@ def test_chain_is_followed_from_each_image_s_directory(tmp_path: Path, opens: Op
     assert disk.links[-1].path == f"{tmp_path}/base/0.raw"
 
 
-def test_only_the_disk_itself_can_be_written(tmp_path: Path, opens: Open) -> None:
-    """Neither through a descriptor of ours nor by anybody's lock."""
+def test_only_the_top_image_is_writable(tmp_path: Path, opens: Open) -> None:
+    """The descriptor of a base is read-only, and no descriptor is inherited."""
     create(str(tmp_path / "base"), "qcow2", MIB)
     create(str(tmp_path / "top"), "qcow2", MIB, "base", "qcow2")
 
@@ -172,7 +172,7 @@ def test_only_the_disk_itself_can_be_written(tmp_path: Path, opens: Open) -> Non
 
 
 def test_image_without_a_recorded_format_ends_the_chain(tmp_path: Path, opens: Open) -> None:
-    """Hostile input 31: a base whose format was guessed is served, and leads nowhere."""
+    """Hostile input 31: a base whose format was guessed is served, but its own backing file is not."""
     create(str(tmp_path / "0"), "qcow2", MIB)
     create(str(tmp_path / "1"), "qcow2", MIB, "0", "")
     create(str(tmp_path / "2"), "qcow2", MIB, "1", "")
@@ -204,7 +204,7 @@ def test_image_without_a_recorded_format_ends_the_chain(tmp_path: Path, opens: O
     ],
 )
 def test_chain_that_leads_astray_52(tmp_path: Path, name: str, words: str) -> None:
-    """Hostile input 52: loops, depth, and what is not an image."""
+    """Hostile input 52: loops, chains that are too long, and files that are no images."""
     backing = {
         "self": "self", "a": "b", "b": "a", "lost": "gone", "folder": ".", "memory": "/proc/self/mem",
         "kernel": "/sys/power/state", "open": "/proc/self/fd/0", "watchdog": "/dev/null", "url": "nbd:localhost",
@@ -220,15 +220,15 @@ def test_chain_that_leads_astray_52(tmp_path: Path, name: str, words: str) -> No
 
 
 def test_descriptor_paths_lead_nowhere(tmp_path: Path) -> None:
-    """Hostile input 52: an image cannot name what root has open."""
+    """Hostile input 52: an image cannot name files that root has open."""
     with (tmp_path / "secret").open("w+") as secret:
         create(str(tmp_path / "disk"), "qcow2", MIB, f"/dev/fd/{secret.fileno()}", "raw")
 
         assert "Too many levels of symbolic links" in str(refusal(tmp_path / "disk", "qcow2"))
 
 
-def test_imgprobe_is_not_believed(tmp_path: Path) -> None:
-    """What it says cannot open a file for an image whose format nobody gave, nor for a raw one."""
+def test_imgprobe_is_not_trusted(tmp_path: Path) -> None:
+    """Its answer cannot open a backing file for a raw image, or for one whose format was not given."""
     (tmp_path / "disk").write_bytes(bytes(MIB))
     config = DiskConfig(path=str(tmp_path / "disk"))
 
@@ -257,7 +257,7 @@ def test_imgprobe_is_not_believed(tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("image_format", ["", "raw", "qcow2"])
 def test_file_that_is_no_disk(tmp_path: Path, name: str, code: int, words: str, image_format: str) -> None:
-    """Each gets a sentence with its name."""
+    """Each error message has the file's name."""
     (tmp_path / "file").write_bytes(bytes(MIB))
     (tmp_path / "loop").symlink_to("loop")
     os.mkfifo(tmp_path / "fifo")
@@ -269,12 +269,12 @@ def test_file_that_is_no_disk(tmp_path: Path, name: str, code: int, words: str, 
 
 
 def test_empty_path_is_no_disk() -> None:
-    """vm.conf's grammar does not let it through, a client might."""
+    """The grammar of vm.conf does not allow it, but a client may send it."""
     assert refusal("").number == VMD_DISK_MISSING
 
 
 def test_disk_in_use_is_refused_53(tmp_path: Path, opens: Open) -> None:
-    """Hostile input 53: by name, whether it is a disk of another VM or of the same one."""
+    """Hostile input 53: the message names the disk.  The other user may be another VM or the same one."""
     (tmp_path / "disk").write_bytes(bytes(MIB))
     (tmp_path / "again").symlink_to("disk")
     opens(tmp_path / "disk")
@@ -285,8 +285,8 @@ def test_disk_in_use_is_refused_53(tmp_path: Path, opens: Open) -> None:
     assert (refused.number, str(refused)) == (errno.EBUSY, words)
 
 
-def test_base_is_shared_and_stays_as_it_is_53(tmp_path: Path, opens: Open) -> None:
-    """Hostile input 53: any number of disks on one base, none that writes it, until the last has let go."""
+def test_base_is_shared_and_not_written_53(tmp_path: Path, opens: Open) -> None:
+    """Hostile input 53: many disks may share a base.  No process may write it until all of them are closed."""
     create(str(tmp_path / "base"), "qcow2", MIB)
     for name in ("a", "b"):
         create(str(tmp_path / name), "qcow2", MIB, "base", "qcow2")
@@ -304,7 +304,7 @@ def test_base_is_shared_and_stays_as_it_is_53(tmp_path: Path, opens: Open) -> No
 
 
 def test_lock_lasts_as_long_as_a_copy_of_the_descriptor(tmp_path: Path) -> None:
-    """The device process holds it when we have closed ours."""
+    """The device process has a copy when this process has closed its own."""
     path = tmp_path / "disk"
     path.write_bytes(bytes(MIB))
     disk = open_disk(DiskConfig(path=str(path)), InProcess())
@@ -324,7 +324,7 @@ def test_lock_lasts_as_long_as_a_copy_of_the_descriptor(tmp_path: Path) -> None:
 
 @pytest.mark.root
 def test_immutable_file_is_no_disk(tmp_path: Path) -> None:
-    """What cannot be written is refused, even for root; nothing falls back to reading silently."""
+    """A file that cannot be written is refused, even for root.  It is not opened for reading instead."""
     create(str(tmp_path / "disk"), "raw", MIB)
     if subprocess.run(["chattr", "+i", f"{tmp_path}/disk"], capture_output=True, check=False).returncode:
         pytest.skip("file system without immutable files")
@@ -347,7 +347,7 @@ def test_immutable_file_is_no_disk(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_disk_of_a_user(folder: Path, opens: Open, uid: int, gid: int, mode: int, allowed: bool) -> None:
-    """A user who is not root needs to read and write it; root's own VMs do not mind."""
+    """A user who is not root needs the rights to read and write it.  VMs of root need none."""
     path = folder / "disk"
     path.write_bytes(bytes(MIB))
     os.chown(path, uid, gid)
@@ -364,7 +364,7 @@ def test_disk_of_a_user(folder: Path, opens: Open, uid: int, gid: int, mode: int
 
 @pytest.mark.root
 def test_base_of_a_user_has_to_be_readable(folder: Path, opens: Open) -> None:
-    """An image of the user's own cannot show it what only root may read."""
+    """A user cannot read a file of root by naming it as the base of their own image."""
     (folder / "base").write_bytes(bytes(MIB))
     create(str(folder / "disk"), "qcow2", MIB, "base", "raw")
     os.chown(folder / "disk", USER.uid, NOBODY.pw_gid)
@@ -379,8 +379,8 @@ def test_base_of_a_user_has_to_be_readable(folder: Path, opens: Open) -> None:
 
 
 @pytest.mark.root
-def test_user_does_not_reach_into_a_closed_directory(folder: Path) -> None:
-    """A file that everybody might read is still nobody's where its directory is closed."""
+def test_user_cannot_open_files_in_a_closed_directory(folder: Path) -> None:
+    """A file that everybody may read is refused if the user may not enter its directory."""
     closed = folder / "closed"
     closed.mkdir()
     (closed / "base").write_bytes(bytes(MIB))
@@ -391,12 +391,12 @@ def test_user_does_not_reach_into_a_closed_directory(folder: Path) -> None:
 
     assert refusal(folder / "disk", "qcow2", USER).number == errno.EACCES
     assert refusal(closed / "base", "raw", USER).number == errno.EACCES
-    assert refusal(closed / "missing", "raw", USER).number == errno.EACCES  # nor learns what is in there
+    assert refusal(closed / "missing", "raw", USER).number == errno.EACCES  # the user does not learn whether it exists
 
 
 @pytest.mark.root
 def test_rights_of_a_user_end_with_the_call(folder: Path) -> None:
-    """Root is root again, with its groups, however the call ended."""
+    """After success and after an error the thread is root again, with root's groups."""
     before = Path("/proc/thread-self/status").read_text()
     (folder / "disk").write_bytes(bytes(MIB))
     refusal(folder / "disk", "", USER)
@@ -415,7 +415,7 @@ def test_rights_of_a_user_end_with_the_call(folder: Path) -> None:
 
 @pytest.fixture
 def block_device(tmp_path: Path) -> Iterator[Path]:
-    """Give a block device of 2 MiB."""
+    """Yield a block device of 2 MiB."""
     (tmp_path / "backing").write_bytes(bytes(2 * MIB))
     command = ["losetup", "--show", "-f", f"{tmp_path}/backing"]
     name = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
@@ -427,7 +427,7 @@ def block_device(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.root
 def test_block_device_is_a_disk_once(block_device: Path, tmp_path: Path, opens: Open) -> None:
-    """By whatever node it is named: the claim is on the device, the lock on the node."""
+    """A second node of the same device is refused, too.  The claim is on the device, the lock on the node."""
     node = tmp_path / "node"
     os.mknod(node, stat.S_IFBLK | 0o600, block_device.stat().st_rdev)
 
@@ -440,7 +440,7 @@ def test_block_device_is_a_disk_once(block_device: Path, tmp_path: Path, opens: 
 
 @pytest.mark.root
 def test_block_device_as_base_and_as_disk(block_device: Path, tmp_path: Path) -> None:
-    """It comes back to itself by another node as well."""
+    """The chain is a loop even if the base has another node."""
     node = tmp_path / "node"
     os.mknod(node, stat.S_IFBLK | 0o600, block_device.stat().st_rdev)
     create(str(tmp_path / "image"), "qcow2", MIB, str(node), "qcow2")
@@ -454,7 +454,7 @@ def test_block_device_as_base_and_as_disk(block_device: Path, tmp_path: Path) ->
 
 
 def test_cdrom_is_shared(tmp_path: Path) -> None:
-    """Any number of VMs read it; nobody writes it meanwhile."""
+    """Any number of VMs may read it.  No process may write it meanwhile."""
     path = tmp_path / "iso"
     path.write_bytes(bytes(MIB))
 
@@ -477,7 +477,7 @@ def test_cdrom_is_shared(tmp_path: Path) -> None:
     ],
 )
 def test_file_that_is_no_cdrom(tmp_path: Path, name: str, code: int, words: str) -> None:
-    """Each code has its text in vmctl."""
+    """vmctl has a text for each code."""
     os.mkfifo(tmp_path / "fifo")
     with (tmp_path / "busy").open("w+b") as busy:
         lock(busy.fileno(), "busy", writable=True)
@@ -490,7 +490,7 @@ def test_file_that_is_no_cdrom(tmp_path: Path, name: str, code: int, words: str)
 
 @pytest.mark.root
 def test_cdrom_of_a_user(folder: Path) -> None:
-    """It has to be readable for the user."""
+    """The user needs the right to read it."""
     (folder / "iso").write_bytes(bytes(MIB))
     (folder / "iso").chmod(0o600)
 
@@ -506,5 +506,5 @@ def test_cdrom_of_a_user(folder: Path) -> None:
 
 @pytest.mark.root
 def test_drive_is_a_cdrom(block_device: Path) -> None:
-    """/dev/sr0, and any other block device."""
+    """Any block device is accepted, such as /dev/sr0."""
     os.close(open_cdrom(str(block_device), InProcess())[0])

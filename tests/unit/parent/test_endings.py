@@ -1,4 +1,4 @@
-"""How the life of a VM ended, in one word."""
+"""The word for how a VM ended."""
 
 import pytest
 
@@ -17,7 +17,7 @@ from vmd.parent.endings import FAILED, KILLED, POWERED_OFF, REBOOTED, SENT, STOP
     ],
 )
 def test_the_word_for_an_end(outcome: Outcome, unasked: str, asked: str) -> None:
-    """It depends on whether the VM was to stop; one that was sent ended by that."""
+    """It depends on whether the VM was asked to stop.  A VM that was sent has its own word."""
     assert how_it_ended(outcome, asked=False, sent=False) == unasked
     assert how_it_ended(outcome, asked=True, sent=False) == asked
     assert how_it_ended(outcome, asked=True, sent=True) == SENT

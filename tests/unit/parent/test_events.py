@@ -1,4 +1,4 @@
-"""Who hears of what, and what becomes of those that read slowly."""
+"""Which clients get which events, and what happens to clients that read slowly."""
 
 import errno
 import json
@@ -29,7 +29,7 @@ SENT = cast("Any", object())
 
 
 class Parent:
-    """As much of one as events need."""
+    """The part of the parent that events need."""
 
     def __init__(self) -> None:
         self.told: list[tuple[int, Record]] = []
@@ -51,18 +51,18 @@ class Parent:
         self.told.append((peerid, message))
 
     def go_on(self) -> None:
-        """Have the loop go round."""
+        """Run one round of the loop."""
         later, self.later = self.later, []
         for call in later:
             call()
 
     def ask(self, client: int, since: int | None = 0, **more: Any) -> None:  # noqa: ANN401 - fields
-        """Have a client ask."""
+        """Send a client's request for events."""
         envelope = Envelope(message=UNUSED, peerid=client, pid=0, fds={})
         self.events.serve(EventsRequest(since=since, **more), CALLER, envelope)
 
     def hears(self, client: int) -> list[Any]:
-        """Return what a client has been told since the last look."""
+        """Return the messages to a client since the last call."""
         heard = [message for peerid, message in self.told if peerid == client]
         self.told = [each for each in self.told if each[0] != client]
         return heard
@@ -74,22 +74,22 @@ class Parent:
 
 @pytest.fixture
 def parent() -> Parent:
-    """Give one without events."""
+    """Return a parent without events."""
     return Parent()
 
 
 def numbers(heard: list[Any]) -> list[int]:
-    """Return the numbers of events."""
+    """Return the numbers of the events."""
     return [message.number for message in heard if isinstance(message, Event)]
 
 
 def whats(heard: list[Any]) -> list[str]:
-    """Return what was heard of, in words."""
+    """Return the words of the events."""
     return [message.what for message in heard if isinstance(message, Event)]
 
 
-def test_who_waits_hears_of_all_that_happens_at_once(parent: Parent) -> None:
-    """In one answer; and of what follows when that was asked for."""
+def test_a_waiting_client_gets_all_events_of_a_round_together(parent: Parent) -> None:
+    """Later events come only in the answer to the next request."""
     parent.ask(1, None)
     assert parent.hears(1) == [EventsSeen(vmid=0, number=0, newest=0)]
     parent.ask(1)
@@ -111,8 +111,8 @@ def test_who_waits_hears_of_all_that_happens_at_once(parent: Parent) -> None:
     assert numbers(parent.hears(1)) == [3]
 
 
-def test_one_vm(parent: Parent) -> None:
-    """Of others, and of the daemon, nothing is heard; and none of their events is missed as such."""
+def test_the_events_of_one_vm(parent: Parent) -> None:
+    """A client that asks for one VM gets no events of others or of the daemon, and is not told that those are lost."""
     web, mail = parent.vm("web"), parent.vm("mail")
     parent.ask(1, name="web")
     for _ in range(PAST_MAX + 5):
@@ -130,8 +130,8 @@ def test_one_vm(parent: Parent) -> None:
     assert heard[1] == EventsSeen(vmid=web.vmid, number=heard[0].number, newest=heard[0].number)
 
 
-def test_a_vm_that_is_gone_has_left_its_events(parent: Parent) -> None:
-    """Its end above all; one that nobody ever knew is refused."""
+def test_the_events_of_a_removed_vm_stay(parent: Parent) -> None:
+    """Above all its end can be read.  A name that was never used is refused."""
     vm = parent.vm("scratch")
     vm.begin_start(0)
     vm.ended("stopped as asked", endings.STOPPED)
@@ -146,8 +146,8 @@ def test_a_vm_that_is_gone_has_left_its_events(parent: Parent) -> None:
     assert refused.value.number == errno.ENOENT
 
 
-def test_who_reads_slowly_is_told_how_much_it_has_lost(parent: Parent) -> None:
-    """And waits for nobody; it then reads on with the oldest one that there is, piece by piece."""
+def test_a_slow_client_is_told_how_many_events_are_lost(parent: Parent) -> None:
+    """No other process waits for it.  It continues with the oldest event that is kept, a limited number at a time."""
     for _ in range(PAST_MAX + 7):
         parent.events.add("reload")
 
@@ -168,8 +168,8 @@ def test_who_reads_slowly_is_told_how_much_it_has_lost(parent: Parent) -> None:
 
 
 @pytest.mark.parametrize("since", [9, -1, 1 << 70])
-def test_who_has_listened_to_another_daemon_begins_anew(parent: Parent, since: int) -> None:
-    """Its numbers are not ours."""
+def test_a_client_of_an_earlier_daemon_begins_with_the_first_event(parent: Parent, since: int) -> None:
+    """Its number belongs to the events of that daemon."""
     parent.events.add("daemon")
 
     parent.ask(1, since)
@@ -177,15 +177,15 @@ def test_who_has_listened_to_another_daemon_begins_anew(parent: Parent, since: i
     assert numbers(parent.hears(1)) == [1]
 
 
-def test_who_does_not_want_to_wait_is_answered(parent: Parent) -> None:
-    """With nothing."""
+def test_a_client_that_does_not_wait_is_answered_at_once(parent: Parent) -> None:
+    """Without events the answer is empty."""
     parent.ask(1, 0, wait=False)
 
     assert parent.hears(1) == [EventsSeen(vmid=0, number=0, newest=0)]
 
 
-def test_who_has_left_hears_nothing(parent: Parent) -> None:
-    """Nor do we think of it any more."""
+def test_a_client_that_has_left_gets_nothing(parent: Parent) -> None:
+    """It is forgotten."""
     parent.ask(1)
     parent.clients.gone(1)
     parent.events.add("reload")
@@ -194,8 +194,8 @@ def test_who_has_left_hears_nothing(parent: Parent) -> None:
     assert parent.told == []
 
 
-def test_a_life_is_heard_from_beginning_to_end(parent: Parent) -> None:
-    """Each transition that changes the state has its word, and none is told twice."""
+def test_every_change_of_state_is_an_event(parent: Parent) -> None:
+    """Each transition that changes the state has its word, and is told once."""
     vm = parent.vm("web")
     vm.enqueue()
     vm.begin_start(0)
@@ -227,8 +227,8 @@ def test_a_life_is_heard_from_beginning_to_end(parent: Parent) -> None:
     assert (by_what["pause"].state, by_what["stop"].state, by_what["stop"].how) == ("paused", "stopped", "sent")
 
 
-def test_an_arrival(parent: Parent) -> None:
-    """It may stand still at first."""
+def test_the_events_of_a_vm_that_is_received(parent: Parent) -> None:
+    """It may be paused at first, because it waits for its disks."""
     vm = parent.vm("web")
     receiving = Receiving(paused=False)
     vm.begin_receive(receiving)
@@ -245,8 +245,8 @@ def test_an_arrival(parent: Parent) -> None:
     (True, endings.POWERED_OFF, "stop"), (True, endings.KILLED, "stop"), (True, endings.FAILED, "crash"),
     (False, endings.FAILED, "failed"), (False, endings.KILLED, "stop"),
 ])  # fmt: skip
-def test_an_end(parent: Parent, runs: bool, how: str, what: str) -> None:
-    """That nobody wanted is a crash, if the guest was there."""
+def test_the_event_of_an_end(parent: Parent, runs: bool, how: str, what: str) -> None:
+    """It is a crash if the guest ran and failed."""
     vm = parent.vm("web")
     vm.begin_start(0)
     if runs:
@@ -259,8 +259,8 @@ def test_an_end(parent: Parent, runs: bool, how: str, what: str) -> None:
     assert (end.what, end.how, end.text) == (what, how, "why")
 
 
-def test_what_a_vm_tells_of_its_devices(parent: Parent) -> None:
-    """Only that, only as long as it lives, and no longer than there is room; the address is ours, not its."""
+def test_events_of_devices(parent: Parent) -> None:
+    """Only events of devices count, of a running VM, and texts are shortened.  The address comes from the parent."""
     vm = parent.vm("web")
     parent.events.address = lambda vmid, device: f"{vmid} {device}"
     tells = [("trouble", "disk0", "no space"), ("lease", "interface1", ""), ("stop", "disk0", ""), ("?", "", "")]
@@ -280,8 +280,8 @@ def test_what_a_vm_tells_of_its_devices(parent: Parent) -> None:
     assert len(mended.device) + len(mended.text) < 1000
 
 
-def test_every_word_is_described() -> None:
-    """In the schema, and in vmctl(8)."""
+def test_every_event_is_described() -> None:
+    """The schema and vmctl(8) describe it."""
     schema = json.loads((ROOT / "docs/vmctl.schema.json").read_text())["$defs"]["events"]["properties"]["event"]
     page = (ROOT / "man/vmctl.8").read_text()
     page = page[page.index("The events are\n") : page.index(".It Cm help ")]

@@ -1,4 +1,4 @@
-"""What `vmd -n` says about a VM beside what is wrong with its lines."""
+"""Hints of `vmd -n` about a VM that are not about errors in vm.conf."""
 
 import os
 
@@ -9,7 +9,7 @@ from vmd.parent import examine, vhost
 
 
 def test_a_host_without_vhost_is_named_for_each_interface_and_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same machine may be looked at again: after a change of the host the answer may be another."""
+    """The host is examined each time, because it may have changed since."""
     reasons = ["there is no /dev/vhost-net", "there is no /dev/vhost-net", ""]
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     monkeypatch.setattr(vhost, "lacking", lambda: reasons.pop(0))

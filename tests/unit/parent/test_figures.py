@@ -1,4 +1,4 @@
-"""What clients are told VMs have done: as much as fits a message, and files only of those that they may control."""
+"""The figures of VMs that clients get: they fit into a message, and have paths only for those who control the VM."""
 
 import ast
 import json
@@ -49,33 +49,33 @@ from vmd.vm.kinds import KINDS
 
 MOST = (1 << 64) - 1
 ROOT, OTHER = Caller(uid=0, gid=0, pid=1), Caller(uid=77777, gid=77777, pid=1)
-TO_COME = 2000  # bytes for fields that later versions add
+TO_COME = 2000  # bytes reserved for fields of later versions
 
 
 class Control:
-    """Where answers leave to."""
+    """The channel that answers are sent to."""
 
     def __init__(self) -> None:
         self.sent: list[Record] = []
 
     def send(self, message: Record, *, peerid: int = 0, fds: Mapping[str, object]) -> None:
-        """Note an answer."""
+        """Record an answer."""
         assert (peerid, dict(fds)) == (1, {})
         self.sent.append(message)
 
 
 class Network:
-    """One without interfaces."""
+    """A network without interfaces."""
 
     taps: dict[int, object] = {}
 
     def counted(self, _vmid: int, _index: int, figures: dict[str, Any]) -> dict[str, Any]:
-        """Return what its process has counted."""
+        """Return the figures that the device process has counted."""
         return figures
 
 
 class Parent:
-    """As much of the parent as the room needs, with VMs a and b that do not run."""
+    """The part of the parent that the room needs, with VMs `a` and `b` that do not run."""
 
     def __init__(self) -> None:
         self.later: list[Callable[[], None]] = []
@@ -89,11 +89,11 @@ class Parent:
         self.room = Figures(self.core, cast("Any", Network()))
 
     def call_later(self, _delay_s: float, callback: Callable[[], None]) -> None:
-        """Note what is to be done; we are the loop, too."""
+        """Record a callback, as the loop."""
         self.later.append(callback)
 
     def ask(self, request: FiguresRequest, caller: Caller = ROOT) -> list[VmFigures]:
-        """Return the rows of an answer."""
+        """Return the rows of the answer."""
         self.room.serve(request, caller, Envelope(request, 1, 0, {}))
         while self.later:
             self.later.pop(0)()
@@ -105,7 +105,7 @@ class Parent:
 
 @pytest.mark.parametrize("record", [VmFigures, GroupFigures, DiskFigures, NicFigures], ids=lambda each: each.__name__)
 def test_every_field_is_filled(record: RecordType) -> None:
-    """One that the parent leaves at its default says nothing to anybody; what devices count is filled all at once."""
+    """A field that is never filled is of no use.  The counters of devices are filled all together."""
     counted = {name for kind, row in RECORDS.items() if row is record for name in devmsg.FIGURES[kind]}
     nodes = [node for node in ast.walk(ast.parse(Path(room.__file__).read_text())) if isinstance(node, ast.Call)]
     filled = {word.arg for node in nodes if ast.unparse(node.func) == record.__name__ for word in node.keywords}
@@ -114,8 +114,8 @@ def test_every_field_is_filled(record: RecordType) -> None:
     assert missing == set(), f"vmd/parent/figures.py does not fill {sorted(missing)} of {record.__name__}"
 
 
-def test_all_or_one() -> None:
-    """By name or id; one that is not there is an error."""
+def test_figures_of_all_vms_or_of_one() -> None:
+    """One VM is named by name or id.  A VM that does not exist is an error."""
     parent = Parent()
     rows = parent.ask(FiguresRequest())
     assert [row.name for row in rows] == ["a", "b"]
@@ -126,7 +126,7 @@ def test_all_or_one() -> None:
 
 
 def test_a_vm_that_does_not_run() -> None:
-    """What it is to have is there, and nothing has been counted."""
+    """The row lists its configured devices, without counts."""
     (row,) = Parent().ask(FiguresRequest(name="a"))
     assert row.vcpus == (VcpuFigures(index=0), VcpuFigures(index=1))
     assert row.disks == (DiskFigures(index=0, path="/a"),)
@@ -135,8 +135,11 @@ def test_a_vm_that_does_not_run() -> None:
     assert (row.pid, row.started_s, row.starts, row.ended, row.group) == (0, 0, 0, None, None)
 
 
-def test_others_are_served_between_many_vms() -> None:
-    """A client that asks for all keeps nobody waiting; a VM that is gone by then is left out, and so is another one."""
+def test_the_rows_of_many_vms_come_in_batches() -> None:
+    """Others are served between batches.
+
+    A VM that was removed meanwhile is left out, even if its name is in use again.
+    """
     parent = Parent()
     for number in range(3 * BATCH - 2):
         parent.core.vms.add(VmConfig(name=f"n{number}"), from_config=False)
@@ -153,15 +156,15 @@ def test_others_are_served_between_many_vms() -> None:
     assert (turns, len(rows), end) == (2, 3 * BATCH - 1, End())
 
 
-def test_files_are_for_those_who_may_control_the_vm() -> None:
-    """The rest is everybody's."""
+def test_paths_are_for_users_who_may_control_the_vm() -> None:
+    """All users get the other fields."""
     parent = Parent()
     (whole,), (part,) = (parent.ask(FiguresRequest(name="a"), caller) for caller in (ROOT, OTHER))
     assert part == whole.replace(disks=(whole.disks[0].replace(path=""),))
 
 
 def test_starts_are_counted() -> None:
-    """Not those after a reset by the guest."""
+    """Starts after a reset by the guest are counted as restarts."""
     parent = Parent()
     vm = parent.core.vms.get(0, "a")
     for again in (False, True, True):
@@ -175,12 +178,12 @@ def test_starts_are_counted() -> None:
 
 
 def filled(cls: RecordType, **fields: Any) -> Any:  # noqa: ANN401 - of that class
-    """Return a record whose numbers are as large as they can be."""
+    """Return a record whose numbers have their largest values."""
     return cls(**{name: MOST for name, kind in cls.fields.items() if kind in (int, int | None)} | fields)
 
 
-def test_the_longest_fits_a_message() -> None:
-    """Of a VM that has as much as a VM can have."""
+def test_the_longest_row_fits_a_message() -> None:
+    """It describes a VM with the largest number of everything."""
     path, name, mac = "/" + "\N{SNOWMAN}" * 341, "n" * NAME_MAX, bytes(6)
     row = filled(
         VmFigures,
@@ -202,8 +205,8 @@ def test_the_longest_fits_a_message() -> None:
 RECORDS = {"vionet": NicFigures, "vioblk": DiskFigures, "vioscsi": CdromFigures, "viornd": EntropyFigures}
 
 
-def test_what_a_device_counts_has_a_field() -> None:
-    """Under the same name; and all of it fits its slot."""
+def test_each_counter_of_a_device_has_a_field() -> None:
+    """The field has the name of the counter.  All counters of a device fit into its slot."""
     assert set(RECORDS) == set(devmsg.FIGURES) == {kind.process for kind in KINDS}
     for kind, names in devmsg.FIGURES.items():
         others = {"index", "counted", "path", "tap", "switch", "lladdr", "iops_limit", "rate_limit"}
@@ -214,7 +217,7 @@ def test_what_a_device_counts_has_a_field() -> None:
 
 
 def test_figures_keep_their_places() -> None:
-    """A VM of an earlier version has them where they were then: kinds, and figures of a kind, are added last."""
+    """The VMs of an earlier version write to the same places.  New kinds and new figures are added at the end."""
     golden = Path(__file__).parents[2] / "golden"
     now, before = devmsg.FIGURES, json.loads((golden / "figures-1.json").read_text())
 
@@ -225,14 +228,14 @@ def test_figures_keep_their_places() -> None:
 
 @pytest.fixture
 def page() -> Iterator[int]:
-    """Give a file of figures."""
+    """Yield a file of figures."""
     fd = sealed_file("figures", devmsg.FIGURES_BYTES)
     yield fd
     os.close(fd)
 
 
-def test_what_devices_leave_is_found(page: int) -> None:
-    """Each by its kind and index, wherever its slot is; one that counts less than others is of an earlier version."""
+def test_the_counters_of_devices_are_found(page: int) -> None:
+    """They are found by kind and index, in any slot.  A device with fewer counters is of an earlier version."""
     disk, nic = take_slot(page, 3, "vioblk", 1), take_slot(page, 15, "vionet", 0)
     disk[2], nic[0], nic[devmsg.COUNTER_NAMES.index("tx_throttled_ns")] = 5, 7, MOST
     found = slots(page)
@@ -257,7 +260,7 @@ def test_what_devices_leave_is_found(page: int) -> None:
     ],
 )
 def test_the_host_names_of_leases(page: int, raw: bytes, names: dict[int, str]) -> None:
-    """Behind the figures of interfaces; what is no such name is none, and a disk has none."""
+    """They follow the figures of interfaces.  Invalid names are ignored, and a disk has none."""
     for slot, kind in ((2, "vioblk"), (15, "vionet")):
         words = take_slot(page, slot, kind, 3)
         for place, at in enumerate(range(0, devmsg.HOST_NAME_BYTES, 8), NAME_AT):
@@ -267,8 +270,8 @@ def test_the_host_names_of_leases(page: int, raw: bytes, names: dict[int, str]) 
     assert not any(slots(page)["vionet", 3].values())
 
 
-def test_whatever_a_vm_writes(page: int) -> None:
-    """No figure is one that does not fit the answer, and a slot that says nonsense is nobody's."""
+def test_random_figures(page: int) -> None:
+    """No figure is too large for the answer.  Slots with invalid contents are ignored."""
     parent = Parent()
     vm = parent.core.vms.get(0, "a")
     vm.begin_start(0)
@@ -289,8 +292,8 @@ def test_whatever_a_vm_writes(page: int) -> None:
     assert vm.figures is None
 
 
-def test_a_file_that_is_not_of_that_kind(tmp_path: Path) -> None:
-    """Nothing is read from one that could be anything, or become shorter."""
+def test_a_file_that_is_not_sealed(tmp_path: Path) -> None:
+    """Such a file is refused, because it could be of any kind, or could be truncated."""
     vm = Parent().core.vms.get(0, "a")
     (tmp_path / "file").write_bytes(bytes(devmsg.FIGURES_BYTES))
     for fd in (os.open(tmp_path / "file", os.O_RDWR), memory_file("figures")):
@@ -300,8 +303,8 @@ def test_a_file_that_is_not_of_that_kind(tmp_path: Path) -> None:
             os.fstat(fd)
 
 
-def test_a_control_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What its controllers say; None for what is not there, and for a group that is not its own."""
+def test_the_figures_of_a_control_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A figure of a missing controller is None, and so are all figures of a group that is not the VM's own."""
     files = {
         "cpu.stat": "usage_usec 12\nuser_usec 5\nnr_throttled 3\nthrottled_usec 4\nodd\n",
         "memory.current": "4096\n",
@@ -323,5 +326,5 @@ def test_a_control_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def read(path: str) -> str:
-    """Return what a file says, if it is there."""
+    """Return the contents of a file, or ""."""
     return Path(path).read_text() if Path(path).exists() else ""

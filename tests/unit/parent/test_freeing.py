@@ -1,4 +1,4 @@
-"""Guest memory that is closed by somebody else."""
+"""Large guest memory is closed last by a separate process, so that the parent does not wait."""
 
 import contextlib
 import errno
@@ -21,7 +21,7 @@ BYTES = 1 << 20
 
 @pytest.fixture
 def memory(monkeypatch: pytest.MonkeyPatch) -> int:
-    """Memory of a size that counts as large."""
+    """Return memory that counts as large."""
     monkeypatch.setattr(freeing, "LARGE_BYTES", BYTES)
     fd = os.memfd_create("of-a-guest-that-is-gone", os.MFD_CLOEXEC)
     os.write(fd, bytes(BYTES))
@@ -39,13 +39,13 @@ def holders(inode: int) -> set[int]:
 
 
 def children() -> set[str]:
-    """Return our children, those that have ended and were not waited for among them."""
+    """Return our child processes, including those that have ended and were not reaped."""
     return {pid for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()}
 
 
 @pytest.fixture
 def closing(monkeypatch: pytest.MonkeyPatch) -> list[set[int]]:
-    """Who has the memory when we close it, besides us."""
+    """Return a list of the other processes that have the memory open when this process closes it."""
     seen: list[set[int]] = []
 
     def look(fds: list[int]) -> None:
@@ -57,8 +57,8 @@ def closing(monkeypatch: pytest.MonkeyPatch) -> list[set[int]]:
 
 
 @pytest.mark.root
-def test_we_are_not_the_last(memory: int, closing: list[set[int]]) -> None:
-    """One process has it, and nothing else of ours; it ends when it may, and nobody has to wait for it."""
+def test_another_process_closes_the_memory_last(memory: int, closing: list[set[int]]) -> None:
+    """That process has no other descriptor of ours.  It ends by itself and need not be reaped."""
     inode = os.fstat(memory).st_ino
     others, theirs = os.pipe2(os.O_CLOEXEC)
     before = children()
@@ -81,7 +81,7 @@ def test_we_are_not_the_last(memory: int, closing: list[set[int]]) -> None:
 
 @pytest.mark.root
 def test_small_memory_is_closed_here(memory: int, closing: list[set[int]], monkeypatch: pytest.MonkeyPatch) -> None:
-    """That takes no longer than to start a process."""
+    """Closing it takes no longer than starting a process."""
     monkeypatch.setattr(freeing, "LARGE_BYTES", BYTES + 1)
 
     let_go(memory)
@@ -90,18 +90,18 @@ def test_small_memory_is_closed_here(memory: int, closing: list[set[int]], monke
 
 
 def refuse_pipe(*_: object) -> None:
-    """Be a host without descriptors."""
+    """Fail as on a host without free descriptors."""
     raise OSError(errno.EMFILE, "Too many open files")
 
 
 def refuse_fork(what: str) -> int:
-    """Be a host without processes."""
+    """Fail as on a host without free processes."""
     raise HostError(what, errno.EAGAIN)
 
 
 @pytest.mark.parametrize("lack", ["pipe", "process"])
-def test_a_host_without_room(memory: int, lack: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Then it takes as long as it takes, and leaves nothing."""
+def test_a_host_without_descriptors_or_processes(memory: int, lack: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The memory is closed here, however long that takes, and no descriptor is left."""
     before = len(os.listdir("/proc/self/fd"))
     if lack == "pipe":
         monkeypatch.setattr(os, "pipe2", refuse_pipe)
