@@ -1,4 +1,4 @@
-"""What the host reaches, as /proc/net says it, and what that means for ranges of local interfaces."""
+"""The routes of the host, as /proc/net lists them, and warnings about the ranges of local interfaces."""
 
 import ipaddress
 from pathlib import Path
@@ -31,7 +31,7 @@ ff000000000000000000000000000000 08 00000000000000000000000000000000 00 00000000
 
 
 def prefix(text: str) -> Prefix:
-    """Return a range."""
+    """Parse an address range."""
     network = ipaddress.ip_network(text)
     return Prefix(address=network.network_address.packed, length=network.prefixlen)
 
@@ -41,8 +41,8 @@ def route(text: str, interface: str = "eth0") -> HostRoute:
     return HostRoute(network=ipaddress.ip_network(text), interface=interface)
 
 
-def test_what_the_kernel_says(tmp_path: Path) -> None:
-    """Without defaults, VPNs' halves of them, what leads nowhere, links' own, and our taps."""
+def test_the_routes_that_the_kernel_lists(tmp_path: Path) -> None:
+    """Rejected networks, default routes, VPNs' halves of them, link-local routes and our taps are left out."""
     four, six = tmp_path / "route", tmp_path / "ipv6_route"
     four.write_text(ROUTE)
     six.write_text(ROUTE6)
@@ -58,8 +58,8 @@ def test_what_the_kernel_says(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("length", range(0, len(ROUTE), 7))
-def test_a_list_that_is_cut(tmp_path: Path, length: int) -> None:
-    """What is whole counts."""
+def test_a_truncated_list(tmp_path: Path, length: int) -> None:
+    """Complete lines count."""
     path = tmp_path / "route"
     path.write_text(ROUTE[:length])
     whole = [route("192.168.1.0/24"), route("10.0.0.0/8"), route("100.64.2.0/24", "tap9")]
@@ -68,7 +68,7 @@ def test_a_list_that_is_cut(tmp_path: Path, length: int) -> None:
 
 
 def test_networks_that_overlap() -> None:
-    """Either may be the larger one; families do not mix."""
+    """Either network may be the larger one.  IPv4 and IPv6 do not overlap."""
     routes = [route("10.1.0.0/16"), route("10.1.2.0/24"), route("10.2.0.0/16"), route("fd00::/8")]
 
     assert list(overlapping(ipaddress.ip_network("10.1.2.4/31"), routes)) == routes[:2]
@@ -79,8 +79,8 @@ def test_networks_that_overlap() -> None:
     assert covering(None, routes) is None
 
 
-def test_what_is_said_of_ranges() -> None:
-    """With the line, if the range is not the default one; and only where there are local interfaces."""
+def test_warnings_about_ranges() -> None:
+    """They name the line of vm.conf, unless the range is the default.  Without local interfaces there are none."""
     settings = Globals(
         local_prefix=prefix("192.168.0.0/16"), local_prefix_origin="vm.conf:3", local_inet6_prefix=prefix("fd00:5::/48")
     )

@@ -1,4 +1,4 @@
-"""Whose id and addresses are whose, in memory and in the file, whatever that says."""
+"""Which VM has which id and addresses, in memory and in the file, with every content of the file."""
 
 import os
 import random
@@ -17,7 +17,7 @@ RECEIVED = bytes.fromhex("fee1bbd10007"), bytes.fromhex("fee1bbd20007")
 
 
 def loaded(raw: bytes) -> Identities:
-    """Return what bytes say."""
+    """Decode the identities of a file."""
     identities = Identities()
     identities.decode(raw)
     return identities
@@ -27,7 +27,7 @@ def loaded(raw: bytes) -> Identities:
 
 
 def test_a_file_of_version_1() -> None:
-    """Every later version reads it, and writes the same as long as it has the same version."""
+    """Every later version reads it.  A version with the same number writes the same bytes."""
     raw = GOLDEN.read_bytes()
     identities = loaded(raw)
 
@@ -41,8 +41,8 @@ def test_a_file_of_version_1() -> None:
     assert identities.encode() == raw
 
 
-def test_fields_travel_by_name() -> None:
-    """What is missing has its default; what is unknown is ignored."""
+def test_fields_are_stored_by_name() -> None:
+    """A missing field has its default.  An unknown one is ignored."""
     raw = b'{"version": 1, "colour": "red", "vms": [{"name": "a", "owner": 7, "shape": []}]}'
     identities = loaded(raw)
 
@@ -79,7 +79,7 @@ def test_fields_travel_by_name() -> None:
         "[" * 100_000,
     ],
 )
-def test_a_file_that_makes_no_sense(text: str) -> None:
+def test_an_invalid_file(text: str) -> None:
     """Nothing of it is taken over."""
     identities = loaded(GOLDEN.read_bytes())
     with pytest.raises(ValueError, match=r"."):
@@ -87,8 +87,8 @@ def test_a_file_that_makes_no_sense(text: str) -> None:
     assert identities.encode() == GOLDEN.read_bytes()
 
 
-def test_a_file_that_is_torn_or_scribbled_on() -> None:
-    """It is understood, or refused, and nothing else happens."""
+def test_a_truncated_or_overwritten_file() -> None:
+    """It is decoded or refused.  No other exception is raised."""
     raw = GOLDEN.read_bytes()
     chance = random.Random(1)
     for length in range(len(raw) - 2):
@@ -111,14 +111,14 @@ Said = pytest.CaptureFixture[str]
 
 
 def kept_in(directory: Path) -> tuple[StateFile, Identities]:
-    """Return what a daemon has that begins with this directory."""
+    """Return the state file and identities of a daemon that starts with this directory."""
     state, identities = StateFile(str(directory)), Identities()
     state.load(identities)
     return state, identities
 
 
 def test_identities_outlive_a_daemon(tmp_path: Path, capfd: Said) -> None:
-    """In a directory that is made; only root reads it."""
+    """The directory is created.  Only root may read the file."""
     state, identities = kept_in(tmp_path / "vmd")
     identities.of(("a", 7)).lladdrs[0] = RECEIVED[0]
     state.save(identities)
@@ -133,8 +133,8 @@ def test_identities_outlive_a_daemon(tmp_path: Path, capfd: Said) -> None:
 
 
 @pytest.mark.parametrize("raw", [b"", b"{", GOLDEN.read_bytes()[:200], bytes(100)], ids=len)
-def test_a_damaged_file_is_put_aside(tmp_path: Path, capfd: Said, raw: bytes) -> None:
-    """With a sentence that names it; the next one is written in its place."""
+def test_a_damaged_file_is_renamed(tmp_path: Path, capfd: Said, raw: bytes) -> None:
+    """A message names it, and the next file gets its name."""
     (tmp_path / FILE).write_bytes(raw)
     state, identities = kept_in(tmp_path)
     assert f"{tmp_path}/{FILE} is damaged (" in capfd.readouterr().err
@@ -148,7 +148,7 @@ def test_a_damaged_file_is_put_aside(tmp_path: Path, capfd: Said, raw: bytes) ->
 
 
 def test_the_file_of_a_later_version_is_left_alone(tmp_path: Path, capfd: Said) -> None:
-    """Whoever goes back to an older vmd finds everything again when they return."""
+    """Operators who go back to an older vmd find their file again when they return to the later one."""
     (tmp_path / FILE).write_text('{"version": 2, "vms": "in a form of its own"}')
     state, identities = kept_in(tmp_path)
     assert "was written by a later vmd (version 2) and is left alone" in capfd.readouterr().err
@@ -159,7 +159,7 @@ def test_the_file_of_a_later_version_is_left_alone(tmp_path: Path, capfd: Said) 
 
 
 def test_two_daemons_do_not_share_a_file(tmp_path: Path, capfd: Said) -> None:
-    """The second one goes on without."""
+    """The second daemon continues without a file."""
     first, identities = kept_in(tmp_path)
     second, others = kept_in(tmp_path)
     assert f"{tmp_path} is used by another vmd" in capfd.readouterr().err
@@ -175,8 +175,8 @@ def test_two_daemons_do_not_share_a_file(tmp_path: Path, capfd: Said) -> None:
     assert list(again.known) == [("c", 0)]
 
 
-def test_a_directory_that_cannot_be(tmp_path: Path, capfd: Said) -> None:
-    """A sentence with the reason; ids and addresses are there all the same."""
+def test_a_directory_that_cannot_be_created(tmp_path: Path, capfd: Said) -> None:
+    """The message has the reason.  VMs still get ids and addresses."""
     (tmp_path / "file").touch()
     state, identities = kept_in(tmp_path / "file" / "vmd")
     assert f"{tmp_path}/file/vmd/{FILE}: Not a directory" in capfd.readouterr().err
@@ -186,7 +186,7 @@ def test_a_directory_that_cannot_be(tmp_path: Path, capfd: Said) -> None:
 
 @pytest.mark.root
 def test_a_full_disk(tmp_path: Path, capfd: Said) -> None:
-    """What was there stays; it is said once, and once when there is room again."""
+    """The old file stays.  The failure is logged once, and so is the first success after it."""
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", tmp_path], check=True)
     try:
         state, identities = kept_in(tmp_path)
@@ -211,11 +211,11 @@ def test_a_full_disk(tmp_path: Path, capfd: Said) -> None:
         subprocess.run(["umount", tmp_path], check=True)
 
 
-# --- whose is what -------------------------------------------------------------------------------------------
+# --- ids and addresses ---------------------------------------------------------------------------------------
 
 
-def test_numbers_are_chosen_where_nobody_has_one() -> None:
-    """The one that a VM has, if it is free and in the range; else any other."""
+def test_a_free_number_is_chosen() -> None:
+    """The VM's present number is kept if it is free and in the range.  Otherwise any free number is chosen."""
     identities = Identities()
     keys = [(name, 0) for name in "abc"]
     for key, number in zip(keys, (1, 2, 300), strict=True):
@@ -231,13 +231,13 @@ def test_numbers_are_chosen_where_nobody_has_one() -> None:
 
 
 def test_two_hosts_seldom_choose_the_same_number() -> None:
-    """Their VMs could not be sent to one another."""
+    """With the same number, their VMs could not be sent to one another."""
     numbers = [Identities().choose_number(("a", 0), 16384, lambda _number: True, set) for _ in range(50)]
     assert len(set(numbers)) > 40
 
 
-def test_many_names_are_remembered_and_not_all() -> None:
-    """Those of instances cannot push out those of vm.conf, nor a VM that is there."""
+def test_the_number_of_remembered_names_is_limited() -> None:
+    """Names of instances replace neither those of vm.conf nor that of a present VM."""
     table = VmTable()
     table.remove(table.add(VmConfig(name="configured"), from_config=True))
     there = table.add(VmConfig(name="there"), from_config=False)
@@ -251,8 +251,8 @@ def test_many_names_are_remembered_and_not_all() -> None:
     assert table.add(VmConfig(name="configured"), from_config=True).vmid == 1
 
 
-def test_addresses_stay_when_ids_are_counted_anew() -> None:
-    """`vmctl reset` is about ids; guests and neighbours know the rest."""
+def test_addresses_stay_when_ids_start_again_from_1() -> None:
+    """`vmctl reset` changes only ids, because guests and their neighbours know the addresses."""
     table = VmTable()
     table.add(VmConfig(name="a"), from_config=True)
     config = table.add(VmConfig(name="b", nics=(NicConfig(),)), from_config=True).config
@@ -268,13 +268,13 @@ def test_addresses_stay_when_ids_are_counted_anew() -> None:
 
 
 def came(nics: tuple[NicConfig, ...], plan_id: int = 77) -> VmConfig:
-    """Return what a stream says of a VM, with two interfaces."""
+    """Return the configuration in the stream of a received VM, which has two interfaces."""
     nics = tuple(nic.replace(lladdr=nic.lladdr or lladdr) for nic, lladdr in zip(nics, RECEIVED, strict=True))
     return VmConfig(name="db1", nics=nics, plan_id=plan_id, plan_prefix4=DEFAULT4)
 
 
-def test_what_a_guest_knows_stays_its_own() -> None:
-    """Also when it is started anew, from this host's vm.conf; but what that gives explicitly counts."""
+def test_a_received_vm_keeps_its_addresses() -> None:
+    """It also keeps them at its next start from this host's vm.conf.  Addresses that vm.conf gives explicitly count."""
     given = bytes.fromhex("020000000001")
     conf = VmConfig(name="db1", nics=(NicConfig(local=True), NicConfig(lladdr=given)))
     table = VmTable()
@@ -288,8 +288,8 @@ def test_what_a_guest_knows_stays_its_own() -> None:
     assert table.with_all_lladdrs(conf) == vm.config
 
 
-def test_a_vm_without_a_configuration_comes_back() -> None:
-    """Whatever there was under its name before: what its guest knows now counts."""
+def test_a_received_vm_that_is_not_in_vm_conf_keeps_its_addresses() -> None:
+    """They replace addresses that were remembered for its name before."""
     table = VmTable()
     nics = NicConfig(), NicConfig()
     table.remove(table.add(VmConfig(name="db1", nics=nics), from_config=False))
@@ -301,8 +301,8 @@ def test_a_vm_without_a_configuration_comes_back() -> None:
     assert tuple(nic.lladdr for nic in again.config.nics) == RECEIVED
 
 
-def test_what_somebody_has_is_not_taken_over() -> None:
-    """Neither an Ethernet address nor a number; nor one of another range."""
+def test_addresses_in_use_are_not_taken_over() -> None:
+    """Neither an Ethernet address nor a number that another VM has is taken over, nor a number of another range."""
     table = VmTable()
     other = table.add(VmConfig(name="other", nics=(NicConfig(lladdr=RECEIVED[0]),)), from_config=True)
     table.identities.of(other.key).number = 77

@@ -1,4 +1,4 @@
-"""What an instance has of its template, what of its own, and what it may not (*cat. 2.6*)."""
+"""What an instance inherits from its template, what it has of its own, and what is refused (*cat. 2.6*)."""
 
 import ast
 import inspect
@@ -48,8 +48,8 @@ TEMPLATE = VmConfig(
 )
 
 
-def test_what_is_not_given_is_inherited_but_for_disks() -> None:
-    """Interfaces beyond those given come along, with taps and addresses of their own."""
+def test_values_that_are_not_given_are_inherited_except_disks() -> None:
+    """The template's further interfaces are inherited without their taps and addresses."""
     made = derive(TEMPLATE, VmConfig(name="i"), USER)
 
     assert (made.memory_bytes, made.vcpus, made.cdrom) == (64 * MIB, 2, "/iso")
@@ -62,7 +62,7 @@ def test_what_is_not_given_is_inherited_but_for_disks() -> None:
 
 
 def test_a_console_log_is_inherited_under_the_name_of_the_instance() -> None:
-    """And is given by vm.conf alone, whatever a client says."""
+    """Only vm.conf can give one.  A client's value is ignored."""
     template = TEMPLATE.replace(console_log=ConsoleLog(path="/v/%n.log", keep=1))
     asked = VmConfig(name="i", console_log=ConsoleLog(path="/etc/passwd"))
     wanted = described(StartRequest(name="i", config=asked), given_boot=False, given_initrd=False, given_seed=False)
@@ -89,8 +89,8 @@ WANTED = VmConfig(
 )
 
 
-def test_a_user_gives_an_instance_no_limits_but_the_template_s() -> None:
-    """Device by device; those that the template does not have are not limited."""
+def test_an_instance_of_a_user_has_the_limits_of_the_template() -> None:
+    """This holds for each device.  Devices that the template does not have are not limited."""
     made = derive(LIMITED, WANTED, USER)
 
     assert made.limit == LIMITED.limit
@@ -100,7 +100,7 @@ def test_a_user_gives_an_instance_no_limits_but_the_template_s() -> None:
 
 @pytest.mark.parametrize("caller", [None, Caller(uid=0, gid=0, pid=1)], ids=["vm.conf", "root"])
 def test_vm_conf_and_root_give_an_instance_limits_of_its_own(caller: Caller | None) -> None:
-    """One by one; the others are the template's."""
+    """Limits that they do not give are inherited one by one."""
     made = derive(LIMITED, WANTED, caller)
 
     assert made.limit == VmLimits(memory_bytes=1 << 30, cpu_percent=400, weight=7)
@@ -108,12 +108,12 @@ def test_vm_conf_and_root_give_an_instance_limits_of_its_own(caller: Caller | No
     assert [nic.rate_limit for nic in made.nics] == [9 << 20, 2 << 20]
 
 
-# What an instance never has of its template: its name, where it stands, its addresses, what its own disc says.
+# Fields that are never inherited: the name, the line in vm.conf, the addresses, and those that follow from others.
 OF_ITS_OWN = {"drive", "enabled", "given", "name", "origin", "plan_id", "plan_prefix4", "plan_prefix6"}
 
 
-def test_of_each_field_it_is_known_whether_it_is_inherited() -> None:
-    """A new field of a VM is in `derive`, or named here."""
+def test_each_field_is_decided_in_derive_or_never_inherited() -> None:
+    """A new field of a VM is handled in `derive`, or named above."""
     source = ast.parse(inspect.getsource(derive))
     words = {node.value for node in ast.walk(source) if isinstance(node, ast.Constant)}
     decided = words | {node.arg for node in ast.walk(source) if isinstance(node, ast.keyword)}
@@ -122,7 +122,7 @@ def test_of_each_field_it_is_known_whether_it_is_inherited() -> None:
 
 
 def test_given_values_replace_those_of_the_template() -> None:
-    """One by one."""
+    """This is decided field by field."""
     own = VmConfig(
         name="i",
         given=EVERYTHING,
@@ -153,7 +153,7 @@ def test_given_values_replace_those_of_the_template() -> None:
     ],
 )
 def test_each_aspect_needs_its_flag(flag: VmFlag, what: str) -> None:
-    """For users; root, and the configuration, need none."""
+    """This holds for users.  Root and vm.conf need no flags."""
     template = TEMPLATE.replace(allow=AllowInstance(flags=EVERYTHING & ~flag, owner=Owner(uid=USER.uid)))
     wanted = VmConfig(name="i", given=flag)
 
@@ -164,7 +164,7 @@ def test_each_aspect_needs_its_flag(flag: VmFlag, what: str) -> None:
 
 
 def test_only_the_instance_owner_makes_instances() -> None:
-    """By user id, or by group; without `owner` nobody but root."""
+    """The owner is a user or a group.  Without `owner` only root may make them."""
     with pytest.raises(OperatorError, match="uid 4712 has no permission to create instances of vm tmpl"):
         derive(TEMPLATE, VmConfig(name="i"), OTHER)
     with pytest.raises(OperatorError, match="no permission"):
@@ -173,10 +173,13 @@ def test_only_the_instance_owner_makes_instances() -> None:
         derive(TEMPLATE.replace(allow=None), VmConfig(name="i"), USER)
 
 
-def test_whoever_is_in_group_0_makes_instances_where_nobody_is_named(
+def test_group_0_makes_instances_if_no_owner_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As upstream has it for an `allow instance` without `owner`; others are told what would help them."""
+    """This is upstream's rule for `allow instance` without `owner`.
+
+    For others the error names the missing permission.
+    """
     path = tmp_path / "vm.conf"
     path.write_text("vm tmpl {\n allow instance { boot, disk, memory }\n}\n")
     (template,) = load(str(path), warn=lambda _text: None).vms
@@ -198,14 +201,14 @@ def test_whoever_is_in_group_0_makes_instances_where_nobody_is_named(
     ],
     ids=["disk", "tap", "lladdr"],
 )
-def test_what_only_one_can_have_stays_the_template_s(wanted: VmConfig) -> None:
-    """Even for root."""
+def test_unique_resources_stay_with_the_template(wanted: VmConfig) -> None:
+    """They are refused even for root."""
     with pytest.raises(OperatorError, match="cannot be reused"):
         derive(TEMPLATE, wanted, None)
 
 
-def test_permissions_go_on_only_where_the_template_says_so() -> None:
-    """`allow instance { instance }`."""
+def test_permissions_are_inherited_only_if_the_template_allows_it() -> None:
+    """The template needs `allow instance { instance }`."""
     allow = AllowInstance(flags=EVERYTHING | VmFlag.INSTANCE, owner=Owner(uid=USER.uid))
     template = TEMPLATE.replace(allow=allow)
 
@@ -215,8 +218,8 @@ def test_permissions_go_on_only_where_the_template_says_so() -> None:
         derive(template, VmConfig(name="i", allow=allow), USER)
 
 
-def test_files_keep_the_rights_of_whoever_named_them() -> None:
-    """Through any number of instances: what root or the configuration named is root's, all else its user's."""
+def test_files_keep_the_rights_of_the_user_who_named_them() -> None:
+    """This holds through any number of instances.  Files named by root or vm.conf have root's rights."""
     owner, other = Owner(uid=USER.uid, gid=USER.gid), Owner(uid=OTHER.uid, gid=OTHER.gid)
     allow = AllowInstance(flags=EVERYTHING | VmFlag.INSTANCE, owner=Owner(uid=OTHER.uid, gid=USER.gid))
     plain = derive(TEMPLATE, VmConfig(name="i", given=VmFlag.DISK, disks=(DiskConfig(path="/i.img"),)), USER)
@@ -232,7 +235,7 @@ def test_files_keep_the_rights_of_whoever_named_them() -> None:
 
 
 def test_a_user_takes_no_interface_and_no_address_of_another_vm() -> None:
-    """Not even of one that does not run, or is from elsewhere, or will have it at its next start."""
+    """The other VM may be stopped or received, or may get the address only at its next start."""
     table = VmTable()
     vm = table.add(VmConfig(name="a", nics=(NicConfig(tap="tap7", lladdr=b"\2\2\2\2\2\2"),)), from_config=True)
     vm.running_config = VmConfig(name="a", nics=(NicConfig(tap="tap9", lladdr=b"\4" * 6),))
@@ -245,7 +248,7 @@ def test_a_user_takes_no_interface_and_no_address_of_another_vm() -> None:
 
 
 def test_the_configuration_may_name_another_owner() -> None:
-    """Without one it is the template's."""
+    """Without `owner` the instance has the template's."""
     template = TEMPLATE.replace(owner=Owner(uid=7, gid=8))
 
     assert derive(template, VmConfig(name="i"), None).owner == Owner(uid=7, gid=8)
@@ -253,8 +256,8 @@ def test_the_configuration_may_name_another_owner() -> None:
     assert derive(template, VmConfig(name="i"), USER).owner == Owner(uid=USER.uid, gid=8)
 
 
-def test_what_only_one_can_have_of_a_local_interface_is_not_inherited() -> None:
-    """An address, ports of the host and a host name; name servers are, and that the kernel moves the frames."""
+def test_unique_settings_of_a_local_interface_are_not_inherited() -> None:
+    """Address, ports of the host and host name are unique.  Name servers and `vhost` are inherited."""
     told = NicConfig(
         local=True, address=Prefix(address=bytes((10, 9, 0, 2)), length=31), forwards=(Forward(port=8022, to=22),),
         host_name="www", dns=(bytes((9, 9, 9, 9)),), vhost=True,
@@ -265,8 +268,8 @@ def test_what_only_one_can_have_of_a_local_interface_is_not_inherited() -> None:
     assert nic == NicConfig(local=True, dns=told.dns, vhost=True)
 
 
-def test_what_only_vm_conf_gives_a_local_interface() -> None:
-    """A client's description has none of it, whoever the client is."""
+def test_settings_that_only_vm_conf_gives_a_local_interface() -> None:
+    """They are removed from the description of every client."""
     told = NicConfig(
         local=True, address=Prefix(address=bytes((10, 9, 0, 2)), length=31), forwards=(Forward(port=8022, to=22),),
         host_name="www", dns=(bytes((9, 9, 9, 9)),), rate_limit=1 << 20, vhost=True,
@@ -277,8 +280,8 @@ def test_what_only_vm_conf_gives_a_local_interface() -> None:
     assert nic == NicConfig(local=True, rate_limit=1 << 20)
 
 
-def test_an_instance_has_the_seed_of_its_template_under_its_own_name() -> None:
-    """Read with the rights of whoever has named its files; one of its own takes the place of all of it."""
+def test_an_instance_inherits_the_seed_with_its_own_name() -> None:
+    """Files are read with the rights of the user who named them.  A seed of its own replaces the whole seed."""
     seed = SeedConfig(hostname="t", user="alice", user_data="/root/data", instance_id="x")
     template = TEMPLATE.replace(seed=seed, rights=Rights(seed=Owner(uid=7)))
     plain = derive(template, VmConfig(name="i"), USER)

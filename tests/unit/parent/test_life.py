@@ -1,4 +1,4 @@
-"""Starts and ends of VMs: what a start asks for, what each end releases, and who is answered."""
+"""Starts and ends of VMs: what a start requests, what each end releases, and which clients are answered."""
 
 import errno
 import os
@@ -43,49 +43,49 @@ UNUSED = cast("Any", None)
 
 
 class Peer:
-    """Notes what is sent, but for slots, and closes what goes along."""
+    """A channel that records messages, except VmSlot, and closes their descriptors."""
 
     def __init__(self) -> None:
         self.sent: list[tuple[int, Record]] = []
 
     def send(self, message: Record, *, peerid: int, fds: dict[str, list[int]]) -> None:
-        """Note a message."""
+        """Record a message."""
         if not isinstance(message, VmSlot):
             self.sent.append((peerid, message))
         for fd in [one for each in fds.values() for one in each]:
             os.close(fd)
 
     def take(self) -> list[tuple[int, Record]]:
-        """Return what was sent since the last call, and to whom."""
+        """Return the messages since the last call, each with its receiver."""
         sent, self.sent = self.sent, []
         return sent
 
 
 class Openings:
-    """Files that are opened when the test wants it."""
+    """Stands in for the openers.  The test gives their answers."""
 
     def __init__(self) -> None:
         self.asked: dict[int, tuple[Callable[[Opened], None], Callable[[VmdError], None]]] = {}  # by vmid
         self.boots: list[bool] = []
 
     def require_answers(self, _user: int) -> None:
-        """Find that no opener hangs."""
+        """Accept every user: no opener hangs."""
 
     def open(
         self, vm: Vm, _config: VmConfig, _user: int, on_opened: Callable[[Opened], None],
         on_failed: Callable[[VmdError], None], *, boots: bool, **_more: object,
     ) -> None:  # fmt: skip
-        """Take a job."""
+        """Accept a job."""
         self.asked[vm.vmid] = on_opened, on_failed
         self.boots.append(boots)
 
     def give_up(self, vm: Vm) -> bool:
-        """Forget the job of a VM."""
+        """Drop the job of a VM."""
         return self.asked.pop(vm.vmid, None) is not None
 
 
 class Network:
-    """Interfaces that can be had at once, unless there is `trouble`; with `slow` only later."""
+    """Interfaces that are ready at once.  With `trouble` they fail, and with `slow` the VM waits for them."""
 
     def __init__(self, core: Core) -> None:
         self.core = core
@@ -99,7 +99,7 @@ class Network:
         return [f"note {index}" for index in range(len(config.nics))]
 
     def launch(self, vm: Vm, message: Record, fds: dict[str, list[int]], on_failed: Callable[[int, str], None]) -> None:
-        """Give a VM to vmm, or keep it."""
+        """Send the message to vmm, or let the VM wait."""
         if self.trouble is not None or self.slow:
             for fd in [one for each in fds.values() for one in each]:
                 os.close(fd)
@@ -111,16 +111,16 @@ class Network:
             self.core.peers.send(Proc.VMM, message, fds=fds)
 
     def give_up(self, vm: Vm) -> bool:
-        """Forget a VM that waits."""
+        """Drop a VM that waits."""
         return self.waiting.pop(vm.vmid, None) is not None
 
     def release(self, vmid: int) -> None:
-        """Note it."""
+        """Record that the interfaces of a VM are released."""
         self.released.append(vmid)
 
 
 class Rig:
-    """The room, and what it asks others for."""
+    """The room, and stand-ins for all that it uses."""
 
     def __init__(self) -> None:
         self.timers: list[tuple[float, Timer]] = []
@@ -137,17 +137,17 @@ class Rig:
         )
 
     def answer_devices(self, vmid: int) -> None:
-        """Be the room of status."""
+        """Record the VM, as the room of status."""
         self.devices.append(vmid)
 
     def call_later(self, delay_s: float, callback: Callable[[], None], _source: object = None) -> Timer:
-        """Be the loop."""
+        """Start a timer, as the loop."""
         timer = Timer(delay_s, callback)
         self.timers.append((delay_s, timer))
         return timer
 
     def stop(self) -> None:
-        """Be the loop."""
+        """Stop, as the loop."""
         self.stopped = True
 
     def fire(self, delay_s: float) -> None:
@@ -165,24 +165,24 @@ class Rig:
         return self.core.vms.add(config, from_config=True)
 
     def ask(self, vm: Vm, client: int = CLIENT, caller: Caller = ROOT) -> None:
-        """Let a client start a VM."""
+        """Send a client's request to start a VM."""
         message = StartRequest(name=vm.name)
         self.life.serve_start(message, caller, Envelope(message, client, 0, {}))
 
     def opened(self, vm: Vm, **found: object) -> None:
-        """Let the files of a VM be open."""
+        """Answer that the files of a VM are open."""
         opened = Opened()
         for name, value in found.items():
             setattr(opened, name, value)
         self.openings.asked.pop(vm.vmid)[0](opened)
 
     def running(self, vm: Vm) -> None:
-        """Let a VM that was asked for run."""
+        """Answer that a starting VM runs."""
         self.opened(vm)
         self.life.on_running(VmRunning(vmid=vm.vmid), Envelope(VmRunning(vmid=vm.vmid), 0, 0, {}))
 
     def run(self, vm: Vm) -> Vm:
-        """Let a VM run."""
+        """Start a VM, and wait until it runs."""
         self.ask(vm)
         self.running(vm)
         self.control.take()
@@ -190,18 +190,18 @@ class Rig:
         return vm
 
     def exited(self, vm: Vm, outcome: Outcome = Outcome.POWER_OFF, text: str = "") -> None:
-        """Let the process of a VM end."""
+        """Report that the process of a VM has ended."""
         self.life.on_exited(VmExited(vmid=vm.vmid, pid=1, outcome=outcome, text=text), UNUSED)
 
     def stop_vm(self, vm: Vm, client: int = CLIENT, *, force: bool = False, wait: bool = False) -> None:
-        """Let a client stop a VM."""
+        """Send a client's request to stop a VM."""
         message = StopRequest(name=vm.name, force=force, wait=wait)
         self.life.serve_stop(message, ROOT, Envelope(message, client, 0, {}))
 
 
 @pytest.fixture
 def rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
-    """Give the room."""
+    """Yield the room."""
     monkeypatch.setattr(service, "notify", lambda *_: True)
     rig = Rig()
     yield rig
@@ -213,7 +213,7 @@ def rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
 
 
 def stop_of(vm: Vm, mode: StopMode) -> tuple[int, Record]:
-    """Return what vmm is told to stop a VM."""
+    """Return the message to vmm that stops a VM, with its receiver."""
     return 0, StopVm(vmid=vm.vmid, mode=mode)
 
 
@@ -221,7 +221,10 @@ def stop_of(vm: Vm, mode: StopMode) -> tuple[int, Record]:
 
 
 def test_a_start_from_the_request_to_the_answer(rig: Rig) -> None:
-    """Files first, then interfaces and vmm; the client is answered when the guest executes, with all notes."""
+    """Files are opened first, then interfaces, then vmm is told.
+
+    The answer comes when the guest runs, with all notes.
+    """
     vm = rig.add(nics=(NicConfig(),))
     rig.ask(vm)
     assert (vm.state, rig.vmm.take(), rig.control.take()) == (State.STARTING, [], [])
@@ -238,7 +241,7 @@ def test_a_start_from_the_request_to_the_answer(rig: Rig) -> None:
 
 
 def test_a_start_is_for_the_owner(rig: Rig) -> None:
-    """And for nobody when the daemon ends, or the VM runs already."""
+    """It is refused for every user when the daemon ends, or if the VM already runs."""
     vm = rig.add()
     with pytest.raises(OperatorError) as refused:
         rig.ask(vm, caller=OTHER)
@@ -253,7 +256,10 @@ def test_a_start_is_for_the_owner(rig: Rig) -> None:
 
 
 def test_files_that_cannot_be_opened_end_the_start(rig: Rig, capfd: pytest.CaptureFixture[str]) -> None:
-    """The client has the sentence and the errno, whoever waits for the end has it too; the next start is possible."""
+    """The client that started the VM, and clients that wait for its end, get the reason.
+
+    The next start is possible.
+    """
     vm = rig.add()
     rig.ask(vm)
     rig.life.serve_wait(WaitRequest(name="a"), ROOT, Envelope(WaitRequest(name="a"), SECOND, 0, {}))
@@ -268,8 +274,8 @@ def test_files_that_cannot_be_opened_end_the_start(rig: Rig, capfd: pytest.Captu
     rig.ask(vm)
 
 
-def test_interfaces_that_cannot_be_had_end_the_start(rig: Rig) -> None:
-    """At once, or later; a VM of vm.conf stays known."""
+def test_interfaces_that_fail_end_the_start(rig: Rig) -> None:
+    """They fail at once, or later.  A VM of vm.conf stays known."""
     vm = rig.add()
     rig.network.trouble = HostError("open /dev/net/tun", errno.EACCES)
     rig.ask(vm)
@@ -284,7 +290,7 @@ def test_interfaces_that_cannot_be_had_end_the_start(rig: Rig) -> None:
     assert (vm.state, rig.core.vms.find(0, "a"), rig.vmm.take()) == (State.STOPPED, vm, [])
 
 
-def test_a_vm_that_a_client_has_described_is_gone_when_it_does_not_start(rig: Rig) -> None:
+def test_a_vm_described_by_a_client_is_removed_if_its_start_fails(rig: Rig) -> None:
     """Its name is free again."""
     config = VmConfig(name="mine", disks=(DiskConfig(path="/d"),))
     message = StartRequest(name="mine", config=config)
@@ -304,7 +310,7 @@ def test_a_vm_that_a_client_has_described_is_gone_when_it_does_not_start(rig: Ri
 
 
 def test_vms_of_a_configuration_start_in_batches(rig: Rig) -> None:
-    """So many at a time, the next after the delay; one that cannot is left out, and says why."""
+    """After the delay the next batch follows.  A VM that cannot start is left out, with the reason."""
     rig.core.config = Config(settings=Globals(start_parallel=2, start_delay_s=30))
     vms = [rig.add(name) for name in "abc"] + [rig.add("d", fault="no such owner")]
     for vm in vms:
@@ -346,7 +352,7 @@ def test_stop_answers_at_once_or_at_the_end(rig: Rig) -> None:
 
 @pytest.mark.parametrize("at", ["files", "interfaces"])
 def test_a_vm_that_has_no_process_yet_is_stopped_without_one(rig: Rig, at: str) -> None:
-    """vmm is not told; who has started it is."""
+    """vmm is not told, but the client that started it is."""
     vm = rig.add()
     rig.network.slow = True
     rig.ask(vm)
@@ -364,7 +370,7 @@ def test_a_vm_that_has_no_process_yet_is_stopped_without_one(rig: Rig, at: str) 
 
 
 def test_a_vm_that_waits_for_its_turn_is_not_started(rig: Rig) -> None:
-    """Its stop is answered at once."""
+    """A stop is answered at once."""
     vm = rig.add()
     vm.enqueue()
     rig.stop_vm(vm)
@@ -375,7 +381,7 @@ def test_a_vm_that_waits_for_its_turn_is_not_started(rig: Rig) -> None:
 
 
 def test_wait_is_for_vms_that_run_and_for_their_owners(rig: Rig) -> None:
-    """Once for each client."""
+    """A client may wait once."""
     vm = rig.add()
     message = WaitRequest(name="a")
     with pytest.raises(OperatorError, match="is not running"):
@@ -392,11 +398,11 @@ def test_wait_is_for_vms_that_run_and_for_their_owners(rig: Rig) -> None:
 
 
 def test_a_daemon_that_ends_asks_all_guests_and_then_kills_them(rig: Rig) -> None:
-    """It ends when the last VM has, and does not wait for guests that do not shut down."""
+    """It ends after its last VM.  Guests that do not shut down in time are killed."""
     a, b, c = (rig.add(name) for name in "abc")
     rig.run(a)
     rig.run(b)
-    rig.ask(c)  # which has no process yet
+    rig.ask(c)  # has no process yet
     rig.life.stop_all()
     assert rig.vmm.take() == [stop_of(vm, StopMode.GRACEFUL) for vm in (a, b)]
     assert (c.state, rig.core.ending) == (State.STOPPED, True)
@@ -413,8 +419,8 @@ def test_a_daemon_that_ends_asks_all_guests_and_then_kills_them(rig: Rig) -> Non
 # --- ends -----------------------------------------------------------------------------------------------------
 
 
-def test_why_a_vm_could_not_be_built_is_the_answer_to_its_start(rig: Rig) -> None:
-    """With the errno that its process has told; whoever waits for its console hears of the end."""
+def test_the_answer_to_a_start_says_why_the_vm_could_not_be_built(rig: Rig) -> None:
+    """It has the errno that the VM's process reported."""
     vm = rig.add()
     rig.ask(vm)
     rig.opened(vm)
@@ -429,7 +435,7 @@ def test_why_a_vm_could_not_be_built_is_the_answer_to_its_start(rig: Rig) -> Non
 
 
 def test_a_guest_that_resets_itself_starts_again(rig: Rig) -> None:
-    """With its console and its number; who waits for something of the process before is told so."""
+    """Console and id stay.  Clients that wait for an answer of the earlier process get an error."""
     vm = rig.run(rig.add())
     pty, vmid = vm.pty, vm.vmid
     rig.core.clients.wait(SECOND, For.PAUSE, vmid)
@@ -445,7 +451,7 @@ def test_a_guest_that_resets_itself_starts_again(rig: Rig) -> None:
 
 
 def test_a_guest_that_cannot_start_again_has_failed(rig: Rig) -> None:
-    """Its disk has gone meanwhile: the reason is the text of its end."""
+    """Its disk has gone meanwhile.  The text of its end has this reason."""
     vm = rig.run(rig.add())
     rig.core.clients.wait(CLIENT, For.END, vm.vmid)
     rig.exited(vm, Outcome.REBOOT)
@@ -468,7 +474,7 @@ def test_a_guest_that_resets_itself_again_and_again_is_stopped(rig: Rig) -> None
     assert rig.openings.asked == {}
 
 
-# --- what a handler did not expect ----------------------------------------------------------------------------
+# --- exceptions in handlers ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -481,8 +487,8 @@ def test_a_guest_that_resets_itself_again_and_again_is_stopped(rig: Rig) -> None
     ],
     ids=lambda each: type(each).__name__ if isinstance(each, Record) else None,
 )
-def test_a_bug_ends_no_more_than_it_must(rig: Rig, message: Record, state: State, killed: bool) -> None:
-    """The VM ends where nobody knows its state any more; who waits is answered in any case."""
+def test_a_bug_ends_only_vms_of_unknown_state(rig: Rig, message: Record, state: State, killed: bool) -> None:
+    """A VM ends if its state is no longer known.  Waiting clients are answered in any case."""
     vm = rig.run(rig.add())
     rig.core.clients.wait(CLIENT, For.PAUSE, vm.vmid)
     rig.life.give_up(vm.vmid, message)

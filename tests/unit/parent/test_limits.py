@@ -1,4 +1,4 @@
-"""What all VMs together may have of the host."""
+"""The limits for all VMs of the host together."""
 
 import errno
 import os
@@ -18,14 +18,14 @@ SMALL = VmConfig(name="small", memory_bytes=MIB)
 
 
 def refusal(config: VmConfig, running: list[VmConfig], settings: Globals) -> OperatorError:
-    """Return why there is no room."""
+    """Return the error of a start that exceeds a limit."""
     with pytest.raises(OperatorError) as refused:
         require_room(config, running, settings)
     return refused.value
 
 
 def test_number_of_vms() -> None:
-    """As many as the limit, and not one more; by default as many as vmm(4) has room for."""
+    """Exactly the limit is allowed.  The default is the maximum of vmm(4)."""
     require_room(SMALL, [SMALL] * 511, Globals())
     refused = refusal(SMALL, [SMALL] * 512, Globals(limit_vcpus=1000))
     assert refused.number == errno.EAGAIN
@@ -34,7 +34,7 @@ def test_number_of_vms() -> None:
 
 
 def test_number_of_vcpus() -> None:
-    """Of all of them together."""
+    """The vCPUs of all VMs count."""
     large = VmConfig(name="large", vcpus=16)
     require_room(SMALL, [large] * 2, Globals(limit_vcpus=33))
     refused = refusal(large, [large, SMALL], Globals(limit_vcpus=32))
@@ -43,7 +43,7 @@ def test_number_of_vcpus() -> None:
 
 
 def test_memory() -> None:
-    """What guests have by their configuration counts, not what they use."""
+    """The configured memory of guests counts, not the memory that they use."""
     large = VmConfig(name="large", memory_bytes=3 * GIB)
     require_room(large, [large], Globals(limit_memory_bytes=6 * GIB))
     refused = refusal(large, [large, SMALL], Globals(limit_memory_bytes=6 * GIB))
@@ -54,7 +54,7 @@ def test_memory() -> None:
 
 
 def test_memory_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Twice what the host has: overcommitted memory is normal, a thousandfold of it is a slip."""
+    """The limit is twice the host's memory: moderate overcommitment is usual, and far larger values are mistakes."""
     monkeypatch.setattr(limits, "host_memory_bytes", lambda: 4 * GIB)
     large = VmConfig(name="large", memory_bytes=5 * GIB)
     require_room(large, [VmConfig(name="other", memory_bytes=3 * GIB)], Globals())
@@ -65,7 +65,7 @@ def test_memory_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_memory_of_the_host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """RAM and swap; a /proc that says nothing of swap is no trouble."""
+    """RAM and swap count.  A /proc without valid data about swap is no error."""
     meminfo = tmp_path / "meminfo"
     monkeypatch.setattr(limits, "MEMINFO", str(meminfo))
     ram_bytes = host_memory_bytes()
@@ -90,7 +90,7 @@ def test_descriptors(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], now: int, allowed: int, wanted: int,
     warned: bool,
 ) -> None:  # fmt: skip
-    """As many as VMs will need, if they can be had; never fewer than there are, and a word where that is too few."""
+    """The limit is raised to what the VMs will need, and never lowered.  If it stays too low, this is logged."""
     chosen: list[tuple[int, int]] = []
 
     def setrlimit(_which: int, pair: tuple[int, int]) -> None:
@@ -106,7 +106,7 @@ def test_descriptors(
 
 
 def test_limits_of_the_kernel_are_named(tmp_path: Path) -> None:
-    """With the sysctl that raises each; as many as VMs may run, and none that this kernel does not have."""
+    """Each warning names the sysctl to raise.  Limits that this kernel does not have are skipped."""
     local, switched = NicConfig(local=True), NicConfig(switch="lan")
 
     def config(vms: int, *nics: NicConfig) -> Config:
@@ -131,8 +131,8 @@ def test_limits_of_the_kernel_are_named(tmp_path: Path) -> None:
     ]
 
 
-def test_not_even_a_descriptor_to_count_them_with(monkeypatch: pytest.MonkeyPatch) -> None:
-    """That is a refusal as well, of this start and of nothing else."""
+def test_no_descriptor_is_left_to_count_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only this start is refused."""
     require_files()
 
     def stat(path: str) -> os.stat_result:

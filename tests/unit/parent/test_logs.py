@@ -1,4 +1,4 @@
-"""What the parent says of logs that end (docs/security.md)."""
+"""Warnings of the parent about logs that end (docs/security.md)."""
 
 import socket
 from collections.abc import Callable, Iterator
@@ -17,27 +17,27 @@ SHUT = "vm a: one of its processes has shut down its log: nothing is logged till
 
 
 class Loop:
-    """Files that are ready when a test says so, and timers that it runs."""
+    """The test calls the callbacks of files and timers."""
 
     def __init__(self) -> None:
         self.files: dict[int, Callable[[int], object]] = {}
         self.timers: list[tuple[float, Callable[[], object]]] = []
 
     def add(self, fd: int, on_ready: Callable[[int], object], _events: int = 0) -> None:
-        """Serve a file."""
+        """Add a file."""
         self.files[fd] = on_ready
 
     def remove(self, fd: int) -> None:
-        """Serve it no more."""
+        """Remove a file."""
         del self.files[fd]
 
     def call_later(self, delay_s: float, call: Callable[[], object]) -> None:
-        """Keep a timer."""
+        """Start a timer."""
         self.timers.append((delay_s, call))
 
 
 class Rig:
-    """A VM whose process has a log, which ends."""
+    """A VM whose process has a log that ends."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.loop = Loop()
@@ -54,12 +54,12 @@ class Rig:
         self.vm.begin_run(4711)
 
     def hang_up(self) -> None:
-        """Its log ends."""
+        """Report the end of the log."""
         (on_ready,) = self.loop.files.values()
         on_ready(0)
 
     def look(self) -> list[str]:
-        """Let the time pass; return what is said."""
+        """Run the timer; return the warnings."""
         ((delay_s, look),) = self.loop.timers
         assert delay_s == SHUT_S
         look()
@@ -68,21 +68,21 @@ class Rig:
 
 @pytest.fixture
 def rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
-    """Give one."""
+    """Yield a rig."""
     made = Rig(monkeypatch)
     yield made
-    for source in made.logs._ended:  # kept for the next process "log", of which there is none
+    for source in made.logs._ended:  # kept for the next process "log", which never comes
         source.sock.close()
 
 
 def test_a_running_vm_without_its_log_is_named(rig: Rig) -> None:
-    """One of its processes has shut it down."""
+    """One of its processes has shut down the log."""
     rig.hang_up()
 
     assert rig.look() == [SHUT]
 
 
-def test_a_vm_that_has_ended_is_not_accused(rig: Rig) -> None:
+def test_a_vm_that_has_ended_is_not_named(rig: Rig) -> None:
     """Its log has ended with it."""
     rig.hang_up()
     rig.vm.ended("stopped")
@@ -90,8 +90,8 @@ def test_a_vm_that_has_ended_is_not_accused(rig: Rig) -> None:
     assert rig.look() == []
 
 
-def test_a_vm_that_takes_its_time_to_start_again_is_not_accused(rig: Rig) -> None:
-    """Its files are still being opened; the log that has ended was of its life before."""
+def test_a_vm_that_is_slow_to_start_again_is_not_named(rig: Rig) -> None:
+    """Its files are still being opened.  The log that ended belongs to its last run."""
     rig.hang_up()
     rig.vm.ended("stopped")
     rig.vm.begin_start(0)

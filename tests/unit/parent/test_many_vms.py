@@ -1,4 +1,4 @@
-"""What the parent does for one VM does not depend on how many others there are: instructions are counted, not time."""
+"""The cost of a request for one VM does not depend on the number of VMs.  Instructions are counted, not time."""
 
 import os
 from collections.abc import Callable
@@ -33,15 +33,15 @@ from vmd.parent.vm import Vm
 from vmd.record import Record
 
 FEW, MANY = 40, 240
-MORE = 1.05  # times what it is with few: the cost of one thing is not to grow with their number
-EACH = 90  # instructions of a start for each VM that runs: what they have together is compared, and added up
-NO_PROCESS = 1 << 22  # a pid that no process has
+MORE = 1.05  # times the cost with few VMs is allowed
+EACH = 90  # instructions of a start for each running VM, because their limits are added up
+NO_PROCESS = 1 << 22  # above every pid
 ROOT, CLIENT = Caller(uid=0, gid=0, pid=1), 7
 MAC = b"\2\0\0\0\0\1"
 
 
 class Peer:
-    """A process that is told things; closes what goes along."""
+    """A channel that records messages, and closes their descriptors."""
 
     def __init__(self, proc: Proc) -> None:
         self.peer = proc
@@ -50,7 +50,7 @@ class Peer:
         self.bytes = 0
 
     def send(self, message: Record, *, peerid: int = 0, fds: dict[str, list[int]] | None = None) -> None:
-        """Note a message."""
+        """Record a message."""
         assert peerid >= 0
         self.told.append(message)
         for each in (fds or {}).values():
@@ -58,16 +58,16 @@ class Peer:
                 os.close(fd)
 
     def hold(self, *, held: bool) -> None:
-        """Be read, or not."""
+        """Do nothing."""
 
     def asker(self, number: int, _channel: object) -> Caller:
-        """Return who asks: root."""
+        """Return root as the user of the client."""
         assert number == CLIENT
         return ROOT
 
 
 class Host:
-    """A parent whose VMs all run, each with an interface; its processes are peers that only note what they are told."""
+    """A parent with one interface for each VM, all of which run but one.  Its processes only record messages."""
 
     def __init__(self, directory: Path, count: int) -> None:
         vms = tuple(
@@ -102,7 +102,7 @@ class Host:
         self.settle()
 
     def _run(self, vm: Vm, generation: Generation) -> None:
-        """Have a VM be as if it had been started, without descriptors of its own."""
+        """Set a VM to running, without descriptors."""
         vm.begin_start(0)
         vm.begin_run(NO_PROCESS + vm.vmid)
         network = self.parent.network
@@ -118,14 +118,14 @@ class Host:
         self.opened.append(lambda: on_opened(Opened()))
 
     def close(self) -> None:
-        """Let everything go."""
+        """Release all resources."""
         self.parent.consoles.close()
         self.parent.network.close()
         self.memory.close()
         self.parent.loop.close()
 
     def settle(self) -> None:
-        """Do what is to be done before the next message."""
+        """Run all timers that are due before the next message."""
         loop = self.parent.loop
         while loop._timers and loop._timeout_s() <= 0:
             loop._run_timers()
@@ -134,19 +134,19 @@ class Host:
             peer.told.clear()
 
     def ask(self, request: Record) -> None:
-        """Serve a request of root's, and all that follows from it at once."""
+        """Serve a request of root, and everything that follows at once."""
         envelope = Envelope(request, CLIENT, 0, {})
         self.parent.on_request(cast("Any", request), envelope, cast("Any", self.peers[Proc.CONTROL]))
         self.settle()
 
     def hear(self, proc: Proc, message: Record, fds: dict[str, list[int]] | None = None) -> None:
-        """Serve a message of a process, and all that follows from it at once."""
+        """Serve a message of a process, and everything that follows at once."""
         handler = Parent.HANDLERS[proc, type(message)]
         handler(self.parent, message, Envelope(message, 0, 0, fds or {}), cast("Any", self.peers[proc]))
         self.settle()
 
     def start(self) -> None:
-        """Start the one VM that does not run."""
+        """Start the only VM that does not run."""
         vm = self.vm
         self.ask(StartRequest(name=vm.name))
         assert self.opened, self.told
@@ -157,14 +157,14 @@ class Host:
         self.hear(Proc.VMM, VmRunning(vmid=vm.vmid))
 
     def end(self) -> None:
-        """Stop it."""
+        """Stop that VM."""
         vm = self.vm
         self.ask(StopRequest(name=vm.name))
         self.hear(Proc.VMM, VmExited(vmid=vm.vmid, pid=1, outcome=Outcome.POWER_OFF, text=""))
         self.hear(Proc.PRIV, NicsRemoved(vmid=vm.vmid))
 
     def stop_all(self) -> None:
-        """Ask each of the others to end, and hear that it has."""
+        """Stop all other VMs, and report their ends."""
         for vm in self.others:
             self.ask(StopRequest(name=vm.name))
         for vm in self.others:
@@ -172,7 +172,7 @@ class Host:
 
 
 def costs(directory: Path, count: int) -> dict[str, float]:
-    """Return how many instructions things take among so many VMs that run; for each VM if they are about all."""
+    """Return the number of instructions of each request with `count` running VMs; per VM, if it is about all."""
     directory.mkdir()
     host = Host(directory, count)
     host.start()
@@ -197,7 +197,7 @@ def costs(directory: Path, count: int) -> dict[str, float]:
     return found
 
 
-def test_nothing_costs_more_because_there_are_many(tmp_path: Path) -> None:
-    """Neither what concerns one VM, nor for each VM what concerns all."""
+def test_the_cost_does_not_depend_on_the_number_of_vms(tmp_path: Path) -> None:
+    """A request for one VM costs the same.  A request for all costs the same for each VM."""
     few, many = costs(tmp_path / "few", FEW), costs(tmp_path / "many", MANY)
     assert {what: round(many[what] / few[what], 2) for what in few if many[what] > MORE * few[what]} == {}

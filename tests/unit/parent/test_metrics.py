@@ -1,4 +1,4 @@
-"""The parent's side of `metrics listen`: who asks too often waits, and what cannot be opened is tried again."""
+"""The parent's side of `metrics listen`: too frequent questions wait, and existing files at the socket's path."""
 
 import contextlib
 import errno
@@ -23,37 +23,37 @@ from vmd.parent.metrics import Metrics, listen
 
 
 class Figures:
-    """A room that counts how often it is asked."""
+    """A room that counts the questions."""
 
     def __init__(self) -> None:
         self.asked = 0
 
     def of(self, vms: "list[object]", _caller: object) -> "list[object]":
-        """Tell of no VM."""
+        """Return no figures."""
         assert vms == []
         self.asked += 1
         return []
 
 
 class Children:
-    """Starts nothing, and gives a channel to it."""
+    """Starts no process, and provides a channel."""
 
     def __init__(self) -> None:
         self.theirs: list[socket.socket] = []
 
     def start(self, proc: Proc, _open_log: object) -> tuple[None, socket.socket]:
-        """Give our end."""
+        """Return our end of a channel."""
         assert proc is Proc.METRICS
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.theirs.append(theirs)
         return None, ours
 
     def kill(self, proc: Proc) -> None:
-        """Do nothing: there is none."""
+        """Do nothing, because there is no process."""
 
 
 class Parent:
-    """As much of the parent as the room needs; the test is the process."""
+    """The part of the parent that the room needs.  The test is the process."""
 
     def __init__(self) -> None:
         self.loop = Loop()
@@ -65,7 +65,7 @@ class Parent:
         self.heard: list[object] = []
 
     def attach(self, sock: socket.socket, peer: Proc, label: str, **more: Any) -> Channel:  # noqa: ANN401
-        """Serve the process that was started, and be it."""
+        """Return the channel, and open its other end for the test."""
         theirs = self.children.theirs[-1]
         self.process = Channel(
             theirs, me=peer, peer=Proc.PARENT, label="parent", loop=self.loop, on_message=self.hear,
@@ -79,12 +79,12 @@ class Parent:
         self.room.on_asked(envelope.message, channel)
 
     def hear(self, _channel: Channel, envelope: Envelope) -> None:
-        """Note what the process is told."""
+        """Record a message to the process."""
         self.heard.append(envelope.message)
         self.loop.stop()
 
     def next(self) -> object:
-        """Return what the process is told next."""
+        """Return the next message to the process."""
         count = len(self.heard)
         while len(self.heard) == count:
             self.loop.run()
@@ -93,7 +93,7 @@ class Parent:
 
 @pytest.fixture
 def parent(tmp_path: Path) -> Iterator[Parent]:
-    """Give one that serves a socket."""
+    """Yield a parent that serves a socket."""
     made = Parent()
     made.room.configure(Globals(metrics=(Listen(path=str(tmp_path / "sock")),), socket_owner=Owner()))
     assert made.next() == MetricsAt()
@@ -106,7 +106,7 @@ def parent(tmp_path: Path) -> Iterator[Parent]:
 
 
 def test_the_parent_is_not_kept_busy(parent: Parent, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process that asks without end is answered at intervals, and not read in between."""
+    """A process that asks without end is answered at intervals.  Between them nothing is read from it."""
     monkeypatch.setattr(metrics, "REST_S", 3600.0)
     assert parent.process is not None
     for _ in range(20):
@@ -118,8 +118,8 @@ def test_the_parent_is_not_kept_busy(parent: Parent, monkeypatch: pytest.MonkeyP
     assert (parent.figures.asked, parent.heard) == (1, [MetricsAt(), AllFigures()])
 
 
-def test_what_is_in_the_way(tmp_path: Path) -> None:
-    """A socket that nobody serves is replaced, all else is named."""
+def test_an_existing_file_at_the_socket_s_path(tmp_path: Path) -> None:
+    """A socket that no process serves is replaced.  Any other file is an error that names it."""
     path = tmp_path / "m"
     with listen(Listen(path=str(path)), Owner()) as first:
         with pytest.raises(OperatorError, match=f"another vmd is already serving {path}$") as refused:
