@@ -1,4 +1,4 @@
-"""What the parent makes of VMs that are carried from one host to another, message by message, without any process."""
+"""How the parent handles the messages of a migration from one host to another, without any process."""
 
 import errno
 from typing import Any
@@ -56,7 +56,7 @@ SHARED = OpenedFile(what="disk /disk", file=FileId(device=1, inode=2))
 
 @pytest.fixture
 def parent() -> Any:  # noqa: ANN401
-    """A parent that knows a configured VM, `a`, which runs."""
+    """Return a parent with a running VM `a` of vm.conf."""
     made = Parent()
     made.vms.add(VmConfig(name="a", owner=Owner(uid=5), memory_bytes=64 << 20), from_config=True)
     running(made)
@@ -64,7 +64,7 @@ def parent() -> Any:  # noqa: ANN401
 
 
 def step(parent: Any, what: Step, name: str = "a", *, client: int = CLIENT, **more: Any) -> list[Record]:  # noqa: ANN401
-    """Take a step; returns what vmm is told."""
+    """Take a step.  Return the messages to vmm."""
     parent.vmm.sent.clear()
     parent.transfers.migrations.serve_step(MigrationStep(name=name, step=what, **more), ROOT, envelope(client))
     sent: list[Record] = list(parent.vmm.sent)
@@ -72,14 +72,14 @@ def step(parent: Any, what: Step, name: str = "a", *, client: int = CLIENT, **mo
 
 
 def answers(parent: Any) -> list[Record]:  # noqa: ANN401
-    """Return what the client was answered since the last look."""
+    """Return the answers to the client since the last call."""
     found = [message for client, message in parent.answers if client == CLIENT and not isinstance(message, PassFiles)]
     parent.answers.clear()
     return found
 
 
 def go_out(parent: Any, *, until: str, locks_travel: bool = False) -> Vm:  # noqa: ANN401
-    """Have VM `a` be carried elsewhere, up to a place."""
+    """Migrate VM `a` to another host, up to the step `until`."""
     room = parent.transfers.migrations
     vm: Vm = parent.vms.get(0, "a")
     at = MigrationAt(vmid=vm.vmid, name="a", paused=False)
@@ -109,15 +109,15 @@ def go_out(parent: Any, *, until: str, locks_travel: bool = False) -> Vm:  # noq
 
 
 def undone(parent: Any, vm: Vm, outcome: TakenBack = TakenBack.DONE, text: str = "") -> None:  # noqa: ANN401
-    """Let the VM process say what became of taking back the disks."""
+    """Let the VM process report whether it has its disks back."""
     parent.transfers.migrations.on_undone(SendUndone(vmid=vm.vmid, outcome=outcome, text=text), UNUSED)
 
 
 # --- from here -------------------------------------------------------------------------------------------------------
 
 
-def test_gone(parent: Any) -> None:  # noqa: ANN401
-    """It ends when it is known to run there, and the client hears of it then."""
+def test_vm_ends_here_when_it_runs_there(parent: Any) -> None:  # noqa: ANN401
+    """The client gets its answer when the VM has ended here."""
     vm = go_out(parent, until="committed")
 
     assert step(parent, Step.DONE) == [EndSend(vmid=vm.vmid, sent=True)]
@@ -132,7 +132,7 @@ def test_gone(parent: Any) -> None:  # noqa: ANN401
 @pytest.mark.parametrize("until", ["begun", "asked", "memory"])
 @pytest.mark.parametrize("how", ["it leaves", "it says so"])
 def test_cut_before_all_is_written(parent: Any, until: str, how: str) -> None:  # noqa: ANN401
-    """The VM goes on, and is not in doubt."""
+    """The VM continues, and is not in doubt."""
     vm = go_out(parent, until=until)
     parent.vmm.sent.clear()
     if how == "it leaves":
@@ -149,8 +149,8 @@ def test_cut_before_all_is_written(parent: Any, until: str, how: str) -> None:  
 
 
 @pytest.mark.parametrize("until", ["memory", "complete", "committing"])
-def test_client_that_leaves_before_it_knows_that_disks_are_let_go(parent: Any, until: str) -> None:  # noqa: ANN401
-    """So nothing there can have been told to run: not in doubt, though all was written, or the disks are free."""
+def test_client_that_leaves_before_the_answer_to_the_commit(parent: Any, until: str) -> None:  # noqa: ANN401
+    """The client cannot have told the target to run the VM, so the VM is not in doubt."""
     vm = go_out(parent, until=until)
     leave(parent, CLIENT)
     parent.vmm.sent.clear()
@@ -168,7 +168,7 @@ def test_client_that_leaves_before_it_knows_that_disks_are_let_go(parent: Any, u
 
 
 def test_target_that_never_ran_it(parent: Any) -> None:  # noqa: ANN401
-    """It says so: the VM goes on here, and the client hears why."""
+    """The client says so with BACK.  The VM continues here, and the client gets the reason."""
     vm = go_out(parent, until="committed")
     assert step(parent, Step.BACK, text="there: no room") == [EndSend(vmid=vm.vmid, sent=False)]
 
@@ -182,7 +182,7 @@ def test_target_that_never_ran_it(parent: Any) -> None:  # noqa: ANN401
 @pytest.mark.parametrize("how", ["it leaves", "it does not know"])
 @pytest.mark.parametrize("locks_travel", [False, True])
 def test_in_doubt(parent: Any, how: str, locks_travel: bool) -> None:  # noqa: ANN401
-    """Nothing tells whether it runs there: it stands still; its disks are asked for where that tells."""
+    """It is unknown whether the VM runs there, so it is paused.  Its disks are tried if their locks can tell."""
     vm = go_out(parent, until="committed", locks_travel=locks_travel)
     if how == "it leaves":
         leave(parent, CLIENT)
@@ -205,7 +205,7 @@ def test_in_doubt(parent: Any, how: str, locks_travel: bool) -> None:  # noqa: A
 
 
 def doubtful(parent: Any, *, locks_travel: bool) -> Vm:  # noqa: ANN401
-    """Have the VM be in doubt."""
+    """Return a VM in doubt."""
     vm = go_out(parent, until="committed", locks_travel=locks_travel)
     leave(parent, CLIENT)
     assert vm.state is State.IN_DOUBT
@@ -213,7 +213,7 @@ def doubtful(parent: Any, *, locks_travel: bool) -> Vm:  # noqa: ANN401
 
 
 def test_doubt_ends_with_the_disks(parent: Any, capfd: pytest.CaptureFixture[str]) -> None:  # noqa: ANN401
-    """They are asked for less and less often, and the log says it once; when it has them as they were it goes on."""
+    """They are tried at growing intervals, and this is logged once.  With unchanged disks the VM continues."""
     vm = doubtful(parent, locks_travel=True)
     for _ in range(3):
         parent.later.pop()()
@@ -230,7 +230,7 @@ def test_doubt_ends_with_the_disks(parent: Any, capfd: pytest.CaptureFixture[str
 
 
 def test_doubt_does_not_end_with_disks_that_were_written_to(parent: Any) -> None:  # noqa: ANN401
-    """It has run elsewhere: they are not even asked for again, and nobody's word counts."""
+    """The VM has run elsewhere.  The disks are not tried again."""
     vm = doubtful(parent, locks_travel=True)
     parent.later.pop()()
     undone(parent, vm, TakenBack.CHANGED, "disk0 has been written to")
@@ -240,8 +240,8 @@ def test_doubt_does_not_end_with_disks_that_were_written_to(parent: Any) -> None
     assert parent.later == []
 
 
-def test_doubt_ends_by_its_operators_word(parent: Any) -> None:  # noqa: ANN401
-    """If the disks can be had; the client waits for that."""
+def test_doubt_ends_by_a_forced_unpause(parent: Any) -> None:  # noqa: ANN401
+    """The disks must be free.  The client waits for that."""
     vm = doubtful(parent, locks_travel=False)
     parent.answers.clear()
     message = PauseRequest(name="a", paused=False, force=True)
@@ -258,8 +258,8 @@ def test_doubt_ends_by_its_operators_word(parent: Any) -> None:  # noqa: ANN401
     assert vm.state is State.RUNNING
 
 
-def test_steps_that_are_not_next(parent: Any) -> None:  # noqa: ANN401
-    """Refused, as are those of others than who carries it; nothing is told to anybody."""
+def test_steps_in_the_wrong_order(parent: Any) -> None:  # noqa: ANN401
+    """They are refused, and so are steps of another client.  No process is told."""
     vm = go_out(parent, until="asked")
     for what in (Step.COMMIT, Step.DONE):
         with pytest.raises(OperatorError, match="is not the next step"):
@@ -271,7 +271,7 @@ def test_steps_that_are_not_next(parent: Any) -> None:  # noqa: ANN401
 
 
 def test_disks_that_cannot_be_let_go(parent: Any) -> None:  # noqa: ANN401
-    """It goes on here."""
+    """The VM continues here."""
     vm = go_out(parent, until="committing")
     parent.transfers.migrations.on_disks_let_go(DisksLetGo(vmid=vm.vmid, text="disk0: no"), UNUSED)
     undone(parent, vm)
@@ -283,7 +283,7 @@ def test_disks_that_cannot_be_let_go(parent: Any) -> None:  # noqa: ANN401
 
 
 def come_in(parent: Any, *, until: str, force: bool = False, opened: Opened | None = None) -> Vm:  # noqa: ANN401
-    """Have VM `b` be carried to here, up to a place; its disk is the sender's."""
+    """Migrate VM `b` to this host, up to the step `until`.  Its disk is still in use by the sender."""
     room = parent.transfers.migrations
     room.serve_migrate_in(MigrateInRequest(name="b", force=force), ROOT, envelope())
     vm: Vm = parent.vms.get(0, "b")
@@ -306,13 +306,13 @@ def come_in(parent: Any, *, until: str, force: bool = False, opened: Opened | No
         return vm
     parent.transfers.on_received_machine(ReceivedMachine(vmid=vm.vmid), UNUSED)
     assert answers(parent) == [MigrationAt(vmid=vm.vmid, name="b")]
-    assert parent.vmm.sent == [ReceiveMemory(vmid=vm.vmid)]  # nothing runs before the sender has let go
+    assert parent.vmm.sent == [ReceiveMemory(vmid=vm.vmid)]  # the sender still has its disks
     return vm
 
 
 @pytest.mark.parametrize("paused", [False, True])
-def test_arrived(parent: Any, paused: bool) -> None:  # noqa: ANN401
-    """It takes its disks when it is told to, and runs unless it was paused."""
+def test_vm_runs_here_after_the_commit(parent: Any, paused: bool) -> None:  # noqa: ANN401
+    """It opens its disks at the commit, and runs unless it was paused."""
     vm = come_in(parent, until="complete")
     (resume,) = step(parent, Step.COMMIT, "b", paused=paused)
     assert isinstance(resume, ResumeReceived)
@@ -327,7 +327,7 @@ def test_arrived(parent: Any, paused: bool) -> None:  # noqa: ANN401
 
 @pytest.mark.parametrize("until", ["asked", "memory", "complete"])
 def test_sender_that_leaves_before_the_commit(parent: Any, until: str) -> None:  # noqa: ANN401
-    """There is no VM here, even if all was read: the sender has it."""
+    """The VM ends here, even if everything was read, because it continues at the sender."""
     vm = come_in(parent, until=until)
     parent.vmm.sent.clear()
     leave(parent, CLIENT)
@@ -335,7 +335,7 @@ def test_sender_that_leaves_before_the_commit(parent: Any, until: str) -> None: 
 
 
 def test_sender_that_leaves_after_the_commit(parent: Any) -> None:  # noqa: ANN401
-    """It runs: nobody else may."""
+    """The VM runs here, because it cannot continue at the sender."""
     vm = come_in(parent, until="complete")
     step(parent, Step.COMMIT, "b")
     parent.vmm.sent.clear()
@@ -345,8 +345,8 @@ def test_sender_that_leaves_after_the_commit(parent: Any) -> None:  # noqa: ANN4
     assert vm.state is State.RUNNING
 
 
-def test_disks_that_cannot_be_had(parent: Any) -> None:  # noqa: ANN401
-    """The sender has it still: it ends here, does not wait for them, and is known never to have run."""
+def test_disks_that_cannot_be_opened(parent: Any) -> None:  # noqa: ANN401
+    """The VM ends here at once, and certainly never ran, so it can continue at the sender."""
     vm = come_in(parent, until="complete")
     parent.disks.trouble = [InUse("disk /disk", SHARED.file)]
     assert step(parent, Step.COMMIT, "b") == [StopVm(vmid=vm.vmid, mode=StopMode.KILL)]
@@ -356,19 +356,19 @@ def test_disks_that_cannot_be_had(parent: Any) -> None:  # noqa: ANN401
 
 @pytest.mark.parametrize("said", [False, True])
 def test_process_that_ends_after_it_was_told_to_run(parent: Any, said: bool) -> None:  # noqa: ANN401
-    """It may have run, unless it has said that it could not."""
+    """The VM may have run, unless its process has reported that it could not."""
     vm = come_in(parent, until="complete")
     step(parent, Step.COMMIT, "b")
     assert vm.receiving is not None
-    vm.receiving.resumed = True  # as the network says with the message
+    vm.receiving.resumed = True  # the network does this when it sends the message
     if said:
         parent.life.on_failed(VmFailed(vmid=vm.vmid, code=errno.EINVAL, text="no"), UNUSED)
     exited(parent, vm, errno.EIO, "no")
     assert answers(parent) == [Failed(code=errno.EIO if said else VMD_IN_DOUBT, text="vm b: no")]
 
 
-def test_disk_that_nobody_has(parent: Any) -> None:  # noqa: ANN401
-    """It is not the sender's; but by its operator's word it may be."""
+def test_disk_that_is_not_in_use(parent: Any) -> None:  # noqa: ANN401
+    """Then the sender does not use it, and the migration is refused."""
     opened = Opened()
     opened.unused = ("/disk",)
     vm = come_in(parent, until="asked", opened=opened)
@@ -376,24 +376,24 @@ def test_disk_that_nobody_has(parent: Any) -> None:  # noqa: ANN401
     assert vm.receiving.failure.startswith("disk /disk: it is not in use, so it is not the sender's; ")
 
 
-def test_disk_that_nobody_has_on_trust(parent: Any) -> None:  # noqa: ANN401
-    """Its locks do not travel."""
+def test_disk_that_is_not_in_use_by_force(parent: Any) -> None:  # noqa: ANN401
+    """The migration is allowed, but without the evidence of locks."""
     opened = Opened()
     opened.unused = ("/disk",)
     vm = come_in(parent, until="asked", opened=opened, force=True)
     assert answers(parent) == [MigrationAt(vmid=vm.vmid, name="b", locks_travel=False)]
 
 
-def test_disk_that_another_vm_here_has(parent: Any) -> None:  # noqa: ANN401
-    """Whoever that is, it is not the sender."""
+def test_disk_of_another_vm_of_this_host(parent: Any) -> None:  # noqa: ANN401
+    """That VM is not the one that is sent."""
     parent.vms.get(0, "a").files = {"disk /disk": SHARED.file.key}
     vm = come_in(parent, until="asked")
     assert vm.receiving is not None
     assert vm.receiving.failure == "disk /disk: is in use by vm a"
 
 
-def test_address_that_another_vm_here_has(parent: Any) -> None:  # noqa: ANN401
-    """Both would be on one network; but the sender may be this very daemon."""
+def test_address_of_another_vm_of_this_host(parent: Any) -> None:  # noqa: ANN401
+    """Both would be on one network.  But the sender may be this daemon itself."""
     other = parent.vms.get(0, "a")
     other.config = other.config.replace(nics=(NicConfig(lladdr=LLADDR),))
     vm = come_in(parent, until="asked")
@@ -401,8 +401,8 @@ def test_address_that_another_vm_here_has(parent: Any) -> None:  # noqa: ANN401
     assert vm.receiving.failure == "interface 0 has the Ethernet address fe:e1:ba:00:00:01, which vm a has here"
 
 
-def test_what_the_sender_has_may_be_here(parent: Any) -> None:  # noqa: ANN401
-    """From one name to another of the same daemon."""
+def test_migration_within_one_daemon(parent: Any) -> None:  # noqa: ANN401
+    """The VM that is sent has the disk here, under its other name."""
     go_out(parent, until="asked").files = {"disk /disk": SHARED.file.key}
     parent.vmm.sent.clear()
     come_in(parent, until="complete")

@@ -1,4 +1,4 @@
-"""Name servers for guests: whose they are, and when there is nobody to ask."""
+"""The name servers that guests get, and the problem that there are none."""
 
 from ipaddress import ip_address
 from pathlib import Path
@@ -19,7 +19,7 @@ def row(address: str) -> str:
 
 @pytest.fixture
 def sockets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Give a file for UDP sockets of IPv4; that of IPv6 beside it."""
+    """Return the file that lists UDP sockets of IPv4.  The file of IPv6 is beside it."""
     path = tmp_path / "udp"
     for name in ("udp", "udp6"):
         (tmp_path / name).write_text(HEAD)
@@ -36,14 +36,14 @@ def sockets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("udp6", "00000000000000000000000001000000:0035", False),
     ],
 )  # fmt: skip
-def test_who_listens_for_guests(sockets: Path, file: str, address: str, answers: bool) -> None:
-    """On the address of their interface, or on all."""
+def test_a_name_server_of_the_host_for_guests(sockets: Path, file: str, address: str, answers: bool) -> None:
+    """It listens on the host's address of their interface, or on all addresses."""
     (sockets.parent / file).write_text(HEAD + row(address))
     assert host_answers(HOST4) is answers
 
 
-def test_there_is_somebody_to_ask(sockets: Path, tmp_path: Path) -> None:
-    """A server of either family that the guest can reach, or the host."""
+def test_a_name_server_exists(sockets: Path, tmp_path: Path) -> None:
+    """It is a server of a family that the guest has an address of, or the host itself."""
     nowhere = [str(tmp_path / "none")]
     assert problem(((QUAD9,), ()), HOST4, b"", nowhere) == ""
     assert problem(((), (IPV6,)), HOST4, IPV6, nowhere) == ""
@@ -52,8 +52,8 @@ def test_there_is_somebody_to_ask(sockets: Path, tmp_path: Path) -> None:
     assert problem(((), ()), HOST4, b"", nowhere) == ""
 
 
-def test_nobody_to_ask(sockets: Path, tmp_path: Path) -> None:
-    """What the host has instead is named, and what to do."""
+def test_no_name_server_exists(sockets: Path, tmp_path: Path) -> None:
+    """The message names the host's servers that guests cannot reach, and what to write in vm.conf."""
     path = tmp_path / "resolv.conf"
     path.write_text("search example\nnameserver 127.0.0.53\nnameserver fe80::1%eth0\n")
     assert servers((), [str(path)]) == ((), ())
@@ -66,7 +66,7 @@ def test_nobody_to_ask(sockets: Path, tmp_path: Path) -> None:
 
 
 def test_servers_of_vm_conf_come_first(tmp_path: Path) -> None:
-    """By family."""
+    """This is decided for IPv4 and IPv6 together."""
     path = tmp_path / "resolv.conf"
     path.write_text("nameserver 192.0.2.1\n")
     assert servers((), [str(path)]) == ((bytes((192, 0, 2, 1)),), ())
@@ -94,7 +94,7 @@ nameserver 192.0.2.4
 
 
 def test_name_servers_that_others_can_use(tmp_path: Path) -> None:
-    """Not what is this host's or this link's only; each once, three at most."""
+    """Addresses of this host or of one link are left out.  Each server is listed once, and at most three."""
     path = tmp_path / "resolv.conf"
     path.write_text(RESOLV_CONF)
     four, six = resolvers([str(path)])
@@ -103,8 +103,8 @@ def test_name_servers_that_others_can_use(tmp_path: Path) -> None:
     assert [str(ip_address(address)) for address in six] == ["2001:db8::1"]
 
 
-def test_behind_a_stub_resolver_are_the_real_ones(tmp_path: Path) -> None:
-    """systemd-resolved keeps them in a second file; without any the guest asks its gateway."""
+def test_the_servers_behind_a_stub_resolver(tmp_path: Path) -> None:
+    """systemd-resolved keeps them in a second file.  Without any server the guest asks its gateway."""
     stub, real = tmp_path / "stub", tmp_path / "real"
     stub.write_text("nameserver 127.0.0.53\n")
     assert resolvers((str(stub), str(real))) == ((), ())

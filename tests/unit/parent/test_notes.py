@@ -1,4 +1,4 @@
-"""Notes for clients: as many as a message has room for."""
+"""Notes for clients: as many as fit into a message."""
 
 import pytest
 
@@ -10,7 +10,7 @@ from vmd.parent.report import NOTES_MAX, brief_notes
 @pytest.mark.parametrize("length", [10, 500, 1100, 3999, 4001, 100_000])
 @pytest.mark.parametrize("count", [1, 2, NOTES_MAX, NOTES_MAX + 1, 1000])
 def test_notes_always_fit(length: int, count: int) -> None:
-    """Else the start that they are about would fail, or the daemon; what is left out is counted."""
+    """Otherwise the start would fail, or the daemon.  The last note says how many are left out."""
     notes = brief_notes(["\udcff\N{SNOWMAN}".ljust(length, "x")] * count)
 
     encode(Ok(notes=notes), form=Form.NAMED)

@@ -1,4 +1,4 @@
-"""The command line of vmd: usage, help, getopt and manual have what the table has."""
+"""The command line of vmd: usage, help, getopt and manual agree with the table."""
 
 import re
 from pathlib import Path
@@ -14,14 +14,14 @@ every_option = pytest.mark.parametrize("option", OPTIONS, ids=lambda option: opt
 
 @every_option
 def test_help_and_usage_have_every_option(option: Option) -> None:
-    """Usage leaves out those that are words: they are for vmd itself."""
+    """The usage leaves out long options, which are only for vmd itself."""
     assert f"\n  {', '.join(option.names)}" in HELP
     assert option.names[0].startswith("--") or re.search(rf"\[-\w*{option.names[0][1]}", USAGE)
 
 
 @every_option
 def test_manual_has_every_option(option: Option) -> None:
-    """In the synopsis, and as an item, with its value."""
+    """It is in the synopsis, and has an item with its value."""
     value = f" {option.value}" if option.value else ""
     flags = re.findall(r"-[\w-]+", synopsis(MANUAL))
     letters = {f"-{letter}" for flag in flags if not flag.startswith("--") for letter in flag[1:]}
@@ -33,7 +33,7 @@ def test_manual_has_every_option(option: Option) -> None:
 
 
 def test_manual_has_no_other_option() -> None:
-    """One that has gone is gone from there, too."""
+    """An option that was removed is removed from the manual, too."""
     described = {word for item in items(MANUAL) for word in re.findall(r"(?:^|, )(-[\w-]+)", item.replace(" , ", ", "))}
 
     assert described == {name for option in OPTIONS for name in option.names}
@@ -41,7 +41,7 @@ def test_manual_has_no_other_option() -> None:
 
 @every_option
 def test_every_option_is_read(option: Option) -> None:
-    """It changes something, or shows something."""
+    """It changes a setting, or prints something."""
     for name in option.names:
         words = [name, "a=b"] if option.value else [name]
         try:
@@ -53,7 +53,7 @@ def test_every_option_is_read(option: Option) -> None:
 
 @pytest.mark.parametrize("words", [["-x"], ["--debug"], ["-f"], ["now"], ["-D", "a b=2"]])
 def test_a_wrong_command_line(words: list[str]) -> None:
-    """It says what is wrong, and, where the table can help, the usage."""
+    """The message names the error, and shows the usage where that helps."""
     with pytest.raises(UsageError, match=r"^vmd: ") as wrong:
         parse(words)
     assert words[0] == "-D" or str(wrong.value).endswith(f"\n{USAGE}")

@@ -1,4 +1,4 @@
-"""Paths that clients send for a VM's disks, discs and boot files."""
+"""Paths that clients send for disks, discs and boot files of a VM."""
 
 import pytest
 
@@ -13,8 +13,8 @@ ACCEPTED = ("/disc.iso", "/disc\\0.iso", "/0/\\0")
 
 
 @pytest.mark.parametrize("path", REFUSED)
-def test_a_path_that_no_kernel_takes_is_refused_everywhere(path: str) -> None:
-    """It is not absolute, or has a NUL in it; the sentence names the VM and what the path is for."""
+def test_an_invalid_path_is_refused_everywhere(path: str) -> None:
+    """It is not absolute, or contains a NUL.  The message names the VM and the purpose of the path."""
     for config in (VmConfig(name="a", cdrom=path), VmConfig(name="a", disks=(DiskConfig(path=path),))):
         with pytest.raises(OperatorError, match=r"^vm a: (cdrom|disk): not an absolute path: "):
             check_paths(config)
@@ -23,14 +23,14 @@ def test_a_path_that_no_kernel_takes_is_refused_everywhere(path: str) -> None:
 
 
 @pytest.mark.parametrize("path", ACCEPTED)
-def test_a_backslash_and_a_zero_are_no_nul(path: str) -> None:
-    """They are characters of a name like others."""
+def test_a_backslash_and_a_zero_are_not_a_nul(path: str) -> None:
+    """They are ordinary characters of a name."""
     check_paths(VmConfig(name="a", cdrom=path, disks=(DiskConfig(path=path),)))
     check_path(Vm(1, VmConfig(name="a"), from_config=True), path)
 
 
 def test_no_path_ejects_a_disc_but_is_no_disk() -> None:
-    """An empty path of a disc means that there is none."""
+    """An empty path of a disc means that the drive is empty."""
     check_paths(VmConfig(name="a"))
     check_path(Vm(1, VmConfig(name="a"), from_config=True), "")
     with pytest.raises(OperatorError, match=r"^vm a: disk: not an absolute path: $"):
