@@ -1,4 +1,4 @@
-"""What the parent asks priv for, and what it tells a VM, without any process."""
+"""The requests of the parent to priv, and the messages to VMs that follow, without any process."""
 
 import errno
 import ipaddress
@@ -66,7 +66,7 @@ MAC = b"\2\0\0\0\0\1"
 
 
 class Peer:
-    """Where messages would leave to; closes what goes along."""
+    """A channel that records messages, and closes their descriptors."""
 
     def __init__(self) -> None:
         self.sent: list[Record] = []
@@ -74,7 +74,7 @@ class Peer:
         self.answers: list[tuple[int, Record]] = []
 
     def send(self, message: Record, *, peerid: int = 0, fds: dict[str, list[int]] | None = None) -> None:
-        """Note a message."""
+        """Record a message."""
         self.sent.append(message)
         self.answers.append((peerid, message))
         self.fds.append({name: len(each) for name, each in (fds or {}).items()})
@@ -84,30 +84,30 @@ class Peer:
 
 
 class Timer:
-    """A timer that somebody has to fire."""
+    """A timer that the test fires."""
 
     def __init__(self, callback: Any) -> None:  # noqa: ANN401 - a callable
         self.callback = callback
 
     def cancel(self) -> None:
-        """Do nothing when fired."""
+        """Cancel the timer."""
         self.callback = lambda: None
 
 
 class Loop:
-    """Keeps timers."""
+    """A loop that keeps timers."""
 
     def __init__(self) -> None:
         self.timers: list[Timer] = []
 
     def call_later(self, _delay_s: float, callback: Any) -> Timer:  # noqa: ANN401 - a callable
-        """Note a timer."""
+        """Start a timer."""
         self.timers.append(Timer(callback))
         return self.timers[-1]
 
 
 class FakeParent:
-    """As much of the parent as its network needs."""
+    """The part of the parent that its network needs."""
 
     def __init__(self) -> None:
         self.loop = Loop()
@@ -123,17 +123,17 @@ class FakeParent:
 
 @pytest.fixture
 def parent() -> Iterator[FakeParent]:
-    """Give a parent."""
+    """Yield a parent."""
     parent = FakeParent()
     yield parent
     parent.network.close()
 
 
 def launch(parent: FakeParent, config: VmConfig) -> tuple[Vm, list[tuple[int, str]]]:
-    """Begin to start a VM; the list is what its failure is reported to."""
+    """Begin to start a VM.  Return it, and the list that gets its failure."""
     vm = parent.core.vms.find(0, config.name) or parent.core.vms.add(config, from_config=True)
     identity = parent.core.vms.identities.of(vm.key)
-    identity.number = identity.number or vm.vmid  # so that one knows which it is
+    identity.number = identity.number or vm.vmid  # so that the number is known
     failures: list[tuple[int, str]] = []
     message = StartVm(vmid=vm.vmid, config=vm.config, boot_name="bsd", verbosity=0)
     fds = {"boot": [os.open("/dev/null", os.O_RDONLY)]}
@@ -142,7 +142,7 @@ def launch(parent: FakeParent, config: VmConfig) -> tuple[Vm, list[tuple[int, st
 
 
 def made(parent: FakeParent, *, mtu: int = 1500, without: str = "") -> None:
-    """Answer the last request as priv would; `without` is why there can be no filters."""
+    """Answer the last request as priv would.  `without` is the reason why filters are not possible."""
     request = parent.peers[Proc.PRIV].sent[-1]
     assert isinstance(request, MakeNics)
     nics = tuple(
@@ -158,14 +158,14 @@ def made(parent: FakeParent, *, mtu: int = 1500, without: str = "") -> None:
 
 
 def started(parent: FakeParent) -> StartVm:
-    """Return what vmm was told last."""
+    """Return the last message to vmm."""
     message = parent.peers[Proc.VMM].sent[-1]
     assert isinstance(message, StartVm)
     return message
 
 
 def test_more_switches_than_a_message_has_room_for(parent: FakeParent) -> None:
-    """All of them arrive, whatever their names; only the last message says that these are all."""
+    """All of them arrive, even with long names.  Only the last message says that it is the last."""
     switches = tuple(SwitchConfig(name=f"{'x' * 60}{n:03}", interface=f"bridge{n:09}") for n in range(200))
     parent.network.configure(Config(switches=switches))
 
@@ -177,7 +177,7 @@ def test_more_switches_than_a_message_has_room_for(parent: FakeParent) -> None:
 
 
 def test_switches_are_told_once_each(parent: FakeParent) -> None:
-    """Disabled ones and second ones of a name are not."""
+    """Disabled switches, and further switches of the same name, are left out."""
     parent.network.configure(parent.core.config)
 
     (message,) = parent.peers[Proc.PRIV].sent
@@ -189,19 +189,19 @@ def test_switches_are_told_once_each(parent: FakeParent) -> None:
 
 
 def test_a_vm_without_interfaces_starts_at_once(parent: FakeParent) -> None:
-    """Priv is not asked."""
+    """priv gets no request."""
     launch(parent, VmConfig(name="a"))
 
     assert started(parent).nics == ()
     assert parent.peers[Proc.PRIV].sent == []
 
 
-def test_what_priv_is_asked_for(parent: FakeParent) -> None:
-    """Names, groups of interface and switch, addresses; names that others want are reserved."""
+def test_the_request_to_priv(parent: FakeParent) -> None:
+    """It has names, addresses, and groups of interface and switch.  Names that other VMs want are reserved."""
     other = parent.core.vms.add(
         VmConfig(name="other", nics=(NicConfig(tap="tap3"), NicConfig(tap="tap"))), from_config=True
     )
-    other.running_config = VmConfig(name="other", nics=(NicConfig(tap="tap5"),))  # it was received, and waits for them
+    other.running_config = VmConfig(name="other", nics=(NicConfig(tap="tap5"),))  # that of a received VM
     nics = (
         NicConfig(tap="tap", switch="lan", group="mine"),
         NicConfig(tap="tap7", local=True, rdomain=4, up=False),
@@ -220,8 +220,8 @@ def test_what_priv_is_asked_for(parent: FakeParent) -> None:
     assert parent.peers[Proc.VMM].sent == []
 
 
-def test_what_a_vm_is_told(parent: FakeParent, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything its devices need; its configuration says where the addresses come from."""
+def test_the_message_to_a_vm_about_its_interfaces(parent: FakeParent, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has all that its devices need.  The configuration says where the addresses come from."""
     dns4, dns6 = (bytes((192, 0, 2, 1)),), (bytes(15) + b"\7",)
     monkeypatch.setattr("vmd.parent.nameservers.resolvers", lambda _paths: (dns4, dns6))
     parent.core.config = parent.core.config.replace(settings=Globals(local_inet6=True))
@@ -246,7 +246,7 @@ def test_what_a_vm_is_told(parent: FakeParent, monkeypatch: pytest.MonkeyPatch) 
 
 
 class KernelOfHost:
-    """A host with vhost-net, or without; what is opened there is nothing."""
+    """A host with vhost-net, or without it.  /dev/null stands in for what is opened."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, path: str = "/dev/null") -> None:
         self.asked: list[tuple[str, int, bool]] = []
@@ -254,7 +254,7 @@ class KernelOfHost:
         monkeypatch.setattr(vhost, "packet_socket", self.packet_socket)
 
     def packet_socket(self, tap: str, index: int, *, local: bool) -> int:
-        """Note for which tap it is."""
+        """Record the tap."""
         self.asked.append((tap, index, local))
         return os.open("/dev/null", os.O_RDONLY)
 
@@ -262,8 +262,8 @@ class KernelOfHost:
 VHOST_NICS = (NicConfig(vhost=True, locked=True), NicConfig(local=True), NicConfig(local=True, vhost=True))
 
 
-def test_what_the_kernel_needs_to_move_frames(parent: FakeParent, monkeypatch: pytest.MonkeyPatch) -> None:
-    """priv is told what filters have to know; each life of the guest gets two descriptors for such an interface."""
+def test_an_interface_with_vhost(parent: FakeParent, monkeypatch: pytest.MonkeyPatch) -> None:
+    """priv gets what filters need.  Each start of the guest gets two descriptors for such an interface."""
     host = KernelOfHost(monkeypatch)
     vm, _ = launch(parent, VmConfig(name="a", nics=VHOST_NICS))
     request = parent.peers[Proc.PRIV].sent[-1]
@@ -283,7 +283,7 @@ def test_what_the_kernel_needs_to_move_frames(parent: FakeParent, monkeypatch: p
 def test_a_process_moves_the_frames_where_the_kernel_cannot(
     parent: FakeParent, monkeypatch: pytest.MonkeyPatch, path: str, without: str
 ) -> None:
-    """Whoever starts the VM is told why, once for each interface; nothing is opened or filtered in vain."""
+    """The start has a note with the reason for each interface.  Nothing is opened or filtered for nothing."""
     host = KernelOfHost(monkeypatch, path)
     vm, _ = launch(parent, VmConfig(name="a", nics=VHOST_NICS))
     made(parent, without=without)
@@ -296,8 +296,10 @@ def test_a_process_moves_the_frames_where_the_kernel_cannot(
     assert host.asked == []
 
 
-def test_what_cannot_be_opened_later_is_done_without(parent: FakeParent, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A guest that resets itself goes on."""
+def test_a_guest_that_resets_itself_continues_without_vhost_net(
+    parent: FakeParent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process moves its frames from then on."""
     KernelOfHost(monkeypatch)
     vm, _ = launch(parent, VmConfig(name="a", nics=VHOST_NICS))
     made(parent)
@@ -309,7 +311,7 @@ def test_what_cannot_be_opened_later_is_done_without(parent: FakeParent, monkeyp
 
 
 def test_figures_of_frames_that_the_kernel_moves(parent: FakeParent, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are those of the tap, and what its filters have dropped; the rest is what its process has counted."""
+    """They are the tap's figures and the drops of its filters.  Its process has counted the others."""
     KernelOfHost(monkeypatch)
     vm, _ = launch(parent, VmConfig(name="a", nics=VHOST_NICS))
     made(parent)
@@ -324,11 +326,11 @@ def test_figures_of_frames_that_the_kernel_moves(parent: FakeParent, monkeypatch
     assert first == counted | {"rx_packets": 70, "tx_bytes": 5, "tx_spoofed": 4, "rx_filtered": 5}
     assert second == counted
     assert third == counted | {"rx_packets": 72, "tx_bytes": 5}
-    assert parent.network.counted(vm.vmid, 0, {"index": 0}) == {"index": 0}  # its process does not count
+    assert parent.network.counted(vm.vmid, 0, {"index": 0}) == {"index": 0}  # its process has no counters
 
 
 def test_name_servers_of_ipv6_are_for_ipv6(parent: FakeParent, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A guest without an address of that family could not reach them."""
+    """A guest without an IPv6 address could not reach them."""
     monkeypatch.setattr("vmd.parent.nameservers.resolvers", lambda _paths: ((), (bytes(15) + b"\7",)))
     launch(parent, VmConfig(name="a", nics=(NicConfig(local=True),)))
     made(parent)
@@ -337,7 +339,7 @@ def test_name_servers_of_ipv6_are_for_ipv6(parent: FakeParent, monkeypatch: pyte
 
 
 def test_name_servers_are_looked_up_when_a_guest_asks(parent: FakeParent, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of vm.conf as it is by then, else the host's as they are by then."""
+    """The present vm.conf counts, and otherwise the present servers of the host."""
     found: list[tuple[tuple[bytes, ...], tuple[bytes, ...]]] = [((b"aaaa",), ()), ((b"bbbb",), (bytes(16),))]
     monkeypatch.setattr("vmd.parent.nameservers.resolvers", lambda _paths: found.pop(0))
 
@@ -352,10 +354,10 @@ def test_name_servers_are_looked_up_when_a_guest_asks(parent: FakeParent, monkey
     assert asked() == Resolvers(vmid=7, dns4=(bytes((9, 9, 9, 9)),), dns6=(bytes(15) + b"\5",))
 
 
-def test_a_host_without_name_servers_for_guests_is_warned_of(
+def test_a_host_without_name_servers_for_guests(
     parent: FakeParent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At the start, and in the status for as long as it is so; not if vm.conf has some."""
+    """The start has a note, and the status a trouble while this lasts.  Servers in vm.conf end it."""
     monkeypatch.setattr("vmd.parent.nameservers.resolvers", lambda _paths: ((), ()))
     monkeypatch.setattr("vmd.parent.nameservers.host_answers", lambda _host4: False)
     monkeypatch.setattr("vmd.parent.network.time.time", lambda: 1000.5)
@@ -388,8 +390,8 @@ def heard(parent: FakeParent) -> list[tuple[str, str, str, str]]:
     return [(event.what, event.name, event.device, event.text) for event in past if event.what in ("trouble", "mended")]
 
 
-def test_what_priv_finds_wrong_is_an_event(parent: FakeParent) -> None:
-    """Of a VM that runs, or of none; whatever it says of others is nothing."""
+def test_troubles_that_priv_finds_are_events(parent: FakeParent) -> None:
+    """They are about a running VM, or about none.  Reports about other VMs are ignored."""
     vm = running(parent)
     for message in (
         NetworkTrouble(vmid=vm.vmid, device="interface0", text="dropped"), NetworkTrouble(text="flushed"),
@@ -402,8 +404,8 @@ def test_what_priv_finds_wrong_is_an_event(parent: FakeParent) -> None:
     ]  # fmt: skip
 
 
-def test_taps_that_are_there_are_for_who_may_have_them(parent: FakeParent) -> None:
-    """Those that vm.conf names for this VM, and those of VMs that root makes; not what a user or a stream says."""
+def test_existing_taps_are_for_vm_conf_and_root(parent: FakeParent) -> None:
+    """A VM gets those that vm.conf names for it, or that root names.  A user or a stream cannot name one."""
 
     def asked(vm: Vm, tap: str) -> bool:
         message = StartVm(
@@ -426,7 +428,7 @@ def test_taps_that_are_there_are_for_who_may_have_them(parent: FakeParent) -> No
 
 
 def test_a_second_start_has_the_same_taps(parent: FakeParent) -> None:
-    """The guest reboots: priv is not asked again."""
+    """When the guest reboots, priv gets no request."""
     vm, _ = launch(parent, VmConfig(name="a", nics=(NicConfig(), NicConfig(local=True))))
     made(parent)
     before = started(parent)
@@ -438,7 +440,7 @@ def test_a_second_start_has_the_same_taps(parent: FakeParent) -> None:
 
 
 def test_a_second_start_with_other_interfaces_has_other_taps(parent: FakeParent) -> None:
-    """What it had is given back first."""
+    """The old taps are removed first."""
     vm, _ = launch(parent, VmConfig(name="a", nics=(NicConfig(),)))
     made(parent)
     vm.config = vm.config.replace(nics=(*vm.config.nics, NicConfig(lladdr=MAC)))
@@ -447,7 +449,7 @@ def test_a_second_start_with_other_interfaces_has_other_taps(parent: FakeParent)
     assert [type(message) for message in parent.peers[Proc.PRIV].sent] == [MakeNics, RemoveNics, MakeNics]
 
 
-def test_what_priv_cannot_do_is_reported(parent: FakeParent) -> None:
+def test_a_failure_of_priv_is_reported(parent: FakeParent) -> None:
     """Nothing is left of the start."""
     vm, failures = launch(parent, VmConfig(name="a", nics=(NicConfig(),)))
     parent.network.on_failed(NicsFailed(vmid=vm.vmid, ticket=1, code=5, text="no"), UNUSED)
@@ -457,8 +459,10 @@ def test_what_priv_cannot_do_is_reported(parent: FakeParent) -> None:
     assert parent.peers[Proc.VMM].sent == []
 
 
-def test_a_vm_that_vmm_cannot_be_told_gives_its_taps_back(parent: FakeParent, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A configuration may be longer than a message: the start fails with that, and nothing of it is left."""
+def test_a_vm_whose_message_to_vmm_is_too_long_releases_its_taps(
+    parent: FakeParent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The start fails with that reason, and nothing of it is left."""
     vm, failures = launch(parent, VmConfig(name="a", nics=(NicConfig(),)))
 
     def too_long(message: Record, *, peerid: int, fds: dict[str, list[int]]) -> None:
@@ -468,7 +472,7 @@ def test_a_vm_that_vmm_cannot_be_told_gives_its_taps_back(parent: FakeParent, mo
             raise ValueError(f"it has 70000 bytes, for {peerid}")
 
     monkeypatch.setattr(parent.peers[Proc.VMM], "send", too_long)
-    before = len(os.listdir("/proc/self/fd"))  # one of them is the boot file's, which the start owns
+    before = len(os.listdir("/proc/self/fd"))  # one of them is the boot file, which the start owns
     made(parent)
 
     assert failures == [(errno.E2BIG, "vm a: configuration too long: it has 70000 bytes, for 0")]
@@ -477,8 +481,8 @@ def test_a_vm_that_vmm_cannot_be_told_gives_its_taps_back(parent: FakeParent, mo
     assert len(os.listdir("/proc/self/fd")) == before - 1
 
 
-def test_a_vm_that_was_stopped_meanwhile_gives_its_taps_back(parent: FakeParent) -> None:
-    """Priv's answers come too late, and change nothing."""
+def test_a_vm_that_was_stopped_meanwhile_releases_its_taps(parent: FakeParent) -> None:
+    """Answers of priv come too late, and change nothing."""
     vm, failures = launch(parent, VmConfig(name="a", nics=(NicConfig(),)))
     request = parent.peers[Proc.PRIV].sent[-1]
     assert parent.network.give_up(vm)
@@ -491,16 +495,16 @@ def test_a_vm_that_was_stopped_meanwhile_gives_its_taps_back(parent: FakeParent)
     assert (failures, parent.peers[Proc.VMM].sent, parent.network.taps) == ([], [], {})
 
 
-def test_the_end_of_priv_for_good_is_the_end_of_waiting(parent: FakeParent) -> None:
-    """A start that waits has failed."""
+def test_the_final_end_of_priv_ends_all_waits(parent: FakeParent) -> None:
+    """A start that waits fails."""
     _, failures = launch(parent, VmConfig(name="a", nics=(NicConfig(),)))
     parent.network.on_priv_lost(for_good=True)
 
     assert "lost child: priv" in failures[0][1]
 
 
-def test_another_priv_is_told_what_there_is(parent: FakeParent) -> None:
-    """First of interfaces that guests run on, then of the configuration, then of what is not answered yet."""
+def test_a_new_priv_is_told_the_present_state(parent: FakeParent) -> None:
+    """First come interfaces of running guests, then the configuration, then requests without an answer."""
     parent.core.serving = True
     running, _ = launch(parent, VmConfig(name="a", nics=(NicConfig(),)))
     asked = parent.peers[Proc.PRIV].sent[-1]
@@ -512,7 +516,7 @@ def test_another_priv_is_told_what_there_is(parent: FakeParent) -> None:
     parent.peers[Proc.PRIV].sent.clear()
     parent.network.configure(parent.core.config)
     launch(parent, VmConfig(name="c", nics=(NicConfig(),)))
-    assert parent.peers[Proc.PRIV].sent == []  # it would take guests' interfaces for what somebody has left
+    assert parent.peers[Proc.PRIV].sent == []  # it would remove the interfaces of guests as leftovers
 
     parent.network.begin()
 
@@ -526,8 +530,8 @@ def test_another_priv_is_told_what_there_is(parent: FakeParent) -> None:
     assert failures == []
 
 
-def test_a_request_over_which_priv_ends_is_not_made_for_ever(parent: FakeParent) -> None:
-    """Its VM is told of it, and others go on."""
+def test_a_request_that_ends_priv_is_not_repeated_for_ever(parent: FakeParent) -> None:
+    """Its VM fails, and other VMs continue."""
     _, failures = launch(parent, VmConfig(name="a", nics=(NicConfig(),)))
     for _ in range(3):
         assert failures == []
@@ -538,7 +542,7 @@ def test_a_request_over_which_priv_ends_is_not_made_for_ever(parent: FakeParent)
 
 
 def test_a_start_waits_for_priv_no_longer_than_its_deadline(parent: FakeParent) -> None:
-    """Its client gets a sentence, and a late answer changes nothing."""
+    """Its client gets an error.  A late answer changes nothing."""
     vm, failures = launch(parent, VmConfig(name="a", nics=(NicConfig(),)))
     asked = parent.peers[Proc.PRIV].sent[-1]
     for timer in list(parent.loop.timers):
@@ -552,10 +556,10 @@ def test_a_start_waits_for_priv_no_longer_than_its_deadline(parent: FakeParent) 
 
 
 def test_many_that_start_at_a_time_wait_for_one_another(parent: FakeParent) -> None:
-    """As long as priv makes interfaces for any of them; none is given up because there are hundreds."""
+    """No start is given up while priv still answers others, because hundreds take a while."""
     vms = [launch(parent, VmConfig(name=f"n{number}", nics=(NicConfig(),))) for number in range(3)]
     deadlines = [launch.deadline for launch in parent.network.launches.values()]
-    made(parent)  # the last one's
+    made(parent)  # those of the last VM
     for deadline in deadlines:
         assert deadline is not None
         cast("Any", deadline).callback()
@@ -569,7 +573,7 @@ def test_many_that_start_at_a_time_wait_for_one_another(parent: FakeParent) -> N
 
 
 def test_priv_is_silent_when_it_owes_an_answer_for_too_long(parent: FakeParent) -> None:
-    """Each answer gives it as much time again; who owes nothing may be silent for ever."""
+    """Each answer restarts the time.  Without an outstanding answer no time runs."""
     silent: list[bool] = []
     priv: Any = parent.network.priv
     priv.on_silent = lambda: silent.append(True)
@@ -595,8 +599,8 @@ def test_priv_is_silent_when_it_owes_an_answer_for_too_long(parent: FakeParent) 
         (NicConfig(switch="off"), 'switch "off" is disabled: the interface is connected to nothing'),
     ],
 )
-def test_switches_that_are_not_there(parent: FakeParent, nic: NicConfig, words: str) -> None:
-    """As upstream, the VM starts, its interface in no bridge; that can be seen for as long as it is so."""
+def test_switches_that_do_not_exist(parent: FakeParent, nic: NicConfig, words: str) -> None:
+    """As upstream, the VM starts with an interface in no bridge.  The status shows it while this lasts."""
     config = VmConfig(name="a", nics=(NicConfig(), nic))
     vm, failures = launch(parent, config)
     request = parent.peers[Proc.PRIV].sent[-1]
@@ -613,8 +617,11 @@ def test_switches_that_are_not_there(parent: FakeParent, nic: NicConfig, words: 
     assert [(each.device, each.text) for each in troubles] == [("interface1", words)]
 
 
-def test_a_switch_that_has_come(parent: FakeParent) -> None:
-    """A guest that boots again is connected; one whose switch has gone meanwhile stays where it is."""
+def test_a_switch_that_was_added(parent: FakeParent) -> None:
+    """A guest that boots again is connected to it.
+
+    If the switch has gone instead, the interface stays in its bridge.
+    """
     config = VmConfig(name="a", nics=(NicConfig(switch="new"), NicConfig(switch="lan")))
     launch(parent, config)
     made(parent)
@@ -632,7 +639,7 @@ def test_a_switch_that_has_come(parent: FakeParent) -> None:
 
 
 def test_a_switch_that_a_received_vm_needs(parent: FakeParent) -> None:
-    """Its sender still has it, connected."""
+    """It is required, because the VM is still connected at the sender."""
     parent.network.require_switches(VmConfig(name="a", nics=(NicConfig(switch="lan"), NicConfig())))
     with pytest.raises(OperatorError, match='vm a: interface 0: switch "nope" not found'):
         parent.network.require_switches(VmConfig(name="a", nics=(NicConfig(switch="nope"),)))
@@ -642,12 +649,12 @@ SSH = Forward(port=8022, to=22)
 
 
 def web(name: str = "web", **fields: object) -> VmConfig:
-    """Return a VM with a local interface of which this is said."""
+    """Return a VM that has a local interface with these fields."""
     return VmConfig(name=name, nics=(NicConfig(local=True, **fields),))  # type: ignore[arg-type]
 
 
-def test_what_a_local_interface_may_be_told(parent: FakeParent) -> None:
-    """Priv hears of address and forwards, the VM of address and name servers."""
+def test_the_settings_of_a_local_interface(parent: FakeParent) -> None:
+    """priv gets address and forwards; the VM gets address and name servers."""
     address = Prefix(address=bytes((10, 9, 0, 77)), length=24)
     launch(parent, web(address=address, forwards=(SSH,), dns=(bytes((9, 9, 9, 9)), bytes(15) + b"\7")))
     (message,) = parent.peers[Proc.PRIV].sent
@@ -663,8 +670,8 @@ def test_what_a_local_interface_may_be_told(parent: FakeParent) -> None:
     assert parent.network.name_server_problems(parent.network.taps[1]) == {}
 
 
-def test_an_address_of_a_network_that_a_vm_has(parent: FakeParent) -> None:
-    """Whichever of them the operator has chosen; the message names both."""
+def test_a_chosen_address_in_the_network_of_another_vm(parent: FakeParent) -> None:
+    """It is refused with both names, no matter which of the two VMs has the chosen address."""
     launch(parent, web("one"))
     made(parent)
     inside = Prefix(address=bytes((100, 64, 1, 77)), length=24)
@@ -672,8 +679,8 @@ def test_an_address_of_a_network_that_a_vm_has(parent: FakeParent) -> None:
         launch(parent, web("two", address=inside))
 
 
-def test_addresses_that_are_chosen_keep_away_from_those_of_the_operator(parent: FakeParent) -> None:
-    """Of VMs that do not run, too."""
+def test_computed_addresses_avoid_those_in_vm_conf(parent: FakeParent) -> None:
+    """This includes addresses of VMs that do not run."""
     inside = Prefix(address=bytes((100, 64, 0, 77)), length=10 + 8)
     parent.core.vms.add(web("fixed", address=inside), from_config=True)
     vm = parent.core.vms.add(web("other"), from_config=True)
@@ -694,8 +701,8 @@ def test_addresses_that_are_chosen_keep_away_from_those_of_the_operator(parent: 
         (Forward(port=8023, to=22), ""),
     ],
 )
-def test_a_port_that_another_vm_has(parent: FakeParent, wanted: Forward, words: str) -> None:
-    """While that runs."""
+def test_a_port_of_another_vm(parent: FakeParent, wanted: Forward, words: str) -> None:
+    """It is refused while that VM runs."""
     first, _ = launch(parent, web("one", forwards=(SSH,)))
     made(parent)
     if words:
@@ -706,14 +713,14 @@ def test_a_port_that_another_vm_has(parent: FakeParent, wanted: Forward, words: 
 
 
 def test_no_forwards_without_nat(parent: FakeParent) -> None:
-    """Rules are the operator's then."""
+    """In that case the operator makes the rules."""
     parent.core.config = parent.core.config.replace(settings=Globals(local_nat=False))
     with pytest.raises(OperatorError, match=r"vm web: interface 0: forward .* not without NAT \(local nat disable\)"):
         launch(parent, web(forwards=(SSH,)))
 
 
-def test_forwards_of_a_vm_that_runs(parent: FakeParent) -> None:
-    """Priv and the VM are told, and so is a priv that is started again; a port that is taken changes nothing."""
+def test_changed_forwards_of_a_running_vm(parent: FakeParent) -> None:
+    """priv, a restarted priv, and the VM are told.  A port that is taken changes nothing."""
     seed = SeedConfig(hostname="www")
     vm, _ = launch(parent, web(forwards=(SSH,)).replace(seed=seed))
     made(parent)
@@ -739,12 +746,12 @@ def test_forwards_of_a_vm_that_runs(parent: FakeParent) -> None:
     adopted = next(each for each in parent.peers[Proc.PRIV].sent if isinstance(each, AdoptNics))
     assert adopted.nics[0].forwards == (SSH, new)
     asked = len(parent.peers[Proc.PRIV].sent)
-    launch(parent, vm.config)  # its guest resets itself, and goes on with its interfaces
+    launch(parent, vm.config)  # its guest resets itself, and keeps its interfaces
     assert len(parent.peers[Proc.PRIV].sent) == asked
 
 
-def test_a_port_that_goes_from_one_vm_to_another(parent: FakeParent) -> None:
-    """First all are taken what they are to have no longer; what stays is not interrupted."""
+def test_a_port_that_moves_from_one_vm_to_another(parent: FakeParent) -> None:
+    """First all VMs lose the forwards that they are not to keep.  Others are not interrupted."""
     stays = Forward(port=99, to=99)
     first, _ = launch(parent, web("first", forwards=(stays,)))
     made(parent)
@@ -765,7 +772,7 @@ def test_a_port_that_goes_from_one_vm_to_another(parent: FakeParent) -> None:
 def test_a_guest_that_resets_itself_keeps_its_ports(
     parent: FakeParent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A program that has begun to listen at one meanwhile does not end it; a new start is refused."""
+    """A program that listens on the port meanwhile does not end them.  A new start is refused."""
     vm, _ = launch(parent, web(forwards=(SSH,)))
     made(parent)
     monkeypatch.setattr("vmd.parent.hostports.in_the_way", lambda _forward: "a program has it")
@@ -778,7 +785,7 @@ def test_a_guest_that_resets_itself_keeps_its_ports(
 
 
 def test_forwards_of_a_vm_that_waits_for_its_interfaces(parent: FakeParent) -> None:
-    """They wait for its next start, as all else that changes meanwhile."""
+    """They take effect at its next start, like all other changes."""
     vm, _ = launch(parent, web())
     assert parent.network.change_forwards(vm, web(forwards=(SSH,))) == []
     assert vm.config.nics[0].forwards == ()
@@ -788,10 +795,10 @@ def test_forwards_of_a_vm_that_waits_for_its_interfaces(parent: FakeParent) -> N
     ("uid", "known", "refused"),
     [(0, False, False), (1000, True, False), (1000, False, True)],
 )
-def test_what_only_vm_conf_gives_a_vm_from_elsewhere(
+def test_settings_that_only_vm_conf_gives_a_received_vm(
     parent: FakeParent, uid: int, known: bool, refused: bool
 ) -> None:
-    """Ports of this host are root's, who may give them to a VM of a user."""
+    """Ports of this host belong to root, who may give them to a VM of a user."""
     there = web(forwards=(SSH,))
     vm = parent.core.vms.add(there if known else VmConfig(name="web"), from_config=known)
     vm.uid = uid
@@ -808,7 +815,7 @@ def test_what_only_vm_conf_gives_a_vm_from_elsewhere(
 
 
 def received(plan_id: int, **fields: object) -> VmConfig:
-    """Return a VM that comes from elsewhere."""
+    """Return a VM that is received from another host."""
     return VmConfig(
         name="guest",
         nics=(NicConfig(local=True, lladdr=MAC),),
@@ -818,8 +825,8 @@ def received(plan_id: int, **fields: object) -> VmConfig:
     )
 
 
-def test_a_vm_from_elsewhere_keeps_its_addresses(parent: FakeParent) -> None:
-    """Whatever this daemon's ranges are."""
+def test_a_received_vm_keeps_its_addresses(parent: FakeParent) -> None:
+    """They may be outside of this daemon's ranges."""
     settings = Globals(local_prefix=Prefix(address=bytes((10, 0, 0, 0)), length=8), local_inet6=True)
     parent.core.config = parent.core.config.replace(settings=settings)
     launch(parent, received(77))
@@ -830,16 +837,16 @@ def test_a_vm_from_elsewhere_keeps_its_addresses(parent: FakeParent) -> None:
     assert started(parent).config.plan_id == 77
 
 
-def test_a_vm_from_elsewhere_whose_addresses_a_vm_has(parent: FakeParent) -> None:
-    """Both run: only one can have them."""
+def test_a_received_vm_with_the_addresses_of_a_running_vm(parent: FakeParent) -> None:
+    """It is refused."""
     launch(parent, VmConfig(name="resident", nics=(NicConfig(local=True),)))
     made(parent)
     with pytest.raises(OperatorError, match=r"vm guest: .* addresses that vm resident has here, such as 100\.64\.1\.2"):
         launch(parent, received(1))
 
 
-def test_a_vm_whose_addresses_one_from_elsewhere_has(parent: FakeParent) -> None:
-    """It gets others, and keeps them: nobody knows the old ones while it does not run."""
+def test_a_vm_whose_addresses_a_received_vm_has(parent: FakeParent) -> None:
+    """It gets others and keeps them, because while it does not run nobody knows the old ones."""
     resident = VmConfig(name="resident", nics=(NicConfig(local=True),))
     launch(parent, received(2))
     made(parent)
@@ -852,10 +859,10 @@ def test_a_vm_whose_addresses_one_from_elsewhere_has(parent: FakeParent) -> None
     assert started(parent).nics[0].host4 == (start + number * 256).to_bytes(4, "big")
 
 
-def test_a_vm_from_elsewhere_whose_addresses_the_host_reaches(
+def test_a_received_vm_whose_addresses_the_host_reaches(
     parent: FakeParent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is refused while its sender still has it; a VM that has its addresses already keeps them when it resets."""
+    """It is refused while its sender still has it.  A VM that already has its addresses keeps them when it resets."""
     vm, _ = launch(parent, received(5))
     made(parent)
     vpn = HostRoute(network=ipaddress.ip_network("100.64.0.0/16"), interface="vpn0")
@@ -875,11 +882,11 @@ def test_a_vm_from_elsewhere_whose_addresses_the_host_reaches(
     parent.core.config = parent.core.config.replace(settings=Globals(local_prefix=inside))
     with pytest.raises(OperatorError, match=r"vm whole: all addresses of `local prefix` are in 100\.64\.0\.0/16"):
         launch(parent, VmConfig(name="whole", nics=(NicConfig(local=True),)))
-    launch(parent, VmConfig(name="apart", nics=(NicConfig(local=True, rdomain=9),)))  # has routes of its own
+    launch(parent, VmConfig(name="apart", nics=(NicConfig(local=True, rdomain=9),)))  # its routing table is another one
 
 
 def test_no_addresses_are_left(parent: FakeParent) -> None:
-    """A /60 has room for three VMs; one that is not there any more gives its number up."""
+    """A /60 has room for three VMs.  A VM that was removed releases its number."""
     prefix6 = Prefix(address=b"\xfd" + bytes(15), length=60)
     parent.core.config = parent.core.config.replace(settings=Globals(local_inet6=True, local_inet6_prefix=prefix6))
     for name in ("a", "b", "c"):
@@ -928,8 +935,8 @@ def test_no_addresses_are_left(parent: FakeParent) -> None:
     ],
     ids=repr,
 )
-def test_what_a_client_or_a_stream_may_not_say(fields: dict[str, object]) -> None:
-    """Its description is checked as vm.conf's grammar would have."""
+def test_invalid_descriptions_of_clients_and_streams(fields: dict[str, object]) -> None:
+    """They are checked as the grammar of vm.conf would check them."""
     config = received(1)
     assert checked_request(config, bootable=True) == config
     with pytest.raises(OperatorError, match="vm guest: "):
@@ -937,7 +944,7 @@ def test_what_a_client_or_a_stream_may_not_say(fields: dict[str, object]) -> Non
 
 
 def test_descriptions_are_printable_and_short() -> None:
-    """What `ip link` shows comes from names that anybody may have chosen."""
+    """They contain names that any user may have chosen, and `ip link` prints them."""
     assert alias("switch1-b\u00fcro\x1b") == "switch1-b?ro?"
     assert len(alias("x" * 999)) == 255
 
@@ -946,7 +953,7 @@ def test_descriptions_are_printable_and_short() -> None:
 
 
 def running(parent: FakeParent) -> Vm:
-    """Return a VM with one interface that runs."""
+    """Return a running VM with one interface."""
     vm, _ = launch(parent, VmConfig(name="a", nics=(NicConfig(),)))
     made(parent)
     vm.begin_start(0)
@@ -955,7 +962,7 @@ def running(parent: FakeParent) -> Vm:
 
 
 def serve(parent: FakeParent, vm: Vm, client: int) -> None:
-    """Let a client ask for the interfaces of a VM."""
+    """Send a client's request for the interfaces of a VM."""
     message = NicsRequest(vmid=vm.vmid)
     parent.status.serve_nics(message, Caller(uid=0, gid=0, pid=1), Envelope(message, client, 0, {}))
 
@@ -966,7 +973,7 @@ def infos(parent: FakeParent, client: int) -> list[NicInfo]:
 
 
 def questions(parent: FakeParent) -> int:
-    """Return how often the VM has been asked for its counters."""
+    """Return how often the VM was asked for its counters."""
     return sum(isinstance(message, AskDevices) for message in parent.peers[Proc.VMM].sent)
 
 
@@ -981,7 +988,7 @@ def report(parent: FakeParent, message: DevicesReported, *drops: Trouble) -> Non
 
 
 def test_counters_come_from_the_vm(parent: FakeParent) -> None:
-    """It is asked once, however many want to know."""
+    """It is asked once for all clients that wait."""
     vm = running(parent)
     for client in range(1, 4):
         serve(parent, vm, client)
@@ -998,8 +1005,8 @@ def test_counters_come_from_the_vm(parent: FakeParent) -> None:
 @pytest.mark.parametrize(
     "values", [(), VALUES[: COUNTERS_LEAST - 1], (*VALUES, 1), (-1, *VALUES[1:]), (1 << 64, *VALUES[1:])]
 )
-def test_counters_that_are_none(parent: FakeParent, values: tuple[int, ...]) -> None:
-    """A VM process may say what it likes."""
+def test_invalid_counters_are_ignored(parent: FakeParent, values: tuple[int, ...]) -> None:
+    """A VM process may send any values."""
     vm = running(parent)
     serve(parent, vm, 1)
     report(parent, DevicesReported(vmid=vm.vmid, nics=(NicCounters(values=values),) * 9))
@@ -1008,12 +1015,12 @@ def test_counters_that_are_none(parent: FakeParent, values: tuple[int, ...]) -> 
 
 
 def wrong(parent: FakeParent, client: int) -> list[TroubleInfo]:
-    """Return what a client was told is wrong."""
+    """Return the troubles that a client was told."""
     return [message for to, message in parent.answers if to == client and isinstance(message, TroubleInfo)]
 
 
 def test_troubles_come_from_the_vm(parent: FakeParent) -> None:
-    """Of one without interfaces as well; bounded, whatever the VM process says."""
+    """This holds without interfaces, too.  Their number is limited."""
     vm = running(parent)
     vm.running_config = vm.config.replace(nics=())
     parent.network.release(vm.vmid)
@@ -1027,8 +1034,8 @@ def test_troubles_come_from_the_vm(parent: FakeParent) -> None:
     assert len(wrong(parent, 3)) == TROUBLES_MAX
 
 
-def test_what_firewalls_drop_comes_from_priv(parent: FakeParent) -> None:
-    """It is asked once, of a VM with interfaces; the client waits for both answers, whichever is first."""
+def test_the_drops_of_firewalls_come_from_priv(parent: FakeParent) -> None:
+    """It is asked once, about a VM with interfaces.  The client waits for the answers of both, in any order."""
     vm = running(parent)
     drop = Trouble(device="interface0", text="another firewall has dropped 3 of 3", since_s=7)
     devices = DevicesReported(vmid=vm.vmid, nics=(NicCounters(values=VALUES),))
@@ -1047,12 +1054,12 @@ def test_what_firewalls_drop_comes_from_priv(parent: FakeParent) -> None:
     serve(parent, vm, 3)
     parent.status.on_reported(devices, UNUSED)
     assert wrong(parent, 3) == []
-    parent.loop.timers[-1].callback()  # priv does not answer: what the VM has said is known
+    parent.loop.timers[-1].callback()  # priv does not answer: the answer of the VM is sent
     assert [info.counters for info in infos(parent, 3)] == [VALUES]
 
 
 def test_a_vm_that_does_not_answer_in_time(parent: FakeParent) -> None:
-    """The client hears what is known; the late answer is for who has come meanwhile."""
+    """The client gets what is known.  The late answer goes to clients that came meanwhile."""
     vm = running(parent)
     serve(parent, vm, 1)
     parent.loop.timers[-1].callback()
@@ -1066,7 +1073,7 @@ def test_a_vm_that_does_not_answer_in_time(parent: FakeParent) -> None:
 
 
 def test_a_vm_that_ends_before_it_answers(parent: FakeParent) -> None:
-    """Everybody is told what is known."""
+    """All clients that still wait get what is known."""
     vm = running(parent)
     serve(parent, vm, 1)
     serve(parent, vm, 2)
@@ -1103,8 +1110,8 @@ def test_a_vm_that_does_not_run_is_not_asked(parent: FakeParent) -> None:
     ],
     ids=str,
 )
-def test_an_answer_that_does_not_fit(parent: FakeParent, wrong: dict[str, object]) -> None:
-    """It is priv that has to go then, not the daemon; and whoever waits hears of it."""
+def test_an_invalid_answer_of_priv(parent: FakeParent, wrong: dict[str, object]) -> None:
+    """priv is ended for it, not the daemon.  The start that waits fails."""
     vm, failures = launch(parent, VmConfig(name="a", nics=(NicConfig(),)))
     asked = parent.peers[Proc.PRIV].sent[-1]
     assert isinstance(asked, MakeNics)
@@ -1124,8 +1131,8 @@ def test_an_answer_that_does_not_fit(parent: FakeParent, wrong: dict[str, object
     assert [code for code, _ in failures] == [errno.EPIPE]
 
 
-def test_an_answer_without_its_tap(parent: FakeParent) -> None:
-    """A process that got none could not say why."""
+def test_an_answer_of_priv_without_its_tap(parent: FakeParent) -> None:
+    """It is refused here, because the device process could not say why it has no tap."""
     vm, _ = launch(parent, VmConfig(name="a", nics=(NicConfig(),)))
     asked = parent.peers[Proc.PRIV].sent[-1]
     assert isinstance(asked, MakeNics)
@@ -1142,12 +1149,12 @@ def is_open(fd: int) -> bool:
 
 
 def fail(what: str, number: int) -> None:
-    """Be something that the kernel does not do."""
+    """Fail as a call that the kernel refuses."""
     raise HostError(what, number)
 
 
-def test_taps_go_back_when_there_is_no_room_for_copies(parent: FakeParent, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing of the start is left open, and the next priv is told of the taps until they are gone."""
+def test_taps_are_removed_if_they_cannot_be_copied(parent: FakeParent, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of the start stays open.  A new priv is told of the taps until they are gone."""
     vm, failures = launch(parent, VmConfig(name="a", nics=(NicConfig(),)))
     ((_, waiting),) = parent.network.launches.items()
     (boot,) = waiting.fds["boot"]
@@ -1170,8 +1177,8 @@ def test_taps_go_back_when_there_is_no_room_for_copies(parent: FakeParent, monke
     assert [*parent.network.left] == []
 
 
-def test_interfaces_that_are_not_removed_yet_are_told_to_the_next_priv(parent: FakeParent) -> None:
-    """The one before may have ended over that; they would stay for ever."""
+def test_a_new_priv_is_told_of_interfaces_that_are_not_removed_yet(parent: FakeParent) -> None:
+    """Otherwise they would stay for ever, if the earlier priv has ended before it removed them."""
     vm, _ = launch(parent, VmConfig(name="a", nics=(NicConfig(),)))
     made(parent)
     parent.network.on_priv_lost(for_good=False)
@@ -1183,11 +1190,11 @@ def test_interfaces_that_are_not_removed_yet_are_told_to_the_next_priv(parent: F
     (known,) = [message for message in told if isinstance(message, AdoptNics)]
     assert known.vmid == vm.vmid
     assert told[-1] == RemoveNics(vmid=vm.vmid)
-    assert parent.network.priv.outstanding == 2  # ConfigureNetwork, and this
+    assert parent.network.priv.outstanding == 2  # ConfigureNetwork and RemoveNics
 
 
-def test_tun_that_goes_while_a_vm_waits_ends_the_wait(parent: FakeParent, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When priv comes there is nothing to give it; what the VM was to have is closed."""
+def test_the_wait_of_a_vm_ends_if_tun_disappears(parent: FakeParent, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When priv is started again there is no descriptor for it.  The files of the VM are closed."""
     parent.network.on_priv_lost(for_good=False)
     vm, failures = launch(parent, VmConfig(name="a", nics=(NicConfig(),)))
     ((_, waiting),) = parent.network.launches.items()
@@ -1201,8 +1208,8 @@ def test_tun_that_goes_while_a_vm_waits_ends_the_wait(parent: FakeParent, monkey
     assert parent.peers[Proc.PRIV].sent[-1] == RemoveNics(vmid=vm.vmid)
 
 
-def test_a_vm_without_interfaces_costs_priv_no_question(parent: FakeParent) -> None:
-    """Its devices are asked all the same, and the client does not wait for priv."""
+def test_priv_is_not_asked_about_a_vm_without_interfaces(parent: FakeParent) -> None:
+    """Its devices are asked, and the client does not wait for priv."""
     vm = running(parent)
     vm.running_config = vm.config.replace(nics=())
     parent.network.release(vm.vmid)
@@ -1216,7 +1223,7 @@ def test_a_vm_without_interfaces_costs_priv_no_question(parent: FakeParent) -> N
 
 
 def test_forwards_that_priv_could_not_change_are_logged(parent: FakeParent, capfd: pytest.CaptureFixture[str]) -> None:
-    """With the VM's name; it answers for VMs that have ended meanwhile, too."""
+    """The message has the VM's name.  Answers about VMs that have ended are ignored."""
     vm = running(parent)
     parent.network.priv.outstanding = 3
     for message in (
@@ -1228,8 +1235,8 @@ def test_forwards_that_priv_could_not_change_are_logged(parent: FakeParent, capf
     assert parent.network.priv.outstanding == 0
 
 
-def test_the_address_that_a_guest_is_given(parent: FakeParent) -> None:
-    """Of its `local` interfaces only, and as long as it has them."""
+def test_the_address_of_a_guest(parent: FakeParent) -> None:
+    """Only `local` interfaces have one, while the VM has its interfaces."""
     nics = (NicConfig(switch="lan"), NicConfig(local=True))
     vm, _ = launch(parent, VmConfig(name="a", nics=nics))
     made(parent)
@@ -1243,7 +1250,7 @@ def test_the_address_that_a_guest_is_given(parent: FakeParent) -> None:
 
 
 def test_a_host_without_tun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """It is said what to load."""
+    """The message names the kernel module to load."""
     monkeypatch.setattr("vmd.parent.forpriv.TUN", str(tmp_path / "tun"))
 
     with pytest.raises(OperatorError, match=r"tun: No such file or directory: load the kernel module tun$"):
@@ -1253,7 +1260,7 @@ def test_a_host_without_tun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 def test_a_host_without_tun_starts_nothing(
     parent: FakeParent, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The request fails at once, and not when priv would be asked; a VM without interfaces does not need it."""
+    """The request fails at once, before priv is asked.  A VM without interfaces starts."""
     monkeypatch.setattr("vmd.parent.forpriv.TUN", str(tmp_path / "tun"))
     before = len(os.listdir("/proc/self/fd"))
 
@@ -1267,7 +1274,7 @@ def test_a_host_without_tun_starts_nothing(
 
 
 def test_the_end_of_the_daemon_leaves_nothing(parent: FakeParent) -> None:
-    """What waited and what ran is closed, and nobody is told of an end of priv that follows."""
+    """All descriptors are closed.  A later end of priv is reported to nobody."""
     before = len(os.listdir("/proc/self/fd"))
     launch(parent, VmConfig(name="a", nics=(NicConfig(),)))
     made(parent)

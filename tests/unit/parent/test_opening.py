@@ -1,4 +1,4 @@
-"""Whose files are opened when and by how many openers, what these answer, and for how long they are waited for."""
+"""When files are opened, by how many openers, how these answer, and how long the parent waits."""
 
 import errno
 import os
@@ -36,30 +36,30 @@ ROOT, ANNA = 0, 1000
 
 
 class Timer:
-    """A timer that somebody has to fire."""
+    """A timer that the test fires."""
 
     def __init__(self, delay_s: float, callback: Callable[[], None]) -> None:
         self.delay_s = delay_s
         self.callback: Callable[[], None] | None = callback
 
     def cancel(self) -> None:
-        """Do nothing when fired."""
+        """Cancel the timer."""
         self.callback = None
 
 
 class Loop:
-    """Keeps timers."""
+    """A loop that keeps timers."""
 
     def __init__(self) -> None:
         self.timers: list[Timer] = []
 
     def call_later(self, delay_s: float, callback: Callable[[], None]) -> Timer:
-        """Note a timer."""
+        """Start a timer."""
         self.timers.append(Timer(delay_s, callback))
         return self.timers[-1]
 
     def run(self, until_s: float = 0.0) -> None:
-        """Fire what is due."""
+        """Fire the timers that are due."""
         while due := [timer for timer in self.timers if timer.delay_s <= until_s]:
             self.timers = [timer for timer in self.timers if timer not in due]
             for timer in due:
@@ -68,19 +68,19 @@ class Loop:
 
 
 class Child:
-    """A process; `stuck` ones do not end when they are killed."""
+    """A process."""
 
     def __init__(self) -> None:
         self.pidfd = 5
         self.killed = False
 
     def kill(self) -> None:
-        """Note that it is killed."""
+        """Note that it was killed."""
         self.killed = True
 
 
 def can_grow(fd: int) -> bool:
-    """Try to make a file larger."""
+    """Return whether the file can be made larger."""
     try:
         os.ftruncate(fd, os.fstat(fd).st_size + 1)
     except PermissionError:
@@ -89,7 +89,7 @@ def can_grow(fd: int) -> bool:
 
 
 class Channel:
-    """The channel to an opener; notes what it is sent, and closes what goes along."""
+    """The channel to an opener.  It records jobs, and closes their descriptors."""
 
     def __init__(self, on_lost: Callable[..., None]) -> None:
         self.on_lost = on_lost
@@ -101,7 +101,7 @@ class Channel:
         self.memory = (0, True)
 
     def send(self, message: Record, *, peerid: int = 0, fds: dict[str, list[int]]) -> None:
-        """Note a job."""
+        """Record a job."""
         assert isinstance(message, OpenFiles)
         self.jobs.append(message)
         self.fds = {name: len(each) for name, each in fds.items()}
@@ -112,20 +112,20 @@ class Channel:
                 os.close(fd)
 
     def close(self) -> None:
-        """Note that nobody listens any more."""
+        """Note that it was closed."""
         self.closed = True
 
 
 class Holders:
-    """Knows nobody who has a file."""
+    """A lockholder that finds no process."""
 
     def ask(self, _device: int, _inode: int, done: Callable[[None], None]) -> None:
-        """Say so."""
+        """Answer None."""
         done(None)
 
 
 class Children:
-    """Starts nothing."""
+    """Starts no processes.  Those that are `stuck` do not end when they are killed."""
 
     def __init__(self) -> None:
         self.cell = Cell(12345, 12345, -1, -1)
@@ -134,7 +134,7 @@ class Children:
         self.entries: list[str] = []
 
     def start(self, proc: Proc, _open_log: object) -> tuple[Child, None]:
-        """Return a new process."""
+        """Return a new child."""
         assert proc is Proc.OPENER
         self.openers.append(Child())
         return self.openers[-1], None
@@ -142,21 +142,21 @@ class Children:
     def start_probe(
         self, _open_log: object, *, entry: str = "", title: str = ""
     ) -> tuple[Child, socket.socket]:
-        """Return a new probe, or its like."""
+        """Return a new probe, or another process of its kind."""
         self.entries.append(entry)
         ours, theirs = socket.socketpair()
         theirs.close()
         return Child(), ours
 
     def bury(self) -> None:
-        """All that were killed are gone, unless they are stuck."""
+        """Let all killed children end, unless they are stuck."""
         for child in self.openers:
             if child.killed and not self.stuck:
                 child.pidfd = -1
 
 
 class Room:
-    """The room, and what becomes of openings."""
+    """The room, and the results of openings."""
 
     def __init__(self) -> None:
         self.loop, self.children = Loop(), Children()
@@ -169,7 +169,7 @@ class Room:
         self.failed: dict[str, VmdError] = {}
 
     def attach(self, _sock: object, _peer: Proc, _label: str, *, on_lost: Callable[..., None]) -> Channel:
-        """Be `Process.attach`."""
+        """Return the channel to a new opener, as `Process.attach`."""
         self.channels.append(Channel(on_lost))
         return self.channels[-1]
 
@@ -199,7 +199,7 @@ class Room:
         return sorted({each.opening.vm.name for each in working if each.opening is not None})
 
     def answer(self, name: str, message: FilesOpened | NotOpened | None = None) -> None:
-        """Let the opener of a VM answer, by default that all is well."""
+        """Let the opener of a VM answer, by default with success."""
         channel = cast("Any", self.channel(name))
         if isinstance(message, NotOpened):
             self.openings.on_not_opened(message, channel)
@@ -210,7 +210,7 @@ class Room:
 
 @pytest.fixture
 def room() -> Iterator[Room]:
-    """Give a room; afterwards it has no descriptors but that of the probe in reserve."""
+    """Yield a room.  Afterwards it may only have the descriptor of the probe in reserve."""
     before = open_descriptors()
     made = Room()
     yield made
@@ -223,8 +223,8 @@ def room() -> Iterator[Room]:
     assert open_descriptors() == before
 
 
-def test_a_vm_has_its_files(room: Room) -> None:
-    """The opener in reserve opens them, with a probe; words and numbers come back, and a courier goes on."""
+def test_the_files_of_a_vm_are_opened(room: Room) -> None:
+    """The opener in reserve opens them, with a probe.  Its answer has no files; those are in the courier."""
     room.begin("a")
     channel = room.channel("a")
     assert len(room.children.openers) == 1
@@ -237,14 +237,14 @@ def test_a_vm_has_its_files(room: Room) -> None:
     assert (opened.files, opened.notes, opened.boot_name) == ({"disk /a": (1, 2)}, ("disk /a: is odd",), "bsd")
     assert len(opened.couriers) == 1
     room.loop.run(0.1)
-    assert len(room.children.openers) == 1  # no other one as long as the VM begins
+    assert len(room.children.openers) == 1  # no other opener while the VM starts
     channel.on_lost(channel, None)
     room.loop.run(0.1)
     assert len(room.children.openers) == 2  # in reserve
 
 
-def test_what_a_client_gives_is_taken_with_the_client_s_rights() -> None:
-    """With its own disks, if it has named some."""
+def test_files_of_a_client_are_opened_with_the_client_s_rights() -> None:
+    """Disks that the client has named are in the same job."""
     given = ClientFiles(client=7, user=Owner(uid=ANNA, gid=ANNA), names=("kernel",), check_mode=True)
     config = VmConfig(name="a", disks=(DiskConfig(path="/a"),), rights=Rights(disks=Owner(uid=ANNA, gid=ANNA)))
 
@@ -254,7 +254,7 @@ def test_what_a_client_gives_is_taken_with_the_client_s_rights() -> None:
 
 
 def test_an_initrd_of_a_client_is_the_only_one() -> None:
-    """Whoever opens the kernel that is configured leaves the configured one alone."""
+    """The job that opens the configured kernel does not open the configured initrd."""
     config = VmConfig(name="a", kernel="/vmlinuz", initrd="/initrd")
     for user, count in ((ANNA, 2), (0, 1)):
         given = ClientFiles(client=7, user=Owner(uid=user, gid=user), names=("initrd",), check_mode=True)
@@ -263,8 +263,8 @@ def test_an_initrd_of_a_client_is_the_only_one() -> None:
         assert (len(jobs), [job.given for job in jobs if job.given]) == (count, [("initrd",)])
 
 
-def test_what_is_on_a_disk_is_opened_with_the_disk() -> None:
-    """With the rights of whoever has named the disk, whoever has named the kernel."""
+def test_a_kernel_on_a_disk_is_opened_with_the_disk() -> None:
+    """The rights are those of the user who named the disk, not of the one who named the kernel."""
     rights = Rights(disks=Owner(uid=ANNA, gid=ANNA))
     config = VmConfig(
         name="a", kernel="disk0:/k", initrd="disk0p2:/i", disks=(DiskConfig(path="/a"),), cdrom="/c", rights=rights
@@ -277,12 +277,12 @@ def test_what_is_on_a_disk_is_opened_with_the_disk() -> None:
         DiskFile(disk=0, path="/k"), DiskFile(disk=0, partition="p2", path="/i")
     )  # fmt: skip
     assert (disc.uid, disc.boots, disc.cdrom, disc.kernel_at) == (0, False, "/c", None)
-    for job in jobs_of(config, boots=False, given=None, patience_s=0):  # it is received, or a client gives another one
+    for job in jobs_of(config, boots=False, given=None, patience_s=0):  # received, or another kernel is given
         assert (job.kernel_at, job.initrd_at) == (None, None)
 
 
-def test_what_is_on_a_disk_is_read_by_a_process_of_its_own(room: Room) -> None:
-    """It is given memory that can grow no larger than that of the guest."""
+def test_a_kernel_on_a_disk_is_read_by_a_process_of_its_own(room: Room) -> None:
+    """It gets memory that cannot grow larger than the guest's memory."""
     room.begin("a", kernel="disk0:/k", memory_bytes=16 << 20)
 
     channel = room.channel("a")
@@ -304,16 +304,16 @@ def test_what_is_on_a_disk_is_read_by_a_process_of_its_own(room: Room) -> None:
         ({"kernel": "disk0:/k"}, False),
     ],
 )
-def test_where_the_firmware_needs_a_disk(fields: dict[str, Any], needed: bool) -> None:
-    """There it is seen whether it finds something to start; else nobody looks."""
+def test_when_the_firmware_needs_a_bootable_disk(fields: dict[str, Any], needed: bool) -> None:
+    """In these cases the opener checks for a boot sector."""
     config = VmConfig(name="a", disks=(DiskConfig(path="/a"),)).replace(**fields)
 
     assert any(job.needs_code for job in jobs_of(config, boots=True, given=None, patience_s=0)) == needed
     assert not any(job.needs_code for job in jobs_of(config, boots=False, given=None, patience_s=0))
 
 
-def test_a_disk_that_no_firmware_starts(room: Room) -> None:
-    """Is looked at once more, by a process that knows file systems, and its sentence is the answer."""
+def test_a_disk_without_a_boot_sector(room: Room) -> None:
+    """A second opener, whose process knows file systems, examines it.  Its message is the answer."""
     room.begin("a")
     (job,) = room.channel("a").jobs
     assert (job.needs_code, job.looks, IMGBOOT_ENTRY in room.children.entries) == (True, False, False)
@@ -328,8 +328,8 @@ def test_a_disk_that_no_firmware_starts(room: Room) -> None:
     assert room.at_work == []
 
 
-def test_a_host_without_another_descriptor(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The start fails, and leaves none."""
+def test_a_host_without_free_descriptors(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The start fails, and leaves no descriptor open."""
 
     def pair() -> tuple[socket.socket, socket.socket]:
         raise HostError("make a courier", OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
@@ -341,7 +341,7 @@ def test_a_host_without_another_descriptor(room: Room, monkeypatch: pytest.Monke
 
 
 def test_an_opener_that_fails(room: Room) -> None:
-    """Its sentence is the answer, and the next one has its turn."""
+    """Its message is the answer, and the next opener starts."""
     room.begin("a1", ANNA)
     room.begin("a2", ANNA)
     room.answer("a1", NotOpened(code=errno.ENOENT, text="disk /a1: No such file or directory"))
@@ -350,7 +350,7 @@ def test_an_opener_that_fails(room: Room) -> None:
 
 
 def test_an_opener_that_does_not_answer_is_given_up(room: Room) -> None:
-    """With the name of what it was at; each sign of life gives it more time, but not for ever."""
+    """The message names the file that it opens.  Each of its messages gives it more time, up to a limit."""
     room.begin("a", ANNA)
     channel = room.channel("a")
     room.openings.on_at(OpenerAt(what="disk /a: backing file /b"), cast("Any", channel))
@@ -363,8 +363,8 @@ def test_an_opener_that_does_not_answer_is_given_up(room: Room) -> None:
     assert room.at_work == []
 
 
-def test_signs_of_life_do_not_help_for_ever(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Others wait for their turn."""
+def test_the_time_of_an_opener_is_limited(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other openings wait for their turn."""
     room.begin("a", ANNA)
     now_s = time.monotonic()
     monkeypatch.setattr("vmd.parent.opening.time.monotonic", lambda: now_s + 299.0)
@@ -375,8 +375,8 @@ def test_signs_of_life_do_not_help_for_ever(room: Room, monkeypatch: pytest.Monk
     assert "does not answer" in str(room.failed["a"])
 
 
-def test_an_opener_that_was_not_asked_is_cut_off(room: Room) -> None:
-    """Neither the one in reserve, nor one that has answered, has anything to say."""
+def test_an_answer_of_an_opener_without_a_job_is_an_error(room: Room) -> None:
+    """This holds for the opener in reserve, and for one that has answered."""
     with pytest.raises(PeerError, match="a request that was not made"):
         room.openings.on_opened(FilesOpened(), cast("Any", room.channels[0]))
     room.begin("a")
@@ -385,8 +385,8 @@ def test_an_opener_that_was_not_asked_is_cut_off(room: Room) -> None:
         room.openings.on_at(OpenerAt(what="x"), cast("Any", room.channel("a")))
 
 
-def test_who_has_a_file_is_named_where_it_is_one_of_ours(room: Room) -> None:
-    """By device and inode, as the opener reports them after a failed lock."""
+def test_a_vm_that_uses_the_file_is_named(room: Room) -> None:
+    """It is found by device and inode, which the opener reports after a failed lock."""
     other = room.core.vms.add(VmConfig(name="other"), from_config=True)
     other.begin_start(0)
     other.files = {"disk /x": (1, 2)}
@@ -399,7 +399,7 @@ def test_who_has_a_file_is_named_where_it_is_one_of_ours(room: Room) -> None:
 
 
 def test_another_file_under_the_same_name_is_found() -> None:
-    """What was not there before is no other file."""
+    """A name that was not there before is not counted."""
     assert replaced({"disk a": (1, 2), "disk b": (1, 3)}, {"disk a": (1, 4), "disk b": (1, 3), "disk c": (1, 5)}) == [
         "disk a"
     ]
@@ -408,8 +408,8 @@ def test_another_file_under_the_same_name_is_found() -> None:
 # --- turns -----------------------------------------------------------------------------------------------
 
 
-def test_openings_of_a_user_take_turns(room: Room) -> None:
-    """In the order in which they came; one that is given up keeps nobody."""
+def test_openings_of_a_user_run_one_at_a_time(room: Room) -> None:
+    """They run in order.  One that is given up does not delay the others."""
     room.begin("a", ANNA)
     second = room.begin("b", ANNA)
     room.begin("c", ANNA)
@@ -421,8 +421,8 @@ def test_openings_of_a_user_take_turns(room: Room) -> None:
     assert ([*room.opened], room.failed) == (["a", "c"], {})
 
 
-def test_so_many_users_at_a_time_and_root_besides(room: Room) -> None:
-    """Root's begin at once, however many there are, and take nobody's place."""
+def test_the_number_of_users_at_a_time_is_limited_except_root(room: Room) -> None:
+    """Root's openings begin at once, in any number, and do not count."""
     for number in range(AT_A_TIME + 1):
         room.begin(f"u{number}", ANNA + number)
     for number in range(5):
@@ -434,8 +434,8 @@ def test_so_many_users_at_a_time_and_root_besides(room: Room) -> None:
     assert f"u{AT_A_TIME}" in room.at_work
 
 
-def test_what_two_users_have_named_is_opened_by_two_openers(room: Room) -> None:
-    """Each is told whose rights to take; the VM goes on after the last."""
+def test_files_named_by_two_users_are_opened_by_two_openers(room: Room) -> None:
+    """Each job has its user's rights.  The VM continues after the last answer."""
     room.begin("two", ROOT, rights=Rights(disks=Owner(uid=2000, gid=2000)))
     first, second = (channel for channel in room.channels if channel.jobs)
     jobs = [*first.jobs, *second.jobs]
@@ -447,8 +447,10 @@ def test_what_two_users_have_named_is_opened_by_two_openers(room: Room) -> None:
 
 
 @pytest.mark.parametrize(("user", "most"), [(ANNA, STUCK_MAX), (ROOT, STUCK_MAX_OF_ROOT)])
-def test_openers_that_do_not_end(room: Room, monkeypatch: pytest.MonkeyPatch, user: int, most: int) -> None:
-    """A user with so many of them is told so at once; when one has ended, and for others, files are opened."""
+def test_the_number_of_openers_that_do_not_end_is_limited(
+    room: Room, monkeypatch: pytest.MonkeyPatch, user: int, most: int
+) -> None:
+    """At the limit a user is refused at once.  Other users are served, and so is this one after one has ended."""
     room.children.stuck = True
     for number in range(most):
         assert room.openings.give_up(room.begin(f"stuck{number}", user))
