@@ -1,4 +1,4 @@
-"""The version that is installed now is tried out before it takes over."""
+"""A rehearsal: the installed version is tried before it takes over."""
 
 import os
 from pathlib import Path
@@ -12,19 +12,19 @@ from vmd.parent.upgrade import Rehearsal, in_words
 
 
 class Script(Program):
-    """What is installed is a script of the shell."""
+    """A program that is a shell script."""
 
     def __init__(self, directory: Path, script: str) -> None:
         self.directory = str(directory)
         self.script = script
 
     def command(self, *options: str) -> list[str]:
-        """Return the script, with its options."""
+        """Return the command that runs the script with these options."""
         return ["/bin/sh", "-c", self.script, "vmd", *options]
 
 
 def rehearse(directory: Path, script: str) -> str:
-    """Return what a rehearsal ends with, after its process has ended, too."""
+    """Return the result of a rehearsal, once its process has ended."""
     loop = Loop()
     ends: list[str] = []
     state = os.memfd_create("state")
@@ -46,7 +46,7 @@ def rehearse(directory: Path, script: str) -> str:
 
 
 def test_program_has_the_state(tmp_path: Path) -> None:
-    """It runs where the daemon was started, and no service manager hears of it."""
+    """It runs in the daemon's directory, and cannot notify the service manager."""
     script = (
         f'test "$1" = --check-adopt && test "$(pwd)" = {tmp_path} && test -z "$NOTIFY_SOCKET"'
         ' && grep -q "what is known" /proc/self/fd/${VMD_STORED#state=}'
@@ -55,13 +55,13 @@ def test_program_has_the_state(tmp_path: Path) -> None:
     assert rehearse(tmp_path, script) == ""
 
 
-def test_program_that_says_nothing(tmp_path: Path) -> None:
-    """Its status is all there is to tell."""
+def test_program_without_output(tmp_path: Path) -> None:
+    """The result is its exit status."""
     assert rehearse(tmp_path, "exit 3") == "it ended with status 3"
 
 
-def test_program_that_says_too_much(tmp_path: Path) -> None:
-    """The end counts; what it leaves behind with its output open is not waited for."""
+def test_program_with_much_output(tmp_path: Path) -> None:
+    """The end of the output counts.  A child that keeps the output open is not waited for."""
     said = rehearse(tmp_path, "yes | head -c 1000000; echo the end; sleep 3 & exit 1")
 
     assert said.endswith("\nthe end")
@@ -69,14 +69,14 @@ def test_program_that_says_too_much(tmp_path: Path) -> None:
 
 
 def test_program_that_does_not_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It has so long, and is killed."""
+    """It is killed after REHEARSAL_S."""
     monkeypatch.setattr(upgrade, "REHEARSAL_S", 0.2)
 
     assert "did not end within" in rehearse(tmp_path, "exec sleep 1000")
 
 
-def test_fault_of_the_program_is_told_in_a_line() -> None:
-    """The log has the rest; complaints of vmd are told as they are."""
+def test_traceback_of_the_program_is_shortened_to_a_line() -> None:
+    """The log has the whole traceback.  Messages of vmd are not shortened."""
     trace = "Traceback (most recent call last):\n  File ...\nSyntaxError: invalid syntax\n"
     assert in_words(trace, 1) == "SyntaxError: invalid syntax"
     assert in_words("vmd: /etc/vm.conf:1: no\nvmd: /etc/vm.conf:2: no\n", 1) == "/etc/vm.conf:1: no\n/etc/vm.conf:2: no"

@@ -1,4 +1,4 @@
-"""What a configuration that is read anew means for a VM that runs."""
+"""What a new configuration changes for a running VM."""
 
 import pytest
 
@@ -9,8 +9,8 @@ from vmd.parent.vmtable import VmTable
 
 USER = Owner(uid=1000)
 LOG = ConsoleLog(path="/var/log/web")
-# What a VM that runs has from its next start on: the guest's, and who it belongs to.  Of `disks`, `nics` and `limit`
-# the limits, and of `nics` the forwards, count at once as well (`with_limits`, `with_forwards`).
+# Fields that take effect at the next start of a running VM.  The limits in `disks`, `nics` and `limit`, and the
+# forwards in `nics`, also take effect at once (`with_limits`, `with_forwards`).
 WAITS = {
     "allow", "boot_device", "cdrom", "cmdline", "disks", "drive", "enabled", "fault", "given", "initrd", "kernel",
     "limit", "memory_bytes", "name", "nics", "origin", "owner", "parent", "plan_id", "plan_prefix4", "plan_prefix6",
@@ -18,16 +18,16 @@ WAITS = {
 }  # fmt: skip
 
 
-def test_of_each_field_it_is_known_when_it_counts() -> None:
-    """A new field of a VM is in AT_ONCE, or named here."""
+def test_each_field_takes_effect_at_once_or_at_the_next_start() -> None:
+    """A new field of a VM is in AT_ONCE, or in WAITS."""
     assert set(VmConfig.fields) - set(AT_ONCE) == WAITS, "a field is neither in AT_ONCE of reload.py nor in WAITS"
 
 
 @pytest.mark.parametrize(("owner", "is_its_own"), [(Owner(), True), (USER, False)])
-def test_what_counts_at_once_is_for_the_vm_of_whom_the_file_names(
+def test_changes_at_once_are_for_the_vm_of_the_owner_in_vm_conf(
     monkeypatch: pytest.MonkeyPatch, owner: Owner, is_its_own: bool
 ) -> None:
-    """A user's VM that runs under a name which vm.conf gives to root's has neither its log, ports nor limits."""
+    """A user's VM with the name of a VM of root in vm.conf gets neither its log, ports nor limits."""
     monkeypatch.setattr(Vm, "alive", property(lambda _vm: True))
     table = VmTable()
     vm = table.add(VmConfig(name="web", owner=owner), from_config=False)

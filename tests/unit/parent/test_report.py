@@ -1,4 +1,4 @@
-"""What clients are told of a VM: as much as fits a message, and its files only if they may control it."""
+"""What clients learn about a VM: it fits into a message, and has paths only for those who control the VM."""
 
 import os
 
@@ -20,7 +20,7 @@ from vmd.parent.report import describe
 from vmd.parent.vm import State, Vm
 
 LONG = "/" + "\N{SNOWMAN}" * 3000
-TO_COME = 2000  # bytes for fields that later versions add
+TO_COME = 2000  # bytes reserved for fields of later versions
 NIC = NicInfo(
     index=1 << 31,
     tap="t" * IFNAME_MAX,
@@ -38,7 +38,7 @@ ROOT, OTHER = Caller(uid=0, gid=0, pid=1), Caller(uid=77777, gid=77777, pid=1)
 
 
 def vm_with_everything() -> Vm:
-    """Return a VM of which everything is as long as it can be, that ended and ends once more."""
+    """Return a VM whose fields have their largest lengths.  It has ended once and runs again."""
     config = VmConfig(
         name="n" * NAME_MAX,
         kernel=LONG,
@@ -55,7 +55,7 @@ def vm_with_everything() -> Vm:
 
 
 def test_a_vm_with_everything_fits_a_message() -> None:
-    """Else the list would end with it, for everybody."""
+    """Otherwise the list would end with it, for all users."""
     info = describe(vm_with_everything(), (NIC,) * MAX_NICS, ROOT)
 
     assert len(encode(info, form=Form.NAMED)[0]) < MAX_MESSAGE - TO_COME
@@ -63,16 +63,16 @@ def test_a_vm_with_everything_fits_a_message() -> None:
     assert info.files.cdrom.endswith(" ...")
 
 
-def test_files_are_for_those_who_may_control_the_vm() -> None:
-    """Others may see that it is there, and who has it."""
+def test_files_are_for_users_who_may_control_the_vm() -> None:
+    """Other users can see that the VM exists, and its owner."""
     vm = vm_with_everything()
 
     assert describe(vm, (), OTHER).files is None
     assert describe(vm, (), OTHER.replace(uid=88888)).files == describe(vm, (), ROOT).files is not None
 
 
-def test_of_a_seed_its_user_is_told_to_those_who_may_control_the_vm() -> None:
-    """That is whom they log in as; and that there is one."""
+def test_users_who_may_control_the_vm_see_the_user_of_its_seed() -> None:
+    """That is the user that they log in as.  They also see that there is a seed."""
     vm = vm_with_everything()
     vm.config = vm.config.replace(seed=SeedConfig(user="ann", password="$6$x$hash"))
 

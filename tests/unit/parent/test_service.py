@@ -1,4 +1,4 @@
-"""The daemon as a service: what it waits for at boot, and where its first words go."""
+"""The daemon as a service: what it waits for at boot, and whether it logs to the journal."""
 
 import errno
 import os
@@ -13,7 +13,7 @@ from vmd.parent import service
 def test_kvm_that_never_comes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """It is waited for, which is said once; then the sentence says what to do."""
+    """The wait is logged once.  Then the error says what to do."""
     monkeypatch.setattr(service, "KVM", str(tmp_path / "kvm"))
     monkeypatch.setattr(service, "KVM_POLL_S", 0.01)
 
@@ -24,7 +24,7 @@ def test_kvm_that_never_comes(
 
 
 def test_kvm_is_not_waited_for_in_the_foreground(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a time of nothing it is looked at once."""
+    """With a timeout of 0 there is one check."""
     monkeypatch.setattr(service, "KVM", str(tmp_path / "kvm"))
     monkeypatch.delattr(time, "sleep")
 
@@ -32,8 +32,8 @@ def test_kvm_is_not_waited_for_in_the_foreground(tmp_path: Path, monkeypatch: py
         service.wait_for_kvm(0)
 
 
-def test_kvm_that_is_something_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No waiting makes it KVM."""
+def test_a_file_that_is_not_kvm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not waited for, because it never becomes KVM."""
     monkeypatch.setattr(service, "KVM", "/dev/null")
     monkeypatch.delattr(time, "sleep")
 
@@ -44,7 +44,7 @@ def test_kvm_that_is_something_else(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_journal_is_told_from_an_inherited_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A shell that a service runs hands the variable on, and other descriptors."""
+    """A shell of a service passes the variable on, but to programs with another standard error."""
     status = os.fstat(2)
     monkeypatch.setenv("JOURNAL_STREAM", f"{status.st_dev}:{status.st_ino}")
     assert service.on_journal()

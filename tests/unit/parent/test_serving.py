@@ -1,4 +1,4 @@
-"""When the daemon begins to serve its clients."""
+"""When the daemon begins to serve clients, and what the next parent gets to know."""
 
 import errno
 import os
@@ -30,7 +30,7 @@ from vmd.record import Record
 
 
 class Peer:
-    """A process that is told things; closes what goes along."""
+    """A channel that records messages, and closes their descriptors."""
 
     def __init__(self, proc: Proc) -> None:
         self.peer = proc
@@ -38,7 +38,7 @@ class Peer:
         self.told: list[Record] = []
 
     def send(self, message: Record, *, peerid: int = 0, fds: dict[str, list[int]] | None = None) -> None:
-        """Note a message."""
+        """Record a message."""
         assert peerid == 0 or self.peer is Proc.CONTROL
         self.told.append(message)
         for each in (fds or {}).values():
@@ -47,36 +47,36 @@ class Peer:
 
 
 class Connections(Peer):
-    """Stands in for the controls; client 7 is root's, client 8 a user's."""
+    """Stands in for the controls.  Client 7 belongs to root, client 8 to another user."""
 
     def __init__(self) -> None:
         super().__init__(Proc.CONTROL)
         self.listens = 0
 
     def on_ready(self, channel: Peer) -> bool:
-        """It is root's."""
+        """Return that it is the control of root."""
         assert channel is self
         return True
 
     def listen(self, _listener: socket.socket) -> None:
-        """Note that clients are accepted."""
+        """Count the calls."""
         self.listens += 1
 
     def asker(self, number: int, channel: Peer) -> Caller:
-        """Return whose a connection is."""
+        """Return the user of a connection."""
         assert channel is self
         return {7: Caller(uid=0, gid=0, pid=1), 8: Caller(uid=12345, gid=12345, pid=1)}[number]
 
 
 @pytest.fixture
 def controls() -> Connections:
-    """Give the controls."""
+    """Return the controls."""
     return Connections()
 
 
 @pytest.fixture
 def parent(tmp_path: Path, controls: Connections) -> Iterator[Parent]:
-    """Give a parent that waits for its three processes, with a listener."""
+    """Yield a parent that waits for its three processes, with a listener."""
     config = Config(switches=(SwitchConfig(name="lan", interface="br7"),))
     options = Options(socket_path=str(tmp_path / "vmd.sock"))
     parent = Parent(options, config, lambda _path, _known, _warn: config)
@@ -89,19 +89,19 @@ def parent(tmp_path: Path, controls: Connections) -> Iterator[Parent]:
 
 
 def hear(parent: Parent, proc: Proc, message: Record) -> None:
-    """Have the parent take a message of a process."""
+    """Have the parent handle a message of a process."""
     Parent.HANDLERS[proc, type(message)](
         parent, message, Envelope(message, 0, 0, {}), cast("Any", parent.core.peers.channels[proc])
     )
 
 
 def told(parent: Parent, proc: Proc) -> list[type[Record]]:
-    """Return what kinds of messages a process has got."""
+    """Return the types of the messages to a process."""
     return [type(message) for message in cast("Peer", parent.core.peers.channels[proc]).told]
 
 
 def test_clients_wait_until_priv_has_its_configuration(parent: Parent, controls: Connections) -> None:
-    """Whatever the order in which processes get ready: a VM of an early client would have no switch and no NAT."""
+    """In every order of the processes, because the VM of an early client would have no switch and no NAT."""
     said: list[str] = []
     parent.on_ready = lambda: said.append("ready")
     for proc in (Proc.CONTROL, Proc.VMM, Proc.PRIV):
@@ -116,7 +116,7 @@ def test_clients_wait_until_priv_has_its_configuration(parent: Parent, controls:
 
 
 def test_a_hangup_before_that(parent: Parent, controls: Connections) -> None:
-    """The answer to an early reload is not the beginning: other processes may not be there yet."""
+    """The answer of priv to an early reload does not suffice, because other processes may not be ready."""
     hear(parent, Proc.PRIV, Ready())
     parent.configuration.on_hangup()
     hear(parent, Proc.PRIV, NetworkConfigured())
@@ -128,15 +128,15 @@ def test_a_hangup_before_that(parent: Parent, controls: Connections) -> None:
     assert controls.listens == 1
 
 
-def test_what_comes_with_a_start_that_is_refused(parent: Parent, controls: Connections, tmp_path: Path) -> None:
-    """Its descriptors are left to the channel, which closes them, however far it has got; and no VM is left."""
+def test_the_descriptors_of_a_start_that_is_refused(parent: Parent, controls: Connections, tmp_path: Path) -> None:
+    """The channel closes them after each kind of refusal.  No VM is left."""
     parent.core.vms.add(VmConfig(name="a"), from_config=True)
     kernel = tmp_path / "kernel"
     kernel.touch()
     root, user = 7, 8
     requests = (
         (root, StartRequest(name="a", cmdline="x" * (CMDLINE_MAX + 1))),
-        (user, StartRequest(caller=controls.asker(root, controls), name="a")),  # nobody believes that
+        (user, StartRequest(caller=controls.asker(root, controls), name="a")),  # a client cannot set its caller
         (user, StartRequest(name="b", config=VmConfig(name="b"))),
         (root, StartRequest(name="b", template="c")),
     )
@@ -151,8 +151,8 @@ def test_what_comes_with_a_start_that_is_refused(parent: Parent, controls: Conne
     assert [vm.name for vm in parent.core.vms] == ["a"]
 
 
-def test_whoever_rehearses_has_a_state_of_its_own(parent: Parent) -> None:
-    """In the form that every version reads, however much has changed by the time that it has come so far."""
+def test_a_rehearsal_has_a_copy_of_the_state(parent: Parent) -> None:
+    """The copy has the form that every version reads, and does not change afterwards."""
     parent.core.vms.add(VmConfig(name="there"), from_config=True)
     parent.lasting.keep(parent.generations, parent.network)
     copy = StateMemory(parent.lasting.copy())
@@ -164,8 +164,8 @@ def test_whoever_rehearses_has_a_state_of_its_own(parent: Parent) -> None:
     copy.close()
 
 
-def test_a_parent_that_is_killed_before_it_was_told_of_a_vm(parent: Parent) -> None:
-    """Loses nothing of what the one before it knew: interfaces, what it boots from, and that it is sent."""
+def test_a_parent_that_is_killed_before_vmm_reports_a_vm(parent: Parent) -> None:
+    """It loses nothing that the earlier parent knew: interfaces, copies of boot files, and the transfer."""
     vm = parent.core.vms.add(VmConfig(name="a", nics=(NicConfig(),)), from_config=True)
     parent.network.taps[vm.vmid] = Taps(
         vm.config.nics, Plan(number=7, prefix4=Config().settings.local_prefix), {}, (), [],
@@ -190,8 +190,8 @@ def test_a_parent_that_is_killed_before_it_was_told_of_a_vm(parent: Parent) -> N
     before.close()
 
 
-def test_identities_that_a_killed_parent_had_not_saved_reach_the_file(tmp_path: Path) -> None:
-    """Nothing else may change until the host is switched off."""
+def test_identities_that_a_killed_parent_did_not_save_are_saved(tmp_path: Path) -> None:
+    """The new parent saves them at once, because they may not change any more before the host is switched off."""
     there = Identities()
     there.of(("a", 0)).number = 77
     truth = Truth(program="1", config=b"", identities=there.encode())
@@ -203,8 +203,8 @@ def test_identities_that_a_killed_parent_had_not_saved_reach_the_file(tmp_path: 
     assert found.of(("a", 0)).number == 77
 
 
-def test_how_much_is_logged_is_for_the_next_parent_to_know(parent: Parent, controls: Connections) -> None:
-    """Of all that is not in a VM nor in vm.conf."""
+def test_the_next_parent_knows_the_log_level(parent: Parent, controls: Connections) -> None:
+    """It is the only setting that is neither in a VM nor in vm.conf."""
     heard: list[int] = []
     parent.core.on_change = lambda: heard.append(parent.core.verbosity)
     before = log.verbosity
@@ -218,8 +218,8 @@ def test_how_much_is_logged_is_for_the_next_parent_to_know(parent: Parent, contr
     assert heard == [2]
 
 
-def test_the_way_of_a_start() -> None:
-    """It is written down for strangers: the rooms are there, and no more than they can follow."""
+def test_the_steps_of_a_start_in_the_docstring_of_main() -> None:
+    """Each room that it names exists and has the functions.  There are at most eight steps."""
     doc, here = main.__doc__ or "", Path(main.__file__).parent
     rows = re.findall(r"^    ([\w/]+\.py) +(.+)$", doc, re.MULTILINE)
     assert 0 < len(rows) <= 8
@@ -236,10 +236,10 @@ NEEDED: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("cls", REQUESTS)
-def test_a_stranger_is_served_what_is_declared_to_be_everybodys(
+def test_another_user_is_served_only_requests_for_everybody(
     parent: Parent, controls: Connections, cls: type[Request]
 ) -> None:
-    """Whatever control has let pass; all else belongs to root, or to the owner of the VM."""
+    """The parent checks this even if control has let the request pass.  Others are for root or the VM's owner."""
     parent.core.vms.add(VmConfig(name="a"), from_config=True)
     fields = {name: value for name, value in NEEDED.items() if name in cls.fields}
     request = cls(**fields)
@@ -247,6 +247,6 @@ def test_a_stranger_is_served_what_is_declared_to_be_everybodys(
     Parent.HANDLERS[Proc.CONTROL, cls](parent, request, Envelope(request, 8, 0, {}), cast("Any", controls))
 
     answers = controls.told
-    # That a VM does not run is no secret: `status` says so to everybody.
+    # ESRCH is allowed: `status` tells every user that a VM does not run.
     refused = isinstance(answers[0], Failed) and answers[0].code in (errno.EPERM, errno.ESRCH)
     assert refused is (BY_CLASS[cls].who is not Who.EVERYBODY), answers

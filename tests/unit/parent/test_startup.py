@@ -1,4 +1,4 @@
-"""The command line of vmd, and what it says before it serves."""
+"""The command line of vmd, and what it prints before it serves."""
 
 import errno
 import re
@@ -29,12 +29,12 @@ def run(line: str) -> tuple[int, str, str]:
 
 
 def test_version() -> None:
-    """On standard output, in both spellings."""
+    """Both spellings print it to standard output."""
     assert run("-V") == run("--version") == (0, f"vmd {VERSION}\n", "")
 
 
 def test_help() -> None:
-    """On standard output, with every option of the manual and the usage; it was asked for, so it is no error."""
+    """It goes to standard output with status 0, and has every option of the manual and of the usage."""
     status, output, errors = run("--help")
 
     assert (status, errors) == (0, "")
@@ -54,13 +54,13 @@ def test_help() -> None:
     ],
 )
 def test_output_that_cannot_be_written_is_a_failure(line: str, errors: str) -> None:
-    """As of every program."""
+    """The exit status is 1."""
     assert run(line) == (1, "", errors)
 
 
 @pytest.mark.parametrize("redirections", ["2>&-", "<&- 2>/dev/full"])
 def test_check_without_a_place_for_errors(tmp_path: Path, redirections: str) -> None:
-    """The exit status tells, and nothing is said where nobody would look for it."""
+    """The exit status tells the result.  Errors are not written to standard output instead."""
     good, bad = tmp_path / "good", tmp_path / "bad"
     good.touch()
     bad.write_text("vm\n")
@@ -80,14 +80,14 @@ def test_path_of_the_socket_is_too_long() -> None:
 
 
 def test_errors_without_a_number() -> None:
-    """They are never a "Success"."""
+    """They are not printed as "Success"."""
     assert str(HostError("bind", OSError("AF_UNIX path too long"))) == "bind: AF_UNIX path too long"
     assert sentence(OSError("timed out")) == "timed out"
     assert sentence(OSError(errno.ENOENT, "")) == "No such file or directory"
 
 
-def test_developers_switch_wants_a_log_that_somebody_looks_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without -d it is taken out of the environment, so that no process has the weaker filter."""
+def test_the_debug_switch_for_filters_needs_option_d(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without -d the variable is removed from the environment, so that no process has the weaker filter."""
     monkeypatch.setenv(spawn.DEBUG, "1")
     debug_filters(Options(debug=True))
     passed_on = spawn.environment()

@@ -1,4 +1,4 @@
-"""A state that is whole whenever its writer is killed."""
+"""A state that is complete whenever its writer is killed."""
 
 import itertools
 import os
@@ -18,18 +18,18 @@ ROUNDS_OF_KILLS = 40
 
 @pytest.fixture
 def memory() -> Iterator[StateMemory]:
-    """Return an empty one."""
+    """Yield an empty memory."""
     made = StateMemory.create()
     yield made
     made.close()
 
 
 class Cut(Exception):
-    """The writer is killed here."""
+    """Stands for the kill of the writer."""
 
 
 def write_and_be_killed(memory: StateMemory, content: bytes, after: int, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Write, and be killed when `after` bytes have arrived; return whether all of it was written before that."""
+    """Write, and be killed after `after` bytes.  Return whether everything was written before that."""
     left = after
 
     def pwrite(fd: int, raw: memoryview, offset: int) -> int:
@@ -50,13 +50,13 @@ def write_and_be_killed(memory: StateMemory, content: bytes, after: int, monkeyp
     return True
 
 
-def test_an_empty_one_has_nothing(memory: StateMemory) -> None:
-    """A daemon that was killed before it wrote anything has left no state."""
+def test_an_empty_memory_has_no_content(memory: StateMemory) -> None:
+    """It is left by a daemon that was killed before it wrote."""
     assert memory.read() == []
 
 
 def test_the_last_content_counts(memory: StateMemory) -> None:
-    """Contents may grow and shrink; none overwrites the one before, which counts until the new one is whole."""
+    """Contents may grow and shrink.  The one before is not overwritten until the new one is complete."""
     sizes = random.Random(1)
     for number in range(200):
         content = bytes([number]) * sizes.choice((0, 1, 100, FIRST, 3 * FIRST + 7))
@@ -65,16 +65,16 @@ def test_the_last_content_counts(memory: StateMemory) -> None:
 
 
 def test_the_file_does_not_grow_with_each_write(memory: StateMemory) -> None:
-    """Contents of one size take the room of two, or of three for a moment."""
+    """Contents of one size need the space of two, or of three for a moment."""
     for number in range(50):
         memory.write(bytes([number]) * 10000)
         assert os.fstat(memory.fd).st_size <= FIRST + 3 * 10000
 
 
-def test_a_write_that_is_cut_anywhere_leaves_the_old_or_the_new(
+def test_a_write_that_is_interrupted_anywhere_leaves_the_old_or_the_new_content(
     memory: StateMemory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At each byte: of a content that fits before the old one, of one that does not, and of the headers."""
+    """The cut is at each byte of the content and of the header.  Some contents fit before the old one, some do not."""
     lengths = [40, 40, 3, 90, 17, 90]
     contents = [bytes([65 + number]) * length for number, length in enumerate(lengths)]
     memory.write(contents[0])
@@ -88,8 +88,8 @@ def test_a_write_that_is_cut_anywhere_leaves_the_old_or_the_new(
 
 
 @pytest.mark.parametrize("byte", [*range(HEADER.size), FIRST, FIRST + 39])
-def test_a_byte_that_is_not_what_was_written_takes_its_slot_out(memory: StateMemory, byte: int) -> None:
-    """Whatever has happened to the newer slot, the older one counts again."""
+def test_a_damaged_slot_is_ignored(memory: StateMemory, byte: int) -> None:
+    """Then the older slot counts again."""
     memory.write(b"old" * 20)
     memory.write(b"new" * 20)
     memory.write(b"the newest one, of 40 bytes in the front")  # in the first slot
@@ -99,15 +99,15 @@ def test_a_byte_that_is_not_what_was_written_takes_its_slot_out(memory: StateMem
     assert memory.read() == [b"new" * 20]
 
 
-def test_a_length_that_cannot_be_is_not_read(memory: StateMemory) -> None:
-    """A damaged header leads to no allocation, and to no content."""
+def test_an_impossible_length_is_not_read(memory: StateMemory) -> None:
+    """A damaged header causes no allocation, and gives no content."""
     for length in (1 << 29, 1 << 63):
         os.pwrite(memory.fd, HEADER.pack(statemem.MAGIC, 9, FIRST, length, bytes(32)), 0)
         assert memory.read() == []
 
 
-def test_changes_are_found_behind_the_content(memory: StateMemory) -> None:
-    """By another program, too; a content has none of those before it, whatever is left there of them."""
+def test_changes_are_found_after_the_content(memory: StateMemory) -> None:
+    """Another program finds them, too.  Changes of an earlier content are not found."""
     chance = random.Random(2)
     expected: list[bytes] = []
     for number in range(400):
@@ -121,17 +121,17 @@ def test_changes_are_found_behind_the_content(memory: StateMemory) -> None:
         assert os.fstat(memory.fd).st_size < FIRST + 8 * 5300
     another = StateMemory(os.dup(memory.fd))
     assert another.read() == expected
-    assert not another.takes_changes  # before it has written a content of its own
+    assert not another.takes_changes  # not before it has written its own content
     another.write(b"its own", followed=True)
     another.add(b"and more")
     assert memory.read() == [b"its own", b"and more"]
     another.close()
 
 
-def test_a_content_that_is_cut_leaves_the_changes_before_it(
+def test_a_content_that_is_interrupted_leaves_earlier_changes(
     memory: StateMemory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a program that takes over, and has not written any of them."""
+    """It is written by a program that takes over, and has not written those changes."""
     expected = [b"a" * 50, b"b" * 30, b"c" * 20]
     memory.write(expected[0], followed=True)
     for change in expected[1:]:
@@ -143,8 +143,8 @@ def test_a_content_that_is_cut_leaves_the_changes_before_it(
         another.close()
 
 
-def test_a_change_that_is_cut_is_none(memory: StateMemory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At each byte; the next one takes its place."""
+def test_an_interrupted_change_does_not_count(memory: StateMemory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cut is at each byte.  The next change replaces it."""
     memory.write(b"a" * 500, followed=True)
     memory.add(b"first")
     for cut in range(CHANGE.size + 7):
@@ -156,13 +156,13 @@ def test_a_change_that_is_cut_is_none(memory: StateMemory, monkeypatch: pytest.M
     assert memory.read() == [b"a" * 500, b"first", b"third"]
 
 
-def test_who_knows_of_no_changes_does_not_take_a_content_without_them(memory: StateMemory) -> None:
-    """Earlier versions look for one magic only; what they are to read has no changes."""
+def test_earlier_versions_do_not_read_a_content_with_changes(memory: StateMemory) -> None:
+    """They look only for MAGIC, which marks contents without changes."""
     memory.write(b"plain")
     assert os.pread(memory.fd, 8, 0) == statemem.MAGIC
     memory.write(b"with changes", followed=True)
     assert os.pread(memory.fd, 8, HEADER.size) == statemem.FOLLOWED != statemem.MAGIC
-    assert os.pread(memory.fd, 8, 0) != statemem.MAGIC  # nor do they take what was true before it
+    assert os.pread(memory.fd, 8, 0) != statemem.MAGIC  # they do not read the older content either
     memory.write(b"plain again")
     assert not memory.takes_changes
     assert os.pread(memory.fd, 8, 0) == statemem.MAGIC
@@ -182,8 +182,8 @@ while True:
 
 
 @pytest.mark.deep
-def test_whoever_reads_after_a_kill_finds_something_whole(memory: StateMemory) -> None:
-    """With a real process that does nothing but write, killed at any moment, again and again."""
+def test_a_complete_content_is_found_after_a_kill(memory: StateMemory) -> None:
+    """A real process only writes, and is killed at random moments, again and again."""
     memory.write(b"0 ")
     for _ in range(ROUNDS_OF_KILLS):
         with subprocess.Popen(
@@ -192,7 +192,7 @@ def test_whoever_reads_after_a_kill_finds_something_whole(memory: StateMemory) -
             assert writer.stdout is not None
             assert writer.stdout.readline() == b"ready\n"
             for _ in range(random.Random(writer.pid).randrange(1, 40)):
-                memory.read()  # while it writes this may be torn, and is not taken then
+                memory.read()  # what is read during a write may be torn
             writer.send_signal(signal.SIGKILL)
         found = memory.read()
         assert found

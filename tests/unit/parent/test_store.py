@@ -1,4 +1,4 @@
-"""What outlives the daemon lies with the service manager, and comes back by its name."""
+"""Descriptors that outlive the daemon are stored in the service manager, and come back by name."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from vmd.parent import service
 from vmd.parent.startup import EX_CONFIG, EX_UNAVAILABLE
 from vmd.parent.store import STORE_MAX, Store, inherited
 
-# Says what it was started with, and what its children would be; stores something, and ends.
+# Prints which descriptors and variables it has, stores a descriptor, and ends.
 PROGRAM = """
 import json, os, sys
 from vmd.parent.store import Store, inherited
@@ -33,7 +33,7 @@ os.close(writer)
 store.put(sys.argv[1], reader, poll=False)
 """
 
-# Has PROGRAM take its place, after one that is not there.
+# Executes PROGRAM in its place, after a program that does not exist.
 PLACE = """
 import os, sys
 from vmd.parent.store import Store
@@ -53,14 +53,14 @@ store.execute([sys.executable, "-c", *sys.argv[1:]])
 
 @pytest.fixture
 def keeper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Keeper]:
-    """A service manager that serves this process."""
+    """Yield a service manager that serves this process."""
     with Keeper(tmp_path / "notify") as keeper:
         monkeypatch.setenv("NOTIFY_SOCKET", str(keeper.path))
         yield keeper
 
 
 def run(keeper: Keeper, directory: Path, name: str) -> dict[str, object]:
-    """Run PROGRAM, which stores something under a name; return what it says."""
+    """Run PROGRAM, which stores a descriptor with this name.  Return its output."""
     log = directory / f"log-{name}"
     process = keeper.spawn([sys.executable, "-c", PROGRAM, name], log=log, cwd=ROOT, environment=os.environ)
     assert process.wait(DEADLINE_S) == 0, log.read_text()
@@ -68,8 +68,8 @@ def run(keeper: Keeper, directory: Path, name: str) -> dict[str, object]:
     return said
 
 
-def test_the_next_process_has_what_the_last_one_stored(keeper: Keeper, tmp_path: Path) -> None:
-    """Under its name; no program of its own inherits it, or reads of it in its environment."""
+def test_the_next_process_has_the_stored_descriptors(keeper: Keeper, tmp_path: Path) -> None:
+    """They have their names.  Programs that it starts inherit neither them nor the variables."""
     first = run(keeper, tmp_path, "state")
     keeper.wait_names("state")
     second = run(keeper, tmp_path, "vmm-1")
@@ -79,8 +79,8 @@ def test_the_next_process_has_what_the_last_one_stored(keeper: Keeper, tmp_path:
     assert second == {"found": {"state": "from state"}, "inheritable": [], "left": []}
 
 
-def test_program_that_takes_our_place_has_what_we_stored() -> None:
-    """In the same process, with or without a service manager; one that cannot be started changes nothing."""
+def test_a_program_executed_in_place_has_the_stored_descriptors() -> None:
+    """This works with and without a service manager.  If the program cannot be executed, nothing changes."""
     with subprocess.Popen(
         [sys.executable, "-c", PLACE, PROGRAM, "state"], cwd=ROOT, stdout=subprocess.PIPE, text=True
     ) as process:
@@ -91,8 +91,8 @@ def test_program_that_takes_our_place_has_what_we_stored() -> None:
     assert said == {"found": {"vmm-1": "from before"}, "inheritable": [], "left": []}
 
 
-def test_what_has_hung_up_is_not_stored_any_more(keeper: Keeper) -> None:
-    """A channel whose process has ended; but nothing that was stored without polling."""
+def test_a_channel_that_is_closed_is_removed_from_the_store(keeper: Keeper) -> None:
+    """The service manager removes it when its process has ended, unless it was stored without polling."""
     store = Store()
     channels = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(2)]
     store.put("vmm-1", channels[0][0].fileno())
@@ -107,8 +107,8 @@ def test_what_has_hung_up_is_not_stored_any_more(keeper: Keeper) -> None:
         ours.close()
 
 
-def test_other_end_sees_the_end_when_it_is_removed(keeper: Keeper) -> None:
-    """And not when the one who stored it has closed it: the store has a duplicate."""
+def test_the_other_end_sees_the_end_when_a_channel_is_removed(keeper: Keeper) -> None:
+    """It does not see the end when the daemon closes its own descriptor, because the store has a duplicate."""
     store = Store()
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     theirs.settimeout(DEADLINE_S)
@@ -121,14 +121,14 @@ def test_other_end_sees_the_end_when_it_is_removed(keeper: Keeper) -> None:
         assert theirs.recv(100) == b"still here"
 
         store.remove("vmm-1")
-        store.remove("vmm-1")  # nothing is there: nothing happens
+        store.remove("vmm-1")  # it was removed already: nothing happens
 
         assert theirs.recv(100) == b""
         keeper.wait_names()
 
 
 def test_a_name_is_stored_once(keeper: Keeper) -> None:
-    """What takes the place of another one is found alone."""
+    """A new descriptor with the same name replaces the earlier one."""
     store = Store()
     for text in (b"first", b"second"):
         reader, writer = os.pipe()
@@ -144,8 +144,8 @@ def test_a_name_is_stored_once(keeper: Keeper) -> None:
     assert store.room == STORE_MAX - 2
 
 
-def test_descriptors_that_are_for_somebody_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The variables name another process, or make no sense: no descriptor of ours is touched."""
+def test_descriptors_for_another_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The variables name another process, or are invalid.  No descriptor is touched."""
     before = [os.get_inheritable(fd) for fd in (0, 1, 2)]
     for pid, count in ((os.getppid(), "2"), (os.getpid(), "two"), (os.getpid(), "-1"), (os.getpid(), "²"), ("", "")):
         monkeypatch.setenv("LISTEN_PID", str(pid))
@@ -157,8 +157,8 @@ def test_descriptors_that_are_for_somebody_else(monkeypatch: pytest.MonkeyPatch)
     assert [os.get_inheritable(fd) for fd in (0, 1, 2)] == before
 
 
-def test_without_a_service_manager_there_is_nobody_to_tell(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The store knows what it was given all the same."""
+def test_a_store_without_a_service_manager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store still knows the names that it was given."""
     monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
     store = Store()
 
@@ -169,10 +169,10 @@ def test_without_a_service_manager_there_is_nobody_to_tell(monkeypatch: pytest.M
     assert list(store.names) == []
 
 
-def test_service_manager_that_takes_nothing(
+def test_service_manager_that_does_not_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """It is waited for only so long, and the log says what is not stored."""
+    """The store waits only for NOTIFY_S, and the log names what is not stored."""
     monkeypatch.setattr(service, "NOTIFY_S", 0.01)
     monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as deaf:
@@ -187,7 +187,7 @@ def test_service_manager_that_takes_nothing(
 
 
 def test_unit_stores_as_much_as_the_daemon_counts_on() -> None:
-    """And is not started again after those exit statuses alone that a daemon with guests never has."""
+    """Only those exit statuses prevent a restart that a daemon with guests never has."""
     unit = Path(ROOT, "etc/vmd.service").read_text().splitlines()
 
     assert f"FileDescriptorStoreMax={STORE_MAX}" in unit

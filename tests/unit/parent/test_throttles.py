@@ -1,4 +1,4 @@
-"""What waits for its limits is told once, until it has not waited for a while."""
+"""The event `throttled`: waiting for a limit is reported once, until there was no waiting for some time."""
 
 import itertools
 import os
@@ -19,7 +19,7 @@ KINDS = {"vioblk": ("disk", "throttled_ns"), "vionet": ("interface", "tx_throttl
 
 
 class Clock:
-    """The clock; ten seconds pass between two looks."""
+    """A clock that advances ten seconds between two looks."""
 
     def __init__(self) -> None:
         self.times = itertools.count(1000.0, 10.0)
@@ -30,7 +30,7 @@ class Clock:
 
 
 class Watched(Parent):
-    """A parent with VM a, which runs and has limits, and what its devices have counted."""
+    """A parent with a running VM `a` that has limits, and the counters of its devices."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Watched(Parent):
         self.room_of_limits = Throttles(self.core)
 
     def wait(self, slot: int, kind: str, index: int, waited_ns: int) -> None:
-        """Have a device say for how long it has waited in its life."""
+        """Set how long a device has waited in its life."""
         names = devmsg.FIGURES[kind]
         values = [waited_ns if name == KINDS[kind][1] else 0 for name in names]
         number = devmsg.FIGURES_KINDS.index(kind) + 1
@@ -58,7 +58,7 @@ class Watched(Parent):
         os.pwrite(self.page, raw, slot * devmsg.FIGURES_SLOT_BYTES)
 
     def look(self) -> list[tuple[str, str]]:
-        """Look once more; return the events that come of it."""
+        """Look once more.  Return the new events."""
         before = list(self.core.events._past)
         self.later.pop(0)()
         return [(event.device, event.text) for event in list(self.core.events._past)[len(before) :]]
@@ -66,15 +66,15 @@ class Watched(Parent):
 
 @pytest.fixture
 def parent(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watched]:
-    """Give one that has looked once."""
+    """Yield a parent that has looked once."""
     made = Watched(monkeypatch)
     made.room_of_limits.begin()
     yield made
     os.close(made.page)
 
 
-def test_what_waits_is_told_once(parent: Watched) -> None:
-    """Each by its name and limit; what has none, and what has hardly waited, is not spoken of."""
+def test_each_waiting_device_is_one_event(parent: Watched) -> None:
+    """The event has device and limit.  A device without a limit, or with little waiting, causes none."""
     parent.wait(0, "vioblk", 1, 3_200_000_000)
     parent.wait(1, "vioblk", 0, 3_200_000_000)
     parent.wait(2, "vionet", 0, LEAST_NS - 1)
@@ -93,8 +93,8 @@ def test_what_waits_is_told_once(parent: Watched) -> None:
     assert parent.look() == []
 
 
-def test_it_is_told_again_after_a_while_without(parent: Watched) -> None:
-    """Not after one look without; another life of the guest begins to count anew."""
+def test_there_is_a_new_event_after_some_looks_without_waiting(parent: Watched) -> None:
+    """One look without waiting is not enough.  The counters begin at 0 when the guest starts again."""
     waited_ns = 0
     heard = []
     for waits in (True, *[False] * (QUIET_LOOKS - 1), True, *[False] * QUIET_LOOKS, True):
@@ -109,8 +109,8 @@ def test_it_is_told_again_after_a_while_without(parent: Watched) -> None:
     assert len(parent.look()) == 1
 
 
-def test_nobody_looks_where_there_are_no_limits(parent: Watched) -> None:
-    """Nor when the last VM that has some is gone; one more begins it, and only once."""
+def test_there_are_no_looks_without_limits(parent: Watched) -> None:
+    """They end with the last VM that has limits.  The next such VM starts them again, once."""
     parent.room_of_limits.begin()
     assert len(parent.later) == 1
     config = parent.vm.config

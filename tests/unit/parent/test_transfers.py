@@ -1,4 +1,4 @@
-"""What the parent makes of VMs on their way out and in, message by message, without any process (*cat. 4.7*)."""
+"""How the parent handles the messages about VMs that are sent and received, without any process (*cat. 4.7*)."""
 
 import errno
 import os
@@ -50,20 +50,20 @@ from vmd.record import Record
 ROOT = Caller(uid=0, gid=0, pid=1)
 USER = Caller(uid=1000, gid=1000, pid=2)
 CLIENT, OTHER = 7, 8
-AnyParent = Any  # no vmd.parent.main.Parent, and like one as far as it matters here
+AnyParent = Any  # stands in for vmd.parent.main.Parent
 UNUSED = cast("Any", None)
 DISKS = (DiskConfig(path="/disk"),)
 
 
 class Peer:
-    """The channel to vmm, or to control; notes what is sent, and closes what goes along."""
+    """The channel to vmm or to control.  It records messages, and closes their descriptors."""
 
     def __init__(self) -> None:
         self.sent: list[Record] = []
         self.answers: list[tuple[int, Record]] = []
 
     def send(self, message: Record, *, peerid: int, fds: dict[str, list[int]]) -> None:
-        """Note a message, but for the slots that come with VMs."""
+        """Record a message, except the slots that come with VMs."""
         if not isinstance(message, VmSlot):
             self.sent.append(message)
             self.answers.append((peerid, message))
@@ -72,7 +72,7 @@ class Peer:
 
 
 class Network:
-    """Interfaces that can be had, unless `trouble` says otherwise: on being asked, or later."""
+    """Interfaces that are ready, unless `trouble` or `later` is set.  With `later` the answer comes by `on_failed`."""
 
     def __init__(self, core: Core) -> None:
         self.core = core
@@ -82,19 +82,19 @@ class Network:
         self.later = False
 
     def check(self, _vm: Vm, _config: VmConfig) -> None:
-        """Find that the addresses are free."""
+        """Accept the addresses."""
 
     def require_switches(self, _config: VmConfig) -> None:
-        """Find all of them."""
+        """Accept the switches."""
 
     def give_up(self, _vm: Vm) -> bool:
-        """Wait for nothing."""
+        """Return that no VM waits."""
         return False
 
     def launch(
         self, _vm: Vm, message: Record, fds: dict[str, list[int]], on_failed: Callable[[int, str], None]
     ) -> None:
-        """Pass a message on to vmm, or keep it."""
+        """Send the message to vmm, or let the VM wait."""
         if self.trouble is not None:
             raise self.trouble
         self.on_failed = on_failed
@@ -103,9 +103,9 @@ class Network:
 
 
 class Disks:
-    """Stands in for the room where files are opened; `trouble` is what becomes of that, until there is none.
+    """Stands in for the room that opens files.
 
-    With `slow` it takes until `answer`.
+    Opening fails with the first error in `trouble`.  With `slow` it waits until `answer` is called.
     """
 
     def __init__(self) -> None:
@@ -130,8 +130,8 @@ class Disks:
         names_holder: bool = True,
         others_have: bool = False,
     ) -> None:
-        """Open nothing."""
-        assert names_holder or not self.slow  # nobody is told who has it while that is no trouble yet
+        """Answer without opening a file."""
+        assert names_holder or not self.slow  # the holder is not named while the sender may have it
         assert not boots
         self.patience_s = patience_s
 
@@ -150,13 +150,13 @@ class Disks:
             answer()
 
     def give_up(self, _vm: Vm) -> bool:
-        """Forget what is asked for."""
+        """Drop the job.  Return whether there was one."""
         waited, self.answer = self.answer is not None, None
         return waited
 
 
 class Parent:
-    """The rooms that matter here, and what they tell others."""
+    """The rooms that are needed, and their channels."""
 
     def __init__(self) -> None:
         self.later: list[Callable[[], None]] = []
@@ -173,14 +173,14 @@ class Parent:
         self.transfers = Transfers(self.core, self.life, openings, cast("Any", self.network))
 
     def call_later(self, delay_s: float, callback: Callable[[], None]) -> None:
-        """Be the loop."""
+        """Start a timer, as the loop."""
         self.delays_s.append(delay_s)
         self.later.append(callback)
 
 
 @pytest.fixture
 def parent() -> AnyParent:
-    """A parent that knows a configured VM, `a`."""
+    """Return a parent that knows a VM `a` of vm.conf."""
     made = Parent()
     made.vms.add(VmConfig(name="a", owner=Owner(uid=5), memory_bytes=64 << 20), from_config=True)
     return made
@@ -188,18 +188,18 @@ def parent() -> AnyParent:
 
 @pytest.fixture
 def disks(parent: AnyParent) -> Disks:
-    """Disks that can be opened."""
+    """Return disks that can be opened."""
     found: Disks = parent.disks
     return found
 
 
 def envelope(client: int = CLIENT) -> Envelope:
-    """Return the cover of a client's request; its stream stays with control."""
+    """Return the envelope of a client's request.  The stream is not in it, because control has it."""
     return Envelope(ReceiveRequest(name="x"), client, 0, {})
 
 
 def running(parent: Parent, state: State = State.RUNNING) -> Vm:
-    """Let the VM run."""
+    """Set the VM to running."""
     vm = parent.vms.get(0, "a")
     vm._state, vm.pid = state, 4711
     return vm
@@ -217,29 +217,29 @@ def send(parent: AnyParent, *, keep: bool = False) -> Vm:
 
 
 def done(parent: AnyParent, vm: Vm, text: str = "") -> None:
-    """Let the VM process say that it is done."""
+    """Let the VM process report the end of the sending."""
     parent.transfers.on_send_done(SendDone(vmid=vm.vmid, sent_bytes=100, text=text), UNUSED)
 
 
 def exited(parent: AnyParent, vm: Vm, code: int, text: str) -> None:
-    """Let its process have ended."""
+    """Report the end of a VM's process to the clients of the transfer."""
     parent.life._answer_overtaken(vm, code, text)
 
 
 def leave(parent: AnyParent, client: int) -> None:
-    """Let a client leave."""
+    """Disconnect a client."""
     for wait in parent.clients.gone(client):
         parent.transfers.on_client_gone(wait.vmid)
 
 
 def unpause(parent: AnyParent, vm: Vm) -> None:
-    """Let a client want it to go on."""
+    """Send a client's request to unpause the VM."""
     message = PauseRequest(vmid=vm.vmid, paused=False)
     parent.transfers.serve_pause(message, ROOT, Envelope(message, CLIENT, 0, {}))
 
 
 def goes_on(parent: AnyParent, vm: Vm, *, paused: bool) -> None:
-    """Let its process say that it runs."""
+    """Let the VM's process report that it runs."""
     pidfd = os.pidfd_open(os.getpid())
     parent.life.on_running(VmRunning(vmid=vm.vmid, paused=paused), Envelope(UNUSED, 0, 0, {"process": [pidfd]}))
 
@@ -248,7 +248,7 @@ def goes_on(parent: AnyParent, vm: Vm, *, paused: bool) -> None:
 
 
 def test_sent(parent: AnyParent) -> None:
-    """The client hears of it when the VM's process has ended, and with that let go of the disks."""
+    """The client gets its answer when the VM's process has ended, because only then the disks are free."""
     running(parent)
     vm = send(parent)
 
@@ -261,7 +261,7 @@ def test_sent(parent: AnyParent) -> None:
 
 @pytest.mark.parametrize("state", [State.RUNNING, State.PAUSED])
 def test_sent_and_kept(parent: AnyParent, state: State) -> None:
-    """It is as before."""
+    """The VM is as before."""
     running(parent, state)
     vm = send(parent, keep=True)
 
@@ -273,7 +273,7 @@ def test_sent_and_kept(parent: AnyParent, state: State) -> None:
 
 
 def test_sent_while_it_runs(parent: AnyParent) -> None:
-    """Its process is told when to stand still, and the client how that went; what nobody can mean is refused."""
+    """The VM's process gets the limits for its pause, and the client the results.  Invalid limits are refused."""
     vm = running(parent)
     for live in (Live(still_ms=0), Live(still_ms=3_600_001), Live(rounds=0), Live(rounds=1001)):
         with pytest.raises(OperatorError, match=r"\(limit is (3600000|1000)\)"):
@@ -290,7 +290,7 @@ def test_sent_while_it_runs(parent: AnyParent) -> None:
 
 @pytest.mark.parametrize("state", [State.RUNNING, State.PAUSED])
 def test_not_sent(parent: AnyParent, state: State) -> None:
-    """It is as before, and the client knows that and why."""
+    """The VM is as before.  The client is told this, and the reason."""
     running(parent, state)
     vm = send(parent)
 
@@ -302,8 +302,8 @@ def test_not_sent(parent: AnyParent, state: State) -> None:
     ]
 
 
-def test_a_pause_that_was_under_way_holds(parent: AnyParent) -> None:
-    """Asked for before, done while it is being sent: so it stays when that fails."""
+def test_a_pause_that_was_requested_before_stays(parent: AnyParent) -> None:
+    """It takes effect while the VM is being sent.  When sending fails, the VM is paused."""
     running(parent)
     vm = send(parent)
     vm.pause_changed(paused=True)
@@ -317,16 +317,16 @@ def test_a_pause_that_was_under_way_holds(parent: AnyParent) -> None:
 @pytest.mark.parametrize("state", [
     State.STOPPED, State.WAITING, State.STARTING, State.SENDING, State.RECEIVING, State.STOPPING,
 ])  # fmt: skip
-def test_only_what_runs_or_is_paused_is_sent(parent: AnyParent, state: State) -> None:
-    """The state is named."""
+def test_only_running_and_paused_vms_are_sent(parent: AnyParent, state: State) -> None:
+    """The error names the state."""
     running(parent, state)
     with pytest.raises(OperatorError, match="vm a is"):
         parent.transfers.serve_send(SendRequest(name="a"), ROOT, envelope())
     assert parent.vmm.sent == []
 
 
-def test_client_that_leaves_cancels(parent: AnyParent) -> None:
-    """Half a stream is of no use; another client's going changes nothing."""
+def test_a_client_that_leaves_cancels_its_transfer(parent: AnyParent) -> None:
+    """An incomplete stream is of no use.  Another client that leaves changes nothing."""
     running(parent)
     vm = send(parent)
     leave(parent, OTHER)
@@ -338,7 +338,7 @@ def test_client_that_leaves_cancels(parent: AnyParent) -> None:
 
 
 def test_process_that_dies_while_it_sends(parent: AnyParent) -> None:
-    """The client hears why."""
+    """The client gets the reason."""
     running(parent)
     vm = send(parent)
 
@@ -348,8 +348,8 @@ def test_process_that_dies_while_it_sends(parent: AnyParent) -> None:
     assert vm.sending is None
 
 
-def test_progress_goes_to_who_waits(parent: AnyParent) -> None:
-    """And to nobody once nobody does."""
+def test_progress_goes_to_the_client_that_waits(parent: AnyParent) -> None:
+    """When no client waits, it goes nowhere."""
     running(parent)
     vm = send(parent)
     message = TransferProgress(done_bytes=1, total_bytes=2)
@@ -379,19 +379,19 @@ def receive(parent: AnyParent, name: str = "b", *, paused: bool = False) -> Vm:
 
 
 def header(parent: AnyParent, vm: Vm, *, one_shot: bool = False, **changes: object) -> None:
-    """Let the process say what it reads."""
+    """Let the VM's process report the header of the stream."""
     config = VmConfig(name="sent", memory_bytes=128 << 20, vcpus=2, disks=DISKS).replace(**changes)
     message = ReceivedHeader(vmid=vm.vmid, config=config, one_shot=one_shot)
     parent.transfers.on_received_header(message, UNUSED)
 
 
 def complete(parent: AnyParent, vm: Vm) -> None:
-    """Let the process have read all."""
+    """Let the VM's process report that it has read the whole machine."""
     parent.transfers.on_received_machine(ReceivedMachine(vmid=vm.vmid), UNUSED)
 
 
 def last_failure(parent: AnyParent) -> Failed:
-    """Return what the client was told."""
+    """Return the last answer to the client, which is a failure."""
     client, message = parent.answers[-1]
     assert client == CLIENT
     assert isinstance(message, Failed)
@@ -399,11 +399,11 @@ def last_failure(parent: AnyParent) -> Failed:
 
 
 def test_received(parent: AnyParent, disks: Disks) -> None:
-    """Under a name of its own, with the stream's description and nobody's rights but root's."""
+    """The VM gets a new name and the stream's configuration.  Its files are opened with root's rights."""
     vm = receive(parent)
     header(parent, vm, owner=Owner(uid=5), memory_bytes=256 << 20)
     assert parent.vmm.sent == [ReceiveMemory(vmid=vm.vmid)]
-    assert disks.opened == 1  # to see whether they are there, while the sender still has the VM
+    assert disks.opened == 1  # checks that they exist, while the sender still has the VM
     disks.notes = ("disk a: is odd",)
     complete(parent, vm)
 
@@ -424,7 +424,7 @@ def test_received(parent: AnyParent, disks: Disks) -> None:
 
 
 def test_received_and_paused(parent: AnyParent, disks: Disks) -> None:
-    """As was asked for."""
+    """The request asked for the pause."""
     vm = receive(parent, paused=True)
     header(parent, vm)
     complete(parent, vm)
@@ -436,7 +436,7 @@ def test_received_and_paused(parent: AnyParent, disks: Disks) -> None:
 
 
 def test_into_a_configured_vm(parent: AnyParent, disks: Disks) -> None:
-    """Its name and owner stay; the rest is the stream's, for this life."""
+    """Name and owner stay.  The rest comes from the stream, until the VM ends."""
     vm = receive(parent, "a")
     header(parent, vm)
     complete(parent, vm)
@@ -451,8 +451,8 @@ def test_into_a_configured_vm(parent: AnyParent, disks: Disks) -> None:
 
 
 @pytest.mark.parametrize("state", [State.RUNNING, State.PAUSED, State.STARTING, State.SENDING, State.STOPPING])
-def test_not_into_one_that_lives(parent: AnyParent, state: State) -> None:
-    """Nor twice."""
+def test_not_into_a_vm_that_is_not_stopped(parent: AnyParent, state: State) -> None:
+    """A VM that is being received is refused, too."""
     running(parent, state)
     with pytest.raises(OperatorError, match=f"vm a exists, and is {state.value}"):
         parent.transfers.serve_receive(ReceiveRequest(name="a"), ROOT, envelope())
@@ -466,7 +466,7 @@ def test_not_into_one_that_lives(parent: AnyParent, state: State) -> None:
 def test_refused_before_it_begins(
     parent: AnyParent, name: str, caller: Caller, ending: bool, what: str
 ) -> None:
-    """Nothing is left of it."""
+    """Nothing is left of the request."""
     parent.core.ending = ending
     with pytest.raises(VmdError, match=what):
         parent.transfers.serve_receive(ReceiveRequest(name=name), caller, envelope())
@@ -479,10 +479,10 @@ def test_refused_before_it_begins(
     ({"kernel": "vmlinuz"}, "boot image: not an absolute path"), ({"initrd": "\0"}, "initrd: not an absolute path"),
     ({"kernel": "/" * 5000}, "boot image path too long"),
 ])  # fmt: skip
-def test_descriptions_that_are_no_vm(
+def test_invalid_configurations_in_a_stream(
     parent: AnyParent, disks: Disks, changes: dict[str, Any], what: str
 ) -> None:
-    """Refused while the sender still has it: the process is ended, and the client is told why."""
+    """They are refused while the sender still has the VM.  The process is ended, and the client gets the reason."""
     vm = receive(parent)
     header(parent, vm, **changes)
     assert parent.vmm.sent == [StopVm(vmid=vm.vmid, mode=StopMode.KILL)]
@@ -498,7 +498,7 @@ def test_descriptions_that_are_no_vm(
 def test_disks_that_are_not_here(
     parent: AnyParent, disks: Disks, trouble: VmdError
 ) -> None:
-    """As early as that."""
+    """They are refused while the sender still has the VM, too."""
     disks.trouble = [trouble]
     vm = receive(parent)
     header(parent, vm)
@@ -508,14 +508,14 @@ def test_disks_that_are_not_here(
     assert vm.receiving.failure
 
     disks.trouble.clear()
-    complete(parent, vm)  # its process goes on as if nothing were
+    complete(parent, vm)  # its process continues as if nothing had happened
     assert disks.opened == 0
     assert parent.vmm.sent == [StopVm(vmid=vm.vmid, mode=StopMode.KILL)]
     vm.drop_pty()
 
 
 def test_without_a_console(parent: AnyParent, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A configured VM for whose console the host has no room can be started as any other, once there is."""
+    """A configured VM that cannot be received, because no pty is left, can be started later."""
 
     def no_room() -> None:
         raise HostError("open a pty for the console", errno.EMFILE)
@@ -529,7 +529,7 @@ def test_without_a_console(parent: AnyParent, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_disks_that_its_sender_still_has(parent: AnyParent, disks: Disks) -> None:
-    """Are no trouble yet; later they are waited for until the sender lets go."""
+    """At first this is no error.  When the machine is complete, the parent waits until the sender releases them."""
     disks.trouble = [OperatorError(errno.EBUSY, "disk /disk is in use")]
     vm = receive(parent)
     header(parent, vm)
@@ -549,7 +549,7 @@ def test_disks_that_its_sender_still_has(parent: AnyParent, disks: Disks) -> Non
 
 @pytest.fixture
 def waiting(parent: AnyParent, disks: Disks) -> Iterator[Vm]:
-    """A VM whose disks nobody has let go."""
+    """Yield a VM whose disks are still in use."""
     disks.trouble = [OperatorError(errno.EBUSY, "disk /disk is in use")]
     vm = receive(parent)
     header(parent, vm)
@@ -561,8 +561,8 @@ def waiting(parent: AnyParent, disks: Disks) -> Iterator[Vm]:
     vm.drop_pty()
 
 
-def test_disks_that_somebody_else_has(parent: AnyParent, waiting: Vm) -> None:
-    """After ten seconds it stays paused, and the client knows what to do."""
+def test_disks_that_stay_in_use(parent: AnyParent, waiting: Vm) -> None:
+    """After ten seconds the VM stays paused, and the client is told what to do."""
     assert waiting.state is State.PAUSED
     assert waiting.text == "disk /disk is in use"
     assert last_failure(parent).code == errno.EBUSY
@@ -572,7 +572,7 @@ def test_disks_that_somebody_else_has(parent: AnyParent, waiting: Vm) -> None:
 
 
 def test_unpause_tries_again(parent: AnyParent, waiting: Vm, disks: Disks) -> None:
-    """In vain, and then not; each time whoever asked is told."""
+    """It fails at first, and then succeeds.  Each time the client that asked is answered."""
     for _ in range(2):
         parent.answers.clear()
         unpause(parent, waiting)
@@ -590,17 +590,17 @@ def test_unpause_tries_again(parent: AnyParent, waiting: Vm, disks: Disks) -> No
     assert (waiting.state, parent.clients.take(For.PAUSE, waiting.vmid), waiting.text) == (State.RUNNING, [], "")
 
 
-def test_one_that_waits_cannot_be_sent(parent: AnyParent, waiting: Vm) -> None:
+def test_a_vm_that_waits_for_its_disks_cannot_be_sent(parent: AnyParent, waiting: Vm) -> None:
     """It has no machine yet."""
     with pytest.raises(OperatorError, match="vm b still waits for its disks: disk /disk is in use"):
         parent.transfers.serve_send(SendRequest(name="b"), ROOT, envelope())
 
 
 @pytest.mark.parametrize("later", [False, True])
-def test_interfaces_that_cannot_be_had(
+def test_interfaces_that_fail(
     parent: AnyParent, disks: Disks, later: bool
 ) -> None:
-    """It stays paused as without its disks: nobody else may have it any more."""
+    """The VM stays paused, as without its disks, because it may be the only copy."""
     vm = receive(parent)
     header(parent, vm)
     parent.network.later = later
@@ -620,7 +620,7 @@ def test_interfaces_that_cannot_be_had(
 
 
 def test_client_that_leaves_too_early(parent: AnyParent, disks: Disks) -> None:
-    """The sender's VM goes on, and this one ends."""
+    """The VM of the sender continues, and this one ends."""
     vm = receive(parent)
     header(parent, vm)
 
@@ -633,7 +633,7 @@ def test_client_that_leaves_too_early(parent: AnyParent, disks: Disks) -> None:
 
 
 def test_client_that_leaves_too_late(parent: AnyParent, disks: Disks) -> None:
-    """All was read, so that this may be the only copy: it goes on."""
+    """Everything was read, so this may be the only copy, and it continues."""
     disks.trouble = [OperatorError(errno.EBUSY, "disk /disk is in use")]
     vm = receive(parent)
     header(parent, vm)
@@ -651,7 +651,7 @@ def test_client_that_leaves_too_late(parent: AnyParent, disks: Disks) -> None:
 
 
 def test_stopped_meanwhile(parent: AnyParent, disks: Disks) -> None:
-    """What comes of it then is not believed to run, or to wait."""
+    """Later messages of its process do not change its state to running or paused."""
     vm = receive(parent)
     header(parent, vm)
     vm.begin_stop(force=False)
@@ -668,7 +668,7 @@ def test_stopped_meanwhile(parent: AnyParent, disks: Disks) -> None:
 
 
 def test_waiting_for_disks_ends_with_the_vm(parent: AnyParent, disks: Disks) -> None:
-    """One that is received under the same name at once is not resumed before it is complete."""
+    """Otherwise another VM that is received under the same name would be resumed before it is complete."""
     vm = receive(parent, "a")
     header(parent, vm)
     disks.slow = True
@@ -688,7 +688,7 @@ def test_waiting_for_disks_ends_with_the_vm(parent: AnyParent, disks: Disks) -> 
 def test_one_shot_boots_stay_so(
     parent: AnyParent, disks: Disks, device: BootDevice, once: bool
 ) -> None:
-    """A guest that is being installed does not begin anew when it resets itself (cat. 4.4)."""
+    """The guest of an installer does not start the installation again when it resets itself (cat. 4.4)."""
     vm = receive(parent)
     header(parent, vm, boot_device=device)
     assert bool(vm.once_because) is once
@@ -699,7 +699,7 @@ def test_one_shot_boots_stay_so(
 
 @pytest.mark.parametrize("once", [False, True])
 def test_one_shot_boots_are_sent_as_such(parent: AnyParent, once: bool) -> None:
-    """What only that start had is not to be had on the other side either."""
+    """What only this start had is not available at the receiver either."""
     running(parent).once_because = "it was so" if once else ""
     send(parent)
 
@@ -709,14 +709,14 @@ def test_one_shot_boots_are_sent_as_such(parent: AnyParent, once: bool) -> None:
 
 @pytest.fixture
 def slots(parent: AnyParent, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many messages vmm had been sent at each time when it was given its slots."""
+    """Return a list.  Each time vmm gets slots, it gets the number of messages that vmm has had before."""
     given: list[int] = []
     monkeypatch.setattr(parent.core.slots, "give", lambda: given.append(len(parent.vmm.sent)))
     return given
 
 
 def new_seeds(monkeypatch: pytest.MonkeyPatch) -> list[Vm]:
-    """Return a list of the VMs that are given a new seed from now on."""
+    """Return a list of the VMs that get a new seed from now on."""
     found: list[Vm] = []
     new_seed = Vm.new_seed
 
@@ -729,7 +729,7 @@ def new_seeds(monkeypatch: pytest.MonkeyPatch) -> list[Vm]:
 
 
 def test_vmm_has_a_slot_before_it_receives(parent: AnyParent, slots: list[int]) -> None:
-    """It would start the process without a user of its own."""
+    """Without one it would start the process without a user id of its own."""
     parent.transfers.serve_receive(ReceiveRequest(name="b"), ROOT, envelope())
 
     assert slots == [0]
@@ -740,7 +740,7 @@ def test_vmm_has_a_slot_before_it_receives(parent: AnyParent, slots: list[int]) 
 def test_a_vm_that_goes_back_to_a_snapshot_has_a_slot_and_a_seed(
     parent: AnyParent, slots: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It keeps its user, its console and what it ran with; its process is a new one."""
+    """It keeps its user, its console and its running configuration.  Its process is a new one."""
     seeds = new_seeds(monkeypatch)
     vm = running(parent)
     vm.uid, vm.running_config = 1000, vm.config.replace(vcpus=2)
@@ -759,8 +759,8 @@ def test_a_vm_that_goes_back_to_a_snapshot_has_a_slot_and_a_seed(
     vm.drop_pty()
 
 
-def test_a_vm_that_vmd_cannot_take_any_more_does_not_go_back(parent: AnyParent) -> None:
-    """Its stream is closed, and its caller ends it."""
+def test_a_vm_does_not_go_back_to_a_snapshot_when_vmd_ends(parent: AnyParent) -> None:
+    """Its stream is closed, and the caller ends the VM."""
     vm = running(parent)
     vm.open_console()
     parent.core.ending = True
@@ -777,7 +777,7 @@ def test_a_vm_that_vmd_cannot_take_any_more_does_not_go_back(parent: AnyParent) 
 
 
 def test_a_vm_that_could_not_be_received_is_forgotten(parent: AnyParent, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody has configured it, so that nothing is left of it."""
+    """It is not in vm.conf, so nothing is left of it."""
 
     def no_room() -> None:
         raise HostError("open a pty for the console", errno.EMFILE)
@@ -792,7 +792,7 @@ def test_a_vm_that_could_not_be_received_is_forgotten(parent: AnyParent, monkeyp
 
 
 def test_a_received_vm_has_a_seed_of_its_own(parent: AnyParent, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is there before the process that writes into it."""
+    """The seed exists before the process that writes into it."""
     seeds = new_seeds(monkeypatch)
     vm = receive(parent)
     assert seeds == [vm]
@@ -800,7 +800,7 @@ def test_a_received_vm_has_a_seed_of_its_own(parent: AnyParent, monkeypatch: pyt
 
 
 def test_a_vm_that_is_being_stopped_is_not_resumed(parent: AnyParent, disks: Disks) -> None:
-    """Its disks are not opened once more; nor those of one that has been received anew meanwhile."""
+    """Its disks are not opened again.  The same holds if it is being received again meanwhile."""
     vm = receive(parent)
     header(parent, vm)
     receiving = vm.receiving
@@ -814,7 +814,7 @@ def test_a_vm_that_is_being_stopped_is_not_resumed(parent: AnyParent, disks: Dis
 
 
 def test_a_paused_vm_that_arrives_is_paused(parent: AnyParent) -> None:
-    """To pause it is to do nothing, which is said at once."""
+    """A request to pause it is answered at once, without a message to vmm."""
     vm = receive(parent)
     message = PauseRequest(vmid=vm.vmid, paused=True)
     parent.answers.clear()
@@ -828,7 +828,7 @@ def test_a_paused_vm_that_arrives_is_paused(parent: AnyParent) -> None:
 
 
 def test_the_log_says_how_a_running_vm_left(parent: AnyParent, capfd: pytest.CaptureFixture[str]) -> None:
-    """Rounds, and how long it stood still, of one that ran meanwhile; nothing of that of another."""
+    """For a VM that ran during the send, the log has the rounds and the pause."""
     for rounds in (0, 3):
         vm = running(parent)
         send(parent, keep=True)
@@ -840,7 +840,7 @@ def test_the_log_says_how_a_running_vm_left(parent: AnyParent, capfd: pytest.Cap
 
 
 def test_a_vm_in_doubt_is_for_the_room_of_migrations(parent: AnyParent, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To unpause it may be wrong, and is decided there; so whether it is forced is passed on."""
+    """That room decides whether the VM may be unpaused, so it gets the client and `force`."""
     asked: list[tuple[Vm, int, bool]] = []
     vm = running(parent, State.IN_DOUBT)
     monkeypatch.setattr(
@@ -853,7 +853,7 @@ def test_a_vm_in_doubt_is_for_the_room_of_migrations(parent: AnyParent, monkeypa
     assert parent.vmm.sent == []
 
 
-def test_a_client_of_a_vm_that_is_gone_leaves(parent: AnyParent) -> None:
+def test_a_client_of_a_removed_vm_leaves(parent: AnyParent) -> None:
     """There is nothing to cancel."""
     parent.transfers.on_client_gone(4711)
     assert parent.vmm.sent == []

@@ -1,4 +1,4 @@
-"""What a parent knows comes back as it was, in this version and in later ones."""
+"""The state of a parent is read as it was written, by this version and by later ones."""
 
 import errno
 import json
@@ -40,7 +40,7 @@ from vmd.parent.vm import Receiving, Sending, State, Vm
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "state-1.xz"
 CONFIG = Config(switches=(SwitchConfig(name="uplink", interface="br0"),))
-NOT_KEPT = {  # what vmm knows, what belongs to clients of this parent, and what is not worth keeping
+NOT_KEPT = {  # known by vmm, about clients of this parent, or not needed
     "pid", "pty", "backlog", "memory", "figures", "kept", "restarts", "ended_s", "sent", "sending", "receiving",
     "disk_work", "revive", "on_change", "on_event", "changes", "_state", "vmid", "key", "config", "files",
     "memory_lack", "claims",
@@ -49,7 +49,7 @@ NOT_KEPT = {  # what vmm knows, what belongs to clients of this parent, and what
 
 @pytest.fixture
 def memory() -> Iterator[StateMemory]:
-    """Return an empty one."""
+    """Yield an empty memory."""
     made = StateMemory.create()
     yield made
     made.close()
@@ -57,7 +57,7 @@ def memory() -> Iterator[StateMemory]:
 
 @pytest.fixture
 def core() -> Iterator[Core]:
-    """Return the state of a parent."""
+    """Yield the state of a parent."""
     loop = Loop()
     yield Core(loop, CONFIG, verbosity=2)
     loop.close()
@@ -72,7 +72,7 @@ def taps() -> Taps:
 
 
 def full(core: Core) -> Vm:
-    """Return a VM of which nothing is as it is by default."""
+    """Return a VM whose fields all differ from their defaults."""
     vm = core.vms.add(VmConfig(name="a", disks=(DiskConfig(path="/a"),), owner=Owner(uid=4, gid=5)), from_config=True)
     vm.begin_start(7)
     vm.begin_run(4711)
@@ -90,7 +90,7 @@ def full(core: Core) -> Vm:
 
 
 def test_a_vm_comes_back_as_it_was(core: Core) -> None:
-    """Every field of it but for those that are known elsewhere; a new one has to be in one of the two."""
+    """Every field comes back, except those in NOT_KEPT.  A new field is in one of the two sets."""
     vm = full(core)
     back = vm_of(unpack(VmKnown, pack(vm_known(vm, 2, taps()))))
     assert back.state is State.RUNNING
@@ -98,11 +98,11 @@ def test_a_vm_comes_back_as_it_was(core: Core) -> None:
         assert getattr(back, field) == getattr(vm, field), field
     fresh = Vm(1, vm.config, from_config=False)
     kept = [field for field in set(vars(vm)) - NOT_KEPT if getattr(vm, field) != getattr(fresh, field)]
-    assert len(kept) >= len(set(vars(vm)) - NOT_KEPT) - 1  # all but those have been given a value here
+    assert len(kept) >= len(set(vars(vm)) - NOT_KEPT) - 1  # all others have a value here that is not the default
 
 
 def test_interfaces_come_back_as_they_were() -> None:
-    """With the descriptors that vmm has kept."""
+    """The descriptors come from vmm."""
     known = taps()
     back = taps_of(taps_known(known), [7])
     assert back.fds == [7]
@@ -112,14 +112,14 @@ def test_interfaces_come_back_as_they_were() -> None:
 
 @pytest.mark.parametrize("state", State)
 def test_every_state_comes_back(core: Core, state: State) -> None:
-    """By the word that `vmctl status` shows."""
+    """It is stored as the word that `vmctl status` prints."""
     vm = full(core)
     vm.restore_state(state)
     assert vm_of(vm_known(vm, 0, None)).state is state
 
 
-def test_what_a_transfer_was_comes_back(core: Core) -> None:
-    """As far as vmm does not know it."""
+def test_the_data_of_a_transfer_comes_back(core: Core) -> None:
+    """Only the part that vmm does not know is stored."""
     vm = full(core)
     vm.sending = Sending(keep=False, state=State.RUNNING, carried=True)
     vm.sending.locks_travel = True
@@ -133,12 +133,12 @@ def test_what_a_transfer_was_comes_back(core: Core) -> None:
 
 
 def write(writer: Writer, interfaces: dict[int, Taps] | None = None) -> None:
-    """Write what there is."""
+    """Write the state."""
     writer.write(interfaces or {}, {}, [GenerationKnown(number=1, version="1")], lambda vmid: int(vmid == 1))
 
 
 def test_all_is_written_and_read(core: Core, memory: StateMemory) -> None:
-    """Configuration, VMs, generations, verbosity, and whose ids are whose."""
+    """Configuration, VMs, generations, log level and identities."""
     full(core)
     core.vms.add(VmConfig(name="b"), from_config=False)
     write(Writer(memory, core), {1: taps()})
@@ -153,8 +153,8 @@ def test_all_is_written_and_read(core: Core, memory: StateMemory) -> None:
     assert first.taps.links[0].name == "tap3"
 
 
-def test_what_changes_is_written_anew(core: Core, memory: StateMemory) -> None:
-    """A field of a VM, its interfaces, the configuration; what has not changed is not packed again."""
+def test_changes_are_written(core: Core, memory: StateMemory) -> None:
+    """Changes of a VM's field, its interfaces and the configuration are written.  Other data is not packed again."""
     vm = full(core)
     writer = Writer(memory, core)
     write(writer)
@@ -175,8 +175,8 @@ def test_what_changes_is_written_anew(core: Core, memory: StateMemory) -> None:
     assert vms_of(read(memory)) == []
 
 
-def test_every_change_of_a_vm_is_heard(core: Core) -> None:
-    """Of any field, of a VM that comes or goes, and of the configuration."""
+def test_every_change_is_reported(core: Core) -> None:
+    """Changes are reported of fields of a VM, of the configuration, and when a VM is added or removed."""
     heard = 0
 
     def hear() -> None:
@@ -198,8 +198,8 @@ def test_every_change_of_a_vm_is_heard(core: Core) -> None:
         assert heard > before
 
 
-def test_changes_lead_to_what_all_of_it_would_be(core: Core, memory: StateMemory) -> None:
-    """Whatever changes, in any order: the next parent finds what it would if everything were written each time."""
+def test_changes_lead_to_the_same_state_as_complete_writes(core: Core, memory: StateMemory) -> None:
+    """In every order of changes the next parent reads the same as if the whole state had been written each time."""
     chance, writer, whole = random.Random(3), Writer(memory, core), StateMemory.create()
     interfaces: dict[int, Taps] = {}
     left: dict[int, AdoptNics] = {}
@@ -258,7 +258,7 @@ def test_changes_lead_to_what_all_of_it_would_be(core: Core, memory: StateMemory
 
 
 def test_the_identity_that_was_used_last_is_the_last(core: Core, memory: StateMemory) -> None:
-    """By changes, too: those that were left first are forgotten first, by whatever parent."""
+    """The order survives changes, so every parent forgets the identity first that was not used for the longest time."""
     writer = Writer(memory, core)
     core.vms.add(VmConfig(name="stays", owner=Owner(uid=7)), from_config=True)
     names = [f"vm{number}" for number in range(20)]
@@ -274,8 +274,8 @@ def test_the_identity_that_was_used_last_is_the_last(core: Core, memory: StateMe
     assert [row["name"] for row in json.loads(read(memory).identities)["vms"]][-10:] == used
 
 
-def test_a_failed_write_is_made_up_for(core: Core, memory: StateMemory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the next one: of a content, and of a change."""
+def test_the_next_write_repairs_a_failed_one(core: Core, memory: StateMemory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This holds for a content and for a change."""
     vm = full(core)
     writer = Writer(memory, core)
     for number in range(4):
@@ -292,7 +292,7 @@ def test_a_failed_write_is_made_up_for(core: Core, memory: StateMemory, monkeypa
 
 
 def test_a_vm_that_cannot_be_read_is_left_out(core: Core, memory: StateMemory) -> None:
-    """The others are adopted."""
+    """The other VMs are adopted."""
     full(core)
     write(Writer(memory, core))
     truth = read(memory)
@@ -303,8 +303,8 @@ def test_a_vm_that_cannot_be_read_is_left_out(core: Core, memory: StateMemory) -
 
 
 @pytest.mark.parametrize("content", [None, b"", b"\xc1", b"\x80", pack(LifeEnd(at_s=1, how="x"))])
-def test_a_state_that_is_none(memory: StateMemory, content: bytes | None) -> None:
-    """One sentence says so."""
+def test_an_invalid_state(memory: StateMemory, content: bytes | None) -> None:
+    """One error message says so."""
     if content is not None:
         memory.write(content)
     with pytest.raises(VmdError, match="the state of the vmd before this one"):
@@ -312,7 +312,7 @@ def test_a_state_that_is_none(memory: StateMemory, content: bytes | None) -> Non
 
 
 def test_a_state_of_a_later_version_is_refused(core: Core, memory: StateMemory) -> None:
-    """By its number; fields that are unknown here are ignored."""
+    """Its version number decides.  Unknown fields are ignored."""
     write(Writer(memory, core))
     truth = read(memory)
     later = cast("Any", object.__new__(Truth))
@@ -325,7 +325,7 @@ def test_a_state_of_a_later_version_is_refused(core: Core, memory: StateMemory) 
 
 
 def test_a_state_of_an_earlier_version_is_read(memory: StateMemory) -> None:
-    """As a daemon has left it whose VM `a` was paused, and whose VM `b` was stopped by force."""
+    """It was left by a daemon whose VM `a` was paused, and whose VM `b` was stopped by force."""
     memory.write(lzma.decompress(GOLDEN.read_bytes()))
     truth = read(memory)
     a, b = vms_of(truth)
