@@ -231,15 +231,15 @@ def test_device_processes_import_less(process: Process) -> None:
 @pytest.mark.parametrize(
     "process", [p for p in PROCESSES if p.kind not in {*MAY_BE_SLOW, "vmctl"}], ids=lambda process: process.title
 )
-def test_what_starts_again_and_again_makes_no_enumerations(process: Process) -> None:
-    """A user waits for each start of such a process."""
+def test_processes_that_start_often_make_no_enumerations(process: Process) -> None:
+    """A user waits for each start of one of these processes."""
     held = loaded_by(process.modules)
 
     assert SLOW_TO_START & set(held.modules) == set()
 
 
 @pytest.mark.parametrize("command", QUICK_COMMANDS)
-def test_commands_of_every_day_make_no_enumerations(command: str) -> None:
+def test_daily_commands_make_no_enumerations(command: str) -> None:
     """A command spends most of its time until it can send its request."""
     held = loaded_by(("vmctl.__main__", f"vmctl.commands.{command}"))
 
@@ -285,7 +285,7 @@ def test_readers_of_file_systems_stand_alone() -> None:
     assert TOO_HEAVY & set(held.modules) == set()
 
 
-def test_vmctl_holds_what_it_talks_and_nothing_of_the_daemon() -> None:
+def test_vmctl_holds_little_of_the_daemon() -> None:
     """Of the daemon it loads only the modules of VMCTL_MAY_HOLD."""
     modules = modules_in("vmctl")
     held = loaded_by(modules)

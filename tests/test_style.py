@@ -98,8 +98,8 @@ def test_programs_make_no_code_of_text_or_pickles() -> None:
     assert lines_with(r"^\s*(import|from) (pickle|shelve)\b|(?<![\w.])(eval|exec)\(") == []
 
 
-def test_nothing_is_left_for_later() -> None:
-    """The tree has no notes about unfinished work."""
+def test_there_are_no_notes_about_unfinished_work() -> None:
+    """Such work is done or dropped."""
     found = []
     for path in files(*TEXT):
         text = path.read_bytes().decode(errors="replace")
@@ -114,7 +114,7 @@ def test_package_files_are_empty() -> None:
     assert [str(path.relative_to(ROOT)) for path in markers if path.read_bytes()] == []
 
 
-def test_errors_are_told_in_words() -> None:
+def test_strerror_is_not_called_without_a_number() -> None:
     """An OSError may lack a number, and `strerror(0)` is "Success".  `vmd.errors.sentence` handles that."""
     assert lines_with(r"strerror\([^)]*\bor\b") == []
 

@@ -103,8 +103,8 @@ def test_read_only_memory_takes_load_but_no_write(memory: GuestMemory) -> None:
     assert memory.read(firmware, 4) == b"bios"
 
 
-def test_fill_reaches_every_byte_of_the_file_and_none_behind(memory: GuestMemory) -> None:
-    """It also fills read-only regions, across borders.  Beyond the end of the file it fails."""
+def test_fill_reaches_exactly_the_memory_of_the_file(memory: GuestMemory) -> None:
+    """It also fills read-only regions, across borders.  Beyond the end of the memory it fails."""
     size = memory.mapped_bytes
     memory.fill(1, b"x" * (size - 1))
     assert bytes(memory.memory) == b"\0" + b"x" * (size - 1)
@@ -260,7 +260,7 @@ def test_a_region_that_is_not_whole_pages_is_refused(gpa: int, size: int) -> Non
         RegionSpec(gpa=gpa, size=size, name="odd")
 
 
-def test_sixty_four_gigabytes_cost_only_what_is_touched() -> None:
+def test_sixty_four_gigabytes_take_only_touched_pages() -> None:
     """The last page of a huge guest works, and only touched pages take memory."""
     size = 64 << 30
     with GuestMemory.create([RegionSpec(gpa=0, size=size, name="ram")]) as memory:
@@ -272,7 +272,7 @@ def test_sixty_four_gigabytes_cost_only_what_is_touched() -> None:
         assert PAGE <= memory.resident_bytes() <= 2 * MIB
 
 
-def test_touched_runs_find_what_was_written_and_nothing_else(memory: GuestMemory) -> None:
+def test_touched_runs_are_the_written_pages(memory: GuestMemory) -> None:
     """Runs end at region ends, and have guest address, file offset and length."""
     low, nxt, high, firmware = memory.regions
     memory.write(0x3000, bytes(2 * PAGE))

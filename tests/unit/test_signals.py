@@ -12,7 +12,7 @@ def test_names_are_those_of_the_standard_library() -> None:
     assert signals.name_of(0) == "signal 0"
 
 
-def test_what_is_exported_is_the_same() -> None:
+def test_exported_constants_are_those_of_the_standard_library() -> None:
     """Type checkers use the standard module in place of ours."""
     ours = {name: getattr(signals, name) for name in signals.__all__ if name.isupper()}
 

@@ -956,7 +956,7 @@ def test_each_keyword_before_a_string_is_in_string_follows() -> None:
     assert before & ours - lexer.STRING_FOLLOWS == NO_WORD_FOLLOWS
 
 
-def test_each_word_of_a_production_is_one_of_the_lexer_s() -> None:
+def test_each_word_of_a_production_is_in_the_lexer() -> None:
     """Otherwise no parser could be made, and the daemon could not start."""
     productions = [method.__doc__ or "" for name, method in vars(Grammar).items() if name.startswith("p_")]
     words = {word for text in productions for word in re.findall(r"\b[A-Z][A-Z_0-9]*\b", text.partition(":")[2])}

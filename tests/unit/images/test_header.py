@@ -325,7 +325,7 @@ def test_invalid_snapshot_is_never_read_52(image: Path, snapshot: bytes) -> None
     assert image.read_bytes()[place : place + 40] == snapshot
 
 
-def test_every_prefix_is_refused_or_whole_52(image: Path) -> None:
+def test_every_prefix_is_refused_or_opened_52(image: Path) -> None:
     """A truncated file raises ImageError, or is an image once all of its metadata is there."""
     whole = image.read_bytes()
     for length in [*range(300), *range(CLUSTER - 1, len(whole), 9973)]:
@@ -333,7 +333,7 @@ def test_every_prefix_is_refused_or_whole_52(image: Path) -> None:
         refusal(image) if length < len(whole) - CLUSTER else opened(image).close()
 
 
-def test_random_bytes_only_raise_what_they_may_52(tmp_path: Path) -> None:
+def test_random_bytes_raise_documented_exceptions_only_52(tmp_path: Path) -> None:
     """Images with flipped bits and random fields are opened, read and written.
 
     Only ImageError or OSError is raised.

@@ -206,7 +206,7 @@ def test_raw_file_that_ends_inside_a_sector(raw: Path) -> None:
     image.close()
 
 
-def test_guessed_raw_file_shorter_than_a_signature_takes_none_31(raw: Path) -> None:
+def test_signature_in_a_shorter_guessed_raw_file_is_refused_31(raw: Path) -> None:
     """Missing bytes count as zeros (hostile 31)."""
     raw.write_bytes(b"QF")
     image = opened(raw, writable=True, formats=("raw",), guessed=True)
@@ -583,7 +583,7 @@ def test_failing_write_while_the_refcount_table_grows_33(
     same(disk, flat, tmp_path)
 
 
-def test_flush_goes_round_a_table_that_cannot_be_written_33(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flush_continues_after_an_unwritable_table_33(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A table that cannot be written does not stop the others, and is tried again (hostile 33)."""
     disk, second = tmp_path / "disk.qcow2", 512 * MIB
     create(str(disk), "qcow2", 2 * second)

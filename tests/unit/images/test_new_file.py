@@ -62,8 +62,8 @@ def test_file_appears_complete(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("kind")
-def test_name_that_is_taken_meanwhile_is_left_alone(tmp_path: Path) -> None:
-    """No file is ever replaced."""
+def test_file_made_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    """No existing file is ever replaced."""
     path = tmp_path / "disk"
     with pytest.raises(HostError, match=r"could not create .*/disk: File exists"), new_file(str(path)):
         path.write_bytes(b"theirs")
@@ -73,7 +73,7 @@ def test_name_that_is_taken_meanwhile_is_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("kind")
-def test_name_that_is_taken_is_said_before_anything_is_written(tmp_path: Path) -> None:
+def test_existing_name_is_reported_before_anything_is_written(tmp_path: Path) -> None:
     """A copy may take hours, so the error comes first."""
     (tmp_path / "disk").symlink_to("nowhere")
 

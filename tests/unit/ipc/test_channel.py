@@ -450,7 +450,7 @@ class Slow:
             self.loop.stop()
 
 
-def test_what_waits_for_a_slow_reader_arrives_once_and_in_order(loop: Loop, recorder: Recorder) -> None:
+def test_queued_messages_reach_a_slow_reader_once_and_in_order(loop: Loop, recorder: Recorder) -> None:
     """The channel stays open, and each message of a long burst is sent once, as soon as there is room."""
     ours, theirs = socketpair()
     channel = control_channel(loop, recorder, ours)
@@ -465,7 +465,7 @@ def test_what_waits_for_a_slow_reader_arrives_once_and_in_order(loop: Loop, reco
     theirs.close()
 
 
-def test_finish_delivers_what_is_queued(loop: Loop, recorder: Recorder) -> None:
+def test_finish_delivers_queued_messages(loop: Loop, recorder: Recorder) -> None:
     """The last messages reach a slow client."""
     ours, theirs = socketpair()
     channel = control_channel(loop, recorder, ours)
@@ -596,7 +596,7 @@ def test_flush_blocking_does_not_delay_reads(loop: Loop) -> None:
     theirs.close()
 
 
-def test_drain_ends_with_what_is_there(loop: Loop, recorder: Recorder) -> None:
+def test_drain_reads_the_messages_that_have_arrived(loop: Loop, recorder: Recorder) -> None:
     """It ends although the peer has its end open and could send more."""
     ours, theirs = socketpair()
     channel = control_channel(loop, recorder, ours)
@@ -649,7 +649,7 @@ def test_descriptors_that_cannot_be_passed_on(
     ours.close()
 
 
-def test_what_the_kernel_refuses_to_send_ends_the_channel(
+def test_a_send_that_the_kernel_refuses_ends_the_channel(
     loop: Loop, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It ends in the next turn of the loop, because the caller is still sending.  Queued descriptors are closed."""

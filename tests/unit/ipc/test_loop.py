@@ -163,7 +163,7 @@ def test_an_exception_ends_the_loop_without_a_fence() -> None:
     loop.close()
 
 
-def test_behind_a_fence_the_loop_goes_on(capfd: pytest.CaptureFixture[str]) -> None:
+def test_behind_a_fence_the_loop_continues(capfd: pytest.CaptureFixture[str]) -> None:
     """It continues after failing callbacks of timers and descriptors.
 
     A failing descriptor rests, so the loop does not spin.

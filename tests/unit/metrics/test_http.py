@@ -51,7 +51,7 @@ def test_the_format_is_the_one_that_is_preferred(accept: str, openmetrics: bool)
     (b"GET /metrics HTTP/1.1\r\n folded: x\r\n\r\n", 400),
     (b"GET /" + bytes(REQUEST_BYTES_MAX), 431), (b"GET /" + b"x" * REQUEST_BYTES_MAX + b" HTTP/1.1\r\n\r\n", 431),
 ])  # fmt: skip
-def test_all_else_is_refused(data: bytes, status: int) -> None:
+def test_bad_requests_are_refused(data: bytes, status: int) -> None:
     """The status says why."""
     with pytest.raises(BadRequest) as refused:
         parse(data)

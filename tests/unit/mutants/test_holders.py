@@ -47,7 +47,7 @@ def test_process_tests_of_a_module(module: str, test: str) -> None:
 
 
 def test_names_are_compared_by_whole_words() -> None:
-    """`test_privileged.py` would not be a test of priv."""
+    """For example, `test_privileged.py` would not be a test of priv."""
     assert not any("test_vioblk" in test for test in process_tests(ROOT, "vmd/devices/vionet/device.py"))
 
 

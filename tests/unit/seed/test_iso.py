@@ -64,7 +64,7 @@ def test_its_files_are_root_s_alone(disc: Path) -> None:
     assert {tuple(line.split()[2:4]) for line in listing if line.endswith("'")} == {("0", "0")}
 
 
-def test_it_is_whole_sectors_and_the_same_each_time(disc: Path) -> None:
+def test_it_has_whole_sectors_and_is_reproducible(disc: Path) -> None:
     """The volume ends where the file ends, and the order of the files does not matter."""
     data = disc.read_bytes()
 

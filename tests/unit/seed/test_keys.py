@@ -54,8 +54,8 @@ def test_invalid_keys(text: str | bytes, why: str) -> None:
     assert SECRET not in said
 
 
-def test_anything_else_is_refused() -> None:
-    """Prefixes and random bytes are refused."""
+def test_prefixes_and_random_bytes_are_refused() -> None:
+    """Only complete keys are accepted."""
     whole, chance = public_key().encode(), random.Random(1)
     end = len(public_key(comment=""))
     for size in range(1, end):

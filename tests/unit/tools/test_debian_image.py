@@ -35,7 +35,7 @@ def test_files_on_the_disk(disk: Path) -> None:
             assert b"".join(piece for _, piece in found.find(path).pieces()) == content
 
 
-def test_it_is_whole_and_can_be_grown(disk: Path, tmp_path: Path) -> None:
+def test_it_is_complete_and_can_be_grown(disk: Path, tmp_path: Path) -> None:
     """The file system fits into the partition, and a copy is grown by cloud-init's programs."""
     copy = tmp_path / "copy.raw"
     shutil.copy(disk, copy)

@@ -52,7 +52,7 @@ def test_archive_unpacks(kernel: Kernel, tmp_path: Path) -> None:
     assert (tree / "dev/console").stat().st_rdev == os.makedev(5, 1)
 
 
-def test_cached_archive_is_made_anew_when_its_init_changes(
+def test_cached_archive_is_made_again_when_its_init_changes(
     kernel: Kernel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Otherwise it is not made again."""

@@ -117,7 +117,7 @@ def test_a_full_disk_changes_nothing(installed: Path) -> None:
     assert tree(installed) == {**OLD, "lib/vmd/vmd.zip": "new program"}
 
 
-def test_a_kill_leaves_every_file_whole(installed: Path) -> None:
+def test_a_kill_leaves_every_file_complete(installed: Path) -> None:
     """The program is the old or the new one, and the next installation repairs everything."""
     programs = []
     for turn in turns():
@@ -184,7 +184,7 @@ def places(**others: str) -> list[str]:
     return [f"{place}={path}" for place, path in (usual | others).items()]
 
 
-def test_uninstall_removes_what_a_killed_install_has_left(tmp_path: Path) -> None:
+def test_uninstall_removes_files_of_a_killed_install(tmp_path: Path) -> None:
     """It removes every file of the plan, its staged form, and our own directories."""
     given = read_places(places())
     planned = plan(given)

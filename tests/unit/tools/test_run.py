@@ -122,7 +122,7 @@ def test_a_guest_is_waited_for_and_entered(
         assert said == [f"{login} -- true", entered]
 
 
-def test_the_debian_guest_is_what_the_configuration_says(
+def test_configuration_of_the_debian_guest(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Its disk is a grown copy, and its seed has the user and the key of the login."""

@@ -99,7 +99,7 @@ def test_zstd_without_a_module(shipped: Path, folder: Path, vmctl: Vmctl, monkey
     assert os.listdir(folder) == []
 
 
-def test_zstd_is_no_base(shipped: Path, folder: Path, vmctl: Vmctl) -> None:
+def test_zstd_image_is_refused_as_a_base(shipped: Path, folder: Path, vmctl: Vmctl) -> None:
     """A VM could not read it."""
     status, _, said = vmctl("create", "-b", f"qcow2:{shipped}/zstd", str(folder / "a.qcow2"))
 

@@ -103,8 +103,8 @@ def test_version_with_errors_closed(serving: FakeDaemon) -> None:
         ("receive web 0>/dev/full", "standard input is not open for reading: redirect it from a file, or from a pipe"),
     ],
 )
-def test_stream_that_goes_nowhere(serving: FakeDaemon, line: str, sentence: str) -> None:
-    """The VM is not sent, because it would be lost."""
+def test_unusable_streams_are_refused(serving: FakeDaemon, line: str, sentence: str) -> None:
+    """The VM is not sent, because it would be lost, or is not received."""
     status, output, errors = run(serving, line)
 
     assert (status, output, serving.requests) == (1, "", [])

@@ -108,7 +108,7 @@ def test_wait(vmctl: Vmctl, daemon: FakeDaemon, word: str, answer: Record, statu
 
 
 @pytest.mark.parametrize("command", [("wait", "--"), ("stop", "--")])
-def test_leading_dash_is_no_id(vmctl: Vmctl, daemon: FakeDaemon, command: tuple[str, ...]) -> None:
+def test_leading_dash_is_refused(vmctl: Vmctl, daemon: FakeDaemon, command: tuple[str, ...]) -> None:
     """No name begins with a dash."""
     assert vmctl(*command, "-x") == (2, "", "vmctl: invalid id: -x\n")
     assert daemon.requests == []
@@ -121,7 +121,7 @@ def test_daemon_that_dies_while_we_wait(vmctl: Vmctl, daemon: FakeDaemon) -> Non
     assert vmctl("wait", "web") == (3, "", "waiting for vm web: \nvmctl: pipe closed\n")
 
 
-def test_wait_goes_on_with_the_next_daemon(vmctl: Vmctl, daemon: FakeDaemon) -> None:
+def test_wait_continues_with_the_next_daemon(vmctl: Vmctl, daemon: FakeDaemon) -> None:
     """The request is repeated.  If that daemon has seen the VM end, this counts as the end."""
     gone = vm_info("web", vmid=3, running=False).replace(ended=LifeEnd(at_s=1, how="powered-off", text="by itself"))
     script: Iterator[Answers] = iter((None, (Failed(code=errno.EINVAL, text="is not running"),), (gone, End())))
@@ -131,7 +131,7 @@ def test_wait_goes_on_with_the_next_daemon(vmctl: Vmctl, daemon: FakeDaemon) -> 
     assert daemon.requests == [WaitRequest(name="web"), WaitRequest(name="web"), ListRequest()]
 
 
-def test_stop_goes_on_with_the_next_daemon(vmctl: Vmctl, daemon: FakeDaemon) -> None:
+def test_stop_continues_with_the_next_daemon(vmctl: Vmctl, daemon: FakeDaemon) -> None:
     """If the VM is stopping already, vmctl waits for its end."""
     script: Iterator[Answers] = iter((None, (Failed(code=errno.EALREADY, text="is already stopping"),), (TERMINATED,)))
     daemon.script = lambda _request: next(script)
@@ -292,7 +292,7 @@ def test_stop_all_and_wait_with_vms_that_end_at_once(vmctl: Vmctl, daemon: FakeD
 
 
 @pytest.mark.parametrize("options", ["-a", "-aw"])
-def test_stop_all_goes_on_after_a_failure(vmctl: Vmctl, daemon: FakeDaemon, options: str) -> None:
+def test_stop_all_continues_after_a_failure(vmctl: Vmctl, daemon: FakeDaemon, options: str) -> None:
     """The exit status reports the failure, and the other VMs are stopped."""
 
     def script(request: Record) -> Answers:

@@ -70,7 +70,7 @@ def test_no_such_vm(vmctl: Vmctl, daemon: FakeDaemon, json_: bool) -> None:
         assert schema.check(output, "error")["code"] == errno.ENOENT
 
 
-def test_it_goes_on_with_the_next_daemon(daemon: FakeDaemon) -> None:
+def test_it_continues_with_the_next_daemon(daemon: FakeDaemon) -> None:
     """It shows that daemon's events from the first one on.  Only ^C ends it."""
     seen: list[EventsRequest] = []
 

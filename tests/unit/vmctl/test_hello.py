@@ -47,7 +47,7 @@ def test_the_first_packet_is_hello_by_name(tmp_path: Path) -> None:
     assert b"\xa7program" + bytes([0xA0 + len(VERSION)]) + VERSION.encode() in packet
 
 
-def test_a_client_that_is_turned_away_is_told_why(vmctl: Vmctl, tmp_path: Path) -> None:
+def test_a_client_that_is_refused_gets_the_reason(vmctl: Vmctl, tmp_path: Path) -> None:
     """The daemon refuses it before it reads Hello, so its answer has the first form of records."""
     path = str(tmp_path / "busy.sock")
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:

@@ -329,7 +329,7 @@ def test_an_option_of_commands_before_the_command(capfd: pytest.CaptureFixture[s
     assert capfd.readouterr().err.startswith("vmctl: unknown option -- json: it belongs after the command\n")
 
 
-def test_socket_of_somebody_else_is_explained(tmp_path: Path) -> None:
+def test_socket_of_another_user_is_explained(tmp_path: Path) -> None:
     """The message says who may use it."""
     path = tmp_path / "vmd.sock"
     path.touch()
@@ -375,7 +375,7 @@ def test_lost_connection(vmctl: Vmctl, daemon: FakeDaemon) -> None:
         (HEADER.pack(0x777, 16, 0, 0, 0), "vmd 9.9: unknown message type 0x777"),
     ],
 )
-def test_daemon_that_speaks_something_else(vmctl: Vmctl, daemon: FakeDaemon, packet: bytes, sentence: str) -> None:
+def test_daemon_that_sends_invalid_packets(vmctl: Vmctl, daemon: FakeDaemon, packet: bytes, sentence: str) -> None:
     """There is one message and no traceback."""
 
     def script(_request: Record) -> list[Record]:

@@ -213,7 +213,7 @@ def test_failures_without_a_wait(vmctl: Vmctl, daemon: FakeDaemon, vm: VmInfo, s
 
 
 @pytest.mark.usefixtures("home")
-def test_each_reason_to_wait_is_said_once(vmctl: Vmctl, daemon: FakeDaemon) -> None:
+def test_each_reason_to_wait_is_printed_once(vmctl: Vmctl, daemon: FakeDaemon) -> None:
     """vmctl waits from the VM's start until its server answers.  Then ssh starts."""
     with serving(GREETING) as guest:
         script(

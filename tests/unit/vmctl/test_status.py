@@ -304,7 +304,7 @@ def nic(**fields: object) -> NicInfo:
         ),
     ],
 )  # fmt: skip
-def test_interfaces_in_words(vmctl: Vmctl, daemon: FakeDaemon, each: NicInfo, lines: list[str]) -> None:
+def test_interfaces_as_text(vmctl: Vmctl, daemon: FakeDaemon, each: NicInfo, lines: list[str]) -> None:
     """-v prints the interface, its addresses, its traffic and its drops."""
     with_nics(daemon, each)
 

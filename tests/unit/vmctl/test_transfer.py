@@ -131,8 +131,8 @@ def test_daemon_that_ends(daemon: FakeDaemon, tmp_path: Path, command: str) -> N
 
 
 @pytest.mark.parametrize("command", ["send", "receive"])
-def test_daemon_that_answers_something_else(daemon: FakeDaemon, tmp_path: Path, command: str) -> None:
-    """The wrong answer is an error."""
+def test_wrong_answers_are_refused(daemon: FakeDaemon, tmp_path: Path, command: str) -> None:
+    """They are an error of the daemon."""
     daemon.answers(RECEIVED if command == "send" else SENT)
     status, errors = {"send": send, "receive": receive}[command](daemon, tmp_path, "web")
     assert status == 1
