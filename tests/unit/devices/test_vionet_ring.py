@@ -46,6 +46,7 @@ from vmd.guestmem import GuestMemory, RegionSpec
 from vmd.ipc import devmsg
 from vmd.units import IOV_MAX, PAGE
 from vmd.virtio.queue import DESC, Queue
+from vmd.virtio.spec import VIRTQ_USED_F_NO_NOTIFY
 
 # (gpa or the next free place, length, flags, next or the following) each; in a table of its own
 Parts = list[tuple[int | None, int, int, int | None]]
@@ -1011,6 +1012,49 @@ def test_a_frame_of_ours_may_fill_its_buffer(ends: Ends, room: int, fits: bool) 
         assert ring.reap() == ([(0, 72)] if fits else [])
         assert (worker.packets, worker.no_room) == ((1, 0) if fits else (0, 1))
         worker.begin()
+        close(worker)
+        release(queue)
+        del queue, worker
+
+
+def test_driver_is_asked_not_to_notify_while_frames_are_sent(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    """2.7.10: each notification costs the guest an exit; when all is sent, the driver is asked to notify again."""
+    seen: list[int] = []
+    with GuestMemory.create(LAYOUT) as memory:
+        ring = Ring(memory, SIZE)
+        queue = Queue(memory, 0, SIZE, ring.desc, ring.avail, ring.used)
+        worker = ends.transmitter()
+        memory.write(DATA, bytes(12) + any_frame(60))
+        ring.add([Desc(DATA, 72)])
+
+        def look(_fd: int, views: Sequence[bytes | memoryview]) -> int:
+            seen.append(memory.read(ring.used, 1)[0])
+            return sum(map(len, views))
+
+        monkeypatch.setattr(posix, "writev", look)
+        worker.serve(queue)
+        assert seen == [VIRTQ_USED_F_NO_NOTIFY]
+        assert memory.read(ring.used, 1)[0] == 0
+        close(worker)
+        release(queue)
+        del queue, worker
+
+
+def test_a_new_driver_does_not_wait_for_the_tap_of_the_last_one(ends: Ends) -> None:
+    """It may use no transmit queue at all: a tap that takes frames again would wake the thread without end."""
+    with GuestMemory.create(LAYOUT) as memory:
+        ring = Ring(memory, SIZE)
+        queue = queue_of(memory, ring)
+        worker = ends.transmitter()
+        worker.queue = queue
+        ring.describe(0, [Desc(DATA, 60_000)])
+        memory.load(DATA, b"\0\1".ljust(12, b"\0"))
+        while not is_waiting(worker):
+            ring.offer(0)
+            worker.turn()
+        worker.queue = None
+        worker.begin()
+        assert not is_waiting(worker)
         close(worker)
         release(queue)
         del queue, worker
