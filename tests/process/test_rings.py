@@ -1,7 +1,8 @@
-"""What holds of every split ring, asked of each queue of each device (hostile-input 1-3, 6, 11-21, 23-26).
+"""The properties of all split rings, tested with each queue of each device (hostile-input 1-3, 6, 11-21, 23-26).
 
-The device processes are real and confined; the entropy device has an event thread.  How a request of a queue looks is
-in `tests/support/ringdevices.py`.  What only one device does with its requests is in the tests of that device.
+The device processes are real and confined.  The entropy device runs on an event thread.  Module
+`tests/support/ringdevices.py` makes the requests of each queue.  What a single device does with its requests is tested
+in the tests of that device.
 """
 
 import os
@@ -49,27 +50,27 @@ from vmd.virtio.queue import CHAIN_MAX
 from vmd.vm.kinds import ENTROPY, INTERFACE
 
 NOWHERE = 64 * MIB
-START = 0xFFF9  # an index that soon turns to 0
+START = 0xFFF9  # an index that soon wraps to 0
 SIZE_MAX = 1 << 15
 
 
 @pytest.fixture(scope="module")
 def devices(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Devices]:
-    """Give one device of each kind: one that breaks fails the next test, too."""
+    """Give one device of each kind, for all tests.  So a device that breaks also fails the next test."""
     with Devices(tmp_path_factory.mktemp("rings")) as made:
         yield made
 
 
 @pytest.fixture
 def driver(devices: Devices, request: pytest.FixtureRequest) -> RingDriver:
-    """Give the driver of the queue that `adapters` names; its device was reset, and has new rings."""
+    """Give the driver of the queue that `adapters` names.  Its device was reset and has new rings."""
     made = devices.driver(request.param)
     made.device.read_log()
     return made
 
 
 def adapters(condition: Callable[[type[Adapter]], bool] = lambda _adapter: True) -> pytest.MarkDecorator:
-    """Run a test for all queues of which a condition is true."""
+    """Run a test for all queues that fulfil a condition."""
     return pytest.mark.parametrize(
         "driver",
         [
@@ -83,7 +84,7 @@ def adapters(condition: Callable[[type[Adapter]], bool] = lambda _adapter: True)
 
 each_queue = adapters()
 each_queue_that_is_served = adapters(lambda adapter: adapter.gives_back)
-each_queue_beside_questions = adapters(lambda adapter: adapter.kind is not INTERFACE and adapter.gives_back)
+each_queue_that_yields_to_the_vm = adapters(lambda adapter: adapter.kind is not INTERFACE and adapter.gives_back)
 each_receive_queue = adapters(lambda adapter: adapter.kind is INTERFACE and adapter.queue == 0)
 each_transmit_queue = adapters(lambda adapter: adapter.kind is INTERFACE and adapter.queue == 1)
 each_queue_of_a_process = adapters(lambda adapter: adapter.kind is not ENTROPY and adapter.gives_back)
@@ -93,8 +94,8 @@ each_queue_of_a_process = adapters(lambda adapter: adapter.kind is not ENTROPY a
 
 
 def activate(driver: RingDriver, **changed: int) -> int:
-    """Hand over all rings, the one under test with something changed; return the status."""
-    driver.forget()
+    """Activate all rings, the tested one with changed fields; return the status."""
+    driver.reset()
     rings = driver.rings()
     rows = [ring.row() for ring in rings]
     ring = driver.ring = rings[driver.queue]
@@ -122,49 +123,49 @@ UNUSABLE = {
 @each_queue
 @pytest.mark.parametrize("changed", UNUSABLE.values(), ids=UNUSABLE)
 def test_ring_that_cannot_be_used(driver: RingDriver, changed: dict[str, int]) -> None:
-    """Hostile input 1, 2, 25: the answer says so, and a notification has no effect."""
+    """Hostile input 1, 2, 25: ACTIVATE is refused, and notifications have no effect."""
     assert activate(driver, **changed) == 1
     for kick in driver.device.kicks:
         os.eventfd_write(kick, 1)
-    driver.stop_and_go()
-    assert driver.news() == []
+    driver.pause_and_resume()
+    assert driver.reset_requests() == []
     assert driver.works()
 
 
 @each_queue
 def test_parts_of_a_ring_in_one_place_3(driver: RingDriver) -> None:
-    """Hostile input 3: the guest spoils its own ring, and the device goes on after the reset."""
+    """Hostile input 3: the guest corrupts only its own ring.  After a reset the device works."""
     driver.memory.load(DATA, bytes(64 * KIB))
     driver.memory.load(DATA + 2, struct.pack("<H", 20))
     assert activate(driver, desc=DATA, avail=DATA, used=DATA) == 0
     driver.kick()
     driver.adapter.prompt(1)
-    driver.stop_and_go()
+    driver.pause_and_resume()
     assert driver.works()
 
 
 @each_queue
 def test_notification_of_a_queue_without_a_ring_6(driver: RingDriver) -> None:
-    """Hostile input 6: after a reset, or of a queue that the driver does not use."""
-    driver.forget()
+    """Hostile input 6: a notification has no effect after a reset, nor for a queue that is not enabled."""
+    driver.reset()
     driver.put(driver.adapter.request(0))
     driver.kick()
-    driver.stop_and_go()
+    driver.pause_and_resume()
     assert driver.ring.device_idx == 0
 
     assert activate(driver, enabled=0, desc=3) == 0
     driver.put(driver.adapter.request(0))
     driver.kick()
-    driver.stop_and_go()
+    driver.pause_and_resume()
     assert driver.ring.device_idx == 0
-    assert driver.news() == []
+    assert driver.reset_requests() == []
     assert driver.works()
 
 
 @each_queue
-def test_indices_of_a_stream_that_cannot_be_26(driver: RingDriver) -> None:
-    """Hostile input 26: they have nothing to do with the ring."""
-    driver.forget()
+def test_impossible_indices_of_a_stream_26(driver: RingDriver) -> None:
+    """Hostile input 26: a stream has indices that do not fit the ring, so the device asks for a reset."""
+    driver.reset()
     rings = driver.rings()
     rows = [ring.row() for ring in rings]
     rows[driver.queue] = rings[driver.queue].row(True, 5000, 9)
@@ -177,7 +178,7 @@ def test_indices_of_a_stream_that_cannot_be_26(driver: RingDriver) -> None:
 @each_queue_that_is_served
 @pytest.mark.parametrize("size", [1, 2, 32, "usual", SIZE_MAX])
 def test_every_size_of_a_ring_is_served(driver: RingDriver, size: int | str) -> None:
-    """2.7: with one descriptor requests have tables of their own; entries at the end of a large ring are used."""
+    """2.7: requests are indirect, so a ring of one descriptor works, too.  The end of a large ring is also used."""
     entries = driver.size_max if isinstance(size, str) else size
     driver.renew(size=entries)
     for _ in range(3):
@@ -203,7 +204,7 @@ def halves(parts: list[Desc]) -> list[Desc]:
 
 
 def with_empty_ones(parts: list[Desc]) -> list[Desc]:
-    """Put buffers of no length between the others, and at both ends of each direction."""
+    """Put an empty buffer before and behind each buffer."""
     mixed = []
     for part in parts:
         mixed += [part._replace(length=0), part, part._replace(gpa=part.gpa + 1, length=0)]
@@ -238,7 +239,7 @@ LAYOUTS: dict[str, Callable[[RingDriver, list[Desc]], int]] = {
 @each_queue_that_is_served
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_of_a_chain(driver: RingDriver, layout: str) -> None:
-    """Hostile input 16: it is the driver that chooses among how many descriptors it divides its buffers."""
+    """Hostile input 16: a driver may divide its buffers into any number of descriptors."""
     head = LAYOUTS[layout](driver, driver.adapter.request(0))
     driver.adapter.prompt(1)
     driver.finish({head: 0})
@@ -246,7 +247,7 @@ def test_layouts_of_a_chain(driver: RingDriver, layout: str) -> None:
 
 @each_queue_that_is_served
 def test_buffer_across_two_regions_16(driver: RingDriver) -> None:
-    """Hostile input 16: memory that touches is memory."""
+    """Hostile input 16: a buffer may begin in one region of memory and end in the adjacent one."""
     for place, part in enumerate(driver.adapter.request(0)):
         driver.renew()
         parts = driver.adapter.request(0)
@@ -266,7 +267,7 @@ def test_buffer_across_two_regions_16(driver: RingDriver) -> None:
 @each_queue
 @pytest.mark.parametrize("ahead", ["size", 0x7FFF, 0xFFFF])
 def test_available_index_ahead_of_the_ring_11(driver: RingDriver, ahead: int | str) -> None:
-    """Hostile input 11."""
+    """Hostile input 11: the device asks for a reset, and serves no request."""
     driver.ring.set_avail_idx(driver.size_max + 1 if isinstance(ahead, str) else ahead)
     driver.kick()
     assert f"{driver.ring.avail_idx} ahead, in a queue of {driver.size_max}" in driver.device.needs_reset()
@@ -277,7 +278,7 @@ def test_available_index_ahead_of_the_ring_11(driver: RingDriver, ahead: int | s
 @each_queue_that_is_served
 @pytest.mark.parametrize("head", ["size", 0xFFFF])
 def test_head_outside_the_table_12(driver: RingDriver, head: int | str) -> None:
-    """Hostile input 12: the good request in front of it is served, or left in the ring."""
+    """Hostile input 12: the device asks for a reset.  It serves the good request before, or leaves it in the ring."""
     outside = driver.size_max if isinstance(head, str) else head
     good = driver.ring.add(driver.adapter.request(0))
     driver.ring.offer(outside)
@@ -290,7 +291,7 @@ def test_head_outside_the_table_12(driver: RingDriver, head: int | str) -> None:
 
 
 def linked(parts: list[Desc], last: int) -> list[Desc]:
-    """Link a chain, and the last descriptor to an index."""
+    """Link a chain, and link its last descriptor to an index."""
     chain = chained(parts)
     return [*chain[:-1], chain[-1]._replace(flags=chain[-1].flags | NEXT, next=last)]
 
@@ -302,37 +303,37 @@ def around(driver: RingDriver, parts: list[Desc]) -> list[Desc]:
 
 
 def huge(parts: list[Desc]) -> list[Desc]:
-    """Return a chain that describes a byte more than 4 GiB, with the direction of the last buffer."""
+    """Return a chain one byte longer than 4 GiB.  The additional buffers have the direction of the last one."""
     rest = (1 << 32) - sum(part.length for part in parts)
     last = parts[-1]
     return chained([*parts, last._replace(length=rest), last._replace(length=1)])
 
 
 def wrong_order() -> list[Desc]:
-    """Return a chain with a readable buffer behind a writable one; each is large enough for anything."""
+    """Return a chain with a readable buffer behind a writable one.  Each is large enough for any request."""
     return chained([Desc(DATA, 4 * KIB, WRITE), Desc(DATA + 4 * KIB, 4 * KIB)])
 
 
 def nested(driver: RingDriver, parts: list[Desc]) -> list[Desc]:
-    """Return a table whose entry is the table of a good request."""
+    """Return an indirect table whose only entry is the indirect table of a good request."""
     return [driver.raw_table([driver.table(parts)], TABLE + STRIDE)]
 
 
 def nested_behind(driver: RingDriver, parts: list[Desc]) -> list[Desc]:
-    """Return a table of which only the last entry is another table."""
+    """Return an indirect table whose last entry is another indirect table."""
     first = parts[0]._replace(length=parts[0].length // 2)
     second = first._replace(gpa=first.gpa + first.length, length=parts[0].length - first.length)
     return [driver.table([first, driver.table([second, *parts[1:]])], TABLE + STRIDE)]
 
 
 def long_table(driver: RingDriver, parts: list[Desc]) -> list[Desc]:
-    """Return a table of more descriptors than are followed, however long the queue is."""
+    """Return an indirect table with one descriptor more than a device follows, whatever the size of the queue."""
     one = parts[-1]._replace(length=1)
     return [driver.table([*parts, *[one] * (CHAIN_MAX + 1 - len(parts))], LONG_TABLE)]
 
 
 def table_at(gpa: int, length: int) -> Callable[[RingDriver, list[Desc]], list[Desc]]:
-    """Return a maker of a chain that is one indirect descriptor, behind which a good request is."""
+    """Return a function that makes one indirect descriptor.  A good request is at `TABLE`."""
 
     def make(driver: RingDriver, parts: list[Desc]) -> list[Desc]:
         driver.table(parts)
@@ -373,24 +374,24 @@ BROKEN: dict[str, tuple[str, Callable[[RingDriver, list[Desc]], list[Desc]]]] = 
 
 
 def asks_for_a_reset(driver: RingDriver, text: str) -> bool:
-    """Notify; return whether the device asks for a reset with this text, does nothing until then, and works again."""
+    """Notify; check that the device wants a reset with this text and serves nothing.  Return whether it works again."""
     driver.kick()
     said = driver.device.needs_reset()
     assert text in said, said
     driver.put(driver.adapter.request(0))
     driver.kick()
     driver.adapter.prompt(1)
-    driver.stop_and_go()
-    driver.stop_and_go()
+    driver.pause_and_resume()
+    driver.pause_and_resume()
     assert driver.ring.device_idx == 0
-    assert driver.news() == []
+    assert driver.reset_requests() == []
     return driver.works()
 
 
 @each_queue_that_is_served
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_chain_asks_for_a_reset(driver: RingDriver, name: str) -> None:
-    """Hostile input 13, 14, 17, 19; the number is in the case's name."""
+    """Hostile input 13, 14, 17, 18, 19.  The id of a case has its number."""
     text, make = BROKEN[name]
     driver.put(make(driver, driver.adapter.request(0)))
     assert asks_for_a_reset(driver, text)
@@ -398,7 +399,7 @@ def test_broken_chain_asks_for_a_reset(driver: RingDriver, name: str) -> None:
 
 @each_queue_that_is_served
 def test_indirect_descriptor_that_was_not_negotiated_19(driver: RingDriver) -> None:
-    """Hostile input 19."""
+    """Hostile input 19: the device asks for a reset."""
     driver.renew(ALL & ~INDIRECT_DESC)
     driver.put([driver.table(driver.adapter.request(0))])
     assert asks_for_a_reset(driver, NOT_HERE)
@@ -416,10 +417,10 @@ PLACES: dict[str, Callable[[int], int]] = {
 @pytest.mark.parametrize("indirect", [False, True], ids=["direct", "indirect"])
 @pytest.mark.parametrize("place", PLACES)
 def test_buffer_outside_memory_16(driver: RingDriver, place: str, indirect: bool) -> None:
-    """Hostile input 16: each part of a request in turn; the request fails, or the device asks for a reset."""
+    """Hostile input 16: if a part of a request is outside memory, the request fails, or the device asks for a reset."""
     for number, part in enumerate(driver.adapter.request(0)):
         if place == "read-only" and not part.flags & WRITE:
-            continue  # a device may read there
+            continue  # a device may read from read-only memory
         driver.renew()
         parts = driver.adapter.request(0)
         parts[number] = part._replace(gpa=PLACES[place](part.length))
@@ -431,7 +432,7 @@ def test_buffer_outside_memory_16(driver: RingDriver, place: str, indirect: bool
 
 @each_queue_that_is_served
 def test_buffers_in_the_ring_itself_23(driver: RingDriver) -> None:
-    """Hostile input 23: the device serves what it finds there, or asks for a reset, and goes on."""
+    """Hostile input 23: the device serves the request or asks for a reset.  After a reset it works."""
     for number in range(len(driver.adapter.request(0))):
         for name in ("desc", "avail", "used"):
             ring = driver.renew()
@@ -440,13 +441,13 @@ def test_buffers_in_the_ring_itself_23(driver: RingDriver) -> None:
             driver.put(chained(parts))
             driver.kick()
             driver.adapter.prompt(1)
-            driver.stop_and_go()
+            driver.pause_and_resume()
             assert driver.works()
 
 
 @each_queue_that_is_served
 def test_descriptors_that_change_while_they_are_read_20(driver: RingDriver) -> None:
-    """Hostile input 20: what was checked is what is used; whatever comes of it, the device goes on."""
+    """Hostile input 20: the device uses the values that it has checked.  After a reset it works."""
     choice = random.Random(20)
     good = driver.adapter.request(0)
     rows = [
@@ -467,13 +468,13 @@ def test_descriptors_that_change_while_they_are_read_20(driver: RingDriver) -> N
             at = ring.desc + 16 * choice.randrange(3)
             memory[at : at + 16] = choice.choice(rows)
         driver.adapter.prompt(1)
-    driver.forget()
+    driver.reset()
     assert driver.works()
 
 
 @each_queue_that_is_served
 def test_any_garbage_in_any_place_11_to_19(driver: RingDriver) -> None:
-    """Hostile input 11-19: some chains are served, one of them breaks the ring, and the next driver is served."""
+    """Hostile input 11-19: an invalid chain makes the device ask for a reset.  After a reset it works."""
     choice = random.Random(44)
     for _ in range(60):
         ring = driver.renew(MODERN | choice.choice((0, INDIRECT_DESC)))
@@ -491,13 +492,13 @@ def test_any_garbage_in_any_place_11_to_19(driver: RingDriver) -> None:
     assert driver.works()
 
 
-# --- how much is served ----------------------------------------------------------------------------------------------
+# --- number of requests ----------------------------------------------------------------------------------------------
 
 
 @each_queue_that_is_served
 @pytest.mark.parametrize("features", [ALL, MODERN], ids=["event-index", "flags"])
 def test_indices_wrap_around_21(driver: RingDriver, features: int) -> None:
-    """Hostile input 21: 65535 is followed by 0 in both rings, one by one and many at once."""
+    """Hostile input 21: the indices of both rings wrap from 65535 to 0, with one request at a time and with several."""
     driver.renew(features, start=START)
     for count in (1, 1, 1, 5, 1, 9, 16):
         driver.serve(count)
@@ -510,7 +511,7 @@ def test_indices_wrap_around_21(driver: RingDriver, features: int) -> None:
 @each_queue_that_is_served
 @pytest.mark.parametrize("start", [0, START])
 def test_same_head_fills_the_ring_15(driver: RingDriver, start: int) -> None:
-    """Hostile input 15: it is served as often as it is offered, and no more often."""
+    """Hostile input 15: a request that is offered many times is served exactly as many times."""
     size = driver.size_max
     driver.renew(start=start)
     parts = driver.adapter.request(0)
@@ -519,7 +520,7 @@ def test_same_head_fills_the_ring_15(driver: RingDriver, start: int) -> None:
         driver.ring.offer(0)
     driver.adapter.prompt(size)
     found = driver.device.collect(driver.ring, size, driver.queue)
-    driver.stop_and_go()
+    driver.pause_and_resume()
     assert found == [found[0]] * size
     assert found[0][0] == 0
     assert driver.ring.device_idx == start + size & 0xFFFF
@@ -527,8 +528,8 @@ def test_same_head_fills_the_ring_15(driver: RingDriver, start: int) -> None:
 
 
 @each_queue_that_is_served
-def test_questions_are_answered_while_the_driver_refills_its_ring_24_35(driver: RingDriver) -> None:
-    """Hostile input 24, 35: the device answers its VM, whatever the driver does meanwhile."""
+def test_vm_is_answered_while_the_driver_refills_its_ring_24_35(driver: RingDriver) -> None:
+    """Hostile input 24, 35: a driver that always refills its ring does not keep the device from answering its VM."""
     ring = driver.renew()
     ring.describe(0, chained(driver.adapter.request(0)))
     over = threading.Event()
@@ -546,20 +547,20 @@ def test_questions_are_answered_while_the_driver_refills_its_ring_24_35(driver: 
         for _ in range(10):
             driver.adapter.prompt(1)
             driver.device.export()
-            driver.stop_and_go()
+            driver.pause_and_resume()
     finally:
         over.set()
         filler.join()
     assert rounds[0] > 10
-    driver.forget()
+    driver.reset()
     assert driver.works()
 
 
-@each_queue_beside_questions
-def test_question_waits_for_the_budget_of_one_notification_24_35(driver: RingDriver) -> None:
-    """Hostile input 24, 35: the ring is full, and the VM asks; it waits for a part of the ring only."""
+@each_queue_that_yields_to_the_vm
+def test_vm_waits_for_the_budget_of_one_notification_24_35(driver: RingDriver) -> None:
+    """Hostile input 24, 35: the ring is full when the VM sends PAUSE.  Before the answer, one budget is served."""
     served = 0
-    while not served:  # the device may look at the question first
+    while not served:  # the device may read PAUSE before it serves a request
         ring = driver.renew()
         chain = longest(driver) if driver.adapter.counts_descriptors else driver.adapter.request(0)
         ring.describe(0, [driver.table(chain, LONG_TABLE)])
@@ -570,9 +571,9 @@ def test_question_waits_for_the_budget_of_one_notification_24_35(driver: RingDri
             driver.device.sync.send(devmsg.TYPE.pack(devmsg.PAUSE))
         assert driver.device.sync.recv(devmsg.PACKET_MAX) == devmsg.STATUS.pack(devmsg.PAUSE, 0)
         served = driver.device.export()[driver.queue][0]
-    assert served <= driver.adapter.turn
+    assert served <= driver.adapter.budget
     driver.device.command(devmsg.RESUME)
-    driver.until(ring.size)
+    driver.wait_used(ring.size)
 
 
 def fill(driver: RingDriver, adapter: Adapter, count: int) -> Ring:
@@ -586,33 +587,33 @@ def fill(driver: RingDriver, adapter: Adapter, count: int) -> Ring:
 
 @each_receive_queue
 def test_receive_queue_leaves_turns_to_the_transmit_queue_24(driver: RingDriver) -> None:
-    """Hostile input 24: both have work; the transmit queue, which is broken, is looked at after one budget."""
-    turn = driver.adapter.turn
+    """Hostile input 24: both queues have work.  After one budget the device finds that the transmit queue is broken."""
+    budget = driver.adapter.budget
     driver.device.command(devmsg.PAUSE)
     ring = fill(driver, driver.adapter, driver.size_max)
     driver.all_rings[1].offer(driver.all_rings[1].size)
-    driver.adapter.prompt(2 * turn)
+    driver.adapter.prompt(2 * budget)
     driver.device.command(devmsg.RESUME)
     driver.device.needs_reset()
-    assert 0 < ring.device_idx <= turn
+    assert 0 < ring.device_idx <= budget
     assert driver.works()
 
 
 @each_transmit_queue
 def test_transmit_queue_leaves_turns_to_the_receive_queue_24(driver: RingDriver) -> None:
-    """Hostile input 24: both have work; between two budgets of frames to send, frames are received."""
+    """Hostile input 24: both queues have work.  The device receives frames between two budgets of frames to send."""
     assert isinstance(driver.adapter, FramesOut)
     frames = FramesIn(driver.device, driver.adapter.wire)
     frames.begin()
     driver.device.command(devmsg.PAUSE)
-    ring = fill(driver, driver.adapter, driver.adapter.turn)
-    ring.offer(ring.size)  # the first of the second budget
+    ring = fill(driver, driver.adapter, driver.adapter.budget)
+    ring.offer(ring.size)  # the first request of the second budget
     others = fill(driver, frames, driver.all_rings[0].size)
-    frames.prompt(3 * frames.turn)
+    frames.prompt(3 * frames.budget)
     driver.device.command(devmsg.RESUME)
     driver.device.needs_reset()
-    assert ring.device_idx == driver.adapter.turn
-    assert others.device_idx > frames.turn
+    assert ring.device_idx == driver.adapter.budget
+    assert others.device_idx > frames.budget
     assert driver.works()
 
 
@@ -625,7 +626,7 @@ def longest(driver: RingDriver) -> list[Desc]:
 
 @each_queue_that_is_served
 def test_ring_full_of_long_chains_24(driver: RingDriver) -> None:
-    """Hostile input 24: the longest chain that there is, of empty buffers in front of those of a request."""
+    """Hostile input 24: the ring has the longest valid chain, eight times."""
     ring = driver.ring
     ring.describe(0, [driver.table(longest(driver), LONG_TABLE)])
     for _ in range(8):
@@ -637,8 +638,8 @@ def test_ring_full_of_long_chains_24(driver: RingDriver) -> None:
 
 
 @each_queue_of_a_process
-def test_broken_rings_cost_nothing_that_stays(driver: RingDriver) -> None:
-    """Neither memory nor lines in the log, however often a driver breaks its ring."""
+def test_broken_rings_cost_no_memory_and_few_log_lines(driver: RingDriver) -> None:
+    """A driver that breaks its ring often makes the process neither grow nor fill the log."""
 
     def break_rings(count: int) -> None:
         for _ in range(count):
@@ -658,20 +659,20 @@ def test_broken_rings_cost_nothing_that_stays(driver: RingDriver) -> None:
 
 
 def offer(driver: RingDriver, count: int) -> None:
-    """Offer requests, and have them served, without a wait for interrupts."""
+    """Offer requests and wait until they are served, without waiting for interrupts."""
     for number in range(count):
         driver.ring.add(driver.adapter.request(number))
     driver.kick()
     driver.adapter.prompt(count)
-    driver.until(driver.ring.avail_idx)
-    driver.device.command(devmsg.PAUSE)  # the index is there before the interrupt
+    driver.wait_used(driver.ring.avail_idx)
+    driver.device.command(devmsg.PAUSE)  # the index is stored before the interrupt is raised
     driver.device.command(devmsg.RESUME)
 
 
 @each_queue_that_is_served
 @pytest.mark.parametrize("start", [0, START])
 def test_interrupt_comes_when_the_event_index_is_passed_21(driver: RingDriver, start: int) -> None:
-    """2.7.7.2: not before, not for another one, and again when the driver asks again; also around the wrap."""
+    """2.7.7.2: an interrupt comes when used_event is passed, and not before or after, until the driver moves it."""
     driver.renew(start=start)
     driver.ring.set_used_event(start + 9)
     for number in range(9):
@@ -689,7 +690,7 @@ def test_interrupt_comes_when_the_event_index_is_passed_21(driver: RingDriver, s
 @each_queue_that_is_served
 @pytest.mark.parametrize("event", [1, 255, 0x7FFF, 0x8000, 0xFFFF])
 def test_absurd_event_index_21(driver: RingDriver, event: int) -> None:
-    """Hostile input 21: requests are served, whether or not the driver hears of it."""
+    """Hostile input 21: requests are served, with or without an interrupt."""
     driver.ring.set_used_event(event)
     offer(driver, 8)
     assert len(driver.ring.reap()) == 8
@@ -698,7 +699,7 @@ def test_absurd_event_index_21(driver: RingDriver, event: int) -> None:
 
 @each_queue_that_is_served
 def test_driver_that_polls_gets_no_interrupts(driver: RingDriver) -> None:
-    """2.7.7: VIRTQ_AVAIL_F_NO_INTERRUPT counts without event indices only."""
+    """2.7.7: VIRTQ_AVAIL_F_NO_INTERRUPT counts only if event indices were not negotiated."""
     driver.renew(MODERN)
     driver.ring.set_flags(spec.VIRTQ_AVAIL_F_NO_INTERRUPT)
     offer(driver, 8)
@@ -715,13 +716,13 @@ def test_driver_that_polls_gets_no_interrupts(driver: RingDriver) -> None:
 
 @each_queue_of_a_process
 def test_interrupt_that_was_not_seen_is_raised_again(driver: RingDriver) -> None:
-    """INTx: the counters say which queue's interrupt was not seen."""
+    """INTx: the counters show which interrupt the VM has not seen.  At the next resample it is raised again."""
     device, queue = driver.device, driver.queue
     raised = list(device.counters[: devmsg.QUEUES_MAX])
     for number, count in enumerate(raised):
         device.counters[devmsg.QUEUES_MAX + number] = count
     driver.serve(1)
-    driver.stop_and_go()
+    driver.pause_and_resume()
     after = list(device.counters[: devmsg.QUEUES_MAX])
     assert [number for number, count in enumerate(after) if count != raised[number]] == [queue]
     driver.interrupts()
@@ -730,13 +731,13 @@ def test_interrupt_that_was_not_seen_is_raised_again(driver: RingDriver) -> None
 
     device.counters[devmsg.QUEUES_MAX + queue] = after[queue]
     os.eventfd_write(device.resample, 1)
-    driver.stop_and_go()
-    driver.stop_and_go()
+    driver.pause_and_resume()
+    driver.pause_and_resume()
     assert driver.interrupts() == 0
 
 
 def wants_to_hear(ring: Ring, before: int, features: int) -> bool:
-    """Return whether the device asks to be notified of what was offered since an index (2.7.10)."""
+    """Return whether the device wants a notification of requests offered since an available index (2.7.10)."""
     full_fence()
     if features & EVENT_IDX:
         return (ring.avail_idx - ring.avail_event - 1 & 0xFFFF) < (ring.avail_idx - before & 0xFFFF)
@@ -746,10 +747,10 @@ def wants_to_hear(ring: Ring, before: int, features: int) -> bool:
 @each_queue_that_is_served
 @pytest.mark.parametrize("features", [MODERN | EVENT_IDX, MODERN], ids=["event-index", "flags"])
 def test_no_wake_up_is_lost_21(driver: RingDriver, features: int) -> None:
-    """Hostile input 21: a driver that notifies and waits only when told to is served for ever (2.7.7, 2.7.10).
+    """Hostile input 21: a driver may notify and wait only when the specification requires it (2.7.7, 2.7.10).
 
-    Each side stores its index and then looks at what the other one wants.  Without a fence in between, either may look
-    too early; then both wait, and so does this test.
+    Each side stores its index, and then reads the index at which the other side wants an event.  Without a fence
+    between the two, either side may read an old value.  Then both wait for each other, and this test fails.
     """
     ring = driver.renew(features)
     parts = driver.adapter.request(0)
@@ -774,12 +775,12 @@ def test_no_wake_up_is_lost_21(driver: RingDriver, features: int) -> None:
     assert done == offered
 
 
-# --- reset, pause, another life --------------------------------------------------------------------------------------
+# --- reset, pause, adopted indices -----------------------------------------------------------------------------------
 
 
 @each_queue_that_is_served
-def test_reset_in_the_midst_34(driver: RingDriver) -> None:
-    """Hostile input 34: nothing touches the old ring after the answer, nor the new one before it is given."""
+def test_reset_while_requests_are_served_34(driver: RingDriver) -> None:
+    """Hostile input 34: after the answer to a reset the device does not write to the old ring any more."""
     for _ in range(20):
         ring = driver.renew()
         ring.describe(0, chained(driver.adapter.request(0)))
@@ -799,7 +800,7 @@ def test_reset_in_the_midst_34(driver: RingDriver) -> None:
 
 @each_queue
 def test_pause_leaves_requests_in_the_ring(driver: RingDriver) -> None:
-    """Between pause and resume nothing moves; afterwards nothing is missing."""
+    """A paused device takes no request from the ring.  After resume it serves all of them."""
     driver.device.command(devmsg.PAUSE)
     state = driver.device.export()
     heads = {driver.ring.add(driver.adapter.request(number)): number for number in range(5)}
@@ -812,14 +813,14 @@ def test_pause_leaves_requests_in_the_ring(driver: RingDriver) -> None:
     driver.device.command(devmsg.RESUME)
     if driver.adapter.gives_back:
         driver.finish(heads)
-    driver.stop_and_go()
+    driver.pause_and_resume()
     assert driver.ring.device_idx == (5 if driver.adapter.gives_back else 0)
     assert driver.works()
 
 
 @each_queue_that_is_served
-def test_pause_in_the_midst_leaves_indices_that_agree(driver: RingDriver) -> None:
-    """What was taken from the ring is given back before the answer."""
+def test_pause_while_requests_are_served(driver: RingDriver) -> None:
+    """The device finishes all requests that it has taken before it answers, so both indices are equal."""
     ring = driver.ring
     ring.describe(0, chained(driver.adapter.request(0)))
     for _ in range(20):
@@ -834,9 +835,9 @@ def test_pause_in_the_midst_leaves_indices_that_agree(driver: RingDriver) -> Non
 
 
 @each_queue_that_is_served
-def test_rings_that_come_during_a_pause_wait_for_its_end(driver: RingDriver) -> None:
-    """As those of a machine that was received."""
-    driver.forget()
+def test_rings_that_are_activated_during_a_pause(driver: RingDriver) -> None:
+    """They are served after resume.  A received machine activates its rings in this way."""
+    driver.reset()
     driver.device.command(devmsg.PAUSE)
     rings = driver.rings()
     ring = driver.ring = rings[driver.queue]
@@ -855,14 +856,14 @@ def test_rings_that_come_during_a_pause_wait_for_its_end(driver: RingDriver) -> 
 
 
 @each_queue_that_is_served
-def test_ring_goes_on_in_another_life(driver: RingDriver) -> None:
-    """A device that is given exported indices goes on with the next request."""
+def test_ring_continues_at_exported_indices(driver: RingDriver) -> None:
+    """A device that is activated with exported indices continues with the next request."""
     driver.serve(5)
     driver.device.command(devmsg.PAUSE)
     indices = driver.device.export()
     assert indices[driver.queue] == (5, 5)
     ring = driver.ring
-    driver.forget()
+    driver.reset()
     heads = {ring.add(driver.adapter.request(number)): number for number in (7, 8)}
     rows = [each.row(True, *where) for each, where in zip(driver.all_rings, indices, strict=True)]
     assert driver.device.activate_rows(ALL | driver.adapter.features, *rows) == 0

@@ -1,7 +1,7 @@
-"""Every queue of every virtio device, driven in the same way: for the properties that all rings have.
+"""Drives each queue of each virtio device in the same way, to test the properties that all rings have.
 
-An adapter says how a valid request of one queue looks, and how the driver sees that it was served.  `RingDriver` does
-the rest: it resets the device, gives it rings, offers chains, and waits for what comes of them.
+An adapter makes valid requests of one queue, and checks that they were served.  `RingDriver` resets the device, gives
+it rings, offers chains, and waits for the results.
 """
 
 import contextlib
@@ -47,16 +47,16 @@ from vmd.vm.kinds import CDROM, DISK, ENTROPY, INTERFACE, Kind
 from vmd.vm.slots import Slot
 
 ALL = MODERN | INDIRECT_DESC | EVENT_IDX
-STRIDE, REQUESTS = 8 * KIB, 64  # memory of a request, and how many there are
+STRIDE, REQUESTS = 8 * KIB, 64  # the memory of a request, and the number of requests
 TABLE = 8 * MIB  # indirect tables, STRIDE for each request
-LONG_TABLE = 9 * MIB  # one that is longer
+LONG_TABLE = 9 * MIB  # the place of a longer one
 UNTOUCHED = 0xEE
-BLOCK = 2048  # of a disc
+BLOCK = 2048  # of a CD
 RING_ALIGN = 4 * KIB
 
 
 def disk_bytes(length: int) -> bytes:
-    """Return the content of the disk and of the disc: sectors and blocks that differ."""
+    """Return the content of the disk and of the CD.  Each sector is different."""
     return b"".join(number.to_bytes(4, "little") * (SECTOR // 4) for number in range(length // SECTOR))
 
 
@@ -72,11 +72,11 @@ class Adapter:
     name: ClassVar[str]
     kind: ClassVar[Kind]
     queue: ClassVar[int] = 0
-    features: ClassVar[int] = 0  # those that are not of rings
-    gives_back: ClassVar[bool] = True  # whether requests come back
-    # The most requests that a notification may take before the device does its other work; 0: all stay in the ring.
-    # If the device counts descriptors, these are the longest chains.
-    turn: ClassVar[int]
+    features: ClassVar[int] = 0  # besides those of rings
+    gives_back: ClassVar[bool] = True  # whether the device gives buffers back
+    # How many requests a device serves at most before it does its other work; 0 if it serves none at all.  If the
+    # device counts descriptors, this is the number of chains of the greatest length.
+    budget: ClassVar[int]
     counts_descriptors: ClassVar[bool] = False
 
     def __init__(self, device: Device, host: Host | None) -> None:
@@ -85,25 +85,25 @@ class Adapter:
         self.host = host
 
     def begin(self) -> None:
-        """Forget what came of earlier rings."""
+        """Discard the results of earlier rings."""
 
     def request(self, number: int) -> list[Desc]:
-        """Write a valid request into memory of its own; return its descriptors, not linked."""
+        """Write a valid request to its own memory; return its descriptors, not linked."""
         raise NotImplementedError
 
     def prompt(self, count: int) -> None:
-        """Make the host do what the next `count` requests wait for."""
+        """Let the host send what the next `count` requests wait for."""
 
     def is_served(self, number: int, length: int) -> bool:
-        """Return whether a request that came back with this length was carried out."""
+        """Return whether a request that was given back with this length was served correctly."""
         raise NotImplementedError
 
     def is_refused(self, number: int) -> bool:
-        """Return whether a request that came back says that it was not carried out."""
+        """Return whether a request that was given back reports an error."""
         return False
 
     def filled(self, parts: Sequence[Desc], data: bytes) -> list[Desc]:
-        """Write data across the readable parts, and a mark across the writable ones; return the parts."""
+        """Write data to the readable parts, and UNTOUCHED to the writable ones; return the parts."""
         for part in parts:
             if part.flags & WRITE:
                 self.memory.load(part.gpa, bytes((UNTOUCHED,)) * part.length)
@@ -121,7 +121,7 @@ def base(number: int) -> int:
 class DiskRequests(Adapter):
     """Reads of one sector."""
 
-    name, kind, turn = "vioblk", DISK, 64
+    name, kind, budget = "vioblk", DISK, 64
 
     def request(self, number: int) -> list[Desc]:
         """Return a read of the sector with this number."""
@@ -130,7 +130,7 @@ class DiskRequests(Adapter):
         return self.filled(parts, struct.pack("<IIQ", spec.VIRTIO_BLK_T_IN, 0, number % REQUESTS))
 
     def is_served(self, number: int, length: int) -> bool:
-        """Look at length, status and data."""
+        """Check length, status and data."""
         at, start = base(number), number % REQUESTS * SECTOR
         return (
             length == SECTOR + 1
@@ -139,7 +139,7 @@ class DiskRequests(Adapter):
         )
 
     def is_refused(self, number: int) -> bool:
-        """Look at the status."""
+        """Check the status."""
         return self.memory.read(base(number) + 64, 1)[0] == spec.VIRTIO_BLK_S_IOERR
 
 
@@ -147,7 +147,7 @@ class DiscRequests(Adapter):
     """Reads of one block."""
 
     name, kind, queue = "vioscsi-request", CDROM, 2
-    turn, counts_descriptors = 32, True
+    budget, counts_descriptors = 32, True
 
     def request(self, number: int) -> list[Desc]:
         """Return a read of the block with this number."""
@@ -157,7 +157,7 @@ class DiscRequests(Adapter):
         return self.filled(parts, (b"\1\0\x40\0\0\0\0\0" + bytes(11) + read).ljust(51, b"\0"))
 
     def is_served(self, number: int, length: int) -> bool:
-        """Look at length, response and data."""
+        """Check length, response and data."""
         at, start = base(number), number % REQUESTS * BLOCK
         return (
             length == 108 + BLOCK
@@ -167,26 +167,26 @@ class DiscRequests(Adapter):
 
 
 class DiscTasks(Adapter):
-    """Task management: abort a command, of which there is none."""
+    """Requests to abort a command that does not exist."""
 
     name, kind, queue = "vioscsi-control", CDROM, 0
-    turn, counts_descriptors = 32, True
+    budget, counts_descriptors = 32, True
 
     def request(self, number: int) -> list[Desc]:
-        """Return a task: abort a command."""
+        """Return a request to abort a command."""
         at = base(number)
         task = struct.pack("<II", 0, 0) + b"\1\0\x40\0\0\0\0\0" + bytes(8)
         return self.filled([Desc(at, 24), Desc(at + 64, 1, WRITE)], task)
 
     def is_served(self, number: int, length: int) -> bool:
-        """Look at length and response."""
+        """Check length and response."""
         return length == 1 and self.memory.read(base(number) + 64, 1) == b"\0"
 
 
 class DiscEvents(Adapter):
-    """Buffers for events, which stay in the ring: there are no events."""
+    """Buffers for events.  They stay in the ring, because there are no events."""
 
-    name, kind, queue, turn, gives_back = "vioscsi-event", CDROM, 1, 0, False
+    name, kind, queue, budget, gives_back = "vioscsi-event", CDROM, 1, 0, False
 
     def request(self, number: int) -> list[Desc]:
         """Return a buffer for an event."""
@@ -194,7 +194,7 @@ class DiscEvents(Adapter):
 
 
 class Frames(Adapter):
-    """Frames of one interface, each of another content."""
+    """Frames of one interface.  Each frame is different."""
 
     kind = INTERFACE
 
@@ -202,15 +202,15 @@ class Frames(Adapter):
         super().__init__(device, host)
         assert host is not None
         self.wire = host
-        self.count = 0  # of frames that were made
+        self.count = 0  # the number of frames made so far
 
     def begin(self) -> None:
-        """Take the frames that the guest has sent."""
+        """Discard the frames that the guest has sent."""
         while self.wire.try_receive() is not None:
             pass
 
     def frame(self) -> bytes:
-        """Return the next one."""
+        """Return the next frame."""
         self.count += 1
         return any_frame(60, self.count)
 
@@ -218,7 +218,7 @@ class Frames(Adapter):
 class FramesOut(Frames):
     """Frames that the guest sends."""
 
-    name, queue, turn = "vionet-tx", 1, 128
+    name, queue, budget = "vionet-tx", 1, 128
 
     def request(self, number: int) -> list[Desc]:
         """Return a frame, with its header in a buffer of its own."""
@@ -226,17 +226,17 @@ class FramesOut(Frames):
         return self.filled([Desc(at, 12), Desc(at + 64, 60)], bytes(12) + self.frame())
 
     def is_served(self, number: int, length: int) -> bool:
-        """Look whether the host has got it."""
+        """Check that the host receives the frame."""
         return length == 0 and self.wire.receive() == self.memory.read(base(number) + 64, 60)
 
 
 class FramesIn(Frames):
-    """Buffers for frames of the host: of two parts."""
+    """Buffers of two parts for frames from the host."""
 
-    name, queue, turn = "vionet-rx", 0, 64  # while the other queue has frames, too
+    name, queue, budget = "vionet-rx", 0, 64  # if the other queue has frames, too
 
     def begin(self) -> None:
-        """Forget the frames that the host has sent, too."""
+        """Also forget the frames that the host has sent."""
         super().begin()
         self.sent: list[bytes] = []
 
@@ -252,7 +252,7 @@ class FramesIn(Frames):
             self.wire.send(self.sent[-1])
 
     def is_served(self, number: int, length: int) -> bool:
-        """Look whether it holds the next frame that the host has sent."""
+        """Check that the buffer has the next frame that the host has sent."""
         return length == 72 and self.arrived(number) == self.sent.pop(0)
 
     def arrived(self, number: int) -> bytes:
@@ -261,7 +261,7 @@ class FramesIn(Frames):
 
 
 class MergeableFramesIn(FramesIn):
-    """Buffers for frames of the host: of one part, which may be merged, and which have a loop of their own."""
+    """Buffers of one part, which may be merged.  The device fills them in another loop of its code."""
 
     name, features = "vionet-rx-mergeable", MRG
 
@@ -277,7 +277,7 @@ class MergeableFramesIn(FramesIn):
 class RandomBytes(Adapter):
     """Requests for random bytes, which the VM process serves itself."""
 
-    name, kind, turn = "viornd", ENTROPY, 16
+    name, kind, budget = "viornd", ENTROPY, 16
 
     def request(self, number: int) -> list[Desc]:
         """Return a buffer of two parts."""
@@ -285,7 +285,7 @@ class RandomBytes(Adapter):
         return self.filled([Desc(at, 40, WRITE), Desc(at + 64, 24, WRITE)], b"")
 
     def is_served(self, number: int, length: int) -> bool:
-        """Look whether both parts are full."""
+        """Check that both parts were filled."""
         parts = self.memory.read(base(number), 40), self.memory.read(base(number) + 64, 24)
         return length == 64 and not any(bytes((UNTOUCHED,)) * 8 in part for part in parts)
 
@@ -295,11 +295,11 @@ ADAPTERS: tuple[type[Adapter], ...] = (
 )  # fmt: skip
 
 
-# --- the device that has no process ------------------------------------------------------------------------------
+# --- the device without a process --------------------------------------------------------------------------------
 
 
 class EntropyDevice(Device):
-    """The entropy device on an event thread of its own, with the face of a device process."""
+    """The entropy device on an event thread of its own, with the interface of a device process."""
 
     def __init__(self) -> None:
         self.kind = ENTROPY.process
@@ -357,12 +357,12 @@ class EntropyDevice(Device):
             os.close(fd)
 
     def read_log(self) -> str:
-        """Return what ended the event thread."""
+        """Return the traceback that ended the event thread, if any."""
         return self.said
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Keep the event thread busy meanwhile: when it goes on, it finds at once all that was sent."""
+        """Keep the event thread busy until the context ends.  Then it finds all packets and notifications at once."""
         stopped, over = threading.Event(), threading.Event()
 
         def stop() -> None:
@@ -377,7 +377,7 @@ class EntropyDevice(Device):
             over.set()
 
     def _on_question(self, _events: int) -> None:
-        """Answer on the event thread: a device that keeps it busy does not answer."""
+        """Answer on the event thread, so that a device that keeps the thread busy delays the answer."""
         self.their_sync.send(self._answer(self.their_sync.recv(devmsg.PACKET_MAX)))
 
     def _answer(self, packet: bytes) -> bytes:
@@ -399,7 +399,7 @@ class EntropyDevice(Device):
 
 
 class Devices:
-    """Devices that run, one of each kind; a context manager that ends them."""
+    """Running devices, one of each kind.  A context manager that ends them."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -415,7 +415,7 @@ class Devices:
         self.stack.close()
 
     def driver(self, adapter: type[Adapter]) -> "RingDriver":
-        """Return the driver of a queue; its device is started if it does not run."""
+        """Return the driver of a queue.  Start its device if it does not run yet."""
         kind = adapter.kind.process
         if kind not in self.running:
             host: Host | None = None
@@ -435,7 +435,7 @@ class Devices:
 
 
 class RingDriver:
-    """The driver of one queue; its device has all its rings."""
+    """The driver of one queue.  The other queues of its device also have rings."""
 
     def __init__(self, adapter: type[Adapter], device: Device, host: Host | None) -> None:
         self.adapter = adapter(device, host)
@@ -446,7 +446,7 @@ class RingDriver:
         self.renew()
 
     def rings(self, size: int = 0, start: int = 0) -> list[Ring]:
-        """Lay out all rings anew; the one under test with this size, at these indices."""
+        """Lay out all rings anew.  The tested ring has this size and starts at this index."""
         rings = []
         place = RING_BASE
         for number, usual in enumerate(self.adapter.kind.queues):
@@ -460,15 +460,15 @@ class RingDriver:
         assert place <= DATA
         return rings
 
-    def forget(self) -> None:
-        """Reset the device."""
+    def reset(self) -> None:
+        """Reset the device, and discard its events."""
         self.device.command(devmsg.RESET)
         for fd in (*self.device.kicks, *self.device.calls):
             self.device.take_event(fd)
 
     def renew(self, features: int = ALL, *, size: int = 0, start: int = 0) -> Ring:
-        """Reset the device, and give it new rings; return the one under test."""
-        self.forget()
+        """Reset the device, and give it new rings; return the tested one."""
+        self.reset()
         self.adapter.begin()
         rings = self.all_rings = self.rings(size, start)
         self.ring = rings[self.queue]
@@ -477,34 +477,34 @@ class RingDriver:
         return self.ring
 
     def kick(self) -> None:
-        """Notify."""
+        """Notify the queue."""
         self.device.kick(self.queue)
 
-    def stop_and_go(self) -> None:
-        """Pause and resume: what the device has begun is finished."""
+    def pause_and_resume(self) -> None:
+        """Pause and resume the device, so that it finishes what it has begun."""
         self.device.command(devmsg.PAUSE)
         self.device.command(devmsg.RESUME)
 
     def interrupts(self) -> int:
-        """Return how many interrupts have come since the last look."""
+        """Return the number of interrupts since the last call."""
         return self.device.take_event(self.device.calls[self.queue])
 
     def table(self, parts: Sequence[Desc], at: int = TABLE) -> Desc:
-        """Write linked parts into an indirect table; return the descriptor of it."""
+        """Link parts and write them to an indirect table; return its descriptor."""
         return self.raw_table(chained(parts), at)
 
     def raw_table(self, parts: Sequence[Desc], at: int = TABLE) -> Desc:
-        """The same, with links as they are."""
+        """Write parts to an indirect table with their links unchanged; return its descriptor."""
         self.memory.load(at, b"".join(struct.pack("<QIHH", *part) for part in parts))
         return Desc(at, 16 * len(parts), INDIRECT)
 
     def put(self, parts: Sequence[Desc]) -> None:
-        """Make descriptors from index 0 on available, with links as they are."""
+        """Write descriptors from index 0 on, with their links unchanged, and make them available."""
         self.ring.describe(0, parts)
         self.ring.offer(0)
 
-    def until(self, used_idx: int) -> None:
-        """Wait until the ring has come to a used index, without interrupts: a question is the clock."""
+    def wait_used(self, used_idx: int) -> None:
+        """Wait for a used index without interrupts, by asking the device again and again."""
         for _ in range(1_000_000):
             if self.ring.device_idx == used_idx & 0xFFFF:
                 return
@@ -513,14 +513,14 @@ class RingDriver:
         raise AssertionError(f"used index stays {self.ring.device_idx}")
 
     def finish(self, heads: dict[int, int]) -> None:
-        """Notify, and wait until the requests with these heads are served; fail unless each was served well."""
+        """Notify, and wait for the requests with these heads.  Fail unless each was served correctly."""
         found = self.device.collect(self.ring, len(heads), self.queue)
         assert sorted(head for head, _ in found) == sorted(heads)
         for head, length in found:
             assert self.adapter.is_served(heads[head], length), f"request {heads[head]}: {length} bytes"
 
     def serve(self, count: int, *, indirect: bool = False) -> None:
-        """Have some requests served at once."""
+        """Have several requests served at once."""
         heads = {}
         for number in range(count):
             parts = self.adapter.request(number)
@@ -529,19 +529,19 @@ class RingDriver:
         self.finish(heads)
 
     def works(self) -> bool:
-        """Reset, and see whether the same device serves good requests."""
+        """Reset the device; return whether it serves good requests."""
         self.renew()
         if self.adapter.gives_back:
             self.serve(3)
             return True
         self.put(self.adapter.request(0))
         self.kick()
-        self.stop_and_go()
+        self.pause_and_resume()
         self.device.command(devmsg.PAUSE)
-        return self.device.export()[self.queue] == (0, 0) and not self.news()
+        return self.device.export()[self.queue] == (0, 0) and not self.reset_requests()
 
-    def news(self) -> list[str]:
-        """Return the sentences of NEEDS_RESET of this life that have come."""
+    def reset_requests(self) -> list[str]:
+        """Return the texts of all NEEDS_RESET of this activation that have arrived."""
         found = []
         while self.device.readable(self.device.informs.fileno()):
             packet = self.device.informs.recv(devmsg.PACKET_MAX)
@@ -551,12 +551,12 @@ class RingDriver:
         return found
 
     def outcome(self) -> str | list[tuple[int, int]]:
-        """Notify, and wait until something comes back or a reset is needed; return which."""
+        """Notify, and wait for used elements or NEEDS_RESET; return the elements, or the text."""
         self.kick()
         while True:
             if found := self.ring.reap():
                 return found
-            if said := self.news():
+            if said := self.reset_requests():
                 return said[0]
             self.device.wait_for(self.device.informs.fileno(), self.device.calls[self.queue])
             self.interrupts()
