@@ -107,7 +107,7 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Show what real guests printed, and in red what was not tested."""
+    """Show the output of real guests and, in red, the tests that did not run."""
     real = [report for report in terminalreporter.getreports("passed") if report.nodeid in config.stash[REAL]]
     if real:
         where = "inside the emulated machine" if config.pluginmanager.has_plugin("outside-l1") else "here"

@@ -98,7 +98,7 @@ QUICK_COMMANDS = ("start", "stop", "console", "status", "wait", "pause", "unpaus
 
 
 class Process(NamedTuple):
-    """One kind of process, and the modules that are its own."""
+    """One kind of process, and its own modules."""
 
     title: str
     kind: str
@@ -189,7 +189,7 @@ def test_process_holds_only_its_third_party_packages(process: Process) -> None:
 
 
 @of_each_process
-def test_process_holds_only_what_is_shared_with_it(process: Process) -> None:
+def test_process_holds_only_modules_that_are_shared_with_it(process: Process) -> None:
     """Modules of SHARED are only in the processes that are listed there."""
     held = loaded_by(process.modules)
 
@@ -214,7 +214,7 @@ def test_a_process_knows_the_messages_of_its_own_borders(process: Process) -> No
 
 @of_each_vm
 def test_vm_and_device_processes_import_little(process: Process) -> None:
-    """A host runs hundreds of them, and a VM waits for all of its own.  The code that starts them counts, too."""
+    """A host runs hundreds of them, and a VM waits for all its processes.  The code that starts them counts, too."""
     held = loaded_by(("vmd.privsep.start", *process.modules))
 
     assert (TOO_HEAVY | TOO_HEAVY_FOR_VMS) & set(held.modules) == set()
@@ -262,13 +262,13 @@ def test_a_raw_disk_holds_no_other_format() -> None:
 
 
 def test_streamprobe_holds_little_of_a_vm() -> None:
-    """A stream may be from anybody.  A client that receives a VM waits for streamprobe."""
+    """A stream is untrusted.  A client that receives a VM waits for streamprobe."""
     held = loaded_by(("vmd.vm.streamprobe",))
 
     assert held.below("vmd.kvmapi", "vmd.guestmem", "vmd.vm.chips", "vmd.vm.machine", "vmd.vm.state") == set()
 
 
-def test_kvmapi_stands_alone() -> None:
+def test_kvmapi_imports_only_itself() -> None:
     """Other programs could use it: it imports only the standard library and itself, with its part of ctypes."""
     held = loaded_by(modules_in("vmd/kvmapi"))
 
@@ -276,7 +276,7 @@ def test_kvmapi_stands_alone() -> None:
     assert held.third_party == frozenset()
 
 
-def test_readers_of_file_systems_stand_alone() -> None:
+def test_readers_of_file_systems_import_only_themselves() -> None:
     """They read data that guests have written.  An attacker who takes them over finds no other code there."""
     held = loaded_by(modules_in("vmd/diskfs"))
 

@@ -112,7 +112,7 @@ class Second:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
-        """Run what the first process does not run."""
+        """Run the tests that the first process does not run."""
         self.places = {item.nodeid: place for place, item in enumerate(session.items)}
         run(session, filter(self.modules.ask, session.items), lambda item: None)
         return True

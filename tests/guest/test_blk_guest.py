@@ -22,7 +22,7 @@ from vmd.vm.kinds import disk_serial
 pytestmark = [pytest.mark.root, pytest.mark.kvm, pytest.mark.timeout(240)]
 
 CHECKS_OF_ONE_INTERFACE = 400  # at least; two have twice as many
-SECOND = VmConfig(name="blk", disks=(DiskConfig(path=""),) * 2)  # as far as serial numbers go
+SECOND = VmConfig(name="blk", disks=(DiskConfig(path=""),) * 2)  # the part that determines serial numbers
 
 
 def conf(disk: str, *lines: str, cmdline: str = "") -> str:
@@ -82,7 +82,7 @@ def test_qcow2_disk_on_a_backing_file(tmp_path: Path) -> None:
     flat.check_tested()
 
 
-def test_what_is_wrong_with_a_disk_is_in_the_status(tmp_path: Path) -> None:
+def test_problems_of_a_disk_are_in_the_status(tmp_path: Path) -> None:
     """Problems reach `vmctl status -v` from the device process, while the VM runs."""
     disk = Disk(tmp_path / "disk")
     with disk.path.open("ab") as file:
@@ -160,7 +160,7 @@ def test_requests_of_mapped_registers_do_not_enter_the_vm_process(tmp_path: Path
 def test_requests_do_not_enter_the_vm_process(tmp_path: Path) -> None:
     """Notifications and MSI-X interrupts are between the guest, KVM and the device process (arch. 5).
 
-    The guest does the same but for the number of reads, and so would exit more often if reads took exits.
+    Only the number of reads differs, so the guest would exit more often if reads caused exits.
     """
     few, many = exits_of_reads(tmp_path / "few", 1000), exits_of_reads(tmp_path / "many", 9000)
 

@@ -23,7 +23,7 @@ def block(name: str, boot: str, *lines: str) -> str:
 
 
 @pytest.mark.deep
-def test_seabios_says_that_there_is_nothing_to_boot(tmp_path: Path) -> None:
+def test_seabios_reports_that_nothing_can_be_booted(tmp_path: Path) -> None:
     """An unmodified SeaBIOS finds its machine, writes to the serial line, and reports that nothing can be booted."""
     with Daemon(tmp_path, block("bios", f'"{FIRMWARE}"', "memory 128M", "vcpus 2")) as vmd:
         vmd.must("start", "bios")
@@ -68,7 +68,7 @@ def test_openbsd_kernel_from_the_network_gets_its_address(tmp_path: Path) -> Non
     assert re.findall(r"bootmac (\S+)", said) == ["fe:e1:ba:00:00:09"]
 
 
-def test_a_second_kernel_kind_is_told_from_its_bytes(tmp_path: Path) -> None:
+def test_the_kind_of_a_kernel_is_found_by_its_bytes(tmp_path: Path) -> None:
     """A gzip'ed kernel boots like a plain one, with any file name."""
     import gzip
 
@@ -91,7 +91,7 @@ def test_a_second_kernel_kind_is_told_from_its_bytes(tmp_path: Path) -> None:
         (b"QFI\xfb" + bytes(65532), "is a disk image .qcow2.: give it as disk"),
     ],
 )
-def test_what_cannot_boot_is_refused_with_a_sentence(tmp_path: Path, content: bytes, complaint: str) -> None:
+def test_unbootable_files_are_refused_with_a_sentence(tmp_path: Path, content: bytes, complaint: str) -> None:
     """Case 54: the start fails, names the file and leaves no process behind."""
     bad = tmp_path / "bad.img"
     bad.write_bytes(content)

@@ -99,7 +99,7 @@ def test_clocks_go_on(version: int, name: str) -> None:
 
 
 @each(deep=("clocks", "net", "4-churn"))  # without devices, or with the same devices as the others
-def test_a_received_vm_keeps_what_it_was_sent_with(version: int, name: str) -> None:
+def test_a_received_vm_keeps_its_devices_as_sent(version: int, name: str) -> None:
     """BARs, capabilities and the rest of PCI are at the same places.  The VM has not run in between."""
     with received(version, name, "-p") as vmd:
         recorded = golden.recorded(version, name)
@@ -125,7 +125,7 @@ def test_a_received_vm_keeps_what_it_was_sent_with(version: int, name: str) -> N
 
 
 def test_every_protocol_is_recorded() -> None:
-    """The present one, too."""
+    """The present protocol is recorded, too."""
     assert sorted(path.name for path in golden.GOLDEN.glob("transcript-*")) == [
         f"transcript-{number}.json" for number in range(1, PROTOCOL + 1)
     ]
@@ -133,9 +133,9 @@ def test_every_protocol_is_recorded() -> None:
 
 @pytest.mark.parametrize("number", [1, 2])
 def test_old_requests_are_answered(number: int) -> None:
-    """A vmctl of an earlier version is answered with the messages it knows, and the fields it knows.
+    """A vmctl of an earlier version gets the messages and fields that it knows.
 
-    Protocol 1 has them in their order, and no other; later ones by name.
+    Protocol 1 has the fields in their order, and no others.  Later protocols have them by name.
     """
     with golden.place() as directory:
         golden.furnish_transcript(directory)
@@ -146,7 +146,7 @@ def test_old_requests_are_answered(number: int) -> None:
                 replay(vmd, session)
 
 
-# Messages that have changed since.
+# Messages that have changed since then.
 REWORDED = {"vm x: the stream ends after 0 bytes, before its end": "vm x: the stream is empty"}
 
 

@@ -20,14 +20,14 @@ from tests.support.guests import GuestBuildError, build, guest, guests
 
 PVH_GUESTS = ("demo", "selftest", "hello", "serial", "tick", "blk", "vmmci", "clocks", "fill", "net")
 OPENBSD_KERNELS = ("openbsd-amd64", "openbsd-i386")
-# qboot starts a kernel a second earlier than SeaBIOS does; `pc` has the chips that guests of ours look for.
+# qboot starts a kernel a second earlier than SeaBIOS.  `pc` has the chips that our guests look for.
 QBOOT = "/usr/share/qemu/qboot.rom"
 QEMU = (
     *("qemu-system-x86_64", "-accel", "kvm", "-M", "pc", "-bios", QBOOT, "-m", "64", "-nodefaults"),
     *("-display", "none", "-no-reboot", "-serial", "stdio"),
 )
 TIMEOUT_S = 60.0  # a watchdog; each takes a few seconds
-# What a KVM that interprets ring 0 cannot do, as objdump writes it
+# Instructions that a KVM which interprets ring 0 lacks, as objdump writes them
 MISSING = {
     *("cmpxchg16b", "xsave", "xrstor", "clac", "stac", "popcnt", "int3", "fwait", "syscall", "sysret", "endbr64"),
     *("fxsave", "fxrstor", "rdrand", "rdseed"),
@@ -75,7 +75,7 @@ def test_builds_without_warning(tmp_path: Path) -> None:
     assert {path.stem for path in (tmp_path / "out").glob("*.elf")} == {*PVH_GUESTS, *OPENBSD_KERNELS}
 
 
-def test_build_says_what_is_wrong(tmp_path: Path) -> None:
+def test_a_failed_build_shows_the_output_of_the_compiler(tmp_path: Path) -> None:
     """A failing build raises an error with the compiler's output."""
     (tmp_path / "file").touch()
 

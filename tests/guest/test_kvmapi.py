@@ -56,7 +56,7 @@ def wait_readable(fd: int) -> None:
 
 @pytest.fixture(autouse=True)
 def kick_handler() -> Iterator[None]:
-    """The handler every process with vCPUs needs."""
+    """Install the signal handler that every process with vCPUs needs."""
     before = signal.getsignal(KICK_SIGNAL)
     install_kick_handler()
     yield
@@ -97,7 +97,7 @@ def eventfd() -> Iterator[int]:
 # ------------------------------------------------------------------ the system
 
 
-def test_the_system_answers_what_it_can_do(system: System) -> None:
+def test_the_system_reports_its_capabilities(system: System) -> None:
     """Capabilities, CPUID leaves and MSRs are plausible for any x86 KVM."""
     assert system.check_extension(abi.KVM_CAP_IRQCHIP) == 1
     assert system.check_extension(abi.KVM_CAP_IMMEDIATE_EXIT) == 1
@@ -109,7 +109,7 @@ def test_the_system_answers_what_it_can_do(system: System) -> None:
     assert 0x10 in system.msr_indices()  # the TSC
 
 
-def test_another_device_is_not_taken_for_kvm() -> None:
+def test_another_device_is_refused_as_kvm() -> None:
     """The caller keeps the descriptor of a refused device."""
     fd = os.open("/dev/null", os.O_RDWR)
     with pytest.raises(OSError, match="KVM_GET_API_VERSION"):
@@ -134,7 +134,7 @@ def test_descriptors_close_once(system: System) -> None:
 
 @pytest.mark.parametrize(("size", "value"), [(1, 0xA5), (2, 0xBEEF), (4, 0xDEADBEEF)])
 def test_a_port_write_of_every_size_exits_with_its_value(guest: Guest, size: int, value: int) -> None:
-    """`run` shows the bytes, and the guest goes on behind the instruction."""
+    """`run` returns the bytes, and the guest continues after the instruction."""
     guest.load(out(0x510, value, size) + HLT)
 
     assert guest.vcpu.run() == PioOut(0x510, size, 1, value.to_bytes(size, "little"))
@@ -145,7 +145,7 @@ def test_a_port_write_of_every_size_exits_with_its_value(guest: Guest, size: int
     ("size", "instruction"), [(1, b"\xec"), (2, b"\xed"), (4, b"\x66\xed")], ids=["al", "ax", "eax"]
 )
 def test_a_port_read_of_every_size_gets_the_answer(guest: Guest, size: int, instruction: bytes) -> None:
-    """Only the operand's bytes of the register change."""
+    """Only the bytes of the operand change in the register."""
     guest.load(instruction + HLT, rdx=0x71, rax=0x11111111)
 
     assert guest.vcpu.run() == PioIn(0x71, size, 1)
@@ -171,7 +171,7 @@ def test_an_answer_of_the_wrong_length_is_refused(guest: Guest, data: bytes) -> 
 
 @pytest.mark.parametrize(("size", "instruction"), [(1, b"\xf3\x6e"), (2, b"\xf3\x6f"), (4, b"\xf3\x66\x6f")])
 def test_a_string_write_brings_all_items(guest: Guest, size: int, instruction: bytes) -> None:
-    """rep outs arrives whole, in however many exits KVM cuts it."""
+    """All items of a rep outs arrive, in any number of exits."""
     text = bytes(range(64))
     guest.memory.write(0x3000, text)
     guest.load(instruction + HLT, rdx=0x3F8, rcx=len(text) // size, rsi=0x3000)
@@ -186,7 +186,7 @@ def test_a_string_write_brings_all_items(guest: Guest, size: int, instruction: b
 
 
 def test_a_string_read_stores_all_items(guest: Guest) -> None:
-    """rep insb of more bytes than fit one exit."""
+    """A rep insb has more bytes than fit into one exit."""
     total = 3000
     guest.load(b"\xf3\x6c" + HLT, rdx=0x511, rcx=total, rdi=0x3000)
     sent = b""
@@ -202,13 +202,13 @@ def test_a_string_read_stores_all_items(guest: Guest) -> None:
 
 
 def test_run_pio_answers_single_accesses_itself(guest: Guest) -> None:
-    """Reads and writes of every size go to the two functions; what is not theirs comes back."""
+    """Reads and writes of every size go to the two functions.  All other exits are returned."""
     writes: list[tuple[int, int, int]] = []
     reads: list[tuple[int, int]] = []
 
     def pio_read(port: int, size: int) -> int:
         reads.append((port, size))
-        return -1  # all ones, whatever the size
+        return -1  # all ones, for any size
 
     def pio_write(port: int, size: int, value: int) -> None:
         writes.append((port, size, value))
@@ -228,8 +228,8 @@ def test_run_pio_answers_single_accesses_itself(guest: Guest) -> None:
     assert guest.vcpu.exits == 7  # three writes, three reads, HLT
 
 
-def test_run_pio_gives_string_accesses_and_memory_accesses_back(guest: Guest) -> None:
-    """The caller answers those as with run."""
+def test_run_pio_returns_string_accesses_and_memory_accesses(guest: Guest) -> None:
+    """The caller answers them, as with `run`."""
     code = out(0x80, 1) + b"\xf3\x6c" + UNBACKED_DS + b"\xa0\x00\x00"  # rep insb; mov al, [0]
     guest.load(code + HLT, rcx=2, rdi=0x4000)
     single: list[int] = []
@@ -252,8 +252,8 @@ def test_run_pio_gives_string_accesses_and_memory_accesses_back(guest: Guest) ->
     assert guest.vcpu.get_regs().rax & 0xFF == 0x77
 
 
-def test_run_pio_takes_string_writes_however_they_are_cut(guest: Guest) -> None:
-    """KVM hands rep outsb over item by item, and may hand over more."""
+def test_run_pio_accepts_string_writes_in_any_pieces(guest: Guest) -> None:
+    """KVM passes the items of rep outsb one by one, or several at once."""
     guest.memory.write(0x3000, b"hello")
     guest.load(b"\xf3\x6e" + HLT, rdx=0x3F8, rcx=5, rsi=0x3000)
     text = bytearray()
@@ -268,8 +268,8 @@ def test_run_pio_takes_string_writes_however_they_are_cut(guest: Guest) -> None:
     assert text == b"hello"
 
 
-def test_what_a_device_raises_comes_out_of_run_pio(guest: Guest) -> None:
-    """Even an errno that would mean something if KVM_RUN had said it; the guest can go on."""
+def test_run_pio_raises_the_exception_of_a_device(guest: Guest) -> None:
+    """It also raises an errno that has a meaning for KVM_RUN.  The guest can go on."""
     guest.load(out(0x80, 1) + out(0x81, 2) + HLT)
 
     def pio_write(port: int, size: int, value: int) -> None:
@@ -286,7 +286,7 @@ def test_what_a_device_raises_comes_out_of_run_pio(guest: Guest) -> None:
 
 @pytest.mark.parametrize(("size", "instruction"), [(1, b"\xa2"), (2, b"\xa3"), (4, b"\x66\xa3")])
 def test_a_write_without_memory_exits_with_its_data(guest: Guest, size: int, instruction: bytes) -> None:
-    """mov [10h], al/ax/eax with a segment base of 20000h."""
+    """The instruction is mov [10h], al/ax/eax with a segment base of 20000h."""
     guest.load(UNBACKED_DS + b"\x66\xb8\x78\x56\x34\x12" + instruction + b"\x10\x00" + HLT)
 
     assert guest.vcpu.run() == MmioWrite(0x20010, size, b"\x78\x56\x34\x12"[:size])
@@ -295,7 +295,7 @@ def test_a_write_without_memory_exits_with_its_data(guest: Guest, size: int, ins
 
 @pytest.mark.parametrize(("size", "instruction"), [(1, b"\xa0"), (2, b"\xa1"), (4, b"\x66\xa1")])
 def test_a_read_without_memory_gets_the_answer(guest: Guest, size: int, instruction: bytes) -> None:
-    """mov al/ax/eax, [10h] with a segment base of 20000h."""
+    """The instruction is mov al/ax/eax, [10h] with a segment base of 20000h."""
     guest.load(UNBACKED_DS + b"\x66\x31\xc0" + instruction + b"\x10\x00" + HLT)
 
     assert guest.vcpu.run() == MmioRead(0x20010, size)
@@ -305,7 +305,7 @@ def test_a_read_without_memory_gets_the_answer(guest: Guest, size: int, instruct
 
 
 def test_read_only_memory_is_read_but_writes_exit(guest: Guest) -> None:
-    """As firmware behaves: no change, an exit that may be ignored."""
+    """Firmware behaves so: a write changes nothing, and causes an exit that may be ignored."""
     layout = [RegionSpec(gpa=0x20000, size=0x1000, name="rom", read_only=True)]
     with GuestMemory.create(layout) as rom:
         rom.load(0x20010, b"\x42")
@@ -319,8 +319,8 @@ def test_read_only_memory_is_read_but_writes_exit(guest: Guest) -> None:
         guest.vm.set_memory_region(7, 0x20000, 0, 0)
 
 
-def test_a_removed_slot_is_memory_no_more(guest: Guest) -> None:
-    """Size 0 takes a slot away."""
+def test_a_removed_slot_is_no_memory(guest: Guest) -> None:
+    """A slot is removed by size 0."""
     with GuestMemory.create([RegionSpec(gpa=0x20000, size=0x1000, name="more")]) as more:
         guest.vm.set_memory_region(7, 0x20000, 0x1000, more.hva(0x20000))
         guest.load(UNBACKED_DS + b"\xa2\x00\x00\xa2\x01\x00" + HLT)
@@ -329,15 +329,15 @@ def test_a_removed_slot_is_memory_no_more(guest: Guest) -> None:
     assert guest.vcpu.run() == MmioWrite(0x20000, 1, b"\x00")
 
 
-def test_running_from_no_memory_is_an_error_exit_not_an_exception(guest: Guest) -> None:
+def test_code_outside_memory_causes_an_exit_not_an_exception(guest: Guest) -> None:
     """A jump to 2000h:0 ends in an exit that the VM can report, or in a triple fault."""
     guest.load(b"\xea\x00\x00\x00\x20")
 
     assert isinstance(guest.vcpu.run(), InternalError | Shutdown)
 
 
-def test_a_vcpu_that_cannot_run_at_all_says_so_by_name(guest: Guest) -> None:
-    """A VM belongs to the process that made it; a child's attempt fails with EIO, not as an exit."""
+def test_an_error_of_kvm_run_is_named(guest: Guest) -> None:
+    """Only the process that made a VM can run it.  A child's attempt raises EIO, and is not an exit."""
     guest.load(HLT)
     child = os.fork()
     if child == 0:
@@ -355,7 +355,7 @@ def test_a_vcpu_that_cannot_run_at_all_says_so_by_name(guest: Guest) -> None:
 
 
 def test_the_dirty_log_names_the_pages_written(guest: Guest) -> None:
-    """Pages 2 and 5 are written; asking clears."""
+    """Pages 2 and 5 are written.  The first question clears the log."""
     slot, gpa, size, hva, _ = next(iter(guest.memory.kvm_slots()))
     guest.vm.set_memory_region(slot, gpa, size, hva, abi.KVM_MEM_LOG_DIRTY_PAGES)
     guest.load(b"\xa2\x00\x20\xa2\x00\x50" + HLT)
@@ -372,7 +372,7 @@ def test_the_dirty_log_names_the_pages_written(guest: Guest) -> None:
 
 
 def test_a_triple_fault_is_a_shutdown(guest: Guest) -> None:
-    """An undefined instruction in protected mode with an interrupt table of no length."""
+    """The cause is an undefined instruction in protected mode, with an empty interrupt table."""
     guest.load(b"\x0f\x0b")
     sregs = guest.vcpu.get_sregs()
     code = abi.kvm_segment(0, 0xFFFFFFFF, 8, 11, present=1, db=1, s=1, g=1)
@@ -395,7 +395,7 @@ def counter(guest: Guest) -> int:
 
 
 def test_a_kick_interrupts_a_spinning_guest_which_then_goes_on(guest: Guest) -> None:
-    """The guest never exits by itself; after clear_kick it counts on from where it was."""
+    """The guest never exits by itself.  After clear_kick it continues to count."""
     guest.load(COUNT_FOR_EVER)
     for _ in range(20):
         before = counter(guest)
@@ -409,7 +409,7 @@ def test_a_kick_interrupts_a_spinning_guest_which_then_goes_on(guest: Guest) -> 
 
 
 def test_a_kick_before_the_run_is_not_lost(guest: Guest) -> None:
-    """The guest executes nothing, again and again, until the kick is cleared."""
+    """No run executes an instruction until the kick is cleared."""
     guest.load(COUNT_FOR_EVER)
     guest.vcpu.kick()
 
@@ -418,8 +418,8 @@ def test_a_kick_before_the_run_is_not_lost(guest: Guest) -> None:
     assert counter(guest) == 0
 
 
-def test_no_kick_is_lost_whenever_it_comes(guest: Guest) -> None:
-    """Kicks race with a guest that exits all the time; each stops the loop once."""
+def test_no_kick_is_lost_at_any_moment(guest: Guest) -> None:
+    """Kicks race with a guest that exits all the time.  Each kick stops the loop once."""
     guest.load(out(0x80, 1) + b"\xeb\xfd")  # out dx, al; jmp back to it
     for _ in range(200):
         runner = Runner(guest.vcpu, lambda exit_: isinstance(exit_, PioOut))
@@ -438,8 +438,8 @@ def test_a_kick_wakes_a_halted_guest(chipped: Guest) -> None:
     assert runner.join() == [Interrupted()]
 
 
-def test_a_kick_after_the_thread_has_left_reaches_nobody(guest: Guest) -> None:
-    """An ended thread's id may belong to another thread by then."""
+def test_a_kick_after_the_end_of_the_thread_has_no_effect_on_others(guest: Guest) -> None:
+    """The id of an ended thread may belong to another thread by then, which must get no signal."""
     guest.load(HLT)
     assert Runner(guest.vcpu).join() == [Hlt()]
 
@@ -462,7 +462,7 @@ def test_complete_finishes_a_read_without_running_on(guest: Guest) -> None:
 
 
 def test_complete_leaves_a_string_read_between_two_items(guest: Guest) -> None:
-    """What was answered is in memory and off the counter, and the rest follows when the guest runs on."""
+    """Answered items are in memory, and the counter is reduced by them.  The rest follows when the guest runs on."""
     total = 3000
     guest.load(b"\xf3\x6c" + HLT, rdx=0x511, rcx=total, rdi=0x3000)
     answered = 0
@@ -484,7 +484,7 @@ def test_complete_leaves_a_string_read_between_two_items(guest: Guest) -> None:
 
 
 def test_an_interrupted_run_leaves_nothing_half_done(guest: Guest) -> None:
-    """A kick between exit and next run still lets the answer reach the register."""
+    """The answer reaches the register even if there is a kick between the exit and the next run."""
     guest.load(UNBACKED_DS + b"\xa1\x00\x00" + HLT)
     assert guest.vcpu.run() == MmioRead(0x20000, 2)
     guest.vcpu.answer(b"\x34\x12")
@@ -500,7 +500,7 @@ def test_an_interrupted_run_leaves_nothing_half_done(guest: Guest) -> None:
 
 
 def test_a_line_interrupts_a_halted_guest(chipped: Guest) -> None:
-    """IRQ 5 through the 8259 reaches the handler, which says so on a port."""
+    """IRQ 5 reaches the handler through the 8259, and the handler writes to a port."""
     chipped.handle_irq5()
     chipped.load(PIC_SETUP + out(0x501, 1) + HALT_FOR_EVER)
     assert chipped.vcpu.run() == PioOut(0x501, 1, 1, b"\x01")
@@ -512,7 +512,7 @@ def test_a_line_interrupts_a_halted_guest(chipped: Guest) -> None:
 
 
 def test_a_notification_and_its_interrupt_stay_in_the_kernel(chipped: Guest, eventfd: int) -> None:
-    """out -> ioeventfd, and irqfd -> handler, with the vCPU inside one single KVM_RUN."""
+    """An `out` signals the ioeventfd, and the irqfd reaches the handler, all within one KVM_RUN."""
     irq = os.eventfd(0, os.EFD_CLOEXEC)
     chipped.vm.assign_irqfd(irq, 5)
     chipped.vm.assign_ioeventfd(eventfd, 0x600, 2, datamatch=1, pio=True)
@@ -529,7 +529,7 @@ def test_a_notification_and_its_interrupt_stay_in_the_kernel(chipped: Guest, eve
 
 
 def test_a_write_that_does_not_match_exits(guest: Guest, eventfd: int) -> None:
-    """Another value, another width, and after deassigning every one."""
+    """A write of another value or width exits, and after the deassignment every write does."""
     vm = guest.vm
     vm.assign_ioeventfd(eventfd, 0x600, 2, datamatch=1, pio=True)
     guest.load(out(0x600, 2, 2) + out(0x600, 1, 1) + out(0x600, 1, 2) + HLT + out(0x600, 1, 2))
@@ -546,7 +546,7 @@ def test_a_write_that_does_not_match_exits(guest: Guest, eventfd: int) -> None:
 
 
 def test_a_memory_write_can_be_a_notification(guest: Guest, eventfd: int) -> None:
-    """Any width with size 0; other addresses exit."""
+    """Size 0 accepts any width.  Writes to other addresses exit."""
     guest.vm.assign_ioeventfd(eventfd, 0x20000, 0)
     guest.load(UNBACKED_DS + b"\xa2\x00\x00\xa3\x00\x00\xa2\x04\x00" + HLT)
 
@@ -555,7 +555,7 @@ def test_a_memory_write_can_be_a_notification(guest: Guest, eventfd: int) -> Non
 
 
 def test_a_taken_notification_is_refused(guest: Guest, eventfd: int) -> None:
-    """EEXIST, with the request's name."""
+    """The error is EEXIST, with the name of the request."""
     guest.vm.assign_ioeventfd(eventfd, 0x600, 2, datamatch=1, pio=True)
 
     with pytest.raises(FileExistsError, match="KVM_IOEVENTFD"):
@@ -563,7 +563,7 @@ def test_a_taken_notification_is_refused(guest: Guest, eventfd: int) -> None:
 
 
 def test_a_deassigned_irqfd_counts_and_delivers_on_assignment(chipped: Guest) -> None:
-    """The eventfd is the pending bit of a masked vector."""
+    """The counter of the eventfd serves as the pending bit of a masked vector."""
     irq = os.eventfd(0, os.EFD_CLOEXEC)
     chipped.vm.assign_irqfd(irq, 5)
     chipped.vm.deassign_irqfd(irq, 5)
@@ -580,7 +580,7 @@ def test_a_deassigned_irqfd_counts_and_delivers_on_assignment(chipped: Guest) ->
 
 
 def test_a_level_interrupt_signals_its_end(chipped: Guest, eventfd: int) -> None:
-    """The resample eventfd counts EOIs; raising again interrupts again."""
+    """The resample eventfd counts EOIs.  A line that is raised again interrupts again."""
     irq = os.eventfd(0, os.EFD_CLOEXEC)
     chip = chipped.vm.get_irqchip(abi.KVM_IRQCHIP_PIC_MASTER)
     chip.chip.pic.elcr = 1 << 5
@@ -601,14 +601,14 @@ def test_a_level_interrupt_signals_its_end(chipped: Guest, eventfd: int) -> None
 
 
 def enable_lapic(guest: Guest) -> None:
-    """Set the software enable bit of the spurious vector register."""
+    """Enable the local APIC with the bit in the spurious vector register."""
     lapic = bytearray(guest.vcpu.get_lapic())
     lapic[0xF0:0xF4] = (0x1FF).to_bytes(4, "little")
     guest.vcpu.set_lapic(bytes(lapic))
 
 
 def test_a_route_leads_an_irqfd_to_a_message(chipped: Guest) -> None:
-    """GSI 24, which no chip has, becomes vector 25h; the whole table is ours."""
+    """GSI 24, which no chip has, becomes vector 25h.  We set the whole table."""
     irq = os.eventfd(0, os.EFD_CLOEXEC)
     routes = [chip_route(gsi, abi.KVM_IRQCHIP_IOAPIC, gsi) for gsi in range(abi.KVM_IOAPIC_NUM_PINS)]
     chipped.vm.set_gsi_routing([*routes, msi_route(24, 0xFEE00000, 0x25)])
@@ -625,7 +625,7 @@ def test_a_route_leads_an_irqfd_to_a_message(chipped: Guest) -> None:
 
 
 def test_an_application_processor_starts_after_a_retry(system: System, chipped: Guest) -> None:
-    """It waits inside KVM_RUN for INIT and SIPI; KVM then has it run again."""
+    """It waits inside KVM_RUN for INIT and SIPI.  Then `run` returns Retry, and must be called again."""
     second = chipped.add_vcpu(system, 1)
     assert second.get_mp_state() == abi.KVM_MP_STATE_UNINITIALIZED
     chipped.memory.write(0x3000, out(0x700, 0x77))  # SIPI vector 3
@@ -650,7 +650,7 @@ def test_an_application_processor_starts_after_a_retry(system: System, chipped: 
 
 
 def test_a_waiting_application_processor_can_be_kicked(system: System, chipped: Guest) -> None:
-    """Pause and stop must reach a vCPU that was never started."""
+    """A pause or a stop must reach a vCPU that was never started."""
     second = chipped.add_vcpu(system, 1)
     runner = Runner(second, lambda exit_: exit_ == Retry())
     second.kick()
@@ -662,8 +662,8 @@ def test_a_waiting_application_processor_can_be_kicked(system: System, chipped: 
 # ------------------------------------------------------------------ state
 
 
-def test_registers_are_what_was_set(guest: Guest) -> None:
-    """Every general purpose register, as a structure and as its bytes."""
+def test_registers_are_set_and_read(guest: Guest) -> None:
+    """All general purpose registers are read back, as a structure and as bytes."""
     regs = abi.kvm_regs(*range(1, 17), ENTRY, 2)
     guest.vcpu.set_regs(regs)
     assert bytes(guest.vcpu.get_regs()) == bytes(regs)
@@ -673,8 +673,8 @@ def test_registers_are_what_was_set(guest: Guest) -> None:
     assert guest.vcpu.get_regs().r15 == 0xFFFFFFFFFFFFFFFF
 
 
-def test_special_registers_and_debug_registers_are_what_was_set(guest: Guest) -> None:
-    """A changed field comes back from each."""
+def test_special_registers_and_debug_registers_are_set_and_read(guest: Guest) -> None:
+    """A changed field of each is read back."""
     sregs = guest.vcpu.get_sregs()
     sregs.gs.base, sregs.gs.selector = 0x12340, 0x1234
     guest.vcpu.set_sregs(sregs)
@@ -686,8 +686,8 @@ def test_special_registers_and_debug_registers_are_what_was_set(guest: Guest) ->
     assert guest.vcpu.get_debugregs().db[1] == 0x4242
 
 
-def test_all_of_a_vcpus_state_moves_to_another(system: System, chipped: Guest) -> None:
-    """What send reads receive can write, and reads the same again."""
+def test_the_whole_state_of_a_vcpu_moves_to_another(system: System, chipped: Guest) -> None:
+    """A receiver can write the state that a sender reads, and then reads the same."""
     chipped.load(b"\xb8\x34\x12" + out(0x80, 7) + HLT)
     chipped.vcpu.run()
     chipped.vcpu.complete()
@@ -714,14 +714,14 @@ def test_all_of_a_vcpus_state_moves_to_another(system: System, chipped: Guest) -
         assert bytes(getattr(target, f"get_{state}")()) == bytes(getattr(source, f"get_{state}")()), state
     assert target.get_xsave() == source.get_xsave()
     assert len(target.get_xsave()) >= 4096
-    assert target.get_lapic()[:0x390] == source.get_lapic()[:0x390]  # behind it the timer runs
+    assert target.get_lapic()[:0x390] == source.get_lapic()[:0x390]  # the running timer follows
     assert target.get_mp_state() == source.get_mp_state()
     assert target.get_tsc_khz() == source.get_tsc_khz() > 0
     other.close()
 
 
-def test_an_msr_that_is_not_there_is_left_out_and_refused(guest: Guest) -> None:
-    """One bad index spoils none of the others, on either side of it."""
+def test_an_unknown_msr_is_left_out_and_refused(guest: Guest) -> None:
+    """A bad index has no effect on the other MSRs, before or after it."""
     sysenter_cs, nowhere, sysenter_esp = 0x174, 0x12345678, 0x175
 
     assert guest.vcpu.set_msrs({sysenter_cs: 8, nowhere: 1, sysenter_esp: 0x7000}) == [nowhere]
@@ -731,13 +731,13 @@ def test_an_msr_that_is_not_there_is_left_out_and_refused(guest: Guest) -> None:
 
 
 def test_an_xsave_area_of_another_host_is_refused(guest: Guest) -> None:
-    """Its length says which features it holds."""
+    """Its length shows which features it contains."""
     with pytest.raises(ValueError, match="xsave area of 100 bytes, not"):
         guest.vcpu.set_xsave(bytes(100))
 
 
-def test_the_machines_state_is_what_was_set(chipped: Guest) -> None:
-    """Interrupt controllers, PIT and clock."""
+def test_the_machines_state_is_set_and_read(chipped: Guest) -> None:
+    """Interrupt controllers, PIT and clock are read back."""
     vm = chipped.vm
     for chip_id in (abi.KVM_IRQCHIP_PIC_MASTER, abi.KVM_IRQCHIP_PIC_SLAVE, abi.KVM_IRQCHIP_IOAPIC):
         chip = vm.get_irqchip(chip_id)

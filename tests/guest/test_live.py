@@ -107,7 +107,7 @@ def versions(*files: Path) -> list[int]:
 
 
 @pytest.mark.deep
-def test_a_paused_vm_is_sent_as_it_stands(tmp_path: Path) -> None:
+def test_a_paused_vm_is_sent_without_rounds(tmp_path: Path) -> None:
     """No rounds are needed, and a reader of an older version can read the stream."""
     with running(tmp_path, "demo", "", ready=PROMPT) as vmd:
         vmd.must("pause", "a")
@@ -119,7 +119,7 @@ def test_a_paused_vm_is_sent_as_it_stands(tmp_path: Path) -> None:
 
 
 @pytest.mark.deep
-def test_goals_that_there_cannot_be(tmp_path: Path) -> None:
+def test_impossible_goals(tmp_path: Path) -> None:
     """An impossible goal is refused with the limit, also with --json, and the VM goes on."""
     with running(tmp_path, "demo", "", ready=PROMPT) as vmd:
         for words, what in (

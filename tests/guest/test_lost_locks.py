@@ -83,7 +83,7 @@ def test_a_guest_goes_on_when_its_lock_is_back(tmp_path: Path) -> None:
         assert vmd.wait_state("busy", "stopped")["text"] == "powered off by the guest"
 
 
-def test_a_guest_does_not_go_on_over_what_somebody_else_has_written(tmp_path: Path) -> None:
+def test_a_guest_does_not_go_on_with_a_disk_that_was_written(tmp_path: Path) -> None:
     """The guest stays paused after every `unpause` without force."""
     with busy(tmp_path) as (vmd, console, path):
         disk = vioblk(vmd)

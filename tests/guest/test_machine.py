@@ -1,4 +1,4 @@
-"""What a machine is made of, built on the real /dev/kvm and not started (hostile-input 50)."""
+"""The parts of a machine, built on the real /dev/kvm and not started (hostile-input 50)."""
 
 import os
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ pytestmark = [
 ]
 
 PORTS = {
-    0x60: 5,  # keyboard controller: reset, and being found idle
+    0x60: 5,  # keyboard controller: reset; it always looks idle
     0x70: 2,  # clock and CMOS
     0x92: 1,  # reset, A20
     0x3F8: 8,  # serial console
@@ -36,7 +36,7 @@ PORTS = {
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
-    """Give a machine without devices, as it is before its guest runs."""
+    """Give a machine without devices, in its state before the guest runs."""
     master, slave = os.openpty()
     loop = Loop()
     monkeypatch.setattr(machine_module, "KVM_FD", os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC))
@@ -64,7 +64,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
 
 
 def test_bus_answers_where_a_guest_needs_it_and_nowhere_else_50(machine: Machine) -> None:
-    """Hostile input 50: no floppy, IDE, VGA, parallel port, sound or DMA; what is not in this list is not there.
+    """Hostile input 50: no floppy, IDE, VGA, parallel port, sound or DMA.  The list is complete.
 
     The 8259s, the 8254 with port 61h, and the APICs are KVM's.
     """

@@ -170,7 +170,7 @@ def test_in_doubt_for_ever_if_it_has_run_there_and_written_nothing(tmp_path: Pat
 
 
 @pytest.mark.deep
-def test_goes_on_here_when_it_never_ran_there(two: Two) -> None:
+def test_the_source_goes_on_if_the_vm_never_ran_at_the_target(two: Two) -> None:
     """The message to run was lost.  The VM goes on at the source by itself, as soon as it has its disks again."""
     before = works(two.here, "a")
     assert two.migrate(place="before commit", victim=migration.SHELL)[0] == 1

@@ -119,7 +119,7 @@ def test_frames_of_one_kind(tmp_path: Path, kind: str, interface: str, cmdline: 
 @pytest.mark.deep
 @pytest.mark.timeout(2 * MIXED_S)
 def test_ten_minutes_of_mixed_traffic(tmp_path: Path) -> None:
-    """Two guests at a time, one of each kind, with all that they can send and receive: not a byte is lost."""
+    """Two guests at a time, one of each kind, exchange frames of all kinds.  No byte is lost."""
     kinds = ("legacy", "modern")
     text = "".join(conf(f"virtio {kind}", name=kind) for kind in kinds)
     with daemon(tmp_path, text) as vmd, contextlib.ExitStack() as stack:
@@ -182,7 +182,7 @@ def exits_of_frames(directory: Path, count: int) -> int:
 def test_frames_do_not_enter_the_vm_process(tmp_path: Path) -> None:
     """Notifications and MSI-X interrupts are between the guest, KVM and the device process (arch. 5).
 
-    The guest does the same but for the number of frames, and so would exit more often if frames took exits.
+    Only the number of frames differs, so the guest would exit more often if frames caused exits.
     """
     few, many = exits_of_frames(tmp_path / "few", 500), exits_of_frames(tmp_path / "many", 4500)
 

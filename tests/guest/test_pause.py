@@ -162,7 +162,7 @@ def test_pausing_twice_is_no_failure(demo: Daemon) -> None:
         assert demo.must(word, "1") == f"vmctl: {word}d vm 1 successfully\n"
 
 
-def test_what_does_not_run_cannot_be_paused(demo: Daemon) -> None:
+def test_a_vm_that_does_not_run_cannot_be_paused(demo: Daemon) -> None:
     """Each case gives a message."""
     refused = demo.vmctl("pause", "nobody")
     assert refused.stderr == "vmctl: pause vm command failed: vm nobody not found\n"

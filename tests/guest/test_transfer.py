@@ -129,7 +129,7 @@ def test_moving_often_under_load(tmp_path: Path, cmdline: str, lines: tuple[str,
     move_often(tmp_path, 100, cmdline, lines)
 
 
-def test_what_is_said(demo: Daemon) -> None:
+def test_a_transfer_is_reported(demo: Daemon) -> None:
     """Both commands, the state and the log report the transfer."""
     sent, received = move(demo, "a", "c")
 
@@ -392,7 +392,7 @@ def test_a_reader_that_leaves(busy: Daemon) -> None:
 
 
 @pytest.mark.deep
-def test_a_disk_that_somebody_has(busy: Daemon, tmp_path: Path) -> None:
+def test_a_disk_that_is_in_use(busy: Daemon, tmp_path: Path) -> None:
     """After the whole stream the receiver has the VM, which stays paused until the disk is free, and reports that.
 
     This is the careful way in the manual: the source pauses and keeps the VM, and ends it only when the target has
@@ -859,7 +859,7 @@ def test_death_meanwhile(busy: Daemon, command: str, victim: str) -> None:
 
 
 @pytest.mark.parametrize("command", ["send", "pause"])
-def test_death_of_a_device_that_is_to_stand_still(busy: Daemon, tmp_path: Path, command: str) -> None:
+def test_death_of_a_device_that_is_to_pause(busy: Daemon, tmp_path: Path, command: str) -> None:
     """The VM that waits for the device's answer ends, and the client is told why."""
     processes = busy.processes()
     waiting = Path(f"/proc/{processes['vmd: vm/a']}/wchan")
@@ -968,7 +968,7 @@ REFUSALS = (
 
 
 @pytest.mark.deep
-def test_a_machine_that_nobody_could_receive_stays(tmp_path: Path) -> None:
+def test_a_machine_with_an_invalid_state_is_not_sent(tmp_path: Path) -> None:
     """A sender with a bug notices the invalid state before it gives up the guest, and reports what is wrong."""
     code = tmp_path / "code"
     code.mkdir()

@@ -72,7 +72,7 @@ PIC_SETUP = (
     + b"\xfb"  # sti
 )
 READ_ISR = b"\xba" + ISR.to_bytes(2, "little") + b"\xec" + b"\xba" + SAW.to_bytes(2, "little") + b"\xee"
-# push ax; push dx; say so; cmp byte [2000h], 0; je over READ_ISR; end the interrupt; pop dx; pop ax; iret
+# push ax; push dx; tell the test; cmp byte [2000h], 0; je over READ_ISR; end the interrupt; pop dx; pop ax; iret
 LINE_HANDLER = (
     b"\x50\x52" + out(TOLD, 1) + b"\x80\x3e\x00\x20\x00\x74" + bytes((len(READ_ISR),)) + READ_ISR
     + set_ports((0xA0, 0x20), (0x20, 0x20)) + b"\x5a\x58\xcf"
@@ -81,7 +81,7 @@ LINE_HANDLER = (
 
 @pytest.fixture(autouse=True)
 def kick_handler() -> Iterator[None]:
-    """The handler every process with vCPUs needs."""
+    """Install the signal handler that every process with vCPUs needs."""
     before = signal.getsignal(KICK_SIGNAL)
     install_kick_handler()
     yield
@@ -148,7 +148,7 @@ class Subject:
         raise NotImplementedError
 
     def filled(self) -> bool:
-        """Return whether the bytes have come."""
+        """Return whether the bytes have arrived."""
         ((_, length),) = self.ring.reap()
         return length == self.answer_bytes and self.guest.memory.read(BUFFER, 64) != bytes(64)
 
@@ -296,7 +296,7 @@ def test_interrupt_that_was_not_read_comes_again(subject: Subject) -> None:
 
 
 def test_masked_message_waits_and_follows_its_vector_9(subject: Subject) -> None:
-    """Hostile input 9: an interrupt of a masked vector is delivered once, with the message at the unmasking."""
+    """Hostile input 9: a masked interrupt is delivered once, with the message at the time of the unmasking."""
     lapic = bytearray(subject.guest.vcpu.get_lapic())
     lapic[0xF0:0xF4] = (0x1FF).to_bytes(4, "little")  # switched on, in the spurious vector register
     subject.guest.vcpu.set_lapic(bytes(lapic))
@@ -358,7 +358,7 @@ def test_notify_port_moves_with_its_bar_8(guest: Guest) -> None:
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
 @given(ACTIONS)
-def test_kvm_takes_whatever_the_driver_does_4_to_10(
+def test_kvm_accepts_everything_that_a_driver_does_4_to_10(
     system: System, actions: list[tuple[str, int, int, int]]
 ) -> None:
     """Hostile input 4-10: KVM accepts all messages, ports and vectors that a guest programs."""

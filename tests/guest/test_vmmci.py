@@ -48,7 +48,7 @@ ENDINGS = [
 
 @pytest.mark.parametrize(("what", "text"), ENDINGS, ids=[what or "obeys" for what, _ in ENDINGS])
 def test_guest_that_is_asked_to_stop(tmp_path: Path, what: str, text: str) -> None:
-    """It is asked to reboot, so that it does not wait for a key; whatever it does, the VM ends, and says how."""
+    """It is asked to reboot, because after a halt it could wait for a key.  In each case the VM ends with a reason."""
     with running(tmp_path, what) as (vmd, console):
         assert vmd.must("stop", "-w", "mci") == "stopping vm mci: terminated vm 1\n"
         console.drain(DEADLINE_S)
@@ -62,7 +62,7 @@ def test_guest_that_is_asked_to_stop(tmp_path: Path, what: str, text: str) -> No
 @pytest.mark.deep
 @pytest.mark.timeout(400)
 def test_guest_that_never_finishes(tmp_path: Path) -> None:
-    """Two minutes after it has acknowledged it is ended."""
+    """The VM is ended two minutes after the guest has acknowledged the request."""
     with running(tmp_path, "linger") as (vmd, console):
         vmd.must("stop", "mci")
         console.expect("acknowledged", DEADLINE_S)
@@ -73,7 +73,7 @@ def test_guest_that_never_finishes(tmp_path: Path) -> None:
 
 
 def test_guest_that_lingers_can_be_forced(tmp_path: Path) -> None:
-    """`stop -f` overtakes `stop`; both clients are told."""
+    """`stop -f` overtakes `stop`."""
     with running(tmp_path, "linger") as (vmd, console):
         vmd.must("stop", "mci")
         console.expect("acknowledged", DEADLINE_S)
@@ -85,7 +85,7 @@ def test_guest_that_lingers_can_be_forced(tmp_path: Path) -> None:
 
 @pytest.mark.deep
 def test_guest_that_acknowledges_for_ever(tmp_path: Path) -> None:
-    """Once is enough: its VM's process neither grows nor stops listening (hostile-input 48)."""
+    """Further acknowledgements have no effect: the VM process does not grow, and still serves (hostile-input 48)."""
     with running(tmp_path, "flood") as (vmd, console):
         pid = vmd.status("mci")["pid"]
         vmd.must("stop", "mci")
@@ -100,21 +100,21 @@ def test_guest_that_acknowledges_for_ever(tmp_path: Path) -> None:
 
 
 def resident(pid: int) -> int:
-    """Return how much memory of its own a process has."""
+    """Return the private memory of a process, in bytes."""
     found = re.search(r"RssAnon:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
     assert found is not None
     return int(found[1]) << 10
 
 
 def exits(vmd: Daemon) -> int:
-    """Return a measure of how much the guest has done: processor time of its VM's process, at 20 µs an exit."""
+    """Return an estimate of the guest's exits, from the processor time of the VM process at 20 µs an exit."""
     fields = Path(f"/proc/{vmd.status('mci')['pid']}/stat").read_text().rsplit(")", 1)[1].split()
     return (int(fields[11]) + int(fields[12])) * 500  # ticks of 10 ms
 
 
 @pytest.mark.parametrize("what", ["announce", pytest.param("announce-flood", marks=pytest.mark.deep)])
 def test_guest_that_announces_its_end(tmp_path: Path, what: str) -> None:
-    """Three seconds later it is switched off, for it may not know how (cat. 4.4)."""
+    """The VM ends three seconds later, because the guest may not be able to power it off (cat. 4.4)."""
     with running(tmp_path, what) as (vmd, console):
         console.expect("announcing", DEADLINE_S)
         console.drain(DEADLINE_S)
@@ -123,7 +123,7 @@ def test_guest_that_announces_its_end(tmp_path: Path, what: str) -> None:
 
 
 def test_guest_that_announces_its_end_and_resets(tmp_path: Path) -> None:
-    """It is started again; one that does so too often is not."""
+    """It is started again, unless it resets too often."""
     with Daemon(tmp_path, block("announce-reset")) as vmd:
         vmd.must("start", "mci")
         assert vmd.wait_state("mci", "stopped")["text"] == "restarted too quickly"
@@ -131,14 +131,14 @@ def test_guest_that_announces_its_end_and_resets(tmp_path: Path) -> None:
 
 
 def test_daemon_that_ends(tmp_path: Path) -> None:
-    """Asks its guests as `vmctl stop` does."""
+    """The daemon asks its guests to shut down, as `vmctl stop` does."""
     with running(tmp_path, "slow") as (vmd, _console):
-        assert vmd.stop() == 0  # by one SIGTERM; a second one would not wait
+        assert vmd.stop() == 0  # `stop` sends one SIGTERM; a second one would end the wait
         assert "mci: terminated vm 1: stopped as asked" in vmd.log
 
 
 def check_clock(found: "re.Match[str] | None") -> None:
-    """Raise AssertionError unless both clocks show the time that it is."""
+    """Raise AssertionError unless both clocks show the present time."""
     assert found is not None
     now_s = time.time()
     assert now_s - 60 < int(found[1]) <= now_s
@@ -147,7 +147,7 @@ def check_clock(found: "re.Match[str] | None") -> None:
 
 @pytest.mark.deep
 def test_clock_after_a_long_pause(tmp_path: Path) -> None:
-    """The guest is told that its own is wrong, and reads the host's (cat. 4.6); a short pause is not worth it."""
+    """The guest is told to read the host's clock, because its own is wrong (cat. 4.6), but not after a short pause."""
     with running(tmp_path, "") as (vmd, console):
         console.expect("\r\n", DEADLINE_S)
         check_clock(READY.search(console.text()))
@@ -165,7 +165,7 @@ def test_clock_after_a_long_pause(tmp_path: Path) -> None:
 
 
 def test_received_guest(tmp_path: Path) -> None:
-    """It reads the clock again, and its driver still listens."""
+    """The guest reads the clock again, and its driver still serves requests."""
     with running(tmp_path, "") as (vmd, _console):
         move(vmd, "mci", "other")
         with vmd.attached("other") as viewer:

@@ -160,7 +160,7 @@ def test_a_pause_leaves_the_rings_alone(nic: Nic) -> None:
     assert in_kernel(nic)
 
 
-def test_what_is_received_while_marks_are_kept_is_marked(nic: Nic) -> None:
+def test_received_frames_are_marked_while_marks_are_kept(nic: Nic) -> None:
     """The kernel marks no memory, so the process serves the rings meanwhile."""
     nic.driver.post(4)
     nic.gets(any_frame(60, 1, destination=LLADDR))

@@ -59,7 +59,7 @@ def test_a_vrf_is_made_and_removed(network: Network) -> None:
 
 
 @pytest.mark.deep
-def test_a_vrf_that_was_there_is_left_alone(network: Network) -> None:
+def test_an_existing_vrf_is_not_removed(network: Network) -> None:
     """An existing VRF of the administrator is used, and is not removed."""
     network.run("ip", "link", "add", "vrf4", "type", "vrf", "table", "4")
     network.run("ip", "link", "set", "vrf4", "up")
@@ -108,7 +108,7 @@ def test_a_switch_leaves_its_routing_domain(network: Network) -> None:
 
 
 @pytest.mark.deep
-def test_what_a_killed_priv_left(network: Network) -> None:
+def test_vrfs_of_a_killed_priv_are_removed(network: Network) -> None:
     """The next priv also removes VRFs and the last routes of their tables."""
     with Priv(network) as first:
         first.configure(switch("br0", rdomain=7))
