@@ -265,7 +265,7 @@ def test_a_node_that_is_cut_off_loses_its_vms(cluster: Cluster) -> None:
 
 
 @pytest.mark.deep
-def test_two_nodes_that_are_cut_off_stop_their_vms(cluster: Cluster) -> None:
+def test_nodes_without_a_quorum_stop_their_vms(cluster: Cluster) -> None:
     """No node has a quorum, so none is fenced, and no VM runs.  The VMs run again after the network is repaired."""
     fenced = list(cluster.fenced)
     for node in cluster.nodes:

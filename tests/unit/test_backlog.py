@@ -50,7 +50,7 @@ def test_random_output_is_kept_and_passed_on(backlog: Backlog) -> None:
         assert backlog.read(before).data == printed[max(0, len(printed) - BACKLOG_BYTES) : before]
 
 
-def test_a_later_life_goes_on_counting() -> None:
+def test_a_later_life_continues_to_count() -> None:
     """Positions in the output count through all lives of a VM.  Output of earlier lives is not there."""
     backlog = Backlog.create(100_000)
     writer = writer_of(backlog)
@@ -72,7 +72,7 @@ def test_its_size_is_sealed(backlog: Backlog) -> None:
             os.ftruncate(backlog.fd, size)
 
 
-def test_any_counters_are_survived(backlog: Backlog) -> None:
+def test_any_counters_are_tolerated(backlog: Backlog) -> None:
     """A VM process that was taken over may write anything."""
     noise = random.Random(4)
     values = (0, 1, BACKLOG_BYTES, 1 << 32, (1 << 63) - 1, (1 << 64) - 1)

@@ -212,7 +212,7 @@ def test_tests_that_differ_between_the_two(tmp_path: Path) -> None:
 
 
 def test_fixtures_of_folders_end_with_the_last_test_of_the_process(tmp_path: Path) -> None:
-    """The next test of a process is used, and not one of the other process in the same folder."""
+    """pytest gets the next test of this process as the following one, and not a test that the other process runs."""
     project = Project(tmp_path, """
         def test_of_both(met):
             pass

@@ -93,7 +93,7 @@ def test_its_devices() -> None:
 
 @pytest.mark.parametrize("state", [*(state.value for state in State), CRASHED, MIGRATING])
 def test_every_state_has_its_number(state: str) -> None:
-    """States of later versions are unknown.  `unknown` is also for a VM that may run at another host."""
+    """A new state needs a number, too.  `unknown` is only for a VM that may run at another host."""
     assert (mib.oper_state(state) == mib.UNKNOWN) == (state == State.IN_DOUBT.value)
     shown = view(vm(1, state=state))
     assert column(shown, mib.VM_ENTRY, 6) == {(1,): mib.OPER_STATES[state]}
@@ -177,5 +177,5 @@ def test_affected_vms() -> None:
 
 
 def test_notifications_have_a_state() -> None:
-    """Each number belongs to one state.  There is none for `suspended`, and the one for deleted VMs has no state."""
+    """Each of these notifications belongs to one state.  Those for suspended (6) and deleted (10) VMs do not."""
     assert sorted(OF_STATE.values()) == [1, 2, 3, 4, 5, 7, 8, 9]

@@ -234,7 +234,7 @@ def test_notifications_wait_for_an_agent(rig: Rig) -> None:
     """The latest ones are kept."""
     for vmid in range(KEPT_MAX + 5):
         rig.change("running", vmid=vmid)
-    rig.do(rig.up.set)  # after them
+    rig.do(rig.up.set)  # after the changes
     assert rig.up.wait(DEADLINE_S)
     rig.master.take_in()
     found = [rig.notified().binds[1].name[-1] for _ in range(KEPT_MAX)]

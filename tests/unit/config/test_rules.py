@@ -180,7 +180,7 @@ def test_obstacles(fields: dict[str, Any], bootable: bool, found: list[tuple[int
     config = VmConfig(name="a", **fields)
 
     assert list(rules.obstacles(config, bootable=bootable)) == found
-    rules.check_vm(config)  # none of them is a value that no VM may have
+    rules.check_vm(config)  # an obstacle is not an invalid value
     for code, what in found[:1]:
         with pytest.raises(OperatorError) as refused:
             require_startable(config, bootable=bootable)

@@ -1,4 +1,4 @@
-"""Files in the style of other projects get upstream's verdict; each file states where ours differs."""
+"""Files in the style of other projects get upstream's verdict.  A file whose verdict differs here states the reason."""
 
 from pathlib import Path
 
@@ -41,7 +41,7 @@ def test_verdict(shape: Shape, folder: Path) -> None:
 
 @pytest.mark.parametrize("shape", [each for each in SHAPES if each.here != each.upstream], ids=lambda shape: shape.name)
 def test_differences_are_in_the_manual(shape: Shape) -> None:
-    """A user with a file from another system has to know."""
+    """A user with a file from another system has to find them there."""
     manual = (ROOT / "man/vm.conf.5").read_text()
     section = manual[manual.index(".Sh DIFFERENCES") : manual.index(".Sh CAVEATS")]
 

@@ -163,7 +163,10 @@ def test_a_directory_with_a_hole(tmp_path: Path) -> None:
 
 
 def test_groups_of_ffs1_may_have_an_offset(tmp_path: Path) -> None:
-    """On disks with cylinders of equal length, each group begins at a further offset, which wraps around."""
+    """On old disks with equal cylinders, the metadata of each group begins further inside the group than before.
+
+    After some groups the offset is 0 again.
+    """
     disk = Patched(tmp_path / "tree", "version=1,bsize=4096,fsize=512")
     per_group = 40
     struct.pack_into("<II", disk.raw, 8192 + 24, 16, 0xFFFFFFFC)

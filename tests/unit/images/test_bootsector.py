@@ -56,7 +56,7 @@ def test_a_raw_disk(tmp_path: Path, first: bytes, found: bool, image_format: str
 
 
 def test_a_disk_of_several_images(tmp_path: Path) -> None:
-    """The topmost image that has the first sector counts, also with zeros.  A compressed sector may be anything."""
+    """The topmost image that has the first sector counts, also with zeros.  A compressed one is assumed to boot."""
     base = disk_with(tmp_path / "base.img", STARTS)
     create(str(tmp_path / "middle.qcow2"), "qcow2", MIB, "base.img", "raw")
     create(str(tmp_path / "top.qcow2"), "qcow2", MIB, "middle.qcow2", "qcow2")

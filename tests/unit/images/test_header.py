@@ -215,7 +215,7 @@ def test_pointer_into_metadata_is_refused_52(image: Path, place: int, value: int
 
 
 def test_missing_refcount_block_frees_no_metadata_52(image: Path) -> None:
-    """Without a refcount, the header looks free.  It is not allocated all the same."""
+    """Without a refcount, the header looks free, but it is not allocated."""
     header_of(image, {CLUSTER: ("Q", 0)})
     before = image.read_bytes()[: 4 * CLUSTER]
     disk = opened(image, writable=True)

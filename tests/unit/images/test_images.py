@@ -122,7 +122,7 @@ def test_more_views_than_the_kernel_takes(tmp_path: Path, image_format: str) -> 
     parts = [memoryview(data)[at : at + 512] for at in range(0, len(data), 512)]
 
     image.pwritev(512, parts)
-    image.pwritev(512, parts)  # in place now
+    image.pwritev(512, parts)  # the second write is in place
     buffer = bytearray(len(data))
     image.preadv(512, [memoryview(buffer)[at : at + 512] for at in range(0, len(data), 512)])
 
@@ -779,7 +779,7 @@ def test_invalid_image_leaves_no_file(tmp_path: Path, size: int, backing: str, w
 
 @pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "full"), KeyboardInterrupt()])
 @pytest.mark.parametrize("image_format", ["raw", "qcow2"])
-def test_conversion_that_fails_leaves_nothing_behind(
+def test_conversion_that_fails_leaves_no_file(
     tmp_path: Path, raw: Path, image_format: str, failure: BaseException
 ) -> None:
     """The disk is full, or the operator interrupts it."""

@@ -618,7 +618,7 @@ def test_descriptors_that_cannot_be_passed_on(
 ) -> None:
     """Our uid has too many descriptors in flight.
 
-    This message is lost, the sender is told, and the channel goes on.
+    This message is lost, the sender is told, and the channel stays open.
     """
     ours, theirs = socketpair()
     sender = Channel(

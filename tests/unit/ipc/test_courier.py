@@ -48,9 +48,9 @@ def test_files_that_were_asked_for(ends: tuple[socket.socket, socket.socket]) ->
 
 @pytest.mark.parametrize("said", [b"", b"file", b"other"])
 def test_nothing_leaves_unasked(ends: tuple[socket.socket, socket.socket], said: bytes) -> None:
-    """The last process to close a socket also closes the files in it, which may block.
+    """The process that closes the last end of a socket also closes the files in it, and may block.
 
-    So nothing is sent before a request.
+    So nothing is sent before the other end has asked.
     """
     ours, theirs = ends
     if said:
@@ -82,7 +82,7 @@ def test_malformed_packets(ends: tuple[socket.socket, socket.socket], packet: by
 
 
 def test_files_travel_one_way(ends: tuple[socket.socket, socket.socket]) -> None:
-    """The sender accepts no descriptors: it may be root's process, and the requesting VM may have been taken over."""
+    """The giver accepts no files: it may be root's control, and the VM that asks may have been taken over."""
     gives, asks = ends
     try:
         gives.getsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS)

@@ -1,4 +1,4 @@
-"""The file of changes without an effect that matters."""
+"""The file of changes whose effects do not matter."""
 
 import tomllib
 from pathlib import Path

@@ -221,8 +221,8 @@ def test_invalid_parts(changes: dict[str, object], why: str) -> None:
         (b"geheim: x\n", "its first line is none that cloud-init knows"),
     ],
 )
-def test_how_user_data_begins(text: bytes, why: str) -> None:
-    """The messages contain nothing of its text."""
+def test_first_line_of_user_data(text: bytes, why: str) -> None:
+    """A wrong first line gets a warning, which contains nothing of the text."""
     said = notes(usual(user_data=seed_file(text, "/u")))
 
     assert [note[: len("user-data /u: ") + len(why)] for note in said] == ([f"user-data /u: {why}"] if why else [])

@@ -145,7 +145,7 @@ def test_a_kill_leaves_every_file_complete(installed: Path) -> None:
 
 
 def test_installed_files_are_not_written_again(installed: Path) -> None:
-    """A second `make install` neither writes nor renames."""
+    """A second `make install` neither writes nor renames files that are up to date."""
     install(files(NEW), str(installed))
     (installed / "lib/vmd/vmd.zip").chmod(0o600)
 

@@ -56,7 +56,7 @@ def test_a_registry_that_is_not_reached_is_noticed(checkout: Path, parts: tuple[
     assert "registry is unreachable" in second.stderr
 
 
-@pytest.mark.deep  # an earlier setup made it otherwise
+@pytest.mark.deep  # fails with a virtual environment of an earlier setup
 def test_a_start_of_the_interpreter_loads_nothing_for_this_checkout() -> None:
     """A daemon and its clients start often, and such imports took half of their start-up time."""
     done = subprocess.run(

@@ -19,7 +19,7 @@ from vmd.record import Record
 DEADLINE_S = 20.0
 ROOT = Path(__file__).resolve().parents[3]
 
-Answers = Sequence[Record] | None  # None hangs up
+Answers = Sequence[Record] | None  # None closes the connection
 Script = Callable[[Record], Answers]
 
 

@@ -63,7 +63,7 @@ def complete(daemon: FakeDaemon, capfd: pytest.CaptureFixture[str], *words: str)
         (["start", "-t", ""], ["web", "mail"]),
         (["start", "-n", ""], ["lan", "dmz"]),
         (["start", "-n", "lan", "-n", "d"], ["dmz"]),
-        # No more arguments are allowed, or any text.
+        # No candidates: the command line is complete, or any text may follow.
         (["stop", "web", ""], []),
         (["stop", "-a", ""], []),
         (["reload", ""], []),

@@ -298,7 +298,7 @@ def test_guest_that_does_not_read(line: Line, operator: Operator) -> None:
 
 
 def test_line_that_echoes_is_made_raw(daemon: FakeDaemon, line: Line) -> None:
-    """A previous user may have left it so.  The guest would read its own output."""
+    """A previous user may have left it so.  With echo the guest would read its own output."""
     cooked = termios.tcgetattr(line.slave)
     cooked[3] |= termios.ECHO | termios.ICANON
     termios.tcsetattr(line.slave, termios.TCSANOW, cooked)
@@ -319,7 +319,7 @@ def test_line_that_echoes_is_made_raw(daemon: FakeDaemon, line: Line) -> None:
 def test_backlog_does_not_act_on_the_terminal(daemon: FakeDaemon, line: Line) -> None:
     """Sequences of SeaBIOS and others are removed from the backlog.
 
-    A sequence cut by its end finishes in the live output.
+    A sequence that its end cuts finishes in the live output, and is removed, too.
     """
     attached = line.answers[-1]
     replayed = b"\x1bc\x1b[?7l\x1b[2J\x1b[0mSeaBIOS\r\n\x1b[6n\x1b[c\x05\x1b]0;guest\x07ready\r\n\x1b]2;ti"

@@ -278,7 +278,7 @@ def test_bar_is_drawn_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     bar.shown = True
 
     bar.show(0, 4 * MIB)
-    bar.show(MIB, 4 * MIB)  # too soon
+    bar.show(MIB, 4 * MIB)  # too soon after the last one to be drawn
     bar.show(4 * MIB, 4 * MIB)
     bar.end()
     drawn = ""

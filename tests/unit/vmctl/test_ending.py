@@ -341,7 +341,7 @@ def test_stop_all_with_nothing_to_stop(vmctl: Vmctl, daemon: FakeDaemon) -> None
 
 @pytest.mark.parametrize(("options", "at"), [("-a", StopRequest), ("-aw", StopRequest), ("-aw", WaitRequest)])
 def test_stop_all_interrupted(daemon: FakeDaemon, options: str, at: type[Record]) -> None:
-    """vmctl ends.  The stops that it has requested go on."""
+    """vmctl ends.  The stops that it has requested still happen."""
     daemon.script = all_vms(lambda request: [] if isinstance(request, at) else accepted(request))
     process = spawn(daemon, "stop", options)
     while not isinstance(daemon.requested(), at):

@@ -31,7 +31,7 @@ def test_both_sides_say_hello(daemon: FakeDaemon) -> None:
 
 
 def test_the_first_packet_is_hello_by_name(tmp_path: Path) -> None:
-    """This packet has field names and a fixed number, which all later programs keep."""
+    """This packet has field names and a fixed number, so that every later program can read it."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         listener.bind(str(tmp_path / "s"))
         listener.listen()

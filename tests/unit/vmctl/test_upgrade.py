@@ -48,7 +48,7 @@ def test_refused(vmctl: Vmctl, daemon: FakeDaemon, options: tuple[str, ...]) -> 
 
 
 def test_daemon_that_ends_in_the_rehearsal(vmctl: Vmctl, daemon: FakeDaemon) -> None:
-    """No daemon has taken over that could be asked."""
+    """No other daemon takes over in a rehearsal, so vmctl fails."""
     daemon.answers()
     daemon.script = lambda _request: None
 
