@@ -1,4 +1,4 @@
-"""A console log: that it has what was printed, in order, and says what it has not."""
+"""A console log has all output in order, and reports what it lacks."""
 
 import os
 import select
@@ -23,7 +23,7 @@ LIMIT = 1 << 20
 
 
 class Log:
-    """A VM's backlog, and a keeper of it; `reports` are what the parent is told."""
+    """A VM's backlog, and its keeper.  `reports` are the messages to the parent."""
 
     def __init__(self, start: int = 0) -> None:
         self.backlog = Backlog.create(start)
@@ -34,17 +34,17 @@ class Log:
         self.begin()
 
     def begin(self) -> Keeper:
-        """Have it kept, as by a process that was started again."""
+        """Start a keeper, as a process that was started again would."""
         self.keeper = Keeper("a", LoggedBacklog(os.dup(self.backlog.fd), self.backlog.start), self.report, self.call)
         self.keepers.append(self.keeper)
         return self.keeper
 
     def report(self, state: State) -> None:
-        """Note what the parent would be told."""
+        """Record a report to the parent."""
         self.reports.append(state)
 
     def call(self, call: Callable[[], None]) -> None:
-        """Call at once, for there is no main thread here."""
+        """Call at once, because there is no main thread here."""
         with self.changed:
             call()
             self.changed.notify_all()
@@ -59,16 +59,16 @@ class Log:
                 self.changed.wait(0.01)
 
     def written(self) -> bool:
-        """Return whether all is written."""
+        """Return whether all output is written."""
         return self.keeper.backlog.logged == self.guest.shown and not self.keeper._busy_s
 
     def print(self, data: bytes) -> None:
-        """Let the guest print, and all of it be written."""
+        """Let the guest print, and wait until the output is written."""
         self.guest.write(data)
         self.until(self.written)
 
     def give(self, path: Path | str, limit: int = LIMIT) -> None:
-        """Open a file for the log, and wait until it is there."""
+        """Open a file for the log, and wait until the keeper has it."""
         files = self.keeper._state.files
         asks, gives = courier.pair()
         self.keeper.take_file(asks, limit)
@@ -84,7 +84,7 @@ class Log:
 
 
 def give(sock: socket.socket, fd: int) -> None:
-    """Hand a file over, as a logfile does."""
+    """Pass a file, as a logfile process does."""
     with sock:
         sock.settimeout(DEADLINE_S)
         assert courier.give(sock, {"log": [fd]})
@@ -93,7 +93,7 @@ def give(sock: socket.socket, fd: int) -> None:
 
 @pytest.fixture
 def log() -> Iterator[Log]:
-    """Give a log of a guest that has printed nothing."""
+    """Yield the log of a guest that has printed nothing."""
     log = Log(start=77)
     yield log
     log.keeper.end()
@@ -103,8 +103,8 @@ def log() -> Iterator[Log]:
         each.backlog.close()
 
 
-def test_all_that_is_printed_is_in_the_log_in_order(log: Log, tmp_path: Path) -> None:
-    """What was printed before there was a file, and what comes with the end, too; to what the file has it is added."""
+def test_the_log_has_all_output_in_order(log: Log, tmp_path: Path) -> None:
+    """This includes output before the first file and at the end.  Output is appended to an existing file."""
     path = tmp_path / "a.log"
     path.write_bytes(b"of an earlier life\n")
     said = bytearray(b"first words\n")
@@ -124,7 +124,7 @@ def test_all_that_is_printed_is_in_the_log_in_order(log: Log, tmp_path: Path) ->
 
 
 def test_a_full_log_waits_for_the_next_file(log: Log, tmp_path: Path) -> None:
-    """It asks for one; until that comes it grows a little beyond its size, and no further.  Nothing is lost."""
+    """It requests one.  Until that comes, the file grows by at most OVERRUN_BYTES.  Nothing is lost."""
     first, second = tmp_path / "1", tmp_path / "2"
     limit = 65536
     log.give(first, limit)
@@ -147,10 +147,10 @@ def test_a_full_log_waits_for_the_next_file(log: Log, tmp_path: Path) -> None:
     assert (log.reports[-1].wants_file, log.reports[-1].lost) == (False, 0)
 
 
-def test_storage_without_room_is_said_once_and_what_is_lost_is_counted(
+def test_full_storage_is_reported_once_and_lost_output_is_counted(
     log: Log, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """64 KiB wait for room; the log says where more than that is missing."""
+    """64 KiB wait for free space.  The log says where more output is missing."""
     monkeypatch.setattr(keeper, "RETRY_S", 0.01)
     log.give("/dev/full")
     said = bytearray()
@@ -160,7 +160,7 @@ def test_storage_without_room_is_said_once_and_what_is_lost_is_counted(
         log.until(lambda: bool(log.keeper._state.text))
     log.until(lambda: log.reports[-1].text == "No space left on device")
     assert [state.text for state in log.reports if state.text] == ["No space left on device"]
-    assert not log.reports[-1].wants_file  # another one would have no more room
+    assert not log.reports[-1].wants_file  # another file would have no more space
 
     log.give(tmp_path / "a.log")
     log.until(log.written)
@@ -170,15 +170,15 @@ def test_storage_without_room_is_said_once_and_what_is_lost_is_counted(
     assert (log.reports[-1].text, log.end().lost) == ("", lost)
 
 
-def test_what_is_never_written_is_counted_at_the_end(log: Log) -> None:
-    """A VM whose log never had a file."""
+def test_output_that_is_never_written_is_counted_at_the_end(log: Log) -> None:
+    """The log of this VM never had a file."""
     log.guest.write(b"x" * 100)
 
     assert log.end().lost == 100
 
 
-def test_a_log_that_was_removed_is_made_anew(log: Log, tmp_path: Path) -> None:
-    """By somebody who tidies up: what comes from then on waits for the new file."""
+def test_a_log_that_was_removed_is_created_again(log: Log, tmp_path: Path) -> None:
+    """Another program removes it.  Output from then on waits for the new file."""
     path = tmp_path / "a.log"
     log.give(path)
     log.print(b"before\n")
@@ -192,8 +192,8 @@ def test_a_log_that_was_removed_is_made_anew(log: Log, tmp_path: Path) -> None:
     assert path.read_bytes() == b"after\n"
 
 
-def test_a_log_that_was_cut_has_room_again(log: Log, tmp_path: Path) -> None:
-    """By a program that copies logs and truncates them."""
+def test_a_log_that_was_truncated_has_space_again(log: Log, tmp_path: Path) -> None:
+    """Some programs copy logs and then truncate them."""
     path = tmp_path / "a.log"
     log.give(path, 65536)
     log.print(b"x" * 60000)
@@ -204,8 +204,11 @@ def test_a_log_that_was_cut_has_room_again(log: Log, tmp_path: Path) -> None:
     assert not log.reports[-1].wants_file
 
 
-def test_the_next_keeper_goes_on_where_the_last_one_was(log: Log, tmp_path: Path) -> None:
-    """A process that was killed, or whose daemon was: nothing twice, and nothing missing that is in the backlog."""
+def test_the_next_keeper_continues_where_the_last_one_ended(log: Log, tmp_path: Path) -> None:
+    """The earlier one was killed, perhaps with its daemon.
+
+    Nothing is written twice, and all of the backlog is written.
+    """
     path = tmp_path / "a.log"
     log.give(path)
     log.print(b"before\n")
@@ -220,16 +223,16 @@ def test_the_next_keeper_goes_on_where_the_last_one_was(log: Log, tmp_path: Path
     assert path.read_bytes() == b"before\nmeanwhile\nafter\n"
 
 
-def test_storage_that_does_not_answer_is_said_once(
+def test_storage_that_does_not_answer_is_reported_once(
     log: Log, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A write that does not return keeps this log; what it said is taken back when it does."""
+    """A write that does not return blocks only this log.  When it returns, the report is withdrawn."""
     reader, writer = os.pipe()
     log.give(tmp_path / "a.log")
-    os.dup2(writer, log.keeper._file)  # a pipe that nobody reads is as slow as storage can be
+    os.dup2(writer, log.keeper._file)  # a pipe without a reader stands in for storage that blocks
     log.print(b"x" * BACKLOG_BYTES)
     log.guest.write(b"y" * BACKLOG_BYTES)
-    log.until(lambda: log.keeper._busy_s > 0)  # it does not return from the write
+    log.until(lambda: log.keeper._busy_s > 0)  # the write does not return
     monkeypatch.setattr(keeper, "STUCK_S", -DEADLINE_S)
     for _ in range(10):
         log.keeper.look()
@@ -245,7 +248,7 @@ def test_storage_that_does_not_answer_is_said_once(
 
 
 def test_a_vm_that_lies_about_what_it_has_printed(log: Log, tmp_path: Path) -> None:
-    """Its process may write any counters: the log has what it has, and the keeper goes on."""
+    """Its process may write any counters.  The keeper continues."""
     path = tmp_path / "a.log"
     random = Random(11)
     for _ in range(200):

@@ -1,4 +1,4 @@
-"""Process control between clients and the parent: what it passes on, under which number, and whom it turns away."""
+"""Control between clients and the parent: what it passes on, under which number, and which clients it turns away."""
 
 import errno
 import os
@@ -54,7 +54,7 @@ class Rig(InProcess[Control]):
         super().__init__(monkeypatch, Control, Proc.CONTROL)
 
     def client(self, number: int, uid: int = USER, *, failed: Failed | None = None) -> End:
-        """Have a client come, which `failed` is for if it is to be turned away at once."""
+        """Connect a client.  With `failed`, control turns it away at once with that message."""
         ours, theirs = socketpair()
         code, text = (failed.code, failed.text) if failed else (0, "")
         new = NewClient(uid=uid, code=code, text=text)
@@ -62,7 +62,7 @@ class Rig(InProcess[Control]):
         return self.peer(ours, Proc.CLIENT, Proc.CONTROL)
 
     def asked(self) -> list[tuple[int, Record]]:
-        """Return what the parent was told since the last call, and under which numbers."""
+        """Return the messages to the parent since the last call, each with its client's number."""
         self.settle()
         numbers = [envelope.peerid for envelope in self.parent.got if type(envelope.message).__name__ != "Pong"]
         return list(zip(numbers, self.parent.take(), strict=True))
@@ -70,20 +70,20 @@ class Rig(InProcess[Control]):
 
 @pytest.fixture
 def rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
-    """Give a control."""
+    """Yield a control."""
     rig = Rig(monkeypatch)
     yield rig
     rig.close()
 
 
 class Pipe:
-    """A file that a client passes: when all have closed it, that can be read."""
+    """A file that a client passes.  The test can see whether all its copies are closed."""
 
     def __init__(self) -> None:
         self.reading, self.writing = os.pipe()
 
     def is_closed(self) -> bool:
-        """Return whether nobody has it any more."""
+        """Return whether all copies are closed."""
         poll = select.poll()
         poll.register(self.reading, select.POLLIN)
         return bool(poll.poll(0))
@@ -91,14 +91,14 @@ class Pipe:
 
 @pytest.fixture
 def pipe() -> Iterator[Pipe]:
-    """Give a file."""
+    """Yield a file."""
     pipe = Pipe()
     yield pipe
     os.close(pipe.reading)
 
 
-def test_answers_come_back_to_who_has_asked(rig: Rig) -> None:
-    """The parent tells clients apart by their numbers, and the answer of one is no other's."""
+def test_an_answer_goes_to_the_client_that_asked(rig: Rig) -> None:
+    """The parent tells clients apart by their numbers."""
     one, other = rig.client(7), rig.client(9)
     one.send(StopRequest(name="a"))
     other.send(WaitRequest(name="b"))
@@ -106,7 +106,7 @@ def test_answers_come_back_to_who_has_asked(rig: Rig) -> None:
     assert sorted(asked, key=lambda each: each[0]) == [(7, StopRequest(name="a")), (9, WaitRequest(name="b"))]
 
     rig.parent.send(Ok(notes=("nine",)), peerid=9)
-    rig.parent.send(Ok(), peerid=8)  # who has left
+    rig.parent.send(Ok(), peerid=8)  # that client has left
     rig.settle()
     assert (one.take(), other.take()) == ([], [Ok(notes=("nine",))])
     rig.parent.send(Ok(), peerid=7)
@@ -114,8 +114,8 @@ def test_answers_come_back_to_who_has_asked(rig: Rig) -> None:
     assert (one.take(), other.take()) == ([Ok()], [])
 
 
-def test_what_a_client_says_of_itself_counts_for_nothing(rig: Rig, pipe: Pipe) -> None:
-    """Neither who it is, nor which files it has passed."""
+def test_a_client_cannot_set_its_caller_or_its_files(rig: Rig, pipe: Pipe) -> None:
+    """Control overwrites the fields that say who it is, and which files it has passed."""
     client = rig.client(7)
     client.send(StopRequest(name="a", caller=Caller(uid=0, gid=0, pid=1)))
     client.send(StartRequest(name="a", files=("kernel", "seed"), kernel="/boot/k"))
@@ -128,8 +128,8 @@ def test_what_a_client_says_of_itself_counts_for_nothing(rig: Rig, pipe: Pipe) -
     ]
 
 
-def test_hello_makes_records_travel_by_name(rig: Rig) -> None:
-    """Before it, only what the first release knew of a record is sent."""
+def test_after_hello_records_are_sent_by_name(rig: Rig) -> None:
+    """Before it, only the fields of the first release are sent."""
     client = rig.client(7)
     client.send(StopRequest(name="a"))
     rig.parent.send(ROW.replace(login="me"), peerid=7)
@@ -145,10 +145,10 @@ def test_hello_makes_records_travel_by_name(rig: Rig) -> None:
 
 
 @pytest.mark.parametrize("request_", [LoadRequest(path="/x"), ReloadRequest()])
-def test_what_only_root_may_ask_does_not_reach_the_parent_for_others(
+def test_requests_for_root_of_other_users_do_not_reach_the_parent(
     rig: Rig, request_: Record, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """The connection ends with the sentence; root's goes on."""
+    """The client gets the error, and its connection ends.  A connection of root continues."""
     client = rig.client(7)
     client.send(request_)
     assert rig.asked() == [(7, ClientGone())]
@@ -161,8 +161,8 @@ def test_what_only_root_may_ask_does_not_reach_the_parent_for_others(
     assert not root.lost
 
 
-def test_a_client_that_is_one_too_many_is_told_so(rig: Rig) -> None:
-    """The parent has counted it; nothing that it asks is passed on."""
+def test_a_client_above_the_limit_gets_an_error(rig: Rig) -> None:
+    """The parent has counted the clients.  No request of this one is passed on."""
     busy = Failed(code=errno.EBUSY, text="too many connections")
     client = rig.client(7, failed=busy)
     client.send(StopRequest(name="a"))
@@ -171,8 +171,8 @@ def test_a_client_that_is_one_too_many_is_told_so(rig: Rig) -> None:
     assert (client.take(), client.lost) == ([busy], True)
 
 
-def test_last_words_are_not_waited_for_without_end(rig: Rig) -> None:
-    """A client that does not read is gone all the same."""
+def test_a_client_that_is_turned_away_has_limited_time_to_read(rig: Rig) -> None:
+    """If it does not read its last message, it is disconnected after that time."""
     client = rig.client(7)
     rig.settle()
     channel = rig.process.clients[7].channel
@@ -189,23 +189,23 @@ def test_last_words_are_not_waited_for_without_end(rig: Rig) -> None:
     assert channel.closed
 
 
-def test_so_much_is_asked_at_once_and_no_more(rig: Rig) -> None:
-    """The next request is read when an answer has come; others are not kept waiting by that."""
+def test_the_unanswered_requests_of_a_client_are_limited(rig: Rig) -> None:
+    """The next request is read after an answer.  Other clients are not delayed."""
     client, other = rig.client(7), rig.client(8)
     for number in range(MAX_UNANSWERED + 3):
         client.send(WaitRequest(vmid=number + 1))
     other.send(StopRequest(name="a"))
     assert sorted(number for number, _ in rig.asked()) == [7] * MAX_UNANSWERED + [8]
 
-    rig.parent.send(ROW, peerid=7)  # a part of an answer is none
+    rig.parent.send(ROW, peerid=7)  # a part of an answer does not count
     assert rig.asked() == []
     rig.parent.send(Ok(), peerid=7)
     assert rig.asked() == [(7, WaitRequest(vmid=MAX_UNANSWERED + 1))]
 
 
 @pytest.mark.parametrize("last", [ListEnd(), Failed(code=1, text="x")])
-def test_while_a_list_is_under_way_nothing_else_is_asked(rig: Rig, last: Record) -> None:
-    """It may be long; a client that asks for it again and again must not fill the parent's queue."""
+def test_no_request_is_passed_on_during_a_list(rig: Rig, last: Record) -> None:
+    """A list may be long, and a client that requests it repeatedly must not fill the parent's queue."""
     client = rig.client(7)
     client.send(ListRequest())
     client.send(ListRequest())
@@ -217,7 +217,7 @@ def test_while_a_list_is_under_way_nothing_else_is_asked(rig: Rig, last: Record)
 
 
 def test_while_the_parent_does_not_read_no_client_is_read(rig: Rig) -> None:
-    """What clients ask waits with them; when the parent reads on, all of it comes, each client's in its order."""
+    """The requests wait with the clients.  When the parent reads again, they come in the order of each client."""
     clients = {number: rig.client(number) for number in (7, 8)}
     rig.settle()
     rig.parent.channel.hold(held=True)
@@ -226,7 +226,7 @@ def test_while_the_parent_does_not_read_no_client_is_read(rig: Rig) -> None:
         for client in clients.values():
             client.send(WaitRequest(vmid=vmid, name="x" * (MAX_MESSAGE - 100)))
     rig.turn()
-    new = rig.client(9)  # who comes now waits, too; its connection comes from the parent, which reads nothing
+    new = rig.client(9)  # a new client waits, too, although the parent does not read
     new.send(StopRequest(name="new"))
     rig.turn()
     assert rig.process.clients[9].unanswered == 0
@@ -247,15 +247,15 @@ def test_while_the_parent_does_not_read_no_client_is_read(rig: Rig) -> None:
 
 
 def courier_of(rig: Rig, number: int) -> socket.socket:
-    """Have the parent ask for the files of a client; returns the end of who uses them."""
+    """Have the parent ask for the files of a client.  Return the courier's end of their user."""
     asks, gives = courier.pair()
     rig.parent.send(PassFiles(), peerid=number, fds={"courier": [gives.detach()]})
     rig.settle()
     return asks
 
 
-def test_files_go_to_who_asks_at_the_courier(rig: Rig, pipe: Pipe) -> None:
-    """Once: control has them no longer, whoever asks again; the parent has never had them."""
+def test_files_go_to_the_process_at_the_courier(rig: Rig, pipe: Pipe) -> None:
+    """They are passed once, and control has no copy afterwards.  The parent never has them."""
     client = rig.client(7)
     client.send(StartRequest(name="a"), fds={"kernel": [pipe.writing]})
     rig.settle()
@@ -277,16 +277,16 @@ def test_files_go_to_who_asks_at_the_courier(rig: Rig, pipe: Pipe) -> None:
         assert courier.take(again) == {}
 
 
-def test_who_asks_for_files_of_a_client_that_has_left_gets_none(rig: Rig) -> None:
-    """Not even an error: the parent learns by itself that the client is gone."""
+def test_there_are_no_files_of_a_client_that_has_left(rig: Rig) -> None:
+    """There is no error, because the parent also learns that the client has left."""
     with courier_of(rig, 7) as asks:
         courier.ask(asks)
         rig.settle()
         assert courier.take(asks) == {}
 
 
-def test_files_are_closed_when_who_would_ask_is_gone(rig: Rig, pipe: Pipe) -> None:
-    """An opener that has died, or that says something else than that it wants them."""
+def test_files_are_closed_if_the_process_at_the_courier_has_ended(rig: Rig, pipe: Pipe) -> None:
+    """This also holds if it sends an invalid message."""
     client = rig.client(7)
     client.send(StartRequest(name="a"), fds={"kernel": [pipe.writing]})
     rig.settle()
@@ -297,13 +297,13 @@ def test_files_are_closed_when_who_would_ask_is_gone(rig: Rig, pipe: Pipe) -> No
 
 
 @pytest.mark.parametrize("end", ["answered", "gone", "turned away"])
-def test_files_that_nobody_has_asked_for_are_closed(rig: Rig, pipe: Pipe, end: str) -> None:
-    """With the last answer, or with the client."""
+def test_files_that_no_process_has_taken_are_closed(rig: Rig, pipe: Pipe, end: str) -> None:
+    """They are closed with the last answer, or when the client leaves."""
     client = rig.client(7)
     client.send(StartRequest(name="a"), fds={"kernel": [pipe.writing]})
     client.send(StopRequest(name="b"))
     rig.settle()
-    rig.parent.send(Ok(), peerid=7)  # of one of the two
+    rig.parent.send(Ok(), peerid=7)  # the answer to one of the two
     rig.settle()
     assert not pipe.is_closed()
     if end == "answered":
@@ -316,8 +316,10 @@ def test_files_that_nobody_has_asked_for_are_closed(rig: Rig, pipe: Pipe, end: s
     assert pipe.is_closed()
 
 
-def test_a_client_that_heaps_up_files_is_cut_off(rig: Rig, pipe: Pipe, capfd: pytest.CaptureFixture[str]) -> None:
-    """Those of its first request are closed too."""
+def test_a_client_that_passes_too_many_files_is_cut_off(
+    rig: Rig, pipe: Pipe, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The files of its first request are closed, too."""
     client = rig.client(7)
     client.send(StartRequest(name="a"), fds={"kernel": [os.dup(pipe.writing)]})
     client.send(StartRequest(name="b"), fds={"kernel": [pipe.writing]})
@@ -328,12 +330,12 @@ def test_a_client_that_heaps_up_files_is_cut_off(rig: Rig, pipe: Pipe, capfd: py
 
 
 def garbage(code: int) -> bytes:
-    """Return a packet of a type that nobody knows."""
+    """Return a packet of an unknown type."""
     return HEADER.pack(code, HEADER.size, 0, 0, 0)
 
 
 def test_a_request_of_a_later_version_is_refused_by_its_number(rig: Rig) -> None:
-    """A vmctl that is newer than the daemon can say so."""
+    """The message lets a later vmctl explain that the daemon is older."""
     client = rig.client(7)
     client.channel._sock.send(garbage(0x7FFF))
 
@@ -353,10 +355,10 @@ def test_a_request_of_a_later_version_is_refused_by_its_number(rig: Rig) -> None
     ],
     ids=["short", "length", "answer", "of-control", "of-the-parent"],
 )  # fmt: skip
-def test_a_client_that_says_what_no_client_says_is_cut_off(
+def test_a_client_that_breaks_the_protocol_is_cut_off(
     rig: Rig, packet: bytes, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """It costs no other client anything, and not the log either."""
+    """Other clients are not affected, and the log is not flooded."""
     other = rig.client(8)
     for number in range(10, 40):
         client = rig.client(number)
@@ -370,10 +372,10 @@ def test_a_client_that_says_what_no_client_says_is_cut_off(
 
 
 def test_a_request_that_is_too_long_to_be_passed_on(rig: Rig) -> None:
-    """It came without the fields that later versions have added; with them it fits no packet."""
+    """It came without the fields of later versions, and with them it is too long for a packet."""
     client = rig.client(7)
     packet, _ = encode(StartRequest(name=""), form=Form.FIRST)
-    longest = "x" * (MAX_MESSAGE - len(packet) - 2)  # a longer string has two bytes more of length
+    longest = "x" * (MAX_MESSAGE - len(packet) - 2)  # the length of a longer string takes two more bytes
     packet, _ = encode(StartRequest(name=longest), form=Form.FIRST)
     assert len(packet) == MAX_MESSAGE
     client.channel._sock.send(packet)
@@ -385,8 +387,8 @@ def test_a_request_that_is_too_long_to_be_passed_on(rig: Rig) -> None:
 
 
 @pytest.mark.parametrize("way", ["request", "answer"])
-def test_who_an_unexpected_error_belongs_to_is_told(rig: Rig, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A bug of ours costs one client its connection; it does not wait for an answer that will not come."""
+def test_the_client_of_an_unexpected_error_is_told(rig: Rig, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bug of ours ends the connection of one client, which would otherwise wait for its answer for ever."""
 
     def fail(*_: object) -> None:
         raise RuntimeError("a bug")
@@ -407,8 +409,8 @@ def test_who_an_unexpected_error_belongs_to_is_told(rig: Rig, way: str, monkeypa
     assert rig.asked() == [(8, StopRequest(name="a"))]
 
 
-def test_the_parent_sets_the_log(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its verbosity, and under which name lines appear; `ps` shows that name too."""
+def test_the_parent_sets_log_level_and_title(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The title is in the lines of the log, and `ps` shows it, too."""
     titles: list[str] = []
     monkeypatch.setattr(module, "set_title", titles.append)
     monkeypatch.setattr(log, "title", "control")
@@ -421,6 +423,6 @@ def test_the_parent_sets_the_log(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize(("how", "status"), [("quit", 0), ("gone", 0), ("garbage", 1)])
-def test_it_ends_with_its_parent(rig: Rig, how: str, status: int) -> None:
-    """Told to, or left alone; a parent that sends no message is not to be trusted either."""
+def test_control_ends_with_its_parent(rig: Rig, how: str, status: int) -> None:
+    """It ends when it is told to, when the parent has ended, and when the parent sends garbage."""
     assert rig.end_by_parent(how) == status

@@ -1,4 +1,4 @@
-"""The files of a console log: how they are opened, put aside, and refused."""
+"""The files of a console log: how they are opened, rotated and refused."""
 
 import errno
 import fcntl
@@ -18,7 +18,7 @@ SIZE = 65536
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Iterator[int]:
-    """Give a directory's descriptor."""
+    """Yield the descriptor of a directory."""
     fd = os.open(tmp_path, os.O_PATH | os.O_DIRECTORY)
     yield fd
     os.close(fd)
@@ -30,20 +30,20 @@ def wanted(path: Path, keep: int = 3, *, shared: bool = False) -> LogFile:
 
 
 def names(path: Path) -> dict[str, bytes]:
-    """Return all files, by what their first byte is."""
+    """Return the first byte of each file, by name."""
     return {each.name: each.read_bytes()[:1] for each in sorted(path.iterdir())}
 
 
-def test_what_is_asked_for_survives_the_command_line() -> None:
-    """Any path, and any groups."""
+def test_the_arguments_survive_the_command_line() -> None:
+    """Any path and any groups are possible."""
     asked = LogFile(path="/v/\udcff a\n.log", size_bytes=1, keep=2, uid=3, gid=4, groups=(5, 6), shared=True)
 
     assert unpack(pack(asked)) == asked
 
 
 @pytest.mark.parametrize(("shared", "mode"), [(False, 0o600), (True, 0o640)])
-def test_a_new_log_is_its_owner_s(directory: int, tmp_path: Path, *, shared: bool, mode: int) -> None:
-    """And its group's, where one is named; what is written is added."""
+def test_a_new_log_is_for_its_owner(directory: int, tmp_path: Path, *, shared: bool, mode: int) -> None:
+    """Its group may read it if vm.conf names one.  Output is appended."""
     old_mask = os.umask(0)
     try:
         fd = open_log(directory, wanted(tmp_path / "a.log", shared=shared))
@@ -64,8 +64,8 @@ def test_a_new_log_is_its_owner_s(directory: int, tmp_path: Path, *, shared: boo
         (9, {"a.log": b"", "a.log.1": b"c", "a.log.2": b"1", "a.log.3": b"2", "a.log.4": b"3", "a.log.6": b"5"}),
     ],
 )
-def test_a_full_log_is_put_aside(directory: int, tmp_path: Path, keep: int, left: dict[str, bytes]) -> None:
-    """Each takes the next name; those that are too many go, also after vm.conf has asked for fewer."""
+def test_a_full_log_is_rotated(directory: int, tmp_path: Path, keep: int, left: dict[str, bytes]) -> None:
+    """Each file gets the next name.  Files beyond `keep` are removed, also after `keep` was reduced."""
     (tmp_path / "a.log").write_bytes(b"c" * SIZE)
     for number in (1, 2, 3, 5):
         (tmp_path / f"a.log.{number}").write_bytes(b"%d" % number)
@@ -75,8 +75,8 @@ def test_a_full_log_is_put_aside(directory: int, tmp_path: Path, keep: int, left
     assert names(tmp_path) == left
 
 
-def test_a_log_that_is_not_full_goes_on(directory: int, tmp_path: Path) -> None:
-    """Nothing is put aside."""
+def test_a_log_that_is_not_full_is_used_again(directory: int, tmp_path: Path) -> None:
+    """Nothing is rotated."""
     (tmp_path / "a.log").write_bytes(b"c" * (SIZE - 1))
 
     os.close(open_log(directory, wanted(tmp_path / "a.log")))
@@ -93,8 +93,8 @@ def test_a_log_that_is_not_full_goes_on(directory: int, tmp_path: Path) -> None:
         ("directory", "is not a regular file"),
     ],
 )
-def test_what_is_no_log_is_refused(directory: int, tmp_path: Path, kind: str, sentence: str) -> None:
-    """So nobody who can write to the directory has another file of the owner's written to."""
+def test_a_file_that_is_not_a_log_is_refused(directory: int, tmp_path: Path, kind: str, sentence: str) -> None:
+    """Otherwise a user who can write to the directory could have another file of the owner overwritten."""
     path, other = tmp_path / "a.log", tmp_path / "other"
     other.write_bytes(b"precious")
     match kind:
@@ -114,7 +114,7 @@ def test_what_is_no_log_is_refused(directory: int, tmp_path: Path, kind: str, se
 
 
 def test_a_log_has_one_writer(directory: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two VMs with the same path: the second one is told; when the first has ended it can have it."""
+    """If two VMs have the same path, the second one gets an error.  It gets the log when the first has ended."""
     monkeypatch.setattr(main, "LOCK_S", 0.0)
     fd = open_log(directory, wanted(tmp_path / "a.log"))
 

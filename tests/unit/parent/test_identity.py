@@ -264,7 +264,7 @@ def test_addresses_stay_when_ids_start_again_from_1() -> None:
     assert (again.vmid, again.config) == (1, config)
 
 
-# --- VMs that come from elsewhere ------------------------------------------------------------------------------
+# --- VMs that come from elsewhere ----------------------------------------------------------------------------
 
 
 def came(nics: tuple[NicConfig, ...], plan_id: int = 77) -> VmConfig:

@@ -474,7 +474,7 @@ def test_a_guest_that_resets_itself_again_and_again_is_stopped(rig: Rig) -> None
     assert rig.openings.asked == {}
 
 
-# --- exceptions in handlers ----------------------------------------------------------------------------------
+# --- exceptions in handlers -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

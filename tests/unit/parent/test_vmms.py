@@ -1,4 +1,4 @@
-"""The vmm processes of the parent: which are started and adopted, and what ends with one."""
+"""The vmm processes of the parent: how they are started and adopted, and what ends with one."""
 
 import os
 import socket
@@ -41,12 +41,12 @@ class Child:
         self.killed = False
 
     def kill(self) -> None:
-        """Be killed."""
+        """Note that it was killed."""
         self.killed = True
 
 
 class FakeGroups:
-    """The control groups of a vmm; each VM lacks memory."""
+    """The control groups of a vmm.  Each VM has ended because of its memory limit."""
 
     def __init__(self, top: str) -> None:
         self.top = top
@@ -58,17 +58,17 @@ class FakeGroups:
         return 4, os.open(os.devnull, os.O_RDONLY)
 
     def end(self, number: int) -> str:
-        """End a group."""
+        """Record that a group has ended."""
         self.ended.append(number)
         return "its limit of memory"
 
     def remove(self) -> bool:
-        """Leave no group."""
+        """Return that groups are left."""
         return False
 
 
 class Rig:
-    """The room, with real channels to vmms that the test is."""
+    """The room, with real channels.  The test plays the vmms."""
 
     def __init__(self) -> None:
         self.loop = Loop()
@@ -77,8 +77,8 @@ class Rig:
         self.core.peers.channels = cast("Any", {Proc.VMM: self.generations, Proc.CONTROL: self})
         self.store = Store()
         self.answers: list[tuple[int, Record]] = []
-        self.ended: list[str] = []  # what has ended, in order
-        self.lost: list[Generation] = []  # for adoption
+        self.ended: list[str] = []  # VMs and interfaces that have ended, in order
+        self.lost: list[Generation] = []  # generations reported to the room of adoption
         self.cannot_start: Exception | None = None
         self.failures = 0
         self.expected: list[Generation] = []
@@ -96,48 +96,48 @@ class Rig:
         self.silent: list[Wait] = []
         self.room.on_silent = self.silent.extend
 
-    # What other rooms do.
+    # Methods that stand in for other rooms.
 
     def send(self, message: Record, *, peerid: int = 0, fds: dict[str, list[int]] | None = None) -> None:
-        """Be the channel to control."""
+        """Record an answer, as the channel to control."""
         assert not fds
         self.answers.append((peerid, message))
 
     def on_failure(self) -> None:
-        """Count."""
+        """Count the failures."""
         self.failures += 1
 
     def attach(
         self, sock: socket.socket, peer: Proc, label: str, *,
         on_lost: Callable[[Channel, PeerError | None], None], in_step: bool = False, batch: int = 1,
     ) -> Channel:  # fmt: skip
-        """Be `Process.attach`."""
+        """Return a channel, as `Process.attach`."""
         return Channel(
             sock, me=Proc.PARENT, peer=peer, label=label, loop=self.loop, in_step=in_step, batch=batch,
             on_message=lambda _channel, _envelope: None, on_lost=on_lost,
         )  # fmt: skip
 
     def start(self, _proc: Proc, _logs: object) -> tuple[Child, socket.socket]:
-        """Be `Children.start`."""
+        """Start a vmm, as `Children.start`."""
         if self.cannot_start is not None:
             raise self.cannot_start
         self.started.append(Child())
         return self.started[-1], self.vmm()
 
     def make_groups(self, _pid: int) -> FakeGroups:
-        """Be `Children.make_groups`."""
+        """Return new groups, as `Children.make_groups`."""
         return FakeGroups("new")
 
     def adopt_groups(self, top: str, *, limited: bool) -> FakeGroups:
-        """Be `Children.adopt_groups`."""
+        """Return existing groups, as `Children.adopt_groups`."""
         assert limited
         return FakeGroups(top)
 
     def expect(self, _known: list[object], there: list[Generation]) -> None:
-        """Be `Adoption.expect`."""
+        """Record the generations, as `Adoption.expect`."""
         self.expected = there
 
-    # What tests do.
+    # Methods for the tests.
 
     def vmm(self) -> socket.socket:
         """Return the parent's end of a channel to another vmm."""
@@ -146,13 +146,13 @@ class Rig:
         return ours
 
     def stored(self, number: int) -> GenerationKnown:
-        """Have a vmm of an earlier daemon in the store; return what is known of it."""
+        """Put a vmm of an earlier daemon into the store.  Return its record."""
         with self.vmm() as ours:
             self.store.put(f"vmm-{number}", ours.fileno())
         return GenerationKnown(number=number, version="0.1.0", groups=f"group{number}", limited=True)
 
     def begin(self, *known: GenerationKnown, kvm: bool = True) -> None:
-        """Start the room after a daemon that had these vmms."""
+        """Start the room after a daemon with these vmms."""
         truth = SimpleNamespace(generations=known, left=()) if known else None
         kvm_fd = os.open(os.devnull, os.O_RDONLY) if kvm else -1
         self.room.start(cast("Any", self), kvm_fd, cast("Any", truth))
@@ -161,17 +161,17 @@ class Rig:
         self.turn()
 
     def turn(self) -> None:
-        """Serve what is ready."""
+        """Serve everything that is ready."""
         for _ in range(4):
             self.loop.call_later(0, self.stop_soon)
             self.loop.run()
 
     def stop_soon(self) -> None:
-        """Stop when the next round begins."""
+        """Stop the loop after the next round."""
         self.loop.call_later(0, self.loop.stop)
 
     def run(self, name: str, generation: Generation | None) -> Vm:
-        """Return a VM that runs in a vmm."""
+        """Return a running VM of a vmm."""
         vm = self.core.vms.add(VmConfig(name=name), from_config=True)
         vm._state, vm.pid = State.RUNNING, 4711
         assert generation is not None
@@ -179,7 +179,7 @@ class Rig:
         return vm
 
     def close(self) -> None:
-        """Let go of everything."""
+        """Release all resources."""
         for end in self.vmms:
             end.close()
         for generation in self.generations:
@@ -191,7 +191,7 @@ class Rig:
 
 @pytest.fixture
 def rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
-    """Give the room, under a service manager that stores descriptors."""
+    """Yield the room, with a service manager that stores descriptors."""
     monkeypatch.setattr(service, "notify", lambda *_: True)
     rig = Rig()
     yield rig
@@ -203,7 +203,7 @@ def rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
 
 @pytest.mark.parametrize("kvm", [True, False])
 def test_the_first_daemon_starts_a_vmm(rig: Rig, kvm: bool) -> None:
-    """It is given a slot, and /dev/kvm if the host has it; its channel is stored."""
+    """It gets a slot, and /dev/kvm if the host has it.  Its channel is stored."""
     rig.begin(kvm=kvm)
 
     told = [type(message) for message in rig.vmms[0].take() if not isinstance(message, Ping)]
@@ -215,7 +215,7 @@ def test_the_first_daemon_starts_a_vmm(rig: Rig, kvm: bool) -> None:
 
 
 def test_a_vmm_of_this_version_is_adopted_and_no_other_one_is_started(rig: Rig) -> None:
-    """It gets new VMs, and adoption waits for its VMs."""
+    """New VMs start in it, and the room of adoption asks it for its VMs."""
     rig.begin(rig.stored(3).replace(version=VERSION))
 
     assert (rig.started, [*rig.generations.all]) == ([], [3])
@@ -228,7 +228,7 @@ def test_a_vmm_of_this_version_is_adopted_and_no_other_one_is_started(rig: Rig) 
 
 
 def test_a_vmm_of_another_version_gets_no_new_vms(rig: Rig) -> None:
-    """One of this version is started beside it, with the next number; the old one keeps its groups."""
+    """A vmm of this version is started beside it, with the next number.  The old one keeps its groups."""
     rig.begin(rig.stored(3))
 
     assert [(each.number, each.version) for each in rig.generations] == [(3, "0.1.0"), (4, VERSION)]
@@ -241,7 +241,7 @@ def test_a_vmm_of_another_version_gets_no_new_vms(rig: Rig) -> None:
 
 
 def test_a_store_that_is_full_has_no_room_for_another_vmm(rig: Rig, capfd: pytest.CaptureFixture[str]) -> None:
-    """VMs would be lost with the daemon: they start with the old vmm instead."""
+    """New VMs start in the old vmm, because those of a vmm that is not stored would be lost with the daemon."""
     known = rig.stored(3)
     while rig.store.room:
         rig.store.put(f"x{rig.store.room}", 0)
@@ -253,7 +253,7 @@ def test_a_store_that_is_full_has_no_room_for_another_vmm(rig: Rig, capfd: pytes
 
 
 def test_a_vmm_that_has_ended_meanwhile(rig: Rig, capfd: pytest.CaptureFixture[str]) -> None:
-    """The service manager has dropped its channel; the others are adopted."""
+    """The service manager has removed its channel.  The others are adopted."""
     rig.begin(GenerationKnown(number=2, version=VERSION, limited=True), rig.stored(3))
 
     assert "vmm-2 has ended, and its VMs with it" in capfd.readouterr().err
@@ -265,7 +265,7 @@ def test_a_vmm_that_has_ended_meanwhile(rig: Rig, capfd: pytest.CaptureFixture[s
 
 
 def test_with_the_only_vmm_the_daemon_ends(rig: Rig) -> None:
-    """No VM is left; the next daemon finds no channel of it."""
+    """No VM is left.  The next daemon finds no channel of that vmm."""
     rig.begin()
     rig.vmms[0].channel.close()
     rig.loop.run()
@@ -273,8 +273,8 @@ def test_with_the_only_vmm_the_daemon_ends(rig: Rig) -> None:
     assert (rig.failures, rig.store.names, rig.started[0].killed) == (1, (), True)
 
 
-def test_an_old_vmm_takes_only_its_own_vms_along(rig: Rig, capfd: pytest.CaptureFixture[str]) -> None:
-    """The daemon has failed, and goes on; VMs that had stopped are not ended again."""
+def test_only_the_vms_of_an_old_vmm_end_with_it(rig: Rig, capfd: pytest.CaptureFixture[str]) -> None:
+    """The failure counts for the daemon's exit status, and the daemon continues.  Stopped VMs do not end again."""
     rig.begin(rig.stored(3))
     old, new = rig.generations
     rig.run("a", old)
@@ -292,7 +292,7 @@ def test_an_old_vmm_takes_only_its_own_vms_along(rig: Rig, capfd: pytest.Capture
 
 
 def test_the_newest_vmm_is_replaced(rig: Rig) -> None:
-    """New VMs can be started, in a vmm with a number that nobody had."""
+    """New VMs start in the new vmm."""
     rig.begin(rig.stored(3))
     rig.vmms[1].channel.close()
     rig.turn()
@@ -304,7 +304,7 @@ def test_the_newest_vmm_is_replaced(rig: Rig) -> None:
 
 
 def test_a_vmm_that_cannot_be_replaced(rig: Rig, capfd: pytest.CaptureFixture[str]) -> None:
-    """The VMs of the older one run on; the operator is told."""
+    """The VMs of the older vmm run on, and the log tells the operator."""
     rig.begin(rig.stored(3))
     rig.cannot_start = HostError("start vmm", 12)
     rig.vmms[1].channel.close()
@@ -320,7 +320,7 @@ def test_a_vmm_that_cannot_be_replaced(rig: Rig, capfd: pytest.CaptureFixture[st
 
 
 def test_a_daemon_that_ends_starts_no_vmm_again(rig: Rig) -> None:
-    """With the last vmm it ends, and that is no failure."""
+    """It ends with the last vmm, which is no failure."""
     rig.begin(rig.stored(3))
     rig.core.ending = True
     rig.vmms[1].channel.close()
@@ -333,8 +333,8 @@ def test_a_daemon_that_ends_starts_no_vmm_again(rig: Rig) -> None:
     assert rig.failures == failures
 
 
-def test_a_vmm_that_has_nothing_to_do_any_more_is_no_loss(rig: Rig) -> None:
-    """It was told to end: its channel's end is nothing new."""
+def test_the_end_of_a_retired_vmm_is_no_failure(rig: Rig) -> None:
+    """It was told to end, so the end of its channel is expected."""
     rig.begin(rig.stored(3))
     old = rig.generations.all[3]
     rig.room.on_over(old)
@@ -349,20 +349,23 @@ def test_a_vmm_that_has_nothing_to_do_any_more_is_no_loss(rig: Rig) -> None:
 
 
 def test_a_slot_is_over_in_the_groups_of_its_own_vmm(rig: Rig) -> None:
-    """Numbers of groups are those of one vmm; what memory the VM has lacked is kept for the message of its end."""
+    """Each vmm has its own group numbers.
+
+    The VM keeps the memory limit that it exceeded for the message of its end.
+    """
     rig.begin(rig.stored(3))
     old, new = rig.generations
     vm = rig.run("a", old)
     rig.room.on_slot_over(VmSlotOver(group=5, vmid=vm.vmid), old.channel)
     rig.room.on_slot_over(VmSlotOver(group=6), new.channel)
-    rig.room.on_slot_over(VmSlotOver(group=7), cast("Channel", object()))  # of a vmm that is gone
+    rig.room.on_slot_over(VmSlotOver(group=7), cast("Channel", object()))  # of a vmm that has ended
 
     assert vm.memory_lack == "its limit of memory"
     assert [cast("FakeGroups", each.groups).ended for each in (old, new)] == [[5], [6]]
 
 
-def test_who_waits_for_a_silent_vmm_is_told(rig: Rig) -> None:
-    """Only who waits for VMs of that vmm, where there are several."""
+def test_clients_that_wait_for_a_silent_vmm_get_an_error(rig: Rig) -> None:
+    """With several vmms only clients of its VMs get one."""
     rig.begin(rig.stored(3))
     old, new = rig.generations
     a, c = rig.run("a", old), rig.run("c", new)
@@ -377,8 +380,8 @@ def test_who_waits_for_a_silent_vmm_is_told(rig: Rig) -> None:
     assert rig.failures == 0
 
 
-def test_all_who_wait_are_told_where_the_only_vmm_is_silent(rig: Rig) -> None:
-    """Also who waits for a VM that no vmm has yet, or for all of them."""
+def test_all_waiting_clients_get_an_error_if_the_only_vmm_is_silent(rig: Rig) -> None:
+    """This includes clients that wait for a VM that no vmm has yet, or for all VMs."""
     rig.begin()
     for client, what, vmid in ((1, For.START, 5), (2, For.RESET, 0), (3, For.CONSOLE, 5)):
         rig.core.clients.wait(client, what, vmid)
@@ -388,7 +391,7 @@ def test_all_who_wait_are_told_where_the_only_vmm_is_silent(rig: Rig) -> None:
 
 
 def test_a_daemon_that_ends_does_not_wait_for_a_silent_vmm(rig: Rig) -> None:
-    """All vmms that are children are killed; the daemon ends as one that has failed."""
+    """It kills all vmms that are its children, and ends with a failure."""
     rig.begin(rig.stored(3))
     rig.core.ending = True
     rig.loop.call_later(0, lambda: rig.room.on_no_answer(rig.generations.all[3].channel))

@@ -22,7 +22,7 @@ NOBODY = pwd.getpwnam("nobody")
 
 @pytest.fixture
 def table() -> VmTable:
-    """Give a table with two VMs."""
+    """Return a table with two VMs."""
     table = VmTable()
     table.add(VmConfig(name="a"), from_config=True)
     table.add(VmConfig(name="b", owner=Owner(uid=7)), from_config=True)
@@ -30,7 +30,7 @@ def table() -> VmTable:
 
 
 def test_ids_stay_with_name_and_owner(table: VmTable) -> None:
-    """A VM that comes back has its old id; the same name of another owner has a new one (cat. 4.1)."""
+    """A VM that is added again has its earlier id.  The same name with another owner gets a new one (cat. 4.1)."""
     old = table.get(0, "b")
     table.remove(old)
     assert table.add(VmConfig(name="b", owner=Owner(uid=7)), from_config=True).vmid == old.vmid == 2
@@ -39,8 +39,8 @@ def test_ids_stay_with_name_and_owner(table: VmTable) -> None:
     assert [vm.vmid for vm in table] == [1, 3]
 
 
-def test_a_word_that_is_a_name_and_an_id(table: VmTable) -> None:
-    """Whose name it is comes first; what only knows the id finds that."""
+def test_a_name_that_looks_like_an_id(table: VmTable) -> None:
+    """It is a name first, if a VM has it.  A request with only an id finds the id."""
     table.add(VmConfig(name="1"), from_config=True)
     assert (table.get(1, "1").name, table.get(1).name, table.get(2, "2").name) == ("1", "a", "b")
     assert (table.get(3, "1").name, table.get(0, "1").name) == ("1", "1")
@@ -50,7 +50,7 @@ def test_a_word_that_is_a_name_and_an_id(table: VmTable) -> None:
         table.get(9, "9")
 
 
-def test_numbering_starts_again_only_when_nobody_is_left(table: VmTable) -> None:
+def test_numbering_starts_again_only_without_vms(table: VmTable) -> None:
     """`reset vms` restarts the counter (cat. 2.8)."""
     table.forget_ids()
     assert table.add(VmConfig(name="c"), from_config=True).vmid == 3
@@ -61,7 +61,7 @@ def test_numbering_starts_again_only_when_nobody_is_left(table: VmTable) -> None
 
 
 def test_names_are_unique_and_asked_for_by_name_or_id(table: VmTable) -> None:
-    """What is not there is named in the error."""
+    """The error names a VM that does not exist."""
     with pytest.raises(OperatorError, match="vm a already exists"):
         table.add(VmConfig(name="a"), from_config=False)
     assert table.get(1).name == "a"
@@ -94,15 +94,15 @@ def test_transitions(table: VmTable) -> None:
 
 
 def test_only_a_vm_changes_its_state() -> None:
-    """By its methods, which look at the old one first: nothing else in the parent has a way around them."""
+    """Its methods check the present state.  No other module of the parent bypasses them."""
     folder = Path(vms.__file__).parent
     around = [path.name for path in folder.glob("*.py") if re.search(r"\._(state|enter)\b", path.read_text())]
     assert around == ["vm.py"]
     assert Vm.state.fset is None  # type: ignore[attr-defined]
 
 
-def test_a_running_vm_belongs_to_who_started_it(table: VmTable) -> None:
-    """... and to its owner again when it has ended (cat. 3.3)."""
+def test_a_running_vm_belongs_to_the_user_who_started_it(table: VmTable) -> None:
+    """When it has ended, it belongs to its owner again (cat. 3.3)."""
     vm: Vm = table.get(2)
     vm.begin_start(0)
     vm.uid = 1234
@@ -119,7 +119,7 @@ def test_a_running_vm_belongs_to_who_started_it(table: VmTable) -> None:
     ],
 )
 def test_restart_limit(monkeypatch: pytest.MonkeyPatch, times_s: list[float], allowed: list[bool]) -> None:
-    """The third quick restart in a row is one too many; a pause starts the count again (cat. 4.3)."""
+    """The third quick restart in a row is refused.  A pause resets the count (cat. 4.3)."""
     clock = iter(times_s)
     monkeypatch.setattr("vmd.parent.limits.time.monotonic", lambda: next(clock))
     limit = RestartLimit()
@@ -145,7 +145,7 @@ def test_group_membership_of_unknown_ids() -> None:
 
 
 def test_owner_is_shown_by_name() -> None:
-    """Numbers stand in for names that do not exist."""
+    """Ids without a name are shown as numbers."""
     assert owner_text(0, None) == "root"
     assert owner_text(0, 0) == "root:root"
     assert owner_text(4_000_000_000, 4_000_000_001) == "4000000000:4000000001"

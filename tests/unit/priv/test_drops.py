@@ -1,4 +1,4 @@
-"""What is missing behind a hook was dropped there; what is on its way is not missing."""
+"""Packets that are missing at the last hook were dropped, but packets on their way are not missing."""
 
 import pytest
 
@@ -9,7 +9,7 @@ FORWARD = Chain(table="ip filter", name="FORWARD", hook="forward", kind="filter"
 
 
 def test_packets_on_their_way_are_not_missing() -> None:
-    """The counter in front was read first: the one behind may be ahead, and later less so."""
+    """The first counter is read first, so the last one may be larger, and less so at the next look."""
     seen = Seen()
     for first, last in ((10, 12), (20, 20), (30, 31)):
         seen.take(first, last, 5)
@@ -17,7 +17,7 @@ def test_packets_on_their_way_are_not_missing() -> None:
 
 
 def test_lost_packets_and_their_end() -> None:
-    """They are lost once; a look without traffic changes nothing, and one at traffic that gets through ends it."""
+    """They are counted once.  A look without traffic changes nothing.  A look after which no packet is lost ends it."""
     seen = Seen()
     for first, last, now_s, lost, now in (
         (5, 5, 1, 0, False), (9, 6, 2, 3, True), (9, 6, 3, 3, True), (12, 7, 4, 5, True), (13, 8, 5, 5, False),
@@ -28,8 +28,8 @@ def test_lost_packets_and_their_end() -> None:
     assert (seen.arrived, seen.since_s) == (14, 6)
 
 
-def test_counters_that_begin_again() -> None:
-    """Because we say so, or because they are smaller than they were."""
+def test_counters_that_were_reset() -> None:
+    """The reset is announced, or seen because a counter is smaller than before."""
     seen = Seen()
     seen.take(9, 4, 1)
     seen.restart()
@@ -39,7 +39,7 @@ def test_counters_that_begin_again() -> None:
 
 
 def test_a_loss_is_logged_when_it_begins_and_not_too_often() -> None:
-    """Of what is for the host itself nothing is logged."""
+    """Losses of packets for the host itself are not logged."""
     watch = Watch()
     counted = {"from_first": 3, "from_last": 0, "host_first": 1, "host_last": 0}
     watch.take({name: {"tap0": packets} for name, packets in counted.items()}, 1)
@@ -68,8 +68,8 @@ def test_a_loss_is_logged_when_it_begins_and_not_too_often() -> None:
         ([FORWARD, Chain(table="ip filter", name="ts-forward")], ["nftables chain ip filter FORWARD can"]),
     ],
 )
-def test_who_it_can_have_been(chains: list[Chain], words: list[str]) -> None:
-    """Programs that judge such packets, Tailscale only those of its own range; other chains if there is nobody else."""
+def test_the_programs_that_may_have_dropped_packets(chains: list[Chain], words: list[str]) -> None:
+    """Programs that judge such packets are named, Tailscale only for its own range.  If there are none, chains are."""
     watch = Watch()
     watch.take({"from_first": {"tap0": 3}, "from_last": {"tap0": 0}}, 1)
     (loss,) = watch.losses("tap0")

@@ -1,4 +1,4 @@
-"""Filters on taps whose frames the kernel moves; with an nft that is none."""
+"""Filters on taps whose frames the kernel moves, with a stand-in for nft."""
 
 import errno
 import json
@@ -16,7 +16,7 @@ REQUEST = NicWanted(
 
 
 class Nft:
-    """Has no tables, whatever it was told, and knows some taps."""
+    """An nft that has no tables, and knows some taps."""
 
     path = "/usr/sbin/nft"
 
@@ -24,17 +24,20 @@ class Nft:
         self.taps = set(taps)
 
     def apply(self, text: str) -> None:
-        """Refuse what is of another tap."""
+        """Refuse rules of another tap."""
         if not any(f" device {tap} " in text for tap in self.taps):
             raise OperatorError(errno.EINVAL, "No such file or directory")
 
     def listing(self, *_what: str) -> str:
-        """Return what there is."""
+        """Return an empty list."""
         return json.dumps({"nftables": []})
 
 
-def test_a_tap_that_is_gone_keeps_no_other_from_its_filters() -> None:
-    """Somebody has deleted it, and flushed all rules: guests of others would be whoever they like."""
+def test_a_deleted_tap_does_not_prevent_the_filters_of_others() -> None:
+    """Another program has deleted a tap and flushed all rules.
+
+    Without filters the other guests could spoof addresses.
+    """
     nft = Nft("tap0", "tap1", "tap2")
     filters = Filters(nft)  # type: ignore[arg-type]
     for tap in ("tap0", "tap1", "tap2"):

@@ -1,4 +1,4 @@
-"""Names of interface groups in iproute2's files."""
+"""The names of interface groups in the files of iproute2."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from vmd.priv import groups
 
 @pytest.fixture
 def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
-    """Give a distribution's place and an administrator's."""
+    """Return the directories of the distribution and of the administrator."""
     distribution, administrator = tmp_path / "usr", tmp_path / "etc"
     (administrator / "group.d").mkdir(parents=True)
     distribution.mkdir()
@@ -18,7 +18,7 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]
 
 
 def test_names_and_numbers(places: tuple[Path, Path]) -> None:
-    """The administrator's files win; numbers stand for themselves."""
+    """The administrator's files take precedence.  A number means itself."""
     distribution, administrator = places
     (distribution / "group").write_text("# device group names\n0\tdefault\n5 lab\n")
     (administrator / "group").write_text("6 lab # ours\n0x10 hex\nx nonsense\n7 too many words\n")
@@ -30,5 +30,5 @@ def test_names_and_numbers(places: tuple[Path, Path]) -> None:
 
 
 def test_no_files_at_all(places: tuple[Path, Path]) -> None:
-    """A host without iproute2."""
+    """A host may not have iproute2."""
     assert groups.number("lab") is None

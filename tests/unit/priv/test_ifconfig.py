@@ -1,4 +1,4 @@
-"""What is made of pyroute2's answers, and of its failures; no netlink."""
+"""How answers and failures of pyroute2 are handled, without netlink."""
 
 import errno
 from collections.abc import Callable
@@ -16,7 +16,7 @@ Answer = list[int] | Exception
 
 
 def dump(*answers: Answer) -> Callable[[], list[dict[str, Any]]]:
-    """Return what lists messages with these flags, or fails; another time each time."""
+    """Return a function that lists messages with these flags, or fails: one answer for each call."""
     left = list(answers)
 
     def listing() -> list[dict[str, Any]]:
@@ -30,12 +30,12 @@ def dump(*answers: Answer) -> Callable[[], list[dict[str, Any]]]:
 
 @pytest.mark.parametrize("broken", [[2, 2 | NLM_F_DUMP_INTR], NetlinkDumpInterrupted()], ids=["flag", "exception"])
 def test_a_list_that_others_changed_is_read_again(broken: Answer) -> None:
-    """An interface may be missing in it, and a bridge that is in use look as if nobody used it."""
+    """An interface may be missing in it, and a bridge in use may look unused."""
     assert len(listed("list interfaces", dump(broken, broken, [2, 2, 2]))) == 3
 
 
-def test_a_list_that_never_stands_still() -> None:
-    """It is given up, and nothing is concluded from it."""
+def test_a_list_that_changes_each_time_is_given_up() -> None:
+    """The error prevents conclusions from it."""
     with pytest.raises(HostError, match="list interfaces while others change them") as failed:
         listed("list interfaces", dump(*[[NLM_F_DUMP_INTR]] * DUMPS_MAX))
 
@@ -43,7 +43,7 @@ def test_a_list_that_never_stands_still() -> None:
 
 
 def test_a_list_that_is_refused_is_not_read_again() -> None:
-    """The kernel has said why."""
+    """The kernel's error says why."""
     with pytest.raises(HostError) as failed:
         listed("list routes", dump(NetlinkError(errno.EPERM)))
 
@@ -59,8 +59,8 @@ def test_a_list_that_is_refused_is_not_read_again() -> None:
     ],
     ids=["kernel", "nonsense", "late"],
 )
-def test_failures_are_ours(error: Exception, code: int) -> None:
-    """Whatever pyroute2 raises, priv has one way to fail."""
+def test_every_failure_is_a_host_error(error: Exception, code: int) -> None:
+    """pyroute2 raises several kinds of exceptions, and priv only this one."""
     with pytest.raises(HostError, match="make bridge br0") as failed, trying("make bridge br0"):
         raise error
 
@@ -68,13 +68,13 @@ def test_failures_are_ours(error: Exception, code: int) -> None:
 
 
 @pytest.mark.parametrize("code", [errno.ENODEV, errno.ESRCH, errno.ENOENT])
-def test_what_is_gone_need_not_be_deleted(code: int) -> None:
-    """It may have gone by itself, or by somebody else."""
+def test_deleting_what_does_not_exist_is_no_error(code: int) -> None:
+    """The kernel or another program may have deleted it."""
     with absent_is_fine():
         raise NetlinkError(code)
 
 
-def test_what_may_not_be_deleted_is_said() -> None:
-    """That is another reason."""
+def test_deleting_without_permission_is_an_error() -> None:
+    """Only missing objects are ignored."""
     with pytest.raises(NetlinkError), absent_is_fine():
         raise NetlinkError(errno.EPERM)

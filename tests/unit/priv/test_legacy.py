@@ -1,4 +1,4 @@
-"""What the kernel says of the old iptables, byte for byte, and what is none of it."""
+"""The kernel's tables of the old iptables, byte for byte, and invalid ones."""
 
 import random
 from itertools import pairwise
@@ -7,11 +7,11 @@ import pytest
 
 from vmd.priv.legacy import CHAIN_NAME, DROP, FAMILIES, OFFSETS, TARGET, VERDICT, Family, names, policy
 
-HEADER = 24  # behind OFFSETS: comefrom, and two counters of 64 bits
+HEADER = 24  # after OFFSETS: comefrom, and two counters of 64 bits
 
 
 def entry(family: Family, verdict: int, target: bytes = b"") -> bytes:
-    """Return an entry whose target is a verdict, or is called something."""
+    """Return an entry whose target is a verdict or has a name."""
     offset = family.offsets_at + OFFSETS.size + HEADER - 4
     body = TARGET.pack(TARGET.size + 8, target, 0) + VERDICT.pack(verdict) + bytes(4)
     return bytes(family.offsets_at) + OFFSETS.pack(offset, offset + len(body)) + bytes(HEADER - 4) + body
@@ -19,7 +19,7 @@ def entry(family: Family, verdict: int, target: bytes = b"") -> bytes:
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.program)
 def test_the_policy_is_the_verdict_of_a_chains_last_entry(family: Family) -> None:
-    """The third chain's here; an entry that goes elsewhere has none."""
+    """The third chain drops.  An entry with another target has no verdict."""
     entries = [entry(family, -2), entry(family, -2), entry(family, DROP), entry(family, 0, b"ERROR")]
     starts = [sum(map(len, entries[:index])) for index in range(len(entries))]
 
@@ -30,7 +30,7 @@ def test_the_policy_is_the_verdict_of_a_chains_last_entry(family: Family) -> Non
 
 
 def chain_entry(family: Family, name: bytes) -> bytes:
-    """Return the entry that begins a chain of the user's."""
+    """Return the entry that begins a chain of a user."""
     offset = family.offsets_at + OFFSETS.size + HEADER - 4
     body = TARGET.pack(TARGET.size + CHAIN_NAME.size, b"ERROR", 0) + CHAIN_NAME.pack(name) + bytes(2)
     return bytes(family.offsets_at) + OFFSETS.pack(offset, offset + len(body)) + bytes(HEADER - 4) + body
@@ -38,7 +38,7 @@ def chain_entry(family: Family, name: bytes) -> bytes:
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.program)
 def test_the_names_of_chains(family: Family) -> None:
-    """By them other programs are known; the end of a table looks like one, and is none."""
+    """They identify other programs.  The end of a table looks like a chain, but is none."""
     chains = (b"DOCKER-USER", b"ts-input", b"ERROR")
     entries = entry(family, -2) + b"".join(chain_entry(family, name) for name in chains)
 
@@ -49,8 +49,8 @@ def test_the_names_of_chains(family: Family) -> None:
         }
 
 
-def test_every_truncation_and_nonsense() -> None:
-    """There is no policy in what has no room for one."""
+def test_truncated_and_random_tables() -> None:
+    """A table that is too short has no policy."""
     family = FAMILIES[0]
     whole = entry(family, DROP)
     for length in range(len(whole) - 4):

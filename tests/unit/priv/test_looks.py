@@ -1,4 +1,4 @@
-"""How often, and how, priv looks at what other firewalls drop; with an nft and a network that are none."""
+"""How often and how priv looks for packets that other firewalls drop, with stand-ins for nft and the network."""
 
 import errno
 import time
@@ -18,7 +18,7 @@ NET4 = (bytes((100, 64, 3, 4)), 31)
 
 
 class OldNft:
-    """An nft that knows no counters of sets, or nothing at all."""
+    """An nft that refuses rules with these words, such as counters of sets."""
 
     path = "/usr/sbin/nft"
 
@@ -27,7 +27,7 @@ class OldNft:
         self.applied: list[str] = []
 
     def apply(self, rules: str) -> None:
-        """Take rules."""
+        """Accept rules, or refuse them."""
         if any(word in rules for word in self.refused):
             raise OperatorError(errno.EOPNOTSUPP, "nftables cannot be used: syntax error")
         self.applied.append(rules)
@@ -41,8 +41,8 @@ def network_with(nft: OldNft) -> HostNetwork:
     return made
 
 
-def test_nat_works_where_nothing_can_be_counted() -> None:
-    """It is tried once, and said once."""
+def test_nat_works_without_counters() -> None:
+    """Counters are tried once, and the failure is reported once."""
     nft = OldNft("counter")
     network = network_with(nft)
     for _ in range(2):
@@ -56,8 +56,8 @@ def test_nat_works_where_nothing_can_be_counted() -> None:
     }
 
 
-def test_an_nft_that_takes_nothing_is_not_blamed_for_its_counters() -> None:
-    """There is no NAT, and that is the sentence; bridges alone are not worth a table without counters."""
+def test_an_nft_that_refuses_everything_is_not_reported_as_without_counters() -> None:
+    """The error says that there is no NAT.  Bridges alone need no table without counters."""
     for refused, members in ((("",), [Member(name="tap0", networks=(NET4,))]), (("counter",), [Member(name="tap0")])):
         network = network_with(OldNft(*refused))
         with pytest.raises(OperatorError, match="syntax error"):
@@ -67,8 +67,8 @@ def test_an_nft_that_takes_nothing_is_not_blamed_for_its_counters() -> None:
 
 
 @pytest.mark.parametrize(("times", "watched"), [(0, True), (1, True), (9, False)])
-def test_what_is_deleted_while_rules_are_written_is_not_forgotten(times: int, watched: bool) -> None:
-    """It would be watched no more; what an nft never shows as it was written is not."""
+def test_a_set_that_is_deleted_while_rules_are_written_is_restored(times: int, watched: bool) -> None:
+    """Otherwise it would not be watched any more.  A set that nft never lists as written is not watched."""
     network: Any = network_with(OldNft())
     network.has_table = True
     member = Member(name="tap0", networks=(NET4,))
@@ -87,7 +87,7 @@ def test_what_is_deleted_while_rules_are_written_is_not_forgotten(times: int, wa
 
 
 class Told(Priv):
-    """A priv of which only what it tells of troubles is there."""
+    """The part of priv that reports troubles."""
 
     def __init__(self) -> None:
         self.wrong: dict[str, tuple[int, str]] = {}
@@ -99,7 +99,7 @@ class Told(Priv):
         here.network = type("", (), network)()
 
     def find(self, **found: tuple[tuple[int, int], ...]) -> list[NetworkTrouble]:
-        """Find these things wrong, each with the VMs and interfaces that it concerns; return what is told."""
+        """Find these faults, each with its VMs and interfaces.  Return the messages."""
         self.found = {}
         for text, whose in found.items():
             self.found[text] = Wrong(Damage(text=text, since_s=0, names=frozenset()))
@@ -109,8 +109,8 @@ class Told(Priv):
         return sorted(self.sent, key=lambda message: (message.vmid, message.device, message.text))
 
 
-def test_what_is_wrong_is_told_once() -> None:
-    """With its VM, or without one if several have it; that all is well again is told of each interface."""
+def test_each_trouble_is_reported_once() -> None:
+    """It has its VM, or none if several VMs have it.  Its end is reported for each interface."""
     priv = Told()
     of_all, of_one, more = ((1, 0), (2, 0)), ((1, 1),), ((1, 0), (1, 1))
     assert priv.find(flushed=of_all, deleted=of_one) == [
@@ -125,11 +125,11 @@ def test_what_is_wrong_is_told_once() -> None:
     assert priv.find(gone=((3, 0),)) == [
         NetworkTrouble(vmid=1, device="interface1"), NetworkTrouble(vmid=3, device="interface0", text="gone")
     ]  # fmt: skip
-    assert priv.find() == []  # with the VM
+    assert priv.find() == []  # it ended with the VM
 
 
 def test_one_look_is_for_all_vms_of_a_list(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`vmctl status -v` asks about one after the other; who asks again wants to know anew."""
+    """`vmctl status -v` asks about one VM after another.  A second question about a VM needs a new look."""
     now_s = 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: now_s)
     looks: list[float] = []

@@ -1,4 +1,4 @@
-"""What a VM that comes or goes costs priv does not depend on how many others there are; no netlink, and no nft."""
+"""The cost of a VM that starts or ends does not depend on the number of VMs, with stand-ins for netlink and nft."""
 
 import random
 from collections import Counter
@@ -21,7 +21,7 @@ NFT_VERBS = ("add", "delete", "flush")
 
 
 class Links:
-    """Interfaces that can be looked up by name; lists of all are counted."""
+    """Interfaces that can be looked up by name.  It counts the lists of all."""
 
     def __init__(self) -> None:
         self.lists = 0
@@ -29,21 +29,21 @@ class Links:
         self.there: dict[str, Link] = {}
 
     def all(self) -> list[Link]:
-        """List all."""
+        """Return all interfaces, and count the call."""
         self.lists += 1
         return list(self.there.values())
 
     def find(self, name: str) -> Link | None:
-        """Look one up."""
+        """Look up an interface."""
         return self.there.get(name)
 
     def delete(self, link: Link) -> None:
-        """Delete one."""
+        """Record that an interface is deleted."""
         self.deleted.append(link.name)
 
 
 class Nft:
-    """Sets of a table, as nft is told; how much it is told, and how often it is asked, is counted."""
+    """The sets of a table.  It counts the bytes of rules and the listings."""
 
     path = "/usr/sbin/nft"
 
@@ -52,7 +52,7 @@ class Nft:
         self.sets: dict[str, set[str]] = {}
 
     def apply(self, text: str) -> None:
-        """Do what a text says of sets."""
+        """Carry out the lines about sets."""
         self.told_bytes += len(text)
         for line in text.splitlines():
             verb, what, _family, _table, *rest = line.split(" ", 5)
@@ -67,14 +67,14 @@ class Nft:
                 self.sets[rest[0]] ^= found
 
     def counters(self) -> dict[str, dict[str, int]]:
-        """List the whole table."""
+        """Count a listing of the whole table."""
         self.asked += 1
         return {}
 
 
 @pytest.fixture(autouse=True)
 def _no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have no settings of the kernel's: no frames of bridges go through a firewall."""
+    """Hide the kernel's settings, so that no frames of bridges go through a firewall."""
     monkeypatch.setattr(sysctl, "read", lambda _name: None)
 
 
@@ -89,7 +89,7 @@ def nic(vmid: int, *, local: bool = True, groups: tuple[str, ...] = ()) -> Nic:
 
 
 def network_of(nics: Sequence[Nic]) -> HostNetwork:
-    """Return a network that has made these, without a host."""
+    """Return a network that has made these interfaces, without a host."""
     network: Any = HostNetwork.__new__(HostNetwork)
     network.nft, network.links, network.watch = Nft(), Links(), Watch()
     network.nat, network.counts, network.has_table = True, True, False
@@ -105,7 +105,7 @@ def network_of(nics: Sequence[Nic]) -> HostNetwork:
 
 
 def costs(count: int, *, local: bool) -> tuple[int, int, int]:
-    """Return what one VM more, and its end, cost among so many: bytes for nft, its answers, lists of interfaces."""
+    """Return the cost of one more VM, from start to end: bytes for nft, its listings, lists of interfaces."""
     network: Any = network_of([nic(1000 + number, local=local) for number in range(count)])
     before = network.nft.told_bytes, network.nft.asked, network.links.lists
     one = nic(7000, local=local)
@@ -119,15 +119,15 @@ def costs(count: int, *, local: bool) -> tuple[int, int, int]:
 
 
 @pytest.mark.parametrize("local", [True, False])
-def test_one_more_costs_the_same_among_many(local: bool) -> None:
-    """Nothing is listed, no counter is read, and nft is told of that one only."""
+def test_one_more_vm_costs_the_same_among_many(local: bool) -> None:
+    """Nothing is listed, no counter is read, and nft gets only the changes of this VM."""
     few, many = costs(10, local=local), costs(1000, local=local)
     assert few == many
     assert few[1:] == (0, 0)
 
 
-def test_sets_are_what_they_would_be_if_written_as_a_whole() -> None:
-    """Whatever comes and goes, in any order: the last one that needs the chains, and the first of a group, too."""
+def test_changes_of_sets_lead_to_the_same_sets_as_writing_all() -> None:
+    """VMs start and end in random order, among them the last with NAT and the first of a group."""
     chance = random.Random(1)
     network: Any = network_of([])
     for vmid in range(1, 300):
@@ -148,8 +148,8 @@ def test_sets_are_what_they_would_be_if_written_as_a_whole() -> None:
         assert network.watched == {each.link.name for each in network.all_nics() if each.networks}
 
 
-def test_a_name_that_two_interfaces_have_for_a_moment() -> None:
-    """A tap that is gone may leave its name to the next one before its VM is forgotten: that one keeps its elements."""
+def test_two_interfaces_have_the_same_name_for_a_moment() -> None:
+    """A new tap may get the name of a deleted one whose VM is still known.  The new tap keeps its elements."""
     network: Any = network_of([nic(1), nic(2)])
     other = nic(3)
     other.link = other.link.replace(name="tap1")
@@ -166,9 +166,9 @@ def test_a_name_that_two_interfaces_have_for_a_moment() -> None:
 
 
 def test_asking_about_each_vm_does_not_look_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a look at hundreds of interfaces takes longer than all the questions about one VM after the other.
+    """A look at hundreds of interfaces may take longer than many questions.
 
-    Who asks again is answered by a look that was begun later, which may be that for others, too.
+    A repeated question is answered by a look that begins later, perhaps together with questions about other VMs.
     """
     now_s, looks, answers = 1000.0, 0, 0
     later: list[tuple[float, Callable[[], None]]] = []
@@ -201,14 +201,14 @@ def test_asking_about_each_vm_does_not_look_each_time(monkeypatch: pytest.Monkey
     for vmid in range(1, 501):
         ask(vmid)
     assert (looks, answers) == (1, 500)
-    for _ in range(2000):  # the same VM, again and again
+    for _ in range(2000):  # the same VM, repeatedly
         ask(1)
     assert 1 < looks <= 2 + 2500 * 0.005 / REST_MAX_S
     assert answers + len(later) == 2500
     now_s += 2 * REST * 0.5
     ask(1)
     assert (answers, later) == (2501, [])
-    priv.look_took_s = 60.0  # on a host that has no time for us
+    priv.look_took_s = 60.0  # as on a host that is very busy
     ask(1)
     now_s += COUNT_TIMEOUT_S
     ask(2)

@@ -1,4 +1,4 @@
-"""The nftables text, and what is ours of a host, without touching any."""
+"""The nftables rules, and which interfaces of the host were made by vmd, without a real host."""
 
 import subprocess
 
@@ -16,7 +16,7 @@ NET4, NET6 = (bytes((100, 64, 3, 4)), 31), (b"\xfd" + bytes(15), 64)
 
 
 def test_no_table_without_need() -> None:
-    """A plain interface needs none."""
+    """An interface without local networks, groups or switches needs no table."""
     assert not needed([])
     assert not needed([Member(name="tap0")])
     assert needed([Member(name="tap0", groups=("a",))])
@@ -25,7 +25,7 @@ def test_no_table_without_need() -> None:
 
 
 def test_the_shape_of_a_text() -> None:
-    """So many rules in each chain, so many elements in each set; what is empty has to be there, too."""
+    """It has the number of rules of each chain and of elements of each set.  Empty ones are included."""
     members = [Member(name=f"tap{number}", groups=("lab",), networks=(NET4, NET6)[:number]) for number in range(3)]
 
     found = shape(ruleset(members, ["old"], ["br0"]))
@@ -39,7 +39,7 @@ def test_the_shape_of_a_text() -> None:
 
 
 def test_forwards() -> None:
-    """A rule each, in a chain that packets for the host itself come by; without NAT there is none."""
+    """Each forward is a rule in a chain for packets to the host itself.  Without forwards there is no jump to it."""
     world = Prefix(address=bytes((192, 0, 2, 0)), length=24)
     forwards = (
         Forward(port=8022, to=22),
@@ -64,7 +64,7 @@ def test_forwards() -> None:
 
 
 def test_the_whole_text() -> None:
-    """Sets, then chains; each is emptied before it is filled."""
+    """Sets come first, then chains.  Each is emptied before it is filled."""
     members = [
         Member(name="tap0", groups=("lab", "web")),
         Member(name="tap1", groups=("lab",), networks=(NET4, NET6)),
@@ -150,13 +150,13 @@ def test_the_whole_text() -> None:
     )
 
 
-def test_nothing_is_forwarded_for_groups_alone() -> None:
+def test_groups_alone_need_no_rules() -> None:
     """Without NAT the chains are empty."""
     assert "add rule" not in ruleset([Member(name="tap0", groups=("lab",))])
 
 
 def test_a_host_whose_sets_have_no_counters() -> None:
-    """NAT does not depend on them."""
+    """NAT works without them."""
     text = ruleset([Member(name="tap1", networks=(NET4,))], bridges=["br0"], counted=False)
 
     assert "counter" not in text
@@ -176,12 +176,12 @@ def test_a_host_whose_sets_have_no_counters() -> None:
     ],
 )  # fmt: skip
 def test_rules_that_translate(rule: str, translates: bool) -> None:
-    """Those that only ask whether it was done, or are about something else, do not."""
+    """Rules that only match translated packets, or that are about something else, do not translate."""
     assert bool(TRANSLATES.search(f"chain x {{\n\t\t{rule}\n\t}}\n")) is translates
 
 
 def run_as(monkeypatch: pytest.MonkeyPatch, result: object) -> Nft:
-    """Return an nft that answers this, or raises it."""
+    """Return an nft with this result, which is returned or raised."""
 
     def run(*_: object, **__: object) -> object:
         if isinstance(result, BaseException):
@@ -204,8 +204,8 @@ def run_as(monkeypatch: pytest.MonkeyPatch, result: object) -> Nft:
     ],
     ids=repr,
 )
-def test_what_nft_cannot_do(monkeypatch: pytest.MonkeyPatch, result: object, words: str) -> None:
-    """One sentence for each."""
+def test_each_failure_of_nft_has_a_message(monkeypatch: pytest.MonkeyPatch, result: object, words: str) -> None:
+    """The message has the reason."""
     with pytest.raises(OperatorError, match=words):
         run_as(monkeypatch, result).apply("")
 
@@ -213,15 +213,15 @@ def test_what_nft_cannot_do(monkeypatch: pytest.MonkeyPatch, result: object, wor
 @pytest.mark.parametrize(
     "text", ["", "[]", "{}", '{"nftables": 3}', '{"nftables": [{"chain": {}}]}', '{"nftables": [7]}']
 )
-def test_listings_that_are_none(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
-    """A version of nft that speaks otherwise costs a warning, not the start."""
+def test_invalid_listings_of_nft(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    """An nft with another output format causes a warning, and does not prevent the start."""
     nft = run_as(monkeypatch, subprocess.CompletedProcess([], 0, text, ""))
 
     assert nft.chains() == []
     assert nft.counters() == {}
 
 
-# --- what is ours --------------------------------------------------------------------------------------------
+# --- made by vmd ---------------------------------------------------------------------------------------------
 
 
 def link(name: str, kind: str, alias: str, table: int = 0) -> Link:
@@ -245,8 +245,8 @@ def link(name: str, kind: str, alias: str, table: int = 0) -> Link:
     ],
     ids=repr,
 )
-def test_what_is_ours(each: Link, taps: bool, bridges: bool, vrfs: bool) -> None:
-    """Kind and alias together; one of them is a coincidence."""
+def test_which_interfaces_were_made_by_vmd(each: Link, taps: bool, bridges: bool, vrfs: bool) -> None:
+    """Kind and alias decide together.  One of them alone may be a coincidence."""
     assert (is_tap(each), is_bridge(each), is_vrf(each)) == (taps, bridges, vrfs)
 
 
@@ -256,7 +256,7 @@ def test_the_hosts_tables() -> None:
 
 
 def test_link_local_addresses() -> None:
-    """The example of RFC 4291, appendix A: the universal bit is turned over."""
+    """The example of RFC 4291, appendix A: the universal bit is inverted."""
     assert link_local(bytes.fromhex("3456789abcde")).hex() == "fe80000000000000365678fffe9abcde"
 
 
@@ -270,5 +270,5 @@ def test_link_local_addresses() -> None:
     ],
 )
 def test_inside(address: tuple[int, ...], network: tuple[int, ...], length: int, expected: bool) -> None:
-    """Prefixes, and families."""
+    """The prefix decides.  Addresses of different families do not match."""
     assert inside(bytes(address), bytes(network), length) == expected

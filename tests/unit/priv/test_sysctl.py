@@ -1,4 +1,4 @@
-"""Settings that have to be put back, on a tree of files that stands for /proc/sys/net."""
+"""Settings of the kernel that are restored later, with a directory that stands in for /proc/sys/net."""
 
 import os
 from pathlib import Path
@@ -14,7 +14,7 @@ SETTING = "ipv4/ip_forward"
 
 @pytest.fixture
 def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Give such a tree, with forwarding off."""
+    """Return that directory, with forwarding off."""
     monkeypatch.setattr("vmd.priv.sysctl.SYS", str(tmp_path / "sys"))
     monkeypatch.setattr("vmd.priv.sysctl.PRIV_DIRECTORY", str(tmp_path))
     (tmp_path / "sys/ipv4").mkdir(parents=True)
@@ -23,14 +23,14 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def locked() -> ChangedSettings:
-    """Return a record that is ours."""
+    """Return a record of changed settings that this process has locked."""
     kept = ChangedSettings()
     assert kept.lock()
     return kept
 
 
-def test_changed_and_put_back(tree: Path) -> None:
-    """What was there is there again, and the file is gone."""
+def test_a_changed_setting_is_restored(tree: Path) -> None:
+    """Afterwards it has its earlier value, and the file is removed."""
     kept = locked()
     assert kept.change(SETTING, "1")
     assert not kept.change(SETTING, "1")
@@ -42,11 +42,11 @@ def test_changed_and_put_back(tree: Path) -> None:
     assert [path.name for path in tree.iterdir()] == ["sys"]
 
 
-def test_what_a_killed_daemon_left_is_known_to_the_next(tree: Path) -> None:
+def test_the_next_daemon_restores_the_settings_of_a_killed_one(tree: Path) -> None:
     """The old value is on disk before the new one is set."""
     first = locked()
     first.change(SETTING, "1")
-    os.close(first.fd)  # as the kernel does for the dead
+    os.close(first.fd)  # as the kernel does for a killed process
 
     second = locked()
     assert second.values == {SETTING: ("0", "1")}
@@ -56,7 +56,7 @@ def test_what_a_killed_daemon_left_is_known_to_the_next(tree: Path) -> None:
 
 
 def test_a_second_owner_is_refused(tree: Path) -> None:
-    """Until the first has let go."""
+    """It can lock the record when the first has closed it."""
     first = locked()
     second = ChangedSettings()
     assert not second.lock()
@@ -65,16 +65,16 @@ def test_a_second_owner_is_refused(tree: Path) -> None:
     second.close()
 
 
-def test_what_is_not_there_is_not_changed(tree: Path) -> None:
-    """A kernel without IPv6."""
+def test_a_missing_setting_is_not_changed(tree: Path) -> None:
+    """The kernel may have no IPv6."""
     kept = locked()
     assert not kept.change("ipv6/conf/all/forwarding", "1")
     assert sysctl.entries("ipv6/conf") == []
     kept.close()
 
 
-def test_what_changes_along_is_put_back_too(tree: Path) -> None:
-    """The kernel sets accept_redirects when forwarding is switched off: an administrator's 0 shall not become 1."""
+def test_a_setting_that_the_kernel_changes_as_well_is_restored(tree: Path) -> None:
+    """The kernel sets accept_redirects when forwarding is switched off.  An administrator's 0 must not become 1."""
     redirects = tree / "sys/ipv4/accept_redirects"
     redirects.write_text("0\n")
     kept = locked()
@@ -88,7 +88,7 @@ def test_what_changes_along_is_put_back_too(tree: Path) -> None:
 
 
 def test_a_line_whose_writer_was_killed(tree: Path) -> None:
-    """What stands before it counts; the next line takes its place."""
+    """The lines before it count.  The next line replaces it."""
     first = locked()
     first.change(SETTING, "1")
     os.pwrite(first.fd, b'["ipv4/con', first.size)
@@ -107,8 +107,8 @@ def test_a_line_whose_writer_was_killed(tree: Path) -> None:
     second.close()
 
 
-def test_nothing_is_changed_whose_old_value_cannot_be_kept(tree: Path) -> None:
-    """A full file system."""
+def test_a_setting_is_not_changed_if_its_old_value_cannot_be_stored(tree: Path) -> None:
+    """The file system may be full."""
     kept = locked()
     read_only = os.open(kept.path, os.O_RDONLY)
     os.dup2(read_only, kept.fd)
@@ -128,6 +128,6 @@ def test_nothing_is_changed_whose_old_value_cannot_be_kept(tree: Path) -> None:
         b'["ipv4/ip_forward", "0", "1"]',
     ],
 )  # fmt: skip
-def test_files_that_are_not_ours(raw: bytes) -> None:
-    """Nothing of them is believed."""
+def test_invalid_files(raw: bytes) -> None:
+    """No value is taken from them."""
     assert parse(raw)[0] == {}

@@ -1,4 +1,4 @@
-"""What the parent keeps of root's capabilities, and where that is written down besides."""
+"""The capabilities that the parent keeps agree with the documentation and the unit."""
 
 import re
 from pathlib import Path
@@ -15,7 +15,7 @@ KEPT = {
 
 
 def test_each_has_a_reason() -> None:
-    """docs/security.md has a row for each, and for no other."""
+    """docs/security.md has a row for each, and no other rows."""
     lines = Path(ROOT, "docs/security.md").read_text().splitlines()
     rows = [line.split("|")[1] for line in lines if line.startswith("| CAP_")]
 
@@ -23,7 +23,7 @@ def test_each_has_a_reason() -> None:
 
 
 def test_the_unit_gives_no_others() -> None:
-    """A capability that the daemon gives up is not asked for."""
+    """The unit does not grant a capability that the daemon gives up."""
     lines = Path(ROOT, "etc/vmd.service").read_text().splitlines()
     given = [line.partition("=")[2] for line in lines if line.startswith("CapabilityBoundingSet=")]
 

@@ -1,4 +1,4 @@
-"""What goes into the cell is the same wherever our code comes from."""
+"""The contents of the cell are the same for every source of our code: a directory or an archive."""
 
 import importlib
 import importlib.util
@@ -19,7 +19,7 @@ FOREIGN = b"\x01\x02\r\n" + bytes(12) + marshal.dumps(compile("WHERE = 'another 
 
 
 def archive(path: Path, package: str, *, byte_code_too: bool) -> None:
-    """Pack the package, without byte code or with that of another version of Python."""
+    """Pack the package, without byte code or with byte code of another version of Python."""
     with zipfile.ZipFile(path, "w") as packed:
         for name, text in MODULES.items():
             packed.writestr(f"{package}/{name}", text)
@@ -28,7 +28,7 @@ def archive(path: Path, package: str, *, byte_code_too: bool) -> None:
 
 
 def run(pyc: bytes) -> dict[str, object]:
-    """Run byte code; return what it has defined."""
+    """Run byte code.  Return what it defines."""
     assert pyc[:4] == importlib.util.MAGIC_NUMBER
     found: dict[str, object] = {"__name__": "it"}
     exec(marshal.loads(pyc[16:]), found)
@@ -36,10 +36,10 @@ def run(pyc: bytes) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("byte_code_too", [False, True], ids=["sources only", "byte code of another Python"])
-def test_an_archive_gives_what_a_directory_gives(
+def test_an_archive_gives_the_same_files_as_a_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, byte_code_too: bool
 ) -> None:
-    """The same modules at the same places, with byte code that this interpreter runs."""
+    """The modules have the same places, and byte code that this interpreter runs."""
     package = f"packed{byte_code_too}"
     for name, text in MODULES.items():
         path = tmp_path / "plain" / package / name
@@ -63,7 +63,7 @@ def test_an_archive_gives_what_a_directory_gives(
 
 
 def test_byte_code_of_an_archive_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiling would be most of the daemon's start."""
+    """Compiling would take most of the time of the daemon's start."""
     with zipfile.ZipFile(tmp_path / "code.zip", "w") as packed:
         packed.writestr("compiled/__init__.py", "")
         packed.writestr("compiled/main.py", "WHO = 'source'\n")
@@ -89,7 +89,7 @@ def test_byte_code_of_an_archive_is_used(tmp_path: Path, monkeypatch: pytest.Mon
 def test_byte_code_of_a_directory_is_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, magic: bytes, later_s: int, longer: int, who: str
 ) -> None:
-    """If it is of that source, by the rules of the interpreter (PEP 552)."""
+    """It is used only if it belongs to that source, by the interpreter's rules (PEP 552)."""
     package = f"cached{later_s}{longer}{magic[0]}"
     source = tmp_path / package / "main.py"
     source.parent.mkdir()
@@ -107,8 +107,8 @@ def test_byte_code_of_a_directory_is_used(
     assert run(pyc)["WHO"] == who
 
 
-def test_an_archive_that_was_replaced_under_us_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A daemon that starts while another version is installed does not go on with half of each."""
+def test_an_archive_that_was_replaced_meanwhile_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A daemon that starts during an installation must not use parts of two versions."""
     archive(tmp_path / "code.zip", "replaced", byte_code_too=False)
     monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path / "code.zip")])
     package_files("replaced")  # now zipimport knows where each module is

@@ -1,4 +1,4 @@
-"""What is asked of kernels of different age; whether they keep it is for tests/process."""
+"""The rules for kernels of different ages.  Whether the kernel enforces them is tested in tests/process."""
 
 import errno
 import os
@@ -13,7 +13,7 @@ from vmd.privsep import landlock, linux
 
 @pytest.mark.parametrize("name", ["EXECUTE", "WRITE_FILE", "READ_FILE", "READ_DIR", "REMOVE_FILE", "MAKE_REG"])
 def test_rights_are_the_kernels(name: str) -> None:
-    """A compiler finds each right equal to ours."""
+    """A compiler finds that each right equals the kernel's."""
     value = getattr(landlock, name)
     source = f'#include <linux/landlock.h>\n_Static_assert(LANDLOCK_ACCESS_FS_{name} == {value}, "{name}");\n'
 
@@ -33,17 +33,17 @@ def test_rights_are_the_kernels(name: str) -> None:
     ],
 )
 def test_ruleset_grows_with_the_kernel(version: int, words: tuple[int, ...]) -> None:
-    """A kernel is asked for all it knows, and for nothing newer, which it would refuse."""
+    """The ruleset has everything that the kernel knows.  The kernel would refuse anything newer."""
     assert landlock.ruleset(version) == struct.pack(f"={len(words)}Q", *words)
 
 
-def test_scopes_are_those_that_are_wanted() -> None:
+def test_only_the_given_scopes_are_in_the_ruleset() -> None:
     """A VM process leaves signals to the ruleset of its start."""
     assert landlock.ruleset(6, landlock.SCOPE_SOCKETS) == struct.pack("=3Q", 0xFFFF, 3, 1)
 
 
-def test_only_what_can_be_changed_is_warned_of() -> None:
-    """Landlock that is missing is; an older one is not, and has one sentence for all that it lacks."""
+def test_there_is_a_warning_only_if_landlock_is_missing() -> None:
+    """An older version causes no warning, because nobody can change it.  One message lists its limits."""
     (warning,) = landlock.missing(0)
     assert "lsm=landlock" in warning
     assert [landlock.missing(version) for version in (1, 4, 6)] == [[], [], []]
@@ -59,8 +59,8 @@ def test_only_what_can_be_changed_is_warned_of() -> None:
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.EPERM, errno.EOPNOTSUPP])
-def test_refused_landlock_is_none(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    """A container that does not know the call answers either of the first two."""
+def test_a_refused_landlock_counts_as_missing(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """A container that does not know the call answers ENOSYS or EPERM."""
 
     def refuse(tried: str, *_: object) -> int:
         raise HostError(tried, number)
@@ -71,7 +71,7 @@ def test_refused_landlock_is_none(monkeypatch: pytest.MonkeyPatch, number: int) 
 
 
 def test_directory_rights_on_a_file_are_left_out() -> None:
-    """The kernel refuses to let a file be listed; the rule is made with what fits."""
+    """The kernel refuses such a rule.  The rule is made with the rights that apply to files."""
     version = landlock.abi() or pytest.skip("kernel without landlock")
     attr = landlock.ruleset(version)
     fd = linux.syscall("ruleset", linux.SYS_LANDLOCK_CREATE_RULESET, attr, len(attr), 0)

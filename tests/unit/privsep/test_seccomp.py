@@ -1,4 +1,4 @@
-"""Filter programs are interpreted here, instruction by instruction, as the kernel does."""
+"""The test interprets filter programs instruction by instruction, as the kernel does."""
 
 import ctypes
 import errno
@@ -22,7 +22,7 @@ EVERY_CONFINEMENT = {
 
 
 def verdict(program: bytes, number: int, *arguments: int, arch: int = seccomp.AUDIT_ARCH_X86_64) -> int:
-    """Return what the program says about a system call."""
+    """Return the program's result for a system call."""
     padded = (*arguments, 0, 0, 0, 0, 0, 0)[:6]
     data = struct.pack("=IIQ6Q", number, arch, 0, *padded)
     instructions = list(struct.iter_unpack("=HBBI", program))
@@ -50,7 +50,7 @@ def verdict(program: bytes, number: int, *arguments: int, arch: int = seccomp.AU
 
 
 def test_numbers_are_the_kernels() -> None:
-    """Every name has the number that <sys/syscall.h> gives it."""
+    """Every number equals that of <sys/syscall.h>."""
     source = "#include <sys/syscall.h>\n" + "".join(f"{name} = SYS_{name}\n" for name in NUMBERS)
     output = subprocess.run(["gcc", "-E", "-P", "-"], input=source, capture_output=True, text=True, check=True).stdout
     theirs = dict(line.split(" = ") for line in output.splitlines() if " = " in line)
@@ -59,7 +59,7 @@ def test_numbers_are_the_kernels() -> None:
 
 
 def test_refused_calls_have_the_kernel_s_names() -> None:
-    """As far as the headers here know them; what a filter names has the same number in both tables."""
+    """This is tested for the calls that the headers here know.  Both tables agree about the calls of filters."""
     source = "#include <sys/syscall.h>\n" + "".join(f"{name} = SYS_{name}\n" for name in refused.NAMES.values())
     output = subprocess.run(["gcc", "-E", "-P", "-"], input=source, capture_output=True, text=True, check=True).stdout
     lines = dict(line.split(" = ") for line in output.splitlines() if " = " in line)
@@ -91,36 +91,36 @@ def test_refused_calls_have_the_kernel_s_names() -> None:
     ],
 )
 def test_constants_are_the_kernels(header: str, constant: str) -> None:
-    """A compiler finds each constant equal to ours."""
+    """A compiler finds that each constant equals the kernel's."""
     value = getattr(seccomp, constant)
     source = f'#include <{header}>\n_Static_assert({constant} == {value}u, "{constant}");\n'
 
     subprocess.run(["gcc", "-fsyntax-only", "-x", "c", "-"], input=source, text=True, check=True)
 
 
-def test_what_is_not_listed_kills() -> None:
-    """A call without a rule ends the process."""
+def test_a_call_without_a_rule_kills_the_process() -> None:
+    """The filter lists what is allowed."""
     assert verdict(assemble({"read"}), NUMBERS["write"]) == RET_KILL_PROCESS
 
 
-def test_what_is_listed_passes() -> None:
+def test_a_call_with_a_rule_is_allowed() -> None:
     """A rule without conditions allows any arguments."""
     assert verdict(assemble({"read", "write"}), NUMBERS["write"], 1, 2, 3) == RET_ALLOW
 
 
 def test_other_architectures_kill() -> None:
-    """The numbers of 32-bit calls mean other calls: read is write there."""
+    """The same numbers mean other calls there: 1 is write here, and exit in 32-bit code."""
     assert verdict(assemble({"read", "write"}), NUMBERS["read"], arch=0x40000003) == RET_KILL_PROCESS
 
 
 def test_x32_calls_kill() -> None:
-    """The same call with the x32 bit is another call."""
+    """A number with the x32 bit is another call."""
     assert verdict(assemble({"read"}), NUMBERS["read"] | 0x40000000) == RET_KILL_PROCESS
 
 
 @pytest.mark.parametrize("name", ["mmap", "mprotect"])
 def test_memory_is_not_executable(name: str) -> None:
-    """PROT_EXEC needs the stronger rule."""
+    """PROT_EXEC needs another rule."""
     number = NUMBERS[name]
 
     assert verdict(assemble({name}), number, 0, 4096, 3) == RET_ALLOW
@@ -129,7 +129,7 @@ def test_memory_is_not_executable(name: str) -> None:
 
 
 def test_threads_are_not_processes() -> None:
-    """Clone makes threads; processes need the stronger rule, and namespaces are never had."""
+    """The rule for clone allows threads.  Processes need another rule, and no rule allows namespaces."""
     thread, process, namespace = 0x3D0F00, 0x1200011, 0x10000000 | 17
     threads, processes = assemble({"clone"}), assemble({"clone", "clone+process"})
 
@@ -146,12 +146,12 @@ def test_threads_are_not_processes() -> None:
 
 
 def test_clone3_is_not_implemented() -> None:
-    """Its flags cannot be seen, so that glibc has to fall back to clone."""
+    """A filter cannot see its flags.  With ENOSYS glibc uses clone instead."""
     assert verdict(assemble({"clone", "clone+process"}), NUMBERS["clone3"]) == RET_ERRNO | errno.ENOSYS
 
 
 def test_file_names_fail_softly() -> None:
-    """Looking for a file does not kill, and fstat still works."""
+    """A process that looks for a file is not killed, and fstat still works."""
     program = assemble({"newfstatat"})
 
     assert verdict(program, NUMBERS["openat"]) == RET_ERRNO | errno.EPERM
@@ -159,8 +159,8 @@ def test_file_names_fail_softly() -> None:
     assert verdict(program, NUMBERS["newfstatat"], 3, 0, 0, seccomp.AT_EMPTY_PATH) == RET_ALLOW
 
 
-def test_files_can_be_opened_for_reading_only() -> None:
-    """Whatever the other flags are."""
+def test_files_can_only_be_opened_for_reading() -> None:
+    """Flags that write or create are refused, together with any other flags."""
     program = assemble({"openat+reading"})
     reading, writing = os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY, (os.O_WRONLY, os.O_RDWR, os.O_CREAT, os.O_TRUNC)
 
@@ -170,7 +170,7 @@ def test_files_can_be_opened_for_reading_only() -> None:
 
 
 def test_ioctl_by_number() -> None:
-    """Only given requests, and those any descriptor answers, pass; long lists too."""
+    """Only the listed requests pass, and those for any descriptor.  Long lists work, too."""
     requests = range(0xAE00, 0xAE00 + 200)
     program = assemble({"ioctl"}, ioctls=requests)
 
@@ -181,7 +181,7 @@ def test_ioctl_by_number() -> None:
 
 
 def test_ioctl_by_driver() -> None:
-    """All of KVM's requests pass, whatever their direction and size bits, and no other driver's."""
+    """All requests of KVM pass, with all bits for direction and size.  No request of another driver passes."""
     program = assemble({"ioctl", "ioctl+kvm"})
 
     assert verdict(program, 16, 3, 0xC008AE05) == RET_ALLOW
@@ -189,15 +189,15 @@ def test_ioctl_by_driver() -> None:
     assert verdict(program, 16, 3, 0xAF80) == RET_KILL_PROCESS
 
 
-def test_signals_reach_only_ourselves() -> None:
-    """The plain tgkill rule names one process."""
+def test_signals_reach_only_the_process_itself() -> None:
+    """The plain rule for tgkill names one process."""
     assert verdict(assemble({"tgkill"}, pid=77), NUMBERS["tgkill"], 77, 78, 9) == RET_ALLOW
     assert verdict(assemble({"tgkill"}, pid=77), NUMBERS["tgkill"], 76, 76, 9) == RET_KILL_PROCESS
     assert verdict(assemble({"tgkill", "tgkill+any"}, pid=77), NUMBERS["tgkill"], 76, 76, 9) == RET_ALLOW
 
 
-def test_what_is_sent_goes_where_the_socket_leads() -> None:
-    """An address has a length; without one the kernel takes none."""
+def test_data_can_only_be_sent_to_the_peer_of_the_socket() -> None:
+    """An address has a length, and the kernel ignores an address without one."""
     number, length = NUMBERS["sendto"], 20
 
     assert verdict(assemble({"sendto"}), number, 3, 4096, 10, 0, 0, 0) == RET_ALLOW
@@ -206,7 +206,7 @@ def test_what_is_sent_goes_where_the_socket_leads() -> None:
 
 
 def test_trap_instead_of_kill() -> None:
-    """For developers a refusal raises SIGSYS, except where the numbers mean something else."""
+    """For developers a refused call raises SIGSYS, except if it is of another ABI."""
     program = assemble({"mmap"}, refused=seccomp.RET_TRAP)
 
     assert verdict(program, NUMBERS["write"]) == seccomp.RET_TRAP
@@ -216,13 +216,13 @@ def test_trap_instead_of_kill() -> None:
 
 @pytest.mark.parametrize("rule", ["opennat", "read+write", "+exec"])
 def test_misspelt_rules_are_errors(rule: str) -> None:
-    """A rule that means nothing is found when the filter is made."""
+    """An unknown rule is an error when the filter is made."""
     with pytest.raises(ValueError, match="no such system call rule"):
         confine.filter_of(confine.Confinement(syscalls=(rule,)))
 
 
 def test_every_filter_can_be_made() -> None:
-    """Not only when its process starts, which may be rare."""
+    """Otherwise an error would show only when the process starts, which may be rare."""
     written = {name: value for name, value in vars(confine).items() if isinstance(value, confine.Confinement)}
 
     assert len(written) > 20
@@ -230,8 +230,11 @@ def test_every_filter_can_be_made() -> None:
         assert confine.filter_of(confinement), name
 
 
-def test_requests_can_be_narrowed_later() -> None:
-    """Those named are left, with those of every descriptor; no filter can be added; the rest is the first one's."""
+def test_requests_can_be_restricted_later() -> None:
+    """Only the given requests are left, with those for every descriptor.
+
+    No filter can be added.  Other calls are not changed.
+    """
     program = seccomp.assemble_requests((0xAE80,))
 
     allowed = (NUMBERS["ioctl"], 5, 0xAE80), (NUMBERS["ioctl"], 5, seccomp.FIONREAD), (NUMBERS["read"],), (9999,)
@@ -245,8 +248,8 @@ NOT_BELOW_VMM = {"PRIV", "OPENER", "LOCKHOLDER", "LOGFILE", "METRICS"}
 
 
 @pytest.mark.parametrize("name", sorted(EVERY_CONFINEMENT.keys() - NOT_BELOW_VMM))
-def test_vmm_allows_what_its_descendants_need(name: str) -> None:
-    """Filters are inherited: what vmm's own kills, no VM or device can do."""
+def test_vmm_allows_the_calls_of_its_descendants(name: str) -> None:
+    """Filters are inherited, so no VM or device can make a call that vmm's filter kills."""
     ours = EVERY_CONFINEMENT[name]
     vmm = confine.VMM.syscalls
     calls = {seccomp.call_name(rule) for rule in ours.syscalls}
@@ -257,7 +260,7 @@ def test_vmm_allows_what_its_descendants_need(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(EVERY_CONFINEMENT.keys() - {"PRIV"}))
 def test_every_program_fits_the_kernel(name: str) -> None:
-    """No filter comes near the limit of instructions, and none allows what nobody may have."""
+    """No filter is near the limit of instructions, and none allows a call that no process may make."""
     ours = EVERY_CONFINEMENT[name]
     program = assemble(ours.syscalls, ioctls=ours.ioctls, pid=1)
 
@@ -268,7 +271,7 @@ def test_every_program_fits_the_kernel(name: str) -> None:
 
 
 def test_a_forgiving_filter_ends_a_process_for_few_calls_only() -> None:
-    """priv runs a program of the host, whose libraries may make calls that nobody thought of."""
+    """priv runs a program of the host, whose libraries may make unexpected calls."""
     ours = confine.PRIV
     assert ours.deadly is not None
     program = assemble(
@@ -277,14 +280,14 @@ def test_a_forgiving_filter_ends_a_process_for_few_calls_only() -> None:
 
     assert len(program) // 8 < seccomp.BPF_MAXINSNS // 4
     assert {verdict(program, NUMBERS[call]) for call in ours.deadly} == {RET_KILL_PROCESS}
-    for number in (42, 105, 136, 288, 9999):  # connect setuid ustat accept4, and one that there is not yet
+    for number in (42, 105, 136, 288, 9999):  # connect setuid ustat accept4, and a future call
         assert verdict(program, number) == RET_ERRNO | errno.EPERM
     assert verdict(program, NUMBERS["socket"], socket.AF_UNIX) == RET_ERRNO | errno.EPERM
     assert verdict(program, NUMBERS["socket"], socket.AF_NETLINK) == RET_ALLOW
 
 
-def test_what_fcntl_may_do() -> None:
-    """What the processes do with descriptors, and what Python does; not what sends signals or breaks leases."""
+def test_the_allowed_commands_of_fcntl() -> None:
+    """They are those that the processes and Python use.  Those that send signals or break leases are not allowed."""
     program = assemble({"fcntl"})
     allowed = {
         fcntl.F_DUPFD, fcntl.F_DUPFD_CLOEXEC, fcntl.F_GETFD, fcntl.F_SETFD, fcntl.F_GETFL, fcntl.F_SETFL,
@@ -306,8 +309,8 @@ def test_what_fcntl_may_do() -> None:
         ("sendto", 5, {0}),
     ],
 )
-def test_what_an_argument_may_be(rule: str, argument: int, allowed: set[int]) -> None:
-    """Of many small numbers."""
+def test_the_allowed_values_of_an_argument(rule: str, argument: int, allowed: set[int]) -> None:
+    """Many small numbers are tried."""
     program = assemble({rule})
 
     passing = set()
@@ -321,7 +324,7 @@ def test_what_an_argument_may_be(rule: str, argument: int, allowed: set[int]) ->
 
 
 def test_instructions_are_the_kernels() -> None:
-    """Each is made up of a class, an operation and a mode of <linux/bpf_common.h>."""
+    """Each consists of a class, an operation and a mode of <linux/bpf_common.h>."""
     made_of = {
         "LD_ABS": "BPF_LD | BPF_W | BPF_ABS", "JA": "BPF_JMP | BPF_JA", "JEQ": "BPF_JMP | BPF_JEQ | BPF_K",
         "JGE": "BPF_JMP | BPF_JGE | BPF_K", "JSET": "BPF_JMP | BPF_JSET | BPF_K",
@@ -335,15 +338,15 @@ def test_instructions_are_the_kernels() -> None:
     assert values == {name: getattr(seccomp, name) for name in made_of}
 
 
-def test_a_filter_for_no_process_lets_nobody_be_signalled() -> None:
-    """The number of the only one that may be is given when the filter is made."""
+def test_a_filter_without_a_pid_allows_no_signals() -> None:
+    """The pid of the only process that may get signals is given when the filter is made."""
     program = assemble({"tgkill"})
 
     assert {verdict(program, NUMBERS["tgkill"], pid) for pid in (1, 2, 4711, 0xFFFFFFFF)} == {RET_KILL_PROCESS}
 
 
 class Kernel:
-    """Takes filter programs; answers so."""
+    """A kernel that accepts filter programs, and returns `answer`."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, answer: int = 0) -> None:
         self.answer = answer
@@ -352,7 +355,7 @@ class Kernel:
         monkeypatch.setattr(linux, "syscall", self.syscall)
 
     def syscall(self, _tried: str, number: int, operation: int, flags: int, fprog: bytes) -> int:
-        """Note a call, and read the program from where it stands."""
+        """Record a call, and read the program from memory."""
         count, address = struct.unpack("=H6xQ", fprog)
         self.program = ctypes.string_at(address, 8 * count)
         self.calls.append((number, operation, flags))
@@ -360,8 +363,8 @@ class Kernel:
 
 
 @pytest.mark.parametrize(("logged", "flags"), [(False, 1), (True, 3)])
-def test_a_program_is_given_to_the_kernel(monkeypatch: pytest.MonkeyPatch, logged: bool, flags: int) -> None:
-    """Whole, for all threads: SECCOMP_SET_MODE_FILTER with TSYNC, and LOG where calls are to be logged."""
+def test_a_program_is_installed(monkeypatch: pytest.MonkeyPatch, logged: bool, flags: int) -> None:
+    """For all threads: SECCOMP_SET_MODE_FILTER with TSYNC, and with LOG if refused calls are to be logged."""
     kernel = Kernel(monkeypatch)
     program = assemble({"read", "mmap"})
 
@@ -371,7 +374,7 @@ def test_a_program_is_given_to_the_kernel(monkeypatch: pytest.MonkeyPatch, logge
 
 
 def test_a_thread_with_a_filter_of_its_own_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel then returns its id, and has bound none."""
+    """In this case the kernel returns the thread's id, and has changed no thread."""
     Kernel(monkeypatch, answer=4711)
 
     with pytest.raises(HostError, match="thread 4711"):
@@ -379,7 +382,7 @@ def test_a_thread_with_a_filter_of_its_own_is_an_error(monkeypatch: pytest.Monke
 
 
 def test_a_program_is_for_one_kind_of_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Elsewhere the numbers are those of other calls; the kernel is not even asked."""
+    """On other machines the numbers mean other calls.  The kernel is not called."""
     kernel = Kernel(monkeypatch)
     monkeypatch.setattr("vmd.privsep.seccomp.os.uname", lambda: SimpleNamespace(machine="aarch64"))
 

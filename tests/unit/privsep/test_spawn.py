@@ -1,4 +1,4 @@
-"""What can be said about starting processes without starting one."""
+"""The parts of starting processes that can be tested without starting one."""
 
 import os
 import sys
@@ -19,31 +19,31 @@ from vmd.privsep import cellfiles, spawn
     ],
 )
 def test_gaps_between_descriptors(used: list[int], between: list[tuple[int, int]]) -> None:
-    """Everything that is not placed lies in one of the ranges."""
+    """Each descriptor that is not used is in one of the ranges."""
     assert spawn.gaps(used) == between
 
 
 def test_interpreter_is_the_real_one() -> None:
-    """No virtual environment's link is started: in the cell there is none."""
+    """The link of a virtual environment is not started, because the cell has none."""
     assert os.path.realpath(spawn.INTERPRETER) == spawn.INTERPRETER
     assert os.access(spawn.INTERPRETER, os.X_OK)
 
 
 def test_missing_package_is_named() -> None:
-    """A dependency that is not installed gives a sentence."""
+    """The error names a dependency that is not installed."""
     with pytest.raises(VmdError, match="python package nosuchpackage is not installed"):
         cellfiles.import_path(("vmd", "nosuchpackage"))
 
 
 def test_import_path_names_each_directory_once() -> None:
-    """Packages side by side need one entry."""
+    """Packages in the same directory need one entry."""
     assert cellfiles.import_path(("vmd", "vmctl")) == (
         os.path.dirname(os.path.dirname(cellfiles.package_directory("vmd.privsep"))),
     )
 
 
 def test_cell_code_has_byte_code_for_every_module() -> None:
-    """No process in the cell compiles, and none writes: each source comes with unchecked byte code."""
+    """Processes in the cell neither compile nor write: each source has unchecked byte code."""
     files = dict(cellfiles.package_files("vmd"))
     sources = {path for path in files if path.endswith(".py")}
 
@@ -55,7 +55,7 @@ def test_cell_code_has_byte_code_for_every_module() -> None:
 
 
 def test_libraries_have_the_names_the_loader_asks_for() -> None:
-    """The C library and the dynamic loader are among them, our extension modules are not."""
+    """The C library and the dynamic loader are among them.  Our extension modules are not."""
     names = cellfiles.loaded_libraries([cellfiles.package_directory("msgpack")])
 
     assert any(os.path.basename(name).startswith("ld-") for name in names)
@@ -63,8 +63,8 @@ def test_libraries_have_the_names_the_loader_asks_for() -> None:
     assert not any("msgpack" in name for name in names)
 
 
-def test_extensions_of_other_interpreters_are_not_ours() -> None:
-    """A module built for another version is neither loaded nor copied; one for any version is."""
+def test_extensions_of_other_interpreters_are_left_out() -> None:
+    """They are neither loaded nor copied.  An extension for any version is."""
     ours = f"_c.cpython-{sys.version_info[0]}{sys.version_info[1]}-x86_64-linux-gnu.so"
 
     assert [cellfiles.is_extension(name) for name in (ours, "_c.abi3.so", "_c.so")] == [True, True, True]
@@ -72,8 +72,8 @@ def test_extensions_of_other_interpreters_are_not_ours() -> None:
     assert not cellfiles.is_extension("libc.so.6")
 
 
-def test_what_lies_beside_our_packages_does_not_hide_the_standard_library(tmp_path: Path) -> None:
-    """Our path may be a directory of the distribution's with anything in it: a back-port of a module, say."""
+def test_modules_beside_our_packages_do_not_hide_the_standard_library(tmp_path: Path) -> None:
+    """Our path may be a directory of the distribution that contains any module, such as a back-port."""
     (tmp_path / "bisect.py").write_text("import os\nos._exit(3)\n")
     (tmp_path / "probe.py").write_text("import bisect\n\n\ndef main():\n    return bisect.bisect([1, 2], 3)\n")
 

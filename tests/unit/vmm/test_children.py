@@ -1,4 +1,4 @@
-"""What vmm lets a VM process say."""
+"""Which messages of a VM process vmm accepts."""
 
 import time
 from typing import Any, cast
@@ -26,25 +26,25 @@ PROGRESS = TransferProgress(done_bytes=1, total_bytes=2)
 
 
 class Channel:
-    """All that a child is asked for here."""
+    """The part of a channel that is used here."""
 
     label = "vm/a"
 
 
 @pytest.fixture
 def child() -> VmChild:
-    """A VM process that was asked nothing yet."""
+    """Return a VM process without requests."""
     return VmChild(1, -1, cast("Any", Channel()))
 
 
 def asked(cls: type[Any]) -> Record:
-    """Return a message of this class; what is in it does not matter to vmm."""
+    """Return a message of this class.  vmm does not look at its fields."""
     made: Record = object.__new__(cls)
     return made
 
 
-def test_name_servers_are_not_asked_for_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The parent hears of some at once, and then of a few in a second."""
+def test_requests_for_name_servers_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parent gets a burst, and then a few per second."""
     now_s = 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: now_s)
     child = VmChild(1, -1, cast("Any", Channel()))
@@ -59,7 +59,7 @@ def test_name_servers_are_not_asked_for_without_end(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("question", [cls for cls in relays(Proc.VMM, Proc.PARENT) if BY_CLASS[cls].answers])
 def test_each_question_is_answered_once(child: VmChild, question: type[Any]) -> None:
-    """By one of the answers that are declared; before and after that, they end the VM."""
+    """The answer is one of those declared.  Without a question, or after the answer, an answer ends the VM."""
     for answer in BY_CLASS[question].answers:
         if BY_CLASS[answer].partial:
             continue
@@ -74,18 +74,18 @@ def test_each_question_is_answered_once(child: VmChild, question: type[Any]) -> 
 
 
 def test_parts_of_an_answer_come_before_it(child: VmChild) -> None:
-    """Some of them; one that comes late is nobody's fault, and nobody's business."""
+    """Some of them are passed on.  A part without a question is dropped, and is no error."""
     assert not child.account(PROGRESS)
     child.expect(asked(SendVm))
     assert child.account(PROGRESS)
-    assert not child.account(PROGRESS)  # so soon
+    assert not child.account(PROGRESS)  # too soon after the last one
     assert child.account(asked(SendDone))
     with pytest.raises(PeerError, match="SendDone"):
         child.account(asked(SendDone))
 
 
 def test_steps_of_receiving_are_taken_in_their_order(child: VmChild) -> None:
-    """What was not read yet cannot have been."""
+    """The answer to a later step is not accepted before its request."""
     with pytest.raises(PeerError, match="ReceivedHeader"):
         child.account(asked(ReceivedHeader))
     child.expect(asked(ReceiveMemory))
@@ -98,10 +98,10 @@ def test_steps_of_receiving_are_taken_in_their_order(child: VmChild) -> None:
 
 
 @pytest.mark.parametrize("message", [PROGRESS, AskResolvers(vmid=1), VmEnding(text="bye")])
-def test_a_vm_process_that_sends_without_end_is_at_fault(
+def test_a_vm_process_that_sends_without_end_breaks_the_protocol(
     monkeypatch: pytest.MonkeyPatch, message: Record
 ) -> None:
-    """What nobody has asked for comes a few times in a second at most, whatever it is."""
+    """Messages without a request are limited to a few per second, whatever their type."""
     monkeypatch.setattr(time, "monotonic", lambda: 1000.0)
     child = VmChild(1, -1, cast("Any", Channel()))
     for _ in range(int(UNASKED[0])):

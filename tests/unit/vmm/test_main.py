@@ -1,4 +1,4 @@
-"""Process vmm between the parent and VM processes: how these begin and end, and what it passes on."""
+"""vmm between the parent and VM processes: how VMs begin and end, and which messages are passed on."""
 
 import errno
 import os
@@ -62,14 +62,14 @@ A, B = VmConfig(name="a"), VmConfig(name="b")
 
 @pytest.fixture
 def rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[VmmRig]:
-    """Give a vmm."""
+    """Yield a vmm."""
     rig = VmmRig(monkeypatch)
     yield rig
     rig.close()
 
 
 def running(rig: VmmRig, vmid: int, config: VmConfig = A) -> VmProcess:
-    """Return the process of a VM that runs."""
+    """Return the process of a running VM."""
     vm = rig.start(vmid, config)
     vm.end.send(VmRunning(vmid=vmid))
     rig.settle()
@@ -77,7 +77,7 @@ def running(rig: VmmRig, vmid: int, config: VmConfig = A) -> VmProcess:
 
 
 def ends(told: list[Record]) -> list[Record]:
-    """Return what the parent was told of ends."""
+    """Return the messages to the parent that are about ends."""
     return [message for message in told if isinstance(message, VmExited | VmSlotOver | VmFailed)]
 
 
@@ -85,7 +85,7 @@ def ends(told: list[Record]) -> list[Record]:
 
 
 def test_a_vm_goes_to_the_process_in_reserve(rig: VmmRig) -> None:
-    """It was started before anybody has asked for a VM, with the ids of its slot, and for such devices as most have."""
+    """It was started before any request, with the user id of its slot, and with processes for the usual devices."""
     rig.begin(1)
     (reserve,) = rig.vms
     assert (reserve.arguments, reserve.uid) == (["vm", log.form, "0", *USUAL_DEVICES], 1001)
@@ -98,8 +98,8 @@ def test_a_vm_goes_to_the_process_in_reserve(rig: VmmRig) -> None:
     assert rig.vms == [reserve]
 
 
-def test_the_next_one_is_started_when_the_guest_runs(rig: VmmRig) -> None:
-    """Or soon, where it does not come to that; such devices as the last VM had are started with it."""
+def test_the_next_reserve_is_started_when_the_guest_runs(rig: VmmRig) -> None:
+    """If the guest never runs, it is started after some time.  Its devices are those of the last VM."""
     disks = (DiskImages(images=(ImageLink(path="/d", format="qcow2"),)),)
     nic = NicLink(name="tap0", lladdr=b"", host_mac=b"", locked=False, local=False, mtu=1500, vhost=True)
     rig.begin(1, 2, 3)
@@ -121,7 +121,7 @@ def test_the_next_one_is_started_when_the_guest_runs(rig: VmmRig) -> None:
 
 
 def test_a_host_without_control_groups(rig: VmmRig) -> None:
-    """The process is in no group of its own, and no group is given back."""
+    """The process is in no group, and no group is reported as free."""
     rig.slot(uid=1001)
     rig.begin()
     vm = running(rig, 7)
@@ -134,7 +134,7 @@ def test_a_host_without_control_groups(rig: VmmRig) -> None:
 
 
 def test_without_a_slot_there_is_no_process(rig: VmmRig) -> None:
-    """The start fails with a sentence, and its descriptors are closed."""
+    """The start fails with a message, and its descriptors are closed."""
     rig.begin()
     before = open_descriptors()
     rig.parent.send(start_of(7, A), fds=start_fds())
@@ -147,7 +147,7 @@ def test_without_a_slot_there_is_no_process(rig: VmmRig) -> None:
 
 
 def test_a_process_that_cannot_be_started(rig: VmmRig, capfd: pytest.CaptureFixture[str]) -> None:
-    """Its slot serves the next one; nothing is left open."""
+    """Its slot is used for the next process, and no descriptor is left open."""
     rig.cannot_start = HostError("start vm", errno.ENOMEM)
     before = open_descriptors()
     rig.begin(1)
@@ -162,7 +162,7 @@ def test_a_process_that_cannot_be_started(rig: VmmRig, capfd: pytest.CaptureFixt
 
 @pytest.mark.parametrize("what", ["socketpair", "logpair"])
 def test_a_process_whose_sockets_cannot_be_made(rig: VmmRig, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
-    """The start fails with the reason; the slot serves the next one, and nothing is left open."""
+    """The start fails with the reason.  Its slot is used again, and no descriptor is left open."""
 
     def full() -> None:
         raise OSError(errno.ENFILE, "full")
@@ -184,7 +184,7 @@ def test_a_process_whose_sockets_cannot_be_made(rig: VmmRig, monkeypatch: pytest
 
 
 def test_descriptors_for_another_vm_are_counted_first(rig: VmmRig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where they might not suffice, the start fails before something else does."""
+    """If they might not suffice, the start fails early."""
     rig.begin(1)
     monkeypatch.setattr(resource, "getrlimit", lambda _which: (63, 63))
     rig.parent.send(start_of(7, A), fds=start_fds())
@@ -197,8 +197,8 @@ def test_descriptors_for_another_vm_are_counted_first(rig: VmmRig, monkeypatch: 
     monkeypatch.undo()
 
 
-def test_a_reserve_that_ends_gives_its_slot_to_the_next(rig: VmmRig, capfd: pytest.CaptureFixture[str]) -> None:
-    """What it has written to its log is read, though it has never been a VM."""
+def test_the_slot_of_a_reserve_that_ends_is_used_again(rig: VmmRig, capfd: pytest.CaptureFixture[str]) -> None:
+    """Its log is read, although it never was a VM."""
     rig.begin(1)
     rig.vms[0].exit(1)
     rig.ended(rig.vms[0])
@@ -209,8 +209,8 @@ def test_a_reserve_that_ends_gives_its_slot_to_the_next(rig: VmmRig, capfd: pyte
     assert len(rig.vms) == 2
 
 
-def test_a_reserve_that_speaks_is_killed(rig: VmmRig, capfd: pytest.CaptureFixture[str]) -> None:
-    """It is no VM yet; nothing of it reaches the parent."""
+def test_a_reserve_that_sends_a_message_is_killed(rig: VmmRig, capfd: pytest.CaptureFixture[str]) -> None:
+    """It is no VM yet.  The parent does not get the message."""
     rig.begin(1)
     rig.vms[0].end.send(VmRunning(vmid=7))
     rig.ended(rig.vms[0])
@@ -219,16 +219,16 @@ def test_a_reserve_that_speaks_is_killed(rig: VmmRig, capfd: pytest.CaptureFixtu
     assert "speaks before it was given a VM" in capfd.readouterr().err
 
 
-def test_slots_that_nobody_uses_go_back(rig: VmmRig) -> None:
-    """The oldest ones, when there are more than starts could have left."""
+def test_unused_slots_are_given_back(rig: VmmRig) -> None:
+    """If there are more than failed starts can leave, the oldest are given back."""
     for group in range(1, SLOTS_MAX + 3):
         rig.slot(uid=1000 + group, group=group)
 
     assert rig.told() == [VmSlotOver(group=1), VmSlotOver(group=2)]
 
 
-def test_who_retires_has_no_process_for_another_vm(rig: VmmRig) -> None:
-    """All slots go back, that of the reserve when it is gone; VMs that run go on."""
+def test_a_retired_vmm_has_no_process_for_another_vm(rig: VmmRig) -> None:
+    """All free slots are given back, and that of the reserve when it has ended.  Running VMs continue."""
     rig.begin(1, 2, 3)
     running(rig, 7)
     rig.pass_time(RESERVE_DELAY_S)
@@ -242,11 +242,11 @@ def test_who_retires_has_no_process_for_another_vm(rig: VmmRig) -> None:
     assert [*rig.process.running] == [7]
 
 
-# --- what is passed on ----------------------------------------------------------------------------------------
+# --- messages -------------------------------------------------------------------------------------------------
 
 
-def test_a_vm_s_words_go_on_under_its_own_number(rig: VmmRig) -> None:
-    """Whatever it claims; and its pidfd and its figures are those that vmm knows of."""
+def test_messages_of_a_vm_have_its_own_id(rig: VmmRig) -> None:
+    """vmm overwrites the id in the message, and adds its own descriptors of the process and of the figures."""
     rig.begin(1)
     vm = rig.start(7, A)
     rig.told()
@@ -262,8 +262,8 @@ def test_a_vm_s_words_go_on_under_its_own_number(rig: VmmRig) -> None:
     rig.parent.take()
 
 
-def test_long_words_of_a_vm_are_cut(rig: VmmRig) -> None:
-    """They go into other messages."""
+def test_long_texts_of_a_vm_are_shortened(rig: VmmRig) -> None:
+    """They become parts of other messages."""
     rig.begin(1)
     vm = rig.start(7, A)
     rig.told()
@@ -276,7 +276,7 @@ def test_long_words_of_a_vm_are_cut(rig: VmmRig) -> None:
 
 
 def test_messages_go_to_the_vm_that_they_name(rig: VmmRig) -> None:
-    """One that has just ended gets none, and what came with its message is closed."""
+    """A message for a VM that has just ended is dropped, and its descriptors are closed."""
     rig.begin(1, 2)
     a, b = rig.start(7, A), rig.start(8, B)
     for vm in (a, b):
@@ -290,8 +290,8 @@ def test_messages_go_to_the_vm_that_they_name(rig: VmmRig) -> None:
     assert open_descriptors() == before
 
 
-def test_what_a_vm_asks_too_often_is_not_passed_on(rig: VmmRig) -> None:
-    """The VM lives: it may only be slow to hear an answer."""
+def test_questions_that_a_vm_repeats_too_often_are_not_passed_on(rig: VmmRig) -> None:
+    """The VM is not ended, because it may only be slow to read an answer."""
     rig.begin(1)
     vm = running(rig, 7)
     rig.told()
@@ -304,8 +304,8 @@ def test_what_a_vm_asks_too_often_is_not_passed_on(rig: VmmRig) -> None:
     assert Resolvers(vmid=7) in vm.end.take()
 
 
-def test_the_log_is_as_verbose_everywhere(rig: VmmRig) -> None:
-    """In vmm, in each VM that it has, and in those that come."""
+def test_all_processes_get_the_log_level(rig: VmmRig) -> None:
+    """This includes vmm, each of its VMs, and those that start later."""
     rig.begin(1, 2)
     vm = rig.start(7, A)
     vm.end.take()
@@ -327,11 +327,11 @@ def test_the_log_is_as_verbose_everywhere(rig: VmmRig) -> None:
         (3, Outcome.ENDED, ""),
         (11, Outcome.REBOOT, ""),
         (1, Outcome.FAILED, "vm process exited with status 1"),
-        (2, Outcome.FAILED, "vm process exited with status 2"),  # nobody exits as if it were killed
+        (2, Outcome.FAILED, "vm process exited with status 2"),  # the number of KILLED, which no status may claim
     ],
 )
-def test_how_a_vm_has_ended_is_told_once(rig: VmmRig, status: int, outcome: Outcome, text: str) -> None:
-    """First that its slot is free, and then the end; its last words are better than its status."""
+def test_the_end_of_a_vm_is_reported_once(rig: VmmRig, status: int, outcome: Outcome, text: str) -> None:
+    """First its slot is reported as free.  The VM's own text replaces the text about its status."""
     rig.begin(1, 2)
     a, b = running(rig, 7), rig.start(8, B)
     rig.told()
@@ -348,7 +348,7 @@ def test_how_a_vm_has_ended_is_told_once(rig: VmmRig, status: int, outcome: Outc
 
 
 def test_a_signal_that_ended_a_vm_is_named(rig: VmmRig) -> None:
-    """As with a system call that its filter does not have."""
+    """SIGSYS comes from a system call that the filter does not allow."""
     rig.begin(1)
     vm = running(rig, 7)
     rig.told()
@@ -359,8 +359,8 @@ def test_a_signal_that_ended_a_vm_is_named(rig: VmmRig) -> None:
     assert rig.told()[1:] == [VmExited(vmid=7, pid=vm.pid, outcome=Outcome.KILLED, text=text)]
 
 
-def test_what_a_vm_said_just_before_its_end_comes_before_that(rig: VmmRig) -> None:
-    """Its end may be noticed first."""
+def test_the_last_message_of_a_vm_precedes_its_end(rig: VmmRig) -> None:
+    """The end may be noticed before the message is read."""
     rig.begin(1)
     vm = rig.start(7, A)
     rig.told()
@@ -374,13 +374,13 @@ def test_what_a_vm_said_just_before_its_end_comes_before_that(rig: VmmRig) -> No
 
 
 def test_stop_is_passed_on_and_force_has_a_limit(rig: VmmRig) -> None:
-    """The process lets its devices finish; when that takes too long, it is killed."""
+    """The process lets its devices finish.  If that takes too long, it is killed."""
     rig.begin(1)
     vm = running(rig, 7)
     vm.end.take()
     rig.told()
     rig.parent.send(StopVm(vmid=7, mode=StopMode.GRACEFUL))
-    rig.parent.send(StopVm(vmid=8, mode=StopMode.KILL))  # which has just ended
+    rig.parent.send(StopVm(vmid=8, mode=StopMode.KILL))  # a VM that has just ended
     rig.pass_time(FORCE_GRACE_S)
     assert vm.end.take() == [StopVm(vmid=7, mode=StopMode.GRACEFUL)]
     rig.parent.send(StopVm(vmid=7, mode=StopMode.KILL))
@@ -395,8 +395,8 @@ def test_stop_is_passed_on_and_force_has_a_limit(rig: VmmRig) -> None:
 
 
 @pytest.mark.parametrize("answer", [VmRunning(vmid=7), VmFailed(vmid=7, code=1, text="no"), None])
-def test_a_vm_that_does_not_say_how_its_start_went(rig: VmmRig, answer: Record | None) -> None:
-    """It is killed when its time is over; one that has failed ends by itself."""
+def test_a_vm_that_does_not_report_its_start_is_killed(rig: VmmRig, answer: Record | None) -> None:
+    """It is killed after START_S.  A VM that reports a failure ends by itself."""
     rig.begin(1)
     vm = rig.start(7, A)
     if answer is not None:
@@ -412,7 +412,7 @@ def test_a_vm_that_does_not_say_how_its_start_went(rig: VmmRig, answer: Record |
 
 
 def test_a_vm_that_breaks_the_protocol_is_killed(rig: VmmRig, capfd: pytest.CaptureFixture[str]) -> None:
-    """Such as by an answer to what nobody has asked; no other VM is concerned."""
+    """An answer without a question is an example.  Other VMs are not affected."""
     rig.begin(1, 2)
     a, b = running(rig, 7), running(rig, 8, B)
     rig.told()
@@ -429,7 +429,7 @@ def test_a_vm_that_breaks_the_protocol_is_killed(rig: VmmRig, capfd: pytest.Capt
 
 
 def test_a_vm_that_closes_its_channel_has_a_while_to_end(rig: VmmRig) -> None:
-    """Its status matters, if it ends by itself; else it is killed."""
+    """If it ends by itself, its status is reported.  Otherwise it is killed."""
     rig.begin(1, 2)
     a, b = running(rig, 7), running(rig, 8, B)
     rig.told()
@@ -447,7 +447,7 @@ def test_a_vm_that_closes_its_channel_has_a_while_to_end(rig: VmmRig) -> None:
 
 
 def test_a_vm_that_does_not_read_is_killed(rig: VmmRig) -> None:
-    """What waits for it is bounded: one VM must not fill the memory of the process that has all."""
+    """Its queue is bounded, so that one VM cannot fill the memory of vmm, on which all VMs depend."""
     rig.begin(1)
     vm = running(rig, 7)
     rig.told()
@@ -463,12 +463,12 @@ def test_a_vm_that_does_not_read_is_killed(rig: VmmRig) -> None:
     assert exited.text.startswith("broke the protocol: does not read: ")
 
 
-def test_a_process_that_storage_keeps_does_not_keep_its_vm(rig: VmmRig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its VM is over when the time after SIGKILL is; its slot is given back when it really ends."""
+def test_a_vm_ends_though_storage_blocks_its_process(rig: VmmRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is reported as ended some time after SIGKILL.  Its slot is given back when the process ends."""
     rig.begin(1)
     vm = running(rig, 7)
     rig.told()
-    monkeypatch.setattr(signal, "pidfd_send_signal", lambda *_: None)  # as in a system call that does not return
+    monkeypatch.setattr(signal, "pidfd_send_signal", lambda *_: None)  # as if blocked in a system call
     monkeypatch.setattr("vmd.signals.pidfd_send_signal", lambda *_: None)
     vm.end.send(PauseDone(vmid=7, paused=True))
     rig.pass_time(0)
@@ -490,7 +490,7 @@ def test_a_process_that_storage_keeps_does_not_keep_its_vm(rig: VmmRig, monkeypa
 
 
 def ask(rig: VmmRig) -> list[Record]:
-    """Ask as a parent that takes the place of another one; returns what it is told."""
+    """Ask as a new parent.  Return the answers."""
     reading, writing = os.pipe()
     rig.parent.send(AskVms(), fds={"log": [writing]})
     os.close(reading)
@@ -508,8 +508,8 @@ def log_fd(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("log_fd")
-def test_another_parent_is_told_of_every_vm(rig: VmmRig) -> None:
-    """Also of those that have ended, until the end is taken; and which groups and slots there are."""
+def test_a_new_parent_is_told_of_every_vm(rig: VmmRig) -> None:
+    """This includes VMs whose end was not confirmed, the groups, and the number of free slots."""
     rig.begin(1, 2, 3)
     a, b = running(rig, 7), rig.start(8, B)
     rig.parent.send(PauseVm(vmid=7, paused=True))
@@ -527,8 +527,8 @@ def test_another_parent_is_told_of_every_vm(rig: VmmRig) -> None:
 
 
 @pytest.mark.usefixtures("log_fd")
-def test_another_parent_is_given_what_the_vm_was_given(rig: VmmRig) -> None:
-    """What replaces something takes its place; memory and figures of a VM that has ended are not kept."""
+def test_a_new_parent_gets_the_descriptors_of_a_vm(rig: VmmRig) -> None:
+    """A new descriptor replaces the earlier one.  Memory and figures of a VM that has ended are not kept."""
     rig.begin(1)
     memory, tty = sealed_file("memory", 4096), sealed_file("tty", 4096)
     kept = {name: os.stat(fd).st_ino for name, fd in (("memory", memory), ("tty", tty))}
@@ -554,7 +554,7 @@ def test_another_parent_is_given_what_the_vm_was_given(rig: VmmRig) -> None:
 
 
 def test_a_vm_that_starts_again_is_no_longer_over(rig: VmmRig) -> None:
-    """The parent starts it again when its guest resets itself; what the life before was given is closed."""
+    """The parent starts it again when its guest has reset itself.  The descriptors from before are closed."""
     rig.begin(1, 2)
     vm = running(rig, 7)
     inode = os.fstat(rig.process.running[7].kept["log"][0]).st_ino
@@ -569,8 +569,8 @@ def test_a_vm_that_starts_again_is_no_longer_over(rig: VmmRig) -> None:
 
 
 @pytest.mark.usefixtures("log_fd")
-def test_answers_to_clients_that_are_gone_are_not_passed_on(rig: VmmRig) -> None:
-    """Their questions came from the parent before; what the new one asks is answered."""
+def test_answers_to_the_earlier_parent_are_not_passed_on(rig: VmmRig) -> None:
+    """Only answers to questions of the new parent are passed on."""
     rig.begin(1)
     vm = running(rig, 7)
     rig.parent.send(AskDevices(vmid=7))
@@ -589,8 +589,8 @@ def test_answers_to_clients_that_are_gone_are_not_passed_on(rig: VmmRig) -> None
 
 
 @pytest.mark.usefixtures("log_fd")
-def test_descriptors_run_out_while_another_parent_is_told(rig: VmmRig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """That VM is told of later; nothing of the first attempt is left open."""
+def test_descriptors_run_out_while_a_new_parent_is_told(rig: VmmRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The VM is reported later.  No descriptor of the first attempt is left open."""
     rig.begin(1)
     running(rig, 7)
     rig.told()
@@ -614,7 +614,7 @@ def test_descriptors_run_out_while_another_parent_is_told(rig: VmmRig, monkeypat
 
 
 def test_guests_without_a_daemon_shut_down(rig: VmmRig, capfd: pytest.CaptureFixture[str]) -> None:
-    """Each is asked; vmm ends with the last of them."""
+    """Each guest is asked to.  vmm ends with the last of them."""
     rig.begin(1, 2)
     a, b = running(rig, 7), running(rig, 8, B)
     for vm in (a, b):
@@ -635,7 +635,7 @@ def test_guests_without_a_daemon_shut_down(rig: VmmRig, capfd: pytest.CaptureFix
 
 
 def test_guests_that_do_not_shut_down_are_not_waited_for(rig: VmmRig) -> None:
-    """When their time is over vmm ends, and they end with it."""
+    """When their time is over, vmm ends, and they end with it."""
     rig.begin(1)
     vm = running(rig, 7)
     rig.parent.channel.close()
@@ -649,22 +649,22 @@ def test_guests_that_do_not_shut_down_are_not_waited_for(rig: VmmRig) -> None:
 
 
 @pytest.mark.parametrize(("how", "status"), [("quit", 0), ("gone", 0), ("garbage", 1)])
-def test_it_ends_with_its_parent_if_it_has_no_guest(rig: VmmRig, how: str, status: int) -> None:
-    """The reserve is nobody's guest."""
+def test_vmm_ends_with_its_parent_if_it_has_no_guest(rig: VmmRig, how: str, status: int) -> None:
+    """The reserve does not count as a guest."""
     rig.begin(1)
     assert rig.end_by_parent(how) == status
 
 
-# --- what a handler did not expect ----------------------------------------------------------------------------
+# --- exceptions in handlers -----------------------------------------------------------------------------------
 
 
-def fail(*_: Any) -> None:  # noqa: ANN401 - whatever it is called with
-    """Be a bug."""
+def fail(*_: Any) -> None:  # noqa: ANN401 - any arguments
+    """Stand in for a bug."""
     raise RuntimeError("a bug")
 
 
 def test_a_start_that_a_bug_ends_fails(rig: VmmRig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The parent does not wait for it; other VMs are not concerned."""
+    """The parent gets the failure.  Other VMs are not affected."""
     rig.begin(1, 2)
     running(rig, 7)
     rig.told()
@@ -680,8 +680,8 @@ def test_a_start_that_a_bug_ends_fails(rig: VmmRig, monkeypatch: pytest.MonkeyPa
     assert [rig.unexpected.pop()] == ["StartVm of parent: RuntimeError('a bug')"]
 
 
-def test_a_vm_whose_words_lead_to_a_bug_is_ended(rig: VmmRig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Somebody may wait for what follows from them."""
+def test_a_vm_whose_message_leads_to_a_bug_is_ended(rig: VmmRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client may wait for the effect of the message."""
     rig.begin(1)
     vm = running(rig, 7)
     rig.told()
@@ -695,8 +695,8 @@ def test_a_vm_whose_words_lead_to_a_bug_is_ended(rig: VmmRig, monkeypatch: pytes
     assert [rig.unexpected.pop()] == ["AskResolvers of vm/a: RuntimeError('a bug')"]
 
 
-def test_a_vm_that_leads_to_bugs_again_and_again_is_ended(rig: VmmRig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of what the parent sends to it, one is lost without that."""
+def test_a_vm_is_ended_after_several_bugs_with_messages_to_it(rig: VmmRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a single bug only the message to the VM is lost."""
     rig.begin(1)
     vm = running(rig, 7)
     rig.told()
@@ -713,7 +713,7 @@ def test_a_vm_that_leads_to_bugs_again_and_again_is_ended(rig: VmmRig, monkeypat
 
 
 def test_a_received_vm_begins_like_another(rig: VmmRig) -> None:
-    """It has figures, and the process in reserve; what it is to become is known to another parent."""
+    """It gets figures and the process in reserve.  A new parent would learn that it is being received."""
     rig.begin(1)
     fds = {name: [null()] for name in ("courier", "memory", "tty", "tty_slave", "shown")}
     rig.parent.send(ReceiveVm(vmid=7, name="r", verbosity=0), fds=fds)
