@@ -22,22 +22,22 @@ ROOT = Path(__file__).resolve().parents[2]
 OWN_CHOICES = {
     "TYPE_CHECKING": "type checkers know it by its name, and `typing` is slow to import",
     "VERSION": "each format and protocol has its own",
-    "NONE": "of a descriptor, or of a user",
-    "MAGIC": "the state and a stream begin alike, and neither is ever where the other one is looked for",
-    **dict.fromkeys(("FAILED", "HOST", "RUNNING", "STOPPED", "SWITCH"), "a word of several lists of words"),
-    **dict.fromkeys(("RESUMING", "SUSPENDING"), "RFC 7666 counts states and notifications in two ways"),
+    "NONE": "one is for descriptors, the other one for users",
+    "MAGIC": "state files and streams begin alike, and are never read in place of each other",
+    **dict.fromkeys(("FAILED", "HOST", "RUNNING", "STOPPED", "SWITCH"), "the same word in several lists"),
+    **dict.fromkeys(("RESUMING", "SUSPENDING"), "RFC 7666 numbers states and notifications independently"),
     "DIRECT": "each file system has its own",
-    "FD_ANSWER": "each program of one question has its own descriptors",
-    "OF_IMAGE": "each question has its own words",
-    **dict.fromkeys(("NOTES_MAX", "PINGS_MAX", "STUCK_MAX"), "how much one process bears from another one"),
-    **dict.fromkeys(("AT_A_TIME", "BATCH"), "how much a process does before others have their turn"),
+    "FD_ANSWER": "each single-purpose program has its own descriptors",
+    "OF_IMAGE": "each request has its own form",
+    **dict.fromkeys(("NOTES_MAX", "PINGS_MAX", "STUCK_MAX"), "how much one process tolerates from another one"),
+    **dict.fromkeys(("AT_A_TIME", "BATCH"), "how much work a process does in one turn"),
     **dict.fromkeys(("ANSWER_MAX", "PIECE", "PIECE_BYTES", "READ_MAX"), "how much is read at a time"),
     **dict.fromkeys(
         (
             "AGAIN_S", "ANSWER_S", "END_S", "FRESH_S", "LAST_WORDS_S", "LOOK_S", "PING_S", "RESERVE_DELAY_S",
             "RETRY_S", "SAY_AGAIN_S", "SAY_S", "WAIT_MAX_S",
         ),
-        "how long one process waits for another one, or for itself",
+        "how long a process waits for another one, or between two actions",
     ),
 }  # fmt: skip
 
@@ -74,7 +74,7 @@ SOONER = (
 # Names that no other code of the two programs uses.
 FOR_TESTS = "tests build run pages and states with it"
 UNUSED = {
-    "vmd.privsep.start:begin": "the program of each new process names it (privsep/spawn.py)",
+    "vmd.privsep.start:begin": "the code of each new process calls it (privsep/spawn.py)",
     "vmd.virtio.spec:ACKNOWLEDGE": "the first bit of the device status: drivers set it, and tests are drivers",
     "vmd.kvmapi.abi:KVM_EXIT_IO_IN": FOR_TESTS,
     "vmd.kvmapi.abi:KVM_INTERNAL_ERROR_DELIVERY_EV": FOR_TESTS,
@@ -85,7 +85,7 @@ UNUSED = {
     "vmd.kvmapi.abi:KVM_CAP_IRQCHIP": FOR_TESTS,
     "vmd.kvmapi.abi:KVM_CAP_IMMEDIATE_EXIT": FOR_TESTS,
     **{
-        f"vmd.vm.layout:{name}": "the map has all ports; a chip is put at its first one"
+        f"vmd.vm.layout:{name}": "the map has all ports, but a chip is attached at its first one"
         for name in ("PORT_KBD_STATUS", "PORT_RTC_DATA", "PORT_FWCFG_DATA", "PORT_FWCFG_DMA", "PORT_PCI_DATA")
     },
 }
@@ -156,7 +156,7 @@ def test_one_time_is_shorter_than_the_other(sooner: str, later: str) -> None:
 
     assert isinstance(first, float)
     assert isinstance(second, float)
-    assert first < second, f"{sooner} is {first:g} s, which is not less than the {second:g} s of {later}"
+    assert first < second, f"{sooner} is {first:g} s, and must be less than {later}, which is {second:g} s"
 
 
 def test_a_guest_always_has_the_same_time_to_shut_down() -> None:
@@ -176,7 +176,7 @@ def test_vmctl_s_states_exist(place: str) -> None:
     value = value_of(place)
     words = {value} if isinstance(value, str) else set(cast("tuple[str, ...]", value))
 
-    assert words - {state.value for state in State} == set(), f"{place} has words that are no states of a VM"
+    assert words - {state.value for state in State} == set(), f"{place} has words that are not states of a VM"
 
 
 def test_documents_have_every_state() -> None:

@@ -39,7 +39,7 @@ def table() -> list[str]:
 
 def test_each_entry_has_a_name() -> None:
     """The constant NAME_ENTRY gives the program's name to the rest of this file."""
-    assert "" not in entries(), f"{entries().get('')} is started, and no constant NAME_ENTRY says what it is called"
+    assert "" not in entries(), f"{entries().get('')} is started, but no constant NAME_ENTRY has its name"
 
 
 def test_the_readme_has_every_process() -> None:

@@ -262,7 +262,7 @@ def test_the_second_one_does_not_outlive_the_first(tmp_path: Path) -> None:
     try:
         with process:
             process.kill()
-        assert select.select([end], [], [], DEADLINE_S)[0], "the second process goes on"
+        assert select.select([end], [], [], DEADLINE_S)[0], "the second process did not end"
     finally:
         os.close(end)
 

@@ -59,4 +59,4 @@ def test_the_interval_has_its_confidence() -> None:
         within = sum(low <= below - 0.5 <= high for below in map(int.bit_count, range(2**count)))
         assert within / 2**count >= SURE
     low, high = interval(list(map(float, range(50))))
-    assert high - low < 25, "many pairs narrow it"
+    assert high - low < 25, "many pairs must give a narrow interval"

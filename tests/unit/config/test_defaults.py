@@ -90,7 +90,7 @@ def test_a_default_of_the_code_is_that_of_the_manual(page: str, head: str, words
     said = [sentences for name, sentences in items(page) if name.startswith(head) and sentences]
 
     assert any(re.search(rf"(?<![\w/]){re.escape(words)}(?!\w)", each) for each in said), (
-        f"the default of the code is {words!r}, and {page} says at {head!r}: {said}"
+        f"the default of the code is {words!r}, but {page} has at {head!r}: {said}"
     )
 
 
@@ -99,7 +99,7 @@ def test_a_keyword_that_turns_on_the_default(head: str, on: bool) -> None:
     """The manual calls it the default both in a VM or interface and in a switch."""
     said = [sentences for name, sentences in items(CONF) if name == head]
 
-    assert [bool(each) for each in said] == [on] * 2, f"{head!r} is the default in the code, or in {CONF}, only"
+    assert [bool(each) for each in said] == [on] * 2, f"code and {CONF} differ on whether {head!r} is the default"
 
 
 def test_every_default_of_vm_conf_is_compared() -> None:

@@ -961,7 +961,7 @@ def test_each_word_of_a_production_is_in_the_lexer() -> None:
     productions = [method.__doc__ or "" for name, method in vars(Grammar).items() if name.startswith("p_")]
     words = {word for text in productions for word in re.findall(r"\b[A-Z][A-Z_0-9]*\b", text.partition(":")[2])}
 
-    assert words - set(lexer.TOKENS) == set(), "productions have these words, and lexer.py does not"
+    assert words - set(lexer.TOKENS) == set(), "lexer.py does not have these words of productions"
 
 
 @pytest.mark.parametrize("word", OUR_WORDS)
@@ -1289,7 +1289,7 @@ def test_valid_text_is_valid(conf: Loader) -> None:
 def test_the_tables_are_made_once(conf: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
     """A reload of the configuration does not make them again."""
     conf.load(VALID)
-    monkeypatch.setattr(yacc, "Tables", lambda *_of: pytest.fail("the tables are made again"))
+    monkeypatch.setattr(yacc, "Tables", lambda *_of: pytest.fail("the tables were made again"))
 
     assert len(conf.load(VALID).vms) == 2
 

@@ -78,7 +78,7 @@ def test_existing_name_is_reported_before_anything_is_written(tmp_path: Path) ->
     (tmp_path / "disk").symlink_to("nowhere")
 
     with pytest.raises(HostError, match=r"could not create .*/disk: File exists"), new_file(f"{tmp_path}/disk"):
-        raise AssertionError("it has begun")
+        raise AssertionError("the file was opened")
 
     assert os.listdir(tmp_path) == ["disk"]
 
@@ -137,7 +137,7 @@ def test_places_where_no_file_can_be(tmp_path: Path, name: str, words: str) -> N
     (tmp_path / "dir").mkdir()
 
     with pytest.raises(HostError, match=f"could not create .*: {words}"), new_file(f"{tmp_path}/{name}"):
-        raise AssertionError("it has begun")
+        raise AssertionError("the file was opened")
 
 
 def test_new_file_in_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

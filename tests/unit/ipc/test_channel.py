@@ -53,7 +53,7 @@ class Recorder:
 
     def run(self) -> None:
         """Run until there are enough messages.  A timer fails a test that hangs."""
-        timer = self.loop.call_later(DEADLINE_S, lambda: pytest.fail("nothing happened"))
+        timer = self.loop.call_later(DEADLINE_S, lambda: pytest.fail(f"not enough events after {DEADLINE_S} s"))
         self.loop.run()
         timer.cancel()
 
@@ -325,7 +325,7 @@ def ask_as_much_as_possible(loop: Loop, client: socket.socket) -> int:
             sent += 1
         if sent == before:
             return sent
-    pytest.fail("a peer may fill us for ever")
+    pytest.fail("a peer can send without limit")
 
 
 def test_a_peer_that_does_not_read_is_not_read(loop: Loop, recorder: Recorder) -> None:

@@ -136,7 +136,7 @@ def test_protocol_1_had_every_first_field_that_has_no_default() -> None:
 
 def test_no_number_is_used_again() -> None:
     """Otherwise an older vmm or vmctl would take one message for another.  Numbers of removed messages go to GONE."""
-    assert GONE & set(BY_CODE) == set(), "these numbers were those of other messages"
+    assert GONE & set(BY_CODE) == set(), "these numbers belonged to removed messages"
 
 
 def test_every_message_has_a_route_and_a_docstring() -> None:

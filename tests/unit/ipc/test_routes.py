@@ -82,7 +82,7 @@ def test_every_message_is_sent(message: MessageInfo) -> None:
     senders = {path[0] for path in message.paths}
 
     assert any(message.cls.__name__ in made_by(proc) for proc in senders), (
-        f"{message.cls.__name__} is never sent: {' or '.join(proc.name.lower() for proc in senders)} should make one"
+        f"{message.cls.__name__} is never sent: {' or '.join(proc.name.lower() for proc in senders)} should send it"
     )
 
 

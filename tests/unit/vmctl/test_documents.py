@@ -55,4 +55,4 @@ def test_the_readme_shows_the_daily_commands() -> None:
     rare = {"load", "log", "reset", "show", "unpause", "version", "wait"}
     missing = {command.name for command in COMMANDS} - shown - rare
 
-    assert missing == set(), "README.md shows none of these commands; or they are rare, and the test says so"
+    assert missing == set(), "README.md does not show these commands, and `rare` does not have them"
