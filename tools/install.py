@@ -260,7 +260,7 @@ def read_places(words: Sequence[str]) -> dict[str, str]:
 
 
 def result(places: dict[str, str], changed: bool) -> Iterator[str]:
-    """Yield what was installed, and what the operator must still do."""
+    """Yield sentences about the result, and about the next steps of the operator."""
     programs = f"{places['sbin']}/vmd and {places['bin']}/vmctl"
     if not changed:
         yield f"{programs} are up to date"
@@ -270,7 +270,7 @@ def result(places: dict[str, str], changed: bool) -> Iterator[str]:
 
 
 def farewell(places: dict[str, str], removed: bool) -> Iterator[str]:
-    """Yield what was removed, and what the operator must still do."""
+    """Yield sentences about the result, and about the files that are left."""
     programs = f"{places['sbin']}/vmd and {places['bin']}/vmctl"
     if not removed:
         yield f"{programs} are not installed"

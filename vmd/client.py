@@ -14,7 +14,7 @@ that has both as `vmid` and `name`, such as VmInfo.  The methods raise:
     ClientError     base; `what` is the sentence for people, `number` an errno or a VMD_* code (0: none)
       NoDaemon      no daemon serves the socket
         HungUp      the daemon has closed the connection
-      Refused       the daemon has not done what was asked, and says why
+      Refused       the daemon has refused the request, and says why
       TimedOut      the daemon has not answered within `timeout_s`; the connection is closed
     PeerError       a message that no vmd sends (`vmd.errors`)
 
@@ -158,7 +158,7 @@ class HungUp(NoDaemon):
 
 
 class Refused(ClientError):
-    """The daemon has not done what was asked: its sentence and its number."""
+    """The daemon has refused the request: its sentence and its number."""
 
     def __init__(self, number: int, text: str) -> None:
         super().__init__(text, number)
@@ -166,7 +166,7 @@ class Refused(ClientError):
 
 
 class TimedOut(ClientError):
-    """The daemon has not answered in time.  It is not known whether it does what was asked."""
+    """The daemon has not answered in time.  It may or may not carry out the request."""
 
 
 class Client:
@@ -389,7 +389,7 @@ class Client:
         return [row for row in self._rows(GenerationsRequest()) if isinstance(row, GenerationInfo)]
 
     def list_devices(self, vm: "AnyVm") -> tuple[list[NicInfo], list[TroubleInfo]]:
-        """Return the network interfaces of a VM, and what is wrong with its devices."""
+        """Return the network interfaces of a VM, and the problems of its devices."""
         rows = self._rows(NicsRequest(**names(vm)))
         return [row for row in rows if isinstance(row, NicInfo)], [row for row in rows if isinstance(row, TroubleInfo)]
 

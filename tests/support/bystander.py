@@ -85,7 +85,7 @@ class Bystander:
             assert now.get(title) == self.core.get(title), self.vmd.log
 
     def ask_watcher(self) -> Longest:
-        """Wait until vmd and the guest have answered once more; return the longest times so far."""
+        """Wait until vmd and the guest have answered again.  Return the longest times so far."""
         watcher = self._watcher
         assert watcher.stdin is not None
         assert watcher.stdout is not None

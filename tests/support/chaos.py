@@ -322,7 +322,7 @@ class Chaos:
             if not life.excused:
                 self.fault(f"vm {life.name} (process {life.pid}{', ended' if life.ended else ''}): {error}")
 
-    # --- what is done to them
+    # --- actions on them
 
     def strike(self, title: str) -> None:
         """Record an attack on a process.  If the process belongs to a VM, the VM's life is excused."""

@@ -342,7 +342,7 @@ class Cluster:
         for vm in self.vms:
             first.must("cibadmin", "-C", "-o", "resources", "-X", resource(vm, self.shell))
 
-    # --- what is asked ---------------------------------------------------------------------------------------------
+    # --- questions -------------------------------------------------------------------------------------------------
 
     @property
     def alive(self) -> list[Node]:

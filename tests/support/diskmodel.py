@@ -36,7 +36,7 @@ class DiskModel:
     """The sectors of one disk, and the changes made to each of them in their order.
 
     Requests that overlap are never in flight together, so the order is known.  A discard never becomes certain: the
-    sector has its old value or zeroes.  A read decides between several possible values: the sector keeps what was read.
+    sector has its old value or zeroes.  A read decides between several possible values: the sector keeps the one read.
     """
 
     def __init__(self, start: bytes) -> None:
@@ -95,7 +95,7 @@ class DiskModel:
         """Record a successful flush.  It covers all changes that completed before it was submitted."""
         self.flushed_at = max(self.flushed_at, asked_at)
 
-    # -- what is allowed
+    # -- allowed contents
 
     def _values(self, changes: Sequence[Change], *, killed: bool = False) -> set[int]:
         """Return the values that sectors with these changes may have."""
@@ -140,7 +140,7 @@ class DiskModel:
                     return False
         return True
 
-    # -- what is found
+    # -- contents found
 
     def read(self, first: int, data: bytes) -> int | None:
         """Compare the data of a read; return the first wrong sector, or None."""

@@ -268,7 +268,7 @@ def forget_refcounts(path: Path, choice: random.Random) -> None:
 
 
 class Flying(NamedTuple):
-    """What the run knows about a request in flight."""
+    """The record of a request in flight."""
 
     step: Step
     change: Change | None

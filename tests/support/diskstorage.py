@@ -172,7 +172,7 @@ class LimitedFile(Storage):
 
 
 class ForgetfulFile(FuseFile):
-    """A file whose fsync fails once on request.  Part of what was written since the last fsync is then lost."""
+    """A file whose fsync fails once on request.  Part of the data written since the last fsync is then lost."""
 
     def __init__(self, content: bytes, choice: random.Random) -> None:
         self.choice = choice

@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def recovered(image: Path, offset: int = 0) -> str:
-    """Do what a mount after a crash does first; return what it said.
+    """Replay the journal, as a mount after a crash does.  Return the output.
 
     Raises AssertionError if there was no journal to replay: then nothing crashed.
     """

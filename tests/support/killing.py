@@ -24,7 +24,7 @@ class Killer:
     def after(self, what: str, call: Call) -> Call:
         """Return a function that calls `call`, counts the change, and may then kill this process."""
 
-        def changing(*arguments: Any, **options: Any) -> Any:  # noqa: ANN401 - it stands in for whatever it wraps
+        def changing(*arguments: Any, **options: Any) -> Any:  # noqa: ANN401 - it replaces any function
             result = call(*arguments, **options)
             if not arguments or arguments[0] not in LOOKING:
                 words = [str(value) for value in (*arguments, *options.values()) if isinstance(value, int | str)]

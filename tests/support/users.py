@@ -58,7 +58,7 @@ exec "$@"
 
 
 def as_uid(uid: int, *command: str | Path) -> list[str | Path]:
-    """Return a command that runs a program of this checkout as a user without groups, wherever the checkout is."""
+    """Return a command that runs a program of this checkout as a user without groups.  It may be closed to the user."""
     dropped: list[str | Path] = ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups", "--", *command]
     above = [folder for folder in ROOT.parents if not folder.stat().st_mode & 0o001]
     if not above:

@@ -6,7 +6,7 @@ from vmctl.session import Session
 
 
 def run(session: Session, given: Given) -> int:
-    """Ask the daemon to forget what was named, or everything."""
+    """Ask the daemon to forget the VMs, the switches, or both."""
     what = given.operand or "all"
     show_notes(session, session.client.reset(vms=what != "switches", switches=what != "vms"))
     return 0

@@ -103,7 +103,7 @@ class Agentx(Process):
         self.notifications.end()
         self.waiting.clear()
 
-    # --- what there is ---------------------------------------------------------------------------------------
+    # --- objects ---------------------------------------------------------------------------------------------
 
     def ask(self, done: "Callable[[mib.View], None]") -> None:
         """Call `done` with all variables: at once if they are fresh, else when the parent has answered."""

@@ -227,7 +227,7 @@ def limits(config: VmConfig) -> None:
         raise ValueError(f"invalid limit of memory: {config.limit.memory_bytes}")
 
 
-# --- what it boots and stores --------------------------------------------------------------------------------
+# --- boot images and disks -----------------------------------------------------------------------------------
 
 
 def path(what: str, name: str) -> str:
@@ -275,7 +275,7 @@ def files_on_disks(config: VmConfig) -> tuple[DiskFile | None, DiskFile | None]:
 
 
 def boots_from_disks(config: VmConfig) -> "Iterator[str]":
-    """Yield what is wrong with a kernel or initrd on a disk of the VM itself.  Raises ValueError."""
+    """Yield the problems of a kernel or initrd on a disk of the VM itself.  Raises ValueError."""
     kernel, initrd = files_on_disks(config)
     if config.kernel and config.initrd and (kernel is None) != (initrd is None):
         yield (

@@ -67,7 +67,7 @@ class Source:
         pid = sender(credentials)
         if packet:
             return list(self._lines(packet, pid))
-        if pid:  # somebody sent an empty packet
+        if pid:  # a process sent an empty packet
             return []
         self.ended = True
         return [self._raw(self._unfinished, 0)] if self._unfinished else None

@@ -134,7 +134,7 @@ class ConsoleLogs:
         )
 
     def troubles(self, vmid: int) -> "Iterator[Trouble]":
-        """Yield what is wrong with the console log of a VM."""
+        """Yield the problems of the console log of a VM."""
         for kept in self.kept.values():
             if kept.vmid == vmid and kept.text and not kept.over:
                 lost = f"; {kept.lost_before + kept.lost} bytes are lost" if kept.lost_before + kept.lost else ""

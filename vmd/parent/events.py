@@ -126,7 +126,7 @@ class Events:
             if event.vmid and (event.vmid == message.vmid or event.name == message.name):
                 return event.vmid
         if message.vmid and message.since is not None:
-            return message.vmid  # the client has heard of it before
+            return message.vmid  # the client knows the VM from earlier events
         raise OperatorError(errno.ENOENT, f"vm {message.vmid or message.name} not found")
 
     def _tell_all(self) -> None:

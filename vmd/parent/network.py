@@ -94,7 +94,7 @@ class Launch:
         self.requests: tuple[NicWanted, ...] = ()
         self.plan: Plan | None = None
         self.switches: list[SwitchConfig | None] = []
-        self.lacking: dict[int, str] = {}  # what is wrong with an interface, by its number
+        self.lacking: dict[int, str] = {}  # the problem of an interface, by its number
         self.no_vhost = ""  # why this host has no vhost-net, if an interface wants it
 
     def close(self) -> None:
@@ -600,7 +600,7 @@ def without_vhost(nics: "Sequence[NicConfig]", made: "Sequence[NicMade]", why: s
 def is_operators(vm: Vm, tap: str) -> bool:
     """Return whether root has given a tap to a VM: in vm.conf, or by starting a VM that belongs to root.
 
-    A user may put any name into an instance or a stream.  That must not give access to a tap of somebody else.
+    A user may put any name into an instance or a stream.  That must not give access to a tap of another user.
     """
     if vm.from_config:
         return any(nic.tap == tap for nic in vm.config.nics)

@@ -41,7 +41,7 @@ class Taps:
     ) -> None:
         self.nics = nics
         self.plan = plan
-        self.lacking = lacking  # what is wrong with an interface, by its number
+        self.lacking = lacking  # the problem of an interface, by its number
         self.unresolved: dict[int, str] = {}  # why its guest has no name servers, by number of the interface
         self.since_s = int(time.time())  # when they were made, in seconds since 1970
         self.links = links

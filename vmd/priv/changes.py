@@ -1,6 +1,6 @@
 """The kernel's notice that the network has changed: interfaces, addresses, settings, nftables.
 
-The notices are not parsed, because they also report our own changes.  `damage` finds what is not as it should be.
+The notices are not parsed, because they also report our own changes.  `damage` finds the changes that need a repair.
 """
 
 import socket

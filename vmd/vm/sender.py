@@ -131,7 +131,7 @@ class Sender:
                     raise Cancelled("cancelled")
 
     def _begin_to_settle(self) -> None:
-        """Tell the disks to bring what they hold to stable storage.  They do so while memory is written."""
+        """Tell the disks to write their data to stable storage.  They do so while memory is written."""
         for disk in self._disks:
             disk.settle()
 

@@ -12,7 +12,7 @@ All numbers are little-endian.
 
 The records in STATE and in the header carry their fields by name.  (Version 2 had them in order: `vm/stream_v2.py`.)
 A new field has a default, which stands for the behaviour before that field.  VERSION is raised if the format changes,
-or if a guest cannot go on where the new field is unknown.  So older readers refuse such a stream.
+or if a guest cannot go on where the new field is unknown.  So older readers refuse a stream of that version.
 
 Up to version 3 memory comes in ascending order, and no address comes twice.  Version 4 is for a machine that runs while
 it is sent: memory comes in any order, also in RUNS, and the last bytes for an address count.  A paused machine is

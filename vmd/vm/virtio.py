@@ -282,7 +282,7 @@ class VirtioFunction(PciFunction):
         self._place_notifications()
 
     def command_changed(self, command: int) -> None:
-        """Switch INTx off or on.  When it is switched on, the guest is interrupted for what it has not seen."""
+        """Switch INTx off or on.  When it is switched on, interrupt the guest for events that it has not seen."""
         silent = not self.irqfds
         self._place_interrupts()
         if silent and self.irqfds:

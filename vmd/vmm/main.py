@@ -348,7 +348,7 @@ class Vmm(Process):
         self.end_if_over()
 
     def forget(self, vmid: int) -> None:
-        """Forget a VM that has ended, and close what was kept for it."""
+        """Forget a VM that has ended, and close the descriptors that were kept for it."""
         child = self.over.pop(vmid, None)
         if child is not None:
             child.drop()

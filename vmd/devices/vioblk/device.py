@@ -58,7 +58,7 @@ if TYPE_CHECKING:
             """Set the timer."""
 
         def report(self, *troubles: str) -> None:
-            """Tell the VM what is wrong now."""
+            """Tell the VM the present problems."""
 
         def tell_config(self) -> None:
             """Tell the VM the new configuration space."""

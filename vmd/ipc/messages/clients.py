@@ -174,7 +174,7 @@ class ReceiveRequest(Request):
 
 @request(0x1F, Who.EVERYBODY, "NicInfo", "TroubleInfo", "End")
 class NicsRequest(VmRequest):
-    """Ask for the network interfaces of a VM, and for what is wrong with its devices."""
+    """Ask for the network interfaces of a VM, and for the problems of its devices."""
 
 
 @request(0xF0, Who.EVERYBODY, "VmFigures", "End")

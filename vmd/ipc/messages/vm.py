@@ -161,7 +161,7 @@ class PauseVm(Record):
 
 @message(0x6C, FROM_VM)
 class PauseDone(Record):
-    """The machine stands still, or goes on.  If this is not what was asked for, `text` says why.
+    """The machine stands still, or goes on.  If the request was for the other state, `text` says why.
 
     `notes` are sentences for the user who has asked.
     """
@@ -371,14 +371,14 @@ class NicCounters(Record):
 
 @message(0x75, TO_VM, answered_by=("DevicesReported",))
 class AskDevices(Record):
-    """Ask what is wrong with the devices."""
+    """Ask for the problems of the devices."""
 
     vmid: int
 
 
 @message(0x76, FROM_VM)
 class DevicesReported(Record):
-    """What is wrong with the devices now.  For a VM without `figures` also the counters of each interface, in order."""
+    """Problems of the devices.  For a VM without `figures` also the counters of its interfaces, in order."""
 
     vmid: int
     nics: tuple[NicCounters, ...] = ()
