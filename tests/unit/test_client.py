@@ -78,7 +78,7 @@ CALLS: dict[str, Callable[[Client, int], object]] = {
     "migration_step": lambda vmd, _: vmd.migration_step("web", Step.GO_ON),
 }
 # Methods that send no request of their own.
-OF_THE_CONNECTION = {"answer", "ask", "carry_out", "close", "connect_again", "fileno", "receive", "send"}
+NO_REQUESTS = {"answer", "ask", "carry_out", "close", "connect_again", "fileno", "receive", "send"}
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def test_every_method_is_called_here() -> None:
     """The next test calls all methods of CALLS."""
     methods = {name for name, value in vars(Client).items() if not name.startswith("_") and callable(value)}
 
-    assert set(CALLS) == methods - OF_THE_CONNECTION
+    assert set(CALLS) == methods - NO_REQUESTS
 
 
 def test_every_request_is_a_method(client: Client, daemon: FakeDaemon) -> None:

@@ -19,7 +19,7 @@ from vmd.priv import nics
 ROOT = Path(__file__).resolve().parents[2]
 
 # Constants with the same name and value in two modules that are independent facts.
-OWN_CHOICES = {
+INDEPENDENT = {
     "TYPE_CHECKING": "type checkers know it by its name, and `typing` is slow to import",
     "VERSION": "each format and protocol has its own",
     "NONE": "one is for descriptors, the other one for users",
@@ -137,7 +137,7 @@ def test_a_constant_has_one_home() -> None:
     several = [
         f"{name} = {value} stands in {', '.join(places)}: let one module define it and the others import it"
         for (name, value), places in homes.items()
-        if len(places) > 1 and name not in OWN_CHOICES and not set(places) <= copies
+        if len(places) > 1 and name not in INDEPENDENT and not set(places) <= copies
     ]
 
     assert several == []
@@ -297,7 +297,7 @@ def test_every_method_is_called() -> None:
 
 
 # Fields of records that are copied or printed as a whole.
-WHOLE = {
+READ_AS_A_WHOLE = {
     "vmd.vm.boot.elf:Segment.align", "vmd.vm.boot.elf:Section.addralign", "vmd.vm.boot.elf:Section.entsize",
     "vmd.kvmapi.exits:Unknown.hardware",
 }  # fmt: skip
@@ -325,4 +325,4 @@ def test_every_field_is_read() -> None:
         if name not in known and not name.startswith("__")
     }
 
-    assert unread - WHOLE == set(), f"nothing reads {sorted(unread - WHOLE)}"
+    assert unread - READ_AS_A_WHOLE == set(), f"nothing reads {sorted(unread - READ_AS_A_WHOLE)}"

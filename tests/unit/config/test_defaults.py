@@ -35,7 +35,7 @@ SWITCH = SwitchConfig(name="a", interface="a")
 PREFIX = f"{'.'.join(map(str, GLOBALS.local_prefix.address))}/{GLOBALS.local_prefix.length}"
 
 # For an item of a manual, named by the beginning of its head: words in its sentences about the default.
-SAID = (
+DEFAULTS = (
     (CONF, "agentx", AgentxConfig().path),
     (CONF, "ids", str(GLOBALS.first_id)),
     (CONF, "limit vms", str(GLOBALS.limit_vms)),
@@ -84,7 +84,7 @@ def items(page: str) -> list[tuple[str, str]]:
     return found
 
 
-@pytest.mark.parametrize(("page", "head", "words"), SAID)
+@pytest.mark.parametrize(("page", "head", "words"), DEFAULTS)
 def test_a_default_of_the_code_is_that_of_the_manual(page: str, head: str, words: str) -> None:
     """A change of one needs the same change of the other."""
     said = [sentences for name, sentences in items(page) if name.startswith(head) and sentences]
@@ -103,8 +103,8 @@ def test_a_keyword_that_turns_on_the_default(head: str, on: bool) -> None:
 
 
 def test_every_default_of_vm_conf_is_compared() -> None:
-    """A new default needs a row in SAID, or an entry in RULES."""
-    known = (*RULES, *(head for page, head, _ in SAID if page == CONF))
+    """A new default needs a row in DEFAULTS, or an entry in RULES."""
+    known = (*RULES, *(head for page, head, _ in DEFAULTS if page == CONF))
     left = {name: said for name, said in items(CONF) if said and name and not name.startswith(known)}
 
     assert left == {}, f"{CONF} has defaults that test_defaults.py does not compare"

@@ -18,7 +18,7 @@ from vmd.parent.requests import checked_request, require_startable
 
 DISK = DiskConfig(path="/x")
 # (options of vm.conf, the same as fields of a VmConfig, the same as options of vmctl if there are any, the message)
-BROKEN: dict[str, tuple[str, dict[str, Any], tuple[str, ...] | None, str]] = {
+INVALID: dict[str, tuple[str, dict[str, Any], tuple[str, ...] | None, str]] = {
     "memory": ("memory 1B", {"memory_bytes": 1}, ("-m", "1B"), "memory size must be at least 1MB"),
     "much memory": (
         "memory 2T", {"memory_bytes": 2 << 40}, ("-m", "2T"), "memory size too large (limit is 1.0T)",
@@ -76,10 +76,10 @@ BROKEN: dict[str, tuple[str, dict[str, Any], tuple[str, ...] | None, str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", BROKEN)
+@pytest.mark.parametrize("case", INVALID)
 def test_one_rule_has_one_message(conf: Loader, case: str) -> None:
     """The message is the same for every source of the value."""
-    text, fields, arguments, sentence = BROKEN[case]
+    text, fields, arguments, sentence = INVALID[case]
 
     assert sentence in [error.partition(": ")[2] for error in conf.errors(f"vm a {{\n{text}\n}}\n")]
     with pytest.raises(OperatorError, match=f"^vm a: {re.escape(sentence)}$"):
@@ -191,7 +191,7 @@ LIMITS = {
     "CMDLINE_MAX", "GROUP_MAX", "MAX_DISKS", "MAX_MEMORY_BYTES", "MAX_RDOMAIN", "MAX_VCPUS", "MIN_MEMORY_BYTES",
     "SERIAL_MAX",
 }  # fmt: skip
-ASK_THEMSELVES = {"vmd/priv/requests.py": {"MAX_RDOMAIN"}}  # it does not trust its peers
+CHECK_THEMSELVES = {"vmd/priv/requests.py": {"MAX_RDOMAIN"}}  # it does not trust its peers
 
 
 # Flags, and fields that only vm.conf sets.
@@ -221,7 +221,7 @@ def test_limits_are_compared_in_one_place() -> None:
             if isinstance(node, ast.ImportFrom) and node.module == "vmd.config.model"
             for alias in node.names
         }
-        if not name.startswith("vmd/config/") and names & LIMITS != ASK_THEMSELVES.get(name, set()):
+        if not name.startswith("vmd/config/") and names & LIMITS != CHECK_THEMSELVES.get(name, set()):
             found[name] = names & LIMITS
 
     assert found == {}

@@ -94,7 +94,7 @@ def holes(tmp_path: Path, block_bytes: int) -> bytearray:
 MADE: tuple[Callable[[Path, int], bytearray], ...] = (endless_directory, many_names, empty_tree, holes)
 
 
-def look(raw: bytes | bytearray) -> str:
+def refusal(raw: bytes | bytearray) -> str:
     """Return why a file is not found, and check the size of the cache."""
     disk = opened(raw)
     with pytest.raises(DiskFsError) as refused:
@@ -111,7 +111,7 @@ def test_a_search_comes_to_an_end(
     """It ends at the limit of work, however small the part of the disk is that it reads."""
     monkeypatch.setattr(source, "WORK_MAX", 1 << 15)
 
-    assert look(made(tmp_path, block_bytes)) == TOO_MUCH
+    assert refusal(made(tmp_path, block_bytes)) == TOO_MUCH
 
 
 def test_examined_names_count_as_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,7 +127,7 @@ def test_examined_names_count_as_work(tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(Ext, "_entry_in", counted)
 
-    assert look(many_names(tmp_path, 65536)) == TOO_MUCH
+    assert refusal(many_names(tmp_path, 65536)) == TOO_MUCH
     assert 1000 < looked_at < 1 << 16
 
 
@@ -138,7 +138,7 @@ def test_a_search_comes_to_its_real_end(
     tmp_path: Path, made: Callable[[Path, int], bytearray], block_bytes: int
 ) -> None:
     """It ends with the limit that applies outside of tests, too."""
-    assert look(made(tmp_path, block_bytes)) == TOO_MUCH
+    assert refusal(made(tmp_path, block_bytes)) == TOO_MUCH
 
 
 def with_journal(content: bytes) -> bytearray:

@@ -16,7 +16,7 @@ SHOWABLE = re.compile(
 # The first output of SeaBIOS on a serial line, and sequences as of GRUB.
 SEABIOS = b"\x1bc\x1b[?7l\x1b[2J\x1b[0mSeaBIOS (version 1.16)\r\n\x1b[02;01HBooting\r\n"
 # Sequences from real backlogs.  Each changes a terminal, or makes it answer.
-KEPT_OUT = {
+REMOVED = {
     "soft reset": b"\x1b[!p",
     "no line wrap": b"\x1b[?7l",
     "no cursor": b"\x1b[?25l",
@@ -73,7 +73,7 @@ KEPT = {
 }
 
 
-@pytest.mark.parametrize("raw", KEPT_OUT.values(), ids=KEPT_OUT.keys())
+@pytest.mark.parametrize("raw", REMOVED.values(), ids=REMOVED.keys())
 def test_sequences_that_act_are_removed(raw: bytes) -> None:
     """The text around them is shown."""
     shown = Replay().shown(b"before" + raw + b"after")
@@ -95,7 +95,7 @@ def test_seabios() -> None:
     )
 
 
-@pytest.mark.parametrize("raw", KEPT_OUT.values(), ids=KEPT_OUT.keys())
+@pytest.mark.parametrize("raw", REMOVED.values(), ids=REMOVED.keys())
 def test_a_sequence_cut_in_two_is_left_out_as_a_whole(raw: bytes) -> None:
     """Its end arrives in the live output, where it would be shown as text.  Other live output is unchanged."""
     for cut in range(1, len(raw)):
