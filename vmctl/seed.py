@@ -81,7 +81,7 @@ class Seed:
 
 
 def ruled(rule: "Callable[[T], T]", value: "T") -> "T":
-    """Return what a rule makes of a value.  Raises ArgumentError with the rule's sentence."""
+    """Apply a rule to a value.  Return its result.  Raises ArgumentError with the rule's sentence."""
     try:
         return rule(value)
     except ValueError as error:

@@ -193,7 +193,7 @@ def test_paths_are_words_of_a_shell(path: str) -> None:
             assert not found[0].startswith("-")
 
 
-# --- what a guest may write ---------------------------------------------------------------------------------------
+# --- writes of a guest ---------------------------------------------------------------------------------------------
 
 
 @contents

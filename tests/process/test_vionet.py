@@ -297,7 +297,7 @@ def test_frames_in_the_tap_are_dropped_for_the_next_driver(nic: Nic) -> None:
     assert nic.gets(any_frame(100, 9)).header == bytes(10) + b"\1\0"
 
 
-# --- what a driver sees ----------------------------------------------------------------------------------------------
+# --- configuration ---------------------------------------------------------------------------------------------------
 
 
 def test_features_and_configuration(make: Make) -> None:

@@ -207,7 +207,7 @@ class Wanted:
 
 
 def ruled(rule: "Callable[[T], U]", value: "T") -> "U":
-    """Return what a rule makes of a value.  Raises ArgumentError with the rule's sentence."""
+    """Apply a rule to a value.  Return its result.  Raises ArgumentError with the rule's sentence."""
     try:
         return rule(value)
     except ValueError as error:

@@ -181,7 +181,7 @@ class Control(Process):
         number = int(channel.label.split()[1])
         return self.clients.get(number)
 
-    # --- what a handler did not expect ------------------------------------------------------------------------
+    # --- unexpected exceptions ------------------------------------------------------------------------------
 
     def source_of(self, envelope: Envelope, channel: Channel) -> "Source | None":
         """Return the client that a message is from or for."""

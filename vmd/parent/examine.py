@@ -97,7 +97,7 @@ class Examination:
             warn(f"warning: {self.left} images are not examined: the others took more than {TIME_S:g} seconds")
 
     def of_vm(self, vm: "VmConfig") -> "Iterator[str]":
-        """Yield what a start would say of a VM, and what would keep it from running beside the VMs before it."""
+        """Yield the messages of a start of a VM, and the reasons why it could not run beside the VMs before it."""
         for _, what in rules.obstacles(vm):
             yield what
         yield from self.of_rdomains(vm)
@@ -119,7 +119,7 @@ class Examination:
             yield from self.beside_others(vm)
 
     def of_rdomains(self, vm: "VmConfig") -> "Iterator[str]":
-        """Yield what a start would say of routing domains, on a host that has none."""
+        """Yield the messages of a start about routing domains, on a host that has none."""
         for index, nic in enumerate(vm.nics):
             switch = self.switches.get(nic.switch)
             number = switch.rdomain if switch is not None else nic.rdomain
@@ -127,7 +127,7 @@ class Examination:
                 yield f"interface {index}: rdomain {number}: this kernel has no VRFs: load the module vrf"
 
     def of_local_options(self, vm: "VmConfig") -> "Iterator[str]":
-        """Yield what a start would say of forwarded ports, and of addresses that the operator has chosen."""
+        """Yield the messages of a start about forwarded ports, and about addresses that the operator has chosen."""
         for index, nic in enumerate(vm.nics):
             for forward in nic.forwards:
                 if why := hostports.in_the_way(forward):
@@ -141,7 +141,7 @@ class Examination:
                         break
 
     def of_boot_files(self, vm: "VmConfig") -> list[str]:
-        """Return what a start would say of the boot image and its initrd, or of the firmware if there are none."""
+        """Return the messages of a start about the boot image and its initrd, or else about the firmware."""
         wanted = vm.kernel, vm.initrd, vm.cmdline, vm.memory_bytes
         if any(rules.files_on_disks(vm)):
             if self.probers is None or any(rules.boots_from_disks(vm)):  # `rules.obstacles` has said why
@@ -159,7 +159,7 @@ class Examination:
             return self.once(lambda *_: of_kernel(vm, files, prober), *wanted)
 
     def of_disk(self, config: "DiskConfig", prober: "Prober", boots: bool) -> list[str]:
-        """Return what a start would say of a disk.  With `boots`, note a disk that a BIOS cannot start from."""
+        """Return the messages of a start about a disk.  With `boots`, note a disk that a BIOS cannot start from."""
         try:
             disk = open_disk(config, prober, Use(locked=False, boots=boots))
         except OperatorError as error:
@@ -170,7 +170,7 @@ class Examination:
         return disk.notes
 
     def of_kernel_on_disk(self, vm: "VmConfig") -> list[str]:
-        """Return what a start would say of a kernel on a disk of the VM itself, and of its initrd."""
+        """Return the messages of a start about a kernel on a disk of the VM itself, and about its initrd."""
         assert self.probers is not None
         try:
             files = self.from_disks(vm)
@@ -207,7 +207,7 @@ class Examination:
         return files
 
     def once(self, look: "Callable[..., list[str]]", *what: object) -> list[str]:
-        """Return what `look` says of an image.  It is called once for each image, as long as there is time."""
+        """Return the messages of `look` about an image.  It is called once for each image, as long as there is time."""
         if what not in self.said:
             if time.monotonic() > self.deadline_s:
                 self.left += 1
@@ -216,7 +216,7 @@ class Examination:
         return self.said[what]
 
     def beside_others(self, vm: "VmConfig") -> "Iterator[str]":
-        """Yield what would keep a VM from starting with the daemon after the VMs before it."""
+        """Yield the reasons why a VM could not start with the daemon after the VMs before it."""
         for disk in vm.disks:
             if (user := self.users.setdefault(disk.path, vm.name)) != vm.name:
                 yield f"disk {disk.path} is also used by vm {user}: only one of them can run"
@@ -269,7 +269,7 @@ def of_bridge(name: str) -> str:
 
 
 def of_kernel(vm: "VmConfig", files: "BootFiles", prober: "ImageProber") -> list[str]:
-    """Return what a start would say of an open boot image and its initrd."""
+    """Return the messages of a start about an open boot image and its initrd."""
     given = [fd for fd in (files.boot, files.initrd) if fd is not None]
     try:
         prober.ask(given, files.boot_name, [str(vm.memory_bytes), os.fsencode(vm.cmdline).hex()])
@@ -279,7 +279,7 @@ def of_kernel(vm: "VmConfig", files: "BootFiles", prober: "ImageProber") -> list
 
 
 def of_seed(seed: "SeedConfig") -> list[str]:
-    """Return what a start would say of the files of a seed."""
+    """Return the messages of a start about the files of a seed."""
     files = [("ssh-key", path) for path in seed.ssh_keys]
     files += [("user-data", seed.user_data), ("vendor-data", seed.vendor_data)]
     files += [("network-config", seed.network_config)]
@@ -296,7 +296,7 @@ def of_seed(seed: "SeedConfig") -> list[str]:
 
 
 def of_disc(path: str, prober: "Prober") -> list[str]:
-    """Return what a start would say of a disc."""
+    """Return the messages of a start about a disc."""
     try:
         fd, notes = open_cdrom(path, prober, locked=False)
     except OperatorError as error:

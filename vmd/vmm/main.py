@@ -431,7 +431,7 @@ class Vmm(Process):
         if self.orphaned and not self.running:
             self.loop.stop()
 
-    # --- what a handler did not expect ------------------------------------------------------------------------
+    # --- unexpected exceptions ------------------------------------------------------------------------------
 
     def source_of(self, envelope: Envelope, channel: Channel) -> "Source | None":
         """Return the VM that a message is about; None for the process in reserve."""

@@ -106,7 +106,7 @@ NO_ENTRY = "has no PVH note, which tells where an ELF kernel is entered"
 
 
 def by_magic(image: "Image") -> str | None:
-    """Return what a file is, and what to give instead, by unambiguous magic numbers; None if unknown."""
+    """Return the kind of a file by unambiguous magic numbers, and the file to give instead; None if unknown."""
     head = image.read(0, min(image.size, HEAD_BYTES), "its beginning")
     if head.startswith(MZ) and (what := _efi_program(head)):
         return what
