@@ -98,7 +98,7 @@ def pipe() -> Iterator[Pipe]:
 
 
 def test_an_answer_goes_to_the_client_that_asked(rig: Rig) -> None:
-    """The parent tells clients apart by their numbers."""
+    """The parent distinguishes clients by their numbers."""
     one, other = rig.client(7), rig.client(9)
     one.send(StopRequest(name="a"))
     other.send(WaitRequest(name="b"))

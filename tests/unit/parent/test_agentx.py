@@ -99,7 +99,7 @@ class Process:
     def finish(self) -> None:
         """Do nothing."""
 
-    def took(self) -> list[Record]:
+    def take(self) -> list[Record]:
         """Return the messages since the last call."""
         sent, self.sent = self.sent, []
         return sent
@@ -143,7 +143,7 @@ class Rig:
     def told(self) -> list[tuple[str, str, bool]]:
         """Return the states that the process was told since the last call."""
         self.loop.run()
-        changes = [each for each in self.process.took() if isinstance(each, AgentxChanged)]
+        changes = [each for each in self.process.take() if isinstance(each, AgentxChanged)]
         return [(each.name, each.state, each.deleted) for each in changes]
 
     def ask(self) -> None:
@@ -153,14 +153,14 @@ class Rig:
 
 
 @pytest.fixture
-def rig(tmp_path: Path, said: list[str]) -> Rig:
+def rig(tmp_path: Path, log_lines: list[str]) -> Rig:
     """Return a room."""
-    assert said == []
+    assert log_lines == []
     return Rig(tmp_path / "master")
 
 
 @pytest.fixture
-def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def log_lines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Return the warnings and errors that are logged."""
     lines: list[str] = []
     monkeypatch.setattr("vmd.parent.agentx.log.warn", lines.append)
@@ -189,7 +189,7 @@ def test_states_are_told_as_they_change(rig: Rig) -> None:
 
 @pytest.mark.parametrize(("how", "state"), [(FAILED, "crashed"), (KILLED, "stopped")])
 def test_the_state_of_a_vm_that_ended_says_how(rig: Rig, how: str, state: str) -> None:
-    """A VM that crashed is told from one that was stopped, until its next start."""
+    """The state of a VM that crashed differs from that of a stopped one, until the next start."""
     rig.a.begin_start(0)
     rig.told()
     rig.a.ended("", how)
@@ -222,10 +222,10 @@ def test_a_vm_that_is_removed_and_added_again(rig: Rig) -> None:
 
 def test_too_many_questions_are_answered_together(rig: Rig) -> None:
     """Questions without end get one answer in each interval."""
-    rig.process.took()
+    rig.process.take()
     rig.ask()
     rig.loop.run()
-    assert [type(each) for each in rig.process.took()] == [AgentxVm, AgentxVm, AgentxVms]
+    assert [type(each) for each in rig.process.take()] == [AgentxVm, AgentxVm, AgentxVms]
     timers = len(rig.loop.timers)
     for _ in range(1000):
         rig.ask()
@@ -233,59 +233,62 @@ def test_too_many_questions_are_answered_together(rig: Rig) -> None:
     *_, timer = rig.loop.timers
     assert 0 < timer.delay_s <= ANSWER_EVERY_S
     rig.loop.run()
-    assert [type(each) for each in rig.process.took()] == [AgentxVm, AgentxVm, AgentxVms]
+    assert [type(each) for each in rig.process.take()] == [AgentxVm, AgentxVm, AgentxVms]
 
 
 def test_an_answer_leaves_time_for_others(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """VMs are told in small batches, without those removed meanwhile.  If the process ends, so does the answer."""
     monkeypatch.setattr("vmd.parent.agentx.BATCH", 1)
-    rig.process.took()
+    rig.process.take()
     rig.ask()
     rig.loop.run()
     rig.ask()  # the first question is still being answered
-    assert [type(each) for each in rig.process.took()] == [AgentxVm]
+    assert [type(each) for each in rig.process.take()] == [AgentxVm]
     rig.core.vms.remove(rig.b)
     rig.loop.run()
-    assert [type(each) for each in rig.process.took()] == [AgentxVms, AgentxChanged]
+    assert [type(each) for each in rig.process.take()] == [AgentxVms, AgentxChanged]
 
     rig.add("b")
     rig.loop.run()
     rig.ask()
     rig.loop.run()
-    rig.process.took()
+    rig.process.take()
     rig.room._on_lost(cast("Any", rig.process), None)
     rig.loop.run()
-    assert rig.process.took() == []
+    assert rig.process.take() == []
     rig.ask()  # another process asks
     rig.loop.run()
-    assert [type(each) for each in rig.process.took()] == [AgentxVm]
+    assert [type(each) for each in rig.process.take()] == [AgentxVm]
 
 
 def test_the_answer_describes_a_vm(rig: Rig) -> None:
     """It has what vm.conf says, and the numbers of interfaces."""
-    rig.process.took()
+    rig.process.take()
     rig.ask()
     rig.loop.run()
-    a, b, _ = cast("list[AgentxVm]", rig.process.took())
+    a, b, _ = cast("list[AgentxVm]", rig.process.take())
     assert (a.name, a.state, a.enabled, a.persistent, a.formats, a.disc) == ("a", "stopped", True, True, ("raw",), "/c")
     assert (b.enabled, b.persistent) == (False, False)
     assert [disk.path for disk in a.disks] == ["/a"]
     assert a.links == (AgentxLink(tap=0, parent=socket.if_nametoindex("lo")),)
 
 
-def test_an_agent_that_does_not_exist(rig: Rig, said: list[str]) -> None:
-    """It is tried at growing intervals, and logged once.  When it was there and has gone, it is logged again."""
+def test_an_agent_that_does_not_exist(rig: Rig, log_lines: list[str]) -> None:
+    """It is tried at growing intervals, and this is logged once.
+
+    When a connected agent is lost, it is logged again.
+    """
     waits = [rig.loop.run()[-1] for _ in range(8)]
     assert waits == [min(FIRST_S * 2**tries, LONGEST_S) for tries in range(1, 9)]
-    assert len(said) == 1
-    assert said[0].startswith(f"agentx: no SNMP agent at {rig.path}: No such file or directory")
-    rig.process.took()
+    assert len(log_lines) == 1
+    assert log_lines[0].startswith(f"agentx: no SNMP agent at {rig.path}: No such file or directory")
+    rig.process.take()
 
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(rig.path))
         listener.listen()
         rig.loop.run()
-        (master,) = rig.process.took()
+        (master,) = rig.process.take()
         assert isinstance(master, AgentxMaster)
         up = AgentxUp(number=master.number)
         rig.room.on_up(up, Envelope(up, 0, 0, {}))
@@ -293,31 +296,31 @@ def test_an_agent_that_does_not_exist(rig: Rig, said: list[str]) -> None:
             lost = AgentxLost(number=number)
             rig.room.on_gone(lost, Envelope(lost, 0, 0, {}))
     assert rig.loop.run() == [FIRST_S]
-    assert len(said) == 2
+    assert len(log_lines) == 2
 
 
-def test_a_path_that_is_not_a_socket(rig: Rig, said: list[str]) -> None:
+def test_a_path_that_is_not_a_socket(rig: Rig, log_lines: list[str]) -> None:
     """The error of connect(2) is logged."""
     rig.path.write_text("no socket")
     rig.core.config = rig.config(AgentxConfig(path=str(rig.path), context="vms"))
-    rig.process.took()
+    rig.process.take()
     rig.room.configure()
-    assert rig.process.took() == [Quit()]  # or it would keep its earlier agent
-    assert said[-1].startswith(f"agentx: no SNMP agent at {rig.path}: Connection refused")
+    assert rig.process.take() == [Quit()]  # or it would keep its earlier agent
+    assert log_lines[-1].startswith(f"agentx: no SNMP agent at {rig.path}: Connection refused")
 
 
-def test_a_configuration_without_an_agent_ends_the_process(rig: Rig, said: list[str]) -> None:
+def test_a_configuration_without_an_agent_ends_the_process(rig: Rig, log_lines: list[str]) -> None:
     """Nothing is told or tried any more.  A process that is lost then is not started again."""
     rig.core.config = rig.config(None)
     rig.room.configure()
-    assert rig.process.took()[-1] == Quit()
+    assert rig.process.take()[-1] == Quit()
     rig.a.begin_start(0)
     rig.loop.run()
-    assert rig.process.took() == []
-    assert len(said) == 1
+    assert rig.process.take() == []
+    assert len(log_lines) == 1
 
 
-def test_a_process_that_is_lost(rig: Rig, said: list[str]) -> None:
+def test_a_process_that_is_lost(rig: Rig, log_lines: list[str]) -> None:
     """Another process is started, and gets the connection to the agent."""
     rig.loop.timers.clear()
     with socket.socket(socket.AF_UNIX) as listener:
@@ -325,9 +328,9 @@ def test_a_process_that_is_lost(rig: Rig, said: list[str]) -> None:
         listener.listen()
         rig.room._on_lost(cast("Any", rig.process), None)
         rig.loop.run()
-    assert said[-1] == "lost child: agentx: it is started again"
+    assert log_lines[-1] == "lost child: agentx: it is started again"
     assert rig.process.killed == 1
-    assert [type(each) for each in rig.process.took()] == [AgentxMaster]
+    assert [type(each) for each in rig.process.take()] == [AgentxMaster]
 
 
 def test_the_longest_answer_fits_a_message() -> None:

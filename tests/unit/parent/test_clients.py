@@ -68,7 +68,7 @@ def test_a_client_that_has_left_is_not_answered(clients: Clients, control: Contr
 
 
 def test_a_wait_is_over_once(clients: Clients) -> None:
-    """A second end of a wait, as by its timeout, has no effect.  Two waits of one client are told apart."""
+    """A second end of a wait, as by its timeout, has no effect.  Two waits of one client are distinct."""
     first, second = clients.wait(1, For.DEVICES, 7), clients.wait(1, For.DEVICES, 7)
 
     assert [clients.done(second), clients.done(second)] == [True, False]

@@ -126,7 +126,7 @@ def test_a_control_that_does_not_end_is_counted(connections: Connections, monkey
     connections.reserve = None
     for _ in range(STUCK_MAX):
         assert refused(connections, 1000) == ""
-        channel = connections._assign(1000).channel  # whose only connection has ended
+        channel = connections._assign(1000).channel  # its only connection has ended
         connections.loop.call_later(LOOP_S, connections.loop.stop)
         connections.loop.run()
         assert isinstance(channel, FakeChannel)

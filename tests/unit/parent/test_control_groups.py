@@ -8,27 +8,27 @@ from vmd.config.model import VmLimits
 from vmd.parent import groups
 from vmd.parent.groups import located
 
-WHOLE = "22 27 0:20 / /sys rw - sysfs sysfs rw\n24 22 0:22 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw\n"
+V2_ONLY = "22 27 0:20 / /sys rw - sysfs sysfs rw\n24 22 0:22 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw\n"
 HYBRID = (
     "33 22 0:30 / /sys/fs/cgroup/pids rw - cgroup cgroup rw,pids\n"
     "34 22 0:31 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw\n"
 )
-PART = "34 22 0:31 /pods/7 /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n"
-OLD = "33 22 0:30 / /sys/fs/cgroup/pids rw - cgroup cgroup rw,pids\n"
+IN_CONTAINER = "34 22 0:31 /pods/7 /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n"
+V1_ONLY = "33 22 0:30 / /sys/fs/cgroup/pids rw - cgroup cgroup rw,pids\n"
 
 
 @pytest.mark.parametrize(
     ("mountinfo", "cgroup", "directory"),
     [
-        (WHOLE, "0::/system.slice/vmd.service\n", "/sys/fs/cgroup/system.slice/vmd.service"),
-        (WHOLE, "0::/\n", "/sys/fs/cgroup"),
+        (V2_ONLY, "0::/system.slice/vmd.service\n", "/sys/fs/cgroup/system.slice/vmd.service"),
+        (V2_ONLY, "0::/\n", "/sys/fs/cgroup"),
         (HYBRID, "8:pids:/there\n0::/here\n", "/sys/fs/cgroup/unified/here"),
-        (PART, "0::/pods/7/vmd\n", "/sys/fs/cgroup/vmd"),
-        (PART, "0::/pods/7\n", "/sys/fs/cgroup"),
-        (PART, "0::/pods/77\n", None),
-        (WHOLE, "0::/../vmd\n", None),
-        (OLD, "8:pids:/there\n", None),
-        (OLD, "8:pids:/there\n0::/\n", None),
+        (IN_CONTAINER, "0::/pods/7/vmd\n", "/sys/fs/cgroup/vmd"),
+        (IN_CONTAINER, "0::/pods/7\n", "/sys/fs/cgroup"),
+        (IN_CONTAINER, "0::/pods/77\n", None),
+        (V2_ONLY, "0::/../vmd\n", None),
+        (V1_ONLY, "8:pids:/there\n", None),
+        (V1_ONLY, "8:pids:/there\n0::/\n", None),
         ("", "", None),
     ],
 )

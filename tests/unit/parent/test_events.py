@@ -50,7 +50,7 @@ class Parent:
         """Stand in for the channel to control."""
         self.told.append((peerid, message))
 
-    def go_on(self) -> None:
+    def run_round(self) -> None:
         """Run one round of the loop."""
         later, self.later = self.later, []
         for call in later:
@@ -61,7 +61,7 @@ class Parent:
         envelope = Envelope(message=UNUSED, peerid=client, pid=0, fds={})
         self.events.serve(EventsRequest(since=since, **more), CALLER, envelope)
 
-    def hears(self, client: int) -> list[Any]:
+    def take(self, client: int) -> list[Any]:
         """Return the messages to a client since the last call."""
         heard = [message for peerid, message in self.told if peerid == client]
         self.told = [each for each in self.told if each[0] != client]
@@ -83,7 +83,7 @@ def numbers(heard: list[Any]) -> list[int]:
     return [message.number for message in heard if isinstance(message, Event)]
 
 
-def whats(heard: list[Any]) -> list[str]:
+def event_words(heard: list[Any]) -> list[str]:
     """Return the words of the events."""
     return [message.what for message in heard if isinstance(message, Event)]
 
@@ -91,24 +91,24 @@ def whats(heard: list[Any]) -> list[str]:
 def test_a_waiting_client_gets_all_events_of_a_round_together(parent: Parent) -> None:
     """Later events come only in the answer to the next request."""
     parent.ask(1, None)
-    assert parent.hears(1) == [EventsSeen(vmid=0, number=0, newest=0)]
+    assert parent.take(1) == [EventsSeen(vmid=0, number=0, newest=0)]
     parent.ask(1)
     parent.events.add("daemon", text="startup", value="1.0")
     parent.events.add("reload")
-    assert parent.hears(1) == []
+    assert parent.take(1) == []
 
-    parent.go_on()
+    parent.run_round()
 
-    assert parent.hears(1) == [
+    assert parent.take(1) == [
         Event(number=1, at_ms=12500, what="daemon", text="startup", value="1.0"),
         Event(number=2, at_ms=12500, what="reload"),
         EventsSeen(vmid=0, number=2, newest=2),
     ]
     parent.events.add("reload")
-    parent.go_on()
-    assert parent.hears(1) == []
+    parent.run_round()
+    assert parent.take(1) == []
     parent.ask(1, 2)
-    assert numbers(parent.hears(1)) == [3]
+    assert numbers(parent.take(1)) == [3]
 
 
 def test_the_events_of_one_vm(parent: Parent) -> None:
@@ -119,13 +119,13 @@ def test_the_events_of_one_vm(parent: Parent) -> None:
         parent.events.add("reload")
         mail.enqueue()
         mail.leave_queue()
-        parent.go_on()
+        parent.run_round()
     web.enqueue()
-    parent.go_on()
+    parent.run_round()
 
-    heard = parent.hears(1)
+    heard = parent.take(1)
 
-    assert whats(heard) == ["waiting"]
+    assert event_words(heard) == ["waiting"]
     assert (heard[0].name, heard[0].vmid, heard[0].state) == ("web", web.vmid, "waiting")
     assert heard[1] == EventsSeen(vmid=web.vmid, number=heard[0].number, newest=heard[0].number)
 
@@ -140,7 +140,7 @@ def test_the_events_of_a_removed_vm_stay(parent: Parent) -> None:
     parent.ask(1, name="scratch")
     parent.ask(2, vmid=vm.vmid, wait=False)
 
-    assert whats(parent.hears(1)) == whats(parent.hears(2)) == ["start", "stop"]
+    assert event_words(parent.take(1)) == event_words(parent.take(2)) == ["start", "stop"]
     with pytest.raises(OperatorError, match="vm nobody not found") as refused:
         parent.ask(3, name="nobody")
     assert refused.value.number == errno.ENOENT
@@ -153,7 +153,7 @@ def test_a_slow_client_is_told_how_many_events_are_lost(parent: Parent) -> None:
 
     parent.ask(1, 2)
 
-    lost, *rest = parent.hears(1)
+    lost, *rest = parent.take(1)
     assert (lost.what, lost.number, lost.lost) == ("lost", 7, 5)
     assert "5 events" in lost.text
     assert numbers(rest) == list(range(8, 8 + AT_ONCE))
@@ -161,8 +161,8 @@ def test_a_slow_client_is_told_how_many_events_are_lost(parent: Parent) -> None:
     seen, total = rest[-1], AT_ONCE
     while seen.number < seen.newest:
         parent.ask(1, seen.number)
-        *rows, seen = parent.hears(1)
-        assert "lost" not in whats(rows)
+        *rows, seen = parent.take(1)
+        assert "lost" not in event_words(rows)
         total += len(rows)
     assert total == PAST_MAX
 
@@ -174,14 +174,14 @@ def test_a_client_of_an_earlier_daemon_begins_with_the_first_event(parent: Paren
 
     parent.ask(1, since)
 
-    assert numbers(parent.hears(1)) == [1]
+    assert numbers(parent.take(1)) == [1]
 
 
 def test_a_client_that_does_not_wait_is_answered_at_once(parent: Parent) -> None:
     """Without events the answer is empty."""
     parent.ask(1, 0, wait=False)
 
-    assert parent.hears(1) == [EventsSeen(vmid=0, number=0, newest=0)]
+    assert parent.take(1) == [EventsSeen(vmid=0, number=0, newest=0)]
 
 
 def test_a_client_that_has_left_gets_nothing(parent: Parent) -> None:
@@ -189,7 +189,7 @@ def test_a_client_that_has_left_gets_nothing(parent: Parent) -> None:
     parent.ask(1)
     parent.clients.gone(1)
     parent.events.add("reload")
-    parent.go_on()
+    parent.run_round()
 
     assert parent.told == []
 
@@ -216,9 +216,9 @@ def test_every_change_of_state_is_an_event(parent: Parent) -> None:
     vm.ended("", endings.SENT)
     parent.ask(1)
 
-    heard = parent.hears(1)
+    heard = parent.take(1)
 
-    assert whats(heard) == [
+    assert event_words(heard) == [
         "waiting", "start", "ready", "pause", "unpause", "send", "resume", "reboot", "ready", "migrate", "in doubt",
         "resume", "send", "sent", "stop",
     ]  # fmt: skip
@@ -238,7 +238,7 @@ def test_the_events_of_a_vm_that_is_received(parent: Parent) -> None:
     vm.begin_stop(force=True)
     parent.ask(1)
 
-    assert whats(parent.hears(1)) == ["receive", "pause", "receive", "received", "stopping"]
+    assert event_words(parent.take(1)) == ["receive", "pause", "receive", "received", "stopping"]
 
 
 @pytest.mark.parametrize(("runs", "how", "what"), [
@@ -254,7 +254,7 @@ def test_the_event_of_an_end(parent: Parent, runs: bool, how: str, what: str) ->
     vm.ended("why", how)
     parent.ask(1)
 
-    end = parent.hears(1)[-2]
+    end = parent.take(1)[-2]
 
     assert (end.what, end.how, end.text) == (what, how, "why")
 
@@ -272,7 +272,7 @@ def test_events_of_devices(parent: Parent) -> None:
     parent.events.on_device(DeviceEvent(vmid=99, what="trouble", device="disk0"), UNUSED)
     parent.ask(1)
 
-    _, trouble, lease, mended = parent.hears(1)[:-1]
+    _, trouble, lease, mended = parent.take(1)[:-1]
 
     assert (trouble.what, trouble.device, trouble.text, trouble.value) == ("trouble", "disk0", "no space", "")
     assert (lease.what, lease.device, lease.value) == ("lease", "interface1", f"{vm.vmid} interface1")

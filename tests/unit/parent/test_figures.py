@@ -159,8 +159,8 @@ def test_the_rows_of_many_vms_come_in_batches() -> None:
 def test_paths_are_for_users_who_may_control_the_vm() -> None:
     """All users get the other fields."""
     parent = Parent()
-    (whole,), (part,) = (parent.ask(FiguresRequest(name="a"), caller) for caller in (ROOT, OTHER))
-    assert part == whole.replace(disks=(whole.disks[0].replace(path=""),))
+    (of_root,), (of_other,) = (parent.ask(FiguresRequest(name="a"), caller) for caller in (ROOT, OTHER))
+    assert of_other == of_root.replace(disks=(of_root.disks[0].replace(path=""),))
 
 
 def test_starts_are_counted() -> None:
@@ -221,9 +221,9 @@ def test_figures_keep_their_places() -> None:
     golden = Path(__file__).parents[2] / "golden"
     now, before = devmsg.FIGURES, json.loads((golden / "figures-1.json").read_text())
 
-    assert list(now)[: len(before)] == list(before), "a kind that is not the last one is new, or gone"
+    assert list(now)[: len(before)] == list(before), "a kind was removed, or a new one is not at the end"
     for kind, names in before.items():
-        assert list(now[kind])[: len(names)] == names, f"{kind}: a figure that is not the last one is new, or gone"
+        assert list(now[kind])[: len(names)] == names, f"{kind}: a figure was removed, or a new one is not at the end"
 
 
 @pytest.fixture

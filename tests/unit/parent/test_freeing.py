@@ -68,7 +68,7 @@ def test_another_process_closes_the_memory_last(memory: int, closing: list[set[i
     (last,) = closing
     assert len(last) == 1
     os.close(theirs)
-    assert select.select([others], [], [], DEADLINE_S)[0] == [others], "somebody else has it, too"
+    assert select.select([others], [], [], DEADLINE_S)[0] == [others], "another process has it, too"
     deadline = time.monotonic() + DEADLINE_S
     while holders(inode):
         assert time.monotonic() < deadline

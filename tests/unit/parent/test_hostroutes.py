@@ -62,9 +62,9 @@ def test_a_truncated_list(tmp_path: Path, length: int) -> None:
     """Complete lines count."""
     path = tmp_path / "route"
     path.write_text(ROUTE[:length])
-    whole = [route("192.168.1.0/24"), route("10.0.0.0/8"), route("100.64.2.0/24", "tap9")]
+    complete = [route("192.168.1.0/24"), route("10.0.0.0/8"), route("100.64.2.0/24", "tap9")]
     found = host_routes(str(path), str(tmp_path))
-    assert found[:-1] == whole[: len(found[:-1])]
+    assert found[:-1] == complete[: len(found[:-1])]
 
 
 def test_networks_that_overlap() -> None:

@@ -107,24 +107,24 @@ def test_a_truncated_or_overwritten_file() -> None:
 # --- on disk -------------------------------------------------------------------------------------------------
 
 
-Said = pytest.CaptureFixture[str]
+Captured = pytest.CaptureFixture[str]
 
 
-def kept_in(directory: Path) -> tuple[StateFile, Identities]:
+def load_from(directory: Path) -> tuple[StateFile, Identities]:
     """Return the state file and identities of a daemon that starts with this directory."""
     state, identities = StateFile(str(directory)), Identities()
     state.load(identities)
     return state, identities
 
 
-def test_identities_outlive_a_daemon(tmp_path: Path, capfd: Said) -> None:
+def test_identities_outlive_a_daemon(tmp_path: Path, capfd: Captured) -> None:
     """The directory is created.  Only root may read the file."""
-    state, identities = kept_in(tmp_path / "vmd")
+    state, identities = load_from(tmp_path / "vmd")
     identities.of(("a", 7)).lladdrs[0] = RECEIVED[0]
     state.save(identities)
     state.close()
 
-    state, again = kept_in(tmp_path / "vmd")
+    state, again = load_from(tmp_path / "vmd")
     state.close()
     assert again.encode() == identities.encode()
     assert [path.name for path in (tmp_path / "vmd").iterdir()] == [FILE]
@@ -133,10 +133,10 @@ def test_identities_outlive_a_daemon(tmp_path: Path, capfd: Said) -> None:
 
 
 @pytest.mark.parametrize("raw", [b"", b"{", GOLDEN.read_bytes()[:200], bytes(100)], ids=len)
-def test_a_damaged_file_is_renamed(tmp_path: Path, capfd: Said, raw: bytes) -> None:
+def test_a_damaged_file_is_renamed(tmp_path: Path, capfd: Captured, raw: bytes) -> None:
     """A message names it, and the next file gets its name."""
     (tmp_path / FILE).write_bytes(raw)
-    state, identities = kept_in(tmp_path)
+    state, identities = load_from(tmp_path)
     assert f"{tmp_path}/{FILE} is damaged (" in capfd.readouterr().err
     assert identities.known == {}
 
@@ -147,10 +147,10 @@ def test_a_damaged_file_is_renamed(tmp_path: Path, capfd: Said, raw: bytes) -> N
     assert loaded((tmp_path / FILE).read_bytes()).of(("a", 0)).vmid == 1
 
 
-def test_the_file_of_a_later_version_is_left_alone(tmp_path: Path, capfd: Said) -> None:
+def test_the_file_of_a_later_version_is_left_alone(tmp_path: Path, capfd: Captured) -> None:
     """Operators who go back to an older vmd find their file again when they return to the later one."""
     (tmp_path / FILE).write_text('{"version": 2, "vms": "in a form of its own"}')
-    state, identities = kept_in(tmp_path)
+    state, identities = load_from(tmp_path)
     assert "was written by a later vmd (version 2) and is left alone" in capfd.readouterr().err
     identities.of(("a", 0))
     state.save(identities)
@@ -158,10 +158,10 @@ def test_the_file_of_a_later_version_is_left_alone(tmp_path: Path, capfd: Said) 
     assert "in a form" in (tmp_path / FILE).read_text()
 
 
-def test_two_daemons_do_not_share_a_file(tmp_path: Path, capfd: Said) -> None:
+def test_two_daemons_do_not_share_a_file(tmp_path: Path, capfd: Captured) -> None:
     """The second daemon continues without a file."""
-    first, identities = kept_in(tmp_path)
-    second, others = kept_in(tmp_path)
+    first, identities = load_from(tmp_path)
+    second, others = load_from(tmp_path)
     assert f"{tmp_path} is used by another vmd" in capfd.readouterr().err
     for name in ("a", "b"):
         others.of((name, 0))
@@ -170,26 +170,26 @@ def test_two_daemons_do_not_share_a_file(tmp_path: Path, capfd: Said) -> None:
     identities.of(("c", 0))
     first.save(identities)
     first.close()
-    third, again = kept_in(tmp_path)
+    third, again = load_from(tmp_path)
     third.close()
     assert list(again.known) == [("c", 0)]
 
 
-def test_a_directory_that_cannot_be_created(tmp_path: Path, capfd: Said) -> None:
+def test_a_directory_that_cannot_be_created(tmp_path: Path, capfd: Captured) -> None:
     """The message has the reason.  VMs still get ids and addresses."""
     (tmp_path / "file").touch()
-    state, identities = kept_in(tmp_path / "file" / "vmd")
+    state, identities = load_from(tmp_path / "file" / "vmd")
     assert f"{tmp_path}/file/vmd/{FILE}: Not a directory" in capfd.readouterr().err
     assert identities.of(("a", 0)).vmid == 1
     state.save(identities)
 
 
 @pytest.mark.root
-def test_a_full_disk(tmp_path: Path, capfd: Said) -> None:
+def test_a_full_disk(tmp_path: Path, capfd: Captured) -> None:
     """The old file stays.  The failure is logged once, and so is the first success after it."""
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", tmp_path], check=True)
     try:
-        state, identities = kept_in(tmp_path)
+        state, identities = load_from(tmp_path)
         identities.of(("a", 0))
         state.save(identities)
         before = (tmp_path / FILE).read_bytes()
@@ -267,7 +267,7 @@ def test_addresses_stay_when_ids_start_again_from_1() -> None:
 # --- VMs that come from elsewhere ----------------------------------------------------------------------------
 
 
-def came(nics: tuple[NicConfig, ...], plan_id: int = 77) -> VmConfig:
+def received_config(nics: tuple[NicConfig, ...], plan_id: int = 77) -> VmConfig:
     """Return the configuration in the stream of a received VM, which has two interfaces."""
     nics = tuple(nic.replace(lladdr=nic.lladdr or lladdr) for nic, lladdr in zip(nics, RECEIVED, strict=True))
     return VmConfig(name="db1", nics=nics, plan_id=plan_id, plan_prefix4=DEFAULT4)
@@ -280,7 +280,7 @@ def test_a_received_vm_keeps_its_addresses() -> None:
     table = VmTable()
     vm = table.add(conf, from_config=True)
     vm.next_config = table.with_all_lladdrs(conf.replace(memory_bytes=1 << 28))
-    table.adopt(vm, came(conf.nics), DEFAULT4)
+    table.adopt(vm, received_config(conf.nics), DEFAULT4)
 
     assert [nic.lladdr for nic in vm.config.nics] == [RECEIVED[0], given]
     assert vm.next_config.nics == vm.config.nics
@@ -294,7 +294,7 @@ def test_a_received_vm_that_is_not_in_vm_conf_keeps_its_addresses() -> None:
     nics = NicConfig(), NicConfig()
     table.remove(table.add(VmConfig(name="db1", nics=nics), from_config=False))
     vm = table.add(VmConfig(name="db1"), from_config=False)
-    table.adopt(vm, came(nics), DEFAULT4)
+    table.adopt(vm, received_config(nics), DEFAULT4)
     table.remove(vm)
 
     again = table.add(VmConfig(name="db1", nics=nics), from_config=False)
@@ -309,8 +309,8 @@ def test_addresses_in_use_are_not_taken_over() -> None:
     conf = VmConfig(name="db1", nics=(NicConfig(), NicConfig()))
     vm = table.add(conf, from_config=True)
     before = vm.config.nics[0].lladdr
-    table.adopt(vm, came(conf.nics), DEFAULT4)
-    table.adopt(vm, came(conf.nics, 78), DEFAULT4.replace(length=16))
+    table.adopt(vm, received_config(conf.nics), DEFAULT4)
+    table.adopt(vm, received_config(conf.nics, 78), DEFAULT4.replace(length=16))
 
     assert [nic.lladdr for nic in vm.config.nics] == [before, RECEIVED[1]]
     assert table.identities.of(vm.key).number == 0

@@ -176,10 +176,7 @@ def test_only_the_instance_owner_makes_instances() -> None:
 def test_group_0_makes_instances_if_no_owner_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """This is upstream's rule for `allow instance` without `owner`.
-
-    For others the error names the missing permission.
-    """
+    """This is upstream's rule for `allow instance` without `owner`.  For others the error says how to allow it."""
     path = tmp_path / "vm.conf"
     path.write_text("vm tmpl {\n allow instance { boot, disk, memory }\n}\n")
     (template,) = load(str(path), warn=lambda _text: None).vms

@@ -351,8 +351,8 @@ def test_stop_answers_at_once_or_at_the_end(rig: Rig) -> None:
 
 
 @pytest.mark.parametrize("at", ["files", "interfaces"])
-def test_a_vm_that_has_no_process_yet_is_stopped_without_one(rig: Rig, at: str) -> None:
-    """vmm is not told, but the client that started it is."""
+def test_a_vm_without_a_process_is_stopped_without_vmm(rig: Rig, at: str) -> None:
+    """vmm gets no message, but the client that started the VM gets its answer."""
     vm = rig.add()
     rig.network.slow = True
     rig.ask(vm)

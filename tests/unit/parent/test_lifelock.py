@@ -20,7 +20,7 @@ WAITS = f"EXTEND_TIMEOUT_USEC={EXTEND_US}\nSTATUS=Waiting for the guests of an e
 
 @pytest.fixture
 def lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LifeLock]:
-    """The lock of a daemon without a socket.  No descriptor of it stays open."""
+    """Yield the lock of a daemon without a socket.  No descriptor of it stays open."""
     monkeypatch.setattr(service, "RUN_DIRECTORY", str(tmp_path))
     before = open_descriptors()
     yield LifeLock(str(tmp_path / "vmd.sock"))
@@ -34,7 +34,7 @@ class Clock:
         self.now_s = at_s
         self.end_s = at_s + seconds
         self.vmm = lock.share()
-        self.told: list[tuple[float, str]] = []  # what the service manager is told, and after how many seconds
+        self.told: list[tuple[float, str]] = []  # messages to the service manager, and after how many seconds
         self.begun_s = at_s
         monkeypatch.setattr(time, "monotonic", lambda: self.now_s)
         monkeypatch.setattr(time, "sleep", self.sleep)
@@ -57,14 +57,17 @@ class Clock:
 
 def no_wait(_seconds: float) -> None:
     """Replaces `time.sleep` where nothing may wait."""
-    raise AssertionError("waits")
+    raise AssertionError("the daemon waits")
 
 
 @pytest.mark.parametrize("uptime_s", [0.5, 1000.0])
 def test_a_daemon_waits_for_the_vmm_of_an_earlier_one(
     lock: LifeLock, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], uptime_s: float
 ) -> None:
-    """Log and service manager are told when the wait begins, and when it ends.  So it is also just after a boot."""
+    """The log and the service manager get a message when the wait begins, and when it ends.
+
+    This also holds just after a boot.
+    """
     clock = Clock(monkeypatch, lock, 0.5, uptime_s)
     lock.wait(notify=clock.notify)
 
@@ -75,8 +78,8 @@ def test_a_daemon_waits_for_the_vmm_of_an_earlier_one(
     assert said.count("the guests of an earlier vmd have ended") == 1
 
 
-def test_a_long_wait_is_told_again_and_again(lock: LifeLock, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The service manager stops waiting for a start that does not say that it goes on."""
+def test_a_long_wait_is_reported_repeatedly(lock: LifeLock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the reports the service manager would give up the start."""
     clock = Clock(monkeypatch, lock, 60.0)
     lock.wait(notify=clock.notify)
 
@@ -87,10 +90,10 @@ def test_a_long_wait_is_told_again_and_again(lock: LifeLock, monkeypatch: pytest
     assert all(SAY_AGAIN_S <= later - sooner < EXTEND_US / 1e6 for sooner, later in itertools.pairwise(at_s))
 
 
-def test_nothing_is_said_where_no_vmm_lives(
+def test_nothing_is_reported_without_a_vmm(
     lock: LifeLock, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """The lock is free for the next vmm afterwards."""
+    """Afterwards the lock is free for the next vmm."""
     monkeypatch.setattr(time, "sleep", no_wait)
     told: list[str] = []
     lock.wait(notify=told.append)
@@ -103,7 +106,7 @@ def test_nothing_is_said_where_no_vmm_lives(
 
 
 def test_a_daemon_that_still_runs_is_not_waited_for(lock: LifeLock, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its vmm has the lock, too, and does not end by itself."""
+    """Its vmm also has the lock, and does not end by itself."""
     clock = Clock(monkeypatch, lock, 60.0)
     monkeypatch.setattr(time, "sleep", no_wait)
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as daemon:
@@ -116,8 +119,8 @@ def test_a_daemon_that_still_runs_is_not_waited_for(lock: LifeLock, monkeypatch:
     clock.end()
 
 
-def test_the_file_goes_with_the_last_vmm(lock: LifeLock, tmp_path: Path) -> None:
-    """As long as a vmm has the lock, the next daemon must find it."""
+def test_the_file_is_removed_after_the_last_vmm(lock: LifeLock, tmp_path: Path) -> None:
+    """While a vmm has the lock, the next daemon must find the file."""
     vmm = lock.share()
     lock.remove()
     assert [*tmp_path.iterdir()] == [Path(lock.path)]
@@ -146,7 +149,7 @@ def test_the_lock_is_on_the_file_that_the_next_daemon_finds(lock: LifeLock, monk
 
 
 def test_each_control_socket_has_its_own_lock(lock: LifeLock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However its path is written."""
+    """A relative path and an absolute one lead to the same lock."""
     monkeypatch.chdir(tmp_path)
 
     assert LifeLock("vmd.sock").path == lock.path
@@ -158,13 +161,13 @@ def test_each_control_socket_has_its_own_lock(lock: LifeLock, tmp_path: Path, mo
 def test_a_host_without_the_lock(
     lock: LifeLock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], trouble: str
 ) -> None:
-    """The daemon starts, and its log says the consequence.  A link is not followed."""
+    """The daemon starts, and the log says what follows from that.  A link is not followed."""
     if trouble == "no directory":
         lock.path = str(tmp_path / "none" / "guests")
     elif trouble == "a link":
         os.symlink(tmp_path / "victim", lock.path)
     else:
-        monkeypatch.setattr(fcntl, "flock", lambda *_: os.chdir(tmp_path / "none"))  # an OSError
+        monkeypatch.setattr(fcntl, "flock", lambda *_: os.chdir(tmp_path / "none"))  # fails with an OSError
     monkeypatch.setattr(time, "sleep", no_wait)
     told: list[str] = []
     lock.wait(notify=told.append)

@@ -5,7 +5,17 @@ from typing import Any
 
 import pytest
 
-from tests.unit.parent.test_transfers import CLIENT, OTHER, ROOT, Parent, envelope, exited, goes_on, leave, running
+from tests.unit.parent.test_transfers import (
+    CLIENT,
+    OTHER,
+    ROOT,
+    Parent,
+    envelope,
+    exited,
+    leave,
+    report_running,
+    running,
+)
 from vmd.config.model import DiskConfig, NicConfig, Owner, VmConfig
 from vmd.errors import VMD_IN_DOUBT, InUse, OperatorError
 from vmd.fileid import FileId
@@ -78,7 +88,7 @@ def answers(parent: Any) -> list[Record]:  # noqa: ANN401
     return found
 
 
-def go_out(parent: Any, *, until: str, locks_travel: bool = False) -> Vm:  # noqa: ANN401
+def migrate_away(parent: Any, *, until: str, locks_travel: bool = False) -> Vm:  # noqa: ANN401
     """Migrate VM `a` to another host, up to the step `until`."""
     room = parent.transfers.migrations
     vm: Vm = parent.vms.get(0, "a")
@@ -108,17 +118,17 @@ def go_out(parent: Any, *, until: str, locks_travel: bool = False) -> Vm:  # noq
     return vm
 
 
-def undone(parent: Any, vm: Vm, outcome: TakenBack = TakenBack.DONE, text: str = "") -> None:  # noqa: ANN401
+def report_undone(parent: Any, vm: Vm, outcome: TakenBack = TakenBack.DONE, text: str = "") -> None:  # noqa: ANN401
     """Let the VM process report whether it has its disks back."""
     parent.transfers.migrations.on_undone(SendUndone(vmid=vm.vmid, outcome=outcome, text=text), UNUSED)
 
 
-# --- from here -------------------------------------------------------------------------------------------------------
+# --- source ----------------------------------------------------------------------------------------------------------
 
 
 def test_vm_ends_here_when_it_runs_there(parent: Any) -> None:  # noqa: ANN401
     """The client gets its answer when the VM has ended here."""
-    vm = go_out(parent, until="committed")
+    vm = migrate_away(parent, until="committed")
 
     assert step(parent, Step.DONE) == [EndSend(vmid=vm.vmid, sent=True)]
     assert (vm.state, answers(parent)) == (State.STOPPING, [])
@@ -130,12 +140,12 @@ def test_vm_ends_here_when_it_runs_there(parent: Any) -> None:  # noqa: ANN401
 
 
 @pytest.mark.parametrize("until", ["begun", "asked", "memory"])
-@pytest.mark.parametrize("how", ["it leaves", "it says so"])
+@pytest.mark.parametrize("how", ["the client leaves", "the client says so"])
 def test_cut_before_all_is_written(parent: Any, until: str, how: str) -> None:  # noqa: ANN401
     """The VM continues, and is not in doubt."""
-    vm = go_out(parent, until=until)
+    vm = migrate_away(parent, until=until)
     parent.vmm.sent.clear()
-    if how == "it leaves":
+    if how == "the client leaves":
         leave(parent, CLIENT)
     else:
         step(parent, Step.BACK, in_doubt=True, text="there: no")
@@ -145,13 +155,13 @@ def test_cut_before_all_is_written(parent: Any, until: str, how: str) -> None:  
 
     assert vm.state is State.RUNNING
     text = "vm a was not migrated, and is as before: there: no"
-    assert set(answers(parent)) == (set() if how == "it leaves" else {Failed(code=errno.EIO, text=text)})
+    assert set(answers(parent)) == (set() if how == "the client leaves" else {Failed(code=errno.EIO, text=text)})
 
 
 @pytest.mark.parametrize("until", ["memory", "complete", "committing"])
 def test_client_that_leaves_before_the_answer_to_the_commit(parent: Any, until: str) -> None:  # noqa: ANN401
     """The client cannot have told the target to run the VM, so the VM is not in doubt."""
-    vm = go_out(parent, until=until)
+    vm = migrate_away(parent, until=until)
     leave(parent, CLIENT)
     parent.vmm.sent.clear()
     if until == "memory":  # it was too late to cancel
@@ -162,29 +172,29 @@ def test_client_that_leaves_before_the_answer_to_the_commit(parent: Any, until: 
         assert parent.vmm.sent == [EndSend(vmid=vm.vmid, sent=False)]
     states = [vm.state]
 
-    undone(parent, vm)
+    report_undone(parent, vm)
 
     assert [*states, vm.state] == [State.SENDING, State.RUNNING]
 
 
 def test_target_that_never_ran_it(parent: Any) -> None:  # noqa: ANN401
     """The client says so with BACK.  The VM continues here, and the client gets the reason."""
-    vm = go_out(parent, until="committed")
+    vm = migrate_away(parent, until="committed")
     assert step(parent, Step.BACK, text="there: no room") == [EndSend(vmid=vm.vmid, sent=False)]
 
-    undone(parent, vm)
+    report_undone(parent, vm)
 
     assert vm.state is State.RUNNING
     text = "vm a was not migrated, and continues here: there: no room"
     assert answers(parent) == [Failed(code=errno.EIO, text=text)]
 
 
-@pytest.mark.parametrize("how", ["it leaves", "it does not know"])
+@pytest.mark.parametrize("how", ["the client leaves", "the client does not know"])
 @pytest.mark.parametrize("locks_travel", [False, True])
 def test_in_doubt(parent: Any, how: str, locks_travel: bool) -> None:  # noqa: ANN401
     """It is unknown whether the VM runs there, so it is paused.  Its disks are tried if their locks can tell."""
-    vm = go_out(parent, until="committed", locks_travel=locks_travel)
-    if how == "it leaves":
+    vm = migrate_away(parent, until="committed", locks_travel=locks_travel)
+    if how == "the client leaves":
         leave(parent, CLIENT)
     else:
         step(parent, Step.BACK, in_doubt=True, text="there: gone")
@@ -204,9 +214,9 @@ def test_in_doubt(parent: Any, how: str, locks_travel: bool) -> None:  # noqa: A
         vm.begin_stop(force=False)
 
 
-def doubtful(parent: Any, *, locks_travel: bool) -> Vm:  # noqa: ANN401
+def vm_in_doubt(parent: Any, *, locks_travel: bool) -> Vm:  # noqa: ANN401
     """Return a VM in doubt."""
-    vm = go_out(parent, until="committed", locks_travel=locks_travel)
+    vm = migrate_away(parent, until="committed", locks_travel=locks_travel)
     leave(parent, CLIENT)
     assert vm.state is State.IN_DOUBT
     return vm
@@ -214,26 +224,26 @@ def doubtful(parent: Any, *, locks_travel: bool) -> Vm:  # noqa: ANN401
 
 def test_doubt_ends_with_the_disks(parent: Any, capfd: pytest.CaptureFixture[str]) -> None:  # noqa: ANN401
     """They are tried at growing intervals, and this is logged once.  With unchanged disks the VM continues."""
-    vm = doubtful(parent, locks_travel=True)
+    vm = vm_in_doubt(parent, locks_travel=True)
     for _ in range(3):
         parent.later.pop()()
         assert parent.vmm.sent.pop() == EndSend(vmid=vm.vmid, sent=False)
-        undone(parent, vm, TakenBack.IN_USE, "disk0 is in use by somebody else")
+        report_undone(parent, vm, TakenBack.IN_USE, "disk0 is in use by somebody else")
         assert vm.state is State.IN_DOUBT
     assert parent.delays_s == [5, 10, 20, 40]
     assert capfd.readouterr().err.count("stays in doubt: disk0 is in use by somebody else") == 1
     parent.later.pop()()
 
-    undone(parent, vm)
+    report_undone(parent, vm)
 
     assert (vm.state, vm.text, vm.sending) == (State.RUNNING, "", None)
 
 
 def test_doubt_does_not_end_with_disks_that_were_written_to(parent: Any) -> None:  # noqa: ANN401
     """The VM has run elsewhere.  The disks are not tried again."""
-    vm = doubtful(parent, locks_travel=True)
+    vm = vm_in_doubt(parent, locks_travel=True)
     parent.later.pop()()
-    undone(parent, vm, TakenBack.CHANGED, "disk0 has been written to")
+    report_undone(parent, vm, TakenBack.CHANGED, "disk0 has been written to")
 
     assert vm.state is State.IN_DOUBT
     assert vm.text == "it has run elsewhere: disk0 has been written to"
@@ -242,14 +252,14 @@ def test_doubt_does_not_end_with_disks_that_were_written_to(parent: Any) -> None
 
 def test_doubt_ends_by_a_forced_unpause(parent: Any) -> None:  # noqa: ANN401
     """The disks must be free.  The client waits for that."""
-    vm = doubtful(parent, locks_travel=False)
+    vm = vm_in_doubt(parent, locks_travel=False)
     parent.answers.clear()
     message = PauseRequest(name="a", paused=False, force=True)
     for outcome in (TakenBack.IN_USE, TakenBack.DONE):
         parent.vmm.sent.clear()
         parent.transfers.serve_pause(message, ROOT, Envelope(message, CLIENT, 0, {}))
         assert parent.vmm.sent == [EndSend(vmid=vm.vmid, sent=False)]
-        undone(parent, vm, outcome, "disk0 is in use by somebody else" if outcome else "")
+        report_undone(parent, vm, outcome, "disk0 is in use by somebody else" if outcome else "")
 
     assert answers(parent) == [
         Failed(code=errno.EBUSY, text="vm a stays in doubt: disk0 is in use by somebody else"),
@@ -260,7 +270,7 @@ def test_doubt_ends_by_a_forced_unpause(parent: Any) -> None:  # noqa: ANN401
 
 def test_steps_in_the_wrong_order(parent: Any) -> None:  # noqa: ANN401
     """They are refused, and so are steps of another client.  No process is told."""
-    vm = go_out(parent, until="asked")
+    vm = migrate_away(parent, until="asked")
     for what in (Step.COMMIT, Step.DONE):
         with pytest.raises(OperatorError, match="is not the next step"):
             step(parent, what)
@@ -272,17 +282,17 @@ def test_steps_in_the_wrong_order(parent: Any) -> None:  # noqa: ANN401
 
 def test_disks_that_cannot_be_let_go(parent: Any) -> None:  # noqa: ANN401
     """The VM continues here."""
-    vm = go_out(parent, until="committing")
+    vm = migrate_away(parent, until="committing")
     parent.transfers.migrations.on_disks_let_go(DisksLetGo(vmid=vm.vmid, text="disk0: no"), UNUSED)
-    undone(parent, vm)
+    report_undone(parent, vm)
     text = "vm a was not migrated, and continues here: disk0: no"
     assert answers(parent) == [Failed(code=errno.EIO, text=text)]
 
 
-# --- to here ---------------------------------------------------------------------------------------------------------
+# --- target ----------------------------------------------------------------------------------------------------------
 
 
-def come_in(parent: Any, *, until: str, force: bool = False, opened: Opened | None = None) -> Vm:  # noqa: ANN401
+def migrate_here(parent: Any, *, until: str, force: bool = False, opened: Opened | None = None) -> Vm:  # noqa: ANN401
     """Migrate VM `b` to this host, up to the step `until`.  Its disk is still in use by the sender."""
     room = parent.transfers.migrations
     room.serve_migrate_in(MigrateInRequest(name="b", force=force), ROOT, envelope())
@@ -313,12 +323,12 @@ def come_in(parent: Any, *, until: str, force: bool = False, opened: Opened | No
 @pytest.mark.parametrize("paused", [False, True])
 def test_vm_runs_here_after_the_commit(parent: Any, paused: bool) -> None:  # noqa: ANN401
     """It opens its disks at the commit, and runs unless it was paused."""
-    vm = come_in(parent, until="complete")
+    vm = migrate_here(parent, until="complete")
     (resume,) = step(parent, Step.COMMIT, "b", paused=paused)
     assert isinstance(resume, ResumeReceived)
     assert resume.paused is paused
 
-    goes_on(parent, vm, paused=paused)
+    report_running(parent, vm, paused=paused)
 
     (received,) = answers(parent)
     assert isinstance(received, VmReceived)
@@ -328,7 +338,7 @@ def test_vm_runs_here_after_the_commit(parent: Any, paused: bool) -> None:  # no
 @pytest.mark.parametrize("until", ["asked", "memory", "complete"])
 def test_sender_that_leaves_before_the_commit(parent: Any, until: str) -> None:  # noqa: ANN401
     """The VM ends here, even if everything was read, because it continues at the sender."""
-    vm = come_in(parent, until=until)
+    vm = migrate_here(parent, until=until)
     parent.vmm.sent.clear()
     leave(parent, CLIENT)
     assert set(parent.vmm.sent) == {StopVm(vmid=vm.vmid, mode=StopMode.KILL)}
@@ -336,18 +346,18 @@ def test_sender_that_leaves_before_the_commit(parent: Any, until: str) -> None: 
 
 def test_sender_that_leaves_after_the_commit(parent: Any) -> None:  # noqa: ANN401
     """The VM runs here, because it cannot continue at the sender."""
-    vm = come_in(parent, until="complete")
+    vm = migrate_here(parent, until="complete")
     step(parent, Step.COMMIT, "b")
     parent.vmm.sent.clear()
     leave(parent, CLIENT)
     assert parent.vmm.sent == []
-    goes_on(parent, vm, paused=False)
+    report_running(parent, vm, paused=False)
     assert vm.state is State.RUNNING
 
 
 def test_disks_that_cannot_be_opened(parent: Any) -> None:  # noqa: ANN401
     """The VM ends here at once, and certainly never ran, so it can continue at the sender."""
-    vm = come_in(parent, until="complete")
+    vm = migrate_here(parent, until="complete")
     parent.disks.trouble = [InUse("disk /disk", SHARED.file)]
     assert step(parent, Step.COMMIT, "b") == [StopVm(vmid=vm.vmid, mode=StopMode.KILL)]
     exited(parent, vm, vm.code, vm.receiving.failure if vm.receiving else "")
@@ -357,7 +367,7 @@ def test_disks_that_cannot_be_opened(parent: Any) -> None:  # noqa: ANN401
 @pytest.mark.parametrize("said", [False, True])
 def test_process_that_ends_after_it_was_told_to_run(parent: Any, said: bool) -> None:  # noqa: ANN401
     """The VM may have run, unless its process has reported that it could not."""
-    vm = come_in(parent, until="complete")
+    vm = migrate_here(parent, until="complete")
     step(parent, Step.COMMIT, "b")
     assert vm.receiving is not None
     vm.receiving.resumed = True  # the network does this when it sends the message
@@ -371,7 +381,7 @@ def test_disk_that_is_not_in_use(parent: Any) -> None:  # noqa: ANN401
     """Then the sender does not use it, and the migration is refused."""
     opened = Opened()
     opened.unused = ("/disk",)
-    vm = come_in(parent, until="asked", opened=opened)
+    vm = migrate_here(parent, until="asked", opened=opened)
     assert vm.receiving is not None
     assert vm.receiving.failure.startswith("disk /disk: it is not in use, so it is not the sender's; ")
 
@@ -380,14 +390,14 @@ def test_disk_that_is_not_in_use_by_force(parent: Any) -> None:  # noqa: ANN401
     """The migration is allowed, but without the evidence of locks."""
     opened = Opened()
     opened.unused = ("/disk",)
-    vm = come_in(parent, until="asked", opened=opened, force=True)
+    vm = migrate_here(parent, until="asked", opened=opened, force=True)
     assert answers(parent) == [MigrationAt(vmid=vm.vmid, name="b", locks_travel=False)]
 
 
 def test_disk_of_another_vm_of_this_host(parent: Any) -> None:  # noqa: ANN401
     """That VM is not the one that is sent."""
     parent.vms.get(0, "a").files = {"disk /disk": SHARED.file.key}
-    vm = come_in(parent, until="asked")
+    vm = migrate_here(parent, until="asked")
     assert vm.receiving is not None
     assert vm.receiving.failure == "disk /disk: is in use by vm a"
 
@@ -396,13 +406,13 @@ def test_address_of_another_vm_of_this_host(parent: Any) -> None:  # noqa: ANN40
     """Both would be on one network.  But the sender may be this daemon itself."""
     other = parent.vms.get(0, "a")
     other.config = other.config.replace(nics=(NicConfig(lladdr=LLADDR),))
-    vm = come_in(parent, until="asked")
+    vm = migrate_here(parent, until="asked")
     assert vm.receiving is not None
     assert vm.receiving.failure == "interface 0 has the Ethernet address fe:e1:ba:00:00:01, which vm a has here"
 
 
 def test_migration_within_one_daemon(parent: Any) -> None:  # noqa: ANN401
     """The VM that is sent has the disk here, under its other name."""
-    go_out(parent, until="asked").files = {"disk /disk": SHARED.file.key}
+    migrate_away(parent, until="asked").files = {"disk /disk": SHARED.file.key}
     parent.vmm.sent.clear()
-    come_in(parent, until="complete")
+    migrate_here(parent, until="complete")

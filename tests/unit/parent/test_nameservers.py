@@ -66,7 +66,7 @@ def test_no_name_server_exists(sockets: Path, tmp_path: Path) -> None:
 
 
 def test_servers_of_vm_conf_come_first(tmp_path: Path) -> None:
-    """This is decided for IPv4 and IPv6 together."""
+    """If vm.conf has any, those of the host are not used.  They are sorted by family."""
     path = tmp_path / "resolv.conf"
     path.write_text("nameserver 192.0.2.1\n")
     assert servers((), [str(path)]) == ((bytes((192, 0, 2, 1)),), ())

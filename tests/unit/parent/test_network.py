@@ -374,17 +374,17 @@ def test_a_host_without_name_servers_for_guests(
     parent.core.config = parent.core.config.replace(settings=Globals(local_dns=(bytes((9, 9, 9, 9)),)))
     serve(parent, vm, 2)
     assert wrong(parent, 2) == []
-    assert heard(parent) == [
+    assert trouble_events(parent) == [
         ("trouble", "a", "interface1", vm.notes[0]), ("trouble", "a", "interface2", vm.notes[1]),
         ("mended", "a", "interface1", ""), ("mended", "a", "interface2", ""),
     ]  # fmt: skip
     parent.core.config = parent.core.config.replace(settings=Globals())
     for _ in range(2):
         parent.network.on_ask_resolvers(AskResolvers(vmid=vm.vmid), UNUSED)
-    assert [what for what, *_ in heard(parent)[4:]] == ["trouble"] * 2
+    assert [what for what, *_ in trouble_events(parent)[4:]] == ["trouble"] * 2
 
 
-def heard(parent: FakeParent) -> list[tuple[str, str, str, str]]:
+def trouble_events(parent: FakeParent) -> list[tuple[str, str, str, str]]:
     """Return the events of troubles: word, VM, device and text."""
     past = parent.core.events._past
     return [(event.what, event.name, event.device, event.text) for event in past if event.what in ("trouble", "mended")]
@@ -398,7 +398,7 @@ def test_troubles_that_priv_finds_are_events(parent: FakeParent) -> None:
         NetworkTrouble(vmid=99, device="interface0", text="dropped"), NetworkTrouble(vmid=vm.vmid, device="interface0"),
     ):  # fmt: skip
         parent.network.on_trouble(message, UNUSED)
-    assert heard(parent) == [
+    assert trouble_events(parent) == [
         ("trouble", vm.name, "interface0", "dropped"), ("trouble", "", "", "flushed"),
         ("mended", vm.name, "interface0", ""),
     ]  # fmt: skip
@@ -618,10 +618,7 @@ def test_switches_that_do_not_exist(parent: FakeParent, nic: NicConfig, words: s
 
 
 def test_a_switch_that_was_added(parent: FakeParent) -> None:
-    """A guest that boots again is connected to it.
-
-    If the switch has gone instead, the interface stays in its bridge.
-    """
+    """A guest that boots again is connected to it.  A switch that was removed does not cause a new request."""
     config = VmConfig(name="a", nics=(NicConfig(switch="new"), NicConfig(switch="lan")))
     launch(parent, config)
     made(parent)
@@ -690,7 +687,7 @@ def test_computed_addresses_avoid_those_in_vm_conf(parent: FakeParent) -> None:
     for _ in range(20):
         parent.core.vms.identities.of(vm.key).number = 0
         number = parent.network.plans.plan_of(vm, vm.config).number
-        assert number >= 64  # a /18 has the first 64
+        assert number >= 64  # the /18 contains the addresses of the first 64 numbers
 
 
 @pytest.mark.parametrize(

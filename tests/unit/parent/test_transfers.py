@@ -238,7 +238,7 @@ def unpause(parent: AnyParent, vm: Vm) -> None:
     parent.transfers.serve_pause(message, ROOT, Envelope(message, CLIENT, 0, {}))
 
 
-def goes_on(parent: AnyParent, vm: Vm, *, paused: bool) -> None:
+def report_running(parent: AnyParent, vm: Vm, *, paused: bool) -> None:
     """Let the VM's process report that it runs."""
     pidfd = os.pidfd_open(os.getpid())
     parent.life.on_running(VmRunning(vmid=vm.vmid, paused=paused), Envelope(UNUSED, 0, 0, {"process": [pidfd]}))
@@ -399,7 +399,7 @@ def last_failure(parent: AnyParent) -> Failed:
 
 
 def test_received(parent: AnyParent, disks: Disks) -> None:
-    """The VM gets a new name and the stream's configuration.  Its files are opened with root's rights."""
+    """The VM gets a new name, the configuration of the stream, and root as its owner."""
     vm = receive(parent)
     header(parent, vm, owner=Owner(uid=5), memory_bytes=256 << 20)
     assert parent.vmm.sent == [ReceiveMemory(vmid=vm.vmid)]
@@ -412,7 +412,7 @@ def test_received(parent: AnyParent, disks: Disks) -> None:
     assert (resumed.config.name, resumed.config.owner, resumed.config.vcpus) == ("b", Owner(), 2)
     assert disks.opened == 2
     assert vm.notes == ("disk a: is odd",)
-    goes_on(parent, vm, paused=False)
+    report_running(parent, vm, paused=False)
 
     assert (vm.state, vm.pid) == (State.RUNNING, os.getpid())
     assert vm.running_config == resumed.config
@@ -429,7 +429,7 @@ def test_received_and_paused(parent: AnyParent, disks: Disks) -> None:
     header(parent, vm)
     complete(parent, vm)
     assert parent.vmm.sent[-1].paused
-    goes_on(parent, vm, paused=True)
+    report_running(parent, vm, paused=True)
     assert vm.state is State.PAUSED
     assert vm.receiving is None
     vm.drop_pty()
@@ -584,7 +584,7 @@ def test_unpause_tries_again(parent: AnyParent, waiting: Vm, disks: Disks) -> No
     unpause(parent, waiting)
     assert isinstance(parent.vmm.sent[-1], ResumeReceived)
     parent.answers.clear()
-    goes_on(parent, waiting, paused=False)
+    report_running(parent, waiting, paused=False)
 
     assert parent.answers == [(CLIENT, VmPaused(vmid=waiting.vmid, name="b", paused=False))]
     assert (waiting.state, parent.clients.take(For.PAUSE, waiting.vmid), waiting.text) == (State.RUNNING, [], "")
@@ -661,7 +661,7 @@ def test_stopped_meanwhile(parent: AnyParent, disks: Disks) -> None:
     assert vm.state is State.STOPPING
     assert parent.answers == []
 
-    goes_on(parent, vm, paused=False)
+    report_running(parent, vm, paused=False)
 
     assert vm.state is State.STOPPING
     vm.drop_pty()
@@ -704,7 +704,7 @@ def test_one_shot_boots_are_sent_as_such(parent: AnyParent, once: bool) -> None:
     send(parent)
 
 
-# --- on the way in, step by step -------------------------------------------------------------------------------------
+# --- receiving, step by step -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture

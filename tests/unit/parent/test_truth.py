@@ -200,7 +200,7 @@ def test_every_change_is_reported(core: Core) -> None:
 
 def test_changes_lead_to_the_same_state_as_complete_writes(core: Core, memory: StateMemory) -> None:
     """In every order of changes the next parent reads the same as if the whole state had been written each time."""
-    chance, writer, whole = random.Random(3), Writer(memory, core), StateMemory.create()
+    chance, writer, complete = random.Random(3), Writer(memory, core), StateMemory.create()
     interfaces: dict[int, Taps] = {}
     left: dict[int, AdoptNics] = {}
     followed = 0
@@ -244,9 +244,9 @@ def test_changes_lead_to_the_same_state_as_complete_writes(core: Core, memory: S
         removes = [core.vms.remove] if len(core.vms) > 1 else []
         chance.choice([touch, give_taps, leave, forget, number, configure, add, add, forget_ids, *removes])(vm)
         writer.write(interfaces, left, generations, lambda vmid: vmid % 2)
-        Writer(whole, core).write(interfaces, left, generations, lambda vmid: vmid % 2, plain=True)
+        Writer(complete, core).write(interfaces, left, generations, lambda vmid: vmid % 2, plain=True)
         followed += len(memory.read()) > 1
-        found, expected = read(memory), read(whole)
+        found, expected = read(memory), read(complete)
         assert json.loads(expected.identities)["vms"] != []
         for truth in (found, expected):
             rows = {row["name"]: row for row in json.loads(truth.identities)["vms"]}
@@ -254,7 +254,7 @@ def test_changes_lead_to_the_same_state_as_complete_writes(core: Core, memory: S
             object.__setattr__(truth, "left", {each.vmid: each for each in truth.left})
         assert found == expected
     assert followed > 100
-    whole.close()
+    complete.close()
 
 
 def test_the_identity_that_was_used_last_is_the_last(core: Core, memory: StateMemory) -> None:

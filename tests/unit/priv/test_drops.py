@@ -69,7 +69,10 @@ def test_a_loss_is_logged_when_it_begins_and_not_too_often() -> None:
     ],
 )
 def test_the_programs_that_may_have_dropped_packets(chains: list[Chain], words: list[str]) -> None:
-    """Programs that judge such packets are named, Tailscale only for its own range.  If there are none, chains are."""
+    """Programs that judge such packets are named, Tailscale only for its own range.
+
+    Without a program, chains are named.
+    """
     watch = Watch()
     watch.take({"from_first": {"tap0": 3}, "from_last": {"tap0": 0}}, 1)
     (loss,) = watch.losses("tap0")

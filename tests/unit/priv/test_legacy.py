@@ -52,9 +52,9 @@ def test_the_names_of_chains(family: Family) -> None:
 def test_truncated_and_random_tables() -> None:
     """A table that is too short has no policy."""
     family = FAMILIES[0]
-    whole = entry(family, DROP)
-    for length in range(len(whole) - 4):
-        assert policy(whole[:length], 0, family.offsets_at) is None
+    complete = entry(family, DROP)
+    for length in range(len(complete) - 4):
+        assert policy(complete[:length], 0, family.offsets_at) is None
     source = random.Random(4711)
     for _ in range(2000):
         policy(source.randbytes(source.randrange(300)), source.randrange(400), family.offsets_at)

@@ -86,7 +86,7 @@ def test_a_set_that_is_deleted_while_rules_are_written_is_restored(times: int, w
     assert ("set source4" in network.shape) is watched
 
 
-class Told(Priv):
+class TroubleReports(Priv):
     """The part of priv that reports troubles."""
 
     def __init__(self) -> None:
@@ -111,7 +111,7 @@ class Told(Priv):
 
 def test_each_trouble_is_reported_once() -> None:
     """It has its VM, or none if several VMs have it.  Its end is reported for each interface."""
-    priv = Told()
+    priv = TroubleReports()
     of_all, of_one, more = ((1, 0), (2, 0)), ((1, 1),), ((1, 0), (1, 1))
     assert priv.find(flushed=of_all, deleted=of_one) == [
         NetworkTrouble(text="flushed"), NetworkTrouble(vmid=1, device="interface1", text="deleted")

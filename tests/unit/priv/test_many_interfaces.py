@@ -67,7 +67,7 @@ class Nft:
                 self.sets[rest[0]] ^= found
 
     def counters(self) -> dict[str, dict[str, int]]:
-        """Count a listing of the whole table."""
+        """Count a listing of the complete table."""
         self.asked += 1
         return {}
 
@@ -140,10 +140,10 @@ def test_changes_of_sets_lead_to_the_same_sets_as_writing_all() -> None:
             network.change_rules(new=[one])
         if not rules.needed(network.members()):
             continue
-        whole = Nft()
+        complete = Nft()
         text = rules.ruleset(network.members(), network.groups_seen)
-        whole.apply(text)
-        assert network.nft.sets == whole.sets
+        complete.apply(text)
+        assert network.nft.sets == complete.sets
         assert network.shape == rules.shape(text)
         assert network.watched == {each.link.name for each in network.all_nics() if each.networks}
 
@@ -157,10 +157,10 @@ def test_two_interfaces_have_the_same_name_for_a_moment() -> None:
     network.change_rules(new=[other])
     network.remove_nics(1)
     assert '"tap1"' in network.nft.sets["local"]
-    whole = Nft()
+    complete = Nft()
     text = rules.ruleset(network.members())
-    whole.apply(text)
-    assert (network.nft.sets, network.shape) == (whole.sets, rules.shape(text))
+    complete.apply(text)
+    assert (network.nft.sets, network.shape) == (complete.sets, rules.shape(text))
     network.remove_nics(3)
     assert network.nft.sets["local"] == {'"tap2"'}
 

@@ -269,6 +269,8 @@ def test_link_local_addresses() -> None:
         (tuple(16 * [0]), (0, 0, 0, 0), 0, False),
     ],
 )
-def test_inside(address: tuple[int, ...], network: tuple[int, ...], length: int, expected: bool) -> None:
+def test_an_address_is_inside_a_network(
+    address: tuple[int, ...], network: tuple[int, ...], length: int, expected: bool
+) -> None:
     """The prefix decides.  Addresses of different families do not match."""
     assert inside(bytes(address), bytes(network), length) == expected

@@ -101,7 +101,7 @@ def test_steps_of_receiving_are_taken_in_their_order(child: VmChild) -> None:
 def test_a_vm_process_that_sends_without_end_breaks_the_protocol(
     monkeypatch: pytest.MonkeyPatch, message: Record
 ) -> None:
-    """Messages without a request are limited to a few per second, whatever their type."""
+    """Messages of all types without a request are limited to a few per second."""
     monkeypatch.setattr(time, "monotonic", lambda: 1000.0)
     child = VmChild(1, -1, cast("Any", Channel()))
     for _ in range(int(UNASKED[0])):

@@ -486,7 +486,7 @@ def test_a_vm_ends_though_storage_blocks_its_process(rig: VmmRig, monkeypatch: p
     assert rig.process.children() == []
 
 
-# --- another parent -------------------------------------------------------------------------------------------
+# --- a new parent ---------------------------------------------------------------------------------------------
 
 
 def ask(rig: VmmRig) -> list[Record]:
