@@ -388,7 +388,7 @@ def test_a_request_that_is_too_long_to_be_passed_on(rig: Rig) -> None:
 
 @pytest.mark.parametrize("way", ["request", "answer"])
 def test_the_client_of_an_unexpected_error_is_told(rig: Rig, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A bug of ours ends the connection of one client, which would otherwise wait for its answer for ever."""
+    """A bug of ours ends the connection of one client.  Otherwise the client would wait for ever."""
 
     def fail(*_: object) -> None:
         raise RuntimeError("a bug")

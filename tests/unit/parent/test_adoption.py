@@ -139,12 +139,12 @@ def expect(room: Adoption, core: Core, generation: int = 1) -> None:
     room.expect(vms, list(room.generations))
 
 
-def hold(room: Adoption, line: Line, message: VmHeld) -> None:
+def report_vm(room: Adoption, line: Line, message: VmHeld) -> None:
     """Have a vmm report a VM, without descriptors."""
     room.on_held(message, Envelope(message, 0, 0, {}), cast("Any", line))
 
 
-def all_held(room: Adoption, line: Line, *vms: int) -> None:
+def report_list_end(room: Adoption, line: Line, *vms: int) -> None:
     """Have a vmm report the end of its list."""
     message = VmsHeld(version=VERSION, vms=vms, spare=1)
     fds = {"process": [os.pidfd_open(os.getpid())]}
@@ -156,8 +156,8 @@ def adopted(core: Core, room: Room, vm: Vm, **held: Any) -> list[Record]:  # noq
     """Adopt one VM that vmm reports with these fields.  Return what its vmm was told after the question."""
     made, (line,) = adoption(core, room, 1)
     expect(made, core)
-    hold(made, line, VmHeld(vmid=vm.vmid, **held))
-    all_held(made, line, vm.vmid)
+    report_vm(made, line, VmHeld(vmid=vm.vmid, **held))
+    report_list_end(made, line, vm.vmid)
     made.when_serving()
     assert isinstance(line.sent.pop(0), AskVms)
     return line.sent
@@ -174,7 +174,7 @@ def adopted(core: Core, room: Room, vm: Vm, **held: Any) -> list[Record]:  # noq
 def test_the_state_that_vmm_reports_is_right(
     core: Core, room: Room, before: State, held: dict[str, bool], state: State
 ) -> None:
-    """A state that differs from the one the earlier parent knew begins now; the same one keeps its time."""
+    """The time of the state begins now if the earlier parent knew another state.  Otherwise it is kept."""
     vm = known(core, "a", before, since_s=5.0)
     assert adopted(core, room, vm, **held) == []
     assert vm.state is state
@@ -273,7 +273,7 @@ def test_vms_that_no_vmm_has(core: Core, room: Room) -> None:
     known(core, "off", State.STOPPED)
     known(core, "waiting", State.WAITING)
     expect(made, core)
-    all_held(made, line)
+    report_list_end(made, line)
     made.when_serving()
     assert room.calls == [
         ("gone", "ran", UNSEEN), ("gone", "started", INTERRUPTED), ("batch",), ("gone", "given", INTERRUPTED),
@@ -298,8 +298,8 @@ def test_a_vmm_that_reports_late_is_not_waited_for(core: Core, room: Room) -> No
     assert settled == [1]
     assert vm.state.value == "running"
     assert vm.vmid in made.generations.of
-    hold(made, line, VmHeld(vmid=vm.vmid, running=True, paused=True))
-    all_held(made, line, vm.vmid)
+    report_vm(made, line, VmHeld(vmid=vm.vmid, running=True, paused=True))
+    report_list_end(made, line, vm.vmid)
     assert vm.state.value == "paused"
     assert room.calls == []
 
@@ -309,9 +309,9 @@ def test_a_vm_that_is_reported_after_the_end_of_the_list(core: Core, room: Room)
     made, (line,) = adoption(core, room, 1)
     vm = known(core, "a", State.RUNNING)
     expect(made, core)
-    all_held(made, line, vm.vmid)
+    report_list_end(made, line, vm.vmid)
     assert made.waiting
-    hold(made, line, VmHeld(vmid=vm.vmid, running=True))
+    report_vm(made, line, VmHeld(vmid=vm.vmid, running=True))
     assert not made.waiting
     made.when_serving()
     assert room.calls == []
@@ -339,7 +339,7 @@ def test_messages_for_the_earlier_parent_do_not_count(core: Core, room: Room) ->
     assert made.is_stale(exited, channel)
     assert made.is_stale(PauseDone(vmid=vm.vmid, paused=True), channel)
     assert not made.is_stale(VmSlotOver(group=1), channel)
-    hold(made, line, VmHeld(vmid=vm.vmid, running=True))
+    report_vm(made, line, VmHeld(vmid=vm.vmid, running=True))
     assert not made.is_stale(exited, channel)
 
 
@@ -347,18 +347,18 @@ def test_a_vmm_that_reports_vms_without_a_request(core: Core, room: Room) -> Non
     """A report without a request breaks the protocol, and so does a second report of the whole list."""
     made, (line,) = adoption(core, room, 1)
     with pytest.raises(PeerError, match="without a request"):
-        hold(made, line, VmHeld(vmid=1))
+        report_vm(made, line, VmHeld(vmid=1))
     expect(made, core)
-    all_held(made, line)
+    report_list_end(made, line)
     with pytest.raises(PeerError, match="without a request"):
-        all_held(made, line)
+        report_list_end(made, line)
 
 
 def test_an_unknown_vm_is_left_alone(core: Core, room: Room) -> None:
     """An error is logged, and the VM runs on."""
     made, (line,) = adoption(core, room, 1)
     expect(made, core)
-    hold(made, line, VmHeld(vmid=77, running=True))
+    report_vm(made, line, VmHeld(vmid=77, running=True))
     assert len(core.vms) == 0
     assert not any(isinstance(message, StopVm) for message in line.sent)
 

@@ -324,7 +324,7 @@ def test_a_disc_for_a_vm_that_runs(rig: Rig) -> None:
 
 
 def test_the_disc_is_taken_out(rig: Rig) -> None:
-    """For that nothing is opened and no file is sent.  The drive stays."""
+    """Nothing is opened, and no file is sent.  The drive stays."""
     rig.run()
     rig.vm.files = {"cdrom /old.iso": (1, 2)}
     rig.disc("")

@@ -40,7 +40,7 @@ def clients(control: Control) -> Clients:
 
 
 def test_each_is_answered_once(clients: Clients, control: Control) -> None:
-    """An answer goes to all clients that wait for the same of the same VM, in the order in which they came."""
+    """All clients that wait for one result of a VM are answered, in the order of their requests."""
     for client, what, vmid in ((1, For.END, 7), (2, For.END, 8), (3, For.START, 7), (4, For.END, 7)):
         clients.wait(client, what, vmid)
 

@@ -156,7 +156,7 @@ class Parent:
         self.sent = []
         return told
 
-    def says(self, number: int = 1, **what: Any) -> None:  # noqa: ANN401 - fields of the message
+    def report_log(self, number: int = 1, **what: Any) -> None:  # noqa: ANN401 - fields of the message
         """Have the process report the state of a log."""
         self.room.on_kept(ConsoleKept(number=number, **what), ENVELOPE)
 
@@ -194,11 +194,11 @@ def test_from_the_start_to_the_end_of_a_vm(parent: Parent) -> None:
     assert opener.wanted.shared
     opener.answer("")
     parent.loop.read()
-    parent.says(files=1)
-    parent.says(files=1, text="No space left on device")
+    parent.report_log(files=1)
+    parent.report_log(files=1, text="No space left on device")
     assert parent.told() == []
-    parent.says(files=1, wants_file=True)
-    parent.says(files=1, wants_file=True, lost=1)
+    parent.report_log(files=1, wants_file=True)
+    parent.report_log(files=1, wants_file=True, lost=1)
     assert parent.told() == [ConsoleFile(number=1, size_bytes=10 << 20)]
     parent.openers[1].answer("")
     parent.loop.read()
@@ -208,7 +208,7 @@ def test_from_the_start_to_the_end_of_a_vm(parent: Parent) -> None:
     assert console is not None
     console[0].close()
     assert parent.told() == [DropConsole(number=1)]
-    parent.says(files=2, ended=True)
+    parent.report_log(files=2, ended=True)
     assert not parent.room.kept
 
 
@@ -217,7 +217,7 @@ def test_a_reload_changes_the_log(parent: Parent) -> None:
     vm = parent.run()
     parent.openers[0].answer("")
     parent.loop.read()
-    parent.says(files=1)
+    parent.report_log(files=1)
     parent.told()
 
     for wanted, told in (
@@ -245,8 +245,8 @@ def test_a_log_that_cannot_be_opened_or_written(parent: Parent, lines: list[str]
     parent.openers[3].answer("")
     parent.loop.read()
     for _ in range(5):
-        parent.says(files=1, text="No space left on device", lost=7)
-        parent.says(files=1, lost=7)
+        parent.report_log(files=1, text="No space left on device", lost=7)
+        parent.report_log(files=1, lost=7)
 
     assert list(parent.room.troubles(vm.vmid)) == []
     assert lines == [
@@ -283,7 +283,7 @@ def test_few_files_are_opened_at_a_time(parent: Parent) -> None:
     assert len(parent.openers) == AT_A_TIME + 1
     vms[1].drop_pty()
     parent.room.look(vms[1])
-    parent.says(number=2, ended=True)
+    parent.report_log(number=2, ended=True)
     assert parent.openers[1].killed
     assert len(parent.openers) == AT_A_TIME + 2
     for opener in parent.openers[1:]:

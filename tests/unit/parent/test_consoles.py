@@ -257,7 +257,7 @@ def test_a_console_is_taken_over_by_force(rig: Rig) -> None:
 
 
 def test_repeated_takeovers_cost_one_pty(rig: Rig) -> None:
-    """Each takeover closes the pty before the last one at once."""
+    """If the pty of an earlier takeover still waits to be closed, the next takeover closes it at once."""
     vm = rig.vm()
     before = ptys()
     for client in range(4):

@@ -1,4 +1,4 @@
-"""Which VM has which id and addresses, in memory and in the file, with every content of the file."""
+"""Which VM has which id and addresses, and the file that keeps them, with valid and invalid contents."""
 
 import os
 import random

@@ -1,4 +1,4 @@
-"""The parent's side of `metrics listen`: too frequent questions wait, and existing files at the socket's path."""
+"""The parent's side of `metrics listen`: questions that are too frequent, and existing files at the socket's path."""
 
 import contextlib
 import errno

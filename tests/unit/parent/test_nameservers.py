@@ -1,4 +1,4 @@
-"""The name servers that guests get, and the problem that there are none."""
+"""The name servers that guests get, and the warning if there are none."""
 
 from ipaddress import ip_address
 from pathlib import Path

@@ -283,7 +283,7 @@ def test_an_interface_with_vhost(parent: FakeParent, monkeypatch: pytest.MonkeyP
 def test_a_process_moves_the_frames_where_the_kernel_cannot(
     parent: FakeParent, monkeypatch: pytest.MonkeyPatch, path: str, without: str
 ) -> None:
-    """The start has a note with the reason for each interface.  Nothing is opened or filtered for nothing."""
+    """The start has a note with the reason for each interface.  No descriptor is opened, and no filter is made."""
     host = KernelOfHost(monkeypatch, path)
     vm, _ = launch(parent, VmConfig(name="a", nics=VHOST_NICS))
     made(parent, without=without)
@@ -748,7 +748,7 @@ def test_changed_forwards_of_a_running_vm(parent: FakeParent) -> None:
 
 
 def test_a_port_that_moves_from_one_vm_to_another(parent: FakeParent) -> None:
-    """First all VMs lose the forwards that they are not to keep.  Others are not interrupted."""
+    """First all VMs lose the forwards that they are not to keep.  The other forwards are not interrupted."""
     stays = Forward(port=99, to=99)
     first, _ = launch(parent, web("first", forwards=(stays,)))
     made(parent)
@@ -769,7 +769,7 @@ def test_a_port_that_moves_from_one_vm_to_another(parent: FakeParent) -> None:
 def test_a_guest_that_resets_itself_keeps_its_ports(
     parent: FakeParent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A program that listens on the port meanwhile does not end them.  A new start is refused."""
+    """The reset succeeds even if a program listens on the port meanwhile.  A new start is refused."""
     vm, _ = launch(parent, web(forwards=(SSH,)))
     made(parent)
     monkeypatch.setattr("vmd.parent.hostports.in_the_way", lambda _forward: "a program has it")
@@ -1108,7 +1108,7 @@ def test_a_vm_that_does_not_run_is_not_asked(parent: FakeParent) -> None:
     ids=str,
 )
 def test_an_invalid_answer_of_priv(parent: FakeParent, wrong: dict[str, object]) -> None:
-    """priv is ended for it, not the daemon.  The start that waits fails."""
+    """priv is ended because of it, and not the daemon.  The start that waits fails."""
     vm, failures = launch(parent, VmConfig(name="a", nics=(NicConfig(),)))
     asked = parent.peers[Proc.PRIV].sent[-1]
     assert isinstance(asked, MakeNics)

@@ -421,7 +421,7 @@ def test_openings_of_a_user_run_one_at_a_time(room: Room) -> None:
     assert ([*room.opened], room.failed) == (["a", "c"], {})
 
 
-def test_the_number_of_users_at_a_time_is_limited_except_root(room: Room) -> None:
+def test_the_number_of_users_at_a_time_is_limited(room: Room) -> None:
     """Root's openings begin at once, in any number, and do not count."""
     for number in range(AT_A_TIME + 1):
         room.begin(f"u{number}", ANNA + number)

@@ -29,8 +29,8 @@ def test_a_backslash_and_a_zero_are_not_a_nul(path: str) -> None:
     check_path(Vm(1, VmConfig(name="a"), from_config=True), path)
 
 
-def test_no_path_ejects_a_disc_but_is_no_disk() -> None:
-    """An empty path of a disc means that the drive is empty."""
+def test_an_empty_path_is_for_a_disc_only() -> None:
+    """For a disc it means that the drive is empty.  A disk needs a path."""
     check_paths(VmConfig(name="a"))
     check_path(Vm(1, VmConfig(name="a"), from_config=True), "")
     with pytest.raises(OperatorError, match=r"^vm a: disk: not an absolute path: $"):

@@ -27,7 +27,10 @@ def test_each_field_takes_effect_at_once_or_at_the_next_start() -> None:
 def test_changes_at_once_are_for_the_vm_of_the_owner_in_vm_conf(
     monkeypatch: pytest.MonkeyPatch, owner: Owner, is_its_own: bool
 ) -> None:
-    """A user's VM with the name of a VM of root in vm.conf gets neither its log, ports nor limits."""
+    """A user's VM may have the name of a VM of root in vm.conf.
+
+    It does not get the log, ports and limits of that VM.
+    """
     monkeypatch.setattr(Vm, "alive", property(lambda _vm: True))
     table = VmTable()
     vm = table.add(VmConfig(name="web", owner=owner), from_config=False)

@@ -43,7 +43,7 @@ def test_a_file_that_is_not_kvm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert raised.value.number == errno.ENOTTY
 
 
-def test_journal_is_told_from_an_inherited_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_inherited_variable_does_not_mean_a_journal(monkeypatch: pytest.MonkeyPatch) -> None:
     """A shell of a service passes the variable on, but to programs with another standard error."""
     status = os.fstat(2)
     monkeypatch.setenv("JOURNAL_STREAM", f"{status.st_dev}:{status.st_ino}")

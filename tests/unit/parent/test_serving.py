@@ -101,7 +101,10 @@ def told(parent: Parent, proc: Proc) -> list[type[Record]]:
 
 
 def test_clients_wait_until_priv_has_its_configuration(parent: Parent, controls: Connections) -> None:
-    """In every order of the processes, because the VM of an early client would have no switch and no NAT."""
+    """This holds in every order of the processes.
+
+    Otherwise the VM of an early client would have no switch and no NAT.
+    """
     said: list[str] = []
     parent.on_ready = lambda: said.append("ready")
     for proc in (Proc.CONTROL, Proc.VMM, Proc.PRIV):
@@ -191,7 +194,7 @@ def test_a_parent_that_is_killed_before_vmm_reports_a_vm(parent: Parent) -> None
 
 
 def test_identities_that_a_killed_parent_did_not_save_are_saved(tmp_path: Path) -> None:
-    """The new parent saves them at once, because they may not change any more before the host is switched off."""
+    """The new parent saves them at once, because there may be no later change that would save them."""
     there = Identities()
     there.of(("a", 0)).number = 77
     truth = Truth(program="1", config=b"", identities=there.encode())

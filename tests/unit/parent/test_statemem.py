@@ -25,7 +25,7 @@ def memory() -> Iterator[StateMemory]:
 
 
 class Cut(Exception):
-    """Stands for the kill of the writer."""
+    """Stands in for the kill of the writer."""
 
 
 def write_and_be_killed(memory: StateMemory, content: bytes, after: int, monkeypatch: pytest.MonkeyPatch) -> bool:

@@ -349,7 +349,7 @@ def test_process_that_dies_while_it_sends(parent: AnyParent) -> None:
 
 
 def test_progress_goes_to_the_client_that_waits(parent: AnyParent) -> None:
-    """When no client waits, it goes nowhere."""
+    """When no client waits, it is dropped."""
     running(parent)
     vm = send(parent)
     message = TransferProgress(done_bytes=1, total_bytes=2)
@@ -699,7 +699,7 @@ def test_one_shot_boots_stay_so(
 
 @pytest.mark.parametrize("once", [False, True])
 def test_one_shot_boots_are_sent_as_such(parent: AnyParent, once: bool) -> None:
-    """What only this start had is not available at the receiver either."""
+    """A boot image that only this start had is missing at the receiver, too."""
     running(parent).once_because = "it was so" if once else ""
     send(parent)
 

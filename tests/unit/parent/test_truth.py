@@ -138,7 +138,7 @@ def write(writer: Writer, interfaces: dict[int, Taps] | None = None) -> None:
 
 
 def test_all_is_written_and_read(core: Core, memory: StateMemory) -> None:
-    """Configuration, VMs, generations, log level and identities."""
+    """This includes configuration, VMs, generations, log level and identities."""
     full(core)
     core.vms.add(VmConfig(name="b"), from_config=False)
     write(Writer(memory, core), {1: taps()})

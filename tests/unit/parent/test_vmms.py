@@ -63,7 +63,7 @@ class FakeGroups:
         return "its limit of memory"
 
     def remove(self) -> bool:
-        """Return that groups are left."""
+        """Return False: groups are left."""
         return False
 
 

@@ -128,7 +128,7 @@ def test_restart_limit(monkeypatch: pytest.MonkeyPatch, times_s: list[float], al
 
 
 def test_the_users_who_may_control_a_vm() -> None:
-    """Root, the owner, and members of the owning group (cat. 4.8)."""
+    """Root, the owner, and members of the owning group may do so (cat. 4.8)."""
     root, owner, nobody = (Caller(uid=uid, gid=uid, pid=1) for uid in (0, 5, NOBODY.pw_uid))
     assert may_control(root, 5, None)
     assert may_control(owner, 5, None)

@@ -9,7 +9,7 @@ FORWARD = Chain(table="ip filter", name="FORWARD", hook="forward", kind="filter"
 
 
 def test_packets_on_their_way_are_not_missing() -> None:
-    """The first counter is read first, so the last one may be larger, and less so at the next look."""
+    """The first counter is read first, so the last one may be larger for a moment."""
     seen = Seen()
     for first, last in ((10, 12), (20, 20), (30, 31)):
         seen.take(first, last, 5)
@@ -17,7 +17,10 @@ def test_packets_on_their_way_are_not_missing() -> None:
 
 
 def test_lost_packets_and_their_end() -> None:
-    """They are counted once.  A look without traffic changes nothing.  A look after which no packet is lost ends it."""
+    """They are counted once.
+
+    A look without traffic changes nothing.  A look with traffic and without loss ends the loss.
+    """
     seen = Seen()
     for first, last, now_s, lost, now in (
         (5, 5, 1, 0, False), (9, 6, 2, 3, True), (9, 6, 3, 3, True), (12, 7, 4, 5, True), (13, 8, 5, 5, False),

@@ -35,7 +35,7 @@ def test_a_list_that_others_changed_is_read_again(broken: Answer) -> None:
 
 
 def test_a_list_that_changes_each_time_is_given_up() -> None:
-    """The error prevents conclusions from it."""
+    """The list is not used."""
     with pytest.raises(HostError, match="list interfaces while others change them") as failed:
         listed("list interfaces", dump(*[[NLM_F_DUMP_INTR]] * DUMPS_MAX))
 

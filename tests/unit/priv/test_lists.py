@@ -27,7 +27,7 @@ class Kernel:
         )
 
 
-def asked(*answers: tuple[int, bytes]) -> Lists:
+def lists_of(*answers: tuple[int, bytes]) -> Lists:
     """Return the lists of such a kernel."""
     lists: Any = Lists.__new__(Lists)
     lists._sock, lists._sequence = Kernel(*answers), 0
@@ -42,18 +42,18 @@ def number(code: int) -> bytes:
 
 def test_an_error_has_the_reason_of_the_kernel() -> None:
     """The text does not mention netlink."""
-    refuses = asked((NLMSG_ERROR, number(errno.EPERM)))
+    refuses = lists_of((NLMSG_ERROR, number(errno.EPERM)))
     with pytest.raises(HostError, match=r"^list interfaces: Operation not permitted$") as caught:
         refuses.links()
     assert caught.value.number == errno.EPERM
     with pytest.raises(HostError, match=r"^look up interface tap0: Operation not permitted$"):
         refuses.link("tap0")
-    assert asked((NLMSG_ERROR, number(errno.ENODEV))).link("tap0") is None
+    assert lists_of((NLMSG_ERROR, number(errno.ENODEV))).link("tap0") is None
 
 
 def test_an_incomplete_list_is_an_error() -> None:
     """The kernel reports that at its end."""
     link = (RTM_NEWLINK, LINK.pack(0, 0, 7, 0, 0))
-    assert [each.index for each in asked(link, (NLMSG_DONE, number(0))).links()] == [7]
+    assert [each.index for each in lists_of(link, (NLMSG_DONE, number(0))).links()] == [7]
     with pytest.raises(HostError, match=r"^list interfaces: Message too long$"):
-        asked(link, (NLMSG_DONE, number(errno.EMSGSIZE))).links()
+        lists_of(link, (NLMSG_DONE, number(errno.EMSGSIZE))).links()

@@ -56,7 +56,7 @@ def test_the_next_daemon_restores_the_settings_of_a_killed_one(tree: Path) -> No
 
 
 def test_a_second_owner_is_refused(tree: Path) -> None:
-    """It can lock the record when the first has closed it."""
+    """The second one gets the record when the first has closed it."""
     first = locked()
     second = ChangedSettings()
     assert not second.lock()

@@ -59,7 +59,7 @@ def test_numbers_are_the_kernels() -> None:
 
 
 def test_refused_calls_have_the_kernel_s_names() -> None:
-    """This is tested for the calls that the headers here know.  Both tables agree about the calls of filters."""
+    """Only calls that the headers here know are compared.  Calls in filters have the same number in both tables."""
     source = "#include <sys/syscall.h>\n" + "".join(f"{name} = SYS_{name}\n" for name in refused.NAMES.values())
     output = subprocess.run(["gcc", "-E", "-P", "-"], input=source, capture_output=True, text=True, check=True).stdout
     lines = dict(line.split(" = ") for line in output.splitlines() if " = " in line)
@@ -99,7 +99,7 @@ def test_constants_are_the_kernels(header: str, constant: str) -> None:
 
 
 def test_a_call_without_a_rule_kills_the_process() -> None:
-    """The filter lists what is allowed."""
+    """A filter lists the allowed calls."""
     assert verdict(assemble({"read"}), NUMBERS["write"]) == RET_KILL_PROCESS
 
 
@@ -160,7 +160,7 @@ def test_file_names_fail_softly() -> None:
 
 
 def test_files_can_only_be_opened_for_reading() -> None:
-    """Flags that write or create are refused, together with any other flags."""
+    """Flags for writing or creating are refused in every combination."""
     program = assemble({"openat+reading"})
     reading, writing = os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY, (os.O_WRONLY, os.O_RDWR, os.O_CREAT, os.O_TRUNC)
 
@@ -364,7 +364,7 @@ class Kernel:
 
 @pytest.mark.parametrize(("logged", "flags"), [(False, 1), (True, 3)])
 def test_a_program_is_installed(monkeypatch: pytest.MonkeyPatch, logged: bool, flags: int) -> None:
-    """For all threads: SECCOMP_SET_MODE_FILTER with TSYNC, and with LOG if refused calls are to be logged."""
+    """It is for all threads: SECCOMP_SET_MODE_FILTER with TSYNC, and with LOG if refused calls are to be logged."""
     kernel = Kernel(monkeypatch)
     program = assemble({"read", "mmap"})
 

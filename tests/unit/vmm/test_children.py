@@ -37,7 +37,7 @@ def child() -> VmChild:
     return VmChild(1, -1, cast("Any", Channel()))
 
 
-def asked(cls: type[Any]) -> Record:
+def message_of(cls: type[Any]) -> Record:
     """Return a message of this class.  vmm does not look at its fields."""
     made: Record = object.__new__(cls)
     return made
@@ -64,37 +64,37 @@ def test_each_question_is_answered_once(child: VmChild, question: type[Any]) -> 
         if BY_CLASS[answer].partial:
             continue
         with pytest.raises(PeerError, match=f"vm/a: answers with {answer.__name__}, which was not requested"):
-            child.account(asked(answer))
-        child.expect(asked(question))
-        child.expect(asked(question))
-        assert child.account(asked(answer))
-        assert child.account(asked(answer))
+            child.account(message_of(answer))
+        child.expect(message_of(question))
+        child.expect(message_of(question))
+        assert child.account(message_of(answer))
+        assert child.account(message_of(answer))
         with pytest.raises(PeerError, match="which was not requested"):
-            child.account(asked(answer))
+            child.account(message_of(answer))
 
 
 def test_parts_of_an_answer_come_before_it(child: VmChild) -> None:
     """Some of them are passed on.  A part without a question is dropped, and is no error."""
     assert not child.account(PROGRESS)
-    child.expect(asked(SendVm))
+    child.expect(message_of(SendVm))
     assert child.account(PROGRESS)
     assert not child.account(PROGRESS)  # too soon after the last one
-    assert child.account(asked(SendDone))
+    assert child.account(message_of(SendDone))
     with pytest.raises(PeerError, match="SendDone"):
-        child.account(asked(SendDone))
+        child.account(message_of(SendDone))
 
 
 def test_steps_of_receiving_are_taken_in_their_order(child: VmChild) -> None:
     """The answer to a later step is not accepted before its request."""
     with pytest.raises(PeerError, match="ReceivedHeader"):
-        child.account(asked(ReceivedHeader))
-    child.expect(asked(ReceiveMemory))
+        child.account(message_of(ReceivedHeader))
+    child.expect(message_of(ReceiveMemory))
     for wrong in (ReceivedHeader, VmRunning):
         with pytest.raises(PeerError, match=wrong.__name__):
-            child.account(asked(wrong))
-    assert child.account(asked(ReceivedMachine))
+            child.account(message_of(wrong))
+    assert child.account(message_of(ReceivedMachine))
     with pytest.raises(PeerError, match="VmFailed"):
-        child.account(asked(VmFailed))
+        child.account(message_of(VmFailed))
 
 
 @pytest.mark.parametrize("message", [PROGRESS, AskResolvers(vmid=1), VmEnding(text="bye")])

@@ -412,7 +412,7 @@ def test_a_vm_that_does_not_report_its_start_is_killed(rig: VmmRig, answer: Reco
 
 
 def test_a_vm_that_breaks_the_protocol_is_killed(rig: VmmRig, capfd: pytest.CaptureFixture[str]) -> None:
-    """An answer without a question is an example.  Other VMs are not affected."""
+    """It has sent an answer without a question.  Other VMs are not affected."""
     rig.begin(1, 2)
     a, b = running(rig, 7), running(rig, 8, B)
     rig.told()
@@ -614,7 +614,7 @@ def test_descriptors_run_out_while_a_new_parent_is_told(rig: VmmRig, monkeypatch
 
 
 def test_guests_without_a_daemon_shut_down(rig: VmmRig, capfd: pytest.CaptureFixture[str]) -> None:
-    """Each guest is asked to.  vmm ends with the last of them."""
+    """Each guest is asked to shut down.  vmm ends with the last of them."""
     rig.begin(1, 2)
     a, b = running(rig, 7), running(rig, 8, B)
     for vm in (a, b):
