@@ -256,7 +256,7 @@ def rig() -> Iterator[Rig]:
     ],
 )
 def test_a_tag_fits_its_action(rig: Rig, action: SnapshotAction, tag: str, error: str) -> None:
-    """A client may send any words."""
+    """A client may send any text."""
     with pytest.raises(OperatorError, match=error):
         rig.ask(action, tag)
 
@@ -376,7 +376,7 @@ def test_a_stopped_vm(rig: Rig, action: SnapshotAction) -> None:
 
 
 def test_the_event_of_a_change(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those who watch the VM are told, with the tag."""
+    """Clients that watch the VM are told, with the tag."""
     events: list[tuple[str, Vm, dict[str, str]]] = []
     monkeypatch.setattr(rig.core.events, "add", lambda what, vm, **more: events.append((what, vm, more)))
     for action in (LIST, DELETE):
@@ -457,7 +457,7 @@ def test_an_imgwriter_that_dies(rig: Rig) -> None:
 
 @pytest.mark.parametrize("word", [None, SnapshotWord(), SnapshotsReady()])
 def test_an_imgwriter_that_is_silent(rig: Rig, word: Record | None) -> None:
-    """Each message is a sign of life.  A silent imgwriter is killed, because its storage hangs."""
+    """Each message gives it more time.  A silent imgwriter is killed, because its storage hangs."""
     rig.begin(CREATE)
     if word is not None:
         first = rig.timers.copy()
@@ -509,7 +509,7 @@ def test_the_daemon_ends(rig: Rig) -> None:
 @pytest.mark.parametrize("action", [CREATE, DELETE])
 @pytest.mark.parametrize("lends_first", [False, True])
 def test_a_running_vm(rig: Rig, action: SnapshotAction, state: State, lends_first: bool) -> None:
-    """It is paused when the imgwriter works.  The change is made when both are ready, and then the VM goes on."""
+    """It is paused when the imgwriter works.  The change is made when both are ready, and then the VM continues."""
     rig.run(state)
     rig.ask(action)
     (writer,) = rig.channels
@@ -557,7 +557,7 @@ def test_the_clock_of_a_snapshot(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("when", ["before it lends", "after it has lent"])
 @pytest.mark.parametrize("action", [CREATE, DELETE, GO_BACK])
 def test_a_running_vm_whose_imgwriter_dies(rig: Rig, action: SnapshotAction, when: str) -> None:
-    """It takes its disks back, and goes on."""
+    """It takes its disks back, and continues."""
     rig.begin(action, State.RUNNING)
     rig.vmm.take()
     if when == "after it has lent":
@@ -575,7 +575,7 @@ def test_a_running_vm_whose_imgwriter_dies(rig: Rig, action: SnapshotAction, whe
 
 @pytest.mark.parametrize("action", SnapshotAction)
 def test_a_running_vm_whose_imgwriter_dies_at_once(rig: Rig, action: SnapshotAction) -> None:
-    """The VM was not asked to lend its disks, so it goes on at once."""
+    """The VM was not asked to lend its disks, so it continues at once."""
     rig.run()
     rig.ask(action)
     rig.lose()
@@ -614,7 +614,7 @@ def test_disks_that_cannot_be_taken_back(rig: Rig) -> None:
 
 
 def test_disks_that_were_not_requested(rig: Rig) -> None:
-    """A VM that lends its disks twice breaks the protocol.  Late words of a VM that was given up do not matter."""
+    """A VM that lends its disks twice breaks the protocol.  A late message of a VM that was given up is ignored."""
     rig.run()
     rig.lend()
     rig.back()
@@ -631,7 +631,7 @@ def test_disks_that_were_not_requested(rig: Rig) -> None:
 
 
 def test_a_job_of_an_earlier_parent(rig: Rig) -> None:
-    """The VM was adopted while it was saved: it takes its disks back, and goes on."""
+    """The VM was adopted while it was saved: it takes its disks back, and continues."""
     rig.run()
     rig.vm.begin_send(keep=True, state=State.SAVING)
     rig.vmm.take()
