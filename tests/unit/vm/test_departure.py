@@ -1,0 +1,440 @@
+"""A VM that is sent: what vmm is told, who may stop it, and when its guest runs."""
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.support.descriptors import open_descriptors
+from tests.support.vminside import VMID, Device, Machine, VmRig
+from vmd.config.model import VmConfig
+from vmd.errors import PeerError
+from vmd.ipc import courier, devmsg
+from vmd.ipc.messages.shared import Live, TransferProgress
+from vmd.ipc.messages.vm import (
+    CancelTransfer,
+    DisksLetGo,
+    EndSend,
+    HeaderSent,
+    LetDisksGo,
+    Outcome,
+    PauseVm,
+    SendDone,
+    SendOn,
+    SendUndone,
+    SendVm,
+    StopMode,
+    StopVm,
+    TakenBack,
+    VmEnding,
+    VmHalted,
+)
+from vmd.record import Record
+from vmd.vm import pause as pauses
+from vmd.vm import vmmci
+from vmd.vm.departure import PROGRESS_S
+
+A = VmConfig(name="a")
+PAUSE, STOP = PauseVm(vmid=VMID, paused=True), StopVm(vmid=VMID, mode=StopMode.GRACEFUL)
+SEND, COPY = SendVm(vmid=VMID, keep=False, one_shot=False), SendVm(vmid=VMID, keep=True, one_shot=False)
+TWO_WAY = SendVm(vmid=VMID, keep=False, one_shot=False, two_way=True)
+LIVE = Live(still_ms=1000, rounds=3)
+LET_GO = LetDisksGo(vmid=VMID)
+SENT, NOT_SENT = EndSend(vmid=VMID, sent=True), EndSend(vmid=VMID, sent=False)
+INTERRUPTED = "sending was interrupted"
+
+
+@pytest.fixture
+def rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[VmRig]:
+    """A VM process."""
+    made = VmRig(monkeypatch)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def disks() -> list[Device]:
+    """Two disks."""
+    return [Device(label="disk0"), Device(label="disk1")]
+
+
+@pytest.fixture
+def machine(rig: VmRig, disks: list[Device]) -> Machine:
+    """A machine that runs, whose guest can be asked to shut down."""
+    machine = rig.start(A, *disks)
+    machine.vmmci.driver_is_up = True
+    return machine
+
+
+def send(rig: VmRig, message: SendVm, stream: int | None = None) -> None:
+    """Begin to send, into a file."""
+    fd = os.memfd_create("stream", os.MFD_CLOEXEC) if stream is None else stream
+    rig.vmm.send(message, fds={"courier": [rig.courier(stream=fd)]})
+
+
+def done(rig: VmRig, message: SendVm) -> SendDone:
+    """Send, and return the report."""
+    send(rig, message)
+    return reported(rig.wait_for(SendDone))
+
+
+def reported(told: list[Record]) -> SendDone:
+    """Return the only report among messages."""
+    (found,) = [each for each in told if isinstance(each, SendDone)]
+    return found
+
+
+def stuck(rig: VmRig, disks: list[Device]) -> None:
+    """Begin to send to a reader that takes nothing; the guest is paused by then."""
+    disks[0].answers["settle"] = devmsg.SETTLED_NOT_YET
+    send(rig, SEND)
+    rig.until(lambda: len(disks[0].log) > 3)
+
+
+# --- one way ---------------------------------------------------------------------------------------------------
+
+
+def test_a_vm_that_was_sent_ends(rig: VmRig, machine: Machine) -> None:
+    """Its guest runs here no more.  The report has the length of the stream, and when the guest was stopped."""
+    before_ns = int(rig.real_s() * 1e9)
+    file = os.memfd_create("stream", os.MFD_CLOEXEC)
+    send(rig, SEND, os.dup(file))
+    report = reported(rig.wait_for(SendDone))
+
+    assert report.text == ""
+    assert report.sent_bytes == os.fstat(file).st_size > 0
+    assert before_ns <= report.stopped_ns <= rig.real_s() * 1e9
+    assert (report.rounds, report.still_ms) == (0, 0)
+    assert (machine.is_running(), rig.process.exit_status, rig.devices.log[-1]) == (False, Outcome.POWER_OFF, "end")
+    os.close(file)
+
+
+def test_of_a_vm_that_is_kept_a_copy_is_sent(rig: VmRig, machine: Machine) -> None:
+    """It goes on, and can be sent again."""
+    for _ in range(2):
+        assert done(rig, COPY).text == ""
+        rig.turn()
+        assert (machine.is_running(), rig.ended) == (True, None)
+
+
+def test_a_paused_vm_of_which_a_copy_is_sent_stays_paused(rig: VmRig, machine: Machine) -> None:
+    """Sending did not stop it."""
+    rig.tell(PAUSE)
+    assert done(rig, COPY).stopped_ns == 0
+    rig.turn()
+    assert not machine.is_running()
+
+
+def test_a_vm_that_is_being_paused_stays_paused_after_it_was_sent(rig: VmRig, machine: Machine) -> None:
+    """The user has asked for the pause."""
+    machine.parks = False
+    rig.tell(PAUSE)
+    send(rig, COPY)
+    rig.turn()
+    machine.park()
+    rig.wait_for(SendDone)
+    rig.turn()
+    assert not machine.is_running()
+
+
+@pytest.mark.parametrize("live", [None, LIVE])
+def test_a_vm_that_cannot_be_sent_goes_on(rig: VmRig, machine: Machine, live: Live | None) -> None:
+    """The report says why."""
+    reading, writing = os.pipe2(os.O_CLOEXEC)
+    os.close(reading)
+    send(rig, SEND.replace(live=live), writing)
+    report = reported(rig.wait_for(SendDone))
+
+    assert report.text == "the stream was closed by its reader"
+    rig.turn()
+    assert (machine.is_running(), rig.ended) == (True, None)
+
+
+def test_a_stream_that_does_not_come(rig: VmRig, machine: Machine) -> None:
+    """The guest is not even paused."""
+    machine.parks = False
+    told = rig.tell(SEND, fds={"courier": [rig.lost_courier()]})
+    assert reported(told).text == "the stream did not come"
+    assert machine.is_running()
+
+
+def test_a_stream_for_which_nobody_waits_any_longer(rig: VmRig, machine: Machine) -> None:
+    """Who has to open it takes too long."""
+    fd, gives = rig.waiting_courier()
+    assert rig.tell(SEND, fds={"courier": [fd]}) == []
+    assert gives.recv(100) == courier.ASK
+    assert reported(rig.pass_time(courier.PATIENCE_S)).text == "the stream did not come"
+    assert machine.is_running()
+
+
+def test_a_machine_that_does_not_pause_is_not_sent(rig: VmRig, machine: Machine) -> None:
+    """It goes on; the stream is closed."""
+    before = open_descriptors()
+    machine.parks = False
+    send(rig, SEND)
+    rig.turn()
+    told = rig.pass_time(pauses.PARK_TIMEOUT_S)
+
+    assert reported(told).text == "a vcpu did not stop within 15 s"
+    assert machine.is_running()
+    rig.couriers.pop().close()
+    assert open_descriptors() == before
+
+
+def test_a_device_that_fails_ends_the_vm(rig: VmRig, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message of its end is the answer."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise PeerError("vioblk0", "was killed")
+
+    monkeypatch.setattr("vmd.vm.state.save", fail)
+    before = open_descriptors()
+    send(rig, SEND)
+    told = rig.wait_for(VmEnding)
+
+    assert told == [VmEnding(text="vioblk0: was killed")]
+    assert rig.process.exit_status == Outcome.FAILED
+    rig.couriers.pop().close()
+    assert len(open_descriptors()) <= len(before)
+
+
+def test_interrupted(rig: VmRig, machine: Machine, disks: list[Device]) -> None:
+    """The guest goes on."""
+    stuck(rig, disks)
+    assert not machine.is_running()
+    rig.vmm.send(CancelTransfer(vmid=VMID))
+    assert reported(rig.wait_for(SendDone)).text == INTERRUPTED
+    rig.turn()
+    assert machine.is_running()
+
+
+def test_interrupted_before_it_begins(rig: VmRig, machine: Machine) -> None:
+    """The guest may still be on its way to a pause."""
+    machine.parks = False
+    send(rig, SEND)
+    rig.turn()
+    rig.tell(CancelTransfer(vmid=VMID))
+    machine.park()
+    assert reported(rig.said()).text == INTERRUPTED
+    assert machine.is_running()
+
+
+def test_who_stops_a_vm_that_is_being_sent_stops_it_here(rig: VmRig, machine: Machine, disks: list[Device]) -> None:
+    """Sending is interrupted, and the guest is asked to shut down."""
+    stuck(rig, disks)
+    rig.vmm.send(STOP)
+    assert reported(rig.wait_for(SendDone)).text == INTERRUPTED
+    rig.turn()
+    assert (machine.is_running(), machine.asked) == (True, [vmmci.REBOOT])
+
+
+def test_progress_is_reported(rig: VmRig, machine: Machine, disks: list[Device]) -> None:
+    """Again and again until it is over, and never more than the whole."""
+    machine.memory.load(0, bytes(range(256)) * 16 * 16)
+    stuck(rig, disks)
+    rig.said()
+    for _ in range(3):
+        told = [each for each in rig.pass_time(PROGRESS_S) if isinstance(each, TransferProgress)]
+        assert len(told) == 1
+        assert told[0].round == 0
+        assert told[0].total_bytes >= told[0].done_bytes > 0
+    rig.vmm.send(CancelTransfer(vmid=VMID))
+    rig.wait_for(SendDone)
+    assert rig.pass_time(PROGRESS_S) == []
+
+
+def test_a_guest_whose_disk_is_used_by_somebody_else_does_not_go_on(
+    rig: VmRig, machine: Machine, disks: list[Device]
+) -> None:
+    """It stays paused, and vmm is told why."""
+    stuck(rig, disks)
+    disks[1].lock_lost, disks[1].answers["take back"] = "its lock is lost", devmsg.TAKEN_IN_USE
+    rig.vmm.send(CancelTransfer(vmid=VMID))
+    (why,) = [each.text for each in rig.wait_for(VmHalted) if isinstance(each, VmHalted)]
+    assert "it is in use by somebody else" in why
+    assert not machine.is_running()
+
+
+def test_a_lock_that_is_lost_interrupts_a_live_transfer(rig: VmRig, machine: Machine, disks: list[Device]) -> None:
+    """The VM stays here, and its guest is halted at the next report."""
+    disks[0].answers["settle"] = devmsg.SETTLED_NOT_YET
+    send(rig, SEND.replace(live=LIVE))
+    rig.until(lambda: disks[0].log.count("settle") > 3)
+    assert machine.is_running()
+    rig.process.on_lock_lost("disk0: its lock is lost")
+    assert reported(rig.wait_for(SendDone)).text == INTERRUPTED
+    rig.process.on_lock_lost("disk0: its lock is lost")
+    assert rig.said() == [VmHalted(vmid=VMID, text="disk0: its lock is lost")]
+    assert not machine.is_running()
+
+
+# --- live ------------------------------------------------------------------------------------------------------
+
+
+def test_a_vm_that_is_sent_live_runs_until_the_rest(rig: VmRig, machine: Machine, disks: list[Device]) -> None:
+    """The report has the number of rounds.  A copy's machine goes on without a log of its changes."""
+    report = done(rig, COPY.replace(live=LIVE))
+    rig.turn()
+
+    assert (report.text, report.rounds > 0, report.stopped_ns > 0) == ("", True, True)
+    assert machine.is_running()
+    assert not machine.kvm.logging
+    assert not machine.memory.marking
+
+
+def test_a_paused_vm_is_not_sent_live(rig: VmRig, machine: Machine) -> None:
+    """There is nothing to wait for."""
+    rig.tell(PAUSE)
+    report = done(rig, COPY.replace(live=LIVE))
+    assert (report.text, report.rounds, report.still_ms) == ("", 0, 0)
+
+
+# --- two-way ---------------------------------------------------------------------------------------------------
+
+
+def written(rig: VmRig) -> None:
+    """Send two-way until all is written."""
+    send(rig, TWO_WAY)
+    rig.wait_for(HeaderSent)
+    rig.vmm.send(SendOn(vmid=VMID))
+    assert reported(rig.wait_for(SendDone)).text == ""
+    assert rig.said() == []
+
+
+def test_memory_is_sent_after_the_header_was_accepted(rig: VmRig, machine: Machine) -> None:
+    """And the machine stays paused at the end, here as there."""
+    file = os.memfd_create("stream", os.MFD_CLOEXEC)
+    send(rig, TWO_WAY, os.dup(file))
+    rig.wait_for(HeaderSent)
+    header_bytes = os.fstat(file).st_size
+    assert rig.pass_time(1) != [SendDone(vmid=VMID, sent_bytes=header_bytes)]
+    assert os.fstat(file).st_size == header_bytes
+
+    rig.vmm.send(SendOn(vmid=VMID))
+    rig.wait_for(SendDone)
+    assert os.fstat(file).st_size > header_bytes
+    assert (machine.is_running(), rig.ended) == (False, None)
+    os.close(file)
+
+
+def test_a_header_that_is_refused(rig: VmRig, machine: Machine) -> None:
+    """The guest goes on."""
+    send(rig, TWO_WAY)
+    rig.wait_for(HeaderSent)
+    rig.vmm.send(CancelTransfer(vmid=VMID))
+    assert reported(rig.wait_for(SendDone)).text == INTERRUPTED
+    rig.turn()
+    assert machine.is_running()
+
+
+def test_a_vm_that_runs_elsewhere_ends(rig: VmRig, machine: Machine, disks: list[Device]) -> None:
+    """Its disks were let go before."""
+    written(rig)
+    assert rig.tell(LET_GO) == [DisksLetGo(vmid=VMID)]
+    assert [disk.log[-1] for disk in disks] == ["let go", "let go"]
+    assert rig.tell(SENT) == [VmEnding(text="sent")]
+    assert (machine.is_running(), rig.process.exit_status) == (False, Outcome.POWER_OFF)
+
+
+def test_a_vm_that_does_not_run_elsewhere_goes_on(rig: VmRig, machine: Machine, disks: list[Device]) -> None:
+    """With its disks; it can be sent again."""
+    for _ in range(2):
+        written(rig)
+        rig.tell(LET_GO)
+        assert rig.tell(NOT_SENT) == [SendUndone(vmid=VMID, outcome=TakenBack.DONE)]
+        assert [disk.log[-2:] for disk in disks] == [["take back", "resume"]] * 2
+        assert machine.is_running()
+
+
+@pytest.mark.parametrize(("status", "outcome", "text"), [
+    (devmsg.TAKEN_IN_USE, TakenBack.IN_USE, "disk1 is in use by somebody else"),
+    (devmsg.TAKEN_CHANGED, TakenBack.CHANGED,
+     "disk1 has been written to since it was let go: its guest has run elsewhere"),
+    (devmsg.TAKEN_FAILED, TakenBack.FAILED, "disk1 cannot be locked; the log says why"),
+    (99, TakenBack.FAILED, "disk1 cannot be locked; the log says why"),
+])  # fmt: skip
+def test_a_disk_that_cannot_be_taken_back(
+    rig: VmRig, machine: Machine, disks: list[Device], status: int, outcome: TakenBack, text: str
+) -> None:
+    """The machine stays paused with no disk at all, and may be asked again."""
+    written(rig)
+    rig.tell(LET_GO)
+    disks[1].answers["take back"] = status
+    assert rig.tell(NOT_SENT) == [SendUndone(vmid=VMID, outcome=outcome, text=text)]
+    assert not machine.is_running()
+    assert disks[0].log[-2:] == ["take back", "let go"]
+
+    disks[1].answers["take back"] = devmsg.TAKEN
+    assert rig.tell(NOT_SENT) == [SendUndone(vmid=VMID, outcome=TakenBack.DONE)]
+    assert machine.is_running()
+
+
+def test_a_disk_that_cannot_be_let_go(rig: VmRig, machine: Machine, disks: list[Device]) -> None:
+    """All locks are taken again, so that nobody else can use one of the disks."""
+    written(rig)
+    disks[1].answers["let go"] = False
+    assert rig.tell(LET_GO) == [DisksLetGo(vmid=VMID, text="disk1: cannot be handed over; the log says why")]
+    assert disks[0].log[-2:] == ["let go", "take back"]
+    assert rig.tell(NOT_SENT) == [SendUndone(vmid=VMID, outcome=TakenBack.DONE)]
+    assert machine.is_running()
+
+
+@pytest.mark.parametrize(("asked", "message"), [("let go", LET_GO), ("take back", NOT_SENT)])
+def test_a_disk_whose_process_fails(
+    rig: VmRig, machine: Machine, disks: list[Device], asked: str, message: Record
+) -> None:
+    """The VM ends, which frees all locks."""
+    written(rig)
+    disks[1].answers[asked] = PeerError("vioblk1", "was killed")
+    assert rig.tell(message) == [VmEnding(text="vioblk1: was killed")]
+    assert rig.process.exit_status == Outcome.FAILED
+
+
+@pytest.mark.parametrize("message", [LET_GO, NOT_SENT, SENT])
+def test_steps_that_come_too_early(
+    rig: VmRig, machine: Machine, message: Record, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """They are dropped: the machine is not elsewhere yet."""
+    send(rig, TWO_WAY)
+    rig.wait_for(HeaderSent)
+    assert [each for each in rig.tell(message) if not isinstance(each, TransferProgress)] == []
+    assert f"unexpected {type(message).__name__}" in capfd.readouterr().err
+    rig.vmm.send(CancelTransfer(vmid=VMID))
+    rig.wait_for(SendDone)
+    assert rig.ended is None
+
+
+@pytest.mark.parametrize("message", [LET_GO, NOT_SENT, SENT])
+def test_a_vm_that_has_ended_answers_no_step(rig: VmRig, machine: Machine, message: Record) -> None:
+    """The message of its end is the answer."""
+    written(rig)
+    rig.process.end(Outcome.POWER_OFF, "powered off")
+    rig.said()
+    rig.vmm.send(message)
+    assert rig.said() == []
+
+
+def test_who_stops_a_vm_that_may_run_elsewhere_ends_it(rig: VmRig, machine: Machine) -> None:
+    """Its guest must not run here."""
+    written(rig)
+    rig.tell(LET_GO)
+    assert rig.tell(STOP) == [VmEnding(text="stopped; it may run elsewhere")]
+    assert machine.asked == []
+
+
+def test_who_stops_a_vm_that_still_has_its_disks_stops_its_guest(rig: VmRig, machine: Machine) -> None:
+    """It cannot run elsewhere."""
+    written(rig)
+    rig.tell(STOP)
+    assert (machine.is_running(), machine.asked) == (True, [vmmci.REBOOT])
+
+
+def test_a_vm_that_ends_while_it_is_sent_says_nothing_more(rig: VmRig, machine: Machine, disks: list[Any]) -> None:
+    """It has said why it ends."""
+    stuck(rig, disks)
+    rig.tell(StopVm(vmid=VMID, mode=StopMode.KILL))
+    rig.process.departure.cancel()  # type: ignore[union-attr]
+    disks[0].answers["settle"] = devmsg.SETTLED
+    rig.until(lambda: rig.process.departure._sender.over)  # type: ignore[union-attr]
+    assert [each for each in rig.said() if isinstance(each, SendDone)] == []
