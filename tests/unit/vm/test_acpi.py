@@ -1,4 +1,4 @@
-"""ACPI tables: links, checksums, what they say, and what Intel's compiler thinks of them."""
+"""ACPI tables: their links, checksums and content.  Intel's compiler accepts them without messages."""
 
 import shutil
 import struct
@@ -17,7 +17,7 @@ needs_iasl = pytest.mark.skipif(shutil.which("iasl") is None, reason="iasl (pack
 
 
 class Memory:
-    """Guest memory as an operating system walks it: linked tables by address."""
+    """Guest memory with ACPI tables, which an operating system finds by following addresses."""
 
     def __init__(self, pieces: dict[int, bytes]) -> None:
         self.pieces = pieces
@@ -27,18 +27,18 @@ class Memory:
         for base, content in self.pieces.items():
             if base <= address and address + size <= base + len(content):
                 return content[address - base : address - base + size]
-        raise AssertionError(f"{size} bytes at {address:#x} are outside what was loaded")
+        raise AssertionError(f"{size} bytes at {address:#x} are outside the loaded pieces")
 
     def integer(self, address: int, size: int) -> int:
         """Return a little-endian integer."""
         return int.from_bytes(self.read(address, size), "little")
 
     def table(self, address: int) -> bytes:
-        """Return a whole table by its own length field."""
+        """Return the table at an address.  Its length field gives its size."""
         return self.read(address, self.integer(address + 4, 4))
 
     def walk(self, rsdp: int) -> dict[str, bytes]:
-        """Follow every pointer from the RSDP and return the tables by signature; both roots must agree."""
+        """Follow every pointer from the RSDP, and return the tables by signature.  RSDT and XSDT must agree."""
         assert self.read(rsdp, 8) == b"RSD PTR "
         rsdt = self.table(self.integer(rsdp + 16, 4))
         xsdt = self.table(self.integer(rsdp + 24, 8))
@@ -60,7 +60,7 @@ def direct(memory_bytes: int = 128 * MIB, vcpus: int = 1) -> dict[str, bytes]:
 
 
 def run_loader(files: dict[str, bytes], places: dict[str, int]) -> dict[int, bytes]:
-    """Do what SeaBIOS does with `etc/table-loader`, but put each file where `places` says."""
+    """Run `etc/table-loader` as SeaBIOS does, but put each file at its address in `places`."""
     loaded: dict[str, bytearray] = {}
     script = files["etc/table-loader"]
     assert len(script) % 128 == 0
@@ -93,7 +93,7 @@ def run_loader(files: dict[str, bytes], places: dict[str, int]) -> dict[int, byt
 
 
 def iasl(directory: Path, *arguments: str) -> str:
-    """Run iasl and return all it printed; it must succeed."""
+    """Run iasl, which must succeed, and return its output."""
     run = subprocess.run(["iasl", *arguments], cwd=directory, capture_output=True, text=True, check=False)
     printed = run.stdout + run.stderr
     assert run.returncode == 0, printed
@@ -103,7 +103,7 @@ def iasl(directory: Path, *arguments: str) -> str:
 @pytest.mark.parametrize("memory_bytes", MEMORY, ids=MEMORY_IDS)
 @pytest.mark.parametrize("vcpus", range(1, 17))
 def test_every_checksum_is_zero(memory_bytes: int, vcpus: int) -> None:
-    """Each table sums up to zero, the RSDP over its old length as well; only FACS has no sum."""
+    """Each table sums up to zero, and so do the first 20 bytes of the RSDP (ACPI 1.0).  Only FACS has no checksum."""
     tables = direct(memory_bytes, vcpus)
 
     assert set(tables) == {"RSDP", "RSDT", "XSDT", "FACP", "APIC", "FACS", "DSDT"}
@@ -112,14 +112,14 @@ def test_every_checksum_is_zero(memory_bytes: int, vcpus: int) -> None:
 
 
 @pytest.mark.parametrize("vcpus", [1, 16, 255])
-def test_tables_fit_where_they_go(vcpus: int) -> None:
-    """Even with every APIC id in use."""
+def test_tables_fit_into_their_area(vcpus: int) -> None:
+    """The tables fit even with every APIC id in use."""
     assert len(acpi.build_tables(128 * MIB, vcpus)) <= layout.ACPI_TABLES_END - layout.ACPI_TABLES
 
 
 @pytest.mark.parametrize("vcpus", [0, 256])
 def test_impossible_number_of_processors_is_refused(vcpus: int) -> None:
-    """The sentence has the number."""
+    """The error names the number."""
     with pytest.raises(ValueError, match=f"{vcpus} processors"):
         acpi.build_tables(128 * MIB, vcpus)
 
@@ -127,7 +127,7 @@ def test_impossible_number_of_processors_is_refused(vcpus: int) -> None:
 @pytest.mark.parametrize("memory_bytes", MEMORY, ids=MEMORY_IDS)
 @pytest.mark.parametrize("vcpus", [1, 3, 16])
 def test_loader_script_gives_what_direct_boot_has(memory_bytes: int, vcpus: int) -> None:
-    """With the files at the places of direct boot, SeaBIOS's loader makes the very same bytes."""
+    """If the files are at the addresses of a direct boot, SeaBIOS's loader makes exactly the same bytes."""
     files = acpi.firmware_files(memory_bytes, vcpus)
     expected = acpi.build_tables(memory_bytes, vcpus)
     blob_at = layout.ACPI_TABLES + len(expected) - len(files["etc/acpi/tables"])
@@ -139,7 +139,7 @@ def test_loader_script_gives_what_direct_boot_has(memory_bytes: int, vcpus: int)
 
 
 def test_loader_script_links_anywhere() -> None:
-    """Tables high in memory and an RSDP in the F segment are found and sum up."""
+    """Tables high in memory and an RSDP in the F segment have correct links and checksums."""
     places = {"etc/acpi/rsdp": 0xF5A10, "etc/acpi/tables": 0xBFFDF000}
 
     tables = Memory(run_loader(acpi.firmware_files(128 * MIB, 2), places)).walk(0xF5A10)
@@ -148,7 +148,7 @@ def test_loader_script_links_anywhere() -> None:
 
 
 def test_fadt_names_the_pm_registers() -> None:
-    """Ports and lengths are those of the chip; the extended fields say the same."""
+    """Ports and lengths are those of the chip, and the extended fields agree with the old ones."""
     fadt = direct()["FACP"]
 
     assert struct.unpack_from("<H", fadt, 46) == (9,)  # SCI_INT
@@ -161,15 +161,15 @@ def test_fadt_names_the_pm_registers() -> None:
     assert fadt[160:172] + fadt[184:208] + fadt[220:244] == bytes(60)
 
 
-def test_fadt_flags_say_what_there_is() -> None:
-    """Fixed power button, no sleep button, 32-bit timer, reset register; neither 8042 nor VGA."""
+def test_fadt_flags_describe_the_machine() -> None:
+    """The FADT has a fixed power button, no sleep button, a 32-bit timer and a reset register; no 8042 and no VGA."""
     fadt = direct()["FACP"]
     (flags,) = struct.unpack_from("<I", fadt, 112)
     (boot_arch,) = struct.unpack_from("<H", fadt, 109)
 
     assert len(fadt) == 244
-    assert flags & 1 << 4 == 0  # PWR_BUTTON clear: in the PM1 registers
-    assert flags & 1 << 5  # SLP_BUTTON set: none there
+    assert flags & 1 << 4 == 0  # PWR_BUTTON clear: the button is in the PM1 registers
+    assert flags & 1 << 5  # SLP_BUTTON set: no button in the PM1 registers
     assert flags & 1 << 8  # TMR_VAL_EXT
     assert flags & 1 << 10  # RESET_REG_SUP
     assert fadt[116:129] == struct.pack("<BBBBQB", 1, 8, 0, 1, 0xCF9, 0x06)
@@ -179,7 +179,7 @@ def test_fadt_flags_say_what_there_is() -> None:
 
 @pytest.mark.parametrize("vcpus", range(1, 17))
 def test_madt_lists_processors_and_overrides(vcpus: int) -> None:
-    """One local APIC per vCPU, one I/O APIC, the wiring of the ISA lines, NMI on LINT1."""
+    """The MADT has a local APIC per vCPU, one I/O APIC, the overrides of the ISA interrupts, and NMI on LINT1."""
     madt = direct(vcpus=vcpus)["APIC"]
     entries = []
     at = 44
@@ -198,7 +198,7 @@ def test_madt_lists_processors_and_overrides(vcpus: int) -> None:
 
 
 def test_dsdt_routes_every_pin_as_the_layout_does() -> None:
-    """_PRT has 31 slots of 4 pins, in order, each with its GSI."""
+    """_PRT lists 31 slots of 4 pins in order, each pin with its GSI."""
     dsdt = direct()["DSDT"]
     expected = b"".join(
         bytes((0x12, 11 + (pin > 1), 4, 0x0C))
@@ -216,14 +216,14 @@ def test_dsdt_routes_every_pin_as_the_layout_does() -> None:
     [(128 * MIB, 0x80000000), (3584 * MIB, 0xE0000000), (5120 * MIB, 0xE0000000), (2560 * MIB, 0xC0000000)],
     ids=[*MEMORY_IDS, "2.5G"],
 )
-def test_dsdt_memory_window_starts_where_firmware_starts(memory_bytes: int, window: int) -> None:
-    """The DWordMemory descriptor spans from there to the I/O APIC."""
+def test_dsdt_memory_window_starts_where_firmware_places_bars(memory_bytes: int, window: int) -> None:
+    """The DWordMemory descriptor covers the addresses from there to the I/O APIC."""
     descriptor = bytes((0x87, 23, 0, 0, 0x0C, 1)) + struct.pack("<5I", 0, window, 0xFEBFFFFF, 0, 0xFEC00000 - window)
     assert descriptor in direct(memory_bytes)["DSDT"]
 
 
-def test_dsdt_s5_has_the_type_that_the_pm_chip_knows() -> None:
-    """Name (_S5, Package { 5, 5, 0, 0 })."""
+def test_dsdt_s5_has_the_sleep_type_of_the_pm_chip() -> None:
+    """The DSDT ends with `Name (_S5, Package { 5, 5, 0, 0 })`."""
     assert acpi.S5_SLEEP_TYPE == 5
     assert direct()["DSDT"].endswith(b"\x08_S5_\x12\x08\x04\x0a\x05\x0a\x05\x00\x00")
 
@@ -231,7 +231,7 @@ def test_dsdt_s5_has_the_type_that_the_pm_chip_knows() -> None:
 @needs_iasl
 @pytest.mark.parametrize("name", ["FACP", "APIC", "FACS", "RSDT", "XSDT", "DSDT"])
 def test_iasl_disassembles_without_complaint(name: str, tmp_path: Path) -> None:
-    """No error, no warning, and nothing that it could not read."""
+    """iasl prints no error and no warning, and decodes everything."""
     (tmp_path / "table.dat").write_bytes(direct(5120 * MIB, 16)[name])
 
     printed = iasl(tmp_path, "-d", "table.dat")
@@ -239,14 +239,14 @@ def test_iasl_disassembles_without_complaint(name: str, tmp_path: Path) -> None:
 
     for complaint in ("error", "warning", "invalid", "unknown", "incorrect"):
         assert complaint not in printed.lower()
-    assert "/****" not in source  # how it marks what it cannot decode
+    assert "/****" not in source  # iasl's mark for bytes that it cannot decode
 
 
 @needs_iasl
 @pytest.mark.parametrize("memory_bytes", MEMORY, ids=MEMORY_IDS)
 @pytest.mark.parametrize("vcpus", [1, 16])
 def test_iasl_compiles_the_dsdt_back_to_the_same_bytes(memory_bytes: int, vcpus: int, tmp_path: Path) -> None:
-    """No errors, warnings, remarks or better encodings; only checksum and compiler id may differ."""
+    """iasl has no errors, warnings, remarks or optimizations.  Only the checksum and the compiler id may differ."""
     dsdt = direct(memory_bytes, vcpus)["DSDT"]
     (tmp_path / "dsdt.dat").write_bytes(dsdt)
     iasl(tmp_path, "-d", "dsdt.dat")

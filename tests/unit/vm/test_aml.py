@@ -1,4 +1,4 @@
-"""AML terms, each against the encoding that the specification gives for it."""
+"""Each AML term has the encoding of the specification."""
 
 import pytest
 
@@ -19,19 +19,19 @@ from vmd.vm import aml
     ],
 )
 def test_integer_takes_its_shortest_form(value: int, encoded: str) -> None:
-    """Zero and one have opcodes of their own; the rest has a prefix for each width."""
+    """Zero and one have their own opcodes.  Other integers have a prefix for their width."""
     assert aml.integer(value).hex() == encoded
 
 
 @pytest.mark.parametrize("value", [-1, 1 << 64])
 def test_integer_outside_64_bits_is_refused(value: int) -> None:
-    """There is no encoding for it."""
+    """AML has no encoding for such an integer."""
     with pytest.raises(ValueError, match=f"{value} is not an aml integer"):
         aml.integer(value)
 
 
 def test_eisa_id_is_the_compressed_form() -> None:
-    """PNP0A03 is 41 D0 0A 03 in memory, the best-known bytes of any DSDT."""
+    """PNP0A03 is 41 D0 0A 03 in memory, as in every DSDT with a PCI bus."""
     assert aml.eisa_id("PNP0A03").hex() == "0c41d00a03"
 
 
@@ -45,13 +45,13 @@ def test_eisa_id_is_the_compressed_form() -> None:
         ("\\_SB.PCI0.COM1", b"\\\x2f\x03_SB_PCI0COM1"),
     ],
 )
-def test_path_pads_and_prefixes(text: str, encoded: bytes) -> None:
-    """One, two and more segments differ in their prefix."""
+def test_path_has_padded_segments_and_a_prefix(text: str, encoded: bytes) -> None:
+    """The prefix tells one segment, two segments, and more."""
     assert aml.path(text) == encoded
 
 
 def test_path_with_a_long_segment_is_refused() -> None:
-    """A segment is four characters."""
+    """A segment has at most four characters."""
     with pytest.raises(ValueError, match="FWCFG"):
         aml.path("_SB.FWCFG")
 
@@ -61,7 +61,7 @@ def test_path_with_a_long_segment_is_refused() -> None:
     [
         (0, "01"),
         (62, "3f"),
-        (63, "4104"),  # one byte more than fits in six bits: the length of two bytes counts itself
+        (63, "4104"),  # 64 with a length of one byte does not fit in six bits; the length of two bytes counts itself
         (0xFFD, "4fff"),
         (0xFFE, "810001"),
         (0xFFFFC, "8fffff"),
@@ -69,13 +69,13 @@ def test_path_with_a_long_segment_is_refused() -> None:
     ],
 )
 def test_package_length_counts_itself(content_bytes: int, prefix: str) -> None:
-    """Each width is used up to its last value."""
+    """Each width of the length is used up to its largest value."""
     encoded = aml.with_length(bytes(content_bytes))
     assert encoded[: -content_bytes or None].hex() == prefix
     assert len(encoded) == content_bytes + len(prefix) // 2
 
 
 def test_package_length_has_a_limit() -> None:
-    """28 bits are all there is."""
+    """A package length has at most 28 bits."""
     with pytest.raises(ValueError, match="too many"):
         aml.with_length(bytes(1 << 28))

@@ -1,4 +1,4 @@
-"""What a VM on its way in does not wait for."""
+"""Closing a VM that was received in vain does not delay the answer to the sender."""
 
 import errno
 import threading
@@ -14,8 +14,8 @@ from vmd.vm.arrival import close_in_background
 DEADLINE_S = 60.0
 
 
-def test_a_vm_is_closed_while_others_go_on() -> None:
-    """However long the kernel takes."""
+def test_a_vm_is_closed_on_its_own_thread() -> None:
+    """The caller does not wait for the kernel to close the VM."""
     go, closed = threading.Event(), threading.Event()
 
     def close() -> None:
@@ -31,8 +31,8 @@ def test_a_vm_is_closed_while_others_go_on() -> None:
     assert closed.wait(DEADLINE_S)
 
 
-def test_a_vm_is_closed_where_there_is_no_room_for_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By whoever asks."""
+def test_a_vm_is_closed_if_no_thread_can_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The caller closes the VM itself."""
 
     def refuse(name: str, _start: object) -> None:
         raise HostError(f"start thread {name}", errno.EAGAIN)

@@ -1,4 +1,4 @@
-"""In which order a machine is built."""
+"""The order in which a machine is built."""
 
 import os
 from types import SimpleNamespace
@@ -11,7 +11,7 @@ from vmd.vm.slots import Slot
 
 
 def is_open(fd: int) -> bool:
-    """Return whether there is such a descriptor."""
+    """Return whether a descriptor is open."""
     try:
         os.fstat(fd)
     except OSError:
@@ -20,7 +20,7 @@ def is_open(fd: int) -> bool:
 
 
 class Source:
-    """What a machine begins with, which looks at what is open while it is read."""
+    """A source of a machine.  It records which descriptors are open while it is read."""
 
     def __init__(self, *fds: int) -> None:
         self.fds = fds
@@ -35,16 +35,16 @@ class Source:
         return SimpleNamespace(plug_devices=lambda: None, create_vcpus=lambda: None)
 
     def fill(self, _machine: object) -> None:
-        """Read what comes from outside."""
+        """Stand for reading a boot image or a stream."""
         self._look("fill")
 
     def finish(self, machine: SimpleNamespace) -> SimpleNamespace:
-        """Be done."""
+        """Return the machine."""
         return machine
 
 
-def test_who_reads_a_boot_image_has_no_descriptor_of_a_device() -> None:
-    """Neither a tap nor a packet socket; its devices have been given theirs, and what a seed holds is known."""
+def test_no_device_descriptor_is_open_while_a_boot_image_is_read() -> None:
+    """The taps, packet sockets and seeds have gone to their devices.  The seed was read before."""
     tap, packets = os.pipe()
     seed = os.memfd_create("seed")
     os.write(seed, b"cidata")

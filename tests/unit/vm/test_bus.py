@@ -1,4 +1,4 @@
-"""The bus: who answers which access, and that nothing a guest does there is an error (hostile 51)."""
+"""The bus: which device answers an access.  No access of a guest is an error (hostile 51)."""
 
 import pytest
 from hypothesis import given
@@ -10,7 +10,7 @@ from vmd.vm.bus import Bus
 
 
 class Recorder:
-    """A device that remembers what it was asked and answers with a pattern of its own."""
+    """A device that records its accesses and answers with its own pattern of bytes."""
 
     def __init__(self, mark: int) -> None:
         self.mark = mark
@@ -18,12 +18,12 @@ class Recorder:
         self.writes: list[tuple[int, int, int]] = []
 
     def pio_read(self, offset: int, size: int) -> int:
-        """Answer bytes mark+offset, mark+offset+1, ..."""
+        """Return the bytes mark+offset, mark+offset+1, ..."""
         self.reads.append((offset, size))
         return int.from_bytes(bytes(self.mark + offset + i & 0xFF for i in range(size)), "little")
 
     def pio_write(self, offset: int, size: int, value: int) -> None:
-        """Remember it."""
+        """Record the access."""
         self.writes.append((offset, size, value))
 
     mmio_read = pio_read
@@ -31,20 +31,20 @@ class Recorder:
 
 
 class ByteRecorder(Recorder):
-    """The same, but 8 bits wide."""
+    """A recorder whose ports are 8 bits wide."""
 
     pio_width = 1
 
 
 class Refuser:
-    """A device that finds fault with everything."""
+    """A device that raises GuestError for every access."""
 
     def pio_read(self, offset: int, size: int) -> int:
-        """Refuse."""
+        """Raise GuestError."""
         raise GuestError("no")
 
     def pio_write(self, offset: int, size: int, value: int) -> None:
-        """Refuse."""
+        """Raise GuestError."""
         raise GuestError("no")
 
     mmio_read = pio_read
@@ -52,22 +52,22 @@ class Refuser:
 
 
 class Broken(Recorder):
-    """A device with a bug of ours."""
+    """A device with a bug in our code."""
 
     def pio_read(self, offset: int, size: int) -> int:
-        """Fail."""
+        """Raise an exception that is not for guests."""
         raise ZeroDivisionError
 
 
 @pytest.fixture
 def bus() -> Bus:
-    """An empty bus."""
+    """Return an empty bus."""
     return Bus()
 
 
 @pytest.mark.parametrize(("size", "ones"), [(1, 0xFF), (2, 0xFFFF), (4, 0xFFFFFFFF)])
 def test_unclaimed_port_reads_as_all_ones_and_swallows_writes(bus: Bus, size: int, ones: int) -> None:
-    """Hostile input 51: an empty bus floats high."""
+    """Hostile input 51: without a device, every bit of a port reads as 1."""
     assert bus.pio_read(0x80, size) == ones
     bus.pio_write(0x80, size, 0)
     assert bus.unclaimed == 2 * size
@@ -75,14 +75,14 @@ def test_unclaimed_port_reads_as_all_ones_and_swallows_writes(bus: Bus, size: in
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 6, 7, 8])
 def test_unclaimed_memory_reads_as_all_ones_and_swallows_writes(bus: Bus, size: int) -> None:
-    """Hostile input 51: so does memory space, in any size KVM may hand out."""
+    """Hostile input 51: without a device, every bit of memory reads as 1, in every size that KVM may pass."""
     assert bus.mmio_read(0xF0000000, size) == (1 << 8 * size) - 1
     bus.mmio_write(0xF0000000, size, 0)
     assert bus.unclaimed == 2 * size
 
 
 def test_access_reaches_the_device_at_its_offset(bus: Bus) -> None:
-    """The device sees offsets from its first port, and the whole width."""
+    """The device gets the offset from its first port, and the full width of the access."""
     device = Recorder(0x10)
     bus.add_pio(0x100, 8, device)
 
@@ -95,7 +95,7 @@ def test_access_reaches_the_device_at_its_offset(bus: Bus) -> None:
 
 
 def test_wide_access_to_an_8_bit_chip_is_cut_into_bytes(bus: Bus) -> None:
-    """As by an ISA bridge, lowest port first."""
+    """The chip gets one byte after another, the lowest port first, as from an ISA bridge."""
     device = ByteRecorder(0x20)
     bus.add_pio(0x70, 4, device)
 
@@ -107,7 +107,7 @@ def test_wide_access_to_an_8_bit_chip_is_cut_into_bytes(bus: Bus) -> None:
 
 
 def test_access_that_straddles_devices_is_shared_between_them(bus: Bus) -> None:
-    """Each byte goes to whoever owns its port; nobody's bytes read as ones."""
+    """Each byte goes to the device of its port.  Bytes of unclaimed ports read as all ones."""
     low, high = Recorder(0x10), Recorder(0x50)
     bus.add_pio(0x100, 2, low)
     bus.add_pio(0x103, 1, high)
@@ -120,7 +120,7 @@ def test_access_that_straddles_devices_is_shared_between_them(bus: Bus) -> None:
 
 
 def test_access_that_begins_before_a_device_still_reaches_it(bus: Bus) -> None:
-    """A word read at the port below: its upper byte is the device's."""
+    """A word is read at the port before the device.  Its upper byte comes from the device."""
     bus.add_pio(0x101, 1, Recorder(0x10))
 
     assert bus.pio_read(0x100, 2) == 0x10FF
@@ -136,7 +136,7 @@ def test_access_past_the_last_port_is_harmless(bus: Bus) -> None:
     assert device.writes == [(1, 1, 0x04)]
 
 
-def test_bar_beyond_the_port_space_costs_nothing(bus: Bus) -> None:
+def test_bar_beyond_the_port_space_answers_no_access(bus: Bus) -> None:
     """A guest may write any address into an I/O BAR."""
     bus.add_pio(0xFFFFFF00, 0x100, Recorder(0))
     assert bus.pio_read(0xFF00, 1) == 0xFF
@@ -144,7 +144,7 @@ def test_bar_beyond_the_port_space_costs_nothing(bus: Bus) -> None:
 
 
 def test_a_moved_device_answers_only_at_its_new_place(bus: Bus) -> None:
-    """Removing and adding moves it."""
+    """To remove a device and add it elsewhere moves it."""
     device = Recorder(0x10)
     bus.add_pio(0xC000, 0x20, device)
     bus.remove_pio(0xC000, 0x20)
@@ -154,8 +154,8 @@ def test_a_moved_device_answers_only_at_its_new_place(bus: Bus) -> None:
     assert bus.pio_read(0xD000, 1) == 0x10
 
 
-def test_first_claim_wins_and_the_second_gets_its_turn(bus: Bus) -> None:
-    """A BAR laid over a chip does not take the chip away."""
+def test_first_claim_wins_until_it_is_removed(bus: Bus) -> None:
+    """A BAR at a chip's ports does not hide the chip."""
     chip, bar = Recorder(0x10), Recorder(0x50)
     bus.add_pio(0x3F8, 8, chip)
     bus.add_pio(0x3F0, 0x20, bar)
@@ -166,8 +166,8 @@ def test_first_claim_wins_and_the_second_gets_its_turn(bus: Bus) -> None:
     assert bus.pio_read(0x3F8, 1) == 0x58
 
 
-def test_removing_what_is_not_there_is_an_error(bus: Bus) -> None:
-    """Ours, not the guest's."""
+def test_removing_an_absent_device_is_an_error(bus: Bus) -> None:
+    """The error is ours, not the guest's: it is a ValueError."""
     with pytest.raises(ValueError, match="no device at 0x10-0x13"):
         bus.remove_pio(0x10, 4)
     with pytest.raises(ValueError, match="no device at 0x1000-0x1fff"):
@@ -175,7 +175,7 @@ def test_removing_what_is_not_there_is_an_error(bus: Bus) -> None:
 
 
 def test_memory_device_is_found_moved_and_cut(bus: Bus) -> None:
-    """Whole accesses in one piece, odd or straddling ones in bytes."""
+    """An aligned access of a usual size stays whole.  Accesses of odd sizes, and across the end, are cut into bytes."""
     device = Recorder(0)
     bus.add_mmio(0xFEB00000, 0x1000, device)
 
@@ -192,16 +192,16 @@ def test_memory_device_is_found_moved_and_cut(bus: Bus) -> None:
 
 
 def test_first_claim_of_memory_wins(bus: Bus) -> None:
-    """The same rule as for ports."""
+    """The rule is the same as for ports."""
     bus.add_mmio(0x1000, 0x1000, Recorder(0x10))
     bus.add_mmio(0x1000, 0x1000, Recorder(0x50))
     assert bus.mmio_read(0x1000, 1) == 0x10
-    bus.remove_mmio(0x1000, 0x1000)  # the later one
+    bus.remove_mmio(0x1000, 0x1000)  # removes the later claim
     assert bus.mmio_read(0x1000, 1) == 0x10
 
 
 def test_strings_are_repeated_accesses_to_one_port(bus: Bus) -> None:
-    """Hostile input 51: REP INS and REP OUTS, in all sizes."""
+    """Hostile input 51: REP INS and REP OUTS access the same port again and again, in all sizes."""
     device = Recorder(0x41)
     bus.add_pio(0x10, 4, device)
 
@@ -214,13 +214,13 @@ def test_strings_are_repeated_accesses_to_one_port(bus: Bus) -> None:
 
 
 def test_strings_on_unclaimed_ports_are_harmless(bus: Bus) -> None:
-    """Hostile input 51: what is fatal for a VM of upstream's."""
+    """Hostile input 51: string accesses to unclaimed ports end no VM, unlike in OpenBSD's vmd."""
     assert bus.pio_read_string(0x500, 2, 4) == b"\xff" * 8
     bus.pio_write_string(0x500, 4, bytes(16))
 
 
 def test_guest_error_becomes_all_ones_and_a_limited_warning(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever a device finds wrong, the VM runs on and the log stays small."""
+    """When a device refuses accesses, the VM continues and the log stays small."""
     lines: list[str] = []
     monkeypatch.setattr(log, "write", lambda _severity, text: lines.append(text))
     bus.add_pio(0x100, 4, Refuser())
@@ -237,7 +237,7 @@ def test_guest_error_becomes_all_ones_and_a_limited_warning(bus: Bus, monkeypatc
 
 
 def test_unclaimed_accesses_are_logged_rarely_and_in_debug_mode_only(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A guest that probes ports must not fill a disk."""
+    """A guest that probes ports must not fill the host's disk."""
     lines: list[str] = []
     monkeypatch.setattr(log, "write", lambda _severity, text: lines.append(text))
     for _ in range(50):
@@ -251,7 +251,7 @@ def test_unclaimed_accesses_are_logged_rarely_and_in_debug_mode_only(bus: Bus, m
 
 
 def test_our_own_bugs_are_not_hidden(bus: Bus) -> None:
-    """Anything but GuestError comes out."""
+    """The bus catches GuestError only."""
     bus.add_pio(0x100, 4, Broken(0))
     with pytest.raises(ZeroDivisionError):
         bus.pio_read(0x100, 1)
@@ -264,7 +264,7 @@ RANGES = st.lists(st.tuples(st.integers(0, 48), st.integers(1, 16), st.booleans(
 def test_accesses_go_where_a_slow_search_sends_them(
     ranges: list[tuple[int, int, bool]], removed: int, port: int, size: int
 ) -> None:
-    """For ports and memory alike, whatever overlaps."""
+    """A slow search gives the same results, for ports and memory, with any overlap."""
     bus = Bus()
     placed = []
     for index, (first, count, byte_wide) in enumerate(ranges):

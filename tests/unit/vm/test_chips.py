@@ -1,4 +1,4 @@
-"""Chips travel: whatever has registers is in the stream of a machine, and can be tried before it is sent."""
+"""Every chip with registers is in the stream of a machine, and its state is tried on a spare chip before it is sent."""
 
 import ast
 from pathlib import Path
@@ -6,13 +6,13 @@ from pathlib import Path
 from vmd.vm.stream import VERSION
 
 ROOT = Path(__file__).resolve().parents[3]
-# The chips of a stream, by its version.  A stream of before has no state of a new chip, and `vm/state.py` refuses it.
+# The chips of a stream, by its version.  An older stream has no state of a new chip, so `vm/state.py` refuses it.
 CHIPS = {4: ["uart", "rtc", "pm", "reset", "keyboard", "port 92", "fw_cfg"]}
 MACHINE = ast.parse((ROOT / "vmd/vm/machine.py").read_text())
 
 
 def table(method: str) -> dict[str, str]:
-    """Return the dictionary that a method of Machine returns: name of a chip -> what makes or holds it."""
+    """Return the dictionary that a method of Machine returns: name of a chip -> expression that makes or holds it."""
     (function,) = (node for node in ast.walk(MACHINE) if isinstance(node, ast.FunctionDef) and node.name == method)
     last = function.body[-1]
     assert isinstance(last, ast.Return)
@@ -33,7 +33,7 @@ def with_registers() -> set[str]:
 
 
 def on_the_bus() -> set[str]:
-    """Return the attributes of a Machine that its bus, or the PCI bus, is given."""
+    """Return the attributes of a Machine that are passed to its bus or to the PCI bus."""
     found = set()
     for node in ast.walk(MACHINE):
         if isinstance(node, ast.Call) and ast.unparse(node.func) in ("bus.add_pio", "PciBus"):
@@ -42,14 +42,14 @@ def on_the_bus() -> set[str]:
 
 
 def test_a_guest_finds_every_chip() -> None:
-    """One that travels is also on a bus."""
+    """Every chip that is in a stream is also on a bus."""
     held = {value.removeprefix("self.") for value in table("chips").values()}
 
     assert held - on_the_bus() == set(), "Machine puts these on no bus"
 
 
 def test_every_chip_has_tests() -> None:
-    """As drivers use it, and as a guest that means harm does."""
+    """Every chip has a file of tests, for drivers and for hostile guests."""
     chips = {path.stem for path in ROOT.glob("vmd/vm/chips/*.py")} - {"__init__"}
     tested = {path.stem.removeprefix("test_") for path in ROOT.glob("tests/unit/vm/chips/test_*.py")}
 
@@ -57,17 +57,17 @@ def test_every_chip_has_tests() -> None:
 
 
 def test_a_chip_has_a_row_in_each_table() -> None:
-    """Under the same name and in the same order: the state of one is tried on the other."""
+    """The tables have the same names in the same order, because the state of a chip is tried on the spare chip."""
     assert list(table("chips")) == list(table("spare_chips"))
 
 
 def test_a_stream_has_the_chips_of_its_version() -> None:
-    """With another chip there is another version, and streams of earlier ones are given its state as they are read."""
+    """A new chip needs a new version of the stream.  The reader then adds the state of that chip to older streams."""
     assert list(table("chips")) == CHIPS.get(VERSION), f"a stream of version {VERSION} has other chips"
 
 
-def test_every_chip_with_registers_travels() -> None:
-    """One that does not would be as after power-on where its guest goes on."""
+def test_every_chip_with_registers_is_in_a_stream() -> None:
+    """A chip that is missing there would be reset at the receiver, while its guest continues."""
     made = {value.partition("(")[0].rpartition(".")[2] for value in table("spare_chips").values()}
 
     assert with_registers()

@@ -1,4 +1,4 @@
-"""All clocks are taken from one moment and put back to it, however long the host takes for each (arch. 8)."""
+"""All clocks are saved for one moment and restored from it, even if the host is slow to read or set them (arch. 8)."""
 
 import random
 import time
@@ -32,29 +32,29 @@ KHZ = 2_400_000
 NS = 10**9
 VECTOR = 0x45
 BY_1, BY_16 = 0x0B, 0x03
-SLOW_NS = 5_000_000  # when the host runs something else in between
+SLOW_NS = 5_000_000  # a step takes so long when the host runs something else in between
 LATE_NS = 7_000_000
-CLOSE_NS = 30_000  # what the quickest readings may be wrong by, several of them together
+CLOSE_NS = 30_000  # the largest error of several quick readings together
 
 
 class Host:
-    """A host whose time passes with everything that is asked of it, more or less."""
+    """A host whose time passes with every operation, by a random amount."""
 
     def __init__(self, seed: int = 1) -> None:
         self.random = random.Random(seed)
         self.now_ns = 10**15
-        self.busy = 0.05  # how often it runs something else in between
+        self.busy = 0.05  # the probability that it runs something else in between
 
     def monotonic_ns(self) -> int:
-        """Say what time it is."""
+        """Return the time."""
         return self.now_ns
 
     def spend(self) -> None:
-        """Do something for a while."""
+        """Let the time of one operation pass."""
         self.now_ns += SLOW_NS if self.random.random() < self.busy else self.random.randrange(200, 2000)
 
     def sleep(self, seconds: float) -> None:
-        """Let it be later."""
+        """Let time pass."""
         self.now_ns += round(seconds * NS)
 
     def tsc(self) -> int:
@@ -63,7 +63,7 @@ class Host:
 
 
 class Vcpu:
-    """A vCPU whose clocks run by the host's."""
+    """A vCPU whose clocks follow the host's."""
 
     def __init__(self, host: Host, offset: int, *, has_tsc_offset: bool = True, stale: bool = False) -> None:
         self.host = host
@@ -72,10 +72,10 @@ class Vcpu:
         self.page = bytearray(1024)
         self.target_ns = 0  # when the timer is due
         self.deadline = 0
-        self.left_at: int | None = host.now_ns if stale else None  # its TSC stands still from there on
+        self.left_at: int | None = host.now_ns if stale else None  # its TSC stopped at this time; None: it runs
 
     def get_tsc_khz(self) -> int:
-        """Return the rate."""
+        """Return the rate of the TSC in kHz."""
         return KHZ
 
     def tsc(self) -> int:
@@ -84,14 +84,14 @@ class Vcpu:
         return 12345 + at_ns * KHZ // 10**6 + self.offset & MASK_64
 
     def get_msrs(self, indices: tuple[int, ...]) -> dict[int, int]:
-        """Read, in the middle of the time that it takes."""
+        """Return MSRs.  They are read in the middle of the time that this takes."""
         self.host.spend()
         values = {MSR_TSC: self.tsc(), MSR_TSC_DEADLINE: self.deadline}
         self.host.spend()
         return {index: values[index] for index in indices}
 
     def set_msrs(self, values: dict[int, int]) -> list[int]:
-        """Write."""
+        """Write MSRs, and return those that were refused."""
         self.host.spend()
         if MSR_TSC in values:
             self.offset += values[MSR_TSC] - self.tsc()
@@ -99,18 +99,18 @@ class Vcpu:
         return []
 
     def get_tsc_offset(self) -> int:
-        """Read."""
+        """Return the offset of the TSC."""
         self.host.spend()
         return self.offset & MASK_64
 
     def set_tsc_offset(self, offset: int) -> None:
-        """Write."""
+        """Set the offset of the TSC."""
         self.host.spend()
         self.offset = offset
         self.left_at = None
 
     def get_lapic(self) -> bytes:
-        """Read; KVM computes what is left."""
+        """Return the registers.  Like KVM, compute the present count of the timer."""
         self.host.spend()
         timer = ApicTimer(bytes(self.page))
         initial = timer[LAPIC_INITIAL]
@@ -120,7 +120,7 @@ class Vcpu:
         return bytes(timer.page)
 
     def set_lapic(self, page: bytes) -> None:
-        """Write; KVM starts the timer with what is left."""
+        """Set the registers.  Like KVM, start the timer with the present count."""
         self.host.spend()
         self.page[:] = page
         timer = ApicTimer(page)
@@ -128,7 +128,7 @@ class Vcpu:
         self.host.spend()
 
     def set_timer(self, mode: int, initial: int, divide: int = BY_1) -> None:
-        """Start it, as the guest does."""
+        """Start the timer, as the guest does."""
         timer = ApicTimer(bytes(self.page))
         timer[LAPIC_SPURIOUS], timer[LAPIC_DIVIDE], timer[LAPIC_TIMER] = LAPIC_ON | 0xFF, divide, mode | VECTOR
         timer[LAPIC_INITIAL] = timer[LAPIC_CURRENT] = initial
@@ -153,36 +153,36 @@ class Kvm:
         self.pits: list[abi.kvm_pit_state2] = []
 
     def get_clock(self) -> abi.kvm_clock_data:
-        """Read."""
+        """Return kvmclock."""
         self.host.spend()
         data = abi.kvm_clock_data(clock=self.host.now_ns + self.ahead_ns)
         self.host.spend()
         return data
 
     def set_clock(self, clock_ns: int) -> None:
-        """Write."""
+        """Set kvmclock."""
         self.host.spend()
         self.ahead_ns = clock_ns - self.host.now_ns
         self.host.spend()
 
     def get_pit2(self) -> abi.kvm_pit_state2:
-        """Read."""
+        """Return the state of the PIT."""
         return abi.kvm_pit_state2()
 
     def set_pit2(self, pit: abi.kvm_pit_state2 | bytes) -> None:
-        """Write."""
+        """Record the state of the PIT."""
         self.pits.append(abi.kvm_pit_state2.from_buffer_copy(bytes(pit)))
 
 
 class Machine:
-    """What has clocks, and what they show."""
+    """A machine with all clocks, and their values."""
 
     def __init__(self, host: Host, vcpus: list[Vcpu]) -> None:
         self.host, self.vcpus, self.kvm = host, vcpus, Kvm(host)
         self.clock = MachineClock(host.monotonic_ns)
 
     def stop(self) -> Clocks:
-        """Stop."""
+        """Stop the clocks, and return their saved values."""
         asked_ns = self.host.now_ns
         threads = cast("Any", [Thread(vcpu) for vcpu in self.vcpus])
         taken = Clocks.take(cast("Any", self.kvm), threads, self.clock, asked_ns)
@@ -190,11 +190,11 @@ class Machine:
         return taken
 
     def go_on(self, taken: Clocks) -> None:
-        """Go on."""
+        """Let the clocks go on from their saved values."""
         taken.restore(cast("Any", self.kvm), cast("Any", self.vcpus), self.clock)
 
     def readings(self) -> list[int]:
-        """Return what every clock shows now, in ns, but for where they began."""
+        """Return the present value of every clock, in ns.  Each clock has its own start."""
         now_ns = self.host.now_ns
         tscs = [vcpu.tsc() * 10**6 // KHZ for vcpu in self.vcpus]
         timers = [-(vcpu.target_ns - now_ns) for vcpu in self.vcpus]
@@ -203,7 +203,7 @@ class Machine:
 
 @pytest.fixture
 def host(monkeypatch: pytest.MonkeyPatch) -> Host:
-    """A host."""
+    """Return a host that replaces the time functions of this process."""
     made = Host()
     monkeypatch.setattr(time, "monotonic_ns", made.monotonic_ns)
     monkeypatch.setattr(time, "sleep", made.sleep)
@@ -213,7 +213,7 @@ def host(monkeypatch: pytest.MonkeyPatch) -> Host:
 @pytest.mark.parametrize("has_tsc_offset", [True, False])
 @pytest.mark.parametrize("seed", range(20))
 def test_all_clocks_stop_and_go_on_together(host: Host, seed: int, has_tsc_offset: bool) -> None:
-    """Whatever the host does in between: for an hour they lose nothing against one another, in ten pauses."""
+    """In an hour with ten pauses the clocks stay in step, even if the host runs other things in between."""
     host.random = random.Random(seed)
     machine = Machine(host, [Vcpu(host, 10**12, has_tsc_offset=has_tsc_offset) for _ in range(2)])
     for vcpu in machine.vcpus:
@@ -227,18 +227,18 @@ def test_all_clocks_stop_and_go_on_together(host: Host, seed: int, has_tsc_offse
 
     spans = [after - then for after, then in zip(machine.readings(), before, strict=True)]
 
-    assert NS <= spans[1] < 4 * NS  # ten tenths of a second, and what the host spent
+    assert NS <= spans[1] < 4 * NS  # ten times 0.1 s, plus the time that the host took
     for span in spans if has_tsc_offset else spans[:2]:
         assert abs(span - spans[1]) < 10 * (CLOSE_NS if span in spans[:4] else SLOW_NS)
 
 
 class LateVcpu(Vcpu):
-    """A vCPU whose host takes its time to notice that the timer was due, and says meanwhile that nothing is left."""
+    """A vCPU whose host notices late that the timer was due.  Until then it returns a present count of 0."""
 
     notices_ns = 0
 
     def get_lapic(self) -> bytes:
-        """Read; KVM computes what is left, in a period that has begun."""
+        """Return the registers, with a present count of 0 until the host has noticed."""
         timer = ApicTimer(super().get_lapic())
         if self.target_ns <= self.host.now_ns < self.notices_ns:
             timer[LAPIC_CURRENT] = 0
@@ -246,8 +246,8 @@ class LateVcpu(Vcpu):
 
 
 @pytest.mark.parametrize(("late_ns", "lost"), [(LATE_NS, False), (1 << 62, True)])
-def test_a_timer_that_the_host_is_late_with(host: Host, late_ns: int, lost: bool) -> None:
-    """It is waited for; where the host never notices, because only the vCPU would, a period begins anew."""
+def test_a_timer_whose_host_is_late(host: Host, late_ns: int, lost: bool) -> None:
+    """We wait until the host notices.  If it never does, because only the vCPU would notice, a new period begins."""
     host.busy = 0.0
     vcpu = LateVcpu(host, 0)
     vcpu.set_timer(TIMER_PERIODIC, 10_000_000)
@@ -266,7 +266,7 @@ def test_a_timer_that_the_host_is_late_with(host: Host, late_ns: int, lost: bool
 
 
 def test_processors_stay_in_step(host: Host) -> None:
-    """TSCs that were the same are the same, to the tick; those that were not keep their distance."""
+    """Equal TSCs stay equal, to the tick.  Different TSCs keep their difference."""
     machine = Machine(host, [Vcpu(host, 500), Vcpu(host, 500), Vcpu(host, 500 + KHZ * 1000)])
     for _ in range(50):
         machine.go_on(machine.stop())
@@ -275,8 +275,8 @@ def test_processors_stay_in_step(host: Host) -> None:
     assert abs(third - first - KHZ * 1000) < 50 * CLOSE_NS * KHZ // 10**6
 
 
-def test_a_tsc_that_stands_still_is_of_the_last_exit(host: Host) -> None:
-    """As KVM has it where the host's own is not stable."""
+def test_a_stopped_tsc_has_the_value_of_the_last_exit(host: Host) -> None:
+    """KVM stops the TSC of a vCPU at its last exit if the host's TSC is unstable."""
     machine = Machine(host, [Vcpu(host, 0, stale=True)])
     left_ns = host.now_ns
     taken = machine.stop()
@@ -285,8 +285,8 @@ def test_a_tsc_that_stands_still_is_of_the_last_exit(host: Host) -> None:
     assert abs(taken.vcpus[0].tsc - expected) < KHZ * CLOSE_NS // 10**6
 
 
-def test_nothing_interrupts_a_machine_that_stands_still(host: Host) -> None:
-    """Timers of KVM's that could, do not run; they do afterwards, with the same registers."""
+def test_no_timer_interrupts_a_paused_machine(host: Host) -> None:
+    """The timers of KVM are stopped during the pause.  Afterwards they run with the same registers."""
     machine = Machine(host, [Vcpu(host, 0)])
     vcpu = machine.vcpus[0]
     vcpu.set_timer(TIMER_PERIODIC, 10**7)
@@ -304,8 +304,8 @@ def test_nothing_interrupts_a_machine_that_stands_still(host: Host) -> None:
     assert [pit.channels[0].mode for pit in machine.kvm.pits] == [PIT_STOPPED, PIT_STOPPED, 0]
 
 
-def test_what_became_pending_meanwhile_stays_pending(host: Host) -> None:
-    """Such as vmmci's interrupt, when the host's clock was set during a pause."""
+def test_an_interrupt_that_became_pending_in_a_pause_stays_pending(host: Host) -> None:
+    """An example is the interrupt of vmmci, if the host's clock was set during a pause."""
     machine = Machine(host, [Vcpu(host, 0)])
     machine.vcpus[0].set_timer(TIMER_PERIODIC, 10**9)
     taken = machine.stop()
@@ -320,8 +320,8 @@ def pending(page: bytes | bytearray) -> bool:
 
 
 @pytest.mark.parametrize(("waited_ns", "due"), [(0, False), (4 * 10**6, False), (2 * 10**7, True)])
-def test_a_tick_that_came_as_the_vcpu_had_left_is_not_lost(host: Host, waited_ns: int, due: bool) -> None:
-    """KVM forgets it when the registers are loaded; while devices finish there may be one."""
+def test_a_tick_after_the_vcpu_has_left_is_not_lost(host: Host, waited_ns: int, due: bool) -> None:
+    """KVM forgets such a tick when the registers are loaded.  It may come while the devices finish."""
     host.busy = 0
     machine = Machine(host, [Vcpu(host, 0)])
     vcpu = machine.vcpus[0]
@@ -338,7 +338,7 @@ def test_a_tick_that_came_as_the_vcpu_had_left_is_not_lost(host: Host, waited_ns
 
 
 def page(mode: int, initial: int, current: int, *, divide: int = BY_1, spurious: int = LAPIC_ON) -> ApicTimer:
-    """Return registers."""
+    """Return local APIC registers with this timer."""
     timer = ApicTimer(bytes(1024))
     timer[LAPIC_TIMER], timer[LAPIC_INITIAL], timer[LAPIC_CURRENT] = mode | VECTOR, initial, current
     timer[LAPIC_DIVIDE], timer[LAPIC_SPURIOUS] = divide, spurious
@@ -351,7 +351,7 @@ def page(mode: int, initial: int, current: int, *, divide: int = BY_1, spurious:
     (0, 600, 600, 0, False), (0, 600, 5000, 0, False), (0, 0, 10, 0, False),
 ])  # fmt: skip
 def test_time_passes_for_a_timer(mode: int, current: int, span_ns: int, left: int, due: bool) -> None:
-    """A one-shot timer that is over is KVM's to deliver."""
+    """KVM itself delivers the interrupt of a one-shot timer that has expired."""
     timer = page(mode, 1000, current)
     timer.advance(span_ns)
     assert (timer[LAPIC_CURRENT], pending(timer.page)) == (left, due)
@@ -363,17 +363,17 @@ def test_time_passes_for_a_timer(mode: int, current: int, span_ns: int, left: in
     (TIMER_PERIODIC, 0, 10, 0, 1000, True), (0, 600, 100, 10**6, 700, False), (0, 600, 500, 10**6, 1000, False),
     (0, 0, 10, 10**6, 0, False),
 ])  # fmt: skip
-def test_what_a_timer_was_before(
+def test_a_timer_is_set_back(
     mode: int, current: int, span_ns: int, since_ns: int, left: int, due: bool
 ) -> None:
-    """And whether it was due since then."""
+    """The result tells whether a periodic timer was due since then."""
     timer = page(mode, 1000, current)
     assert (timer.rewind(span_ns, since_ns), timer[LAPIC_CURRENT]) == (due and mode == TIMER_PERIODIC, left)
 
 
 @pytest.mark.parametrize("code", range(16))
 def test_divisors(code: int) -> None:
-    """Of the register, bit 2 means nothing."""
+    """Bit 2 of the register has no meaning."""
     divisors = {0: 2, 1: 4, 2: 8, 3: 16, 8: 32, 9: 64, 10: 128, 11: 1}
     assert page(0, 1, 1, divide=code).tick_ns == divisors[code & 11]
 
@@ -382,13 +382,13 @@ def test_divisors(code: int) -> None:
     page(TIMER_PERIODIC | TIMER_MASKED, 10, 5), page(TIMER_PERIODIC, 10, 5, spurious=0xFF),
 ])  # fmt: skip
 def test_a_timer_that_is_switched_off_does_not_interrupt(timer: ApicTimer) -> None:
-    """Masked, or with its APIC."""
+    """The timer is masked, or its APIC is off."""
     timer.advance(100)
     assert not any(timer.page[LAPIC_IRR : LAPIC_IRR + 0x80])
 
 
 def test_a_page_of_a_stream() -> None:
-    """It goes on from what is in it; a page of anything does no harm."""
+    """The timer goes on from the values in the page, and a page of random bytes does no harm."""
     for seed in range(200):
         raw = random.Random(seed).randbytes(1024)
         each = VcpuClocks.in_page(1, None, raw)
@@ -399,7 +399,7 @@ def test_a_page_of_a_stream() -> None:
 
 
 def test_counters_of_the_8254_that_count_once() -> None:
-    """KVM counts from where it is set on: what is left of it, and not less than something."""
+    """KVM counts from the time of setting, so the counters are set to the rest of their count, and to at least 1."""
     state = abi.kvm_pit_state2()
     for channel, count, mode, load_ns in ((1, 1000, 0, 10**9), (2, 0, 0, 10**9)):
         state.channels[channel].count, state.channels[channel].mode = count, mode
@@ -417,7 +417,7 @@ def test_counters_of_the_8254_that_count_once() -> None:
 
 
 def test_the_machines_own_clock(host: Host) -> None:
-    """It begins at 0, stops twice as once, and goes on from where it stopped."""
+    """The clock starts at 0 and goes on from the value at which it stopped.  A second stop changes nothing."""
     clock = MachineClock(host.monotonic_ns)
     host.now_ns += 5 * NS
     assert clock.now_s() == 5.0

@@ -1,7 +1,7 @@
-"""Noticing that the host's clock has jumped (*cat. 4.6*).
+"""ClockWatch notices that the host's clock has jumped (*cat. 4.6*).
 
-No test may set this host's clock, and none can be set in a namespace, so that what the kernel says is made up here;
-that it does say so is timerfd_create(2)'s word.
+No test may set this host's clock, and a namespace has no wall clock of its own.  So these tests imitate the kernel's
+reports, as timerfd_create(2) describes them.
 """
 
 import errno
@@ -20,7 +20,7 @@ from vmd.vm.clockwatch import JUMP_S, ClockWatch
 
 
 class Host:
-    """A clock of the wall, a timer that is cancelled when it is set, and a loop that hears of it."""
+    """A wall clock, a timer that is cancelled when the clock is set, and a loop that watches the timer."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, loop: Loop) -> None:
         self.loop = loop
@@ -35,42 +35,42 @@ class Host:
         monkeypatch.setattr(clockwatch, "os", self)
 
     def time(self) -> float:
-        """Be time.time."""
+        """Replace time.time."""
         return self.wall_s
 
     def monotonic(self) -> float:
-        """Be time.monotonic, which stands still while a host sleeps."""
+        """Replace time.monotonic, which stops while a host sleeps."""
         return self.monotonic_s
 
     def read(self, fd: int, size: int) -> bytes:
-        """Be os.read on the timer."""
+        """Replace os.read on the timer."""
         data = os.read(fd, size)
         if self.error is not None:
             raise OSError(self.error, os.strerror(self.error))
         return data
 
     def arm(self, fd: int) -> None:
-        """Be the kernel that notes when the clock is set."""
+        """Count how often the timer is armed."""
         assert fd == self.fd
         self.armed += 1
 
     def jumped(self) -> None:
-        """Count."""
+        """Count a reported jump."""
         self.jumps += 1
 
     def pass_s(self, wall_s: float, monotonic_s: float) -> None:
-        """Let time pass, and have the kernel say that the clock was set."""
+        """Let time pass, and make the timer readable, as when the clock is set."""
         self.wall_s += wall_s
         self.monotonic_s += monotonic_s
         os.eventfd_write(self.fd, 1)
-        # Ready descriptors come before what was asked for behind them.
+        # The loop handles ready descriptors before a call that was posted later.
         self.loop.call_later(0, lambda: self.loop.call_from_thread(self.loop.stop))
         self.loop.run()
 
 
 @pytest.fixture
 def loop() -> Iterator[Loop]:
-    """An event loop."""
+    """Yield an event loop."""
     made = Loop()
     yield made
     made.close()
@@ -78,7 +78,7 @@ def loop() -> Iterator[Loop]:
 
 @pytest.fixture
 def host(monkeypatch: pytest.MonkeyPatch, loop: Loop) -> Iterator[Host]:
-    """A host whose clock is watched."""
+    """Yield a host whose clock is watched."""
     made = Host(monkeypatch, loop)
     ClockWatch(loop, made.jumped)
     yield made
@@ -86,8 +86,8 @@ def host(monkeypatch: pytest.MonkeyPatch, loop: Loop) -> Iterator[Host]:
 
 
 @pytest.mark.parametrize("wall_s", [3600.0, JUMP_S + 0.1, -3600.0, -JUMP_S - 0.1])
-def test_jumps_are_told(host: Host, wall_s: float) -> None:
-    """Sleep, and clocks set forth or back; each once, and the next one too."""
+def test_jumps_are_reported(host: Host, wall_s: float) -> None:
+    """A sleep of the host and a clock that is set forward or back are each reported once, and so is the next jump."""
     host.pass_s(wall_s, 0)
     assert host.jumps == 1
     host.pass_s(wall_s, 0)
@@ -95,8 +95,8 @@ def test_jumps_are_told(host: Host, wall_s: float) -> None:
 
 
 @pytest.mark.parametrize(("wall_s", "monotonic_s"), [(0.0, 0.0), (1.0, 0.0), (-4.9, 0.0), (86400.0, 86400.0)])
-def test_what_a_time_daemon_sees_to_is_not(host: Host, wall_s: float, monotonic_s: float) -> None:
-    """Small steps, and time that simply has passed; but they are watched on."""
+def test_a_step_that_a_time_daemon_corrects_is_not_reported(host: Host, wall_s: float, monotonic_s: float) -> None:
+    """Small steps are not reported, and time that has passed is no jump.  The watch continues."""
     host.pass_s(wall_s, monotonic_s)
     assert (host.jumps, host.armed) == (0, 2)
     host.pass_s(JUMP_S + 1, 0)
@@ -104,28 +104,28 @@ def test_what_a_time_daemon_sees_to_is_not(host: Host, wall_s: float, monotonic_
 
 
 def test_small_steps_do_not_add_up(host: Host) -> None:
-    """Each is measured from the one before: the guest's own daemon has followed."""
+    """Each step is measured from the step before, because the guest's time daemon has corrected that."""
     for _ in range(10):
         host.pass_s(1.0, 0)
     assert host.jumps == 0
 
 
 def test_a_timer_that_expires_is_armed_again(host: Host) -> None:
-    """It is set for a day that never comes; should it come, nothing has jumped."""
+    """The timer is set far in the future.  If it expires, that is no jump."""
     host.error = None
     host.pass_s(0, 0)
     assert (host.jumps, host.armed) == (0, 2)
 
 
-def test_a_wake_up_for_nothing_is_none(host: Host) -> None:
-    """Somebody else has read it."""
+def test_a_spurious_wake_up_is_ignored(host: Host) -> None:
+    """The read of the timer gives EAGAIN."""
     host.error = errno.EAGAIN
     host.pass_s(3600, 0)
     assert (host.jumps, host.armed) == (0, 1)
 
 
-def test_a_host_without_such_timers_is_named(monkeypatch: pytest.MonkeyPatch, loop: Loop) -> None:
-    """A sentence in the log, and a VM that runs."""
+def test_a_host_without_cancellable_timers_gets_a_warning(monkeypatch: pytest.MonkeyPatch, loop: Loop) -> None:
+    """The log has one warning, and the VM runs."""
     written: list[str] = []
     monkeypatch.setattr(log, "write", lambda _severity, text: written.append(text))
 
@@ -143,7 +143,7 @@ def test_a_host_without_such_timers_is_named(monkeypatch: pytest.MonkeyPatch, lo
 
 
 def test_the_kernel_takes_the_timer(loop: Loop) -> None:
-    """The real one: it is made, armed, and does not fire."""
+    """The kernel's real timer can be created and armed, and does not fire."""
     ClockWatch(loop, loop.stop)
     began = time.monotonic()
     loop.call_later(0.01, loop.stop)

@@ -1,4 +1,4 @@
-"""The console between UART and pty: nothing blocks, nothing grows, nothing that a viewer reads is lost (hostile 45)."""
+"""The console between UART and pty never blocks, is bounded, and loses nothing that a viewer reads (hostile 45)."""
 
 import os
 import threading
@@ -15,7 +15,7 @@ DEADLINE_S = 20.0
 
 
 class Rig:
-    """A console on a pty of its own, and a UART that takes what it is told to."""
+    """A console on its own pty, and a UART that takes up to `room` bytes."""
 
     def __init__(self) -> None:
         self.loop = Loop()
@@ -27,13 +27,13 @@ class Rig:
         self.console.connect(self.receive)
 
     def attach(self) -> Console:
-        """Return the console of a VM process that begins."""
+        """Return the console of a VM process that starts."""
         fds = self.pty.fds()
         writer = BacklogWriter(os.dup(self.backlog.fd))
         return Console(fds["tty"][0], fds["tty_slave"][0], writer, self.loop)
 
     def receive(self, data: bytes) -> int:
-        """Be the UART."""
+        """Take bytes like a UART."""
         accepted = min(len(data), self.room)
         self.received += data[:accepted]
         self.room -= accepted
@@ -60,14 +60,14 @@ class Rig:
 
 @pytest.fixture
 def rig() -> Iterator[Rig]:
-    """Give a console."""
+    """Yield a console."""
     rig = Rig()
     yield rig
     rig.close()
 
 
 def test_output_reaches_a_viewer_in_order(rig: Rig) -> None:
-    """Bytes that follow one another are written together, none is lost or moved."""
+    """Consecutive bytes are written together.  No byte is lost or out of order."""
     text = bytes(range(256)) * 8
     seen = bytearray()
 
@@ -97,7 +97,7 @@ def test_output_reaches_a_viewer_in_order(rig: Rig) -> None:
 
 
 def test_a_flood_without_a_viewer_is_bounded(rig: Rig) -> None:
-    """Case 45: megabytes that nobody reads leave the newest 64 KiB and no more memory than that."""
+    """Case 45: of megabytes that nobody reads, only the newest 64 KiB are kept."""
     line = bytes(range(64))
     for number in range(40_000):
         rig.console.send(b"%05d" % number + line)
@@ -112,7 +112,7 @@ def test_a_flood_without_a_viewer_is_bounded(rig: Rig) -> None:
 
 
 def test_input_waits_for_the_guest(rig: Rig) -> None:
-    """What the UART has no room for stays, in order, until it has."""
+    """Input for which the UART has no room waits, in order, until it has room."""
     rig.room = 3
     os.write(rig.pty.slave, b"abcdefgh")
     rig.run()
@@ -125,16 +125,16 @@ def test_input_waits_for_the_guest(rig: Rig) -> None:
 
 
 def test_pty_is_raw(rig: Rig) -> None:
-    """Neither echo nor line editing nor newline translation comes between."""
+    """The pty has no echo, no line editing and no newline translation."""
     os.write(rig.pty.slave, b"a\r\n\x03\x04\x7f")
     rig.run()
     assert rig.received == b"a\r\n\x03\x04\x7f"
     assert rig.pty.unread_bytes() == 0  # no echo
 
 
-def test_what_had_no_room_is_passed_on_in_the_next_life(rig: Rig) -> None:
-    """The guest resets itself with output that its viewer has not read; nothing of it is lost or repeated."""
-    text = b"".join(b"line %05d\r\n" % number for number in range(4000))  # more than a pty takes
+def test_output_without_room_is_written_in_the_next_life(rig: Rig) -> None:
+    """The guest resets itself before its viewer has read all output.  No output is lost or repeated."""
+    text = b"".join(b"line %05d\r\n" % number for number in range(4000))  # more than the buffer of a pty
     rig.console.send(text)
     rig.loop.close()
     rig.loop = Loop()
@@ -157,7 +157,7 @@ def test_what_had_no_room_is_passed_on_in_the_next_life(rig: Rig) -> None:
 
 
 def test_moving_to_another_pty(rig: Rig) -> None:
-    """The old one hangs up, whoever has it open; the new one has what comes from now on, and input."""
+    """The old pty hangs up, also for viewers that have it open.  The new pty gets later output, and gives input."""
     old = os.open(rig.pty.path, os.O_RDWR | os.O_NOCTTY)
     rig.console.send(b"before")
     rig.pty.close()

@@ -1,4 +1,4 @@
-"""Each vCPU finds its own place in one consistent topology."""
+"""CPUID gives each vCPU its own place in one consistent topology."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from vmd.vm.cpuid import BRAND, for_vcpu
 
 
 def leaf(function: int, eax: int = 0, ebx: int = 0, ecx: int = 0, edx: int = 0) -> kvm_cpuid_entry2:
-    """Return one leaf of a host."""
+    """Return one leaf of the host's CPUID."""
     return kvm_cpuid_entry2(function, 0, 0, eax, ebx, ecx, edx)
 
 
@@ -30,13 +30,13 @@ def table(apic_id: int, vcpus: int, tsc_deadline: bool = True) -> dict[tuple[int
     """Return the table of one vCPU by (function, index)."""
     entries = for_vcpu(HOST, apic_id, vcpus, tsc_deadline=tsc_deadline)
     found = {(entry.function, entry.index): entry for entry in entries}
-    assert len(found) == len(entries), "a leaf stands twice"
+    assert len(found) == len(entries), "a leaf is twice in the table"
     return found
 
 
 @pytest.mark.parametrize("vcpus", range(1, 17))
 def test_topology_agrees_everywhere(vcpus: int) -> None:
-    """APIC id and counts are the same in leaves 1, 4, 0Bh, 1Fh, 80000008h and 8000001Eh."""
+    """APIC id and numbers of processors agree in leaves 1, 4, 0Bh, 1Fh, 80000008h and 8000001Eh."""
     for apic_id in range(vcpus):
         found = table(apic_id, vcpus)
         assert found[1, 0].ebx >> 24 == apic_id
@@ -54,20 +54,20 @@ def test_topology_agrees_everywhere(vcpus: int) -> None:
 
 
 def test_hypervisor_is_announced() -> None:
-    """The guest is told that it has a hypervisor, x2APIC and, where KVM has it, the deadline timer."""
+    """CPUID announces a hypervisor, x2APIC and, if KVM has it, the deadline timer."""
     assert table(0, 1)[1, 0].ecx == 1 << 31 | 1 << 24 | 1 << 21
     assert table(0, 1, tsc_deadline=False)[1, 0].ecx == 1 << 31 | 1 << 21
     assert table(0, 1)[0x40000000, 0].ebx == 0x4B4D564B
 
 
-def test_the_table_of_the_host_is_left_alone() -> None:
-    """Tables of several vCPUs are made from one list."""
+def test_the_table_of_the_host_does_not_change() -> None:
+    """The tables of several vCPUs are made from the same list."""
     table(3, 4)
     assert HOST[1].ebx == 0x07100800
 
 
 def test_an_empty_brand_string_is_filled_in() -> None:
-    """KVM leaves the brand string empty on some hosts."""
+    """On some hosts KVM's brand string is empty, so we fill it in."""
     found = table(0, 1)
     text = b"".join(
         getattr(found[function, 0], register).to_bytes(4, "little")

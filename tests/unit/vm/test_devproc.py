@@ -1,4 +1,4 @@
-"""A device process that lies, as its VM takes it (hostile-input 57); the other ends of its channels are the test's."""
+"""A VM process checks all messages of a device process (hostile-input 57).  The tests send them in its place."""
 
 import errno
 import os
@@ -29,31 +29,31 @@ TITLE = "vm/test/vioblk0"
 
 
 class Child:
-    """A process that has ended with a status, or has not."""
+    """A process that has ended with a status, or still runs."""
 
     def __init__(self) -> None:
         self.status: int | None = None
         self.killed = False
 
     def reap(self, _timeout_s: float = 0) -> int | None:
-        """Return how it ended."""
+        """Return the exit status; None if it still runs."""
         return self.status
 
     def kill(self) -> None:
-        """End it."""
+        """End the process as SIGKILL does."""
         self.killed = True
         self.status = -9
 
 
 class Impostor:
-    """The device's side: two channels, and nothing behind them."""
+    """The device's side: two channels without a process."""
 
     def __init__(self) -> None:
         self.child = Child()
         self.channels: dict[int, socket.socket] = {}
 
     def spawn(self, _title: str, *, channel: socket.socket, fds: Mapping[int, int], entry: str) -> Child:
-        """Take what a process would be given."""
+        """Keep the channels that a process would get."""
         assert entry == "vmd.devices.vioblk.main:main"
         for number, fd in ((devmsg.FD_SYNC, channel.fileno()), (devmsg.FD_ASYNC, fds[devmsg.FD_ASYNC])):
             self.channels[number] = socket.socket(fileno=os.dup(fd))
@@ -61,21 +61,21 @@ class Impostor:
 
     @property
     def sync(self) -> socket.socket:
-        """Where it is asked."""
+        """Return the sync channel, on which the VM asks."""
         return self.channels[devmsg.FD_SYNC]
 
     @property
     def informs(self) -> socket.socket:
-        """Where it informs."""
+        """Return the async channel, on which the device informs the VM."""
         return self.channels[devmsg.FD_ASYNC]
 
     def be_ready(self, first: bytes = READY, second: bytes = READY) -> None:
-        """Say so on both channels."""
+        """Send READY on both channels."""
         self.sync.send(first)
         self.informs.send(second)
 
     def end(self, status: int) -> None:
-        """Be gone."""
+        """End with a status, and close both channels."""
         self.child.status = status
         for channel in self.channels.values():
             channel.close()
@@ -83,7 +83,7 @@ class Impostor:
 
 @pytest.fixture
 def impostor(monkeypatch: pytest.MonkeyPatch) -> Iterator[Impostor]:
-    """What is spawned instead of a device process."""
+    """Yield the impostor that is started instead of a device process."""
     made = Impostor()
     monkeypatch.setattr(devproc, "spawn", made.spawn)
     monkeypatch.setattr(devproc, "START_TIMEOUT_S", 0.05)
@@ -95,7 +95,7 @@ def impostor(monkeypatch: pytest.MonkeyPatch) -> Iterator[Impostor]:
 
 @pytest.fixture
 def process(impostor: Impostor) -> Iterator[DeviceProcess]:
-    """The VM's side, told what it is."""
+    """Yield the VM's side.  It has sent START."""
     made = DeviceProcess(DISK)
     with GuestMemory.create([RegionSpec(gpa=0, size=4096, name="ram")]) as memory:
         slot = Slot(kind=DISK, index=0, number=1, fds=(memory.fd,), notes=(devmsg.RESOURCE_QCOW2,), names=("/a",))
@@ -109,14 +109,14 @@ def process(impostor: Impostor) -> Iterator[DeviceProcess]:
 
 @pytest.fixture
 def running(impostor: Impostor, process: DeviceProcess) -> DeviceProcess:
-    """The VM's side of a device that was ready."""
+    """Return the VM's side of a device that has sent READY."""
     impostor.be_ready()
     process.wait_ready()
     return process
 
 
 class Ears:
-    """An event loop that runs until the process has had enough of the device, or has heard all it said."""
+    """An event loop that runs until the VM has given up the device, or has read all its messages."""
 
     def __init__(self, process: DeviceProcess) -> None:
         self.loop = Loop()
@@ -138,12 +138,12 @@ class Ears:
         )
 
     def fail(self, text: str) -> None:
-        """Take it for failed."""
+        """Record that the device has failed."""
         self.failures.append(text)
         self.loop.stop()
 
     def listen(self) -> None:
-        """Hear what there is."""
+        """Read all messages of the device."""
         while not self.failures and readable(self.channel):
             self.loop.call_from_thread(self.loop.stop)
             self.loop.run()
@@ -151,17 +151,17 @@ class Ears:
 
 @pytest.fixture
 def ears(running: DeviceProcess) -> Iterator[Ears]:
-    """Whoever listens to the running device."""
+    """Yield a listener to the running device."""
     made = Ears(running)
     yield made
     made.loop.close()
 
 
-# --- at the start -------------------------------------------------------------------------------------------------
+# --- start --------------------------------------------------------------------------------------------------------
 
 
-def test_start_says_what_the_device_is(impostor: Impostor, process: DeviceProcess) -> None:
-    """One packet, with memory, figures and resources attached in their order."""
+def test_start_describes_the_device(impostor: Impostor, process: DeviceProcess) -> None:
+    """START is one packet with the memory, the features and the resources in order."""
     packet, fds, _, _ = socket.recv_fds(impostor.sync, devmsg.PACKET_MAX, 8)
     head = devmsg.START_HEAD.unpack_from(packet)
     at = devmsg.START_HEAD.size + devmsg.REGION.size
@@ -175,8 +175,8 @@ def test_start_says_what_the_device_is(impostor: Impostor, process: DeviceProces
         os.close(fd)
 
 
-def test_a_process_that_cannot_be_told_what_it_is_ends_at_once(impostor: Impostor) -> None:
-    """It listens for START only, and would never hear on the other channel that its VM is over."""
+def test_a_process_that_cannot_get_start_ends_at_once(impostor: Impostor) -> None:
+    """Until START it listens on the sync channel only, so it could not read the request to end on the async channel."""
     made = DeviceProcess(DISK)
     with GuestMemory.create([RegionSpec(gpa=0, size=PAGE, name="ram")]) as memory:
         slot = Slot(kind=DISK, index=0, number=1, fds=(1 << 20,), notes=(0,), names=("/a",))
@@ -191,7 +191,7 @@ def test_a_process_that_cannot_be_told_what_it_is_ends_at_once(impostor: Imposto
 
 
 def test_start_has_room_for_a_serial_number() -> None:
-    """With zeroes behind it; without one nothing is in its place."""
+    """A serial number is padded with zeroes.  Without one, START has no field for it."""
     with GuestMemory.create([RegionSpec(gpa=0, size=PAGE, name="ram")]) as memory:
         plain, given = (
             start_packet("t", Slot(kind=DISK, index=0, number=2, flags=1, serial=serial), memory, 0)
@@ -204,7 +204,7 @@ def test_start_has_room_for_a_serial_number() -> None:
 
 
 def test_ready_device(running: DeviceProcess) -> None:
-    """Features and configuration are what it says."""
+    """Features and configuration are those of READY."""
     assert (running.features, running.config) == (0x1234, CONFIG)
 
 
@@ -222,10 +222,10 @@ NO_READY = {
 
 @pytest.mark.parametrize("channel", [0, 1])
 @pytest.mark.parametrize("packet", NO_READY.values(), ids=NO_READY)
-def test_device_that_is_ready_in_a_way_of_its_own_57(
+def test_device_that_sends_a_bad_ready_57(
     impostor: Impostor, process: DeviceProcess, packet: bytes, channel: int
 ) -> None:
-    """Hostile input 57: on either channel; the VM does not start."""
+    """Hostile input 57: after a bad READY on either channel the VM does not start."""
     impostor.be_ready(*((packet, READY), (READY, packet))[channel])
 
     with pytest.raises(PeerError, match=TITLE):
@@ -233,7 +233,7 @@ def test_device_that_is_ready_in_a_way_of_its_own_57(
 
 
 def test_device_that_is_never_ready_57(process: DeviceProcess) -> None:
-    """Hostile input 57."""
+    """Hostile input 57: the wait for READY has a limit."""
     with pytest.raises(PeerError, match="not ready after"):
         process.wait_ready()
 
@@ -242,7 +242,7 @@ def test_device_that_is_never_ready_57(process: DeviceProcess) -> None:
 def test_device_that_ends_instead_of_being_ready_57(
     impostor: Impostor, process: DeviceProcess, status: int, how: str
 ) -> None:
-    """Hostile input 57: the sentence says how."""
+    """Hostile input 57: the error tells how the device ended."""
     impostor.end(status)
 
     with pytest.raises(PeerError, match=f"{TITLE}: {how} while it was starting"):
@@ -250,7 +250,7 @@ def test_device_that_ends_instead_of_being_ready_57(
 
 
 def test_device_that_cannot_start_says_why(impostor: Impostor, process: DeviceProcess) -> None:
-    """Its own sentence and errno, once."""
+    """The error has the sentence and the errno of the device, and the sentence only once."""
     impostor.sync.send(devmsg.ERROR_HEAD.pack(devmsg.ERROR, 12) + b"map guest memory: Cannot allocate memory")
 
     with pytest.raises(OperatorError, match=f"^{TITLE}: map guest memory: Cannot allocate memory$") as failed:
@@ -259,8 +259,8 @@ def test_device_that_cannot_start_says_why(impostor: Impostor, process: DevicePr
 
 
 @pytest.mark.parametrize("size", [0, PAGE - 1, PAGE + 1])
-def test_what_a_device_shares_with_its_vm_keeps_its_size(process: DeviceProcess, size: int) -> None:
-    """Else the VM process would be ended by SIGBUS for looking at the page of interrupts."""
+def test_the_page_that_a_device_shares_with_its_vm_keeps_its_size(process: DeviceProcess, size: int) -> None:
+    """If the device could shrink it, SIGBUS would end the VM process when it reads the page of interrupts."""
     with pytest.raises(PermissionError):
         os.ftruncate(process.page, size)
     assert not process.interrupts.pending(0)
@@ -288,10 +288,10 @@ BAD_ANSWERS = {
 
 @pytest.mark.parametrize("question", QUESTIONS.values(), ids=QUESTIONS)
 @pytest.mark.parametrize("answer", BAD_ANSWERS.values(), ids=BAD_ANSWERS)
-def test_answer_that_is_none_57(
+def test_bad_answer_57(
     impostor: Impostor, running: DeviceProcess, question: Callable[[DeviceProcess], object], answer: bytes
 ) -> None:
-    """Hostile input 57: PeerError, whatever comes back."""
+    """Hostile input 57: every bad answer raises PeerError."""
     impostor.sync.send(answer)
 
     with pytest.raises(PeerError, match=TITLE):
@@ -300,15 +300,15 @@ def test_answer_that_is_none_57(
 
 @pytest.mark.parametrize("question", QUESTIONS.values(), ids=QUESTIONS)
 def test_no_answer_57(running: DeviceProcess, question: Callable[[DeviceProcess], object]) -> None:
-    """Hostile input 57: a device that never answers is found out."""
+    """Hostile input 57: the wait for an answer has a limit."""
     with pytest.raises(PeerError, match="no answer"):
         question(running)
 
 
-def test_only_an_interface_that_the_kernel_may_serve_is_told_of_its_interrupts(
+def test_only_an_interface_that_the_kernel_may_serve_gets_direct(
     impostor: Impostor, running: DeviceProcess
 ) -> None:
-    """And only what is new to it."""
+    """It gets DIRECT only when the value changes."""
     impostor.sync.recv(devmsg.PACKET_MAX)  # START
     running.tell_direct(True)
     running.may_be_direct = True
@@ -324,10 +324,10 @@ def test_only_an_interface_that_the_kernel_may_serve_is_told_of_its_interrupts(
 
 
 def test_an_answer_that_comes_late_is_not_taken_for_another(impostor: Impostor, running: DeviceProcess) -> None:
-    """Storage did not answer for a while: who has given up asking does not keep others from asking."""
+    """Storage did not answer for a while.  After a question that timed out, later questions get their own answers."""
     for question in (devmsg.MARK, devmsg.UNMARK):
         with pytest.raises(PeerError, match="no answer in 10 s"):
-            running.command(question)  # of the second one the device has not even heard
+            running.command(question)  # the second question is not even sent
     assert impostor.sync.recv(devmsg.PACKET_MAX)[:4] == devmsg.TYPE.pack(devmsg.START)
     assert impostor.sync.recv(devmsg.PACKET_MAX) == devmsg.TYPE.pack(devmsg.MARK)
     impostor.sync.send(devmsg.STATUS.pack(devmsg.MARK, 0))
@@ -341,15 +341,15 @@ def test_an_answer_that_comes_late_is_not_taken_for_another(impostor: Impostor, 
 def test_device_that_ends_instead_of_answering_57(
     impostor: Impostor, running: DeviceProcess, question: Callable[[DeviceProcess], object]
 ) -> None:
-    """Hostile input 57."""
+    """Hostile input 57: a device that ends raises PeerError at once."""
     impostor.end(1)
 
     with pytest.raises(PeerError, match=TITLE):
         question(running)
 
 
-def test_why_a_device_cannot_go_on_is_its_last_answer(impostor: Impostor, running: DeviceProcess) -> None:
-    """The sentence, not that it has ended."""
+def test_the_last_answer_of_a_device_tells_why_it_ends(impostor: Impostor, running: DeviceProcess) -> None:
+    """The error has the device's sentence, and not that the device has ended."""
     impostor.sync.send(devmsg.ERROR_HEAD.pack(devmsg.ERROR, 5) + b"/a: requests did not end in 9 s")
 
     with pytest.raises(PeerError, match=f"^{TITLE}: /a: requests did not end in 9 s$"):
@@ -359,8 +359,8 @@ def test_why_a_device_cannot_go_on_is_its_last_answer(impostor: Impostor, runnin
 # --- informing ---------------------------------------------------------------------------------------------------
 
 
-def test_what_a_device_may_say(impostor: Impostor, ears: Ears) -> None:
-    """A broken ring, with the life of the device that it is about; a new configuration."""
+def test_messages_that_a_device_may_send(impostor: Impostor, ears: Ears) -> None:
+    """A device may report a broken ring, with the life of the device that it concerns, and a new configuration."""
     impostor.informs.send(devmsg.NEEDS_RESET_HEAD.pack(devmsg.NEEDS_RESET, 3) + b"descriptor 9")
     impostor.informs.send(devmsg.READY_HEAD.pack(devmsg.CONFIG_CHANGED, 0, 60) + b"\1" * 60)
     ears.listen()
@@ -369,8 +369,8 @@ def test_what_a_device_may_say(impostor: Impostor, ears: Ears) -> None:
     assert ears.events == [("fault", "descriptor 9")]
 
 
-def test_a_network_interface_tells_of_a_lease(impostor: Impostor, running: DeviceProcess, ears: Ears) -> None:
-    """Others have none to give."""
+def test_a_network_interface_reports_a_lease(impostor: Impostor, running: DeviceProcess, ears: Ears) -> None:
+    """An interface may send LEASE."""
     running.kind = INTERFACE
     impostor.informs.send(devmsg.TYPE.pack(devmsg.LEASE))
     ears.listen()
@@ -379,7 +379,7 @@ def test_a_network_interface_tells_of_a_lease(impostor: Impostor, running: Devic
 
 
 def test_a_disk_has_lost_its_lock(impostor: Impostor, running: DeviceProcess, ears: Ears) -> None:
-    """Said in a sentence of a bounded length, and remembered until the lock could be taken again."""
+    """The report has a bounded length, and is kept until the lock is taken again."""
     for _ in range(2):
         impostor.informs.send(devmsg.TYPE.pack(devmsg.LOCK_LOST) + b"gone\xff" + b"x" * 500)
     ears.listen()
@@ -394,7 +394,7 @@ def test_a_disk_has_lost_its_lock(impostor: Impostor, running: DeviceProcess, ea
 
 
 def test_an_interface_has_no_lock(impostor: Impostor, running: DeviceProcess, ears: Ears) -> None:
-    """It is not believed."""
+    """An interface that reports a lost lock has failed."""
     running.kind = INTERFACE
     impostor.informs.send(devmsg.TYPE.pack(devmsg.LOCK_LOST))
     ears.listen()
@@ -402,7 +402,7 @@ def test_an_interface_has_no_lock(impostor: Impostor, running: DeviceProcess, ea
 
 
 def test_a_network_interface_asks_for_name_servers(impostor: Impostor, running: DeviceProcess, ears: Ears) -> None:
-    """Its VM is told, and tells it what there is, with zeroes for what there is not; or that nothing is new."""
+    """The VM sends the servers, with zeroes for absent ones, or the message that they are the same as before."""
     running.kind = INTERFACE
     impostor.informs.send(devmsg.TYPE.pack(devmsg.ASK_RESOLVERS))
     ears.listen()
@@ -415,7 +415,7 @@ def test_a_network_interface_asks_for_name_servers(impostor: Impostor, running: 
 
 
 def test_a_change_is_answered_once(impostor: Impostor, running: DeviceProcess, ears: Ears, tmp_path: Path) -> None:
-    """One at a time; a disc's descriptor goes along, and stays the caller's."""
+    """One change at a time is allowed.  The disc's descriptor is sent too, and the caller still owns its copy."""
     answers: list[tuple[int, str]] = []
 
     def note(number: int, text: str) -> None:
@@ -448,14 +448,14 @@ def test_a_change_is_answered_once(impostor: Impostor, running: DeviceProcess, e
 
 
 def troubles(*texts: bytes) -> bytes:
-    """Return TROUBLES."""
+    """Return the message TROUBLES with these texts."""
     return devmsg.TYPE.pack(devmsg.TROUBLES) + b"\0".join(texts)
 
 
-def test_what_is_wrong_with_a_device_is_kept_while_it_is(
+def test_a_trouble_of_a_device_is_kept_until_it_ends(
     impostor: Impostor, running: DeviceProcess, ears: Ears, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each with the time at which it was first said; what is said no more is gone."""
+    """Each trouble has the time of its first report.  A trouble that is no longer reported is removed."""
     for now_s, said in (
         (100.5, troubles(b"old")), (200.5, troubles(b"flush fails", b"old")), (300.5, troubles(b"flush fails"))
     ):  # fmt: skip
@@ -474,10 +474,10 @@ def test_what_is_wrong_with_a_device_is_kept_while_it_is(
 @pytest.mark.parametrize(
     "said", [troubles(*[b"%d" % number for number in range(1000)]), troubles(b"x" * 4000), troubles(b"\xff" * 4000)]
 )
-def test_a_device_that_has_too_much_to_complain_of_57(
+def test_a_device_that_reports_too_many_troubles_57(
     impostor: Impostor, running: DeviceProcess, ears: Ears, said: bytes
 ) -> None:
-    """Hostile input 57: a few short sentences are kept, whatever it says and however often."""
+    """Hostile input 57: only a few short sentences are kept, even if the device sends many and long ones."""
     for _ in range(20):
         impostor.informs.send(said)
         ears.listen()
@@ -487,7 +487,7 @@ def test_a_device_that_has_too_much_to_complain_of_57(
     assert ears.failures == []
 
 
-BAD_NEWS = {
+BAD_MESSAGES = {
     "no-type": b"\4\0",
     "unknown": devmsg.TYPE.pack(0xFFFFFFFF),
     "question": devmsg.TYPE.pack(devmsg.RESET),
@@ -502,9 +502,9 @@ BAD_NEWS = {
 }
 
 
-@pytest.mark.parametrize("packet", BAD_NEWS.values(), ids=BAD_NEWS)
-def test_news_that_is_none_57(impostor: Impostor, ears: Ears, packet: bytes) -> None:
-    """Hostile input 57: the VM ends, with one sentence of a bounded length; nothing is heard after it."""
+@pytest.mark.parametrize("packet", BAD_MESSAGES.values(), ids=BAD_MESSAGES)
+def test_bad_message_57(impostor: Impostor, ears: Ears, packet: bytes) -> None:
+    """Hostile input 57: the VM ends with one sentence of a bounded length.  Later messages are not read."""
     impostor.informs.send(packet)
     impostor.informs.send(packet)
     ears.listen()
@@ -518,7 +518,7 @@ def test_news_that_is_none_57(impostor: Impostor, ears: Ears, packet: bytes) -> 
 
 @pytest.mark.parametrize(("status", "how"), [(0, "ended with status 0"), (-31, "was killed by SIGSYS")])
 def test_device_that_ends_57(impostor: Impostor, ears: Ears, status: int, how: str) -> None:
-    """Hostile input 57: the VM cannot go on without it."""
+    """Hostile input 57: the VM cannot go on without the device, so it fails."""
     impostor.end(status)
     ears.listen()
 
@@ -526,7 +526,7 @@ def test_device_that_ends_57(impostor: Impostor, ears: Ears, status: int, how: s
 
 
 def test_device_that_never_stops_talking_57(impostor: Impostor, ears: Ears) -> None:
-    """Hostile input 57: one message at a time, so that the rest of the VM has its turn in between."""
+    """Hostile input 57: the loop reads one message at a time, so that it can handle other events in between."""
     impostor.informs.setblocking(False)
     packet = devmsg.NEEDS_RESET_HEAD.pack(devmsg.NEEDS_RESET, 0) + b"x" * 4000
     turns = 0
@@ -549,7 +549,7 @@ def test_device_that_never_stops_talking_57(impostor: Impostor, ears: Ears) -> N
 
 
 def test_descriptors_from_a_device_are_dropped_57(impostor: Impostor, running: DeviceProcess, ears: Ears) -> None:
-    """Hostile input 57: nobody asked for any, so none arrives."""
+    """Hostile input 57: the VM process accepts no descriptors from a device, so it has none more."""
     before = open_descriptors()
     for _ in range(20):
         socket.send_fds(impostor.sync, [DONE], [0, 1, 2])
@@ -563,7 +563,7 @@ def test_descriptors_from_a_device_are_dropped_57(impostor: Impostor, running: D
 
 
 def test_device_that_does_not_listen_57(impostor: Impostor, running: DeviceProcess) -> None:
-    """Hostile input 57: informing it never blocks; one that does not end is the kernel's, for a VM kills nobody."""
+    """Hostile input 57: sending never blocks.  The VM kills no process; the kernel ends a device that does not end."""
     for _ in range(5000):
         running.set_verbosity(1)
     running.shut_down()

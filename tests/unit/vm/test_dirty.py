@@ -1,4 +1,4 @@
-"""What has changed in the memory of a machine that runs: KVM's log, the marks, and that no store is missed."""
+"""The pages of a running machine that have changed, from KVM's log and from marks.  No store is missed."""
 
 import os
 import random
@@ -32,38 +32,38 @@ LOOKS = 15
 
 
 class Kvm:
-    """Logs of two slots."""
+    """A KVM with dirty logs of two memory slots."""
 
     def __init__(self) -> None:
         self.logs = {0: 0, 1: 0}
         self.flags: dict[int, int] = {}
 
     def set_memory_region(self, slot: int, _gpa: int, _size: int, _hva: int, flags: int) -> None:
-        """Note the flags."""
+        """Record the flags."""
         self.flags[slot] = flags
 
     def get_dirty_log(self, slot: int, size: int) -> bytes:
-        """Return and clear a log, in whole words."""
+        """Return a log in whole words, and clear it."""
         log, self.logs[slot] = self.logs[slot], 0
         return log.to_bytes(-(-size // PAGE // 64) * 8, "little")
 
 
 class Device:
-    """A device's process."""
+    """A device process that records its commands.  The one named "gone" ends before UNMARK."""
 
     def __init__(self, name: str, said: list[tuple[str, int]]) -> None:
         self.name = name
         self.said = said
 
     def command(self, kind: int) -> None:
-        """Note what it is told."""
+        """Record a command."""
         self.said.append((self.name, kind))
         if (self.name, kind) == ("gone", devmsg.UNMARK):
             raise PeerError("gone", "was killed")
 
 
 class Made(NamedTuple):
-    """A log, and what it looks at."""
+    """A dirty log, its memory and KVM, and the commands that the devices got."""
 
     log: DirtyLog
     memory: GuestMemory
@@ -73,7 +73,7 @@ class Made(NamedTuple):
 
 @pytest.fixture
 def made() -> Iterator[Made]:
-    """Give a machine's memory and its log."""
+    """Yield the memory of a machine and its dirty log."""
     with GuestMemory.create(REGIONS) as memory:
         kvm, said = Kvm(), list[tuple[str, int]]()
         devices = [SimpleNamespace(server=Device(name, said)) for name in ("gone", "disk")]
@@ -88,14 +88,14 @@ def numbers(pages: bytes) -> list[int]:
     return [number for number, page in enumerate(pages) if page]
 
 
-def test_everybody_is_told(made: Made) -> None:
-    """KVM for what can be written, the devices, this process; a device that is gone does not matter at the end."""
+def test_kvm_the_devices_and_this_process_log_changes(made: Made) -> None:
+    """KVM logs the writable regions, the devices mark their pages, and so do we.  A device may be gone at the end."""
     made.memory.marks[3] = 1
     made.kvm.logs[0] = 1
     made.log.begin()
     assert made.kvm.flags == {0: abi.KVM_MEM_LOG_DIRTY_PAGES, 1: abi.KVM_MEM_LOG_DIRTY_PAGES}
     marking = [made.memory.marking]
-    assert numbers(made.log.take()) == []  # what was before is known
+    assert numbers(made.log.take()) == []  # earlier changes do not count
 
     made.log.end()
     assert made.kvm.flags == {0: 0, 1: 0}
@@ -104,27 +104,27 @@ def test_everybody_is_told(made: Made) -> None:
     assert KVM_MEM_READONLY not in made.kvm.flags.values()
 
 
-def test_both_halves_are_seen_once(made: Made) -> None:
-    """KVM's bits by slot, marks by their place in the file; whatever a mark is, it is one."""
+def test_logged_and_marked_pages_are_found_once(made: Made) -> None:
+    """KVM's bits are found by slot, and marks by their place in the file.  Every mark that is not 0 counts."""
     made.log.begin()
     made.kvm.logs = {0: 1 << 0 | 1 << 19, 1: 1 << 8}
-    made.memory.write(HIGH - 0 + PAGE, b"x")  # by this process
+    made.memory.write(HIGH - 0 + PAGE, b"x")  # a write of this process
     made.memory.mark(19 * PAGE - 1, 2)
     made.memory.marks[7] = 255
     assert numbers(made.log.take()) == [0, 7, 18, 19, 21, 28]
     assert numbers(made.log.take()) == []
 
 
-def test_what_there_is(made: Made) -> None:
-    """Of every region; a page that is only read is none."""
+def test_touched_pages(made: Made) -> None:
+    """Touched pages of every region are found, also of a read-only one."""
     for gpa in (2 * PAGE, 3 * PAGE, HIGH + 8 * PAGE, HIGH - PAGE):
         made.memory.load(gpa, b"x")
     assert numbers(made.log.touched()) == [2, 3, 28, 29]
 
 
 @given(st.binary(max_size=70), st.binary(max_size=70))
-def test_sets(one: bytes, other: bytes) -> None:
-    """As runs, and together."""
+def test_union_and_runs_of_sets(one: bytes, other: bytes) -> None:
+    """`either` returns the union of two sets, and `runs` the runs of one."""
     first = bytes(byte & 1 for byte in one.ljust(70, b"\0"))
     second = bytes(byte & 1 for byte in other.ljust(70, b"\0"))
     assert either(first, second) == bytes(a | b for a, b in zip(first, second, strict=True))
@@ -141,7 +141,7 @@ def test_sets(one: bytes, other: bytes) -> None:
 
 
 def in_child(work: Callable[[], None]) -> int:
-    """Run something in a process of its own; returns its pidfd."""
+    """Run `work` in a new process.  Return its pidfd."""
     pid = os.fork()
     if not pid:
         status = 1
@@ -162,12 +162,12 @@ def write_once(memory: GuestMemory, pages: list[int], value: int) -> None:
 
 
 def test_no_store_is_missed() -> None:
-    """Processes store into each page once, while what has changed is copied: in the end the copy is the same."""
+    """Processes store into each page once, while changed pages are copied.  At the end the copy equals the memory."""
     with GuestMemory.create((RegionSpec(gpa=0, size=MANY * PAGE, name="ram"),)) as memory:
         machine: Any = SimpleNamespace(memory=memory, kvm=Kvm(), virtio=())
         log = DirtyLog(machine)
         copy = memoryview(bytearray(MANY * PAGE))
-        looks = value = 0  # looks that have found something while there were writers
+        looks = value = 0  # looks: how many found changes while the writers ran
 
         def look() -> bool:
             found = log.take()

@@ -1,4 +1,4 @@
-"""The entropy device against a driver that does not care (hostile-input 9, 18, 44)."""
+"""The entropy device with good and hostile drivers (hostile-input 9, 18, 44)."""
 
 import os
 import struct
@@ -53,7 +53,7 @@ NEEDS_RESET = 0x40
 
 
 class Driver:
-    """A driver and its half of the ring; the device is on a bus whose KVM only notes, and has an event thread: ours."""
+    """A driver with its half of the ring.  KVM is a fake that records calls.  The test's thread is the event thread."""
 
     def __init__(self) -> None:
         self.memory = GuestMemory.create(LAYOUT)
@@ -76,14 +76,14 @@ class Driver:
         self.renew()
 
     def on_interrupt(self) -> None:
-        """Take note, and look whether that is enough."""
+        """Count an interrupt, and return to `run`."""
         self.interrupts += 1
         self.function.on_interrupt()
         self.kvm.deliver()
         self.loop.stop()
 
     def on_event(self, what: str, text: str) -> None:
-        """Take note."""
+        """Record an event, and return to `run`."""
         self.events.append((what, text))
         self.loop.stop()
 
@@ -94,19 +94,19 @@ class Driver:
         self.machine.come_up(self.ring, features)
 
     def run(self, enough: Callable[[], bool]) -> None:
-        """Be the event thread until something is so, which an interrupt or a fault has made so."""
+        """Run the event loop until `enough` returns True.  It is called after each interrupt or fault."""
         watchdog = self.loop.call_later(DEADLINE_S, lambda: pytest.fail("nothing happened"))
         while not enough():
             self.loop.run()
         watchdog.cancel()
 
     def run_once(self) -> None:
-        """Do what is to be done now, and no more."""
+        """Handle the present events only."""
         self.loop.call_later(0, lambda: self.loop.call_from_thread(self.loop.stop))
         self.loop.run()
 
     def collect(self, count: int) -> list[tuple[int, int]]:
-        """Notify, and return (head, length) of `count` used elements."""
+        """Notify the device, and return (head, length) of `count` used elements."""
         found: list[tuple[int, int]] = []
 
         def enough() -> bool:
@@ -118,14 +118,14 @@ class Driver:
         return found
 
     def works(self) -> bool:
-        """Reset, and see whether a good request is served."""
+        """Reset the device, and return whether it serves a good request."""
         self.renew()
         self.memory.load(DATA, bytes(64))
         self.ring.add([Desc(DATA, 64, WRITE)])
         return self.collect(1)[0][1] == 64 and any(self.memory.read(DATA, 64))
 
     def needs_reset(self) -> str:
-        """Notify, and return why the device wants a reset."""
+        """Notify the device, and return why it needs a reset."""
         self.events.clear()
         self.machine.notify(0)
         self.run(lambda: bool(self.events))
@@ -135,11 +135,11 @@ class Driver:
         return text
 
     def figures(self) -> dict[str, int]:
-        """Return what the device has counted."""
+        """Return the counters of the device."""
         return slots(self.figures_fd)["viornd", 0]
 
     def close(self) -> None:
-        """Let go of everything."""
+        """Release all resources."""
         assert self.machine.failures == []
         self.loop.close()
         for fd in (*self.device.kicks, *self.device.calls, self.figures_fd,
@@ -149,14 +149,14 @@ class Driver:
 
 @pytest.fixture
 def driver() -> Iterator[Driver]:
-    """Give a device that runs."""
+    """Yield a driver of a running device."""
     made = Driver()
     yield made
     made.close()
 
 
-def test_chain_is_filled_and_nothing_beside_it(driver: Driver) -> None:
-    """Every buffer to its last byte; two requests differ; both are counted."""
+def test_exactly_the_buffers_of_a_chain_are_filled(driver: Driver) -> None:
+    """Every buffer is filled to its last byte.  Two requests get different bytes, and both are counted."""
     driver.ring.add([Desc(DATA, 100, WRITE), Desc(DATA + 200, 0, WRITE), Desc(DATA + 300, 33, WRITE)])
     driver.ring.add([Desc(DATA + 4096, 100, WRITE)])
 
@@ -169,16 +169,16 @@ def test_chain_is_filled_and_nothing_beside_it(driver: Driver) -> None:
 
 
 @pytest.mark.parametrize("length", [REQUEST_MAX + 1, 8 * MIB])
-def test_huge_request_gets_what_one_request_may_44(driver: Driver, length: int) -> None:
-    """Hostile input 44: no length is fatal, nor served in full."""
+def test_huge_request_gets_the_bytes_of_one_request_44(driver: Driver, length: int) -> None:
+    """Hostile input 44: a huge length does no harm, and is not served in full."""
     driver.ring.add([Desc(DATA, length, WRITE)])
 
     assert driver.collect(1)[0][1] == REQUEST_MAX
     assert driver.works()
 
 
-def test_others_have_their_turn(driver: Driver) -> None:
-    """After some requests, or a lot of bytes, the event thread does what else there is."""
+def test_the_event_thread_does_its_other_work_in_between(driver: Driver) -> None:
+    """After some requests, or many bytes, the event thread handles its other events."""
     done: list[int] = []
     for length, at_once in ((8, TURN_REQUESTS), (REQUEST_MAX, 1)):
         driver.renew()
@@ -192,7 +192,7 @@ def test_others_have_their_turn(driver: Driver) -> None:
 
 
 def test_flood_is_slowed_down_44(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hostile input 44: whoever has had its share waits, and is not even heard; the rest comes by and by."""
+    """Hostile input 44: after its share a driver waits.  It is not heard meanwhile, and is served later."""
     monkeypatch.setattr(module, "REST_S", 0.2)
     driver.ring.describe(0, [Desc(DATA, REQUEST_MAX, WRITE)])
     for _ in range(SIZE):
@@ -206,7 +206,7 @@ def test_flood_is_slowed_down_44(driver: Driver, monkeypatch: pytest.MonkeyPatch
     assert driver.figures()["bytes"] == served
     assert readable(driver.device.kicks[0])
 
-    driver.device.command(devmsg.PAUSE)  # which does not wait for those that do
+    driver.device.command(devmsg.PAUSE)  # does not wait for the delayed requests
     driver.device.command(devmsg.RESUME)
     driver.run(lambda: driver.ring.device_idx == SIZE)
     assert driver.ring.reap() == [(0, REQUEST_MAX)] * SIZE
@@ -215,7 +215,7 @@ def test_flood_is_slowed_down_44(driver: Driver, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("length", [0, 1])
 def test_a_flood_of_pieces_is_slowed_down_44(driver: Driver, monkeypatch: pytest.MonkeyPatch, length: int) -> None:
-    """Hostile input 44: what takes time is what is paid for, not only bytes."""
+    """Hostile input 44: pieces of a request count too, not only bytes, because they take time."""
     monkeypatch.setattr(module, "BYTES_PER_S", 10 * COST)  # a slow host does not catch up
     driver.renew(VERSION_1 | INDIRECT_DESC)
     pieces = chained([Desc(DATA, length, WRITE)] * CHAIN_MAX)
@@ -229,9 +229,9 @@ def test_a_flood_of_pieces_is_slowed_down_44(driver: Driver, monkeypatch: pytest
 
 
 def test_a_flood_of_notifications_is_slowed_down_44(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hostile input 44: without any request, too."""
+    """Hostile input 44: notifications without a request are slowed down too."""
     monkeypatch.setattr(module, "BYTES_PER_S", 10 * COST)
-    monkeypatch.setattr(module, "REST_S", 0.2)  # in which more than a notification is paid for
+    monkeypatch.setattr(module, "REST_S", 0.2)  # earns more bytes than one notification costs
     for _ in range(2 * BURST_BYTES // COST):
         driver.machine.notify(0)
         driver.run_once()
@@ -242,8 +242,8 @@ def test_a_flood_of_notifications_is_slowed_down_44(driver: Driver, monkeypatch:
 
 
 @pytest.mark.parametrize("kind", [devmsg.PAUSE, devmsg.RESET, devmsg.MARK])
-def test_a_request_at_hand_is_waited_for(driver: Driver, monkeypatch: pytest.MonkeyPatch, kind: int) -> None:
-    """Whoever has told the device to stand still can rely on it, from whatever thread."""
+def test_a_command_waits_for_the_present_request(driver: Driver, monkeypatch: pytest.MonkeyPatch, kind: int) -> None:
+    """When a command from another thread returns, no earlier request is being served."""
     seen: list[int] = []
 
     def tell() -> None:
@@ -275,20 +275,20 @@ def test_a_request_at_hand_is_waited_for(driver: Driver, monkeypatch: pytest.Mon
     ],
 )
 def test_broken_request_asks_for_a_reset(driver: Driver, parts: list[Desc]) -> None:
-    """Hostile input 18, 44; the number is in the case's name."""
+    """Hostile input 18 and 44: the id of each case begins with its number."""
     driver.ring.describe(0, parts)
     driver.ring.offer(0)
 
     assert driver.needs_reset()
     driver.device.command(devmsg.PAUSE)
-    driver.device.command(devmsg.RESUME)  # which does not mend it
+    driver.device.command(devmsg.RESUME)  # the device stays broken
     driver.run_once()
     assert driver.ring.device_idx == 0
     assert driver.works()
 
 
-def test_what_is_changed_is_marked(driver: Driver) -> None:
-    """Buffers of direct and indirect chains, across regions; the ring when the device is paused, or reset."""
+def test_changed_pages_are_marked(driver: Driver) -> None:
+    """Buffers of direct and indirect chains are marked, also across regions.  PAUSE and RESET mark the ring."""
     driver.renew(VERSION_1 | INDIRECT_DESC)
     driver.ring.add([Desc(DATA + 100, 3 * 4 * KIB, WRITE), Desc(EXTRA - 10, 20, WRITE)])
     driver.ring.add_indirect([Desc(DATA + MIB, 5, WRITE)], 0x80000)
@@ -308,15 +308,15 @@ def test_what_is_changed_is_marked(driver: Driver) -> None:
     assert marked == {driver.memory.offset(driver.ring.used, 1) >> 12}
 
 
-def test_line_is_ours_only_while_the_guest_has_not_seen(driver: Driver) -> None:
-    """Else each end of somebody else's interrupt on this line would wake the event thread."""
+def test_irqfd_is_attached_only_while_an_interrupt_is_unread(driver: Driver) -> None:
+    """Otherwise each EOI for another device on this line would wake the event thread."""
     assert driver.kvm.irqfds == {}
     driver.ring.add([Desc(DATA, 64, WRITE)])
     driver.collect(1)
     assert driver.kvm.irqfds == {driver.device.calls[0]: (IRQ, driver.function.config_resample)}
     assert driver.kvm.injected == [IRQ]
 
-    os.eventfd_write(driver.function.config_resample, 1)  # the guest ends it without a look at ISR
+    os.eventfd_write(driver.function.config_resample, 1)  # the guest ends the interrupt without reading ISR
     driver.run_once()
     driver.kvm.deliver()
     assert driver.kvm.injected == [IRQ, IRQ]
@@ -327,8 +327,8 @@ def test_line_is_ours_only_while_the_guest_has_not_seen(driver: Driver) -> None:
     assert not readable(driver.device.calls[0])
 
 
-def test_line_that_is_switched_off_is_raised_later(driver: Driver) -> None:
-    """What the guest has not seen is raised when it has the line on again."""
+def test_unread_interrupt_is_raised_when_the_line_is_enabled(driver: Driver) -> None:
+    """An interrupt during "interrupt disable" (PCI command bit 10) is raised when the guest clears that bit."""
     driver.machine.config_write(4, 2, 0x407)
     driver.ring.add([Desc(DATA, 64, WRITE)])
     driver.collect(1)
@@ -339,7 +339,7 @@ def test_line_that_is_switched_off_is_raised_later(driver: Driver) -> None:
 
 
 def test_masked_message_waits_9(driver: Driver) -> None:
-    """Hostile input 9: what comes while the vector is masked is delivered once, later."""
+    """Hostile input 9: an interrupt while the vector is masked is delivered once, after unmasking."""
     driver.machine.enable_msix()
     driver.machine.set_vector(0, 0x4A, masked=True)
     driver.machine.write(QUEUE_MSIX, 2, 0)
@@ -352,8 +352,8 @@ def test_masked_message_waits_9(driver: Driver) -> None:
     assert driver.machine.pending() == 0
 
 
-def test_saved_in_the_middle_and_restored(driver: Driver) -> None:
-    """Another one goes on with the next request, and with an interrupt that the guest has not seen."""
+def test_saved_between_requests_and_restored(driver: Driver) -> None:
+    """The restored device goes on with the next request, and raises the interrupt that the guest has not read."""
     driver.ring.add([Desc(DATA, 64, WRITE)])
     driver.collect(1)
     driver.ring.add([Desc(DATA + 4096, 64, WRITE)])
@@ -379,6 +379,6 @@ def test_saved_in_the_middle_and_restored(driver: Driver) -> None:
     other.close()
 
 
-def test_notify_port_is_where_the_guest_kicks(driver: Driver) -> None:
-    """A notification passes the registers by, as those of other devices do."""
+def test_notifications_go_to_an_ioeventfd(driver: Driver) -> None:
+    """KVM signals a notification directly, without an access to the registers, as for other devices."""
     assert driver.kvm.ioeventfds[MODERN + virtio.NOTIFY, 2, 0] == driver.device.kicks[0]

@@ -1,4 +1,4 @@
-"""The fuzz target "stream" starts from streams that are accepted, and gets past their digests."""
+"""The seeds of the fuzz target "stream" are accepted streams.  The target corrects digests, so inputs get past them."""
 
 import random
 
@@ -14,13 +14,13 @@ each_seed = pytest.mark.parametrize("seed", SEEDS, ids=lambda seed: f"version {P
 
 
 def test_there_is_a_seed_of_every_version() -> None:
-    """An input of a version that no seed has is found by chance only."""
+    """The fuzzer would find an input of another version only by chance."""
     assert [PREAMBLE.unpack_from(seed)[1] for seed in SEEDS] == list(range(OLDEST, VERSION + 1))
 
 
 @each_seed
 def test_seeds_are_accepted(seed: bytes) -> None:
-    """Down to the last section, with memory and a machine."""
+    """A seed is read to its last section, with memory and a machine."""
     machine, memory_bytes = targets.receive(seed)
     assert len(machine.vcpus) == 1
     assert memory_bytes > 0
@@ -28,7 +28,7 @@ def test_seeds_are_accepted(seed: bytes) -> None:
 
 @each_seed
 def test_digests_are_mended(seed: bytes) -> None:
-    """Else no change would get any further than to the digest of its section."""
+    """Otherwise every change would be refused at the digest of its section."""
     parts = Parts(seed)
     kind, body = parts.sections[0]
     parts.sections[0] = (kind, body[:-1] + b"x")
@@ -37,7 +37,7 @@ def test_digests_are_mended(seed: bytes) -> None:
 
 
 def sentence(data: bytes) -> str:
-    """Return why a stream is refused, its digests being right, or nothing."""
+    """Return why a stream is refused when its digests are correct; "" if it is accepted."""
     try:
         targets.receive(targets.mended(data))
     except (StreamError, ValueError) as error:
@@ -47,7 +47,7 @@ def sentence(data: bytes) -> str:
 
 @each_seed
 def test_changes_get_past_the_digests(seed: bytes) -> None:
-    """Some are accepted, some break a record, none is damage."""
+    """Some changed streams are accepted, and some have a bad record.  None has a wrong digest."""
     generator, sentences = random.Random(2), set()
     state_at = seed.rindex(Parts(seed).sections[-2][1])
     for start in (PREAMBLE.size, state_at):
@@ -63,7 +63,7 @@ def test_changes_get_past_the_digests(seed: bytes) -> None:
 
 @pytest.mark.parametrize("length", [0, 1, PREAMBLE.size - 1, PREAMBLE.size, PREAMBLE.size + 40])
 def test_short_inputs_are_left_alone(length: int) -> None:
-    """There is no digest in them to mend."""
+    """A short input has no digest to correct."""
     raw = SEEDS[-1][:length]
     assert len(targets.mended(raw)) == length
     targets.stream(raw)

@@ -1,4 +1,4 @@
-"""The table of device kinds against everything else that has to know of one."""
+"""The table of device kinds agrees with everything else that depends on a kind."""
 
 import ast
 import importlib
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def test_every_device_process_is_a_kind() -> None:
-    """A package in vmd/devices has a row, and a row has a package, unless the VM process serves it."""
+    """Each package in vmd/devices has a row.  Each row has a package, unless the VM process serves that kind."""
     packages = {main.parent.name for main in ROOT.glob("vmd/devices/*/main.py")}
     rows = {kind.process for kind in KINDS if not kind.inside}
     assert packages - rows == set(), "KINDS has no row for these packages"
@@ -29,7 +29,7 @@ def test_every_device_process_is_a_kind() -> None:
 
 @pytest.mark.parametrize("process", sorted({kind.process for kind in KINDS if not kind.inside}))
 def test_a_device_process_is_described_and_attacked(process: str) -> None:
-    """Each document that lists them names it, and a test is its VM, and a driver that means harm."""
+    """Each document that lists device processes names it, and process tests attack it as its VM and as a driver."""
     for document, start, end in (
         ("README.md", "## How it is built", "Every process is"),
         ("docs/architecture.md", "## 5. ", "## 6. "),
@@ -41,7 +41,7 @@ def test_a_device_process_is_described_and_attacked(process: str) -> None:
 
 
 def test_each_queue_is_in_the_tests_of_rings() -> None:
-    """A driver of each queue is there, for what holds of every ring."""
+    """The tests for all rings have a driver for each queue."""
     queues = {(kind.process, number) for kind in KINDS for number in range(len(kind.queues))}
     driven = {(adapter.kind.process, adapter.queue) for adapter in ADAPTERS}
     assert queues - driven == set(), "tests/support/ringdevices.py has no adapter for these queues"
@@ -49,7 +49,7 @@ def test_each_queue_is_in_the_tests_of_rings() -> None:
 
 
 def test_kinds_are_told_apart() -> None:
-    """By all that names one, to streams, to users, in `ps` and to guests; to the last two a seed is a disk."""
+    """A kind has unique names in streams, for users, in `ps` and for guests.  For the last two a seed is a disk."""
     for fields, kinds in (
         (("name", "word"), KINDS),
         (("process", "device_type", "legacy_id"), [kind for kind in KINDS if kind is not SEED]),
@@ -63,7 +63,7 @@ def test_kinds_are_told_apart() -> None:
 def test_a_device_process_may_do_nothing_that_vmm_may_not(
     kind: Kind, module: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Filters are inherited and only narrow: vmm's would kill the process for a call that only its own row names."""
+    """It inherits vmm's filter, and can only narrow it.  A call that vmm may not make would kill the process."""
     confinements: list[Confinement] = []
     monkeypatch.setattr(process, "main", lambda _kind, confinement, *_: confinements.append(confinement))
 
@@ -75,8 +75,8 @@ def test_a_device_process_may_do_nothing_that_vmm_may_not(
     assert set(mine.ioctls) <= set(VMM.ioctls)
 
 
-def test_what_vmm_calls_the_processes_of_a_vm_is_what_it_has() -> None:
-    """A process in reserve that is another one is of no use, and nobody would notice but by the clock."""
+def test_vmm_knows_which_processes_a_vm_needs() -> None:
+    """A reserved process of the wrong kind is useless, and only a slower start would show it."""
     raw, qcow2 = (ImageLink(path=f"/{kind}", format=kind) for kind in ("raw", "qcow2"))
     disks = [DiskImages(images=images, read_only=False) for images in ((raw,), (qcow2,), (qcow2, raw))]
     nic = NicLink(name="tap0", lladdr=bytes(6), host_mac=bytes(6), locked=False, local=False, mtu=1500)
@@ -99,7 +99,7 @@ def test_what_vmm_calls_the_processes_of_a_vm_is_what_it_has() -> None:
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("vmd/vm/*.py")), ids=lambda path: path.stem)
 def test_only_the_table_names_a_kind(path: Path) -> None:
-    """Code that has to tell kinds apart asks for a field of the row, or for the row itself."""
+    """Code that depends on a kind uses a field of its row, or the row itself, and not its name."""
     names = {name for kind in KINDS for name in (kind.name, kind.process)}
     words = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
 

@@ -1,4 +1,4 @@
-"""What a VM process can be doing, and what may follow what."""
+"""The states of a VM process, and the allowed transitions."""
 
 import itertools
 
@@ -8,7 +8,7 @@ from vmd.vm.life import NEXT, Life, State
 
 
 def in_state(state: State) -> Life:
-    """Return the life of a process that is in a state, come there by the shortest way."""
+    """Return a life that has reached a state by the shortest way."""
     ways = ((), (State.ARRIVING,), (State.LIVE,), (State.LIVE, State.LEAVING), (State.LIVE, State.STOPPING),
             (State.ENDED,))  # fmt: skip
     (way,) = (way for way in ways if (way[-1] if way else State.SPARE) is state)
@@ -19,8 +19,8 @@ def in_state(state: State) -> Life:
 
 
 @pytest.mark.parametrize(("old", "new"), list(itertools.product(State, State)), ids=lambda state: state.name)
-def test_only_what_leads_somewhere_is_taken(old: State, new: State) -> None:
-    """Everything may end, once; nothing that has a machine becomes a spare, or receives another one."""
+def test_only_allowed_transitions_are_accepted(old: State, new: State) -> None:
+    """Every state may end, once.  A process with a machine becomes no spare and receives no other machine."""
     life = in_state(old)
 
     if new in NEXT[old] or (new is State.ENDED and old is not State.ENDED):

@@ -1,4 +1,4 @@
-"""Sending a machine that runs: what arrives, when it has to stand still, and everything that may stop it."""
+"""Sending a running machine: its memory arrives unchanged, it is paused when the goal is met, and sending may fail."""
 
 import errno
 import os
@@ -29,24 +29,24 @@ NOT_STABLE = (
 
 
 class Kvm:
-    """The logs of slots; nobody stores but through `Machine.store`."""
+    """The dirty logs of two slots, which `Machine.store` sets."""
 
     def __init__(self) -> None:
         self.logs = {0: 0, 1: 0}
         self.logging = False
 
     def set_memory_region(self, _slot: int, _gpa: int, _size: int, _hva: int, flags: int) -> None:
-        """Begin to note, or end."""
+        """Begin or end logging."""
         self.logging = bool(flags)
 
     def get_dirty_log(self, slot: int, _size: int) -> bytes:
-        """Return and clear."""
+        """Return the log of a slot, and clear it."""
         log, self.logs[slot] = self.logs[slot], 0
         return log.to_bytes(8, "little")
 
 
 class Device:
-    """A disk's process, or another one."""
+    """The process of a disk or of another device.  It records its commands."""
 
     label = "disk0"
 
@@ -56,17 +56,17 @@ class Device:
         self.answers = [devmsg.SETTLED]
 
     def command(self, kind: int) -> None:
-        """Note what it is told."""
+        """Record a command."""
         self.told.append(kind)
 
     def settle(self) -> int:
-        """Give the next answer, and the last one for ever."""
+        """Return the next answer.  The last one is repeated for ever."""
         self.told.append(devmsg.SETTLE)
         return self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
 
 
 class Machine:
-    """What a sender needs of a machine, and a guest that stores whenever it is looked at."""
+    """The parts of a machine that a sender needs."""
 
     def __init__(self, memory: GuestMemory) -> None:
         self.memory = memory
@@ -80,13 +80,13 @@ class Machine:
         return [self.disk]
 
     def store(self, page: int, data: bytes) -> None:
-        """Be a processor."""
+        """Store into a page, as a vCPU does."""
         self.memory.load(page * PAGE if page < 16 else HIGH + (page - 16) * PAGE, data)
         self.kvm.logs[page // 16] |= 1 << page % 16
 
 
 class Pause:
-    """A machine that can stand still."""
+    """Pauses a machine, or refuses."""
 
     def __init__(self, machine: Machine, loop: Loop) -> None:
         self.machine = machine
@@ -97,7 +97,7 @@ class Pause:
         self.given_up: list[str] = []
 
     def pause(self, done: Callable[[str], None]) -> None:
-        """Stand still, or not."""
+        """Pause the machine, unless there is a refusal."""
         assert threading.current_thread() is threading.main_thread()
         self.before()
         if not self.refusal:
@@ -105,13 +105,13 @@ class Pause:
         done(self.refusal)
 
     def give_up(self, text: str) -> None:
-        """Note it."""
+        """Record the reason."""
         self.given_up.append(text)
 
 
 @pytest.fixture
 def loop() -> Iterator[Loop]:
-    """An event loop with a watchdog."""
+    """Yield an event loop with a watchdog."""
     made = Loop()
     made.call_later(DEADLINE_S, made.stop)
     yield made
@@ -120,7 +120,7 @@ def loop() -> Iterator[Loop]:
 
 @pytest.fixture
 def pause(monkeypatch: pytest.MonkeyPatch, loop: Loop) -> Iterator[Pause]:
-    """A machine whose records are made up."""
+    """Yield a machine whose header and state are sample records."""
     monkeypatch.setattr(state, "header", lambda _machine, one_shot: saved.header(one_shot=one_shot))
     monkeypatch.setattr(state, "save", lambda _machine, _clocks: saved.machine_state())
     monkeypatch.setattr(state, "check_sent", lambda _header, _state, _machine: None)
@@ -130,7 +130,7 @@ def pause(monkeypatch: pytest.MonkeyPatch, loop: Loop) -> Iterator[Pause]:
 
 
 class Sending:
-    """A sender at work, into a file."""
+    """Sends a machine into a file."""
 
     def __init__(self, pause: Pause, goal: Live) -> None:
         self.file = os.memfd_create("stream", os.MFD_CLOEXEC)
@@ -147,7 +147,7 @@ class Sending:
         loop.run()
 
     def arrives(self, pause: Pause) -> None:
-        """Raise AssertionError unless what was written is the machine."""
+        """Raise AssertionError unless a receiver gets the same machine from the file."""
         assert self.told == [""]
         os.lseek(self.file, 0, os.SEEK_SET)
         with GuestMemory.create(REGIONS) as theirs:
@@ -159,12 +159,12 @@ class Sending:
 
 
 def goal(still_ms: int = 1_000_000, rounds: int = 5) -> Live:
-    """Return one that is reached at once."""
+    """Return a goal.  The default is reached at once."""
     return Live(still_ms=still_ms, rounds=rounds)
 
 
 def test_a_machine_that_stores_all_the_time_arrives(pause: Pause, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Processors, devices and this process, in each round and until it stands still; every region."""
+    """vCPUs, devices and this process store into every region, in each round and until the pause."""
     machine, memory = pause.machine, pause.machine.memory
     generator = random.Random(5)
     memory.load(HIGH - PAGE, b"firmware")
@@ -184,7 +184,7 @@ def test_a_machine_that_stores_all_the_time_arrives(pause: Pause, monkeypatch: p
     def runs_and_work(pages: bytes) -> Iterator[tuple[int, int]]:
         for run in runs(pages):
             yield run
-            work()  # behind each run that was copied
+            work()  # after each run that was copied
 
     monkeypatch.setattr(live, "runs", runs_and_work)
 
@@ -205,8 +205,8 @@ def test_a_machine_that_stores_all_the_time_arrives(pause: Pause, monkeypatch: p
     assert not machine.kvm.logging
 
 
-def test_it_stands_still_when_the_rest_fits(pause: Pause) -> None:
-    """After the second round: during the first one the disks had not yet been brought to stable storage."""
+def test_the_machine_is_paused_when_the_rest_is_small_enough(pause: Pause) -> None:
+    """It is paused after the second round, because the disks settle only after the first one."""
     pause.machine.store(3, b"x")
     sending = Sending(pause, goal(rounds=100))
 
@@ -217,7 +217,7 @@ def test_it_stands_still_when_the_rest_fits(pause: Pause) -> None:
 
 
 def test_a_long_run_is_cut_into_pieces(pause: Pause, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a section has no room for more, in bytes or in runs; regions that touch in the file are two runs."""
+    """A section has a limit of bytes and of runs.  Regions that touch in the file give separate runs."""
     monkeypatch.setattr(live, "PIECE_BYTES", 3 * PAGE)
     monkeypatch.setattr(live, "RUNS_MAX", 2)
     generator = random.Random(1)
@@ -230,8 +230,8 @@ def test_a_long_run_is_cut_into_pieces(pause: Pause, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(("refusal", "what"), [
     ("a vcpu did not stop within 15 s", "a vcpu did not stop within 15 s"),
 ])  # fmt: skip
-def test_a_machine_that_does_not_stand_still(pause: Pause, refusal: str, what: str) -> None:
-    """Goes on; the stream has no end."""
+def test_a_machine_that_cannot_be_paused_is_not_sent(pause: Pause, refusal: str, what: str) -> None:
+    """Sending ends with the reason."""
     pause.refusal = refusal
     assert Sending(pause, goal()).told == [what]
 
@@ -243,10 +243,10 @@ def test_a_machine_that_does_not_stand_still(pause: Pause, refusal: str, what: s
     (PeerError("vioblk0", "was killed"), "vioblk0: was killed", ["vioblk0: was killed"]),
     (RuntimeError("a mistake"), "internal error while its state was read", []),
 ])  # fmt: skip
-def test_a_state_that_cannot_be_read(
+def test_a_state_that_cannot_be_read_is_not_sent(
     pause: Pause, monkeypatch: pytest.MonkeyPatch, raised: Exception, what: str, given_up: list[str]
 ) -> None:
-    """It is told, and nothing is sent that would be taken for the machine."""
+    """Sending ends with the reason.  If a device has ended, the VM ends."""
 
     def fail(*_: object) -> None:
         raise raised
@@ -261,21 +261,21 @@ def test_a_state_that_cannot_be_read(
     assert pause.given_up == given_up
 
 
-def test_a_disk_that_fails_before_the_machine_stands_still(pause: Pause) -> None:
-    """It never does."""
+def test_a_disk_that_fails_before_the_pause(pause: Pause) -> None:
+    """The machine is not paused, and sending fails."""
     pause.machine.disk.answers = [devmsg.SETTLED_NOT_YET, devmsg.SETTLED_FAILED]
     assert Sending(pause, goal()).told == [NOT_STABLE]
     assert pause.clocks is None
 
 
-def test_a_disk_that_fails_when_the_machine_stands_still(pause: Pause) -> None:
-    """What it has written at last is missing."""
+def test_a_disk_that_fails_during_the_pause(pause: Pause) -> None:
+    """Its last writes are not on stable storage, so sending fails."""
     pause.machine.disk.answers = [*[devmsg.SETTLED] * 3, devmsg.SETTLED_NOT_YET, devmsg.SETTLED_FAILED]
     assert Sending(pause, goal()).told == [NOT_STABLE]
 
 
-def test_cancelled_at_any_step(pause: Pause, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the first round, in a later one, while a disk takes its time, and when the machine stands still."""
+def test_sending_can_be_cancelled_at_any_step(pause: Pause, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The steps are the first round, a later one, the wait for a slow disk, and the pause."""
     cancel = LiveSender.cancel
     at_work: list[LiveSender] = []
     write_pages, pause_machine = LiveSender._write_pages, LiveSender._pause_machine

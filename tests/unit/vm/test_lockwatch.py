@@ -1,4 +1,4 @@
-"""What a VM is told when the locks of its disks, which were lost, are taken again."""
+"""The lost locks of a VM's disks are taken again, with notes for the user."""
 
 from typing import Any, cast
 
@@ -7,7 +7,7 @@ from vmd.vm.lockwatch import FOUND, WRITTEN, Locks
 
 
 class Disk:
-    """A disk whose lock is lost, and taken again with these answers, one after the other."""
+    """A disk.  With answers, its lock is lost, and each attempt to take it again gives the next answer."""
 
     def __init__(self, label: str, *answers: int) -> None:
         self.label = label
@@ -15,7 +15,7 @@ class Disk:
         self.lock_lost = "its lock is lost" if answers else ""
 
     def take_back(self) -> int:
-        """As the device process does it."""
+        """Return the next answer, as the device process does."""
         answer = self.answers.pop(0)
         if answer in devmsg.HAVE:
             self.lock_lost = ""
@@ -30,12 +30,12 @@ class Disks:
 
 
 def locks(*disks: Disk) -> Locks:
-    """Return those of some disks."""
+    """Return the locks of some disks."""
     return Locks(cast("Any", Disks(*disks)))
 
 
-def test_what_was_not_written_to_goes_on() -> None:
-    """With a note for each disk that had lost its lock, said once."""
+def test_a_disk_that_nobody_has_written_to_goes_on() -> None:
+    """Each disk that had lost its lock gives a note, once."""
     found = locks(Disk("disk0", devmsg.TAKEN), Disk("disk1"), Disk("disk2", devmsg.TAKEN_UNSURE))
 
     assert found.take_back(force=False) == ""
@@ -47,8 +47,8 @@ def test_what_was_not_written_to_goes_on() -> None:
     assert found.notes() == ()
 
 
-def test_what_was_written_to_goes_on_by_force_only() -> None:
-    """However often; the lock is held from the first time on."""
+def test_a_disk_that_was_written_to_goes_on_by_force_only() -> None:
+    """Each attempt without force is refused, even though the lock is held after the first one."""
     found = locks(Disk("disk0", devmsg.TAKEN_WRITTEN), Disk("disk1", devmsg.TAKEN_IN_USE, devmsg.TAKEN_WRITTEN))
 
     assert "disk1: its lock is lost; it is in use" in found.take_back(force=True)

@@ -1,4 +1,4 @@
-"""Standing still and going on: in which order what happens, and what may come in between (arch. 8)."""
+"""Pausing and resuming a machine: the order of steps, and events in between (arch. 8)."""
 
 import threading
 import time
@@ -23,7 +23,7 @@ DEADLINE_S = 20.0
 
 
 class Thread:
-    """A vCPU that parks when the test says so."""
+    """A vCPU that parks when the test calls `park`."""
 
     def __init__(self, number: int, events: list[str]) -> None:
         self.number = number
@@ -32,22 +32,22 @@ class Thread:
         self.on_parked: Callable[[], None] | None = None
 
     def ask_to_park(self, on_parked: Callable[[], None]) -> None:
-        """Note it."""
+        """Keep the callback."""
         self.on_parked = on_parked
 
     def park(self) -> None:
-        """Be parked."""
+        """Report that the vCPU has parked."""
         assert self.on_parked is not None
         self.on_parked()
 
     def unpark(self) -> None:
-        """Go on."""
+        """Record that the vCPU runs."""
         self.on_parked = None
         self.events.append(f"run {self.number}")
 
 
 class Function:
-    """A device; `failing` makes its process break the protocol when it is asked that."""
+    """A device.  Its process does not answer the command `failing`."""
 
     def __init__(self, name: str, events: list[str]) -> None:
         self.name = name
@@ -56,22 +56,22 @@ class Function:
         self.failing: int | None = None
 
     def command(self, kind: int) -> None:
-        """Note a question."""
+        """Record a command."""
         if kind == self.failing:
             raise PeerError(self.name, "no answer in 10 s")
         self.events.append(f"{ {devmsg.PAUSE: 'pause', devmsg.RESUME: 'resume'}[kind]} {self.name}")
 
     def detach_interrupts(self) -> None:
-        """Note it."""
+        """Record the call."""
         self.events.append(f"detach {self.name}")
 
     def attach_interrupts(self) -> None:
-        """Note it."""
+        """Record the call."""
         self.events.append(f"attach {self.name}")
 
 
 class Machine:
-    """A machine of two vCPUs and two devices that notes what is done to it."""
+    """A machine with two vCPUs and two devices that records all steps."""
 
     def __init__(self, loop: Loop) -> None:
         self.events: list[str] = []
@@ -85,23 +85,23 @@ class Machine:
         self.clocks_fail = False
 
     def sign_disks(self) -> None:
-        """Note that it is about to run."""
+        """Record the call."""
         self.events.append("sign")
 
     def announce(self) -> None:
-        """Tell the network."""
+        """Record the call."""
         self.events.append("announce")
 
     def listen(self) -> None:
-        """Take input."""
+        """Accept console input."""
         self.listening = True
 
     def ask(self, command: int) -> None:
-        """Have vmmci ask the guest for something."""
+        """Record a command of vmmci to the guest."""
         self.asked.append(command)
 
     def end(self, outcome: Outcome, text: str) -> None:
-        """Note the end."""
+        """Record the end."""
         self.ends.append((outcome, text))
 
     def park(self) -> None:
@@ -111,14 +111,14 @@ class Machine:
 
 
 class FakeClocks:
-    """Clocks of such a machine; what is done with them is noted there."""
+    """The clocks of a fake machine, which records all steps with them."""
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
 
     @classmethod
     def take(cls, kvm: Machine, threads: list[Thread], clock: Machine, asked_ns: int) -> "FakeClocks":
-        """Stop."""
+        """Record that the clocks were saved, or fail."""
         assert clock is kvm
         assert threads is kvm.vcpus
         assert asked_ns <= time.monotonic_ns()
@@ -128,23 +128,23 @@ class FakeClocks:
         return cls(kvm)
 
     def hold(self, _kvm: Machine, _vcpus: list[Thread]) -> None:
-        """Have no timer interrupt."""
+        """Record the call."""
         self.machine.events.append("hold clocks")
 
     def restore(self, _kvm: Machine, _vcpus: list[Thread], _clock: Machine) -> None:
-        """Go on."""
+        """Record the call."""
         self.machine.events.append("restore clocks")
 
 
 @pytest.fixture(autouse=True)
 def _clocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have clocks without KVM."""
+    """Replace the clocks, because there is no KVM."""
     monkeypatch.setattr(pauses, "Clocks", FakeClocks)
 
 
 @pytest.fixture
 def loop() -> Iterator[Loop]:
-    """An event loop that is run by hand."""
+    """Yield an event loop that the test runs."""
     made = Loop()
     yield made
     made.close()
@@ -152,24 +152,24 @@ def loop() -> Iterator[Loop]:
 
 @pytest.fixture
 def machine(loop: Loop) -> Machine:
-    """A machine that runs."""
+    """Return a running machine."""
     return Machine(loop)
 
 
 @pytest.fixture
 def pause(machine: Machine, loop: Loop) -> Pause:
-    """What stops it."""
+    """Return the object that pauses the machine."""
     return Pause(cast("Any", machine), loop)
 
 
 def turn(loop: Loop) -> None:
-    """Let the loop do what it has been asked for so far."""
+    """Run the loop for the calls that were posted until now."""
     loop.call_from_thread(loop.stop)
     loop.run()
 
 
-def stand_still(pause: Pause, machine: Machine, loop: Loop) -> None:
-    """Stop a machine."""
+def pause_machine(pause: Pause, machine: Machine, loop: Loop) -> None:
+    """Pause a machine."""
     told: list[str] = []
     pause.pause(told.append)
     machine.park()
@@ -178,15 +178,15 @@ def stand_still(pause: Pause, machine: Machine, loop: Loop) -> None:
     assert pause.paused
 
 
-STANDING_STILL = ["pause a", "pause b", "detach a", "detach b", "take clocks", "hold clocks"]
-GOING_ON = ["restore clocks", "attach a", "attach b", "resume a", "resume b", "run 0", "run 1"]
+PAUSING = ["pause a", "pause b", "detach a", "detach b", "take clocks", "hold clocks"]
+RESUMING = ["restore clocks", "attach a", "attach b", "resume a", "resume b", "run 0", "run 1"]
 
 
 # --- order -----------------------------------------------------------------------------------------------------------
 
 
-def test_order_of_standing_still_and_going_on(pause: Pause, machine: Machine, loop: Loop) -> None:
-    """Devices when every vCPU has parked, interrupts when they are done, clocks last; and all of it backwards."""
+def test_order_of_pausing_and_resuming(pause: Pause, machine: Machine, loop: Loop) -> None:
+    """All vCPUs park, devices pause, interrupts are detached, and clocks stop.  Resuming has the reverse order."""
     told: list[str] = []
     pause.pause(told.append)
     machine.vcpus[1].park()
@@ -196,18 +196,18 @@ def test_order_of_standing_still_and_going_on(pause: Pause, machine: Machine, lo
     machine.vcpus[0].park()
     turn(loop)
 
-    assert (machine.events, told, pause.paused, pause.under_way) == (STANDING_STILL, [""], True, False)
+    assert (machine.events, told, pause.paused, pause.under_way) == (PAUSING, [""], True, False)
     assert not machine.listening
     machine.events.clear()
     pause.unpause()
-    assert (machine.events, pause.paused, machine.listening) == (GOING_ON, False, True)
-    assert machine.asked == []  # it was not long
+    assert (machine.events, pause.paused, machine.listening) == (RESUMING, False, True)
+    assert machine.asked == []  # the pause was short
 
 
-def test_what_is_so_already_stays_so(pause: Pause, machine: Machine, loop: Loop) -> None:
-    """Pausing twice is a success (cat. 4.5), and so is going on."""
+def test_a_second_pause_or_unpause_changes_nothing(pause: Pause, machine: Machine, loop: Loop) -> None:
+    """To pause a paused machine succeeds (cat. 4.5), and so does resuming a running one."""
     pause.unpause()
-    stand_still(pause, machine, loop)
+    pause_machine(pause, machine, loop)
     machine.events.clear()
 
     told: list[str] = []
@@ -216,11 +216,11 @@ def test_what_is_so_already_stays_so(pause: Pause, machine: Machine, loop: Loop)
     assert (told, machine.events) == ([""], [])
 
 
-def test_a_long_pause_is_told_to_the_guest(
+def test_the_guest_is_told_of_a_long_pause(
     pause: Pause, machine: Machine, loop: Loop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its clock of the wall has fallen behind (cat. 4.6)."""
-    stand_still(pause, machine, loop)
+    """The guest's wall clock is behind, so vmmci asks the guest to set it (cat. 4.6)."""
+    pause_machine(pause, machine, loop)
     now_s = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: now_s + 60)
 
@@ -229,8 +229,8 @@ def test_a_long_pause_is_told_to_the_guest(
     assert machine.asked == [SYNCRTC]
 
 
-def test_a_machine_that_was_received_begins_with_standing_still(machine: Machine, loop: Loop) -> None:
-    """Its timers and its input wait like any other's; nobody knows how long it was away; the network is told once."""
+def test_a_received_machine_starts_paused(machine: Machine, loop: Loop) -> None:
+    """Its timers and input wait.  It is asked to set its clock, and it is announced to the network once."""
     pause = Pause(cast("Any", machine), loop, cast("Clocks", FakeClocks(machine)))
     assert pause.paused
     assert machine.timers.holding
@@ -238,15 +238,15 @@ def test_a_machine_that_was_received_begins_with_standing_still(machine: Machine
 
     pause.unpause()
 
-    assert machine.events == ["sign", *GOING_ON, "announce"]
+    assert machine.events == ["sign", *RESUMING, "announce"]
     assert not pause._arrived
     assert machine.asked == [SYNCRTC]
     assert not machine.timers.holding
 
 
 
-def test_timers_wait(machine: Machine, loop: Loop) -> None:
-    """Those that are due while it stands still come in their order when it goes on."""
+def test_timers_wait_during_a_pause(machine: Machine, loop: Loop) -> None:
+    """Timers that are due during a pause are called in order when the machine resumes."""
     due: list[int] = []
     machine.timers.schedule(0, lambda: due.append(1))
     machine.timers.schedule(0, lambda: due.append(2))
@@ -263,8 +263,8 @@ def test_timers_wait(machine: Machine, loop: Loop) -> None:
 # --- several at once -----------------------------------------------------------------------------------------------
 
 
-def test_who_asks_meanwhile_is_told_as_well(pause: Pause, machine: Machine, loop: Loop) -> None:
-    """One pause for all who want one."""
+def test_one_pause_answers_all_requests(pause: Pause, machine: Machine, loop: Loop) -> None:
+    """The machine is paused once, and both callers are answered."""
     told: list[str] = []
     pause.pause(lambda text: told.append(f"first{text}"))
     pause.pause(lambda text: told.append(f"second{text}"))
@@ -272,11 +272,11 @@ def test_who_asks_meanwhile_is_told_as_well(pause: Pause, machine: Machine, loop
     turn(loop)
 
     assert told == ["first", "second"]
-    assert machine.events == STANDING_STILL
+    assert machine.events == PAUSING
 
 
-def test_requests_have_their_turn(pause: Pause, machine: Machine, loop: Loop) -> None:
-    """Pause, unpause and pause in one breath: each finds the machine as it wants it, the last one wins."""
+def test_requests_are_handled_in_order(pause: Pause, machine: Machine, loop: Loop) -> None:
+    """For pause, unpause and pause in quick succession, each callback finds its state.  The last request wins."""
     told: list[str] = []
     pause.pause(lambda _text: told.append(f"paused {pause.paused}"))
 
@@ -294,13 +294,13 @@ def test_requests_have_their_turn(pause: Pause, machine: Machine, loop: Loop) ->
     turn(loop)
 
     assert told[2:] == ["paused again True"]
-    assert machine.events == STANDING_STILL + GOING_ON + STANDING_STILL
+    assert machine.events == PAUSING + RESUMING + PAUSING
 
 
-def test_a_vcpu_that_parks_late_is_of_an_earlier_round(
+def test_a_vcpu_that_parks_late_counts_for_its_own_round(
     pause: Pause, machine: Machine, loop: Loop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A pause that took too long has been answered; what comes then does not count for the next."""
+    """A pause that took too long has failed.  A vCPU's late report does not count for the next pause."""
     monkeypatch.setattr(pauses, "PARK_TIMEOUT_S", 0.0)
     told: list[str] = []
     pause.pause(told.append)
@@ -329,10 +329,10 @@ def test_a_vcpu_that_parks_late_is_of_an_earlier_round(
 
 
 @pytest.mark.parametrize("name", [0, 1])
-def test_a_device_that_does_not_stand_still_ends_the_machine(
+def test_a_device_that_does_not_pause_ends_the_machine(
     pause: Pause, machine: Machine, loop: Loop, name: int
 ) -> None:
-    """It has failed, and nothing goes on without it; how the VM ends is the answer to whoever asked."""
+    """The device has failed, so the VM ends.  `done` is not called: the end of the VM answers the caller."""
     machine.virtio[name].failing = devmsg.PAUSE
     told: list[str] = []
     pause.pause(told.append)
@@ -345,7 +345,7 @@ def test_a_device_that_does_not_stand_still_ends_the_machine(
 
 
 def test_a_refusal_of_the_host_leaves_it_running(pause: Pause, machine: Machine, loop: Loop) -> None:
-    """As before, with all that had been stopped by then."""
+    """Devices, interrupts and vCPUs that were stopped run again."""
     machine.clocks_fail = True
     told: list[str] = []
     pause.pause(told.append)
@@ -360,7 +360,7 @@ def test_a_refusal_of_the_host_leaves_it_running(pause: Pause, machine: Machine,
 
 
 def test_a_refusal_that_cannot_be_undone_ends_it(pause: Pause, machine: Machine, loop: Loop) -> None:
-    """Half a machine is none."""
+    """If a device cannot resume after the refusal, the VM ends."""
     machine.clocks_fail = True
     machine.virtio[1].failing = devmsg.RESUME
     told: list[str] = []
@@ -372,9 +372,9 @@ def test_a_refusal_that_cannot_be_undone_ends_it(pause: Pause, machine: Machine,
     assert machine.ends == [(Outcome.FAILED, "b: no answer in 10 s")]
 
 
-def test_a_machine_that_cannot_go_on_says_so(pause: Pause, machine: Machine, loop: Loop) -> None:
-    """To whoever let it go."""
-    stand_still(pause, machine, loop)
+def test_a_machine_that_cannot_go_on_raises_an_error(pause: Pause, machine: Machine, loop: Loop) -> None:
+    """The caller of `unpause` gets the error."""
+    pause_machine(pause, machine, loop)
     machine.virtio[0].failing = devmsg.RESUME
     with pytest.raises((PeerError, HostError), match="no answer in 10 s"):
         pause.unpause()
@@ -384,7 +384,7 @@ def test_a_machine_that_cannot_go_on_says_so(pause: Pause, machine: Machine, loo
 
 
 class FakeVcpu:
-    """A guest that runs until it is kicked, and each time notes that it does."""
+    """A vCPU whose guest runs until it is kicked.  It counts its entries."""
 
     def __init__(self, exit_: Exit = INTERRUPTED) -> None:
         self.exit = exit_
@@ -398,30 +398,30 @@ class FakeVcpu:
     unbind_thread = bind_thread
 
     def run_pio(self, _read: object, _write: object) -> Exit:
-        """Run."""
+        """Run the guest."""
         self.entered.release()
         if self.exit is INTERRUPTED:
             assert self.kicked.wait(DEADLINE_S)
         return self.exit
 
     def kick(self) -> None:
-        """Get it out."""
+        """Make the guest exit."""
         self.kicked.set()
 
     def clear_kick(self) -> None:
-        """Let it in again."""
+        """Allow the guest to run again."""
         self.kicked.clear()
 
 
 class Bus:
-    """Ports that nobody uses."""
+    """A bus whose ports the guest does not use."""
 
     pio_read = pio_write = None
 
 
 @pytest.fixture(params=[INTERRUPTED, RETRY], ids=["runs", "waits to be started"])
 def thread(request: pytest.FixtureRequest) -> Iterator[VcpuThread]:
-    """A vCPU that runs, or an application processor that nobody has started."""
+    """Yield the thread of a vCPU that runs, or of an application processor that was not started."""
     made = VcpuThread(0, cast("Any", FakeVcpu(request.param)), cast("Any", Bus()), cast("Any", None), print)
     made.start()
     yield made
@@ -430,12 +430,12 @@ def thread(request: pytest.FixtureRequest) -> Iterator[VcpuThread]:
 
 
 def runs(thread: VcpuThread) -> None:
-    """Wait until the guest is entered."""
+    """Wait until the vCPU enters the guest."""
     assert cast("FakeVcpu", thread.vcpu).entered.acquire(timeout=DEADLINE_S)
 
 
 def test_a_vcpu_parks_and_goes_on(thread: VcpuThread) -> None:
-    """A hundred times."""
+    """A vCPU parks and resumes a hundred times."""
     for _ in range(100):
         runs(thread)
         parked = threading.Event()
@@ -446,8 +446,8 @@ def test_a_vcpu_parks_and_goes_on(thread: VcpuThread) -> None:
         thread.unpark()
 
 
-def test_a_vcpu_that_is_asked_again_before_it_went_on_says_so(thread: VcpuThread) -> None:
-    """It stands still already, or is just about to wait, and would otherwise never tell."""
+def test_a_vcpu_that_is_asked_again_before_it_went_on_reports_again(thread: VcpuThread) -> None:
+    """The vCPU has parked already, or is about to wait.  It still reports to the second request."""
     second, third = threading.Event(), threading.Event()
 
     def at_once() -> None:
@@ -464,7 +464,7 @@ def test_a_vcpu_that_is_asked_again_before_it_went_on_says_so(thread: VcpuThread
 
 
 def test_a_vcpu_can_be_asked_before_it_is_started() -> None:
-    """As one of a machine that was received."""
+    """A vCPU of a received machine parks before it runs for the first time."""
     made = VcpuThread(0, cast("Any", FakeVcpu()), cast("Any", Bus()), cast("Any", None), print)
     parked = threading.Event()
     made.ask_to_park(parked.set)
@@ -478,7 +478,7 @@ def test_a_vcpu_can_be_asked_before_it_is_started() -> None:
 
 
 def test_a_parked_vcpu_can_be_stopped(thread: VcpuThread) -> None:
-    """By force, while its machine is paused."""
+    """A VM can be stopped by force while it is paused."""
     parked = threading.Event()
     thread.ask_to_park(parked.set)
     assert parked.wait(DEADLINE_S)
@@ -489,7 +489,7 @@ def test_a_parked_vcpu_can_be_stopped(thread: VcpuThread) -> None:
 
 
 def test_a_request_that_is_taken_back_leaves_it_running(thread: VcpuThread) -> None:
-    """Whether it had parked by then or not."""
+    """The vCPU runs on, whether it had parked or not."""
     for _ in range(100):
         thread.ask_to_park(lambda: None)
         thread.unpark()
