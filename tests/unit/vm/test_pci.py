@@ -1,4 +1,4 @@
-"""PCI configuration space, BAR placement and MSI-X, on the real bus with devices that only remember."""
+"""PCI configuration space, BAR placement and MSI-X, on the real bus with fake devices that record accesses."""
 
 import struct
 import threading
@@ -15,22 +15,22 @@ from vmd.vm.bus import Bus
 from vmd.vm.msix import Msix
 
 ADDRESS, DATA = layout.PORT_PCI_ADDRESS, layout.PORT_PCI_DATA
-WINDOW = 0x80000000  # of a machine with 128 MiB
+WINDOW = 0x80000000  # start of the PCI window of a machine with 128 MiB
 IO_BASE = 0xC000
 
 
 class Registers:
-    """A device with memory behind it, for ports and MMIO alike."""
+    """A device whose registers are plain memory, for ports and MMIO."""
 
     def __init__(self, fill: int = 0) -> None:
         self.content = bytearray([fill]) * 4096
 
     def pio_read(self, offset: int, size: int) -> int:
-        """Return what was written, or the fill."""
+        """Return the bytes that were written, or the fill."""
         return int.from_bytes(self.content[offset : offset + size], "little")
 
     def pio_write(self, offset: int, size: int, value: int) -> None:
-        """Remember."""
+        """Keep the bytes."""
         self.content[offset : offset + size] = value.to_bytes(size, "little")
 
     mmio_read = pio_read
@@ -38,7 +38,7 @@ class Registers:
 
 
 class Function(pci.PciFunction):
-    """A network card with one BAR of each kind that writes down what it is told."""
+    """A network card with one BAR of each kind.  It records all calls."""
 
     def __init__(self, fill: int = 0x11, vectors: int = 2) -> None:
         super().__init__(
@@ -61,25 +61,25 @@ class Function(pci.PciFunction):
         self.cap = self.add_msix(self.table, 1)
 
     def on_change(self, vector: int, address: int, data: int, masked: bool) -> None:
-        """Note a vector's change."""
+        """Record the change of a vector."""
         self.changes.append((vector, address, data, masked))
 
     def bar_changed(self, index: int, base: int | None) -> None:
-        """Note a BAR's change."""
+        """Record the change of a BAR."""
         super().bar_changed(index, base)
         self.events.append((index, base))
 
     def command_changed(self, command: int) -> None:
-        """Note the command register's change."""
+        """Record the change of the command register."""
         self.commands.append(command)
 
     def interrupt_pending(self) -> bool:
-        """Return what the test wants."""
+        """Return the value that the test has set."""
         return self.line
 
 
 class Guest:
-    """A driver's view: configuration mechanism 1 over ports."""
+    """A driver that uses ports for configuration mechanism 1."""
 
     def __init__(self, bus: Bus) -> None:
         self.bus = bus
@@ -116,13 +116,13 @@ class Machine:
 
 @pytest.fixture
 def machine() -> Machine:
-    """A machine with one function, in slot 1."""
+    """Return a machine with one function, in slot 1."""
     return Machine()
 
 
 @pytest.fixture
 def lines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What is logged."""
+    """Return the list that collects log lines."""
     written: list[str] = []
     monkeypatch.setattr(log, "write", lambda _severity, text: written.append(text))
     return written
@@ -131,8 +131,8 @@ def lines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 # Configuration mechanism 1
 
 
-def test_host_bridge_is_what_seabios_looks_for(machine: Machine) -> None:
-    """Ids, subsystem ids, class and revision of the emulated 440FX; a plain header without BARs."""
+def test_host_bridge_is_the_one_that_seabios_looks_for(machine: Machine) -> None:
+    """It has the ids, subsystem ids, class and revision of a 440FX, and a plain header without BARs."""
     assert machine.guest.read(0, 0x00) == 0x12378086
     assert machine.guest.read(0, 0x08) == 0x06000002
     assert machine.guest.read(0, 0x2C) == 0x11001AF4
@@ -140,8 +140,8 @@ def test_host_bridge_is_what_seabios_looks_for(machine: Machine) -> None:
     assert [machine.guest.read(0, at) for at in range(0x10, 0x28, 4)] == [0] * 6
 
 
-def test_a_header_begins_with_nothing_but_what_it_was_given() -> None:
-    """All registers without a value of their own are zero; the guest's firmware sets them."""
+def test_a_header_starts_with_the_given_values_and_zeroes() -> None:
+    """All other registers are zero until the guest's firmware sets them."""
     given = {pci.VENDOR_ID: 0x1AF4, pci.DEVICE_ID: 0x1000, pci.SUBSYSTEM_VENDOR_ID: 0x0B5D, pci.SUBSYSTEM_ID: 1}
     header = bytearray(pci.HEADER_END)
     for register, value in given.items():
@@ -164,7 +164,7 @@ def test_a_header_begins_with_nothing_but_what_it_was_given() -> None:
     assert not any(function.config[pci.HEADER_END :])
 
 
-def test_host_bridge_remembers_pam_and_nothing_beside_it(machine: Machine) -> None:
+def test_host_bridge_keeps_writes_to_pam_registers_only(machine: Machine) -> None:
     """SeaBIOS reads 58h-5Fh as two dwords, finds RAM not enabled, and writes both back."""
     assert machine.guest.read(0, 0x58) == machine.guest.read(0, 0x5C) == 0
 
@@ -180,7 +180,7 @@ def test_host_bridge_remembers_pam_and_nothing_beside_it(machine: Machine) -> No
     [(2, 0, 0), (31, 0, 0), (1, 1, 0), (1, 255, 0), (1, 0, 1), (0, 0, 7)],
 )
 def test_absent_functions_read_all_ones(machine: Machine, slot: int, bus: int, function: int) -> None:
-    """Other buses and functions 1 to 7 too; writes are dropped."""
+    """So do other buses and functions 1 to 7.  Writes are dropped."""
     machine.guest.select(slot, 0x3C, bus, function)
     machine.bus.pio_write(DATA, 4, 0x05)
 
@@ -200,7 +200,7 @@ def test_data_port_uses_byte_lanes(machine: Machine) -> None:
 
 
 def test_address_register_needs_the_enable_bit(machine: Machine) -> None:
-    """Without it the data port is just a port that nobody answers."""
+    """Without that bit no device answers at the data port."""
     machine.bus.pio_write(ADDRESS, 4, 1 << 11)
     assert machine.bus.pio_read(DATA, 4) == 0xFFFFFFFF
 
@@ -210,14 +210,14 @@ def test_address_register_needs_the_enable_bit(machine: Machine) -> None:
     [(0x80000000, 0x80000000), (0xFFFFFFFF, 0x80FFFFFC), (0xFF000001, 0x80000000), (0, 0)],
 )
 def test_address_register_has_hard_wired_zeros(machine: Machine, written: int, read: int) -> None:
-    """Systems probe for mechanism 1 by them."""
+    """Operating systems use them to detect mechanism 1."""
     machine.bus.pio_write(ADDRESS, 4, written)
     assert machine.bus.pio_read(ADDRESS, 4) == read
 
 
 @pytest.mark.parametrize(("port", "size"), [(0xCF8, 1), (0xCF8, 2), (0xCFA, 2), (0xCFB, 1), (0xCFA, 1)])
-def test_narrow_access_to_the_address_register_is_none(machine: Machine, port: int, size: int) -> None:
-    """It neither changes nor shows it (Linux writes 1 to CFBh when it probes)."""
+def test_narrow_access_to_the_address_register_is_ignored(machine: Machine, port: int, size: int) -> None:
+    """It neither changes nor reads the register (Linux writes 1 to CFBh when it probes)."""
     machine.bus.pio_write(ADDRESS, 4, 0x80000800)
     machine.bus.pio_write(port, size, 0)
 
@@ -226,7 +226,7 @@ def test_narrow_access_to_the_address_register_is_none(machine: Machine, port: i
 
 
 def test_cf9_belongs_to_another_chip() -> None:
-    """Byte accesses there reach the injected device, wider ones do not."""
+    """Byte accesses to CF9h reach the injected device, and wider accesses do not."""
     bus, reset = Bus(), Registers(fill=0x02)
     bus.add_pio(ADDRESS, 8, pci.PciBus(bus, 128 * MIB, byte_ports={layout.PORT_RESET: reset}))
 
@@ -241,7 +241,7 @@ def test_cf9_belongs_to_another_chip() -> None:
 @pytest.mark.parametrize("offset", range(8))
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_access_across_register_and_device_ends(machine: Machine, offset: int, size: int) -> None:
-    """Hostile 51: whatever straddles CFBh/CFCh or CFFh/D00h has a result of its size (asked directly too)."""
+    """Hostile 51: an access across CFBh/CFCh or CFFh/D00h has a result of its size, with and without the bus."""
     machine.bus.pio_write(ADDRESS, 4, 0x80000800)
 
     assert 0 <= machine.pci.pio_read(offset, size) < 1 << 8 * size
@@ -252,7 +252,7 @@ def test_access_across_register_and_device_ends(machine: Machine, offset: int, s
 
 
 def test_slots_are_checked(machine: Machine) -> None:
-    """A slot exists and takes one function."""
+    """A slot number must exist, and a slot holds one function."""
     with pytest.raises(ValueError, match="slot 32 is not between"):
         machine.pci.add(32, Function())
     with pytest.raises(ValueError, match="slot 1 is taken"):
@@ -264,7 +264,7 @@ def test_slots_are_checked(machine: Machine) -> None:
 
 @pytest.mark.parametrize("register", [0x00, 0x08, 0x2C, 0x30, 0x34, 0x28, 0x24, 0x40 - 4])
 def test_read_only_registers_stay(machine: Machine, register: int) -> None:
-    """Ids, class, expansion ROM, capability pointer, unused BARs; of the last dword only the line changes."""
+    """Ids, class, expansion ROM, capability pointer and unused BARs keep their values."""
     before = machine.guest.read(1, register)
     machine.guest.write(1, register, 0xFFFFFFFF)
     machine.guest.write(1, register, 0x00000000)
@@ -272,7 +272,7 @@ def test_read_only_registers_stay(machine: Machine, register: int) -> None:
 
 
 def test_command_register_keeps_its_writable_bits(machine: Machine) -> None:
-    """The owner is told once for each change."""
+    """The function is told once for each change."""
     machine.guest.write(1, 0x04, 0xFFFF, 2)
     machine.guest.write(1, 0x04, 0xFFFF, 2)
 
@@ -281,7 +281,7 @@ def test_command_register_keeps_its_writable_bits(machine: Machine) -> None:
 
 
 def test_status_bits_are_cleared_by_ones(machine: Machine) -> None:
-    """Writing zero keeps them; read-only status bits do not go at all."""
+    """To write zero keeps them.  Read-only status bits are never cleared."""
     machine.functions[0].config[0x07] |= 0xF1
     machine.guest.write(1, 0x06, 0, 2)
     assert machine.guest.read(1, 0x06, 2) == 0xF110
@@ -291,7 +291,7 @@ def test_status_bits_are_cleared_by_ones(machine: Machine) -> None:
 
 
 def test_interrupt_status_shows_the_line(machine: Machine) -> None:
-    """Bit 3 of the status register, on whichever byte lane."""
+    """Bit 3 of the status register shows it, in accesses of every size."""
     assert not machine.guest.read(1, 0x06, 2) & 8
     machine.functions[0].line = True
     assert machine.guest.read(1, 0x06, 2) & 8
@@ -301,14 +301,14 @@ def test_interrupt_status_shows_the_line(machine: Machine) -> None:
     assert not machine.guest.read(1, 0x07, 1) & 8
 
 
-def test_interrupt_line_is_scratch(machine: Machine) -> None:
-    """Line writable, pin not."""
+def test_interrupt_line_is_writable(machine: Machine) -> None:
+    """The interrupt pin is read-only."""
     machine.guest.write(1, 0x3C, 0xFFFF, 2)
     assert machine.guest.read(1, 0x3C, 2) == 0x01FF
 
 
 def test_capabilities_form_a_list_with_write_masks(machine: Machine) -> None:
-    """In order of addition, dword aligned, ending in zero; only masked bits change."""
+    """The list is in order of addition, dword-aligned, and ends with zero.  Only bits in a write mask change."""
     function = Function()
     first = function.add_capability(0x09, b"\x05\x01\x02", b"\x00\x0f")
     second = function.add_capability(0x09, bytes(18), bytes(14) + b"\xff" * 4)
@@ -342,14 +342,14 @@ def test_capability_without_room_is_refused() -> None:
 
 @pytest.mark.parametrize(("index", "size"), [(2, 48), (2, 2), (2, 512), (6, 16), (0, 16)])
 def test_impossible_io_bars_are_refused(index: int, size: int) -> None:
-    """Not a power of two, too small, too large, no such BAR, taken."""
+    """The size is no power of two, too small or too large, or the BAR does not exist or is taken."""
     with pytest.raises(ValueError, match=f"bar {index}"):
         Function().add_io_bar(index, size, Registers())
 
 
 @pytest.mark.parametrize("size", [8, 4097, 1 << 31])
 def test_impossible_memory_bars_are_refused(size: int) -> None:
-    """Not a power of two, too small, too large."""
+    """The size is no power of two, too small or too large."""
     with pytest.raises(ValueError, match="bar 2"):
         Function().add_memory_bar(2, size, Registers())
 
@@ -358,7 +358,7 @@ def test_impossible_memory_bars_are_refused(size: int) -> None:
 
 
 def test_sizing_shows_size_and_kind(machine: Machine) -> None:
-    """All ones in, size out; unused BARs and the expansion ROM stay zero."""
+    """After a write of all ones a BAR reads as its size and kind.  Unused BARs and the expansion ROM stay zero."""
     sizes = []
     for register in (*range(0x10, 0x28, 4), 0x30):
         machine.guest.write(1, register, 0xFFFFFFFF)
@@ -366,8 +366,8 @@ def test_sizing_shows_size_and_kind(machine: Machine) -> None:
     assert sizes == [0xFFFFFF81, 0xFFFFF000, 0, 0, 0, 0, 0]
 
 
-def test_bars_decode_what_the_command_register_lets_them(machine: Machine) -> None:
-    """I/O and memory separately, on and off again."""
+def test_the_command_register_enables_bars(machine: Machine) -> None:
+    """It enables and disables I/O and memory separately."""
     guest, function = machine.guest, machine.functions[0]
     guest.write(1, 0x10, IO_BASE)
     guest.write(1, 0x14, WINDOW)
@@ -388,8 +388,8 @@ def test_bars_decode_what_the_command_register_lets_them(machine: Machine) -> No
     assert function.events == [(0, IO_BASE), (0, None), (1, WINDOW), (1, None)]
 
 
-def test_moved_bar_goes_before_it_comes(machine: Machine) -> None:
-    """The owner hears None in between, and nothing when nothing changed."""
+def test_moved_bar_is_unmapped_first(machine: Machine) -> None:
+    """The function is told None in between, and is told nothing if nothing changed."""
     machine.guest.write(1, 0x04, 1, 2)
     machine.guest.write(1, 0x10, 0xC000)
     machine.guest.write(1, 0x10, 0xC07F)
@@ -404,7 +404,7 @@ def test_moved_bar_goes_before_it_comes(machine: Machine) -> None:
     "base", [0x80, 0x600, 0xC80, 0xF80, 0x10000, 0x1C000, 0xFFFF8000], ids=lambda base: f"{base:#x}"
 )
 def test_io_bar_outside_pci_ports_is_not_mapped(machine: Machine, lines: list[str], base: int) -> None:
-    """Hostile 8: chips' ports and what is no port; the register keeps what was written."""
+    """Hostile 8: the address is at a chip's ports, or no port at all.  The register keeps the written value."""
     machine.guest.write(1, 0x04, 1, 2)
     machine.guest.write(1, 0x10, base)
 
@@ -419,7 +419,7 @@ def test_io_bar_outside_pci_ports_is_not_mapped(machine: Machine, lines: list[st
     ids=lambda base: f"{base:#x}",
 )
 def test_memory_bar_outside_the_window_is_not_mapped(machine: Machine, lines: list[str], base: int) -> None:
-    """Hostile 8: RAM, I/O APIC, local APIC, KVM's pages, firmware."""
+    """Hostile 8: the addresses are those of RAM, I/O APIC, local APIC, KVM's pages and firmware."""
     machine.guest.write(1, 0x04, 2, 2)
     machine.guest.write(1, 0x14, base)
 
@@ -429,7 +429,7 @@ def test_memory_bar_outside_the_window_is_not_mapped(machine: Machine, lines: li
 
 @pytest.mark.parametrize("memory_bytes", [3584 * MIB, 5120 * MIB], ids=["3.5G", "5G"])
 def test_memory_bar_on_low_ram_of_a_large_machine_is_not_mapped(lines: list[str], memory_bytes: int) -> None:
-    """RAM ends at E0000000 there."""
+    """Low RAM of such a machine ends at E0000000h."""
     machine = Machine(memory_bytes=memory_bytes)
     machine.guest.write(1, 0x04, 2, 2)
     machine.guest.write(1, 0x14, 0xDFFFF000)
@@ -440,8 +440,8 @@ def test_memory_bar_on_low_ram_of_a_large_machine_is_not_mapped(lines: list[str]
     assert len(lines) == 1
 
 
-def test_sizing_while_decoding_is_no_news(machine: Machine, lines: list[str]) -> None:
-    """Hostile 8: the BAR goes and comes back, and the log stays empty."""
+def test_sizing_while_decoding_is_not_logged(machine: Machine, lines: list[str]) -> None:
+    """Hostile 8: the BAR is unmapped and mapped again, and the log stays empty."""
     machine.guest.write(1, 0x04, 3, 2)
     for register, base in ((0x10, IO_BASE), (0x14, WINDOW)):
         machine.guest.write(1, register, base)
@@ -456,7 +456,7 @@ def test_sizing_while_decoding_is_no_news(machine: Machine, lines: list[str]) ->
 
 
 def test_bar_storm_does_not_flood_the_log(machine: Machine, lines: list[str]) -> None:
-    """A thousand bad addresses make a handful of lines."""
+    """A thousand bad addresses give a few lines."""
     machine.guest.write(1, 0x04, 2, 2)
     for page in range(1, 1000):
         machine.guest.write(1, 0x14, page * 4096)
@@ -464,7 +464,7 @@ def test_bar_storm_does_not_flood_the_log(machine: Machine, lines: list[str]) ->
 
 
 def test_overlapping_bars_go_to_the_lower_slot() -> None:
-    """The other one gets the address as soon as it is free, and loses it again."""
+    """The other BAR is mapped while the address is free, and loses it again."""
     machine = Machine(functions=2)
     for slot in (2, 1):
         machine.guest.write(slot, 0x10, IO_BASE + 128 * (slot - 1))
@@ -480,7 +480,7 @@ def test_overlapping_bars_go_to_the_lower_slot() -> None:
 
 
 def test_ports_and_memory_do_not_collide() -> None:
-    """The same number is two places."""
+    """A port and a memory address with the same number are different."""
     machine = Machine(memory_bytes=128 * MIB)
     function = Function()
     function.add_memory_bar(2, 4096, Registers(fill=0x77))
@@ -498,7 +498,7 @@ def test_ports_and_memory_do_not_collide() -> None:
 
 
 def entry(address: int = 0xFEE01000, data: int = 0x41, control: int = 0) -> bytes:
-    """One table entry."""
+    """Return a table entry."""
     return struct.pack("<QII", address, data, control)
 
 
@@ -509,7 +509,7 @@ def write_entry(msix: Msix, vector: int, content: bytes) -> None:
 
 
 def test_msix_capability_describes_the_table(machine: Machine) -> None:
-    """Size less one, table at 0 and pending bits in the same BAR; only enable and mask can be written."""
+    """It has the size less one, and places table and pending bits in one BAR.  Only enable and mask are writable."""
     cap = machine.functions[0].cap
     machine.guest.write(1, cap, 0xFFFFFFFF)
 
@@ -524,7 +524,7 @@ def test_msix_capability_describes_the_table(machine: Machine) -> None:
     [(1, 2048, 4096), (128, 2048, 4096), (129, 4096, 8192), (2048, 32768, 65536)],
 )
 def test_msix_bar_holds_table_and_pending_bits(vectors: int, pba: int, bar: int) -> None:
-    """One page for all devices of ours, the next power of two beyond."""
+    """One page is enough for all our devices.  A larger table takes the next power of two."""
     msix = Msix(vectors, lambda *_: None, lambda _: True)
 
     assert (msix.pba_offset, msix.bar_bytes) == (pba, bar)
@@ -534,13 +534,13 @@ def test_msix_bar_holds_table_and_pending_bits(vectors: int, pba: int, bar: int)
 
 @pytest.mark.parametrize("vectors", [0, 2049])
 def test_msix_has_between_1_and_2048_vectors(vectors: int) -> None:
-    """As the capability can say."""
+    """The capability has room for 2048."""
     with pytest.raises(ValueError, match=f"{vectors} msi-x vectors"):
         Msix(vectors, lambda *_: None, lambda _: False)
 
 
-def test_vector_is_told_when_it_becomes_deliverable(machine: Machine) -> None:
-    """Enable bit, function mask and vector mask must all agree; a masked entry is nobody's business."""
+def test_a_change_of_a_deliverable_vector_is_reported(machine: Machine) -> None:
+    """Enable bit, function mask and vector mask decide.  Changes of a masked entry are not reported."""
     function, guest = machine.functions[0], machine.guest
     write_entry(function.table, 1, entry())
     assert function.changes == []
@@ -568,7 +568,7 @@ def test_vector_is_told_when_it_becomes_deliverable(machine: Machine) -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
 def test_table_takes_every_access_size(machine: Machine, size: int) -> None:
-    """Hostile 9: reserved and alignment bits stay zero."""
+    """Hostile 9: reserved bits and alignment bits stay zero."""
     msix = machine.functions[0].table
     for at in range(0, 32, size):
         msix.mmio_write(at, size, (1 << 8 * size) - 1)
@@ -578,7 +578,7 @@ def test_table_takes_every_access_size(machine: Machine, size: int) -> None:
 
 
 def test_access_beside_the_table_is_harmless(machine: Machine) -> None:
-    """Hostile 9: across the end, between table and pending bits, behind them."""
+    """Hostile 9: such an access is across the table's end, between table and pending bits, or after them."""
     function = machine.functions[0]
     msix = function.table
     function.pending.add(1)
@@ -597,7 +597,7 @@ def test_access_beside_the_table_is_harmless(machine: Machine) -> None:
 
 
 def test_msix_shares_the_lock_of_its_function(machine: Machine) -> None:
-    """Table and capability are written by different vCPUs."""
+    """Different vCPUs may write the table and the capability at the same time."""
     assert machine.functions[0].table.lock is machine.functions[0].lock
 
 
@@ -606,7 +606,7 @@ def test_msix_shares_the_lock_of_its_function(machine: Machine) -> None:
 
 @pytest.mark.parametrize("memory_bytes", [128 * MIB, 3584 * MIB, 5120 * MIB], ids=["128M", "3.5G", "5G"])
 def test_assigned_resources_are_complete_and_disjoint(memory_bytes: int) -> None:
-    """Every slot full: all BARs are mapped, aligned, inside the windows, and apart."""
+    """With a function in every slot, all BARs are mapped, aligned, inside the windows, and do not overlap."""
     machine = Machine(functions=31, memory_bytes=memory_bytes)
     for function in machine.functions:
         function.add_io_bar(2, 256, Registers())
@@ -629,7 +629,7 @@ def test_assigned_resources_are_complete_and_disjoint(memory_bytes: int) -> None
 
 
 def test_assigned_interrupt_lines_are_those_of_the_layout() -> None:
-    """INTA of each slot; a bridge has no pin and gets no line."""
+    """Each function has the line of its slot's INTA.  A bridge has no pin and gets no line."""
     machine = Machine(functions=8)
     machine.pci.assign_resources()
 
@@ -637,8 +637,8 @@ def test_assigned_interrupt_lines_are_those_of_the_layout() -> None:
     assert machine.guest.read(1, 0x04, 2) == 3
 
 
-def test_low_ports_are_used_when_there_are_too_many() -> None:
-    """Like SeaBIOS; beyond that there is a sentence."""
+def test_low_ports_are_used_when_the_others_are_full() -> None:
+    """SeaBIOS does the same.  If those are full too, there is an error."""
     machine = Machine(functions=31)
     for function in machine.functions:
         for index in (2, 3):
@@ -655,8 +655,8 @@ def test_low_ports_are_used_when_there_are_too_many() -> None:
 # Saving
 
 
-def test_state_survives_the_journey() -> None:
-    """Registers, mapping and vectors are the same on a new machine, and its owners have been told."""
+def test_state_is_restored_in_a_new_machine() -> None:
+    """The new machine has the same registers, mappings and vectors, and its functions are told of them."""
     old = Machine(functions=2)
     old.pci.assign_resources()
     write_entry(old.functions[1].table, 0, entry(data=0x55))
@@ -676,7 +676,7 @@ def test_state_survives_the_journey() -> None:
 
 
 def test_state_of_overlapping_bars_maps_the_same_ones() -> None:
-    """Who won does not depend on who came first."""
+    """Which BAR is mapped does not depend on the order of the writes."""
     old = Machine(functions=2)
     for slot in (2, 1):
         old.guest.write(slot, 0x10, IO_BASE)
@@ -690,7 +690,7 @@ def test_state_of_overlapping_bars_maps_the_same_ones() -> None:
 
 
 def test_state_of_another_machine_is_refused() -> None:
-    """Hostile 55: other slots, other functions, wrong lengths; each with its sentence."""
+    """Hostile 55: other slots, other functions and wrong lengths each give their own error."""
     machine = Machine(functions=2)
     state = machine.pci.state()
     first = state["functions"][1]
@@ -710,7 +710,7 @@ def test_state_of_another_machine_is_refused() -> None:
     assert machine.pci.state() == state
 
 
-# Anything at all
+# Random accesses
 
 sizes = st.sampled_from([1, 2, 4])
 values = st.one_of(
@@ -721,7 +721,7 @@ config_writes = st.tuples(st.integers(0, 3), st.integers(0, 0x5F), sizes, values
 
 
 def check_invariants(machine: Machine) -> None:
-    """What is mapped is what the registers say, legal, and apart; read-only registers are as they were."""
+    """Raise AssertionError unless mapped BARs agree with the registers, lie in their windows, and do not overlap."""
     mapped = []
     for function in machine.functions:
         decoded = function.decoded()
@@ -741,7 +741,7 @@ def check_invariants(machine: Machine) -> None:
 
 @given(st.lists(config_writes, max_size=40))
 def test_random_configuration_keeps_the_invariants(writes: list[tuple[int, int, int, int]]) -> None:
-    """Hostile 8, 9, 10: any writes to any register, in any size, on any lane."""
+    """Hostile 8, 9, 10: writes of every value, to every register, of every size and alignment."""
     machine = Machine(functions=2)
     machine.pci.complaints.burst = 0
     ids = [machine.guest.read(slot, 0) for slot in range(4)]
@@ -765,26 +765,26 @@ def test_random_configuration_keeps_the_invariants(writes: list[tuple[int, int, 
         max_size=60,
     )
 )
-def test_random_msix_access_agrees_with_what_was_told(
+def test_random_msix_access_reports_every_deliverable_message(
     accesses: list[tuple[bool, int, int, int]],
 ) -> None:
-    """Hostile 9: results have their size, and whoever only listens knows every deliverable message."""
+    """Hostile 9: a result has its size.  The reported changes alone give every deliverable message."""
     function = Function(vectors=5)
-    heard = [(0, 0, True)] * 5
+    known = [(0, 0, True)] * 5
     for enable, offset, size, value in accesses:
         function.config_write(function.cap + 2, 2, 0x8000 if enable else value & 0xFFFF)
         function.table.mmio_write(offset % 96, size, value & ((1 << 8 * size) - 1))
         assert 0 <= function.table.mmio_read(offset, size) < 1 << 8 * size
         for vector, address, data, masked in function.changes:
-            heard[vector] = (address, data, masked)
+            known[vector] = (address, data, masked)
         function.changes.clear()
         actual = [function.table.message(vector) for vector in range(5)]
-        assert [m[2] for m in heard] == [m[2] for m in actual]
-        assert [m for m in heard if not m[2]] == [m for m in actual if not m[2]]
+        assert [m[2] for m in known] == [m[2] for m in actual]
+        assert [m for m in known if not m[2]] == [m for m in actual if not m[2]]
 
 
 def test_two_vcpus_moving_bars_end_in_agreement() -> None:
-    """Whoever settles last sees the last registers, so that nothing stale stays mapped."""
+    """The last call of `settle` sees the last registers, so no old address stays mapped."""
     machine = Machine(functions=2)
     machine.pci.complaints.burst = 0
     for function in machine.functions:

@@ -1,4 +1,4 @@
-"""Which devices there are, where they sit, and in what order the firmware looks at them."""
+"""The devices of a VM, their slots, and the order in which firmware tries them."""
 
 import pytest
 
@@ -19,7 +19,7 @@ CONFIG = VmConfig(
 
 
 def slots() -> list[Slot]:
-    """Return the devices of a VM with an interface, two disks, the first with a backing file, and a disc."""
+    """Return the devices of a VM with an interface, two disks and a disc.  The first disk has a backing file."""
     images = (
         DiskImages(images=(ImageLink(path="/a", format="qcow2"), ImageLink(path="/b", format="raw", guessed=True))),
         DiskImages(images=(ImageLink(path="/c", format="raw", discard_granularity=65536),), read_only=True),
@@ -31,7 +31,7 @@ def slots() -> list[Slot]:
 
 
 def test_each_device_has_upstreams_slot_and_its_own_files() -> None:
-    """Entropy 1, interfaces, disks, disc; each chain goes to its disk, the top first."""
+    """Entropy has slot 1, then come interfaces, disks and disc.  A disk gets its image chain, the top image first."""
     by_name = {slot.name: slot for slot in slots()}
     assert {name: slot.number for name, slot in by_name.items()} == {
         "viornd0": 1, "vionet0": 2, "vioblk0": 3, "vioblk1": 4, "vioscsi0": 5,
@@ -46,7 +46,7 @@ def test_each_device_has_upstreams_slot_and_its_own_files() -> None:
 
 
 def test_an_interface_whose_frames_the_kernel_may_move_has_three_files() -> None:
-    """Behind its tap come /dev/vhost-net and a packet socket, two for each such interface and none for others."""
+    """After its tap it has /dev/vhost-net and a packet socket.  Other interfaces have neither."""
     lladdr = b"\xfe" + bytes(5)
     links = tuple(
         NicLink(name=name, lladdr=lladdr, host_mac=bytes(6), locked=False, local=False, mtu=1500, vhost=vhost)
@@ -75,10 +75,10 @@ def test_an_interface_whose_frames_the_kernel_may_move_has_three_files() -> None
         ("", SeedConfig(hostname="db1"), False, False, ""),
     ],
 )
-def test_the_host_name_that_a_guest_is_told(
+def test_the_host_name_that_a_guest_gets(
     given: str, seed: SeedConfig | None, local: bool, pxe: bool, told: str
 ) -> None:
-    """Its interface's, else its seed's, else the VM's; a guest that gets no addresses of us is told none."""
+    """It is the interface's, else the seed's, else the VM's.  A guest that gets no address from us gets no name."""
     nic = NicConfig(local=local, host_name=given)
     link = NicLink(
         name="tap0", lladdr=b"\xfe" + bytes(5), host_mac=bytes(6), locked=False, local=local, mtu=0, pxe=pxe
@@ -90,7 +90,7 @@ def test_the_host_name_that_a_guest_is_told(
 
 
 def serials(name: str = "a", uid: int = 0, given: str = "") -> list[bytes]:
-    """Return the serial numbers of two disks of a VM; the first one's may be given."""
+    """Return the serial numbers of two disks of a VM.  `given`: the configured one of the first disk."""
     disks = (DiskConfig(path="/a", serial=given), DiskConfig(path="/c"))
     config = VmConfig(name=name, owner=Owner(uid=uid), disks=disks)
     images = (DiskImages(images=(ImageLink(path=disk.path, format="raw"),)) for disk in config.disks)
@@ -98,8 +98,8 @@ def serials(name: str = "a", uid: int = 0, given: str = "") -> list[bytes]:
     return [slot.serial for slot in plan(parts) if slot.kind is DISK]
 
 
-def test_serial_numbers_are_the_same_each_time_and_others_in_every_vm() -> None:
-    """By name and owner; long names are told apart although only their start is in it."""
+def test_serial_numbers_are_stable_and_differ_between_vms() -> None:
+    """They depend on name and owner.  Long names give different numbers, although only their start is in the number."""
     found = [
         serial
         for name in ("a", "b", "a" * 62 + "b", "a" * 62 + "c", "webserver1", "webserver2")
@@ -111,13 +111,13 @@ def test_serial_numbers_are_the_same_each_time_and_others_in_every_vm() -> None:
     assert serials("db1") == serials("db1") == [b"db1-b718b3a078-0", b"db1-b718b3a078-1"]
 
 
-def test_serial_number_that_is_configured_counts() -> None:
-    """For its disk; the other one's stays what it was."""
+def test_a_configured_serial_number_is_used() -> None:
+    """It is used for its disk only.  The number of the other disk does not change."""
     assert serials(given="mine") == [b"mine", serials()[1]]
 
 
-def test_configuration_takes_serial_numbers_along() -> None:
-    """What is sent says what its guest has seen, so that another name does not change it; none at all stays none."""
+def test_the_configuration_that_is_sent_has_the_serial_numbers() -> None:
+    """The receiver gets the numbers that the guest has seen, so a new name does not change them."""
     devices = slots()
     taken = with_serials(CONFIG.replace(name="other"), devices)
 
@@ -125,8 +125,8 @@ def test_configuration_takes_serial_numbers_along() -> None:
     assert with_serials(CONFIG, [slot.replace(serial=b"") for slot in devices]) == CONFIG
 
 
-def test_devices_can_be_told_from_the_configuration_alone() -> None:
-    """As whoever receives a VM has to, before its disks can be opened."""
+def test_the_configuration_alone_gives_the_kinds_of_devices() -> None:
+    """A receiver needs the kinds before the disks can be opened."""
     assert kinds(CONFIG) == [slot.kind for slot in slots()]
 
 
@@ -139,15 +139,15 @@ def test_devices_can_be_told_from_the_configuration_alone() -> None:
         (BootDevice.NET, (DISK1, DISK2, DISC), ()),
     ],
 )
-def test_the_boot_device_is_all_that_is_tried_and_the_rest_is_there(
+def test_only_the_boot_device_is_tried_but_all_drives_are_listed(
     device: BootDevice, to_boot: tuple[str, ...], others: tuple[str, ...]
 ) -> None:
-    """Every drive is in one of the two lists: firmware hides those without a line."""
+    """Every drive is in one of the two lists, because firmware hides drives without a line."""
     assert boot_paths(slots(), device) == (to_boot, others)
 
 
 def test_a_seed_moves_no_device() -> None:
-    """It is a disk with a slot and a number of its own, read-only, from which nothing is booted."""
+    """A seed is a read-only disk with its own slot and number.  Nothing is booted from it."""
     parts = Given(config=CONFIG, seed_fd=7)
     (entropy, seed) = plan(parts)
 

@@ -1,4 +1,4 @@
-"""Whether a machine that was sent can go on here, and records whose values are absurd (hostile-input 26, 55)."""
+"""Whether a machine that was sent can go on here, and records with impossible values (hostile-input 26, 55)."""
 
 import os
 from collections.abc import Iterator
@@ -30,13 +30,13 @@ NO_VECTOR = 0xFFFF
 # --- processors ---------------------------------------------------------------------------------------------------
 
 
-def test_same_processor_will_do() -> None:
-    """A host's own stream."""
+def test_same_processor_is_accepted() -> None:
+    """A host accepts its own stream."""
     state.check_processor(saved.header(), entries(CPUID))
 
 
-def test_more_than_was_there_will_do() -> None:
-    """A guest does not miss what it never had."""
+def test_additional_features_are_accepted() -> None:
+    """A guest does not need the features that its old processor lacked."""
     better = (*CPUID[:1], leaf(1, ecx=0xFF, edx=0xFF), leaf(7, ebx=0xFFF), leaf(0x80000001, ecx=1))
     state.check_processor(saved.header(), entries(better))
 
@@ -47,7 +47,7 @@ def test_more_than_was_there_will_do() -> None:
     (leaf(7, ebx=0x10), "cpuid 0x7.0 ebx 0xe0"),
 ])  # fmt: skip
 def test_missing_feature_is_named(changed: CpuidLeaf, what: str) -> None:
-    """By leaf, register and bits."""
+    """The error names the leaf, the register and the bits."""
     ours = tuple(changed if each.function == changed.function else each for each in CPUID)
     with pytest.raises(ValueError, match=f"needs processor features that this host lacks: {what}"):
         state.check_processor(saved.header(), entries(ours))
@@ -62,7 +62,7 @@ REGISTERS_OF_FEATURES = [
 
 @pytest.mark.parametrize(("function", "index", "register"), REGISTERS_OF_FEATURES)
 def test_a_bit_missing_in_any_register_of_features_is_named(function: int, index: int, register: str) -> None:
-    """A guest that is let in without it dies by an invalid opcode, when its sender has let it go."""
+    """Otherwise an invalid opcode would end the guest, after the sender has given it up."""
     vendor = CPUID[:1]
     theirs = saved.header(cpuid=(*vendor, leaf(function, index, **{register: 0x50})))
     for ours, missing in ((0x10, 0x40), (0x40, 0x10), (0, 0x50)):
@@ -73,18 +73,18 @@ def test_a_bit_missing_in_any_register_of_features_is_named(function: int, index
 
 
 def test_every_register_of_features_is_tried() -> None:
-    """The list above is the table's, whole."""
+    """The list above equals the table in `state`."""
     assert list(state.FEATURES) == REGISTERS_OF_FEATURES
 
 
 def test_missing_leaf_is_a_missing_feature() -> None:
-    """As of an older processor."""
+    """An older processor may lack a whole leaf."""
     with pytest.raises(ValueError, match=r"cpuid 0x7\.0 ebx 0xf0"):
         state.check_processor(saved.header(), entries(CPUID[:2]))
 
 
-def test_osxsave_is_the_guests() -> None:
-    """KVM shows it in a table once a guest has switched it on."""
+def test_osxsave_is_no_feature_of_the_processor() -> None:
+    """KVM sets the bit in a vCPU's table when the guest has enabled XSAVE."""
     assert state.OSXSAVE == 1 << 27  # bit 27 of leaf 1's ECX
     theirs = saved.header(cpuid=(*CPUID[:1], leaf(1, ecx=1 << 27)))
     state.check_processor(theirs, entries((*CPUID[:1], leaf(1))))
@@ -95,7 +95,7 @@ def test_osxsave_is_the_guests() -> None:
     (leaf(0, ebx=INTEL[0], ecx=INTEL[1], edx=INTEL[2]), *CPUID[1:]),
 ])  # fmt: skip
 def test_other_vendor_is_refused(cpuid: tuple[CpuidLeaf, ...]) -> None:
-    """Whatever features it has."""
+    """The features do not matter then."""
     with pytest.raises(ValueError, match="another vendor"):
         state.check_processor(saved.header(cpuid=cpuid), entries(CPUID))
 
@@ -104,8 +104,8 @@ def test_other_vendor_is_refused(cpuid: tuple[CpuidLeaf, ...]) -> None:
     (2_500_000, True), (2_500_625, True), (2_499_375, True), (2_500_626, False), (2_499_374, False), (0, False),
     (-2_500_000, False), (1 << 63, False),
 ])  # fmt: skip
-def test_time_stamp_counter(theirs: int, good: bool) -> None:
-    """Within 250 millionths, as KVM itself has it."""
+def test_rate_of_the_time_stamp_counter(theirs: int, good: bool) -> None:
+    """The rates may differ by 250 ppm, as for KVM."""
     if good:
         state.check_tsc(theirs, 2_500_000)
     else:
@@ -113,8 +113,8 @@ def test_time_stamp_counter(theirs: int, good: bool) -> None:
             state.check_tsc(theirs, 2_500_000)
 
 
-def test_numbers_of_a_table_are_cut_to_registers() -> None:
-    """A stream may write any number there."""
+def test_numbers_of_a_cpuid_table_are_cut_to_registers() -> None:
+    """A stream may contain any number."""
     theirs = saved.header(cpuid=(leaf(-1, eax=1 << 40, ebx=-1),))
     (entry,) = state.cpuid_of(theirs)
     assert (entry.function, entry.eax, entry.ebx) == (0xFFFFFFFF, 0, 0xFFFFFFFF)
@@ -142,7 +142,7 @@ DISK = DiskConfig(path="/disk")
     (config(nics=(NicConfig(),), disks=(DISK,)), ("rng", "net", "blk")),
 ])  # fmt: skip
 def test_devices_are_those_of_the_configuration(configured: VmConfig, kinds: tuple[str, ...]) -> None:
-    """In order of their slots; one more, one less or another is refused."""
+    """They are in order of slots.  A device more, a device less or another device is refused."""
     state.check_devices(saved.header(config=configured, devices=heads(*kinds)))
 
     for wrong in (kinds[:-1], (*kinds, "blk"), (*kinds[:-1], "gpu"), kinds[1:], ()):
@@ -151,18 +151,18 @@ def test_devices_are_those_of_the_configuration(configured: VmConfig, kinds: tup
 
 
 class Device(Machine):
-    """The function of `tests.support.virtiopci`, whose process can stand still."""
+    """The function of `tests.support.virtiopci`, whose process records its commands."""
 
     @property
     def commands(self) -> list[int]:
-        """What its process was told."""
+        """Return the commands that its process got."""
         found: list[int] = self.process.commands
         return found
 
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
-    """A function of two queues that was just built."""
+    """Yield a new function with two queues."""
     made = Device.fake()
     made.process.commands = []
     made.process.command = made.process.commands.append
@@ -170,8 +170,8 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
     made.close()
 
 
-def test_device_goes_on_where_it_was(device: Device) -> None:
-    """Registers read as they did; the process gets the rings with their places, after it was told to stand still."""
+def test_device_goes_on_from_its_saved_state(device: Device) -> None:
+    """Registers have the saved values.  The process is paused, and then gets the rings with their positions."""
     theirs = saved.device(config=CONFIG, queues=2)
     device.function.restore_registers(theirs)
     device.function.restore_rings(theirs)
@@ -180,12 +180,12 @@ def test_device_goes_on_where_it_was(device: Device) -> None:
     assert device.commands == [devmsg.PAUSE]
     row = (64, True, 0x10000, 0x11000, 0x12000, 7, 7)
     assert device.process.lives == [(1 << 32, [row, row])]
-    assert device.kvm.irqfds == {}  # which comes when it goes on
+    assert device.kvm.irqfds == {}  # they are attached when the machine resumes
     assert device.kvm.ioeventfds != {}
 
 
-def test_interrupts_that_were_under_way_come_once_it_goes_on(device: Device) -> None:
-    """One behind a masked vector, one that the guest has not read ISR for."""
+def test_pending_interrupts_come_when_the_machine_resumes(device: Device) -> None:
+    """One has a masked vector, and for the other the guest has not read ISR."""
     theirs = saved.device(
         config=CONFIG, queues=0, config_pending=True,
     ).replace(queues=(saved.queue(unseen=True), saved.queue(called=True)))  # fmt: skip
@@ -212,8 +212,8 @@ def test_interrupts_that_were_under_way_come_once_it_goes_on(device: Device) -> 
         ("next_avail", 1 << 16), ("next_avail", -1), ("next_used", 1 << 16), ("next_used", -1),
     )),
 ])  # fmt: skip
-def test_registers_that_no_device_has(device: Device, changes: dict[str, object]) -> None:
-    """Refused before the process hears of them."""
+def test_impossible_registers_are_refused(device: Device, changes: dict[str, object]) -> None:
+    """They are refused before the process gets anything."""
     theirs = saved.device(config=CONFIG).replace(**changes)
 
     with pytest.raises(ValueError, match=r"."):
@@ -222,8 +222,8 @@ def test_registers_that_no_device_has(device: Device, changes: dict[str, object]
     assert device.process.lives == []
 
 
-def test_a_part_is_of_the_kind_that_it_says(device: Device) -> None:
-    """Of an earlier version, which did not say, it is what the header has in its place."""
+def test_the_kind_of_a_device_is_checked(device: Device) -> None:
+    """A stream of an earlier version has no kind there, so the kind in the header counts."""
     for kind in ("", "blk"):
         device.function.check_registers(saved.device(config=CONFIG, kind=kind), 0)
     with pytest.raises(ValueError, match="a device of kind 'net' in the place of vioblk0"):
@@ -231,15 +231,15 @@ def test_a_part_is_of_the_kind_that_it_says(device: Device) -> None:
 
 
 def test_every_part_of_a_stream_has_a_version() -> None:
-    """What no part has, the parts around it speak for."""
+    """A record that is no part belongs to a part, whose version covers it."""
     for part in (Header, MachineState, *(declared.__args__[0] for declared in MachineState.fields.values()
                  if getattr(declared, "__args__", ()) and issubclass(declared.__args__[0], Record))):  # fmt: skip
         assert issubclass(part, Part), part
 
 
 @pytest.mark.parametrize("vector", [NO_VECTOR, 3, 0x7FFF])
-def test_vectors_that_it_does_not_have_are_none(device: Device, vector: int) -> None:
-    """As when a driver writes them."""
+def test_vectors_that_do_not_exist_become_no_vector(device: Device, vector: int) -> None:
+    """The result is the same as when a driver writes them."""
     theirs = saved.device(config=CONFIG, config_vector=vector, queues=0).replace(
         queues=(saved.queue(vector=vector),) * 2
     )
@@ -250,8 +250,8 @@ def test_vectors_that_it_does_not_have_are_none(device: Device, vector: int) -> 
     assert device.pending() == 0
 
 
-def test_rings_anywhere_ask_for_a_reset(device: Device) -> None:
-    """The process finds that it cannot use them; the guest is told, and nobody else is hurt."""
+def test_unusable_rings_ask_for_a_reset(device: Device) -> None:
+    """The process cannot use them, so the guest is asked to reset the device.  Nothing else is affected."""
     device.process.usable = False
     theirs = saved.device(config=CONFIG, queues=0).replace(queues=(saved.queue(desc=(1 << 64) - 16),) * 2)
 
@@ -262,8 +262,8 @@ def test_rings_anywhere_ask_for_a_reset(device: Device) -> None:
     assert device.function.take_isr() == spec.ISR_CONFIG
 
 
-def test_disk_of_another_size_is_another_disk(device: Device) -> None:
-    """The guest would believe in sectors that are not there."""
+def test_disk_of_another_size_is_refused(device: Device) -> None:
+    """The guest would access sectors that do not exist."""
     theirs = saved.device(config=bytes(59) + b"\x01")
     device.process.answer = CONFIG
     device.function.restore_registers(theirs)
@@ -272,8 +272,8 @@ def test_disk_of_another_size_is_another_disk(device: Device) -> None:
         device.function.restore_rings(theirs)
 
 
-def test_an_idle_device_needs_no_rings(device: Device) -> None:
-    """Its driver has not come up, or has reset it."""
+def test_an_inactive_device_needs_no_rings(device: Device) -> None:
+    """Its driver has not started yet, or has reset it."""
     theirs = saved.device(config=CONFIG, active=False, status=0)
     device.function.restore_registers(theirs)
     device.function.restore_rings(theirs)
@@ -286,12 +286,12 @@ def test_an_idle_device_needs_no_rings(device: Device) -> None:
 
 
 def uart() -> Uart:
-    """Return a UART with nobody around it."""
+    """Return a UART without connections."""
     return Uart(lambda level: None, lambda data: None, lambda: None)
 
 
 def clock() -> Mc146818:
-    """Return a clock that stands at 1970."""
+    """Return a clock that is stopped at 1970."""
     return Mc146818(lambda level: None, lambda: 0.0, cast("Any", lambda delay, callback: None), 8 << 20, 1)
 
 
@@ -302,7 +302,7 @@ def changed(chip: Any, **registers: int | bytes | None) -> state.ChipState:  # n
 
 
 def test_chips_are_restored() -> None:
-    """From what they said."""
+    """A chip gets the saved registers of another one."""
     ours, theirs = uart(), uart()
     theirs.pio_write(7, 1, 0x5A)
     state._restore_chip(changed(theirs), ours.state(), ours.restore)
@@ -312,22 +312,22 @@ def test_chips_are_restored() -> None:
 @pytest.mark.parametrize("registers", [
     {"rx": 1 << 40}, {"rx_errors": -1}, {"lcr": b"x"}, {"lcr": None}, {"rx": bytes(17), "rx_errors": b""},
 ])  # fmt: skip
-def test_impossible_states_of_a_uart(registers: dict[str, int | bytes | None]) -> None:
-    """Above all a number where bytes belong, of which bytes() would make as many zeros."""
+def test_impossible_states_of_a_uart_are_refused(registers: dict[str, int | bytes | None]) -> None:
+    """One case has a number in place of bytes: bytes() would make as many zeroes of it."""
     with pytest.raises(ValueError, match="chip"):
         state._restore_chip(changed(uart(), **registers), uart().state(), uart().restore)
 
 
 @pytest.mark.parametrize("registers", [{"ram": 1 << 40}, {"ram": b""}, {"offset_us": 1 << 62}, {"index": b"0"}])
-def test_impossible_states_of_a_clock(registers: dict[str, int | bytes | None]) -> None:
-    """The same."""
+def test_impossible_states_of_a_clock_are_refused(registers: dict[str, int | bytes | None]) -> None:
+    """Numbers in place of bytes, bytes in place of numbers and wrong lengths are errors."""
     with pytest.raises(ValueError, match="chip"):
         state._restore_chip(changed(clock(), **registers), clock().state(), clock().restore)
 
 
 @pytest.mark.parametrize("value", [-1, (1 << 64) - 1, -(1 << 63), 0xFFFF_FFFF])
-def test_any_number_fits_some_register(value: int) -> None:
-    """Chips cut what they are given to their registers' widths."""
+def test_any_number_is_cut_to_its_register(value: int) -> None:
+    """Chips cut the saved numbers to the widths of their registers."""
     chip = uart()
     numbers = {name: value for name, old in chip.state().items() if isinstance(old, int)}
     state._restore_chip(changed(chip, **numbers), chip.state(), chip.restore)
@@ -338,14 +338,14 @@ def test_any_number_fits_some_register(value: int) -> None:
 # --- records ------------------------------------------------------------------------------------------------------
 
 
-def test_records_survive() -> None:
-    """What is packed is unpacked."""
+def test_records_are_packed_and_unpacked() -> None:
+    """A packed record is unpacked to the same record."""
     assert unpack(MachineState, pack(saved.machine_state())) == saved.machine_state()
     assert unpack(Header, pack(saved.header())) == saved.header()
 
 
 def test_every_prefix_of_a_record_is_refused() -> None:
-    """Field by field."""
+    """No prefix of a packed header is a header."""
     raw = pack(saved.header())
     for length in range(len(raw)):
         with pytest.raises(ValueError, match=r"."):
@@ -353,14 +353,14 @@ def test_every_prefix_of_a_record_is_refused() -> None:
 
 
 def test_registers_that_a_chip_does_not_have_are_ignored() -> None:
-    """A newer vmd may know more of it."""
+    """A newer vmd may have more registers of a chip."""
     chip = uart()
     state._restore_chip(changed(uart(), scr=7, wheels=4, tyres=b"4"), chip.state(), chip.restore)
     assert chip.pio_read(7, 1) == 7
 
 
-def test_fields_travel_by_name() -> None:
-    """Unknown ones are ignored, missing ones take their default, and those without a default are missed."""
+def test_fields_are_stored_by_name() -> None:
+    """Unknown fields are ignored, and missing fields get their default.  Without a default, that is an error."""
     head = DeviceHead(kind="blk", slot=2, features=5, layout=1, serial=b"x")
     fields = head.as_dict()
     assert msgpack.unpackb(pack(head)) == fields
@@ -373,22 +373,22 @@ def test_fields_travel_by_name() -> None:
 
 
 @pytest.mark.parametrize("values", [b"\x90", b"\xc0", b"\xa0", b"\x01", b"\xc1", b"\x81\x90\x00"])
-def test_what_has_no_names_is_no_record(values: bytes) -> None:
-    """Such as the lists that version 2 had."""
+def test_values_without_names_are_no_record(values: bytes) -> None:
+    """The lists of version 2 are an example."""
     with pytest.raises(ValueError, match=r"^DeviceHead: "):
         unpack(DeviceHead, values)
 
 
 @pytest.mark.parametrize("version", [0, 2, -1])
 def test_a_part_of_a_newer_version_is_refused(version: int) -> None:
-    """Its writer says that it must not be read by who does not know it."""
+    """A new version number means that older readers must not read the part."""
     packed = msgpack.packb(msgpack.unpackb(pack(saved.chip("uart", lcr=3))) | {"version": version})
     with pytest.raises(ValueError, match=f"ChipState of version {version}, where this vmd reads 1 to 1"):
         unpack(state.ChipState, packed)
 
 
 def test_a_layout_of_a_function_that_is_unknown_here_is_refused() -> None:
-    """The guest would not find its BARs."""
+    """The guest would not find its BARs at the old places."""
     for layout in (LAYOUT_FIRST - 1, LAYOUT + 1):
         devices = (saved.header().devices[0], saved.header().devices[1].replace(layout=layout))
         with pytest.raises(ValueError, match=f"the device in PCI slot 2 has layout {layout}, where this vmd has"):
@@ -397,14 +397,14 @@ def test_a_layout_of_a_function_that_is_unknown_here_is_refused() -> None:
 
 @pytest.mark.parametrize("serial", [b"x" * 21, b"a\nb", b"a\0", b"\xff"])
 def test_a_serial_number_that_no_disk_can_have_is_refused(serial: bytes) -> None:
-    """It goes into a message of fixed length, and from there into the guest and the next stream."""
+    """A serial number goes into a message of fixed length, and from there to the guest and to the next stream."""
     devices = (saved.header().devices[0], saved.header().devices[1].replace(serial=serial))
     with pytest.raises(ValueError, match="the disk in PCI slot 2 has serial number b'"):
         state.check_devices(saved.header(devices=devices))
 
 
 def test_a_guest_keeps_what_it_has_seen_of_its_devices() -> None:
-    """Layout and serial number of each are the sender's, whatever new ones have here."""
+    """Layout and serial number of each device are the sender's, not those of new devices here."""
     heads = (
         DeviceHead(kind="rng", slot=1, features=0, layout=7),
         DeviceHead(kind="blk", slot=2, features=0, layout=1, serial=b"a disk"),
@@ -413,8 +413,8 @@ def test_a_guest_keeps_what_it_has_seen_of_its_devices() -> None:
     assert [(slot.layout, slot.serial) for slot in slots] == [(7, b""), (1, b"a disk")]
 
 
-def test_duplicate_registers() -> None:
-    """The last one counts, as it would if they were written one after the other."""
+def test_of_duplicate_registers_the_last_one_counts() -> None:
+    """The result is the same as if the registers were written one after another."""
     theirs = changed(uart())
     twice = theirs.replace(registers=(*theirs.registers, Register(name="scr", number=7)))
     chip = uart()
@@ -423,14 +423,14 @@ def test_duplicate_registers() -> None:
 
 
 def test_a_state_fits_its_limit() -> None:
-    """By far, and the limit is less than a megabyte for a small machine."""
+    """The limit of a small machine is less than 1 MiB, and with 16 vCPUs it is less than 2 MiB."""
     header = saved.header()
     assert 200 << 10 < state.bytes_max(header) < 1 << 20
     assert state.bytes_max(header.replace(config=config(vcpus=16))) < 2 << 20
 
 
 def test_eventfds_are_left_as_they_were(device: Device) -> None:
-    """Saving looks at them and takes nothing."""
+    """Saving reads their state without resetting them."""
     device.process.export = lambda: ([(1, 1), (2, 2)], b"")
     device.start()
     device.function.detach_interrupts()
@@ -443,8 +443,8 @@ def test_eventfds_are_left_as_they_were(device: Device) -> None:
     assert os.eventfd_read(device.process.calls[1]) == 1
 
 
-def test_what_a_device_keeps_besides_its_rings(device: Device) -> None:
-    """Goes along as it is, and is not longer than a device's process takes."""
+def test_the_own_state_of_a_device_is_saved(device: Device) -> None:
+    """It is saved unchanged, and may not be longer than the limit of a device process."""
     device.process.export = lambda: ([(0, 0), (0, 0)], b"own")
     device.start()
 

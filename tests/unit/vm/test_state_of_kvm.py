@@ -1,4 +1,4 @@
-"""What KVM keeps of a machine, saved and restored: registers of vCPUs and interrupt controllers."""
+"""The state that KVM has of a machine is saved and restored: registers of vCPUs and interrupt controllers."""
 
 from types import SimpleNamespace
 from typing import Any, cast
@@ -19,13 +19,13 @@ from vmd.vm.state import MSR, PICS, MachineState
 LSTAR, KERNEL_GS_BASE, PAT, GONE = 0xC0000082, 0xC0000102, 0x277, 0x4B564D99
 MSRS = {LSTAR: 0xFFFFFFFF_81000000, KERNEL_GS_BASE: 0x7FFF_12345678, PAT: 0x0007_0406_0007_0406}
 CLOCKS = (MSR_TSC, MSR_TSC_DEADLINE)
-# In an order that KVM's own rules demand: see the comments in `_restore_vcpu`.
+# KVM needs this order: see the comments in `_restore_vcpu`.
 SET = ["sregs", "xcrs", "xsave", "debugregs", "lapic", "msrs", "regs", "vcpu_events", "mp_state"]
 PAGE_OF_APIC = bytes(range(256)) * 4
 
 
 class Vcpu:
-    """A vCPU whose registers have their own names for content."""
+    """A vCPU.  The content of each group of registers is its name."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -34,7 +34,7 @@ class Vcpu:
         self.msrs = {**MSRS, **dict.fromkeys(CLOCKS, 77)}
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401
-        """Every other `get` and `set` is noted."""
+        """Return a method for any other `get_` or `set_`, which records its calls."""
         what = name[4:]
         self.__dict__[name] = (
             (lambda: self.get(what)) if name.startswith("get_") else lambda value: self.set(what, value)
@@ -42,7 +42,7 @@ class Vcpu:
         return self.__dict__[name]
 
     def get(self, what: str) -> object:
-        """Return registers."""
+        """Return a group of registers."""
         self.calls.append(what)
         return (
             self.number + 1
@@ -53,12 +53,12 @@ class Vcpu:
         )
 
     def set(self, what: str, value: object) -> None:
-        """Keep registers."""
+        """Keep a group of registers."""
         self.calls.append(what)
         self.values[what] = value
 
     def get_msrs(self, indices: object) -> dict[int, int]:
-        """Return those that there are."""
+        """Return MSRs."""
         self.calls.append("msrs")
         return {index: self.msrs[index] for index in cast("tuple[int, ...]", indices)}
 
@@ -70,34 +70,34 @@ class Kvm:
         self.set_to: list[bytes] = []
 
     def get_irqchip(self, number: int) -> bytes:
-        """Return one, which begins with its number."""
+        """Return the state of one, which begins with its number."""
         return number.to_bytes(4, "little") + b"pic"
 
     def set_irqchip(self, raw: bytes) -> None:
-        """Note one."""
+        """Record the state of one."""
         self.set_to.append(raw)
 
 
 class Pci:
-    """A bus whose state nobody looks at here."""
+    """A PCI bus with a fixed state."""
 
     def __init__(self) -> None:
         self.restored: list[object] = []
 
     def state(self) -> dict[str, Any]:
-        """Return what may be saved."""
+        """Return a state."""
         return {"address": 0x80001234, "functions": [{"slot": 3, "config": b"c" * 256, "msix": b"m"}]}
 
     def check(self, bus: object) -> None:
-        """It fits."""
+        """Accept every state."""
 
     def restore(self, bus: object) -> None:
-        """Note it."""
+        """Record the state."""
         self.restored.append(bus)
 
 
 def machine(vcpus: int = 2, **changes: object) -> Any:  # noqa: ANN401
-    """Return what saving and restoring needs of a machine."""
+    """Return the parts of a machine that saving and restoring need."""
     vmmci = SimpleNamespace(save=lambda: {"status": 1}, restore_registers=lambda _registers: None)
     made = {
         "kvm": Kvm(), "pci": Pci(), "vcpus": [SimpleNamespace(vcpu=Vcpu(number)) for number in range(vcpus)],
@@ -107,25 +107,25 @@ def machine(vcpus: int = 2, **changes: object) -> Any:  # noqa: ANN401
 
 
 def clocks(vcpus: int = 2) -> Clocks:
-    """Return the clocks of when it stopped."""
+    """Return the clocks of a stopped machine."""
     return Clocks([VcpuClocks(1000 + number, 2000 + number, 9, 8) for number in range(vcpus)], 3000, b"pit")
 
 
 @pytest.fixture
 def held(monkeypatch: pytest.MonkeyPatch) -> list[Clocks]:
-    """The clocks that were held."""
+    """Return the list that collects the clocks that were held."""
     found: list[Clocks] = []
     monkeypatch.setattr(Clocks, "hold", lambda self, _kvm, _vcpus: found.append(self))
     return found
 
 
 def saved_machine() -> MachineState:
-    """Return the state of two vCPUs."""
+    """Return the saved state of a machine with two vCPUs."""
     return state.save(machine(), clocks())
 
 
-def test_what_kvm_has_of_a_vcpu_is_saved() -> None:
-    """Each in its own field, with the clocks of when the machine stopped and all other MSRs."""
+def test_the_state_of_vcpus_is_saved() -> None:
+    """Each group of registers has its own field.  Clocks have the values of the stop.  All other MSRs are saved."""
     kept = saved_machine()
 
     for number, vcpu in enumerate(kept.vcpus):
@@ -141,15 +141,15 @@ def test_what_kvm_has_of_a_vcpu_is_saved() -> None:
 
 
 def test_a_pending_start_is_delivered_before_registers_are_read() -> None:
-    """KVM does that when it is asked for mp_state."""
+    """KVM delivers it when mp_state is read, so that is read first."""
     made = machine()
     state.save(made, clocks())
 
     assert made.vcpus[0].vcpu.calls[0] == "mp_state"
 
 
-def test_what_kvm_has_of_a_vcpu_is_restored(held: list[Clocks]) -> None:
-    """In the order that KVM needs, and without the MSRs that this host does not know."""
+def test_the_state_of_vcpus_is_restored(held: list[Clocks]) -> None:
+    """Registers are set in the order that KVM needs, without the MSRs that this host does not have."""
     kept = saved_machine()
     unknown = MSR.pack(GONE, 1)
     kept = kept.replace(vcpus=tuple(vcpu.replace(msrs=unknown + vcpu.msrs) for vcpu in kept.vcpus))
@@ -191,8 +191,8 @@ def test_what_kvm_has_of_a_vcpu_is_restored(held: list[Clocks]) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_state_of_another_machine(held: list[Clocks], changes: dict[str, object], sentence: str) -> None:
-    """Is refused in words that say what differs, before KVM is given any of it."""
+def test_a_state_of_another_machine_is_refused(held: list[Clocks], changes: dict[str, object], sentence: str) -> None:
+    """The error names the difference.  KVM gets no part of the state."""
     made = machine()
 
     with pytest.raises(ValueError, match="the state") as refused:
@@ -224,8 +224,8 @@ def test_a_state_of_another_machine(held: list[Clocks], changes: dict[str, objec
     ],
     ids=str,
 )
-def test_what_a_machine_may_be(changes: dict[str, object], sentence: str) -> None:
-    """Of any host: whole pages, firmware that fits below 4 GiB, processors, and the devices of the configuration."""
+def test_the_header_of_a_possible_machine_is_accepted(changes: dict[str, object], sentence: str) -> None:
+    """It has whole pages, firmware that fits below 4 GiB, vCPUs, and the devices of the configuration."""
     theirs = saved.header()
     inner = {name: value for name, value in changes.items() if name in ("memory_bytes", "vcpus")}
     outer = {name: value for name, value in changes.items() if name not in inner}
@@ -238,8 +238,8 @@ def test_what_a_machine_may_be(changes: dict[str, object], sentence: str) -> Non
         state.check_header(theirs)
 
 
-def test_how_much_state_is_accepted() -> None:
-    """So much for each vCPU with its extended registers, and for a seed if there is one."""
+def test_the_largest_state_that_is_accepted() -> None:
+    """The limit grows with the vCPUs, their extended registers, and a seed."""
     one = saved.header()
     seed = one.replace(config=one.config.replace(seed=SeedConfig()))
     two = one.replace(config=one.config.replace(vcpus=2), xsave_bytes=100)
@@ -249,8 +249,8 @@ def test_how_much_state_is_accepted() -> None:
     assert state.bytes_max(seed) == state.bytes_max(one) + MAX_SEED_BYTES
 
 
-def test_what_a_machine_says_of_itself() -> None:
-    """To a receiver, before anything else."""
+def test_the_header_describes_the_machine() -> None:
+    """The header comes first in a stream, so that a receiver can refuse the machine early."""
     made = machine(
         config=VmConfig(name="sent", memory_bytes=8 * MIB),
         slots=[],
@@ -270,7 +270,7 @@ def test_what_a_machine_says_of_itself() -> None:
 
 
 class Sent:
-    """A machine whose own stream is checked before it is written."""
+    """A machine whose stream is checked before it is written."""
 
     def __init__(self, **changes: object) -> None:
         self.header = saved.header(config=VmConfig(name="sent", memory_bytes=8 * MIB), devices=RNG).replace(**changes)
@@ -279,7 +279,7 @@ class Sent:
         self.machine.spare_chips = dict
 
     def check(self, _saved: object, features: int) -> None:
-        """Note the features of the device."""
+        """Record the features of the device."""
         self.checked.append(features)
 
 
@@ -287,7 +287,7 @@ RNG = (DeviceHead(kind="rng", slot=1, features=5),)
 
 
 def test_a_stream_is_checked_by_its_sender() -> None:
-    """As a receiver would: the header, the processor, the size of the state, and what it says."""
+    """The sender checks like a receiver: the header, the processor, the size of the state, and its content."""
     sent = Sent()
     kept = saved_machine().replace(virtio=(saved.device(),))
     raw = pack(kept)
@@ -311,8 +311,8 @@ def test_a_stream_is_checked_by_its_sender() -> None:
     ],
     ids=["name", "firmware", "processor"],
 )
-def test_a_header_that_no_receiver_takes(changes: dict[str, object], sentence: str) -> None:
-    """Is found while the machine is still here."""
+def test_a_header_that_no_receiver_accepts_is_found_by_the_sender(changes: dict[str, object], sentence: str) -> None:
+    """It is found before the machine is given up."""
     sent = Sent(**changes)
 
     with pytest.raises((ValueError, OperatorError), match=sentence):
