@@ -1,4 +1,4 @@
-"""The form of a sent VM, and everything that can be wrong with it (hostile-input 55)."""
+"""The format of the stream of a sent VM, and all errors in it (hostile-input 55)."""
 
 import _thread
 import errno
@@ -56,7 +56,7 @@ IN_ORDER = ((0, b"first run of memory"), (1024, b"and the second"))
 
 
 class Sink:
-    """Takes what a stream holds, into memory of its own."""
+    """Takes the content of a stream into its own memory."""
 
     def __init__(self, memory_bytes: int = MEMORY_BYTES) -> None:
         self.memory = bytearray(memory_bytes)
@@ -64,7 +64,7 @@ class Sink:
         self.header = b""
 
     def take(self, gpa: int, data: memoryview) -> None:
-        """Take a run of memory."""
+        """Store a run of memory."""
         if gpa + len(data) > len(self.memory):
             raise ValueError(f"no memory at {gpa:#x}")
         self.memory[gpa : gpa + len(data)] = data
@@ -77,7 +77,7 @@ class Sink:
 
 
 def source(raw: bytes) -> Pipe:
-    """Return a stream to read, out of a file."""
+    """Return a pipe that reads a stream from a file."""
     fd = os.memfd_create("stream", os.MFD_CLOEXEC)
     os.write(fd, raw)
     os.lseek(fd, 0, os.SEEK_SET)
@@ -119,30 +119,30 @@ def written(runs: tuple[tuple[int, bytes], ...] = IN_ORDER) -> bytes:
 
 
 def preamble(body: bytes = HEADER, *, magic: bytes = MAGIC, version: int = VERSION, length: int | None = None) -> bytes:
-    """Return the beginning of a stream, with a good digest."""
+    """Return the beginning of a stream, with a correct digest."""
     raw = PREAMBLE.pack(magic, version, len(body) if length is None else length) + body
     return raw + hashlib.sha256(raw).digest()
 
 
 def section(kind: int, body: bytes, *, flags: int = 0, length: int | None = None) -> bytes:
-    """Return a section with a good digest."""
+    """Return a section with a correct digest."""
     raw = SECTION.pack(kind, flags, len(body) if length is None else length) + body
     return raw + hashlib.sha256(raw).digest()
 
 
 def runs(*runs: tuple[int, int], data: bytes, count: int | None = None) -> bytes:
-    """Return a section of runs of memory with a good digest."""
+    """Return a section of runs of memory, with a correct digest."""
     table = b"".join(RUN.pack(gpa, length) for gpa, length in runs)
     return section(RUNS, COUNT.pack(len(runs) if count is None else count) + table + data)
 
 
 def end(count: int) -> bytes:
-    """Return the end of a stream of so many sections."""
+    """Return the end of a stream with `count` sections."""
     return section(END, COUNT.pack(count))
 
 
 def in_thread(work: Callable[[], None]) -> Callable[[], None]:
-    """Start something; the function that is returned waits for it, and raises what it raised."""
+    """Run `work` in a thread.  Return a function that waits for it and raises its exception."""
     raised: list[BaseException] = []
 
     def run() -> None:
@@ -163,18 +163,18 @@ def in_thread(work: Callable[[], None]) -> Callable[[], None]:
     return join
 
 
-# --- what was written is read -------------------------------------------------------------------------------------
+# --- reading what was written -------------------------------------------------------------------------------------
 
 
-def test_form() -> None:
-    """Every byte is where the module says."""
+def test_format() -> None:
+    """Every byte is at its documented place."""
     runs = [section(MEMORY, GPA.pack(gpa) + data) for gpa, data in IN_ORDER]
 
     assert written() == preamble() + b"".join(runs) + section(STATE, RECORD) + end(3)
 
 
-def test_file_holds_a_machine() -> None:
-    """Header, memory at its addresses, record."""
+def test_a_stream_in_a_file_is_read() -> None:
+    """Header, memory and record are read, the memory to its addresses."""
     sink = read(written())
 
     assert (sink.header, sink.states) == (HEADER, [RECORD])
@@ -182,8 +182,8 @@ def test_file_holds_a_machine() -> None:
         assert sink.memory[gpa : gpa + len(data)] == data
 
 
-def test_form_of_runs() -> None:
-    """Every byte is where the module says; what comes later counts, in whatever order."""
+def test_format_of_runs() -> None:
+    """Every byte is at its documented place.  A later run overwrites an earlier one, in any order of addresses."""
     fd = os.memfd_create("stream", os.MFD_CLOEXEC)
     writer = StreamWriter(Pipe(fd, select.POLLOUT))
     writer.header(HEADER)
@@ -200,8 +200,8 @@ def test_form_of_runs() -> None:
     assert read(raw).memory[:12] == b"xe" + bytes(6) + b"afc" + bytes(1)
 
 
-def test_as_many_runs_as_a_section_takes() -> None:
-    """And none more."""
+def test_the_most_runs_of_a_section() -> None:
+    """One more run is refused."""
     most = [(each, 1) for each in range(RUNS_MAX - 1)]
     data = random.Random(2).randbytes(PIECE_BYTES)
     last = (RUNS_MAX - 1, PIECE_BYTES - RUNS_MAX + 1)
@@ -216,32 +216,32 @@ def test_as_many_runs_as_a_section_takes() -> None:
 
 
 def pair_of_pipe() -> tuple[int, int]:
-    """Return a reading and a writing end."""
+    """Return the reading and the writing end of a pipe."""
     return os.pipe2(os.O_CLOEXEC)
 
 
 def pair_of_sockets() -> tuple[int, int]:
-    """Return two ends of a connection, as ssh gives its programs."""
+    """Return two ends of a socket, which ssh gives to its programs."""
     ours, theirs = socket.socketpair()
     return ours.detach(), theirs.detach()
 
 
 def pair_that_does_not_wait() -> tuple[int, int]:
-    """Return a pipe that somebody has made non-blocking."""
+    """Return the ends of a non-blocking pipe."""
     return os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
 
 
 def refuse_nowait(*_: object) -> int:
-    """Be a kernel that knows no RWF_NOWAIT on pipes."""
+    """Fail as pwritev(2) does on a kernel without RWF_NOWAIT for pipes."""
     raise OSError(errno.EOPNOTSUPP, "Operation not supported")
 
 
 @pytest.mark.parametrize("old_kernel", [False, True])
 @pytest.mark.parametrize("pair", [pair_of_pipe, pair_of_sockets, pair_that_does_not_wait])
-def test_machine_moves_through_what_holds_less_than_it(
+def test_machine_moves_through_a_small_pipe(
     monkeypatch: pytest.MonkeyPatch, pair: Callable[[], tuple[int, int]], old_kernel: bool
 ) -> None:
-    """More than one piece of memory, through a few pages at a time."""
+    """A pipe that holds a few pages moves more than one piece of memory."""
     if old_kernel:
         monkeypatch.setattr(os, "pwritev", refuse_nowait)
     data = random.Random(1).randbytes(PIECE_BYTES + 12345)
@@ -260,8 +260,8 @@ def test_machine_moves_through_what_holds_less_than_it(
     theirs.close()
 
 
-def test_nothing_behind_the_end_is_touched() -> None:
-    """What follows on the same descriptor is somebody else's."""
+def test_nothing_after_the_end_is_read() -> None:
+    """Later bytes of the descriptor are left for the next reader."""
     raw, sink = written(), Sink()
     pipe = source(raw + b"the next one")
 
@@ -271,11 +271,11 @@ def test_nothing_behind_the_end_is_touched() -> None:
     pipe.close()
 
 
-# --- what is wrong with it ----------------------------------------------------------------------------------------
+# --- bad streams --------------------------------------------------------------------------------------------------
 
 
 def test_every_prefix_is_refused() -> None:
-    """A stream that was cut anywhere, and says how much there was."""
+    """The error tells after how many bytes the stream ends."""
     raw = written()
     for length in range(len(raw)):
         with pytest.raises(StreamError, match=rf"ends after {length} bytes" if length else "is empty"):
@@ -283,7 +283,7 @@ def test_every_prefix_is_refused() -> None:
 
 
 def test_every_flipped_bit_is_noticed() -> None:
-    """At a thousand places, whatever it makes of lengths and kinds on the way."""
+    """A flipped bit at a thousand places gives an error, also in lengths and kinds."""
     raw = written()
     generator = random.Random(55)
     for _ in range(1000):
@@ -295,7 +295,7 @@ def test_every_flipped_bit_is_noticed() -> None:
 
 
 def test_flips_in_memory_are_damage() -> None:
-    """Nothing else could tell."""
+    """Only the digest can find such an error."""
     raw = bytearray(written())
     raw[raw.index(IN_ORDER[1][1])] ^= 1
     with pytest.raises(StreamError, match="is damaged: the digest of a section is wrong"):
@@ -303,21 +303,21 @@ def test_flips_in_memory_are_damage() -> None:
 
 
 @pytest.mark.parametrize("foreign", [b"\x7fELF" + bytes(200), bytes(100), b"QFI\xfb" + bytes(500), b"#!/bin/sh\n" * 20])
-def test_foreign_data_is_told_apart(foreign: bytes) -> None:
-    """Somebody redirected the wrong file."""
+def test_other_files_are_recognised(foreign: bytes) -> None:
+    """The user has redirected the wrong file."""
     with pytest.raises(StreamError, match="is not a virtual machine that was sent by vmctl send"):
         read(foreign)
 
 
 @given(st.binary(max_size=300))
-def test_random_sections(raw: bytes) -> None:
-    """Behind a good header comes nothing but noise."""
+def test_random_sections_are_refused(raw: bytes) -> None:
+    """Random bytes follow a good header."""
     with pytest.raises(StreamError):
         read(preamble() + raw)
 
 
 def test_other_version_is_named() -> None:
-    """With both numbers."""
+    """The error has the version of the stream and the versions that we read."""
     for version in (0, OLDEST - 1, VERSION + 1, (1 << 32) - 1):
         said = f"has version {version} of the format, this vmd reads versions {OLDEST} to {VERSION}"
         with pytest.raises(StreamError, match=said):
@@ -349,20 +349,20 @@ def test_other_version_is_named() -> None:
     ([runs((MEMORY_BYTES - 1, 2), data=b"xy")], "section 0: no memory at 0xfff"),
 ])  # fmt: skip
 def test_wrong_sections_are_refused(sections: list[bytes], what: str) -> None:
-    """Kinds, lengths, flags, addresses, counts: with good digests."""
+    """Kinds, lengths, flags, addresses and counts are wrong, with correct digests."""
     with pytest.raises(StreamError, match=what):
         read(preamble() + b"".join(sections))
 
 
 @pytest.mark.parametrize("version", range(OLDEST, STILL + 1))
 def test_earlier_versions_have_no_runs(version: int) -> None:
-    """Whoever wrote them knew of none."""
+    """Their writers knew no sections of that kind."""
     with pytest.raises(StreamError, match="has a section 0 of kind 4 and length"):
         read(preamble(version=version) + runs((0, 1), data=b"x"))
 
 
-def test_a_record_is_taken_only_when_its_digest_is_right() -> None:
-    """Nothing of a damaged record is looked at."""
+def test_a_record_is_used_only_if_its_digest_is_correct() -> None:
+    """A damaged record is not passed on."""
     raw, sink = bytearray(written()), Sink()
     raw[raw.index(RECORD)] ^= 1
     pipe = source(bytes(raw))
@@ -375,8 +375,8 @@ def test_a_record_is_taken_only_when_its_digest_is_right() -> None:
 
 
 @pytest.mark.parametrize("place", range(HASHERS + 2))
-def test_a_record_is_taken_only_when_all_before_it_is_right(place: int) -> None:
-    """Whichever run of memory is damaged, and however many are still being hashed."""
+def test_a_record_is_used_only_if_all_earlier_sections_are_correct(place: int) -> None:
+    """Any one of the runs is damaged, while several runs are still being hashed."""
     runs = tuple((gpa, f"run {gpa}".encode()) for gpa in range(0, (HASHERS + 2) * 16, 16))
     raw, sink = bytearray(written(runs)), Sink()
     raw[raw.index(runs[place][1])] ^= 1
@@ -394,8 +394,8 @@ def test_a_record_is_taken_only_when_all_before_it_is_right(place: int) -> None:
     preamble() + section(STATE, b"", length=1 << 63), preamble() + section(MEMORY, b"", length=(1 << 64) - 1),
     preamble() + section(MEMORY, b"", length=GPA.size + PIECE_BYTES + 1),
 ])  # fmt: skip
-def test_a_length_alone_takes_no_memory(raw: bytes) -> None:
-    """Nothing is allocated for what only a stream says it has."""
+def test_a_claimed_length_takes_no_memory(raw: bytes) -> None:
+    """Nothing is allocated for a length before its bytes have come."""
     tracemalloc.start()
     try:
         with pytest.raises(StreamError):
@@ -411,7 +411,7 @@ def test_a_length_alone_takes_no_memory(raw: bytes) -> None:
 
 @pytest.mark.parametrize("old_kernel", [False, True])
 def test_writing_to_a_reader_that_sleeps_can_be_cancelled(monkeypatch: pytest.MonkeyPatch, old_kernel: bool) -> None:
-    """Even in the middle of a piece that the pipe has no room for."""
+    """It can be cancelled in the middle of a piece for which the pipe has no room."""
     if old_kernel:
         monkeypatch.setattr(os, "pwritev", refuse_nowait)
     reading, writing = pair_of_pipe()
@@ -431,7 +431,7 @@ def test_writing_to_a_reader_that_sleeps_can_be_cancelled(monkeypatch: pytest.Mo
 
 
 def test_reading_from_a_writer_that_sleeps_can_be_cancelled() -> None:
-    """As by stopping a VM that is being received."""
+    """This happens when a VM is stopped while it is being received."""
     reading, writing = pair_of_pipe()
     pipe = Pipe(reading, select.POLLIN)
     join = in_thread(lambda: Sink().read(pipe))
@@ -446,7 +446,7 @@ def test_reading_from_a_writer_that_sleeps_can_be_cancelled() -> None:
 
 
 def test_a_peer_that_does_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The peer neither writes what is to be read nor reads what was written."""
+    """The peer of one pipe writes nothing, and the peer of the other one reads nothing."""
     monkeypatch.setattr(stream, "IDLE_TIMEOUT_S", 0.04)
     monkeypatch.setattr(stream, "LOOK_S", 0.02)
     reading, writing = pair_of_pipe()
@@ -460,8 +460,8 @@ def test_a_peer_that_does_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -
     os.close(writing)
 
 
-def test_a_reader_that_is_gone() -> None:
-    """Is told as such."""
+def test_a_closed_reader_gives_an_error() -> None:
+    """The error tells that the reader has closed the stream."""
     reading, writing = pair_of_pipe()
     os.close(reading)
     pipe = Pipe(writing, select.POLLOUT)
@@ -472,8 +472,8 @@ def test_a_reader_that_is_gone() -> None:
     pipe.close()
 
 
-def test_a_full_disk_is_told() -> None:
-    """With the kernel's own words."""
+def test_a_full_disk_gives_an_error() -> None:
+    """The error has the kernel's text."""
     pipe = Pipe(os.open("/dev/full", os.O_WRONLY | os.O_CLOEXEC), select.POLLOUT)
 
     with pytest.raises(StreamError, match="cannot be written: No space left on device"):
@@ -483,7 +483,7 @@ def test_a_full_disk_is_told() -> None:
 
 
 def test_a_descriptor_of_the_wrong_kind(tmp_path: Path) -> None:
-    """One that cannot be written or read at all."""
+    """The descriptor cannot be written, or cannot be read."""
     file = tmp_path / "file"
     file.write_bytes(b"")
     unwritable = Pipe(os.open(file, os.O_RDONLY | os.O_CLOEXEC), select.POLLOUT)
@@ -496,11 +496,11 @@ def test_a_descriptor_of_the_wrong_kind(tmp_path: Path) -> None:
 
     unwritable.close()
     unreadable.close()
-    unreadable.close()  # which does nothing
+    unreadable.close()  # the second call does nothing
 
 
-def test_digests_do_not_pile_up_threads() -> None:
-    """Each reader and writer ends those it has, in good times and in bad."""
+def test_the_threads_of_digests_end() -> None:
+    """Each reader and writer ends its threads, after success and after an error."""
     before = _thread._count()
     read(written())
     with pytest.raises(StreamError):
@@ -509,15 +509,15 @@ def test_digests_do_not_pile_up_threads() -> None:
 
 
 def wait_for_threads(count: int) -> None:
-    """Wait until there are so many: one that was joined is still there for a moment."""
+    """Wait until there are `count` threads: a joined thread still counts for a moment."""
     deadline = time.monotonic() + DEADLINE_S
     while _thread._count() != count:
         assert time.monotonic() < deadline
         pause()
 
 
-def test_a_host_without_room_for_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whichever it has none for: a sentence, and those that there were have ended."""
+def test_a_host_that_starts_no_more_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If any of the threads cannot start, there is an error, and the others end."""
     before = _thread._count()
     for there_are in range(HASHERS):
         started: list[str] = []
@@ -537,8 +537,8 @@ def test_a_host_without_room_for_threads(monkeypatch: pytest.MonkeyPatch) -> Non
         wait_for_threads(before)
 
 
-def test_memory_is_read_while_as_much_is_hashed_as_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No thread is done before one more run is there than there are threads; none may lie where another one lay."""
+def test_memory_is_read_while_all_hashers_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All hashers wait until one more run than there are hashers was read.  Their runs must not share a buffer."""
     generator = random.Random(2)
     runs = tuple((gpa, generator.randbytes(100)) for gpa in range(0, (HASHERS + 1) * 100, 100))
     raw, sink, all_there, late = written(runs), Sink(), threading.Event(), []

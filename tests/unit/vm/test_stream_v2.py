@@ -1,4 +1,4 @@
-"""What version 2 of the stream had in order is read by name, whatever today's records have."""
+"""Records of version 2 of the stream have values in order.  They are read by name, even if records get new fields."""
 
 import msgpack
 import pytest
@@ -18,7 +18,7 @@ EACH_FORM = pytest.mark.parametrize(("cls", "layout"), [
 
 
 def in_order(layout: object, values: object) -> object:
-    """Return what version 2 would have written of fields by name."""
+    """Return the values in the order of version 2, given by name."""
     if layout is stream_v2.PLAIN or values is None:
         return values
     if isinstance(layout, list):
@@ -36,7 +36,7 @@ def written(record: Record, layout: object) -> bytes:
 
 
 def missing(cls: RecordType, layout: object, where: str) -> list[str]:
-    """Return the fields, and those of the records in them, that version 2 did not have and that have no default."""
+    """Return the fields without default that version 2 did not have, also of the records in these fields."""
     assert isinstance(layout, dict)
     found = [f"{where}.{name}" for name in cls.fields if name not in layout and name not in cls.defaults]
     for name, inner in layout.items():
@@ -49,18 +49,18 @@ def missing(cls: RecordType, layout: object, where: str) -> list[str]:
 
 @EACH_FORM
 def test_fields_that_came_later_have_defaults(cls: RecordType, layout: object) -> None:
-    """Or streams of version 2 could not be read any more."""
+    """Otherwise streams of version 2 could no longer be read."""
     assert missing(cls, layout, cls.__name__) == []
 
 
-def test_records_of_version_2() -> None:
-    """They are read as what they were."""
+def test_records_of_version_2_are_read() -> None:
+    """The result equals the original records."""
     header, machine = saved.header(), saved.machine_state(virtio=(saved.device(),))
     assert read_header(2, written(header, HEADER)) == header
     assert state.read_machine(2, written(machine, MACHINE)) == machine
 
 
-def test_each_version_is_read_as_what_it_is() -> None:
+def test_each_version_is_read_in_its_own_form() -> None:
     """Names in a stream of version 2, or lists in a later one, are refused."""
     header, machine = saved.header(), saved.machine_state()
     for version, raw_header, raw_machine in (
@@ -73,7 +73,7 @@ def test_each_version_is_read_as_what_it_is() -> None:
 
 
 def test_another_number_of_fields_is_refused() -> None:
-    """In every record and list of records, with its name."""
+    """This holds for every record and list of records.  The error has its name."""
     good = msgpack.unpackb(written(saved.header(), HEADER))
     for bad, where in (
         (good[:-1], "Header"), ([*good, 1], "Header"), ([good[0][:-1], *good[1:]], "Header.config"),
@@ -87,7 +87,7 @@ def test_another_number_of_fields_is_refused() -> None:
 
 @pytest.mark.parametrize("name", golden.KINDS)
 def test_recorded_streams(name: str) -> None:
-    """What the first release wrote: the order in this program's copy is right, down to the last field."""
+    """Streams of the first release are read, and the order of all fields is correct."""
     parts = golden.recorded(2, name)
     header = read_header(parts.version, parts.header)
     (body,) = (body for kind, body in parts.sections if kind == golden.STATE)

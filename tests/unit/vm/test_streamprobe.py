@@ -1,4 +1,4 @@
-"""What streamprobe answers about streams, and what its VM process believes of that (hostile-input 55)."""
+"""The answers of streamprobe about streams, and how the VM process checks them (hostile-input 55)."""
 
 import os
 import random
@@ -14,22 +14,22 @@ from vmd.vm.kinds import DISK, ENTROPY, INTERFACE
 from vmd.vm.stream import VERSION, Pipe, StreamWriter
 from vmd.vm.streamprobe import ANSWER_MAX, HEAD, HEADER, Beginning, probe, unpack
 
-BEHIND = b"and then its memory"
+REST = b"and then its memory"
 
 
 def stream(header: bytes) -> int:
-    """Return a file with such a stream in it, at its beginning."""
+    """Return a file with a stream that has this header, open at its start."""
     fd = os.memfd_create("stream", os.MFD_CLOEXEC)
     writer = StreamWriter(Pipe(fd, select.POLLOUT))
     writer.header(header)
     writer.hasher.close()
-    os.write(fd, BEHIND)
+    os.write(fd, REST)
     os.lseek(fd, 0, os.SEEK_SET)
     return fd
 
 
 def answer(data: bytes) -> "Beginning | str":
-    """Return what is said of a stream that is nothing but this."""
+    """Return the answer about a stream with this content."""
     fd = os.memfd_create("stream", os.MFD_CLOEXEC)
     os.write(fd, data)
     os.lseek(fd, 0, os.SEEK_SET)
@@ -40,7 +40,7 @@ def answer(data: bytes) -> "Beginning | str":
 
 
 def test_nothing_is_read_beyond_the_header() -> None:
-    """Whoever has the descriptor, too, goes on behind it; the header comes along as it is."""
+    """The VM process reads on after the header.  The answer has the header unchanged."""
     config = VmConfig(name="sent", nics=(NicConfig(), NicConfig()), disks=(DiskConfig(path="/disk"),))
     raw = pack(saved.header(config=config))
     fd = stream(raw)
@@ -51,15 +51,15 @@ def test_nothing_is_read_beyond_the_header() -> None:
     assert isinstance(beginning, Beginning)
     assert beginning.kinds == [ENTROPY, INTERFACE, INTERFACE, DISK]
     assert beginning.read_bytes == os.lseek(fd, 0, os.SEEK_CUR)
-    assert os.read(fd, 100) == BEHIND
+    assert os.read(fd, 100) == REST
     os.close(fd)
 
 
 @pytest.mark.parametrize("header", [
     b"", b"\xc0", b"\x90", pack(saved.machine_state()), b"\xdc\xff\xf0" + b"\xc0" * 0xFFF0,
 ])  # fmt: skip
-def test_impossible_headers(header: bytes) -> None:
-    """The digest is right, and what it is of is none."""
+def test_impossible_headers_are_refused(header: bytes) -> None:
+    """The digest is correct, but its data is no header."""
     fd = stream(header)
     text = unpack(probe(Pipe(fd, select.POLLIN)))
     os.close(fd)
@@ -68,10 +68,10 @@ def test_impossible_headers(header: bytes) -> None:
     assert text.startswith("the stream is not usable: ")
 
 
-def test_every_beginning_of_a_stream_is_too_little() -> None:
-    """One sentence for each, and no other exception."""
+def test_every_prefix_of_a_header_is_refused() -> None:
+    """Each gives an error with its length, and no other exception."""
     fd = stream(pack(saved.header()))
-    whole = os.read(fd, 1 << 20).removesuffix(BEHIND)
+    whole = os.read(fd, 1 << 20).removesuffix(REST)
     os.close(fd)
 
     assert answer(b"") == "the stream is empty"
@@ -81,7 +81,7 @@ def test_every_beginning_of_a_stream_is_too_little() -> None:
 
 
 def test_damage_is_found() -> None:
-    """Before anybody looks at what the header says."""
+    """The digest is checked before the header is decoded."""
     fd = stream(pack(saved.header()))
     whole = bytearray(os.read(fd, 1 << 20))
     os.close(fd)
@@ -100,14 +100,14 @@ BAD = {
 
 
 @pytest.mark.parametrize("raw", BAD.values(), ids=BAD)
-def test_an_answer_of_a_process_that_was_taken_over(raw: bytes) -> None:
-    """It says how many processes are started, so that is bounded; the rest is read by a process that is confined."""
+def test_a_bad_answer_of_a_process_that_was_taken_over_is_refused(raw: bytes) -> None:
+    """The answer determines how many processes are started, so their number has a limit."""
     with pytest.raises(ValueError, match=r"answer of|devices"):
         unpack(raw)
 
 
-def test_random_answers() -> None:
-    """ValueError, or something of the right form."""
+def test_random_answers_raise_value_error_or_are_in_bounds() -> None:
+    """A random answer raises ValueError, or has the right form."""
     generator = random.Random(12)
     for _ in range(2000):
         raw = generator.randbytes(generator.randrange(HEAD.size + 4))
@@ -118,8 +118,8 @@ def test_random_answers() -> None:
         assert isinstance(found, str) or len(found.kinds) <= streamprobe.DEVICES_MAX
 
 
-def test_nobody_reads_the_answer() -> None:
-    """The VM process was ended meanwhile, which is no failure of its streamprobe."""
+def test_a_closed_pipe_is_no_failure() -> None:
+    """The VM process has ended, so nobody reads the answer.  That is no failure of its streamprobe."""
     reader, writer = os.pipe()
     os.close(reader)
     streamprobe.say(b"answer", writer)

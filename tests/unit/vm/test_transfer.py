@@ -1,4 +1,4 @@
-"""Sending and receiving as the event thread sees it: what it is told, and when (hostile-input 55)."""
+"""What the event thread is told while a VM is sent or received (hostile-input 55)."""
 
 import os
 import random
@@ -36,14 +36,14 @@ Run = tuple[int, bytes]
 
 @pytest.fixture
 def memory() -> Iterator[GuestMemory]:
-    """Some memory."""
+    """Yield guest memory."""
     with GuestMemory.create(REGIONS) as made:
         yield made
 
 
 @pytest.fixture
 def loop() -> Iterator[Loop]:
-    """An event loop with a watchdog."""
+    """Yield an event loop with a watchdog."""
     made = Loop()
     made.call_later(DEADLINE_S, made.stop)
     yield made
@@ -51,7 +51,7 @@ def loop() -> Iterator[Loop]:
 
 
 class Disk:
-    """A disk's process, which answers so when it is asked whether all is on stable storage."""
+    """The process of a disk, with its answers whether all data is on stable storage."""
 
     kind = DISK
     label = "disk0"
@@ -60,12 +60,12 @@ class Disk:
         self.answers = list(answers)
 
     def settle(self) -> int:
-        """Give the next answer, and the last one for ever."""
+        """Return the next answer.  The last one is repeated for ever."""
         return self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
 
 
 class Machine:
-    """What a sender needs of a machine."""
+    """The parts of a machine that a sender needs."""
 
     def __init__(self, memory: GuestMemory) -> None:
         self.memory = memory
@@ -78,7 +78,7 @@ class Machine:
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch, memory: GuestMemory) -> Any:  # noqa: ANN401
-    """A machine whose records are made up."""
+    """Return a machine whose header and state are sample records."""
     monkeypatch.setattr(state, "header", lambda _machine, one_shot: saved.header(one_shot=one_shot))
     monkeypatch.setattr(state, "save", lambda _machine, _clocks: saved.machine_state())
     monkeypatch.setattr(state, "check_sent", lambda _header, _state, _machine: None)
@@ -86,7 +86,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, memory: GuestMemory) -> Any:  # noq
 
 
 class Told:
-    """What a receiver tells, and the loop that hears it."""
+    """Runs a receiver, and records its result."""
 
     def __init__(self, loop: Loop, fd: int, memory: GuestMemory) -> None:
         self.loop = loop
@@ -107,18 +107,18 @@ class Told:
         self.receiver.start()
 
     def on_machine(self, machine: MachineState) -> None:
-        """Note the end."""
+        """Record the machine."""
         self.machines.append(machine)
         self.loop.stop()
 
     def on_failed(self, text: str) -> None:
-        """Note another end."""
+        """Record the failure."""
         self.failures.append(text)
         self.loop.stop()
 
 
 def send(loop: Loop, machine: Any, fd: int) -> tuple[Sender, list[str]]:  # noqa: ANN401
-    """Begin to send; returns what is going to be told, which stops the loop."""
+    """Begin to send.  Return the sender and a list that will get its result, which also stops the loop."""
     told: list[str] = []
 
     def done(text: str) -> None:
@@ -133,7 +133,7 @@ def send(loop: Loop, machine: Any, fd: int) -> tuple[Sender, list[str]]:  # noqa
 def test_a_machine_that_nobody_could_receive_is_not_sent(
     loop: Loop, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing is written, and the descriptor stays its caller's; a number that no record takes is such a thing, too."""
+    """Nothing is written, and the caller still owns the descriptor.  One case is a number too large for a record."""
     reading, writing = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
 
     def refuse(_header: bytes, _state: bytes, _machine: object) -> None:
@@ -153,7 +153,7 @@ def test_a_machine_that_nobody_could_receive_is_not_sent(
 
 
 def test_a_machine_arrives(loop: Loop, machine: Machine) -> None:
-    """Touched memory of every region, read-only firmware included, and both records."""
+    """Touched memory of every region arrives, also of read-only firmware, and so do both records."""
     memory = machine.memory
     for gpa in (3 * PAGE, HIGH + PAGE, HIGH - PAGE):
         memory.load(gpa, random.Random(gpa).randbytes(PAGE))
@@ -162,7 +162,7 @@ def test_a_machine_arrives(loop: Loop, machine: Machine) -> None:
     with GuestMemory.create(REGIONS) as theirs:
         receiver = Told(loop, reading, theirs)
         while not (told and receiver.machines):
-            loop.run()  # whoever is the first to be done stops it
+            loop.run()  # the first of them that is done stops the loop
 
         assert receiver.failures == []
         assert receiver.header == saved.header()
@@ -175,8 +175,8 @@ def test_a_machine_arrives(loop: Loop, machine: Machine) -> None:
         assert sender.pipe.fd == receiver.receiver.pipe.fd == -1
 
 
-def test_what_cannot_be_sent_is_told_once(loop: Loop, machine: Machine) -> None:
-    """And the descriptor is closed all the same."""
+def test_a_failed_send_is_reported_once(loop: Loop, machine: Machine) -> None:
+    """The descriptor is closed."""
     reading, writing = os.pipe2(os.O_CLOEXEC)
     os.close(reading)
 
@@ -188,7 +188,7 @@ def test_what_cannot_be_sent_is_told_once(loop: Loop, machine: Machine) -> None:
 
 
 def test_the_stream_ends_when_the_disks_are_on_stable_storage(loop: Loop, machine: Machine) -> None:
-    """A disk is asked until it is done."""
+    """A disk is asked until its data is on stable storage."""
     machine.disk.answers = [devmsg.SETTLED_NOT_YET] * 3 + [devmsg.SETTLED]
     file = os.memfd_create("stream", os.MFD_CLOEXEC)
 
@@ -200,8 +200,8 @@ def test_the_stream_ends_when_the_disks_are_on_stable_storage(loop: Loop, machin
 
 
 @pytest.mark.parametrize("answers", [(devmsg.SETTLED_FAILED,), (devmsg.SETTLED_NOT_YET, devmsg.SETTLED_FAILED)])
-def test_a_disk_that_cannot_keep_what_it_was_given(loop: Loop, machine: Machine, answers: tuple[int, ...]) -> None:
-    """The stream has no end, so that no receiver goes on without what was written."""
+def test_a_disk_that_cannot_settle_fails_the_send(loop: Loop, machine: Machine, answers: tuple[int, ...]) -> None:
+    """The stream has no end, so no receiver starts the guest without its last writes."""
     machine.disk.answers = list(answers)
     file = os.memfd_create("stream", os.MFD_CLOEXEC)
     ours = os.dup(file)
@@ -219,8 +219,8 @@ def test_a_disk_that_cannot_keep_what_it_was_given(loop: Loop, machine: Machine,
         assert [each for each in receiver.failures if "before its end" in each]
 
 
-def test_cancelled_while_a_disk_takes_its_time(loop: Loop, machine: Machine) -> None:
-    """Storage may never answer."""
+def test_sending_is_cancelled_while_a_disk_is_slow(loop: Loop, machine: Machine) -> None:
+    """The disk never settles, because its storage does not answer."""
     machine.disk.answers = [devmsg.SETTLED_NOT_YET]
 
     sender, told = send(loop, machine, os.memfd_create("stream", os.MFD_CLOEXEC))
@@ -230,8 +230,8 @@ def test_cancelled_while_a_disk_takes_its_time(loop: Loop, machine: Machine) -> 
     assert told == ["sending was interrupted"]
 
 
-def test_cancelled(loop: Loop, machine: Machine) -> None:
-    """Somebody pressed ^C."""
+def test_sending_is_cancelled(loop: Loop, machine: Machine) -> None:
+    """The user pressed ^C."""
     machine.memory.load(0, bytes(16 * PAGE))
     machine.memory.load(HIGH, bytes(16 * PAGE))
     reading, writing = os.pipe2(os.O_CLOEXEC)
@@ -244,10 +244,10 @@ def test_cancelled(loop: Loop, machine: Machine) -> None:
     os.close(reading)
 
 
-def test_a_mistake_of_ours_is_told_too(
+def test_an_internal_error_is_reported_too(
     loop: Loop, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The guest must not stand still for ever because a thread has died."""
+    """Otherwise the guest would stay paused for ever after a thread has ended with an exception."""
 
     def broken(_writer: StreamWriter, _body: bytes, _version: int) -> None:
         raise RuntimeError("a mistake")
@@ -266,11 +266,11 @@ def test_a_mistake_of_ours_is_told_too(
     os.close(reading)
 
 
-# --- streams that lie ---------------------------------------------------------------------------------------------
+# --- bad streams --------------------------------------------------------------------------------------------------
 
 
 def stream(*runs: Run, states: tuple[bytes, ...] = (), version: int = STILL) -> int:
-    """Return a file with a stream in it, its digests right."""
+    """Return a file with a stream that has correct digests."""
     fd = os.memfd_create("stream", os.MFD_CLOEXEC)
     writer = StreamWriter(Pipe(fd, select.POLLOUT))
     writer.header(pack(saved.header()), version)
@@ -301,16 +301,16 @@ ONE_PAGE = bytes(PAGE)
     ((((1 << 64) - 1, b"x"),), (GOOD,), "section 0: guest address 0xffffffffffffffff: no memory"),
     ((), (b"",), "section 0: "),
     ((), (b"\xc1",), "section 0: "),
-    ((), (b"\x91" * 2000,), "section 0: "),  # as deep as can be
+    ((), (b"\x91" * 2000,), "section 0: "),  # nested as deep as possible
     ((), (b"\xdd\xff\xff\xff\xff",), "section 0: "),  # a list that claims to have 2^32 elements
     ((), (pack(saved.header()),), "section 0: "),
     ((), (GOOD + b"x",), "section 0: "),
     ((), (GOOD[:-1],), "section 0: "),
 ])  # fmt: skip
-def test_impossible_streams(
+def test_impossible_streams_are_refused(
     loop: Loop, memory: GuestMemory, runs: tuple[Run, ...], states: tuple[bytes, ...], what: str
 ) -> None:
-    """Refused with a sentence, once, and nothing else is told."""
+    """The receiver reports one failure, and no machine."""
     told = Told(loop, stream(*runs, states=states), memory)
 
     loop.run()
@@ -321,8 +321,8 @@ def test_impossible_streams(
     assert what in told.failures[0]
 
 
-def test_memory_of_a_machine_that_ran_comes_again(loop: Loop, memory: GuestMemory) -> None:
-    """In any order; what came last counts."""
+def test_memory_of_a_machine_that_ran_may_be_repeated(loop: Loop, memory: GuestMemory) -> None:
+    """The order of addresses is free, and the last content counts."""
     runs = ((HIGH, b"new"), (PAGE, b"old"), (0, bytes(PAGE)), (PAGE, b"new"))
     told = Told(loop, stream(*runs, states=(GOOD,), version=VERSION), memory)
 
@@ -333,8 +333,8 @@ def test_memory_of_a_machine_that_ran_comes_again(loop: Loop, memory: GuestMemor
     assert (memory.read(PAGE, 3), memory.read(HIGH, 3)) == (b"new", b"new")
 
 
-def test_a_record_may_not_be_longer_than_such_a_machine_needs(loop: Loop, memory: GuestMemory) -> None:
-    """A list takes seventy times the room of what announces it, so that the limit is tight."""
+def test_a_record_has_a_limit_that_depends_on_the_machine(loop: Loop, memory: GuestMemory) -> None:
+    """A decoded list takes seventy times the space of its bytes, so the limit is tight."""
     most = state.bytes_max(saved.header())
     told = Told(loop, stream(states=(b"\x90" * (most + 1),)), memory)
 

@@ -1,6 +1,6 @@
-"""A virtio function as its guest sees it, with a driver that does not care (hostile-input 1, 4-10, 57).
+"""A virtio function as seen by good and hostile drivers (hostile-input 1, 4-10, 57).
 
-What KVM is told is compared with what the registers say; `tests/guest/test_virtio_kvm.py` does the same with KVM.
+These tests compare the calls to KVM with the registers.  `tests/guest/test_virtio_kvm.py` does the same with real KVM.
 """
 
 import threading
@@ -72,7 +72,7 @@ PCI_CFG = spec.VIRTIO_PCI_CAP_PCI_CFG
 
 @pytest.fixture
 def machine() -> Iterator[Machine]:
-    """A transitional device of two queues, in slot 1."""
+    """Yield a transitional device with two queues, in slot 1."""
     made = Machine.fake()
     yield made
     made.close()
@@ -80,24 +80,24 @@ def machine() -> Iterator[Machine]:
 
 @pytest.fixture
 def lines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What is logged."""
+    """Return the list that collects log lines."""
     written: list[str] = []
     monkeypatch.setattr(log, "write", lambda _severity, text: written.append(text))
     return written
 
 
 def queue_registers(machine: Machine, queue: int) -> list[int]:
-    """Read all of a queue."""
+    """Return all registers of a queue."""
     machine.write(QUEUE_SELECT, 2, queue)
     wide = [machine.read(offset, 4) for offset in range(DESC, USED + 8, 4)]
     return [*(machine.read(offset, 2) for offset in (QUEUE_SIZE, QUEUE_MSIX, QUEUE_ENABLE, QUEUE_NOTIFY_OFF)), *wide]
 
 
-# --- a driver that behaves ----------------------------------------------------------------------------------------
+# --- good drivers -------------------------------------------------------------------------------------------------
 
 
-def test_device_is_what_drivers_look_for(machine: Machine) -> None:
-    """Ids of a transitional block device; structures inside BARs; one notify word for all queues (4.1.4)."""
+def test_device_has_the_ids_and_structures_that_drivers_look_for(machine: Machine) -> None:
+    """It has the ids of a transitional block device, structures in BARs, and one notify word for all queues (4.1.4)."""
     assert machine.config_read(0, 4) == 0x10011AF4
     assert machine.config_read(0x2C, 4) == 0x00020B5D
     assert structures(machine) == [
@@ -107,7 +107,7 @@ def test_device_is_what_drivers_look_for(machine: Machine) -> None:
 
 
 def structures(machine: Machine) -> list[tuple[int, int, int, int, int]]:
-    """Return type, BAR, offset, length and multiplier (0 where there is none) of each, in the order of the list."""
+    """Return type, BAR, offset, length and multiplier (0 if there is none) of each structure, in order of the list."""
     return [
         (kind, machine.config_read(at + 4, 1), machine.config_read(at + 8, 4), machine.config_read(at + 12, 4),
          machine.config_read(at + 16, 4) if kind == spec.VIRTIO_PCI_CAP_NOTIFY_CFG else 0)
@@ -128,7 +128,7 @@ def structures(machine: Machine) -> list[tuple[int, int, int, int, int]]:
 def test_each_mode_has_its_ids_and_bars(
     mode: VirtioMode, device: int, revision: int, subsystem: int, bars: set[int]
 ) -> None:
-    """Ids as 4.1.2.1 has them: edk2 binds to a subsystem id of 40h and more; drivers of old go by the type there."""
+    """Ids follow 4.1.2.1.  edk2 needs a subsystem id of 40h or more, and legacy drivers find the device type there."""
     machine = Machine.fake(mode)
 
     assert machine.config_read(2, 2) == device
@@ -141,14 +141,14 @@ def test_each_mode_has_its_ids_and_bars(
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_subsystem_of_every_modern_device_is_beyond_the_legacy_ones(kind: Kind) -> None:
-    """The type itself is what PCI device id and subsystem id have in common (4.1.2.1)."""
+    """PCI device id and subsystem id both have the device type plus a constant (4.1.2.1)."""
     machine = Machine(Kvm(), Process(kind), VirtioMode.MODERN)
 
     assert machine.config_read(0x2E, 2) == 0x40 + kind.device_type == machine.config_read(2, 2) - 0x1000
     machine.close()
 
 
-# What a guest saw of a disk before there was a memory set: all of configuration space, up to its last byte.
+# The configuration space of a disk before structures in memory existed, up to the last byte that is not 0.
 PORTS_ONLY = {
     VirtioMode.TRANSITIONAL:
         "f41a011007001000000000010000000001c000000000008001c10000000000000000000000000000000000005d0b020000000000"
@@ -168,7 +168,7 @@ PORTS_ONLY = {
 
 @pytest.mark.parametrize("mode", PORTS_ONLY)
 def test_layout_of_earlier_machines_is_kept(mode: VirtioMode) -> None:
-    """A guest that comes from one finds each byte of configuration space, and each BAR, as it was."""
+    """A guest that was started with the earlier layout finds the same configuration space and BARs."""
     machine = Machine.fake(mode, function_layout=LAYOUT_FIRST)
     space = bytes(machine.config_read(at, 1) for at in range(256))
 
@@ -182,8 +182,8 @@ def test_layout_of_earlier_machines_is_kept(mode: VirtioMode) -> None:
 
 
 @pytest.mark.parametrize("mode", [VirtioMode.TRANSITIONAL, VirtioMode.MODERN, VirtioMode.MEMORY])
-def test_capabilities_lie_behind_one_another(mode: VirtioMode) -> None:
-    """They overlap neither each other nor the header, and the window is as good at reaching memory as ports."""
+def test_capabilities_do_not_overlap(mode: VirtioMode) -> None:
+    """They overlap neither each other nor the header."""
     machine = Machine.fake(mode)
     lengths = {0x11: 12}
     taken = sorted(
@@ -200,7 +200,7 @@ def test_capabilities_lie_behind_one_another(mode: VirtioMode) -> None:
 
 
 def test_both_sets_reach_the_same_registers(machine: Machine) -> None:
-    """What is written by a port is read in memory, and the other way round; each byte of all four structures."""
+    """A write to a port is read in memory, and a write to memory at a port, in all four structures."""
     machine.start()
     for offset in (*range(COMMON_BYTES), *range(virtio.DEVICE_CONFIG, virtio.DEVICE_CONFIG + len(CONFIG))):
         assert machine.bus.mmio_read(MAPPED + offset, 1) == machine.bus.pio_read(MODERN + offset, 1), offset
@@ -213,8 +213,8 @@ def test_both_sets_reach_the_same_registers(machine: Machine) -> None:
     assert machine.process.written[-1] == (4, (7).to_bytes(4, "little"))
 
 
-def test_driver_that_maps_memory_comes_up(machine: Machine) -> None:
-    """Every step in memory; KVM gets the address of notifications along with the ports."""
+def test_driver_that_uses_memory_starts(machine: Machine) -> None:
+    """The driver uses memory for every step.  KVM gets the notification address in memory, and the ports."""
     machine.mapped = True
     machine.start()
 
@@ -225,8 +225,8 @@ def test_driver_that_maps_memory_comes_up(machine: Machine) -> None:
     assert machine.kicked() == [1]
 
 
-def test_memory_only_has_a_notification_address_for_each_queue() -> None:
-    """`virtio memory`: Redox and others refuse a multiplier of 0, and there is no other set to agree with."""
+def test_mode_memory_has_a_notification_address_for_each_queue() -> None:
+    """`virtio memory`: Redox and others refuse a multiplier of 0.  No other structures have to agree here."""
     machine = Machine.fake(VirtioMode.MEMORY)
     assert structures(machine) == [(1, 4, 0, 60, 0), (2, 4, 0x800, 8, 4), (3, 4, 0x44, 1, 0), (4, 4, 0x80, 60, 0)]
     machine.notify(1)
@@ -241,28 +241,28 @@ def test_memory_only_has_a_notification_address_for_each_queue() -> None:
     assert set(machine.kvm.mapped_ioeventfds) == {(MAPPED + 0x800 + 4 * queue, 0, None) for queue in (0, 1)}
     machine.notify(1)
     assert machine.kicked() == [1]
-    machine.bus.mmio_write(MAPPED + 0x800 + 4, 2, 1)  # as through the window
+    machine.bus.mmio_write(MAPPED + 0x800 + 4, 2, 1)  # a write with data, as through the window
     machine.bus.mmio_write(MAPPED + 0x800 + 8, 2, 0)
     assert machine.kicked() == [1]
     machine.close()
 
 
 def test_notification_address_moves_with_its_bar_8(machine: Machine) -> None:
-    """Hostile input 8: it follows BAR 4, and goes when memory is no longer decoded; ports do not."""
+    """Hostile input 8: it follows BAR 4, and is removed when memory decoding is off.  The ports stay."""
     machine.start()
     machine.set_bar(4, MAPPED + 0x10000)
     assert {at for at, _, _ in machine.kvm.mapped_ioeventfds} == {MAPPED + 0x10800}
     machine.config_write(4, 2, 5)
     assert machine.kvm.mapped_ioeventfds == {}
     assert set(machine.kvm.ioeventfds) == EVERY_PORT
-    machine.set_bar(4, TABLE)  # the vector table is there already
+    machine.set_bar(4, TABLE)  # the vector table has this address already
     machine.config_write(4, 2, 7)
     assert machine.kvm.mapped_ioeventfds == {}
 
 
 @pytest.mark.parametrize(("mode", "bar"), [(VirtioMode.TRANSITIONAL, 4), (VirtioMode.MEMORY, 4)])
 def test_window_reaches_memory(mode: VirtioMode, bar: int) -> None:
-    """As it does ports (4.1.4.9), also while nothing is decoded; the vector table is not its business."""
+    """It reaches ports too (4.1.4.9).  It works while decoding is off, and does not reach the vector table."""
     machine = Machine.fake(mode)
     at = machine.capabilities()[PCI_CFG]
     machine.config_write(4, 2, 0)
@@ -279,9 +279,9 @@ def test_window_reaches_memory(mode: VirtioMode, bar: int) -> None:
     machine.close()
 
 
-def test_driver_of_virtio_1_comes_up(machine: Machine) -> None:
-    """The process gets the rings; KVM gets the ports, and the interrupt line with its end signalled."""
-    assert machine.kvm.irqfds == {}  # it may be a driver that enables MSI-X before
+def test_driver_of_virtio_1_starts(machine: Machine) -> None:
+    """The process gets the rings.  KVM gets the ports, and the interrupt line with an eventfd for its end."""
+    assert machine.kvm.irqfds == {}  # the driver may still enable MSI-X
 
     machine.start()
 
@@ -291,8 +291,8 @@ def test_driver_of_virtio_1_comes_up(machine: Machine) -> None:
     assert all(resample is not None for _, resample in machine.kvm.irqfds.values())
 
 
-def test_driver_of_old_comes_up(machine: Machine) -> None:
-    """Page numbers lay out the rings (2.7.2)."""
+def test_legacy_driver_starts(machine: Machine) -> None:
+    """Page numbers give the layout of the rings (2.7.2)."""
     machine.start_legacy(features=0xFFFFFFFF)
 
     rows = [(256, True, 0x10000, 0x11000, 0x12000, 0, 0), (64, True, 0x20000, 0x20400, 0x21000, 0, 0)]
@@ -300,7 +300,7 @@ def test_driver_of_old_comes_up(machine: Machine) -> None:
 
 
 def test_line_interrupt_is_acknowledged_by_reading_isr(machine: Machine) -> None:
-    """A queue's and the configuration's bit, each until it is read; then STATUS shows no interrupt."""
+    """ISR has a bit for queues and one for the configuration, until it is read.  Then STATUS shows no interrupt."""
     machine.start()
     machine.process.raise_queue(1)
     machine.kvm.deliver()
@@ -317,7 +317,7 @@ def test_line_interrupt_is_acknowledged_by_reading_isr(machine: Machine) -> None
 
 
 def test_unread_configuration_interrupt_is_raised_again(machine: Machine) -> None:
-    """When the guest ends an interrupt on the shared line, as the device process does for queues."""
+    """It is raised when the guest ends an interrupt on the shared line.  For queues the device process does that."""
     machine.start()
     machine.function.on_config(CONFIG)
     machine.kvm.deliver()
@@ -331,8 +331,8 @@ def test_unread_configuration_interrupt_is_raised_again(machine: Machine) -> Non
     assert machine.kvm.injected == [IRQ] * 2
 
 
-def test_unread_interrupt_is_raised_when_the_line_is_switched_on_again(machine: Machine) -> None:
-    """KVM lets the line go while it is off (PCI 3.0, 6.2.2)."""
+def test_unread_interrupt_is_raised_when_the_line_is_enabled_again(machine: Machine) -> None:
+    """While the line is disabled, it is not asserted (PCI 3.0, 6.2.2)."""
     machine.start()
     machine.process.raise_queue(0)
     machine.kvm.deliver()
@@ -348,8 +348,8 @@ def test_unread_interrupt_is_raised_when_the_line_is_switched_on_again(machine: 
     assert machine.kvm.injected == [IRQ] * 2
 
 
-def test_vectors_lead_to_messages(machine: Machine) -> None:
-    """MSI-X: each source has its own vector, and ISR plays no part."""
+def test_vectors_give_messages(machine: Machine) -> None:
+    """With MSI-X each source has its own vector, and ISR is not used."""
     machine.enable_msix()
     for vector in range(3):
         machine.set_vector(vector, 0x40 + vector)
@@ -396,8 +396,8 @@ def test_window_reaches_every_structure(machine: Machine) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 3, 0x1FF, 512, 0x8000, 0xFFFF])
-def test_size_that_no_queue_has_1(machine: Machine, size: int) -> None:
-    """Hostile input 1: the device never sees another size than it can serve."""
+def test_impossible_queue_size_1(machine: Machine, size: int) -> None:
+    """Hostile input 1: such a size is ignored, so the device gets a possible one."""
     machine.negotiate()
     machine.place_queue(0, 0x10000, size)
     machine.place_queue(1, 0x20000, size)
@@ -428,7 +428,7 @@ def test_queue_registers_do_not_change_once_enabled_4(machine: Machine) -> None:
 
 
 def test_queue_is_not_enabled_while_the_device_runs_4(machine: Machine) -> None:
-    """Hostile input 4: DRIVER_OK is the end of configuration (3.1.1), also of a queue that was left out."""
+    """Hostile input 4: DRIVER_OK ends configuration (3.1.1), also for a queue that was not enabled."""
     machine.negotiate()
     machine.place_queue(0, 0x10000)
     machine.write(STATUS, 1, RUNNING)
@@ -439,8 +439,8 @@ def test_queue_is_not_enabled_while_the_device_runs_4(machine: Machine) -> None:
     assert machine.process.lives == [(VERSION_1, [ROWS[0], (64, False, 0, 0, 0, 0, 0)])]
 
 
-def test_queue_that_is_not_there_5(machine: Machine) -> None:
-    """Hostile input 5: it has no size, takes nothing, and cannot be notified."""
+def test_absent_queue_5(machine: Machine) -> None:
+    """Hostile input 5: an absent queue has size 0, ignores writes, and cannot be notified."""
     for number in (2, 0x7FFF, 0x8000, 0xFFFF):
         before = [queue_registers(machine, queue) for queue in (0, 1)]
         machine.write(QUEUE_SELECT, 2, number)
@@ -461,7 +461,7 @@ def test_queue_that_is_not_there_5(machine: Machine) -> None:
 
 
 def test_notification_before_driver_ok_6(machine: Machine) -> None:
-    """Hostile input 6: of a queue that is not set up, or by a driver of virtio 1.x, it is none."""
+    """Hostile input 6: it is ignored for a queue that is not set up, and from a driver of virtio 1.x."""
     machine.notify(0)
     machine.notify(0, LEGACY + LEGACY_NOTIFY)
     machine.negotiate()
@@ -474,8 +474,8 @@ def test_notification_before_driver_ok_6(machine: Machine) -> None:
     assert machine.kicked() == []
 
 
-def test_driver_of_old_may_notify_early_6(machine: Machine) -> None:
-    """Hostile input 6: some do I/O while they attach; DRIVER_OK then changes nothing (3.1.2)."""
+def test_legacy_driver_may_notify_early_6(machine: Machine) -> None:
+    """Hostile input 6: some legacy drivers do I/O before DRIVER_OK, which then changes nothing (3.1.2)."""
     machine.legacy_write(LEGACY_STATUS, 1, ACKNOWLEDGE | DRIVER)
     machine.legacy_write(LEGACY_PFN, 4, 0x10)
     for number in (1, 2, 0xFFFF):
@@ -490,7 +490,7 @@ def test_driver_of_old_may_notify_early_6(machine: Machine) -> None:
 
 
 def test_notification_during_reset_and_after_6(machine: Machine) -> None:
-    """Hostile input 6: while the process lets go nobody is told; what came just before is not for the next life."""
+    """Hostile input 6: during a reset no queue is notified.  Earlier notifications do not reach the next life."""
     machine.start()
 
     def while_resetting() -> None:
@@ -510,8 +510,8 @@ def test_notification_during_reset_and_after_6(machine: Machine) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 4])
-def test_notification_of_another_width_is_none_6(machine: Machine, size: int) -> None:
-    """Hostile input 6: only a word is one (4.1.5.2)."""
+def test_notification_of_another_width_is_ignored_6(machine: Machine, size: int) -> None:
+    """Hostile input 6: only a word is a notification (4.1.5.2)."""
     machine.start()
     machine.notify(0, size=size)
     machine.notify(0, LEGACY + LEGACY_NOTIFY, size=size)
@@ -520,7 +520,7 @@ def test_notification_of_another_width_is_none_6(machine: Machine, size: int) ->
 
 
 def test_device_that_failed_6_57(machine: Machine) -> None:
-    """Hostile input 6, 57: the VM is told to end, and until it does no register raises."""
+    """Hostile input 6, 57: the failure is reported, which ends the VM.  Until then no access raises an exception."""
     machine.process.failing = True
     machine.start()
     assert machine.failures == ["vm/test/vioblk0: no answer in 10 s"]
@@ -534,7 +534,7 @@ def test_device_that_failed_6_57(machine: Machine) -> None:
 
 
 def test_configuration_that_changes_its_length_57(machine: Machine, lines: list[str]) -> None:
-    """Hostile input 57: a process may not say that its configuration is longer now."""
+    """Hostile input 57: a process must not change the length of its configuration."""
     machine.function.on_config(bytes(61))
     assert machine.read(virtio.DEVICE_CONFIG, 4) == int.from_bytes(CONFIG[:4], "little")
     assert len(lines) == 1
@@ -549,7 +549,7 @@ def test_configuration_that_changes_its_length_57(machine: Machine, lines: list[
 
 
 def test_reset_storm_7(machine: Machine) -> None:
-    """Hostile input 7: each life is as the first, and nothing piles up."""
+    """Hostile input 7: each life is like the first one, and nothing accumulates."""
     for round_ in range(200):
         start = (machine.start, machine.start_legacy)[round_ % 2]
         start()
@@ -571,7 +571,7 @@ def test_reset_storm_7(machine: Machine) -> None:
 
 
 def test_status_does_not_go_backwards_7(machine: Machine) -> None:
-    """Hostile input 7: bits are taken away by a reset only; the device does not set NEEDS_RESET on request."""
+    """Hostile input 7: only a reset clears bits, and the driver cannot set NEEDS_RESET."""
     machine.start()
     for value in (ACKNOWLEDGE, DRIVER, FEATURES_OK, NEEDS_RESET | 1):
         machine.write(STATUS, 1, value)
@@ -582,20 +582,20 @@ def test_status_does_not_go_backwards_7(machine: Machine) -> None:
 
 
 def test_features_that_were_not_offered_7(machine: Machine) -> None:
-    """Hostile input 7, 22: FEATURES_OK does not stick, and nothing starts without it; packed rings are one such."""
+    """Hostile input 7, 22: FEATURES_OK stays clear, so nothing starts.  Packed rings are one of these features."""
     offered = FEATURES & ~spec.LEGACY_ONLY | VERSION_1
     for bit in (bit for bit in range(64) if not offered >> bit & 1):
         machine.negotiate(VERSION_1 | 1 << bit)
         machine.write(STATUS, 1, RUNNING)
         assert machine.status == ACKNOWLEDGE | DRIVER
         machine.write(STATUS, 1, 0)
-    machine.negotiate(FEATURES & ~spec.LEGACY_ONLY)  # not without VERSION_1
+    machine.negotiate(FEATURES & ~spec.LEGACY_ONLY)  # VERSION_1 is missing
     assert machine.status == ACKNOWLEDGE | DRIVER
     assert machine.process.lives == []
 
 
 def test_features_do_not_change_after_features_ok_7(machine: Machine) -> None:
-    """Hostile input 7: through either interface."""
+    """Hostile input 7: the rule holds for both interfaces."""
     machine.negotiate()
     for select in (0, 1):
         machine.write(DRIVER_SELECT, 4, select)
@@ -610,7 +610,7 @@ def test_features_do_not_change_after_features_ok_7(machine: Machine) -> None:
 
 @pytest.mark.parametrize("select", [2, 3, 4, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF])
 def test_feature_words_beyond_the_second_7(machine: Machine, select: int) -> None:
-    """Hostile input 7: they are empty, and take nothing."""
+    """Hostile input 7: they read as 0 and ignore writes."""
     machine.write(DEVICE_SELECT, 4, select)
     machine.write(DRIVER_SELECT, 4, select)
     machine.write(DRIVER_FEATURE, 4, 0xFFFFFFFF)
@@ -623,7 +623,7 @@ def test_feature_words_beyond_the_second_7(machine: Machine, select: int) -> Non
 
 
 def test_rings_that_cannot_be_used(machine: Machine) -> None:
-    """The process refuses them: the driver is asked for a reset, and comes up after it (2.1.2)."""
+    """The process refuses the rings, so the driver is asked for a reset (2.1.2), after which it can start."""
     machine.process.usable = False
     machine.start()
     machine.kvm.deliver()
@@ -638,7 +638,7 @@ def test_rings_that_cannot_be_used(machine: Machine) -> None:
 
 
 def test_broken_ring_asks_for_a_reset(machine: Machine, lines: list[str]) -> None:
-    """The process says so: bit 6 of status, a configuration interrupt, a line of log; never too many of those."""
+    """The process reports it: bit 6 of status, a configuration interrupt, and a limited number of log lines."""
     machine.start()
     for _ in range(100):
         machine.function.on_needs_reset("available index runs 9 ahead", life=1)
@@ -650,8 +650,8 @@ def test_broken_ring_asks_for_a_reset(machine: Machine, lines: list[str]) -> Non
     assert lines[0] == "vioblk0: available index runs 9 ahead"
 
 
-def test_broken_ring_of_a_former_life_is_no_news(machine: Machine, lines: list[str]) -> None:
-    """What the process said before the driver reset it reaches us only now."""
+def test_broken_ring_of_an_earlier_life_is_ignored(machine: Machine, lines: list[str]) -> None:
+    """The process sent the report before the driver reset it, and the report arrives after the reset."""
     machine.start()
     machine.write(STATUS, 1, 0)
     machine.function.on_needs_reset("descriptor 9 outside a table of 8", life=1)
@@ -671,8 +671,8 @@ UNUSABLE_MEMORY = {"ram": 0x100000, "bios": 0xF0000, "end-of-ram": MEMORY - 4096
 
 
 @pytest.mark.parametrize("base", UNUSABLE_PORTS.values(), ids=UNUSABLE_PORTS)
-def test_ports_moved_to_where_they_cannot_be_8(machine: Machine, base: int) -> None:
-    """Hostile input 8: nobody is notified there, and coming back repairs it."""
+def test_ports_moved_to_an_unusable_address_8(machine: Machine, base: int) -> None:
+    """Hostile input 8: no notification works there.  After a move back they work again."""
     machine.start()
     machine.set_bar(0, base)
     machine.set_bar(2, base)
@@ -687,8 +687,8 @@ def test_ports_moved_to_where_they_cannot_be_8(machine: Machine, base: int) -> N
 
 
 @pytest.mark.parametrize("base", UNUSABLE_MEMORY.values(), ids=UNUSABLE_MEMORY)
-def test_vector_table_moved_to_where_it_cannot_be_8(machine: Machine, base: int) -> None:
-    """Hostile input 8: RAM stays RAM; the table keeps what is in it and works on."""
+def test_vector_table_moved_to_an_unusable_address_8(machine: Machine, base: int) -> None:
+    """Hostile input 8: RAM stays RAM.  The table keeps its content and still works."""
     machine.enable_msix()
     machine.set_vector(0, 0x41)
     machine.start()
@@ -702,8 +702,8 @@ def test_vector_table_moved_to_where_it_cannot_be_8(machine: Machine, base: int)
     assert [machine.kvm.messages[gsi] for gsi in machine.kvm.injected] == [(0xFEE00000, 0x41)]
 
 
-def test_blocks_laid_over_one_another_8(machine: Machine) -> None:
-    """Hostile input 8: one of the two BARs has the ports; KVM is not told twice."""
+def test_overlapping_port_bars_8(machine: Machine) -> None:
+    """Hostile input 8: one of the two BARs has the ports, and KVM gets each port once."""
     machine.start()
     machine.set_bar(2, LEGACY)
     assert set(machine.kvm.ioeventfds) == {(LEGACY + LEGACY_NOTIFY, 2, queue) for queue in (0, 1)}
@@ -715,7 +715,7 @@ def test_blocks_laid_over_one_another_8(machine: Machine) -> None:
 
 
 def test_ports_follow_the_bars_8(machine: Machine) -> None:
-    """Hostile input 8: what was the notify port a moment ago is none any more."""
+    """Hostile input 8: the old notify port does not work any more."""
     machine.start()
     machine.set_bar(2, MODERN + 0x100)
     assert {port for port, _, _ in machine.kvm.ioeventfds} == {LEGACY + LEGACY_NOTIFY, NOTIFY + 0x100}
@@ -726,7 +726,7 @@ def test_ports_follow_the_bars_8(machine: Machine) -> None:
 
 
 def test_sizing_while_decoding_8(machine: Machine) -> None:
-    """Hostile input 8: all ones and back, with the device running."""
+    """Hostile input 8: all ones and the old value are written while the device runs."""
     machine.start()
     for index, size in ((0, 0x80), (1, 0x1000), (2, 0x100)):
         old = machine.config_read(0x10 + 4 * index, 4)
@@ -739,8 +739,11 @@ def test_sizing_while_decoding_8(machine: Machine) -> None:
     assert machine.status == RUNNING
 
 
-def test_decoding_switched_off_8(machine: Machine) -> None:
-    """Hostile input 8: I/O off takes the notify ports away, memory off the table; INTx off unplugs the line."""
+def test_disabled_decoding_8(machine: Machine) -> None:
+    """Hostile input 8: without I/O decoding there are no notify ports, and without memory decoding no vector table.
+
+    "Interrupt disable" disconnects the line.
+    """
     machine.start()
     machine.config_write(4, 2, 6)
     assert machine.kvm.ioeventfds == {}
@@ -762,7 +765,7 @@ def test_decoding_switched_off_8(machine: Machine) -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_configuration_is_read_at_any_place_9(machine: Machine, size: int) -> None:
-    """Hostile input 9: unaligned, across fields, past the end; a PC has no port access of 8 bytes."""
+    """Hostile input 9: reads may be unaligned, across fields and past the end.  A PC has no port access of 8 bytes."""
     for offset in range(0x80 - size + 1):
         expected = int.from_bytes(CONFIG[offset : offset + size], "little")
         assert machine.read(virtio.DEVICE_CONFIG + offset, size) == expected
@@ -772,7 +775,7 @@ def test_configuration_is_read_at_any_place_9(machine: Machine, size: int) -> No
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_configuration_is_written_inside_only_9(machine: Machine, size: int) -> None:
-    """Hostile input 9: a write that leaves the space is none."""
+    """Hostile input 9: a write across the end is ignored."""
     for offset in range(0x80):
         machine.write(virtio.DEVICE_CONFIG + offset, size, 0)
         machine.legacy_write(20 + offset, size, 0)
@@ -783,7 +786,7 @@ def test_configuration_is_written_inside_only_9(machine: Machine, size: int) -> 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_registers_are_read_at_any_place_9(machine: Machine, size: int) -> None:
-    """Hostile input 9: what is no register reads zero, and no access is too wide or crooked to be answered."""
+    """Hostile input 9: gaps read as zero, and reads of every size and alignment are answered."""
     machine.start()
     image = b"".join(machine.read(offset, 1).to_bytes(1, "little") for offset in range(0x40))
     for offset in range(0x40 - size + 1):
@@ -795,7 +798,7 @@ def test_registers_are_read_at_any_place_9(machine: Machine, size: int) -> None:
 
 
 def test_register_writes_of_a_wrong_width_9(machine: Machine) -> None:
-    """Hostile input 9: a field takes its own width only (4.1.3.1); others change nothing."""
+    """Hostile input 9: a field accepts writes of its own width only (4.1.3.1)."""
     fields = {DEVICE_SELECT: 4, DRIVER_SELECT: 4, DRIVER_FEATURE: 4, CONFIG_MSIX: 2, STATUS: 1, QUEUE_SELECT: 2,
               QUEUE_SIZE: 2, QUEUE_MSIX: 2, QUEUE_ENABLE: 2, DESC: 4, AVAIL: 4, USED: 4}  # fmt: skip
     before = [machine.read(offset, 1) for offset in range(0x40)]
@@ -809,7 +812,7 @@ def test_register_writes_of_a_wrong_width_9(machine: Machine) -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
 def test_vector_table_is_accessed_at_any_place_9(machine: Machine, size: int) -> None:
-    """Hostile input 9: behind its three entries and its pending bits there is nothing."""
+    """Hostile input 9: beside its three entries and its pending bits, everything reads as zero."""
     for offset in range(4096 - size + 1):
         machine.bus.mmio_write(TABLE + offset, size, (1 << 8 * size) - 1)
         assert 0 <= machine.bus.mmio_read(TABLE + offset, size) < 1 << 8 * size
@@ -820,8 +823,8 @@ def test_vector_table_is_accessed_at_any_place_9(machine: Machine, size: int) ->
 
 
 @pytest.mark.parametrize("vector", [3, 4, 0x7FF, 0xFFFE, 0xFFFF])
-def test_vector_that_is_not_there_9(machine: Machine, vector: int) -> None:
-    """Hostile input 9: the register says that there is none, and the interrupt goes nowhere."""
+def test_absent_vector_9(machine: Machine, vector: int) -> None:
+    """Hostile input 9: the register reads as "no vector", and the interrupt is lost."""
     machine.enable_msix()
     machine.set_vector(0, 0x41)
     machine.start()
@@ -840,7 +843,7 @@ def test_vector_that_is_not_there_9(machine: Machine, vector: int) -> None:
 
 
 def test_vector_changes_while_an_interrupt_is_pending_9(machine: Machine) -> None:
-    """Hostile input 9: the interrupt goes with its source, once, to where that points when it is let through."""
+    """Hostile input 9: the interrupt is delivered once, through the vector that its source has at that time."""
     machine.enable_msix()
     for vector in range(3):
         machine.set_vector(vector, 0x40 + vector, masked=True)
@@ -863,7 +866,7 @@ def test_vector_changes_while_an_interrupt_is_pending_9(machine: Machine) -> Non
 
 
 def test_masked_function_holds_interrupts_back_9(machine: Machine) -> None:
-    """Hostile input 9: the function's mask, and MSI-X switched off with something pending."""
+    """Hostile input 9: the function is masked, and MSI-X is disabled while an interrupt is pending."""
     machine.enable_msix()
     machine.set_vector(0, 0x41)
     machine.start()
@@ -882,7 +885,7 @@ def test_masked_function_holds_interrupts_back_9(machine: Machine) -> None:
 
 
 def test_a_process_is_told_whether_eventfds_are_enough(machine: Machine) -> None:
-    """They are while MSI-X is on and each queue has a vector, masked or not; it hears of the end before they move."""
+    """They are enough while MSI-X is on and each queue has a vector, masked or not.  The end is told beforehand."""
     changes: list[tuple[bool, list[int]]] = []
     queues = machine.process.calls
 
@@ -914,8 +917,8 @@ def test_a_process_is_told_whether_eventfds_are_enough(machine: Machine) -> None
     assert machine.failures == []
 
 
-def test_a_process_that_does_not_answer_to_that_ends_the_vm(machine: Machine) -> None:
-    """It may still serve rings in a way that no longer works."""
+def test_a_process_that_does_not_answer_direct_ends_the_vm(machine: Machine) -> None:
+    """The process may still serve rings in the way that no longer works."""
     machine.set_vector(0, 0x41)
     machine.process.failing = True
     for queue in (0, 1):
@@ -930,7 +933,7 @@ def test_a_process_that_does_not_answer_to_that_ends_the_vm(machine: Machine) ->
 
 
 def test_read_only_registers_10(machine: Machine) -> None:
-    """Hostile input 10: written in every width, they are what they were."""
+    """Hostile input 10: writes of every width do not change them."""
     machine.start()
     machine.process.raise_queue(0)
     fields = ((DEVICE_FEATURE, 4), (NUM_QUEUES, 2), (GENERATION, 1), (QUEUE_NOTIFY_OFF, 2))
@@ -949,10 +952,10 @@ def test_read_only_registers_10(machine: Machine) -> None:
     assert machine.status == RUNNING
 
 
-# --- everything at once ------------------------------------------------------------------------------------------
+# --- all of these together ---------------------------------------------------------------------------------------
 
 def check(machine: Machine) -> None:
-    """What KVM was told is what the registers say, no more and no less."""
+    """Raise AssertionError unless KVM's registrations are exactly those of the registers."""
     function, process, kvm = machine.function, machine.process, machine.kvm
     assert function.transport.active == process.running
     ports = {
@@ -979,7 +982,7 @@ def check(machine: Machine) -> None:
         for vector in open_:
             assert kvm.messages[function.first_gsi + vector] == msix.message(vector)[:2]
     else:
-        raising = [fd for fd in process.calls if process.running or fd in kvm.irqfds]  # without rings it raises nothing
+        raising = [fd for fd in process.calls if process.running or fd in kvm.irqfds]  # without rings none is raised
         raising += [function.config_call] if function.config_pending else []
         wanted = {} if function.command & 0x400 else dict.fromkeys(raising, IRQ)
     assert {fd: gsi for fd, (gsi, _) in kvm.irqfds.items()} == wanted
@@ -989,8 +992,8 @@ def check(machine: Machine) -> None:
 
 @pytest.mark.parametrize("mode", [VirtioMode.TRANSITIONAL, VirtioMode.MEMORY])
 @given(actions=ACTIONS)
-def test_whatever_the_driver_does_4_to_10(mode: VirtioMode, actions: list[tuple[str, int, int, int]]) -> None:
-    """Hostile input 4-10: KVM's registrations follow the registers, step by step."""
+def test_random_accesses_4_to_10(mode: VirtioMode, actions: list[tuple[str, int, int, int]]) -> None:
+    """Hostile input 4-10: after each step KVM's registrations agree with the registers."""
     machine = Machine.fake(mode)
     machine.function.complaints.burst = machine.function.remarks.burst = 0
     try:
@@ -1008,8 +1011,8 @@ def test_whatever_the_driver_does_4_to_10(mode: VirtioMode, actions: list[tuple[
         machine.close()
 
 
-def test_vcpus_that_work_against_each_other_4_to_10(machine: Machine) -> None:
-    """Hostile input 4-10: one resets, one moves BARs, one plays with vectors; nobody waits for ever."""
+def test_vcpus_that_interfere_with_each_other_4_to_10(machine: Machine) -> None:
+    """Hostile input 4-10: they reset, read interrupts, and change vectors and BARs at once.  None blocks for ever."""
     started = threading.Barrier(3)
     trouble: list[BaseException] = []
 
@@ -1032,7 +1035,7 @@ def test_vcpus_that_work_against_each_other_4_to_10(machine: Machine) -> None:
     ]
     for thread in vcpus:
         thread.start()
-    # Around configuration space, for two vCPUs would need a lock of their own for its pair of ports.
+    # By calls, not by the ports of configuration space: two vCPUs would need their own lock for that pair of ports.
     for round_ in range(100):
         machine.function.config_write(0x10, 4, LEGACY + 0x80 * (round_ % 2))
         machine.pci.settle(machine.function)

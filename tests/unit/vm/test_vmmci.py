@@ -1,4 +1,4 @@
-"""vmmci as a driver of OpenBSD's sees it, and one that does what it likes (*cat. 4.4, 4.6, 6.7*; hostile-input 48)."""
+"""vmmci with OpenBSD's driver, and with a hostile driver (*cat. 4.4, 4.6, 6.7*; hostile-input 48)."""
 
 import time
 from typing import cast
@@ -32,7 +32,7 @@ ALL = F_TIMESYNC | F_ACK | F_SYNCRTC
 
 
 class Machine:
-    """A bus with vmmci on it, and a driver's hands."""
+    """A bus with vmmci, and the accesses of a driver."""
 
     def __init__(self) -> None:
         self.levels: dict[int, bool] = {}
@@ -47,7 +47,7 @@ class Machine:
         self.config_write(4, 2, 1)
 
     def on_announced(self) -> None:
-        """Count."""
+        """Count an announcement."""
         self.announced += 1
 
     def line(self) -> bool:
@@ -73,14 +73,14 @@ class Machine:
         self.bus.pio_write(PORT + offset, size, value)
 
     def start(self, features: int = ALL) -> None:
-        """Bring a driver up."""
+        """Start a driver."""
         self.write(STATUS, 0, 1)
         self.write(STATUS, ACKNOWLEDGE | DRIVER, 1)
         self.write(ACCEPTED, features)
         self.write(STATUS, ACKNOWLEDGE | DRIVER | DRIVER_OK, 1)
 
     def interrupt(self) -> int:
-        """Serve an interrupt as a driver does: returns the command, once the line has fallen."""
+        """Handle an interrupt as a driver does, and return the command.  To read ISR must lower the line."""
         assert self.line()
         assert self.read(ISR, 1) == ISR_CONFIG
         assert not self.line()
@@ -89,15 +89,15 @@ class Machine:
 
 @pytest.fixture
 def machine() -> Machine:
-    """A machine whose guest has no driver yet."""
+    """Return a machine whose driver has not started."""
     return Machine()
 
 
-# --- as drivers find it ------------------------------------------------------------------------------------------
+# --- registers ---------------------------------------------------------------------------------------------------
 
 
-def test_device_is_what_drivers_look_for(machine: Machine) -> None:
-    """Ids, class, an i/o BAR of 64 ports, INTA (sys/dev/pci/virtio_pci.c attaches by 0b5d:0777)."""
+def test_device_has_the_ids_that_drivers_look_for(machine: Machine) -> None:
+    """It has ids, class, an I/O BAR of 64 ports and INTA (sys/dev/pci/virtio_pci.c attaches to 0b5d:0777)."""
     assert machine.config_read(0, 4) == 0x0777_0B5D
     assert machine.config_read(0x2C, 4) == 0xFFFF_0B5D
     assert machine.config_read(8, 4) >> 8 == 0x078000
@@ -107,7 +107,7 @@ def test_device_is_what_drivers_look_for(machine: Machine) -> None:
 
 
 def test_registers_of_a_device_without_queues(machine: Machine) -> None:
-    """Every legacy register that has no meaning reads zero, whatever is written to it."""
+    """Legacy registers without a meaning here read as zero, after any write."""
     assert machine.read(FEATURES) == ALL
     for offset, size in ((QUEUE_PFN, 4), (QUEUE_SIZE, 2), (NOTIFY, 2), (ISR, 1)):
         machine.write(offset, 0xFFFFFFFF & (1 << 8 * size) - 1, size)
@@ -115,8 +115,8 @@ def test_registers_of_a_device_without_queues(machine: Machine) -> None:
     assert machine.read(STATUS, 1) == 0
 
 
-def test_driver_comes_up_and_resets(machine: Machine) -> None:
-    """What was accepted is remembered until then."""
+def test_driver_starts_and_resets(machine: Machine) -> None:
+    """The accepted features are kept until a reset."""
     up = [machine.vmmci.driver_is_up]
     machine.start(F_ACK)
     up.append(machine.vmmci.driver_is_up)
@@ -130,7 +130,7 @@ def test_driver_comes_up_and_resets(machine: Machine) -> None:
 
 
 def test_clock_is_sampled_with_its_first_word(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All 128 bits of one moment; the high words are right, unlike vmd's."""
+    """All 128 bits are of the same moment.  Unlike vmd's, the high words are correct."""
     machine.start()
     moments = iter(((1 << 33) * 10**9 + 123_456_789, (1 << 34) * 10**9))
     monkeypatch.setattr(time, "time_ns", lambda: next(moments))
@@ -138,12 +138,12 @@ def test_clock_is_sampled_with_its_first_word(machine: Machine, monkeypatch: pyt
     words = [machine.read(SECONDS + at) for at in (0, 4, 8, 12)]
 
     assert words == [0, 2, 123_456, 0]
-    assert machine.read(SECONDS) == 0  # the next moment
+    assert machine.read(SECONDS) == 0  # a new sample
     assert machine.read(SECONDS + 4) == 4
 
 
 def test_clock_cannot_be_set_by_the_guest(machine: Machine) -> None:
-    """It is the host's."""
+    """The clock is the host's, so writes are ignored."""
     machine.start()
     before = machine.read(SECONDS)
     for at in range(SECONDS, SECONDS + 16, 4):
@@ -152,11 +152,11 @@ def test_clock_cannot_be_set_by_the_guest(machine: Machine) -> None:
     assert machine.read(COMMAND) == NONE
 
 
-# --- being asked ---------------------------------------------------------------------------------------------------
+# --- commands ------------------------------------------------------------------------------------------------------
 
 
-def test_nobody_is_asked_where_nobody_listens(machine: Machine) -> None:
-    """Before the driver is up, and after it has gone."""
+def test_a_driver_that_is_not_up_is_not_asked(machine: Machine) -> None:
+    """`ask` returns False before the driver has started, and after it has reset the device."""
     assert not machine.vmmci.ask(REBOOT)
     machine.start()
     machine.write(STATUS, 0, 1)
@@ -165,7 +165,7 @@ def test_nobody_is_asked_where_nobody_listens(machine: Machine) -> None:
 
 
 def test_driver_acknowledges(machine: Machine) -> None:
-    """Interrupt, command, the same written back (cat. 4.4); it stays readable until the driver is reset."""
+    """The driver gets an interrupt, reads the command, and writes it back (cat. 4.4)."""
     machine.start()
     assert machine.vmmci.ask(REBOOT)
 
@@ -183,7 +183,7 @@ def test_driver_acknowledges(machine: Machine) -> None:
     (SECONDS, 4, REBOOT), (CONFIG + CONFIG_BYTES, 4, REBOOT), (0x3F, 1, REBOOT), (0x3C, 4, REBOOT),
 ])  # fmt: skip
 def test_nothing_else_is_an_acknowledgement(machine: Machine, offset: int, size: int, value: int) -> None:
-    """Wrong places, sizes and values."""
+    """The register, the size or the value is wrong."""
     machine.start()
     machine.vmmci.ask(REBOOT)
 
@@ -195,7 +195,7 @@ def test_nothing_else_is_an_acknowledgement(machine: Machine, offset: int, size:
 
 
 def test_guest_announces_its_end(machine: Machine) -> None:
-    """Without having been asked (cat. 4.4); other commands of its own are nobody's."""
+    """It writes SHUTDOWN without having been asked (cat. 4.4).  Other commands are ignored."""
     machine.start()
     machine.write(COMMAND, REBOOT)
     assert machine.announced == 0
@@ -206,16 +206,16 @@ def test_guest_announces_its_end(machine: Machine) -> None:
     assert machine.acknowledged == []
 
 
-def test_acknowledging_a_shutdown_is_no_announcement(machine: Machine) -> None:
-    """The same word means both."""
+def test_acknowledgement_of_a_shutdown_is_no_announcement(machine: Machine) -> None:
+    """Both are the same write."""
     machine.start()
     machine.vmmci.ask(SHUTDOWN)
     machine.write(COMMAND, SHUTDOWN)
     assert (machine.acknowledged, machine.announced) == ([SHUTDOWN], 0)
 
 
-def test_clock_is_to_be_read_again(machine: Machine) -> None:
-    """Only if the driver knows of that; the command goes with its acknowledgement (cat. 4.6)."""
+def test_driver_is_asked_to_read_the_clock(machine: Machine) -> None:
+    """It is asked only if it accepted that feature.  The acknowledgement clears the command (cat. 4.6)."""
     machine.start(F_ACK)
     assert not machine.vmmci.ask(SYNCRTC)
     machine.start(F_ACK | F_SYNCRTC)
@@ -228,8 +228,8 @@ def test_clock_is_to_be_read_again(machine: Machine) -> None:
     assert machine.acknowledged == [SYNCRTC]
 
 
-def test_the_clock_waits_behind_the_end(machine: Machine) -> None:
-    """A guest that is to shut down must not be told something else before it has read that."""
+def test_a_request_to_end_replaces_a_request_to_read_the_clock(machine: Machine) -> None:
+    """A later SYNCRTC must not replace a shutdown that the guest has not read yet."""
     machine.start()
     machine.vmmci.ask(SYNCRTC)
     assert machine.vmmci.ask(REBOOT)
@@ -239,8 +239,8 @@ def test_the_clock_waits_behind_the_end(machine: Machine) -> None:
     assert machine.interrupt() == REBOOT
 
 
-def test_a_reset_forgets_what_was_asked(machine: Machine) -> None:
-    """The next driver, or the next kernel, was not meant."""
+def test_a_reset_clears_the_command(machine: Machine) -> None:
+    """The command was not for the next driver or the next kernel."""
     machine.start()
     machine.vmmci.ask(REBOOT)
     machine.write(STATUS, 0, 1)
@@ -251,8 +251,8 @@ def test_a_reset_forgets_what_was_asked(machine: Machine) -> None:
     assert machine.read(ISR, 1) == 0
 
 
-def test_line_can_be_switched_off(machine: Machine) -> None:
-    """By the command register; STATUS shows the interrupt all the same."""
+def test_line_can_be_disabled(machine: Machine) -> None:
+    """The command register disables the line.  STATUS still shows the interrupt."""
     machine.start()
     machine.config_write(4, 2, 1 | 1 << 10)
     machine.vmmci.ask(REBOOT)
@@ -267,8 +267,8 @@ def test_line_can_be_switched_off(machine: Machine) -> None:
 # --- saving --------------------------------------------------------------------------------------------------------
 
 
-def test_another_one_goes_on(machine: Machine) -> None:
-    """With a command that was not read, its interrupt, and what the driver accepted."""
+def test_saved_state_continues(machine: Machine) -> None:
+    """The new device has the unread command, its interrupt, and the accepted features."""
     machine.start(F_ACK)
     machine.vmmci.ask(REBOOT)
     other = Machine()
@@ -284,15 +284,15 @@ def test_another_one_goes_on(machine: Machine) -> None:
 
 
 @pytest.mark.parametrize("changes", [{"config": b""}, {"config": bytes(21)}, {"config": 20}, {"status": b"x"}])
-def test_impossible_states(machine: Machine, changes: dict[str, int | bytes]) -> None:
-    """Refused."""
+def test_impossible_states_are_refused(machine: Machine, changes: dict[str, int | bytes]) -> None:
+    """A wrong type or length raises TypeError or ValueError."""
     with pytest.raises((TypeError, ValueError)):
         machine.vmmci.restore_registers({**machine.vmmci.save(), **changes})
 
 
 @pytest.mark.parametrize("missing", ["status", "features", "active", "config", "pending"])
-def test_incomplete_states(machine: Machine, missing: str) -> None:
-    """Refused as well."""
+def test_incomplete_states_are_refused(machine: Machine, missing: str) -> None:
+    """A missing value raises KeyError."""
     saved = machine.vmmci.save()
     del saved[missing]
     with pytest.raises(KeyError):
@@ -300,8 +300,8 @@ def test_incomplete_states(machine: Machine, missing: str) -> None:
 
 
 @pytest.mark.parametrize("value", [-1, 1 << 63, (1 << 64) - 1])
-def test_absurd_numbers_are_cut(machine: Machine, value: int) -> None:
-    """To what the registers hold."""
+def test_numbers_are_cut_to_their_registers(machine: Machine, value: int) -> None:
+    """Any saved number is accepted, and cut to the width of its register."""
     numbers = dict.fromkeys(("status", "features", "active", "pending"), value)
 
     machine.vmmci.restore_registers({**machine.vmmci.save(), **numbers})
@@ -310,8 +310,8 @@ def test_absurd_numbers_are_cut(machine: Machine, value: int) -> None:
         assert 0 <= machine.read(offset, size) < 1 << 8 * size
 
 
-def test_unknown_commands_in_a_state_are_read_as_they_are(machine: Machine) -> None:
-    """The guest will know nothing of them either."""
+def test_unknown_command_in_a_state_is_kept(machine: Machine) -> None:
+    """The guest reads it unchanged, and will not know it either."""
     saved = machine.vmmci.save()
     config = cast("bytes", saved["config"])
     machine.start()

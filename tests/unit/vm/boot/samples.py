@@ -1,4 +1,4 @@
-"""Boot images made by hand, field by field, and a guest memory to load them into."""
+"""Boot images that are built field by field, and a guest memory for them."""
 
 import mmap
 import os
@@ -18,7 +18,7 @@ INIT_SIZE = 0x30000
 
 
 class FakeMemory:
-    """Guest RAM with the same holes as the real one; an access outside of it is the loader's fault."""
+    """Guest RAM with the same holes as the real one.  An access outside is an error of the loader."""
 
     def __init__(self, memory_bytes: int = 16 * MIB, firmware_bytes: int = 0) -> None:
         low = layout.low_ram_bytes(memory_bytes)
@@ -32,7 +32,7 @@ class FakeMemory:
         self.stored: list[tuple[int, int]] = []
 
     def _place(self, gpa: int, size: int) -> memoryview:
-        """Return the bytes of one region, or fail as the real class does: even for none behind its end."""
+        """Return bytes of one region.  As in the real class, even 0 bytes at the end of a region are an error."""
         for start, region in self.regions:
             if start <= gpa < start + len(region) and gpa + size <= start + len(region):
                 self.stored.append((gpa, gpa + size))
@@ -40,20 +40,20 @@ class FakeMemory:
         raise GuestError(f"{size} bytes at {gpa:#x} are outside guest memory")
 
     def view(self, gpa: int, size: int) -> memoryview:
-        """Return a view, of firmware one that cannot be written."""
+        """Return a view.  Views of firmware are read-only."""
         view = self._place(gpa, size)
         return view.toreadonly() if gpa in self.firmware else view
 
     def write(self, gpa: int, data: bytes) -> None:
-        """Store bytes on behalf of the guest."""
+        """Store bytes as the guest may."""
         self.view(gpa, len(data))[:] = data
 
     def load(self, gpa: int, data: bytes) -> None:
-        """Store bytes on our own behalf."""
+        """Store bytes anywhere, also in firmware."""
         self._place(gpa, len(data))[:] = data
 
     def read(self, gpa: int, size: int) -> bytes:
-        """Return bytes."""
+        """Return bytes of memory."""
         return bytes(self.view(gpa, size))
 
     def unpack(self, layout_format: str, gpa: int) -> tuple[int, ...]:
@@ -62,7 +62,7 @@ class FakeMemory:
 
 
 def memfd(data: bytes) -> int:
-    """Return a descriptor of a file that holds `data`, positioned where no reader expects it."""
+    """Return a descriptor of a file with `data`.  Its position is at the end, which a reader must not rely on."""
     fd = os.memfd_create("sample")
     os.write(fd, data)
     return fd
@@ -77,7 +77,7 @@ def load(
     rsdp_gpa: int = 0,
     bootmac: bytes = b"",
 ) -> Start:
-    """Load an image from its bytes."""
+    """Load an image, given by its bytes."""
     fds = [memfd(data)]
     if initrd is not None:
         fds.append(memfd(initrd))
@@ -163,7 +163,7 @@ def elf_file(
 ) -> bytes:
     """Return an ELF file: header, program headers, contents, section contents, section headers.
 
-    `gap` is what each program header and section header has more than the structure that we know.
+    `gap` is the number of bytes that follow the known fields in each program header and section header.
     """
     ehdr_size, phdr_size, shdr_size = (64, 56, 64) if is64 else (52, 32, 40)
     names = b"\0"
@@ -222,7 +222,7 @@ def pvh(*, is64: bool = True, extra: Sequence[Part] = ()) -> bytes:
 KERNBASE64 = 0xFFFFFFFF80000000
 KERNBASE32 = 0xD0000000
 SYMBOLS = b"symbols." * 5
-STRINGS = b"\0start\0main\0pad"  # no multiple of a word
+STRINGS = b"\0start\0main\0pad"  # its length is no multiple of a word
 LINES = b"lines!!"
 OPENBSD_START = 0x200000
 
@@ -249,6 +249,6 @@ def openbsd(*, is64: bool = True, stripped: bool = False, extra: Sequence[Part] 
 
 
 def seabios(size: int = 256 * 1024) -> bytes:
-    """Return what has the looks of a SeaBIOS image: each 64 KiB differs, and the end jumps."""
+    """Return bytes like a SeaBIOS image: each 64 KiB block differs, and the end has a jump."""
     blocks = b"".join(bytes([index % 251 + 1]) * 65536 for index in range(size // 65536))
     return blocks[:-16] + b"\xea\x5b\xe0\x00\xf0" + b"06/23/99\x00\xfc\x00"

@@ -1,4 +1,4 @@
-"""ELF files that lie: for both protocols, whose loaders share these checks."""
+"""Bad ELF files.  The loaders of both protocols share these checks."""
 
 import gzip
 import struct
@@ -25,7 +25,7 @@ PHDR = 64  # the first program header of a 64-bit file, and its fields
 P_OFFSET, P_PADDR, P_FILESZ, P_MEMSZ = PHDR + 8, PHDR + 24, PHDR + 32, PHDR + 40
 HUGE = (1 << 64) - 1
 
-LIES = {
+BAD_FIELDS = {
     "class 3": ("<B", 4, 3, "of class 3"),
     "big-endian": ("<B", 5, 2, "byte order 2"),
     "arm64": ("<H", 18, 183, "for machine 183"),
@@ -49,10 +49,10 @@ LIES = {
 }
 
 
-@pytest.mark.parametrize("case", LIES)
-def test_lying_header_is_refused(case: str) -> None:
-    """hostile 54: each field that cannot be true ends in one sentence that names the value."""
-    layout_format, offset, value, sentence = LIES[case]
+@pytest.mark.parametrize("case", BAD_FIELDS)
+def test_bad_header_is_refused(case: str) -> None:
+    """hostile 54: each impossible field gives an error that names its value."""
+    layout_format, offset, value, sentence = BAD_FIELDS[case]
 
     with pytest.raises(ImageError, match=sentence):
         load(FakeMemory(), put(pvh(), layout_format, offset, value))
@@ -77,7 +77,7 @@ PLACES = {
 
 @pytest.mark.parametrize("case", PLACES)
 def test_segment_in_a_forbidden_place_is_refused(case: str) -> None:
-    """hostile 54: outside RAM, in reserved areas, over what the loader itself stores."""
+    """hostile 54: the segment is outside RAM, in a reserved area, or over data that the loader itself stores."""
     paddr, sentence = PLACES[case]
     memory = FakeMemory(firmware_bytes=256 * 1024)
     entry_note = note(b"Xen", 18, struct.pack("<Q", paddr & 0xFFFFFFFF))
@@ -90,8 +90,8 @@ def test_segment_in_a_forbidden_place_is_refused(case: str) -> None:
     assert memory.stored == []
 
 
-def test_segments_above_4_gib_are_taken_where_there_is_memory() -> None:
-    """Data may lie above 4 GiB; only the entry may not."""
+def test_segments_above_4_gib_are_accepted_if_there_is_memory() -> None:
+    """Data may lie above 4 GiB, but not the entry."""
     memory = FakeMemory(memory_bytes=4 << 30)
 
     load(memory, pvh(extra=[Part(1, layout.FOUR_GIB + 0x1000, b"high")]))
@@ -101,13 +101,13 @@ def test_segments_above_4_gib_are_taken_where_there_is_memory() -> None:
 
 @pytest.mark.parametrize("paddr", [0x100000, 0x1017FF, 0xFFC01])
 def test_overlapping_segments_are_refused(paddr: int) -> None:
-    """hostile 54: two segments may not share a byte, bss included."""
+    """hostile 54: two segments may not share a byte, not even of a bss."""
     with pytest.raises(ImageError, match=r"segment 2 at .* (overlaps segment 0|does not lie)"):
         load(FakeMemory(), pvh(extra=[Part(1, paddr, bytes(0x400))]))
 
 
-def test_adjacent_segments_are_taken() -> None:
-    """The end of one is the start of the next."""
+def test_adjacent_segments_are_accepted() -> None:
+    """One segment ends where the next one starts."""
     memory = FakeMemory()
 
     load(memory, pvh(extra=[Part(1, 0x101800, b"next")]))
@@ -115,8 +115,8 @@ def test_adjacent_segments_are_taken() -> None:
     assert memory.read(0x1017FC, 8) == b"\0\0\0\0next"
 
 
-def test_bss_is_zeroed_where_memory_was_not() -> None:
-    """A bss is zero by the loader's doing, not by luck."""
+def test_bss_is_zeroed() -> None:
+    """The loader clears a bss even if the memory had other content."""
     memory = FakeMemory()
     memory.write(0x100000, b"\xaa" * 0x2000)
 
@@ -127,7 +127,7 @@ def test_bss_is_zeroed_where_memory_was_not() -> None:
 
 
 def test_bss_larger_than_the_piece_it_is_cleared_in() -> None:
-    """A bss of several MiB is zero to its last byte and no further."""
+    """A bss of several MiB is cleared up to its last byte, and not beyond."""
     memory = FakeMemory()
     memory.write(4 * MIB, b"\xaa" * (4 * MIB))
 
@@ -137,7 +137,7 @@ def test_bss_larger_than_the_piece_it_is_cleared_in() -> None:
 
 
 def test_segment_may_end_with_the_last_byte_of_memory() -> None:
-    """Without a bss there is nothing to clear behind it."""
+    """Without a bss nothing is cleared after it."""
     memory = FakeMemory()
 
     load(memory, pvh(extra=[Part(1, 16 * MIB - 4, b"last")]))
@@ -158,8 +158,8 @@ NOTES = {
 
 
 @pytest.mark.parametrize("case", NOTES)
-def test_lying_note_is_refused(case: str) -> None:
-    """hostile 54: notes whose lengths or content cannot be."""
+def test_bad_note_is_refused(case: str) -> None:
+    """hostile 54: the notes have impossible lengths or content."""
     data, sentence = NOTES[case]
     kernel = elf_file([Part(1, 0x100000, bytes(0x800), memsz=0x1800), Part(4, 0, data)], entry=0)
 
@@ -167,8 +167,8 @@ def test_lying_note_is_refused(case: str) -> None:
         load(FakeMemory(), kernel)
 
 
-def test_notes_beyond_the_bound_are_refused() -> None:
-    """hostile 54: many note segments that all point to the same bytes cost no more than their sum may."""
+def test_too_many_notes_are_refused() -> None:
+    """hostile 54: the sum of all note segments has a limit, even if they have the same bytes."""
     notes = [Part(4, 0, bytes(600_000)), Part(4, 0, bytes(600_000))]
 
     with pytest.raises(ImageError, match="has more than 1048576 bytes of notes"):
@@ -176,7 +176,7 @@ def test_notes_beyond_the_bound_are_refused() -> None:
 
 
 def test_note_segment_of_zeros_ends() -> None:
-    """hostile 54: empty notes, one after the other, are walked once."""
+    """hostile 54: a series of empty notes is read once."""
     kernel = elf_file([Part(1, 0x100000, bytes(64)), Part(4, 0, bytes(600_000))], entry=0x5000000)
 
     with pytest.raises(ImageError, match="has no PVH note"):
@@ -188,7 +188,7 @@ PROPERTY = note(b"GNU", 5, b"\x22" * 24, 8)
 ENTRY4, ENTRY8 = struct.pack("<I", PVH_ENTRY), struct.pack("<Q", PVH_ENTRY)
 DAMAGED = struct.pack("<III", 4, 0xFFFFFFF0, 1) + b"Bad\0"
 
-# What a note segment of some alignment holds; all of it has the entry in it.
+# Alignment and content of note segments, all of which have the entry.
 READABLE = {
     "p_align 4, padded to 4": (4, BUILD_ID + note(b"Xen", 18, ENTRY8)),
     "p_align 8, padded to 4": (8, BUILD_ID + note(b"Xen", 18, ENTRY8)),
@@ -208,7 +208,7 @@ READABLE = {
 @pytest.mark.parametrize("is64", [True, False])
 @pytest.mark.parametrize("case", READABLE)
 def test_entry_is_found_however_notes_are_padded(case: str, is64: bool) -> None:
-    """p_align does not tell the padding; damage behind the entry says nothing about the entry."""
+    """p_align does not determine the padding.  Damage after the entry does not matter."""
     align, data = READABLE[case]
     parts = [Part(1, 0x100000, b"\xf4" * 0x800), Part(4, 0, data, align=align)]
 
@@ -226,7 +226,7 @@ SEGMENTS = {
 
 @pytest.mark.parametrize("case", SEGMENTS)
 def test_entry_is_found_behind_a_note_segment_that_has_none(case: str) -> None:
-    """There may be several note segments, and one that is of no use ends the search in that one only."""
+    """There may be several note segments.  A useless one ends only the search in that segment."""
     parts = [Part(1, 0x100000, b"\xf4" * 0x800), SEGMENTS[case], Part(4, 0, note(b"Xen", 18, ENTRY8))]
 
     assert load(FakeMemory(), elf_file(parts, entry=0)).registers["rip"] == PVH_ENTRY
@@ -234,7 +234,7 @@ def test_entry_is_found_behind_a_note_segment_that_has_none(case: str) -> None:
 
 @pytest.mark.parametrize("offset", [0x1000, HUGE, HUGE - 0x100, 1 << 63])
 def test_note_segment_outside_the_file_ends_the_search_in_it(offset: int) -> None:
-    """The kernel is refused only if the entry was in there, and then the sentence says where."""
+    """The kernel is refused only if no other segment has the entry.  Then the error tells where the segment ends."""
     parts = [Part(1, 0x100000, b"\xf4" * 0x800), Part(4, 0, BUILD_ID)]
     second_offset = PHDR + 56 + 8
 
@@ -244,8 +244,8 @@ def test_note_segment_outside_the_file_ends_the_search_in_it(offset: int) -> Non
     assert load(FakeMemory(), put(kernel, "<Q", second_offset, offset)).registers["rip"] == PVH_ENTRY
 
 
-def test_note_segment_that_ends_behind_the_file_is_read_up_to_there() -> None:
-    """A length that is too large takes nothing from the notes that are there."""
+def test_note_segment_that_ends_after_the_file_is_read_to_its_end() -> None:
+    """Notes are found even if the length of their segment is too large."""
     parts = [Part(1, 0x100000, b"\xf4" * 0x800), Part(4, 0, note(b"Xen", 18, ENTRY8))]
     kernel = elf_file(parts, entry=0)
 
@@ -253,8 +253,8 @@ def test_note_segment_that_ends_behind_the_file_is_read_up_to_there() -> None:
 
 
 @pytest.mark.parametrize("is64", [True, False])
-def test_program_headers_may_be_longer_than_what_we_know(is64: bool) -> None:
-    """e_phentsize and e_shentsize say how far it is to the next entry."""
+def test_headers_may_be_longer_than_the_known_fields(is64: bool) -> None:
+    """e_phentsize and e_shentsize give the distance to the next entry."""
     parts = [Part(1, 0x100000, b"\xf4" * 0x800), Part(4, 0, note(b"Xen", 18, ENTRY8))]
 
     assert load(FakeMemory(), elf_file(parts, entry=0, is64=is64, gap=8)).registers["rip"] == PVH_ENTRY
@@ -265,7 +265,7 @@ def test_program_headers_may_be_longer_than_what_we_know(is64: bool) -> None:
 
 
 @pytest.mark.parametrize(("is64", "phnum_at", "info_at", "shoff_at"), [(True, 56, 44, 40), (False, 44, 28, 32)])
-def test_number_of_program_headers_may_stand_in_the_first_section(
+def test_number_of_program_headers_may_be_in_the_first_section(
     is64: bool, phnum_at: int, info_at: int, shoff_at: int
 ) -> None:
     """e_phnum FFFFh refers to sh_info of section 0 (System V ABI, PN_XNUM)."""
@@ -289,8 +289,8 @@ SECTION_TABLES = {
 
 
 @pytest.mark.parametrize("case", SECTION_TABLES)
-def test_section_table_is_nothing_a_pvh_kernel_needs(case: str) -> None:
-    """A kernel is its segments: sections are for debuggers."""
+def test_pvh_kernel_needs_no_section_table(case: str) -> None:
+    """Only segments are loaded.  Sections are for debuggers."""
     parts = [Part(1, 0x100000, b"\xf4" * 0x800), Part(4, 0, note(b"Xen", 18, ENTRY8))]
     kernel = elf_file(parts, entry=0, sections=[Named(b".text", 1)])
 
@@ -301,7 +301,7 @@ def test_section_table_is_nothing_a_pvh_kernel_needs(case: str) -> None:
 def test_openbsd_kernel_with_a_damaged_section_table_has_no_symbols(
     case: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """hostile 54: symbols are for ddb(4); without them the kernel is what a stripped one is."""
+    """hostile 54: symbols are only for ddb(4).  Without them, the kernel is loaded like a stripped one."""
     memory, stripped = FakeMemory(), FakeMemory()
 
     start = load(memory, put(openbsd(), *SECTION_TABLES[case]))
@@ -317,8 +317,8 @@ def test_openbsd_kernel_with_a_damaged_section_table_has_no_symbols(
 
 @pytest.mark.parametrize("offset", [0, 0x10000, HUGE])
 @pytest.mark.parametrize("memsz", [0, 0x2000])
-def test_segment_without_bytes_in_the_file_has_no_place_there(offset: int, memsz: int) -> None:
-    """A bss of its own, or an empty segment: its offset may be anything, as strip(1) leaves it."""
+def test_segment_without_bytes_in_the_file_may_have_any_offset(offset: int, memsz: int) -> None:
+    """It is a segment of bss only, or empty.  strip(1) leaves any offset in it."""
     memory = FakeMemory()
     memory.write(0x300000, b"\xaa" * 0x3000)
     kernel = pvh(extra=[Part(1, 0x300000, b"", memsz=memsz)])
@@ -331,12 +331,12 @@ def test_segment_without_bytes_in_the_file_has_no_place_there(offset: int, memsz
 
 @pytest.mark.parametrize("paddr", [0, 0xA0000, layout.FOUR_GIB, HUGE])
 def test_empty_segment_may_be_anywhere(paddr: int) -> None:
-    """What takes no memory cannot be in a wrong place."""
+    """A segment that takes no memory is at no wrong address."""
     assert load(FakeMemory(), pvh(extra=[Part(1, paddr, b"")])).registers["rip"] == PVH_ENTRY
 
 
-def test_segments_lie_at_physical_addresses_whatever_their_virtual_ones() -> None:
-    """p_vaddr is the kernel's affair, and may be the same for two segments."""
+def test_segments_are_loaded_at_physical_addresses() -> None:
+    """p_vaddr does not matter, and may be the same for two segments."""
     memory = FakeMemory()
     data = Part(1, 0x300000, b"data", vaddr=0xFFFFFFFF80000000)
     code = Part(1, 0x100000, b"\xf4" * 0x800, vaddr=0xFFFFFFFF80000000)
@@ -349,7 +349,7 @@ def test_segments_lie_at_physical_addresses_whatever_their_virtual_ones() -> Non
 
 @pytest.mark.parametrize(("is64", "machine"), [(True, 3), (False, 62)])
 def test_class_and_machine_need_not_agree(is64: bool, machine: int) -> None:
-    """A kernel built for x32 has 32-bit headers and the machine of 64 bits."""
+    """A kernel that is built for x32 has 32-bit headers and the 64-bit machine."""
     parts = [Part(1, 0x100000, b"\xf4" * 0x800), Part(4, 0, note(b"Xen", 18, ENTRY8))]
 
     kernel = put(elf_file(parts, entry=0, is64=is64, elf_type=3), "<H", 18, machine)
@@ -357,8 +357,8 @@ def test_class_and_machine_need_not_agree(is64: bool, machine: int) -> None:
     assert load(FakeMemory(), kernel).registers["rip"] == PVH_ENTRY
 
 
-def test_note_section_serves_where_there_is_no_note_segment() -> None:
-    """A linker script without PHDRS may leave notes to the section table."""
+def test_note_section_is_used_if_there_is_no_note_segment() -> None:
+    """With a linker script without PHDRS, notes may be in the section table only."""
     entry_note = note(b"Xen", 18, struct.pack("<I", 0x100004))
     kernel = elf_file([Part(1, 0x100000, bytes(64))], entry=0, sections=[Named(b".note.Xen", 7, entry_note)])
 
@@ -369,7 +369,7 @@ def test_note_section_serves_where_there_is_no_note_segment() -> None:
     "kernel", [pvh(), pvh(is64=False), *(openbsd(is64=is64, stripped=True) for is64 in (True, False))]
 )
 def test_every_prefix_of_a_kernel_is_refused(kernel: bytes) -> None:
-    """hostile 54: no truncation passes for a kernel, except one that only cuts off padding."""
+    """hostile 54: every truncated kernel is refused, unless only padding is cut off."""
     needed = len(kernel.rstrip(b"\0"))
     for length in (*range(1, 0x180), *range(0x180, needed, 61)):
         with pytest.raises(ImageError):
@@ -378,7 +378,7 @@ def test_every_prefix_of_a_kernel_is_refused(kernel: bytes) -> None:
 
 @pytest.mark.parametrize("is64", [True, False])
 def test_prefix_of_a_kernel_with_symbols_has_all_segments_or_is_refused(is64: bool) -> None:
-    """hostile 54: a truncation that only cuts symbols off leaves a kernel without symbols."""
+    """hostile 54: a kernel that has lost only symbols is loaded without symbols."""
     kernel, stripped = openbsd(is64=is64), openbsd(is64=is64, stripped=True)
     for length in range(0x180, len(kernel) - 1, 61):
         memory = FakeMemory()
@@ -391,6 +391,6 @@ def test_prefix_of_a_kernel_with_symbols_has_all_segments_or_is_refused(is64: bo
 
 
 def test_gzip_compressed_kernels_are_unpacked() -> None:
-    """bsd.gz and vmlinux.gz load like what is in them."""
+    """bsd.gz and vmlinux.gz are loaded like the files in them."""
     assert load(FakeMemory(), gzip.compress(pvh())).registers["rip"] == PVH_ENTRY
     assert load(FakeMemory(), gzip.compress(openbsd())).text == "OpenBSD/amd64 kernel"

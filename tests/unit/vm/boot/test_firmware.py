@@ -1,4 +1,4 @@
-"""Firmware images and where they show."""
+"""Firmware images and their addresses."""
 
 import pytest
 
@@ -12,7 +12,7 @@ KIB = 1024
 
 @pytest.mark.parametrize("size", [64 * KIB, 128 * KIB, 256 * KIB, 16 * KIB * KIB])
 def test_image_ends_at_4_gib_and_its_last_128_kib_at_1_mib(size: int) -> None:
-    """The reset vector is found at both places."""
+    """The reset vector is at both places."""
     memory = FakeMemory(firmware_bytes=size)
     image = seabios(size)
 
@@ -27,6 +27,6 @@ def test_image_ends_at_4_gib_and_its_last_128_kib_at_1_mib(size: int) -> None:
 
 
 def test_firmware_takes_no_command_line() -> None:
-    """What nobody would read is refused."""
+    """A command line is refused, because firmware would not read it."""
     with pytest.raises(ImageError, match="is firmware, which takes no initrd and no command line"):
         load(FakeMemory(firmware_bytes=256 * KIB), seabios(), cmdline=b"quiet")

@@ -1,4 +1,4 @@
-"""The inputs that fuzzing of boot images starts from: each is accepted, so that mutation begins behind every check."""
+"""Fuzzing of boot images starts from accepted images, so that changed ones get past the first checks."""
 
 import pytest
 
@@ -11,14 +11,14 @@ SEEDS = seeds("boot-image")
 
 @pytest.mark.parametrize("number", range(len(SEEDS)))
 def test_seed_is_loaded(number: int) -> None:
-    """A seed that is refused at once would leave everything behind the refusal untried."""
+    """After a seed that is refused at once, fuzzing would not reach the code after that check."""
     load_boot_image(SEEDS[number])
 
     assert len(SEEDS[number]) <= INPUT_MAX
 
 
 def test_seeds_are_of_every_kind() -> None:
-    """Each loader, both classes of ELF, and what comes compressed, have a seed."""
+    """There is a seed for each loader, for both classes of ELF, and for compressed images."""
     starts = {seed[:5] for seed in SEEDS if seed[:4] == b"\x7fELF"}
 
     assert starts == {b"\x7fELF\1", b"\x7fELF\2"}

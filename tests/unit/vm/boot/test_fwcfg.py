@@ -1,4 +1,4 @@
-"""fw_cfg, read as SeaBIOS reads it and as a hostile guest would (hostile 49)."""
+"""fw_cfg, read as by SeaBIOS and as by a hostile guest (hostile 49)."""
 
 import struct
 import tracemalloc
@@ -34,7 +34,7 @@ BUFFER = 0x10000
 
 
 class Ram:
-    """1 MiB of guest memory; `rom` marks where it may only be read."""
+    """1 MiB of guest memory.  The addresses in `rom` are read-only."""
 
     def __init__(self, rom: range = range(0)) -> None:
         self.data = bytearray(b"\xcc" * RAM_BYTES)
@@ -42,13 +42,13 @@ class Ram:
         self.largest = 0
 
     def read(self, gpa: int, size: int) -> bytes:
-        """Return a copy."""
+        """Return a copy of bytes."""
         if gpa + size > RAM_BYTES:
             raise GuestError(f"no memory at {gpa:#x}")
         return bytes(self.data[gpa : gpa + size])
 
     def write(self, gpa: int, data: bytes | memoryview) -> None:
-        """Store."""
+        """Store bytes."""
         self.largest = max(self.largest, len(data))
         if gpa + len(data) > RAM_BYTES or gpa in self.rom:
             raise GuestError(f"no writable memory at {gpa:#x}")
@@ -56,28 +56,28 @@ class Ram:
 
 
 class Firmware:
-    """The guest's side."""
+    """A guest that reads fw_cfg."""
 
     def __init__(self, rom: range = range(0)) -> None:
         self.ram = Ram(rom)
         self.fwcfg = FwCfg(self.ram)
 
     def select(self, key: int) -> None:
-        """OUT 510h."""
+        """Write the selector, port 510h."""
         self.fwcfg.pio_write(SELECTOR, 2, key)
 
     def read(self, size: int) -> bytes:
-        """IN 511h, a byte at a time."""
+        """Read the data port, 511h, byte by byte."""
         return bytes(self.fwcfg.pio_read(DATA, 1) for _ in range(size))
 
     def start(self, gpa: int) -> None:
-        """OUT 514h and 518h, big-endian."""
+        """Write the DMA address, ports 514h and 518h, big-endian."""
         raw = struct.pack(">Q", gpa)
         self.fwcfg.pio_write(DMA_HIGH, 4, int.from_bytes(raw[:4], "little"))
         self.fwcfg.pio_write(DMA_LOW, 4, int.from_bytes(raw[4:], "little"))
 
     def dma(self, control: int, length: int = 0, address: int = BUFFER) -> int:
-        """Run a descriptor; return its control word afterwards."""
+        """Run a DMA descriptor.  Return its control word afterwards."""
         self.ram.data[DESCRIPTOR : DESCRIPTOR + 16] = struct.pack(">IIQ", control, length, address)
         self.start(DESCRIPTOR)
         return int.from_bytes(self.ram.read(DESCRIPTOR, 4), "big")
@@ -88,7 +88,7 @@ class Firmware:
         return self.ram.read(BUFFER, size)
 
     def files(self) -> dict[str, bytes]:
-        """Read the directory, and every file that is in it."""
+        """Read the directory and all its files."""
         count = int.from_bytes(self.item(FILE_DIR, 4), "big")
         directory = self.item(FILE_DIR, 4 + 64 * count)[4:]
         found = {}
@@ -101,12 +101,12 @@ class Firmware:
 
 @pytest.fixture
 def firmware() -> Firmware:
-    """A guest with an empty fw_cfg."""
+    """Return a guest with an empty fw_cfg."""
     return Firmware()
 
 
 def test_seabios_detects_the_device_and_its_dma(firmware: Firmware) -> None:
-    """Signature by bytes, then the features, then the DMA register's own signature."""
+    """SeaBIOS reads the signature, the features, and the signature in the DMA register."""
     firmware.select(0)
     assert firmware.read(4) == b"QEMU"
     assert firmware.item(1, 4) == b"\x03\0\0\0"
@@ -117,7 +117,7 @@ def test_seabios_detects_the_device_and_its_dma(firmware: Firmware) -> None:
 
 
 def test_item_ends_in_zeros(firmware: Firmware) -> None:
-    """By bytes, by words, and for ever."""
+    """After its end, an item reads as zeroes for ever, in accesses of every size."""
     firmware.fwcfg.add_item(0x0F, b"\x01\x02\x03")
     firmware.select(0x0F)
     assert firmware.fwcfg.pio_read(DATA, 2) == 0x0201
@@ -127,14 +127,14 @@ def test_item_ends_in_zeros(firmware: Firmware) -> None:
 
 @pytest.mark.parametrize("key", [0x06, 0x1234, 0x3FFF, 0xBFFF])
 def test_unknown_item_is_empty(firmware: Firmware, key: int) -> None:
-    """Any number may be selected."""
+    """A guest may select any number."""
     firmware.select(key)
     assert firmware.read(8) == bytes(8)
     assert firmware.item(key, 8) == bytes(8)
 
 
 def test_write_flag_of_the_selector_is_not_part_of_the_number(firmware: Firmware) -> None:
-    """Bit 14; and the data port takes no writes all the same."""
+    """Bit 14 of the selector is the flag.  The data port ignores writes even then."""
     firmware.select(0x4000)
     firmware.fwcfg.pio_write(DATA, 1, 0x55)
     assert firmware.read(4) == b"QEMU"
@@ -143,7 +143,7 @@ def test_write_flag_of_the_selector_is_not_part_of_the_number(firmware: Firmware
 
 
 def test_rep_insb_reads_through_the_bus(firmware: Firmware) -> None:
-    """How a driver without DMA reads an item."""
+    """A driver without DMA reads an item in this way."""
     bus = Bus()
     bus.add_pio(layout.PORT_FWCFG_SELECT, FwCfg.PORTS, firmware.fwcfg)
     bus.pio_write(layout.PORT_FWCFG_SELECT, 2, 0)
@@ -151,8 +151,8 @@ def test_rep_insb_reads_through_the_bus(firmware: Firmware) -> None:
     assert bus.pio_read(layout.PORT_FWCFG_DMA, 4) == int.from_bytes(b"QEMU", "little")
 
 
-def test_directory_is_sorted_and_leads_to_the_files(firmware: Firmware) -> None:
-    """In whatever order they were added."""
+def test_directory_is_sorted_and_lists_the_files(firmware: Firmware) -> None:
+    """The order in which files were added does not matter."""
     contents = {"etc/zebra": b"z" * 100, "bootorder": b"HALT\0", "etc/acpi/rsdp": b"", "a" * 55: b"long"}
     for name, data in contents.items():
         firmware.fwcfg.add_file(name, data)
@@ -162,20 +162,20 @@ def test_directory_is_sorted_and_leads_to_the_files(firmware: Firmware) -> None:
 
 @pytest.mark.parametrize("name", ["", "a" * 56, "a\0b", "é" * 28])
 def test_name_that_does_not_fit_is_refused(firmware: Firmware, name: str) -> None:
-    """55 bytes and a zero."""
+    """A name has at most 55 bytes, because a zero follows."""
     with pytest.raises(ValueError, match="is not 1 to 55 bytes"):
         firmware.fwcfg.add_file(name, b"")
 
 
 def test_name_that_exists_is_refused(firmware: Firmware) -> None:
-    """Firmware would find one of the two."""
+    """Firmware would find only one of the two files."""
     firmware.fwcfg.add_file("x", b"1")
     with pytest.raises(ValueError, match="'x' exists twice"):
         firmware.fwcfg.add_file("x", b"2")
 
 
-def test_dma_reads_on_skips_and_fills_up_with_zeros(firmware: Firmware) -> None:
-    """The offset is shared with the data port."""
+def test_dma_reads_skips_and_fills_with_zeros(firmware: Firmware) -> None:
+    """DMA and the data port have the same offset."""
     firmware.fwcfg.add_item(0x50, bytes(range(100)))
     firmware.select(0x50)
     assert firmware.read(2) == b"\x00\x01"
@@ -189,21 +189,21 @@ def test_dma_reads_on_skips_and_fills_up_with_zeros(firmware: Firmware) -> None:
     assert firmware.read(1) == b"\0"
 
 
-def test_select_alone_and_nothing_at_all_succeed(firmware: Firmware) -> None:
-    """Both are descriptors without a transfer."""
+def test_descriptors_without_a_transfer_succeed(firmware: Firmware) -> None:
+    """One descriptor only selects an item, and one is empty."""
     assert firmware.dma(0x0001 << 16 | DMA_SELECT) == 0
     assert firmware.dma(0) == 0
     assert firmware.read(1) == b"\x03"
 
 
 def test_read_takes_precedence(firmware: Firmware) -> None:
-    """Over write and skip in the same descriptor."""
+    """A descriptor with read, write and skip reads."""
     assert firmware.dma(DMA_SELECT | DMA_READ | DMA_WRITE | DMA_SKIP, 4) == 0
     assert firmware.ram.read(BUFFER, 4) == b"QEMU"
 
 
 def test_writing_an_item_is_an_error(firmware: Firmware) -> None:
-    """And changes nothing (CVE-2016-1714)."""
+    """The item does not change (CVE-2016-1714)."""
     assert firmware.dma(DMA_SELECT | DMA_WRITE, 4) == DMA_ERROR
     firmware.select(0)
     assert firmware.read(4) == b"QEMU"
@@ -211,28 +211,28 @@ def test_writing_an_item_is_an_error(firmware: Firmware) -> None:
 
 @pytest.mark.parametrize("address", [RAM_BYTES, RAM_BYTES - 2, 1 << 32, (1 << 64) - 2, (1 << 64) - 1])
 def test_buffer_outside_memory_is_an_error(firmware: Firmware, address: int) -> None:
-    """Said in the control word, no exception."""
+    """The control word has the error, and there is no exception."""
     assert firmware.dma(DMA_SELECT | DMA_READ, 4, address) == DMA_ERROR
     assert firmware.dma(0x99 << 16 | DMA_SELECT | DMA_READ, 4, address) == DMA_ERROR
 
 
 @pytest.mark.parametrize("gpa", [RAM_BYTES, RAM_BYTES - 8, (1 << 64) - 4, 0xFFFFFFFF])
 def test_descriptor_outside_memory_is_ignored(firmware: Firmware, gpa: int) -> None:
-    """There is nowhere to say so."""
+    """Its control word cannot be written either."""
     before = bytes(firmware.ram.data)
     firmware.start(gpa)
     assert firmware.ram.data == before
 
 
 def test_descriptor_in_rom_is_ignored() -> None:
-    """Its answer cannot be written; the transfer itself takes place."""
+    """The transfer is done, but the control word cannot be written."""
     firmware = Firmware(rom=range(DESCRIPTOR, DESCRIPTOR + 16))
     assert firmware.dma(DMA_SELECT | DMA_READ, 4) == DMA_SELECT | DMA_READ
     assert firmware.ram.read(BUFFER, 4) == b"QEMU"
 
 
-def test_address_register_is_used_up(firmware: Firmware) -> None:
-    """The upper half counts for one operation only; other widths are ignored."""
+def test_address_register_is_cleared_by_an_operation(firmware: Firmware) -> None:
+    """The upper half counts for one operation only.  Writes of other widths are ignored."""
     firmware.start(1 << 32 | DESCRIPTOR)
     firmware.ram.data[DESCRIPTOR : DESCRIPTOR + 16] = struct.pack(">IIQ", DMA_SELECT | DMA_READ, 4, BUFFER)
     firmware.fwcfg.pio_write(DMA_LOW, 2, 0x0080)
@@ -243,7 +243,7 @@ def test_address_register_is_used_up(firmware: Firmware) -> None:
 
 
 def test_huge_length_is_written_in_pieces(firmware: Firmware) -> None:
-    """4 GiB of zeros end where memory does, without ever being in ours."""
+    """A transfer of 4 GiB of zeroes fails at the end of guest memory, and takes little memory of ours."""
     tracemalloc.start()
     assert firmware.dma(DMA_SELECT | DMA_READ, 0xFFFFFFFF) == DMA_ERROR
     _, peak = tracemalloc.get_traced_memory()
@@ -254,7 +254,7 @@ def test_huge_length_is_written_in_pieces(firmware: Firmware) -> None:
 
 
 def test_selecting_for_ever_allocates_nothing(firmware: Firmware) -> None:
-    """Known items and unknown ones."""
+    """The guest selects known and unknown items."""
     firmware.fwcfg.add_item(0x50, bytes(100000))
     for key in range(256):
         firmware.select(key)
@@ -270,7 +270,7 @@ def test_selecting_for_ever_allocates_nothing(firmware: Firmware) -> None:
 
 
 def test_saved_state_continues(firmware: Firmware) -> None:
-    """In the middle of an item; a place that is not in it is brought to its end."""
+    """The state is in the middle of an item.  An offset beyond an item is set to its end."""
     firmware.select(0)
     firmware.read(2)
     other = Firmware()
@@ -280,8 +280,8 @@ def test_saved_state_continues(firmware: Firmware) -> None:
     assert other.read(2) == b"\0\0"
 
 
-def test_boot_paths_are_those_that_seabios_searches_for() -> None:
-    """Its globs match a line that is spelled as they are; slots in hexadecimal, targets in decimal."""
+def test_boot_paths_are_those_that_seabios_matches() -> None:
+    """SeaBIOS's patterns match these lines.  Slots are hexadecimal, and targets are decimal."""
     assert boot_path(10) == "/pci@i0cf8/*@a"
     assert scsi_boot_path(4) == "/pci@i0cf8/*@4/*@0/*@0,0"
     assert bootorder([boot_path(3)]) == b"/pci@i0cf8/*@3\nHALT\0"
@@ -290,7 +290,7 @@ def test_boot_paths_are_those_that_seabios_searches_for() -> None:
 
 
 def test_seabios_finds_all_it_needs(firmware: Firmware) -> None:
-    """The standard set, ACPI's files with it."""
+    """It finds the standard items and files, and the files of ACPI."""
     memory_bytes = 8 << 30
     for_seabios(
         firmware.fwcfg,
@@ -320,7 +320,7 @@ def test_seabios_finds_all_it_needs(firmware: Firmware) -> None:
 
 
 def test_without_boot_paths_there_is_no_bootorder(firmware: Firmware) -> None:
-    """An empty one would make SeaBIOS halt."""
+    """With an empty bootorder, SeaBIOS would halt."""
     for_seabios(firmware.fwcfg, memory_bytes=1 << 29, vcpus=1)
     assert "bootorder" not in firmware.files()
 
@@ -330,7 +330,7 @@ ACCESS = st.tuples(st.booleans(), st.integers(0, 11), st.sampled_from([1, 2, 4])
 
 @given(st.lists(ACCESS, max_size=30))
 def test_no_port_access_breaks_anything(steps: list[tuple[bool, int, int, int]]) -> None:
-    """All offsets, all sizes: values fit and nothing comes out."""
+    """After accesses to all offsets in all sizes, values fit, and there is no exception."""
     firmware = Firmware()
     for write, offset, size, value in steps:
         if write:
@@ -353,7 +353,7 @@ DESCRIPTORS = st.one_of(
 
 @given(st.lists(DESCRIPTORS, max_size=4), st.integers(0, RAM_BYTES + 32))
 def test_no_descriptor_breaks_anything(descriptors: list[bytes], gpa: int) -> None:
-    """Any 16 bytes anywhere: the control word ends as done or failed if it lies in memory."""
+    """A descriptor has any 16 bytes at any address.  If it is in memory, its control word ends as done or failed."""
     firmware = Firmware()
     firmware.fwcfg.add_file("file", bytes(range(60)))
     inside = gpa + 16 <= RAM_BYTES
@@ -366,7 +366,7 @@ def test_no_descriptor_breaks_anything(descriptors: list[bytes], gpa: int) -> No
 
 
 def test_items_are_made_when_the_first_one_is_selected() -> None:
-    """Once, whichever it is; the signature is there before anybody selects anything."""
+    """They are made once, for any item.  The signature can be read before."""
     made: list[FwCfg] = []
 
     def fill(fwcfg: FwCfg) -> None:

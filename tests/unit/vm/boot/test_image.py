@@ -1,4 +1,4 @@
-"""Telling kinds apart, and unpacking within bounds."""
+"""The kind of a boot image is recognised, and compressed images are unpacked within limits."""
 
 import gzip
 import os
@@ -19,7 +19,7 @@ from vmd.vm.boot.kind import Kind, kind_of
 
 @pytest.fixture(autouse=True)
 def opened() -> Iterator[None]:
-    """Close the images that a test has opened, if it has not done so."""
+    """Close the images that a test has left open."""
     before = open_descriptors()
     yield
     for number in set(open_descriptors()) - set(before):
@@ -27,7 +27,7 @@ def opened() -> Iterator[None]:
 
 
 def open_image(data: bytes) -> Image:
-    """Return an image of these bytes, which is open until the test ends."""
+    """Return an image with these bytes, which is open until the test ends."""
     return Image(memfd(data), "/bsd")
 
 
@@ -42,8 +42,8 @@ def open_image(data: bytes) -> Image:
         (seabios(64 * 1024), Kind.FIRMWARE),
     ],
 )
-def test_kind_is_told_from_the_bytes(data: bytes, kind: Kind) -> None:
-    """The name of a file plays no part."""
+def test_kind_is_recognised_from_the_bytes(data: bytes, kind: Kind) -> None:
+    """The name of a file does not matter."""
     assert kind_of(open_image(data)) is kind
 
 
@@ -60,14 +60,14 @@ def test_kind_is_told_from_the_bytes(data: bytes, kind: Kind) -> None:
     ],
     ids=["one byte", "script", "short", "long", "zeros", "erased flash", "more than 16 MiB"],
 )
-def test_other_files_are_refused_with_the_kinds_that_are_taken(data: bytes) -> None:
-    """hostile 54: what is no boot image gets a sentence that says what would be one."""
+def test_other_files_are_refused_with_the_supported_kinds(data: bytes) -> None:
+    """hostile 54: the error for a file of another kind names the supported kinds."""
     with pytest.raises(ImageError, match=r"^/bsd: is neither a kernel .* nor a firmware image .*64 KiB"):
         kind_of(open_image(data))
 
 
 def test_directory_pipe_and_device_are_refused() -> None:
-    """hostile 54: only regular files, whatever the parent let through."""
+    """hostile 54: only regular files are accepted, even if the parent passes something else."""
     reader, writer = os.pipe()
     directory = os.open("/", os.O_RDONLY)
     device = os.open("/dev/zero", os.O_RDONLY)
@@ -81,13 +81,13 @@ def test_directory_pipe_and_device_are_refused() -> None:
 
 
 def test_empty_file_is_refused() -> None:
-    """hostile 54: a file without a byte."""
+    """hostile 54: the file has no bytes."""
     with pytest.raises(ImageError, match="/bsd: is empty"):
         open_image(b"")
 
 
 def test_closed_descriptor_is_the_hosts_fault() -> None:
-    """An error of the system call carries its errno, and what was tried."""
+    """An error of a system call has its errno and the operation."""
     fd = memfd(b"x")
     os.close(fd)
 
@@ -96,7 +96,7 @@ def test_closed_descriptor_is_the_hosts_fault() -> None:
 
 
 def test_read_error_is_the_hosts_fault() -> None:
-    """A descriptor that cannot be read is no fault of the image."""
+    """A descriptor that cannot be read is no error of the image."""
     fd = os.open("/proc/self/fd", os.O_RDONLY)
     image = open_image(b"x" * 100)
     os.dup2(fd, image.fd)
@@ -107,7 +107,7 @@ def test_read_error_is_the_hosts_fault() -> None:
 
 
 def test_file_that_shrinks_while_it_is_read_is_noticed() -> None:
-    """The size that fstat told is not believed twice."""
+    """The file may have become shorter after fstat(2)."""
     image = open_image(b"x" * 100)
     os.ftruncate(image.fd, 50)
 
@@ -116,7 +116,7 @@ def test_file_that_shrinks_while_it_is_read_is_noticed() -> None:
 
 
 def test_unpacked_bytes_are_the_original() -> None:
-    """Content larger than the chunks comes through unchanged."""
+    """Content that is larger than the pieces of unpacking does not change."""
     data = os.urandom(700_000) + bytes(5 * MIB)
     fd = unpack(open_image(gzip.compress(data)), 8 * MIB)
     try:
@@ -126,7 +126,7 @@ def test_unpacked_bytes_are_the_original() -> None:
 
 
 def test_gzip_bomb_stops_at_the_bound() -> None:
-    """hostile 54: 32 MiB of zeros in 32 KB are given up after 1 MiB."""
+    """hostile 54: of 32 MiB of zeroes in 32 KB, at most 1 MiB is unpacked."""
     stream = zlib.compressobj(9, wbits=31)
     bomb = b"".join(stream.compress(bytes(MIB)) for _ in range(32)) + stream.flush()
 
@@ -135,13 +135,13 @@ def test_gzip_bomb_stops_at_the_bound() -> None:
 
 
 def test_gzip_bomb_is_bounded_by_guest_memory() -> None:
-    """hostile 54: the host never holds more of a compressed kernel than the guest could."""
+    """hostile 54: a compressed kernel takes no more memory of the host than the guest has."""
     with pytest.raises(ImageError, match=f"unpacks to more than {16 * MIB} bytes"):
         load(FakeMemory(), gzip.compress(bytes(17 * MIB)))
 
 
-def test_gzip_data_that_says_nothing_at_length_is_bounded() -> None:
-    """hostile 54: empty deflate blocks take input for ever and give nothing."""
+def test_gzip_data_without_content_is_bounded() -> None:
+    """hostile 54: a long series of empty deflate blocks gives no output."""
     empty_blocks = b"\x00\x00\x00\xff\xff" * 300_000
 
     with pytest.raises(ImageError, match="bytes of gzip data, at most 1048576"):
@@ -149,7 +149,7 @@ def test_gzip_data_that_says_nothing_at_length_is_bounded() -> None:
 
 
 def test_every_prefix_of_gzip_data_is_refused() -> None:
-    """hostile 54: truncated anywhere, its checksum included."""
+    """hostile 54: the data is truncated anywhere, also in its checksum."""
     packed = gzip.compress(bzimage())
     for length in range(3, len(packed)):
         with pytest.raises(ImageError, match="is truncated"):
@@ -157,7 +157,7 @@ def test_every_prefix_of_gzip_data_is_refused() -> None:
 
 
 def unpacked(data: bytes, limit_bytes: int = MIB) -> bytes:
-    """Return what a gzip file unpacks to."""
+    """Return the content of a gzip file."""
     fd = unpack(open_image(data), limit_bytes)
     try:
         return os.pread(fd, limit_bytes, 0)
@@ -192,8 +192,8 @@ GZIP = {
 
 
 @pytest.mark.parametrize("case", GZIP)
-def test_what_gzip_takes_is_unpacked(case: str, capfd: pytest.CaptureFixture[str]) -> None:
-    """Several members, optional header fields, padding; garbage at the end is warned of, as by gzip(1)."""
+def test_everything_that_gzip_accepts_is_unpacked(case: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """Members, optional fields and padding are accepted.  Garbage at the end gives a warning, as in gzip(1)."""
     data, warning = GZIP[case]
 
     assert unpacked(data) == b"kernel"
@@ -204,8 +204,8 @@ def test_what_gzip_takes_is_unpacked(case: str, capfd: pytest.CaptureFixture[str
 
 
 @pytest.mark.parametrize("case", GZIP)
-def test_gzip_itself_takes_them(case: str) -> None:
-    """The samples are what the tests believe: gzip(1) makes the same of them."""
+def test_gzip_itself_accepts_the_samples(case: str) -> None:
+    """gzip(1) unpacks the samples to the same content."""
     done = subprocess.run(["gzip", "-dc"], input=GZIP[case][0], capture_output=True, check=False)
 
     assert done.stdout == b"kernel"
@@ -214,21 +214,21 @@ def test_gzip_itself_takes_them(case: str) -> None:
 
 @pytest.mark.parametrize("cut", [3, 12, 25])
 def test_second_member_that_is_truncated_is_refused(cut: int) -> None:
-    """hostile 54: data that begins like a member has to be one."""
+    """hostile 54: data that begins like a member must be a member."""
     second = gzip.compress(b"nel" * 100)
 
     with pytest.raises(ImageError, match="is truncated"):
         unpacked(gzip.compress(b"ker") + second[:cut])
 
 
-def test_members_share_the_bound() -> None:
-    """hostile 54: many small bombs are no better than a large one."""
+def test_members_share_the_limit() -> None:
+    """hostile 54: the limit counts the content of all members together."""
     with pytest.raises(ImageError, match=f"unpacks to more than {MIB} bytes"):
         unpacked(gzip.compress(bytes(MIB // 2)) * 3)
 
 
-def test_members_that_say_nothing_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """hostile 54: empty members take time each, and give nothing."""
+def test_empty_members_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """hostile 54: each empty member takes time, so their number has a limit."""
     monkeypatch.setattr("vmd.vm.boot.image.MEMBERS_MAX", 100)
 
     assert unpacked(gzip.compress(b"") * 99 + gzip.compress(b"kernel")) == b"kernel"
@@ -237,7 +237,7 @@ def test_members_that_say_nothing_are_bounded(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_padding_of_enormous_length_costs_nothing() -> None:
-    """hostile 54: the end of a sparse file of 4 EiB is not looked for."""
+    """hostile 54: a sparse file of 4 EiB is not read to its end."""
     image = open_image(gzip.compress(b"kernel"))
     os.ftruncate(image.fd, 1 << 62)
 
@@ -248,7 +248,7 @@ def test_padding_of_enormous_length_costs_nothing() -> None:
 
 
 def test_gzip_data_with_a_wrong_checksum_is_refused() -> None:
-    """hostile 54: a bit that fell over on the disk is found."""
+    """hostile 54: the checksum finds a wrong bit."""
     packed = bytearray(gzip.compress(b"kernel" * 100))
     packed[-8] ^= 1
 
@@ -287,15 +287,15 @@ FIRMWARE_ENDS = {
 
 @pytest.mark.parametrize("case", FIRMWARE_ENDS)
 def test_firmware_ends_in_a_jump(case: str) -> None:
-    """A reset vector has room for little else."""
+    """A reset vector has room for a jump and little more."""
     firmware = bytes(65536 - 16) + FIRMWARE_ENDS[case].ljust(16, b"\0")
 
     assert kind_of(open_image(firmware)) is Kind.FIRMWARE
 
 
 @pytest.mark.parametrize("end", [b"text for humans\n", b"\x0f" * 16, bytes(15) + b"\xea", b"\x90" * 16])
-def test_file_of_the_size_of_a_firmware_is_not_taken_for_one(end: bytes) -> None:
-    """The size alone is no sign: many files are a multiple of 64 KiB."""
+def test_file_with_the_size_of_firmware_needs_a_jump_too(end: bytes) -> None:
+    """The size is not enough, because many files have a multiple of 64 KiB."""
     with pytest.raises(ImageError, match=r"^/bsd: is neither a kernel"):
         kind_of(open_image(bytes(65536 - 16) + end))
 
@@ -312,14 +312,14 @@ def test_memfd_of_a_refused_kernel_is_closed() -> None:
     assert open_descriptors() == before
 
 
-def test_firmware_bytes_tells_the_region_to_make() -> None:
-    """The machine learns how much memory firmware takes below 4 GiB; a kernel takes none."""
+def test_firmware_bytes_returns_the_size_of_firmware() -> None:
+    """Firmware takes so much memory below 4 GiB.  A kernel takes none."""
     assert loader.firmware_bytes(memfd(seabios(128 * 1024)), "bios") == 128 * 1024
     assert loader.firmware_bytes(memfd(bzimage()), "vmlinuz") == 0
 
 
 def test_sparse_file_of_enormous_size_costs_nothing() -> None:
-    """hostile 54: an ELF header in front of a hole of 4 EiB is refused by its fields, not by reading it."""
+    """hostile 54: an ELF header before a hole of 4 EiB is refused for its fields, without reading the hole."""
     fd = memfd(struct.pack("<4sBBB9xHH", b"\x7fELF", 2, 1, 1, 2, 62))
     os.ftruncate(fd, 1 << 62)
 

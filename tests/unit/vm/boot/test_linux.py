@@ -1,4 +1,4 @@
-"""bzImage kernels and the state in which they start."""
+"""bzImage kernels and their start state."""
 
 import gzip
 import struct
@@ -35,7 +35,7 @@ def translate(memory: FakeMemory, start: Start, address: int) -> int:
 
 
 def test_code_is_loaded_at_its_preferred_address_and_entered_at_200h() -> None:
-    """The 64-bit entry lies 0x200 behind the load address (boot.rst, "64-bit boot protocol")."""
+    """The 64-bit entry is at the load address plus 0x200 (boot.rst, "64-bit boot protocol")."""
     memory = FakeMemory()
 
     start = load(memory, bzimage(CODE))
@@ -52,7 +52,7 @@ def test_code_is_loaded_at_its_preferred_address_and_entered_at_200h() -> None:
 
 
 def test_long_mode_is_on_and_4_gib_are_mapped_one_to_one() -> None:
-    """CR0, CR4 and EFER are those of long mode; the tables translate every address below 4 GiB to itself."""
+    """CR0, CR4 and EFER are those of long mode.  The page tables map every address below 4 GiB to itself."""
     memory = FakeMemory()
 
     start = load(memory, bzimage())
@@ -64,7 +64,7 @@ def test_long_mode_is_on_and_4_gib_are_mapped_one_to_one() -> None:
 
 
 def test_segments_agree_with_the_descriptor_table() -> None:
-    """__BOOT_CS is 10h and 64-bit, __BOOT_DS 18h; the table in memory says the same as the hidden parts."""
+    """__BOOT_CS is 10h and 64-bit, and __BOOT_DS is 18h.  The table in memory agrees with the segment registers."""
     memory = FakeMemory()
 
     start = load(memory, bzimage())
@@ -85,7 +85,7 @@ def test_segments_agree_with_the_descriptor_table() -> None:
 
 
 def test_boot_params_carry_the_header_and_what_the_loader_fills_in() -> None:
-    """The zero page is the kernel's own header plus the loader's fields, at boot.rst's offsets."""
+    """The zero page has the kernel's header and the loader's fields, at the offsets of boot.rst."""
     memory = FakeMemory()
 
     load(memory, bzimage(), cmdline=b"console=ttyS0", rsdp_gpa=0xE0000)
@@ -97,12 +97,12 @@ def test_boot_params_carry_the_header_and_what_the_loader_fills_in() -> None:
     assert memory.unpack("<I", ZERO_PAGE + 0x228) == (layout.BOOT_CMDLINE,)
     assert memory.unpack("<Q", ZERO_PAGE + 0x70) == (0xE0000,)
     assert memory.unpack("<Q", ZERO_PAGE + 0x250) == (0,)
-    assert memory.unpack("<B", ZERO_PAGE + 0x1EF) == (0,)  # the sentinel, or Linux throws the page away
+    assert memory.unpack("<B", ZERO_PAGE + 0x1EF) == (0,)  # the sentinel: else Linux clears parts of the page
     assert memory.read(layout.BOOT_CMDLINE, 14) == b"console=ttyS0\0"
 
 
 def test_e820_table_is_the_layout() -> None:
-    """The kernel is told of exactly the ranges of the address map."""
+    """The kernel gets exactly the ranges of the layout."""
     memory = FakeMemory()
 
     load(memory, bzimage())
@@ -112,8 +112,8 @@ def test_e820_table_is_the_layout() -> None:
     assert table == layout.e820_map(memory.memory_bytes)
 
 
-def test_initrd_lies_page_aligned_at_the_top_of_memory() -> None:
-    """The initrd ends in the last page of RAM and boot_params say where and how long."""
+def test_initrd_is_page_aligned_at_the_top_of_memory() -> None:
+    """The initrd ends in the last page of RAM.  boot_params has its address and size."""
     memory = FakeMemory()
     initrd = b"\x5a" * 5000
 
@@ -136,7 +136,7 @@ def test_initrd_stays_below_what_the_kernel_can_reach() -> None:
 
 
 def test_initrd_moves_below_a_kernel_that_needs_the_top() -> None:
-    """A kernel at the end of RAM leaves the space in front of it."""
+    """If the kernel is at the end of RAM, the initrd is before it."""
     memory = FakeMemory()
     image = put(bzimage(), "<QI", 0x258, 14 * MIB, 2 * MIB)
 
@@ -145,8 +145,8 @@ def test_initrd_moves_below_a_kernel_that_needs_the_top() -> None:
     assert memory.unpack("<I", ZERO_PAGE + 0x218) == (14 * MIB - 4096,)
 
 
-def test_memory_above_4_gib_does_not_attract_the_initrd() -> None:
-    """With more than 3.5 GiB the initrd still lies below initrd_addr_max."""
+def test_initrd_is_never_above_4_gib() -> None:
+    """With more than 3.5 GiB of memory the initrd is still below initrd_addr_max."""
     memory = FakeMemory(memory_bytes=4 << 30)
 
     load(memory, bzimage(), initrd=bytes(4096))
@@ -155,7 +155,7 @@ def test_memory_above_4_gib_does_not_attract_the_initrd() -> None:
 
 
 def test_zero_setup_sects_mean_four() -> None:
-    """hostile 54: setup_sects 0 is the old way to say 4."""
+    """hostile 54: setup_sects 0 means 4, for old kernels."""
     memory = FakeMemory()
 
     load(memory, put(bzimage(CODE), "<B", 0x1F1, 0))
@@ -172,7 +172,7 @@ NO_64_BIT_ENTRY = {
 
 @pytest.mark.parametrize("case", NO_64_BIT_ENTRY)
 def test_kernel_without_a_64_bit_entry_is_entered_at_its_start_in_32_bit_mode(case: str) -> None:
-    """boot.rst, "32-bit boot protocol": flat segments 10h and 18h, no paging, esi at the zero page, ebp edi ebx 0."""
+    """boot.rst, "32-bit boot protocol": flat segments 10h and 18h, no paging, esi: zero page, ebp, edi, ebx: 0."""
     memory = FakeMemory()
 
     start = load(memory, put(bzimage(CODE), *NO_64_BIT_ENTRY[case]), cmdline=b"quiet")
@@ -190,7 +190,7 @@ def test_kernel_without_a_64_bit_entry_is_entered_at_its_start_in_32_bit_mode(ca
 
 
 def test_header_of_protocol_2_10_ends_before_the_last_field() -> None:
-    """handover_offset came with 2.11; what stands in its place is not the header's."""
+    """handover_offset exists since 2.11.  In a header of 2.10 the bytes at its offset are not copied."""
     image = put(put(put(bzimage(), "<H", 0x206, 0x20A), "<B", 0x201, 0x62), "<I", 0x264, 0xDEADBEEF)
     memory = FakeMemory()
 
@@ -201,8 +201,8 @@ def test_header_of_protocol_2_10_ends_before_the_last_field() -> None:
         load(FakeMemory(), put(image, "<H", 0x206, 0x20B))
 
 
-def test_kernel_that_is_not_relocatable_is_put_at_1_mib() -> None:
-    """It moves itself to pref_address, from which init_size counts; both places are kept free."""
+def test_kernel_that_is_not_relocatable_is_loaded_at_1_mib() -> None:
+    """It moves itself to pref_address, where it takes init_size bytes.  Both places are kept free."""
     memory = FakeMemory()
     image = put(put(bzimage(CODE), "<IB", 0x230, 0, 0), "<QI", 0x258, 8 * MIB, 7 * MIB)
 
@@ -217,8 +217,8 @@ def test_kernel_that_is_not_relocatable_is_put_at_1_mib() -> None:
 
 
 @pytest.mark.parametrize("pref_address", [0, 0x1000, 0xA0000])
-def test_preferred_address_below_1_mib_is_no_preference(pref_address: int) -> None:
-    """A relocatable kernel that names no usable address goes where its alignment allows, as QEMU would put it."""
+def test_preferred_address_below_1_mib_is_ignored(pref_address: int) -> None:
+    """A relocatable kernel without a usable address is loaded at an address of its alignment, as in QEMU."""
     memory = FakeMemory()
 
     start = load(memory, put(bzimage(CODE), "<Q", 0x258, pref_address))
@@ -228,16 +228,16 @@ def test_preferred_address_below_1_mib_is_no_preference(pref_address: int) -> No
 
 
 @pytest.mark.parametrize("alignment", [0, 3])
-def test_alignment_means_nothing_without_relocation(alignment: int) -> None:
-    """A field that is not used cannot refuse a kernel."""
+def test_alignment_is_ignored_without_relocation(alignment: int) -> None:
+    """A field that is not used is no reason to refuse a kernel."""
     start = load(FakeMemory(), put(bzimage(), "<IB", 0x230, alignment, 0))
 
     assert start.registers["rip"] == MIB + 0x200
 
 
 @pytest.mark.parametrize("size", [1, 511, 513, 4097])
-def test_initrd_of_any_length_is_taken(size: int) -> None:
-    """An initrd is bytes: of odd length, and several behind each other."""
+def test_initrd_of_any_length_is_accepted(size: int) -> None:
+    """An initrd may have an odd length."""
     memory = FakeMemory()
     initrd = b"\x07" * size
 
@@ -249,7 +249,7 @@ def test_initrd_of_any_length_is_taken(size: int) -> None:
 
 
 def test_gzip_compressed_kernel_is_unpacked() -> None:
-    """A gzip-compressed bzImage loads like a plain one."""
+    """A gzip-compressed bzImage is loaded like a plain one."""
     memory = FakeMemory()
 
     start = load(memory, gzip.compress(bzimage(CODE)))
@@ -258,7 +258,7 @@ def test_gzip_compressed_kernel_is_unpacked() -> None:
     assert start.mode is Mode.LONG64
 
 
-def test_cmdline_of_exactly_the_kernels_limit_is_taken() -> None:
+def test_cmdline_of_the_largest_length_is_accepted() -> None:
     """cmdline_size does not count the NUL."""
     memory = FakeMemory()
 
@@ -267,8 +267,8 @@ def test_cmdline_of_exactly_the_kernels_limit_is_taken() -> None:
     assert memory.read(layout.BOOT_CMDLINE, 2048) == b"x" * 2047 + b"\0"
 
 
-def test_version_text_from_the_image_cannot_reach_the_log_as_control_characters() -> None:
-    """The version string is the image's: only printable ASCII is repeated."""
+def test_control_characters_of_a_version_do_not_reach_the_log() -> None:
+    """The version string comes from the image, so only printable ASCII is used."""
     start = load(FakeMemory(), put(bzimage(), "<8s", 0x500, b"6.1\x1b[2J\n"))
 
     assert start.text == "Linux"
@@ -298,8 +298,8 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_lying_header_is_refused(case: str) -> None:
-    """hostile 54: a setup header that cannot be true ends in one sentence that names the value."""
+def test_bad_header_is_refused(case: str) -> None:
+    """hostile 54: an impossible setup header gives an error that names the value."""
     layout_format, offset, values, sentence = REFUSED[case]
 
     with pytest.raises(ImageError, match=sentence):
@@ -308,7 +308,7 @@ def test_lying_header_is_refused(case: str) -> None:
 
 @pytest.mark.parametrize("relocatable", [0, 1])
 def test_address_above_4_gib_is_refused(relocatable: int) -> None:
-    """hostile 54: there may be memory, but neither the kernel's page tables nor its header reach it."""
+    """hostile 54: even if there is memory, the kernel's page tables and its header do not reach it."""
     image = put(put(bzimage(), "<B", 0x234, relocatable), "<Q", 0x258, layout.FOUR_GIB)
 
     with pytest.raises(ImageError, match=r"/bsd: (is to run at 0x100000000, but only|the kernel at .* does not lie)"):
@@ -316,7 +316,7 @@ def test_address_above_4_gib_is_refused(relocatable: int) -> None:
 
 
 def test_init_size_smaller_than_the_code_does_not_hide_the_code() -> None:
-    """hostile 54: with init_size 0 the code itself still counts, so the initrd cannot be put into it."""
+    """hostile 54: with init_size 0 the code itself still counts, so the initrd does not overlap it."""
     image = put(bzimage(bytes(13 * MIB)), "<QI", 0x258, 2 * MIB, 0)
 
     with pytest.raises(ImageError, match=r"initrd /initrd of 2097152 bytes needs a guest of 17 MiB, this"):
@@ -324,25 +324,25 @@ def test_init_size_smaller_than_the_code_does_not_hide_the_code() -> None:
 
 
 def test_initrd_that_does_not_fit_names_the_memory_it_needs() -> None:
-    """hostile 54: an initrd larger than the guest."""
+    """hostile 54: the initrd is larger than the guest."""
     with pytest.raises(ImageError, match="needs a guest of 27 MiB, this one has 16 MiB"):
         load(FakeMemory(), bzimage(), initrd=bytes(24 * MIB))
 
 
 def test_initrd_that_the_kernel_cannot_reach_is_refused() -> None:
-    """More memory would not help against a low initrd_addr_max."""
+    """With a low initrd_addr_max, more memory would not help, so the error does not suggest it."""
     with pytest.raises(ImageError, match=r"does not fit below 0x100000"):
         load(FakeMemory(), put(bzimage(), "<I", 0x22C, 0xFFFFF), initrd=bytes(4096))
 
 
 def test_empty_initrd_is_refused() -> None:
-    """An empty initrd is a mistake of the operator, not a wish."""
+    """An empty initrd is an error of the operator."""
     with pytest.raises(ImageError, match="/initrd: is empty"):
         load(FakeMemory(), bzimage(), initrd=b"")
 
 
 def test_cmdline_longer_than_the_boot_data_is_refused() -> None:
-    """hostile 54: a kernel that claims to take 4 GiB of command line does not get them."""
+    """hostile 54: the kernel claims to accept a command line of 4 GiB, but our limit counts."""
     image = put(bzimage(), "<I", 0x238, 0xFFFFFFFF)
 
     with pytest.raises(ImageError, match="takes 65535"):
@@ -350,13 +350,13 @@ def test_cmdline_longer_than_the_boot_data_is_refused() -> None:
 
 
 def test_cmdline_with_a_nul_is_refused() -> None:
-    """The kernel would see only half of it."""
+    """The kernel would see only the part before the NUL."""
     with pytest.raises(ImageError, match="contains a NUL"):
         load(FakeMemory(), bzimage(), cmdline=b"a\0b")
 
 
 def test_every_prefix_of_a_kernel_is_refused() -> None:
-    """hostile 54: no truncation passes for a kernel, once it is more than the size in the header is rounded up by."""
+    """hostile 54: every truncated kernel is refused, unless fewer bytes are missing than the rounding of its size."""
     image = bzimage()
     for length in (*range(0x300), *range(0x300, len(image) - 16, 97), len(image) - 16):
         with pytest.raises(ImageError):
@@ -364,8 +364,8 @@ def test_every_prefix_of_a_kernel_is_refused() -> None:
 
 
 @pytest.mark.parametrize("missing", [1, 8, 15])
-def test_last_bytes_may_be_missing_for_the_size_is_rounded_up(missing: int) -> None:
-    """syssize counts units of 16 bytes, and the last one need not be whole: Debian's memtest86+ is 8 bytes short."""
+def test_last_bytes_may_be_missing_because_the_size_is_rounded_up(missing: int) -> None:
+    """syssize counts units of 16 bytes.  The last unit may be incomplete: Debian's memtest86+ lacks 8 bytes."""
     memory = FakeMemory()
     memory.write(PREF_ADDRESS + len(CODE) - 16, b"\xaa" * 32)
 
@@ -376,8 +376,8 @@ def test_last_bytes_may_be_missing_for_the_size_is_rounded_up(missing: int) -> N
     assert memory.read(at, 4) == b"\xaa" * 4
 
 
-def test_kernel_without_a_size_is_all_of_its_file() -> None:
-    """GRUB, QEMU and Cloud Hypervisor look at the file's size only, so some kernels leave syssize at 0."""
+def test_kernel_without_a_size_has_the_size_of_its_file() -> None:
+    """GRUB, QEMU and Cloud Hypervisor use the file's size only, so some kernels have a syssize of 0."""
     memory = FakeMemory()
 
     load(memory, put(bzimage(CODE), "<I", 0x1F4, 0) + b"more")
@@ -388,8 +388,8 @@ def test_kernel_without_a_size_is_all_of_its_file() -> None:
             load(FakeMemory(), put(bzimage(CODE), "<I", 0x1F4, 0)[:length])
 
 
-def test_bytes_missing_before_the_last_unit_are_truncation() -> None:
-    """hostile 54: what is cut behind a whole unit is told with both sizes."""
+def test_missing_whole_units_are_truncation() -> None:
+    """hostile 54: if a whole unit is missing, the error has both sizes."""
     image = bzimage(CODE)
 
     with pytest.raises(ImageError, match=f"is truncated: the kernel's code ends at byte {len(image)}, the file at"):
@@ -397,7 +397,7 @@ def test_bytes_missing_before_the_last_unit_are_truncation() -> None:
 
 
 def test_bytes_after_the_code_are_not_loaded() -> None:
-    """A signature behind the kernel, as Secure Boot wants it, stays in the file."""
+    """A signature for Secure Boot, which follows the kernel, is not loaded."""
     memory = FakeMemory()
 
     load(memory, bzimage(CODE) + b"signature" * 100)
@@ -405,8 +405,8 @@ def test_bytes_after_the_code_are_not_loaded() -> None:
     assert memory.read(PREF_ADDRESS + len(CODE), 9) == bytes(9)
 
 
-def test_sample_is_what_the_tests_believe() -> None:
-    """The samples' own constants agree with the file they make."""
+def test_sample_agrees_with_its_constants() -> None:
+    """The constants of the samples agree with the sample file."""
     image = bzimage(CODE)
 
     assert image[PAYLOAD_AT:] == CODE

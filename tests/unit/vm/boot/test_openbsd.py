@@ -1,4 +1,4 @@
-"""OpenBSD kernels, and what their boot(8) would have left for them."""
+"""OpenBSD kernels, and the data that boot(8) would prepare for them."""
 
 import struct
 
@@ -26,7 +26,7 @@ IMAGE_END = OPENBSD_START + 0x2003
 
 
 def arguments(memory: FakeMemory, start: Start) -> dict[int, bytes]:
-    """Read the boot arguments as the kernel does: through its stack, then from one to the next."""
+    """Return the boot arguments.  Like the kernel, find them by its stack, and go from one to the next."""
     _return, _howto, _bootdev, _api, _end, _extmem, _basemem, size, at = memory.unpack("<9I", start.registers["rsp"])
     raw = memory.read(at, size)
     found = {}
@@ -40,12 +40,12 @@ def arguments(memory: FakeMemory, start: Start) -> dict[int, bytes]:
 
 
 def symbol_end(memory: FakeMemory, start: Start) -> int:
-    """Return the end of kernel and symbols, as the stack says it."""
+    """Return the end of kernel and symbols from the stack."""
     return memory.unpack("<9I", start.registers["rsp"])[4]
 
 
-def test_segments_lie_at_their_physical_addresses() -> None:
-    """Text, data and a cleared bss; what is linked high lies low."""
+def test_segments_are_loaded_at_their_physical_addresses() -> None:
+    """Text, data and the cleared bss are at low physical addresses, although they are linked high."""
     memory = FakeMemory()
     memory.write(OPENBSD_START + 0x1200, b"\xaa" * 0xE03)
 
@@ -57,7 +57,7 @@ def test_segments_lie_at_their_physical_addresses() -> None:
 
 
 def test_kernel_linked_high_without_physical_addresses_is_loaded_low() -> None:
-    """Old i386 kernels have their virtual address in p_paddr, and boot(8) masks it."""
+    """Old i386 kernels have their virtual address in p_paddr.  boot(8) masks it."""
     memory = FakeMemory()
     kernel = elf_file([Part(1, 0xD0200000, b"\xf4" * 64)], entry=0xD0200000, is64=False)
 
@@ -68,7 +68,7 @@ def test_kernel_linked_high_without_physical_addresses_is_loaded_low() -> None:
 
 
 def test_amd64_starts_in_compatibility_mode_with_1_gib_mapped() -> None:
-    """The kernel's first code is 32-bit code with long mode active (*cat. 5.2*)."""
+    """The kernel starts with 32-bit code while long mode is active (*cat. 5.2*)."""
     memory = FakeMemory()
 
     start = load(memory, openbsd())
@@ -87,7 +87,7 @@ def test_amd64_starts_in_compatibility_mode_with_1_gib_mapped() -> None:
 
 
 def test_i386_starts_paged_with_4_mib_pages() -> None:
-    """One page directory maps all 4 GiB; there is no long mode."""
+    """One page directory maps all 4 GiB, without long mode."""
     memory = FakeMemory()
 
     start = load(memory, openbsd(is64=False))
@@ -98,8 +98,8 @@ def test_i386_starts_paged_with_4_mib_pages() -> None:
     assert memory.unpack("<1024I", 0x12000) == tuple(page << 22 | 0x83 for page in range(1024))
 
 
-def test_stack_carries_the_arguments_of_the_kernels_first_function() -> None:
-    """Above the return address: howto, bootdev, version, end, two sizes, and the boot arguments."""
+def test_stack_has_the_arguments_of_the_kernels_first_function() -> None:
+    """Above the return address are howto, bootdev, version, end, two sizes, and the boot arguments."""
     memory = FakeMemory()
 
     start = load(memory, openbsd())
@@ -112,7 +112,7 @@ def test_stack_carries_the_arguments_of_the_kernels_first_function() -> None:
 
 
 def test_boot_arguments_are_memory_map_and_console() -> None:
-    """The map is the layout's with an empty entry behind it; the console is com0 at 115200 baud."""
+    """The map is that of the layout with an empty last entry.  The console is com0 at 115200 baud."""
     memory = FakeMemory()
 
     found = arguments(memory, load(memory, openbsd()))
@@ -123,8 +123,8 @@ def test_boot_arguments_are_memory_map_and_console() -> None:
     assert struct.unpack("<iiQiIii", found[5]) == (0x800, 115200, 0x3F8, 0, 0, 0, 0)
 
 
-def test_boot_mac_is_there_when_the_boot_device_is_the_network() -> None:
-    """The address of the first NIC, padded to words."""
+def test_boot_mac_is_passed_if_the_boot_device_is_the_network() -> None:
+    """It is the address of the first NIC, padded to words."""
     memory = FakeMemory()
 
     found = arguments(memory, load(memory, openbsd(), bootmac=b"\xfe\xe1\xba\xd0\x00\x01"))
@@ -133,7 +133,7 @@ def test_boot_mac_is_there_when_the_boot_device_is_the_network() -> None:
 
 
 @pytest.mark.parametrize(("is64", "unit"), [(True, 8), (False, 4)])
-def test_symbols_lie_behind_the_image_under_a_header_that_finds_them(is64: bool, unit: int) -> None:
+def test_symbols_follow_the_image_after_an_elf_header(is64: bool, unit: int) -> None:
     """ddb(4) finds section headers and symbols by offsets from the copied ELF header."""
     memory = FakeMemory()
 
@@ -154,7 +154,7 @@ def test_symbols_lie_behind_the_image_under_a_header_that_finds_them(is64: bool,
 
 
 def test_stripped_kernel_gets_the_header_only() -> None:
-    """Without sections the copied ELF header says so."""
+    """The copied ELF header shows that there are no sections."""
     memory = FakeMemory()
 
     start = load(memory, openbsd(stripped=True))
@@ -165,7 +165,7 @@ def test_stripped_kernel_gets_the_header_only() -> None:
 
 
 def test_random_segment_differs_from_boot_to_boot() -> None:
-    """PT_OPENBSD_RANDOMIZE is filled, and nothing around it."""
+    """PT_OPENBSD_RANDOMIZE is filled, and the bytes around it are not."""
     first, second = FakeMemory(), FakeMemory()
 
     load(first, openbsd())
@@ -179,13 +179,13 @@ def test_random_segment_differs_from_boot_to_boot() -> None:
 
 @pytest.mark.parametrize("paddr", [0x1000, OPENBSD_START + 0x1FC4, 0x800000, 0xF000000])
 def test_random_segment_outside_the_image_is_refused(paddr: int) -> None:
-    """hostile 54: random bytes go into loaded segments only."""
+    """hostile 54: random bytes are stored only in loaded segments."""
     with pytest.raises(ImageError, match=r"has random data at .* outside of all its segments"):
         load(FakeMemory(), openbsd(extra=[Part(0x65A3DBE6, paddr, bytes(0x40))]))
 
 
 def test_random_bytes_are_bounded() -> None:
-    """hostile 54: headers that ask for the same memory again and again."""
+    """hostile 54: several headers ask for the same memory."""
     huge = [Part(1, 0x400000, b"", memsz=9 << 20), *[Part(0x65A3DBE6, 0x400000, bytes(9 << 20))] * 2]
 
     with pytest.raises(ImageError, match="asks for more than 16777216 random bytes"):
@@ -193,7 +193,7 @@ def test_random_bytes_are_bounded() -> None:
 
 
 def test_symbols_that_are_not_in_the_file_are_left_out(capfd: pytest.CaptureFixture[str]) -> None:
-    """hostile 54: a section that is longer than the file; a kernel runs without its symbols."""
+    """hostile 54: a section is longer than the file.  The kernel is loaded without its symbols."""
     kernel = bytearray(openbsd())
     section_2 = struct.unpack_from("<Q", kernel, 40)[0] + 2 * 64
     struct.pack_into("<Q", kernel, section_2 + 32, 1 << 40)
@@ -206,15 +206,15 @@ def test_symbols_that_are_not_in_the_file_are_left_out(capfd: pytest.CaptureFixt
 
 
 def test_symbols_beyond_guest_memory_are_refused() -> None:
-    """A kernel that fills the guest leaves no room for its symbols."""
+    """The kernel fills the guest, so its symbols have no room."""
     kernel = openbsd(extra=[Part(1, 0x400000, b"", memsz=(12 << 20) - 64)])
 
     with pytest.raises(ImageError, match=r"the symbol table at .* needs a guest of 17 MiB"):
         load(FakeMemory(), kernel)
 
 
-def test_note_alone_makes_an_openbsd_kernel() -> None:
-    """.note.openbsd.ident is enough; the entry is checked after that."""
+def test_note_alone_identifies_an_openbsd_kernel() -> None:
+    """.note.openbsd.ident is enough.  The entry is checked after that."""
     kernel = elf_file([Part(1, 0x200000, b"\xf4" * 64), Part(4, 0, note(b"OpenBSD", 1, bytes(4)))], entry=0x300000)
 
     with pytest.raises(ImageError, match="starts at 0x300000, outside of all its segments"):
@@ -224,7 +224,7 @@ def test_note_alone_makes_an_openbsd_kernel() -> None:
 TEXT = Part(1, 0x200000, b"\xf4" * 64)
 RANDOM = Part(0x65A3DBE6, 0x200000, bytes(8))
 
-# The segments, sections and entry of an OpenBSD kernel, by what it is recognised
+# The segments, sections and entry of an OpenBSD kernel, by the feature that identifies it
 MARKS = {
     "random data": ([TEXT, RANDOM], [], 0x200000),
     "boot data": ([TEXT, Part(0x65A41BE6, 0x200000, bytes(8))], [], 0x200000),
@@ -237,8 +237,8 @@ MARKS = {
 
 @pytest.mark.parametrize("is64", [True, False])
 @pytest.mark.parametrize("case", MARKS)
-def test_openbsd_kernel_is_known_by_what_only_openbsd_has(case: str, is64: bool) -> None:
-    """A segment, a note or a section of OpenBSD's own."""
+def test_openbsd_kernel_is_identified(case: str, is64: bool) -> None:
+    """A segment, a note or a section that only OpenBSD has identifies it."""
     parts, sections, entry = MARKS[case]
 
     start = load(FakeMemory(), elf_file(parts, entry=entry, sections=sections, is64=is64))
@@ -257,21 +257,21 @@ NOT_OPENBSD = {
 
 @pytest.mark.parametrize("cmdline", [b"", b"console=ttyS0"])
 @pytest.mark.parametrize("case", NOT_OPENBSD)
-def test_no_other_kernel_is_taken_for_openbsds(case: str, cmdline: bytes) -> None:
-    """The sentence is about what is missing, with a command line or without."""
+def test_other_kernels_are_not_taken_for_openbsd(case: str, cmdline: bytes) -> None:
+    """The error names the missing PVH note, with and without a command line."""
     parts, entry = NOT_OPENBSD[case]
 
     with pytest.raises(ImageError, match=r"has no PVH note, which tells where an ELF kernel is entered"):
         load(FakeMemory(), elf_file(parts, entry=entry, is64="i386" not in case), cmdline=cmdline)
 
 
-def test_pvh_note_goes_first() -> None:
-    """A kernel with both can be told more by the newer protocol."""
+def test_pvh_note_has_precedence() -> None:
+    """A kernel with both gets more information by the newer protocol."""
     assert load(FakeMemory(), pvh(extra=[Part(4, 0, note(b"OpenBSD", 1, bytes(4)))])).mode is Mode.PROTECTED32
 
 
 def test_initrd_and_cmdline_are_refused() -> None:
-    """boot(8) has neither."""
+    """boot(8) passes neither."""
     with pytest.raises(ImageError, match="/bsd: is an OpenBSD kernel, which takes no initrd"):
         load(FakeMemory(), openbsd(), initrd=b"x")
     with pytest.raises(ImageError, match="/bsd: is an OpenBSD kernel, which takes no command line"):

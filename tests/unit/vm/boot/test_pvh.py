@@ -1,4 +1,4 @@
-"""Kernels with a PVH note and what they are told (Xen, docs/misc/pvh.pandoc)."""
+"""Kernels with a PVH note, and the start info that they get (Xen, docs/misc/pvh.pandoc)."""
 
 import shutil
 import subprocess
@@ -32,7 +32,7 @@ start:
 
 @pytest.mark.parametrize("is64", [True, False])
 def test_cpu_starts_flat_and_unpaged_with_start_info_in_ebx(is64: bool) -> None:
-    """The state is the one the ABI lists, for both classes of ELF."""
+    """The start state is that of the ABI, for both classes of ELF."""
     memory = FakeMemory()
 
     start = load(memory, pvh(is64=is64))
@@ -52,7 +52,7 @@ def test_cpu_starts_flat_and_unpaged_with_start_info_in_ebx(is64: bool) -> None:
 
 
 def test_start_info_has_command_line_rsdp_and_memory_map() -> None:
-    """hvm_start_info of version 1 points to everything else."""
+    """hvm_start_info of version 1 has their addresses."""
     memory = FakeMemory()
 
     load(memory, pvh(), cmdline=b"quiet", rsdp_gpa=0xE0000)
@@ -82,7 +82,7 @@ def test_initrd_is_the_only_module() -> None:
 
 
 def test_initrd_keeps_off_every_segment() -> None:
-    """The highest place that is free may be between two segments."""
+    """The highest free place may be between two segments."""
     memory = FakeMemory()
     top = [Part(1, 15 * MIB, b"top"), Part(1, 16 * MIB - 0x1000, b"toptop")]
 
@@ -103,7 +103,7 @@ def test_start_info_stays_in_its_page() -> None:
 
 
 def test_cmdline_is_bounded() -> None:
-    """The ABI has no limit; the room for it has one."""
+    """The ABI has no limit, but the space for the command line has one."""
     with pytest.raises(ImageError, match="the command line has 65536 bytes, this kernel takes 65535"):
         load(FakeMemory(), pvh(), cmdline=b"x" * 65536)
 
@@ -111,7 +111,7 @@ def test_cmdline_is_bounded() -> None:
 @pytest.mark.skipif(shutil.which("as") is None or shutil.which("ld") is None, reason="needs as and ld")
 @pytest.mark.parametrize(("bits", "emulation"), [("--64", "elf_x86_64"), ("--32", "elf_i386")])
 def test_kernel_from_a_real_linker_is_loaded(tmp_path: Path, bits: str, emulation: str) -> None:
-    """What binutils make of a note is what we read."""
+    """We read a note as binutils write it."""
     source, objects, kernel = tmp_path / "k.S", tmp_path / "k.o", tmp_path / "k"
     source.write_text(SOURCE)
     subprocess.run(["as", bits, "-o", objects, source], check=True)

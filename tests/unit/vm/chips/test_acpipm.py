@@ -1,4 +1,4 @@
-"""ACPI fixed hardware: the button, S5 and the timer, as ACPICA and SeaBIOS use them."""
+"""ACPI fixed hardware: the power button, S5 and the timer, as ACPICA and SeaBIOS use them."""
 
 import pytest
 from hypothesis import given
@@ -18,12 +18,12 @@ class Call:
         self.cancelled = False
 
     def cancel(self) -> None:
-        """Never make it."""
+        """Do not make this call."""
         self.cancelled = True
 
 
 class Board:
-    """A PM block with its surroundings."""
+    """A PM block with a fake clock, fake timers and recorded outputs."""
 
     def __init__(self) -> None:
         self.now_s = 5000.0
@@ -34,39 +34,39 @@ class Board:
         self.pm = AcpiPm(self.levels.append, self.power_off, self.on_acknowledged, lambda: self.now_s, self.schedule)
 
     def power_off(self) -> None:
-        """Count."""
+        """Count a power-off."""
         self.off += 1
 
     def on_acknowledged(self) -> None:
-        """Count."""
+        """Count an acknowledgement."""
         self.acknowledged += 1
 
     def schedule(self, seconds: float, callback: object) -> Call:
-        """Remember."""
+        """Record a call."""
         call = Call(self.now_s + seconds, callback)
         self.calls.append(call)
         return call
 
     def sci(self) -> bool:
-        """The SCI line."""
+        """Return the level of the SCI line."""
         return bool(self.levels and self.levels[-1])
 
 
 @pytest.fixture
 def board() -> Board:
-    """A PM block after reset."""
+    """Return a PM block after reset."""
     return Board()
 
 
 def test_acpi_mode_is_always_on(board: Board) -> None:
-    """SCI_EN cannot be cleared; the FADT has no SMI_CMD to set it with."""
+    """SCI_EN cannot be cleared, because the FADT has no SMI_CMD to set it again."""
     assert board.pm.pio_read(PM1_CNT, 2) == SCI_EN
     board.pm.pio_write(PM1_CNT, 2, 0x0002)
     assert board.pm.pio_read(PM1_CNT, 2) == SCI_EN | 0x0002
 
 
 def test_power_button_as_acpica_handles_it(board: Board) -> None:
-    """Enable, SCI, look, clear: the line falls and the owner learns of it."""
+    """The guest enables the button, gets the SCI, reads the status and clears it.  The owner is told."""
     board.pm.pio_write(PM1_EN, 2, PWRBTN)
     assert board.pm.power_button_enabled
     board.pm.power_button()
@@ -78,7 +78,7 @@ def test_power_button_as_acpica_handles_it(board: Board) -> None:
 
 
 def test_button_without_a_listener(board: Board) -> None:
-    """The status is set, nothing interrupts, and a clearing boot is no acknowledgement."""
+    """The status is set without an interrupt.  A guest that clears it while it boots has acknowledged nothing."""
     board.pm.power_button()
     assert not board.pm.power_button_enabled
     assert board.levels == []
@@ -88,7 +88,7 @@ def test_button_without_a_listener(board: Board) -> None:
 
 
 def test_enabling_with_the_status_set_interrupts(board: Board) -> None:
-    """The SCI is a level."""
+    """The SCI is level-triggered."""
     board.pm.power_button()
     board.pm.pio_write(PM1_EN + 1, 1, PWRBTN >> 8)
     assert board.sci()
@@ -97,7 +97,7 @@ def test_enabling_with_the_status_set_interrupts(board: Board) -> None:
 
 
 def test_writing_zeros_to_status_clears_nothing(board: Board) -> None:
-    """Only ones do."""
+    """Only ones clear status bits."""
     board.pm.power_button()
     board.pm.pio_write(PM1_STS, 2, 0x00FF)
     assert board.pm.pio_read(PM1_STS, 2) & PWRBTN
@@ -105,14 +105,14 @@ def test_writing_zeros_to_status_clears_nothing(board: Board) -> None:
 
 @pytest.mark.parametrize("value", [SLP_EN | 5 << 10, SLP_EN, SLP_EN | 5 << 10 | 1])
 def test_soft_off(board: Board, value: int) -> None:
-    """By \\_S5's type, and by SeaBIOS's zero; SLP_EN reads as 0."""
+    """The sleep type is that of \\_S5, or SeaBIOS's 0.  SLP_EN reads as 0."""
     board.pm.pio_write(PM1_CNT, 2, value)
     assert board.off == 1
     assert not board.pm.pio_read(PM1_CNT, 2) & SLP_EN
 
 
 def test_soft_off_in_two_writes_as_acpica_does(board: Board) -> None:
-    """The sleep type first, then the same with SLP_EN."""
+    """The first write has the sleep type, and the second one has SLP_EN too."""
     board.pm.pio_write(PM1_CNT, 2, 5 << 10 | 1)
     assert board.off == 0
     board.pm.pio_write(PM1_CNT, 2, 5 << 10 | 1 | SLP_EN)
@@ -127,7 +127,7 @@ def test_other_sleep_states_do_nothing(board: Board, sleep_type: int) -> None:
 
 
 def test_timer_counts_3579545_a_second(board: Board) -> None:
-    """32 bits wide, from 0, wrapping."""
+    """The timer has 32 bits, starts at 0, and wraps."""
     assert board.pm.pio_read(PM_TMR, 4) == 0
     board.now_s += 1
     assert board.pm.pio_read(PM_TMR, 4) == TIMER_HZ
@@ -138,7 +138,7 @@ def test_timer_counts_3579545_a_second(board: Board) -> None:
 
 
 def test_timer_cannot_be_written(board: Board) -> None:
-    """Nor can what lies between the registers."""
+    """The bytes between the registers cannot be written either."""
     board.now_s += 1
     board.pm.pio_write(PM_TMR, 4, 0)
     board.pm.pio_write(6, 2, 0xFFFF)
@@ -147,7 +147,7 @@ def test_timer_cannot_be_written(board: Board) -> None:
 
 
 def test_timer_status_follows_the_top_bit(board: Board) -> None:
-    """Set at each change, once."""
+    """It is set at each change of the top bit, once."""
     board.now_s += TIMER_HALF / TIMER_HZ - 1
     assert board.pm.pio_read(PM1_STS, 2) == 0
     board.now_s += 2
@@ -158,7 +158,7 @@ def test_timer_status_follows_the_top_bit(board: Board) -> None:
 
 
 def test_timer_interrupts_when_enabled(board: Board) -> None:
-    """When the top bit changes, ten minutes from the start, and not before."""
+    """The interrupt comes when the top bit changes, ten minutes after the start, and not before."""
     board.pm.pio_write(PM1_EN, 2, TMR)
     while not board.sci():
         (call,) = board.calls
@@ -167,14 +167,14 @@ def test_timer_interrupts_when_enabled(board: Board) -> None:
         assert callable(call.callback)
         call.callback()
     assert TIMER_HALF / TIMER_HZ <= board.now_s - 5000.0 < TIMER_HALF / TIMER_HZ + 0.01
-    assert board.calls == []  # nothing more to come until this one is acknowledged
+    assert board.calls == []  # no other call before this interrupt is acknowledged
     board.pm.pio_write(PM1_STS, 2, TMR)
     assert not board.sci()
     assert len(board.calls) == 1
 
 
 def test_saved_state_continues(board: Board) -> None:
-    """Timer, line and all."""
+    """Registers, timer and line are restored."""
     board.pm.pio_write(PM1_EN, 2, PWRBTN)
     board.pm.pio_write(PM1_CNT, 2, 0x1402)
     board.pm.power_button()
@@ -194,7 +194,7 @@ def test_saved_state_continues(board: Board) -> None:
     )
 )
 def test_no_sequence_breaks_an_invariant(steps: list[tuple[int, int, int, bool]]) -> None:
-    """Random accesses of all sizes: the SCI is what the registers say, values fit, timers stay few."""
+    """After random accesses of all sizes, the SCI agrees with the registers, values fit, and timers are few."""
     board = Board()
     for offset, size, value, press in steps:
         if press:
@@ -203,7 +203,7 @@ def test_no_sequence_breaks_an_invariant(steps: list[tuple[int, int, int, bool]]
         board.now_s += value / 1e7
         for read_size in (1, 2, 4):
             assert 0 <= board.pm.pio_read(offset, read_size) < 1 << 8 * read_size
-        # The guest's look comes first: here nobody calls back when the timer's top bit changes.
+        # PM1_STS is read first: this test makes no calls when the timer's top bit changes.
         assert bool(board.pm.pio_read(PM1_STS, 2) & board.pm.pio_read(PM1_EN, 2)) == board.sci()
         assert len(board.calls) <= 1
         assert board.pm.pio_read(PM1_CNT, 2) & SCI_EN

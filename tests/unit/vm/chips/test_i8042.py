@@ -1,4 +1,4 @@
-"""The keyboard controller: every question is answered at once, and reset works."""
+"""The keyboard controller: every command is answered at once, and reset works."""
 
 import pytest
 from hypothesis import given
@@ -17,19 +17,19 @@ class Port:
         self.chip = I8042(self.on_reset)
 
     def on_reset(self) -> None:
-        """Count."""
+        """Count a reset."""
         self.resets += 1
 
     def status(self) -> int:
-        """IN 64h."""
+        """Read the status port, 64h."""
         return self.chip.pio_read(STATUS, 1)
 
     def read(self) -> int:
-        """IN 60h."""
+        """Read the data port, 60h."""
         return self.chip.pio_read(DATA, 1)
 
     def command(self, byte: int, *data: int) -> int | None:
-        """OUT 64h, then OUT 60h for each data byte; return what is answered."""
+        """Write a command to 64h and its data bytes to 60h.  Return the answer, or None."""
         self.chip.pio_write(STATUS, 1, byte)
         for value in data:
             self.chip.pio_write(DATA, 1, value)
@@ -38,23 +38,23 @@ class Port:
 
 @pytest.fixture
 def port() -> Port:
-    """A controller after reset."""
+    """Return a controller after reset."""
     return Port()
 
 
-def test_nothing_waits_and_input_is_taken_at_once(port: Port) -> None:
-    """Neither buffer is ever full when nobody asked."""
+def test_both_buffers_are_empty_after_reset(port: Port) -> None:
+    """Without a command, neither buffer is full."""
     assert port.status() & (OBF | IBF) == 0
 
 
 def test_seabios_finds_the_controller_and_no_keyboard(port: Port) -> None:
-    """Its set-up ends with the failed keyboard test, without a time-out."""
+    """SeaBIOS's setup ends with the failed keyboard test, without a timeout."""
     assert port.command(0xAA) == 0x55
     assert port.command(0xAB) not in (0, None)
 
 
 def test_linux_sets_the_controller_up_and_finds_no_mouse(port: Port) -> None:
-    """It reads the command byte twice, writes it, and asks for the second port in two ways."""
+    """Linux reads the command byte twice, writes it, and tests the second port in two ways."""
     assert port.command(0xAA) == 0x55
     control = port.command(0x20)
     assert control is not None
@@ -71,14 +71,14 @@ def test_linux_sets_the_controller_up_and_finds_no_mouse(port: Port) -> None:
 
 @pytest.mark.parametrize("command", [0x20, 0x2F, 0xA4, 0xA9, 0xAA, 0xAB, 0xC0, 0xD0])
 def test_every_command_with_an_answer_answers(port: Port, command: int) -> None:
-    """At the next look at the status port."""
+    """The next read of the status port shows the answer."""
     assert port.command(command) is not None
     assert not port.status() & OBF
 
 
 @pytest.mark.parametrize("before", [(), (0xD4,)])
 def test_byte_for_a_device_comes_back_as_no_response(port: Port, before: tuple[int, ...]) -> None:
-    """Keyboard and mouse alike."""
+    """The device is the keyboard or the mouse."""
     for command in before:
         port.chip.pio_write(STATUS, 1, command)
     port.chip.pio_write(DATA, 1, 0xFF)
@@ -87,14 +87,14 @@ def test_byte_for_a_device_comes_back_as_no_response(port: Port, before: tuple[i
 
 
 def test_answer_of_a_command_replaces_an_old_one(port: Port) -> None:
-    """A driver that did not fetch a byte is not confused by it later."""
+    """A byte that a driver has not read does not confuse it later."""
     port.chip.pio_write(DATA, 1, 0xED)
     assert port.command(0xAA) == 0x55
     assert not port.status() & OBF
 
 
 def test_port_switches_show_in_the_command_byte(port: Port) -> None:
-    """A7/A8 and AD/AE."""
+    """The commands are A7h, A8h, ADh and AEh."""
     for command in (0xA8, 0xAE):
         port.command(command)
     assert port.command(0x20) == 0x04
@@ -104,22 +104,22 @@ def test_port_switches_show_in_the_command_byte(port: Port) -> None:
 
 
 @pytest.mark.parametrize(("command", "resets"), [(0xFE, 1), (0xF0, 1), (0xFF, 0), (0xFD, 0)])
-def test_pulsing_the_reset_line(port: Port, command: int, resets: int) -> None:
-    """Bit 0 clear pulls it; FFh pulls nothing, and is what A20 code sends."""
+def test_pulse_of_the_reset_line(port: Port, command: int, resets: int) -> None:
+    """A command with bit 0 clear pulses the line.  FFh pulses no line; code for A20 sends it."""
     port.command(command)
     assert port.resets == resets
 
 
 @pytest.mark.parametrize(("value", "resets"), [(0xDF, 0), (0xDD, 0), (0xDE, 1)])
 def test_output_port(port: Port, value: int, resets: int) -> None:
-    """A20 can be switched and read back; the reset bit resets."""
+    """A20 can be written and read back.  Bit 0 clear resets."""
     port.command(0xD1, value)
     assert port.resets == resets
     assert port.command(0xD0) == value | 1
 
 
 def test_saved_state_continues(port: Port) -> None:
-    """Between a command and its data, with an answer waiting."""
+    """The state is between a command and its data, with an unread answer."""
     port.chip.pio_write(STATUS, 1, 0xAA)
     port.chip.pio_write(STATUS, 1, 0x60)
     other = Port()
@@ -131,7 +131,7 @@ def test_saved_state_continues(port: Port) -> None:
 
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 255), st.booleans()), max_size=60))
 def test_no_sequence_breaks_an_invariant(steps: list[tuple[int, int, bool]]) -> None:
-    """Input is always taken at once, values fit, and one read empties the buffer."""
+    """After random accesses, the input buffer is empty, values fit, and one read empties the output buffer."""
     port = Port()
     for offset, value, write in steps:
         if write:

@@ -1,4 +1,4 @@
-"""The clock, driven as BIOSes and operating systems do, on a clock and timers of our own."""
+"""The clock chip, used as by BIOSes and operating systems, with a fake host clock and fake timers."""
 
 import calendar
 import time
@@ -48,12 +48,12 @@ class Call:
         self.cancelled = False
 
     def cancel(self) -> None:
-        """Never make it."""
+        """Do not make this call."""
         self.cancelled = True
 
 
 class Board:
-    """A clock chip with its surroundings; time passes when `advance` says so."""
+    """A clock chip on a fake host, whose time passes only in `advance`."""
 
     def __init__(self, now: str = "2024-02-28 23:59:50", memory_bytes: int = 512 << 20, vcpus: int = 1) -> None:
         self.now_s = utc(now)
@@ -71,14 +71,14 @@ class Board:
         )
 
     def schedule(self, seconds: float, callback: object) -> Call:
-        """Remember."""
+        """Record a call."""
         assert seconds >= EARLIEST_S
         call = Call(self.monotonic_s + seconds, callback)
         self.calls.append(call)
         return call
 
     def advance(self, seconds: float) -> None:
-        """Let time pass, making due calls at their moment."""
+        """Let time pass, and make each due call at its time."""
         end_s = self.monotonic_s + seconds
         while True:
             self.calls = [call for call in self.calls if not call.cancelled]
@@ -96,7 +96,7 @@ class Board:
         self.monotonic_s = end_s
 
     def line(self) -> bool:
-        """IRQ 8."""
+        """Return the level of IRQ 8."""
         return bool(self.levels and self.levels[-1])
 
     def __getitem__(self, index: int) -> int:
@@ -108,18 +108,18 @@ class Board:
         self.rtc.pio_write(1, 1, value)
 
     def date(self) -> tuple[int, ...]:
-        """Read the time registers in BCD, most significant first, as hex digits read."""
+        """Return the time registers in BCD, from the century to the seconds."""
         return tuple(self[index] for index in (CENTURY, YEAR, MONTH, DAY, HOURS, MINUTES, SECONDS))
 
 
 @pytest.fixture
 def board() -> Board:
-    """Ten seconds before a leap day."""
+    """Return a clock that shows ten seconds before a leap day."""
     return Board()
 
 
 def test_time_is_read_in_bcd_and_24_hours_by_default(board: Board) -> None:
-    """UTC of the host, leap day included."""
+    """The time is the host's UTC, with leap days."""
     assert board.date() == (0x20, 0x24, 0x02, 0x28, 0x23, 0x59, 0x50)
     assert board[WEEKDAY] == 4  # a Wednesday
     assert board[CENTURY_PS2] == 0x20
@@ -130,7 +130,7 @@ def test_time_is_read_in_bcd_and_24_hours_by_default(board: Board) -> None:
 
 @pytest.mark.parametrize(("hour", "shown"), [(0, 12), (1, 1), (11, 11), (12, 0x8C), (13, 0x81), (23, 0x8B)])
 def test_binary_and_12_hour_mode(hour: int, shown: int) -> None:
-    """Noon and midnight are twelve."""
+    """Noon and midnight are shown as 12."""
     board = Board(f"2024-02-28 {hour:02}:59:50")
     board[REG_B] = BINARY
     assert board[HOURS] == shown
@@ -138,7 +138,7 @@ def test_binary_and_12_hour_mode(hour: int, shown: int) -> None:
 
 
 def test_linux_reads_the_time_when_no_update_is_in_progress(board: Board) -> None:
-    """UIP is set at the end of each second and the new second shows as it falls."""
+    """UIP is set at the end of each second.  The new second is shown when it is cleared."""
     board.advance(0.9)
     assert not board[REG_A] & 0x80
     board.advance(0.099)
@@ -151,7 +151,7 @@ def test_linux_reads_the_time_when_no_update_is_in_progress(board: Board) -> Non
 
 @pytest.mark.parametrize("mode", [H24, 0, H24 | BINARY, BINARY])
 def test_clock_is_set_the_way_linux_does(board: Board, mode: int) -> None:
-    """SET, divider reset, registers, and back: the clock starts half a second later."""
+    """Linux sets SET, holds the divider, writes the registers, and undoes both.  The clock starts 0.5 s later."""
     board[REG_B] = mode
     board[REG_B] = mode | SET
     board[REG_A] = 0x76
@@ -179,7 +179,7 @@ def test_clock_is_set_the_way_linux_does(board: Board, mode: int) -> None:
 
 
 def test_clock_can_be_set_while_it_runs(board: Board) -> None:
-    """SeaBIOS's INT 1Ah does; a date that is impossible in between comes out right."""
+    """SeaBIOS's INT 1Ah does that.  The result is correct even if the date is impossible in between."""
     for index, value in ((YEAR, 0x23), (DAY, 0x31), (MONTH, 0x03), (CENTURY_PS2, 0x21), (HOURS, 0x07)):
         board[index] = value
     assert board.date() == (0x21, 0x23, 0x03, 0x31, 0x07, 0x59, 0x50)
@@ -190,8 +190,8 @@ def test_clock_can_be_set_while_it_runs(board: Board) -> None:
     assert board[WEEKDAY] == 2
 
 
-def test_impossible_date_runs_on(board: Board) -> None:
-    """31 February is what a chip that only counts would make of it."""
+def test_impossible_date_becomes_a_later_one(board: Board) -> None:
+    """31 February 2024 becomes 2 March."""
     board[REG_B] = H24 | SET
     board[DAY] = 0x31
     board[REG_B] = H24
@@ -199,7 +199,7 @@ def test_impossible_date_runs_on(board: Board) -> None:
 
 
 def test_update_interrupt_comes_every_second(board: Board) -> None:
-    """And stays until register C is read."""
+    """The interrupt stays until register C is read."""
     board[REG_A] = 0x20  # no periodic flag
     board[REG_B] = H24 | UIE
     board.advance(0.9)
@@ -216,7 +216,7 @@ def test_update_interrupt_comes_every_second(board: Board) -> None:
 
 
 def test_set_bit_disables_the_update_interrupt(board: Board) -> None:
-    """As the data sheet has it."""
+    """The data sheet says that SET clears UIE."""
     board[REG_B] = H24 | UIE
     board[REG_B] = H24 | UIE | SET
     assert board[REG_B] == H24 | SET
@@ -225,7 +225,7 @@ def test_set_bit_disables_the_update_interrupt(board: Board) -> None:
 
 
 def test_alarm_interrupts_at_its_time(board: Board) -> None:
-    """However far away it is."""
+    """The alarm is hours away."""
     board[REG_A] = 0x20
     for index, value in ((HOURS_ALARM, 0x06), (MINUTES_ALARM, 0x30), (SECONDS_ALARM, 0x05)):
         board[index] = value
@@ -233,7 +233,7 @@ def test_alarm_interrupts_at_its_time(board: Board) -> None:
     board[REG_B] = H24 | AIE
     board.advance(10 + 6 * 3600 + 30 * 60 + 4.9)
     assert not board.line()
-    assert board.fired <= 400  # one look a minute, for a host clock that is set
+    assert board.fired <= 400  # one check a minute, because the host's clock may be set
     board.advance(0.2)
     assert board.line()
     assert board[REG_C] == IRQF | AF | UF
@@ -244,7 +244,7 @@ def test_alarm_interrupts_at_its_time(board: Board) -> None:
 
 
 def test_alarm_with_wild_cards(board: Board) -> None:
-    """Every hour and minute: once a minute."""
+    """With every hour and every minute, the alarm comes once a minute."""
     board[HOURS_ALARM] = board[MINUTES_ALARM] = 0xFF
     board[SECONDS_ALARM] = 0x30
     board[REG_B] = H24 | AIE
@@ -257,7 +257,7 @@ def test_alarm_with_wild_cards(board: Board) -> None:
 
 
 def test_alarm_that_never_matches_sets_no_timer(board: Board) -> None:
-    """Hour 25."""
+    """The alarm's hour is 25."""
     board[HOURS_ALARM] = 0x25
     board[REG_B] = H24 | AIE
     assert board.calls == []
@@ -265,8 +265,8 @@ def test_alarm_that_never_matches_sets_no_timer(board: Board) -> None:
     assert board.levels == []
 
 
-def test_new_alarm_is_not_held_against_the_past(board: Board) -> None:
-    """Setting 23:59:55 at 23:59:58 means tomorrow."""
+def test_new_alarm_in_the_past_is_for_the_next_day(board: Board) -> None:
+    """An alarm at 23:59:55 that is set at 23:59:58 comes the next day."""
     board.advance(8)
     board[REG_B] = H24 | AIE
     board[HOURS_ALARM], board[MINUTES_ALARM] = 0x23, 0x59
@@ -280,7 +280,7 @@ def test_new_alarm_is_not_held_against_the_past(board: Board) -> None:
 
 @pytest.mark.parametrize("rate", range(16))
 def test_every_rate_nibble(board: Board, rate: int) -> None:
-    """0 is off (a negative shift elsewhere); the fastest come as often as the host allows, no oftener."""
+    """Rate 0 is off.  The fastest rates give an interrupt every EARLIEST_S."""
     board[REG_A] = 0x20 | rate
     board[REG_B] = H24 | PIE
     ticks = 0
@@ -293,7 +293,7 @@ def test_every_rate_nibble(board: Board, rate: int) -> None:
 
 
 def test_seabios_counts_1024_hz(board: Board) -> None:
-    """Each tick is acknowledged and none is lost when the guest is a little late."""
+    """The guest acknowledges each tick, and no tick is lost when it is a little late."""
     board[REG_A] = 0x26
     board[REG_B] = H24 | PIE
     ticks = 0
@@ -305,7 +305,7 @@ def test_seabios_counts_1024_hz(board: Board) -> None:
 
 
 def test_unacknowledged_tick_costs_the_host_nothing(board: Board) -> None:
-    """No timer runs until register C is read, and what was missed is made up for in part only."""
+    """No timer runs until register C is read.  Only a part of the missed ticks comes later."""
     board[REG_A] = 0x23
     board[REG_B] = H24 | PIE
     board.advance(100)
@@ -323,7 +323,7 @@ def test_unacknowledged_tick_costs_the_host_nothing(board: Board) -> None:
 
 
 def test_polled_periodic_flag(board: Board) -> None:
-    """PF is set without PIE too, once for any number of periods."""
+    """PF is set even without PIE, once for any number of periods."""
     board[REG_C]
     assert not board[REG_C] & PF
     board.advance(0.5)
@@ -335,15 +335,15 @@ def test_polled_periodic_flag(board: Board) -> None:
 
 
 def test_enabling_an_interrupt_whose_flag_is_set_raises_it(board: Board) -> None:
-    """The flags do not wait for their enable bits."""
+    """Flags are set even while their enable bits are clear."""
     board.advance(1.5)
     board[REG_B] = H24 | UIE
     assert board.line()
     assert board[REG_C] & (IRQF | UF) == IRQF | UF
 
 
-def test_host_clock_that_jumps_back_is_survived(board: Board) -> None:
-    """An hour back: the guest's clock follows, and interrupts go on."""
+def test_clock_follows_a_host_clock_that_jumps_back(board: Board) -> None:
+    """The host's clock jumps back by an hour.  The guest's clock follows, and interrupts continue."""
     board[REG_B] = H24 | UIE
     board.advance(2)
     board[REG_C]
@@ -356,7 +356,7 @@ def test_host_clock_that_jumps_back_is_survived(board: Board) -> None:
 
 
 def test_call_for_an_interrupt_that_was_disabled_does_nothing(board: Board) -> None:
-    """It is left to come, and finds that nobody wants it."""
+    """The call is not cancelled, and does nothing when it comes."""
     board[REG_B] = H24 | PIE | UIE
     board[REG_B] = H24
     board.advance(5)
@@ -366,7 +366,7 @@ def test_call_for_an_interrupt_that_was_disabled_does_nothing(board: Board) -> N
 
 
 def test_guest_cannot_fill_memory_with_timers(board: Board) -> None:
-    """Each change of mind would otherwise leave a cancelled one behind in the event loop."""
+    """Otherwise each change of the registers would leave a cancelled timer in the event loop."""
     for round_ in range(3000):
         board[HOURS_ALARM] = round_ % 24
         board[REG_B] = H24 | AIE
@@ -378,7 +378,7 @@ def test_guest_cannot_fill_memory_with_timers(board: Board) -> None:
 
 
 def test_fixed_registers(board: Board) -> None:
-    """D says that the battery is good; C, D and UIP are not writable; 70h is not readable."""
+    """Register D shows a good battery.  C, D and UIP are not writable, and port 70h is not readable."""
     assert board[REG_D] == 0x80
     board[REG_D] = board[REG_C] = 0
     assert board[REG_D] == 0x80
@@ -397,7 +397,7 @@ def test_fixed_registers(board: Board) -> None:
     ],
 )
 def test_memory_size_is_where_a_bios_looks(memory_bytes: int, extended: int, above_16m: int, above_4g: int) -> None:
-    """SeaBIOS takes RAM below 4 GiB from 34h and 35h, and the number of CPUs from 5Fh."""
+    """SeaBIOS reads the RAM below 4 GiB from 34h and 35h, and the number of CPUs from 5Fh."""
     board = Board(memory_bytes=memory_bytes, vcpus=3)
     assert board[0x15] | board[0x16] << 8 == 640
     assert board[0x17] | board[0x18] << 8 == extended
@@ -408,20 +408,20 @@ def test_memory_size_is_where_a_bios_looks(memory_bytes: int, extended: int, abo
 
 
 def test_boot_order_in_cmos(board: Board) -> None:
-    """Disk, then CD, then network, when no bootorder file says otherwise."""
+    """Without a bootorder file the order is disk, CD, network."""
     order = board[0x3D] | (board[0x38] & 0xF0) << 4
     assert [order & 15, order >> 4 & 15, order >> 8] == [2, 3, 4]
 
 
 def test_memory_is_kept_and_the_index_wraps(board: Board) -> None:
-    """128 bytes; bit 7 of the index is the NMI mask, not an address."""
+    """The memory has 128 bytes.  Bit 7 of the index is the NMI mask and no part of the address."""
     board[0x7F] = 0x5A
     board.rtc.pio_write(0, 1, 0x7F)
     assert board.rtc.pio_read(1, 1) == 0x5A
 
 
 def test_saved_state_continues(board: Board) -> None:
-    """A clock that was set stays set, a pending interrupt pending, and time goes on."""
+    """The time that the guest has set and a pending interrupt are restored, and time goes on."""
     board[HOURS] = 0x05
     board[REG_B] = H24 | UIE
     board.advance(1.5)
@@ -437,7 +437,7 @@ def test_saved_state_continues(board: Board) -> None:
 
 
 def test_impossible_state_is_refused(board: Board) -> None:
-    """With a sentence; nothing changes."""
+    """The error names the value, and nothing changes."""
     state = board.rtc.state()
     with pytest.raises(ValueError, match="memory of 3 bytes"):
         board.rtc.restore(state | {"ram": b"abc"})
@@ -454,7 +454,7 @@ ACCESS = st.tuples(
 
 @given(st.lists(ACCESS, max_size=60))
 def test_no_sequence_breaks_an_invariant(steps: list[tuple[str, int]]) -> None:
-    """Random accesses: bytes come out, the line is true, and timers stay few."""
+    """After random accesses, reads give bytes, the line agrees with the registers, and timers are few."""
     board = Board()
     for kind, value in steps:
         if kind == "index":
@@ -466,7 +466,7 @@ def test_no_sequence_breaks_an_invariant(steps: list[tuple[str, int]]) -> None:
         elif kind == "advance":
             before = board.fired
             board.advance(value / 50)
-            # At most one unacknowledged tick and one look at the clock a second.
+            # At most one unacknowledged tick, and one check of the clock a second.
             assert board.fired - before <= value / 50 + 3
         else:
             board.now_s += (value - 128) * 100000
@@ -483,8 +483,8 @@ def test_no_sequence_breaks_an_invariant(steps: list[tuple[str, int]]) -> None:
 
 
 @given(st.integers(-62167219200, 253402300799))
-def test_any_second_of_ten_millennia_is_shown_and_set(second: int) -> None:
-    """Encoding agrees with the C library, and decoding with encoding."""
+def test_any_second_of_ten_thousand_years_is_shown_and_set(second: int) -> None:
+    """The shown date agrees with the C library, and a date that is set is shown again."""
     board = Board()
     board.now_s = second
     board[REG_B] = H24 | BINARY
@@ -500,11 +500,11 @@ def test_any_second_of_ten_millennia_is_shown_and_set(second: int) -> None:
     assert board.date() == before
 
 
-# ---- standing still: the machine's time stops, the host's goes on
+# ---- pauses: the machine's time stops, the host's goes on
 
 
-def stand_still(board: Board, seconds: float) -> None:
-    """Pause the machine: its timers run by the host's time, and those that are due meanwhile come when it goes on."""
+def pause_machine(board: Board, seconds: float) -> None:
+    """Pause the machine.  Timers follow the host's time, and those that are due in the pause come at its end."""
     board.now_s += seconds
     for call in board.calls:
         call.due_s = max(call.due_s - seconds, board.monotonic_s)
@@ -512,7 +512,7 @@ def stand_still(board: Board, seconds: float) -> None:
 
 
 def received(board: Board, seconds: float) -> Board:
-    """Send the machine away; it goes on some time later, on a host whose monotonic clock is another one."""
+    """Return the machine after a transfer that took some time, to a host with another monotonic clock."""
     other = Board()
     other.now_s, other.monotonic_s = board.now_s + seconds, 5.0
     other.rtc.restore(board.rtc.state())
@@ -521,8 +521,8 @@ def received(board: Board, seconds: float) -> Board:
 
 
 def pause(board: Board, seconds: float) -> Board:
-    """Do as `received`, where it is."""
-    stand_still(board, seconds)
+    """Return the same machine after a pause."""
+    pause_machine(board, seconds)
     return board
 
 
@@ -531,8 +531,8 @@ DIVIDER_HELD, DIVIDER_RUNS = 0x66, 0x26
 
 
 @EACH_WAY
-def test_the_date_goes_on_while_the_machine_stands_still(board: Board, stop: Callable[[Board, float], Board]) -> None:
-    """Three seconds later it is three seconds later; an hour that the guest has set stays."""
+def test_the_date_goes_on_during_a_pause(board: Board, stop: Callable[[Board, float], Board]) -> None:
+    """A pause of three seconds adds three seconds.  The hour that the guest has set stays."""
     board[HOURS] = 0x05
     board = stop(board, 3)
     assert (board[HOURS], board[MINUTES], board[SECONDS]) == (0x05, 0x59, 0x53)
@@ -542,10 +542,10 @@ def test_the_date_goes_on_while_the_machine_stands_still(board: Board, stop: Cal
 @pytest.mark.parametrize(("register", "held", "runs", "late_s"), [
     (REG_B, H24 | SET, H24, 0.0), (REG_A, DIVIDER_HELD, DIVIDER_RUNS, 0.5),
 ])  # fmt: skip
-def test_a_clock_that_is_held_loses_nothing_of_a_pause(
+def test_a_stopped_clock_adds_the_pause_when_it_runs(
     board: Board, stop: Callable[[Board, float], Board], register: int, held: int, runs: int, late_s: float
 ) -> None:
-    """What a guest has written is what it was when it stopped, and shows while it holds it; then the pause is added."""
+    """While the guest keeps the clock stopped, it shows the written values.  When it runs, the pause is added."""
     board[register] = held
     board[SECONDS] = 0x20
     board = stop(board, 3)
@@ -560,8 +560,8 @@ def test_a_clock_that_is_held_loses_nothing_of_a_pause(
 
 
 @EACH_WAY
-def test_only_time_in_which_the_guest_ran_is_held(board: Board, stop: Callable[[Board, float], Board]) -> None:
-    """Held for 2 s of its own with pauses of 3 and 4 s in between, it is 2 s late, for ever."""
+def test_only_time_in_which_the_guest_ran_is_lost(board: Board, stop: Callable[[Board, float], Board]) -> None:
+    """A clock that is stopped for 2 s of the guest's time, with pauses of 3 s and 4 s, is 2 s late from then on."""
     board[REG_B] = H24 | SET
     board.advance(1)
     board = stop(board, 3)
@@ -575,16 +575,16 @@ def test_only_time_in_which_the_guest_ran_is_held(board: Board, stop: Callable[[
     assert board[SECONDS] == int(str(late_s), 16)
 
 
-def test_a_clock_that_is_held_follows_a_host_that_is_set(board: Board) -> None:
-    """As one that runs does: an hour that the host was wrong."""
+def test_a_stopped_clock_follows_a_host_clock_that_is_set(board: Board) -> None:
+    """The host's clock is set back by an hour.  The guest's clock follows, as a running one does."""
     board[REG_B] = H24 | SET
     board.now_s -= 3600
     board[REG_B] = H24
     assert (board[HOURS], board[MINUTES]) == (0x22, 0x59)
 
 
-def test_a_stream_that_does_not_say_since_when_it_is_held(board: Board) -> None:
-    """Version 2 did not, nor up to when alarms were seen: they count from now on."""
+def test_a_stream_without_the_time_of_the_stop(board: Board) -> None:
+    """Version 2 had neither that time nor the time of the last check for alarms.  Both count from now on."""
     board[REG_B] = H24 | SET
     state = {name: value for name, value in board.rtc.state().items() if name not in ("seen_s", "tick_us", "held_us")}
     other = Board("2024-02-29 00:00:00")
@@ -596,10 +596,10 @@ def test_a_stream_that_does_not_say_since_when_it_is_held(board: Board) -> None:
 
 
 @EACH_WAY
-def test_an_alarm_that_was_due_meanwhile_comes_when_it_goes_on(
+def test_an_alarm_that_was_due_in_a_pause_comes_at_its_end(
     board: Board, stop: Callable[[Board, float], Board]
 ) -> None:
-    """Once, at once."""
+    """It comes once."""
     board[SECONDS_ALARM], board[MINUTES_ALARM], board[HOURS_ALARM] = 0x55, 0x59, 0x23
     board[REG_B] = H24 | AIE
     board.advance(0.5)
@@ -616,7 +616,7 @@ def test_an_alarm_that_was_due_meanwhile_comes_when_it_goes_on(
 def test_the_periodic_interrupt_goes_on_within_its_period(
     board: Board, stop: Callable[[Board, float], Board]
 ) -> None:
-    """Of half a second, 0.4 s have passed."""
+    """0.4 s of a period of 0.5 s have passed before the pause."""
     board[REG_A] = 0x2F
     board[REG_B] = H24 | PIE
     assert board[REG_C] == 0
@@ -630,7 +630,7 @@ def test_the_periodic_interrupt_goes_on_within_its_period(
 
 @pytest.mark.parametrize("registers", [{"seen_s": 1 << 60}, {"tick_us": -(1 << 70)}, {"held_us": 1 << 70}])
 def test_impossible_times_are_refused(board: Board, registers: dict[str, int]) -> None:
-    """No clock shows them."""
+    """Such a time is beyond the range of the clock."""
     with pytest.raises(ValueError, match=f"clock: {next(iter(registers))} of"):
         board.rtc.restore({**board.rtc.state(), **registers})
 
@@ -639,7 +639,7 @@ def test_impossible_times_are_refused(board: Board, registers: dict[str, int]) -
     {"seen_s": 0}, {"seen_s": 1 << 38}, {"tick_us": 1 << 58}, {"tick_us": -5}, {"held_us": 0}, {"held_us": -(1 << 58)},
 ])  # fmt: skip
 def test_any_other_time_does_no_harm(registers: dict[str, int]) -> None:
-    """A stream may say anything; the chip works on, and does not keep its host busy."""
+    """After any other time in a stream, the chip works and does not keep the host busy."""
     for control in (H24, H24 | SET, H24 | PIE | AIE | UIE):
         board = Board()
         board[REG_B] = control

@@ -1,4 +1,4 @@
-"""The UART, driven the way SeaBIOS's, Linux's and OpenBSD's drivers do."""
+"""The UART, used as by the drivers of SeaBIOS, Linux and OpenBSD."""
 
 import pytest
 from hypothesis import given
@@ -39,7 +39,7 @@ IIR_FIFO = 0xC0
 
 
 class Port:
-    """A UART with its surroundings: what went out, what the interrupt line did, how often there was room."""
+    """A UART with its output, the changes of its interrupt line, and a count of the calls of `on_room`."""
 
     def __init__(self) -> None:
         self.sent = bytearray()
@@ -48,25 +48,25 @@ class Port:
         self.uart = Uart(self.levels.append, self.sent.extend, self.on_room)
 
     def on_room(self) -> None:
-        """Count."""
+        """Count a call."""
         self.rooms += 1
 
     def line(self) -> bool:
-        """The interrupt line as it is now."""
+        """Return the level of the interrupt line."""
         return bool(self.levels and self.levels[-1])
 
     def read(self, register: int) -> int:
-        """IN."""
+        """Read a register."""
         return self.uart.pio_read(register, 1)
 
     def write(self, register: int, value: int) -> None:
-        """OUT."""
+        """Write a register."""
         self.uart.pio_write(register, 1, value)
 
 
 @pytest.fixture
 def port() -> Port:
-    """A UART after reset."""
+    """Return a UART after reset."""
     return Port()
 
 
@@ -81,8 +81,8 @@ def test_a_polling_driver_sends_without_waiting(port: Port) -> None:
 
 
 def test_linux_recognises_a_16550a(port: Port) -> None:
-    """The probe of Linux's 8250 driver, in its order."""
-    # IER has four bits, no more: else it would be an XScale or absent
+    """This is the probe of Linux's 8250 driver, in its order."""
+    # IER has exactly four bits.  Otherwise Linux would take the chip for an XScale, or for absent
     port.write(IER, 0)
     assert port.read(IER) & 0x0F == 0
     port.write(IER, 0x0F)
@@ -91,11 +91,11 @@ def test_linux_recognises_a_16550a(port: Port) -> None:
     port.write(IER, 0x40)
     assert port.read(IER) & 0x40 == 0
     port.write(IER, 0)
-    # The loop ties RTS to CTS and OUT2 to DCD
+    # Loopback connects RTS to CTS and OUT2 to DCD
     port.write(MCR, MCR_LOOP | 0x0A)
     assert port.read(MSR) & 0xF0 == 0x90
     port.write(MCR, 0)
-    # IIR says FIFO, and no later chip's registers appear behind LCR BFh
+    # IIR shows a FIFO, and with LCR BFh no registers of a later chip appear
     port.write(LCR, 0xBF)
     port.write(IIR_FCR, 0)
     port.write(LCR, 0)
@@ -115,7 +115,7 @@ def test_linux_recognises_a_16550a(port: Port) -> None:
 
 
 def test_linux_finds_a_working_transmitter_interrupt(port: Port) -> None:
-    """The two start-up tests that set UART_BUG_THRE and UART_BUG_TXEN on broken chips."""
+    """These are the two startup tests that set UART_BUG_THRE and UART_BUG_TXEN for broken chips."""
     port.write(IER, IER_THRI)
     first = port.read(IIR_FCR)
     port.write(IER, 0)
@@ -128,7 +128,7 @@ def test_linux_finds_a_working_transmitter_interrupt(port: Port) -> None:
 
 
 def test_linux_sends_with_interrupts(port: Port) -> None:
-    """Enable, 16 bytes per interrupt, disable when there is no more."""
+    """Linux enables the interrupt, sends 16 bytes for each, and disables it after the last byte."""
     port.write(IIR_FCR, FIFO_ON_TRIGGER_8)
     pending = bytes(range(40))
     port.write(IER, IER_RDI | IER_RLSI | IER_THRI)
@@ -148,8 +148,8 @@ def test_linux_sends_with_interrupts(port: Port) -> None:
     assert len(port.levels) == 8  # a rise and a fall for the start and each burst, not for each byte
 
 
-def test_transmitter_interrupt_is_taken_back_by_reading_iir(port: Port) -> None:
-    """Only when it is what IIR reports, and until the next byte."""
+def test_reading_iir_clears_the_transmitter_interrupt(port: Port) -> None:
+    """It is cleared only if IIR reports it, and until the next byte."""
     port.write(IER, IER_THRI)
     assert port.read(IIR_FCR) == IIR_THRI
     assert port.read(IIR_FCR) == IIR_NONE
@@ -159,7 +159,7 @@ def test_transmitter_interrupt_is_taken_back_by_reading_iir(port: Port) -> None:
 
 
 def test_transmitter_interrupt_hidden_by_another_stays(port: Port) -> None:
-    """Reading IIR for received data does not acknowledge the transmitter."""
+    """Reading IIR does not clear it while IIR reports received data."""
     port.write(IER, IER_THRI | IER_RDI)
     port.uart.receive(b"x")
     assert port.read(IIR_FCR) == IIR_RDI
@@ -167,8 +167,8 @@ def test_transmitter_interrupt_hidden_by_another_stays(port: Port) -> None:
     assert port.read(IIR_FCR) == IIR_THRI
 
 
-def test_without_fifo_each_byte_makes_an_edge(port: Port) -> None:
-    """A driver that acknowledges by writing THR alone gets its next interrupt."""
+def test_without_fifo_each_byte_gives_an_edge(port: Port) -> None:
+    """A driver that acknowledges only by writing THR gets its next interrupt."""
     port.write(IER, IER_THRI)
     port.write(DATA, 1)
     port.write(DATA, 2)
@@ -176,15 +176,15 @@ def test_without_fifo_each_byte_makes_an_edge(port: Port) -> None:
 
 
 def test_enabling_an_enabled_transmitter_interrupt_requests_nothing(port: Port) -> None:
-    """Rewriting IER with the same bit is no request."""
+    """To write IER with the same bit again requests no interrupt."""
     port.write(IER, IER_THRI)
     port.read(IIR_FCR)
     port.write(IER, IER_THRI | IER_RDI)
     assert port.read(IIR_FCR) == IIR_NONE
 
 
-def test_input_is_taken_up_to_the_fifo_and_read_in_order(port: Port) -> None:
-    """16 bytes with FIFO; the rest stays with its owner, who is called when there is room."""
+def test_input_fills_the_fifo_and_is_read_in_order(port: Port) -> None:
+    """The FIFO takes 16 bytes.  The owner keeps the rest, and is called when there is room."""
     port.write(IIR_FCR, FIFO_ON)
     data = bytes(range(1, 21))
     assert port.uart.receive(data) == FIFO_BYTES
@@ -203,8 +203,8 @@ def test_input_is_taken_up_to_the_fifo_and_read_in_order(port: Port) -> None:
     assert port.rooms == 1  # nothing was refused the second time
 
 
-def test_without_fifo_there_is_one_byte(port: Port) -> None:
-    """RBR alone."""
+def test_without_fifo_there_is_room_for_one_byte(port: Port) -> None:
+    """RBR holds one byte."""
     assert port.uart.receive(b"ab") == 1
     assert port.uart.receive(b"b") == 0
     assert port.read(DATA) == ord("a")
@@ -213,7 +213,7 @@ def test_without_fifo_there_is_one_byte(port: Port) -> None:
 
 
 def test_owner_may_deliver_from_within_on_room() -> None:
-    """The callback runs without the chip's lock."""
+    """`on_room` is called without the chip's lock."""
     left = bytearray(b"abc")
 
     def deliver() -> None:
@@ -226,7 +226,7 @@ def test_owner_may_deliver_from_within_on_room() -> None:
 
 
 def test_flushing_the_fifo_makes_room(port: Port) -> None:
-    """A driver that opens the port clears what was typed before."""
+    """A driver that opens the port clears earlier input."""
     port.write(IIR_FCR, FIFO_ON)
     port.uart.receive(bytes(20))
     port.write(IIR_FCR, FIFO_ON | 0x02)
@@ -235,7 +235,7 @@ def test_flushing_the_fifo_makes_room(port: Port) -> None:
 
 
 def test_switching_fifos_clears_them(port: Port) -> None:
-    """In both directions (8.4); nothing of a longer FIFO is left in a shorter one."""
+    """Enabling and disabling clear them (8.4).  No bytes of a longer FIFO are left in a shorter one."""
     port.write(IIR_FCR, FIFO_ON)
     port.uart.receive(b"abc")
     port.write(IIR_FCR, 0)
@@ -247,7 +247,7 @@ def test_switching_fifos_clears_them(port: Port) -> None:
 
 
 def test_receive_interrupt_says_timeout_below_the_trigger_level(port: Port) -> None:
-    """And "data available" from it on; both end when the FIFO is empty."""
+    """From the trigger level on, it says "data available".  Both end when the FIFO is empty."""
     port.write(IIR_FCR, FIFO_ON_TRIGGER_8)
     port.write(IER, IER_RDI)
     port.uart.receive(b"1234567")
@@ -263,7 +263,7 @@ def test_receive_interrupt_says_timeout_below_the_trigger_level(port: Port) -> N
 
 
 def test_break_is_seen_in_its_place(port: Port) -> None:
-    """Behind the byte before it, in front of the one after it, once."""
+    """It is seen once, between the bytes before and after it."""
     port.write(IIR_FCR, FIFO_ON)
     port.write(IER, IER_RDI | IER_RLSI)
     port.uart.receive(b"a")
@@ -282,7 +282,7 @@ def test_break_is_seen_in_its_place(port: Port) -> None:
 
 
 def test_break_is_not_lost_in_a_full_fifo(port: Port) -> None:
-    """It waits for room, and input behind it does, too."""
+    """The break waits for room, and later input waits too."""
     port.uart.receive(b"a")
     port.uart.send_break()
     assert port.uart.receive(b"b") == 0
@@ -294,7 +294,7 @@ def test_break_is_not_lost_in_a_full_fifo(port: Port) -> None:
 
 
 def test_loopback_returns_bytes_and_keeps_them_off_the_line(port: Port) -> None:
-    """What is sent in the loop is received, and input from outside waits."""
+    """In loopback, sent bytes are received, and input from outside waits."""
     port.write(IIR_FCR, FIFO_ON)
     port.write(MCR, MCR_LOOP)
     port.write(DATA, 0xAE)
@@ -309,7 +309,7 @@ def test_loopback_returns_bytes_and_keeps_them_off_the_line(port: Port) -> None:
 
 @pytest.mark.parametrize(("fcr", "kept"), [(0, bytes([17])), (FIFO_ON, bytes(range(1, 17)))])
 def test_loopback_overrun(port: Port, fcr: int, kept: bytes) -> None:
-    """With FIFO the new byte is lost, without the old one; LSR says so once (8.3)."""
+    """With a FIFO the new byte is lost, and without one the old byte.  LSR shows the overrun once (8.3)."""
     port.write(IIR_FCR, fcr)
     port.write(IER, IER_RLSI)
     port.write(MCR, MCR_LOOP)
@@ -323,7 +323,7 @@ def test_loopback_overrun(port: Port, fcr: int, kept: bytes) -> None:
 
 
 def test_modem_status_shows_changes_once(port: Port) -> None:
-    """In the loop: four outputs on four inputs; the ring's delta marks its end only."""
+    """In loopback four outputs drive four inputs.  The delta bit of RI marks the end of the ring only."""
     assert port.read(MSR) == 0xB0
     port.write(IER, IER_MSI)
     port.write(MCR, MCR_LOOP | 0x04)  # RI rises, the other three fall
@@ -341,7 +341,7 @@ def test_modem_status_shows_changes_once(port: Port) -> None:
 
 
 def test_divisor_and_scratch_are_kept_apart_from_data(port: Port) -> None:
-    """DLAB swaps two registers."""
+    """DLAB selects the divisor in place of two registers."""
     port.write(LCR, 0x83)
     port.write(DATA, 0x34)
     port.write(IER, 0x12)
@@ -354,7 +354,7 @@ def test_divisor_and_scratch_are_kept_apart_from_data(port: Port) -> None:
 
 
 def test_status_registers_cannot_be_written(port: Port) -> None:
-    """LSR and MSR are for reading."""
+    """LSR and MSR are read-only."""
     port.write(LSR, 0xFF)
     port.write(MSR, 0xFF)
     assert port.read(LSR) == LSR_EMPTY
@@ -362,7 +362,7 @@ def test_status_registers_cannot_be_written(port: Port) -> None:
 
 
 def test_saved_state_continues(port: Port) -> None:
-    """Bytes, errors, pending requests and the line all survive."""
+    """Bytes, errors, pending requests and the line are restored."""
     port.write(IIR_FCR, FIFO_ON_TRIGGER_8)
     port.write(IER, IER_RDI | IER_THRI)
     port.uart.receive(b"ab")
@@ -378,7 +378,7 @@ def test_saved_state_continues(port: Port) -> None:
 
 
 def test_impossible_state_is_refused(port: Port) -> None:
-    """A stream from elsewhere cannot make a FIFO that never was."""
+    """A stream cannot create an impossible FIFO."""
     state = port.uart.state()
     with pytest.raises(ValueError, match="receiver of 17 bytes"):
         port.uart.restore(state | {"rx": bytes(17), "rx_errors": bytes(17)})
@@ -399,7 +399,7 @@ STEPS = st.lists(
 
 @given(STEPS)
 def test_no_sequence_breaks_an_invariant(steps: list[tuple[str, int, int]]) -> None:
-    """Random accesses: registers stay bytes, the FIFO bounded, the line true, the owner never forgotten."""
+    """After random accesses registers are bytes, the FIFO is bounded, the line is right, and the owner was called."""
     port = Port()
     refused = False
     rooms = 0
@@ -425,7 +425,7 @@ def test_no_sequence_breaks_an_invariant(steps: list[tuple[str, int, int]]) -> N
         assert bool(port.uart.lsr & LSR_DR) == bool(rx)
         if not ier:
             assert not port.line()
-        if refused and port.rooms == rooms:  # still waiting: there must be a reason
+        if refused and port.rooms == rooms:  # the owner still waits, so there must be a reason
             assert rx or mcr & MCR_LOOP
     assert all(a != b for a, b in zip(port.levels, port.levels[1:], strict=False))
     twin = Port()

@@ -1,4 +1,4 @@
-"""The two reset ports."""
+"""The two reset ports, CF9h and 92h."""
 
 import pytest
 from hypothesis import given
@@ -14,12 +14,12 @@ class Count:
         self.calls = 0
 
     def __call__(self) -> None:
-        """Count one."""
+        """Count a call."""
         self.calls += 1
 
 
 def test_linux_resets_through_cf9() -> None:
-    """It chooses the kind of reset first, then raises the reset bit."""
+    """Linux writes the kind of reset first, and then sets the reset bit."""
     reset = Count()
     port = ResetPort(reset)
     port.pio_write(0, 1, port.pio_read(0, 1) & ~0x0E | 0x02)
@@ -32,7 +32,7 @@ def test_linux_resets_through_cf9() -> None:
 
 @pytest.mark.parametrize(("value", "resets"), [(0x00, 0), (0x02, 0), (0x04, 1), (0x0E, 1), (0xFB, 0)])
 def test_cf9_resets_on_bit_2(value: int, resets: int) -> None:
-    """ACPI's RESET_VALUE is one write; a soft reset starts the VM anew as well."""
+    """ACPI's RESET_VALUE is a single write.  A soft reset restarts the VM too."""
     reset = Count()
     ResetPort(reset).pio_write(0, 1, value)
     assert reset.calls == resets
@@ -40,7 +40,7 @@ def test_cf9_resets_on_bit_2(value: int, resets: int) -> None:
 
 @pytest.mark.parametrize(("value", "resets", "shown"), [(0x00, 0, 0x00), (0x02, 0, 0x02), (0x03, 1, 0x02)])
 def test_port_92(value: int, resets: int, shown: int) -> None:
-    """Bit 0 resets and bit 1 is the A20 gate, open at first."""
+    """Bit 0 resets.  Bit 1 is the A20 gate, which is open at first."""
     reset = Count()
     port = SystemControlA(reset)
     assert port.pio_read(0, 1) == 0x02
@@ -50,8 +50,8 @@ def test_port_92(value: int, resets: int, shown: int) -> None:
 
 
 @given(st.lists(st.integers(0, 255), max_size=20))
-def test_state_goes_along(values: list[int]) -> None:
-    """Whatever was written."""
+def test_state_is_restored(values: list[int]) -> None:
+    """The state is restored after any writes."""
     for kind in (ResetPort, SystemControlA):
         port, other = kind(Count()), kind(Count())
         for value in values:

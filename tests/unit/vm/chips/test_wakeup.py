@@ -1,4 +1,4 @@
-"""The one future call of a chip."""
+"""A chip has one future call at a time."""
 
 import threading
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from vmd.vm.chips.wakeup import EARLIEST_S, Wakeup
 
 
 class Loop:
-    """An event loop whose time is ours."""
+    """An event loop with a fake time."""
 
     def __init__(self) -> None:
         self.now_s = 100.0
@@ -21,29 +21,29 @@ class Loop:
         self.wakeup = Wakeup(self.schedule, lambda: self.now_s, self.lock, self.look)
 
     def schedule(self, seconds: float, callback: Callable[[], None]) -> "Loop":
-        """Remember; the loop itself is the handle."""
+        """Record a call.  The loop itself is the handle."""
         self.waits.append(seconds)
         self.callbacks.append(callback)
         return self
 
     def cancel(self) -> None:
-        """Count."""
+        """Count a cancelled call."""
         self.cancelled += 1
 
     def look(self) -> None:
-        """Count, under the chip's lock."""
+        """Count a call, which must have the chip's lock."""
         assert self.lock.locked()
         self.looks += 1
 
 
 @pytest.fixture
 def loop() -> Loop:
-    """A loop with nothing scheduled."""
+    """Return a loop without a scheduled call."""
     return Loop()
 
 
 def test_looks_once(loop: Loop) -> None:
-    """And may then be asked again."""
+    """After the call, a new one can be scheduled."""
     loop.wakeup.within(2.0)
     assert loop.waits == [2.0]
     loop.callbacks[0]()
@@ -53,7 +53,7 @@ def test_looks_once(loop: Loop) -> None:
 
 
 def test_keeps_a_call_that_comes_soon_enough(loop: Loop) -> None:
-    """Whatever is asked for later."""
+    """A request for a later time changes nothing."""
     loop.wakeup.within(2.0)
     loop.wakeup.within(5.0)
     loop.now_s += 1
@@ -63,7 +63,7 @@ def test_keeps_a_call_that_comes_soon_enough(loop: Loop) -> None:
 
 
 def test_replaces_a_call_that_comes_too_late(loop: Loop) -> None:
-    """The old one does nothing, even if it was on its way."""
+    """The old call does nothing, even if it is already under way."""
     loop.wakeup.within(5.0)
     loop.wakeup.within(2.0)
     assert loop.waits == [5.0, 2.0]
@@ -76,6 +76,6 @@ def test_replaces_a_call_that_comes_too_late(loop: Loop) -> None:
 
 @pytest.mark.parametrize("wait_s", [0.0, -7.5, 1e-9])
 def test_never_at_once(loop: Loop, wait_s: float) -> None:
-    """What is overdue still lets the event thread breathe."""
+    """Even an overdue call waits for EARLIEST_S, so that the event thread can do other work."""
     loop.wakeup.within(wait_s)
     assert loop.waits == [EARLIEST_S]
