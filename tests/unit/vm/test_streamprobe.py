@@ -100,7 +100,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("raw", BAD.values(), ids=BAD)
-def test_a_bad_answer_of_a_process_that_was_taken_over_is_refused(raw: bytes) -> None:
+def test_a_bad_answer_is_refused(raw: bytes) -> None:
     """The answer determines how many processes are started, so their number has a limit."""
     with pytest.raises(ValueError, match=r"answer of|devices"):
         unpack(raw)
