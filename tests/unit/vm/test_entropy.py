@@ -177,7 +177,7 @@ def test_huge_request_gets_the_bytes_of_one_request_44(driver: Driver, length: i
     assert driver.works()
 
 
-def test_the_event_thread_does_its_other_work_in_between(driver: Driver) -> None:
+def test_other_events_are_handled_in_between(driver: Driver) -> None:
     """After some requests, or many bytes, the event thread handles its other events."""
     done: list[int] = []
     for length, at_once in ((8, TURN_REQUESTS), (REQUEST_MAX, 1)):
