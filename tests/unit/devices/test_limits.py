@@ -1,4 +1,4 @@
-"""What disks and interfaces let pass each second, by a clock of the test's own: as much as they may, and no more."""
+"""Limited disks and interfaces pass as much each second as their limits allow, by a fake clock."""
 
 import os
 import socket
@@ -30,7 +30,7 @@ SECONDS = 2
 
 
 class Clock:
-    """Stands still but for `wait`."""
+    """A clock that the test sets."""
 
     def __init__(self) -> None:
         self.now_s = 1000.0
@@ -46,7 +46,7 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """Give the clock of all buckets."""
+    """Return the fake clock of all buckets."""
     made = Clock()
     monkeypatch.setattr(bucket, "time", made)
     return made
@@ -56,7 +56,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 class Services:
-    """A process whose timer is the test's."""
+    """The process of a disk.  It keeps the timer for the test."""
 
     def __init__(self) -> None:
         self.figures = unseen("vioblk")
@@ -64,51 +64,51 @@ class Services:
         self.device: Vioblk | None = None
 
     def interrupt(self, queue: int) -> None:
-        """Nobody hears it."""
+        """Do nothing."""
 
     def watch(self, fd: int, handler: Callable[[], None]) -> None:
-        """Nothing is waited for."""
+        """Do nothing."""
 
     def serve(self, number: int) -> None:
-        """Do it at once."""
+        """Serve the queue at once."""
         assert self.device is not None
         while self.device.on_notify(number):
             pass
         self.device.on_done()
 
     def call_after(self, delay_s: float, handler: Callable[[], None]) -> None:
-        """Keep it."""
+        """Keep the timer."""
         assert delay_s > 0
         self.timer = delay_s, handler
 
     def report(self, *troubles: str) -> None:
-        """Nobody asks."""
+        """Do nothing."""
 
     def tell_config(self) -> None:
-        """Nobody asks."""
+        """Do nothing."""
 
     def lock_lost(self, why: str) -> None:
-        """It is not."""
+        """Fail, because no lock is lost in these tests."""
         raise AssertionError(why)
 
     def changed(self, error: OSError | None = None) -> None:
-        """Nobody asks."""
+        """Do nothing."""
 
 
 class Now(Workers):
-    """Workers that are done when they are asked."""
+    """Workers that finish a job in `submit`."""
 
     def __init__(self) -> None:
         self.done = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
     def submit(self, job: Callable[[], None]) -> None:
-        """Do it."""
+        """Do a job."""
         job()
         os.eventfd_write(self.done, 1)
 
 
 class Disk:
-    """A limited disk, and a driver that always has as much in its ring as fits."""
+    """A limited disk, and a driver that keeps its ring full."""
 
     def __init__(self, clock: Clock, bytes_each: int, *, kind: int = spec.VIRTIO_BLK_T_IN) -> None:
         self.clock = clock
@@ -129,14 +129,14 @@ class Disk:
             self.ring.offer(3 * head)
 
     def served(self) -> int:
-        """Return how many requests were served since the last look; all are offered again."""
+        """Return how many requests were served since the last call, and offer them again."""
         heads = [head for head, _ in self.ring.reap()]
         for head in heads:
             self.ring.offer(head)
         return len(heads)
 
     def run(self, seconds: float) -> int:
-        """Have time go by; return how many requests were served."""
+        """Let time pass.  Return how many requests were served."""
         until_s = self.clock.now_s + seconds
         total = 0
         self.services.serve(0)
@@ -154,12 +154,12 @@ class Disk:
             handler()
 
     def throttled(self) -> tuple[int, int]:
-        """Return how often, and for how long, requests had to wait."""
+        """Return how often, and for how many ns, requests had to wait."""
         figures = dict(zip(devmsg.FIGURES["vioblk"], self.services.figures, strict=True))
         return figures["throttled"], figures["throttled_ns"]
 
     def close(self) -> None:
-        """Let go of everything."""
+        """Release all resources."""
         self.device.quiesce(forget=True)
         self.device.close()
         os.close(self.device.workers.done)
@@ -170,7 +170,7 @@ class Disk:
 
 @pytest.fixture
 def disk(clock: Clock) -> Iterator[Disk]:
-    """Give a disk whose guest reads 4 KiB at a time."""
+    """Yield a disk whose guest reads 4 KiB at a time."""
     made = Disk(clock, 4096)
     yield made
     made.close()
@@ -178,7 +178,7 @@ def disk(clock: Clock) -> Iterator[Disk]:
 
 @pytest.mark.parametrize("iops", [1, 3, 7, 50, 999])
 def test_requests_of_a_disk(disk: Disk, iops: int) -> None:
-    """So many a second, whatever the number."""
+    """The number of requests a second is limited."""
     disk.device.limit(iops, 0)
     served = disk.run(SECONDS)
     assert 0 <= served - iops * SECONDS + max(1, iops // 50) <= 2 * max(1, iops * KEPT_S) + ROUND
@@ -191,7 +191,7 @@ def test_requests_of_a_disk(disk: Disk, iops: int) -> None:
     ("rate", "each"), [(64 << 10, 512), (64 << 10, 256 << 10), (1_000_000, 4096), (100 << 20, 256 << 10)]
 )
 def test_bytes_of_a_disk(clock: Clock, rate: int, each: int) -> None:
-    """Small requests or large ones, larger than what may pass in a second too: the rate is that of all."""
+    """The bytes a second are limited for small and large requests, even if one has more bytes than pass in a second."""
     made = Disk(clock, each)
     made.device.limit(0, rate)
     passed = made.run(SECONDS) * each
@@ -201,15 +201,15 @@ def test_bytes_of_a_disk(clock: Clock, rate: int, each: int) -> None:
 
 
 def test_both_limits_of_a_disk(disk: Disk) -> None:
-    """The one that is reached first counts."""
+    """The limit that is reached first counts."""
     disk.device.limit(1000, 64 << 10)
     assert abs(disk.run(SECONDS) * 4096 - SECONDS * (64 << 10)) <= 2 * (ROUND * 4096 + (64 << 10))
     disk.device.limit(5, 1 << 30)
     assert abs(disk.run(SECONDS) - SECONDS * 5) <= ROUND
 
 
-def test_writes_count_as_reads_do(clock: Clock) -> None:
-    """Together."""
+def test_writes_count_like_reads(clock: Clock) -> None:
+    """The limit holds for writes too."""
     made = Disk(clock, 4096, kind=spec.VIRTIO_BLK_T_OUT)
     made.device.limit(100, 0)
     assert abs(made.run(SECONDS) - SECONDS * 100) <= ROUND + 10
@@ -217,7 +217,7 @@ def test_writes_count_as_reads_do(clock: Clock) -> None:
 
 
 def test_a_limit_that_is_lifted_while_requests_wait(disk: Disk) -> None:
-    """They are served at once, and the disk has not been throttled since."""
+    """The requests are served at once.  Later time does not count as throttled."""
     disk.device.limit(1, 0)
     disk.run(3)
     assert disk.device.throttled.now
@@ -229,8 +229,8 @@ def test_a_limit_that_is_lifted_while_requests_wait(disk: Disk) -> None:
     assert disk.throttled() == before
 
 
-def test_what_waits_keeps_no_machine_from_standing_still(disk: Disk) -> None:
-    """Requests stay in the ring, and are served after the pause."""
+def test_waiting_requests_do_not_delay_a_pause(disk: Disk) -> None:
+    """They stay in the ring, and are served after the pause."""
     disk.device.limit(1, 0)
     disk.run(1)
     disk.device.quiesce(forget=False)
@@ -240,7 +240,7 @@ def test_what_waits_keeps_no_machine_from_standing_still(disk: Disk) -> None:
 
 
 def test_an_idle_guest_is_not_throttled(clock: Clock) -> None:
-    """Only who has something waiting has waited."""
+    """Time counts as throttled only while requests wait."""
     made = Disk(clock, 4096)
     made.device.limit(made.heads, 0)
     clock.now_s += 1
@@ -261,19 +261,19 @@ def test_an_idle_guest_is_not_throttled(clock: Clock) -> None:
 
 
 class NoThreads:
-    """A process that hears of nothing."""
+    """A process without threads, which ignores all calls."""
 
     def __init__(self) -> None:
         self.figures = unseen("vionet")
 
     def interrupt(self, queue: int) -> None:
-        """Nobody listens."""
+        """Do nothing."""
 
     def post(self, job: Callable[[], None]) -> None:
-        """Nobody does it."""
+        """Do nothing."""
 
     def broke(self, text: str) -> None:
-        """It is not."""
+        """Fail, because no ring is broken in these tests."""
         raise AssertionError(text)
 
 
@@ -281,7 +281,7 @@ FRAME = any_frame(1000)
 
 
 class Wire:
-    """One queue of a limited interface, without its thread, and what is at its other end."""
+    """One queue of a limited interface, without its thread, and the other end of its tap."""
 
     def __init__(self, clock: Clock, rate: int) -> None:
         self.clock = clock
@@ -298,15 +298,15 @@ class Wire:
         self.worker.limit(rate)
 
     def made(self) -> Transmitter | Receiver:
-        """Return the queue's half of the device."""
+        """Return the device's worker for this queue."""
         raise NotImplementedError
 
     def refill(self) -> None:
-        """Have more that is to pass."""
+        """Provide more frames."""
         raise NotImplementedError
 
     def run(self, seconds: float) -> int:
-        """Have time go by as the thread would; return how many bytes have passed."""
+        """Let time pass and serve the queue as its thread does.  Return how many bytes have passed."""
         until_s, before = self.clock.now_s + seconds, self.worker.bytes
         while True:
             self.refill()
@@ -318,7 +318,7 @@ class Wire:
                 self.clock.now_s = self.worker.until_s
 
     def close(self) -> None:
-        """Let go of everything."""
+        """Release all resources."""
         self.host.close()
         for fd in (self.tap.fd, self.kick):
             os.close(fd)
@@ -330,10 +330,10 @@ class Wire:
 
 
 class Out(Wire):
-    """A guest that sends as much as it can."""
+    """A guest that always has frames to send."""
 
     def made(self) -> Transmitter:
-        """Return the transmit queue's half."""
+        """Return the worker of a transmit queue."""
         worker = Transmitter(NoThreads(), self.kick, self.tap, fail)
         worker.header = 12
         self.memory.load(DATA, bytes(12) + FRAME)
@@ -341,7 +341,7 @@ class Out(Wire):
         return worker
 
     def refill(self) -> None:
-        """Offer frames, and take those away that have arrived."""
+        """Offer frames, and read those that have arrived."""
         self.ring.reap()
         while (self.ring.avail_idx - self.queue.next_avail & 0xFFFF) < 8:
             self.ring.offer(0)
@@ -353,10 +353,10 @@ class Out(Wire):
 
 
 class In(Wire):
-    """A network that sends more than is taken."""
+    """A network that always has frames for the guest."""
 
     def made(self) -> Receiver:
-        """Return the receive queue's half."""
+        """Return the worker of a receive queue."""
         worker = Receiver(NoThreads(), self.kick, self.tap, fail)
         worker.configure(12, mergeable=True, sums=True)
         for head in range(SIZE):
@@ -365,7 +365,7 @@ class In(Wire):
         return worker
 
     def refill(self) -> None:
-        """Send frames, and offer what the guest has seen again."""
+        """Send frames, and offer used buffers again."""
         for head, _ in self.ring.reap():
             self.ring.offer(head)
         try:
@@ -376,14 +376,14 @@ class In(Wire):
 
 
 def fail(error: OSError) -> None:
-    """Fail."""
+    """Raise the error."""
     raise error
 
 
 @pytest.mark.parametrize("direction", [In, Out])
 @pytest.mark.parametrize("rate", [64 << 10, 1_000_000])
 def test_bytes_of_an_interface(clock: Clock, direction: type[Wire], rate: int) -> None:
-    """As many in each direction; so few frames are taken in one turn that the rest come evenly."""
+    """Each direction has the limit.  One turn takes so few frames that they pass evenly."""
     wire = direction(clock, rate)
     passed = wire.run(SECONDS)
     most_at_once = wire.worker.budget * len(FRAME) + rate * KEPT_S
@@ -403,8 +403,8 @@ def test_bytes_of_an_interface(clock: Clock, direction: type[Wire], rate: int) -
     wire.close()
 
 
-def test_a_bucket_lets_pass_what_its_rate_is(clock: Clock) -> None:
-    """Of what was not used a tenth of a second is kept; what was too much is made up for."""
+def test_a_bucket_has_its_rate_and_a_small_burst(clock: Clock) -> None:
+    """The unused rate of 0.1 s is kept.  After more than that has passed, the bucket makes the caller wait."""
     one = Bucket(1000)
     clock.now_s += 3600
     assert one.wait_s() == 0.0

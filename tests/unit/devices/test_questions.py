@@ -1,4 +1,4 @@
-"""What a device's process is asked and told: no message of its own has the number of one that all have."""
+"""The messages of device processes: no message of one kind has the number of a message for all kinds."""
 
 import pytest
 
@@ -8,8 +8,8 @@ from vmd.devices.vionet.main import NetProcess
 
 
 @pytest.mark.parametrize("kind", [VioblkProcess, NetProcess])
-def test_what_all_are_asked_each_answers(kind: type[Process]) -> None:
-    """Else its own answer would be given to another question."""
+def test_messages_for_all_kinds_keep_their_handlers(kind: type[Process]) -> None:
+    """Otherwise a process would handle a message as another one."""
     assert Process.QUESTIONS.items() <= kind.QUESTIONS.items()
     assert Process.INFORMS.items() <= kind.INFORMS.items()
     assert not kind.QUESTIONS.keys() & kind.INFORMS.keys()

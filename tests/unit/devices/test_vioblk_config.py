@@ -1,4 +1,4 @@
-"""What a disk says of itself, and what it counts, without a process."""
+"""The configuration space and the counters of a disk, without a process."""
 
 import errno
 import gc
@@ -24,7 +24,7 @@ from vmd.virtio.queue import Queue
 WCE = 1 << spec.VIRTIO_BLK_F_CONFIG_WCE
 DISCARDS, ZEROES = 1 << spec.VIRTIO_BLK_F_DISCARD, 1 << spec.VIRTIO_BLK_F_WRITE_ZEROES
 ALWAYS = 1 << spec.VIRTIO_BLK_F_SEG_MAX | 1 << spec.VIRTIO_BLK_F_BLK_SIZE | FLUSHES
-WRITEBACK = 32  # of the configuration space
+WRITEBACK = 32  # offset in the configuration space
 PLACES = {name: place for place, name in enumerate(FIGURES["vioblk"])}
 
 
@@ -36,7 +36,7 @@ def new(*, writable: bool = True, granularity: int = 4096, size: int = DISK) -> 
 
 
 def test_configuration_of_a_disk_that_is_written() -> None:
-    """Field by field (5.2.4)."""
+    """Each field has its value (5.2.4)."""
     disk = new(size=DISK + 511)
     space = disk.config
     assert struct.unpack_from("<Q", space, 0) == (DISK // 512,)
@@ -53,15 +53,15 @@ def test_configuration_of_a_disk_that_is_written() -> None:
 
 
 def test_configuration_of_a_disk_that_is_only_read() -> None:
-    """Nothing is said of what may not be asked for."""
+    """Features and fields for requests that write are absent."""
     disk = new(writable=False)
     assert disk.features == ALWAYS | 1 << spec.VIRTIO_BLK_F_RO
     assert disk.config[36:] == bytes(24)
     os.close(disk.workers.done)
 
 
-def test_zeroes_may_be_asked_for_by_less_than_a_cluster() -> None:
-    """If a cluster is larger than what one request may zero, the maximum is not rounded down to nothing."""
+def test_the_most_zeroes_of_a_request_are_never_0() -> None:
+    """If a cluster is larger than the most that one request may zero, that maximum is not rounded down to 0."""
     granularity = 2 * WRITE_ZEROES_MAX_SECTORS * 512
     disk = new(granularity=granularity)
     _, _, alignment, zeroes = struct.unpack_from("<4I", disk.config, 36)
@@ -70,7 +70,7 @@ def test_zeroes_may_be_asked_for_by_less_than_a_cluster() -> None:
 
 
 class Driven:
-    """A disk with a ring, and the driver's half of it."""
+    """A disk with a ring, and its driver."""
 
     def __init__(self, memory: GuestMemory, features: int, workers: Now | None = None) -> None:
         self.memory = memory
@@ -83,7 +83,7 @@ class Driven:
         self.disk.activate(EVENT_IDX | features, [self.queue])
 
     def ask(self, kind: int, sector: int, *data: Desc) -> int:
-        """Make a request, and have it served; return its status."""
+        """Send a request, and return its status."""
         self.memory.write(HEADERS, struct.pack("<IIQ", kind, 0, sector))
         self.memory.write(HEADERS + 256, b"\xee")
         self.ring.add([Desc(HEADERS, 16), *data, Desc(HEADERS + 256, 1, WRITE)])
@@ -93,12 +93,12 @@ class Driven:
         return self.memory.read(HEADERS + 256, 1)[0]
 
     def figure(self, name: str) -> int:
-        """Return what was counted."""
+        """Return a counter."""
         found: int = self.disk.figures[PLACES[name]]
         return found
 
     def close(self) -> None:
-        """Let go of memory."""
+        """Release the memory."""
         self.disk.quiesce(forget=True)
         self.queue = None
         os.close(self.workers.done)
@@ -106,7 +106,7 @@ class Driven:
 
 @pytest.fixture
 def drive() -> Iterator[Callable[..., Driven]]:
-    """Give what makes a disk with a driver."""
+    """Yield a function that makes a disk with a driver."""
     made: list[Driven] = []
     with GuestMemory.create(LAYOUT) as memory:
 
@@ -117,11 +117,11 @@ def drive() -> Iterator[Callable[..., Driven]]:
         yield make
         for each in made:
             each.close()
-        gc.collect()  # errors that were raised know where that was, and so the views of memory there
+        gc.collect()  # tracebacks of errors that were raised hold views of the memory
 
 
 def test_the_figures_of_a_disk(drive: Callable[..., Driven]) -> None:
-    """Each kind of request, with its bytes; errors and refusals apart; nothing counts elsewhere."""
+    """Each kind of request has its own counters of requests and bytes.  Errors and refused requests have theirs."""
     driven = drive(FLUSHES | DISCARDS | ZEROES)
     span = struct.pack("<QII", 8, 8, 0)
     driven.memory.write(DATA + 8192, span)
@@ -153,7 +153,10 @@ def test_the_figures_of_a_disk(drive: Callable[..., Driven]) -> None:
     [(0, True, True), (FLUSHES, False, False), (WCE, True, True), (FLUSHES | WCE, False, True)],
 )
 def test_when_a_write_is_done(drive: Callable[..., Driven], accepted: int, through: bool, then: bool) -> None:
-    """5.2.6.2: at once if the driver can flush; and what it writes to `writeback` counts if it may write there."""
+    """5.2.6.2: a write is done when the image has it if the driver can flush, and else when it is on stable storage.
+
+    A write to `writeback` changes that only if the driver accepted CONFIG_WCE.
+    """
     driven = drive(accepted)
     disk = driven.disk
     assert disk.write_through == through
@@ -165,7 +168,7 @@ def test_when_a_write_is_done(drive: Callable[..., Driven], accepted: int, throu
 
 
 def test_writes_that_were_acknowledged_are_flushed_when_the_mode_changes(drive: Callable[..., Driven]) -> None:
-    """Once, however often that happens before the flush is done; and none if nothing changes."""
+    """Several changes before the flush is done cause one flush.  A write without a change causes none."""
     workers = Held()
     driven = drive(FLUSHES | WCE, workers)
     disk = driven.disk
@@ -191,7 +194,7 @@ def test_writes_that_were_acknowledged_are_flushed_when_the_mode_changes(drive: 
     ],
 )  # fmt: skip
 def test_one_bit_of_the_configuration_can_be_written(offset: int, data: bytes, kept: int) -> None:
-    """The lowest of `writeback`, by an access of whatever width that has it; the rest stays."""
+    """It is the lowest bit of `writeback`, written by an access of any width.  All other bits stay."""
     disk = new()
     before = disk.config
 
@@ -201,8 +204,8 @@ def test_one_bit_of_the_configuration_can_be_written(offset: int, data: bytes, k
     os.close(disk.workers.done)
 
 
-def test_a_disk_that_has_grown_tells(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its guest the capacity, its VM that all is well; one that cannot grow tells why, and nothing else."""
+def test_a_disk_that_grows_reports_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The guest gets the new capacity, and the VM the success.  If it cannot grow, the VM only gets the error."""
     disk = new()
     told: list[object] = []
     monkeypatch.setattr(disk.services, "tell_config", lambda: told.append("config"))
@@ -242,7 +245,7 @@ def test_a_disk_that_has_grown_tells(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_all_that_is_wrong_with_a_disk_is_reported(
     monkeypatch: pytest.MonkeyPatch, remark: str, flushes: str, lock: str, reported: tuple[str, ...]
 ) -> None:
-    """At each change, whole: what is left out is mended."""
+    """Each report has all troubles.  A trouble that is missing in a report has ended."""
     disk = new()
     told: list[tuple[str, ...]] = []
     monkeypatch.setattr(disk.services, "report", lambda *troubles: told.append(troubles))
@@ -256,10 +259,10 @@ def test_all_that_is_wrong_with_a_disk_is_reported(
     os.close(disk.workers.done)
 
 
-def test_flushes_that_fail_are_told_once(
+def test_failing_flushes_are_reported_once(
     drive: Callable[..., Driven], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """And once more when they work again, or when what failed is worse."""
+    """The next report comes when flushes work again, or when a failure is worse."""
     driven = drive(FLUSHES)
     told: list[tuple[str, ...]] = []
     monkeypatch.setattr(driven.services, "report", lambda *troubles: told.append(troubles))
@@ -281,7 +284,7 @@ def test_flushes_that_fail_are_told_once(
 
 
 def test_threads_have_names() -> None:
-    """By which they are told apart in a list of processes."""
+    """A list of threads shows these names."""
     workers = Workers(1)
     found: SimpleQueue[str] = SimpleQueue()
 

@@ -1,4 +1,4 @@
-"""The lock of a disk whose guest may go on elsewhere, on real files with real locks."""
+"""The lock of a disk whose guest may move to another host, with real files and real locks."""
 
 import contextlib
 import errno
@@ -25,14 +25,14 @@ CLUSTER = 1 << 16
 
 
 def opened(path: Path, kind: str, *, writable: bool = True) -> "Image":
-    """Return a disk as a VM has it, with its lock."""
+    """Return an open and locked image, as a VM has it."""
     fd = os.open(path, os.O_RDWR if writable else os.O_RDONLY)
     lock(fd, str(path), writable=writable)
     return open_chain([Link(fd=fd, path=str(path), format=kind)], writable=writable)
 
 
 def is_free(path: Path) -> bool:
-    """Return whether somebody else could write to it."""
+    """Return whether another process could lock the image for writing."""
     fd = os.open(path, os.O_RDWR)
     try:
         lock(fd, str(path), writable=True)
@@ -45,14 +45,14 @@ def is_free(path: Path) -> bool:
 
 @pytest.fixture(params=["raw", "qcow2"])
 def kind(request: pytest.FixtureRequest) -> str:
-    """Give a format."""
+    """Return an image format."""
     found: str = request.param
     return found
 
 
 @pytest.fixture
 def path(tmp_path: Path, kind: str) -> Path:
-    """Give an empty image."""
+    """Return the path of an empty image."""
     path = tmp_path / "disk"
     with new_file(str(path)) as fd:
         write_empty(fd, str(path), kind, BYTES)
@@ -60,12 +60,12 @@ def path(tmp_path: Path, kind: str) -> Path:
 
 
 def lose(image: "Image") -> None:
-    """Take the lock away, as storage does that was cut off."""
+    """Remove the lock, as happens when network storage was disconnected."""
     unlock(image.fd)
 
 
-def test_a_lock_that_is_there_is_found(path: Path, kind: str) -> None:
-    """However often one looks; nobody else can have it meanwhile."""
+def test_a_lock_that_is_held_is_found(path: Path, kind: str) -> None:
+    """Every check finds the lock, and it is never free in between."""
     image = opened(path, kind)
     hand_over = HandOver(image)
     for _ in range(3):
@@ -74,8 +74,8 @@ def test_a_lock_that_is_there_is_found(path: Path, kind: str) -> None:
     image.close()
 
 
-def test_a_lock_that_somebody_else_has_is_lost(path: Path, kind: str) -> None:
-    """Nothing is handed over then; it is taken back when they have let go, and not before."""
+def test_a_lock_that_another_process_has_is_lost(path: Path, kind: str) -> None:
+    """The disk cannot be handed over.  The lock is taken back only after the other process has released it."""
     image = opened(path, kind)
     hand_over = HandOver(image)
     lose(image)
@@ -84,7 +84,7 @@ def test_a_lock_that_somebody_else_has_is_lost(path: Path, kind: str) -> None:
     assert hand_over.let_go() == 1
     assert hand_over.take_back() == devmsg.TAKEN_IN_USE
     os.close(other.fd)
-    assert is_free(path), "a lost lock is not taken again unless somebody wants that"
+    assert is_free(path), "a lost lock is taken again only on request"
     assert "somebody else has locked" in hand_over.check()
     assert hand_over.take_back() == devmsg.TAKEN
     assert hand_over.check() == ""
@@ -93,7 +93,7 @@ def test_a_lock_that_somebody_else_has_is_lost(path: Path, kind: str) -> None:
 
 
 def test_a_lock_that_nobody_else_has_is_taken_again(path: Path, kind: str) -> None:
-    """A server that has started anew knows nothing of it: all marks are there again, those for QEMU too."""
+    """After a restart, a file server has lost the lock.  All its bytes are locked again, also those for QEMU."""
     image = opened(path, kind)
     lose(image)
     assert HandOver(image).check() == ""
@@ -105,8 +105,8 @@ def test_a_lock_that_nobody_else_has_is_taken_again(path: Path, kind: str) -> No
     image.close()
 
 
-def test_a_storage_that_does_not_say_counts_as_lost(path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its error is in the sentence; what can be locked again is taken back."""
+def test_a_lock_counts_as_lost_if_storage_fails(path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reason has the error.  The lock is taken back when storage works again."""
     image = opened(path, kind)
     hand_over = HandOver(image)
     with monkeypatch.context() as patch:
@@ -118,12 +118,12 @@ def test_a_storage_that_does_not_say_counts_as_lost(path: Path, kind: str, monke
 
 
 def refused(_fd: int) -> None:
-    """Fail as a file system does whose servers are gone."""
+    """Fail as a network file system without its servers."""
     raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
 
 
 def test_no_reader_keeps_a_writer_from_its_lock(path: Path, kind: str) -> None:
-    """Whoever may only read the file has no lock that counts as a loss."""
+    """Locks of processes that can only read the file do not count as a loss."""
     image = opened(path, kind)
     reader = os.open(path, os.O_RDONLY)
     for byte in range(300):
@@ -134,8 +134,8 @@ def test_no_reader_keeps_a_writer_from_its_lock(path: Path, kind: str) -> None:
     image.close()
 
 
-def test_what_is_let_go_or_only_read_is_not_looked_after(path: Path, kind: str) -> None:
-    """Nothing is locked by looking."""
+def test_a_released_or_read_only_disk_is_not_checked(path: Path, kind: str) -> None:
+    """A check does not lock such an image."""
     image = opened(path, kind)
     hand_over = HandOver(image)
     hand_over.let_go()
@@ -150,7 +150,7 @@ def test_what_is_let_go_or_only_read_is_not_looked_after(path: Path, kind: str) 
 
 
 def test_let_go_and_taken_back(path: Path, kind: str) -> None:
-    """Somebody else may have it in between; asked twice, it is the same."""
+    """Another process may lock it in between.  A second request changes nothing."""
     image = opened(path, kind)
     hand_over = HandOver(image)
     assert not is_free(path)
@@ -163,8 +163,8 @@ def test_let_go_and_taken_back(path: Path, kind: str) -> None:
     image.close()
 
 
-def test_it_ends_without_another_write(path: Path, kind: str) -> None:
-    """What was freed has its refcounts stored before: the next one who opens it reads and writes what is there."""
+def test_a_released_disk_is_closed_without_another_write(path: Path, kind: str) -> None:
+    """The refcounts of freed clusters are stored before the release, so the next user of the image finds them."""
     image = opened(path, kind)
     image.pwritev(0, [memoryview(b"x" * 4 * CLUSTER)])
     image.flush()
@@ -177,8 +177,8 @@ def test_it_ends_without_another_write(path: Path, kind: str) -> None:
     assert (path.read_bytes(), path.stat().st_mtime_ns) == before
 
 
-def test_somebody_has_it(path: Path, kind: str) -> None:
-    """It is not taken back before they let it go."""
+def test_a_disk_that_is_in_use_is_not_taken_back(path: Path, kind: str) -> None:
+    """It is taken back after the other process has released it."""
     image = opened(path, kind)
     hand_over = HandOver(image)
     hand_over.let_go()
@@ -190,8 +190,8 @@ def test_somebody_has_it(path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["write", "truncate"])
-def test_somebody_has_written_to_it(path: Path, kind: str, how: str) -> None:
-    """Never taken back, and free for others."""
+def test_a_disk_that_was_written_to_is_not_taken_back(path: Path, kind: str, how: str) -> None:
+    """The lock stays free for others."""
     image = opened(path, kind)
     hand_over = HandOver(image)
     hand_over.let_go()
@@ -207,8 +207,8 @@ def test_somebody_has_written_to_it(path: Path, kind: str, how: str) -> None:
     image.close()
 
 
-def test_what_is_only_read_is_kept(path: Path, kind: str) -> None:
-    """It may be read at both ends."""
+def test_a_read_only_disk_keeps_its_lock(path: Path, kind: str) -> None:
+    """Both hosts may read the image."""
     image = opened(path, kind, writable=False)
     hand_over = HandOver(image)
     assert hand_over.let_go() == 0
@@ -217,8 +217,8 @@ def test_what_is_only_read_is_kept(path: Path, kind: str) -> None:
     image.close()
 
 
-def test_its_guest_has_run_elsewhere_and_has_not_written(path: Path, kind: str) -> None:
-    """That is known from the image all the same, which has the bytes that it had."""
+def test_a_guest_that_ran_elsewhere_without_writing_is_noticed(path: Path, kind: str) -> None:
+    """The other host has changed the image's mark, but not its content."""
     image = opened(path, kind)
     hand_over = HandOver(image)
     hand_over.let_go()

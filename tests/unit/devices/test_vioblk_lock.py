@@ -1,4 +1,4 @@
-"""A disk that finds out whether it still has its lock, while its requests hang in the storage."""
+"""A disk checks whether it still has its lock, even while its requests hang in the storage."""
 
 import contextlib
 import errno
@@ -22,17 +22,17 @@ DEADLINE_MS = 60_000
 
 
 class Hanging(Workers):
-    """Workers of which none ever comes back."""
+    """Workers that never finish a job."""
 
     def __init__(self) -> None:
         self.done = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
     def submit(self, job: Callable[[], None]) -> None:
-        """Keep it for ever."""
+        """Drop the job, as if it hung for ever."""
 
 
 class Services:
-    """What the disk's VM hears."""
+    """The process of the disk.  It records the messages to the VM."""
 
     def __init__(self) -> None:
         self.figures = unseen("vioblk")
@@ -41,29 +41,29 @@ class Services:
         self.troubles: tuple[str, ...] = ()
 
     def interrupt(self, queue: int) -> None:
-        """No queue."""
+        """Do nothing."""
 
     def watch(self, fd: int, handler: Callable[[], None]) -> None:
-        """The test looks itself."""
+        """Do nothing: the test polls the descriptor."""
 
     def serve(self, number: int) -> None:
-        """No queue."""
+        """Do nothing."""
 
     def call_after(self, delay_s: float, handler: Callable[[], None]) -> None:
-        """Nothing has to wait."""
+        """Do nothing."""
 
     def report(self, *troubles: str) -> None:
-        """Keep it."""
+        """Keep the troubles."""
         self.troubles = troubles
 
     def tell_config(self) -> None:
-        """Nobody asks."""
+        """Do nothing."""
 
     def changed(self, error: OSError | None = None) -> None:
-        """Nobody asks."""
+        """Do nothing."""
 
     def lock_lost(self, why: str) -> None:
-        """Keep it; in the end, end the thread."""
+        """Keep the reason.  After the test, end the thread."""
         if self.over:
             raise SystemExit
         self.lost.put(why)
@@ -71,13 +71,13 @@ class Services:
 
 @pytest.fixture
 def services() -> Services:
-    """What is heard."""
+    """Return the recorded process."""
     return Services()
 
 
 @pytest.fixture
 def disk(tmp_path: Path, services: Services, monkeypatch: pytest.MonkeyPatch) -> Iterator[Vioblk]:
-    """Give a locked disk whose workers hang, and which looks at its lock all the time."""
+    """Yield a locked disk whose workers hang.  It checks its lock every 10 ms."""
     monkeypatch.setattr(device, "CHECK_LOCK_S", 0.01)
     path = tmp_path / "disk"
     path.write_bytes(bytes(4096))
@@ -98,28 +98,28 @@ def disk(tmp_path: Path, services: Services, monkeypatch: pytest.MonkeyPatch) ->
 
 @contextlib.contextmanager
 def stolen(disk: Vioblk) -> Iterator[None]:
-    """Have somebody else lock the image, and wait until the disk has found out."""
+    """Have another file description lock the image, and wait until the disk notices."""
     other = os.open(disk.image.path, os.O_RDWR)
     try:
-        with disk.hand_over._changing:  # as it looks all the time, it would have locked it again
+        with disk.hand_over._changing:  # otherwise a check in between would lock it again
             unlock(disk.image.fd)
             lock(other, disk.image.path, writable=True)
-        hear(disk)
+        report_news(disk)
         yield
     finally:
         os.close(other)
 
 
-def hear(disk: Vioblk) -> None:
-    """Wait until it has found something new, and let it say that."""
+def report_news(disk: Vioblk) -> None:
+    """Wait until the lock's thread has news, and let the disk report it."""
     poll = select.poll()
     poll.register(disk.workers.done, select.POLLIN)
-    assert poll.poll(DEADLINE_MS), "it has not looked"
+    assert poll.poll(DEADLINE_MS), "the lock was not checked"
     disk.on_done()
 
 
-def test_requests_that_hang_do_not_keep_it_from_looking(disk: Vioblk, services: Services) -> None:
-    """The VM hears of a lost lock again and again, and what is wrong until it is taken back."""
+def test_hanging_requests_do_not_prevent_checks(disk: Vioblk, services: Services) -> None:
+    """Each check reports the lost lock to the VM.  It is a trouble of the disk until it is taken back."""
     with stolen(disk):
         assert services.lost.get(timeout=DEADLINE_MS / 1000).startswith("its lock is lost")
         assert services.lost.get(timeout=DEADLINE_MS / 1000).startswith("its lock is lost")
@@ -131,21 +131,21 @@ def test_requests_that_hang_do_not_keep_it_from_looking(disk: Vioblk, services: 
     assert disk.hand_over.check() == ""
 
 
-def test_an_error_of_the_storage_is_a_loss(
+def test_an_error_of_the_storage_counts_as_a_loss(
     disk: Vioblk, services: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The VM hears what it was."""
+    """The report has the error."""
 
     def fail(_fd: int) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(handover, "refresh", fail)
-    hear(disk)
+    report_news(disk)
     assert services.lost.get(timeout=DEADLINE_MS / 1000) == f"its lock may be lost: {os.strerror(errno.EIO)}"
 
 
-def test_what_is_lost_is_not_finished(disk: Vioblk) -> None:
-    """Its process ends without a write."""
+def test_a_disk_with_a_lost_lock_is_not_finished(disk: Vioblk) -> None:
+    """Its process ends without writing to the image."""
     with stolen(disk):
         before = os.fstat(disk.image.fd).st_mtime_ns
         disk.close()
@@ -153,7 +153,7 @@ def test_what_is_lost_is_not_finished(disk: Vioblk) -> None:
 
 
 def wait_until_settled(disk: Vioblk) -> None:
-    """Wait until it has found out how its image was left."""
+    """Wait until the disk has read the mark of its image."""
     deadline_s = time.monotonic() + DEADLINE_MS / 1000
     while not disk.hand_over.settled:
         assert time.monotonic() < deadline_s
@@ -169,10 +169,10 @@ def wait_until_settled(disk: Vioblk) -> None:
         (True, True, devmsg.TAKEN_WRITTEN),
     ],
 )
-def test_whether_somebody_has_written_to_it_meanwhile(
+def test_writes_of_others_during_a_pause_are_noticed(
     disk: Vioblk, monkeypatch: pytest.MonkeyPatch, ours: bool, theirs: bool, found: int
 ) -> None:
-    """Since the VM stands still; what it wrote itself before that, with the lock lost already, does not count."""
+    """Writes after the start of the pause count.  The VM's own writes after the loss and before the pause do not."""
     monkeypatch.setattr(device, "LOST_LOCK_S", 0.01)
     with stolen(disk):
         if ours:
@@ -185,11 +185,11 @@ def test_whether_somebody_has_written_to_it_meanwhile(
     assert disk.take_back() == found
     with stolen(disk):
         wait_until_settled(disk)
-    assert disk.take_back() == devmsg.TAKEN  # once more, and the first time is forgotten
+    assert disk.take_back() == devmsg.TAKEN  # a second loss does not depend on the first one
 
 
-def test_what_happened_before_it_stood_still_is_not_known(disk: Vioblk, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When its storage does not tell, either."""
+def test_writes_before_a_pause_make_the_result_unsure(disk: Vioblk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The result is also unsure if the storage has no mark."""
     with stolen(disk):
         touch(disk, 1)
     assert disk.take_back() == devmsg.TAKEN_UNSURE
@@ -200,6 +200,6 @@ def test_what_happened_before_it_stood_still_is_not_known(disk: Vioblk, monkeypa
 
 
 def touch(disk: Vioblk, byte: int) -> None:
-    """Write to the image, at a time of its own."""
+    """Write to the image, and set its time of change to a value that no other write has."""
     os.pwrite(disk.image.fd, bytes([byte]), 0)
     os.utime(disk.image.fd, ns=(byte, byte))

@@ -1,4 +1,4 @@
-"""The hot loop of vioblk does what the slow walk does, on any ring."""
+"""The hot loop of vioblk has the same results as a simple implementation, for any ring."""
 
 import contextlib
 import errno
@@ -40,8 +40,8 @@ from vmd.ipc import devmsg
 from vmd.virtio import spec
 from vmd.virtio.queue import Queue
 
-Row = tuple[int | None, int, int, int | None]  # gpa or the next free place, length, flags, next or the following
-# descriptors, type, sector; in a table of its own, odd bytes of that
+Row = tuple[int | None, int, int, int | None]  # gpa (None: next free place), length, flags, next (None: following)
+# (descriptors, type, sector), in an indirect table, extra bytes of that table
 Requests = list[tuple[tuple[list[Row], int, int], bool, int]]
 
 SIZE = 16
@@ -54,7 +54,7 @@ FEATURES = st.sampled_from([0, EVENT_IDX, INDIRECT_DESC | EVENT_IDX]).flatmap(
 CONTENT = random.Random(2).randbytes(DISK)
 HEADERS = DATA - 0x8000
 TABLES, TABLE_BYTES = DATA - 0x4000, 512
-DATA_BYTES = 2 << 20  # more than any requests have
+DATA_BYTES = 2 << 20  # more than all requests together have
 PREADV = os.preadv
 
 
@@ -71,79 +71,79 @@ class MemoryDisk:
         self.bytes = bytearray(CONTENT)
 
     def settle(self) -> None:
-        """Nothing is in memory only."""
+        """Do nothing."""
 
     def reload(self) -> None:
-        """Nobody else writes to it."""
+        """Do nothing."""
 
     def finish(self) -> None:
-        """Leave nothing to be stored later."""
+        """Do nothing."""
 
     def preadv(self, offset: int, views: Sequence[memoryview]) -> None:
-        """Read."""
+        """Read into the views."""
         for view in views:
             view[:] = self.bytes[offset : offset + len(view)]
             offset += len(view)
 
     def pwritev(self, offset: int, views: Sequence[memoryview]) -> None:
-        """Write."""
+        """Write from the views."""
         for view in views:
             self.bytes[offset : offset + len(view)] = view
             offset += len(view)
 
     def flush(self) -> None:
-        """Nothing is behind it."""
+        """Do nothing."""
 
     def discard(self, offset: int, length: int) -> None:
-        """Be seen."""
+        """Fill with a pattern, so that the test can see it."""
         self.bytes[offset : offset + length] = b"\xdd" * length
 
     def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
-        """Be seen."""
+        """Fill with the value of `unmap`, so that the test can see it."""
         self.bytes[offset : offset + length] = bytes((unmap,)) * length
 
     def span(self, offset: int) -> tuple[bool, int]:
-        """Data everywhere."""
+        """Return that all of the disk is data."""
         return True, DISK - offset
 
     def grow(self, size: int) -> None:
-        """Nobody asks."""
+        """Do nothing."""
 
     def content(self) -> bytes:
-        """Return all of it."""
+        """Return the content."""
         return bytes(self.bytes)
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing."""
 
 
 class FileDisk(RawImage):
-    """A disk in a file, which the hot loop reads and writes past the image."""
+    """A disk in a file.  The hot loop reads and writes the file directly, without the image's methods."""
 
     def __init__(self, fd: int, writable: bool) -> None:
         os.pwrite(fd, CONTENT, 0)
         super().__init__(fd, "disk", writable=writable)
 
     def discard(self, offset: int, length: int) -> None:
-        """Be seen, as above; what a hole has in it is the file system's."""
+        """Fill with a pattern, as above.  A real hole would depend on the file system."""
         os.pwrite(self.fd, b"\xdd" * length, offset)
 
     def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
-        """Be seen."""
+        """Fill with the value of `unmap`, as above."""
         os.pwrite(self.fd, bytes((unmap,)) * length, offset)
 
     def content(self) -> bytes:
-        """Return all of it."""
+        """Return the content."""
         return os.pread(self.fd, DISK, 0)
 
 
 def disk_in_memory_file(writable: bool) -> FileDisk:
-    """Return a disk on a file system that does not know RWF_NOWAIT."""
+    """Return a disk on a file system without RWF_NOWAIT."""
     return FileDisk(os.memfd_create("disk"), writable)
 
 
 def disk_in_file(writable: bool) -> FileDisk:
-    """Return a disk on a file system that may know it."""
+    """Return a disk on a file system that may have RWF_NOWAIT."""
     return FileDisk(os.open(tempfile.gettempdir(), os.O_RDWR | os.O_TMPFILE), writable)
 
 
@@ -152,81 +152,81 @@ DISKS: list[Callable[[bool], Disk]] = [MemoryDisk, disk_in_memory_file, disk_in_
 
 
 class Now(Workers):
-    """Workers that are done when they are asked."""
+    """Workers that finish a job in `submit`."""
 
     def __init__(self) -> None:
         self.done = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
     def submit(self, job: Callable[[], None]) -> None:
-        """Do it."""
+        """Do a job."""
         job()
         os.eventfd_write(self.done, 1)
 
 
 class Held(Now):
-    """Workers that are done when somebody waits for them."""
+    """Workers that do their jobs in `release`."""
 
     def __init__(self) -> None:
         super().__init__()
         self.held: list[Callable[[], None]] = []
 
     def submit(self, job: Callable[[], None]) -> None:
-        """Keep it."""
+        """Keep a job."""
         self.held.append(job)
 
     def release(self) -> None:
-        """Do all."""
+        """Do all jobs."""
         while self.held:
             super().submit(self.held.pop())
 
 
 class Services:
-    """A process without a guest behind it."""
+    """A device process without a guest."""
 
     def __init__(self) -> None:
         self.figures = unseen("vioblk")
 
     def interrupt(self, queue: int) -> None:
-        """Nobody hears it."""
+        """Do nothing."""
 
     def watch(self, fd: int, handler: Callable[[], None]) -> None:
-        """Nothing is waited for."""
+        """Do nothing."""
 
     def serve(self, number: int) -> None:
-        """Nothing stays behind."""
+        """Do nothing."""
 
     def call_after(self, delay_s: float, handler: Callable[[], None]) -> None:
-        """Nothing has to wait."""
+        """Do nothing."""
 
     def report(self, *troubles: str) -> None:
-        """Nobody asks."""
+        """Do nothing."""
 
     def lock_lost(self, why: str) -> None:
-        """Nobody locks anything here."""
+        """Fail, because no lock is lost in these tests."""
         raise AssertionError(why)
 
     def tell_config(self) -> None:
-        """Nobody asks."""
+        """Do nothing."""
 
     def changed(self, error: OSError | None = None) -> None:
-        """Nobody asks."""
+        """Do nothing."""
 
 
 class ServedAgain(Services):
-    """A process that serves the device's queue when it is asked to."""
+    """A process that serves the device's queue again on request."""
 
     def __init__(self) -> None:
         super().__init__()
         self.device: Vioblk | None = None
 
     def serve(self, number: int) -> None:
-        """Do it at once."""
+        """Serve the queue at once."""
         assert self.device is not None
         assert number == 0  # the only queue
         self.device.on_notify(number)
 
 
-# Mostly what drivers do, and from everything else something.
+# Mostly the values of real drivers, and some of everything else.
 GPAS = st.sampled_from([None] * 8 + [0, EXTRA - 5, EXTRA + (1 << 20) - 1, ROM, 1 << 40, (1 << 64) - 1])
 LENGTHS = st.sampled_from([512, 512, 512, 1024, 1, 1, 16, 16, 0, 3, 509, 4096, 0xFFFFFFFF])
 FLAGS = st.sampled_from([NEXT, NEXT | WRITE, NEXT | WRITE, WRITE, WRITE, 0, INDIRECT, INDIRECT | NEXT, 8 | NEXT])
@@ -242,7 +242,7 @@ LONG = [[64] * 8, [512] * 9]
 
 @st.composite
 def usual(draw: st.DrawFn, pieces: list[list[int]]) -> tuple[list[Row], int, int]:
-    """Return a read or write as drivers send it."""
+    """Return a read or write as real drivers send it."""
     kind = draw(st.sampled_from([0, 1]))
     lengths = draw(st.lists(st.sampled_from(pieces), min_size=1, max_size=3))
     flags = NEXT | (0 if kind else WRITE)
@@ -252,7 +252,7 @@ def usual(draw: st.DrawFn, pieces: list[list[int]]) -> tuple[list[Row], int, int
 
 @st.composite
 def nearly_usual(draw: st.DrawFn, pieces: list[list[int]]) -> tuple[list[Row], int, int]:
-    """Return the same but for one field."""
+    """Return a usual request with one other field."""
     rows, kind, sector = draw(usual(pieces))
     place, field = draw(st.integers(0, len(rows) - 1)), draw(st.integers(0, 5))
     gpa, length, flags, following = rows[place]
@@ -280,7 +280,7 @@ STATUS_IN_ROM: list[Row] = [HEAD, INTO, (ROM, 1, WRITE, None)]
 LONG_INTO_ROM: list[Row] = [(ROM, 16, NEXT, None), *[(ROM + 4096, 512, NEXT | WRITE, None)] * 9, LAST]
 LONG_AND_FROM: list[Row] = [HEAD, *[INTO] * 5, (None, 512, NEXT, None), *[INTO] * 5, LAST]
 LONG_WITH_GAP: list[Row] = [(None, 16, NEXT, 2), *[INTO] * 9, LAST]
-ODD_BYTES = st.sampled_from([0, 0, 0, 0, 0, 1, 8, 16])  # what an indirect table is longer than its descriptors
+ODD_BYTES = st.sampled_from([0, 0, 0, 0, 0, 1, 8, 16])  # bytes of an indirect table after its descriptors
 REQUESTS = st.one_of(
     st.tuples(st.one_of(CHAINS, usual(SHORT), nearly_usual(SHORT), nearly_usual(SHORT)), st.booleans(), ODD_BYTES),
     st.tuples(st.one_of(usual(LONG), nearly_usual(LONG), nearly_usual(LONG)), st.just(True), st.just(0)),
@@ -288,7 +288,7 @@ REQUESTS = st.one_of(
 
 
 def build(memory: GuestMemory, requests: Requests) -> Ring:
-    """Lay requests out; no two descriptors share memory, except where they are wrong."""
+    """Put requests into a ring.  No two descriptors share memory, except for wrong ones."""
     ring = Ring(memory, SIZE)
     at, place = 0, DATA
     memory.load(DATA, random.Random(3).randbytes(256 * 1024))
@@ -314,7 +314,7 @@ def build(memory: GuestMemory, requests: Requests) -> Ring:
 
 @contextlib.contextmanager
 def rings(requests: Requests, features: int) -> Iterator[tuple[GuestMemory, Ring, Queue]]:
-    """Give fresh memory, the driver's side and the device's."""
+    """Yield new memory, a ring of the driver and the queue of the device."""
     with GuestMemory.create(LAYOUT) as memory:
         ring = build(memory, requests)
         queue = Queue(memory, features, SIZE, ring.desc, ring.avail, ring.used)
@@ -325,7 +325,7 @@ def rings(requests: Requests, features: int) -> Iterator[tuple[GuestMemory, Ring
 
 
 def reference(queue: Queue, disk: Disk, features: int) -> str:
-    """Serve all requests the obvious way; return what stopped it."""
+    """Serve all requests in the simplest way.  Return the error that stopped it, or ""."""
     limits = Limits(
         disk.size, writable=disk.writable, discard=bool(features & DISCARDS), write_zeroes=bool(features & ZEROES)
     )
@@ -343,7 +343,7 @@ def reference(queue: Queue, disk: Disk, features: int) -> str:
 
 
 def entangled(queue: Queue) -> bool:
-    """Return whether one request's status byte lies in another's buffers: then the order shows."""
+    """Return whether the status byte of a request is in a buffer of another one, so that the order matters."""
     chains = []
     try:
         while (chain := queue.take()) is not None:
@@ -363,7 +363,7 @@ def entangled(queue: Queue) -> bool:
 
 
 def hot(queue: Queue, disk: Disk, features: int) -> str:
-    """Serve all requests as the device does; return what stopped it."""
+    """Serve all requests as the device does.  Return the error that stopped it, or ""."""
     device = Vioblk(disk, Services(), Now())
     device.activate(features, [queue])
     error = ""
@@ -384,10 +384,10 @@ def hot(queue: Queue, disk: Disk, features: int) -> str:
 @example([((LONG_INTO_ROM, 0, 0), True, 0)], True, INDIRECT_DESC)
 @example([((LONG_AND_FROM, 0, 0), True, 0)], True, INDIRECT_DESC)
 @example([((LONG_WITH_GAP, 0, 0), True, 0)], True, INDIRECT_DESC)
-def test_hot_loop_does_what_the_walk_does(
+def test_hot_loop_has_the_results_of_the_reference(
     make: Callable[[bool], Disk], requests: Requests, writable: bool, features: int
 ) -> None:
-    """The same memory, disk, used elements and sentence; only the order of completion is free."""
+    """Memory, disk, used elements and error are the same.  Only the order of completion is free."""
     with rings(requests, features) as (_, _, queue):
         assume(not entangled(queue))
     outcomes = []
@@ -397,29 +397,29 @@ def test_hot_loop_does_what_the_walk_does(
             error = serve(queue, disk, features)
             used = sorted(ring.reap())
             guest = memory.read(HEADERS, DATA + DATA_BYTES - HEADERS) + memory.read(EXTRA - 4096, 8192)
-            # Of a broken ring, how far it was read does not matter: only a reset follows.
+            # After an error the position in the ring does not matter, because only a reset follows.
             outcomes.append((error, used, error or queue.next_avail, disk.content(), guest))
         disk.close()
     assert outcomes[0] == outcomes[1]
 
 
 @pytest.mark.parametrize("kind", [0, 1], ids=["reads", "writes"])
-def test_the_guest_hears_of_each_round_before_the_next_is_served(kind: int) -> None:
-    """It works on one meanwhile.  What waits for a flush waits for one of all rounds."""
-    heard: list[int] = []  # by request served: how many the guest has been told of
+def test_each_round_is_published_before_the_next_one(kind: int) -> None:
+    """The guest can handle a round while the next one is served.  One flush serves the writes of all rounds."""
+    published: list[int] = []  # for each request: how many requests the guest could see as used
     flushes = []
 
     class Watched(MemoryDisk):
         def preadv(self, offset: int, views: Sequence[memoryview]) -> None:
-            heard.append(ring_used())
+            published.append(ring_used())
             super().preadv(offset, views)
 
         def pwritev(self, offset: int, views: Sequence[memoryview]) -> None:
-            heard.append(ring_used())
+            published.append(ring_used())
             super().pwritev(offset, views)
 
         def flush(self) -> None:
-            flushes.append(len(heard))
+            flushes.append(len(published))
 
     features = INDIRECT_DESC | EVENT_IDX
     data = NEXT if kind else NEXT | WRITE
@@ -441,8 +441,8 @@ def test_the_guest_hears_of_each_round_before_the_next_is_served(kind: int) -> N
     if kind:
         assert flushes == [SIZE]
     else:
-        assert heard == [number // ROUND * ROUND for number in range(SIZE)]
-        assert heard[-1] > 0
+        assert published == [number // ROUND * ROUND for number in range(SIZE)]
+        assert published[-1] > 0
 
 
 def offer_two_reads(memory: GuestMemory, ring: Ring) -> None:
@@ -454,7 +454,7 @@ def offer_two_reads(memory: GuestMemory, ring: Ring) -> None:
 
 @pytest.mark.parametrize("failure", [None, errno.EAGAIN, errno.EIO], ids=["short", "would wait", "error"])
 def test_a_read_that_does_not_wait_may_end_early(failure: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A short or refused read from the page cache is repeated by a worker: the guest gets all of its data."""
+    """After a short or refused read from the page cache, a worker reads again, so the guest gets all data."""
     flags_seen = []
 
     def preadv(fd: int, views: Sequence[memoryview], offset: int, flags: int = 0) -> int:
@@ -489,14 +489,14 @@ def test_a_read_that_does_not_wait_may_end_early(failure: int | None, monkeypatc
 
 @pytest.fixture
 def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let a request of 1024 bytes fill what may be in flight with the workers."""
+    """Set limits so that one request of 1024 bytes is all that the workers may have in flight."""
     monkeypatch.setattr("vmd.devices.vioblk.device.IN_FLIGHT_MAX_BYTES", 1024)
     monkeypatch.setattr("vmd.devices.vioblk.device.INLINE_MAX", 512)
 
 
 @pytest.mark.usefixtures("small_limits")
 def test_requests_left_in_the_ring_are_served_when_workers_have_finished() -> None:
-    """The driver does not notify again, so the end of a request has to bring the device back to the ring."""
+    """The driver does not notify again, so the device must read the ring when a request ends."""
     services, workers = ServedAgain(), Held()
     device = services.device = Vioblk(MemoryDisk(writable=True), services, workers)
     with GuestMemory.create(LAYOUT) as memory:
@@ -518,7 +518,7 @@ def test_requests_left_in_the_ring_are_served_when_workers_have_finished() -> No
 
 @pytest.mark.usefixtures("small_limits")
 def test_pause_while_requests_were_left_in_the_ring() -> None:
-    """Resumed, the device serves them, and asks to be notified of more."""
+    """After the pause the device serves them, and enables notifications."""
     workers = Held()
     device = Vioblk(MemoryDisk(writable=True), Services(), workers)
     with GuestMemory.create(LAYOUT) as memory:
@@ -540,7 +540,7 @@ def test_pause_while_requests_were_left_in_the_ring() -> None:
 
 
 def settle(device: Vioblk, workers: Held) -> list[int]:
-    """Ask a disk that stands still whether all is on stable storage, until it says so or that it cannot be."""
+    """Return the answers of a paused disk whether its data is on stable storage.  The last one is final."""
     said = [device.settle(), device.settle()]
     workers.release()
     device.on_done()
@@ -548,7 +548,7 @@ def settle(device: Vioblk, workers: Held) -> list[int]:
 
 
 def test_a_disk_is_settled_once_in_each_pause() -> None:
-    """By one flush, however often it is asked; what is written after the pause needs another one."""
+    """Several questions in a pause cause one flush.  The next pause needs another one."""
     workers, image = Held(), MemoryDisk(writable=True)
     device = Vioblk(image, Services(), workers)
     not_yet, done = devmsg.SETTLED_NOT_YET, devmsg.SETTLED
@@ -561,7 +561,7 @@ def test_a_disk_is_settled_once_in_each_pause() -> None:
 
 
 def test_a_disk_that_cannot_be_settled_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The failure is told once.  The next question begins another flush."""
+    """The failure is reported once.  The next question begins another flush."""
     workers, image = Held(), MemoryDisk(writable=True)
     device = Vioblk(image, Services(), workers)
     device.quiesce(forget=False)
@@ -576,8 +576,8 @@ def test_a_disk_that_cannot_be_settled_is_tried_again(monkeypatch: pytest.Monkey
     os.close(workers.done)
 
 
-def test_a_flush_of_our_own_does_not_hold_up_a_pause() -> None:
-    """It may take as long as storage takes, and touches no ring; it does not count for the next pause."""
+def test_our_own_flush_does_not_delay_a_pause() -> None:
+    """The flush may take long, and does not use a ring.  It does not count for the next pause."""
     workers = Held()
     device = Vioblk(MemoryDisk(writable=True), Services(), workers)
     device.quiesce(forget=False)
@@ -592,7 +592,7 @@ def test_a_flush_of_our_own_does_not_hold_up_a_pause() -> None:
 
 
 def test_jobs_that_never_wait_for_each_other_share_one_thread() -> None:
-    """A thread that has finished counts as idle: the next job starts no other."""
+    """A thread that has finished its job is idle, so the next job starts no other thread."""
     workers = Workers(4)
     threads = set()
     wait = select.poll()
@@ -607,7 +607,7 @@ def test_jobs_that_never_wait_for_each_other_share_one_thread() -> None:
 
 
 def test_jobs_that_wait_have_threads_of_their_own_up_to_the_limit() -> None:
-    """Three jobs that wait for one another are carried out at a time; a fourth has to wait for a thread."""
+    """Three jobs that wait for one another run at the same time.  A fourth job waits for a thread."""
     workers = Workers(3)
     together = threading.Barrier(4)
     rest = threading.Event()

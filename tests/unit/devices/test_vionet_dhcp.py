@@ -1,4 +1,4 @@
-"""The DHCP and BOOTP server of a local interface: who is answered what (*cat. 7.3*, hostile input 42)."""
+"""The DHCP and BOOTP server of a local interface, and its answers (*cat. 7.3*, hostile input 42)."""
 
 import random
 import socket
@@ -40,7 +40,7 @@ KIND = option(53, bytes((DISCOVER,)))
 
 
 def ask(frame: bytes, nic: Interface = NIC, *, sum_missing: bool = False) -> Answer | None:
-    """Return the answer to a frame."""
+    """Return the answer to a frame, if there is one."""
     try:
         reply = server.answer(frame, nic, sum_missing=sum_missing)
     except server.Unanswered:
@@ -53,7 +53,7 @@ def ask(frame: bytes, nic: Interface = NIC, *, sum_missing: bool = False) -> Ans
 
 
 def outcome(frame: bytes, nic: Interface = NIC) -> int | str | None:
-    """Return the type of the answer, or the reason why there is none; None: the frame is no DHCP at all."""
+    """Return the type of the answer, or the reason why there is none.  None: the frame is no DHCP."""
     try:
         reply = server.answer(frame, nic)
     except server.Unanswered as unanswered:
@@ -62,13 +62,13 @@ def outcome(frame: bytes, nic: Interface = NIC) -> int | str | None:
 
 
 def answered(frame: bytes, nic: Interface = NIC) -> Answer:
-    """Return the answer, of which there must be one."""
+    """Return the answer to a frame, which must exist."""
     answer = ask(frame, nic)
     assert answer is not None
     return answer
 
 
-# --- what is answered ----------------------------------------------------------------------------------------------
+# --- answers -------------------------------------------------------------------------------------------------------
 
 
 OTHER_HOST4 = bytes((192, 168, 1, 1))
@@ -76,26 +76,26 @@ SAYS: dict[str, int | str] = {
     "O": OFFER, "A": ACK, "N": NAK, "B": server.BOOTP_TYPE, "o": server.OTHER_ADDRESS, "s": server.OTHER_SERVER,
     "d": server.DECLINED, "r": server.RELEASED, "a": server.NO_ADDRESS, "?": server.UNKNOWN_TYPE,
 }  # fmt: skip
-# RFC 2131, table 4 and 4.3.  For each type and each server that is meant (none, us, another) three groups for ciaddr
-# (none, the guest's, another), and in each the answers for the address that is asked for (none, the guest's, another).
+# RFC 2131, table 4 and 4.3.  Each row is for a type and a server identifier (none, ours, another).  It has a group for
+# each ciaddr (none, the guest's, another) with the answers to each requested address (none, the guest's, another).
 NONE, ONE, NONE_OR_ONE = (None,), (HOST4,), (None, HOST4)
 ANY = (None, HOST4, OTHER_HOST4)
 TABLE: tuple[tuple[int | None, tuple[bytes | None, ...], str], ...] = (
-    (DISCOVER, ANY, "OOO OOO OOO"),  # what it asks for is a wish
+    (DISCOVER, ANY, "OOO OOO OOO"),  # the requested address is only a wish
     (REQUEST, NONE_OR_ONE, "AAN AAN NNN"),  # selecting, init-reboot, renewing, rebinding
-    (REQUEST, (OTHER_HOST4,), "sss sss sss"),  # 4.3.2: that is how it declines our offer
+    (REQUEST, (OTHER_HOST4,), "sss sss sss"),  # 4.3.2: the client declines our offer in this way
     (DECLINE, NONE_OR_ONE, "ddo ddo ooo"),
     (DECLINE, (OTHER_HOST4,), "sss sss sss"),
     (RELEASE, NONE_OR_ONE, "rro rro ooo"),
     (RELEASE, (OTHER_HOST4,), "sss sss sss"),
-    (INFORM, ANY, "aaa AAA AAA"),  # 4.3.5: whoever it is configured for
-    (None, ANY, "BBB BBB ooo"),  # BOOTP has no such options
+    (INFORM, ANY, "aaa AAA AAA"),  # 4.3.5: for any requested address
+    (None, ANY, "BBB BBB ooo"),  # BOOTP does not have these options
     *((kind, ANY, "??? ??? ???") for kind in (0, OFFER, ACK, NAK, 9, 13, 99, 255)),
 )
 
 
 def test_answer_by_type_ciaddr_requested_address_and_server() -> None:
-    """Every combination; what is given is given whole, and what must not be there is not (RFC 2131, table 3)."""
+    """Every combination gets its answer, with all required fields and options and no others (RFC 2131, table 3)."""
     combinations = 0
     for kind, servers, row in TABLE:
         for server_id, (ciaddr, says), wanted in (
@@ -134,16 +134,16 @@ def test_answer_by_type_ciaddr_requested_address_and_server() -> None:
     assert combinations == 9 * (3 + 3 * 3 + 3 + 3 + 8 * 3)
 
 
-def test_inform_of_a_client_that_says_its_address_as_sender_only() -> None:
-    """ciaddr is empty, and the packet is from an address (as some Windows clients have it)."""
+def test_inform_of_a_client_whose_address_is_only_the_sender() -> None:
+    """Some Windows clients leave ciaddr empty, and send the packet from their address."""
     body = bootp(option(53, bytes((INFORM,))) + b"\xff")
     answer = answered(ethernet(ipv4(udp(body, OTHER4, ALL4), 17, OTHER4, ALL4), 0x0800))
 
     assert (answer.kind, answer.yiaddr, answer.ip_destination) == (ACK, ANY4, OTHER4)
 
 
-def test_only_a_lease_counts_as_one() -> None:
-    """INFORM is acknowledged, and the address is not given by that."""
+def test_only_an_address_that_is_given_counts_as_a_lease() -> None:
+    """INFORM is acknowledged too, but that gives no address."""
     replies = [server.answer(frame, NIC) for frame in (
         dhcp(REQUEST), request(bootp(b"\xff")), dhcp(DISCOVER), dhcp(REQUEST, requested=OTHER4),
         dhcp(INFORM, ciaddr=GUEST4),
@@ -160,7 +160,7 @@ def test_only_a_lease_counts_as_one() -> None:
 )
 @pytest.mark.parametrize("identifier", [b"\x01" + LLADDR, b"\xff" + bytes(18), b"\0", b"x" * 200], ids=len)
 def test_client_identifier_comes_back(kind: int, more: bytes, identifier: bytes) -> None:
-    """In every answer of DHCP, NAK among them (RFC 6842, 3)."""
+    """Every DHCP answer has it, also NAK (RFC 6842, 3)."""
     ciaddr = GUEST4 if kind == INFORM else ANY4
 
     assert answered(dhcp(kind, more=more + option(61, identifier), ciaddr=ciaddr)).options[61] == identifier
@@ -168,7 +168,7 @@ def test_client_identifier_comes_back(kind: int, more: bytes, identifier: bytes)
 
 
 def test_options_in_parts_are_put_together() -> None:
-    """Side by side or not, of any option; also those that are answered with (RFC 3396, 7)."""
+    """Adjacent or not, the parts of any option are joined.  Long options of answers are split (RFC 3396, 7)."""
     address = option(50, GUEST4[:1]) + option(12, b"x") + option(50, GUEST4[1:])
     identifier = bytes(range(256)) + b"end"
     parts = option(61, identifier[:255]) + option(61, identifier[255:])
@@ -180,8 +180,8 @@ def test_options_in_parts_are_put_together() -> None:
     assert option(61, identifier[:255]) + option(61, identifier[255:]) + b"\xff" in raw.frame
 
 
-def test_options_in_the_fields_for_names() -> None:
-    """Option overload: `options` first, then `file`, then `sname` (RFC 3396, 5); only where it says so."""
+def test_options_in_the_file_and_sname_fields() -> None:
+    """With option overload, `options` comes first, then `file`, then `sname` (RFC 3396, 5)."""
     for overload, file, sname, kind in (
         (1, option(54, OTHER_HOST4) + b"\xff", b"", server.OTHER_SERVER),
         (2, b"", option(54, OTHER_HOST4) + b"\xff", server.OTHER_SERVER),
@@ -199,8 +199,8 @@ def test_options_in_the_fields_for_names() -> None:
     assert outcome(request(bytes(cut))) == server.MALFORMED
 
 
-def test_an_answer_that_the_client_cannot_take_is_not_sent() -> None:
-    """An identifier of 400 bytes needs more than the 576 that every client takes; option 57 may allow it."""
+def test_an_answer_that_is_too_long_for_the_client_is_not_sent() -> None:
+    """An identifier of 400 bytes needs more than the 576 bytes that every client accepts.  Option 57 may allow more."""
     identifier = option(61, b"i" * 200) * 2
 
     assert outcome(dhcp(DISCOVER, more=identifier)) == server.TOO_LONG
@@ -208,11 +208,11 @@ def test_an_answer_that_the_client_cannot_take_is_not_sent() -> None:
     large = option(57, b"\xff\xff")
     assert outcome(dhcp(DISCOVER, more=option(61, b"i" * 255) * 4 + large, size=0)) == OFFER
     most = option(61, b"i" * 255) * 4 + option(61, b"i" * 190)
-    assert outcome(dhcp(DISCOVER, more=most + large, size=0)) == server.TOO_LONG  # no frame has room for it
+    assert outcome(dhcp(DISCOVER, more=most + large, size=0)) == server.TOO_LONG  # it does not fit into a frame
 
 
 def test_unicast_renewal_is_answered() -> None:
-    """It goes to the host's own addresses (unlike vmd, which lets it pass)."""
+    """The request goes to the host's own addresses (unlike vmd, which does not answer it)."""
     options = option(53, bytes((REQUEST,))) + b"\xff"
     body = bootp(options, ciaddr=GUEST4)
     frame = ethernet(ipv4(udp(body, GUEST4, HOST4), 17, GUEST4, HOST4), 0x0800, LLADDR, HOST_LLADDR)
@@ -223,7 +223,7 @@ def test_unicast_renewal_is_answered() -> None:
 
 
 def test_answer_byte_by_byte() -> None:
-    """All fields of the headers, and the options in upstream's order."""
+    """All fields of the headers have their values, and the options have upstream's order."""
     answer = answered(dhcp(DISCOVER))
 
     assert answer.destination == LLADDR
@@ -245,7 +245,7 @@ def test_answer_byte_by_byte() -> None:
 
 
 def test_source_address_wraps() -> None:
-    """Its last byte is the guest's and one."""
+    """Its last byte is the guest's plus one."""
     nic = NIC.replace(lladdr=LLADDR[:5] + b"\xff")
     body = bootp(KIND + b"\xff", chaddr=nic.lladdr)
     frame = ethernet(ipv4(udp(body, ANY4, ALL4), 17, ANY4, ALL4), 0x0800, nic.lladdr)
@@ -254,7 +254,7 @@ def test_source_address_wraps() -> None:
 
 
 def test_name_servers_mtu_and_boot_file() -> None:
-    """As the operator and the host have them."""
+    """They come from the configuration and from the host."""
     dns = (bytes((9, 9, 9, 9)), bytes((1, 1, 1, 1)))
     nic = NIC.replace(dns4=dns, mtu=9000, pxe=True, host_name="db1.example")
 
@@ -267,16 +267,16 @@ def test_name_servers_mtu_and_boot_file() -> None:
     assert list(answer.options) == [53, 51, 54, 1, 3, 6, 12, 15, 26]
 
 
-def test_what_is_usual_is_not_said() -> None:
-    """The size of frames, and a domain where there is none; a name is for every guest."""
+def test_default_values_are_not_sent() -> None:
+    """An MTU of 1500 is not sent, nor a domain if there is none.  Every guest gets its name."""
     answer = answered(dhcp(DISCOVER), NIC.replace(mtu=1500, host_name="db1"))
 
     assert answer.options[12] == b"db1"
     assert not {15, 26} & set(answer.options)
 
 
-def test_a_name_is_left_out_where_there_is_no_room_for_it() -> None:
-    """A guest with a long identifier gets its address all the same; one that takes longer answers gets both."""
+def test_a_name_without_room_is_left_out() -> None:
+    """A guest with a long identifier still gets its address.  If it accepts longer answers, it also gets its name."""
     nic = NIC.replace(host_name=f"{'x' * 60}.{'y' * 60}")
     identifier = option(61, b"i" * 200)
 
@@ -290,7 +290,7 @@ def test_a_name_is_left_out_where_there_is_no_room_for_it() -> None:
     ("length4", "mask"), [(31, "255.255.255.254"), (30, "255.255.255.252"), (24, "255.255.255.0"), (16, "255.255.0.0")]
 )
 def test_the_mask_is_that_of_the_network(length4: int, mask: str) -> None:
-    """Of guest and host alone, or larger."""
+    """The network has only guest and host, or is larger."""
     answer = answered(dhcp(DISCOVER), NIC.replace(length4=length4))
 
     assert socket.inet_ntoa(answer.options[1]) == mask
@@ -308,15 +308,15 @@ def test_the_mask_is_that_of_the_network(length4: int, mask: str) -> None:
         ({81: b"\4\0\0\77we"}, b""),
         ({81: b"\0\0"}, b""),
         ({12: b"db1", 81: b"\0\0\0web"}, b"db1"),
-        ({12: b"x" * 63 + b".y"}, b""),  # longer than there is room for
+        ({12: b"x" * 63 + b".y"}, b""),  # too long for the figures
         ({12: b"x" * 62 + b".y"}, b"x" * 62 + b".y"),
         ({12: b"a\nb"}, b""),
         ({12: b"\xe4"}, b""),
         ({}, b""),
     ],
 )
-def test_the_name_that_a_client_says_it_has(options: dict[int, bytes], name: bytes) -> None:
-    """By either option (RFC 2132, 3.14; RFC 4702); what no host can be called is none."""
+def test_the_name_that_a_client_sends(options: dict[int, bytes], name: bytes) -> None:
+    """Either option has it (RFC 2132, 3.14; RFC 4702).  An impossible host name is ignored."""
     assert server.name_in(options) == name
 
 
@@ -329,7 +329,7 @@ def test_the_name_that_a_client_says_it_has(options: dict[int, bytes], name: byt
     ],
 )  # fmt: skip
 def test_host_name(name: str, valid: bool) -> None:
-    """What is none is not sent (hostile input 42: 255 bytes, control characters)."""
+    """An impossible host name is not sent (hostile input 42: 255 bytes, control characters)."""
     assert server.is_host_name(name) is rules.is_host_name(name) is valid
 
     answer = answered(dhcp(DISCOVER), NIC.replace(pxe=True, host_name=name))
@@ -338,14 +338,14 @@ def test_host_name(name: str, valid: bool) -> None:
 
 
 def test_client_that_asks_for_a_broadcast_gets_one() -> None:
-    """It has no address at which its stack would take the answer (RFC 2131, 4.1)."""
+    """Its network stack has no address to receive the answer (RFC 2131, 4.1)."""
     assert answered(dhcp(DISCOVER, flags=0x8000)).ip_destination == ALL4
     assert answered(dhcp(DISCOVER, flags=0x8000)).flags == 0x8000
     assert answered(dhcp(REQUEST, requested=OTHER4)).ip_destination == ALL4
 
 
-def test_requested_address_is_told() -> None:
-    """For the record of the lease."""
+def test_requested_address_is_reported() -> None:
+    """It is for the record of the lease."""
     reply = server.answer(dhcp(REQUEST, requested=GUEST4), NIC)
     renewal = server.answer(dhcp(REQUEST, ciaddr=GUEST4), NIC)
 
@@ -355,41 +355,41 @@ def test_requested_address_is_told() -> None:
 
 
 def test_unknown_options_and_padding_are_skipped() -> None:
-    """Wherever they stand."""
+    """They may be at any place."""
     options = bytes(3) + option(61, b"\x01" + LLADDR) + bytes(1) + option(55, b"\1\3\6") + KIND + option(12, b"x" * 255)
 
     assert answered(request(bootp(options + b"\xff" + b"\x35\x01"))).kind == OFFER
 
 
 def test_request_without_padding() -> None:
-    """As short as one can be."""
+    """The request is as short as possible."""
     assert answered(request(bootp(KIND + b"\xff", size=0))).kind == OFFER
     assert answered(request(bootp(b"", size=0, cookie=b""))).kind == 0
 
 
-def test_options_behind_the_end_do_not_count() -> None:
-    """They are padding."""
+def test_options_after_the_end_are_ignored() -> None:
+    """Bytes after the end option are padding."""
     assert answered(request(bootp(KIND + b"\xff" + option(53, bytes((REQUEST,)))))).kind == OFFER
 
 
 def test_options_without_end_42() -> None:
-    """Hostile input 42: clients of old leave it out."""
+    """Hostile input 42: old clients send no end option."""
     body = bootp(KIND, size=0)
     body += bytes(300 - len(body))
 
     assert answered(request(body)).kind == OFFER
 
 
-# --- what is not -----------------------------------------------------------------------------------------------
+# --- no answer -------------------------------------------------------------------------------------------------
 
 
-def wrapped(body: bytes, **lies: object) -> bytes:
-    """Return a frame with lies in its headers: those of `ipv4`, `udp_` those of `udp`, `eth_` those of `ethernet`."""
+def wrapped(body: bytes, **changes: object) -> bytes:
+    """Return a frame with other values in its headers: `udp_…` for `udp`, `eth_…` for `ethernet`, else for `ipv4`."""
     of = {
-        prefix: {name.removeprefix(prefix): lie for name, lie in lies.items() if name.startswith(prefix)}
+        prefix: {name.removeprefix(prefix): value for name, value in changes.items() if name.startswith(prefix)}
         for prefix in ("udp_", "eth_")
     }
-    own = {name: lie for name, lie in lies.items() if not name.startswith(("udp_", "eth_"))}
+    own = {name: value for name, value in changes.items() if not name.startswith(("udp_", "eth_"))}
     source, destination = own.pop("source", ANY4), own.pop("destination", ALL4)
     protocol, kind = own.pop("protocol", 17), of["eth_"].pop("kind", 0x0800)
     datagram = udp(body, source, destination, **of["udp_"])  # type: ignore[arg-type]
@@ -445,35 +445,35 @@ PASSED = {
 
 
 @pytest.mark.parametrize(("reason", "frame"), PASSED.values(), ids=PASSED)
-def test_frame_that_is_not_for_us_42(reason: str | None, frame: bytes) -> None:
-    """Hostile input 42: it goes on to the network, and what is DHCP has a reason for it."""
+def test_frame_without_an_answer_42(reason: str | None, frame: bytes) -> None:
+    """Hostile input 42: the frame goes to the network.  A DHCP frame has a reason for that."""
     assert outcome(frame) == reason
 
 
-def test_what_is_wrong_is_all_that_is_wrong() -> None:
-    """The frame from which those above are made is answered; so are those with what is allowed."""
-    for lies in (
+def test_unchanged_and_allowed_frames_are_answered() -> None:
+    """The unchanged frame of the cases above is answered, and so are frames with allowed changes."""
+    for changes in (
         {}, {"udp_kind": "none"}, {"destination": HOST4}, {"eth_destination": HOST_LLADDR},
         {"first": 0x46, "options": b"\1" * 4},
     ):  # fmt: skip
-        assert ask(wrapped(GOOD, **lies)) is not None
-    assert ask(wrapped(GOOD) + bytes(20)) is not None  # padding of the link
+        assert ask(wrapped(GOOD, **changes)) is not None
+    assert ask(wrapped(GOOD) + bytes(20)) is not None  # padding of the Ethernet frame
 
 
-def test_sum_that_was_left_to_the_device() -> None:
-    """A guest with CSUM sends the pseudo header's."""
+def test_missing_sum_is_accepted_if_the_device_computes_it() -> None:
+    """A guest with CSUM sends the sum of the pseudo header only."""
     assert ask(wrapped(GOOD, udp_kind="pseudo"), sum_missing=True) is not None
 
 
 def test_host_without_link_layer_address_answers_broadcasts_only() -> None:
-    """As long as nobody has told it."""
+    """The address is unknown until the process is told."""
     nic = NIC.replace(host_lladdr=b"")
 
     assert ask(dhcp(DISCOVER), nic) is not None
     assert ask(wrapped(GOOD, eth_destination=HOST_LLADDR), nic) is None
 
 
-# --- anything ----------------------------------------------------------------------------------------------------
+# --- random input ------------------------------------------------------------------------------------------------
 
 SAMPLES = [
     dhcp(DISCOVER, more=option(61, b"\x01" + LLADDR)),
@@ -484,15 +484,15 @@ SAMPLES = [
 
 
 @pytest.mark.parametrize("sample", SAMPLES)
-def test_every_prefix_is_judged(sample: bytes) -> None:
-    """Nothing that is cut off is answered: its lengths or sums are wrong."""
+def test_no_prefix_is_answered(sample: bytes) -> None:
+    """A truncated frame is not answered, because its lengths or sums are wrong."""
     for length in range(len(sample)):
         assert ask(sample[:length]) is None
 
 
 @pytest.mark.parametrize("sample", SAMPLES)
-def test_every_flipped_bit_is_judged(sample: bytes) -> None:
-    """Nothing that was changed on its way is answered."""
+def test_no_frame_with_a_flipped_bit_is_answered(sample: bytes) -> None:
+    """The sums show every changed bit."""
     for bit in range(len(sample) * 8):
         flipped = bytearray(sample)
         flipped[bit // 8] ^= 1 << bit % 8
@@ -500,7 +500,7 @@ def test_every_flipped_bit_is_judged(sample: bytes) -> None:
 
 
 def test_random_bodies() -> None:
-    """Of right sums, with everything behind them made up (fixed seed)."""
+    """Random bodies with correct sums get every kind of answer, or none (fixed seed)."""
     choice = random.Random(42)
     kinds = set()
     for _ in range(20_000):
@@ -514,14 +514,14 @@ def test_random_bodies() -> None:
 
 
 def test_random_frames() -> None:
-    """Of nothing but noise (fixed seed)."""
+    """Frames of random bytes are not answered (fixed seed)."""
     choice = random.Random(43)
     for _ in range(5000):
         assert ask(choice.randbytes(choice.randrange(1600))) is None
 
 
 def test_sums() -> None:
-    """Of odd and even lengths, of nothing but zeroes, and of what adds up to zero."""
+    """The sums are correct for odd and even lengths, and for data that adds up to zero."""
     choice = random.Random(44)
     for _ in range(2000):
         data = choice.randbytes(2 * choice.randrange(1, 100))

@@ -1,4 +1,4 @@
-"""Rings go from the process's threads to the kernel and back: nothing is lost or there twice, and it is clear when."""
+"""Rings move between the process's threads and the kernel.  No frame is lost or duplicated."""
 
 import errno
 import fcntl
@@ -33,14 +33,14 @@ from vmd.virtio.queue import Queue
 SIZE = 256
 FEATURES = MODERN | NEEDED
 RX_BASE, TX_BASE, STRIDE = DATA, 8 * DATA, 2048
-START = 65_400  # indices go round
+START = 65_400  # near the end, so that indices wrap
 HEADER = bytes(spec.NET_HDR_BYTES)
 PLAIN = Interface(lladdr=LLADDR)
 LOCAL = Interface(lladdr=LLADDR, host_lladdr=HOST_LLADDR, local=True, guest4=GUEST4, host4=HOST4)
 
 
 class FakeTap(PacketTap):
-    """A tap whose other end is a socket."""
+    """A tap with a socket as its other end."""
 
     def __init__(self, fd: int) -> None:
         super().__init__(fd)
@@ -48,19 +48,19 @@ class FakeTap(PacketTap):
         self.up = True
 
     def configure(self, header: int, offloads: int) -> None:
-        """Take them."""
+        """Keep the length of headers."""
         self.header = header
 
     def forget_frames(self) -> None:
-        """Tests have sent none."""
+        """Do nothing."""
 
     def is_up(self) -> bool:
-        """Return what the test wants."""
+        """Return the value that the test has set."""
         return self.up
 
 
 class FakeHost:
-    """The eventfds."""
+    """The eventfds of the queues."""
 
     def __init__(self) -> None:
         self.kicks = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(2)]
@@ -68,7 +68,7 @@ class FakeHost:
 
 
 class Services:
-    """A process whose main thread is the test's."""
+    """A device process.  Its main thread is the test's thread."""
 
     def __init__(self, memory: GuestMemory) -> None:
         self.memory = memory
@@ -80,50 +80,50 @@ class Services:
         self.told: list[bytes] = []
 
     def watch(self, fd: int, handler: Callable[[], None], events: int = select.EPOLLIN) -> None:
-        """Keep whom it concerns."""
+        """Keep the handler."""
         assert fd not in self.handlers
         self.handlers[fd] = handler
 
     def unwatch(self, fd: int) -> None:
-        """Forget it."""
+        """Remove the handler."""
         del self.handlers[fd]
 
     def call_after(self, delay_s: float, handler: Callable[[], None]) -> None:
-        """It does not come to that."""
+        """Do nothing."""
 
     def tell(self, packet: bytes) -> None:
-        """Keep it."""
+        """Keep the message."""
         self.told.append(packet)
 
     def post(self, job: Callable[[], None]) -> None:
-        """Nothing fails here on a thread."""
+        """Fail, because no thread fails in these tests."""
         raise AssertionError(job)
 
     def broke(self, text: str) -> None:
-        """No ring is broken here."""
+        """Fail, because no ring is broken in these tests."""
         raise AssertionError(text)
 
     def interrupt(self, queue: int) -> None:
-        """Count, and tell the driver."""
+        """Count an interrupt, and signal it to the driver."""
         self.raised[queue] += 1
         os.eventfd_write(self.host.calls[queue], 1)
 
 
 class Rig:
-    """An interface, its driver, the network and the kernel."""
+    """An interface with its driver, network and kernel."""
 
     def __init__(self, memory: GuestMemory, kernel: FakeVhost, interface: Interface = PLAIN) -> None:
         self.memory = memory
         self.kernel = kernel
         self.network, ours = pair()
-        self.guest_side, ear = pair()  # what the packet socket hears comes in here, what goes to the guest comes out
+        self.guest_side, end = pair()  # the guest's end of the packet socket
         self.tap = FakeTap(ours.detach())
         self.services = Services(memory)
-        self.device = KernelVionet(interface, self.tap, self.services, kernel.fd, ear.detach())  # type: ignore[arg-type]
+        self.device = KernelVionet(interface, self.tap, self.services, kernel.fd, end.detach())  # type: ignore[arg-type]
         self.begin()
 
     def begin(self, features: int = FEATURES) -> None:
-        """Be a new driver, whose rings nobody serves yet."""
+        """Start a new driver, whose rings are not served yet."""
         rows = []
         self.rings = []
         for base in (0x10000, 0x20000):
@@ -137,7 +137,7 @@ class Rig:
         self.device.activate(features, list(rows))
 
     def post(self, count: int) -> None:
-        """Offer buffers."""
+        """Offer receive buffers."""
         for number in range(count):
             self.rings[RX].add([Desc(RX_BASE + number * STRIDE, STRIDE, WRITE)])
         os.eventfd_write(self.services.host.kicks[RX], 1)
@@ -150,12 +150,12 @@ class Rig:
         self.rings[TX].add([Desc(place, len(raw))])
         os.eventfd_write(self.services.host.kicks[TX], 1)
 
-    def came(self, number: int) -> None:
-        """Have the network bring a frame."""
+    def send_from_network(self, number: int) -> None:
+        """Send a frame from the network."""
         self.network.send(HEADER + any_frame(60 + number, number, destination=LLADDR))
 
     def wait(self, queue: int, count: int) -> list[bytes]:
-        """Wait until so many buffers are back; return what is in them."""
+        """Wait until `count` buffers are used.  Return their content."""
         ring, found = self.rings[queue], []
         deadline_s = time.monotonic() + DEADLINE_S
         while True:
@@ -170,14 +170,14 @@ class Rig:
             os.eventfd_read(self.services.host.calls[queue])
 
     def arrived(self) -> list[bytes]:
-        """Return what has come to the network."""
+        """Return the frames that have reached the network."""
         found = []
         while select.select([self.network], [], [], 0)[0]:
             found.append(self.network.recv(1 << 16)[len(HEADER) :])
         return found
 
     def close(self) -> None:
-        """Have nobody touch memory any more."""
+        """Release everything that uses the memory."""
         self.kernel.refuses = ""
         self.device.quiesce(forget=True)
         self.device.queues = []
@@ -191,7 +191,7 @@ class Rig:
 
 
 def pair() -> tuple[socket.socket, socket.socket]:
-    """Return both ends of something that carries frames."""
+    """Return two connected sockets that carry frames."""
     ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     for end in ends:
         end.setsockopt(socket.SOL_SOCKET, 32, 8 << 20)  # SO_SNDBUFFORCE
@@ -201,7 +201,7 @@ def pair() -> tuple[socket.socket, socket.socket]:
 
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeVhost]:
-    """Give a kernel, and guest memory."""
+    """Yield a fake kernel with guest memory."""
     with GuestMemory.create(LAYOUT) as memory:
         made = FakeVhost(memory)
         monkeypatch.setattr(fcntl, "ioctl", made.ioctl)
@@ -211,7 +211,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeVhost]:
 
 @pytest.fixture
 def rig(kernel: FakeVhost) -> Iterator[Rig]:
-    """Give an interface that the kernel has."""
+    """Yield an interface whose rings the kernel serves."""
     made = Rig(kernel.memory, kernel)
     made.device.set_direct(True)
     made.device.resume()
@@ -220,19 +220,19 @@ def rig(kernel: FakeVhost) -> Iterator[Rig]:
     made.close()
 
 
-def of_limits(device: KernelVionet, on: bool) -> None:
-    """Limit it, or no more; so low or high that nothing has to wait for it."""
+def set_limit(device: KernelVionet, on: bool) -> None:
+    """Set or remove a limit, which is so high that no frame has to wait."""
     device.limit(1 << 40 if on else 0)
 
 
-def of_marks(device: KernelVionet, on: bool) -> None:
-    """Mark what is changed, or no more."""
+def set_marking(device: KernelVionet, on: bool) -> None:
+    """Begin or end marking changed pages."""
     device.services.memory.marking = on
     device.reconsider()
 
 
-def of_pauses(device: KernelVionet, on: bool) -> None:
-    """Pause it, and let it go on."""
+def set_paused(device: KernelVionet, on: bool) -> None:
+    """Pause or resume."""
     if on:
         device.quiesce(forget=False)
     else:
@@ -241,15 +241,15 @@ def of_pauses(device: KernelVionet, on: bool) -> None:
 
 CAUSES: dict[str, Callable[[KernelVionet, bool], None]] = {
     "INTx": lambda device, on: device.set_direct(not on),
-    "a limit": of_limits,
-    "marks": of_marks,
-    "a pause": of_pauses,
+    "a limit": set_limit,
+    "marks": set_marking,
+    "a pause": set_paused,
 }
 
 
 @pytest.mark.parametrize("cause", CAUSES)
-def test_what_the_kernel_cannot_do_the_process_does(rig: Rig, cause: str) -> None:
-    """Each by itself takes the rings from it, and gives them back; `vhost` is said as long as it has them."""
+def test_the_process_serves_what_the_kernel_cannot(rig: Rig, cause: str) -> None:
+    """Each cause alone takes the rings from the kernel, until it ends.  The figure `vhost` tells who serves them."""
     vhost_figure = devmsg.COUNTER_NAMES.index("vhost")
     assert rig.services.figures[vhost_figure] == 1
 
@@ -257,7 +257,7 @@ def test_what_the_kernel_cannot_do_the_process_does(rig: Rig, cause: str) -> Non
     assert not rig.kernel.serves()
     assert rig.services.figures[vhost_figure] == 0
     assert all(ring.kick == vhost.NONE for ring in rig.kernel.rings)
-    if cause == "INTx":  # what has been raised without the interrupt page is raised once more with it
+    if cause == "INTx":  # the kernel does not write the interrupt page, so its interrupts are raised again
         assert all(rig.services.raised)
     if cause != "a pause":
         rig.send(1)
@@ -268,8 +268,8 @@ def test_what_the_kernel_cannot_do_the_process_does(rig: Rig, cause: str) -> Non
     assert rig.services.figures[vhost_figure] == 1
 
 
-def test_two_causes_are_two(rig: Rig) -> None:
-    """That one of them is over gives the kernel nothing."""
+def test_each_of_two_causes_counts(rig: Rig) -> None:
+    """While one of two causes remains, the kernel does not get the rings."""
     for one in CAUSES:
         for other in CAUSES:
             if one != other:
@@ -281,8 +281,8 @@ def test_two_causes_are_two(rig: Rig) -> None:
                 assert rig.kernel.serves(), (one, other)
 
 
-def test_what_was_notified_of_before_is_looked_at(rig: Rig) -> None:
-    """The kernel has not heard it: it is rung for once more, when it listens."""
+def test_earlier_notifications_reach_the_kernel(rig: Rig) -> None:
+    """The kernel has not seen them, so both queues are notified again when the kernel listens."""
     for kick in rig.services.host.kicks:
         os.eventfd_read(kick)
     rig.device.set_direct(False)
@@ -292,8 +292,8 @@ def test_what_was_notified_of_before_is_looked_at(rig: Rig) -> None:
 
 
 @pytest.mark.parametrize("missing", [spec.VIRTIO_NET_F_MRG_RXBUF, spec.VIRTIO_NET_F_GUEST_CSUM])
-def test_a_driver_whose_headers_need_a_look_is_not_the_kernels(rig: Rig, missing: int) -> None:
-    """It would show what such a driver has not agreed to."""
+def test_rings_of_a_driver_that_needs_changed_headers_stay(rig: Rig, missing: int) -> None:
+    """The kernel would set header fields that this driver has not accepted."""
     rig.device.quiesce(forget=True)
     rig.begin(FEATURES & ~(1 << missing))
     rig.device.resume()
@@ -302,21 +302,21 @@ def test_a_driver_whose_headers_need_a_look_is_not_the_kernels(rig: Rig, missing
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_no_frame_is_lost_or_twice_there_while_rings_change_hands(rig: Rig, seed: int) -> None:
-    """Frames go both ways, in order, whoever has the rings, and indices go round."""
+def test_no_frame_is_lost_or_duplicated_while_rings_move(rig: Rig, seed: int) -> None:
+    """Frames go both ways in order, while kernel and process take turns and indices wrap."""
     random_ = random.Random(seed)
     rig.post(SIZE)
     on: set[str] = set()
-    handed = 0
+    handovers = 0
     for number in range(SIZE):
         rig.send(number)
-        rig.came(number)
+        rig.send_from_network(number)
         if random_.random() < 0.5:
             cause = random_.choice(list(CAUSES))
             before = rig.kernel.serves()
             CAUSES[cause](rig.device, cause not in on)
             on ^= {cause}
-            handed += before != rig.kernel.serves()
+            handovers += before != rig.kernel.serves()
         elif rig.kernel.serves() and random_.random() < 0.5:
             rig.kernel.move()
     for cause in on:
@@ -324,7 +324,7 @@ def test_no_frame_is_lost_or_twice_there_while_rings_change_hands(rig: Rig, seed
     received = rig.wait(RX, SIZE)
     rig.wait(TX, SIZE)
 
-    assert handed > 10
+    assert handovers > 10
     assert received == [any_frame(60 + number, number, destination=LLADDR) for number in range(SIZE)]
     assert rig.arrived() == [any_frame(60 + number, number) for number in range(SIZE)]
     rig.device.quiesce(forget=False)
@@ -335,8 +335,8 @@ REQUESTS = sorted(name for name in vars(vhost) if name.startswith("VHOST_") and 
 
 
 @pytest.mark.parametrize("request_", REQUESTS)
-def test_a_kernel_that_refuses(kernel: FakeVhost, request_: str, capfd: pytest.CaptureFixture[str]) -> None:
-    """Whatever it refuses, the process serves; it is said once, and the kernel is not asked again."""
+def test_the_process_serves_if_refused(kernel: FakeVhost, request_: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """After any refusal the process serves.  There is one log line, and the kernel is not asked again."""
     rig = Rig(kernel.memory, kernel)
     kernel.refuses = request_
     rig.device.set_direct(True)
@@ -358,8 +358,8 @@ def test_a_kernel_that_refuses(kernel: FakeVhost, request_: str, capfd: pytest.C
     rig.close()
 
 
-def test_a_kernel_that_lacks_what_a_driver_uses(kernel: FakeVhost, capfd: pytest.CaptureFixture[str]) -> None:
-    """A feature of rings cannot be taken from a driver that has it."""
+def test_a_kernel_that_lacks_a_feature_of_the_driver(kernel: FakeVhost, capfd: pytest.CaptureFixture[str]) -> None:
+    """A feature that the driver has accepted cannot be withdrawn, so the process serves."""
     kernel.offered &= ~(1 << spec.VIRTIO_F_VERSION_1)
     rig = Rig(kernel.memory, kernel)
     rig.device.set_direct(True)
@@ -370,18 +370,18 @@ def test_a_kernel_that_lacks_what_a_driver_uses(kernel: FakeVhost, capfd: pytest
     rig.close()
 
 
-def test_rings_that_the_kernel_keeps_are_the_end(rig: Rig) -> None:
-    """Nobody else may touch them then."""
+def test_rings_that_the_kernel_keeps_end_the_process(rig: Rig) -> None:
+    """The process must not use rings that the kernel may still use."""
     rig.kernel.refuses = "VHOST_NET_SET_BACKEND off"
 
     with pytest.raises(HostError, match="take rings back from /dev/vhost-net"):
         rig.device.quiesce(forget=False)
 
 
-def test_what_the_kernel_does_not_take_is_for_the_process_until_the_next_driver(
+def test_a_ring_error_in_the_kernel_returns_the_rings_until_the_next_driver(
     rig: Rig, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """It has a sentence for what is wrong, or can do it."""
+    """The process either names the error or can handle the ring."""
     rig.send(1)
     rig.kernel.complain(TX)
     rig.services.handlers[rig.device.vhost.failed]()
@@ -397,8 +397,8 @@ def test_what_the_kernel_does_not_take_is_for_the_process_until_the_next_driver(
     assert rig.kernel.serves()
 
 
-def test_what_the_kernel_did_not_take_of_a_driver_before_is_not_this_ones(rig: Rig) -> None:
-    """It may be heard of when that one is gone, and its rings."""
+def test_a_ring_error_of_an_earlier_driver_is_ignored(rig: Rig) -> None:
+    """The kernel's report may arrive after a reset."""
     rig.send(1)
     rig.kernel.complain(TX)
     rig.device.quiesce(forget=True)
@@ -409,7 +409,7 @@ def test_what_the_kernel_did_not_take_of_a_driver_before_is_not_this_ones(rig: R
 
 
 def test_a_used_index_that_a_driver_has_changed_is_not_handed_over(rig: Rig, capfd: pytest.CaptureFixture[str]) -> None:
-    """The kernel would take it for true; the process has its own."""
+    """The kernel would use the driver's value, but the process has its own copy."""
     rig.device.quiesce(forget=False)
     rig.memory.load(rig.rings[TX].used + 2, struct.pack("<H", 7))
     rig.device.resume()
@@ -418,27 +418,27 @@ def test_a_used_index_that_a_driver_has_changed_is_not_handed_over(rig: Rig, cap
     assert f"used index of queue 1 is 7, and was left at {START}" in capfd.readouterr().err
 
 
-def test_what_the_kernel_gave_back_is_not_marked_by_the_process(rig: Rig) -> None:
-    """Where it goes on it has published all there is: it walks no chains that others have used."""
+def test_chains_that_the_kernel_used_are_not_marked(rig: Rig) -> None:
+    """When the process takes over, nothing is left to publish, so it reads no chains that the kernel has used."""
     rig.send(1)
     rig.wait(TX, 1)
-    of_marks(rig.device, True)
+    set_marking(rig.device, True)
 
     assert [queue.published for queue in rig.queues] == [queue.next_used for queue in rig.queues]
-    of_marks(rig.device, False)
+    set_marking(rig.device, False)
 
 
-def test_memory_that_devices_must_not_write_is_no_memory_of_the_kernels(rig: Rig) -> None:
-    """It knows of no such thing as read-only memory."""
+def test_read_only_memory_is_not_given_to_the_kernel(rig: Rig) -> None:
+    """vhost has no read-only memory."""
     wanted = [(each.gpa, each.size, rig.memory.base + each.offset, 0) for each in rig.memory.regions if each.gpa != ROM]
     assert rig.kernel.regions == wanted
 
 
-# --- what no frame of the kernel's passes --------------------------------------------------------------------------
+# --- the packet socket ---------------------------------------------------------------------------------------------
 
 
-def heard(rig: Rig, frame: bytes, flags: int = 0) -> None:
-    """Have the packet socket hear a frame of the guest."""
+def send_from_guest(rig: Rig, frame: bytes, flags: int = 0) -> None:
+    """Let the packet socket receive a frame of the guest."""
     rig.guest_side.send(bytes((flags,)) + bytes(9) + frame)
     handler = rig.services.handlers.get(rig.device.packets.fd)
     if handler is not None:
@@ -446,7 +446,7 @@ def heard(rig: Rig, frame: bytes, flags: int = 0) -> None:
 
 
 def told(rig: Rig) -> list[bytes]:
-    """Return what has gone to the guest through the packet socket."""
+    """Return the frames that the guest got through the packet socket."""
     found = []
     while select.select([rig.guest_side], [], [], 0)[0]:
         raw = rig.guest_side.recv(1 << 16)
@@ -457,7 +457,7 @@ def told(rig: Rig) -> list[bytes]:
 
 @pytest.fixture
 def local(kernel: FakeVhost, request: pytest.FixtureRequest) -> Iterator[Rig]:
-    """Give a `local` interface that the kernel has."""
+    """Yield a `local` interface whose rings the kernel serves."""
     made = Rig(kernel.memory, kernel, LOCAL.replace(**getattr(request, "param", {})))
     made.device.set_direct(True)
     made.device.resume()
@@ -467,11 +467,11 @@ def local(kernel: FakeVhost, request: pytest.FixtureRequest) -> Iterator[Rig]:
 
 @pytest.mark.parametrize("missing", [True, False])
 def test_dhcp_is_answered_through_the_packet_socket(local: Rig, missing: bool) -> None:
-    """Also a request whose checksum was left to the device."""
+    """A request whose checksum is left to the device is answered too."""
     request = bytearray(dhcp(DISCOVER))
     if missing:
         request[14 + 20 + 6 : 14 + 20 + 8] = b"\x12\x34"
-    heard(local, bytes(request), missing * spec.VIRTIO_NET_HDR_F_NEEDS_CSUM)
+    send_from_guest(local, bytes(request), missing * spec.VIRTIO_NET_HDR_F_NEEDS_CSUM)
 
     assert [Answer(frame).kind for frame in told(local)] == [OFFER]
     assert local.services.figures[devmsg.COUNTER_NAMES.index("tx_answered")] == 1
@@ -479,21 +479,21 @@ def test_dhcp_is_answered_through_the_packet_socket(local: Rig, missing: bool) -
 
 
 @pytest.mark.parametrize("local", [{"locked": True}], indirect=True)
-def test_a_locked_guest_is_heard_with_its_own_address_only(local: Rig) -> None:
-    """The filters on the tap come behind the packet socket; the answers know whose they are."""
+def test_a_locked_guest_is_answered_at_its_own_address_only(local: Rig) -> None:
+    """The tap's filters do not cover the packet socket, so the process checks the address itself."""
     request = bytearray(dhcp(DISCOVER))
     request[6:12] = b"\x02spoof"
-    heard(local, bytes(request))
+    send_from_guest(local, bytes(request))
     assert told(local) == []
 
-    heard(local, dhcp(DISCOVER))
+    send_from_guest(local, dhcp(DISCOVER))
     assert [Answer(frame).kind for frame in told(local)] == [OFFER]
 
 
-def test_what_the_threads_see_is_not_heard_a_second_time(local: Rig) -> None:
-    """As long as they serve; nor is it when the kernel has the rings again."""
+def test_a_frame_is_not_answered_twice(local: Rig) -> None:
+    """While the threads serve, the packet socket is ignored, and frames of that time are dropped later."""
     local.device.set_direct(False)
-    heard(local, dhcp(DISCOVER))
+    send_from_guest(local, dhcp(DISCOVER))
     local.guest_side.send(bytes(10) + dhcp(DISCOVER))
     local.device.set_direct(True)
     local.services.handlers[local.device.packets.fd]()
@@ -501,8 +501,8 @@ def test_what_the_threads_see_is_not_heard_a_second_time(local: Rig) -> None:
     assert told(local) == []
 
 
-def test_answers_that_wait_for_a_buffer_go_along(local: Rig) -> None:
-    """The threads give them to nobody any more."""
+def test_waiting_answers_are_sent_when_the_kernel_takes_over(local: Rig) -> None:
+    """The threads can no longer deliver them, so the packet socket does."""
     local.device.set_direct(False)
     local.device._inject(b"\xff" * 60)
     local.device.set_direct(True)
@@ -511,7 +511,7 @@ def test_answers_that_wait_for_a_buffer_go_along(local: Rig) -> None:
 
 
 def test_a_frame_that_waits_for_buffers_is_placed_or_counted(rig: Rig) -> None:
-    """The kernel knows nothing of it."""
+    """The kernel cannot know such a frame, so it is delivered or counted before the kernel gets the rings."""
     large = HEADER + any_frame(3 * STRIDE, 5)
     rig.device.quiesce(forget=False)
     for enough in (True, False):
@@ -526,17 +526,17 @@ def test_a_frame_that_waits_for_buffers_is_placed_or_counted(rig: Rig) -> None:
     assert rig.services.figures[devmsg.COUNTER_NAMES.index("rx_no_room")] == 1
 
 
-def test_addresses_of_a_guest_are_learnt_by_ear(rig: Rig) -> None:
-    """For the announcement after it has moved."""
+def test_addresses_of_a_guest_are_learnt_by_the_packet_socket(rig: Rig) -> None:
+    """They are for the announcement after a move."""
     entry = devmsg.ANNOUNCED.pack(devmsg.ANNOUNCED_4, GUEST4)
-    heard(rig, address(LLADDR, entry))
+    send_from_guest(rig, address(LLADDR, entry))
 
     assert rig.device.addresses.known == (entry,)
 
 
 @pytest.mark.parametrize("gone", [False, True])
-def test_a_tap_that_goes_down_or_away(rig: Rig, gone: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The packet socket has an error then; the guest is told that there is no link, and again when it is back."""
+def test_a_tap_that_goes_down_or_is_removed(rig: Rig, gone: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The packet socket gets an error, and the guest is told that the link is down, and later that it is up."""
 
     def fail(*_: object) -> None:
         raise OSError(errno.ENETDOWN, "down")
@@ -560,8 +560,8 @@ def test_a_tap_that_goes_down_or_away(rig: Rig, gone: bool, monkeypatch: pytest.
     assert len(rig.services.told) == 1 + (not gone)
 
 
-def test_a_tap_that_goes_away_while_it_goes_down(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It was down, and when the rings are back it is gone."""
+def test_a_tap_that_is_removed_while_it_goes_down(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tap is down at first, and removed when the rings are back."""
 
     def fail(*_: object) -> None:
         raise OSError(errno.ENETDOWN, "down")
@@ -583,23 +583,23 @@ def test_a_tap_that_goes_away_while_it_goes_down(rig: Rig, monkeypatch: pytest.M
 
 
 class FailingReads:
-    """`posix` for which every read fails."""
+    """A replacement for `posix` whose every read fails."""
 
     def __init__(self, fail: Callable[..., None]) -> None:
         self.read = fail
 
 
-# --- the same facts in two places ----------------------------------------------------------------------------------
+# --- constants -----------------------------------------------------------------------------------------------------
 
 
-def test_the_filter_allows_what_is_asked_and_no_more() -> None:
-    """The process may be made to ask for nothing else, such as a log in memory of its choice."""
+def test_the_filter_allows_exactly_the_used_requests() -> None:
+    """A process that was taken over must not make other requests, such as for a log in memory of its choice."""
     assert sorted(VHOST_IOCTLS) == sorted(number for name, number in vars(vhost).items() if name.startswith("VHOST_"))
 
 
 @pytest.mark.skipif(not Path("/usr/include/linux/vhost.h").exists(), reason="<linux/vhost.h> is needed to compare with")
 def test_numbers_are_the_kernels(tmp_path: Path) -> None:
-    """Requests and sizes of their arguments."""
+    """Requests, and the sizes of their arguments, are those of <linux/vhost.h>."""
     sizes = {"vhost_vring_state": vhost.STATE, "vhost_vring_file": vhost.FILE, "vhost_vring_addr": vhost.ADDR,
              "vhost_memory": vhost.MEMORY, "vhost_memory_region": vhost.REGION}  # fmt: skip
     checks = [f"_Static_assert({name} == {number}u, \"\");" for name, number in vars(vhost).items() if "VHOST_" in name]

@@ -1,4 +1,4 @@
-"""Answers of a local interface that wait for name servers: what the main thread does, and when."""
+"""Answers of a local interface that wait for name servers, on the main thread."""
 
 from collections.abc import Callable
 
@@ -14,7 +14,7 @@ INTERFACE = Interface(lladdr=LLADDR, local=True, asks=True, guest4=GUEST4, host4
 
 
 class Services:
-    """A process whose main thread does what is posted when it is told to."""
+    """A device process.  `catch_up` runs the jobs that were posted to its main thread."""
 
     def __init__(self) -> None:
         self.posts: list[Callable[[], None]] = []
@@ -22,21 +22,21 @@ class Services:
         self.slot = memoryview(bytearray(devmsg.FIGURES_SLOT_BYTES - 8 * devmsg.FIGURES_HEAD)).cast("Q")
 
     def post(self, job: Callable[[], None]) -> None:
-        """Keep it."""
+        """Keep the job."""
         self.posts.append(job)
 
     def call_after(self, delay_s: float, handler: Callable[[], None]) -> None:
-        """It does not come to that."""
+        """Do nothing."""
 
     def catch_up(self) -> None:
-        """Do what was posted."""
+        """Run the posted jobs."""
         for job in self.posts:
             job()
 
 
 @pytest.mark.parametrize("reset", [False, True])
-def test_request_is_answered_unless_its_driver_is_gone(reset: bool) -> None:
-    """The main thread may hear of a reset before it comes to what the other thread has posted."""
+def test_request_is_answered_unless_its_driver_was_reset(reset: bool) -> None:
+    """The main thread may handle a reset before a job that the other thread has posted."""
     services, told, injected = Services(), list[bytes](), list[bytes]()
     local = LocalNetwork(INTERFACE, injected.append, services, told.append)
     local.begin()
@@ -52,19 +52,19 @@ def test_request_is_answered_unless_its_driver_is_gone(reset: bool) -> None:
 
 
 def named(local: LocalNetwork, services: Services, *options: bytes) -> bytes:
-    """Have a guest ask for its address; return the name of which it is noted."""
+    """Send a guest's request for its address.  Return the name that is recorded then."""
     assert local.answer(dhcp(REQUEST, requested=GUEST4, more=b"".join(options)), sum_missing=False)
     return named_now(services)
 
 
 def named_now(services: Services) -> bytes:
-    """Return the name that is noted, as others read it."""
+    """Return the recorded name, as readers of the figures see it."""
     slot = bytes(8 * devmsg.FIGURES_HEAD) + bytes(services.slot)
     return slot[devmsg.FIGURES_SLOT_BYTES - devmsg.HOST_NAME_BYTES : devmsg.FIGURES_SLOT_BYTES].rstrip(b"\0")
 
 
-def test_the_host_name_that_a_guest_asks_with_is_noted() -> None:
-    """Behind the figures, and no longer than the lease."""
+def test_the_host_name_of_a_request_is_recorded() -> None:
+    """It is recorded after the figures, as long as the lease exists."""
     services = Services()
     local = LocalNetwork(INTERFACE.replace(asks=False), lambda _: None, services, lambda _: None)
 
@@ -75,8 +75,8 @@ def test_the_host_name_that_a_guest_asks_with_is_noted() -> None:
     assert named_now(services) == b""
 
 
-def test_name_servers_of_its_own_are_not_asked_for() -> None:
-    """What others are told is nothing to it."""
+def test_configured_name_servers_need_no_question() -> None:
+    """The interface uses its own servers, and does not ask for the host's."""
     told: list[bytes] = []
     injected: list[bytes] = []
     local = LocalNetwork(

@@ -1,4 +1,4 @@
-"""What the thread that moves frames waits for, and the discipline between it and the main thread."""
+"""The thread that moves frames: its events, and how the main thread starts and stops it."""
 
 import os
 import select
@@ -20,7 +20,7 @@ from vmd.virtio.queue import Queue
 
 
 class Services:
-    """A process that keeps what threads tell it."""
+    """A device process that keeps the messages of its threads."""
 
     def __init__(self) -> None:
         self.posts: SimpleQueue[Callable[[], None]] = SimpleQueue()
@@ -28,57 +28,57 @@ class Services:
         self.figures = unseen("vionet")
 
     def interrupt(self, queue: int) -> None:
-        """Nobody listens."""
+        """Do nothing."""
 
     def post(self, job: Callable[[], None]) -> None:
-        """Keep it."""
+        """Keep the job."""
         self.posts.put(job)
 
     def broke(self, text: str) -> None:
-        """Keep it."""
+        """Keep the error."""
         self.broken.put(text)
 
 
 class Gate:
-    """A place at which a thread says that it has come, and waits until it may go on."""
+    """A point where a thread reports its arrival, and waits until the test opens the gate."""
 
     def __init__(self) -> None:
         self.reached = os.eventfd(0)
         self.opened = os.eventfd(0)
 
     def pass_through(self) -> None:
-        """Come, and wait."""
+        """Report the arrival, and wait."""
         os.eventfd_write(self.reached, 1)
         os.eventfd_read(self.opened)
 
     def wait(self) -> None:
-        """Wait until the thread has come."""
+        """Wait until the thread has arrived."""
         assert select.select([self.reached], [], [], DEADLINE_S)[0]
         os.eventfd_read(self.reached)
 
     def open(self) -> None:
-        """Let it go on."""
+        """Let the thread continue."""
         os.eventfd_write(self.opened, 1)
 
 
 class Recorder(Worker):
-    """A queue's half that writes down what it does, and stops where it is told to."""
+    """The worker of a queue.  It records its steps, and waits at a gate in each turn."""
 
     def __init__(self, services: Services, number: int, kick: int) -> None:
         super().__init__(services, number, kick, 64)
         self.notes: list[str] = []
         self.gate = Gate()
         self.failure: Exception | None = None
-        self.wishes: list[tuple[int, float]] = []  # tap_events and until_s for after the next turns
+        self.wishes: list[tuple[int, float]] = []  # tap_events and until_s after each of the next turns
         self.shares: list[bool] = []
 
     def begin(self) -> None:
-        """Write it down."""
+        """Record the call."""
         super().begin()
         self.notes.append("begin")
 
     def serve(self, queue: Queue) -> bool:
-        """Write it down, and wait."""
+        """Record the call, and wait at the gate."""
         self.notes.append(f"serve {queue.size}")
         self.shares.append(self.shared)
         self.gate.pass_through()
@@ -90,7 +90,7 @@ class Recorder(Worker):
 
 
 class Moved:
-    """A thread that stands, two queues' halves, and both ends of a tap."""
+    """A stopped mover thread, the workers of two queues, and both ends of a tap."""
 
     def __init__(self, services: Services) -> None:
         self.host, self.tap = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -100,7 +100,7 @@ class Moved:
         self.mover.start()
 
     def go(self, queues: list[Queue]) -> None:
-        """Have both queues served once."""
+        """Start the thread, and let it serve both queues once."""
         for worker, queue in zip(self.workers, queues, strict=True):
             worker.queue = queue
         self.mover.go()
@@ -109,7 +109,7 @@ class Moved:
             worker.gate.open()
 
     def close(self) -> None:
-        """Have the thread stand for ever: it cannot be ended."""
+        """Stop the thread.  It cannot be ended."""
         for worker in self.workers:
             worker.gate.open()
         self.mover.stop()
@@ -121,13 +121,13 @@ class Moved:
 
 @pytest.fixture
 def services() -> Services:
-    """Give a process."""
+    """Return a process."""
     return Services()
 
 
 @pytest.fixture
 def queues() -> Iterator[list[Queue]]:
-    """Give two queues that differ in size."""
+    """Yield two queues of different sizes."""
     with GuestMemory.create(LAYOUT) as memory:
         made = []
         for size in (8, 16):
@@ -141,14 +141,14 @@ def queues() -> Iterator[list[Queue]]:
 
 @pytest.fixture
 def moved(services: Services, queues: list[Queue]) -> Iterator[Moved]:
-    """Give a thread, standing; `queues` outlives it."""
+    """Yield a stopped thread.  `queues` is closed after it."""
     made = Moved(services)
     yield made
     made.close()
 
 
-def test_thread_that_stands_serves_nothing(moved: Moved, queues: list[Queue]) -> None:
-    """Whatever is notified, until it is told to go."""
+def test_stopped_thread_serves_nothing(moved: Moved, queues: list[Queue]) -> None:
+    """Notifications have no effect until it is started."""
     worker = moved.workers[0]
     worker.queue = queues[0]
     os.eventfd_write(moved.kicks[0], 1)
@@ -161,8 +161,8 @@ def test_thread_that_stands_serves_nothing(moved: Moved, queues: list[Queue]) ->
     worker.gate.open()
 
 
-def test_each_notification_is_news_for_its_queue(moved: Moved, queues: list[Queue]) -> None:
-    """Though nobody reads what rings, and also while the queue is served; the other queue does not hear of it."""
+def test_each_notification_causes_a_turn_of_its_queue(moved: Moved, queues: list[Queue]) -> None:
+    """The eventfd is never read.  A notification during a turn counts too.  The other queue has no turn."""
     moved.go(queues)
     for kick, worker in zip(moved.kicks, moved.workers, strict=True):
         os.eventfd_write(kick, 1)
@@ -177,8 +177,8 @@ def test_each_notification_is_news_for_its_queue(moved: Moved, queues: list[Queu
     ]
 
 
-def test_a_queue_knows_that_the_other_waits(moved: Moved, queues: list[Queue]) -> None:
-    """So that its turn may be short."""
+def test_a_queue_knows_that_the_other_one_waits(moved: Moved, queues: list[Queue]) -> None:
+    """Its turn can then be short."""
     moved.go(queues)
     os.eventfd_write(moved.kicks[0], 1)
     moved.workers[0].gate.wait()
@@ -187,8 +187,8 @@ def test_a_queue_knows_that_the_other_waits(moved: Moved, queues: list[Queue]) -
     assert moved.workers[0].shares == [True, False]
 
 
-def test_the_tap_is_waited_for_by_who_wants_it(moved: Moved, queues: list[Queue]) -> None:
-    """As long as they do."""
+def test_only_a_queue_that_waits_for_the_tap_gets_its_events(moved: Moved, queues: list[Queue]) -> None:
+    """It gets them as long as it waits."""
     first, second = moved.workers
     for worker, queue in zip(moved.workers, queues, strict=True):
         worker.queue = queue
@@ -199,7 +199,7 @@ def test_the_tap_is_waited_for_by_who_wants_it(moved: Moved, queues: list[Queue]
     first.gate.open()
     second.gate.wait()
     second.gate.open()
-    first.gate.wait()  # it is readable, and nobody has read it
+    first.gate.wait()  # the tap is still readable
     first.gate.open()
     os.eventfd_write(moved.kicks[1], 1)
     second.gate.wait()
@@ -209,8 +209,8 @@ def test_the_tap_is_waited_for_by_who_wants_it(moved: Moved, queues: list[Queue]
     assert second.notes == ["begin"] + ["serve 16"] * 2
 
 
-def test_a_time_comes_without_a_notification(moved: Moved, queues: list[Queue]) -> None:
-    """For the queue that waits for it."""
+def test_a_timeout_needs_no_notification(moved: Moved, queues: list[Queue]) -> None:
+    """The queue that waits for a time has a turn then."""
     worker = moved.workers[1]
     worker.queue = queues[1]
     worker.wishes = [(0, time.monotonic() + 0.01)]
@@ -224,10 +224,10 @@ def test_a_time_comes_without_a_notification(moved: Moved, queues: list[Queue]) 
 
 
 @pytest.mark.parametrize("greedy", [0, 1])
-def test_a_time_comes_though_the_other_queue_always_has_more(
+def test_a_timeout_comes_while_the_other_queue_is_always_busy(
     moved: Moved, queues: list[Queue], greedy: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So that a limit, or a frame that waits for buffers, ends in time whatever passes the other way."""
+    """A limit, or the wait of a frame for buffers, ends in time, even with much traffic in the other direction."""
     always, timed = moved.workers[greedy], moved.workers[1 - greedy]
     for worker, queue in zip(moved.workers, queues, strict=True):
         worker.queue = queue
@@ -244,7 +244,7 @@ def test_a_time_comes_though_the_other_queue_always_has_more(
 def test_stop_waits_until_the_ring_is_left(
     moved: Moved, queues: list[Queue], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And says so if it takes too long."""
+    """If that takes too long, it raises HostError."""
     monkeypatch.setattr(movers, "QUIESCE_TIMEOUT_S", 0.05)
     worker = moved.workers[0]
     worker.queue = queues[0]
@@ -260,8 +260,8 @@ def test_stop_waits_until_the_ring_is_left(
     assert worker.notes == ["begin", "serve 8"]
 
 
-def test_thread_that_did_not_notice_its_stop_begins_anew(moved: Moved, queues: list[Queue]) -> None:
-    """It may sleep all the time between stop and go; what it knew of the old ring it forgets all the same."""
+def test_thread_that_did_not_notice_its_stop_still_begins_again(moved: Moved, queues: list[Queue]) -> None:
+    """It may sleep from stop to start.  It still drops what it knows of the old ring."""
     worker = moved.workers[0]
     for queue in (queues[0], queues[1]) * 50:
         worker.queue = queue
@@ -274,7 +274,7 @@ def test_thread_that_did_not_notice_its_stop_begins_anew(moved: Moved, queues: l
 
 
 def test_queue_that_is_not_used_is_not_served(moved: Moved, queues: list[Queue]) -> None:
-    """Nor waited for in circles."""
+    """The thread does not poll for it either."""
     worker = moved.workers[0]
     moved.mover.go()
     os.eventfd_write(moved.kicks[0], 1)
@@ -287,8 +287,8 @@ def test_queue_that_is_not_used_is_not_served(moved: Moved, queues: list[Queue])
     worker.gate.open()
 
 
-def test_broken_ring_is_told_and_left(moved: Moved, queues: list[Queue], services: Services) -> None:
-    """The thread stands until it is told to go again, and leaves the other queue, too."""
+def test_broken_ring_is_reported_and_stops_the_thread(moved: Moved, queues: list[Queue], services: Services) -> None:
+    """The thread stops for both queues until it is started again."""
     worker, other = moved.workers
     worker.failure = GuestError("broken")
     worker.queue, other.queue = queues
@@ -308,8 +308,8 @@ def test_broken_ring_is_told_and_left(moved: Moved, queues: list[Queue], service
         each.gate.open()
 
 
-def test_failure_of_ours_ends_the_process(moved: Moved, queues: list[Queue], services: Services) -> None:
-    """It is raised again on the main thread."""
+def test_internal_error_ends_the_process(moved: Moved, queues: list[Queue], services: Services) -> None:
+    """The exception is raised again on the main thread."""
     worker = moved.workers[0]
     worker.failure = ValueError("a bug")
     worker.queue = queues[0]

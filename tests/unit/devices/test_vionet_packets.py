@@ -1,4 +1,4 @@
-"""What the main thread hears of a guest, and tells it, while the kernel moves the frames."""
+"""The main thread receives frames of a guest and answers them while the kernel moves all frames."""
 
 import socket
 from collections.abc import Callable, Iterator
@@ -15,11 +15,11 @@ from vmd.devices.vionet.packets import HEADER, Packets
 from vmd.ipc import devmsg
 
 LOCAL = Interface(lladdr=LLADDR, local=True, guest4=GUEST4, host4=HOST4, vhost=True)
-PLAIN, UNSUMMED = bytes(HEADER), b"\1" + bytes(HEADER - 1)  # virtio headers: the latter leaves the sum to others
+PLAIN, UNSUMMED = bytes(HEADER), b"\1" + bytes(HEADER - 1)  # virtio headers; with the second one the sum is missing
 
 
 class Process:
-    """A process that looks at a socket when it is told to."""
+    """A device process.  `look` calls the handlers of its sockets."""
 
     def __init__(self) -> None:
         self.figures = unseen("vionet")
@@ -27,28 +27,28 @@ class Process:
         self.watched: dict[int, Callable[[], None]] = {}
 
     def post(self, job: Callable[[], None]) -> None:
-        """Do it at once."""
+        """Run the job at once."""
         job()
 
     def call_after(self, delay_s: float, handler: Callable[[], None]) -> None:
-        """It does not come to that."""
+        """Do nothing."""
 
     def watch(self, fd: int, handler: Callable[[], None]) -> None:
-        """Note it."""
+        """Keep the handler."""
         self.watched[fd] = handler
 
     def unwatch(self, fd: int) -> None:
-        """Forget it."""
+        """Remove the handler."""
         del self.watched[fd]
 
     def look(self) -> None:
-        """Call back for what may be readable."""
+        """Call all handlers."""
         for handler in tuple(self.watched.values()):
             handler()
 
 
 class Guest:
-    """The other end of the socket, and what is behind this one."""
+    """A guest at the other end of the packet socket, with the objects that answer it."""
 
     def __init__(self, interface: Interface) -> None:
         self.socket, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -61,24 +61,24 @@ class Guest:
         self.packets = Packets(ours.detach(), self.process, local, self.addresses, self.count, self.fail)
 
     def inject(self, frame: bytes) -> None:
-        """Have the guest receive a frame."""
+        """Send a frame to the guest."""
         assert self.packets.send(frame)
 
     def fail(self) -> None:
-        """The tap is up."""
+        """Fail, because the tap stays up."""
         raise AssertionError
 
     def count(self) -> None:
-        """Count a frame that was for us."""
+        """Count a frame that was answered."""
         self.answered += 1
 
-    def say(self, frame: bytes, header: bytes = PLAIN) -> None:
-        """Send a frame, which the process looks at if it listens."""
+    def send_frame(self, frame: bytes, header: bytes = PLAIN) -> None:
+        """Send a frame, and let the process handle it if it listens."""
         self.socket.send(header + frame)
         self.process.look()
 
-    def hear(self) -> list[int]:
-        """Return the kinds of the answers that have come."""
+    def read_answers(self) -> list[int]:
+        """Return the kinds of the answers so far."""
         kinds: list[int] = []
         while True:
             try:
@@ -91,68 +91,68 @@ class Guest:
 
 @pytest.fixture
 def guest() -> Iterator[Guest]:
-    """A guest of a local interface."""
+    """Yield a guest with a local interface."""
     guest = Guest(LOCAL)
     with guest.socket:
         yield guest
 
 
 def test_a_request_is_answered_while_the_kernel_moves_the_frames(guest: Guest) -> None:
-    """Not before, for then it was seen on its way; and not afterwards."""
-    guest.say(dhcp(DISCOVER))
+    """A request before or after that is handled by the threads, and not answered here."""
+    guest.send_frame(dhcp(DISCOVER))
     guest.packets.begin()
     guest.process.look()
-    assert (guest.hear(), guest.answered) == ([], 0)
+    assert (guest.read_answers(), guest.answered) == ([], 0)
 
-    guest.say(dhcp(DISCOVER))
-    assert (guest.hear(), guest.answered) == ([OFFER], 1)
+    guest.send_frame(dhcp(DISCOVER))
+    assert (guest.read_answers(), guest.answered) == ([OFFER], 1)
 
     guest.packets.end()
-    guest.say(dhcp(DISCOVER))
-    assert (guest.hear(), guest.process.watched) == ([], {})
+    guest.send_frame(dhcp(DISCOVER))
+    assert (guest.read_answers(), guest.process.watched) == ([], {})
 
 
-def test_what_the_kernel_has_moved_is_heard_before_others_move_frames(guest: Guest) -> None:
-    """Else a request that came just before would have no answer."""
+def test_frames_that_the_kernel_has_moved_are_answered_at_the_end(guest: Guest) -> None:
+    """Otherwise a request just before the threads take over would get no answer."""
     guest.packets.begin()
     guest.socket.send(PLAIN + dhcp(DISCOVER))
 
     guest.packets.end()
 
-    assert guest.hear() == [OFFER]
+    assert guest.read_answers() == [OFFER]
 
 
-def test_a_sum_that_was_left_to_others_is_not_looked_at(guest: Guest) -> None:
-    """Linux sends so from an ordinary socket."""
+def test_a_missing_checksum_is_not_checked(guest: Guest) -> None:
+    """Linux sends such frames from an ordinary socket."""
     request = bytearray(dhcp(DISCOVER))
     request[40:42] = b"\x12\x34"  # the sum of UDP
     guest.packets.begin()
 
-    guest.say(bytes(request))
-    assert guest.hear() == []
-    guest.say(bytes(request), UNSUMMED)
-    assert guest.hear() == [OFFER]
+    guest.send_frame(bytes(request))
+    assert guest.read_answers() == []
+    guest.send_frame(bytes(request), UNSUMMED)
+    assert guest.read_answers() == [OFFER]
 
 
 @pytest.mark.parametrize(
     "frame", [b"", b"\0", bytes(14), bytes(60_000), dhcp(RELEASE, ciaddr=GUEST4), dhcp(DISCOVER)[:60]]
 )
-def test_what_gets_no_answer_ends_there(guest: Guest, frame: bytes) -> None:
-    """Whatever it is; the next request is answered."""
+def test_a_frame_without_an_answer_is_dropped(guest: Guest, frame: bytes) -> None:
+    """The next request is answered."""
     guest.packets.begin()
 
-    guest.say(frame)
-    guest.say(dhcp(DISCOVER))
+    guest.send_frame(frame)
+    guest.send_frame(dhcp(DISCOVER))
 
-    assert (guest.hear(), guest.answered) == ([OFFER], 1)
+    assert (guest.read_answers(), guest.answered) == ([OFFER], 1)
 
 
-def test_a_guest_on_a_switch_is_listened_to() -> None:
-    """What it says of its addresses goes along when it goes elsewhere; nothing is answered."""
+def test_addresses_of_a_guest_on_a_switch_are_recorded() -> None:
+    """They are sent to the receiver of a migration.  There are no answers."""
     guest = Guest(LOCAL.replace(local=False))
     with guest.socket:
         guest.packets.begin()
-        guest.say(announce.router_address(LLADDR, GUEST4))
+        guest.send_frame(announce.router_address(LLADDR, GUEST4))
 
         assert guest.addresses.known == (devmsg.ANNOUNCED.pack(devmsg.ANNOUNCED_4, GUEST4),)
-        assert (guest.hear(), guest.answered) == ([], 0)
+        assert (guest.read_answers(), guest.answered) == ([], 0)

@@ -1,4 +1,4 @@
-"""Router advertisements of a local interface, and the solicitations that ask for them (RFC 4861, RFC 8106)."""
+"""Router advertisements of a local interface, and router solicitations (RFC 4861, RFC 8106)."""
 
 import random
 import struct
@@ -41,7 +41,7 @@ def options_of(message: bytes) -> dict[int, bytes]:
 
 
 def test_advertisement_byte_by_byte() -> None:
-    """The headers, the router, the prefix of the guest's addresses, and the MTU."""
+    """It has the headers, the router, the prefix of the guest's addresses, and the MTU."""
     frame = ra.advertisement(NIC)
 
     assert frame[:14] == b"\x33\x33\0\0\0\1" + HOST_LLADDR + b"\x86\xdd"
@@ -59,7 +59,7 @@ def test_advertisement_byte_by_byte() -> None:
 
 
 def test_name_servers_and_mtu() -> None:
-    """As the operator and the host have them (RFC 8106, 5.1)."""
+    """They come from the configuration and from the host (RFC 8106, 5.1)."""
     dns = (bytes(15) + b"\1", bytes(15) + b"\2")
 
     options = options_of(ra.advertisement(NIC.replace(dns6=dns, mtu=9000))[54:])
@@ -68,8 +68,8 @@ def test_name_servers_and_mtu() -> None:
     assert options[25] == struct.pack(">BBHI", 25, 5, 0, 1800) + b"".join(dns)
 
 
-def test_router_is_who_the_vm_says() -> None:
-    """Else who Linux would make it of its link-layer address."""
+def test_router_address() -> None:
+    """It is the given address, else the one that Linux derives from the link-layer address."""
     told = bytes.fromhex("fe80") + bytes(13) + b"\x77"
 
     assert ra.advertisement(NIC.replace(host_link_local=told))[22:38] == told
@@ -89,7 +89,7 @@ def test_router_is_who_the_vm_says() -> None:
     ],
 )
 def test_solicitation(frame: bytes) -> None:
-    """What hosts send."""
+    """The forms of solicitations that hosts send are recognised."""
     assert ra.is_solicitation(frame, NIC)
 
 
@@ -117,12 +117,12 @@ PASSED = {
 
 @pytest.mark.parametrize("frame", PASSED.values(), ids=PASSED)
 def test_frame_that_is_no_solicitation(frame: bytes) -> None:
-    """RFC 4861, 6.1.1, and what is not for routers at all."""
+    """The frame breaks RFC 4861, 6.1.1, or is not for routers."""
     assert not ra.is_solicitation(frame, NIC)
 
 
-def test_sum_that_was_left_to_the_device() -> None:
-    """Only then is it not looked at."""
+def test_missing_sum_is_accepted_if_the_device_computes_it() -> None:
+    """Only then the sum is not checked."""
     frame = bytearray(solicitation())
     frame[56] ^= 1
 
@@ -132,8 +132,8 @@ def test_sum_that_was_left_to_the_device() -> None:
 
 @pytest.mark.parametrize("sample", [solicitation(), solicitation(bytes(16), options=b"")])
 def test_prefixes_and_flipped_bits(sample: bytes) -> None:
-    """No part is a whole, and the sum finds every change but those of what it does not cover."""
-    not_covered = {*range(14, 18)}  # version is checked apart; class and label mean nothing here
+    """No prefix is a solicitation.  The sum shows every changed bit that it covers."""
+    not_covered = {*range(14, 18)}  # the version has its own check; class and label do not matter
     for length in range(len(sample)):
         assert not ra.is_solicitation(sample[:length], NIC)
     for bit in range(len(sample) * 8):
@@ -143,7 +143,7 @@ def test_prefixes_and_flipped_bits(sample: bytes) -> None:
 
 
 def test_random_messages() -> None:
-    """Noise, and solicitations with noise in them (fixed seed)."""
+    """Random bytes, and solicitations with random bytes, cause no exception (fixed seed)."""
     choice = random.Random(45)
     results = set()
     for _ in range(20_000):

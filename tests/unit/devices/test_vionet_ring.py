@@ -1,4 +1,4 @@
-"""The hot loops of vionet do what the slow walk does, on any ring; and a tap that takes nothing is waited for."""
+"""The hot loops of vionet have the same results as simple implementations, for any ring.  Waits for the tap end."""
 
 import errno
 import os
@@ -48,44 +48,44 @@ from vmd.units import IOV_MAX, PAGE
 from vmd.virtio.queue import DESC, Queue
 from vmd.virtio.spec import VIRTQ_USED_F_NO_NOTIFY
 
-# (gpa or the next free place, length, flags, next or the following) each; in a table of its own
+# (gpa, None: the next free place; length; flags; next, None: the following descriptor) each; in an indirect table
 Parts = list[tuple[int | None, int, int, int | None]]
 Chains = list[tuple[Parts, bool]]
 
 SIZE = 16
 FEATURES = INDIRECT_DESC | EVENT_IDX
 TABLES, TABLE_BYTES = DATA - 0x4000, 512
-GAPS = (0, 0, 64)  # behind descriptors of some lengths: others are adjacent to the next
+GAPS = (0, 0, 64)  # bytes after descriptors, depending on their lengths: with 0 the next one is adjacent
 LOCAL = Interface(lladdr=LLADDR, host_lladdr=HOST_LLADDR, local=True, guest4=GUEST4, host4=HOST4)
-PLACES = 1 << 20  # bytes from DATA on that chains lie in
+PLACES = 1 << 20  # bytes from DATA on that chains may use
 
 
 class Services:
-    """A process that counts interrupts."""
+    """A device process that counts interrupts."""
 
     def __init__(self) -> None:
         self.interrupts = 0
         self.figures = unseen("vionet")
 
     def interrupt(self, queue: int) -> None:
-        """Count."""
+        """Count an interrupt."""
         self.interrupts += 1
 
     def post(self, job: Callable[[], None]) -> None:
-        """Do it at once."""
+        """Run the job at once."""
         job()
 
     def broke(self, text: str) -> None:
-        """Be told by the loop itself here."""
+        """Do nothing: the tests call the loop, which raises the error."""
 
 
 def failed(error: OSError) -> None:
-    """Fail."""
+    """Raise the error."""
     raise error
 
 
 class Ends:
-    """Both ends of something that carries packets; a context manager."""
+    """A fake tap and its other end, as a context manager."""
 
     def __init__(self) -> None:
         self.host, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -104,21 +104,21 @@ class Ends:
         os.close(self.kick)
 
     def transmitter(self, header: int = 12) -> Transmitter:
-        """Return the transmit queue's half, without its thread."""
+        """Return the worker of a transmit queue, without its thread."""
         made = Transmitter(Services(), self.kick, self.tap, failed)
         made.header = header
         made.link_up = True
         return made
 
     def receiver(self, header: int = 12, *, mergeable: bool = False, sums: bool = True) -> Receiver:
-        """Return the receive queue's half, without its thread."""
+        """Return the worker of a receive queue, without its thread."""
         made = Receiver(Services(), self.kick, self.tap, failed)
         made.configure(header, mergeable=mergeable, sums=sums)
         made.link_up = True
         return made
 
     def frames(self) -> list[bytes]:
-        """Return what has been written to the tap."""
+        """Return the frames that were written to the tap."""
         found = []
         while select.select([self.host], [], [], 0)[0]:
             found.append(self.host.recv(1 << 17))
@@ -126,19 +126,19 @@ class Ends:
 
 
 def close(worker: Transmitter | Receiver) -> None:
-    """Give its descriptors back."""
+    """Close the descriptors of a worker."""
     if isinstance(worker, Receiver):
         os.close(worker.injection)
 
 
-# Mostly what drivers do, and from everything else something.
+# Mostly the values of real drivers, and some of everything else.
 GPAS = st.sampled_from([None] * 12 + [0, EXTRA - 5, EXTRA + (1 << 20) - 1, ROM, 1 << 40, (1 << 64) - 1])
 LENGTHS = st.sampled_from([12, 10, 60, 1514, 2048, 1, 0, 3, 14, 26, 4096, 17000, 65562, 0xFFFFFFFF])
 NEXTS = st.sampled_from([None] * 12 + [0, 3, SIZE - 1, SIZE, 0xFFFF])
 
 
 def chains(usual_flags: int, other_flags: list[int]) -> st.SearchStrategy[Chains]:
-    """Return a strategy for rings of one direction."""
+    """Return a strategy for the rings of one direction."""
     flags = st.sampled_from([usual_flags | NEXT] * 3 + [usual_flags] * 3 + other_flags)
     odd: st.SearchStrategy[Parts] = st.lists(st.tuples(GPAS, LENGTHS, flags, NEXTS), min_size=1, max_size=7)
     lengths = st.lists(st.sampled_from([12, 60, 1502, 2048, 2048, 4096, 20000]), min_size=1, max_size=4)
@@ -167,7 +167,7 @@ ODD: st.SearchStrategy[tuple[int | None, int, int, int | None]] = st.tuples(
 def of_pages(
     first: int, numbers: list[int], last: int, odd: list[tuple[int, tuple[int | None, int, int, int | None]]]
 ) -> Parts:
-    """Return a frame of pages, with another descriptor in place of some."""
+    """Return a frame of pages, with some of its descriptors replaced by `odd` ones."""
     parts: Parts = [(None, first, NEXT, None)]
     parts += [(DATA + PAGE * number, PAGE, NEXT, None) for number in numbers]
     parts.append((None, last, 0, None))
@@ -177,7 +177,7 @@ def of_pages(
 
 
 def pages() -> st.SearchStrategy[Chains]:
-    """Return a strategy for frames in many pages, of which some are in several."""
+    """Return a strategy for frames of many pages, some of which are in several frames."""
     numbers = st.lists(st.integers(0, 30), min_size=5, max_size=15)
     odd = st.lists(st.tuples(st.integers(0, 30), ODD), max_size=1)
     frame = st.builds(of_pages, st.sampled_from([12, 66, 78]), numbers, st.sampled_from([1, 60, PAGE]), odd)
@@ -185,7 +185,7 @@ def pages() -> st.SearchStrategy[Chains]:
 
 
 def build(memory: GuestMemory, rings: Chains) -> Ring:
-    """Lay chains out; no two descriptors share memory, except where they are wrong."""
+    """Put chains into a ring.  No two descriptors share memory, except for wrong ones."""
     ring = Ring(memory, SIZE)
     at, place = 0, DATA
     memory.load(DATA, random.Random(3).randbytes(PLACES))
@@ -208,15 +208,15 @@ def build(memory: GuestMemory, rings: Chains) -> Ring:
 
 
 def queue_of(memory: GuestMemory, ring: Ring) -> Queue:
-    """Return the device's side."""
+    """Return the device's queue for a ring."""
     return Queue(memory, FEATURES, SIZE, ring.desc, ring.avail, ring.used)
 
 
 # --- transmitting ------------------------------------------------------------------------------------------------
 
 
-def send_obviously(queue: Queue, header: int) -> tuple[str, list[bytes]]:
-    """Return what stopped it, and what is to be written to the tap."""
+def reference_send(queue: Queue, header: int) -> tuple[str, list[bytes]]:
+    """Transmit in the simplest way.  Return the error that stopped it, or "", and the frames for the tap."""
     sent = []
     try:
         while (chain := queue.take()) is not None:
@@ -239,8 +239,8 @@ def send_obviously(queue: Queue, header: int) -> tuple[str, list[bytes]]:
 
 @settings(max_examples=300)
 @given(st.one_of(chains(0, [WRITE, INDIRECT, INDIRECT | NEXT, 8, 8 | NEXT]), pages()), st.sampled_from([10, 12]))
-def test_transmit_loop_does_what_the_walk_does(rings: Chains, header: int) -> None:
-    """The same frames, used elements and sentence."""
+def test_transmit_loop_has_the_results_of_the_reference(rings: Chains, header: int) -> None:
+    """Frames, used elements and error are the same."""
     outcomes = []
     for fast in (False, True):
         with GuestMemory.create(LAYOUT) as memory, Ends() as ends:
@@ -256,8 +256,8 @@ def test_transmit_loop_does_what_the_walk_does(rings: Chains, header: int) -> No
                     error = str(stopped)
                 frames = ends.frames()
             else:
-                error, frames = send_obviously(queue, header)
-            # Of a broken ring, how far it was read does not matter: only a reset follows.
+                error, frames = reference_send(queue, header)
+            # After an error the position in the ring does not matter, because only a reset follows.
             outcomes.append((error, frames, ring.reap(), error or queue.next_avail))
             close(worker)
             release(queue)
@@ -267,19 +267,19 @@ def test_transmit_loop_does_what_the_walk_does(rings: Chains, header: int) -> No
 
 @pytest.fixture
 def ends() -> Iterator[Ends]:
-    """Give a tap that is none, and its other end."""
+    """Yield a fake tap and its other end."""
     with Ends() as both:
         yield both
 
 
 def is_waiting(worker: Transmitter) -> bool:
-    """Return whether a worker waits for its tap, and not for ever."""
+    """Return whether a worker waits for its tap.  Raise AssertionError if that wait has no limit."""
     assert bool(worker.tap_events) == (worker.until_s < NEVER)
     return bool(worker.tap_events)
 
 
-def test_tap_that_takes_nothing_is_waited_for_43(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hostile input 43: frames stay in the ring, and one is lost for each time that the wait was in vain."""
+def test_wait_for_a_full_tap_has_a_limit_43(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hostile input 43: frames stay in the ring.  Each wait that ends by its limit drops one frame."""
     with GuestMemory.create(LAYOUT) as memory:
         ring = Ring(memory, SIZE)
         queue = queue_of(memory, ring)
@@ -288,7 +288,7 @@ def test_tap_that_takes_nothing_is_waited_for_43(ends: Ends, monkeypatch: pytest
         ring.describe(0, [Desc(DATA, 60_000)])
         memory.load(DATA, b"\0\1".ljust(12, b"\0"))
         worker.queue = queue
-        while not is_waiting(worker):  # until it is full
+        while not is_waiting(worker):  # until the tap is full
             ring.offer(0)
             given += 1
             worker.turn()
@@ -296,7 +296,7 @@ def test_tap_that_takes_nothing_is_waited_for_43(ends: Ends, monkeypatch: pytest
         assert ring.device_idx == taken == given - 1
 
         worker.turn()
-        assert not worker.more  # there was room
+        assert not worker.more  # the tap had room
         assert ring.device_idx == given
         assert not is_waiting(worker)
 
@@ -305,7 +305,7 @@ def test_tap_that_takes_nothing_is_waited_for_43(ends: Ends, monkeypatch: pytest
             worker.turn()
         before = ring.device_idx
         worker.turn()
-        assert is_waiting(worker)  # the time is not over
+        assert is_waiting(worker)  # the limit is not reached
         clock = worker.until_s
         monkeypatch.setattr(time, "monotonic", lambda: clock)
         worker.turn()
@@ -317,8 +317,8 @@ def test_tap_that_takes_nothing_is_waited_for_43(ends: Ends, monkeypatch: pytest
 
 @pytest.mark.parametrize("count", [7, 8, 64, 65, IOV_MAX - 2, IOV_MAX - 1, IOV_MAX])
 @pytest.mark.parametrize("apart", [0, 1])
-def test_frame_is_whole_in_however_many_pieces(ends: Ends, count: int, apart: int) -> None:
-    """Side by side or apart, and the second time, too."""
+def test_frame_of_many_pieces_is_sent_whole(ends: Ends, count: int, apart: int) -> None:
+    """The pieces are adjacent or apart.  The second frame of the same pieces is whole too."""
     with GuestMemory.create(LAYOUT) as memory:
         ring = Ring(memory, SIZE)
         queue = queue_of(memory, ring)
@@ -336,8 +336,8 @@ def test_frame_is_whole_in_however_many_pieces(ends: Ends, count: int, apart: in
         del queue, worker
 
 
-def test_what_is_given_back_within_a_turn_is_counted(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before the guest hears of it: whoever asks then is told of it."""
+def test_frames_are_counted_before_they_are_used(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The figures never lag behind the used index that the guest sees."""
     seen: list[int] = []
     with GuestMemory.create(LAYOUT) as memory:
         ring = Ring(memory, SIZE)
@@ -363,8 +363,8 @@ def test_what_is_given_back_within_a_turn_is_counted(ends: Ends, monkeypatch: py
         del queue, worker
 
 
-def test_windows_that_are_kept_are_few(ends: Ends) -> None:
-    """Whatever pages, and tables of whatever length, a guest makes its frames of; and each frame is what it is."""
+def test_cached_views_are_bounded(ends: Ends) -> None:
+    """Their number has a limit for any pages and any lengths of tables.  Each frame is sent correctly."""
     header, count = bytes((0, GSO_TCPV4)).ljust(12, b"\0"), 3000
     layout = (RegionSpec(gpa=0, size=DATA + PAGE * count, name="ram"),)
     with GuestMemory.create(layout) as memory:
@@ -385,31 +385,31 @@ def test_windows_that_are_kept_are_few(ends: Ends) -> None:
             wanted = header + b"".join(memory.read(part.gpa, part.length) for part in parts[1:])
             assert ends.frames() == [wanted]
             assert sum(len(views) for views, _ in worker.tables.values()) == worker.windows <= WINDOWS_MAX
-        assert worker.windows  # so this was about them
+        assert worker.windows  # the cache was used
         close(worker)
         release(queue)
         del queue, worker
 
 
 class NoServices:
-    """What a frame that is not answered does not need."""
+    """The services of a process, which a frame without an answer must not use."""
 
     figures = unseen("vionet")
     slot = memoryview(bytearray(devmsg.FIGURES_SLOT_BYTES)).cast("Q")
 
     def post(self, _job: object) -> None:
-        """Refuse it."""
+        """Fail."""
         raise AssertionError
 
     def call_after(self, _delay_s: float, _job: object) -> None:
-        """Refuse it."""
+        """Fail."""
         raise AssertionError
 
 
-def test_what_was_judged_is_what_is_sent_20(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hostile input 20, 40: a guest that changes the source, or what DHCP has seen, between the look and the write."""
+def test_the_checked_bytes_are_sent_20(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hostile input 20, 40: the guest changes the source address or the DHCP packet between the check and the write."""
     frame = any_frame(400)
-    request = dhcp_request(99)  # no type of which we know, in a packet with a wrong sum: not for us
+    request = dhcp_request(99)  # an unknown type, in a packet with a wrong checksum: it is not answered
     request = request[:40] + b"\x12\x34" + request[42:]
     with GuestMemory.create(LAYOUT) as memory:
         ring = Ring(memory, SIZE)
@@ -431,7 +431,7 @@ def test_what_was_judged_is_what_is_sent_20(ends: Ends, monkeypatch: pytest.Monk
             ring.add([Desc(place, 12 + len(content))])
             worker.serve(queue)
             sent = ends.frames()[0][12:]
-            # Of a frame that only the lock looks at, the rest is the guest's own business.
+            # Of a frame for which only the source address is checked, the guest may change the rest.
             assert sent[:14] == content[:14]
             assert sent == content or content is frame
         assert worker.packets == 2
@@ -441,23 +441,23 @@ def test_what_was_judged_is_what_is_sent_20(ends: Ends, monkeypatch: pytest.Monk
 
 
 def never(_frame: bytes) -> None:
-    """Fail: nothing here is answered."""
+    """Fail, because no frame is answered here."""
     raise AssertionError
 
 
 # --- receiving -----------------------------------------------------------------------------------------------------
 
 
-def receive_obviously(
+def reference_receive(
     queue: Queue, frames: list[bytes], header: int, *, mergeable: bool, sums: bool
 ) -> tuple[str, int]:
-    """Place frames one after the other; return what stopped it, and how many frames had no room."""
+    """Receive in the simplest way.  Return the error that stopped it, or "", and how many frames had no room."""
     no_room = 0
     pending = list(frames)
     taken: list[tuple[int, list[memoryview]]] = []
     least = header if mergeable else header + 14
     try:
-        # The device looks at chains ahead; none of those here is so far ahead that it does not.
+        # The device reads chains ahead, and here it reads all of them.
         while (chain := queue.take()) is not None:
             if chain.readable:
                 raise GuestError("receive buffer with a readable descriptor")
@@ -483,7 +483,7 @@ def receive_obviously(
                 break
         if room < need:
             if mergeable:
-                break  # it waits for more
+                break  # the frame waits for more buffers
             no_room += 1
             pending.pop(0)
             continue
@@ -515,10 +515,10 @@ FRAME_LENGTHS = st.lists(st.sampled_from([14, 60, 60, 1514, 2036, 2037, 3000, 90
     st.sampled_from([(10, False), (12, False), (12, True)]),
     st.booleans(),
 )
-def test_receive_loop_does_what_the_walk_does(
+def test_receive_loop_has_the_results_of_the_reference(
     rings: Chains, lengths: list[int], layout: tuple[int, bool], sums: bool
 ) -> None:
-    """The same memory, used elements and sentence."""
+    """Memory, used elements and error are the same."""
     assume(not any(covers_ring(gpa, length) for parts, _ in rings for gpa, length, _, _ in parts))
     header, mergeable = layout
     frames = [random.Random(n).randbytes(header + length) for n, length in enumerate(lengths)]
@@ -538,13 +538,13 @@ def test_receive_loop_does_what_the_walk_does(
                     error = str(stopped)
                 no_room = worker.no_room
             else:
-                error, no_room = receive_obviously(queue, frames, header, mergeable=mergeable, sums=sums)
+                error, no_room = reference_receive(queue, frames, header, mergeable=mergeable, sums=sums)
             used = ring.reap()
-            # Bytes behind a frame are nobody's: a read of ours may have begun there with one that was dropped.
+            # Bytes after a frame do not count: a read of a frame that was dropped may have left bytes there.
             content = []
             if not error and is_apart(memory, ring):
                 content = [bytes(placed(memory, ring, head, length)) for head, length in used]
-            # Of a broken ring, how far it was read does not matter: only a reset follows.
+            # After an error the position in the ring does not matter, because only a reset follows.
             outcomes.append((error, error or used, content, error or no_room))
             assert len(worker.chains.known) <= STOCK
             assert len(worker.run.ends) <= RUN
@@ -556,12 +556,12 @@ def test_receive_loop_does_what_the_walk_does(
 
 
 def covers_ring(gpa: int | None, length: int) -> bool:
-    """Return whether a buffer reaches into the ring: what is read of it then depends on when it is read."""
+    """Return whether a buffer overlaps the ring.  The content of the ring then depends on the time of reading."""
     return gpa == 0 and RING_BASE < length < DATA
 
 
 def is_apart(memory: GuestMemory, ring: Ring) -> bool:
-    """Return whether no descriptor is in two chains: a frame for which the later one has no room then ends in both."""
+    """Return whether no descriptor is in two chains.  Otherwise a frame in one chain would change the other one."""
     queue = queue_of(memory, ring)
     places = []
     while (chain := queue.take()) is not None:
@@ -583,8 +583,8 @@ def placed(memory: GuestMemory, ring: Ring, head: int, length: int) -> bytes:
 
 
 @pytest.mark.parametrize("parts", [[Desc(DATA, 0, 0)], [Desc(DATA, 0, WRITE)], [Desc(DATA, 25, WRITE)]], ids=str)
-def test_first_buffer_that_takes_no_frame_breaks_the_ring(ends: Ends, parts: list[Desc]) -> None:
-    """Even if nothing about it is remarkable but that."""
+def test_first_buffer_without_room_for_a_frame_breaks_the_ring(ends: Ends, parts: list[Desc]) -> None:
+    """This holds even if the ring is correct otherwise."""
     with GuestMemory.create(LAYOUT) as memory:
         ring = Ring(memory, SIZE)
         queue = queue_of(memory, ring)
@@ -609,15 +609,15 @@ BUFFERS = {
 
 @pytest.mark.parametrize("shuffled", [False, True], ids=["in order", "shuffled"])
 @pytest.mark.parametrize("kind", BUFFERS)
-def test_run_of_buffers_is_filled_round_after_round(ends: Ends, kind: str, shuffled: bool) -> None:
-    """Whatever lies beside what, wherever the ring's end is, and whatever was left from the round before."""
+def test_buffers_are_filled_in_many_rounds(ends: Ends, kind: str, shuffled: bool) -> None:
+    """The buffers have any order, the indices wrap, and buffers of earlier rounds may be left."""
     sizes, gap = BUFFERS[kind]
     places = [DATA + sum(sizes[:head]) + head * gap for head in range(SIZE)]
     lengths = [length for length in (14, 60, 60, 170, 1514, 4084, 4085, 9000, 20000) if 12 + length <= sum(sizes)]
     rng = random.Random(kind)
     with GuestMemory.create(LAYOUT) as memory:
         ring = Ring(memory, SIZE)
-        ring.avail_idx, ring.used_idx = 0xFFF0, 0xFFF5  # the indices of a VM that was received
+        ring.avail_idx, ring.used_idx = 0xFFF0, 0xFFF5  # as for a VM that was received
         queue = Queue(memory, FEATURES, SIZE, ring.desc, ring.avail, ring.used, ring.avail_idx, ring.used_idx)
         worker = ends.receiver(mergeable=True)
         for head in range(SIZE):
@@ -632,7 +632,7 @@ def test_run_of_buffers_is_filled_round_after_round(ends: Ends, kind: str, shuff
             for head in free[:offered]:
                 ring.offer(head)
             del free[:offered]
-            small = len(sent) // 100 % 2  # for so long that it is not prepared for anything else
+            small = len(sent) // 100 % 2  # long enough that the worker expects only small frames
             for _ in range(rng.randrange(20 if small else 4)):
                 sent.append(rng.randbytes(12 + rng.choice(lengths[: 3 if small else None])))
                 ends.host.send(sent[-1])
@@ -655,8 +655,8 @@ def test_run_of_buffers_is_filled_round_after_round(ends: Ends, kind: str, shuff
         del queue, worker
 
 
-def test_a_single_frame_is_given_before_the_next_is_looked_for(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Somebody waits for it; of many in one turn, all are given together."""
+def test_a_single_frame_is_published_before_the_next_read(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The guest may wait for it.  Later frames of the same turn are published together."""
     seen: list[int] = []
     with GuestMemory.create(LAYOUT) as memory:
         ring = Ring(memory, SIZE)
@@ -670,7 +670,7 @@ def test_a_single_frame_is_given_before_the_next_is_looked_for(ends: Ends, monke
 
         def look_and_read(fd: int, views: Sequence[bytearray | memoryview]) -> int:
             seen.append(ring.device_idx)
-            assert figures[receive.PACKETS] == ring.device_idx  # counted before the guest hears of it
+            assert figures[receive.PACKETS] == ring.device_idx  # counted before the guest can see them
             return read(fd, views)
 
         monkeypatch.setattr(posix, "readv", look_and_read)
@@ -686,8 +686,8 @@ def test_a_single_frame_is_given_before_the_next_is_looked_for(ends: Ends, monke
         del queue, worker
 
 
-def test_no_buffer_is_looked_at_for_each_frame_again(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Though frames go through our own memory: a turn is short, however many pieces buffers have."""
+def test_no_descriptor_is_read_twice(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even if frames go through our own memory, and buffers have many pieces, a turn stays short."""
     pieces, looks = 20, 0
 
     class Counting:
@@ -697,7 +697,7 @@ def test_no_buffer_is_looked_at_for_each_frame_again(ends: Ends, monkeypatch: py
             return DESC.unpack_from(buffer, offset)
 
     monkeypatch.setattr(buffers, "DESC", Counting())
-    monkeypatch.setattr(buffers, "IOV_MAX", pieces + 2)  # a frame for two buffers is for our own memory first
+    monkeypatch.setattr(buffers, "IOV_MAX", pieces + 2)  # a frame for two buffers goes through our own memory
     with GuestMemory.create(LAYOUT) as memory:
         ring = Ring(memory, SIZE)
         queue = queue_of(memory, ring)
@@ -717,7 +717,7 @@ def test_no_buffer_is_looked_at_for_each_frame_again(ends: Ends, monkeypatch: py
 
 
 def test_large_frames_leave_the_other_queue_its_turn(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After so many bytes a turn is over, soon if that queue waits; what is left comes in the next one, at once."""
+    """A turn ends after a number of bytes, which is small if that queue waits.  The next turn takes the rest."""
     monkeypatch.setattr(receive, "ALONE", (SIZE, 100_000))
     monkeypatch.setattr(receive, "SHARED", (SIZE, 1))
     with GuestMemory.create(LAYOUT) as memory:
@@ -741,8 +741,8 @@ def test_large_frames_leave_the_other_queue_its_turn(ends: Ends, monkeypatch: py
 
 @pytest.mark.parametrize("gap", [0, 8], ids=["side by side", "apart"])
 @pytest.mark.parametrize("count", [1, 2, 255, 256, 257, 300])
-def test_a_frame_says_in_how_many_buffers_it_is(ends: Ends, count: int, gap: int) -> None:
-    """5.1.6.3.2: num_buffers has two bytes, however the frame came into the buffers."""
+def test_the_header_of_a_frame_has_its_number_of_buffers(ends: Ends, count: int, gap: int) -> None:
+    """5.1.6.3.2: num_buffers has two bytes, and is correct for every number and position of buffers."""
     size, room = 512, 16
     with GuestMemory.create(LAYOUT) as memory:
         ring = Ring(memory, size)
@@ -774,7 +774,7 @@ def test_a_frame_says_in_how_many_buffers_it_is(ends: Ends, count: int, gap: int
 
 @pytest.mark.parametrize("header", [10, 12])
 def test_a_frame_stays_in_its_buffer_if_buffers_are_not_merged(ends: Ends, header: int) -> None:
-    """A longer one is dropped, and the buffer behind it keeps its bytes, though both are adjacent."""
+    """A longer frame is dropped.  The adjacent next buffer keeps its bytes."""
     room = 100
     with GuestMemory.create(LAYOUT) as memory:
         ring = Ring(memory, SIZE)
@@ -800,7 +800,7 @@ def test_a_frame_stays_in_its_buffer_if_buffers_are_not_merged(ends: Ends, heade
 
 @pytest.mark.parametrize("first", [1, 9, 10, 11, 12, 13])
 def test_a_header_may_lie_in_two_pieces(ends: Ends, first: int) -> None:
-    """The number of buffers is right wherever its two bytes are."""
+    """The number of buffers is correct even if its two bytes are in different pieces."""
     with GuestMemory.create(LAYOUT) as memory:
         ring = Ring(memory, SIZE)
         queue = Queue(memory, FEATURES, SIZE, ring.desc, ring.avail, ring.used)
@@ -822,8 +822,8 @@ def test_a_header_may_lie_in_two_pieces(ends: Ends, first: int) -> None:
 
 @pytest.mark.parametrize("filtered", [False, True])
 @pytest.mark.parametrize("gap", [0, 8], ids=["side by side", "apart"])
-def test_a_frame_that_a_full_ring_has_no_room_for_is_dropped(ends: Ends, gap: int, filtered: bool) -> None:
-    """One that fills the ring to its last byte arrives; one that is a byte longer would wait for ever."""
+def test_a_frame_that_is_too_long_for_a_full_ring_is_dropped(ends: Ends, gap: int, filtered: bool) -> None:
+    """A frame that fills the ring to its last byte arrives.  A frame with one more byte would wait for ever."""
     room = 128
     with GuestMemory.create(LAYOUT) as memory:
         ring = Ring(memory, SIZE)
@@ -850,8 +850,8 @@ def test_a_frame_that_a_full_ring_has_no_room_for_is_dropped(ends: Ends, gap: in
         del queue, worker
 
 
-def test_a_frame_waits_for_buffers_no_longer_than_it_may(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A driver that never offers more does not stop its interface; one that does so in time gets the frame."""
+def test_the_wait_of_a_frame_for_buffers_has_a_limit(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver that offers buffers in time gets the frame.  After the limit the frame is dropped."""
     now = 100.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     with GuestMemory.create(LAYOUT) as memory:
@@ -865,7 +865,7 @@ def test_a_frame_waits_for_buffers_no_longer_than_it_may(ends: Ends, monkeypatch
         worker.serve(queue)
         assert (worker.until_s, ring.reap()) == (now + receive.HOLD_S, [])
         now += receive.HOLD_S / 2
-        worker.serve(queue)  # the time that is left does not begin anew
+        worker.serve(queue)  # the limit does not start again
         assert worker.until_s == 100.0 + receive.HOLD_S
         ring.offer(1)
         worker.serve(queue)
@@ -886,8 +886,8 @@ def test_a_frame_waits_for_buffers_no_longer_than_it_may(ends: Ends, monkeypatch
 
 @pytest.mark.parametrize("filtered", [False, True])
 @pytest.mark.parametrize("header", [10, 12])
-def test_a_frame_without_a_whole_ethernet_header_is_none(ends: Ends, header: int, filtered: bool) -> None:
-    """It is counted, and its buffer takes the next one; the shortest that there can be arrives."""
+def test_a_frame_without_a_whole_ethernet_header_is_dropped(ends: Ends, header: int, filtered: bool) -> None:
+    """It is counted, and its buffer gets the next frame.  A frame of only an Ethernet header arrives."""
     with GuestMemory.create(LAYOUT) as memory:
         ring = Ring(memory, SIZE)
         queue = queue_of(memory, ring)
@@ -907,8 +907,8 @@ def test_a_frame_without_a_whole_ethernet_header_is_none(ends: Ends, header: int
         del queue, worker
 
 
-def test_frames_for_others_are_kept_from_a_locked_interface(ends: Ends) -> None:
-    """What is for its own address, or for a group, arrives."""
+def test_a_locked_interface_gets_no_frames_for_others(ends: Ends) -> None:
+    """Frames for its own address or for a group arrive."""
     with GuestMemory.create(LAYOUT) as memory:
         ring = Ring(memory, SIZE)
         queue = queue_of(memory, ring)
@@ -929,8 +929,8 @@ def test_frames_for_others_are_kept_from_a_locked_interface(ends: Ends) -> None:
         del queue, worker
 
 
-def test_answers_of_our_own_that_wait_are_few(ends: Ends) -> None:
-    """Whoever asks faster than they are taken loses some, which is counted; the others come first, in order."""
+def test_waiting_answers_of_our_own_are_bounded(ends: Ends) -> None:
+    """Too many answers are dropped and counted.  The others come before frames of the tap, in order."""
     with GuestMemory.create(LAYOUT) as memory:
         ring = Ring(memory, 64)
         queue = Queue(memory, FEATURES, 64, ring.desc, ring.avail, ring.used)
@@ -962,8 +962,8 @@ def test_answers_of_our_own_that_wait_are_few(ends: Ends) -> None:
     ("number", "gone"),
     [(errno.EBADFD, True), (errno.ENODEV, True), (errno.EIO, True), (errno.EINVAL, False), (errno.ENOMEM, False)],
 )
-def test_reads_that_fail(ends: Ends, monkeypatch: pytest.MonkeyPatch, number: int, gone: bool, filtered: bool) -> None:
-    """A tap that is gone or down is waited for no more; of any other error one frame was lost, and the next is read."""
+def test_failing_reads(ends: Ends, monkeypatch: pytest.MonkeyPatch, number: int, gone: bool, filtered: bool) -> None:
+    """A tap that is removed or down is no longer read.  After any other error the next frame is read."""
     failures: list[OSError] = []
     read = os.readv
     left = [number]
@@ -987,7 +987,7 @@ def test_reads_that_fail(ends: Ends, monkeypatch: pytest.MonkeyPatch, number: in
         assert [error.errno for error in failures] == ([number] if gone else [])
         assert (worker.link_up, worker.malformed) == (not gone, 0 if gone else 1)
         assert ring.reap() == ([] if gone else [(0, 72)])
-        # Without buffers it would not be waited for either.
+        # The worker waits for the tap only if it has buffers.
         ring.add([Desc(DATA, 2048, WRITE)])
         worker.serve(queue)
         assert worker.tap_events == (0 if gone else select.EPOLLIN)
@@ -1000,7 +1000,7 @@ def test_reads_that_fail(ends: Ends, monkeypatch: pytest.MonkeyPatch, number: in
 
 @pytest.mark.parametrize(("room", "fits"), [(72, True), (71, False)])
 def test_a_frame_of_ours_may_fill_its_buffer(ends: Ends, room: int, fits: bool) -> None:
-    """To the last byte; one for which the buffer is too small is dropped, and the buffer stays."""
+    """A frame that fits exactly arrives.  If the buffer is too small, the frame is dropped and the buffer stays."""
     with GuestMemory.create(LAYOUT) as memory:
         ring = Ring(memory, SIZE)
         queue = queue_of(memory, ring)

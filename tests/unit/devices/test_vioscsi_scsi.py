@@ -1,4 +1,4 @@
-"""The CD-ROM drive's commands (*cat. 6.6*)."""
+"""The commands of the CD-ROM drive (*cat. 6.6*)."""
 
 import pytest
 from hypothesis import given
@@ -26,12 +26,12 @@ CORE = CONFIGURATION[16:28]
 
 
 def drive() -> Drive:
-    """Return a drive with a disc of a thousand blocks."""
+    """Return a drive with a disc of 1000 blocks."""
     return Drive(BLOCKS * BLOCK)
 
 
 def refusal(reply: Reply) -> tuple[int, int]:
-    """Return sense key and additional code of a reply, which must be well formed."""
+    """Return sense key and additional sense code of a reply, which must be well-formed."""
     assert reply.status == CHECK_CONDITION
     assert (len(reply.sense), reply.sense[0], reply.sense[7], reply.sense[13]) == (14, 0x70, 6, 0)
     assert not reply.data
@@ -39,7 +39,7 @@ def refusal(reply: Reply) -> tuple[int, int]:
     return reply.sense[2], reply.sense[12]
 
 
-# Command, its whole answer, and where the allocation length stands: first byte, number of bytes.
+# Command, whole answer, and position of the allocation length: first byte, number of bytes.
 ANSWERS = {
     "inquiry": ("120000000000", INQUIRY, 3, 2),
     "request sense": ("030000000000", bytes.fromhex("700000000000000a").ljust(18, b"\0"), 4, 1),
@@ -73,7 +73,7 @@ ANSWERS = {
 
 @pytest.mark.parametrize("name", ANSWERS)
 def test_answer_is_cut_to_the_allocation_length(name: str) -> None:
-    """The table's answers, whole and with every shorter length; a longer one changes nothing."""
+    """A shorter length cuts the answer, and a longer one does not change it."""
     text, whole, at, width = ANSWERS[name]
 
     for allocated in (*range(len(whole) + 1), 255):
@@ -82,19 +82,19 @@ def test_answer_is_cut_to_the_allocation_length(name: str) -> None:
         assert drive().execute(bytes(cdb)) == Reply(data=whole[:allocated])
 
 
-def test_configuration_has_the_length_it_says() -> None:
-    """56 bytes, as vmd's."""
+def test_configuration_has_the_length_of_vmds() -> None:
+    """vmd's configuration has 56 bytes too."""
     assert len(CONFIGURATION) == 56
 
 
 @pytest.mark.parametrize("text", ["000000000000", "1b0000000300", "1e0000000100"])
 def test_command_without_data_is_good(text: str) -> None:
-    """TEST UNIT READY, START STOP UNIT, PREVENT ALLOW."""
+    """The commands are TEST UNIT READY, START STOP UNIT and PREVENT ALLOW."""
     assert drive().execute(bytes.fromhex(text)) == Reply(status=GOOD)
 
 
 def test_report_luns_names_lun_0() -> None:
-    """A list of one; lengths that could not hold it are refused."""
+    """The list has one entry.  A length without room for it is refused."""
     full = bytes.fromhex("0000000800000000") + bytes(8)
 
     replies = {n: drive().execute(bytes.fromhex("a00000000000") + n.to_bytes(4, "big") + b"\0\0") for n in (15, 16, 99)}
@@ -104,12 +104,12 @@ def test_report_luns_names_lun_0() -> None:
 
 
 def test_read_capacity_10() -> None:
-    """Last block and block size."""
+    """The answer has the last block and the block size."""
     assert drive().execute(b"\x25".ljust(10, b"\0")) == Reply(data=bytes.fromhex("000003e700000800"))
 
 
 def test_capacity_beyond_32_bits() -> None:
-    """The short form saturates, the long one is right, and so is the offset of a READ(16)."""
+    """READ CAPACITY(10) saturates.  READ CAPACITY(16) and the offset of a READ(16) are correct."""
     blocks = (1 << 32) + 5
     big = Drive(blocks * BLOCK)
 
@@ -123,7 +123,7 @@ def test_capacity_beyond_32_bits() -> None:
 
 
 def test_toc_addresses_saturate() -> None:
-    """A disc longer than the fields hold ends at their last value."""
+    """For a disc beyond the range of the fields, they have their largest value."""
     big = Drive(BLOCK << 33)
 
     assert big.execute(bytes.fromhex("430000000000aa000c00")).data[8:] == b"\xff\xff\xff\xff"
@@ -131,7 +131,7 @@ def test_toc_addresses_saturate() -> None:
 
 
 def read_cdb(opcode: int, lba: int, count: int) -> bytes:
-    """Return a READ of any size."""
+    """Return the CDB of a READ command."""
     if opcode == 0x08:
         return bytes((8,)) + lba.to_bytes(3, "big") + bytes((count, 0))
     if opcode == 0x28:
@@ -146,26 +146,26 @@ READS = pytest.mark.parametrize("opcode", [0x08, 0x28, 0xA8, 0x88])
 
 @READS
 @pytest.mark.parametrize(("lba", "count"), [(0, 1), (7, 200), (BLOCKS - 1, 1), (BLOCKS - 255, 255)])
-def test_read_is_an_extent(opcode: int, lba: int, count: int) -> None:
-    """Blocks are 2048 bytes."""
+def test_read_returns_an_extent(opcode: int, lba: int, count: int) -> None:
+    """Blocks have 2048 bytes."""
     assert drive().execute(read_cdb(opcode, lba, count)) == Reply(offset=lba * BLOCK, length=count * BLOCK)
 
 
 @READS
 @pytest.mark.parametrize(("lba", "count"), [(BLOCKS, 1), (BLOCKS - 1, 2), (BLOCKS + 5, 0), (0x1FFFFF, 255)])
 def test_read_beyond_the_disc_is_refused(opcode: int, lba: int, count: int) -> None:
-    """5/21, wherever the first block out of range is."""
+    """The sense data is 5/21 for any block out of range."""
     assert refusal(drive().execute(read_cdb(opcode, lba, count))) == (5, 0x21)
 
 
-def test_read_6_of_no_blocks_is_of_256_and_of_others_none() -> None:
-    """Only the oldest command has that rule."""
+def test_only_read_6_takes_0_blocks_as_256() -> None:
+    """The other READ commands read nothing."""
     assert drive().execute(read_cdb(0x08, 0, 0)).length == 256 * BLOCK
     assert [drive().execute(read_cdb(op, 0, 0)) for op in (0x28, 0xA8, 0x88)] == [Reply()] * 3
 
 
 def test_read_of_more_than_64_mib_is_refused() -> None:
-    """64 MiB themselves are not."""
+    """64 MiB are accepted."""
     big = Drive(1 << 30)
 
     assert big.execute(read_cdb(0x28, 0, 32768)).length == 64 << 20
@@ -187,12 +187,12 @@ def test_read_of_more_than_64_mib_is_refused() -> None:
     ],
 )  # fmt: skip
 def test_field_out_of_range_is_refused(text: str) -> None:
-    """5/24."""
+    """The sense data is 5/24."""
     assert refusal(drive().execute(bytes.fromhex(text))) == (5, 0x24)
 
 
 def test_unknown_opcodes_are_refused() -> None:
-    """5/20, for each of them."""
+    """The sense data is 5/20 for each of them."""
     unknown = [opcode for opcode in range(256) if opcode not in Drive.COMMANDS]
 
     assert {refusal(drive().execute(bytes((opcode,)))) for opcode in unknown} == {(5, 0x20)}
@@ -200,8 +200,8 @@ def test_unknown_opcodes_are_refused() -> None:
 
 
 @pytest.mark.parametrize("size", [None, 0])
-def test_drive_without_a_disc_says_so(size: int | None) -> None:
-    """2/3A for whatever needs one; the rest works."""
+def test_drive_without_a_disc(size: int | None) -> None:
+    """Commands that need a disc get 2/3A, and the others work."""
     empty = Drive(size)
     needs = [bytes((0,)), bytes((0x25,)), b"\x9e\x10", bytes((0x43,)), *(read_cdb(op, 0, 1) for op in (8, 0x28, 0x88))]
 
@@ -210,8 +210,8 @@ def test_drive_without_a_disc_says_so(size: int | None) -> None:
     assert empty.execute(bytes.fromhex("030000001200")).data == bytes.fromhex("700002000000000a00000000 3a0000000000")
 
 
-def test_lock_follows_what_was_asked() -> None:
-    """The power event is active while locked; locking twice stays locked."""
+def test_lock_follows_the_last_command() -> None:
+    """The power event is active while the drive is locked.  A second lock changes nothing."""
     one = drive()
     states = []
     for prevent in (1, 1, 0, 0):
@@ -227,8 +227,8 @@ READY = bytes(6)
 REQUEST_SENSE = bytes.fromhex("030000001200")
 
 
-def test_another_disc_is_told_once_whichever_way_a_driver_looks() -> None:
-    """As unit attention for the first command that may fail, and as an event of the media class before all others."""
+def test_a_new_disc_is_reported_once_in_each_way() -> None:
+    """It is a unit attention for the first command that may fail, and the first event, of the media class."""
     one = drive()
     one.change(3 * BLOCK)
 
@@ -242,8 +242,8 @@ def test_another_disc_is_told_once_whichever_way_a_driver_looks() -> None:
     assert one.execute(bytes.fromhex("25000000000000000000")).data == bytes.fromhex("0000000200000800")
 
 
-def test_request_sense_takes_the_attention() -> None:
-    """A driver that asks gets it as data."""
+def test_request_sense_returns_the_unit_attention() -> None:
+    """The driver gets it as data, and the next command succeeds."""
     one = drive()
     one.change(3 * BLOCK)
 
@@ -251,8 +251,8 @@ def test_request_sense_takes_the_attention() -> None:
     assert one.execute(READY).status == GOOD
 
 
-def test_no_disc_is_not_ready_at_once() -> None:
-    """Even if nobody has heard of the one before; an empty drive is not asked to be looked at."""
+def test_a_removed_disc_gives_not_ready_at_once() -> None:
+    """This holds even if the driver has not noticed the disc before.  An empty drive has no unit attention."""
     one = drive()
     one.change(3 * BLOCK)
     one.change(None)
@@ -263,8 +263,8 @@ def test_no_disc_is_not_ready_at_once() -> None:
     assert one.execute(DISC_EVENT).data == bytes.fromhex("0006041400000000")
 
 
-def test_a_wish_to_eject_is_an_event() -> None:
-    """The disc stays, and so does the lock."""
+def test_a_request_to_eject_is_an_event() -> None:
+    """The disc and the lock stay."""
     one = drive()
     one.execute(bytes((0x1E, 0, 0, 0, 1, 0)))
     one.ask_to_eject()
@@ -275,8 +275,8 @@ def test_a_wish_to_eject_is_an_event() -> None:
 
 
 @given(state=st.binary(max_size=8))
-def test_what_a_driver_has_not_heard_goes_along(state: bytes) -> None:
-    """From drive to drive; nonsense, or what a later version says, is no error."""
+def test_unread_events_are_saved_and_restored(state: bytes) -> None:
+    """Another drive gets them.  Random bytes, and the state of a later version, are no error."""
     one, other, third = drive(), drive(), drive()
     one.execute(bytes((0x1E, 0, 0, 0, 1, 0)))
     one.change(3 * BLOCK)
@@ -295,7 +295,7 @@ def test_what_a_driver_has_not_heard_goes_along(state: bytes) -> None:
     size=st.one_of(st.none(), st.integers(0, 1 << 45)),
 )
 def test_any_command_has_a_documented_reply(opcode: int, rest: bytes, size: int | None) -> None:
-    """Data, or an extent of the disc, or sense data of the table; never two of them."""
+    """A reply has data, or an extent of the disc, or known sense data, and never two of them."""
     reply = Drive(size).execute(bytes((opcode,)) + rest)
 
     if reply.status == CHECK_CONDITION:

@@ -1,4 +1,4 @@
-"""The C names mean what the kernel's header says they mean: compiled and compared."""
+"""Constants and structures agree with the kernel's header, which is compiled for comparison."""
 
 import ctypes
 import errno
@@ -11,16 +11,16 @@ import pytest
 
 from vmd.kvmapi import abi
 
-# Structures that are nameless or bare in C, and are checked as fields of the one that holds them.
+# Structures without a name in C, which are checked as fields of the structures around them.
 NAMELESS = ("kvm_vcpu_events_", "kvm_irqchip_chip", "kvm_irq_routing_u", "kvm_run_", "kvm_msr_index")
-# Fields whose C name differs, or that C does not have: unions that Python flattens or names.
+# Fields with another name in C, or that C does not have: unions that Python flattens or names.
 ONLY_HERE = {("kvm_run", "exit"), ("kvm_run", "padding")}
-# Structures that are longer in C: a flexible array or parts that are not ours to read.
+# Structures that are longer in C: they have a flexible array, or parts that we do not read.
 LONGER_IN_C = {"kvm_run"}
 
 
 def named_structs() -> dict[str, type[ctypes.Structure]]:
-    """Return the structures of abi.py that the header has under the same name."""
+    """Return the structures of abi.py that have the same name in the header."""
     return {
         name: struct
         for name, struct in vars(abi).items()
@@ -32,14 +32,14 @@ def named_structs() -> dict[str, type[ctypes.Structure]]:
 
 
 def constants() -> dict[str, int]:
-    """Return every number of abi.py that has a name of the kernel's, requests included."""
+    """Return all numbers of abi.py with names of the kernel, including requests."""
     return {name: value for name, value in vars(abi).items() if name.startswith("KVM_")}
 
 
 def offsets(
     struct: type[ctypes.Structure | ctypes.Union], path: str = "", base: int = 0
 ) -> dict[str, tuple[int, int]]:
-    """Return (offset, size) of every field, nested ones by dotted path."""
+    """Return (offset, size) of every field.  Nested fields have dotted paths."""
     found: dict[str, tuple[int, int]] = {}
     for name, kind, *_ in struct._fields_:
         field = getattr(struct, name)
@@ -54,7 +54,7 @@ def offsets(
 
 @pytest.fixture(scope="module")
 def header(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
-    """What a compiled C program says of every name: `NAME`, `sizeof S`, `S.field` and `sizeof S.field`."""
+    """Return the values that a compiled C program prints for `NAME`, `sizeof S`, `S.field` and `sizeof S.field`."""
     if shutil.which("gcc") is None or not Path("/usr/include/linux/kvm.h").exists():
         pytest.skip("gcc and <linux/kvm.h> are needed to compare numbers with the kernel's")
     lines = [f'N("{name}", {name})' for name in constants()]
@@ -76,7 +76,7 @@ def header(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
 
 
 def test_every_number_is_the_kernels(header: dict[str, int]) -> None:
-    """Requests, exits, flags and capabilities."""
+    """The numbers are requests, exits, flags and capabilities."""
     ours = constants()
 
     assert {name: header[name] for name in ours} == {name: int(value) for name, value in ours.items()}
@@ -84,7 +84,7 @@ def test_every_number_is_the_kernels(header: dict[str, int]) -> None:
 
 
 def test_every_structure_has_the_kernels_size(header: dict[str, int]) -> None:
-    """Each is as long as in C, except where a tail is none of ours."""
+    """Each structure has the size as in C, except those whose end we do not read."""
     for name, struct in named_structs().items():
         if name in LONGER_IN_C:
             assert ctypes.sizeof(struct) < header[f"sizeof {name}"], name
@@ -94,7 +94,7 @@ def test_every_structure_has_the_kernels_size(header: dict[str, int]) -> None:
 
 
 def test_every_field_has_the_kernels_place(header: dict[str, int]) -> None:
-    """Offset and size of every field, nested ones too."""
+    """Offset and size of every field agree, also of nested ones."""
     compared = 0
     for name, struct in named_structs().items():
         for path, (offset, size) in offsets(struct).items():
@@ -105,7 +105,7 @@ def test_every_field_has_the_kernels_place(header: dict[str, int]) -> None:
 
 
 def test_every_request_has_one_name() -> None:
-    """REQUESTS is what a system call filter is made of, so no two names may share a number."""
+    """System call filters are made from REQUESTS, so no two names may have the same number."""
     names = [name for name, value in vars(abi).items() if isinstance(value, abi.Request)]
 
     assert sorted(abi.REQUESTS.values()) == sorted(names)
@@ -113,7 +113,7 @@ def test_every_request_has_one_name() -> None:
 
 
 def test_a_refused_request_names_itself_and_keeps_the_errno() -> None:
-    """Both ways of calling; the class is the one Python has for that errno."""
+    """This holds for both ways of calling.  The exception has Python's class for that errno."""
     with pytest.raises(OSError, match=r"\[Errno 9\] KVM_CREATE_VM: Bad file descriptor") as by_fcntl:
         abi.ioctl(-1 & 0xFFFF, abi.KVM_CREATE_VM)
     with pytest.raises(OSError, match="KVM_SET_TSS_ADDR: Bad file descriptor") as by_libc:
@@ -123,7 +123,7 @@ def test_a_refused_request_names_itself_and_keeps_the_errno() -> None:
 
 
 def test_a_file_that_is_not_kvm_is_refused() -> None:
-    """ENOTTY comes out, with the first request's name."""
+    """The error is ENOTTY, with the name of the first request."""
     with open(os.devnull, "rb") as null, pytest.raises(OSError, match="KVM_GET_API_VERSION") as refused:
         abi.ioctl(null.fileno(), abi.KVM_GET_API_VERSION)
 
@@ -131,6 +131,6 @@ def test_a_file_that_is_not_kvm_is_refused() -> None:
 
 
 def test_state_bytes_of_another_size_are_refused() -> None:
-    """A state section from elsewhere must not be cut or padded silently."""
+    """A structure from a stream must not be cut or padded silently."""
     with pytest.raises(ValueError, match="kvm_regs of 143 bytes, not 144"):
         abi.write_struct(-1, abi.KVM_SET_REGS, abi.kvm_regs, bytes(143))

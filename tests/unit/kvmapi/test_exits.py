@@ -1,4 +1,4 @@
-"""Decoding a run page that is filled in through the C structure."""
+"""Exits are decoded from a run page, which the tests fill in with the C structure."""
 
 import ctypes
 
@@ -24,20 +24,20 @@ from vmd.kvmapi.exits import (
 
 
 def page_of(run: abi.kvm_run, pio_data: bytes = b"") -> bytes:
-    """Return the vCPU mapping's first two pages."""
+    """Return the first two pages of a vCPU's mapping."""
     return bytes(run).ljust(4096, b"\xee") + pio_data.ljust(4096, b"\xee")
 
 
 def test_a_port_write_carries_its_data() -> None:
-    """A single access and a string one."""
+    """The data of a string access has all its elements."""
     run = abi.kvm_run(exit_reason=abi.KVM_EXIT_IO)
     run.io = abi.kvm_run_io(abi.KVM_EXIT_IO_OUT, 2, 0x3F8, 3, 4096)
 
     assert decode(page_of(run, b"abcdefgh")) == PioOut(0x3F8, 2, 3, b"abcdef")
 
 
-def test_a_port_read_says_how_much_it_wants() -> None:
-    """Port, size and count."""
+def test_a_port_read_has_port_size_and_count() -> None:
+    """The exit has the three values of the structure."""
     run = abi.kvm_run(exit_reason=abi.KVM_EXIT_IO)
     run.io = abi.kvm_run_io(abi.KVM_EXIT_IO_IN, 4, 0xCFC, 7, 4096)
 
@@ -45,7 +45,7 @@ def test_a_port_read_says_how_much_it_wants() -> None:
 
 
 def test_memory_accesses_carry_address_and_data() -> None:
-    """A write brings as many bytes as it is long."""
+    """A write has as many bytes as its length."""
     run = abi.kvm_run(exit_reason=abi.KVM_EXIT_MMIO)
     run.mmio = abi.kvm_run_mmio(0xFEB00010, (abi.u8 * 8)(*b"12345678"), 4, 1)
     assert decode(page_of(run)) == MmioWrite(0xFEB00010, 4, b"1234")
@@ -55,7 +55,7 @@ def test_memory_accesses_carry_address_and_data() -> None:
 
 
 def test_an_emulation_failure_shows_the_instruction() -> None:
-    """Flag, length and bytes sit in what is otherwise a list of numbers."""
+    """Flag, length and bytes are in the array of numbers."""
     run = abi.kvm_run(exit_reason=abi.KVM_EXIT_INTERNAL_ERROR)
     run.internal.suberror = abi.KVM_INTERNAL_ERROR_EMULATION
     run.internal.ndata = 3
@@ -71,13 +71,13 @@ def test_an_emulation_failure_shows_the_instruction() -> None:
 
 @pytest.mark.parametrize("data", [(), (1,), (0, 3, 0)])
 def test_an_internal_error_without_instruction_bytes_shows_none(data: tuple[int, ...]) -> None:
-    """Older kernels give no bytes; other suberrors mean other things by the numbers."""
+    """Older kernels give no bytes.  With other suberrors the numbers have other meanings."""
     assert InternalError(abi.KVM_INTERNAL_ERROR_EMULATION, data).instruction == b""
     assert InternalError(abi.KVM_INTERNAL_ERROR_DELIVERY_EV, (1, 3, 0)).instruction == b""
 
 
 def test_a_count_beyond_the_structure_is_cut() -> None:
-    """A kernel with more data than its own array would be wrong; we do not read past it."""
+    """If the kernel claims more data than its array has, we do not read beyond the array."""
     run = abi.kvm_run(exit_reason=abi.KVM_EXIT_INTERNAL_ERROR)
     run.internal.ndata = 1000
 
@@ -88,7 +88,7 @@ def test_a_count_beyond_the_structure_is_cut() -> None:
 
 
 def test_the_other_exits_carry_their_fields() -> None:
-    """One of each."""
+    """One exit of each kind is decoded."""
     run = abi.kvm_run(exit_reason=abi.KVM_EXIT_SYSTEM_EVENT)
     run.system_event = abi.kvm_run_system_event(abi.KVM_SYSTEM_EVENT_RESET, 1, (abi.u64 * 16)(5))
     assert decode(page_of(run)) == SystemEvent(abi.KVM_SYSTEM_EVENT_RESET, (5,))
@@ -116,7 +116,7 @@ def test_the_other_exits_carry_their_fields() -> None:
 
 
 def test_exits_are_frozen_and_differ_by_class() -> None:
-    """Two reasons with the same values are not the same exit."""
+    """Exits of two classes with the same values are not equal."""
     exit_ = PioIn(0x60, 1, 1)
 
     with pytest.raises(AttributeError):
@@ -134,5 +134,5 @@ def test_exits_are_frozen_and_differ_by_class() -> None:
 
 
 def test_the_run_page_fits_before_the_data_page() -> None:
-    """The structure as far as we know it must not reach the port data."""
+    """Our structure must not overlap the page of port data."""
     assert ctypes.sizeof(abi.kvm_run) < 4096

@@ -1,43 +1,43 @@
-"""In which order drivers use the registers of a virtio PCI device: a table of what they do, none of it ours to forbid.
+"""The orders in which drivers use the registers of a virtio PCI device, with the expected results.
 
-Each row names the project and the file that does it so.  `steps` are its accesses, a word each:
+Each row names the project and the file with this order.  `steps` are its accesses, one word each:
 
-    name=value      write the register, as wide as it is; an address is written as two halves, the lower one first
-    name:size=value write so many bytes
-    name?           read the register; with a value behind it, that must be what it reads as
-    notify=queue    notify
+    name=value      write the register in its own width; an address is written as two halves, the lower one first
+    name:size=value write `size` bytes
+    name?           read the register; if a value follows, the register must have it
+    notify=queue    notify the queue
     msix=1          write the enable bit of MSI-X
     table=vector    fill in and unmask an entry of the MSI-X table
 
 Registers have the names of the specification (virtio 1.2, 4.1.4.3 and 4.1.4.10), without `device_` and `queue_` where
-that is clear.  Values are hexadecimal, or: F what the device offers in this half of the features, DESC0, AVAIL0, USED0
-the parts of queue 0 and PFN0 its page, and so on for queue 1, OFF what the driver read of queue_notify_off.
+that is clear.  Values are hexadecimal, or: F the features that the device offers in this half; DESC0, AVAIL0, USED0 the
+parts of queue 0, and PFN0 its page; DESC1 and so on for queue 1; OFF the value that was read of queue_notify_off.
 
-A row for `blk` uses queue 0 only and is also run against a disk's own process, where a request has to be served.
+A row for `blk` uses queue 0 only.  It is also run against the process of a disk, which has to serve a request.
 """
 
 from typing import NamedTuple
 
-LEGACY, MODERN, MAPPED = "legacy", "modern", "mapped"  # mapped: needs accesses that ports cannot make
+LEGACY, MODERN, MAPPED = "legacy", "modern", "mapped"  # MAPPED: with 8-byte accesses, which ports do not have
 
 BOTH = (0, 1)
 
 
 class Order(NamedTuple):
-    """One driver's way."""
+    """The order of one driver."""
 
     driver: str
     source: str
     interface: str
     steps: str
-    queues: tuple[int, ...] = BOTH  # that work afterwards
+    queues: tuple[int, ...] = BOTH  # the queues that work afterwards
     sizes: tuple[int, ...] = (256, 64)
     device: str = "any"
-    early: bool = False  # the device is at work before DRIVER_OK
+    early: bool = False  # the device works before DRIVER_OK
     complaints: tuple[str, ...] = ()
 
 
-# Pieces that several have in common.
+# Pieces that several rows have in common.
 OFFERED = "device_feature_select=0 device_feature?F device_feature_select=1 device_feature?1"
 ACCEPT = "driver_feature_select=0 driver_feature=0 driver_feature_select=1 driver_feature=1"
 HALVES0, HALVES1 = "desc=DESC0 avail=AVAIL0 used=USED0", "desc=DESC1 avail=AVAIL1 used=USED1"
@@ -271,7 +271,7 @@ ORDERS = [
             "uses the registers of virtio 1.x without VIRTIO_F_VERSION_1: DRIVER_OK is refused",
         ),
     ),
-    # What the specification allows, and some small kernels do.
+    # The specification allows these orders, and some small kernels use them.
     Order(
         "status all at once", "virtio 1.2, 3.1.1, by a driver that leaves FEATURES_OK out", MODERN,
         f"status=0 {ACCEPT} select=0 {HALVES0} enable=1 select=1 {HALVES1} enable=1 status=7 status?7",

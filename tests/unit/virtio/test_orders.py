@@ -1,4 +1,4 @@
-"""Every order of `orders.ORDERS` against the registers, through each view of them."""
+"""Every order of `orders.ORDERS` has its expected results, through each view of the registers."""
 
 import pytest
 
@@ -13,12 +13,12 @@ SYMBOLS = {
     for queue in (0, 1)
     for number, part in enumerate(("DESC", "AVAIL", "USED"))
 } | {"PFN0": 0x10, "PFN1": 0x20}
-# The parts of a queue of old, which has one size and place for each.
+# The parts of legacy queues, whose size and page determine the places of all parts.
 LEGACY_PARTS = [(256, 0x10000, 0x11000, 0x12000), (64, 0x20000, 0x20400, 0x21000)]
 
 
 def views(order: Order) -> list[tuple[VirtioMode, str]]:
-    """Return the modes of a device, and ways to it, by which this driver could come."""
+    """Return the modes and views that a driver with this order could use."""
     if order.interface == LEGACY:
         return [(VirtioMode.TRANSITIONAL, LEGACY_PORTS), (VirtioMode.LEGACY, LEGACY_PORTS)]
     mapped = [(VirtioMode.TRANSITIONAL, MEMORY), (VirtioMode.MODERN, MEMORY), (VirtioMode.MEMORY, MEMORY)]
@@ -39,7 +39,7 @@ def views(order: Order) -> list[tuple[VirtioMode, str]]:
     ],
 )
 def test_order_is_served(order: Order, mode: VirtioMode, view: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The queues that the driver has set up work, and the log says what it did in vain."""
+    """The queues that the driver has set up work, and ignored accesses are logged."""
     lines: list[str] = []
     monkeypatch.setattr(log, "write", lambda _severity, text: lines.append(text))
     machine = Machine.fake(mode)
@@ -58,7 +58,7 @@ def test_order_is_served(order: Order, mode: VirtioMode, view: str, monkeypatch:
 
 
 def check_rings(machine: Machine, order: Order, *, legacy: bool) -> None:
-    """The device was given what the driver wrote, and nothing else."""
+    """Raise AssertionError unless the device process got exactly the driver's values."""
     features, rows = machine.process.lives[-1]
     assert features == (0 if legacy else VERSION_1)
     for queue, row in enumerate(rows):
@@ -72,7 +72,7 @@ def check_rings(machine: Machine, order: Order, *, legacy: bool) -> None:
 
 
 def check_queues(machine: Machine, order: Order, driver: Driver) -> None:
-    """A notification arrives at each queue, and an interrupt of it at the guest."""
+    """Raise AssertionError unless notifications reach each queue, and its interrupts reach the guest."""
     machine.kicked()
     for queue in order.queues:
         driver.step(f"notify={queue}")
@@ -86,7 +86,7 @@ def check_queues(machine: Machine, order: Order, driver: Driver) -> None:
 
 
 def test_rows_are_of_many_drivers() -> None:
-    """At least five that share no code, and each interface by three or more."""
+    """There are at least 15 source files, and at least three drivers for each interface."""
     for interface in ("legacy", "modern", "mapped"):
         assert len({order.driver.split(",")[0] for order in ORDERS if order.interface == interface}) >= 3
     assert len({order.source for order in ORDERS}) >= 15

@@ -1,4 +1,4 @@
-"""Queues from the device's side; rings as no driver should make them (hostile-input 1, 2, 11-14, 16-19, 21, 25)."""
+"""Queues on the device's side, with good and bad rings (hostile-input 1, 2, 11-14, 16-19, 21, 25)."""
 
 import os
 import struct
@@ -30,26 +30,26 @@ SIZE = 16
 TABLE = DATA + 0x10000
 
 
-FDS: list[int] = []  # of the memories of one test
+FDS: list[int] = []  # descriptors of the memories of a test
 
 
 @pytest.fixture(autouse=True)
-def let_go() -> Iterator[None]:
-    """Close them; the mappings go with their last user."""
+def close_memories() -> Iterator[None]:
+    """Close the memories of a test.  A mapping ends with its last user."""
     yield
     while FDS:
         os.close(FDS.pop())
 
 
 def new_memory() -> GuestMemory:
-    """Return memory that goes with the test."""
+    """Return memory that is closed after the test."""
     memory = GuestMemory.create(LAYOUT)
     FDS.append(memory.fd)
     return memory
 
 
 class Pair:
-    """A ring and the queue that looks at it."""
+    """A driver's ring, and the device's queue for it."""
 
     def __init__(self, features: int = INDIRECT_DESC, start: int = 0) -> None:
         self.memory = new_memory()
@@ -60,26 +60,26 @@ class Pair:
         self.queue = Queue(self.memory, features, SIZE, ring.desc, ring.avail, ring.used, start, start)
 
     def walk(self, *parts: Desc) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-        """Write descriptors as they are, and follow them from the first."""
+        """Write descriptors unchanged.  Return the readable and writable parts of the chain from the first one."""
         self.ring.describe(0, parts)
         chain = self.queue.walk(0)
         return chain.readable, chain.writable
 
 
 def make(size: int = SIZE, desc: int = 0x1000, avail: int = 0x2000, used: int = 0x3000) -> Queue:
-    """Return a queue in a memory of its own."""
+    """Return a queue in new memory."""
     return Queue(new_memory(), 0, size, desc, avail, used)
 
 
 def test_chain_is_followed_in_order() -> None:
-    """What may be read, then what may be written."""
+    """The readable parts come first, then the writable ones."""
     parts = chained([Desc(DATA, 16), Desc(DATA + 64, 8), Desc(DATA + 128, 512, WRITE), Desc(DATA + 4096, 1, WRITE)])
 
     assert Pair().walk(*parts) == ([(DATA, 16), (DATA + 64, 8)], [(DATA + 128, 512), (DATA + 4096, 1)])
 
 
-def test_indirect_chain_is_followed_behind_direct_descriptors() -> None:
-    """2.7.5.3.1: a driver may have descriptors in front of the indirect one."""
+def test_indirect_chain_is_followed_after_direct_descriptors() -> None:
+    """2.7.5.3.1: a chain may have direct descriptors before the indirect one."""
     pair = Pair()
     inside = chained([Desc(DATA + 1, 2, WRITE), Desc(DATA + 8, 3, WRITE)])
     pair.memory.write(TABLE, b"".join(struct.pack("<QIHH", *part) for part in inside))
@@ -91,7 +91,7 @@ def test_indirect_chain_is_followed_behind_direct_descriptors() -> None:
 
 @pytest.mark.parametrize("size", [0, 3, 0xFFFF, 1 << 16])
 def test_size_that_is_no_power_of_two_is_refused_1(size: int) -> None:
-    """Hostile input 1."""
+    """Hostile input 1: the size of a queue is a power of two, at most 32768."""
     with pytest.raises(GuestError, match="queue size"):
         make(size=size)
 
@@ -110,13 +110,13 @@ def test_size_that_is_no_power_of_two_is_refused_1(size: int) -> None:
     ],
 )
 def test_ring_that_is_not_in_memory_is_refused_2_25(desc: int, avail: int, used: int) -> None:
-    """Hostile input 2: unaligned, across a region's end, nowhere, wrapping; 25: used ring that cannot be written."""
+    """Hostile input 2: a part is unaligned, in two regions, outside, or wraps; 25: the used ring is read-only."""
     with pytest.raises(GuestError):
         make(desc=desc, avail=avail, used=used)
 
 
 def test_available_index_ahead_of_the_ring_is_refused_11() -> None:
-    """Hostile input 11."""
+    """Hostile input 11: more chains are available than the queue has entries."""
     pair = Pair()
     pair.ring.set_avail_idx(SIZE + 1)
 
@@ -125,7 +125,7 @@ def test_available_index_ahead_of_the_ring_is_refused_11() -> None:
 
 
 def test_head_outside_the_table_is_refused_12() -> None:
-    """Hostile input 12."""
+    """Hostile input 12: the head is no index of the descriptor table."""
     pair = Pair()
     pair.ring.offer(SIZE)
 
@@ -156,20 +156,20 @@ LOOP = [Desc(DATA, 1, NEXT, (i + 1) % SIZE) for i in range(SIZE)]
     ],
 )
 def test_broken_chain_is_refused(parts: list[Desc]) -> None:
-    """Hostile input 13, 14, 17, 18, 19; the number is in the case's name."""
+    """Hostile input 13, 14, 17, 18, 19: the id of each case begins with its number."""
     with pytest.raises(GuestError):
         Pair().walk(*parts)
 
 
 @pytest.mark.parametrize("length", [0, 17, 16 * 32769])
-def test_length_of_an_indirect_table_that_is_refused_is_said_19(length: int) -> None:
-    """Hostile input 19: it is the table that is wrong, not what is in it."""
+def test_error_names_the_length_of_a_bad_indirect_table_19(length: int) -> None:
+    """Hostile input 19: the table itself is wrong, not its content."""
     with pytest.raises(GuestError, match=f"table of {length} bytes"):
         Pair().walk(Desc(TABLE, length, INDIRECT))
 
 
 def test_nested_indirect_table_is_refused_19() -> None:
-    """Hostile input 19."""
+    """Hostile input 19: an indirect table must not have indirect descriptors."""
     pair = Pair()
     pair.memory.write(TABLE, struct.pack("<QIHH", TABLE, 16, INDIRECT, 0))
 
@@ -178,13 +178,13 @@ def test_nested_indirect_table_is_refused_19() -> None:
 
 
 def test_indirect_descriptor_that_was_not_negotiated_is_refused_19() -> None:
-    """Hostile input 19."""
+    """Hostile input 19: the driver has not accepted INDIRECT_DESC."""
     with pytest.raises(GuestError, match="indirect"):
         Pair(features=0).walk(Desc(TABLE, 16, INDIRECT))
 
 
 def test_long_indirect_chain_is_cut_off_24() -> None:
-    """Hostile input 24: the table may be long, the walk is not."""
+    """Hostile input 24: a table may be long, but the length of a chain has a limit."""
     pair = Pair()
     count = CHAIN_MAX + 1
     pair.memory.write(TABLE, b"".join(struct.pack("<QIHH", *p) for p in chained([Desc(DATA, 1)] * count)))
@@ -194,7 +194,7 @@ def test_long_indirect_chain_is_cut_off_24() -> None:
 
 
 def test_indices_wrap_around() -> None:
-    """65535 is followed by 0, in both rings."""
+    """In both rings 0 follows 65535."""
     pair = Pair(start=0xFFFE)
     heads = []
     for _ in range(4):
@@ -211,8 +211,8 @@ def test_indices_wrap_around() -> None:
 
 
 @pytest.mark.parametrize("start", [0, SIZE - 3, 0xFFFF])
-def test_many_are_taken_and_given_back_as_one_by_one(start: int) -> None:
-    """Across the ring's end and the indices' own; and none is given back before the index says so."""
+def test_many_chains_are_taken_and_given_back_at_once(start: int) -> None:
+    """This works across the ring's end and the wrap of the indices.  Nothing is used before the index is published."""
     pair = Pair(start=start)
     heads = [(7 * number) % SIZE for number in range(SIZE)]
     for head in heads:
@@ -230,8 +230,8 @@ def test_many_are_taken_and_given_back_as_one_by_one(start: int) -> None:
     assert pair.ring.reap() == [(head, 0) for head in heads]
 
 
-def test_nothing_is_seen_before_it_is_published() -> None:
-    """An element whose index does not stand yet is the device's."""
+def test_an_element_is_not_visible_before_it_is_published() -> None:
+    """The driver does not see an element before the index includes it."""
     pair = Pair()
     pair.queue.put(3, 7)
 
@@ -241,7 +241,7 @@ def test_nothing_is_seen_before_it_is_published() -> None:
 
 
 def put(queue: Queue, count: int) -> bool:
-    """Give some chains back; return whether the guest wants to hear."""
+    """Give some chains back.  Return whether the guest wants an interrupt."""
     for _ in range(count):
         queue.put(0, 0)
     queue.publish()
@@ -262,7 +262,7 @@ def put(queue: Queue, count: int) -> bool:
     ],
 )
 def test_interrupt_comes_when_the_event_index_is_passed_21(start: int, event: int, count: int, wanted: bool) -> None:
-    """Hostile input 21: behind, equal, ahead, around the wrap."""
+    """Hostile input 21: the event index is behind, equal, ahead, or on the other side of the wrap."""
     pair = Pair(EVENT_IDX, start)
     pair.ring.set_used_event(event)
 
@@ -270,7 +270,7 @@ def test_interrupt_comes_when_the_event_index_is_passed_21(start: int, event: in
 
 
 def test_interrupt_is_left_out_when_the_driver_asks() -> None:
-    """2.7.7: the flag counts without event indices only."""
+    """2.7.7: the flag counts only without event indices."""
     pair = Pair(0)
     pair.ring.set_flags(spec.VIRTQ_AVAIL_F_NO_INTERRUPT)
 
@@ -280,8 +280,8 @@ def test_interrupt_is_left_out_when_the_driver_asks() -> None:
     assert not put(pair.queue, 0)
 
 
-def test_legacy_driver_hears_of_an_empty_ring() -> None:
-    """NOTIFY_ON_EMPTY: even one that asked not to be interrupted, once all is done."""
+def test_legacy_driver_gets_an_interrupt_for_an_empty_ring() -> None:
+    """With NOTIFY_ON_EMPTY even a driver that has disabled interrupts gets one when all chains are used."""
     pair = Pair(1 << spec.VIRTIO_F_NOTIFY_ON_EMPTY)
     pair.ring.set_flags(spec.VIRTQ_AVAIL_F_NO_INTERRUPT)
     for _ in range(2):
@@ -295,8 +295,8 @@ def test_legacy_driver_hears_of_an_empty_ring() -> None:
     assert told == [False, True]
 
 
-def test_rearming_sees_what_came_meanwhile() -> None:
-    """And tells the driver from which index on to notify."""
+def test_rearming_finds_chains_that_came_in_between() -> None:
+    """It also sets the index from which on the driver must notify."""
     pair = Pair(EVENT_IDX)
     assert not pair.queue.rearm()
     pair.ring.add([Desc(DATA, 1, WRITE)])
@@ -307,15 +307,15 @@ def test_rearming_sees_what_came_meanwhile() -> None:
 
 
 def marked(pair: Pair) -> set[int]:
-    """Return the pages that are marked, and forget them."""
+    """Return the marked pages, and clear the marks."""
     marks = pair.memory.marks
     found = {page for page, mark in enumerate(marks) if mark}
     marks[:] = bytes(len(marks))
     return found
 
 
-def test_what_is_given_back_is_marked_before_it_is_published() -> None:
-    """Every part that could be written, of each chain since the last time, also where the index goes round."""
+def test_used_buffers_are_marked_before_they_are_published() -> None:
+    """The writable parts of each chain since the last time are marked, also when the index wraps."""
     pair = Pair(start=0xFFFE)
     queue, memory = pair.queue, pair.memory
     for number in range(4):
@@ -323,12 +323,12 @@ def test_what_is_given_back_is_marked_before_it_is_published() -> None:
         pair.ring.describe(2 * number, chained(parts, 2 * number))
     queue.put(0, 4097)
     queue.publish()
-    assert marked(pair) == set()  # nobody wants to know
+    assert marked(pair) == set()  # marking is off
 
     memory.marking = True
     queue.put(2, 4097)
     queue.put(4, 1)
-    queue.put(6, 0)  # nothing was written, whatever the chain has room for
+    queue.put(6, 0)  # nothing was written, although the chain has room
     before = memory.read(pair.ring.used + 2, 2)
     queue.publish()
     first = DATA // 4096
@@ -341,8 +341,8 @@ def test_what_is_given_back_is_marked_before_it_is_published() -> None:
 
 
 @pytest.mark.parametrize("element", [0xFFFF_FFFF_FFFF_FFFF, 1 << 32 | SIZE, 1 << 32 | 1])
-def test_a_driver_that_changes_what_it_has_not_got_back_misleads_itself(element: int) -> None:
-    """Elements and chains are its own to spoil; all is published, and the next one is marked."""
+def test_a_driver_that_changes_used_elements_harms_only_itself(element: int) -> None:
+    """After it has changed an element, all elements are published, and the next chain is marked."""
     pair = Pair()
     queue, memory = pair.queue, pair.memory
     memory.marking = True
@@ -355,12 +355,12 @@ def test_a_driver_that_changes_what_it_has_not_got_back_misleads_itself(element:
     assert marked(pair) == {(DATA + 8192) // 4096}
 
 
-# --- the last that is allowed --------------------------------------------------------------------------------
+# --- limits --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [1, 2, 256, 1 << 15])
 def test_every_size_up_to_the_largest_is_served(size: int) -> None:
-    """The first and the last entry of each part belong to the ring (2.7)."""
+    """The first and the last entry of each part are used (2.7)."""
     memory = new_memory()
     ring = Ring(memory, size)
     queue = Queue(memory, 0, size, ring.desc, ring.avail, ring.used)
@@ -391,7 +391,7 @@ def test_every_size_up_to_the_largest_is_served(size: int) -> None:
     ],
 )
 def test_a_part_may_end_where_memory_ends(desc: int, avail: int, used: int, good: bool) -> None:
-    """With the event index, which is its last field, and no byte farther."""
+    """The part ends with the event index, its last field, and not one byte later."""
     if good:
         make(desc=desc, avail=avail, used=used)
     else:
@@ -400,12 +400,12 @@ def test_a_part_may_end_where_memory_ends(desc: int, avail: int, used: int, good
 
 
 def test_a_part_may_begin_where_memory_begins() -> None:
-    """Address 0 is one like any other."""
+    """Address 0 is a usual address."""
     assert make(desc=0).desc == 0
 
 
 def test_a_chain_may_have_every_descriptor_of_its_table() -> None:
-    """As many as the queue is long, or as many of an indirect table as are followed at all."""
+    """A direct chain may be as long as the queue, and an indirect one as long as CHAIN_MAX."""
     direct, indirect = Pair(), Pair()
     parts = chained([Desc(DATA, 1)] * SIZE)
     assert direct.walk(*parts) == ([(DATA, 1)] * SIZE, [])
@@ -416,7 +416,7 @@ def test_a_chain_may_have_every_descriptor_of_its_table() -> None:
 
 
 def test_a_chain_may_not_have_more_descriptors_than_its_indirect_table() -> None:
-    """Even if fewer than the queue is long."""
+    """That holds even if the queue is longer."""
     pair = Pair()
     pair.memory.write(TABLE, struct.pack("<QIHH", DATA, 1, NEXT, 0) * 2)
 
@@ -425,15 +425,15 @@ def test_a_chain_may_not_have_more_descriptors_than_its_indirect_table() -> None
 
 
 def test_a_chain_may_describe_4_gib() -> None:
-    """2.7.5.2: but not one byte more, which another test has."""
+    """2.7.5.2: the limit is 4 GiB.  Another test has one byte more."""
     assert Pair().walk(*chained([Desc(DATA, 0xFFFFFFFF), Desc(DATA, 1)])) == ([(DATA, 0xFFFFFFFF), (DATA, 1)], [])
 
 
 # --- notifications -------------------------------------------------------------------------------------------
 
 
-def test_a_driver_is_asked_not_to_notify_while_it_is_served() -> None:
-    """By the flag if there are no event indices; `rearm` takes it off, once (2.7.10)."""
+def test_notifications_are_disabled_while_a_ring_is_served() -> None:
+    """Without event indices the flag disables them, and `rearm` clears it (2.7.10)."""
     pair = Pair(0)
     flags = pair.ring.used
     pair.queue.suppress()
@@ -450,8 +450,8 @@ def test_a_driver_is_asked_not_to_notify_while_it_is_served() -> None:
 
 
 @pytest.mark.parametrize("features", [0, EVENT_IDX])
-def test_chains_that_are_not_enough_do_not_count_as_new(features: int) -> None:
-    """Who waits for more than is there hears of the next one."""
+def test_too_few_chains_do_not_count_as_new(features: int) -> None:
+    """A device that waits for more chains than are available is notified of the next one."""
     pair = Pair(features, start=0xFFFF)
     for _ in range(2):
         pair.ring.add([Desc(DATA, 1, WRITE)])
@@ -464,8 +464,8 @@ def test_chains_that_are_not_enough_do_not_count_as_new(features: int) -> None:
     assert pair.queue.rearm(2)
 
 
-def test_an_empty_ring_with_something_that_waits_is_not_empty() -> None:
-    """NOTIFY_ON_EMPTY: what has been offered and not been taken yet is still to be done."""
+def test_a_ring_with_waiting_chains_is_not_empty() -> None:
+    """With NOTIFY_ON_EMPTY, chains that were offered and not taken yet count."""
     pair = Pair(1 << spec.VIRTIO_F_NOTIFY_ON_EMPTY)
     pair.ring.set_flags(spec.VIRTQ_AVAIL_F_NO_INTERRUPT)
     for _ in range(2):
@@ -475,8 +475,8 @@ def test_an_empty_ring_with_something_that_waits_is_not_empty() -> None:
     assert not put(pair.queue, 1)
 
 
-def test_a_ring_that_another_has_served_goes_on_where_that_one_stopped() -> None:
-    """All that stands in it is published, and the guest has heard of it."""
+def test_a_ring_continues_where_another_device_stopped() -> None:
+    """All its elements are published, and the guest was interrupted for them."""
     pair = Pair(EVENT_IDX)
     pair.ring.set_used_event(0)
     pair.memory.load(pair.ring.used + 2, struct.pack("<H", 7))

@@ -13,7 +13,7 @@ CONFIG = bytes(range(24))
 
 
 class Backend:
-    """Notes what the registers ask for."""
+    """A backend that records the calls of the registers."""
 
     def __init__(self) -> None:
         self.activated: list[int] = []
@@ -26,45 +26,45 @@ class Backend:
         self.complaints: list[str] = []
 
     def activate(self, features: int, queues: list[QueueRegisters]) -> bool:
-        """Note the features in force."""
+        """Record the features."""
         self.activated.append(features)
         return self.usable
 
     def reset(self) -> None:
-        """Count."""
+        """Count a reset."""
         self.resets += 1
 
     def write_config(self, offset: int, data: bytes) -> bytes:
-        """Take everything."""
+        """Record the write."""
         self.written.append((offset, data))
         return CONFIG
 
     def take_isr(self) -> int:
-        """Return and clear."""
+        """Return ISR, and clear it."""
         taken, self.isr = self.isr, 0
         return taken
 
     def vectors_changed(self) -> None:
-        """Count."""
+        """Count a change."""
         self.vector_changes += 1
 
     def raise_config(self) -> None:
-        """Count."""
+        """Count an interrupt."""
         self.config_interrupts += 1
 
     def complain(self, text: str) -> None:
-        """Note."""
+        """Record a complaint."""
         self.complaints.append(text)
 
 
 def device() -> tuple[Transport, Backend]:
-    """Return fresh registers with two queues."""
+    """Return new registers with two queues, and their backend."""
     backend = Backend()
     return Transport(FEATURES | LEGACY_ONLY, (256, 64), CONFIG, 3, backend), backend
 
 
 def negotiate(registers: Transport, features: int) -> None:
-    """Do what a modern driver does up to FEATURES_OK."""
+    """Write the registers as a modern driver does up to FEATURES_OK."""
     registers.common_write(20, 1, spec.ACKNOWLEDGE)
     registers.common_write(20, 1, spec.ACKNOWLEDGE | spec.DRIVER)
     for select in (0, 1):
@@ -73,8 +73,8 @@ def negotiate(registers: Transport, features: int) -> None:
     registers.common_write(20, 1, spec.ACKNOWLEDGE | spec.DRIVER | spec.FEATURES_OK)
 
 
-def test_modern_driver_comes_up() -> None:
-    """Features, queue addresses, DRIVER_OK: activated once, with what was accepted."""
+def test_modern_driver_starts() -> None:
+    """After features, queue addresses and DRIVER_OK, the device is activated once, with the accepted features."""
     registers, backend = device()
     wanted = 1 << spec.VIRTIO_F_VERSION_1 | FEATURES
     negotiate(registers, wanted)
@@ -93,7 +93,7 @@ def test_modern_driver_comes_up() -> None:
 
 
 def test_features_that_were_not_offered_are_refused() -> None:
-    """Case 7: FEATURES_OK does not stick, and DRIVER_OK without it activates nothing."""
+    """Case 7: FEATURES_OK stays clear, and DRIVER_OK without it activates nothing."""
     for extra in (1 << 40, 1 << spec.VIRTIO_F_NOTIFY_ON_EMPTY, 1 << spec.VIRTIO_F_ANY_LAYOUT):
         features = FEATURES | 1 << spec.VIRTIO_F_VERSION_1 | extra
         registers, backend = device()
@@ -103,7 +103,7 @@ def test_features_that_were_not_offered_are_refused() -> None:
         assert not backend.activated
 
 
-def test_nothing_that_runs_changes() -> None:
+def test_a_running_device_ignores_changes() -> None:
     """Case 4: sizes, addresses, PFNs and features written after DRIVER_OK are ignored."""
     registers, _ = device()
     negotiate(registers, 1 << spec.VIRTIO_F_VERSION_1)
@@ -118,7 +118,7 @@ def test_nothing_that_runs_changes() -> None:
 
 
 def test_sizes_that_are_no_power_of_two_are_ignored() -> None:
-    """Case 1."""
+    """Case 1: the old size stays."""
     registers, _ = device()
     for size in (0, 3, 512, 0xFFFF):
         registers.common_write(24, 2, size)
@@ -126,7 +126,7 @@ def test_sizes_that_are_no_power_of_two_are_ignored() -> None:
 
 
 def test_selecting_no_queue_reads_zero_and_writes_nothing() -> None:
-    """Case 5."""
+    """Case 5: the selected queue does not exist."""
     registers, _ = device()
     registers.common_write(22, 2, 99)
     registers.common_write(24, 2, 8)
@@ -137,8 +137,8 @@ def test_selecting_no_queue_reads_zero_and_writes_nothing() -> None:
     assert all(queue.desc == 0 for queue in registers.queues)
 
 
-def test_legacy_driver_comes_up() -> None:
-    """One page number lays out all three parts; features are 32 bits, masked by what was offered."""
+def test_legacy_driver_starts() -> None:
+    """One page number gives the places of all parts.  Only offered features are accepted, of 32 bits."""
     registers, backend = device()
     registers.legacy_write(18, 1, spec.ACKNOWLEDGE | spec.DRIVER)
     registers.legacy_write(4, 4, 0xFFFFFFFF)
@@ -150,8 +150,8 @@ def test_legacy_driver_comes_up() -> None:
     assert backend.activated == [FEATURES | LEGACY_ONLY]
 
 
-def test_features_of_legacy_drivers_are_not_offered_to_others() -> None:
-    """NOTIFY_ON_EMPTY and ANY_LAYOUT show in the legacy registers only (6.3)."""
+def test_legacy_features_are_offered_to_legacy_drivers_only() -> None:
+    """NOTIFY_ON_EMPTY and ANY_LAYOUT are only in the legacy registers (6.3)."""
     registers, _ = device()
 
     assert registers.legacy_read(0, 4) == FEATURES | LEGACY_ONLY
@@ -159,30 +159,30 @@ def test_features_of_legacy_drivers_are_not_offered_to_others() -> None:
 
 
 def test_device_configuration_moves_while_msix_is_enabled() -> None:
-    """The two vectors stand where it began (4.1.4.10)."""
+    """The two vectors take its first place (4.1.4.10)."""
     registers, _ = device()
     assert registers.legacy_read(LEGACY_CONFIG, 4) == int.from_bytes(CONFIG[:4], "little")
     registers.msix_enabled = True
     assert registers.legacy_read(LEGACY_CONFIG_MSIX, 4) == int.from_bytes(CONFIG[:4], "little")
     registers.legacy_write(LEGACY_CONFIG, 2, 2)
     assert registers.legacy_read(LEGACY_CONFIG, 2) == 2
-    registers.legacy_write(LEGACY_CONFIG, 2, 3)  # there are three, from 0
+    registers.legacy_write(LEGACY_CONFIG, 2, 3)  # the vectors are 0, 1 and 2
     assert registers.legacy_read(LEGACY_CONFIG, 2) == spec.VIRTIO_MSI_NO_VECTOR
 
 
-def test_reset_forgets_everything() -> None:
-    """Status 0: the device lets go of its rings, and registers are as after power-on."""
+def test_reset_clears_everything() -> None:
+    """After status 0 the device has released its rings, and registers are as after power-on."""
     registers, backend = device()
     negotiate(registers, 1 << spec.VIRTIO_F_VERSION_1)
     registers.common_write(20, 1, registers.status | spec.DRIVER_OK)
     registers.common_write(20, 1, 0)
     assert (backend.resets, registers.status, registers.active, registers.driver_features) == (1, 0, False, 0)
     registers.common_write(20, 1, 0)
-    assert backend.resets == 1  # nothing was active
+    assert backend.resets == 1  # the device was not active
 
 
 def test_rings_that_cannot_be_used_ask_for_a_reset() -> None:
-    """The device says so in its status and by a configuration interrupt (2.1.2)."""
+    """The status has the request, and the driver gets a configuration interrupt (2.1.2)."""
     registers, backend = device()
     backend.usable = False
     negotiate(registers, 1 << spec.VIRTIO_F_VERSION_1)
@@ -192,7 +192,7 @@ def test_rings_that_cannot_be_used_ask_for_a_reset() -> None:
 
 
 def test_configuration_changes_are_counted() -> None:
-    """A driver that reads in pieces sees by the generation that it has to read again."""
+    """The generation tells a driver that reads in pieces that it has to read again."""
     registers, _ = device()
     before = registers.common_read(21, 1)
     registers.config_changed(bytes(24))
@@ -211,7 +211,7 @@ ACCESSES = st.lists(
 
 @given(ACCESSES)
 def test_random_accesses_keep_the_invariants(accesses: list[tuple[str, int, int, int]]) -> None:
-    """Cases 7, 9, 10: nothing raises; sizes stay powers of two, vectors exist, only DRIVER_OK activates."""
+    """Cases 7, 9, 10: no access raises, sizes are powers of two, vectors exist, and only DRIVER_OK activates."""
     registers, _ = device()
     for interface, offset, size, value in accesses:
         value &= (1 << 8 * size) - 1
@@ -231,7 +231,7 @@ def test_random_accesses_keep_the_invariants(accesses: list[tuple[str, int, int,
 
 # --- each register -------------------------------------------------------------------------------------------------
 
-# Of `common`: field, offset, size, value after power-on, one that may be written (or None), and what is read then.
+# Of `common`: field, offset, size, value after power-on, a value to write (None: read-only), and the value then.
 COMMON_FIELDS = [
     ("device_feature_select", 0, 4, 0, 1, 1),
     ("device_feature", 4, 4, FEATURES, None, FEATURES),
@@ -260,7 +260,7 @@ COMMON_FIELDS = [
     ids=[f[0] for f in COMMON_FIELDS],
 )
 def test_field_of_the_common_configuration(offset: int, size: int, first: int, value: int | None, then: int) -> None:
-    """After power-on, after it was written, and after a reset (4.1.4.3); what is read-only stays, with a complaint."""
+    """A field has its values after power-on, a write and a reset (4.1.4.3).  A write to a read-only field is logged."""
     registers, backend = device()
     assert registers.common_read(offset, size) == first
     others = {at: registers.common_read(at, width) for _, at, width, *_ in COMMON_FIELDS if at != offset}
@@ -268,7 +268,7 @@ def test_field_of_the_common_configuration(offset: int, size: int, first: int, v
     registers.common_write(offset, size, 3 if value is None else value)
 
     assert registers.common_read(offset, size) == then
-    for at in range(size):  # a byte of it is a byte of it
+    for at in range(size):  # each byte can be read alone
         assert registers.common_read(offset + at, 1) == then >> 8 * at & 0xFF
     assert len(backend.complaints) == (value is None)
     if "select" not in COMMON_FIELDS[[field[1] for field in COMMON_FIELDS].index(offset)][0]:
@@ -277,8 +277,8 @@ def test_field_of_the_common_configuration(offset: int, size: int, first: int, v
     assert registers.common_read(offset, size) == first
 
 
-def test_what_no_queue_or_window_has_reads_as_nothing() -> None:
-    """Both selectors may name what there is not."""
+def test_absent_queues_and_feature_words_read_as_zero() -> None:
+    """Both selectors accept any value."""
     registers, _ = device()
     for select, features in ((0, FEATURES), (1, 1 << spec.VIRTIO_F_VERSION_1 - 32), (2, 0), (0xFFFFFFFF, 0)):
         registers.common_write(0, 4, select)
@@ -298,7 +298,7 @@ def test_what_no_queue_or_window_has_reads_as_nothing() -> None:
 
 
 def test_driver_features_are_written_in_two_halves() -> None:
-    """Each replaces its own; what the selector names besides is not kept (4.1.4.3)."""
+    """Each write replaces one half.  With other selectors the write is ignored (4.1.4.3)."""
     registers, _ = device()
     for select, value in ((0, 0xFFFF0000), (1, 0xAAAA5555), (0, 0x1234), (2, 0x7777), (3, 0x7777)):
         registers.common_write(8, 4, select)
@@ -310,7 +310,7 @@ def test_driver_features_are_written_in_two_halves() -> None:
 
 
 def test_addresses_may_be_written_whole_or_in_halves() -> None:
-    """In any order; each access counts for its own part."""
+    """The order is free, and each access changes its own part."""
     registers, _ = device()
     queue = registers.queues[0]
     for offset, name in ((32, "desc"), (40, "avail"), (48, "used")):
@@ -321,8 +321,8 @@ def test_addresses_may_be_written_whole_or_in_halves() -> None:
         assert getattr(queue, name) == 0x5555_6666_7777_8888
 
 
-def test_queues_with_addresses_of_their_own_to_notify() -> None:
-    """4.1.4.4: each says its own offset then."""
+def test_queues_with_their_own_notification_addresses() -> None:
+    """4.1.4.4: each queue has its own offset then."""
     registers = Transport(FEATURES, (256, 64), CONFIG, 3, Backend(), separate_notify=True)
     found = []
     for queue in range(3):
@@ -331,8 +331,8 @@ def test_queues_with_addresses_of_their_own_to_notify() -> None:
     assert found == [0, 1, 0]
 
 
-def test_a_queue_that_is_enabled_stays_as_it_is() -> None:
-    """Until a reset; to enable it once more is no change, and worth no complaint."""
+def test_an_enabled_queue_does_not_change() -> None:
+    """It does not change until a reset.  To enable it again is accepted without a complaint."""
     registers, backend = device()
     registers.common_write(24, 2, 64)
     registers.common_write(28, 2, 2)
@@ -344,7 +344,7 @@ def test_a_queue_that_is_enabled_stays_as_it_is() -> None:
     registers.common_write(28, 2, 0)
     registers.common_write(32, 8, 0x1000)
     registers.common_write(22, 2, 1)
-    registers.common_write(24, 2, 32)  # the other one is not
+    registers.common_write(24, 2, 32)  # the other queue is not enabled
     assert [(queue.size, queue.enabled, queue.desc) for queue in registers.queues] == [(64, True, 0), (32, False, 0)]
     assert len(backend.complaints) == 3
 
@@ -353,7 +353,7 @@ def test_a_queue_that_is_enabled_stays_as_it_is() -> None:
     ("size", "good"), [(1, True), (2, True), (256, True), (0, False), (3, False), (257, False), (512, False)]
 )
 def test_sizes_of_a_queue(size: int, good: bool) -> None:
-    """Powers of two up to what the device offers."""
+    """Sizes are powers of two up to the offered size."""
     registers, backend = device()
     registers.common_write(24, 2, size)
     assert registers.common_read(24, 2) == (size if good else 256)
@@ -362,7 +362,7 @@ def test_sizes_of_a_queue(size: int, good: bool) -> None:
 
 @pytest.mark.parametrize(("vector", "kept"), [(0, 0), (2, 2), (3, 0xFFFF), (0xFFFE, 0xFFFF), (0xFFFF, 0xFFFF)])
 def test_vectors(vector: int, kept: int) -> None:
-    """Of three; the backend hears of each write to one, through both interfaces (4.1.5.1.2)."""
+    """There are three vectors.  The backend is told of each write through both interfaces (4.1.5.1.2)."""
     registers, backend = device()
     registers.msix_enabled = True
     registers.common_write(16, 2, vector)
@@ -377,7 +377,7 @@ def test_vectors(vector: int, kept: int) -> None:
     assert (registers.legacy_read(22, 2), backend.vector_changes) == (0xFFFF, 4)
 
 
-# Of the legacy block: offset, size, value after power-on, one that may be written (or None), and what is read then.
+# Of the legacy block: field, offset, size, value after power-on, a value to write (None: read-only), the value then.
 LEGACY_FIELDS = [
     ("device_features", 0, 4, FEATURES | LEGACY_ONLY, None, FEATURES | LEGACY_ONLY),
     ("driver_features", 4, 4, 0, FEATURES, FEATURES),
@@ -396,7 +396,7 @@ LEGACY_FIELDS = [
     ids=[f[0] for f in LEGACY_FIELDS],
 )
 def test_register_of_the_legacy_block(offset: int, size: int, first: int, value: int | None, then: int) -> None:
-    """After power-on, after it was written, and after a reset (4.1.4.10); an access of any width reads its bytes."""
+    """A register has its values after power-on, a write and a reset (4.1.4.10), in accesses of any width."""
     registers, backend = device()
     registers.msix_enabled = True
     assert registers.legacy_read(offset, size) == first
@@ -412,8 +412,8 @@ def test_register_of_the_legacy_block(offset: int, size: int, first: int, value:
     assert registers.legacy_read(offset, size) == first
 
 
-def test_interrupt_status_is_taken_by_a_read() -> None:
-    """Of its own byte, and by a reset; notification is written there, and reads as nothing."""
+def test_a_read_clears_the_interrupt_status() -> None:
+    """A read of its byte or a reset clears it.  The notification register reads as zero."""
     registers, backend = device()
     backend.isr = 3
     assert registers.legacy_read(16, 2) == 0
@@ -427,7 +427,7 @@ def test_interrupt_status_is_taken_by_a_read() -> None:
     ("size", "avail", "used"), [(1, 0x7010, 0x8000), (64, 0x7400, 0x8000), (128, 0x7800, 0x8000), (256, 0x8000, 0x9000)]
 )
 def test_parts_of_a_legacy_queue(size: int, avail: int, used: int) -> None:
-    """The ring of available chains with its event index, then the next page (2.7.2)."""
+    """The available ring with its event index follows the table, and the used ring is in the next page (2.7.2)."""
     queue = QueueRegisters(size)
     queue.set_pfn(7)
     assert (queue.desc, queue.avail, queue.used, queue.enabled) == (0x7000, avail, used, True)
@@ -439,7 +439,7 @@ def test_parts_of_a_legacy_queue(size: int, avail: int, used: int) -> None:
 
 
 def test_a_legacy_driver_that_notifies_early() -> None:
-    """Starts the device if its queue has a place and it has said that it is a driver; otherwise nothing happens."""
+    """It starts the device if its queue has a page and the status has DRIVER.  Otherwise nothing happens."""
     registers, backend = device()
     registers.legacy_notify(0)
     registers.legacy_write(8, 4, 5)
@@ -463,7 +463,7 @@ def test_a_legacy_driver_that_notifies_early() -> None:
 
 
 def test_a_legacy_driver_takes_a_queue_back() -> None:
-    """A page of 0 is a reset once the device runs; of a queue that has none, it is a mistake."""
+    """A page number of 0 resets a running device.  For a queue without a page it is refused."""
     registers, backend = device()
     registers.legacy_write(8, 4, 5)
     registers.legacy_write(8, 4, 0)
@@ -479,7 +479,7 @@ def test_a_legacy_driver_takes_a_queue_back() -> None:
 
 
 def test_a_modern_driver_that_skips_features_ok() -> None:
-    """It has accepted its features all the same, if they may be accepted; otherwise the device stays as it is."""
+    """DRIVER_OK alone accepts its features, if they are allowed.  Otherwise the device does not start."""
     registers, backend = device()
     registers.common_write(8, 4, 1)
     registers.common_write(12, 4, 1)
@@ -492,8 +492,8 @@ def test_a_modern_driver_that_skips_features_ok() -> None:
     assert len(backend.complaints) == 1
 
 
-def test_features_that_are_refused_may_be_written_anew() -> None:
-    """They are locked by FEATURES_OK only, and by that of either interface."""
+def test_refused_features_may_be_written_again() -> None:
+    """Only FEATURES_OK locks them, through either interface."""
     registers, backend = device()
     negotiate(registers, 1 << 40)
     assert len(backend.complaints) == 1
@@ -511,8 +511,8 @@ def test_features_that_are_refused_may_be_written_anew() -> None:
     assert registers.driver_features == 0
 
 
-def test_status_bits_are_added_only() -> None:
-    """But by a reset; the device's own bit is not the driver's to set, nor anything above the register."""
+def test_status_bits_are_only_added() -> None:
+    """Only a reset clears them.  The driver cannot set DEVICE_NEEDS_RESET, nor bits above the register."""
     registers, backend = device()
     registers.write_status(0x100 | spec.ACKNOWLEDGE, modern=True)
     registers.write_status(spec.DRIVER | spec.DEVICE_NEEDS_RESET, modern=True)
@@ -523,8 +523,8 @@ def test_status_bits_are_added_only() -> None:
     assert (registers.status, backend.config_interrupts) == (spec.DEVICE_NEEDS_RESET, 0)
 
 
-def test_changes_of_configuration_are_told_to_drivers_that_run() -> None:
-    """The generation is a byte that goes round."""
+def test_running_drivers_are_told_of_configuration_changes() -> None:
+    """The generation is a byte that wraps."""
     registers, backend = device()
     for _ in range(257):
         registers.config_changed(CONFIG)
@@ -535,8 +535,8 @@ def test_changes_of_configuration_are_told_to_drivers_that_run() -> None:
     assert backend.config_interrupts == 1
 
 
-def test_writes_to_configuration_count_inside_of_it() -> None:
-    """Up to its last byte; what was written is undone by a reset, and looked at when the device starts."""
+def test_writes_to_configuration_must_be_inside() -> None:
+    """Writes count up to its last byte.  They are checked when the device starts, and a reset undoes them."""
     registers, backend = device()
     registers.write_config(22, 2, 0x1234)
     registers.write_config(23, 2, 0x1234)
@@ -551,8 +551,8 @@ def test_writes_to_configuration_count_inside_of_it() -> None:
     assert (backend.resets, backend.written[3:]) == (1, [])
 
 
-def test_what_was_written_before_a_start_is_undone_by_a_reset() -> None:
-    """Though no ring was ever used."""
+def test_a_reset_undoes_writes_before_a_start() -> None:
+    """The reset reaches the device even if no ring was used."""
     registers, backend = device()
     registers.write_config(0, 1, 1)
     registers.common_write(20, 1, 0)

@@ -103,7 +103,7 @@ def iasl(directory: Path, *arguments: str) -> str:
 @pytest.mark.parametrize("memory_bytes", MEMORY, ids=MEMORY_IDS)
 @pytest.mark.parametrize("vcpus", range(1, 17))
 def test_every_checksum_is_zero(memory_bytes: int, vcpus: int) -> None:
-    """Each table sums up to zero, and so do the first 20 bytes of the RSDP (ACPI 1.0).  Only FACS has no checksum."""
+    """Each table sums up to zero, and so do the first 20 bytes of the RSDP.  Only FACS has no checksum."""
     tables = direct(memory_bytes, vcpus)
 
     assert set(tables) == {"RSDP", "RSDT", "XSDT", "FACP", "APIC", "FACS", "DSDT"}

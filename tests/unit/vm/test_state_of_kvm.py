@@ -224,7 +224,7 @@ def test_a_state_of_another_machine_is_refused(held: list[Clocks], changes: dict
     ],
     ids=str,
 )
-def test_the_header_of_a_possible_machine_is_accepted(changes: dict[str, object], sentence: str) -> None:
+def test_only_headers_of_possible_machines_are_accepted(changes: dict[str, object], sentence: str) -> None:
     """It has whole pages, firmware that fits below 4 GiB, vCPUs, and the devices of the configuration."""
     theirs = saved.header()
     inner = {name: value for name, value in changes.items() if name in ("memory_bytes", "vcpus")}

@@ -274,9 +274,9 @@ def test_number_of_program_headers_may_be_in_the_first_section(
     (shoff,) = struct.unpack_from("<Q" if is64 else "<I", kernel, shoff_at)
 
     assert load(FakeMemory(), put(kernel, "<I", shoff + info_at, 2)).registers["rip"] == PVH_ENTRY
-    for lie in (0, 129, 1 << 31):
-        with pytest.raises(ImageError, match=f"has {lie} program headers"):
-            load(FakeMemory(), put(kernel, "<I", shoff + info_at, lie))
+    for bad in (0, 129, 1 << 31):
+        with pytest.raises(ImageError, match=f"has {bad} program headers"):
+            load(FakeMemory(), put(kernel, "<I", shoff + info_at, bad))
 
 
 SECTION_TABLES = {

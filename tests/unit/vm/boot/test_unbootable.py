@@ -1,4 +1,4 @@
-"""What people give as a boot image though it is none: each refusal names it and says what to do."""
+"""Files that are no boot images, but that users may give as such.  Each error names the kind and tells what to do."""
 
 import bz2
 import lzma
@@ -16,7 +16,7 @@ CODE = Part(1, 0x100000, b"\xf4" * 64)
 
 
 def at(offset: int, magic: bytes, size: int = 70_000) -> bytes:
-    """Return a file of other bytes with a magic number in it."""
+    """Return a file with a magic number between other bytes."""
     return b"\x77" * offset + magic + b"\x77" * (size - offset - len(magic))
 
 
@@ -67,23 +67,23 @@ FILES = {
 
 
 @pytest.mark.parametrize("case", FILES)
-def test_file_is_named_and_the_way_out_too(case: str) -> None:
-    """Each in one sentence, whether or not it ends like a firmware image."""
+def test_error_names_the_kind_and_the_remedy(case: str) -> None:
+    """The length of the file does not matter, even if it is that of a firmware image."""
     data, sentence = FILES[case]
 
     with pytest.raises(ImageError, match=f"^/bsd: {sentence}"):
         load(FakeMemory(), data)
-    as_long_as_a_firmware = data + b"\x77" * (-len(data) % 65536)
+    firmware_sized = data + b"\x77" * (-len(data) % 65536)
     with pytest.raises(ImageError, match=f"^/bsd: {sentence}"):
-        load(FakeMemory(), as_long_as_a_firmware)
+        load(FakeMemory(), firmware_sized)
 
 
 STRONG = [name for name in FILES if name not in ("vmlinux.Z", "vmlinux.lzma", "root.ext4", "mbr.img")]
 
 
 @pytest.mark.parametrize("case", STRONG)
-def test_jump_at_the_end_does_not_make_a_firmware_of_it(case: str) -> None:
-    """The last guess of all is the firmware, and what has a magic number is not that."""
+def test_magic_number_has_precedence_over_a_jump_at_the_end(case: str) -> None:
+    """A file with a magic number is never taken for firmware, which is recognised last."""
     data = FILES[case][0]
     data += b"\x77" * (-len(data) % 65536)
 
@@ -93,7 +93,7 @@ def test_jump_at_the_end_does_not_make_a_firmware_of_it(case: str) -> None:
 
 @pytest.mark.parametrize("case", FILES)
 def test_every_prefix_is_refused(case: str) -> None:
-    """hostile 54: a few bytes of them make no difference."""
+    """hostile 54: a truncated file is refused too."""
     data = FILES[case][0]
     for length in (*range(1, 0x180, 7), *range(0x180, min(len(data), 5000), 211)):
         with pytest.raises(ImageError):
@@ -101,7 +101,7 @@ def test_every_prefix_is_refused(case: str) -> None:
 
 
 def test_linux_kernel_with_an_efi_entry_is_a_linux_kernel() -> None:
-    """Every distribution's bzImage is an EFI program as well; what can be booted is."""
+    """The bzImage of every distribution is also an EFI program, and is booted as a bzImage."""
     image = put(put(bzimage(), "<2s", 0, b"MZ"), "<I", 0x3C, 0x80)
 
     assert load(FakeMemory(), put(image, "<4s", 0x80, b"PE\0\0")).text.startswith("Linux")
@@ -155,8 +155,8 @@ ELFS = {
 
 @pytest.mark.parametrize("cmdline", [b"", b"console=ttyS0"])
 @pytest.mark.parametrize("case", ELFS)
-def test_elf_file_is_told_what_it_lacks(case: str, cmdline: bytes) -> None:
-    """The sentence is about the entry, which is missing, and not about what comes later."""
+def test_error_names_what_an_elf_file_lacks(case: str, cmdline: bytes) -> None:
+    """The error is about the missing entry, and not about the command line."""
     kernel, sentence = ELFS[case]
 
     with pytest.raises(ImageError, match=f"^/bsd: {sentence}"):
@@ -165,13 +165,13 @@ def test_elf_file_is_told_what_it_lacks(case: str, cmdline: bytes) -> None:
 
 @pytest.mark.parametrize("program", ["/bin/busybox", "/bin/sh"])
 def test_programs_of_this_host_are_no_kernels(program: str) -> None:
-    """A static program and a dynamic one."""
+    """One program is static, and one is dynamic."""
     with pytest.raises(ImageError, match="is a user program, not a kernel"):
         load(FakeMemory(), Path(program).read_bytes(), cmdline=b"quiet")
 
 
 def test_kernel_module_is_no_kernel(tmp_path: Path) -> None:
-    """An object file has nothing to start."""
+    """An object file has no code to start."""
     source, objects = tmp_path / "k.S", tmp_path / "k.o"
     source.write_text("nop\n")
     subprocess.run([shutil.which("as") or "as", "-o", objects, source], check=True)
