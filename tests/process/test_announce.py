@@ -144,7 +144,7 @@ def test_nothing_is_said_without_a_link(network: Network) -> None:
 
 
 def test_a_local_guest_learns_where_its_router_is(network: Network) -> None:
-    """The guest is told the router's address unasked, because it would still use the old host's."""
+    """The guest gets the router's address without asking, because it would still use the old host's."""
     net = net_start(host_lladdr=HOST_LLADDR, flags=devmsg.NET_LOCAL, guest4=GUEST4, host4=HOST4)
     nic = start(network, net)
     try:

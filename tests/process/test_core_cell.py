@@ -196,7 +196,7 @@ def test_an_id_that_has_a_process_is_not_given_again() -> None:
 def test_who_is_who_on_the_host(tmp_path: Path) -> None:
     """Every VM has an id of its own, shared with its devices.  Permanent root processes are only parent and opener."""
     conf = f"ids {FIRST_ID}\n" + vm_block("a", DRIVE) + vm_block("b", DRIVE)
-    # In /run/vmd is what priv has to put back, of all daemons of a host; for those of other tests it has another id.
+    # priv keeps settings to be restored in /run/vmd, for all daemons.  With those of other tests it has another id.
     own_run = ("unshare", "--mount", "sh", "-ec", 'mkdir -p /run/vmd; mount -t tmpfs run /run/vmd; exec "$@"', "sh")
     with Daemon(tmp_path, conf, prefix=own_run) as vmd:
         vmd.must("start", "a")

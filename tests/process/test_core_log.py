@@ -100,7 +100,7 @@ def test_a_device_can_only_shut_down_the_log_of_its_own_vm(vmd: Daemon, reader: 
     for title in (f"vm/{NAME}", f"vm/{NAME}/vioscsi0", "vmm", "control", "priv"):
         reader.wait(f"{title}: is heard")
     reader.wait("vm bad: one of its processes has shut down its log")
-    vmd.must("stop", "-fw", "bad")  # works all the same
+    vmd.must("stop", "-fw", "bad")  # works nevertheless
     vmd.must("start", "bad")
     with last_words(vmd, "vmd: vm/bad") as own:
         own.send(b"<6>vm/bad: is heard again")

@@ -1,6 +1,6 @@
 """Nothing acknowledged is lost: random requests to the real disk process, against a model (arch. 5).
 
-`tests/support/diskrounds.py` says what a sequence is, and how one that fails is done again.
+`tests/support/diskrounds.py` describes a sequence, and how to repeat one that fails.
 """
 
 from collections.abc import Callable

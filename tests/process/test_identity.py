@@ -1,4 +1,4 @@
-"""Ids and addresses belong to a VM and its owner: whatever vm.conf says next, and however the daemon has ended."""
+"""Ids and addresses belong to a VM and its owner.  They survive changes of vm.conf, and any end of the daemon."""
 
 import os
 import signal
@@ -14,19 +14,19 @@ from tests.support.network import Network
 
 pytestmark = [pytest.mark.root, pytest.mark.kvm]
 
-WHAT_A_GUEST_KNOWS = ("lladdr", "guest4", "host4", "prefix6")
+KNOWN_TO_GUESTS = ("lladdr", "guest4", "host4", "prefix6")
 VM = block("db1", "interface", "local interface")
 
 
 def identity(vmd: NetDaemon) -> dict[str, Any]:
-    """Start the VM and return what it, and others, know it by."""
+    """Start the VM.  Return its id, and the addresses of its interfaces."""
     vmd.must("start", "db1")
-    nics = [[nic[key] for key in WHAT_A_GUEST_KNOWS] for nic in vmd.interfaces("db1")]
+    nics = [[nic[key] for key in KNOWN_TO_GUESTS] for nic in vmd.interfaces("db1")]
     return {"id": vmd.status("db1")["id"], "nics": nics}
 
 
 def kill(vmd: NetDaemon) -> None:
-    """End a daemon as nobody should."""
+    """Kill the daemon."""
     assert vmd.process is not None
     os.kill(vmd.pid, signal.SIGKILL)
     vmd.process.wait(DEADLINE_S)
