@@ -242,7 +242,7 @@ def test_a_disk_that_grows_reports_it(monkeypatch: pytest.MonkeyPatch) -> None:
         ("left dirty", "flush fails: full", "lost", ("lost", "flush fails: full", "left dirty")),
     ],
 )
-def test_all_that_is_wrong_with_a_disk_is_reported(
+def test_all_troubles_of_a_disk_are_reported(
     monkeypatch: pytest.MonkeyPatch, remark: str, flushes: str, lock: str, reported: tuple[str, ...]
 ) -> None:
     """Each report has all troubles.  A trouble that is missing in a report has ended."""

@@ -159,7 +159,7 @@ def test_only_an_address_that_is_given_counts_as_a_lease() -> None:
     ("kind", "more"), [(DISCOVER, b""), (REQUEST, b""), (REQUEST, option(50, OTHER4)), (INFORM, b"")]
 )
 @pytest.mark.parametrize("identifier", [b"\x01" + LLADDR, b"\xff" + bytes(18), b"\0", b"x" * 200], ids=len)
-def test_client_identifier_comes_back(kind: int, more: bytes, identifier: bytes) -> None:
+def test_client_identifier_is_in_every_answer(kind: int, more: bytes, identifier: bytes) -> None:
     """Every DHCP answer has it, also NAK (RFC 6842, 3)."""
     ciaddr = GUEST4 if kind == INFORM else ANY4
 

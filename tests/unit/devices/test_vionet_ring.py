@@ -1017,8 +1017,8 @@ def test_a_frame_of_ours_may_fill_its_buffer(ends: Ends, room: int, fits: bool) 
         del queue, worker
 
 
-def test_driver_is_asked_not_to_notify_while_frames_are_sent(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
-    """2.7.10: each notification costs the guest an exit; when all is sent, the driver is asked to notify again."""
+def test_notifications_are_disabled_while_frames_are_sent(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    """2.7.10: each notification costs the guest an exit.  When all frames are sent, notifications are enabled again."""
     seen: list[int] = []
     with GuestMemory.create(LAYOUT) as memory:
         ring = Ring(memory, SIZE)
@@ -1041,7 +1041,7 @@ def test_driver_is_asked_not_to_notify_while_frames_are_sent(ends: Ends, monkeyp
 
 
 def test_a_new_driver_does_not_wait_for_the_tap_of_the_last_one(ends: Ends) -> None:
-    """It may use no transmit queue at all: a tap that takes frames again would wake the thread without end."""
+    """If the new driver uses no transmit queue, a tap with room would wake the thread again and again."""
     with GuestMemory.create(LAYOUT) as memory:
         ring = Ring(memory, SIZE)
         queue = queue_of(memory, ring)

@@ -126,7 +126,7 @@ def test_impossible_number_of_processors_is_refused(vcpus: int) -> None:
 
 @pytest.mark.parametrize("memory_bytes", MEMORY, ids=MEMORY_IDS)
 @pytest.mark.parametrize("vcpus", [1, 3, 16])
-def test_loader_script_gives_what_direct_boot_has(memory_bytes: int, vcpus: int) -> None:
+def test_loader_script_gives_the_tables_of_a_direct_boot(memory_bytes: int, vcpus: int) -> None:
     """If the files are at the addresses of a direct boot, SeaBIOS's loader makes exactly the same bytes."""
     files = acpi.firmware_files(memory_bytes, vcpus)
     expected = acpi.build_tables(memory_bytes, vcpus)

@@ -1,4 +1,4 @@
-"""Changes of a machine that runs: which device hears of them, and what vmm is told."""
+"""Changes of a running machine: the devices that get them, and the answers to vmm."""
 
 import errno
 import os
@@ -17,7 +17,7 @@ A = VmConfig(name="a", disks=(DiskConfig(path="/0"), DiskConfig(path="/1")), nic
 
 @pytest.fixture
 def rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[VmRig]:
-    """A VM process."""
+    """Yield a VM process."""
     made = VmRig(monkeypatch)
     yield made
     made.close()
@@ -25,7 +25,7 @@ def rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[VmRig]:
 
 @pytest.fixture
 def devices(rig: VmRig) -> list[Device]:
-    """Two disks, two interfaces, and a drive with a disc."""
+    """Return two disks, two interfaces, and a drive with a disc."""
     made = [
         Device(INTERFACE, "interface0"), Device(INTERFACE, "interface1"), Device(DISK, "disk0"), Device(DISK, "disk1"),
         Device(CDROM, "cdrom"),
@@ -37,22 +37,22 @@ def devices(rig: VmRig) -> list[Device]:
 
 
 def test_the_disk_with_the_number_becomes_larger(rig: VmRig, devices: list[Device]) -> None:
-    """It alone."""
+    """No other device gets the message."""
     assert rig.tell(ResizeDisk(vmid=VMID, index=1, size_bytes=1 << 30)) == [DiskResized(vmid=VMID)]
     assert [device.log for device in devices] == [[], [], [], [("resize", 1 << 30)], []]
 
 
 @pytest.mark.parametrize("index", [-1, 2])
-def test_a_disk_that_there_is_not(rig: VmRig, devices: list[Device], index: int) -> None:
-    """The request fails with a sentence."""
+def test_a_disk_that_does_not_exist(rig: VmRig, devices: list[Device], index: int) -> None:
+    """The request fails, and the error names the disk."""
     assert rig.tell(ResizeDisk(vmid=VMID, index=index, size_bytes=1)) == [
         DiskResized(vmid=VMID, code=errno.ENODEV, text=f"has no disk{index}")
     ]
     assert all(device.log == [] for device in devices)
 
 
-def test_what_the_process_of_a_disk_says_is_passed_on(rig: VmRig, devices: list[Device]) -> None:
-    """Number and sentence."""
+def test_the_error_of_a_disk_is_passed_on(rig: VmRig, devices: list[Device]) -> None:
+    """vmm gets its errno and its text."""
     devices[2].answers["resize"] = (errno.ENOSPC, "no space left")
     assert rig.tell(ResizeDisk(vmid=VMID, index=0, size_bytes=1)) == [
         DiskResized(vmid=VMID, code=errno.ENOSPC, text="no space left")
@@ -75,14 +75,14 @@ def test_another_disc(rig: VmRig, devices: list[Device]) -> None:
 
 
 def test_the_disc_is_removed(rig: VmRig, devices: list[Device]) -> None:
-    """The drive stays, also at a receiver."""
+    """The drive stays, also when the machine is sent."""
     assert rig.tell(ChangeDisc(vmid=VMID)) == [DiscChanged(vmid=VMID)]
     assert devices[4].log == [("disc", None, "", False)]
     assert (rig.machine.config.cdrom, rig.machine.config.drive) == ("", True)
 
 
 def test_a_disc_that_is_refused(rig: VmRig, devices: list[Device]) -> None:
-    """The machine keeps the old one."""
+    """The machine keeps the old disc."""
     devices[4].answers["disc"] = (errno.EBUSY, "the guest has locked the drive")
     assert rig.tell(ChangeDisc(vmid=VMID)) == [
         DiscChanged(vmid=VMID, code=errno.EBUSY, text="the guest has locked the drive")
@@ -91,7 +91,7 @@ def test_a_disc_that_is_refused(rig: VmRig, devices: list[Device]) -> None:
 
 
 def test_a_disc_that_does_not_come(rig: VmRig, devices: list[Device]) -> None:
-    """The drive keeps the old one."""
+    """The drive keeps the old disc."""
     told = rig.tell(ChangeDisc(vmid=VMID, path="/new"), fds={"courier": [rig.lost_courier()]})
     assert told == [DiscChanged(vmid=VMID, code=errno.EPIPE, text="cdrom /new: the file did not come")]
     assert devices[4].log == []
@@ -99,7 +99,7 @@ def test_a_disc_that_does_not_come(rig: VmRig, devices: list[Device]) -> None:
 
 
 def test_a_machine_without_a_drive(rig: VmRig) -> None:
-    """The request fails with a sentence, and the file is closed."""
+    """The request fails with an error, and the file is closed."""
     rig.start(A)
     before = open_descriptors()
     fds = {"courier": [rig.courier(cdrom=os.memfd_create("disc"))]}
@@ -111,7 +111,7 @@ def test_a_machine_without_a_drive(rig: VmRig) -> None:
 
 
 def test_limits_go_to_their_devices(rig: VmRig, devices: list[Device]) -> None:
-    """Each device gets its own.  A machine that is sent has them and the forwards; nothing else of it changes."""
+    """Each device gets its own limits.  The configuration gets only the limits and the forwards."""
     wanted = A.replace(
         memory_bytes=1,
         disks=(DiskConfig(path="/0", iops_limit=1, rate_limit=2), DiskConfig(path="/1", iops_limit=3)),

@@ -142,7 +142,7 @@ def test_a_host_without_cancellable_timers_gets_a_warning(monkeypatch: pytest.Mo
     )
 
 
-def test_the_kernel_takes_the_timer(loop: Loop) -> None:
+def test_the_kernel_accepts_the_timer(loop: Loop) -> None:
     """The kernel's real timer can be created and armed, and does not fire."""
     ClockWatch(loop, loop.stop)
     began = time.monotonic()

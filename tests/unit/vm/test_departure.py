@@ -1,4 +1,4 @@
-"""A VM that is sent: what vmm is told, who may stop it, and when its guest runs."""
+"""A VM is sent: the reports to vmm, requests to stop it meanwhile, and the state of its guest."""
 
 import os
 from collections.abc import Iterator
@@ -47,7 +47,7 @@ INTERRUPTED = "sending was interrupted"
 
 @pytest.fixture
 def rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[VmRig]:
-    """A VM process."""
+    """Yield a VM process."""
     made = VmRig(monkeypatch)
     yield made
     made.close()
@@ -55,20 +55,20 @@ def rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[VmRig]:
 
 @pytest.fixture
 def disks() -> list[Device]:
-    """Two disks."""
+    """Return two disks."""
     return [Device(label="disk0"), Device(label="disk1")]
 
 
 @pytest.fixture
 def machine(rig: VmRig, disks: list[Device]) -> Machine:
-    """A machine that runs, whose guest can be asked to shut down."""
+    """Return a running machine whose guest can be asked to shut down."""
     machine = rig.start(A, *disks)
     machine.vmmci.driver_is_up = True
     return machine
 
 
 def send(rig: VmRig, message: SendVm, stream: int | None = None) -> None:
-    """Begin to send, into a file."""
+    """Begin to send the VM, into a file."""
     fd = os.memfd_create("stream", os.MFD_CLOEXEC) if stream is None else stream
     rig.vmm.send(message, fds={"courier": [rig.courier(stream=fd)]})
 
@@ -86,7 +86,7 @@ def reported(told: list[Record]) -> SendDone:
 
 
 def stuck(rig: VmRig, disks: list[Device]) -> None:
-    """Begin to send to a reader that takes nothing; the guest is paused by then."""
+    """Begin to send, and wait for a disk that never settles.  The guest is paused then."""
     disks[0].answers["settle"] = devmsg.SETTLED_NOT_YET
     send(rig, SEND)
     rig.until(lambda: len(disks[0].log) > 3)
@@ -96,7 +96,7 @@ def stuck(rig: VmRig, disks: list[Device]) -> None:
 
 
 def test_a_vm_that_was_sent_ends(rig: VmRig, machine: Machine) -> None:
-    """Its guest runs here no more.  The report has the length of the stream, and when the guest was stopped."""
+    """The report has the length of the stream, and the time when the guest was stopped."""
     before_ns = int(rig.real_s() * 1e9)
     file = os.memfd_create("stream", os.MFD_CLOEXEC)
     send(rig, SEND, os.dup(file))
@@ -110,8 +110,8 @@ def test_a_vm_that_was_sent_ends(rig: VmRig, machine: Machine) -> None:
     os.close(file)
 
 
-def test_of_a_vm_that_is_kept_a_copy_is_sent(rig: VmRig, machine: Machine) -> None:
-    """It goes on, and can be sent again."""
+def test_a_copy_of_a_vm_is_sent(rig: VmRig, machine: Machine) -> None:
+    """The VM itself goes on, and can be sent again."""
     for _ in range(2):
         assert done(rig, COPY).text == ""
         rig.turn()
@@ -119,7 +119,7 @@ def test_of_a_vm_that_is_kept_a_copy_is_sent(rig: VmRig, machine: Machine) -> No
 
 
 def test_a_paused_vm_of_which_a_copy_is_sent_stays_paused(rig: VmRig, machine: Machine) -> None:
-    """Sending did not stop it."""
+    """It was already paused before it was sent."""
     rig.tell(PAUSE)
     assert done(rig, COPY).stopped_ns == 0
     rig.turn()
@@ -152,15 +152,15 @@ def test_a_vm_that_cannot_be_sent_goes_on(rig: VmRig, machine: Machine, live: Li
 
 
 def test_a_stream_that_does_not_come(rig: VmRig, machine: Machine) -> None:
-    """The guest is not even paused."""
+    """The guest is not paused."""
     machine.parks = False
     told = rig.tell(SEND, fds={"courier": [rig.lost_courier()]})
     assert reported(told).text == "the stream did not come"
     assert machine.is_running()
 
 
-def test_a_stream_for_which_nobody_waits_any_longer(rig: VmRig, machine: Machine) -> None:
-    """Who has to open it takes too long."""
+def test_a_stream_that_comes_too_late(rig: VmRig, machine: Machine) -> None:
+    """The process that opens the stream takes too long."""
     fd, gives = rig.waiting_courier()
     assert rig.tell(SEND, fds={"courier": [fd]}) == []
     assert gives.recv(100) == courier.ASK
@@ -169,7 +169,7 @@ def test_a_stream_for_which_nobody_waits_any_longer(rig: VmRig, machine: Machine
 
 
 def test_a_machine_that_does_not_pause_is_not_sent(rig: VmRig, machine: Machine) -> None:
-    """It goes on; the stream is closed."""
+    """The machine goes on, and the stream is closed."""
     before = open_descriptors()
     machine.parks = False
     send(rig, SEND)
@@ -183,7 +183,7 @@ def test_a_machine_that_does_not_pause_is_not_sent(rig: VmRig, machine: Machine)
 
 
 def test_a_device_that_fails_ends_the_vm(rig: VmRig, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The message of its end is the answer."""
+    """The message that the VM ends is the answer."""
 
     def fail(*_: object, **__: object) -> None:
         raise PeerError("vioblk0", "was killed")
@@ -200,7 +200,7 @@ def test_a_device_that_fails_ends_the_vm(rig: VmRig, machine: Machine, monkeypat
 
 
 def test_interrupted(rig: VmRig, machine: Machine, disks: list[Device]) -> None:
-    """The guest goes on."""
+    """The guest goes on after an interrupted transfer."""
     stuck(rig, disks)
     assert not machine.is_running()
     rig.vmm.send(CancelTransfer(vmid=VMID))
@@ -210,7 +210,7 @@ def test_interrupted(rig: VmRig, machine: Machine, disks: list[Device]) -> None:
 
 
 def test_interrupted_before_it_begins(rig: VmRig, machine: Machine) -> None:
-    """The guest may still be on its way to a pause."""
+    """The vCPUs may not have parked yet."""
     machine.parks = False
     send(rig, SEND)
     rig.turn()
@@ -220,8 +220,8 @@ def test_interrupted_before_it_begins(rig: VmRig, machine: Machine) -> None:
     assert machine.is_running()
 
 
-def test_who_stops_a_vm_that_is_being_sent_stops_it_here(rig: VmRig, machine: Machine, disks: list[Device]) -> None:
-    """Sending is interrupted, and the guest is asked to shut down."""
+def test_a_request_to_stop_interrupts_sending(rig: VmRig, machine: Machine, disks: list[Device]) -> None:
+    """The VM stays here, and its guest is asked to shut down."""
     stuck(rig, disks)
     rig.vmm.send(STOP)
     assert reported(rig.wait_for(SendDone)).text == INTERRUPTED
@@ -230,7 +230,7 @@ def test_who_stops_a_vm_that_is_being_sent_stops_it_here(rig: VmRig, machine: Ma
 
 
 def test_progress_is_reported(rig: VmRig, machine: Machine, disks: list[Device]) -> None:
-    """Again and again until it is over, and never more than the whole."""
+    """There are reports until the transfer ends.  None has more bytes than the total."""
     machine.memory.load(0, bytes(range(256)) * 16 * 16)
     stuck(rig, disks)
     rig.said()
@@ -244,7 +244,7 @@ def test_progress_is_reported(rig: VmRig, machine: Machine, disks: list[Device])
     assert rig.pass_time(PROGRESS_S) == []
 
 
-def test_a_guest_whose_disk_is_used_by_somebody_else_does_not_go_on(
+def test_a_guest_whose_disk_is_in_use_elsewhere_does_not_go_on(
     rig: VmRig, machine: Machine, disks: list[Device]
 ) -> None:
     """It stays paused, and vmm is told why."""
@@ -272,8 +272,8 @@ def test_a_lock_that_is_lost_interrupts_a_live_transfer(rig: VmRig, machine: Mac
 # --- live ------------------------------------------------------------------------------------------------------
 
 
-def test_a_vm_that_is_sent_live_runs_until_the_rest(rig: VmRig, machine: Machine, disks: list[Device]) -> None:
-    """The report has the number of rounds.  A copy's machine goes on without a log of its changes."""
+def test_a_vm_that_is_sent_live_runs_until_the_last_round(rig: VmRig, machine: Machine, disks: list[Device]) -> None:
+    """The report has the number of rounds.  After a copy the machine goes on, and its changes are no longer logged."""
     report = done(rig, COPY.replace(live=LIVE))
     rig.turn()
 
@@ -284,7 +284,7 @@ def test_a_vm_that_is_sent_live_runs_until_the_rest(rig: VmRig, machine: Machine
 
 
 def test_a_paused_vm_is_not_sent_live(rig: VmRig, machine: Machine) -> None:
-    """There is nothing to wait for."""
+    """Its memory does not change, so rounds are useless."""
     rig.tell(PAUSE)
     report = done(rig, COPY.replace(live=LIVE))
     assert (report.text, report.rounds, report.still_ms) == ("", 0, 0)
@@ -293,8 +293,8 @@ def test_a_paused_vm_is_not_sent_live(rig: VmRig, machine: Machine) -> None:
 # --- two-way ---------------------------------------------------------------------------------------------------
 
 
-def written(rig: VmRig) -> None:
-    """Send two-way until all is written."""
+def write_all(rig: VmRig) -> None:
+    """Send two-way until the whole stream is written."""
     send(rig, TWO_WAY)
     rig.wait_for(HeaderSent)
     rig.vmm.send(SendOn(vmid=VMID))
@@ -303,7 +303,7 @@ def written(rig: VmRig) -> None:
 
 
 def test_memory_is_sent_after_the_header_was_accepted(rig: VmRig, machine: Machine) -> None:
-    """And the machine stays paused at the end, here as there."""
+    """At the end the machine stays paused on both hosts."""
     file = os.memfd_create("stream", os.MFD_CLOEXEC)
     send(rig, TWO_WAY, os.dup(file))
     rig.wait_for(HeaderSent)
@@ -319,7 +319,7 @@ def test_memory_is_sent_after_the_header_was_accepted(rig: VmRig, machine: Machi
 
 
 def test_a_header_that_is_refused(rig: VmRig, machine: Machine) -> None:
-    """The guest goes on."""
+    """The guest goes on after the receiver has refused the header."""
     send(rig, TWO_WAY)
     rig.wait_for(HeaderSent)
     rig.vmm.send(CancelTransfer(vmid=VMID))
@@ -329,8 +329,8 @@ def test_a_header_that_is_refused(rig: VmRig, machine: Machine) -> None:
 
 
 def test_a_vm_that_runs_elsewhere_ends(rig: VmRig, machine: Machine, disks: list[Device]) -> None:
-    """Its disks were let go before."""
-    written(rig)
+    """The locks of its disks were released before."""
+    write_all(rig)
     assert rig.tell(LET_GO) == [DisksLetGo(vmid=VMID)]
     assert [disk.log[-1] for disk in disks] == ["let go", "let go"]
     assert rig.tell(SENT) == [VmEnding(text="sent")]
@@ -338,9 +338,9 @@ def test_a_vm_that_runs_elsewhere_ends(rig: VmRig, machine: Machine, disks: list
 
 
 def test_a_vm_that_does_not_run_elsewhere_goes_on(rig: VmRig, machine: Machine, disks: list[Device]) -> None:
-    """With its disks; it can be sent again."""
+    """It takes its disks back, and can be sent again."""
     for _ in range(2):
-        written(rig)
+        write_all(rig)
         rig.tell(LET_GO)
         assert rig.tell(NOT_SENT) == [SendUndone(vmid=VMID, outcome=TakenBack.DONE)]
         assert [disk.log[-2:] for disk in disks] == [["take back", "resume"]] * 2
@@ -357,8 +357,8 @@ def test_a_vm_that_does_not_run_elsewhere_goes_on(rig: VmRig, machine: Machine, 
 def test_a_disk_that_cannot_be_taken_back(
     rig: VmRig, machine: Machine, disks: list[Device], status: int, outcome: TakenBack, text: str
 ) -> None:
-    """The machine stays paused with no disk at all, and may be asked again."""
-    written(rig)
+    """The machine stays paused without any lock.  A later request may succeed."""
+    write_all(rig)
     rig.tell(LET_GO)
     disks[1].answers["take back"] = status
     assert rig.tell(NOT_SENT) == [SendUndone(vmid=VMID, outcome=outcome, text=text)]
@@ -371,8 +371,8 @@ def test_a_disk_that_cannot_be_taken_back(
 
 
 def test_a_disk_that_cannot_be_let_go(rig: VmRig, machine: Machine, disks: list[Device]) -> None:
-    """All locks are taken again, so that nobody else can use one of the disks."""
-    written(rig)
+    """All locks are taken again, so that no other VM can use one of the disks."""
+    write_all(rig)
     disks[1].answers["let go"] = False
     assert rig.tell(LET_GO) == [DisksLetGo(vmid=VMID, text="disk1: cannot be handed over; the log says why")]
     assert disks[0].log[-2:] == ["let go", "take back"]
@@ -385,7 +385,7 @@ def test_a_disk_whose_process_fails(
     rig: VmRig, machine: Machine, disks: list[Device], asked: str, message: Record
 ) -> None:
     """The VM ends, which frees all locks."""
-    written(rig)
+    write_all(rig)
     disks[1].answers[asked] = PeerError("vioblk1", "was killed")
     assert rig.tell(message) == [VmEnding(text="vioblk1: was killed")]
     assert rig.process.exit_status == Outcome.FAILED
@@ -395,7 +395,7 @@ def test_a_disk_whose_process_fails(
 def test_steps_that_come_too_early(
     rig: VmRig, machine: Machine, message: Record, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """They are dropped: the machine is not elsewhere yet."""
+    """The messages are dropped, because the stream is not complete yet."""
     send(rig, TWO_WAY)
     rig.wait_for(HeaderSent)
     assert [each for each in rig.tell(message) if not isinstance(each, TransferProgress)] == []
@@ -407,31 +407,31 @@ def test_steps_that_come_too_early(
 
 @pytest.mark.parametrize("message", [LET_GO, NOT_SENT, SENT])
 def test_a_vm_that_has_ended_answers_no_step(rig: VmRig, machine: Machine, message: Record) -> None:
-    """The message of its end is the answer."""
-    written(rig)
+    """The message that the VM ends is the answer."""
+    write_all(rig)
     rig.process.end(Outcome.POWER_OFF, "powered off")
     rig.said()
     rig.vmm.send(message)
     assert rig.said() == []
 
 
-def test_who_stops_a_vm_that_may_run_elsewhere_ends_it(rig: VmRig, machine: Machine) -> None:
-    """Its guest must not run here."""
-    written(rig)
+def test_a_request_to_stop_ends_a_vm_that_may_run_elsewhere(rig: VmRig, machine: Machine) -> None:
+    """Its guest must not run here to shut down."""
+    write_all(rig)
     rig.tell(LET_GO)
     assert rig.tell(STOP) == [VmEnding(text="stopped; it may run elsewhere")]
     assert machine.asked == []
 
 
-def test_who_stops_a_vm_that_still_has_its_disks_stops_its_guest(rig: VmRig, machine: Machine) -> None:
-    """It cannot run elsewhere."""
-    written(rig)
+def test_a_request_to_stop_reaches_a_guest_that_has_its_disks(rig: VmRig, machine: Machine) -> None:
+    """The guest cannot run elsewhere, so it is asked to shut down here."""
+    write_all(rig)
     rig.tell(STOP)
     assert (machine.is_running(), machine.asked) == (True, [vmmci.REBOOT])
 
 
-def test_a_vm_that_ends_while_it_is_sent_says_nothing_more(rig: VmRig, machine: Machine, disks: list[Any]) -> None:
-    """It has said why it ends."""
+def test_a_vm_that_ends_while_it_is_sent_sends_no_report(rig: VmRig, machine: Machine, disks: list[Any]) -> None:
+    """The message that it ends has the reason."""
     stuck(rig, disks)
     rig.tell(StopVm(vmid=VMID, mode=StopMode.KILL))
     rig.process.departure.cancel()  # type: ignore[union-attr]

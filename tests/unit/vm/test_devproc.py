@@ -249,7 +249,7 @@ def test_device_that_ends_instead_of_being_ready_57(
         process.wait_ready()
 
 
-def test_device_that_cannot_start_says_why(impostor: Impostor, process: DeviceProcess) -> None:
+def test_device_that_cannot_start_reports_why(impostor: Impostor, process: DeviceProcess) -> None:
     """The error has the sentence and the errno of the device, and the sentence only once."""
     impostor.sync.send(devmsg.ERROR_HEAD.pack(devmsg.ERROR, 12) + b"map guest memory: Cannot allocate memory")
 
@@ -323,7 +323,7 @@ def test_only_an_interface_that_the_kernel_may_serve_gets_direct(
         impostor.sync.recv(devmsg.PACKET_MAX)
 
 
-def test_an_answer_that_comes_late_is_not_taken_for_another(impostor: Impostor, running: DeviceProcess) -> None:
+def test_a_late_answer_is_not_taken_for_another_one(impostor: Impostor, running: DeviceProcess) -> None:
     """Storage did not answer for a while.  After a question that timed out, later questions get their own answers."""
     for question in (devmsg.MARK, devmsg.UNMARK):
         with pytest.raises(PeerError, match="no answer in 10 s"):

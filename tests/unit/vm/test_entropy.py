@@ -192,7 +192,7 @@ def test_other_events_are_handled_in_between(driver: Driver) -> None:
 
 
 def test_flood_is_slowed_down_44(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hostile input 44: after its share a driver waits.  It is not heard meanwhile, and is served later."""
+    """Hostile input 44: after its share a driver waits.  Its notifications wait, and it is served later."""
     monkeypatch.setattr(module, "REST_S", 0.2)
     driver.ring.describe(0, [Desc(DATA, REQUEST_MAX, WRITE)])
     for _ in range(SIZE):

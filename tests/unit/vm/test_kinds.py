@@ -48,7 +48,7 @@ def test_each_queue_is_in_the_tests_of_rings() -> None:
     assert driven - queues == set(), "KINDS has no such queues"
 
 
-def test_kinds_are_told_apart() -> None:
+def test_kinds_have_unique_names() -> None:
     """A kind has unique names in streams, for users, in `ps` and for guests.  For the last two a seed is a disk."""
     for fields, kinds in (
         (("name", "word"), KINDS),

@@ -1,4 +1,4 @@
-"""Disks that are lent for a snapshot: when the guest is paused, who gets the files, and how the VM goes on."""
+"""Disks are lent for a snapshot: the pause of the guest, the files for the borrower, and the return."""
 
 import os
 from collections.abc import Iterator
@@ -34,7 +34,7 @@ LEND, LOOK, BACK = LendDisks(vmid=VMID), LendDisks(vmid=VMID, look=True), TakeDi
 
 @pytest.fixture
 def rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[VmRig]:
-    """A VM process."""
+    """Yield a VM process."""
     made = VmRig(monkeypatch)
     yield made
     made.close()
@@ -42,7 +42,7 @@ def rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[VmRig]:
 
 @pytest.fixture
 def disks() -> Iterator[list[Device]]:
-    """Two disks; the second one has two images."""
+    """Yield two disks.  The second one has two images."""
     disks = [Device(label="disk0"), Device(label="disk1")]
     fds = [os.memfd_create(str(number), os.MFD_CLOEXEC) for number in range(3)]
     disks[0].lends, disks[1].lends = fds[:1], fds[1:]
@@ -53,7 +53,7 @@ def disks() -> Iterator[list[Device]]:
 
 @pytest.fixture
 def machine(rig: VmRig, disks: list[Device]) -> Machine:
-    """A machine that runs, whose guest can be asked to shut down."""
+    """Return a running machine whose guest can be asked to shut down."""
     machine = rig.start(VmConfig(name="a"), *disks)
     machine.vmmci.driver_is_up = True
     return machine
@@ -70,11 +70,11 @@ class Borrower:
         rig.couriers.append(ours)
 
     def ask(self) -> None:
-        """Ask."""
+        """Ask for the files."""
         courier.ask(self.sock)
 
     def files(self) -> list[int]:
-        """Return the inodes of the files that have come."""
+        """Return the inodes of the received files."""
         fds = courier.take(self.sock)["disks"]
         inodes = [os.fstat(fd).st_ino for fd in fds]
         for fd in fds:
@@ -83,7 +83,7 @@ class Borrower:
 
 
 def lend(rig: VmRig, message: LendDisks, stream: int | None = None) -> list[int]:
-    """Lend the disks, and return the inodes of what the borrower gets."""
+    """Lend the disks.  Return the inodes of the files that the borrower gets."""
     borrower = Borrower(rig)
     borrower.ask()
     rig.vmm.send(message, fds={"courier": [borrower.fd], "stream": [] if stream is None else [stream]})
@@ -98,7 +98,7 @@ def lent(told: list[Record]) -> DisksLent:
 
 
 def inodes(disks: list[Device]) -> list[int]:
-    """Return those of all images."""
+    """Return the inodes of all images."""
     return [os.fstat(fd).st_ino for disk in disks for fd in disk.lends]
 
 
@@ -118,7 +118,7 @@ def test_disks_are_lent_while_the_guest_is_paused(rig: VmRig, machine: Machine, 
 
 
 def test_a_paused_vm_stays_paused(rig: VmRig, machine: Machine) -> None:
-    """Lending did not stop it."""
+    """It was paused before its disks were lent."""
     rig.tell(PAUSE)
     lend(rig, LEND)
     assert rig.tell(BACK) == [DisksBack(vmid=VMID)]
@@ -160,7 +160,7 @@ def test_the_machine_is_written_after_its_disks(rig: VmRig, machine: Machine) ->
 
 
 def test_a_borrower_that_has_ended(rig: VmRig, machine: Machine) -> None:
-    """The report says so; after the answer of vmm the guest goes on.  The stream is closed."""
+    """The report has the reason, and the stream is closed.  The guest goes on after vmm's answer."""
     reading, writing = os.pipe2(os.O_CLOEXEC)
     borrower = Borrower(rig)
     borrower.sock.close()
@@ -174,7 +174,7 @@ def test_a_borrower_that_has_ended(rig: VmRig, machine: Machine) -> None:
 
 @pytest.mark.parametrize("error", [PeerError("vioblk1", "was killed"), HostError("copy a file", 24)])
 def test_a_disk_that_cannot_be_lent(rig: VmRig, machine: Machine, disks: list[Device], error: Exception) -> None:
-    """The report says why, and no file stays open."""
+    """The report has the reason, and no file stays open."""
     before = open_descriptors()
     disks[1].answers["lend"] = error
     borrower = Borrower(rig)
@@ -201,7 +201,7 @@ def test_a_machine_that_does_not_pause(rig: VmRig, machine: Machine) -> None:
     assert machine.is_running()
 
 
-def test_interrupted_while_a_disk_takes_its_time(rig: VmRig, machine: Machine, disks: list[Device]) -> None:
+def test_interrupted_while_a_disk_is_slow(rig: VmRig, machine: Machine, disks: list[Device]) -> None:
     """Storage may never answer."""
     disks[0].answers["settle"] = devmsg.SETTLED_NOT_YET
     borrower = Borrower(rig)
@@ -212,7 +212,7 @@ def test_interrupted_while_a_disk_takes_its_time(rig: VmRig, machine: Machine, d
 
 
 def test_interrupted_while_the_machine_is_written(rig: VmRig, machine: Machine) -> None:
-    """Its reader takes nothing."""
+    """The reader of its stream reads nothing."""
     machine.memory.load(0, os.urandom(16 * 4096))
     reading, writing = os.pipe2(os.O_CLOEXEC)
     borrower = Borrower(rig)
@@ -224,8 +224,8 @@ def test_interrupted_while_the_machine_is_written(rig: VmRig, machine: Machine) 
     os.close(reading)
 
 
-def test_who_stops_a_vm_whose_disks_are_lent(rig: VmRig, machine: Machine) -> None:
-    """The guest is asked when they are back."""
+def test_a_request_to_stop_while_disks_are_lent(rig: VmRig, machine: Machine) -> None:
+    """The guest is asked to shut down when the disks are back."""
     lend(rig, LEND)
     assert rig.tell(StopVm(vmid=VMID, mode=StopMode.GRACEFUL)) == []
     assert machine.asked == []
@@ -234,7 +234,7 @@ def test_who_stops_a_vm_whose_disks_are_lent(rig: VmRig, machine: Machine) -> No
 
 
 def test_disks_that_cannot_be_read_again(rig: VmRig, machine: Machine, disks: list[Device]) -> None:
-    """They are named; the guest goes on without them."""
+    """The answer names them.  The guest goes on without them."""
     lend(rig, LEND)
     for disk in disks:
         disk.answers["reload"] = False
@@ -250,7 +250,7 @@ def test_a_disk_whose_process_fails_when_it_is_back(rig: VmRig, machine: Machine
     assert rig.process.exit_status == Outcome.FAILED
 
 
-def test_a_lock_that_was_lost_meanwhile(rig: VmRig, machine: Machine, disks: list[Device]) -> None:
+def test_a_lock_that_was_lost_while_disks_were_lent(rig: VmRig, machine: Machine, disks: list[Device]) -> None:
     """The machine stays paused, and vmm is told why."""
     lend(rig, LEND)
     disks[1].lock_lost, disks[1].answers["take back"] = "its lock is lost", devmsg.TAKEN_IN_USE

@@ -1,4 +1,4 @@
-"""The VM process as vmm sees it: what it answers, and when it ends."""
+"""The VM process as seen by vmm: its answers, and its end."""
 
 import errno
 import os
@@ -62,7 +62,7 @@ PAUSED, RUNS = PauseDone(vmid=VMID, paused=True), PauseDone(vmid=VMID, paused=Fa
 
 @pytest.fixture
 def rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[VmRig]:
-    """A VM process without a VM."""
+    """Yield a VM process without a VM."""
     made = VmRig(monkeypatch)
     yield made
     made.close()
@@ -70,15 +70,15 @@ def rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[VmRig]:
 
 @pytest.fixture
 def machine(rig: VmRig) -> Machine:
-    """A machine that runs."""
+    """Return a running machine."""
     return rig.start(A)
 
 
 # --- the start -------------------------------------------------------------------------------------------------
 
 
-def test_what_a_vm_gives_up_before_its_guest_runs(rig: VmRig) -> None:
-    """Device processes start first, then the filter, then the image is read; narrower filters precede the guest."""
+def test_a_vm_drops_rights_before_its_guest_runs(rig: VmRig) -> None:
+    """Devices start, a filter is set, and the image is read.  The filter is narrowed before the guest runs."""
     rig.start(A)
 
     assert [step if isinstance(step, str) else step[0] for step in rig.steps] == [
@@ -92,7 +92,7 @@ def test_what_a_vm_gives_up_before_its_guest_runs(rig: VmRig) -> None:
 
 
 def test_a_vm_is_built_of_its_files(rig: VmRig) -> None:
-    """The image, the initrd and the disks that the courier brings, and what came with the message."""
+    """It gets the files from the courier, and the descriptors of the message."""
     fds = rig.start_fds(boot=os.memfd_create("boot"), initrd=os.memfd_create("initrd"))
     rig.tell(start_vm(A.replace(initrd="/initrd"), boot_options="-s"), fds=fds)
 
@@ -130,7 +130,7 @@ def test_a_process_is_one_vm_only(rig: VmRig, machine: Machine, capfd: pytest.Ca
     (start_vm(A.replace(seed=SeedConfig())), {"boot": 1}, "the seed does not match the message"),
 ])  # fmt: skip
 def test_descriptors_that_do_not_match(rig: VmRig, message: Record, extra: dict[str, int], text: str) -> None:
-    """The start fails with a sentence: no device gets a file that is meant for another one."""
+    """The start fails with an error, so that no device gets a file of another one."""
     fds = {**rig.console_fds(), "memory": [null()], "couriers": []}
     fds |= {name: [null() for _ in range(count)] for name, count in extra.items() if name in ("taps", "vhosts", "seed")}
     files = {name: null() for name, count in extra.items() if name in ("boot", "disks", "cdrom")}
@@ -145,7 +145,7 @@ def test_descriptors_that_do_not_match(rig: VmRig, message: Record, extra: dict[
 
 
 def test_files_that_do_not_come(rig: VmRig) -> None:
-    """The start fails with a sentence."""
+    """The start fails with an error."""
     fds = {**rig.console_fds(), "memory": [null()], "couriers": [rig.lost_courier()]}
 
     failed, ending = rig.tell(start_vm(A), fds=fds)
@@ -160,7 +160,7 @@ def test_files_that_do_not_come(rig: VmRig) -> None:
     OSError(errno.EIO, "KVM_SET_REGS"),
 ])  # fmt: skip
 def test_a_vm_that_cannot_be_built(rig: VmRig, error: Exception) -> None:
-    """Its number and its sentence are reported, and the process ends."""
+    """The errno and the text of the error are reported, and the process ends."""
     rig.cannot_build = error
     failed, ending = rig.tell(start_vm(A), fds=rig.start_fds())
 
@@ -172,7 +172,7 @@ def test_a_vm_that_cannot_be_built(rig: VmRig, error: Exception) -> None:
 
 
 def test_limits_that_come_before_the_machine(rig: VmRig) -> None:
-    """They hold from its start."""
+    """The limits hold from its start."""
     slow = A.replace(disks=(DiskConfig(path="/d", iops_limit=100, rate_limit=5),))
     disk = Device()
     rig.devices.running.append(disk)
@@ -183,7 +183,7 @@ def test_limits_that_come_before_the_machine(rig: VmRig) -> None:
 
 
 def test_reserved_processes_that_were_not_needed_end_later(rig: VmRig) -> None:
-    """Soon after the guest has begun to run, and again until all have ended."""
+    """They are told to end soon after the guest has begun to run, and again until all have ended."""
     rig.process.prepare(["vioblk.main", "vionet.main"])
     assert [each.label for each in rig.devices.reserve] == ["main", "main"]
     rig.devices.slow = 1
@@ -195,8 +195,8 @@ def test_reserved_processes_that_were_not_needed_end_later(rig: VmRig) -> None:
         assert rig.devices.log.count("drop") == count
 
 
-def test_kvm_that_refuses_in_reserve_is_asked_again(rig: VmRig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The start of a VM reports what is wrong."""
+def test_a_refusal_of_kvm_in_reserve_is_tried_again(rig: VmRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If KVM refuses again at the start of a VM, the error is reported."""
 
     def refuse() -> None:
         raise OSError(errno.ENOMEM, "KVM_CREATE_VM")
@@ -210,7 +210,7 @@ def test_kvm_that_refuses_in_reserve_is_asked_again(rig: VmRig, monkeypatch: pyt
 
 
 def test_a_jump_of_the_hosts_clock_reaches_the_guest(rig: VmRig, machine: Machine) -> None:
-    """It is asked to set its own clock."""
+    """The guest is asked to set its own clock."""
     rig.clock_jumps()
     assert machine.asked == [vmmci.SYNCRTC]
 
@@ -219,7 +219,7 @@ def test_a_jump_of_the_hosts_clock_reaches_the_guest(rig: VmRig, machine: Machin
 
 
 def test_pause_and_resume(rig: VmRig, machine: Machine) -> None:
-    """The answer says what the machine does."""
+    """The answer tells whether the machine is paused or runs."""
     assert rig.tell(PAUSE) == [PAUSED]
     assert not machine.is_running()
     assert rig.tell(PAUSE) == [PAUSED]
@@ -239,7 +239,7 @@ def test_answers_come_in_order(rig: VmRig, machine: Machine) -> None:
 
 
 def test_a_machine_that_does_not_stop_is_reported(rig: VmRig, machine: Machine) -> None:
-    """It goes on."""
+    """The machine goes on."""
     machine.parks = False
     rig.tell(PAUSE)
 
@@ -248,7 +248,7 @@ def test_a_machine_that_does_not_stop_is_reported(rig: VmRig, machine: Machine) 
 
 @pytest.mark.parametrize("error", [PeerError("vioblk0", "was killed"), OSError(errno.EIO, "KVM_SET_CLOCK")])
 def test_a_machine_that_cannot_go_on_ends(rig: VmRig, machine: Machine, error: Exception) -> None:
-    """The user hears why."""
+    """The answer has the reason."""
     rig.tell(PAUSE)
     machine.cannot_go_on = error
     told = rig.tell(RESUME)
@@ -258,7 +258,7 @@ def test_a_machine_that_cannot_go_on_ends(rig: VmRig, machine: Machine, error: E
 
 
 def test_without_a_machine_nothing_is_answered(rig: VmRig) -> None:
-    """The message that the VM has ended is the answer; what came along is closed."""
+    """The message that the VM has ended is the answer.  Descriptors of the requests are closed."""
     before = open_descriptors()
     for message in (PAUSE, RESUME, SendBreak(vmid=VMID), SendOn(vmid=VMID), CancelTransfer(vmid=VMID)):
         assert rig.tell(message) == []
@@ -272,7 +272,7 @@ def test_without_a_machine_nothing_is_answered(rig: VmRig) -> None:
 
 
 def test_a_lost_lock_halts_the_machine(rig: VmRig) -> None:
-    """The guest must not write.  It goes on when the lock is back, and the user gets a note, once."""
+    """The guest must not write.  It goes on when the lock is back, and the user gets a note once."""
     disk = Device()
     machine = rig.start(A, disk)
     disk.lock_lost = "its lock is lost"
@@ -295,8 +295,8 @@ def test_a_lost_lock_halts_the_machine(rig: VmRig) -> None:
     assert rig.tell(RESUME) == [RUNS]
 
 
-def test_a_disk_that_somebody_else_has_written_to_needs_force(rig: VmRig) -> None:
-    """The machine stays paused without it."""
+def test_a_disk_that_was_written_to_elsewhere_needs_force(rig: VmRig) -> None:
+    """Without force the machine stays paused."""
     disk = Device()
     machine = rig.start(A, disk)
     disk.lock_lost, disk.answers["take back"] = "its lock is lost", devmsg.TAKEN_WRITTEN
@@ -311,7 +311,7 @@ def test_a_disk_that_somebody_else_has_written_to_needs_force(rig: VmRig) -> Non
 
 
 def test_a_lock_that_is_lost_while_the_guest_shuts_down_ends_it(rig: VmRig, machine: Machine) -> None:
-    """Otherwise it would write."""
+    """Otherwise the guest would write to the disk."""
     machine.vmmci.driver_is_up = True
     rig.tell(STOP)
     rig.process.on_lock_lost("disk0: its lock is lost")
@@ -320,7 +320,7 @@ def test_a_lock_that_is_lost_while_the_guest_shuts_down_ends_it(rig: VmRig, mach
 
 
 def test_a_lock_that_is_lost_during_a_pause_changes_nothing(rig: VmRig, machine: Machine) -> None:
-    """The machine writes nothing; the user has asked for the pause."""
+    """The machine is paused already, as requested by the user."""
     rig.process.on_lock_lost("early")
     rig.said()
     rig.tell(RESUME)
@@ -335,7 +335,7 @@ def test_a_lock_that_is_lost_during_a_pause_changes_nothing(rig: VmRig, machine:
 
 
 def test_stopped_by_force(rig: VmRig, machine: Machine) -> None:
-    """At once, whatever the guest does; with all that belongs to it."""
+    """The VM and its device processes end at once, in any state of the guest."""
     assert rig.tell(KILL) == [VmEnding(text="stopped by force")]
     assert rig.process.exit_status == Outcome.ENDED
     assert machine.log == ["stop"]
@@ -357,7 +357,7 @@ def test_a_vm_ends_once(rig: VmRig, machine: Machine) -> None:
 def test_a_vcpu_that_stays_in_the_kernel_does_not_hold_up_the_end(
     rig: VmRig, machine: Machine, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """The log says so."""
+    """The log reports it."""
     machine.stops = False
     assert rig.tell(KILL) == [VmEnding(text="stopped by force")]
     assert "a vcpu thread does not return from the kernel" in capfd.readouterr().err
@@ -372,7 +372,7 @@ def test_a_guest_is_asked_once(rig: VmRig, machine: Machine) -> None:
 
 
 def test_a_paused_guest_goes_on_to_shut_down(rig: VmRig, machine: Machine) -> None:
-    """Only a running guest can."""
+    """Only a running guest can shut down."""
     machine.vmmci.driver_is_up = True
     rig.tell(PAUSE)
     rig.tell(STOP)
@@ -391,8 +391,8 @@ def test_a_guest_that_is_being_paused_is_asked_after_that(rig: VmRig, machine: M
     assert (machine.is_running(), machine.asked) == (True, [vmmci.REBOOT])
 
 
-def test_a_guest_whose_disk_is_used_by_somebody_else_is_not_asked(rig: VmRig) -> None:
-    """It must not run, so it ends."""
+def test_a_guest_whose_disk_is_in_use_elsewhere_is_not_asked(rig: VmRig) -> None:
+    """The guest must not run, so the VM ends by force."""
     disk = Device()
     rig.start(A, disk)
     rig.tell(PAUSE)
@@ -412,7 +412,7 @@ def test_a_vm_that_is_being_received_ends_at_once(rig: VmRig) -> None:
 
 
 def test_quit_ends_without_a_reason(rig: VmRig, machine: Machine) -> None:
-    """The daemon ends."""
+    """The whole daemon ends."""
     assert rig.tell(Quit()) == [VmEnding(text="")]
     assert (rig.process.exit_status, machine.is_running()) == (Outcome.POWER_OFF, False)
 
@@ -421,7 +421,7 @@ def test_quit_ends_without_a_reason(rig: VmRig, machine: Machine) -> None:
 
 
 def test_a_stream_that_does_not_come(rig: VmRig) -> None:
-    """The VM fails with a sentence."""
+    """The VM fails with an error."""
     fds = {**rig.console_fds(), "memory": [null()], "courier": [rig.lost_courier()]}
     failed, _ = rig.tell(ReceiveVm(vmid=VMID, name="a", verbosity=0), fds=fds)
 
@@ -432,7 +432,7 @@ def test_a_stream_that_does_not_come(rig: VmRig) -> None:
 def test_steps_of_a_transfer_that_is_not_under_way(
     rig: VmRig, machine: Machine, message: Record, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """They are dropped; the VM goes on."""
+    """The messages are dropped, and the VM goes on."""
     assert rig.tell(message) == []
     assert f"unexpected {type(message).__name__}" in capfd.readouterr().err
     assert (machine.is_running(), rig.ended) == (True, None)
@@ -446,7 +446,7 @@ def test_a_machine_that_was_not_received_cannot_be_resumed(rig: VmRig, capfd: py
 
 
 class Arrived:
-    """Replaces `Arrival`: everything has come, with this seed."""
+    """A replacement for `Arrival` that has received everything, with this seed."""
 
     def __init__(self, seed: bytes) -> None:
         self.saved, self.seed = self, seed
@@ -457,12 +457,12 @@ class Arrived:
 
 
 def seed_file() -> int:
-    """Return the empty file that the parent gives for a seed."""
+    """Return an empty file for a seed, as the parent passes it."""
     return os.memfd_create("seed", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
 
 
 def resume(rig: VmRig, seed: bytes = b"", **changes: Any) -> list[Record]:  # noqa: ANN401
-    """Let a machine run that has arrived with this seed."""
+    """Resume a received machine with this seed."""
     rig.arriving = True
     stream, _ = rig.waiting_courier()
     fds = {**rig.console_fds(), "memory": [null()], "courier": [stream], "seed": [seed_file()]}
@@ -475,7 +475,7 @@ def resume(rig: VmRig, seed: bytes = b"", **changes: Any) -> list[Record]:  # no
 
 @pytest.mark.parametrize("paused", [False, True])
 def test_a_received_machine_runs_or_stays_paused(rig: VmRig, paused: bool) -> None:
-    """As the message says; the network is told where it is when it runs."""
+    """The message decides.  A machine that runs is announced to the network."""
     assert resume(rig, paused=paused) == [VmRunning(vmid=VMID, paused=paused)]
     assert rig.machine.is_running() is not paused
     assert rig.machine.log == ([] if paused else ["sign", "announce"])
@@ -483,7 +483,7 @@ def test_a_received_machine_runs_or_stays_paused(rig: VmRig, paused: bool) -> No
 
 
 def test_a_received_machine_that_cannot_go_on(rig: VmRig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The VM ends, and does not say that it runs."""
+    """The VM ends, and does not report that it runs."""
 
     def fail(_machine: Machine) -> None:
         raise PeerError("vioblk0", "was killed")
@@ -509,15 +509,15 @@ def test_a_received_machine_without_a_seed(rig: VmRig) -> None:
 # --- devices, the console and the rest -------------------------------------------------------------------------
 
 
-def test_the_log_is_as_verbose_in_its_devices(rig: VmRig, machine: Machine) -> None:
-    """Here, too."""
+def test_verbosity_is_passed_to_the_devices(rig: VmRig, machine: Machine) -> None:
+    """It is set in the VM process too."""
     rig.tell(SetVerbosity(verbosity=2))
     assert log.verbosity == 2
     assert ("verbosity", 2) in rig.devices.log
 
 
-def test_a_new_viewer_has_the_output_from_the_backlog(rig: VmRig, machine: Machine) -> None:
-    """The answer says where it goes on; output waits in the pty for nobody."""
+def test_a_new_viewer_gets_the_output_from_the_backlog(rig: VmRig, machine: Machine) -> None:
+    """The answer has the position after the backlog.  No output waits in the pty."""
     console = rig.process.console
     assert console is not None
     console.send(b"login: ")
@@ -525,7 +525,7 @@ def test_a_new_viewer_has_the_output_from_the_backlog(rig: VmRig, machine: Machi
 
 
 def test_a_console_moves_to_another_pty(rig: VmRig, machine: Machine) -> None:
-    """Output goes there from now on.  The answer has the number of its question."""
+    """Later output goes to the new pty.  The answer has the peerid of the request."""
     console = rig.process.console
     assert console is not None
     rig.pty.close()
@@ -546,7 +546,7 @@ def test_a_break_reaches_the_uart(rig: VmRig, machine: Machine) -> None:
 
 
 def test_the_host_is_asked_once_for_its_name_servers(rig: VmRig, machine: Machine) -> None:
-    """However many guests' requests wait; then again."""
+    """While requests of the guest wait, vmm is asked once.  After its answer it is asked again."""
     rig.process.ask_resolvers()
     rig.process.ask_resolvers()
     assert rig.said() == [AskResolvers(vmid=VMID)]
@@ -554,20 +554,20 @@ def test_the_host_is_asked_once_for_its_name_servers(rig: VmRig, machine: Machin
     assert machine.log == [("resolvers", ((b"\x01\x02\x03\x04",), (bytes(16),)))]
 
     rig.pass_time(RESOLVERS_TIMEOUT_S)
-    assert len(machine.log) == 1  # the deadline of the first request is over
+    assert len(machine.log) == 1  # the answer has stopped the deadline of the first request
     rig.process.ask_resolvers()
     assert rig.said() == [AskResolvers(vmid=VMID)]
 
 
 def test_a_guest_is_answered_without_the_host(rig: VmRig, machine: Machine) -> None:
-    """After a while, with the name servers that are known."""
+    """After a timeout the guest gets the name servers that are known."""
     rig.process.ask_resolvers()
     rig.pass_time(RESOLVERS_TIMEOUT_S)
     assert machine.log == [("resolvers", None)]
 
 
 def test_events_of_devices_are_rare(rig: VmRig, machine: Machine) -> None:
-    """A guest can cause them."""
+    """A guest can cause events, so their rate is limited."""
     for number in range(20):
         rig.process.report_event("trouble", "disk0", str(number))
     assert rig.said() == [
@@ -578,7 +578,7 @@ def test_events_of_devices_are_rare(rig: VmRig, machine: Machine) -> None:
     assert rig.said() == [DeviceEvent(vmid=VMID, what="mended", device="disk0")]
 
 
-def test_a_vm_without_network_interfaces_is_told_nothing_of_name_servers(rig: VmRig) -> None:
-    """Nor is a VM that has no machine yet."""
+def test_name_servers_for_a_vm_without_a_machine_are_ignored(rig: VmRig) -> None:
+    """There is no interface to tell."""
     rig.devices.running.append(Device(INTERFACE, "interface0"))
     assert rig.tell(Resolvers(vmid=VMID)) == []

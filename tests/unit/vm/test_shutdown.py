@@ -1,4 +1,4 @@
-"""How a guest is asked to shut down, and how long it may take."""
+"""A guest is asked to shut down, and has limited time for that."""
 
 from collections.abc import Iterator
 
@@ -16,7 +16,7 @@ JUST_BEFORE_S = 0.5
 
 @pytest.fixture
 def rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[VmRig]:
-    """A VM process."""
+    """Yield a VM process."""
     made = VmRig(monkeypatch)
     yield made
     made.close()
@@ -24,7 +24,7 @@ def rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[VmRig]:
 
 @pytest.fixture(params=["vmmci", "the power button"])
 def asked(request: pytest.FixtureRequest, rig: VmRig) -> Machine:
-    """A machine whose guest was asked to shut down, in one of the two ways."""
+    """Return a machine whose guest was asked to shut down, in one of the two ways."""
     machine = rig.start(VmConfig(name="a"))
     machine.vmmci.driver_is_up = request.param == "vmmci"
     machine.pm.power_button_enabled = True
@@ -34,7 +34,7 @@ def asked(request: pytest.FixtureRequest, rig: VmRig) -> Machine:
 
 
 def acknowledge(machine: Machine) -> None:
-    """Be the guest: notice the request, several times."""
+    """Acknowledge the request several times, as the guest."""
     for _ in range(3):
         if machine.vmmci.driver_is_up:
             machine.on_acknowledged(vmmci.REBOOT)
@@ -43,7 +43,7 @@ def acknowledge(machine: Machine) -> None:
 
 
 def test_a_guest_that_cannot_be_asked_ends_at_once(rig: VmRig) -> None:
-    """It has no driver that would hear it."""
+    """It has no driver for either way."""
     machine = rig.start(VmConfig(name="a"))
     rig.tell(STOP)
     assert machine.asked == []
@@ -51,7 +51,7 @@ def test_a_guest_that_cannot_be_asked_ends_at_once(rig: VmRig) -> None:
 
 
 def test_a_guest_that_does_not_notice_ends(rig: VmRig, asked: Machine) -> None:
-    """After the shorter time."""
+    """It has the shorter time."""
     wanted = "vmmci" if asked.vmmci.driver_is_up else "the power button"
     rig.pass_time(ACK_TIMEOUT_S - JUST_BEFORE_S)
     assert rig.ended is None
@@ -61,7 +61,7 @@ def test_a_guest_that_does_not_notice_ends(rig: VmRig, asked: Machine) -> None:
 
 
 def test_a_guest_that_has_noticed_has_more_time(rig: VmRig, asked: Machine) -> None:
-    """However often it says so: the time begins once."""
+    """The time begins once, even if the guest acknowledges several times."""
     acknowledge(asked)
     rig.pass_time(SHUTDOWN_TIMEOUT_S - JUST_BEFORE_S)
     assert rig.ended is None
@@ -83,7 +83,7 @@ def test_an_earlier_command_that_is_acknowledged_does_not_count(rig: VmRig) -> N
 
 
 def test_a_driver_that_never_acknowledges_has_the_longer_time(rig: VmRig) -> None:
-    """It is not known when it has noticed."""
+    """The time at which it notices the request is unknown."""
     machine = rig.start(VmConfig(name="a"))
     machine.vmmci.driver_is_up, machine.vmmci.acknowledges = True, False
     rig.tell(STOP)
@@ -93,8 +93,8 @@ def test_a_driver_that_never_acknowledges_has_the_longer_time(rig: VmRig) -> Non
     assert rig.ended == (Outcome.ENDED, "did not shut down in 120 s")
 
 
-def test_the_button_does_not_count_where_vmmci_was_asked(rig: VmRig) -> None:
-    """A guest without a driver for vmmci acknowledges the button, not vmmci's lack of an answer."""
+def test_vmmci_without_acknowledgements_does_not_count_for_the_button(rig: VmRig) -> None:
+    """The guest was asked by the power button, so it has the shorter time until it acknowledges that."""
     machine = rig.start(VmConfig(name="a"))
     machine.pm.power_button_enabled, machine.vmmci.acknowledges = True, False
     rig.tell(STOP)

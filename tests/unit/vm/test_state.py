@@ -403,7 +403,7 @@ def test_a_serial_number_that_no_disk_can_have_is_refused(serial: bytes) -> None
         state.check_devices(saved.header(devices=devices))
 
 
-def test_a_guest_keeps_what_it_has_seen_of_its_devices() -> None:
+def test_a_guest_keeps_layout_and_serial_number_of_its_devices() -> None:
     """Layout and serial number of each device are the sender's, not those of new devices here."""
     heads = (
         DeviceHead(kind="rng", slot=1, features=0, layout=7),

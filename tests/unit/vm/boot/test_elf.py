@@ -207,7 +207,7 @@ READABLE = {
 
 @pytest.mark.parametrize("is64", [True, False])
 @pytest.mark.parametrize("case", READABLE)
-def test_entry_is_found_however_notes_are_padded(case: str, is64: bool) -> None:
+def test_entry_is_found_with_any_padding_of_notes(case: str, is64: bool) -> None:
     """p_align does not determine the padding.  Damage after the entry does not matter."""
     align, data = READABLE[case]
     parts = [Part(1, 0x100000, b"\xf4" * 0x800), Part(4, 0, data, align=align)]
@@ -225,7 +225,7 @@ SEGMENTS = {
 
 
 @pytest.mark.parametrize("case", SEGMENTS)
-def test_entry_is_found_behind_a_note_segment_that_has_none(case: str) -> None:
+def test_entry_is_found_after_a_note_segment_without_it(case: str) -> None:
     """There may be several note segments.  A useless one ends only the search in that segment."""
     parts = [Part(1, 0x100000, b"\xf4" * 0x800), SEGMENTS[case], Part(4, 0, note(b"Xen", 18, ENTRY8))]
 

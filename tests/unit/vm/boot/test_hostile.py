@@ -116,7 +116,7 @@ def test_flipped_bits_in_several_members_of_gzip_data() -> None:
         check_load(bytes(damaged))
 
 
-def test_firmware_of_random_bytes_is_taken_as_it_is() -> None:
+def test_firmware_of_random_bytes_is_accepted() -> None:
     """The content of a firmware image is not checked, except for its end."""
     memory = FakeMemory(firmware_bytes=65536)
 

@@ -84,7 +84,7 @@ def test_segments_agree_with_the_descriptor_table() -> None:
     assert (tr.selector, tr.type, tr.s) == (0x20, 0xB, 0)
 
 
-def test_boot_params_carry_the_header_and_what_the_loader_fills_in() -> None:
+def test_boot_params_have_the_header_and_the_fields_of_the_loader() -> None:
     """The zero page has the kernel's header and the loader's fields, at the offsets of boot.rst."""
     memory = FakeMemory()
 
@@ -125,7 +125,7 @@ def test_initrd_is_page_aligned_at_the_top_of_memory() -> None:
     assert memory.unpack("<II", ZERO_PAGE + 0xC0) == (0, 0)
 
 
-def test_initrd_stays_below_what_the_kernel_can_reach() -> None:
+def test_initrd_is_below_the_limit_of_the_kernel() -> None:
     """initrd_addr_max is the last byte an initrd may occupy."""
     memory = FakeMemory()
     image = put(bzimage(), "<I", 0x22C, 12 * MIB - 1)

@@ -396,7 +396,7 @@ def test_fixed_registers(board: Board) -> None:
         (8 * GIB, 0xFFFF, (3584 - 16) * 16, (8192 - 3584) * 16),
     ],
 )
-def test_memory_size_is_where_a_bios_looks(memory_bytes: int, extended: int, above_16m: int, above_4g: int) -> None:
+def test_cmos_has_the_memory_size_for_a_bios(memory_bytes: int, extended: int, above_16m: int, above_4g: int) -> None:
     """SeaBIOS reads the RAM below 4 GiB from 34h and 35h, and the number of CPUs from 5Fh."""
     board = Board(memory_bytes=memory_bytes, vcpus=3)
     assert board[0x15] | board[0x16] << 8 == 640

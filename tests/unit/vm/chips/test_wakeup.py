@@ -42,7 +42,7 @@ def loop() -> Loop:
     return Loop()
 
 
-def test_looks_once(loop: Loop) -> None:
+def test_calls_once(loop: Loop) -> None:
     """After the call, a new one can be scheduled."""
     loop.wakeup.within(2.0)
     assert loop.waits == [2.0]
