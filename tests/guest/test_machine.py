@@ -1,4 +1,4 @@
-"""The parts of a machine, built on the real /dev/kvm and not started (hostile-input 50)."""
+"""The parts of a machine, which is built with the real /dev/kvm and not started (hostile-input 50)."""
 
 import os
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ pytestmark = [
 ]
 
 PORTS = {
-    0x60: 5,  # keyboard controller: reset; it always looks idle
+    0x60: 5,  # keyboard controller: resets, and reports that it is idle
     0x70: 2,  # clock and CMOS
     0x92: 1,  # reset, A20
     0x3F8: 8,  # serial console
@@ -36,7 +36,7 @@ PORTS = {
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
-    """Give a machine without devices, in its state before the guest runs."""
+    """Give a machine without devices, whose guest does not run yet."""
     master, slave = os.openpty()
     loop = Loop()
     monkeypatch.setattr(machine_module, "KVM_FD", os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC))
@@ -63,10 +63,10 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
         os.close(fd)
 
 
-def test_bus_answers_where_a_guest_needs_it_and_nowhere_else_50(machine: Machine) -> None:
-    """Hostile input 50: no floppy, IDE, VGA, parallel port, sound or DMA.  The list is complete.
+def test_bus_has_only_the_listed_ports_50(machine: Machine) -> None:
+    """Hostile input 50: there is no floppy drive, IDE, VGA, parallel port, sound or DMA.
 
-    The 8259s, the 8254 with port 61h, and the APICs are KVM's.
+    KVM itself emulates the 8259s, the 8254 with port 61h, and the APICs.
     """
     answering = {port for port in range(0x10000) if port in machine.bus._ports}
     assert answering == {port for first, count in PORTS.items() for port in range(first, first + count)}
@@ -75,9 +75,9 @@ def test_bus_answers_where_a_guest_needs_it_and_nowhere_else_50(machine: Machine
 
 
 def test_lines_of_pci_are_level_triggered_without_a_firmware(machine: Machine) -> None:
-    """A kernel that is entered at once finds the 8259s as SeaBIOS leaves them: each line that PCI can have, and SCI's.
+    """Without SeaBIOS a kernel finds the 8259s as SeaBIOS leaves them: PCI lines and the SCI are level-triggered.
 
-    At an edge-triggered line an interrupt of one device is lost while another device holds the line.
+    On an edge-triggered line the interrupt of one device is lost while another device asserts the line.
     """
     first, second = (
         machine.kvm.get_irqchip(chip).chip.pic.elcr for chip in (abi.KVM_IRQCHIP_PIC_MASTER, abi.KVM_IRQCHIP_PIC_SLAVE)

@@ -1,4 +1,4 @@
-"""What vm.conf says of a local interface, through the whole daemon: addresses, names, ports of the host."""
+"""Options of a local interface in vm.conf, with the whole daemon: addresses, names and forwarded ports."""
 
 import os
 import signal
@@ -23,7 +23,7 @@ OPTIONS = "address 10.9.0.77/24, hostname www.example.org, dns 9.9.9.9 1.1.1.1"
 
 
 def net(*forwards: str) -> str:
-    """Return the VM that asks for its address, with these forwards."""
+    """Return the block of a VM that uses DHCP, with these forwards."""
     options = "".join(f", forward {forward}" for forward in forwards)
     return (
         f'vm "net" {{\n disable\n memory 64M\n boot "{guest("net")}"\n local interface {{ {OPTIONS}{options} }}\n}}\n'
@@ -31,26 +31,26 @@ def net(*forwards: str) -> str:
 
 
 def forwarded(network: Network) -> list[str]:
-    """Return the rules of our table that translate."""
+    """Return the rules of our table that forward ports."""
     listing = network.run("nft", "list", "table", "inet", "vmd")
     return [line.strip() for line in listing.splitlines() if "dnat ip to" in line]
 
 
 def wait_forwarded(network: Network, wanted: list[str]) -> None:
-    """Wait until these are all of them: who changes a configuration does not wait for priv."""
+    """Wait until our table has exactly these rules.  A reload returns before priv has changed them."""
     deadline_s = time.monotonic() + DEADLINE_S
     while forwarded(network) != wanted:
         assert time.monotonic() < deadline_s, rules(network)
 
 
 def shown(vmd: NetDaemon, name: str) -> dict[str, Any]:
-    """Return what the one interface of a VM is said to be."""
+    """Return the status of the only interface of a VM."""
     (nic,) = vmd.interfaces(name)
     return nic
 
 
-def test_a_local_interface_and_what_it_is_told(network: Network, tmp_path: Path) -> None:
-    """The guest has it by DHCP, the host has rules; both outlive the daemon, and priv; `reload` changes forwards."""
+def test_options_reach_the_guest_and_the_host(network: Network, tmp_path: Path) -> None:
+    """DHCP gives the guest its options.  The host's rules survive the daemon and priv.  A reload changes forwards."""
     conf = net("tcp port 8022 to port 22") + block("other", "local interface { forward port 8000:8099 to port 80 }")
     with NetKeptDaemon(tmp_path, network, conf) as vmd:
         warning = 'vm "other": forward tcp port 8000:8099 to port 80: vm "net" has tcp port 8022 to port 22'
@@ -114,13 +114,13 @@ def test_a_local_interface_and_what_it_is_told(network: Network, tmp_path: Path)
 
 
 def mapped() -> str:
-    """Return how nft shows the ports of a range that is moved."""
+    """Return the map in which nft shows a range of ports that is forwarded to other numbers."""
     return "{ " + ", ".join(f"{port} : {port - 7920}" for port in range(8000, 8100)) + " }"
 
 
 @pytest.mark.deep
-def test_a_vm_that_is_sent_takes_them_along(network: Network, tmp_path: Path) -> None:
-    """Unless a port is taken there: then its sender keeps it."""
+def test_options_are_sent_with_the_vm(network: Network, tmp_path: Path) -> None:
+    """If a port is in use on the receiver, the VM is not received, and runs again on the sender."""
     here, there = tmp_path / "here", tmp_path / "there"
     here.mkdir()
     there.mkdir()

@@ -1,4 +1,4 @@
-"""Fifty VMs on one host: they start in batches, sleep while idle, cost little, and stop."""
+"""Fifty VMs on one host.  They start in batches, use almost no processor time while idle, and stop."""
 
 import os
 import time
@@ -19,18 +19,18 @@ PARALLEL = 10
 IDLE_S = 2.0
 ROUNDS = 10
 START_S = 120.0
-BUSY_LIMIT = 0.5  # of one processor, for all together: a VM that spins would take more all by itself
+BUSY_LIMIT = 0.5  # of one processor, for all VMs.  A single VM that spins would use more
 
 
 def cpu_s(pid: int) -> float:
-    """Return the processor time a process has used."""
+    """Return the processor time that a process has used."""
     fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 @pytest.mark.deep
 def test_fifty_vms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """All run at once, sleep, and obey the power button; figures are printed."""
+    """All VMs run, sleep while idle, and stop by the power button.  The test prints figures."""
     conf = f"staggered start parallel {PARALLEL} delay 1\n" + "".join(
         f'vm "n{number}" {{\n memory {MEMORY_MIB}M\n boot "{guest("tick")}" cmdline "idle"\n}}\n'
         for number in range(VMS)
@@ -50,7 +50,7 @@ def test_fifty_vms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         pids = [row["pid"] for row in rows]
         before = sum(cpu_s(pid) for pid in pids)
         idle_from = time.monotonic()
-        time.sleep(IDLE_S)  # the measurement itself: nothing is waited for
+        time.sleep(IDLE_S)  # the time of the measurement
         share = (sum(cpu_s(pid) for pid in pids) - before) / (time.monotonic() - idle_from)
         costs = sorted(pss_kib(pid) for pid in pids)
         spent_s = cpu_s(vmd.pid)

@@ -1,4 +1,4 @@
-"""Every device's process marks what it changes in guest memory, while it is told to (arch. 15)."""
+"""Each device process marks the pages of guest memory that it changes, while marking is on (arch. 15)."""
 
 import struct
 from pathlib import Path
@@ -27,7 +27,7 @@ from vmd.virtio import spec
 
 SIZE = 64
 BLOCK = 2048
-FLYING_MAX = 9  # requests: the buffers of all that can ever be under way are less than half of the memory
+FLYING_MAX = 9  # requests under way; together their buffers are less than half of guest memory
 GET_ID = spec.VIRTIO_BLK_T_GET_ID
 
 
@@ -37,7 +37,7 @@ GET_ID = spec.VIRTIO_BLK_T_GET_ID
     pytest.param(0, id="legacy", marks=pytest.mark.deep),
 ])  # fmt: skip
 def test_disk(tmp_path: Path, features: int) -> None:
-    """Data and status of requests of every kind and shape, on the main thread and by workers."""
+    """A disk marks data and status of all kinds of requests, on the main thread and on workers."""
     path = tmp_path / "disk"
     path.write_bytes(bytes(range(256)) * (8 * MIB // 256))
     with BlockDriver([path], ["raw"], features=features) as driver:
@@ -56,14 +56,14 @@ def test_disk(tmp_path: Path, features: int) -> None:
                     driver.wait()
             while driver.flying:
                 driver.wait()
-        with all_marked(driver.device, [driver.ring]):  # as before, after it was told not to
+        with all_marked(driver.device, [driver.ring]):  # marking works again after it was off
             driver.read(0, 4 * KIB)
             while driver.flying:
                 driver.wait()
 
 
 def test_requests_that_fail(tmp_path: Path) -> None:
-    """A status byte is written where the data has no memory; and a chain may end in another region than it begins."""
+    """A disk marks the status byte of a request that fails, and a buffer across two regions of memory."""
     path = tmp_path / "disk"
     path.write_bytes(bytes(MIB))
     with BlockDriver([path], ["raw"]) as driver:
@@ -89,7 +89,7 @@ def test_requests_that_fail(tmp_path: Path) -> None:
     for marks in [() if often and not flags else pytest.mark.deep]
 ])  # fmt: skip
 def test_interface(features: int, sizes: tuple[int, ...], flags: int) -> None:
-    """Frames that are received, into one buffer or several; frames that are sent change the ring only."""
+    """An interface marks received frames, in one buffer or several.  A frame that is sent changes only the ring."""
     with Network() as network:
         tap = TapInterface(network, "tap0", mtu=1500)
         nic = Nic(tap, NetDriver(tap, net_start(flags=flags)))
@@ -107,7 +107,7 @@ def test_interface(features: int, sizes: tuple[int, ...], flags: int) -> None:
 
 
 def test_disc_drive(tmp_path: Path) -> None:
-    """Responses, data, and the answers of the control queue."""
+    """A disc drive marks responses, data, and the answers of the control queue."""
     (tmp_path / "disc").write_bytes(bytes(range(251)) * (BLOCK * 100 // 251 + 1))
     with (tmp_path / "disc").open("rb") as disc, Device("vioscsi", [disc.fileno()], queues=3) as device:
         device.start()
@@ -128,7 +128,7 @@ def test_disc_drive(tmp_path: Path) -> None:
 
 
 def test_a_reset_marks_the_rings() -> None:
-    """What was stored into them since they were last looked at, such as flags, is not published with anything."""
+    """The device may have stored flags since it last marked the rings, without a used element."""
     with Device("vioscsi", queues=3) as device:
         device.start()
         rings = device.activate_all((SIZE,) * 3, MODERN, base=MIB)

@@ -1,4 +1,4 @@
-"""Every mistake a newcomer makes is answered with one sentence that says what to do."""
+"""The usual mistakes of new users are answered with one line that says what is wrong and how to mend it."""
 
 import subprocess
 import sys
@@ -42,8 +42,8 @@ def vmctl(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-def one_sentence(done: subprocess.CompletedProcess[str], *words: str, status: int = 1) -> None:
-    """Check for failure, exactly one line, and that it has these words."""
+def fails_with_one_line(done: subprocess.CompletedProcess[str], *words: str, status: int = 1) -> None:
+    """Check that a command has failed with this status, and that its only line of errors has these words."""
     assert done.returncode == status
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     for word in words:
@@ -54,7 +54,7 @@ def one_sentence(done: subprocess.CompletedProcess[str], *words: str, status: in
     ("mistake", "status", "words"),
     [
         (
-            # Imported first: another user need not be able to read this checkout.
+            # Imports before it changes the user, who may be unable to read this checkout.
             f"{sys.executable} -c 'import os, sys; from vmd.parent.startup import run; os.setuid(65534);"
             " sys.exit(run(sys.argv[1:]))' -d -s $DIR/vmd.sock -f $DIR/vm.conf",
             1,
@@ -84,38 +84,38 @@ def one_sentence(done: subprocess.CompletedProcess[str], *words: str, status: in
     ],
 )  # fmt: skip
 def test_vmd_does_not_start(directory: Path, mistake: str, status: int, words: tuple[str, ...]) -> None:
-    """The daemon says why, once, and leaves no socket."""
-    one_sentence(shell(mistake, directory), *words, status=status)
+    """The daemon gives the reason in one line, and leaves no socket."""
+    fails_with_one_line(shell(mistake, directory), *words, status=status)
     assert not (directory / "vmd.sock").exists()
 
 
 def test_no_daemon(directory: Path) -> None:
-    """The vmctl names the socket and asks the right question."""
-    one_sentence(vmctl(directory, "status"), str(directory / "vmd.sock"), "is vmd running?", status=3)
+    """vmctl names the socket, and asks whether vmd is running."""
+    fails_with_one_line(vmctl(directory, "status"), str(directory / "vmd.sock"), "is vmd running?", status=3)
 
 
 def test_dead_daemon(directory: Path) -> None:
-    """A socket that a killed daemon left behind is told from a living one."""
+    """For the socket of a killed daemon vmctl says the same as without a socket."""
     with Daemon(directory) as vmd:
         assert vmd.process is not None
         vmd.process.kill()
         vmd.process.wait()
-        one_sentence(vmctl(directory, "status"), str(directory / "vmd.sock"), "is vmd running?", status=3)
+        fails_with_one_line(vmctl(directory, "status"), str(directory / "vmd.sock"), "is vmd running?", status=3)
 
 
 def test_socket_not_permitted(directory: Path) -> None:
-    """A user outside the socket's group is told whose it is."""
+    """vmctl tells a user who may not open the socket which user and group may."""
     script = (
         f"{sys.executable} -c 'import grp, os, pwd, sys, vmctl.commands.status; from vmctl.__main__ import main;"
         " os.setgroups([]); os.setgid(65534); os.setuid(65534);"
         " sys.exit(main(sys.argv[1:]))' -s $DIR/vmd.sock status"
     )
     with Daemon(directory):
-        one_sentence(shell(script, directory), str(directory / "vmd.sock"), "for user root and group root")
+        fails_with_one_line(shell(script, directory), str(directory / "vmd.sock"), "for user root and group root")
 
 
 def test_unknown_vm(directory: Path) -> None:
-    """A name or id that nobody has is named."""
+    """The message names a VM name or id that does not exist."""
     with Daemon(directory):
         for arguments in (
             ("console", "nobody"), ("pause", "nobody"), ("send", "nobody"), ("start", "nobody"), ("start", "17"),
@@ -127,21 +127,21 @@ def test_unknown_vm(directory: Path) -> None:
 
 
 def test_kernel_gone(directory: Path) -> None:
-    """A kernel that was there when vm.conf was read, and no longer is, is named when the VM starts."""
+    """The message names a kernel that was removed after vm.conf was read."""
     kernel = directory / "kernel"
     kernel.write_bytes(guest("demo").read_bytes())
     with Daemon(directory, f'vm "a" {{\n disable\n memory 32M\n boot "{kernel}"\n}}\n'):
         kernel.unlink()
-        one_sentence(vmctl(directory, "start", "a"), str(kernel), "No such file or directory")
+        fails_with_one_line(vmctl(directory, "start", "a"), str(kernel), "No such file or directory")
 
 
 def test_kernel_is_no_file(directory: Path) -> None:
-    """A directory, a FIFO or a device in the place of a kernel is refused at once."""
+    """A directory in the place of a kernel is refused, with one line in the log."""
     kernel = directory / "kernel"
     kernel.touch()
     with Daemon(directory, f'vm "a" {{\n disable\n memory 32M\n boot "{kernel}"\n}}\n') as vmd:
         kernel.unlink()
         kernel.mkdir()
-        one_sentence(vmctl(directory, "start", "a"), str(kernel), "not a regular file")
+        fails_with_one_line(vmctl(directory, "start", "a"), str(kernel), "not a regular file")
         said = [line for line in vmd.log.splitlines() if str(kernel) in line]
         assert len(said) == 1, said

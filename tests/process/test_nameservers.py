@@ -1,4 +1,4 @@
-"""Name servers of guests, through the whole daemon: the guest asks by DHCP, and is told what is so by then."""
+"""Name servers of guests, with the whole daemon: DHCP answers have the name servers that the host has at that time."""
 
 from pathlib import Path
 
@@ -14,8 +14,8 @@ pytestmark = [pytest.mark.root, pytest.mark.kvm]
 CONF = f'vm "net" {{\n disable\n memory 64M\n boot "{guest("net")}"\n local interface\n}}\n'
 
 
-def test_a_guest_is_told_the_name_servers_of_the_moment(tmp_path: Path) -> None:
-    """One that the host alone can use is warned of; changes of the host, and of vm.conf, need no restart."""
+def test_a_guest_gets_the_present_name_servers(tmp_path: Path) -> None:
+    """A warning names a server that only the host can reach.  Changes of the host and of vm.conf need no restart."""
     with Network() as network, NetDaemon(tmp_path, network, CONF, name_servers=["127.0.0.53"]) as vmd:
         started = vmd.must("start", "net")
         with vmd.console("net") as console:

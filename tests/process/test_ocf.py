@@ -1,4 +1,4 @@
-"""The resource agent for Pacemaker, called as a cluster calls it."""
+"""The resource agent for Pacemaker, started as Pacemaker starts it."""
 
 import os
 import shutil
@@ -39,7 +39,7 @@ class Agent:
         }
 
     def __call__(self, action: str, **more: str) -> tuple[int, str]:
-        """Return how an action has ended, and the reason that it gave."""
+        """Run an action; return its exit status and the reason that it gave."""
         done = subprocess.run(
             [sys.executable, AGENT, action], env=self.environment | more, capture_output=True, text=True, check=False
         )
@@ -48,24 +48,24 @@ class Agent:
 
 
 def test_life_of_a_resource(tmp_path: Path) -> None:
-    """Every action says what is so, twice where it may be asked twice, and what is wrong in a sentence."""
+    """Each action returns the right status, also if it is repeated.  A failure has a reason."""
     conf = vm_block("web", "owner root") + vm_block("own").replace("disable", "")
     with Daemon(tmp_path, conf) as vmd:
         web = Agent(vmd)
         assert web("validate-all") == (SUCCESS, "")
-        assert web("monitor", OCF_RESKEY_CRM_meta_interval="0") == (NOT_RUNNING, ""), "a probe has no reason to give"
+        assert web("monitor", OCF_RESKEY_CRM_meta_interval="0") == (NOT_RUNNING, ""), "a probe gives no reason"
         assert web("stop") == (SUCCESS, "")
         for _ in range(2):
             assert web("start") == (SUCCESS, "")
             assert web("monitor") == (SUCCESS, "")
         vmd.must("pause", "web")
-        assert web("monitor") == (SUCCESS, ""), "an operator may pause it"
+        assert web("monitor") == (SUCCESS, ""), "a paused vm counts as running"
         vmd.must("unpause", "web")
-        vmd.must("stop", "-fw", "web")  # as a crash of the guest
+        vmd.must("stop", "-fw", "web")  # like a crash of the guest
         assert web("monitor") == (NOT_RUNNING, "vm web does not run: stopped by force")
         assert web("start") == (SUCCESS, "")
         status, why = web("migrate_to", OCF_RESKEY_CRM_meta_migrate_target="n2", OCF_RESKEY_shell="false")
-        assert (status, web("monitor")) == (GENERIC, (SUCCESS, "")), "it goes on where it was"
+        assert (status, web("monitor")) == (GENERIC, (SUCCESS, "")), "the vm still runs here"
         assert why.startswith("migrate vm command failed: ")
         for _ in range(2):
             assert web("stop") == (SUCCESS, "")
@@ -82,11 +82,11 @@ def test_life_of_a_resource(tmp_path: Path) -> None:
             INSTALLED, "/none/vmctl: No such file or directory"
         )  # fmt: skip
         assert web("promote")[0] == UNIMPLEMENTED
-    assert web("monitor", OCF_RESKEY_CRM_meta_interval="0") == (NOT_RUNNING, ""), "no daemon, and no guests of one"
+    assert web("monitor", OCF_RESKEY_CRM_meta_interval="0") == (NOT_RUNNING, ""), "no daemon, no guests"
     assert web("stop") == (SUCCESS, "")
     assert web("start") == (INSTALLED, "vmd does not run here")
     life = LifeLock(str(vmd.socket))
-    guests = life.share()  # as those do that outlive their daemon
+    guests = life.share()  # as guests do that outlive their daemon
     for action in ("monitor", "stop"):
         assert web(action, OCF_RESKEY_CRM_meta_timeout="2500") == (
             GENERIC, "guests run, but there is no vmd that knows them"
@@ -99,14 +99,14 @@ def test_life_of_a_resource(tmp_path: Path) -> None:
 @pytest.mark.deep
 @pytest.mark.skipif(TESTER is None, reason="resource-agents is not installed")
 def test_ocf_tester_passes_it(tmp_path: Path) -> None:
-    """The tester of those who write agents finds no error, its document type included."""
+    """ocf-tester, of the package resource-agents, finds no error in the agent or its metadata."""
     assert TESTER is not None
     installed = tmp_path / "vm"
     tmp_path.chmod(0o755)
     shutil.copy(AGENT, installed)
     installed.chmod(0o755)
     for parent in tmp_path.parents[:2]:
-        parent.chmod(0o755)  # nobody is to read it
+        parent.chmod(0o755)  # user nobody must be able to read the agent
     with Daemon(tmp_path, vm_block("web")) as vmd:
         options = [word for pair in Agent(vmd).parameters.items() for word in ("-o", "=".join(map(str, pair)))]
         done = subprocess.run(

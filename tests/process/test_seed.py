@@ -1,6 +1,6 @@
-"""Seeds of VMs: what the guests' cloud-init is told, from vm.conf and `vmctl start -C` to the disk that a guest reads.
+"""Seeds for cloud-init, from vm.conf and `vmctl start -C` to the disk that the guest reads.
 
-What is in the texts of a seed `tests/unit/seed` holds, and what cloud-init makes of them other tests there.
+`tests/unit/seed` tests the texts of a seed, and `test_seed_in_cloudinit.py` tests what cloud-init makes of them.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ INES = "allow instance { owner nobody }"
 
 
 class Place:
-    """A daemon with VMs that have seeds, and the files of those."""
+    """A daemon with VMs that have seeds, and the files of the seeds."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -55,25 +55,25 @@ class Place:
         self.vmd: KeptDaemon
 
     def write_files(self) -> None:
-        """Have the files of `web` there."""
+        """Write the files of the seed of `web`."""
         (self.folder / "key.pub").write_text(f"{KEY}\n")
         (self.folder / "vendor").write_text(f"#cloud-config\nruncmd: [{SECRET}]\n")
 
     def drop_files(self) -> None:
-        """Have them gone."""
+        """Remove the files of the seed of `web`."""
         for name in ("key.pub", "vendor"):
             (self.folder / name).unlink()
 
     def disc(self, name: str) -> bytes:
-        """Return what the process of a VM's seed has open: all that its guest can read."""
-        vm = self.vmd.status(name)["pid"]  # after a restart the daemon has no process of VMs below it
+        """Return the content of a VM's seed disk, from the process that serves it."""
+        vm = self.vmd.status(name)["pid"]  # after a restart, the processes of VMs are no descendants of the daemon
         children = Path(f"/proc/{vm}/task/{vm}/children").read_text().split()
         (disk,) = [pid for pid in children if f"vm/{name}/vioblk4" in Path(f"/proc/{pid}/cmdline").read_text()]
         (path,) = [fd for fd in Path(f"/proc/{disk}/fd").iterdir() if os.readlink(fd).startswith("/memfd:seed")]
         return path.read_bytes()
 
     def fails(self, *words: "str | Path") -> str:
-        """Return the sentence with which vmctl fails."""
+        """Run a vmctl that must fail; return its error message."""
         done = self.vmd.vmctl(*words)
         assert (done.returncode, done.stdout) != (0, "")
         return done.stderr.removeprefix("vmctl: ").removeprefix("start vm command failed: ").rstrip("\n")
@@ -81,7 +81,7 @@ class Place:
 
 @pytest.fixture(scope="module")
 def place() -> Iterator[Place]:
-    """Give that daemon."""
+    """Give the daemon, for all tests."""
     with public_folder() as folder:
         made = Place(folder)
         made.vmd = KeptDaemon(folder, made.conf)
@@ -92,7 +92,7 @@ def place() -> Iterator[Place]:
 
 @pytest.fixture
 def web(place: Place) -> Iterator[Place]:
-    """Give it while `web` runs, which goes on if that is so afterwards; all others are stopped."""
+    """Give the place, with `web` running.  Afterwards write its files again, and stop all VMs except `web`."""
     if place.vmd.status("web")["state"] != "running":
         place.vmd.must("start", "web")
         await_prompt(place.vmd, "web")
@@ -104,7 +104,7 @@ def web(place: Place) -> Iterator[Place]:
 
 
 def identity(name: str) -> bytes:
-    """Return how the seed of a VM says which instance it is."""
+    """Return the line of a VM's seed that has its instance id."""
     return f'instance-id: "{instance_id(SeedParts(vm=name))}"'.encode()
 
 
@@ -115,14 +115,14 @@ def await_prompt(vmd: KeptDaemon, name: str) -> None:
 
 
 def reset(vmd: KeptDaemon, name: str) -> None:
-    """Have a demonstration guest reset itself, and wait until it is there again."""
+    """Make a demonstration guest reset itself, and wait until it has booted again."""
     with vmd.console(name) as console:
         console.answer("echo before", "before\r\n" + PROMPT)
         console.answer("reset", PROMPT)
 
 
 def test_a_guest_finds_its_seed(web: Place) -> None:
-    """On a disk besides those that its VM has, of which nothing else is said; a VM without a seed has none."""
+    """The seed is on an additional disk, which the status does not list.  A VM without a seed has no such disk."""
     disc = web.disc("web")
     for text in (b'"web.example"', b'"alice"', HASH.encode(), KEY.encode(), SECRET.encode(), identity("web")):
         assert text in disc
@@ -132,10 +132,10 @@ def test_a_guest_finds_its_seed(web: Place) -> None:
     assert [title for title in web.vmd.processes() if "vioblk" in title] == ["vmd: vm/web/vioblk4"]
 
 
-def test_it_is_the_same_for_all_of_a_life(web: Place) -> None:
-    """After a reset by the guest, a restart of the daemon and both, though its files are gone; a new start reads them.
+def test_a_seed_is_the_same_until_its_vm_stops(web: Place) -> None:
+    """It survives resets by the guest and a restart of the daemon, although its files were removed.
 
-    Then a file that is missing is named, and nothing is left of the start.
+    The next start reads the files again.  If one is missing, the start fails, and the message names the file.
     """
     disc = web.disc("web")
     web.drop_files()
@@ -151,8 +151,8 @@ def test_it_is_the_same_for_all_of_a_life(web: Place) -> None:
     assert missing in web.vmd.must("status", "-v", "web")
 
 
-def test_it_goes_where_its_guest_goes(web: Place, tmp_path: Path) -> None:
-    """With `vmctl send`, from a host where its files are to one where they are not; a guest that resets there, too."""
+def test_a_seed_is_sent_with_its_vm(web: Place, tmp_path: Path) -> None:
+    """The receiver does not need the files, not even when the guest resets there."""
     disc = web.disc("web")
     web.drop_files()
     to_file(web.vmd, "web", tmp_path / "stream")
@@ -168,8 +168,8 @@ def test_it_goes_where_its_guest_goes(web: Place, tmp_path: Path) -> None:
     assert web.disc("third") == disc
 
 
-def test_its_secrets_are_in_no_word_of_ours(web: Place) -> None:
-    """Neither in the log, nor in any answer, nor in what processes are called; others do not see who may log in."""
+def test_secrets_of_a_seed_are_not_shown(web: Place) -> None:
+    """They are in no log line, in no answer to a client, and in no command line or environment of a process."""
     web.vmd.must("log", "verbose")
     web.vmd.must("stop", "-fw", "web")
     web.vmd.must("start", "web")
@@ -187,8 +187,8 @@ def test_its_secrets_are_in_no_word_of_ours(web: Place) -> None:
 
 
 @pytest.mark.deep
-def test_a_changed_seed_waits_for_the_next_start(web: Place) -> None:
-    """`vmctl reload` says so, and not what is new."""
+def test_a_changed_seed_counts_at_the_next_start(web: Place) -> None:
+    """`vmctl reload` says that the seed has changed, but not how."""
     disc = web.disc("web")
     web.vmd.conf.write_text(web.conf.replace("user alice", "user bob"))
     assert web.vmd.must("reload") == "vmctl: vm web: seed changed; that waits for its next start\n"
@@ -202,15 +202,15 @@ def test_a_changed_seed_waits_for_the_next_start(web: Place) -> None:
 
 
 def test_vmctl_gives_a_new_vm_a_seed(web: Place) -> None:
-    """With files that the daemon need not be able to read, pipes too; it is kept for resets."""
-    told = web.folder / "told"
-    os.mkfifo(told)
+    """vmctl reads the files, which may be pipes.  The daemon need not be able to read them.  A reset keeps the seed."""
+    pipe = web.folder / "told"
+    os.mkfifo(pipe)
     (web.folder / "hash").write_text(f"{HASH}\n")
-    writer = threading.Thread(target=told.write_text, args=("#cloud-config\nbootcmd: [told]\n",))
+    writer = threading.Thread(target=pipe.write_text, args=("#cloud-config\nbootcmd: [told]\n",))
     writer.start()
     web.vmd.must(
         "start", "-m", "32M", "-b", guest("demo"), "-C", "user=eve", "-C", f"ssh-key={web.folder}/key.pub",
-        "-C", f"password-hash={web.folder}/hash", "-C", f"user-data={told}", "-C", "network-config=no", "new",
+        "-C", f"password-hash={web.folder}/hash", "-C", f"user-data={pipe}", "-C", "network-config=no", "new",
     )  # fmt: skip
     writer.join()
     disc = web.disc("new")
@@ -222,7 +222,7 @@ def test_vmctl_gives_a_new_vm_a_seed(web: Place) -> None:
 
 
 def eve(place: Place, *words: "str | Path") -> "tuple[int, str]":
-    """Run vmctl as a user; return its status and what it said."""
+    """Run vmctl as user EVE; return its exit status and its messages."""
     done = subprocess.run(
         as_uid(EVE, sys.executable, "-m", "vmctl", "-s", place.vmd.socket, *words),
         cwd=place.vmd.code, capture_output=True, text=True, timeout=DEADLINE_S, check=False,
@@ -232,7 +232,7 @@ def eve(place: Place, *words: "str | Path") -> "tuple[int, str]":
 
 
 def test_instances_of_users(web: Place) -> None:
-    """They inherit a seed that they could not read, under their own name; one of their own needs to be allowed."""
+    """An instance has the seed of its template, with its own name.  A seed of the user's needs `allow`."""
     (web.folder / "eve" / ".ssh").mkdir(parents=True, exist_ok=True)
     (web.folder / "eve" / ".ssh" / "id_ed25519.pub").write_text(f"{KEY}\n")
     assert eve(web, "start", "-t", "tmpl", "hers")[0] == 0
@@ -258,8 +258,8 @@ def test_instances_of_users(web: Place) -> None:
         (SeedConfig(), b"x" * (5 << 20)),
     ],
 )
-def test_what_no_vmctl_would_say(place: Place, seed: SeedConfig | None, data: bytes | None) -> None:
-    """Is refused, with nothing of the host's files read for it; the daemon goes on."""
+def test_malformed_seeds_of_a_client_are_refused(place: Place, seed: SeedConfig | None, data: bytes | None) -> None:
+    """The daemon reads no file of the host for them, and serves the next client."""
     config = VmConfig(name="i", seed=seed)
     with connect_as(place.vmd.socket, EVE, EVE) as client:
         fds = {}
@@ -275,8 +275,8 @@ def test_what_no_vmctl_would_say(place: Place, seed: SeedConfig | None, data: by
     assert "i" not in [row["name"] for row in place.vmd.rows()]
 
 
-def test_a_driver_reads_it(web: Place) -> None:
-    """The disk is behind all other devices, where it moves none, and can be read to its end."""
+def test_a_driver_reads_the_seed_disk(web: Place) -> None:
+    """The disk has the last PCI slot, so that it moves no other device.  A driver can read it."""
     conf = f'vm "blk" {{\ndisable\nmemory 64M\nboot "{guest("blk")}" cmdline "bench"\nseed\n}}\n'
     web.vmd.conf.write_text(web.conf + conf)
     web.vmd.must("reload")
@@ -290,8 +290,8 @@ def test_a_driver_reads_it(web: Place) -> None:
     web.vmd.must("reload")
 
 
-def test_other_reasons_come_first(web: Place) -> None:
-    """A start that fails for its disks says so; `vmd -n` names files of the seed that are missing."""
+def test_missing_files_of_a_seed_are_named(web: Place) -> None:
+    """`vmd -n` names them.  If the start fails because of a disk, the message names only the disk."""
     (web.folder / "empty").write_bytes(bytes(1 << 20))
     lines = "disable", "disk empty format raw", "seed { ssh-key nowhere.pub, user a password-hash nothing }"
     block = 'vm "blank" {\n' + "\n".join(lines) + "\n}\n"
@@ -311,8 +311,8 @@ def test_other_reasons_come_first(web: Place) -> None:
 
 
 @pytest.mark.deep
-def test_it_is_in_a_snapshot(web: Place) -> None:
-    """A machine that goes back to a snapshot has the seed that it had then."""
+def test_a_snapshot_has_the_seed(web: Place) -> None:
+    """After a revert to a snapshot the machine has the seed of that time."""
     image = web.folder / "disk.qcow2"
     qemu("qemu-img", "create", "-qf", "qcow2", image, 1 << 20)
     conf = web.conf + demo("snap", f'disk "{image}"', "seed { ssh-key key.pub }")

@@ -1,4 +1,4 @@
-"""A seed as the cloud-init of Debian has it: each disc on a loop device, in namespaces of its own."""
+"""Seeds, read by the cloud-init of Debian.  Each disc is on a loop device, in namespaces of its own."""
 
 import json
 import re
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.root
 
 OTHER = bytes.fromhex("fee1bad00002")
 LLADDRS = re.compile(r"fe(?::[0-9a-f]{2}){5}")
-# As each kind says it: `gateway A`, `gateway6: A`, `Gateway=A`, `IPV6_DEFAULTGW=A`, `gateway=A`.
+# The syntax of each kind of configuration: `gateway A`, `gateway6: A`, `Gateway=A`, `IPV6_DEFAULTGW=A`, `gateway=A`.
 GATEWAYS = re.compile(r"(?:GATEWAY|DEFAULTGW|[Gg]ateway)[46]?(?:=|: | )([0-9a-f.:]+)")
 SCRIPT = "#!/bin/sh\necho hello\n"
 KEY = public_key()
@@ -76,7 +76,7 @@ MADE = [
 
 
 class Found(NamedTuple):
-    """What became of the seeds."""
+    """The results of cloud-init with all seeds."""
 
     first: dict[str, Any]
     second: dict[str, Any]
@@ -90,7 +90,7 @@ class Found(NamedTuple):
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
-    """Boot a guest, boot it again, and boot what is a clone of it; and others."""
+    """Boot a guest twice, then a clone of it, and other guests once."""
     folder = tmp_path_factory.mktemp("seeds")
     Path(folder, "work").mkdir()
 
@@ -121,7 +121,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
 
 
 def test_first_boot(found: Found) -> None:
-    """Host name, user, password, key and network are those that were meant."""
+    """Host name, user, password, key and network are those of the seed."""
     first = found.first
     files, said = first["files"], first["commands"][0]
 
@@ -130,14 +130,14 @@ def test_first_boot(found: Found) -> None:
     assert (first["hostname"], files["/etc/hostname"]) == ("web", "web\n")
     assert "127.0.1.1\tweb.example.org\tweb\n" in files["/etc/hosts"]
     assert files[KEYS] == f"{KEY}\n"
-    assert f"\nalice:{HASH}\nalice adm sudo\n" in said  # with the groups of the image's user, who is not made
+    assert f"\nalice:{HASH}\nalice adm sudo\n" in said  # the groups of the image's default user
     assert first["interfaces"] == {"eth0": LLADDR.hex(":")}
     assert "DHCP=ipv4" in said
     assert f"MACAddress={LLADDR.hex(':')}" in said
 
 
 def test_second_boot_and_clone(found: Found) -> None:
-    """What belongs to a first boot is not done again, but for a guest that is another one."""
+    """The second boot does not repeat the actions of the first.  A clone, with another instance id, repeats them."""
     second, clone = found.second, found.clone
 
     assert (second["statuses"], second["complaints"]) == ([0, 0], [])
@@ -147,8 +147,8 @@ def test_second_boot_and_clone(found: Found) -> None:
     assert (clone["hostname"], clone["files"][KEYS]) == ("db", f"{KEY}\n")
 
 
-def test_somebody_s_own_texts(found: Found) -> None:
-    """A script is run as it is; the user is made all the same, and of two vendor-data the own one counts."""
+def test_user_data_and_vendor_data(found: Found) -> None:
+    """A script as user-data is not changed, and the user is still created.  Given vendor-data has precedence."""
     own, files = found.own, found.own["files"]
 
     assert (own["statuses"], own["complaints"]) == ([0, 0], [])
@@ -161,15 +161,15 @@ def test_somebody_s_own_texts(found: Found) -> None:
 
 
 def test_root_logs_in(found: Found) -> None:
-    """An image may keep root out; who names root as the user does not want that."""
+    """An image may forbid root to log in.  A seed with root as its user allows it."""
     root = found.root
 
     assert (root["statuses"], root["complaints"]) == ([0, 0], [])
     assert root["files"] == {ROOT_S_KEYS: f"{KEY}\n"}
 
 
-def test_a_message_of_several_parts(found: Found) -> None:
-    """It is a part of another one then."""
+def test_multipart_vendor_data(found: Found) -> None:
+    """A MIME message as vendor-data becomes a part of the message that the seed makes."""
     nested = found.nested
 
     assert (nested["statuses"], nested["complaints"]) == ([0, 0], [])
@@ -178,13 +178,13 @@ def test_a_message_of_several_parts(found: Found) -> None:
 
 
 def test_schema(found: Found) -> None:
-    """Whatever is made is cloud-config; the last one is not, and that is noticed."""
+    """All documents that a seed makes are valid cloud-config.  The last document is not, and is refused."""
     assert found.schema[:-1] == [""] * (len(MADE) + 1)
     assert found.schema[-1]
 
 
 def test_network_of_every_kind_of_guest(found: Found) -> None:
-    """Each has both interfaces by their addresses, with what belongs to them."""
+    """Each kind of network configuration finds both interfaces by MAC address, and has all of their settings."""
     rendered = found.rendered
 
     assert set(rendered) == {"eni", "netplan", "networkd", "sysconfig", "network-manager"}
@@ -192,7 +192,7 @@ def test_network_of_every_kind_of_guest(found: Found) -> None:
         everything = json.dumps(files)
         words = ["192.0.2.5", "2001:db8::5", "192.0.2.53", "example.org", "eth0", "eth1"]
         assert [word for word in words if word not in everything] == [], kind
-        # eni has names of interfaces; the addresses are in a file of udev.
+        # eni uses the names of interfaces.  A udev file has their MAC addresses.
         assert {LLADDR.hex(":"), OTHER.hex(":")} <= set(LLADDRS.findall(everything.lower())), kind
         assert set(GATEWAYS.findall(everything)) == {"192.0.2.1", "2001:db8::1"}, kind
         assert "::/64" not in everything.replace("2001:db8::5/64", ""), kind

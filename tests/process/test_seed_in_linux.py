@@ -1,4 +1,4 @@
-"""The disc of a seed as Linux reads it, in an emulated machine: the kernel of this host may have no such reader."""
+"""The disc of a seed, read by Linux in an emulated machine, because the kernel of this host may lack ISO 9660."""
 
 import hashlib
 import subprocess
@@ -14,21 +14,21 @@ from vmd.seed.iso import image
 pytestmark = pytest.mark.deep
 
 INIT = Path(__file__).parents[1] / "support/seed-init"
-LIMIT_S = 600  # a watchdog: it is there in seconds on a host that has time for it
-OWNER_ONLY, ANYBODY = "400 0 0", "555 0 0"  # what Rock Ridge says, and what Linux makes of a disc without it
+LIMIT_S = 600  # a watchdog: on an idle host the guest takes seconds
+OWNER_ONLY, ANYBODY = "400 0 0", "555 0 0"  # with Rock Ridge, and Linux's default without it
 PLAIN = {name: name.replace("-", "_") for name in FILES}
 
 
 def lines(options: str, mode: str, names: dict[str, str]) -> set[str]:
-    """Return what the guest prints of a disc with these names."""
+    """Return the lines that the guest prints for a disc with these file names."""
     return {
         f"found {options} {mode} /mnt/{name} {hashlib.sha256(FILES[file]).hexdigest()}  -"
         for file, name in names.items()
     }
 
 
-def test_linux_reads_each_of_the_trees(tmp_path: Path) -> None:
-    """Rock Ridge, Joliet, and neither; the files are the same."""
+def test_linux_reads_all_directory_trees(tmp_path: Path) -> None:
+    """With Rock Ridge, with Joliet, and with neither, Linux reads the same files."""
     kernel = fetch("cloud-amd64", cache_dir())
     (tmp_path / "initrd").write_bytes(build(INIT, kernel, ("virtio_pci", "virtio_blk", "isofs")))
     (tmp_path / "seed.iso").write_bytes(image("cidata", FILES))

@@ -1,4 +1,4 @@
-"""seeder as it is started: in the cell, as somebody else, with two memory files."""
+"""A real seeder process in its cell, with another user, and two memory files for each request."""
 
 import contextlib
 import os
@@ -28,9 +28,9 @@ from vmd.seed.parts import FILE_MAX, PARTS_MAX, SeedParts
 
 pytestmark = pytest.mark.root
 
-USER = pwd.getpwnam("nobody")  # any user does: `_vmd` need not exist where tests run
+USER = pwd.getpwnam("nobody")  # any user will do, because `_vmd` may not exist on a test host
 DEADLINE_S = 60.0
-HELD = 4  # descriptors, of one that has nothing to do
+HELD = 4  # the number of descriptors of an idle seeder
 SECRET = "c2VjcmV0"
 
 
@@ -43,7 +43,7 @@ def cell() -> Iterator[Cell]:
 
 
 class Seeder:
-    """A seeder, or its like, and what it has said into its log by its end."""
+    """A seeder, or a process in its place, and its log."""
 
     def __init__(self, cell: Cell | None, entry: str = SEEDER_ENTRY) -> None:
         self.log, writer = os.pipe()
@@ -54,20 +54,20 @@ class Seeder:
             os.close(writer)
 
     def make(self, parts: SeedParts) -> tuple[bytes, list[str]]:
-        """Return a seed, and what is to be said of it.  Raises OperatorError."""
+        """Have a seed made; return it and its warnings.  Raises OperatorError."""
         with memory() as packed, memory() as image:
             notes = make_seed(self.sock, parts, packed, image, lambda: None)
             assert is_constant(image)
             return os.pread(image, 1 << 24, 0), notes
 
     def refusal(self, parts: SeedParts) -> str:
-        """Return why a seed is not made."""
+        """Return the reason why a seed is refused."""
         with pytest.raises(OperatorError) as refused:
             self.make(parts)
         return str(refused.value)
 
     def ask(self, raw: bytes) -> tuple[list[str] | str, int]:
-        """Have it read any bytes; return its answer, or "" if it has ended, and how large the disk is then."""
+        """Have it read any bytes; return its answer, or "" if it has ended, and the size of the disk."""
         with memory() as packed, memory() as image:
             os.write(packed, raw)
             line = ask(self.sock, [], [packed, image], DEADLINE_S)
@@ -75,7 +75,7 @@ class Seeder:
             return unpack(line) if line else "", os.fstat(image).st_size
 
     def close(self) -> tuple[int | None, str]:
-        """Have nothing more to ask; return how it has ended, and its log."""
+        """Close its socket; return its exit status and its log."""
         self.sock.close()
         status = self.child.reap(DEADLINE_S)
         self.child.kill()
@@ -94,12 +94,12 @@ def memory() -> Iterator[int]:
 
 
 def test_seeder_holds_its_socket_and_nothing_else(cell: Cell) -> None:
-    """It makes what the library makes, is asked again and again, and keeps no file."""
+    """It makes the same disk as the library, several times, and keeps no file open."""
     own = usual(user_data=seed_file("geheim", "/u"))
     one = Seeder(cell)
     first, again = one.make(usual()), one.make(own)
     deadline_s = time.monotonic() + DEADLINE_S
-    while len(held := open_files(one.child.pid)) > HELD:  # it answers before it closes what it was given
+    while len(held := open_files(one.child.pid)) > HELD:  # it answers before it closes the memory files
         assert time.monotonic() < deadline_s, held
     status = dict(
         line.split(":\t", 1) for line in Path(f"/proc/{one.child.pid}/status").read_text().splitlines() if ":\t" in line
@@ -122,8 +122,8 @@ def test_seeder_holds_its_socket_and_nothing_else(cell: Cell) -> None:
     assert held[3].startswith("socket:")
 
 
-def test_what_is_wrong_is_said_and_no_secret(cell: Cell) -> None:
-    """Key, file and line are named; then it goes on, and no disk is left."""
+def test_errors_name_the_file_and_no_secret(cell: Cell) -> None:
+    """A message names the option, the file and the line.  Then the seeder makes the next seed."""
     key = seed_file(f"{public_key()}\n-----BEGIN OPENSSH PRIVATE KEY-----\n{SECRET}\n", "/k")
     one = Seeder(cell)
 
@@ -151,8 +151,8 @@ def test_what_is_wrong_is_said_and_no_secret(cell: Cell) -> None:
         (b"\x91" * PARTS_MAX, "cannot be made: SeedParts: not msgpack"),
     ],
 )
-def test_parts_that_nobody_honest_packs(cell: Cell, raw: bytes, why: str) -> None:
-    """A sentence, and no disk."""
+def test_malformed_parts_are_refused(cell: Cell, raw: bytes, why: str) -> None:
+    """The seeder answers with the reason, and makes no disk."""
     one = Seeder(cell)
     said, size = one.ask(raw)
 
@@ -161,8 +161,8 @@ def test_parts_that_nobody_honest_packs(cell: Cell, raw: bytes, why: str) -> Non
     assert one.close() == (0, "")
 
 
-def test_memory_has_a_bound(cell: Cell) -> None:
-    """Small parts can become large ones: it ends with that, and no disk is there."""
+def test_memory_is_limited(cell: Cell) -> None:
+    """Packed parts can become much larger objects.  At the limit the seeder ends, and makes no disk."""
     one = Seeder(cell)
     said, size = one.ask(b"\xdd" + (PARTS_MAX - 5).to_bytes(4, "big") + b"\x80" * (PARTS_MAX - 5))
 
@@ -182,7 +182,7 @@ def test_memory_has_a_bound(cell: Cell) -> None:
     ],
 )
 def test_a_seeder_that_was_taken_over(function: str, why: str) -> None:
-    """What it says is checked; a disk that can still be changed is none."""
+    """Its answers are checked.  A disk that is not sealed is refused."""
     before = open_descriptors()
     one = Seeder(None, f"tests.support.imgprobes:{function}")
 
@@ -192,7 +192,7 @@ def test_a_seeder_that_was_taken_over(function: str, why: str) -> None:
 
 
 def test_a_seeder_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is waited for so long and no longer."""
+    """The request fails after LONGEST_S."""
     monkeypatch.setattr(seeder, "LONGEST_S", 0.1)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs, memory() as packed, memory() as image, pytest.raises(OperatorError) as refused:

@@ -1,4 +1,4 @@
-"""What `vmd -n` accepts of the files that others write starts, or it was warned of by file and line."""
+"""VMs of configurations that `vmd -n` accepts can be started, or `vmd -n` has warned of them by file and line."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.root, pytest.mark.kvm]
 
 
 def checked(path: Path) -> tuple[list[VmConfig], list[str]]:
-    """Return the VMs of a file that are started with the daemon, and what `vmd -n` warns of."""
+    """Return the VMs of a file that start with the daemon, and the warnings of `vmd -n`."""
     warnings: list[str] = []
     config = load(str(path), warn=warnings.append)
     check_vms(config, warnings.append)
@@ -24,7 +24,7 @@ def checked(path: Path) -> tuple[list[VmConfig], list[str]]:
 
 
 def try_all(vmd: NetDaemon, chosen: list[Shape], folder: Path) -> dict[str, list[str]]:
-    """Have a daemon read one file after the other; return what did not start without a warning, by name of the file."""
+    """Have a daemon load each file.  For each, return the errors of VMs that did not start, and had no warning."""
     silent: dict[str, list[str]] = {}
     for shape in chosen:
         path = write(shape, folder)
@@ -41,7 +41,7 @@ def try_all(vmd: NetDaemon, chosen: list[Shape], folder: Path) -> dict[str, list
 
 
 def accepted(*names: str) -> list[Shape]:
-    """Return the files with these names, or all that are accepted."""
+    """Return the accepted files with these names, or all accepted files."""
     return [shape for shape in shapes() if shape.here == ACCEPTED and (not names or shape.name in names)]
 
 
@@ -49,8 +49,8 @@ def accepted(*names: str) -> list[Shape]:
     pytest.param(("unknown-switch", "nothing-to-boot", "encrypted", "same-disk-twice"), id="some"),
     pytest.param((), id="all", marks=[pytest.mark.deep, pytest.mark.timeout(600)]),
 ])  # fmt: skip
-def test_what_is_accepted_starts(tmp_path: Path, names: tuple[str, ...]) -> None:
-    """Each VM of each file, side by side with the others of its file."""
+def test_vms_of_accepted_configurations_start(tmp_path: Path, names: tuple[str, ...]) -> None:
+    """All VMs of a file run at the same time."""
     load_modules()
     fill(tmp_path)
     with Network() as network, NetDaemon(tmp_path, network) as vmd:

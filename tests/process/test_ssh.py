@@ -1,4 +1,4 @@
-"""vmctl ssh with a real ssh server: the keys of guests, and what comes through."""
+"""vmctl ssh with a real ssh server: host keys of guests, commands, and their output."""
 
 import os
 import pwd
@@ -18,7 +18,7 @@ from vmctl.commands import ssh
 
 pytestmark = pytest.mark.root
 
-# What sshd wants to find, in a /run and a list of users that nobody else sees.
+# Starts sshd in a mount namespace, with the /run and the /etc/passwd that it needs.
 START = (
     'mount -t tmpfs none /run && mkdir /run/sshd && mount --bind "$0/passwd" /etc/passwd && '
     'exec "$1" -D -e -f "$0/sshd_config"'
@@ -26,7 +26,7 @@ START = (
 
 
 def server() -> Path:
-    """Return an ssh server that is not installed, lest it runs on this host."""
+    """Return an ssh server from a package that is only unpacked.  An installed one would be started on this host."""
     home = cache_dir() / "openssh-server"
     if not home.exists():
         fetch_package("openssh-server", home)
@@ -34,7 +34,7 @@ def server() -> Path:
 
 
 class Guest:
-    """A server with one host key, at a port of the guest's address, that knows one key of one user."""
+    """An ssh server at the address of a guest, with one host key, and one key of one user."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -54,7 +54,7 @@ class Guest:
         )
 
     def start(self) -> None:
-        """Start it with a new host key, as a guest that was made anew."""
+        """Start the server with a new host key, as after a new installation of the guest."""
         self.stop()
         for path in (self.host_key, Path(f"{self.host_key}.pub")):
             path.unlink(missing_ok=True)
@@ -66,20 +66,20 @@ class Guest:
             )  # fmt: skip
 
     def stop(self) -> None:
-        """End it."""
+        """End the server."""
         if self.process is not None:
             self.process.terminate()
             self.process.wait(DEADLINE_S)
 
 
 def keygen(path: Path) -> None:
-    """Make a key."""
+    """Make a key pair."""
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", path], check=True)
 
 
 @pytest.fixture
 def guest(tmp_path: Path) -> Iterator[Guest]:
-    """Give a server that is not started yet."""
+    """Give a guest whose server is not started yet."""
     found = Guest(tmp_path)
     yield found
     found.stop()
@@ -88,22 +88,22 @@ def guest(tmp_path: Path) -> Iterator[Guest]:
 def test_a_guest_is_known_by_the_name_of_its_vm(
     tmp_path: Path, guest: Guest, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Its host key is taken at the first login, and counts from then on; another one is a sentence until -n."""
+    """Its host key is recorded at the first login.  Another host key is refused later, except with -n."""
     user = pwd.getpwuid(os.getuid())
     monkeypatch.setattr(pwd, "getpwuid", lambda _uid: pwd.struct_passwd((*user[:5], str(tmp_path), user[6])))
     known = tmp_path / ".ssh/known_hosts.vmd"
     known.parent.mkdir()
-    became: list[int] = []
-    monkeypatch.setattr(ssh, "become", lambda words: became.append(subprocess.run(words, check=False).returncode))
+    statuses: list[int] = []
+    monkeypatch.setattr(ssh, "become", lambda words: statuses.append(subprocess.run(words, check=False).returncode))
     daemon = FakeDaemon(tmp_path / "vmd.sock")
 
     def vmctl(name: str, command: str, *words: str) -> tuple[int, str, str]:
-        """Log in; return the status of ssh, if it began, and what was said."""
+        """Log in; return the status of ssh, or of vmctl if it did not start ssh, and the output and errors."""
         script(daemon, vm_info(name, nics=(nic(),), login=user.pw_name))
         options = ("-i", str(guest.key), "-o", "IdentitiesOnly=yes", "-p", str(guest.port))
-        became.clear()
+        statuses.clear()
         status = main(["-s", str(daemon.path), "ssh", *words, *options, name, "--", command])
-        return (became[0] if became else status, *capfd.readouterr())
+        return (statuses[0] if statuses else status, *capfd.readouterr())
 
     guest.start()
     assert vmctl("web", "id -u; exit 3") == (3, f"{user.pw_uid}\n", "")
@@ -115,9 +115,9 @@ def test_a_guest_is_known_by_the_name_of_its_vm(
     guest.start()
     status, _, errors = vmctl("web", "true")
     assert (status, errors[:42]) == (1, "vmctl: ssh: vm web has another host key th")
-    with monkeypatch.context() as unseen:
-        unseen.setattr(ssh, "shown_key", lambda _place, _kind: "")
-        status, _, errors = vmctl("web", "true")  # ssh looks for itself
+    with monkeypatch.context() as patch:
+        patch.setattr(ssh, "shown_key", lambda _place, _kind: "")
+        status, _, errors = vmctl("web", "true")  # now ssh itself checks the key
     assert (status, "HOST IDENTIFICATION HAS CHANGED" in errors) == (255, True)
     assert vmctl("db", "echo it is another VM") == (0, "it is another VM\n", "")
     assert vmctl("web", "echo made anew", "-n") == (0, "made anew\n", "")
