@@ -1,4 +1,4 @@
-"""kvmapi against the real /dev/kvm: guests of a few bytes of real-mode code, one per question."""
+"""kvmapi with the real /dev/kvm.  Each guest consists of a few bytes of real-mode code."""
 
 import errno
 import os
@@ -48,7 +48,7 @@ UNBACKED_DS = b"\xb8\x00\x20\x8e\xd8"  # mov ax, 2000h; mov ds, ax
 
 
 def wait_readable(fd: int) -> None:
-    """Wait until an eventfd has counted something."""
+    """Wait until an eventfd is not zero."""
     with selectors.DefaultSelector() as selector:
         selector.register(fd, selectors.EVENT_READ)
         assert selector.select(DEADLINE_S)
@@ -79,7 +79,7 @@ def guest(system: System) -> Iterator[Guest]:
 
 
 @pytest.fixture
-def chipped(system: System) -> Iterator[Guest]:
+def guest_with_chips(system: System) -> Iterator[Guest]:
     """A VM with KVM's interrupt controllers and PIT."""
     made = Guest(system, irqchip=True)
     yield made
@@ -98,7 +98,7 @@ def eventfd() -> Iterator[int]:
 
 
 def test_the_system_reports_its_capabilities(system: System) -> None:
-    """Capabilities, CPUID leaves and MSRs are plausible for any x86 KVM."""
+    """It reports the capabilities, CPUID leaves and MSRs that every KVM on x86 has."""
     assert system.check_extension(abi.KVM_CAP_IRQCHIP) == 1
     assert system.check_extension(abi.KVM_CAP_IMMEDIATE_EXIT) == 1
     assert system.check_extension(0x7FFFFFFF) == 0
@@ -109,16 +109,16 @@ def test_the_system_reports_its_capabilities(system: System) -> None:
     assert 0x10 in system.msr_indices()  # the TSC
 
 
-def test_another_device_is_refused_as_kvm() -> None:
-    """The caller keeps the descriptor of a refused device."""
+def test_another_device_is_refused() -> None:
+    """The descriptor of a refused device stays open."""
     fd = os.open("/dev/null", os.O_RDWR)
     with pytest.raises(OSError, match="KVM_GET_API_VERSION"):
         System(fd)
     os.close(fd)
 
 
-def test_descriptors_close_once(system: System) -> None:
-    """VM and vCPU are context managers, and do not outlive an exec."""
+def test_descriptors_are_closed_once(system: System) -> None:
+    """VM and vCPU are context managers.  An exec closes their descriptors."""
     with system.create_vm() as vm:
         with vm.create_vcpu(0) as vcpu:
             assert not os.get_inheritable(vm.fd)
@@ -134,7 +134,7 @@ def test_descriptors_close_once(system: System) -> None:
 
 @pytest.mark.parametrize(("size", "value"), [(1, 0xA5), (2, 0xBEEF), (4, 0xDEADBEEF)])
 def test_a_port_write_of_every_size_exits_with_its_value(guest: Guest, size: int, value: int) -> None:
-    """`run` returns the bytes, and the guest continues after the instruction."""
+    """`run` returns the bytes.  Then the guest runs on behind the instruction."""
     guest.load(out(0x510, value, size) + HLT)
 
     assert guest.vcpu.run() == PioOut(0x510, size, 1, value.to_bytes(size, "little"))
@@ -145,7 +145,7 @@ def test_a_port_write_of_every_size_exits_with_its_value(guest: Guest, size: int
     ("size", "instruction"), [(1, b"\xec"), (2, b"\xed"), (4, b"\x66\xed")], ids=["al", "ax", "eax"]
 )
 def test_a_port_read_of_every_size_gets_the_answer(guest: Guest, size: int, instruction: bytes) -> None:
-    """Only the bytes of the operand change in the register."""
+    """The answer changes only the bytes of the operand in the register."""
     guest.load(instruction + HLT, rdx=0x71, rax=0x11111111)
 
     assert guest.vcpu.run() == PioIn(0x71, size, 1)
@@ -158,7 +158,7 @@ def test_a_port_read_of_every_size_gets_the_answer(guest: Guest, size: int, inst
 
 @pytest.mark.parametrize("data", [b"", b"\0", b"\0\0\0"])
 def test_an_answer_of_the_wrong_length_is_refused(guest: Guest, data: bytes) -> None:
-    """An exit is answered once, in full."""
+    """An answer must have exactly the bytes of the read.  An exit is answered once."""
     guest.load(b"\xed" + HLT, rdx=0x71)
     guest.vcpu.run()
 
@@ -170,8 +170,8 @@ def test_an_answer_of_the_wrong_length_is_refused(guest: Guest, data: bytes) -> 
 
 
 @pytest.mark.parametrize(("size", "instruction"), [(1, b"\xf3\x6e"), (2, b"\xf3\x6f"), (4, b"\xf3\x66\x6f")])
-def test_a_string_write_brings_all_items(guest: Guest, size: int, instruction: bytes) -> None:
-    """All items of a rep outs arrive, in any number of exits."""
+def test_a_string_write_returns_all_items(guest: Guest, size: int, instruction: bytes) -> None:
+    """KVM may divide `rep outs` into any number of exits.  Together they have all items."""
     text = bytes(range(64))
     guest.memory.write(0x3000, text)
     guest.load(instruction + HLT, rdx=0x3F8, rcx=len(text) // size, rsi=0x3000)
@@ -186,7 +186,7 @@ def test_a_string_write_brings_all_items(guest: Guest, size: int, instruction: b
 
 
 def test_a_string_read_stores_all_items(guest: Guest) -> None:
-    """A rep insb has more bytes than fit into one exit."""
+    """`rep insb` reads more bytes than fit into one exit."""
     total = 3000
     guest.load(b"\xf3\x6c" + HLT, rdx=0x511, rcx=total, rdi=0x3000)
     sent = b""
@@ -202,13 +202,13 @@ def test_a_string_read_stores_all_items(guest: Guest) -> None:
 
 
 def test_run_pio_answers_single_accesses_itself(guest: Guest) -> None:
-    """Reads and writes of every size go to the two functions.  All other exits are returned."""
+    """It passes reads and writes of all sizes to the two functions, and returns at HLT."""
     writes: list[tuple[int, int, int]] = []
     reads: list[tuple[int, int]] = []
 
     def pio_read(port: int, size: int) -> int:
         reads.append((port, size))
-        return -1  # all ones, for any size
+        return -1  # all bits are set, for each size
 
     def pio_write(port: int, size: int, value: int) -> None:
         writes.append((port, size, value))
@@ -229,7 +229,7 @@ def test_run_pio_answers_single_accesses_itself(guest: Guest) -> None:
 
 
 def test_run_pio_returns_string_accesses_and_memory_accesses(guest: Guest) -> None:
-    """The caller answers them, as with `run`."""
+    """The caller answers them as after `run`."""
     code = out(0x80, 1) + b"\xf3\x6c" + UNBACKED_DS + b"\xa0\x00\x00"  # rep insb; mov al, [0]
     guest.load(code + HLT, rcx=2, rdi=0x4000)
     single: list[int] = []
@@ -252,8 +252,8 @@ def test_run_pio_returns_string_accesses_and_memory_accesses(guest: Guest) -> No
     assert guest.vcpu.get_regs().rax & 0xFF == 0x77
 
 
-def test_run_pio_accepts_string_writes_in_any_pieces(guest: Guest) -> None:
-    """KVM passes the items of rep outsb one by one, or several at once."""
+def test_run_pio_passes_on_all_items_of_a_string_write(guest: Guest) -> None:
+    """KVM may exit for each item of `rep outsb`, or for several at once."""
     guest.memory.write(0x3000, b"hello")
     guest.load(b"\xf3\x6e" + HLT, rdx=0x3F8, rcx=5, rsi=0x3000)
     text = bytearray()
@@ -268,8 +268,8 @@ def test_run_pio_accepts_string_writes_in_any_pieces(guest: Guest) -> None:
     assert text == b"hello"
 
 
-def test_run_pio_raises_the_exception_of_a_device(guest: Guest) -> None:
-    """It also raises an errno that has a meaning for KVM_RUN.  The guest can go on."""
+def test_run_pio_raises_the_exceptions_of_a_device(guest: Guest) -> None:
+    """Even EINTR, which KVM_RUN returns after a kick, is the device's exception.  Then the guest can run on."""
     guest.load(out(0x80, 1) + out(0x81, 2) + HLT)
 
     def pio_write(port: int, size: int, value: int) -> None:
@@ -286,7 +286,7 @@ def test_run_pio_raises_the_exception_of_a_device(guest: Guest) -> None:
 
 @pytest.mark.parametrize(("size", "instruction"), [(1, b"\xa2"), (2, b"\xa3"), (4, b"\x66\xa3")])
 def test_a_write_without_memory_exits_with_its_data(guest: Guest, size: int, instruction: bytes) -> None:
-    """The instruction is mov [10h], al/ax/eax with a segment base of 20000h."""
+    """The instruction is `mov [10h], al/ax/eax`, with a segment base of 20000h."""
     guest.load(UNBACKED_DS + b"\x66\xb8\x78\x56\x34\x12" + instruction + b"\x10\x00" + HLT)
 
     assert guest.vcpu.run() == MmioWrite(0x20010, size, b"\x78\x56\x34\x12"[:size])
@@ -295,7 +295,7 @@ def test_a_write_without_memory_exits_with_its_data(guest: Guest, size: int, ins
 
 @pytest.mark.parametrize(("size", "instruction"), [(1, b"\xa0"), (2, b"\xa1"), (4, b"\x66\xa1")])
 def test_a_read_without_memory_gets_the_answer(guest: Guest, size: int, instruction: bytes) -> None:
-    """The instruction is mov al/ax/eax, [10h] with a segment base of 20000h."""
+    """The instruction is `mov al/ax/eax, [10h]`, with a segment base of 20000h."""
     guest.load(UNBACKED_DS + b"\x66\x31\xc0" + instruction + b"\x10\x00" + HLT)
 
     assert guest.vcpu.run() == MmioRead(0x20010, size)
@@ -305,7 +305,7 @@ def test_a_read_without_memory_gets_the_answer(guest: Guest, size: int, instruct
 
 
 def test_read_only_memory_is_read_but_writes_exit(guest: Guest) -> None:
-    """Firmware behaves so: a write changes nothing, and causes an exit that may be ignored."""
+    """A write to firmware does not change it, and exits.  The exit may be ignored."""
     layout = [RegionSpec(gpa=0x20000, size=0x1000, name="rom", read_only=True)]
     with GuestMemory.create(layout) as rom:
         rom.load(0x20010, b"\x42")
@@ -320,7 +320,7 @@ def test_read_only_memory_is_read_but_writes_exit(guest: Guest) -> None:
 
 
 def test_a_removed_slot_is_no_memory(guest: Guest) -> None:
-    """A slot is removed by size 0."""
+    """A region of size 0 removes its slot."""
     with GuestMemory.create([RegionSpec(gpa=0x20000, size=0x1000, name="more")]) as more:
         guest.vm.set_memory_region(7, 0x20000, 0x1000, more.hva(0x20000))
         guest.load(UNBACKED_DS + b"\xa2\x00\x00\xa2\x01\x00" + HLT)
@@ -329,15 +329,15 @@ def test_a_removed_slot_is_no_memory(guest: Guest) -> None:
     assert guest.vcpu.run() == MmioWrite(0x20000, 1, b"\x00")
 
 
-def test_code_outside_memory_causes_an_exit_not_an_exception(guest: Guest) -> None:
-    """A jump to 2000h:0 ends in an exit that the VM can report, or in a triple fault."""
+def test_running_from_no_memory_is_an_exit_and_no_exception(guest: Guest) -> None:
+    """A jump to 2000h:0 causes an exit with an internal error, or a triple fault."""
     guest.load(b"\xea\x00\x00\x00\x20")
 
     assert isinstance(guest.vcpu.run(), InternalError | Shutdown)
 
 
 def test_an_error_of_kvm_run_is_named(guest: Guest) -> None:
-    """Only the process that made a VM can run it.  A child's attempt raises EIO, and is not an exit."""
+    """A VM belongs to the process that made it.  In a child KVM_RUN fails with EIO."""
     guest.load(HLT)
     child = os.fork()
     if child == 0:
@@ -355,7 +355,7 @@ def test_an_error_of_kvm_run_is_named(guest: Guest) -> None:
 
 
 def test_the_dirty_log_names_the_pages_written(guest: Guest) -> None:
-    """Pages 2 and 5 are written.  The first question clears the log."""
+    """The guest writes to pages 2 and 5.  Reading the log clears it."""
     slot, gpa, size, hva, _ = next(iter(guest.memory.kvm_slots()))
     guest.vm.set_memory_region(slot, gpa, size, hva, abi.KVM_MEM_LOG_DIRTY_PAGES)
     guest.load(b"\xa2\x00\x20\xa2\x00\x50" + HLT)
@@ -372,7 +372,7 @@ def test_the_dirty_log_names_the_pages_written(guest: Guest) -> None:
 
 
 def test_a_triple_fault_is_a_shutdown(guest: Guest) -> None:
-    """The cause is an undefined instruction in protected mode, with an empty interrupt table."""
+    """The guest executes an undefined instruction in protected mode, with an empty interrupt table."""
     guest.load(b"\x0f\x0b")
     sregs = guest.vcpu.get_sregs()
     code = abi.kvm_segment(0, 0xFFFFFFFF, 8, 11, present=1, db=1, s=1, g=1)
@@ -390,12 +390,12 @@ def test_a_triple_fault_is_a_shutdown(guest: Guest) -> None:
 
 
 def counter(guest: Guest) -> int:
-    """Return the word that COUNT_FOR_EVER counts in."""
+    """Return the word that COUNT_FOR_EVER increments."""
     return int.from_bytes(guest.memory.read(COUNTER, 2), "little")
 
 
-def test_a_kick_interrupts_a_spinning_guest_which_then_goes_on(guest: Guest) -> None:
-    """The guest never exits by itself.  After clear_kick it continues to count."""
+def test_a_kick_interrupts_a_guest_that_never_exits(guest: Guest) -> None:
+    """After `clear_kick` the guest runs on at the same place."""
     guest.load(COUNT_FOR_EVER)
     for _ in range(20):
         before = counter(guest)
@@ -409,7 +409,7 @@ def test_a_kick_interrupts_a_spinning_guest_which_then_goes_on(guest: Guest) -> 
 
 
 def test_a_kick_before_the_run_is_not_lost(guest: Guest) -> None:
-    """No run executes an instruction until the kick is cleared."""
+    """Each run returns before the first instruction, until the kick is cleared."""
     guest.load(COUNT_FOR_EVER)
     guest.vcpu.kick()
 
@@ -418,8 +418,8 @@ def test_a_kick_before_the_run_is_not_lost(guest: Guest) -> None:
     assert counter(guest) == 0
 
 
-def test_no_kick_is_lost_at_any_moment(guest: Guest) -> None:
-    """Kicks race with a guest that exits all the time.  Each kick stops the loop once."""
+def test_no_kick_is_lost_while_a_guest_exits(guest: Guest) -> None:
+    """A guest exits all the time, so kicks come at any moment.  Each kick stops the loop once."""
     guest.load(out(0x80, 1) + b"\xeb\xfd")  # out dx, al; jmp back to it
     for _ in range(200):
         runner = Runner(guest.vcpu, lambda exit_: isinstance(exit_, PioOut))
@@ -428,18 +428,18 @@ def test_no_kick_is_lost_at_any_moment(guest: Guest) -> None:
         guest.vcpu.clear_kick()
 
 
-def test_a_kick_wakes_a_halted_guest(chipped: Guest) -> None:
+def test_a_kick_wakes_a_halted_guest(guest_with_chips: Guest) -> None:
     """With KVM's local APIC, HLT waits inside KVM_RUN."""
-    chipped.load(b"\xff\x06\x00\x20\xf4")  # inc word [2000h]; hlt
-    runner = Runner(chipped.vcpu)
-    wait_until(lambda: counter(chipped) == 1)
-    chipped.vcpu.kick()
+    guest_with_chips.load(b"\xff\x06\x00\x20\xf4")  # inc word [2000h]; hlt
+    runner = Runner(guest_with_chips.vcpu)
+    wait_until(lambda: counter(guest_with_chips) == 1)
+    guest_with_chips.vcpu.kick()
 
     assert runner.join() == [Interrupted()]
 
 
-def test_a_kick_after_the_end_of_the_thread_has_no_effect_on_others(guest: Guest) -> None:
-    """The id of an ended thread may belong to another thread by then, which must get no signal."""
+def test_a_kick_after_the_thread_has_ended_sends_no_signal(guest: Guest) -> None:
+    """Another thread may have the id of the ended one by then."""
     guest.load(HLT)
     assert Runner(guest.vcpu).join() == [Hlt()]
 
@@ -448,8 +448,8 @@ def test_a_kick_after_the_end_of_the_thread_has_no_effect_on_others(guest: Guest
     assert guest.vcpu.run() == Interrupted()
 
 
-def test_complete_finishes_a_read_without_running_on(guest: Guest) -> None:
-    """Registers show the answer and the next instruction, which has not been executed."""
+def test_complete_finishes_a_read_and_runs_no_instruction(guest: Guest) -> None:
+    """The registers have the answer and the address of the next instruction, which was not executed."""
     guest.load(b"\xec" + COUNT_FOR_EVER, rdx=0x71)
     assert guest.vcpu.run() == PioIn(0x71, 1, 1)
     guest.vcpu.answer(b"\x99")
@@ -462,7 +462,7 @@ def test_complete_finishes_a_read_without_running_on(guest: Guest) -> None:
 
 
 def test_complete_leaves_a_string_read_between_two_items(guest: Guest) -> None:
-    """Answered items are in memory, and the counter is reduced by them.  The rest follows when the guest runs on."""
+    """The answered items are in memory, and rcx has the number of the others.  The guest reads them when it runs on."""
     total = 3000
     guest.load(b"\xf3\x6c" + HLT, rdx=0x511, rcx=total, rdi=0x3000)
     answered = 0
@@ -483,8 +483,8 @@ def test_complete_leaves_a_string_read_between_two_items(guest: Guest) -> None:
     assert guest.memory.read(0x3000, total) == b"A" * answered + b"B" * (total - answered)
 
 
-def test_an_interrupted_run_leaves_nothing_half_done(guest: Guest) -> None:
-    """The answer reaches the register even if there is a kick between the exit and the next run."""
+def test_an_interrupted_run_finishes_the_read(guest: Guest) -> None:
+    """After a kick between the exit and the next run the register still gets the answer."""
     guest.load(UNBACKED_DS + b"\xa1\x00\x00" + HLT)
     assert guest.vcpu.run() == MmioRead(0x20000, 2)
     guest.vcpu.answer(b"\x34\x12")
@@ -499,26 +499,26 @@ def test_an_interrupted_run_leaves_nothing_half_done(guest: Guest) -> None:
 # ------------------------------------------------------------------ interrupts
 
 
-def test_a_line_interrupts_a_halted_guest(chipped: Guest) -> None:
-    """IRQ 5 reaches the handler through the 8259, and the handler writes to a port."""
-    chipped.handle_irq5()
-    chipped.load(PIC_SETUP + out(0x501, 1) + HALT_FOR_EVER)
-    assert chipped.vcpu.run() == PioOut(0x501, 1, 1, b"\x01")
+def test_a_line_interrupts_a_halted_guest(guest_with_chips: Guest) -> None:
+    """IRQ 5 reaches the handler through the 8259.  The handler writes to a port."""
+    guest_with_chips.handle_irq5()
+    guest_with_chips.load(PIC_SETUP + out(0x501, 1) + HALT_FOR_EVER)
+    assert guest_with_chips.vcpu.run() == PioOut(0x501, 1, 1, b"\x01")
 
-    chipped.vm.irq_line(5, 1)
-    chipped.vm.irq_line(5, 0)
+    guest_with_chips.vm.irq_line(5, 1)
+    guest_with_chips.vm.irq_line(5, 0)
 
-    assert chipped.vcpu.run() == PioOut(0x500, 1, 1, b"\x55")
+    assert guest_with_chips.vcpu.run() == PioOut(0x500, 1, 1, b"\x55")
 
 
-def test_a_notification_and_its_interrupt_stay_in_the_kernel(chipped: Guest, eventfd: int) -> None:
-    """An `out` signals the ioeventfd, and the irqfd reaches the handler, all within one KVM_RUN."""
+def test_a_notification_and_its_interrupt_stay_in_the_kernel(guest_with_chips: Guest, eventfd: int) -> None:
+    """`out` signals the ioeventfd, and the irqfd starts the handler, in a single KVM_RUN."""
     irq = os.eventfd(0, os.EFD_CLOEXEC)
-    chipped.vm.assign_irqfd(irq, 5)
-    chipped.vm.assign_ioeventfd(eventfd, 0x600, 2, datamatch=1, pio=True)
-    chipped.handle_irq5()
-    chipped.load(PIC_SETUP + out(0x600, 1, 2) + HALT_FOR_EVER)
-    runner = Runner(chipped.vcpu)
+    guest_with_chips.vm.assign_irqfd(irq, 5)
+    guest_with_chips.vm.assign_ioeventfd(eventfd, 0x600, 2, datamatch=1, pio=True)
+    guest_with_chips.handle_irq5()
+    guest_with_chips.load(PIC_SETUP + out(0x600, 1, 2) + HALT_FOR_EVER)
+    runner = Runner(guest_with_chips.vcpu)
 
     wait_readable(eventfd)
     os.eventfd_write(irq, 1)
@@ -529,7 +529,7 @@ def test_a_notification_and_its_interrupt_stay_in_the_kernel(chipped: Guest, eve
 
 
 def test_a_write_that_does_not_match_exits(guest: Guest, eventfd: int) -> None:
-    """A write of another value or width exits, and after the deassignment every write does."""
+    """A write of another value or width exits.  Once the ioeventfd is deassigned, every write exits."""
     vm = guest.vm
     vm.assign_ioeventfd(eventfd, 0x600, 2, datamatch=1, pio=True)
     guest.load(out(0x600, 2, 2) + out(0x600, 1, 1) + out(0x600, 1, 2) + HLT + out(0x600, 1, 2))
@@ -546,7 +546,7 @@ def test_a_write_that_does_not_match_exits(guest: Guest, eventfd: int) -> None:
 
 
 def test_a_memory_write_can_be_a_notification(guest: Guest, eventfd: int) -> None:
-    """Size 0 accepts any width.  Writes to other addresses exit."""
+    """An ioeventfd of size 0 counts writes of any width.  A write to another address exits."""
     guest.vm.assign_ioeventfd(eventfd, 0x20000, 0)
     guest.load(UNBACKED_DS + b"\xa2\x00\x00\xa3\x00\x00\xa2\x04\x00" + HLT)
 
@@ -554,7 +554,7 @@ def test_a_memory_write_can_be_a_notification(guest: Guest, eventfd: int) -> Non
     assert os.eventfd_read(eventfd) == 2
 
 
-def test_a_taken_notification_is_refused(guest: Guest, eventfd: int) -> None:
+def test_a_second_ioeventfd_at_an_address_is_refused(guest: Guest, eventfd: int) -> None:
     """The error is EEXIST, with the name of the request."""
     guest.vm.assign_ioeventfd(eventfd, 0x600, 2, datamatch=1, pio=True)
 
@@ -562,84 +562,84 @@ def test_a_taken_notification_is_refused(guest: Guest, eventfd: int) -> None:
         guest.vm.assign_ioeventfd(eventfd, 0x600, 2, datamatch=1, pio=True)
 
 
-def test_a_deassigned_irqfd_counts_and_delivers_on_assignment(chipped: Guest) -> None:
-    """The counter of the eventfd serves as the pending bit of a masked vector."""
+def test_a_deassigned_irqfd_counts_and_delivers_on_assignment(guest_with_chips: Guest) -> None:
+    """So the eventfd is the pending bit of a masked vector."""
     irq = os.eventfd(0, os.EFD_CLOEXEC)
-    chipped.vm.assign_irqfd(irq, 5)
-    chipped.vm.deassign_irqfd(irq, 5)
+    guest_with_chips.vm.assign_irqfd(irq, 5)
+    guest_with_chips.vm.deassign_irqfd(irq, 5)
     os.eventfd_write(irq, 1)
-    chipped.handle_irq5()
-    chipped.load(PIC_SETUP + out(0x501, 1) + b"\x90" * 64 + out(0x502, 2) + HALT_FOR_EVER)
-    assert chipped.vcpu.run() == PioOut(0x501, 1, 1, b"\x01")
-    assert chipped.vcpu.run() == PioOut(0x502, 1, 1, b"\x02")  # no interrupt yet
+    guest_with_chips.handle_irq5()
+    guest_with_chips.load(PIC_SETUP + out(0x501, 1) + b"\x90" * 64 + out(0x502, 2) + HALT_FOR_EVER)
+    assert guest_with_chips.vcpu.run() == PioOut(0x501, 1, 1, b"\x01")
+    assert guest_with_chips.vcpu.run() == PioOut(0x502, 1, 1, b"\x02")  # no interrupt yet
 
-    chipped.vm.assign_irqfd(irq, 5)
+    guest_with_chips.vm.assign_irqfd(irq, 5)
 
-    assert chipped.vcpu.run() == PioOut(0x500, 1, 1, b"\x55")
+    assert guest_with_chips.vcpu.run() == PioOut(0x500, 1, 1, b"\x55")
     os.close(irq)
 
 
-def test_a_level_interrupt_signals_its_end(chipped: Guest, eventfd: int) -> None:
-    """The resample eventfd counts EOIs.  A line that is raised again interrupts again."""
+def test_a_level_interrupt_signals_its_end(guest_with_chips: Guest, eventfd: int) -> None:
+    """The resample eventfd counts EOIs.  After each EOI the interrupt can be raised again."""
     irq = os.eventfd(0, os.EFD_CLOEXEC)
-    chip = chipped.vm.get_irqchip(abi.KVM_IRQCHIP_PIC_MASTER)
+    chip = guest_with_chips.vm.get_irqchip(abi.KVM_IRQCHIP_PIC_MASTER)
     chip.chip.pic.elcr = 1 << 5
-    chipped.vm.set_irqchip(chip)
-    chipped.vm.assign_irqfd(irq, 5, resample_fd=eventfd)
-    chipped.handle_irq5()
-    chipped.load(PIC_SETUP + HALT_FOR_EVER)
+    guest_with_chips.vm.set_irqchip(chip)
+    guest_with_chips.vm.assign_irqfd(irq, 5, resample_fd=eventfd)
+    guest_with_chips.handle_irq5()
+    guest_with_chips.load(PIC_SETUP + HALT_FOR_EVER)
     for _ in range(3):
         os.eventfd_write(irq, 1)
-        assert chipped.vcpu.run() == PioOut(0x500, 1, 1, b"\x55")
-        runner = Runner(chipped.vcpu)
+        assert guest_with_chips.vcpu.run() == PioOut(0x500, 1, 1, b"\x55")
+        runner = Runner(guest_with_chips.vcpu)
         wait_readable(eventfd)
         assert os.eventfd_read(eventfd) == 1
-        chipped.vcpu.kick()
+        guest_with_chips.vcpu.kick()
         assert runner.join() == [Interrupted()]
-        chipped.vcpu.clear_kick()
+        guest_with_chips.vcpu.clear_kick()
     os.close(irq)
 
 
 def enable_lapic(guest: Guest) -> None:
-    """Enable the local APIC with the bit in the spurious vector register."""
+    """Set the software enable bit of the spurious vector register."""
     lapic = bytearray(guest.vcpu.get_lapic())
     lapic[0xF0:0xF4] = (0x1FF).to_bytes(4, "little")
     guest.vcpu.set_lapic(bytes(lapic))
 
 
-def test_a_route_leads_an_irqfd_to_a_message(chipped: Guest) -> None:
-    """GSI 24, which no chip has, becomes vector 25h.  We set the whole table."""
+def test_a_route_leads_an_irqfd_to_a_message(guest_with_chips: Guest) -> None:
+    """GSI 24, which belongs to no chip, is routed to vector 25h.  The table replaces all other routes."""
     irq = os.eventfd(0, os.EFD_CLOEXEC)
     routes = [chip_route(gsi, abi.KVM_IRQCHIP_IOAPIC, gsi) for gsi in range(abi.KVM_IOAPIC_NUM_PINS)]
-    chipped.vm.set_gsi_routing([*routes, msi_route(24, 0xFEE00000, 0x25)])
-    chipped.vm.assign_irqfd(irq, 24)
-    enable_lapic(chipped)
-    chipped.handle_irq5()
-    chipped.load(b"\xfb" + out(0x501, 1) + HALT_FOR_EVER)
-    assert chipped.vcpu.run() == PioOut(0x501, 1, 1, b"\x01")
+    guest_with_chips.vm.set_gsi_routing([*routes, msi_route(24, 0xFEE00000, 0x25)])
+    guest_with_chips.vm.assign_irqfd(irq, 24)
+    enable_lapic(guest_with_chips)
+    guest_with_chips.handle_irq5()
+    guest_with_chips.load(b"\xfb" + out(0x501, 1) + HALT_FOR_EVER)
+    assert guest_with_chips.vcpu.run() == PioOut(0x501, 1, 1, b"\x01")
 
     os.eventfd_write(irq, 1)
 
-    assert chipped.vcpu.run() == PioOut(0x500, 1, 1, b"\x55")
+    assert guest_with_chips.vcpu.run() == PioOut(0x500, 1, 1, b"\x55")
     os.close(irq)
 
 
-def test_an_application_processor_starts_after_a_retry(system: System, chipped: Guest) -> None:
-    """It waits inside KVM_RUN for INIT and SIPI.  Then `run` returns Retry, and must be called again."""
-    second = chipped.add_vcpu(system, 1)
+def test_an_application_processor_starts_after_a_retry(system: System, guest_with_chips: Guest) -> None:
+    """It waits for INIT and SIPI inside KVM_RUN.  Then KVM_RUN returns, and must be called again."""
+    second = guest_with_chips.add_vcpu(system, 1)
     assert second.get_mp_state() == abi.KVM_MP_STATE_UNINITIALIZED
-    chipped.memory.write(0x3000, out(0x700, 0x77))  # SIPI vector 3
-    chipped.load(
+    guest_with_chips.memory.write(0x3000, out(0x700, 0x77))  # SIPI vector 3
+    guest_with_chips.load(
         b"\x66\xc7\x06\x00\x03\x00\x45\x0c\x00"  # mov dword [300h], C4500h: INIT to all but self
         b"\x66\xc7\x06\x00\x03\x03\x46\x0c\x00" + HALT_FOR_EVER  # ... C4603h: SIPI
     )
-    sregs = chipped.vcpu.get_sregs()
+    sregs = guest_with_chips.vcpu.get_sregs()
     sregs.ds.base = 0xFEE00000
-    chipped.vcpu.set_sregs(sregs)
+    guest_with_chips.vcpu.set_sregs(sregs)
 
-    first = Runner(chipped.vcpu)
+    first = Runner(guest_with_chips.vcpu)
     exits = Runner(second, lambda exit_: exit_ == Retry()).join()
-    chipped.vcpu.kick()
+    guest_with_chips.vcpu.kick()
 
     assert exits[-1] == PioOut(0x700, 1, 1, b"\x77")
     assert exits[:-1] == [Retry()] * (len(exits) - 1)
@@ -649,9 +649,9 @@ def test_an_application_processor_starts_after_a_retry(system: System, chipped: 
     second.close()
 
 
-def test_a_waiting_application_processor_can_be_kicked(system: System, chipped: Guest) -> None:
-    """A pause or a stop must reach a vCPU that was never started."""
-    second = chipped.add_vcpu(system, 1)
+def test_a_waiting_application_processor_can_be_kicked(system: System, guest_with_chips: Guest) -> None:
+    """Pause and stop must reach a vCPU that was never started."""
+    second = guest_with_chips.add_vcpu(system, 1)
     runner = Runner(second, lambda exit_: exit_ == Retry())
     second.kick()
 
@@ -662,8 +662,8 @@ def test_a_waiting_application_processor_can_be_kicked(system: System, chipped: 
 # ------------------------------------------------------------------ state
 
 
-def test_registers_are_set_and_read(guest: Guest) -> None:
-    """All general purpose registers are read back, as a structure and as bytes."""
+def test_general_purpose_registers_can_be_set(guest: Guest) -> None:
+    """They can be set as a structure, or as its bytes."""
     regs = abi.kvm_regs(*range(1, 17), ENTRY, 2)
     guest.vcpu.set_regs(regs)
     assert bytes(guest.vcpu.get_regs()) == bytes(regs)
@@ -673,8 +673,8 @@ def test_registers_are_set_and_read(guest: Guest) -> None:
     assert guest.vcpu.get_regs().r15 == 0xFFFFFFFFFFFFFFFF
 
 
-def test_special_registers_and_debug_registers_are_set_and_read(guest: Guest) -> None:
-    """A changed field of each is read back."""
+def test_special_registers_and_debug_registers_can_be_set(guest: Guest) -> None:
+    """A changed field of each structure is read back."""
     sregs = guest.vcpu.get_sregs()
     sregs.gs.base, sregs.gs.selector = 0x12340, 0x1234
     guest.vcpu.set_sregs(sregs)
@@ -686,12 +686,12 @@ def test_special_registers_and_debug_registers_are_set_and_read(guest: Guest) ->
     assert guest.vcpu.get_debugregs().db[1] == 0x4242
 
 
-def test_the_whole_state_of_a_vcpu_moves_to_another(system: System, chipped: Guest) -> None:
-    """A receiver can write the state that a sender reads, and then reads the same."""
-    chipped.load(b"\xb8\x34\x12" + out(0x80, 7) + HLT)
-    chipped.vcpu.run()
-    chipped.vcpu.complete()
-    source = chipped.vcpu
+def test_the_state_of_a_vcpu_can_be_copied_to_another(system: System, guest_with_chips: Guest) -> None:
+    """The state that `send` reads can be set in another vCPU, which then returns the same."""
+    guest_with_chips.load(b"\xb8\x34\x12" + out(0x80, 7) + HLT)
+    guest_with_chips.vcpu.run()
+    guest_with_chips.vcpu.complete()
+    source = guest_with_chips.vcpu
     other = Guest(system, irqchip=True)
     target = other.vcpu
     msrs = source.get_msrs(system.msr_indices())
@@ -714,31 +714,31 @@ def test_the_whole_state_of_a_vcpu_moves_to_another(system: System, chipped: Gue
         assert bytes(getattr(target, f"get_{state}")()) == bytes(getattr(source, f"get_{state}")()), state
     assert target.get_xsave() == source.get_xsave()
     assert len(target.get_xsave()) >= 4096
-    assert target.get_lapic()[:0x390] == source.get_lapic()[:0x390]  # the running timer follows
+    assert target.get_lapic()[:0x390] == source.get_lapic()[:0x390]  # then comes the timer's count, which changes
     assert target.get_mp_state() == source.get_mp_state()
     assert target.get_tsc_khz() == source.get_tsc_khz() > 0
     other.close()
 
 
-def test_an_unknown_msr_is_left_out_and_refused(guest: Guest) -> None:
-    """A bad index has no effect on the other MSRs, before or after it."""
-    sysenter_cs, nowhere, sysenter_esp = 0x174, 0x12345678, 0x175
+def test_an_unknown_msr_is_skipped(guest: Guest) -> None:
+    """All other MSRs are read and set, before and after the unknown one in the list."""
+    sysenter_cs, unknown, sysenter_esp = 0x174, 0x12345678, 0x175
 
-    assert guest.vcpu.set_msrs({sysenter_cs: 8, nowhere: 1, sysenter_esp: 0x7000}) == [nowhere]
-    assert guest.vcpu.get_msrs([sysenter_cs, nowhere, sysenter_esp]) == {sysenter_cs: 8, sysenter_esp: 0x7000}
-    many = [nowhere, *[sysenter_cs] * 300, nowhere, sysenter_esp, nowhere]
+    assert guest.vcpu.set_msrs({sysenter_cs: 8, unknown: 1, sysenter_esp: 0x7000}) == [unknown]
+    assert guest.vcpu.get_msrs([sysenter_cs, unknown, sysenter_esp]) == {sysenter_cs: 8, sysenter_esp: 0x7000}
+    many = [unknown, *[sysenter_cs] * 300, unknown, sysenter_esp, unknown]
     assert guest.vcpu.get_msrs(many) == {sysenter_cs: 8, sysenter_esp: 0x7000}
 
 
 def test_an_xsave_area_of_another_host_is_refused(guest: Guest) -> None:
-    """Its length shows which features it contains."""
+    """The length of the area depends on the features of the processor."""
     with pytest.raises(ValueError, match="xsave area of 100 bytes, not"):
         guest.vcpu.set_xsave(bytes(100))
 
 
-def test_the_machines_state_is_set_and_read(chipped: Guest) -> None:
-    """Interrupt controllers, PIT and clock are read back."""
-    vm = chipped.vm
+def test_interrupt_controllers_pit_and_clock_can_be_set(guest_with_chips: Guest) -> None:
+    """The state that is set is read back."""
+    vm = guest_with_chips.vm
     for chip_id in (abi.KVM_IRQCHIP_PIC_MASTER, abi.KVM_IRQCHIP_PIC_SLAVE, abi.KVM_IRQCHIP_IOAPIC):
         chip = vm.get_irqchip(chip_id)
         vm.set_irqchip(bytes(chip))
