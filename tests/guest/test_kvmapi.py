@@ -758,6 +758,6 @@ def test_interrupt_controllers_pit_and_clock_can_be_set(guest_with_chips: Guest)
     assert 5_000_000_000 <= vm.get_clock().clock < 5_000_000_000 + DEADLINE_S * 1e9
 
 
-def test_translate_knows_real_mode(guest: Guest) -> None:
+def test_translate_in_real_mode(guest: Guest) -> None:
     """Without paging a linear address is a physical one."""
     assert guest.vcpu.translate(0x1234) == 0x1234

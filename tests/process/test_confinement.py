@@ -448,7 +448,7 @@ def test_a_device_process_makes_no_memfd(cell: Cell) -> None:
 
 
 @pytest.mark.skipif(not REACHES_SIGNALS, reason="kernel's landlock has no signal scope")
-def test_vmm_signals_nobody_outside(cell: Cell) -> None:
+def test_vmm_cannot_signal_a_process_outside_its_cell(cell: Cell) -> None:
     """vmm cannot signal a process outside its cell, even with a pidfd.  control, for example, runs as the same user."""
     run = try_inside(cell, "VMM", "kill_victim")
 
@@ -459,7 +459,7 @@ def test_vmm_signals_nobody_outside(cell: Cell) -> None:
     ("kind", "attempt", "call"),
     [("VIOBLK", "connect_inet", "socket(0x2, "), ("VM", "execute", "execve("), ("LEAF", "foreign_ioctl", "ioctl(")],
 )
-def test_a_refused_call_is_named_for_developers(
+def test_a_forbidden_call_is_logged_for_developers(
     cell: Cell, monkeypatch: pytest.MonkeyPatch, kind: str, attempt: str, call: str
 ) -> None:
     """With VMD_DEBUG_SECCOMP a process logs the name, arguments and place of a forbidden call before it is killed."""
@@ -474,7 +474,7 @@ def test_a_refused_call_is_named_for_developers(
     assert f"insider.{attempt}:" in said
 
 
-def test_confinement_wants_a_single_thread(cell: Cell) -> None:
+def test_confinement_requires_a_single_thread(cell: Cell) -> None:
     """Landlock would not confine the other threads.  So the call refuses to run beside them."""
     body = """
 import threading
@@ -597,7 +597,7 @@ def test_a_process_has_only_the_named_descriptors(cell: Cell) -> None:
         assert found[5] == found[9] == os.readlink(f"/proc/self/fd/{wanted.fileno()}")
 
 
-def test_descriptors_may_trade_places(cell: Cell) -> None:
+def test_descriptors_can_be_exchanged(cell: Cell) -> None:
     """Two descriptors can be exchanged, although the number of each target is the number of the other's source."""
     with tempfile.TemporaryFile() as first, tempfile.TemporaryFile() as second:
         one, two = first.fileno(), second.fileno()
@@ -608,7 +608,7 @@ def test_descriptors_may_trade_places(cell: Cell) -> None:
     assert (found[one], found[two]) == (names[two], names[one])
 
 
-def test_descriptors_do_not_pass_on_to_grandchildren(cell: Cell) -> None:
+def test_grandchildren_do_not_inherit_descriptors(cell: Cell) -> None:
     """A process that vmm starts does not get the descriptors of vmm."""
     reader, writer = os.pipe()
     ours, theirs = socket.socketpair()

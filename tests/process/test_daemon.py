@@ -552,7 +552,7 @@ FORBIDDEN = (
 )
 
 
-def test_a_user_may_look_but_not_touch(vmd: Daemon) -> None:
+def test_a_user_may_list_vms_and_not_change_them(vmd: Daemon) -> None:
     """A user who may open the socket can list all VMs, but do nothing to VMs of other users (cat. 4.8)."""
     with tempfile.TemporaryDirectory() as open_to_all:
         path = Path(open_to_all) / "vmd.sock"

@@ -126,7 +126,7 @@ def test_unknown_vm(directory: Path) -> None:
             assert "not found" in done.stderr or arguments[1] in done.stderr
 
 
-def test_kernel_gone(directory: Path) -> None:
+def test_removed_kernel(directory: Path) -> None:
     """The message names a kernel that was removed after vm.conf was read."""
     kernel = directory / "kernel"
     kernel.write_bytes(guest("demo").read_bytes())

@@ -60,7 +60,7 @@ def test_switches_are_listed(network: Network, tmp_path: Path) -> None:
         client.close()
 
 
-def test_interfaces_come_and_go_with_their_vm(network: Network, tmp_path: Path) -> None:
+def test_interfaces_exist_while_their_vm_runs(network: Network, tmp_path: Path) -> None:
     """Interfaces exist before the guest runs and until the VM ends.  The MAC addresses are the same at every start."""
     conf = SWITCH + block("db1", 'interface switch "lan"', "local interface", "interfaces 3")
     with NetDaemon(tmp_path, network, conf, numbers={"db1": 1}) as vmd:

@@ -98,7 +98,7 @@ def test_life_of_a_resource(tmp_path: Path) -> None:
 
 @pytest.mark.deep
 @pytest.mark.skipif(TESTER is None, reason="resource-agents is not installed")
-def test_ocf_tester_passes_it(tmp_path: Path) -> None:
+def test_ocf_tester_accepts_the_agent(tmp_path: Path) -> None:
     """ocf-tester, of the package resource-agents, finds no error in the agent or its metadata."""
     assert TESTER is not None
     installed = tmp_path / "vm"

@@ -261,7 +261,7 @@ def test_a_request_that_fails_late_leaves_no_rules(network: Network) -> None:
         assert "100.64" not in network.run("nft", "list", "ruleset")
 
 
-def test_a_vm_asks_once(priv: Priv) -> None:
+def test_a_second_request_for_a_vm_is_refused(priv: Priv) -> None:
     """A second request for the same VM is refused, while the first one's interfaces exist."""
     with priv.make(nic()):
         assert priv.refuse(nic()).code == errno.EEXIST
@@ -441,7 +441,7 @@ def test_a_switch_on_an_interface_that_is_no_bridge(network: Network, priv: Priv
     assert links(network) == {**links(network), "wire": before}
 
 
-def test_switches_come_and_go_with_the_configuration(network: Network, priv: Priv) -> None:
+def test_switches_follow_the_configuration(network: Network, priv: Priv) -> None:
     """A bridge that the configuration no longer names is removed with its last tap."""
     priv.configure(switch("br0"), switch("br1", alias="switch2-b"))
     with priv.make(nic(bridge="br0")):
@@ -484,7 +484,7 @@ def test_a_bridge_that_was_deleted_is_made_again(network: Network, priv: Priv) -
             assert [links(network)[tap]["master"] for tap in ("tap0", "tap1")] == ["br0", "mine"]
 
 
-def test_a_bridge_with_somebody_elses_port_stays(network: Network) -> None:
+def test_a_bridge_with_a_port_of_the_administrator_stays(network: Network) -> None:
     """If the administrator has put the uplink into our bridge, removing the bridge would cut the host off."""
     with Priv(network) as priv:
         priv.configure(switch("br0"))
@@ -908,7 +908,7 @@ def test_priv_leaves_all_interfaces_when_the_parent_has_ended(network: Network) 
     assert setting(network, "ipv4/ip_forward") == setting(network, "ipv6/conf/all/forwarding") == "0"
 
 
-def test_what_a_killed_priv_left_is_removed_by_the_next(network: Network) -> None:
+def test_the_next_priv_removes_what_a_killed_one_has_left(network: Network) -> None:
     """It removes bridges, rules and taps, open ones too, and restores forwarding.  Other interfaces and tables stay."""
     network.run("ip", "link", "add", "switch1", "type", "bridge")
     network.run("ip", "link", "set", "switch1", "alias", "switches of the third floor")
@@ -933,7 +933,7 @@ def test_what_a_killed_priv_left_is_removed_by_the_next(network: Network) -> Non
 
 
 @pytest.mark.deep
-def test_of_two_daemons_the_first_has_the_network(network: Network, priv: Priv) -> None:
+def test_the_first_of_two_daemons_has_the_network(network: Network, priv: Priv) -> None:
     """The second one removes and makes nothing, and says why.  It takes over when the first one has ended."""
     with make_each_kind(priv), Priv(network) as second:
         assert len(ours(network)) == 4
@@ -1084,7 +1084,7 @@ def test_a_malformed_message_ends_priv(network: Network) -> None:
         assert ours(network) == []
 
 
-def test_removing_what_is_not_there(priv: Priv) -> None:
+def test_removing_an_unknown_vm_is_ignored(priv: Priv) -> None:
     """The request is ignored."""
     priv.remove(77)
     with priv.make(nic()):
