@@ -495,7 +495,7 @@ LONG = (
 
 
 def test_requests_as_long_as_a_packet_are_answered(vmd: Daemon) -> None:
-    """Case 56: an answer has only the begin of a name that fills its packet.  The daemon goes on."""
+    """Case 56: an answer has only the first part of a name that fills its packet.  The daemon goes on."""
     for request in LONG:
         packet = encode(request)[0]
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:

@@ -302,7 +302,7 @@ def test_the_configuration_changes_while_interfaces_are_made(network: Network, t
 
 
 def test_a_console_that_is_attached_while_interfaces_are_made(network: Network, tmp_path: Path) -> None:
-    """The viewer waits for the VM, and sees its output from the begin."""
+    """The viewer waits for the VM, and sees its output from the start."""
     with NetDaemon(tmp_path, network, block("db1", "local interface")) as vmd:
         priv = vmd.processes()["vmd: priv"]
         os.kill(priv, signal.SIGSTOP)
