@@ -110,7 +110,7 @@ def wait_for(found: Callable[[], bool]) -> None:
 
 
 def test_nothing_survives_vmm(cell: Cell) -> None:
-    """Not even a process survives that code in vmm has started, and that ignores the death of its parent."""
+    """When vmm ends, its hidden child processes end, too, even if they ignore the death of their parent."""
     reader, writer = os.pipe()
     ours, theirs = socket.socketpair()
     with ours:

@@ -388,7 +388,7 @@ def test_a_console_is_free_again_when_its_viewer_has_left(vmd: UsersDaemon) -> N
 
 
 def test_many_viewers_at_a_time(vmd: UsersDaemon) -> None:
-    """One viewer has the console, and the others are told which."""
+    """One viewer has the console, and the others are told which viewer that is."""
     clients = [vmd.connect_as(EVE) for _ in range(10)]
     for client in clients:
         send(client, ConsoleRequest(name="hers"))

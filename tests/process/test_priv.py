@@ -619,7 +619,7 @@ def test_networks_that_the_host_reaches_are_refused(
 
 
 def test_default_routes_do_not_count_as_networks(network: Network, priv: Priv) -> None:
-    """Nor do blackhole routes, and the halves of a default route, which VPNs make to override it."""
+    """Blackhole routes do not count either, nor do the halves of a default route, with which VPNs override it."""
     network.run("ip", "link", "add", "wire", "up", "type", "bridge")
     for command in ("default", "0.0.0.0/1", "128.0.0.0/1", "-6 default", "-6 2000::/3"):
         family = command.split()[:-1]

@@ -114,7 +114,7 @@ def test_process_is_small_and_starts_soon(make: Factory) -> None:
 
 @pytest.mark.parametrize("features", [0, FEATURES, FEATURES & ~EVENT_IDX, MODERN], ids=hex)
 def test_a_read_returns_written_data(disk: Disk, features: int) -> None:
-    """With a legacy driver without any feature, with all features, and in between."""
+    """Drivers negotiate no feature (legacy), all features, or some of them."""
     disk.renew(features)
     data = content(8192)[::-1]
     disk.memory.write(BUFFER, data)

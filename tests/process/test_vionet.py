@@ -136,7 +136,7 @@ def test_threads_have_names(nic: Nic) -> None:
 
 @pytest.mark.parametrize("features", COMBINATIONS, ids=hex)
 def test_frames_of_any_length_go_both_ways(nic: Nic, features: int) -> None:
-    """With legacy and modern drivers, and all features that change headers or rings."""
+    """Drivers are legacy or modern, and negotiate each combination of features that change headers or rings."""
     nic.driver.renew(features)
     nic.driver.post(8)
 
