@@ -227,11 +227,12 @@ KILLS = (
     "clone_namespace", "trace_me", "read_other_memory", "io_uring", "bpf", "userfault", "foreign_ioctl", "kvm_ioctl",
     "executable_mmap", "executable_mprotect", "mount", "change_root", "become_root", "unshare_net", "unshare_user",
     "kill_parent", "tgkill_other", "x32", "another_filter", "become_traceable", "limit_others", "more_descriptors",
+    "end_appending",
 )  # fmt: skip
 VMM_KILLS = (
     "connect_inet", "connect_unix", "raw_packets", "clone_namespace", "trace_me", "read_other_memory", "io_uring",
     "bpf", "userfault", "foreign_ioctl", "mount", "change_root", "unshare_net", "unshare_user",
-    "kill_parent", "x32", "limit_others",
+    "kill_parent", "x32", "limit_others", "end_appending",
 )  # fmt: skip
 
 

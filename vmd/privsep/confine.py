@@ -245,6 +245,7 @@ PRIV = Confinement(
     + CHANNEL
     + STARTUP
     + SPAWN  # nft
+    + ("fcntl+flags",)  # nft makes its socket non-blocking
     + ("socket+network", "bind", "sendto+any", "recvmmsg", "sendmmsg", "readv", "writev")  # netlink; no connect()
     + ("flock", "ftruncate", "pwrite64", "unlink")  # its file of settings
     + ("statfs", "fstatfs", "chdir", "kill", "select", "pselect6", "pause")

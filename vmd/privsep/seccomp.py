@@ -111,11 +111,13 @@ CONDITIONS: "Mapping[str, tuple[Condition, ...]]" = {
     "fcntl": tuple(
         ("is", 1, command)
         for command in (
-            *(F_DUPFD, F_DUPFD_CLOEXEC, F_GETFD, F_SETFD, F_GETFL, F_SETFL),
+            *(F_DUPFD, F_DUPFD_CLOEXEC, F_GETFD, F_GETFL),
+            F_SETFD,  # the C library, when a directory is listed by its descriptor
             *(F_OFD_GETLK, F_OFD_SETLK),  # the process that uses an image checks and keeps its lock
             *(F_ADD_SEALS, F_GET_SEALS),
         )
     ),
+    "fcntl+flags": (("is", 1, F_SETFL),),  # with it a process can overwrite a file that it may only append to
     "ioctl": tuple(("is", 1, request) for request in (TCGETS, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX)),
     "ioctl+kvm": (("type", 1, KVMIO),),
     "prctl": tuple(("is", 0, option) for option in (linux.PR_SET_NAME, PR_GET_NAME, PR_SET_VMA)),

@@ -233,6 +233,10 @@ def write_data() -> object:
     return os.write(DATA_FD, b"!")
 
 
+def end_appending() -> object:
+    return fcntl.fcntl(DATA_FD, fcntl.F_SETFL, 0)
+
+
 def load_library() -> object:
     return ctypes.CDLL("libm.so.6")
 

@@ -290,13 +290,23 @@ def test_the_allowed_commands_of_fcntl() -> None:
     """They are those that the processes and Python use.  Those that send signals or break leases are not allowed."""
     program = assemble({"fcntl"})
     allowed = {
-        fcntl.F_DUPFD, fcntl.F_DUPFD_CLOEXEC, fcntl.F_GETFD, fcntl.F_SETFD, fcntl.F_GETFL, fcntl.F_SETFL,
+        fcntl.F_DUPFD, fcntl.F_DUPFD_CLOEXEC, fcntl.F_GETFD, fcntl.F_SETFD, fcntl.F_GETFL,
         fcntl.F_OFD_GETLK, fcntl.F_OFD_SETLK, fcntl.F_ADD_SEALS, fcntl.F_GET_SEALS,
     }  # fmt: skip
 
     passing = {command for command in range(2048) if verdict(program, NUMBERS["fcntl"], 5, command) == RET_ALLOW}
 
     assert passing == allowed
+
+
+@pytest.mark.parametrize("name", sorted(EVERY_CONFINEMENT))
+def test_only_nft_changes_the_flags_of_open_files(name: str) -> None:
+    """A process that has a log may append to it, and could overwrite it without this flag."""
+    program = confine.filter_of(EVERY_CONFINEMENT[name])
+
+    is_allowed = verdict(program, NUMBERS["fcntl"], 5, fcntl.F_SETFL, 0) == RET_ALLOW
+
+    assert is_allowed == (name == "PRIV")
 
 
 @pytest.mark.parametrize(
