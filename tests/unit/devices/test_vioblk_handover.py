@@ -149,7 +149,7 @@ def test_a_released_or_read_only_disk_is_not_checked(path: Path, kind: str) -> N
     image.close()
 
 
-def test_let_go_and_taken_back(path: Path, kind: str) -> None:
+def test_a_lock_is_released_and_taken_back(path: Path, kind: str) -> None:
     """Another process may lock it in between.  A second request changes nothing."""
     image = opened(path, kind)
     hand_over = HandOver(image)

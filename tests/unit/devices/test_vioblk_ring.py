@@ -540,7 +540,7 @@ def test_pause_while_requests_were_left_in_the_ring() -> None:
 
 
 def settle(device: Vioblk, workers: Held) -> list[int]:
-    """Return the answers of a paused disk whether its data is on stable storage.  The last one is final."""
+    """Return three answers of a paused disk whether its data is on stable storage.  The last one is final."""
     said = [device.settle(), device.settle()]
     workers.release()
     device.on_done()

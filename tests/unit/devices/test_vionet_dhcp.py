@@ -88,7 +88,7 @@ TABLE: tuple[tuple[int | None, tuple[bytes | None, ...], str], ...] = (
     (DECLINE, (OTHER_HOST4,), "sss sss sss"),
     (RELEASE, NONE_OR_ONE, "rro rro ooo"),
     (RELEASE, (OTHER_HOST4,), "sss sss sss"),
-    (INFORM, ANY, "aaa AAA AAA"),  # 4.3.5: for any requested address
+    (INFORM, ANY, "aaa AAA AAA"),  # 4.3.5: with any ciaddr
     (None, ANY, "BBB BBB ooo"),  # BOOTP does not have these options
     *((kind, ANY, "??? ??? ???") for kind in (0, OFFER, ACK, NAK, 9, 13, 99, 255)),
 )

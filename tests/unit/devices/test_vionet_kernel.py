@@ -249,7 +249,7 @@ CAUSES: dict[str, Callable[[KernelVionet, bool], None]] = {
 
 @pytest.mark.parametrize("cause", CAUSES)
 def test_the_process_serves_what_the_kernel_cannot(rig: Rig, cause: str) -> None:
-    """Each cause alone takes the rings from the kernel, until it ends.  The figure `vhost` tells who serves them."""
+    """Each cause alone takes the rings from the kernel, until it ends.  The figure `vhost` is 1 while it has them."""
     vhost_figure = devmsg.COUNTER_NAMES.index("vhost")
     assert rig.services.figures[vhost_figure] == 1
 

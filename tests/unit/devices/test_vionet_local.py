@@ -1,4 +1,4 @@
-"""Answers of a local interface that wait for name servers, on the main thread."""
+"""The main thread sends the answers of a local interface that had to wait for name servers."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""The hot loops of vionet have the same results as simple implementations, for any ring.  Waits for the tap end."""
+"""The hot loops of vionet have the same results as simple implementations.  The wait for a full tap has a limit."""
 
 import errno
 import os

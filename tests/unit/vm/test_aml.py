@@ -61,7 +61,7 @@ def test_path_with_a_long_segment_is_refused() -> None:
     [
         (0, "01"),
         (62, "3f"),
-        (63, "4104"),  # 64 with a length of one byte does not fit in six bits; the length of two bytes counts itself
+        (63, "4104"),  # with a length of one byte it would be 64, which needs more than six bits
         (0xFFD, "4fff"),
         (0xFFE, "810001"),
         (0xFFFFC, "8fffff"),

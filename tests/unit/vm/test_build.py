@@ -35,7 +35,7 @@ class Source:
         return SimpleNamespace(plug_devices=lambda: None, create_vcpus=lambda: None)
 
     def fill(self, _machine: object) -> None:
-        """Stand for reading a boot image or a stream."""
+        """Take the place of reading a boot image or a stream."""
         self._look("fill")
 
     def finish(self, machine: SimpleNamespace) -> SimpleNamespace:

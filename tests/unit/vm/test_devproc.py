@@ -115,7 +115,7 @@ def running(impostor: Impostor, process: DeviceProcess) -> DeviceProcess:
     return process
 
 
-class Ears:
+class Listener:
     """An event loop that runs until the VM has given up the device, or has read all its messages."""
 
     def __init__(self, process: DeviceProcess) -> None:
@@ -150,9 +150,9 @@ class Ears:
 
 
 @pytest.fixture
-def ears(running: DeviceProcess) -> Iterator[Ears]:
-    """Yield a listener to the running device."""
-    made = Ears(running)
+def listener(running: DeviceProcess) -> Iterator[Listener]:
+    """Yield an object that reads the messages of the running device."""
+    made = Listener(running)
     yield made
     made.loop.close()
 
@@ -161,7 +161,7 @@ def ears(running: DeviceProcess) -> Iterator[Ears]:
 
 
 def test_start_describes_the_device(impostor: Impostor, process: DeviceProcess) -> None:
-    """START is one packet with the memory, the features and the resources in order."""
+    """START is one packet, with the descriptors of the memory, the figures and the resources in order."""
     packet, fds, _, _ = socket.recv_fds(impostor.sync, devmsg.PACKET_MAX, 8)
     head = devmsg.START_HEAD.unpack_from(packet)
     at = devmsg.START_HEAD.size + devmsg.REGION.size
@@ -359,62 +359,62 @@ def test_the_last_answer_of_a_device_tells_why_it_ends(impostor: Impostor, runni
 # --- informing ---------------------------------------------------------------------------------------------------
 
 
-def test_messages_that_a_device_may_send(impostor: Impostor, ears: Ears) -> None:
+def test_messages_that_a_device_may_send(impostor: Impostor, listener: Listener) -> None:
     """A device may report a broken ring, with the life of the device that it concerns, and a new configuration."""
     impostor.informs.send(devmsg.NEEDS_RESET_HEAD.pack(devmsg.NEEDS_RESET, 3) + b"descriptor 9")
     impostor.informs.send(devmsg.READY_HEAD.pack(devmsg.CONFIG_CHANGED, 0, 60) + b"\1" * 60)
-    ears.listen()
+    listener.listen()
 
-    assert (ears.resets, ears.configs, ears.failures) == ([("descriptor 9", 3)], [b"\1" * 60], [])
-    assert ears.events == [("fault", "descriptor 9")]
+    assert (listener.resets, listener.configs, listener.failures) == ([("descriptor 9", 3)], [b"\1" * 60], [])
+    assert listener.events == [("fault", "descriptor 9")]
 
 
-def test_a_network_interface_reports_a_lease(impostor: Impostor, running: DeviceProcess, ears: Ears) -> None:
+def test_a_network_interface_reports_a_lease(impostor: Impostor, running: DeviceProcess, listener: Listener) -> None:
     """An interface may send LEASE."""
     running.kind = INTERFACE
     impostor.informs.send(devmsg.TYPE.pack(devmsg.LEASE))
-    ears.listen()
+    listener.listen()
 
-    assert (ears.events, ears.failures) == ([("lease", "")], [])
+    assert (listener.events, listener.failures) == ([("lease", "")], [])
 
 
-def test_a_disk_has_lost_its_lock(impostor: Impostor, running: DeviceProcess, ears: Ears) -> None:
+def test_a_disk_has_lost_its_lock(impostor: Impostor, running: DeviceProcess, listener: Listener) -> None:
     """The report has a bounded length, and is kept until the lock is taken again."""
     for _ in range(2):
         impostor.informs.send(devmsg.TYPE.pack(devmsg.LOCK_LOST) + b"gone\xff" + b"x" * 500)
-    ears.listen()
-    assert ears.failures == []
-    assert len(ears.lost) == 2
-    assert ears.lost[0].startswith("disk0: gone")
-    assert len(ears.lost[0]) < devmsg.TROUBLE_MAX + 10
+    listener.listen()
+    assert listener.failures == []
+    assert len(listener.lost) == 2
+    assert listener.lost[0].startswith("disk0: gone")
+    assert len(listener.lost[0]) < devmsg.TROUBLE_MAX + 10
     for status, lost in ((devmsg.TAKEN_IN_USE, True), (devmsg.TAKEN, False)):
         impostor.sync.send(devmsg.STATUS.pack(devmsg.TAKE_BACK, status))
         assert running.take_back() == status
         assert bool(running.lock_lost) == lost
 
 
-def test_an_interface_has_no_lock(impostor: Impostor, running: DeviceProcess, ears: Ears) -> None:
+def test_an_interface_has_no_lock(impostor: Impostor, running: DeviceProcess, listener: Listener) -> None:
     """An interface that reports a lost lock has failed."""
     running.kind = INTERFACE
     impostor.informs.send(devmsg.TYPE.pack(devmsg.LOCK_LOST))
-    ears.listen()
-    assert len(ears.failures) == 1
+    listener.listen()
+    assert len(listener.failures) == 1
 
 
-def test_a_network_interface_asks_for_name_servers(impostor: Impostor, running: DeviceProcess, ears: Ears) -> None:
+def test_a_network_interface_asks_for_name_servers(impostor: Impostor, running: DeviceProcess, listener: Listener) -> None:
     """The VM sends the servers, with zeroes for absent ones, or the message that they are the same as before."""
     running.kind = INTERFACE
     impostor.informs.send(devmsg.TYPE.pack(devmsg.ASK_RESOLVERS))
-    ears.listen()
+    listener.listen()
     running.tell_resolvers(((b"aaaa", b"bbbb"), (bytes(16),)))
     running.tell_resolvers(None)
 
-    assert (ears.asked, ears.failures) == ([True], [])
+    assert (listener.asked, listener.failures) == ([True], [])
     assert impostor.informs.recv(200) == devmsg.RESOLVERS_BODY.pack(devmsg.RESOLVERS, b"aaaabbbb", b"")
     assert impostor.informs.recv(200) == devmsg.TYPE.pack(devmsg.SAME_RESOLVERS)
 
 
-def test_a_change_is_answered_once(impostor: Impostor, running: DeviceProcess, ears: Ears, tmp_path: Path) -> None:
+def test_a_change_is_answered_once(impostor: Impostor, running: DeviceProcess, listener: Listener, tmp_path: Path) -> None:
     """One change at a time is allowed.  The disc's descriptor is sent too, and the caller still owns its copy."""
     answers: list[tuple[int, str]] = []
 
@@ -426,7 +426,7 @@ def test_a_change_is_answered_once(impostor: Impostor, running: DeviceProcess, e
     assert answers == [(errno.EBUSY, "another change is under way")]
     assert impostor.informs.recv(200) == devmsg.RESIZE_BODY.pack(devmsg.RESIZE, 1 << 40)
     impostor.informs.send(devmsg.CHANGED_HEAD.pack(devmsg.CHANGED, errno.ENOSPC) + b"no room")
-    ears.listen()
+    listener.listen()
     assert answers[1:] == [(errno.ENOSPC, "no room")]
 
     (tmp_path / "disc").write_bytes(b"d")
@@ -438,13 +438,13 @@ def test_a_change_is_answered_once(impostor: Impostor, running: DeviceProcess, e
     assert [os.read(each, 9) for each in fds] == [b"d"]
     os.close(fds[0])
     impostor.informs.send(devmsg.CHANGED_HEAD.pack(devmsg.CHANGED, 0))
-    ears.listen()
+    listener.listen()
     assert answers[2:] == [(0, "")]
-    assert ears.failures == []
+    assert listener.failures == []
 
     impostor.informs.send(devmsg.CHANGED_HEAD.pack(devmsg.CHANGED, 0))
-    ears.listen()
-    assert [f"unexpected message {devmsg.CHANGED}" in text for text in ears.failures] == [True]
+    listener.listen()
+    assert [f"unexpected message {devmsg.CHANGED}" in text for text in listener.failures] == [True]
 
 
 def troubles(*texts: bytes) -> bytes:
@@ -453,7 +453,7 @@ def troubles(*texts: bytes) -> bytes:
 
 
 def test_a_trouble_of_a_device_is_kept_until_it_ends(
-    impostor: Impostor, running: DeviceProcess, ears: Ears, monkeypatch: pytest.MonkeyPatch
+    impostor: Impostor, running: DeviceProcess, listener: Listener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each trouble has the time of its first report.  A trouble that is no longer reported is removed."""
     for now_s, said in (
@@ -461,30 +461,30 @@ def test_a_trouble_of_a_device_is_kept_until_it_ends(
     ):  # fmt: skip
         monkeypatch.setattr(time, "time", lambda now_s=now_s: now_s)
         impostor.informs.send(said)
-        ears.listen()
+        listener.listen()
     assert running.troubles == {"flush fails": 200}
     assert running.label == "disk0"
 
     impostor.informs.send(troubles())
-    ears.listen()
+    listener.listen()
     assert running.troubles == {}
-    assert ears.events == [("trouble", "old"), ("trouble", "flush fails"), ("mended", "")]
+    assert listener.events == [("trouble", "old"), ("trouble", "flush fails"), ("mended", "")]
 
 
 @pytest.mark.parametrize(
     "said", [troubles(*[b"%d" % number for number in range(1000)]), troubles(b"x" * 4000), troubles(b"\xff" * 4000)]
 )
 def test_a_device_that_reports_too_many_troubles_57(
-    impostor: Impostor, running: DeviceProcess, ears: Ears, said: bytes
+    impostor: Impostor, running: DeviceProcess, listener: Listener, said: bytes
 ) -> None:
     """Hostile input 57: only a few short sentences are kept, even if the device sends many and long ones."""
     for _ in range(20):
         impostor.informs.send(said)
-        ears.listen()
+        listener.listen()
 
     assert len(running.troubles) <= devmsg.TROUBLES_MAX
     assert all(len(text.encode()) <= devmsg.TROUBLE_MAX for text in running.troubles)
-    assert ears.failures == []
+    assert listener.failures == []
 
 
 BAD_MESSAGES = {
@@ -503,29 +503,29 @@ BAD_MESSAGES = {
 
 
 @pytest.mark.parametrize("packet", BAD_MESSAGES.values(), ids=BAD_MESSAGES)
-def test_bad_message_57(impostor: Impostor, ears: Ears, packet: bytes) -> None:
+def test_bad_message_57(impostor: Impostor, listener: Listener, packet: bytes) -> None:
     """Hostile input 57: the VM ends with one sentence of a bounded length.  Later messages are not read."""
     impostor.informs.send(packet)
     impostor.informs.send(packet)
-    ears.listen()
-    ears.listen()
+    listener.listen()
+    listener.listen()
 
-    assert len(ears.failures) == 1
-    assert ears.failures[0].startswith(TITLE)
-    assert len(ears.failures[0]) < 600
-    assert (ears.resets, ears.configs) == ([], [])
+    assert len(listener.failures) == 1
+    assert listener.failures[0].startswith(TITLE)
+    assert len(listener.failures[0]) < 600
+    assert (listener.resets, listener.configs) == ([], [])
 
 
 @pytest.mark.parametrize(("status", "how"), [(0, "ended with status 0"), (-31, "was killed by SIGSYS")])
-def test_device_that_ends_57(impostor: Impostor, ears: Ears, status: int, how: str) -> None:
+def test_device_that_ends_57(impostor: Impostor, listener: Listener, status: int, how: str) -> None:
     """Hostile input 57: the VM cannot go on without the device, so it fails."""
     impostor.end(status)
-    ears.listen()
+    listener.listen()
 
-    assert ears.failures == [f"{TITLE}: {how}"]
+    assert listener.failures == [f"{TITLE}: {how}"]
 
 
-def test_device_that_never_stops_talking_57(impostor: Impostor, ears: Ears) -> None:
+def test_device_that_never_stops_talking_57(impostor: Impostor, listener: Listener) -> None:
     """Hostile input 57: the loop reads one message at a time, so that it can handle other events in between."""
     impostor.informs.setblocking(False)
     packet = devmsg.NEEDS_RESET_HEAD.pack(devmsg.NEEDS_RESET, 0) + b"x" * 4000
@@ -538,27 +538,27 @@ def test_device_that_never_stops_talking_57(impostor: Impostor, ears: Ears) -> N
             while True:
                 impostor.informs.send(packet)
         except BlockingIOError:
-            ears.loop.call_from_thread(turn if turns < 50 else ears.loop.stop)
+            listener.loop.call_from_thread(turn if turns < 50 else listener.loop.stop)
 
-    ears.loop.call_from_thread(turn)
-    ears.loop.run()
+    listener.loop.call_from_thread(turn)
+    listener.loop.run()
 
     assert turns == 50
-    assert len(ears.resets) >= 49
-    assert max(len(text) for text, _ in ears.resets) <= 200
+    assert len(listener.resets) >= 49
+    assert max(len(text) for text, _ in listener.resets) <= 200
 
 
-def test_descriptors_from_a_device_are_dropped_57(impostor: Impostor, running: DeviceProcess, ears: Ears) -> None:
-    """Hostile input 57: the VM process accepts no descriptors from a device, so it has none more."""
+def test_descriptors_from_a_device_are_dropped_57(impostor: Impostor, running: DeviceProcess, listener: Listener) -> None:
+    """Hostile input 57: the VM process accepts no descriptors from a device, so no descriptor stays open."""
     before = open_descriptors()
     for _ in range(20):
         socket.send_fds(impostor.sync, [DONE], [0, 1, 2])
         assert running.command(devmsg.RESET)
         packet = devmsg.NEEDS_RESET_HEAD.pack(devmsg.NEEDS_RESET, 0)
         socket.send_fds(impostor.informs, [packet], [0, 1, 2])
-    ears.listen()
+    listener.listen()
 
-    assert len(ears.resets) == 20
+    assert len(listener.resets) == 20
     assert len(open_descriptors()) == len(before)
 
 

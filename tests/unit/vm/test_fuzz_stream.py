@@ -27,7 +27,7 @@ def test_seeds_are_accepted(seed: bytes) -> None:
 
 
 @each_seed
-def test_digests_are_mended(seed: bytes) -> None:
+def test_digests_are_corrected(seed: bytes) -> None:
     """Otherwise every change would be refused at the digest of its section."""
     parts = Parts(seed)
     kind, body = parts.sections[0]

@@ -120,7 +120,7 @@ def loop() -> Iterator[Loop]:
 
 @pytest.fixture
 def pause(monkeypatch: pytest.MonkeyPatch, loop: Loop) -> Iterator[Pause]:
-    """Yield a machine whose header and state are sample records."""
+    """Yield an object that pauses a machine whose header and state are sample records."""
     monkeypatch.setattr(state, "header", lambda _machine, one_shot: saved.header(one_shot=one_shot))
     monkeypatch.setattr(state, "save", lambda _machine, _clocks: saved.machine_state())
     monkeypatch.setattr(state, "check_sent", lambda _header, _state, _machine: None)

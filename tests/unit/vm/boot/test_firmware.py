@@ -1,4 +1,4 @@
-"""Firmware images and their addresses."""
+"""Firmware images and their places in guest memory."""
 
 import pytest
 
