@@ -115,7 +115,7 @@ def running(impostor: Impostor, process: DeviceProcess) -> DeviceProcess:
     return process
 
 
-class Listener:
+class Reader:
     """An event loop that runs until the VM has given up the device, or has read all its messages."""
 
     def __init__(self, process: DeviceProcess) -> None:
@@ -142,7 +142,7 @@ class Listener:
         self.failures.append(text)
         self.loop.stop()
 
-    def listen(self) -> None:
+    def read(self) -> None:
         """Read all messages of the device."""
         while not self.failures and readable(self.channel):
             self.loop.call_from_thread(self.loop.stop)
@@ -150,9 +150,9 @@ class Listener:
 
 
 @pytest.fixture
-def listener(running: DeviceProcess) -> Iterator[Listener]:
+def reader(running: DeviceProcess) -> Iterator[Reader]:
     """Yield an object that reads the messages of the running device."""
-    made = Listener(running)
+    made = Reader(running)
     yield made
     made.loop.close()
 
@@ -359,62 +359,62 @@ def test_the_last_answer_of_a_device_tells_why_it_ends(impostor: Impostor, runni
 # --- informing ---------------------------------------------------------------------------------------------------
 
 
-def test_messages_that_a_device_may_send(impostor: Impostor, listener: Listener) -> None:
+def test_messages_that_a_device_may_send(impostor: Impostor, reader: Reader) -> None:
     """A device may report a broken ring, with the life of the device that it concerns, and a new configuration."""
     impostor.informs.send(devmsg.NEEDS_RESET_HEAD.pack(devmsg.NEEDS_RESET, 3) + b"descriptor 9")
     impostor.informs.send(devmsg.READY_HEAD.pack(devmsg.CONFIG_CHANGED, 0, 60) + b"\1" * 60)
-    listener.listen()
+    reader.read()
 
-    assert (listener.resets, listener.configs, listener.failures) == ([("descriptor 9", 3)], [b"\1" * 60], [])
-    assert listener.events == [("fault", "descriptor 9")]
+    assert (reader.resets, reader.configs, reader.failures) == ([("descriptor 9", 3)], [b"\1" * 60], [])
+    assert reader.events == [("fault", "descriptor 9")]
 
 
-def test_a_network_interface_reports_a_lease(impostor: Impostor, running: DeviceProcess, listener: Listener) -> None:
+def test_a_network_interface_reports_a_lease(impostor: Impostor, running: DeviceProcess, reader: Reader) -> None:
     """An interface may send LEASE."""
     running.kind = INTERFACE
     impostor.informs.send(devmsg.TYPE.pack(devmsg.LEASE))
-    listener.listen()
+    reader.read()
 
-    assert (listener.events, listener.failures) == ([("lease", "")], [])
+    assert (reader.events, reader.failures) == ([("lease", "")], [])
 
 
-def test_a_disk_has_lost_its_lock(impostor: Impostor, running: DeviceProcess, listener: Listener) -> None:
+def test_a_disk_has_lost_its_lock(impostor: Impostor, running: DeviceProcess, reader: Reader) -> None:
     """The report has a bounded length, and is kept until the lock is taken again."""
     for _ in range(2):
         impostor.informs.send(devmsg.TYPE.pack(devmsg.LOCK_LOST) + b"gone\xff" + b"x" * 500)
-    listener.listen()
-    assert listener.failures == []
-    assert len(listener.lost) == 2
-    assert listener.lost[0].startswith("disk0: gone")
-    assert len(listener.lost[0]) < devmsg.TROUBLE_MAX + 10
+    reader.read()
+    assert reader.failures == []
+    assert len(reader.lost) == 2
+    assert reader.lost[0].startswith("disk0: gone")
+    assert len(reader.lost[0]) < devmsg.TROUBLE_MAX + 10
     for status, lost in ((devmsg.TAKEN_IN_USE, True), (devmsg.TAKEN, False)):
         impostor.sync.send(devmsg.STATUS.pack(devmsg.TAKE_BACK, status))
         assert running.take_back() == status
         assert bool(running.lock_lost) == lost
 
 
-def test_an_interface_has_no_lock(impostor: Impostor, running: DeviceProcess, listener: Listener) -> None:
+def test_an_interface_has_no_lock(impostor: Impostor, running: DeviceProcess, reader: Reader) -> None:
     """An interface that reports a lost lock has failed."""
     running.kind = INTERFACE
     impostor.informs.send(devmsg.TYPE.pack(devmsg.LOCK_LOST))
-    listener.listen()
-    assert len(listener.failures) == 1
+    reader.read()
+    assert len(reader.failures) == 1
 
 
-def test_a_network_interface_asks_for_name_servers(impostor: Impostor, running: DeviceProcess, listener: Listener) -> None:
+def test_a_network_interface_asks_for_name_servers(impostor: Impostor, running: DeviceProcess, reader: Reader) -> None:
     """The VM sends the servers, with zeroes for absent ones, or the message that they are the same as before."""
     running.kind = INTERFACE
     impostor.informs.send(devmsg.TYPE.pack(devmsg.ASK_RESOLVERS))
-    listener.listen()
+    reader.read()
     running.tell_resolvers(((b"aaaa", b"bbbb"), (bytes(16),)))
     running.tell_resolvers(None)
 
-    assert (listener.asked, listener.failures) == ([True], [])
+    assert (reader.asked, reader.failures) == ([True], [])
     assert impostor.informs.recv(200) == devmsg.RESOLVERS_BODY.pack(devmsg.RESOLVERS, b"aaaabbbb", b"")
     assert impostor.informs.recv(200) == devmsg.TYPE.pack(devmsg.SAME_RESOLVERS)
 
 
-def test_a_change_is_answered_once(impostor: Impostor, running: DeviceProcess, listener: Listener, tmp_path: Path) -> None:
+def test_a_change_is_answered_once(impostor: Impostor, running: DeviceProcess, reader: Reader, tmp_path: Path) -> None:
     """One change at a time is allowed.  The disc's descriptor is sent too, and the caller still owns its copy."""
     answers: list[tuple[int, str]] = []
 
@@ -426,7 +426,7 @@ def test_a_change_is_answered_once(impostor: Impostor, running: DeviceProcess, l
     assert answers == [(errno.EBUSY, "another change is under way")]
     assert impostor.informs.recv(200) == devmsg.RESIZE_BODY.pack(devmsg.RESIZE, 1 << 40)
     impostor.informs.send(devmsg.CHANGED_HEAD.pack(devmsg.CHANGED, errno.ENOSPC) + b"no room")
-    listener.listen()
+    reader.read()
     assert answers[1:] == [(errno.ENOSPC, "no room")]
 
     (tmp_path / "disc").write_bytes(b"d")
@@ -438,13 +438,13 @@ def test_a_change_is_answered_once(impostor: Impostor, running: DeviceProcess, l
     assert [os.read(each, 9) for each in fds] == [b"d"]
     os.close(fds[0])
     impostor.informs.send(devmsg.CHANGED_HEAD.pack(devmsg.CHANGED, 0))
-    listener.listen()
+    reader.read()
     assert answers[2:] == [(0, "")]
-    assert listener.failures == []
+    assert reader.failures == []
 
     impostor.informs.send(devmsg.CHANGED_HEAD.pack(devmsg.CHANGED, 0))
-    listener.listen()
-    assert [f"unexpected message {devmsg.CHANGED}" in text for text in listener.failures] == [True]
+    reader.read()
+    assert [f"unexpected message {devmsg.CHANGED}" in text for text in reader.failures] == [True]
 
 
 def troubles(*texts: bytes) -> bytes:
@@ -453,7 +453,7 @@ def troubles(*texts: bytes) -> bytes:
 
 
 def test_a_trouble_of_a_device_is_kept_until_it_ends(
-    impostor: Impostor, running: DeviceProcess, listener: Listener, monkeypatch: pytest.MonkeyPatch
+    impostor: Impostor, running: DeviceProcess, reader: Reader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each trouble has the time of its first report.  A trouble that is no longer reported is removed."""
     for now_s, said in (
@@ -461,30 +461,30 @@ def test_a_trouble_of_a_device_is_kept_until_it_ends(
     ):  # fmt: skip
         monkeypatch.setattr(time, "time", lambda now_s=now_s: now_s)
         impostor.informs.send(said)
-        listener.listen()
+        reader.read()
     assert running.troubles == {"flush fails": 200}
     assert running.label == "disk0"
 
     impostor.informs.send(troubles())
-    listener.listen()
+    reader.read()
     assert running.troubles == {}
-    assert listener.events == [("trouble", "old"), ("trouble", "flush fails"), ("mended", "")]
+    assert reader.events == [("trouble", "old"), ("trouble", "flush fails"), ("mended", "")]
 
 
 @pytest.mark.parametrize(
     "said", [troubles(*[b"%d" % number for number in range(1000)]), troubles(b"x" * 4000), troubles(b"\xff" * 4000)]
 )
 def test_a_device_that_reports_too_many_troubles_57(
-    impostor: Impostor, running: DeviceProcess, listener: Listener, said: bytes
+    impostor: Impostor, running: DeviceProcess, reader: Reader, said: bytes
 ) -> None:
     """Hostile input 57: only a few short sentences are kept, even if the device sends many and long ones."""
     for _ in range(20):
         impostor.informs.send(said)
-        listener.listen()
+        reader.read()
 
     assert len(running.troubles) <= devmsg.TROUBLES_MAX
     assert all(len(text.encode()) <= devmsg.TROUBLE_MAX for text in running.troubles)
-    assert listener.failures == []
+    assert reader.failures == []
 
 
 BAD_MESSAGES = {
@@ -503,29 +503,29 @@ BAD_MESSAGES = {
 
 
 @pytest.mark.parametrize("packet", BAD_MESSAGES.values(), ids=BAD_MESSAGES)
-def test_bad_message_57(impostor: Impostor, listener: Listener, packet: bytes) -> None:
+def test_bad_message_57(impostor: Impostor, reader: Reader, packet: bytes) -> None:
     """Hostile input 57: the VM ends with one sentence of a bounded length.  Later messages are not read."""
     impostor.informs.send(packet)
     impostor.informs.send(packet)
-    listener.listen()
-    listener.listen()
+    reader.read()
+    reader.read()
 
-    assert len(listener.failures) == 1
-    assert listener.failures[0].startswith(TITLE)
-    assert len(listener.failures[0]) < 600
-    assert (listener.resets, listener.configs) == ([], [])
+    assert len(reader.failures) == 1
+    assert reader.failures[0].startswith(TITLE)
+    assert len(reader.failures[0]) < 600
+    assert (reader.resets, reader.configs) == ([], [])
 
 
 @pytest.mark.parametrize(("status", "how"), [(0, "ended with status 0"), (-31, "was killed by SIGSYS")])
-def test_device_that_ends_57(impostor: Impostor, listener: Listener, status: int, how: str) -> None:
+def test_device_that_ends_57(impostor: Impostor, reader: Reader, status: int, how: str) -> None:
     """Hostile input 57: the VM cannot go on without the device, so it fails."""
     impostor.end(status)
-    listener.listen()
+    reader.read()
 
-    assert listener.failures == [f"{TITLE}: {how}"]
+    assert reader.failures == [f"{TITLE}: {how}"]
 
 
-def test_device_that_never_stops_talking_57(impostor: Impostor, listener: Listener) -> None:
+def test_device_that_never_stops_talking_57(impostor: Impostor, reader: Reader) -> None:
     """Hostile input 57: the loop reads one message at a time, so that it can handle other events in between."""
     impostor.informs.setblocking(False)
     packet = devmsg.NEEDS_RESET_HEAD.pack(devmsg.NEEDS_RESET, 0) + b"x" * 4000
@@ -538,17 +538,17 @@ def test_device_that_never_stops_talking_57(impostor: Impostor, listener: Listen
             while True:
                 impostor.informs.send(packet)
         except BlockingIOError:
-            listener.loop.call_from_thread(turn if turns < 50 else listener.loop.stop)
+            reader.loop.call_from_thread(turn if turns < 50 else reader.loop.stop)
 
-    listener.loop.call_from_thread(turn)
-    listener.loop.run()
+    reader.loop.call_from_thread(turn)
+    reader.loop.run()
 
     assert turns == 50
-    assert len(listener.resets) >= 49
-    assert max(len(text) for text, _ in listener.resets) <= 200
+    assert len(reader.resets) >= 49
+    assert max(len(text) for text, _ in reader.resets) <= 200
 
 
-def test_descriptors_from_a_device_are_dropped_57(impostor: Impostor, running: DeviceProcess, listener: Listener) -> None:
+def test_descriptors_from_a_device_are_dropped_57(impostor: Impostor, running: DeviceProcess, reader: Reader) -> None:
     """Hostile input 57: the VM process accepts no descriptors from a device, so no descriptor stays open."""
     before = open_descriptors()
     for _ in range(20):
@@ -556,9 +556,9 @@ def test_descriptors_from_a_device_are_dropped_57(impostor: Impostor, running: D
         assert running.command(devmsg.RESET)
         packet = devmsg.NEEDS_RESET_HEAD.pack(devmsg.NEEDS_RESET, 0)
         socket.send_fds(impostor.informs, [packet], [0, 1, 2])
-    listener.listen()
+    reader.read()
 
-    assert len(listener.resets) == 20
+    assert len(reader.resets) == 20
     assert len(open_descriptors()) == len(before)
 
 
