@@ -40,7 +40,7 @@ class Listener:
         """Return the next event."""
         deadline_s = time.monotonic() + DEADLINE_S
         while b"\n" not in self.heard:
-            assert select.select([self.fd], [], [], deadline_s - time.monotonic())[0], "nothing is heard"
+            assert select.select([self.fd], [], [], deadline_s - time.monotonic())[0], "there is no event"
             piece = os.read(self.fd, 65536)
             assert piece, self.process.communicate()[1].decode()
             self.heard += piece

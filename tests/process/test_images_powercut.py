@@ -220,9 +220,9 @@ def test_power_cut_while_refcount_blocks_are_added(tmp_path: Path, monkeypatch: 
     for number in added:
         for end in recorder.barriers(number)[:2]:
             cut.write_bytes(recorder.after_cut(end, lambda one: one != number))  # noqa: B023
-            assert consistent(cut), "entries before the entry that makes them count"
+            assert consistent(cut), "clusters are used before the table entry of their refcounts"
         cut.write_bytes(recorder.after_cut(number + 1, lambda one: one == number))  # noqa: B023
-        assert consistent(cut), "the entry before its block"
+        assert consistent(cut), "the table entry precedes its refcount block"
 
 
 @pytest.mark.parametrize("based", [False, True])

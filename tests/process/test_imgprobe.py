@@ -110,8 +110,8 @@ def blocked(child: Child) -> dict[str, str]:
         status = dict(line.split(":\t", 1) for line in text.splitlines() if ":\t" in line)
         if status["Seccomp"] == "2" and status["State"].startswith("S"):
             return status
-        assert child.reap(0.01) is None, "it has ended"
-    raise AssertionError("it does not confine itself")
+        assert child.reap(0.01) is None, "the process has ended"
+    raise AssertionError("the process does not confine itself")
 
 
 def test_imgprobe_holds_its_socket_and_nothing_else(cell: Cell) -> None:

@@ -69,7 +69,7 @@ def test_each_life_of_a_vm_gets_new_packet_sockets(network: Network, tmp_path: P
 
         priv = vmd.processes()["vmd: priv"]
         os.kill(priv, signal.SIGKILL)
-        until(lambda: vmd.processes().get("vmd: priv", priv) != priv, "priv is not there again")
+        until(lambda: vmd.processes().get("vmd: priv", priv) != priv, "priv was not started again")
         vmd.must("reload")
         assert tables(network) == ["vmd_tap0", "vmd_tap1"]
         counters = vmd.interfaces("db1")[1]["counters"]

@@ -107,7 +107,7 @@ def received(fd: int, last: bytes) -> list[bytes]:
         found.extend(taken(fd))
         return last in found
 
-    until(come, "the last frame has not come")
+    until(come, "the last frame has not arrived")
     return found[: found.index(last)]
 
 
@@ -410,7 +410,7 @@ def test_priv_restores_filters_that_others_remove(network: Network, priv: Priv) 
         assert priv.hear().text == "filters on tap0 were removed by another program: they were laid again"
         assert network.run("nft", "list", "table", "netdev", "vmd_tap0") == before
         network.run("nft", "flush", "chain", "netdev", "vmd_tap0", "sent")
-        until(lambda: network.run("nft", "list", "table", "netdev", "vmd_tap0") == before, "not laid again")
+        until(lambda: network.run("nft", "list", "table", "netdev", "vmd_tap0") == before, "not restored")
 
 
 def test_the_counts_of_dropped_frames_survive_the_filters(network: Network, priv: Priv) -> None:

@@ -57,7 +57,7 @@ class Disk(BothHalves):
 
     def listen(self, until: Callable[[], bool]) -> None:
         """Run the loop until a condition holds."""
-        overdue = self.loop.call_later(DEADLINE_S, lambda: pytest.fail("nothing came of it"))
+        overdue = self.loop.call_later(DEADLINE_S, lambda: pytest.fail("the condition does not hold"))
         while not until():
             self.loop.call_later(0.01, self.loop.stop)
             self.loop.run()
