@@ -317,7 +317,7 @@ def test_kvm_slots_describe_every_region(memory: GuestMemory) -> None:
 def test_close_releases_the_descriptor_once() -> None:
     """A second close is harmless.  A view that is still in use keeps the memory open."""
     memory = GuestMemory.create(LAYOUT)
-    held = memory.view(0, 4)
+    held, fd = memory.view(0, 4), memory.fd
     with pytest.raises(BufferError):
         memory.close()
     held.release()
@@ -325,3 +325,5 @@ def test_close_releases_the_descriptor_once() -> None:
     memory.close()
 
     assert memory.fd == -1
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)

@@ -229,3 +229,29 @@ def test_a_guest_that_ran_elsewhere_without_writing_is_noticed(path: Path, kind:
     assert hand_over.take_back() == devmsg.TAKEN_CHANGED
     assert path.read_bytes() == content
     image.close()
+
+
+@pytest.mark.parametrize("before", ["let go", "lost"])
+def test_storage_that_fails_during_the_return_of_the_lock(
+    path: Path, kind: str, before: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lock stays free, because the image may have changed; the next attempt asks again."""
+    image = opened(path, kind)
+    hand_over = HandOver(image)
+    if before == "lost":
+        lose(image)
+        other = opened(path, kind)
+        assert hand_over.check()
+        os.close(other.fd)
+    else:
+        assert hand_over.let_go() == 0
+
+    def fail(_fd: int) -> tuple[int, int]:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(handover, "mark", fail)
+        assert hand_over.take_back() == devmsg.TAKEN_FAILED
+    assert is_free(path)
+    assert hand_over.take_back() == devmsg.TAKEN
+    image.close()
