@@ -241,7 +241,7 @@ NOT_RAISED = Fate([f"more_descriptors errno {errno.EPERM}"], 0)  # the kernel re
 
 @pytest.mark.parametrize("kind", [*LEAVES[1:], "VM", "LOCKHOLDER"])
 def test_forbidden_call_kills(cell: Cell, kind: str) -> None:
-    """SIGSYS kills a process that makes a forbidden call.  A device may lower its limits, but not raise them."""
+    """SIGSYS kills a process that makes a forbidden call.  A device may only lower its limits."""
     fates = dict.fromkeys(KILLS, KILLED_AT_ONCE)
     if kind in ("VIOBLK", "VIONET", "VIONET_KERNEL", "IMGWRITER", "IMGBOOT"):
         fates["more_descriptors"] = NOT_RAISED
@@ -256,8 +256,8 @@ def test_a_packet_socket_leads_to_one_interface_only(cell: Cell) -> None:
     assert try_each(cell, "VIONET_KERNEL", attempts) == dict.fromkeys(attempts, KILLED_AT_ONCE)
 
 
-def test_forbidden_call_kills_a_vm_that_is_built(cell: Cell) -> None:
-    """It has one right more than a built VM: it may narrow its requests to KVM, once."""
+def test_forbidden_call_kills_a_vm_that_is_being_built(cell: Cell) -> None:
+    """Its filter differs from that of a running VM: it may narrow its requests to KVM once, and lower its limits."""
     attempts = [attempt for attempt in KILLS if attempt not in ("more_descriptors", "another_filter")]
     once = "narrow_requests+another_filter"
 
@@ -266,8 +266,8 @@ def test_forbidden_call_kills_a_vm_that_is_built(cell: Cell) -> None:
     assert fates == {**dict.fromkeys(attempts, KILLED_AT_ONCE), once: Fate(["narrow_requests done None"], KILLED)}
 
 
-def test_a_vm_that_is_built_may_have_fewer_descriptors_later_but_not_more(cell: Cell) -> None:
-    """Until the guest exists, it may change its limits.  The kernel lets it only lower them."""
+def test_a_vm_that_is_being_built_cannot_raise_its_limits(cell: Cell) -> None:
+    """Its filter allows the call, so that it can lower them.  The kernel refuses to raise them."""
     run = try_inside(cell, "VM_BUILDING", "more_descriptors")
 
     assert (run.answers, run.status) == NOT_RAISED
@@ -444,7 +444,7 @@ def test_uncaught_exception_is_logged(cell: Cell, kind: str) -> None:
 
 
 def test_a_device_process_makes_no_memfd(cell: Cell) -> None:
-    """Only vmm and VMs create memory to share with other processes."""
+    """vmm and VMs may create memory to share with other processes, but devices may not."""
     assert try_inside(cell, "VIOBLK", "memfd").status == KILLED
 
 
@@ -645,7 +645,7 @@ def test_title(cell: Cell, title: str) -> None:
 
 
 def test_process_state_is_clean(cell: Cell) -> None:
-    """A child has its own session and no inherited signal settings.  It can gain no privileges, nor dump core."""
+    """A child has its own session and no inherited signal settings.  It cannot gain privileges or dump core."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     try:
         with waiting_process(cell, "insider", "CONTROL") as child:

@@ -768,7 +768,7 @@ def test_forwarding_that_was_on_before_stays_on(network: Network, priv: Priv) ->
 
 
 def test_forwarding_that_the_administrator_switches_off_stays_off(network: Network, priv: Priv) -> None:
-    """priv does not change it any more."""
+    """If forwarding was switched off by others, priv does not change it."""
     with priv.make(nic(host4=HOST4)):
         network.write("/proc/sys/net/ipv4/ip_forward", "0")
     network.write("/proc/sys/net/ipv4/conf/default/forwarding", "1")

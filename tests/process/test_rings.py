@@ -56,7 +56,7 @@ SIZE_MAX = 1 << 15
 
 @pytest.fixture(scope="module")
 def devices(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Devices]:
-    """Give one device of each kind, for all tests.  So a device that breaks also fails the next test."""
+    """Give one device of each kind, for all tests.  A device that breaks also fails the next test."""
     with Devices(tmp_path_factory.mktemp("rings")) as made:
         yield made
 
@@ -327,7 +327,7 @@ def nested_behind(driver: RingDriver, parts: list[Desc]) -> list[Desc]:
 
 
 def long_table(driver: RingDriver, parts: list[Desc]) -> list[Desc]:
-    """Return an indirect table with one descriptor more than a device follows, whatever the size of the queue."""
+    """Return an indirect table with one descriptor more than a device follows in a queue of any size."""
     one = parts[-1]._replace(length=1)
     return [driver.table([*parts, *[one] * (CHAIN_MAX + 1 - len(parts))], LONG_TABLE)]
 
