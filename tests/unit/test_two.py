@@ -1,4 +1,4 @@
-"""Two pytest processes that share the tests give one result, whatever happens to either."""
+"""Two pytest processes that share the tests give one result, even if one of them fails."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""A session with an SNMP agent: opening, requests, sets, notifications and its end, whatever the agent does."""
+"""A session with an SNMP agent: opening, requests, sets, notifications and its end, also with a faulty agent."""
 
 import socket
 import threading

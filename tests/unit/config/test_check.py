@@ -117,7 +117,7 @@ def test_settings_of_another_file(conf: Loader) -> None:
 
 
 def test_a_vm_beyond_the_limits(conf: Loader) -> None:
-    """A VM that could not run even alone gets a warning, wherever the limit is in the file."""
+    """A VM that could not run even alone gets a warning, with the limit at any place in the file."""
     conf.load("limit vcpus 2\nvm a { vcpus 3 }\nvm b { vcpus 2 }\nvm c { memory 2G }\nlimit memory 1G\n")
 
     assert conf.warnings == [

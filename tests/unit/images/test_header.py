@@ -281,7 +281,7 @@ def test_entry_that_leads_nowhere_is_an_error_52(image: Path, entry: int, words:
 
 
 def test_cluster_in_use_with_refcount_0_is_not_allocated_52(image: Path) -> None:
-    """Hostile input 52, overlap on allocation: the image's tables are known, whatever their refcounts are."""
+    """Hostile input 52, overlap on allocation: the image's tables are known, even with wrong refcounts."""
     disk = opened(image, writable=True)
     write(disk, 0, b"x" * CLUSTER)  # cluster 4 is its L2 table, 5 the data
     disk.close()

@@ -230,7 +230,7 @@ def test_a_bad_message_of_our_starter_is_dropped(
 ) -> None:
     """Unknown, misdirected and untimely messages are logged and dropped, and their descriptors are closed.
 
-    A packet that is no message ends the channel all the same.
+    A packet that is no message still ends the channel.
     """
     ours, theirs = socketpair()
     handled: list[Record] = []

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def test_timers_run_in_order_and_can_be_cancelled() -> None:
-    """Timers run in the order of their times, whatever the order in which they were made."""
+    """Timers run in the order of their times, not in the order in which they were made."""
     loop = Loop()
     seen: list[str] = []
     loop.call_later(0.02, lambda: seen.append("second"))

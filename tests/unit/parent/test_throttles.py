@@ -58,7 +58,7 @@ class Watched(Parent):
         os.pwrite(self.page, raw, slot * devmsg.FIGURES_SLOT_BYTES)
 
     def look(self) -> list[tuple[str, str]]:
-        """Look once more.  Return the new events."""
+        """Look again.  Return the new events."""
         before = list(self.core.events._past)
         self.later.pop(0)()
         return [(event.device, event.text) for event in list(self.core.events._past)[len(before) :]]

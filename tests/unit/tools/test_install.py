@@ -68,7 +68,7 @@ class Steps:
     def before(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         """Return a call with the counter before it."""
 
-        def counted(*arguments: Any, **options: Any) -> Any:  # noqa: ANN401 - it stands in for whatever it wraps
+        def counted(*arguments: Any, **options: Any) -> Any:  # noqa: ANN401 - it replaces any function
             self.count += 1
             self.names.append(name)
             if self.count == self.turn + 1:

@@ -119,7 +119,7 @@ def test_a_terminal_that_is_not_utf_8() -> None:
 
 
 def test_noise() -> None:
-    """Only allowed output is produced, wherever the input is cut."""
+    """Only allowed output is produced, even if reads split the input at any byte."""
     noise = random.Random(20)
     alphabet = b"\x1b\x1b\x1b[[]PX^_;?>!$ 0123456789mhlcnHJKrq\\\x07\x18\x05\x0e\x7f\xc2\xc2\x9b\x9d\x9c\xc4\x90\r\nab"
     for _ in range(300):

@@ -52,7 +52,7 @@ ROW_TMPL = "    2     -     1    512M       -       -         root  stopped tmpl
 
 
 def test_a_word_that_is_a_name_and_an_id(daemon: FakeDaemon, vmctl: Vmctl) -> None:
-    """The VM with that name is shown, wherever it is in the list."""
+    """The VM with that name is shown, from any place in the list."""
     for vms in ([vm_info("2", vmid=1), vm_info("b", vmid=2)], [vm_info("b", vmid=2), vm_info("2", vmid=7)]):
         daemon.answers(*vms, End())
         status, out, _ = vmctl("status", "2")
