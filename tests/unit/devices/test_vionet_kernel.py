@@ -602,8 +602,31 @@ def test_numbers_are_the_kernels(tmp_path: Path) -> None:
     """Requests, and the sizes of their arguments, are those of <linux/vhost.h>."""
     sizes = {"vhost_vring_state": vhost.STATE, "vhost_vring_file": vhost.FILE, "vhost_vring_addr": vhost.ADDR,
              "vhost_memory": vhost.MEMORY, "vhost_memory_region": vhost.REGION}  # fmt: skip
-    checks = [f"_Static_assert({name} == {number}u, \"\");" for name, number in vars(vhost).items() if "VHOST_" in name]
-    checks += [f"_Static_assert(sizeof(struct {name}) == {each.size}, \"\");" for name, each in sizes.items()]
+    checks = [f'_Static_assert({name} == {number}u, "");' for name, number in vars(vhost).items() if "VHOST_" in name]
+    checks += [f'_Static_assert(sizeof(struct {name}) == {each.size}, "");' for name, each in sizes.items()]
     source = tmp_path / "vhost.c"
     source.write_text("#include <sys/ioctl.h>\n#include <linux/vhost.h>\n" + "\n".join(checks))
     assert os.spawnlp(os.P_WAIT, "gcc", "gcc", "-fsyntax-only", str(source)) == 0
+
+
+def test_the_kernel_is_told_of_all_features_that_rings_depend_on(rig: Rig) -> None:
+    """It finds chains and stores indices by them.  Bit 27 means something else to it."""
+    rig.device.quiesce(forget=True)
+    rig.begin((1 << 33) - 1)
+    rig.device.resume()
+
+    assert rig.kernel.serves()
+    assert rig.kernel.features == sum(1 << bit for bit in (15, 24, 28, 29, 32))
+
+
+@pytest.mark.parametrize("mtu", [0, 1400])
+def test_features_and_configuration_of_an_interface(kernel: FakeVhost, mtu: int) -> None:
+    """Offloads for frames to the guest depend on the tap, and the MTU is known if it is configured (5.1.3, 5.1.4)."""
+    rig = Rig(kernel.memory, kernel, PLAIN.replace(mtu=mtu))
+    always = {0, 5, 11, 12, 13, 15, 16} | ({3} if mtu else set())
+
+    for offloads, bits in ((0, set[int]()), (1, {1}), (7, {1, 7, 8}), (15, {1, 7, 8, 9})):
+        rig.tap.offloads = offloads
+        assert rig.device.features == sum(1 << bit for bit in always | bits)
+    assert rig.device.config == LLADDR + struct.pack("<HHH", 1, 1, mtu)
+    rig.close()
