@@ -2,19 +2,33 @@
 
 import errno
 import os
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import pytest
 
-from vmd.config.model import Config, DiskConfig, Globals, NicConfig, Owner, VmConfig
+from vmd.config.model import (
+    AllowInstance,
+    BootDevice,
+    Config,
+    DiskConfig,
+    Globals,
+    NicConfig,
+    Owner,
+    VmConfig,
+    VmFlag,
+    VmLimits,
+)
 from vmd.errors import VMD_VM_STOP_INVALID, HostError, OperatorError, PeerError, VmdError
+from vmd.fileid import FileId
 from vmd.ipc.fence import OUR_FAULT
 from vmd.ipc.imsg import Envelope
 from vmd.ipc.loop import Timer
 from vmd.ipc.messages.clients import (
     Caller,
     Failed,
+    Ok,
     ResizeRequest,
     StartRequest,
     StopAccepted,
@@ -31,9 +45,11 @@ from vmd.parent import service
 from vmd.parent.clients import For
 from vmd.parent.consoles import Consoles
 from vmd.parent.core import Core
-from vmd.parent.endings import FAILED, KILLED, POWERED_OFF
+from vmd.parent.endings import FAILED, KILLED, POWERED_OFF, STOPPED
+from vmd.parent.groups import HOST, LIMIT
 from vmd.parent.life import STOP_GRACE_S, Life
-from vmd.parent.opening import Opened
+from vmd.parent.opening import ClientFiles, Opened
+from vmd.parent.resources import Pty
 from vmd.parent.vm import State, Vm
 from vmd.record import Record
 
@@ -67,16 +83,18 @@ class Openings:
     def __init__(self) -> None:
         self.asked: dict[int, tuple[Callable[[Opened], None], Callable[[VmdError], None]]] = {}  # by vmid
         self.boots: list[bool] = []
+        self.given: ClientFiles | None = None  # of the last job
 
     def require_answers(self, _user: int) -> None:
         """Accept every user: no opener hangs."""
 
     def open(
         self, vm: Vm, _config: VmConfig, _user: int, on_opened: Callable[[Opened], None],
-        on_failed: Callable[[VmdError], None], *, boots: bool, **_more: object,
+        on_failed: Callable[[VmdError], None], *, boots: bool, given: ClientFiles | None = None, **_more: object,
     ) -> None:  # fmt: skip
         """Accept a job."""
         self.asked[vm.vmid] = on_opened, on_failed
+        self.given = given
         self.boots.append(boots)
 
     def give_up(self, vm: Vm) -> bool:
@@ -498,3 +516,243 @@ def test_a_bug_ends_only_vms_of_unknown_state(rig: Rig, message: Record, state: 
     answered = [] if killed else [(CLIENT, True)]
     assert [(client, OUR_FAULT in repr(answer)) for client, answer in rig.control.take()] == answered
     rig.life.give_up(99, ResizeRequest(disk="x", size_bytes=1))
+
+
+# --- VMs that clients describe ----------------------------------------------------------------------------------
+
+USER = Caller(uid=os.getuid() or 2000, gid=os.getgid(), pid=3)
+
+
+def ask_described(
+    rig: Rig, caller: Caller = ROOT, template: str = "", files: tuple[str, ...] = (), **fields: object
+) -> None:
+    """Let a client start a VM that it describes."""
+    given = {"disks": (DiskConfig(path="/mine"),)} | fields
+    message = StartRequest(name="mine", template=template, config=VmConfig(name="mine").replace(**given), files=files)
+    rig.life.serve_start(message, caller, Envelope(message, CLIENT, 0, {}))
+
+
+def test_only_root_starts_a_vm_that_no_file_describes(rig: Rig) -> None:
+    """Other users make instances of the VMs that allow it."""
+    with pytest.raises(OperatorError, match=r"only root may start a VM that vm\.conf does not describe") as refused:
+        ask_described(rig, USER)
+    assert refused.value.number == errno.EPERM
+    assert ([*rig.core.vms], rig.openings.asked) == ([], {})
+    ask_described(rig)
+    assert [vm.name for vm in rig.core.vms] == ["mine"]
+
+
+def test_the_name_of_an_instance_is_new(rig: Rig) -> None:
+    """Whatever VM has the id that is next."""
+    template = rig.add("template")
+    ask_described(rig, template="template")
+    assert [(vm.name, vm.config.parent) for vm in rig.core.vms] == [("template", ""), ("mine", "template")]
+    with pytest.raises(OperatorError, match="vm mine already exists") as refused:
+        ask_described(rig, template="template")
+    assert refused.value.number == errno.EEXIST
+    with pytest.raises(OperatorError, match="vm mine: template none not found"):
+        ask_described(rig, template="none")
+    assert (template.state, len(rig.openings.asked)) == (State.STOPPED, 1)
+
+
+def test_a_user_who_makes_an_instance_takes_no_address_of_another_vm(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Root may: the two VMs need not run at the same time."""
+    monkeypatch.setattr(Pty, "give_to", lambda *_: None)
+    nic = NicConfig(lladdr=bytes.fromhex("021122334455"))
+    allow = AllowInstance(owner=Owner(uid=USER.uid), flags=~VmFlag(0))
+    rig.add("template", allow=allow)
+    rig.add("other", nics=(nic,))
+    with pytest.raises(OperatorError, match="lladdr 02:11:22:33:44:55 is that of another vm"):
+        ask_described(rig, USER, "template", nics=(nic,), given=VmFlag.NETWORK, disks=())
+    ask_described(rig, ROOT, "template", nics=(nic,), given=VmFlag.NETWORK)
+
+
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("caller", "memory", "most"),
+    [(ROOT, 512 * MIB, 1024 * MIB), (ROOT, 2048 * MIB, 2048 * MIB), (USER, 128 * MIB, 256 * MIB),
+     (USER, 512 * MIB, 512 * MIB)],
+)  # fmt: skip
+def test_how_large_a_boot_image_of_a_client_may_be(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, caller: Caller, memory: int, most: int
+) -> None:
+    """It is copied to memory of the host for reboots.  A user has less of it than root."""
+    monkeypatch.setattr(Pty, "give_to", lambda *_: None)
+    allow = AllowInstance(owner=Owner(uid=USER.uid), flags=~VmFlag(0))
+    rig.add("template", allow=allow)
+    ask_described(
+        rig, caller, "template", ("kernel",), memory_bytes=memory, kernel="/bsd",
+        given=VmFlag.MEMORY | VmFlag.KERNEL, disks=(),
+    )  # fmt: skip
+
+    given = rig.openings.given
+    assert given is not None
+    assert (given.copy_max, [*given.copies]) == (most, ["kernel"])
+
+
+def test_a_boot_image_for_one_start_is_not_copied(rig: Rig) -> None:
+    """The VM of vm.conf boots its own image after a reset."""
+    vm = rig.add()
+    message = StartRequest(name="a", files=("kernel",))
+    rig.life.serve_start(message, ROOT, Envelope(message, CLIENT, 0, {}))
+    given = rig.openings.given
+    assert given is not None
+    assert (given.copy_max, given.copies, given.check_mode) == (0, {}, True)
+    assert vm.once_because
+
+
+# --- reset of all VMs -----------------------------------------------------------------------------------------
+
+
+def test_a_reset_ends_with_its_last_vm(rig: Rig) -> None:
+    """Then its clients are answered, and the VMs of the file that has been loaded meanwhile follow."""
+    a, b = rig.run(rig.add("a")), rig.run(rig.add("b"))
+    for vm in (a, b):
+        vm.resetting, vm.from_config = True, False
+    a.successor = VmConfig(name="a", owner=Owner(uid=os.getuid()), disks=(DiskConfig(path="/new"),))
+    rig.core.clients.wait(CLIENT, For.RESET)
+    rig.exited(a, Outcome.KILLED)
+    assert rig.control.take() == []
+    new = rig.core.vms.get(0, "a")
+    assert (new.state, new.config.disks[0].path) == (State.STARTING, "/new")
+    rig.exited(b, Outcome.KILLED)
+    assert rig.control.take() == [(CLIENT, Ok())]
+    assert [vm.name for vm in rig.core.vms] == ["a"]
+
+
+def test_after_a_reset_without_new_vms_ids_begin_with_1(rig: Rig) -> None:
+    """As after a start of the daemon."""
+    vms = [rig.run(rig.add(name)) for name in "abc"]
+    for vm in vms:
+        vm.resetting, vm.from_config = True, False
+    for vm in vms:
+        rig.exited(vm, Outcome.KILLED)
+
+    assert rig.add("d").vmid == 1
+
+
+def test_the_end_of_the_daemon_is_logged(rig: Rig, capfd: pytest.CaptureFixture[str]) -> None:
+    """With the number of VMs, and for how long it waits for them."""
+    rig.run(rig.add())
+    rig.add("stopped")
+    rig.life.stop_all()
+    rig.life.stop_all()
+    assert capfd.readouterr().err.count(f"stopping 1 VMs, {STOP_GRACE_S:.0f} s at most") == 1
+
+
+# --- why a VM ended -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("lack", "memory_bytes", "outcome", "text"),
+    [
+        (LIMIT, 3 << 30, Outcome.KILLED, "memory limit of 3.0G reached: killed by signal 9"),
+        (LIMIT, 0, Outcome.FAILED, "memory limit reached: killed by signal 9"),
+        (HOST, 3 << 30, Outcome.KILLED, "host out of memory: killed by signal 9"),
+        (LIMIT, 3 << 30, Outcome.ENDED, "killed by signal 9"),
+        ("", 3 << 30, Outcome.KILLED, "killed by signal 9"),
+    ],
+)
+def test_a_vm_that_the_kernel_kills_for_lack_of_memory(
+    rig: Rig, lack: str, memory_bytes: int, outcome: Outcome, text: str
+) -> None:
+    """The sentence names the limit that is in force, and only if the VM ended by that."""
+    vm = rig.run(rig.add(limit=VmLimits(memory_bytes=memory_bytes)))
+    vm.memory_lack = lack
+    rig.core.clients.wait(CLIENT, For.END, vm.vmid)
+    rig.exited(vm, outcome, "killed by signal 9")
+    ((_, ended),) = rig.control.take()
+    assert isinstance(ended, VmTerminated)
+    assert (ended.text, vm.text) == (text, text)
+    rig.run(vm)
+    rig.exited(vm, Outcome.KILLED, "killed by signal 9")
+    assert vm.text == "killed by signal 9"
+
+
+def test_a_guest_that_resets_itself_when_it_is_stopped(rig: Rig) -> None:
+    """OpenBSD does that.  The VM is not started again."""
+    vm = rig.run(rig.add())
+    rig.stop_vm(vm, wait=True)
+    rig.exited(vm, Outcome.REBOOT)
+
+    assert rig.control.take() == [(CLIENT, VmTerminated(vmid=vm.vmid, name="a", text="stopped as asked", how=STOPPED))]
+    assert (vm.state, rig.openings.asked) == (State.STOPPED, {})
+
+
+@pytest.mark.parametrize(
+    ("device", "why"),
+    [
+        (BootDevice.CDROM, "it was booted from the CD"),
+        (BootDevice.NET, "it was booted from the network"),
+        (BootDevice.DISK, "only that start said what to boot"),
+    ],
+)
+def test_a_vm_that_was_started_in_another_way_once(rig: Rig, device: BootDevice, why: str) -> None:
+    """Its reset ends it.  The next start is one by vm.conf again."""
+    vm = rig.add(cdrom="/cd.iso")
+    message = StartRequest(name="a", boot_device=device)
+    rig.life.serve_start(message, ROOT, Envelope(message, CLIENT, 0, {}))
+    rig.running(vm)
+    rig.exited(vm, Outcome.REBOOT)
+    assert (vm.state, vm.text) == (State.STOPPED, f"rebooted; not started again because {why}")
+    rig.run(vm)
+    rig.exited(vm, Outcome.REBOOT)
+    assert vm.state is State.STARTING
+
+
+def test_disks_that_are_other_files_after_a_reset(rig: Rig, capfd: pytest.CaptureFixture[str]) -> None:
+    """The guest has them, and the operator is told.  A start by a user may have any files."""
+    vm = rig.add()
+    first, second = ({"disk /d": FileId(device=1, inode=inode)} for inode in (2, 3))
+    rig.ask(vm)
+    rig.opened(vm, files=first)
+    rig.life.on_running(VmRunning(vmid=vm.vmid), Envelope(VmRunning(vmid=vm.vmid), 0, 0, {}))
+    for files in (first, second):
+        assert "is not the file" not in capfd.readouterr().err
+        rig.exited(vm, Outcome.REBOOT)
+        rig.opened(vm, files=files)
+        rig.life.on_running(VmRunning(vmid=vm.vmid), Envelope(VmRunning(vmid=vm.vmid), 0, 0, {}))
+    assert "disk /d is not the file that its guest had before it was reset" in capfd.readouterr().err
+    assert vm.files == second
+
+
+# --- batches --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("delay_s", "left_s"), [(30, 20.0), (5, 5), (60, 20.0)])
+def test_a_reload_does_not_start_a_batch_before_its_time(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, delay_s: int, left_s: float
+) -> None:
+    """The host is as busy as before.  A shorter delay counts."""
+    rig.core.config = Config(settings=Globals(start_parallel=1, start_delay_s=30))
+    vms = [rig.add(name) for name in "ab"]
+    for vm in vms:
+        vm.enqueue()
+    rig.life.start_batch()
+    waited = rig.life.batch_timer
+    assert waited is not None
+    monkeypatch.setattr(time, "monotonic", lambda: waited.due_s - 20.0)
+    rig.core.config = Config(settings=Globals(start_parallel=1, start_delay_s=delay_s))
+    rig.life.start_batch_in_time()
+
+    assert waited.callback is None
+    assert [delay for delay, timer in rig.timers if timer.callback is not None] == [left_s]
+    assert [*rig.openings.asked] == [vms[0].vmid]
+    rig.fire(left_s)
+    assert [*rig.openings.asked] == [vm.vmid for vm in vms]
+
+
+def test_a_reload_starts_vms_at_once_where_no_batch_waits(rig: Rig) -> None:
+    """Without a limit, as many VMs start at a time as the host has processors."""
+    rig.core.config = Config(settings=Globals(start_parallel=0))
+    vms = [rig.add(f"v{number}") for number in range((os.cpu_count() or 1) + 1)]
+    for vm in vms:
+        vm.enqueue()
+    rig.life.start_batch_in_time()
+
+    assert [*rig.openings.asked] == [vm.vmid for vm in vms[:-1]]
+    assert vms[-1].state is State.WAITING

@@ -398,3 +398,11 @@ def test_a_daemon_that_ends_does_not_wait_for_a_silent_vmm(rig: Rig) -> None:
     rig.loop.run()
 
     assert (rig.failures, rig.started[0].killed) == (1, True)
+
+
+def test_each_descriptor_can_be_that_of_kvm(rig: Rig) -> None:
+    """Also number 0, which is a descriptor like any other."""
+    rig.room.start(cast("Any", rig), 0, None)
+    rig.turn()
+
+    assert KvmFd in [type(message) for message in rig.vmms[0].take()]
