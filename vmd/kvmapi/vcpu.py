@@ -339,7 +339,8 @@ class Vcpu:
 
     def set_tsc_offset(self, offset: int) -> None:
         """Set the offset of the guest's TSC.  It is set exactly, unlike a value that is written to the MSR."""
-        ioctl(self._fd, abi.KVM_SET_DEVICE_ATTR, self._tsc_offset_attr(abi.u64(offset)))
+        value = abi.u64(offset)  # it has to exist until the kernel has read it
+        ioctl(self._fd, abi.KVM_SET_DEVICE_ATTR, self._tsc_offset_attr(value))
 
     @staticmethod
     def _tsc_offset_attr(value: native.c_uint64) -> abi.kvm_device_attr:
