@@ -1,8 +1,10 @@
 """Plugins of pytest.  `Follow` records for each test the lines that it reaches, its duration, and whether it passes.
 
+A test that starts a Python process may reach any line there, so it counts as reaching all lines.
 `Choose` runs only given tests: the fastest file first, and in each file the fastest test first.
 """
 
+import os
 import sys
 import threading
 from collections.abc import Container, Iterator, Mapping
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 
     Tracer = Callable[[FrameType, str, object], "Tracer | None"]
 
+STARTS = ("subprocess.Popen", "os.posix_spawn")  # the interpreter's events whose first argument is a program
+
 
 @dataclass(slots=True)
 class Test:
@@ -29,14 +33,16 @@ class Test:
     seconds: float = 0.0
     passed: bool = True
     lines: dict[str, int] = field(default_factory=dict)  # by module: a bit for each line
+    starts: bool = False  # whether it starts a Python process
 
     def reaches(self, module: str, first: int, last: int) -> bool:
-        """Return whether the test reaches one of these lines."""
-        return bool(self.lines.get(module, 0) >> first & (1 << (last - first + 1)) - 1)
+        """Return whether the test reaches one of these lines, or may do so in a process that it starts."""
+        return self.starts or bool(self.lines.get(module, 0) >> first & (1 << (last - first + 1)) - 1)
 
-    def add(self, lines: dict[str, int]) -> None:
-        """Add lines that the test reaches."""
-        for module, bits in lines.items():
+    def add(self, other: "Test") -> None:
+        """Add what another record has."""
+        self.starts = self.starts or other.starts
+        for module, bits in other.lines.items():
             self.lines[module] = self.lines.get(module, 0) | bits
 
 
@@ -54,6 +60,7 @@ class Follow:
         self.shared: dict[str, Test] = {}  # by file: the lines that fixtures reach; several tests may share fixtures
         self.loading = Test()  # the lines that run when modules are imported
         self.now: dict[str, set[int]] = {module: set() for module in modules}
+        self.starts = False  # whether a Python process was started
 
     def _on_call(self, frame: "FrameType", _event: str, _argument: object) -> "Tracer | None":
         return self._on_line if frame.f_code.co_filename in self.files else None
@@ -66,6 +73,11 @@ class Follow:
     def load(self) -> None:
         """Begin to record what runs at imports."""
         sys.settrace(self._on_call)
+        sys.addaudithook(self._on_event)
+
+    def _on_event(self, event: str, arguments: tuple[object, ...]) -> None:
+        if event in STARTS and os.path.basename(str(arguments[0])).startswith("python"):
+            self.starts = True
 
     def pytest_collection_finish(self) -> None:
         """End the recording of imports: all modules are loaded."""
@@ -101,7 +113,7 @@ class Follow:
         for name, test in self.tests.items():
             shared = self.shared.get(file_of(name))
             if shared is not None:
-                test.add(shared.lines)
+                test.add(shared)
         return self.tests
 
     @contextmanager
@@ -117,9 +129,11 @@ class Follow:
             self._take(test)
 
     def _take(self, test: Test) -> None:
-        test.add({module: sum(1 << line for line in lines) for module, lines in self.now.items() if lines})
-        for lines in self.now.values():
-            lines.clear()
+        lines = {module: sum(1 << line for line in lines) for module, lines in self.now.items() if lines}
+        test.add(Test(lines=lines, starts=self.starts))
+        self.starts = False
+        for seen in self.now.values():
+            seen.clear()
 
 
 class Choose:

@@ -118,6 +118,13 @@ def test_processes_load_the_change(top: Path) -> None:
     assert "all: 1 of 4" in part.stdout
 
 
+def test_a_unit_test_may_reach_the_change_in_a_process(top: Path) -> None:
+    """A test that starts the program counts as reaching all its lines."""
+    (top / "tests/unit/test_it_too.py").write_text(PROCESS_TESTS)
+
+    assert "all: 3 of 4" in mutants(top, "--near", "vmd/it.py:9").stdout
+
+
 def test_known_changes_are_not_tried(top: Path) -> None:
     """All other changes must be noticed.  A stale entry is an error."""
     entries = [
