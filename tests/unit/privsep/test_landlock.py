@@ -80,3 +80,87 @@ def test_directory_rights_on_a_file_are_left_out() -> None:
         landlock.allow(fd, "/no/such/file", landlock.READ)
     finally:
         os.close(fd)
+
+
+class Kernel:
+    """A kernel with a version of landlock."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, version: int) -> None:
+        self.version = version
+        self.made: list[bytes] = []
+        self.rules: list[tuple[str, int]] = []
+        self.entered = 0
+        monkeypatch.setattr(linux, "syscall", self.syscall)
+
+    def syscall(self, tried: str, number: int, *arguments: object) -> int:
+        """Serve the calls of landlock."""
+        if number == linux.SYS_LANDLOCK_CREATE_RULESET:
+            attr, size, flags = arguments
+            if flags == landlock.CREATE_RULESET_VERSION:
+                assert (attr, size) == (None, 0)
+                return self.version
+            assert isinstance(attr, bytes)
+            assert (size, flags) == (len(attr), 0)
+            self.made.append(attr)
+            return os.open("/", os.O_PATH | os.O_CLOEXEC)
+        if number == linux.SYS_LANDLOCK_ADD_RULE:
+            _ruleset, kind, rule, flags = arguments
+            assert (kind, flags) == (1, 0)
+            rights, fd = struct.unpack("=Qi", rule.raw)  # type: ignore[attr-defined]
+            self.rules.append((os.readlink(f"/proc/self/fd/{fd}"), rights))
+            return 0
+        assert number == linux.SYS_LANDLOCK_RESTRICT_SELF, tried
+        self.entered += 1
+        return 0
+
+
+def test_landlock_grants_what_the_version_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rule for a file has no rights of directories.  A file that does not exist needs no rule."""
+    kernel = Kernel(monkeypatch, 2)
+    before = len(os.listdir("/proc/self/fd"))
+
+    warnings = landlock.restrict((("/", landlock.OWN), ("/dev/null", landlock.WRITE), ("/no/such", landlock.READ)))
+
+    assert warnings == []
+    assert kernel.made == [landlock.ruleset(2)]
+    assert kernel.rules == [
+        ("/", landlock.OWN & ~landlock.TRUNCATE),
+        ("/dev/null", landlock.READ_FILE | landlock.WRITE_FILE),
+    ]
+    assert kernel.entered == 1
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_without_landlock_nothing_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is a warning."""
+    kernel = Kernel(monkeypatch, 0)
+
+    assert landlock.restrict((("/", landlock.READ),)) == landlock.missing(0)
+    landlock.keep_signals_inside()
+
+    assert (kernel.made, kernel.entered) == ([], 0)
+
+
+SIGNALS_ONLY = bytes(16) + b"\2" + bytes(7)
+
+
+@pytest.mark.parametrize(("version", "made"), [(5, []), (6, [SIGNALS_ONLY]), (7, [SIGNALS_ONLY])])
+def test_signals_are_kept_inside(monkeypatch: pytest.MonkeyPatch, version: int, made: list[bytes]) -> None:
+    """Only signals: files, networks and sockets are not restricted here."""
+    kernel = Kernel(monkeypatch, version)
+
+    landlock.keep_signals_inside()
+
+    assert (kernel.made, kernel.entered) == (made, len(made))
+
+
+def test_an_unexpected_error_of_landlock_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does not count as a kernel without landlock."""
+
+    def fail(tried: str, *_: object) -> int:
+        raise HostError(tried, errno.ENOMEM)
+
+    monkeypatch.setattr(linux, "syscall", fail)
+
+    with pytest.raises(HostError, match="ask for landlock"):
+        landlock.abi()
