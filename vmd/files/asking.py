@@ -40,6 +40,8 @@ def ask_patiently(
         return unpack(line)
     except TimeoutError:
         raise OperatorError(errno.ETIMEDOUT, late) from None
+    except (BrokenPipeError, ConnectionResetError):
+        raise OperatorError(errno.EIO, f"{failed}: {leaf} has ended") from None
     except OSError as error:
         raise OperatorError(error.errno or errno.EIO, f"{failed}: {error.strerror}") from None
     except ValueError as error:

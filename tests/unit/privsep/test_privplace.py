@@ -14,7 +14,7 @@ class Owners:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.given: dict[str, tuple[int, int]] = {}
-        monkeypatch.setattr(privplace.os, "chown", self.chown)
+        monkeypatch.setattr(os, "chown", self.chown)
 
     def chown(self, path: str, uid: int, gid: int) -> None:
         """Note a new owner; a descriptor's link counts as its file."""
