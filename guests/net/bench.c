@@ -46,7 +46,7 @@ static void build(struct slot *slot, const struct load *load)
     if (load->send <= FRAME_PLAIN)
         build_frame(slot, OP_DATA, number, 0, load->send);
     else if (slot->kept != load->send)
-        build_segment(slot, false, number, load->send - TCP4_HEAD);
+        build_segment(slot, false, number, load->send - TCP4_HEAD, load->piece);
     slot->kept = load->send;
     slot->piece = load->piece;
     number++;

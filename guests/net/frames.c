@@ -106,7 +106,7 @@ static uint32_t pseudo_header(const uint8_t *packet, bool ipv6, uint32_t tcp_len
     return add_up(sum, packet, 0);
 }
 
-void build_segment(struct slot *slot, bool ipv6, uint32_t number, uint32_t payload)
+void build_segment(struct slot *slot, bool ipv6, uint32_t number, uint32_t payload, uint32_t piece)
 {
     uint8_t *payload_at = slot->base, *tcp = payload_at - TCP_HEAD;
     uint8_t *packet = payload_at - (ipv6 ? TCP6_HEAD : TCP4_HEAD) + ETHERNET;
@@ -138,11 +138,15 @@ void build_segment(struct slot *slot, bool ipv6, uint32_t number, uint32_t paylo
     tcp[13] = TCP_ACK;
     put16(tcp + 14, 0xFFFF);
     put16(tcp + TCP_CHECKSUM, pseudo_header(packet, ipv6, TCP_HEAD + payload));
-    memcpy(payload_at, pattern(number, 0), payload);
+    /* `send_slot` sends the pieces in descending order: the last piece in memory is the beginning of the payload. */
+    for (uint32_t rest = payload, part; rest; rest -= part) {
+        part = !piece ? rest : rest % piece ? rest % piece : piece;
+        memcpy(payload_at + rest - part, pattern(number, payload - rest), part);
+    }
     slot->head = (uint32_t)(payload_at - packet) + ETHERNET;
     slot->frame = payload_at - slot->head;
     slot->length = slot->head + payload;
-    slot->piece = 0;
+    slot->piece = piece;
     slot->header = (struct net_header){
         .flags = HEADER_NEEDS_CSUM,
         .gso_type = payload <= SEGMENT_BYTES ? GSO_NONE : ipv6 ? GSO_TCPV6 : GSO_TCPV4,

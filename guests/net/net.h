@@ -161,8 +161,9 @@ const uint8_t *pattern(uint32_t number, uint32_t from);
 bool same_bytes(const uint8_t *a, const uint8_t *b, uint32_t length);
 /* Build a frame of our own type. */
 void build_frame(struct slot *slot, unsigned op, uint32_t number, uint32_t argument, uint32_t length);
-/* Build a TCP segment with a payload of so many bytes.  The device segments it and adds the checksums. */
-void build_segment(struct slot *slot, bool ipv6, uint32_t number, uint32_t payload);
+/* Build a TCP segment with a payload of so many bytes, to be sent in pieces of `piece` bytes (0: as one).  The device
+ * segments it and adds the checksums. */
+void build_segment(struct slot *slot, bool ipv6, uint32_t number, uint32_t payload, uint32_t piece);
 /* Copy an arrival; returns its frame. */
 const uint8_t *flatten(const struct arrival *arrival);
 /* Whether this is a correct OP_DATA frame. */

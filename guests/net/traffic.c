@@ -155,8 +155,7 @@ static bool send_segments(bool ipv6, uint32_t piece, uint32_t payload)
 
         if (!slot)
             return false;
-        build_segment(slot, ipv6, serial, payload);
-        slot->piece = piece;
+        build_segment(slot, ipv6, serial, payload, piece);
         if (send_slot(slot))
             serial++, sent++;
         else if (!flush())

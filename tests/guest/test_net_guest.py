@@ -43,9 +43,9 @@ class Guest:
         self.peer = peer
         console.expect("ready", DEADLINE_S)
 
-    def tell(self, line: str) -> str:
+    def tell(self, line: str, deadline_s: float = DEADLINE_S) -> str:
         """Give the guest a command; return its output until it is done."""
-        return self.console.answer(line, "ready", DEADLINE_S).replace("\r", "")
+        return self.console.answer(line, "ready", deadline_s).replace("\r", "")
 
     def switch_off(self) -> None:
         """Switch the guest off."""
@@ -94,10 +94,11 @@ def check(report: str, *interfaces: str) -> None:
 
 
 @pytest.mark.deep
+@pytest.mark.timeout(2 * MIXED_S)
 def test_frames(tmp_path: Path) -> None:
     """Every byte both ways: all registers, interrupts, buffers and offloads, chains and tables, flags and events."""
     with running(tmp_path, conf("vcpus 2")) as net:
-        check(net.tell("test"), "modern", "legacy")
+        check(net.tell("test", MIXED_S), "modern", "legacy")
         net.switch_off()
 
 
