@@ -184,6 +184,9 @@ def body(code: int, fields: object, nfds: int = 0) -> bytes:
         (body(0x63, [[], 1, 9]), [], "9 is not a valid StopMode"),
         (body(0x60, [[-1, 0, 0, 0, 0, 0, 0, 0, 0]]), [], "bad descriptor counts"),
         (body(0x60, [[0, 0, 0, 2, 0, 0, 0, 0, 0]], 2), [3, 4], "with 2 descriptors 'memory'"),
+        (body(0x60, [[65, 0, 0, 1, 1, 1, 1, 0, 0, 0, 0]], 69), [*range(69)], "with 65 descriptors 'couriers"),
+        (body(0x6C, [[], 1, True, "", "ab"]), [], "PauseDone.notes: str is not a list"),
+        (body(0x6C, [[], 1, True, "", {"a": 1}]), [], "PauseDone.notes: dict is not a list"),
         (body(0x10, [[0, 0], None, 0, "a", None, "", {}, None]), [], "dict is not a number"),
     ],
 )
