@@ -3,6 +3,7 @@
 import struct
 
 import pytest
+
 from tests.support.network import checksum
 from tests.support.packets import ALL_NODES, GUEST4, GUEST_LL, LLADDR, ethernet, icmpv6, ipv6
 from vmd.devices.vionet import announce

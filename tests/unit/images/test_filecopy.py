@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from tests.support.images import KIB, MIB
 from vmd.images import filecopy
 from vmd.images.filecopy import CANNOT, FICLONE, copy_file
@@ -52,10 +53,10 @@ def test_copy_without_a_reflink(
     source: int, tmp_path: Path, cannot: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is as long as the source, and has its holes where the file system tells them."""
-    monkeypatch.setattr(filecopy.fcntl, "ioctl", refuse(errno.EOPNOTSUPP))
+    monkeypatch.setattr(fcntl, "ioctl", refuse(errno.EOPNOTSUPP))
     monkeypatch.setattr(filecopy, "STEP_BYTES", 128 * KIB)
     if "copy_file_range" in cannot:
-        monkeypatch.setattr(filecopy.os, "copy_file_range", refuse(errno.EXDEV))
+        monkeypatch.setattr(os, "copy_file_range", refuse(errno.EXDEV))
     if "lseek" in cannot:
         real = os.lseek
 
@@ -64,7 +65,7 @@ def test_copy_without_a_reflink(
                 raise OSError(errno.EINVAL, "it knows no holes")
             return real(fd, offset, whence)
 
-        monkeypatch.setattr(filecopy.os, "lseek", lseek)
+        monkeypatch.setattr(os, "lseek", lseek)
 
     copy, told = copied(source, tmp_path)
 
@@ -81,7 +82,7 @@ def test_copy_without_a_reflink(
 def test_reflink_needs_no_copy(source: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The file system shares the data."""
     asked: list[tuple[int, int]] = []
-    monkeypatch.setattr(filecopy.fcntl, "ioctl", lambda _fd, request, fd: asked.append((request, fd)))
+    monkeypatch.setattr(fcntl, "ioctl", lambda _fd, request, fd: asked.append((request, fd)))
     copy, told = copied(source, tmp_path)
     assert (copy.stat().st_size, told) == (0, [])
     assert asked == [(FICLONE, source)]
@@ -92,7 +93,7 @@ def test_reflink_needs_no_copy(source: int, tmp_path: Path, monkeypatch: pytest.
 def test_other_errors_are_not_hidden(source: int, tmp_path: Path, call: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A full or broken disk is reported, and not tried in another way."""
     assert errno.ENOSPC not in CANNOT
-    monkeypatch.setattr(filecopy.fcntl, "ioctl", refuse(errno.EOPNOTSUPP))
+    monkeypatch.setattr(fcntl, "ioctl", refuse(errno.EOPNOTSUPP))
     monkeypatch.setattr(fcntl if call == "ioctl" else os, call, refuse(errno.ENOSPC))
     with pytest.raises(OSError, match="No space left"):
         copied(source, tmp_path)
@@ -101,16 +102,16 @@ def test_other_errors_are_not_hidden(source: int, tmp_path: Path, call: str, mon
 @pytest.mark.parametrize("knows", [True, False])
 def test_file_that_becomes_shorter(source: int, tmp_path: Path, knows: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The copy does not go on for ever."""
-    monkeypatch.setattr(filecopy.fcntl, "ioctl", refuse(errno.EOPNOTSUPP))
-    monkeypatch.setattr(filecopy.os, "pread", lambda *_: b"")
-    monkeypatch.setattr(filecopy.os, "copy_file_range", (lambda *_: 0) if knows else refuse(errno.ENOSYS))
+    monkeypatch.setattr(fcntl, "ioctl", refuse(errno.EOPNOTSUPP))
+    monkeypatch.setattr(os, "pread", lambda *_: b"")
+    monkeypatch.setattr(os, "copy_file_range", (lambda *_: 0) if knows else refuse(errno.ENOSYS))
     with pytest.raises(OSError, match="the file has become shorter"):
         copied(source, tmp_path)
 
 
 def test_file_without_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its copy has the same length; an empty file has an empty copy."""
-    monkeypatch.setattr(filecopy.fcntl, "ioctl", refuse(errno.EOPNOTSUPP))
+    monkeypatch.setattr(fcntl, "ioctl", refuse(errno.EOPNOTSUPP))
     for size in (MIB, 0):
         (tmp_path / "source").touch()
         os.truncate(tmp_path / "source", size)

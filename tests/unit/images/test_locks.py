@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from vmd.errors import InUse, OperatorError
-from vmd.images import locks
 from vmd.images.locks import flock, lock, refresh, unlock
 
-# QEMU, block/file-posix.c: a program that uses permission n holds byte 100 + n; one that shares permission n with nobody
+# QEMU, block/file-posix.c: a program that uses permission n holds byte 100 + n; one that shares it with nobody
 # holds byte 200 + n.  Permissions: 0 consistent read, 1 write, 2 write unchanged, 3 resize.  Byte 150 is ours.
 READ, WRITE = fcntl.F_RDLCK, fcntl.F_WRLCK
 READER = {100: READ, 201: READ, 203: READ}
@@ -142,7 +142,7 @@ def test_file_system_without_locks(
     def fail(_fd: int, _command: int, _argument: bytes) -> bytes:
         raise error
 
-    monkeypatch.setattr(locks.fcntl, "fcntl", fail)
+    monkeypatch.setattr(fcntl, "fcntl", fail)
     with pytest.raises(OperatorError, match=words) as refused:
         lock(ours, str(path), writable=True)
     assert not isinstance(refused.value, InUse)
