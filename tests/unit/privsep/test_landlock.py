@@ -164,3 +164,14 @@ def test_an_unexpected_error_of_landlock_is_none(monkeypatch: pytest.MonkeyPatch
 
     with pytest.raises(HostError, match="ask for landlock"):
         landlock.abi()
+
+
+@pytest.mark.parametrize(
+    ("what", "since"),
+    [("truncating files", 3), ("TCP", 4), ("ioctl on devices", 5), ("abstract unix sockets", 6), ("signals", 6)],
+)
+def test_what_an_older_version_cannot_restrict(what: str, since: int) -> None:
+    """It is named up to the version before the one that can."""
+    named = [version for version in range(1, 8) if any(what in sentence for sentence in landlock.limits(version))]
+
+    assert named == list(range(1, since))
