@@ -457,8 +457,9 @@ class Connections:
         if listener is not None:
             self.loop.remove(listener.fileno())
             listener.close()
-            if self._spare != NONE:
-                close(self._spare)
+        if self._spare != NONE:
+            close(self._spare)
+            self._spare = NONE
 
 
 def title_of(user: int) -> str:

@@ -7,10 +7,13 @@ from typing import Any, cast
 
 import pytest
 
+from tests.support.descriptors import open_descriptors
+from tests.support.vmprocesses import is_reaped
+from vmd.backlog import Backlog
 from vmd.config.model import SeedConfig, VmConfig
 from vmd.errors import OperatorError, PeerError
 from vmd.ipc.imsg import Envelope
-from vmd.ipc.messages.children import Quit
+from vmd.ipc.messages.children import Pong, Quit
 from vmd.ipc.messages.vm import (
     CancelTransfer,
     EndSend,
@@ -25,10 +28,12 @@ from vmd.ipc.messages.vm import (
 )
 from vmd.ipc.messages.vmm import AskVms, EndTaken, Retire, VmExited, VmHeld, VmsHeld, VmSlotOver
 from vmd.ipc.routes import BY_CLASS, Proc
-from vmd.parent.adoption import INTERRUPTED, UNSEEN, Adoption
+from vmd.memfile import memory_file
+from vmd.parent.adoption import INTERRUPTED, UNSEEN, Adopted, Adoption
 from vmd.parent.core import Core
 from vmd.parent.generations import Generation, Generations
 from vmd.parent.migrations import Migrations
+from vmd.parent.resources import Pty
 from vmd.parent.truth import vm_known
 from vmd.parent.vm import At, Receiving, Sending, State, Vm
 from vmd.record import Record
@@ -476,3 +481,99 @@ def test_no_vmm_gets_the_secrets_of_a_seed(core: Core, room: Room, cls: type[Any
     made.generations.send(cls(**{**needed, "config": VmConfig(name="a", seed=seed)}))
 
     assert line.sent[-1].config == VmConfig(name="a", seed=SeedConfig(user="alice", hostname="web"))
+
+
+# --- what is taken over -----------------------------------------------------------------------------------------
+
+
+def held_fds(vm: Vm) -> dict[str, list[int]]:
+    """Return the descriptors of a VM that runs, as vmm sends them; its process is this test."""
+    backlog = Backlog.create(0)
+    shown = os.dup(backlog.fd)
+    backlog.close()
+    pty = Pty()
+    fds = {
+        "process": [os.pidfd_open(os.getpid())], "memory": [memory_file("memory")], "taps": [os.dup(0)],
+        "boot": [memory_file("kernel")], "tty": [os.dup(pty.master)], "tty_slave": [os.dup(pty.slave)],
+        "shown": [shown],
+    }  # fmt: skip
+    pty.close()
+    return fds
+
+
+def test_the_descriptors_of_a_vm_are_taken_over(core: Core, room: Room) -> None:
+    """The next parent is told of the VM.  Descriptors that this VM does not need are closed."""
+    before = open_descriptors()
+    made, (line,) = adoption(core, room, 1)
+    vm = known(core, "a", State.RUNNING)
+    expect(made, core)
+    core.touched.clear()
+    taken: list[Vm] = []
+    made.on_taken = taken.append
+    message = VmHeld(vmid=vm.vmid, running=True)
+    made.on_held(message, Envelope(message, 0, 0, held_fds(vm)), cast("Any", line))
+
+    assert (vm.pid, vm.state, taken, core.touched) == (os.getpid(), State.RUNNING, [vm], {vm.vmid})
+    assert vm.memory is not None
+    assert vm.backlog is not None
+    assert (vm.pty is not None, vm.kept) == (True, {})
+    vm.drop_pty()
+    vm.take_memory(None)
+    assert open_descriptors() == before
+
+
+def test_the_number_of_adopted_vms_is_logged(core: Core, room: Room, capfd: pytest.CaptureFixture[str]) -> None:
+    """Those that no vmm has are not counted."""
+    made, (line,) = adoption(core, room, 1)
+    vms = [known(core, name, State.RUNNING) for name in "abc"]
+    expect(made, core)
+    for vm in vms[:2]:
+        report_vm(made, line, VmHeld(vmid=vm.vmid, running=True))
+    report_list_end(made, line, *(vm.vmid for vm in vms[:2]))
+    assert "2 VMs of an earlier vmd are adopted" in capfd.readouterr().err
+
+
+def test_a_message_about_no_vm_is_never_for_the_earlier_parent(core: Core, room: Room) -> None:
+    """A vmm answers pings before it has reported its VMs."""
+    made, (line,) = adoption(core, room, 1)
+    assert known(core, "a", State.RUNNING).vmid == 1
+    expect(made, core)
+    assert not made.is_stale(Pong(), cast("Any", line))
+
+
+@pytest.mark.parametrize("ours", [False, True])
+def test_a_process_that_was_taken_over_ends(ours: bool) -> None:
+    """It need not be a child of this parent.  If it is one, it is reaped."""
+    reader, writer = os.pipe()
+    if ours:
+        pid = os.fork()
+        if not pid:
+            os.close(writer)
+            os.read(reader, 1)
+            os._exit(3)
+    else:  # a grandchild, whose pid comes through a pipe
+        back, there = os.pipe()
+        middle = os.fork()
+        if not middle:
+            pid = os.fork()
+            if pid:
+                os.write(there, str(pid).encode())
+                os._exit(0)
+            os.close(writer)
+            os.read(reader, 1)
+            os._exit(3)
+        pid = int(os.read(back, 16))
+        os.waitpid(middle, 0)
+        os.close(back)
+        os.close(there)
+    pidfd = os.pidfd_open(pid)
+    child = Adopted("vmm", pidfd)
+    assert (child.pid, child.reap(), child.pidfd) == (pid, None, pidfd)
+    os.close(writer)
+
+    assert (child.reap(60.0), child.status, child.pidfd) == (0, 0, -1)
+    assert not os.path.exists(f"/proc/self/fd/{pidfd}")
+    assert child.reap() == 0
+    child.kill()
+    assert is_reaped(pid)
+    os.close(reader)

@@ -1,12 +1,15 @@
 """Where the control group of a process is, and how it is limited."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 from vmd.config.model import VmLimits
+from vmd.errors import HostError, VmdError
 from vmd.parent import groups
 from vmd.parent.groups import located
+from vmd.privsep.ids import TASKS_MAX
 
 V2_ONLY = "22 27 0:20 / /sys rw - sysfs sysfs rw\n24 22 0:22 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw\n"
 HYBRID = (
@@ -134,3 +137,196 @@ def test_what_a_host_cannot_limit_is_named(tmp_path: Path, limits: VmLimits, mis
 
     assert groups.limit(str(tree.vm), limits) == missing
     assert tree.limits() == {}
+
+
+# --- the groups of a daemon's VMs -------------------------------------------------------------------------------
+
+
+def test_a_group_is_made_limited_and_removed(tmp_path: Path) -> None:
+    """Its number is new, and its tasks are limited where the host can do that."""
+    for number in (2, 7):
+        (tmp_path / f"vm-{number}").mkdir()
+    (tmp_path / "vm-x").mkdir()
+    (tmp_path / "vmm").mkdir()
+    for limited in (False, True):
+        made = groups.Groups(str(tmp_path), limited=limited)
+        with pytest.raises(HostError, match=f"make {tmp_path}/vm-8: No such file or directory"):
+            made.make()  # this directory is no control group: it has no cgroup.procs
+        limit = tmp_path / "vm-8/pids.max"
+        assert limit.exists() == limited
+        if limited:
+            assert limit.read_text() == str(TASKS_MAX)
+            limit.unlink()
+        (tmp_path / "vm-8").rmdir()
+
+
+def test_a_descriptor_moves_a_process_to_its_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process that writes to it cannot read it, and does not pass it on."""
+    mkdir = os.mkdir
+
+    def make(path: str, mode: int) -> None:
+        mkdir(path, mode)
+        Path(path, "cgroup.procs").touch()
+
+    monkeypatch.setattr(os, "mkdir", make)
+    made = groups.Groups(str(tmp_path), limited=False)
+    numbers = []
+    for _ in range(2):
+        number, fd = made.make()
+        numbers.append(number)
+        os.write(fd, b"0")
+        assert not os.get_inheritable(fd)
+        os.close(fd)
+        assert (tmp_path / f"vm-{number}/cgroup.procs").read_text() == "0"
+    assert numbers == [1, 2]
+
+
+def test_groups_whose_processes_end_late_are_removed_later(tmp_path: Path) -> None:
+    """All processes are killed at once.  A directory that has vanished is no trouble."""
+    made = groups.Groups(str(tmp_path), limited=False)
+    for number in (1, 2, 3):
+        (tmp_path / f"vm-{number}").mkdir()
+    (tmp_path / "vm-1/busy").mkdir()  # as a group with processes, it cannot be removed
+    for number in (1, 2, 9):
+        made.end(number)
+    for number in (1, 2):
+        assert (tmp_path / f"vm-{number}/cgroup.kill").read_text() == "1"
+        (tmp_path / f"vm-{number}/cgroup.kill").unlink()
+    assert made.remove()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["vm-1", "vm-3"]
+    (tmp_path / "vm-1/busy").rmdir()
+    assert not made.remove()
+    assert [path.name for path in tmp_path.iterdir()] == ["vm-3"]
+
+
+def test_groups_of_an_earlier_daemon_end_if_no_vm_uses_them(tmp_path: Path) -> None:
+    """Those of VMs that run stay."""
+    for number in (1, 2, 3):
+        (tmp_path / f"vm-{number}").mkdir()
+    groups.Groups(str(tmp_path), limited=False).keep_only([2])
+
+    assert [(tmp_path / f"vm-{number}/cgroup.kill").exists() for number in (1, 2, 3)] == [True, False, True]
+
+
+# --- a host without systemd --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the group that the daemon was started in."""
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "cgroup.controllers").write_text("cpu memory pids\n")
+    monkeypatch.setattr(groups, "directory_of", lambda _pid: str(own))
+    make = os.mkdir
+
+    def make_group(path: str, mode: int = 0o777) -> None:
+        make(path, mode)
+        if os.path.basename(path).startswith(groups.PREFIX):
+            Path(path, "cgroup.controllers").write_text("cpu memory pids\n")
+
+    monkeypatch.setattr(os, "mkdir", make_group)
+    return own
+
+
+def test_a_host_without_systemd(own: Path) -> None:
+    """The daemon moves to a group of its own, because one with groups of VMs below it may have no processes."""
+    place = groups.Below()
+    assert (own / "core/cgroup.procs").read_text() == str(os.getpid())
+    (own / "vmd-guests-0").mkdir()
+    made = place.groups(4711)
+    assert (made.top, made.limited) == (f"{own}/vmd-guests-1", True)
+    assert (own / "vmd-guests-1/vmm/cgroup.procs").read_text() == "4711"
+    assert (own / "vmd-guests-1/cgroup.subtree_control").read_text() == "+pids"
+
+
+def test_a_daemon_that_was_executed_in_place(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is in the group `core` already, and makes no other one below that."""
+    (own / "core").mkdir()
+    monkeypatch.setattr(groups, "directory_of", lambda _pid: str(own / "core"))
+    (own / "core/cgroup.controllers").write_text("pids\n")
+    (own / "vmd-guests-0").mkdir()
+    assert groups.Below().own == str(own)
+    assert not (own / "core/core").exists()
+    (own / "vmd-guests-0/cgroup.controllers").unlink()
+    (own / "vmd-guests-0").rmdir()
+    assert groups.Below().own == str(own / "core")  # a group that is called core by chance
+
+
+def test_a_host_where_the_daemon_may_not_give_controllers(own: Path) -> None:
+    """It goes back to the group that it was started in."""
+    (own / "cgroup.subtree_control").mkdir()
+    with pytest.raises(HostError, match=r"write \+pids to"):
+        groups.Below()
+    assert (own / "cgroup.procs").read_text() == str(os.getpid())
+
+
+def test_groups_that_killed_daemons_have_left(own: Path) -> None:
+    """Those without processes are removed, with all groups in them.  Others are left alone."""
+    for name, populated in (("vmd-guests-0", 0), ("vmd-guests-1", 1), ("other", 0)):
+        (own / name / "vm-1").mkdir(parents=True)
+        (own / name / "cgroup.events").write_text(f"populated {populated}\nfrozen 0\n")
+    removed: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "rmdir", removed.append)
+        place = groups.Below()
+        place.adopt(f"{own}/vmd-guests-0")
+        place.adopt(f"{own}/vmd-guests-1")
+        place.close()
+        assert removed == [f"{own}/vmd-guests-0/vm-1", f"{own}/vmd-guests-0"]
+        removed.clear()
+        place.groups(1)
+    assert removed == [f"{own}/vmd-guests-0/vm-1", f"{own}/vmd-guests-0"]
+
+
+# --- a host with systemd ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def systemd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: Path) -> Path:
+    """Return a file with the words of each call of systemd-run.  It answers as a scope, except for taken units."""
+    script = tmp_path / "systemd-run"
+    calls = tmp_path / "calls"
+    script.write_text(
+        f'#!/bin/sh\necho "$@" >> {calls}\ncase "$*" in\n'
+        '*guests-0.scope*) echo "Unit vmd-guests-0.scope was already loaded." >&2; exit 1;;\n'
+        "*) exec cat;;\nesac\n"
+    )
+    script.chmod(0o755)
+    monkeypatch.setattr(groups, "ENVIRONMENT", {"PATH": f"{tmp_path}:{os.environ['PATH']}"})
+    return calls
+
+
+@pytest.mark.parametrize("unit", ["vmd.service", "session-1.scope"])
+def test_a_scope_of_systemd(systemd: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, unit: str) -> None:
+    """A unit that exists belongs to another daemon.  The scope outlives the daemon's unit, and has its slice."""
+    top = tmp_path / "vmd-guests-1.scope"
+    top.mkdir()
+    (top / "cgroup.controllers").write_text("memory pids\n")
+    monkeypatch.setattr(
+        groups, "directory_of", lambda pid: f"/x/vm.slice/{unit}" if pid == os.getpid() else str(top)
+    )
+    made = groups.Scope().groups(4711)
+
+    assert (made.top, made.limited) == (str(top), True)
+    first, second = systemd.read_text().splitlines()
+    assert ("--unit=vmd-guests-0.scope" in first, "--unit=vmd-guests-1.scope" in second) == (True, True)
+    assert "--property=Delegate=yes" in second
+    assert ("--property=Slice=vm.slice" in second) == (unit == "vmd.service")
+    assert ("--property=Before=vmd.service" in second) == (unit == "vmd.service")
+    moved = (top / "vmm/cgroup.procs").read_text()
+    assert moved.isdigit()  # the last that was moved, the process that held the scope
+    assert moved != "4711"
+
+
+def test_a_scope_that_systemd_refuses(systemd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error has systemd's words.  A host without systemd-run has an error, too."""
+    script = tmp_path / "systemd-run"
+    script.write_text('#!/bin/sh\necho "Failed to connect to bus" >&2; exit 1\n')
+    with pytest.raises(VmdError, match=r"make vmd-guests-0.scope by systemd-run: Failed to connect to bus"):
+        groups.Scope().groups(4711)
+    script.unlink()
+    monkeypatch.setattr(groups, "ENVIRONMENT", {"PATH": str(tmp_path)})
+    with pytest.raises(HostError, match="No such file or directory"):
+        groups.Scope().groups(4711)
+    assert not systemd.exists()

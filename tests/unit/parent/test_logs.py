@@ -1,17 +1,24 @@
 """Warnings of the parent about logs that end (docs/security.md)."""
 
+import os
 import socket
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import pytest
 
-from vmd.config.model import Config, VmConfig
+from tests.support.descriptors import open_descriptors
+from vmd.config.model import Config, Owner, VmConfig
+from vmd.errors import HostError, PeerError
 from vmd.ipc.imsg import Envelope
+from vmd.ipc.messages.children import Ping, Pong, Quit
+from vmd.ipc.messages.log import LogSource
 from vmd.ipc.messages.vmm import VmLog
+from vmd.parent import logs as module
 from vmd.parent.core import Core
-from vmd.parent.logs import SHUT_S, Logs
+from vmd.parent.logs import AGAIN_S, END_S, PING_S, PINGS_MAX, QUEUE_MAX, SHUT_S, Logs
 from vmd.parent.vm import Vm
+from vmd.record import Record
 
 SHUT = "vm a: one of its processes has shut down its log: nothing is logged till its next start"
 
@@ -97,3 +104,245 @@ def test_a_vm_that_is_slow_to_start_again_is_not_named(rig: Rig) -> None:
     rig.vm.begin_start(0)
 
     assert rig.look() == []
+
+
+# --- the process ------------------------------------------------------------------------------------------------
+
+
+class FakeChild:
+    """The process `log`."""
+
+    def __init__(self, pidfd: int) -> None:
+        self.pidfd = pidfd
+        self.status: int | None = None
+        self.killed = False
+
+    def kill(self) -> None:
+        """Be killed."""
+        self.killed = True
+
+    def reap(self, _timeout_s: float = 0) -> int | None:
+        """Return how it ended."""
+        return self.status
+
+
+class Channel:
+    """The channel to the process.  It notes messages, and closes their descriptors."""
+
+    def __init__(self) -> None:
+        self.sent: list[Record] = []
+        self.closed = self.flushed = False
+
+    def send(self, message: Record, *, fds: dict[str, list[int]] | None = None) -> None:
+        """Note a message."""
+        self.sent.append(message)
+        for fd in (fds or {}).get("source", []):
+            os.close(fd)
+
+    def sources(self) -> list[str]:
+        """Return the names of the sources that it has got."""
+        return [message.name for message in self.sent if isinstance(message, LogSource)]
+
+    def close(self) -> None:
+        """Be closed."""
+        self.closed = True
+
+    def flush_blocking(self, timeout_s: float) -> None:
+        """Send all."""
+        assert timeout_s == END_S
+        self.flushed = True
+
+
+class Process:
+    """The room, whose processes are not real."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.loop = Loop()
+        self.core = Core(cast("Any", self.loop), Config())
+        self.children: list[FakeChild] = []
+        self.channels: list[Channel] = []
+        self.trouble: HostError | None = None
+        self.now_s = 1000.0
+        self.said: list[str] = []
+        self.logs = Logs(self.core, self.attach)
+        monkeypatch.setattr(module, "spawn", self.spawn)
+        monkeypatch.setattr("time.monotonic", lambda: self.now_s)
+        monkeypatch.setattr("vmd.parent.logs.log.error", self.said.append)
+        monkeypatch.setattr("vmd.parent.logs.log.setup", lambda *_words, fd=2: self.own.append(fd))
+        self.own: list[int] = []  # descriptors that the parent writes its lines to
+
+    def spawn(self, title: str, arguments: list[str], **more: Any) -> FakeChild:  # noqa: ANN401
+        """Replaces `spawn`."""
+        assert (title, arguments[0], more["outlives"]) == ("log", "log", True)
+        if self.trouble is not None:
+            raise self.trouble
+        self.children.append(FakeChild(9000 + len(self.children)))
+        return self.children[-1]
+
+    def attach(self, sock: socket.socket, *_words: object, **more: object) -> Any:  # noqa: ANN401
+        """Replaces `Process.attach`."""
+        assert more["queue_limit"] == QUEUE_MAX
+        sock.close()
+        self.channels.append(Channel())
+        return self.channels[-1]
+
+    def timers(self) -> list[float]:
+        """Return the delays of the timers, without those of pings."""
+        return [delay_s for delay_s, _ in self.loop.timers if delay_s != PING_S or delay_s == AGAIN_S]
+
+    def fire(self, name: str) -> None:
+        """Run the timers that call a method of this name."""
+        due = [call for _, call in self.loop.timers if getattr(call, "__name__", "") == name]
+        self.loop.timers = [each for each in self.loop.timers if each[1] not in due]
+        for call in due:
+            call()
+
+    def end(self, status: int) -> None:
+        """Let the process end."""
+        child = self.children[-1]
+        child.status = status
+        self.loop.files[child.pidfd](1)
+
+    def close(self) -> None:
+        """Close everything."""
+        for source in (*self.logs._sources, *self.logs._ended):
+            source.sock.close()
+        for fd in self.own:
+            if fd > 2:
+                os.close(fd)
+
+
+@pytest.fixture
+def process(monkeypatch: pytest.MonkeyPatch) -> Iterator[Process]:
+    """Give the room.  The process `log` is started.  No descriptor is left."""
+    before = open_descriptors()
+    process = Process(monkeypatch)
+    process.logs.start(cast("Any", object()))
+    yield process
+    process.close()
+    assert open_descriptors() == before
+
+
+def test_the_parent_writes_to_the_process(process: Process) -> None:
+    """Like every other process."""
+    assert len(process.own) == 1
+    assert process.channels[0].sources() == ["vmd"]
+
+
+@pytest.mark.parametrize(
+    ("status", "how"), [(3, "ended with status 3"), (0, "ended with status 0"), (-9, "was killed by SIGKILL")]
+)
+def test_a_process_that_ends_is_replaced(process: Process, status: int, how: str) -> None:
+    """The next one gets all logs, so that no line is lost.  Two starts are some time apart."""
+    writer = process.logs.open("vmm")
+    process.now_s += 1
+    process.end(status)
+    assert process.said == [f"process log {how}; starting another one"]
+    assert process.channels[0].closed
+    assert [delay for delay, call in process.loop.timers if call.__name__ == "_restart"] == [AGAIN_S - 1]
+    other = process.logs.open("priv")
+    assert len(process.channels) == 1
+    process.fire("_restart")
+    assert sorted(process.channels[1].sources()) == ["priv", "vmd", "vmm"]
+    process.now_s += AGAIN_S + 1
+    process.end(status)
+    assert [delay for delay, call in process.loop.timers if call.__name__ == "_restart"] == [0]
+    writer.close()
+    other.close()
+
+
+def test_a_log_that_ends_between_two_processes_is_read(process: Process) -> None:
+    """Its last lines are often the reason.  The one after the next does not get it."""
+    writer = process.logs.open("vmm")
+    process.end(1)
+    (source,) = [each for each in process.logs._sources if each.name == "vmm"]
+    writer.close()
+    process.loop.files[source.sock.fileno()](0)
+    process.fire("_restart")
+    assert sorted(process.channels[1].sources()) == ["vmd", "vmm"]
+    assert source.sock.fileno() == -1
+    process.end(1)
+    process.fire("_restart")
+    assert process.channels[2].sources() == ["vmd"]
+
+
+def test_a_log_that_ends_is_closed(process: Process) -> None:
+    """The process has it, and reads it to its end."""
+    writer = process.logs.open("vmm")
+    (source,) = [each for each in process.logs._sources if each.name == "vmm"]
+    writer.close()
+    process.loop.files[source.sock.fileno()](0)
+    assert source.sock.fileno() == -1
+
+
+def test_a_process_that_cannot_be_started_again(process: Process) -> None:
+    """It is tried again and again, by one timer."""
+    process.end(1)
+    process.trouble = HostError("fork", 11)
+    for _ in range(3):
+        process.fire("_restart")
+        assert process.said[-1].endswith(f"trying again in {AGAIN_S:.0f} s")
+        assert sum(call.__name__ == "_restart" for _, call in process.loop.timers) == 1
+    process.trouble = None
+    process.fire("_restart")
+    assert len(process.channels) == 2
+
+
+def test_a_process_that_does_not_answer_is_replaced(process: Process) -> None:
+    """An answer counts for all pings before."""
+    for _ in range(PINGS_MAX):
+        process.fire("_ping")
+    process.logs.on_pong(Pong(), cast("Any", None))
+    for _ in range(PINGS_MAX):
+        process.fire("_ping")
+    assert sum(isinstance(message, Ping) for message in process.channels[0].sent) == 2 * PINGS_MAX
+    assert [child.killed for child in process.children] == [False]
+    process.fire("_ping")
+    assert [child.killed for child in process.children] == [True]
+    assert process.said == [f"process log has not answered for {PINGS_MAX * PING_S:.0f} s; starting another one"]
+    process.end(-9)  # late: the next one is not lost by that
+    process.fire("_restart")
+    assert len(process.channels) == 2
+    for _ in range(PINGS_MAX):
+        process.fire("_ping")
+    assert not process.children[1].killed
+
+
+@pytest.mark.parametrize("error", [None, PeerError("log", "is mad")])
+def test_a_process_whose_channel_ends(process: Process, error: PeerError | None) -> None:
+    """It is killed if it has broken the protocol.  Else it ends by itself."""
+    process.logs._on_lost(cast("Any", process.channels[0]), error)
+    assert process.children[0].killed == (error is not None)
+    process.fire("_ping")
+    assert process.channels[0].sources() == ["vmd"]
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+def test_the_end_of_the_daemon(process: Process, hangs: bool) -> None:
+    """The process writes all lines before it ends.  One that hangs is killed."""
+    process.children[0].status = None if hangs else 0
+    process.logs.end()
+    assert isinstance(process.channels[0].sent[-1], Quit)
+    assert (process.channels[0].flushed, process.children[0].killed) == (True, hangs)
+
+
+def test_a_log_of_a_vm_that_is_no_socket(process: Process) -> None:
+    """It breaks the protocol, and the descriptor is closed."""
+    fd = os.open(os.devnull, os.O_RDONLY)
+    message = VmLog(vmid=1)
+    with pytest.raises(PeerError, match="the log of vm 1 is no socket"):
+        process.logs.on_vm_log(message, Envelope(message, 0, 0, {"log": [fd]}))
+
+
+def test_the_log_of_the_vm_in_reserve(process: Process) -> None:
+    """It belongs to no VM yet."""
+    ours, theirs = socket.socketpair()
+    message = VmLog(vmid=0)
+    process.logs.on_vm_log(message, Envelope(message, 0, 0, {"log": [ours.detach()]}))
+    assert process.channels[0].sent[-1] == LogSource(name="vm", vmid=0, owner_uid=0)
+    vm = process.core.vms.add(VmConfig(name="a", owner=Owner(uid=70)), from_config=True)
+    ours, other = socket.socketpair()
+    process.logs.read_vm(ours, vm)
+    assert process.channels[0].sent[-1] == LogSource(name="vm/a", vmid=vm.vmid, owner_uid=70)
+    theirs.close()
+    other.close()

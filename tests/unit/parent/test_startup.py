@@ -1,18 +1,36 @@
 """The command line of vmd, and what it prints before it serves."""
 
 import errno
+import os
 import re
+import socket
+import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from vmd.config.model import Owner
-from vmd.errors import HostError, OperatorError, sentence
+from vmd.config.check import ConfigErrors
+from vmd.config.model import Config, Globals, Owner
+from vmd.errors import HostError, OperatorError, VmdError, sentence
 from vmd.parent import service
 from vmd.parent.options import Options
-from vmd.parent.startup import debug_filters
+from vmd.parent.startup import (
+    EX_CONFIG,
+    EX_FAILED,
+    EX_UNAVAILABLE,
+    announce,
+    check_adopt,
+    control_socket,
+    debug_filters,
+    exit_status,
+    former,
+    need_root,
+    open_kvm,
+)
+from vmd.parent.store import Store
 from vmd.privsep import spawn
 from vmd.version import VERSION
 
@@ -95,3 +113,147 @@ def test_the_debug_switch_for_filters_needs_option_d(monkeypatch: pytest.MonkeyP
 
     assert passed_on == spawn.ENVIRONMENT | {spawn.DEBUG: "1"}
     assert spawn.environment() == spawn.ENVIRONMENT
+
+
+# --- what an earlier daemon has left ----------------------------------------------------------------------------
+
+
+def stored(tmp_path: Path, *names: str) -> dict[str, int]:
+    """Return descriptors that the service manager has kept."""
+    return {name: os.open(tmp_path, os.O_RDONLY) for name in names}
+
+
+def are_open(fds: dict[str, int]) -> list[str]:
+    """Return the names of the descriptors that are open."""
+    return [name for name, fd in fds.items() if os.path.exists(f"/proc/self/fd/{fd}")]
+
+
+@pytest.mark.parametrize(
+    ("error", "check", "guests", "status"),
+    [
+        (VmdError("no"), False, False, EX_FAILED),
+        (ConfigErrors([]), False, False, EX_CONFIG),
+        (ConfigErrors([]), True, False, EX_FAILED),
+        (service.NoKvm(errno.ENOENT, "no"), False, False, EX_UNAVAILABLE),
+        (ConfigErrors([]), False, True, EX_FAILED),
+        (service.NoKvm(errno.ENOENT, "no"), False, True, EX_FAILED),
+    ],
+)
+def test_the_exit_status_says_whether_another_start_can_help(
+    error: VmdError, check: bool, guests: bool, status: int
+) -> None:
+    """With guests another start always can: without one they would end."""
+    names = {"vmm-1": 3} if guests else {"listener": 3}
+    assert exit_status(error, Options(check_only=check), names) == status
+
+
+def test_the_first_daemon_finds_no_state() -> None:
+    """So it reads vm.conf."""
+    assert former(Store({})) == (None, None)
+
+
+def test_a_state_without_a_vmm_is_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """There are no guests: the daemon starts like the first one, and the operator is told."""
+    monkeypatch.setattr(service, "notify", lambda *_: True)
+    fds = stored(tmp_path, "state", "listener")
+    assert former(Store(fds)) == (None, None)
+    assert are_open(fds) == []
+    assert "every vmm of the vmd before this one has ended" in capfd.readouterr().err
+
+
+def test_a_state_that_cannot_be_read_shuts_the_guests_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Their vmm notices the end of its channel."""
+    monkeypatch.setattr(service, "notify", lambda *_: True)
+    fds = stored(tmp_path, "state", "vmm-1", "listener")
+    assert former(Store(fds)) == (None, None)
+    assert are_open(fds) == []
+    assert "its guests are shut down" in capfd.readouterr().err
+
+
+def test_a_daemon_that_adopts_vms_needs_no_kvm(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """They run.  The first daemon waits for KVM, but not in the foreground, and does not start without it."""
+    waited: list[float] = []
+
+    def wait(timeout_s: float) -> int:
+        waited.append(timeout_s)
+        raise service.NoKvm(errno.ENOENT, "/dev/kvm: gone")
+
+    monkeypatch.setattr(service, "wait_for_kvm", wait)
+    assert open_kvm(Options(), adopts=True) == -1
+    assert "/dev/kvm: gone: a start of a VM may fail" in capfd.readouterr().err
+    for options in (Options(), Options(debug=True)):
+        with pytest.raises(service.NoKvm):
+            open_kvm(options, adopts=False)
+    assert waited == [0, service.KVM_WAIT_S, 0]
+
+
+@pytest.mark.parametrize("kept", ["socket", "file", "none"])
+@pytest.mark.parametrize("there", [False, True])
+def test_the_control_socket_of_an_earlier_daemon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: str, there: bool
+) -> None:
+    """Clients that wait for it are served.  Where it is gone, or is none, there is a new one."""
+    monkeypatch.setattr(service, "notify", lambda *_: True)
+    path = tmp_path / "vmd.sock"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as old:
+        old.bind(str(path))
+        if kept == "socket":
+            old.listen()
+            fds = {"listener": os.dup(old.fileno())}
+        else:
+            fds = stored(tmp_path, "listener") if kept == "file" else {}
+    if not there:
+        path.unlink()
+    store = Store(fds)
+    owner = Owner(uid=os.getuid(), gid=os.getgid())
+    with control_socket(
+        Options(socket_path=str(path)), Config(settings=Globals(socket_owner=owner)), store
+    ) as listener, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:  # fmt: skip
+        client.connect(str(path))
+        listener.accept()[0].close()
+    if kept != "socket" or not there:
+        assert stat.S_IMODE(path.stat().st_mode) == 0o660
+    for name in store.names:
+        store.remove(name)
+
+
+@pytest.mark.parametrize(
+    ("options", "fds", "notifies", "background"),
+    [
+        (Options(), {}, False, True),
+        (Options(debug=True), {}, False, False),
+        (Options(), {"state": 3}, False, False),
+        (Options(), {}, True, False),
+    ],
+)
+def test_who_goes_to_the_background(
+    monkeypatch: pytest.MonkeyPatch, options: Options, fds: dict[str, int], notifies: bool, background: bool
+) -> None:
+    """Neither a daemon in the foreground, nor one that takes the place of another, nor a service of systemd."""
+    gone: list[bool] = []
+
+    def daemonize() -> Callable[[], None]:
+        gone.append(True)
+        return lambda: None
+
+    monkeypatch.setattr(service, "daemonize", daemonize)
+    monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
+    if notifies:
+        monkeypatch.setenv("NOTIFY_SOCKET", "/none")
+    ready = announce(options, fds)
+    assert (gone, ready is service.notify_ready) == ([True] if background else [], not background)
+
+
+def test_a_rehearsal_needs_a_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An operator who calls it by hand is told which command does that.  Nothing starts without root."""
+    with pytest.raises(VmdError, match="vmctl upgrade -n does that"):
+        check_adopt(Options(), Store({}))
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    with pytest.raises(VmdError, match="need root privileges: run vmd as root"):
+        need_root()
