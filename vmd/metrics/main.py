@@ -147,16 +147,18 @@ class Metrics(Process):
     def on_connect(self, listener: socket.socket, _events: int) -> None:
         """Accept new clients.  If there are too many, they replace the idle clients that have waited longest."""
         for _ in range(BATCH):
+            idle = None
             if len(self.clients) == CLIENTS_MAX:
                 idle = next((client for client in self.clients if client.idle), None)
                 if idle is None:
                     self.accept(accepts=False)  # until a client that is served has gone
                     return
-                self.end(idle)
             try:
                 sock, _ = listener.accept()
             except OSError:  # no client, or it has closed the connection already
                 return
+            if idle is not None:
+                self.end(idle)
             sock.setblocking(False)
             client = Client(sock)
             self.clients[client] = None
