@@ -18,7 +18,7 @@ from vmd.ipc.loop import Loop
 from vmd.log import log
 from vmd.units import PAGE
 from vmd.vm import devproc
-from vmd.vm.devproc import DeviceProcess, start_packet
+from vmd.vm.devproc import DeviceProcess, Interrupts, start_packet
 from vmd.vm.kinds import DISK, INTERFACE
 from vmd.vm.slots import Slot
 
@@ -305,9 +305,7 @@ def test_no_answer_57(running: DeviceProcess, question: Callable[[DeviceProcess]
         question(running)
 
 
-def test_only_an_interface_that_the_kernel_may_serve_gets_direct(
-    impostor: Impostor, running: DeviceProcess
-) -> None:
+def test_only_an_interface_that_the_kernel_may_serve_gets_direct(impostor: Impostor, running: DeviceProcess) -> None:
     """It gets DIRECT only when the value changes."""
     impostor.sync.recv(devmsg.PACKET_MAX)  # START
     running.tell_direct(True)
@@ -571,3 +569,18 @@ def test_device_that_does_not_listen_57(impostor: Impostor, running: DeviceProce
 
     assert not impostor.child.killed
     assert running.status is None
+
+
+def test_an_interrupt_is_pending_until_the_guest_has_read_isr() -> None:
+    """Each queue has its own counter, which wraps around."""
+    words = memoryview(bytearray(8 * devmsg.QUEUES_MAX)).cast("I")
+    words[1] = words[devmsg.QUEUES_MAX + 1] = 0xFFFFFFFF
+    interrupts = Interrupts(words)
+    assert not interrupts.take(3)
+
+    interrupts.add(1)
+    assert [interrupts.pending(queue) for queue in range(3)] == [False, True, False]
+    assert (words[1], interrupts.take(1), interrupts.take(2), interrupts.take(2)) == (0, False, True, False)
+    interrupts.restore_pending(2)
+    assert [interrupts.pending(queue) for queue in range(3)] == [False, False, True]
+    assert interrupts.take(3)
