@@ -1,10 +1,13 @@
 """Rules for the values of a seed."""
 
+from collections.abc import Callable
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.seeds import HASH
+from vmd.config.model import SeedConfig
 from vmd.seed import rules
 
 
@@ -104,3 +107,63 @@ def test_instance_id() -> None:
     for text in ("", "a b", "a\n", "x" * 129, '"'):
         with pytest.raises(ValueError, match=r"^instance-id "):
             rules.instance_id(text)
+
+
+@pytest.mark.parametrize(
+    ("rule", "longest"),
+    [
+        (rules.hostname, ".".join(["x" * 63] * 3 + ["x" * 61])), (rules.user, "x" * 32), (rules.instance_id, "x" * 128),
+        (rules.password_hash, "$6$" + "x" * 509),
+    ],
+)  # fmt: skip
+def test_the_longest_values(rule: Callable[[str], str], longest: str) -> None:
+    """One character more is refused."""
+    assert rule(longest) == longest
+    with pytest.raises(ValueError, match=r"hostname|user|instance-id|password-hash"):
+        rule(longest + "x")
+
+
+def test_the_number_of_files_with_keys() -> None:
+    """All of them have to be read at a start."""
+    assert rules.key_files(64) == 64
+    with pytest.raises(ValueError, match="too many ssh-keys: 65"):
+        rules.key_files(65)
+
+
+@pytest.mark.parametrize(
+    "seed",
+    [
+        SeedConfig(),
+        SeedConfig(hostname="web", user="me", instance_id="i", password=HASH, ssh_keys=("/k",), user_data="/u"),
+        SeedConfig(user="me", password="/h", vendor_data="/v", network_config="/n"),
+    ],
+)
+def test_a_seed_that_follows_all_rules(seed: SeedConfig) -> None:
+    """All of its fields are optional."""
+    rules.check(seed)
+
+
+LONG = "/" + "x" * 5000  # no path of Linux
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"hostname": "a b"}, "hostname a b"),
+        ({"user": "A"}, "user A"),
+        ({"instance_id": "a b"}, "instance-id a b"),
+        ({"password": "$6"}, "password-hash: not as crypt"),
+        ({"password": LONG}, "path of a file of the seed"),
+        ({"password": HASH, "user": ""}, "password-hash: whose it is has to be said with user"),
+        ({"password": "/h", "user": ""}, "password-hash: whose it is has to be said with user"),
+        ({"ssh_keys": ("/k",) * 65}, "too many ssh-keys: 65"),
+        ({"ssh_keys": ("/k", LONG)}, "path of a file of the seed"),
+        ({"user_data": LONG}, "path of a file of the seed"),
+        ({"vendor_data": LONG}, "path of a file of the seed"),
+        ({"network_config": LONG}, "path of a file of the seed"),
+    ],
+)
+def test_each_rule_is_applied_to_a_seed(changes: dict[str, object], why: str) -> None:
+    """A client may send any."""
+    with pytest.raises(ValueError, match=why):
+        rules.check(SeedConfig(user="me").replace(**changes))
