@@ -3,12 +3,15 @@
 import errno
 import fcntl
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.support.descriptors import open_descriptors
 from vmd.errors import OperatorError
+from vmd.ipc import courier
 from vmd.ipc.logfile import LogFile, pack, unpack
 from vmd.logfile import main
 from vmd.logfile.main import open_log
@@ -124,3 +127,142 @@ def test_a_log_has_one_writer(directory: int, tmp_path: Path, monkeypatch: pytes
     os.close(open_log(directory, wanted(tmp_path / "a.log")))
 
     assert refused.value.number == errno.EBUSY
+
+
+def test_a_log_that_is_rotated_meanwhile_is_opened_again(
+    directory: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The previous writer does so before it gives up its lock."""
+    path, taken = tmp_path / "a.log", []
+
+    def lock(fd: int) -> bool:
+        taken.append(fd)
+        if len(taken) == 1:
+            path.rename(tmp_path / "a.log.1")
+        elif len(taken) == 2:
+            path.rename(tmp_path / "a.log.2")
+            path.touch()
+        return True
+
+    monkeypatch.setattr(main, "lock", lock)
+    fd = open_log(directory, wanted(path))
+
+    assert os.path.samestat(os.fstat(fd), path.stat())
+    assert len(taken) == 3
+    os.close(fd)
+
+
+def test_a_log_waits_for_its_previous_writer(directory: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That one may still be ending."""
+    fd = open_log(directory, wanted(tmp_path / "a.log"))
+    rounds: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        rounds.append(seconds)
+        if len(rounds) == 3:
+            os.close(fd)
+
+    monkeypatch.setattr(main, "LOCK_S", 3600.0)
+    monkeypatch.setattr("vmd.logfile.main.time.sleep", sleep)
+
+    os.close(open_log(directory, wanted(tmp_path / "a.log")))
+
+    assert rounds == [main.LOCK_ROUND_S] * 3
+
+
+@pytest.mark.parametrize(("number", "is_error"), [(errno.ENOLCK, False), (errno.EOPNOTSUPP, False), (errno.EIO, True)])
+def test_a_file_system_without_locks(
+    directory: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, is_error: bool
+) -> None:
+    """A log there has no lock.  Other errors are those of the storage."""
+
+    def fail(_fd: int, _operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    before = open_descriptors()
+
+    if is_error:
+        with pytest.raises(OSError, match=os.strerror(number)):
+            open_log(directory, wanted(tmp_path / "a.log"))
+    else:
+        os.close(open_log(directory, wanted(tmp_path / "a.log")))
+
+    assert open_descriptors() == before
+
+
+@pytest.mark.parametrize("kind", ["fifo", "full"])
+def test_no_descriptor_stays_open(
+    directory: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Neither of a file that is refused, nor of those that were put aside."""
+    if kind == "fifo":
+        os.mkfifo(tmp_path / "a.log")
+        os.close(os.open(tmp_path / "a.log", os.O_RDONLY | os.O_NONBLOCK))
+    else:
+        (tmp_path / "a.log").write_bytes(bytes(SIZE))
+    before = open_descriptors()
+
+    if kind == "fifo":
+        with pytest.raises(OperatorError):
+            open_log(directory, wanted(tmp_path / "a.log"))
+    else:
+        os.close(open_log(directory, wanted(tmp_path / "a.log")))
+
+    assert open_descriptors() == before
+
+
+# --- the process --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The steps by which the process gives up rights, which have no effect."""
+    found: list[str] = []
+    monkeypatch.setattr(main, "become", lambda asked: found.append(f"become {asked.uid}"))
+    monkeypatch.setattr(main, "stay_in", lambda fd: found.append(f"stay in {os.readlink(f'/proc/self/fd/{fd}')}"))
+    return found
+
+
+def run(monkeypatch: pytest.MonkeyPatch, asked: LogFile) -> tuple[str, list[int]]:
+    """Run the process; return its answer and the files that it gives away."""
+    reading, writing = os.pipe()
+    asks, gives = courier.pair()
+    courier.ask(asks)
+    monkeypatch.setattr(main, "FD_ANSWER", writing)
+    monkeypatch.setattr(main, "FD_COURIER", gives.detach())
+    monkeypatch.setattr(sys, "argv", ["vmd", *pack(asked)])
+    old_mask = os.umask(0o077)
+    try:
+        assert main.main() == 0
+    finally:
+        os.umask(old_mask)
+    os.close(writing)
+    with asks, os.fdopen(reading) as answer:
+        said = answer.read()
+        try:
+            return said, courier.take(asks)["log"]
+        except OSError:
+            return said, []
+
+
+def test_a_log_is_given_away(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, steps: list[str]) -> None:
+    """First the process becomes the owner and gives up all but the directory; the mode does not depend on its umask."""
+    said, (fd,) = run(monkeypatch, wanted(tmp_path / "a.log", shared=True))
+
+    assert said == "\n"
+    assert steps == ["become 0", f"stay in {tmp_path}"]
+    assert os.path.samestat(os.fstat(fd), (tmp_path / "a.log").stat())
+    assert (tmp_path / "a.log").stat().st_mode & 0o777 == 0o640
+    os.close(fd)
+
+
+def test_a_log_that_cannot_be_opened_is_explained(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, steps: list[str]
+) -> None:
+    """Nothing is given away then."""
+    assert run(monkeypatch, wanted(tmp_path / "gone" / "a.log")) == ("No such file or directory\n", [])
+    assert steps == ["become 0"]
+
+    (tmp_path / "a.log").mkdir()
+    assert run(monkeypatch, wanted(tmp_path / "a.log")) == ("is not a regular file\n", [])
