@@ -398,3 +398,45 @@ def test_answers_without_a_request(rig: Rig) -> None:
     rig.changes.on_disk_resized(resized, UNUSED)
     assert rig.control.take() == []
     assert rig.vm.config.cdrom == "/old.iso"
+
+
+def test_changes_are_events(rig: Rig, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """Those who watch the VM are told, and the log has a line.  A change that fails is none."""
+    events: list[tuple[str, dict[str, str]]] = []
+    monkeypatch.setattr(rig.core.events, "add", lambda what, _vm, **more: events.append((what, more)))
+    rig.resize()
+    rig.openings.opened()
+    rig.openings.opened()
+    rig.disc("/new.iso")
+    rig.openings.opened(notes=("odd length",))
+    rig.disc("")
+    rig.disc("/bad.iso")
+    rig.openings.failed(OperatorError(errno.ENOENT, "/bad.iso: No such file or directory"))
+
+    assert events == [
+        ("resize", {"device": "disk1", "value": str(GIB)}),
+        ("cdrom", {"device": "cdrom0", "text": "has another disc"}),
+        ("cdrom", {"device": "cdrom0", "text": "has no disc"}),
+    ]
+    said = capfd.readouterr().err
+    for line in (
+        f"a: disk1 has {GIB} bytes now", "vm a: odd length", "a: its drive has disc /new.iso now",
+        "a: its drive has no disc now",
+    ):  # fmt: skip
+        assert line in said
+
+
+def test_a_disk_of_a_running_vm_that_has_another_configuration_waiting(rig: Rig) -> None:
+    """The disks are those that it runs with."""
+    rig.run(CONFIG.replace(disks=(DiskConfig(path="/received"),)))
+    with pytest.raises(OperatorError, match=r"it has disk0 \(/received\)$"):
+        rig.resize("disk1")
+    rig.resize("disk0")
+    assert rig.openings.job()[1].disks == (DiskConfig(path="/received"),)
+
+
+def test_a_vm_without_disks(rig: Rig) -> None:
+    """The sentence says so."""
+    rig.vm.config = CONFIG.replace(disks=())
+    with pytest.raises(OperatorError, match="vm a has no disk disk0: it has none"):
+        rig.resize("disk0")
