@@ -89,11 +89,11 @@ class Rig:
 
     def ask(self, message: Any) -> None:  # noqa: ANN401 - a request
         """Let a client ask."""
-        serve: Any = {
+        serve: dict[type[Any], Any] = {
             LoadRequest: self.room.serve_load, ReloadRequest: self.room.serve_reload,
             ResetRequest: self.room.serve_reset, LogRequest: self.room.serve_log,
-        }[type(message)]  # fmt: skip
-        serve(message, ROOT, Envelope(message, CLIENT, 0, {}))
+        }  # fmt: skip
+        serve[type(message)](message, ROOT, Envelope(message, CLIENT, 0, {}))
 
 
 @pytest.fixture
@@ -199,7 +199,7 @@ def test_a_reset(rig: Rig, vms: bool, switches: bool) -> None:
 
 def test_a_reset_with_running_vms(rig: Rig) -> None:
     """They are killed, and the client waits.  They are forgotten when they have ended, and no file brings them back."""
-    running = rig.core.vms.get(0, "b")
+    running = cast("Any", rig.core.vms.get(0, "b"))
     running.restore_state(State.RUNNING)
     running.next_config = running.config
     rig.ask(ResetRequest(vms=True, switches=False))
@@ -212,7 +212,7 @@ def test_a_reset_with_running_vms(rig: Rig) -> None:
     assert running.successor is not None
     assert (running.successor.vcpus, running.config.vcpus) == (4, 1)
     rig.ask(ResetRequest(vms=True, switches=False))
-    assert cast("Vm", running).successor is None
+    assert running.successor is None
 
 
 @pytest.mark.parametrize(("wanted", "given"), [(0, 0), (2, 2), (9, 2), (-1, 0)])
