@@ -1,16 +1,22 @@
 """The block that vmctl clone prints."""
 
 import itertools
+import json
+import os
+import signal
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.unit.vmctl.fake import vm_info
+from tests.unit.vmctl.conftest import Vmctl
+from tests.unit.vmctl.fake import FakeDaemon, vm_info
+from vmctl.commands import clone
 from vmctl.commands.clone import Limits, block, interface
 from vmd.config.check import load
 from vmd.config.model import Forward, NicConfig
 from vmd.ipc.figures import DiskFigures, LimitFigures, NicFigures
-from vmd.ipc.messages.clients import NicInfo, VmFiles, VmInfo
+from vmd.ipc.messages.clients import DiskInfo, End, ListRequest, NicInfo, VmFiles, VmInfo
 from vmd.ipc.messages.figures import VmFigures
 
 
@@ -76,3 +82,205 @@ def test_a_seed_is_not_forgotten() -> None:
     old = vm_info("old", files=VmFiles(seed=True))
 
     assert "    # add a seed here, as in the block of old" in "\n".join(block(old, "new", [], Limits([])))
+
+
+# --- the copies ---------------------------------------------------------------------------------------------------
+
+SIZE = 1 << 20
+CONTENT = bytes(range(256)) * 4
+
+
+class Old:
+    """A stopped VM with disks in a folder, and a daemon that knows it."""
+
+    def __init__(self, daemon: FakeDaemon, folder: Path) -> None:
+        self.daemon = daemon
+        self.folder = folder
+        self.disks: tuple[DiskInfo, ...] = ()
+
+    def has(self, name: str, content: bytes | None = CONTENT, image_format: str = "raw") -> None:
+        """Add a disk; without content it has no file."""
+        path = self.folder / name
+        if content is not None:
+            path.write_bytes(content)
+        self.disks += (DiskInfo(path=str(path), format=image_format),)
+
+    def is_known(self, **more: object) -> None:
+        """Let the daemon know it."""
+        vms = vm_info("old", running=False, files=VmFiles(disks=self.disks)).replace(**more), vm_info("other", vmid=2)
+        self.daemon.script = lambda request: (*vms, End()) if isinstance(request, ListRequest) else (End(),)
+
+    def made(self) -> dict[str, bytes]:
+        """Return the new files."""
+        return {path.name: path.read_bytes() for path in sorted(self.folder.glob("new-*"))}
+
+
+@pytest.fixture
+def old(daemon: FakeDaemon, tmp_path: Path) -> Old:
+    """A stopped VM without disks yet."""
+    (tmp_path / "disks").mkdir()
+    return Old(daemon, tmp_path / "disks")
+
+
+def test_the_disks_of_a_stopped_vm_are_copied(vmctl: Vmctl, old: Old) -> None:
+    """Each beside the old one, with its format."""
+    old.has("a")
+    old.has("b", CONTENT[::-1])
+    old.is_known()
+
+    status, output, errors = vmctl("clone", "old", "new")
+
+    assert (status, errors) == (0, "vmctl: cloned vm old as new: add this to vm.conf, and run vmctl reload\n")
+    assert old.made() == {"new-disk0": CONTENT, "new-disk1": CONTENT[::-1]}
+    assert [line.strip() for line in output.splitlines() if "disk" in line] == [
+        f'disk "{old.folder}/new-disk{index}" format raw' for index in range(2)
+    ]
+
+
+def test_json_of_a_clone(vmctl: Vmctl, old: Old) -> None:
+    """It has the block, too."""
+    old.has("a")
+    old.is_known()
+
+    document = json.loads(vmctl("clone", "--json", "old", "new")[1])
+
+    assert (document["name"], document["disks"]) == (
+        "new", [{"path": f"{old.folder}/new-disk0", "format": "raw"}],
+    )  # fmt: skip
+    assert document["conf"].startswith('vm "new" {\n')
+
+
+@pytest.mark.parametrize(
+    ("arguments", "more", "status", "words"),
+    [
+        (("gone", "new"), {}, 4, "vm gone not found"),
+        (("old@", "new"), {}, 2, "no tag after the @: old@"),
+        (("old", "a/b"), {}, 2, "invalid VM name: a/b"),
+        (("old", "other"), {}, 1, "vm other already exists"),
+        (("old", "old"), {}, 1, "vm old already exists"),
+        (("old", "new"), {"files": None}, 1, "vm old: only its owner may see its disks"),
+        (("old", "new"), {"files": VmFiles()}, 1, "vm old has no disks"),
+        (("old", "new"), {"state": "running"}, 1, "vm old is running: stop it, or make a snapshot and clone old@TAG"),
+        (("old", "new"), {"state": "paused"}, 1, "vm old is paused: stop it"),
+        (("old@base", "new"), {}, 1, "is raw: only qcow2 images have snapshots"),
+    ],
+)
+def test_what_cannot_be_cloned(
+    vmctl: Vmctl, old: Old, arguments: tuple[str, ...], more: dict[str, object], status: int, words: str
+) -> None:
+    """No file is made."""
+    old.has("a")
+    old.is_known(**more)
+
+    done, output, errors = vmctl("clone", *arguments)
+
+    assert (done, output, old.made()) == (status, "", {})
+    assert words in errors
+
+
+def test_a_vm_that_waits_can_be_cloned(vmctl: Vmctl, old: Old) -> None:
+    """It does not run either."""
+    old.has("a")
+    old.is_known(state="waiting")
+
+    assert vmctl("clone", "old", "new")[0] == 0
+
+
+def test_a_failed_copy_removes_the_others(vmctl: Vmctl, old: Old) -> None:
+    """A part of a clone is of no use, and would be in the way of the next one."""
+    old.has("a")
+    old.has("gone", None)
+    old.is_known()
+
+    status, output, errors = vmctl("clone", "old", "new")
+
+    assert (status, output, old.made()) == (1, "", {})
+    assert f"disk {old.folder}/gone: " in errors
+
+
+def test_no_file_is_overwritten(vmctl: Vmctl, old: Old) -> None:
+    """It may be another VM's disk.  It stays when the other copies are removed."""
+    old.has("a")
+    old.has("b")
+    old.is_known()
+    (old.folder / "new-disk1").write_bytes(b"precious")
+
+    assert vmctl("clone", "old", "new")[0] == 1
+    assert old.made() == {"new-disk1": b"precious"}
+
+
+def test_a_snapshot_of_a_running_vm_is_copied(vmctl: Vmctl, old: Old) -> None:
+    """The disk has gone on since."""
+    path = old.folder / "a.qcow2"
+    for command in (
+        ("qemu-img", "create", "-q", "-f", "qcow2", path, str(SIZE)),
+        ("qemu-io", "-f", "qcow2", "-c", "write -q -P 7 0 64k", path),
+        ("qemu-img", "snapshot", "-c", "base", path),
+        ("qemu-io", "-f", "qcow2", "-c", "write -q -P 9 0 64k", path),
+    ):
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    old.has("a.qcow2", path.read_bytes(), "qcow2")
+    old.is_known(state="running")
+
+    assert vmctl("clone", "old@gone", "new")[0] == 1
+    assert old.made() == {}
+    status, output, _ = vmctl("clone", "old@base", "new")
+
+    assert status == 0
+    assert 'new-disk0" format qcow2' in output
+    copy = old.folder / "new-disk0"
+    subprocess.run(["qemu-img", "convert", "-f", "qcow2", "-O", "raw", copy, f"{copy}.raw"], check=True)
+    assert Path(f"{copy}.raw").read_bytes() == bytes([7]) * 65536 + bytes(SIZE - 65536)
+    listed = subprocess.run(["qemu-img", "snapshot", "-l", copy], check=True, capture_output=True, text=True).stdout
+    assert "base" not in listed
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_removes_the_copies(
+    vmctl: Vmctl, old: Old, monkeypatch: pytest.MonkeyPatch, signum: signal.Signals
+) -> None:
+    """As a failure does."""
+    old.has("a")
+    old.has("b")
+    old.is_known()
+    copied: list[int] = []
+
+    def copy(_source: int, _target: int, _show: object) -> None:
+        copied.append(1)
+        if len(copied) == 2:
+            os.kill(os.getpid(), signum)
+
+    monkeypatch.setattr(clone, "copy_file", copy)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        status = vmctl("clone", "old", "new")[0]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    assert status != 0
+    assert (len(copied), old.made()) == (2, {})
+
+
+def test_disks_and_boot_files_are_in_the_block() -> None:
+    """With the characters that vm.conf needs to have escaped."""
+    files = VmFiles(boot_image='/k "1"', initrd="/i\\", cdrom="/c.iso")
+    lines = block(vm_info("old", vcpus=2, files=files), "new", [("/a", "qcow2")], Limits([]))
+
+    assert lines == [
+        'vm "new" {', "    memory 512M", "    vcpus 2", '    boot "/k \\"1\\""',
+        "    # its command line, if it has one, is in the block of old", '    initrd "/i\\\\"',
+        '    disk "/a" format qcow2', '    cdrom "/c.iso"', "}",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (1, "1"), (1023, "1023"), (1024, "1K"), (1025, "1025"), (3 << 20, "3M"), (5 << 30, "5G"), (1 << 40, "1T"),
+        (1 << 50, "1024T"),
+    ],
+)  # fmt: skip
+def test_sizes_in_whole_units(value: int, text: str) -> None:
+    """A limit of the clone is exactly the old one."""
+    assert clone.size(value) == text
