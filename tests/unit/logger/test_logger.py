@@ -3,7 +3,10 @@
 import contextlib
 import os
 import socket
+import sys
+import threading
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import pytest
 
@@ -19,12 +22,20 @@ NAME = "vm/db1"
 
 
 OPEN: list[socket.socket] = []  # sockets of a test, which are closed after it
+SINKS: list[Sink] = []  # whose threads are ended after it
 
 
 @pytest.fixture(autouse=True)
 def closed() -> Iterator[None]:
-    """Close the sockets of a test after it."""
+    """Close the sockets of a test after it, and end the threads."""
     yield
+    while SINKS:
+        sink = SINKS.pop()
+        setattr(sink, "_deliver", sys.exit)  # noqa: B010 - the thread never ends by itself
+        sink.put(line_of(Written().source))
+    for thread in threading.enumerate():
+        if thread.name == "writer":
+            thread.join()
     while OPEN:
         OPEN.pop().close()
 
@@ -139,12 +150,23 @@ def test_all_limits_must_allow_a_line() -> None:
 # --- the sink -----------------------------------------------------------------------------------------------------
 
 
+class Ending(threading.Thread):
+    """A thread that may end by SystemExit."""
+
+    def run(self) -> None:
+        """Run until then."""
+        with contextlib.suppress(SystemExit):
+            super().run()
+
+
 class Output:
     """A place for the lines, in place of standard error."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, form: str = STDERR, journal: bool = False) -> None:
         self.reading, self.writing = os.pipe()
         monkeypatch.setattr(sink_module, "OUTPUT_FD", self.writing)
+        threads = SimpleNamespace(Thread=Ending, Condition=threading.Condition)
+        monkeypatch.setattr(sink_module, "threading", threads)
         self.journal: socket.socket | None = None
         theirs: socket.socket | None = None
         if journal:
@@ -152,6 +174,7 @@ class Output:
             OPEN.extend((self.journal, theirs))
         self.calls: list[Callable[[], None]] = []
         self.sink = Sink(form, theirs, self.calls.append)
+        SINKS.append(self.sink)
 
     def shown(self) -> bytes:
         """Return what was written, as soon as all is."""
