@@ -1,5 +1,6 @@
 """What a started process finds: its name, its descriptors, its signals; and the end of its starter."""
 
+import errno
 import json
 import os
 import signal
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from vmd import signals
-from vmd.errors import HostError
+from vmd.errors import HostError, VmdError
 from vmd.privsep import linux, spawn, start
 from vmd.privsep.cellfiles import import_path
 
@@ -263,3 +264,98 @@ def test_a_process_joins_its_control_group(monkeypatch: pytest.MonkeyPatch) -> N
     assert os.read(reading, 10) == b""
     assert steps.names()
     os.close(reading)
+
+
+# --- processes in a place -----------------------------------------------------------------------------------------
+
+
+class Here:
+    """A place that takes nothing away."""
+
+    own_pids = False
+
+    def __init__(self, paths: tuple[str, ...], error: BaseException | None = None, *, vital: bool = True) -> None:
+        self.import_path = paths
+        self.vital = vital
+        self.error = error
+        self.prepared = 0
+
+    def prepare(self) -> None:
+        """Count the calls."""
+        self.prepared += 1
+
+    def enter(self) -> None:
+        """Fail, if the test says so."""
+        if self.error is not None:
+            raise self.error
+
+
+def probed_in(place: Here, *, outlives: bool = False) -> dict[str, Any]:
+    """Start the module in a place, and return what it has found."""
+    ours, theirs = socket.socketpair()
+    with ours:
+        with theirs:
+            child = spawn.spawn(TITLE, ["one"], channel=theirs, place=place, entry="probe:main", outlives=outlives)
+        with ours.makefile() as reader:
+            found: dict[str, Any] = json.loads(reader.read() or "{}")
+        assert child.reap(DEADLINE_S) == 7
+    return found
+
+
+@pytest.mark.parametrize("vital", [False, True])
+def test_a_process_in_a_place_is_in_order(paths: tuple[str, ...], vital: bool) -> None:
+    """As one that is started without a fork of Python.  It gets no other descriptors, even inheritable ones."""
+    place = Here(paths, vital=vital)
+    other = os.open(os.devnull, os.O_RDONLY)
+    os.set_inheritable(other, True)
+    before = signal.signal(signal.SIGUSR1, lambda *_: None)
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
+    try:
+        found = probed_in(place)
+    finally:
+        os.close(other)
+        signal.signal(signal.SIGUSR1, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+    assert found["fds"] == {"0": True, "1": True, "2": True, "3": False}
+    assert int(found["blocked"], 16) == 0
+    assert (found["death"], found["dumpable"], found["session"]) == (signal.SIGKILL, 0, True)
+    assert found["path"][-len(paths) :] == list(paths)
+    assert place.prepared == 1
+
+
+def test_a_process_in_a_place_may_outlive_its_starter(paths: tuple[str, ...]) -> None:
+    """vmm does, for its guests."""
+    assert probed_in(Here(paths), outlives=True)["death"] == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "words", "number"),
+    [
+        (HostError("enter the cell", errno.EACCES), HostError, "enter the cell", errno.EACCES),
+        (OSError(errno.ENOENT, "no", "/the/file"), HostError, "/the/file", errno.ENOENT),
+        (OSError(errno.EPERM, "no"), HostError, "prepare the process", errno.EPERM),
+        (ValueError("a bug"), VmdError, "ValueError", errno.EINVAL),
+        (SystemExit(0), VmdError, "SystemExit", errno.EINVAL),
+    ],
+)
+def test_a_place_that_cannot_be_entered(
+    monkeypatch: pytest.MonkeyPatch, paths: tuple[str, ...], error: BaseException, kind: type[VmdError], words: str,
+    number: int,
+) -> None:  # fmt: skip
+    """The starter gets the reason.  No process and no descriptor is left."""
+    before, pids, fork = os.listdir("/proc/self/fd"), [], os.fork
+
+    def forked() -> int:
+        pids.append(fork())
+        return pids[-1]
+
+    monkeypatch.setattr(os, "fork", forked)
+
+    with pytest.raises(kind, match=f"start {TITLE}: {words}") as failed:
+        spawn.spawn(TITLE, place=Here(paths, error))
+
+    assert failed.value.number == number
+    assert os.listdir("/proc/self/fd") == before
+    with pytest.raises(ChildProcessError):
+        os.waitpid(pids[0], os.WNOHANG)
