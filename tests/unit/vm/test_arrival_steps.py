@@ -290,3 +290,13 @@ def test_a_configuration_that_fits_no_message(rig: VmRig, probe: Probe, monkeypa
     monkeypatch.setattr(rig.process.vmm, "send", too_long)
     failed = failure(receive(rig, stream(states=(GOOD,))))
     assert failed.text == "the stream is not usable: its configuration is longer than this vmd accepts"
+
+
+def test_files_that_do_not_come_for_a_received_machine(rig: VmRig, probe: Probe) -> None:
+    """The VM fails: the sender may still have it."""
+    receive(rig, stream(states=(GOOD,)))
+    rig.vmm.send(MEMORY)
+    rig.wait_for(ReceivedMachine)
+    failed = failure(rig.tell(RESUME, fds={"couriers": [rig.lost_courier()]}))
+    assert failed.text == "opener: its files did not come"
+    assert "build" not in rig.steps

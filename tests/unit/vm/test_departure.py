@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from vmd.ipc.messages.vm import (
     DisksLetGo,
     EndSend,
     HeaderSent,
+    LendDisks,
     LetDisksGo,
     Outcome,
     PauseVm,
@@ -438,3 +440,23 @@ def test_a_vm_that_ends_while_it_is_sent_sends_no_report(rig: VmRig, machine: Ma
     disks[0].answers["settle"] = devmsg.SETTLED
     rig.until(lambda: rig.process.departure._sender.over)  # type: ignore[union-attr]
     assert [each for each in rig.said() if isinstance(each, SendDone)] == []
+
+
+def test_a_vm_that_is_being_sent_is_not_sent_again(rig: VmRig, machine: Machine, disks: list[Device]) -> None:
+    """Nor are its disks lent."""
+    stuck(rig, disks)
+    rig.said()
+    before = open_descriptors()
+    for message in (SEND, LendDisks(vmid=VMID)):
+        assert rig.tell(message, fds={"courier": [rig.courier(stream=os.memfd_create("stream"))]}) == []
+        rig.couriers.pop().close()
+    assert open_descriptors() == before
+
+
+def test_the_figures_of_a_transfer(rig: VmRig, machine: Machine) -> None:
+    """The time of the pause is in milliseconds."""
+    departure: Any = SimpleNamespace(
+        sent_bytes=1, stopped_ns=2, round=3, still_s=4.5678, written=False, keep=False,
+    )  # fmt: skip
+    rig.process.on_sent(departure, "")
+    assert rig.said()[0] == SendDone(vmid=VMID, sent_bytes=1, stopped_ns=2, rounds=3, still_ms=4568)

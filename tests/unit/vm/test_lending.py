@@ -19,6 +19,7 @@ from vmd.ipc.messages.vm import (
     LendDisks,
     Outcome,
     PauseVm,
+    SendVm,
     StopMode,
     StopVm,
     TakeDisksBack,
@@ -258,3 +259,18 @@ def test_a_lock_that_was_lost_while_disks_were_lent(rig: VmRig, machine: Machine
     assert isinstance(back, DisksBack)
     assert "it is in use by somebody else" in back.text
     assert not machine.is_running()
+
+
+def test_a_vm_whose_disks_are_lent_is_not_sent(rig: VmRig, machine: Machine) -> None:
+    """Nor are they lent again.  What came with such a request is closed."""
+    lend(rig, LEND)
+    before = open_descriptors()
+    borrower = Borrower(rig)
+    assert rig.tell(LEND, fds={"courier": [borrower.fd], "stream": [os.memfd_create("stream")]}) == []
+    send = SendVm(vmid=VMID, keep=False, one_shot=False)
+    assert rig.tell(send, fds={"courier": [rig.courier(stream=os.memfd_create("stream"))]}) == []
+    for _ in range(3):
+        rig.couriers.pop().close()
+    assert open_descriptors() == before
+    assert rig.tell(BACK) == [DisksBack(vmid=VMID)]
+    assert machine.is_running()
