@@ -291,7 +291,7 @@ OPENER_KILLS = (
 
 def test_an_opener_does_nothing_but_open_files() -> None:
     """A forbidden call kills it, also if it is root."""
-    fates = try_each(HostFiles(), "OPENER", OPENER_KILLS, paths=(str(HERE), *import_path(("vmd", "msgpack"))))
+    fates = try_each(HostFiles(-1), "OPENER", OPENER_KILLS, paths=(str(HERE), *import_path(("vmd", "msgpack"))))
 
     assert fates == dict.fromkeys(OPENER_KILLS, KILLED_AT_ONCE)
 
@@ -300,7 +300,7 @@ def test_an_opener_opens_files_and_nothing_else() -> None:
     """It can create no file, and list no directory."""
     attempts = ("open_passwd", "create_outside", "list_root")
 
-    run = try_inside(HostFiles(), "OPENER", *attempts, paths=(str(HERE), *import_path(("vmd", "msgpack"))))
+    run = try_inside(HostFiles(-1), "OPENER", *attempts, paths=(str(HERE), *import_path(("vmd", "msgpack"))))
 
     assert re.match(r"open_passwd done \d+$", run.answers[0])
     refused = [f"{name} errno {errno.EACCES}" for name in ("create_outside", "list_root")] if landlock.abi() else []
@@ -311,7 +311,7 @@ def test_a_logfile_does_nothing_but_open_files() -> None:
     """A forbidden call kills it, also if it is root."""
     attempts = [attempt for attempt in OPENER_KILLS if attempt != "become_traceable"]
 
-    fates = try_each(HostFiles(), "LOGFILE", attempts, paths=(str(HERE), *import_path(("vmd", "msgpack"))))
+    fates = try_each(HostFiles(-1), "LOGFILE", attempts, paths=(str(HERE), *import_path(("vmd", "msgpack"))))
 
     assert fates == dict.fromkeys(attempts, KILLED_AT_ONCE)
 
@@ -506,7 +506,7 @@ def priv() -> list[str]:
     output = run_script(f"""
 import tempfile
 linux.unshare(linux.CLONE_NEWNET)
-place = PrivPlace()
+place = PrivPlace(-1)
 place.import_path = tuple(sys.path[:4])
 with tempfile.TemporaryFile() as data:
     tun = os.open("/dev/net/tun", os.O_RDWR)
@@ -554,7 +554,7 @@ def test_forbidden_call_kills_priv(attempt: str) -> None:
     """Most calls that the filter refuses only fail.  These calls kill, because no program of priv's needs them."""
     output = run_script(f"""
 linux.unshare(linux.CLONE_NEWNET)
-place = PrivPlace()
+place = PrivPlace(-1)
 place.import_path = tuple(sys.path[:4])
 print(ask(place, "PRIV", {attempt!r}, "threads"))
 """)
@@ -689,6 +689,7 @@ def test_bug_before_exec_is_reported() -> None:
 
     class Broken:
         import_path: tuple[str, ...] = ("/",)
+        code_fd = -1
         own_pids = False
         vital = False
 
@@ -788,7 +789,7 @@ def test_checkout_of_another_user_serves_priv(tmp_path: Path) -> None:
         os.chown(path, USER.pw_uid, USER.pw_gid)
     output = run_script(
         """
-place = PrivPlace()
+place = PrivPlace(-1)
 place.import_path = tuple(sys.path[:3])
 print(ask(place, "PRIV", "capabilities"))
 """,

@@ -277,6 +277,23 @@ def test_a_priv_that_takes_its_time_to_end_is_waited_for(network: Network, tmp_p
     assert "another one does" not in vmd.log
 
 
+def test_processes_start_from_the_code_that_the_daemon_began_with(network: Network, tmp_path: Path) -> None:
+    """The program's files are gone, as during an upgrade: a new priv and new openers start all the same."""
+    vmd = NetDaemon(tmp_path, network, block("a", "local interface") + block("b", "local interface"))
+    vmd.code = changed_program(tmp_path / "code", {})
+    with vmd:
+        vmd.code.rename(tmp_path / "removed")
+        vmd.code = ROOT
+        before = vmd.processes()["vmd: priv"]
+        os.kill(before, signal.SIGKILL)
+        wait_for(lambda: vmd.processes().get("vmd: priv", before) != before)
+        for name in ("a", "b"):  # an opener serves one start
+            vmd.must("start", name)
+            wait_for(lambda: "vmd: opener" in vmd.processes())
+        log = vmd.log
+    assert "Traceback" not in log
+
+
 # --- damaged ---------------------------------------------------------------------------------------------------
 
 

@@ -1,6 +1,7 @@
 """The parent's side of a real priv process, in the test's own network namespace."""
 
 import contextlib
+import functools
 import os
 import socket
 import tempfile
@@ -28,6 +29,7 @@ from vmd.ipc.messages.priv import (
 )
 from vmd.parent.forpriv import open_tables, open_tuns
 from vmd.privsep import linux, privplace
+from vmd.privsep.cell import Cell
 from vmd.privsep.spawn import spawn
 from vmd.record import Record
 
@@ -60,11 +62,17 @@ class Made:
             os.close(self.fds.pop())
 
 
+@functools.cache
+def cell() -> Cell:
+    """Return a cell, which has the code that priv loads.  It is built once, and stays open."""
+    return Cell.build(os.getuid(), os.getgid())
+
+
 class Poor(privplace.PrivPlace):
     """The host as priv sees it, with some files hidden below empty mounts."""
 
     def __init__(self, *without: str) -> None:
-        super().__init__()
+        super().__init__(cell().root_fd)
         self.without = without
 
     def enter(self) -> None:
@@ -113,7 +121,7 @@ class Priv:
                 "priv",
                 ["priv", "stderr", "2"],
                 channel=theirs,
-                place=place or privplace.PrivPlace(),
+                place=place or privplace.PrivPlace(cell().root_fd),
                 log_fd=self.log_file.fileno(),
             )
         theirs.close()

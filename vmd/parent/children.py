@@ -68,14 +68,14 @@ class Children:
         self._uid = uid
         self._lock = lock
         self._own_ids = range(first_id, first_id + IDS + 1)
-        priv = PrivPlace(first_id + IDS)
         self._left = usage.children(os.getpid())  # pids of children of the program that ran in this process before
         self._groups_place = group_place()
         self.cell = cell = Cell.build(uid, gid)
+        priv = PrivPlace(cell.root_fd, first_id + IDS)
         vmm = vmm_place(cell, first_id)
         self.ids = cell.ids
         self._places: dict[Proc, Place] = {
-            Proc.PRIV: priv, Proc.CONTROL: cell, Proc.VMM: vmm, Proc.OPENER: HostFiles(),
+            Proc.PRIV: priv, Proc.CONTROL: cell, Proc.VMM: vmm, Proc.OPENER: HostFiles(cell.root_fd),
             Proc.IMGWRITER: cell, Proc.AGENTX: cell, Proc.CONSOLELOG: cell, Proc.METRICS: cell,
         }  # fmt: skip
         self._present: dict[Proc, Child] = {}

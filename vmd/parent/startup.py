@@ -100,8 +100,9 @@ def check_adopt(options: Options, store: Store) -> None:
         raise VmdError("some VMs could not be adopted")
     config = read_config(options, starting=True)
     give_up_capabilities(sum(1 << capability for capability in PARENT_CAPABILITIES))
-    PrivPlace(config.settings.first_id)
-    Cell.build(*service.lookup_user()).close()
+    cell = Cell.build(*service.lookup_user())
+    PrivPlace(cell.root_fd, config.settings.first_id)
+    cell.close()
 
 
 def shown(text: str) -> int:

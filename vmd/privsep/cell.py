@@ -17,7 +17,6 @@ import socket
 from vmd.errors import HostError, VmdError
 from vmd.privsep import linux
 from vmd.privsep.cellfiles import (
-    CODE,
     NO_PACKAGES,
     PACKAGES,
     interpreter_mounts,
@@ -27,6 +26,7 @@ from vmd.privsep.cellfiles import (
 )
 from vmd.privsep.ids import Ids, limit_tasks
 from vmd.privsep.spawn import FD_TARGETS
+from vmd.privsep.start import CODE
 from vmd.tasks import fork
 
 TYPE_CHECKING = False
@@ -43,6 +43,7 @@ class Cell:
     """A built cell, and the user of the processes in it.  Call `close` when no more children will be started."""
 
     import_path: tuple[str, ...] = (CODE,)
+    code_fd = -1
     own_pids = False
     vital = False
 

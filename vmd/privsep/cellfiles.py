@@ -2,7 +2,7 @@
 
 Our code is copied into the cell, not mounted, for two reasons.  It may come from an archive, or from a checkout of mode
 0700 with files of mode 0600, which `_vmd` could not read.  And if an upgrade replaces the files of a running daemon,
-all its later processes still start from the daemon's own version.
+all its later processes still start from the daemon's own version.  Processes outside the cell load the copy, too.
 """
 
 import contextlib
@@ -20,12 +20,12 @@ import zipimport
 from vmd.errors import HostError, VmdError
 from vmd.privsep import linux
 from vmd.privsep.spawn import INTERPRETER
+from vmd.privsep.start import CODE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
 
-CODE = "/vmd"  # where our packages are, in the cell
 PACKAGES = ("vmd", "msgpack")
 # Extension modules that children import.  They are loaded here to find out which shared libraries they need.
 NATIVE = ("_ctypes", "_hashlib", "_socket", "array", "fcntl", "mmap", "resource", "select", "termios", "zlib")

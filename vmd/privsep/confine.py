@@ -24,6 +24,7 @@ import sys
 import time
 
 from vmd.privsep import landlock, linux, seccomp
+from vmd.privsep.start import CODE_FD, CODE_OUTSIDE
 from vmd.record import Record
 
 DEBUG = b"VMD_DEBUG_SECCOMP"  # in the environment: log the name of a refused system call before it kills the process
@@ -284,6 +285,7 @@ def confine(confinement: Confinement, program: bytes | None = None) -> list[str]
     prime()
     if confinement.deadly is None and is_debugged():
         show_refused_calls()
+    close_code()
     limit_resources(confinement.open_files, writes_files=confinement.writes_files)
     give_up_capabilities(confinement.capabilities)
     linux.prctl("set no_new_privs", linux.PR_SET_NO_NEW_PRIVS, 1)
@@ -337,6 +339,13 @@ def prime() -> None:
         linux.load_library("libgcc_s.so.1")
     except OSError:
         return  # other C libraries do not need it
+
+
+def close_code() -> None:
+    """Close the descriptor that this process has loaded its code by, if there is one."""
+    if CODE_OUTSIDE in sys.path:
+        sys.path.remove(CODE_OUTSIDE)
+        os.close(CODE_FD)
 
 
 def limit_resources(open_files: int, *, writes_files: bool) -> None:

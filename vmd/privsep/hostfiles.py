@@ -6,8 +6,8 @@ An opener later becomes the user who has named the files.
 import os
 
 from vmd.privsep import linux
-from vmd.privsep.cellfiles import import_path
 from vmd.privsep.confine import OPENER
+from vmd.privsep.start import CODE_OUTSIDE
 
 
 class HostFiles:
@@ -17,8 +17,11 @@ class HostFiles:
     vital = False
     CAPABILITIES = OPENER.capabilities
 
-    def __init__(self) -> None:
-        self.import_path = import_path(("vmd", "msgpack"))
+    import_path: tuple[str, ...] = (CODE_OUTSIDE,)
+
+    def __init__(self, cell_fd: int) -> None:
+        """`cell_fd` is the root of the cell, which has the code.  The caller keeps it open."""
+        self.code_fd = cell_fd
 
     def prepare(self) -> None:
         """Do nothing."""

@@ -13,6 +13,7 @@ from vmd.config.model import DEFAULT_FIRST_ID, IDS
 from vmd.privsep import linux
 from vmd.privsep.cellfiles import import_path
 from vmd.privsep.confine import PRIV_DIRECTORY
+from vmd.privsep.start import CODE_OUTSIDE
 
 
 class PrivPlace:
@@ -20,15 +21,21 @@ class PrivPlace:
 
     own_pids = False
     vital = True
-    # priv gives up the last two when it confines itself.  Before that it must read a checkout that root does not own,
-    # and reduce its bounding set.
+    # priv gives up the last two when it confines itself.  Before that it must read pyroute2, whose directory may be
+    # readable for its owner only, and reduce its bounding set.
     CAPABILITIES = (
         1 << linux.CAP_NET_ADMIN | 1 << linux.CAP_NET_RAW | 1 << linux.CAP_DAC_READ_SEARCH | 1 << linux.CAP_SETPCAP
     )
 
-    def __init__(self, uid: int = DEFAULT_FIRST_ID + IDS) -> None:
-        """`uid` is priv's user.  It is not `_vmd`: VM processes may run as `_vmd`, and could then signal priv."""
-        self.import_path = import_path(("vmd", "msgpack", "pyroute2"))
+    def __init__(self, cell_fd: int, uid: int = DEFAULT_FIRST_ID + IDS) -> None:
+        """`cell_fd` is the root of the cell, which has our code.  The caller keeps it open.
+
+        `uid` is priv's user.  It is not `_vmd`: VM processes may run as `_vmd`, and could then signal priv.
+
+        Raises VmdError if pyroute2 is not installed.
+        """
+        self.import_path = CODE_OUTSIDE, *import_path(("pyroute2",))
+        self.code_fd = cell_fd
         self.uid = uid
 
     def prepare(self) -> None:

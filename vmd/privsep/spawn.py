@@ -13,7 +13,7 @@ from vmd import signals as signal
 from vmd.closing import close
 from vmd.errors import HostError, VmdError
 from vmd.privsep import confine, linux
-from vmd.privsep.start import CHANNEL_FD
+from vmd.privsep.start import CHANNEL_FD, CODE_FD
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         """The preparation, between fork and exec, of a process that gets fewer rights than its starter."""
 
         import_path: tuple[str, ...]
+        code_fd: int  # becomes CODE_FD of the process, if it is not negative
         own_pids: bool  # the process is pid 1 of a pid namespace, so the processes that it starts end with it
         vital: bool  # VMs need the process: when memory runs out, the kernel kills others first
 
@@ -132,6 +133,8 @@ def spawn(
     targets = {0: None, 1: None, 2: log_fd, **(fds or {})}
     if channel is not None:
         targets[CHANNEL_FD] = channel.fileno()
+    if place is not None and place.code_fd >= 0:
+        targets[CODE_FD] = place.code_fd
     assert all(0 <= target < FD_TARGETS for target in targets)
     path = import_path or (place.import_path if place else OWN_PATH)
     module, _, function = entry.partition(":")

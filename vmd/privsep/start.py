@@ -7,6 +7,9 @@ from vmd.privsep import linux
 from vmd.privsep.title import set_title
 
 CHANNEL_FD = 3
+CODE_FD = 9  # a process outside the cell finds the cell's root here, until it has loaded its code from there
+CODE = "/vmd"  # where our packages are, in the cell
+CODE_OUTSIDE = f"/proc/self/fd/{CODE_FD}{CODE}"  # the same for a process outside
 
 
 def begin(title: str, parent_pid: int | None, uid: int = 0, group_fd: int = -1) -> None:

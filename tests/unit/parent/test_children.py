@@ -72,7 +72,7 @@ def process() -> Process:
 @pytest.fixture
 def make(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[int]], tuple[Children, Loop]]:
     """Return a function that makes `Children`, with these children of an earlier program."""
-    cell = SimpleNamespace(ids=None)
+    cell = SimpleNamespace(ids=None, root_fd=-1)
     monkeypatch.setattr(Cell, "build", lambda _uid, _gid: cell)
     monkeypatch.setattr(module, "vmm_place", lambda _cell, _first_id: cell)
     monkeypatch.setattr(module, "group_place", lambda: None)
@@ -403,7 +403,7 @@ def test_a_host_without_namespaces(
     monkeypatch.setattr("vmd.privsep.linux.new_pids", pids)
     monkeypatch.setattr("vmd.privsep.linux.old_pids", old.append)
     monkeypatch.setattr(module, "VmmCell", lambda _cell, users_fd, own_pids: (users_fd, own_pids))
-    cell = cast("Any", SimpleNamespace(ids=None))
+    cell = cast("Any", SimpleNamespace(ids=None, root_fd=-1))
     assert module.vmm_place(cell, 1 << 16) == cast("Any", (None if lacks == "users" else 7, lacks != "pids"))
     said = capfd.readouterr().err
     assert ("their processes could signal each other" in said) == (lacks == "users")
