@@ -1,6 +1,7 @@
 """vmctl snapshot of stopped VMs, with a real daemon and real disks, whose content QEMU confirms."""
 
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -348,16 +349,20 @@ def test_kills_in_the_middle_leave_no_error_and_no_leak(vmd: Daemon, pytestconfi
     rounds = pytestconfig.getoption("--snapshot-rounds")
     choice = random.Random(rounds)
     fill(vmd, 1)
+    began = time.monotonic()
     vmd.must("snapshot", "web", "base")
+    usual_s = time.monotonic() - began
     killed = 0
-    for number in range(rounds):
+    for number in itertools.count():
+        if number >= rounds and killed:  # a fast imgwriter may have ended each time before it was to be killed
+            break
         fill(vmd, 2 + number % 200)
         words = choice.choice((("web", f"s{number}"), ("-r", "web", "base"), ("-d", "web", f"s{number}")))
         if words[0] == "-d":
             vmd.must("snapshot", "web", f"s{number}")
         with caught(vmd, *words) as (client, pid):
             if pid:
-                time.sleep(choice.random() * 0.4)
+                time.sleep(choice.random() * usual_s)
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             client.communicate(timeout=DEADLINE_S)
@@ -369,5 +374,4 @@ def test_kills_in_the_middle_leave_no_error_and_no_leak(vmd: Daemon, pytestconfi
                 vmd.must("snapshot", "-d", "web", tag)
         vmd.must("snapshot", "-r", "web", "base")
         assert filled(vmd) == [1, 1]
-    print(f"{rounds} rounds, {killed} killed")
-    assert killed
+    print(f"{number} rounds, {killed} killed")
