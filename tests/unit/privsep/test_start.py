@@ -272,6 +272,7 @@ def test_a_process_joins_its_control_group(monkeypatch: pytest.MonkeyPatch) -> N
 class Here:
     """A place that takes nothing away."""
 
+    code_fd = -1
     own_pids = False
 
     def __init__(self, paths: tuple[str, ...], error: BaseException | None = None, *, vital: bool = True) -> None:
