@@ -6,6 +6,7 @@ Whether the kernel enforces them is tested in tests/process.
 import _thread
 import errno
 import posix
+import subprocess
 from collections.abc import Callable
 
 import pytest
@@ -195,3 +196,155 @@ def test_a_c_library_without_that_library(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(linux, "load_library", fail)
 
     confine.prime()
+
+
+# --- who has which rights -----------------------------------------------------------------------------------------
+
+EVERY = {name: value for name, value in vars(confine).items() if isinstance(value, confine.Confinement)}
+CAPABILITIES = {  # of all others: none
+    "LOCKHOLDER": {"SYS_PTRACE"},
+    "LOGFILE": {"DAC_OVERRIDE"},
+    "OPENER": {"DAC_OVERRIDE", "DAC_READ_SEARCH", "SETUID", "SETGID"},
+    "PRIV": {"NET_ADMIN", "NET_RAW"},
+    "VMM": {"SETUID", "SETGID", "KILL"},
+}
+VMS = {"VM", "VM_BUILDING", "VMM"}
+MAY_CALL = {  # these may make the call in some form, and no others
+    "execve": {"VMM", "PRIV"},
+    "vfork": {"VMM", "PRIV"},
+    "openat2": {"OPENER"},
+    "openat": {"VMM", "PRIV", "OPENER", "LOGFILE", "LOCKHOLDER"},
+    "renameat": {"LOGFILE"},
+    "unlinkat": {"LOGFILE"},
+    "unlink": {"PRIV"},
+    "socket": {"PRIV"},
+    "bind": {"PRIV"},
+    "accept4": {"METRICS"},
+    "setresuid": {"OPENER", "VMM"},
+    "setgroups": {"OPENER", "VMM"},
+    "capset": {"VMM"},
+    "seccomp": {"VM_BUILDING", "VMM"},
+    "kill": {"PRIV"},
+    "pidfd_send_signal": {"VMM", "PRIV"},
+    "fallocate": {"VIOBLK", "VIOSCSI", "IMGRESIZE", "IMGWRITER", "VMM"},
+    "ftruncate": {"VIOBLK", "VIOSCSI", "IMGRESIZE", "IMGWRITER", "IMGBOOT", "PRIV", *VMS},
+    "memfd_create": {"BOOTPROBE", *VMS},
+    "setsid": {"VMM", "PRIV"},
+    "timerfd_create": VMS,
+    "statfs": {"PRIV"},
+}
+
+
+@pytest.mark.parametrize("name", sorted(EVERY))
+def test_capabilities(name: str) -> None:
+    """Most processes have none."""
+    masks = {getattr(linux, f"CAP_{each}"): each for each in CAPABILITIES.get(name, ())}
+
+    assert EVERY[name].capabilities == sum(1 << number for number in masks)
+
+
+@pytest.mark.parametrize("call", sorted(MAY_CALL))
+def test_calls_of_few(call: str) -> None:
+    """What an attacker gains by a process depends on them (docs/security.md)."""
+    found = {
+        name for name, confinement in EVERY.items() if call in map(seccomp.call_name, confinement.syscalls)
+    }  # fmt: skip
+
+    assert found == MAY_CALL[call]
+
+
+def test_nobody_may_reach_named_sockets_or_other_processes() -> None:
+    """No filter has these calls in any form."""
+    calls = {seccomp.call_name(rule) for confinement in EVERY.values() for rule in confinement.syscalls}
+
+    assert calls.isdisjoint(confine.NO_PROGRAM_DOES)
+    assert calls.isdisjoint(("connect", "ptrace", "process_vm_readv", "mount", "setns", "unshare"))
+
+
+def test_few_may_write_files() -> None:
+    """Descriptors that the others have are sockets and pipes, or are only read."""
+    assert {name for name, confinement in EVERY.items() if not confinement.writes_files} == {
+        "LEAF", "VIOSCSI", "VIONET", "VIONET_KERNEL", "LOCKHOLDER", "AGENTX", "METRICS",
+    }  # fmt: skip
+
+
+def test_a_device_with_a_packet_socket_names_no_address() -> None:
+    """It has all other rights of a network device."""
+    lacks = set(confine.VIONET.syscalls) - set(confine.VIONET_KERNEL.syscalls)
+
+    assert lacks == {"sendmsg", "setsockopt"}
+    assert set(confine.VIONET_KERNEL.syscalls) < set(confine.VIONET.syscalls)
+
+
+def test_a_process_that_may_be_taken_over_has_fewer_descriptors() -> None:
+    """Those in flight count against the limit of the process that sends next, so the core has a higher limit."""
+    core = {"CONSOLELOG", "CONTROL", "LOG", "VMM"}
+    least = min(EVERY[name].open_files for name in core)
+
+    assert all(confinement.open_files < least for name, confinement in EVERY.items() if name not in core)
+    assert confine.VM.open_files < confine.VM_BUILDING.open_files
+
+
+def test_requests_are_the_kernels() -> None:
+    """A compiler finds that the allowed numbers are those of these names."""
+    groups: dict[tuple[int, ...], tuple[str, ...]] = {
+        confine.TUN_IOCTLS: ("TUNSETOFFLOAD", "TUNSETVNETHDRSZ"),
+        confine.TTY_IOCTLS: ("TCFLSH",),
+        confine.VHOST_IOCTLS: (
+            "VHOST_SET_OWNER", "VHOST_GET_FEATURES", "VHOST_SET_FEATURES", "VHOST_SET_MEM_TABLE", "VHOST_SET_VRING_NUM",
+            "VHOST_SET_VRING_ADDR", "VHOST_SET_VRING_BASE", "VHOST_GET_VRING_BASE", "VHOST_SET_VRING_KICK",
+            "VHOST_SET_VRING_CALL", "VHOST_SET_VRING_ERR", "VHOST_NET_SET_BACKEND",
+        ),
+        confine.PRIV.ioctls: (
+            "TUNSETIFF", "SIOCGIFNAME", "SIOCGIFCONF", "SIOCGIFFLAGS", "SIOCGIFMTU", "SIOCGIFINDEX",
+        ),
+    }  # fmt: skip
+    lines = [
+        f"#include <{header}>"
+        for header in ("sys/ioctl.h", "linux/if_tun.h", "linux/vhost.h", "linux/sockios.h", "asm/ioctls.h")
+    ]
+    for numbers, names in groups.items():
+        lines += [
+            f'_Static_assert({name} == {number}u, "{name}");' for name, number in zip(names, numbers, strict=True)
+        ]
+
+    subprocess.run(["gcc", "-fsyntax-only", "-x", "c", "-"], input="\n".join(lines) + "\n", text=True, check=True)
+
+
+def test_requests_of_few() -> None:
+    """All others have those of any descriptor only."""
+    have = {name: confinement.ioctls for name, confinement in EVERY.items() if confinement.ioctls}
+
+    assert have == {
+        "VIONET": confine.TUN_IOCTLS,
+        "VIONET_KERNEL": confine.TUN_IOCTLS + confine.VHOST_IOCTLS,
+        "VM": confine.TTY_IOCTLS,
+        "VM_BUILDING": confine.TTY_IOCTLS,
+        "VMM": confine.TUN_IOCTLS + confine.VHOST_IOCTLS + confine.TTY_IOCTLS,
+        "PRIV": confine.PRIV.ioctls,
+    }
+
+
+def test_scopes() -> None:
+    """Only a VM's process restricts its signals earlier.  Only lockholder does without landlock."""
+    assert {name for name, each in EVERY.items() if each.scopes != landlock.SCOPE_ALL} == {"VM", "VM_BUILDING"}
+    assert confine.VM.scopes == landlock.SCOPE_SOCKETS
+    assert {name for name, each in EVERY.items() if each.sees_others} == {"LOCKHOLDER"}
+
+
+def test_files() -> None:
+    """By path, those below included."""
+    have = {name: dict(confinement.files) for name, confinement in EVERY.items() if confinement.files}
+    assert set(have) == {"OPENER", "VMM", "PRIV"}
+
+    opener, vmm, priv = have["OPENER"], have["VMM"], have["PRIV"]
+    assert opener == {"/": landlock.READ_FILE | landlock.WRITE_FILE | landlock.TRUNCATE | landlock.IOCTL_DEV}
+    assert vmm == {"/": landlock.RUN}
+    writable = {path for path, rights in priv.items() if rights & (landlock.WRITE_FILE | landlock.MAKE_REG)}
+    assert writable == {"/dev/null", "/proc/sys/net", confine.PRIV_DIRECTORY}
+    assert {path for path, rights in priv.items() if rights & (landlock.MAKE_REG | landlock.REMOVE_FILE)} == {
+        confine.PRIV_DIRECTORY
+    }
+    assert {path for path, rights in priv.items() if rights & landlock.EXECUTE} == {
+        "/usr", "/bin", "/sbin", "/lib", "/lib64",
+    }  # fmt: skip
