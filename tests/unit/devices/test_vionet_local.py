@@ -232,7 +232,7 @@ def test_few_answers_wait_for_name_servers() -> None:
     def too_long() -> None:
         raise server.Unanswered(server.NO_ADDRESS)
 
-    local.waiting[3] = too_long
+    local.waiting[-1] = too_long
     local.go_on(INTERFACE)
     assert [Answer(frame).kind for frame in injected] == [OFFER] * 7
     assert figures(services) == {"dhcp_offers": 7, server.NO_ADDRESS: 1}

@@ -216,9 +216,13 @@ def test_table_of_many_clusters_is_in_one_piece(tmp_path: Path) -> None:
 
 
 def test_file_has_no_gaps(tmp_path: Path) -> None:
-    """New clusters follow each other, also where a new refcount block begins."""
+    """New clusters follow each other, also where a new refcount block begins; freed ones are used first."""
     image, _ = made(tmp_path, "cluster_size=512,refcount_bits=64")
     write(image, 0, random.Random(1).randbytes(MIB))
+    for number in range(4):  # clusters that different blocks count
+        image.discard(number * 32 * KIB, 512)
+        image.flush()
+        write(image, MIB + number * KIB, b"x" * KIB)
     image.flush()
 
     assert [cluster for cluster in range(image.refcounts.end) if not image.refcounts.get(cluster)] == []
