@@ -4,6 +4,7 @@ A test that starts a Python process may reach any line there, so it counts as re
 `Choose` runs only given tests: the fastest file first, and in each file the fastest test first.
 """
 
+import _thread
 import os
 import sys
 import threading
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     Tracer = Callable[[FrameType, str, object], "Tracer | None"]
 
+START_THREAD = _thread.start_new_thread
 STARTS = ("subprocess.Popen", "os.posix_spawn")  # the interpreter's events whose first argument is a program
 
 
@@ -120,16 +122,28 @@ class Follow:
     def _into(self, test: Test) -> Iterator[None]:
         """Record for `test` the lines of all calls that begin meanwhile, in all threads."""
         threading.settrace(self._on_call)
+        vars(_thread).update(start_new_thread=self._start_thread)
         sys.settrace(self._on_call)
         try:
             yield
         finally:
             sys.settrace(None)
+            vars(_thread).update(start_new_thread=START_THREAD)
             threading.settrace(None)
             self._take(test)
 
+    def _start_thread(self, function: "Callable[..., object]", arguments: tuple[object, ...]) -> int:
+        """Replaces `start_new_thread`: `vmd.threads` uses it, and `threading.settrace` does not know such threads."""
+
+        def traced() -> None:
+            sys.settrace(self._on_call)
+            function(*arguments)
+
+        return START_THREAD(traced, ())
+
     def _take(self, test: Test) -> None:
-        lines = {module: sum(1 << line for line in lines) for module, lines in self.now.items() if lines}
+        # A thread may still run, so the lines are copied first.
+        lines = {module: sum(1 << line for line in tuple(lines)) for module, lines in self.now.items() if lines}
         test.add(Test(lines=lines, starts=self.starts))
         self.starts = False
         for seen in self.now.values():

@@ -64,6 +64,24 @@ def test_it():
     code = "from vmd.it import loose; raise SystemExit(loose(10))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 '''
+THREAD_TESTS = '''"""A test of code that runs on a thread."""
+
+from vmd import threads
+from vmd.it import loose
+
+
+def test_it():
+    found = []
+    done = threads.Event()
+
+    def run():
+        found.append(loose(10))
+        done.set()
+
+    threads.Thread(target=run, name="x", daemon=True).start()
+    done.wait()
+    assert found == [False]
+'''
 
 
 @pytest.fixture
@@ -121,6 +139,14 @@ def test_processes_load_the_change(top: Path) -> None:
 def test_a_unit_test_may_reach_the_change_in_a_process(top: Path) -> None:
     """A test that starts the program counts as reaching all its lines."""
     (top / "tests/unit/test_it_too.py").write_text(PROCESS_TESTS)
+
+    assert "all: 3 of 4" in mutants(top, "--near", "vmd/it.py:9").stdout
+
+
+def test_a_test_reaches_what_its_threads_reach(top: Path) -> None:
+    """Those that `vmd.threads` starts, too."""
+    (top / "vmd/threads.py").write_bytes((ROOT / "vmd/threads.py").read_bytes())
+    (top / "tests/unit/test_it.py").write_text(THREAD_TESTS)
 
     assert "all: 3 of 4" in mutants(top, "--near", "vmd/it.py:9").stdout
 
