@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.support import saved
+from tests.support.descriptors import open_files
 from tests.support.vminside import VMID, VmRig
 from tests.unit.vm.test_transfer import GOOD, Run, stream
 from vmd.errors import HostError
@@ -112,8 +113,10 @@ def failure(told: list[Record]) -> VmFailed:
 
 def test_a_vm_arrives(rig: VmRig, probe: Probe) -> None:
     """Step by step: each waits for vmm.  The process is confined before it looks at the header."""
+    pipes = [name for name in open_files(os.getpid()).values() if name.startswith("pipe:")]
     assert receive(rig, stream(*RUNS, states=(GOOD,))) == [ReceivedHeader(vmid=VMID, config=CONFIG, one_shot=True)]
     assert probe.calls == ["reap"]
+    assert [name for name in open_files(os.getpid()).values() if name.startswith("pipe:")] == pipes
     assert rig.devices.log[0] == [("rng", "main"), ("blk", "main")]
     assert [step if isinstance(step, str) else step[0] for step in rig.steps] == ["confine", "check host"]
 

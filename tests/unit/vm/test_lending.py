@@ -274,3 +274,14 @@ def test_a_vm_whose_disks_are_lent_is_not_sent(rig: VmRig, machine: Machine) -> 
     assert open_descriptors() == before
     assert rig.tell(BACK) == [DisksBack(vmid=VMID)]
     assert machine.is_running()
+
+
+def test_who_stops_a_vm_that_is_about_to_lend_its_disks(rig: VmRig, machine: Machine, disks: list[Device]) -> None:
+    """Lending is interrupted, and the guest is asked when the disks are back."""
+    disks[0].answers["settle"] = devmsg.SETTLED_NOT_YET
+    rig.vmm.send(LEND, fds={"courier": [Borrower(rig).fd]})
+    rig.until(lambda: disks[0].log.count("settle") > 2)
+    rig.vmm.send(StopVm(vmid=VMID, mode=StopMode.GRACEFUL))
+    assert lent(rig.wait_for(DisksLent)).text == "it was interrupted"
+    assert rig.tell(BACK) == [DisksBack(vmid=VMID)]
+    assert machine.asked == [vmmci.REBOOT]
