@@ -24,7 +24,7 @@ from vmd.config.model import (
 )
 from vmd.errors import OperatorError
 from vmd.ipc.messages.clients import Caller, StartRequest
-from vmd.parent.instances import derive, require_free
+from vmd.parent.instances import derive, require_free, resolve
 from vmd.parent.requests import described
 from vmd.parent.vmtable import VmTable
 
@@ -294,3 +294,52 @@ def test_an_instance_inherits_the_seed_with_its_own_name() -> None:
     assert taken.seed == SeedConfig(user="a")
     with pytest.raises(OperatorError, match="the seeds that are configured"):
         described(StartRequest(name="i", config=asked), given_boot=False, given_initrd=False, given_seed=False)
+
+
+# --- instances in vm.conf ---------------------------------------------------------------------------------------
+
+
+def conf(name: str, parent: str = "", **fields: object) -> VmConfig:
+    """Return a VM of vm.conf."""
+    return VmConfig(name=name, parent=parent, origin=f"vm.conf:{name}").replace(**fields)
+
+
+def test_instances_of_instances_are_resolved_in_any_order() -> None:
+    """Templates may come later in the file, or be VMs that are known already.  The order of the file is kept."""
+    known = {"old": conf("old", memory_bytes=3 * MIB), "b": conf("b", memory_bytes=99 * MIB)}
+    vms = [conf("c", "b"), conf("b", "a"), conf("a", memory_bytes=7 * MIB), conf("d", "old")]
+    found, problems = resolve(vms, known.get)
+
+    assert [(vm.name, vm.memory_bytes // MIB) for vm in found] == [("c", 7), ("b", 7), ("a", 7), ("d", 3)]
+    assert problems == []
+
+
+def test_of_two_vms_with_one_name_the_first_is_the_template() -> None:
+    """As it is the one that is started."""
+    vms = [conf("a", vcpus=2), conf("a", vcpus=3), conf("b", "a")]
+    assert resolve(vms, lambda _name: None)[0][-1].vcpus == 2
+
+
+@pytest.mark.parametrize(
+    ("vms", "left", "problems"),
+    [
+        ([conf("b", "a"), conf("c")], ["c"], ["vm.conf:b: vm b: template a not found"]),
+        ([conf("a", "a")], [], ["vm.conf:a: vm a is an instance of itself"]),
+        ([conf("a", "b"), conf("b", "a"), conf("c")], ["c"],
+         ["vm.conf:a: vm a is an instance of itself", "vm.conf:b: vm b is an instance of itself"]),
+        ([conf("web1"), conf("c", "web")], ["web1"], ["vm.conf:c: vm c: template web not found: web1 is meant?"]),
+    ],
+)  # fmt: skip
+def test_an_instance_that_cannot_exist_is_left_out(vms: list[VmConfig], left: list[str], problems: list[str]) -> None:
+    """The others are used.  The sentence names the line."""
+    found, said = resolve(vms, lambda _name: None)
+    assert [vm.name for vm in found] == left
+    assert [line.split(" not found")[0] for line in said] == [line.split(" not found")[0] for line in problems]
+
+
+def test_a_disk_has_its_own_limits_before_those_of_the_template() -> None:
+    """Each device gets the limits of the template's device of the same number."""
+    template = conf("t", disks=(DiskConfig(path="/t0", iops_limit=100), DiskConfig(path="/t1", iops_limit=200)))
+    disks = (DiskConfig(path="/a0"), DiskConfig(path="/a1", iops_limit=5), DiskConfig(path="/a2"))
+    (made,), _ = resolve([conf("a", "t", disks=disks)], {"t": template}.get)
+    assert [disk.iops_limit for disk in made.disks] == [100, 5, 0]
