@@ -2,11 +2,19 @@
 
 import errno
 import os
+import socket
+import stat
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
+from vmd.config.model import Owner
+from vmd.errors import HostError, OperatorError
+from vmd.log import JOURNAL, STDERR, SYSLOG
 from vmd.parent import service
 
 
@@ -52,3 +60,188 @@ def test_an_inherited_variable_does_not_mean_a_journal(monkeypatch: pytest.Monke
     assert not service.on_journal()
     monkeypatch.delenv("JOURNAL_STREAM")
     assert not service.on_journal()
+
+
+# --- the control socket -----------------------------------------------------------------------------------------
+
+OURS = Owner(uid=os.getuid(), gid=os.getgid())
+
+
+def test_a_stale_socket_is_replaced(tmp_path: Path) -> None:
+    """A daemon was killed.  Owner and mode are those of vm.conf before a client can connect."""
+    path = tmp_path / "vmd.sock"
+    assert service.is_free(str(path))
+    service.listen(str(path), OURS).close()
+    assert not service.is_free(str(path))
+    with service.listen(str(path), OURS) as listener, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:
+        assert stat.S_IMODE(path.stat().st_mode) == service.SOCKET_MODE
+        assert (path.stat().st_uid, path.stat().st_gid) == (OURS.uid, OURS.gid)
+        client.connect(str(path))
+        with pytest.raises(OperatorError, match=f"another vmd is already serving {path}; stop it or use -s") as refused:
+            service.listen(str(path), OURS)
+        assert refused.value.number == errno.EADDRINUSE
+        listener.accept()[0].close()
+    service.remove_socket(str(path))
+    service.remove_socket(str(path))
+    assert not path.exists()
+
+
+def test_a_file_is_never_replaced_by_a_socket(tmp_path: Path) -> None:
+    """It may be anything of the host."""
+    path = tmp_path / "passwd"
+    path.write_text("root")
+    with pytest.raises(OperatorError, match=f"control socket {path}: exists and is not a socket"):
+        service.listen(str(path), OURS)
+    with pytest.raises(HostError, match=f"control socket {tmp_path}/none/vmd.sock: No such file or directory"):
+        service.listen(str(tmp_path / "none" / "vmd.sock"), OURS)
+    assert path.read_text() == "root"
+
+
+def test_an_owner_that_cannot_be_set(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The log says so, and the daemon goes on."""
+    service.own_socket(str(tmp_path / "none"), OURS)
+    assert f"control socket {tmp_path}/none: No such file or directory" in capfd.readouterr().err
+
+
+def test_the_mode_of_other_files_is_as_before(tmp_path: Path) -> None:
+    """The mask of the process is only changed for the socket."""
+    mask = os.umask(0o027)
+    try:
+        service.listen(str(tmp_path / "vmd.sock"), OURS).close()
+        assert os.umask(0o027) == 0o027
+    finally:
+        os.umask(mask)
+
+
+def test_the_run_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may exist."""
+    path = tmp_path / "vmd"
+    monkeypatch.setattr(service, "RUN_DIRECTORY", str(path))
+    for _ in range(2):
+        service.make_run_directory()
+    assert path.is_dir()
+    assert not path.stat().st_mode & 0o022
+    monkeypatch.setattr(service, "RUN_DIRECTORY", str(tmp_path / "none" / "vmd"))
+    with pytest.raises(HostError, match=f"make {tmp_path}/none/vmd: No such file"):
+        service.make_run_directory()
+
+
+# --- the host ---------------------------------------------------------------------------------------------------
+
+
+def test_a_host_without_our_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sentence has the command that makes it."""
+    monkeypatch.setattr(service, "USER", "root")
+    assert service.lookup_user() == (0, 0)
+    monkeypatch.setattr(service, "USER", "nosuchuser")
+    with pytest.raises(OperatorError, match="unknown user nosuchuser: create it with: useradd --system"):
+        service.lookup_user()
+
+
+def test_a_kvm_of_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its interface is not the one that we know."""
+    monkeypatch.setattr(service, "KVM", "/dev/null")
+    monkeypatch.setattr("fcntl.ioctl", lambda *_: 12)
+    os.close(service.open_kvm())
+    monkeypatch.setattr("fcntl.ioctl", lambda *_: 13)
+    with pytest.raises(service.NoKvm, match="/dev/null: its API has version 13, not 12"):
+        service.open_kvm()
+
+
+# --- the service manager ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def manager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
+    """Return the socket of a service manager."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(60)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        yield manager
+
+
+def test_messages_to_the_service_manager(manager: socket.socket) -> None:
+    """Descriptors go along."""
+    service.notify_ready()
+    assert manager.recv(100) == b"READY=1"
+    assert service.notify("FDSTORE=1\nFDNAME=x", (0, 1))
+    message, fds, _, _ = socket.recv_fds(manager, 100, 9)
+    assert (message, len(fds)) == (b"FDSTORE=1\nFDNAME=x", 2)
+    for fd in fds:
+        os.close(fd)
+
+
+def test_a_service_manager_that_has_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The daemon goes on, and so it does without one."""
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "none"))
+    assert not service.notify("READY=1")
+    monkeypatch.delenv("NOTIFY_SOCKET")
+    assert service.notify("READY=1")
+
+
+def test_an_abstract_socket(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its name begins with a zero byte, which the environment cannot have."""
+    name = f"vmd-test-{os.getpid()}"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(f"\0{name}")
+        monkeypatch.setenv("NOTIFY_SOCKET", f"@{name}")
+        assert service.notify("STATUS=")
+        assert manager.recv(100) == b"STATUS="
+
+
+@pytest.mark.parametrize(
+    ("pid", "usec", "seconds"),
+    [("", "30000000", 30.0), (str(os.getpid()), "500000", 0.5), ("1", "30000000", 0.0), ("", "", 0.0), ("", "-5", 0.0),
+     ("", "\u00b2", 0.0)],
+)  # fmt: skip
+def test_the_watchdog_of_the_service_manager(
+    monkeypatch: pytest.MonkeyPatch, manager: socket.socket, pid: str, usec: str, seconds: float
+) -> None:
+    """It may be meant for another process.  Without it nothing is sent."""
+    monkeypatch.setenv("WATCHDOG_PID", pid)
+    monkeypatch.setenv("WATCHDOG_USEC", usec)
+    monkeypatch.setattr("faulthandler.enable", lambda: None)
+    timers: list[tuple[float, Callable[[], None]]] = []
+    loop = SimpleNamespace(call_later=lambda delay_s, call: timers.append((delay_s, call)))
+    assert service.watchdog_s() == seconds
+    service.keep_alive(cast("Any", loop))
+    if not seconds:
+        assert timers == []
+        return
+    for number in range(3):
+        assert manager.recv(100) == b"WATCHDOG=1"
+        delay_s, call = timers[number]
+        assert delay_s <= seconds / 2
+        call()
+
+
+def test_where_log_lines_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the foreground and without a syslog they go to standard error."""
+    monkeypatch.delenv("JOURNAL_STREAM", raising=False)
+    monkeypatch.setattr(service, "SYSLOG_SOCKET", str(tmp_path / "log"))
+    monkeypatch.setattr(service, "JOURNAL_SOCKET", str(tmp_path / "journal"))
+    assert service.choose_log(debug=True) == service.choose_log(debug=False) == STDERR
+    assert service.journal_socket() is None
+    copied: list[int] = []
+    monkeypatch.setattr("os.dup2", lambda fd, to: copied.extend((fd, to)))
+    with (
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as log,
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as own,
+    ):
+        log.bind(str(tmp_path / "log"))
+        own.bind(str(tmp_path / "journal"))
+        assert service.choose_log(debug=True) == STDERR
+        assert copied == []
+        assert service.choose_log(debug=False) == SYSLOG
+        assert copied[1] == 2
+        assert not os.get_blocking(copied[0])
+        os.write(copied[0], b"line")
+        assert log.recv(9) == b"line"
+        os.close(copied[0])
+        journal = service.journal_socket()
+        assert journal is not None
+        journal.close()
+    status = os.fstat(2)
+    monkeypatch.setenv("JOURNAL_STREAM", f"{status.st_dev}:{status.st_ino}")
+    assert service.choose_log(debug=False) == JOURNAL
