@@ -25,6 +25,7 @@ from vmd.ipc.messages.imgwriter import (
 )
 from vmd.ipc.messages.shared import DiskImages, ImageLink, SnapshotAction, SnapshotInfo
 from vmd.ipc.streams import MAGIC
+from vmd.log import log
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -405,4 +406,32 @@ def test_long_work_gives_signs_of_life(disks: list[Path]) -> None:
     writer.say()
     assert writer.heard.sent == [SnapshotWord()]
     writer.finish(commit=False)
+    writer.loop.close()
+
+
+def test_state_that_cannot_be_taken(disks: list[Path]) -> None:
+    """The first disk would have it, so the sentence names that one.  Nothing is changed."""
+    stream = os.open(disks[0].parent / "state", os.O_WRONLY | os.O_CREAT)
+    writer = Writer()
+    assert failure(writer.change(CREATE, "one", disks, stream=stream)) == f"disk {disks[0]}: Bad file descriptor"
+    writer.loop.close()
+    assert [snapshots(path) for path in disks] == [[], []]
+
+
+def test_state_that_cannot_be_given(disks: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disks have gone back already; the log says why the machine does not follow."""
+    run(CREATE, "one", disks, file_of(STATE))
+    said: list[str] = []
+    monkeypatch.setattr(log, "error", said.append)
+    asks, gives = courier.pair()
+    writer = Writer()
+    assert writer.change(GO_BACK, "one", disks, state=gives.detach()) == [READY]
+    asks.close()
+
+    def give(*_: object) -> bool:
+        raise ConnectionResetError(errno.ECONNRESET, "it is gone")
+
+    monkeypatch.setattr(courier, "give", give)
+    assert writer.finish() == [CHANGED]
+    assert said == ["the state of the machine cannot be read: it is gone"]
     writer.loop.close()
