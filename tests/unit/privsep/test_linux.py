@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import posix
 import re
 import resource
 import socket
@@ -10,9 +11,11 @@ import struct
 import subprocess
 from ctypes import Array
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from tests.support.descriptors import open_descriptors
 from vmd import native
 from vmd.errors import HostError, number
 from vmd.privsep import linux
@@ -247,3 +250,94 @@ def test_all_64_capabilities_are_set(monkeypatch: pytest.MonkeyPatch) -> None:
 
     linux.set_capabilities(HIGH_AND_LOW, inheritable=1 << 40 | 1)
     assert kernel.sets == [HIGH_AND_LOW, HIGH_AND_LOW, 1 << 40 | 1]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_new_user(monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+    """Groups go first, because the user has no right to change them.  Capabilities survive the change and an exec."""
+    steps: list[tuple[object, ...]] = []
+    monkeypatch.setattr(linux, "prctl", lambda _tried, *arguments: steps.append(arguments))
+    monkeypatch.setattr(linux, "set_capabilities", lambda mask, inheritable: steps.append((mask, inheritable)))
+    for name in ("setgroups", "setresgid"):
+        monkeypatch.setattr(posix, name, lambda *arguments, name=name: steps.append((name, *arguments)))
+
+    def setresuid(*arguments: int) -> None:
+        if fails:
+            raise PermissionError(errno.EPERM, "no")
+        steps.append(("setresuid", *arguments))
+
+    monkeypatch.setattr(posix, "setresuid", setresuid)
+    keep = 1 << linux.CAP_KILL | 1 << linux.CAP_SETUID
+    if fails:
+        with pytest.raises(HostError, match="become user 5 and group 6"):
+            linux.become_user(5, 6, keep)
+        return
+    linux.become_user(5, 6, 0)
+    change: list[tuple[object, ...]] = [("setgroups", []), ("setresgid", 6, 6, 6), ("setresuid", 5, 5, 5)]
+    assert steps == [*change, (0, 0)]
+    steps.clear()
+    linux.become_user(5, 6, keep)
+
+    assert steps == [
+        (linux.PR_SET_KEEPCAPS, 1), *change, (keep, keep),
+        (linux.PR_CAP_AMBIENT, linux.PR_CAP_AMBIENT_RAISE, linux.CAP_KILL),
+        (linux.PR_CAP_AMBIENT, linux.PR_CAP_AMBIENT_RAISE, linux.CAP_SETUID),
+    ]  # fmt: skip
+
+
+def test_a_timer_notices_that_the_clock_is_set() -> None:
+    """It is armed for a far time of the day, and cancelled when the clock is set."""
+    fd = linux.timerfd_create(linux.CLOCK_REALTIME, linux.TFD_NONBLOCK | linux.TFD_CLOEXEC)
+    try:
+        linux.timerfd_cancel_on_set(fd)
+        lines = Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines()
+        info = dict(line.split(": ") for line in lines if ": " in line)
+    finally:
+        os.close(fd)
+
+    assert (info["clockid"], info["settime flags"]) == ("0", "03")
+    assert int(info["it_value"].strip("()").split(",")[0]) > 1 << 31
+
+
+def test_a_pid_namespace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The descriptor of our own leads back.  It is closed then, and also if there can be no other one."""
+    entered: list[tuple[str, int]] = []
+    monkeypatch.setattr(linux, "unshare", lambda _flags: None)
+    monkeypatch.setattr(linux, "setns", lambda fd, kind: entered.append((os.readlink(f"/proc/self/fd/{fd}"), kind)))
+    before = open_descriptors()
+
+    own = linux.new_pids()
+    assert not os.get_inheritable(own)
+    linux.old_pids(own)
+    assert entered == [(os.readlink("/proc/self/ns/pid"), linux.CLONE_NEWPID)]
+    assert open_descriptors() == before
+
+    def refuse(_flags: int) -> None:
+        raise HostError("make namespaces", errno.EPERM)
+
+    monkeypatch.setattr(linux, "unshare", refuse)
+    with pytest.raises(HostError, match="make namespaces"):
+        linux.new_pids()
+    assert open_descriptors() == before
+
+
+def test_the_bounding_set_loses_what_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Capabilities that the kernel does not know are left out."""
+    dropped: list[int] = []
+    known = {0, 1, 5, 40}
+
+    def ask(option: int, capability: "native.c_ulong", *_: object) -> int:
+        assert option == linux.PR_CAPBSET_READ
+        return 1 if capability.value in known else -1
+
+    monkeypatch.setattr(linux, "libc", SimpleNamespace(prctl=ask))
+    monkeypatch.setattr(linux, "prctl", lambda _tried, option, number: dropped.append((option, number)[1]))
+
+    linux.limit_bounding_set(1 << 5 | 1 << 7)
+
+    assert dropped == [0, 1, 40]
+
+
+def test_no_descriptor_has_a_larger_number() -> None:
+    """The kernel's numbers of descriptors are ints."""
+    assert linux.FD_MAX == 0x7FFFFFFF
