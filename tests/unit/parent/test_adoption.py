@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import select
 from typing import Any, cast
 
 import pytest
@@ -570,8 +571,9 @@ def test_a_process_that_was_taken_over_ends(ours: bool) -> None:
     child = Adopted("vmm", pidfd)
     assert (child.pid, child.reap(), child.pidfd) == (pid, None, pidfd)
     os.close(writer)
+    assert select.select([pidfd], [], [], 60.0)[0] == [pidfd]
 
-    assert (child.reap(60.0), child.status, child.pidfd) == (0, 0, -1)
+    assert (child.reap(), child.status, child.pidfd) == (0, 0, -1)
     assert not os.path.exists(f"/proc/self/fd/{pidfd}")
     assert child.reap() == 0
     child.kill()
