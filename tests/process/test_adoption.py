@@ -319,7 +319,7 @@ def test_nothing_is_left_of_many_daemons(vmd: KeptDaemon) -> None:
         vmd.must("start", "b")
         again(vmd)
         vmd.must("stop", "-fw", "b")
-        files = {"vmm": open_files(vmm), "parent": open_files(vmd.pid)}
+        files = settled_files(vmd, vmm)
         if number >= ROUNDS_OF_LEAKS // 2:
             seen.append(files)
     assert family(vmd)["vmd: vmm"] == vmm
@@ -328,6 +328,21 @@ def test_nothing_is_left_of_many_daemons(vmd: KeptDaemon) -> None:
         assert each["vmm"] <= seen[0]["vmm"] + 2
         assert each["parent"] <= seen[0]["parent"] + 4
     assert vmd.keeper.names == ["listener", "state", "vmm-1"]
+
+
+def settled_files(vmd: KeptDaemon, vmm: int) -> dict[str, int]:
+    """Wait until the reserve is there and nothing opens or closes files.  Return the numbers of open files."""
+    found: dict[str, int] = {}
+    same = 0
+
+    def settled() -> bool:
+        nonlocal found, same
+        last, found = found, {"vmm": open_files(vmm), "parent": open_files(vmd.pid)}
+        same = same + 1 if found == last and {"vmd: opener", "vmd: control/reserve"} <= vmd.processes().keys() else 0
+        return same >= 5
+
+    until(settled)
+    return found
 
 
 def open_files(pid: int) -> int:
