@@ -125,11 +125,11 @@ def test_ports_are_served_until_another_exit(kernel: Kernel, vcpu: Vcpu) -> None
 
     def read(port: int, size: int) -> int:
         assert (port, size) == (0xCFC, 4)
-        return 0x1_12345678  # more than fits
+        return 0x1_89ABCDEF  # more than fits
 
     assert vcpu.run_pio(read, lambda *access: written.append(access)) == Hlt()
     assert written == [(0x3F8, 1, 0x41), (0x1F0, 2, 0x1234), (0xCF8, 4, 0x12345678)]
-    assert kernel.found[-1] == (0, b"\x78\x56\x34\x12")
+    assert kernel.found[-1] == (0, b"\xef\xcd\xab\x89")
     assert vcpu.exits == 5
 
 
@@ -159,7 +159,7 @@ def test_an_exit_is_answered_once_and_with_as_much_as_it_asks_for(kernel: Kernel
     run = abi.kvm_run(exit_reason=abi.KVM_EXIT_MMIO)
     run.mmio = abi.kvm_run_mmio(0xFEB00000, (abi.u8 * 8)(), 4, 0)
     kernel.leaves(run)
-    with pytest.raises(ValueError, match="answer of 1 bytes"):
+    with pytest.raises(ValueError, match="answer of 1 bytes to an exit that asks for 0"):
         vcpu.answer(b"x")
     assert vcpu.run() == MmioRead(0xFEB00000, 4)
     for data in (b"", b"abc", b"abcde"):
@@ -173,8 +173,9 @@ def test_an_exit_is_answered_once_and_with_as_much_as_it_asks_for(kernel: Kernel
     kernel.halts()
     vcpu.run()
     vcpu.run()
-    with pytest.raises(ValueError, match="asks for 0"):
-        vcpu.answer(b"abcd")
+    for data in (b"x", b"abcd"):
+        with pytest.raises(ValueError, match="asks for 0"):
+            vcpu.answer(data)
 
 
 def test_io_is_completed_without_running_the_guest(kernel: Kernel, vcpu: Vcpu) -> None:
@@ -254,22 +255,33 @@ class Msrs:
 MISSING = {0, 1, 127, 128, 129, 256, 299}  # at the beginning and the end, and where a request is full
 
 
-def test_all_model_specific_registers_are_read(kernel: Kernel, vcpu: Vcpu) -> None:
+@pytest.mark.parametrize("missing", [MISSING, set()])
+def test_all_model_specific_registers_are_read(kernel: Kernel, vcpu: Vcpu, missing: set[int]) -> None:
     """However many there are.  Those that the processor lacks are left out."""
-    there = {index: index << 32 | 7 for index in range(300) if index not in MISSING}
+    there = {index: index << 32 | 7 for index in range(300) if index not in missing}
     msrs = Msrs(kernel, dict(there))
     assert vcpu.get_msrs(range(300)) == there
     assert msrs.most < 256  # more are refused
     assert vcpu.get_msrs(()) == {}
 
 
-def test_all_model_specific_registers_are_written(kernel: Kernel, vcpu: Vcpu) -> None:
+@pytest.mark.parametrize("missing", [MISSING, set()])
+def test_all_model_specific_registers_are_written(kernel: Kernel, vcpu: Vcpu, missing: set[int]) -> None:
     """One that the processor lacks keeps no other from being written, and is reported."""
-    there = {index: 0 for index in range(300) if index not in MISSING}
+    there = {index: 0 for index in range(300) if index not in missing}
     msrs = Msrs(kernel, dict(there))
-    assert vcpu.set_msrs({index: index << 32 | 7 for index in range(300)}) == sorted(MISSING)
+    assert vcpu.set_msrs({index: index << 32 | 7 for index in range(300)}) == sorted(missing)
     assert msrs.values == {index: index << 32 | 7 for index in there}
     assert msrs.most < 256
+
+
+def test_the_processor_of_a_vcpu(kernel: Kernel, vcpu: Vcpu) -> None:
+    """The kernel gets all leaves, and their number."""
+    leaves = [abi.kvm_cpuid_entry2(function=number, eax=7) for number in range(3)]
+    vcpu.set_cpuid2(leaves)
+    ((request, table),) = kernel.asked
+    assert request == abi.KVM_SET_CPUID2
+    assert bytes(table) == bytes((3, 0, 0, 0, 0, 0, 0, 0)) + b"".join(map(bytes, leaves))
 
 
 @pytest.mark.parametrize(("xsave_bytes", "request_", "length"), [
