@@ -165,7 +165,7 @@ class Chaos:
         self.over = threading.Event()
         self.faults: list[str] = []
         self._struck: Counter[str] = Counter()  # by name: how often a VM was attacked
-        self._shared = 0  # attacks on processes other than control, log and vmm
+        self._shared = 0  # attacks on interfaces, and on processes other than control, log and vmm
         self._lock = threading.Lock()
         self._later: list[tuple[float, Callable[[], None]]] = []  # time and function of each attack's end
         self._for_good: list[Callable[[], None]] = []  # ends of attacks that last the whole round
@@ -444,6 +444,7 @@ class Chaos:
         if not ours:
             return ""
         name = self.random.choice(sorted(ours))
+        self._shared += 1  # a guest that boots again at this moment may lose the tap that it was just given
         with contextlib.suppress(subprocess.CalledProcessError):
             self.network.run("ip", "link", "delete", name)
         return "delete bridge" if name == BRIDGE else "delete tap"
