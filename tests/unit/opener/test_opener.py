@@ -41,6 +41,7 @@ class Rig:
         monkeypatch.setattr(main_module, "set_title", lambda title: self.steps.append(("title", title)))
         monkeypatch.setattr(main_module, "limit_copies", lambda most: self.steps.append(("copies", most)))
         monkeypatch.setattr(main_module, "become", lambda job: self.steps.append(("become", job.uid)))
+        monkeypatch.setattr(self.opener.loop, "stop", lambda: self.steps.append(("last job",)))
 
     def send(self, message: Record) -> None:
         """Take a message to the parent."""
@@ -118,7 +119,9 @@ def test_the_files_of_a_vm_are_handed_over(rig: Rig, tmp_path: Path) -> None:
     assert {name: data.rstrip(b"\0") for name, data in files.items()} == {
         "boot0": b"kernel", "initrd0": b"initrd", "disks0": b"a", "disks1": b"b",
     }  # fmt: skip
-    assert rig.steps == [("title", "opener/web"), ("copies", 1 << 20), ("become", 5), ("flushed", len(rig.said))]
+    assert rig.steps == [
+        ("title", "opener/web"), ("last job",), ("copies", 1 << 20), ("become", 5), ("flushed", len(rig.said)),
+    ]  # fmt: skip
     assert rig.at() == [f"kernel {tmp_path}/kernel", f"disk {tmp_path}/a", f"disk {tmp_path}/b"]
 
 
@@ -307,3 +310,24 @@ def test_a_seed_without_a_seeder_is_not_made(rig: Rig) -> None:
 
     assert isinstance(answer, FilesOpened)
     assert (answer.notes, files) == ((), {})
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_opener_becomes_the_user_of_its_job(monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+    """With the user's groups instead of root's, and for good: the saved ids change, too."""
+    steps: list[tuple[object, ...]] = []
+    for name in ("setgroups", "setresgid", "setresuid"):
+        monkeypatch.setattr(os, name, lambda *given, name=name: steps.append((name, *given)))
+    if fails:
+
+        def refuse(*_: object) -> None:
+            raise PermissionError(errno.EPERM, "no")
+
+        monkeypatch.setattr(os, "setresuid", refuse)
+        with pytest.raises(HostError, match="become user 5"):
+            main_module.become(JOB)
+        return
+
+    main_module.become(JOB)
+
+    assert steps == [("setgroups", (7, 8)), ("setresgid", 6, 6, 6), ("setresuid", 5, 5, 5)]
