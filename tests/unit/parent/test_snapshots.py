@@ -12,6 +12,7 @@ import pytest
 from tests.support.descriptors import open_descriptors
 from vmd.config.model import Config, DiskConfig, Owner, VmConfig
 from vmd.errors import HostError, OperatorError, PeerError, VmdError
+from vmd.ipc import courier
 from vmd.ipc.imsg import Envelope
 from vmd.ipc.loop import Timer
 from vmd.ipc.messages.clients import Caller, Failed, SnapshotRequest, SnapshotsDone
@@ -146,6 +147,7 @@ class Rig:
     def begin_revival(self, vm: Vm, stream: int, *, paused: bool) -> None:
         """Replaces `Transfers.begin_revival`."""
         os.close(stream)
+        assert not vm.disk_work  # it could not be started
         vm.begin_reboot()
         vm.drop_transfer()
         self.revived.append((vm, paused))
@@ -413,6 +415,25 @@ def test_an_imgwriter_that_cannot_be_started(rig: Rig, action: SnapshotAction, s
         with pytest.raises(HostError, match="start imgwriter"):
             rig.ask(action)
     assert (rig.vm.state, rig.vm.disk_work, rig.vmm.take()) == (state, "", [])
+
+
+@pytest.mark.parametrize("action", [CREATE, GO_BACK])
+def test_a_host_without_free_descriptors(rig: Rig, monkeypatch: pytest.MonkeyPatch, action: SnapshotAction) -> None:
+    """The VM is as before, and what was opened already is closed."""
+    pair = courier.pair
+    made: list[object] = []
+
+    def full(*_words: object) -> Any:  # noqa: ANN401
+        if made or action is CREATE:
+            raise OSError(errno.EMFILE, "Too many open files")
+        made.append(1)
+        return pair()
+
+    monkeypatch.setattr("os.pipe2" if action is CREATE else "vmd.ipc.courier.pair", full)
+    rig.run()
+    with pytest.raises(HostError, match="make a courier: Too many open files"):
+        rig.ask(action)
+    assert (rig.vm.state, rig.vm.disk_work, rig.writers) == (State.RUNNING, "", [])
 
 
 @pytest.mark.parametrize("ended", [False, True])
