@@ -457,8 +457,8 @@ def test_a_job_that_is_too_long_for_a_message(rig: Rig, state: State, ended: boo
 
 
 @pytest.mark.parametrize("ready", [False, True])
-def test_an_imgwriter_that_fails(rig: Rig, ready: bool) -> None:
-    """The client gets its reason."""
+def test_an_imgwriter_that_fails(rig: Rig, capfd: pytest.CaptureFixture[str], ready: bool) -> None:
+    """Client and log get its reason, with the name of the VM once."""
     rig.begin(DELETE)
     if ready:
         rig.say(SnapshotsReady())
@@ -466,6 +466,7 @@ def test_an_imgwriter_that_fails(rig: Rig, ready: bool) -> None:
     rig.lose()
 
     assert rig.failure() == (errno.ENOENT, "vm web: disk /root.qcow2: has no snapshot one")
+    assert "vmd: vm web: disk /root.qcow2: has no snapshot one" in capfd.readouterr().err
 
 
 def test_an_imgwriter_that_dies(rig: Rig) -> None:
