@@ -25,14 +25,17 @@ from vmd.ipc.messages.clients import (
     EventsSeen,
     Failed,
     ListRequest,
+    MigrationStep,
     Ok,
     PauseRequest,
+    ReceiveRequest,
     SendRequest,
     SnapshotRequest,
     SnapshotsDone,
     StartRequest,
     StopRequest,
     VmPaused,
+    VmReceived,
     VmSent,
     VmStarted,
     VmTerminated,
@@ -155,11 +158,14 @@ def test_partial_answers(client: Client, daemon: FakeDaemon) -> None:
     """Output is joined, and progress is reported, before the last answer."""
     attached = ConsoleAttached(vmid=1, name="web", tty="/dev/pts/1")
     sent = VmSent(vmid=1, name="web", sent_bytes=9)
+    received = VmReceived(vmid=2, name="web2", tty="/dev/pts/2", pid=9, paused=False)
     half, whole = TransferProgress(done_bytes=4, total_bytes=8), TransferProgress(done_bytes=8, total_bytes=8)
     monday = SnapshotInfo(tag="monday", date_s=1, clock_ns=2, state_bytes=0, disks=1, of_disks=1)
     answers: dict[type[Record], tuple[Record, ...]] = {
         ConsoleRequest: (ConsoleOutput(data=b"log"), ConsoleOutput(data=b"in: "), attached),
         SendRequest: (half, whole, sent),
+        ReceiveRequest: (half, received),
+        MigrationStep: (whole, sent),
         SnapshotRequest: (monday, SnapshotsDone(vmid=1, name="web")),
     }
     daemon.script = lambda request: answers[type(request)]
@@ -169,7 +175,9 @@ def test_partial_answers(client: Client, daemon: FakeDaemon) -> None:
     assert client.attach_console("web") == (b"login: ", attached)
     with open(os.devnull, "wb") as stream:
         assert client.send_vm("web", stream.fileno(), progress=told.append) == sent
-    assert told == [half, whole]
+        assert client.receive_vm("web2", stream.fileno(), progress=told.append) == received
+    assert client.migration_step("web", Step.DONE, progress=told.append) == sent
+    assert told == [half, whole, half, whole]
     assert client.list_snapshots("web") == [monday]
 
 
