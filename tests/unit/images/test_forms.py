@@ -304,6 +304,35 @@ def test_refcounts_that_cannot_be_written_do_not_fill_the_cache(
     assert problems(tmp_path / "image") == {}
 
 
+@pytest.mark.parametrize("which", [0, -1])
+def test_refcounts_that_cannot_be_written_fail_a_flush(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: int
+) -> None:
+    """The guest is not told that its data is safe.  The next flush writes what is missing."""
+    image, disk = made(tmp_path, "cluster_size=512,refcount_bits=64")
+    disk[: 128 * KIB] = random.Random(1).randbytes(128 * KIB)
+    write(image, 0, bytes(disk[: 128 * KIB]))
+    bad = image.refcounts.table[list(image.refcounts.blocks)[which]]
+    real = posix.pwritev
+
+    def refuse(fd: int, views: list[memoryview], offset: int) -> int:
+        if bad <= offset < bad + 512:
+            raise OSError(5, "no")
+        return real(fd, views, offset)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(posix, "pwritev", refuse)
+        with pytest.raises(OSError, match="no"):
+            image.flush()
+    image.flush()
+    image.close()
+
+    assert problems(tmp_path / "image") == {}
+    image = opened_qcow2(tmp_path / "image", writable=False)
+    assert read(image, 0, 128 * KIB) == disk[: 128 * KIB]
+    image.close()
+
+
 @pytest.mark.parametrize("what", ["create", "delete"])
 def test_snapshot_of_a_cluster_without_a_refcount_is_refused(tmp_path: Path, what: str) -> None:
     """The image is corrupt, which a sentence says."""
