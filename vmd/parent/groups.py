@@ -176,11 +176,15 @@ class Groups:
         path = self._path(number)
         try:
             os.mkdir(path, 0o755)
+        except OSError as error:
+            raise HostError(f"make {path}", error) from error
+        try:
             if self.limited:
                 write(f"{path}/pids.max", str(TASKS_MAX))
             return number, os.open(f"{path}/cgroup.procs", os.O_WRONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise HostError(f"make {path}", error) from error
+        except (OSError, HostError) as error:
+            self._over.add(number)  # `remove` removes it
+            raise error if isinstance(error, HostError) else HostError(f"make {path}", error) from error
 
     def end(self, number: int) -> str:
         """Kill all processes in a group, to be removed later; return what `memory_lack` says of it."""

@@ -143,7 +143,7 @@ def test_what_a_host_cannot_limit_is_named(tmp_path: Path, limits: VmLimits, mis
 
 
 def test_a_group_is_made_limited_and_removed(tmp_path: Path) -> None:
-    """Its number is new, and its tasks are limited where the host can do that."""
+    """Its number is new, and its tasks are limited where the host can do that.  One that fails is removed."""
     for number in (2, 7):
         (tmp_path / f"vm-{number}").mkdir()
     (tmp_path / "vm-x").mkdir()
@@ -157,7 +157,8 @@ def test_a_group_is_made_limited_and_removed(tmp_path: Path) -> None:
         if limited:
             assert limit.read_text() == str(TASKS_MAX)
             limit.unlink()
-        (tmp_path / "vm-8").rmdir()
+        assert not made.remove()
+        assert not (tmp_path / "vm-8").exists()
 
 
 def test_a_descriptor_moves_a_process_to_its_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
