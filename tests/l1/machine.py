@@ -22,8 +22,7 @@ from tools.debian_kernel import Kernel, KernelError, cache_dir, fetch
 
 HERE = Path(__file__).parent
 MODULES = ("kvm-amd", "virtio_pci", "9pnet_virtio", "9p", "overlay", "tun")
-# The host's other tests run one after the other.  Without this they would end last.
-PRIORITY = ("nice", "-n", "5")
+NICE = 5  # the host's other tests run one after the other, and would end last without this
 MEMORY_MIB = 8192  # for a guest of 5 GiB, which has memory above the PCI hole, and for the overlay
 # With two processors guests sometimes break, and so does this machine's kernel: it was seen to continue with the
 # registers of a guest.  With one processor that was not seen, and guests are as fast.
@@ -59,8 +58,9 @@ class Emulated:
 
     def __init__(
         self, out: Path, kernel: Kernel, initrd: Path, devices: Sequence[str], limit_s: int,
-        memory_mib: int = MEMORY_MIB,
+        memory_mib: int = MEMORY_MIB, nice: int = NICE,
     ) -> None:  # fmt: skip
+        self.priority = ("nice", "-n", str(nice))
         self.out = out
         self.limit_s = limit_s
         self.memory_mib = memory_mib
@@ -74,7 +74,7 @@ class Emulated:
         with open(self.out / "qemu-errors", "wb") as errors, open(self.out / "output", "wb") as output:
             return subprocess.Popen(
                 [
-                    *PRIORITY, "timeout", "--kill-after=5", str(self.limit_s), *QEMU,
+                    *self.priority, "timeout", "--kill-after=5", str(self.limit_s), *QEMU,
                     "-smp", str(VCPUS), "-m", str(self.memory_mib),
                     "-kernel", str(kernel.image), "-initrd", str(initrd), "-append", APPEND,
                     "-serial", f"file:{self.out}/console", "-serial", "stdio",
@@ -131,14 +131,14 @@ class Emulated:
 class Machine(Emulated):
     """A machine that runs one command on this host's root file system."""
 
-    def __init__(self, out: Path, command: Sequence[str], limit_s: int) -> None:
+    def __init__(self, out: Path, command: Sequence[str], limit_s: int, nice: int = NICE) -> None:
         kernel, initrd = prepare()
         out.mkdir(parents=True, exist_ok=True)
         for name in ("status", "console", "output"):
             Path(out, name).unlink(missing_ok=True)
         Path(out, "command").write_text(_script(command))
         root = ("-virtfs", share("host", Path("/"), "readonly=on,multidevs=remap"))
-        super().__init__(out, kernel, initrd, root, limit_s)
+        super().__init__(out, kernel, initrd, root, limit_s, nice=nice)
 
     def status(self) -> int:
         """Return the exit status of the command, after the machine is off.  Raises L1Error if there is none."""

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from tests.l1.faults import TripleFaults
-from tests.l1.machine import HEARTBEAT, L1Error, Machine
+from tests.l1.machine import HEARTBEAT, NICE, L1Error, Machine
 from tests.support.bootable import bootable
 from tests.support.kernels import memtest86, packed_linux, vmlinux
 from tests.support.reports import line_of, report_of
@@ -110,7 +110,8 @@ class OutsideL1:
                 memtest86("x64")
                 packed_linux()
                 vmlinux()
-            self.machine = Machine(self.out, command, DEEP_LIMIT_S if deep else LIMIT_S)
+            # Of the deep tests those in the machine would end last.
+            self.machine = Machine(self.out, command, *((DEEP_LIMIT_S, 0) if deep else (LIMIT_S, NICE)))
         except (L1Error, KernelError, ImageError, OSError, subprocess.CalledProcessError) as error:
             self.failure = f"the emulated machine was not started: {error}"
 
