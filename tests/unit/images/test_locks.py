@@ -103,7 +103,7 @@ def test_use_that_conflicts_with_nobody(
 
 
 def test_writer_is_alone_with_its_own_byte(ours: int, other: int, path: Path) -> None:
-    """Whoever locks it, even for reading, keeps a writer out."""
+    """A lock of another process, even for reading, keeps a writer out."""
     hold(other, READ, 150)
     lock(ours, str(path), writable=False)
     unlock(ours)
