@@ -78,7 +78,7 @@ def test_disk_becomes_larger(path: Path, kind: str, monkeypatch: pytest.MonkeyPa
 
 
 def test_disk_becomes_no_smaller(path: Path, kind: str) -> None:
-    """The sentence does not name the disk: whoever reads it does.  Nothing is changed."""
+    """The sentence does not name the disk, because its reader adds the name.  Nothing is changed."""
     before = path.read_bytes()
     assert ask(SIZE - 512, (path, kind)) == f"has {SIZE} bytes, and a disk is never made smaller"
     assert path.read_bytes() == before

@@ -10,8 +10,8 @@ from typing import Any, cast
 import pytest
 
 from tests.support.descriptors import open_descriptors
+from tests.unit.parent.timers import Timers
 from vmd.errors import HostError, PeerError
-from vmd.ipc.loop import Timer
 from vmd.ipc.messages.children import Ping, Quit
 from vmd.ipc.messages.clients import Caller, Ok
 from vmd.ipc.messages.control import NO_CLIENT, NewClient, ServeUser
@@ -72,11 +72,11 @@ class Child:
         self.killed = True
 
 
-class Rig:
+class Rig(Timers):
     """The room with a real socket, on a loop that the test turns."""
 
     def __init__(self, directory: Path) -> None:
-        self.timers: list[tuple[float, Timer]] = []
+        super().__init__()
         self.files: dict[int, Any] = {}
         self.children: list[Child] = []
         self.channels: list[Channel] = []
@@ -93,12 +93,6 @@ class Rig:
         self.room.start(cast("Any", self), cast("Any", None))
 
     # The loop, and the parent's children.
-
-    def call_later(self, delay_s: float, callback: Any) -> Timer:  # noqa: ANN401
-        """Replaces the loop's."""
-        timer = Timer(delay_s, callback)
-        self.timers.append((delay_s, timer))
-        return timer
 
     def add(self, fd: int, on_ready: Any) -> None:  # noqa: ANN401
         """Replaces the loop's."""
@@ -155,15 +149,6 @@ class Rig:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.clients.append(theirs)
         self.room._take(ours, Caller(uid=uid, gid=uid, pid=77))
-
-    def fire(self, delay_s: float) -> None:
-        """Run the timers of this delay."""
-        due = [timer for each, timer in self.timers if each == delay_s]
-        self.timers = [each for each in self.timers if each[0] != delay_s]
-        for timer in due:
-            callback, timer.callback = timer.callback, None
-            if callback is not None:
-                callback()
 
     def pending(self, delay_s: float) -> int:
         """Return how many timers of this delay run."""

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import pytest
 
+from tests.unit.parent.timers import Timers
 from vmd.config.model import (
     AllowInstance,
     BootDevice,
@@ -24,7 +25,6 @@ from vmd.errors import VMD_VM_STOP_INVALID, HostError, OperatorError, PeerError,
 from vmd.fileid import FileId
 from vmd.ipc.fence import OUR_FAULT
 from vmd.ipc.imsg import Envelope
-from vmd.ipc.loop import Timer
 from vmd.ipc.messages.clients import (
     Caller,
     Failed,
@@ -137,11 +137,11 @@ class Network:
         self.released.append(vmid)
 
 
-class Rig:
+class Rig(Timers):
     """The room, and stand-ins for all that it uses."""
 
     def __init__(self) -> None:
-        self.timers: list[tuple[float, Timer]] = []
+        super().__init__()
         self.stopped = False
         self.core = Core(cast("Any", self), Config())
         self.core.serving = True
@@ -158,24 +158,9 @@ class Rig:
         """Record the VM, as the room of status."""
         self.devices.append(vmid)
 
-    def call_later(self, delay_s: float, callback: Callable[[], None], _source: object = None) -> Timer:
-        """Start a timer, as the loop."""
-        timer = Timer(delay_s, callback)
-        self.timers.append((delay_s, timer))
-        return timer
-
     def stop(self) -> None:
         """Stop, as the loop."""
         self.stopped = True
-
-    def fire(self, delay_s: float) -> None:
-        """Run the timers of this delay."""
-        due = [timer for each, timer in self.timers if each == delay_s]
-        self.timers = [each for each in self.timers if each[0] != delay_s]
-        for timer in due:
-            callback, timer.callback = timer.callback, None
-            if callback is not None:
-                callback()
 
     def add(self, name: str = "a", **fields: Any) -> Vm:  # noqa: ANN401 - of a VmConfig
         """Return a VM of vm.conf."""

@@ -10,11 +10,11 @@ from typing import Any, cast
 import pytest
 
 from tests.support.descriptors import open_descriptors
+from tests.unit.parent.timers import Timers
 from vmd.config.model import Config, DiskConfig, Owner, VmConfig
 from vmd.errors import HostError, OperatorError, PeerError, VmdError
 from vmd.ipc import courier
 from vmd.ipc.imsg import Envelope
-from vmd.ipc.loop import Timer
 from vmd.ipc.messages.clients import Caller, Failed, SnapshotRequest, SnapshotsDone
 from vmd.ipc.messages.imgwriter import (
     ChangeSnapshots,
@@ -82,11 +82,11 @@ class Writer:
         self.killed = True
 
 
-class Rig:
+class Rig(Timers):
     """The room, with the processes and rooms around it."""
 
     def __init__(self) -> None:
-        self.timers: list[tuple[float, Timer]] = []
+        super().__init__()
         self.core = Core(cast("Any", self), Config())
         self.core.write = lambda: self.written.append(self.vm.going_back)
         self.written: list[bool] = []  # each time that the state is written: whether the VM goes back
@@ -111,12 +111,6 @@ class Rig:
         self.vm = self.core.vms.add(VmConfig(name="web", owner=Owner(uid=0), disks=disks), from_config=True)
 
     # Other rooms.
-
-    def call_later(self, delay_s: float, callback: Callable[[], None]) -> Timer:
-        """Replaces the loop's."""
-        timer = Timer(delay_s, callback)
-        self.timers.append((delay_s, timer))
-        return timer
 
     def start(self, proc: Proc, _open_log: object) -> tuple[Writer, socket.socket]:
         """Replaces `Children.start`."""
@@ -208,15 +202,6 @@ class Rig:
         assert self.channels[-1].closed
         self.writers[-1].pidfd = -1
         self.fire(END_LOOK_S)
-
-    def fire(self, delay_s: float) -> None:
-        """Run the timers of this delay."""
-        due = [timer for each, timer in self.timers if each == delay_s]
-        self.timers = [each for each in self.timers if each[0] != delay_s]
-        for timer in due:
-            callback, timer.callback = timer.callback, None
-            if callback is not None:
-                callback()
 
     def failure(self) -> tuple[int, str]:
         """Return why the request has failed, as the client is told.  The VM has no job any more."""
