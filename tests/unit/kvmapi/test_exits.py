@@ -69,6 +69,14 @@ def test_an_emulation_failure_shows_the_instruction() -> None:
     assert error.instruction == b"\x0f\x01\xca"
 
 
+@pytest.mark.parametrize(("length", "shown"), [(0, 0), (7, 7), (8, 8), (15, 15), (16, 15), (255, 15)])
+def test_all_bytes_of_an_instruction_are_shown(length: int, shown: int) -> None:
+    """An instruction has at most 15 bytes, which two numbers hold together with their length."""
+    raw = bytes((length, *range(0x41, 0x50)))
+    data = (1, int.from_bytes(raw[:8], "little"), int.from_bytes(raw[8:], "little"))
+    assert InternalError(abi.KVM_INTERNAL_ERROR_EMULATION, data).instruction == raw[1 : 1 + shown]
+
+
 @pytest.mark.parametrize("data", [(), (1,), (0, 3, 0)])
 def test_an_internal_error_without_instruction_bytes_shows_none(data: tuple[int, ...]) -> None:
     """Older kernels give no bytes.  With other suberrors the numbers have other meanings."""

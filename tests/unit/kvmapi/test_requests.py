@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -169,13 +170,14 @@ def test_an_exit_is_answered_once_and_with_as_much_as_it_asks_for(kernel: Kernel
     assert bytes(abi.kvm_run.from_buffer_copy(kernel.page).mmio.data)[:4] == b"abcd"
     with pytest.raises(ValueError, match="asks for 0"):
         vcpu.answer(b"abcd")
-    kernel.leaves(run)
-    kernel.halts()
-    vcpu.run()
-    vcpu.run()
-    for data in (b"x", b"abcd"):
-        with pytest.raises(ValueError, match="asks for 0"):
-            vcpu.answer(data)
+    for again in (vcpu.run, lambda: vcpu.run_pio(nothing, nothing)):
+        kernel.leaves(run)
+        kernel.halts()
+        vcpu.run()
+        again()
+        for data in (b"x", b"abcd"):
+            with pytest.raises(ValueError, match="asks for 0"):
+                vcpu.answer(data)
 
 
 def test_io_is_completed_without_running_the_guest(kernel: Kernel, vcpu: Vcpu) -> None:
@@ -355,14 +357,21 @@ def test_the_log_of_changed_pages_has_a_bit_for_each(kernel: Kernel, vm: Vm, pag
     assert vm.get_dirty_log(3, pages * 4096) == b"\xa5" * 8 * words
 
 
+def test_the_log_of_a_large_slot(kernel: Kernel, vm: Vm) -> None:
+    """A page that is not full, and the last one of 64 GiB, have their bits."""
+    for size, words in ((1, 1), (64 * 4096 + 1, 2), (64 << 30, 1 << 18), ((64 << 30) + 4096, (1 << 18) + 1)):
+        assert len(vm.get_dirty_log(0, size)) == 8 * words
+
+
 def test_a_memory_region(kernel: Kernel, vm: Vm) -> None:
     """Each number is in its field."""
     vm.set_memory_region(1, 2 << 12, 3 << 12, 4 << 12, abi.KVM_MEM_READONLY)
-    ((request, region),) = kernel.asked
-    assert request == abi.KVM_SET_USER_MEMORY_REGION
-    assert (region.slot, region.guest_phys_addr, region.memory_size, region.userspace_addr, region.flags) == (
-        1, 2 << 12, 3 << 12, 4 << 12, abi.KVM_MEM_READONLY,
-    )  # fmt: skip
+    vm.set_memory_region(1, 2 << 12, 0, 0)
+    assert [request for request, _ in kernel.asked] == [abi.KVM_SET_USER_MEMORY_REGION] * 2
+    assert [
+        (region.slot, region.guest_phys_addr, region.memory_size, region.userspace_addr, region.flags)
+        for _, region in kernel.asked
+    ] == [(1, 2 << 12, 3 << 12, 4 << 12, abi.KVM_MEM_READONLY), (1, 2 << 12, 0, 0, 0)]
 
 
 def test_routes() -> None:
@@ -424,3 +433,156 @@ def test_a_vcpu_knows_the_size_of_its_extended_state(kernel: Kernel, vm: Vm) -> 
     with vm.create_vcpu(3) as vcpu:
         assert vcpu.xsave_bytes == 11008
     assert [request for request, _ in kernel.asked] == [abi.KVM_CHECK_EXTENSION, abi.KVM_CREATE_VCPU]
+
+
+def test_a_vm_is_closed_once(kernel: Kernel) -> None:
+    """Its number may belong to another file then."""
+    with Vm(os.dup(kernel.fd), 3 * mmap.PAGESIZE) as vm:
+        number = vm.fd
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(number)
+    assert vm.fd == -1
+    vm.close()
+
+
+# --- each request ------------------------------------------------------------------------------------------------
+
+# Of a vCPU, then of a VM: the name of a structure in methods, its class, and its requests.
+STRUCTURES = [
+    ("regs", abi.kvm_regs, abi.KVM_GET_REGS, abi.KVM_SET_REGS),
+    ("sregs", abi.kvm_sregs, abi.KVM_GET_SREGS, abi.KVM_SET_SREGS),
+    ("xcrs", abi.kvm_xcrs, abi.KVM_GET_XCRS, abi.KVM_SET_XCRS),
+    ("lapic", abi.kvm_lapic_state, abi.KVM_GET_LAPIC, abi.KVM_SET_LAPIC),
+    ("vcpu_events", abi.kvm_vcpu_events, abi.KVM_GET_VCPU_EVENTS, abi.KVM_SET_VCPU_EVENTS),
+    ("debugregs", abi.kvm_debugregs, abi.KVM_GET_DEBUGREGS, abi.KVM_SET_DEBUGREGS),
+    ("pit2", abi.kvm_pit_state2, abi.KVM_GET_PIT2, abi.KVM_SET_PIT2),
+]
+
+
+@pytest.mark.parametrize(("name", "struct", "get", "set_"), STRUCTURES, ids=[row[0] for row in STRUCTURES])
+def test_a_structure_is_read_and_written_unchanged(
+    kernel: Kernel, vcpu: Vcpu, vm: Vm, name: str, struct: type[ctypes.Structure], get: int, set_: int
+) -> None:
+    """The kernel gets the bytes that it has given.  Another number of bytes is refused."""
+    there = bytes(number % 251 for number in range(ctypes.sizeof(struct)))
+    kernel.answers[get] = lambda into: ctypes.memmove(ctypes.addressof(into), there, len(there)) and 0
+    owner: Any = vm if name == "pit2" else vcpu
+
+    found = bytes(getattr(owner, f"get_{name}")())
+    getattr(owner, f"set_{name}")(found)
+
+    assert found == there
+    assert [(request, bytes(value)) for request, value in kernel.asked] == [(get, there), (set_, there)]
+    for wrong in (there[:-1], there + b"x"):
+        with pytest.raises(ValueError, match=f"of {len(wrong)} bytes, not {len(there)}"):
+            getattr(owner, f"set_{name}")(wrong)
+
+
+@pytest.mark.parametrize("chip", [abi.KVM_IRQCHIP_PIC_MASTER, abi.KVM_IRQCHIP_PIC_SLAVE, abi.KVM_IRQCHIP_IOAPIC])
+def test_interrupt_controllers_are_told_apart(kernel: Kernel, vm: Vm, chip: int) -> None:
+    """The kernel is asked for the one that is wanted, and gets it back."""
+    state = vm.get_irqchip(chip)
+    vm.set_irqchip(bytes(state))
+    assert [(request, value.chip_id) for request, value in kernel.asked] == [
+        (abi.KVM_GET_IRQCHIP, chip), (abi.KVM_SET_IRQCHIP, chip),
+    ]  # fmt: skip
+
+
+# A call, its request, and the argument as bytes or as a number.
+REQUESTS: list[tuple[Callable[[Vm, Vcpu], object], int, bytes | int]] = [
+    (lambda vm, _: vm.check_extension(136), abi.KVM_CHECK_EXTENSION, 136),
+    (lambda vm, _: vm.set_identity_map_addr(0xFEFFC000), abi.KVM_SET_IDENTITY_MAP_ADDR, b"\0\xc0\xff\xfe\0\0\0\0"),
+    (lambda vm, _: vm.create_irqchip(), abi.KVM_CREATE_IRQCHIP, 0),
+    (lambda vm, _: vm.create_pit2(), abi.KVM_CREATE_PIT2, b"\1".ljust(64, b"\0")),
+    (lambda vm, _: vm.create_pit2(0), abi.KVM_CREATE_PIT2, bytes(64)),
+    (lambda vm, _: vm.set_gsi_routing([]), abi.KVM_SET_GSI_ROUTING, bytes(8)),
+    (
+        lambda vm, _: vm.set_gsi_routing([msi_route(24, 5, 6)]),
+        abi.KVM_SET_GSI_ROUTING,
+        b"\1".ljust(8, b"\0") + bytes(msi_route(24, 5, 6)),
+    ),
+    (lambda vm, _: vm.set_clock(0x1234), abi.KVM_SET_CLOCK, b"\x34\x12".ljust(48, b"\0")),
+    (lambda _, vcpu: vcpu.set_mp_state(1), abi.KVM_SET_MP_STATE, b"\1\0\0\0"),
+    (lambda _, vcpu: vcpu.get_tsc_khz(), abi.KVM_GET_TSC_KHZ, 0),
+]
+
+
+@pytest.mark.parametrize(("call", "request_", "argument"), REQUESTS)
+def test_what_the_kernel_is_asked(
+    kernel: Kernel, vcpu: Vcpu, vm: Vm, call: Callable[[Vm, Vcpu], object], request_: int, argument: bytes | int
+) -> None:
+    """One request, with the argument that it takes."""
+    call(vm, vcpu)
+    ((asked, given),) = kernel.asked
+    assert asked == request_
+    assert (given if isinstance(argument, int) else bytes(given)) == argument
+
+
+def test_what_the_kernel_answers(kernel: Kernel, vcpu: Vcpu, vm: Vm) -> None:
+    """Numbers come as the result of a request, or in its structure."""
+    kernel.answers[abi.KVM_CHECK_EXTENSION] = lambda cap: cap + 1
+    kernel.answers[abi.KVM_GET_TSC_KHZ] = lambda _: 2_500_000
+    kernel.answers[abi.KVM_GET_MP_STATE] = lambda state: ctypes.memset(ctypes.addressof(state), 3, 1) and 0
+    kernel.answers[abi.KVM_GET_CLOCK] = lambda clock: ctypes.memset(ctypes.addressof(clock), 77, 1) and 0
+    assert (vm.check_extension(9), vcpu.get_tsc_khz(), vcpu.get_mp_state(), vm.get_clock().clock) == (
+        10, 2_500_000, 3, 77,
+    )  # fmt: skip
+
+
+def test_the_page_of_a_tss_is_above_2_gib(vm: Vm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`fcntl.ioctl` takes no such number.  A request that a signal has interrupted is repeated."""
+    asked: list[tuple[int, int, int]] = []
+    results = [-1, 0]
+
+    def ioctl(fd: int, request: int, arg: int) -> int:
+        asked.append((fd, request, arg))
+        return results.pop(0)
+
+    monkeypatch.setattr(abi, "_libc", SimpleNamespace(ioctl=ioctl))
+    monkeypatch.setattr("vmd.native.get_errno", lambda: errno.EINTR)
+    vm.set_tss_addr(0xFEFFD000)
+    assert asked == [(vm.fd, abi.KVM_SET_TSS_ADDR, 0xFEFFD000)] * 2
+
+
+def test_an_interrupted_request_is_repeated(kernel: Kernel, vm: Vm) -> None:
+    """All other errors are passed on."""
+    errors = [errno.EINTR, errno.EINTR, errno.EBUSY]
+
+    def fail(_: object) -> int:
+        number = errors.pop(0)
+        raise OSError(number, os.strerror(number))
+
+    kernel.answers[abi.KVM_SET_CLOCK] = fail
+    with pytest.raises(OSError, match="KVM_SET_CLOCK: Device or resource busy"):
+        vm.set_clock(1)
+    assert errors == []
+
+
+@pytest.mark.parametrize("count", [0, 1, 128, 129, 1000])
+def test_a_list_has_all_its_entries(kernel: Kernel, count: int) -> None:
+    """Its length is not known before: the kernel refuses a list that is too short."""
+
+    def fill(buffer: bytearray) -> int:
+        if int.from_bytes(buffer[:4], "little") < count:
+            raise OSError(errno.E2BIG, "too short")
+        buffer[:4] = count.to_bytes(4, "little")
+        for number in range(count):
+            buffer[4 + 4 * number : 8 + 4 * number] = number.to_bytes(4, "little")
+        return 0
+
+    kernel.answers[abi.KVM_GET_MSR_INDEX_LIST] = fill
+    found = abi.read_list(kernel.fd, abi.KVM_GET_MSR_INDEX_LIST, abi.kvm_msr_list, abi.kvm_msr_index)
+    assert [each.index for each in found] == [*range(count)]
+
+
+@pytest.mark.parametrize(("number", "asked"), [(errno.E2BIG, 10), (errno.EFAULT, 1)])
+def test_a_list_that_no_length_fits_is_an_error(kernel: Kernel, number: int, asked: int) -> None:
+    """The kernel is asked a few times, and for other errors once."""
+
+    def refuse(_: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    kernel.answers[abi.KVM_GET_MSR_INDEX_LIST] = refuse
+    with pytest.raises(OSError, match="KVM_GET_MSR_INDEX_LIST"):
+        abi.read_list(kernel.fd, abi.KVM_GET_MSR_INDEX_LIST, abi.kvm_msr_list, abi.kvm_msr_index)
+    assert len(kernel.asked) == asked

@@ -46,6 +46,7 @@ class Memory:
         assert entries == [int.from_bytes(xsdt[at : at + 8], "little") for at in range(36, len(xsdt), 8)]
         fadt = next(entry for entry in entries if self.read(entry, 4) == b"FACP")
         facs, dsdt = self.integer(fadt + 36, 4), self.integer(fadt + 40, 4)
+        assert all(address % 16 == 0 for address in (*entries, dsdt))
         assert self.integer(fadt + 132, 8) == 0
         assert self.integer(fadt + 140, 8) == dsdt
         assert facs % 64 == 0
@@ -168,13 +169,66 @@ def test_fadt_flags_describe_the_machine() -> None:
     (boot_arch,) = struct.unpack_from("<H", fadt, 109)
 
     assert len(fadt) == 244
-    assert flags & 1 << 4 == 0  # PWR_BUTTON clear: the button is in the PM1 registers
-    assert flags & 1 << 5  # SLP_BUTTON set: no button in the PM1 registers
-    assert flags & 1 << 8  # TMR_VAL_EXT
-    assert flags & 1 << 10  # RESET_REG_SUP
+    # WBINVD, PROC_C1, SLP_BUTTON (there is no button in the PM1 registers), FIX_RTC (it cannot wake the machine),
+    # TMR_VAL_EXT and RESET_REG_SUP.  PWR_BUTTON is clear: the button is in the PM1 registers.
+    assert flags == 1 << 0 | 1 << 2 | 1 << 5 | 1 << 6 | 1 << 8 | 1 << 10
     assert fadt[116:129] == struct.pack("<BBBBQB", 1, 8, 0, 1, 0xCF9, 0x06)
     assert boot_arch == 1 << 2
-    assert fadt[108] == 0x32
+    assert fadt[44:46] == bytes(2)  # no power profile
+    assert struct.unpack_from("<HH", fadt, 96) == (0x0FFF, 0x0FFF)  # latencies of states C2 and C3, which do not exist
+    assert fadt[100:108] == bytes(8)
+    assert (fadt[108], fadt[111], fadt[129:132]) == (0x32, 0, bytes(3))
+
+
+def test_headers_of_the_tables() -> None:
+    """Their revisions tell which fields exist.  From revision 2 on, integers of the DSDT have 64 bits."""
+    tables = direct()
+    rsdp = struct.unpack("<8sB6sBIIQB3s", tables["RSDP"])
+
+    assert (rsdp[2], rsdp[3], rsdp[5], rsdp[8]) == (b"VMD   ", 2, 36, bytes(3))
+    assert tables["FACS"] == b"FACS" + (64).to_bytes(4, "little") + bytes(24) + b"\2" + bytes(31)
+    headers = {name: struct.unpack_from("<4sIBB6s8sI4sI", table) for name, table in tables.items()}
+    assert {name: headers[name][2] for name in ("RSDT", "XSDT", "FACP", "APIC", "DSDT")} == {
+        "RSDT": 1, "XSDT": 1, "FACP": 4, "APIC": 3, "DSDT": 2,
+    }  # fmt: skip
+    for name in ("RSDT", "XSDT", "FACP", "APIC", "DSDT"):
+        assert headers[name][1] == len(tables[name])
+        assert headers[name][4:] == (b"VMD   ", b"VMDKVM  ", 1, b"VMD ", 1)
+
+
+def crs(resources: str) -> str:
+    """Return `Name (_CRS, ResourceTemplate () { resources })` as hexadecimal digits."""
+    size = len(bytes.fromhex(resources)) + 2
+    return f"08 5f435253 11 {size + 3:02x} 0a {size:02x} {resources} 7900"
+
+
+# `_HID`, `_UID` and other names of a device, and its resources.
+DEVICES = {
+    "COM1": "08 5f484944 0c 41d00501 08 5f554944 01" + crs("47 01 f803 f803 01 08 22 1000"),
+    "RTC_": "08 5f484944 0c 41d00b00" + crs("47 01 7000 7000 01 02 22 0001"),
+    "PMIO": "08 5f484944 0c 41d00c02 08 5f554944 01" + crs("47 01 0006 0006 01 0c"),
+    "FWCF": "08 5f484944 0d 51454d553030303200 08 5f535441 0a 0b" + crs("47 01 1005 1005 01 0c"),
+    "C000": "08 5f484944 0d 4143504930303037 00 08 5f554944 00",
+    "C001": "08 5f484944 0d 4143504930303037 00 08 5f554944 01",
+}
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_dsdt_describes_the_device(name: str) -> None:
+    """Device (name) has the id by which drivers find it, its ports and its interrupt."""
+    content = name.encode() + bytes.fromhex(DEVICES[name])
+    assert len(content) < 63
+    assert b"\x5b\x82" + bytes((len(content) + 1,)) + content in direct(vcpus=2)["DSDT"]
+
+
+def test_dsdt_describes_the_host_bridge() -> None:
+    """It is PNP0A03, bus 0, and passes on all ports except those of configuration mechanism 1."""
+    bridge = "504349 30 08 5f484944 0c 41d00a03 08 5f42424e 00 08 5f554944 00 08 5f435253"
+    bus = "88 0d00 02 0c 00 0000 0000 0000 0000 0100"
+    ports = "47 01 f80c f80c 01 08 88 0d00 01 0c 03 0000 0000 f70c 0000 f80c 88 0d00 01 0c 03 0000 000d ffff 0000 00f3"
+    dsdt = direct()["DSDT"]
+    assert bytes.fromhex(bridge) in dsdt
+    assert bytes.fromhex(bus + ports) in dsdt
 
 
 @pytest.mark.parametrize("vcpus", range(1, 17))

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from vmd.errors import GuestError
 from vmd.log import log
-from vmd.vm.bus import Bus
+from vmd.vm.bus import Bus, all_ones
 
 
 class Recorder:
@@ -267,11 +267,13 @@ def test_accesses_go_where_a_slow_search_sends_them(
     """A slow search gives the same results, for ports and memory, with any overlap."""
     bus = Bus()
     placed = []
+    devices = []
     for index, (first, count, byte_wide) in enumerate(ranges):
         device = (ByteRecorder if byte_wide else Recorder)(index * 40)
         bus.add_pio(first, count, device)
         bus.add_mmio(first, count, device)
         placed.append((first, count, index * 40, byte_wide))
+        devices.append((first, device))
     if removed < len(placed):
         first, count, _, _ = placed[removed]
         bus.remove_pio(first, count)
@@ -291,3 +293,10 @@ def test_accesses_go_where_a_slow_search_sends_them(
 
     assert bus.pio_read(port, size).to_bytes(size, "little") == expected(port, size, True)
     assert bus.mmio_read(port, size).to_bytes(size, "little") == expected(port, size, False)
+    written = 0x44332211 & all_ones(size)
+    bus.pio_write(port, size, written)
+    bus.mmio_write(port, size, written)
+    for first, device in devices:  # a write goes to the same devices as a read, in the same pieces
+        assert device.writes == [
+            (offset, width, written >> 8 * (first + offset - port) & all_ones(width)) for offset, width in device.reads
+        ]

@@ -75,3 +75,51 @@ def test_an_empty_brand_string_is_filled_in() -> None:
         for register in ("eax", "ebx", "ecx", "edx")
     )
     assert text.rstrip(b"\0") == BRAND
+
+
+def test_a_brand_string_of_the_host_is_kept() -> None:
+    """It is also kept if it is short, and a table with only a part of its leaves stays as it is."""
+    named = [leaf(0x80000002, eax=0x65746E49), leaf(0x80000003), leaf(0x80000004)]
+    for host in (named, named[1:], named[1:2]):
+        found = for_vcpu([leaf(0, eax=1), *host], 0, 1, tsc_deadline=True)
+        assert [bytes(each) for each in found if each.function >= 0x80000002] == [bytes(each) for each in host]
+
+
+# Cache descriptors: EAX has the type (0: no more caches), the level, and how many processors share the cache.
+CACHES = [0xFC1FC121, 0xFC1FC122, 0xFC1FC143, 0xFC1FC163, 0xFC1FC000]
+
+
+@pytest.mark.parametrize("vcpus", [1, 2, 5, 16])
+def test_each_core_has_its_caches_for_itself(vcpus: int) -> None:
+    """That holds for all levels.  Leaf 4 also has the cores of the package.  The end of the list is left alone."""
+    for function, cores in ((4, vcpus - 1), (0x8000001D, 0x3F)):
+        host = [kvm_cpuid_entry2(function, index, 1, eax) for index, eax in enumerate(CACHES)]
+        found = [each.eax for each in for_vcpu(host, 0, vcpus, tsc_deadline=True)]
+        assert found == [*(eax & 0x3FFF | cores << 26 for eax in CACHES[:-1]), CACHES[-1]]
+
+
+@pytest.mark.parametrize(("vcpus", "ecx"), [(1, 0), (2, 0x1001), (3, 0x2002), (5, 0x3004), (16, 0x400F)])
+def test_numbers_of_processors_in_the_leaves_of_amd(vcpus: int, ecx: int) -> None:
+    """80000008h has the number and the bits of the APIC id, 80000001h whether there are several cores."""
+    host = [leaf(0x80000001, ecx=0x121), leaf(0x80000001, ecx=0x123), leaf(0x80000008, ecx=0x3F0000)]
+    found = for_vcpu([*host, leaf(0x8000001E, eax=9, ebx=0x109, ecx=7, edx=5)], vcpus - 1, vcpus, tsc_deadline=True)
+    assert [each.ecx for each in found[:3]] == [0x121 | 2 * (vcpus > 1)] * 2 + [0x3F0000 | ecx]
+    assert (found[3].eax, found[3].ebx, found[3].ecx, found[3].edx) == (vcpus - 1, vcpus - 1, 0, 5)
+
+
+@pytest.mark.parametrize(("highest", "leaves"), [(0xA, []), (0xB, [0xB]), (0x1E, [0xB]), (0x1F, [0xB, 0x1F])])
+def test_a_topology_leaf_exists_if_the_highest_leaf_reaches_it(highest: int, leaves: list[int]) -> None:
+    """A guest does not read leaves behind the highest one."""
+    found = for_vcpu([leaf(0, eax=highest), leaf(1, eax=0xFF)], 2, 5, tsc_deadline=False)
+    assert [each.function for each in found[2:]] == [number for number in leaves for _ in range(3)]
+    for first in range(2, len(found), 3):
+        rows = [(each.index, each.flags, each.eax, each.ebx, each.ecx, each.edx) for each in found[first : first + 3]]
+        assert rows == [(0, 1, 0, 1, 0x100, 2), (1, 1, 3, 5, 0x201, 2), (2, 1, 0, 0, 2, 2)]
+
+
+def test_identification_of_a_vcpu() -> None:
+    """Leaf 1 keeps its other bits."""
+    (found,) = for_vcpu([leaf(1, ebx=0xFFFF0812, ecx=1, edx=1 << 28 | 3)], 4, 5, tsc_deadline=False)
+    assert (found.ebx, found.ecx, found.edx) == (0x04050812, 1 << 31 | 1 << 21 | 1, 1 << 28 | 3)
+    (alone,) = for_vcpu([leaf(1, edx=1 << 28 | 3)], 0, 1, tsc_deadline=False)
+    assert alone.edx == 3

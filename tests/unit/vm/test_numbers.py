@@ -8,6 +8,7 @@ import importlib
 import pytest
 
 from vmd.units import GIB, KIB, MIB
+from vmd.virtio import spec
 from vmd.vm import layout
 
 # A guest that was started under an earlier version finds its hardware at the same places.
@@ -21,6 +22,53 @@ PLACES = {
     "PORT_PCI_DATA": 0xCFC, "PCI_IO_START": 0xC000, "PCI_IO_END": 0x10000,
     "IRQ_PIT": 0, "GSI_PIT": 2, "IRQ_COM1": 4, "IRQ_RTC": 8, "IRQ_SCI": 9, "PCI_IRQS": (10, 11),
 }  # fmt: skip
+# Where a kernel that is booted directly finds its data.  They do not overlap, and page tables are in whole pages.
+BOOT = {
+    "RESERVED_END": 0x100000, "ACPI_TABLES_END": 0xF0000, "E820_RAM": 1, "E820_RESERVED": 2, "IOAPIC_ID": 0,
+    "BOOT_GDT": 0x1000, "BOOT_IDT": 0x1800, "PVH_START_INFO": 0x6000, "LINUX_BOOT_PARAMS": 0x7000,
+    "LINUX_STACK": 0x8FF0, "LINUX_PAGE_TABLES": 0x9000, "BOOT_CMDLINE": 0x20000,
+}  # fmt: skip
+# Drivers (virtio 1.2).  The legacy bits of features have other meanings in virtio 1.x.
+VIRTIO = {
+    "ACKNOWLEDGE": 1, "DRIVER": 2, "DRIVER_OK": 4, "FEATURES_OK": 8, "DEVICE_NEEDS_RESET": 0x40,
+    "VIRTQ_DESC_F_NEXT": 1, "VIRTQ_DESC_F_WRITE": 2, "VIRTQ_DESC_F_INDIRECT": 4, "VIRTQ_AVAIL_F_NO_INTERRUPT": 1,
+    "VIRTQ_USED_F_NO_NOTIFY": 1, "DESC_BYTES": 16, "LEGACY_QUEUE_ALIGN": 4096,
+    "VIRTIO_F_NOTIFY_ON_EMPTY": 24, "VIRTIO_F_ANY_LAYOUT": 27, "VIRTIO_F_RING_INDIRECT_DESC": 28,
+    "VIRTIO_F_RING_EVENT_IDX": 29, "VIRTIO_F_VERSION_1": 32, "LEGACY_FEATURES": 0xFFFF_FFFF, "LEGACY_ONLY": 0x0900_0000,
+    "VENDOR": 0x1AF4, "DEVICE_MODERN_BASE": 0x1040, "SUBSYSTEM_MODERN_BASE": 0x40, "SUBSYSTEM_VENDOR": 0x0B5D,
+    "PCI_CAP_ID_VENDOR": 9, "VIRTIO_PCI_CAP_COMMON_CFG": 1, "VIRTIO_PCI_CAP_NOTIFY_CFG": 2,
+    "VIRTIO_PCI_CAP_ISR_CFG": 3, "VIRTIO_PCI_CAP_DEVICE_CFG": 4, "VIRTIO_PCI_CAP_PCI_CFG": 5,
+    "VIRTIO_MSI_NO_VECTOR": 0xFFFF, "ISR_QUEUE": 1, "ISR_CONFIG": 2,
+    "VIRTIO_NET_F_CSUM": 0, "VIRTIO_NET_F_GUEST_CSUM": 1, "VIRTIO_NET_F_MTU": 3, "VIRTIO_NET_F_MAC": 5,
+    "VIRTIO_NET_F_GUEST_TSO4": 7, "VIRTIO_NET_F_GUEST_TSO6": 8, "VIRTIO_NET_F_GUEST_ECN": 9,
+    "VIRTIO_NET_F_HOST_TSO4": 11, "VIRTIO_NET_F_HOST_TSO6": 12, "VIRTIO_NET_F_HOST_ECN": 13,
+    "VIRTIO_NET_F_MRG_RXBUF": 15, "VIRTIO_NET_F_STATUS": 16, "VIRTIO_NET_S_LINK_UP": 1,
+    "VIRTIO_NET_HDR_F_NEEDS_CSUM": 1, "NET_HDR_BYTES": 12, "NET_HDR_BYTES_LEGACY": 10,
+    "VIRTIO_BLK_F_SEG_MAX": 2, "VIRTIO_BLK_F_RO": 5, "VIRTIO_BLK_F_BLK_SIZE": 6, "VIRTIO_BLK_F_FLUSH": 9,
+    "VIRTIO_BLK_F_CONFIG_WCE": 11, "VIRTIO_BLK_F_DISCARD": 13, "VIRTIO_BLK_F_WRITE_ZEROES": 14,
+    "VIRTIO_BLK_T_IN": 0, "VIRTIO_BLK_T_OUT": 1, "VIRTIO_BLK_T_FLUSH": 4, "VIRTIO_BLK_T_GET_ID": 8,
+    "VIRTIO_BLK_T_DISCARD": 11, "VIRTIO_BLK_T_WRITE_ZEROES": 13,
+    "VIRTIO_BLK_S_OK": 0, "VIRTIO_BLK_S_IOERR": 1, "VIRTIO_BLK_S_UNSUPP": 2, "VIRTIO_BLK_ID_BYTES": 20,
+}  # fmt: skip
+# Firmware (QEMU, docs/specs/fw_cfg.rst).
+FWCFG = {
+    "SELECTOR": 0, "DATA": 1, "DMA_HIGH": 4, "DMA_LOW": 8, "SIGNATURE": 0, "ID": 1, "UUID": 2, "RAM_SIZE": 3,
+    "NO_GRAPHIC": 4, "CPUS": 5, "NUMA": 0x0D, "BOOT_MENU": 0x0E, "MAX_CPUS": 0x0F, "FILE_DIR": 0x19,
+    "FILE_FIRST": 0x20, "IRQ0_OVERRIDE": 0x8002, "KEY_WRITE": 0x4000,
+    "DMA_ERROR": 1, "DMA_READ": 2, "DMA_SKIP": 4, "DMA_SELECT": 8, "DMA_WRITE": 0x10,
+}  # fmt: skip
+# Registers of chips, by the offset of their ports: Linux and other drivers have these numbers, too.
+UART = {
+    "DATA": 0, "IER": 1, "IIR_FCR": 2, "LCR": 3, "MCR": 4, "LSR": 5, "MSR": 6, "SCR": 7,
+    "IER_RDI": 1, "IER_THRI": 2, "IER_RLSI": 4, "IER_MSI": 8, "IIR_NONE": 1, "IIR_MSI": 0, "IIR_THRI": 2, "IIR_RDI": 4,
+    "IIR_RLSI": 6, "IIR_TIMEOUT": 0x0C, "IIR_FIFO": 0xC0, "FCR_ENABLE": 1, "FCR_CLEAR_RX": 2, "LCR_DLAB": 0x80,
+    "MCR_DTR": 1, "MCR_RTS": 2, "MCR_OUT1": 4, "MCR_OUT2": 8, "MCR_LOOP": 0x10, "LSR_DR": 1, "LSR_OE": 2,
+    "LSR_PE": 4, "LSR_FE": 8, "LSR_BI": 0x10, "LSR_EMPTY": 0x60, "LSR_FIFO_ERROR": 0x80, "MSR_TERI": 4,
+    "MSR_CTS": 0x10, "MSR_DSR": 0x20, "MSR_RI": 0x40, "MSR_DCD": 0x80,
+    "FIFO_BYTES": 16, "TRIGGER_LEVELS": (1, 4, 8, 14),
+}  # fmt: skip
+PM = {"PM1_STS": 0, "PM1_EN": 2, "PM1_CNT": 4, "PM_TMR": 8, "TIMER_HZ": 3579545, "TIMER_HALF": 1 << 31}
+KEYBOARD = {"DATA": 0, "STATUS": 4}
 # Model-specific registers (Intel SDM 4), registers of the local APIC (3A, table 11-1), and the 8254.
 CLOCKS = {
     "MSR_TSC": 0x10, "MSR_TSC_DEADLINE": 0x6E0,
@@ -44,13 +92,20 @@ VMMCI = {
 
 
 @pytest.mark.parametrize(("module", "numbers"), [
-    ("vmd.vm.layout", PLACES), ("vmd.vm.clocks", CLOCKS), ("vmd.vm.stream", STREAM), ("vmd.ipc.devmsg", FIGURES),
-    ("vmd.ipc.imsg", MESSAGES), ("vmd.vm.vmmci", VMMCI),
+    ("vmd.vm.layout", PLACES), ("vmd.vm.layout", BOOT), ("vmd.virtio.spec", VIRTIO), ("vmd.vm.boot.fwcfg", FWCFG),
+    ("vmd.vm.chips.ns8250", UART), ("vmd.vm.chips.acpipm", PM), ("vmd.vm.chips.i8042", KEYBOARD),
+    ("vmd.vm.clocks", CLOCKS), ("vmd.vm.stream", STREAM), ("vmd.ipc.devmsg", FIGURES), ("vmd.ipc.imsg", MESSAGES),
+    ("vmd.vm.vmmci", VMMCI),
 ])  # fmt: skip
 def test_numbers(module: str, numbers: dict[str, object]) -> None:
     """Each has the value that others rely on."""
     found = vars(importlib.import_module(module))
     assert {name: found[name] for name in numbers} == numbers
+
+
+def test_every_number_of_virtio_is_here() -> None:
+    """A new one gets its row above."""
+    assert {name for name in vars(spec) if name.isupper() and name != "TYPE_CHECKING"} == set(VIRTIO)
 
 
 @pytest.mark.parametrize(("memory_bytes", "low", "window"), [

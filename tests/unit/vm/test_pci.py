@@ -78,6 +78,13 @@ class Function(pci.PciFunction):
         return self.line
 
 
+class PlainFunction(pci.PciFunction):
+    """A function without BARs."""
+
+    def __init__(self) -> None:
+        super().__init__(vendor=1, device=2, class_code=0xFF0000, subsystem_vendor=3, subsystem=4)
+
+
 class Guest:
     """A driver that uses ports for configuration mechanism 1."""
 
@@ -253,8 +260,9 @@ def test_access_across_register_and_device_ends(machine: Machine, offset: int, s
 
 def test_slots_are_checked(machine: Machine) -> None:
     """A slot number must exist, and a slot holds one function."""
-    with pytest.raises(ValueError, match="slot 32 is not between"):
-        machine.pci.add(32, Function())
+    for slot in (-1, 32):
+        with pytest.raises(ValueError, match=f"slot {slot} is not between"):
+            machine.pci.add(slot, Function())
     with pytest.raises(ValueError, match="slot 1 is taken"):
         machine.pci.add(1, Function())
 
@@ -288,6 +296,9 @@ def test_status_bits_are_cleared_by_ones(machine: Machine) -> None:
 
     machine.guest.write(1, 0x04, 0x8000FFFF)
     assert machine.guest.read(1, 0x06, 2) == 0x7110
+    machine.functions[0].config[0x06:0x08] = b"\xf7\xff"
+    machine.guest.write(1, 0x06, 0xFFFF, 2)
+    assert machine.guest.read(1, 0x06, 2) == 0x06F7
 
 
 def test_interrupt_status_shows_the_line(machine: Machine) -> None:
@@ -338,9 +349,27 @@ def test_capability_without_room_is_refused() -> None:
         function.add_capability(0x09, bytes(254))
     with pytest.raises(ValueError, match="write mask of 2 bytes"):
         function.add_capability(0x09, b"\0", b"\0\0")
+    left = 256 - 0x4C
+    with pytest.raises(ValueError, match=f"no room for a capability of {left + 1} bytes at 0x4c"):
+        function.add_capability(0x09, bytes(left - 1))
+    assert function.add_capability(0x09, bytes(left - 2), b"\xff" * (left - 2)) == 0x4C
 
 
-@pytest.mark.parametrize(("index", "size"), [(2, 48), (2, 2), (2, 512), (6, 16), (0, 16)])
+def test_the_smallest_and_the_largest_bars() -> None:
+    """They are those that `add_io_bar` and `add_memory_bar` promise.  A guest finds their sizes."""
+    function = Function()
+    for index, size in ((2, 4), (3, 256)):
+        assert function.add_io_bar(index, size, Registers()).size == size
+    for index, size in ((4, 16), (5, 1 << 30)):
+        assert function.add_memory_bar(index, size, Registers()).size == size
+    for index in range(2, 6):
+        function.config_write(0x10 + 4 * index, 4, 0xFFFFFFFF)
+    assert [function.config_read(0x10 + 4 * index, 4) for index in range(2, 6)] == [
+        0xFFFFFFFD, 0xFFFFFF01, 0xFFFFFFF0, 0xC0000000,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("index", "size"), [(2, 48), (2, 2), (2, 512), (6, 16), (0, 16), (-1, 16)])
 def test_impossible_io_bars_are_refused(index: int, size: int) -> None:
     """The size is no power of two, too small or too large, or the BAR does not exist or is taken."""
     with pytest.raises(ValueError, match=f"bar {index}"):
@@ -650,6 +679,43 @@ def test_low_ports_are_used_when_the_others_are_full() -> None:
         function.add_memory_bar(4, 1 << 30, Registers())
     with pytest.raises(ValueError, match=r"slot \d+: no address left for bar 4 of 1073741824 bytes"):
         machine.pci.assign_resources()
+
+
+def test_bars_may_fill_their_ranges() -> None:
+    """The last BAR ends where the range ends, and is mapped there.  One more has no address."""
+    machine = Machine(functions=31, memory_bytes=5120 * MIB)
+    sizes = [256] * 48 + [128]  # with the 31 BARs of the functions, these are 4000h bytes
+    for number, size in enumerate(sizes):
+        machine.functions[number % 31].add_io_bar(2 + number // 31, size, Registers())
+    machine.pci.assign_resources()
+    ports = [bar for function in machine.functions for bar in function.bars.values() if bar.is_io]
+    assert min(bar.mapped or 0 for bar in ports) == 0xC000
+    assert max((bar.mapped or 0) + bar.size for bar in ports) == 0x10000
+
+    memory = PlainFunction()
+    for index, megabytes in enumerate((256, 128, 64, 32, 8, 4)):  # E0000000h to FEC00000h
+        memory.add_memory_bar(index, megabytes * MIB, Registers())
+    alone = pci.PciBus(Bus(), 5120 * MIB)
+    alone.add(1, memory)
+    alone.assign_resources()
+    assert [memory.bars[0].mapped, memory.bars[5].mapped] == [0xE0000000, 0xFE800000]
+    other = PlainFunction()
+    other.add_memory_bar(0, 16, Registers())
+    alone.add(2, other)
+    with pytest.raises(ValueError, match="slot 2: no address left for bar 0 of 16 bytes"):
+        alone.assign_resources()
+
+
+def test_refused_addresses_are_logged_once(machine: Machine, lines: list[str]) -> None:
+    """The same address is logged again only if the BAR had another one in between."""
+    machine.guest.write(1, 0x04, 1, 2)  # the address is 0 now
+    machine.guest.write(1, 0x10, 0x600)
+    machine.guest.write(1, 0x04, 3, 2)
+    machine.guest.write(1, 0x10, 0x600)
+    assert len(lines) == 1
+    machine.guest.write(1, 0x10, IO_BASE)
+    machine.guest.write(1, 0x10, 0x600)
+    assert len(lines) == 2
 
 
 # Saving
