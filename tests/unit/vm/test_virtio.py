@@ -3,6 +3,7 @@
 These tests compare the calls to KVM with the registers.  `tests/guest/test_virtio_kvm.py` does the same with real KVM.
 """
 
+import os
 import threading
 from collections.abc import Iterator
 from itertools import pairwise
@@ -55,6 +56,7 @@ from tests.support.virtiopci import (
     act,
 )
 from vmd.config.model import VirtioMode
+from vmd.eventfd import readable
 from vmd.log import log
 from vmd.virtio import spec
 from vmd.virtio.transport import COMMON_BYTES
@@ -390,6 +392,111 @@ def test_window_reaches_every_structure(machine: Machine) -> None:
     point(2, virtio.NOTIFY, 2)
     machine.config_write(at + 16, 2, 1)
     assert machine.kicked() == [1]
+
+
+@pytest.mark.parametrize(("bar", "last"), [(2, virtio.MODERN_BYTES - 1), (4, virtio.MEMORY_BYTES - 1)])
+def test_window_ends_where_the_bar_ends(machine: Machine, bar: int, last: int) -> None:
+    """Beyond it, and with a width that no register has, the data register keeps its value."""
+    at = machine.capabilities()[PCI_CFG]
+
+    def read(bar: int, offset: int, length: int) -> int:
+        machine.config_write(at + 4, 1, bar)
+        for word, value in ((8, STATUS), (12, 1)):
+            machine.config_write(at + word, 4, value)
+        machine.config_write(at + 16, 1, ACKNOWLEDGE)  # the value that stays if the next read is refused
+        machine.config_write(at + 8, 4, offset)
+        machine.config_write(at + 12, 4, length)
+        return machine.config_read(at + 16, 1)
+
+    assert [read(bar, last + beyond, 1) for beyond in (0, 1)] == [0, ACKNOWLEDGE]
+    assert [read(bar, last + 1 - length, length) for length in (2, 4)] == [0, 0]
+    assert [read(bar, last + 2 - length, length) for length in (2, 4)] == [ACKNOWLEDGE] * 2
+    assert [read(bar, last - 7, length) for length in (0, 3, 5, 8)] == [ACKNOWLEDGE] * 4
+    assert [read(bar, 1 << shift | last, 1) for shift in (16, 24, 31)] == [ACKNOWLEDGE] * 3
+    machine.write(DEVICE_SELECT, 4, 1)
+    assert read(bar, DEVICE_FEATURE, 4) == 1
+    assert machine.config_read(at + 16, 4) == VERSION_1 >> 32
+
+
+def test_only_the_data_register_of_the_window_reaches_registers(machine: Machine) -> None:
+    """An access beside it does not read ISR, which would clear it."""
+    machine.start()
+    at = machine.capabilities()[PCI_CFG]
+    for word, value in ((4, 2), (8, virtio.ISR), (12, 1)):
+        machine.config_write(at + word, 4, value)
+    machine.process.raise_queue(0)
+    for beside in (at + 12, at + 15, at + 20, at + 23):
+        machine.config_read(beside, 1)
+        machine.config_write(beside, 1, 0 if beside > at + 15 else machine.config_read(beside, 1))
+
+    assert machine.config_read(at + 16, 1) == spec.ISR_QUEUE
+    assert machine.read(virtio.ISR, 1) == 0
+
+
+def test_a_device_without_configuration_has_a_structure_of_one_word() -> None:
+    """A structure of no bytes would be refused by drivers that map it."""
+    process = Process()
+    process.config = b""
+    machine = Machine(Kvm(), process)
+    assert [each for each in structures(machine) if each[0] == 4] == [(4, 2, 0x80, 4, 0), (4, 4, 0x80, 4, 0)]
+    machine.close()
+
+
+def test_reading_isr_loses_no_message(machine: Machine) -> None:
+    """With MSI-X, ISR is not needed.  A driver that reads it while a vector is masked still gets the message."""
+    machine.enable_msix()
+    machine.set_vector(CONFIG_VECTOR, 0x42, masked=True)
+    machine.start()
+    machine.write(CONFIG_MSIX, 2, CONFIG_VECTOR)
+    machine.function.on_config(CONFIG)
+
+    assert machine.read(virtio.ISR, 1) == spec.ISR_CONFIG
+    assert machine.pending() == 1 << CONFIG_VECTOR
+    machine.set_vector(CONFIG_VECTOR, 0x42)
+    machine.kvm.deliver()
+    assert machine.kvm.injected == [machine.function.first_gsi + CONFIG_VECTOR]
+
+
+def test_an_interrupt_that_was_read_from_isr_does_not_come_later(machine: Machine) -> None:
+    """The guest reads ISR while the line is disabled.  Afterwards the next event gives one interrupt."""
+    machine.start()
+    machine.config_write(4, 2, 7 | 0x400)
+    machine.function.on_config(CONFIG)
+    assert machine.read(virtio.ISR, 1) == spec.ISR_CONFIG
+    assert not readable(machine.function.config_call)
+    machine.config_write(4, 2, 7)
+    machine.kvm.deliver()
+    assert machine.kvm.injected == []
+
+    machine.function.on_config(CONFIG)
+    machine.kvm.deliver()
+    assert machine.kvm.injected == [IRQ]
+
+
+def test_ends_of_interrupts_are_taken_from_their_eventfd(machine: Machine) -> None:
+    """Otherwise the event thread would be called again and again."""
+    machine.start()
+    os.eventfd_write(machine.function.config_resample, 3)
+    machine.function.on_config_resample(1)
+    assert not readable(machine.function.config_resample)
+
+
+def test_interrupts_are_detached_while_the_machine_is_paused(machine: Machine) -> None:
+    """They come when the interrupts are attached again."""
+    machine.start()
+    machine.process.raise_queue(0)
+    machine.function.detach_interrupts()
+    assert machine.kvm.irqfds == {}
+    machine.function.on_config(CONFIG)
+    machine.config_write(4, 2, 7)
+    assert machine.kvm.irqfds == {}
+    machine.kvm.deliver()
+    assert machine.kvm.injected == []
+
+    machine.function.attach_interrupts()
+    machine.kvm.deliver()
+    assert set(machine.kvm.injected) == {IRQ}
+    assert machine.read(virtio.ISR, 1) == spec.ISR_QUEUE | spec.ISR_CONFIG
 
 
 # --- hostile-input 1, 4, 5 --------------------------------------------------------------------------------------
