@@ -2,7 +2,18 @@
 
 import ast
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import pytest
+
+from vmd.vm.boot.fwcfg import FwCfg
+from vmd.vm.bus import Bus
+from vmd.vm.chips.acpipm import AcpiPm
+from vmd.vm.chips.i8042 import I8042
+from vmd.vm.chips.mc146818 import Mc146818
+from vmd.vm.chips.ns8250 import Uart
+from vmd.vm.chips.resetport import ResetPort, SystemControlA
 from vmd.vm.stream import VERSION
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -72,3 +83,34 @@ def test_every_chip_with_registers_is_in_a_stream() -> None:
 
     assert with_registers()
     assert with_registers() - made == set(), "`chips` and `spare_chips` of Machine do not have these"
+
+
+def chips() -> dict[str, Any]:
+    """Return each chip with ports of 8 bits, by its name."""
+    return {
+        "uart": Uart(lambda _level: None, lambda _data: None),
+        "rtc": Mc146818(lambda _level: None, lambda: 0.0, lambda _s, _call: SimpleNamespace(), 8 << 20, 1),
+        "reset": ResetPort(lambda: None),
+        "port 92": SystemControlA(lambda: None),
+        "keyboard": I8042(lambda: None),
+    }
+
+
+@pytest.mark.parametrize("name", chips())
+def test_a_wide_access_reaches_an_8_bit_chip_byte_by_byte(name: str) -> None:
+    """The bridge in front of such a chip splits an access into bytes, and the chip never sees a wide one."""
+    chip, seen = chips()[name], []
+    assert chip.pio_width == 1
+    for kind in ("pio_read", "pio_write"):
+        inner = getattr(chip, kind)
+        setattr(chip, kind, lambda offset, size, *value, inner=inner: seen.append(size) or inner(offset, size, *value))
+    bus = Bus()
+    bus.add_pio(0x100, 8, chip)
+    bus.pio_read(0x100, 4)
+    bus.pio_write(0x100, 2, 0)
+    assert seen == [1] * 6
+
+
+def test_the_ports_of_a_chip() -> None:
+    """The machine gives them to the chip.  Ports behind them belong to others."""
+    assert (I8042.PORTS, AcpiPm.PORTS, FwCfg.PORTS) == (5, 12, 12)

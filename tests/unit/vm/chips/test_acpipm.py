@@ -65,6 +65,29 @@ def test_acpi_mode_is_always_on(board: Board) -> None:
     assert board.pm.pio_read(PM1_CNT, 2) == SCI_EN | 0x0002
 
 
+def test_registers_after_power_on(board: Board) -> None:
+    """Nothing is enabled or pending."""
+    assert [board.pm.pio_read(register, 2) for register in (PM1_STS, PM1_EN, PM1_CNT, 6)] == [0, 0, SCI_EN, 0]
+    assert (board.pm.power_button_enabled, board.levels) == (False, [])
+
+
+@pytest.mark.parametrize(("register", "kept", "always"), [(PM1_EN, 0x0721, 0), (PM1_CNT, 0x1C02, SCI_EN)])
+def test_writable_bits(board: Board, register: int, kept: int, always: int) -> None:
+    """They are set and cleared, by the whole register and by each of its bytes.  Other bits keep their values."""
+    for bit in range(16):
+        board.pm.pio_write(register, 2, 1 << bit & ~SLP_EN)
+        assert board.pm.pio_read(register, 2) == 1 << bit & kept | always
+    board.pm.pio_write(register, 2, 0xFFFF & ~SLP_EN)
+    assert board.pm.pio_read(register, 2) == kept | always
+    board.pm.pio_write(register + 1, 1, 0)
+    assert board.pm.pio_read(register, 2) == kept & 0xFF | always
+    board.pm.pio_write(register, 2, 0xFFFF & ~SLP_EN)
+    board.pm.pio_write(register, 1, 0)
+    assert board.pm.pio_read(register, 2) == kept & 0xFF00 | always
+    board.pm.pio_write(PM1_STS, 4, 0)
+    assert board.off == 0
+
+
 def test_power_button_as_acpica_handles_it(board: Board) -> None:
     """The guest enables the button, gets the SCI, reads the status and clears it.  The owner is told."""
     board.pm.pio_write(PM1_EN, 2, PWRBTN)
@@ -157,6 +180,15 @@ def test_timer_status_follows_the_top_bit(board: Board) -> None:
     assert board.calls == []
 
 
+def test_timer_status_is_cleared_before_it_was_read(board: Board) -> None:
+    """The bit is set when the top bit changes, not when the guest looks: a write of 1 clears it."""
+    board.now_s += TIMER_HALF / TIMER_HZ + 1
+    board.pm.pio_write(PM1_STS, 2, TMR)
+    assert board.pm.pio_read(PM1_STS, 2) == 0
+    board.now_s += TIMER_HALF / TIMER_HZ
+    assert board.pm.state()["status"] == TMR
+
+
 def test_timer_interrupts_when_enabled(board: Board) -> None:
     """The interrupt comes when the top bit changes, ten minutes after the start, and not before."""
     board.pm.pio_write(PM1_EN, 2, TMR)
@@ -185,6 +217,18 @@ def test_saved_state_continues(board: Board) -> None:
     assert other.pm.pio_read(PM1_STS, 4) == PWRBTN | PWRBTN << 16
     assert other.pm.pio_read(PM1_CNT, 2) == 0x1403
     assert abs(other.pm.pio_read(PM_TMR, 4) - 3 * TIMER_HZ) <= 1
+
+
+def test_each_register_of_a_state_is_restored(board: Board) -> None:
+    """Each bit is restored, except those that the registers do not have."""
+    state = board.pm.state()
+    for name, kept, always in (("status", 0x8101, 0), ("enable", 0x0721, 0), ("control", 0x1C02, SCI_EN)):
+        for bit in range(17):
+            board.pm.restore(state | {name: 1 << bit})
+            assert board.pm.state() == state | {name: 1 << bit & kept | always}
+    for ticks in (1, (1 << 31) - 1, 1 << 31, (1 << 32) - 1, 1 << 32 | 5):
+        board.pm.restore(state | {"ticks": ticks})
+        assert board.pm.state() == state | {"ticks": ticks & 0xFFFFFFFF}
 
 
 @given(

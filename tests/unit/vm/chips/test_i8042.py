@@ -76,6 +76,52 @@ def test_every_command_with_an_answer_answers(port: Port, command: int) -> None:
     assert not port.status() & OBF
 
 
+ANSWERS = {
+    0x20: 0x34,  # the command byte: self-test passed, both ports are disabled
+    **dict.fromkeys(range(0x21, 0x40), 0),  # the controller's RAM
+    0xA4: 0xF1,  # no password
+    0xA9: 0x01, 0xAB: 0x01,  # the clock line of a port is stuck low: nothing is plugged in
+    0xAA: 0x55, 0xC0: 0x80,  # not locked
+    0xD0: 0x03,  # A20 is on, no reset
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", [command for command in range(0x100) if not (command >= 0xF0 and not command & 1)])
+def test_answer_of_each_command(port: Port, command: int) -> None:
+    """Firmware and drivers compare them.  All other commands have no answer, and no command resets by chance."""
+    assert port.command(command) == ANSWERS.get(command)
+    assert port.resets == 0
+
+
+@pytest.mark.parametrize(("command", "answer"), [
+    (0x5F, 0xFE), (0x61, None), (0x7F, None), (0x80, 0xFE), (0xD0, 0xFE), (0xD2, 0x5A), (0xD3, 0x5A), (0xD4, 0xFE),
+    (0xD5, 0xFE),
+])  # fmt: skip
+def test_data_byte_after_a_command(port: Port, command: int, answer: int | None) -> None:
+    """It is the command's, if that takes one: for the RAM, or to be sent back.  Else it is for the keyboard."""
+    port.chip.pio_write(STATUS, 1, command)
+    port.chip.pio_read(DATA, 1)
+    port.chip.pio_write(DATA, 1, 0x5A)
+    assert port.status() & OBF == (answer is not None)
+    if answer is not None:
+        assert port.read() == answer
+    assert port.command(0x20) == 0x34
+    port.chip.pio_write(DATA, 1, 0x5A)
+    assert port.read() == 0xFE  # a second byte is for the keyboard
+
+
+def test_each_register_of_a_state_is_restored(port: Port) -> None:
+    """Each bit is restored, except those that the controller does not have.  A20 cannot be lost, and nothing resets."""
+    state = port.chip.state()
+    for name, kept, always in (
+        ("control", 0xFF, 0), ("output_port", 0xFF, 1), ("output", 0xFF, 0), ("flags", 0x41, 0), ("command", 0xFF, 0),
+    ):  # fmt: skip
+        for bit in range(9):
+            port.chip.restore(state | {name: 1 << bit})
+            assert port.chip.state() == state | {name: 1 << bit & kept | always}
+    assert port.resets == 0
+
+
 @pytest.mark.parametrize("before", [(), (0xD4,)])
 def test_byte_for_a_device_comes_back_as_no_response(port: Port, before: tuple[int, ...]) -> None:
     """The device is the keyboard or the mouse."""

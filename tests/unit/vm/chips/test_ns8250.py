@@ -343,9 +343,12 @@ def test_modem_status_shows_changes_once(port: Port) -> None:
 def test_divisor_and_scratch_are_kept_apart_from_data(port: Port) -> None:
     """DLAB selects the divisor in place of two registers."""
     port.write(LCR, 0x83)
-    port.write(DATA, 0x34)
-    port.write(IER, 0x12)
-    assert (port.read(DATA), port.read(IER)) == (0x34, 0x12)
+    assert (port.read(DATA), port.read(IER), port.read(LCR)) == (1, 0, 0x83)  # 115200 baud
+    for low, high in ((0x35, 0x13), (0xFF, 0xFF), (0, 0xFF), (0xFF, 0), (0x34, 0x12)):
+        port.write(DATA, low)
+        assert port.read(DATA) == low
+        port.write(IER, high)
+        assert (port.read(DATA), port.read(IER)) == (low, high)
     port.write(LCR, 0x03)
     assert (port.read(DATA), port.read(IER)) == (0, 0)
     port.write(SCR, 0xA5)
@@ -375,6 +378,53 @@ def test_saved_state_continues(port: Port) -> None:
     assert other.read(IIR_FCR) == IIR_FIFO | IIR_TIMEOUT
     assert (other.read(DATA), other.read(DATA)) == (ord("a"), ord("b"))
     assert other.read(LSR) & LSR_BI
+
+
+def test_registers_after_power_on(port: Port) -> None:
+    """The transmitter is empty, the console is connected, and nothing is enabled."""
+    assert [port.read(register) for register in range(8)] == [0, 0, IIR_NONE, 0, 0, LSR_EMPTY, 0xB0, 0]
+    assert port.levels == []
+
+
+# Registers of a state, and the largest value that a stream can set.
+WIDTHS = {"ier": 0x0F, "fcr": 0xC9, "lcr": 0xFF, "mcr": 0x1F, "msr": 0xFF, "scr": 0xFF, "divisor": 0xFFFF, "lsr": 0x7E}
+
+
+@pytest.mark.parametrize("name", WIDTHS)
+def test_each_register_of_a_state_is_restored(port: Port, name: str) -> None:
+    """Each bit is restored, and bits that the register does not have are dropped."""
+    state = port.uart.state()
+    for bit in range(17):
+        port.uart.restore(state | {name: 1 << bit})
+        found = port.uart.state()
+        assert found == state | {name: 1 << bit & WIDTHS[name] | (LSR_EMPTY if name == "lsr" else 0)}
+
+
+def test_a_full_receiver_is_restored(port: Port) -> None:
+    """A FIFO has 16 bytes, and errors that have not reached its top.  Without FIFOs there is one byte."""
+    port.write(IIR_FCR, FIFO_ON)
+    state = port.uart.state()
+    full = {"rx": bytes(range(16)), "rx_errors": bytes((0, *[0x1E] * 15))}
+    port.uart.restore(state | full)
+    assert [port.uart.state()[name] for name in full] == list(full.values())
+    assert port.read(LSR) == LSR_EMPTY | LSR_DR | LSR_FIFO_ERROR
+    for wrong in ({"rx": bytes(16), "rx_errors": bytes(15)}, {"rx": b"", "rx_errors": b"x"}):
+        with pytest.raises(ValueError, match="uart: receiver of"):
+            port.uart.restore(state | wrong)
+
+    port.uart.restore(state | full | {"fcr": 0})
+    assert port.read(LSR) == LSR_EMPTY | LSR_DR
+    assert (port.read(DATA), port.read(LSR)) == (0, LSR_EMPTY)
+
+
+@pytest.mark.parametrize(("fcr", "level"), [(0x01, 1), (0x41, 4), (0x81, 8), (0xC1, 14)])
+def test_trigger_levels(port: Port, fcr: int, level: int) -> None:
+    """From so many bytes on, IIR says "data available" (8.4)."""
+    port.write(IIR_FCR, fcr)
+    port.write(IER, IER_RDI)
+    for count in range(1, FIFO_BYTES + 1):
+        port.uart.receive(b"x")
+        assert port.read(IIR_FCR) == IIR_FIFO | (IIR_RDI if count >= level else IIR_TIMEOUT)
 
 
 def test_impossible_state_is_refused(port: Port) -> None:

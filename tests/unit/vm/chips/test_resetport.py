@@ -34,8 +34,12 @@ def test_linux_resets_through_cf9() -> None:
 def test_cf9_resets_on_bit_2(value: int, resets: int) -> None:
     """ACPI's RESET_VALUE is a single write.  A soft reset restarts the VM too."""
     reset = Count()
-    ResetPort(reset).pio_write(0, 1, value)
-    assert reset.calls == resets
+    port = ResetPort(reset)
+    assert port.pio_read(0, 1) == 0
+    port.pio_write(0, 1, value)
+    assert (reset.calls, port.pio_read(0, 1)) == (resets, value & 0x02)
+    port.restore({"control": value})
+    assert (reset.calls, port.pio_read(0, 1)) == (resets, value & 0x02)
 
 
 @pytest.mark.parametrize(("value", "resets", "shown"), [(0x00, 0, 0x00), (0x02, 0, 0x02), (0x03, 1, 0x02)])
@@ -47,6 +51,8 @@ def test_port_92(value: int, resets: int, shown: int) -> None:
     port.pio_write(0, 1, value)
     assert reset.calls == resets
     assert port.pio_read(0, 1) == shown
+    port.restore({"control": value | 0xFC})
+    assert (reset.calls, port.pio_read(0, 1)) == (resets, shown)
 
 
 @given(st.lists(st.integers(0, 255), max_size=20))
