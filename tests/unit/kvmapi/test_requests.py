@@ -213,8 +213,10 @@ def test_a_kick_ends_no_process() -> None:
 
 def test_a_vcpu_is_closed_once(kernel: Kernel) -> None:
     """Its number may belong to another file then."""
-    vcpu = Vcpu(os.dup(kernel.fd), 3 * mmap.PAGESIZE)
-    vcpu.close()
+    with Vcpu(os.dup(kernel.fd), 3 * mmap.PAGESIZE) as vcpu:
+        number = vcpu.fd
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(number)
     other = os.dup(kernel.fd)
     vcpu.close()
     os.fstat(other)

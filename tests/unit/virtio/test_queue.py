@@ -280,6 +280,18 @@ def test_interrupt_is_left_out_when_the_driver_asks() -> None:
     assert not put(pair.queue, 0)
 
 
+@pytest.mark.parametrize("features", [0, EVENT_IDX])
+def test_an_empty_ring_gives_no_interrupt_to_other_drivers(features: int) -> None:
+    """A driver that has not accepted NOTIFY_ON_EMPTY does not want it."""
+    pair = Pair(features)
+    pair.ring.set_flags(spec.VIRTQ_AVAIL_F_NO_INTERRUPT)
+    pair.ring.set_used_event(9)
+    pair.ring.add([Desc(DATA, 1, WRITE)])
+    pair.queue.take()
+
+    assert not put(pair.queue, 1)
+
+
 def test_legacy_driver_gets_an_interrupt_for_an_empty_ring() -> None:
     """With NOTIFY_ON_EMPTY even a driver that has disabled interrupts gets one when all chains are used."""
     pair = Pair(1 << spec.VIRTIO_F_NOTIFY_ON_EMPTY)
@@ -338,6 +350,19 @@ def test_used_buffers_are_marked_before_they_are_published() -> None:
     assert marked(pair) == set()
     queue.mark_used()
     assert marked(pair) == {memory.offset(pair.ring.used, 1) // 4096}
+
+
+@pytest.mark.parametrize("size", [1, 512, 4096, 1 << 15])
+def test_the_whole_used_ring_is_marked(size: int) -> None:
+    """It takes 6 bytes and 8 for each element, up to the event index, and no page more."""
+    memory = new_memory()
+    ring = Ring(memory, size)
+    queue = Queue(memory, 0, size, ring.desc, ring.avail, ring.used)
+    memory.marking = True
+    queue.mark_used()
+    first, end = memory.offset(ring.used, 1), memory.offset(ring.used, 1) + 6 + 8 * size
+    found = {page for page, mark in enumerate(memory.marks) if mark}
+    assert found == set(range(first // 4096, -(-end // 4096)))
 
 
 @pytest.mark.parametrize("element", [0xFFFF_FFFF_FFFF_FFFF, 1 << 32 | SIZE, 1 << 32 | 1])

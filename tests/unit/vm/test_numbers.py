@@ -67,6 +67,11 @@ UART = {
     "MSR_CTS": 0x10, "MSR_DSR": 0x20, "MSR_RI": 0x40, "MSR_DCD": 0x80,
     "FIFO_BYTES": 16, "TRIGGER_LEVELS": (1, 4, 8, 14),
 }  # fmt: skip
+RTC = {
+    "SECONDS": 0, "SECONDS_ALARM": 1, "MINUTES": 2, "MINUTES_ALARM": 3, "HOURS": 4, "HOURS_ALARM": 5, "WEEKDAY": 6,
+    "DAY": 7, "MONTH": 8, "YEAR": 9, "REG_A": 10, "REG_B": 11, "REG_C": 12, "REG_D": 13, "CENTURY": 0x32,
+    "CENTURY_PS2": 0x37, "CMOS_BYTES": 128, "PM": 0x80, "ANY": 0xC0, "OSCILLATOR_HZ": 32768,
+}  # fmt: skip
 PM = {"PM1_STS": 0, "PM1_EN": 2, "PM1_CNT": 4, "PM_TMR": 8, "TIMER_HZ": 3579545, "TIMER_HALF": 1 << 31}
 KEYBOARD = {"DATA": 0, "STATUS": 4}
 # Model-specific registers (Intel SDM 4), registers of the local APIC (3A, table 11-1), and the 8254.
@@ -93,9 +98,9 @@ VMMCI = {
 
 @pytest.mark.parametrize(("module", "numbers"), [
     ("vmd.vm.layout", PLACES), ("vmd.vm.layout", BOOT), ("vmd.virtio.spec", VIRTIO), ("vmd.vm.boot.fwcfg", FWCFG),
-    ("vmd.vm.chips.ns8250", UART), ("vmd.vm.chips.acpipm", PM), ("vmd.vm.chips.i8042", KEYBOARD),
-    ("vmd.vm.clocks", CLOCKS), ("vmd.vm.stream", STREAM), ("vmd.ipc.devmsg", FIGURES), ("vmd.ipc.imsg", MESSAGES),
-    ("vmd.vm.vmmci", VMMCI),
+    ("vmd.vm.chips.ns8250", UART), ("vmd.vm.chips.mc146818", RTC), ("vmd.vm.chips.acpipm", PM),
+    ("vmd.vm.chips.i8042", KEYBOARD), ("vmd.vm.clocks", CLOCKS), ("vmd.vm.stream", STREAM),
+    ("vmd.ipc.devmsg", FIGURES), ("vmd.ipc.imsg", MESSAGES), ("vmd.vm.vmmci", VMMCI),
 ])  # fmt: skip
 def test_numbers(module: str, numbers: dict[str, object]) -> None:
     """Each has the value that others rely on."""

@@ -76,6 +76,7 @@ def load(
     cmdline: bytes = b"",
     rsdp_gpa: int = 0,
     bootmac: bytes = b"",
+    options: str = "",
 ) -> Start:
     """Load an image, given by its bytes."""
     fds = [memfd(data)]
@@ -92,6 +93,7 @@ def load(
             cmdline=cmdline,
             rsdp_gpa=rsdp_gpa,
             bootmac=bootmac,
+            options=options,
         )
     finally:
         for fd in fds:

@@ -28,7 +28,15 @@ HUGE = (1 << 64) - 1
 BAD_FIELDS = {
     "class 3": ("<B", 4, 3, "of class 3"),
     "big-endian": ("<B", 5, 2, "byte order 2"),
-    "arm64": ("<H", 18, 183, "for machine 183"),
+    "arm64": ("<H", 18, 183, "for machine 183 .arm64., not for x86"),
+    "mips": ("<H", 18, 8, "for machine 8 .mips., not for x86"),
+    "powerpc": ("<H", 18, 20, "for machine 20 .powerpc., not for x86"),
+    "powerpc64": ("<H", 18, 21, "for machine 21 .powerpc64., not for x86"),
+    "s390": ("<H", 18, 22, "for machine 22 .s390., not for x86"),
+    "arm": ("<H", 18, 40, "for machine 40 .arm., not for x86"),
+    "riscv": ("<H", 18, 243, "for machine 243 .riscv., not for x86"),
+    "loongarch": ("<H", 18, 258, "for machine 258 .loongarch., not for x86"),
+    "sparc": ("<H", 18, 2, "for machine 2, not for x86"),
     "relocatable": ("<H", 16, 1, "of type 1, not an executable"),
     "core": ("<H", 16, 4, "of type 4"),
     "phentsize 0": ("<H", 54, 0, "program headers of 0 bytes"),
@@ -59,10 +67,10 @@ def test_bad_header_is_refused(case: str) -> None:
 
 
 PLACES = {
-    "vectors": (0, "overlaps the boot data"),
-    "GDT": (layout.BOOT_GDT, "overlaps the boot data"),
-    "start info": (layout.PVH_START_INFO, "overlaps the boot data"),
-    "command line": (layout.BOOT_CMDLINE + 0xF000, "overlaps the boot data"),
+    "vectors": (0, "overlaps the boot data at 0x0-0x30000"),
+    "GDT": (layout.BOOT_GDT, "overlaps the boot data at 0x0-0x30000"),
+    "start info": (layout.PVH_START_INFO, "overlaps the boot data at 0x0-0x30000"),
+    "command line": (layout.BOOT_CMDLINE + 0xF000, "overlaps the boot data at 0x0-0x30000"),
     "VGA": (0xA0000, "does not lie in guest memory"),
     "into VGA": (0x9F001, "does not lie in guest memory"),
     "ACPI tables": (layout.ACPI_TABLES, "does not lie in guest memory"),
@@ -115,6 +123,15 @@ def test_adjacent_segments_are_accepted() -> None:
     assert memory.read(0x1017FC, 8) == b"\0\0\0\0next"
 
 
+def test_segments_may_be_adjacent_in_any_order() -> None:
+    """The segment that comes later in the file ends where the earlier one begins."""
+    memory = FakeMemory()
+
+    load(memory, pvh(extra=[Part(1, 0x300000, b"high"), Part(1, 0x300000 - 4, b"low!")]))
+
+    assert memory.read(0x300000 - 4, 8) == b"low!high"
+
+
 def test_bss_is_zeroed() -> None:
     """The loader clears a bss even if the memory had other content."""
     memory = FakeMemory()
@@ -153,6 +170,7 @@ NOTES = {
     "entry of 16 bytes": (note(b"Xen", 18, bytes(16)), "damaged PVH note"),
     "entry above 4 GiB": (note(b"Xen", 18, struct.pack("<Q", 1 << 32)), "damaged PVH note: 0000000001000000"),
     "entry outside": (note(b"Xen", 18, struct.pack("<I", 0x101800)), "starts at 0x101800, outside of all"),
+    "entry before the code": (note(b"Xen", 18, struct.pack("<I", 0xFFFFF)), "starts at 0xfffff, outside of all"),
     "entry 0": (note(b"Xen", 18, struct.pack("<I", 0)), "starts at 0x0, outside of all"),
 }
 
@@ -165,6 +183,15 @@ def test_bad_note_is_refused(case: str) -> None:
 
     with pytest.raises(ImageError, match=sentence):
         load(FakeMemory(), kernel)
+
+
+@pytest.mark.parametrize("entry", [0x100000, 0x1017FF])
+def test_entry_may_be_any_byte_of_a_segment(entry: int) -> None:
+    """Both ends of the segment belong to it."""
+    kernel = elf_file(
+        [Part(1, 0x100000, bytes(0x800), memsz=0x1800), Part(4, 0, note(b"Xen", 18, struct.pack("<I", entry)))], entry=0
+    )
+    assert load(FakeMemory(), kernel).registers["rip"] == entry
 
 
 def test_too_many_notes_are_refused() -> None:

@@ -280,6 +280,20 @@ def test_saved_state_continues(firmware: Firmware) -> None:
     assert other.read(2) == b"\0\0"
 
 
+def test_each_register_of_a_state_is_restored(firmware: Firmware) -> None:
+    """Each bit of the item's number and of the upper half of the address, and any offset in the item."""
+    state = firmware.fwcfg.state()
+    for name, bits in (("key", 16), ("dma_high", 32)):
+        for bit in range(bits + 1):
+            firmware.fwcfg.restore(state | {name: 1 << bit})
+            assert firmware.fwcfg.state() == state | {name: 1 << bit & (1 << bits) - 1}
+    firmware.fwcfg.add_item(0x50, bytes(range(100)))
+    for offset, kept in ((-1, 0), (0, 0), (1, 1), (99, 99), (100, 100), (101, 100)):
+        firmware.fwcfg.restore({"key": 0x50, "offset": offset, "dma_high": 0})
+        assert firmware.fwcfg.state()["offset"] == kept
+        assert firmware.read(1) == bytes((kept % 100,))
+
+
 def test_boot_paths_are_those_that_seabios_matches() -> None:
     """SeaBIOS's patterns match these lines.  Slots are hexadecimal, and targets are decimal."""
     assert boot_path(10) == "/pci@i0cf8/*@a"
@@ -303,6 +317,7 @@ def test_seabios_finds_all_it_needs(firmware: Firmware) -> None:
 
     assert firmware.item(0x02, 16) == bytes(range(16))
     assert firmware.item(0x03, 8) == struct.pack("<Q", memory_bytes)
+    assert firmware.item(0x04, 2) == b"\1\0"  # there is no screen
     assert firmware.item(0x05, 2) == firmware.item(0x0F, 2) == b"\x03\0"
     assert firmware.item(0x0D, 32) == bytes(32)
     assert firmware.item(0x0E, 2) == b"\0\0"

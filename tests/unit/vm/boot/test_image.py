@@ -1,9 +1,11 @@
 """The kind of a boot image is recognised, and compressed images are unpacked within limits."""
 
+import errno
 import gzip
 import os
 import struct
 import subprocess
+import tracemalloc
 import zlib
 from collections.abc import Iterator
 
@@ -132,6 +134,43 @@ def test_gzip_bomb_stops_at_the_bound() -> None:
 
     with pytest.raises(ImageError, match="unpacks to more than 1048576 bytes"):
         unpack(open_image(bomb), MIB)
+
+
+@pytest.mark.parametrize("members", [1, 3])
+def test_as_much_is_unpacked_as_the_limit_allows(members: int) -> None:
+    """One byte more is refused."""
+    last = MIB - 1000 * (members - 1)
+    data = gzip.compress(bytes(1000)) * (members - 1)
+
+    assert unpacked(data + gzip.compress(bytes(last))) == bytes(MIB)
+    with pytest.raises(ImageError, match=f"unpacks to more than {MIB} bytes"):
+        unpacked(data + gzip.compress(bytes(last + 1)))
+
+
+def test_unpacking_takes_little_memory() -> None:
+    """hostile 54: a small file that unpacks to much is unpacked piece by piece."""
+    packed = gzip.compress(bytes(32 * MIB))
+    tracemalloc.start()
+    os.close(unpack(open_image(packed), 32 * MIB))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 8 * MIB
+
+
+def test_a_host_without_memory_is_named_and_nothing_stays_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The unpacked kernel takes memory of the host."""
+    image = open_image(gzip.compress(bytes(1000)))
+    before = open_descriptors()
+
+    def fail(_fd: int, _data: bytes) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr("os.write", fail)
+        with pytest.raises(HostError, match="unpack /bsd: No space left on device"):
+            unpack(image, MIB)
+
+    assert open_descriptors() == before
 
 
 def test_gzip_bomb_is_bounded_by_guest_memory() -> None:

@@ -81,6 +81,7 @@ def test_segments_agree_with_the_descriptor_table() -> None:
         0,
     )
     assert start.gdt_limit == 47
+    assert (start.gdt_base, start.idt_base, start.idt_limit) == (layout.BOOT_GDT, layout.BOOT_IDT, 0)
     assert (tr.selector, tr.type, tr.s) == (0x20, 0xB, 0)
 
 
@@ -99,6 +100,31 @@ def test_boot_params_have_the_header_and_the_fields_of_the_loader() -> None:
     assert memory.unpack("<Q", ZERO_PAGE + 0x250) == (0,)
     assert memory.unpack("<B", ZERO_PAGE + 0x1EF) == (0,)  # the sentinel: else Linux clears parts of the page
     assert memory.read(layout.BOOT_CMDLINE, 14) == b"console=ttyS0\0"
+
+
+def test_no_other_byte_of_boot_params_is_set() -> None:
+    """The page has the kernel's header, with the loader's fields (boot.rst) in it, and zeroes."""
+    memory = FakeMemory()
+    image = put(bzimage(), "<BBB", 0x1FA, 1, 2, 3)  # vid_mode, and the field behind it
+    for offset in range(0x210, 0x26C):
+        if not 0x22C <= offset < 0x264 and offset != 0x211:
+            image = put(image, "<B", offset, 0xA5)
+    image = put(image, "<IIQ", 0x248, 0x11223344, 0x55667788, (1 << 64) - 1)  # the payload, then setup_data
+
+    load(memory, image, initrd=b"x" * 5000, cmdline=b"quiet", rsdp_gpa=0xE0000)
+
+    e820 = layout.e820_map(memory.memory_bytes)
+    page = bytearray(4096)
+    page[0x1F1:0x26C] = image[0x1F1:0x26C]
+    for layout_format, offset, values in (
+        ("<Q", 0x070, [0xE0000]), ("<B", 0x1E8, [len(e820)]), ("<H", 0x1FA, [0xFFFF]), ("<BB", 0x210, [0xFF, 0x01]),
+        ("<III", 0x214, [PREF_ADDRESS, 16 * MIB - 8192, 5000]), ("<I", 0x228, [0x20000]), ("<Q", 0x250, [0]),
+    ):  # fmt: skip
+        struct.pack_into(layout_format, page, offset, *values)
+    for index, entry in enumerate(e820):
+        struct.pack_into("<QQI", page, 0x2D0 + 20 * index, *entry)
+    found = memory.read(ZERO_PAGE, 4096)
+    assert {at: found[at] for at in range(4096) if found[at] != page[at]} == {}
 
 
 def test_e820_table_is_the_layout() -> None:
@@ -143,6 +169,15 @@ def test_initrd_moves_below_a_kernel_that_needs_the_top() -> None:
     load(memory, image, initrd=bytes(4096))
 
     assert memory.unpack("<I", ZERO_PAGE + 0x218) == (14 * MIB - 4096,)
+
+
+def test_initrd_fits_exactly_behind_the_kernel() -> None:
+    """The kernel ends where the last page of RAM begins."""
+    memory = FakeMemory()
+
+    load(memory, put(bzimage(), "<I", 0x260, 14 * MIB - 4096), initrd=bytes(4096))
+
+    assert memory.unpack("<I", ZERO_PAGE + 0x218) == (16 * MIB - 4096,)
 
 
 def test_initrd_is_never_above_4_gib() -> None:
@@ -265,6 +300,26 @@ def test_cmdline_of_the_largest_length_is_accepted() -> None:
     load(memory, bzimage(), cmdline=b"x" * 2047)
 
     assert memory.read(layout.BOOT_CMDLINE, 2048) == b"x" * 2047 + b"\0"
+
+
+def test_a_long_version_is_cut() -> None:
+    """It goes into the log."""
+    assert load(FakeMemory(), put(bzimage(), "<200s", 0x500, b"x" * 200)).text == "Linux " + "x" * 96
+
+
+@pytest.mark.parametrize(("length", "end"), [(0x66, 0x268), (0x8E, 0x290)])
+def test_the_shortest_and_the_longest_header(length: int, end: int) -> None:
+    """It is copied up to its end.  A header that is shorter or longer by a byte is damaged."""
+    image = put(bytes(bzimage()), "<B", 0x201, length)
+    image = image[:0x26C] + b"\xa5" * (0x2A0 - 0x26C) + image[0x2A0:]
+    memory = FakeMemory()
+
+    load(memory, image)
+
+    copied = memory.read(ZERO_PAGE + 0x264, 0x290 - 0x264)
+    assert copied == image[0x264:end].ljust(0x290 - 0x264, b"\0")
+    with pytest.raises(ImageError, match="damaged Linux setup header: it ends at"):
+        load(FakeMemory(), put(image, "<B", 0x201, length + (1 if end == 0x290 else -1)))
 
 
 def test_control_characters_of_a_version_do_not_reach_the_log() -> None:

@@ -111,6 +111,16 @@ def test_stack_has_the_arguments_of_the_kernels_first_function() -> None:
     assert size == 12 + 20 * 6 + 12 + 32 + 4
 
 
+@pytest.mark.parametrize(("options", "howto"), [
+    ("a", 0x001), ("s", 0x002), ("d", 0x040), ("c", 0x400), ("sd", 0x042), ("ss", 0x002), ("cdsa", 0x443), ("x", 0),
+])  # fmt: skip
+def test_options_of_boot_are_passed_on(options: str, howto: int) -> None:
+    """Each letter sets its bit (sys/reboot.h).  Others are ignored, as by boot(8)."""
+    memory = FakeMemory()
+    start = load(memory, openbsd(), options=options)
+    assert memory.unpack("<9I", start.registers["rsp"])[1] == howto
+
+
 def test_boot_arguments_are_memory_map_and_console() -> None:
     """The map is that of the layout with an empty last entry.  The console is com0 at 115200 baud."""
     memory = FakeMemory()
@@ -184,6 +194,23 @@ def test_random_segment_outside_the_image_is_refused(paddr: int) -> None:
         load(FakeMemory(), openbsd(extra=[Part(0x65A3DBE6, paddr, bytes(0x40))]))
 
 
+@pytest.mark.parametrize("paddr", [OPENBSD_START, OPENBSD_START + 0x1000, IMAGE_END - 0x40])
+def test_random_segment_may_begin_and_end_with_its_segment(paddr: int) -> None:
+    """It is filled with random bytes then, too."""
+    plain, filled = FakeMemory(), FakeMemory()
+    load(plain, openbsd())
+    load(filled, openbsd(extra=[Part(0x65A3DBE6, paddr, bytes(0x40))]))
+    assert filled.read(paddr, 0x40) != plain.read(paddr, 0x40)
+
+
+def test_the_largest_number_of_random_bytes() -> None:
+    """It is the sum of all such segments."""
+    sizes = 8 << 20, (8 << 20) - 0x40  # the kernel itself asks for 40h
+    random = [Part(0x65A3DBE6, 0x400000, bytes(size)) for size in sizes]
+    parts = [Part(1, 0x400000, b"", memsz=8 << 20), *random]
+    assert load(FakeMemory(), openbsd(extra=parts)).text == "OpenBSD/amd64 kernel"
+
+
 def test_random_bytes_are_bounded() -> None:
     """hostile 54: several headers ask for the same memory."""
     huge = [Part(1, 0x400000, b"", memsz=9 << 20), *[Part(0x65A3DBE6, 0x400000, bytes(9 << 20))] * 2]
@@ -226,6 +253,7 @@ RANDOM = Part(0x65A3DBE6, 0x200000, bytes(8))
 
 # The segments, sections and entry of an OpenBSD kernel, by the feature that identifies it
 MARKS = {
+    "mutable data": ([TEXT, Part(0x65A3DBE5, 0x200000, bytes(8))], [], 0x200000),
     "random data": ([TEXT, RANDOM], [], 0x200000),
     "boot data": ([TEXT, Part(0x65A41BE6, 0x200000, bytes(8))], [], 0x200000),
     "a note": ([TEXT, Part(4, 0, note(b"OpenBSD", 1, bytes(4)))], [], 0x200000),
@@ -249,6 +277,8 @@ def test_openbsd_kernel_is_identified(case: str, is64: bool) -> None:
 NOT_OPENBSD = {
     "Linux, entered at its physical address": ([Part(1, 0x1000000, b"\xf4" * 64, vaddr=0xFFFFFFFF81000000)], 0x1000000),
     "a kernel linked high on amd64": ([Part(1, 0x200000, b"\xf4" * 64)], 0xFFFFFFFF80200000),
+    "a segment before those of OpenBSD": ([TEXT, Part(0x65A3DBE4, 0x200000, bytes(8))], 0x200000),
+    "a segment after those of OpenBSD": ([TEXT, Part(0x65A41BE7, 0x200000, bytes(8))], 0x200000),
     "a program of OpenBSD": ([TEXT, RANDOM, Part(3, 0, b"/usr/libexec/ld.so\0")], 0x200000),
     "a static program of OpenBSD": ([TEXT, RANDOM, Part(2, 0, bytes(16))], 0x200000),
     "Linux on i386": ([Part(1, 0x1000000, b"\xf4" * 64, vaddr=0xC1000000)], 0xC1000000),

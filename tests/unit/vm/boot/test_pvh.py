@@ -49,6 +49,7 @@ def test_cpu_starts_flat_and_unpaged_with_start_info_in_ebx(is64: bool) -> None:
         assert memory.unpack("<Q", start.gdt_base + segment.selector) == (segment.descriptor(),)
         assert segment.selector + 7 <= start.gdt_limit
     assert start.gdt_limit == 4 * 8 - 1
+    assert (start.gdt_base, start.idt_base, start.idt_limit) == (layout.BOOT_GDT, layout.BOOT_IDT, 0)
 
 
 def test_start_info_has_command_line_rsdp_and_memory_map() -> None:
@@ -57,10 +58,10 @@ def test_start_info_has_command_line_rsdp_and_memory_map() -> None:
 
     load(memory, pvh(), cmdline=b"quiet", rsdp_gpa=0xE0000)
 
-    magic, version, flags, modules, modlist, cmdline, rsdp, memmap, entries, _ = memory.unpack(
+    magic, version, flags, modules, modlist, cmdline, rsdp, memmap, entries, reserved = memory.unpack(
         INFO, layout.PVH_START_INFO
     )
-    assert (magic, version, flags, modules, modlist, rsdp) == (0x336EC578, 1, 0, 0, 0, 0xE0000)
+    assert (magic, version, flags, modules, modlist, rsdp, reserved) == (0x336EC578, 1, 0, 0, 0, 0xE0000, 0)
     assert memory.read(cmdline, 6) == b"quiet\0"
     table = [memory.unpack("<QQII", memmap + 24 * index) for index in range(entries)]
     assert table == [(*entry, 0) for entry in layout.e820_map(memory.memory_bytes)]

@@ -128,6 +128,14 @@ def test_time_is_read_in_bcd_and_24_hours_by_default(board: Board) -> None:
     assert board[WEEKDAY] == 5
 
 
+def test_registers_after_power_on(board: Board) -> None:
+    """The oscillator runs, with 1024 Hz, and nothing interrupts.  Every alarm register is 0."""
+    assert [board[register] for register in (REG_A, REG_B, REG_C, REG_D)] == [0x26, H24, 0, 0x80]
+    assert [board[register] for register in (SECONDS_ALARM, MINUTES_ALARM, HOURS_ALARM)] == [0, 0, 0]
+    assert (board[0x14], board[0x7F]) == (0x02, 0)
+    assert (board.calls, board.levels) == ([], [])
+
+
 @pytest.mark.parametrize(("hour", "shown"), [(0, 12), (1, 1), (11, 11), (12, 0x8C), (13, 0x81), (23, 0x8B)])
 def test_binary_and_12_hour_mode(hour: int, shown: int) -> None:
     """Noon and midnight are shown as 12."""
@@ -265,6 +273,20 @@ def test_alarm_that_never_matches_sets_no_timer(board: Board) -> None:
     assert board.levels == []
 
 
+@pytest.mark.parametrize(("register", "latest"), [(HOURS_ALARM, 23), (MINUTES_ALARM, 59), (SECONDS_ALARM, 59)])
+@pytest.mark.parametrize("mode", [H24, H24 | BINARY])
+def test_the_latest_alarm(board: Board, register: int, latest: int, mode: int) -> None:
+    """The largest hour, minute or second of a day still matches.  From the next one on none matches."""
+    board[REG_A] = 0x20
+    board[REG_B] = mode | AIE
+    for value, alarms in ((latest, 1), (latest + 1, 0)):
+        board[HOURS_ALARM] = board[MINUTES_ALARM] = board[SECONDS_ALARM] = 0
+        board[register] = value if mode & BINARY else value // 10 << 4 | value % 10
+        board[REG_C]
+        board.advance(86400)
+        assert bool(board[REG_C] & AF) == bool(alarms)
+
+
 def test_new_alarm_in_the_past_is_for_the_next_day(board: Board) -> None:
     """An alarm at 23:59:55 that is set at 23:59:58 comes the next day."""
     board.advance(8)
@@ -332,6 +354,15 @@ def test_polled_periodic_flag(board: Board) -> None:
     board.advance(0.0005)
     assert board[REG_C] == 0
     assert board.calls == []
+
+
+def test_polling_sees_every_period(board: Board) -> None:
+    """PF is set once for each period of 1/1024 s in which the guest looks."""
+    seen = 0
+    for _ in range(1024):
+        board.advance(1 / 1024)
+        seen += board[REG_C] & PF > 0
+    assert seen >= 1023
 
 
 def test_enabling_an_interrupt_whose_flag_is_set_raises_it(board: Board) -> None:

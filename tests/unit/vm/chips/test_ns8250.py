@@ -300,7 +300,9 @@ def test_loopback_returns_bytes_and_keeps_them_off_the_line(port: Port) -> None:
     port.write(DATA, 0xAE)
     assert port.uart.receive(b"x") == 0
     assert port.read(LSR) == LSR_EMPTY | LSR_DR
-    assert port.read(DATA) == 0xAE
+    port.write(DATA, 0x51)
+    assert port.read(LSR) == LSR_EMPTY | LSR_DR  # without errors
+    assert (port.read(DATA), port.read(DATA)) == (0xAE, 0x51)
     port.write(MCR, 0)
     assert port.sent == b""
     assert port.rooms == 1
@@ -338,6 +340,15 @@ def test_modem_status_shows_changes_once(port: Port) -> None:
     assert port.read(MSR) == 0xFB
     port.write(MCR, 0x0B)
     assert port.read(MSR) == 0xB4
+
+
+def test_control_registers_are_read_back(port: Port) -> None:
+    """The upper bits of MCR and IER do not exist."""
+    for register, mask in ((MCR, 0x1F), (IER, 0x0F), (SCR, 0xFF), (LCR, 0xFF)):
+        for bit in range(8):
+            port.write(register, 1 << bit)
+            assert port.read(register) == 1 << bit & mask
+            port.write(register, 0)
 
 
 def test_divisor_and_scratch_are_kept_apart_from_data(port: Port) -> None:
