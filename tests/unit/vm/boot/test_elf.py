@@ -75,6 +75,7 @@ PLACES = {
     "into VGA": (0x9F001, "does not lie in guest memory"),
     "ACPI tables": (layout.ACPI_TABLES, "does not lie in guest memory"),
     "end of RAM": (16 * MIB - 0x800, "needs a guest of 17 MiB"),
+    "end of the largest low RAM": (0xE0000000 - 0x1000, "needs a guest of 3584 MiB, this one has 16 MiB"),
     "PCI window": (0xE0000000, "does not lie in guest memory"),
     "KVM's pages": (layout.KVM_TSS, "does not lie in guest memory"),
     "firmware": (0xFFFC0000, "does not lie in guest memory"),

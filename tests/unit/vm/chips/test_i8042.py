@@ -45,6 +45,7 @@ def port() -> Port:
 def test_both_buffers_are_empty_after_reset(port: Port) -> None:
     """Without a command, neither buffer is full."""
     assert port.status() & (OBF | IBF) == 0
+    assert [port.chip.pio_read(offset, 1) for offset in (1, 2, 3)] == [0xFF] * 3  # no ports of this chip
 
 
 def test_seabios_finds_the_controller_and_no_keyboard(port: Port) -> None:
