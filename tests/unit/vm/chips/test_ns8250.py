@@ -415,13 +415,13 @@ def test_a_full_receiver_is_restored(port: Port) -> None:
     """A FIFO has 16 bytes, and errors that have not reached its top.  Without FIFOs there is one byte."""
     port.write(IIR_FCR, FIFO_ON)
     state = port.uart.state()
-    full = {"rx": bytes(range(16)), "rx_errors": bytes((0, *[0x1E] * 15))}
+    full: dict[str, int | bytes] = {"rx": bytes(range(16)), "rx_errors": bytes((0, *[0x1E] * 15))}
     port.uart.restore(state | full)
     assert [port.uart.state()[name] for name in full] == list(full.values())
     assert port.read(LSR) == LSR_EMPTY | LSR_DR | LSR_FIFO_ERROR
-    for wrong in ({"rx": bytes(16), "rx_errors": bytes(15)}, {"rx": b"", "rx_errors": b"x"}):
+    for rx, errors in ((bytes(16), bytes(15)), (b"", b"x")):
         with pytest.raises(ValueError, match="uart: receiver of"):
-            port.uart.restore(state | wrong)
+            port.uart.restore(state | {"rx": rx, "rx_errors": errors})
 
     port.uart.restore(state | full | {"fcr": 0})
     assert port.read(LSR) == LSR_EMPTY | LSR_DR
