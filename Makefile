@@ -74,10 +74,10 @@ fuzz: need-root
 	@tools/setup packages test venv user fuzzer
 	@$(PYTHON) -m fuzz $(SECONDS)
 
-# Without MODULE it changes all modules, which takes hours.
+# Without MODULE it changes all modules, which takes hours.  SAMPLE=300 tries 300 changes of all modules.
 mutants: need-root
 	@tools/setup packages test venv user
-	@$(PYTHON) -m mutants $(MODULE) $(if $(COUNT),--count $(COUNT)) $(if $(filter command,$(firstword $(origin SEED))),--seed $(SEED))
+	@$(PYTHON) -m mutants $(MODULE) $(if $(COUNT),--count $(COUNT)) $(if $(SAMPLE),--sample $(SAMPLE)) $(if $(filter command,$(firstword $(origin SEED))),--seed $(SEED))
 
 bench: need-root
 	@tools/setup packages test venv user

@@ -1,12 +1,13 @@
 """`make mutants`: mutation testing.  It counts how many random single changes of a module the module's tests notice.
 
-    python -m mutants [--count N] [--seed N] [--near | --unit] [module[:line] ...]
+    python -m mutants [--count N | --sample N] [--seed N] [--near | --unit] [module[:line] ...]
 
 Each change is made in a copy of this checkout, one at a time.  First the module's nearest unit tests that reach the
 changed lines run, then other unit tests that reach them, then the tests with processes that cover the module.  After
 the first failure no more tests run for this change.  Changes that no test notices are printed.  mutants/equal.toml
 lists the changes that change no behaviour that matters, each with the reason.  `--entries` prints the unnoticed changes
-as entries for that file.
+as entries for that file.  `--count` changes each module; `--sample` measures a large tree: each change of all named
+modules is equally likely to be tried.
 """
 
 import argparse
@@ -195,12 +196,24 @@ def wanted(top: Path, names: list[str]) -> dict[str, set[int]]:
     return found
 
 
-def chosen(source: Path, module: str, lines: set[int], count: int, seed: int) -> list[Change]:
-    """Return the changes to be tried: all changes of the named lines, or a sample if no line is named."""
-    changes = changes_of(module, source.read_bytes())
-    if lines:
-        return [change for change in changes if change.line in lines]
-    return sample(changes, count, seed)
+def chosen(top: Path, names: Mapping[str, set[int]], count: int, whole: int, seed: int) -> dict[str, list[Change]]:
+    """Return the changes to be tried, by module: all changes of named lines, else a sample.
+
+    The sample has `count` changes of each module, or `whole` changes of all modules together if that is not 0.
+    """
+    found = {}
+    for module, lines in names.items():
+        changes = changes_of(module, (top / module).read_bytes())
+        if lines:
+            changes = [change for change in changes if change.line in lines]
+        elif not whole:
+            changes = sample(changes, count, seed)
+        found[module] = changes
+    if not whole:
+        return found
+    picked = set(sample([change for changes in found.values() for change in changes], whole, seed))
+    rest = {module: [change for change in changes if change in picked] for module, changes in found.items()}
+    return {module: changes for module, changes in rest.items() if changes}
 
 
 def show(change: Change, source: bytes, entries: bool) -> None:
@@ -216,7 +229,9 @@ def main(arguments: list[str]) -> int:
     """Try the changes.  Return 0 if the tests notice enough of them."""
     parser = argparse.ArgumentParser(prog="mutants", description="How many single changes the tests notice.")
     parser.add_argument("modules", nargs="*", help="vmd/ipc/channel.py, or vmd/ipc/channel.py:154 for all of a line")
-    parser.add_argument("--count", type=int, default=COUNT, help=f"changes of each module ({COUNT})")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--count", type=int, default=COUNT, help=f"changes of each module ({COUNT})")
+    size.add_argument("--sample", type=int, default=0, help="changes of all modules together")
     parser.add_argument("--seed", type=int, default=SEED, help=f"seed of their random choice ({SEED})")
     parser.add_argument(
         "--slack", type=float, default=SLACK_S, help=f"seconds beyond the tests' duration ({SLACK_S:.0f})"
@@ -238,9 +253,9 @@ def main(arguments: list[str]) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("mutants: ended"))  # SystemExit removes the copy
     total = Score()
     with Copy(given.top.resolve()) as copy:
-        for module, lines in names.items():
+        for module, changes in chosen(copy.top, names, given.count, given.sample, given.seed).items():
             score, bench = Score(), Bench(copy, module, given.slack)
-            for change in chosen(copy.top / module, module, lines, given.count, given.seed):
+            for change in changes:
                 if change.name in reasons:
                     score.equal += 1
                     continue

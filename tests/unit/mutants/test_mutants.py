@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from mutants import known
+from mutants.__main__ import chosen, wanted
 from mutants.changes import changes_of
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -184,6 +185,20 @@ def test_a_change_that_never_ends_is_noticed(top: Path) -> None:
 
     assert "vmd/it.py:19: by the deadline only: 1 -> 0" in done.stdout
     assert "all: 2 of 2 noticed" in done.stdout
+
+
+def test_a_sample_of_all_modules(top: Path) -> None:
+    """It has the wanted number of changes of all modules together, and another seed gives others."""
+    (top / "vmd/too.py").write_text(MODULE)
+    (top / "vmd/none.py").write_text('"""Nothing that could be changed."""\n')
+    names = wanted(top, [])
+
+    first, again, other = [chosen(top, names, 10, 6, seed) for seed in (1, 1, 2)]
+
+    assert sum(map(len, first.values())) == sum(map(len, other.values())) == 6
+    assert set(first) <= {"vmd/it.py", "vmd/too.py"}
+    assert first == again != other
+    assert sum(map(len, chosen(top, names, 4, 0, 1).values())) == 8  # without a sample: 4 of each module
 
 
 @pytest.mark.parametrize("name", ["vmd/gone.py", "tests/unit/test_it.py", "vmd/it.py:x"])
