@@ -110,7 +110,7 @@ def test_seeder_holds_its_socket_and_nothing_else(cell: Cell) -> None:
     assert first == (seed_image(usual()), [])
     assert again == (
         seed_image(own),
-        ["seed: user-data /u: its first line is none that cloud-init knows, such as #cloud-config or #!"],
+        ["seed: user-data /u: cloud-init does not know its first line, which could be #cloud-config or #!"],
     )
     assert (status["Uid"], status["CapEff"], status["CapBnd"]) == (
         "\t".join([str(USER.pw_uid)] * 4),

@@ -45,7 +45,7 @@ class Source:
         self.waiting = 0
         self.on_room: Callable[[], None] | None = None
         self.said_s = 0.0  # when the log last said that this source writes too much
-        self._unfinished = b""  # the begin of a line that an interpreter writes
+        self._unfinished = b""  # the start of a line that an interpreter writes
         sock.setblocking(False)
 
     def fileno(self) -> int:

@@ -8,7 +8,7 @@ from vmd.netlink import NLM_F_REQUEST, NLMSGHDR, RTATTR
 IF_STATS_MSG = Struct("=BxxxII")  # family, index of the interface, mask of statistics
 RTM_NEWSTATS, RTM_GETSTATS = 92, 94
 IFLA_STATS_LINK_64 = 1
-STATS = Struct("=QQQQ")  # the begin of rtnl_link_stats64: packets received, sent, bytes received, sent
+STATS = Struct("=QQQQ")  # the start of rtnl_link_stats64: packets received, sent, bytes received, sent
 ANSWER_MAX = 8192
 
 

@@ -114,7 +114,7 @@ def names(entries: bytes, offsets_at: int) -> "Iterator[str]":
         if TARGET.unpack_from(entries, target)[1].rstrip(b"\0") == CHAIN_TARGET:
             raw = entries[target + TARGET.size : target + TARGET.size + CHAIN_NAME.size]
             name = raw.partition(b"\0")[0].decode("ascii", "replace")
-            if name != CHAIN_TARGET.decode():  # the last entry of the table looks like the begin of a chain
+            if name != CHAIN_TARGET.decode():  # the last entry of the table looks like the start of a chain
                 yield name
         following = OFFSETS.unpack_from(entries, start + offsets_at)[1]
         if following < offsets_at + OFFSETS.size:

@@ -305,4 +305,4 @@ def strange(data: bytes) -> str:
     words = text.split(b"\n", 1)[0].translate(None, b" _-#\r:\t")
     if words == b"cloudconfig":
         return "its first line has to be #cloud-config and nothing else, or cloud-init ignores it"
-    return "its first line is none that cloud-init knows, such as #cloud-config or #!"
+    return "cloud-init does not know its first line, which could be #cloud-config or #!"

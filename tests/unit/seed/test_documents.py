@@ -218,7 +218,7 @@ def test_invalid_parts(changes: dict[str, object], why: str) -> None:
         (b"cloud-config:\n", "its first line has to be #cloud-config and nothing else"),
         (b"\xef\xbb\xbf#cloud-config\n", "begins with a byte order mark"),
         (b"Content-Type: multipart/mixed\n", "a MIME message without the line MIME-Version: 1.0"),
-        (b"geheim: x\n", "its first line is none that cloud-init knows"),
+        (b"geheim: x\n", "cloud-init does not know its first line"),
     ],
 )
 def test_first_line_of_user_data(text: bytes, why: str) -> None:
