@@ -75,6 +75,7 @@ SOONER = (
 FOR_TESTS = "tests build run pages and states with it"
 UNUSED = {
     "vmd.privsep.start:begin": "the code of each new process calls it (privsep/spawn.py)",
+    "vmd.privsep.start:run": "the code of each new process calls it (privsep/spawn.py)",
     "vmd.virtio.spec:ACKNOWLEDGE": "the first bit of the device status: drivers set it, and tests are drivers",
     "vmd.kvmapi.abi:KVM_EXIT_IO_IN": FOR_TESTS,
     "vmd.kvmapi.abi:KVM_INTERNAL_ERROR_DELIVERY_EV": FOR_TESTS,

@@ -46,8 +46,8 @@ if TYPE_CHECKING:
 # must not hide the standard library's.
 LAUNCH = (
     "import gc, sys; gc.disable(); sys.path += {path!r}; "
-    "from vmd.privsep.start import begin; begin({title!r}, {parent}, {uid}, {group}); "
-    "from {module} import {function}; gc.freeze(); gc.enable(); sys.exit({function}())"
+    "from vmd.privsep.start import begin, run; begin({title!r}, {parent}, {uid}, {group}); "
+    "from {module} import {function}; gc.freeze(); gc.enable(); run({function})"
 )
 ENTRY = "vmd.__main__:main"
 OWN_PATH = (os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))),)

@@ -6,6 +6,11 @@ import sys
 from vmd.privsep import linux
 from vmd.privsep.title import set_title
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import NoReturn
+
 CHANNEL_FD = 3
 CODE_FD = 9  # a process outside the cell finds the cell's root here, until it has loaded its code from there
 CODE = "/vmd"  # where our packages are, in the cell
@@ -33,3 +38,24 @@ def begin(title: str, parent_pid: int | None, uid: int = 0, group_fd: int = -1) 
             sys.exit(1)
     set_title(title)
     sys.argv[0] = "vmd"
+
+
+def run(main: "Callable[[], int]") -> "NoReturn":
+    """Call a process's main function, and end the process as `sys.exit` would with its result.
+
+    The interpreter is not finalized.  CPython frees the states of all threads then, and a thread that was started but
+    has not run yet reads its state first: a segmentation fault.
+    """
+    try:
+        sys.exit(main())
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        status = 1
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None if the descriptor was closed at the start
+        try:
+            stream.flush()
+        except OSError:  # nobody reads it any more
+            continue
+    os._exit(status)

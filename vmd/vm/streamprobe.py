@@ -19,10 +19,6 @@ from vmd.vm.header import read_header
 from vmd.vm.kinds import KINDS, Kind
 from vmd.vm.stream import DIGEST_BYTES, HEADER_MAX, PREAMBLE, Pipe, StreamError, StreamReader
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from typing import NoReturn
-
 FD_ANSWER, FD_STREAM = 3, 4
 HEADER, ERROR = 1, 2
 HEAD = Struct(f"<BI{len(KINDS)}B")  # HEADER, version of the format, number of devices of each kind; the header follows
@@ -88,8 +84,8 @@ def say(answer: bytes, fd: int) -> None:
         return
 
 
-def main() -> "NoReturn":
-    """Run process streamprobe.  It leaves without cleaning up, because the VM process waits for its end."""
+def main() -> int:
+    """Run process streamprobe."""
     confine(STREAMPROBE)
     say(probe(Pipe(FD_STREAM, select.POLLIN)), FD_ANSWER)
-    os._exit(0)
+    return 0

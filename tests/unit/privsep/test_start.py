@@ -1,13 +1,17 @@
 """The first code of a process: its user, its control group, its name, and the end of its starter."""
 
 import os
+import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from vmd import signals
 from vmd.privsep import linux, start
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 class Steps:
@@ -79,3 +83,39 @@ def test_a_process_joins_its_control_group(monkeypatch: pytest.MonkeyPatch) -> N
     assert os.read(reading, 10) == b""
     assert steps.names()
     os.close(reading)
+
+
+ENDS = {
+    "a status": ("return 7", 7, ""),
+    "no status": ("return None", 0, ""),
+    "an exit": ("sys.exit(5)", 5, ""),
+    "an exit without a status": ("sys.exit()", 0, ""),
+    "an error": ("raise OSError(5, 'no luck')", 1, "OSError: [Errno 5] no luck"),
+}
+
+
+@pytest.mark.parametrize(("last", "status", "said"), ENDS.values(), ids=ENDS.keys())
+@pytest.mark.parametrize("closed", ["", ">&-", "2>&-"])
+def test_a_process_ends_without_finalization(last: str, status: int, said: str, closed: str) -> None:
+    """It flushes its output, and reports errors, but a thread that has not begun yet finds everything in place."""
+    program = f"""
+import _thread, atexit, os, sys
+from vmd.privsep.start import run
+
+def main():
+    atexit.register(os.write, 2, b"finalized")
+    _thread.start_new_thread(_thread.allocate_lock().acquire, ())
+    if sys.stdout: sys.stdout.write("unflushed")
+    {last}
+
+run(main)
+"""
+    command = f'exec "$0" -c "$1" {closed}'
+    ended = subprocess.run(
+        ["sh", "-c", command, sys.executable, program], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+
+    assert ended.returncode == status
+    assert ended.stdout == ("" if closed == ">&-" else "unflushed")
+    assert ended.stderr.strip().endswith(said if closed != "2>&-" else "")
+    assert "finalized" not in ended.stderr
