@@ -236,6 +236,7 @@ class Vmm(Process):
         self.stuck.add(child)
         if self.reserve is child:
             self.reserve = None
+            self.pass_log(child)
         if self.running.get(child.vmid) is child:
             words = f"{child.last_words or 'killed'}; its process waits for storage, and has not ended yet"
             self.exited(child, Outcome.KILLED, brief(words))

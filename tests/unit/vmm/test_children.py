@@ -5,22 +5,49 @@ from typing import Any, cast
 
 import pytest
 
+from vmd.config.model import VmConfig
 from vmd.errors import PeerError
 from vmd.ipc.messages.shared import TransferProgress
 from vmd.ipc.messages.vm import (
     AskResolvers,
+    DisksBack,
+    DisksLent,
+    DisksLetGo,
+    EndSend,
+    LendDisks,
+    LetDisksGo,
+    PauseDone,
+    PauseVm,
     ReceivedHeader,
     ReceivedMachine,
     ReceiveMemory,
+    ReceiveVm,
+    ResumeReceived,
     SendDone,
+    SendUndone,
     SendVm,
+    StopMode,
+    StopVm,
+    TakeDisksBack,
+    TakenBack,
     VmEnding,
     VmFailed,
+    VmHalted,
     VmRunning,
 )
 from vmd.ipc.routes import BY_CLASS, Proc, relays
 from vmd.record import Record
 from vmd.vmm.children import BUDGETS, UNASKED, VmChild
+
+# What vmm sends to a VM, or hears from it, while the VM is sent, received, or lends its disks.
+SEND, MIGRATE = SendVm(vmid=1, keep=True, one_shot=False), SendVm(vmid=1, keep=False, one_shot=False, two_way=True)
+WRITTEN, BROKEN = SendDone(vmid=1, sent_bytes=1), SendDone(vmid=1, sent_bytes=1, text="broken pipe")
+LET_GO = [MIGRATE, WRITTEN, LetDisksGo(vmid=1), DisksLetGo(vmid=1)]
+UNDO = EndSend(vmid=1, sent=False)
+LEND = LendDisks(vmid=1)
+STOP = StopVm(vmid=1, mode=StopMode.GRACEFUL)
+RECEIVE = ReceiveVm(vmid=1, name="a", verbosity=0)
+RESUME = ResumeReceived(vmid=1, config=VmConfig(name="a"), paused=True)
 
 PROGRESS = TransferProgress(done_bytes=1, total_bytes=2)
 
@@ -109,3 +136,61 @@ def test_a_vm_process_that_sends_without_end_breaks_the_protocol(
 
     with pytest.raises(PeerError, match="vm/a: sends more than 16 messages a second unasked"):
         child.account(message)
+    monkeypatch.setattr(time, "monotonic", lambda: 1001.0)
+    for _ in range(int(UNASKED[1])):
+        child.account(message)
+    with pytest.raises(PeerError, match="vm/a: sends more than 16 messages a second unasked"):
+        child.account(message)
+
+
+@pytest.mark.parametrize(
+    ("messages", "held"),
+    [
+        ([PauseVm(vmid=1, paused=True)], []),
+        ([VmRunning(vmid=1)], ["running"]),
+        ([VmRunning(vmid=1), VmHalted(vmid=1)], ["running", "paused"]),
+        ([VmRunning(vmid=1), PauseDone(vmid=1, paused=True)], ["running", "paused"]),
+        ([VmRunning(vmid=1, paused=True), PauseDone(vmid=1, paused=False)], ["running"]),
+        ([STOP], ["stopping"]),
+        ([RECEIVE], ["arriving"]),
+        ([RECEIVE, ReceivedMachine(vmid=1)], ["arriving", "complete"]),
+        ([RECEIVE, ReceivedMachine(vmid=1), RESUME], ["arriving", "complete", "resumed"]),
+        (
+            [RECEIVE, ReceivedMachine(vmid=1), RESUME, VmRunning(vmid=1, paused=True)],
+            ["running", "paused", "complete", "resumed"],
+        ),
+        ([SEND], ["sending", "keep"]),
+        ([SEND, WRITTEN], ["keep"]),
+        ([MIGRATE], ["sending", "two_way"]),
+        ([MIGRATE, BROKEN], ["two_way"]),
+        ([MIGRATE, WRITTEN], ["sending", "two_way", "written"]),
+        (LET_GO[:3], ["sending", "two_way", "written", "letting_go"]),
+        (LET_GO, ["sending", "two_way", "written", "let_go"]),
+        ([*LET_GO[:3], DisksLetGo(vmid=1, text="in use")], ["sending", "two_way", "written"]),
+        ([*LET_GO, EndSend(vmid=1, sent=True)], ["stopping", "sending", "two_way", "written", "let_go"]),
+        ([*LET_GO, UNDO], ["sending", "two_way", "written", "let_go", "undoing"]),
+        ([STOP, *LET_GO, UNDO], ["stopping", "sending", "two_way", "written", "let_go", "undoing"]),
+        ([*LET_GO, UNDO, SendUndone(vmid=1, outcome=TakenBack.DONE)], ["two_way", "written"]),
+        (
+            [*LET_GO, UNDO, SendUndone(vmid=1, outcome=TakenBack.CHANGED)],
+            ["sending", "two_way", "written", "let_go"],
+        ),
+        ([MIGRATE, WRITTEN, UNDO, SendUndone(vmid=1, outcome=TakenBack.FAILED)], ["sending", "two_way", "written"]),
+        ([*LET_GO, SEND], ["sending", "keep"]),
+        ([LendDisks(vmid=1, look=True), DisksLent(vmid=1), TakeDisksBack(vmid=1)], []),
+        ([LEND], ["lending"]),
+        ([LEND, LendDisks(vmid=1, look=True)], ["lending"]),
+        ([LEND, DisksLent(vmid=1)], ["lending", "lent"]),
+        ([LEND, TakeDisksBack(vmid=1)], ["lending"]),
+        ([LEND, DisksLent(vmid=1), TakeDisksBack(vmid=1)], ["lending", "lent", "returning"]),
+        ([LEND, DisksLent(vmid=1), TakeDisksBack(vmid=1), DisksBack(vmid=1)], []),
+    ],
+)  # fmt: skip
+def test_the_next_parent_learns_how_far_a_vm_has_got(
+    child: VmChild, messages: list[Record], held: list[str]
+) -> None:
+    """It goes on from there: a VM whose disks are let go may run elsewhere, and one that lends them is paused."""
+    for message in messages:
+        child.become(message)
+
+    assert [name for name, value in child.held.as_dict().items() if value is True] == held

@@ -12,7 +12,7 @@ import pytest
 
 from tests.support.descriptors import open_descriptors
 from tests.support.vmprocesses import VmmRig, VmProcess, null, start_fds, start_of
-from vmd.config.model import VmConfig
+from vmd.config.model import MAX_NICS, VmConfig
 from vmd.errors import HostError
 from vmd.ipc.fence import OUR_FAULT, STRIKES
 from vmd.ipc.messages.children import SetVerbosity
@@ -183,18 +183,28 @@ def test_a_process_whose_sockets_cannot_be_made(rig: VmmRig, monkeypatch: pytest
     assert rig.start(7, A).uid == 1001
 
 
-def test_descriptors_for_another_vm_are_counted_first(rig: VmmRig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If they might not suffice, the start fails early."""
-    rig.begin(1)
-    monkeypatch.setattr(resource, "getrlimit", lambda _which: (63, 63))
-    rig.parent.send(start_of(7, A), fds=start_fds())
-
-    failed, exited = rig.told()
+@pytest.mark.parametrize("vms", [0, 1, 2])
+def test_descriptors_for_another_vm_are_counted_first(
+    rig: VmmRig, monkeypatch: pytest.MonkeyPatch, vms: int
+) -> None:
+    """If they might not suffice for it and the VMs that run, the start fails early."""
+    rig.begin(1, 2, 3)
+    for vmid in range(1, vms + 1):
+        rig.start(vmid, A)
+    needed = vms * module.FILES_OF_A_VM + module.FILES_SPARE
+    assert module.FILES_OF_A_VM > len(KEPT) + MAX_NICS
+    rig.told()
+    with monkeypatch.context() as patch:
+        patch.setattr(resource, "getrlimit", lambda _which: (needed - 1, needed - 1))
+        rig.parent.send(start_of(7, B), fds=start_fds())
+        failed, exited = rig.told()
     assert isinstance(failed, VmFailed)
     assert failed.code == errno.EMFILE
-    assert "have another vm among the 63 files that vmm may have open" in failed.text
+    assert f"have another vm among the {needed - 1} files that vmm may have open" in failed.text
     assert isinstance(exited, VmExited)
-    monkeypatch.undo()
+
+    monkeypatch.setattr(resource, "getrlimit", lambda _which: (needed, needed))
+    assert rig.start(7, B).uid == 1001 + vms
 
 
 def test_the_slot_of_a_reserve_that_ends_is_used_again(rig: VmmRig, capfd: pytest.CaptureFixture[str]) -> None:
@@ -217,6 +227,30 @@ def test_a_reserve_that_sends_a_message_is_killed(rig: VmmRig, capfd: pytest.Cap
 
     assert rig.told() == [VmLog(vmid=0)]
     assert "speaks before it was given a VM" in capfd.readouterr().err
+
+
+def test_a_reserve_that_storage_blocks_is_replaced(rig: VmmRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was killed, but does not end.  Its log is read.  Its slot is given back when it ends."""
+    rig.begin(1, 2)
+    stuck = rig.vms[0]
+    with monkeypatch.context() as patch:
+        patch.setattr("vmd.signals.pidfd_send_signal", lambda *_: None)  # as if blocked in a system call
+        stuck.end.send(VmRunning(vmid=7))
+        rig.settle()
+        rig.pass_time(GONE_S - 1)
+        assert [child.pid for child in rig.process.children()] == [stuck.pid]
+        assert rig.told() == []
+        rig.pass_time(1)
+        assert rig.told() == [VmLog(vmid=0)]
+    vm = rig.start(7, A)
+    assert (vm is not stuck, vm.uid) == (True, 1002)
+    assert rig.process.children() == [rig.process.running[7], *rig.process.stuck]
+
+    rig.told()
+    stuck.exit(0)
+    rig.ended(stuck)
+    assert ends(rig.told()) == [VmSlotOver(group=1)]
+    assert [*rig.process.running] == [7]
 
 
 def test_unused_slots_are_given_back(rig: VmmRig) -> None:
@@ -315,6 +349,24 @@ def test_all_processes_get_the_log_level(rig: VmmRig) -> None:
     assert (log.verbosity, vm.end.take()) == (2, [SetVerbosity(verbosity=2)])
     rig.pass_time(RESERVE_LATEST_S)
     assert rig.vms[1].arguments[2] == "2"
+
+
+def test_descriptors_that_a_vm_sends_are_closed(rig: VmmRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vmm replaces them by its own.  Kernels since 6.16 refuse them already."""
+    monkeypatch.setattr(module, "refuse_files", lambda _sock: None)
+    rig.begin(1)
+    vm = rig.start(7, A)
+    rig.told()
+    before = open_descriptors()
+    vm.end.send(VmRunning(vmid=7), fds={"process": [null()], "figures": [null()]})
+    rig.settle()
+
+    (envelope,) = [each for each in rig.parent.got if isinstance(each.message, VmRunning)]
+    (pidfd,), (figures,) = envelope.fds["process"], envelope.fds["figures"]
+    assert f"Pid:\t{vm.pid}\n" in Path(f"/proc/self/fdinfo/{pidfd}").read_text()
+    assert os.path.sameopenfile(rig.process.running[7].kept["figures"][0], figures)
+    rig.parent.take()
+    assert open_descriptors() == before
 
 
 # --- ends -----------------------------------------------------------------------------------------------------
@@ -467,6 +519,10 @@ def test_a_vm_ends_though_storage_blocks_its_process(rig: VmmRig, monkeypatch: p
     """It is reported as ended some time after SIGKILL.  Its slot is given back when the process ends."""
     rig.begin(1)
     vm = running(rig, 7)
+    rig.slot(uid=1002, group=2)
+    rig.pass_time(RESERVE_LATEST_S)
+    reserve = rig.process.reserve
+    assert reserve is not None
     rig.told()
     monkeypatch.setattr(signal, "pidfd_send_signal", lambda *_: None)  # as if blocked in a system call
     monkeypatch.setattr("vmd.signals.pidfd_send_signal", lambda *_: None)
@@ -478,12 +534,12 @@ def test_a_vm_ends_though_storage_blocks_its_process(rig: VmmRig, monkeypatch: p
     assert isinstance(exited, VmExited)
     assert (exited.vmid, exited.outcome) == (7, Outcome.KILLED)
     assert exited.text.endswith("; its process waits for storage, and has not ended yet")
-    assert rig.process.children() == [*rig.process.stuck] != []
+    assert [child.pid for child in rig.process.children()] == [reserve.pid, vm.pid]
 
     vm.exit(0)
     rig.ended(vm)
     assert rig.told() == [VmSlotOver(group=1)]
-    assert rig.process.children() == []
+    assert rig.process.children() == [reserve]
 
 
 # --- a new parent ---------------------------------------------------------------------------------------------
@@ -648,6 +704,18 @@ def test_guests_that_do_not_shut_down_are_not_waited_for(rig: VmmRig) -> None:
     assert vm.is_reaped()
 
 
+def test_without_a_parent_no_process_waits_for_another_vm(rig: VmmRig) -> None:
+    """No VM will start any more."""
+    rig.begin(1, 2)
+    running(rig, 7)
+    rig.parent.channel.close()
+    rig.until(lambda: rig.process.orphaned)
+    rig.now_s += RESERVE_LATEST_S
+    rig.turn()
+
+    assert len(rig.vms) == 1
+
+
 @pytest.mark.parametrize(("how", "status"), [("quit", 0), ("gone", 0), ("garbage", 1)])
 def test_vmm_ends_with_its_parent_if_it_has_no_guest(rig: VmmRig, how: str, status: int) -> None:
     """The reserve does not count as a guest."""
@@ -677,6 +745,22 @@ def test_a_start_that_a_bug_ends_fails(rig: VmmRig, monkeypatch: pytest.MonkeyPa
         VmExited(vmid=8, pid=0, outcome=Outcome.FAILED, text=OUR_FAULT),
     ]
     assert [*rig.process.running] == [7]
+    assert [rig.unexpected.pop()] == ["StartVm of parent: RuntimeError('a bug')"]
+
+
+def test_a_vm_that_a_bug_stops_in_the_middle_of_its_start_is_killed(
+    rig: VmmRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its process exists already, so its end is reported when the process has ended."""
+    rig.begin(1, 2)
+    monkeypatch.setattr(rig.process, "pass_on", fail)
+    rig.parent.send(start_of(7, A), fds=start_fds())
+    rig.ended(rig.vms[0])
+
+    text = OUR_FAULT
+    assert ends(rig.told()) == [
+        VmSlotOver(group=1, vmid=7), VmExited(vmid=7, pid=rig.vms[0].pid, outcome=Outcome.KILLED, text=text),
+    ]  # fmt: skip
     assert [rig.unexpected.pop()] == ["StartVm of parent: RuntimeError('a bug')"]
 
 
