@@ -186,9 +186,7 @@ def test_a_vm_process_that_sends_without_end_breaks_the_protocol(
         ([LEND, DisksLent(vmid=1), TakeDisksBack(vmid=1), DisksBack(vmid=1)], []),
     ],
 )  # fmt: skip
-def test_the_next_parent_learns_how_far_a_vm_has_got(
-    child: VmChild, messages: list[Record], held: list[str]
-) -> None:
+def test_the_next_parent_learns_how_far_a_vm_has_got(child: VmChild, messages: list[Record], held: list[str]) -> None:
     """It goes on from there: a VM whose disks are let go may run elsewhere, and one that lends them is paused."""
     for message in messages:
         child.become(message)
