@@ -1,11 +1,12 @@
 """The line to vmm: when the parent sends a Ping, and what happens if there is no answer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
 import pytest
 
 from vmd.ipc.channel import Channel
+from vmd.ipc.imsg import NO_FDS
 from vmd.ipc.loop import Loop
 from vmd.ipc.messages.children import Ping
 from vmd.ipc.messages.vmm import KvmFd
@@ -23,8 +24,9 @@ class Vmm:
         self.silent = 0
         self.line = LineToVmm(cast("Loop", self), cast("Channel", self), self.on_silent)
 
-    def send(self, message: Record, **_with: object) -> None:
+    def send(self, message: Record, *, peerid: int = 0, fds: Mapping[str, Sequence[int]] = NO_FDS) -> None:
         """Record a message, as the channel."""
+        assert (peerid, fds) == (0, {})
         self.told.append(message)
 
     def call_later(self, _delay_s: float, callback: Callable[[], None]) -> "Vmm":
@@ -83,6 +85,19 @@ def test_silence_is_reported_at_each_check_and_logged_once(capfd: pytest.Capture
     assert vmm.silent == 3
     logged = capfd.readouterr().err
     assert (logged.count(SILENT), logged.count("vmm answers again")) == (1, 1)
+
+
+@pytest.mark.parametrize(("looks", "silent"), [(LOOKS_MAX - 1, 0), (LOOKS_MAX, 1)])
+def test_a_late_answer(capfd: pytest.CaptureFixture[str], looks: int, silent: int) -> None:
+    """The log says that vmm answers again if it has said that it does not.  The next Ping gets as much time."""
+    vmm = Vmm()
+    for _ in range(2):
+        vmm.silent = 0
+        vmm.line.send(KvmFd())
+        vmm.pass_time(looks)
+        vmm.line.on_pong()
+        said = capfd.readouterr().err
+        assert (vmm.silent, said.count(SILENT), said.count("vmm answers again")) == (silent, silent, silent)
 
 
 def test_a_vmm_that_is_lost_is_not_silent() -> None:

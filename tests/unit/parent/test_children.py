@@ -91,6 +91,7 @@ def test_children_of_an_earlier_program_may_end_late(make: Make, process: Proces
     """The delay between looks doubles up to a limit.  There are no more looks when all have ended."""
     children, loop = make([process.pid])
     children.begin(cast("Any", loop))
+    assert len(loop.timers) == 1
     children.bury()  # other calls start no further timers
     delays = [delay for _ in range(8) for delay in loop.run()]
     assert delays == [LATE_S * 2**number for number in range(6)] + [LATEST_S] * 2

@@ -131,6 +131,34 @@ def test_limits_of_the_kernel_are_named(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(("name", "each"), [("pty/max", 1), ("pid_max", 16), ("threads-max", 16)])
+def test_a_limit_of_the_kernel_that_just_suffices(tmp_path: Path, name: str, each: int) -> None:
+    """One less does not."""
+    (tmp_path / "kernel/pty").mkdir(parents=True)
+    config = Config(settings=Globals(limit_vms=100))
+    for most, warnings in ((100 * each, 0), (100 * each - 1, 1)):
+        (tmp_path / "kernel" / name).write_text(f"{most}\n")
+        assert len(host_warnings(config, str(tmp_path))) == warnings
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_free_descriptors_for_a_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, counted: bool) -> None:
+    """Exactly as many as a start needs are enough.  Kernels before 6.2 do not tell their number."""
+    for number in range(3):
+        (tmp_path / str(number)).touch()
+    status = os.stat_result((0, 0, 0, 0, 0, 0, 3 if counted else 0, 0, 0, 0))
+    stat = os.stat
+    monkeypatch.setattr(limits, "DESCRIPTORS", str(tmp_path))
+    monkeypatch.setattr(os, "stat", lambda path, *rest: status if path == str(tmp_path) else stat(path, *rest))
+    most = limits.FILES_TO_START + 3
+    monkeypatch.setattr(resource, "getrlimit", lambda _which: (most, 1 << 20))
+    require_files()
+    most -= 1
+    with pytest.raises(OperatorError, match=f"no room for another vm among the {most} files") as refused:
+        require_files()
+    assert refused.value.number == errno.EMFILE
+
+
 def test_no_descriptor_is_left_to_count_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only this start is refused."""
     require_files()

@@ -116,6 +116,8 @@ def test_a_running_vm_belongs_to_the_user_who_started_it(table: VmTable) -> None
         ([0, 1, 2, 3], [True, True, False]),
         ([0, 1, 2, 2 + RESTART_WINDOW_S + 1, 10], [True, True, True, True]),
         ([0, 7, 14, 21], [True, True, True]),
+        ([0, 1, 2, 2 + RESTART_WINDOW_S], [True, True, True]),
+        ([0, 1, 2, 1.9 + RESTART_WINDOW_S], [True, True, False]),
     ],
 )
 def test_restart_limit(monkeypatch: pytest.MonkeyPatch, times_s: list[float], allowed: list[bool]) -> None:
