@@ -122,7 +122,7 @@ class Metrics:
             return
         copies: list[int] = []
         try:
-            copies += [os.dup(each.fileno()) for each in self._sockets.values()]
+            copies += (os.dup(each.fileno()) for each in self._sockets.values())
         except OSError as error:
             close_all(copies)
             log.error(f"metrics: cannot pass on its sockets: {sentence(error)}")

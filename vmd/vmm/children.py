@@ -121,9 +121,11 @@ class VmChild:
         for name in set(KEPT).intersection(fds):
             if not fds[name]:
                 continue
+            copies: list[int] = []
             try:
-                copies = [os.dup(fd) for fd in fds[name]]
+                copies += (os.dup(fd) for fd in fds[name])
             except OSError as error:
+                close_all(copies)
                 log.warn(f"{self.channel.label}: {name} is not kept for another daemon: {error.strerror}")
                 continue
             close_all(self.kept.pop(name, ()))

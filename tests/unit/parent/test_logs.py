@@ -1,5 +1,7 @@
 """Warnings of the parent about logs that end (docs/security.md)."""
 
+import errno
+import fcntl
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -14,9 +16,10 @@ from vmd.ipc.imsg import Envelope
 from vmd.ipc.messages.children import Ping, Pong, Quit
 from vmd.ipc.messages.log import LogSource
 from vmd.ipc.messages.vmm import VmLog
+from vmd.log import LEAF, STDERR, log
 from vmd.parent import logs as module
 from vmd.parent.core import Core
-from vmd.parent.logs import AGAIN_S, END_S, PING_S, PINGS_MAX, QUEUE_MAX, SHUT_S, Logs
+from vmd.parent.logs import AGAIN_S, END_S, OUR_ROOM_BYTES, PING_S, PINGS_MAX, QUEUE_MAX, SHUT_S, Logs
 from vmd.parent.vm import Vm
 from vmd.record import Record
 
@@ -104,6 +107,20 @@ def test_a_vm_that_is_slow_to_start_again_is_not_named(rig: Rig) -> None:
     rig.vm.begin_start(0)
 
     assert rig.look() == []
+
+
+def test_a_vm_whose_process_has_another_log_is_not_named(rig: Rig) -> None:
+    """It was started again at once, and the log that ended belongs to its last run."""
+    rig.hang_up()
+    rig.vm.ended("stopped")
+    rig.vm.begin_start(0)
+    ours, theirs = socket.socketpair()
+    rig.logs.read_vm(ours, rig.vm)
+    rig.vm.begin_run(4712)
+
+    assert rig.look() == []
+    for end in (ours, theirs):
+        end.close()
 
 
 # --- the process ------------------------------------------------------------------------------------------------
@@ -346,3 +363,41 @@ def test_the_log_of_the_vm_in_reserve(process: Process) -> None:
     assert process.channels[0].sent[-1] == LogSource(name="vm/a", vmid=vm.vmid, owner_uid=70)
     theirs.close()
     other.close()
+
+
+@pytest.mark.parametrize("form", [LEAF, STDERR])
+def test_the_parent_writes_its_last_lines_itself(process: Process, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    """If it has written them to the process before."""
+    fd = os.open(os.devnull, os.O_WRONLY)
+    monkeypatch.setattr(log, "fd", fd)
+    monkeypatch.setattr(log, "form", form)
+    process.children[0].status = 0
+    process.logs.end()
+
+    assert process.own[1:] == ([2] if form == LEAF else [])
+    assert os.path.exists(f"/proc/self/fd/{fd}") == (form != LEAF)
+    if form != LEAF:
+        os.close(fd)
+
+
+def test_a_log_that_cannot_be_passed_on(process: Process, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No descriptor is free.  The parent's log names it, and the next process gets it."""
+
+    def refuse(*_: object) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "fcntl", refuse)
+        writer = process.logs.open("vmm")
+    assert process.said == ["log of vmm: cannot be passed on: Too many open files"]
+    process.end(1)
+    process.fire("_restart")
+    assert "vmm" in process.channels[1].sources()
+    writer.close()
+
+
+@pytest.mark.root
+def test_the_parent_writes_the_most_lines(process: Process) -> None:
+    """More of its lines may wait than of other processes."""
+    with socket.socket(fileno=os.dup(process.own[0])) as writer:
+        assert writer.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) >= OUR_ROOM_BYTES

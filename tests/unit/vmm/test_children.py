@@ -1,10 +1,14 @@
 """Which messages of a VM process vmm accepts."""
 
+import errno
+import os
 import time
 from typing import Any, cast
 
 import pytest
 
+from tests.support.descriptors import open_descriptors
+from vmd.closing import close_all
 from vmd.config.model import VmConfig
 from vmd.errors import PeerError
 from vmd.ipc.messages.shared import TransferProgress
@@ -192,3 +196,43 @@ def test_the_next_parent_learns_how_far_a_vm_has_got(child: VmChild, messages: l
         child.become(message)
 
     assert [name for name, value in child.held.as_dict().items() if value is True] == held
+
+
+def test_descriptors_are_kept_for_the_next_parent(child: VmChild) -> None:
+    """As copies, which a later one of the same name replaces.  Others are not kept."""
+    before = open_descriptors()
+    given = [os.open(os.devnull, os.O_RDONLY) for _ in range(4)]
+    child.keep({"taps": given[:2], "boot": [], "couriers": given[:1], "tty": given[:1]})
+    child.keep({"taps": given[1:], "tty": []})
+
+    assert {name: len(fds) for name, fds in child.kept.items()} == {"taps": 3, "tty": 1}
+    assert len(open_descriptors()) == len(before) + 4 + 4
+    child.drop("tty", "boot")
+    assert [*child.kept] == ["taps"]
+    child.drop()
+    close_all(given)
+    assert open_descriptors() == before
+
+
+def test_descriptors_that_cannot_be_kept(
+    child: VmChild, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The earlier ones stay, and no copy is left open.  The VM runs on."""
+    given = [os.open(os.devnull, os.O_RDONLY) for _ in range(2)]
+    child.keep({"taps": given})
+    before, kept = open_descriptors(), child.kept["taps"]
+    dup, copies = os.dup, [0]
+
+    def second_fails(fd: int) -> int:
+        copies[0] += 1
+        if copies[0] == 2:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return dup(fd)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "dup", second_fails)
+        child.keep({"taps": given})
+    assert (open_descriptors(), child.kept["taps"]) == (before, kept)
+    assert "vm/a: taps is not kept for another daemon: Too many open files" in capfd.readouterr().err
+    child.drop()
+    close_all(given)
