@@ -2,24 +2,29 @@
 
 import errno
 import os
+import resource
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from vmd.config.model import DiskConfig, SeedConfig
-from vmd.errors import HostError
+from vmd.config.model import DiskConfig, DiskFile, SeedConfig
+from vmd.errors import HostError, OperatorError
 from vmd.fileid import file_id
+from vmd.files.diskboot import FromDisks
 from vmd.images.locks import lock
 from vmd.ipc import courier
 from vmd.ipc import process as process_module
 from vmd.ipc.imsg import Envelope
 from vmd.ipc.messages.opener import FilesOpened, NotOpened, OpenerAt, OpenFiles
+from vmd.ipc.probemsg import NO_CODE, Probe
 from vmd.memfile import is_constant, memory_file
 from vmd.opener import main as main_module
 from vmd.opener.main import SAY_S, Opener
 from vmd.record import Record
+from vmd.seed.parts import Interface, SeedParts
 
 JOB = OpenFiles(name="web", uid=5, gid=6, groups=(7, 8), copy_max=1 << 20)
 SECTOR = 512
@@ -331,3 +336,180 @@ def test_an_opener_becomes_the_user_of_its_job(monkeypatch: pytest.MonkeyPatch, 
     main_module.become(JOB)
 
     assert steps == [("setgroups", (7, 8)), ("setresgid", 6, 6, 6), ("setresuid", 5, 5, 5)]
+
+
+# --- the helpers of an opener -------------------------------------------------------------------------------------
+
+
+def end_of(rig: Rig) -> int:
+    """Return the descriptor of a socket to a helper, which an opener is given."""
+    ours, theirs = socket.socketpair()
+    rig.ends.append(ours)
+    return theirs.detach()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_disk_is_made_larger(rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+    """It is unlocked before the client has its answer: the client may start the VM at once."""
+    disk = raw_disk(tmp_path / "a")
+    sizes: list[tuple[str, int]] = []
+
+    def resize(_sock: socket.socket, media: Any, size: int, _go_on: object) -> None:  # noqa: ANN401 - a disk
+        sizes.append((media.links[0].path, size))
+        if fails:
+            raise OperatorError(errno.ENOSPC, "no room")
+
+    def may_be_locked() -> None:
+        with open(disk.path, "r+b") as file:
+            lock(file.fileno(), disk.path, writable=True)
+
+    monkeypatch.setattr(main_module, "resize", resize)
+    send = rig.send
+
+    def answer_comes(message: Record) -> None:
+        if not isinstance(message, OpenerAt):
+            may_be_locked()
+        send(message)
+
+    monkeypatch.setattr(rig, "send", answer_comes)
+    answer, files = rig.does(JOB.replace(disks=(disk,), resize_bytes=4096), resizer=end_of(rig))
+
+    assert (sizes, files) == ([(disk.path, 4096)], {})
+    if fails:
+        assert isinstance(answer, NotOpened)
+        assert (answer.code, answer.text) == (errno.ENOSPC, "no room")
+    else:
+        assert isinstance(answer, FilesOpened)
+        assert [file.file for file in answer.files] == [file_id(os.stat(disk.path))]
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("lacks", ["", "seed", "seeder", "seed_parts", "seed_made"])
+def test_a_seed_is_made(rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lacks: str, given: bool) -> None:
+    """From the files that vm.conf names, or from what a client has read.  The parent sends all that it needs."""
+    made: list[tuple[str, tuple[Interface, ...]]] = []
+
+    def make_seed(_sock: object, parts: SeedParts, *_rest: object) -> list[str]:
+        made.append((parts.hostname, parts.interfaces))
+        return ["a note"]
+
+    monkeypatch.setattr(main_module, "make_seed", make_seed)
+    monkeypatch.setattr(main_module, "parts_of", lambda name, *_: SeedParts(vm=name, hostname="of vm.conf"))
+    monkeypatch.setattr(main_module, "given_parts", lambda _fd, name, _seed: SeedParts(vm=name, hostname="of a client"))
+    fds = {"seeder": end_of(rig), "seed_parts": memory_file("parts"), "seed_made": memory_file("made")}
+    if lacks in fds:
+        os.close(fds.pop(lacks))
+    job = JOB.replace(seed=None if lacks == "seed" else SeedConfig(), lladdrs=(b"\2\0\0\0\0\1",))
+    if given:
+        (tmp_path / "parts").write_bytes(b"x")
+        fd = os.open(tmp_path / "parts", os.O_RDONLY)
+        fds["client"] = client(rig, ("seed", fd))
+        job = job.replace(given=("seed",))
+        answer, files = rig.does(job, **fds)
+        os.close(fd)
+    else:
+        answer, files = rig.does(job, **fds)
+
+    assert isinstance(answer, FilesOpened), answer
+    name = "of a client" if given else "of vm.conf"
+    assert made == ([] if lacks else [(name, (Interface(lladdr=b"\2\0\0\0\0\1"),))])
+    assert (answer.notes, files) == (() if lacks else ("a note",), {})
+    assert ("what its seed is made from" in rig.at()) == (not lacks)
+
+
+@pytest.mark.parametrize(("needs_code", "code"), [(True, b""), (True, b"code"), (False, b"")])
+@pytest.mark.parametrize(("reader", "looks"), [(False, True), (True, False), (True, True)])
+def test_disks_without_boot_code(
+    rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reader: bool, looks: bool, needs_code: bool, code: bytes
+) -> None:
+    """The error names the disks, and what is on them if that is asked for.  One disk with boot code is enough."""
+    disks = raw_disk(tmp_path / "a"), raw_disk(tmp_path / "b", code)
+
+    def probe(_self: object, fd: int, _name: str, _hint: str, *, boots: bool) -> Probe:
+        notes = () if os.pread(fd, 4, 0) == b"code" else (NO_CODE,)
+        return Probe(format="raw", size=SECTOR, notes=notes if boots else ())
+
+    monkeypatch.setattr(main_module.NoProbe, "probe", probe)
+    monkeypatch.setattr(main_module, "look", lambda _sock, index, _disk, _go_on: f"disk {index} with Linux")
+    job = JOB.replace(needs_code=needs_code, looks=looks, disks=disks)
+    answer, _ = rig.does(job, **({"reader": end_of(rig)} if reader else {}))
+
+    if code or not needs_code:
+        assert isinstance(answer, FilesOpened), answer
+        return
+    assert isinstance(answer, NotOpened)
+    assert (answer.code, answer.no_code) == (errno.ENOEXEC, True)
+    found = [f"disk {number} with Linux" if reader and looks else f"disk {disks[number].path}" for number in (0, 1)]
+    assert answer.text == f"nothing to boot from: no boot sector on {'; '.join(found)}"
+
+
+@pytest.mark.parametrize("lacks", ["", "reader", "memory", "file"])
+def test_a_kernel_on_a_disk_is_read(rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lacks: str) -> None:
+    """The initrd, too.  The VM gets the copies, and the client learns what was found."""
+
+    def read(
+        found: FromDisks,
+        _sock: object,
+        name: str,
+        file: DiskFile,
+        disk: Any,  # noqa: ANN401 - a disk
+        memory: int,
+        _go_on: object,
+    ) -> None:
+        os.write(memory, f"{name} of {disk.links[0].path}".encode())
+        getattr(found, name).append(memory)
+        found.kernel_name, found.options = str(file), "-s"
+
+    monkeypatch.setattr(FromDisks, "read", read)
+    disks = raw_disk(tmp_path / "a"), raw_disk(tmp_path / "b")
+    files_at = {"kernel_at": DiskFile(disk=1, path="/bsd"), "initrd_at": DiskFile(disk=0, path="/initrd")}
+    fds = {"reader": end_of(rig), "kernel_memory": memory_file("k"), "initrd_memory": memory_file("i")}
+    if lacks == "reader":
+        os.close(fds.pop("reader"))
+    elif lacks == "memory":
+        os.close(fds.pop("kernel_memory"))
+    elif lacks == "file":
+        del files_at["kernel_at"]
+    answer, files = rig.does(JOB.replace(disks=disks, **files_at), **fds)
+
+    assert isinstance(answer, FilesOpened), answer
+    expected = {"initrd0": f"initrd of {disks[0].path}".encode(), "boot0": f"kernel of {disks[1].path}".encode()}
+    if lacks:
+        del expected["boot0"]
+    if lacks == "reader":
+        expected.clear()
+    assert {name: data for name, data in files.items() if not name.startswith("disks")} == expected
+    at = [f"{files_at[name]} on disk {path}" for name, path in
+          (("kernel_at", disks[1].path), ("initrd_at", disks[0].path)) if name in files_at]  # fmt: skip
+    shown = [] if lacks == "reader" else at[1:] if lacks == "memory" else at
+    assert rig.at()[2:] == shown
+    assert answer.boot_options == ("-s" if expected else "")
+
+
+def test_a_file_that_its_user_may_not_read(rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client may pass a descriptor that another user has opened.  It is checked if the parent says so."""
+    (tmp_path / "kernel").write_bytes(b"kernel")
+    os.chmod(tmp_path / "kernel", 0o040)
+    groups: list[tuple[int, ...]] = []
+    monkeypatch.setattr(main_module, "require_readable", lambda _fd, _name, given: groups.append(given))
+    for check in (False, True):
+        fd = os.open(tmp_path / "kernel", os.O_RDONLY)
+        answer, _ = rig.does(JOB.replace(given=("kernel",), check_given=check), client=client(rig, ("kernel", fd)))
+        os.close(fd)
+        assert isinstance(answer, FilesOpened), answer
+        assert groups == [(6, 7, 8)] * check
+
+
+def test_the_size_of_copies_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the kernel, also for an opener that was taken over."""
+    limits: list[tuple[int, ...]] = []
+    monkeypatch.setattr(resource, "setrlimit", lambda which, pair: limits.append((which, *pair)))
+    main_module.limit_copies(4096)
+    assert limits == [(resource.RLIMIT_FSIZE, 4096, 4096)]
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, "no")
+
+    monkeypatch.setattr(resource, "setrlimit", refuse)
+    with pytest.raises(HostError, match="limit the size of files"):
+        main_module.limit_copies(4096)
