@@ -21,6 +21,7 @@ from vmd.config.model import (
     SwitchConfig,
     VmConfig,
 )
+from vmd.errors import HostError
 from vmd.ipc.figures import CdromFigures, DiskFigures, NicFigures, VcpuFigures
 from vmd.ipc.imsg import MAX_MESSAGE, Envelope, encode
 from vmd.ipc.messages.agentx import (
@@ -77,10 +78,15 @@ class Process:
 
     def __init__(self) -> None:
         self.sent: list[Record] = []
-        self.killed = 0
+        self.killed = self.started = 0
+        self.done: list[str] = []  # what was done with the channel
+        self.trouble: HostError | None = None
 
     def start(self, _proc: object, _open_log: object) -> tuple[None, None]:
         """Start agentx."""
+        if self.trouble is not None:
+            raise self.trouble
+        self.started += 1
         return None, None
 
     def kill(self, _proc: object) -> None:
@@ -94,10 +100,12 @@ class Process:
             socket.socket(fileno=each).close()
 
     def flush_blocking(self, _timeout_s: float) -> None:
-        """Do nothing, because nothing waits."""
+        """Note it."""
+        self.done.append("flushed")
 
     def finish(self) -> None:
-        """Do nothing."""
+        """Note it."""
+        self.done.append("finished")
 
     def take(self) -> list[Record]:
         """Return the messages since the last call."""
@@ -331,6 +339,41 @@ def test_a_process_that_is_lost(rig: Rig, log_lines: list[str]) -> None:
     assert log_lines[-1] == "lost child: agentx: it is started again"
     assert rig.process.killed == 1
     assert [type(each) for each in rig.process.take()] == [AgentxMaster]
+
+
+def test_a_process_that_cannot_be_started(rig: Rig, log_lines: list[str]) -> None:
+    """It is tried again, with growing delays, until it starts or is not wanted any more."""
+    rig.loop.timers.clear()
+    rig.process.trouble = HostError("fork", 11)
+    rig.room._on_lost(cast("Any", rig.process), None)
+    for _ in range(3):
+        assert len(rig.loop.timers) == 1
+        rig.loop.run()
+        assert log_lines[-1] == "agentx cannot be started: fork: Resource temporarily unavailable"
+    rig.process.trouble = None
+    rig.loop.run()
+    assert rig.process.started == 2
+    rig.room._start_later()  # late
+    rig.loop.run()
+    assert rig.process.started == 2
+
+
+def test_a_configuration_that_stays(rig: Rig) -> None:
+    """The process keeps its session with the agent."""
+    rig.process.take()
+    rig.core.config = rig.config(AgentxConfig(path=str(rig.path)))
+    rig.room.configure()
+    assert (rig.process.take(), rig.process.started) == ([], 1)
+
+
+def test_the_end_of_the_daemon(rig: Rig) -> None:
+    """The process closes its session.  The loop runs no more, so the message is sent at once."""
+    rig.process.take()
+    rig.room.close()
+    assert (rig.process.take(), rig.process.done) == ([Quit()], ["flushed", "finished"])
+    rig.room._on_lost(cast("Any", rig.process), None)
+    rig.loop.run()
+    assert rig.process.started == 1
 
 
 def test_the_longest_answer_fits_a_message() -> None:

@@ -2,6 +2,8 @@
 
 import os
 
+import pytest
+
 from vmd.config.model import (
     CMDLINE_MAX,
     IFNAME_MAX,
@@ -17,6 +19,7 @@ from vmd.ipc.imsg import MAX_MESSAGE, Form, encode
 from vmd.ipc.messages.clients import Caller, NicInfo
 from vmd.ipc.messages.shared import brief
 from vmd.parent.report import describe
+from vmd.parent.resources import Pty
 from vmd.parent.vm import State, Vm
 
 LONG = "/" + "\N{SNOWMAN}" * 3000
@@ -81,3 +84,35 @@ def test_users_who_may_control_the_vm_see_the_user_of_its_seed() -> None:
     assert "hash" not in repr(info)
     assert describe(vm, (), OTHER).login == ""
     assert describe(vm_with_everything(), (), ROOT).login == ""
+
+
+def test_a_vm_that_does_not_run() -> None:
+    """It uses no memory, has no terminal, and has not been started."""
+    vm = Vm(1, VmConfig(name="a", vcpus=2, memory_bytes=1 << 30), from_config=True)
+    vm.started_s = 5.5
+    info = describe(vm, (NIC,), ROOT)
+
+    assert (info.pid, info.resident_bytes, info.tty, info.started_s, info.restarts) == (0, 0, "", 0, 0)
+    assert (info.vcpus, info.memory_bytes, info.gid, info.ended, info.nics) == (2, 1 << 30, None, None, (NIC,))
+
+
+def test_a_vm_that_runs() -> None:
+    """With the processors and memory that it was started with, whatever vm.conf says by now."""
+    vm = Vm(1, VmConfig(name="a", vcpus=2), from_config=True)
+    vm.pty = Pty()
+    vm._state, vm.pid, vm.started_s, vm.guest_resets = State.RUNNING, os.getpid(), 5.5, 3
+    vm.running_config = VmConfig(name="a", vcpus=4, memory_bytes=1 << 30, disks=(DiskConfig(path="/old"),))
+    info = describe(vm, (), ROOT)
+
+    assert (info.vcpus, info.memory_bytes, info.started_s, info.restarts) == (4, 1 << 30, 5, 3)
+    assert info.resident_bytes > 0
+    assert info.tty == vm.pty.path
+    assert [disk.path for disk in info.files.disks] == ["/old"] if info.files else False
+    vm.pty.close()
+
+
+@pytest.mark.parametrize(("from_config", "enabled"), [(False, False), (False, True), (True, False), (True, True)])
+def test_only_an_enabled_vm_of_vm_conf_starts_by_itself(from_config: bool, enabled: bool) -> None:
+    """One that a client has described does not."""
+    vm = Vm(1, VmConfig(name="a", enabled=enabled), from_config=from_config)
+    assert describe(vm, (), ROOT).autostart == (from_config and enabled)

@@ -19,6 +19,7 @@ from vmd.ipc.messages.figures import LifeEnd
 from vmd.ipc.messages.priv import AdoptNics
 from vmd.ipc.messages.shared import DiskImages, ImageLink
 from vmd.ipc.messages.vm import NicLink
+from vmd.parent import truth as module
 from vmd.parent.addresses import Plan
 from vmd.parent.core import Core
 from vmd.parent.plans import Taps
@@ -37,6 +38,7 @@ from vmd.parent.truth import (
     vms_of,
 )
 from vmd.parent.vm import Receiving, Sending, State, Vm
+from vmd.record import Record
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "state-1.xz"
 CONFIG = Config(switches=(SwitchConfig(name="uplink", interface="br0"),))
@@ -342,3 +344,17 @@ def test_a_state_of_an_earlier_version_is_read(memory: StateMemory) -> None:
     assert [switch.name for switch in config.switches] == ["uplink"]
     assert config.settings.local_inet6
     assert [generation.number for generation in truth.generations] == [1]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        each
+        for each in vars(module).values()
+        if isinstance(each, type) and issubclass(each, Record) and each.__module__ == module.__name__
+    ],
+    ids=lambda each: each.__name__,
+)
+def test_a_field_that_an_earlier_version_has_not_written_is_empty(record: type[Record]) -> None:
+    """It is 0, false, None or empty.  A record of a Part says its own version."""
+    assert {name: value for name, value in record.defaults.items() if value and name != "version"} == {}
