@@ -66,6 +66,18 @@ def test_an_incomplete_request() -> None:
     assert [parse(PROMETHEUS[:length]) for length in range(len(PROMETHEUS))] == [None] * len(PROMETHEUS)
 
 
+def test_the_longest_request() -> None:
+    """One more byte is refused, whether the request is complete or not."""
+    head = b"GET /metrics HTTP/1.1\r\nx: "
+    longest = head + b"y" * (REQUEST_BYTES_MAX - len(head))
+    assert parse(longest) is None
+    assert parse(longest + b"\r\n\r\n") is not None
+    for data in (longest + b"y", longest + b"y\r\n\r\n"):
+        with pytest.raises(BadRequest) as refused:
+            parse(data)
+        assert refused.value.status == 431
+
+
 def test_any_bytes() -> None:
     """Any bytes are parsed or refused."""
     source = random.Random(1)

@@ -1,8 +1,11 @@
 """How clients are served: all with one answer of the parent, and none can keep the others waiting."""
 
+import errno
+import os
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
@@ -130,6 +133,7 @@ def body(client: socket.socket) -> str:
     return f"{head.splitlines()[0]}|{text}"
 
 
+OPENMETRICS = b"\r\nAccept: application/openmetrics-text\r\n\r\n"
 OK = "HTTP/1.1 200 OK|0 False\n"
 LATE = "HTTP/1.1 503 Service Unavailable|Service Unavailable\n"
 
@@ -274,3 +278,42 @@ def test_other_addresses_replace_the_present_ones(rig: Rig, tmp_path: Path) -> N
     rig.answer()
 
     assert [body(each) for each in (client, again)] == [OK] * 2
+
+
+def test_each_answer_replaces_the_one_before(rig: Rig) -> None:
+    """Its rows are counted from its beginning, in each format."""
+    for count in (2, 1):
+        client, other = rig.connect(REQUEST), rig.connect(REQUEST.replace(b"\r\n\r\n", OPENMETRICS))
+        for _ in range(count):
+            rig.metrics.on_figures(cast("Any", object()), None, None)  # type: ignore[arg-type]
+        rig.answer()
+        assert (body(client)[-8:], body(other)[-7:]) == (f"{count} False\n", f"{count} True\n")
+        rig.now_s += FRESH_S
+
+
+def test_all_addresses_are_served(rig: Rig, tmp_path: Path) -> None:
+    """Each has its own socket."""
+    others = [socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) for _ in range(3)]
+    paths = [str(tmp_path / f"other{number}") for number in range(3)]
+    for other, path in zip(others, paths, strict=True):
+        other.bind(path)
+        other.listen()
+    rig.use(*others)
+    clients = []
+    for path in paths:
+        rig.path = path
+        clients.append(rig.connect(REQUEST))
+    rig.answer()
+
+    assert [body(client) for client in clients] == [OK] * 3
+
+
+def test_sockets_that_are_none(rig: Rig) -> None:
+    """The message breaks the protocol, and the rest of its descriptors is closed."""
+    fds = [os.open(os.devnull, os.O_RDONLY) for _ in range(2)]
+    message = MetricsAt()
+    with pytest.raises(OSError, match=os.strerror(errno.ENOTSOCK)):
+        rig.metrics.on_at(message, Envelope(message, 0, 0, {"sockets": fds}), None)  # type: ignore[arg-type]
+    for fd in fds:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(fd)
