@@ -15,6 +15,8 @@ from vmd.ipc import courier
 from vmd.ipc.logfile import LogFile, pack, unpack
 from vmd.logfile import main
 from vmd.logfile.main import open_log
+from vmd.privsep import landlock
+from vmd.privsep.confine import LOGFILE, Confinement
 
 SIZE = 65536
 
@@ -192,9 +194,7 @@ def test_a_file_system_without_locks(
 
 
 @pytest.mark.parametrize("kind", ["fifo", "full"])
-def test_no_descriptor_stays_open(
-    directory: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
-) -> None:
+def test_no_descriptor_stays_open(directory: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """Neither of a file that is refused, nor of those that were put aside."""
     if kind == "fifo":
         os.mkfifo(tmp_path / "a.log")
@@ -266,3 +266,36 @@ def test_a_log_that_cannot_be_opened_is_explained(
 
     (tmp_path / "a.log").mkdir()
     assert run(monkeypatch, wanted(tmp_path / "a.log")) == ("is not a regular file\n", [])
+
+
+def test_the_process_becomes_the_owner(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the owner's groups instead of root's, and for good: the saved ids change, too."""
+    steps: list[tuple[object, ...]] = []
+    for name in ("setgroups", "setresgid", "setresuid"):
+        monkeypatch.setattr(os, name, lambda *given, name=name: steps.append((name, *given)))
+    main.become(LogFile(path="/a", size_bytes=1, keep=0, uid=5, gid=6, groups=(7, 8), shared=False))
+
+    assert steps == [("setgroups", (7, 8)), ("setresgid", 6, 6, 6), ("setresuid", 5, 5, 5)]
+
+
+def test_the_process_keeps_the_right_to_one_directory(directory: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To write, make, and remove files there, and nothing else."""
+    confined: list[Confinement] = []
+    monkeypatch.setattr(main, "confine", confined.append)
+    main.stay_in(directory)
+
+    (confinement,) = confined
+    rights = landlock.WRITE_FILE | landlock.MAKE_REG | landlock.REMOVE_FILE
+    assert confinement.files == ((f"/proc/self/fd/{directory}", rights),)
+    assert confinement == LOGFILE.replace(files=confinement.files)
+
+
+def test_a_parent_that_does_not_wait_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answer is one short line; nobody reading it is no error."""
+    reading, writing = os.pipe()
+    monkeypatch.setattr(main, "FD_ANSWER", writing)
+    main.answer("x" * 9000)
+    assert os.read(reading, 9000) == b"x" * 4096
+    os.close(reading)
+    main.answer("late")
+    os.close(writing)

@@ -11,10 +11,22 @@ from types import SimpleNamespace
 import pytest
 
 from vmd.ipc import process as process_module
+from vmd.ipc.imsg import Envelope
 from vmd.ipc.logpair import logpair
+from vmd.ipc.messages.log import LogSource
 from vmd.log import ERR, INFO, JOURNAL, LINE_MAX, LOG_DAEMON, STDERR, SYSLOG, WARNING, RateLimit, log
 from vmd.logger import sink as sink_module
-from vmd.logger.main import BATCH, LAST_WORDS_S, PAUSE_S, SAY_AGAIN_S, Logger
+from vmd.logger.main import (
+    BATCH,
+    LAST_WORDS_S,
+    OWNER_BURST,
+    OWNER_INTERVAL_S,
+    PAUSE_S,
+    SAY_AGAIN_S,
+    VM_BURST,
+    VM_INTERVAL_S,
+    Logger,
+)
 from vmd.logger.sink import WAITING_MAX, Sink, entry
 from vmd.logger.source import TITLE_MAX, Line, Source
 
@@ -330,6 +342,30 @@ def say(made: Written, count: int) -> None:
     """Write so many lines."""
     for number in range(count):
         made.writer.send(f"<6>{NAME}: {number}".encode())
+
+
+def test_all_vms_of_an_owner_share_a_limit(rig: Rig) -> None:
+    """Besides, each has its own.  Processes of the daemon have none."""
+
+    def source(name: str, vmid: int, owner: int) -> Source:
+        reader, writer = logpair()
+        OPEN.append(writer)
+        message = LogSource(name=name, vmid=vmid, owner_uid=owner)
+        rig.logger.on_source(message, Envelope(message, 0, 0, {"source": [reader.detach()]}), None)  # type: ignore[arg-type]
+        (added,) = [each for each in rig.logger.sources if each.name == name]
+        OPEN.append(added.sock)
+        return added
+
+    a, b, other, daemon = source("vm/a", 1, 70), source("vm/b", 2, 70), source("vm/c", 3, 71), source("vmm", 0, 0)
+    assert rig.listening == {each.fileno() for each in (a, b, other, daemon)}
+    assert [(each.name, each.vmid) for each in (a, daemon)] == [("vm/a", 1), ("vmm", 0)]
+    bursts = [[limit.burst for limit in each.limits] for each in (a, b, other, daemon)]
+    assert bursts == [[VM_BURST, OWNER_BURST]] * 3 + [[]]
+    assert [limit.interval_s for limit in a.limits] == [VM_INTERVAL_S, OWNER_INTERVAL_S]
+    assert a.limits[1] is b.limits[1]
+    assert a.limits[0] is not b.limits[0]
+    assert a.limits[1] is not other.limits[1]
+    assert VM_BURST < OWNER_BURST
 
 
 def test_sources_take_turns(rig: Rig) -> None:

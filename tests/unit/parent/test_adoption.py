@@ -456,15 +456,18 @@ def test_a_vmm_of_the_first_release_gets_no_seed(core: Core, room: Room) -> None
     def seed() -> dict[str, list[int]]:
         return {"seed": [os.memfd_create("seed")]}
 
+    before = open_descriptors()
     with pytest.raises(OperatorError, match=re.escape("needs a later vmm than that of vmd 0.1.0")):
         newest.send(StartVm(vmid=1, config=VmConfig(name="a"), boot_name="", verbosity=0), fds=seed())
     assert line.sent == []
+    assert open_descriptors() == before
     for message in (
         StartVm(vmid=1, config=VmConfig(name="a"), boot_name="", verbosity=0),
         ReceiveVm(vmid=2, name="b", verbosity=0),
     ):
         newest.send(message, fds=seed() if isinstance(message, ReceiveVm) else {})
     assert [type(message) for message in line.sent] == [StartVm, ReceiveVm]
+    assert open_descriptors() == before
 
 
 @pytest.mark.parametrize(

@@ -304,9 +304,7 @@ def test_a_scope_of_systemd(systemd: Path, monkeypatch: pytest.MonkeyPatch, tmp_
     top = tmp_path / "vmd-guests-1.scope"
     top.mkdir()
     (top / "cgroup.controllers").write_text("memory pids\n")
-    monkeypatch.setattr(
-        groups, "directory_of", lambda pid: f"/x/vm.slice/{unit}" if pid == os.getpid() else str(top)
-    )
+    monkeypatch.setattr(groups, "directory_of", lambda pid: f"/x/vm.slice/{unit}" if pid == os.getpid() else str(top))
     made = groups.Scope().groups(4711)
 
     assert (made.top, made.limited) == (str(top), True)
@@ -331,3 +329,46 @@ def test_a_scope_that_systemd_refuses(systemd: Path, tmp_path: Path, monkeypatch
     with pytest.raises(HostError, match="No such file or directory"):
         groups.Scope().groups(4711)
     assert not systemd.exists()
+
+
+def test_a_systemd_that_does_not_answer(systemd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The daemon starts without a scope, and its question is ended."""
+    script = tmp_path / "systemd-run"
+    script.write_text("#!/bin/sh\nexec sleep 1000\n")
+    monkeypatch.setattr(groups, "SCOPE_S", 0.0)
+    with pytest.raises(HostError, match=r"make vmd-guests-0\.scope by systemd-run: Connection timed out"):
+        groups.Scope().groups(4711)
+    assert not systemd.exists()
+
+
+# --- the host ---------------------------------------------------------------------------------------------------
+
+
+def test_a_host_without_groups_of_version_2(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a process that has ended.  The error says what was looked for."""
+    monkeypatch.setattr(groups, "located", lambda _mounts, _cgroup: None)
+    with pytest.raises(HostError, match="find the control groups of version 2: No such device"):
+        groups.directory_of(os.getpid())
+    monkeypatch.setattr(groups, "located", lambda _mounts, cgroup: cgroup)
+    with pytest.raises(HostError, match="find the control groups of version 2: No such file"):
+        groups.directory_of(1 << 30)
+
+
+@pytest.mark.parametrize(("there", "place"), [(True, groups.Scope), (False, groups.Below)])
+def test_where_groups_are_made(own: Path, monkeypatch: pytest.MonkeyPatch, there: bool, place: type[object]) -> None:
+    """Systemd makes them if it runs the host."""
+    monkeypatch.setattr(groups, "SYSTEMD", str(own if there else own / "no"))
+    assert type(groups.place()) is place
+
+
+def test_groups_can_be_read_by_everybody(own: Path) -> None:
+    """Their figures are no secret."""
+    mask = os.umask(0)
+    try:
+        made = groups.Below().groups(4711)
+        with pytest.raises(HostError, match="No such file or directory"):
+            made.make()
+    finally:
+        os.umask(mask)
+    modes = {each: (own / each).stat().st_mode & 0o777 for each in ("core", "vmd-guests-0", "vmd-guests-0/vm-1")}
+    assert set(modes.values()) == {0o755}

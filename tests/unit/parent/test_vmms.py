@@ -1,5 +1,6 @@
 """The vmm processes of the parent: how they are started and adopted, and what ends with one."""
 
+import errno
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -259,6 +260,25 @@ def test_a_vmm_that_has_ended_meanwhile(rig: Rig, capfd: pytest.CaptureFixture[s
     assert "vmm-2 has ended, and its VMs with it" in capfd.readouterr().err
     assert [*rig.generations.all] == [3, 4]
     assert rig.expected == [rig.generations.all[3]]
+
+
+def test_a_vmm_that_cannot_be_adopted(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """No descriptor is free.  The others are adopted."""
+    duplicate = rig.store.duplicate
+
+    def refuse(name: str) -> int:
+        if name == "vmm-2":
+            raise OSError(errno.EMFILE, "Too many open files")
+        return duplicate(name)
+
+    known = rig.stored(2), rig.stored(3)
+    monkeypatch.setattr(rig.store, "duplicate", refuse)
+    rig.begin(*known)
+
+    assert "vmm-2 cannot be adopted: Too many open files" in capfd.readouterr().err
+    assert [*rig.generations.all] == [3, 4]
 
 
 # --- ends -----------------------------------------------------------------------------------------------------
