@@ -1,6 +1,11 @@
-"""Each process of the daemon answers the parent's watchdog, and ends when it is told to, or with the parent."""
+"""Each process of the daemon is confined before it serves anybody, answers the parent's watchdog, and ends
+when it is told to, or with the parent.
+"""
 
+import importlib
+import os
 import signal
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +18,9 @@ from vmd.control.main import Control
 from vmd.imgwriter.main import ImgWriter
 from vmd.ipc import process as processes
 from vmd.ipc.channel import socketpair
-from vmd.ipc.messages.children import Ping, Pong, Quit
+from vmd.ipc.imsg import MAX_MESSAGE, decode
+from vmd.ipc.loop import Loop
+from vmd.ipc.messages.children import Ping, Pong, Quit, Ready
 from vmd.ipc.process import Process
 from vmd.ipc.routes import Proc
 from vmd.logger.main import Logger
@@ -106,3 +113,57 @@ def test_a_process_ends_with_its_parent(
     assert rig.ends()
     assert rig.process.exit_status == status
     rig.close()
+
+
+@pytest.mark.parametrize("make", ALL)
+def test_the_steps_of_a_start(monkeypatch: pytest.MonkeyPatch, make: type[Process]) -> None:
+    """Signals of a terminal are for the parent only.  A process is confined before it serves the first message."""
+    module: Any = importlib.import_module(make.__module__)
+    ours, theirs = socketpair()
+    monkeypatch.setattr(processes, "CHANNEL_FD", theirs.detach())
+    steps: list[str] = []
+
+    def confine(_confinement: object) -> list[str]:
+        steps.append("confined")
+        return ["this kernel lacks something"]
+
+    def end(status: int) -> None:
+        raise SystemExit(status)
+
+    monkeypatch.setattr(Process, "ignore_terminal_signals", lambda _self: steps.append("ignores signals"))
+    monkeypatch.setattr(module, "confine", confine)
+    monkeypatch.setattr(Loop, "run", lambda _self: steps.append("runs"))
+    monkeypatch.setattr(os, "_exit", end)
+    for name, step in (("end_all", "ends its children"), ("set_title", ""), ("limit_memory", "limits its memory")):
+        if hasattr(module, name):
+            monkeypatch.setattr(module, name, lambda *_, step=step: steps.append(step))
+    if hasattr(make, "finish"):
+        monkeypatch.setattr(make, "finish", lambda _self: steps.append("writes the rest"))
+        monkeypatch.setattr(module, "Sink", lambda *_: steps.append("begins to write"), raising=False)
+    if make is Logger:
+        monkeypatch.setattr(module, "has_journal", lambda: False)
+    made: list[Any] = []
+    init = Process.__init__
+
+    def note(self: Process, me: Proc) -> None:
+        made.append(self)
+        init(self, me)
+
+    monkeypatch.setattr(Process, "__init__", note)
+    with pytest.raises(SystemExit) as ended:
+        sys.exit(module.main())
+    assert ended.value.code == 0
+    expected = ["ignores signals", "confined"]
+    expected += ["begins to write"] if make is Logger else []
+    expected += ["runs", *(["writes the rest"] if hasattr(make, "finish") else [])]
+    expected += ["ends its children"] if make is Vmm else []
+    assert [step for step in steps if step not in ("", "limits its memory")] == expected
+    assert ("limits its memory" in steps[: steps.index("runs")]) == hasattr(module, "limit_memory")
+    ours.setblocking(False)
+    if make in (Control, Vmm):
+        assert decode(ours.recv(MAX_MESSAGE), [], "it").message == Ready(warnings=("this kernel lacks something",))
+    ours.close()
+    (process,) = made
+    process.parent.close()
+    process.loop.close()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)

@@ -12,6 +12,7 @@ import pytest
 
 from tests.support.descriptors import open_descriptors
 from tests.support.vmprocesses import VmmRig, VmProcess, null, start_fds, start_of
+from vmd.closing import close_all
 from vmd.config.model import MAX_NICS, VmConfig
 from vmd.errors import HostError
 from vmd.ipc.fence import OUR_FAULT, STRIKES
@@ -23,6 +24,9 @@ from vmd.ipc.messages.vm import (
     ConsoleSnapshot,
     ConsoleSnapshotEnd,
     DevicesReported,
+    EndSend,
+    LendDisks,
+    LetDisksGo,
     NicLink,
     Outcome,
     PauseDone,
@@ -322,6 +326,21 @@ def test_messages_go_to_the_vm_that_they_name(rig: VmmRig) -> None:
     assert open_descriptors() == before
 
 
+def test_a_vm_whose_figures_cannot_be_made(
+    rig: VmmRig, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It runs without them."""
+
+    def refuse(_name: str, _size: int) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(module, "sealed_file", refuse)
+    rig.begin(1)
+    vm = rig.start(7, A)
+    assert [envelope.fds["figures"] for envelope in vm.end.got] == [[]]
+    assert "vm/a: what its devices do is not counted: Too many open files" in capfd.readouterr().err
+
+
 def test_questions_that_a_vm_repeats_too_often_are_not_passed_on(rig: VmmRig) -> None:
     """The VM is not ended, because it may only be slow to read an answer."""
     rig.begin(1)
@@ -351,8 +370,10 @@ def test_all_processes_get_the_log_level(rig: VmmRig) -> None:
 
 def test_descriptors_that_a_vm_sends_are_closed(rig: VmmRig, monkeypatch: pytest.MonkeyPatch) -> None:
     """vmm replaces them by its own.  Kernels since 6.16 refuse them already."""
-    monkeypatch.setattr(module, "refuse_files", lambda _sock: None)
+    refused: list[object] = []
+    monkeypatch.setattr(module, "refuse_files", refused.append)
     rig.begin(1)
+    assert len(refused) == 1
     vm = rig.start(7, A)
     rig.told()
     before = open_descriptors()
@@ -494,6 +515,23 @@ def test_a_vm_that_closes_its_channel_has_a_while_to_end(rig: VmmRig) -> None:
     rig.ended(b)
     text = "vm process was killed by SIGKILL"
     assert ends(rig.told())[1:] == [VmExited(vmid=8, pid=b.pid, outcome=Outcome.KILLED, text=text)]
+    rig.pass_time(GONE_S)
+    assert rig.process.children() == []
+
+
+def test_the_last_words_of_a_vm_that_has_to_be_killed(rig: VmmRig) -> None:
+    """They say more than the signal."""
+    rig.begin(1)
+    vm = running(rig, 7)
+    rig.told()
+    vm.end.send(VmEnding(text="the disk is gone"))
+    rig.settle()
+    vm.end.channel.close()
+    rig.pass_time(EXIT_GRACE_S)
+    rig.ended(vm)
+    assert ends(rig.told())[1:] == [
+        VmExited(vmid=7, pid=vm.pid, outcome=Outcome.KILLED, text="the disk is gone")
+    ]  # fmt: skip
 
 
 def test_a_vm_that_does_not_read_is_killed(rig: VmmRig) -> None:
@@ -533,6 +571,7 @@ def test_a_vm_ends_though_storage_blocks_its_process(rig: VmmRig, monkeypatch: p
     assert (exited.vmid, exited.outcome) == (7, Outcome.KILLED)
     assert exited.text.endswith("; its process waits for storage, and has not ended yet")
     assert [child.pid for child in rig.process.children()] == [reserve.pid, vm.pid]
+    assert [child.channel.closed for child in rig.process.children()] == [False, True]
 
     vm.exit(0)
     rig.ended(vm)
@@ -578,6 +617,79 @@ def test_a_new_parent_is_told_of_every_vm(rig: VmmRig) -> None:
     assert ask(rig) == [VmHeld(vmid=7, group=1, running=True, paused=True), over, held]
     rig.parent.send(EndTaken(vmid=8))
     assert ask(rig) == [VmHeld(vmid=7, group=1, running=True, paused=True), held.replace(vms=(7,))]
+
+
+@pytest.mark.usefixtures("log_fd")
+@pytest.mark.parametrize(
+    ("message", "field"),
+    [
+        (StopVm(vmid=7, mode=StopMode.GRACEFUL), "stopping"),
+        (LetDisksGo(vmid=7), "letting_go"),
+        (EndSend(vmid=7, sent=False), "undoing"),
+        (LendDisks(vmid=7), "lending"),
+    ],
+)
+def test_a_new_parent_is_told_what_the_earlier_one_has_asked_a_vm_for(rig: VmmRig, message: Record, field: str) -> None:
+    """Whether the VM has got that far, or not."""
+    rig.begin(1)
+    running(rig, 7)
+    rig.parent.send(message, fds={"courier": [null()]} if isinstance(message, LendDisks) else {})
+    rig.settle()
+    rig.told()
+
+    held, _ = ask(rig)
+    assert held == VmHeld(vmid=7, group=1, running=True).replace(**{field: True})
+
+
+@pytest.mark.usefixtures("log_fd")
+def test_vmm_logs_to_the_new_parent(rig: VmmRig) -> None:
+    """The log of the earlier one may have ended with it."""
+    reading, writing = os.pipe()
+    rig.parent.send(AskVms(), fds={"log": [writing]})
+    rig.until(lambda: any(isinstance(each.message, VmsHeld) for each in rig.parent.got))
+    rig.parent.take()
+    log.warn("here")
+
+    assert b"here" in os.read(reading, 100)
+    os.close(reading)
+
+
+def test_vms_are_reported_one_by_one(rig: VmmRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each after the message before was sent, so that few descriptors are copied at once.  The end comes last."""
+
+    class Busy:
+        """The channel to a parent that reads slowly."""
+
+        def __init__(self) -> None:
+            self.waiting = 0
+            self.sent: list[Record] = []
+            self.on_sent: object = None
+
+        def send(self, message: Record, *, fds: dict[str, list[int]], refused: object = None) -> None:
+            """Take a message, which waits."""
+            self.sent.append(message)
+            self.waiting += 1
+            close_all(fd for each in fds.values() for fd in each)
+
+    rig.begin(1, 2)
+    running(rig, 7)
+    running(rig, 8, B)
+    rig.told()
+    busy = Busy()
+    with monkeypatch.context() as patch:
+        patch.setattr(rig.process, "parent", busy)
+        rig.process.to_report = [*rig.process.running.values()]
+        busy.on_sent = rig.process.report
+        counts = []
+        for _ in range(5):
+            rig.process.report()
+            rig.process.report()
+            counts.append(len(busy.sent))
+            busy.waiting = 0
+    assert counts == [1, 2, 3, 3, 3]
+    assert [type(message) for message in busy.sent] == [VmHeld, VmHeld, VmsHeld]
+    assert busy.on_sent is None
+    assert vars(rig.process)["to_report"] is None
 
 
 @pytest.mark.usefixtures("log_fd")
