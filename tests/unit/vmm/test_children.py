@@ -8,10 +8,11 @@ from typing import Any, cast
 import pytest
 
 from tests.support.descriptors import open_descriptors
+from tests.support.vmprocesses import is_reaped
 from vmd.closing import close_all
 from vmd.config.model import VmConfig
 from vmd.errors import PeerError
-from vmd.ipc.messages.shared import TransferProgress
+from vmd.ipc.messages.shared import DiskImages, ImageLink, TransferProgress
 from vmd.ipc.messages.vm import (
     AskResolvers,
     DisksBack,
@@ -20,6 +21,7 @@ from vmd.ipc.messages.vm import (
     EndSend,
     LendDisks,
     LetDisksGo,
+    NicLink,
     PauseDone,
     PauseVm,
     ReceivedHeader,
@@ -30,6 +32,7 @@ from vmd.ipc.messages.vm import (
     SendDone,
     SendUndone,
     SendVm,
+    StartVm,
     StopMode,
     StopVm,
     TakeDisksBack,
@@ -41,7 +44,7 @@ from vmd.ipc.messages.vm import (
 )
 from vmd.ipc.routes import BY_CLASS, Proc, relays
 from vmd.record import Record
-from vmd.vmm.children import BUDGETS, UNASKED, VmChild
+from vmd.vmm.children import BUDGETS, SPARES_MAX, UNASKED, Slot, VmChild, device_words, end_all
 
 # What vmm sends to a VM, or hears from it, while the VM is sent, received, or lends its disks.
 SEND, MIGRATE = SendVm(vmid=1, keep=True, one_shot=False), SendVm(vmid=1, keep=False, one_shot=False, two_way=True)
@@ -236,3 +239,51 @@ def test_descriptors_that_cannot_be_kept(
     assert "vm/a: taps is not kept for another daemon: Too many open files" in capfd.readouterr().err
     child.drop()
     close_all(given)
+
+
+def test_the_devices_that_the_next_vm_probably_needs() -> None:
+    """Those of the last one, up to a limit.  Only a raw disk without backing files needs no more than its format."""
+    nic = NicLink(name="tap0", lladdr=b"", host_mac=b"", locked=False, local=False, mtu=1500)
+    disks = [DiskImages(images=tuple(ImageLink(path="/d", format=each) for each in formats)) for formats in (
+        ["raw"], ["qcow2"], ["raw", "raw"], ["raw"],
+    )]  # fmt: skip
+    start = StartVm(vmid=1, config=VmConfig(name="a"), boot_name="", verbosity=0)
+    assert device_words(start) == []
+    assert device_words(start.replace(nics=(nic, nic.replace(vhost=True)))) == ["vionet.main", "vionet.kernel"]
+    assert device_words(start.replace(disks=tuple(disks[:3]))) == ["vioblk.raw", "vioblk.main", "vioblk.main"]
+    assert device_words(start.replace(disks=tuple(disks))) == ["vioblk.raw", *["vioblk.main"] * 2, "vioblk.raw"]
+    many = device_words(start.replace(nics=(nic,) * 3, disks=tuple(disks)))
+    assert many == [*["vionet.main"] * 3, "vioblk.raw"]
+    assert len(many) == SPARES_MAX
+
+
+def test_a_slot_is_closed_once() -> None:
+    """Its descriptor may be another's afterwards.  A slot without a group has none."""
+    assert (Slot().uid, Slot().group, Slot().group_fd) == (0, 0, -1)
+    before = open_descriptors()
+    slots = [Slot(uid=5, group=6, group_fd=os.open(os.devnull, os.O_RDONLY)), Slot()]
+    for slot in slots * 2:
+        slot.close()
+        assert slot.group_fd == -1
+    assert open_descriptors() == before
+
+
+def test_the_end_of_vmm_ends_its_vms() -> None:
+    """All are killed first, and then waited for.  One that has ended already is left alone, and one may be stuck."""
+    pids = [os.posix_spawn("/bin/sleep", ["sleep", "1000"], {}) for _ in range(3)]
+    children = [VmChild(pid, os.pidfd_open(pid), cast("Any", Channel())) for pid in pids]
+    gone, stuck = VmChild(1, children[0].pidfd, cast("Any", Channel())), children[2]
+    gone.gone = True
+    kill, stuck_pidfd = stuck.kill, stuck.pidfd
+    stuck.pidfd = os.pidfd_open(os.getpid())  # it does not end
+    stuck.kill = lambda: None  # type: ignore[method-assign]
+    end_all([gone, *children[:2]], 60.0)
+    assert [child.gone for child in children] == [True, True, False]
+    assert [is_reaped(pid) for pid in pids] == [True, True, False]
+    end_all([stuck], 0.0)
+    assert not stuck.gone
+    os.close(stuck.pidfd)
+    stuck.pidfd, stuck.kill = stuck_pidfd, kill  # type: ignore[method-assign]
+    end_all([stuck], 60.0)
+    assert is_reaped(pids[2])
+    close_all(child.pidfd for child in children)

@@ -391,6 +391,21 @@ def test_descriptors_that_a_vm_sends_are_closed(rig: VmmRig, monkeypatch: pytest
 # --- ends -----------------------------------------------------------------------------------------------------
 
 
+def test_nothing_is_left_of_a_vm(rig: VmmRig) -> None:
+    """Its descriptors are closed when its end is confirmed."""
+    before = open_descriptors()
+    rig.begin(1)
+    vm = running(rig, 7)
+    vm.exit(0)
+    rig.ended(vm)
+    rig.parent.send(EndTaken(vmid=7))
+    rig.told()
+    vm.end.take()
+
+    assert len(open_descriptors()) == len(before) + 3  # /dev/kvm, and what the test has of the process
+    assert (rig.process.running, rig.process.over, rig.process.by_channel) == ({}, {}, {})
+
+
 @pytest.mark.parametrize(
     ("status", "outcome", "text"),
     [
@@ -688,8 +703,7 @@ def test_vms_are_reported_one_by_one(rig: VmmRig, monkeypatch: pytest.MonkeyPatc
             busy.waiting = 0
     assert counts == [1, 2, 3, 3, 3]
     assert [type(message) for message in busy.sent] == [VmHeld, VmHeld, VmsHeld]
-    assert busy.on_sent is None
-    assert vars(rig.process)["to_report"] is None
+    assert (vars(busy)["on_sent"], vars(rig.process)["to_report"]) == (None, None)
 
 
 @pytest.mark.usefixtures("log_fd")
