@@ -154,7 +154,7 @@ def test_a_slow_client_is_told_how_many_events_are_lost(parent: Parent) -> None:
     parent.ask(1, 2)
 
     lost, *rest = parent.take(1)
-    assert (lost.what, lost.number, lost.lost) == ("lost", 7, 5)
+    assert (lost.what, lost.number, lost.lost, lost.at_ms) == ("lost", 7, 5, 12500)
     assert "5 events" in lost.text
     assert numbers(rest) == list(range(8, 8 + AT_ONCE))
     assert rest[-1] == EventsSeen(vmid=0, number=7 + AT_ONCE, newest=PAST_MAX + 7)
@@ -182,6 +182,37 @@ def test_a_client_that_does_not_wait_is_answered_at_once(parent: Parent) -> None
     parent.ask(1, 0, wait=False)
 
     assert parent.take(1) == [EventsSeen(vmid=0, number=0, newest=0)]
+
+
+def test_a_vm_that_neither_the_daemon_nor_its_events_know(parent: Parent) -> None:
+    """A client that has seen earlier events may wait for it.  Its id may be that of no event."""
+    parent.events.add("daemon")
+    vm = parent.vm("web")
+    for since in (None, 0):
+        parent.ask(1, since, vmid=vm.vmid, wait=False)
+        assert parent.take(1) == [EventsSeen(vmid=vm.vmid, number=1, newest=1)]
+    parent.ask(1, 1, vmid=99, wait=False)
+    assert parent.take(1) == [EventsSeen(vmid=99, number=1, newest=1)]
+    with pytest.raises(OperatorError, match="vm 99 not found"):
+        parent.ask(1, None, vmid=99)
+    with pytest.raises(OperatorError, match="vm nobody not found"):
+        parent.ask(1, 1, name="nobody")
+
+
+def test_a_client_that_waits_hears_only_of_what_comes_later(parent: Parent) -> None:
+    """Events that are of no interest to it do not count as lost later."""
+    web = parent.vm("web")
+    parent.ask(1, name="web")
+    for _ in range(2):
+        for _ in range(PAST_MAX):
+            parent.events.add("reload")
+        parent.run_round()
+    assert parent.take(1) == []
+    web.enqueue()
+    parent.run_round()
+    assert event_words(parent.take(1)) == ["waiting"]
+    parent.events.add("reload")
+    assert parent.later == []  # nobody waits
 
 
 def test_a_client_that_has_left_gets_nothing(parent: Parent) -> None:

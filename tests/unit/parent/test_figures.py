@@ -44,6 +44,7 @@ from vmd.memfile import memory_file, sealed_file
 from vmd.parent import figures as room
 from vmd.parent.core import Core
 from vmd.parent.figures import BATCH, Figures, group_of, host_names, slots
+from vmd.parent.vm import State
 from vmd.record import Record, RecordType
 from vmd.vm.kinds import KINDS
 
@@ -161,6 +162,70 @@ def test_paths_are_for_users_who_may_control_the_vm() -> None:
     parent = Parent()
     (of_root,), (of_other,) = (parent.ask(FiguresRequest(name="a"), caller) for caller in (ROOT, OTHER))
     assert of_other == of_root.replace(disks=(of_root.disks[0].replace(path=""),))
+
+
+def test_the_processor_time_of_vcpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their threads are looked for once in each life of a VM, or until all of them are there."""
+    parent = Parent()
+    vm = parent.core.vms.get(0, "a")
+    names: dict[str, int] = {}
+    looked: list[int] = []
+
+    def threads(pid: int) -> dict[str, int]:
+        looked.append(pid)
+        return names
+
+    def times() -> list[int]:
+        (row,) = parent.ask(FiguresRequest(name="a"))
+        return [vcpu.cpu_ns for vcpu in row.vcpus]
+
+    monkeypatch.setattr(room, "threads", threads)
+    monkeypatch.setattr(room, "thread_ns", lambda pid, thread: pid * 100 + thread)
+    assert (times(), looked) == ([0, 0], [])
+    vm._state, vm.pid = State.RUNNING, 5
+    names["vcpu1"] = 8
+    assert (times(), times()) == ([0, 508], [0, 508])
+    names["vcpu0"] = 7
+    assert (times(), times(), looked) == ([507, 508], [507, 508], [5, 5, 5])
+    vm.pid = 6
+    assert (times(), times(), looked) == ([607, 608], [607, 608], [5, 5, 5, 6])
+    vm._state, vm.pid = State.STOPPED, 0
+    assert times() == [0, 0]
+    assert parent.room._vcpus == {}
+    parent.room._vcpus = {
+        vmid: (1, {}) for vmid in range(100, 105)
+    }  # VMs that are gone: more than twice as many as are
+    times()
+    assert parent.room._vcpus == {}
+
+
+def test_the_figures_of_a_vm_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of its processes together.  Limits, disks and interfaces are those that it runs with."""
+    parent = Parent()
+    vm = parent.core.vms.get(0, "a")
+    monkeypatch.setattr(room, "children", lambda pid: [pid + 1, pid + 2])
+    for name, factor in (("private_bytes", 10), ("cpu_ns", 100)):
+        monkeypatch.setattr(room, name, lambda pid, factor=factor: pid * factor)
+    monkeypatch.setattr(room, "guest_bytes", lambda memory: 4096 if memory == -7 else 0)
+    monkeypatch.setattr(room, "group_of", lambda _mounts, pid: GroupFigures(cpu_ns=pid))
+    vm.memory, vm.started_s = -7, 9.5
+    (row,) = parent.ask(FiguresRequest(name="a"))
+    assert (row.guest_bytes, row.process_bytes, row.cpu_ns, row.group, row.started_s) == (0, 0, 0, None, 0)
+    vm._state, vm.pid = State.RUNNING, 5
+    vm.running_config = vm.config.replace(
+        cdrom="", memory_bytes=1 << 30, nics=(NicConfig(switch="old", rate_limit=9), NicConfig()),
+        disks=(DiskConfig(path="/old", iops_limit=7, rate_limit=8),),
+    )  # fmt: skip
+    (row,) = parent.ask(FiguresRequest(name="a"))
+    assert (row.guest_bytes, row.process_bytes, row.cpu_ns, row.started_s) == (4096, 180, 1800, 9)
+    assert row.group == GroupFigures(cpu_ns=5)
+    assert (row.cdrom, row.memory_bytes) == (None, 1 << 30)
+    assert [(disk.path, disk.iops_limit, disk.rate_limit) for disk in row.disks] == [("/old", 7, 8)]
+    assert [(nic.switch, nic.rate_limit) for nic in row.nics] == [("old", 9), ("", 0)]
+    vm.running_config = vm.running_config.replace(drive=True)
+    (row,) = parent.ask(FiguresRequest(name="a"))
+    assert row.cdrom == CdromFigures(index=0)
+    vm.memory = None
 
 
 def test_starts_are_counted() -> None:
