@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.descriptors import open_descriptors
+from vmd.errors import HostError
 from vmd.ipc.loop import Loop
 from vmd.parent import upgrade
 from vmd.parent.program import Program
@@ -45,8 +47,9 @@ def rehearse(directory: Path, script: str) -> str:
     return end
 
 
-def test_program_has_the_state(tmp_path: Path) -> None:
+def test_program_has_the_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It runs in the daemon's directory, and cannot notify the service manager."""
+    monkeypatch.setenv("NOTIFY_SOCKET", "/run/notify")
     script = (
         f'test "$1" = --check-adopt && test "$(pwd)" = {tmp_path} && test -z "$NOTIFY_SOCKET"'
         ' && grep -q "what is known" /proc/self/fd/${VMD_STORED#state=}'
@@ -75,8 +78,22 @@ def test_program_that_does_not_end(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "did not end within" in rehearse(tmp_path, "exec sleep 1000")
 
 
-def test_traceback_of_the_program_is_shortened_to_a_line() -> None:
+def test_program_that_cannot_be_started(tmp_path: Path) -> None:
+    """No descriptor is left open, and the error names the program."""
+    before = open_descriptors()
+    loop = Loop()
+    with pytest.raises(HostError, match="start /bin/sh: No such file or directory"):
+        Rehearsal(loop, Script(tmp_path / "gone", ""), 0, lambda _end: None)
+    loop.close()
+    assert open_descriptors() == before
+
+
+def test_traceback_of_the_program_is_shortened_to_a_line(capfd: pytest.CaptureFixture[str]) -> None:
     """The log has the whole traceback.  Messages of vmd are not shortened."""
     trace = "Traceback (most recent call last):\n  File ...\nSyntaxError: invalid syntax\n"
     assert in_words(trace, 1) == "SyntaxError: invalid syntax"
+    assert "Traceback (most recent call last):" in capfd.readouterr().err
+    assert in_words(f"no {trace}", 1) == f"no {trace}".strip()
+    assert capfd.readouterr().err == ""
+    assert (in_words("", 3), in_words(" \n", -9)) == ("it ended with status 3", "it ended with status -9")
     assert in_words("vmd: /etc/vm.conf:1: no\nvmd: /etc/vm.conf:2: no\n", 1) == "/etc/vm.conf:1: no\n/etc/vm.conf:2: no"

@@ -8,12 +8,17 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.descriptors import open_descriptors
+from vmd.backlog import Backlog
 from vmd.config.model import Owner, VmConfig
-from vmd.errors import VMD_VM_STOP_INVALID, OperatorError
+from vmd.errors import VMD_VM_STOP_INVALID, InUse, OperatorError, PeerError
+from vmd.fileid import FileId
 from vmd.ipc.messages.clients import Caller
+from vmd.memfile import memory_file
 from vmd.parent import vm as vms
 from vmd.parent.access import in_group, may_control, owner_text
 from vmd.parent.limits import RESTART_WINDOW_S, RestartLimit
+from vmd.parent.resources import Pty
 from vmd.parent.vm import State, Vm
 from vmd.parent.vmtable import VmTable
 
@@ -58,6 +63,49 @@ def test_numbering_starts_again_only_without_vms(table: VmTable) -> None:
         table.remove(vm)
     table.forget_ids()
     assert table.add(VmConfig(name="c"), from_config=True).vmid == 1
+
+
+def test_nothing_is_left_open_of_a_vm_that_is_removed(table: VmTable) -> None:
+    """Neither its console nor its files."""
+    before = open_descriptors()
+    vm = table.get(1)
+    vm.pty, vm.backlog = Pty(), Backlog.create(0)
+    vm.kept = {"boot": memory_file("kernel")}
+    table.remove(vm)
+    assert open_descriptors() == before
+
+
+def test_a_template_is_a_vm_that_will_stay(table: VmTable) -> None:
+    """`vmctl reset` has killed another one, and it will be replaced."""
+    vm = table.get(2)
+    assert table.template("b") is vm.config
+    vm.resetting = True
+    assert table.template("b") is None
+    assert table.template("c") is None
+
+
+def test_only_a_vm_with_a_process_speaks(table: VmTable) -> None:
+    """A message about another one breaks the protocol."""
+    vm = table.get(1)
+    for vmid in (1, 99):
+        with pytest.raises(PeerError, match=f"speaks of vm {vmid}, which does not run"):
+            table.living(vmid)
+    vm.begin_start(0)
+    assert table.living(1) is vm
+
+
+def test_the_vm_that_has_a_file(table: VmTable) -> None:
+    """It is named if it has a process.  The file of the VM itself is in use by another program."""
+    a, b = table.get(1), table.get(2)
+    error = InUse("disk /d", FileId(device=1, inode=2))
+    a.files = b.files = {"disk /d": error.file.key}
+    assert table.holder(error, None) is error
+    b.begin_start(0)
+    assert "vm b" in str(table.holder(error, None))
+    assert "vm b" in str(table.holder(error, a))
+    assert table.holder(error, b) is error
+    b.files = {"disk /d": (1, 3)}
+    assert table.holder(error, a) is error
 
 
 def test_names_are_unique_and_asked_for_by_name_or_id(table: VmTable) -> None:
