@@ -1,5 +1,6 @@
 """A console log has all output in order, and reports what it lacks."""
 
+import errno
 import os
 import select
 import socket
@@ -9,12 +10,13 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
+from typing import Any, cast
 
 import pytest
 
 from vmd.backlog import BACKLOG_BYTES, Backlog, BacklogWriter, LoggedBacklog
 from vmd.consolelog import keeper
-from vmd.consolelog.keeper import MISSING, OVERRUN_BYTES, Keeper, State
+from vmd.consolelog.keeper import MISSING, OVERRUN_BYTES, RETRY_S, SAY_S, STUCK_S, TRIES, Keeper, State
 from vmd.ipc import courier
 from vmd.ipc.messages.consolelog import SILENT
 
@@ -262,3 +264,170 @@ def test_a_vm_that_lies_about_what_it_has_printed(log: Log, tmp_path: Path) -> N
 
     assert all(each.backlog.logged >= 0 for each in log.keepers)
     assert not log.keeper.ended
+
+
+# --- one step at a time -------------------------------------------------------------------------------------------
+
+
+class Output:
+    """A backlog whose numbers the test sets."""
+
+    def __init__(self) -> None:
+        self.printed = self.logged = 0
+        self.found: list[tuple[int, bytes]] = []
+
+    def shown(self) -> int:
+        """Return how much was printed."""
+        return self.printed
+
+    def fresh(self) -> tuple[int, bytes]:
+        """Return the next output, and how much is missing before it."""
+        return self.found.pop(0) if self.found else (0, b"")
+
+    def log(self, count: int) -> None:
+        """Note what is written or lost."""
+        self.logged += count
+
+
+class Steps:
+    """A keeper without a thread."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(keeper, "start_thread", lambda *_: None)
+        self.now_s = 1000.0
+        monkeypatch.setattr("time.monotonic", lambda: self.now_s)
+        self.reports: list[State] = []
+        self.output = Output()
+        self.keeper = Keeper("a", cast("Any", self.output), self.reports.append, lambda call: call())
+
+    def woken(self) -> bool:
+        """Return whether the thread was woken since the last call."""
+        woken, self.keeper._woken = self.keeper._woken, False
+        return woken
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> Steps:
+    """A keeper without a thread."""
+    return Steps(monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("printed", "file", "retry_s", "wakes"),
+    [
+        (10, 0, 0.0, True),
+        (10, 5, 0.0, True),
+        (9, 5, 0.0, False),  # all is written
+        (10, -1, 0.0, False),
+        (10, 5, 1000.0, True),
+        (10, 5, 1000.1, False),
+    ],
+)
+def test_the_thread_works_only_if_there_is_something_to_write(
+    steps: Steps, printed: int, file: int, retry_s: float, wakes: bool
+) -> None:
+    """And a file, and the last failure is some time ago.  Without output nothing costs a system call."""
+    steps.output.printed, steps.output.logged = printed, 9
+    steps.keeper._file, steps.keeper._retry_s = file, retry_s
+
+    assert steps.keeper.look() is wakes
+    assert steps.woken() is wakes
+    assert steps.reports == []
+
+
+def test_a_write_that_takes_long(steps: Steps) -> None:
+    """It is reported once, and withdrawn with the state that the log had.  Meanwhile the guest counts as printing."""
+    steps.keeper._state.text = "old"
+    steps.keeper._busy_s = steps.now_s
+    for passed_s, prints, texts in (
+        (0.0, True, []), (STUCK_S, True, []), (0.1, False, [SILENT]), (1.0, False, [SILENT]),
+    ):  # fmt: skip
+        steps.now_s += passed_s
+        assert steps.keeper.look() is prints
+        assert [state.text for state in steps.reports] == texts
+    assert not steps.woken()
+    steps.keeper._busy_s = 0.0
+    for _ in range(2):
+        assert steps.keeper.look() is False
+        assert [state.text for state in steps.reports] == [SILENT, "old"]
+
+
+def test_reports_of_losses_only_are_rare(steps: Steps) -> None:
+    """A guest can cause them.  Any other change is reported at once, and nothing is reported twice."""
+    heard = []
+    for passed_s, change in (
+        (0.0, {}),
+        (0.0, {"lost": 1}),
+        (1.0, {"lost": 2}),
+        (SAY_S - 1.1, {"lost": 3}),
+        (0.1, {"lost": 4}),
+        (1.0, {"lost": 5, "text": "full"}),
+        (0.0, {"wants_file": True}),
+        (SAY_S, {}),
+        (0.0, {"ended": True}),
+    ):
+        steps.now_s += passed_s
+        for name, value in change.items():
+            setattr(steps.keeper._state, name, value)
+        steps.reports.clear()
+        steps.keeper._say()
+        heard += [[state.lost for state in steps.reports]]
+    assert heard == [[], [1], [], [], [4], [5], [5], [], [5]]
+
+
+def test_storage_that_fails(steps: Steps, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another file may help, unless the file system is full.  The next try comes some time later."""
+    steps.output.found = [(0, b"x")]
+    steps.keeper.take_file(None, LIMIT)
+    for number, wants_file in ((errno.ENOSPC, False), (errno.EDQUOT, False), (errno.EIO, True)):
+
+        def fail(_fd: int, _data: bytes, number: int = number) -> int:
+            raise OSError(number, os.strerror(number))
+
+        fd = steps.keeper._file = os.open(os.devnull, os.O_WRONLY)
+        steps.output.found = [(0, b"x")]
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "write", fail)
+            steps.keeper._write_all()
+        state = steps.keeper._state
+        assert (state.text, state.wants_file) == (os.strerror(number), wants_file)
+        assert steps.keeper._retry_s == steps.now_s + RETRY_S
+        assert (steps.keeper._file == -1) == wants_file == (not os.path.exists(f"/proc/self/fd/{fd}"))
+        if not wants_file:
+            os.close(fd)
+
+
+def test_output_that_the_backlog_has_lost(steps: Steps, tmp_path: Path) -> None:
+    """It is counted, and the log says where it is missing.  A guest that prints too fast is read at the next look."""
+    steps.keeper.take_file(None, LIMIT)
+    fd = steps.keeper._file = os.open(tmp_path / "a", os.O_WRONLY | os.O_CREAT)
+    steps.output.found = [(7, b""), (5, b"abc"), (0, b"def")]
+    steps.keeper._write_all()
+    assert (tmp_path / "a").read_bytes() == MISSING.format(12).encode() + b"abcdef"
+    assert (steps.keeper._state.lost, steps.output.logged) == (12, 18)
+    steps.output.found = [(1, b"")] * TRIES + [(0, b"late")]
+    steps.keeper._write_all()
+    assert steps.output.found == [(0, b"late")]
+    assert steps.keeper._state.lost == 12 + TRIES
+    steps.output.printed, steps.output.logged = 10, 4
+    steps.keeper._count_rest()
+    steps.output.printed = 0  # a lie of the VM's process
+    steps.keeper._count_rest()
+    assert steps.keeper._state.lost == 12 + TRIES + 6
+    os.close(fd)
+
+
+def test_only_the_latest_file_counts(steps: Steps) -> None:
+    """The courier of an earlier one is closed.  A process that sends none leaves the present file."""
+    (first, other), (second, gone) = courier.pair(), courier.pair()
+    other.close()
+    gone.close()
+    steps.keeper.take_file(first, 1)
+    assert steps.woken()
+    steps.keeper.take_file(second, 2)
+    assert (first.fileno(), steps.keeper._next, steps.keeper._limit) == (-1, second, 2)
+    steps.keeper.take_file(None, 3)
+    assert (steps.keeper._next, steps.keeper._limit) == (second, 3)
+    steps.keeper._file = 5
+    steps.keeper._fetch(second)
+    assert (steps.keeper._file, steps.keeper._state.files, second.fileno()) == (5, 0, -1)

@@ -54,6 +54,10 @@ def test_the_last_interface() -> None:
     assert v4(plan.guest4(126)) == "100.64.1.255"
     with pytest.raises(OperatorError, match="interface 127"):
         plan.host4(127)
+    six = plan.replace(prefix6=prefix("fd42:1:2::/48"))
+    assert v4(six.network6(MAX_NICS - 1)) == f"fd42:1:2:{2 * MAX_NICS - 1:x}::"
+    with pytest.raises(OperatorError, match=f"interface {MAX_NICS}"):
+        six.network6(MAX_NICS)
 
 
 @pytest.mark.parametrize("number", [0, -1])

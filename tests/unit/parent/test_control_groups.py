@@ -257,8 +257,12 @@ def test_a_daemon_that_was_executed_in_place(own: Path, monkeypatch: pytest.Monk
 def test_a_host_where_the_daemon_may_not_give_controllers(own: Path) -> None:
     """It goes back to the group that it was started in."""
     (own / "cgroup.subtree_control").mkdir()
-    with pytest.raises(HostError, match=r"write \+pids to"):
-        groups.Below()
+    removed: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "rmdir", removed.append)
+        with pytest.raises(HostError, match=r"write \+pids to"):
+            groups.Below()
+    assert removed == [f"{own}/core"]
     assert (own / "cgroup.procs").read_text() == str(os.getpid())
 
 
@@ -339,6 +343,68 @@ def test_a_systemd_that_does_not_answer(systemd: Path, tmp_path: Path, monkeypat
     with pytest.raises(HostError, match=r"make vmd-guests-0\.scope by systemd-run: Connection timed out"):
         groups.Scope().groups(4711)
     assert not systemd.exists()
+
+
+def test_units_of_other_daemons_have_taken_all_names(systemd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is a limit to what is tried."""
+    monkeypatch.setattr(groups, "SCOPES_MAX", 1)
+    with pytest.raises(VmdError, match=r"make a control group: there are 1 units vmd-guests-N\.scope"):
+        groups.Scope().groups(4711)
+    assert len(systemd.read_text().splitlines()) == 1
+
+
+@pytest.fixture
+def writes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """Return what is written to the files of groups, in order."""
+    found: list[tuple[str, str]] = []
+    write = groups.write
+
+    def note(path: str, text: str) -> None:
+        found.append((path, text))
+        write(path, text)
+
+    monkeypatch.setattr(groups, "write", note)
+    return found
+
+
+def test_what_is_written_on_a_host_without_systemd(own: Path, writes: list[tuple[str, str]]) -> None:
+    """The daemon moves before it gives controllers, which a group with processes may not give."""
+    below = groups.Below()
+    top = f"{own}/vmd-guests-0"
+    assert writes == [
+        (f"{own}/core/cgroup.procs", str(os.getpid())),
+        (f"{own}/cgroup.subtree_control", "+pids"),
+        (f"{own}/cgroup.subtree_control", "+memory"),
+    ]
+    writes.clear()
+    below.groups(4711)
+    assert writes == [
+        (f"{top}/vmm/cgroup.procs", "4711"),
+        (f"{top}/cgroup.subtree_control", "+memory"),
+        (f"{top}/cgroup.subtree_control", "+pids"),
+    ]
+
+
+@pytest.mark.usefixtures("systemd")
+def test_what_is_written_in_a_scope(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writes: list[tuple[str, str]]
+) -> None:
+    """All processes move before it gives controllers."""
+    top = tmp_path / "vmd-guests-1.scope"
+    top.mkdir()
+    (top / "cgroup.controllers").write_text("memory pids\n")
+    monkeypatch.setattr(groups, "directory_of", lambda pid: "/x/y.slice/z" if pid == os.getpid() else str(top))
+    groups.Scope().groups(4711)
+
+    holder = writes[1][1]
+    assert writes == [
+        (f"{top}/vmm/cgroup.procs", "4711"),
+        (f"{top}/vmm/cgroup.procs", holder),
+        (f"{top}/cgroup.subtree_control", "+memory"),
+        (f"{top}/cgroup.subtree_control", "+pids"),
+    ]
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(holder), 0)
 
 
 # --- the host ---------------------------------------------------------------------------------------------------

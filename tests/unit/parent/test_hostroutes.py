@@ -74,6 +74,8 @@ def test_networks_that_overlap() -> None:
     assert list(overlapping(ipaddress.ip_network("10.1.2.4/31"), routes)) == routes[:2]
     assert list(overlapping(ipaddress.ip_network("10.0.0.0/8"), routes)) == routes[:3]
     assert list(overlapping(ipaddress.ip_network("::/0"), routes)) == routes[3:]
+    edges = [route("10.1.2.0/32"), route("10.1.2.255/32"), route("10.1.1.255/32"), route("10.1.3.0/32")]
+    assert list(overlapping(ipaddress.ip_network("10.1.2.0/24"), edges)) == edges[:2]
     assert covering(prefix("10.1.0.0/16"), routes) == routes[0]
     assert covering(prefix("10.0.0.0/15"), routes) is None
     assert covering(None, routes) is None

@@ -13,10 +13,11 @@ from tests.support.descriptors import open_descriptors
 from vmd.config.model import Config, Owner, VmConfig
 from vmd.errors import HostError, PeerError
 from vmd.ipc.imsg import Envelope
+from vmd.ipc.logpair import JOURNAL_FD
 from vmd.ipc.messages.children import Ping, Pong, Quit
 from vmd.ipc.messages.log import LogSource
 from vmd.ipc.messages.vmm import VmLog
-from vmd.log import LEAF, STDERR, log
+from vmd.log import JOURNAL, LEAF, STDERR, log
 from vmd.parent import logs as module
 from vmd.parent.core import Core
 from vmd.parent.logs import AGAIN_S, END_S, OUR_ROOM_BYTES, PING_S, PINGS_MAX, QUEUE_MAX, SHUT_S, Logs
@@ -243,7 +244,7 @@ def process(monkeypatch: pytest.MonkeyPatch) -> Iterator[Process]:
 def test_the_parent_writes_to_the_process(process: Process) -> None:
     """Like every other process."""
     assert len(process.own) == 1
-    assert process.channels[0].sources() == ["vmd"]
+    assert process.channels[0].sent == [LogSource(name="vmd", vmid=0, owner_uid=0)]
 
 
 @pytest.mark.parametrize(
@@ -255,6 +256,7 @@ def test_a_process_that_ends_is_replaced(process: Process, status: int, how: str
     process.now_s += 1
     process.end(status)
     assert process.said == [f"process log {how}; starting another one"]
+    assert process.children[0].pidfd not in process.loop.files
     assert process.channels[0].closed
     assert [delay for delay, call in process.loop.timers if call.__name__ == "_restart"] == [AGAIN_S - 1]
     other = process.logs.open("priv")
@@ -265,6 +267,33 @@ def test_a_process_that_ends_is_replaced(process: Process, status: int, how: str
     process.end(status)
     assert [delay for delay, call in process.loop.timers if call.__name__ == "_restart"] == [0]
     writer.close()
+    other.close()
+
+
+@pytest.mark.parametrize(("form", "there"), [(JOURNAL, True), (JOURNAL, False), (STDERR, True)])
+def test_the_process_writes_to_the_journal(
+    process: Process, monkeypatch: pytest.MonkeyPatch, form: str, there: bool
+) -> None:
+    """By a socket of its own, if there is a journal.  The parent keeps no copy."""
+    journal, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    fd = journal.fileno()
+    given: list[dict[int, int]] = []
+    spawn = process.spawn
+
+    def note(title: str, arguments: list[str], **more: Any) -> FakeChild:  # noqa: ANN401 - as spawn
+        given.append(more["fds"])
+        return spawn(title, arguments, **more)
+
+    monkeypatch.setattr(module, "spawn", note)
+    monkeypatch.setattr("vmd.parent.service.journal_socket", lambda: journal if there else None)
+    process.logs._form = form
+    process.end(1)
+    process.fire("_restart")
+
+    used = form == JOURNAL and there
+    assert given == [{JOURNAL_FD: fd} if used else {}]
+    assert (journal.fileno() == -1) == used
+    journal.close()
     other.close()
 
 
