@@ -179,7 +179,9 @@ def log_lines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_states_are_told_as_they_change(rig: Rig) -> None:
     """Each state is told once.  A state that is over before the next look, as in a guest's reset, is not told."""
     assert rig.told() == []
+    timers = len(rig.loop.timers)
     rig.a.begin_start(0)
+    assert [timer.delay_s for timer in rig.loop.timers[timers:]] == [0]
     assert rig.told() == [("a", "starting", False)]
     rig.a.begin_run(4711)
     rig.a.notes = ("odd",)
@@ -250,6 +252,7 @@ def test_an_answer_leaves_time_for_others(rig: Rig, monkeypatch: pytest.MonkeyPa
     rig.process.take()
     rig.ask()
     rig.loop.run()
+    assert rig.loop.timers[-1].delay_s == 0
     rig.ask()  # the first question is still being answered
     assert [type(each) for each in rig.process.take()] == [AgentxVm]
     rig.core.vms.remove(rig.b)

@@ -61,6 +61,8 @@ def test_no_name_server_exists(sockets: Path, tmp_path: Path) -> None:
         f"the host has no name server that guests can reach (it has 127.0.0.53, fe80::1%eth0 in {path}), "
         "and none listens on its own address 100.64.1.2: write `local dns ADDRESS` in vm.conf"
     )
+    path.write_text("".join(f"nameserver 127.0.0.{number}\n" for number in range(1, 6)))
+    assert f"(it has 127.0.0.1, 127.0.0.2, 127.0.0.3 in {path})" in problem(((), ()), HOST4, b"", [str(path)])
     sockets.unlink()
     assert f"({path}.x has none)" in problem(((), ()), HOST4, b"", [f"{path}.x"])
 

@@ -9,8 +9,10 @@ from vmd.config.model import (
     BootDevice,
     ConsoleLog,
     DiskConfig,
+    Forward,
     NicConfig,
     Owner,
+    Prefix,
     Rights,
     SeedConfig,
     VmConfig,
@@ -18,7 +20,16 @@ from vmd.config.model import (
 )
 from vmd.errors import OperatorError
 from vmd.ipc.messages.clients import StartRequest
-from vmd.parent.requests import check_paths, described, one_shot_config
+from vmd.parent.requests import (
+    check_paths,
+    checked_request,
+    described,
+    one_shot_config,
+    require_permitted_settings,
+    require_startable,
+    with_permitted_vhost,
+)
+from vmd.parent.vm import Vm
 
 ROOT = Owner(uid=0, gid=0)
 DISKS = (DiskConfig(path="/d0"), DiskConfig(path="/d1"))
@@ -70,9 +81,7 @@ def test_what_no_client_gives_an_interface(field: str, value: object) -> None:
         ({"seed": SeedConfig(user="x")}, ("seed",), VmFlag.SEED),
     ],
 )
-def test_what_counts_as_given_is_what_is_there(
-    fields: dict[str, Any], sent: tuple[str, ...], flags: VmFlag
-) -> None:
+def test_what_counts_as_given_is_what_is_there(fields: dict[str, Any], sent: tuple[str, ...], flags: VmFlag) -> None:
     """A client cannot hide a disk from the check whether it may give an instance one."""
     assert ask(VmConfig(name="mine", **fields), *sent).given == flags
     assert ask(VmConfig(name="mine", given=VmFlag.SEED | VmFlag.INSTANCE, **fields), *sent).given == flags
@@ -203,3 +212,72 @@ def test_a_start_that_cannot_be_as_wanted(fields: dict[str, Any], text: str) -> 
     with pytest.raises(OperatorError, match="vm known: ") as refused:
         one_shot_config(KNOWN, StartRequest(name="known", **fields))
     assert (refused.value.number, text in str(refused.value)) == (errno.EINVAL, True)
+
+
+# --- a description that is complete -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "code", "text"),
+    [
+        ({"vcpus": 0}, errno.EINVAL, "vm mine: "),
+        ({"cdrom": "/" + "x" * 5000}, errno.EINVAL, "vm mine: "),
+        ({"seed": SeedConfig(hostname="-x")}, errno.EINVAL, "vm mine: "),
+        ({"name": "a/b"}, errno.EINVAL, ""),
+        ({"disks": ()}, errno.EINVAL, "vm mine: no kernel, disk or cdrom to boot from"),
+        ({"disks": DISKS * 2}, errno.EBUSY, "vm mine: disk /d0 is given twice"),
+        ({"fault": "no such owner"}, errno.EINVAL, "vm mine: no such owner"),
+    ],
+)
+def test_a_description_has_to_follow_the_rules_of_vm_conf(fields: dict[str, Any], code: int, text: str) -> None:
+    """Whoever sends it.  The first error is the answer."""
+    whole = VmConfig(name="mine", disks=DISKS, seed=SeedConfig(hostname="web"))
+    with pytest.raises(OperatorError) as refused:
+        checked_request(whole.replace(**fields), bootable=False)
+    assert refused.value.number == code
+    assert str(refused.value).startswith(text)
+    assert str(refused.value).count("vm mine") <= 1
+
+
+def test_a_description_that_follows_all_rules() -> None:
+    """It has neither a template nor a line in vm.conf.  A boot image that is sent is enough to start it."""
+    whole = VmConfig(name="mine", disks=DISKS, seed=SeedConfig(hostname="web"))
+    found = checked_request(whole.replace(parent="template", origin="vm.conf:3"), bootable=False)
+    assert (found, found.parent, found.origin) == (whole, "", "")
+    bare = VmConfig(name="mine")
+    assert checked_request(bare, bootable=True) == bare
+    require_startable(bare, bootable=True)
+    with pytest.raises(OperatorError, match="vm mine: no kernel, disk or cdrom to boot from"):
+        require_startable(bare, bootable=False)
+
+
+# --- a stream ---------------------------------------------------------------------------------------------------
+
+FORWARD = Forward(port=80, to=80)
+
+
+@pytest.mark.parametrize(("uid", "from_config"), [(0, False), (0, True), (70, False), (70, True)])
+def test_what_only_vm_conf_or_root_gives_a_vm_from_a_stream(uid: int, from_config: bool) -> None:
+    """Forwards and fixed addresses are refused, unless vm.conf has the same; vhost is dropped."""
+    plain = NicConfig(local=True)
+    own = plain.replace(forwards=(FORWARD,))
+    vm = Vm(1, VmConfig(name="mine", nics=(own,)), from_config=from_config)
+    vm.uid = uid
+    fixed = plain.replace(address=Prefix(address=bytes((10, 0, 0, 2)), length=31))
+    other = plain.replace(forwards=(FORWARD, FORWARD.replace(port=81)))
+    for nics, what in (
+        ((plain,), ""),
+        ((own,), "" if from_config else "interface 0: forward tcp port 80 to port 80"),
+        ((plain, fixed), "interface 1: a fixed address"),
+        ((other, fixed), "interface 0: forward tcp port 80 to port 80"),
+    ):
+        config = VmConfig(name="mine", nics=nics)
+        if not what or uid == 0:
+            require_permitted_settings(vm, config)
+            continue
+        with pytest.raises(OperatorError, match=f"vm mine: {what}: only vm.conf, or root, gives it") as refused:
+            require_permitted_settings(vm, config)
+        assert refused.value.number == errno.EPERM
+    wanted = VmConfig(name="mine", nics=(plain.replace(vhost=True), plain))
+    kept = uid == 0 or from_config
+    assert [nic.vhost for nic in with_permitted_vhost(vm, wanted).nics] == [kept, False]
