@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.descriptors import open_descriptors
+from vmd.config.model import MAX_LOGS_KEPT
 from vmd.errors import OperatorError
 from vmd.ipc import courier
 from vmd.ipc.logfile import LogFile, pack, unpack
@@ -78,6 +79,20 @@ def test_a_full_log_is_rotated(directory: int, tmp_path: Path, keep: int, left: 
     os.close(open_log(directory, wanted(tmp_path / "a.log", keep)))
 
     assert names(tmp_path) == left
+
+
+@pytest.mark.parametrize("keep", [0, 1, MAX_LOGS_KEPT - 1, MAX_LOGS_KEPT])
+def test_as_many_logs_are_kept_as_there_can_be(directory: int, tmp_path: Path, keep: int) -> None:
+    """All further ones are removed, up to the last name that a log can have."""
+    (tmp_path / "a.log").write_bytes(b"0" * SIZE)
+    for number in range(1, MAX_LOGS_KEPT + 1):
+        (tmp_path / f"a.log.{number}").write_bytes(str(number).encode())
+    os.close(open_log(directory, wanted(tmp_path / "a.log", keep)))
+
+    left = {each.name: each.read_bytes()[:9].rstrip(b"0") or b"0" for each in tmp_path.iterdir()}
+    kept = {f"a.log.{number + 1}": str(number).encode().rstrip(b"0") or b"0" for number in range(keep)}
+    assert left == {"a.log": b"0", **kept}
+    assert (tmp_path / "a.log").stat().st_size == 0
 
 
 def test_a_log_that_is_not_full_is_used_again(directory: int, tmp_path: Path) -> None:

@@ -141,6 +141,17 @@ def test_a_limit_of_the_kernel_that_just_suffices(tmp_path: Path, name: str, eac
         assert len(host_warnings(config, str(tmp_path))) == warnings
 
 
+def test_neighbours_and_ports_that_just_suffice(tmp_path: Path) -> None:
+    """One more does not."""
+    path = tmp_path / limits.NEIGHBOURS
+    path.parent.mkdir(parents=True)
+    path.write_text(f"{limits.PORTS_MAX}\n")
+    for nic in (NicConfig(local=True), NicConfig(switch="lan")):
+        for count, warnings in ((limits.PORTS_MAX, 0), (limits.PORTS_MAX + 1, 1)):
+            config = Config(vms=(VmConfig(name="a", nics=(nic,) * count), VmConfig(name="b")))
+            assert len(host_warnings(config, str(tmp_path))) == warnings
+
+
 @pytest.mark.parametrize("counted", [True, False])
 def test_free_descriptors_for_a_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, counted: bool) -> None:
     """Exactly as many as a start needs are enough.  Kernels before 6.2 do not tell their number."""
