@@ -168,7 +168,7 @@ def test_a_disk_that_does_not_exist(rig: Rig, word: str) -> None:
     assert rig.vm.changing is None
 
 
-@pytest.mark.parametrize("size", [0, -512, 511, 513, SIZE_MAX + 1, 1 << 64])
+@pytest.mark.parametrize("size", [0, -512, 1, 511, 513, SIZE_MAX + 1, 1 << 63, 1 << 64])
 def test_an_impossible_size_of_a_disk(rig: Rig, size: int) -> None:
     """It is refused before anything is opened."""
     with pytest.raises(OperatorError, match="bytes") as refused:
@@ -226,7 +226,7 @@ def test_a_disk_of_a_vm_that_does_not_run(rig: Rig) -> None:
     assert first.couriers == []
     user, job = rig.openings.job()
     assert (user, job.uid, job.gid, job.only_writable, job.resize_bytes, job.in_conf) == (1000, 5, 6, False, GIB, True)
-    rig.openings.opened()
+    assert rig.openings.opened().couriers == []
 
     resized = Resized(vmid=rig.vm.vmid, name="a", disk="disk1", path="/d1", size_bytes=GIB)
     assert rig.control.take() == [resized]

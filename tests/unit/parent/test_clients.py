@@ -1,12 +1,13 @@
 """Which clients wait for what, and which are answered."""
 
 import errno
+import os
 from typing import Any, cast
 
 import pytest
 
 from vmd.ipc.messages.clients import Failed, Ok
-from vmd.ipc.messages.control import NO_CLIENT
+from vmd.ipc.messages.control import NO_CLIENT, PassFiles
 from vmd.ipc.routes import Proc
 from vmd.parent.clients import IN_ORDER, Clients, For
 from vmd.parent.peers import Peers
@@ -82,3 +83,42 @@ def test_without_control_no_client_is_answered() -> None:
     clients.wait(1, For.END, 7)
     clients.answer_all(For.END, 7, Ok())
     assert not clients.waits(1, For.END, 7)
+
+
+def test_clients_that_wait_in_vain(clients: Clients, control: Control) -> None:
+    """All that wait for one of several results are told, or only those that wait for some VMs."""
+    for client, what, vmid in (
+        (1, For.START, 7), (2, For.END, 7), (3, For.END, 8), (4, For.RESET, 0), (5, For.PAUSE, 7), (6, For.PAUSE, 7),
+    ):  # fmt: skip
+        clients.wait(client, what, vmid)
+    lost = clients.fail_waiting((For.END, For.PAUSE), errno.EIO, "silent", [7])
+    assert [(wait.what, wait.vmid) for wait in lost] == [(For.END, 7), (For.PAUSE, 7), (For.PAUSE, 7)]
+    silent = Failed(code=errno.EIO, text="silent")
+    assert control.answers == [(client, silent) for client in (2, 5, 6)]
+    assert [wait.client for wait in clients.waiting(For.PAUSE, 7)] == [NO_CLIENT, NO_CLIENT]  # their answers come later
+    clients.fail_waiting((For.END, For.RESET), errno.EIO, "silent")
+    assert control.answers[3:] == [(3, silent), (4, silent)]
+    assert not clients.waiting(For.RESET)
+    assert not clients.take(For.RESET)
+    assert clients.waits(1, For.START, 7)
+    assert not clients.waits(2, For.START, 7)
+
+
+def test_the_files_of_a_client_come_over_a_courier(control: Control, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Control has one end of it, and the caller the other."""
+    given: list[tuple[Record, int, int]] = []
+
+    def send(message: Record, *, peerid: int, fds: dict[str, list[int]]) -> None:
+        (fd,) = fds["courier"]
+        given.append((message, peerid, fd))
+
+    monkeypatch.setattr(control, "send", send)
+    peers = Peers()
+    peers.channels[Proc.CONTROL] = cast("Any", control)
+    ours = Clients(peers).courier(5)
+    ((message, client, theirs),) = given
+    assert (message, client) == (PassFiles(), 5)
+    os.write(theirs, b"x")
+    assert os.read(ours, 9) == b"x"
+    for fd in (ours, theirs):
+        os.close(fd)

@@ -38,9 +38,10 @@ def rehearse(directory: Path, script: str) -> str:
             loop.stop()
         loop.call_later(0.01, look)
 
-    Rehearsal(loop, Script(directory, script), state, ends.append)
+    made = Rehearsal(loop, Script(directory, script), state, ends.append)
     look()
     loop.run()
+    assert made._late or made._timer.callback is None
     os.close(state)
     loop.close()
     (end,) = ends

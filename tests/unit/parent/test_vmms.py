@@ -14,7 +14,7 @@ from vmd.config.model import Config, VmConfig
 from vmd.errors import HostError, PeerError
 from vmd.ipc.channel import Channel, socketpair
 from vmd.ipc.loop import Loop
-from vmd.ipc.messages.children import Ping
+from vmd.ipc.messages.children import Ping, Pong
 from vmd.ipc.messages.clients import Failed
 from vmd.ipc.messages.vm import StartVm
 from vmd.ipc.messages.vmm import KvmFd, VmSlot, VmSlotOver
@@ -253,6 +253,16 @@ def test_a_store_that_is_full_has_no_room_for_another_vmm(rig: Rig, capfd: pytes
     assert "no room to store another vmm: VMs start with that of vmd 0.1.0" in capfd.readouterr().err
 
 
+def test_a_store_that_has_room_for_one_more_vmm(rig: Rig) -> None:
+    """That is enough."""
+    known = rig.stored(3)
+    while rig.store.room > 1:
+        rig.store.put(f"x{rig.store.room}", 0)
+    rig.begin(known)
+
+    assert (len(rig.started), [*rig.generations.all], rig.store.room) == (1, [3, 4], 0)
+
+
 def test_a_vmm_that_has_ended_meanwhile(rig: Rig, capfd: pytest.CaptureFixture[str]) -> None:
     """The service manager has removed its channel.  The others are adopted."""
     rig.begin(GenerationKnown(number=2, version=VERSION, limited=True), rig.stored(3))
@@ -365,6 +375,16 @@ def test_the_end_of_a_retired_vmm_is_no_failure(rig: Rig) -> None:
     assert (rig.failures, rig.lost, rig.store.names) == (0, [], ("vmm-4",))
 
 
+def test_a_vmm_that_breaks_the_protocol(rig: Rig, capfd: pytest.CaptureFixture[str]) -> None:
+    """The log has the reason."""
+    rig.begin(rig.stored(3))
+    channel = rig.generations.all[3].channel
+    rig.room.on_lost(channel, PeerError("vmm", "speaks of nothing"))
+    channel.close()
+    assert "vmm: speaks of nothing" in capfd.readouterr().err
+    assert [*rig.generations.all] == [4]
+
+
 # --- messages -------------------------------------------------------------------------------------------------
 
 
@@ -382,6 +402,17 @@ def test_a_slot_is_over_in_the_groups_of_its_own_vmm(rig: Rig) -> None:
 
     assert vm.memory_lack == "its limit of memory"
     assert [cast("FakeGroups", each.groups).ended for each in (old, new)] == [[5], [6]]
+
+
+def test_each_vmm_answers_its_own_pings(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pong of a vmm that has been told to end is late."""
+    rig.begin(rig.stored(3))
+    answered: list[int] = []
+    for vmm in rig.generations:
+        monkeypatch.setattr(vmm.line, "on_pong", lambda number=vmm.number: answered.append(number))
+        rig.room.on_pong(Pong(), vmm.channel)
+    rig.room.on_pong(Pong(), cast("Channel", object()))
+    assert answered == [3, 4]
 
 
 def test_clients_that_wait_for_a_silent_vmm_get_an_error(rig: Rig) -> None:
