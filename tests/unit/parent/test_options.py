@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.manual import items, synopsis
+from vmd.config.model import DEFAULT_SOCKET
 from vmd.parent.options import HELP, OPTIONS, USAGE, Option, Options, Shown, UsageError, parse
 
 MANUAL = (Path(__file__).resolve().parents[3] / "man/vmd.8").read_text()
@@ -57,3 +58,35 @@ def test_a_wrong_command_line(words: list[str]) -> None:
     with pytest.raises(UsageError, match=r"^vmd: ") as wrong:
         parse(words)
     assert words[0] == "-D" or str(wrong.value).endswith(f"\n{USAGE}")
+
+
+@pytest.mark.parametrize(
+    ("words", "fields"),
+    [
+        ([], {}),
+        (["-d"], {"debug": True}),
+        (["-n"], {"check_only": True}),
+        (["--check-adopt"], {"check_adopt": True}),
+        (["-v"], {"verbosity": 1}),
+        (["-vv"], {"verbosity": 2}),
+        (["-v", "-vv"], {"verbosity": 2}),
+        (["-D", "a=b", "-Dc=d=e"], {"macros": (("a", "b"), ("c", "d=e"))}),
+        (["-f", "/x/../y"], {"conf_path": "/y", "conf_given": True}),
+        (["-s", "z"], {"socket_path": f"{Path.cwd()}/z"}),
+    ],
+)
+def test_what_an_option_sets(words: list[str], fields: dict[str, object]) -> None:
+    """Nothing else.  Paths become absolute, because a daemon changes its directory."""
+    usual = {
+        "debug": False, "check_only": False, "check_adopt": False, "verbosity": 0, "macros": (),
+        "conf_path": "/etc/vm.conf", "conf_given": False, "socket_path": DEFAULT_SOCKET,
+    }  # fmt: skip
+    assert parse(words).as_dict() == usual | fields
+
+
+def test_the_help_has_columns() -> None:
+    """Each option is explained at the same place."""
+    rows = [line for line in HELP.splitlines() if line.startswith("  -")]
+    assert len(rows) == len(OPTIONS)
+    assert {line.index(option.help) for line, option in zip(rows, OPTIONS, strict=True)} == {20}
+    assert all(line[19] == " " for line in rows)

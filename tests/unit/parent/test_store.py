@@ -1,5 +1,6 @@
 """Descriptors that outlive the daemon are stored in the service manager, and come back by name."""
 
+import fcntl
 import json
 import os
 import socket
@@ -12,7 +13,7 @@ import pytest
 
 from tests.support.daemon import DEADLINE_S, ROOT
 from tests.support.keeper import Keeper
-from vmd.parent import service
+from vmd.parent import service, store
 from vmd.parent.startup import EX_CONFIG, EX_UNAVAILABLE
 from vmd.parent.store import STORE_MAX, Store, inherited
 
@@ -155,6 +156,52 @@ def test_descriptors_for_another_process(monkeypatch: pytest.MonkeyPatch) -> Non
         assert inherited() == {}
         assert "LISTEN_FDS" not in os.environ
     assert [os.get_inheritable(fd) for fd in (0, 1, 2)] == before
+
+
+def test_descriptors_that_were_stored_wrongly(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The first of a name is used, and the others are closed.  One that is not there is named in the log."""
+    first, second = os.pipe()
+    os.set_inheritable(first, True)
+    with monkeypatch.context() as patch:
+        patch.setenv("VMD_STORED", f"state={first} state={second} vmm-1=9999 log-1=x junk")
+        assert inherited() == {"state": first}
+    assert not os.get_inheritable(first)
+    said = capfd.readouterr().err
+    assert "two descriptors were stored as state: the first one is used" in said
+    assert "descriptor 9999 (vmm-1), which was stored, is not there: Bad file descriptor" in said
+    assert said.count("\n") == 2
+    os.close(first)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(second)
+
+
+@pytest.mark.parametrize(
+    ("count", "names", "found"),
+    [
+        ("2", "state:vmm-1", ["state", "vmm-1"]),
+        ("2", "state", ["state", ""]),
+        ("1", "state:vmm-1", ["state"]),
+        ("0", "", []),
+        ("99999999999", "state:vmm-1", ["state", "vmm-1"]),
+    ],
+)
+def test_descriptors_of_the_service_manager(
+    monkeypatch: pytest.MonkeyPatch, count: str, names: str, found: list[str]
+) -> None:
+    """They follow one another.  There are no more than the store can have."""
+    reading, writing = os.pipe()
+    first = fcntl.fcntl(reading, fcntl.F_DUPFD, 900)
+    os.dup2(writing, first + 1)
+    monkeypatch.setattr(store, "FIRST_FD", first)
+    monkeypatch.setattr(store, "STORE_MAX", 2)
+    for name, value in (("LISTEN_PID", str(os.getpid())), ("LISTEN_FDS", count), ("LISTEN_FDNAMES", names)):
+        monkeypatch.setenv(name, value)
+
+    assert inherited() == {name: first + number for number, name in enumerate(found)}
+    for fd in (reading, writing, first, first + 1):
+        os.close(fd)
 
 
 def test_a_store_without_a_service_manager(monkeypatch: pytest.MonkeyPatch) -> None:
