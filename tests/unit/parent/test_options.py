@@ -70,7 +70,7 @@ def test_a_wrong_command_line(words: list[str]) -> None:
         (["-v"], {"verbosity": 1}),
         (["-vv"], {"verbosity": 2}),
         (["-v", "-vv"], {"verbosity": 2}),
-        (["-D", "a=b", "-Dc=d=e"], {"macros": (("a", "b"), ("c", "d=e"))}),
+        (["-D", "a=b", "-Dc=d"], {"macros": (("a", "b"), ("c", "d"))}),
         (["-f", "/x/../y"], {"conf_path": "/y", "conf_given": True}),
         (["-s", "z"], {"socket_path": f"{Path.cwd()}/z"}),
     ],

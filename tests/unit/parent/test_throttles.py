@@ -4,16 +4,18 @@ import itertools
 import os
 import struct
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from tests.unit.parent.test_figures import Parent
-from vmd.config.model import DiskConfig, NicConfig, VmLimits
+from vmd.config.model import DiskConfig, NicConfig, VmConfig, VmLimits
 from vmd.ipc import devmsg
 from vmd.ipc.figures import GroupFigures
 from vmd.memfile import sealed_file
 from vmd.parent import throttles
 from vmd.parent.throttles import LEAST_NS, QUIET_LOOKS, Throttles
+from vmd.parent.vm import Vm
 
 KINDS = {"vioblk": ("disk", "throttled_ns"), "vionet": ("interface", "tx_throttled_ns")}
 
@@ -123,3 +125,49 @@ def test_there_are_no_looks_without_limits(parent: Watched) -> None:
     parent.room_of_limits.begin()
     parent.room_of_limits.begin()
     assert len(parent.later) == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "limits"),
+    [
+        ({}, []),
+        ({"limit": VmLimits(memory_bytes=1, weight=3)}, []),
+        ({"limit": VmLimits(cpu_percent=50)}, [("", "cpu 50%", 7)]),
+        ({"disks": (DiskConfig(path="/a"), DiskConfig(path="/b", iops_limit=4))}, [("disk1", "iops 4", 0)]),
+        ({"disks": (DiskConfig(path="/a", rate_limit=1 << 20),)}, [("disk0", "rate 1.0M", 0)]),
+        ({"nics": (NicConfig(), NicConfig(rate_limit=1 << 20))}, [("interface1", "rate 1.0M", 0)]),
+    ],
+)
+def test_limits_that_make_something_wait(
+    monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], limits: list[tuple[str, str, int]]
+) -> None:
+    """Those of devices and of processors.  A VM of an earlier version counts nothing."""
+    monkeypatch.setattr(throttles, "group_of", lambda _mounts, _pid: GroupFigures(throttled_ns=7))
+    config = VmConfig(name="a", **fields)
+    vm = Vm(1, config, from_config=True)
+    vm.pid = 5
+    assert throttles.limited(config) == bool(limits)
+    assert list(throttles.waits(vm, config, "")) == limits
+    for group in (None, GroupFigures()):
+        monkeypatch.setattr(throttles, "group_of", lambda _mounts, _pid, group=group: group)
+        assert list(throttles.waits(vm, config, "")) == [each for each in limits if each[0]]
+
+
+def test_the_limits_that_a_vm_runs_with_count(parent: Watched) -> None:
+    """Only of VMs with a process."""
+    waiting = parent.core.vms.get(0, "b")
+    waiting.config = waiting.config.replace(limit=VmLimits(cpu_percent=1))
+    bare = parent.vm.config.replace(disks=(), nics=(), limit=VmLimits())
+    parent.vm.running_config = bare
+    assert parent.look() == []
+    assert not parent.later
+    for only in (None, parent.vm, waiting):
+        parent.room_of_limits.begin(only)
+        assert not parent.later
+    parent.vm.config, parent.vm.running_config = bare, parent.vm.config
+    parent.room_of_limits.begin(waiting)
+    assert not parent.later
+    parent.room_of_limits.begin(parent.vm)
+    assert len(parent.later) == 1
+    parent.wait(0, "vioblk", 1, LEAST_NS)
+    assert [device for device, _ in parent.look()] == ["disk1"]
