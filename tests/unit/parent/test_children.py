@@ -13,6 +13,7 @@ from tests.support.descriptors import open_descriptors
 from tests.support.vmprocesses import is_reaped
 from vmd.config.model import IDS
 from vmd.errors import HostError
+from vmd.files.prober import IMGPROBE_ENTRY
 from vmd.ipc.messages.clients import Caller
 from vmd.ipc.routes import Proc
 from vmd.parent import children as module
@@ -221,6 +222,36 @@ def test_what_a_process_gets(make: Make, spawned: Spawned, proc: Proc) -> None:
     assert more["outlives"] == (proc in (Proc.VMM, Proc.CONSOLELOG))
     assert children.are_ours(Caller(uid=12345, gid=0, pid=1000))
     ours.close()
+
+
+def test_a_probe_and_the_opener_of_a_log_are_children_too(
+    make: Make, spawned: Spawned, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that have ended are reaped when the next one starts."""
+    children, _ = make([])
+    started: list[tuple[object, ...]] = []
+    ours, theirs = socket.socketpair()
+
+    def start_probe(cell: object, log_fd: int, *, entry: str, title: str) -> tuple[FakeChild, socket.socket]:
+        started.append((cell, os.path.exists(f"/proc/self/fd/{log_fd}"), entry, title))
+        return FakeChild("probe", 77), ours
+
+    monkeypatch.setattr(module, "start_probe", start_probe)
+    child, sock = children.start_probe(open_log, entry="x.y:main", title="seeder")
+    assert (child.pid, sock, started) == (77, ours, [(children.cell, True, "x.y:main", "seeder")])
+    assert children.are_ours(Caller(uid=12345, gid=0, pid=77))
+    cast("Any", child).ended = True
+    log_file = children.start_log_file(open_log, "web", ["a", "b"], {5: 6})
+    ((title, arguments, more),) = spawned.calls
+    assert (title, arguments, more["fds"], more["entry"]) == ("logfile/web", ["a", "b"], {5: 6}, module.LOGFILE_ENTRY)
+    assert more["place"] is children._places[Proc.OPENER]
+    assert children._children == [log_file]
+    cast("Any", log_file).ended = True
+    children.start_probe(open_log)
+    assert started[1][2:] == (IMGPROBE_ENTRY, "imgprobe")
+    assert len(children._children) == 1
+    for end in (ours, theirs):
+        end.close()
 
 
 def test_a_title_of_its_own(make: Make, spawned: Spawned) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import select
+import signal
 import time
 from pathlib import Path
 
@@ -61,10 +62,11 @@ def test_another_process_closes_the_memory_last(memory: int, closing: list[set[i
     """That process has no other descriptor of ours.  It ends by itself and need not be reaped."""
     inode = os.fstat(memory).st_ino
     others, theirs = os.pipe2(os.O_CLOEXEC)
-    before = children()
+    before, blocked = children(), signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
     let_go(memory)
 
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == blocked
     (last,) = closing
     assert len(last) == 1
     os.close(theirs)

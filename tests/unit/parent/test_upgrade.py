@@ -130,13 +130,14 @@ def test_only_a_rehearsal(rig: Rig, capfd: pytest.CaptureFixture[str], trouble: 
     rig.ask()
 
 
-def test_an_upgrade(rig: Rig, tmp_path: Path) -> None:
+def test_an_upgrade(rig: Rig, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """The state is written for the next program, which starts in the daemon's first directory, with its first score."""
     rig.ask()
     with pytest.raises(Executed):
         rig.done[0]("")
     assert rig.calls[:4] == ["planned True", "saved", "score given back", f"executed in {tmp_path}"]
     assert rig.sent == []  # the client sees the end of its connection
+    assert "upgrade: the version that is installed now takes over" in capfd.readouterr().err
 
 
 def test_a_rehearsal_that_fails(rig: Rig) -> None:
