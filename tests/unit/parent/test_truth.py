@@ -25,11 +25,14 @@ from vmd.parent.core import Core
 from vmd.parent.plans import Taps
 from vmd.parent.statemem import StateMemory
 from vmd.parent.truth import (
+    Change,
     GenerationKnown,
     Truth,
+    VmChange,
     VmKnown,
     Writer,
     config_of,
+    folded,
     read,
     taps_known,
     taps_of,
@@ -344,6 +347,28 @@ def test_a_state_of_an_earlier_version_is_read(memory: StateMemory) -> None:
     assert [switch.name for switch in config.switches] == ["uplink"]
     assert config.settings.local_inet6
     assert [generation.number for generation in truth.generations] == [1]
+
+
+def test_a_state_is_that_after_its_last_change() -> None:
+    """A later change replaces an earlier one.  What a change does not have stays as it was."""
+    first, second = GenerationKnown(number=1, version="1"), GenerationKnown(number=2, version="2")
+    left = {vmid: AdoptNics(vmid=vmid, nics=(), made=()) for vmid in (1, 2, 3, 5)}
+    before = Truth(
+        program="1", config=b"c0", verbosity=0, identities=b"i", vms=(b"1", b"2", b"3"), vmids=(1, 2, 3),
+        left=(left[1], left[2], left[3]), generations=(first,),
+    )  # fmt: skip
+    changes = [
+        Change(vms=(VmChange(vmid=2, vm=b"two"), VmChange(vmid=7, vm=b"7")), verbosity=1, generations=(first, second)),
+        Change(vms=(VmChange(vmid=1), VmChange(vmid=5, vm=b"5", left=left[5])), config=b"c1", verbosity=3),
+        Change(vms=(VmChange(vmid=7),), verbosity=2, generations=(second,)),
+    ]
+    after = folded(before, changes)
+
+    assert dict(zip(after.vmids, after.vms, strict=True)) == {2: b"two", 3: b"3", 5: b"5"}
+    assert after.left == (left[3], left[5])
+    assert (after.config, after.verbosity, after.generations) == (b"c1", 2, (second,))
+    assert (after.identities, after.program) == (b"i", "1")
+    assert folded(before, []) is before
 
 
 @pytest.mark.parametrize(
