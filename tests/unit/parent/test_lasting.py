@@ -166,9 +166,11 @@ def test_a_state_that_was_written_at_once_is_not_written_again(rig: Rig) -> None
     """A room writes at once before it does what cannot be undone."""
     rig.keep()
     rig.add("a")
+    assert rig.due() == [0, 0]
     rig.core.write()
 
     assert rig.kept() == ["a"]
+    assert rig.due() == [0]  # the identities
     rig.timers.fire(0)
     assert rig.due() == []
 
