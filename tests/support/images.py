@@ -62,8 +62,8 @@ def opened_qcow2(path: Path, *, writable: bool = True) -> Qcow2Image:
 
 
 def read(image: "Image", offset: int, length: int) -> bytes:
-    """Return a range of a disk."""
-    buffer = bytearray(length)
+    """Return a range of a disk.  The memory has other bytes before, so that each byte must be read."""
+    buffer = bytearray(b"\xee") * length
     image.preadv(offset, [memoryview(buffer)])
     return bytes(buffer)
 
@@ -122,7 +122,7 @@ class Scribbler:
 
     def compare(self, offset: int, length: int) -> None:
         """Read and compare."""
-        buffer = bytearray(length)
+        buffer = bytearray(b"\xee") * length
         self.image.preadv(offset, pieces(buffer, self.choice))
         assert buffer == self.flat[offset : offset + length], f"{length} bytes at {offset} differ"
 

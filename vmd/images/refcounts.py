@@ -18,6 +18,7 @@ from vmd.images.header import AT_REFCOUNT_TABLE, MAX_TABLE_BYTES, Header
 from vmd.images.hostfile import read_bytes, write_bytes
 from vmd.images.units import runs, unit_bytes
 from vmd.images.words import big_endian, zeroes
+from vmd.units import SECTOR
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -394,7 +395,16 @@ class Refcounts:
             raise failure
 
     def publish(self, entries: "set[int]") -> None:
-        """Write entries of the refcount table.  Their blocks must be on stable storage.  Raises OSError."""
+        """Write entries of the refcount table.  Their blocks must be on stable storage.  Raises OSError.
+
+        The first block of `_allocate_after_end` counts the others, so its entry must be on stable storage before those
+        in other sectors of the table.  A sector is stored as a whole.
+        """
+        last = None
         for number in sorted(entries & self.unpublished):
-            write_bytes(self.fd, self.table[number].to_bytes(8, "big"), self.table_offset + number * 8)
+            place = self.table_offset + number * 8
+            if last not in (None, place // SECTOR):
+                self.stable.sync()
+            last = place // SECTOR
+            write_bytes(self.fd, self.table[number].to_bytes(8, "big"), place)
             self.unpublished.discard(number)
