@@ -36,8 +36,9 @@ def parse(text: bytes) -> BootConf:
                 if words and not words[0].startswith("-"):
                     place, colon, path = words.pop(0).rpartition(":")
                     device, image = (place if colon else device), path
-                given = "".join(word[1:] for word in words if word.startswith("-"))
-                options += "".join(letter for letter in given if letter in OPTIONS and letter not in options)
+                for letter in "".join(word[1:] for word in words if word.startswith("-")):
+                    if letter in OPTIONS and letter not in options:
+                        options += letter
     return BootConf(partition=partition_of(device), image=path_of(image), options=options)
 
 

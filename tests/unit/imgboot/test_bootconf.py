@@ -22,6 +22,8 @@ from vmd.imgboot.bootconf import BootConf, parse
         (b"  boot\t/obsd  \r\n", ("a", "/obsd", "")),
         (b"# boot /no\nset image /a\nset image /b\nset image", ("a", "/b", "")),
         (b"set device sd0a", ("a", "/bsd", "")),
+        (b"boot -sssss -xcs\nboot -c -a", ("a", "/bsd", "sca")),  # each letter once
+        (b"set image /" + b"x" * 1022, ("a", "/" + "x" * 1022, "")),
     ],
 )
 def test_valid_files(text: bytes, found: tuple[str, str, str]) -> None:
@@ -38,7 +40,9 @@ def test_valid_files(text: bytes, found: tuple[str, str, str]) -> None:
         (b"set device hd0", "device 'hd0' is no partition of the disk itself"),
         (b"boot hd0a:", "image '' is no path of a kernel"),
         (b"set image /", "image '/' is no path of a kernel"),
-        (b"set image /" + b"x" * 5000, "image '/x"),
+        (b"set image /" + b"x" * 1023, "image '/x"),
+        (b"boot x0a:/bsd", "device 'x0a' is no partition of the disk itself"),
+        (b"boot hd00a:/bsd", "device 'hd00a' is no partition of the disk itself"),
     ],
 )
 def test_invalid_values(text: bytes, why: str) -> None:
