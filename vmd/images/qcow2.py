@@ -318,7 +318,7 @@ class Qcow2Image:
                 if not (item[1].dirty or item[1].pinned or item[1] is self.held)
             ]
             clean.sort(key=lambda item: item[1].used)
-            for old, _ in clean[: max(1, self.max_slices // 4)]:
+            for old, _ in clean[: self.max_slices // 4]:
                 del self.slices[old]
         self.clock += 1
         new.used = self.clock

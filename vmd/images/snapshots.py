@@ -29,10 +29,10 @@ class Snapshot(Record):
     l1_offset: int
     l1_entries: int
     size: int  # bytes of the disk
-    date_s: int = 0  # seconds since 1970
-    date_ns: int = 0
-    clock_ns: int = 0  # running time of the machine
-    state_bytes: int = 0
+    date_s: int  # seconds since 1970
+    date_ns: int
+    clock_ns: int  # running time of the machine
+    state_bytes: int
     raw: bytes = b""  # the entry as read from the table; empty for a new snapshot
 
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 FORMATS: "dict[int, Literal['B', 'H', 'I', 'Q']]" = {1: "B", 2: "H", 4: "I", 8: "Q"}
 
 
-def swapped(raw: "bytes | bytearray | memoryview", width: int = 8) -> bytearray:
+def swapped(raw: "bytes | bytearray | memoryview", width: int) -> bytearray:
     """Return numbers of `width` bytes, with the bytes of each in reverse order."""
     turned = bytearray(len(raw))
     for place in range(width):
