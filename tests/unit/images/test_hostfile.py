@@ -3,7 +3,7 @@
 import errno
 import os
 import posix
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest

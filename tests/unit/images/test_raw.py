@@ -117,7 +117,7 @@ VHD = b"conectix".ljust(60, b"\0") + (2).to_bytes(4, "big")
 
 @pytest.mark.parametrize("trailer", [KOLY, VHD], ids=["DMG", "VHD"])
 def test_guessed_raw_disk_takes_no_signature_at_its_end_31(path: Path, trailer: bytes) -> None:
-    """It is refused as a whole, with all of the disk, in its last byte, and in a write that begins before (hostile 31)."""
+    """It is refused as a whole, with bytes before it, with all of the disk, and in its last byte (hostile 31)."""
     image = opened(path, writable=True, formats=("raw",), guessed=True)
     last = trailer.ljust(512, b"\0")
     for offset, data in (
