@@ -127,6 +127,36 @@ def test_lost_locks_are_taken_again(ours: int, other: int, path: Path) -> None:
     assert seen(other) == {}
 
 
+@pytest.mark.parametrize("error", [errno.ENOLCK, errno.EAGAIN])
+def test_lock_that_fails_in_the_middle_leaves_none(
+    ours: int, other: int, path: Path, error: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another program could not use the image."""
+    real = fcntl.fcntl
+    for failing in range(1, 8):
+        calls = []
+
+        def fail(
+            fd: int, command: int, argument: bytes, calls: list[int] = calls, failing: int = failing
+        ) -> "int | bytes":
+            if flock.unpack(argument)[0] != fcntl.F_UNLCK:
+                calls.append(fd)
+                if len(calls) == failing:
+                    raise OSError(error, os.strerror(error))
+            return real(fd, command, argument)
+
+        with monkeypatch.context() as broken:
+            broken.setattr(fcntl, "fcntl", fail)
+            try:
+                lock(ours, str(path), writable=True)
+            except OperatorError:
+                assert len(calls) >= failing
+            else:
+                assert len(calls) < failing
+                unlock(ours)
+        assert seen(other) == {}
+
+
 @pytest.mark.parametrize(
     ("error", "number", "words"),
     [

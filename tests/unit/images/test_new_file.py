@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.descriptors import open_descriptors
 from vmd.errors import HostError
 from vmd.images import create as module
 from vmd.images.create import STEM_BYTES, new_file
 
 # Features that a file system lacks, each in addition to the ones before: unnamed files, RENAME_NOREPLACE, links.
 KINDS = ["local", "no-tmpfile", "no-noreplace", "no-links"]
+NO_PROC = "no-proc"  # without /proc a file without a name cannot get one
 
 
 class Rename:
@@ -28,10 +30,14 @@ class Rename:
         return -1
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=[*KINDS, NO_PROC])
 def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Make the file system lack the features of a kind."""
     kind: str = request.param
+    if kind == NO_PROC:
+        real = os.path.exists
+        monkeypatch.setattr(os.path, "exists", lambda path: not str(path).startswith("/proc/") and real(path))
+        return kind
     lacks = KINDS.index(kind)
     def no_link(*_: object, **__: object) -> None:
         raise OSError(errno.EPERM, "no links")
@@ -47,7 +53,7 @@ def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 def test_file_appears_complete(kind: str, tmp_path: Path) -> None:
     """Before the end its name does not exist.  Afterwards no other file is left."""
-    path = tmp_path / ("n" * 255)
+    path, descriptors = tmp_path / ("n" * 255), open_descriptors()
     with new_file(str(path)) as fd:
         os.write(fd, b"content")
         assert not path.exists()
@@ -59,6 +65,7 @@ def test_file_appears_complete(kind: str, tmp_path: Path) -> None:
     assert path.read_bytes() == b"content"
     assert path.stat().st_mode & 0o777 == 0o600
     assert path.stat().st_nlink == 1
+    assert open_descriptors() == descriptors
 
 
 @pytest.mark.usefixtures("kind")
@@ -87,6 +94,8 @@ def test_existing_name_is_reported_before_anything_is_written(tmp_path: Path) ->
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("bad"), OSError(errno.ENOSPC, "full")])
 def test_failure_leaves_nothing(tmp_path: Path, error: BaseException) -> None:
     """This holds for every exception."""
+    descriptors = open_descriptors()
+
     def half(fd: int) -> None:
         os.write(fd, b"half")
         raise error
@@ -95,6 +104,7 @@ def test_failure_leaves_nothing(tmp_path: Path, error: BaseException) -> None:
         half(fd)
 
     assert os.listdir(tmp_path) == []
+    assert open_descriptors() == descriptors
 
 
 @pytest.mark.usefixtures("kind")

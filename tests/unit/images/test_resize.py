@@ -14,12 +14,12 @@ from vmd.ipc.probemsg import Probe, unpack
 SIZE = 2 * MIB
 
 
-def ask(size: int, *images: tuple[Path, str]) -> Probe | str:
+def ask(size: int, *images: tuple[Path, str], guessed: bool = False) -> Probe | str:
     """Ask for a size of the disk with these images; return the answer.  All files must be closed then."""
     fds = [os.open(path, os.O_RDONLY if place else os.O_RDWR) for place, (path, _) in enumerate(images)]
     words = [str(size)]
     for path, kind in images:
-        words += [str(path), kind, "0"]
+        words += [str(path), kind, "1" if guessed else "0"]
     files = fds[:]
     line = answer(words, files)
     assert files == []
@@ -94,6 +94,16 @@ def test_disk_with_a_backing_file(tmp_path: Path) -> None:
     assert read(image, 0, SIZE) == b"b" * MIB + bytes(MIB)
     image.close()
     assert base.read_bytes() == b"b" * SIZE
+
+
+def test_guessed_image_has_no_backing_file(tmp_path: Path) -> None:
+    """Its guest may have written the header that names it."""
+    base, top = tmp_path / "base", tmp_path / "top"
+    base.write_bytes(b"b" * SIZE)
+    qemu("qemu-img", "create", "-qf", "qcow2", "-F", "raw", "-b", base, top, MIB)
+    said = ask(SIZE, (top, "qcow2"), (base, "raw"), guessed=True)
+    assert isinstance(said, str)
+    assert said.startswith("has a backing file, but only its first bytes say that it is qcow2")
 
 
 def test_image_that_cannot_be_opened(tmp_path: Path) -> None:

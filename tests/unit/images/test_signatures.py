@@ -1,7 +1,21 @@
 """Each recognised format has a name, and the guard checks the same bytes as the recognition."""
 
+import bz2
+import gzip
+import lzma
+
+import pytest
+
 from fuzz.seeds import seeds
-from vmd.images.signatures import DISC_SIGNATURES, HEAD_BYTES, SIGNATURES, TAIL_BYTES, recognise, recognise_disc
+from vmd.images.signatures import (
+    DISC_NAMES,
+    DISC_SIGNATURES,
+    HEAD_BYTES,
+    SIGNATURES,
+    TAIL_BYTES,
+    recognise,
+    recognise_disc,
+)
 from vmd.ipc.foreign import FOREIGN
 
 ELSEWHERE = {"QCOW", "OVA", "OVF", "DMG"}  # not recognised by a single signature
@@ -39,3 +53,33 @@ def test_zeroes_complete_no_signature() -> None:
         first, last = at // 512, (at + len(signature) - 1) // 512
         assert first == last
         assert any(signature)
+
+
+def test_compressed_data_is_recognised() -> None:
+    """At each level, and also if it is empty."""
+    for data in (b"", b"data" * 1000):
+        for level in range(1, 10):
+            assert recognise(bz2.compress(data, level)[:HEAD_BYTES], b"") == "bzip2"
+            assert recognise(gzip.compress(data, level)[:HEAD_BYTES], b"") == "gzip"
+        assert recognise(lzma.compress(data)[:HEAD_BYTES], b"") == "xz"
+
+
+@pytest.mark.parametrize("at", [1, 9])
+@pytest.mark.parametrize("name", DISC_NAMES)
+def test_disc_may_begin_with_any_bytes(name: bytes, at: int) -> None:
+    """Its first descriptor says that it is one."""
+    head = b"PK\3\4".ljust(HEAD_BYTES, b"\0")
+    descriptor = (bytes(at) + name).ljust(2048, b"\0")
+    assert recognise_disc(head, bytes(TAIL_BYTES), descriptor) == ""
+    assert recognise_disc(head, bytes(TAIL_BYTES), b"\0" + descriptor[:-1]) == "zip"
+
+
+@pytest.mark.parametrize(
+    ("cookie", "kind", "found"),
+    [(b"conectix", 2, "VHD"), (b"conectix", 3, ""), (b"conectiy", 2, ""), (b"\0" * 8, 2, "")],
+)
+def test_footer_of_a_fixed_vhd(cookie: bytes, kind: int, found: str) -> None:
+    """Others have a copy of it at their beginning.  It is a sector."""
+    tail = (cookie.ljust(60, b"\0") + kind.to_bytes(4, "big")).ljust(TAIL_BYTES, b"\0")
+    assert recognise(bytes(HEAD_BYTES), tail) == found
+    assert recognise(bytes(HEAD_BYTES), tail[:-1]) == ""

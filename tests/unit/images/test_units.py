@@ -44,6 +44,12 @@ def test_prepare_writes_a_unit_once_without_changing_it(tmp_path: Path, monkeypa
 
     assert prepared.known == {2, 3}
     monkeypatch.undo()
+    for offset, length, units in ((0, 4 * KIB, {0}), (4 * KIB - 1, 1, {0}), (4 * KIB - 1, 2, {0, 1})):
+        fd = os.open(path, os.O_RDWR)
+        prepared = Prepared(fd, 64 * KIB)
+        prepared.prepare(offset, length)
+        os.close(fd)
+        assert prepared.known == units
     fd = os.open(path, os.O_RDWR)
     prepared = Prepared(fd, 64 * KIB)
     prepared.write(before[: 8 * KIB], 0)

@@ -388,6 +388,27 @@ def test_interrupted_way_back_is_repeated_first(disks: list[Path], monkeypatch: 
     run(CREATE, "two", disks)
 
 
+def test_interrupted_way_back_of_one_disk_is_over(disks: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk is of one time in any case, so that every change is allowed."""
+    alone = disks[:1]
+    fill(alone, b"a")
+    run(CREATE, "one", alone)
+    writer = Writer()
+    assert writer.change(GO_BACK, "one", alone) == [READY]
+
+    def cut(_change: Rewrite) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Rewrite, "commit", cut)
+        with pytest.raises(KeyboardInterrupt):
+            writer.finish()
+    for image in writer.images:
+        os.close(image.fd)
+    writer.loop.close()
+    run(CREATE, "two", alone)
+
+
 def test_interrupted_deletion_is_completed(disks: list[Path]) -> None:
     """A disk that has lost the snapshot already is left alone."""
     run(CREATE, "one", disks)
