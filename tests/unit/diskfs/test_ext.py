@@ -24,6 +24,7 @@ from tests.support.filesystems import (
     run,
     trees,
 )  # fmt: skip
+from vmd.diskfs.ext import Ext
 from vmd.diskfs.source import DiskFsError, NoSuchFile
 
 VARIANTS = {
@@ -83,6 +84,13 @@ def test_files_are_read(tmp_path: Path, variant: str) -> None:
     }
 
     checked(tmp_path, tree, *VARIANTS[variant])
+    lines = run("dumpe2fs", "-h", tmp_path / "image").splitlines()
+    told = dict(line.split(":", 1) for line in lines if ":" in line)
+    found = opened_file(tmp_path / "image").find("/4empty").filesystem
+    assert isinstance(found, Ext)
+    assert [found.inodes, found.blocks, found.first_data_block, found.block_bytes, found.inodes_per_group] == [
+        int(told[name]) for name in ("Inode count", "Block count", "First block", "Block size", "Inodes per group")
+    ]
 
 
 @settings(max_examples=6, suppress_health_check=list(HealthCheck))

@@ -128,7 +128,7 @@ def test_description_of_a_disk(linux: Path, tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("size", [512, 128 << 10, MIB])
+@pytest.mark.parametrize("size", [512, 128 << 10, (128 << 10) + 512, MIB])
 def test_empty_disk(tmp_path: Path, size: int) -> None:
     """Anything in its first 128 KiB makes it another one; a disk may be shorter than that."""
     disk = tmp_path / "disk.img"

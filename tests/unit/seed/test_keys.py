@@ -5,7 +5,7 @@ import random
 import pytest
 
 from tests.support.seeds import public_key, seed_file
-from vmd.seed.keys import keys_of
+from vmd.seed.keys import LINE_MAX, keys_of
 from vmd.seed.parts import FILE_MAX, SeedError
 
 SECRET = "b3BlbnNzaC1rZXktdjEAAAAA"
@@ -26,6 +26,17 @@ def test_keys_of_a_file() -> None:
     text = f"# mine\n\n{first}\r\n  {second} \n{third}"
 
     assert keys_of(seed_file(text)) == [first, second, third]
+
+
+def test_longest_line_and_longest_type() -> None:
+    """With a character more they are refused."""
+    line = public_key(comment="x")
+    line += "x" * (LINE_MAX - len(line))
+    kind = public_key("t" * 64)
+
+    assert keys_of(seed_file(f"{line}\n{kind}\n")) == [line, kind]
+    assert refusal(line + "x") == f"ssh-key /k:1: longer than {LINE_MAX} bytes"
+    assert "no public key" in refusal(public_key("t" * 65))
 
 
 @pytest.mark.parametrize(
