@@ -195,3 +195,12 @@ def test_damaged_journals_are_refused(at: int, value: bytes, said: str) -> None:
 
     with pytest.raises(DiskFsError, match=said):
         opened(with_journal(bytes(superblock) if at else b"\0" * 12)).find("/kernel")
+
+
+def test_a_journal_of_the_first_version_is_replayed() -> None:
+    """It has no features: other bytes are in place of them."""
+    superblock = bytearray(journal("0", b"")[:1024])
+    superblock[4:8] = struct.pack(">I", 3)
+    superblock[36:48] = b"\xff" * 12
+
+    assert opened(with_journal(bytes(superblock))).find("/kernel").content(10_000).startswith(b"kernel of the journal")
