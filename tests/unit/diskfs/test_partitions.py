@@ -61,6 +61,17 @@ def test_logical_partitions_are_counted_from_five() -> None:
     assert named(raw, "p4").holds == "logical partitions: p5, p6, p7"
 
 
+@pytest.mark.parametrize("kind", [0x05, 0x0F, 0x85])
+def test_every_kind_of_extended_partition(kind: int) -> None:
+    """Those of DOS, of Windows and of Linux."""
+    raw = mbr_disk(*[Part(first, FILLED) for first in (8, 16, 24, 33, 41)])
+    at = 446 + 3 * 16 + 4
+    assert raw[at] in (0x05, 0x0F, 0x85)
+    raw[at] = kind
+
+    assert places(raw) == [("p1", 8, 4), ("p2", 16, 4), ("p3", 24, 4), ("p5", 33, 4), ("p6", 41, 4)]
+
+
 def test_a_chain_of_boot_records_without_an_end_ends() -> None:
     """A loop and a record outside of the disk are reported, and the partitions before them are kept."""
     raw = mbr_disk(*[Part(first, FILLED) for first in (8, 16, 24, 33, 41)])
@@ -113,6 +124,13 @@ def test_the_backup_of_a_gpt_is_used() -> None:
         raw = gpt_disk(Part(40, FILLED))
         raw[sector * SECTOR + at] ^= 1
         assert places(raw) == [("p1", 40, 4)]
+
+
+def test_a_gpt_needs_no_backup() -> None:
+    """The disk was enlarged, or cut."""
+    raw = gpt_disk(Part(40, FILLED))
+    put(raw, len(raw) // SECTOR - 1, bytes(SECTOR))
+    assert places(raw) == [("p1", 40, 4)]
 
 
 def test_a_gpt_without_a_valid_copy_is_reported() -> None:
@@ -205,7 +223,8 @@ def test_a_disklabel_for_other_sectors_is_named() -> None:
 @pytest.mark.parametrize("size", [0, 1, 511, 512, 1023, 1024, 2048])
 def test_a_disk_may_be_of_any_size(size: int) -> None:
     """A disk without room for a table has none."""
-    assert table(boot_record((0x83, 1, 1))[:size].ljust(size, b"\0")).problem == ""
+    found = table(boot_record((0x83, 1, 1))[:size].ljust(size, b"\0"))
+    assert (found.kind, found.problem) == ("MBR" if size >= 1024 else "", "")
 
 
 @pytest.mark.parametrize(
