@@ -31,12 +31,13 @@ def end_of(path: Path, sector: int, **changes: int) -> int:
 def test_size_is_found(tmp_path: Path, sector: int) -> None:
     """It ends with the copy of the table.  A header may fill its sector; the largest disk ends before 2^63 bytes."""
     last = END_MAX // sector - 1
-    for changes, end in (
+    cases: list[tuple[dict[str, int], int]] = [
         ({}, (COPY + 1) * sector),
         ({"length": sector}, (COPY + 1) * sector),
         ({"length": HEADER.size}, (COPY + 1) * sector),
         ({"copy": last}, (last + 1) * sector),
-    ):
+    ]
+    for changes, end in cases:
         assert end_of(tmp_path / "disk", sector, **changes) == end
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.images import KIB, MIB
+from vmd import native
 from vmd.images import hostfile
 from vmd.images.hostfile import (
     FILE_MAX,
@@ -79,14 +80,14 @@ def test_views_of_any_length_are_cleared() -> None:
 @pytest.mark.parametrize("retries", [0, 3])
 def test_fallocate(fd: int, retries: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A signal does not end it; its error is reported."""
-    calls = []
+    calls: list[tuple[int, ...]] = []
     real = hostfile._fallocate
 
     def interrupted(*arguments: int) -> int:
         calls.append(arguments)
         return -1 if len(calls) <= retries else int(real(*arguments))
 
-    monkeypatch.setattr(hostfile.native, "get_errno", lambda: errno.EINTR)
+    monkeypatch.setattr(native, "get_errno", lambda: errno.EINTR)
     monkeypatch.setattr(hostfile, "_fallocate", interrupted)
     hostfile.fallocate(fd, 0, 0, 8 * KIB)
     assert os.fstat(fd).st_size == 8 * KIB

@@ -134,7 +134,7 @@ def test_lock_that_fails_in_the_middle_leaves_none(
     """Another program could not use the image."""
     real = fcntl.fcntl
     for failing in range(1, 8):
-        calls = []
+        calls: list[int] = []
 
         def fail(
             fd: int, command: int, argument: bytes, calls: list[int] = calls, failing: int = failing

@@ -9,7 +9,7 @@ import pytest
 from tests.support.images import KIB, MIB, opened, read, write
 from vmd.images import raw as module
 from vmd.images.guard import Guard
-from vmd.images.hostfile import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE
+from vmd.images.hostfile import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE, fallocate
 from vmd.images.raw import RawImage
 
 BLOCK = 4 * KIB
@@ -44,13 +44,12 @@ def test_only_whole_blocks_of_a_device_are_given_back(
 ) -> None:
     """Zeroes are written to the rest, so that a write beside it is not undone."""
     calls: list[tuple[int, int, int]] = []
-    real = module.fallocate
 
-    def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    def note(fd: int, mode: int, offset: int, length: int) -> None:
         calls.append((mode, offset, length))
-        real(fd, mode, offset, length)
+        fallocate(fd, mode, offset, length)
 
-    monkeypatch.setattr(module, "fallocate", fallocate)
+    monkeypatch.setattr(module, "fallocate", note)
     image = opened(path, writable=True, formats=("raw",))
     assert isinstance(image, RawImage)
     image.granularity = BLOCK
