@@ -165,6 +165,7 @@ def test_a_mark_is_made_as_far_as_there_is_memory(memory: GuestMemory) -> None:
     assert marked(memory) == [511, *range(512, 832)]
     memory.mark(1 << 50, 1)
     memory.mark(0, 0)
+    memory.mark(PAGE + 5, 0)
     assert marked(memory) == [511, *range(512, 832)]
 
 
@@ -240,6 +241,21 @@ def test_attach_refuses_a_file_that_could_shrink() -> None:
     os.close(fd)
 
 
+@pytest.mark.parametrize("offset", [-PAGE, 1, PAGE // 2, 3 * MIB + 0x40000])
+def test_attach_refuses_a_region_that_is_not_in_the_file(memory: GuestMemory, offset: int) -> None:
+    """A region has whole pages of the file, and none of the marks."""
+    region = Region(gpa=0, size=PAGE, name="odd", offset=offset)
+    with pytest.raises(ValueError, match="region odd: outside a file of 3407872 bytes"):
+        GuestMemory.attach(memory.fd, [region])
+
+
+def test_attach_refuses_regions_that_overlap(memory: GuestMemory) -> None:
+    """An address would have two places in the file."""
+    first, second = (Region(gpa=0, size=PAGE, name=name, offset=0) for name in ("one", "two"))
+    with pytest.raises(ValueError, match="one and two overlap at 0x0"):
+        GuestMemory.attach(memory.fd, [first, second])
+
+
 @pytest.mark.parametrize(
     ("layout", "what"),
     [
@@ -278,6 +294,7 @@ def test_touched_runs_are_the_written_pages(memory: GuestMemory) -> None:
     memory.write(0x3000, bytes(2 * PAGE))
     memory.write(0x9000, b"x")
     memory.write(MIB - PAGE, bytes(2 * PAGE))
+    memory.write(high.gpa, b"x")
     memory.load(firmware.gpa, b"x")
 
     assert list(memory.touched_runs(low)) == [
@@ -286,7 +303,7 @@ def test_touched_runs_are_the_written_pages(memory: GuestMemory) -> None:
         (MIB - PAGE, MIB - PAGE, PAGE),
     ]
     assert list(memory.touched_runs(nxt)) == [(MIB, MIB, PAGE)]
-    assert list(memory.touched_runs(high)) == []
+    assert list(memory.touched_runs(high)) == [(high.gpa, 2 * MIB, PAGE)]
     assert list(memory.touched_runs(firmware)) == [(firmware.gpa, 3 * MIB, PAGE)]
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from vmd.record import Record
+from vmd.record import Part, Record
 
 
 class Point(Record):
@@ -64,3 +64,23 @@ def test_inherited_fields_come_first_and_rules_are_checked() -> None:
 def test_values_that_a_list_must_have() -> None:
     """It must have all fields up to the last one without a default."""
     assert (Record.least, Point.least, Positive.least) == (0, 1, 1)
+
+
+class Old(Part):
+    """A part without a new version."""
+
+
+class New(Part):
+    """A part of the third version."""
+
+    VERSION = 3
+
+
+def test_part_of_another_version() -> None:
+    """Each version is read up to the one that is written.  The refusal names both."""
+    assert (Old.VERSION, Old().version) == (1, 1)
+    assert [New(version=version).version for version in (1, 2, 3)] == [1, 2, 3]
+    for part, version in ((Old, 0), (Old, 2), (New, 0), (New, 4)):
+        what = f"{part.__name__} of version {version}, where this vmd reads 1 to {part.VERSION}"
+        with pytest.raises(ValueError, match=what):
+            part(version=version)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from vmd.config import rules, values
-from vmd.config.model import DiskConfig, Forward, NicConfig, Prefix
+from vmd.config.model import DiskConfig, Forward, NicConfig, Prefix, VmConfig
 
 GIB = 1 << 30
 Rule = Callable[[int], object]
@@ -23,6 +23,8 @@ Rule = Callable[[int], object]
         (rules.iops, 1, 10_000_000),
         (rules.cpu_percent, 1, 100_000),
         (rules.weight, 1, 10_000),
+        (rules.rate, 64 << 10, 1 << 40),
+        (rules.console_log_bytes, 64 << 10, 1 << 40),
         (rules.console_logs_kept, 0, 99),
         (lambda count: rules.forward(Forward(port=1000, to=1000, count=count)), 1, 1024),
         (lambda port: rules.forward(Forward(port=port, to=22)), 1, 65535),
@@ -31,6 +33,8 @@ Rule = Callable[[int], object]
         (lambda port: rules.forward(Forward(port=1, to=port, count=10)), 1, 65526),
         (lambda number: rules.disks((DiskConfig(path="/x"),) * number), None, 4),
         (lambda number: rules.nics((NicConfig(),) * number), None, 4),
+        (lambda number: rules.forwards([Forward(port=1 + each, to=1) for each in range(number)]), None, 16),
+        (lambda number: rules.plan(VmConfig(name="a", plan_id=number)), 0, (1 << 31) - 1),
         (values.memory_limit, 1 << 20, None),
     ],
 )  # fmt: skip
@@ -64,6 +68,10 @@ def test_the_host_s_routing_tables(number: int) -> None:
         (rules.group_name, "g" * 15),
         (rules.cmdline, "c" * 2047),
         (rules.disk_serial, "s" * 20),
+        (rules.host_name, "h" * 63),
+        (rules.host_name, ("h" * 63 + ".") * 3 + "h" * 63),
+        (rules.console_log_path, "/" + "l" * 189),
+        (rules.console_log_path, "/" + "l/" * 510 + "ll"),
         (lambda name: rules.path("disk path", name), "/" + "d" * 1022),
         (values.parent_name, "n" * 63),
         (lambda text: rules.disk_file(f"disk0:{text}"), "/" + "x" * 1022),
@@ -100,7 +108,7 @@ def test_names_of_vms(name: str, valid: bool) -> None:
 @pytest.mark.parametrize(
     ("name", "valid"),
     [
-        ("br0", True), ("my-lan.5", True), ("vlan", True), ("tape", True), ("", False), ("tap", False), ("tap3", False),
+        ("b", True), ("!~", True), ("b\x7f", False), ("br0", True), ("my-lan.5", True), ("vlan", True), ("tape", True), ("", False), ("tap", False), ("tap3", False),
         ("lo", False), ("all", False), ("default", False), (".", False), ("..", False), ("a/b", False), ("br%d", False),
         ("a:b", False), ("a b", False), ("bü", False),
     ],
@@ -123,6 +131,45 @@ def test_names_of_groups(name: str, valid: bool) -> None:
         assert rules.group_name(name) == name
     else:
         refuses(rules.group_name, name)
+
+
+@pytest.mark.parametrize(
+    ("serial", "valid"),
+    [(" ", True), ("~", True), ("!", True), ("", False), ("\x1f", False), ("\x7f", False), ("ü", False)],
+)
+def test_serial_numbers(serial: str, valid: bool) -> None:
+    """They have printable ASCII characters."""
+    if valid:
+        assert rules.disk_serial(serial) == serial
+    else:
+        refuses(rules.disk_serial, serial)
+
+
+@pytest.mark.parametrize(
+    ("name", "valid"),
+    [
+        ("a", True), ("a.b", True), ("9-9.x", True), ("a-", False), ("-a", False), ("a.-b", False), ("a-.b", False),
+        ("", False), (".", False), ("a.", False), (".a", False), ("a..b", False), ("a_b", False), ("ü", False),
+    ],
+)  # fmt: skip
+def test_host_names(name: str, valid: bool) -> None:
+    """Each part has letters, digits and inner hyphens."""
+    if valid:
+        assert rules.host_name(name) == name
+    else:
+        refuses(rules.host_name, name)
+
+
+@pytest.mark.parametrize("name", ["", "l", "l/m", "/", "/l/", "/.", "/l/.."])
+def test_paths_of_console_logs(name: str) -> None:
+    """They are absolute, and name a file."""
+    refuses(rules.console_log_path, name)
+
+
+def test_quoted_values_are_cut() -> None:
+    """An error message has at most 80 characters of a value."""
+    assert rules.shown("x" * 80) == "x" * 80
+    assert rules.shown("x" * 81) == "x" * 77 + "..."
 
 
 # --- addresses ----------------------------------------------------------------------------------------------------
@@ -238,3 +285,38 @@ def test_a_routing_domain_has_no_forwards() -> None:
     nic = NicConfig(local=True, forwards=(Forward(port=80, to=80),))
     rules.local_options(nic.replace(rdomain=0))
     refuses(rules.local_options, nic.replace(rdomain=5))
+
+
+@pytest.mark.parametrize(
+    ("address", "length", "valid"),
+    [
+        ((10, 0, 0, 0), 8, True), ((10, 0, 0, 0), 7, True), ((10, 0, 0, 0), 6, False), ((0, 0, 0, 0), 0, True),
+        ((10, 1, 0, 0), 16, True), ((10, 1, 0, 0), 15, False), ((10, 0, 0, 0), -1, False), ((10, 0, 0), 8, False),
+        ((10, 0, 0, 0, 0), 8, False),
+    ],
+)  # fmt: skip
+def test_networks(address: tuple[int, ...], length: int, valid: bool) -> None:
+    """A network has no bits set behind its prefix: that of a plan, and that after `from`."""
+    prefix = Prefix(address=bytes(address), length=length)
+    plan, forward = VmConfig(name="a", plan_prefix4=prefix), Forward(port=1, to=1, source=prefix)
+    if valid:
+        rules.plan(plan)
+        assert rules.forward(forward) == forward
+    else:
+        refuses(rules.plan, plan)
+        refuses(rules.forward, forward)
+
+
+def test_longest_prefixes() -> None:
+    """A plan needs room for the addresses of a VM; clients of a forward may be a single host."""
+    ten, six = bytes((10, 0, 0, 0)), b"\xfd" + bytes(15)
+    host = Prefix(address=ten, length=32)
+    assert rules.forward(Forward(port=1, to=1, source=host)).source == host
+    refuses(rules.forward, Forward(port=1, to=1, source=host.replace(length=33)))
+    for field, address, most in (("plan_prefix4", ten, 16), ("plan_prefix6", six, 60)):
+        prefix = Prefix(address=address, length=most)
+        config = VmConfig(name="a", plan_prefix4=host.replace(length=8), plan_prefix6=Prefix(address=six, length=48))
+        rules.plan(config.replace(**{field: prefix}))
+        refuses(rules.plan, config.replace(**{field: prefix.replace(length=most + 1)}))
+        other = six if address is ten else ten
+        refuses(rules.plan, config.replace(**{field: Prefix(address=other, length=8)}))

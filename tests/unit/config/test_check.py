@@ -500,5 +500,5 @@ def test_ids_that_belong_to_a_user(
     with pytest.raises(ConfigErrors) as refused:
         conf.load(f"\nids {first}\n")
     assert str(refused.value) == f"{conf.path}:2: ids {first}: {common} belongs to {who} in {path}"
-    beside = first + IDS + 1 if common == first else first - IDS - 1
+    beside = first + 1 if common == first else first - 1
     assert conf.load(f"ids {beside}\n").settings.first_id == beside

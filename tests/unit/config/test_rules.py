@@ -12,7 +12,18 @@ from tests.unit.config.conftest import Loader
 from vmctl.commands.start import Wanted
 from vmctl.errors import CommandError
 from vmd.config import rules
-from vmd.config.model import BootDevice, DiskConfig, DiskFile, NicConfig, Owner, Rights, VmConfig, VmLimits
+from vmd.config.model import (
+    BootDevice,
+    DiskConfig,
+    DiskFile,
+    Forward,
+    NicConfig,
+    Owner,
+    Prefix,
+    Rights,
+    VmConfig,
+    VmLimits,
+)
 from vmd.errors import OperatorError
 from vmd.parent.requests import checked_request, require_startable
 
@@ -119,6 +130,15 @@ def test_name(conf: Loader, name: str) -> None:
         {"limit": VmLimits(memory_bytes=-1)},
         {"initrd": "/" * 1024},
         {"disks": (DISK.replace(serial="s"), DISK.replace(path="/y", serial="s"))},
+        {"kernel": "disk0:bsd"},
+        {"initrd": "disk0:"},
+        {"plan_id": -1},
+        {"nics": (NicConfig(host_name="a"),)},
+        {"nics": (NicConfig(local=True, forwards=(Forward(port=1, to=1),)),) * 2},
+        {"nics": (NicConfig(local=True, host_name="a_b"),)},
+        {"nics": (NicConfig(local=True, address=Prefix(address=bytes(4), length=31)),)},
+        {"limit": VmLimits(cpu_percent=-1)},
+        *({"rights": Rights(**{field: Owner(uid=-1)})} for field in Rights.fields),
     ],
     ids=repr,
 )
@@ -147,6 +167,12 @@ def test_values_that_vm_conf_cannot_have(fields: dict[str, Any]) -> None:
             [(errno.ENODEV, "boot device disk: the vm has no disk")],
         ),
         ({"boot_device": BootDevice.DISK}, True, []),
+        ({"kernel": "/k", "drive": True, "boot_device": BootDevice.CDROM}, False, []),
+        ({"kernel": "/k", "disks": (DISK,), "boot_device": BootDevice.DISK}, False, []),
+        (
+            {"kernel": "/k", "sev_es": True}, False,
+            [(errno.ENOTSUP, "encrypted memory (sev): not supported by this version of vmd")],
+        ),
         (
             {"kernel": "/k", "sev": True}, False,
             [(errno.ENOTSUP, "encrypted memory (sev): not supported by this version of vmd")],
@@ -163,6 +189,10 @@ def test_values_that_vm_conf_cannot_have(fields: dict[str, Any]) -> None:
         (
             {"kernel": "disk1:/k", "disks": (DISK,)}, False,
             [(errno.EINVAL, "boot disk1:/k: there is no disk1: the vm has disk0 only")],
+        ),
+        (
+            {"kernel": "disk2:/k", "disks": (DISK, DISK.replace(path="/y"))}, False,
+            [(errno.EINVAL, "boot disk2:/k: there is no disk2: the disks of the vm are disk0 to disk1")],
         ),
         ({"kernel": "disk0:/k"}, False, [(errno.EINVAL, "boot disk0:/k: there is no disk0: the vm has no disk")]),
         (
