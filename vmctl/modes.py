@@ -126,7 +126,8 @@ class Modes:
             case (b"", "m"):
                 if given.strip(b"0"):
                     earlier = self._changes["style"].again if "style" in self._changes else b""
-                    self._set("style", (earlier + raw)[-STYLES_MAX:] if len(earlier) < STYLES_MAX else raw, b"\x1b[m")
+                    again = earlier + raw
+                    self._set("style", again if len(again) <= STYLES_MAX else raw, b"\x1b[m")
                 else:
                     self._clear("style")
             case (b"", "r"):

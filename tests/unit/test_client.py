@@ -3,8 +3,10 @@
 import errno
 import os
 import re
+import select
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -269,3 +271,69 @@ def test_wrong_answers_are_refused(client: Client, daemon: FakeDaemon) -> None:
 
     with pytest.raises(PeerError, match="sent Ok instead of VmInfo or End or Failed"):
         client.list_vms()
+
+
+class Clock:
+    """A clock that only polls move.  The first `quiet` polls find nothing."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, quiet: int) -> None:
+        self.now_s = 100.0
+        self.quiet = quiet
+        self.waits: list[float] = []
+        monkeypatch.setattr("vmd.client.time", SimpleNamespace(monotonic=lambda: self.now_s))
+        monkeypatch.setattr("vmd.client.select", SimpleNamespace(poll=lambda: self, POLLIN=select.POLLIN))
+
+    def register(self, sock: object, events: int) -> None:
+        """Take what to poll."""
+        assert events == select.POLLIN
+        self.sock = sock
+
+    def poll(self, wait_ms: float) -> list[tuple[int, int]]:
+        """Poll in no time, but let the clock go."""
+        if len(self.waits) < self.quiet:
+            self.waits.append(wait_ms)
+            self.now_s += wait_ms / 1000
+            return []
+        poll = select.poll()
+        poll.register(self.sock, select.POLLIN)  # type: ignore[arg-type]
+        return poll.poll()
+
+
+@pytest.mark.parametrize(
+    ("timeout_s", "waits", "answered"),
+    [
+        (None, [500] * 5, True),
+        (60.0, [500] * 5, True),
+        (1.25, [500, 500, 250], False),
+        (0.5, [500], False),
+        (0.25, [250], False),
+        (0.0, [0], False),
+    ],
+)
+def test_how_long_an_answer_is_waited_for(
+    client: Client, daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch,
+    timeout_s: float | None, waits: list[float], answered: bool,
+) -> None:  # fmt: skip
+    """In short polls, so that a signal is handled, and exactly until the timeout."""
+    clock = Clock(monkeypatch, 5)
+    client.timeout_s = timeout_s
+    if answered:
+        daemon.answers(Ok())
+        assert client.reload() == Ok()
+    else:
+        with pytest.raises(TimedOut, match=f"^vmd has not answered within {timeout_s:g} s$"):
+            client.reload()
+    assert clock.waits == waits
+
+
+@pytest.mark.parametrize(("past", "since"), [(True, 0), (False, 4)])
+def test_events_from_the_past(client: Client, daemon: FakeDaemon, past: bool, since: int) -> None:
+    """They begin with the first one that the daemon remembers, or with the next one."""
+    answers = {
+        (None, False): (EventsSeen(vmid=0, number=4, newest=4),),
+        (since, True): (Event(number=9, at_ms=1, what="start"), EventsSeen(vmid=0, number=9, newest=9)),
+    }
+    daemon.script = lambda request: answers[request.since, request.wait]  # type: ignore[attr-defined]
+
+    assert next(client.events(past=past)).number == 9
+    assert daemon.requests == [EventsRequest(wait=False), EventsRequest(since=since)]

@@ -145,6 +145,7 @@ class Source:
         """End the connection.  The target gives up unless it was told to let the guest run."""
         self.bar.end()
         assert self.process.stdin is not None
+        assert self.process.stdout is not None
         with contextlib.suppress(OSError):
             self.process.stdin.close()
         try:
@@ -152,6 +153,7 @@ class Source:
         except subprocess.TimeoutExpired:
             self.process.terminate()
             self.process.wait()
+        self.process.stdout.close()
 
     def run(self) -> "tuple[VmSent, Words]":
         """Take all steps; return the last answers of the source and the target.  Raises CommandError."""

@@ -108,7 +108,8 @@ def test_names_of_vms(name: str, valid: bool) -> None:
 @pytest.mark.parametrize(
     ("name", "valid"),
     [
-        ("b", True), ("!~", True), ("b\x7f", False), ("br0", True), ("my-lan.5", True), ("vlan", True), ("tape", True), ("", False), ("tap", False), ("tap3", False),
+        ("b", True), ("!~", True), ("b\x7f", False),
+        ("br0", True), ("my-lan.5", True), ("vlan", True), ("tape", True), ("", False), ("tap", False), ("tap3", False),
         ("lo", False), ("all", False), ("default", False), (".", False), ("..", False), ("a/b", False), ("br%d", False),
         ("a:b", False), ("a b", False), ("bü", False),
     ],

@@ -16,7 +16,7 @@ from vmd.ipc.imsg import MAX_MESSAGE, Envelope, Form, decode, encode
 from vmd.ipc.messages.clients import PROTOCOL, Hello, VmInfo
 from vmd.record import Record
 
-DEADLINE_S = 20.0
+DEADLINE_S = 120.0
 ROOT = Path(__file__).resolve().parents[3]
 
 Answers = Sequence[Record] | None  # None closes the connection

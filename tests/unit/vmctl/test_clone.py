@@ -6,15 +6,20 @@ import os
 import signal
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.support.descriptors import open_descriptors
+from tests.support.images import opened, opened_qcow2, read, write
 from tests.unit.vmctl.conftest import Vmctl
 from tests.unit.vmctl.fake import FakeDaemon, vm_info
 from vmctl.commands import clone
 from vmctl.commands.clone import Limits, block, interface
 from vmd.config.check import load
 from vmd.config.model import Forward, NicConfig
+from vmd.images.create import create
+from vmd.images.rewrite import Rewrite
 from vmd.ipc.figures import DiskFigures, LimitFigures, NicFigures
 from vmd.ipc.messages.clients import DiskInfo, End, ListRequest, NicInfo, VmFiles, VmInfo
 from vmd.ipc.messages.figures import VmFigures
@@ -233,6 +238,83 @@ def test_a_snapshot_of_a_running_vm_is_copied(vmctl: Vmctl, old: Old) -> None:
     assert Path(f"{copy}.raw").read_bytes() == bytes([7]) * 65536 + bytes(SIZE - 65536)
     listed = subprocess.run(["qemu-img", "snapshot", "-l", copy], check=True, capture_output=True, text=True).stdout
     assert "base" not in listed
+
+
+def test_a_disk_with_a_base_is_copied_alone(vmctl: Vmctl, old: Old) -> None:
+    """The copy has the same base, which is in the same folder."""
+    create(str(old.folder / "base"), "qcow2", SIZE)
+    create(str(old.folder / "top"), "qcow2", SIZE, "base", "qcow2")
+    old.has("top", (old.folder / "top").read_bytes(), "qcow2")
+    old.is_known()
+    before = open_descriptors()
+
+    assert vmctl("clone", "old", "new")[0] == 0
+    assert old.made() == {"new-disk0": (old.folder / "top").read_bytes()}
+    assert len(open_descriptors()) == len(before)
+
+
+def snapshot(path: Path, *arguments: str) -> None:
+    """Let qemu-img change the snapshots of an image."""
+    subprocess.run(["qemu-img", "snapshot", *arguments, path], check=True, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize(("name", "image_format", "refused"), [
+    ("top", "", True), ("top", "qcow2", False), ("top.qcow2", "", False),
+])  # fmt: skip
+def test_a_base_that_only_the_image_names(
+    vmctl: Vmctl, old: Old, name: str, image_format: str, refused: bool
+) -> None:
+    """A guest with a raw disk may have written these bytes, to read a file of the host."""
+    create(str(old.folder / "base"), "qcow2", SIZE)
+    create(str(old.folder / name), "qcow2", SIZE, "base", "qcow2")
+    snapshot(old.folder / name, "-c", "first")
+    old.has(name, (old.folder / name).read_bytes(), image_format)
+    old.is_known()
+
+    status, _, errors = vmctl("clone", "old@first", "new")
+
+    assert (status, list(old.made())) == ((1, []) if refused else (0, ["new-disk0"]))
+    assert ("has backing file base, but only its first bytes say so" in errors) is refused
+
+
+def test_a_snapshot_that_is_deleted_meanwhile(vmctl: Vmctl, old: Old, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its clusters may have been overwritten while they were read, so there is no copy."""
+    path = old.folder / "a.qcow2"
+    create(str(path), "qcow2", SIZE)
+    snapshot(path, "-c", "first")
+    old.has("a.qcow2", path.read_bytes(), "qcow2")
+    old.is_known()
+    copied = clone.convert
+
+    def copy(*arguments: Any) -> None:  # noqa: ANN401 - those of convert
+        copied(*arguments)
+        snapshot(path, "-d", "first")
+
+    monkeypatch.setattr(clone, "convert", copy)
+    status, output, errors = vmctl("clone", "old@first", "new")
+
+    assert (status, output, old.made()) == (1, "", {})
+    assert errors == f"vmctl: disk {path}: snapshot first was deleted while it was read\n"
+
+
+def test_a_snapshot_with_the_state_of_its_machine(vmctl: Vmctl, old: Old) -> None:
+    """Only its disk is copied."""
+    path = old.folder / "a.qcow2"
+    create(str(path), "qcow2", SIZE)
+    image = opened_qcow2(path)
+    write(image, 0, b"x" * 512)
+    change = Rewrite(image)
+    change.add_state([memoryview(b"state" * 1000)], 5000)
+    change.create("first", 0, 0)
+    change.commit()
+    image.close()
+    old.has("a.qcow2", path.read_bytes(), "qcow2")
+    old.is_known(state="running")
+
+    assert vmctl("clone", "old@first", "new")[0] == 0
+    copy = opened(old.folder / "new-disk0", formats=("qcow2",))
+    assert (copy.size, read(copy, 0, 1024)) == (SIZE, b"x" * 512 + bytes(512))
+    copy.close()
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.descriptors import open_descriptors
 from tests.support.images import MIB, opened, read, write
 from vmctl.bar import Bar
 from vmctl.commands.create import run
@@ -34,7 +35,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def vmctl_create(folder: Path, capfd: pytest.CaptureFixture[str]) -> Iterator[Create]:
-    """A function that runs the command and returns its messages."""
+    """A function that runs the command and returns its messages.  No file is open after the test."""
+    before = open_descriptors()
     handlers = [(number, signal.getsignal(number)) for number in (signal.SIGTERM, signal.SIGHUP)]
 
     def create_it(*arguments: str) -> str:
@@ -46,6 +48,7 @@ def vmctl_create(folder: Path, capfd: pytest.CaptureFixture[str]) -> Iterator[Cr
     yield create_it
     for number, handler in handlers:
         signal.signal(number, handler)
+    assert open_descriptors() == before
 
 
 def probed(path: Path) -> Probe:

@@ -63,6 +63,7 @@ def run(daemon: FakeDaemon, line: str) -> tuple[int, str, str]:
         ("status >/dev/full", FULL_OUTPUT),
         ("help >&-", CLOSED_OUTPUT),
         ("version >/dev/full", FULL_OUTPUT),
+        ("-V >/dev/full", FULL_OUTPUT),
     ],
 )
 def test_output_that_cannot_be_written_is_a_failure(serving: FakeDaemon, line: str, errors: str) -> None:

@@ -1,13 +1,17 @@
 """`vmctl console -l`: the files of a console log, read while vmd rotates them."""
 
+import errno
 import os
 import signal
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from tests.support.console import Console
+from tests.support.descriptors import open_descriptors
 from tests.unit.vmctl.conftest import Vmctl
 from tests.unit.vmctl.fake import DEADLINE_S, FakeDaemon, spawn
 from vmctl.errors import CommandError
@@ -43,11 +47,16 @@ class Reader(KeptLog):
 
 
 @pytest.fixture
-def reader(tmp_path: Path) -> Reader:
-    """The reader of a log with three files."""
+def reader(tmp_path: Path) -> Iterator[Reader]:
+    """The reader of a log with three files.  It leaves none of them open."""
+    before = open_descriptors()
     for name, data in (("a.log.2", b"1"), ("a.log.1", b"2"), ("a.log", b"3")):
         (tmp_path / name).write_bytes(data)
-    return Reader(tmp_path / "a.log")
+    reader = Reader(tmp_path / "a.log")
+    yield reader
+    reader.close()
+    reader.close()
+    assert open_descriptors() == before
 
 
 def test_all_files_are_shown_the_oldest_first(reader: Reader) -> None:
@@ -91,6 +100,31 @@ def test_following_a_log_that_is_cut_or_removed(reader: Reader) -> None:
     assert reader.look() == b"anew"
 
 
+def test_following_a_log_of_a_silent_guest(reader: Reader) -> None:
+    """Empty files are skipped, and not kept open."""
+    reader.show_all()
+    reader.put_aside()
+    assert [reader.look() for _ in range(3)] == [b"", b"", b""]
+    reader.put_aside()
+    reader.add(b"4")
+    assert reader.look() == b"4"
+
+
+def test_rounds_have_pauses(reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Following a silent guest costs little."""
+    pauses: list[float] = []
+
+    def pause(_read: object, _write: object, _error: object, seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("vmctl.keptlog.select", SimpleNamespace(select=pause))
+    with pytest.raises(KeyboardInterrupt):
+        reader.follow()
+    assert all(seconds > 0.0 for seconds in pauses)
+
+
 def test_following_a_log_that_is_not_there_yet(tmp_path: Path) -> None:
     """Its VM was never started."""
     reader = Reader(tmp_path / "a.log")
@@ -117,6 +151,23 @@ def test_show(vmctl: Vmctl, daemon: FakeDaemon, tmp_path: Path) -> None:
     assert vmctl("console", "-l", "web") == (0, "one\x1b[2Jtwo\n", "")
     assert daemon.requests == [ConsoleLogRequest(name="web")]
     assert '"keep": 2' in vmctl("console", "-l", "--json", "web")[1]
+
+
+def test_an_unknown_vm(vmctl: Vmctl, daemon: FakeDaemon) -> None:
+    """Its status is that of all commands."""
+    daemon.answers(Failed(code=errno.ENOENT, text="vm web not found"))
+
+    assert vmctl("console", "-l", "web") == (4, "", "vmctl: console log not found: vm web not found\n")
+
+
+def test_where_the_log_is(vmctl: Vmctl, daemon: FakeDaemon) -> None:
+    """The document has no content, so there is nothing to follow."""
+    daemon.answers(ConsoleLogAt(vmid=3, name="web", path="/v/web", keep=2))
+
+    assert vmctl("console", "-l", "--json", "web")[0] == 0
+    status, _, errors = vmctl("console", "-lF", "--json", "web")
+    assert status == 2
+    assert errors.startswith("vmctl: --json only tells where the console log is, and cannot be used with -F\n")
 
 
 def test_a_vm_without_a_log(vmctl: Vmctl, daemon: FakeDaemon) -> None:

@@ -3,17 +3,24 @@
 import errno
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from tests.support import schema
+from tests.unit.vmctl.conftest import Vmctl
 from tests.unit.vmctl.fake import DEADLINE_S, ROOT, FakeDaemon, vm_info
 from vmctl import carry
+from vmctl.carried import is_hung_up
 from vmctl.carry import ASKED, COMMIT, FAILED, SOURCE, TARGET, Ear, say
-from vmctl.commands.migrate import destination, shell_words
+from vmctl.commands import migrate as migrate_
+from vmctl.commands.migrate import destination, shell_words, uninterrupted
 from vmctl.errors import ArgumentError, CommandError
 from vmd.errors import VMD_IN_DOUBT
 from vmd.ipc.messages.clients import (
@@ -92,6 +99,50 @@ def test_unexpected_messages() -> None:
         hear(b'{"vmctl": "receive", "at": "asked"}\n', carry.RUNNING, FAILED)
     with pytest.raises(CommandError, match="does not answer as vmctl"):
         hear(b"no\n" * 2000, ASKED)
+
+
+def test_how_much_other_output_is_skipped(tmp_path: Path) -> None:
+    """A thousand lines, however long.  A line of the largest size is still understood."""
+    said = b'{"vmctl": "receive", "at": "asked"}\n'
+    assert hear(b"no\n" * carry.LINES_MAX + said, ASKED) == {"vmctl": "receive", "at": "asked"}
+    with pytest.raises(CommandError, match="does not answer as vmctl"):
+        hear(b"no\n" * (carry.LINES_MAX + 1) + said, ASKED)
+    long = json.dumps({"vmctl": "receive", "at": "asked", "text": ""})
+    long = long.replace('""', f'"{"x" * (carry.LINE_MAX - len(long))}"')
+    assert len(long) == carry.LINE_MAX
+    assert hear(f"{long}\n".encode(), ASKED) == json.loads(long)
+    with (tmp_path / "endless").open("w+b") as file:
+        file.truncate(3 * carry.LINE_MAX * carry.LINES_MAX)
+        with pytest.raises(CommandError, match="does not answer as vmctl"):
+            Ear(file.fileno(), TARGET).hear(ASKED)
+
+
+def test_lines_are_waited_for() -> None:
+    """A line that was read together with an earlier one is not waited for."""
+    reading, writing = os.pipe()
+    ear = Ear(reading, TARGET)
+    assert not ear.poll(0)
+    for _ in range(2):
+        say(writing, TARGET, ASKED)
+    assert ear.poll(0)
+    assert ear.hear(ASKED) is not None
+    assert ear.poll(0)
+    assert ear.hear(ASKED) is not None
+    assert not ear.poll(0)
+    os.close(writing)
+    assert ear.poll(0)
+    os.close(reading)
+
+
+def test_a_daemon_that_has_hung_up() -> None:
+    """A message that was not read yet does not count."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        assert not is_hung_up(ours.fileno())
+        theirs.send(b"x")
+        assert not is_hung_up(ours.fileno())
+        theirs.close()
+        assert is_hung_up(ours.fileno())
 
 
 def test_one_end_does_not_hear_itself() -> None:
@@ -253,3 +304,168 @@ def test_the_source_cannot_be_ended(daemon: FakeDaemon, tmp_path: Path) -> None:
     status, said = migrate(daemon, tmp_path, ASKED_LINE, COMPLETE_LINE, "...", RUNNING_LINE)
     assert status == 1
     assert said.startswith("vmctl: vm web runs at host, but it could not be ended here: ")
+
+
+@pytest.mark.parametrize(
+    ("listed", "status", "sentence"),
+    [
+        ((), 4, "vm web not found"),
+        ((vm_info(running=False),), 1, "vm web is stopped"),
+        ((vm_info(state="receiving"),), 1, "vm web is receiving"),
+    ],
+)
+def test_vms_that_cannot_be_moved(
+    vmctl: Vmctl, daemon: FakeDaemon, tmp_path: Path, listed: tuple[Record, ...], status: int, sentence: str
+) -> None:
+    """They are refused before the other host is asked, because ssh may ask for a password."""
+    daemon.script = lambda _request: (*listed, End())
+    shell = f"touch {tmp_path}/ran"
+    assert vmctl("migrate", "-e", shell, "web", "host") == (
+        status, "", f"vmctl: migrate vm command failed: {sentence}\n",
+    )  # fmt: skip
+    assert {type(request) for request in daemon.requests} == {ListRequest}
+    assert not (tmp_path / "ran").exists()
+
+
+def spoken(tmp_path: Path, *commands: str) -> str:
+    """Return a shell that notes its arguments, and runs commands of sh."""
+    program = tmp_path / "shell"
+    program.write_text("\n".join((f"printf '%s\\n' \"$@\" >{tmp_path}/arguments", *commands, "")))
+    return f"sh {program}"
+
+
+ACCEPTS = (f"echo '{ASKED_LINE}'", f"echo '{COMPLETE_LINE}'", "read line", f"echo '{RUNNING_LINE}'")
+
+
+@pytest.mark.parametrize(
+    ("options", "where", "command"),
+    [
+        ((), "host", ["host", "vmctl", "receive", "-w", "web"]),
+        (("-f",), "me@host:www", ["me@host", "vmctl", "receive", "-w", "-f", "www"]),
+    ],
+)
+def test_the_command_at_the_other_host(
+    vmctl: Vmctl, daemon: FakeDaemon, tmp_path: Path, options: tuple[str, ...], where: str, command: list[str]
+) -> None:
+    """Only with -f are the disks there not compared."""
+    script(daemon)
+    status, _, said = vmctl("migrate", *options, "-e", spoken(tmp_path, *ACCEPTS), "web", where)
+    assert status == 0, said
+    assert (tmp_path / "arguments").read_text().splitlines() == command
+
+
+@pytest.mark.parametrize(("rounds", "words"), [(0, ""), (1, "1 round, "), (2, "2 rounds, ")])
+def test_the_report(
+    vmctl: Vmctl, daemon: FakeDaemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rounds: int, words: str
+) -> None:
+    """It has the whole duration, and for programs in milliseconds.  The remote shell has ended by then."""
+    script(daemon, DONE=SENT.replace(rounds=rounds))
+    shells: list[subprocess.Popen[bytes]] = []
+
+    def start(command: list[str]) -> "subprocess.Popen[bytes]":
+        shells.append(started(command))
+        return shells[-1]
+
+    started = migrate_.started
+    monkeypatch.setattr(migrate_, "started", start)
+    times = iter((10.0, 12.5) * 2)
+    monkeypatch.setattr(migrate_, "time", SimpleNamespace(monotonic=lambda: next(times)))
+    shell = spoken(tmp_path, *ACCEPTS)
+    assert vmctl("migrate", "-e", shell, "web", "host") == (
+        0, "",
+        f"vmctl: migrated vm 3 to host successfully, id 7 there (100B, {words}downtime 40 ms, 2.5 s in all)\n",
+    )  # fmt: skip
+    status, output, errors = vmctl("migrate", "--json", "-e", shell, "web", "host")
+    assert (status, errors) == (0, "")
+    found = schema.check(output, "migrate")
+    assert (found["total_ms"], found["rounds"], found["host"]) == (2500, rounds, "host")
+    assert [shell.returncode for shell in shells] == [0, 0]
+
+
+def test_steps_are_told(vmctl: Vmctl, daemon: FakeDaemon, tmp_path: Path) -> None:
+    """The option is -v."""
+    script(daemon)
+    _, _, said = vmctl("migrate", "-v", "-e", spoken(tmp_path, *ACCEPTS), "web", "host")
+    assert said.splitlines()[:-1] == [
+        "vmctl: host accepts the VM", "vmctl: host has received the VM", "vmctl: the disks are unlocked here",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("ends", "how"),
+    [
+        ("exit 0", "the remote command has ended with status 0"),
+        ("exit 5", "the remote command has ended with status 5"),
+        ("kill -9 $$", "the remote command was killed by signal 9"),
+        ("exec >&-; sleep 60", "has closed the connection"),
+    ],
+)
+def test_how_the_remote_command_has_ended(
+    vmctl: Vmctl, daemon: FakeDaemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: str, how: str
+) -> None:
+    """The daemon gets the reason.  A command that does not end is ended."""
+    monkeypatch.setattr(migrate_, "END_S", 0.0 if "sleep" in ends else DEADLINE_S)
+    script(daemon)
+    assert vmctl("migrate", "-e", spoken(tmp_path, ends.replace("sleep", "exec sleep")), "web", "host")[0] == 1
+    back = daemon.requests[-1]
+    assert isinstance(back, MigrationStep)
+    assert back.text == f"host: {how}"
+
+
+def test_a_commit_that_cannot_be_sent(vmctl: Vmctl, daemon: FakeDaemon, tmp_path: Path) -> None:
+    """The target cannot run the VM then."""
+    script(daemon)
+    shell = spoken(tmp_path, ACCEPTS[0], "exec <&-", ACCEPTS[1], "exit 5")
+    assert vmctl("migrate", "-e", shell, "web", "host")[0] == 1
+    back = daemon.requests[-1]
+    assert isinstance(back, MigrationStep)
+    assert (back.step, back.in_doubt, back.text) == (
+        Step.BACK, False, "host: the remote command has ended with status 5",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("commands", "why"),
+    [
+        ((ACCEPTS[0], f"echo '{failed_line(in_doubt=False)}'"), "no room"),
+        ((ACCEPTS[0], "exit 5"), "the remote command has ended with status 5"),
+        ((ACCEPTS[0], ACCEPTS[1], "exit 5"), "the remote command has ended with status 5"),
+    ],
+)
+def test_a_stream_that_fails(
+    vmctl: Vmctl, daemon: FakeDaemon, tmp_path: Path, commands: tuple[str, ...], why: str
+) -> None:
+    """The target knows the reason better than the daemon here."""
+    script(daemon, GO_ON=Failed(code=errno.EIO, text="broken pipe"))
+    assert vmctl("migrate", "-e", spoken(tmp_path, *commands), "web", "host") == (
+        1, "", f"vmctl: migrate vm command failed: broken pipe: host: {why}\n",
+    )  # fmt: skip
+    script(daemon, GO_ON=Failed(code=errno.EBUSY, text="busy"))
+    assert vmctl("migrate", "-e", spoken(tmp_path, *commands), "web", "host")[2].endswith(" failed: busy\n")
+
+
+def test_a_remote_shell_that_is_not_there(vmctl: Vmctl, daemon: FakeDaemon) -> None:
+    """Nothing is requested, and ^C works as before."""
+    script(daemon)
+    before = signal.getsignal(signal.SIGINT)
+    assert vmctl("migrate", "-e", "/none/ssh -v", "web", "host") == (
+        1, "", "vmctl: /none/ssh: No such file or directory\n",
+    )  # fmt: skip
+    assert signal.getsignal(signal.SIGINT) is before
+    assert {type(request) for request in daemon.requests} == {ListRequest}
+
+
+def test_interrupts_while_the_vm_is_handed_over(capfd: pytest.CaptureFixture[str]) -> None:
+    """The first one is only answered, because the VM would be in doubt."""
+    before = signal.getsignal(signal.SIGINT)
+    with uninterrupted():
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+    with uninterrupted():
+        assert signal.getsignal(signal.SIGINT) is not before
+    assert signal.getsignal(signal.SIGINT) is before
+    assert capfd.readouterr().err == (
+        "vmctl: the VM is being handed over: another interrupt leaves it in doubt\n"
+    )  # fmt: skip

@@ -61,6 +61,8 @@ REMOVED = {
     "another code": b"\x1b%@",
     "control in a sequence": b"\x1b[6\x07n",
     "sequence given up": b"\x1b[6\x18",
+    "a character set of one letter": b"\x1b(D",
+    "too many parameters": b"\x1b[" + b"1;" * 32 + b"1m",
 }
 KEPT = {
     "colours": b"\x1b[1;38;5;196mred\x1b[m",
@@ -69,6 +71,8 @@ KEPT = {
     "a line edited": b"lx\b\x1b[Ks\r\n",
     "characters put in": b"ab\x1b[D\x1b[@c",
     "tab": b"a\tb",
+    "large number": b"a\x1b[1234Cb",
+    "many parameters": b"a\x1b[" + b"1;" * 32 + b"mb",
     "other languages": "žluťoučký 機械 🙂".encode(),
 }
 
@@ -90,6 +94,9 @@ def test_text_is_shown_as_it_was(raw: bytes) -> None:
 def test_seabios() -> None:
     """Texts on different lines are not joined."""
     assert Replay().shown(b"a\x1bcb") == b"a\r\nb"
+    assert Replay().shown(b"a\t\x1b[5;1Hb") == b"a\t\r\nb"
+    assert Replay().shown(b"\r\x1b[5;1Hb") == b"\rb"
+    assert Replay().shown(b"a\n\x1b[5;1Hb") == b"a\nb"
     assert Replay().shown(SEABIOS + b"a\x1b[10;1Hb\x1bDc\x1bEd") == (
         b"\x1b[0mSeaBIOS (version 1.16)\r\nBooting\r\na\r\nb\r\nc\r\nd"
     )

@@ -216,6 +216,14 @@ def test_new_vm_with_everything(vmctl: Vmctl, known: FakeDaemon, files: Files) -
     )
 
 
+def test_new_vm_with_the_most_devices(vmctl: Vmctl, known: FakeDaemon, files: Files) -> None:
+    """Four disks and four interfaces."""
+    assert vmctl("start", *("-d", files.disk) * 4, "-LL", "-n", "a", "-n", "b", "new") == (0, "", SUCCESS)
+
+    assert new_config(known).disks == (DiskConfig(path=files.disk),) * 4
+    assert [nic.switch for nic in new_config(known).nics] == ["", "", "a", "b"]
+
+
 def test_count_of_interfaces_never_takes_one_away(vmctl: Vmctl, known: FakeDaemon, files: Files) -> None:
     """-i 1 is given with two interfaces."""
     vmctl("start", "-d", files.disk, "-i", "1", "-LL", "new")

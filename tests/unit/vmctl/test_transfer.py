@@ -248,18 +248,24 @@ def test_rounds_at_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(first) == len(second) < 80
 
 
-def test_a_transfer_that_is_done_is_shown_as_done(daemon: FakeDaemon, tmp_path: Path) -> None:
-    """It shows 100%, however little progress was reported."""
+@pytest.mark.parametrize(("options", "round_"), [((), ""), (("-l",), " round    1")])
+def test_a_transfer_that_is_done_is_shown_as_done(
+    daemon: FakeDaemon, tmp_path: Path, options: tuple[str, ...], round_: str
+) -> None:
+    """It shows 100%, however little progress was reported.  A VM that runs meanwhile is sent in rounds."""
     master, slave = pty.openpty()
-    daemon.answers(TransferProgress(done_bytes=0, total_bytes=4 * MIB), SENT)
+    daemon.answers(TransferProgress(done_bytes=0, total_bytes=4 * MIB, round=1), SENT)
     with (tmp_path / "stream").open("w+b") as file:
         done = subprocess.run(
-            [sys.executable, "-m", "vmctl", "-s", str(daemon.path), "send", "web"],
+            [sys.executable, "-m", "vmctl", "-s", str(daemon.path), "send", *options, "web"],
             cwd=ROOT, stdin=subprocess.DEVNULL, stdout=file, stderr=slave, timeout=DEADLINE_S, check=False,
         )  # fmt: skip
     shown = Console(master).expect("successfully", DEADLINE_S)
     os.close(slave)
     os.close(master)
 
+    first, last = shown.split("\r\n")[0].split("\r")[1:]
     assert done.returncode == 0
-    assert "100% |" in shown.split("\r\n")[0]
+    assert "100% |" in last
+    assert first.endswith(round_ or "-")
+    assert ("round" in last) is bool(round_)
