@@ -1,5 +1,6 @@
 """The last output of a console, in memory that a VM process writes and the parent reads."""
 
+import fcntl
 import os
 import random
 import struct
@@ -7,7 +8,19 @@ from collections.abc import Iterator
 
 import pytest
 
-from vmd.backlog import BACKLOG_BYTES, BEGUN, COUNTERS, PASSED, SHOWN, Backlog, BacklogWriter
+from tests.support.descriptors import open_descriptors
+from vmd.backlog import (
+    BACKLOG_BYTES,
+    BEGUN,
+    COUNTERS,
+    FILE_BYTES,
+    LOGGED,
+    PASSED,
+    SHOWN,
+    Backlog,
+    BacklogWriter,
+    LoggedBacklog,
+)
 
 
 @pytest.fixture
@@ -92,3 +105,37 @@ def test_a_file_that_is_too_short(tmp_path: str) -> None:
     os.write(fd, struct.pack("<Q", 1))
     with pytest.raises(ValueError, match="length"):
         BacklogWriter(fd)
+
+
+def test_its_form_is_that_of_every_version() -> None:
+    """A parent reads the backlogs of VMs that an earlier version has started."""
+    assert (BACKLOG_BYTES, FILE_BYTES, COUNTERS.size) == (65536, 69632, 24)
+    assert (SHOWN, PASSED, BEGUN, LOGGED) == (0, 1, 2, 3)
+
+
+def test_failures_leave_no_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither that of a new file, nor that of a file that is too short for the log."""
+    before = open_descriptors()
+    short = os.memfd_create("short")
+    with pytest.raises(ValueError, match="length"):
+        LoggedBacklog(short, 0)
+
+    def fail(*_arguments: object) -> int:
+        raise OSError(28, "no")
+
+    monkeypatch.setattr(fcntl, "fcntl", fail)
+    with pytest.raises(OSError, match="no"):
+        Backlog.create()
+    assert open_descriptors() == before
+
+
+@pytest.mark.parametrize("logged", [0, 7, (1 << 63) + 5, (1 << 64) - 1])
+def test_any_count_of_the_log_is_tolerated(backlog: Backlog, logged: int) -> None:
+    """A VM process may have written it.  The process that writes logs of other VMs, too, must go on."""
+    os.pwrite(backlog.fd, COUNTERS.pack((1 << 64) - 1, 0, (1 << 64) - 1), 0)
+    os.pwrite(backlog.fd, logged.to_bytes(8, "little"), 24)
+    log = LoggedBacklog(os.dup(backlog.fd), 0)
+    assert log.logged == logged
+    log.log(10)
+    assert int.from_bytes(os.pread(backlog.fd, 8, 24), "little") == (logged + 10) % (1 << 64)
+    log.close()

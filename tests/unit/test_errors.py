@@ -7,6 +7,7 @@ import pytest
 from vmctl.errors import NoSuchVm
 from vmd.client import Refused
 from vmd.errors import ConfigError, GuestError, HostError, ImageError, InUse, OperatorError, PeerError, VmdError, number
+from vmd.fileid import FileId
 
 
 @pytest.mark.parametrize(("error", "expected"), [
@@ -35,3 +36,23 @@ def test_there_is_one_name_for_it() -> None:
     for error in family:
         assert isinstance(error, VmdError)
         assert not {"code", "errno"} & set(dir(error)), type(error)
+
+
+@pytest.mark.parametrize(("error", "text"), [
+    (ConfigError("vm.conf", 3, "no such switch"), "vm.conf:3: no such switch"),
+    (OperatorError(errno.EBUSY, "in use"), "in use"),
+    (ImageError("/kernel", "is empty"), "/kernel: is empty"),
+    (PeerError("vm/a", "no header"), "vm/a: no header"),
+    (PeerError("vm/a", "no header", b"\1\2"), "vm/a: no header (0102)"),
+    (PeerError("vm/a", "no header", bytes(100)), f"vm/a: no header ({'00' * 64})"),
+    (HostError("open /a", errno.ENOENT), "open /a: No such file or directory"),
+    (HostError("open /a", OSError(errno.ENOENT, "is gone")), "open /a: is gone"),
+    (HostError("open /a", OSError("without a number")), "open /a: without a number"),
+    (HostError("clone", errno.ENOSYS), "clone: Function not implemented: this kernel, or the container or unit that vmd"
+     " runs in, does not let it make the system call"),
+    (InUse("disk /a", FileId(device=1, inode=2), doing=", which writes to it").held_by("vm web"),
+     "disk /a: is in use by vm web, which writes to it"),
+])  # fmt: skip
+def test_a_failure_has_a_sentence(error: VmdError, text: str) -> None:
+    """It is for people."""
+    assert str(error) == text

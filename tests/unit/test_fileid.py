@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vmd.fileid import file_id
+from vmd.fileid import FileId, file_id
 
 
 def test_links_lead_to_one_file(tmp_path: Path) -> None:
@@ -37,3 +37,10 @@ def test_nodes_of_a_block_device_are_one_file() -> None:
 def test_device_is_no_regular_file(number: int) -> None:
     """Their keys never agree."""
     assert file_id(status(stat.S_IFBLK, number, number)).key != file_id(status(stat.S_IFREG, number, 0)).key
+
+
+def test_records_of_earlier_versions() -> None:
+    """They have no number of a block device.  The number of a file system may be 0."""
+    assert FileId(device=1, inode=2).key == (1, 2)
+    assert file_id(status(stat.S_IFREG, 7, 0)) == FileId(device=5, inode=7, block_device=0)
+    assert FileId(device=0, inode=7).key != FileId(device=0, inode=9, block_device=7).key

@@ -132,3 +132,10 @@ def test_limit_of_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(7, 12):
         limit.warn(f"{number}")
     assert said[4:] == ["7 (1 more not shown)", "8", "9"]
+
+
+def test_usual_limit() -> None:
+    """Five lines at once."""
+    limit = RateLimit()
+    assert [limit.allow() for _ in range(6)] == [True] * 5 + [False]
+    assert (limit.interval_s, limit.suppressed) == (10.0, 1)

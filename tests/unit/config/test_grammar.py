@@ -259,6 +259,9 @@ def test_limits(conf: Loader) -> None:
     config = conf.load("limit memory 48G\nlimit vms 20\nlimit vcpus 0\nlimit vms 10\n").settings
 
     assert (config.limit_memory_bytes, config.limit_vms, config.limit_vcpus) == (48 << 30, 10, 0)
+    for number in (0, 2147483647):
+        most = conf.load(f"limit vms {number}\nlimit vcpus {number}\n").settings
+        assert (most.limit_vms, most.limit_vcpus) == (number, number)
     assert conf.load("limit memory 1048576\n").settings.limit_memory_bytes == 1 << 20
     assert conf.load("limit memory 4096T\n").settings.limit_memory_bytes == 1 << 52
     default = conf.load("").settings
@@ -303,6 +306,9 @@ def test_staggered_start(conf: Loader) -> None:
     config = conf.load("staggered start parallel 2 delay 15\n").settings
 
     assert (config.start_parallel, config.start_delay_s) == (2, 15)
+    for parallel, delay in ((1, 0), (2147483647, 2147483647)):
+        config = conf.load(f"staggered start parallel {parallel} delay {delay}\n").settings
+        assert (config.start_parallel, config.start_delay_s) == (parallel, delay)
 
 
 @pytest.mark.parametrize(
@@ -310,6 +316,8 @@ def test_staggered_start(conf: Loader) -> None:
     [
         ("parallel 0 delay 1", "invalid parallel value: 0"),
         ("parallel 4294967296 delay 1", "invalid parallel value: 4294967296"),
+        ("parallel 2147483648 delay 1", "invalid parallel value: 2147483648"),
+        ("parallel 1 delay 2147483648", "invalid delay: 2147483648"),
         ("parallel 1 delay -1", "invalid delay: -1"),
         ("parallel 1 delay 4294967296", "invalid delay: 4294967296"),
         ("parallel 1", "syntax error at end of line"),

@@ -9,6 +9,7 @@ import pytest
 from tests.unit.config.conftest import Loader
 from vmd.config.check import ConfigErrors, load
 from vmd.config.lexer import ERRORS_MAX, RESERVED, TOKENS, Lexer
+from vmd.errors import VmdError
 
 
 def tokens(tmp_path: Path, text: str, **macros: str) -> list[object]:
@@ -240,6 +241,19 @@ def test_size_is_bounded(conf: Loader, write: Callable[[str, str], str]) -> None
     (error,) = conf.errors(f"include '{big}'\n" * 3)
 
     assert error == f"3: failed to include file {big}: more than 16 MiB of configuration"
+
+
+@pytest.mark.parametrize(("more", "errors"), [(0, 0), (1, 1)])
+def test_largest_file(conf: Loader, more: int, errors: int) -> None:
+    """It has 16 MiB."""
+    conf.path.write_bytes(b"#" * ((16 << 20) + more))
+    lexer = Lexer({})
+    try:
+        lexer.open(str(conf.path))
+    except VmdError as error:
+        lexer.errors.append(error)
+
+    assert len(lexer.errors) == errors
 
 
 def test_expansion_is_bounded(conf: Loader) -> None:

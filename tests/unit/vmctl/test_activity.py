@@ -73,3 +73,15 @@ def test_a_running_vm() -> None:
         "a cdrom: no disc, 1 command, 0 bytes read, busy 0.00 s, 1 failed",
         "a entropy: 2 requests, 64 bytes, delayed 1 time",
     ]
+
+
+def test_a_control_group_that_counts_little() -> None:
+    """Not every kernel counts everything."""
+    for group, words in (
+        (GroupFigures(), "nothing is counted"),
+        (GroupFigures(throttled=1), "throttled 1 time, for 0.00 s"),
+        (GroupFigures(tasks=1), "1 task"),
+        (GroupFigures(cpu_ns=0, tasks=2, oom_kills=2), "processor 0.00 s, 2 processes killed because memory ran out, "
+         "2 tasks"),
+    ):  # fmt: skip
+        assert f"a control group: {words}" in describe(RUNNING.replace(group=group))

@@ -18,7 +18,7 @@ from vmctl.commands import clone
 from vmctl.commands.clone import Limits, block, interface
 from vmd.config.check import load
 from vmd.config.model import Forward, NicConfig
-from vmd.images.create import create
+from vmd.images.create import convert, create
 from vmd.images.rewrite import Rewrite
 from vmd.ipc.figures import DiskFigures, LimitFigures, NicFigures
 from vmd.ipc.messages.clients import DiskInfo, End, ListRequest, NicInfo, VmFiles, VmInfo
@@ -284,10 +284,9 @@ def test_a_snapshot_that_is_deleted_meanwhile(vmctl: Vmctl, old: Old, monkeypatc
     snapshot(path, "-c", "first")
     old.has("a.qcow2", path.read_bytes(), "qcow2")
     old.is_known()
-    copied = clone.convert
 
     def copy(*arguments: Any) -> None:  # noqa: ANN401 - those of convert
-        copied(*arguments)
+        convert(*arguments)
         snapshot(path, "-d", "first")
 
     monkeypatch.setattr(clone, "convert", copy)

@@ -109,6 +109,14 @@ def test_no_daemon(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert capfd.readouterr() == ("", "")
 
 
+def test_options_and_values_in_one_word(busy: FakeDaemon, capfd: pytest.CaptureFixture[str]) -> None:
+    """As getopt(3) reads them."""
+    for words in ((f"-s{busy.path}", "stop", ""), (f"-vs{busy.path}", "start", "-ct", "")):
+        assert main(["--complete", *words]) == 0
+        assert capfd.readouterr().out.splitlines()[1:] == ["web\trunning", "mail\tstopped"]
+    assert complete(busy, capfd, "start", "-cBdisk", "-t", "w") == ("words", ["web"])
+
+
 @pytest.mark.deep
 def test_daemon_that_does_not_answer(daemon: FakeDaemon) -> None:
     """A typing user does not have to wait for it, and nothing is shown."""

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.console import Console
+from tests.support.descriptors import open_descriptors
 from tests.unit.vmctl.conftest import Vmctl
 from tests.unit.vmctl.fake import DEADLINE_S, ROOT, FakeDaemon, spawn
 from vmd.errors import VMD_CONSOLE_TAKEN
@@ -260,6 +261,15 @@ def test_end_of_the_vm(line: Line, operator: Operator) -> None:
     assert operator.mode() == operator.before
 
 
+def test_end_of_a_vm_that_does_not_read(line: Line, operator: Operator) -> None:
+    """Typed bytes that it did not take are dropped."""
+    operator.types(b"x" * 300_000)
+    line.end()
+
+    operator.sees("vmctl: vm web has ended\r\n")
+    assert operator.ended() == 0
+
+
 def test_end_of_the_daemon(daemon: FakeDaemon, operator: Operator) -> None:
     """vmctl fails: no process holds the line any more."""
     daemon.hang_up()
@@ -407,6 +417,24 @@ def test_suspending_gives_the_terminal_back_for_a_while(line: Line, operator: Op
     operator.sees("\x1b[?25l\x1b[31m")
 
 
+def test_only_the_output_is_a_terminal(daemon: FakeDaemon, line: Line) -> None:
+    """It is given back, too."""
+    master, slave = os.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-m", "vmctl", "-s", str(daemon.path), "console", "web"],
+        cwd=ROOT, stdin=subprocess.PIPE, stdout=slave, stderr=subprocess.DEVNULL,
+    ) as process:  # fmt: skip
+        os.close(slave)
+        screen = Console(master)
+        screen.expect("ready", DEADLINE_S)
+        line.prints(b"\x1b[?25llogin")
+        screen.expect("login", DEADLINE_S)
+        process.send_signal(signal.SIGTERM)
+        screen.expect("\x1b[?25h", DEADLINE_S)
+        assert process.wait(DEADLINE_S) == 1
+    os.close(master)
+
+
 # --- without a terminal ----------------------------------------------------------------------------------
 
 
@@ -544,6 +572,25 @@ def test_watching(daemon: FakeDaemon) -> None:
         operator.close()
 
 
+def test_keys_while_watching(daemon: FakeDaemon) -> None:
+    """Help and suspension are those of a console.  A BREAK cannot be meant."""
+    Printed(daemon)
+    operator = Operator(daemon, "console", "-r", "web")
+    try:
+        operator.sees("ready")
+        operator.types(b"~#~?")
+        assert operator.sees("at the start of a line.\r\n").split("~?\r\n")[0] == "\x1b[0m\r\n"
+        operator.types(b"~\x1a")
+        operator.sees("~^Z\r\n")
+        os.waitid(os.P_PID, operator.process.pid, os.WSTOPPED)
+        os.kill(operator.process.pid, signal.SIGCONT)
+        operator.types(b"~.")
+        operator.sees("[EOT]\r\n")
+        assert operator.ended() == 0
+    finally:
+        operator.close()
+
+
 @pytest.mark.parametrize("keys", [b"\x03", b"~."])
 def test_leaving_while_watching(daemon: FakeDaemon, keys: bytes) -> None:
     """^C leaves, too, because it cannot be meant for the guest."""
@@ -608,12 +655,25 @@ def test_refused(vmctl: Vmctl, daemon: FakeDaemon, code: int, text: str, sentenc
 
 def test_line_that_cannot_be_opened(vmctl: Vmctl, daemon: FakeDaemon, tmp_path: Path) -> None:
     """vmctl opens it with its own rights, and it must be a terminal."""
+    before = open_descriptors()
     for path, reason in (
         (tmp_path / "none", "No such file or directory"),
         (Path("/dev/null"), "not a terminal"),
     ):
         daemon.answers(ConsoleAttached(vmid=3, name="web", tty=str(path)))
         assert vmctl("console", "web") == (1, "", f"vmctl: cannot open console {path}: {reason}\n")
+        daemon.wait_left()
+    assert open_descriptors() == before
+
+
+def test_start_and_a_line_that_cannot_be_opened(vmctl: Vmctl, daemon: FakeDaemon, tmp_path: Path) -> None:
+    """The result of the start is shown first."""
+    ready = ConsoleReady(vmid=3, name="web", tty=f"{tmp_path}/none")
+    daemon.answers(ready, VmStarted(vmid=3, name="web", pid=77, tty="/dev/pts/7"))
+    trouble = f"vmctl: cannot open console {tmp_path}/none: No such file or directory\n"
+    assert vmctl("start", "-c", "web") == (1, "", f"vmctl: started vm 3 successfully, tty /dev/pts/7\n{trouble}")
+    daemon.answers(ready, Failed(code=errno.EPERM, text="no"))
+    assert vmctl("start", "-c", "web") == (1, "", "vmctl: start vm command failed: no\n")
 
 
 def test_start_and_console(daemon: FakeDaemon, line: Line) -> None:

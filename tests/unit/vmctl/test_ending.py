@@ -121,6 +121,19 @@ def test_daemon_that_dies_while_we_wait(vmctl: Vmctl, daemon: FakeDaemon) -> Non
     assert vmctl("wait", "web") == (3, "", "waiting for vm web: \nvmctl: pipe closed\n")
 
 
+@pytest.mark.parametrize(("soon_s", "asked"), [(1e9, 4), (-1.0, 9)])
+def test_daemons_that_hang_up(
+    vmctl: Vmctl, daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch, soon_s: float, asked: int
+) -> None:
+    """A request is repeated three times at once, because it may be the reason.  Later ends of daemons do not count."""
+    monkeypatch.setattr("vmctl.ending.SOON_S", soon_s)
+    script: Iterator[Answers] = iter((*(None,) * 8, (TERMINATED,)))
+    daemon.script = lambda _request: next(script)
+
+    assert vmctl("wait", "web")[0] == (3 if soon_s > 0 else 0)
+    assert daemon.requests == [WaitRequest(name="web")] * asked
+
+
 def test_wait_continues_with_the_next_daemon(vmctl: Vmctl, daemon: FakeDaemon) -> None:
     """The request is repeated.  If that daemon has seen the VM end, this counts as the end."""
     gone = vm_info("web", vmid=3, running=False).replace(ended=LifeEnd(at_s=1, how="powered-off", text="by itself"))

@@ -4,6 +4,7 @@ import errno
 import json
 import signal
 import time
+from collections.abc import Iterator
 
 import pytest
 
@@ -104,3 +105,16 @@ def test_a_daemon_that_has_ended(vmctl: Vmctl, daemon: FakeDaemon) -> None:
     status, _, errors = vmctl("events")
 
     assert (status, errors) == (3, "vmctl: pipe closed\n")
+
+
+@pytest.mark.parametrize(("soon_s", "status", "asked"), [(1e9, 3, 4), (-1.0, 1, 9)])
+def test_daemons_that_hang_up(
+    vmctl: Vmctl, daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch, soon_s: float, status: int, asked: int
+) -> None:
+    """A daemon that hangs up at once is asked four times.  Daemons that served for a while do not count."""
+    monkeypatch.setattr("vmctl.commands.events.SOON_S", soon_s)
+    script: Iterator[Answers] = iter((*(None,) * 8, (Failed(code=errno.EIO, text="enough"),)))
+    daemon.script = lambda _request: next(script)
+
+    assert vmctl("events")[0] == status
+    assert len(daemon.requests) == asked

@@ -1,6 +1,7 @@
 """The terminal that shows a guest, without a terminal: the mode changes that are noticed and undone."""
 
 import os
+import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
 
@@ -36,8 +37,8 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Terminal]:
     monkeypatch.setattr(screen_, "put", terminal.got.extend)
     monkeypatch.setattr(screen_, "write_all", terminal.write_all)
     monkeypatch.setattr(screen_, "time", SimpleNamespace(monotonic=lambda: terminal.now_s))
-    monkeypatch.setattr(screen_.os, "isatty", lambda _fd: True)
-    monkeypatch.setattr(screen_.os, "get_terminal_size", lambda _fd: os.terminal_size((132, 24)))
+    monkeypatch.setattr(os, "isatty", lambda _fd: True)
+    monkeypatch.setattr(os, "get_terminal_size", lambda _fd: os.terminal_size((132, 24)))
     yield terminal
     os.close(terminal.keyboard)
     os.close(terminal.keys)
@@ -74,7 +75,7 @@ def test_characters_of_the_terminal(
     terminal: Terminal, monkeypatch: pytest.MonkeyPatch, utf8: str, undone: bytes
 ) -> None:
     """One byte begins a sequence only if the terminal is not UTF-8."""
-    monkeypatch.setattr(screen_.sys, "getfilesystemencoding", lambda: utf8)
+    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: utf8)
     screen = Screen()
     screen.show(b"\x9b?25l")
     terminal.taken()
@@ -133,11 +134,11 @@ def test_changes_are_made_again(terminal: Terminal) -> None:
 def test_columns(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
     """A terminal without a size counts as one of the usual width."""
     assert screen_.columns() == 132
-    monkeypatch.setattr(screen_.os, "get_terminal_size", lambda _fd: os.terminal_size((0, 0)))
+    monkeypatch.setattr(os, "get_terminal_size", lambda _fd: os.terminal_size((0, 0)))
     assert screen_.columns() == 80
 
     def fail(_fd: int) -> os.terminal_size:
         raise OSError(25, "no terminal")
 
-    monkeypatch.setattr(screen_.os, "get_terminal_size", fail)
+    monkeypatch.setattr(os, "get_terminal_size", fail)
     assert screen_.columns() == 80

@@ -1,5 +1,6 @@
 """start -C: the parts of a new VM's seed."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,8 @@ import pytest
 from tests.support.seeds import HASH, public_key
 from tests.unit.vmctl.conftest import Vmctl
 from tests.unit.vmctl.fake import Answers, FakeDaemon, vm_info
+from vmctl.errors import CommandError
+from vmctl.seed import Seed
 from vmd.config.model import SeedConfig, VmFlag
 from vmd.ipc.imsg import unpack
 from vmd.ipc.messages.clients import End, ListRequest, StartRequest, VmStarted
@@ -119,3 +122,17 @@ def test_a_vm_that_exists_takes_no_other_seed(vmctl: Vmctl, known: FakeDaemon) -
     assert status == 1
     assert "vm web already exists: only -B, -b, -I and -k may change one boot of it" in error
     assert known.requests
+
+
+def test_the_largest_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file may have a mebibyte, and all parts together what fits the memory file."""
+    (tmp_path / "data").write_bytes(bytes(FILE_MAX))
+    seed = Seed()
+    seed.take(f"user-data={tmp_path}/data")
+    with open(seed.file("web"), "rb") as file:
+        raw = file.read()
+    assert unpack(SeedParts, raw).user_data == SeedFile(name=f"{tmp_path}/data", data=bytes(FILE_MAX))
+    monkeypatch.setattr("vmctl.seed.PARTS_MAX", len(raw))
+    os.close(seed.file("web"))
+    with pytest.raises(CommandError, match=f"have {len(raw) + 1} bytes, and may have {len(raw)} at most"):
+        seed.file("webs")

@@ -322,8 +322,9 @@ def test_a_vm_that_was_installed_again(vmctl: Vmctl, daemon: FakeDaemon, home: P
         assert known.read_text() == others
         assert known.stat().st_mode & 0o777 == 0o600
         known.write_text(f"web.vmd ssh-ed25519 {OLD}\n")
-        shown.write_text("")  # the server has no key of this kind: ssh reports that itself
-        assert vmctl(*words)[0] == 0
+        for nothing in ("", "web ssh-ed25519", f"web ssh-rsa {NEW}"):  # no key of this kind: ssh reports that itself
+            shown.write_text(nothing)
+            assert vmctl(*words)[0] == 0
 
 
 def test_json(vmctl: Vmctl, daemon: FakeDaemon) -> None:
@@ -347,6 +348,14 @@ def test_invalid_numbers(vmctl: Vmctl, daemon: FakeDaemon, words: list[str]) -> 
     status, _, errors = vmctl("ssh", *words, "web")
 
     assert (status, errors[:15], daemon.requests) == (2, "vmctl: invalid ", [])
+
+
+@pytest.mark.parametrize("words", [["-p", "1"], ["-p", "65535"], ["-w", "0"], ["-w", "86400"]])
+def test_valid_numbers(vmctl: Vmctl, daemon: FakeDaemon, words: list[str]) -> None:
+    """Both ends belong to the range."""
+    script(daemon, vm_info(nics=(nic(),)))
+
+    assert vmctl("ssh", "--json", *words, "web")[0] == 0
 
 
 def test_a_command_belongs_behind_the_dashes(vmctl: Vmctl, daemon: FakeDaemon) -> None:

@@ -19,7 +19,10 @@ from tests.unit.test_exposition import Numbers, a_vm
 from tests.unit.vmctl.conftest import Vmctl
 from tests.unit.vmctl.fake import DEADLINE_S, ROOT, FakeDaemon
 from vmctl import rates
+from vmctl.commands.top import Top
 from vmctl.rates import Reading, Row
+from vmctl.session import Session
+from vmctl.terminal import RawTerminal
 from vmd.ipc.messages.clients import End
 from vmd.ipc.messages.figures import VmFigures
 from vmd.record import Record
@@ -90,6 +93,45 @@ def test_stopped_vms_have_no_row() -> None:
     paused = compared(WEB, WEB.replace(state="paused"))
     assert rates.line(paused).endswith(" web (paused)")
     assert len(rates.line(paused.replace(name="", state="running"))) <= 80 - 16
+
+
+def test_units() -> None:
+    """Times have their two largest units.  Sizes are those that 64 bits can have."""
+    for seconds, text in (
+        (0, "0m 0s"), (59, "0m 59s"), (60, "1m 0s"), (3599, "59m 59s"), (3600, "1h 0m"), (86399, "23h 59m"),
+        (86400, "1d 0h"), (90000, "1d 1h"),
+    ):  # fmt: skip
+        assert rates.up(seconds) == text
+    for number, text in ((None, "-"), (0, "0B"), (1535.6, "1.5K"), (float(1 << 63), "8.0E"), (1e30, "8.0E")):
+        assert rates.size(number) == text
+
+
+def test_the_summary_of_a_first_reading() -> None:
+    """Unknown rates count as nothing."""
+    row = compared(None, WEB)
+    assert rates.summary([row, row.replace(cpu_percent=12.4)], 3) == "2 of 3 VMs run; CPU 12%, memory 640M"
+    document = rates.as_json(row.replace(cpu_percent=12.34, requests=1.26, read_bytes=1.6))
+    names = ("cpu_percent", "disk_requests_per_s", "disk_read_bytes_per_s")
+    assert [document[name] for name in names] == [12.3, 1.3, 2]
+    assert document["send_bytes_per_s"] is None
+
+
+@pytest.mark.parametrize(
+    ("lines", "shown"), [(24, ["vm1", "vm2", "vm3"]), (6, ["vm1", "vm2", "vm3"]), (5, ["vm1", "and 2 more"]),
+                         (4, ["and 3 more"]), (1, ["and 3 more"])],
+)  # fmt: skip
+def test_a_screen_of_any_height(monkeypatch: pytest.MonkeyPatch, lines: int, shown: list[str]) -> None:
+    """The table has three lines above the VMs."""
+    screen = Top(Session(), RawTerminal(0, "top"), 1.0, None)
+    screen.now = Reading(at_ns=0, vms=tuple(WEB.replace(vmid=number, name=f"vm{number}") for number in (1, 2, 3)))
+    painted: list[str] = []
+    monkeypatch.setattr(screen, "_show", painted.append)
+    monkeypatch.setattr(screen, "_size", lambda: (80, lines))
+    screen._paint()
+
+    _, _, _, *rows = painted[0].split("\r\n")
+    assert len(rows) == len(shown)
+    assert all(name in row for name, row in zip(shown, rows, strict=True))
 
 
 class Growing:
