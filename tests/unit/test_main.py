@@ -14,6 +14,7 @@ class Started:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: list[object] = []
+        self.collector: list[str] = []  # calls of the garbage collector before the start
         self.fails = False
         for name in (*first.PROCESSES, "parent"):
             module = ModuleType(name)
@@ -22,7 +23,8 @@ class Started:
             monkeypatch.setitem(sys.modules, path, module)
         log = SimpleNamespace(setup=lambda *given: self.calls.append(given), crit=self.calls.append)
         monkeypatch.setattr(first, "log", log)
-        monkeypatch.setattr(first, "gc", SimpleNamespace(disable=int, enable=int, freeze=int))
+        calls = {name: lambda name=name: self.collector.append(name) for name in ("disable", "enable", "freeze")}
+        monkeypatch.setattr(first, "gc", SimpleNamespace(**calls))
 
     def run(self, what: object) -> int:
         """Note a start."""
@@ -44,6 +46,7 @@ def test_each_process(monkeypatch: pytest.MonkeyPatch, started: Started, name: s
     monkeypatch.setattr(sys, "argv", ["vmd", name, "leaf", "2", "more"])
     assert first.main() == 7
     assert started.calls == [(name, "leaf", 2), name]
+    assert started.collector == ["disable", "freeze", "enable"]
     started.calls.clear()
     started.fails = True
     monkeypatch.setattr(sys, "argv", ["vmd", name, "leaf", "0"])
@@ -57,3 +60,4 @@ def test_the_daemon(monkeypatch: pytest.MonkeyPatch, started: Started, words: li
     monkeypatch.setattr(sys, "argv", ["vmd", *words])
     assert first.main() == 7
     assert started.calls == [words]
+    assert started.collector == ["freeze", "enable"]

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -454,6 +455,19 @@ def test_reader_that_has_gone(daemon: FakeDaemon) -> None:
 
 
 # --- start-up --------------------------------------------------------------------------------------------
+
+def test_garbage_is_collected_while_a_command_runs(
+    vmctl: Vmctl, daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A console may be open for months.  Only the modules are left out."""
+    calls: list[str] = []
+    found = {name: lambda name=name: calls.append(name) for name in ("freeze", "enable")}
+    monkeypatch.setattr("vmctl.__main__.gc", SimpleNamespace(**found))
+    daemon.answers(Ok())
+
+    assert vmctl("reload")[0] == 0
+    assert calls == ["freeze", "enable"]
+
 
 HEAVY = {
     "argparse", "ast", "contextlib", "dataclasses", "datetime", "getopt", "gettext", "inspect", "json", "logging",
