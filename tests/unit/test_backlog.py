@@ -129,6 +129,20 @@ def test_failures_leave_no_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
     assert open_descriptors() == before
 
 
+def test_fresh_output_for_the_log(backlog: Backlog) -> None:
+    """Each byte is given once."""
+    writer_of(backlog).write(b"hello")
+    log = LoggedBacklog(os.dup(backlog.fd), 0)
+    assert (log.shown(), log.fresh()) == (5, (0, b"hello"))
+    log.log(2)
+    assert log.fresh() == (0, b"llo")
+    log.log(3)
+    assert log.fresh() == (0, b"")
+    writer_of(backlog).write(b"x" * BACKLOG_BYTES + b"end")
+    assert [log.fresh()[0], len(log.fresh()[1])] == [3, BACKLOG_BYTES - 8]
+    log.close()
+
+
 @pytest.mark.parametrize("logged", [0, 7, (1 << 63) + 5, (1 << 64) - 1])
 def test_any_count_of_the_log_is_tolerated(backlog: Backlog, logged: int) -> None:
     """A VM process may have written it.  The process that writes logs of other VMs, too, must go on."""

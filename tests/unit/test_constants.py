@@ -16,6 +16,7 @@ def test_units() -> None:
     assert (units.KIB, units.MIB, units.GIB) == (1024, 1024**2, 1024**3)
     assert (units.NS, units.DAY_S) == (10**9, 24 * 60 * 60)
     assert mmap.PAGESIZE == units.PAGE
+    assert units.SECTOR == 512
     assert os.sysconf("SC_IOV_MAX") == units.IOV_MAX
 
 

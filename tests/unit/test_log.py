@@ -95,6 +95,9 @@ def test_log_that_is_set_up_again_keeps_its_descriptor(lines: Lines) -> None:
 def test_broken_log_stops_nobody() -> None:
     """Neither a closed descriptor nor a reader that has ended."""
     log = Log()
+    assert log.fd == 2
+    log.setup("vmd", "stderr", 0)
+    assert (log.fd, log.title, log.form, log.verbosity) == (2, "vmd", "stderr", 0)
     log.setup("vmd", "stderr", 0, -1)
     log.error("text")
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

@@ -1,10 +1,12 @@
 """The first code of every process: which process runs, and what its arguments mean."""
 
+import subprocess
 import sys
 from types import ModuleType, SimpleNamespace
 
 import pytest
 
+from tests.support.daemon import ROOT
 from vmd import __main__ as first
 from vmd.errors import HostError
 
@@ -14,7 +16,7 @@ class Started:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: list[object] = []
-        self.collector: list[str] = []  # calls of the garbage collector before the start
+        self.collector: list[str] = []  # calls of the garbage collector, and of `stdio.fill`
         self.fails = False
         for name in (*first.PROCESSES, "parent"):
             module = ModuleType(name)
@@ -24,6 +26,7 @@ class Started:
         log = SimpleNamespace(setup=lambda *given: self.calls.append(given), crit=self.calls.append)
         monkeypatch.setattr(first, "log", log)
         calls = {name: lambda name=name: self.collector.append(name) for name in ("disable", "enable", "freeze")}
+        monkeypatch.setattr(first, "stdio", SimpleNamespace(fill=lambda: self.collector.append("fill")))
         monkeypatch.setattr(first, "gc", SimpleNamespace(**calls))
 
     def run(self, what: object) -> int:
@@ -46,7 +49,7 @@ def test_each_process(monkeypatch: pytest.MonkeyPatch, started: Started, name: s
     monkeypatch.setattr(sys, "argv", ["vmd", name, "leaf", "2", "more"])
     assert first.main() == 7
     assert started.calls == [(name, "leaf", 2), name]
-    assert started.collector == ["disable", "freeze", "enable"]
+    assert started.collector == ["fill", "disable", "freeze", "enable"]
     started.calls.clear()
     started.fails = True
     monkeypatch.setattr(sys, "argv", ["vmd", name, "leaf", "0"])
@@ -60,4 +63,14 @@ def test_the_daemon(monkeypatch: pytest.MonkeyPatch, started: Started, words: li
     monkeypatch.setattr(sys, "argv", ["vmd", *words])
     assert first.main() == 7
     assert started.calls == [words]
-    assert started.collector == ["freeze", "enable"]
+    assert started.collector == ["fill", "freeze", "enable"]
+
+
+def test_it_is_a_program() -> None:
+    """Its exit status says that its command line is wrong."""
+    done = subprocess.run(
+        [sys.executable, "-m", "vmd", "-?"], cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "usage" in done.stderr

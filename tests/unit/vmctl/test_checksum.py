@@ -53,5 +53,5 @@ def test_a_file_that_becomes_shorter(file: int) -> None:
     checksum = of(CONTENT)
     checksum.begin(file)
     os.ftruncate(file, 5)
-    with pytest.raises(CommandError, match="^disk was changed while it was read$"):
+    with pytest.raises(CommandError, match=r"^disk was changed while it was read$"):
         checksum.verify("disk")

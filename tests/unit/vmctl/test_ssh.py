@@ -325,6 +325,8 @@ def test_a_vm_that_was_installed_again(vmctl: Vmctl, daemon: FakeDaemon, home: P
         for nothing in ("", "web ssh-ed25519", f"web ssh-rsa {NEW}"):  # no key of this kind: ssh reports that itself
             shown.write_text(nothing)
             assert vmctl(*words)[0] == 0
+        known.write_text("web.vmd ssh-ed25519\n")  # cut off
+        assert vmctl(*words)[0] == 0
 
 
 def test_json(vmctl: Vmctl, daemon: FakeDaemon) -> None:

@@ -242,6 +242,23 @@ def test_links_are_followed(vmctl: Vmctl, known: FakeDaemon, files: Files, monke
     assert new_config(known).cdrom == os.path.realpath(files.iso)
 
 
+def test_long_path(vmctl: Vmctl, known: FakeDaemon, files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A short link may lead to it.  The daemon could not name it."""
+    monkeypatch.chdir(files.folder)
+    for _ in range(6):
+        os.mkdir("d" * 200)
+        os.chdir("d" * 200)
+    Path("disk").touch()
+    deep = os.getcwd()
+    os.chdir(files.folder)
+    monkeypatch.chdir(files.folder)
+    os.symlink(os.path.relpath(deep, files.folder), "link")
+
+    assert vmctl("start", "-d", "link/disk", "new") == (
+        1, "", f"vmctl: invalid disk path: {os.path.realpath('link/disk')}: File name too long\n"
+    )  # fmt: skip
+
+
 def test_file_name_with_a_colon(vmctl: Vmctl, known: FakeDaemon, files: Files) -> None:
     """Only `raw:` and `qcow2:` are prefixes."""
     path = files.make("vmdk:disk", b"")

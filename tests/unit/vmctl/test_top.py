@@ -11,6 +11,7 @@ import sys
 import termios
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 
@@ -132,6 +133,33 @@ def test_a_screen_of_any_height(monkeypatch: pytest.MonkeyPatch, lines: int, sho
     _, _, _, *rows = painted[0].split("\r\n")
     assert len(rows) == len(shown)
     assert all(name in row for name, row in zip(shown, rows, strict=True))
+
+
+@pytest.mark.parametrize(("seconds", "waits"), [(0.0, []), (0.25, [250]), (1.5, [500, 500, 500]), (0.0001, [1])])
+def test_the_interval(monkeypatch: pytest.MonkeyPatch, seconds: float, waits: list[int]) -> None:
+    """It is waited for in short polls, so that a signal is handled."""
+    screen = Top(Session(), RawTerminal(0, "top"), 1.0, None)
+    now_s = 100.0
+    waited: list[int] = []
+
+    def poll(wait_ms: int) -> list[object]:
+        nonlocal now_s
+        waited.append(wait_ms)
+        now_s += wait_ms / 1000
+        return []
+
+    monkeypatch.setattr("vmctl.commands.top.time", SimpleNamespace(monotonic=lambda: now_s))
+    monkeypatch.setattr("vmctl.commands.top.select", SimpleNamespace(poll=lambda: SimpleNamespace(poll=poll)))
+    assert screen._wait(100.0 + seconds)
+    assert waited == waits
+
+
+def test_the_size_of_the_screen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal without a size counts as one of the usual size."""
+    screen = Top(Session(), RawTerminal(0, "top"), 1.0, None)
+    for size, used in (((100, 50), (100, 50)), ((0, 0), (80, 24)), ((0, 5), (80, 5)), ((9, 0), (9, 24))):
+        monkeypatch.setattr(os, "get_terminal_size", lambda _fd, size=size: os.terminal_size(size))
+        assert screen._size() == used
 
 
 class Growing:
