@@ -174,3 +174,27 @@ def test_nanoseconds_are_seconds_to_the_last_digit() -> None:
     """For a year, a float would lose the last digits."""
     vm = a_vm(Numbers()).replace(cpu_ns=31_536_000_000_000_001)
     assert 'vmd_vm_cpu_seconds_total{vm="web"} 31536000.000000001\n' in expose([vm])
+
+
+def test_information_has_the_value_1() -> None:
+    """Queries multiply by it."""
+    vms = [a_vm(Numbers()), a_vm(Numbers(), "db").replace(pid=0)]
+    found = {(name, labels.get("vm", "")): value for name, labels, value in samples(expose(vms, "9.9"))}
+
+    for name in ("vmd_vm_info", "vmd_vm_state"):
+        assert [found[name, vm] for vm in ("web", "db")] == [1, 1]
+    assert [found["vmd_vm_running", vm] for vm in ("web", "db")] == [1, 0]
+    assert (found["vmd_build_info", ""], found["vmd_interface_info", "web"]) == (1, 1)
+
+
+def test_families_without_values_are_not_there() -> None:
+    """A daemon without VMs shows only itself."""
+    text = expose([], "9.9", openmetrics=True)
+    assert [line.split()[:3] for line in text.splitlines()] == [
+        ["#", "HELP", "vmd_build_info"], ["#", "TYPE", "vmd_build_info"], ['vmd_build_info{version="9.9"}', "1"],
+        ["#", "EOF"],
+    ]  # fmt: skip
+    units = [line.split()[2:] for line in expose([a_vm(Numbers())], openmetrics=True).splitlines() if "# UNIT" in line]
+    assert units
+    assert all(name.endswith(f"_{unit}") and unit in ("bytes", "seconds") for name, unit in units)
+    assert "# UNIT" not in expose([a_vm(Numbers())])

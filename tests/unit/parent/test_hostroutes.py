@@ -57,6 +57,19 @@ def test_the_routes_that_the_kernel_lists(tmp_path: Path) -> None:
     assert host_routes(str(tmp_path / "none"), str(four)) == []
 
 
+def test_parts_of_a_default_route(tmp_path: Path) -> None:
+    """A VPN has two halves of IPv4, and eighths of IPv6 such as 2000::/3.  Smaller networks are those of hosts."""
+    four, six = tmp_path / "route", tmp_path / "ipv6_route"
+    heading, _, half, *_ = ROUTE.splitlines()
+    quarter = "000000C0".join(half.rsplit("00000080", 1))
+    four.write_text("\n".join((heading, half, quarter)))
+    line = ROUTE6.splitlines()[0]
+    prefixes = [f"20000000{line[8:33]}{length:02x}{line[35:]}" for length in (3, 4)]
+    six.write_text("\n".join(prefixes))
+
+    assert host_routes(str(four), str(six)) == [route("128.0.0.0/2", "wg0"), route("2000::/4")]
+
+
 @pytest.mark.parametrize("length", range(0, len(ROUTE), 7))
 def test_a_truncated_list(tmp_path: Path, length: int) -> None:
     """Complete lines count."""
