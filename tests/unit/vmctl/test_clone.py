@@ -250,7 +250,8 @@ def test_a_disk_with_a_base_is_copied_alone(vmctl: Vmctl, old: Old) -> None:
 
     assert vmctl("clone", "old", "new")[0] == 0
     assert old.made() == {"new-disk0": (old.folder / "top").read_bytes()}
-    assert len(open_descriptors()) == len(before)
+    old.daemon.wait_left()
+    assert open_descriptors() == before
 
 
 def snapshot(path: Path, *arguments: str) -> None:
