@@ -448,7 +448,7 @@ class Process:
 
     def on_mark(self, packet: bytes) -> bytes:
         """Begin or stop to mark the pages that the device changes."""
-        kind = exact(devmsg.TYPE, packet)[0]
+        (kind,) = exact(devmsg.TYPE, packet)
         self.memory.marking = kind == devmsg.MARK
         return devmsg.STATUS.pack(kind, 0)
 

@@ -12,7 +12,7 @@ from tests.support.figures import unseen
 from tests.support.packets import any_frame
 from tests.support.packettap import PacketTap
 from vmd.devices import bucket
-from vmd.devices.bucket import KEPT_S, Bucket
+from vmd.devices.bucket import KEPT_S, LEAST_S, Bucket, Throttled
 from vmd.devices.vioblk.device import ROUND, Vioblk, Workers
 from vmd.devices.vionet.receive import Receiver
 from vmd.devices.vionet.transmit import Transmitter
@@ -416,3 +416,45 @@ def test_a_bucket_has_its_rate_and_a_small_burst(clock: Clock) -> None:
     assert one.wait_s() == 0.0
     one.take(10)
     assert one.wait_s() > 0.0
+
+
+@pytest.mark.parametrize(
+    ("rate", "most", "level", "wait_s"),
+    [
+        (5, 1.0, 1.0, 0.0), (5, 1.0, 0.5, 0.1), (5, 1.0, -1.0, 0.4), (99, 9.9, 1.0, 0.0), (99, 9.9, 0.99, LEAST_S),
+        (10_000, 1000.0, 1.0, 0.0), (10_000, 1000.0, 0.0, 0.01), (10_000, 1000.0, -900.0, 0.1),
+    ],
+)  # fmt: skip
+@pytest.mark.usefixtures("clock")
+def test_how_long_a_bucket_makes_its_user_wait(rate: int, most: float, level: float, wait_s: float) -> None:
+    """Something passes from one token on.  A wait is for the tokens of 10 ms, but for one token at least."""
+    one = Bucket(rate)
+    assert one.level == most
+    one.level = level
+    assert one.wait_s() == pytest.approx(wait_s, abs=1e-9)
+
+
+def test_waits_are_counted(clock: Clock) -> None:
+    """A wait that goes on is one wait.  Its time is counted up to the last look, and not after its end."""
+    figures = memoryview(bytearray(8 * 6)).cast("Q")
+    throttled = Throttled(figures, 2)
+
+    def seen(*, now: bool) -> tuple[int, int]:
+        assert throttled.now == now
+        assert not any((*figures[:2], *figures[4:]))
+        return figures[2], figures[3]
+
+    throttled.end()
+    assert seen(now=False) == (0, 0)
+    throttled.begin()
+    assert seen(now=True) == (1, 0)
+    clock.now_s += 2
+    throttled.begin()
+    assert seen(now=True) == (1, 2_000_000_000)
+    clock.now_s += 1
+    throttled.end()
+    assert seen(now=False) == (1, 3_000_000_000)
+    clock.now_s += 5
+    throttled.end()
+    throttled.begin()
+    assert seen(now=True) == (2, 3_000_000_000)
