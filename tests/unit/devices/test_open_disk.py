@@ -16,6 +16,7 @@ from vmd.images.guard import Guard
 from vmd.images.qcow2 import Qcow2Image
 from vmd.images.raw import RawImage
 from vmd.ipc import devmsg
+from vmd.privsep.title import EVENT
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -134,15 +135,16 @@ class Bare(VioblkProcess):
 def test_disk_has_a_serial_and_its_lock_is_watched(
     paths: tuple[Path, Path], serial: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without a serial of its own it is numbered."""
+    """Without a serial of its own it is numbered.  The main thread has a name."""
     monkeypatch.setattr(module, "Vioblk", Made)
     monkeypatch.setattr(module, "Workers", lambda most: most)
-    monkeypatch.setattr(module, "name_thread", lambda _name: None)
+    names: list[str] = []
+    monkeypatch.setattr(module, "name_thread", names.append)
     host = Described((paths[1], RAW))
     host.serial = serial
     made = make(Bare(host), raw.open_disk)
     assert isinstance(made, Made)
-    assert (made.serial, made.watched) == (serial or b"vioblk3", True)
+    assert (made.serial, made.watched, names) == (serial or b"vioblk3", True, [EVENT])
     made.image.close()
 
 

@@ -28,6 +28,7 @@ class Disk:
         self.calls: list[tuple[object, ...]] = []
         self.config = b"configuration"
         self.features = 1 << 7
+        self.paused: bool | None = None
 
     def _called(self, *call: object) -> None:
         self.calls.append(call)
@@ -116,8 +117,8 @@ def test_question_with_bytes_behind_it_is_refused(process: DiskProcess, kind: in
     assert process.disk.calls == []
 
 
-def test_answers_of_a_disk(process: DiskProcess) -> None:
-    """Each has the status of what was asked."""
+def test_answers_of_a_disk(process: DiskProcess, capfd: pytest.CaptureFixture[str]) -> None:
+    """Each has the status of what was asked.  The reason of a failure is in the log."""
     statuses = {kind: process.ask(kind) for kind in (
         devmsg.SETTLE, devmsg.SETTLE_AHEAD, devmsg.LET_GO, devmsg.TAKE_BACK, devmsg.SIGN, devmsg.RELOAD,
     )}  # fmt: skip
@@ -125,15 +126,17 @@ def test_answers_of_a_disk(process: DiskProcess) -> None:
     assert process.disk.calls == [("settle",), ("settle ahead",), ("reload",)]
     process.disk.error = ImageError("disk", "is damaged")
     assert process.ask(devmsg.RELOAD) == 1
+    assert "disk: is damaged" in capfd.readouterr().err
 
 
-def test_image_is_lent_with_all_its_files(process: DiskProcess) -> None:
+def test_image_is_lent_with_all_its_files(process: DiskProcess, capfd: pytest.CaptureFixture[str]) -> None:
     """In a pause it is settled first; an image that cannot be settled is not lent."""
     assert (process.ask(devmsg.LEND), process.passing, process.disk.calls) == (0, [900, 901], [])
     process.passing, process.paused = [], True
     assert (process.ask(devmsg.LEND), process.passing, process.disk.calls) == (0, [900, 901], [("settle",)])
     process.passing, process.disk.error = [], OSError(errno.EBUSY, "requests are under way")
     assert (process.ask(devmsg.LEND), process.passing) == (1, [])
+    assert "requests are under way" in capfd.readouterr().err
 
 
 def test_size_and_limit_of_a_disk(process: DiskProcess) -> None:
@@ -141,6 +144,15 @@ def test_size_and_limit_of_a_disk(process: DiskProcess) -> None:
     process.take_inform(devmsg.RESIZE_BODY.pack(devmsg.RESIZE, 5 << 40))
     process.take_inform(devmsg.LIMIT_BODY.pack(devmsg.LIMIT, 100, 7 << 20))
     assert process.disk.calls == [("resize", 5 << 40), ("limit", 100, 7 << 20)]
+
+
+def test_lock_of_a_disk(process: DiskProcess) -> None:
+    """Its thread learns of pauses, and tells the VM of a loss in a sentence that fits."""
+    for paused in (True, False):
+        process.note_pause(paused=paused)
+        assert process.disk.paused == paused
+    process.lock_lost("x" * 300)
+    assert process.told == [devmsg.TYPE.pack(devmsg.LOCK_LOST) + b"x" * devmsg.TROUBLE_MAX]
 
 
 @pytest.mark.parametrize(

@@ -255,3 +255,108 @@ def test_storage_that_fails_during_the_return_of_the_lock(
     assert is_free(path)
     assert hand_over.take_back() == devmsg.TAKEN
     image.close()
+
+
+NO_ANSWER = OSError(errno.EIO, "no answer")
+
+
+@pytest.mark.parametrize("failing", [None, "flush", "finish", "mark"])
+def test_steps_of_letting_go(
+    path: Path, kind: str, failing: str | None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The image is on stable storage and finished before its lock is free.  After a failure the lock is kept."""
+    image = opened(path, kind)
+    hand_over = HandOver(image)
+    steps: list[str] = []
+
+    def watch(place: object, name: str) -> None:
+        real = getattr(place, name)
+
+        def step(*args: object) -> object:
+            steps.append(name)
+            if name == failing:
+                raise NO_ANSWER
+            return real(*args)
+
+        monkeypatch.setattr(place, name, step)
+
+    watch(image, "flush")
+    watch(image, "finish")
+    watch(handover, "mark")
+    watch(handover, "unlock")
+    assert hand_over.let_go() == (failing is not None)
+    order = ["flush", "finish", "mark", "unlock"]
+    assert steps == (order if failing is None else order[: order.index(failing) + 1])
+    said = capfd.readouterr().err
+    assert (f"{path}: cannot be handed over: no answer" in said) == (failing is not None)
+    monkeypatch.undo()
+    assert is_free(path) == (failing is None)
+    image.close()
+
+
+@pytest.mark.parametrize("failing", ["mark", "flush"])
+def test_an_image_that_cannot_be_signed(
+    path: Path, kind: str, failing: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The guest must not run here: the other host could not notice that it has."""
+    image = opened(path, kind)
+
+    def fail(*_: object) -> None:
+        raise NO_ANSWER
+
+    with monkeypatch.context() as patch:
+        patch.setattr(handover if failing == "mark" else image, failing, fail)
+        hand_over = HandOver(image)
+        assert hand_over.sign() == 1
+    assert f"{path}: cannot be written: no answer" in capfd.readouterr().err
+    assert hand_over.sign() == 0
+    image.close()
+
+
+@pytest.mark.parametrize("what", ["read-only", "block device"])
+def test_an_image_that_needs_no_signature(path: Path, kind: str, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that is only read tells nothing, and a block device has no mark.  Neither is written to."""
+    image = opened(path, kind, writable=what != "read-only")
+    before = path.stat().st_mtime_ns
+    os.utime(path, ns=(before - 10**9, before - 10**9))
+    if what == "block device":
+        monkeypatch.setattr(handover, "mark", lambda _fd: handover.NO_MARK)
+    assert HandOver(image).sign() == 0
+    assert path.stat().st_mtime_ns == before - 10**9
+    image.close()
+
+
+def test_a_lock_that_cannot_be_taken_back_is_logged(
+    path: Path, kind: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """With the reason.  That somebody else has the image is no error here; the VM tells it."""
+    image = opened(path, kind)
+    hand_over = HandOver(image)
+    assert hand_over.let_go() == 0
+    other = opened(path, kind)
+    assert hand_over.take_back() == devmsg.TAKEN_IN_USE
+    assert capfd.readouterr().err == ""
+    other.close()
+    assert hand_over.let_go() == 0
+
+    def fail(_fd: int) -> tuple[int, int]:
+        raise NO_ANSWER
+
+    with monkeypatch.context() as patch:
+        patch.setattr(handover, "mark", fail)
+        assert hand_over.take_back() == devmsg.TAKEN_FAILED
+    assert f"{path}: cannot be taken back: " in capfd.readouterr().err
+    image.close()
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_lost_lock_is_not_let_go(path: Path, kind: str, own: bool, capfd: pytest.CaptureFixture[str]) -> None:
+    """Somebody else may have the image.  An image that was let go before stays so."""
+    image = opened(path, kind)
+    hand_over = HandOver(image)
+    if own:
+        assert hand_over.let_go() == 0
+    hand_over.lost = "its lock is lost"
+    assert hand_over.let_go() == (0 if own else 1)
+    assert (f"{path}: cannot be handed over: its lock is lost" in capfd.readouterr().err) == (not own)
+    image.close()

@@ -118,11 +118,17 @@ def report_news(disk: Vioblk) -> None:
     disk.on_done()
 
 
-def test_hanging_requests_do_not_prevent_checks(disk: Vioblk, services: Services) -> None:
-    """Each check reports the lost lock to the VM.  It is a trouble of the disk until it is taken back."""
+def test_hanging_requests_do_not_prevent_checks(
+    disk: Vioblk, services: Services, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Each check reports the lost lock to the VM, and the first one logs it.
+
+    It is a trouble of the disk until it is taken back.
+    """
     with stolen(disk):
         assert services.lost.get(timeout=DEADLINE_MS / 1000).startswith("its lock is lost")
         assert services.lost.get(timeout=DEADLINE_MS / 1000).startswith("its lock is lost")
+        assert capfd.readouterr().err.count(f"{disk.image.path}: its lock is lost") == 1
         assert [trouble[:16] for trouble in services.troubles] == ["its lock is lost"]
         assert disk.take_back() == devmsg.TAKEN_IN_USE
     assert disk.take_back() == devmsg.TAKEN

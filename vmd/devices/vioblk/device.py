@@ -11,6 +11,7 @@ import posix as os
 import select
 import time
 from _queue import SimpleQueue
+from struct import Struct
 
 from vmd.devices.bucket import Bucket, Throttled
 from vmd.devices.process import QUIESCE_TIMEOUT_S
@@ -92,6 +93,7 @@ PENALTY = 20
 
 CONFIG_BYTES = 60
 CAPACITY, SEG_MAX_AT, BLK_SIZE, WRITEBACK, DISCARD_AT = 0, 12, 20, 32, 36
+CAPACITY_FIELD, FIELD = Struct("<Q"), Struct("<I")
 
 NEXT, WRITE, INDIRECT = spec.VIRTQ_DESC_F_NEXT, spec.VIRTQ_DESC_F_WRITE, spec.VIRTQ_DESC_F_INDIRECT
 WORKS, FAILS, LOST = range(3)  # state of flushes: they work; they fail; one failed, and data was lost
@@ -212,13 +214,10 @@ class Vioblk:
     def _fill_config(self) -> None:
         """Write the configuration space (5.2.4)."""
         space = self.space
-        for at, size, value in (
-            (CAPACITY, 8, self.size // SECTOR),
-            (SEG_MAX_AT, 4, SEG_MAX),
-            (BLK_SIZE, 4, SECTOR),
-            (WRITEBACK, 1, 1),
-        ):
-            space[at : at + size] = value.to_bytes(size, "little")
+        CAPACITY_FIELD.pack_into(space, CAPACITY, self.size // SECTOR)
+        FIELD.pack_into(space, SEG_MAX_AT, SEG_MAX)
+        FIELD.pack_into(space, BLK_SIZE, SECTOR)
+        space[WRITEBACK] = 1
         if self.image.writable:
             # Maxima that are multiples of the alignment: a driver that cuts a long range by them keeps it aligned.
             alignment = self.image.discard_granularity // SECTOR
@@ -230,7 +229,8 @@ class Vioblk:
                 requests.WRITE_ZEROES_MAX_RANGES,
                 1,  # a range of zeroes may be unmapped
             )
-            space[DISCARD_AT:] = b"".join(value.to_bytes(4, "little") for value in limits)
+            for place, value in enumerate(limits):
+                FIELD.pack_into(space, DISCARD_AT + FIELD.size * place, value)
 
     @property
     def config(self) -> bytes:
@@ -306,7 +306,7 @@ class Vioblk:
         """Tell guest and VM the new size; after a failure tell the VM the error."""
         if failure is None:
             self.size = self.limits.size = self.image.size // SECTOR * SECTOR
-            self.space[CAPACITY : CAPACITY + 8] = (self.size // SECTOR).to_bytes(8, "little")
+            CAPACITY_FIELD.pack_into(self.space, CAPACITY, self.size // SECTOR)
             self.figures[SIZE] = self.size
             self.services.tell_config()
             self._report()
