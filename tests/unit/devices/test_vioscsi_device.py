@@ -292,6 +292,7 @@ def test_locked_drive_keeps_its_disc(cdrom: Cdrom) -> None:
     with pytest.raises(OSError, match="the guest has locked the drive") as refused:
         cdrom.device.change(new, force=False)
     assert refused.value.errno == errno.EBUSY
+    assert cdrom.ask(bytes.fromhex("4a010000100000000800"), 8).data.hex() == "0006041401020000"  # a request to eject
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(new)
     assert cdrom.ask(read10(1, 1), BLOCK).data == DISC[BLOCK : 2 * BLOCK]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.figures import unseen
 from vmd.devices.vioscsi.main import VioscsiProcess, make
 from vmd.errors import PeerError
 from vmd.ipc import devmsg
@@ -27,6 +28,10 @@ class Drive:
             os.close(fd)
         if self.error is not None:
             raise self.error
+
+    def state(self) -> bytes:
+        """Return a state."""
+        return b"its state"
 
     def restore(self, state: bytes) -> None:
         """Keep the state."""
@@ -96,18 +101,36 @@ def test_state_of_a_drive_is_taken() -> None:
     process.informs.close()
 
 
+def test_state_of_a_drive_follows_its_queues() -> None:
+    """In the answer to EXPORT."""
+    process = Bare()
+    process.queues = []
+    question = devmsg.TYPE.pack(devmsg.EXPORT)
+    answer = process.QUESTIONS[devmsg.EXPORT](process, question)
+    assert answer == devmsg.EXPORT_HEAD.pack(devmsg.EXPORT, 0) + b"its state"
+    process.vm.close()
+    process.informs.close()
+
+
 class Files:
     """The part of `Host` that is used here."""
 
-    def __init__(self, resources: int) -> None:
-        self.resources = [900] * resources
+    def __init__(self, *resources: int) -> None:
+        self.resources = resources
 
 
-def test_drive_has_one_disc_at_most() -> None:
+def test_drive_has_one_disc_at_most(tmp_path: Path) -> None:
     """More are refused."""
     process = Bare()
-    process.host = Files(2)  # type: ignore[assignment]
+    process.figures = unseen("vioscsi")
+    process.host = Files(900, 901)  # type: ignore[assignment]
     with pytest.raises(PeerError, match="2 discs for one drive"):
         make(process)
+    (tmp_path / "disc").write_bytes(bytes(4096))
+    for fd in ([os.open(tmp_path / "disc", os.O_RDONLY)], []):
+        process.host = Files(*fd)  # type: ignore[assignment]
+        made = make(process)
+        assert (made.fd, made.size) == (fd[0] if fd else None, 4096 * len(fd))
+        made.close()
     process.vm.close()
     process.informs.close()

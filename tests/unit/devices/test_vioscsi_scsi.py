@@ -67,6 +67,8 @@ ANSWERS = {
     ),
     "configuration of core": ("46020001000000000000", bytes.fromhex("000000100000ffff") + CORE, 7, 2),
     "configuration of nothing": ("46020123000000000000", bytes.fromhex("000000040000ffff"), 7, 2),
+    "configuration of nothing in the upper byte": ("46020100000000000000", bytes.fromhex("000000040000ffff"), 7, 2),
+    "configuration from behind the last": ("46000100000000000000", bytes.fromhex("000000040000ffff"), 7, 2),
     "mechanism status": ("bd" + "00" * 11, bytes(8), 8, 2),
 }  # fmt: skip
 
@@ -76,7 +78,7 @@ def test_answer_is_cut_to_the_allocation_length(name: str) -> None:
     """A shorter length cuts the answer, and a longer one does not change it."""
     text, whole, at, width = ANSWERS[name]
 
-    for allocated in (*range(len(whole) + 1), 255):
+    for allocated in (*range(len(whole) + 1), 255, 1 << 8 * (width - 1), (1 << 8 * width) - 1):
         cdb = bytearray.fromhex(text)
         cdb[at : at + width] = allocated.to_bytes(width, "big")
         assert drive().execute(bytes(cdb)) == Reply(data=whole[:allocated])
@@ -97,10 +99,11 @@ def test_report_luns_names_lun_0() -> None:
     """The list has one entry.  A length without room for it is refused."""
     full = bytes.fromhex("0000000800000000") + bytes(8)
 
-    replies = {n: drive().execute(bytes.fromhex("a00000000000") + n.to_bytes(4, "big") + b"\0\0") for n in (15, 16, 99)}
+    lengths = (15, 16, 99, 1 << 8, 1 << 16, 1 << 24)
+    replies = {n: drive().execute(bytes.fromhex("a00000000000") + n.to_bytes(4, "big") + b"\0\0") for n in lengths}
 
     assert refusal(replies[15]) == (5, 0x24)
-    assert replies[16] == replies[99] == Reply(data=full)
+    assert all(reply == Reply(data=full) for n, reply in replies.items() if n > 15)
 
 
 def test_read_capacity_10() -> None:
@@ -156,6 +159,30 @@ def test_read_returns_an_extent(opcode: int, lba: int, count: int) -> None:
 def test_read_beyond_the_disc_is_refused(opcode: int, lba: int, count: int) -> None:
     """The sense data is 5/21 for any block out of range."""
     assert refusal(drive().execute(read_cdb(opcode, lba, count))) == (5, 0x21)
+
+
+WIDTHS = {0x08: (3, 1), 0x28: (4, 2), 0xA8: (4, 4), 0x88: (8, 4)}  # bytes of address and count
+
+
+@READS
+def test_each_byte_of_address_and_count(opcode: int) -> None:
+    """The disc has 2^33 blocks.  READ(6) ignores the upper bits of its address, where SCSI-2 has the LUN."""
+    big = Drive(BLOCK << 33)
+    address_bytes, count_bytes = WIDTHS[opcode]
+    for bit in range(8 * address_bytes):
+        reply = big.execute(read_cdb(opcode, 1 << bit, 3))
+        if opcode == 0x08 and bit > 20:
+            assert reply == Reply(offset=0, length=3 * BLOCK)
+        elif bit < 33:
+            assert reply == Reply(offset=BLOCK << bit, length=3 * BLOCK)
+        else:
+            assert refusal(reply) == (5, 0x21)
+    for bit in range(8 * count_bytes):
+        reply = big.execute(read_cdb(opcode, 5, 1 << bit))
+        if bit > 15:
+            assert refusal(reply) == (5, 0x24)
+        else:
+            assert reply == Reply(offset=5 * BLOCK, length=BLOCK << bit)
 
 
 def test_only_read_6_takes_0_blocks_as_256() -> None:
