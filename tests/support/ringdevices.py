@@ -37,6 +37,8 @@ from tests.support.netdriver import MRG, net_start
 from tests.support.network import Host, Network, TapInterface
 from tests.support.packets import any_frame
 from vmd.guestmem import GuestMemory
+from vmd.images.chain import Link, open_chain
+from vmd.images.create import new_file, write_empty
 from vmd.ipc import devmsg
 from vmd.ipc.loop import Loop
 from vmd.memfile import sealed_file
@@ -73,6 +75,7 @@ class Adapter:
     kind: ClassVar[Kind]
     queue: ClassVar[int] = 0
     features: ClassVar[int] = 0  # besides those of rings
+    image: ClassVar[str] = "raw"  # format of a disk's image.  The disks of other formats have processes of their own
     gives_back: ClassVar[bool] = True  # whether the device gives buffers back
     # How many requests a device serves at most before it does its other work; 0 if it serves none at all.  If the
     # device counts descriptors, this is the number of chains of the greatest length.
@@ -141,6 +144,12 @@ class DiskRequests(Adapter):
     def is_refused(self, number: int) -> bool:
         """Check the status."""
         return self.memory.read(base(number) + 64, 1)[0] == spec.VIRTIO_BLK_S_IOERR
+
+
+class Qcow2Requests(DiskRequests):
+    """Reads of one sector of a qcow2 image.  The main thread does not read its file itself, but calls its driver."""
+
+    name, image = "vioblk-qcow2", "qcow2"
 
 
 class DiscRequests(Adapter):
@@ -291,7 +300,7 @@ class RandomBytes(Adapter):
 
 
 ADAPTERS: tuple[type[Adapter], ...] = (
-    DiskRequests, FramesIn, MergeableFramesIn, FramesOut, DiscTasks, DiscEvents, DiscRequests, RandomBytes,
+    DiskRequests, Qcow2Requests, FramesIn, MergeableFramesIn, FramesOut, DiscTasks, DiscEvents, DiscRequests, RandomBytes,
 )  # fmt: skip
 
 
@@ -398,13 +407,26 @@ class EntropyDevice(Device):
 # --- driving -----------------------------------------------------------------------------------------------------
 
 
+def write_disk(path: Path, image: str) -> int:
+    """Make an image of this format with CONTENT; return the note that tells a device process its format."""
+    if image == "raw":
+        path.write_bytes(CONTENT)
+        return 0
+    with new_file(str(path)) as fd:
+        write_empty(fd, str(path), image, len(CONTENT))
+    made = open_chain([Link(fd=os.open(path, os.O_RDWR | os.O_CLOEXEC), path=str(path), format=image)], writable=True)
+    made.pwritev(0, [memoryview(CONTENT)])
+    made.close()
+    return devmsg.RESOURCE_QCOW2
+
+
 class Devices:
-    """Running devices, one of each kind.  A context manager that ends them."""
+    """Running devices, one of each kind and format of images.  A context manager that ends them."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.stack = contextlib.ExitStack()
-        self.running: dict[str, tuple[Device, Host | None]] = {}
+        self.running: dict[tuple[str, str], tuple[Device, Host | None]] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -417,7 +439,8 @@ class Devices:
     def driver(self, adapter: type[Adapter]) -> "RingDriver":
         """Return the driver of a queue.  Start its device if it does not run yet."""
         kind = adapter.kind.process
-        if kind not in self.running:
+        key = kind, adapter.image
+        if key not in self.running:
             host: Host | None = None
             if adapter.kind is INTERFACE:
                 tap = self.stack.enter_context(TapInterface(self.stack.enter_context(Network())))
@@ -426,12 +449,12 @@ class Devices:
             elif adapter.kind is ENTROPY:
                 device = EntropyDevice()
             else:
-                path = self.folder / kind
-                path.write_bytes(CONTENT)
+                path = self.folder / f"{kind}.{adapter.image}"
+                note = write_disk(path, adapter.image)
                 with path.open("rb+") as file:
-                    device = Device(kind, [file.fileno()], queues=len(adapter.kind.queues))
-            self.running[kind] = self.stack.enter_context(device).start(), host
-        return RingDriver(adapter, *self.running[kind])
+                    device = Device(kind, [file.fileno()], notes=[note], queues=len(adapter.kind.queues))
+            self.running[key] = self.stack.enter_context(device).start(), host
+        return RingDriver(adapter, *self.running[key])
 
 
 class RingDriver:

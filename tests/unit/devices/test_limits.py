@@ -458,3 +458,15 @@ def test_waits_are_counted(clock: Clock) -> None:
     throttled.end()
     throttled.begin()
     assert seen(now=True) == (2, 3_000_000_000)
+
+
+def test_a_stopped_queue_waits_for_nothing(clock: Clock) -> None:
+    """Neither for the tap, nor for a time, nor for its limit."""
+    wire = Out(clock, 1000)
+    for stop in (wire.worker.stopped, wire.worker.begin):
+        wire.worker.tap_events, wire.worker.until_s = 4, 1.0
+        wire.worker.throttled.begin()
+        stop()
+        assert (wire.worker.tap_events, wire.worker.until_s) == (0, NEVER)
+        assert wire.worker.throttled.now == (stop == wire.worker.begin)
+    wire.close()

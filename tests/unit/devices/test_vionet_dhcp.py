@@ -303,6 +303,9 @@ def test_the_mask_is_that_of_the_network(length4: int, mask: str) -> None:
         ({12: b"web.example.org."}, b"web.example.org"),
         ({12: b"web\0"}, b"web"),
         ({81: b"\0\0\0web.example.org"}, b"web.example.org"),
+        ({81: b"\1\0\0web"}, b"web"),  # with the other flags (RFC 4702, 2.1)
+        ({81: b"\12\0\0web"}, b"web"),
+        ({81: b"\0\0\0"}, b""),
         ({81: b"\4\0\0\3web\7example\0"}, b"web.example"),
         ({81: b"\4\0\0\3web"}, b"web"),
         ({81: b"\4\0\0\77we"}, b""),
@@ -359,6 +362,42 @@ def test_unknown_options_and_padding_are_skipped() -> None:
     options = bytes(3) + option(61, b"\x01" + LLADDR) + bytes(1) + option(55, b"\1\3\6") + KIND + option(12, b"x" * 255)
 
     assert answered(request(bootp(options + b"\xff" + b"\x35\x01"))).kind == OFFER
+
+
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [
+        (KIND + b"\x0c\0", OFFER), (KIND, OFFER), (KIND + b"\x0c\1x", OFFER), (KIND + b"\x0c", server.MALFORMED),
+        (KIND + b"\x0c\1", server.MALFORMED), (KIND + b"\x0c\2x", server.MALFORMED),
+        (b"\0" + option(53, bytes((REQUEST,))) + b"\0" + option(50, OTHER4), NAK),
+        (b"\0\0" + option(53, bytes((REQUEST,))) + b"\0\0\0" + option(50, GUEST4), ACK),
+    ],
+)  # fmt: skip
+def test_options_up_to_the_last_byte(options: bytes, kind: int | str) -> None:
+    """An option may end where its field ends, and may be empty.  Padding is one byte."""
+    assert outcome(request(bootp(options, size=0))) == kind
+
+
+def test_length_of_an_answer() -> None:
+    """It has the 300 bytes that old clients want, and is never longer than the client accepts or a frame can be.
+
+    The host name is in each answer that has room for it.
+    """
+    assert len(answered(dhcp(DISCOVER)).body) == 300
+    nic = NIC.replace(host_name=f"{'x' * 60}.{'y' * 60}")
+    identifier = option(61, b"i" * 200)
+    named, plain = (answered(dhcp(DISCOVER, more=identifier + option(57, b"\x05\xdc")), each) for each in (nic, NIC))
+    assert (12 in named.options, 12 in plain.options) == (True, False)
+    for limit in (named.total - 1, named.total):
+        answer = answered(dhcp(DISCOVER, more=identifier + option(57, limit.to_bytes(2, "big"))), nic)
+        assert answer.total == (named.total if limit == named.total else plain.total)
+    lengths = [
+        len(found.frame) for count in range(160, 200)
+        if (found := ask(dhcp(DISCOVER, more=option(61, b"i" * 255) * 4 + option(61, b"i" * count)
+                               + option(57, b"\xff\xff"), size=0)))
+    ]  # fmt: skip
+    assert max(lengths) == 1514
+    assert len(lengths) < 40
 
 
 def test_request_without_padding() -> None:

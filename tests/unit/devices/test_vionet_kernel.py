@@ -18,15 +18,18 @@ from tests.support.fakevhost import RX, TX, FakeVhost
 from tests.support.figures import unseen
 from tests.support.packets import DISCOVER, GUEST4, HOST4, HOST_LLADDR, LLADDR, OFFER, Answer, any_frame, dhcp
 from tests.support.packettap import PacketTap
+from vmd.devices.process import Host
+from vmd.devices.vionet import kernel as module
 from vmd.devices.vionet import vhost
 from vmd.devices.vionet.announce import address
 from vmd.devices.vionet.interface import Interface
-from vmd.devices.vionet.kernel import NEEDED, KernelVionet
+from vmd.devices.vionet.kernel import NEEDED, KernelProcess, KernelVionet, make
 from vmd.devices.vionet.tap import Tap
-from vmd.errors import HostError
+from vmd.errors import HostError, PeerError
 from vmd.guestmem import GuestMemory
 from vmd.ipc import devmsg
 from vmd.privsep.confine import VHOST_IOCTLS
+from vmd.privsep.title import EVENT
 from vmd.virtio import spec
 from vmd.virtio.queue import Queue
 
@@ -587,6 +590,106 @@ class FailingReads:
 
     def __init__(self, fail: Callable[..., None]) -> None:
         self.read = fail
+
+
+def test_a_tap_that_is_down_when_the_kernel_would_take_over(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The packet socket tells it first, so the kernel does not get the rings until the tap is up."""
+    rig.device.quiesce(forget=False)
+    rig.tap.up = False
+    begin = rig.device.packets.begin
+
+    def find_down() -> None:
+        begin()
+        rig.device._look_at_tap()
+
+    monkeypatch.setattr(rig.device.packets, "begin", find_down)
+    rig.device.resume()
+    assert not rig.kernel.serves()
+    assert not rig.device.link_up
+    assert rig.device.packets.fd not in rig.services.handlers
+    monkeypatch.undo()
+    rig.tap.up = True
+    rig.services.handlers[rig.tap.fd]()
+    assert rig.device.link_up
+
+
+# --- the process -----------------------------------------------------------------------------------------------------
+
+
+class Asked(KernelVionet):
+    """The device behind the process.  It keeps its calls, and whether memory was being marked then."""
+
+    def __init__(self, memory: "Memory") -> None:
+        self.memory = memory
+        self.calls: list[tuple[object, ...]] = []
+
+    def set_direct(self, direct: bool) -> None:
+        """Keep it."""
+        self.calls.append(("direct", direct))
+
+    def reconsider(self) -> None:
+        """Keep it."""
+        self.calls.append(("reconsider", self.memory.marking))
+
+
+class Memory:
+    """The part of guest memory that is used here."""
+
+    marking = False
+
+
+class Bare(KernelProcess):
+    """The process without memory and loop."""
+
+    def __init__(self, *resources: int, flags: int = devmsg.NET_VHOST) -> None:
+        self.memory = Memory()  # type: ignore[assignment]
+        self.host = Host.__new__(Host)
+        self.host.net = devmsg.NET.unpack(
+            devmsg.NET.pack(LLADDR, HOST_LLADDR, flags, 0, bytes(4), bytes(4), b"", b"", b"", b"", 0)
+        )
+        self.host.host_name = ""
+        self.host.kicks = [0, 0]
+        self.host.resources, self.host.names = list(resources), ["tap7", "vhost", "packets"]
+
+
+def test_questions_that_move_the_rings() -> None:
+    """The answer comes when the kernel has given them back.  An interface without vhost has none to move."""
+    process = Bare()
+    process.device = device = Asked(process.memory)  # type: ignore[arg-type]
+    for direct in (1, 0):
+        question = devmsg.DIRECT_BODY.pack(devmsg.DIRECT, direct)
+        assert process.QUESTIONS[devmsg.DIRECT](process, question) == devmsg.STATUS.pack(devmsg.DIRECT, 0)
+    for kind in (devmsg.MARK, devmsg.UNMARK):
+        assert process.QUESTIONS[kind](process, devmsg.TYPE.pack(kind)) == devmsg.STATUS.pack(kind, 0)
+    assert device.calls == [("direct", True), ("direct", False), ("reconsider", True), ("reconsider", False)]
+    with pytest.raises(PeerError):
+        process.QUESTIONS[devmsg.DIRECT](process, devmsg.TYPE.pack(devmsg.DIRECT))
+
+    process.device = object()  # type: ignore[assignment]
+    question = devmsg.DIRECT_BODY.pack(devmsg.DIRECT, 1)
+    assert process.QUESTIONS[devmsg.DIRECT](process, question) == devmsg.STATUS.pack(devmsg.DIRECT, 0)
+    process.QUESTIONS[devmsg.MARK](process, devmsg.TYPE.pack(devmsg.MARK))
+    assert process.memory.marking
+
+
+def test_the_descriptors_of_an_interface_with_vhost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has its place, and there are exactly three.  Without vhost the interface is made as any other."""
+    made: list[tuple[object, ...]] = []
+    monkeypatch.setattr(module, "KernelVionet", lambda *words: made.append(words))
+    monkeypatch.setattr(module, "make_plain", lambda *words: made.append(words))
+    monkeypatch.setattr(module, "Tap", lambda *words: words)
+    monkeypatch.setattr(module, "name_thread", lambda *words: made.append(words))
+    process = Bare(100, 101, 102)
+    make(process)
+    assert made[0] == (EVENT,)
+    assert made[1] == (Interface(lladdr=LLADDR, host_lladdr=HOST_LLADDR, vhost=True), (100, "tap7"), process, 101, 102)
+    for resources in ((100,), (100, 101), (100, 101, 102, 103)):
+        with pytest.raises(PeerError, match=f"{len(resources)} resources instead of tap"):
+            make(Bare(*resources))
+    made.clear()
+    plain = Bare(100, flags=0)
+    make(plain)
+    assert made == [(plain,)]
 
 
 # --- constants -----------------------------------------------------------------------------------------------------

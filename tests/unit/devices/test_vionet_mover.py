@@ -71,6 +71,12 @@ class Recorder(Worker):
         self.failure: Exception | None = None
         self.wishes: list[tuple[int, float]] = []  # tap_events and until_s after each of the next turns
         self.shares: list[bool] = []
+        self.stops: SimpleQueue[None] = SimpleQueue()
+
+    def stopped(self) -> None:
+        """Tell the test."""
+        super().stopped()
+        self.stops.put(None)
 
     def begin(self) -> None:
         """Record the call."""
@@ -258,6 +264,62 @@ def test_stop_waits_until_the_ring_is_left(
     moved.mover.stop()
     worker.queue = None
     assert worker.notes == ["begin", "serve 8"]
+
+
+def test_a_stopped_thread_waits_for_nothing(moved: Moved, queues: list[Queue]) -> None:
+    """The queues hear of it each time, so that the time until `go` is no time of theirs."""
+    for worker in moved.workers:
+        worker.stops.get(timeout=DEADLINE_S)
+    for _ in range(2):
+        moved.go(queues)
+        moved.mover.stop()
+        for worker in moved.workers:
+            worker.stops.get(timeout=DEADLINE_S)
+
+
+def test_a_stopped_thread_sleeps(services: Services) -> None:
+    """It uses no processor until `go`."""
+    asked: SimpleQueue[None] = SimpleQueue()
+    kick = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+    mover = Mover(services, -1, (Recorder(services, 0, kick), Recorder(services, 1, os.dup(kick))))
+    sleep = mover.stop_epoll
+
+    class Watched:
+        def poll(self) -> None:
+            asked.put(None)
+            sleep.poll()
+
+    mover.stop_epoll = Watched()  # type: ignore[assignment]
+    mover.start()
+    asked.get(timeout=DEADLINE_S)
+    mover.look()
+    asked.get(timeout=DEADLINE_S)
+
+
+IN, OUT = select.EPOLLIN, select.EPOLLOUT
+
+
+def test_events_of_the_tap_follow_the_wishes_of_the_queues(services: Services) -> None:
+    """Each change counts.  Without a wish not even the end of the tap is an event."""
+    host, tap = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    kicks = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(2)]
+    workers = Recorder(services, 0, kicks[0]), Recorder(services, 1, kicks[1])
+    mover = Mover(services, tap.fileno(), workers)
+    host.send(b"frame")
+    for wishes in ((IN, 0), (0, OUT), (IN, OUT), (0, OUT), (0, 0), (IN, 0), (0, 0)):
+        for worker, wish in zip(workers, wishes, strict=True):
+            worker.tap_events = wish
+        mover._watch_tap(wishes[0] | wishes[1])
+        expected = [(tap.fileno(), wishes[0] | wishes[1])] if any(wishes) else []
+        assert mover.epoll.poll(0) == expected
+        assert mover.wakes[tap.fileno()] == tuple(
+            worker for worker, wish in zip(workers, wishes, strict=True) if wish
+        )
+    host.close()
+    assert mover.epoll.poll(0) == []
+    tap.close()
+    for fd in kicks:
+        os.close(fd)
 
 
 def test_thread_that_did_not_notice_its_stop_still_begins_again(moved: Moved, queues: list[Queue]) -> None:

@@ -8,11 +8,12 @@ import pytest
 
 from tests.support.ringdevices import ADAPTERS
 from vmd.config.model import DiskConfig, VmConfig
+from vmd.config.rules import DISK_FORMATS
 from vmd.devices import process
 from vmd.ipc.messages.shared import DiskImages, ImageLink
 from vmd.ipc.messages.vm import NicLink, StartVm
 from vmd.privsep.confine import VMM, Confinement
-from vmd.vm.kinds import KINDS, SEED, Given, Kind, spares
+from vmd.vm.kinds import DISK, KINDS, SEED, Given, Kind, spares
 from vmd.vm.slots import plan
 from vmd.vmm.children import SPARES_MAX, device_words
 
@@ -46,6 +47,11 @@ def test_each_queue_is_in_the_tests_of_rings() -> None:
     driven = {(adapter.kind.process, adapter.queue) for adapter in ADAPTERS}
     assert queues - driven == set(), "tests/support/ringdevices.py has no adapter for these queues"
     assert driven - queues == set(), "KINDS has no such queues"
+
+
+def test_each_format_of_images_is_in_the_tests_of_rings() -> None:
+    """A disk reads an image of each format in another way, and its rings are tested with each."""
+    assert sorted(adapter.image for adapter in ADAPTERS if adapter.kind is DISK) == sorted(DISK_FORMATS)
 
 
 def test_kinds_have_unique_names() -> None:

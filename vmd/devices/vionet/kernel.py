@@ -164,8 +164,6 @@ class KernelVionet(Vionet):
     def resume(self) -> None:
         """Let the kernel or our own thread serve the rings."""
         self.going = True
-        if self.in_kernel:
-            return
         self.reconsider()
         if not self.in_kernel:
             super().resume()
