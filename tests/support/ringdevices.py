@@ -300,7 +300,8 @@ class RandomBytes(Adapter):
 
 
 ADAPTERS: tuple[type[Adapter], ...] = (
-    DiskRequests, Qcow2Requests, FramesIn, MergeableFramesIn, FramesOut, DiscTasks, DiscEvents, DiscRequests, RandomBytes,
+    DiskRequests, Qcow2Requests, FramesIn, MergeableFramesIn, FramesOut, DiscTasks, DiscEvents, DiscRequests,
+    RandomBytes,
 )  # fmt: skip
 
 
