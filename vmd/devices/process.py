@@ -322,7 +322,7 @@ class Process:
 
     def take_inform(self, packet: bytes) -> None:
         """Act on a message of the async channel.  An empty packet, the end of the channel, counts as SHUTDOWN."""
-        kind = unpack(devmsg.TYPE, packet)[0] if packet else devmsg.SHUTDOWN
+        (kind,) = unpack(devmsg.TYPE, packet) if packet else (devmsg.SHUTDOWN,)
         handler = self.INFORMS.get(kind)
         if handler is None:
             raise PeerError(PEER, f"unknown message {kind}", packet)
@@ -341,7 +341,7 @@ class Process:
         packet = self.sync.recv(devmsg.PACKET_MAX)
         if not packet:
             self.end()
-        kind = unpack(devmsg.TYPE, packet)[0]
+        (kind,) = unpack(devmsg.TYPE, packet)
         answer = self.QUESTIONS.get(kind)
         if answer is None:
             raise PeerError(PEER, f"unknown question {kind}", packet)

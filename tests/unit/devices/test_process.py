@@ -198,7 +198,8 @@ class Bench:
         self.figures = sealed_file("figures", devmsg.FIGURES_BYTES)
         regions = b"".join(devmsg.REGION.pack(r.gpa, r.size, r.offset, r.read_only) for r in self.memory.regions)
         head = devmsg.START_HEAD.pack(devmsg.START, 0, 0, 3, QUEUES, 0, 0, len(self.memory.regions), FIGURES_SLOT)
-        host = Host(head + regions + b"vm/a", [os.dup(self.memory.fd), os.dup(self.figures)])
+        self.passed = [os.dup(self.memory.fd), os.dup(self.figures)]
+        host = Host(head + regions + b"vm/a", list(self.passed))
         self.kicks, self.calls = [event() for _ in range(QUEUES)], [event() for _ in range(QUEUES)]
         host.kicks, host.calls = self.kicks, self.calls
         self.sync, self.their_sync = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -286,6 +287,8 @@ def test_process_begins_with_memory_and_figures(bench: Bench) -> None:
     slot = os.pread(bench.figures, devmsg.FIGURES_BYTES, 0)[FIGURES_SLOT * devmsg.FIGURES_SLOT_BYTES :][:24]
     assert struct.unpack("<3Q", slot) == (1 + devmsg.FIGURES_KINDS.index("vioscsi"), 3, count)
     assert len(bench.process.figures) == count
+    kept = [os.readlink(f"/proc/self/fd/{fd}").startswith("/memfd:") for fd in bench.passed]
+    assert kept == [True, False]  # figures need their descriptor only at the start
     mapped = bench.memory.mapped_bytes + len(bench.memory.marks)
     assert bench.limits == [mapped + module.MEMORY_BESIDES_BYTES]
     for kick in bench.kicks:

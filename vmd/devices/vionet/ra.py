@@ -90,7 +90,7 @@ def advertisement(interface: "Interface") -> bytes:
     message = ADVERTISEMENT.pack(ROUTER_ADVERTISEMENT, 0, 0, GUESTS_HOP_LIMIT, 0, ROUTER_LIFETIME_S, 0, 0)
     message += bytes((SOURCE_LLADDR, 1)) + interface.host_lladdr
     message += MTU.pack(MTU_OPTION, 1, 0, interface.mtu or MTU_USUAL)
-    prefix = interface.prefix6[:8] + bytes(8)
+    prefix = interface.prefix6[:8]  # padded with zeroes
     message += PREFIX.pack(PREFIX_INFORMATION, 4, 64, ON_LINK | AUTONOMOUS, VALID_S, PREFERRED_S, prefix)
     if interface.dns6:
         message += RDNSS.pack(RDNSS_OPTION, 1 + 2 * len(interface.dns6), 0, ROUTER_LIFETIME_S)
