@@ -284,6 +284,7 @@ def test_head_outside_the_table_12(driver: RingDriver, head: int | str) -> None:
     driver.ring.offer(outside)
     driver.kick()
     assert f"descriptor {outside} outside a table of {driver.size_max}" in driver.device.needs_reset()
+    driver.pause_and_resume()  # a thread may have the good request still
     found = driver.ring.reap()
     assert [used for used, _ in found] == ([] if driver.adapter.name.startswith("vionet-rx") else [good])
     assert all(driver.adapter.is_served(0, length) for _, length in found)

@@ -918,7 +918,7 @@ def test_a_header_may_lie_in_two_pieces(ends: Ends, first: int) -> None:
         del queue, worker
 
 
-@pytest.mark.parametrize("count", [IOV_MAX - 2, IOV_MAX - 1, IOV_MAX, IOV_MAX + 6])
+@pytest.mark.parametrize("count", [IOV_MAX - 2, IOV_MAX - 1, IOV_MAX])
 def test_a_buffer_of_many_pieces_is_filled(ends: Ends, count: int) -> None:
     """As far as one read takes them: all but one, which is for the rest of a frame that does not fit."""
     length = min(count, IOV_MAX - 1)
