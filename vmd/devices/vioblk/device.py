@@ -213,11 +213,10 @@ class Vioblk:
 
     def _fill_config(self) -> None:
         """Write the configuration space (5.2.4)."""
-        space = self.space
-        CAPACITY_FIELD.pack_into(space, CAPACITY, self.size // SECTOR)
-        FIELD.pack_into(space, SEG_MAX_AT, SEG_MAX)
-        FIELD.pack_into(space, BLK_SIZE, SECTOR)
-        space[WRITEBACK] = 1
+        self._set(CAPACITY, CAPACITY_FIELD, self.size // SECTOR)
+        self._set(SEG_MAX_AT, FIELD, SEG_MAX)
+        self._set(BLK_SIZE, FIELD, SECTOR)
+        self.space[WRITEBACK] = 1
         if self.image.writable:
             # Maxima that are multiples of the alignment: a driver that cuts a long range by them keeps it aligned.
             alignment = self.image.discard_granularity // SECTOR
@@ -230,7 +229,11 @@ class Vioblk:
                 1,  # a range of zeroes may be unmapped
             )
             for place, value in enumerate(limits):
-                FIELD.pack_into(space, DISCARD_AT + FIELD.size * place, value)
+                self._set(DISCARD_AT + FIELD.size * place, FIELD, value)
+
+    def _set(self, at: int, field: Struct, value: int) -> None:
+        """Set a field of the configuration space."""
+        self.space[at : at + field.size] = field.pack(value)
 
     @property
     def config(self) -> bytes:
@@ -306,7 +309,7 @@ class Vioblk:
         """Tell guest and VM the new size; after a failure tell the VM the error."""
         if failure is None:
             self.size = self.limits.size = self.image.size // SECTOR * SECTOR
-            CAPACITY_FIELD.pack_into(self.space, CAPACITY, self.size // SECTOR)
+            self._set(CAPACITY, CAPACITY_FIELD, self.size // SECTOR)
             self.figures[SIZE] = self.size
             self.services.tell_config()
             self._report()
