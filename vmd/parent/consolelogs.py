@@ -168,10 +168,10 @@ class ConsoleLogs:
         except OSError as error:
             log.error(f"vm {vm.name}: console log: {sentence(error)}")
             return
-        if self.channel is None:
-            self._start()
-        else:
+        if self.channel is not None:
             self._hand_over(kept)
+        elif not self.restarts:
+            self._start()
 
     def _end(self, kept: VmConsoleLog) -> None:
         """The VM has ended: have the rest written, if possible."""

@@ -231,3 +231,28 @@ def test_a_daemon_that_adopts_vms_registers_none(rig: Rig) -> None:
     core.adopts = True
     Configuration(core, rig.room.life, rig.room.network, rig.load, "/vmd.sock")
     assert len(core.vms) == 0
+
+
+def test_a_reload_takes_forwards_away_before_it_gives_them(rig: Rig, capfd: pytest.CaptureFixture[str]) -> None:
+    """A port can move from one VM to another.  Consoles are told of changes, and the log has what is changed."""
+    order: list[str] = []
+    network, life = cast("Any", rig.room.network), cast("Any", rig.room.life)
+
+    def note(text: str, note: str) -> list[str]:
+        order.append(text)
+        return [note]
+
+    network.drop_forwards = lambda one, wanted: note(f"drop {one.name} {wanted.vcpus}", "dropped")
+    network.change_forwards = lambda one, _wanted: note(f"give {one.name}", "given")
+    life.consoles.on_change = lambda one: order.append(f"console {one.name}")
+    for name in ("a", "b"):
+        rig.core.vms.get(0, name).restore_state(State.RUNNING)
+    rig.file = Config(vms=(vm("b", vcpus=2), vm("b", vcpus=3)))
+    notes = rig.room.reload()
+
+    assert order == ["drop b 2", "give b", "console a", "console b"]
+    assert "vm b: its new limits count from now on" in notes
+    log = capfd.readouterr().err
+    for note in ("dropped", "given", "vm b: its new limits count from now on"):
+        assert note in notes
+        assert f"vmd: {note}\n" in log

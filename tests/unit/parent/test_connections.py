@@ -153,11 +153,18 @@ def test_the_limits_of_each_user_and_of_all_users(connections: Connections) -> N
     """There is a limit for one user and one for all users.  Root's connections have their own."""
     fill(connections, 2000, MAX_CLIENTS_PER_USER)
     assert refused(connections, 2000) == f"too many connections of uid 2000 ({MAX_CLIENTS_PER_USER})"
-    for uid in range(3000, 3000 + MAX_CLIENTS // MAX_CLIENTS_PER_USER - 1):
-        fill(connections, uid, MAX_CLIENTS_PER_USER)
+    fill(connections, 2500, MAX_CLIENTS_PER_USER - 1)
+    assert refused(connections, 2500) == ""
+    for uid in range(3000, 3000 + MAX_CLIENTS // MAX_CLIENTS_PER_USER - 2):
+        fill(connections, uid, MAX_CLIENTS_PER_USER - 1)
+    fill(connections, 3999, MAX_CLIENTS - 1 - len(connections.known))
+    assert refused(connections, 4000) == ""
+    fill(connections, 3999, 1)
     assert refused(connections, 4000) == f"too many connections to vmd ({MAX_CLIENTS})"
     assert refused(connections, ROOT) == ""
-    fill(connections, ROOT, MAX_CLIENTS_OF_ROOT)
+    fill(connections, ROOT, MAX_CLIENTS_OF_ROOT - 1)
+    assert refused(connections, ROOT) == ""
+    fill(connections, ROOT, 1)
     assert refused(connections, ROOT) == f"too many connections of uid 0 ({MAX_CLIENTS_OF_ROOT})"
 
 

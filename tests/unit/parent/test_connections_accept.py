@@ -402,3 +402,85 @@ def test_the_end_of_the_daemon(rig: Rig) -> None:
     for delay_s in (0, AGAIN_S, RESERVE_DELAY_S):
         rig.fire(delay_s)
     assert (len(rig.channels), rig.hopeless) == (started, [])
+
+
+def test_a_user_does_not_wait_for_a_control_that_ends(rig: Rig) -> None:
+    """They get another one, which stays when the first has ended.  One that hangs is given up, and counted."""
+    rig.take(USER)
+    first = rig.room.controls[USER]
+    rig.room.on_client_gone(1, first.channel)
+    rig.fire(IDLE_S)
+    rig.take(USER)
+    second = rig.room.controls[USER]
+    assert second is not first
+    rig.fire(END_S)
+    assert (cast("Any", first.channel).closed, cast("Any", first.child).killed) == (True, True)
+    assert rig.room.controls[USER] is second
+    assert (rig.room._count_stuck(USER), rig.room._count_stuck(USER + 1)) == (1, 0)
+    assert [*rig.room.known] == [2]
+
+
+def test_a_control_that_ends_as_it_was_told(rig: Rig, capfd: pytest.CaptureFixture[str]) -> None:
+    """That is no loss, unless it breaks the protocol."""
+    for error in (None, PeerError("control", "is mad")):
+        rig.take(USER)
+        control = rig.room.controls[USER]
+        (number,) = control.numbers
+        rig.room.on_client_gone(number, control.channel)
+        rig.fire(IDLE_S)
+        rig.lose(cast("Any", control.channel), error)
+        assert ("is mad" in capfd.readouterr().err) == bool(error)
+        rig.fire(END_S)
+        assert rig.room._count_stuck(USER) == 0
+
+
+def test_a_control_in_reserve_that_ends(rig: Rig) -> None:
+    """Another one takes its place after a while.  While none can be started, users get theirs when they connect."""
+    rig.fire(RESERVE_DELAY_S)
+    rig.lose(rig.channels[1])
+    assert rig.room.reserve is None
+    rig.fire(RESERVE_DELAY_S)
+    assert len(rig.channels) == 2
+    rig.cannot_start = HostError("start control", errno.EAGAIN)
+    rig.fire(AGAIN_S)
+    assert rig.room.reserve is None
+    rig.cannot_start = None
+    rig.take(USER)
+    assert len(rig.room.known) == 1
+
+
+def test_root_s_control_that_cannot_be_started_again(rig: Rig, capfd: pytest.CaptureFixture[str]) -> None:
+    """The next connection of root tries again."""
+    rig.listen()
+    rig.cannot_start = HostError("start control", errno.EAGAIN)
+    rig.room.reserve = None
+    rig.lose(cast("Any", rig.room.controls[0].channel))
+    rig.fire(AGAIN_S)
+    assert "no control for root: start control: Resource temporarily unavailable" in capfd.readouterr().err
+    rig.cannot_start = None
+    rig.take(0)
+    assert 0 in rig.room.controls
+
+
+def test_the_last_descriptor_is_not_kept_in_a_queue(rig: Rig) -> None:
+    """A control that does not read would keep it.  Its user is told, and others are served."""
+    rig.take(USER)
+    channel = cast("Any", rig.room.controls[USER].channel)
+    spare = rig.room._spare
+    for waiting, none_left, told in ((1, False, 2), (0, True, 3), (1, True, 3)):
+        channel.waiting = waiting
+        rig.room._spare = module.NONE if none_left else spare
+        rig.take(USER)
+        assert len(channel.of(NewClient)) == told
+    assert b"Too many open files" in rig.clients[-1].recv(1 << 16)
+    rig.room._spare = spare
+
+
+def test_controls_write_their_answers_at_the_end(rig: Rig) -> None:
+    """Each of them is waited for."""
+    flushed: list[float] = []
+    rig.take(USER)
+    for channel in rig.channels:
+        cast("Any", channel).flush_blocking = flushed.append
+    rig.room.flush_blocking(2.0)
+    assert flushed == [2.0] * len(rig.channels)

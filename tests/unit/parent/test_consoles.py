@@ -496,3 +496,91 @@ def test_a_vm_that_never_ran_keeps_earlier_output(rig: Rig) -> None:
 
     rig.watch(vm, SECOND)
     assert rig.answers(SECOND)[0] == ConsoleOutput(data=DATA)
+
+
+def test_a_viewer_that_reads_slowly(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each byte that it reads gives it more time."""
+    now_s = [time.monotonic()]
+    monkeypatch.setattr(time, "monotonic", lambda: now_s[0])
+    vm = rig.vm()
+    rig.attach(vm)
+    pty = vm.pty
+    assert pty is not None
+    viewer = os.open(pty.path, os.O_RDWR | os.O_NOCTTY)
+    rig.writers[vm.vmid].write(b"bye")
+    rig.end(vm)
+    for unread in (3, 2, 1):
+        while pty.unread_bytes() != unread:  # the kernel takes a moment
+            pause()
+        rig.run_timers()
+        now_s[0] += VIEWER_PATIENCE_S - 1
+        rig.run_timers()
+        assert is_open(pty.master)
+        assert len(os.read(viewer, 1)) == 1
+    os.close(viewer)
+
+
+@pytest.mark.parametrize(("since", "lost"), [(-5, 10), (0, 10), (1, 9), (10, 0), (11, 0), (BACKLOG_BYTES + 15, 0)])
+def test_how_much_a_watcher_has_lost(rig: Rig, since: int, lost: int) -> None:
+    """It is never less than nothing, and what a client claims to have seen is not believed."""
+    vm = rig.vm()
+    rig.writers[vm.vmid].write(bytes(BACKLOG_BYTES + 10))
+    rig.end(vm)
+    rig.watch(vm, SECOND, since)
+    (watched,) = [message for message in rig.answers(SECOND) if isinstance(message, ConsoleWatched)]
+    assert (watched.lost, watched.end) == (lost, BACKLOG_BYTES + 10)
+
+
+def test_a_console_is_taken_over_while_the_vm_starts(rig: Rig) -> None:
+    """Its process has been given the pty already, so the pty stays.  The earlier holder is told."""
+    vm = rig.vm()
+    rig.attach(vm)
+    rig.vmm.take()
+    vm.pid = 0
+    pty = vm.pty
+    rig.attach(vm, SECOND, force=True)
+    assert (vm.pty, rig.vmm.fds, rig.timers) == (pty, [{}], [])
+    assert [type(message) for message in rig.answers(HOLDER)] == [Failed]
+
+
+def test_others_learn_that_a_console_has_ended(rig: Rig) -> None:
+    """Such as the room of console logs.  A VM without a console has none that could end."""
+    changed: list[str] = []
+    rig.consoles.on_change = lambda vm: changed.append(f"{vm.name}: {vm.pty}")
+    vm = rig.vm()
+    rig.end(vm)
+    rig.end(vm)
+    assert changed == ["a: None"]
+
+
+def test_a_daemon_that_ends_does_not_wait_for_a_viewer(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A viewer that reads nothing has as long as nobody."""
+    now_s = [time.monotonic()]
+    monkeypatch.setattr(time, "monotonic", lambda: now_s[0])
+    vm = rig.vm()
+    rig.attach(vm)
+    pty = vm.pty
+    assert pty is not None
+    rig.writers[vm.vmid].write(b"bye")
+    rig.end(vm)
+    while pty.unread_bytes() != 3:  # the kernel takes a moment
+        pause()
+    rig.core.ending = True
+    rig.run_timers()
+    now_s[0] += PATIENCE_S + 0.1
+    rig.run_timers()
+    assert not is_open(pty.master)
+
+
+def test_messages_of_processes_without_a_console(rig: Rig) -> None:
+    """A process may send them at any time.  Nobody is answered."""
+    vm = rig.vm()
+    rig.attach(vm)
+    rig.consoles.on_snapshot_end(ConsoleSnapshotEnd(end=0), Envelope(ConsoleSnapshotEnd(end=0), 99, 0, {}))
+    vm.drop_pty()
+    rig.snapshot(vm)
+    assert rig.answers(HOLDER) == []
+    with pytest.raises(OperatorError, match="vm a is not running"):
+        rig.watch(vm, SECOND)
+    rig.consoles.give(vm, ROOT, SECOND)
+    assert rig.answers(SECOND) == []

@@ -1,5 +1,6 @@
 """Which VM has which id and addresses, and the file that keeps them, with valid and invalid contents."""
 
+import errno
 import os
 import random
 import subprocess
@@ -8,7 +9,16 @@ from pathlib import Path
 import pytest
 
 from vmd.config.model import NicConfig, Owner, Prefix, VmConfig
-from vmd.parent.identity import ABSENT_MAX, FILE, Identities, LaterVersionError, StateFile
+from vmd.parent.identity import (
+    ABSENT_MAX,
+    DIRECTORY,
+    FILE,
+    Identities,
+    LaterVersionError,
+    StateFile,
+    folded,
+    state_directory,
+)
 from vmd.parent.vmtable import VmTable
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "identities-1"
@@ -175,6 +185,48 @@ def test_two_daemons_do_not_share_a_file(tmp_path: Path, capfd: Captured) -> Non
     assert list(again.known) == [("c", 0)]
 
 
+def test_only_root_may_enter_a_new_directory(tmp_path: Path) -> None:
+    """The file says which users have VMs."""
+    state, _ = load_from(tmp_path / "a" / "vmd")
+    state.close()
+    assert (tmp_path / "a" / "vmd").stat().st_mode & 0o777 == 0o700
+
+
+def test_where_the_file_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A service manager may say so."""
+    for text, directory in (("/s/vmd", "/s/vmd"), ("/s/vmd:/s/more", "/s/vmd"), ("", DIRECTORY)):
+        monkeypatch.setenv("STATE_DIRECTORY", text)
+        assert state_directory() == directory
+    monkeypatch.delenv("STATE_DIRECTORY")
+    assert state_directory() == DIRECTORY
+
+
+def test_a_file_system_without_locks(tmp_path: Path, capfd: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file is used without one."""
+
+    def none(_fd: int, _how: int) -> None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr("vmd.parent.identity.fcntl.flock", none)
+    state, identities = load_from(tmp_path)
+    identities.of(("a", 0))
+    state.save(identities)
+    state.close()
+    assert (tmp_path / FILE).exists()
+    assert capfd.readouterr().err == ""
+
+
+def test_a_damaged_file_that_cannot_be_renamed(tmp_path: Path, capfd: Captured) -> None:
+    """The log says so, and why."""
+    (tmp_path / FILE).write_bytes(b"{")
+    (tmp_path / f"{FILE}.damaged").mkdir()
+    state, _ = load_from(tmp_path)
+    state.close()
+    said = capfd.readouterr().err
+    assert f"rename {tmp_path}/{FILE}: Is a directory" in said
+    assert "is damaged" in said
+
+
 def test_a_directory_that_cannot_be_created(tmp_path: Path, capfd: Captured) -> None:
     """The message has the reason.  VMs still get ids and addresses."""
     (tmp_path / "file").touch()
@@ -262,6 +314,63 @@ def test_addresses_stay_when_ids_start_again_from_1() -> None:
 
     again = table.add(VmConfig(name="b", nics=(NicConfig(),)), from_config=True)
     assert (again.vmid, again.config) == (1, config)
+
+
+@pytest.mark.parametrize("end", [2, 3])
+def test_number_0_is_never_chosen(end: int) -> None:
+    """It stands for none.  The smallest range has one number."""
+    for _ in range(100):
+        assert 0 < Identities().choose_number(("a", 0), end, lambda _number: True, set) < end
+
+
+def test_a_number_outside_of_the_range_is_replaced() -> None:
+    """So is one that is not free.  The ends of the range are 1 and the last number before its end."""
+    identities = Identities()
+    for own, kept in ((1, True), (3, True), (4, False), (0, False)):
+        identities.of(("a", 0)).number = own
+        chosen = identities.choose_number(("a", 0), 4, lambda _number: True, set)
+        assert chosen == own if kept else chosen in (1, 2, 3)
+    assert identities.choose_number(("a", 0), 4, lambda number: number == 2, set) == 2
+    assert identities.choose_number(("a", 0), 4, lambda _number: False, set) == 0
+
+
+def test_ids_of_forgotten_names_are_free() -> None:
+    """The lowest free id is the next one.  Names without an id free none."""
+    table = VmTable()
+    count = ABSENT_MAX[False] + 3
+    for number in range(count):
+        table.remove(table.add(VmConfig(name=f"vm{number}"), from_config=False))
+    assert [table.identities.of((name, 0)).vmid for name in ("new1", "new2", "new3", "new4")] == [1, 2, 3, count + 1]
+    table.forget_ids()
+    for number in range(ABSENT_MAX[False] + 9):
+        table.remove(table.add(VmConfig(name=f"other{number}"), from_config=False))
+    assert all(identity.vmid >= 0 for identity in table.identities.known.values())
+    table.forget_ids()
+    table.identities.leave(("other20", 0), set)
+    assert table.identities.of(("last", 0)).vmid == 1
+
+
+def test_what_the_next_parent_is_told_about_identities() -> None:
+    """The changes, applied to what it knows, give the present state; the latest used name is the last."""
+    table = VmTable()
+    identities = table.identities
+    for name in ("a", "b", "c"):
+        table.remove(table.add(VmConfig(name=name), from_config=False))
+    before = identities.encode()
+    identities.touched.clear()
+    identities.ula = Prefix(address=b"\xfd" + bytes(15), length=48)
+    table.remove(table.add(VmConfig(name="b"), from_config=False))
+    one = identities.encode_touched()
+    for number in range(ABSENT_MAX[False] + 1):
+        table.remove(table.add(VmConfig(name=f"vm{number}"), from_config=False))
+    two = identities.encode_touched()
+    after = loaded(folded(before, [one, two]))
+
+    assert "a" not in {name for name, _ in after.known}
+    assert after.encode() == identities.encode()
+    assert [name for name, _ in loaded(folded(before, [one])).known] == ["a", "c", "b"]
+    with pytest.raises(ValueError, match="KeyError"):
+        folded(before, [b"{}"])
 
 
 # --- VMs that come from elsewhere ----------------------------------------------------------------------------

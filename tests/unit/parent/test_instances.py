@@ -9,6 +9,7 @@ import pytest
 from vmd.config.check import load
 from vmd.config.model import (
     AllowInstance,
+    BootDevice,
     ConsoleLog,
     DiskConfig,
     Forward,
@@ -119,6 +120,29 @@ def test_each_field_is_decided_in_derive_or_never_inherited() -> None:
     decided = words | {node.arg for node in ast.walk(source) if isinstance(node, ast.keyword)}
 
     assert set(VmConfig.fields) - decided == OF_ITS_OWN
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "own"),
+    [
+        ("boot_device", BootDevice.CDROM, BootDevice.DISK),
+        ("virtio", VirtioMode.MODERN, VirtioMode.LEGACY),
+        ("sev", True, None),
+        ("sev_es", True, None),
+        ("fault", "no such owner", "no such group"),
+        ("console_log", ConsoleLog(path="/v/t"), ConsoleLog(path="/v/i")),
+    ],
+)
+def test_settings_that_an_instance_has_only_if_it_or_its_template_has_them(
+    field: str, value: object, own: object
+) -> None:
+    """A value of the instance has precedence."""
+    template = TEMPLATE.replace(virtio=VmConfig.virtio).replace(**{field: value})
+
+    assert getattr(derive(template, VmConfig(name="i"), None), field) == value
+    assert getattr(derive(TEMPLATE, VmConfig(name="i").replace(**{field: value}), None), field) == value
+    if own is not None:
+        assert getattr(derive(template, VmConfig(name="i").replace(**{field: own}), None), field) == own
 
 
 def test_given_values_replace_those_of_the_template() -> None:

@@ -56,7 +56,7 @@ from vmd.ipc.messages.vm import (
     VmFailed,
 )
 from vmd.parent.opening import Opened
-from vmd.parent.vm import State, Vm
+from vmd.parent.vm import At, State, Vm
 from vmd.record import Record
 
 UNUSED: Any = None
@@ -414,5 +414,255 @@ def test_address_of_another_vm_of_this_host(parent: Any) -> None:  # noqa: ANN40
 def test_migration_within_one_daemon(parent: Any) -> None:  # noqa: ANN401
     """The VM that is sent has the disk here, under its other name."""
     migrate_away(parent, until="asked").files = {"disk /disk": SHARED.file.key}
+    parent.vmm.sent.clear()
+    migrate_here(parent, until="complete")
+
+
+# --- what does not happen, and what is said --------------------------------------------------------------------------
+
+ALL = frozenset(Step)
+
+
+@pytest.mark.parametrize(
+    ("until", "next_steps"),
+    [
+        ("begun", {Step.BACK}),
+        ("asked", {Step.BACK, Step.GO_ON}),
+        ("memory", {Step.BACK}),
+        ("complete", {Step.BACK, Step.COMMIT}),
+        ("committing", {Step.BACK}),
+        ("committed", {Step.BACK, Step.DONE}),
+    ],
+)
+def test_only_the_next_step_is_taken(parent: Any, until: str, next_steps: set[Step]) -> None:  # noqa: ANN401
+    """At the source each other step is refused.  After BACK nothing is the next step any more, not even BACK."""
+    migrate_away(parent, until=until)
+    for what in ALL - next_steps:
+        with pytest.raises(OperatorError, match="is not the next step"):
+            step(parent, what)
+    if until in ("complete", "committed"):
+        step(parent, Step.BACK)
+        for what in ALL:
+            with pytest.raises(OperatorError, match="is not the next step"):
+                step(parent, what)
+        assert parent.vmm.sent == []
+
+
+@pytest.mark.parametrize(
+    ("until", "next_steps"), [("memory", {Step.BACK}), ("complete", {Step.BACK, Step.COMMIT}), ("commit", set())]
+)
+def test_only_the_next_step_is_taken_at_the_target(
+    parent: Any, until: str, next_steps: set[Step]  # noqa: ANN401
+) -> None:
+    """After the commit the target cannot go back, because the guest may have run."""
+    vm = migrate_here(parent, until=until)
+    parent.disks.slow = True
+    if until == "commit":
+        step(parent, Step.COMMIT, "b")
+    for what in ALL - next_steps:
+        with pytest.raises(OperatorError, match=f"vm b: `{what.name.lower().replace('_', ' ')}` is not the next step"):
+            step(parent, what, "b")
+    if Step.BACK in next_steps:
+        assert step(parent, Step.BACK, "b", text="no") == [StopVm(vmid=vm.vmid, mode=StopMode.KILL)]
+        assert vm.receiving is not None
+        assert (vm.receiving.failure, vm.code) == ("no", errno.ECANCELED)
+
+
+def test_a_vm_that_is_not_migrated_any_more(parent: Any) -> None:  # noqa: ANN401
+    """Its client has no more steps to take, and a later migration by another client is not disturbed."""
+    vm = migrate_away(parent, until="committed")
+    step(parent, Step.BACK)
+    with pytest.raises(OperatorError, match="vm a: `done` is not the next step"):
+        step(parent, Step.DONE)
+    report_undone(parent, vm)
+    with pytest.raises(OperatorError, match="vm a is not being migrated by this client"):
+        step(parent, Step.DONE)
+    parent.transfers.migrations.serve_migrate(MigrateRequest(name="a"), ROOT, envelope(OTHER))
+    parent.vmm.sent.clear()
+    leave(parent, CLIENT)
+    assert (vm.state, parent.vmm.sent) == (State.SENDING, [])
+
+
+def test_a_step_for_a_vm_that_is_stopping(parent: Any) -> None:  # noqa: ANN401
+    """The error names the state."""
+    vm = migrate_away(parent, until="complete")
+    vm.begin_stop(force=True)
+    with pytest.raises(OperatorError, match="vm a is stopping"):
+        step(parent, Step.COMMIT)
+
+
+def test_messages_that_come_twice_or_too_early(parent: Any) -> None:  # noqa: ANN401
+    """A VM's process may say anything.  The client is told nothing that is not true, and no step is taken."""
+    room = parent.transfers.migrations
+    vm = parent.vms.get(0, "a")
+
+    def say_all(but: str = "") -> None:
+        if but != "header":
+            room.on_header_sent(HeaderSent(vmid=vm.vmid), UNUSED)
+        if but != "disks":
+            room.on_disks_let_go(DisksLetGo(vmid=vm.vmid), UNUSED)
+        report_undone(parent, vm)
+
+    say_all()
+    for until in ("asked", "committed"):
+        parent.vmm.sent.clear()
+        vm = migrate_away(parent, until=until)
+        parent.answers.clear()
+        say_all()
+        assert (answers(parent), vm.state) == ([], State.SENDING)
+        vm.stay()
+        parent.clients.gone(CLIENT)
+        parent.vmm.sent.clear()
+    assert (vm.state, parent.vmm.sent) == (State.RUNNING, [])
+
+
+def test_the_time_for_which_the_guest_stood(parent: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ANN401
+    """From its pause here to the client's DONE, in whole milliseconds.  The log has it, too."""
+    vm = migrate_away(parent, until="memory")
+    done = SendDone(vmid=vm.vmid, sent_bytes=100, rounds=3, stopped_ns=1_000_000_000)
+    parent.transfers.on_send_done(done, UNUSED)
+    step(parent, Step.COMMIT)
+    parent.transfers.migrations.on_disks_let_go(DisksLetGo(vmid=vm.vmid), UNUSED)
+    answers(parent)
+    monkeypatch.setattr("vmd.parent.migrations.time.monotonic_ns", lambda: 1_042_999_999)
+    step(parent, Step.DONE)
+    exited(parent, vm, 0, "sent")
+    assert answers(parent) == [VmSent(vmid=vm.vmid, name="a", sent_bytes=100, rounds=3, downtime_ms=42)]
+
+
+def test_a_guest_that_was_paused_before(parent: Any) -> None:  # noqa: ANN401
+    """The target learns that it must not run it.  Here it stays paused, too."""
+    vm = parent.vms.get(0, "a")
+    vm.pause_changed(paused=True)
+    vm = migrate_away(parent, until="committing")
+    parent.transfers.migrations.on_disks_let_go(DisksLetGo(vmid=vm.vmid), UNUSED)
+    assert answers(parent) == [MigrationAt(vmid=vm.vmid, name="a", paused=True)]
+    step(parent, Step.BACK)
+    report_undone(parent, vm)
+    assert vm.state is State.PAUSED
+
+
+def test_the_log_of_a_migration(parent: Any, capfd: pytest.CaptureFixture[str]) -> None:  # noqa: ANN401
+    """It has the beginning, the doubt with what ends it, and the end."""
+    vm = migrate_away(parent, until="committed")
+    step(parent, Step.BACK, text="there: no")
+    report_undone(parent, vm)
+    said = capfd.readouterr().err
+    assert "a: migrating vm 1\n" in said
+    assert "vm a: not migrated: there: no\n" in said
+    assert "it has its disks again" not in said
+    answers(parent)
+    words = {False: "`vmctl unpause -f` continues it here", True: "it continues when its disks are free"}
+    for travel, then in words.items():
+        parent.vmm.sent.clear()
+        vm = migrate_away(parent, until="committed", locks_travel=travel)
+        step(parent, Step.BACK, in_doubt=True, text="there: gone")
+        doubt = f"in doubt, and paused: it may run elsewhere: there: gone; {then}"
+        assert answers(parent) == [Failed(code=VMD_IN_DOUBT, text=f"vm a is {doubt}")]
+        assert f"vm a: {doubt}\n" in capfd.readouterr().err
+        parent.transfers.migrations.unpause(vm, OTHER, force=True)
+        report_undone(parent, vm)
+        said = capfd.readouterr().err
+        assert "vm a: continues here: it has its disks again, and they are unchanged\n" in said
+        assert "not migrated" not in said
+        leave(parent, CLIENT)
+        parent.answers.clear()
+
+
+def test_the_attempts_do_not_become_rarer_than_one_a_minute(parent: Any) -> None:  # noqa: ANN401
+    """There may be many: the other host may be away for days."""
+    vm = vm_in_doubt(parent, locks_travel=True)
+    for _ in range(20):
+        parent.later.pop()()
+        report_undone(parent, vm, TakenBack.IN_USE, "in use")
+    assert parent.delays_s == [5, 10, 20, 40, *[60] * 17]
+
+
+def test_disks_that_cannot_be_taken_back_at_once(parent: Any) -> None:  # noqa: ANN401
+    """A VM that the client has sent back is in doubt then, and says both reasons."""
+    vm = migrate_away(parent, until="committed", locks_travel=True)
+    step(parent, Step.BACK, text="there: no")
+    report_undone(parent, vm, TakenBack.IN_USE, "disk0 is in use")
+    assert (vm.state, vm.text) == (State.IN_DOUBT, "it may run elsewhere: there: no; disk0 is in use")
+    (failed,) = answers(parent)
+    assert isinstance(failed, Failed)
+    assert failed.code == VMD_IN_DOUBT
+
+
+def test_a_timer_of_an_earlier_doubt(parent: Any) -> None:  # noqa: ANN401
+    """It does not take back the disks of a VM that is not in doubt any more, or whose disks are being taken back."""
+    vm = vm_in_doubt(parent, locks_travel=True)
+    (timer,) = parent.later
+    timer()
+    parent.vmm.sent.clear()
+    timer()
+    assert parent.vmm.sent == []
+    report_undone(parent, vm)
+    timer()
+    assert parent.vmm.sent == []
+
+
+@pytest.mark.parametrize(
+    ("in_use", "disks", "travel"),
+    [((SHARED,), 1, True), ((SHARED,), 2, False), ((SHARED, SHARED), 2, True), ((), 0, False)],
+)
+def test_all_locks_must_travel(
+    parent: Any, in_use: tuple[OpenedFile, ...], disks: int, travel: bool  # noqa: ANN401
+) -> None:
+    """Each disk must be seen in use by the sender; without a disk nothing shows whether the VM runs."""
+    opened = Opened()
+    opened.in_use = in_use
+    room = parent.transfers.migrations
+    room.serve_migrate_in(MigrateInRequest(name="b"), ROOT, envelope())
+    vm = parent.vms.get(0, "b")
+    answers(parent)
+    parent.disks.found = opened
+    config = VmConfig(name="b", disks=tuple(DiskConfig(path=f"/{number}") for number in range(disks)))
+    parent.transfers.on_received_header(ReceivedHeader(vmid=vm.vmid, config=config, one_shot=False), UNUSED)
+    assert answers(parent) == [MigrationAt(vmid=vm.vmid, name="b", locks_travel=travel)]
+
+
+@pytest.mark.parametrize(
+    ("at", "state", "sent"),
+    [
+        (At.ASKED, State.SENDING, [CancelTransfer(vmid=1)]),
+        (At.MEMORY, State.SENDING, [CancelTransfer(vmid=1)]),
+        (At.COMPLETE, State.SENDING, [EndSend(vmid=1, sent=False)]),
+        (At.COMMITTING, State.SENDING, []),
+        (At.COMMITTED, State.IN_DOUBT, []),
+    ],
+)
+def test_a_migration_of_an_earlier_parent(
+    parent: Any, at: At, state: State, sent: list[Record]  # noqa: ANN401
+) -> None:
+    """Its client is gone.  Only a VM whose disks were released is in doubt."""
+    vm = migrate_away(parent, until="begun")
+    parent.vmm.sent.clear()
+    parent.transfers.migrations.abandon(vm, at)
+    assert (vm.state, parent.vmm.sent) == (state, sent)
+    assert vm.sending is not None
+    assert vm.sending.abandoned == "the client that migrated it has left"
+
+
+def test_each_step_is_kept_for_the_next_parent(parent: Any) -> None:  # noqa: ANN401
+    """It must know whether the disks were released."""
+    vm = migrate_away(parent, until="complete")
+    for what in (Step.COMMIT, Step.BACK):
+        parent.core.touched.clear()
+        step(parent, what)
+        parent.transfers.migrations.on_disks_let_go(DisksLetGo(vmid=vm.vmid), UNUSED)
+        assert parent.core.touched == {vm.vmid}
+
+
+def test_addresses_of_vms_that_do_not_run(parent: Any) -> None:  # noqa: ANN401
+    """They do not count, nor do other addresses.  Those of the running machine count."""
+    other = parent.vms.get(0, "a")
+    other.config = other.config.replace(nics=(NicConfig(lladdr=LLADDR),))
+    other.running_config = other.config.replace(nics=(NicConfig(lladdr=LLADDR[:5] + b"\7"),))
+    migrate_here(parent, until="complete")
+    other.running_config = other.config
+    other.restore_state(State.STOPPED)
+    parent.vms.remove(parent.vms.get(0, "b"))
+    parent.clients.gone(CLIENT)
     parent.vmm.sent.clear()
     migrate_here(parent, until="complete")

@@ -33,6 +33,7 @@ from vmd.ipc.messages.priv import (
     ForwardsSet,
     FramesDropped,
     MakeNics,
+    NetworkConfigured,
     NetworkTrouble,
     NicMade,
     NicsFailed,
@@ -42,7 +43,16 @@ from vmd.ipc.messages.priv import (
     SetForwards,
 )
 from vmd.ipc.messages.shared import Trouble
-from vmd.ipc.messages.vm import AskDevices, AskResolvers, DevicesReported, LimitVm, NicCounters, Resolvers, StartVm
+from vmd.ipc.messages.vm import (
+    AskDevices,
+    AskResolvers,
+    DevicesReported,
+    LimitVm,
+    NicCounters,
+    Resolvers,
+    ResumeReceived,
+    StartVm,
+)
 from vmd.ipc.routes import Proc
 from vmd.parent import vhost
 from vmd.parent.consolelogs import ConsoleLogs
@@ -52,7 +62,7 @@ from vmd.parent.hostroutes import HostRoute
 from vmd.parent.network import Network, alias
 from vmd.parent.requests import checked_request, require_permitted_settings, with_permitted_vhost
 from vmd.parent.status import TROUBLES_MAX, Status
-from vmd.parent.vm import Vm
+from vmd.parent.vm import Receiving, Vm
 from vmd.record import Record
 
 SWITCHES = (
@@ -116,7 +126,8 @@ class FakeParent:
         self.peers = {Proc.PRIV: Peer(), Proc.VMM: Peer()}
         self.core.peers.channels = cast("Any", {**self.peers, Proc.CONTROL: control})
         self.answers = control.answers
-        self.network = Network(self.core, lambda vm: None)
+        self.sent: list[str] = []  # names of VMs that were sent to vmm
+        self.network = Network(self.core, lambda vm: self.sent.append(vm.name))
         self.network.priv.up = True
         self.status = Status(self.core, self.network, ConsoleLogs(self.core, cast("Any", None)))
 
@@ -1282,3 +1293,157 @@ def test_the_end_of_the_daemon_leaves_nothing(parent: FakeParent) -> None:
 
     assert (parent.network.launches, parent.network.taps, failures) == ({}, {}, [])
     assert len(os.listdir("/proc/self/fd")) <= before
+
+
+# --- what others rely on -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "valid"),
+    [
+        ({"mtu": 0}, True), ({"mtu": 0xFFFF}, True), ({"mtu": 0x10000}, False), ({"mtu": -1}, False),
+        ({"link_local": bytes(16)}, True), ({"link_local": b""}, True), ({"link_local": bytes(15)}, False),
+        ({"name": "t"}, True), ({"name": "t" * 15}, True), ({"name": "t" * 16}, False), ({"name": "t\u00e4"}, False),
+        ({"lladdr": bytes(7)}, False),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_ends_of_what_priv_may_answer(parent: FakeParent, fields: dict[str, Any], valid: bool) -> None:
+    """The VM's process gets these values, and does not check them again."""
+    vm, _ = launch(parent, VmConfig(name="a", nics=(NicConfig(),)))
+    nic = NicMade(name="tap0", lladdr=MAC, link_local=b"", mtu=1500).replace(**fields)
+    message = NicsMade(vmid=vm.vmid, ticket=1, nics=(nic,))
+    envelope = Envelope(message, 0, 0, {"taps": [os.open("/dev/null", os.O_RDONLY)]})
+    if valid:
+        parent.network.on_made(message, envelope)
+        assert started(parent).nics[0].name == nic.name
+    else:
+        with pytest.raises(PeerError):
+            parent.network.on_made(message, envelope)
+        os.close(envelope.untaken()[0])
+
+
+def test_switches_that_priv_could_not_make_are_logged(parent: FakeParent, capfd: pytest.CaptureFixture[str]) -> None:
+    """The operator learns it although no VM uses them yet.  This is also an answer of priv."""
+    parent.network.configure(parent.core.config)
+    parent.network.on_configured(NetworkConfigured(problems=("lan: br1: No such device", "plain: no")), UNUSED)
+    assert capfd.readouterr().err == "vmd: switch: lan: br1: No such device\nvmd: switch: plain: no\n"
+    assert (parent.network.priv.outstanding, parent.network.priv.answers) == (0, 1)
+
+
+def test_prefixes_that_collide_with_routes(
+    parent: FakeParent, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The log warns at the start of the daemon and at each reload, and not when only priv starts again."""
+    monkeypatch.setattr("vmd.parent.network.prefix_warnings", lambda _config, _routes: ["local prefix overlaps"])
+    parent.network.begin()
+    assert capfd.readouterr().err == "vmd: local prefix overlaps\n"
+    parent.core.serving = True
+    parent.network.begin()
+    assert capfd.readouterr().err == ""
+    assert parent.network.configure(parent.core.config) == ["local prefix overlaps"]
+    assert capfd.readouterr().err == "vmd: local prefix overlaps\n"
+    told = [each for each in parent.peers[Proc.PRIV].sent if isinstance(each, ConfigureNetwork)]
+    assert [(each.nat, each.again) for each in told] == [(True, False), (True, True), (True, True)]
+
+
+def test_an_adopting_daemon_keeps_the_networks(parent: FakeParent) -> None:
+    """priv must not remove the interfaces of the guests that go on."""
+    parent.core.adopts = True
+    parent.core.config = parent.core.config.replace(settings=Globals(local_nat=False))
+    parent.network.begin()
+    (told,) = parent.peers[Proc.PRIV].sent
+    assert isinstance(told, ConfigureNetwork)
+    assert (told.again, told.nat) == (True, False)
+
+
+def test_the_next_parent_learns_of_each_change_of_the_taps(parent: FakeParent) -> None:
+    """It would otherwise not know taps that exist, or keep asking for the removal of some that are gone."""
+    touched = parent.core.touched
+    vm, _ = launch(parent, VmConfig(name="a", nics=(NicConfig(),)))
+    touched.clear()
+    made(parent)
+    assert touched == {vm.vmid}
+    touched.clear()
+    parent.network.release(vm.vmid)
+    assert touched == {vm.vmid}
+    touched.clear()
+    parent.network.on_removed(NicsRemoved(vmid=vm.vmid), UNUSED)
+    assert touched == {vm.vmid}
+    touched.clear()
+    parent.network.release(vm.vmid)
+    parent.network.on_removed(NicsRemoved(vmid=vm.vmid), UNUSED)
+    assert touched == set()
+
+
+@pytest.mark.parametrize("with_nic", [False, True])
+@pytest.mark.parametrize("received", [False, True])
+def test_the_order_in_which_vmm_gets_a_vm(parent: FakeParent, with_nic: bool, received: bool) -> None:
+    """The next parent knows every VM that vmm has.  A VM that starts needs a slot first; a received one has its own."""
+    order: list[str] = []
+    send = parent.peers[Proc.VMM].send
+    cast("Any", parent.core.slots).give = lambda: order.append("slot")
+    parent.core.write = lambda: order.append("write")
+
+    def note(*given: Any, **more: Any) -> None:  # noqa: ANN401 - a message
+        order.append("send")
+        send(*given, **more)
+
+    cast("Any", parent.peers[Proc.VMM]).send = note
+    config = VmConfig(name="a", nics=(NicConfig(),) if with_nic else ())
+    vm = parent.core.vms.add(config, from_config=True)
+    if received:
+        vm.receiving = Receiving(paused=False)
+        message = ResumeReceived(vmid=vm.vmid, config=vm.config, paused=False)
+        parent.network.launch(vm, message, {}, lambda _code, _text: None)
+    else:
+        launch(parent, config)
+    if with_nic:
+        assert (order, parent.sent) == ([], [])
+        made(parent)
+    assert order == ([] if received else ["slot"]) + ["write", "send"]
+    assert parent.sent == ["a"]
+    assert vm.receiving is None or vm.receiving.resumed
+
+
+def test_an_interface_without_its_switch_is_an_event(parent: FakeParent) -> None:
+    """It is reported when the interfaces exist, with the number of the interface."""
+    launch(parent, VmConfig(name="a", nics=(NicConfig(), NicConfig(switch="nope"))))
+    assert trouble_events(parent) == []
+    made(parent)
+    assert trouble_events(parent) == [
+        ("trouble", "a", "interface1", 'switch "nope" not found: the interface is connected to nothing')
+    ]
+
+
+def test_reports_about_long_names_of_interfaces(parent: FakeParent) -> None:
+    """priv is not trusted with the length of what is kept."""
+    parent.network.on_trouble(NetworkTrouble(device="d" * 99, text="flushed"), UNUSED)
+    assert trouble_events(parent) == [("trouble", "", "d" * 15, "flushed")]
+
+
+def test_forwards_that_change_while_priv_starts_again(parent: FakeParent) -> None:
+    """The next priv learns them with the interfaces.  It is not asked twice."""
+    vm, _ = launch(parent, web())
+    made(parent)
+    parent.network.on_priv_lost(for_good=False)
+    asked = len(parent.peers[Proc.PRIV].sent)
+    assert parent.network.change_forwards(vm, web(forwards=(SSH,))) != []
+    parent.network.release(vm.vmid)
+    assert len(parent.peers[Proc.PRIV].sent) == asked
+    parent.network.begin()
+    adopt = parent.peers[Proc.PRIV].sent[asked]
+    assert isinstance(adopt, AdoptNics)
+    assert adopt.nics[0].forwards == (SSH,)
+
+
+def test_changed_forwards_of_a_received_vm(parent: FakeParent) -> None:
+    """They are added to the machine that runs, which differs from vm.conf.  Later both have them."""
+    vm, _ = launch(parent, web())
+    made(parent)
+    vm.running_config = vm.config.replace(vcpus=3)
+    parent.network.change_forwards(vm, web(forwards=(SSH,)))
+    limit = parent.peers[Proc.VMM].sent[-1]
+    assert isinstance(limit, LimitVm)
+    assert (limit.config, limit.config.vcpus, limit.config.nics[0].forwards) == (vm.running_config, 3, (SSH,))
+    assert vm.config.nics[0].forwards == (SSH,)

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import pytest
 
-from vmd.config.model import BootDevice, Config, DiskConfig, Owner, VmConfig
+from vmd.config.model import BootDevice, Config, DiskConfig, NicConfig, Owner, SeedConfig, VmConfig
 from vmd.errors import HostError, OperatorError, VmdError
 from vmd.ipc.imsg import Envelope
 from vmd.ipc.messages.clients import (
@@ -24,6 +24,8 @@ from vmd.ipc.messages.control import PassFiles
 from vmd.ipc.messages.shared import Live, TransferProgress
 from vmd.ipc.messages.vm import (
     CancelTransfer,
+    PauseDone,
+    PauseVm,
     ReceivedHeader,
     ReceivedMachine,
     ReceiveMemory,
@@ -33,6 +35,7 @@ from vmd.ipc.messages.vm import (
     SendVm,
     StopMode,
     StopVm,
+    VmHalted,
     VmRunning,
 )
 from vmd.ipc.messages.vmm import VmSlot
@@ -43,7 +46,7 @@ from vmd.parent.consoles import Consoles
 from vmd.parent.core import Core
 from vmd.parent.life import Life
 from vmd.parent.opening import Opened
-from vmd.parent.transfers import LOCK_PATIENCE_S, Transfers
+from vmd.parent.transfers import LOCK_PATIENCE_S, Transfers, require_same
 from vmd.parent.vm import State, Vm
 from vmd.record import Record
 
@@ -857,3 +860,152 @@ def test_a_client_of_a_removed_vm_leaves(parent: AnyParent) -> None:
     """There is nothing to cancel."""
     parent.transfers.on_client_gone(4711)
     assert parent.vmm.sent == []
+
+
+# --- standing still, and what the log says ---------------------------------------------------------------------------
+
+
+def pause(parent: AnyParent, *, paused: bool = True, force: bool = False, client: int = CLIENT) -> None:
+    """Send a client's request."""
+    message = PauseRequest(name="a", paused=paused, force=force)
+    parent.transfers.serve_pause(message, ROOT, Envelope(message, client, 0, {}))
+
+
+@pytest.mark.parametrize(("before", "after"), [(State.RUNNING, State.PAUSED), (State.PAUSED, State.RUNNING)])
+@pytest.mark.parametrize("force", [False, True])
+def test_paused_and_unpaused(
+    parent: AnyParent, capfd: pytest.CaptureFixture[str], before: State, after: State, force: bool
+) -> None:
+    """The client is answered when the VM's process has done it, with its notes, which are in the log, too."""
+    vm = running(parent, before)
+    paused = after is State.PAUSED
+    pause(parent, paused=paused, force=force)
+    assert parent.vmm.sent == [PauseVm(vmid=vm.vmid, paused=paused, force=force)]
+    assert (vm.state, parent.answers) == (before, [])
+    parent.transfers.on_pause_done(PauseDone(vmid=vm.vmid, paused=paused, notes=("the clock jumps",)), UNUSED)
+    assert vm.state is after
+    assert parent.answers == [
+        (CLIENT, VmPaused(vmid=vm.vmid, name="a", paused=paused, notes=("the clock jumps",)))
+    ]
+    done = "paused" if paused else "unpaused"
+    log = capfd.readouterr().err
+    assert f"a: {done} vm 1 successfully\n" in log
+    assert "vm a: the clock jumps\n" in log
+
+
+def test_the_clients_that_pause_are_answered_one_after_the_other(parent: AnyParent) -> None:
+    """Each answer of the process is for the client that has waited longest."""
+    vm = running(parent)
+    pause(parent)
+    pause(parent, client=OTHER)
+    for paused in (True, True):
+        parent.transfers.on_pause_done(PauseDone(vmid=vm.vmid, paused=paused), UNUSED)
+    assert [client for client, _ in parent.answers] == [CLIENT, OTHER]
+
+
+def test_a_vm_that_cannot_be_unpaused(parent: AnyParent, capfd: pytest.CaptureFixture[str]) -> None:
+    """The client and the log get the reason."""
+    vm = running(parent, State.PAUSED)
+    pause(parent, paused=False)
+    parent.transfers.on_pause_done(PauseDone(vmid=vm.vmid, paused=True, text="disk0: its lock is lost"), UNUSED)
+    assert vm.state is State.PAUSED
+    assert parent.answers == [(CLIENT, Failed(code=errno.EIO, text="vm a: disk0: its lock is lost"))]
+    assert capfd.readouterr().err == "vmd: vm a: disk0: its lock is lost\n"
+
+
+def test_a_user_who_may_not_pause_a_vm(parent: AnyParent) -> None:
+    """Nothing is asked of the VM."""
+    running(parent)
+    message = PauseRequest(name="a", paused=True)
+    with pytest.raises(OperatorError, match="pause vm a"):
+        parent.transfers.serve_pause(message, USER, Envelope(message, CLIENT, 0, {}))
+    assert parent.vmm.sent == []
+
+
+def test_a_vm_that_pauses_itself(parent: AnyParent, capfd: pytest.CaptureFixture[str]) -> None:
+    """The log says why, and how to continue it.  Such a message about a paused VM changes nothing."""
+    vm = running(parent)
+    for text in ("disk0: No space left on device", "again"):
+        parent.transfers.on_vm_halted(VmHalted(vmid=vm.vmid, text=text), UNUSED)
+    assert (vm.state, vm.text) == (State.PAUSED, "disk0: No space left on device")
+    assert capfd.readouterr().err == (
+        "vmd: vm a: paused: disk0: No space left on device; `vmctl unpause a` continues it once that is mended\n"
+    )
+
+
+def test_the_smallest_limits_of_a_live_send(parent: AnyParent) -> None:
+    """A millisecond, and one round."""
+    vm = running(parent)
+    live = Live(still_ms=1, rounds=1)
+    parent.transfers.serve_send(SendRequest(name="a", live=live), ROOT, envelope())
+    assert parent.vmm.sent == [SendVm(vmid=vm.vmid, keep=False, one_shot=False, live=live)]
+
+
+def test_the_end_of_a_send_that_is_over(parent: AnyParent) -> None:
+    """A process that reports it twice, or without a request, changes nothing."""
+    vm = running(parent)
+    done(parent, vm)
+    done(parent, vm, "the stream was closed")
+    assert (vm.state, parent.answers) == (State.RUNNING, [])
+
+
+def test_the_log_says_what_begins(parent: AnyParent, capfd: pytest.CaptureFixture[str]) -> None:
+    """A transfer may take long, or never end."""
+    running(parent)
+    send(parent)
+    vm = receive(parent)
+    log = capfd.readouterr().err
+    assert "a: sending vm 1\n" in log
+    assert f"b: receiving vm {vm.vmid}\n" in log
+    vm.drop_pty()
+
+
+def test_a_stream_without_a_seed(parent: AnyParent, disks: Disks) -> None:
+    """The empty file for a seed is closed, so that no device is made for it.  A stream with one fills the file."""
+    vm = receive(parent)
+    header(parent, vm, seed=SeedConfig())
+    (fd,) = vm.kept.values()
+    header(parent, vm)
+    assert vm.kept == {}
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)
+    vm.drop_pty()
+
+
+def test_a_vm_that_was_being_sent_goes_back_to_a_snapshot(parent: AnyParent) -> None:
+    """Nothing is sent any more: its process has ended."""
+    vm = running(parent)
+    vm.open_console()
+    vm.begin_send(keep=True)
+    reading, writing = os.pipe()
+    parent.transfers.begin_revival(vm, reading, paused=False)
+    assert (vm.sending, vm.state) == (None, State.RECEIVING)
+    os.close(writing)
+    vm.drop_pty()
+
+
+SAME = VmConfig(name="a", vcpus=2, memory_bytes=64 << 20, disks=DISKS, nics=(NicConfig(),))
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ({}, ""),
+        ({"drive": True}, "with 1 CD drives, and this one has 0"),
+        ({"cdrom": "/c"}, "with 1 CD drives, and this one has 0"),
+        ({"vcpus": 1}, "with 1 virtual CPUs, and this one has 2"),
+        ({"memory_bytes": 1 << 20}, "with 1048576 bytes of memory, and this one has 67108864"),
+        ({"disks": ()}, "with 0 disks, and this one has 1"),
+        ({"nics": (NicConfig(), NicConfig())}, "with 2 network interfaces, and this one has 1"),
+        ({"seed": SeedConfig()}, "with 1 seeds, and this one has 0"),
+        ({"disks": (DiskConfig(path="/other"),)}, ""),
+    ],
+    ids=str,
+)
+def test_a_snapshot_of_another_machine(other: dict[str, Any], words: str) -> None:
+    """Its devices would not find what they need.  Other paths do not matter: those of the VM count."""
+    if not words:
+        require_same(SAME, SAME.replace(**other))
+        return
+    with pytest.raises(OperatorError, match=f"the snapshot is of a machine {words}"):
+        require_same(SAME, SAME.replace(**other))
