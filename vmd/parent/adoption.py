@@ -266,6 +266,8 @@ class Adoption:
             with contextlib.suppress(HostError):
                 vm.pty = Pty((master, slave))
                 return
+        else:
+            close_all(fd for fd in (master, slave) if fd is not None)
         vm.pty = Pty()
         vm.pty.give_to(vm.uid, vm.config.owner.gid)
         log.warn(f"vm {vm.name}: its console is now {vm.pty.path}")

@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import select
+import socket
 from typing import Any, cast
 
 import pytest
@@ -16,6 +17,7 @@ from vmd.errors import OperatorError, PeerError
 from vmd.ipc.imsg import Envelope
 from vmd.ipc.messages.children import Pong, Quit
 from vmd.ipc.messages.vm import (
+    ConsoleSnapshot,
     CancelTransfer,
     EndSend,
     NicLink,
@@ -67,6 +69,7 @@ class Room:
         self.taps: dict[int, Any] = {}
         self.left: dict[int, Any] = {}
         self.migrations = Migrations(core, cast("Any", self))
+        self.logs: list[str] = []  # names of VMs whose log is read
 
     def vm_ended(self, vm: Vm, text: str) -> None:
         """Record that a VM has ended."""
@@ -92,6 +95,11 @@ class Room:
     def start_batch_in_time(self) -> None:
         """Record that waiting VMs are to be started."""
         self.calls.append(("batch",))
+
+    def read_vm(self, reader: Any, vm: Vm) -> None:  # noqa: ANN401
+        """Accept the log of a VM, and close it."""
+        self.logs.append(vm.name)
+        reader.close()
 
     def read_from(self, reader: Any, _name: str) -> None:  # noqa: ANN401
         """Accept a log, and close it."""
@@ -521,6 +529,66 @@ def test_the_descriptors_of_a_vm_are_taken_over(core: Core, room: Room) -> None:
     assert vm.memory is not None
     assert vm.backlog is not None
     assert (vm.pty is not None, vm.kept) == (True, {})
+    vm.drop_pty()
+    vm.take_memory(None)
+    assert open_descriptors() == before
+
+
+def test_files_that_a_vm_keeps_for_its_next_boot(core: Core, room: Room) -> None:
+    """The earlier parent has written which ones there are; others are closed.  The log is read on."""
+    before = open_descriptors()
+    made, (line,) = adoption(core, room, 1)
+    vm = known(core, "a", State.RUNNING, kept={"kernel": -1, "seed": -1})
+    expect(made, core)
+    vm.kept = {}
+    ours, theirs = socket.socketpair()
+    fds = held_fds(vm) | {
+        "initrd": [memory_file("initrd")], "seed": [memory_file("seed")], "log": [theirs.detach()]
+    }  # fmt: skip
+    boot, seed = fds["boot"][0], fds["seed"][0]
+    message = VmHeld(vmid=vm.vmid, running=True)
+    made.on_held(message, Envelope(message, 0, 0, fds), cast("Any", line))
+
+    assert (vm.kept, room.logs) == ({"kernel": boot, "seed": seed}, ["a"])
+    ours.close()
+    vm.drop_files()
+    vm.drop_pty()
+    vm.take_memory(None)
+    assert open_descriptors() == before
+
+
+@pytest.mark.parametrize("case", ["all", "no master", "no slave", "neither", "no pty", "no output"])
+def test_a_console_that_cannot_be_taken_over(
+    core: Core, room: Room, capfd: pytest.CaptureFixture[str], case: str
+) -> None:
+    """The VM gets another pty, and its process is told.  Without its output the VM is only partly adopted."""
+    before = open_descriptors()
+    made, (line,) = adoption(core, room, 1)
+    vm = known(core, "a", State.RUNNING, console_user="somebody", uid=os.getuid())
+    expect(made, core)
+    fds = held_fds(vm)
+    path = os.ttyname(fds["tty_slave"][0])
+    for name in {"no master": ["tty"], "no slave": ["tty_slave"], "neither": ["tty", "tty_slave"],
+                 "no output": ["shown"]}.get(case, []):  # fmt: skip
+        os.close(fds.pop(name)[0])
+    if case == "no pty":
+        os.close(fds["tty_slave"][0])
+        fds["tty_slave"] = [memory_file("other")]
+    message = VmHeld(vmid=vm.vmid, running=True)
+    made.on_held(message, Envelope(message, 0, 0, fds), cast("Any", line))
+
+    said = capfd.readouterr().err
+    assert ("is only partly adopted, and runs on" in said) == (case == "no output")
+    assert (vm.pty is None) == (case == "no output")
+    told = [each for each in line.sent if isinstance(each, ConsoleSnapshot)]
+    if case in ("all", "no output"):
+        assert told == []
+    else:
+        assert vm.pty is not None
+        assert (told, f"its console is now {vm.pty.path}" in said) == ([ConsoleSnapshot(vmid=vm.vmid)], True)
+    if case == "all":
+        assert vm.pty is not None
+        assert (vm.pty.path, vm.console_user) == (path, "")
     vm.drop_pty()
     vm.take_memory(None)
     assert open_descriptors() == before

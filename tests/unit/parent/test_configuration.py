@@ -253,6 +253,6 @@ def test_a_reload_takes_forwards_away_before_it_gives_them(rig: Rig, capfd: pyte
     assert order == ["drop b 2", "give b", "console a", "console b"]
     assert "vm b: its new limits count from now on" in notes
     log = capfd.readouterr().err
-    for note in ("dropped", "given", "vm b: its new limits count from now on"):
-        assert note in notes
-        assert f"vmd: {note}\n" in log
+    for text in ("dropped", "given", "vm b: its new limits count from now on"):
+        assert text in notes
+        assert f"vmd: {text}\n" in log

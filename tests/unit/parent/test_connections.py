@@ -1,6 +1,7 @@
 """The limits for controls, each of which may have been taken over by an attacker."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -166,6 +167,14 @@ def test_the_limits_of_each_user_and_of_all_users(connections: Connections) -> N
     assert refused(connections, ROOT) == ""
     fill(connections, ROOT, 1)
     assert refused(connections, ROOT) == f"too many connections of uid 0 ({MAX_CLIENTS_OF_ROOT})"
+
+
+def test_the_limits_are_those_of_the_manual() -> None:
+    """It says how many clients of a user, clients and users there may be."""
+    assert (MAX_CLIENTS_PER_USER, MAX_CLIENTS, MAX_USERS) == (64, 256, 32)
+    manual = (Path(__file__).parents[3] / "man/vmd.8").read_text()
+    words = f"A user has {MAX_CLIENTS_PER_USER} connections at most, and at most {MAX_USERS} users besides root"
+    assert words in manual
 
 
 def test_the_limit_of_users(connections: Connections) -> None:

@@ -1,12 +1,19 @@
 """Hints of `vmd -n` about a VM that are not about errors in vm.conf."""
 
+import ctypes
+import errno
 import os
+import socket
 from pathlib import Path
-from typing import Any
+from struct import pack, unpack
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
-from vmd.config.model import Config, DiskConfig, Globals, NicConfig, SeedConfig, SwitchConfig, VmConfig
+from tests.support.descriptors import open_descriptors
+from vmd.config.model import Config, DiskConfig, DiskFile, Globals, NicConfig, SeedConfig, SwitchConfig, VmConfig
+from vmd.errors import OperatorError
 from vmd.parent import examine, vhost
 from vmd.parent.examine import Examination
 
@@ -108,6 +115,195 @@ def test_a_host_without_routing_domains(examined: list[str], monkeypatch: pytest
     lacks = [f'vm.conf:1: vm "a": interface {index}: rdomain {number}: this kernel has no VRFs: load the module vrf'
              for index, number in ((1, 7), (2, 3))]  # fmt: skip
     assert [line for line in said if "rdomain" in line] == ([] if vrfs else lacks)
+
+
+def test_the_question_whether_there_are_routing_domains(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interface without a table is asked for.  Only "not supported" means that there are none."""
+    answers = [errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM]
+    asked: list[bytes] = []
+
+    class Netlink:
+        """The kernel."""
+
+        def __init__(self, *kind: int) -> None:
+            assert kind == (socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
+
+        def __enter__(self) -> "Netlink":
+            return self
+
+        def __exit__(self, *_error: object) -> None:
+            """Close it."""
+
+        def send(self, request: bytes) -> None:
+            """Take a request."""
+            asked.append(request)
+
+        def recv(self, _size: int) -> bytes:
+            """Answer with an error."""
+            return pack("=IHHII", 36, 2, 0, 1, 0) + pack("=i", -answers.pop(0)) + bytes(16)
+
+    monkeypatch.setattr(socket, "socket", Netlink)
+    assert [examine.has_vrfs() for _ in range(3)] == [False, True, True]
+    # struct nlmsghdr with RTM_NEWLINK, and REQUEST, ACK, EXCL and CREATE; struct ifinfomsg; IFLA_LINKINFO with its kind
+    attributes = pack("=HHHH", 12, 18, 8, 1) + b"vrf\0"
+    assert asked[0] == pack("=IHHII", 44, 16, 0x605, 1, 0) + bytes(16) + attributes
+
+
+@pytest.mark.parametrize(("driver", "problem"), [
+    (b"bridge", ""), (b"bridges", "interface br0 is not a bridge: switches need one"),
+])  # fmt: skip
+def test_the_question_whether_an_interface_is_a_bridge(
+    monkeypatch: pytest.MonkeyPatch, driver: bytes, problem: str
+) -> None:
+    """Its driver says so."""
+
+    def ioctl(_sock: object, request: int, argument: bytes) -> None:
+        name, address = unpack("=16sQ16x", argument)
+        assert (request, name.rstrip(b"\0")) == (0x8946, b"br0")  # SIOCETHTOOL
+        assert ctypes.string_at(address, 4) == pack("=I", 3)  # ETHTOOL_GDRVINFO
+        ctypes.memmove(address + 4, driver, len(driver))
+
+    monkeypatch.setattr("vmd.parent.examine.fcntl.ioctl", ioctl)
+    assert examine.of_bridge("br0") == problem
+
+
+def test_only_root_is_told_about_vhost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others cannot open the device anyway."""
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(vhost, "lacking", lambda: "no permission")
+    assert list(examine.of_vhost(VmConfig(name="a", nics=(NicConfig(vhost=True),)))) == []
+
+
+@pytest.mark.parametrize(("uid", "needed"), [(0, True), (0, False), (1000, True)])
+def test_images_are_examined_in_a_cell(
+    examined: list[str], monkeypatch: pytest.MonkeyPatch, uid: int, needed: bool
+) -> None:
+    """As by a daemon, if root asks.  It is made only if there is an image, and is closed."""
+    done: list[object] = []
+
+    def make_cell(*ids: int) -> SimpleNamespace:
+        done.append(ids)
+        return SimpleNamespace(close=lambda: done.append("close"))
+
+    monkeypatch.setattr(os, "geteuid", lambda: uid)
+    monkeypatch.setattr("vmd.parent.service.lookup_user", lambda: (4, 5))
+    monkeypatch.setattr(examine.Cell, "build", make_cell)
+    monkeypatch.setattr(examine, "ImageProber", lambda _place, **_more: object())
+    said: list[str] = []
+    examine.check_vms(Config(vms=(vm("a", *(["/a"] if needed else [])),)), said.append)
+    assert done == ([(4, 5), "close"] if needed and uid == 0 else [])
+    assert examined == (["/a"] if needed else [])
+
+
+def test_disks_that_a_bios_cannot_start_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The VM is named if none of its disks has code, and only if the firmware needs one."""
+    looked: list[tuple[str, object, bool]] = []
+
+    def look(self: Examination, disk: DiskConfig, prober: object, boots: bool) -> list[str]:
+        looked.append((disk.path, prober, boots))
+        if "data" in disk.path:
+            self.codeless.add(disk.path)
+        return []
+
+    monkeypatch.setattr(Examination, "of_disk", look)
+    monkeypatch.setattr(Examination, "of_boot_files", lambda *_: [])
+    off = {"enabled": False}
+    (line,) = run(vm("a", "/data1", "/data2", **off), vm("b", "/data1", "/boot", **off), probers=BOTH)
+    assert line.startswith('vm "a": ')
+    assert "/data1" in line
+    assert "/data2" in line
+    assert run(vm("c", "/data1", kernel="/k", **off), probers=BOTH) == []
+    assert {prober for _, prober, _ in looked} == {BOTH[0]}
+    assert looked[-1] == ("/data1", BOTH[0], False)
+
+
+class Prober:
+    """Examines kernels."""
+
+    place = None
+
+    def __init__(self, trouble: str = "") -> None:
+        self.trouble = trouble
+        self.asked: list[tuple[list[int], str, list[str]]] = []
+
+    def ask(self, fds: list[int], name: str, words: list[str]) -> None:
+        """Answer."""
+        self.asked.append((fds, name, words))
+        if self.trouble:
+            raise OperatorError(errno.EINVAL, self.trouble)
+
+
+def test_a_kernel_is_examined_with_its_command_line() -> None:
+    """Its initrd goes along, if there is one.  The sentence of a refusal is the message."""
+    one = VmConfig(name="a", kernel="/k", cmdline="quiet", memory_bytes=1 << 20)
+    for initrd, fds in ((9, [8, 9]), (None, [8])):
+        prober = Prober()
+        files = cast("Any", SimpleNamespace(boot=8, initrd=initrd, boot_name="/k"))
+        assert examine.of_kernel(one, files, cast("Any", prober)) == []
+        assert prober.asked == [(fds, "/k", ["1048576", b"quiet".hex()])]
+    assert examine.of_kernel(one, files, cast("Any", Prober("/k: not a kernel"))) == ["/k: not a kernel"]
+
+
+def test_boot_files_of_the_host(tmp_path: Path) -> None:
+    """A file that is missing is named.  Without probers, and for the firmware, nothing else is looked at."""
+    kernel = tmp_path / "k"
+    kernel.write_bytes(b"x")
+    prober = Prober("refused")
+    given = (object(), prober)
+    for probers, path, said in (
+        (given, str(kernel), ["refused"]), (given, str(kernel), ["refused"]), (None, str(kernel), []),
+        (given, str(tmp_path / "none"), [f"kernel {tmp_path}/none: No such file or directory"]),
+    ):  # fmt: skip
+        room = Examination([], Config(), cast("Any", probers), float("inf"))
+        assert room.of_boot_files(VmConfig(name="a", kernel=path)) == said
+    assert len(prober.asked) == 2
+
+
+@pytest.mark.parametrize(("initrd", "names"), [("", ["kernel"]), ("disk0:/i", ["kernel", "initrd"])])
+def test_a_kernel_on_a_disk(monkeypatch: pytest.MonkeyPatch, initrd: str, names: list[str]) -> None:
+    """An imgboot reads it, and is ended.  An error of the disk itself is not reported again."""
+    done: list[str] = []
+    child = SimpleNamespace(kill=lambda: done.append("kill"), reap=lambda _timeout_s: done.append("reap"))
+    sock = SimpleNamespace(close=lambda: done.append("close"))
+    trouble: list[OperatorError] = []
+
+    class Found:
+        """The files on disks."""
+
+        def __init__(self) -> None:
+            self.kernel: tuple[int, int] = (-1, 0)
+            self.initrd: tuple[int, int] | None = None
+            self.kernel_name = "disk0:/k"
+
+        def read(self, _sock: object, name: str, file: DiskFile, _disk: object, memory: int, _at: object) -> None:
+            """Read a file."""
+            done.append(f"{name} {file.path}")
+            if trouble:
+                os.close(memory)
+                raise trouble[0]
+            setattr(self, name, (memory, 0))
+
+        def close(self) -> None:
+            """Close what was read."""
+            done.append("close found")
+
+    monkeypatch.setattr(examine, "start_probe", lambda *_given, **_more: (child, sock))
+    monkeypatch.setattr(examine, "open_disk", lambda *_given: SimpleNamespace(close=lambda: done.append("close disk")))
+    monkeypatch.setattr(examine, "FromDisks", Found)
+    before = open_descriptors()
+    prober = Prober("refused")
+    room = Examination([], Config(), cast("Any", (object(), prober)), float("inf"))
+    one = vm("a", "/d", kernel="disk0:/k", initrd=initrd)
+    assert room.of_boot_files(one) == ["refused"]
+    reads = [word for name in names for word in (f"{name} /{name[0]}", "close disk")]
+    assert done == [*reads, "close", "kill", "reap"]
+    assert [len(fds) for fds, _, _ in prober.asked] == [len(names)]
+    for text, said in (("disk0:/k: no such file", ["disk0:/k: no such file"]), ("disk /d: in use", [])):
+        trouble[:] = [OperatorError(errno.ENOENT, text)]
+        done.clear()
+        assert Examination([], Config(), cast("Any", (object(), prober)), float("inf")).of_boot_files(one) == said
+        assert done == ["kernel /k", "close disk", "close found", "close", "kill", "reap"]
+    assert open_descriptors() == before
 
 
 def test_an_interface_of_the_host_that_is_no_bridge() -> None:

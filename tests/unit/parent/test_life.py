@@ -4,10 +4,12 @@ import errno
 import os
 import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
+from tests.support.descriptors import open_descriptors
 from tests.unit.parent.timers import Timers
 from vmd.config.model import (
     AllowInstance,
@@ -50,7 +52,7 @@ from vmd.parent.groups import HOST, LIMIT
 from vmd.parent.life import STOP_GRACE_S, Life
 from vmd.parent.opening import ClientFiles, Opened
 from vmd.parent.resources import Pty
-from vmd.parent.vm import State, Vm
+from vmd.parent.vm import Receiving, State, Vm
 from vmd.record import Record
 
 ROOT, OTHER = Caller(uid=0, gid=0, pid=1), Caller(uid=2000, gid=200, pid=2)
@@ -463,6 +465,51 @@ def test_a_guest_that_cannot_start_again_has_failed(rig: Rig) -> None:
     text = "cannot reboot: disk /d: not there"
     assert rig.control.take() == [(CLIENT, VmTerminated(vmid=vm.vmid, name="a", text=text, how=FAILED))]
     assert rig.network.released == [vm.vmid] * len(rig.network.released) != []
+
+
+def test_a_guest_that_cannot_even_be_tried_to_start_again(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Such as on a host without descriptors.  The reason is logged, and is the text of its end."""
+    vm = rig.run(rig.add())
+    rig.core.clients.wait(CLIENT, For.END, vm.vmid)
+
+    def fail(*_given: object, **_more: object) -> None:
+        raise HostError("make a pty", errno.EMFILE)
+
+    monkeypatch.setattr(rig.life, "start", fail)
+    rig.exited(vm, Outcome.REBOOT)
+    text = "cannot reboot: make a pty: Too many open files"
+    assert rig.control.take() == [(CLIENT, VmTerminated(vmid=vm.vmid, name="a", text=text, how=FAILED))]
+    assert f"vm a: {text}\n" in capfd.readouterr().err
+
+
+def test_a_vm_whose_process_ends_waits_for_nothing_more(rig: Rig) -> None:
+    """A VM that is received may still have waited for its files or its interfaces."""
+    vm = rig.run(rig.add())
+    rig.network.waiting[vm.vmid] = lambda _code, _text: None
+    rig.openings.asked[vm.vmid] = cast("Any", None)
+    rig.exited(vm)
+    assert (rig.network.waiting, rig.openings.asked, rig.network.released) == ({}, {}, [vm.vmid])
+
+
+@pytest.mark.parametrize("received", [False, True])
+def test_what_is_known_of_a_guest_that_runs(rig: Rig, received: bool) -> None:
+    """Its pid is that of its process.  The descriptor is not kept.  Others learn of a VM that has arrived."""
+    before = open_descriptors()
+    arrived: list[Vm] = []
+    scored: list[int] = []
+    rig.life.on_received = arrived.append
+    rig.life.scores = cast("Any", SimpleNamespace(give_usual=scored.append))
+    vm = rig.add()
+    vm.open_console()
+    vm.restore_state(State.RECEIVING if received else State.STARTING)
+    vm.receiving = Receiving(paused=False) if received else None
+    envelope = Envelope(UNUSED, 0, 0, {"process": [os.pidfd_open(os.getpid())]})
+    rig.life.on_running(VmRunning(vmid=vm.vmid), envelope)
+    assert (vm.pid, scored, arrived) == (os.getpid(), [os.getpid()], [vm] if received else [])
+    vm.drop_pty()
+    assert open_descriptors() == before
 
 
 def test_a_guest_that_resets_itself_again_and_again_is_stopped(rig: Rig) -> None:

@@ -1,9 +1,12 @@
 """The daemon as a service: what it waits for at boot, and whether it logs to the journal."""
 
 import errno
+import json
 import os
 import socket
 import stat
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -126,6 +129,32 @@ def test_the_run_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         service.make_run_directory()
 
 
+def test_nobody_else_can_connect_before_the_owner_is_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The socket never has a wider mode than the configured one, not even for a moment."""
+    modes: list[int] = []
+    monkeypatch.setattr(
+        service, "own_socket", lambda path, *_: modes.append(stat.S_IMODE(os.stat(path).st_mode))
+    )
+    for mask in (0, 0o077):
+        before = os.umask(mask)
+        try:
+            path = str(tmp_path / f"{mask}.sock")
+            service.listen(path, OURS).close()
+        finally:
+            os.umask(before)
+    assert modes == [0o660, 0o660]
+
+
+@pytest.mark.parametrize(("owner", "ids"), [(Owner(uid=5, gid=6), (5, 6)), (Owner(uid=5), (5, 0))])
+def test_whose_the_socket_is(monkeypatch: pytest.MonkeyPatch, owner: Owner, ids: tuple[int, int]) -> None:
+    """Without a group in vm.conf it is root's."""
+    done: list[object] = []
+    monkeypatch.setattr(os, "chown", lambda path, uid, gid: done.append((path, uid, gid)))
+    monkeypatch.setattr(os, "chmod", lambda path, mode: done.append((path, mode)))
+    service.own_socket("/s", owner)
+    assert done == [("/s", *ids), ("/s", 0o660)]
+
+
 # --- the host ---------------------------------------------------------------------------------------------------
 
 
@@ -245,3 +274,34 @@ def test_where_log_lines_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     status = os.fstat(2)
     monkeypatch.setenv("JOURNAL_STREAM", f"{status.st_dev}:{status.st_ino}")
     assert service.choose_log(debug=False) == JOURNAL
+
+
+BACKGROUND = """
+import json, os, sys
+from vmd.parent import service
+ready = service.daemonize()
+out, how = int(sys.argv[1]), sys.argv[2]
+links = [os.readlink(f"/proc/self/fd/{fd}") for fd in (0, 1)]
+os.write(out, json.dumps([os.getsid(0) == os.getpid(), os.getcwd(), *links]).encode())
+if how == "serves":
+    ready()
+    sys.stdin.read()  # the daemon goes on, without what it was started with
+os._exit(7)
+"""
+
+
+@pytest.mark.parametrize(("how", "status", "errors"), [
+    ("serves", 0, ""), ("ends", 1, "vmd: not started; the log says why\n"),
+])  # fmt: skip
+def test_a_daemon_in_the_background(how: str, status: int, errors: str) -> None:
+    """The process that was started ends when the daemon serves, or has failed.  The daemon keeps nothing of it."""
+    reading, writing = os.pipe()
+    with open(reading, "rb") as told:
+        started = subprocess.Popen(
+            [sys.executable, "-c", BACKGROUND, str(writing), how], cwd=Path(__file__).parents[3],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, pass_fds=[writing],
+        )  # fmt: skip
+        os.close(writing)
+        output = started.communicate(timeout=60)
+        assert json.loads(told.read()) == [True, "/", os.devnull, os.devnull]
+    assert (started.returncode, *output) == (status, "", errors)

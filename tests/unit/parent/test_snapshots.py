@@ -362,8 +362,10 @@ def test_a_stopped_vm(rig: Rig, action: SnapshotAction) -> None:
     assert rig.killed == []
 
 
-def test_the_event_of_a_change(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Clients that watch the VM are told, with the tag."""
+def test_the_event_of_a_change(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Clients that watch the VM are told, with the tag, and the log has it."""
     events: list[tuple[str, Vm, dict[str, str]]] = []
     monkeypatch.setattr(rig.core.events, "add", lambda what, vm, **more: events.append((what, vm, more)))
     for action in (LIST, DELETE):
@@ -372,6 +374,7 @@ def test_the_event_of_a_change(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> Non
         rig.lose()
 
     assert events == [("snapshot", rig.vm, {"text": "deleted snapshot", "value": "one"})]
+    assert "vmd: web: deleted snapshot one\n" in capfd.readouterr().err
 
 
 def test_disks_that_cannot_be_opened(rig: Rig) -> None:

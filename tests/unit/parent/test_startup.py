@@ -9,19 +9,24 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from vmd.config.check import ConfigErrors
 from vmd.config.model import Config, Globals, Owner
 from vmd.errors import HostError, OperatorError, VmdError, sentence
-from vmd.parent import service
+from vmd.log import JOURNAL, STDERR, log
+from vmd.parent import service, startup
 from vmd.parent.options import Options
 from vmd.parent.startup import (
     EX_CONFIG,
     EX_FAILED,
     EX_UNAVAILABLE,
+    EX_USAGE,
     announce,
+    as_warning,
     check_adopt,
     control_socket,
     debug_filters,
@@ -104,12 +109,16 @@ def test_errors_without_a_number() -> None:
     assert sentence(OSError(errno.ENOENT, "")) == "No such file or directory"
 
 
-def test_the_debug_switch_for_filters_needs_option_d(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_debug_switch_for_filters_needs_option_d(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     """Without -d the variable is removed from the environment, so that no process has the weaker filter."""
     monkeypatch.setenv(spawn.DEBUG, "1")
     debug_filters(Options(debug=True))
     passed_on = spawn.environment()
+    assert "the confinement is weaker, so use no guests of others" in capfd.readouterr().err
     debug_filters(Options())
+    assert "has no effect without -d" in capfd.readouterr().err
 
     assert passed_on == spawn.ENVIRONMENT | {spawn.DEBUG: "1"}
     assert spawn.environment() == spawn.ENVIRONMENT
@@ -196,7 +205,7 @@ def test_a_daemon_that_adopts_vms_needs_no_kvm(
 @pytest.mark.parametrize("kept", ["socket", "file", "none"])
 @pytest.mark.parametrize("there", [False, True])
 def test_the_control_socket_of_an_earlier_daemon(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: str, there: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], kept: str, there: bool
 ) -> None:
     """Clients that wait for it are served.  Where it is gone, or is none, there is a new one."""
     monkeypatch.setattr(service, "notify", lambda *_: True)
@@ -217,6 +226,8 @@ def test_the_control_socket_of_an_earlier_daemon(
     ) as listener, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as client:  # fmt: skip
         client.connect(str(path))
         listener.accept()[0].close()
+    unusable = "the control socket of the vmd before this one cannot be used: " in capfd.readouterr().err
+    assert unusable == (kept == "file" and there)
     if kept != "socket" or not there:
         assert stat.S_IMODE(path.stat().st_mode) == 0o660
     for name in store.names:
@@ -257,3 +268,110 @@ def test_a_rehearsal_needs_a_state(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     with pytest.raises(VmdError, match="need root privileges: run vmd as root"):
         need_root()
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    need_root()
+
+
+# --- in which order ---------------------------------------------------------------------------------------------
+
+
+def test_exit_statuses_are_those_of_the_manual_and_the_unit() -> None:
+    """The unit does not start a daemon again whose start would fail in the same way."""
+    assert (EX_FAILED, EX_USAGE, EX_UNAVAILABLE, EX_CONFIG) == (1, 2, 69, 78)
+    unit = Path(ROOT, "etc/vmd.service").read_text()
+    assert re.search(r"^RestartPreventExitStatus=.*\b69\b.*\b78\b", unit, re.M)
+
+
+def test_a_warning_says_that_it_is_one() -> None:
+    """Once."""
+    assert as_warning("odd") == as_warning("warning: odd") == "warning: odd"
+
+
+@pytest.mark.parametrize(("journal", "debug", "form"), [
+    (True, False, JOURNAL), (True, True, STDERR), (False, False, STDERR), (False, True, STDERR),
+])  # fmt: skip
+def test_what_is_checked_without_a_start(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], journal: bool, debug: bool, form: str
+) -> None:
+    """The journal has lines with a level, and a terminal plain ones.  The status tells the result."""
+    forms: list[str] = []
+    checked: list[str] = []
+    monkeypatch.setattr(service, "on_journal", lambda: journal)
+    monkeypatch.setattr(log, "setup", lambda _name, form, _verbosity: forms.append(form))
+    monkeypatch.setattr(startup, "read_config", lambda _options: Config())
+    monkeypatch.setattr(startup, "prefix_warnings", lambda _config, _routes: ["of a prefix"])
+    monkeypatch.setattr(startup, "host_warnings", lambda _config: ["warning: of the host"])
+    monkeypatch.setattr(startup, "check_vms", lambda _config, warn: warn("of a vm"))
+    monkeypatch.setattr(startup, "check_adopt", lambda _options, _store: checked.append("adoption"))
+    foreground = ["-d"] if debug else []
+    assert startup.run(["-n", *foreground]) == 0
+    said = capfd.readouterr().err
+    assert said.endswith("configuration OK\n")
+    for text in ("warning: of a prefix", "warning: of the host", "warning: of a vm"):
+        assert text in said
+    assert checked == []
+    assert startup.run(["--check-adopt", *foreground]) == 0
+    assert (forms, checked) == ([form] * 2, ["adoption"])
+    assert capfd.readouterr().err == "adoption OK\n"
+    assert startup.run(["-n", "--no-such-option"]) == EX_USAGE
+
+
+BEGIN = [
+    "need_root", "debug_filters", "give_up_capabilities", "lookup_user", "former", "read_config", "open_kvm",
+    "raise_file_limit", "make_run_directory", "wait", "control_socket", "announce", "keep_alive", "start", "run",
+]  # fmt: skip
+END = ["finish", "reap", "clean_up", "reap", "end of logs", "remove_socket", "remove lock"]
+
+
+@pytest.mark.parametrize("adopts", [False, True])
+@pytest.mark.parametrize("hands_over", [False, True])
+def test_the_order_of_a_start_and_of_an_end(monkeypatch: pytest.MonkeyPatch, adopts: bool, hands_over: bool) -> None:
+    """A daemon that adopts guests does not read vm.conf, and does not wait for them to end.
+
+    One that hands over removes nothing, because it belongs to the next one.
+    """
+    order: list[str] = []
+    answers: dict[str, object] = {
+        "lookup_user": (1, 2), "former": (object(), Config()) if adopts else (None, None), "read_config": Config(),
+        "open_kvm": -1, "announce": lambda: None,
+    }  # fmt: skip
+
+    def note(name: str) -> Callable[..., Any]:
+        def call(*_given: object, **_more: object) -> Any:  # noqa: ANN401 - of any function
+            order.append(name)
+            return answers.get(name)
+
+        return call
+
+    class Lock:
+        """The lock of the life of guests."""
+
+        wait, remove = staticmethod(note("wait")), staticmethod(note("remove lock"))
+
+        def __init__(self, path: str) -> None:
+            assert path == "/s"
+
+    def parent(*_given: object) -> SimpleNamespace:
+        return SimpleNamespace(
+            life=SimpleNamespace(), upgrade=SimpleNamespace(), logs=SimpleNamespace(end=note("end of logs")),
+            loop=SimpleNamespace(run=note("run")), start=note("start"), handed_over=hands_over, exit_status=5,
+            lasting=SimpleNamespace(save_now=note("save_now")), finish=note("finish"), clean_up=note("clean_up"),
+        )  # fmt: skip
+
+    for name in (
+        "need_root", "debug_filters", "give_up_capabilities", "former", "read_config", "open_kvm", "raise_file_limit",
+        "control_socket", "announce",
+    ):  # fmt: skip
+        monkeypatch.setattr(startup, name, note(name))
+    for name in ("lookup_user", "make_run_directory", "keep_alive", "remove_socket"):
+        monkeypatch.setattr(service, name, note(name))
+    monkeypatch.setattr(service, "choose_log", lambda _debug: STDERR)
+    monkeypatch.setattr(log, "setup", lambda *_: None)
+    monkeypatch.setattr(startup, "LifeLock", Lock)
+    monkeypatch.setattr(startup, "Children", lambda *_: SimpleNamespace(reap=note("reap")))
+    monkeypatch.setattr(startup, "StateFile", lambda _directory: None)
+    monkeypatch.setattr(startup, "Parent", parent)
+    assert startup.serve(Options(socket_path="/s"), cast("Any", None), {}) == 5
+
+    left_out = {"read_config", "wait"} if adopts else set()
+    assert order == [name for name in BEGIN if name not in left_out] + (["save_now"] if hands_over else END)
