@@ -320,12 +320,13 @@ def test_processes_of_the_daemon_are_no_clients(rig: Rig, capfd: pytest.CaptureF
     assert "refused a client: process 77" in capfd.readouterr().err
 
 
-def test_a_user_whose_control_cannot_be_started_is_told(rig: Rig) -> None:
-    """By the parent itself."""
+def test_a_user_whose_control_cannot_be_started_is_told(rig: Rig, capfd: pytest.CaptureFixture[str]) -> None:
+    """By the parent itself.  The log has it, too."""
     rig.cannot_start = HostError("start control", errno.EAGAIN)
     rig.take(USER)
     told = rig.clients[-1].recv(1 << 16)
     assert b"start control: Resource temporarily unavailable" in told
+    assert "refused a client: start control: Resource temporarily unavailable" in capfd.readouterr().err
     assert rig.clients[-1].recv(1) == b""
     assert rig.room.known == {}
 
@@ -432,6 +433,16 @@ def test_a_control_that_ends_as_it_was_told(rig: Rig, capfd: pytest.CaptureFixtu
         assert ("is mad" in capfd.readouterr().err) == bool(error)
         rig.fire(END_S)
         assert rig.room._count_stuck(USER) == 0
+
+
+def test_a_lost_control_is_not_told_to_end_later(rig: Rig) -> None:
+    """Its time without a client does not run any more."""
+    rig.take(USER)
+    control = rig.room.controls[USER]
+    rig.room.on_client_gone(1, control.channel)
+    assert rig.pending(IDLE_S) == 1
+    rig.lose(cast("Any", control.channel))
+    assert rig.pending(IDLE_S) == 0
 
 
 def test_a_control_in_reserve_that_ends(rig: Rig) -> None:

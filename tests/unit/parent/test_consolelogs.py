@@ -121,6 +121,7 @@ class Parent:
         self.sent: list[Record] = []
         self.on_lost: Callable[..., None] = lambda *_: None
         self.starts = 0
+        self.writers: list[Child] = []
         self.flushed = 0
         self.trouble: Exception | None = None  # of a start
 
@@ -129,7 +130,8 @@ class Parent:
         self.starts += 1
         if self.trouble is not None:
             raise self.trouble
-        return Child(), None
+        self.writers.append(Child())
+        return self.writers[-1], None
 
     def start_log_file(self, _open_log: object, _name: str, arguments: list[str], fds: dict[int, int]) -> Opener:
         """Start a process that opens a log."""
@@ -333,14 +335,16 @@ def test_a_new_process_continues_the_logs(parent: Parent, lines: list[str]) -> N
         opener.end()
 
 
-def test_a_process_that_does_not_answer_is_replaced(parent: Parent) -> None:
-    """It was stopped, or hangs."""
+def test_a_process_that_does_not_answer_is_replaced(parent: Parent, lines: list[str]) -> None:
+    """It was stopped, or hangs.  It is killed before another one writes the same files."""
     parent.run()
     for _ in range(consolelogs.PINGS_MAX + 1):
         parent.loop.fire(consolelogs.PING_S)
     parent.loop.fire(consolelogs.RESTART_S)
 
     assert (parent.closed, parent.starts) == (False, 2)
+    assert [writer.killed for writer in parent.writers] == [True, False]
+    assert lines == ["process consolelog has not answered for 15 s; starting another one"]
     for opener in parent.openers:
         opener.end()
 
@@ -362,7 +366,7 @@ def end(parent: Parent, vm: Vm) -> None:
 def test_where_a_client_finds_a_log(parent: Parent) -> None:
     """Whoever may control the VM may ask.  A VM without a log says how to give it one."""
     answers: list[tuple[int, Record]] = []
-    parent.core.clients.answer = lambda client, message: answers.append((client, message))  # type: ignore[method-assign]
+    cast("Any", parent.core.clients).answer = lambda client, message: answers.append((client, message))
     vm = parent.run(wanted=ConsoleLog(path="/v/%n.log", keep=3))
     envelope = cast("Any", SimpleNamespace(peerid=7))
     for request in (ConsoleLogRequest(name="a"), ConsoleLogRequest(vmid=vm.vmid)):

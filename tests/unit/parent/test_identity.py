@@ -350,6 +350,14 @@ def test_ids_of_forgotten_names_are_free() -> None:
     assert table.identities.of(("last", 0)).vmid == 1
 
 
+def test_ids_of_a_file_are_taken() -> None:
+    """Any number of VMs may have none yet.  They get those that are free, the lowest first."""
+    rows = [f'{{"name": "vm{number}", "owner": 0, "id": {vmid}}}' for number, vmid in enumerate((1, 0, 3, 0))]
+    identities = loaded(f'{{"version": 1, "vms": [{", ".join(rows)}]}}'.encode())
+    assert [identities.of((f"vm{number}", 0)).vmid for number in range(4)] == [1, 2, 3, 4]
+    assert identities.of(("new", 0)).vmid == 5
+
+
 def test_what_the_next_parent_is_told_about_identities() -> None:
     """The changes, applied to what it knows, give the present state; the latest used name is the last."""
     table = VmTable()

@@ -316,9 +316,78 @@ def test_what_is_checked_without_a_start(
     assert startup.run(["-n", "--no-such-option"]) == EX_USAGE
 
 
+def test_why_a_daemon_does_not_start(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """Each reason is a line, and the status says whether another start can help."""
+    problems = [OperatorError(errno.EINVAL, "vm.conf:1: no"), OperatorError(errno.EINVAL, "vm.conf:2: no")]
+
+    def fail(_options: Options) -> Config:
+        raise ConfigErrors(problems)
+
+    monkeypatch.setattr(log, "setup", lambda *_: None)
+    monkeypatch.setattr(startup, "read_config", fail)
+    assert startup.run(["-n"]) == EX_FAILED
+    assert [line.rpartition("vmd: ")[2] for line in capfd.readouterr().err.splitlines()] == [
+        "vm.conf:1: no", "vm.conf:2: no"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("known", [None, Config(settings=Globals(local_nat=False))])
+@pytest.mark.parametrize("starting", [False, True])
+@pytest.mark.parametrize("given", [False, True])
+def test_how_a_file_is_read(
+    monkeypatch: pytest.MonkeyPatch, known: Config | None, starting: bool, given: bool
+) -> None:
+    """A further file builds on what is known.  Only a daemon that starts needs no default file."""
+    found: list[dict[str, Any]] = []
+    warned: list[str] = []
+
+    def load(path: str, **how: Any) -> Config:  # noqa: ANN401 - of check.load
+        how.pop("warn")("odd")
+        found.append({"path": path, **how})
+        return Config()
+
+    monkeypatch.setattr("vmd.config.check.load", load)
+    options = Options(conf_path="/c", conf_given=given, macros=(("a", "b"),))
+    for path in (None, "/more"):
+        startup.read_config(options, path, known, warned.append, starting=starting)
+    assert found == [
+        {
+            "path": path, "macros": {"a": "b"}, "may_be_missing": starting and not given, "starting": starting,
+            "settings": known.settings if known else None, "known_switches": known.switches if known else (),
+        }
+        for path in ("/c", "/more")
+    ]  # fmt: skip
+    assert warned == ["warning: odd"] * 2
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_rehearsal_tries_what_a_start_needs(monkeypatch: pytest.MonkeyPatch, lost: bool) -> None:
+    """Its rights, the state, vm.conf and the cell.  A VM that would be lost is an error."""
+    order: list[str] = []
+    truth, config = SimpleNamespace(vms=("a", "b")), Config(settings=Globals(first_id=70000))
+    monkeypatch.setattr(startup, "need_root", lambda: order.append("root"))
+    monkeypatch.setattr(startup, "read_state", lambda _store: (truth, config))
+    monkeypatch.setattr(startup, "vms_of", lambda truth: truth.vms[lost:])
+    monkeypatch.setattr(startup, "read_config", lambda _options, *, starting: config if starting else None)
+    monkeypatch.setattr(startup, "give_up_capabilities", lambda _kept: order.append("capabilities"))
+    monkeypatch.setattr(service, "lookup_user", lambda: (4, 5))
+    cell = SimpleNamespace(root_fd=9, close=lambda: order.append("close"))
+    monkeypatch.setattr("vmd.privsep.cell.Cell.build", lambda *ids: cell if ids == (4, 5) else None)
+    monkeypatch.setattr(startup, "PrivPlace", lambda fd, first_id: order.append(f"place {fd} {first_id}"))
+    store = cast("Any", SimpleNamespace(names=["state"]))
+    if lost:
+        with pytest.raises(VmdError, match="some VMs could not be adopted"):
+            check_adopt(Options(), store)
+        assert order == ["root"]
+    else:
+        check_adopt(Options(), store)
+        assert order == ["root", "capabilities", "place 9 70000", "close"]
+
+
 BEGIN = [
     "need_root", "debug_filters", "give_up_capabilities", "lookup_user", "former", "read_config", "open_kvm",
-    "raise_file_limit", "make_run_directory", "wait", "control_socket", "announce", "keep_alive", "start", "run",
+    "raise_file_limit", "make_run_directory", "wait", "control_socket", "announce", "setup of log", "keep_alive",
+    "start", "run",
 ]  # fmt: skip
 END = ["finish", "reap", "clean_up", "reap", "end of logs", "remove_socket", "remove lock"]
 
@@ -366,7 +435,7 @@ def test_the_order_of_a_start_and_of_an_end(monkeypatch: pytest.MonkeyPatch, ado
     for name in ("lookup_user", "make_run_directory", "keep_alive", "remove_socket"):
         monkeypatch.setattr(service, name, note(name))
     monkeypatch.setattr(service, "choose_log", lambda _debug: STDERR)
-    monkeypatch.setattr(log, "setup", lambda *_: None)
+    monkeypatch.setattr(log, "setup", note("setup of log"))
     monkeypatch.setattr(startup, "LifeLock", Lock)
     monkeypatch.setattr(startup, "Children", lambda *_: SimpleNamespace(reap=note("reap")))
     monkeypatch.setattr(startup, "StateFile", lambda _directory: None)
