@@ -2,6 +2,7 @@
 
 import ctypes
 import errno
+import ipaddress
 import os
 import socket
 from pathlib import Path
@@ -12,10 +13,23 @@ from typing import Any, cast
 import pytest
 
 from tests.support.descriptors import open_descriptors
-from vmd.config.model import Config, DiskConfig, DiskFile, Globals, NicConfig, SeedConfig, SwitchConfig, VmConfig
+from vmd.config.model import (
+    Config,
+    DiskConfig,
+    DiskFile,
+    Forward,
+    Globals,
+    NicConfig,
+    Prefix,
+    SeedConfig,
+    SwitchConfig,
+    VmConfig,
+)
 from vmd.errors import OperatorError
-from vmd.parent import examine, vhost
+from vmd.files.images import Use
+from vmd.parent import examine, hostports, hostroutes, vhost
 from vmd.parent.examine import Examination
+from vmd.parent.hostroutes import HostRoute
 
 
 def test_a_host_without_vhost_is_named_for_each_interface_and_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,6 +280,8 @@ def test_a_kernel_on_a_disk(monkeypatch: pytest.MonkeyPatch, initrd: str, names:
     child = SimpleNamespace(kill=lambda: done.append("kill"), reap=lambda _timeout_s: done.append("reap"))
     sock = SimpleNamespace(close=lambda: done.append("close"))
     trouble: list[OperatorError] = []
+    memories: list[int] = []
+    images = object()
 
     class Found:
         """The files on disks."""
@@ -281,6 +297,7 @@ def test_a_kernel_on_a_disk(monkeypatch: pytest.MonkeyPatch, initrd: str, names:
             if trouble:
                 os.close(memory)
                 raise trouble[0]
+            memories.append(memory)
             setattr(self, name, (memory, 0))
 
         def close(self) -> None:
@@ -288,22 +305,52 @@ def test_a_kernel_on_a_disk(monkeypatch: pytest.MonkeyPatch, initrd: str, names:
             done.append("close found")
 
     monkeypatch.setattr(examine, "start_probe", lambda *_given, **_more: (child, sock))
-    monkeypatch.setattr(examine, "open_disk", lambda *_given: SimpleNamespace(close=lambda: done.append("close disk")))
+    def open_disk(disk: DiskConfig, prober: object, use: Use) -> SimpleNamespace:
+        assert (disk.path, prober, use.locked) == ("/d", images, False)
+        return SimpleNamespace(close=lambda: done.append("close disk"))
+
+    monkeypatch.setattr(examine, "open_disk", open_disk)
     monkeypatch.setattr(examine, "FromDisks", Found)
     before = open_descriptors()
     prober = Prober("refused")
-    room = Examination([], Config(), cast("Any", (object(), prober)), float("inf"))
     one = vm("a", "/d", kernel="disk0:/k", initrd=initrd)
+    assert Examination([], Config(), None, float("inf")).of_boot_files(one) == []
+    assert done == []
+    room = Examination([], Config(), cast("Any", (images, prober)), float("inf"))
     assert room.of_boot_files(one) == ["refused"]
     reads = [word for name in names for word in (f"{name} /{name[0]}", "close disk")]
     assert done == [*reads, "close", "kill", "reap"]
-    assert [len(fds) for fds, _, _ in prober.asked] == [len(names)]
+    assert [fds for fds, _, _ in prober.asked] == [memories]
+    assert len(memories) == len(names)
     for text, said in (("disk0:/k: no such file", ["disk0:/k: no such file"]), ("disk /d: in use", [])):
         trouble[:] = [OperatorError(errno.ENOENT, text)]
         done.clear()
-        assert Examination([], Config(), cast("Any", (object(), prober)), float("inf")).of_boot_files(one) == said
+        assert Examination([], Config(), cast("Any", (images, prober)), float("inf")).of_boot_files(one) == said
         assert done == ["kernel /k", "close disk", "close found", "close", "kill", "reap"]
     assert open_descriptors() == before
+
+
+def test_ports_and_addresses_that_the_host_has(examined: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """An address is named once, and not if only a tap has its network, or if it is in a routing domain of its own."""
+    routes = [
+        HostRoute(network=ipaddress.ip_network("10.0.0.0/8"), interface=name) for name in ("tap7", "vpn0", "eth0")
+    ]
+    monkeypatch.setattr(hostroutes, "host_routes", lambda: routes)
+    monkeypatch.setattr(hostports, "in_the_way", lambda each: "a program has it" if each.port == 80 else "")
+    address = Prefix(address=bytes((10, 9, 0, 2)), length=24)
+    web, free = Forward(port=80, to=80), Forward(port=81, to=81)
+    nics = (
+        NicConfig(local=True, forwards=(free, web)), NicConfig(local=True, address=address),
+        NicConfig(local=True, address=address, rdomain=3),
+        NicConfig(local=True, address=Prefix(address=bytes((192, 0, 2, 2)), length=24)),
+    )  # fmt: skip
+    monkeypatch.setattr(examine, "has_vrfs", lambda: True)
+    assert run(vm("a", "/a", nics=nics)) == [
+        f'vm "a": interface 0: forward {web}: a program has it',
+        'vm "a": interface 1: address 10.9.0.2/24: this host reaches 10.0.0.0/8 by vpn0',
+    ]
+    del routes[1:]
+    assert len(run(vm("a", "/a", nics=nics))) == 1
 
 
 def test_an_interface_of_the_host_that_is_no_bridge() -> None:

@@ -155,6 +155,25 @@ def test_whose_the_socket_is(monkeypatch: pytest.MonkeyPatch, owner: Owner, ids:
     assert done == [("/s", *ids), ("/s", 0o660)]
 
 
+def test_the_longest_path_of_a_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has as many bytes as the kernel takes."""
+    monkeypatch.chdir(tmp_path)
+    service.listen("x" * 107, OURS).close()
+    with pytest.raises(OperatorError, match="has 108 bytes, and at most 107 are possible"):
+        service.listen("x" * 108, OURS)
+
+
+def test_everybody_may_enter_the_run_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Children open the files in it with rights of their own."""
+    monkeypatch.setattr(service, "RUN_DIRECTORY", str(tmp_path / "vmd"))
+    mask = os.umask(0)
+    try:
+        service.make_run_directory()
+    finally:
+        os.umask(mask)
+    assert stat.S_IMODE((tmp_path / "vmd").stat().st_mode) == 0o755
+
+
 # --- the host ---------------------------------------------------------------------------------------------------
 
 
@@ -207,6 +226,20 @@ def test_a_service_manager_that_has_gone(tmp_path: Path, monkeypatch: pytest.Mon
     assert not service.notify("READY=1")
     monkeypatch.delenv("NOTIFY_SOCKET")
     assert service.notify("READY=1")
+
+
+def test_a_busy_service_manager(manager: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does not block the daemon: the message is dropped."""
+    monkeypatch.setattr(service, "NOTIFY_S", 0.01)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
+        other.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            while True:
+                other.sendto(b"x", manager.getsockname())
+    assert not service.notify("WATCHDOG=1")
+    while manager.recv(9) == b"x":
+        if service.notify("WATCHDOG=1"):
+            break
 
 
 def test_an_abstract_socket(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from struct import pack
+from struct import pack, unpack
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -133,6 +133,7 @@ class PacketSocket:
         self.kind = kind
         self.done: list[str] = []
         self.trouble: OSError | None = None
+        self.instructions = 0  # of its filter
         self.closed = False
 
     def __enter__(self) -> "PacketSocket":
@@ -141,9 +142,11 @@ class PacketSocket:
     def __exit__(self, *_error: object) -> None:
         self.closed = True
 
-    def setsockopt(self, level: int, option: int, _value: object) -> None:
+    def setsockopt(self, level: int, option: int, value: Any) -> None:  # noqa: ANN401 - a number or bytes
         """Set an option."""
         self.done.append(f"{level}.{option}")
+        if option == SO_ATTACH_FILTER:
+            self.instructions = unpack("=H6xQ", value)[0]
 
     def bind(self, address: tuple[str, int]) -> None:
         """Bind it."""
@@ -193,5 +196,6 @@ def test_both_descriptors_of_an_interface(monkeypatch: pytest.MonkeyPatch, case:
     assert kind & socket.SOCK_CLOEXEC
     if case == "good":
         assert made[0].done[-1] == "bind vmd3"
+        assert made[0].instructions * 8 == len(vhost.program(local=True))
         assert made[0].done[:2] == [f"{socket.SOL_SOCKET}.26", f"{socket.SOL_SOCKET}.44"]  # the filter, and its lock
         assert {"263.15", "263.23"} <= {*made[0].done}  # PACKET_VNET_HDR, PACKET_IGNORE_OUTGOING
