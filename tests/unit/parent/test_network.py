@@ -1447,3 +1447,25 @@ def test_changed_forwards_of_a_received_vm(parent: FakeParent) -> None:
     assert isinstance(limit, LimitVm)
     assert (limit.config, limit.config.vcpus, limit.config.nics[0].forwards) == (vm.running_config, 3, (SSH,))
     assert vm.config.nics[0].forwards == (SSH,)
+
+
+@pytest.mark.parametrize("answer", ["configured", "made", "made too late", "failed", "removed", "forwards set"])
+def test_each_answer_of_priv_counts(parent: FakeParent, answer: str) -> None:
+    """A priv that owes one for too long is replaced, so none may be missed."""
+    vm, _ = launch(parent, VmConfig(name="a", nics=(NicConfig(),)))
+    asked = parent.peers[Proc.PRIV].sent[-1]
+    if answer == "made too late":
+        parent.network.give_up(vm)
+        parent.peers[Proc.PRIV].sent.append(asked)
+    before = parent.network.priv.answers
+    if answer == "configured":
+        parent.network.on_configured(NetworkConfigured(), UNUSED)
+    elif answer == "failed":
+        parent.network.on_failed(NicsFailed(vmid=vm.vmid, ticket=1, code=5, text="no"), UNUSED)
+    elif answer == "removed":
+        parent.network.on_removed(NicsRemoved(vmid=vm.vmid), UNUSED)
+    elif answer == "forwards set":
+        parent.network.on_forwards_set(ForwardsSet(vmid=vm.vmid), UNUSED)
+    else:
+        made(parent)
+    assert parent.network.priv.answers == before + 1

@@ -775,6 +775,14 @@ def test_an_opener_in_reserve_that_ends(room: Room, capfd: pytest.CaptureFixture
     assert (room.failed, capfd.readouterr().err) == ({}, "")
 
 
+def test_an_opener_in_reserve_that_has_ended_is_forgotten(room: Room) -> None:
+    """It counts for nobody.  A daemon may have many of them in its life."""
+    room.channels[0].on_lost(room.channels[0], None)
+    room.loop.run(AGAIN_S)
+    room.begin("a", ROOT)
+    assert room.openings._ended == {}
+
+
 def test_the_reserve_is_not_filled_while_the_daemon_ends(room: Room) -> None:
     """All openers and the probe are ended."""
     room.begin("a")

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import pytest
 
-from vmd.config.model import BootDevice, Config, DiskConfig, NicConfig, Owner, SeedConfig, VmConfig
+from vmd.config.model import BootDevice, Config, DiskConfig, Forward, NicConfig, Owner, SeedConfig, VmConfig
 from vmd.errors import HostError, OperatorError, VmdError
 from vmd.ipc.imsg import Envelope
 from vmd.ipc.messages.clients import (
@@ -1009,3 +1009,43 @@ def test_a_snapshot_of_another_machine(other: dict[str, Any], words: str) -> Non
         return
     with pytest.raises(OperatorError, match=f"the snapshot is of a machine {words}"):
         require_same(SAME, SAME.replace(**other))
+
+
+def test_a_header_that_nobody_waits_for(parent: AnyParent, disks: Disks) -> None:
+    """A VM's process may send one at any time."""
+    vm = running(parent)
+    header(parent, vm)
+    assert (vm.state, vm.running_config, parent.vmm.sent, disks.opened) == (State.RUNNING, None, [], 0)
+
+
+def test_settings_in_a_stream_that_only_vm_conf_gives(parent: AnyParent, disks: Disks) -> None:
+    """A user's VM gets no port of this host from a stream."""
+    vm = receive(parent, "a")
+    header(parent, vm, nics=(NicConfig(local=True, forwards=(Forward(port=8022, to=22),)),))
+    assert vm.receiving is not None
+    assert "interface 0: forward tcp port 8022 to port 22: only" in vm.receiving.failure
+    vm.drop_pty()
+
+
+@pytest.mark.parametrize(("name", "caller", "vhost"), [("a", ROOT, True), ("b", ROOT, True), ("b", USER, False)])
+def test_whose_frames_the_kernel_may_move(
+    parent: AnyParent, disks: Disks, name: str, caller: Caller, vhost: bool
+) -> None:
+    """Those of a VM of vm.conf, or of root.  A stream of a user cannot ask for that."""
+    parent.transfers.serve_receive(ReceiveRequest(name=name), caller, envelope())
+    vm = parent.vms.get(0, name)
+    header(parent, vm, nics=(NicConfig(vhost=True),))
+    assert vm.running_config is not None
+    assert vm.running_config.nics[0].vhost == vhost
+    vm.drop_pty()
+
+
+def test_the_log_says_that_a_vm_goes_back(parent: AnyParent, capfd: pytest.CaptureFixture[str]) -> None:
+    """Its process is another one from then on."""
+    vm = running(parent)
+    vm.open_console()
+    reading, writing = os.pipe()
+    parent.transfers.begin_revival(vm, reading, paused=False)
+    assert "a: going back to a snapshot (vm 1)\n" in capfd.readouterr().err
+    os.close(writing)
+    vm.drop_pty()
