@@ -201,7 +201,7 @@ def test_images_are_examined_in_a_cell(
 
     monkeypatch.setattr(os, "geteuid", lambda: uid)
     monkeypatch.setattr("vmd.parent.service.lookup_user", lambda: (4, 5))
-    monkeypatch.setattr(examine.Cell, "build", make_cell)
+    monkeypatch.setattr("vmd.privsep.cell.Cell.build", make_cell)
     monkeypatch.setattr(examine, "ImageProber", lambda _place, **_more: object())
     said: list[str] = []
     examine.check_vms(Config(vms=(vm("a", *(["/a"] if needed else [])),)), said.append)

@@ -37,9 +37,9 @@ class Seen(Vm):
         return found
 
 
-@pytest.fixture(autouse=True)
-def _descriptors() -> Iterator[None]:
-    """Check that each test leaves no descriptor."""
+@pytest.fixture
+def _nothing_left() -> Iterator[None]:
+    """Check that a test leaves no descriptor."""
     before = open_descriptors()
     yield
     assert open_descriptors() == before
@@ -241,6 +241,7 @@ def test_lives_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (vm.starts, vm.started_s, vm.guest_resets) == (2, 200.0, 0)
 
 
+@pytest.mark.usefixtures("_nothing_left")
 def test_what_the_end_of_a_life_leaves() -> None:
     """The next life has its own settings, and the owner as its user."""
     vm: Any = vm_in(S.RUNNING)
@@ -270,6 +271,7 @@ def test_locks_linger_after_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     assert vm.patience_s() == 0
 
 
+@pytest.mark.usefixtures("_nothing_left")
 def test_a_reboot_ends_what_was_for_the_process() -> None:
     """The memory is kept for the new process's start, the figures are not."""
     vm: Any = vm_in(S.RUNNING)
@@ -371,6 +373,7 @@ def test_who_has_left_the_queue() -> None:
 # --- what the next parent and other VMs must know ---------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("_nothing_left")
 def test_each_change_is_told() -> None:
     """The next parent must learn it, also of a change of the seed, which is no assignment."""
     vm = Seen()
@@ -403,6 +406,7 @@ def test_names_and_addresses_that_no_other_vm_may_have() -> None:
 # --- descriptors ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("_nothing_left")
 def test_figures_that_can_be_resized_are_not_read() -> None:
     """vmm could send any file, and a read beyond its end would end the daemon."""
     vm = Seen()
@@ -413,6 +417,7 @@ def test_figures_that_can_be_resized_are_not_read() -> None:
     assert vm.figures is None
 
 
+@pytest.mark.usefixtures("_nothing_left")
 def test_a_console_is_made_once() -> None:
     """It is new for the first process of a life, and the count of its output goes on."""
     vm = Seen()
@@ -427,6 +432,7 @@ def test_a_console_is_made_once() -> None:
     console[0].close()
 
 
+@pytest.mark.usefixtures("_nothing_left")
 def test_any_count_of_a_console(monkeypatch: pytest.MonkeyPatch) -> None:
     """A VM's process may write any, and the next life begins with a smaller one."""
     vm = Seen()
@@ -442,6 +448,7 @@ def test_any_count_of_a_console(monkeypatch: pytest.MonkeyPatch) -> None:
     assert vm.shown_before == 5
 
 
+@pytest.mark.usefixtures("_nothing_left")
 def test_no_memory_for_a_backlog(monkeypatch: pytest.MonkeyPatch) -> None:
     """The pty is closed again."""
 
@@ -455,6 +462,7 @@ def test_no_memory_for_a_backlog(monkeypatch: pytest.MonkeyPatch) -> None:
     assert vm.pty is None
 
 
+@pytest.mark.usefixtures("_nothing_left")
 def test_the_files_of_a_new_process() -> None:
     """They are copies.  The memory is a new, empty file for each process."""
     vm = Seen()
@@ -477,6 +485,7 @@ def test_the_files_of_a_new_process() -> None:
     vm.drop_pty()
 
 
+@pytest.mark.usefixtures("_nothing_left")
 @pytest.mark.parametrize(
     ("name", "arrives", "refused"),
     [("seed", True, False), ("seed", False, True), ("kernel", True, True), ("kernel", False, True)],
@@ -497,6 +506,7 @@ def test_only_constant_files_are_given(name: str, arrives: bool, refused: bool) 
     vm.drop_pty()
 
 
+@pytest.mark.usefixtures("_nothing_left")
 def test_a_host_without_memory_files(monkeypatch: pytest.MonkeyPatch) -> None:
     """The error says for what."""
 
@@ -517,6 +527,7 @@ def test_a_host_without_memory_files(monkeypatch: pytest.MonkeyPatch) -> None:
     vm.drop_pty()
 
 
+@pytest.mark.usefixtures("_nothing_left")
 def test_the_files_of_a_client_are_kept() -> None:
     """They are empty until an opener copies to them."""
     vm = Seen()
