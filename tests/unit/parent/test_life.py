@@ -43,6 +43,7 @@ from vmd.ipc.messages.priv import NicsFailed
 from vmd.ipc.messages.vm import Outcome, PauseDone, StartVm, StopMode, StopVm, VmFailed, VmRunning
 from vmd.ipc.messages.vmm import VmExited, VmSlot
 from vmd.ipc.routes import Proc
+from vmd.memfile import sealed_file
 from vmd.parent import service
 from vmd.parent.clients import For
 from vmd.parent.consoles import Consoles
@@ -314,7 +315,7 @@ def test_a_vm_described_by_a_client_is_removed_if_its_start_fails(rig: Rig) -> N
         rig.life.serve_start(message, OTHER, Envelope(message, CLIENT, 0, {}))
 
 
-def test_vms_of_a_configuration_start_in_batches(rig: Rig) -> None:
+def test_vms_of_a_configuration_start_in_batches(rig: Rig, capfd: pytest.CaptureFixture[str]) -> None:
     """After the delay the next batch follows.  A VM that cannot start is left out, with the reason."""
     rig.core.config = Config(settings=Globals(start_parallel=2, start_delay_s=30))
     vms = [rig.add(name) for name in "abc"] + [rig.add("d", fault="no such owner")]
@@ -330,6 +331,7 @@ def test_vms_of_a_configuration_start_in_batches(rig: Rig) -> None:
 
     assert [vm.state for vm in vms] == [State.STARTING, State.STARTING, State.STARTING, State.STOPPED]
     assert "no such owner" in vms[3].text
+    assert f"vm d: {vms[3].text}\n" in capfd.readouterr().err
     assert rig.life.batch_timer is None
 
 
@@ -400,6 +402,38 @@ def test_wait_is_for_vms_that_run_and_for_their_owners(rig: Rig) -> None:
         rig.life.serve_wait(message, ROOT, Envelope(message, CLIENT, 0, {}))
     rig.exited(vm)
     assert rig.control.take() == [(CLIENT, VmTerminated(vmid=vm.vmid, name="a", text="", how=POWERED_OFF))]
+
+
+def test_a_daemon_without_vms_ends_at_once(rig: Rig, capfd: pytest.CaptureFixture[str]) -> None:
+    """There is nobody to wait for."""
+    rig.add()
+    rig.life.stop_all()
+    assert (rig.stopped, rig.core.ending, rig.timers) == (True, True, [])
+    assert "stopping" not in capfd.readouterr().err
+
+
+def test_a_vm_that_does_not_run_takes_no_room(rig: Rig) -> None:
+    """One that runs does."""
+    rig.core.config = Config(settings=Globals(limit_vms=1))
+    a, b = (rig.add(name) for name in "ab")
+    rig.run(b)
+    with pytest.raises(OperatorError, match="vm a: "):
+        rig.ask(a)
+    rig.exited(b)
+    rig.ask(a)
+    assert a.state is State.STARTING
+
+
+def test_others_learn_that_a_process_has_ended(rig: Rig) -> None:
+    """Such as the room of snapshots, whether the guest goes on or not."""
+    gone: list[str] = []
+    rig.life.on_gone = lambda vm: gone.append(vm.name)
+    vm = rig.run(rig.add())
+    rig.exited(vm, Outcome.REBOOT)
+    assert gone == ["a"]
+    rig.running(vm)
+    rig.exited(vm)
+    assert gone == ["a", "a"]
 
 
 def test_a_daemon_that_ends_asks_all_guests_and_then_kills_them(rig: Rig) -> None:
@@ -495,7 +529,10 @@ def test_a_vm_whose_process_ends_waits_for_nothing_more(rig: Rig) -> None:
 
 @pytest.mark.parametrize("received", [False, True])
 def test_what_is_known_of_a_guest_that_runs(rig: Rig, received: bool) -> None:
-    """Its pid is that of its process.  The descriptor is not kept.  Others learn of a VM that has arrived."""
+    """Its pid is that of its process, whose descriptor is not kept.  It has its limits from then on.
+
+    Others learn of a VM that has arrived.
+    """
     before = open_descriptors()
     arrived: list[Vm] = []
     scored: list[int] = []
@@ -505,9 +542,14 @@ def test_what_is_known_of_a_guest_that_runs(rig: Rig, received: bool) -> None:
     vm.open_console()
     vm.restore_state(State.RECEIVING if received else State.STARTING)
     vm.receiving = Receiving(paused=False) if received else None
-    envelope = Envelope(UNUSED, 0, 0, {"process": [os.pidfd_open(os.getpid())]})
+    limited: list[Vm] = []
+    rig.life.bounds.on_limits = limited.append
+    figures = sealed_file("figures", 8)
+    envelope = Envelope(UNUSED, 0, 0, {"process": [os.pidfd_open(os.getpid())], "figures": [figures]})
     rig.life.on_running(VmRunning(vmid=vm.vmid), envelope)
     assert (vm.pid, scored, arrived) == (os.getpid(), [os.getpid()], [vm] if received else [])
+    assert (vm.figures, limited) == (figures, [vm])
+    vm.take_figures(None)
     vm.drop_pty()
     assert open_descriptors() == before
 

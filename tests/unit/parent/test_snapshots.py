@@ -321,6 +321,19 @@ def test_a_list_does_not_disturb_a_running_vm_and_is_alone(rig: Rig) -> None:
     assert (rig.vm.state, rig.vmm.take()) == (State.RUNNING, [])
 
 
+def test_the_base_of_a_disk_may_have_any_format(rig: Rig) -> None:
+    """Snapshots are in the disk's own image."""
+    rig.run(State.RUNNING)
+    top, base = ImageLink(path="/root.qcow2", format="qcow2"), ImageLink(path="/base", format="raw")
+    rig.vm.disks = (DiskImages(images=(top, base)),)
+    rig.ask(LIST)
+    rig.lose()
+    assert rig.failure()[0] == errno.EIO
+    rig.vm.disks = (DiskImages(images=(base.replace(path="/root"), top)),)
+    with pytest.raises(OperatorError, match="disk /root is raw: only qcow2 images have snapshots"):
+        rig.ask(LIST)
+
+
 def test_requests_for_many_vms(rig: Rig) -> None:
     """Each has a process of its own, so there is a limit."""
     for number in range(AT_A_TIME):
