@@ -17,8 +17,8 @@ from vmd.errors import OperatorError, PeerError
 from vmd.ipc.imsg import Envelope
 from vmd.ipc.messages.children import Pong, Quit
 from vmd.ipc.messages.vm import (
-    ConsoleSnapshot,
     CancelTransfer,
+    ConsoleSnapshot,
     EndSend,
     NicLink,
     Outcome,
