@@ -94,7 +94,9 @@ def test_jumps_are_reported(host: Host, wall_s: float) -> None:
     assert (host.jumps, host.armed) == (2, 3)
 
 
-@pytest.mark.parametrize(("wall_s", "monotonic_s"), [(0.0, 0.0), (1.0, 0.0), (-4.9, 0.0), (86400.0, 86400.0)])
+@pytest.mark.parametrize(("wall_s", "monotonic_s"), [
+    (0.0, 0.0), (1.0, 0.0), (-4.9, 0.0), (JUMP_S, 0.0), (86400.0, 86400.0),
+])  # fmt: skip
 def test_a_step_that_a_time_daemon_corrects_is_not_reported(host: Host, wall_s: float, monotonic_s: float) -> None:
     """Small steps are not reported, and time that has passed is no jump.  The watch continues."""
     host.pass_s(wall_s, monotonic_s)
@@ -122,6 +124,14 @@ def test_a_spurious_wake_up_is_ignored(host: Host) -> None:
     host.error = errno.EAGAIN
     host.pass_s(3600, 0)
     assert (host.jumps, host.armed) == (0, 1)
+
+
+def test_another_error_is_not_taken_for_a_jump(host: Host) -> None:
+    """It is a mistake of ours, and must not be lost."""
+    host.error = errno.EIO
+    with pytest.raises(OSError, match="Input/output error"):
+        host.pass_s(0, 0)
+    assert host.jumps == 0
 
 
 def test_a_host_without_cancellable_timers_gets_a_warning(monkeypatch: pytest.MonkeyPatch, loop: Loop) -> None:

@@ -6,11 +6,12 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
 from tests.support.descriptors import open_descriptors
-from vmd.errors import HostError, OperatorError, PeerError
+from vmd.errors import HostError, OperatorError, PeerError, VmdError
 from vmd.eventfd import readable
 from vmd.guestmem import GuestMemory, RegionSpec
 from vmd.ipc import devmsg
@@ -18,8 +19,8 @@ from vmd.ipc.loop import Loop
 from vmd.log import log
 from vmd.units import PAGE
 from vmd.vm import devproc
-from vmd.vm.devproc import DeviceProcess, Interrupts, start_packet
-from vmd.vm.kinds import DISK, INTERFACE
+from vmd.vm.devproc import DeviceProcess, DeviceProcesses, Interrupts, are_addresses, start_packet
+from vmd.vm.kinds import DISK, ENTROPY, INTERFACE, KERNEL, MAIN, RAW, SEED, Kind
 from vmd.vm.slots import Slot
 
 CONFIG = bytes(60)
@@ -190,6 +191,28 @@ def test_a_process_that_cannot_get_start_ends_at_once(impostor: Impostor) -> Non
         os.close(fd)
 
 
+def test_a_process_that_has_ended_before_start(impostor: Impostor, process: DeviceProcess) -> None:
+    """The error tells how it has ended."""
+    impostor.end(1)
+    slot = Slot(kind=DISK, index=0, number=1)
+    wanted = f"^{TITLE}: ended with status 1 before it was needed$"
+    with (
+        GuestMemory.create([RegionSpec(gpa=0, size=PAGE, name="ram")]) as memory,
+        pytest.raises(PeerError, match=wanted),
+    ):
+        process.begin("vm/test", slot, memory, memory.fd, 0)
+
+
+@pytest.mark.parametrize(("module", "direct"), [(MAIN, False), (RAW, False), (KERNEL, True)])
+def test_which_devices_the_kernel_may_serve(
+    impostor: Impostor, process: DeviceProcess, module: str, direct: bool
+) -> None:
+    """Only those whose process can hand over its rings."""
+    with GuestMemory.create([RegionSpec(gpa=0, size=PAGE, name="ram")]) as memory:
+        process.begin("vm/test", Slot(kind=DISK, index=0, number=1, module=module), memory, memory.fd, 0)
+    assert process.may_be_direct is direct
+
+
 def test_start_has_room_for_a_serial_number() -> None:
     """A serial number is padded with zeroes.  Without one, START has no field for it."""
     with GuestMemory.create([RegionSpec(gpa=0, size=PAGE, name="ram")]) as memory:
@@ -339,10 +362,10 @@ def test_a_late_answer_is_not_taken_for_another_one(impostor: Impostor, running:
 def test_device_that_ends_instead_of_answering_57(
     impostor: Impostor, running: DeviceProcess, question: Callable[[DeviceProcess], object]
 ) -> None:
-    """Hostile input 57: a device that ends raises PeerError at once."""
+    """Hostile input 57: a device that ends raises PeerError at once, and the error tells how it has ended."""
     impostor.end(1)
 
-    with pytest.raises(PeerError, match=TITLE):
+    with pytest.raises(PeerError, match=f"^{TITLE}: ended with status 1$"):
         question(running)
 
 
@@ -354,7 +377,149 @@ def test_the_last_answer_of_a_device_tells_why_it_ends(impostor: Impostor, runni
         running.command(devmsg.RESET)
 
 
+Ask = Callable[[DeviceProcess], object]
+
+
+def status(kind: int, value: int = 0) -> bytes:
+    """Return the answer with a status."""
+    return devmsg.STATUS.pack(kind, value)
+
+
+RINGS = [(256, True, 1, 2, 3, 4, 5), (128, False, 6, 7, 8, 9, 10)]
+ACTIVATE = devmsg.ACTIVATE_HEAD.pack(devmsg.ACTIVATE, 7, 2) + b"".join(
+    devmsg.QUEUE.pack(size, enabled, 0, *rest) for size, enabled, *rest in RINGS
+)
+CONFIG_WRITE = devmsg.CONFIG_WRITE_HEAD.pack(devmsg.CONFIG_WRITE, 20, 2) + b"ab"
+LARGE = bytes(devmsg.CONFIG_MAX)
+ADDRESS = devmsg.ANNOUNCED.pack(devmsg.ANNOUNCED_6, b"a" * 16)
+ANSWERS: list[tuple[Ask, bytes, bytes, object]] = [
+    (lambda it: it.activate(7, RINGS), ACTIVATE, status(devmsg.ACTIVATE), True),
+    (lambda it: it.activate(7, RINGS), ACTIVATE, status(devmsg.ACTIVATE, 1), False),
+    (lambda it: it.write_config(20, b"ab"), CONFIG_WRITE, devmsg.READY_HEAD.pack(devmsg.READY, 0, 104) + LARGE, LARGE),
+    (lambda it: it.write_config(20, b"ab"), CONFIG_WRITE, devmsg.READY_HEAD.pack(devmsg.READY, 0, 0), b""),
+    (lambda it: it.restore(b"own"), devmsg.TYPE.pack(devmsg.RESTORE) + b"own", status(devmsg.RESTORE), True),
+    (lambda it: it.restore(b"own"), devmsg.TYPE.pack(devmsg.RESTORE) + b"own", status(devmsg.RESTORE, 1), False),
+    (lambda it: it.addresses(), devmsg.TYPE.pack(devmsg.ADDRESSES), devmsg.TYPE.pack(devmsg.ADDRESSES) + ADDRESS,
+     ADDRESS),
+]  # fmt: skip
+PLAIN: list[tuple[int, Ask, dict[int, object]]] = [  # questions without data: each with its results by status
+    (devmsg.PAUSE, lambda it: it.command(devmsg.PAUSE), {0: True, 1: False}),
+    (devmsg.SETTLE, DeviceProcess.settle, {value: value for value in range(3)}),
+    (devmsg.LET_GO, DeviceProcess.let_go, {0: True, 1: False}),
+    (devmsg.TAKE_BACK, DeviceProcess.take_back, {value: value for value in range(6)}),
+    (devmsg.SIGN, DeviceProcess.sign, {0: None, 1: None}),
+    (devmsg.RELOAD, DeviceProcess.reload, {0: True, 1: False}),
+]
+ANSWERS += [
+    (ask, devmsg.TYPE.pack(kind), status(kind, value), result)
+    for kind, ask, results in PLAIN
+    for value, result in results.items()
+]
+
+
+def test_questions_and_their_answers(impostor: Impostor, running: DeviceProcess) -> None:
+    """The device gets each question with its data, and the caller gets what the device has answered."""
+    impostor.sync.recv(devmsg.PACKET_MAX)  # START
+    for ask, question, answer, result in ANSWERS:
+        impostor.sync.send(answer)
+        assert ask(running) == result, question
+        assert impostor.sync.recv(devmsg.PACKET_MAX) == question
+    assert running.activations == 2
+
+
+@pytest.mark.parametrize("kind", [kind for kind, _, _ in PLAIN])
+def test_an_answer_of_a_wrong_length_57(impostor: Impostor, running: DeviceProcess, kind: int) -> None:
+    """Hostile input 57: neither a shorter nor a longer status is taken for one."""
+    (ask,) = (ask for number, ask, _ in PLAIN if number == kind)
+    for answer in (devmsg.TYPE.pack(kind), status(kind) + b"\0"):
+        impostor.sync.send(answer)
+        with pytest.raises(PeerError, match="of a wrong length"):
+            ask(running)
+
+
+def exported(*rows: tuple[int, int], own: bytes = b"", count: int | None = None) -> bytes:
+    """Return the answer to EXPORT."""
+    head = devmsg.EXPORT_HEAD.pack(devmsg.EXPORT, len(rows) if count is None else count)
+    return head + b"".join(devmsg.QUEUE.pack(256, 1, 0, 1, 2, 3, *row) for row in rows) + own
+
+
+@pytest.mark.parametrize(("answer", "rows", "own"), [
+    (exported((4, 5)), [(4, 5)], b""), (exported(), [], b""),
+    (exported((4, 5), own=b"x" * devmsg.OWN_MAX), [(4, 5)], b"x" * devmsg.OWN_MAX),
+])  # fmt: skip
+def test_the_state_of_a_device(
+    impostor: Impostor, running: DeviceProcess, answer: bytes, rows: list[tuple[int, int]], own: bytes
+) -> None:
+    """It has its place in each ring, and its own state up to a limit."""
+    impostor.sync.send(answer)
+    assert running.export() == (rows, own)
+
+
+@pytest.mark.parametrize("answer", [
+    devmsg.TYPE.pack(devmsg.EXPORT), exported((4, 5), (6, 7)), exported((4, 5), own=b"x" * (devmsg.OWN_MAX + 1)),
+    exported(count=1), exported((4, 5))[:-1], exported(count=0xFFFFFFFF, own=b"x" * 40),
+])  # fmt: skip
+def test_a_state_that_no_device_has_57(impostor: Impostor, running: DeviceProcess, answer: bytes) -> None:
+    """Hostile input 57: more queues than the device has, more or fewer bytes than it says, and too much own state."""
+    impostor.sync.send(answer)
+    with pytest.raises(PeerError, match="EXPORT"):
+        running.export()
+
+
+@pytest.mark.parametrize(("raw", "good"), [
+    (b"", True), (ADDRESS, True), (ADDRESS * devmsg.ANNOUNCED_MAX, True), (ADDRESS * (devmsg.ANNOUNCED_MAX + 1), False),
+    (ADDRESS[:-1], False), (ADDRESS + b"\4", False),
+    *((bytes((kind,)) + bytes(16), kind in (4, 6, 7)) for kind in (0, 3, 4, 5, 6, 7, 8, 255)),
+])  # fmt: skip
+def test_addresses_of_a_guest_57(impostor: Impostor, running: DeviceProcess, raw: bytes, good: bool) -> None:
+    """Hostile input 57: whole addresses of known kinds, and not too many."""
+    assert are_addresses(raw) is good
+    impostor.sync.send(devmsg.TYPE.pack(devmsg.ADDRESSES) + raw)
+    if good:
+        assert running.addresses() == raw
+    else:
+        with pytest.raises(PeerError, match="ADDRESSES of a wrong length"):
+            running.addresses()
+
+
+def test_the_files_of_a_disk(impostor: Impostor, running: DeviceProcess) -> None:
+    """The caller gets them in order.  A disk that cannot write out its tables lends nothing."""
+    first, second = os.pipe()
+    socket.send_fds(impostor.sync, [status(devmsg.LEND)], [first, second])
+    lent = running.lend()
+    assert [os.fstat(fd).st_ino for fd in lent] == [os.fstat(fd).st_ino for fd in (first, second)]
+    for fd in (*lent, first, second):
+        os.close(fd)
+    impostor.sync.send(status(devmsg.LEND, 1))
+    with pytest.raises(VmdError, match=r"^disk0: cached data of the disk cannot be written; the log says why$"):
+        running.lend()
+
+
 # --- informing ---------------------------------------------------------------------------------------------------
+
+
+def test_what_a_device_is_told(impostor: Impostor, running: DeviceProcess) -> None:
+    """Limits are told when they change: at first there are none.  Then the device goes on to listen until it ends."""
+    running.limit(0, 0)
+    running.limit(1, 0)
+    running.limit(1, 0)
+    running.limit(1, 2)
+    running.limit(0, 0)
+    running.set_verbosity(2)
+    running.announce()
+    running.arrived_with = ADDRESS
+    running.announce()
+    running.shut_down()
+
+    limits = [devmsg.LIMIT_BODY.pack(devmsg.LIMIT, *each) for each in ((1, 0), (1, 2), (0, 0))]
+    announce = devmsg.TYPE.pack(devmsg.ANNOUNCE)
+    told = [
+        *limits, devmsg.VERBOSITY_BODY.pack(devmsg.VERBOSITY, 2), announce, announce + ADDRESS,
+        devmsg.TYPE.pack(devmsg.SHUTDOWN),
+    ]  # fmt: skip
+    assert [impostor.informs.recv(devmsg.PACKET_MAX) for _ in told] == told
+    impostor.sync.send(DONE)
+    assert running.command(devmsg.RESET)
 
 
 def test_messages_that_a_device_may_send(impostor: Impostor, reader: Reader) -> None:
@@ -385,6 +550,7 @@ def test_a_disk_has_lost_its_lock(impostor: Impostor, running: DeviceProcess, re
     assert len(reader.lost) == 2
     assert reader.lost[0].startswith("disk0: gone")
     assert len(reader.lost[0]) < devmsg.TROUBLE_MAX + 10
+    assert reader.events == [("trouble", running.lock_lost)]
     for status, lost in ((devmsg.TAKEN_IN_USE, True), (devmsg.TAKEN, False)):
         impostor.sync.send(devmsg.STATUS.pack(devmsg.TAKE_BACK, status))
         assert running.take_back() == status
@@ -443,6 +609,32 @@ def test_a_change_is_answered_once(impostor: Impostor, running: DeviceProcess, r
     impostor.informs.send(devmsg.CHANGED_HEAD.pack(devmsg.CHANGED, 0))
     reader.read()
     assert [f"unexpected message {devmsg.CHANGED}" in text for text in reader.failures] == [True]
+
+
+def test_a_change_of_a_device_that_has_ended(impostor: Impostor, running: DeviceProcess) -> None:
+    """Each request is answered with the reason: none of them is under way."""
+    answers: list[tuple[int, str]] = []
+    impostor.end(1)
+    for _ in range(2):
+        running.resize(1, lambda number, text: answers.append((number, text)))
+    assert answers == [(errno.EPIPE, "Broken pipe")] * 2
+
+
+def test_the_last_words_of_a_device(impostor: Impostor, reader: Reader) -> None:
+    """The VM ends with the sentence of its device."""
+    impostor.informs.send(devmsg.ERROR_HEAD.pack(devmsg.ERROR, 5) + b"/a: lost")
+    reader.read()
+    assert reader.failures == [f"{TITLE}: /a: lost"]
+
+
+def test_a_device_that_closes_its_channel(impostor: Impostor, running: DeviceProcess, reader: Reader) -> None:
+    """It has not ended, and is of no use any more."""
+    for channel in impostor.channels.values():
+        channel.close()
+    with pytest.raises(PeerError, match=f"^{TITLE}: has closed its channel$"):
+        running.command(devmsg.RESET)
+    reader.read()
+    assert reader.failures == [f"{TITLE}: has closed its channel"]
 
 
 def troubles(*texts: bytes) -> bytes:
@@ -571,6 +763,20 @@ def test_device_that_does_not_listen_57(impostor: Impostor, running: DeviceProce
     assert running.status is None
 
 
+def test_who_does_not_end_is_named(
+    impostor: Impostor, running: DeviceProcess, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """In the log, and only then."""
+    running.reap(0)
+    assert f"{TITLE} does not end; the kernel kills it with its vm" in capfd.readouterr().err
+    assert not running.has_ended()
+    impostor.end(0)
+    running.reap(0)
+    assert capfd.readouterr().err == ""
+    assert running.has_ended()
+
+
+
 def test_an_interrupt_is_pending_until_the_guest_has_read_isr() -> None:
     """Each queue has its own counter, which wraps around."""
     words = memoryview(bytearray(8 * devmsg.QUEUES_MAX)).cast("I")
@@ -584,3 +790,124 @@ def test_an_interrupt_is_pending_until_the_guest_has_read_isr() -> None:
     interrupts.restore_pending(2)
     assert [interrupts.pending(queue) for queue in range(3)] == [False, False, True]
     assert interrupts.take(3)
+
+
+# --- all devices of a vm ---------------------------------------------------------------------------------------------
+
+
+class Started:
+    """A device process.  `log` has the calls of all of them, in order."""
+
+    def __init__(self, log: list[Any], kind: Kind, module: str) -> None:
+        self.kind, self.module, self.log, self.ended = kind, module, log, False
+        self.place: tuple[object, ...] = ()
+
+    def has_ended(self) -> bool:
+        """Return whether it has."""
+        return self.ended
+
+    def begin(self, title: str, slot: Slot, _memory: object, figures_fd: int, place: int) -> None:
+        """Take its place."""
+        self.place = title, slot.name, figures_fd, place
+
+    def set_verbosity(self, verbosity: int) -> None:
+        """Note it."""
+        self.log.append(("verbosity", self.module, verbosity))
+
+    def shut_down(self) -> None:
+        """Note it."""
+        self.log.append(("end", self.module))
+
+    def reap(self, timeout_s: float) -> None:
+        """Note it."""
+        assert timeout_s == devproc.END_TIMEOUT_S
+        self.log.append(("wait", self.module))
+
+
+class Fleet(DeviceProcesses):
+    """All device processes of a VM, and what was started: at most `most`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log: list[Any] = []
+        self.most = 100
+
+    def start(self, kind: Kind, module: str) -> Started:
+        """Replace `DeviceProcess`."""
+        if sum(step == "start" for step, *_ in self.log) == self.most:
+            raise HostError("start a process", errno.EAGAIN)
+        self.log.append(("start", module))
+        return Started(self.log, kind, module)
+
+
+@pytest.fixture
+def fleet(monkeypatch: pytest.MonkeyPatch) -> Fleet:
+    """Return the processes of a VM that has none yet."""
+    made = Fleet()
+    monkeypatch.setattr(devproc, "DeviceProcess", made.start)
+    return made
+
+
+def modules(processes: list[DeviceProcess]) -> list[str]:
+    """Return their main modules."""
+    return [each.module for each in processes]
+
+
+def test_processes_in_reserve_are_taken_once(fleet: Fleet) -> None:
+    """By devices of the same program.  A seed is a disk.  Others, and those whose spare has ended, get new ones."""
+    fleet.fill_reserve([(DISK, MAIN), (DISK, RAW), (DISK, RAW), (INTERFACE, MAIN)])
+    first, seed, ended, interface = fleet.reserve
+    cast("Any", ended).ended = True
+    fleet.log.clear()
+    fleet.spawn([(ENTROPY, MAIN), (INTERFACE, KERNEL), (DISK, MAIN), (SEED, RAW), (DISK, RAW)])
+
+    assert fleet.log == [("start", KERNEL), ("start", RAW)]
+    assert fleet.running[1:3] == [first, seed]
+    assert [each.kind for each in fleet.running] == [INTERFACE, DISK, SEED, DISK]
+    assert fleet.reserve == [ended, interface]
+
+
+def test_a_host_that_cannot_fill_the_reserve(fleet: Fleet) -> None:
+    """What is there is kept.  Who needs a process that cannot be started is told."""
+    fleet.most = 1
+    fleet.fill_reserve([(DISK, MAIN), (INTERFACE, MAIN)])
+    assert modules(fleet.reserve) == [MAIN]
+    fleet.spawn([(DISK, MAIN)])
+    with pytest.raises(HostError, match="start a process"):
+        fleet.spawn([(DISK, MAIN)])
+
+
+def test_the_reserve_is_dropped_until_it_has_ended(fleet: Fleet) -> None:
+    """Those that have ended are forgotten, and the others are asked again."""
+    fleet.fill_reserve([(DISK, RAW), (INTERFACE, KERNEL)])
+    fleet.log.clear()
+    fleet.drop_reserve()
+    assert fleet.log == [("end", RAW), ("end", KERNEL)]
+    cast("Any", fleet.reserve[0]).ended = True
+    fleet.drop_reserve()
+    assert fleet.log[2:] == [("end", KERNEL)]
+    assert modules(fleet.reserve) == [KERNEL]
+
+
+def test_each_process_becomes_its_device(fleet: Fleet) -> None:
+    """Its counters have the place of its slot.  The VM process itself serves the first slot."""
+    fleet.spawn([(ENTROPY, MAIN), (INTERFACE, MAIN), (DISK, RAW)])
+    slots = [Slot(kind=kind, index=0, number=number) for number, kind in enumerate((ENTROPY, INTERFACE, DISK), 1)]
+    fleet.begin("vm/a", slots, cast("Any", None), 9)
+    assert [cast("Any", each).place for each in fleet.running] == [
+        ("vm/a", "vionet0", 9, 1), ("vm/a", "vioblk0", 9, 2),
+    ]  # fmt: skip
+
+
+def test_all_processes_end_at_the_same_time(fleet: Fleet) -> None:
+    """Each is asked before one is waited for, also those in reserve."""
+    fleet.spawn([(INTERFACE, KERNEL), (DISK, RAW)])
+    fleet.fill_reserve([(DISK, MAIN)])
+    fleet.log.clear()
+    fleet.set_verbosity(2)
+    assert fleet.log == [("verbosity", KERNEL, 2), ("verbosity", RAW, 2)]
+    fleet.log.clear()
+    fleet.end()
+    all_of_them = (KERNEL, RAW, MAIN)
+    assert fleet.log == [*(("end", module) for module in all_of_them), *(("wait", module) for module in all_of_them)]
+    assert (fleet.running, fleet.reserve) == ([], [])

@@ -17,6 +17,7 @@ from vmd.guestmem import KVM_MEM_READONLY, GuestMemory, RegionSpec
 from vmd.ipc import devmsg
 from vmd.kvmapi import abi
 from vmd.units import PAGE
+from vmd.vm import dirty
 from vmd.vm.dirty import DirtyLog, either, runs
 
 HIGH = 1 << 32
@@ -113,6 +114,16 @@ def test_logged_and_marked_pages_are_found_once(made: Made) -> None:
     made.memory.marks[7] = 255
     assert numbers(made.log.take()) == [0, 7, 18, 19, 21, 28]
     assert numbers(made.log.take()) == []
+
+
+def test_marks_are_cleared_before_a_page_is_copied(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other processors see that before the copy is read.  Else a store in between would be lost."""
+    made.log.begin()
+    at_fence: list[list[int]] = []
+    monkeypatch.setattr(dirty, "full_fence", lambda: at_fence.append(numbers(bytes(made.memory.marks))))
+    made.memory.marks[7] = made.memory.marks[29] = 1
+    assert numbers(made.log.take()) == [7, 29]
+    assert at_fence == [[]]
 
 
 def test_touched_pages(made: Made) -> None:

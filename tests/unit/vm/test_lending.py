@@ -88,7 +88,7 @@ def lend(rig: VmRig, message: LendDisks, stream: int | None = None) -> list[int]
     borrower = Borrower(rig)
     borrower.ask()
     rig.vmm.send(message, fds={"courier": [borrower.fd], "stream": [] if stream is None else [stream]})
-    assert lent(rig.wait_for(DisksLent)).text == ""
+    assert lent(rig.wait_for(DisksLent)) == DisksLent(vmid=VMID)
     return borrower.files()
 
 
@@ -223,6 +223,17 @@ def test_interrupted_while_the_machine_is_written(rig: VmRig, machine: Machine) 
     rig.vmm.send(CancelTransfer(vmid=VMID))
     assert lent(rig.wait_for(DisksLent)).text == "sending was interrupted"
     os.close(reading)
+
+
+def test_interrupted_before_the_machine_is_written(rig: VmRig, machine: Machine, disks: list[Device]) -> None:
+    """The borrower still gets the disks that it has asked for, but no machine."""
+    file = os.memfd_create("stream", os.MFD_CLOEXEC)
+    borrower = Borrower(rig)
+    rig.vmm.send(LEND, fds={"courier": [borrower.fd], "stream": [file]})
+    rig.until(lambda: all("lend" in disk.log for disk in disks))
+    rig.tell(CancelTransfer(vmid=VMID))
+    borrower.ask()
+    assert lent(rig.wait_for(DisksLent)).text == "sending was interrupted"
 
 
 def test_a_request_to_stop_while_disks_are_lent(rig: VmRig, machine: Machine) -> None:

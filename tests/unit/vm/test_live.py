@@ -216,6 +216,13 @@ def test_the_machine_is_paused_when_the_rest_is_small_enough(pause: Pause) -> No
     assert pause.machine.disk.told == [mark, ahead, settle, ahead, settle, settle, settle, settle]
 
 
+def test_an_idle_machine_is_paused_at_once(pause: Pause) -> None:
+    """Nothing is left to write, which takes no time."""
+    sending = Sending(pause, goal(still_ms=0, rounds=100))
+    assert sending.sender.round == 2
+    sending.arrives(pause)
+
+
 def test_a_long_run_is_cut_into_pieces(pause: Pause, monkeypatch: pytest.MonkeyPatch) -> None:
     """A section has a limit of bytes and of runs.  Regions that touch in the file give separate runs."""
     monkeypatch.setattr(live, "PIECE_BYTES", 3 * PAGE)
@@ -296,10 +303,14 @@ def test_sending_can_be_cancelled_at_any_step(pause: Pause, monkeypatch: pytest.
             if step == 3:
                 cancel(sender)
 
+        def settle(step: int = step) -> int:
+            if step == 2 and len(pause.machine.disk.answers) == 1:  # asked again
+                cancel(at_work[-1])
+            return Device.settle(pause.machine.disk)
+
         monkeypatch.setattr(LiveSender, "_write_pages", write)
         monkeypatch.setattr(LiveSender, "_pause_machine", pause_and_cancel)
-        if step == 2:
-            pause.loop.call_later(0.1, lambda: at_work[-1].cancel())
+        monkeypatch.setattr(pause.machine.disk, "settle", settle)
         assert Sending(pause, goal(still_ms=0 if step == 1 else 1_000_000)).told == ["sending was interrupted"], step
         assert (pause.clocks is None) == (step != 3), step
 

@@ -275,6 +275,22 @@ def test_one_pause_answers_all_requests(pause: Pause, machine: Machine, loop: Lo
     assert machine.events == PAUSING
 
 
+def test_a_paused_machine_stays_paused(
+    pause: Pause, machine: Machine, loop: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The deadline of the vCPUs ends with the pause.  Else they would run without clocks, and their disks be in use."""
+    told: list[str] = []
+    for _ in range(2):
+        pause.pause(told.append)
+    machine.park()
+    turn(loop)
+    now_s = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now_s + 2 * pauses.PARK_TIMEOUT_S)
+    loop.call_later(0, loop.stop)
+    loop.run()
+    assert (machine.events, told, pause.paused) == (PAUSING, ["", ""], True)
+
+
 def test_requests_are_handled_in_order(pause: Pause, machine: Machine, loop: Loop) -> None:
     """For pause, unpause and pause in quick succession, each callback finds its state.  The last request wins."""
     told: list[str] = []
@@ -460,6 +476,14 @@ def test_a_vcpu_that_is_asked_again_before_it_went_on_reports_again(thread: Vcpu
     thread.unpark()
     thread.ask_to_park(third.set)
     assert third.wait(DEADLINE_S)
+    thread.unpark()
+
+
+def test_who_asks_last_is_told_by_a_parked_vcpu(thread: VcpuThread) -> None:
+    """It is told at once: the vCPU does not run in between."""
+    for parked in (threading.Event(), threading.Event()):
+        thread.ask_to_park(parked.set)
+        assert parked.wait(DEADLINE_S)
     thread.unpark()
 
 

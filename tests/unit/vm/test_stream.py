@@ -260,6 +260,15 @@ def test_machine_moves_through_a_small_pipe(
     theirs.close()
 
 
+def test_the_largest_header_and_the_largest_state() -> None:
+    """Both are read.  One byte more is refused, of the header before it is read."""
+    header, state = bytes(HEADER_MAX), bytes(STATE_MAX)
+    sink = read(preamble(header) + section(STATE, state) + end(1))
+    assert (sink.header, sink.states) == (header, [state])
+    with pytest.raises(StreamError, match=f"announces a header of {HEADER_MAX + 1} bytes"):
+        read(preamble(bytes(HEADER_MAX + 1)))
+
+
 def test_nothing_after_the_end_is_read() -> None:
     """Later bytes of the descriptor are left for the next reader."""
     raw, sink = written(), Sink()
@@ -535,6 +544,21 @@ def test_a_host_that_starts_no_more_threads(monkeypatch: pytest.MonkeyPatch) -> 
                 read(raw)
 
         wait_for_threads(before)
+
+
+def test_a_reader_waits_for_its_hashers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reads no further into a buffer that is still being hashed, however many sections there are."""
+    made: list[stream.Hasher] = []
+
+    class Counted(stream.Hasher):
+        def __init__(self) -> None:
+            super().__init__()
+            made.append(self)
+
+    raw = written(tuple((gpa, b"memory") for gpa in range(0, 160, 16)))
+    monkeypatch.setattr(stream, "Hasher", Counted)
+    assert read(raw).states == [RECORD]
+    assert len(made) == HASHERS
 
 
 def test_memory_is_read_while_all_hashers_work(monkeypatch: pytest.MonkeyPatch) -> None:
