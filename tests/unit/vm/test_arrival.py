@@ -11,6 +11,9 @@ from tests.support import saved
 from vmd.errors import HostError, OperatorError
 from vmd.vm import arrival, state
 from vmd.vm.arrival import FromStream, check_host, close_in_background
+from vmd.vm.header import DeviceHead, Header
+from vmd.vm.kinds import DISK, ENTROPY
+from vmd.vm.slots import Slot
 
 DEADLINE_S = 60.0
 
@@ -143,6 +146,17 @@ def test_a_host_with_a_lesser_processor(host: Host) -> None:
     assert host.numbers == []
 
 
+@pytest.mark.parametrize(("header", "text"), [
+    (saved.header(firmware_bytes=1), "it has firmware of 1 bytes"),
+    (saved.header(devices=()), "its 0 devices are not the 2 of its configuration"),
+])  # fmt: skip
+def test_a_machine_that_no_host_could_have(host: Host, header: Header, text: str) -> None:
+    """No VM is made to find that out."""
+    with pytest.raises(ValueError, match=text):
+        check_host(header)
+    assert host.numbers == []
+
+
 @pytest.mark.parametrize(("error", "text"), [
     (ValueError("the uart has no register lcr"), "the stream is not usable: the uart has no register lcr"),
     (OSError(errno.EINVAL, "KVM_SET_SREGS"), "the stream is not usable: KVM does not take it: "),
@@ -175,6 +189,31 @@ def test_rings_go_on_where_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rings == [*devices]
     assert pause.paused
     assert pause.clocks is clocks
+
+
+def test_a_machine_is_made_as_it_was_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has the processor of the sender, and the layout and serial number of each device.  Its clock stands still."""
+    log: list[object] = []
+
+    class Made:
+        def __init__(self, *arguments: object, cpuid: object) -> None:
+            log.append((arguments, cpuid))
+            self.clock = SimpleNamespace(stop=lambda: log.append("stopped"))
+
+    monkeypatch.setattr(arrival, "Machine", Made)
+    rng, disk = (DeviceHead(kind="rng", slot=1, features=0), DeviceHead(kind="blk", slot=2, features=0, serial=b"s"))
+    header = saved.header(devices=(rng, disk), firmware_bytes=4096)
+    slots = [Slot(kind=kind, index=0, number=number) for number, kind in enumerate((ENTROPY, DISK), 1)]
+    empty, outside, memory = cast("Any", ("empty", "outside", "memory"))
+    FromStream(header, memory, saved.machine_state()).machine(empty, header.config, slots, outside)
+
+    ((given, cpuid), stopped) = cast("Any", log)
+    assert given == (
+        "empty", header.config, "memory", 4096, [slots[0].replace(layout=1), slots[1].replace(layout=1, serial=b"s")],
+        "outside",
+    )  # fmt: skip
+    assert [(each.function, each.ecx) for each in cpuid] == [(each.function, each.ecx) for each in header.cpuid]
+    assert stopped == "stopped"
 
 
 def test_devices_that_a_host_does_not_have() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from tests.support import saved
 from tests.support.descriptors import open_files
-from tests.support.vminside import VMID, VmRig
+from tests.support.vminside import VMID, VmRig, start_vm
 from tests.unit.vm.test_transfer import GOOD, Run, stream
 from vmd.errors import HostError
 from vmd.ipc.messages.shared import DiskImages, ImageLink, TransferProgress
@@ -123,6 +123,7 @@ def test_a_vm_arrives(rig: VmRig, probe: Probe) -> None:
     rig.vmm.send(MEMORY)
     told = rig.wait_for(ReceivedMachine)
     assert told[-1] == ReceivedMachine(vmid=VMID)
+    assert any(isinstance(each, TransferProgress) for each in told)
     assert resume(rig) == [VmRunning(vmid=VMID)]
     source = rig.built[1]
     assert source.memory.read(3 * PAGE, 19) == RUNS[0][1]
@@ -254,6 +255,39 @@ def test_a_stream_that_is_wrong_after_its_header(
     rig.vmm.send(MEMORY)
     failed = failure(rig.wait_for(VmEnding))
     assert (failed.code, text in failed.text) == (errno.EINVAL, True)
+
+
+@pytest.mark.parametrize(("name", "error"), [
+    ("start_thread", HostError("start thread receive", errno.EAGAIN)),
+    ("GuestMemory.create", HostError("reserve memory", errno.ENOMEM)),
+    ("GuestMemory.create", ValueError("a region overlaps another one")),
+])  # fmt: skip
+def test_a_host_that_cannot_take_the_memory(
+    rig: VmRig, probe: Probe, monkeypatch: pytest.MonkeyPatch, name: str, error: Exception
+) -> None:
+    """The VM fails with the reason."""
+    receive(rig, stream(states=(GOOD,)))
+
+    def refuse(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(f"vmd.vm.arrival.{name}", refuse)
+    assert failure(rig.tell(MEMORY)).text == str(error)
+
+
+def test_a_process_is_received_once(rig: VmRig, probe: Probe, capfd: pytest.CaptureFixture[str]) -> None:
+    """Another VM is refused, whether it is to be started or received, and the first one arrives."""
+    receive(rig, stream(*RUNS, states=(GOOD,)))
+    reading, writing = os.pipe2(os.O_CLOEXEC)
+    assert receive(rig, reading) == []
+    assert rig.tell(start_vm(CONFIG), fds=rig.start_fds()) == []
+    errors = capfd.readouterr().err
+    assert "unexpected ReceiveVm" in errors
+    assert "unexpected StartVm" in errors
+    rig.vmm.send(MEMORY)
+    rig.wait_for(ReceivedMachine)
+    assert resume(rig) == [VmRunning(vmid=VMID)]
+    os.close(writing)
 
 
 def test_steps_out_of_order(rig: VmRig, probe: Probe, capfd: pytest.CaptureFixture[str]) -> None:

@@ -1,11 +1,13 @@
 """What bootprobe answers about a boot image: the same sentences as at a start."""
 
 import os
+from collections.abc import Callable
 
 import pytest
 
 from vmd.errors import HostError, ImageError
 from vmd.ipc.probemsg import Probe, pack_error, pack_image
+from vmd.privsep.confine import BOOTPROBE
 from vmd.units import MIB
 from vmd.vm import bootprobe
 from vmd.vm.boot import loader
@@ -60,6 +62,26 @@ def test_failures(monkeypatch: pytest.MonkeyPatch, error: Exception, text: str) 
 
     monkeypatch.setattr(loader, "load", fail)
     assert answer(64 * MIB, b"", [0]) == pack_error(text)
+
+
+def test_it_is_confined_before_it_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A question has the size of memory, and the command line in hexadecimal."""
+    steps: list[object] = []
+
+    def serve(answers: Callable[[list[str], list[int]], object]) -> int:
+        steps.append("serve")
+        assert answers(["1234", "6162"], [7]) == "the answer"
+        return 0
+
+    def note(*arguments: object) -> str:
+        steps.append(arguments)
+        return "the answer"
+
+    monkeypatch.setattr(bootprobe, "confine", note)
+    monkeypatch.setattr(bootprobe, "serve", serve)
+    monkeypatch.setattr(bootprobe, "answer", note)
+    assert bootprobe.main() == 0
+    assert steps == [(BOOTPROBE,), "serve", (1234, b"ab", [7])]
 
 
 def test_the_memory_of_no_guest() -> None:

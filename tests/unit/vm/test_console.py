@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from vmd.backlog import BACKLOG_BYTES, Backlog, BacklogWriter
 from vmd.ipc.loop import Loop
 from vmd.parent.resources import Pty
-from vmd.vm.console import Console
+from vmd.vm.console import BATCH_S, Console
 
 DEADLINE_S = 20.0
 
@@ -49,6 +50,11 @@ class Rig:
     def run_for(self, seconds: float) -> None:
         """Run the loop for a while."""
         self.loop.call_later(seconds, self.loop.stop)
+        self.loop.run()
+
+    def run_once(self) -> None:
+        """Handle what is ready and due."""
+        self.loop.call_later(0, lambda: self.loop.call_from_thread(self.loop.stop))
         self.loop.run()
 
     def close(self) -> None:
@@ -109,6 +115,51 @@ def test_a_flood_without_a_viewer_is_bounded(rig: Rig) -> None:
     assert len(backlog) == BACKLOG_BYTES
     assert backlog.endswith(b"39999" + line)
     assert rig.pty.unread_bytes() == 0  # a viewer that attaches now sees nothing twice
+
+
+def test_a_viewer_that_reads_slowly_gets_everything(rig: Rig) -> None:
+    """A piece of output that is larger than the pty waits for room, also if the guest shows nothing more."""
+    text = b"".join(b"line %05d\r\n" % number for number in range(4000))
+    viewer = os.open(rig.pty.path, os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK)
+    seen = bytearray()
+
+    def view(_events: int) -> None:
+        seen.extend(os.read(viewer, 4096))
+        if len(seen) >= len(text):
+            rig.loop.stop()
+
+    rig.console.send(text)
+    rig.loop.add(viewer, view)
+    rig.run()
+    os.close(viewer)
+    assert bytes(seen) == text
+
+
+def test_output_is_written_in_batches(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first byte after a pause is written at once, and others that come soon after it together, a little later."""
+    now_s = time.monotonic() + 60
+    monkeypatch.setattr(time, "monotonic", lambda: now_s)
+    os.set_blocking(rig.pty.slave, False)
+
+    def shown() -> bytes:
+        try:
+            return os.read(rig.pty.slave, 100)
+        except BlockingIOError:
+            return b""
+
+    rig.console.send(b"a")
+    assert shown() == b"a"
+    now_s += BATCH_S / 2
+    for byte in (b"b", b"c"):
+        rig.console.send(byte)
+    assert shown() == b""
+    rig.run_once()
+    now_s += BATCH_S
+    rig.run_once()
+    assert shown() == b"bc"
+    now_s += BATCH_S
+    rig.console.send(b"d")
+    assert shown() == b"d"
 
 
 def test_input_waits_for_the_guest(rig: Rig) -> None:

@@ -155,6 +155,16 @@ def driver() -> Iterator[Driver]:
     made.close()
 
 
+def test_each_life_has_its_own_number(driver: Driver) -> None:
+    """So a fault of an earlier life is not taken for one of the present.  The number has 32 bits."""
+    driver.device.activations = 0xFFFFFFFE
+    lives = []
+    for _ in range(4):
+        driver.renew()
+        lives.append(driver.device.activations)
+    assert lives == [0xFFFFFFFF, 0, 1, 2]
+
+
 def test_exactly_the_buffers_of_a_chain_are_filled(driver: Driver) -> None:
     """Every buffer is filled to its last byte.  Two requests get different bytes, and both are counted."""
     driver.ring.add([Desc(DATA, 100, WRITE), Desc(DATA + 200, 0, WRITE), Desc(DATA + 300, 33, WRITE)])

@@ -1,6 +1,7 @@
 """The parts of a machine and how they are wired, without KVM: what a guest finds at its ports, and what ends the VM."""
 
 import os
+import struct
 import time
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ import pytest
 
 from tests.support import saved
 from vmd.config.model import VmConfig
+from vmd.eventfd import eventfd
 from vmd.guestmem import GuestMemory
 from vmd.ipc.devmsg import FIGURES_BYTES
 from vmd.ipc.loop import Loop
@@ -19,9 +21,10 @@ from vmd.kvmapi import abi
 from vmd.memfile import sealed_file
 from vmd.units import GIB, KIB, MIB
 from vmd.vm import machine as module
+from vmd.vm.devproc import DeviceProcess
 from vmd.vm.kinds import CDROM, DISK, INTERFACE, SEED, Given, Kind
 from vmd.vm.machine import LAST_MOMENTS_S, EmptyVm, Machine, Outside, memory_regions
-from vmd.vm.slots import plan
+from vmd.vm.slots import Slot, plan
 
 CONFIG = VmConfig(name="a", memory_bytes=64 * MIB, vcpus=2)
 REBOOT, OFF = (Outcome.REBOOT, "reset by the guest"), (Outcome.POWER_OFF, "powered off by the guest")
@@ -99,8 +102,10 @@ class Rig:
         self.ends: list[tuple[Outcome, str]] = []
         self.shown = b""
         self.receive: Any = None
+        self.resumed = 0  # how often the console was told that there is room for input
+        self.reports: list[tuple[str, str, str]] = []
         self.running: list[Any] = []
-        console = SimpleNamespace(send=self.show, resume_input=lambda: None, connect=self.connect)
+        console = SimpleNamespace(send=self.show, resume_input=self.resume_input, connect=self.connect)
         outside = Outside(
             devices=cast("Any", SimpleNamespace(begin=lambda *_: None, running=self.running)),
             figures_fd=sealed_file("figures", FIGURES_BYTES),
@@ -109,7 +114,7 @@ class Rig:
             end=lambda *end: self.ends.append(end),
             ask_resolvers=lambda: None,
             lock_lost=lambda _why: None,
-            report=lambda *_: None,
+            report=lambda *report: self.reports.append(report),
         )
         self.empty = EmptyVm()
         self.kvm = cast("Kvm", self.empty.kvm)
@@ -121,6 +126,10 @@ class Rig:
     def show(self, data: bytes) -> None:
         """Take output."""
         self.shown += data
+
+    def resume_input(self) -> None:
+        """Count the call."""
+        self.resumed += 1
 
     def connect(self, receive: Any) -> None:  # noqa: ANN401
         """Take the function for input."""
@@ -170,11 +179,15 @@ def test_the_serial_port_is_the_console(rig: Rig) -> None:
     rig.write(0x3F9, 1, 1)
     rig.machine.listening = False
     assert rig.receive(b"x") == 0
+    assert rig.resumed == 0
     rig.machine.listen()
+    assert rig.resumed == 1  # for input that waits
     assert rig.receive(b"x") == 1
     assert rig.kvm.lines[4] == 1
     assert rig.read(0x3F8, 1) == 0x78
     assert rig.kvm.lines[4] == 0
+    rig.write(0x3FF, 1, 0x5A)  # the last register is for the guest's own use
+    assert rig.read(0x3FF, 1) == 0x5A
 
 
 def test_the_power_button_raises_the_line_of_acpi(rig: Rig) -> None:
@@ -196,6 +209,22 @@ def test_firmware_finds_memory_and_processors_in_cmos(rig: Rig) -> None:
     assert cmos(0x5F) == 1
 
 
+def test_firmware_finds_its_configuration(rig: Rig) -> None:
+    """The size of memory, the number of processors, and the memory map.  Its last range is for firmware."""
+
+    def item(key: int, size: int) -> bytes:
+        rig.write(0x510, 2, key)
+        return bytes(rig.read(0x511, 1) for _ in range(size))
+
+    assert int.from_bytes(item(3, 8), "little") == 64 * MIB
+    assert int.from_bytes(item(5, 2), "little") == 2
+    directory = item(0x19, 4 + 64 * 20)[4:]
+    files = {directory[at + 8 : at + 64].rstrip(b"\0"): directory[at : at + 8] for at in range(0, len(directory), 64)}
+    size, key = (int.from_bytes(raw, "big") for raw in (files[b"etc/e820"][:4], files[b"etc/e820"][4:6]))
+    address, length, kind = struct.unpack("<QQI", item(key, size)[-20:])
+    assert (address, length, kind) == (4 * GIB - 256 * KIB, 256 * KIB, 2)
+
+
 def test_a_guest_finds_its_devices(rig: Rig) -> None:
     """The host bridge, and vmmci behind the devices."""
 
@@ -206,6 +235,55 @@ def test_a_guest_finds_its_devices(rig: Rig) -> None:
     assert device(0) == 0x12378086
     assert device(2) == 0x07770B5D
     assert device(3) == 0xFFFFFFFF
+
+
+class Disk(DeviceProcess):
+    """The process of a disk.  It becomes ready when it is asked whether it is."""
+
+    def __init__(self) -> None:
+        self.kind, self.name = DISK, "vioblk0"
+        self.features, self.config = 0, b""
+        self.kicks, self.calls, self.resample = [eventfd()], [eventfd()], eventfd()
+        self.told: dict[str, Any] = {}
+
+    def wait_ready(self) -> None:
+        """Become ready."""
+        self.features, self.config = 1 << 9, bytes(60)
+
+    def serve(self, _loop: Loop, **told: Any) -> None:  # type: ignore[override]  # noqa: ANN401
+        """Keep the functions for what it tells."""
+        self.told = told
+
+
+def test_devices_are_plugged_in_when_they_are_ready(rig: Rig) -> None:
+    """Each in its slot.  What they tell reaches the machine and vmm.  An event has the name of its device."""
+    disk = Disk()
+    rig.machine.slots = (*rig.machine.slots, Slot(kind=DISK, index=0, number=3))
+    rig.machine.devices.append(disk)
+    rig.machine.plug_devices()
+
+    for slot, found in ((1, 0x10051AF4), (3, 0x10011AF4)):
+        rig.write(0xCF8, 4, 1 << 31 | slot << 11)
+        assert rig.read(0xCFC, 4) == found
+    entropy, function = rig.machine.virtio
+    assert function.transport.offered & 1 << 9
+    disk.told["on_event"]("trouble", "is full")
+    assert rig.reports == [("trouble", "disk0", "is full")]
+    disk.told["on_failed"]("vioblk0: was killed")
+    assert rig.ends == [(Outcome.FAILED, "vioblk0: was killed")]
+    assert disk.told["on_config"] == function.on_config
+    assert disk.told["on_needs_reset"] == function.on_needs_reset
+    for fd in (entropy.config_resample, function.config_resample, rig.machine.devices[0].kicks[0]):
+        rig.loop.remove(fd)  # raises an exception unless the loop listens to it
+
+
+def test_a_command_that_the_guest_has_acknowledged(rig: Rig) -> None:
+    """Whoever has asked last is told."""
+    told: list[int] = []
+    rig.machine.vmmci.on_acknowledged(1)
+    rig.machine.on_acknowledged = told.append
+    rig.machine.vmmci.on_acknowledged(2)
+    assert told == [2]
 
 
 def test_a_guest_that_announces_its_end_ends(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:

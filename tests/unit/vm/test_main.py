@@ -2,7 +2,8 @@
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,11 +19,13 @@ from vmd.ipc.messages.vm import (
     AskDevices,
     AskResolvers,
     CancelTransfer,
+    ChangeDisc,
     ConsoleSnapshot,
     ConsoleSnapshotEnd,
     DeviceEvent,
     DevicesReported,
     EndSend,
+    LendDisks,
     LetDisksGo,
     LimitVm,
     NicLink,
@@ -31,10 +34,12 @@ from vmd.ipc.messages.vm import (
     PauseVm,
     ReceiveMemory,
     ReceiveVm,
+    ResizeDisk,
     Resolvers,
     ResumeReceived,
     SendBreak,
     SendOn,
+    SendVm,
     StopMode,
     StopVm,
     TakeDisksBack,
@@ -46,6 +51,7 @@ from vmd.ipc.messages.vm import (
 from vmd.log import log
 from vmd.record import Record
 from vmd.units import MIB
+from vmd.vm import main as module
 from vmd.vm import vmmci
 from vmd.vm.kinds import INTERFACE
 from vmd.vm.main import IOCTLS, RESOLVERS_TIMEOUT_S, SPARES_END_S
@@ -215,6 +221,30 @@ def test_a_jump_of_the_hosts_clock_reaches_the_guest(rig: VmRig, machine: Machin
     assert machine.asked == [vmmci.SYNCRTC]
 
 
+def test_the_process_is_ready_before_it_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Signals and switches of threads first, then what every VM needs, which is kept out of later collections."""
+    steps: list[object] = []
+
+    def note(step: str) -> Callable[..., None]:
+        return lambda *arguments: steps.append((step, *arguments))
+
+    fields = {"ignore_terminal_signals": note("ignore"), "prepare": note("prepare"), "exit_status": 7}
+    made = SimpleNamespace(
+        loop=SimpleNamespace(run=note("run")), devices=SimpleNamespace(end=note("end devices")), **fields
+    )
+    monkeypatch.setattr(module, "VmProcess", lambda: made)
+    monkeypatch.setattr(module, "install_kick_handler", note("kick"))
+    monkeypatch.setattr(module, "keep_signals_inside", note("keep inside"))
+    monkeypatch.setattr(module, "gc", SimpleNamespace(collect=note("collect"), freeze=note("freeze")))
+    sys = SimpleNamespace(argv=["vmd", "vm", "3", "x", "vioblk.raw", "vionet.main"], setswitchinterval=note("switch"))
+    monkeypatch.setattr(module, "sys", sys)
+    assert module.main() == 7
+    assert steps == [
+        ("ignore",), ("kick",), ("switch", module.SWITCH_INTERVAL_S), ("keep inside",),
+        ("prepare", ["vioblk.raw", "vionet.main"]), ("collect",), ("freeze",), ("run",), ("end devices",),
+    ]  # fmt: skip
+
+
 # --- pausing ---------------------------------------------------------------------------------------------------
 
 
@@ -257,11 +287,30 @@ def test_a_machine_that_cannot_go_on_ends(rig: VmRig, machine: Machine, error: E
     assert rig.process.exit_status == Outcome.FAILED
 
 
-def test_without_a_machine_nothing_is_answered(rig: VmRig) -> None:
+@pytest.mark.parametrize("ended", [False, True])
+def test_without_a_machine_nothing_is_answered(rig: VmRig, ended: bool) -> None:
     """The message that the VM has ended is the answer.  Descriptors of the requests are closed."""
+    if ended:
+        disk = Device()
+        rig.start(A.replace(disks=(DiskConfig(path="/d"),)), disk)
+        rig.tell(KILL)
+        disk.log.clear()
     before = open_descriptors()
-    for message in (PAUSE, RESUME, SendBreak(vmid=VMID), SendOn(vmid=VMID), CancelTransfer(vmid=VMID)):
+    for message in (PAUSE, RESUME, SendOn(vmid=VMID), CancelTransfer(vmid=VMID), LimitVm(vmid=VMID, config=A),
+                    ResizeDisk(vmid=VMID, index=0, size_bytes=1), ChangeDisc(vmid=VMID)):  # fmt: skip
         assert rig.tell(message) == []
+    send, lend = SendVm(vmid=VMID, keep=False, one_shot=False), LendDisks(vmid=VMID)
+    with_files: list[tuple[Record, list[str]]] = [
+        (send, ["courier"]), (lend, ["courier", "stream"]), (ChangeDisc(vmid=VMID), ["courier"]),
+    ]  # fmt: skip
+    for request, names in with_files:
+        assert rig.tell(request, fds={name: [null()] for name in names}) == []
+    rig.process.on_lock_lost("disk0: its lock is lost")
+    assert rig.said() == []
+    if ended:
+        assert disk.log == []
+        return
+    assert rig.tell(SendBreak(vmid=VMID)) == []
     assert rig.tell(TakeDisksBack(vmid=VMID)) == []
     assert rig.tell(ConsoleSnapshot(vmid=VMID), fds={"tty": [null()], "tty_slave": [null()]}) == []
     assert rig.tell(AskDevices(vmid=VMID)) == [DevicesReported(vmid=0)]

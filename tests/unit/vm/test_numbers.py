@@ -9,7 +9,7 @@ import pytest
 
 from vmd.units import GIB, KIB, MIB
 from vmd.virtio import spec
-from vmd.vm import layout
+from vmd.vm import kinds, layout
 
 # A guest that was started under an earlier version finds its hardware at the same places.
 PLACES = {
@@ -79,7 +79,15 @@ CLOCKS = {
     "MSR_TSC": 0x10, "MSR_TSC_DEADLINE": 0x6E0,
     "LAPIC_SPURIOUS": 0xF0, "LAPIC_IRR": 0x200, "LAPIC_TIMER": 0x320, "LAPIC_INITIAL": 0x380, "LAPIC_CURRENT": 0x390,
     "LAPIC_DIVIDE": 0x3E0, "LAPIC_ON": 0x100, "TIMER_MASKED": 0x10000, "TIMER_MODE": 0x60000,
-    "TIMER_PERIODIC": 0x20000, "TIMER_DEADLINE": 0x40000, "PIT_HZ": 1193182,
+    "TIMER_PERIODIC": 0x20000, "TIMER_DEADLINE": 0x40000, "PIT_HZ": 1193182, "MASK_64": 0xFFFFFFFFFFFFFFFF,
+}  # fmt: skip
+# Where a guest that has arrived finds its devices.
+SLOTS = {"SLOT_HOST_BRIDGE": 0, "LAYOUT_FIRST": 1, "LAYOUT": 2}
+# What drivers look for (virtio 1.2, 5): device type, id of a legacy device, class code, sizes of queues, fixed slot.
+KINDS = {
+    "rng": (4, 0x1005, 0x00FF00, (64,), None), "net": (1, 0x1000, 0x020000, (256, 256), None),
+    "blk": (2, 0x1001, 0x010000, (256,), None), "scsi": (8, 0x1004, 0x010000, (128, 128, 128), None),
+    "cidata": (2, 0x1001, 0x010000, (256,), 31),
 }  # fmt: skip
 # Streams: what one version writes, others read.
 STREAM = {
@@ -101,6 +109,7 @@ VMMCI = {
     ("vmd.vm.chips.ns8250", UART), ("vmd.vm.chips.mc146818", RTC), ("vmd.vm.chips.acpipm", PM),
     ("vmd.vm.chips.i8042", KEYBOARD), ("vmd.vm.clocks", CLOCKS), ("vmd.vm.stream", STREAM),
     ("vmd.ipc.devmsg", FIGURES), ("vmd.ipc.imsg", MESSAGES), ("vmd.vm.vmmci", VMMCI),
+    ("vmd.vm.slots", SLOTS),
 ])  # fmt: skip
 def test_numbers(module: str, numbers: dict[str, object]) -> None:
     """Each has the value that others rely on."""
@@ -111,6 +120,12 @@ def test_numbers(module: str, numbers: dict[str, object]) -> None:
 def test_every_number_of_virtio_is_here() -> None:
     """A new one gets its row above."""
     assert {name for name in vars(spec) if name.isupper() and name != "TYPE_CHECKING"} == set(VIRTIO)
+
+
+def test_kinds_of_devices() -> None:
+    """A driver of a guest that has arrived goes on with them."""
+    fields = ("device_type", "legacy_id", "class_code", "queues", "slot")
+    assert {kind.name: tuple(getattr(kind, field) for field in fields) for kind in kinds.KINDS} == KINDS
 
 
 @pytest.mark.parametrize(("memory_bytes", "low", "window"), [

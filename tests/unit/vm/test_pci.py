@@ -561,6 +561,17 @@ def test_msix_bar_holds_table_and_pending_bits(vectors: int, pba: int, bar: int)
     assert msix.mmio_read(pba + (vectors - 1) // 64 * 8, 8).bit_count() == (vectors - 1) % 64 + 1
 
 
+def test_a_message_has_all_its_bits() -> None:
+    """An address of 64 bits and data of 32 bits.  A vector is masked by its own bit, or all at once."""
+    msix = Msix(2, lambda *_: None, lambda _: False)
+    write_entry(msix, 1, bytes(range(0x10, 0x1C)) + bytes(4))
+    address, data = 0x1716151413121110, 0x1B1A1918
+    assert msix.message(1) == (address, data, True)
+    for control, masked in ((0x8000, False), (0xC000, True), (0x4000, True)):
+        msix.set_control(control)
+        assert [msix.message(vector) for vector in range(2)] == [(0, 0, True), (address, data, masked)]
+
+
 @pytest.mark.parametrize("vectors", [0, 2049])
 def test_msix_has_between_1_and_2048_vectors(vectors: int) -> None:
     """The capability has room for 2048."""

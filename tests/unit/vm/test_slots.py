@@ -37,6 +37,8 @@ def test_each_device_has_upstreams_slot_and_its_own_files() -> None:
         "viornd0": 1, "vionet0": 2, "vioblk0": 3, "vioblk1": 4, "vioscsi0": 5,
     }  # fmt: skip
     assert (by_name["vionet0"].fds, by_name["vionet0"].names) == ((14,), ("tap0", ""))
+    assert [by_name[name].notes for name in ("viornd0", "vionet0", "vioscsi0")] == [(), (0,), (0,)]
+    assert [by_name[name].flags for name in ("viornd0", "vioblk0", "vioscsi0")] == [0, 0, 0]
     assert by_name["vioblk0"].fds == (10, 11)
     assert by_name["vioblk0"].notes == (devmsg.RESOURCE_QCOW2, devmsg.RESOURCE_GUESSED)
     assert (by_name["vioblk1"].fds, by_name["vioblk1"].flags) == ((12,), devmsg.START_READ_ONLY)
@@ -62,6 +64,19 @@ def test_an_interface_whose_frames_the_kernel_may_move_has_three_files() -> None
     assert [slot.module for slot in found] == ["kernel", "main", "kernel"]
     flags = [devmsg.NET.unpack(slot.net)[2] for slot in found]
     assert [bool(each & devmsg.NET_VHOST) for each in flags] == [True, False, True]
+
+
+@pytest.mark.parametrize(("given", "flags"), [
+    ({}, 0), ({"locked": True}, devmsg.NET_LOCKED), ({"pxe": True}, devmsg.NET_PXE),
+    ({"local": True, "asks": False}, devmsg.NET_LOCAL), ({"asks": True}, 0),
+    ({"local": True, "asks": True}, devmsg.NET_LOCAL | devmsg.NET_ASKS),
+])  # fmt: skip
+def test_what_an_interface_may_do(given: dict[str, bool], flags: int) -> None:
+    """Only a local interface asks for name servers."""
+    link = NicLink(name="tap0", lladdr=b"\xfe" + bytes(5), host_mac=bytes(6), locked=False, local=False, mtu=0)
+    parts = Given(config=VmConfig(name="a", nics=(NicConfig(),)), nics=(link.replace(**given),), tap_fds=(14,))
+    (slot,) = [slot for slot in plan(parts) if slot.net]
+    assert devmsg.NET.unpack(slot.net)[2] == flags
 
 
 @pytest.mark.parametrize(
@@ -108,6 +123,7 @@ def test_serial_numbers_are_stable_and_differ_between_vms() -> None:
     ]
     assert len(set(found)) == len(found) == 24
     assert all(len(serial) <= 20 and valid_serial(serial.decode("ascii")) for serial in found)
+    assert serials("webserver1")[0].startswith(b"webserv-")
     assert serials("db1") == serials("db1") == [b"db1-b718b3a078-0", b"db1-b718b3a078-1"]
 
 

@@ -269,6 +269,17 @@ def test_the_largest_header_and_the_largest_state() -> None:
         read(preamble(bytes(HEADER_MAX + 1)))
 
 
+def test_a_part_that_is_too_large_for_one_write() -> None:
+    """The next part comes after its rest."""
+    parts = [bytes(PIECE_BYTES) + b"rest", bytes(PIECE_BYTES), b"end"]
+    fd = os.memfd_create("stream", os.MFD_CLOEXEC)
+    pipe = Pipe(fd, select.POLLOUT)
+    pipe.write(*parts)
+    assert pipe.moved_bytes == sum(map(len, parts))
+    assert os.pread(fd, 3 * PIECE_BYTES, 0) == b"".join(parts)
+    pipe.close()
+
+
 def test_nothing_after_the_end_is_read() -> None:
     """Later bytes of the descriptor are left for the next reader."""
     raw, sink = written(), Sink()

@@ -3,15 +3,17 @@
 import os
 import random
 import select
+from collections.abc import Callable
 
 import pytest
 
 from tests.support import saved
 from vmd.config.model import DiskConfig, NicConfig, VmConfig
 from vmd.ipc.imsg import pack
+from vmd.privsep.confine import STREAMPROBE
 from vmd.vm import streamprobe
 from vmd.vm.kinds import DISK, ENTROPY, INTERFACE
-from vmd.vm.stream import VERSION, Pipe, StreamWriter
+from vmd.vm.stream import HEADER_MAX, VERSION, Pipe, StreamWriter
 from vmd.vm.streamprobe import ANSWER_MAX, HEAD, HEADER, Beginning, probe, unpack
 
 REST = b"and then its memory"
@@ -97,6 +99,55 @@ BAD = {
     "too-much": HEAD.pack(HEADER, 3, 1, 0, 0, 0, 0) + bytes(ANSWER_MAX),
     "more-devices-than-slots": HEAD.pack(HEADER, 3, 1, 20, 10, 0, 0),
 }
+
+
+@pytest.mark.parametrize("raw", [
+    HEAD.pack(HEADER, 3, 1, 0, 0, 0, 0), HEAD.pack(HEADER, 3, 1, 0, 0, 0, 0) + bytes(HEADER_MAX),
+    HEAD.pack(HEADER, 3, 1, 20, 9, 0, 0) + b"x",
+])  # fmt: skip
+def test_the_smallest_and_the_largest_answer(raw: bytes) -> None:
+    """A header of any length that a stream may have, and as many devices as there are slots."""
+    found = unpack(raw)
+    assert isinstance(found, Beginning)
+    assert found.header == raw[HEAD.size :]
+
+
+@pytest.mark.parametrize(("nics", "fit"), [(29, True), (30, False)])
+def test_as_many_devices_as_there_are_slots(nics: int, fit: bool) -> None:
+    """One of them is entropy."""
+    config = VmConfig(name="sent", nics=(NicConfig(),) * nics)
+    fd = stream(pack(saved.header(config=config)))
+    found = unpack(probe(Pipe(fd, select.POLLIN)))
+    os.close(fd)
+    if fit:
+        assert isinstance(found, Beginning)
+        assert len(found.kinds) == 30
+    else:
+        assert found == "the stream is not usable: it has 31 devices"
+
+
+def test_it_is_confined_before_it_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then it reads, says one answer, and ends.  Its descriptors come after those of every process."""
+    steps: list[object] = []
+
+    def note(step: str, result: object = None) -> Callable[..., object]:
+        def call(*arguments: object) -> object:
+            steps.append((step, *arguments))
+            return result
+
+        return call
+
+    monkeypatch.setattr(streamprobe, "confine", note("confine"))
+    monkeypatch.setattr(streamprobe, "Pipe", note("pipe", "its stream"))
+    monkeypatch.setattr(streamprobe, "probe", note("probe", b"answer"))
+    monkeypatch.setattr(streamprobe, "say", note("say"))
+    monkeypatch.setattr(os, "_exit", note("exit"))
+    main: Callable[[], object] = streamprobe.main
+    main()
+    assert steps == [
+        ("confine", STREAMPROBE), ("pipe", 4, select.POLLIN), ("probe", "its stream"), ("say", b"answer", 3),
+        ("exit", 0),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("raw", BAD.values(), ids=BAD)

@@ -1,5 +1,7 @@
 """What the event thread is told while a VM is sent or received (hostile-input 55)."""
 
+import _thread
+import errno
 import os
 import random
 import select
@@ -10,7 +12,8 @@ from typing import Any, cast
 import pytest
 
 from tests.support import saved
-from vmd.errors import VmdError
+from tests.unit.vm.test_stream import wait_for_threads
+from vmd.errors import HostError, VmdError
 from vmd.guestmem import GuestMemory, RegionSpec
 from vmd.ipc import devmsg
 from vmd.ipc.imsg import pack
@@ -22,7 +25,7 @@ from vmd.vm.header import read_header
 from vmd.vm.kinds import DISK
 from vmd.vm.sender import Sender
 from vmd.vm.state import MachineState
-from vmd.vm.stream import STILL, VERSION, Pipe, StreamWriter
+from vmd.vm.stream import STILL, VERSION, Pipe, StreamReader, StreamWriter
 
 DEADLINE_S = 20.0
 HIGH = 1 << 32
@@ -155,7 +158,7 @@ def test_a_machine_that_nobody_could_receive_is_not_sent(
 def test_a_machine_arrives(loop: Loop, machine: Machine) -> None:
     """Touched memory of every region arrives, also of read-only firmware, and so do both records."""
     memory = machine.memory
-    for gpa in (3 * PAGE, HIGH + PAGE, HIGH - PAGE):
+    for gpa in (0, 3 * PAGE, HIGH + PAGE, HIGH - PAGE):
         memory.load(gpa, random.Random(gpa).randbytes(PAGE))
     reading, writing = os.pipe2(os.O_CLOEXEC)
     sender, told = send(loop, machine, writing)
@@ -168,11 +171,22 @@ def test_a_machine_arrives(loop: Loop, machine: Machine) -> None:
         assert receiver.header == saved.header()
         assert receiver.machines == [saved.machine_state()]
         assert told == [""]
-        assert theirs.resident_bytes() == 3 * PAGE  # before we look at the others
+        assert theirs.resident_bytes() == 4 * PAGE  # before we look at the others
         assert bytes(theirs.memory) == bytes(memory.memory)
         assert receiver.receiver.pipe.moved_bytes == sender.pipe.moved_bytes
         assert receiver.receiver.total_bytes == saved.header().touched_bytes
         assert sender.pipe.fd == receiver.receiver.pipe.fd == -1
+
+
+@pytest.mark.parametrize("answer", [devmsg.SETTLED, devmsg.SETTLED_FAILED])
+def test_no_thread_is_left(loop: Loop, machine: Machine, answer: int) -> None:
+    """Neither of a VM that was sent nor of one that was not: a VM of which copies are sent would have more and more."""
+    before = _thread._count()
+    machine.disk.answers = [answer]
+    _, told = send(loop, machine, os.memfd_create("stream", os.MFD_CLOEXEC))
+    loop.run()
+    assert len(told) == 1
+    wait_for_threads(before)
 
 
 def test_a_failed_send_is_reported_once(loop: Loop, machine: Machine) -> None:
@@ -319,6 +333,30 @@ def test_impossible_streams_are_refused(
     assert len(told.failures) == 1
     assert told.failures[0].startswith("the stream ")
     assert what in told.failures[0]
+
+
+@pytest.mark.parametrize(("error", "text"), [
+    (HostError("start thread hasher", errno.EAGAIN), "start thread hasher: Resource temporarily unavailable"),
+    (RuntimeError("a mistake"), "internal error while the stream was read"),
+])  # fmt: skip
+def test_a_receiver_that_fails_for_another_reason(
+    loop: Loop, memory: GuestMemory, monkeypatch: pytest.MonkeyPatch, error: Exception, text: str
+) -> None:
+    """It is reported, too: nobody else would notice that the thread has ended.  The stream is closed."""
+    shown: list[sys.UnraisableHookArgs] = []
+    monkeypatch.setattr(sys, "unraisablehook", shown.append)
+
+    def fail(_reader: StreamReader, *_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(StreamReader, "sections_until_end", fail)
+    told = Told(loop, stream(states=(GOOD,)), memory)
+    loop.run()
+    told.receiver._thread.join(DEADLINE_S)
+
+    assert (told.machines, told.failures) == ([], [text])
+    assert (told.receiver.over, told.receiver.pipe.fd) == (True, -1)
+    assert len(shown) == isinstance(error, RuntimeError)
 
 
 def test_memory_of_a_machine_that_ran_may_be_repeated(loop: Loop, memory: GuestMemory) -> None:

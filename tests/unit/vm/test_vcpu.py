@@ -188,7 +188,7 @@ def test_the_log_shows_where_a_vcpu_has_stopped(
     shown = capfd.readouterr().err
     for part in (
         "rip=0000000000000100", "r15=0000000000abcdef", "cs=0010 base=00000000000f0000", "cr2=dead",
-        "gdt=0000000000005000/0027", "code at rip: 00 01 02 03 04 05 06 07 08 09 0a 0b 0c 0d 0e 0f",
+        "gdt=0000000000005000/0027", "code at rip: 00 01 02 03 04 05 06 07 08 09 0a 0b 0c 0d 0e 0f\n",
     ):  # fmt: skip
         assert part in shown, part
     names = [field[0] for field in abi.kvm_regs._fields_]

@@ -142,6 +142,12 @@ def test_clock_is_sampled_with_its_first_word(machine: Machine, monkeypatch: pyt
     assert machine.read(SECONDS + 4) == 4
 
 
+def test_a_mistake_of_the_driver_is_logged(machine: Machine, capfd: pytest.CaptureFixture[str]) -> None:
+    """And ignored."""
+    machine.vmmci.complain("has no idea")
+    assert "vmmci: the driver has no idea" in capfd.readouterr().err
+
+
 def test_clock_cannot_be_set_by_the_guest(machine: Machine) -> None:
     """The clock is the host's, so writes are ignored."""
     machine.start()
