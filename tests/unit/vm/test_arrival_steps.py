@@ -123,7 +123,7 @@ def test_a_vm_arrives(rig: VmRig, probe: Probe) -> None:
     rig.vmm.send(MEMORY)
     told = rig.wait_for(ReceivedMachine)
     assert told[-1] == ReceivedMachine(vmid=VMID)
-    assert any(isinstance(each, TransferProgress) for each in told)
+    assert {each.round for each in told if isinstance(each, TransferProgress)} == {0}
     assert resume(rig) == [VmRunning(vmid=VMID)]
     source = rig.built[1]
     assert source.memory.read(3 * PAGE, 19) == RUNS[0][1]
@@ -302,6 +302,23 @@ def test_steps_out_of_order(rig: VmRig, probe: Probe, capfd: pytest.CaptureFixtu
     assert errors.count("unexpected ReceiveMemory") == 2
     assert errors.count("unexpected ResumeReceived") == 1
     assert resume(rig) == [VmRunning(vmid=VMID)]
+
+
+def test_a_machine_is_not_resumed_before_all_of_it_is_there(
+    rig: VmRig, probe: Probe, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its last byte is missing.  The request is dropped, and a later one is served."""
+    reading, writing = os.pipe2(os.O_CLOEXEC)
+    whole = os.read(stream(*RUNS, states=(GOOD,)), 1 << 16)
+    os.write(writing, whole[:-1])
+    receive(rig, reading)
+    rig.tell(MEMORY)
+    assert [each for each in resume(rig) if not isinstance(each, TransferProgress)] == []
+    assert "unexpected ResumeReceived" in capfd.readouterr().err
+    os.write(writing, whole[-1:])
+    rig.wait_for(ReceivedMachine)
+    assert resume(rig) == [VmRunning(vmid=VMID)]
+    os.close(writing)
 
 
 def test_memory_is_not_read_before_the_header(rig: VmRig, probe: Probe, capfd: pytest.CaptureFixture[str]) -> None:

@@ -26,6 +26,7 @@ from vmd.ipc.messages.vm import (
     VmEnding,
 )
 from vmd.record import Record
+from vmd.vm import lending
 from vmd.vm import pause as pauses
 from vmd.vm import vmmci
 
@@ -171,6 +172,13 @@ def test_a_borrower_that_has_ended(rig: VmRig, machine: Machine) -> None:
     os.close(reading)
     assert rig.tell(BACK) == [DisksBack(vmid=VMID)]
     assert machine.is_running()
+
+
+def test_a_borrower_that_never_asks(rig: VmRig, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The guest does not stay paused for ever."""
+    monkeypatch.setattr(lending, "ASKED_S", 0.01)
+    rig.vmm.send(LEND, fds={"courier": [Borrower(rig).fd]})
+    assert lent(rig.wait_for(DisksLent)).text == "timed out"
 
 
 @pytest.mark.parametrize("error", [PeerError("vioblk1", "was killed"), HostError("copy a file", 24)])

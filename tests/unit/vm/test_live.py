@@ -12,7 +12,7 @@ import pytest
 
 from tests.support import saved
 from tests.unit.vm.test_transfer import HIGH, REGIONS, Told
-from vmd.errors import HostError, PeerError
+from vmd.errors import HostError, PeerError, VmdError
 from vmd.guestmem import GuestMemory
 from vmd.ipc import devmsg
 from vmd.ipc.loop import Loop
@@ -95,6 +95,7 @@ class Pause:
         self.refusal = ""
         self.before: Callable[[], None] = lambda: None
         self.given_up: list[str] = []
+        self.sender: Any = None
 
     def pause(self, done: Callable[[str], None]) -> None:
         """Pause the machine, unless there is a refusal."""
@@ -143,6 +144,7 @@ class Sending:
 
         stream = os.dup(self.file)
         self.sender = LiveSender(pause, stream, loop, done, one_shot=True, goal=goal)  # type: ignore[arg-type]
+        pause.sender = self.sender
         self.sender.start()
         loop.run()
 
@@ -266,6 +268,33 @@ def test_a_state_that_cannot_be_read_is_not_sent(
         return
     assert Sending(pause, goal()).told == [what]
     assert pause.given_up == given_up
+
+
+def test_a_machine_that_nobody_could_receive_is_not_sent(pause: Pause, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That is found before anything is written."""
+
+    def refuse(_header: object, _machine: object) -> None:
+        raise ValueError("it has 99 devices")
+
+    monkeypatch.setattr(state, "check_sent_header", refuse)
+    with pytest.raises(VmdError, match=r"^nobody could receive it: it has 99 devices$"):
+        Sending(pause, goal())
+
+
+def test_the_length_of_the_stream_is_estimated(pause: Pause, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In each round it is what was written before, and the pages that are left."""
+    seen: list[tuple[int, int]] = []
+    runs = dirty.runs
+
+    def noted(pages: bytes) -> Iterator[tuple[int, int]]:
+        sender = pause.sender
+        seen.append((sender.total_bytes - sender.pipe.moved_bytes, pages.count(1) * PAGE))
+        yield from runs(pages)
+
+    pause.machine.store(3, bytes(2 * PAGE))
+    monkeypatch.setattr(live, "runs", noted)
+    Sending(pause, goal())
+    assert seen[0] == (2 * PAGE, 2 * PAGE)
 
 
 def test_a_disk_that_fails_before_the_pause(pause: Pause) -> None:

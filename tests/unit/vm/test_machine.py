@@ -166,6 +166,12 @@ def test_ways_to_reset(rig: Rig, port: int, value: int) -> None:
     assert rig.ends == [REBOOT]
 
 
+@pytest.mark.parametrize("port", [0x5F, 0x65, 0x6F, 0x72, 0x91, 0x93, 0x3F7, 0x400, 0x50F, 0x51C, 0x5FF, 0x60C, 0xCF7])
+def test_ports_beside_the_chips(rig: Rig, port: int) -> None:
+    """No chip answers there."""
+    assert rig.read(port, 1) == 0xFF
+
+
 def test_power_off_by_acpi(rig: Rig) -> None:
     """Sleep state S5, as the ACPI tables describe it."""
     rig.write(0x604, 2, 5 << 10 | 1 << 13)

@@ -100,8 +100,9 @@ def test_a_vm_drops_rights_before_its_guest_runs(rig: VmRig) -> None:
 def test_a_vm_is_built_of_its_files(rig: VmRig) -> None:
     """It gets the files from the courier, and the descriptors of the message."""
     fds = rig.start_fds(boot=os.memfd_create("boot"), initrd=os.memfd_create("initrd"))
-    rig.tell(start_vm(A.replace(initrd="/initrd"), boot_options="-s"), fds=fds)
+    rig.tell(start_vm(A.replace(initrd="/initrd"), boot_options="-s", verbosity=2), fds=fds)
 
+    assert (log.title, log.verbosity) == ("vm/a", 2)
     _, images, config, slots, outside = rig.built
     assert (images.boot_name, images.initrd_name, images.options) == ("/bsd", "/initrd", "-s")
     found = [os.readlink(f"/proc/self/fd/{fd}") for fd in (images.boot_fd, images.initrd_fd, images.memory_fd)]
