@@ -26,9 +26,8 @@ from vmd.ipc.messages.vm import (
     VmEnding,
 )
 from vmd.record import Record
-from vmd.vm import lending
+from vmd.vm import lending, vmmci
 from vmd.vm import pause as pauses
-from vmd.vm import vmmci
 
 PAUSE = PauseVm(vmid=VMID, paused=True)
 LEND, LOOK, BACK = LendDisks(vmid=VMID), LendDisks(vmid=VMID, look=True), TakeDisksBack(vmid=VMID)
