@@ -214,8 +214,10 @@ def test_moving_to_another_pty(rig: Rig) -> None:
     rig.pty.close()
     rig.pty = Pty()
     fds = rig.pty.fds()
+    before = rig.console._master
 
     rig.console.move(fds["tty"][0], fds["tty_slave"][0])
+    assert before not in rig.loop._callbacks
     assert rig.console.snapshot() == len(b"before")
     rig.console.send(b"after")
     os.write(rig.pty.slave, b"typed")
