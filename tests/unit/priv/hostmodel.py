@@ -252,6 +252,8 @@ class Kernel:
 
     def make_tap(self, fd: int, name: str, reserved: Collection[str] = ()) -> str:
         """Make a tap behind a descriptor."""
+        if name in self.named():
+            raise OperatorError(errno.EBUSY, f"interface {name} exists already")
         free = (each for number in range(9) if (each := f"tap{number}") not in reserved and each not in self.named())
         self.taps[fd] = self.add(name or next(free), "tun").index
         return self.links[self.taps[fd]].name

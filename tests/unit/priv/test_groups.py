@@ -25,8 +25,9 @@ def test_names_and_numbers(places: tuple[Path, Path]) -> None:
     (administrator / "group.d" / "more.conf").write_text("9 web\n")
     (administrator / "group.d" / "README").write_text("1 readme\n")
 
-    names = ("default", "lab", "hex", "web", "nonsense", "readme", "unknown", "", "12", str(1 << 31))
-    assert [groups.number(name) for name in names] == [0, 6, 16, 9, None, None, None, None, 12, None]
+    last = (1 << 31) - 1
+    names = ("default", "lab", "hex", "web", "nonsense", "readme", "unknown", "", "12", str(last + 1), str(last))
+    assert [groups.number(name) for name in names] == [0, 6, 16, 9, None, None, None, None, 12, None, last]
 
 
 def test_no_files_at_all(places: tuple[Path, Path]) -> None:

@@ -384,7 +384,7 @@ def test_taps(host: Host) -> None:
     host.groups["dmz"] = 44
     fds = start(
         host, wanted(bridge="br0", rdomain=0), wanted(index=1, up=False, groups=("web", "dmz")),
-        wanted(index=2, rdomain=7), wanted(index=3, name="tap7"), reserved=("tap2",),
+        wanted(index=2, rdomain=7), wanted(index=3, name="tap7", existing=True), reserved=("tap2",),
     )  # fmt: skip
     assert host.kernel.show() - {"tap1 - - down"} == {
         LINE, "tap0 vm3-if0-web br0 up", "tap3 vm3-if1-web - down", "vrf7 rdomain7 - up", "tap4 vm3-if2-web vrf7 up",
@@ -451,6 +451,7 @@ def test_all_interfaces_or_none(host: Host, failing: str) -> None:
         (wanted(bridge="br7", rdomain=0), errno.EINVAL, "in the rdomain of the switch, 7"),
         (wanted(name="tap8", existing=True), errno.EBUSY, "interface tap8 exists already: vm8-if0-x"),
         (wanted(name="tap9", existing=True), errno.EBUSY, "interface tap9 exists already, and is not a tap"),
+        (wanted(name="tap7"), errno.EBUSY, "interface tap7 exists already"),
         (LOCAL, errno.EOPNOTSUPP, "NAT for local interfaces: nftables cannot be used: refused"),
     ],
 )
@@ -458,6 +459,7 @@ def test_interfaces_that_cannot_be_made(host: Host, request_: NicWanted, number:
     """The error says why."""
     host.kernel.add("veth", "veth")
     configure(host, LAN, SwitchRequest(interface="br7", alias="switch2-x", rdomain=7))
+    host.kernel.add("tap7", "tun")
     host.kernel.add("tap8", "tun", alias="vm8-if0-x")
     host.kernel.add("tap9", "veth")
     host.nft.refused.add("masquerade")

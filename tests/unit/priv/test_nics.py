@@ -124,4 +124,4 @@ def test_an_adopted_tap_of_another_program_is_restored() -> None:
 
     nic = adopted(3, WANTED, made)
 
-    assert (nic.link, nic.as_it_was(), nic.settings()) == (TAP, before, [])
+    assert (nic.link, nic.as_it_was(), nic.settings(), nic.fd) == (TAP, before, [], -1)

@@ -1,5 +1,6 @@
 """The nftables rules, and which interfaces of the host were made by vmd, without a real host."""
 
+import json
 import subprocess
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from vmd.config.model import Forward, Prefix
 from vmd.config.rules import HOST_TABLES
 from vmd.errors import OperatorError
+from vmd.priv.firewalls import Chain
 from vmd.priv.lists import Link
 from vmd.priv.nics import is_bridge, is_tap, is_vrf, link_local
 from vmd.priv.requests import inside
@@ -219,6 +221,99 @@ def test_invalid_listings_of_nft(monkeypatch: pytest.MonkeyPatch, text: str) -> 
 
     assert nft.chains() == []
     assert nft.counters() == {}
+
+
+def asks(monkeypatch: pytest.MonkeyPatch, output: str) -> tuple[Nft, list[tuple[list[str], str]]]:
+    """Return an nft with this output, and the arguments and inputs that it gets."""
+    calls: list[tuple[list[str], str]] = []
+
+    def run(command: list[str], *, input: str, timeout: float, env: dict[str, str], **_: object) -> object:
+        assert (timeout, env["LC_ALL"]) == (10.0, "C")
+        calls.append((command[1:], input))
+        return subprocess.CompletedProcess(command, 0, output, "a warning\n")
+
+    monkeypatch.setattr("vmd.priv.rules.subprocess.run", run)
+    nft = Nft()
+    nft.path = "/usr/sbin/nft"
+    return nft, calls
+
+
+def test_what_nft_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table that is gone is no obstacle to its deletion."""
+    nft, calls = asks(monkeypatch, "table ip nat\ntable inet vmd\n")
+    nft.apply("x\n")
+    nft.delete_table()
+    nft.delete_table("netdev vmd_tap0")
+    assert calls == [
+        (["-f", "-"], "x\n"),
+        (["-f", "-"], "add table inet vmd\ndelete table inet vmd\n"),
+        (["-f", "-"], "add table netdev vmd_tap0\ndelete table netdev vmd_tap0\n"),
+    ]
+    calls.clear()
+    assert nft.tables() == ["table ip nat", "table inet vmd"]
+    assert nft.has_table()
+    assert nft.listing("ruleset", "netdev").startswith("table")
+    assert not nft.translates("ip my table")
+    assert [arguments for arguments, _ in calls] == [
+        ["list", "tables"], ["list", "tables"], ["-j", "list", "ruleset", "netdev"], ["list", "table", "ip", "my table"]
+    ]  # fmt: skip
+    for output, there in (("table ip nat\n", False), ("table inet vmd_more\n", False), ("", False)):
+        assert asks(monkeypatch, output)[0].has_table() is there
+    assert asks(monkeypatch, "table ip nat {\n masquerade\n}\n")[0].translates("ip nat")
+
+
+def test_a_host_without_nft(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no tables."""
+    monkeypatch.setattr("vmd.priv.rules.NFT_PATHS", ("/nonexistent/nft",))
+    nft = Nft()
+    assert (nft.path, nft.tables(), nft.has_table()) == (None, [], False)
+    with pytest.raises(OperatorError, match="nft was not found: install nftables") as error:
+        nft.apply("")
+    assert error.value.number == 2
+    monkeypatch.setattr("vmd.priv.rules.NFT_PATHS", ("/nonexistent/nft", "/bin/sh", "/bin/true"))
+    assert Nft().path == "/bin/sh"
+
+
+def test_chains_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours are left out."""
+    chain = {"family": "ip", "table": "nat", "name": "POSTROUTING", "handle": 1}
+    base = chain | {"type": "nat", "hook": "postrouting", "prio": 100, "policy": "accept"}
+    entries = [
+        {"metainfo": {}}, {"chain": base}, {"chain": chain | {"name": "mine"}},
+        {"chain": chain | {"family": "inet", "table": "vmd"}}, {"chain": chain | {"table": "vmd"}},
+    ]  # fmt: skip
+    nft, calls = asks(monkeypatch, json.dumps({"nftables": entries}))
+    assert nft.chains() == [
+        Chain(table="ip nat", name="POSTROUTING", kind="nat", hook="postrouting", policy="accept"),
+        Chain(table="ip nat", name="mine"),
+        Chain(table="ip vmd", name="POSTROUTING"),
+    ]
+    assert calls == [(["-j", "list", "chains"], "")]
+
+
+def test_our_table_as_nft_shows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its shape, and its counters."""
+
+    def counted(value: object, packets: int) -> dict[str, object]:
+        return {"elem": {"val": value, "counter": {"packets": packets, "bytes": 9}}}
+
+    pair = {"concat": ["br0", "br0"]}
+    entries = [
+        {"metainfo": {}}, {"table": {"name": "vmd"}},
+        {"set": {"name": "local", "elem": ["tap0", "tap1"]}}, {"set": {"name": "nat4"}},
+        {"set": {"name": "from_first", "elem": [counted("tap0", 5), counted("tap1", 6)]}},
+        {"set": {"name": "switch_last", "elem": [counted(pair, 7), {"elem": {"val": "tap0"}}]}},
+        {"chain": {"name": "forward"}}, {"chain": {"name": "output"}},
+        {"rule": {"chain": "forward"}}, {"rule": {"chain": "forward"}}, {"rule": {"chain": "later"}},
+    ]  # fmt: skip
+    nft, calls = asks(monkeypatch, json.dumps({"nftables": entries}))
+    assert nft.shape() == {
+        "set local": 2, "set nat4": 0, "set from_first": 2, "set switch_last": 2, "chain forward": 2,
+        "chain output": 0, "chain later": 1,
+    }  # fmt: skip
+    assert nft.counters() == {"from_first": {"tap0": 5, "tap1": 6}, "switch_last": {"br0": 7}}
+    assert calls == [(["-j", "list", "table", "inet", "vmd"], "")] * 2
+    assert asks(monkeypatch, "{}")[0].shape() == {}
 
 
 # --- made by vmd ---------------------------------------------------------------------------------------------
