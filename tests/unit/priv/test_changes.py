@@ -7,7 +7,7 @@ import subprocess
 import pytest
 
 from vmd.errors import HostError
-from vmd.netlink import NETLINK_ROUTE
+from vmd.netlink import NETLINK_ROUTE, NLMSGHDR, RTATTR
 from vmd.priv import changes, lists, sysctl
 from vmd.priv.changes import LINKS, NETLINK_NETFILTER, NFNLGRP_NFTABLES, PIECES_MAX, Changes
 
@@ -43,7 +43,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Socket]:
     """The sockets that were made."""
     Socket.made = []
     monkeypatch.setattr(Socket, "refuses", -1)
-    monkeypatch.setattr(changes.socket, "socket", Socket)
+    monkeypatch.setattr(socket, "socket", Socket)
     return Socket.made
 
 
@@ -85,7 +85,7 @@ def test_numbers_are_the_kernels() -> None:
         "1 << (RTNLGRP_IPV6_NETCONF - 1)": changes.RTMGRP_IPV6_NETCONF,
         "RTEXT_FILTER_SKIP_STATS": lists.RTEXT_FILTER_SKIP_STATS, "SO_NETNS_COOKIE": sysctl.SO_NETNS_COOKIE,
         "sizeof(struct ifinfomsg)": lists.LINK.size, "sizeof(struct ifaddrmsg)": lists.ADDRESS.size,
-        "sizeof(struct nlmsghdr)": lists.NLMSGHDR.size, "sizeof(struct rtattr)": lists.RTATTR.size,
+        "sizeof(struct nlmsghdr)": NLMSGHDR.size, "sizeof(struct rtattr)": RTATTR.size,
         "NLA_F_NESTED": lists.NESTED + 1,
     }  # fmt: skip
     del names["NLMSGHDR"]

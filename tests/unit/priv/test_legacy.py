@@ -104,7 +104,7 @@ class Kernel:
         self.opened: list[tuple[int, ...]] = []
         self.fails: dict[int, int] = {}
         monkeypatch.setattr(linux, "getsockopt", self.getsockopt)
-        monkeypatch.setattr(legacy.socket, "socket", self.open)
+        monkeypatch.setattr(socket, "socket", self.open)
 
     def open(self, *given: int) -> "Kernel":
         """Open a socket."""
@@ -123,7 +123,7 @@ class Kernel:
 
     def getsockopt(self, fd: int, level: int, option: int, request: bytes) -> bytes:
         """Answer."""
-        assert (fd, level) == (77, {socket.AF_INET: 0, socket.AF_INET6: 41}[self.opened[-1][0]])
+        assert (fd, level) == (77, 0 if self.opened[-1][0] == socket.AF_INET else 41)
         if option in self.fails:
             raise OSError(self.fails[option], "no")
         if option == SO_GET_INFO:

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import marshal
+import os
 import struct
 import sys
 import zipfile
@@ -94,6 +95,7 @@ def test_byte_code_of_a_directory_is_used(
     source = tmp_path / package / "main.py"
     source.parent.mkdir()
     source.write_text("WHO = 'source'\n")
+    os.utime(source, (1_700_000_001, 1_700_000_001))
     stamp = struct.pack("<III", 0, int(source.stat().st_mtime) + later_s, source.stat().st_size + longer)
     cached = Path(importlib.util.cache_from_source(str(source)))
     cached.parent.mkdir()

@@ -9,6 +9,7 @@ import resource
 import socket
 import struct
 import subprocess
+from collections.abc import Callable
 from ctypes import Array
 from pathlib import Path
 from types import SimpleNamespace
@@ -326,8 +327,8 @@ def test_the_bounding_set_loses_what_is_not_kept(monkeypatch: pytest.MonkeyPatch
     dropped: list[int] = []
     known = {0, 1, 5, 40}
 
-    def ask(option: int, capability: "native.c_ulong", *_: object) -> int:
-        assert option == linux.PR_CAPBSET_READ
+    def ask(option: int, capability: "native.c_ulong", *more: "native.c_ulong") -> int:
+        assert (option, [each.value for each in more]) == (linux.PR_CAPBSET_READ, [0, 0, 0])
         return 1 if capability.value in known else -1
 
     monkeypatch.setattr(linux, "libc", SimpleNamespace(prctl=ask))
@@ -341,3 +342,60 @@ def test_the_bounding_set_loses_what_is_not_kept(monkeypatch: pytest.MonkeyPatch
 def test_no_descriptor_has_a_larger_number() -> None:
     """The kernel's numbers of descriptors are ints."""
     assert linux.FD_MAX == 0x7FFFFFFF
+
+
+def test_a_call_that_fails_names_what_was_tried() -> None:
+    """With the kernel's error."""
+    with pytest.raises(HostError, match="try it") as error:
+        linux.syscall("try it", 9999)
+    assert error.value.number == errno.ENOSYS
+    with pytest.raises(HostError, match="try this") as error:
+        linux.prctl("try this", linux.PR_SET_DUMPABLE, 77)
+    assert error.value.number == errno.EINVAL
+    assert linux.syscall("ask for the pid", 39) == os.getpid()
+    assert linux.prctl("ask for it", 3) in (0, 1)
+
+
+class Mounts:
+    """A C library that records calls, and lets them fail if `result` is not 0."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: list[tuple[object, ...]] = []
+        self.result = 0
+        self.monkeypatch = monkeypatch
+        monkeypatch.setattr(linux, "libc", self)
+        monkeypatch.setattr(linux, "syscall", lambda *given: self.calls.append(given))
+
+    def __getattr__(self, name: str) -> Callable[..., int]:
+        def call(*given: object) -> int:
+            self.calls.append((name, *given))
+            return self.result
+
+        return call
+
+
+def test_mounts_and_namespaces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts are passed as bytes, and errors say which step has failed."""
+    library = Mounts(monkeypatch)
+    linux.mount("vmd", "/run", "tmpfs", 6, "mode=0755")
+    linux.mount(None, "/", None, 7)
+    linux.umount_lazily("/old")
+    linux.pivot_root("/new", "/new/old")
+    linux.unshare(linux.CLONE_NEWNS)
+    linux.setns(5, linux.CLONE_NEWPID)
+    assert library.calls == [
+        ("mount", b"vmd", b"/run", b"tmpfs", 6, b"mode=0755"), ("mount", None, b"/", None, 7, None),
+        ("umount2", b"/old", linux.MNT_DETACH), ("pivot_root to /new", linux.SYS_PIVOT_ROOT, b"/new", b"/new/old"),
+        ("unshare", linux.CLONE_NEWNS), ("setns", 5, linux.CLONE_NEWPID),
+    ]  # fmt: skip
+    library.result = -1
+    for call, words in (
+        (lambda: linux.mount("vmd", "/run", "tmpfs", 0), "mount vmd on /run"),
+        (lambda: linux.mount(None, "/run", "tmpfs", 0), "mount tmpfs on /run"),
+        (lambda: linux.mount(None, "/run", None, 0), "mount flags on /run"),
+        (lambda: linux.umount_lazily("/old"), "detach /old"),
+        (lambda: linux.unshare(0), "make namespaces"),
+        (lambda: linux.setns(5, 0), "enter a namespace"),
+    ):
+        with pytest.raises(HostError, match=words):
+            call()
