@@ -320,6 +320,6 @@ def test_closing_a_session(served: Rig) -> None:
     """One Close packet is sent, and `on_lost` is not called."""
     served.do(served.session.close)
     header, payload = served.master.receive()
-    assert (header.kind, payload[0]) == (pdu.CLOSE, pdu.SHUTDOWN)
+    assert (header.kind, payload) == (pdu.CLOSE, b"\5\0\0\0")
     assert served.master.sock.recv(1) == b""
     assert served.lost == []

@@ -335,7 +335,7 @@ def test_a_process_that_is_not_vital_is_not_protected(
     score.write_text(f"{before}\n")
     monkeypatch.setattr(spawn, "open", lambda _path, mode, encoding: score.open(mode, encoding=encoding), raising=False)
     spawn.raise_oom_score()
-    assert int(score.read_text().split()[0]) == int(after)
+    assert score.read_text().startswith(after)
     score.unlink()
     spawn.raise_oom_score()
 
