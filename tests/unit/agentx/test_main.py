@@ -7,13 +7,23 @@ from typing import Any
 
 import pytest
 
+from tests.unit.agentx.test_mib import vm
 from vmd.agentx import main as main_module
 from vmd.agentx import mib
 from vmd.agentx.main import FRESH_S, Agentx
 from vmd.ipc import process as process_module
 from vmd.ipc.imsg import Envelope
-from vmd.ipc.messages.agentx import AgentxChanged, AgentxLost, AgentxMaster, AgentxUp, AgentxVms, AskAgentxVms
+from vmd.ipc.messages.agentx import (
+    AgentxChanged,
+    AgentxLost,
+    AgentxMaster,
+    AgentxUp,
+    AgentxVms,
+    AskAgentxVms,
+)
+from vmd.ipc.messages.children import Quit
 from vmd.log import log
+from vmd.privsep.confine import AGENTX
 from vmd.record import Record
 
 ALL = AgentxVms(began_ns=1, changed_ns=2)
@@ -189,3 +199,45 @@ def test_notifications_wait_for_an_agent(rig: Rig, monkeypatch: pytest.MonkeyPat
     session.on_lost("gone")
 
     assert begun == [session, None]
+
+
+@pytest.mark.parametrize("quits", [True, False])
+def test_the_session_ends_with_the_process(rig: Rig, monkeypatch: pytest.MonkeyPatch, quits: bool) -> None:
+    """The agent is told, so that it does not wait for answers."""
+    stopped: list[int] = []
+    monkeypatch.setattr(rig.agentx.loop, "stop", lambda: stopped.append(1))
+    session = rig.master(1)
+
+    if quits:
+        rig.agentx.on_quit(Quit(), Envelope(Quit(), 0, 0, {}), None)  # type: ignore[arg-type]
+    else:
+        rig.agentx.on_parent_lost(None, None)  # type: ignore[arg-type]
+
+    assert (session.closed, rig.agentx.session, stopped) == (True, None, [1])
+
+
+def test_the_process(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is confined before it serves anything."""
+    done: list[object] = []
+    monkeypatch.setattr(main_module, "Agentx", lambda: rig.agentx)
+    monkeypatch.setattr(rig.agentx, "ignore_terminal_signals", lambda: done.append("signals"))
+    monkeypatch.setattr(main_module, "set_title", done.append)
+    monkeypatch.setattr(main_module, "limit_memory", lambda most: done.append(most == main_module.MEMORY_BYTES))
+    monkeypatch.setattr(main_module, "confine", done.append)
+    monkeypatch.setattr(rig.agentx.loop, "run", lambda: done.append("run"))
+    rig.agentx.exit_status = 5
+
+    assert main_module.main() == 5
+    assert done == ["signals", "agentx", True, AGENTX, "run"]
+
+
+def test_the_lists_of_the_parent_replace_each_other(rig: Rig) -> None:
+    """Each begins anew."""
+    one = vm(1)
+    for _ in range(2):
+        rig.changed()
+        rig.ask()
+        rig.agentx.on_vm(one, Envelope(one, 0, 0, {}), None)  # type: ignore[arg-type]
+        rig.all()
+
+    assert rig.views == [([one], ALL, {"per_vm": True, "bulk": False})] * 2

@@ -323,3 +323,15 @@ def test_closing_a_session(served: Rig) -> None:
     assert (header.kind, payload) == (pdu.CLOSE, b"\5\0\0\0")
     assert served.master.sock.recv(1) == b""
     assert served.lost == []
+
+
+def test_a_notification_that_is_not_taken(served: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is logged; one that is taken is not."""
+    said: list[str] = []
+    monkeypatch.setattr(served.session.complaints, "warn", said.append)
+    for error in (0, 267):
+        served.change("running")
+        header, _ = served.master.receive()
+        served.master.answer(header, error)
+    assert served.master.ask(pdu.GET, *asked(STATE))[0] == 0  # so the answers were read
+    assert said == ["the SNMP agent has not taken a notification: request denied"]

@@ -7,7 +7,7 @@ from typing import Any
 from tests.support.messages import MESSAGES
 from tests.unit.ipc.test_imsg import GONE
 from vmd.enums import Enum
-from vmd.ipc import first
+from vmd.ipc import devmsg, first
 from vmd.record import Record, RecordType
 
 GOLDEN = json.loads(Path(__file__, "../../../golden/numbers-1.json").resolve().read_text())
@@ -45,7 +45,7 @@ def numbers() -> dict[str, Any]:
     """Return all such numbers."""
     return {
         "messages": {info.cls.__name__: info.code for info in MESSAGES},
-        "values": {name: {each.name: each.value for each in kind} for name, kind in ENUMS.items()},  # type: ignore[attr-defined]
+        "values": {name: {each.name: each.value for each in kind} for name, kind in ENUMS.items()},
         "protocol 1": {"fields": first.FIELDS, "descriptors": first.FDS},
     }
 
@@ -58,6 +58,20 @@ def test_numbers_stay() -> None:
     for name, members in GOLDEN["values"].items():
         assert now["values"][name] == now["values"][name] | members, name
     assert now["protocol 1"] == GOLDEN["protocol 1"]
+
+
+TYPES_OF_DEVICES = (
+    "START", "READY", "ACTIVATE", "RESET", "PAUSE", "RESUME", "CONFIG_WRITE", "EXPORT", "RESTORE", "SETTLE", "MARK",
+    "UNMARK", "SETTLE_AHEAD", "LET_GO", "TAKE_BACK", "LEND", "RELOAD", "SIGN", "DIRECT", "ADDRESSES", "ERROR",
+    "NEEDS_RESET", "CONFIG_CHANGED", "VERBOSITY", "SHUTDOWN", "ANNOUNCE", "TROUBLES", "LEASE", "ASK_RESOLVERS",
+    "RESOLVERS", "SAME_RESOLVERS", "LOCK_LOST", "RESIZE", "CHANGED", "DISC", "LIMIT",
+)  # fmt: skip
+
+
+def test_types_of_messages_of_devices_differ() -> None:
+    """A VM and its devices have the same version, but one number for two types would be two meanings."""
+    numbers_of = [getattr(devmsg, name) for name in TYPES_OF_DEVICES]
+    assert len(set(numbers_of)) == len(numbers_of)
 
 
 def test_a_field_that_is_left_out_is_nothing() -> None:

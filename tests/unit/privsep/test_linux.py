@@ -389,13 +389,14 @@ def test_mounts_and_namespaces(monkeypatch: pytest.MonkeyPatch) -> None:
         ("unshare", linux.CLONE_NEWNS), ("setns", 5, linux.CLONE_NEWPID),
     ]  # fmt: skip
     library.result = -1
-    for call, words in (
+    calls: tuple[tuple[Callable[[], None], str], ...] = (
         (lambda: linux.mount("vmd", "/run", "tmpfs", 0), "mount vmd on /run"),
         (lambda: linux.mount(None, "/run", "tmpfs", 0), "mount tmpfs on /run"),
         (lambda: linux.mount(None, "/run", None, 0), "mount flags on /run"),
         (lambda: linux.umount_lazily("/old"), "detach /old"),
         (lambda: linux.unshare(0), "make namespaces"),
         (lambda: linux.setns(5, 0), "enter a namespace"),
-    ):
+    )
+    for call, words in calls:
         with pytest.raises(HostError, match=words):
             call()

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from vmd import native
 from vmd.privsep import linux, title
 from vmd.privsep.title import COMM_MAX, STACK_STRINGS_MAX, argument_area
 
@@ -54,7 +55,7 @@ def test_a_thread_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     named: list[tuple[int, bytes]] = []
 
     def prctl(_tried: str, option: int, address: int) -> None:
-        named.append((option, title.native.memory_at(address, COMM_MAX + 1).raw))
+        named.append((option, native.memory_at(address, COMM_MAX + 1).raw))
 
     monkeypatch.setattr(linux, "prctl", prctl)
     title.name_thread("a name that is too long")
