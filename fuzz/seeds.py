@@ -112,7 +112,9 @@ def small_qcow2(
     )
     if version == 3:
         header += HEADER_V3.pack(incompatible, 0, 0, 4, V3_BYTES) + extensions + backing
-    old = Snapshot(id="1", name="old", l1_offset=old_l1, l1_entries=1, size=1 << 15)
+    old = Snapshot(
+        id="1", name="old", l1_offset=old_l1, l1_entries=1, size=1 << 15, date_s=0, date_ns=0, clock_ns=0, state_bytes=0
+    )
     zeroes = 1 if version == 3 else 0
     counts = [1, 1, 1, 1, shared, shared, shared, 1, 1]
     parts = {

@@ -53,9 +53,4 @@ def run(main: "Callable[[], int]") -> "NoReturn":
     except BaseException:
         sys.excepthook(*sys.exc_info())
         status = 1
-    for stream in filter(None, (sys.stdout, sys.stderr)):  # None if the descriptor was closed at the start
-        try:
-            stream.flush()
-        except OSError:  # nobody reads it any more
-            continue
     os._exit(status)

@@ -27,7 +27,6 @@ from vmd.parent.options import Options
 from vmd.parent.vm import State, Vm
 from vmd.record import Record
 
-
 AnyParent = Any  # a Parent whose rooms are replaced by test doubles
 
 

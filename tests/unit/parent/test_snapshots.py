@@ -330,7 +330,7 @@ def test_the_base_of_a_disk_may_have_any_format(rig: Rig) -> None:
     rig.lose()
     assert rig.failure()[0] == errno.EIO
     rig.vm.disks = (DiskImages(images=(base.replace(path="/root"), top)),)
-    with pytest.raises(OperatorError, match="disk /root is raw: only qcow2 images have snapshots"):
+    with pytest.raises(OperatorError, match="disk /root: is raw: only qcow2 images have snapshots"):
         rig.ask(LIST)
 
 
