@@ -119,6 +119,11 @@ def test_strerror_is_not_called_without_a_number() -> None:
     assert lines_with(r"strerror\([^)]*\bor\b") == []
 
 
+def test_programs_do_not_wait_with_select() -> None:
+    """`select` raises ValueError for a descriptor from 1024 on.  Without descriptors it only sleeps."""
+    assert lines_with(r"select\.select\((?!\[\], \[\], \[\])") == []
+
+
 def test_programs_do_not_count_on_python_s_files() -> None:
     """`sys.stdout` is None if its descriptor was closed at the start, and `print` then silently does nothing."""
     bad = [

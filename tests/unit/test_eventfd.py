@@ -2,7 +2,8 @@
 
 import os
 
-from vmd.eventfd import drain, eventfd, readable
+from vmd.eventfd import drain, eventfd
+from vmd.readable import readable
 
 
 def test_an_eventfd() -> None:

@@ -10,13 +10,13 @@ flight; after that the receiver holds its end.
 The files travel in one packet, which names each: `files boot disks disks cdrom`.
 """
 
-import select
 import time
 
 from vmd.closing import close_all
 from vmd.errors import HostError
 from vmd.ipc import sockets as socket
 from vmd.ipc.rights import receive, refuse_files, rights_of
+from vmd.readable import readable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -88,8 +88,6 @@ def fetch(sock: socket.socket, timeout_s: float = PATIENCE_S) -> "dict[str, list
     """Ask for the files and wait for them.  Raises OSError if they do not arrive in time; ValueError as `take`."""
     deadline_s = time.monotonic() + timeout_s
     ask(sock)
-    readable = select.poll()
-    readable.register(sock, select.POLLIN)
-    if not readable.poll(max(0.0, deadline_s - time.monotonic()) * 1000):
+    if not readable(sock, max(0.0, deadline_s - time.monotonic())):
         raise TimeoutError
     return take(sock)

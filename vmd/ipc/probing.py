@@ -4,7 +4,6 @@ A question is a packet of arguments, each followed by a NUL.  Its files travel w
 one line (`ipc/probemsg.py`).
 """
 
-import select
 import time
 
 from vmd.closing import close_all
@@ -12,6 +11,7 @@ from vmd.ipc import sockets as socket
 from vmd.ipc.probemsg import ANSWER_MAX
 from vmd.ipc.rights import receive, rights_of
 from vmd.privsep.start import CHANNEL_FD
+from vmd.readable import readable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -55,11 +55,8 @@ def send_question(sock: socket.socket, arguments: "Sequence[str]", files: "Seque
 
 def wait_for_answer(sock: socket.socket, timeout_s: float) -> bytes | None:
     """Wait for the answer to a question that was sent; return the same as `ask`.  Raises OSError."""
-    deadline_s = time.monotonic() + timeout_s
     try:
-        readable = select.poll()
-        readable.register(sock, select.POLLIN)
-        if not readable.poll(max(0.0, deadline_s - time.monotonic()) * 1000):
+        if not readable(sock, timeout_s):
             return None
         return sock.recv(ANSWER_MAX + 1, socket.MSG_DONTWAIT)
     except (BrokenPipeError, ConnectionResetError):

@@ -16,7 +16,6 @@ A failure that concerns one VM or one vmm is logged.  The VM, or all VMs of the 
 import contextlib
 import errno
 import os
-import select
 import socket
 
 from vmd.backlog import Backlog
@@ -33,6 +32,7 @@ from vmd.parent.truth import Transfer, taps_of
 from vmd.parent.usage import host_pid
 from vmd.parent.vm import At, Receiving, Sending, State, Vm
 from vmd.privsep.spawn import Child
+from vmd.readable import readable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -68,9 +68,7 @@ class Adopted(Child):
         """Return 0 when it has ended; None if it still runs at the timeout."""
         if self.pidfd < 0:
             return self.status
-        readable = select.poll()
-        readable.register(self.pidfd, select.POLLIN)
-        if not readable.poll(timeout_s * 1000):
+        if not readable(self.pidfd, timeout_s):
             return None
         # It fails unless the process is our child.  It is our child if this parent was executed in place (upgrade).
         with contextlib.suppress(OSError):

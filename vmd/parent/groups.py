@@ -14,13 +14,13 @@ import contextlib
 import errno
 import itertools
 import os
-import select
 import subprocess
 
 from vmd.config.model import DEFAULT_WEIGHT, VmLimits
 from vmd.errors import HostError, VmdError
 from vmd.privsep.ids import TASKS_MAX
 from vmd.privsep.spawn import ENVIRONMENT
+from vmd.readable import readable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -264,7 +264,7 @@ class Scope:
             try:
                 with contextlib.suppress(OSError):  # systemd-run has failed; its error is read below
                     holder.stdin.write(b"\n")
-                if not select.select([holder.stdout], [], [], SCOPE_S)[0]:
+                if not readable(holder.stdout, SCOPE_S):
                     raise HostError(tried, errno.ETIMEDOUT)
                 if not holder.stdout.read(1):
                     words = holder.stderr.read().decode(errors="replace").strip()

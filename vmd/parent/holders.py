@@ -1,7 +1,6 @@
 """Which process has locked a file that a VM needs: asked of lockholder, which may read the locks of all processes."""
 
 import os
-import select
 
 from vmd.closing import close
 from vmd.errors import VmdError
@@ -9,6 +8,7 @@ from vmd.ipc.holdermsg import FD_ANSWER, FD_PROC, HOLDER, Holder, unpack
 from vmd.log import log
 from vmd.parent.access import owner_text
 from vmd.privsep.spawn import Child, spawn
+from vmd.readable import readable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class Holders:
             timer.cancel()
             self.loop.remove(reader)
             self.at_work.remove(child)
-            answer = os.read(reader, HOLDER.size + 1) if select.select([reader], [], [], 0)[0] else b""
+            answer = os.read(reader, HOLDER.size + 1) if readable(reader) else b""
             close(reader)
             child.kill()
             self.ending.append(child)

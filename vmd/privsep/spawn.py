@@ -6,7 +6,6 @@ their cell.  Otherwise it starts in a `Place` that root prepares, such as `cell.
 
 import fcntl
 import os
-import select
 import sys
 
 from vmd import signals as signal
@@ -14,6 +13,7 @@ from vmd.closing import close
 from vmd.errors import HostError, VmdError
 from vmd.privsep import confine, linux
 from vmd.privsep.start import CHANNEL_FD, CODE_FD
+from vmd.readable import readable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -94,9 +94,7 @@ class Child:
 
     def reap(self, timeout_s: float = 0) -> int | None:
         """Return the exit status, or minus the signal that killed it; None if it still runs after `timeout_s`."""
-        readable = select.poll()
-        readable.register(self.pidfd, select.POLLIN)
-        if not readable.poll(timeout_s * 1000):
+        if not readable(self.pidfd, timeout_s):
             return None
         _, status = os.waitpid(self.pid, 0)
         close(self.pidfd)

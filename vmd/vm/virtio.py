@@ -30,9 +30,10 @@ import os
 
 from vmd.config.model import VirtioMode
 from vmd.errors import PeerError
-from vmd.eventfd import drain, eventfd, readable
+from vmd.eventfd import drain, eventfd
 from vmd.ipc.devmsg import OWN_MAX, PAUSE, RESET
 from vmd.log import RateLimit, log
+from vmd.readable import readable
 from vmd.record import Part, Record
 from vmd.virtio import spec
 from vmd.virtio.transport import COMMON_BYTES, Transport

@@ -12,11 +12,11 @@ import pytest
 
 from tests.support.descriptors import open_descriptors
 from vmd.errors import HostError, OperatorError, PeerError, VmdError
-from vmd.eventfd import readable
 from vmd.guestmem import GuestMemory, RegionSpec
 from vmd.ipc import devmsg
 from vmd.ipc.loop import Loop
 from vmd.log import log
+from vmd.readable import readable
 from vmd.units import PAGE
 from vmd.vm import devproc
 from vmd.vm.devproc import DeviceProcess, DeviceProcesses, Interrupts, are_addresses, start_packet

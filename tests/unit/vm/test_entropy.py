@@ -34,12 +34,12 @@ from tests.support.virtiopci import (
     Kvm,
     Machine,
 )  # fmt: skip
-from vmd.eventfd import readable
 from vmd.guestmem import GuestMemory
 from vmd.ipc import devmsg
 from vmd.ipc.loop import Loop
 from vmd.memfile import sealed_file
 from vmd.parent.figures import slots
+from vmd.readable import readable
 from vmd.virtio.queue import CHAIN_MAX
 from vmd.vm import entropy as module
 from vmd.vm import virtio

@@ -56,8 +56,8 @@ from tests.support.virtiopci import (
     act,
 )
 from vmd.config.model import VirtioMode
-from vmd.eventfd import readable
 from vmd.log import log
+from vmd.readable import readable
 from vmd.virtio import spec
 from vmd.virtio.transport import COMMON_BYTES
 from vmd.vm import virtio
