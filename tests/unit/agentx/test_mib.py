@@ -179,3 +179,12 @@ def test_affected_vms() -> None:
 def test_notifications_have_a_state() -> None:
     """Each of these notifications belongs to one state.  Those for suspended (6) and deleted (10) VMs do not."""
     assert sorted(OF_STATE.values()) == [1, 2, 3, 4, 5, 7, 8, 9]
+
+
+@pytest.mark.parametrize("switches", [(True, False), (False, True)])
+def test_the_switches_of_notifications(switches: tuple[bool, bool]) -> None:
+    """Each variable tells its own switch, as a TruthValue."""
+    per_vm, bulk = switches
+    shown = mib.View([], ABOUT, per_vm=per_vm, bulk=bulk)
+    found = [dict(zip(shown.names, shown.values, strict=True))[name][1] for name in (mib.PER_VM, mib.BULK)]
+    assert found == [1 if switch else 2 for switch in switches]

@@ -11,6 +11,8 @@ def test_object_identifiers() -> None:
     assert notifications.SNMP_TRAP_OID == (1, 3, 6, 1, 6, 3, 1, 1, 4, 1, 0)
     scalars = (mib.HYPERVISOR, mib.PER_VM, mib.BULK, mib.AFFECTED)
     assert [name[7:] for name in scalars] == [(1, 1), (1, 9, 0), (1, 10, 0), (1, 11, 0)]
+    columns = (mib.NAME, mib.UUID, mib.OPER_STATE, mib.PERSISTENT)
+    assert [name[7:] for name in columns] == [(1, 4, 1, number) for number in (2, 3, 6, 8)]
     entries = (mib.VM_ENTRY, mib.CPU_ENTRY, mib.STORAGE_ENTRY, mib.NETWORK_ENTRY)
     assert [entry[7:] for entry in entries] == [(1, 4, 1), (1, 5, 1), (1, 7, 1), (1, 8, 1)]
 
