@@ -454,3 +454,13 @@ def test_files_written_by_the_kernel_are_read(tmp_path: Path) -> None:
             check_content(disk, path, Content(700_000, ((0, 700_000),), 2))
     assert disk.find("/punched").content(100_000) == b"x" * 20480 + bytes(40960) + b"x" * (100_000 - 61440)
     assert disk.find("/allocated").content(500_000) == bytes(500_000)
+
+
+def test_files_of_other_owners_are_read(tmp_path: Path) -> None:
+    """Mode, owner and group are beside each other in an inode."""
+    plant(tmp_path / "tree", {"theirs": Content(50, ((0, 50),))})
+    image = ext_image(tmp_path / "image", tmp_path / "tree")
+    for field, value in (("uid", 1001), ("gid", 2002)):
+        run("debugfs", "-w", "-R", f"set_inode_field theirs {field} {value}", image)
+
+    check_content(opened_file(image), "theirs", Content(50, ((0, 50),)))

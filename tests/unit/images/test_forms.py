@@ -394,6 +394,21 @@ def test_version_2_keeps_the_bytes_behind_its_header(tmp_path: Path) -> None:
     based.close()
 
 
+@pytest.mark.parametrize("leads_to", ["middle of a cluster", "middle of the header"])
+def test_snapshot_of_an_image_whose_table_is_not_a_cluster(tmp_path: Path, leads_to: str) -> None:
+    """The image is corrupt, and its clusters are not counted by what is there."""
+    image, _ = made(tmp_path, "cluster_size=4k")
+    write(image, 0, b"x" * 512)
+    image.flush()
+    table = image.l1[0] & OFFSET_MASK
+    image.l1[0] = (table + 512 if leads_to == "middle of a cluster" else 512) | COPIED
+
+    with pytest.raises(ImageError, match=f"an L1 entry leads to {image.l1[0] & OFFSET_MASK}, which is not a cluster"):
+        Rewrite(image).create("one")
+    image.l1[0] = table | COPIED
+    image.close()
+
+
 # -- devices
 
 

@@ -510,3 +510,30 @@ def test_dirty_image_whose_refcounts_end_before_its_clusters(tmp_path: Path) -> 
                 opened_qcow2(tmp_path / "image")
         else:
             opened_qcow2(tmp_path / "image").close()
+
+
+@pytest.mark.parametrize("kind", ["file", "device"])
+def test_old_bytes_of_a_cluster_that_is_used_again_are_not_read(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Storage that cannot give room back still has them, and a write of a part has to fill the rest."""
+    monkeypatch.setattr(qcow2, "fallocate", lambda *_arguments: (_ for _ in ()).throw(OSError(errno.EOPNOTSUPP, "no")))
+    image = made(tmp_path, USUAL, 2 * MIB)
+    image.device = kind == "device"
+    write(image, 0, b"old" * (CLUSTER // 3) + b"o")
+    place = image.slices[0].table[0] & OFFSET_MASK
+    image.discard(0, CLUSTER)
+    image.flush()
+    write(image, MIB + 1024, b"new" * 100)
+
+    assert image.slices[0].table[MIB // CLUSTER] & OFFSET_MASK == place
+    assert read(image, MIB, CLUSTER) == (bytes(1024) + b"new" * 100).ljust(CLUSTER, b"\0")
+    image.close()
+
+
+@pytest.mark.parametrize(("size", "clusters"), [(4 << 40, 4), ((4 << 40) + 512, 5)])
+def test_an_empty_image_has_no_more_clusters_than_it_needs(tmp_path: Path, size: int, clusters: int) -> None:
+    """Header, refcount table, refcount block, and the L1 table, of which a cluster is enough for 4 TiB."""
+    create(str(tmp_path / "image"), "qcow2", size)
+    assert (tmp_path / "image").stat().st_size == clusters * CLUSTER
+    assert problems(tmp_path / "image") == {}

@@ -1,6 +1,7 @@
 """Starting processes: what they find, how they end, and what is told about those that cannot be started."""
 
 import errno
+import importlib
 import json
 import os
 import signal
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from vmd.errors import HostError, VmdError
-from vmd.privsep import cellfiles, spawn
+from vmd.privsep import cellfiles, spawn, start
 
 DEADLINE_S = 60.0
 TITLE = "vm/a-rather-long-name/vioblk0"
@@ -121,6 +122,24 @@ def test_modules_beside_our_packages_do_not_hide_the_standard_library(tmp_path: 
     child = spawn.spawn("probe", import_path=(str(tmp_path), *cellfiles.import_path(("vmd",))), entry="probe:main")
 
     assert child.reap(60) == 2
+
+
+@pytest.mark.parametrize(
+    ("module", "names"),
+    [
+        ("vmd.privsep.start", "CHANNEL_FD CODE_FD"),
+        ("vmd.ipc.logpair", "JOURNAL_FD"),
+        ("vmd.ipc.holdermsg", "FD_ANSWER FD_PROC"),
+        ("vmd.vm.streamprobe", "FD_ANSWER FD_STREAM"),
+        ("vmd.parent.children", "LOCK_FD"),
+    ],
+)
+def test_places_of_descriptors(module: str, names: str) -> None:
+    """No descriptor of a process takes the place of standard input, output or error, or of another one."""
+    numbers = [getattr(importlib.import_module(module), name) for name in names.split()]
+    assert min(numbers) >= 3
+    assert len(set(numbers) | {start.CHANNEL_FD}) == len(numbers) + (start.CHANNEL_FD not in numbers)
+    assert max(numbers) < spawn.FD_TARGETS
 
 
 # --- what a process finds ----------------------------------------------------------------------------------------
