@@ -1,6 +1,6 @@
 """Plugins of pytest.  `Follow` records for each test the lines that it reaches, its duration, and whether it passes.
 
-A test that starts a Python process may reach any line there, so it counts as reaching all lines.
+A test that forks, or starts a Python process, may reach any line in that process: it counts as reaching all lines.
 `Choose` runs only given tests: the fastest file first, and in each file the fastest test first.
 """
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 START_THREAD = _thread.start_new_thread
 STARTS = ("subprocess.Popen", "os.posix_spawn")  # the interpreter's events whose first argument is a program
+FORKS = ("os.fork", "os.forkpty")
 
 
 @dataclass(slots=True)
@@ -35,7 +36,7 @@ class Test:
     seconds: float = 0.0
     passed: bool = True
     lines: dict[str, int] = field(default_factory=dict)  # by module: a bit for each line
-    starts: bool = False  # whether it starts a Python process
+    starts: bool = False  # whether it forks or starts a Python process
 
     def reaches(self, module: str, first: int, last: int) -> bool:
         """Return whether the test reaches one of these lines, or may do so in a process that it starts."""
@@ -62,7 +63,7 @@ class Follow:
         self.shared: dict[str, Test] = {}  # by file: the lines that fixtures reach; several tests may share fixtures
         self.loading = Test()  # the lines that run when modules are imported
         self.now: dict[str, set[int]] = {module: set() for module in modules}
-        self.starts = False  # whether a Python process was started
+        self.starts = False  # whether a Python process was started or forked
 
     def _on_call(self, frame: "FrameType", _event: str, _argument: object) -> "Tracer | None":
         return self._on_line if frame.f_code.co_filename in self.files else None
@@ -78,7 +79,7 @@ class Follow:
         sys.addaudithook(self._on_event)
 
     def _on_event(self, event: str, arguments: tuple[object, ...]) -> None:
-        if event in STARTS and os.path.basename(str(arguments[0])).startswith("python"):
+        if event in FORKS or (event in STARTS and os.path.basename(str(arguments[0])).startswith("python")):
             self.starts = True
 
     def pytest_collection_finish(self) -> None:

@@ -120,3 +120,17 @@ def test_somebody_who_waits_goes_on_meanwhile(
     with pytest.raises(TimeoutError):
         probing.wait_patiently(ours, 0.0, go_on)
     assert len(looks) == 3
+
+
+def test_somebody_waits_until_the_end_of_their_time(
+    ends: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A look begins as long as any time is left."""
+    monkeypatch.setattr(probing, "LOOK_S", 0.0)
+    now_s = iter((100.0, 100.5, 100.99, 101.0))
+    monkeypatch.setattr(probing.time, "monotonic", lambda: next(now_s))
+    looks: list[int] = []
+
+    with pytest.raises(TimeoutError):
+        probing.wait_patiently(ends[0], 1.0, lambda: looks.append(1))
+    assert len(looks) == 2

@@ -65,6 +65,22 @@ def test_it():
     code = "from vmd.it import loose; raise SystemExit(loose(10))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 '''
+FORK_TESTS = '''"""A test of code that runs in a child."""
+
+import os
+
+from vmd.it import loose
+
+
+def test_it():
+    pid = os.fork()
+    if not pid:
+        try:
+            os._exit(loose(10))
+        finally:
+            os._exit(2)
+    assert os.waitpid(pid, 0)[1] == 0
+'''
 THREAD_TESTS = '''"""A test of code that runs on a thread."""
 
 from vmd import threads
@@ -140,6 +156,13 @@ def test_processes_load_the_change(top: Path) -> None:
 def test_a_unit_test_may_reach_the_change_in_a_process(top: Path) -> None:
     """A test that starts the program counts as reaching all its lines."""
     (top / "tests/unit/test_it_too.py").write_text(PROCESS_TESTS)
+
+    assert "all: 3 of 4" in mutants(top, "--near", "vmd/it.py:9").stdout
+
+
+def test_a_unit_test_may_reach_the_change_after_a_fork(top: Path) -> None:
+    """A tracer does not see what a child does, such as the steps before it becomes another program."""
+    (top / "tests/unit/test_it_too.py").write_text(FORK_TESTS)
 
     assert "all: 3 of 4" in mutants(top, "--near", "vmd/it.py:9").stdout
 

@@ -18,6 +18,7 @@ from vmd.errors import HostError, OperatorError, PeerError
 from vmd.ipc import process as process_module
 from vmd.ipc.fence import OUR_FAULT
 from vmd.ipc.imsg import Envelope
+from vmd.ipc.loop import Loop
 from vmd.ipc.messages.children import Quit, Ready, SetVerbosity
 from vmd.ipc.messages.priv import (
     AdoptNics,
@@ -321,6 +322,14 @@ def test_a_kernel_that_tells_no_changes(rig: Rig, monkeypatch: pytest.MonkeyPatc
     rig.priv.listen()
     assert rig.host.said == [f"damage to networks will not be repaired: listen: {os.strerror(errno.EPERM)}"]
     assert rig.priv.changes is None
+
+
+def test_the_first_look_comes_by_itself(monkeypatch: pytest.MonkeyPatch, host: Host) -> None:
+    """It begins them all."""
+    delays: list[tuple[float, str]] = []
+    monkeypatch.setattr(Loop, "call_later", lambda _loop, delay_s, call: delays.append((delay_s, call.__name__)))
+    Rig(monkeypatch, host)
+    assert delays == [(LOOK_S, "look")]
 
 
 @pytest.mark.parametrize("fails", [False, True])
