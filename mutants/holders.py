@@ -7,10 +7,12 @@ not possible for tests with processes, which are chosen by name.
 
 import ast
 import functools
+import re
 from pathlib import Path
 
 FAR = 2  # most imports between a unit test and a module that it covers; imports of test support do not count
 PROGRAMS = ("vmd", "vmctl")
+DOTTED = re.compile(r"(vmd|vmctl)(\.\w+)+")  # for `import_module`
 UNIT, REST = "tests/unit", ("tests/process", "tests/guest")
 # Tests with processes whose names differ from the module's, by the beginning of the module's path.
 NAMES = {
@@ -134,11 +136,13 @@ def _files(top: Path, name: str) -> tuple[Path, ...]:
 
 @functools.cache
 def _imports(path: Path) -> frozenset[str]:
-    """Return the modules that a file imports, and the names that it imports from them, as dotted names."""
+    """Return the modules that a file imports or names in a text, and the names that it imports from them, dotted."""
     found = set()
     for node in ast.walk(ast.parse(path.read_bytes())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module is not None:
             found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and DOTTED.fullmatch(node.value):
+            found.add(node.value)
     return frozenset(found)

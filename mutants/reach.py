@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 START_THREAD = _thread.start_new_thread
 STARTS = ("subprocess.Popen", "os.posix_spawn")  # the interpreter's events whose first argument is a program
 FORKS = ("os.fork", "os.forkpty")
+STARTERS = ("python", "sh", "bash", "env", "unshare")  # programs that may start Python
 
 
 @dataclass(slots=True)
@@ -79,7 +80,7 @@ class Follow:
         sys.addaudithook(self._on_event)
 
     def _on_event(self, event: str, arguments: tuple[object, ...]) -> None:
-        if event in FORKS or (event in STARTS and os.path.basename(str(arguments[0])).startswith("python")):
+        if event in FORKS or (event in STARTS and os.path.basename(str(arguments[0])).startswith(STARTERS)):
             self.starts = True
 
     def pytest_collection_finish(self) -> None:

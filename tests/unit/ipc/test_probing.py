@@ -4,6 +4,7 @@ import contextlib
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -128,7 +129,7 @@ def test_somebody_waits_until_the_end_of_their_time(
     """A look begins as long as any time is left."""
     monkeypatch.setattr(probing, "LOOK_S", 0.0)
     now_s = iter((100.0, 100.5, 100.99, 101.0))
-    monkeypatch.setattr(probing.time, "monotonic", lambda: next(now_s))
+    monkeypatch.setattr(time, "monotonic", lambda: next(now_s))
     looks: list[int] = []
 
     with pytest.raises(TimeoutError):

@@ -17,10 +17,11 @@ ROOT = Path(__file__).resolve().parents[3]
         ("vmd/devices/vionet/receive.py", "tests/unit/devices/test_vionet_ring.py"),
         ("vmd/images/qcow2.py", "tests/unit/images/test_images.py"),
         ("vmctl/commands/status.py", "tests/unit/vmctl/test_status.py"),
+        ("vmd/vm/boot/fwcfg.py", "tests/unit/vm/test_numbers.py"),
     ],
 )
 def test_unit_tests_of_a_module(module: str, test: str) -> None:
-    """They are found by their names and by their imports."""
+    """They are found by their names, by their imports, and by the names that they give to `import_module`."""
     assert any(test in files for files in unit_tests(ROOT, module))
 
 

@@ -101,6 +101,9 @@ def test_it():
 '''
 
 
+SHELL_TESTS = PROCESS_TESTS.replace("[sys.executable,", '["sh", "-c", \'exec "$0" "$@"\', sys.executable,')
+
+
 @pytest.fixture
 def top(tmp_path: Path) -> Path:
     """The checkout."""
@@ -153,9 +156,10 @@ def test_processes_load_the_change(top: Path) -> None:
     assert "all: 1 of 4" in part.stdout
 
 
-def test_a_unit_test_may_reach_the_change_in_a_process(top: Path) -> None:
+@pytest.mark.parametrize("tests", [PROCESS_TESTS, SHELL_TESTS], ids=["itself", "by a shell"])
+def test_a_unit_test_may_reach_the_change_in_a_process(top: Path, tests: str) -> None:
     """A test that starts the program counts as reaching all its lines."""
-    (top / "tests/unit/test_it_too.py").write_text(PROCESS_TESTS)
+    (top / "tests/unit/test_it_too.py").write_text(tests)
 
     assert "all: 3 of 4" in mutants(top, "--near", "vmd/it.py:9").stdout
 

@@ -261,6 +261,18 @@ def test_a_start_is_for_the_owner(rig: Rig) -> None:
     assert [*rig.openings.asked] == [vm.vmid]
 
 
+@pytest.mark.parametrize("origin", ["", "/etc/vm.conf:7"])
+def test_notes_about_a_start_are_logged(rig: Rig, capfd: pytest.CaptureFixture[str], origin: str) -> None:
+    """With the place of the VM in vm.conf, if it has one."""
+    vm = rig.add()
+    rig.life.note(vm, vm.config.replace(origin=origin), ["one thing", "another"])
+
+    where = f"{origin}: " if origin else ""
+    errors = capfd.readouterr().err
+    assert [f"{where}vm a: {note}\n" in errors for note in ("one thing", "another")] == [True, True]
+    assert vm.notes == ("one thing", "another")
+
+
 def test_files_that_cannot_be_opened_end_the_start(rig: Rig, capfd: pytest.CaptureFixture[str]) -> None:
     """The client that started the VM, and clients that wait for its end, get the reason.
 

@@ -4,8 +4,11 @@ import os
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
+import vmd.vm.build
 from vmd.config.model import VmConfig
-from vmd.vm.build import build
+from vmd.vm.build import FromImages, build
 from vmd.vm.kinds import INTERFACE, SEED
 from vmd.vm.slots import Slot
 
@@ -56,3 +59,27 @@ def test_no_device_descriptor_is_open_while_a_boot_image_is_read() -> None:
 
     assert source.open == {"machine": [True] * 3, "fill": [False] * 3}
     assert built.seed == b"cidata"
+
+
+@pytest.mark.parametrize("firmware_bytes", [0, 128 << 10])
+def test_the_last_steps_of_a_machine_from_images(firmware_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A guest without firmware finds its devices at addresses that we have assigned.  SeaBIOS assigns them itself."""
+    steps: list[object] = []
+    first, second = (SimpleNamespace(vcpu=name) for name in ("first", "second"))
+    machine: Any = SimpleNamespace(
+        firmware_bytes=firmware_bytes,
+        pci=SimpleNamespace(assign_resources=lambda: steps.append("assign")),
+        vcpus=[first, second],
+        outside=SimpleNamespace(loop="loop"),
+    )
+    monkeypatch.setattr(
+        vmd.vm.build, "set_boot_msrs", lambda vcpus, *, direct_boot: steps.append((*vcpus, direct_boot))
+    )
+    monkeypatch.setattr(vmd.vm.build, "apply_start", lambda vcpu, start: steps.append((vcpu, start)))
+    monkeypatch.setattr(vmd.vm.build, "Pause", lambda *arguments: arguments)
+    source: Any = FromImages(-1, "", None, "", -1)
+    source.start = "its state"
+
+    assert source.finish(machine) == (machine, "loop")
+    direct = not firmware_bytes
+    assert steps == [*["assign"] * direct, ("first", "second", direct), ("first", "its state")]
