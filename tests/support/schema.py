@@ -27,6 +27,13 @@ def check(text: str, name: str) -> dict[str, Any]:
     return document
 
 
+def document(result: tuple[int, str, str], name: str) -> dict[str, Any]:
+    """Return the document that vmctl has printed.  `result` is its status, output and errors; it must have succeeded."""
+    status, output, errors = result
+    assert (status, errors) == (0, "")
+    return check(output, name)
+
+
 def compare(value: object, schema: "dict[str, Any]", where: str) -> None:
     """Raise AssertionError if a value does not match a schema, or if the schema has an unsupported keyword."""
     assert set(schema) <= KNOWN, f"{where}: {set(schema) - KNOWN}"

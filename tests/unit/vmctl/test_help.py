@@ -81,7 +81,7 @@ def test_versions_that_still_serve_vms(vmctl: Vmctl, daemon: FakeDaemon) -> None
 
     lines = (f"vmctl {VERSION}", "vmd 9.9", "generation 1: vmd 9.1, 1 VM", "generation 2: vmd 9.2, 2 VMs", "")
     assert vmctl("version") == (0, "\n".join(lines), "")
-    assert schema.check(vmctl("version", "--json")[1], "version")["generations"] == [
+    assert schema.document(vmctl("version", "--json"), "version")["generations"] == [
         {"number": 1, "version": "9.1", "vms": 1}, {"number": 2, "version": "9.2", "vms": 2}
     ]  # fmt: skip
 

@@ -85,7 +85,7 @@ def test_versions(vmctl: Vmctl, daemon: FakeDaemon, tmp_path: Path) -> None:
     """The document has both versions, or why the daemon's is unknown."""
     daemon.answers(End())
 
-    assert schema.check(vmctl("version", "--json")[1], "version")["vmd"] == "9.9"
+    assert schema.document(vmctl("version", "--json"), "version")["vmd"] == "9.9"
     status, output, _ = vmctl("version", "--json", socket=str(tmp_path / "none.sock"))
     assert (status, schema.check(output, "error")["code"]) == (3, errno.ENOENT)
 

@@ -32,7 +32,7 @@ def test_the_document(vmctl: Vmctl, daemon: FakeDaemon) -> None:
     """Every figure has a key, with its usual name."""
     daemon.answers(EVERYTHING, NOTHING, End())
 
-    everything, nothing = schema.check(vmctl("metrics", "--json")[1], "metrics")["vms"]
+    everything, nothing = schema.document(vmctl("metrics", "--json"), "metrics")["vms"]
 
     assert everything["disks"][1]["read_bytes"] == EVERYTHING.disks[1].read_bytes
     assert everything["interfaces"][0]["lladdr"] == "02:00:00:00:00:01"

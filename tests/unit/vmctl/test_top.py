@@ -192,7 +192,7 @@ def test_the_document(vmctl: Vmctl, daemon: FakeDaemon) -> None:
     """It is for one interval of any length."""
     daemon.script = Growing()
 
-    document = schema.check(vmctl("top", "--json", "0.1")[1], "top")
+    document = schema.document(vmctl("top", "--json", "0.1"), "top")
 
     (vm,) = document["vms"]
     assert document["interval_s"] >= 0.1

@@ -25,7 +25,7 @@ def test_other_version_takes_over(vmctl: Vmctl, daemon: FakeDaemon) -> None:
     daemon.script = taken_over
 
     assert vmctl("upgrade") == (0, f"vmctl {VERSION}\nvmd 9.9\n", "")
-    assert schema.check(vmctl("upgrade", "--json")[1], "upgrade")["vmd"] == "9.9"
+    assert schema.document(vmctl("upgrade", "--json"), "upgrade")["vmd"] == "9.9"
     assert daemon.requests == [UpgradeRequest(), GenerationsRequest()] * 2
 
 
@@ -34,7 +34,7 @@ def test_rehearsal(vmctl: Vmctl, daemon: FakeDaemon) -> None:
     daemon.script = lambda request: (Ok(),) if isinstance(request, UpgradeRequest) else (GENERATION, End())
 
     assert vmctl("upgrade", "-n") == (0, "", "vmctl: the installed version can take over\n")
-    assert schema.check(vmctl("upgrade", "-n", "--json")[1], "upgrade")["vmd"] == "9.9"
+    assert schema.document(vmctl("upgrade", "-n", "--json"), "upgrade")["vmd"] == "9.9"
     assert daemon.requests[0] == UpgradeRequest(rehearse_only=True)
 
 
