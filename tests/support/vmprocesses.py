@@ -39,10 +39,15 @@ class VmProcess:
         self.uid = uid
         self.in_group = in_group
         reading, self.writing = os.pipe()
+        begun, begins = os.pipe()
         # A separate program inherits no descriptors, so a channel ends when the test closes its end.
-        program = ["sh", "-c", "read -r status && exit $status"]
-        self.pid = os.posix_spawn("/bin/sh", program, {}, file_actions=[(os.POSIX_SPAWN_DUP2, reading, 0)])
+        program = ["sh", "-c", "echo && read -r status && exit $status"]
+        actions = [(os.POSIX_SPAWN_DUP2, reading, 0), (os.POSIX_SPAWN_DUP2, begins, 1)]
+        self.pid = os.posix_spawn("/bin/sh", program, {}, file_actions=actions)
         os.close(reading)
+        os.close(begins)
+        os.read(begun, 1)  # posix_spawn returns a moment before the kernel closes the inherited descriptors
+        os.close(begun)
 
     def exit(self, status: int) -> None:
         """Make it end with a status and wait for its end, without reaping it."""
