@@ -279,6 +279,13 @@ def test_read_only_registers_stay(machine: Machine, register: int) -> None:
     assert machine.guest.read(1, register) == before
 
 
+def test_the_latency_timer_takes_every_value(machine: Machine) -> None:
+    """It has no effect.  Firmware writes it."""
+    for value in (0xFF, 0x40, 0):
+        machine.guest.write(1, pci.LATENCY_TIMER, value, 1)
+        assert machine.guest.read(1, pci.LATENCY_TIMER, 1) == value
+
+
 def test_command_register_keeps_its_writable_bits(machine: Machine) -> None:
     """The function is told once for each change."""
     machine.guest.write(1, 0x04, 0xFFFF, 2)

@@ -193,6 +193,8 @@ def test_the_log_shows_where_a_vcpu_has_stopped(
         assert part in shown, part
     names = [field[0] for field in abi.kvm_regs._fields_]
     assert all(f"{name}=" in shown for name in names)
+    counts = [sum(f"{name}=0" in line for name in names) for line in shown.splitlines()]
+    assert [count for count in counts if count > 1] == [4, 4, 4, 4, 2]  # registers on each line
 
 
 @pytest.mark.parametrize(("mapped", "text"), [({}, "not mapped"), ({0: 1 << 40}, "not readable")])

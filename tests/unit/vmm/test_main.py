@@ -102,6 +102,17 @@ def test_a_vm_goes_to_the_process_in_reserve(rig: VmmRig) -> None:
     assert rig.vms == [reserve]
 
 
+def test_the_group_of_a_vm_is_closed(rig: VmmRig) -> None:
+    """Its process has joined it.  Otherwise each VM would take a descriptor of vmm."""
+    rig.begin(1)
+    reserve = rig.process.reserve
+    assert reserve is not None
+    group_fd = reserve.slot.group_fd
+    assert os.fstat(group_fd)
+    rig.start(7, A)
+    assert reserve.slot.group_fd == -1
+
+
 def test_the_next_reserve_is_started_when_the_guest_runs(rig: VmmRig) -> None:
     """If the guest never runs, it is started after some time.  Its devices are those of the last VM."""
     disks = (DiskImages(images=(ImageLink(path="/d", format="qcow2"),)),)
