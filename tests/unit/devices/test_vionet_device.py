@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from tests.support.figures import unseen
+from tests.support.movers import end_thread
 from tests.support.packets import GUEST4, HOST4, HOST_LLADDR, LLADDR
 from tests.support.packettap import PacketTap
 from vmd.devices.vionet import announce
@@ -128,8 +129,9 @@ class Nic:
         return found
 
     def close(self) -> None:
-        """Stop the thread."""
+        """End the thread, and close the descriptors."""
         self.device.quiesce(forget=True)
+        end_thread(self.device.mover)
         self.network.close()
         os.close(self.tap.fd)
 

@@ -16,6 +16,7 @@ import pytest
 from tests.support.fakedriver import DATA, DEADLINE_S, LAYOUT, MODERN, ROM, WRITE, Desc, Ring, release
 from tests.support.fakevhost import RX, TX, FakeVhost
 from tests.support.figures import unseen
+from tests.support.movers import end_thread
 from tests.support.packets import DISCOVER, GUEST4, HOST4, HOST_LLADDR, LLADDR, OFFER, Answer, any_frame, dhcp
 from tests.support.packettap import PacketTap
 from vmd.devices.process import Host
@@ -180,14 +181,15 @@ class Rig:
         return found
 
     def close(self) -> None:
-        """Release everything that uses the memory."""
+        """Release everything that uses the memory, and close the descriptors."""
         self.kernel.refuses = ""
         self.device.quiesce(forget=True)
+        end_thread(self.device.mover)
         self.device.queues = []
         self.device.receiver.begin()
         for end in (self.network, self.guest_side):
             end.close()
-        for fd in (self.tap.fd, self.device.packets.fd, self.device.vhost.failed):
+        for fd in (self.tap.fd, self.device.packets.fd, self.device.vhost.failed, *self.services.host.calls):
             os.close(fd)
         for queue in self.queues:
             release(queue)

@@ -11,6 +11,7 @@ import pytest
 
 from tests.support.fakedriver import DEADLINE_S, LAYOUT, Ring, release
 from tests.support.figures import unseen
+from tests.support.movers import close, end_thread
 from vmd.devices.vionet import mover as movers
 from vmd.devices.vionet.mover import Mover
 from vmd.devices.vionet.worker import Worker
@@ -60,6 +61,11 @@ class Gate:
         """Let the thread continue."""
         os.eventfd_write(self.opened, 1)
 
+    def close(self) -> None:
+        """Close the eventfds.  No thread may use the gate any more."""
+        os.close(self.reached)
+        os.close(self.opened)
+
 
 class Recorder(Worker):
     """The worker of a queue.  It records its steps, and waits at a gate in each turn."""
@@ -104,6 +110,7 @@ class Moved:
         self.workers = Recorder(services, 0, self.kicks[0]), Recorder(services, 1, self.kicks[1])
         self.mover = Mover(services, self.tap.fileno(), self.workers)
         self.mover.start()
+        self.failed = False  # the thread has ended by an exception
 
     def go(self, queues: list[Queue]) -> None:
         """Start the thread, and let it serve both queues once."""
@@ -115,12 +122,17 @@ class Moved:
             worker.gate.open()
 
     def close(self) -> None:
-        """Stop the thread.  It cannot be ended."""
+        """End the thread, and close the descriptors."""
         for worker in self.workers:
             worker.gate.open()
         self.mover.stop()
+        if self.failed:
+            close(self.mover)
+        else:
+            end_thread(self.mover)
         for worker in self.workers:
             worker.queue = None
+            worker.gate.close()
         self.host.close()
         self.tap.close()
 
@@ -281,7 +293,8 @@ def test_a_stopped_thread_sleeps(services: Services) -> None:
     """It uses no processor until `go`."""
     asked: SimpleQueue[None] = SimpleQueue()
     kick = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-    mover = Mover(services, -1, (Recorder(services, 0, kick), Recorder(services, 1, os.dup(kick))))
+    workers = Recorder(services, 0, kick), Recorder(services, 1, os.dup(kick))
+    mover = Mover(services, -1, workers)
     sleep = mover.stop_epoll
 
     class Watched:
@@ -294,6 +307,11 @@ def test_a_stopped_thread_sleeps(services: Services) -> None:
     asked.get(timeout=DEADLINE_S)
     mover.look()
     asked.get(timeout=DEADLINE_S)
+
+    mover.stop_epoll = sleep
+    end_thread(mover)
+    for worker in workers:
+        worker.gate.close()
 
 
 IN, OUT = select.EPOLLIN, select.EPOLLOUT
@@ -318,8 +336,9 @@ def test_events_of_the_tap_follow_the_wishes_of_the_queues(services: Services) -
     host.close()
     assert mover.epoll.poll(0) == []
     tap.close()
-    for fd in kicks:
-        os.close(fd)
+    close(mover)
+    for worker in workers:
+        worker.gate.close()
 
 
 def test_thread_that_did_not_notice_its_stop_still_begins_again(moved: Moved, queues: list[Queue]) -> None:
@@ -380,5 +399,6 @@ def test_internal_error_ends_the_process(moved: Moved, queues: list[Queue], serv
     worker.gate.open()
 
     job = services.posts.get(timeout=DEADLINE_S)
+    moved.failed = True
     with pytest.raises(ValueError, match="a bug"):
         job()
