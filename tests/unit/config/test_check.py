@@ -118,7 +118,9 @@ def test_settings_of_another_file(conf: Loader) -> None:
 
 def test_a_vm_beyond_the_limits(conf: Loader) -> None:
     """A VM that could not run even alone gets a warning, with the limit at any place in the file."""
-    conf.load("limit vcpus 2\nvm a { vcpus 3 }\nvm b { vcpus 2 }\nvm c { memory 2G }\nlimit memory 1G\n")
+    conf.load(
+        "limit vcpus 2\nvm a { vcpus 3 }\nvm b { vcpus 2 }\nvm c { memory 2G }\nvm d { memory 1G }\nlimit memory 1G\n"
+    )
 
     assert conf.warnings == [
         f'{conf.path}:2: vm "a": vcpus 3 are more than limit vcpus 2',

@@ -213,6 +213,7 @@ def test_owner_errors(conf: Loader, text: str, error: str) -> None:
         ("agentx context vms", AgentxConfig(context="vms")),
         ("agentx path /run/x", AgentxConfig(path="/run/x")),
         ("agentx context vms path /run/x", AgentxConfig(context="vms", path="/run/x")),
+        (f"agentx context {'c' * 32} path /{'p' * 106}", AgentxConfig(context="c" * 32, path="/" + "p" * 106)),
     ],
 )
 def test_agentx(conf: Loader, text: str, expected: AgentxConfig) -> None:
@@ -229,7 +230,7 @@ def test_agentx(conf: Loader, text: str, expected: AgentxConfig) -> None:
     ],
 )
 def test_agentx_errors(conf: Loader, text: str, error: str) -> None:
-    """The path of a socket has at most 107 bytes."""
+    """The path of a socket has at most 107 bytes, and a context has 32."""
     assert conf.errors(f"agentx {text}\n") == [f"1: {error}"]
 
 
@@ -243,8 +244,17 @@ def test_metrics(conf: Loader) -> None:
     assert conf.load("").settings.metrics == ()
 
 
+@pytest.mark.parametrize("place", ["127.0.0.1:1", "127.0.0.1:65535", "[fd00::1]:1", f"/{'p' * 106}"])
+def test_bounds_of_metrics(conf: Loader, place: str) -> None:
+    """The first and the last port, and the longest path of a socket, are valid."""
+    (listen,) = conf.load(f'metrics listen "{place}"\n').settings.metrics
+
+    assert str(listen) == place
+
+
 @pytest.mark.parametrize("place", [
     "9177", "127.0.0.1", "localhost:9177", "127.0.0.1:0", "127.0.0.1:65536", "127.0.0.1:-1", "127.0.0.1:x", "::1:9177",
+    "[::1:9177", "::1]:9177",
     "[127.0.0.1]:1", "[::1]", "[fe80::1%eth0]:1", "1.2.3:1", "127.0.0.1:+1", "run/m", f"/{'p' * 107}",
 ])  # fmt: skip
 def test_metrics_errors(conf: Loader, place: str) -> None:
@@ -1063,6 +1073,8 @@ def test_console_log_of_two_vms(conf: Loader) -> None:
         ("{ memory 3G cpu 150% weight 200 }", VmLimits(memory_bytes=3 << 30, cpu_percent=150, weight=200)),
         ("{\n\nweight 1\n\ncpu 5%,\n memory 1073741824\n}", VmLimits(memory_bytes=1 << 30, cpu_percent=5, weight=1)),
         ("{ cpu 7% }", VmLimits(cpu_percent=7)),
+        ("{ memory 1G }", VmLimits(memory_bytes=1 << 30)),
+        ("{ weight 7 }", VmLimits(weight=7)),
     ],
 )
 def test_limits_of_a_vm(conf: Loader, text: str, limits: VmLimits) -> None:

@@ -263,6 +263,20 @@ def test_expansion_is_bounded(conf: Loader) -> None:
     assert error.endswith(": macros expand to more than 16 MiB")
 
 
+@pytest.mark.parametrize(("limit", "fits"), [(10, True), (9, False)])
+def test_largest_expansion(conf: Loader, monkeypatch: pytest.MonkeyPatch, limit: int, fits: bool) -> None:
+    """The limit is for files and macros together.  This file has six bytes, and two macros of two."""
+    monkeypatch.setattr("vmd.config.lexer.INPUT_MAX", limit)
+    conf.path.write_text("$m $m\n")
+    lexer = Lexer({"m": "ab"})
+    lexer.open(str(conf.path))
+
+    found = [token.value for token in iter(lexer.token, None)]
+
+    assert found == (["ab", "ab", "\n", "\n"] if fits else ["ab", None])
+    assert bool(lexer.errors) is not fits
+
+
 def test_sparse_file_is_not_read(conf: Loader) -> None:
     """A file of a terabyte takes no memory."""
     with conf.path.open("wb") as file:
@@ -279,12 +293,37 @@ def test_fifo_does_not_hang(conf: Loader) -> None:
     assert conf.errors("include fifo\n") == ["1: failed to include file fifo: not a regular file"]
 
 
+@pytest.mark.parametrize("kind", ["fifo", "directory", "device"])
+def test_special_files_are_not_opened(conf: Loader, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The open itself may have an effect, such as that of a watchdog or a tape."""
+    path = {"fifo": str(conf.directory / "fifo"), "directory": str(conf.directory), "device": "/dev/null"}[kind]
+    if kind == "fifo":
+        os.mkfifo(path)
+    monkeypatch.setattr("vmd.config.lexer.os.open", lambda *_of: pytest.fail("it was opened"))
+
+    with pytest.raises(VmdError, match=r"^not a regular file$"):
+        Lexer({}).open(path)
+
+
 def test_number_of_errors_is_bounded(conf: Loader) -> None:
     """A file that is not a vm.conf does not fill the log."""
     errors = conf.errors("x\n" * 100000)
 
     assert len(errors) == ERRORS_MAX + 1
     assert errors[-1] == f"{ERRORS_MAX + 1}: too many errors, giving up"
+
+
+def test_reading_ends_after_too_many_errors(conf: Loader) -> None:
+    """The rest of a large file would only take time."""
+    conf.path.write_text("a b\n")
+    lexer = Lexer({})
+    lexer.open(str(conf.path))
+    for _ in range(ERRORS_MAX):
+        lexer.error("x")
+    assert lexer.token() is not None
+    lexer.error("x")
+
+    assert lexer.token() is None
 
 
 def test_every_reserved_word_is_a_token_or_means_nothing() -> None:

@@ -262,6 +262,7 @@ def test_limits_are_compared_in_one_place() -> None:
     [
         ("disk0:/bsd", DiskFile(disk=0, path="/bsd")),
         ("disk3:", DiskFile(disk=3)),
+        ("disk999p999:/k", DiskFile(disk=999, partition="p999", path="/k")),
         ("disk0p2:/boot/vmlinuz", DiskFile(disk=0, partition="p2", path="/boot/vmlinuz")),
         ("disk1a:/bsd", DiskFile(disk=1, partition="a", path="/bsd")),
         ("disk0p:/bsd", DiskFile(disk=0, partition="p", path="/bsd")),
