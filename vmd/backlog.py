@@ -147,15 +147,22 @@ class LoggedBacklog(Backlog):
         """Take ownership of a file that a `Backlog` has made.  A failure closes `fd`.  Raises OSError, ValueError."""
         super().__init__(fd, start)
         try:
-            self._counters = memoryview(mmap.mmap(fd, mmap.PAGESIZE)).cast("Q")
+            self._mapping = mmap.mmap(fd, mmap.PAGESIZE)
         except BaseException:
             os.close(fd)
             raise
+        self._counters = memoryview(self._mapping).cast("Q")
         self.logged = min(max(self._counters[LOGGED], start), self._counters[SHOWN])
 
     def shown(self) -> int:
         """Return the number of bytes that the guest has printed, without a system call."""
         return self._counters[SHOWN]
+
+    def close(self) -> None:
+        """Unmap and close the file."""
+        self._counters.release()
+        self._mapping.close()  # it has a descriptor of its own
+        super().close()
 
     def fresh(self) -> tuple[int, bytes]:
         """Return how many bytes after `logged` are lost, and the next bytes that are contiguous."""

@@ -55,7 +55,11 @@ class ConsoleLogger(Process):
 
         try:
             backlog = LoggedBacklog(fd, message.start)
-            self.keepers[number] = Keeper(message.name, backlog, report, self.loop.call_from_thread)
+            try:
+                self.keepers[number] = Keeper(message.name, backlog, report, self.loop.call_from_thread)
+            except BaseException:
+                backlog.close()
+                raise
         except (HostError, OSError, ValueError) as error:
             self.report(number, State(sentence(error), ended=True))
             return

@@ -98,11 +98,13 @@ def log() -> Iterator[Log]:
     """Yield the log of a guest that has printed nothing."""
     log = Log(start=77)
     yield log
-    log.keeper.end()
-    log.until(lambda: log.keeper.ended)
+    for each in log.keepers:
+        each.end()
+    log.until(lambda: all(each.ended for each in log.keepers))
     log.backlog.close()
     for each in log.keepers:
         each.backlog.close()
+    del log.guest  # unmaps the backlog
 
 
 def test_the_log_has_all_output_in_order(log: Log, tmp_path: Path) -> None:

@@ -26,7 +26,6 @@ class Keeper:
 
     def __init__(self, name: str, backlog: Backlog, report: Callable[[State], None], _call: object) -> None:
         if Keeper.error is not None:
-            os.close(backlog.fd)
             raise Keeper.error
         self.name = name
         self.backlog = backlog
@@ -104,6 +103,7 @@ def rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
     Keeper.error = None
     for keeper in made.logger.keepers.values():
         keeper.backlog.close()
+    made.logger.loop.close()
 
 
 def test_all_logs_are_looked_at_together(rig: Rig) -> None:
@@ -144,9 +144,11 @@ def test_each_log_has_its_own_reports(rig: Rig) -> None:
 
 @pytest.mark.parametrize("error", [HostError("start keeper", 11), OSError(12, "no memory"), ValueError("odd")])
 def test_a_log_that_cannot_begin_has_ended(rig: Rig, error: Exception) -> None:
-    """The parent hears why; other logs go on."""
+    """The parent hears why; other logs go on.  Its backlog is closed."""
+    before = open_descriptors()
     Keeper.error = error
     rig.keep(1)
+    assert open_descriptors() == before
 
     (said,) = rig.said
     assert isinstance(said, ConsoleKept)
