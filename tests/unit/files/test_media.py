@@ -81,9 +81,11 @@ def test_all_files_are_opened(opens: Opens, tmp_path: Path) -> None:
         [(f"{tmp_path}/a", "raw", False)], [(f"{tmp_path}/b", "raw", False)],
     ]  # fmt: skip
     assert media.unused() == (f"{tmp_path}/a", f"{tmp_path}/b")
-    assert len(media.take_disks()) == 2
-    assert len(media.take_cdrom()) == 1
+    disks, discs = media.take_disks(), media.take_cdrom()
+    assert (len(disks), len(discs)) == (2, 1)
     assert (media.take_disks(), media.take_cdrom()) == ([], [])
+    for fd in (*disks, *discs):
+        os.close(fd)
 
 
 def test_a_base_is_named_with_its_disk(tmp_path: Path) -> None:

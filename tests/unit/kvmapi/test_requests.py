@@ -75,24 +75,27 @@ class Kernel:
 
 
 @pytest.fixture
-def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[Kernel]:
     """A kernel."""
     made = Kernel()
     monkeypatch.setattr(fcntl, "ioctl", made.ioctl)
-    return made
+    yield made
+    made.page.close()
+    os.close(made.fd)
 
 
 @pytest.fixture
 def vcpu(kernel: Kernel) -> Iterator[Vcpu]:
     """A vCPU."""
-    with Vcpu(kernel.fd, 3 * mmap.PAGESIZE) as made:
+    with Vcpu(os.dup(kernel.fd), 3 * mmap.PAGESIZE) as made:
         yield made
 
 
 @pytest.fixture
-def vm(kernel: Kernel) -> Vm:
+def vm(kernel: Kernel) -> Iterator[Vm]:
     """A VM."""
-    return Vm(kernel.fd, 3 * mmap.PAGESIZE)
+    with Vm(os.dup(kernel.fd), 3 * mmap.PAGESIZE) as made:
+        yield made
 
 
 def nothing(*_: int) -> int:
