@@ -256,6 +256,13 @@ class Bench:
         for channel in (self.sync, self.their_sync, self.informs, self.their_informs):
             channel.close()
         self.process.epoll.close()
+        views = self.counters, self.process.raised, self.process.seen, self.process.figures, self.process.slot
+        mappings = {id(view.obj): view.obj for view in views}
+        for view in views:
+            view.release()
+        for mapping in mappings.values():  # each has a descriptor of its own
+            assert isinstance(mapping, mmap.mmap)
+            mapping.close()
         for fd in (*self.kicks, *self.calls, self.resample, self.page, self.figures):
             os.close(fd)
         self.process.memory.close()

@@ -1,7 +1,9 @@
 """The main thread receives frames of a guest and answers them while the kernel moves all frames."""
 
+import os
 import socket
 from collections.abc import Callable, Iterator
+from contextlib import closing
 
 import pytest
 
@@ -60,6 +62,11 @@ class Guest:
         self.addresses = Addresses(interface.lladdr)
         self.packets = Packets(ours.detach(), self.process, local, self.addresses, self.count, self.fail)
 
+    def close(self) -> None:
+        """Close both ends."""
+        self.socket.close()
+        os.close(self.packets.fd)
+
     def inject(self, frame: bytes) -> None:
         """Send a frame to the guest."""
         assert self.packets.send(frame)
@@ -92,8 +99,7 @@ class Guest:
 @pytest.fixture
 def guest() -> Iterator[Guest]:
     """Yield a guest with a local interface."""
-    guest = Guest(LOCAL)
-    with guest.socket:
+    with closing(Guest(LOCAL)) as guest:
         yield guest
 
 
@@ -149,8 +155,7 @@ def test_a_frame_without_an_answer_is_dropped(guest: Guest, frame: bytes) -> Non
 
 def test_addresses_of_a_guest_on_a_switch_are_recorded() -> None:
     """They are sent to the receiver of a migration.  There are no answers."""
-    guest = Guest(LOCAL.replace(local=False))
-    with guest.socket:
+    with closing(Guest(LOCAL.replace(local=False))) as guest:
         guest.packets.begin()
         guest.send_frame(announce.router_address(LLADDR, GUEST4))
 
