@@ -14,6 +14,7 @@ import errno
 import os
 import time
 
+from vmd.closing import close, close_all
 from vmd.errors import ImageError, OperatorError, VmdError, number, sentence
 from vmd.images.chain import Link, open_chain
 from vmd.images.header import GOING_BACK
@@ -129,8 +130,11 @@ class ImgWriter(Process):
                     fds += courier.fetch(sock, FILES_S).get("disks", [])
                 except (OSError, ValueError):
                     raise VmdError("the disks of the VM did not come") from None
-        for disk in message.disks:
-            self.images.append(self.open_disk(disk, fds, writable=message.action is not SnapshotAction.LIST))
+        try:
+            for disk in message.disks:
+                self.images.append(self.open_disk(disk, fds, writable=message.action is not SnapshotAction.LIST))
+        finally:
+            close_all(fds)  # of disks that are not opened any more
 
     def open_disk(self, disk: "DiskImages", fds: list[int], *, writable: bool) -> Qcow2Image:
         """Open a disk, whose files are the first of `fds`.  Raises ImageError."""
@@ -200,9 +204,9 @@ class ImgWriter(Process):
             if not saved.state_bytes:
                 what = "has the disks only: stop the VM to go back to it"
                 raise OperatorError(errno.EINVAL, f"snapshot {tag} {what}")
-            image, start = self.at(saved)
             begin = bytearray(min(saved.state_bytes, len(MAGIC)))
-            image.preadv(start, [memoryview(begin)])
+            with self.at(saved) as (image, start):
+                image.preadv(start, [memoryview(begin)])
             if begin != MAGIC:
                 what = "has the machine as another program has written it: stop the VM to go back to the disks"
                 raise OperatorError(errno.EINVAL, f"snapshot {tag} {what}")
@@ -235,14 +239,18 @@ class ImgWriter(Process):
         assert found is not None
         return found
 
-    def at(self, one: Snapshot) -> tuple[Qcow2Image, int]:
-        """Return the first disk as it was at a snapshot, and the offset of the machine's state in it.
+    @contextlib.contextmanager
+    def at(self, one: Snapshot) -> "Iterator[tuple[Qcow2Image, int]]":
+        """Yield the first disk as it was at a snapshot, and the offset of the machine's state in it.
 
         Raises ImageError, OSError.
         """
         first = self.images[0]
         image = Qcow2Image(os.dup(first.fd), first.path, writable=False, backing=first.backing, snapshot=one)
-        return image, state_offset(one, first.header)
+        try:
+            yield image, state_offset(one, first.header)
+        finally:
+            close(image.fd)  # its backing files are those of the disk, which needs them
 
     def take_state(self, stream: int, change: Rewrite) -> None:
         """Copy the machine's state from a pipe to a disk.  Raises ImageError, OSError."""
@@ -302,22 +310,22 @@ class ImgWriter(Process):
     def give_state(self, fd: int) -> None:
         """Send the reading end of a pipe over a courier, and write the machine's state.  Raises ImageError, OSError."""
         one = self.saved(self.tag)
-        image, at = self.at(one)
-        end = at + one.state_bytes
-        reader, writer = os.pipe2(os.O_CLOEXEC)
-        with socket.socket(fileno=fd) as sock:
-            sock.settimeout(FILES_S)
-            given = courier.give(sock, {"stream": [reader]})
-        os.close(reader)
-        buffer = memoryview(bytearray(PIECE_BYTES))
-        while given and at < end:
-            piece = buffer[: min(len(buffer), end - at)]
-            image.preadv(at, [piece])
-            at += len(piece)
-            while piece:
-                piece = piece[os.write(writer, piece) :]
-            self.say()
-        os.close(writer)
+        with self.at(one) as (image, at), contextlib.ExitStack() as pipe:
+            end = at + one.state_bytes
+            reader, writer = os.pipe2(os.O_CLOEXEC)
+            pipe.callback(os.close, writer)
+            with socket.socket(fileno=fd) as sock, contextlib.ExitStack() as ours:
+                ours.callback(os.close, reader)
+                sock.settimeout(FILES_S)
+                given = courier.give(sock, {"stream": [reader]})
+            buffer = memoryview(bytearray(PIECE_BYTES))
+            while given and at < end:
+                piece = buffer[: min(len(buffer), end - at)]
+                image.preadv(at, [piece])
+                at += len(piece)
+                while piece:
+                    piece = piece[os.write(writer, piece) :]
+                self.say()
 
     HANDLERS: "Handlers" = {
         **handles(Proc.PARENT, ChangeSnapshots, on_change),

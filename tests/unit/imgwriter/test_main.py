@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.descriptors import open_descriptors
 from tests.support.images import KIB, MIB, opened_qcow2, problems, read, write
 from vmd.images.create import create
 from vmd.images.rewrite import Rewrite
@@ -287,12 +288,14 @@ def test_refused_change(disks: list[Path], action: SnapshotAction, tag: str, how
     run(CREATE, "both", disks)
     run(CREATE, "one", disks[:1])
     before = [snapshots(path) for path in disks]
+    before_fds = open_descriptors()
     writer = Writer()
 
     assert failure(writer.change(action, tag, disks, **how)).startswith(words.format(*disks))  # type: ignore[arg-type]
 
     assert writer.heard.flushed
     writer.loop.close()
+    assert open_descriptors() == before_fds
     assert [snapshots(path) for path in disks] == before
     assert [problems(path) for path in disks] == [{}, {}]
 
@@ -440,7 +443,8 @@ def test_state_that_cannot_be_taken(disks: list[Path]) -> None:
 
 
 def test_state_that_cannot_be_given(disks: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The disks have gone back already; the log says why the machine does not follow."""
+    """The disks have gone back already; the log says why the machine does not follow.  No file stays open."""
+    before = open_descriptors()
     run(CREATE, "one", disks, file_of(STATE))
     said: list[str] = []
     monkeypatch.setattr(log, "error", said.append)
@@ -456,3 +460,4 @@ def test_state_that_cannot_be_given(disks: list[Path], monkeypatch: pytest.Monke
     assert writer.finish() == [CHANGED]
     assert said == ["the state of the machine cannot be read: it is gone"]
     writer.loop.close()
+    assert open_descriptors() == before
