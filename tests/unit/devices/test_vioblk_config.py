@@ -11,6 +11,7 @@ from queue import SimpleQueue
 import pytest
 
 from tests.support.fakedriver import DATA, EVENT_IDX, LAYOUT, WRITE, Desc, Ring
+from tests.support.ioworkers import end_workers
 from tests.unit.devices.test_vioblk_ring import CONTENT, DISK, FLUSHES, HEADERS, SIZE, Held, MemoryDisk, Now, Services
 from vmd.devices.vioblk import device as vioblk
 from vmd.devices.vioblk.device import Vioblk, Workers
@@ -291,3 +292,4 @@ def test_threads_have_names() -> None:
     workers.submit(lambda: found.put(Path("/proc/thread-self/comm").read_text()))
 
     assert found.get(timeout=60) == "io\n"
+    end_workers(workers, 1)

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import select
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,10 @@ from vmd.images.chain import Link, open_chain
 from vmd.images.locks import lock, unlock
 from vmd.ipc import devmsg
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from vmd.images.image import Image
+
 DEADLINE_MS = 60_000
 
 
@@ -29,6 +34,18 @@ class Hanging(Workers):
 
     def submit(self, job: Callable[[], None]) -> None:
         """Drop the job, as if it hung for ever."""
+
+
+class Watched(Vioblk):
+    """A disk that says when the thread of its lock has ended."""
+
+    def __init__(self, image: "Image", services: "Services") -> None:
+        super().__init__(image, services, Hanging())
+        self.over = threading.Event()
+
+    def _watch_lock(self) -> None:
+        super()._watch_lock()
+        self.over.set()
 
 
 class Services:
@@ -84,15 +101,12 @@ def disk(tmp_path: Path, services: Services, monkeypatch: pytest.MonkeyPatch) ->
     fd = os.open(path, os.O_RDWR)
     lock(fd, str(path), writable=True)
     image = open_chain([Link(fd=fd, path=str(path), format="raw")], writable=True)
-    made = Vioblk(image, services, Hanging())
+    made = Watched(image, services)
     made.watch_lock()
     yield made
     services.over, made.hand_over.lost = True, "the test is over"
-    poll = select.poll()
-    poll.register(made.workers.done, select.POLLIN)
-    while made.trouble is None:
-        assert poll.poll(DEADLINE_MS)
-        os.eventfd_read(made.workers.done)
+    assert made.over.wait(DEADLINE_MS / 1000)
+    os.close(made.workers.done)
     os.close(fd)
 
 

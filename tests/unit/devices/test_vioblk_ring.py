@@ -30,6 +30,7 @@ from tests.support.fakedriver import (
     release,
 )
 from tests.support.figures import unseen
+from tests.support.ioworkers import end_workers
 from vmd.devices.vioblk.device import ROUND, Vioblk, Workers
 from vmd.devices.vioblk.request import Limits, carry_out, parse
 from vmd.errors import GuestError
@@ -604,6 +605,7 @@ def test_jobs_that_never_wait_for_each_other_share_one_thread() -> None:
 
     assert len(threads) == 1
     assert workers.missing == 3
+    end_workers(workers, 4)
 
 
 def test_jobs_that_wait_have_threads_of_their_own_up_to_the_limit() -> None:
@@ -623,3 +625,4 @@ def test_jobs_that_wait_have_threads_of_their_own_up_to_the_limit() -> None:
     assert not rest.is_set()
     together.wait(20)
     assert rest.wait(20)
+    end_workers(workers, 3)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.descriptors import open_descriptors
+from tests.support.descriptors import open_descriptors, open_files
 from vmd.config.model import MAX_LOGS_KEPT
 from vmd.errors import OperatorError
 from vmd.ipc import courier
@@ -245,14 +245,20 @@ def run(monkeypatch: pytest.MonkeyPatch, asked: LogFile) -> tuple[str, list[int]
     asks, gives = courier.pair()
     courier.ask(asks)
     monkeypatch.setattr(main, "FD_ANSWER", writing)
-    monkeypatch.setattr(main, "FD_COURIER", gives.detach())
+    courier_fd = gives.detach()
+    monkeypatch.setattr(main, "FD_COURIER", courier_fd)
     monkeypatch.setattr(sys, "argv", ["vmd", *pack(asked)])
     old_mask = os.umask(0o077)
+    before = open_files(os.getpid())
     try:
         assert main.main() == 0
     finally:
         os.umask(old_mask)
+    after = open_files(os.getpid())
     os.close(writing)
+    # The process keeps its descriptors to its end.
+    for fd in [fd for fd in after if fd not in before or fd == courier_fd]:
+        os.close(fd)
     with asks, os.fdopen(reading) as answer:
         said = answer.read()
         try:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.descriptors import open_files
 from vmd.config.model import DiskConfig, DiskFile, SeedConfig
 from vmd.errors import HostError, OperatorError
 from vmd.fileid import file_id
@@ -42,6 +43,7 @@ class Rig:
         self.steps: list[tuple[object, ...]] = []
         self.said: list[Record] = []
         self.ends: list[socket.socket] = []
+        self.left: list[int] = []  # the descriptors that the opener keeps to its end
         monkeypatch.setattr(self.opener, "parent", self)
         monkeypatch.setattr(main_module, "set_title", lambda title: self.steps.append(("title", title)))
         monkeypatch.setattr(main_module, "limit_copies", lambda most: self.steps.append(("copies", most)))
@@ -63,7 +65,7 @@ class Rig:
         courier.ask(asks)
         envelope = Envelope(job, 0, 0, {"courier": [gives.detach()], **{name: [fd] for name, fd in fds.items()}})
 
-        self.opener.on_open(job, envelope, None)  # type: ignore[arg-type]
+        self.open(envelope)
 
         found = {}
         try:
@@ -74,9 +76,21 @@ class Rig:
             for number, fd in enumerate(fds_of_it):
                 found[f"{name}{number}"] = os.pread(fd, 100, 0)
                 os.close(fd)
-        for fd in envelope.untaken():
-            os.close(fd)
         return self.said[-1], found
+
+    def open(self, envelope: Envelope) -> None:
+        """Do a job."""
+        before = open_files(os.getpid()).keys() - envelope.untaken()
+        self.opener.on_open(envelope.message, envelope, None)  # type: ignore[arg-type]
+        self.left += open_files(os.getpid()).keys() - before
+
+    def close(self) -> None:
+        """End the opener, whose files are closed with it."""
+        for end in self.ends:
+            end.close()
+        for fd in self.left:
+            os.close(fd)
+        self.opener.loop.close()
 
     def at(self) -> list[str]:
         """Return what the parent has heard that is opened."""
@@ -88,8 +102,7 @@ def rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
     """An opener with one job."""
     made = Rig(monkeypatch)
     yield made
-    for end in made.ends:
-        end.close()
+    made.close()
 
 
 def raw_disk(path: Path, content: bytes = b"disk") -> DiskConfig:
@@ -192,7 +205,7 @@ def test_a_vm_process_that_is_gone(rig: Rig, tmp_path: Path) -> None:
     asks.close()
     job = JOB.replace(disks=(raw_disk(tmp_path / "a"),))
 
-    rig.opener.on_open(job, Envelope(job, 0, 0, {"courier": [gives.detach()]}), None)  # type: ignore[arg-type]
+    rig.open(Envelope(job, 0, 0, {"courier": [gives.detach()]}))
 
     assert isinstance(rig.said[-1], FilesOpened)
 
