@@ -82,7 +82,6 @@ class RawTerminal:
         self._restore()
         for signum, handler in self._handlers.items():
             signal.signal(signum, handler)  # type: ignore[arg-type]
-        self._handlers.clear()
 
     def _on_end(self, signum: int, _frame: "FrameType | None") -> None:
         if not self._ended:

@@ -136,8 +136,8 @@ def test_too_many_requests(served: Rig, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(served.session, "ask", wait.append)
     for number in (1, 2, 3):
         served.master.send(pdu.GET, pdu.oid(STATE) + pdu.oid(()), number=number)
-    refused = served.master.answered()
-    assert (refused.header.packet, refused.error) == (3, pdu.GEN_ERR)
+    header, payload = served.master.receive()
+    assert (header.packet, payload) == (3, pdu.response(pdu.GEN_ERR, 1))
     served.do(lambda: wait[0](view(vm(1))))
     assert [served.master.answered().header.packet for _ in range(2)] == [1, 2]
 
@@ -188,11 +188,34 @@ def test_setting(served: Rig) -> None:
     ],
 )
 def test_invalid_sets(served: Rig, bind: bytes, error: int) -> None:
-    """None of the variables is set."""
+    """None of the variables is set.  The answer has the number of the wrong one."""
     good = pdu.bind(pdu.INTEGER, mib.BULK, mib.TRUE)
-    assert served.master.request(pdu.TEST_SET, good + bind)[0] == error
-    assert served.master.request(pdu.COMMIT_SET, same=True)[0] == pdu.COMMIT_FAILED
+    for kind, given, refusal in (
+        (pdu.TEST_SET, good + bind, pdu.response(error, 2)),
+        (pdu.TEST_SET, bind + good, pdu.response(error, 1)),
+        (pdu.COMMIT_SET, b"", pdu.response(pdu.COMMIT_FAILED, 1)),
+    ):
+        served.master.send(kind, given)
+        assert served.master.receive()[1] == refusal
     assert not served.switches[mib.BULK]
+
+
+def test_a_set_in_another_context(served: Rig) -> None:
+    """We have no variables there."""
+    good = pdu.bind(pdu.INTEGER, mib.BULK, mib.TRUE)
+
+    assert served.master.request(pdu.TEST_SET, good, context=b"x")[0] == pdu.NOT_WRITABLE
+    assert served.master.request(pdu.COMMIT_SET, same=True)[0] == pdu.COMMIT_FAILED
+
+
+@pytest.mark.parametrize("size", [1, 7, 20, 21])
+def test_packets_in_pieces(served: Rig, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """A packet is served when its last byte has arrived, and answers are sent as a whole."""
+    monkeypatch.setattr(session_module, "PIECE_BYTES", size)
+
+    for _ in range(3):
+        _, (bind,) = served.master.ask(pdu.GET, *asked(STATE))
+        assert bind.value == mib.RUNNING
 
 
 def test_transactions_that_are_never_cleaned_up(served: Rig) -> None:

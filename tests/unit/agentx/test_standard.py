@@ -35,11 +35,22 @@ def test_packets(names: str, numbers: range | tuple[int, ...]) -> None:
     assert [getattr(pdu, name) for name in names.split()] == list(numbers)
 
 
+def test_errors_and_reasons_that_have_words() -> None:
+    """RFC 2741, 6.2.16 and 6.2.2."""
+    assert set(pdu.ERRORS) == {256, 257, 262, 263, 264, 266, 267, 268}
+    assert [pdu.error(number) for number in (257, 265)] == ["not open", "error 265"]
+    assert list(pdu.REASONS) == [1, 2, 3, 4, 5, 6]
+
+
 def test_reserved_bytes_are_zero() -> None:
     """And fields that are left out are nothing."""
     assert pdu.open_session(20, b"vmd").hex() == "14000000" "00000000" "00000003" "766d6400"
     assert pdu.register((1, 3, 6, 1, 2, 1), 9).hex() == "00090000" "01020000" "00000001"
     assert pdu.response(5, 1).hex() == "00000000" "00050001"
+    assert pdu.packet(pdu.PING).hex() == "010d1000" + "00" * 16
+    assert pdu.Header(kind=1).as_dict() == {
+        "kind": 1, "flags": 0, "session": 0, "transaction": 0, "packet": 0, "length": 0,
+    }  # fmt: skip
     empty = pdu.Packet(header=pdu.Header(kind=1))
     assert (empty.error, empty.reason, empty.non_repeaters, empty.repetitions) == (0, 0, 0, 0)
 

@@ -1090,6 +1090,7 @@ def test_limits_of_a_vm(conf: Loader, text: str, limits: VmLimits) -> None:
         ("limit iops 500 rate 20M", 500, 20 * MIB),
         ("limit rate 20000000 iops 1 format raw", 1, 20_000_000),
         ("serial s-1 limit iops 9", 9, 0),
+        ("limit rate 2M iops 9", 9, 2 * MIB),
         ("limit rate 1.5M serial 7", 0, 3 * MIB // 2),
         ("serial limit limit iops 9", 9, 0),
     ],
@@ -1143,6 +1144,13 @@ def test_quoted_words_are_not_our_keywords(conf: Loader) -> None:
     (conf.directory / "diskinitrd").touch()
 
     assert conf.vm(f'boot "{conf.directory}/disk" "initrd"').kernel == f"{conf.directory}/diskinitrd"
+
+
+def test_our_words_end_strings_of_their_statement_only(conf: Loader) -> None:
+    """`serial` is an option of a disk, and a word after a disc."""
+    vm = conf.vm(f"disk {conf.image}\ncdrom disc serial")
+
+    assert vm.cdrom == f"{conf.directory}/discserial"
 
 
 @pytest.mark.parametrize("word", sorted(RESERVED))

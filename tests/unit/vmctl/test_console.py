@@ -166,13 +166,15 @@ def test_leaving_gives_everything_back(daemon: FakeDaemon, line: Line, operator:
     """The terminal gets its mode back, and the daemon its console."""
     assert is_raw(operator.mode())
 
-    operator.types(b"exit\r~.")
+    operator.types(b"exit\r~.more\r~#")
 
     operator.sees("[EOT]\r\n")
     assert operator.ended() == 0
     assert operator.mode() == operator.before
-    assert line.gets("\r") == "exit\r"
+    os.write(line.slave, b"!")
+    assert line.gets("!") == "exit\r!"  # nothing that was typed after the escape
     daemon.wait_left()
+    assert daemon.requests == [ConsoleRequest(name="web")]
 
 
 @pytest.mark.parametrize("escape", [b"~#", b"~b"])
@@ -230,15 +232,16 @@ def test_suspend(line: Line, operator: Operator) -> None:
 
 
 def test_stop_signal_from_outside(line: Line, operator: Operator) -> None:
-    """`kill -TSTP` suspends vmctl in the same way."""
-    os.kill(operator.process.pid, signal.SIGTSTP)
+    """`kill -TSTP` suspends vmctl in the same way, each time."""
+    for _ in range(2):
+        os.kill(operator.process.pid, signal.SIGTSTP)
 
-    os.waitid(os.P_PID, operator.process.pid, os.WSTOPPED)
-    assert operator.mode() == operator.before
-    line.prints(b"meanwhile")
-    os.kill(operator.process.pid, signal.SIGCONT)
-    operator.sees("meanwhile")
-    assert is_raw(operator.mode())
+        os.waitid(os.P_PID, operator.process.pid, os.WSTOPPED)
+        assert operator.mode() == operator.before
+        line.prints(b"meanwhile")
+        os.kill(operator.process.pid, signal.SIGCONT)
+        operator.sees("meanwhile")
+        assert is_raw(operator.mode())
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT])

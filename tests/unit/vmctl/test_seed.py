@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.descriptors import open_descriptors
 from tests.support.seeds import HASH, public_key
 from tests.unit.vmctl.conftest import Vmctl
 from tests.unit.vmctl.fake import Answers, FakeDaemon, vm_info
-from vmctl.errors import CommandError
+from vmctl.errors import ArgumentError, CommandError
 from vmctl.seed import Seed
 from vmd.config.model import SeedConfig, VmFlag
 from vmd.ipc.imsg import unpack
@@ -122,6 +123,30 @@ def test_a_vm_that_exists_takes_no_other_seed(vmctl: Vmctl, known: FakeDaemon) -
     assert status == 1
     assert "vm web already exists: only -B, -b, -I and -k may change one boot of it" in error
     assert known.requests
+
+
+def test_the_number_of_keys(tmp_path: Path) -> None:
+    """It is that of vm.conf."""
+    (tmp_path / "a.pub").write_text(public_key())
+    seed = Seed()
+    for _ in range(64):
+        seed.take(f"ssh-key={tmp_path}/a.pub")
+
+    with pytest.raises(ArgumentError, match=r"^-C too many ssh-keys: 65 \(limit is 64\)$"):
+        seed.take(f"ssh-key={tmp_path}/a.pub")
+
+
+def test_a_file_that_cannot_be_filled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is closed."""
+    before = open_descriptors()
+
+    def fail(_fd: int, _raw: bytes) -> None:
+        raise CommandError("no memory")
+
+    monkeypatch.setattr("vmctl.seed.fill_file", fail)
+    with pytest.raises(CommandError, match="no memory"):
+        Seed().file("web")
+    assert open_descriptors() == before
 
 
 def test_the_largest_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
