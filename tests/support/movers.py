@@ -1,8 +1,10 @@
 """The end of a thread that moves frames.  In the program it ends with its process, but tests have many of them."""
 
 import os
-import threading
 from collections.abc import Callable
+from queue import SimpleQueue
+
+import pytest
 
 from tests.support.fakedriver import DEADLINE_S
 from vmd.devices.vionet.mover import Mover
@@ -12,15 +14,15 @@ class End:
     """Takes the place of what the stopped thread sleeps in, and of its process.  It ends the thread."""
 
     def __init__(self) -> None:
-        self.over = threading.Event()
+        self.jobs: SimpleQueue[Callable[[], None]] = SimpleQueue()
 
     def poll(self) -> None:
         """End the thread."""
         raise SystemExit
 
-    def post(self, _job: Callable[[], None]) -> None:
-        """Note that the thread has ended.  It uses no descriptor any more."""
-        self.over.set()
+    def post(self, job: Callable[[], None]) -> None:
+        """Keep the job that raises why the thread has ended.  The thread uses no descriptor any more."""
+        self.jobs.put(job)
 
 
 def end_thread(mover: Mover) -> None:
@@ -28,7 +30,9 @@ def end_thread(mover: Mover) -> None:
     end = End()
     sleep, mover.services, mover.stop_epoll = mover.stop_epoll, end, end  # type: ignore[assignment]
     mover.look()
-    assert end.over.wait(DEADLINE_S), "the thread does not end"
+    job = end.jobs.get(timeout=DEADLINE_S)
+    with pytest.raises(SystemExit):
+        job()
     mover.stop_epoll = sleep
     close(mover)
 
