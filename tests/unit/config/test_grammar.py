@@ -1218,6 +1218,16 @@ socket owner nobody-here
     ]
 
 
+@pytest.mark.parametrize("bad", ["}", "enable", ",", "="])
+def test_errors_in_the_first_lines(conf: Loader, bad: str) -> None:
+    """Each is reported, and a statement after them is read."""
+    assert conf.errors(f"{bad}\n{bad}\nvm a {{ vcpus 0 }}\n") == [
+        f'1: syntax error at "{bad}"',
+        f'2: syntax error at "{bad}"',
+        "3: invalid number of vcpus: 0 (limit is 16)",
+    ]
+
+
 @pytest.mark.parametrize(("head", "bad"), [("vm a b =", "="), ("switch a b c instance", "instance")])
 def test_broken_head_skips_its_block(conf: Loader, head: str, bad: str) -> None:
     """Without their block, all of its options would be reported as errors."""

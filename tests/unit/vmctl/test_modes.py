@@ -159,6 +159,7 @@ def test_alternate_screen() -> None:
     for enter in ALTERNATE:
         for leave in ALTERNATE:
             assert after(b"\x1b[?%dh\x1b[?%dl" % (enter, leave)).undo() == b""
+    assert after(b"\x1b[?10470h").undo() == b"\x1b[?10470l"
 
 
 @pytest.mark.parametrize("number", [9, 1000, 1001, 1002, 1003, 1004])

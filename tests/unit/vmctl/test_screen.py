@@ -70,14 +70,21 @@ def test_changes_are_noticed_in_any_piece(terminal: Terminal, pieces: list[bytes
     assert terminal.taken() == undone
 
 
-@pytest.mark.parametrize(("utf8", "undone"), [("utf-8", b""), ("iso8859-1", b"\x1b[?25h")])
+@pytest.mark.parametrize(
+    ("utf8", "shown", "undone"),
+    [
+        ("utf-8", b"\x9b?25l", b""),
+        ("iso8859-1", b"\x9b?25l", b"\x1b[?25h"),
+        ("iso8859-1", b"\x9funfinished", b"\x18\x1b\\"),
+    ],
+)
 def test_characters_of_the_terminal(
-    terminal: Terminal, monkeypatch: pytest.MonkeyPatch, utf8: str, undone: bytes
+    terminal: Terminal, monkeypatch: pytest.MonkeyPatch, utf8: str, shown: bytes, undone: bytes
 ) -> None:
     """One byte begins a sequence only if the terminal is not UTF-8."""
     monkeypatch.setattr(sys, "getfilesystemencoding", lambda: utf8)
     screen = Screen()
-    screen.show(b"\x9b?25l")
+    screen.show(shown)
     terminal.taken()
     screen.put_back()
 
@@ -105,6 +112,29 @@ def test_answers_are_waited_for(terminal: Terminal, shown: bytes, later_s: float
     screen.put_back()
 
     assert terminal.taken().endswith(QUESTION) is asked
+
+
+def test_output_that_is_no_terminal_is_unchanged(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a terminal, its title would be saved first."""
+    title = b"\x1b]0;title\x07"
+    Screen().show(title)
+    assert terminal.taken() == b"\x1b[22;0t" + title
+    monkeypatch.setattr(os, "isatty", lambda _fd: False)
+    screen = Screen()
+    screen.show(title)
+    screen.put_back()
+
+    assert terminal.taken() == title
+
+
+def test_a_terminal_that_does_not_answer(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vmctl does not wait for ever."""
+    monkeypatch.setattr(screen_, "ANSWER_S", 0.0)
+    screen = Screen(terminal.keyboard)
+    screen.show(b"\x05")
+    screen.put_back()
+
+    assert terminal.taken() == b"\x05" + QUESTION
 
 
 def test_keyboard_that_ends_gives_no_answers(terminal: Terminal) -> None:
