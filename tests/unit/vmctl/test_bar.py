@@ -135,6 +135,7 @@ def test_no_bar(shown: Shown, is_tty: bool, asked: bool) -> None:
 def test_reports_of_the_daemon(shown: Shown) -> None:
     """A report without a total is not drawn.  The last bar is full."""
     bar = Bar("web", rounds=True)
+    bar.complete()
     bar.follow(TransferProgress(done_bytes=1, total_bytes=0))
     bar.complete()
     assert shown.said == []
@@ -143,4 +144,6 @@ def test_reports_of_the_daemon(shown: Shown) -> None:
     bar.follow(TransferProgress(done_bytes=1, total_bytes=4, round=3))
     assert shown.line().endswith(" round    3")
     bar.complete()
-    assert shown.line().startswith("web 100% |")
+    line = shown.line()
+    assert line.startswith("web 100% |")
+    assert line.endswith(" round     ")

@@ -48,6 +48,25 @@ def test_an_empty_file(file: int) -> None:
     checksum.verify("disk")
 
 
+def test_a_file_that_is_written(file: int) -> None:
+    """Its size may stay.  The time of its last change was another."""
+    checksum = of(CONTENT)
+    checksum.begin(file)
+    checksum.before_ns -= 1
+    with pytest.raises(CommandError, match=r"^disk was changed while it was read$"):
+        checksum.verify("disk")
+
+
+def test_a_file_that_becomes_longer(file: int) -> None:
+    """Its checksum would be that of its former content."""
+    checksum = of(CONTENT)
+    checksum.begin(file)
+    os.pwrite(file, b"x", len(CONTENT))
+    checksum.before_ns = os.fstat(file).st_ctime_ns  # clocks of file systems are coarse
+    with pytest.raises(CommandError, match=r"^disk was changed while it was read$"):
+        checksum.verify("disk")
+
+
 def test_a_file_that_becomes_shorter(file: int) -> None:
     """This is no damage, and the wait for the rest ends."""
     checksum = of(CONTENT)

@@ -2,6 +2,7 @@
 
 import os
 import pty
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,7 @@ def busy(daemon: FakeDaemon) -> FakeDaemon:
 def complete(daemon: FakeDaemon, capfd: pytest.CaptureFixture[str], *words: str) -> tuple[str, list[str]]:
     """Return the kind of candidates, which says whether files are candidates, and the candidates without their help."""
     assert main(["--complete", "-s", str(daemon.path), *words]) == 0
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)  # no alarm is left
     output, errors = capfd.readouterr()
     assert errors == ""
     kind, *lines = output.splitlines()

@@ -72,8 +72,25 @@ def test_rates_need_counters() -> None:
     uncounted = WEB.replace(disks=tuple(disk.replace(counted=False) for disk in WEB.disks))
     assert compared(uncounted, uncounted).read_bytes is None
     assert compared(WEB, WEB.replace(disks=())).read_bytes is None
+    assert compared(uncounted, WEB).read_bytes is None
     none = WEB.replace(disks=())
     assert compared(none, none).read_bytes == 0
+
+
+def test_unknown_rates_count_as_nothing() -> None:
+    """For the order, too."""
+    row = compared(None, WEB)
+
+    assert (row.cpu_percent, row.disk_bytes, row.net_bytes) == (None, 0, 0)
+    assert [rates.ORDERS[order][1](row) for order in "cdn"] == [0, 0, 0]
+    some = row.replace(read_bytes=1, write_bytes=2, receive_bytes=3, send_bytes=4)
+    assert (some.disk_bytes, some.net_bytes) == (3, 7)
+
+
+@pytest.mark.parametrize(("started_s", "up_s"), [(0, 0), (1_000_099, 1), (1_000_100, 0), (1_000_101, 0)])
+def test_how_long_a_vm_has_run(started_s: int, up_s: int) -> None:
+    """Its start may be unknown, or later than now by the clock."""
+    assert compared(None, WEB.replace(started_s=started_s)).up_s == up_s
 
 
 @pytest.mark.parametrize("order", rates.ORDERS)
