@@ -1,8 +1,10 @@
 """Our enumerations behave like those of the standard library."""
 
+import ast
 import copy
 import enum
 import pickle
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -88,3 +90,21 @@ def test_a_copy_of_a_member_is_the_member() -> None:
     assert copy.deepcopy(Color.RED) is Color.RED
     assert copy.copy(Color.BLUE) is Color.BLUE
     assert pickle.loads(pickle.dumps(Color.RED)) is Color.RED
+
+
+def test_members_of_each_enumeration_differ() -> None:
+    """Two names of one value would be one member, and code that compares them would take one for the other."""
+    top = Path(__file__).resolve().parents[2]
+    found, same = 0, []
+    for path in (*top.glob("vmd/**/*.py"), *top.glob("vmctl/**/*.py")):
+        source = path.read_text()
+        tree = ast.parse(source if "Enum):" in source or "IntFlag):" in source else "")
+        for each in (node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)):
+            if {ast.unparse(base) for base in each.bases} & {"Enum", "IntEnum", "IntFlag"}:
+                values = [ast.unparse(row.value) for row in each.body if isinstance(row, ast.Assign)]
+                found += 1
+                if len(set(values)) < len(values):
+                    same.append(f"{path}: {each.name}")
+
+    assert same == []
+    assert found > 20

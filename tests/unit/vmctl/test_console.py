@@ -19,6 +19,7 @@ from tests.support.console import Console
 from tests.support.descriptors import open_descriptors
 from tests.unit.vmctl.conftest import Vmctl
 from tests.unit.vmctl.fake import DEADLINE_S, ROOT, FakeDaemon, spawn
+from vmctl.line import Ending
 from vmd.errors import VMD_CONSOLE_TAKEN
 from vmd.ipc.messages.clients import (
     ConsoleAttached,
@@ -507,6 +508,11 @@ def test_reader_that_has_gone(daemon: FakeDaemon, line: Line) -> None:
     assert process.stdin is not None
     process.stdin.close()
     process.stderr.close()
+
+
+def test_endings_differ() -> None:
+    """Two members with one value would be one member."""
+    assert len(Ending) == 4
 
 
 # --- taking over, watching, looking back -----------------------------------------------------------------

@@ -35,6 +35,11 @@ def test_escapes(typed: bytes, parts: list[bytes | Action]) -> None:
     assert Escapes().feed(typed) == parts
 
 
+def test_actions_differ() -> None:
+    """Two members with one value would be one member."""
+    assert len(Action) == 4
+
+
 def joined(parts: list[bytes | Action]) -> list[bytes | Action]:
     """Return the parts with adjacent bytes joined."""
     result: list[bytes | Action] = []

@@ -2,7 +2,7 @@
 
 import pytest
 
-from vmctl.vt import Kind, Parser
+from vmctl.vt import Kind, Parser, State
 
 Found = tuple[Kind, bytes, bytes, str]
 
@@ -101,6 +101,11 @@ def test_controls_in_utf_8(raw: bytes, found: list[Found]) -> None:
 def test_controls_of_one_byte(raw: bytes, found: list[Found]) -> None:
     """Terminals that are not UTF-8 have them."""
     assert items(raw, utf8=False) == found
+
+
+def test_kinds_and_states_differ() -> None:
+    """Two members with one value would be one member."""
+    assert (len(Kind), len(State)) == (5, 5)
 
 
 @pytest.mark.parametrize("raw", [b"\x1b", b"\xc2", b"\x1b[", b"\x1b[1", b"\x1b(", b"\x1b]a", b"\x1b]a\x1b", b"\x1b_"])
