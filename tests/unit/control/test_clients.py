@@ -203,6 +203,19 @@ def test_the_unanswered_requests_of_a_client_are_limited(rig: Rig) -> None:
     assert rig.asked() == [(7, WaitRequest(vmid=MAX_UNANSWERED + 1))]
 
 
+def test_an_answer_without_a_request_gives_no_credit(rig: Rig) -> None:
+    """Such as that a console was taken over."""
+    client = rig.client(7)
+    rig.settle()
+    for _ in range(2):
+        rig.parent.send(Failed(code=1, text="taken over"), peerid=7)
+    rig.settle()
+    for number in range(MAX_UNANSWERED + 3):
+        client.send(WaitRequest(vmid=number + 1))
+
+    assert len(rig.asked()) == MAX_UNANSWERED
+
+
 @pytest.mark.parametrize("last", [ListEnd(), Failed(code=1, text="x")])
 def test_no_request_is_passed_on_during_a_list(rig: Rig, last: Record) -> None:
     """A list may be long, and a client that requests it repeatedly must not fill the parent's queue."""
