@@ -297,6 +297,14 @@ def nic(**fields: object) -> NicInfo:
              "    forward udp port 5000:5009 to port 6000 from 192.0.2.0/24"],
         ),
         (nic(tap="", mtu=0, up=False), ["db1 interface 0: no tap, lladdr fe:e1:bb:d1:00:01, down"]),
+        *(
+            (
+                nic(vhost=True, counters=counters(vhost=used)),
+                [f"db1 interface 0: tap0, lladdr fe:e1:bb:d1:00:01, mtu 1500, {words}",
+                 "    received 0 packets, 0 bytes", "    sent 0 packets, 0 bytes"],
+            )
+            for used, words in ((1, "vhost"), (0, "vhost not in use"))
+        ),
         (
             nic(),
             ["db1 interface 0: tap0, lladdr fe:e1:bb:d1:00:01, mtu 1500",
@@ -351,6 +359,12 @@ def test_interfaces_in_json(vmctl: Vmctl, daemon: FakeDaemon) -> None:
     assert (shown["tap"], shown["lladdr"], shown["host4"]) == ("tap0", "fe:e1:bb:d1:00:01", "100.64.1.2")
     assert (shown["prefix6"], shown["switch"], shown["counters"]["rx_packets"]) == (None, None, 3)
     assert (shown["forwards"], shown["lease"], shown["prefix4_length"]) == ([], None, 31)
+    assert (shown["mtu"], shown["vhost"], shown["guest4"]) == (1500, False, None)
+    with_nics(daemon, nic(mtu=0, switch="lan", vhost=True, guest4=bytes((100, 64, 1, 3))))
+    (row,) = json.loads(vmctl("status", "-v", "--json")[1])["vms"]
+    (shown,) = row["interfaces"]
+    assert (shown["mtu"], shown["vhost"], shown["guest4"]) == (None, True, "100.64.1.3")
+    assert (shown["switch"], shown["host4"], shown["prefix4_length"], shown["counters"]) == ("lan", None, None, None)
 
 
 def test_forwards_in_json(vmctl: Vmctl, daemon: FakeDaemon) -> None:

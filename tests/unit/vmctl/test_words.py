@@ -42,7 +42,7 @@ def test_vms(word: str, ref: VmRef) -> None:
     """A number may be an id or a name."""
     assert parse_vmref(word) == ref
     assert str(ref) == word
-    assert ref.sure_name == ("" if ref.vmid else word)
+    assert ref.sure_name == ("" if ref.vmid > 0 else word)
 
 
 @pytest.mark.parametrize(
