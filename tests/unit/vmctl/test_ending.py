@@ -16,6 +16,7 @@ from vmd.ipc.messages.clients import (
     ListRequest,
     StopAccepted,
     StopRequest,
+    VmInfo,
     VmTerminated,
     WaitRequest,
 )
@@ -141,6 +142,26 @@ def test_wait_continues_with_the_next_daemon(vmctl: Vmctl, daemon: FakeDaemon) -
     daemon.script = lambda _request: next(script)
 
     assert vmctl("wait", "web") == (0, "", "waiting for vm web: terminated vm 3\n")
+    assert daemon.requests == [WaitRequest(name="web"), WaitRequest(name="web"), ListRequest()]
+
+
+ENDED = LifeEnd(at_s=1, how="powered-off", text="by itself")
+
+
+@pytest.mark.parametrize(
+    "vm",
+    [
+        vm_info("web", vmid=3), vm_info("web", vmid=3, running=False), vm_info("web", vmid=3).replace(ended=ENDED),
+        vm_info("other", vmid=4, running=False).replace(ended=ENDED),
+    ],
+    ids=["runs", "unknown", "runs again", "another"],
+)  # fmt: skip
+def test_a_next_daemon_that_does_not_know_how_the_vm_ended(vmctl: Vmctl, daemon: FakeDaemon, vm: VmInfo) -> None:
+    """Its refusal is the result."""
+    script: Iterator[Answers] = iter((None, (Failed(code=errno.EINVAL, text="is not running"),), (vm, End())))
+    daemon.script = lambda _request: next(script)
+
+    assert vmctl("wait", "web") == (1, "", "waiting for vm web: failed: is not running\n")
     assert daemon.requests == [WaitRequest(name="web"), WaitRequest(name="web"), ListRequest()]
 
 
