@@ -23,15 +23,16 @@ from vmd.log import log
 from vmd.parent.resources import Pty
 from vmd.record import Record
 from vmd.units import PAGE
+from vmd.vm import departure, state
 from vmd.vm import main as module
 from vmd.vm import pause as pauses
-from vmd.vm import state
 from vmd.vm.kinds import DISK, Kind
 from vmd.vm.main import VmProcess
 from vmd.vm.pause import Pause
 from vmd.vm.timers import HeldTimers
 
 DEADLINE_S = 60.0
+PROGRESS_S = 1000.0  # between two reports of a transfer: so long that none comes by itself on a busy host
 VMID = 7
 
 
@@ -272,6 +273,7 @@ class VmRig:
         monkeypatch.setattr(module, "EmptyVm", lambda: "empty VM")
         monkeypatch.setattr(module, "build", self._build)
         monkeypatch.setattr(module, "ClockWatch", lambda _loop, then: setattr(self, "clock_jumps", then))
+        monkeypatch.setattr(departure, "PROGRESS_S", PROGRESS_S)
         monkeypatch.setattr(pauses, "Clocks", Clocks)
         monkeypatch.setattr(state, "header", lambda _machine, one_shot: saved.header(one_shot=one_shot))
         monkeypatch.setattr(state, "save", lambda _machine, _clocks: saved.machine_state())

@@ -351,6 +351,7 @@ def test_looks_are_repeated(rig: Rig, monkeypatch: pytest.MonkeyPatch, fails: bo
 
 def test_an_answer_about_drops(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Losses first, then damage, of each so many."""
+    monkeypatch.setattr(main_module, "REST_MAX_S", 0.0)  # no question waits, however busy the host is
     loss = Loss(place="from", name="tap0", lost=5, arrived=9, since_s=77)
     damage = Damage(text="x" * (DROP_MAX + 1), since_s=88, names=frozenset())
     monkeypatch.setattr(rig.host.network, "losses", lambda vmid: [(vmid, loss)] * (DROPS_MAX + 1))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.support.descriptors import open_descriptors
-from tests.support.vminside import VMID, Device, Machine, VmRig
+from tests.support.vminside import PROGRESS_S, VMID, Device, Machine, VmRig
 from vmd.config.model import VmConfig
 from vmd.errors import PeerError
 from vmd.ipc import courier, devmsg
@@ -35,7 +35,6 @@ from vmd.ipc.messages.vm import (
 from vmd.record import Record
 from vmd.vm import pause as pauses
 from vmd.vm import vmmci
-from vmd.vm.departure import PROGRESS_S
 
 A = VmConfig(name="a")
 PAUSE, STOP = PauseVm(vmid=VMID, paused=True), StopVm(vmid=VMID, mode=StopMode.GRACEFUL)
