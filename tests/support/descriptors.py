@@ -12,6 +12,21 @@ def open_descriptors() -> list[str]:
     return sorted(number for number in listed if os.path.lexists(f"/proc/self/fd/{number}"))
 
 
+class NewDescriptors:
+    """The descriptors that are opened from now on by a process that a test plays.  No object may still own one of them.
+
+    A process often leaves its descriptors to the kernel, which closes them when it ends.
+    """
+
+    def __init__(self) -> None:
+        self._before = set(open_descriptors())
+
+    def close(self) -> None:
+        """Close them."""
+        for fd in set(open_descriptors()) - self._before:
+            os.close(int(fd))
+
+
 def open_files(pid: int) -> dict[int, str]:
     """Return the open files of a process by number, without those that it closes meanwhile."""
     found = {}

@@ -1,5 +1,6 @@
 """A VM process inside the test.  The test plays vmm; machine and devices are stand-ins, and there is no KVM."""
 
+import mmap
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -9,8 +10,9 @@ from typing import Any, cast
 import pytest
 
 from tests.support import saved
+from tests.support.descriptors import NewDescriptors
 from tests.support.inprocess import End
-from vmd.backlog import Backlog
+from vmd.backlog import Backlog, BacklogWriter
 from vmd.config.model import VmConfig
 from vmd.guestmem import GuestMemory, RegionSpec
 from vmd.ipc import courier, devmsg
@@ -252,6 +254,7 @@ class VmRig:
     """A VM process and vmm's end of its channel.  `steps` are its steps while it builds the VM, in order."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.descriptors = NewDescriptors()
         ours, theirs = socketpair()
         self.real_s = time.monotonic
         self.ahead_s = 0.0
@@ -390,17 +393,30 @@ class VmRig:
         self.turn()
         self.vmm.close()
         self.process.vmm.close()
-        if self.process.console is not None:
-            os.close(self.process.console._master)
-            os.close(self.process.console._slave)
         self.loop.close()
         self.pty.close()
         self.backlog.close()
+        received = self.process.arrival and self.process.arrival._memory
+        for owner in (self.machine, SimpleNamespace(memory=received), *self.built):
+            memory = getattr(owner, "memory", None)
+            if isinstance(memory, GuestMemory):
+                memory.close()
+        if self.process.console is not None:
+            unmap(self.process.console._backlog)
+        self.descriptors.close()  # the end of the process
 
 
 def null() -> int:
     """Return a descriptor."""
     return os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+
+
+def unmap(writer: BacklogWriter) -> None:
+    """Close what a writer has mapped."""
+    mapping = cast("mmap.mmap", writer._bytes.obj)
+    writer._counters.release()
+    writer._bytes.release()
+    mapping.close()
 
 
 def start_vm(config: VmConfig, **changes: object) -> StartVm:

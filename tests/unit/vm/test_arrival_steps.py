@@ -351,6 +351,9 @@ def test_files_that_do_not_come_for_a_received_machine(rig: VmRig, probe: Probe)
     receive(rig, stream(states=(GOOD,)))
     rig.vmm.send(MEMORY)
     rig.wait_for(ReceivedMachine)
+    memory = rig.process.arrival._memory  # type: ignore[union-attr]
     failed = failure(rig.tell(RESUME, fds={"couriers": [rig.lost_courier()]}))
     assert failed.text == "opener: its files did not come"
     assert "build" not in rig.steps
+    assert memory is not None
+    memory.close()

@@ -62,6 +62,8 @@ class Rig:
         self.loop.close()
         self.pty.close()
         self.backlog.close()
+        os.close(self.console._master)
+        os.close(self.console._slave)
 
 
 @pytest.fixture
@@ -189,6 +191,8 @@ def test_output_without_room_is_written_in_the_next_life(rig: Rig) -> None:
     rig.console.send(text)
     rig.loop.close()
     rig.loop = Loop()
+    os.close(rig.console._master)
+    os.close(rig.console._slave)
 
     rig.console = rig.attach()
     rig.console.send(b"again\r\n")

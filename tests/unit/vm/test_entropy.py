@@ -142,7 +142,7 @@ class Driver:
         """Release all resources."""
         assert self.machine.failures == []
         self.loop.close()
-        for fd in (*self.device.kicks, *self.device.calls, self.figures_fd,
+        for fd in (*self.device.kicks, *self.device.calls, self.figures_fd, self.memory.fd,
                    self.function.config_call, self.function.config_resample):  # fmt: skip
             os.close(fd)
 

@@ -144,6 +144,12 @@ def rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
     yield made
     made.loop.close()
     made.memory.close()
+    for function in made.machine.virtio:
+        os.close(function.config_call)
+        os.close(function.config_resample)
+    for device in made.machine.devices:
+        for fd in (*device.kicks, *device.calls):
+            os.close(fd)
 
 
 def test_what_kvm_is_asked_before_there_is_a_vcpu(rig: Rig) -> None:
