@@ -30,7 +30,7 @@ def printable(text: str) -> str:
 
 def shown(name: bytes) -> str:
     """Return a name from a disk as one line of limited length for a sentence."""
-    text = printable(name[: SHOWN_MAX + 1].decode(errors="backslashreplace"))
+    text = printable(name.decode(errors="backslashreplace"))
     return text if len(text) <= SHOWN_MAX else text[:SHOWN_MAX] + "..."
 
 
