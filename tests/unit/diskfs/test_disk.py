@@ -11,6 +11,7 @@ from tests.support.filesystems import (
     Content,
     Link,
     Part,
+    boot_record,
     ext_image,
     ffs_image,
     gpt_disk,
@@ -88,8 +89,7 @@ def test_all_searched_partitions_are_named(images: dict[str, bytes]) -> None:
     assert refusal(disk, "/bsd", "p2") == "partition p2 (ext2): /bsd: there is no /bsd"
     assert refusal(disk, "/bsd", "p7") == "there is no partition p7: its MBR has p1, p2, p3, p4"
     assert disk.describe() == (
-        "MBR; partition p1: FAT; partition p2: ext2; partition p3: swap;"
-        " partition p4: has no known file system"
+        "MBR; partition p1: FAT; partition p2: ext2; partition p3: swap; partition p4: has no known file system"
     )
 
 
@@ -99,6 +99,41 @@ def test_the_number_of_named_partitions_is_limited() -> None:
 
     assert refusal(disk, "/bsd").endswith("partition p8: has no known file system; and 22 more")
     assert disk.describe().endswith("and 22 more")
+
+
+def test_eight_partitions_are_all_named() -> None:
+    """Nothing is left out."""
+    disk = opened(gpt_disk(*[Part(64 + 64 * number, bytes(SECTOR * 64)) for number in range(8)]))
+
+    assert refusal(disk, "/bsd").endswith("partition p8: has no known file system")
+    assert disk.describe().endswith("partition p8: has no known file system")
+
+
+def test_a_damaged_table_comes_first(images: dict[str, bytes]) -> None:
+    """The partitions that are still known are searched, and named after it.  A missing file may be in a lost one."""
+    raw = openbsd_disk(images["FFS2"])
+    raw[65 * SECTOR + 200] ^= 1
+    disk = opened(raw)
+
+    assert disk.table.problem == "its disklabel has a wrong checksum"
+    said = refusal(disk, "/nothing")
+    assert said.startswith("no partition has /nothing: its disklabel has a wrong checksum; partition p4")
+    assert refusal(disk, "/bsd", "a") == "its disklabel has a wrong checksum"
+    assert disk.describe().startswith("MBR; its disklabel has a wrong checksum; partition p4: ")
+
+
+def test_partitions_outside_of_the_disk_are_named_each(images: dict[str, bytes]) -> None:
+    """The one that begins at 0 is another one."""
+    raw = mbr_disk(Part(64, images["ext2"]), size=8192)
+    put(raw, 0, boot_record((0x83, 0, 64), (0x83, 9000, 4), (0x83, 9000, 4), (0x83, 64, 2048)))
+    disk = opened(raw)
+
+    after = f"begins at {9000 * SECTOR}, after the end of the disk at {len(raw)}"
+    assert disk.describe() == (
+        f"MBR; partition p1: has no known file system; partition p2: {after}; partition p3: {after}; partition p4: ext2"
+    )
+    assert refusal(disk, "/data", "p2") == f"partition p2: {after}"
+    assert disk.find("/data").partition == "partition p4"
 
 
 def test_a_partition_with_a_disklabel_is_not_searched(images: dict[str, bytes]) -> None:

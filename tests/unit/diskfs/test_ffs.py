@@ -211,6 +211,10 @@ def test_ffs1_with_a_copy_of_its_superblock_at_64_kib(tmp_path: Path) -> None:
         (52, 256, "its superblock has fragments of 256 bytes"),
         (44, 0, "its superblock has 0 groups"),
         (184, 0, "groups of 0 inodes"),
+        (188, 0, "inodes and 0 fragments"),
+        (52, 1024, "its superblock has fragments of 1024 bytes"),
+        (52, 32768, "its superblock has fragments of 32768 bytes"),
+        (48, 2048, "its superblock has blocks of 2048 bytes"),
         (1324, 0xFFFFFFFF, "has the inode format of before 4.4BSD, which is not supported"),
         (36, 20, "/a: points to fragment"),
     ],
@@ -239,9 +243,7 @@ def test_big_endian_file_systems_are_reported(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_a_search_in_an_endless_directory_ends(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int
-) -> None:
+def test_a_search_in_an_endless_directory_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int) -> None:
     """Its blocks have the bytes of the wanted name everywhere, but only in unused entries."""
     monkeypatch.setattr(source, "WORK_MAX", 1 << 15)
     disk = Patched(tmp_path / "tree", f"version={version},bsize=8192,fsize=1024")
@@ -267,6 +269,32 @@ def test_a_search_in_an_endless_directory_ends(
     with pytest.raises(DiskFsError, match="too much would have to be read to find it"):
         opened(disk.raw).find("/none")
     assert 1000 < looked_at < 1 << 16
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_an_inode_or_a_block_at_the_end_of_the_file_system(tmp_path: Path, inside: bool) -> None:
+    """The last bytes still belong to it.  What is behind them does not, although the disk is larger."""
+    disk = Patched(tmp_path / "tree", "version=2,bsize=4096,fsize=512")
+    last = disk.block(b"last")
+    disk.set_size(4096)
+    disk.set_block(0, last)
+    struct.pack_into("<Q", disk.raw, 8192 + 1080, last // 512 + (8 if inside else 7))
+    if inside:
+        assert opened(disk.raw).find("/a").content(4096) == b"last".ljust(4096, b"\0")
+    else:
+        with pytest.raises(DiskFsError, match=f"points to fragment {last // 512}, of {last // 512 + 7}"):
+            opened(disk.raw).find("/a").content(4096)
+
+    end = disk.inode_at // 512 + 1  # the fragment of the inode is the last one
+    for fragments, fits in ((end, True), (end - 1, False)):
+        struct.pack_into("<Q", disk.raw, 8192 + 1080, fragments)
+        fs = Ffs(opened(disk.raw).source, "FFS2")
+        number = disk.fs.entry(walk.root_of(disk.fs), b"a") | 1  # the second inode of a fragment ends with it
+        if fits:
+            assert fs.node(number).number == number
+        else:
+            with pytest.raises(DiskFsError, match=f"points to fragment {end - 1}, of {end - 1}"):
+                fs.node(number)
 
 
 def test_a_damaged_directory_is_reported(tmp_path: Path) -> None:

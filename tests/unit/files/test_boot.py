@@ -168,3 +168,58 @@ def test_a_copy_may_fail() -> None:
     with pytest.raises(OperatorError, match="kernel k: cannot be copied: Bad file descriptor") as refused:
         copy_to_memory(999, 998, "kernel k", 1, lambda: None)
     assert refused.value.number == errno.EBADF
+
+
+@pytest.mark.parametrize(("user", "words"), [(0, "not a regular file"), (1000, "neither a regular file nor a block")])
+def test_with_the_rights_of_a_user_a_file_is_checked_before_it_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, user: int, words: str
+) -> None:
+    """Opening a device can have an effect.  Only root decides for itself."""
+    monkeypatch.setattr(os, "geteuid", lambda: user)
+    os.mkfifo(tmp_path / "fifo")
+
+    with pytest.raises(OperatorError) as refused:
+        open_regular(str(tmp_path / "fifo"), "kernel")
+
+    assert str(refused.value).startswith(f"kernel {tmp_path}/fifo: {words}")
+
+
+@pytest.mark.parametrize(
+    ("error", "folder", "number", "words"),
+    [
+        (OSError(errno.EACCES, ""), False, errno.EACCES, "Permission denied"),
+        (OSError(errno.EACCES, ""), True, errno.EINVAL, "not a regular file"),
+        (OSError("odd"), False, errno.EIO, "Input/output error"),
+    ],
+)
+def test_why_a_file_cannot_be_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError, folder: bool, number: int, words: str
+) -> None:
+    """A directory is named as one, even without the right to list it."""
+    path = tmp_path / "kernel"
+    if folder:
+        path.mkdir()
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+
+    def fail(*_: object) -> int:
+        raise error
+
+    monkeypatch.setattr(os, "open", fail)
+    with pytest.raises(OperatorError) as refused:
+        open_regular(str(path), "kernel")
+
+    assert (refused.value.number, str(refused.value)) == (number, f"kernel {path}: {words}")
+
+
+@pytest.mark.parametrize(("user", "number"), [(0, 0), (1, errno.EBADF), (1000, errno.EBADF)])
+def test_only_root_may_read_without_a_check(monkeypatch: pytest.MonkeyPatch, user: int, number: int) -> None:
+    """Every other user is checked with the mode of the open file, and that of a closed one is not known."""
+    monkeypatch.setattr(os, "geteuid", lambda: user)
+    try:
+        boot.require_readable(999, "kernel k", ())
+    except OperatorError as error:
+        found = error.number
+    else:
+        found = 0
+
+    assert found == number

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.descriptors import open_descriptors
 from vmd.errors import HostError
 from vmd.files.denied import FUSE, NFS, explained, file_system, file_system_of, on_fuse
 from vmd.privsep import linux
@@ -60,7 +61,9 @@ def test_other_errors_are_not_explained(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("path", ["/proc", "/proc/self", "/proc/no-such/file/there", "/proc/self/stat/below"])
 def test_the_file_system_of_a_path(path: str) -> None:
     """The path need not exist: what is missing would be on the same file system as the directory above it."""
+    before = open_descriptors()
     assert file_system(path) == PROC
+    assert open_descriptors() == before
 
 
 @pytest.mark.parametrize("path", ["", "no-such-file", "nul\0nul"])

@@ -13,7 +13,7 @@ import pytest
 
 from tests.support.descriptors import open_descriptors
 from vmd.config.model import DiskConfig
-from vmd.errors import HostError, OperatorError
+from vmd.errors import VMD_DISK_MISSING, HostError, OperatorError
 from vmd.files import images
 from vmd.files.images import KERNEL_FILE_SYSTEMS, Use, discard_granularity, examine_disc, open_cdrom, open_disk
 from vmd.images.locks import lock
@@ -233,7 +233,7 @@ def test_the_caller_hears_the_name_of_each_file_before_it_is_opened(tmp_path: Pa
     [
         (errno.EACCES, "Permission denied: the user of its VM may not use it: it is on a FUSE file system"),
         (errno.EPERM, "Operation not permitted: the user of its VM may not use it: it is on a FUSE file system"),
-        (errno.EIO, "Input/output error"),
+        (errno.EIO, "Input/output error\n"),
     ],
 )
 def test_an_imgprobe_without_access(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, said: str) -> None:
@@ -245,7 +245,7 @@ def test_an_imgprobe_without_access(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         open_disk(DiskConfig(path=path), Fails(number))
 
     assert refused.value.number == errno.EINVAL
-    assert str(refused.value).startswith(f"disk {path}: cannot be read: {said}")
+    assert f"{refused.value}\n".startswith(f"disk {path}: cannot be read: {said}")
 
 
 def test_a_raw_disk_on_fuse_is_shown_to_imgprobe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -410,3 +410,45 @@ def test_what_is_no_path_is_not_opened(monkeypatch: pytest.MonkeyPatch, path: st
 
     with pytest.raises(OperatorError, match="not a path"):
         open_disk(DiskConfig(path=path, format="raw"), Answers())
+
+
+@pytest.mark.parametrize(
+    ("error", "user", "number", "words"),
+    [
+        (HostError("find", errno.EACCES), 7, errno.EACCES, "uid 7 has no permission"),
+        (OSError(errno.EPERM, ""), 7, errno.EPERM, "uid 7 has no permission"),
+        (OSError(errno.ENOENT, ""), 7, VMD_DISK_MISSING, "No such file or directory"),
+        (HostError("find", errno.ENOSYS), 0, VMD_DISK_MISSING, "Function not implemented"),
+        (OSError("odd"), 0, VMD_DISK_MISSING, "Input/output error"),
+    ],
+)
+def test_a_file_that_cannot_be_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, user: int, number: int, words: str
+) -> None:
+    """A denial has its own number, so that a client is not told that the file is missing."""
+    path = image(tmp_path / "disk")
+
+    def fail(_raw: bytes) -> int:
+        raise error
+
+    monkeypatch.setattr("vmd.files.images.linux.open_place", fail)
+    monkeypatch.setattr(os, "geteuid", lambda: user)
+
+    with pytest.raises(OperatorError) as refused:
+        open_disk(DiskConfig(path=path, format="raw"), Answers())
+
+    assert (refused.value.number, str(refused.value)) == (number, f"disk {path}: {words}")
+
+
+def test_a_device_that_does_not_tell_its_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error is the kernel's."""
+    path = image(tmp_path / "disk")
+    for error, number in ((OSError(errno.ENXIO, "gone"), errno.ENXIO), (OSError("odd"), errno.EIO)):
+
+        def fail(*_: int, error: OSError = error) -> int:
+            raise error
+
+        monkeypatch.setattr(os, "lseek", fail)
+        with pytest.raises(OperatorError) as refused:
+            open_disk(DiskConfig(path=path, format="raw"), Answers())
+        assert refused.value.number == number

@@ -1,5 +1,6 @@
 """Questions to leaves about open files: what they are given, and what becomes of each answer and each failure."""
 
+import contextlib
 import errno
 import os
 import socket
@@ -10,7 +11,7 @@ import pytest
 
 from tests.support.descriptors import open_descriptors
 from vmd.config.model import MAX_SEED_BYTES, DiskFile
-from vmd.errors import OperatorError
+from vmd.errors import OperatorError, VmdError
 from vmd.files import asking, prober
 from vmd.files.diskboot import FromDisks, NothingToStart, look
 from vmd.files.images import OpenDisk, OpenImage
@@ -146,6 +147,79 @@ def test_a_probe_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> None
         prober.ImageProber(None).probe(0, "disk d", "")
 
     assert error.value.number == errno.ENOENT
+    assert open_descriptors() == before
+
+
+class Process:
+    """A probe.  It stays for so many calls of `reap`."""
+
+    def __init__(self, stays: int) -> None:
+        self.stays = stays
+        self.done: list[str] = []
+
+    def kill(self) -> None:
+        """Record it."""
+        self.done.append("killed")
+
+    def reap(self, timeout_s: float = 0) -> int | None:
+        """Return the status if it has ended."""
+        self.done.append(f"reaped after {timeout_s:g} s")
+        self.stays -= 1
+        return 0 if self.stays < 0 else None
+
+
+@pytest.mark.parametrize("boots", [False, True])
+def test_each_image_has_a_probe_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, boots: bool) -> None:
+    """It is ended after its answer.  One that waits for storage is reaped later."""
+    processes = [Process(2), Process(0), Process(0)]
+    waiting = list(processes)
+    started: list[tuple[str, object]] = []
+    asked: list[bytes] = []
+    found = probemsg.Probe(format="raw", size=5)
+
+    def spawn(title: str, *, channel: socket.socket, **given: object) -> Process:
+        started.append((title, given))
+        channel.send(probemsg.pack_image(found))
+        kept.append(socket.socket(fileno=os.dup(channel.fileno())))
+        return waiting.pop(0)
+
+    kept: list[socket.socket] = []
+    monkeypatch.setattr(prober, "spawn", spawn)
+    (tmp_path / "image").touch()
+    before = open_descriptors()
+    several = prober.ImageProber(None, entry="an:entry", title="a probe")
+    ending = []
+    with (tmp_path / "image").open("rb") as file:
+        for _ in range(3):
+            assert several.probe(file.fileno(), "disk d", "raw", boots=boots) == found
+            ending.append(list(several.ending))
+    for each in kept:
+        question, files, _ = receive(each, QUESTION_MAX, FILES_MAX)
+        asked.append(question)
+        for fd in (*files, each.detach()):
+            os.close(fd)
+
+    assert asked == [b"raw\0boots\0" if boots else b"raw\0"] * 3
+    assert started == [("a probe", {"log_fd": 2, "place": None, "entry": "an:entry"})] * 3
+    assert ending == [processes[:1], processes[:1], []]
+    assert processes[0].done == ["killed", "reaped after 1 s", "reaped after 0 s", "reaped after 0 s"]
+    assert processes[1].done == ["killed", "reaped after 1 s"]
+    assert open_descriptors() == before
+
+
+def test_a_probe_that_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error without a number of the kernel is one of input and output."""
+
+    def spawn(*_: object, **__: object) -> Process:
+        raise VmdError("is odd")
+
+    monkeypatch.setattr(prober, "spawn", spawn)
+    before = open_descriptors()
+
+    with pytest.raises(OperatorError, match="disk d: cannot be examined: is odd") as error:
+        prober.ImageProber(None).probe(0, "disk d", "")
+
+    assert error.value.number == errno.EIO
     assert open_descriptors() == before
 
 
@@ -303,6 +377,44 @@ def test_a_disk_without_boot_code_is_described(leaf: Leaf, disk: OpenDisk) -> No
     assert look(leaf.ours, 0, disk, never) == "disk /d/top: no file system"
 
 
+def test_images_are_closed_after_the_answer(leaf: Leaf, disk: OpenDisk) -> None:
+    """imgboot gets other open files, for reading only."""
+    for answer in (bootmsg.pack_file(bootmsg.BootFile(size=0, name="x")), bootmsg.pack_error("no"), b"nonsense\n"):
+        leaf.answers(answer)
+        before = open_descriptors()
+        with contextlib.suppress(OperatorError):
+            look(leaf.ours, 3, disk, never)
+        assert open_descriptors() == before
+        leaf.asked()
+
+
+def test_an_image_that_cannot_be_opened_for_imgboot(leaf: Leaf, disk: OpenDisk) -> None:
+    """Those that were opened before it are closed."""
+    disk.links.append(OpenImage(fd=999, path="/d/gone", format="raw", guessed=False))
+    before = open_descriptors()
+
+    with pytest.raises(OperatorError, match="disk /d/top: cannot be read: No such file") as error:
+        look(leaf.ours, 3, disk, never)
+
+    disk.links.pop()
+    assert error.value.number == errno.ENOENT
+    assert open_descriptors() == before
+
+
+def test_a_copy_that_cannot_be_sealed(leaf: Leaf, disk: OpenDisk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It could be changed, so it is not booted."""
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.EBUSY, "busy")
+
+    monkeypatch.setattr("vmd.files.diskboot.seal", fail)
+    with pytest.raises(OperatorError) as error:
+        read_boot_file(leaf, disk, "kernel", b"code!", bootmsg.pack_file(bootmsg.BootFile(size=5, name="x")))
+
+    words = "disk1p2:/vmlinuz: disk /d/top: cannot be kept: busy"
+    assert (error.value.number, str(error.value)) == (errno.EBUSY, words)
+
+
 def test_nothing_to_start() -> None:
     """The sentence has all disks."""
     error = NothingToStart(["disk a: empty", "disk b: odd"])
@@ -362,3 +474,24 @@ def test_a_seed_that_cannot_be_made(leaf: Leaf) -> None:
     with pytest.raises(OperatorError, match="have together more than 4 MiB") as refused:
         made(leaf, b"", 0, parts=large)
     assert refused.value.number == errno.EFBIG
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_how_large_the_parts_of_a_seed_may_be(leaf: Leaf, more: int) -> None:
+    """The limit itself is allowed."""
+    overhead = len(imsg.pack(PARTS.replace(user_data=SeedFile(name="u", data=bytes(1 << 20))))) - (1 << 20)
+    parts = PARTS.replace(user_data=SeedFile(name="u", data=bytes(PARTS_MAX - overhead + more)))
+    assert len(imsg.pack(parts)) == PARTS_MAX + more
+
+    if more:
+        with pytest.raises(OperatorError, match="have together more than 4 MiB"):
+            made(leaf, seedmsg.pack_made([]), 512, parts=parts)
+    else:
+        assert made(leaf, seedmsg.pack_made([]), 512, parts=parts) == []
+
+
+def test_parts_that_cannot_be_kept(leaf: Leaf) -> None:
+    """The error is the kernel's."""
+    with pytest.raises(OperatorError, match="seed: cannot be made: Bad file descriptor") as refused:
+        make_seed(leaf.ours, PARTS, 999, 998, never)
+    assert refused.value.number == errno.EBADF

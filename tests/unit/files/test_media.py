@@ -2,6 +2,7 @@
 
 import errno
 import os
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,9 +42,7 @@ def opens(tmp_path: Path) -> Iterator[Opens]:
         disks = [DiskConfig(path=str(tmp_path / name), format="raw") for name in names]
         cdrom = str(tmp_path / "disc") if (tmp_path / "disc").exists() else ""
         said: list[str] = [] if at is None else at
-        opened.append(
-            Media.open(disks, cdrom, Knows(), others_have=others_have, patience_s=patience_s, at=said.append)
-        )
+        opened.append(Media.open(disks, cdrom, Knows(), others_have=others_have, patience_s=patience_s, at=said.append))
         return opened[-1]
 
     yield open_them
@@ -209,3 +208,61 @@ def test_only_a_device_has_a_granularity(tmp_path: Path) -> None:
     """A file is punched as it is."""
     with (tmp_path / "a").open() as file:
         assert discard_granularity(file.fileno()) == 0
+
+
+def test_the_notes_of_all_files_are_told(opens: Opens, tmp_path: Path) -> None:
+    """In the order of the configuration."""
+    for name, size in (("a", 513), ("b", 700), ("disc", 2048)):
+        (tmp_path / name).write_bytes(bytes(size))
+
+    media = opens("a", "b")
+
+    assert [note.partition(" bytes")[0] for note in media.notes] == [
+        f"disk {tmp_path}/a: its 513", f"disk {tmp_path}/b: its 700", f"cdrom {tmp_path}/disc: its 512",
+    ]  # fmt: skip
+
+
+def test_nothing_is_tried_again_unless_patience_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client waits for the answer."""
+    other = held(tmp_path / "a", writable=True)
+    times = iter((10.0, 10.001))
+    clock = SimpleNamespace(monotonic=lambda: next(times), sleep=lambda _seconds: pytest.fail("sleeps"))
+    monkeypatch.setattr(media_module, "time", clock)
+
+    with pytest.raises(InUse):
+        Media.open([DiskConfig(path=str(tmp_path / "a"), format="raw")], "", Knows())
+
+    os.close(other)
+
+
+def test_a_fault_closes_what_is_open(tmp_path: Path) -> None:
+    """It may be an error of ours, or the end of the process."""
+    disks = [DiskConfig(path=str(tmp_path / name), format="raw") for name in ("a", "b")]
+    before = open_descriptors()
+
+    def at(what: str) -> None:
+        if what.endswith("b"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Media.open(disks, "", Knows(), at=at)
+
+    assert open_descriptors() == before
+
+
+def test_a_device_or_a_base_may_be_in_use_elsewhere(opens: Opens, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Locks of a device hold on this host only.  Bases are shared."""
+    media = opens("a", "b")
+    media.disks[0].links += [link.replace(fd=os.dup(link.fd), path="/base") for link in media.disks[0].links]
+    device = media.disks[1].links[0].fd
+    real = os.fstat
+    monkeypatch.setattr(
+        os, "fstat", lambda fd: os.stat_result((stat.S_IFBLK, *real(fd)[1:])) if fd == device else real(fd)
+    )
+
+    assert media.unused() == (media.disks[0].links[0].path,)
+
+
+def test_a_cut_path_is_as_long_as_possible() -> None:
+    """All of the room is used."""
+    assert shortened("/" + "x" * NAME_MAX_BYTES) == "..." + "x" * (NAME_MAX_BYTES - 3)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.descriptors import open_descriptors
 from vmd.config.model import SeedConfig
 from vmd.errors import OperatorError
 from vmd.files.seeding import given_parts, hash_of, parts_of, read_all, read_file
@@ -142,3 +143,23 @@ def test_a_client_s_parts_that_are_too_large() -> None:
     with pytest.raises(OperatorError, match="the parts of its seed: ") as refused:
         given(bytes(PARTS_MAX), SeedConfig())
     assert refused.value.number == errno.EINVAL
+
+
+def test_a_file_that_fails_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sentence names it, and it is closed."""
+
+    def fail(*_: object) -> bytes:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    path = written(tmp_path / "f", b"x")
+    before = open_descriptors()
+    assert read_file(path, "user-data", quiet).data == b"x"
+    assert open_descriptors() == before
+    monkeypatch.setattr(os, "pread", fail)
+
+    with pytest.raises(OperatorError) as refused:
+        read_file(path, "user-data", quiet)
+
+    words = f"user-data {path}: cannot be read: Stale file handle"
+    assert (refused.value.number, str(refused.value)) == (errno.ESTALE, words)
+    assert open_descriptors() == before
