@@ -188,11 +188,11 @@ def test_each_image_has_a_probe_of_its_own(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "image").touch()
     before = open_descriptors()
     several = prober.ImageProber(None, entry="an:entry", title="a probe")
-    ending = []
+    ending: list[list[object]] = []
     with (tmp_path / "image").open("rb") as file:
         for _ in range(3):
             assert several.probe(file.fileno(), "disk d", "raw", boots=boots) == found
-            ending.append(list(several.ending))
+            ending.append([*several.ending])
     for each in kept:
         question, files, _ = receive(each, QUESTION_MAX, FILES_MAX)
         asked.append(question)
