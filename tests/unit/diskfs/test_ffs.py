@@ -307,6 +307,20 @@ def test_a_damaged_directory_is_reported(tmp_path: Path) -> None:
         opened(disk.raw).find("/a")
 
 
+@pytest.mark.parametrize("length", [0, 7, 8, 9])
+def test_the_last_entry_of_a_directory_block(tmp_path: Path, length: int) -> None:
+    """It ends with the block, and may have no name."""
+    disk = Patched(tmp_path / "tree", "version=2")
+    block = struct.pack("<IHBB4s", 0, 12, 0, 4, b"none") * 42 + struct.pack("<IHBB", 0, length, 0, 0)
+    assert len(block) == 512
+
+    if length == 8:
+        assert disk.fs._entry_in(block, b"none") == 0
+    else:
+        with pytest.raises(DiskFsError, match="is damaged"):
+            disk.fs._entry_in(block, b"none")
+
+
 def test_an_invalid_inode_number_is_reported(tmp_path: Path) -> None:
     """A name may have any inode number."""
     disk = Patched(tmp_path / "tree", "version=2")
