@@ -1,5 +1,6 @@
 """The texts of a seed, read by another project's YAML parser."""
 
+import email
 import json
 import random
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 
 from tests.support.seeds import HASH, LLADDR, NASTY, public_key, seed_file, usual
 from vmd.ipc.imsg import pack, unpack
+from vmd.seed import documents
 from vmd.seed.documents import notes, quoted, seed_files, seed_image, yaml
 from vmd.seed.parts import FILE_MAX, Interface, SeedError, SeedFile, SeedParts
 
@@ -53,10 +55,18 @@ def test_every_character_is_read_unchanged() -> None:
     assert load(yaml({"texts": many})) == {"texts": many}
 
 
-def test_bytes_that_are_no_text_are_refused() -> None:
+@pytest.mark.parametrize("code", [0xD800, 0xDCFF, 0xDFFF])
+def test_bytes_that_are_no_text_are_refused(code: int) -> None:
     """Such bytes come from a command line."""
     with pytest.raises(SeedError, match="not UTF-8"):
-        quoted("a\udcffb")
+        quoted(f"a{chr(code)}b")
+
+
+def test_characters_beside_those() -> None:
+    """They are text."""
+    many = ["\ud7ff", "\ue000", "\x1f", " ", "~", "\x7f", "\xff", "\u0100", "\uffff", "\U00010000", "\U0010ffff"]
+
+    assert load(yaml({"texts": many})) == {"texts": many}
 
 
 def test_shapes_of_values() -> None:
@@ -162,6 +172,43 @@ def test_fixed_addresses() -> None:
     }
 
 
+def parsed(message: bytes) -> list[bytes]:
+    """Return the parts of a MIME message, as another program reads them."""
+    found = email.message_from_bytes(message)
+    assert found["MIME-Version"] == "1.0"
+    assert found.get_content_type() == "multipart/mixed"
+    parts = [part for part in found.walk() if not part.is_multipart()]
+    assert not any(part.defects for part in found.walk())
+    return [bytes(part.get_payload(decode=True)) for part in parts]
+
+
+@pytest.mark.parametrize("own", [b"#!/bin/sh\n\xff\0", b"#cloud-config\n" + b"a: b\n" * 1000, b"", b"--=_\n"])
+def test_vendor_data_of_the_user_goes_with_the_other_settings(own: bytes) -> None:
+    """Its own part comes second, because that counts where they differ."""
+    made = seed_files(usual(user_data=seed_file("#!"), vendor_data=seed_file(own)))["vendor-data"]
+
+    first, second = parsed(made)
+    assert load(first) == {"manage_etc_hosts": "localhost", "user": {"name": "alice"}}
+    assert first.startswith(b"#cloud-config\n")
+    assert second == own
+
+
+@pytest.mark.parametrize("end", [4096, 4097])
+def test_a_message_within_vendor_data(end: int) -> None:
+    """It stays a message, if cloud-init would know it as one: by a line within the first 4096 bytes."""
+    line = b"MIME-Version: 1.0\n"
+    head = b"Content-Type: text/x-shellscript\nX: "
+    own = head.ljust(end - len(b"mime-version:") - 1, b"x") + b"\n" + line + b"\n#!/bin/sh\n"
+    known = end == 4096
+
+    made = seed_files(usual(user_data=seed_file("#!"), vendor_data=seed_file(own, "/v")))["vendor-data"]
+
+    assert parsed(made)[1] == (b"#!/bin/sh\n" if known else own)
+    said = notes(usual(vendor_data=seed_file(own, "/v")))
+    assert said == ([] if known else ["vendor-data /v: a MIME message without the line MIME-Version: 1.0, by which"
+                                      " cloud-init knows one"])  # fmt: skip
+
+
 def interface(**values: object) -> tuple[Interface, ...]:
     """Return one interface."""
     return (Interface(lladdr=LLADDR).replace(**values),)
@@ -200,6 +247,35 @@ LARGE = SeedFile(name="/f", data=b"#!" + b"\n" * FILE_MAX)
 def test_invalid_parts(changes: dict[str, object], why: str) -> None:
     """The message names the key and the file."""
     assert refusal(**changes).startswith(why)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"interfaces": interface() * 16},
+        {"interfaces": interface(addresses=tuple(f"192.0.2.{number}/24" for number in range(16)))},
+        {"interfaces": interface(name_servers=("::1",) * 16)},
+        {"interfaces": interface(search=("example.org",) * 16)},
+        {"interfaces": interface(gateways=("192.0.2.1", "::1"))},
+        {"keys": (seed_file(public_key()),) * 64},
+        {"user_data": seed_file(b"#!".ljust(FILE_MAX))},
+        {"vendor_data": seed_file(b"#!".ljust(FILE_MAX))},
+        {"network_config": seed_file(b"#".ljust(FILE_MAX))},
+    ],
+)
+def test_the_most_that_a_seed_may_have(changes: dict[str, object]) -> None:
+    """The limits themselves are allowed."""
+    seed_image(usual(**changes))
+
+
+def test_how_large_a_seed_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit itself is allowed."""
+    made = seed_image(usual())
+    monkeypatch.setattr(documents, "MAX_SEED_BYTES", len(made))
+    assert seed_image(usual()) == made
+    monkeypatch.setattr(documents, "MAX_SEED_BYTES", len(made) - 1)
+    with pytest.raises(SeedError, match="the seed is larger than 0 MiB"):
+        seed_image(usual())
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from tests.support.seeds import public_key, seed_file
-from vmd.seed.keys import LINE_MAX, keys_of
+from vmd.seed.keys import LINE_MAX, fields_of, keys_of
 from vmd.seed.parts import FILE_MAX, SeedError
 
 SECRET = "b3BlbnNzaC1rZXktdjEAAAAA"
@@ -74,3 +74,16 @@ def test_prefixes_and_random_bytes_are_refused() -> None:
     for _ in range(200):
         assert refusal(chance.randbytes(chance.randrange(1, 100))).startswith("ssh-key /k")
     refusal(b'"' * FILE_MAX)
+
+
+@pytest.mark.parametrize(
+    ("blob", "fields"),
+    [
+        (b"", []), (b"\0\0\0", []), (b"\0\0\0\0", [b""]), (b"\0\0\0\1", []), (b"\0\0\0\1a", [b"a"]),
+        (b"\0\0\0\1ab", []), (b"\0\0\0\1a\0\0\0\2bc", [b"a", b"bc"]), (b"\0\0\0\1a\0\0\0\0", [b"a", b""]),
+        (b"\xff\xff\xff\xffa", []),
+    ],
+)  # fmt: skip
+def test_fields_of_a_key(blob: bytes, fields: list[bytes]) -> None:
+    """The last one ends with the key, and may be empty."""
+    assert fields_of(blob) == fields
