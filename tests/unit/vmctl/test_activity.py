@@ -50,6 +50,10 @@ def test_limits_and_their_delays() -> None:
         "a interface 2 limit: received throttled 1 time, for 0.01 s",
     ]
     assert describe(STOPPED.replace(limit=LimitFigures(weight=7)))[1:] == []
+    (disk,) = LIMITED.disks
+    assert describe(LIMITED.replace(disks=(disk.replace(iops_limit=0, rate_limit=0),)))[4:7] == [
+        "a disk 0: 0B", "    throttled 1 time, for 1.00 s", "    busy 0.00 s, 0 in flight",
+    ]  # fmt: skip
 
 
 def test_a_stopped_vm() -> None:
