@@ -1,8 +1,8 @@
 """Finds the tests that cover a module: those with its name, and those that import it.
 
-A unit test that imports the module indirectly counts, too.  If no unit test imports it, those of the folder count,
-because commands are loaded by name.  Running the tests shows which of them reach a changed line (`reach`).  That is
-not possible for tests with processes, which are chosen by name.
+A unit test that imports the module indirectly counts, too.  So do all unit tests of its folder, because commands are
+loaded by name.  Running the tests shows which of them reach a changed line (`reach`).  That is not possible for tests
+with processes, which are chosen by name.
 """
 
 import ast
@@ -54,13 +54,15 @@ def modules(top: Path) -> list[str]:
 
 
 def unit_tests(top: Path, module: str) -> list[list[str]]:
-    """Return the unit tests that cover a module: the nearest first, then those one import farther away."""
+    """Return the unit tests that cover a module: the nearest, those one import farther away, and others beside it."""
     far = {str(test.relative_to(top)): _far(top, test, module) for test in sorted((top / UNIT).rglob("test_*.py"))}
     nearest = min(far.values(), default=FAR + 1)
     found = [[test for test in far if far[test] == distance] for distance in (nearest, nearest + 1) if distance <= FAR]
-    if not found:
-        found = [[test for test in far if _is_beside(Path(test).parent.relative_to(UNIT), module)]]
-    return [files for files in found if files]
+    near = {test for files in found for test in files}
+    beside = [test for test in far if test not in near and _is_beside(Path(test).parent.relative_to(UNIT), module)]
+    if found:  # tests without a folder of their own cover anything
+        beside = [test for test in beside if Path(test).parent != Path(UNIT)]
+    return [files for files in (*found, beside) if files]
 
 
 def process_tests(top: Path, module: str) -> list[str]:

@@ -27,10 +27,26 @@ def test_unit_tests_of_a_module(module: str, test: str) -> None:
 
 def test_nearest_comes_first() -> None:
     """The test with the module's name comes before others that import the module."""
-    nearest, others = unit_tests(ROOT, "vmd/ipc/channel.py")
+    nearest, others, *_ = unit_tests(ROOT, "vmd/ipc/channel.py")
 
     assert nearest == ["tests/unit/ipc/test_channel.py"]
     assert "tests/unit/control/test_answers.py" in others
+
+
+@pytest.mark.parametrize(
+    ("module", "test"),
+    [
+        ("vmctl/interfaces.py", "tests/unit/vmctl/test_status.py"),
+        ("vmctl/terminal.py", "tests/unit/vmctl/test_console.py"),
+        ("vmd/config/grammar.py", "tests/unit/config/test_seeds.py"),
+    ],
+)
+def test_the_tests_of_a_folder_come_last(module: str, test: str) -> None:
+    """They may reach a module through a command, which is loaded by name, or through several others."""
+    *_, nearest_but_one, last = unit_tests(ROOT, module)
+
+    assert test in last
+    assert not set(last) & set(nearest_but_one)
 
 
 @pytest.mark.parametrize(
