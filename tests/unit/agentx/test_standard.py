@@ -60,3 +60,8 @@ def test_states_that_the_operator_wants() -> None:
     wanted = {1: 3, 3: 1, 4: 1, 5: 2, 7: 1, 8: 3, 9: 1, 10: 4, 11: 4, 12: 4}
     assert wanted == {state: mib.ADMIN_STATES.get(state, mib.ADMIN_SHUTDOWN) for state in wanted}
     assert (mib.INT_MAX, mib.TICKS_MAX, mib.TRUE, mib.FALSE) == ((1 << 31) - 1, (1 << 32) - 1, 1, 2)
+
+
+def test_limits() -> None:
+    """An SnmpAdminString has 255 bytes.  The index of the drive is larger than that of any disk, and stays."""
+    assert (mib.TEXT_MAX, mib.DRIVE_INDEX) == (255, 101)
