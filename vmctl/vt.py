@@ -160,7 +160,6 @@ class Parser:
         self._item(Kind.STRING, bytes(self._parameters), final=self._introducer)
 
     def _item(self, kind: Kind, parameters: bytes = b"", intermediates: bytes = b"", final: str = "") -> None:
-        self._end_text()
         self._items.append(Item(kind, parameters, intermediates, final))
 
     def _end_text(self) -> None:

@@ -59,6 +59,8 @@ TIDY = {
     "question": b"\x1b]11;?\x07\x1b[6n",
     "palette": b"\x1b]P1ff0000\x1b\\\x1b]R\x1b\\",
     "first number of several": b"\x1b[1q\x1b[0;1q\x1b[3 q\x1b[0;1 q\x1b[?17c\x1b[?0;1c",
+    "tabs": b"\x1b[3g\x1b[?5W",
+    "strings of other kinds": b"\x1bP4;1;red\x1b\\\x1b_11;red\x1b\\",
     "link": b"\x1b]8;id=1;http://a\x07text\x1b]8;;\x07",
 }
 
