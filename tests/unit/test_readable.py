@@ -3,7 +3,9 @@
 import fcntl
 import os
 import resource
+import select
 import socket
+from types import SimpleNamespace
 
 import pytest
 
@@ -34,6 +36,16 @@ def test_a_pipe(number: int) -> None:
     finally:
         os.close(reader)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_without_a_time_it_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A time is in seconds."""
+    waited: list[float] = []
+    poll = SimpleNamespace(register=lambda *_: None, poll=waited.append)
+    monkeypatch.setattr(select, "poll", lambda: poll)
+    for times in ((), (0.5,), (60,)):
+        readable(0, *times)
+    assert waited == [0, 500, 60_000]
 
 
 def test_a_socket_object() -> None:

@@ -44,7 +44,7 @@ from vmd.devices.vionet.worker import GSO_FRAME_MAX, NEVER
 from vmd.errors import GuestError
 from vmd.guestmem import GuestMemory, RegionSpec
 from vmd.ipc import devmsg
-from vmd.units import IOV_MAX, PAGE
+from vmd.units import IOV_MAX, MIB, PAGE
 from vmd.virtio.queue import DESC, Queue
 from vmd.virtio.spec import VIRTQ_USED_F_NO_NOTIFY
 
@@ -334,6 +334,27 @@ def test_frame_of_many_pieces_is_sent_whole(ends: Ends, count: int, apart: int) 
             ring.add_indirect(parts, DATA + (1 << 16))
             worker.serve(queue)
             assert ends.frames() == [wanted]
+        close(worker)
+        release(queue)
+        del queue, worker
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_no_piece_of_a_frame_crosses_the_end_of_memory(ends: Ends, place: int) -> None:
+    """In the file, the bytes of another region come next."""
+    with GuestMemory.create(LAYOUT) as memory:
+        ring = Ring(memory, SIZE)
+        queue = queue_of(memory, ring)
+        worker = ends.transmitter()
+        parts = [Desc(DATA, 26), Desc(EXTRA, 32), Desc(DATA + 64, 60)]  # the two kinds of memory, in turn
+        ring.add(parts)
+        worker.serve(queue)
+        assert len(ends.frames()) == 1
+        parts[place] = Desc(EXTRA + MIB - 8, 16)
+        ring.add(parts)
+        with pytest.raises(GuestError):
+            worker.serve(queue)
+        assert ends.frames() == []
         close(worker)
         release(queue)
         del queue, worker

@@ -455,6 +455,16 @@ def test_guessed_image_has_no_backing_file(tmp_path: Path) -> None:
     assert (guessed.backing, guessed.guessed) == ("/etc/shadow", True)
 
 
+def test_extensions_end_with_type_0_52(tmp_path: Path) -> None:
+    """Bytes after it are no extension, whatever they are."""
+    path = tmp_path / "disk"
+    create(str(path), "qcow2", SIZE)
+    header_of(path, {104: ("Q", 0), 112: ("Q", 0xE2792ACA00000003), 120: ("8s", b"raw"), 128: ("Q", 0x12345678FFFFFFFF)})
+
+    with path.open("rb") as file:
+        assert parse_header(file.fileno(), "disk").backing_format == ""
+
+
 def test_version_2_header_has_extensions_too_52(tmp_path: Path) -> None:
     """They begin at byte 72."""
     path = tmp_path / "disk"

@@ -97,6 +97,20 @@ def test_device_has_the_size_of_its_device(path: Path, monkeypatch: pytest.Monke
     image.close()
 
 
+@pytest.mark.parametrize("left", [0, SIZE - BLOCK, SIZE - 1])
+def test_file_that_was_cut_is_not_read_as_zeroes(path: Path, left: int) -> None:
+    """Bytes that were there are lost, so a read of them is an error.  A read before them is none."""
+    image = opened(path, formats=("raw",))
+    os.truncate(path, left)
+    buffer = bytearray(BLOCK)
+    with pytest.raises(OSError, match=f"the file has become shorter than {SIZE} bytes"):
+        image.preadv(SIZE - BLOCK, [memoryview(buffer)])
+    if left >= BLOCK:
+        image.preadv(0, [memoryview(buffer)])
+        assert bytes(buffer) == b"x" * BLOCK
+    image.close()
+
+
 def test_file_that_was_cut_does_not_grow(path: Path) -> None:
     """Its lost end would become zeroes."""
     image = opened(path, writable=True, formats=("raw",))

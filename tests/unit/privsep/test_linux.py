@@ -140,6 +140,20 @@ def test_a_file_is_found_by_its_names(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("either")
+def test_looking_for_files_leaves_no_descriptor(tmp_path: Path) -> None:
+    """Found or not."""
+    path = tmp_path / "file"
+    with path.open("w") as file:
+        before = open_descriptors()
+        os.close(linux.open_place(os.fsencode(path)))
+        path.unlink()
+        for name in (b"/proc/self/fd/%d" % file.fileno(), os.fsencode(path)):
+            with pytest.raises((HostError, OSError)):
+                linux.open_place(name)
+        assert open_descriptors() == before
+
+
+@pytest.mark.usefixtures("either")
 def test_an_open_file_without_a_name_is_not_found(tmp_path: Path) -> None:
     """A link in /proc leads to it, but its user could not reach it by any name."""
     path = tmp_path / "file"
