@@ -141,6 +141,8 @@ class VmmRig(InProcess[Vmm]):
         for child in known:
             child.drop()
             child.channel.close()
+            if not child.gone:
+                os.close(child.pidfd)
             if child.log is not None:
                 child.log.close()
         for slot in self.process.slots:

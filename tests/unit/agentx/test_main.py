@@ -103,6 +103,7 @@ def rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
     yield made
     for session in made.sessions:
         session.close()
+    made.agentx.loop.close()
 
 
 def test_requests_share_the_parent_s_answer(rig: Rig) -> None:

@@ -32,6 +32,7 @@ def passed_on(form: Form, *answers: Record) -> list[Record]:
     for answer in answers:
         control.on_answer(answer, Envelope(answer, client.number, 0, {}), client.channel)
     client.channel.close()
+    loop.close()
     with theirs:
         return list(received(theirs))
 

@@ -459,7 +459,7 @@ def test_extensions_end_with_type_0_52(tmp_path: Path) -> None:
     """Bytes after it are no extension, whatever they are."""
     path = tmp_path / "disk"
     create(str(path), "qcow2", SIZE)
-    header_of(path, {104: ("Q", 0), 112: ("Q", 0xE2792ACA00000003), 120: ("8s", b"raw"), 128: ("Q", 0x12345678FFFFFFFF)})
+    header_of(path, {104: ("Q", 0), 112: ("Q", 0xE2792ACA00000003), 120: ("8s", b"raw"), 128: ("Q", 0x12345678FFFFFFF)})
 
     with path.open("rb") as file:
         assert parse_header(file.fileno(), "disk").backing_format == ""

@@ -333,9 +333,11 @@ class Rig:
 
 
 @pytest.fixture
-def rig(monkeypatch: pytest.MonkeyPatch) -> Rig:
+def rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
     """The process, which is not run."""
-    return Rig(monkeypatch)
+    made = Rig(monkeypatch)
+    yield made
+    made.logger.loop.close()
 
 
 def say(made: Written, count: int) -> None:

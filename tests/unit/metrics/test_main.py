@@ -125,6 +125,7 @@ def rig(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Rig]:
     made.use()
     for each in list(made.metrics.clients):
         each.sock.close()
+    made.metrics.loop.close()
 
 
 def body(client: socket.socket) -> str:

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import pytest
 
+from tests.support.parentvms import close_vms
 from tests.support.waiting import pause
 from vmd.backlog import BACKLOG_BYTES, BacklogWriter
 from vmd.config.model import Config, Owner, VmConfig
@@ -143,6 +144,7 @@ def rig() -> Iterator[Rig]:
     rig.consoles.on_client_gone(HOLDER)
     for _ in range(QUIET_ROUNDS + 1):
         rig.run_timers()
+    close_vms(rig.core.vms)
 
 
 def is_open(fd: int) -> bool:

@@ -10,6 +10,7 @@ from typing import Any, cast
 import pytest
 
 from tests.support.descriptors import open_descriptors
+from tests.support.parentvms import close_vms
 from tests.unit.parent.timers import Timers
 from vmd.config.model import (
     AllowInstance,
@@ -214,8 +215,7 @@ def rig(monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
     rig.consoles.close()
     for leaving in rig.consoles.leaving:
         leaving._pty.close()
-    for vm in rig.core.vms:
-        vm.drop_files()
+    close_vms(rig.core.vms)
 
 
 def stop_of(vm: Vm, mode: StopMode) -> tuple[int, Record]:

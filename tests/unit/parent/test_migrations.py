@@ -1,10 +1,12 @@
 """How the parent handles the messages of a migration from one host to another, without any process."""
 
 import errno
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+from tests.support.parentvms import close_vms
 from tests.unit.parent.test_transfers import (
     CLIENT,
     OTHER,
@@ -65,12 +67,13 @@ SHARED = OpenedFile(what="disk /disk", file=FileId(device=1, inode=2))
 
 
 @pytest.fixture
-def parent() -> Any:  # noqa: ANN401
-    """Return a parent with a running VM `a` of vm.conf."""
+def parent() -> Iterator[Any]:
+    """Yield a parent with a running VM `a` of vm.conf."""
     made = Parent()
     made.vms.add(VmConfig(name="a", owner=Owner(uid=5), memory_bytes=64 << 20), from_config=True)
     running(made)
-    return made
+    yield made
+    close_vms(made.vms)
 
 
 def step(parent: Any, what: Step, name: str = "a", *, client: int = CLIENT, **more: Any) -> list[Record]:  # noqa: ANN401

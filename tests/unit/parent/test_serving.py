@@ -86,6 +86,7 @@ def parent(tmp_path: Path, controls: Connections) -> Iterator[Parent]:
         peers = {Proc.PRIV: Peer(Proc.PRIV), Proc.CONTROL: controls, Proc.VMM: Peer(Proc.VMM)}
         parent.core.peers.channels = cast("Any", peers)
         yield parent
+    parent.loop.close()
 
 
 def hear(parent: Parent, proc: Proc, message: Record) -> None:

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import pytest
 
+from tests.support.parentvms import close_vms
 from vmd.config.model import BootDevice, Config, DiskConfig, Forward, NicConfig, Owner, SeedConfig, VmConfig
 from vmd.errors import HostError, OperatorError, VmdError
 from vmd.ipc.imsg import Envelope
@@ -182,11 +183,12 @@ class Parent:
 
 
 @pytest.fixture
-def parent() -> AnyParent:
-    """Return a parent that knows a VM `a` of vm.conf."""
+def parent() -> Iterator[AnyParent]:
+    """Yield a parent that knows a VM `a` of vm.conf."""
     made = Parent()
     made.vms.add(VmConfig(name="a", owner=Owner(uid=5), memory_bytes=64 << 20), from_config=True)
-    return made
+    yield made
+    close_vms(made.vms)
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import errno
 import os
 import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +45,11 @@ REMOVED = "removed what an earlier vmd has left"
 
 
 @pytest.fixture
-def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Host:
+def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Host]:
     """A host with the loopback interface."""
-    return Host(monkeypatch, str(tmp_path / "network"))
+    made = Host(monkeypatch, str(tmp_path / "network"))
+    yield made
+    made.network.kept.close()
 
 
 # --- switches ------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """The rules, forwards and forwarding that priv makes, and the packets that others drop, on a model of a kernel."""
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -33,9 +33,11 @@ WEB = Forward(port=8080, to=80)
 
 
 @pytest.fixture
-def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Host:
+def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Host]:
     """A host with the loopback interface."""
-    return Host(monkeypatch, str(tmp_path / "network"))
+    made = Host(monkeypatch, str(tmp_path / "network"))
+    yield made
+    made.network.kept.close()
 
 
 # --- filters -------------------------------------------------------------------------------------------------

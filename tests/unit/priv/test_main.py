@@ -85,9 +85,11 @@ class Rig:
 
 
 @pytest.fixture
-def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Host:
+def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Host]:
     """A host without networks of ours."""
-    return Host(monkeypatch, str(tmp_path / "network"))
+    made = Host(monkeypatch, str(tmp_path / "network"))
+    yield made
+    made.network.kept.close()
 
 
 @pytest.fixture
@@ -95,6 +97,7 @@ def rig(monkeypatch: pytest.MonkeyPatch, host: Host) -> Iterator[Rig]:
     """A priv on that host."""
     made = Rig(monkeypatch, host)
     yield made
+    made.priv.loop.close()
     log.verbosity = 0
 
 
