@@ -11,7 +11,6 @@ from hypothesis import HealthCheck, settings
 
 from tests import two
 from tests.l1.sessions import InsideL1, OutsideL1
-from tests.support import manyfiles
 from tests.support.linux import LinuxGuest, linux_guest
 
 KVM = Path("/dev/kvm")
@@ -37,7 +36,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
     """Decide where the tests marked `l1` run: here if KVM uses hardware, else in the emulated machine."""
-    manyfiles.install()
     # No time is asserted.  The fast tier runs the same examples each time; only the deep tier tries random ones.
     deep = bool(config.getoption("--deep"))
     settings.register_profile("vmd", deadline=None, derandomize=not deep, suppress_health_check=[HealthCheck.too_slow])
