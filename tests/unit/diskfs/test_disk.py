@@ -125,14 +125,14 @@ def test_a_damaged_table_comes_first(images: dict[str, bytes]) -> None:
 def test_partitions_outside_of_the_disk_are_named_each(images: dict[str, bytes]) -> None:
     """The one that begins at 0 is another one."""
     raw = mbr_disk(Part(64, images["ext2"]), size=8192)
-    put(raw, 0, boot_record((0x83, 0, 64), (0x83, 9000, 4), (0x83, 9000, 4), (0x83, 64, 2048)))
+    put(raw, 0, boot_record((0x83, 9000, 4), (0x83, 0, 64), (0x83, 9000, 4), (0x83, 64, 2048)))
     disk = opened(raw)
 
     after = f"begins at {9000 * SECTOR}, after the end of the disk at {len(raw)}"
     assert disk.describe() == (
-        f"MBR; partition p1: has no known file system; partition p2: {after}; partition p3: {after}; partition p4: ext2"
+        f"MBR; partition p1: {after}; partition p2: has no known file system; partition p3: {after}; partition p4: ext2"
     )
-    assert refusal(disk, "/data", "p2") == f"partition p2: {after}"
+    assert refusal(disk, "/data", "p3") == f"partition p3: {after}"
     assert disk.find("/data").partition == "partition p4"
 
 

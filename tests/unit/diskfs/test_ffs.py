@@ -307,6 +307,16 @@ def test_a_damaged_directory_is_reported(tmp_path: Path) -> None:
         opened(disk.raw).find("/a")
 
 
+def test_damage_elsewhere_in_a_directory_hides_no_file(tmp_path: Path) -> None:
+    """Only the blocks that have the bytes of the name are looked through."""
+    fs = Patched(tmp_path / "tree", "version=2").fs
+    damaged = bytes(512)
+    block = damaged + struct.pack("<IHBB4s", 7, 512, 8, 4, b"name").ljust(512, b"\0") + damaged
+
+    assert fs._entry_in(block, b"name") == 7
+    assert fs._entry_in(block, b"none") == 0
+
+
 @pytest.mark.parametrize("length", [0, 7, 8, 9])
 def test_the_last_entry_of_a_directory_block(tmp_path: Path, length: int) -> None:
     """It ends with the block, and may have no name."""

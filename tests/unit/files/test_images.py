@@ -13,9 +13,17 @@ import pytest
 
 from tests.support.descriptors import open_descriptors
 from vmd.config.model import DiskConfig
-from vmd.errors import VMD_DISK_MISSING, HostError, OperatorError
+from vmd.errors import VMD_DISK_MISSING, HostError, InUse, OperatorError
 from vmd.files import images
-from vmd.files.images import KERNEL_FILE_SYSTEMS, Use, discard_granularity, examine_disc, open_cdrom, open_disk
+from vmd.files.images import (
+    KERNEL_FILE_SYSTEMS,
+    Use,
+    discard_granularity,
+    examine_disc,
+    open_cdrom,
+    open_disk,
+    open_image,
+)
 from vmd.images.locks import lock
 from vmd.ipc.probemsg import BELOW, CORRUPT, DIRTY, GOING_BACK, NO_CODE, Probe
 
@@ -326,6 +334,34 @@ def device(monkeypatch: pytest.MonkeyPatch) -> int:
 
     monkeypatch.setattr(os, "fstat", fstat)
     return 0
+
+
+@pytest.mark.parametrize("claim", [False, True])
+@pytest.mark.parametrize("writable", [False, True])
+@pytest.mark.parametrize("kind", [stat.S_IFREG, stat.S_IFBLK])
+def test_how_an_image_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: int, writable: bool, claim: bool
+) -> None:
+    """Only a device that is written is claimed: it may be mounted.  No open waits, and no file becomes our terminal."""
+    path = image(tmp_path / "disk")
+    real = os.fstat
+    monkeypatch.setattr(os, "fstat", lambda fd: os.stat_result((kind | 0o600, *real(fd)[1:])))
+    opened: list[int] = []
+
+    def opens(_path: str, flags: int) -> int:
+        opened.append(flags)
+        raise OSError(errno.EBUSY, "busy")
+
+    monkeypatch.setattr(os, "open", opens)
+
+    with pytest.raises(InUse) as refused:
+        open_image(path, "disk d", writable=writable, claim=claim)
+
+    always = os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+    access = os.O_RDWR if writable else os.O_RDONLY
+    claims = os.O_EXCL if kind == stat.S_IFBLK and writable and claim else 0
+    assert opened == [always | access | claims]
+    assert str(refused.value) == "disk d: is in use by another process, or mounted"
 
 
 def test_a_drive_is_not_examined(device: int) -> None:
