@@ -106,6 +106,14 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """After each file, exclude reports and caches, too: many tests collect garbage, which would take ever longer."""
+    if nextitem is None or nextitem.path != item.path:
+        gc.collect()
+        gc.freeze()
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Show the output of real guests and, in red, the tests that did not run."""
     real = [report for report in terminalreporter.getreports("passed") if report.nodeid in config.stash[REAL]]
