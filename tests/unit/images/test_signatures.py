@@ -36,6 +36,12 @@ def test_every_signature_is_recognised_where_the_guard_looks() -> None:
         assert recognise(head, bytes(TAIL_BYTES)) == name
 
 
+def test_signatures_are_at_their_places() -> None:
+    """All but a few are at the start."""
+    assert {(name, at) for name, at, _ in SIGNATURES if at} == {("VDI", 0x40), ("tar", 257), ("kernel", 0x202)}
+    assert {at for _, at, _ in DISC_SIGNATURES} == {0}
+
+
 def test_every_seed_of_the_fuzzer_is_recognised() -> None:
     """A seed without a format would be useless."""
     found = [

@@ -12,6 +12,7 @@ import pytest
 from tests.support.descriptors import open_descriptors
 from tests.support.vmprocesses import is_reaped
 from vmd.backlog import Backlog
+from vmd.closing import close_all
 from vmd.config.model import SeedConfig, VmConfig
 from vmd.errors import OperatorError, PeerError
 from vmd.ipc.imsg import Envelope
@@ -532,6 +533,22 @@ def test_the_descriptors_of_a_vm_are_taken_over(core: Core, room: Room) -> None:
     vm.drop_pty()
     vm.take_memory(None)
     assert open_descriptors() == before
+
+
+def test_a_vm_whose_process_has_ended_meanwhile(core: Core, room: Room) -> None:
+    """It has no process id: nothing is asked about a process of another program."""
+    made, (line,) = adoption(core, room, 1)
+    vm = known(core, "a", State.RUNNING)
+    expect(made, core)
+    made.on_taken = lambda _vm: None
+    fds = held_fds(vm)
+    close_all(fds.pop("process"))
+    message = VmHeld(vmid=vm.vmid, running=True)
+    made.on_held(message, Envelope(message, 0, 0, fds), cast("Any", line))
+
+    assert vm.pid == 0
+    vm.drop_pty()
+    vm.take_memory(None)
 
 
 def test_files_that_a_vm_keeps_for_its_next_boot(core: Core, room: Room) -> None:

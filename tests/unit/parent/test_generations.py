@@ -1,5 +1,6 @@
 """Several vmms: which one gets a message, and who is told of a change.  `test_adoption` has what ends with a VM."""
 
+import os
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -111,6 +112,16 @@ def test_a_message_goes_to_the_vmm_that_it_is_for(rig: Rig) -> None:
     rig.all.send(kvm)
     rig.all.send(start(9))
     assert rig.take() == [[]] * 3
+
+
+def test_descriptors_for_a_vm_that_no_vmm_has_are_closed(rig: Rig) -> None:
+    """Nobody else would close them."""
+    reading, writing = os.pipe()
+    rig.all.send(StopVm(vmid=8, mode=StopMode.KILL), fds={"tty": [reading], "taps": [writing]})
+    assert rig.take() == [[], [], []]
+    for fd in (reading, writing):
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(fd)
 
 
 def test_changes_are_noted_for_the_next_parent(rig: Rig) -> None:

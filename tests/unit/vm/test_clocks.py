@@ -395,6 +395,14 @@ def page(mode: int, initial: int, current: int, *, divide: int = BY_1, spurious:
     return timer
 
 
+def test_a_timer_that_does_not_run_is_not_overdue() -> None:
+    """Its initial count is zero.  A one-shot timer is never overdue: KVM itself delivers its interrupt."""
+    assert page(TIMER_PERIODIC, 1000, 0).overdue
+    assert not page(TIMER_PERIODIC, 0, 0).overdue
+    assert not page(0, 1000, 0).overdue
+    assert not page(TIMER_PERIODIC, 1000, 1).overdue
+
+
 @pytest.mark.parametrize(("mode", "current", "span_ns", "left", "due"), [
     (TIMER_PERIODIC, 600, 100, 500, False), (TIMER_PERIODIC, 600, 600, 1000, True),
     (TIMER_PERIODIC, 600, 601, 999, True), (TIMER_PERIODIC, 600, 2600, 1000, True), (0, 600, 100, 500, False),

@@ -127,6 +127,13 @@ def test_no_other_byte_of_boot_params_is_set() -> None:
     assert {at: found[at] for at in range(4096) if found[at] != page[at]} == {}
 
 
+def test_without_an_initrd_its_address_is_zero() -> None:
+    """Its size is zero, too."""
+    memory = FakeMemory()
+    load(memory, bzimage())
+    assert memory.unpack("<II", ZERO_PAGE + 0x218) == (0, 0)
+
+
 def test_e820_table_is_the_layout() -> None:
     """The kernel gets exactly the ranges of the layout."""
     memory = FakeMemory()
