@@ -201,6 +201,7 @@ def test_disklabel_of_more_than_sixteen_partitions() -> None:
     ("at", "value", "said"),
     [
         (138, 53, "its disklabel has 53 partitions"),
+        (138, 0x102, "its disklabel has 258 partitions"),
         (136, 1, "its disklabel has a wrong checksum"),
     ],
 )
