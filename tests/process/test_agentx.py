@@ -172,20 +172,22 @@ def test_what_a_disk_has_done(rig: Rig) -> None:
     drive = [storage[f".{column}.2.101"] for column in (6, 7, 8, 11)]
     assert drive == [f'STRING: "{vmd.directory}/disc.iso"', "INTEGER: 3", "INTEGER: 4", "INTEGER: 1"]
     vmd.must("stop", "-fw", "other")
+    snmp.wait_heard(RUNNING, PAUSED, SHUTTING_DOWN, SHUTDOWN, since=since)
 
 
 @pytest.mark.deep
 def test_a_daemon_that_takes_over(rig: Rig) -> None:
     """A takeover sends no notification of a VM; later events do."""
     vmd, snmp = rig.vmd, rig.snmp
-    vmd.must("start", "other")
     since, process = len(snmp.heard()), vmd.processes()["vmd: agentx"]
+    vmd.must("start", "other")
+    snmp.wait_heard(RUNNING, since=since)
     vmd.must("upgrade")
     wait_for(lambda: vmd.family().get("vmd: agentx", process) != process, vmd.log_path)
     snmp.wait_served()
     assert snmp.walk(root=f".1.3.6.1.2.1.236{OPER_STATE}")[".2"] == "INTEGER: 4"
     vmd.must("stop", "-fw", "other")
-    snmp.wait_heard(SHUTTING_DOWN, SHUTDOWN, since=since)
+    snmp.wait_heard(RUNNING, SHUTTING_DOWN, SHUTDOWN, since=since)
 
 
 @pytest.mark.deep
@@ -204,7 +206,9 @@ def test_an_agent_that_is_started_again(rig: Rig) -> None:
 def test_a_process_that_is_killed_is_started_again(rig: Rig) -> None:
     """A killed AgentX process is started again, and no VM is affected."""
     vmd, snmp = rig.vmd, rig.snmp
+    since = len(snmp.heard())
     vmd.must("start", "other")
+    snmp.wait_heard(RUNNING, since=since)
     before = vmd.status("other")["pid"]
     killed = vmd.processes()["vmd: agentx"]
     os.kill(killed, signal.SIGKILL)
@@ -212,6 +216,7 @@ def test_a_process_that_is_killed_is_started_again(rig: Rig) -> None:
     snmp.wait_served()
     assert vmd.status("other")["pid"] == before
     vmd.must("stop", "-fw", "other")
+    snmp.wait_heard(RUNNING, SHUTTING_DOWN, SHUTDOWN, since=since)
 
 
 @pytest.mark.deep

@@ -106,7 +106,10 @@ class Agent:
         wait_for(lambda: self.serves(community) == served, self.log)
 
     def wait_heard(self, *wanted: str, since: int = 0) -> None:
-        """Wait until exactly these VM-MIB notifications, by number and in this order, follow the first `since`."""
+        """Wait until exactly these VM-MIB notifications, by number and in this order, follow the first `since`.
+
+        A test waits for all that it causes, so that none arrives while the next test counts.
+        """
         wait_for(lambda: self.heard()[since:] == list(wanted), self.traps)
 
     def heard(self) -> list[str]:

@@ -39,6 +39,7 @@ from vmd.devices.vionet.buffers import RUN, STOCK
 from vmd.devices.vionet.interface import Interface
 from vmd.devices.vionet.local import LocalNetwork
 from vmd.devices.vionet.receive import Receiver
+from vmd.devices.vionet.tap import GONE
 from vmd.devices.vionet.transmit import FRAME_MAX, WINDOWS_MAX, Transmitter
 from vmd.devices.vionet.worker import GSO_FRAME_MAX, NEVER
 from vmd.errors import GuestError
@@ -1132,6 +1133,29 @@ def test_failing_reads(ends: Ends, monkeypatch: pytest.MonkeyPatch, number: int,
         worker.serve(queue)
         assert worker.tap_events == (0 if gone else select.EPOLLIN)
         failures.clear()
+        worker.begin()
+        close(worker)
+        release(queue)
+        del queue, worker
+
+
+@pytest.mark.parametrize("kind", ["one buffer", "two buffers", "filtered"])
+def test_a_descriptor_with_an_end(ends: Ends, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """It is no tap, and is treated like a tap that is gone."""
+    failures: list[OSError] = []
+    monkeypatch.setattr(posix, "readv", lambda _fd, _views: 0)
+    with GuestMemory.create(LAYOUT) as memory:
+        ring = Ring(memory, SIZE)
+        queue = queue_of(memory, ring)
+        worker = ends.receiver()
+        worker.failed = failures.append
+        worker.accepted = b"\xff" * 6 if kind == "filtered" else b""
+        ring.add([Desc(DATA, 100, WRITE), Desc(DATA + 4096, 2048, WRITE)][kind != "two buffers" :])
+        assert not worker.serve(queue)
+
+        assert [str(error) for error in failures] == [f"[Errno {min(GONE)}] end of file"]
+        assert (worker.link_up, worker.malformed, worker.no_room) == (False, 0, 0)
+        assert ring.reap() == []
         worker.begin()
         close(worker)
         release(queue)

@@ -168,6 +168,27 @@ def test_a_journal_that_changes_much_is_refused(monkeypatch: pytest.MonkeyPatch)
             opened(with_journal(transactions((kind, body)))).find("/kernel")
 
 
+@pytest.mark.parametrize(
+    ("kind", "body", "work"),
+    [
+        (1, struct.pack(">IHH16x", 1, 0, 0) + struct.pack(">IHH", 2, 0, 2) * 7 + struct.pack(">IHH", 3, 0, 10), 9),
+        (5, struct.pack(">I", 16 + 9 * 4) + struct.pack(">9I", *range(9)), (16 + 9 * 4) // 4),
+    ],
+    ids=["changed", "revoked"],
+)
+def test_the_entries_of_a_journal_count_as_work(kind: int, body: bytes, work: int) -> None:
+    """A block of the journal has many, and is read in one step."""
+    raw = transactions((kind, body))
+    spent: list[int] = []
+    blocks = struct.unpack_from(">I", raw, 16)[0]
+
+    def read(number: int) -> bytes:
+        return raw[number * 1024 : (number + 1) * 1024].ljust(1024, b"\0")
+
+    journals.Journal(read, spent.append, [(0, 0, blocks)], 1024).changed()
+    assert sum(spent) == work
+
+
 def test_a_journal_is_read_once() -> None:
     """A full journal without an end wraps around, and has no complete transaction."""
     revoking = struct.pack(">IIII", 0xC03B3998, 5, 7, 16).ljust(1024, b"\0")

@@ -375,6 +375,34 @@ def test_missing_inline_data_is_reported(tmp_path: Path, at: int, value: bytes, 
 
 
 @pytest.mark.parametrize(
+    ("depth", "entry"), [(0, struct.pack("<IHHI", 0, 1, 1, 5)), (1, struct.pack("<IIHH", 0, 5, 1, 0))]
+)
+def test_extents_behind_the_first_4294967296_blocks(tmp_path: Path, depth: int, entry: bytes) -> None:
+    """Block numbers have 48 bits, in leaves and in the nodes above them."""
+    plant(tmp_path / "tree", {"a": Content(3000, ((0, 3000),))})
+    raw = bytearray(ext_image(tmp_path / "image", tmp_path / "tree", "-t", "ext4", "-b", "1024").read_bytes())
+    begin = inode_of("/a", raw) + 40
+    raw[begin + 6] = depth
+    raw[begin + 12 : begin + 24] = entry
+
+    with pytest.raises(DiskFsError, match=f"points to block {(1 << 32) + 5}, of 8192"):
+        list(opened(raw).find("/a").pieces())
+
+
+def test_inodes_behind_the_first_4294967296_blocks(tmp_path: Path) -> None:
+    """The place of their table has 64 bits."""
+    plant(tmp_path / "tree", {"a": Content(5)})
+    options = "-t", "ext4", "-b", "1024", "-O", "64bit"
+    raw = bytearray(ext_image(tmp_path / "image", tmp_path / "tree", *options).read_bytes())
+    descriptor = 2048
+    low = int.from_bytes(raw[descriptor + 8 : descriptor + 12], "little")
+    raw[descriptor + 40] = 1
+
+    with pytest.raises(DiskFsError, match=f"points to block {(1 << 32) + low}, of 8192"):
+        opened(raw).find("/a")
+
+
+@pytest.mark.parametrize(
     ("at", "value", "said"),
     [
         (0, b"\0", "its tree of extents is damaged"),

@@ -215,6 +215,21 @@ def test_table_of_many_clusters_is_in_one_piece(tmp_path: Path) -> None:
 # -- refcounts
 
 
+@pytest.mark.parametrize(("count", "blocks"), [(64, 2), (126, 2), (127, 3)])
+def test_many_clusters_in_one_piece_have_as_few_refcount_blocks_as_they_need(
+    tmp_path: Path, count: int, blocks: int
+) -> None:
+    """A block counts 64 clusters, and itself."""
+    image, _ = made(tmp_path, "cluster_size=512,refcount_bits=64")
+    first = image.refcounts.allocate_together(count)
+
+    assert first % 64 == blocks
+    assert image.refcounts.end == first + count
+    assert {image.refcounts.get(cluster) for cluster in range(first - blocks, first + count)} == {1}
+    assert image.refcounts.get(first + count) == 0
+    image.close()
+
+
 def test_file_has_no_gaps(tmp_path: Path) -> None:
     """New clusters follow each other, also where a new refcount block begins; freed ones are used first."""
     image, _ = made(tmp_path, "cluster_size=512,refcount_bits=64")
@@ -331,6 +346,33 @@ def test_refcounts_that_cannot_be_written_fail_a_flush(
     image = opened_qcow2(tmp_path / "image", writable=False)
     assert read(image, 0, 128 * KIB) == disk[: 128 * KIB]
     image.close()
+
+
+@pytest.mark.parametrize("what", ["header", "L1", "refcount table", "refcount block", "L2", "snapshots"])
+def test_metadata_without_a_refcount_is_not_overwritten(tmp_path: Path, what: str) -> None:
+    """The image is corrupt, which a write that needs a cluster finds."""
+    image, _ = made(tmp_path, "cluster_size=4k,refcount_bits=16")
+    write(image, 0, b"x" * 4 * KIB)
+    create(image, "one")
+    image.close()
+    image = opened_qcow2(tmp_path / "image")
+    places = {
+        "header": 0,
+        "L1": image.header.l1_offset,
+        "refcount table": image.header.refcount_offset,
+        "refcount block": image.refcounts.table[0],
+        "L2": image.l1[0] & OFFSET_MASK,
+        "snapshots": image.header.snapshots_offset,
+    }
+    cluster = places[what] // (4 * KIB)
+    os.pwrite(image.fd, bytes(2), image.refcounts.table[0] + 2 * cluster)
+    before = os.pread(image.fd, 4 * KIB, places[what])
+
+    with pytest.raises(OSError, match=f"image is corrupt: cluster {cluster} is in use and has refcount 0; repair"):
+        write(image, MIB, b"y" * 64 * KIB)
+    image.close()
+    after = (tmp_path / "image").read_bytes()[places[what] :][: 4 * KIB]
+    assert after == (before if what != "header" else before[:79] + b"\2" + before[80:])  # marked as corrupt
 
 
 @pytest.mark.parametrize("what", ["create", "delete"])

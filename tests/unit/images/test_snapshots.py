@@ -42,6 +42,25 @@ def test_invalid_names(name: str) -> None:
         check_name(name)
 
 
+@pytest.mark.parametrize(("compat", "mark"), [("1.1", b"\4" + bytes(7)), ("0.10", None)])
+def test_mark_of_disks_that_go_back(tmp_path: Path, compat: str, mark: bytes | None) -> None:
+    """It is an autoclear feature, bit 58, which stays until the disk has gone back.  Version 2 has no features."""
+    image = made(tmp_path, MIB, f"compat={compat}")
+    change = Rewrite(image)
+    change.create("one")
+    change.commit()
+    before = (tmp_path / "image").read_bytes()
+
+    change = Rewrite(image)
+    change.go_back("one")
+    change.announce()
+    after = (tmp_path / "image").read_bytes()
+    assert after[88:96] == (mark or before[88:96])
+    change.commit()
+    assert (tmp_path / "image").read_bytes()[88:96] == before[88:96]
+    image.close()
+
+
 # -- the table
 
 

@@ -701,6 +701,23 @@ def test_computed_addresses_avoid_those_in_vm_conf(parent: FakeParent) -> None:
         assert number >= 64  # the /18 contains the addresses of the first 64 numbers
 
 
+def test_a_vm_keeps_its_addresses_while_they_are_free(parent: FakeParent, capfd: pytest.CaptureFixture[str]) -> None:
+    """If they are not, its owner is told why it has others."""
+    vm = parent.core.vms.add(web("other"), from_config=True)
+    identity = parent.core.vms.identities.of(vm.key)
+    identity.number = 5
+    said = "vm other: its local interfaces get other addresses, because the earlier ones are in use\n"
+
+    assert parent.network.plans.plan_of(vm, vm.config).number == 5
+    assert said not in capfd.readouterr().err
+    fixed = web("fixed", address=Prefix(address=bytes((100, 64, 5, 77)), length=24))
+    parent.core.vms.add(fixed, from_config=True)
+    number = parent.network.plans.plan_of(vm, vm.config).number
+    assert number not in (0, 5)
+    assert identity.number == number
+    assert said in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("wanted", "words"),
     [

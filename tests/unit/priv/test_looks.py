@@ -8,7 +8,7 @@ import pytest
 
 from vmd.errors import OperatorError
 from vmd.ipc.imsg import Envelope
-from vmd.ipc.messages.priv import AskDrops, DropsReported, NetworkTrouble
+from vmd.ipc.messages.priv import AskDrops, DropsReported, FramesDropped, NetworkTrouble
 from vmd.priv.damage import Damage
 from vmd.priv.host import HostNetwork, Wrong
 from vmd.priv.main import SWEEP_S, Priv
@@ -133,13 +133,14 @@ def test_one_look_is_for_all_vms_of_a_list(monkeypatch: pytest.MonkeyPatch) -> N
     now_s = 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: now_s)
     looks: list[float] = []
-    answers: list[DropsReported] = []
+    answers: list[DropsReported | FramesDropped] = []
+    dropped: list[FramesDropped] = []
     priv: Any = Priv.__new__(Priv)
     priv.told, priv.looked_s, priv.look_took_s, priv.wrong = set(), -SWEEP_S, 0.0, {}
     loaded = type("", (), {"take": lambda _self, _family, _fd: None})()
     nothing: dict[str, Any] = {name: lambda _self, _vmid: [] for name in ("losses", "damages")}
     nothing["wrong"] = lambda _self: {}
-    nothing["frames_dropped"] = lambda _self: []
+    nothing["frames_dropped"] = lambda _self: dropped
     priv.network = type("", (), {"loaded": loaded, "look": lambda _self: looks.append(now_s), **nothing})()
     channel: Any = type("", (), {"send": lambda _self, message: answers.append(message)})()
     priv.parent = channel
@@ -153,3 +154,10 @@ def test_one_look_is_for_all_vms_of_a_list(monkeypatch: pytest.MonkeyPatch) -> N
     priv.on_ask_drops(AskDrops(vmid=8), Envelope(AskDrops(vmid=0), 0, 0, {}), channel)
     assert len(looks) == 3
     assert [answer.vmid for answer in answers] == [*range(1, 101), 7, 8]
+
+    # The counts of filters are told first: clients are shown both together.
+    answers.clear()
+    dropped.append(FramesDropped(vmid=9, index=0, spoofed=3, unwanted=4))
+    now_s += 2 * SWEEP_S
+    priv.on_ask_drops(AskDrops(vmid=9), Envelope(AskDrops(vmid=0), 0, 0, {}), channel)
+    assert answers == [*dropped, DropsReported(vmid=9)]
