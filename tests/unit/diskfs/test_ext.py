@@ -292,6 +292,25 @@ def test_damaged_superblocks_are_refused(tmp_path: Path, at: int, value: bytes, 
     assert str(refused.value).startswith("the whole disk (ext")
 
 
+@pytest.mark.parametrize(
+    ("at", "most", "said"),
+    [
+        (32, 1 << 29, "its superblock has groups of {} blocks and 2048 inodes"),
+        (40, 1 << 24, "its superblock has groups of 8192 blocks and {} inodes"),
+    ],
+)
+def test_limits_of_a_superblock(tmp_path: Path, at: int, most: int, said: str) -> None:
+    """The largest group is accepted, and one more is refused.  Root's inode is in the first group."""
+    plant(tmp_path / "tree", {"a": Content(10)})
+    image = ext_image(tmp_path / "image", tmp_path / "tree", "-t", "ext4", "-b", "1024")
+
+    assert opened(superblock(image, at, most.to_bytes(4, "little"))).find("/a").size == 10
+    with pytest.raises(DiskFsError) as refused:
+        opened(superblock(image, at, (most + 1).to_bytes(4, "little"))).find("/a")
+
+    assert str(refused.value).endswith(said.format(most + 1))
+
+
 def test_encrypted_files_are_reported(tmp_path: Path) -> None:
     """Encrypted directories are reported, too."""
     plant(tmp_path / "tree", {"secret/a": Content(10), "b": Content(10)})

@@ -30,6 +30,7 @@ def end_of(path: Path, sector: int, **changes: int) -> int:
 @pytest.mark.parametrize("sector", [512, 4096])
 def test_size_is_found(tmp_path: Path, sector: int) -> None:
     """It ends with the copy of the table.  A header may fill its sector; the largest disk ends before 2^63 bytes."""
+    assert END_MAX == 9223372036854775807
     last = END_MAX // sector - 1
     cases: list[tuple[dict[str, int], int]] = [
         ({}, (COPY + 1) * sector),
