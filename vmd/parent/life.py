@@ -400,6 +400,7 @@ class Life:
     def process_ended(self, message: VmExited) -> None:
         """A VM process has ended, now or while an earlier parent ran.  Raises PeerError."""
         vm = self.vms.living(message.vmid)
+        self.openings.vm_ended(vm)
         lack, vm.memory_lack = vm.memory_lack, ""
         if vm.revive is not None:
             revive, vm.revive = vm.revive, None
@@ -454,6 +455,7 @@ class Life:
         `failed` is the answer to those that wait for its start; without it they get `text`.
         """
         self.on_settled(vm.vmid)
+        self.openings.vm_ended(vm)
         if failed is None:  # otherwise the caller has logged why it did not start
             log.info(f"{vm.name}: terminated vm {vm.vmid}{': ' + text if text else ''}")
         terminated = VmTerminated(vmid=vm.vmid, name=vm.name, text=text, how=how)

@@ -110,6 +110,7 @@ class Opener:
         self.channel: Channel
         self.helpers: list[Child] = []  # processes that it uses, such as an imgprobe
         self.opening: Opening | None = None  # until it has answered
+        self.vm: Vm | None = None  # for which it opens files
         self.user = 0  # who has asked for the opening
         self.at = "its files"  # the file that it is opening, for errors
         self.deadline: Timer | None = None
@@ -303,7 +304,7 @@ class Openings:
         opener, self.reserve = self.reserve or self._new(), None
         opener.user = opening.user
         self.loop.call_later(AGAIN_S, self._fill_reserve)  # earlier if this opener ends first
-        opener.opening = opening
+        opener.opening, opener.vm = opening, opening.vm
         opening.openers.append(opener)
         fds: dict[str, list[int]] = {}
         try:
@@ -402,6 +403,12 @@ class Openings:
         if opening is not None:
             self._drop(opening)
         return opening is not None
+
+    def vm_ended(self, vm: "Vm") -> None:
+        """End the openers that still hold files for a VM that has ended.  One that hangs would keep their locks."""
+        for opener in list(self._all.values()):
+            if opener.vm is vm and opener.opening is None:
+                self._end(opener)
 
     def close(self) -> None:
         """End all openers, because the daemon ends."""

@@ -88,6 +88,7 @@ class Openings:
         self.asked: dict[int, tuple[Callable[[Opened], None], Callable[[VmdError], None]]] = {}  # by vmid
         self.boots: list[bool] = []
         self.given: ClientFiles | None = None  # of the last job
+        self.ended: list[str] = []  # VMs whose files nobody wants any more
 
     def require_answers(self, _user: int) -> None:
         """Accept every user: no opener hangs."""
@@ -104,6 +105,10 @@ class Openings:
     def give_up(self, vm: Vm) -> bool:
         """Drop the job of a VM."""
         return self.asked.pop(vm.vmid, None) is not None
+
+    def vm_ended(self, vm: Vm) -> None:
+        """Record that nobody wants the files of a VM any more."""
+        self.ended.append(vm.name)
 
 
 class Network:
@@ -446,6 +451,21 @@ def test_others_learn_that_a_process_has_ended(rig: Rig) -> None:
     rig.running(vm)
     rig.exited(vm)
     assert gone == ["a", "a"]
+
+
+def test_openers_do_not_outlive_the_process_that_wants_the_files(rig: Rig) -> None:
+    """That is so when a guest resets itself, when it ends, and when it cannot be started."""
+    vm = rig.run(rig.add())
+    rig.exited(vm, Outcome.REBOOT)
+    assert rig.openings.ended == ["a"]
+    rig.running(vm)
+    rig.exited(vm)
+    assert set(rig.openings.ended[1:]) == {"a"}
+
+    rig.openings.ended.clear()
+    rig.ask(vm)
+    rig.openings.asked.pop(vm.vmid)[1](OperatorError(errno.ENOENT, "disk /a: No such file or directory"))
+    assert rig.openings.ended == ["a"]
 
 
 def test_a_daemon_that_ends_asks_all_guests_and_then_kills_them(rig: Rig) -> None:

@@ -689,6 +689,20 @@ def test_a_vm_has_longer_to_fetch_its_files(room: Room) -> None:
     assert (room.channel("a").closed, room.children.openers[0].killed, room.failed) == (True, True, {})
 
 
+def test_openers_do_not_outlive_their_vm(room: Room) -> None:
+    """One that hangs with the files of a VM would keep their locks, so that the VM could not be started again."""
+    for name in ("a", "b", "c"):
+        room.begin(name)
+    for name in ("a", "b"):
+        room.answer(name)
+    room.openings.vm_ended(room.core.vms.get(0, "a"))
+    room.openings.vm_ended(room.core.vms.get(0, "c"))
+
+    assert [room.channel(name).closed for name in ("a", "b", "c")] == [True, False, False]
+    assert [opener.killed for opener in room.children.openers[:3]] == [True, False, False]
+    assert (room.at_work, room.failed) == (["c"], {})
+
+
 def test_an_opener_may_wait_for_locks(room: Room) -> None:
     """That time is added to the time for an answer, from the beginning and with each further file."""
     room.begin("a", how={"patience_s": 40.0})
