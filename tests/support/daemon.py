@@ -22,6 +22,7 @@ from vmd.privsep.spawn import INTERPRETER
 
 ROOT = Path(__file__).resolve().parents[2]
 START_DEADLINE_S = 300.0  # long enough for an emulated machine that has other work
+STOP_DEADLINE_S = 300.0  # longer than the daemon waits for its guests
 DEADLINE_S = 100.0  # a watchdog: only a busy host takes this long
 
 
@@ -91,7 +92,7 @@ class Daemon:
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
         try:
-            return process.wait(DEADLINE_S)
+            return process.wait(STOP_DEADLINE_S)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
