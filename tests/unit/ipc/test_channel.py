@@ -13,6 +13,7 @@ import pytest
 
 from vmd.errors import PeerError
 from vmd.ipc.channel import Channel, socketpair
+from vmd.ipc.fence import Fence
 from vmd.ipc.imsg import HEADER, MAX_FDS, MAX_MESSAGE, Envelope, decode, encode
 from vmd.ipc.loop import Loop
 from vmd.ipc.messages.children import Quit, SetVerbosity
@@ -193,6 +194,31 @@ def test_a_client_that_breaks_the_protocol_is_cut_off(loop: Loop, recorder: Reco
     assert recorder.messages == []
     assert isinstance(recorder.lost[0], PeerError)
     assert theirs.recv(1) == b""
+    theirs.close()
+
+
+@pytest.mark.parametrize(("peer", "message"), [(Proc.CLIENT, ListRequest()), (Proc.PARENT, Quit())])
+@pytest.mark.parametrize("fenced", [True, False])
+def test_a_message_that_leads_to_an_unexpected_error(
+    loop: Loop, recorder: Recorder, peer: Proc, message: Record, fenced: bool
+) -> None:
+    """Behind a fence its client is cut off, but a process of the core is not.  Elsewhere it ends the loop."""
+
+    def fails(_channel: Channel, _envelope: Envelope) -> None:
+        loop.call_later(0, loop.stop)
+        raise KeyError("a bug")
+
+    loop.fence = Fence(lambda _source: None) if fenced else None
+    ours, theirs = socketpair()
+    recorder.channels.append(
+        Channel(ours, me=Proc.CONTROL, peer=peer, label="it", loop=loop, on_message=fails, on_lost=recorder.on_lost)
+    )
+    theirs.send(encode(message)[0])
+
+    with contextlib.nullcontext() if fenced else pytest.raises(KeyError, match="a bug"):
+        recorder.run()
+
+    assert len(recorder.lost) == (fenced and peer is Proc.CLIENT)
     theirs.close()
 
 

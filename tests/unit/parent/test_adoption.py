@@ -457,6 +457,18 @@ def test_a_vmm_of_the_first_release_does_not_know_vhost(core: Core, room: Room, 
                 os.fstat(fd)
 
 
+def test_the_version_that_a_vmm_reports_counts(core: Core, room: Room, capfd: pytest.CaptureFixture[str]) -> None:
+    """The earlier parent had noted another one.  That is worth a warning, and an equal version is not."""
+    for noted, said in ((VERSION, ""), ("0.0.1", f"vmm-1 is of version {VERSION}, not 0.0.1")):
+        made, (line,) = adoption(core, room, 1, version=noted)
+        expect(made, core)
+        report_list_end(made, line)
+        assert made.generations.all[1].version == VERSION
+        err = capfd.readouterr().err
+        assert said in err
+        assert ("is of version" in err) == bool(said)
+
+
 def test_a_vmm_of_the_first_release_gets_no_seed(core: Core, room: Room) -> None:
     """It would reject the message.  A VM with a seed is refused.  A VM that is received continues without the seed."""
     made, (line,) = adoption(core, room, 1, version="0.1.0")

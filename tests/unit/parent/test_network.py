@@ -450,6 +450,20 @@ def test_a_second_start_has_the_same_taps(parent: FakeParent) -> None:
     assert parent.peers[Proc.VMM].fds[-1] == {"boot": 1, "taps": 2}
 
 
+def test_a_tap_belongs_to_one_vm(parent: FakeParent) -> None:
+    """Its own VM may use it again.  Another VM may use other taps."""
+    vm, _ = launch(parent, VmConfig(name="a", nics=(NicConfig(tap="tap0"),)))
+    made(parent)
+    other = parent.core.vms.add(VmConfig(name="b", nics=(NicConfig(tap="tap0"),)), from_config=True)
+
+    parent.network.plans.check(vm, vm.config)
+    parent.network.plans.check(other, other.config.replace(nics=(NicConfig(tap="tap1"),)))
+    with pytest.raises(OperatorError) as refused:
+        parent.network.plans.check(other, other.config)
+
+    assert str(refused.value) == "vm b: interface tap0 is in use by vm a"
+
+
 def test_a_second_start_with_other_interfaces_has_other_taps(parent: FakeParent) -> None:
     """The old taps are removed first."""
     vm, _ = launch(parent, VmConfig(name="a", nics=(NicConfig(),)))

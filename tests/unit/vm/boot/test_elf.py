@@ -343,6 +343,15 @@ def test_openbsd_kernel_with_a_damaged_section_table_has_no_symbols(
     assert memory.read(0x202008 + 40, 24) == stripped.read(0x202008 + 40, 24)
 
 
+@pytest.mark.parametrize(
+    ("sections", "said"), [(4096, "is truncated"), (4097, "has 4097 sections, a kernel has at most 4096")]
+)
+def test_number_of_sections_is_limited(sections: int, said: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """The file is too short for either table, which is not said of the one with too many sections."""
+    load(FakeMemory(), put(openbsd(), "<H", 60, sections))
+    assert said in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("offset", [0, 0x10000, HUGE])
 @pytest.mark.parametrize("memsz", [0, 0x2000])
 def test_segment_without_bytes_in_the_file_may_have_any_offset(offset: int, memsz: int) -> None:

@@ -163,6 +163,23 @@ def test_symbols_follow_the_image_after_an_elf_header(is64: bool, unit: int) -> 
     assert symbol_end(memory, start) == header_at + headers[6][4] + -(-headers[6][5] // unit) * unit
 
 
+def test_a_section_without_bytes_in_the_file_is_no_symbol() -> None:
+    """strip(1) leaves such a section in the place of debugging information.  Its offset may be anywhere."""
+    kernel = bytearray(openbsd())
+    (table,) = struct.unpack_from("<Q", kernel, 40)
+    section = table + 4 * 64  # .debug_line
+    assert struct.unpack_from("<I", kernel, section + 4) == (1,)
+    struct.pack_into("<I", kernel, section + 4, 8)  # SHT_NOBITS
+    struct.pack_into("<Q", kernel, section + 24, 1 << 40)
+    memory = FakeMemory()
+
+    load(memory, bytes(kernel))
+
+    headers_at = -(-IMAGE_END // 8) * 8 + 64
+    loaded = [memory.unpack("<Q", headers_at + 64 * index + 8)[0] & 2 for index in range(7)]
+    assert loaded == [0, 0, 2, 2, 0, 0, 2]  # symbols, their names and the names of sections
+
+
 def test_stripped_kernel_gets_the_header_only() -> None:
     """The copied ELF header shows that there are no sections."""
     memory = FakeMemory()
