@@ -175,13 +175,14 @@ def open_files(pid: int) -> int:
     return len(os.listdir(f"/proc/{pid}/fd"))
 
 
+LASTING = ("vmd: priv", "vmd: control", "vmd: vmm")
 RESERVE = {"vmd: vm", "vmd: opener", "vmd: imgprobe", "vmd: control/reserve"}
 OF_THE_NEXT_VM = {"vmd: vionet", "vmd: vioblk"}  # the reserve prepares those that the last VM had
 
 
 def is_settled(processes: Collection[str]) -> bool:
-    """Return whether all reserve processes exist, and priv runs no other program."""
-    return set(processes) >= RESERVE and all(title.startswith("vmd: ") for title in processes)
+    """Return whether all permanent and reserve processes exist, and priv runs no other program."""
+    return set(processes) >= RESERVE | {*LASTING} and all(title.startswith("vmd: ") for title in processes)
 
 
 class Footprint:
@@ -194,8 +195,7 @@ class Footprint:
             pause()
         vmd.must("status")  # all earlier requests are done
         self.titles = sorted(set(processes) - OF_THE_NEXT_VM)
-        lasting = ("vmd: priv", "vmd: control", "vmd: vmm")
-        self.files = {title: open_files(processes[title]) for title in lasting} | {"parent": open_files(vmd.pid)}
+        self.files = {title: open_files(processes[title]) for title in LASTING} | {"parent": open_files(vmd.pid)}
 
     def check(self, vmd: Daemon) -> None:
         """Wait until the daemon has no more resources than this.  An ended VM's console stays for a second.
